@@ -1,0 +1,44 @@
+# Every command makes what it needs first: a virtual environment in .venv, the package and its tools, the model files.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+FOLDERS := ramet/__init__.py ramet/cli.py ramet/errors.py lang grammar kernels runtime tests examples benchmarks
+
+.PHONY: demo test test-all check format bench docs clean
+
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -e '.[server,dev]'
+	touch $@
+
+demo: $(STAMP)  ## run examples/quickstart.py on SmolLM2-135M-Instruct
+	$(BIN)/ramet pull smollm2-135m
+	$(BIN)/python examples/quickstart.py
+
+test: $(STAMP)  ## the suite that CI runs
+	$(BIN)/ramet pull smollm2-135m
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-all: $(STAMP)  ## also the long and large ones, and the GPU's where there is one
+	$(BIN)/ramet pull smollm2-135m
+	$(BIN)/python -m pytest --timeout 3600
+
+check: $(STAMP)  ## format, lint, types, tests
+	$(BIN)/ruff format --check $(FOLDERS)
+	$(BIN)/ruff check $(FOLDERS)
+	$(BIN)/mypy
+	$(MAKE) test
+
+format: $(STAMP)
+	$(BIN)/ruff format $(FOLDERS)
+	$(BIN)/ruff check --fix $(FOLDERS)
+
+bench: $(STAMP)  ## the CPU benchmarks; each prints a table and one JSON line
+	$(BIN)/ramet pull smollm2-135m
+	$(BIN)/python benchmarks/bench_prefix.py
+	$(BIN)/python benchmarks/bench_cpu.py
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,1 @@
+"""Constraints: JSON schema, regex, CFG -> automaton -> token masks."""

@@ -1,0 +1,1 @@
+"""Device code: each module has a torch reference and a Triton kernel with one signature."""

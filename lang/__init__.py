@@ -1,0 +1,1 @@
+"""What users write: programs, their tracing, the graph IR and the compiler."""

@@ -1,0 +1,181 @@
+"""Every error that Ramet raises on purpose.
+
+    RametError
+    ├── InvalidRequest (ValueError)        a request's own fields are wrong
+    │   ├── InvalidSampling                a sampling value outside its range
+    │   ├── ContextOverflow                prompt + output do not fit the context
+    │   └── EmptyPrompt                    nothing to continue from
+    ├── GrammarError (ValueError)          a constraint cannot be compiled
+    │   ├── InvalidSchema                  not a valid JSON schema; has `.pointer`
+    │   ├── UnsupportedSchema              valid, but a keyword cannot be enforced; has `.problems`
+    │   ├── InvalidRegex                   a pattern that does not parse or is not regular
+    │   ├── InvalidGrammar                 a Lark grammar that does not parse
+    │   └── GrammarTooLarge                a limit on time, states or memory was passed
+    ├── ModelError                         model files or weights
+    │   ├── ModelNotFound (LookupError)    no such model, directory or hub id
+    │   ├── DownloadFailed (OSError)       offline, broken, or wrong checksum
+    │   ├── BrokenModelFile (ValueError)   GGUF, safetensors or config that cannot be read
+    │   └── UnsupportedArchitecture (ValueError)
+    ├── ConfigError (ValueError)           a configuration value or an unknown key
+    ├── ProgramError                       a program's run failed; has `.node`, `.source_line`, `.prompt_tail`
+    │   ├── UndefinedVariable (KeyError)   reading a name that no node produces
+    │   ├── InvalidProgram (ValueError)    a graph that cannot be run (cycle, fork(0), ...)
+    │   ├── ProgramCancelled
+    │   └── DeadlineExceeded (TimeoutError)
+    ├── Overloaded                         the queue is full; has `.retry_after_s`
+    ├── RequestCancelled                   aborted by its owner
+    ├── EngineStopped                      the engine was shut down or crashed; what was in flight gets this
+    ├── OutOfMemory (MemoryError)          weights or KV pool do not fit; names the knob and a value
+    └── CacheIntegrityError (AssertionError)   page accounting broken: a bug in Ramet
+
+A message names the thing, its value, the limit, and the way out.
+"""
+
+from __future__ import annotations
+
+
+class RametError(Exception):
+    """Base of every error raised on purpose by Ramet."""
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else self.__class__.__name__
+
+
+class InvalidRequest(RametError, ValueError):
+    """A request's own fields are wrong; `param` names the field."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class InvalidSampling(InvalidRequest):
+    """A sampling value is outside its range."""
+
+
+class ContextOverflow(InvalidRequest):
+    """Prompt and output together do not fit the context."""
+
+
+class EmptyPrompt(InvalidRequest):
+    """There is nothing to continue from."""
+
+
+class GrammarError(RametError, ValueError):
+    """A constraint cannot be compiled."""
+
+
+class InvalidSchema(GrammarError):
+    """Not a valid JSON schema; `pointer` is the JSON pointer of the offending part."""
+
+    def __init__(self, message: str, pointer: str = "") -> None:
+        super().__init__(message)
+        self.pointer = pointer
+
+
+class UnsupportedSchema(GrammarError):
+    """A valid schema with keywords that cannot be enforced; `problems` lists (pointer, keyword, reason), all of them."""
+
+    def __init__(self, problems: list[tuple[str, str, str]]) -> None:
+        lines = "; ".join(f"{pointer or '/'}: {keyword}: {reason}" for pointer, keyword, reason in problems)
+        super().__init__(f"the schema cannot be enforced exactly: {lines}")
+        self.problems = problems
+
+
+class InvalidRegex(GrammarError):
+    """A pattern that does not parse or does not describe a regular language."""
+
+
+class InvalidGrammar(GrammarError):
+    """A Lark grammar that does not parse."""
+
+
+class GrammarTooLarge(GrammarError):
+    """A limit on compile time, states or memory was passed; the message names the part that exploded."""
+
+
+class ModelError(RametError):
+    """Model files or weights."""
+
+
+class ModelNotFound(ModelError, LookupError):
+    """No such model name, directory or hub id."""
+
+
+class DownloadFailed(ModelError, OSError):
+    """A download was refused, broken, or does not match its checksum."""
+
+
+class BrokenModelFile(ModelError, ValueError):
+    """A model file that cannot be read."""
+
+
+class UnsupportedArchitecture(ModelError, ValueError):
+    """An architecture that the decoder does not implement; the message lists those it does."""
+
+
+class ConfigError(RametError, ValueError):
+    """A configuration value is out of range, or a key is unknown."""
+
+
+class ProgramError(RametError):
+    """A program's run failed.
+
+    `program`, `node` and `source_line` say where; `prompt_tail` is the end of the text that the node continued; the
+    cause is chained.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        program: str | None = None,
+        node: int | None = None,
+        source_line: str | None = None,
+        prompt_tail: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.program = program
+        self.node = node
+        self.source_line = source_line
+        self.prompt_tail = prompt_tail
+
+
+class UndefinedVariable(ProgramError, KeyError):
+    """A name was read that no node produces."""
+
+
+class InvalidProgram(ProgramError, ValueError):
+    """A graph that cannot be run."""
+
+
+class ProgramCancelled(ProgramError):
+    """The program, or the branch that was waited for, was cancelled."""
+
+
+class DeadlineExceeded(ProgramError, TimeoutError):
+    """The program's deadline passed."""
+
+
+class Overloaded(RametError):
+    """The queue is full."""
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class RequestCancelled(RametError):
+    """The request was aborted by its owner."""
+
+
+class EngineStopped(RametError):
+    """The engine was shut down or crashed while this was in flight."""
+
+
+class OutOfMemory(RametError, MemoryError):
+    """Weights, KV pool or workspace do not fit; the message names the knob and a value that would fit."""
+
+
+class CacheIntegrityError(RametError, AssertionError):
+    """Page accounting is broken: a bug in Ramet, reported instead of hidden."""

@@ -1,0 +1,1 @@
+"""Models, KV cache, scheduler, engine loop, program executor."""

@@ -1,0 +1,301 @@
+"""The nouns of the runtime: requests, sequences, batches and what comes back. Plain Python and numpy, no torch.
+
+Not here: who changes them. A `Request` never changes. A `Sequence` is changed by the scheduler alone. A `Batch` is
+frozen: the scheduler makes it, the model runner reads it, the scheduler gets it back with its outputs.
+
+One sequence's tokens, with `num_prompt = len(request.prompt_ids)`:
+
+    [0, num_cached)                 KV was found in the radix tree at the (last) admission
+    [num_cached, num_computed)      KV computed, or launched: counted from the moment the step is launched, because
+                                    everything on the device runs in launch order
+    [num_computed, num_tokens)      known tokens whose KV is still to be computed
+    num_in_flight more              sampled on the device by launched steps, not yet read by the host
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ramet.errors import EmptyPrompt, InvalidSampling
+
+if TYPE_CHECKING:
+    from ramet.runtime.radix_cache import RadixNode
+
+TokenIds = NDArray[np.int32]
+
+
+class FinishReason(Enum):
+    """Why a sequence ended."""
+
+    STOP = "stop"  # an end token, a stop token or a stop string
+    LENGTH = "length"  # max_tokens, or the end of the context
+    ABORT = "abort"  # cancelled by its owner, or its deadline passed
+    ERROR = "error"  # the request failed; siblings and the engine did not
+
+
+class Status(Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class Grammar(Protocol):
+    """What the runtime needs of a compiled grammar. States are small integers; state 0 is the start.
+
+    A state is a pure function of the tokens committed so far, so preemption and fork keep an integer and no more.
+    """
+
+    @property
+    def is_closed(self) -> bool:
+        """True when every reachable state is known, so that `device_tables` can be resident on a device."""
+
+    def fill_mask(self, state: int, row: NDArray[np.int32]) -> None:
+        """Write the token mask of `state`: bit `t % 32` of word `t // 32` is 1 where token t is allowed."""
+
+    def advance(self, state: int, token: int) -> int | None:
+        """Return the state after `token`, or None where it is refused."""
+
+    def is_accepting(self, state: int) -> bool:
+        """True where the text may end here."""
+
+    def forced_tokens(self, state: int) -> list[int]:
+        """Tokens that must follow, where one tokenisation is the only one a model could write; else empty."""
+
+    def shortest_completion(self, state: int) -> list[int]:
+        """The fewest tokens that lead to an accepting state."""
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are chosen. Values outside their range raise InvalidSampling naming the field.
+
+    `temperature` 0 is greedy; `top_k` 0, `top_p` 1 and `min_p` 0 are off. `seed` None draws one at submission; with the
+    same seed a request gives the same tokens whatever the batch. `logprobs` None: none; n >= 0: the chosen token's and
+    the n likeliest.
+    """
+
+    max_tokens: int | None = 128
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    min_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        def check(ok: bool, name: str, limit: str) -> None:
+            if not ok:
+                raise InvalidSampling(f"{name} is {getattr(self, name)!r} but must be {limit}", param=name)
+
+        check(self.max_tokens is None or (_is_int(self.max_tokens) and self.max_tokens >= 1), "max_tokens", "an integer >= 1, or None")
+        check(_is_real(self.temperature) and 0 <= self.temperature <= 100, "temperature", "in [0, 100]")
+        check(_is_int(self.top_k) and self.top_k >= 0, "top_k", "an integer >= 0 (0: off)")
+        check(_is_real(self.top_p) and 0 < self.top_p <= 1, "top_p", "in (0, 1]")
+        check(_is_real(self.min_p) and 0 <= self.min_p <= 1, "min_p", "in [0, 1]")
+        check(_is_real(self.frequency_penalty) and -2 <= self.frequency_penalty <= 2, "frequency_penalty", "in [-2, 2]")
+        check(_is_real(self.presence_penalty) and -2 <= self.presence_penalty <= 2, "presence_penalty", "in [-2, 2]")
+        check(_is_real(self.repetition_penalty) and 0 < self.repetition_penalty <= 10, "repetition_penalty", "in (0, 10]")
+        check(self.seed is None or _is_int(self.seed), "seed", "an integer or None")
+        check(_is_int(self.min_tokens) and self.min_tokens >= 0, "min_tokens", "an integer >= 0")
+        check(self.max_tokens is None or self.min_tokens <= self.max_tokens, "min_tokens", f"at most max_tokens ({self.max_tokens})")
+        check(isinstance(self.stop, tuple) and all(isinstance(s, str) and s for s in self.stop), "stop", "a tuple of non-empty strings")
+        check(all(_is_int(t) and t >= 0 for t in self.stop_token_ids), "stop_token_ids", "a tuple of token ids >= 0")
+        check(self.logprobs is None or (_is_int(self.logprobs) and 0 <= self.logprobs <= 64), "logprobs", "in [0, 64], or None")
+        check(
+            all(_is_int(t) and t >= 0 and _is_real(b) and -100 <= b <= 100 for t, b in self.logit_bias.items()),
+            "logit_bias",
+            "a map from token ids >= 0 to values in [-100, 100]",
+        )
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    @property
+    def needs_logit_edits(self) -> bool:
+        """True where sampling needs more than temperature, top-k/p, min-p and a mask (the fused path's features)."""
+        return bool(
+            self.frequency_penalty
+            or self.presence_penalty
+            or self.repetition_penalty != 1.0
+            or self.logit_bias
+            or self.min_tokens
+            or self.logprobs is not None
+        )
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Request:
+    """What somebody asked for; never changes.
+
+    `stop_ids`: tokens that end the sequence (end of text unless ignored, and `stop_token_ids`).
+    `cache_salt`: requests share cached prefixes only with requests of the same salt.
+    `score_from`: when set, nothing is generated: the log-probabilities of `prompt_ids[score_from:]` are returned.
+    `arrival_s`, `deadline_s`: seconds of time.monotonic(). Lower `priority` values run first.
+    `num_prompt + max_tokens` never exceeds the context: the border that makes requests checks it.
+    """
+
+    request_id: str
+    prompt_ids: TokenIds
+    sampling: SamplingParams
+    max_tokens: int
+    stop_ids: frozenset[int] = frozenset()
+    grammar: Grammar | None = None
+    cache_salt: str = ""
+    program_id: str | None = None
+    priority: int = 0
+    arrival_s: float = 0.0
+    deadline_s: float | None = None
+    score_from: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if len(self.prompt_ids) == 0:
+            raise EmptyPrompt("the prompt has no tokens; give at least one (a begin-of-text token will do)", param="prompt")
+        assert self.prompt_ids.dtype == np.int32, self.prompt_ids.dtype
+        assert self.score_from is None or 1 <= self.score_from <= len(self.prompt_ids)
+
+    @property
+    def num_prompt(self) -> int:
+        return len(self.prompt_ids)
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A running request. Owner: the scheduler; everyone else reads.
+
+    `page_ids`: pages in path order. The first `num_shared_pages` belong to the radix tree and are kept by the lock on
+    `node`; the rest belong to this sequence.
+    """
+
+    request: Request
+    output_ids: list[int] = field(default_factory=list)
+    num_computed: int = 0
+    num_cached: int = 0
+    num_in_flight: int = 0
+    page_ids: list[int] = field(default_factory=list)
+    num_shared_pages: int = 0
+    node: RadixNode | None = None
+    slot: int | None = None
+    status: Status = Status.WAITING
+    finish_reason: FinishReason | None = None
+    num_preemptions: int = 0
+    first_scheduled_s: float | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens known to the host: the prompt and what was read of the output."""
+        return len(self.request.prompt_ids) + len(self.output_ids)
+
+    @property
+    def is_finished(self) -> bool:
+        return self.status is Status.FINISHED
+
+    def tokens(self, start: int, stop: int) -> TokenIds:
+        """Token ids [start, stop) of prompt and output together."""
+        num_prompt = len(self.request.prompt_ids)
+        if stop <= num_prompt:
+            return self.request.prompt_ids[start:stop]
+        output = np.asarray(self.output_ids[max(start - num_prompt, 0) : stop - num_prompt], dtype=np.int32)
+        return output if start >= num_prompt else np.concatenate([self.request.prompt_ids[start:], output])
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledSequence:
+    """One sequence's share of a step: compute KV for positions [start, start + num_tokens).
+
+    A decode row has `num_tokens == 1`, `samples` and `is_decode` (its token may exist on the device only).
+    `samples`: the step's last position of this row yields a token.
+    """
+
+    sequence: Sequence
+    start: int
+    num_tokens: int
+    samples: bool
+    is_decode: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PageCopy:
+    """Copy the first `num_tokens` token positions of page `source` to page `target`, before the step runs."""
+
+    source: int
+    target: int
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step. Items: decode rows first, then extend rows. Every sequence in it has a slot."""
+
+    step_id: int
+    items: tuple[ScheduledSequence, ...]
+    num_decode: int
+    num_tokens: int
+    page_copies: tuple[PageCopy, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RowOutput:
+    """What a step gave one item: the sampled tokens (1..k; none where the item does not sample).
+
+    `logprobs[i]` is the log-probability of `token_ids[i]`, `top_logprobs[i]` the likeliest (token, log-probability).
+    For a scoring request `prompt_logprobs` holds one value for each scored position of this chunk.
+    """
+
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] | None = None
+    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] | None = None
+    prompt_logprobs: NDArray[np.float32] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts of one request: `prompt = cached + computed` of the prompt; `completion` generated."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """One increment of a request's output. The last one has `finish_reason`; `usage` is always right so far.
+
+    `stop_match`: the stop string or stop token that ended it. `error`: set with FinishReason.ERROR or ABORT.
+    """
+
+    request_id: str
+    text: str
+    token_ids: tuple[int, ...]
+    usage: Usage
+    finish_reason: FinishReason | None = None
+    stop_match: str | int | None = None
+    logprobs: tuple[float, ...] | None = None
+    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] | None = None
+    prompt_logprobs: NDArray[np.float32] | None = None
+    error: Exception | None = None
+    timings: Mapping[str, Any] | None = None  # seconds: queue_s, first_token_s, total_s; values are floats
