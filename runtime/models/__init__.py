@@ -1,1 +1,1 @@
-"""Model files, weights and the decoder."""
+"""Models: configurations, weight files, and the decoder that runs them."""

@@ -1,0 +1,97 @@
+"""`Weights`: a model's tensors by their Hugging Face names, read when they are asked for.
+
+The convention between loaders and the decoder:
+- names as in a Hugging Face checkpoint of the text model: `model.embed_tokens.weight`,
+  `model.layers.0.self_attn.q_proj.weight`, `model.norm.weight`, `lm_head.weight` (absent when embeddings are tied);
+- CPU tensors in the dtype of the file (GGUF: float32, dequantised); rotary halves in the Hugging Face order;
+- Gemma's norm weights as stored by Hugging Face (w - 1); the decoder adds `ModelConfig.norm_offset`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ramet.runtime.models.config import ModelConfig
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GgufTensor:
+    """A quantised matrix as it lies in the file, with the rows in Hugging Face order.
+
+    `rows`: uint8 [num_rows, bytes per row]; each row is a run of blocks of the type `quantization` (GGML's name, such
+    as `Q4_1` or `Q8_0`). `shape`: (num_rows, num_columns) of the matrix, that is (out features, in features).
+    """
+
+    rows: NDArray[np.uint8]
+    quantization: str
+    shape: tuple[int, int]
+
+
+class Weights(Mapping[str, Tensor]):
+    """Tensors by name. Every access reads (and dequantises) anew: keep what you need, drop the rest."""
+
+    def __init__(
+        self,
+        readers: Mapping[str, Callable[[], Tensor]],
+        quantized: Mapping[str, Callable[[], GgufTensor]] | None = None,
+    ) -> None:
+        self._readers = dict(readers)
+        self._quantized = dict(quantized or {})
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Weights:
+        """Wrap tensors that are in memory already."""
+        return cls({name: partial(tensors.__getitem__, name) for name in tensors})
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._readers[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._readers)
+
+    def __len__(self) -> int:
+        return len(self._readers)
+
+    def quantized(self, name: str) -> GgufTensor | None:
+        """The matrix as quantised in the file; None when it is stored in a floating-point type or not there."""
+        reader = self._quantized.get(name)
+        return None if reader is None else reader()
+
+
+def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor that the decoder reads for this configuration, with its shape."""
+    hidden, inner, head = config.hidden_size, config.intermediate_size, config.head_dim
+    query, key_value = config.num_heads * head, config.num_kv_heads * head
+    matrices = {
+        "self_attn.q_proj": (query, hidden, config.qkv_bias),
+        "self_attn.k_proj": (key_value, hidden, config.qkv_bias),
+        "self_attn.v_proj": (key_value, hidden, config.qkv_bias),
+        "self_attn.o_proj": (hidden, query, config.o_bias),
+        "mlp.gate_proj": (inner, hidden, config.mlp_bias),
+        "mlp.up_proj": (inner, hidden, config.mlp_bias),
+        "mlp.down_proj": (hidden, inner, config.mlp_bias),
+    }
+    norms = {"input_layernorm": hidden, "post_attention_layernorm": hidden}
+    if config.qk_norm:
+        norms |= {"self_attn.q_norm": head, "self_attn.k_norm": head}
+    if config.feed_forward_norms:
+        norms |= {"pre_feedforward_layernorm": hidden, "post_feedforward_layernorm": hidden}
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
+    for layer in range(config.num_layers):
+        prefix = f"model.layers.{layer}."
+        for name, size in norms.items():
+            shapes[f"{prefix}{name}.weight"] = (size,)
+        for name, (num_rows, num_columns, has_bias) in matrices.items():
+            shapes[f"{prefix}{name}.weight"] = (num_rows, num_columns)
+            if has_bias:
+                shapes[f"{prefix}{name}.bias"] = (num_rows,)
+    shapes["model.norm.weight"] = (hidden,)
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = (config.vocab_size, hidden)
+    return shapes
