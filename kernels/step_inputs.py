@@ -1,0 +1,203 @@
+"""Device slot tables, and the small kernels at the two ends of a decode step that read and change them.
+
+A running sequence owns a slot: one row of an int32 arena. One arena means that a join, a leave or a new page is a few
+(row, column, value) triples, written by one launch whatever they touch. Floats are stored as their bits.
+
+    columns   0 last_token   1 kv_len   2 grammar_state   3 temperature   4 top_k   5 top_p   6 min_p   7 seed_low
+              8 seed_high    9 error   10..15 unused     16.. page table
+    rows      0..S-1 slots; S the dummy slot that padded batch rows point to: kv_len 0, page 0, greedy
+
+kv_len counts the tokens whose KV is in the cache. In a decode step the row's `last_token` gets position kv_len.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ramet.kernels.sampling import GrammarTables, SamplingTables
+
+NUM_HEADER_COLUMNS = 16  # 64 bytes: one row's scalars are one cache line
+COLUMNS = {
+    "last_token": 0,
+    "kv_len": 1,
+    "grammar_state": 2,
+    "temperature": 3,
+    "top_k": 4,
+    "top_p": 5,
+    "min_p": 6,
+    "seed_low": 7,
+    "seed_high": 8,
+    "error": 9,
+}
+FLOAT_COLUMNS = frozenset({"temperature", "top_p", "min_p"})
+
+
+def column_bits(name: str, value: float) -> int:
+    """Return what to write into the arena's column `name`: the value, or a float's bits as a signed integer."""
+    if name in FLOAT_COLUMNS:
+        bits: int = struct.unpack("<i", struct.pack("<f", value))[0]
+        return bits
+    return int(value)
+
+
+@dataclass(frozen=True, slots=True)
+class SlotTables:
+    """The arena, int32 [S + 1, 16 + max_pages], and views of its columns. Changed by steps and updates."""
+
+    arena: Tensor
+
+    @classmethod
+    def create(cls, num_slots: int, max_pages: int, device: torch.device | str = "cpu") -> SlotTables:
+        """Make empty tables: every slot greedy, unconstrained, without tokens."""
+        arena = torch.zeros(num_slots + 1, NUM_HEADER_COLUMNS + max_pages, dtype=torch.int32, device=device)
+        arena[:, COLUMNS["top_p"]] = column_bits("top_p", 1.0)
+        return cls(arena)
+
+    def column(self, name: str) -> Tensor:
+        """Return the view [S + 1] of one column, as fp32 where it holds floats."""
+        view = self.arena[:, COLUMNS[name]]
+        return view.view(torch.float32) if name in FLOAT_COLUMNS else view
+
+    @property
+    def num_slots(self) -> int:
+        return self.arena.shape[0] - 1
+
+    @property
+    def last_token(self) -> Tensor:
+        return self.column("last_token")
+
+    @property
+    def kv_len(self) -> Tensor:
+        return self.column("kv_len")
+
+    @property
+    def grammar_state(self) -> Tensor:
+        return self.column("grammar_state")
+
+    @property
+    def page_table(self) -> Tensor:
+        """int32 [S + 1, max_pages], rows strided by the arena's width."""
+        return self.arena[:, NUM_HEADER_COLUMNS:]
+
+    def sampling(self, mask_index: Tensor | None = None, mask_rows: Tensor | None = None) -> SamplingTables:
+        """Return the sampling view of the arena, with a grammar arena's masks where given."""
+        grammar = None
+        if mask_index is not None and mask_rows is not None:
+            grammar = GrammarTables(self.grammar_state, mask_index, mask_rows)
+        return SamplingTables(
+            temperature=self.column("temperature"),
+            top_k=self.column("top_k"),
+            top_p=self.column("top_p"),
+            min_p=self.column("min_p"),
+            seed_low=self.column("seed_low"),
+            seed_high=self.column("seed_high"),
+            error=self.column("error"),
+            grammar=grammar,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeInputs:
+    """Static buffers of one batch bucket, int32 [B] each: what `prepare_decode` writes and the decode step reads."""
+
+    token_ids: Tensor
+    positions: Tensor
+    kv_slots: Tensor
+    kv_lens: Tensor
+
+    @classmethod
+    def create(cls, batch_size: int, device: torch.device | str = "cpu") -> DecodeInputs:
+        return cls(*(torch.zeros(batch_size, dtype=torch.int32, device=device) for _ in range(4)))
+
+
+def prepare_decode(
+    rows: Tensor,
+    new_page: Tensor,
+    last_token: Tensor,
+    kv_len: Tensor,
+    page_table: Tensor,
+    page_size: int,
+    out: DecodeInputs,
+) -> None:
+    """Write a decode step's inputs: token, position, cache slot, and KV length including this token.
+
+    rows: int32 [B], slots, padded by the dummy slot S. new_page: int32 [B], the page to enter into the row's table at
+    kv_len // page_size, 0 for none. last_token, kv_len: int32 [S + 1]. page_table: int32 [S + 1, max_pages], changed.
+    Padded rows get token 0, position 0, slot 0 and length 1. Rows other than the dummy appear once.
+    """
+    prepare_decode_reference(rows, new_page, last_token, kv_len, page_table, page_size, out)
+
+
+def commit_decode(
+    rows: Tensor, next_tokens: Tensor, last_token: Tensor, kv_len: Tensor, num_computed: Tensor | None = None
+) -> None:
+    """Store the sampled tokens, int [B], as their slots' last tokens and count what the step computed.
+
+    num_computed: int32 [B], tokens that got KV in the step (default: one each). The dummy slot never changes.
+    """
+    commit_decode_reference(rows, next_tokens, last_token, kv_len, num_computed)
+
+
+def scatter_rows(updates: Tensor, table: Tensor) -> None:
+    """Write (row, column, value) triples, int32 [R, 3], into an int32 table [rows, columns]; a negative row is skipped.
+
+    Targets are distinct. A buffer of fixed size, padded by rows of -1, may be part of a CUDA graph.
+    """
+    scatter_rows_reference(updates, table)
+
+
+def pack_updates(updates: Sequence[tuple[int, int, int]], capacity: int) -> Tensor:
+    """Return triples as a host tensor int32 [capacity, 3], padded by rows of -1.
+
+    Raises:
+        ValueError: more updates than the capacity.
+    """
+    if len(updates) > capacity:
+        raise ValueError(f"{len(updates)} updates do not fit a buffer of {capacity}; split them into several launches")
+    packed = torch.full((capacity, 3), -1, dtype=torch.int32)
+    if updates:
+        packed[: len(updates)] = torch.tensor(updates, dtype=torch.int32)
+    return packed
+
+
+def prepare_decode_reference(
+    rows: Tensor,
+    new_page: Tensor,
+    last_token: Tensor,
+    kv_len: Tensor,
+    page_table: Tensor,
+    page_size: int,
+    out: DecodeInputs,
+) -> None:
+    """Specification of `prepare_decode` and its CPU path."""
+    slots = rows.long()
+    is_real = slots != last_token.shape[0] - 1
+    length = kv_len[slots] * is_real
+    page_index = (length // page_size).long()
+    has_new_page = is_real & (new_page != 0)
+    page_table[slots[has_new_page], page_index[has_new_page]] = new_page[has_new_page]
+    out.token_ids.copy_(last_token[slots] * is_real)
+    out.positions.copy_(length)
+    out.kv_slots.copy_((page_table[slots, page_index] * page_size + length % page_size) * is_real)
+    out.kv_lens.copy_(length + 1)
+
+
+def commit_decode_reference(
+    rows: Tensor, next_tokens: Tensor, last_token: Tensor, kv_len: Tensor, num_computed: Tensor | None = None
+) -> None:
+    """Specification of `commit_decode` and its CPU path."""
+    is_real = rows != last_token.shape[0] - 1
+    slots = rows[is_real].long()
+    last_token[slots] = next_tokens[is_real].to(last_token.dtype)
+    kv_len[slots] += 1 if num_computed is None else num_computed[is_real]
+
+
+def scatter_rows_reference(updates: Tensor, table: Tensor) -> None:
+    """Specification of `scatter_rows` and its CPU path."""
+    kept = updates[updates[:, 0] >= 0]
+    table[kept[:, 0].long(), kept[:, 1].long()] = kept[:, 2]
