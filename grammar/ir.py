@@ -1,0 +1,217 @@
+"""The intermediate grammar: how any source (regex, Lark, choices, tools, JSON schema) describes a language.
+
+A `Grammar` is a set of named rules and a start rule; a rule's body is a `Node`. A language is a set of byte strings.
+
+    Bytes(b"...")                      exactly these bytes (they need not be UTF-8)
+    Chars(((97, 122), (48, 57)))       one code point out of inclusive ranges, written in UTF-8
+    Sequence((a, b, ...))              one after the other; Sequence(()) is the empty string
+    Choice((a, b, ...))                any of them, no order and no priority; Choice(()) is the empty language
+    Repeat(a, low, high | None)        low to high times; None: any number
+    Lookahead(a, is_negative)          the rest of the surrounding Terminal must (not) start with a; no width
+    Intersect((a, b)), Complement(a)   of regular languages, inside a Terminal; the complement is within all UTF-8 text
+    Terminal(a, name)                  `a` is regular (no Reference to a recursive rule): made into one small automaton
+    Table(transitions, accepting)      a deterministic byte automaton that the source built itself (a suffix automaton)
+    Reference("rule")                  another rule; recursion of any kind is allowed, left recursion included
+    JsonSchema(schema, options)        the JSON texts of the values that a JSON schema accepts
+
+What a source may rely on: every node can stand anywhere (but Lookahead only inside a Terminal, or where the whole
+grammar is regular); ambiguity is harmless, since only membership counts; parts from which no text can be finished are
+removed, so that a mask never leads to a dead end. A part without recursion becomes one table, which is fast; recursion
+runs on a stack of configurations, which grows as it is visited.
+
+A regular expression is a Terminal; priorities and greediness do not exist here. Lark's `%ignore` is to be written into
+the rules by the source. Python's `Grammar.of(node)` wraps a grammar without named rules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+MAX_CODE_POINT = 0x10FFFF
+
+Ranges = tuple[tuple[int, int], ...]
+"""Inclusive ranges of code points, ascending, not touching each other."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bytes:
+    """Exactly these bytes."""
+
+    value: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Chars:
+    """One code point out of `ranges`, as UTF-8. Surrogates (D800-DFFF) have no UTF-8 form and never match."""
+
+    ranges: Ranges
+
+
+@dataclass(frozen=True, slots=True)
+class Sequence:
+    parts: tuple[Node, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    options: tuple[Node, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Repeat:
+    """`item` from `low` to `high` times (None: no upper bound)."""
+
+    item: Node
+    low: int = 0
+    high: int | None = None
+
+    def __post_init__(self) -> None:
+        assert self.low >= 0, self.low
+        assert self.high is None or self.high >= self.low, (self.low, self.high)
+
+
+@dataclass(frozen=True, slots=True)
+class Lookahead:
+    """No width: what follows, to the end of the Terminal, must start with `item` (or must not)."""
+
+    item: Node
+    is_negative: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Intersect:
+    parts: tuple[Node, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Complement:
+    """All UTF-8 texts but those of `item`."""
+
+    item: Node
+
+
+@dataclass(frozen=True, slots=True)
+class Terminal:
+    """A regular part that becomes one automaton; `name` is for messages."""
+
+    item: Node
+    name: str = ""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Table:
+    """A deterministic byte automaton with start state 0.
+
+    transitions: int32 [num_states, 256], -1 where refused. accepting: bool [num_states].
+    """
+
+    transitions: NDArray[np.int32]
+    accepting: NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    rule: str
+
+
+@dataclass(frozen=True, slots=True)
+class JsonOptions:
+    """How a JSON schema becomes a language.
+
+    mode: "exact", the schema's language with properties in any order; "declared_order", declared properties in declared
+    order and others only where the schema names them; "strict", OpenAI's structured-output rules, checked first.
+    whitespace: "compact", none; "bounded", at most one space after each comma and colon.
+    on_unsupported: "error" raises UnsupportedSchema; "validate" lets the part be any JSON (the caller then validates).
+    registry: documents by absolute URI, for remote references; nothing is ever fetched.
+    """
+
+    mode: Literal["exact", "declared_order", "strict"] = "exact"
+    whitespace: Literal["compact", "bounded"] = "compact"
+    on_unsupported: Literal["error", "validate"] = "error"
+    registry: Mapping[str, Any] = field(default_factory=dict)  # values are JSON schemas: dict or bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class JsonSchema:
+    """The JSON texts of the values that `schema` (a decoded JSON document: dict or bool) accepts."""
+
+    schema: Any  # any JSON value; whether it is a schema is checked by the compiler
+    options: JsonOptions = JsonOptions()
+
+
+Node = (
+    Bytes
+    | Chars
+    | Sequence
+    | Choice
+    | Repeat
+    | Lookahead
+    | Intersect
+    | Complement
+    | Terminal
+    | Table
+    | Reference
+    | JsonSchema
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """Named rules and where to start."""
+
+    rules: Mapping[str, Node]
+    start: str = "start"
+
+    @staticmethod
+    def of(node: Node) -> Grammar:
+        """Wrap one node as a grammar without other rules."""
+        return Grammar({"start": node})
+
+
+EMPTY = Sequence(())
+NOTHING = Choice(())
+ANY_CHAR = Chars(((0, 0xD7FF), (0xE000, MAX_CODE_POINT)))
+ANY_TEXT = Repeat(ANY_CHAR)
+
+
+def text(value: str) -> Bytes:
+    """Exactly this text, in UTF-8."""
+    return Bytes(value.encode())
+
+
+def one_of(values: tuple[str, ...] | list[str]) -> Choice:
+    """One of these texts."""
+    return Choice(tuple(text(v) for v in values))
+
+
+def optional(node: Node) -> Repeat:
+    return Repeat(node, 0, 1)
+
+
+def normalize_ranges(ranges: list[tuple[int, int]]) -> Ranges:
+    """Sort inclusive ranges and join those that overlap or touch."""
+    out: list[tuple[int, int]] = []
+    for low, high in sorted(r for r in ranges if r[0] <= r[1]):
+        if out and low <= out[-1][1] + 1:
+            out[-1] = (out[-1][0], max(out[-1][1], high))
+        else:
+            out.append((low, high))
+    return tuple(out)
+
+
+def complement_ranges(ranges: Ranges) -> Ranges:
+    """All code points that are not in `ranges`."""
+    out, start = [], 0
+    for low, high in ranges:
+        if low > start:
+            out.append((start, low - 1))
+        start = high + 1
+    if start <= MAX_CODE_POINT:
+        out.append((start, MAX_CODE_POINT))
+    return tuple(out)
