@@ -1,0 +1,48 @@
+"""`ForwardContext`: what one forward pass needs to know besides token ids: positions, cache slots, attention plans.
+
+The engine fills one per step; the decoder only reads it. No torch operation here but the attention itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ramet.kernels.attention_decode import DecodeMetadata, attention_decode
+from ramet.kernels.attention_extend import ExtendMetadata, attention_extend
+
+
+@dataclass(slots=True)
+class ForwardContext:
+    """One step. Tokens [0, num_decode) are decode rows, one token each; [num_decode, T) are extend rows.
+
+    positions, kv_slots: int32 [T]. kv_caches: (k, v) of each layer, [N, K, P, D] in the model's dtype. `decode` is None
+    exactly when `num_decode` is 0; `extend` is None exactly when there is no other token.
+    """
+
+    positions: Tensor
+    kv_slots: Tensor
+    num_decode: int
+    decode: DecodeMetadata | None
+    extend: ExtendMetadata | None
+    kv_caches: list[tuple[Tensor, Tensor]]
+
+    def __post_init__(self) -> None:
+        assert (self.decode is None) == (self.num_decode == 0), "decode metadata exactly where there are decode rows"
+        assert self.decode is not None or self.extend is not None, "a step without tokens"
+
+    def attend(self, layer: int, q: Tensor, scale: float, window: int | None) -> Tensor:
+        """Attend from `q` [T, H, D] over the cache of `layer`, which already holds this step's keys and values."""
+        k_cache, v_cache = self.kv_caches[layer]
+        if self.extend is None:
+            assert self.decode is not None
+            return attention_decode(q, k_cache, v_cache, self.decode, scale, window)
+        if self.decode is None:
+            return attention_extend(q, k_cache, v_cache, self.extend, scale, window)
+        out = torch.empty_like(q)
+        num_decode = self.num_decode
+        attention_decode(q[:num_decode], k_cache, v_cache, self.decode, scale, window, out[:num_decode])
+        attention_extend(q[num_decode:], k_cache, v_cache, self.extend, scale, window, out[num_decode:])
+        return out

@@ -1,0 +1,46 @@
+"""`dummy_decoder`: a decoder of a given shape with random weights, made on the device in seconds.
+
+For throughput measurements and tests, where only shapes matter. Not here: anything that speaks.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ramet.runtime.models.config import ModelConfig
+from ramet.runtime.models.decoder import Decoder, build_decoder
+from ramet.runtime.models.weights import Weights, expected_tensors
+
+
+def dummy_decoder(
+    config: ModelConfig, device: torch.device | str, dtype: torch.dtype = torch.bfloat16, seed: int = 0
+) -> Decoder:
+    """Make a decoder whose weights are drawn on `device`; the same seed and device give the same weights."""
+    return build_decoder(config, dummy_weights(config, torch.device(device), dtype, seed), device=device, dtype=dtype)
+
+
+def dummy_weights(config: ModelConfig, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Weights:
+    """Random tensors under the names that `build_decoder` reads, each drawn when it is asked for.
+
+    A matrix is normal with deviation 1 / sqrt(in_features), so that a product keeps its input's magnitude; matrices
+    that write to the residual are smaller by sqrt(2 L), so that it does not grow with depth. Norms are 1, biases 0.
+    """
+    indices = {name: index for index, name in enumerate(expected_tensors(config))}
+    residual_scale = 1 / math.sqrt(2 * config.num_layers)
+
+    def draw(name: str, shape: tuple[int, ...]) -> Tensor:
+        if name.endswith("norm.weight"):
+            return torch.full(shape, 1.0 - config.norm_offset, device=device, dtype=dtype)
+        if len(shape) == 1:
+            return torch.zeros(shape, device=device, dtype=dtype)
+        deviation = 1 / math.sqrt(shape[1])
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            deviation *= residual_scale
+        generator = torch.Generator(device).manual_seed(seed * 1_000_003 + indices[name])
+        return torch.empty(shape, device=device, dtype=dtype).normal_(0.0, deviation, generator=generator)
+
+    return Weights({name: partial(draw, name, shape) for name, shape in expected_tensors(config).items()})
