@@ -74,7 +74,7 @@ class InvalidSchema(GrammarError):
 
 
 class UnsupportedSchema(GrammarError):
-    """A valid schema with keywords that cannot be enforced; `problems` lists (pointer, keyword, reason), all of them."""
+    """A valid schema that cannot be enforced; `problems` lists every (pointer, keyword, reason)."""
 
     def __init__(self, problems: list[tuple[str, str, str]]) -> None:
         lines = "; ".join(f"{pointer or '/'}: {keyword}: {reason}" for pointer, keyword, reason in problems)

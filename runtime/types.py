@@ -102,20 +102,38 @@ class SamplingParams:
             if not ok:
                 raise InvalidSampling(f"{name} is {getattr(self, name)!r} but must be {limit}", param=name)
 
-        check(self.max_tokens is None or (_is_int(self.max_tokens) and self.max_tokens >= 1), "max_tokens", "an integer >= 1, or None")
+        check(
+            self.max_tokens is None or (_is_int(self.max_tokens) and self.max_tokens >= 1),
+            "max_tokens",
+            "an integer >= 1, or None",
+        )
         check(_is_real(self.temperature) and 0 <= self.temperature <= 100, "temperature", "in [0, 100]")
         check(_is_int(self.top_k) and self.top_k >= 0, "top_k", "an integer >= 0 (0: off)")
         check(_is_real(self.top_p) and 0 < self.top_p <= 1, "top_p", "in (0, 1]")
         check(_is_real(self.min_p) and 0 <= self.min_p <= 1, "min_p", "in [0, 1]")
         check(_is_real(self.frequency_penalty) and -2 <= self.frequency_penalty <= 2, "frequency_penalty", "in [-2, 2]")
         check(_is_real(self.presence_penalty) and -2 <= self.presence_penalty <= 2, "presence_penalty", "in [-2, 2]")
-        check(_is_real(self.repetition_penalty) and 0 < self.repetition_penalty <= 10, "repetition_penalty", "in (0, 10]")
+        check(
+            _is_real(self.repetition_penalty) and 0 < self.repetition_penalty <= 10, "repetition_penalty", "in (0, 10]"
+        )
         check(self.seed is None or _is_int(self.seed), "seed", "an integer or None")
         check(_is_int(self.min_tokens) and self.min_tokens >= 0, "min_tokens", "an integer >= 0")
-        check(self.max_tokens is None or self.min_tokens <= self.max_tokens, "min_tokens", f"at most max_tokens ({self.max_tokens})")
-        check(isinstance(self.stop, tuple) and all(isinstance(s, str) and s for s in self.stop), "stop", "a tuple of non-empty strings")
+        check(
+            self.max_tokens is None or self.min_tokens <= self.max_tokens,
+            "min_tokens",
+            f"at most max_tokens ({self.max_tokens})",
+        )
+        check(
+            isinstance(self.stop, tuple) and all(isinstance(s, str) and s for s in self.stop),
+            "stop",
+            "a tuple of non-empty strings",
+        )
         check(all(_is_int(t) and t >= 0 for t in self.stop_token_ids), "stop_token_ids", "a tuple of token ids >= 0")
-        check(self.logprobs is None or (_is_int(self.logprobs) and 0 <= self.logprobs <= 64), "logprobs", "in [0, 64], or None")
+        check(
+            self.logprobs is None or (_is_int(self.logprobs) and 0 <= self.logprobs <= 64),
+            "logprobs",
+            "in [0, 64], or None",
+        )
         check(
             all(_is_int(t) and t >= 0 and _is_real(b) and -100 <= b <= 100 for t, b in self.logit_bias.items()),
             "logit_bias",
@@ -174,7 +192,9 @@ class Request:
 
     def __post_init__(self) -> None:
         if len(self.prompt_ids) == 0:
-            raise EmptyPrompt("the prompt has no tokens; give at least one (a begin-of-text token will do)", param="prompt")
+            raise EmptyPrompt(
+                "the prompt has no tokens; give at least one (a begin-of-text token will do)", param="prompt"
+            )
         assert self.prompt_ids.dtype == np.int32, self.prompt_ids.dtype
         assert self.score_from is None or 1 <= self.score_from <= len(self.prompt_ids)
 

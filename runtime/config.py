@@ -1,0 +1,73 @@
+"""What the engine can be told: one frozen dataclass, whose fields are also the command line's flags."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from ramet.errors import ConfigError
+
+
+def _doc(default: Any, text: str) -> Any:  # Any: what dataclasses.field returns is typed as the field it stands for
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """How the engine runs; each field carries its help text. Unknown or impossible values raise ConfigError."""
+
+    device: str = _doc("auto", "where the model runs: auto, cpu, cuda, cuda:1")
+    dtype: str = _doc("auto", "auto, float32, bfloat16 or float16")
+    quantization: str | None = _doc(
+        None, "weight-only quantisation on the CPU: int8, int4 or gguf; None: as dtype says"
+    )
+    context_length: int | None = _doc(
+        None, "tokens a sequence may have; None: what the model was trained for, capped by memory"
+    )
+    page_size: int = _doc(16, "token positions in a KV page")
+    num_kv_tokens: int | None = _doc(None, "token positions in the KV pool; None: by memory")
+    mem_fraction_static: float = _doc(0.9, "share of the device's memory for weights, KV and workspace together")
+    kv_cpu_bytes: int = _doc(2 << 30, "bytes of the KV pool on a CPU, where num_kv_tokens is not given")
+    max_running_requests: int = _doc(256, "sequences that run at once; each has a slot")
+    max_queued_requests: int = _doc(100_000, "requests that may wait; one more is refused with Overloaded")
+    chunked_prefill_size: int = _doc(2048, "tokens of prefill in one step, at most")
+    cuda_graph: bool = _doc(True, "replay decode steps as CUDA graphs")
+    overlap: bool = _doc(True, "plan step t+1 while step t runs (on a GPU)")
+    tree_attention: Literal["auto", "on", "off"] = _doc(
+        "auto", "read shared prefixes once a group: auto asks the cost model"
+    )
+    grammar_on_device: bool = _doc(True, "keep closed automata on the GPU")
+    default_max_tokens: int = _doc(1024, "max_tokens of a request that names none (capped by the context)")
+    radix_cache: bool = _doc(True, "reuse KV between requests")
+    num_threads: int | None = _doc(None, "CPU threads of the model; None: torch's choice")
+    seed: int = _doc(0, "seed of the seeds drawn for requests that name none")
+
+    def __post_init__(self) -> None:
+        def check(ok: bool, name: str, limit: str) -> None:
+            if not ok:
+                raise ConfigError(f"{name} is {getattr(self, name)!r} but must be {limit}")
+
+        check(self.page_size in (8, 16, 32, 64), "page_size", "8, 16, 32 or 64")
+        check(0.1 <= self.mem_fraction_static <= 0.99, "mem_fraction_static", "in [0.1, 0.99]")
+        check(self.max_running_requests >= 1, "max_running_requests", "at least 1")
+        check(self.max_queued_requests >= 1, "max_queued_requests", "at least 1")
+        check(self.chunked_prefill_size >= 1, "chunked_prefill_size", "at least 1")
+        check(self.context_length is None or self.context_length >= 2, "context_length", "at least 2, or None")
+        check(
+            self.num_kv_tokens is None or self.num_kv_tokens >= 2 * self.page_size,
+            "num_kv_tokens",
+            "at least two pages",
+        )
+        check(self.dtype in ("auto", "float32", "bfloat16", "float16"), "dtype", "auto, float32, bfloat16 or float16")
+        check(self.quantization in (None, "int8", "int4", "gguf"), "quantization", "int8, int4, gguf or None")
+        check(self.tree_attention in ("auto", "on", "off"), "tree_attention", "auto, on or off")
+        check(self.default_max_tokens >= 1, "default_max_tokens", "at least 1")
+
+    @classmethod
+    def from_mapping(cls, values: dict[str, object]) -> EngineConfig:
+        """Make a configuration of named values. Raises ConfigError naming unknown keys and those there are."""
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ConfigError(f"unknown configuration {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+        return cls(**values)  # type: ignore[arg-type]

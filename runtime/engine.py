@@ -1,0 +1,178 @@
+"""The engine loop: `schedule -> launch -> collect`, and two orders of these three calls.
+
+`step_sync` collects a step before the next is scheduled. `step_overlap` schedules and launches step t + 1 while step t
+runs on the device, and only then reads step t. Both give the same tokens. Not here: threads, text, callers (client.py).
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ramet.runtime.model_runner import LaunchedStep, ModelRunner
+from ramet.runtime.scheduler import Scheduler
+from ramet.runtime.types import Batch, FinishReason, Request, RowOutput, Sequence
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceUpdate:
+    """What a step changed for one sequence: its new tokens, and whether it is finished (`sequence.finish_reason`)."""
+
+    sequence: Sequence
+    output: RowOutput
+
+
+class EngineCore:
+    """One thread's engine: add and abort requests between steps, and call `step` while there is work."""
+
+    def __init__(
+        self, scheduler: Scheduler, runner: ModelRunner, *, overlap: bool, vocab_words: int, context_length: int
+    ) -> None:
+        self.scheduler = scheduler
+        self.runner = runner
+        self.overlap = overlap
+        self.num_steps = 0
+        self.context_length = context_length
+        self._vocab_words = vocab_words
+        self._in_flight: LaunchedStep | None = None
+        # Sequences whose sampling needs their tokens on the host first: while there are any, steps do not overlap.
+        self._on_host: set[Sequence] = set()
+        self._grammar_states: dict[Sequence, int | None] = {}
+
+    def add(self, request: Request) -> Sequence:
+        """Queue a request. Raises what Scheduler.add raises: the request alone fails."""
+        sequence = self.scheduler.add(request)
+        if request.sampling.needs_logit_edits or (request.grammar is not None and not self._is_on_device(request)):
+            self._on_host.add(sequence)
+        if request.grammar is not None:
+            self._grammar_states[sequence] = 0
+        return sequence
+
+    def abort(self, request_id: str) -> bool:
+        """Finish a request now, by its exact id; its pages are free when this returns. False where there is none."""
+        return self.scheduler.abort(request_id)
+
+    def finish(self, sequence: Sequence, reason: FinishReason, num_output_tokens: int | None = None) -> None:
+        """End a sequence for a reason that only text shows (a stop string), keeping its first output tokens."""
+        if not sequence.is_finished:
+            self.scheduler.finish(sequence, reason, num_output_tokens)
+        self._forget(sequence)
+
+    @property
+    def has_work(self) -> bool:
+        return self._in_flight is not None or self.scheduler.has_work
+
+    @property
+    def is_stepping(self) -> bool:
+        """True while a launched step has not been collected."""
+        return self._in_flight is not None
+
+    def check_integrity(self) -> None:
+        """Compare page accounting with the tree. Raises CacheIntegrityError."""
+        self.scheduler.check_integrity()
+
+    def stats(self) -> dict[str, float]:
+        """Counters and gauges of the scheduler, and the number of steps."""
+        return {**self.scheduler.stats(), "steps": float(self.num_steps)}
+
+    def step(self) -> list[SequenceUpdate]:
+        """Run one step in whichever order fits, and return what changed."""
+        if self.overlap and not self._on_host:
+            return self.step_overlap()
+        updates = self.drain()
+        updates.extend(self.step_sync())
+        return updates
+
+    def step_sync(self) -> list[SequenceUpdate]:
+        batch = self.scheduler.schedule()
+        return [] if batch is None else self.collect(self.launch(batch))
+
+    def step_overlap(self) -> list[SequenceUpdate]:
+        batch = self.scheduler.schedule()
+        launched = None if batch is None else self.launch(batch)
+        updates = self.drain()
+        self._in_flight = launched
+        return updates
+
+    def drain(self) -> list[SequenceUpdate]:
+        """Collect the step in flight, if there is one."""
+        launched, self._in_flight = self._in_flight, None
+        return [] if launched is None else self.collect(launched)
+
+    def launch(self, batch: Batch) -> LaunchedStep:
+        self.num_steps += 1
+        return self.runner.launch(batch, masks=self._host_masks(batch), on_host=bool(self._on_host))
+
+    def collect(self, launched: LaunchedStep) -> list[SequenceUpdate]:
+        """Wait for a launched step, advance its sequences, and return those that are not finished already."""
+        outputs = launched.read()
+        live = [not item.sequence.is_finished for item in launched.batch.items]
+        if self._grammar_states:
+            outputs = self._advance_grammars(launched.batch, outputs)
+        self.scheduler.finish_step(launched.batch, outputs)
+        updates = []
+        for item, output, was_live in zip(launched.batch.items, outputs, live, strict=True):
+            if was_live and (output.token_ids or output.prompt_logprobs is not None or item.sequence.is_finished):
+                updates.append(SequenceUpdate(item.sequence, output))
+                if item.sequence.is_finished:
+                    self._forget(item.sequence)
+        return updates
+
+    def _forget(self, sequence: Sequence) -> None:
+        self._on_host.discard(sequence)
+        self._grammar_states.pop(sequence, None)
+
+    def _is_on_device(self, request: Request) -> bool:
+        return False
+
+    def _host_masks(self, batch: Batch) -> NDArray[np.int32] | None:
+        """Mask rows int32 [R, W] of the items that sample, or None where none of them is constrained by the host."""
+        if not self._grammar_states:
+            return None
+        sampled = [item.sequence for item in batch.items if item.samples]
+        if not any(s.request.grammar is not None for s in sampled):
+            return None
+        masks = np.full((len(sampled), self._vocab_words), -1, dtype=np.int32)
+        for row, sequence in zip(masks, sampled, strict=True):
+            grammar = sequence.request.grammar
+            state = self._grammar_states.get(sequence)
+            if grammar is not None and state is not None:
+                grammar.fill_mask(state, row)
+        return masks
+
+    def _advance_grammars(self, batch: Batch, outputs: list[RowOutput]) -> list[RowOutput]:
+        """Advance the automata of constrained rows; where a token leaves no room to finish, force one that does."""
+        result = list(outputs)
+        forced: list[tuple[int, int]] = []
+        for i, (item, output) in enumerate(zip(batch.items, outputs, strict=True)):
+            sequence = item.sequence
+            grammar, state = sequence.request.grammar, self._grammar_states.get(sequence)
+            if grammar is None or state is None or not output.token_ids or sequence.is_finished:
+                continue
+            (token,) = output.token_ids
+            if token in sequence.request.stop_ids and grammar.is_accepting(state):
+                continue
+            after = grammar.advance(state, token)
+            left = sequence.request.max_tokens - len(sequence.output_ids) - 1
+            if after is None or self._completion_length(sequence, after) > left:
+                completion = grammar.shortest_completion(state)
+                if completion and len(completion) <= left + 1:
+                    token = completion[0]
+                    after = grammar.advance(state, token)
+                    result[i] = RowOutput((token,))
+                    assert sequence.slot is not None
+                    forced.append((sequence.slot, token))
+            self._grammar_states[sequence] = after
+        if forced:
+            self.runner.override_tokens(forced)
+        return result
+
+    def _completion_length(self, sequence: Sequence, state: int) -> int:
+        grammar = sequence.request.grammar
+        assert grammar is not None
+        return len(grammar.shortest_completion(state))

@@ -1,0 +1,145 @@
+"""From a batch of the scheduler to the device tensors of one step.
+
+Token order in a step: decode rows first, one token each, then the extend rows' new tokens. Tokens of decode rows are
+not known to the host (the step that samples them may still run): kernels fetch them from the slot tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ramet.kernels.attention_extend import ExtendMetadata
+from ramet.kernels.step_inputs import scatter_rows
+from ramet.runtime.slots import RunningSlots, upload
+from ramet.runtime.types import Batch, ScheduledSequence, TokenIds
+
+
+@dataclass(slots=True)
+class ExtendInputs:
+    """Device tensors of a step's extend rows, and which rows of the whole step are sampled or scored.
+
+    token_ids, positions, kv_slots: int32 [T_extend]. sample_index int32 [R]: rows of the step's hidden states that are
+    sampled, decode rows included; sample_rows [R]: their slots; sample_positions [R]: the position of the new token.
+    score_index, score_targets int32 [Q]: hidden states and next tokens of scoring requests, or None.
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    kv_slots: Tensor
+    metadata: ExtendMetadata
+    sample_index: Tensor
+    sample_rows: Tensor
+    sample_positions: Tensor
+    score_index: Tensor | None
+    score_targets: Tensor | None
+
+
+def new_pages_of(items: tuple[ScheduledSequence, ...], page_size: int) -> NDArray[np.int32]:
+    """The page that each decode row starts in this step, or 0."""
+    return np.fromiter(
+        (0 if item.start % page_size else item.sequence.page_ids[item.start // page_size] for item in items),
+        dtype=np.int32,
+        count=len(items),
+    )
+
+
+def decode_rows_of(items: tuple[ScheduledSequence, ...]) -> NDArray[np.int32]:
+    """The slot of each decode row."""
+    return np.fromiter((item.sequence.slot for item in items), dtype=np.int32, count=len(items))
+
+
+def scored_range(item: ScheduledSequence) -> tuple[int, int]:
+    """Token positions [first, last) whose log-probabilities this item yields: position p is predicted by p - 1."""
+    request = item.sequence.request
+    if request.score_from is None:
+        return 0, 0
+    first = max(item.start + 1, request.score_from)
+    return first, max(first, min(item.start + item.num_tokens + 1, request.num_prompt))
+
+
+def build_extend_inputs(
+    batch: Batch, slots: RunningSlots, grammar_states: Seq[int], page_size: int, device: torch.device
+) -> ExtendInputs:
+    """Gather the extend rows of `batch`; writes their joins, pages and lengths to the slot tables.
+
+    grammar_states: the device automaton state of each extend row.
+    """
+    items = batch.items[batch.num_decode :]
+    tokens: list[TokenIds] = []
+    positions: list[NDArray[np.int32]] = []
+    kv_slots: list[NDArray[np.int32]] = []
+    rows, q_lens, kv_lens = [], [], []
+    decode_items = batch.items[: batch.num_decode]
+    sample_index = list(range(batch.num_decode))
+    sample_rows = [item.sequence.slot for item in decode_items]
+    sample_positions = [item.start + 1 for item in decode_items]
+    score_index: list[NDArray[np.int32]] = []
+    score_targets: list[TokenIds] = []
+    offset = batch.num_decode
+    for item in items:
+        sequence, end = item.sequence, item.start + item.num_tokens
+        own = np.asarray(sequence.page_ids, dtype=np.int32)
+        where = np.arange(item.start, end, dtype=np.int32)
+        tokens.append(sequence.tokens(item.start, end))
+        positions.append(where)
+        kv_slots.append(own[where // page_size] * page_size + where % page_size)
+        rows.append(sequence.slot)
+        q_lens.append(item.num_tokens)
+        kv_lens.append(end)
+        if item.samples:
+            sample_index.append(offset + item.num_tokens - 1)
+            sample_rows.append(sequence.slot)
+            sample_positions.append(end)
+        first, last = scored_range(item)
+        if last > first:
+            score_index.append(np.arange(first, last, dtype=np.int32) - 1 - item.start + offset)
+            score_targets.append(sequence.tokens(first, last))
+        offset += item.num_tokens
+    cu_seqlens = np.concatenate([[0], np.cumsum(q_lens)]).astype(np.int32)
+    none = np.zeros(0, dtype=np.int32)
+    parts = upload(
+        [
+            np.concatenate(tokens),
+            np.concatenate(positions),
+            np.concatenate(kv_slots),
+            cu_seqlens,
+            np.asarray(kv_lens, dtype=np.int32),
+            np.asarray(rows, dtype=np.int32),
+            slots.extend_updates(items, grammar_states),
+            np.asarray(sample_index, dtype=np.int32),
+            np.asarray(sample_rows, dtype=np.int32),
+            np.asarray(sample_positions, dtype=np.int32),
+            np.concatenate(score_index) if score_index else none,
+            np.concatenate(score_targets) if score_targets else none,
+        ],
+        device,
+    )
+    scatter_rows(parts[6], slots.tables.arena)
+    metadata = ExtendMetadata(
+        cu_seqlens_q=parts[3],
+        kv_lens=parts[4],
+        rows=parts[5],
+        page_table=slots.tables.page_table,
+        max_seqlen_q=max(q_lens),
+        max_kv_len=max(kv_lens),
+        q_lens_host=q_lens,
+        kv_lens_host=kv_lens,
+    )
+    has_scores = bool(score_index)
+    return ExtendInputs(
+        token_ids=parts[0],
+        positions=parts[1],
+        kv_slots=parts[2],
+        metadata=metadata,
+        sample_index=parts[7],
+        sample_rows=parts[8],
+        sample_positions=parts[9],
+        score_index=parts[10] if has_scores else None,
+        score_targets=parts[11] if has_scores else None,
+    )

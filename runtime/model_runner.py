@@ -1,0 +1,279 @@
+"""One step on the device: inputs, decoder, sampling, and the copy of what was sampled back to the host.
+
+`launch` never waits for the device (where the device is a GPU); `LaunchedStep.read` does, one step later. A step that
+only decodes replays a CUDA graph; one with extend rows runs eagerly. Owner of the slot tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ramet.kernels.attention_decode import DecodeMetadata, choose_num_splits
+from ramet.kernels.attention_extend import ExtendMetadata
+from ramet.kernels.copy_pages import copy_pages
+from ramet.kernels.logits import compute_logprobs
+from ramet.kernels.sampling import sample
+from ramet.kernels.step_inputs import COLUMNS, DecodeInputs, commit_decode, prepare_decode, scatter_rows
+from ramet.runtime.cuda_graph import DecodeBuffers, DecodeGraphs, GraphKey
+from ramet.runtime.inputs import ExtendInputs, build_extend_inputs, decode_rows_of, new_pages_of, scored_range
+from ramet.runtime.kv_cache import KVCache
+from ramet.runtime.models.config import ModelConfig
+from ramet.runtime.models.context import ForwardContext
+from ramet.runtime.models.decoder import Decoder
+from ramet.runtime.sampler import apply_edits
+from ramet.runtime.slots import RunningSlots, upload
+from ramet.runtime.types import Batch, RowOutput
+
+_SCORE_ROWS = 512  # logits rows of one part of a scoring chunk: bounds the [rows, V] fp32 workspace
+
+
+@dataclass(slots=True)
+class LaunchedStep:
+    """A step whose results are on their way to the host. `read` waits for them."""
+
+    batch: Batch
+    tokens: Tensor  # int32 [R], host
+    logprobs: Tensor | None  # fp32 [R], host
+    top_logprobs: tuple[Tensor, Tensor] | None  # ids [R, n], values [R, n], host
+    scores: Tensor | None  # fp32 [Q], host
+    event: torch.cuda.Event | None
+
+    def read(self) -> list[RowOutput]:
+        """Wait for the step and return one output an item, in the batch's order."""
+        if self.event is not None:
+            self.event.synchronize()
+        tokens = self.tokens.tolist()
+        items = self.batch.items
+        if self.logprobs is None and self.scores is None and len(tokens) == len(items):
+            return [RowOutput((token,)) for token in tokens]
+        return self._read_rows(tokens)
+
+    def _read_rows(self, tokens: list[int]) -> list[RowOutput]:
+        logprobs = None if self.logprobs is None else self.logprobs.tolist()
+        scores = None if self.scores is None else self.scores.numpy()
+        outputs, row, scored = [], 0, 0
+        for item in self.batch.items:
+            first, last = scored_range(item)
+            part = None
+            if last > first and scores is not None:
+                part = scores[scored : scored + last - first].copy()
+                scored += last - first
+            if not item.samples:
+                outputs.append(RowOutput(prompt_logprobs=part))
+                continue
+            wanted = item.sequence.request.sampling.logprobs
+            if logprobs is None or wanted is None:
+                outputs.append(RowOutput((tokens[row],), prompt_logprobs=part))
+            else:
+                outputs.append(RowOutput((tokens[row],), (logprobs[row],), (self._top(row, wanted),), part))
+            row += 1
+        return outputs
+
+    def _top(self, row: int, count: int) -> tuple[tuple[int, float], ...]:
+        if self.top_logprobs is None:
+            return ()
+        ids, values = self.top_logprobs
+        return tuple(zip(ids[row, :count].tolist(), values[row, :count].tolist(), strict=True))
+
+
+class ModelRunner:
+    """Runs batches of a scheduler on one device."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        kv_cache: KVCache,
+        slots: RunningSlots,
+        *,
+        device: torch.device,
+        max_kv_len: int,
+    ) -> None:
+        self.decoder = decoder
+        self.model: ModelConfig = decoder.config
+        self.kv_cache = kv_cache
+        self.slots = slots
+        self.tables = slots.tables
+        self.sampling = slots.tables.sampling()
+        self.device = device
+        self.max_kv_len = max_kv_len
+        self.page_size = kv_cache.page_size
+        self.graphs: DecodeGraphs | None = None
+        is_cuda = device.type == "cuda"
+        self.num_sms = torch.cuda.get_device_properties(device).multi_processor_count if is_cuda else 1
+
+    @torch.inference_mode()
+    def launch(self, batch: Batch, *, masks: NDArray[np.int32] | None = None, on_host: bool = False) -> LaunchedStep:
+        """Start one step.
+
+        masks: int32 [R, W], one row for each item that samples; None: the host masks nothing.
+        on_host: the tokens so far are known to the host, so penalties, biases and log-probabilities can be done.
+        """
+        self._copy_pages(batch)
+        scores = None
+        is_decode = batch.num_decode == len(batch.items)
+        if is_decode and self.graphs is not None:
+            rows, new_pages = decode_rows_of(batch.items), new_pages_of(batch.items, self.page_size)
+            samples_in_graph = masks is None and not on_host
+            buffers = self.graphs.replay(rows, new_pages, samples=samples_in_graph, uses_tree=False)
+            count = len(rows)
+            if samples_in_graph:
+                return self._to_host(batch, buffers.tokens[:count], None, None)
+            assert buffers.logits is not None
+            logits, slots, positions = buffers.logits[:count], buffers.rows[:count], buffers.inputs.kv_lens[:count]
+        else:
+            hidden, slots, positions, scores = self._run_decode(batch) if is_decode else self._run_extend(batch)
+            if slots.numel() == 0:
+                return self._to_host(batch, slots, None, scores)
+            logits = self.decoder.logits(hidden)
+        tokens, logprobs = self._sample(batch, logits, slots, positions, masks, on_host)
+        return self._to_host(batch, tokens, logprobs, scores)
+
+    def capture_graphs(self) -> None:
+        """Capture the decode graphs; the slot tables must be idle."""
+        with torch.inference_mode():
+            self.graphs = DecodeGraphs(self._decode_body, self.slots.num_slots, self.slots.dummy, self.device)
+            self.graphs.capture_all()
+
+    def _decode_body(self, key: GraphKey, buffers: DecodeBuffers) -> None:
+        tables, inputs = self.tables, buffers.inputs
+        prepare_decode(
+            buffers.rows, buffers.new_pages, tables.last_token, tables.kv_len, tables.page_table, self.page_size, inputs
+        )
+        num_splits = choose_num_splits(key.bucket, self.model.num_kv_heads, self.max_kv_len, self.num_sms)
+        decode = DecodeMetadata(inputs.kv_lens, buffers.rows, tables.page_table, num_splits)
+        context = self._context(inputs.positions, inputs.kv_slots, key.bucket, decode)
+        logits = self.decoder.logits(self.decoder.forward(inputs.token_ids, context))
+        if not key.samples:
+            buffers.logits = logits
+            return
+        sample(logits, self.sampling, buffers.rows, inputs.kv_lens, None, buffers.tokens)
+        commit_decode(buffers.rows, buffers.tokens, tables.last_token, tables.kv_len)
+
+    def _sample(
+        self,
+        batch: Batch,
+        raw: Tensor,
+        slots: Tensor,
+        positions: Tensor,
+        masks: NDArray[np.int32] | None,
+        on_host: bool,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None]:
+        """Tokens int32 [R] and, where some row asks for them, log-probabilities (chosen, top values, top ids)."""
+        sequences = [item.sequence for item in batch.items if item.samples]
+        edited = on_host and any(s.request.sampling.needs_logit_edits for s in sequences)
+        logits = apply_edits(raw, sequences) if edited else raw
+        mask = None if masks is None else upload([masks], self.device)[0]
+        tokens = torch.empty(slots.numel(), dtype=torch.int32, device=self.device)
+        sample(logits, self.sampling, slots, positions, mask, tokens)
+        commit_decode(slots, tokens, self.tables.last_token, self.tables.kv_len)
+        wanted = [s.request.sampling.logprobs for s in sequences if s.request.sampling.logprobs is not None]
+        return tokens, compute_logprobs(raw, tokens, max(wanted)) if edited and wanted else None
+
+    def _copy_pages(self, batch: Batch) -> None:
+        if not batch.page_copies:
+            return
+        copies = np.asarray([(c.source, c.target, c.num_tokens) for c in batch.page_copies], dtype=np.int32)
+        source, target, num_tokens = upload([copies[:, 0], copies[:, 1], copies[:, 2]], self.device)
+        copy_pages(self.kv_cache.layers, source, target, num_tokens)
+
+    def _run_decode(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, None]:
+        """Hidden states [B, hidden], slots [B] and positions of the new tokens [B]."""
+        rows, new_pages = upload([decode_rows_of(batch.items), new_pages_of(batch.items, self.page_size)], self.device)
+        inputs = self._prepare_decode(rows, new_pages)
+        decode = self._decode_metadata(rows, inputs.kv_lens, batch)
+        context = self._context(inputs.positions, inputs.kv_slots, batch.num_decode, decode)
+        return self.decoder.forward(inputs.token_ids, context), rows, inputs.kv_lens, None
+
+    def _run_extend(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """As `_run_decode` for the rows that sample, and the log-probabilities that were asked for."""
+        states = [0] * (len(batch.items) - batch.num_decode)
+        extend = build_extend_inputs(batch, self.slots, states, self.page_size, self.device)
+        token_ids, positions, kv_slots = extend.token_ids, extend.positions, extend.kv_slots
+        decode = None
+        if batch.num_decode:
+            decode_items = batch.items[: batch.num_decode]
+            rows, new_pages = upload(
+                [decode_rows_of(decode_items), new_pages_of(decode_items, self.page_size)], self.device
+            )
+            inputs = self._prepare_decode(rows, new_pages)
+            token_ids = torch.cat((inputs.token_ids, token_ids))
+            positions = torch.cat((inputs.positions, positions))
+            kv_slots = torch.cat((inputs.kv_slots, kv_slots))
+            decode = self._decode_metadata(rows, inputs.kv_lens, batch)
+        context = self._context(positions, kv_slots, batch.num_decode, decode, extend.metadata)
+        hidden = self.decoder.forward(token_ids, context)
+        scores = self._score(hidden, extend)
+        return hidden.index_select(0, extend.sample_index), extend.sample_rows, extend.sample_positions, scores
+
+    def _prepare_decode(self, rows: Tensor, new_pages: Tensor) -> DecodeInputs:
+        tables = self.tables
+        inputs = DecodeInputs.create(rows.numel(), self.device)
+        prepare_decode(rows, new_pages, tables.last_token, tables.kv_len, tables.page_table, self.page_size, inputs)
+        return inputs
+
+    def override_tokens(self, tokens: Seq[tuple[int, int]]) -> None:
+        """Replace the last token of slots, (slot, token) each, before their next step is launched."""
+        column = COLUMNS["last_token"]
+        (updates,) = upload(
+            [np.asarray([(slot, column, token) for slot, token in tokens], dtype=np.int32)], self.device
+        )
+        scatter_rows(updates, self.tables.arena)
+
+    def _context(
+        self,
+        positions: Tensor,
+        kv_slots: Tensor,
+        num_decode: int,
+        decode: DecodeMetadata | None,
+        extend: ExtendMetadata | None = None,
+    ) -> ForwardContext:
+        return ForwardContext(positions, kv_slots, num_decode, decode, extend, self.kv_cache.layers)
+
+    def _decode_metadata(self, rows: Tensor, kv_lens: Tensor, batch: Batch) -> DecodeMetadata:
+        lens = [item.start + 1 for item in batch.items[: batch.num_decode]]
+        num_splits = choose_num_splits(len(lens), self.model.num_kv_heads, max(lens), self.num_sms)
+        return DecodeMetadata(kv_lens, rows, self.tables.page_table, num_splits, None, lens)
+
+    def _score(self, hidden: Tensor, extend: ExtendInputs) -> Tensor | None:
+        if extend.score_index is None or extend.score_targets is None:
+            return None
+        parts = []
+        for low in range(0, extend.score_index.numel(), _SCORE_ROWS):
+            index = extend.score_index[low : low + _SCORE_ROWS]
+            logits = self.decoder.logits(hidden.index_select(0, index))
+            parts.append(compute_logprobs(logits, extend.score_targets[low : low + _SCORE_ROWS], 0)[0])
+        return torch.cat(parts)
+
+    def _to_host(
+        self,
+        batch: Batch,
+        tokens: Tensor,
+        logprobs: tuple[Tensor, Tensor, Tensor] | None,
+        scores: Tensor | None,
+    ) -> LaunchedStep:
+        is_cuda = self.device.type == "cuda"
+
+        def host(tensor: Tensor) -> Tensor:
+            if not is_cuda:
+                return tensor
+            target = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            return target.copy_(tensor, non_blocking=True)
+
+        step = LaunchedStep(
+            batch=batch,
+            tokens=host(tokens),
+            logprobs=None if logprobs is None else host(logprobs[0]),
+            top_logprobs=None if logprobs is None else (host(logprobs[2]), host(logprobs[1])),
+            scores=None if scores is None else host(scores),
+            event=None,
+        )
+        if is_cuda:
+            step.event = torch.cuda.Event()
+            step.event.record()
+        return step

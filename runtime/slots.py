@@ -1,0 +1,100 @@
+"""Who sits in which slot, and the small updates that carry joins, pages and lengths to the device tables.
+
+The tables themselves are `kernels.step_inputs.SlotTables`. They are never rebuilt: a step sends one list of (row,
+column, value) triples for what changed. Owner: the model runner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ramet.kernels.sampling import split_seed
+from ramet.kernels.step_inputs import COLUMNS, NUM_HEADER_COLUMNS, SlotTables, column_bits
+from ramet.runtime.types import ScheduledSequence, Sequence
+
+_ALIGN = 32  # int32 values: sections start on 128 bytes, so kernels compiled for aligned pointers serve every step
+
+
+class RunningSlots:
+    """Host side of the slot tables: the owner of each slot, and how many of its pages the device knows."""
+
+    def __init__(self, num_slots: int, max_pages: int, *, device: torch.device) -> None:
+        self.tables = SlotTables.create(num_slots, max_pages, device)
+        self.num_slots = num_slots
+        self.owners: list[Sequence | None] = [None] * num_slots
+        self._known_pages = [0] * num_slots
+
+    @property
+    def dummy(self) -> int:
+        return self.num_slots
+
+    def extend_updates(self, items: Seq[ScheduledSequence], grammar_states: Seq[int]) -> NDArray[np.int32]:
+        """Triples int32 [R, 3] for rows whose prompt is being computed: parameters of joins, new pages, lengths.
+
+        grammar_states: the automaton state that each item's slot starts from (0: unconstrained).
+        """
+        triples: list[tuple[int, int, int]] = []
+        blocks: list[NDArray[np.int32]] = []
+        for item, state in zip(items, grammar_states, strict=True):
+            sequence = item.sequence
+            slot = sequence.slot
+            assert slot is not None
+            if self.owners[slot] is not sequence:
+                self.owners[slot] = sequence
+                self._known_pages[slot] = 0
+                triples.extend(_join_triples(sequence, slot, state))
+            known, pages = self._known_pages[slot], sequence.page_ids
+            if len(pages) > known:
+                block = np.empty((len(pages) - known, 3), dtype=np.int32)
+                block[:, 0] = slot
+                block[:, 1] = np.arange(known, len(pages), dtype=np.int32) + NUM_HEADER_COLUMNS
+                block[:, 2] = pages[known:]
+                blocks.append(block)
+                self._known_pages[slot] = len(pages)
+            # The commit after sampling adds the row's one: the column counts tokens with KV, as for decode rows.
+            kv_len = item.start + item.num_tokens - (1 if item.samples else 0)
+            triples.append((slot, COLUMNS["kv_len"], kv_len))
+        return np.concatenate([np.asarray(triples, dtype=np.int32), *blocks])
+
+    def forget_pages(self, slot: int, num_pages: int) -> None:
+        """Pages from `num_pages` on are to be sent again (they were exchanged for others)."""
+        self._known_pages[slot] = min(self._known_pages[slot], num_pages)
+
+
+def _join_triples(sequence: Sequence, slot: int, state: int) -> list[tuple[int, int, int]]:
+    params = sequence.request.sampling
+    low, high = split_seed(sequence.request.seed)
+    values: dict[str, float] = {
+        "grammar_state": state,
+        "temperature": params.temperature,
+        "top_k": params.top_k,
+        "top_p": params.top_p,
+        "min_p": params.min_p,
+        "seed_low": low,
+        "seed_high": high,
+        "error": 0,
+    }
+    return [(slot, COLUMNS[name], column_bits(name, value)) for name, value in values.items()]
+
+
+def upload(sections: Seq[NDArray[np.int32]], device: torch.device) -> list[Tensor]:
+    """Copy int32 arrays to the device in one transfer that the host does not wait for; returns one view each."""
+    starts, total = [], 0
+    for section in sections:
+        starts.append(total)
+        total += -(-section.size // _ALIGN) * _ALIGN
+    packed = np.zeros(max(total, 1), dtype=np.int32)
+    for start, section in zip(starts, sections, strict=True):
+        packed[start : start + section.size] = section.reshape(-1)
+    tensor = torch.from_numpy(packed)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory().to(device, non_blocking=True)
+    return [
+        tensor[start : start + section.size].view(section.shape)
+        for start, section in zip(starts, sections, strict=True)
+    ]
