@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def, no-untyped-call"
 """Device slot tables, and the small kernels at the two ends of a decode step that read and change them.
 
 A running sequence owns a slot: one row of an int32 arena. One arena means that a join, a leave or a new page is a few
@@ -20,6 +21,9 @@ import torch
 from torch import Tensor
 
 from ramet.kernels.sampling import GrammarTables, SamplingTables
+from ramet.kernels.triton_support import cdiv, jit, tl
+
+_BLOCK = 128
 
 NUM_HEADER_COLUMNS = 16  # 64 bytes: one row's scalars are one cache line
 COLUMNS = {
@@ -130,7 +134,8 @@ def prepare_decode(
     kv_len // page_size, 0 for none. last_token, kv_len: int32 [S + 1]. page_table: int32 [S + 1, max_pages], changed.
     Padded rows get token 0, position 0, slot 0 and length 1. Rows other than the dummy appear once.
     """
-    prepare_decode_reference(rows, new_page, last_token, kv_len, page_table, page_size, out)
+    run = prepare_decode_triton if rows.is_cuda else prepare_decode_reference
+    run(rows, new_page, last_token, kv_len, page_table, page_size, out)
 
 
 def commit_decode(
@@ -140,7 +145,8 @@ def commit_decode(
 
     num_computed: int32 [B], tokens that got KV in the step (default: one each). The dummy slot never changes.
     """
-    commit_decode_reference(rows, next_tokens, last_token, kv_len, num_computed)
+    run = commit_decode_triton if rows.is_cuda else commit_decode_reference
+    run(rows, next_tokens, last_token, kv_len, num_computed)
 
 
 def scatter_rows(updates: Tensor, table: Tensor) -> None:
@@ -148,7 +154,7 @@ def scatter_rows(updates: Tensor, table: Tensor) -> None:
 
     Targets are distinct. A buffer of fixed size, padded by rows of -1, may be part of a CUDA graph.
     """
-    scatter_rows_reference(updates, table)
+    (scatter_rows_triton if table.is_cuda else scatter_rows_reference)(updates, table)
 
 
 def pack_updates(updates: Sequence[tuple[int, int, int]], capacity: int) -> Tensor:
@@ -201,3 +207,116 @@ def scatter_rows_reference(updates: Tensor, table: Tensor) -> None:
     """Specification of `scatter_rows` and its CPU path."""
     kept = updates[updates[:, 0] >= 0]
     table[kept[:, 0].long(), kept[:, 1].long()] = kept[:, 2]
+
+
+def prepare_decode_triton(
+    rows: Tensor,
+    new_page: Tensor,
+    last_token: Tensor,
+    kv_len: Tensor,
+    page_table: Tensor,
+    page_size: int,
+    out: DecodeInputs,
+) -> None:
+    """Launch the kernel of `prepare_decode`: one program per 128 rows."""
+    _prepare_kernel[(cdiv(len(rows), _BLOCK),)](
+        rows,
+        new_page,
+        last_token,
+        kv_len,
+        page_table,
+        out.token_ids,
+        out.positions,
+        out.kv_slots,
+        out.kv_lens,
+        last_token.stride(0),
+        kv_len.stride(0),
+        page_table.stride(0),
+        len(rows),
+        last_token.shape[0] - 1,
+        P=page_size,
+        BLOCK=_BLOCK,
+        num_warps=4,
+    )
+
+
+def commit_decode_triton(
+    rows: Tensor, next_tokens: Tensor, last_token: Tensor, kv_len: Tensor, num_computed: Tensor | None = None
+) -> None:
+    """Launch the kernel of `commit_decode`."""
+    _commit_kernel[(cdiv(len(rows), _BLOCK),)](
+        rows,
+        next_tokens,
+        last_token,
+        kv_len,
+        num_computed,
+        last_token.stride(0),
+        kv_len.stride(0),
+        len(rows),
+        last_token.shape[0] - 1,
+        HAS_COUNTS=num_computed is not None,
+        BLOCK=_BLOCK,
+        num_warps=4,
+    )
+
+
+def scatter_rows_triton(updates: Tensor, table: Tensor) -> None:
+    """Launch the kernel of `scatter_rows`."""
+    num_updates = updates.shape[0]
+    if num_updates:
+        _scatter_kernel[(cdiv(num_updates, _BLOCK),)](
+            updates, table, table.stride(0), table.stride(1), num_updates, BLOCK=_BLOCK, num_warps=4
+        )
+
+
+@jit
+def _prepare_kernel(
+    rows_ptr, new_page_ptr, token_ptr, length_ptr, pages_ptr, out_token_ptr, out_position_ptr, out_slot_ptr,
+    out_length_ptr, token_stride, length_stride, pages_stride, num_rows, dummy, P: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = index < num_rows
+    row = tl.load(rows_ptr + index, mask=inside, other=dummy)
+    is_real = inside & (row != dummy)
+    row = row.to(tl.int64)
+    token = tl.load(token_ptr + row * token_stride, mask=is_real, other=0)
+    length = tl.load(length_ptr + row * length_stride, mask=is_real, other=0)
+    new_page = tl.load(new_page_ptr + index, mask=is_real, other=0)
+    entry = pages_ptr + row * pages_stride + length // P
+    has_new_page = new_page != 0
+    page = tl.load(entry, mask=is_real & (new_page == 0), other=0)
+    page = tl.where(has_new_page, new_page, page)
+    tl.store(entry, new_page, mask=has_new_page)
+    tl.store(out_token_ptr + index, token, mask=inside)
+    tl.store(out_position_ptr + index, length, mask=inside)
+    tl.store(out_slot_ptr + index, page * P + tl.where(is_real, length % P, 0), mask=inside)
+    tl.store(out_length_ptr + index, length + 1, mask=inside)
+
+
+@jit
+def _commit_kernel(
+    rows_ptr, next_ptr, token_ptr, length_ptr, counts_ptr, token_stride, length_stride, num_rows, dummy,
+    HAS_COUNTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = index < num_rows
+    row = tl.load(rows_ptr + index, mask=inside, other=dummy)
+    is_real = inside & (row != dummy)
+    row = row.to(tl.int64)
+    token = tl.load(next_ptr + index, mask=is_real, other=0).to(tl.int32)
+    count = tl.full((BLOCK,), 1, tl.int32)
+    if HAS_COUNTS:
+        count = tl.load(counts_ptr + index, mask=is_real, other=0)
+    length = tl.load(length_ptr + row * length_stride, mask=is_real, other=0)
+    tl.store(token_ptr + row * token_stride, token, mask=is_real)
+    tl.store(length_ptr + row * length_stride, length + count, mask=is_real)
+
+
+@jit
+def _scatter_kernel(updates_ptr, table_ptr, row_stride, column_stride, num_updates, BLOCK: tl.constexpr):
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = index < num_updates
+    row = tl.load(updates_ptr + index * 3, mask=inside, other=-1).to(tl.int64)
+    column = tl.load(updates_ptr + index * 3 + 1, mask=inside, other=0)
+    value = tl.load(updates_ptr + index * 3 + 2, mask=inside, other=0)
+    tl.store(table_ptr + row * row_stride + column * column_stride, value, mask=inside & (row >= 0))
