@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from ramet.errors import BrokenModelFile, UnsupportedArchitecture
 
 if TYPE_CHECKING:
-    from gguf import GGUFReader
+    from ramet.runtime.models.gguf_file import GgufFile
 
 Activation = Literal["silu", "gelu_tanh"]
 RopeKind = Literal["linear", "llama3", "divisors"]
@@ -166,14 +166,14 @@ class ModelConfig:
         return config_from_hf(config)
 
     @classmethod
-    def from_gguf(cls, reader: GGUFReader) -> ModelConfig:
+    def from_gguf(cls, file: GgufFile) -> ModelConfig:
         """Read GGUF metadata; what it leaves out (biases, tied embeddings, vocabulary size) is read off the tensors.
 
         Raises: UnsupportedArchitecture; BrokenModelFile naming a missing key.
         """
         from ramet.runtime.models.config_gguf import config_from_gguf
 
-        return config_from_gguf(reader)
+        return config_from_gguf(file)
 
 
 def unsupported_architecture(found: str) -> UnsupportedArchitecture:

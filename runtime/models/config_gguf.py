@@ -6,15 +6,12 @@ Source for key names and rules that the metadata leaves out: llama.cpp's model l
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from ramet.errors import BrokenModelFile, UnsupportedArchitecture
 from ramet.runtime.models.config import (
     GGUF_ARCHITECTURES,
-    Fields,
     ModelConfig,
     Rope,
     RopeScaling,
@@ -22,16 +19,16 @@ from ramet.runtime.models.config import (
 )
 
 if TYPE_CHECKING:
-    from gguf import GGUFReader
+    from ramet.runtime.models.gguf_file import GgufEntry, GgufFile
 
 
-def config_from_gguf(reader: GGUFReader) -> ModelConfig:
+def config_from_gguf(file: GgufFile) -> ModelConfig:
     """`ModelConfig.from_gguf`."""
-    read = gguf_metadata(reader)
+    read = file.metadata.get
     architecture = read("general.architecture")
     if architecture not in GGUF_ARCHITECTURES:
         raise unsupported_architecture(f"{architecture!r} of this GGUF file")
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    tensors = file.tensors
 
     def value(key: str, default: Any = None) -> Any:  # metadata value
         found = read(f"{architecture}.{key}", default)
@@ -60,7 +57,7 @@ def config_from_gguf(reader: GGUFReader) -> ModelConfig:
         num_heads=num_heads,
         num_kv_heads=value("attention.head_count_kv", num_heads),
         head_dim=head_dim,
-        vocab_size=int(tensors["token_embd.weight"].shape[1]),
+        vocab_size=int(tensors["token_embd.weight"].shape[0]),
         rms_norm_eps=float(f"{value('attention.layer_norm_rms_epsilon'):.6g}"),  # stored as float32: 1e-5 again
         max_position_embeddings=value("context_length"),
         rope=rope,
@@ -84,16 +81,6 @@ def config_from_gguf(reader: GGUFReader) -> ModelConfig:
     )
 
 
-def gguf_metadata(reader: GGUFReader) -> Callable[..., Any]:
-    """A function `read(key, default=None)` over the file's metadata; values are Python ones (of any GGUF type)."""
-
-    def read(key: str, default: Any = None) -> Any:
-        field = reader.get_field(key)
-        return default if field is None else field.contents()
-
-    return read
-
-
 def _gguf_sliding_layers(stored: object, num_layers: int, is_gemma: bool) -> tuple[bool, ...]:
     if isinstance(stored, list):
         return tuple(bool(item) for item in stored)
@@ -101,11 +88,11 @@ def _gguf_sliding_layers(stored: object, num_layers: int, is_gemma: bool) -> tup
     return tuple((layer + 1) % period != 0 if is_gemma else True for layer in range(num_layers))
 
 
-def _gguf_rope(value: Callable[..., Any], tensors: Fields, default_theta: float) -> Rope:
+def _gguf_rope(value: Callable[..., Any], tensors: Mapping[str, GgufEntry], default_theta: float) -> Rope:
     theta = float(value("rope.freq_base", default_theta))
     kind = value("rope.scaling.type", "none")
     if "rope_freqs.weight" in tensors:  # llama.cpp bakes Llama 3's ramp into a tensor of divisors
-        divisors = np.asarray(tensors["rope_freqs.weight"].data, dtype=np.float64).reshape(-1)
+        divisors = tensors["rope_freqs.weight"].dequantised().reshape(-1)
         return Rope(theta, RopeScaling("divisors", divisors=tuple(map(float, divisors))))
     if kind == "linear":
         return Rope(theta, RopeScaling("linear", factor=float(value("rope.scaling.factor"))))

@@ -9,14 +9,16 @@ The convention between loaders and the decoder:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ramet.errors import BrokenModelFile
 from ramet.runtime.models.config import ModelConfig
 
 
@@ -95,3 +97,33 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     if not config.tie_word_embeddings:
         shapes["lm_head.weight"] = (config.vocab_size, hidden)
     return shapes
+
+
+def check_names(config: ModelConfig, names: Iterable[str], source: Path) -> None:
+    """Raise BrokenModelFile naming what `source` lacks, and what it has beyond `expected_tensors`."""
+    expected, found = expected_tensors(config), set(names)
+    missing = [name for name in expected if name not in found]
+    unknown = sorted(found - expected.keys())
+    problems = []
+    if missing:
+        problems.append(f"{len(missing)} tensors are missing: {_some(missing)}")
+    if unknown:
+        problems.append(f"{len(unknown)} tensors are unknown to a {config.architecture} model: {_some(unknown)}")
+    if problems:
+        raise BrokenModelFile(f"{source}: {'; '.join(problems)}")
+
+
+def check_shapes(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], source: Path) -> None:
+    """Raise BrokenModelFile naming the tensors whose shape is not the configuration's."""
+    expected = expected_tensors(config)
+    wrong = [
+        f"{name} is {list(shape)} but must be {list(expected[name])}"
+        for name, shape in shapes.items()
+        if name in expected and tuple(shape) != expected[name]
+    ]
+    if wrong:
+        raise BrokenModelFile(f"{source}: {len(wrong)} tensors do not fit the configuration: {_some(wrong)}")
+
+
+def _some(names: list[str], limit: int = 5) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -1,0 +1,143 @@
+"""Load a GGUF file: metadata to a `ModelConfig`, tensors to `Weights` under their Hugging Face names.
+
+Tensors are memory-mapped; a floating-point tensor is dequantised to float32 on access, and quantised matrices can be
+had as they lie in the file (`Weights.quantized`). llama.cpp's converter changes two things that are undone here: it
+interleaves the two rotary halves of q and k in Llama and Mistral, and it adds 1 to Gemma's norm weights.
+Source: llama.cpp's convert_hf_to_gguf; the GGUF specification.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
+
+import gguf
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ramet.errors import BrokenModelFile
+from ramet.runtime.models.config import ModelConfig
+from ramet.runtime.models.gguf_file import GgufEntry, GgufFile
+from ramet.runtime.models.weights import GgufTensor, Weights, check_names, check_shapes
+
+_GLOBAL_NAMES = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+_LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+    "ffn_norm": "post_attention_layernorm",
+}
+# In Gemma 3 `ffn_norm` is the norm before the feed-forward, and there are norms after each half.
+_GEMMA3_LAYER_NAMES = _LAYER_NAMES | {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+_IGNORED = {"rope_freqs.weight"}  # read by the configuration
+_LAYER = re.compile(r"blk\.(\d+)\.([a-z_]+)\.(weight|bias)")
+_Number = TypeVar("_Number", np.float32, np.uint8)
+_FLOAT_TYPES = ("F32", "F16", "BF16", "F64")
+
+
+def load_gguf_config(file: GgufFile) -> ModelConfig:
+    """The file's configuration. Raises: BrokenModelFile, UnsupportedArchitecture."""
+    try:
+        return ModelConfig.from_gguf(file)
+    except BrokenModelFile as error:
+        raise BrokenModelFile(f"{file.path}: {error}") from error
+
+
+def load_gguf(file: GgufFile, config: ModelConfig) -> Weights:
+    """Map the file's tensors; names and shapes are checked now, bytes are read on access.
+
+    Raises: BrokenModelFile naming the tensors that are missing, unknown, of a wrong shape or an unknown type.
+    """
+    layer_names = _GEMMA3_LAYER_NAMES if config.feed_forward_norms else _LAYER_NAMES
+    readers: dict[str, Callable[[], Tensor]] = {}
+    quantized: dict[str, Callable[[], GgufTensor]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for tensor in file.tensors.values():
+        if tensor.name in _IGNORED:
+            continue
+        name = _hf_name(tensor.name, layer_names)
+        quantization = tensor.kind.name
+        if quantization not in _FLOAT_TYPES and not _can_dequantise(tensor.kind):
+            raise BrokenModelFile(
+                f"{file.path}: {tensor.name} has the type {quantization}, which cannot be dequantised"
+            )
+        shapes[name] = tensor.shape
+        heads = _interleaved_heads(config, name)
+        shift = -config.norm_offset if name.endswith("norm.weight") else 0.0
+        readers[name] = partial(_dequantise, tensor, heads, shift)
+        if quantization not in _FLOAT_TYPES and len(shapes[name]) == 2:
+            quantized[name] = partial(_as_stored, tensor, heads)
+    check_names(config, readers, file.path)
+    check_shapes(config, shapes, file.path)
+    return Weights(readers, quantized)
+
+
+def _hf_name(name: str, layer_names: dict[str, str]) -> str:
+    """The Hugging Face name; an unknown tensor keeps its own, and the check of names reports it."""
+    if name in _GLOBAL_NAMES:
+        return _GLOBAL_NAMES[name]
+    match = _LAYER.fullmatch(name)
+    if match is None or match[2] not in layer_names:
+        return name
+    return f"model.layers.{match[1]}.{layer_names[match[2]]}.{match[3]}"
+
+
+def _interleaved_heads(config: ModelConfig, name: str) -> int:
+    """Number of heads whose rows llama.cpp interleaved; 0 where it left the order alone."""
+    if config.architecture not in ("llama", "mistral"):
+        return 0
+    if ".self_attn.q_proj." in name:
+        return config.num_heads
+    return config.num_kv_heads if ".self_attn.k_proj." in name else 0
+
+
+def _split_halves(rows: NDArray[_Number], num_heads: int) -> NDArray[_Number]:
+    """Undo the interleaving: within a head, rows (0, D/2, 1, D/2 + 1, ...) go back to (0, 1, ..., D - 1)."""
+    if num_heads == 0:
+        return rows
+    half = rows.shape[0] // num_heads // 2
+    grouped = rows.reshape(num_heads, half, 2, *rows.shape[1:])
+    return np.ascontiguousarray(grouped.swapaxes(1, 2)).reshape(rows.shape)
+
+
+def _dequantise(tensor: GgufEntry, heads: int, shift: float) -> Tensor:
+    values = _split_halves(tensor.dequantised(), heads)
+    if shift:
+        values += np.float32(shift)
+    return torch.from_numpy(values)
+
+
+def _as_stored(tensor: GgufEntry, heads: int) -> GgufTensor:
+    num_rows, num_columns = tensor.shape
+    # Blocks run along a row, so whole rows can change places.
+    rows = _split_halves(tensor.stored.reshape(num_rows, -1), heads)
+    return GgufTensor(rows=rows, quantization=tensor.kind.name, shape=(num_rows, num_columns))
+
+
+def _can_dequantise(kind: gguf.GGMLQuantizationType) -> bool:
+    block_size, type_size = gguf.GGML_QUANT_SIZES[kind]
+    try:
+        gguf.dequantize(np.zeros((1, type_size), dtype=np.uint8), kind)
+    except NotImplementedError:
+        return False
+    assert block_size > 1, kind
+    return True

@@ -1,0 +1,132 @@
+"""Load a Hugging Face model folder: `config.json`, safetensors (one file, or shards with an index), generation config.
+
+Tensors are memory-mapped and read on access. Nothing in the folder is executed; pickled weights (.bin) are refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ramet.errors import BrokenModelFile
+from ramet.runtime.models.config import ModelConfig
+from ramet.runtime.models.weights import Weights, check_names, check_shapes
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+
+# What checkpoints carry and the decoder does not read.
+_IGNORED_SUFFIXES = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias")
+# Multimodal Gemma 3: the text model's prefixes (transformers 4 and 5), and what belongs to images.
+_TEXT_PREFIXES = (
+    ("language_model.model.", "model."),
+    ("model.language_model.", "model."),
+    ("language_model.lm_head.", "lm_head."),
+)
+_IMAGE_PREFIXES = (
+    "vision_tower.",
+    "multi_modal_projector.",
+    "model.vision_tower.",
+    "model.multi_modal_projector.",
+)
+
+
+def read_json(path: Path) -> dict[str, Any]:  # JSON values
+    """Parse a JSON object. Raises: BrokenModelFile naming the file."""
+    try:
+        parsed = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise BrokenModelFile(f"{path.parent} lacks {path.name}") from error
+    except (OSError, ValueError) as error:  # bad UTF-8 and bad JSON are both ValueError
+        raise BrokenModelFile(f"{path} is not readable JSON: {error}") from error
+    if not isinstance(parsed, dict):
+        raise BrokenModelFile(f"{path} holds a {type(parsed).__name__} but must hold a JSON object")
+    return parsed
+
+
+def load_hf_config(folder: Path) -> ModelConfig:
+    """The folder's `config.json`. Raises: BrokenModelFile, UnsupportedArchitecture."""
+    path = folder / "config.json"
+    try:
+        return ModelConfig.from_hf(read_json(path))
+    except BrokenModelFile as error:
+        raise BrokenModelFile(f"{path}: {error}") from error
+    except (TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, BrokenModelFile) or error.__class__.__module__.startswith("ramet"):
+            raise
+        raise BrokenModelFile(f"{path}: a field has the wrong type: {error}") from error
+
+
+def load_safetensors(folder: Path, config: ModelConfig) -> Weights:
+    """Open the folder's weights; names, shapes and completeness are checked now, bytes are read on access.
+
+    Raises: BrokenModelFile naming the tensors that are missing, unknown or of a wrong shape.
+    """
+    files = _weight_files(folder)
+    readers: dict[str, partial[Tensor]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path, wanted in files.items():
+        try:
+            with safe_open(path, framework="pt") as file:
+                stored = list(file.keys())
+                for name in wanted if wanted is not None else stored:
+                    mapped = _text_model_name(name)
+                    if mapped is None:
+                        continue
+                    shapes[mapped] = tuple(file.get_slice(name).get_shape())
+                    readers[mapped] = partial(_read, path, name)
+        except (SafetensorError, OSError) as error:
+            raise BrokenModelFile(f"{path} cannot be read: {error}") from error
+    if config.tie_word_embeddings:  # some checkpoints store the shared matrix twice
+        readers.pop("lm_head.weight", None)
+        shapes.pop("lm_head.weight", None)
+    check_names(config, readers, folder)
+    check_shapes(config, shapes, folder)
+    return Weights(readers)
+
+
+def _read(path: Path, name: str) -> Tensor:
+    with safe_open(path, framework="pt") as file:
+        tensor: Tensor = file.get_tensor(name)
+        return tensor
+
+
+def _weight_files(folder: Path) -> dict[Path, Iterable[str] | None]:
+    """Files and the tensors that the index promises in each (None: whatever is there)."""
+    index = folder / _INDEX
+    if not index.is_file():
+        if (folder / _SINGLE).is_file():
+            return {folder / _SINGLE: None}
+        hint = ""
+        if any(folder.glob("*.bin")) or any(folder.glob("*.pth")):
+            hint = "; pickled weights can run code and are not read: convert them to safetensors"
+        raise BrokenModelFile(f"{folder} holds neither {_SINGLE} nor {_INDEX}{hint}")
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, Mapping) or not weight_map:
+        raise BrokenModelFile(f"{index} lacks a weight_map")
+    files: dict[Path, list[str]] = {}
+    for name, file_name in weight_map.items():
+        # A shard lies in the folder itself: an index must not reach for other files of the machine.
+        if not isinstance(file_name, str) or Path(file_name).name != file_name:
+            raise BrokenModelFile(f"{index}: the shard of {name} is {file_name!r}, which is no plain file name")
+        files.setdefault(folder / file_name, []).append(name)
+    missing = sorted(path.name for path in files if not path.is_file())
+    if missing:
+        raise BrokenModelFile(f"{folder} lacks {len(missing)} of {len(files)} shards: {', '.join(missing[:5])}")
+    return dict(files)
+
+
+def _text_model_name(name: str) -> str | None:
+    """Our name of a stored tensor; None for those that the text model does not read."""
+    if name.startswith(_IMAGE_PREFIXES) or name.endswith(_IGNORED_SUFFIXES):
+        return None
+    for prefix, replacement in _TEXT_PREFIXES:
+        if name.startswith(prefix):
+            return replacement + name.removeprefix(prefix)
+    return name
