@@ -1,0 +1,625 @@
+"""The scheduler: which tokens run in the next step, in which pages and slots. A pure state machine, no torch.
+
+    schedule() -> Batch            counts its tokens as computed: everything on the device runs in launch order
+    finish_step(batch, outputs)    reads a step's tokens; may come after the next schedule()
+
+so with overlap a sequence may turn out finished while its next step runs: it is released at once and that row is
+ignored later. Its pages may be reused at once, because the device writes them again only in later steps.
+
+A page is reserved for every token that an admitted sequence may still need (`reservation_ratio` of its max_tokens), so
+running out of memory is waiting in the queue. Only sequences beyond their reservation (ratio < 1) can cause preemption:
+then the newest of the lowest priority goes back to the queue, with its tokens kept and its pages left in the tree.
+
+Not here: the order of the waiting (`priority`), sharers of a prefix in computation (`admission`), stop strings
+(engine).
+"""
+
+from __future__ import annotations
+
+import heapq
+import logging
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from math import ceil
+
+from ramet.errors import CacheIntegrityError, ContextOverflow, InvalidRequest, Overloaded
+from ramet.runtime.admission import AdmissionQueue
+from ramet.runtime.page_pool import PagePool
+from ramet.runtime.priority import OrderConfig, ProgramService, Waiting
+from ramet.runtime.radix_cache import PrefixMatch, RadixCache
+from ramet.runtime.types import (
+    Batch,
+    FinishReason,
+    PageCopy,
+    Request,
+    RowOutput,
+    ScheduledSequence,
+    Sequence,
+    Status,
+    TokenIds,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """Limits of a step and of the queue.
+
+    `max_num_tokens_per_step`: decode rows and prefill chunks together. `reservation_ratio`: part of a request's
+    max_tokens that its admission reserves pages for; below 1 memory is over-committed. `max_overtakes`: requests that
+    may be admitted past a first one that does not fit. `max_examined`: requests looked at in one step's admission.
+    """
+
+    context_length: int
+    max_running: int = 256
+    max_num_tokens_per_step: int = 2048
+    max_waiting: int = 100_000
+    reservation_ratio: float = 1.0
+    max_overtakes: int = 256
+    max_examined: int = 64
+    prefix_cache: bool = True
+    order: OrderConfig = field(default_factory=OrderConfig)
+
+    def __post_init__(self) -> None:
+        assert self.max_running >= 1, self.max_running
+        assert self.max_num_tokens_per_step >= self.max_running, "a step must hold one token of every running sequence"
+        assert 0 <= self.reservation_ratio <= 1, self.reservation_ratio
+
+
+@dataclass(slots=True)
+class SchedulerCounters:
+    """Totals since the start. Owner: the scheduler.
+
+    `num_cached_tokens` and `num_computed_tokens`: known tokens whose KV was found in the cache at admission, and
+    prefilled; decode rows count in `num_decoded_tokens`.
+    """
+
+    num_steps: int = 0
+    num_admitted: int = 0
+    num_finished: int = 0
+    num_cached_tokens: int = 0
+    num_computed_tokens: int = 0
+    num_decoded_tokens: int = 0
+    num_preemptions: int = 0
+    num_overtakes: int = 0
+    num_parked: int = 0
+
+
+class Scheduler:
+    """Owner of sequences, slots and of every page that is neither free nor in the tree. Not thread-safe."""
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        pool: PagePool,
+        cache: RadixCache,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.config = config
+        self.pool = pool
+        self.cache = cache
+        self.counters = SchedulerCounters()
+        self._clock = clock
+        self._page_size = pool.page_size
+        self._service = ProgramService()
+        self._waiting = AdmissionQueue(config.order, self._service, pool.page_size)
+        self._sequences: dict[str, Sequence] = {}  # waiting and running, by request id
+        self._queued_s: dict[Sequence, float] = {}
+        self._running: dict[Sequence, None] = {}  # in order of admission
+        self._prefilling: dict[Sequence, None] = {}  # running, with known tokens to compute
+        self._decoding: dict[Sequence, int] = {}  # running, to the num_computed at which no token is missing
+        self._free_slots = list(range(config.max_running))
+        self._num_reserved = 0  # pages that running sequences may still take
+        self._deadlines: list[tuple[float, int, Sequence]] = []
+        self._num_deadlines = 0
+        self._may_admit = False  # something changed since admission last came to its end
+        self._copies: list[PageCopy] = []
+        self._finish_interval_s = 0.1  # moving average
+        self._last_finish_s = clock()
+
+    # --- requests
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._sequences)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._sequences) - len(self._running)
+
+    @property
+    def num_available_pages(self) -> int:
+        """Pages that admission may promise: free or evictable, and reserved for nobody."""
+        return self.pool.num_free + self.cache.num_evictable_pages - self._num_reserved
+
+    def add(self, request: Request) -> Sequence:
+        """Queue a request.
+
+        Raises:
+            ContextOverflow: it can never fit the context, or the page pool.
+            InvalidRequest: its id is in use.
+            Overloaded: the queue is full.
+        """
+        num_max = request.num_prompt + request.max_tokens if request.score_from is None else request.num_prompt
+        if num_max > self.config.context_length:
+            raise ContextOverflow(
+                f"prompt ({request.num_prompt:,} tokens) and output (up to {request.max_tokens:,}) do not fit the "
+                f"context of {self.config.context_length:,}; shorten the prompt or lower max_tokens",
+                param="max_tokens",
+            )
+        sequence = Sequence(request)
+        num_pages = self._peak_pages(sequence, 1.0)
+        if num_pages > self.pool.num_usable:
+            raise ContextOverflow(
+                f"prompt ({request.num_prompt:,} tokens) and output (up to {request.max_tokens:,}) need {num_pages:,} "
+                f"KV pages of {self._page_size} tokens but the pool has {self.pool.num_usable:,}; shorten the prompt, "
+                f"lower max_tokens or give the pool more memory",
+                param="max_tokens",
+            )
+        if request.request_id in self._sequences:
+            raise InvalidRequest(f"request id {request.request_id!r} is in use", param="request_id")
+        if self.num_waiting >= self.config.max_waiting:
+            retry_s = min(60.0, max(1.0, 0.1 * self.num_waiting * self._finish_interval_s))
+            raise Overloaded(f"{self.num_waiting:,} requests wait already; retry in {retry_s:.0f} s", retry_s)
+        self._sequences[request.request_id] = sequence
+        self._queued_s[sequence] = self._clock()
+        if request.deadline_s is not None:
+            self._num_deadlines += 1
+            heapq.heappush(self._deadlines, (request.deadline_s, self._num_deadlines, sequence))
+        self._enqueue(sequence)
+        return sequence
+
+    def abort(self, request_id: str) -> bool:
+        """Finish a request now; its pages and slot are free when this returns. False where no such id is live."""
+        sequence = self._sequences.get(request_id)
+        if sequence is None:
+            return False
+        self.finish(sequence, FinishReason.ABORT)
+        return True
+
+    def finish(self, sequence: Sequence, reason: FinishReason, num_output_tokens: int | None = None) -> None:
+        """End a live sequence now, keeping its first `num_output_tokens` output tokens (None: all).
+
+        What it computed goes to the cache, except with FinishReason.ERROR: what failed may be anything.
+        """
+        assert not sequence.is_finished, f"{sequence.request.request_id} is finished already"
+        if num_output_tokens is not None:
+            del sequence.output_ids[num_output_tokens:]
+        if sequence.status is Status.RUNNING:
+            self._release(sequence, keep=reason is not FinishReason.ERROR)
+        else:
+            self._waiting.remove(sequence)
+        sequence.status = Status.FINISHED
+        sequence.finish_reason = reason
+        self._service.add(sequence.request.program_id, len(sequence.output_ids))
+        self._finish_interval_s += 0.05 * (self._clock() - self._last_finish_s - self._finish_interval_s)
+        self._last_finish_s = self._clock()
+        del self._sequences[sequence.request.request_id]
+        del self._queued_s[sequence]
+        self.counters.num_finished += 1
+
+    def expire_deadlines(self) -> list[Sequence]:
+        """Abort every sequence whose deadline has passed; returns them. O(1) where none has."""
+        expired = []
+        while self._deadlines and (self._deadlines[0][0] <= self._clock() or self._deadlines[0][2].is_finished):
+            sequence = heapq.heappop(self._deadlines)[2]
+            if not sequence.is_finished:
+                self.finish(sequence, FinishReason.ABORT)
+                expired.append(sequence)
+        return expired
+
+    def fail_running(self) -> list[Sequence]:
+        """End every running sequence with ERROR and empty the cache: a step failed, its pages may hold anything."""
+        failed = list(self._running)
+        for sequence in failed:
+            self.finish(sequence, FinishReason.ERROR)
+        self.cache.flush()
+        return failed
+
+    # --- a step
+
+    def schedule(self) -> Batch | None:
+        """Plan the next step; None where nothing can run now (everything waits for tokens of launched steps)."""
+        self._copies = []
+        self._grow_decoding()
+        decoding = self._decoding
+        budget = self.config.max_num_tokens_per_step - len(decoding)
+        extends: list[ScheduledSequence] = []
+        if self._prefilling or self._may_admit:
+            budget = self._plan_extends(extends, budget)
+        items = []
+        for sequence, limit in decoding.items():
+            start = sequence.num_computed
+            if start < limit:
+                sequence.num_computed = start + 1
+                sequence.num_in_flight += 1
+                items.append(ScheduledSequence(sequence, start, 1, True, True))
+        num_decode = len(items)
+        num_tokens = num_decode
+        for item in extends:
+            num_tokens += item.num_tokens
+            self._launch_extend(item)
+        items += extends
+        if not items:
+            return None
+        counters = self.counters
+        counters.num_steps += 1
+        counters.num_decoded_tokens += num_decode
+        counters.num_computed_tokens += num_tokens - num_decode
+        return Batch(counters.num_steps, tuple(items), num_decode, num_tokens, tuple(self._copies))
+
+    def finish_step(self, batch: Batch, outputs: list[RowOutput]) -> list[Sequence]:
+        """Read a step's outputs, one for each item. Returns the sequences that have new tokens or scores.
+
+        A sampling row may bring more than one token where no later step of its sequence is launched: those that the
+        model has not seen are computed next. With none, its last position is computed again.
+        """
+        changed = []
+        for item, output in zip(batch.items, outputs, strict=True):
+            sequence = item.sequence
+            if sequence.status is Status.FINISHED:
+                continue
+            changed.append(sequence)
+            if not item.samples:
+                self._finish_chunk(item)
+                continue
+            sequence.num_in_flight -= 1
+            request, output_ids = sequence.request, sequence.output_ids
+            stop_ids, max_tokens = request.stop_ids, request.max_tokens
+            for token in output.token_ids:
+                output_ids.append(token)
+                if token in stop_ids and len(output_ids) >= request.sampling.min_tokens:
+                    self.finish(sequence, FinishReason.STOP)
+                    break
+                if len(output_ids) >= max_tokens:
+                    self.finish(sequence, FinishReason.LENGTH)
+                    break
+            else:
+                if len(output.token_ids) != 1 or sequence.status is not Status.RUNNING:
+                    self._resume(sequence, len(output.token_ids))
+        return changed
+
+    def _finish_chunk(self, item: ScheduledSequence) -> None:
+        sequence = item.sequence
+        if sequence.request.score_from is not None and item.start + item.num_tokens >= _known_end(sequence):
+            self.finish(sequence, FinishReason.LENGTH)
+
+    def _resume(self, sequence: Sequence, num_new: int) -> None:
+        """Put a sequence back where it belongs after a step that brought other than one token, or after preemption."""
+        if sequence.status is Status.WAITING:
+            if not sequence.num_in_flight:
+                self._enqueue(sequence)
+            return
+        assert not sequence.num_in_flight, "several tokens, or none, while a later step of the sequence is launched"
+        sequence.num_computed = min(sequence.num_computed, sequence.num_tokens - 1)
+        if sequence.num_tokens - sequence.num_computed > 1 or not num_new:
+            del self._decoding[sequence]
+            self._prefilling[sequence] = None
+
+    # --- decode and extend rows
+
+    def _grow_decoding(self) -> None:
+        """Give every decode row that starts a page one, preempting where there is none."""
+        size = self._page_size
+        at_border = [s for s, limit in self._decoding.items() if not s.num_computed % size and s.num_computed < limit]
+        for sequence in at_border:
+            if sequence.status is Status.RUNNING and len(sequence.page_ids) * size <= sequence.num_computed:
+                self._grow(sequence, 1, planned=())
+
+    def _plan_extends(self, extends: list[ScheduledSequence], budget: int) -> int:
+        """Plan prefill chunks, of running sequences first, then of newly admitted ones. Returns the budget left."""
+        planned: set[Sequence] = set()
+        for sequence in list(self._prefilling):
+            if budget > 0 and sequence in self._prefilling:
+                budget -= self._plan_extend(sequence, budget, planned, extends)
+        if not self._may_admit:
+            return budget
+        num_examined = 0
+        blocked: list[Waiting] = []
+        while budget > 0 and self._free_slots and num_examined < self.config.max_examined:
+            waiting = self._waiting.pop()
+            if waiting is None:
+                self._may_admit = False
+                break
+            num_examined += 1
+            if self._try_admit(waiting, blocked):
+                budget -= self._plan_extend(waiting.sequence, budget, planned, extends)
+        for waiting in blocked:
+            self._waiting.put_back(waiting)
+        if not self._free_slots or (blocked and len(blocked) == num_examined):
+            self._may_admit = False
+        return budget
+
+    def _plan_extend(
+        self, sequence: Sequence, budget: int, planned: set[Sequence], extends: list[ScheduledSequence]
+    ) -> int:
+        """Plan the next chunk of a sequence's known tokens; chunks end at page borders. Returns its tokens."""
+        size, start, end = self._page_size, sequence.num_computed, _known_end(sequence)
+        stop = min(end, start + budget)
+        if stop < end and stop // size * size > start:
+            stop = stop // size * size
+        num_missing = -(-stop // size) - len(sequence.page_ids)
+        if num_missing > 0 and not self._grow(sequence, num_missing, planned):
+            # Only its own preemption (no pages then), or pages lost to quarantine, lead here.
+            stop = len(sequence.page_ids) * size
+            if stop <= start:
+                return 0
+        planned.add(sequence)
+        samples = stop == end and sequence.request.score_from is None
+        extends.append(ScheduledSequence(sequence, start, stop - start, samples, False))
+        return stop - start
+
+    def _launch_extend(self, item: ScheduledSequence) -> None:
+        """Count a planned chunk as computed, and share its pages: later steps may read what this one writes."""
+        sequence = item.sequence
+        sequence.num_computed = item.start + item.num_tokens
+        is_complete = sequence.num_computed == _known_end(sequence)
+        self._service.add(sequence.request.program_id, item.num_tokens)
+        if self.config.prefix_cache:
+            self._share(sequence, is_complete)
+        if is_complete:
+            del self._prefilling[sequence]
+        if item.samples:
+            sequence.num_in_flight += 1
+            self._decoding[sequence] = sequence.request.num_prompt + sequence.request.max_tokens - 1
+
+    def _share(self, sequence: Sequence, is_complete: bool) -> None:
+        """Move computed pages to the tree, and wake those that waited for them."""
+        self._retake_tail(sequence)
+        size, first = self._page_size, sequence.num_shared_pages
+        stop = sequence.num_computed if is_complete else sequence.num_computed // size * size
+        assert sequence.node is not None
+        if stop > first * size:
+            page_ids = sequence.page_ids[first : -(-stop // size)]
+            node = self.cache.share(sequence.node, sequence.tokens(first * size, stop), page_ids)
+            if node is not None:
+                sequence.node = node
+                sequence.num_shared_pages = -(-node.end // size)
+        if is_complete:
+            self._waiting.clear_frontier(sequence)
+            self._may_admit |= self._waiting.wake(sequence, None) > 0
+        else:
+            self._waiting.set_frontier(sequence, sequence.node, sequence.num_tokens)
+            self._may_admit |= self._waiting.wake(sequence, sequence.node.end) > 0
+
+    # --- admission
+
+    def _enqueue(self, sequence: Sequence) -> None:
+        cached_share = 0.0
+        if self.config.prefix_cache:
+            num_cached = self.cache.match_length(_matchable(sequence), sequence.request.cache_salt)
+            cached_share = num_cached / sequence.num_tokens
+        self._waiting.add(sequence, self._queued_s[sequence], cached_share)
+        self._may_admit = True
+
+    def _try_admit(self, waiting: Waiting, blocked: list[Waiting]) -> bool:
+        """Admit the first in order, or park it, or add it to `blocked`. True where it was admitted."""
+        sequence = waiting.sequence
+        cache_salt = sequence.request.cache_salt
+        tokens = _matchable(sequence)
+        if self.config.prefix_cache:
+            match = self.cache.match(tokens, cache_salt)
+        else:
+            match = PrefixMatch(self.cache.root(cache_salt), [], 0, None, 0)
+        self.cache.lock(match.node)
+        owner = self._waiting.owner_of(match.node, sequence)
+        if owner is not None:
+            wake_at = min(_num_shared(sequence, owner, match.num_tokens), len(tokens))
+            self._waiting.park(waiting, owner, wake_at)
+            self.counters.num_parked += 1
+            self.cache.unlock(match.node)
+            return False
+        num_needed = self._peak_pages(sequence) - len(match.page_ids)
+        if num_needed > self.num_available_pages or not self._may_overtake(sequence, num_needed, blocked):
+            waiting.cached_share = match.num_tokens / sequence.num_tokens
+            blocked.append(waiting)
+            self.cache.unlock(match.node)
+            return False
+        self._admit(sequence, match)
+        return True
+
+    def _may_overtake(self, sequence: Sequence, num_needed: int, blocked: list[Waiting]) -> bool:
+        """True where admitting this one does not delay the first that did not fit.
+
+        It does not where it ends before enough pages for that one are free at the latest, or where there will be
+        enough for both. Source: EASY backfilling, Lifka 1995, "The ANL/IBM SP scheduling system".
+        """
+        if not blocked:
+            return True
+        head = blocked[0]
+        if head.num_overtaken >= self.config.max_overtakes:
+            return False
+        missing = self._peak_pages(head.sequence) - self.num_available_pages
+        num_steps = 0
+        for num_steps, num_pages in sorted(  # noqa: B007 (used after the loop)
+            (self._steps_left(s), len(s.page_ids)) for s in self._running
+        ):
+            missing -= num_pages
+            if missing <= 0:
+                break
+        if self._steps_left(sequence) > num_steps and num_needed > -missing:
+            return False
+        head.num_overtaken += 1
+        self.counters.num_overtakes += 1
+        return True
+
+    def _steps_left(self, sequence: Sequence) -> int:
+        """Steps until a sequence ends, at most (while prefills do not wait for each other)."""
+        request = sequence.request
+        num_output = request.max_tokens - len(sequence.output_ids) if request.score_from is None else 0
+        num_known = _known_end(sequence) - sequence.num_computed
+        return num_output + ceil(num_known / max(1, self.config.max_num_tokens_per_step - self.config.max_running))
+
+    def _admit(self, sequence: Sequence, match: PrefixMatch) -> None:
+        self._waiting.remove(sequence)
+        sequence.status = Status.RUNNING
+        sequence.slot = heapq.heappop(self._free_slots)
+        sequence.node = match.node
+        sequence.page_ids = match.page_ids
+        sequence.num_shared_pages = len(match.page_ids)
+        sequence.num_computed = match.num_tokens
+        if sequence.first_scheduled_s is None:
+            sequence.first_scheduled_s = self._clock()
+        self._num_reserved += self._num_outstanding(sequence)
+        self._running[sequence] = None
+        self._prefilling[sequence] = None
+        if match.tail_page is not None:
+            self._copy_tail(sequence, match.tail_page, match.num_tail_tokens)
+        sequence.num_cached = sequence.num_computed
+        self.counters.num_admitted += 1
+        self.counters.num_cached_tokens += sequence.num_cached
+        if self.config.prefix_cache:
+            self._waiting.set_frontier(sequence, match.node, sequence.num_tokens)
+
+    def _copy_tail(self, sequence: Sequence, source: int, num_tokens: int) -> None:
+        """Take over the first tokens of a partly shared page by a copy.
+
+        All copies of a step run at once, so no page may be the target of one and the source of another: a source that
+        was evicted meanwhile is not given out as a target (as anything else it may: steps run after their copies).
+        """
+        sources = {copy.source for copy in self._copies} | {source}
+        refused: list[int] = []
+        while (target := self.cache.allocate(1)) is not None and target[0] in sources:
+            refused += target
+        self.pool.free(refused)
+        if target is not None:
+            self._num_reserved -= self._num_outstanding(sequence)
+            sequence.page_ids += target
+            self._num_reserved += self._num_outstanding(sequence)
+            sequence.num_computed += num_tokens
+            self._copies.append(PageCopy(source, target[0], num_tokens))
+
+    # --- pages
+
+    def _peak_pages(self, sequence: Sequence, ratio: float | None = None) -> int:
+        """Pages that are reserved for a sequence. The last token's KV is never computed."""
+        request = sequence.request
+        if request.score_from is not None:
+            return -(-_known_end(sequence) // self._page_size)
+        if ratio is None:
+            ratio = 1.0 if sequence.num_preemptions else self.config.reservation_ratio
+        num_output = max(1, ceil(ratio * request.max_tokens))
+        return -(-(request.num_prompt + num_output - 1) // self._page_size)
+
+    def _num_outstanding(self, sequence: Sequence) -> int:
+        return max(0, self._peak_pages(sequence) - len(sequence.page_ids))
+
+    def _grow(self, sequence: Sequence, num_pages: int, planned: Iterable[Sequence]) -> bool:
+        """Give a running sequence pages. False where it was preempted itself, or cannot have them in this step.
+
+        Pages beyond its reservation are taken only from what is reserved for nobody.
+        """
+        reserved = min(num_pages, self._num_outstanding(sequence))
+        while num_pages - reserved > max(self.num_available_pages, 0) or (
+            (page_ids := self.cache.allocate(num_pages)) is None
+        ):
+            victim = self._victim(planned)
+            if victim is None:
+                return False
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        self._num_reserved -= reserved
+        sequence.page_ids += page_ids
+        return True
+
+    def _victim(self, planned: Iterable[Sequence]) -> Sequence | None:
+        """Choose whom to preempt: the newest of the lowest priority that this step does not extend already."""
+        candidates = [s for s in reversed(self._running) if s.request.score_from is None and s not in planned]
+        return max(candidates, key=lambda s: s.request.priority, default=None)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._release(sequence, keep=True)
+        sequence.status = Status.WAITING
+        sequence.num_computed = 0
+        sequence.num_preemptions += 1
+        self.counters.num_preemptions += 1
+        if not sequence.num_in_flight:  # else once its last token is read
+            self._enqueue(sequence)
+
+    def _release(self, sequence: Sequence, *, keep: bool) -> None:
+        """Take slot and pages from a running sequence; what it computed of known tokens goes to the tree."""
+        assert sequence.slot is not None
+        assert sequence.node is not None
+        self._num_reserved -= self._num_outstanding(sequence)
+        self._retake_tail(sequence)
+        size, page_ids, first = self._page_size, sequence.page_ids, sequence.num_shared_pages
+        num_valid = min(sequence.num_computed, sequence.num_tokens)
+        kept = first
+        if keep and self.config.prefix_cache and num_valid > first * size:
+            kept = -(-num_valid // size)
+            tokens = sequence.tokens(first * size, num_valid)
+            self.pool.free(self.cache.insert(sequence.node, tokens, page_ids[first:kept]).duplicates)
+        self.pool.free(page_ids[kept:])
+        self.cache.unlock(sequence.node)
+        heapq.heappush(self._free_slots, sequence.slot)
+        sequence.page_ids, sequence.num_shared_pages = [], 0
+        sequence.node = sequence.slot = None
+        del self._running[sequence]
+        self._prefilling.pop(sequence, None)
+        self._decoding.pop(sequence, None)
+        self._waiting.clear_frontier(sequence)
+        self._waiting.wake(sequence, None)
+        self._may_admit = True
+
+    def _retake_tail(self, sequence: Sequence) -> None:
+        """Take back the partial page that was lent to the tree while this sequence goes on writing it."""
+        node = sequence.node
+        assert node is not None
+        if len(node.tokens) % self._page_size:
+            sequence.node = self.cache.retake_tail(node)
+            sequence.num_shared_pages -= 1
+
+    # --- integrity
+
+    def check_integrity(self) -> None:
+        """Check that every page is free, or in the tree once, or with one sequence. O(pages).
+
+        Raises:
+            CacheIntegrityError: the first thing found wrong.
+        """
+        self.cache.check_integrity([s.page_ids[s.num_shared_pages :] for s in self._running])
+        for sequence in self._running:
+            self._check_sequence(sequence)
+        num_reserved = sum(self._num_outstanding(s) for s in self._running)
+        if num_reserved != self._num_reserved:
+            raise CacheIntegrityError(f"{num_reserved} pages reserved, {self._num_reserved} counted")
+        slots = sorted([*self._free_slots, *(s.slot for s in self._running if s.slot is not None)])
+        if slots != list(range(self.config.max_running)):
+            raise CacheIntegrityError("slots are lost or given out twice")
+
+    def _check_sequence(self, sequence: Sequence) -> None:
+        node = sequence.node
+        assert node is not None
+        shared = [page for part in node.path() for page in part.page_ids]
+        if shared != sequence.page_ids[: sequence.num_shared_pages] or not node.refs:
+            raise CacheIntegrityError(f"{sequence.request.request_id} does not share the pages of its node")
+        if len(sequence.page_ids) * self._page_size < sequence.num_computed:
+            raise CacheIntegrityError(f"{sequence.request.request_id} has computed more tokens than it has pages for")
+
+
+def _known_end(sequence: Sequence) -> int:
+    """Known tokens to compute: all, and of a scoring request all that predict a scored one (at least one)."""
+    request = sequence.request
+    if request.score_from is None:
+        return sequence.num_tokens
+    return max(request.num_prompt - 1, request.score_from)
+
+
+def _matchable(sequence: Sequence) -> TokenIds:
+    """Tokens that may come from the cache: something must be computed to sample, or every scored position."""
+    request = sequence.request
+    return sequence.tokens(0, sequence.num_tokens - 1 if request.score_from is None else request.score_from - 1)
+
+
+def _num_shared(a: Sequence, b: Sequence, start: int) -> int:
+    """Length of the common prefix of two sequences' tokens, known to be at least `start`."""
+    stop = min(a.num_tokens, b.num_tokens)
+    different = a.tokens(start, stop) != b.tokens(start, stop)
+    return start + (int(different.argmax()) if different.any() else stop - start)
