@@ -1,1 +1,7 @@
-"""Constraints: JSON schema, regex, CFG -> automaton -> token masks."""
+"""Constraints compiled to token masks."""
+
+from ramet.grammar.compiler import CompiledGrammar, DeviceTables, Limits, compile_grammar
+from ramet.grammar.matcher import Matcher
+from ramet.grammar.vocabulary import Vocabulary
+
+__all__ = ["CompiledGrammar", "DeviceTables", "Limits", "Matcher", "Vocabulary", "compile_grammar"]

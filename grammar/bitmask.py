@@ -1,0 +1,34 @@
+"""Packed token masks: bit t % 32 of int32 word t // 32 is 1 where token t is allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def num_words(vocab_size: int) -> int:
+    """Words of one mask row."""
+    return (vocab_size + 31) // 32
+
+
+def empty_rows(num_rows: int, vocab_size: int) -> NDArray[np.int32]:
+    """int32 [num_rows, W], nothing allowed."""
+    return np.zeros((num_rows, num_words(vocab_size)), dtype=np.int32)
+
+
+def is_allowed(row: NDArray[np.int32], token: int) -> bool:
+    return bool((int(row[token >> 5]) >> (token & 31)) & 1)
+
+
+def pack(tokens: Iterable[int], vocab_size: int) -> NDArray[np.int32]:
+    """int32 [W] with these tokens allowed."""
+    flags = np.zeros(num_words(vocab_size) * 32, dtype=np.uint8)
+    flags[np.fromiter(tokens, dtype=np.int64)] = 1
+    return np.packbits(flags, bitorder="little").view("<i4").astype(np.int32, copy=False)
+
+
+def unpack(row: NDArray[np.int32]) -> NDArray[np.int64]:
+    """Allowed token ids, ascending."""
+    return np.flatnonzero(np.unpackbits(row.astype("<i4", copy=False).view(np.uint8), bitorder="little"))

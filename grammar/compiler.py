@@ -1,0 +1,254 @@
+"""From a constraint and a vocabulary to a compiled grammar: the object that the runtime asks for masks and states."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ramet.errors import GrammarError, GrammarTooLarge
+from ramet.grammar import ir, walker
+from ramet.grammar.automaton import DEAD, UNKNOWN, Machine
+from ramet.grammar.pushdown import Pushdown
+from ramet.grammar.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What compiling and running may cost.
+
+    max_states: automaton states of one grammar. max_regular_states: states of one terminal or pattern.
+    """
+
+    max_states: int = 50_000_000
+    max_regular_states: int = 20_000
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DeviceTables:
+    """A closed automaton: byte_class uint8 [256]; transitions int32 [num_states, num_classes], -1 refused; accepting bool."""
+
+    byte_class: NDArray[np.uint8]
+    transitions: NDArray[np.int32]
+    accepting: NDArray[np.bool_]
+
+
+class CompiledGrammar:
+    """A grammar for one vocabulary; implements `ramet.runtime.types.Grammar`. Thread-safe.
+
+    States are integers, 0 is the start; a state's number is given when it is first reached and never changes. Masks are
+    computed once per state and shared by content.
+    """
+
+    def __init__(self, machine: Machine, start: int, vocabulary: Vocabulary, key: str = "") -> None:
+        self.machine = machine
+        self.vocabulary = vocabulary
+        self.key = key
+        self._packed: list[int] = [start]
+        self._state_of: dict[int, int] = {start: 0}
+        self._rows: list[NDArray[np.int32] | None] = [None]
+        self._interned_rows: dict[bytes, NDArray[np.int32]] = {}
+        self._lock = threading.RLock()
+        self._scratch = np.zeros(4 + vocabulary.trie.max_depth, dtype=np.int64)
+        self._unsure = np.zeros(1 + len(vocabulary.trie.values), dtype=np.int32)
+        self._device_tables: DeviceTables | None = None
+
+    # --- states
+
+    @property
+    def is_closed(self) -> bool:
+        return self._device_tables is not None
+
+    @property
+    def num_states(self) -> int:
+        """States that have a number."""
+        return len(self._packed)
+
+    def state_number(self, packed: int) -> int:
+        """Number of a configuration of the machine."""
+        found = self._state_of.get(packed)
+        if found is None:
+            with self._lock:
+                found = self._state_of.get(packed)
+                if found is None:
+                    found = len(self._packed)
+                    self._packed.append(packed)
+                    self._rows.append(None)
+                    self._state_of[packed] = found
+        return found
+
+    def advance(self, state: int, token: int) -> int | None:
+        """Return the state after `token`; None where refused. End tokens are not part of the text: always None."""
+        vocabulary = self.vocabulary
+        if token < 0 or token >= len(vocabulary.token_bytes) or token in vocabulary.special_ids:
+            return None
+        begin, end = vocabulary.offsets[token], vocabulary.offsets[token + 1]
+        if begin == end:
+            return None
+        with self._lock:
+            packed = self.machine.run(self._packed[state], vocabulary.flat, begin, end, self._scratch)
+        return None if packed < 0 else self.state_number(packed)
+
+    def advance_bytes(self, state: int, text: bytes) -> int | None:
+        """Return the state after a text, None where refused."""
+        with self._lock:
+            packed = self.machine.run_bytes(self._packed[state], text)
+        return None if packed < 0 else self.state_number(packed)
+
+    def is_accepting(self, state: int) -> bool:
+        with self._lock:
+            return self.machine.accepts(self._packed[state])
+
+    # --- masks
+
+    def fill_mask(self, state: int, row: NDArray[np.int32]) -> None:
+        row[:] = self.mask(state)
+
+    def fill_masks(self, states: list[int], rows: NDArray[np.int32]) -> None:
+        """Write the masks of many states: rows int32 [len(states), W]."""
+        for i, state in enumerate(states):
+            rows[i] = self.mask(state)
+
+    def mask(self, state: int) -> NDArray[np.int32]:
+        """Return the mask row of a state, int32 [W]; shared: not to be written to."""
+        row = self._rows[state]
+        if row is None:
+            with self._lock:
+                row = self._rows[state]
+                if row is None:
+                    row = self._compute_mask(self._packed[state])
+                    row = self._interned_rows.setdefault(row.tobytes(), row)
+                    self._rows[state] = row
+        return row
+
+    def _compute_mask(self, packed: int) -> NDArray[np.int32]:
+        vocabulary, machine = self.vocabulary, self.machine
+        trie = vocabulary.trie
+        row = vocabulary.eos_row.copy() if machine.accepts(packed) else np.zeros(vocabulary.num_words, dtype=np.int32)
+        scratch, unsure = self._scratch, self._unsure
+        scratch[0] = 0
+        scratch[3] = packed
+        unsure[0] = 0
+        while True:
+            at = walker.walk(
+                machine.pool, machine.instances, machine.exits, trie.nodes, trie.values, row, scratch, unsure
+            )
+            if at < 0:
+                break
+            assert machine.exits[at] == UNKNOWN
+            machine.exit_target(int(scratch[1]), int(scratch[2]))
+        for token in unsure[1 : 1 + int(unsure[0])].tolist():
+            begin, end = vocabulary.offsets[token], vocabulary.offsets[token + 1]
+            if machine.run(packed, vocabulary.flat, begin, end, self._run_scratch) >= 0:
+                row.view(np.uint32)[token >> 5] |= np.uint32(1 << (token & 31))
+        row.flags.writeable = False
+        return row
+
+    @property
+    def _run_scratch(self) -> NDArray[np.int64]:
+        return np.zeros(4, dtype=np.int64)
+
+    # --- what must follow
+
+    def allowed_tokens(self, state: int) -> NDArray[np.int64]:
+        """Ids of the allowed tokens, ascending."""
+        return np.flatnonzero(np.unpackbits(self.mask(state).view(np.uint8), bitorder="little"))
+
+    def forced_tokens(self, state: int) -> list[int]:
+        """Tokens that must follow because no other token is allowed; stops before the end tokens."""
+        out: list[int] = []
+        while len(out) < 4096:
+            allowed = self.allowed_tokens(state)
+            if len(allowed) != 1 or int(allowed[0]) in self.vocabulary.eos_ids:
+                break
+            token = int(allowed[0])
+            following = self.advance(state, token)
+            assert following is not None
+            out.append(token)
+            state = following
+        return out
+
+    def shortest_completion(self, state: int) -> list[int]:
+        """Few tokens that lead to an accepting state: the fewest that write a shortest text.
+
+        Raises: GrammarError if the vocabulary lacks the bytes.
+        """
+        with self._lock:
+            text = self.machine.closing_bytes(self._packed[state])
+        tokens = self.vocabulary.fewest_tokens(text)
+        if tokens is None:
+            raise GrammarError(f"the vocabulary cannot write the completion {text!r}")
+        return tokens
+
+    # --- closing
+
+    def close(self, limit: int = 100_000) -> bool:
+        """Visit every reachable state, up to `limit`; True when closed. Needed for `device_tables`."""
+        if self._device_tables is None:
+            with self._lock:
+                self._device_tables = _close(self, limit)
+        return self.is_closed
+
+    def device_tables(self) -> DeviceTables | None:
+        """The closed automaton as flat tables, None when it is open."""
+        return self._device_tables
+
+
+def _close(grammar: CompiledGrammar, limit: int) -> DeviceTables | None:
+    """Breadth first over all states; None past the limit or where a frame has memory."""
+    machine = grammar.machine
+    wide: list[NDArray[np.int32]] = []
+    state = 0
+    while state < grammar.num_states:
+        if grammar.num_states > limit:
+            return None
+        packed = grammar._packed[state]
+        instance, local = packed >> 32, packed & 0xFFFFFFFF
+        if machine.instances[instance, 4]:
+            return None
+        table = machine.frames[instance].table
+        targets = np.full(table.rows.shape[1], DEAD, dtype=np.int64)
+        row = np.full(256, -1, dtype=np.int32)
+        again: list[int] = []
+        for c, entry in enumerate(table.rows[local].tolist()):
+            if entry >= 0:
+                targets[c] = grammar.state_number((instance << 32) | entry)
+            elif entry < -1:
+                code = -2 - entry
+                if code & 1:
+                    again.append(c)
+                    continue
+                found = machine.exit_target(instance, code >> 1)
+                targets[c] = grammar.state_number(found) if found >= 0 else DEAD
+        row[:] = targets[table.byte_class]
+        for c in again:
+            for byte in np.flatnonzero(table.byte_class == c).tolist():
+                found = machine.step(packed, byte)
+                row[byte] = grammar.state_number(found) if found >= 0 else DEAD
+        wide.append(row)
+        state += 1
+    rows = np.stack(wide)
+    _, first, inverse = np.unique(rows, axis=1, return_index=True, return_inverse=True)
+    accepting = np.array([machine.accepts(p) for p in grammar._packed])
+    return DeviceTables(inverse.reshape(-1).astype(np.uint8), np.ascontiguousarray(rows[:, first]), accepting)
+
+
+def compile_grammar(
+    constraint: ir.Grammar | ir.Node, vocabulary: Vocabulary, *, limits: Limits | None = None
+) -> CompiledGrammar:
+    """Compile a grammar, or one node of it, for a vocabulary.
+
+    Raises: GrammarError and its subclasses: what cannot be compiled, is contradictory (no text at all), or is too large.
+    """
+    limits = limits or Limits()
+    grammar = constraint if isinstance(constraint, ir.Grammar) else ir.Grammar.of(constraint)
+    machine = Machine(limits.max_states)
+    start = Pushdown(grammar, machine, limits.max_regular_states).start()
+    if start == DEAD:
+        raise GrammarError("the grammar is contradictory: no text matches it")
+    return CompiledGrammar(machine, start, vocabulary)
+
+
+__all__ = ["CompiledGrammar", "DeviceTables", "GrammarTooLarge", "Limits", "compile_grammar"]

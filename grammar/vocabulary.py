@@ -1,0 +1,181 @@
+"""One vocabulary's tokens as bytes, and as a trie laid flat for walking.
+
+The trie is stored depth first: a node's subtree is the nodes up to its `skip`. Special tokens and tokens without bytes are
+not in it, so no mask ever allows them (but for the end tokens, which the matcher adds at accepting states).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ramet.grammar.bitmask import num_words
+
+
+class Vocabulary:
+    """Token ids and their bytes.
+
+    `vocab_size`: the model's (padded) vocabulary, at least len(token_bytes). Ids beyond `token_bytes`, ids in
+    `special_ids` and empty tokens are never allowed; `eos_ids` exactly where the text may end.
+    """
+
+    def __init__(
+        self,
+        token_bytes: Sequence[bytes],
+        eos_ids: Iterable[int],
+        special_ids: Iterable[int] = (),
+        vocab_size: int | None = None,
+    ) -> None:
+        self.token_bytes = list(token_bytes)
+        self.eos_ids = tuple(sorted(set(eos_ids)))
+        self.special_ids = frozenset(special_ids) | frozenset(self.eos_ids)
+        self.vocab_size = max(len(self.token_bytes), vocab_size or 0, *(e + 1 for e in self.eos_ids), 1)
+        self.num_words = num_words(self.vocab_size)
+
+    @cached_property
+    def key(self) -> str:
+        """A digest: equal for vocabularies that give equal masks."""
+        digest = hashlib.sha256(f"{self.vocab_size} {self.eos_ids} {sorted(self.special_ids)} ".encode())
+        for token in self.token_bytes:
+            digest.update(len(token).to_bytes(4, "little"))
+            digest.update(token)
+        return digest.hexdigest()
+
+    @cached_property
+    def content_tokens(self) -> list[int]:
+        """Ids of the tokens that can stand inside a text, in order of their bytes."""
+        ids = [i for i, b in enumerate(self.token_bytes) if b and i not in self.special_ids]
+        ids.sort(key=self.token_bytes.__getitem__)
+        return ids
+
+    @cached_property
+    def trie(self) -> TokenTrie:
+        return TokenTrie([(self.token_bytes[i], i) for i in self.content_tokens])
+
+    @cached_property
+    def flat(self) -> NDArray[np.uint8]:
+        """All tokens' bytes, one after the other; token t is flat[offsets[t] : offsets[t + 1]]."""
+        return np.frombuffer(b"".join(self.token_bytes), dtype=np.uint8)
+
+    @cached_property
+    def offsets(self) -> list[int]:
+        return [0, *np.cumsum([len(b) for b in self.token_bytes]).tolist()]
+
+    @cached_property
+    def tokens_of_bytes(self) -> dict[bytes, int]:
+        """The lowest id of each distinct token text."""
+        out: dict[bytes, int] = {}
+        for i in self.content_tokens:
+            out.setdefault(self.token_bytes[i], i)
+        return out
+
+    @cached_property
+    def max_token_bytes(self) -> int:
+        return max((len(self.token_bytes[i]) for i in self.content_tokens), default=0)
+
+    def fewest_tokens(self, text: bytes) -> list[int] | None:
+        """The shortest way to write `text` in tokens; None if the vocabulary cannot write it."""
+        best: list[tuple[int, int] | None] = [None] * (len(text) + 1)  # (tokens so far, last token)
+        count = [0] + [1 << 30] * len(text)
+        index, longest = self.tokens_of_bytes, self.max_token_bytes
+        for begin in range(len(text)):
+            if count[begin] == 1 << 30:
+                continue
+            for end in range(begin + 1, min(begin + longest, len(text)) + 1):
+                token = index.get(text[begin:end])
+                if token is not None and count[begin] + 1 < count[end]:
+                    count[end] = count[begin] + 1
+                    best[end] = (begin, token)
+        if count[-1] == 1 << 30:
+            return None
+        out, end = [], len(text)
+        while end:
+            step = best[end]
+            assert step is not None
+            out.append(step[1])
+            end = step[0]
+        return out[::-1]
+
+    @cached_property
+    def eos_row(self) -> NDArray[np.int32]:
+        """int32 [W]: only the end tokens."""
+        row = np.zeros(self.num_words, dtype=np.int32)
+        for e in self.eos_ids:
+            row.view(np.uint32)[e >> 5] |= np.uint32(1 << (e & 31))
+        return row
+
+
+class TokenTrie:
+    """A flat trie of (bytes, value) pairs given in order of their bytes.
+
+    nodes: int32 [num_nodes, 4], depth first: byte, skip (the first node after the subtree), first entry, depth (from 1).
+    Entries are values: node i holds values[first entry of i : first entry of i + 1].
+    """
+
+    def __init__(self, pairs: list[tuple[bytes, int]]) -> None:
+        flat = np.frombuffer(b"".join(b for b, _ in pairs), dtype=np.uint8)
+        lengths = np.fromiter((len(b) for b, _ in pairs), dtype=np.int64, count=len(pairs))
+        ends = np.cumsum(lengths)
+        common = _common_prefixes(flat, ends - lengths, lengths)
+        num_nodes = int((lengths - common).sum())
+        self.values = np.fromiter((v for _, v in pairs), dtype=np.int32, count=len(pairs))
+        self.max_depth = int(lengths.max()) if len(pairs) else 0
+        self.nodes = _build_nodes(flat, ends, lengths, common, num_nodes)
+
+
+def _common_prefixes(
+    flat: NDArray[np.uint8], begins: NDArray[np.int64], lengths: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Length of the prefix that each text shares with the one before it."""
+    n = len(begins)
+    common = np.zeros(n, dtype=np.int64)
+    alive = np.arange(1, n)
+    depth = 0
+    while len(alive):
+        alive = alive[(lengths[alive] > depth) & (lengths[alive - 1] > depth)]
+        alive = alive[flat[begins[alive] + depth] == flat[begins[alive - 1] + depth]]
+        depth += 1
+        common[alive] = depth
+    return common
+
+
+def _build_nodes(
+    flat: NDArray[np.uint8],
+    ends: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+    common: NDArray[np.int64],
+    num_nodes: int,
+) -> NDArray[np.int32]:
+    """Lay the new bytes of each text one after the other: that is depth-first order."""
+    fresh = lengths - common
+    owner = np.repeat(np.arange(len(lengths)), fresh)
+    first = np.cumsum(fresh) - fresh
+    depth = common[owner] + 1 + (np.arange(num_nodes) - first[owner])
+    nodes = np.empty((num_nodes + 1, 4), dtype=np.int32)
+    nodes[:num_nodes, 0] = flat[(ends - lengths)[owner] + depth - 1]
+    nodes[:num_nodes, 3] = depth
+    # texts end at the last node laid for them; an equal text has no node of its own and ends where the one before did
+    end_node = np.cumsum(fresh) - 1
+    counts = np.bincount(end_node, minlength=num_nodes) if num_nodes else np.zeros(0, dtype=np.int64)
+    nodes[:num_nodes, 2] = np.cumsum(counts) - counts
+    nodes[num_nodes] = (0, num_nodes + 1, len(lengths), 0)
+    nodes[:num_nodes, 1] = _next_not_deeper(depth)
+    return nodes
+
+
+def _next_not_deeper(depth: NDArray[np.int64]) -> NDArray[np.int64]:
+    """For each position, the next one with a depth no larger (or the end)."""
+    n = len(depth)
+    skip = np.full(n, n, dtype=np.int64)
+    # per depth d, the breaks are the positions with depth <= d: a merge over the few depths there are
+    for d in range(1, int(depth.max()) + 1 if n else 0):
+        here = np.flatnonzero(depth == d)
+        breaks = np.flatnonzero(depth <= d)
+        at = np.searchsorted(breaks, here, side="right")
+        found = at < len(breaks)
+        skip[here[found]] = breaks[at[found]]
+    return skip
