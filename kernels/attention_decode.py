@@ -32,6 +32,8 @@ class DecodeMetadata:
     page_table: Tensor  # int32 [S, max_pages]
     num_splits: int = 1  # parts that the keys of a row are split into on the GPU; fixed for a captured graph
     tree: object | None = None  # shared prefixes read once per group; None reads every row's cache by itself
+    # int32 [B * K] zeros, kept by the caller: the last program of a row then merges its splits, without a second kernel
+    merge_counters: Tensor | None = None
     kv_lens_host: list[int] | None = None  # the same lengths on the host: the CPU path needs no copy back
 
 
@@ -45,7 +47,11 @@ def attention_decode(
     out: Tensor | None = None,
 ) -> Tensor:
     """Attend from `q [B, H, D]` to `k_cache, v_cache [N, K, P, D]`; returns `[B, H, D]` (`out` when given)."""
-    return attention_decode_reference(q, k_cache, v_cache, meta, scale, window, out)
+    if not q.is_cuda:
+        return attention_decode_reference(q, k_cache, v_cache, meta, scale, window, out)
+    from ramet.kernels.attention_decode_triton import attention_decode_triton  # it imports this module
+
+    return attention_decode_triton(q, k_cache, v_cache, meta, scale, window, out)
 
 
 def attention_decode_reference(

@@ -46,7 +46,11 @@ def attention_extend(
     out: Tensor | None = None,
 ) -> Tensor:
     """Attend from `q [T, H, D]` to `k_cache, v_cache [N, K, P, D]`; returns `[T, H, D]` (`out` when given)."""
-    return attention_extend_reference(q, k_cache, v_cache, meta, scale, window, out)
+    if not q.is_cuda:
+        return attention_extend_reference(q, k_cache, v_cache, meta, scale, window, out)
+    from ramet.kernels.attention_extend_triton import attention_extend_triton  # it imports this module
+
+    return attention_extend_triton(q, k_cache, v_cache, meta, scale, window, out)
 
 
 def gather_pages(cache: Tensor, pages: Tensor) -> Tensor:

@@ -31,6 +31,16 @@ class AttentionCases:
         return k_cache, v_cache, page_table, rows
 
     @staticmethod
+    def poison_unused(k_cache: Tensor, v_cache: Tensor, page_table: Tensor, rows: Tensor, kv_lens: list[int]) -> None:
+        """Write NaN wherever no sequence has a token: a kernel that reads it shows it."""
+        unused = torch.ones(k_cache.shape[0], k_cache.shape[2], dtype=torch.bool)
+        for row, kv_len in zip(rows.tolist(), kv_lens, strict=True):
+            for j in range(kv_len):
+                unused[page_table[row, j // k_cache.shape[2]], j % k_cache.shape[2]] = False
+        for cache in (k_cache, v_cache):
+            cache.transpose(1, 2)[unused] = torch.nan
+
+    @staticmethod
     def naive_attention(
         q: Tensor, k_cache: Tensor, v_cache: Tensor, pages: Tensor, position: int, scale: float, window: int | None
     ) -> Tensor:

@@ -1,0 +1,81 @@
+# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+"""The inner loop that every attention kernel shares: rows of queries against a run of paged keys and values.
+
+One call keeps, for M query rows, the running maximum and sum of the softmax (base 2, scale folded in) and the weighted
+sum of values, all in fp32, while it walks key positions [low, high) in tiles of BLOCK_N (online softmax).
+Source: FlashAttention-2, Dao 2023 (arXiv:2307.08691), section 3.1.
+"""
+
+from __future__ import annotations
+
+from ramet.kernels.triton_support import jit, tl
+
+
+@jit
+def attend_range(
+    q,  # [M, BLOCK_D]
+    acc,  # [M, BLOCK_D] fp32
+    row_max,  # [M] fp32, log2 units
+    row_sum,  # [M] fp32
+    last_visible,  # int32 [M], last key position of each row; read only when MASKED
+    low,
+    high,
+    window,
+    table_ptr,  # page-table row of the sequence
+    k_ptr,  # cache + KV head
+    v_ptr,
+    stride_page,
+    scale_log2,  # scale * log2(e)
+    MASKED: tl.constexpr,  # compare positions with `last_visible` and `high`; else every row sees all of [low, high)
+    HAS_WINDOW: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    in_head = offs_d[None, :] < HEAD_DIM
+    for start in range(low, high, BLOCK_N):
+        start = tl.multiple_of(start, PAGE_SIZE)
+        positions = start + offs_n
+        in_range = positions < high
+        if MASKED:
+            pages = tl.load(table_ptr + positions // PAGE_SIZE, mask=in_range, other=0)
+        else:
+            pages = tl.load(table_ptr + positions // PAGE_SIZE)
+        offsets = (pages.to(tl.int64) * stride_page + (positions % PAGE_SIZE) * HEAD_DIM)[:, None] + offs_d[None, :]
+        if MASKED:
+            # A partly filled page holds anything, NaN included: what is masked must not be read.
+            load_mask = in_range[:, None] & in_head
+            k = tl.load(k_ptr + offsets, mask=load_mask, other=0.0)
+        elif BLOCK_D != HEAD_DIM:
+            k = tl.load(k_ptr + offsets, mask=in_head, other=0.0)
+        else:
+            k = tl.load(k_ptr + offsets)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if MASKED:
+            visible = (positions[None, :] <= last_visible[:, None]) & in_range[None, :]
+            if HAS_WINDOW:
+                visible = visible & (positions[None, :] > last_visible[:, None] - window)
+            scores = tl.where(visible, scores, float("-inf"))
+        new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2)
+        if MASKED:
+            # A row that has seen nothing yet keeps -inf; subtracting 0 instead makes its weights exp2(-inf) = 0.
+            offset = tl.where(new_max == float("-inf"), 0.0, new_max)
+        else:
+            offset = new_max
+        weights = tl.math.exp2(scores * scale_log2 - offset[:, None])
+        rescale = tl.math.exp2(row_max - offset)
+        row_sum = row_sum * rescale + tl.sum(weights, 1)
+        row_max = new_max
+        acc = acc * rescale[:, None]
+        if MASKED:
+            v = tl.load(v_ptr + offsets, mask=load_mask, other=0.0)
+        elif BLOCK_D != HEAD_DIM:
+            v = tl.load(v_ptr + offsets, mask=in_head, other=0.0)
+        else:
+            v = tl.load(v_ptr + offsets)
+        acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
+    return acc, row_max, row_sum
