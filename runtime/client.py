@@ -468,6 +468,8 @@ class Engine:
             error: Exception | None = None
             if sequence.finish_reason is FinishReason.ABORT:
                 error = RequestCancelled(f"request {stream.request.request_id} passed its deadline")
+            elif sequence.finish_reason is FinishReason.ERROR:
+                error = EngineStopped(f"the step that ran this request failed: {self._core.last_error}")
             if stream.detokenizer is not None and not isinstance(stop_match, str):
                 rest = stream.detokenizer.flush()
                 text += rest if stream.scanner is None else stream.scanner.flush(rest)

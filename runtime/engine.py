@@ -37,6 +37,7 @@ class EngineCore:
         self.runner = runner
         self.overlap = overlap
         self.num_steps = 0
+        self.last_error: Exception | None = None
         self.context_length = context_length
         self._vocab_words = vocab_words
         self._in_flight: LaunchedStep | None = None
@@ -78,14 +79,37 @@ class EngineCore:
 
     def stats(self) -> dict[str, float]:
         """Counters and gauges of the scheduler, and the number of steps."""
-        return {**self.scheduler.stats(), "steps": float(self.num_steps)}
+        scheduler = self.scheduler
+        counters = {name: float(getattr(scheduler.counters, name)) for name in scheduler.counters.__slots__}
+        return {
+            **counters,
+            "num_running": float(scheduler.num_running),
+            "num_waiting": float(scheduler.num_waiting),
+            "num_free_pages": float(scheduler.pool.num_free),
+            "num_evictable_pages": float(scheduler.cache.num_evictable_pages),
+            "num_pages": float(scheduler.pool.num_usable),
+        }
 
     def step(self) -> list[SequenceUpdate]:
-        """Run one step in whichever order fits, and return what changed."""
-        if self.overlap and not self._on_host:
-            return self.step_overlap()
-        updates = self.drain()
-        updates.extend(self.step_sync())
+        """Run one step in whichever order fits, and return what changed.
+
+        A step that raises ends the sequences that run (FinishReason.ERROR); the engine and what waits go on.
+        """
+        updates = [SequenceUpdate(s, RowOutput()) for s in self.scheduler.expire_deadlines()]
+        try:
+            if self.overlap and not self._on_host:
+                updates.extend(self.step_overlap())
+            else:
+                updates.extend(self.drain())
+                updates.extend(self.step_sync())
+        except Exception as error:
+            logger.exception("a step failed; what ran in it ends, the engine goes on")
+            self._in_flight = None
+            self.last_error = error
+            updates.extend(SequenceUpdate(s, RowOutput()) for s in self.scheduler.fail_running())
+        for update in updates:
+            if update.sequence.is_finished:
+                self._forget(update.sequence)
         return updates
 
     def step_sync(self) -> list[SequenceUpdate]:
@@ -119,8 +143,6 @@ class EngineCore:
         for item, output, was_live in zip(launched.batch.items, outputs, live, strict=True):
             if was_live and (output.token_ids or output.prompt_logprobs is not None or item.sequence.is_finished):
                 updates.append(SequenceUpdate(item.sequence, output))
-                if item.sequence.is_finished:
-                    self._forget(item.sequence)
         return updates
 
     def _forget(self, sequence: Sequence) -> None:

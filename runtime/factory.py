@@ -49,7 +49,7 @@ def load(model: str | LoadedModel | None, config: EngineConfig) -> LoadedModel:
 def build_core(model: LoadedModel, config: EngineConfig) -> EngineCore:
     """Size the KV pool by what is left of the memory, and put the parts together."""
     start_s = time.monotonic()
-    device, dtype = model.decoder.device, model.decoder.kv_dtype
+    device, dtype = model.decoder.device, model.decoder.dtype
     wanted = config.context_length or model.config.max_position_embeddings
     if wanted > model.config.max_position_embeddings:
         raise ConfigError(
@@ -91,11 +91,11 @@ def build_core(model: LoadedModel, config: EngineConfig) -> EngineCore:
 def scheduler_config(config: EngineConfig, context_length: int) -> SchedulerConfig:
     """What the scheduler needs of the engine's configuration."""
     return SchedulerConfig(
-        max_running=config.max_running_requests,
-        max_num_tokens_per_step=config.chunked_prefill_size,
-        page_size=config.page_size,
         context_length=context_length,
-        max_queue=config.max_queued_requests,
+        max_running=config.max_running_requests,
+        max_num_tokens_per_step=max(config.chunked_prefill_size, config.max_running_requests),
+        max_waiting=config.max_queued_requests,
+        prefix_cache=config.radix_cache,
     )
 
 
@@ -105,7 +105,7 @@ def measure_workspace(model: LoadedModel, config: EngineConfig, context_length: 
     num_tokens = min(config.chunked_prefill_size, context_length)
     num_pages = -(-num_tokens // config.page_size) + 1
     try:
-        kv_cache = KVCache(model.config, num_pages, config.page_size, device=device, dtype=model.decoder.kv_dtype)
+        kv_cache = KVCache(model.config, num_pages, config.page_size, device=device, dtype=model.decoder.dtype)
         slots = RunningSlots(1, num_pages, device=device)
         runner = ModelRunner(model.decoder, kv_cache, slots, device=device, max_kv_len=num_tokens)
         request = Request("workspace", torch.zeros(num_tokens, dtype=torch.int32).numpy(), SamplingParams(), 1)

@@ -14,8 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ramet.kernels.attention_decode import DecodeMetadata, choose_num_splits
+from ramet.kernels.attention_decode import DecodeMetadata
 from ramet.kernels.attention_extend import ExtendMetadata
+from ramet.kernels.attention_plan import choose_num_splits
 from ramet.kernels.copy_pages import copy_pages
 from ramet.kernels.logits import compute_logprobs
 from ramet.kernels.sampling import sample
@@ -145,7 +146,7 @@ class ModelRunner:
         prepare_decode(
             buffers.rows, buffers.new_pages, tables.last_token, tables.kv_len, tables.page_table, self.page_size, inputs
         )
-        num_splits = choose_num_splits(key.bucket, self.model.num_kv_heads, self.max_kv_len, self.num_sms)
+        num_splits = choose_num_splits(_padded(key.bucket), self.model.num_kv_heads, self.max_kv_len, self.num_sms)
         decode = DecodeMetadata(inputs.kv_lens, buffers.rows, tables.page_table, num_splits)
         context = self._context(inputs.positions, inputs.kv_slots, key.bucket, decode)
         logits = self.decoder.logits(self.decoder.forward(inputs.token_ids, context))
@@ -237,7 +238,8 @@ class ModelRunner:
 
     def _decode_metadata(self, rows: Tensor, kv_lens: Tensor, batch: Batch) -> DecodeMetadata:
         lens = [item.start + 1 for item in batch.items[: batch.num_decode]]
-        num_splits = choose_num_splits(len(lens), self.model.num_kv_heads, max(lens), self.num_sms)
+        # As the graphs do, so that a row is split alike in every step, and no kernel is compiled for one length.
+        num_splits = choose_num_splits(_padded(len(lens)), self.model.num_kv_heads, self.max_kv_len, self.num_sms)
         return DecodeMetadata(kv_lens, rows, self.tables.page_table, num_splits, None, lens)
 
     def _score(self, hidden: Tensor, extend: ExtendInputs) -> Tensor | None:
@@ -277,3 +279,8 @@ class ModelRunner:
             step.event = torch.cuda.Event()
             step.event.record()
         return step
+
+
+def _padded(batch: int) -> int:
+    """The smallest power of two from `batch` on."""
+    return 1 << (batch - 1).bit_length()

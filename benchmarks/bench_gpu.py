@@ -1,0 +1,278 @@
+"""Throughput on one GPU with random weights of Llama-3.1-8B's shapes: the rows that other engines were measured on.
+
+    python benchmarks/bench_gpu.py                      every row, a table, one JSON line last
+    python benchmarks/bench_gpu.py --rows rag@50,fork@64
+    python benchmarks/bench_gpu.py --profile trace.json --rows unique@50
+
+In process, without HTTP and detokenising; max 256 running, context 16,384; the cache is empty before each row; exact
+output lengths. `others` is the best of SGLang 0.5.17 and vLLM 0.26.0 on the same card type, workloads and shapes, as
+measured on 2026-11-23 (H100 SXM 80 GB, torch 2.11, CUDA 13.0). `floor` is prefill tokens x 22.2 us + steps x (GEMM stack
+at that batch + KV bytes read once per shared segment / 3.04 TB/s), both measured on such a card.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from workloads import JSON_SCHEMA, MAKERS, ROWS, Chain, Workload
+
+from ramet.runtime.client import Engine
+from ramet.runtime.config import EngineConfig
+from ramet.runtime.models.config import llama_3_1_8b, smollm2_135m
+from ramet.runtime.models.dummy import dummy_decoder
+from ramet.runtime.models.load import dummy_model
+from ramet.runtime.types import Grammar, RequestOutput, SamplingParams
+
+# row -> (the best of the others, first milestone, target, floor); tok/s, but ITL ms for decode1 and a ratio for json
+REFERENCE: dict[str, tuple[float, float, float, float | None]] = {
+    "decode1@1": (6.37, 6.4, 5.8, 5.63),
+    "unique@10": (1097, 0, 0, None),
+    "unique@50": (2676, 2550, 2780, 2940),
+    "rag@50": (4360, 4400, 6000, 6670),
+    "multiturn@50": (5069, 4800, 5700, 6140),
+    "agentic@50": (3710, 3600, 4400, 4730),
+    "fork@64": (3593, 5500, 8500, 9790),
+    "unique@256": (3726, 3550, 3800, 3950),
+    "rag@256": (8684, 9000, 14000, 16700),
+    "multiturn@256": (11397, 10800, 12300, 13200),
+    "agentic@256": (6400, 6300, 7700, 8200),
+    "json@1": (1.00, 0.95, 0.98, None),
+    "json@32": (0.76, 0.95, 0.98, None),
+    "json@128": (0.58, 0.95, 0.98, None),
+}
+
+
+@dataclass(slots=True)
+class Measured:
+    """Times of one row, in seconds; token times are of when the engine handed them out."""
+
+    first_token_s: list[float] = field(default_factory=list)
+    gaps_s: list[float] = field(default_factory=list)
+    num_output: int = 0
+    num_prompt: int = 0
+    num_cached: int = 0
+    parent_first_token_s: float | None = None
+    wall_s: float = 0.0
+
+
+class ChainRunner:
+    """Keeps `concurrency` chains in flight; a chain's next turn is submitted from the engine's own callback."""
+
+    def __init__(self, engine: Engine, chains: list[Chain], concurrency: int, grammar: Grammar | None) -> None:
+        self.engine = engine
+        self.waiting = list(reversed(chains))
+        self.concurrency = concurrency
+        self.grammar = grammar
+        self.left = len(chains)
+        self.done = threading.Event()
+        self.measured = Measured()
+        self.error: Exception | None = None
+
+    def run(self) -> Measured:
+        start_s = time.perf_counter()
+        for _ in range(min(self.concurrency, len(self.waiting))):
+            self._start_chain()
+        self.done.wait()
+        self.measured.wall_s = time.perf_counter() - start_s
+        if self.error is not None:
+            raise self.error
+        return self.measured
+
+    def _start_chain(self) -> None:
+        chain = self.waiting.pop()
+        self._submit(chain, 0, [])
+
+    def _submit(self, chain: Chain, turn: int, history: list[int]) -> None:
+        prompt = history + chain[turn].new
+        generated: list[int] = []
+        submitted_s = time.perf_counter()
+        last_s = submitted_s
+        measured = self.measured
+
+        def on_output(output: RequestOutput) -> None:
+            nonlocal last_s
+            now_s = time.perf_counter()
+            if output.token_ids:
+                (measured.first_token_s if not generated else measured.gaps_s).append(now_s - last_s)
+                last_s = now_s
+                generated.extend(output.token_ids)
+            if output.finish_reason is None:
+                return
+            if output.error is not None or len(generated) != chain[turn].out:
+                self.error = output.error or RuntimeError(f"{len(generated)} tokens instead of {chain[turn].out}")
+                self.done.set()
+                return
+            measured.num_output += len(generated)
+            measured.num_prompt += output.usage.prompt_tokens
+            measured.num_cached += output.usage.cached_tokens
+            if turn + 1 < len(chain):
+                self._submit(chain, turn + 1, prompt + generated)
+            elif self.waiting:
+                self.left -= 1
+                self._start_chain()
+            else:
+                self.left -= 1
+                if self.left == 0:
+                    self.done.set()
+
+        sampling = SamplingParams(temperature=0.0, max_tokens=chain[turn].out, ignore_eos=True)
+        self.engine.submit(prompt, sampling, grammar=self.grammar, on_output=on_output, detokenize=False)
+
+
+def run_row(engine: Engine, workload: Workload, concurrency: int, grammar: Grammar | None) -> Measured:
+    """Run one row from an empty cache."""
+    engine.flush_cache()
+    parent_s = None
+    if workload.parent is not None:
+        parent_s = ChainRunner(engine, [workload.parent], 1, grammar).run().first_token_s[0]
+    measured = ChainRunner(engine, workload.chains, concurrency, grammar).run()
+    measured.parent_first_token_s = parent_s
+    return measured
+
+
+def summary(name: str, measured: Measured) -> dict[str, Any]:  # Any: JSON
+    """The figures of a row; latencies in ms."""
+
+    def percentile(values: list[float], q: float) -> float:
+        return round(float(np.percentile(values, q)) * 1e3, 2) if values else 0.0
+
+    row = {
+        "row": name,
+        "tok_s": round(measured.num_output / measured.wall_s, 1),
+        "ttft_p50_ms": percentile(measured.first_token_s, 50),
+        "ttft_p95_ms": percentile(measured.first_token_s, 95),
+        "itl_p50_ms": percentile(measured.gaps_s, 50),
+        "itl_p95_ms": percentile(measured.gaps_s, 95),
+        "hit_rate": round(measured.num_cached / max(measured.num_prompt, 1), 3),
+        "wall_s": round(measured.wall_s, 2),
+    }
+    if measured.parent_first_token_s is not None:
+        row["parent_ttft_ms"] = round(measured.parent_first_token_s * 1e3, 1)
+    return row
+
+
+def print_row(row: dict[str, Any], unconstrained: dict[str, float]) -> None:
+    name = row["row"]
+    reference = REFERENCE.get(name)
+    figure = row["tok_s"]
+    note = ""
+    if reference is not None:
+        if name.startswith("decode1"):
+            figure = row["itl_p50_ms"]
+        elif name.startswith("json@"):
+            base = unconstrained.get(name.replace("json@", "jsonoff@"))
+            figure = round(row["tok_s"] / base, 3) if base else float("nan")
+            row["ratio"] = figure
+        others, milestone, target, floor = reference
+        note = f"others {others:>8}  first {milestone:>7}  target {target:>7}  floor {floor or '-':>6}"
+    print(
+        f"{name:14} {figure:>9}  {note:62} tok/s {row['tok_s']:>8} TTFT p50 {row['ttft_p50_ms']:>8} "
+        f"p95 {row['ttft_p95_ms']:>8} ITL p50 {row['itl_p50_ms']:>6} hit {row['hit_rate']:.3f} ({row['wall_s']} s)",
+        flush=True,
+    )
+
+
+def compile_json_grammar(engine: Engine) -> Grammar:
+    """The workloads' schema for the engine's vocabulary."""
+    return engine.compile_grammar_for_schema(JSON_SCHEMA)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", default="", help="comma-separated, as rag@50; default: all")
+    parser.add_argument("--model", default="8b", choices=["8b", "135m"], help="shapes")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--scale", type=int, default=1, help="divide chains and concurrency by this: a rehearsal")
+    parser.add_argument("--profile", default="", help="write a Chrome trace of the rows to this file")
+    parser.add_argument("--out", default="", help="append the JSON line to this file")
+    parser.add_argument("--set", action="append", default=[], help="configuration, as chunked_prefill_size=4096")
+    args = parser.parse_args()
+
+    overrides = {key: json.loads(value) for key, value in (item.split("=", 1) for item in args.set)}
+    config = EngineConfig.from_mapping({"device": args.device, "context_length": 16384, **overrides})
+    shapes = llama_3_1_8b() if args.model == "8b" else smollm2_135m()
+    if args.model != "8b":
+        config = EngineConfig.from_mapping({"device": args.device, **overrides})
+    dtype = torch.bfloat16
+    start_s = time.perf_counter()
+    model = dummy_model(shapes, dummy_decoder(shapes, args.device, dtype))
+    engine = Engine(model, config)
+    ready_s = time.perf_counter() - start_s
+    engine.generate([1, 2, 3], SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True), detokenize=False)
+    first_s = time.perf_counter() - start_s
+    print(f"start to ready {ready_s:.1f} s, to first token {first_s:.1f} s", flush=True)
+
+    wanted = [name for name in args.rows.split(",") if name]
+    high = min(120_000, shapes.vocab_size - 1000)
+    rows: list[dict[str, Any]] = []
+    unconstrained: dict[str, float] = {}
+    profiler = start_profiler() if args.profile else None
+    for kind, concurrency, count in ROWS:
+        name = f"{kind}@{concurrency}"
+        if wanted and name not in wanted:
+            continue
+        concurrency, count = max(concurrency // args.scale, 1), max(count // args.scale, 1)
+        grammar = compile_json_grammar(engine) if kind == "json" else None
+        workload = MAKERS[kind](count, high=high)
+        if kind in ("json", "jsonoff", "decode1"):  # first use of a batch size or a grammar stays out of the figure
+            run_row(engine, MAKERS[kind](min(count, concurrency), seed=1, high=high), concurrency, grammar)
+        row = summary(name, run_row(engine, workload, concurrency, grammar))
+        if kind == "jsonoff":
+            unconstrained[name] = row["tok_s"]
+        print_row(row, unconstrained)
+        rows.append(row)
+    if profiler is not None:
+        finish_profiler(profiler, args.profile)
+    engine.check_integrity()
+    engine.shutdown()
+    line = json.dumps(
+        {
+            "benchmark": "gpu",
+            "commit": commit(),
+            "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.processor(),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "model": args.model,
+            "config": overrides,
+            "start_s": round(first_s, 1),
+            "rows": rows,
+        }
+    )
+    if args.out:
+        with Path(args.out).open("a") as file:
+            file.write(line + "\n")
+    print(line)
+
+
+def start_profiler() -> Any:  # Any: torch has no public type for it
+    profiler = torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    )
+    profiler.__enter__()
+    return profiler
+
+
+def finish_profiler(profiler: Any, path: str) -> None:
+    profiler.__exit__(None, None, None)
+    profiler.export_chrome_trace(path)
+    print(profiler.key_averages().table(sort_by="cuda_time_total", row_limit=40, max_name_column_width=60))
+
+
+def commit() -> str:
+    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "unknown"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
