@@ -5,17 +5,16 @@ Tensors are memory-mapped and read on access. Nothing in the folder is executed;
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ramet.errors import BrokenModelFile
 from ramet.runtime.models.config import ModelConfig
+from ramet.runtime.models.json_file import read_json
 from ramet.runtime.models.weights import Weights, check_names, check_shapes
 
 _INDEX = "model.safetensors.index.json"
@@ -35,19 +34,6 @@ _IMAGE_PREFIXES = (
     "model.vision_tower.",
     "model.multi_modal_projector.",
 )
-
-
-def read_json(path: Path) -> dict[str, Any]:  # JSON values
-    """Parse a JSON object. Raises: BrokenModelFile naming the file."""
-    try:
-        parsed = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise BrokenModelFile(f"{path.parent} lacks {path.name}") from error
-    except (OSError, ValueError) as error:  # bad UTF-8 and bad JSON are both ValueError
-        raise BrokenModelFile(f"{path} is not readable JSON: {error}") from error
-    if not isinstance(parsed, dict):
-        raise BrokenModelFile(f"{path} holds a {type(parsed).__name__} but must hold a JSON object")
-    return parsed
 
 
 def load_hf_config(folder: Path) -> ModelConfig:

@@ -1,0 +1,365 @@
+"""The model's own chat template: whole conversations, and the piece that one more message adds.
+
+`render` gives what transformers' `apply_chat_template` gives. A program grows a conversation piece by piece, and its
+tokens are only ever appended to: `role_text` says what to append when a role opens and closes, and `message_delta` what
+a finished message adds. Some templates change what they wrote before (Qwen3 drops the reasoning of earlier turns);
+`message_delta` refuses there and says where, `role_text` keeps going: the text between two messages is still right.
+
+Templates come from strangers: they run in Jinja's sandbox, on plain JSON data only.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, NoReturn
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from ramet.errors import BrokenModelFile, InvalidRequest
+
+Message = Mapping[str, Any]  # {"role": ..., "content": ...} and what a template reads besides, such as tool_calls
+Tool = Mapping[str, Any]  # a JSON schema as in OpenAI's API
+
+# For models that bring no template (base models). The turns are plain text; `stop_strings` ends one.
+PLAIN_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "### {{ message['role'] | capitalize }}:\n{{ message['content'] }}\n\n"
+    "{% endfor %}{% if add_generation_prompt %}### Assistant:\n{% endif %}"
+)
+_PLAIN_STOPS = ("\n\n### ",)
+
+# Stand for contents while the text around them is looked for. Words, so that a template's trim keeps them whole.
+_MARK, _NEW_MARK = "RametMarkPrevious", "RametMarkNew"
+_EXCERPT = 60  # characters
+
+
+class TemplateRewritesHistory(InvalidRequest):
+    """One more message changes the text of earlier ones, so that the conversation can't be continued by appending.
+
+    `position`: index of the first character that differs; `message_index`: the message in whose text it lies, or None
+    when it lies before the first.
+    """
+
+    def __init__(self, message: str, position: int, message_index: int | None) -> None:
+        super().__init__(message, param="messages")
+        self.position = position
+        self.message_index = message_index
+
+
+@dataclass(frozen=True, slots=True)
+class RoleText:
+    """What to append before a message's content and after it."""
+
+    before: str
+    after: str
+
+
+class ChatTemplate:
+    """A compiled template. Thread-safe.
+
+    `stop_strings`: strings that end an assistant turn where no token does (the plain default only).
+    """
+
+    def __init__(
+        self,
+        source: str,
+        *,
+        special_texts: Mapping[str, str] | None = None,
+        tool_source: str | None = None,
+        stop_strings: tuple[str, ...] = (),
+    ) -> None:
+        """Compile `source`. `special_texts`: `bos_token`, `eos_token`, ... as the template may name them.
+
+        `tool_source`: the template to use when tools are given, where a model has two.
+        Raises: BrokenModelFile for a template that does not parse.
+        """
+        self.source = source
+        self.stop_strings = stop_strings
+        self._special_texts = {"bos_token": "", "eos_token": ""} | dict(special_texts or {})
+        self._template = _compile(source)
+        self._tool_template = _compile(tool_source) if tool_source is not None else self._template
+
+    @classmethod
+    def plain(cls, special_texts: Mapping[str, str] | None = None) -> ChatTemplate:
+        """The default for a model without a template: `### User:`, a line break, the content, an empty line."""
+        return cls(PLAIN_TEMPLATE, special_texts=special_texts, stop_strings=_PLAIN_STOPS)
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool,
+        tools: Sequence[Tool] | None = None,
+        continue_final_message: bool = False,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The text of a conversation, special tokens spelled out.
+
+        `continue_final_message`: leave the last message open, to be continued. `variables`: what else the template
+        reads, such as `enable_thinking`.
+        Raises: InvalidRequest (param `messages`) with the template's own words when it refuses the conversation.
+        """
+        if not messages:
+            raise InvalidRequest("messages is empty; a conversation needs at least one", param="messages")
+        plain = [_plain_message(message, index) for index, message in enumerate(messages)]
+        if not continue_final_message:
+            return self._render(plain, add_generation_prompt, tools, variables)
+        if add_generation_prompt:
+            raise InvalidRequest(
+                "continue_final_message and add_generation_prompt exclude each other", param="add_generation_prompt"
+            )
+        return self._render_open(plain, tools, variables)
+
+    def message_delta(
+        self,
+        previous: Sequence[Message],
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = False,
+        tools: Sequence[Tool] | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The text that `messages` adds after `previous`: render(previous) + delta == render(previous + messages).
+
+        Raises: TemplateRewritesHistory where that is not so, saying which message changed; InvalidRequest.
+        """
+        whole = self.render(
+            [*previous, *messages], add_generation_prompt=add_generation_prompt, tools=tools, variables=variables
+        )
+        if not previous:
+            return whole
+        before = self.render(previous, add_generation_prompt=False, tools=tools, variables=variables)
+        if whole.startswith(before):
+            return whole[len(before) :]
+        position = next(
+            (i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), min(len(before), len(whole))
+        )
+        raise self._rewritten(previous, before, whole, position, tools, variables)
+
+    def role_text(
+        self,
+        previous: Sequence[Message],
+        role: str,
+        *,
+        tools: Sequence[Tool] | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> RoleText:
+        """What to append when `role` opens after `previous`, and when it closes.
+
+        What was appended for `previous` stays as it is. The assistant's opening is the generation prompt. Where a
+        template shows a message only together with the next one (Gemma puts the system message at the head of the first
+        user turn), a user message is taken to follow. Contents go between the two as they are; a template that trims
+        them would trim. Raises: InvalidRequest when the template has no such role here, or cannot be appended to.
+        """
+        shown = [_plain_message(message, index) for index, message in enumerate(previous)]
+        new = {"role": role, "content": _NEW_MARK}
+        close = ""
+        if shown:
+            shown[-1]["content"] = _MARK
+            alone = self._render(shown, False, tools, variables)
+            # Not shown alone: then nothing was appended after its content, and the next opening brings what is due.
+            close = alone[alone.rindex(_MARK) + len(_MARK) :] if _MARK in alone else ""
+        whole = self._render([*shown, new], False, tools, variables)
+        if _NEW_MARK not in whole and role != "user":
+            whole = self._render([*shown, new, {"role": "user", "content": "Hi"}], False, tools, variables)
+            after = ""
+        else:
+            after = whole[whole.rfind(_NEW_MARK) + len(_NEW_MARK) :]
+        if _NEW_MARK not in whole:
+            raise InvalidRequest(f"the chat template does not show a {role} message here", param="messages")
+        before = self._between(shown, close, whole[: whole.rindex(_NEW_MARK)], role)
+        if role == "assistant" and shown:
+            # Beyond a message's own opening the prompt may hold more, such as an empty block of reasoning.
+            before = self._between(shown, close, self._render(shown, True, tools, variables), role) or before
+        return RoleText(before, after)
+
+    def opening(self, messages: Sequence[Message], role: str) -> str:
+        """`role_text(messages, role).before`."""
+        return self.role_text(messages, role).before
+
+    def closing(self, messages: Sequence[Message], role: str) -> str:
+        """`role_text(messages, role).after`; `messages` are those before the one that closes."""
+        return self.role_text(messages, role).after
+
+    def _between(self, shown: list[dict[str, Any]], close: str, text: str, role: str) -> str:
+        """The new message's opening: what `text` has after the last shown message and its `close`."""
+        if not shown:
+            return text
+        last = shown[-1]["role"]
+        if _MARK not in text:
+            raise InvalidRequest(f"the chat template drops a {last} message before a {role} message", param="messages")
+        between = text[text.rindex(_MARK) + len(_MARK) :]
+        if not between.startswith(close):
+            raise InvalidRequest(
+                f"the chat template ends a {last} message with {close!r} when it comes last, but writes {between!r} "
+                f"between it and a {role} message: the second cannot be appended to the first",
+                param="messages",
+            )
+        return between[len(close) :]
+
+    def _render(
+        self,
+        messages: list[dict[str, Any]],
+        add_generation_prompt: bool,
+        tools: Sequence[Tool] | None,
+        variables: Mapping[str, Any] | None,
+    ) -> str:
+        template = self._tool_template if tools else self._template
+        values = self._special_texts | _plain(dict(variables or {}))
+        try:
+            return template.render(
+                values,
+                messages=messages,
+                tools=_plain(list(tools)) if tools else None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+            )
+        except jinja2.TemplateError as error:
+            roles = ", ".join(str(message["role"]) for message in messages)
+            raise InvalidRequest(
+                f"the model's chat template refuses the messages ({roles}): {error.message or error}", param="messages"
+            ) from error
+        except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, RecursionError) as error:
+            raise InvalidRequest(
+                f"the model's chat template fails on these messages: {error!r}", param="messages"
+            ) from error
+
+    def _render_open(
+        self, messages: list[dict[str, Any]], tools: Sequence[Tool] | None, variables: Mapping[str, Any] | None
+    ) -> str:
+        content = messages[-1].get("content")
+        if not isinstance(content, str) or not content:
+            raise InvalidRequest("continue_final_message is set but the last message has no text", param="messages")
+        marked = [*messages[:-1], {**messages[-1], "content": content + _NEW_MARK}]
+        text = self._render(marked, False, tools, variables)
+        at = text.rfind(_NEW_MARK)
+        if at < 0:
+            raise InvalidRequest(
+                "the chat template does not show the last message, so it can't be continued", param="messages"
+            )
+        return text[:at]
+
+    def _rewritten(
+        self,
+        previous: Sequence[Message],
+        before: str,
+        whole: str,
+        position: int,
+        tools: Sequence[Tool] | None,
+        variables: Mapping[str, Any] | None,
+    ) -> TemplateRewritesHistory:
+        index = None
+        for count in range(1, len(previous) + 1):
+            try:
+                end = len(self.render(previous[:count], add_generation_prompt=False, tools=tools, variables=variables))
+            except InvalidRequest:  # a template may refuse half a conversation
+                continue
+            if position < end:
+                index = count - 1
+                break
+        where = "before the first message" if index is None else f"in message {index} ({previous[index].get('role')})"
+        old, new = (text[position : position + _EXCERPT] for text in (before, whole))
+        return TemplateRewritesHistory(
+            f"the chat template rewrites what it wrote before: with the new messages the text changes {where}, at "
+            f"character {position}, from {old!r} to {new!r}; render the whole conversation anew",
+            position,
+            index,
+        )
+
+
+def _plain_message(message: Message, index: int) -> dict[str, Any]:
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        raise InvalidRequest(f"message {index} must be an object with a role", param="messages")
+    plain: dict[str, Any] = _plain(message)
+    plain["content"] = _text_content(plain.get("content"), index)
+    calls = plain.get("tool_calls")
+    for call in calls if isinstance(calls, list) else ():
+        function = call.get("function", call) if isinstance(call, dict) else {}
+        if isinstance(function.get("arguments"), str):  # OpenAI sends JSON text; templates write `arguments | tojson`
+            try:
+                function["arguments"] = json.loads(function["arguments"])
+            except ValueError as error:
+                raise InvalidRequest(
+                    f"message {index}: a tool call's arguments are no JSON: {error}", param="messages"
+                ) from error
+    return plain
+
+
+def _text_content(content: object, index: int) -> str:
+    """A message's content as text; None (a message of tool calls alone) is empty."""
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list) and all(
+        isinstance(part, dict) and isinstance(part.get("text"), str) for part in content
+    ):
+        return "".join(part["text"] for part in content)
+    raise InvalidRequest(f"message {index}: the content must be text, or a list of text parts", param="messages")
+
+
+def _plain(value: Any) -> Any:
+    """Rebuild a value of JSON types alone: a template must not reach an object's methods."""
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, int):
+        return int.__int__(value)
+    if isinstance(value, float):
+        return float.__float__(value)
+    if isinstance(value, Mapping):
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    raise InvalidRequest(f"a chat template gets JSON values, not a {type(value).__name__}", param="messages")
+
+
+def _compile(source: str) -> jinja2.Template:
+    """The environment of transformers' `apply_chat_template`: same options, filters and functions."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    try:
+        return environment.from_string(source)
+    except (jinja2.TemplateError, RecursionError) as error:
+        raise BrokenModelFile(f"the chat template does not parse: {error}") from error
+
+
+class _GenerationBlock(jinja2.ext.Extension):
+    """`{% generation %} ... {% endgeneration %}` marks text to train on; here it stands for its content."""
+
+    tags = {"generation"}  # noqa: RUF012  (Jinja's own interface)
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Jinja's own filter escapes HTML, which a prompt must not contain."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(layout: str) -> str:
+    return datetime.now().strftime(layout)

@@ -1,0 +1,58 @@
+"""A model's own sampling defaults, from `generation_config.json`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ramet.errors import BrokenModelFile
+from ramet.runtime.models.config import token_ids
+from ramet.runtime.models.json_file import read_json
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationDefaults:
+    """What the model's authors recommend; None where they say nothing. Requests override it.
+
+    `eos_ids` are the file's alone; the tokenizer's `eos_ids` include them.
+    """
+
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    eos_ids: tuple[int, ...] = ()
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> GenerationDefaults:
+        """Read the folder's file; without one, no defaults. `do_sample: false` means temperature 0.
+
+        Raises: BrokenModelFile.
+        """
+        path = folder / "generation_config.json"
+        if not path.is_file():
+            return cls()
+        fields = read_json(path)
+
+        def number(name: str) -> Any:  # int or float, as the file has it
+            value = fields.get(name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+                raise BrokenModelFile(f"{path}: {name} is {value!r} but must be a number")
+            return value
+
+        try:
+            eos_ids = token_ids(fields.get("eos_token_id"))
+        except ValueError as error:
+            raise BrokenModelFile(f"{path}: eos_token_id is {fields.get('eos_token_id')!r}") from error
+        # Files of base models often say do_sample: false by leaving it out; only an explicit false is a wish.
+        greedy = fields.get("do_sample") is False
+        return cls(
+            temperature=0.0 if greedy else number("temperature"),
+            top_k=number("top_k"),
+            top_p=number("top_p"),
+            min_p=number("min_p"),
+            repetition_penalty=number("repetition_penalty"),
+            eos_ids=eos_ids,
+        )
