@@ -101,3 +101,19 @@ class AdmissionQueue:
 
     def _page_after(self, node: RadixNode, sequence: Sequence) -> bytes:
         return sequence.tokens(node.end, node.end + self._page_size).tobytes()
+
+
+def fits_beside(num_missing: int, running: list[tuple[int, int]], num_steps: int, num_pages: int) -> bool:
+    """True where a request of `num_steps` steps and `num_pages` pages, admitted now, does not delay the blocked first.
+
+    num_missing: pages that the first lacks; running: (steps left at most, pages) of each running sequence. It does not
+    delay where it ends before enough pages are free at the latest, or where they are enough for both then.
+    Source: EASY backfilling, Lifka 1995, "The ANL/IBM SP scheduling system".
+    """
+    steps_until_start = 0
+    for steps, pages in sorted(running):
+        if num_missing <= 0:
+            break
+        num_missing -= pages
+        steps_until_start = steps
+    return num_steps <= steps_until_start or num_pages <= -num_missing

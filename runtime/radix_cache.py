@@ -24,8 +24,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ramet.errors import CacheIntegrityError
 from ramet.runtime.eviction import EvictionQueue, RankFunction, next_use_rank
+from ramet.runtime.integrity import check_cache
 from ramet.runtime.page_pool import PagePool
 from ramet.runtime.types import TokenIds
 
@@ -465,36 +465,7 @@ class RadixCache:
         Raises:
             CacheIntegrityError: the first thing found wrong.
         """
-        self.pool.check_integrity()
-        owner: dict[int, str] = {}
-        for node in self.nodes():
-            self._check_node(node)
-            _claim(owner, node.page_ids, f"node at {node.start}")
-        num_cached = len(owner)
-        num_evictable = sum(len(node.page_ids) for node in self.nodes() if not node.refs)
-        for index, page_ids in enumerate(held):
-            _claim(owner, page_ids, f"sequence {index}")
-        used = self.pool.used_pages()
-        _require(owner.keys() == used, f"owned and used pages differ: {sorted(owner.keys() ^ used)[:10]}")
-        _require(num_cached == self.num_cached_pages, f"{num_cached} pages cached, {self.num_cached_pages} counted")
-        _require(
-            num_evictable == self.num_evictable_pages,
-            f"{num_evictable} pages evictable, {self.num_evictable_pages} counted",
-        )
-
-    def _check_node(self, node: RadixNode) -> None:
-        size, parent = self._page_size, node.parent
-        assert parent is not None
-        _require(len(node.tokens) > 0 and node.start % size == 0, "a node is empty or starts inside a page")
-        _require(len(node.page_ids) == -(-len(node.tokens) // size), "a node's tokens and pages differ")
-        _require(len(node.tokens) % size == 0 or len(node.tokens) < size, "a node has whole pages and a partial one")
-        _require(len(node.tokens) % size == 0 or not node.children, "a tail has children")
-        _require(node.start == parent.end, "a node does not start at its parent's end")
-        _require(node.key == node.tokens[:size].tobytes(), "a node's key is not its first page")
-        _require(parent.children.get(node.key) is node, "a node is not its parent's child")
-        _require(node.keys == sorted(node.children), "a node's sorted keys are not its children's")
-        _require(node.refs >= sum(child.refs > 0 for child in node.children.values()), "a locked child is not counted")
-        _require(node.eviction_entry > 0 or not node.is_evictable, "an evictable node is not in the eviction queue")
+        check_cache(self, held)
 
 
 def _num_common(a: TokenIds, b: TokenIds) -> int:
@@ -507,14 +478,3 @@ def _num_common(a: TokenIds, b: TokenIds) -> int:
 
 def _num_common_bytes(a: bytes, b: bytes) -> int:
     return _num_common(np.frombuffer(a, dtype=np.int32), np.frombuffer(b, dtype=np.int32))
-
-
-def _claim(owner: dict[int, str], page_ids: Iterable[int], name: str) -> None:
-    for page in page_ids:
-        _require(page not in owner, f"page {page} belongs to {owner.get(page)} and to {name}")
-        owner[page] = name
-
-
-def _require(ok: bool, message: str) -> None:
-    if not ok:
-        raise CacheIntegrityError(message)

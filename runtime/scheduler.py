@@ -23,11 +23,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from math import ceil
 
-from ramet.errors import CacheIntegrityError, ContextOverflow, InvalidRequest, Overloaded
-from ramet.runtime.admission import AdmissionQueue
+from ramet.errors import ContextOverflow, InvalidRequest, Overloaded
+from ramet.runtime.admission import AdmissionQueue, fits_beside
+from ramet.runtime.integrity import require
 from ramet.runtime.page_pool import PagePool
 from ramet.runtime.priority import OrderConfig, ProgramService, Waiting
 from ramet.runtime.radix_cache import PrefixMatch, RadixCache
+from ramet.runtime.sequence_pages import SequencePages, known_end, matchable
 from ramet.runtime.types import (
     Batch,
     FinishReason,
@@ -37,7 +39,6 @@ from ramet.runtime.types import (
     ScheduledSequence,
     Sequence,
     Status,
-    TokenIds,
 )
 
 logger = logging.getLogger(__name__)
@@ -103,6 +104,7 @@ class Scheduler:
         self.counters = SchedulerCounters()
         self._clock = clock
         self._page_size = pool.page_size
+        self._pages = SequencePages(pool, cache, reservation_ratio=config.reservation_ratio, share=config.prefix_cache)
         self._service = ProgramService()
         self._waiting = AdmissionQueue(config.order, self._service, pool.page_size)
         self._sequences: dict[str, Sequence] = {}  # waiting and running, by request id
@@ -111,7 +113,6 @@ class Scheduler:
         self._prefilling: dict[Sequence, None] = {}  # running, with known tokens to compute
         self._decoding: dict[Sequence, int] = {}  # running, to the num_computed at which no token is missing
         self._free_slots = list(range(config.max_running))
-        self._num_reserved = 0  # pages that running sequences may still take
         self._deadlines: list[tuple[float, int, Sequence]] = []
         self._num_deadlines = 0
         self._may_admit = False  # something changed since admission last came to its end
@@ -133,11 +134,6 @@ class Scheduler:
     def num_waiting(self) -> int:
         return len(self._sequences) - len(self._running)
 
-    @property
-    def num_available_pages(self) -> int:
-        """Pages that admission may promise: free or evictable, and reserved for nobody."""
-        return self.pool.num_free + self.cache.num_evictable_pages - self._num_reserved
-
     def add(self, request: Request) -> Sequence:
         """Queue a request.
 
@@ -154,7 +150,7 @@ class Scheduler:
                 param="max_tokens",
             )
         sequence = Sequence(request)
-        num_pages = self._peak_pages(sequence, 1.0)
+        num_pages = self._pages.peak(sequence, 1.0)
         if num_pages > self.pool.num_usable:
             raise ContextOverflow(
                 f"prompt ({request.num_prompt:,} tokens) and output (up to {request.max_tokens:,}) need {num_pages:,} "
@@ -287,7 +283,7 @@ class Scheduler:
 
     def _finish_chunk(self, item: ScheduledSequence) -> None:
         sequence = item.sequence
-        if sequence.request.score_from is not None and item.start + item.num_tokens >= _known_end(sequence):
+        if sequence.request.score_from is not None and item.start + item.num_tokens >= known_end(sequence):
             self.finish(sequence, FinishReason.LENGTH)
 
     def _resume(self, sequence: Sequence, num_new: int) -> None:
@@ -340,7 +336,7 @@ class Scheduler:
         self, sequence: Sequence, budget: int, planned: set[Sequence], extends: list[ScheduledSequence]
     ) -> int:
         """Plan the next chunk of a sequence's known tokens; chunks end at page borders. Returns its tokens."""
-        size, start, end = self._page_size, sequence.num_computed, _known_end(sequence)
+        size, start, end = self._page_size, sequence.num_computed, known_end(sequence)
         stop = min(end, start + budget)
         if stop < end and stop // size * size > start:
             stop = stop // size * size
@@ -359,41 +355,28 @@ class Scheduler:
         """Count a planned chunk as computed, and share its pages: later steps may read what this one writes."""
         sequence = item.sequence
         sequence.num_computed = item.start + item.num_tokens
-        is_complete = sequence.num_computed == _known_end(sequence)
+        is_complete = sequence.num_computed == known_end(sequence)
         self._service.add(sequence.request.program_id, item.num_tokens)
-        if self.config.prefix_cache:
-            self._share(sequence, is_complete)
+        self._pages.share(sequence, is_complete=is_complete)
+        node = sequence.node
+        assert node is not None
         if is_complete:
             del self._prefilling[sequence]
+            self._waiting.clear_frontier(sequence)
+        elif self.config.prefix_cache:
+            self._waiting.set_frontier(sequence, node, sequence.num_tokens)
+        if self._waiting.wake(sequence, None if is_complete else node.end):
+            self._may_admit = True
         if item.samples:
             sequence.num_in_flight += 1
             self._decoding[sequence] = sequence.request.num_prompt + sequence.request.max_tokens - 1
-
-    def _share(self, sequence: Sequence, is_complete: bool) -> None:
-        """Move computed pages to the tree, and wake those that waited for them."""
-        self._retake_tail(sequence)
-        size, first = self._page_size, sequence.num_shared_pages
-        stop = sequence.num_computed if is_complete else sequence.num_computed // size * size
-        assert sequence.node is not None
-        if stop > first * size:
-            page_ids = sequence.page_ids[first : -(-stop // size)]
-            node = self.cache.share(sequence.node, sequence.tokens(first * size, stop), page_ids)
-            if node is not None:
-                sequence.node = node
-                sequence.num_shared_pages = -(-node.end // size)
-        if is_complete:
-            self._waiting.clear_frontier(sequence)
-            self._may_admit |= self._waiting.wake(sequence, None) > 0
-        else:
-            self._waiting.set_frontier(sequence, sequence.node, sequence.num_tokens)
-            self._may_admit |= self._waiting.wake(sequence, sequence.node.end) > 0
 
     # --- admission
 
     def _enqueue(self, sequence: Sequence) -> None:
         cached_share = 0.0
         if self.config.prefix_cache:
-            num_cached = self.cache.match_length(_matchable(sequence), sequence.request.cache_salt)
+            num_cached = self.cache.match_length(matchable(sequence), sequence.request.cache_salt)
             cached_share = num_cached / sequence.num_tokens
         self._waiting.add(sequence, self._queued_s[sequence], cached_share)
         self._may_admit = True
@@ -401,22 +384,16 @@ class Scheduler:
     def _try_admit(self, waiting: Waiting, blocked: list[Waiting]) -> bool:
         """Admit the first in order, or park it, or add it to `blocked`. True where it was admitted."""
         sequence = waiting.sequence
-        cache_salt = sequence.request.cache_salt
-        tokens = _matchable(sequence)
-        if self.config.prefix_cache:
-            match = self.cache.match(tokens, cache_salt)
-        else:
-            match = PrefixMatch(self.cache.root(cache_salt), [], 0, None, 0)
-        self.cache.lock(match.node)
+        match = self._pages.match(sequence)
         owner = self._waiting.owner_of(match.node, sequence)
         if owner is not None:
-            wake_at = min(_num_shared(sequence, owner, match.num_tokens), len(tokens))
+            wake_at = min(_num_shared(sequence, owner, match.num_tokens), len(matchable(sequence)))
             self._waiting.park(waiting, owner, wake_at)
             self.counters.num_parked += 1
             self.cache.unlock(match.node)
             return False
-        num_needed = self._peak_pages(sequence) - len(match.page_ids)
-        if num_needed > self.num_available_pages or not self._may_overtake(sequence, num_needed, blocked):
+        num_needed = self._pages.peak(sequence) - len(match.page_ids)
+        if num_needed > self._pages.num_available or not self._may_overtake(sequence, num_needed, blocked):
             waiting.cached_share = match.num_tokens / sequence.num_tokens
             blocked.append(waiting)
             self.cache.unlock(match.node)
@@ -425,25 +402,15 @@ class Scheduler:
         return True
 
     def _may_overtake(self, sequence: Sequence, num_needed: int, blocked: list[Waiting]) -> bool:
-        """True where admitting this one does not delay the first that did not fit.
-
-        It does not where it ends before enough pages for that one are free at the latest, or where there will be
-        enough for both. Source: EASY backfilling, Lifka 1995, "The ANL/IBM SP scheduling system".
-        """
+        """True where admitting this one, which fits, does not delay the first that did not."""
         if not blocked:
             return True
         head = blocked[0]
-        if head.num_overtaken >= self.config.max_overtakes:
-            return False
-        missing = self._peak_pages(head.sequence) - self.num_available_pages
-        num_steps = 0
-        for num_steps, num_pages in sorted(  # noqa: B007 (used after the loop)
-            (self._steps_left(s), len(s.page_ids)) for s in self._running
+        missing = self._pages.peak(head.sequence) - self._pages.num_available
+        running = [(self._steps_left(s), len(s.page_ids)) for s in self._running]
+        if head.num_overtaken >= self.config.max_overtakes or not fits_beside(
+            missing, running, self._steps_left(sequence), num_needed
         ):
-            missing -= num_pages
-            if missing <= 0:
-                break
-        if self._steps_left(sequence) > num_steps and num_needed > -missing:
             return False
         head.num_overtaken += 1
         self.counters.num_overtakes += 1
@@ -453,80 +420,38 @@ class Scheduler:
         """Steps until a sequence ends, at most (while prefills do not wait for each other)."""
         request = sequence.request
         num_output = request.max_tokens - len(sequence.output_ids) if request.score_from is None else 0
-        num_known = _known_end(sequence) - sequence.num_computed
+        num_known = known_end(sequence) - sequence.num_computed
         return num_output + ceil(num_known / max(1, self.config.max_num_tokens_per_step - self.config.max_running))
 
     def _admit(self, sequence: Sequence, match: PrefixMatch) -> None:
         self._waiting.remove(sequence)
         sequence.status = Status.RUNNING
         sequence.slot = heapq.heappop(self._free_slots)
-        sequence.node = match.node
-        sequence.page_ids = match.page_ids
-        sequence.num_shared_pages = len(match.page_ids)
-        sequence.num_computed = match.num_tokens
         if sequence.first_scheduled_s is None:
             sequence.first_scheduled_s = self._clock()
-        self._num_reserved += self._num_outstanding(sequence)
+        self._pages.attach(sequence, match)
+        copy = self._pages.copy_tail(sequence, match, self._copies)
+        if copy is not None:
+            self._copies.append(copy)
+        sequence.num_cached = sequence.num_computed
         self._running[sequence] = None
         self._prefilling[sequence] = None
-        if match.tail_page is not None:
-            self._copy_tail(sequence, match.tail_page, match.num_tail_tokens)
-        sequence.num_cached = sequence.num_computed
         self.counters.num_admitted += 1
         self.counters.num_cached_tokens += sequence.num_cached
         if self.config.prefix_cache:
             self._waiting.set_frontier(sequence, match.node, sequence.num_tokens)
 
-    def _copy_tail(self, sequence: Sequence, source: int, num_tokens: int) -> None:
-        """Take over the first tokens of a partly shared page by a copy.
-
-        All copies of a step run at once, so no page may be the target of one and the source of another: a source that
-        was evicted meanwhile is not given out as a target (as anything else it may: steps run after their copies).
-        """
-        sources = {copy.source for copy in self._copies} | {source}
-        refused: list[int] = []
-        while (target := self.cache.allocate(1)) is not None and target[0] in sources:
-            refused += target
-        self.pool.free(refused)
-        if target is not None:
-            self._num_reserved -= self._num_outstanding(sequence)
-            sequence.page_ids += target
-            self._num_reserved += self._num_outstanding(sequence)
-            sequence.num_computed += num_tokens
-            self._copies.append(PageCopy(source, target[0], num_tokens))
-
     # --- pages
 
-    def _peak_pages(self, sequence: Sequence, ratio: float | None = None) -> int:
-        """Pages that are reserved for a sequence. The last token's KV is never computed."""
-        request = sequence.request
-        if request.score_from is not None:
-            return -(-_known_end(sequence) // self._page_size)
-        if ratio is None:
-            ratio = 1.0 if sequence.num_preemptions else self.config.reservation_ratio
-        num_output = max(1, ceil(ratio * request.max_tokens))
-        return -(-(request.num_prompt + num_output - 1) // self._page_size)
-
-    def _num_outstanding(self, sequence: Sequence) -> int:
-        return max(0, self._peak_pages(sequence) - len(sequence.page_ids))
-
     def _grow(self, sequence: Sequence, num_pages: int, planned: Iterable[Sequence]) -> bool:
-        """Give a running sequence pages. False where it was preempted itself, or cannot have them in this step.
-
-        Pages beyond its reservation are taken only from what is reserved for nobody.
-        """
-        reserved = min(num_pages, self._num_outstanding(sequence))
-        while num_pages - reserved > max(self.num_available_pages, 0) or (
-            (page_ids := self.cache.allocate(num_pages)) is None
-        ):
+        """Give a running sequence pages, preempting others for it. False where it was preempted itself."""
+        while not self._pages.take(sequence, num_pages):
             victim = self._victim(planned)
             if victim is None:
                 return False
             self._preempt(victim)
             if victim is sequence:
                 return False
-        self._num_reserved -= reserved
-        sequence.page_ids += page_ids
         return True
 
     def _victim(self, planned: Iterable[Sequence]) -> Sequence | None:
@@ -544,23 +469,11 @@ class Scheduler:
             self._enqueue(sequence)
 
     def _release(self, sequence: Sequence, *, keep: bool) -> None:
-        """Take slot and pages from a running sequence; what it computed of known tokens goes to the tree."""
+        """Take slot and pages from a running sequence; with `keep`, what it computed goes to the tree."""
         assert sequence.slot is not None
-        assert sequence.node is not None
-        self._num_reserved -= self._num_outstanding(sequence)
-        self._retake_tail(sequence)
-        size, page_ids, first = self._page_size, sequence.page_ids, sequence.num_shared_pages
-        num_valid = min(sequence.num_computed, sequence.num_tokens)
-        kept = first
-        if keep and self.config.prefix_cache and num_valid > first * size:
-            kept = -(-num_valid // size)
-            tokens = sequence.tokens(first * size, num_valid)
-            self.pool.free(self.cache.insert(sequence.node, tokens, page_ids[first:kept]).duplicates)
-        self.pool.free(page_ids[kept:])
-        self.cache.unlock(sequence.node)
+        self._pages.release(sequence, keep=keep)
         heapq.heappush(self._free_slots, sequence.slot)
-        sequence.page_ids, sequence.num_shared_pages = [], 0
-        sequence.node = sequence.slot = None
+        sequence.slot = None
         del self._running[sequence]
         self._prefilling.pop(sequence, None)
         self._decoding.pop(sequence, None)
@@ -568,54 +481,22 @@ class Scheduler:
         self._waiting.wake(sequence, None)
         self._may_admit = True
 
-    def _retake_tail(self, sequence: Sequence) -> None:
-        """Take back the partial page that was lent to the tree while this sequence goes on writing it."""
-        node = sequence.node
-        assert node is not None
-        if len(node.tokens) % self._page_size:
-            sequence.node = self.cache.retake_tail(node)
-            sequence.num_shared_pages -= 1
-
     # --- integrity
 
     def check_integrity(self) -> None:
-        """Check that every page is free, or in the tree once, or with one sequence. O(pages).
+        """Check pages, slots and reservations. O(pages).
 
         Raises:
             CacheIntegrityError: the first thing found wrong.
         """
-        self.cache.check_integrity([s.page_ids[s.num_shared_pages :] for s in self._running])
-        for sequence in self._running:
-            self._check_sequence(sequence)
-        num_reserved = sum(self._num_outstanding(s) for s in self._running)
-        if num_reserved != self._num_reserved:
-            raise CacheIntegrityError(f"{num_reserved} pages reserved, {self._num_reserved} counted")
+        self._pages.check_integrity(self._running)
         slots = sorted([*self._free_slots, *(s.slot for s in self._running if s.slot is not None)])
-        if slots != list(range(self.config.max_running)):
-            raise CacheIntegrityError("slots are lost or given out twice")
+        require(slots == list(range(self.config.max_running)), "slots are lost or given out twice")
 
-    def _check_sequence(self, sequence: Sequence) -> None:
-        node = sequence.node
-        assert node is not None
-        shared = [page for part in node.path() for page in part.page_ids]
-        if shared != sequence.page_ids[: sequence.num_shared_pages] or not node.refs:
-            raise CacheIntegrityError(f"{sequence.request.request_id} does not share the pages of its node")
-        if len(sequence.page_ids) * self._page_size < sequence.num_computed:
-            raise CacheIntegrityError(f"{sequence.request.request_id} has computed more tokens than it has pages for")
-
-
-def _known_end(sequence: Sequence) -> int:
-    """Known tokens to compute: all, and of a scoring request all that predict a scored one (at least one)."""
-    request = sequence.request
-    if request.score_from is None:
-        return sequence.num_tokens
-    return max(request.num_prompt - 1, request.score_from)
-
-
-def _matchable(sequence: Sequence) -> TokenIds:
-    """Tokens that may come from the cache: something must be computed to sample, or every scored position."""
-    request = sequence.request
-    return sequence.tokens(0, sequence.num_tokens - 1 if request.score_from is None else request.score_from - 1)
+    def quarantine_leaks(self) -> int:
+        """Take pages that nobody owns out of use; returns how many (none, but for a bug). Only while nothing runs."""
+        assert not self._running
+        return self._pages.quarantine_leaks()
 
 
 def _num_shared(a: Sequence, b: Sequence, start: int) -> int:
