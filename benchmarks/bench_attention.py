@@ -1,0 +1,429 @@
+"""Check and time the attention kernels over tile sizes and splits, for the choices in kernels/attention_plan.py.
+
+    PYTHONPATH=. python3 benchmarks/bench_attention.py --out attention.json   (at the repository's root)
+
+Every configuration is first compared with an fp32 reference on the same inputs (output poisoned with NaN), then timed
+as replays of a CUDA graph that walks over enough separate caches to defeat the L2 cache. Floor: bytes / 3.04 TB/s for
+what must be read once, or operations / 798 TFLOP/s (a large bf16 matrix product of an H100), whichever is longer.
+Compilation runs in worker processes first, through Triton's disk cache. `--dry-run` walks the same code on a CPU in
+Triton's interpreter with toy shapes: its times mean nothing and are not printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ramet.kernels.attention_plan import TileConfig, choose_num_splits, decode_config, extend_config
+
+BANDWIDTH = 3.04e12  # bytes/s read, measured
+PEAK = 798e12  # flop/s, bf16 product of 8192 x 8192 x 8192, measured
+MIN_CACHE_BYTES = 256 << 20  # all caches of a case together: five times the L2 cache
+LAUNCHES = 16
+PAGE = 16
+TOLERANCE = 1.5e-2  # relative error in the 2-norm, bf16 inputs
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Heads of a model."""
+
+    name: str
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+LLAMA = Shape("llama-8b", 32, 8, 128)
+SMOL = Shape("smollm2", 9, 3, 64)
+GEMMA = Shape("gemma3-4b", 8, 4, 256)
+
+
+@dataclass(slots=True)
+class Options:
+    """What the cases need to know of the command line and the card."""
+
+    device: str
+    dry_run: bool
+    num_sms: int
+    min_cache_bytes: int
+    dtype: torch.dtype
+
+
+@dataclass(slots=True)
+class Case:
+    """One timed situation: its caches, and the runs to compare."""
+
+    name: str
+    flops: float
+    floor_bytes: float
+    runs: list[tuple[str, Callable[[int], Tensor]]]  # label, launch on cache i
+    reference: Callable[[], Tensor] | None  # fp32 result on cache 0
+    num_caches: int
+    free: Callable[[], None]
+
+    @property
+    def floor_s(self) -> float:
+        return max(self.flops / PEAK, self.floor_bytes / BANDWIDTH)
+
+
+class Pool:
+    """Caches of random values, one pair a layer, with pages handed out in random order."""
+
+    def __init__(self, shape: Shape, num_pages: int, min_bytes: int, args: Options) -> None:
+        device, dtype = args.device, args.dtype
+        generator = torch.Generator(device=device).manual_seed(0)
+        page_bytes = 2 * shape.num_kv_heads * PAGE * shape.head_dim * 2
+        self.num_caches = max(2, min(40, -(-min_bytes // (page_bytes * num_pages))))
+        size = (num_pages + 1, shape.num_kv_heads, PAGE, shape.head_dim)
+
+        def random() -> Tensor:
+            return torch.randn(size, generator=generator, device=device, dtype=dtype)
+
+        self.caches = [(random(), random()) for _ in range(self.num_caches)]
+        self._free = (1 + torch.randperm(num_pages, generator=torch.Generator().manual_seed(0))).tolist()
+
+    def take(self, num_tokens: int) -> list[int]:
+        return [self._free.pop() for _ in range(-(-num_tokens // PAGE))]
+
+
+def page_table(lists: list[list[int]], device: str) -> Tensor:
+    width = -(-(max(map(len, lists)) + 1) // 64) * 64
+    table = torch.zeros(len(lists), width, dtype=torch.int32)
+    for row, pages in enumerate(lists):
+        table[row, : len(pages)] = torch.tensor(pages, dtype=torch.int32)
+    return table.to(device)
+
+
+def random_q(num_rows: int, shape: Shape, args: Options) -> Tensor:
+    generator = torch.Generator(device=args.device).manual_seed(1)
+    q = torch.randn(num_rows, shape.num_heads, shape.head_dim, generator=generator, device=args.device)
+    return (q * 1.5).to(args.dtype)
+
+
+def exact(q: Tensor, cache: tuple[Tensor, Tensor], pages: list[int], positions: Tensor, window: int | None) -> Tensor:
+    """fp32 attention of rows `q [n, H, D]` at `positions` over one sequence's pages, some rows at a time."""
+    index = torch.tensor(pages, device=q.device)
+    keys, values = (c[index].transpose(0, 1).flatten(1, 2).float() for c in cache)
+    group = q.shape[1] // keys.shape[0]
+    keys, values = keys.repeat_interleave(group, 0), values.repeat_interleave(group, 0)
+    at = torch.arange(keys.shape[1], device=q.device)
+    outs = []
+    for low in range(0, q.shape[0], 512):
+        part, where = q[low : low + 512].float().transpose(0, 1), positions[low : low + 512]
+        mask = at[None, :] <= where[:, None]
+        if window is not None:
+            mask &= at[None, :] > where[:, None] - window
+        scores = (part @ keys.transpose(1, 2)) * q.shape[2] ** -0.5
+        outs.append((scores.masked_fill(~mask, -torch.inf).softmax(-1) @ values).transpose(0, 1))
+    return torch.cat(outs)
+
+
+def extend_case(args: Options, shape: Shape, lens: list[tuple[int, int]], window: int | None = None) -> Case:
+    """Time new tokens over prefixes: `lens` holds (new, prefix + new) of each sequence."""
+    from ramet.kernels.attention_extend import ExtendMetadata
+    from ramet.kernels.attention_extend_triton import attention_extend_triton
+
+    q_lens, kv_lens = [a for a, _ in lens], [b for _, b in lens]
+    pool = Pool(shape, sum(-(-n // PAGE) for n in kv_lens), 0, args)
+    lists = [pool.take(n) for n in kv_lens]
+    table = page_table(lists, args.device)
+    q = random_q(sum(q_lens), shape, args)
+    starts = torch.tensor([0, *q_lens]).cumsum(0).to(torch.int32).to(args.device)
+    lengths = torch.tensor(kv_lens, dtype=torch.int32, device=args.device)
+    rows = torch.arange(len(lens), dtype=torch.int32, device=args.device)
+    meta = ExtendMetadata(starts, lengths, rows, table, max(q_lens), max(kv_lens), q_lens, kv_lens)
+    scale, out = shape.head_dim**-0.5, torch.empty_like(q)
+    group = shape.num_heads // shape.num_kv_heads
+    rows_of_tile = max(q_lens) * group
+    if args.dry_run:
+        tiles = [(16, 16, 4, 3), (32, 32, 4, 2)]
+    elif shape.head_dim > 128:
+        tiles = [(64, 32, 4, 3), (64, 64, 4, 2), (128, 32, 8, 3), (128, 64, 8, 2)]
+    elif rows_of_tile <= 64:
+        tiles = [(16, 64, 4, 3), (16, 64, 4, 4), (16, 128, 4, 3), (32, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 4)]
+    else:
+        tiles = [
+            (64, 32, 4, 4), (64, 64, 4, 3), (64, 64, 4, 4), (64, 128, 4, 3), (128, 32, 8, 4),
+            (128, 64, 8, 3), (128, 64, 8, 4), (128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 4, 3),
+        ]  # fmt: skip
+
+    def run(config: TileConfig, i: int) -> Tensor:
+        return attention_extend_triton(q, *pool.caches[i], meta, scale, window, out, config)
+
+    def reference() -> Tensor:
+        parts = []
+        for b, (new, total) in enumerate(lens):
+            rows_q = q[int(starts[b]) : int(starts[b]) + new]
+            at = torch.arange(total - new, total, device=args.device)
+            parts.append(exact(rows_q, pool.caches[0], lists[b], at, window))
+        return torch.cat(parts)
+
+    pairs = sum(
+        sum(min(p + 1, window or total) for p in range(total - new, total)) for new, total in lens
+    )  # (query, key) pairs of one head
+    default = extend_config(shape.head_dim, q.dtype, rows_of_tile)
+    configs = [default, *(c for c in (TileConfig(*t) for t in tiles) if c != default)]
+    name = f"extend {shape.name} {len(lens)}x{q_lens[0]} over {kv_lens[0] - q_lens[0]}" + (
+        f" w{window}" if window else ""
+    )
+    element = 2 * shape.num_kv_heads * shape.head_dim * 2
+    return Case(
+        name,
+        4.0 * shape.num_heads * shape.head_dim * pairs,
+        sum(kv_lens) * element + 4.0 * q.numel(),
+        [(label(c) + (" *" if c == default else ""), partial(run, c)) for c in configs],
+        reference,
+        pool.num_caches,
+        pool.caches.clear,
+    )
+
+
+def decode_case(args: Options, shape: Shape, lens: list[int], window: int | None = None) -> Case:
+    """Time one token a row over `lens` cached positions: tiles, splits, and both ways to merge."""
+    from ramet.kernels.attention_decode import DecodeMetadata
+    from ramet.kernels.attention_decode_triton import attention_decode_triton
+
+    pool = Pool(shape, sum(-(-n // PAGE) for n in lens), args.min_cache_bytes, args)
+    lists = [pool.take(n) for n in lens]
+    table = page_table(lists, args.device)
+    q = random_q(len(lens), shape, args)
+    lengths = torch.tensor(lens, dtype=torch.int32, device=args.device)
+    rows = torch.arange(len(lens), dtype=torch.int32, device=args.device)
+    counters = torch.zeros(len(lens) * shape.num_kv_heads, dtype=torch.int32, device=args.device)
+    scale, out = shape.head_dim**-0.5, torch.empty_like(q)
+    group = shape.num_heads // shape.num_kv_heads
+    default = decode_config(shape.head_dim, q.dtype, group)
+    tiles = [
+        (32, 2, 4), (32, 4, 4), (64, 2, 3), (64, 4, 3), (64, 4, 4), (64, 4, 5), (64, 8, 3), (128, 4, 3), (128, 8, 3),
+    ]  # fmt: skip
+    if shape.head_dim > 128:
+        tiles = [(32, 4, 3), (32, 4, 4), (64, 4, 3), (64, 8, 3)]
+    if args.dry_run:
+        tiles = [(16, 4, 3)]
+    configs = [default, *(c for c in (TileConfig(default.block_m, *t) for t in tiles) if c != default)]
+    auto = choose_num_splits(len(lens), shape.num_kv_heads, max(lens), args.num_sms)
+
+    def run(config: TileConfig, splits: int, fused: bool, i: int) -> Tensor:
+        meta = DecodeMetadata(lengths, rows, table, splits, merge_counters=counters if fused else None)
+        return attention_decode_triton(q, *pool.caches[i], meta, scale, window, out, config)
+
+    variants = [(c, auto, True) for c in configs]
+    longest = -(-max(lens) // 64)
+    for splits in sorted({1, max(1, auto // 2), auto, min(auto * 2, longest), min(auto * 3, longest)}):
+        variants += [(default, splits, fused) for fused in ((True, False) if splits > 1 else (True,))]
+    variants = list(dict.fromkeys(variants))
+
+    def reference() -> Tensor:
+        at = lengths.long() - 1
+        return torch.cat(
+            [exact(q[b : b + 1], pool.caches[0], lists[b], at[b : b + 1], window) for b in range(len(lens))]
+        )
+
+    element = 2 * shape.num_kv_heads * shape.head_dim * 2
+    visible = sum(min(n, window or n) for n in lens)
+    name = f"decode {shape.name} {len(lens)}x{lens[0]}" + (f" w{window}" if window else "")
+    return Case(
+        name,
+        4.0 * shape.num_heads * shape.head_dim * visible,
+        visible * element + 4.0 * q.numel(),
+        [
+            (
+                f"{label(c)} splits {s} {'fused' if f else 'merge'}"
+                + (" *" if (c, s, f) == (default, auto, True) else ""),
+                partial(run, c, s, f),
+            )
+            for c, s, f in variants
+        ],
+        reference,
+        pool.num_caches,
+        pool.caches.clear,
+    )
+
+
+def label(config: TileConfig) -> str:
+    """Name a TileConfig: rows x keys, warps, stages."""
+    m, n, w, s = dataclasses.astuple(config)
+    return f"{m}x{n} w{w} s{s}"
+
+
+CaseBuilder = Callable[[Options], Case]
+
+
+def all_cases(dry_run: bool, sections: set[str]) -> list[tuple[str, CaseBuilder]]:
+    """Name and build every case; building allocates, so the caller builds one at a time."""
+    cases: list[tuple[str, CaseBuilder]] = []
+    if dry_run:
+        toy = Shape("toy", 4, 2, 32)
+        cases = [
+            ("extend", lambda a: extend_case(a, toy, [(20, 40), (3, 3)])),
+            ("extend", lambda a: extend_case(a, toy, [(20, 40)], 16)),
+            ("decode", lambda a: decode_case(a, toy, [40, 17, 70])),
+        ]
+        return [c for c in cases if c[0] in sections]
+    for lens in [
+        [(4096, 4096)], [(512, 512)], [(1024, 1024)] * 8, [(128, 2176)] * 50, [(128, 2176)], [(2048, 10240)],
+        [(512, 1536)] * 16, [(16, 2064)], [(1, 8193)] * 16,
+    ]:  # fmt: skip
+        cases.append(("extend", partial(extend_case, shape=LLAMA, lens=lens)))
+    cases += [
+        ("extend", lambda a: extend_case(a, LLAMA, [(4096, 4096)], 1024)),
+        ("extend", lambda a: extend_case(a, SMOL, [(2048, 2048)])),
+        ("extend", lambda a: extend_case(a, GEMMA, [(2048, 2048)])),
+    ]
+    for rows in [[600], [8192], [1100] * 10, [1100] * 50, [1100] * 256, [2240] * 50, [192] * 64, [192] * 256]:
+        cases.append(("decode", partial(decode_case, shape=LLAMA, lens=rows)))
+    cases += [
+        ("decode", lambda a: decode_case(a, LLAMA, [300, 1100, 5000, 700] * 16)),
+        ("decode", lambda a: decode_case(a, LLAMA, [4096] * 16, 1024)),
+        ("decode", lambda a: decode_case(a, SMOL, [1000] * 32)),
+        ("decode", lambda a: decode_case(a, GEMMA, [1000] * 32)),
+    ]
+    return [c for c in cases if c[0] in sections]
+
+
+def compile_case(case: Case) -> None:
+    """Launch every run once, so that Triton's disk cache holds it."""
+    for _, run in case.runs:
+        try:
+            run(0)
+        except Exception as error:  # a tile that does not fit this card is reported by the timing pass
+            print(f"compile: {error}", file=sys.stderr)
+    torch.cuda.synchronize()
+
+
+def time_run(run: Callable[[int], Tensor], num_caches: int) -> tuple[float, float, float]:
+    """Return the 20th, 50th and 80th percentile, in seconds, of one launch inside a graph of many."""
+    launches = -(-LAUNCHES // num_caches) * num_caches
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(stream):
+        run(0)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for i in range(launches):
+                run(i % num_caches)
+        times = []
+        graph.replay()
+        for _ in range(7):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end) * 1e-3 / launches)
+    times.sort()
+    return times[1], times[3], times[5]
+
+
+def measure(case: Case, args: Options) -> list[dict[str, object]]:
+    """Check and time every run of a case; a run that cannot be launched or is wrong is reported, not hidden."""
+    expected = case.reference().float() if case.reference else None
+    records: list[dict[str, object]] = []
+    for name, run in case.runs:
+        record: dict[str, object] = {"case": case.name, "run": name, "floor_us": case.floor_s * 1e6}
+        records.append(record)
+        try:
+            out = run(0)
+            out.fill_(torch.nan)
+            out = run(0).float()
+            if expected is not None:
+                record["error"] = float((out - expected).norm() / expected.norm())
+            if not args.dry_run:
+                p20, p50, p80 = time_run(run, case.num_caches)
+                record |= {"us": p50 * 1e6, "us_p20": p20 * 1e6, "us_p80": p80 * 1e6}
+                record |= {"tflops": case.flops / p50 * 1e-12, "tbytes": case.floor_bytes / p50 * 1e-12}
+        except Exception as error:
+            record["failed"] = f"{type(error).__name__}: {error}"[:200]
+    return records
+
+
+def is_right(record: dict[str, object]) -> bool:
+    error = record.get("error", 0.0)
+    return "failed" not in record and isinstance(error, float) and error < TOLERANCE  # NaN is not
+
+
+def show(records: list[dict[str, object]], top: int) -> None:
+    """Print the floor, the best runs, the default (*), and everything that failed or is wrong."""
+    if not records:
+        return
+    print(f"\n{records[0]['case']}: floor {records[0]['floor_us']:.1f} us")
+    timed = sorted((r for r in records if "us" in r and is_right(r)), key=lambda r: float(str(r["us"])))
+    shown = timed[:top] + [r for r in timed[top:] if str(r["run"]).endswith("*")]
+    for r in shown:
+        speed = f"{r['tflops']:6.1f} TFLOP/s  {r['tbytes']:5.2f} TB/s"
+        print(f"  {r['us']:8.1f} us  {speed}  err {r['error']:.1e}  {r['run']}")
+    for r in records:
+        if not is_right(r):
+            print(f"  WRONG {r['run']}: {r.get('failed', r.get('error'))}")
+    if not timed:
+        print(f"  {sum(map(is_right, records))} of {len(records)} right")
+
+
+def compile_in_workers(arguments: argparse.Namespace, num_cases: int) -> None:
+    """Let worker processes launch every variant once; each fills Triton's disk cache with its share of the cases."""
+    count = min(arguments.workers, num_cases)
+    command = [sys.executable, __file__, "--sections", arguments.sections]
+    workers = [
+        subprocess.Popen([*command, "--compile-share", f"{i}/{count}"], stdout=subprocess.DEVNULL) for i in range(count)
+    ]
+    for worker in workers:
+        worker.wait()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="write every record as JSON here")
+    parser.add_argument("--sections", default="extend,decode,tree", help="which kernels")
+    parser.add_argument("--workers", type=int, default=12, help="processes that compile first; 0 compiles in line")
+    parser.add_argument("--top", type=int, default=4, help="runs shown of each case")
+    parser.add_argument("--dry-run", action="store_true", help="toy shapes in Triton's interpreter, no times")
+    parser.add_argument("--compile-share", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.dry_run:
+        os.environ["TRITON_INTERPRET"] = "1"
+    begin = time.perf_counter()
+    if arguments.dry_run:
+        options = Options("cpu", True, 4, 0, torch.float32)  # the interpreter multiplies bf16 as integers
+    else:
+        num_sms = torch.cuda.get_device_properties(0).multi_processor_count if arguments.compile_share else 132
+        options = Options("cuda", False, num_sms, 0 if arguments.compile_share else MIN_CACHE_BYTES, torch.bfloat16)
+    cases = all_cases(arguments.dry_run, set(arguments.sections.split(",")))
+    if arguments.compile_share:
+        share, count = map(int, arguments.compile_share.split("/"))
+        for _, build in cases[share::count]:
+            case = build(options)
+            compile_case(case)
+            case.free()
+        return
+    if arguments.workers and not arguments.dry_run:
+        compile_in_workers(arguments, len(cases))
+        options.num_sms = torch.cuda.get_device_properties(0).multi_processor_count
+        print(f"compiled after {time.perf_counter() - begin:.0f} s on {torch.cuda.get_device_name(0)}")
+    records: list[dict[str, object]] = []
+    for _, build in cases:
+        case = build(options)
+        found = measure(case, options)
+        case.free()
+        show(found, arguments.top)
+        records += found
+    print(f"\n{sum(map(is_right, records))} of {len(records)} runs right, {time.perf_counter() - begin:.0f} s")
+    if arguments.out:
+        device = "cpu" if arguments.dry_run else torch.cuda.get_device_name(0)
+        versions = {"torch": torch.__version__}
+        arguments.out.write_text(json.dumps({"device": device, "versions": versions, "records": records}))
+
+
+if __name__ == "__main__":
+    main()
