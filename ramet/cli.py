@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from importlib import metadata
 
 from rich.console import Console
-from rich.table import Table
 
 from ramet.errors import RametError
 
@@ -82,16 +81,13 @@ def add_doctor(parser: argparse.ArgumentParser) -> None:
 def run_doctor(arguments: Arguments) -> int:
     """Say what Ramet finds on this machine. Exit status 1 when something stops it from running."""
     del arguments
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_column(style="bold")
-    table.add_column()
+    console = Console(soft_wrap=True, highlight=False)  # paths stay whole, to be copied
     problems: list[str] = []
     for name, value in (*_software(), *_machine(problems), *_models()):
-        table.add_row(name, value)
-    console = Console(soft_wrap=True)  # paths stay whole, to be copied
-    console.print(table, soft_wrap=False, crop=False)
+        console.print(f"[bold]{name:<14}[/]", end="")
+        console.print(value, markup=False)
     for problem in problems:
-        console.print(f"[bold red]problem:[/] {problem}", soft_wrap=True)
+        console.print(f"[bold red]problem:[/] {problem}")
     if not problems:
         console.print("[bold green]ready[/]")
     return 1 if problems else 0
