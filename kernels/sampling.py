@@ -3,7 +3,7 @@
 Filters are applied in this order, each on what the one before left:
 
     1. mask          tokens outside the grammar's (or the caller's) bit mask, and padded columns, are out
-    2. temperature   x = logit / temperature; temperature 0 takes the largest logit and skips the rest
+    2. temperature   x = logit / temperature; temperature 0 (under 1e-5) takes the largest logit and skips the rest
     3. top-k         keep x >= the k-th largest x
     4. top-p         on what is left, renormalised: keep the likeliest tokens until their mass reaches p
     5. min-p         keep probability >= min_p * the largest probability
@@ -13,7 +13,7 @@ equal logits (bf16 logits tie often). top_k = 1 is greedy. The token is argmax(x
 Gumbel noise from a hash of (seed, position, token id): the same whatever the batch, its padding, or the filters.
 NaN logits count as -inf. A row without any finite logit gives token 0 and sets its slot's error flag.
 
-The eager functions for penalties, biases and log-probabilities are in `logits.py`.
+The kernels are in `sampling_triton.py`; eager functions for penalties, biases and log-probabilities in `logits.py`.
 Source of Gumbel-max: Gumbel 1954; of accepting or raising a pivot instead of sorting: FlashInfer's sampling kernels.
 """
 
@@ -26,6 +26,7 @@ from torch import Tensor
 
 _NEGATIVE_INFINITY = float("-inf")
 _LARGEST_LOGIT = 1e30
+_GREEDY_TEMPERATURE = 1e-5  # below it noise is lost in the rounding of x, and 1 / temperature may overflow
 _GOLDEN = 0x9E3779B9
 _SECOND_KEY = 0x85EBCA6B
 _UNIFORM_STEP = 2.0**-31
@@ -90,6 +91,10 @@ def sample(
     counter. mask: int32 [B, W], applied besides the slots' grammar masks. out: int32 or int64 [B].
     vocab_size: columns from here on are padding (default: none).
     """
+    if logits.is_cuda:
+        from ramet.kernels.sampling_triton import sample_triton
+
+        return sample_triton(logits, tables, rows, positions, mask, out, vocab_size)
     return sample_reference(logits, tables, rows, positions, mask, out, vocab_size)
 
 
@@ -114,7 +119,7 @@ def sample_reference(
         token = token.masked_fill(is_empty, 0)
         tables.error[slots[is_empty]] = 1
     temperature, top_k = tables.temperature[slots], tables.top_k[slots]
-    is_random = (temperature > 0) & (top_k != 1) & (value > _NEGATIVE_INFINITY)
+    is_random = (temperature > _GREEDY_TEMPERATURE) & (top_k != 1) & (value > _NEGATIVE_INFINITY)
     for row in is_random.nonzero().flatten().tolist():
         slot = slots[row]
         scaled = logits[row].float() * (1.0 / temperature[row])

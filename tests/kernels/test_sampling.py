@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -112,11 +113,7 @@ def test_grammar_rows_and_free_rows_mix() -> None:
     allowed[1, 33] = True
     state = torch.tensor([0, 5, 0, 0], dtype=torch.int32)
     mask_index = torch.tensor([0, 0, 0, 0, 0, 1], dtype=torch.int32)
-    tables = make_tables(3)
-    tables = SamplingTables(
-        tables.temperature, tables.top_k, tables.top_p, tables.min_p, tables.seed_low, tables.seed_high, tables.error,
-        GrammarTables(state, mask_index, pack_mask(allowed)),
-    )  # fmt: skip
+    tables = dataclasses.replace(make_tables(3), grammar=GrammarTables(state, mask_index, pack_mask(allowed)))
     logits = torch.randn(3, 40)
     token = sample(logits, tables, torch.tensor([0, 1, 2]), torch.zeros(3, dtype=torch.int32))
     assert token.tolist() == [int(logits[0].argmax()), 33, int(logits[2].argmax())]
