@@ -1,0 +1,171 @@
+"""Where programs run. `Backend` is all that the language knows of a runtime.
+
+Not here: other machines (remote.py) and other engines (openai.py).
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar, Token
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
+
+from ramet.errors import ConfigError
+from ramet.lang.ir import Graph, NodeEvent
+
+if TYPE_CHECKING:
+    from ramet.runtime.programs import ProgramEngine
+    from ramet.runtime.scripted_model import Script, ScriptedEngine, ScriptedStats
+
+OnEvent: TypeAlias = Callable[[NodeEvent], None]
+
+
+@dataclass(frozen=True, slots=True)
+class ProgramOptions:
+    """What holds for a whole run of a program.
+
+    `deadline_s`: seconds of time.monotonic(). Lower `priority` runs first. `token_budget`: tokens that all generations
+    together may write. `cache_salt`: prefixes are shared only with runs of the same salt.
+    """
+
+    program: str = "program"
+    deadline_s: float | None = None
+    token_budget: int | None = None
+    priority: int = 0
+    cache_salt: str = ""
+
+
+class Session(Protocol):
+    """One running program."""
+
+    def extend(self, graph: Graph) -> None:
+        """Send the next part. Raises InvalidProgram."""
+
+    def cancel(self, nodes: Sequence[int] | None = None) -> None:
+        """Stop these nodes and what needs them; None: everything."""
+
+    def provide(self, node: int, value: Any = None, error: Exception | None = None) -> None:
+        """Answer a tool call that an event asked for."""
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """Runs programs. `on_event` may be called on any thread."""
+
+    def start(self, options: ProgramOptions, on_event: OnEvent) -> Session: ...
+
+
+class EngineBackend:
+    """An engine of this process. As a context manager it is the default backend of the block."""
+
+    def __init__(self, engine: ProgramEngine) -> None:
+        from ramet.runtime.grammar_cache import GrammarCache, compiler
+        from ramet.runtime.role_marks import RoleMarks
+
+        self._engine = engine
+        self._marks = RoleMarks(engine.tokenizer.chat_template)
+        self._grammars = GrammarCache(compiler(engine.tokenizer))
+        self._ids = itertools.count()
+        self._tokens: list[Token[Backend | None]] = []
+
+    def start(self, options: ProgramOptions, on_event: OnEvent) -> Session:
+        from ramet.runtime.programs import ProgramExecutor, ProgramLimits
+
+        limits = ProgramLimits(
+            program_id=f"{options.program}-{next(self._ids)}",
+            cache_salt=options.cache_salt,
+            priority=options.priority,
+            deadline_s=options.deadline_s,
+            token_budget=options.token_budget,
+        )
+        return ProgramExecutor(self._engine, on_event, self._marks, self._grammars, limits)
+
+    def __enter__(self) -> EngineBackend:
+        self._tokens.append(_scoped.set(self))
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        _scoped.reset(self._tokens.pop())
+
+
+class MockBackend(EngineBackend):
+    """A backend without a model, for tests: answers from a script, in milliseconds.
+
+    `script`: text to look for in the prompt -> answer or list of answers; or a list of answers in the order of the
+    requests; or a function of the prompt; without one, words are drawn by a hash of the prompt.
+    """
+
+    def __init__(
+        self, script: Script = None, *, failures: Mapping[str, Exception] | None = None, latency_s: float = 0.0
+    ) -> None:
+        from ramet.runtime.scripted_model import ScriptedEngine
+
+        self.engine: ScriptedEngine = ScriptedEngine(script, failures=failures, latency_s=latency_s)
+        super().__init__(self.engine)
+
+    def stats(self) -> ScriptedStats:
+        """What the engine has counted so far."""
+        return self.engine.stats()
+
+
+class _Default:
+    """The one thing that the process shares: the backend of programs that name none, made at first use."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.backend: Backend | None = None
+        self.known: weakref.WeakKeyDictionary[Any, Backend] = weakref.WeakKeyDictionary()  # by engine
+
+
+_default = _Default()
+_scoped: ContextVar[Backend | None] = ContextVar("ramet_backend", default=None)
+
+
+def set_default_backend(backend: object | None) -> None:
+    """Set the backend (or engine) of programs that name none; None: back to the default model's engine."""
+    found = None if backend is None else as_backend(backend)
+    with _default.lock:
+        _default.backend = found
+
+
+@contextmanager
+def use_backend(backend: object) -> Iterator[Backend]:
+    """Make this backend (or engine) the default one inside of a block."""
+    found = as_backend(backend)
+    token = _scoped.set(found)
+    try:
+        yield found
+    finally:
+        _scoped.reset(token)
+
+
+def as_backend(given: object) -> Backend:
+    """A backend as it is, an engine as a backend. Raises ConfigError for anything else."""
+    if isinstance(given, Backend):
+        return given
+    if hasattr(given, "submit") and hasattr(given, "tokenizer"):
+        with _default.lock:
+            found = _default.known.get(given)
+            if found is None:
+                found = _default.known[given] = EngineBackend(given)
+        return found
+    raise ConfigError(f"backend is {given!r}, but must be an Engine or a Backend such as MockBackend")
+
+
+def choose_backend(given: object | None = None) -> Backend:
+    """The backend of a call: the one given, else the block's, else the default, else the default model's engine."""
+    if given is not None:
+        return as_backend(given)
+    scoped = _scoped.get()
+    if scoped is not None:
+        return scoped
+    with _default.lock:
+        if _default.backend is None:
+            from ramet.runtime.client import Engine
+
+            _default.backend = EngineBackend(Engine())
+        return _default.backend

@@ -1,0 +1,99 @@
+"""Branches of one fork: append to all of them, read from all of them, join them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, overload
+
+from ramet.errors import InvalidProgram, UndefinedVariable
+from ramet.lang import ir
+from ramet.lang.primitives import Appendable
+from ramet.lang.state import State
+from ramet.lang.values import Value, plain
+
+
+class Branches(Sequence[State]):
+    """The branches of a fork, in order. `branches["x"]` is the list of their values of `x`."""
+
+    __slots__ = ("_parent", "_states")
+
+    def __init__(self, parent: State, states: list[State]) -> None:
+        self._parent = parent
+        self._states = states
+
+    def __len__(self) -> int:
+        return len(self._states)
+
+    def __iter__(self) -> Iterator[State]:
+        return iter(self._states)
+
+    @overload
+    def __getitem__(self, key: int) -> State: ...
+    @overload
+    def __getitem__(self, key: slice) -> Sequence[State]: ...
+    @overload
+    def __getitem__(self, key: str) -> list[Any]: ...  # Any: values of the program's types
+    def __getitem__(self, key: int | slice | str) -> Any:
+        if isinstance(key, str):
+            return [state[key] for state in self._states]
+        return self._states[key]
+
+    def __setitem__(self, key: int, state: State) -> None:
+        """What `branches[i] += ...` needs; a branch can't be replaced by another one."""
+        if self._states[key] is not state:
+            raise InvalidProgram("a branch can't be replaced; append to it")
+
+    def __iadd__(self, item: Appendable | Callable[[int], Appendable]) -> Branches:
+        """Append the same to every branch; of a list its own item to each; of a function what it returns for each."""
+        if callable(item):
+            items: Sequence[Appendable] = [item(index) for index in range(len(self))]
+        elif isinstance(item, list | tuple):
+            if len(item) != len(self):
+                raise InvalidProgram(f"{len(item)} items are appended to {len(self)} branches; give one for each")
+            items = item
+        else:
+            items = [item] * len(self)
+        for state, one in zip(self._states, items, strict=True):
+            state.append(one)
+        return self
+
+    def join(self, mode: str = "gather") -> None:
+        """Join all branches into the state that was forked; see State.join."""
+        join(self._parent, self._states, mode)
+
+
+def join(parent: State, states: Sequence[State], mode: str) -> None:
+    """See State.join."""
+    if mode not in ("gather", "append"):
+        raise InvalidProgram(f'join mode is {mode!r}, but must be "gather" or "append"')
+    if not states:
+        raise InvalidProgram("join needs at least one branch")
+    if any(state._run is not parent._run for state in states):
+        raise InvalidProgram("join takes branches of the same program")
+    names = [name for state in states for name, value in state._variables.items() if _is_new(parent, name, value)]
+    for name in dict.fromkeys(names):
+        values = [
+            state._variables[name]
+            for state in states
+            if name in state._variables and _is_new(parent, name, state._variables[name])
+        ]
+        parent._variables[name] = values
+    tips = tuple(dict.fromkeys(state._tip for state in states if state._tip is not None))
+    parent._record(ir.Join, branches=tips)
+    if mode == "append":
+        for state in states:
+            start = state._own_nodes()[0] if state._key else None
+            node = parent._run.record(ir.Capture, state._tip, start=start)
+            parent.append(Value(parent._run, node.id))
+
+
+def _is_new(parent: State, name: str, value: object) -> bool:
+    return name not in parent._variables or parent._variables[name] is not value
+
+
+def values_of(states: Sequence[State], name: str) -> list[Any]:
+    """The variable's value on each branch. Raises UndefinedVariable where one has none."""
+    missing = [index for index, state in enumerate(states) if name not in state]
+    if missing:
+        raise UndefinedVariable(f"branch {missing[0]} has no variable {name!r}")
+    return [plain(state[name]) for state in states]

@@ -1,0 +1,328 @@
+"""`@function`: an ordinary Python function, sync or async, whose first parameter is the program's state.
+
+`run`, `arun`, `run_batch`, `stream` and `astream` execute it; called with a state it becomes a part of that state's
+program. The function runs once per call with what it has; where it needs a generated value in Python, what was recorded
+so far is submitted, and recording goes on from there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
+from dataclasses import dataclass
+from typing import Any, overload
+
+from ramet.errors import ConfigError, InvalidProgram, InvalidRequest
+from ramet.lang import ir
+from ramet.lang.backend import ProgramOptions, choose_backend
+from ramet.lang.primitives import merge_sampling, to_sampling
+from ramet.lang.run import Run
+from ramet.lang.state import State
+from ramet.lang.stream import Stream
+from ramet.lang.values import current_run, plain
+
+_OPTIONS = ("backend", "timeout_s", "token_budget", "priority", "cache_salt", "seed", "stage", "tools")
+_STAGES = ("needed", "always")
+_THREADS = 64  # of run_batch: only programs that wait for a value in Python occupy one
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """One call: the function's own arguments, and what was said about the run."""
+
+    arguments: Mapping[str, Any]
+    options: Mapping[str, Any]
+    sampling: ir.Sampling
+
+
+class Function:
+    """A program. `defaults` are sampling values for all its generations."""
+
+    def __init__(
+        self,
+        body: Callable[..., Any],
+        *,
+        name: str | None = None,
+        defaults: Mapping[str, Any] | None = None,
+        bound: Mapping[str, Any] | None = None,
+    ) -> None:
+        functools.update_wrapper(self, body)  # sets __name__, __doc__, __wrapped__
+        self.body = body
+        self.name: str = name or str(getattr(body, "__name__", "program"))
+        self.is_async = inspect.iscoroutinefunction(body)
+        self.defaults = dict(defaults or {})
+        self.bound = dict(bound or {})
+        parameters = list(inspect.signature(body).parameters.values())
+        if not parameters or parameters[0].kind not in (
+            inspect.Parameter.POSITIONAL_ONLY,
+            inspect.Parameter.POSITIONAL_OR_KEYWORD,
+        ):
+            raise InvalidProgram(f"{self.name}: the first parameter of a program is its state: def {self.name}(s, ...)")
+        self.parameters = parameters[1:]
+        self._signature = inspect.Signature(self.parameters)
+        self._sampling = to_sampling(self.defaults)
+
+    def __call__(self, state: State, *args: Any, **kwargs: Any) -> Any:
+        """Run the body as a part of `state`'s program. For a run of its own use `run`."""
+        if not isinstance(state, State):
+            raise TypeError(f"{self.name}(...) takes a state and becomes a part of its program; to run it: .run(...)")
+        bound = self._signature.bind(*args, **{**self.bound, **kwargs})
+        before = state._sampling
+        state._sampling = merge_sampling(self._sampling, before)
+        if self.is_async:
+            return self._inline(state, bound, before)
+        try:
+            return self.body(state, *bound.args, **bound.kwargs)
+        finally:
+            state._sampling = before
+
+    async def _inline(self, state: State, bound: inspect.BoundArguments, before: ir.Sampling) -> Any:
+        try:
+            return await self.body(state, *bound.args, **bound.kwargs)
+        finally:
+            state._sampling = before
+
+    def bind(self, **arguments: Any) -> Function:
+        """The same program with some arguments given."""
+        unknown = [name for name in arguments if name not in self._signature.parameters]
+        if unknown:
+            raise TypeError(f"{self.name} has no parameter {unknown[0]!r}")
+        return Function(self.body, name=self.name, defaults=self.defaults, bound={**self.bound, **arguments})
+
+    # Running.
+
+    def run(self, *args: Any, **kwargs: Any) -> State:
+        """Run the program and wait for its end.
+
+        Beside the function's own arguments: `backend`, `timeout_s`, `token_budget`, `priority`, `cache_salt`, `seed`
+        (every generation gets its own, derived from it), `stage` ("needed": submit when a value is needed; "always":
+        after each generation), `tools`, and sampling defaults such as `temperature` and `max_tokens`.
+
+        A failed node raises when its value is read, not here; an exception of the function itself is raised.
+        """
+        if self.is_async:
+            return asyncio.run(self.arun(*args, **kwargs))
+        state = self._record(self._new_state(self._split(args, kwargs)))
+        state._run.wait_all()
+        return state
+
+    async def arun(self, *args: Any, **kwargs: Any) -> State:
+        """`run` for an event loop. A sync program records on a thread of its own, since it may wait for a value."""
+        call = self._split(args, kwargs)
+        state = self._new_state(call)
+        if self.is_async:
+            await self._arecord(state)
+        else:
+            await asyncio.to_thread(self._record, state)
+        await state._run.await_all()
+        return state
+
+    def stream(self, *args: Any, var: str | None = None, **kwargs: Any) -> Stream:
+        """Run the program and iterate over what it generates: text of variable `var`, or else all events.
+
+        The stream's `state` is the program's state. Leaving the iteration early cancels the program.
+        """
+        state = self._new_state(self._split(args, kwargs), keep_events=True)
+        stream = Stream(state, var)
+        work: Callable[[], object] = lambda: stream.run(lambda: self._record(state))  # noqa: E731
+        if self.is_async:
+            work = lambda: stream.run(lambda: asyncio.run(self._arecord(state)))  # noqa: E731
+        threading.Thread(target=copy_context().run, args=(work,), name=f"ramet-{self.name}", daemon=True).start()
+        return stream
+
+    async def astream(self, *args: Any, var: str | None = None, **kwargs: Any) -> AsyncIterator[Any]:
+        """`stream` for an event loop."""
+        state = self._new_state(self._split(args, kwargs), keep_events=True)
+        stream = Stream(state, var)
+        recording: Awaitable[Any]
+        if self.is_async:
+            recording = asyncio.ensure_future(self._arecord(state))
+        else:
+            recording = asyncio.ensure_future(asyncio.to_thread(self._record, state))
+        recording.add_done_callback(stream.recorded)
+        async for item in stream:
+            yield item
+
+    @overload
+    def run_batch(
+        self, rows: Iterable[Any], *, generator_style: None = None, progress_bar: bool = False, **kwargs: Any
+    ) -> list[State]: ...
+    @overload
+    def run_batch(
+        self, rows: Iterable[Any], *, generator_style: bool, progress_bar: bool = False, **kwargs: Any
+    ) -> Any: ...
+    def run_batch(
+        self,
+        rows: Iterable[Any],
+        *,
+        generator_style: bool | None = None,
+        progress_bar: bool = False,
+        num_threads: int | None = None,
+        max_live: int = 1024,
+        **kwargs: Any,
+    ) -> Any:
+        """Run the program for every row: a dict of arguments, a tuple of them, or the only one.
+
+        Rows run together, at most `max_live` at once; results come in the order of the rows, as a list, or one by one
+        as they are ready with `generator_style=True`. One row's error stays in its state.
+        """
+        calls = [self._split_row(row, kwargs) for row in rows]
+        states = self._run_calls(calls, progress_bar, num_threads or min(_THREADS, len(calls) or 1), max_live)
+        return states if generator_style else list(states)
+
+    def _run_calls(self, calls: list[_Call], progress_bar: bool, num_threads: int, max_live: int) -> Iterator[State]:
+        waiting = deque(calls)
+        live: deque[Future[State]] = deque()
+
+        def record(call: _Call) -> State:
+            state = self._new_state(call)
+            try:
+                if self.is_async:
+                    asyncio.run(self._arecord(state))
+                else:
+                    self._record(state)
+            except Exception as error:  # a row fails alone; reading its state raises this
+                state._run.fail(error)
+            return state
+
+        with _ProgressBar(len(calls), progress_bar, self.name) as advance, ThreadPoolExecutor(num_threads) as pool:
+            while waiting or live:
+                while waiting and len(live) < max_live:
+                    live.append(pool.submit(copy_context().run, record, waiting.popleft()))
+                state = live.popleft().result()
+                state._run.wait_all(quietly=True)
+                advance()
+                yield state
+
+    # Recording.
+
+    def _new_state(self, call: _Call, *, keep_events: bool = False) -> State:
+        options = call.options
+        stage = options.get("stage", "needed")
+        if stage not in _STAGES:
+            raise ConfigError(f"stage is {stage!r}, but must be one of {', '.join(_STAGES)}")
+        timeout_s = options.get("timeout_s")
+        run = Run(
+            choose_backend(options.get("backend")),
+            ProgramOptions(
+                program=self.name,
+                deadline_s=None if timeout_s is None else time.monotonic() + timeout_s,
+                token_budget=options.get("token_budget"),
+                priority=options.get("priority", 0),
+                cache_salt=options.get("cache_salt", ""),
+            ),
+            sampling=call.sampling,
+            seed=options.get("seed"),
+            stage_always=stage == "always",
+            keep_events=keep_events,
+            tools=options.get("tools"),
+            call_arguments=call.arguments,
+        )
+        return State(run)
+
+    def _record(self, state: State) -> State:
+        """Run a sync body. What it raises is raised, and the run is cancelled."""
+        run = state._run
+        token = current_run.set(run)
+        try:
+            state.result = self.body(state, **run.call_arguments)
+            run.finish()
+        except BaseException:
+            run.is_recording = False
+            run.cancel()
+            raise
+        finally:
+            current_run.reset(token)
+        return state
+
+    async def _arecord(self, state: State) -> State:
+        run = state._run
+        token = current_run.set(run)
+        try:
+            state.result = await self.body(state, **run.call_arguments)
+            run.finish()
+        except BaseException:
+            run.is_recording = False
+            run.cancel()
+            raise
+        finally:
+            current_run.reset(token)
+        return state
+
+    # Arguments.
+
+    def _split(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Call:
+        """Tell the function's arguments from the run's options; the function's own names win."""
+        own = {name: value for name, value in kwargs.items() if name in self._signature.parameters}
+        rest = {name: value for name, value in kwargs.items() if name not in own}
+        options = {name: rest.pop(name) for name in _OPTIONS if name in rest}
+        sampling = {name: rest.pop(name) for name in ir.Sampling.__struct_fields__ if name in rest}
+        takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in self.parameters)
+        if rest and not takes_any:
+            raise TypeError(f"{self.name} has no parameter {next(iter(rest))!r}, and it is no option of a run either")
+        try:
+            bound = self._signature.bind(*args, **{**self.bound, **own, **rest})
+        except TypeError as error:
+            raise TypeError(f"{self.name}: {error}") from None
+        arguments: dict[str, Any] = {}
+        for name, value in bound.arguments.items():
+            kind = self._signature.parameters[name].kind
+            if kind is inspect.Parameter.VAR_POSITIONAL:
+                raise InvalidRequest(f"{self.name}: a program can't take *{name} in a run; pass a list")
+            if kind is inspect.Parameter.VAR_KEYWORD:
+                arguments.update(value)
+            else:
+                arguments[name] = plain(value)  # values of a program around this one
+        return _Call(arguments, options, to_sampling({**self.defaults, **sampling}))
+
+    def _split_row(self, row: Any, kwargs: Mapping[str, Any]) -> _Call:
+        if isinstance(row, Mapping):
+            return self._split((), {**kwargs, **row})
+        return self._split(row if isinstance(row, tuple) else (row,), kwargs)
+
+    def __repr__(self) -> str:
+        return f"<program {self.name}{self._signature}>"
+
+
+class _ProgressBar:
+    """A progress bar on the terminal, or nothing."""
+
+    def __init__(self, total: int, is_shown: bool, name: str) -> None:
+        self._total, self._is_shown, self._name = total, is_shown, name
+
+    def __enter__(self) -> Callable[[], None]:
+        if not self._is_shown:
+            return lambda: None
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._bar = Progress(*columns)
+        self._bar.start()
+        task = self._bar.add_task(self._name, total=self._total)
+        return lambda: self._bar.advance(task)
+
+    def __exit__(self, *exc: object) -> None:
+        if self._is_shown:
+            self._bar.stop()
+
+
+@overload
+def function(body: Callable[..., Any]) -> Function: ...
+@overload
+def function(
+    body: None = None, *, name: str | None = None, **defaults: Any
+) -> Callable[[Callable[..., Any]], Function]: ...
+def function(
+    body: Callable[..., Any] | None = None, *, name: str | None = None, **defaults: Any
+) -> Function | Callable[[Callable[..., Any]], Function]:
+    """Make a function a program: `@function`, or `@function(temperature=0, max_tokens=64)` with sampling defaults."""
+    if body is not None:
+        return Function(body, name=name, defaults=defaults)
+    return lambda wrapped: Function(wrapped, name=name, defaults=defaults)

@@ -1,0 +1,224 @@
+"""What a program appends to its state: `gen`, `select`, and the roles. These are descriptions; nothing runs here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import msgspec
+
+from ramet.errors import InvalidRequest, InvalidSampling
+from ramet.lang.ir import SCORERS, Constraint, Sampling, sampling_problem
+from ramet.lang.types import OutputType, choice, json_schema, output_type
+from ramet.lang.values import Value, placeholder_for
+
+
+class Expr:
+    """Something that can be appended to a state. Exprs and texts can be added up: `"A: " + gen("a") + "."`."""
+
+    __slots__ = ()
+
+    def __add__(self, other: Appendable) -> Expr:
+        return Chain((self, other))
+
+    def __radd__(self, other: Appendable) -> Expr:
+        return Chain((other, self))
+
+    def __format__(self, spec: str) -> str:
+        if spec:
+            raise ValueError(f"a {type(self).__name__.lower()} takes no format specification: {spec!r}")
+        return placeholder_for(self)
+
+
+Appendable: TypeAlias = "Expr | str | Value | Sequence[Expr | str | Value]"
+
+
+@dataclass(frozen=True, slots=True)
+class Chain(Expr):
+    """One after the other."""
+
+    parts: tuple[Appendable, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Gen(Expr):
+    """A generation. `sampling` holds only what was said here; the run's defaults fill the rest."""
+
+    name: str | None
+    output: OutputType
+    constraint: Constraint | None
+    sampling: Sampling
+    where: tuple[Callable[[Any], bool], ...] = ()
+    retries: int = 3
+
+
+@dataclass(frozen=True, slots=True)
+class SelectExpr(Expr):
+    """A selection. Choices may be values of this program."""
+
+    name: str | None
+    choices: tuple[str | Value, ...]
+    scorer: str = "likelihood"
+    temperature: float = 0.0
+    seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RoleExpr(Expr):
+    """One whole message."""
+
+    role: str
+    content: tuple[Appendable, ...] = field(default=())
+
+
+def gen(
+    name: str | None = None,
+    type: object = None,
+    *,
+    max_tokens: int | None = None,
+    min_tokens: int | None = None,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    min_p: float | None = None,
+    frequency_penalty: float | None = None,
+    presence_penalty: float | None = None,
+    repetition_penalty: float | None = None,
+    logit_bias: Mapping[int, float] | None = None,
+    seed: int | None = None,
+    stop: str | Sequence[str] | None = None,
+    stop_token_ids: Sequence[int] | None = None,
+    ignore_eos: bool | None = None,
+    logprobs: int | None = None,
+    regex: str | None = None,
+    cfg: str | None = None,
+    choices: Sequence[str] | None = None,
+    json_schema: Mapping[str, Any] | None = None,
+    substring_of: str | None = None,
+    where: Callable[[Any], bool] | Sequence[Callable[[Any], bool]] = (),
+    retries: int = 3,
+) -> Gen:
+    """Generate text, or a value of `type`, and keep it as variable `name`.
+
+    `type`: str, int, float, bool, Literal, Enum, datetime, date, a dataclass, TypedDict or pydantic model, `list[...]`,
+    or a JSON schema dict. At most one of `regex`, `cfg` (a Lark grammar), `choices`, `json_schema` and `substring_of`
+    says what the text must match (with `type`: in its place). `where`: checks in Python; a value that fails one is
+    generated anew, `retries` times, before the program fails.
+
+    Raises:
+        InvalidSampling: a value outside its range. InvalidRequest: constraints that exclude each other.
+    """
+    wanted = output_type(type)
+    if json_schema is not None and type is None:
+        wanted = output_type(json_schema)
+    constraint = _constraint(wanted.constraint, regex, cfg, choices, json_schema, substring_of)
+    values = {
+        "max_tokens": max_tokens,
+        "min_tokens": min_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+        "frequency_penalty": frequency_penalty,
+        "presence_penalty": presence_penalty,
+        "repetition_penalty": repetition_penalty,
+        "logit_bias": logit_bias,
+        "seed": seed,
+        "stop": stop,
+        "stop_token_ids": stop_token_ids,
+        "ignore_eos": ignore_eos,
+        "logprobs": logprobs,
+    }
+    checks = (where,) if callable(where) else tuple(where)
+    return Gen(name, wanted, constraint, to_sampling(values), checks, retries)
+
+
+def select(
+    name: str | None = None,
+    choices: Sequence[str | Value] = (),
+    *,
+    scorer: str = "likelihood",
+    temperature: float = 0.0,
+    seed: int | None = None,
+) -> SelectExpr:
+    """Append the likeliest of `choices` and keep it as variable `name`; `s.meta(name)["probs"]` sums to one.
+
+    Scorers: `likelihood` (exact), `token_normalized`, `greedy`, `unconditional`. With `temperature` above 0 the
+    choice is drawn from the probabilities.
+    """
+    if not choices or isinstance(choices, str):
+        raise InvalidRequest(f"select needs a list of choices, not {choices!r}", param="choices")
+    if scorer not in SCORERS:
+        raise InvalidRequest(f"scorer is {scorer!r}, but must be one of {', '.join(SCORERS)}", param="scorer")
+    for one in choices:
+        if not isinstance(one, str | Value):
+            raise InvalidRequest(f"a choice is {one!r}, but must be text or a generated value", param="choices")
+    return SelectExpr(name, tuple(choices), scorer, temperature, seed)
+
+
+def system(*content: Appendable) -> RoleExpr:
+    """A system message."""
+    return RoleExpr("system", content)
+
+
+def user(*content: Appendable) -> RoleExpr:
+    """A user message."""
+    return RoleExpr("user", content)
+
+
+def assistant(*content: Appendable) -> RoleExpr:
+    """An assistant message; usually with a `gen` in it."""
+    return RoleExpr("assistant", content)
+
+
+def to_sampling(values: Mapping[str, Any]) -> Sampling:
+    """Check sampling values by type and range; None means not said. Raises InvalidSampling naming the field."""
+    given = {name: value for name, value in values.items() if value is not None}
+    if isinstance(given.get("stop"), str):
+        given["stop"] = (given["stop"],)
+    if isinstance(given.get("logit_bias"), Mapping):
+        given["logit_bias"] = tuple(sorted(given["logit_bias"].items()))
+    try:
+        sampling = msgspec.convert(given, Sampling)
+    except msgspec.ValidationError as error:
+        name = str(error).partition("$.")[2].partition("[")[0].strip("`")
+        raise InvalidSampling(f"{name or 'sampling'} is {given.get(name)!r}: {error}", param=name or None) from error
+    problem = sampling_problem(sampling)
+    if problem:
+        raise InvalidSampling(problem, param=problem.split()[0])
+    return sampling
+
+
+def merge_sampling(*layers: Sampling) -> Sampling:
+    """What is said in the first layer that says anything, field by field."""
+    merged = {}
+    for name in Sampling.__struct_fields__:
+        merged[name] = next((value for layer in layers if (value := getattr(layer, name)) is not None), None)
+    return Sampling(**merged)
+
+
+def _constraint(
+    by_type: Constraint | None,
+    regex: str | None,
+    cfg: str | None,
+    choices: Sequence[str] | None,
+    schema: Mapping[str, Any] | None,
+    text: str | None,
+) -> Constraint | None:
+    given: dict[str, Constraint] = {}
+    if regex is not None:
+        given["regex"] = Constraint("regex", regex)
+    if cfg is not None:
+        given["cfg"] = Constraint("cfg", cfg)
+    if choices is not None:
+        if not choices or isinstance(choices, str) or not all(isinstance(c, str) and c for c in choices):
+            raise InvalidRequest(f"choices must be a list of non-empty texts, not {choices!r}", param="choices")
+        given["choices"] = choice(list(choices))
+    if schema is not None:
+        given["json_schema"] = json_schema(schema)
+    if text is not None:
+        given["substring_of"] = Constraint("substring", text)
+    if len(given) > 1:
+        raise InvalidRequest(f"give one of {' and '.join(given)}, not {len(given)}", param=next(iter(given)))
+    return next(iter(given.values()), by_type)

@@ -1,0 +1,400 @@
+"""One run of a program: records nodes, submits what is recorded when a value is needed, and collects the results.
+
+Shared by all states of the run. The program's own thread records; events come from the backend's threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, TypeVar
+
+import ramet.errors
+from ramet.errors import DeadlineExceeded, InvalidProgram, ProgramCancelled, ProgramError
+from ramet.lang import ir
+from ramet.lang.backend import Backend, ProgramOptions, Session
+from ramet.lang.types import OutputType
+from ramet.lang.values import Placeholders, current_run
+
+N = TypeVar("N", bound=ir.AnyNode)
+Listener = Callable[[ir.NodeEvent], None]
+_HERE = os.path.dirname(os.path.abspath(__file__))
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One time that recording stopped for a value: the source line, what it needed, and how far recording had come."""
+
+    line: str
+    node: int
+    why: str
+    num_nodes: int
+
+
+class Run:
+    """Records, submits, waits. Owner: the call of a program that made it."""
+
+    def __init__(
+        self,
+        backend: Backend | None,
+        options: ProgramOptions,
+        *,
+        sampling: ir.Sampling = ir.Sampling(),  # noqa: B008 - frozen
+        seed: int | None = None,
+        stage_always: bool = False,
+        keep_events: bool = False,
+        tools: dict[str, Callable[..., Any]] | None = None,
+        call_arguments: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.call_arguments = dict(call_arguments or {})
+        self.options = options
+        self.sampling = sampling
+        self.seed = seed
+        self.stage_always = stage_always
+        self.placeholders = Placeholders()
+        self.parent = current_run.get()
+        self.index = ir.GraphIndex()  # what was submitted
+        self.nodes: list[ir.AnyNode] = []  # what was recorded
+        self.stages: list[Stage] = []
+        self.arguments: dict[str, Any] = {}  # JSON values of Argument nodes
+        self.is_recording = True
+        self.tools = tools or {}
+        self._backend = backend
+        self._session: Session | None = None
+        self._results: dict[int, ir.NodeEvent] = {}
+        self._converted: dict[int, Any] = {}
+        self._changed = threading.Condition()
+        self._waiters: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
+        self._listeners: list[Listener] = []
+        self._events: list[ir.NodeEvent] | None = [] if keep_events else None
+        self._tool_threads: ThreadPoolExecutor | None = None
+        self._failure: Exception | None = None
+
+    # Recording.
+
+    def record(self, kind: Callable[..., N], parent: int | None, **fields: Any) -> N:  # Any: the node's own fields
+        """Append a node and return it."""
+        with self._changed:
+            node = kind(id=len(self.nodes), parent=parent, line=caller_line(), **fields)
+            self.nodes.append(node)
+        return node
+
+    def submit(self) -> None:
+        """Send what was recorded since the last time. Raises InvalidProgram, or what the backend raises."""
+        with self._changed:
+            first = len(self.index.nodes)
+            if len(self.nodes) == first:
+                return
+            if self._backend is None:
+                raise InvalidProgram("this program is only being traced; nothing can be run")
+            nodes = tuple(self.nodes[first:])
+            names = {node.name for node in nodes if isinstance(node, ir.Argument)}
+            graph = ir.Graph(nodes, {n: v for n, v in self.arguments.items() if n in names}, first)
+            self.index.add(graph)
+        if self._session is None:
+            self._session = self._backend.start(self.options, self._on_event)
+        self._session.extend(graph)
+
+    # Results.
+
+    def result_of(self, node: int) -> ir.NodeEvent | None:
+        """The last event of a node, or None while it has no value yet."""
+        return self._results.get(node)
+
+    def read(self, node: int, output: OutputType, why: str) -> Any:
+        """The value of a node in its Python type; submits and waits. Raises ProgramError."""
+        if node not in self._results:
+            self._note_stage(node, why)
+            self.submit()
+            self.wait(lambda: node in self._results)
+        return self._value(node, output)
+
+    async def aread(self, node: int, output: OutputType) -> Any:
+        if node not in self._results:
+            self._note_stage(node, "await")
+            self.submit()
+            await self.await_(lambda: node in self._results)
+        return self._value(node, output)
+
+    def read_text(self, text: str) -> str:
+        """The text with the value of every placeholder in it."""
+        return "".join(self._render(item) for item in self.placeholders.split(text, self.foreign))
+
+    def _render(self, item: object) -> str:
+        if isinstance(item, str):
+            return item
+        if not isinstance(item, ir.Ref):
+            raise InvalidProgram(f"{item!r} is in a text whose value is needed; append the text to the state first")
+        if item.node not in self._results:
+            self._note_stage(item.node, "a text with this value in it")
+            self.submit()
+            self.wait(lambda: item.node in self._results)
+        event = self._checked(item.node)
+        value = event.value
+        return ir.render((item,), lambda _: event.text or ir.value_text(value), lambda _: value)
+
+    def foreign(self, key: bytes, index: int) -> object:
+        """What another run's placeholder stands for, as text. Only the runs around this one can be asked."""
+        run = self.parent
+        while run is not None:
+            if run.placeholders.key == key:
+                return run._render(run.placeholders.get(index))
+            run = run.parent
+        raise InvalidProgram("a text holds a value of another program that is not running here; use its .value")
+
+    def _value(self, node: int, output: OutputType) -> Any:
+        event = self._checked(node)
+        if node not in self._converted:
+            try:
+                self._converted[node] = output.convert(event.value)
+            except Exception as error:  # whatever a type's own validation raises
+                raise self._error(node, f"its text is no {output.wire} of the wanted type: {error}", error) from error
+        return self._converted[node]
+
+    def _checked(self, node: int) -> ir.NodeEvent:
+        event = self._results[node]
+        if event.error is not None:
+            raise self._error(node, event.error.message, event.cause, event.error)
+        return event
+
+    def error_of(self, node: int) -> ProgramError | None:
+        """Why a node failed, or None."""
+        event = self._results.get(node)
+        if event is None or event.error is None:
+            return None
+        return self._error(node, event.error.message, event.cause, event.error)
+
+    def _error(
+        self, node_id: int, message: str, cause: Exception | None, error: ir.NodeError | None = None
+    ) -> ProgramError:
+        node = self.nodes[node_id]
+        name = getattr(node, "name", None)
+        what = f"{type(node).__name__.lower()} {name!r}" if name else type(node).__name__.lower()
+        tail = error.prompt_tail if error else ""
+        text = f"{self.options.program}: {what} (node {node_id}, {node.line or 'unknown line'}) failed: {message}"
+        if tail:
+            text += f"; the prompt ends with {tail[-60:]!r}"
+        known = getattr(ramet.errors, error.type, None) if error else None
+        kind: type[ProgramError] = ProgramError
+        is_kind = isinstance(known, type) and issubclass(known, ProgramError)
+        if isinstance(known, type) and issubclass(known, ProgramError) and known is not InvalidProgram:
+            kind = known
+        raised = kind(text, program=self.options.program, node=node_id, source_line=node.line or None, prompt_tail=tail)
+        if cause is None and isinstance(known, type) and not is_kind and error is not None:
+            cause = _rebuild(known, error.message)
+        raised.__cause__ = cause
+        return raised
+
+    def _note_stage(self, node: int, why: str) -> None:
+        if self.is_recording:
+            self.stages.append(Stage(caller_line(), node, why, len(self.nodes)))
+
+    # Waiting.
+
+    def event(self, node: int) -> ir.NodeEvent:
+        """The last event of a node; submits and waits. Raises ProgramError where it failed."""
+        self.read_quietly(node)
+        return self._checked(node) if self._results[node].kind == "error" else self._results[node]
+
+    def read_quietly(self, node: int) -> None:
+        """Submit, and wait until the node is done or failed."""
+        if node not in self._results:
+            self.submit()
+            self.wait(lambda: node in self._results)
+
+    def wait_all(self, *, quietly: bool = False) -> None:
+        """Submit, and wait until every node is done or failed. `quietly`: a run that failed as a whole is done."""
+        if quietly and self._failure is not None:
+            return
+        self.submit()
+        self.wait(self.is_done)
+
+    def fail(self, error: Exception) -> None:
+        """The program's own function raised: whoever reads this run gets that."""
+        self._failure = error
+        self._wake()
+
+    async def await_all(self) -> None:
+        self.submit()
+        await self.await_(self.is_done)
+
+    def usage(self) -> ir.Usage:
+        """Tokens of all nodes that are done."""
+        total = ir.Usage()
+        for event in list(self._results.values()):
+            if event.usage is not None:
+                total = total + event.usage
+        return total
+
+    def first_error(self) -> ProgramError | None:
+        """The error that the others follow from, or None."""
+        failed = [event for event in list(self._results.values()) if event.kind == "error"]
+        own = [event for event in failed if event.error is not None and event.error.type != "ProgramCancelled"]
+        return self.error_of((own or failed)[0].node) if failed else None
+
+    def is_done(self) -> bool:
+        """True when every submitted node is done or failed."""
+        return len(self._results) == len(self.index.nodes)
+
+    def wait(self, ready: Callable[[], bool]) -> None:
+        """Block until `ready()`. Raises DeadlineExceeded, and cancels the run then."""
+        with self._changed:
+            while not ready():
+                self._check_alive()
+                if not self._changed.wait(self._time_left()):
+                    self._check_deadline()
+
+    async def await_(self, ready: Callable[[], bool]) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            with self._changed:
+                if ready():
+                    return
+                self._check_alive()
+                future: asyncio.Future[None] = loop.create_future()
+                self._waiters.append((loop, future))
+            try:
+                await asyncio.wait_for(future, self._time_left())
+            except TimeoutError:
+                self._check_deadline()
+
+    def _time_left(self) -> float | None:
+        deadline = self.options.deadline_s
+        return None if deadline is None else max(0.0, deadline - time.monotonic()) + 0.05  # the backend's turn first
+
+    def _check_deadline(self) -> None:
+        if (self._time_left() or 0.0) <= 0.05:
+            self.cancel()
+            raise DeadlineExceeded(f"{self.options.program}: the deadline passed", program=self.options.program)
+
+    def _check_alive(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def cancel(self, nodes: list[int] | None = None) -> None:
+        """Stop the run, or these nodes and what needs them."""
+        if nodes is None:
+            self._failure = self._failure or ProgramCancelled(
+                f"{self.options.program} was cancelled", program=self.options.program
+            )
+        else:
+            self.submit()
+        if self._session is not None:
+            self._session.cancel(nodes)
+        self._wake()
+
+    # Events, on the backend's threads.
+
+    def listen(self, listener: Listener) -> None:
+        """Call `listener` for every event from now on; first for those already there, where events are kept."""
+        with self._changed:
+            for event in self._events or ():
+                listener(event)
+            self._listeners.append(listener)
+
+    def _on_event(self, event: ir.NodeEvent) -> None:
+        if event.kind == "tool":
+            self._call_tool(event)
+        with self._changed:
+            if event.kind in ("done", "error"):
+                self._results[event.node] = event
+            if self._events is not None:
+                self._events.append(event)
+            for listener in self._listeners:
+                listener(event)
+        if event.kind in ("done", "error"):
+            self._wake()
+
+    def _wake(self) -> None:
+        with self._changed:
+            waiters, self._waiters = self._waiters, []
+            self._changed.notify_all()
+        for loop, future in waiters:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(_resolve, future)
+
+    def _call_tool(self, event: ir.NodeEvent) -> None:
+        tool = self.tools.get(event.value["tool"])
+        if self._tool_threads is None:
+            self._tool_threads = ThreadPoolExecutor(8, thread_name_prefix="ramet-tool")
+
+        def call() -> None:
+            assert self._session is not None
+            try:
+                if tool is None:
+                    raise InvalidProgram(f"the program has no tool {event.value['tool']!r}; it has {list(self.tools)}")
+                value = tool(**event.value["arguments"])
+            except Exception as error:  # the tool's own failure reaches whoever reads its value
+                self._session.provide(event.node, error=error)
+            else:
+                self._session.provide(event.node, value)
+
+        self._tool_threads.submit(call)
+
+    def finish(self) -> None:
+        """No more nodes will be recorded: send the rest."""
+        try:
+            self.submit()
+        finally:
+            self.is_recording = False
+
+    # Texts.
+
+    def text_of(self, tip: int | None, start: int | None = None) -> str:
+        """The whole text of the branch that ends at `tip`, behind node `start`; waits for it. Raises ProgramError."""
+        ids: list[int] = []
+        while tip is not None and tip != start:
+            ids.append(tip)
+            tip = self.nodes[tip].parent
+        self.submit()
+        self.wait(lambda: all(i in self._results for i in ids))
+        for node in reversed(ids):
+            if self._results[node].kind == "error":
+                self._checked(node)
+        return "".join(self._results[node].text for node in reversed(ids))
+
+    def path(self, tip: int | None) -> list[ir.AnyNode]:
+        """The nodes of the branch that ends at `tip`, root first."""
+        found: list[ir.AnyNode] = []
+        while tip is not None:
+            found.append(self.nodes[tip])
+            tip = self.nodes[tip].parent
+        return found[::-1]
+
+
+def _resolve(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+def _rebuild(kind: type, message: str) -> Exception | None:
+    """An error that came over the wire, as an exception of its own class where that takes a message alone."""
+    try:
+        found = kind(message)
+    except TypeError:
+        return None
+    return found if isinstance(found, Exception) else None
+
+
+def caller_line() -> str:
+    """`file:line` of the nearest caller outside of the language."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("ramet.lang."):
+        frame = frame.f_back
+    return f"{_shown(frame.f_code.co_filename)}:{frame.f_lineno}"
+
+
+@lru_cache(maxsize=1024)
+def _shown(filename: str) -> str:
+    try:
+        relative = os.path.relpath(filename)
+    except ValueError:  # another drive
+        return os.path.basename(filename)
+    return os.path.basename(filename) if relative.startswith("..") else relative

@@ -1,0 +1,424 @@
+"""The state of a program: one branch of its text. Appending records; reading a value waits for it.
+
+    s += "text"; s += gen("x"); s += user("..."); with s.assistant(): ...
+    a, b = s.fork(2); s.join(a, b); s["x"]; s.text(); s.messages(); s.meta("x")
+
+A state is a few fields and a dictionary: tens of thousands may live at once. Not here: running (run.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from ramet.errors import InvalidProgram, ProgramError, UndefinedVariable
+from ramet.lang import ir
+from ramet.lang.primitives import Appendable, Chain, Expr, Gen, RoleExpr, SelectExpr, merge_sampling
+from ramet.lang.values import Value, plain
+
+if TYPE_CHECKING:
+    from ramet.lang.branches import Branches
+    from ramet.lang.run import Run
+
+
+class State:
+    """One branch. Made by running a program, and by `fork` and `copy`."""
+
+    __slots__ = (
+        "_counts",
+        "_key",
+        "_num_forks",
+        "_num_generated",
+        "_role",
+        "_run",
+        "_sampling",
+        "_tip",
+        "_variables",
+        "result",
+    )
+
+    def __init__(self, run: Run, tip: int | None = None, key: tuple[int, ...] = ()) -> None:
+        self._run = run
+        self._tip = tip
+        self._key = key  # this branch's place in the program: (which fork, which branch of it), ...
+        self._variables: dict[str, Any] = {}  # name -> Value, or whatever set_var was given
+        self._counts: dict[str, int] = {}  # name -> how often it was written on this branch
+        self._role: str | None = None
+        self._sampling = run.sampling  # defaults of its generations
+        self._num_forks = 0
+        self._num_generated = 0
+        self.result: Any = None  # what the program's function returned
+
+    # Appending.
+
+    def __iadd__(self, other: Appendable) -> State:
+        self.append(other)
+        return self
+
+    def append(self, item: Appendable) -> None:
+        """Append text, a value, a description (`gen`, ...), or several of them."""
+        if isinstance(item, str):
+            self._append_text(item)
+        elif isinstance(item, Value):
+            self._append_text(format(item))
+        elif isinstance(item, Gen):
+            self._generate(item)
+        elif isinstance(item, SelectExpr):
+            self._select(item)
+        elif isinstance(item, RoleExpr):
+            with self._in_role(item.role):
+                for part in item.content:
+                    self.append(part)
+        elif isinstance(item, Chain):
+            for part in item.parts:
+                self.append(part)
+        elif isinstance(item, Sequence):
+            for part in item:
+                self.append(part)
+        else:
+            raise TypeError(
+                f"can't append {item!r} to a program's state; append text (an f-string, say), gen(...), select(...), "
+                "a role, or a generated value"
+            )
+
+    def _append_text(self, text: str) -> None:
+        parts: list[ir.Part] = []
+        for item in self._run.placeholders.split(text, self._run.foreign):
+            if isinstance(item, Expr):
+                self._text(parts)
+                parts = []
+                self.append(item)
+            else:
+                assert isinstance(item, str | ir.Ref)
+                parts.append(item)
+        self._text(parts)
+
+    def _text(self, parts: list[ir.Part]) -> None:
+        if parts:
+            self._record(ir.Text, parts=tuple(parts))
+
+    def _record(self, kind: Callable[..., ir.AnyNode], **fields: Any) -> int:  # Any: the node's own fields
+        if not self._run.is_recording:
+            raise InvalidProgram("the program has ended; nothing can be appended to its state", program=self._program)
+        self._tip = self._run.record(kind, self._tip, **fields).id
+        return self._tip
+
+    def _template(self, text: str | Value) -> ir.Template:
+        parts = self._run.placeholders.split(format(text), self._run.foreign)
+        if any(isinstance(part, Expr) for part in parts):
+            raise InvalidProgram(f"a choice can't hold another description: {text!r}", program=self._program)
+        return tuple(parts)  # type: ignore[arg-type]  # only Exprs and Parts are put in
+
+    def _generate(self, item: Gen) -> None:
+        tip, tries = self._tip, item.retries + 1 if item.where else 1
+        for attempt in range(tries):
+            self._tip = tip
+            node = self._record(
+                ir.Generate,
+                name=self._unique(item.name),
+                sampling=self._sampling_of(item, attempt),
+                constraint=item.constraint,
+                type=item.output.wire,
+            )
+            value = Value(self._run, node, item.name, item.output)
+            if item.name is not None:
+                self._variables[item.name] = value
+            self._after_generation(value)
+            if all(check(value.value) for check in item.where):
+                return
+        line = self._run.nodes[node].line
+        raise ProgramError(
+            f"{self._program}: {item.name or 'a value'} ({line}) failed its `where` checks {tries} times; last it was "
+            f"{value.value!r}; loosen the checks or raise `retries`",
+            program=self._program,
+            node=node,
+            source_line=line,
+        )
+
+    def _sampling_of(self, item: Gen, attempt: int) -> ir.Sampling:
+        sampling = merge_sampling(item.sampling, self._sampling)
+        self._num_generated += 1
+        values: dict[str, Any] = {}
+        if sampling.seed is None and self._run.seed is not None:
+            # A seed of its own for every place in the program: the same however the program is cut into stages.
+            place = f"{self._run.seed}:{self._key}:{self._num_generated}".encode()
+            values["seed"] = int.from_bytes(hashlib.blake2b(place, digest_size=4).digest(), "big")
+        elif sampling.seed is not None and attempt:
+            values["seed"] = sampling.seed + attempt
+        if attempt and sampling.temperature == 0:
+            values["temperature"] = 0.7  # greedy would say the same again
+        return merge_sampling(ir.Sampling(**values), sampling) if values else sampling
+
+    def _select(self, item: SelectExpr) -> None:
+        node = self._record(
+            ir.Select,
+            name=self._unique(item.name),
+            choices=tuple(self._template(choice) for choice in item.choices),
+            scorer=item.scorer,
+            temperature=float(item.temperature),
+            seed=item.seed if item.seed is not None else self._run.seed,
+        )
+        value = Value(self._run, node, item.name)
+        if item.name is not None:
+            self._variables[item.name] = value
+        self._after_generation(value)
+
+    def _after_generation(self, value: Value) -> None:
+        if self._run.stage_always:
+            self._run.read_quietly(value._node)
+
+    def _unique(self, name: str | None) -> str | None:
+        """The node's name: a variable written again is `name#2` in the graph; reading gives the latest."""
+        if name is None:
+            return None
+        if not name or "#" in name:
+            raise InvalidProgram(f"a variable is named {name!r}; use a name that isn't empty and has no '#'")
+        count = self._counts[name] = self._counts.get(name, 0) + 1
+        return name if count == 1 else f"{name}#{count}"
+
+    # Roles.
+
+    def system(self, *content: Appendable) -> _RoleBlock:
+        """A system message: `s.system("...")`, or `with s.system(): s += ...`."""
+        return self._role_block("system", content)
+
+    def user(self, *content: Appendable) -> _RoleBlock:
+        """A user message."""
+        return self._role_block("user", content)
+
+    def assistant(self, *content: Appendable) -> _RoleBlock:
+        """An assistant message."""
+        return self._role_block("assistant", content)
+
+    def tool(self, *content: Appendable) -> _RoleBlock:
+        """A message with a tool's result."""
+        return self._role_block("tool", content)
+
+    def _role_block(self, role: str, content: tuple[Appendable, ...]) -> _RoleBlock:
+        if content:
+            self.append(RoleExpr(role, content))
+        return _RoleBlock(self, role, is_used=bool(content))
+
+    @contextmanager
+    def _in_role(self, role: str) -> Iterator[None]:
+        self._open_role(role)
+        yield
+        self._close_role()
+
+    def _open_role(self, role: str) -> None:
+        if self._role is not None:
+            if self._role_is_inherited():
+                self._close_role()  # a branch that was forked inside of a message, and now begins the next one
+            else:
+                raise InvalidProgram(
+                    f"a {role} message begins inside of a {self._role} message; end that one first",
+                    program=self._program,
+                )
+        self._record(ir.Role, role=role, is_open=True)
+        self._role = role
+
+    def _role_is_inherited(self) -> bool:
+        tip = self._tip
+        while tip is not None:
+            node = self._run.nodes[tip]
+            if isinstance(node, ir.Role):
+                return False
+            if isinstance(node, ir.Fork):
+                return True
+            tip = node.parent
+        return False
+
+    def _close_role(self) -> None:
+        if self._role is not None:
+            self._record(ir.Role, role=self._role, is_open=False)
+            self._role = None
+
+    # Branches.
+
+    def fork(self, n: int = 1) -> Branches:
+        """Split into `n` branches that go on from here; they share everything so far. This state goes on as well."""
+        from ramet.lang.branches import Branches
+
+        if not isinstance(n, int) or n < 1:
+            raise InvalidProgram(f"fork({n!r}): a fork needs at least one branch", program=self._program)
+        if not self._run.is_recording:
+            raise InvalidProgram("the program has ended; its state can't be forked", program=self._program)
+        self._num_forks += 1
+        group, branches = len(self._run.nodes), []
+        for index in range(n):
+            node = self._run.record(ir.Fork, self._tip, group=group, index=index, width=n)
+            branch = State(self._run, node.id, (*self._key, self._num_forks, index))
+            branch._variables = dict(self._variables)
+            branch._counts = dict(self._counts)
+            branch._role = self._role
+            branch._sampling = self._sampling
+            branches.append(branch)
+        return Branches(self, branches)
+
+    def copy(self) -> State:
+        """One branch that goes on from here; usable in a `with` block, too."""
+        return self.fork(1)[0]
+
+    def join(self, *branches: State | Iterable[State], mode: str = "gather") -> None:
+        """Bring branches together: every variable that they wrote becomes a list here, in the order of the branches.
+
+        `mode="append"` appends the text of each branch as well.
+        """
+        from ramet.lang.branches import join
+
+        states = [one for item in branches for one in ([item] if isinstance(item, State) else item)]
+        join(self, states, mode)
+
+    def __enter__(self) -> State:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        return None
+
+    # Variables.
+
+    @contextmanager
+    def var_scope(self, name: str) -> Iterator[None]:
+        """Keep all text that is appended in the block as variable `name`."""
+        start = self._tip
+        yield
+        node = self._record(ir.Capture, name=self._unique(name), start=start)
+        self._variables[name] = Value(self._run, node, name)
+
+    def __getitem__(self, name: str) -> Any:  # Any: of the type that `gen` was asked for
+        """The value of a variable; while the program runs one that is read when it is needed."""
+        if name not in self._variables:
+            known = ", ".join(self._variables) or "none yet"
+            raise UndefinedVariable(f"{self._program}: no variable {name!r}; known: {known}", program=self._program)
+        return self._resolved(self._variables[name])
+
+    def _resolved(self, value: Any) -> Any:
+        return value if self._run.is_recording else plain(value)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self._variables[name] = value
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._variables
+
+    def set_var(self, name: str, value: Any) -> None:
+        """Set a variable; the model doesn't see it."""
+        self[name] = value
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The value of a variable, or `default` where there is none of that name."""
+        return self._resolved(self._variables.get(name, default))
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """All variables of this branch by name."""
+        return {name: self._resolved(value) for name, value in self._variables.items()}
+
+    # Reading.
+
+    def text(self) -> str:
+        """All text of this branch as the model saw and wrote it, the chat template's marks included. Waits for it."""
+        return self._run.text_of(self._tip)
+
+    def messages(self) -> list[dict[str, str]]:
+        """The messages of this branch, `role` and `content`; text outside of roles has the role `text`. Waits."""
+        self._run.text_of(self._tip)
+        found: list[dict[str, str]] = []
+        is_inside = False
+        for node in self._run.path(self._tip):
+            if isinstance(node, ir.Role):
+                is_inside = node.is_open
+                if is_inside:
+                    found.append({"role": node.role, "content": ""})
+                continue
+            event = self._run.result_of(node.id)
+            text = event.text if event is not None else ""
+            if text and not is_inside and (not found or found[-1]["role"] != "text"):
+                found.append({"role": "text", "content": ""})
+            if text:
+                found[-1]["content"] += text
+        return found
+
+    def meta(self, name: str) -> dict[str, Any]:
+        """What is known of a variable's generation: `usage`, `finish_reason`, `timings`; `probs` of a select. Waits."""
+        value = self._variables.get(name)
+        if isinstance(value, list):
+            return {"branches": [self._meta_of(one) for one in value if isinstance(one, Value)]}
+        if not isinstance(value, Value):
+            raise UndefinedVariable(f"{self._program}: {name!r} was not generated", program=self._program)
+        return self._meta_of(value)
+
+    def _meta_of(self, value: Value) -> dict[str, Any]:
+        event = self._run.event(value._node)
+        return {
+            "text": event.text,
+            "usage": event.usage,
+            "finish_reason": event.finish_reason,
+            "timings": event.timings or {},
+            **(event.meta or {}),
+        }
+
+    @property
+    def usage(self) -> ir.Usage:
+        """Tokens of the whole run so far."""
+        return self._run.usage()
+
+    def error(self) -> ProgramError | None:
+        """The first error of the run, or None. Waits for the run to end."""
+        self._run.wait_all()
+        return self._run.first_error()
+
+    def wait(self) -> State:
+        """Wait until everything is done or failed."""
+        self._run.wait_all()
+        return self
+
+    def __await__(self) -> Any:
+        async def wait() -> State:
+            await self._run.await_all()
+            return self
+
+        return wait().__await__()
+
+    def cancel(self) -> None:
+        """Stop this branch: what it was generating, and all that needs it. On the program's own state: everything."""
+        self._run.cancel(None if not self._key else self._own_nodes())
+
+    def _own_nodes(self) -> list[int]:
+        found, tip = [], self._tip
+        while tip is not None:
+            found.append(tip)
+            node = self._run.nodes[tip]
+            if isinstance(node, ir.Fork):
+                break
+            tip = node.parent
+        return found[::-1]
+
+    @property
+    def _program(self) -> str:
+        return self._run.options.program
+
+    def __repr__(self) -> str:
+        where = f"branch {self._key}" if self._key else "state"
+        return f"<{where} of {self._program}, variables: {', '.join(self._variables) or 'none'}>"
+
+
+class _RoleBlock:
+    """`with s.user(): ...`"""
+
+    __slots__ = ("_is_used", "_role", "_state")
+
+    def __init__(self, state: State, role: str, *, is_used: bool) -> None:
+        self._state, self._role, self._is_used = state, role, is_used
+
+    def __enter__(self) -> State:
+        if self._is_used:
+            raise InvalidProgram(f"s.{self._role}(...) with content is a whole message, not a block")
+        self._state._open_role(self._role)
+        return self._state
+
+    def __exit__(self, kind: object, *exc: object) -> None:
+        if kind is None:
+            self._state._close_role()

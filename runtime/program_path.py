@@ -1,0 +1,122 @@
+"""The token path of a branch: append-only token ids, and text that waits to be tokenised.
+
+Text is tokenised in runs as long as possible: everything between two borders (a generation, a selection, a fork) is one
+run, wherever the program cut it into pieces. What was generated is never tokenised again, except the end of a token
+that a stop string cut in two. Not here: who runs nodes (programs.py), what a role looks like (chat_template.py).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+
+class PathTokenizer(Protocol):
+    """What a path needs of a tokenizer."""
+
+    @property
+    def special_tokens(self) -> dict[str, int]: ...
+
+    @property
+    def token_bytes(self) -> list[bytes]: ...
+
+    def encode(
+        self, text: str, *, add_special: bool = False, parse_special: bool = False, continues: bool = False
+    ) -> list[int]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Some text. In `is_markup` (the chat template's), names of special tokens mean these tokens."""
+
+    text: str
+    is_markup: bool = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Path:
+    """One point of one branch: the `tokens` added here to `parent`'s, and what is `pending` behind them.
+
+    Shared by all branches that go on from here; never changes. `length` counts all tokens up to here.
+    """
+
+    parent: Path | None = None
+    tokens: tuple[int, ...] = ()
+    length: int = 0
+    pending: tuple[Piece, ...] = ()
+
+    def append(self, text: str, *, is_markup: bool = False) -> Path:
+        """Put text behind; it is tokenised later."""
+        if not text:
+            return self
+        return Path(self, (), self.length, (*self.pending, Piece(text, is_markup)))
+
+    def extend(self, tokens: Sequence[int], rest: str = "") -> Path:
+        """Put tokens behind (nothing may be pending), and `rest` as pending text."""
+        assert not self.pending
+        return Path(self, tuple(tokens), self.length + len(tokens), (Piece(rest),) if rest else ())
+
+    def flush(self, tokenizer: PathTokenizer) -> Path:
+        """Tokenise what is pending."""
+        if not self.pending:
+            return self
+        tokens = encode_pieces(tokenizer, self.pending, is_start=self.length == 0)
+        return Path(self, tuple(tokens), self.length + len(tokens))
+
+    def token_ids(self) -> list[int]:
+        """All tokens from the beginning. O(length)."""
+        chunks: list[tuple[int, ...]] = []
+        at: Path | None = self
+        while at is not None:
+            if at.tokens:
+                chunks.append(at.tokens)
+            at = at.parent
+        return [token for chunk in reversed(chunks) for token in chunk]
+
+
+def encode_pieces(tokenizer: PathTokenizer, pieces: Sequence[Piece], *, is_start: bool) -> list[int]:
+    """Token ids of adjoining pieces: as if their text were one, but with special tokens in markup only.
+
+    `is_start`: nothing precedes. Then a tokenizer's own opening token is added, unless the markup brings its own.
+    """
+    specials = tokenizer.special_tokens
+    names = [re.escape(name) for name in sorted(specials, key=len, reverse=True)]
+    border = re.compile(f"({'|'.join(names)})") if names else None
+    runs: list[str | int] = []
+
+    def add(text: str) -> None:
+        if runs and isinstance(runs[-1], str):
+            runs[-1] += text
+        elif text:
+            runs.append(text)
+
+    for piece in pieces:
+        if not piece.is_markup or border is None:
+            add(piece.text)
+            continue
+        for i, part in enumerate(border.split(piece.text)):
+            if i % 2:
+                runs.append(specials[part])
+            else:
+                add(part)
+    opening = is_start and bool(runs) and isinstance(runs[0], str) and not pieces[0].is_markup
+    tokens: list[int] = []
+    for i, run in enumerate(runs):
+        if isinstance(run, int):
+            tokens.append(run)
+        else:
+            tokens.extend(tokenizer.encode(run, add_special=opening and i == 0, continues=not is_start or i > 0))
+    return tokens
+
+
+def keep_text(token_bytes: Sequence[bytes], tokens: Sequence[int], text: str) -> tuple[list[int], str]:
+    """Split generated `tokens` where their kept `text` ends (a stop string cuts it): whole tokens, remaining text."""
+    limit, used, count = len(text.encode()), 0, 0
+    for token in tokens:
+        size = len(token_bytes[token])
+        if used + size > limit:
+            break
+        used, count = used + size, count + 1
+    return list(tokens[:count]), text.encode()[used:].decode(errors="ignore")

@@ -1,0 +1,607 @@
+"""Runs a program's graph inside an engine: every node as soon as what it needs is there.
+
+A graph comes in one or several parts (`extend`); between two generations of a branch nobody is asked: the branch's
+token path is extended and the next request submitted from the engine's own thread. The executor sees an engine's
+interface only, so it is the same in process, behind a server, and over the scripted model.
+
+Threads: any thread may call; events are delivered on the thread that caused them, one node's events in order. One
+thread at a time starts nodes (`_pump`), the lock guards the bookkeeping, and nothing foreign is called under it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from ramet.errors import (
+    DeadlineExceeded,
+    InvalidProgram,
+    InvalidRequest,
+    ProgramCancelled,
+    RametError,
+    RequestCancelled,
+)
+from ramet.lang import ir
+from ramet.runtime import program_select
+from ramet.runtime.grammar_cache import GrammarCache
+from ramet.runtime.program_path import Path, PathTokenizer, Piece, encode_pieces, keep_text
+from ramet.runtime.role_marks import RoleMarks
+from ramet.runtime.types import FinishReason, Grammar, RequestOutput, SamplingParams
+
+PROMPT_TAIL = 200  # characters of the prompt shown in errors
+
+
+class ProgramTokenizer(PathTokenizer, Protocol):
+    @property
+    def bos_id(self) -> int | None: ...
+
+    @property
+    def eos_ids(self) -> frozenset[int]: ...
+
+    @property
+    def special_ids(self) -> frozenset[int]: ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+
+class Handle(Protocol):
+    def cancel(self) -> object: ...
+
+
+class ProgramEngine(Protocol):
+    """The part of an engine that programs use."""
+
+    @property
+    def tokenizer(self) -> Any: ...  # ProgramTokenizer; an attribute of a narrower type doesn't match a property
+
+    def submit(
+        self,
+        prompt: list[int],
+        sampling: SamplingParams,
+        *,
+        grammar: Grammar | None = None,
+        cache_salt: str = "",
+        program_id: str | None = None,
+        priority: int = 0,
+        deadline_s: float | None = None,
+        score_from: int | None = None,
+        on_output: Callable[[RequestOutput], None] | None = None,
+    ) -> Handle: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ProgramLimits:
+    """What holds for a whole program. `deadline_s`: seconds of time.monotonic(). Lower `priority` runs first.
+
+    `token_budget`: all its generations together write no more tokens than this.
+    """
+
+    program_id: str | None = None
+    cache_salt: str = ""
+    priority: int = 0
+    deadline_s: float | None = None
+    token_budget: int | None = None
+
+
+@dataclass(slots=True, eq=False)
+class _Run:
+    """One node of this run. Owner: the executor. `missing`: dependencies that are not done."""
+
+    node: ir.AnyNode
+    missing: int = 0
+    users: list[_Run] = field(default_factory=list)
+    status: str = "waiting"  # ready, running, done, failed
+    path: Path = field(default_factory=Path)
+    text: str = ""  # what it added to its branch
+    value_text: str = ""
+    value: Any = None  # a JSON value
+    error: Exception | None = None
+    handles: list[Handle] = field(default_factory=list)
+    grammar: Grammar | None = None
+    reserved: int = 0  # tokens of the budget
+    start_s: float = 0.0
+
+    @property
+    def is_over(self) -> bool:
+        return self.status in ("done", "failed")
+
+
+class ProgramExecutor:
+    """One running program. `on_event` is called for everything that happens; it must be quick and must not raise."""
+
+    def __init__(
+        self,
+        engine: ProgramEngine,
+        on_event: Callable[[ir.NodeEvent], None],
+        marks: RoleMarks,
+        grammars: GrammarCache,
+        limits: ProgramLimits = ProgramLimits(),
+    ) -> None:
+        self._engine = engine
+        self._tokenizer: ProgramTokenizer = engine.tokenizer
+        self._on_event = on_event
+        self._marks = marks
+        self._grammars = grammars
+        self._limits = limits
+        self._index = ir.GraphIndex()
+        self._arguments: dict[str, Any] = {}  # JSON values
+        self._runs: list[_Run] = []
+        self._ready: deque[_Run] = deque()
+        self._over_budget: deque[_Run] = deque()
+        self._budget_left = limits.token_budget
+        self._is_pumping = False
+        self._is_cancelled = False
+        self._to_cancel: deque[Handle] = deque()
+        self._lock = threading.RLock()
+        self._start_s = time.monotonic()
+
+    def extend(self, graph: ir.Graph) -> None:
+        """Add a part of the program; what can run starts at once. Raises InvalidProgram and changes nothing then."""
+        with self._lock:
+            unbound = [n.name for n in graph.nodes if isinstance(n, ir.Argument) and n.name not in graph.arguments]
+            if unbound:
+                raise InvalidProgram(f"argument {unbound[0]!r} has no value; give it when the graph is run")
+            self._index.add(graph)
+            self._arguments.update(graph.arguments)
+            for node in graph.nodes:
+                self._add(_Run(node))
+        self._pump()
+
+    def cancel(self, nodes: Sequence[int] | None = None) -> None:
+        """Stop these nodes and all that need them (None: the whole program). Their requests end within one step."""
+        reason = ProgramCancelled("the program was cancelled" if nodes is None else "this branch was cancelled")
+        with self._lock:
+            self._is_cancelled = self._is_cancelled or nodes is None
+            self._fail_all(self._runs if nodes is None else [self._runs[i] for i in nodes], reason)
+        self._pump()
+
+    def provide(self, node: int, value: Any = None, error: Exception | None = None) -> None:
+        """Give the result (a JSON value) of a tool call that an event of kind `tool` asked for."""
+        with self._lock:
+            run = self._runs[node]
+            if run.is_over:
+                return
+            if error is None:
+                self._done(run, value=value, value_text=ir.value_text(value))
+            else:
+                self._failed(run, error)
+        self._pump()
+
+    @property
+    def is_idle(self) -> bool:
+        """True when every node is done or failed."""
+        with self._lock:
+            return all(run.is_over for run in self._runs)
+
+    # Bookkeeping. All of it runs under the lock.
+
+    def _add(self, run: _Run) -> None:
+        self._runs.append(run)
+        if self._is_cancelled:
+            self._fail_all([run], ProgramCancelled("the program was cancelled"))
+            return
+        for used in ir.dependencies(run.node):
+            other = self._runs[used]
+            if other.status == "failed" and not isinstance(run.node, ir.Join):
+                assert other.error is not None
+                self._failed(run, other.error, is_root=False)
+                return
+            if not other.is_over:
+                other.users.append(run)
+                run.missing += 1
+        if isinstance(run.node, ir.Generate) and run.node.constraint is not None:
+            run.missing += 1
+            future = self._grammars.get(run.node.constraint)
+            future.add_done_callback(lambda done: self._on_grammar(run, done.exception(), done))
+        if run.missing == 0:
+            self._make_ready(run)
+
+    def _on_grammar(self, run: _Run, error: BaseException | None, done: Any) -> None:  # Any: a Future
+        with self._lock:
+            if run.is_over:
+                return
+            if error is not None:
+                self._failed(run, error if isinstance(error, Exception) else RametError(repr(error)))
+            else:
+                run.grammar = done.result()
+                self._satisfy(run)
+        self._pump()
+
+    def _make_ready(self, run: _Run) -> None:
+        run.status = "ready"
+        self._ready.append(run)
+
+    def _satisfy(self, run: _Run) -> None:
+        run.missing -= 1
+        if run.missing == 0 and run.status == "waiting":
+            self._make_ready(run)
+
+    def _done(self, run: _Run, *, text: str = "", path: Path | None = None, value: Any = None, **more: Any) -> None:
+        """Mark a node done, tell the caller, and count down its users. `more`: value_text and fields of the event."""
+        with self._lock:
+            if run.is_over:
+                return
+            run.status = "done"
+            run.text, run.value = text, value
+            run.value_text = more.pop("value_text", text)
+            run.path = path if path is not None else self._path_before(run)
+            run.handles.clear()
+            self._refund(run, more.get("usage"))
+            self._emit(run, "done", text=text, value=value, **more)
+            users, run.users = run.users, []
+            for user in users:
+                self._satisfy(user)
+
+    def _failed(self, run: _Run, error: Exception, *, is_root: bool = True) -> None:
+        """Fail a node and all that needs it. Where it is the first (`is_root`), the rest of the program stops, too."""
+        if run.is_over:
+            return
+        self._fail_all([run], error)
+        if is_root and not isinstance(error, ProgramCancelled):
+            line = f" ({run.node.line})" if run.node.line else ""
+            sibling = ProgramCancelled(f"cancelled because node {run.node.id}{line} failed: {error}")
+            sibling.__cause__ = error
+            self._fail_all([other for other in self._runs if other is not run], sibling)
+
+    def _fail_all(self, runs: Sequence[_Run], error: Exception) -> None:
+        stack = [run for run in reversed(runs) if not run.is_over]
+        handles: list[Handle] = []
+        while stack:
+            run = stack.pop()
+            if run.is_over:
+                continue
+            run.status, run.error = "failed", error
+            handles.extend(run.handles)
+            run.handles.clear()
+            self._refund(run, None)
+            self._emit_error(run, error)
+            users, run.users = run.users, []
+            for user in users:
+                if isinstance(user.node, ir.Join):
+                    self._satisfy(user)
+                else:
+                    stack.append(user)
+        self._to_cancel.extend(handles)
+
+    def _refund(self, run: _Run, usage: ir.Usage | None) -> None:
+        if run.reserved and self._budget_left is not None:
+            self._budget_left += run.reserved - (usage.completion_tokens if usage else 0)
+            run.reserved = 0
+            while self._over_budget:
+                self._ready.append(self._over_budget.popleft())
+
+    def _path_before(self, run: _Run) -> Path:
+        return Path() if run.node.parent is None else self._runs[run.node.parent].path
+
+    # Events.
+
+    def _emit(self, run: _Run, kind: Any, **fields: Any) -> None:  # Any: fields of NodeEvent
+        now = time.monotonic()
+        timings = fields.pop("timings", None) or {}
+        if kind == "done":
+            timings = {"start_s": (run.start_s or now) - self._start_s, "end_s": now - self._start_s, **timings}
+        name = getattr(run.node, "name", None)
+        self._on_event(ir.NodeEvent(run.node.id, kind, name=name, timings=timings or None, **fields))
+
+    def _emit_error(self, run: _Run, error: Exception) -> None:
+        tail = "" if run.node.parent is None else self._text_up_to(run.node.parent, PROMPT_TAIL)
+        described = ir.NodeError(type(error).__name__, str(error) or repr(error), tail)
+        self._emit(run, "error", error=described, cause=error)
+
+    def _text_up_to(self, tip: int, limit: int | None = None, start: int | None = None) -> str:
+        """The text of a branch behind node `start`, or about its last `limit` characters."""
+        parts: list[str] = []
+        size, at = 0, tip
+        while at != start and (limit is None or size < limit):
+            parts.append(self._runs[at].text)
+            size += len(parts[-1])
+            parent = self._runs[at].node.parent
+            if parent is None:
+                break
+            at = parent
+        text = "".join(reversed(parts))
+        return text if limit is None else text[-limit:]
+
+    # Running nodes. One thread at a time, without the lock.
+
+    def _pump(self) -> None:
+        while self._to_cancel:
+            self._to_cancel.popleft().cancel()
+        with self._lock:
+            if self._is_pumping:
+                return
+            self._is_pumping = True
+        while True:
+            with self._lock:
+                if not self._ready:
+                    self._is_pumping = False
+                    return
+                run = self._ready.popleft()
+                if run.is_over:
+                    continue
+                run.status = "running"
+                run.start_s = run.start_s or time.monotonic()
+            try:
+                self._start(run)
+            except Exception as error:  # a node fails alone, whatever it raises; the reader gets it with its cause
+                with self._lock:
+                    self._failed(run, error)
+
+    def _start(self, run: _Run) -> None:
+        node = run.node
+        if isinstance(node, ir.Text):
+            text = self._render(node.parts)
+            self._done(run, text=text, path=self._path_before(run).append(text))
+        elif isinstance(node, ir.Argument):
+            value = self._arguments[node.name]
+            self._done(run, value=value, value_text=ir.value_text(value))
+        elif isinstance(node, ir.Role):
+            self._role(run, node)
+        elif isinstance(node, ir.Fork):
+            self._done(run, path=self._path_before(run).flush(self._tokenizer))
+        elif isinstance(node, ir.Join):
+            self._done(run)
+        elif isinstance(node, ir.Capture):
+            text = "" if node.parent is None else self._text_up_to(node.parent, start=node.start)
+            self._done(run, value=text, value_text=text)
+        elif isinstance(node, ir.ToolCall):
+            arguments = ir.parse_value("json", self._render(node.arguments))
+            self._emit(run, "tool", value={"tool": node.tool, "arguments": arguments})
+        elif isinstance(node, ir.Select):
+            _Selection(self, run, node).start()
+        else:
+            self._generate(run, node)
+
+    def _render(self, template: ir.Template) -> str:
+        return ir.render(template, lambda i: self._runs[i].value_text, lambda i: self._runs[i].value)
+
+    def _role(self, run: _Run, node: ir.Role) -> None:
+        roles = tuple(n.role for n in self._index.path(node.parent) if isinstance(n, ir.Role) and n.is_open)
+        if node.is_open:
+            text = self._marks.opening(roles, node.role, lambda: self._messages(node.parent))
+        else:
+            text = self._marks.closing(roles[:-1], node.role, lambda: self._messages(node.parent)[:-1])
+        self._done(run, text=text, path=self._path_before(run).append(text, is_markup=True))
+
+    def _messages(self, tip: int | None) -> list[Mapping[str, str]]:
+        messages: list[dict[str, str]] = []
+        is_inside = False
+        for node in self._index.path(tip):
+            if isinstance(node, ir.Role):
+                is_inside = node.is_open
+                if is_inside:
+                    messages.append({"role": node.role, "content": ""})
+            elif is_inside:
+                messages[-1]["content"] += self._runs[node.id].text
+        return list(messages)
+
+    def _is_in_role(self, node: ir.AnyNode) -> bool:
+        roles = [n for n in self._index.path(node.parent) if isinstance(n, ir.Role)]
+        return bool(roles) and roles[-1].is_open
+
+    def _generate(self, run: _Run, node: ir.Generate) -> None:
+        prompt = self._path_before(run).flush(self._tokenizer)
+        sampling = to_sampling_params(node.sampling)
+        if self._marks.stop_strings and self._is_in_role(node):
+            sampling = dataclasses.replace(sampling, stop=(*sampling.stop, *self._marks.stop_strings))
+        if self._budget_left is not None:
+            reserved = self._reserve(run, sampling)
+            if reserved is None:
+                return
+            sampling = reserved
+        texts: list[str] = []
+        tokens: list[int] = []
+        logprobs: list[float] = []
+
+        def on_output(output: RequestOutput) -> None:
+            texts.append(output.text)
+            tokens.extend(output.token_ids)
+            logprobs.extend(output.logprobs or ())
+            if run.is_over:
+                return
+            if output.text:
+                self._emit(run, "text", text=output.text)
+            if output.finish_reason is not None:
+                with self._lock:
+                    self._generated(run, node, prompt, "".join(texts), tokens, logprobs, output)
+                self._pump()
+
+        self._submit(run, prompt.token_ids(), sampling, on_output, grammar=run.grammar)
+
+    def _reserve(self, run: _Run, sampling: SamplingParams) -> SamplingParams | None:
+        """Take this generation's share of the budget, or put it off (None) until another one gives some back."""
+        with self._lock:
+            assert self._budget_left is not None
+            if self._budget_left <= 0:
+                if not any(other.reserved for other in self._runs):
+                    raise RametError(f"the program's token budget of {self._limits.token_budget} is used up")
+                run.status = "ready"
+                self._over_budget.append(run)
+                return None
+            run.reserved = min(sampling.max_tokens or self._budget_left, self._budget_left)
+            self._budget_left -= run.reserved
+            min_tokens = min(sampling.min_tokens, run.reserved)
+            return dataclasses.replace(sampling, max_tokens=run.reserved, min_tokens=min_tokens)
+
+    def _submit(
+        self,
+        run: _Run,
+        prompt: list[int],
+        sampling: SamplingParams,
+        on_output: Callable[[RequestOutput], None],
+        *,
+        grammar: Grammar | None = None,
+        score_from: int | None = None,
+    ) -> None:
+        limits = self._limits
+        left_s = None if limits.deadline_s is None else limits.deadline_s - time.monotonic()
+        if left_s is not None and left_s <= 0:
+            raise DeadlineExceeded("the program's deadline passed")
+        handle = self._engine.submit(
+            prompt,
+            sampling,
+            grammar=grammar,
+            cache_salt=limits.cache_salt,
+            program_id=limits.program_id,
+            priority=limits.priority,
+            deadline_s=left_s,
+            score_from=score_from,
+            on_output=on_output,
+        )
+        with self._lock:
+            if not run.is_over:
+                run.handles.append(handle)
+                return
+        handle.cancel()
+
+    def _generated(
+        self,
+        run: _Run,
+        node: ir.Generate,
+        prompt: Path,
+        text: str,
+        tokens: list[int],
+        logprobs: list[float],
+        output: RequestOutput,
+    ) -> None:
+        error = self._request_error(output)
+        if error is not None:
+            self._failed(run, error)
+            return
+        assert output.finish_reason is not None
+        path = self._path_after(prompt, text, tokens, output)
+        value, problem = None, None
+        try:
+            value = ir.parse_value(node.type, text)
+        except ValueError as bad:
+            cut = " because it was cut by max_tokens" if output.finish_reason is FinishReason.LENGTH else ""
+            problem = ir.NodeError("InvalidValue", f"not a value of type {node.type}{cut}: {text[:200]!r} ({bad})")
+        self._done(
+            run,
+            text=text,
+            path=path,
+            value=value,
+            usage=_usage(output),
+            finish_reason=output.finish_reason.value,
+            meta={"logprobs": logprobs, "token_ids": tokens} if logprobs else None,
+            timings=self._request_timings(run, output),
+            error=problem,
+        )
+
+    def _path_after(self, prompt: Path, text: str, tokens: list[int], output: RequestOutput) -> Path:
+        """The branch after a generation: its tokens, cut where a stop string cut its text."""
+        if isinstance(output.stop_match, str):
+            return prompt.extend(*keep_text(self._tokenizer.token_bytes, tokens, text))
+        return prompt.extend(tokens)
+
+    def _request_error(self, output: RequestOutput) -> Exception | None:
+        if output.finish_reason not in (FinishReason.ERROR, FinishReason.ABORT):
+            return None
+        deadline = self._limits.deadline_s
+        if deadline is not None and time.monotonic() >= deadline:
+            return DeadlineExceeded("the program's deadline passed")
+        return output.error or RequestCancelled("the request was aborted")
+
+    def _request_timings(self, run: _Run, output: RequestOutput) -> dict[str, float]:
+        timings = dict(output.timings or {})
+        first = timings.get("first_token_s")
+        found = {} if first is None else {"first_token_s": run.start_s - self._start_s + float(first)}
+        return found | ({"queue_s": float(timings["queue_s"])} if "queue_s" in timings else {})
+
+
+class _Selection:
+    """Scores the choices of one Select node: one request a choice, all at once, each tokenised with what precedes."""
+
+    def __init__(self, executor: ProgramExecutor, run: _Run, node: ir.Select) -> None:
+        self._executor, self._run, self._node = executor, run, node
+        self._texts = [executor._render(choice) for choice in node.choices]
+        duplicates = {text for text in self._texts if self._texts.count(text) > 1 or not text}
+        if duplicates:
+            raise InvalidProgram(f"the choices of a select must differ and not be empty: {self._texts!r}")
+        self._before = executor._path_before(run)
+        is_start = self._before.length == 0
+        self._tokens = [
+            encode_pieces(executor._tokenizer, (*self._before.pending, Piece(text)), is_start=is_start)
+            for text in self._texts
+        ]
+        shared = min(len(tokens) for tokens in self._tokens)
+        self._shared = next((i for i in range(shared) if len({tokens[i] for tokens in self._tokens}) > 1), shared)
+        self._usage = ir.Usage()
+        self._left = 0
+        self._lock = threading.Lock()
+
+    def start(self) -> None:
+        base = self._before.token_ids()
+        score_from = len(base) + self._shared
+        if score_from == 0:
+            raise InvalidRequest("select needs some text before its choices; this model has no begin-of-text token")
+        tails = [tokens[self._shared :] for tokens in self._tokens]
+        jobs = [(i, base + tokens, score_from) for i, tokens in enumerate(self._tokens) if tails[i]]
+        if self._node.scorer == "unconditional":
+            start = self._executor._tokenizer.bos_id
+            opening = [start if start is not None else min(self._executor._tokenizer.eos_ids)]
+            jobs += [(i + len(tails), opening + tail, 1) for i, tail in enumerate(tails) if tail]
+        self._rows: list[list[float]] = [[] for _ in range(2 * len(tails))]
+        if len(tails) == 1:
+            self._finish()
+            return
+        self._left = len(jobs)
+        for row, prompt, begin in jobs:
+            self._executor._submit(
+                self._run, prompt, SamplingParams(max_tokens=1), self._collector(row), score_from=begin
+            )
+
+    def _collector(self, row: int) -> Callable[[RequestOutput], None]:
+        def on_output(output: RequestOutput) -> None:
+            if output.prompt_logprobs is not None:
+                self._rows[row].extend(float(value) for value in output.prompt_logprobs)
+            if output.finish_reason is None or self._run.is_over:
+                return
+            error = self._executor._request_error(output)
+            with self._lock:
+                self._left -= 1
+                self._usage = self._usage + _usage(output)
+                is_last = self._left == 0
+            if error is not None:
+                with self._executor._lock:
+                    self._executor._failed(self._run, error)
+            elif is_last:
+                self._finish()
+            self._executor._pump()
+
+        return on_output
+
+    def _finish(self) -> None:
+        node, count = self._node, len(self._texts)
+        tails = [tokens[self._shared :] for tokens in self._tokens]
+        values = program_select.scores(node.scorer, tails, self._rows[:count], self._rows[count:])
+        index = program_select.choose(values, node.temperature, node.seed)
+        text = self._texts[index]
+        path = Path(self._before, tuple(self._tokens[index]), self._before.length + len(self._tokens[index]))
+        self._executor._done(
+            self._run,
+            text=text,
+            path=path,
+            value=text,
+            usage=self._usage,
+            meta={"index": index, "scores": values, "probs": program_select.probabilities(values)},
+        )
+
+
+def to_sampling_params(sampling: ir.Sampling) -> SamplingParams:
+    """The engine's form; what the program left open has the engine's defaults."""
+    given = {name: value for name in sampling.__struct_fields__ if (value := getattr(sampling, name)) is not None}
+    if "logit_bias" in given:
+        given["logit_bias"] = dict(given["logit_bias"])
+    return SamplingParams(**given)
+
+
+def _usage(output: RequestOutput) -> ir.Usage:
+    usage = output.usage
+    return ir.Usage(usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens)
