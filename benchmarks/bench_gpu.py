@@ -6,7 +6,7 @@
 
 In process, without HTTP and detokenising; max 256 running, context 16,384; the cache is empty before each row; exact
 output lengths. `others` is the best of SGLang 0.5.17 and vLLM 0.26.0 on the same card type, workloads and shapes, as
-measured on 2026-11-23 (H100 SXM 80 GB, torch 2.11, CUDA 13.0). `floor` is prefill tokens x 22.2 us + steps x (GEMM stack
+measured on 2026-11-23 (H100 SXM 80 GB, torch 2.11, CUDA 13.0). `floor` is prefill tokens x 22.2 us + steps x (GEMMs
 at that batch + KV bytes read once per shared segment / 3.04 TB/s), both measured on such a card.
 """
 
@@ -19,19 +19,24 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from vocabulary import make_vocabulary
 from workloads import JSON_SCHEMA, MAKERS, ROWS, Chain, Workload
 
+from ramet.grammar import Vocabulary, compile_grammar
+from ramet.runtime.chat_template import ChatTemplate
 from ramet.runtime.client import Engine
 from ramet.runtime.config import EngineConfig
-from ramet.runtime.models.config import llama_3_1_8b, smollm2_135m
+from ramet.runtime.models.config import ModelConfig, llama_3_1_8b, smollm2_135m
 from ramet.runtime.models.dummy import dummy_decoder
-from ramet.runtime.models.load import dummy_model
+from ramet.runtime.models.generation import GenerationDefaults
+from ramet.runtime.models.load import LoadedModel
 from ramet.runtime.types import Grammar, RequestOutput, SamplingParams
 
 # row -> (the best of the others, first milestone, target, floor); tok/s, but ITL ms for decode1 and a ratio for json
@@ -183,9 +188,46 @@ def print_row(row: dict[str, Any], unconstrained: dict[str, float]) -> None:
     )
 
 
+class MadeUpTokenizer:
+    """The bytes of a made-up vocabulary; prompts are token ids, so nothing is ever encoded."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+        self.token_bytes = make_vocabulary(vocab_size)
+        self.special_ids = frozenset([vocab_size - 1])
+        self.eos_ids = frozenset([vocab_size - 1])
+        self.special_tokens: dict[str, int] = {}
+        self.bos_id: int | None = None
+        self.pad_id: int | None = None
+        self.chat_template = ChatTemplate.plain({})
+
+    def encode(
+        self, text: str, *, add_special: bool = False, parse_special: bool = False, continues: bool = False
+    ) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
+        return b"".join(self.token_bytes[token] for token in ids).decode(errors="replace")
+
+    def token_id(self, token: str) -> int | None:
+        return None
+
+
+def dummy_model(shapes: ModelConfig, device: str) -> LoadedModel:
+    """Random weights of a model's shapes, drawn on the device."""
+    decoder = dummy_decoder(shapes, device, torch.bfloat16)
+    return LoadedModel("dummy", decoder, MadeUpTokenizer(shapes.vocab_size), shapes, GenerationDefaults())
+
+
 def compile_json_grammar(engine: Engine) -> Grammar:
-    """The workloads' schema for the engine's vocabulary."""
-    return engine.compile_grammar_for_schema(JSON_SCHEMA)
+    """The workloads' schema for the engine's vocabulary; prints what its compiling took."""
+    start_s = time.perf_counter()
+    tokenizer = engine.tokenizer
+    vocabulary = Vocabulary(tokenizer.token_bytes, tokenizer.eos_ids, tokenizer.special_ids, tokenizer.vocab_size)
+    ready_s = time.perf_counter()
+    grammar = compile_grammar(JSON_SCHEMA, vocabulary)
+    print(f"vocabulary {ready_s - start_s:.2f} s, grammar {time.perf_counter() - ready_s:.3f} s", flush=True)
+    return grammar
 
 
 def main() -> None:
@@ -204,9 +246,8 @@ def main() -> None:
     shapes = llama_3_1_8b() if args.model == "8b" else smollm2_135m()
     if args.model != "8b":
         config = EngineConfig.from_mapping({"device": args.device, **overrides})
-    dtype = torch.bfloat16
     start_s = time.perf_counter()
-    model = dummy_model(shapes, dummy_decoder(shapes, args.device, dtype))
+    model = dummy_model(shapes, args.device)
     engine = Engine(model, config)
     ready_s = time.perf_counter() - start_s
     engine.generate([1, 2, 3], SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True), detokenize=False)

@@ -1,7 +1,7 @@
 """The workloads that engines are compared on, as token ids from a fixed seed.
 
-A workload is a list of chains; a chain is a list of turns that run one after the other; a turn is (new tokens, number of
-tokens to generate). A turn's prompt is the chain's history so far, generated tokens included, followed by its new tokens.
+A workload is a list of chains; a chain is a list of turns that run one after the other; a turn is (new tokens, number
+of tokens to generate). A turn's prompt is the chain's history so far, generated tokens included, and its new tokens.
 Exactly the stated number is generated (end of text ignored, temperature 0). Concurrency C: C chains are in flight.
 `fork` differs: a parent runs first, alone, then every branch at once.
 """
