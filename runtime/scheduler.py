@@ -385,11 +385,7 @@ class Scheduler:
         """Admit the first in order, or park it, or add it to `blocked`. True where it was admitted."""
         sequence = waiting.sequence
         match = self._pages.match(sequence)
-        owner = self._waiting.owner_of(match.node, sequence)
-        if owner is not None:
-            wake_at = min(_num_shared(sequence, owner, match.num_tokens), len(matchable(sequence)))
-            self._waiting.park(waiting, owner, wake_at)
-            self.counters.num_parked += 1
+        if self._park(waiting, match):
             self.cache.unlock(match.node)
             return False
         num_needed = self._pages.peak(sequence) - len(match.page_ids)
@@ -399,6 +395,19 @@ class Scheduler:
             self.cache.unlock(match.node)
             return False
         self._admit(sequence, match)
+        return True
+
+    def _park(self, waiting: Waiting, match: PrefixMatch) -> bool:
+        """Park a request behind the sequence that computes its next tokens, where there is one."""
+        sequence = waiting.sequence
+        owner = self._waiting.owner_of(match.node, sequence)
+        if owner is None:
+            return False
+        wake_at = min(_num_shared(sequence, owner, match.num_tokens), len(matchable(sequence)))
+        if wake_at <= match.num_tokens + match.num_tail_tokens:
+            return False  # a copy of a partly shared page gives as much
+        self._waiting.park(waiting, owner, wake_at)
+        self.counters.num_parked += 1
         return True
 
     def _may_overtake(self, sequence: Sequence, num_needed: int, blocked: list[Waiting]) -> bool:
