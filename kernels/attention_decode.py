@@ -6,18 +6,23 @@ The current token's key and value must already be in the cache. Position j of ro
 `page_table[rows[b], j // P]`, offset `j % P`, of caches `[N, K, P, D]`. Softmax and sums are in fp32.
 A row with kv_len 0 is padding and gets zeros.
 
-`attention_decode` takes the reference on the CPU and `attention_decode_triton` on a GPU.
+`attention_decode` takes the reference on the CPU; on a GPU `attention_tree_triton` when there is a tree plan and no
+window, else `attention_decode_triton`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ramet.kernels.attention_extend import gather_pages
+
+if TYPE_CHECKING:
+    from ramet.kernels.attention_tree import TreePlan
 
 # Bytes of keys gathered by one call on the CPU: a few rows at a time stay in the last-level cache between copy and use.
 _REFERENCE_GATHER_BYTES = 8 << 20
@@ -31,10 +36,10 @@ class DecodeMetadata:
     rows: Tensor  # int32 [B], row of `page_table` of each sequence
     page_table: Tensor  # int32 [S, max_pages]
     num_splits: int = 1  # parts that the keys of a row are split into on the GPU; fixed for a captured graph
-    tree: object | None = None  # shared prefixes read once per group; None reads every row's cache by itself
+    tree: TreePlan | None = None  # shared prefixes read once per group; None reads every row's cache by itself
+    kv_lens_host: list[int] | None = None  # the same lengths on the host: the CPU path needs no copy back
     # int32 [B * K] zeros, kept by the caller: the last program of a row then merges its splits, without a second kernel
     merge_counters: Tensor | None = None
-    kv_lens_host: list[int] | None = None  # the same lengths on the host: the CPU path needs no copy back
 
 
 def attention_decode(
@@ -49,7 +54,11 @@ def attention_decode(
     """Attend from `q [B, H, D]` to `k_cache, v_cache [N, K, P, D]`; returns `[B, H, D]` (`out` when given)."""
     if not q.is_cuda:
         return attention_decode_reference(q, k_cache, v_cache, meta, scale, window, out)
-    from ramet.kernels.attention_decode_triton import attention_decode_triton  # it imports this module
+    if meta.tree is not None and window is None:
+        from ramet.kernels.attention_tree_triton import attention_tree_triton  # these two import this module
+
+        return attention_tree_triton(q, k_cache, v_cache, meta, meta.tree, scale, out)
+    from ramet.kernels.attention_decode_triton import attention_decode_triton
 
     return attention_decode_triton(q, k_cache, v_cache, meta, scale, window, out)
 

@@ -16,6 +16,9 @@ To tune on a card: `DECODE_CONFIGS` and `choose_num_splits` in attention_plan.py
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -23,6 +26,16 @@ from ramet.kernels.attention_decode import DecodeMetadata
 from ramet.kernels.attention_plan import LOG2_E, TileConfig, decode_config, dot_precision
 from ramet.kernels.attention_tile_triton import attend_range
 from ramet.kernels.triton_support import jit, next_power_of_two, tl
+
+
+@dataclass(frozen=True, slots=True)
+class SharedParts:
+    """What a tree kernel left for the merge: one part per slot, the slots of row b at slot_offsets[b] ..."""
+
+    part: Tensor  # fp32 [max_slots, H, D]
+    lse: Tensor  # fp32 [max_slots, H], base 2
+    slot_offsets: Tensor  # int32 [B + 1]
+    kv_starts: Tensor  # int32 [B], first key that is not in a shared part; a multiple of the page size
 
 
 def attention_decode_triton(
@@ -34,8 +47,14 @@ def attention_decode_triton(
     window: int | None = None,
     out: Tensor | None = None,
     config: TileConfig | None = None,
+    shared: SharedParts | None = None,
+    before_merge: Callable[[], None] | None = None,
 ) -> Tensor:
-    """Launch `attention_decode` without its tree on the device of `q`; `config` overrides the table of the card."""
+    """Launch `attention_decode` on the device of `q`; `config` overrides the table of the card.
+
+    With `shared` each row begins at its kv_start and the shared parts are merged in (no window then). `before_merge`
+    means that they are not written yet: the merge is a kernel of its own, launched after calling it.
+    """
     if out is None:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
     batch, num_heads, head_dim = q.shape
@@ -45,8 +64,12 @@ def attention_decode_triton(
     group, num_splits = num_heads // num_kv_heads, meta.num_splits
     if config is None:
         config = decode_config(head_dim, q.dtype, group)
-    fused = num_splits > 1 and meta.merge_counters is not None
-    part, part_lse = split_buffers(q, num_splits)
+    assert shared is None or window is None
+    to_parts = num_splits > 1 or before_merge is not None
+    fused = to_parts and before_merge is None and meta.merge_counters is not None
+    part, part_lse = split_buffers(q, num_splits) if to_parts else (q, q)
+    has_tree = shared is not None
+    tree = shared or SharedParts(q, q, meta.kv_lens, meta.kv_lens)  # not read
     block_d, block_g = max(16, next_power_of_two(head_dim)), next_power_of_two(group)
     _decode_kernel[(num_kv_heads, num_splits, batch)](
         q,
@@ -57,7 +80,10 @@ def attention_decode_triton(
         part_lse,
         meta.merge_counters if fused else meta.kv_lens,
         meta.kv_lens,
-        meta.kv_lens,
+        tree.kv_starts,
+        tree.part,
+        tree.lse,
+        tree.slot_offsets,
         meta.rows,
         meta.page_table,
         scale * LOG2_E,
@@ -69,8 +95,8 @@ def attention_decode_triton(
         meta.page_table.stride(0),
         GROUP=group,
         HAS_WINDOW=window is not None,
-        HAS_START=False,
-        TO_PARTS=num_splits > 1,
+        HAS_TREE=has_tree,
+        TO_PARTS=to_parts,
         FUSED_MERGE=fused,
         HEAD_DIM=head_dim,
         BLOCK_D=block_d,
@@ -78,21 +104,29 @@ def attention_decode_triton(
         BLOCK_N=config.block_n,
         BLOCK_G=block_g,
         BLOCK_S=max(1, min(16, 8192 // (block_g * block_d))),
+        BLOCK_T=max(1, min(16, 8192 // (config.block_m * block_d))),
         PAGE_SIZE=page_size,
         PRECISION=dot_precision(q.dtype),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    if num_splits > 1 and not fused:
+    if before_merge is not None:
+        before_merge()
+    if to_parts and not fused:
         _merge_kernel[(batch, num_heads)](
             out,
             part,
             part_lse,
             meta.kv_lens,
+            tree.kv_starts,
+            tree.part,
+            tree.lse,
+            tree.slot_offsets,
             0 if window is None else window,
             num_splits,
             out.stride(0),
             HAS_WINDOW=window is not None,
+            HAS_TREE=has_tree,
             HEAD_DIM=head_dim,
             BLOCK_D=block_d,
             BLOCK_N=config.block_n,
@@ -105,8 +139,6 @@ def attention_decode_triton(
 
 def split_buffers(q: Tensor, num_splits: int) -> tuple[Tensor, Tensor]:
     """Allocate the parts fp32 [B, H, num_splits, D] and their base-2 log-sum-exps fp32 [B, H, num_splits]."""
-    if num_splits == 1:
-        return q, q  # not read or written
     batch, num_heads, head_dim = q.shape
     part = torch.empty(batch, num_heads, num_splits, head_dim, dtype=torch.float32, device=q.device)
     return part, torch.empty(batch, num_heads, num_splits, dtype=torch.float32, device=q.device)
@@ -171,6 +203,9 @@ def _decode_kernel(
     counters_ptr,
     kv_lens_ptr,
     kv_starts_ptr,
+    tree_part_ptr,
+    tree_lse_ptr,
+    slot_offsets_ptr,
     rows_ptr,
     page_table_ptr,
     scale_log2,
@@ -182,7 +217,7 @@ def _decode_kernel(
     stride_table,
     GROUP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
-    HAS_START: tl.constexpr,
+    HAS_TREE: tl.constexpr,
     TO_PARTS: tl.constexpr,
     FUSED_MERGE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -191,6 +226,7 @@ def _decode_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    BLOCK_T: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -200,7 +236,7 @@ def _decode_kernel(
     kv_len = tl.load(kv_lens_ptr + row)
     table_ptr = page_table_ptr + tl.load(rows_ptr + row).to(tl.int64) * stride_table
     start = 0
-    if HAS_START:
+    if HAS_TREE:
         start = tl.load(kv_starts_ptr + row)
     if HAS_WINDOW:
         start = window_start(kv_len, window, PAGE_SIZE)
@@ -228,12 +264,21 @@ def _decode_kernel(
         q, acc, row_max, row_sum, last_visible, low, high, window, table_ptr, k_head_ptr, v_head_ptr,
         stride_page, scale_log2, True, HAS_WINDOW, HEAD_DIM, BLOCK_D, BLOCK_N, PAGE_SIZE, PRECISION,
     )  # fmt: skip
-    result = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
-    out_offsets = row * stride_out_row + head[:, None] * HEAD_DIM + offs_d[None, :]
+    num_heads = tl.num_programs(0) * GROUP
     if not TO_PARTS:
+        if HAS_TREE:
+            first_slot = tl.load(slot_offsets_ptr + row).to(tl.int64)
+            num_slots = tl.load(slot_offsets_ptr + row + 1) - first_slot
+            acc, row_max, row_sum = merge_parts(
+                acc, row_max, row_sum, tree_part_ptr, tree_lse_ptr, num_slots, first_slot * num_heads + head, head_mask,
+                num_heads, HEAD_DIM, BLOCK_D, BLOCK_T,
+            )  # fmt: skip
+        result = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
+        out_offsets = row * stride_out_row + head[:, None] * HEAD_DIM + offs_d[None, :]
         tl.store(out_ptr + out_offsets, result.to(out_ptr.dtype.element_ty), mask=row_mask)
     else:
-        part_index = (row * tl.num_programs(0) * GROUP + head) * num_splits + split
+        result = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
+        part_index = (row * num_heads + head) * num_splits + split
         tl.store(part_ptr + part_index[:, None] * HEAD_DIM + offs_d[None, :], result, mask=row_mask)
         lse = tl.where(row_sum == 0.0, float("-inf"), row_max + tl.math.log2(tl.where(row_sum == 0.0, 1.0, row_sum)))
         tl.store(lse_ptr + part_index, lse, mask=head_mask)
@@ -249,13 +294,20 @@ def _decode_kernel(
                 offs_g = tl.arange(0, BLOCK_G)
                 group_mask = offs_g < GROUP
                 heads = kv_head * GROUP + offs_g
-                merged, _, merged_sum = merge_parts(
+                merged, merged_max, merged_sum = merge_parts(
                     tl.zeros([BLOCK_G, BLOCK_D], dtype=tl.float32),
                     tl.full([BLOCK_G], float("-inf"), dtype=tl.float32),
                     tl.zeros([BLOCK_G], dtype=tl.float32),
-                    part_ptr, lse_ptr, active, (row * tl.num_programs(0) * GROUP + heads) * num_splits, group_mask, 1,
+                    part_ptr, lse_ptr, active, (row * num_heads + heads) * num_splits, group_mask, 1,
                     HEAD_DIM, BLOCK_D, BLOCK_S,
                 )  # fmt: skip
+                if HAS_TREE:
+                    first_slot = tl.load(slot_offsets_ptr + row).to(tl.int64)
+                    num_slots = tl.load(slot_offsets_ptr + row + 1) - first_slot
+                    merged, merged_max, merged_sum = merge_parts(
+                        merged, merged_max, merged_sum, tree_part_ptr, tree_lse_ptr, num_slots,
+                        first_slot * num_heads + heads, group_mask, num_heads, HEAD_DIM, BLOCK_D, BLOCK_S,
+                    )  # fmt: skip
                 merged = merged / tl.where(merged_sum == 0.0, 1.0, merged_sum)[:, None]
                 offsets = row * stride_out_row + heads[:, None] * HEAD_DIM + offs_d[None, :]
                 mask = group_mask[:, None] & (offs_d < HEAD_DIM)[None, :]
@@ -268,10 +320,15 @@ def _merge_kernel(
     part_ptr,
     lse_ptr,
     kv_lens_ptr,
+    kv_starts_ptr,
+    tree_part_ptr,
+    tree_lse_ptr,
+    slot_offsets_ptr,
     window,
     num_splits,
     stride_out_row,
     HAS_WINDOW: tl.constexpr,
+    HAS_TREE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -279,21 +336,30 @@ def _merge_kernel(
     PAGE_SIZE: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
+    head, num_heads = tl.program_id(1), tl.num_programs(1)
     kv_len = tl.load(kv_lens_ptr + row)
     start = 0
+    if HAS_TREE:
+        start = tl.load(kv_starts_ptr + row)
     if HAS_WINDOW:
         start = window_start(kv_len, window, PAGE_SIZE)
     active = tl.maximum(tl.cdiv(kv_len - start, split_length(kv_len - start, num_splits, BLOCK_N)), 1)
     offs_one = tl.arange(0, 1)
     offs_d = tl.arange(0, BLOCK_D)
-    acc, _, row_sum = merge_parts(
+    acc, row_max, row_sum = merge_parts(
         tl.zeros([1, BLOCK_D], dtype=tl.float32),
         tl.full([1], float("-inf"), dtype=tl.float32),
         tl.zeros([1], dtype=tl.float32),
-        part_ptr, lse_ptr, active, (row * tl.num_programs(1) + head + offs_one) * num_splits, offs_one == 0, 1,
+        part_ptr, lse_ptr, active, (row * num_heads + head + offs_one) * num_splits, offs_one == 0, 1,
         HEAD_DIM, BLOCK_D, BLOCK_S,
     )  # fmt: skip
+    if HAS_TREE:
+        first_slot = tl.load(slot_offsets_ptr + row).to(tl.int64)
+        num_slots = tl.load(slot_offsets_ptr + row + 1) - first_slot
+        acc, row_max, row_sum = merge_parts(
+            acc, row_max, row_sum, tree_part_ptr, tree_lse_ptr, num_slots, first_slot * num_heads + head + offs_one,
+            offs_one == 0, num_heads, HEAD_DIM, BLOCK_D, BLOCK_S,
+        )  # fmt: skip
     result = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
     offsets = row * stride_out_row + head * HEAD_DIM + offs_d[None, :]
     tl.store(out_ptr + offsets, result.to(out_ptr.dtype.element_ty), mask=(offs_d < HEAD_DIM)[None, :])
