@@ -44,13 +44,14 @@ def sample_triton(
     num_chunks = cdiv(vocab_size, chunk)
     scores = torch.empty((3, num_rows, num_chunks), dtype=torch.float32, device=logits.device)
     grammar = tables.grammar
+    # A kernel cannot return None as an address: `rows` stands in for the masks that are absent, and is not read as one.
     masks = {
-        "mask_ptr": mask,
+        "mask_ptr": rows if mask is None else mask,
         "mask_stride": 0 if mask is None else mask.stride(0),
-        "state_ptr": None if grammar is None else grammar.state,
+        "state_ptr": rows if grammar is None else grammar.state,
         "state_stride": 0 if grammar is None else grammar.state.stride(0),
-        "mask_index_ptr": None if grammar is None else grammar.mask_index,
-        "mask_rows_ptr": None if grammar is None else grammar.mask_rows,
+        "mask_index_ptr": rows if grammar is None else grammar.mask_index,
+        "mask_rows_ptr": rows if grammar is None else grammar.mask_rows,
         "mask_rows_stride": 0 if grammar is None else grammar.mask_rows.stride(0),
         "HAS_MASK": mask is not None,
         "HAS_GRAMMAR": grammar is not None,
