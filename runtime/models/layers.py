@@ -55,7 +55,7 @@ class Attention:
     def __call__(self, x: Tensor, context: ForwardContext) -> Tensor:
         """Write this step's keys and values to the cache and attend; x and result are [T, hidden]."""
         heads = self.qkv(x).view(-1, self.num_heads + 2 * self.num_kv_heads, self.head_dim)
-        q, k, v = torch.split(heads, (self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
+        q, k, v = torch.split(heads, [self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
         k_cache, v_cache = context.kv_caches[self.layer]
         q = rope_and_write_kv(
             q,
