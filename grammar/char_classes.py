@@ -1,0 +1,99 @@
+"""Sets of code points as Python's `re` sees them: \\d \\w \\s, and what matches a character when case is ignored.
+
+Sets are `ir.Ranges`. Surrogates are in no set: they have no UTF-8 form.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left
+from functools import cache
+from re import _casefix  # type: ignore[attr-defined]  # the extra equivalences that re itself applies
+
+import numpy as np
+
+from ramet.grammar.ir import Ranges, complement_ranges, normalize_ranges
+
+EVERYTHING: Ranges = ((0, 0xD7FF), (0xE000, 0x10FFFF))
+NEWLINE: Ranges = ((10, 10),)
+NOT_NEWLINE: Ranges = ((0, 9), (11, 0xD7FF), (0xE000, 0x10FFFF))
+
+
+@cache
+def category(letter: str, is_ascii: bool) -> Ranges:
+    """The set of `\\d`, `\\w` or `\\s` (and of `\\D`, `\\W`, `\\S`)."""
+    if letter.isupper():
+        return complement(category(letter.lower(), is_ascii))
+    pattern = re.compile(rf"\{letter}+", re.ASCII if is_ascii else 0)
+    out: list[tuple[int, int]] = []
+    for text, first in ((_characters(0, 0xD7FF), 0), (_characters(0xE000, 0x10FFFF), 0xE000)):
+        out.extend((first + m.start(), first + m.end() - 1) for m in pattern.finditer(text))
+    return normalize_ranges(out)
+
+
+def complement(ranges: Ranges) -> Ranges:
+    """All code points not in `ranges`, surrogates left out."""
+    return intersect(complement_ranges(ranges), EVERYTHING)
+
+
+def intersect(a: Ranges, b: Ranges) -> Ranges:
+    """Code points in both."""
+    out: list[tuple[int, int]] = []
+    i = j = 0
+    while i < len(a) and j < len(b):
+        low, high = max(a[i][0], b[j][0]), min(a[i][1], b[j][1])
+        if low <= high:
+            out.append((low, high))
+        if a[i][1] < b[j][1]:
+            i += 1
+        else:
+            j += 1
+    return tuple(out)
+
+
+def ignore_case(ranges: Ranges, is_ascii: bool) -> Ranges:
+    """`ranges` and what equals one of them when case is ignored, as `re.IGNORECASE` has it."""
+    table = _case_table(is_ascii)
+    cased = _cased(is_ascii)
+    out = list(ranges)
+    for low, high in ranges:
+        at = bisect_left(cased, low)
+        while at < len(cased) and cased[at] <= high:
+            out.extend((c, c) for c in table[cased[at]])
+            at += 1
+    return normalize_ranges(out)
+
+
+def _characters(low: int, high: int) -> str:
+    return np.arange(low, high + 1, dtype="<u4").tobytes().decode("utf-32-le")
+
+
+@cache
+def _cased(is_ascii: bool) -> list[int]:
+    return sorted(_case_table(is_ascii))
+
+
+@cache
+def _case_table(is_ascii: bool) -> dict[int, tuple[int, ...]]:
+    """Code point -> all that match it when case is ignored; only those that match more than themselves."""
+    if is_ascii:
+        pairs = [(c, c + 32) for c in range(ord("A"), ord("Z") + 1)]
+        return {c: pair for pair in pairs for c in pair}
+    lowered: dict[int, set[int]] = {}
+    for first, text in ((0, _characters(0, 0xD7FF)), (0xE000, _characters(0xE000, 0x10FFFF))):
+        for i, c in enumerate(text):
+            if c.lower() != c:  # 1,433 of 1.1 million; the first code point of the full mapping is the simple one
+                low = ord(c.lower()[0])
+                lowered.setdefault(low, {low}).add(first + i)
+    for low, others in _casefix._EXTRA_CASES.items():
+        lowered.setdefault(low, {low})
+        for other in others:
+            lowered.setdefault(other, {other})
+    out: dict[int, tuple[int, ...]] = {}
+    for low, same in lowered.items():
+        every = set(same)
+        for other in _casefix._EXTRA_CASES.get(low, ()):
+            every |= lowered[other]
+        for code_point in same:
+            out[code_point] = tuple(sorted(every))
+    return out

@@ -1,0 +1,104 @@
+"""A whole language as one deterministic byte automaton: what regular sources (regex, choices, substrings) compile to.
+
+It is one frame of the machine, so every state is known from the start and no Python runs per state.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ramet.errors import GrammarError, GrammarTooLarge
+from ramet.grammar import ir
+from ramet.grammar.automaton import Machine, compress_rows, target
+from ramet.grammar.automaton import Table as FrameTable
+from ramet.grammar.compiler import CompiledGrammar, Limits
+from ramet.grammar.vocabulary import Vocabulary
+
+MAX_BYTES = 1 << 29
+
+
+@dataclass(frozen=True, eq=False)
+class ByteAutomaton:
+    """Start state 0; every state leads to an accepting one.
+
+    rows: int32 [num_states, num_classes], -1 refused. byte_class: uint8 [256]. accepting: bool [num_states].
+    """
+
+    rows: NDArray[np.int32]
+    byte_class: NDArray[np.uint8]
+    accepting: NDArray[np.bool_]
+
+    @property
+    def num_states(self) -> int:
+        return len(self.rows)
+
+    @staticmethod
+    def of_table(table: ir.Table) -> ByteAutomaton:
+        rows, byte_class = compress_rows(table.transitions)
+        return ByteAutomaton(rows, byte_class, table.accepting)
+
+    @staticmethod
+    def of_edges(edges: list[dict[int, int]], accepting: list[bool], name: str) -> ByteAutomaton:
+        """Build from each state's edges, byte -> state.
+
+        Raises: GrammarTooLarge naming `name` where the table would take more than 512 MiB.
+        """
+        used = sorted({byte for row in edges for byte in row})
+        byte_class = np.zeros(256, dtype=np.uint8)
+        num_classes = len(used) + (len(used) < 256)  # class 0 is every byte that no edge has, if there is one
+        byte_class[used] = np.arange(num_classes - len(used), num_classes)
+        if 4 * len(edges) * num_classes > MAX_BYTES:
+            raise GrammarTooLarge(
+                f"{name} needs {len(edges):,} states of {num_classes} byte classes; the limit is {MAX_BYTES >> 20} MiB"
+            )
+        rows = np.full((len(edges), num_classes), -1, dtype=np.int32)
+        source = np.repeat(np.arange(len(edges)), [len(row) for row in edges])
+        read = np.fromiter((b for row in edges for b in row), dtype=np.int64, count=len(source))
+        rows[source, byte_class[read]] = np.fromiter(
+            (t for row in edges for t in row.values()), dtype=np.int32, count=len(source)
+        )
+        return ByteAutomaton(rows, byte_class, np.asarray(accepting, dtype=np.bool_))
+
+    @cached_property
+    def table(self) -> ir.Table:
+        """The same as a node, to stand inside a larger grammar."""
+        return ir.Table(np.ascontiguousarray(self.rows[:, self.byte_class]), self.accepting)
+
+    def accepts(self, text: bytes) -> bool:
+        state = 0
+        for byte in text:
+            state = int(self.rows[state, self.byte_class[byte]])
+            if state < 0:
+                return False
+        return bool(self.accepting[state])
+
+
+class _WholeText:
+    """The automaton as a frame; its one exit is the end of the text."""
+
+    def __init__(self, machine: Machine, automaton: ByteAutomaton) -> None:
+        ends = np.where(automaton.accepting, 0, -1).astype(np.int32)
+        self.machine = machine
+        self.table: FrameTable = machine.table(automaton.rows, automaton.byte_class, 1, ends)
+
+    def resolve(self, exit_index: int) -> int:
+        assert exit_index == 0, exit_index
+        return target(self.machine.done)
+
+    def closing_exit(self, local: int) -> int:
+        return 0
+
+
+def compile_closed(
+    automaton: ByteAutomaton, vocabulary: Vocabulary, *, limits: Limits | None = None, key: str = ""
+) -> CompiledGrammar:
+    """Return the automaton as a compiled grammar. Raises: GrammarError if no text matches."""
+    if not automaton.accepting.any():
+        raise GrammarError("the grammar is contradictory: no text matches it")
+    machine = Machine((limits or Limits()).max_states)
+    frame = machine.add(_WholeText(machine, automaton))
+    return CompiledGrammar(machine, target(frame), vocabulary, key)

@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+import re
+from itertools import product
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ramet.errors import GrammarTooLarge, InvalidRegex
+from ramet.grammar import char_classes, regular
+from ramet.grammar.closed import ByteAutomaton
+from ramet.grammar.regex import parse_regex
+from ramet.grammar.utf8 import compile_text
+
+
+def automaton(pattern: str, flags: int = 0) -> ByteAutomaton:
+    return ByteAutomaton.of_table(compile_text(parse_regex(pattern, flags)))
+
+
+def all_texts(alphabet: str, longest: int) -> list[str]:
+    return ["".join(t) for n in range(longest + 1) for t in product(alphabet, repeat=n)]
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "",
+        "a|b|",
+        "(a|b)*a(a|b){2}",
+        "(?:ab){1,2}",
+        "a{2,}?b??",
+        "[^a]b",
+        ".",
+        "(?s:.)",
+        "(?i:aB)",
+        "^a$",
+        "^$|a",
+        "a$|b$",
+        "(^a|b)c",
+        "a^b",
+        "a$b",
+        "a$\n",
+        "(?m)a$\nb",
+        "(?m)^a$(\n^b)?",
+        r"\Aa\Z",
+        r"\ba\b",
+        r"a\b b",
+        r"a\Bb",
+        r"(a|b)\B",
+        r"a\B\B.",
+        r"\b",
+        "(?=a)[ab]+",
+        "(?!ab)[abc]{2,3}",
+        "(?=.*a)(?=.*b)[abc]*",
+        "((?=a).|b)*",
+        "(?!.*aa)[ab]*",
+        "(?!)|a",
+        "(?!a$)[ab]+",
+        "(?=(a|b)$)a",
+        "(?x) a b # comment",
+        r"[\]\-a]",
+        "(?P<name>a)b",
+        "a{,2}",
+        "a{x}",
+        "(a*)*b",
+        "(|a)+",
+    ],
+)
+def test_language_is_that_of_fullmatch_on_all_short_texts(pattern: str) -> None:
+    found = automaton(pattern)
+    for text in all_texts("abcAB \n]-{x}", 3):
+        assert found.accepts(text.encode()) == bool(re.fullmatch(pattern, text)), text
+
+
+@st.composite
+def patterns(draw: st.DrawFn) -> str:
+    atom = st.sampled_from(
+        ["a", "b", "é", "€", ".", "[ab]", "[^a]", r"\w", r"\W", r"\s", r"\d", "[b-é]", "[^é\\d]", "^", "$"]
+    )
+    return draw(
+        st.recursive(
+            atom,
+            lambda inner: st.one_of(
+                st.tuples(inner, inner).map("".join),
+                st.tuples(inner, inner).map(lambda p: f"(?:{p[0]}|{p[1]})"),
+                st.tuples(inner, st.sampled_from(["*", "+", "?", "{1,2}", "{2}"])).map(lambda p: f"(?:{p[0]}){p[1]}"),
+                inner.map(lambda p: f"(?={p})"),
+                inner.map(lambda p: f"(?!{p})"),
+            ),
+            max_leaves=6,
+        )
+    )
+
+
+@settings(max_examples=200, deadline=None)
+@given(patterns(), st.lists(st.text("abé€\n 1_", max_size=5), min_size=5, max_size=20))
+def test_random_patterns_agree_with_fullmatch(pattern: str, texts: list[str]) -> None:
+    try:
+        found = automaton(pattern)
+    except InvalidRegex as error:
+        if "more than one way" not in str(error):
+            raise
+        return
+    for text in texts:
+        assert found.accepts(text.encode()) == bool(re.fullmatch(pattern, text)), text
+
+
+@pytest.mark.parametrize("flags", [0, re.ASCII])
+@pytest.mark.parametrize("letter", "dwsDWS")
+def test_categories_are_those_of_re(letter: str, flags: int) -> None:
+    ranges = char_classes.category(letter, bool(flags))
+    pattern = re.compile(rf"\{letter}", flags)
+    found = {c for low, high in ranges for c in range(low, high + 1)}
+    assert found == {c for c in range(0x110000) if not 0xD800 <= c <= 0xDFFF and pattern.match(chr(c))}
+
+
+@pytest.mark.parametrize("char", ["a", "K", "ß", "s", "ſ", "İ", "i", "I", "µ", "Ⓐ", "ﬅ", "σ", "1", "ͅ"])
+@pytest.mark.parametrize("flags", [0, re.ASCII])
+def test_ignored_case_is_that_of_re(char: str, flags: int) -> None:
+    ranges = char_classes.ignore_case(((ord(char), ord(char)),), bool(flags))
+    found = {c for low, high in ranges for c in range(low, high + 1)}
+    pattern = re.compile(re.escape(char), re.IGNORECASE | flags)
+    assert found == {c for c in range(0x110000) if pattern.fullmatch(chr(c))}
+
+
+@pytest.mark.parametrize("pattern", ["[a-z]", "[^a-z]", "[à-þ_]", r"[\Wk]"])
+def test_ignored_case_of_classes_is_that_of_re(pattern: str) -> None:
+    found = automaton(pattern, re.IGNORECASE)
+    compiled = re.compile(pattern, re.IGNORECASE)
+    for c in (*range(0xD800), *range(0xE000, 0x10400, 7)):
+        assert found.accepts(chr(c).encode()) == bool(compiled.fullmatch(chr(c))), chr(c)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("(a)\\1", r"a backreference \(position 3\)"),
+        ("(?P<x>a)(?P=x)", r"a backreference \(position 8\)"),
+        ("ab(?<=b)c", r"a lookbehind \(position 2\)"),
+        ("(?<!b)c", r"a lookbehind \(position 0\)"),
+        ("(a)?(?(1)b|c)", r"a conditional group \(position 4\)"),
+        ("(?>a+)b", r"an atomic group \(position 0\)"),
+        ("a++b", r"a possessive repeat \(position 1\)"),
+        (r"[ab ]*\bc", r"\\b behind a part that may end in more than one way \(position 6\)"),
+        ("a(b", "does not parse: missing \\), unterminated subpattern at position 1"),
+        ("a**", "does not parse: multiple repeat at position 2"),
+    ],
+)
+def test_what_is_refused_is_named_with_its_position(pattern: str, message: str) -> None:
+    with pytest.raises(InvalidRegex, match=message):
+        parse_regex(pattern)
+
+
+def test_lookahead_is_refused_where_it_would_look_beyond_a_part() -> None:
+    with pytest.raises(InvalidRegex, match=r"looks beyond the terminal"):
+        parse_regex("a(?=b)", has_lookahead=False)
+    parse_regex("^a$", has_lookahead=False)  # anchors at the ends are harmless
+
+
+@pytest.mark.parametrize(
+    "pattern", ["a{200000}", "(){4294967294}", "(a{1000}){1000}", "(a|b)*a(a|b){40}", "(" * 5000 + ")" * 5000]
+)
+def test_patterns_that_explode_raise_within_the_limit(pattern: str) -> None:
+    with pytest.raises(GrammarTooLarge):
+        compile_text(parse_regex(pattern), max_states=5000)
+
+
+@pytest.mark.parametrize(
+    "pattern", [r"\w+é", "[^a]", ".", "(?i)ß|ÿ", "[߿-ࠀ\uffff-\U00010001]", "[\ud7ff-\ue000]", "\U0010ffff"]
+)
+def test_bytes_are_those_of_the_general_builder(pattern: str) -> None:
+    node = parse_regex(pattern)
+    direct = regular.compile_bytes(node)
+    by_way_of_classes = regular.compile_bytes(compile_text(node))
+    assert direct.key() == by_way_of_classes.key()
