@@ -13,7 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
@@ -183,10 +183,7 @@ class Engine:
     def __init__(
         self, model: str | LoadedModel | None = None, config: EngineConfig | None = None, **overrides: Any
     ) -> None:  # Any: fields of EngineConfig, which checks them
-        config = config or EngineConfig()
-        if overrides:
-            EngineConfig.from_mapping(dict.fromkeys(overrides))  # names first, so that a typo is named
-            config = replace(config, **overrides)
+        config = (config or EngineConfig()).changed(overrides)
         self.config = config
         self.model = load(model, config)
         self.tokenizer = self.model.tokenizer
@@ -435,7 +432,7 @@ class Engine:
             sequence = self._core.add(request)
         except RametError as error:
             usage = Usage(request.num_prompt, 0, 0)
-            stream.on_output(RequestOutput(request.request_id, "", (), usage, FinishReason.ERROR, error=error))
+            self._emit(stream, RequestOutput(request.request_id, "", (), usage, FinishReason.ERROR, error=error))
             return
         self._streams[sequence] = stream
         self._by_id[request.request_id] = sequence
@@ -469,24 +466,30 @@ class Engine:
             if sequence.finish_reason is FinishReason.ABORT:
                 error = RequestCancelled(f"request {stream.request.request_id} passed its deadline")
             elif sequence.finish_reason is FinishReason.ERROR:
-                error = EngineStopped(f"the step that ran this request failed: {self._core.last_error}")
+                cause = self._core.errors.pop(sequence, None)
+                error = (
+                    cause if isinstance(cause, RametError) else EngineStopped(f"the request's step failed: {cause!r}")
+                )
+                error.__cause__ = None if error is cause else cause
             if stream.detokenizer is not None and not isinstance(stop_match, str):
                 rest = stream.detokenizer.flush()
                 text += rest if stream.scanner is None else stream.scanner.flush(rest)
             self._end(sequence, stream, text, tokens, stop_match, error, update)
             return
         if text or tokens or output.prompt_logprobs is not None:
-            stream.on_output(
-                RequestOutput(
-                    stream.request.request_id,
-                    text,
-                    tokens,
-                    self._usage(sequence, stream),
-                    logprobs=output.logprobs,
-                    top_logprobs=output.top_logprobs,
-                    prompt_logprobs=output.prompt_logprobs,
-                )
+            increment = RequestOutput(
+                stream.request.request_id,
+                text,
+                tokens,
+                self._usage(sequence, stream),
+                logprobs=output.logprobs,
+                top_logprobs=output.top_logprobs,
+                prompt_logprobs=output.prompt_logprobs,
             )
+            if not self._emit(stream, increment):
+                self._core.finish(sequence, FinishReason.ABORT)
+                del self._streams[sequence]
+                del self._by_id[stream.request.request_id]
 
     def _end(
         self,
@@ -505,7 +508,8 @@ class Engine:
         started_s = sequence.first_scheduled_s if sequence.first_scheduled_s is not None else now_s
         output = update.output if update is not None else None
         num = len(tokens)
-        stream.on_output(
+        self._emit(
+            stream,
             RequestOutput(
                 stream.request.request_id,
                 text,
@@ -522,7 +526,7 @@ class Engine:
                     "first_token_s": first_s - stream.submitted_s,
                     "total_s": now_s - stream.submitted_s,
                 },
-            )
+            ),
         )
 
     def _without_stop_token(
@@ -531,6 +535,15 @@ class Engine:
         if sequence.finish_reason is FinishReason.STOP and tokens and tokens[-1] in sequence.request.stop_ids:
             return tokens[:-1], tokens[-1]
         return tokens, None
+
+    def _emit(self, stream: _Stream, output: RequestOutput) -> bool:
+        """Hand an increment to its caller. False where the callback raised: its request ends, nobody else's does."""
+        try:
+            stream.on_output(output)
+        except Exception:  # a caller's code may raise anything; it must not end the loop that serves all
+            logger.exception("on_output of request %s raised; the request is aborted", output.request_id)
+            return False
+        return True
 
     def _usage(self, sequence: Sequence, stream: _Stream) -> Usage:
         cached = stream.num_cached if stream.num_cached is not None else 0
@@ -549,6 +562,6 @@ class Engine:
             command()
         for sequence, stream in list(self._streams.items()):
             usage = self._usage(sequence, stream)
-            stream.on_output(RequestOutput(stream.request.request_id, "", (), usage, FinishReason.ERROR, error=error))
+            self._emit(stream, RequestOutput(stream.request.request_id, "", (), usage, FinishReason.ERROR, error=error))
         self._streams.clear()
         self._by_id.clear()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from ramet.errors import ConfigError
@@ -66,8 +66,15 @@ class EngineConfig:
     @classmethod
     def from_mapping(cls, values: dict[str, object]) -> EngineConfig:
         """Make a configuration of named values. Raises ConfigError naming unknown keys and those there are."""
-        known = {f.name for f in fields(cls)}
+        return cls().changed(values)
+
+    def changed(self, values: dict[str, object]) -> EngineConfig:
+        """Return a copy with other values. Raises ConfigError naming unknown keys and those there are."""
+        known = {f.name for f in fields(self)}
         unknown = sorted(set(values) - known)
         if unknown:
             raise ConfigError(f"unknown configuration {', '.join(unknown)}; known are {', '.join(sorted(known))}")
-        return cls(**values)  # type: ignore[arg-type]
+        try:
+            return replace(self, **values)  # type: ignore[arg-type]
+        except TypeError as error:
+            raise ConfigError(f"a configuration value has the wrong type: {error}") from error

@@ -14,9 +14,12 @@ from numpy.typing import NDArray
 
 from ramet.runtime.model_runner import LaunchedStep, ModelRunner
 from ramet.runtime.scheduler import Scheduler
-from ramet.runtime.types import Batch, FinishReason, Request, RowOutput, Sequence
+from ramet.runtime.types import Batch, FinishReason, Grammar, Request, RowOutput, Sequence
 
 logger = logging.getLogger(__name__)
+
+# From so many tokens before max_tokens on, a constrained row takes only tokens after which it can still be closed.
+_CLOSING_TOKENS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +40,8 @@ class EngineCore:
         self.runner = runner
         self.overlap = overlap
         self.num_steps = 0
-        self.last_error: Exception | None = None
+        # Why sequences with FinishReason.ERROR failed; whoever reports it takes it out.
+        self.errors: dict[Sequence, Exception] = {}
         self.context_length = context_length
         self._vocab_words = vocab_words
         self._in_flight: LaunchedStep | None = None
@@ -105,8 +109,12 @@ class EngineCore:
         except Exception as error:
             logger.exception("a step failed; what ran in it ends, the engine goes on")
             self._in_flight = None
-            self.last_error = error
-            updates.extend(SequenceUpdate(s, RowOutput()) for s in self.scheduler.fail_running())
+            failed = self.scheduler.fail_running()
+            self.errors.update(dict.fromkeys(failed, error))
+            updates.extend(SequenceUpdate(s, RowOutput()) for s in failed)
+        for sequence in [s for s in self.errors if not s.is_finished]:
+            self.scheduler.finish(sequence, FinishReason.ERROR)
+            updates.append(SequenceUpdate(sequence, RowOutput()))
         for update in updates:
             if update.sequence.is_finished:
                 self._forget(update.sequence)
@@ -164,7 +172,11 @@ class EngineCore:
             grammar = sequence.request.grammar
             state = self._grammar_states.get(sequence)
             if grammar is not None and state is not None:
-                grammar.fill_mask(state, row)
+                try:
+                    grammar.fill_mask(state, row)
+                except Exception as error:  # a grammar's failure ends its own request only
+                    row[:] = -1
+                    self.errors[sequence] = error
         return masks
 
     def _advance_grammars(self, batch: Batch, outputs: list[RowOutput]) -> list[RowOutput]:
@@ -179,22 +191,27 @@ class EngineCore:
             (token,) = output.token_ids
             if token in sequence.request.stop_ids and grammar.is_accepting(state):
                 continue
-            after = grammar.advance(state, token)
-            left = sequence.request.max_tokens - len(sequence.output_ids) - 1
-            if after is None or self._completion_length(sequence, after) > left:
-                completion = grammar.shortest_completion(state)
-                if completion and len(completion) <= left + 1:
-                    token = completion[0]
-                    after = grammar.advance(state, token)
-                    result[i] = RowOutput((token,))
-                    assert sequence.slot is not None
-                    forced.append((sequence.slot, token))
+            try:
+                chosen, after = self._advance(sequence, grammar, state, token)
+            except Exception as error:  # a grammar's failure ends its own request only
+                self.errors[sequence] = error
+                continue
+            if chosen != token:
+                result[i] = RowOutput((chosen,))
+                assert sequence.slot is not None
+                forced.append((sequence.slot, chosen))
             self._grammar_states[sequence] = after
         if forced:
             self.runner.override_tokens(forced)
         return result
 
-    def _completion_length(self, sequence: Sequence, state: int) -> int:
-        grammar = sequence.request.grammar
-        assert grammar is not None
-        return len(grammar.shortest_completion(state))
+    def _advance(self, sequence: Sequence, grammar: Grammar, state: int, token: int) -> tuple[int, int | None]:
+        """The token to keep and the state after it: `token`, unless it leaves too little room to finish."""
+        after = grammar.advance(state, token)
+        left = sequence.request.max_tokens - len(sequence.output_ids) - 1
+        if after is not None and (left >= _CLOSING_TOKENS or len(grammar.shortest_completion(after)) <= left):
+            return token, after
+        completion = grammar.shortest_completion(state)
+        if completion and len(completion) <= left + 1:
+            return completion[0], grammar.advance(state, completion[0])
+        return token, after

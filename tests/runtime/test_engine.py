@@ -50,7 +50,13 @@ def decoder() -> Decoder:
 
 
 def make_core(
-    decoder: Decoder, *, num_pages: int = 200, overlap: bool = False, chunk: int = 64, running: int = 16, cache: bool = True
+    decoder: Decoder,
+    *,
+    num_pages: int = 200,
+    overlap: bool = False,
+    chunk: int = 64,
+    running: int = 16,
+    cache: bool = True,
 ) -> EngineCore:
     settings = EngineConfig(max_running_requests=running, chunked_prefill_size=chunk, radix_cache=cache)
     kv_cache = KVCache(decoder.config, num_pages, 16, device=CPU, dtype=torch.float32)
@@ -108,7 +114,8 @@ def test_greedy_tokens_are_the_same_alone_and_in_any_batch(
 @pytest.mark.parametrize("overlap", [False, True])
 def test_sampled_tokens_depend_on_the_seed_and_not_on_the_batch(decoder: Decoder, overlap: bool) -> None:
     requests = [
-        request(f"r{i}", prompt(i % 3, 40), 10, seed=i, temperature=0.9, top_p=0.95, top_k=50 * (i % 2)) for i in range(8)
+        request(f"r{i}", prompt(i % 3, 40), 10, seed=i, temperature=0.9, top_p=0.95, top_k=50 * (i % 2))
+        for i in range(8)
     ]
     sequences = run(make_core(decoder, overlap=overlap), requests)
     outputs = [tuple(s.output_ids) for s in sequences]
@@ -117,7 +124,9 @@ def test_sampled_tokens_depend_on_the_seed_and_not_on_the_batch(decoder: Decoder
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-def test_a_second_run_takes_its_prompt_from_the_cache_and_gives_the_same_tokens(decoder: Decoder, overlap: bool) -> None:
+def test_a_second_run_takes_its_prompt_from_the_cache_and_gives_the_same_tokens(
+    decoder: Decoder, overlap: bool
+) -> None:
     core = make_core(decoder, overlap=overlap)
     first = run(core, REQUESTS)
     again = run(core, [request("again" + r.request_id, r.prompt_ids.tolist(), r.max_tokens) for r in REQUESTS])
