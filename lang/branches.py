@@ -79,7 +79,7 @@ def join(parent: State, states: Sequence[State], mode: str) -> None:
         ]
         parent._variables[name] = values
     tips = tuple(dict.fromkeys(state._tip for state in states if state._tip is not None))
-    parent._record(ir.Join, branches=tips)
+    parent._add(ir.Join, branches=tips)
     if mode == "append":
         for state in states:
             start = state._own_nodes()[0] if state._key else None

@@ -23,9 +23,10 @@ from ramet.errors import ConfigError, InvalidProgram, InvalidRequest
 from ramet.lang import ir
 from ramet.lang.backend import ProgramOptions, choose_backend
 from ramet.lang.primitives import merge_sampling, to_sampling
-from ramet.lang.run import Run
+from ramet.lang.run import Run, Stage
 from ramet.lang.state import State
 from ramet.lang.stream import Stream
+from ramet.lang.trace import Trace, TraceStopped, TracingRun, symbolic
 from ramet.lang.values import current_run, plain
 
 _OPTIONS = ("backend", "timeout_s", "token_budget", "priority", "cache_salt", "seed", "stage", "tools")
@@ -201,6 +202,40 @@ class Function:
                 advance()
                 yield state
 
+    # Tracing.
+
+    def trace(self, *args: Any, **kwargs: Any) -> Trace:
+        """Record the program without running it. Arguments may be left out: they stay symbolic.
+
+        Where the function can't work with symbolic arguments (it passes one to something that insists on a plain
+        string, say), it is traced with those given as they are.
+        """
+        call = self._split(args, kwargs, is_partial=True)
+        try:
+            return self._trace(call, is_symbolic=True)
+        except Exception:
+            missing = [p.name for p in self.parameters if p.name not in call.arguments]
+            if missing:
+                raise
+            return self._trace(call, is_symbolic=False)
+
+    def _trace(self, call: _Call, *, is_symbolic: bool) -> Trace:
+        run = TracingRun(self.name, call.sampling, call.options.get("seed"))
+        state = State(run)
+        names = [p.name for p in self.parameters if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        arguments = symbolic(run, names, call.arguments) if is_symbolic else dict(call.arguments)
+        stop: Stage | None = None
+        token = current_run.set(run)
+        try:
+            result = self.body(state, **arguments)
+            state.result = asyncio.run(result) if self.is_async else result
+        except TraceStopped as stopped:
+            stop = stopped.stage
+        finally:
+            current_run.reset(token)
+            run.is_recording = False
+        return Trace(self.name, run.report().graph, stop, run.specialised, state)
+
     # Recording.
 
     def _new_state(self, call: _Call, *, keep_events: bool = False) -> State:
@@ -258,7 +293,7 @@ class Function:
 
     # Arguments.
 
-    def _split(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Call:
+    def _split(self, args: Sequence[Any], kwargs: Mapping[str, Any], *, is_partial: bool = False) -> _Call:
         """Tell the function's arguments from the run's options; the function's own names win."""
         own = {name: value for name, value in kwargs.items() if name in self._signature.parameters}
         rest = {name: value for name, value in kwargs.items() if name not in own}
@@ -268,13 +303,17 @@ class Function:
         if rest and not takes_any:
             raise TypeError(f"{self.name} has no parameter {next(iter(rest))!r}, and it is no option of a run either")
         try:
-            bound = self._signature.bind(*args, **{**self.bound, **own, **rest})
+            bind = self._signature.bind_partial if is_partial else self._signature.bind
+            bound = bind(*args, **{**self.bound, **own, **rest})
         except TypeError as error:
             raise TypeError(f"{self.name}: {error}") from None
+        bound.apply_defaults()
         arguments: dict[str, Any] = {}
         for name, value in bound.arguments.items():
             kind = self._signature.parameters[name].kind
             if kind is inspect.Parameter.VAR_POSITIONAL:
+                if not value:
+                    continue
                 raise InvalidRequest(f"{self.name}: a program can't take *{name} in a run; pass a list")
             if kind is inspect.Parameter.VAR_KEYWORD:
                 arguments.update(value)

@@ -160,7 +160,7 @@ class Graph(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         try:
             return msgspec.json.encode(self)
         except (TypeError, msgspec.MsgspecError) as error:
-            bad = next((n for n, v in self.arguments.items() if not _is_json(v)), None)
+            bad = next((n for n, v in self.arguments.items() if not is_json(v)), None)
             what = f"argument {bad!r}" if bad else "a node"
             raise InvalidProgram(f"{what} has no JSON form ({error}); pass a string, number, list or dict") from error
 
@@ -491,7 +491,8 @@ def _wrong(node: AnyNode, problem: str) -> InvalidProgram:
     return InvalidProgram(f"{_kind(node)} node {node.id}{where} {problem}", node=node.id, source_line=node.line or None)
 
 
-def _is_json(value: object) -> bool:
+def is_json(value: object) -> bool:
+    """True where a value can be sent."""
     try:
         msgspec.json.encode(value)
     except (TypeError, msgspec.MsgspecError):

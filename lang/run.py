@@ -38,6 +38,16 @@ class Stage:
     num_nodes: int
 
 
+@dataclass(frozen=True, slots=True)
+class RunRecord:
+    """What a run did: its graph, what happened to each node (by id), and where recording had to stop."""
+
+    program: str
+    graph: ir.Graph
+    events: Mapping[int, ir.NodeEvent]
+    stages: tuple[Stage, ...]
+
+
 class Run:
     """Records, submits, waits. Owner: the call of a program that made it."""
 
@@ -92,13 +102,12 @@ class Run:
             first = len(self.index.nodes)
             if len(self.nodes) == first:
                 return
-            if self._backend is None:
-                raise InvalidProgram("this program is only being traced; nothing can be run")
             nodes = tuple(self.nodes[first:])
             names = {node.name for node in nodes if isinstance(node, ir.Argument)}
             graph = ir.Graph(nodes, {n: v for n, v in self.arguments.items() if n in names}, first)
             self.index.add(graph)
         if self._session is None:
+            assert self._backend is not None, "a trace submits nothing"
             self._session = self._backend.start(self.options, self._on_event)
         self._session.extend(graph)
 
@@ -111,15 +120,13 @@ class Run:
     def read(self, node: int, output: OutputType, why: str) -> Any:
         """The value of a node in its Python type; submits and waits. Raises ProgramError."""
         if node not in self._results:
-            self._note_stage(node, why)
-            self.submit()
+            self.need(node, why)
             self.wait(lambda: node in self._results)
         return self._value(node, output)
 
     async def aread(self, node: int, output: OutputType) -> Any:
         if node not in self._results:
-            self._note_stage(node, "await")
-            self.submit()
+            self.need(node, "await")
             await self.await_(lambda: node in self._results)
         return self._value(node, output)
 
@@ -133,8 +140,7 @@ class Run:
         if not isinstance(item, ir.Ref):
             raise InvalidProgram(f"{item!r} is in a text whose value is needed; append the text to the state first")
         if item.node not in self._results:
-            self._note_stage(item.node, "a text with this value in it")
-            self.submit()
+            self.need(item.node, "a text with this value in it")
             self.wait(lambda: item.node in self._results)
         event = self._checked(item.node)
         value = event.value
@@ -192,9 +198,11 @@ class Run:
         raised.__cause__ = cause
         return raised
 
-    def _note_stage(self, node: int, why: str) -> None:
+    def need(self, node: int, why: str) -> None:
+        """A value is needed that isn't there: submit what is recorded so far."""
         if self.is_recording:
             self.stages.append(Stage(caller_line(), node, why, len(self.nodes)))
+        self.submit()
 
     # Waiting.
 
@@ -206,7 +214,7 @@ class Run:
     def read_quietly(self, node: int) -> None:
         """Submit, and wait until the node is done or failed."""
         if node not in self._results:
-            self.submit()
+            self.need(node, "reading")
             self.wait(lambda: node in self._results)
 
     def wait_all(self, *, quietly: bool = False) -> None:
@@ -353,12 +361,20 @@ class Run:
         while tip is not None and tip != start:
             ids.append(tip)
             tip = self.nodes[tip].parent
-        self.submit()
-        self.wait(lambda: all(i in self._results for i in ids))
-        for node in reversed(ids):
-            if self._results[node].kind == "error":
-                self._checked(node)
+        missing = next((i for i in ids if i not in self._results), None)
+        if missing is not None:
+            self.need(missing, "the text so far")
+            self.wait(lambda: all(i in self._results for i in ids))
+        failed = [self._results[node] for node in reversed(ids) if self._results[node].kind == "error"]
+        for event in sorted(failed, key=lambda e: e.error is not None and e.error.type == "ProgramCancelled"):
+            self._checked(event.node)
         return "".join(self._results[node].text for node in reversed(ids))
+
+    def report(self) -> RunRecord:
+        """What was done so far."""
+        with self._changed:
+            graph = ir.Graph(tuple(self.nodes), dict(self.arguments))
+            return RunRecord(self.options.program, graph, dict(self._results), tuple(self.stages))
 
     def path(self, tip: int | None) -> list[ir.AnyNode]:
         """The nodes of the branch that ends at `tip`, root first."""

@@ -20,7 +20,7 @@ from ramet.lang.values import Value, plain
 
 if TYPE_CHECKING:
     from ramet.lang.branches import Branches
-    from ramet.lang.run import Run
+    from ramet.lang.run import Run, RunRecord
 
 
 class State:
@@ -97,9 +97,9 @@ class State:
 
     def _text(self, parts: list[ir.Part]) -> None:
         if parts:
-            self._record(ir.Text, parts=tuple(parts))
+            self._add(ir.Text, parts=tuple(parts))
 
-    def _record(self, kind: Callable[..., ir.AnyNode], **fields: Any) -> int:  # Any: the node's own fields
+    def _add(self, kind: Callable[..., ir.AnyNode], **fields: Any) -> int:  # Any: the node's own fields
         if not self._run.is_recording:
             raise InvalidProgram("the program has ended; nothing can be appended to its state", program=self._program)
         self._tip = self._run.record(kind, self._tip, **fields).id
@@ -115,7 +115,7 @@ class State:
         tip, tries = self._tip, item.retries + 1 if item.where else 1
         for attempt in range(tries):
             self._tip = tip
-            node = self._record(
+            node = self._add(
                 ir.Generate,
                 name=self._unique(item.name),
                 sampling=self._sampling_of(item, attempt),
@@ -152,7 +152,7 @@ class State:
         return merge_sampling(ir.Sampling(**values), sampling) if values else sampling
 
     def _select(self, item: SelectExpr) -> None:
-        node = self._record(
+        node = self._add(
             ir.Select,
             name=self._unique(item.name),
             choices=tuple(self._template(choice) for choice in item.choices),
@@ -216,7 +216,7 @@ class State:
                     f"a {role} message begins inside of a {self._role} message; end that one first",
                     program=self._program,
                 )
-        self._record(ir.Role, role=role, is_open=True)
+        self._add(ir.Role, role=role, is_open=True)
         self._role = role
 
     def _role_is_inherited(self) -> bool:
@@ -232,7 +232,7 @@ class State:
 
     def _close_role(self) -> None:
         if self._role is not None:
-            self._record(ir.Role, role=self._role, is_open=False)
+            self._add(ir.Role, role=self._role, is_open=False)
             self._role = None
 
     # Branches.
@@ -284,7 +284,7 @@ class State:
         """Keep all text that is appended in the block as variable `name`."""
         start = self._tip
         yield
-        node = self._record(ir.Capture, name=self._unique(name), start=start)
+        node = self._add(ir.Capture, name=self._unique(name), start=start)
         self._variables[name] = Value(self._run, node, name)
 
     def __getitem__(self, name: str) -> Any:  # Any: of the type that `gen` was asked for
@@ -364,6 +364,11 @@ class State:
     def usage(self) -> ir.Usage:
         """Tokens of the whole run so far."""
         return self._run.usage()
+
+    @property
+    def record(self) -> RunRecord:
+        """The graph of the whole run, what happened to each node, and where recording stopped for a value."""
+        return self._run.report()
 
     def error(self) -> ProgramError | None:
         """The first error of the run, or None. Waits for the run to end."""

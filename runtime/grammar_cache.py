@@ -5,10 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from ramet.lang.ir import Constraint
 from ramet.runtime.types import Grammar
+
+if TYPE_CHECKING:
+    from ramet.grammar import Vocabulary
 
 
 class VocabularySource(Protocol):
@@ -46,15 +49,16 @@ class GrammarCache:
 
 
 def compiler(tokenizer: VocabularySource) -> Callable[[Constraint], Grammar]:
-    """The way from a constraint to a grammar over this tokenizer's vocabulary. The vocabulary is built at first use."""
-    from ramet.grammar import Vocabulary, compile_grammar
-
+    """Return what compiles a constraint for this tokenizer's vocabulary; it loads the grammar engine at first use."""
     vocabulary: list[Vocabulary] = []
 
     def compile_one(constraint: Constraint) -> Grammar:
+        from ramet.grammar import Vocabulary
+        from ramet.grammar.sources import compile_constraint
+
         if not vocabulary:
             ids = (tokenizer.token_bytes, tokenizer.eos_ids, tokenizer.special_ids, tokenizer.vocab_size)
             vocabulary.append(Vocabulary(*ids))
-        return compile_grammar(constraint, vocabulary[0])
+        return compile_constraint(constraint.kind, constraint.source, vocabulary[0])
 
     return compile_one
