@@ -336,7 +336,8 @@ class Engine:
 
     def stats(self) -> dict[str, float]:
         """Counters and gauges: running, waiting, tokens cached and computed, pages free and cached, preemptions."""
-        return self._ask(self._core.stats)
+        answer: dict[str, float] = self._ask(self._core.stats)
+        return answer
 
     def check_integrity(self) -> None:
         """Compare the page accounting with the tree. Raises CacheIntegrityError: a bug in Ramet."""

@@ -276,7 +276,7 @@ class ModelRunner:
             event=None,
         )
         if is_cuda:
-            step.event = torch.cuda.Event()
+            step.event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             step.event.record()
         return step
 

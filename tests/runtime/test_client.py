@@ -6,6 +6,8 @@ import asyncio
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -70,7 +72,7 @@ def test_async_iteration_and_await_give_what_the_sync_interface_gives(engine: En
         text = ""
         async for output in engine.submit("async", GREEDY):
             text += output.text
-        results = await asyncio.gather(*(engine.submit("async", GREEDY) for _ in range(3)))  # type: ignore[arg-type]
+        results = await asyncio.gather(*(engine.submit("async", GREEDY) for _ in range(3)))
         return text, [r.text for r in results]
 
     text, texts = asyncio.run(run())
@@ -97,7 +99,7 @@ def test_a_stop_string_across_tokens_ends_the_text_before_it(engine: Engine) -> 
     whole = engine.generate("stop here", GREEDY).text
     stop = whole[5:8]
     first = whole.index(stop)
-    outputs = list(engine.submit("stop here", SamplingParams(**{**as_dict(GREEDY), "stop": (stop, "never seen")})))
+    outputs = list(engine.submit("stop here", replace(GREEDY, stop=(stop, "never seen"))))
     assert "".join(o.text for o in outputs) == whole[:first]
     assert outputs[-1].finish_reason is FinishReason.STOP
     assert outputs[-1].stop_match == stop
@@ -106,7 +108,7 @@ def test_a_stop_string_across_tokens_ends_the_text_before_it(engine: Engine) -> 
 def test_a_stop_token_is_reported_and_is_not_part_of_the_text(engine: Engine) -> None:
     whole = engine.generate("stop token", GREEDY)
     token = whole.token_ids[4]
-    result = engine.generate("stop token", SamplingParams(**{**as_dict(GREEDY), "stop_token_ids": (token,)}))
+    result = engine.generate("stop token", replace(GREEDY, stop_token_ids=(token,)))
     assert result.stop_match == token
     assert result.token_ids == whole.token_ids[: whole.token_ids.index(token)]
 
@@ -155,7 +157,7 @@ def test_result_times_out_and_the_request_goes_on(engine: Engine) -> None:
     ],
 )
 def test_bad_requests_are_refused_by_name_and_value(
-    engine: Engine, prompt: object, options: dict[str, object], error: type[Exception], message: str
+    engine: Engine, prompt: object, options: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
         engine.submit(prompt, **options)  # type: ignore[arg-type]
@@ -186,10 +188,10 @@ def test_bad_requests_are_refused_by_name_and_value(
         {"seed": 1.5},
     ],
 )
-def test_sampling_values_outside_their_range_name_the_field(values: dict[str, object]) -> None:
+def test_sampling_values_outside_their_range_name_the_field(values: dict[str, Any]) -> None:
     (name,) = values
     with pytest.raises(InvalidSampling, match=name) as caught:
-        SamplingParams(**values)  # type: ignore[arg-type]
+        SamplingParams(**values)
     assert caught.value.param == name
 
 
@@ -302,10 +304,6 @@ def test_cache_salts_do_not_share_prefixes(engine: Engine) -> None:
         ({"context_length": 10_000}, "trained for 512"),
     ],
 )
-def test_impossible_configurations_are_named(tiny_model: LoadedModel, options: dict[str, object], message: str) -> None:
+def test_impossible_configurations_are_named(tiny_model: LoadedModel, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Engine(tiny_model if "device" not in options else None, **options)
-
-
-def as_dict(params: SamplingParams) -> dict[str, object]:
-    return {name: getattr(params, name) for name in params.__slots__}
