@@ -1,0 +1,102 @@
+"""Run compiled CPU kernels on torch's own OpenMP threads, so that two thread pools never fight for the same cores.
+
+A kernel takes a pointer to int64 arguments and asks `thread_index()` and `num_threads()` for its share. `parallel` runs
+it through GOMP_parallel, an entry point of GNU's, LLVM's and Intel's OpenMP runtimes alike; where torch has none of
+them (macOS, Windows) the kernel runs on the calling thread alone.
+
+Compiled code is kept on disk by numba, and everything is compiled when first used, never at import.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import llvmlite.binding as llvm
+import torch
+from numba import cfunc, njit, types
+
+Function = TypeVar("Function", bound=Callable[..., Any])  # any compiled function keeps its Python signature
+
+# Numba resolves these names when it links a kernel, also one that was compiled by an earlier process.
+_PARALLEL, _INDEX, _COUNT = "ramet_parallel", "ramet_thread_index", "ramet_num_threads"
+
+_parallel = types.ExternalFunction(_PARALLEL, types.void(types.intp, types.intp, types.int32, types.int32))
+thread_index = types.ExternalFunction(_INDEX, types.int32())
+num_threads = types.ExternalFunction(_COUNT, types.int32())
+# Sums may be reordered, which vectorising them needs; infinities and NaN keep their meaning.
+_REORDER = {"reassoc", "contract", "nsz", "arcp"}
+
+
+def compiled(function: Function) -> Function:
+    """Compile at the first call, without the interpreter lock."""
+    return njit(nogil=True, cache=True, fastmath=_REORDER)(function)  # type: ignore[no-any-return]
+
+
+class Kernel:
+    """A function int64* -> None for `parallel`, compiled when its address is first needed."""
+
+    __slots__ = ("_address", "_compiled", "_function")
+
+    def __init__(self, function: Callable[[Any], None]) -> None:
+        self._function = function
+        self._address: int | None = None
+
+    @property
+    def address(self) -> int:
+        if self._address is None:
+            kind = types.void(types.CPointer(types.int64))
+            self._compiled = cfunc(kind, cache=True, fastmath=_REORDER)(self._function)  # kept: it owns the code
+            self._address = int(self._compiled.address)
+        return self._address
+
+
+def _openmp() -> ctypes.CDLL | None:
+    """The OpenMP runtime that torch itself uses, or None."""
+    bundled = sorted(Path(torch.__file__).parent.joinpath("lib").glob("lib*omp*.so*"))
+    bundled += sorted(Path(torch.__file__).parent.parent.joinpath("torch.libs").glob("lib*omp*.so*"))
+    for name in [*map(str, bundled), None]:
+        try:
+            library = ctypes.CDLL(name)
+        except OSError:
+            continue
+        if hasattr(library, "GOMP_parallel") and hasattr(library, "omp_get_thread_num"):
+            return library
+    return None
+
+
+def _register() -> bool:
+    """Bind the names above; returns whether kernels can run in parallel."""
+    library = _openmp()
+    if library is not None:
+        symbols = {_PARALLEL: "GOMP_parallel", _INDEX: "omp_get_thread_num", _COUNT: "omp_get_num_threads"}
+        for name, symbol in symbols.items():
+            address = ctypes.cast(getattr(library, symbol), ctypes.c_void_p).value
+            llvm.add_symbol(name, address)
+        return True
+    for name, function in ((_PARALLEL, _CALL), (_INDEX, _ZERO), (_COUNT, _ONE)):
+        llvm.add_symbol(name, ctypes.cast(function, ctypes.c_void_p).value)
+    return False
+
+
+# Stand-ins where there is no OpenMP: one thread, the caller's.
+_CALL = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32)(
+    lambda kernel, arguments, count, flags: ctypes.CFUNCTYPE(None, ctypes.c_void_p)(kernel)(arguments)
+)
+_ZERO = ctypes.CFUNCTYPE(ctypes.c_int32)(lambda: 0)
+_ONE = ctypes.CFUNCTYPE(ctypes.c_int32)(lambda: 1)
+
+IS_PARALLEL = _register()
+
+
+@compiled
+def parallel(kernel: int, arguments: Any, count: int) -> None:  # Any: an int64 array inside compiled code
+    """Call `kernel` (see `kernel_address`) on `count` threads, each with the same int64 `arguments`."""
+    _parallel(kernel, arguments.ctypes.data, count, 0)
+
+
+def thread_count() -> int:
+    """Threads that a kernel should use: torch's setting."""
+    return torch.get_num_threads() if IS_PARALLEL else 1

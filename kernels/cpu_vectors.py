@@ -1,0 +1,217 @@
+"""Vector building blocks of the CPU kernels, written as LLVM IR through numba's intrinsics.
+
+Numba's own loops don't keep several vector accumulators in registers, which is what a matrix product is. These emit
+generic 16-lane vectors; LLVM lowers them to AVX-512, two AVX2 or four NEON registers. Addresses are plain integers.
+Not here: loops over rows and threads, which are ordinary numba code in the modules of the ops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic as _numba_intrinsic
+
+LANES = 16
+BLOCK = 32  # weights that share a scale
+_F32, _F16, _I8, _I16, _I32, _I64 = (
+    ir.FloatType(),
+    ir.HalfType(),
+    ir.IntType(8),
+    ir.IntType(16),
+    ir.IntType(32),
+    ir.IntType(64),
+)
+_VF = ir.VectorType(_F32, LANES)
+_VI32 = ir.VectorType(_I32, LANES)
+
+
+def intrinsic(function: Callable[..., Any]) -> Callable[..., Any]:
+    """numba's decorator, with a type."""
+    return cast(Callable[..., Any], _numba_intrinsic(function))
+
+
+Builder = Any  # llvmlite's IRBuilder; llvmlite has no types
+Value = Any  # an llvmlite value
+
+
+def _load(builder: Builder, address: Value, kind: Value, offset: int = 0) -> Value:
+    where = builder.add(address, _I64(offset)) if offset else address
+    return builder.load(builder.inttoptr(where, kind.as_pointer()), align=1)
+
+
+def _store(builder: Builder, value: Value, address: Value, offset: int = 0) -> None:
+    where = builder.add(address, _I64(offset)) if offset else address
+    builder.store(value, builder.inttoptr(where, value.type.as_pointer()), align=1)
+
+
+def _splat(builder: Builder, scalar: Value) -> Value:
+    undefined = ir.Constant(_VF, ir.Undefined)
+    return builder.shuffle_vector(
+        builder.insert_element(undefined, scalar, _I32(0)), undefined, ir.Constant(_VI32, [0] * LANES)
+    )
+
+
+def _fma(builder: Builder, x: Value, y: Value, z: Value) -> Value:
+    function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(_VF, [_VF] * 3), "llvm.fma.v16f32")
+    return builder.call(function, [x, y, z])
+
+
+def _sum_lanes(builder: Builder, vector: Value) -> Value:
+    kind = ir.FunctionType(_F32, [_F32, _VF])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.vector.reduce.fadd.v16f32")
+    return builder.call(function, [_F32(0.0), vector], fastmath=("reassoc",))
+
+
+# ---- Blocks of 32 weights as two vectors ----
+
+
+def _half(builder: Builder, address: Value, offset: int = 0) -> Value:
+    return builder.fpext(_load(builder, address, _F16, offset), _F32)
+
+
+def _nibbles(builder: Builder, address: Value, offset: int) -> tuple[Value, Value]:
+    packed = builder.zext(_load(builder, address, ir.VectorType(_I8, LANES), offset), _VI32)
+    low = builder.and_(packed, ir.Constant(_VI32, [15] * LANES))
+    high = builder.lshr(packed, ir.Constant(_VI32, [4] * LANES))
+    return builder.sitofp(low, _VF), builder.sitofp(high, _VF)
+
+
+def _weights_q4_1(builder: Builder, address: Value) -> list[Value]:
+    """GGML's Q4_1: fp16 scale, fp16 minimum, 32 nibbles (weights 0-15 low, 16-31 high)."""
+    scale, minimum = _splat(builder, _half(builder, address)), _splat(builder, _half(builder, address, 2))
+    return [_fma(builder, nibble, scale, minimum) for nibble in _nibbles(builder, address, 4)]
+
+
+def _weights_q4_0(builder: Builder, address: Value) -> list[Value]:
+    """GGML's Q4_0: fp16 scale, 32 nibbles that count from -8."""
+    half = _half(builder, address)
+    scale, minimum = _splat(builder, half), _splat(builder, builder.fmul(half, _F32(-8.0)))
+    return [_fma(builder, nibble, scale, minimum) for nibble in _nibbles(builder, address, 2)]
+
+
+def _weights_q8_0(builder: Builder, address: Value) -> list[Value]:
+    """GGML's Q8_0: fp16 scale, 32 signed bytes."""
+    scale = _splat(builder, _half(builder, address))
+    parts = [_load(builder, address, ir.VectorType(_I8, LANES), 2 + LANES * i) for i in range(2)]
+    return [builder.fmul(builder.sitofp(builder.sext(part, _VI32), _VF), scale) for part in parts]
+
+
+def _weights_bf16(builder: Builder, address: Value) -> list[Value]:
+    """32 bfloat16 values: the upper halves of float32."""
+    parts = [_load(builder, address, ir.VectorType(_I16, LANES), 2 * LANES * i) for i in range(2)]
+    shift = ir.Constant(_VI32, [16] * LANES)
+    return [builder.bitcast(builder.shl(builder.zext(part, _VI32), shift), _VF) for part in parts]
+
+
+def _make_dot(weights: Callable[[Builder, Value], list[Value]], block_bytes: int, num_tokens: int) -> Any:
+    """Make `dot(row, x, x_stride, num_blocks, out, out_stride)`: one weight row times `num_tokens` fp32 vectors.
+
+    Addresses and strides in bytes. The weights of a block are decoded once and used for every token; the sums stay in
+    two registers a token.
+    """
+
+    @intrinsic
+    def dot(typing_context: Any, row: Any, x: Any, x_stride: Any, num_blocks: Any, out: Any, out_stride: Any) -> Any:
+        def emit(context: Any, builder: Builder, signature: Any, arguments: Any) -> Value:
+            row, x, x_stride, num_blocks, out, out_stride = arguments
+            zero = ir.Constant(_VF, None)
+            sums = [[cgutils.alloca_once_value(builder, zero) for _ in range(2)] for _ in range(num_tokens)]
+            with cgutils.for_range(builder, num_blocks) as loop:
+                parts = weights(builder, builder.add(row, builder.mul(loop.index, _I64(block_bytes))))
+                first = builder.add(x, builder.mul(loop.index, _I64(4 * BLOCK)))
+                for token, pair in enumerate(sums):
+                    address = builder.add(first, builder.mul(x_stride, _I64(token)))
+                    for half in range(2):
+                        value = _load(builder, address, _VF, 4 * LANES * half)
+                        builder.store(_fma(builder, parts[half], value, builder.load(pair[half])), pair[half])
+            for token, (left, right) in enumerate(sums):
+                total = _sum_lanes(builder, builder.fadd(builder.load(left), builder.load(right)))
+                _store(builder, total, builder.add(out, builder.mul(out_stride, _I64(token))))
+            return context.get_dummy_value()
+
+        return types.void(*[types.intp] * 6), emit
+
+    return dot
+
+
+dot_q4_1_1, dot_q4_1_2, dot_q4_1_4, dot_q4_1_8 = (_make_dot(_weights_q4_1, 20, n) for n in (1, 2, 4, 8))
+dot_q4_0_1, dot_q4_0_2, dot_q4_0_4, dot_q4_0_8 = (_make_dot(_weights_q4_0, 18, n) for n in (1, 2, 4, 8))
+dot_q8_0_1, dot_q8_0_2, dot_q8_0_4, dot_q8_0_8 = (_make_dot(_weights_q8_0, 34, n) for n in (1, 2, 4, 8))
+dot_bf16_1, dot_bf16_2, dot_bf16_4, dot_bf16_8 = (_make_dot(_weights_bf16, 64, n) for n in (1, 2, 4, 8))
+
+
+# ---- Attention over one page: P positions of D = 16 * num_vectors values ----
+
+
+def _make_scores(num_vectors: int) -> Any:
+    """Make `scores(q, keys, count, stride, out)`: out[j] += q . keys[j] for `count` keys, `stride` bytes apart."""
+
+    @intrinsic
+    def scores(typing_context: Any, q: Any, keys: Any, count: Any, stride: Any, out: Any) -> Any:
+        def emit(context: Any, builder: Builder, signature: Any, arguments: Any) -> Value:
+            q, keys, count, stride, out = arguments
+            query = [_load(builder, q, _VF, 64 * i) for i in range(num_vectors)]
+            with cgutils.for_range(builder, count) as loop:
+                key = builder.add(keys, builder.mul(loop.index, stride))
+                total = builder.fmul(query[0], _load(builder, key, _VF))
+                for i in range(1, num_vectors):
+                    total = _fma(builder, query[i], _load(builder, key, _VF, 64 * i), total)
+                where = builder.add(out, builder.mul(loop.index, _I64(4)))
+                _store(builder, builder.fadd(_load(builder, where, _F32), _sum_lanes(builder, total)), where)
+            return context.get_dummy_value()
+
+        return types.void(*[types.intp] * 5), emit
+
+    return scores
+
+
+def _make_weighted_sum(num_vectors: int) -> Any:
+    """Make `weighted_sum(p, values, count, stride, out)`: out += sum_j p[j] * values[j]."""
+
+    @intrinsic
+    def weighted_sum(typing_context: Any, p: Any, values: Any, count: Any, stride: Any, out: Any) -> Any:
+        def emit(context: Any, builder: Builder, signature: Any, arguments: Any) -> Value:
+            p, values, count, stride, out = arguments
+            sums = [cgutils.alloca_once(builder, _VF) for _ in range(num_vectors)]
+            for i, pointer in enumerate(sums):
+                builder.store(_load(builder, out, _VF, 64 * i), pointer)
+            with cgutils.for_range(builder, count) as loop:
+                weight = _splat(builder, _load(builder, builder.add(p, builder.mul(loop.index, _I64(4))), _F32))
+                value = builder.add(values, builder.mul(loop.index, stride))
+                for i, pointer in enumerate(sums):
+                    part = _load(builder, value, _VF, 64 * i)
+                    builder.store(_fma(builder, weight, part, builder.load(pointer)), pointer)
+            for i, pointer in enumerate(sums):
+                _store(builder, builder.load(pointer), out, 64 * i)
+            return context.get_dummy_value()
+
+        return types.void(*[types.intp] * 5), emit
+
+    return weighted_sum
+
+
+scores_16, scores_64 = _make_scores(1), _make_scores(4)
+weighted_sum_16, weighted_sum_64 = _make_weighted_sum(1), _make_weighted_sum(4)
+
+
+@intrinsic
+def float32_at(typing_context: Any, address: Any) -> Any:
+    """A float32 pointer (for `numba.carray`) from an integer address."""
+    return _pointer(types.float32)
+
+
+@intrinsic
+def int32_at(typing_context: Any, address: Any) -> Any:
+    """An int32 pointer (for `numba.carray`) from an integer address."""
+    return _pointer(types.int32)
+
+
+def _pointer(kind: Any) -> Any:
+    def emit(context: Any, builder: Builder, signature: Any, arguments: Any) -> Value:
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(kind)(types.intp), emit
