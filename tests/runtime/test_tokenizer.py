@@ -194,6 +194,8 @@ def test_end_tokens_come_from_every_file_that_names_one(tmp_path: Path) -> None:
     backend.add_special_tokens(["<|turn|>", "<|doc|>"])
     write_folder(tmp_path, {"eos_token": {"content": "<|end|>"}}, backend)
     turn, doc = backend.token_to_id("<|turn|>"), backend.token_to_id("<|doc|>")
+    assert turn is not None
+    assert doc is not None
     tokenizer = tokenizer_from_folder(tmp_path, small_config(eos_ids=(turn,)), eos_ids=[doc])
     assert tokenizer.eos_ids == {turn, doc, backend.token_to_id("<|end|>")}
 
