@@ -11,7 +11,8 @@ Not here: pages and slots (`scheduler`).
 from __future__ import annotations
 
 from ramet.runtime.priority import OrderConfig, ProgramService, Waiting, WaitingQueue
-from ramet.runtime.radix_cache import RadixNode
+from ramet.runtime.radix_cache import PrefixMatch, RadixNode
+from ramet.runtime.sequence_pages import matchable
 from ramet.runtime.types import Sequence
 
 _Frontier = tuple[RadixNode, bytes]
@@ -55,11 +56,39 @@ class AdmissionQueue:
 
     # --- owners of prefixes and their sharers
 
-    def owner_of(self, node: RadixNode, sequence: Sequence) -> Sequence | None:
-        """Return the sequence that computes the page of `sequence`'s tokens that follows `node` now."""
-        if not self._frontiers or sequence.num_tokens - node.end < self._page_size:
-            return None
-        return self._frontiers.get((node, self._page_after(node, sequence)))
+    def try_park(self, waiting: Waiting, match: PrefixMatch) -> bool:
+        """Park `waiting`, just popped, where a running sequence is computing more of its tokens than `match` has."""
+        sequence = waiting.sequence
+        if not self._frontiers or sequence.num_tokens - match.num_tokens < self._page_size:
+            return False
+        owner = self._frontiers.get((match.node, self._page_after(match.node, sequence)))
+        if owner is None:
+            return False
+        wake_at = min(_num_shared(sequence, owner, match.num_tokens), len(matchable(sequence)))
+        if wake_at <= match.num_tokens + match.num_tail_tokens:
+            return False  # a copy of a partly shared page gives as much
+        waiting.wake_at = wake_at
+        self._parked.setdefault(owner, []).append(waiting)
+        return True
+
+    def wake(self, owner: Sequence, num_tokens: int | None) -> int:
+        """Queue the sharers of `owner` that wait for at most `num_tokens` of its tokens in the tree (None: all).
+
+        Returns how many.
+        """
+        parked = self._parked.get(owner)
+        if not parked:
+            return 0
+        woken = [w for w in parked if num_tokens is None or w.wake_at <= num_tokens]
+        if len(woken) == len(parked):
+            del self._parked[owner]
+        elif woken:
+            self._parked[owner] = [w for w in parked if w.wake_at > (num_tokens or 0)]
+        for waiting in woken:
+            if not waiting.is_removed:
+                waiting.cached_share = waiting.wake_at / waiting.sequence.num_tokens
+                self._queue.push(waiting)
+        return len(woken)
 
     def set_frontier(self, owner: Sequence, node: RadixNode, end: int) -> None:
         """Say that `owner`, whose path is in the tree down to `node`, computes its tokens up to `end` next."""
@@ -74,46 +103,39 @@ class AdmissionQueue:
         if frontier is not None:
             del self._frontiers[frontier]
 
-    def park(self, waiting: Waiting, owner: Sequence, wake_at: int) -> None:
-        """Let `waiting`, just popped, wait until `owner` has `wake_at` tokens in the tree, or ends its prefill."""
-        waiting.wake_at = wake_at
-        self._parked.setdefault(owner, []).append(waiting)
-
-    def wake(self, owner: Sequence, num_tokens: int | None) -> int:
-        """Queue the sharers of `owner` that wait for at most `num_tokens` tokens (None: all). Returns how many."""
-        parked = self._parked.get(owner)
-        if not parked:
-            return 0
-        still = [] if num_tokens is None else [w for w in parked if w.wake_at > num_tokens]
-        if len(still) == len(parked):
-            return 0
-        if still:
-            self._parked[owner] = still
-        else:
-            del self._parked[owner]
-        num_woken = 0
-        for waiting in parked:
-            if (num_tokens is None or waiting.wake_at <= num_tokens) and not waiting.is_removed:
-                waiting.cached_share = waiting.wake_at / waiting.sequence.num_tokens
-                self._queue.push(waiting)
-                num_woken += 1
-        return num_woken
-
     def _page_after(self, node: RadixNode, sequence: Sequence) -> bytes:
         return sequence.tokens(node.end, node.end + self._page_size).tobytes()
 
 
-def fits_beside(num_missing: int, running: list[tuple[int, int]], num_steps: int, num_pages: int) -> bool:
-    """True where a request of `num_steps` steps and `num_pages` pages, admitted now, does not delay the blocked first.
+def _num_shared(a: Sequence, b: Sequence, start: int) -> int:
+    """Length of the common prefix of two sequences' tokens, known to be at least `start`."""
+    stop = min(a.num_tokens, b.num_tokens)
+    different = a.tokens(start, stop) != b.tokens(start, stop)
+    return start + (int(different.argmax()) if different.any() else stop - start)
 
-    num_missing: pages that the first lacks; running: (steps left at most, pages) of each running sequence. It does not
-    delay where it ends before enough pages are free at the latest, or where they are enough for both then.
+
+class Reservation:
+    """What the first request that does not fit is promised: a start `num_steps` from now at the latest.
+
+    Others may be admitted meanwhile where they end before, or where they leave enough pages for it.
     Source: EASY backfilling, Lifka 1995, "The ANL/IBM SP scheduling system".
     """
-    steps_until_start = 0
-    for steps, pages in sorted(running):
-        if num_missing <= 0:
-            break
-        num_missing -= pages
-        steps_until_start = steps
-    return num_steps <= steps_until_start or num_pages <= -num_missing
+
+    def __init__(self, num_missing: int, running: list[tuple[int, int]]) -> None:
+        """num_missing: pages that the first one lacks; running: (steps left at most, pages) of each sequence."""
+        self.num_steps = 0
+        for steps, pages in sorted(running):
+            if num_missing <= 0:
+                break
+            num_missing -= pages
+            self.num_steps = steps
+        self.num_spare_pages = -num_missing
+
+    def admit(self, num_steps: int, num_pages: int) -> bool:
+        """Take a request of `num_steps` steps and `num_pages` pages, which fits now, where that breaks no promise."""
+        if num_steps <= self.num_steps:
+            return True
+        if num_pages > self.num_spare_pages:
+            return False
+        self.num_spare_pages -= num_pages
+        return True

@@ -36,8 +36,8 @@ class OrderConfig:
 class Waiting:
     """A place in the queue. Owner: the scheduler. `is_removed`: admitted or aborted.
 
-    `cached_share`: part of its tokens that the cache held when last looked; `wake_at`: see `AdmissionQueue.park`;
-    `num_overtaken`: requests admitted past it while it was first and did not fit.
+    `cached_share`: part of its tokens that the cache held when last looked; `wake_at`: while parked, the tokens that
+    its owner must have in the tree; `num_overtaken`: requests admitted past it while it was first and did not fit.
     """
 
     sequence: Sequence

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from math import ceil
 
 from ramet.errors import ContextOverflow, InvalidRequest, Overloaded
-from ramet.runtime.admission import AdmissionQueue, fits_beside
+from ramet.runtime.admission import AdmissionQueue, Reservation
 from ramet.runtime.integrity import require
 from ramet.runtime.page_pool import PagePool
 from ramet.runtime.priority import OrderConfig, ProgramService, Waiting
@@ -59,7 +59,7 @@ class SchedulerConfig:
     max_waiting: int = 100_000
     reservation_ratio: float = 1.0
     max_overtakes: int = 256
-    max_examined: int = 64
+    max_examined: int = 32
     prefix_cache: bool = True
     order: OrderConfig = field(default_factory=OrderConfig)
 
@@ -315,18 +315,23 @@ class Scheduler:
         for sequence in list(self._prefilling):
             if budget > 0 and sequence in self._prefilling:
                 budget -= self._plan_extend(sequence, budget, planned, extends)
-        if not self._may_admit:
-            return budget
-        num_examined = 0
+        return self._plan_admissions(extends, budget, planned) if self._may_admit else budget
+
+    def _plan_admissions(self, extends: list[ScheduledSequence], budget: int, planned: set[Sequence]) -> int:
+        """Admit in order what fits, and plan its first chunks. Returns the budget left."""
         blocked: list[Waiting] = []
+        reservation: Reservation | None = None
+        num_examined = 0
         while budget > 0 and self._free_slots and num_examined < self.config.max_examined:
             waiting = self._waiting.pop()
             if waiting is None:
                 self._may_admit = False
                 break
             num_examined += 1
-            if self._try_admit(waiting, blocked):
+            if self._try_admit(waiting, blocked, reservation):
                 budget -= self._plan_extend(waiting.sequence, budget, planned, extends)
+            elif blocked and reservation is None:
+                reservation = self._reserve(blocked[0].sequence)
         for waiting in blocked:
             self._waiting.put_back(waiting)
         if not self._free_slots or (blocked and len(blocked) == num_examined):
@@ -382,15 +387,23 @@ class Scheduler:
         self._waiting.add(sequence, self._queued_s[sequence], cached_share)
         self._may_admit = True
 
-    def _try_admit(self, waiting: Waiting, blocked: list[Waiting]) -> bool:
+    def _try_admit(self, waiting: Waiting, blocked: list[Waiting], reservation: Reservation | None) -> bool:
         """Admit the first in order, or park it, or add it to `blocked`. True where it was admitted."""
         sequence = waiting.sequence
         match = self._pages.match(sequence)
-        if self._park(waiting, match):
+        if self._waiting.try_park(waiting, match):
+            self.counters.num_parked += 1
             self.cache.unlock(match.node)
             return False
         num_needed = self._pages.peak(sequence) - len(match.page_ids)
-        if num_needed > self._pages.num_available or not self._may_overtake(sequence, num_needed, blocked):
+        fits = num_needed <= self._pages.num_available
+        if fits and reservation is not None:
+            head = blocked[0]
+            fits = head.num_overtaken < self.config.max_overtakes
+            fits = fits and reservation.admit(self._steps_left(sequence), num_needed)
+            head.num_overtaken += fits
+            self.counters.num_overtakes += fits
+        if not fits:
             waiting.cached_share = match.num_tokens / sequence.num_tokens
             blocked.append(waiting)
             self.cache.unlock(match.node)
@@ -398,33 +411,11 @@ class Scheduler:
         self._admit(sequence, match)
         return True
 
-    def _park(self, waiting: Waiting, match: PrefixMatch) -> bool:
-        """Park a request behind the sequence that computes its next tokens, where there is one."""
-        sequence = waiting.sequence
-        owner = self._waiting.owner_of(match.node, sequence)
-        if owner is None:
-            return False
-        wake_at = min(_num_shared(sequence, owner, match.num_tokens), len(matchable(sequence)))
-        if wake_at <= match.num_tokens + match.num_tail_tokens:
-            return False  # a copy of a partly shared page gives as much
-        self._waiting.park(waiting, owner, wake_at)
-        self.counters.num_parked += 1
-        return True
-
-    def _may_overtake(self, sequence: Sequence, num_needed: int, blocked: list[Waiting]) -> bool:
-        """True where admitting this one, which fits, does not delay the first that did not."""
-        if not blocked:
-            return True
-        head = blocked[0]
-        missing = self._pages.peak(head.sequence) - self._pages.num_available
-        running = [(self._steps_left(s), len(s.page_ids)) for s in self._running]
-        if head.num_overtaken >= self.config.max_overtakes or not fits_beside(
-            missing, running, self._steps_left(sequence), num_needed
-        ):
-            return False
-        head.num_overtaken += 1
-        self.counters.num_overtakes += 1
-        return True
+    def _reserve(self, head: Sequence) -> Reservation:
+        """Promise a start to the first that does not fit."""
+        num_missing = self._pages.peak(head) - self._pages.num_available
+        running = [(self._steps_left(s), self._pages.peak(s) - s.num_cached // self._page_size) for s in self._running]
+        return Reservation(num_missing, running)
 
     def _steps_left(self, sequence: Sequence) -> int:
         """Steps until a sequence ends, at most (while prefills do not wait for each other)."""
@@ -507,10 +498,3 @@ class Scheduler:
         """Take pages that nobody owns out of use; returns how many (none, but for a bug). Only while nothing runs."""
         assert not self._running
         return self._pages.quarantine_leaks()
-
-
-def _num_shared(a: Sequence, b: Sequence, start: int) -> int:
-    """Length of the common prefix of two sequences' tokens, known to be at least `start`."""
-    stop = min(a.num_tokens, b.num_tokens)
-    different = a.tokens(start, stop) != b.tokens(start, stop)
-    return start + (int(different.argmax()) if different.any() else stop - start)
