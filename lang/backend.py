@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeAlias, runtime_checkable
 
 from ramet.errors import ConfigError
 from ramet.lang.ir import Graph, NodeEvent
@@ -84,7 +84,7 @@ class EngineBackend:
         )
         return ProgramExecutor(self._engine, on_event, self._marks, self._grammars, limits)
 
-    def __enter__(self) -> EngineBackend:
+    def __enter__(self) -> Self:
         self._tokens.append(_scoped.set(self))
         return self
 

@@ -228,7 +228,7 @@ class Function:
         token = current_run.set(run)
         try:
             result = self.body(state, **arguments)
-            state.result = asyncio.run(result) if self.is_async else result
+            state._returned = asyncio.run(result) if self.is_async else result
         except TraceStopped as stopped:
             stop = stopped.stage
         finally:
@@ -267,7 +267,7 @@ class Function:
         run = state._run
         token = current_run.set(run)
         try:
-            state.result = self.body(state, **run.call_arguments)
+            state._returned = self.body(state, **run.call_arguments)
             run.finish()
         except BaseException:
             run.is_recording = False
@@ -281,7 +281,7 @@ class Function:
         run = state._run
         token = current_run.set(run)
         try:
-            state.result = await self.body(state, **run.call_arguments)
+            state._returned = await self.body(state, **run.call_arguments)
             run.finish()
         except BaseException:
             run.is_recording = False

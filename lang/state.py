@@ -49,7 +49,7 @@ class State:
         self._sampling = run.sampling  # defaults of its generations
         self._num_forks = 0
         self._num_generated = 0
-        self.result: Any = None  # what the program's function returned
+        self._returned: Any = None  # what the program's function returned, its values not read
 
     # Appending.
 
@@ -295,7 +295,7 @@ class State:
         return self._resolved(self._variables[name])
 
     def _resolved(self, value: Any) -> Any:
-        return value if self._run.is_recording else plain(value)
+        return value if self._run.is_recording else plain(value, self._run)
 
     def __setitem__(self, name: str, value: Any) -> None:
         self._variables[name] = value
@@ -317,6 +317,11 @@ class State:
         return {name: self._resolved(value) for name, value in self._variables.items()}
 
     # Reading.
+
+    @property
+    def result(self) -> Any:  # Any: whatever the program's function returned
+        """What the program's function returned, its values read."""
+        return self._resolved(self._returned)
 
     def text(self) -> str:
         """All text of this branch as the model saw and wrote it, the chat template's marks included. Waits for it."""

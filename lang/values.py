@@ -231,17 +231,20 @@ class Value:
         return other % self._read("%")
 
 
-def plain(item: Any) -> Any:  # Any: values inside lists, tuples, dicts and texts, of any kind
-    """Read every value in `item`: values themselves, in lists, tuples and dicts, and as placeholders in text."""
+def plain(item: Any, run: Run | None = None) -> Any:  # Any: values inside lists, tuples, dicts and texts, of any kind
+    """Read every value in `item`: values themselves, in lists, tuples and dicts, and as placeholders in text.
+
+    `run`: whose placeholders; None: the running program's.
+    """
     if isinstance(item, Value):
         return item.value
     if isinstance(item, str) and _START in item:
-        run = current_run.get()
+        run = run or current_run.get()
         return item if run is None else run.read_text(item)
     if isinstance(item, list):
-        return [plain(one) for one in item]
+        return [plain(one, run) for one in item]
     if isinstance(item, tuple) and type(item) is tuple:
-        return tuple(plain(one) for one in item)
+        return tuple(plain(one, run) for one in item)
     if isinstance(item, dict):
-        return {key: plain(one) for key, one in item.items()}
+        return {key: plain(one, run) for key, one in item.items()}
     return item
