@@ -158,6 +158,23 @@ def test_sharers_are_not_lost_when_the_owner_of_their_prefix_is_aborted() -> Non
     assert_idle_and_whole(engine)
 
 
+def test_sharers_start_in_the_step_after_their_part_of_the_prefix_is_computed() -> None:
+    engine = make_simulation(num_pages=100, max_num_tokens_per_step=18)
+    engine.scheduler.add(make_request("owner", range(60), 30))
+    engine.step()
+    early = engine.scheduler.add(make_request("early", [*range(30), 100], 3))
+    late = engine.scheduler.add(make_request("late", [*range(59), 100], 3))
+    started = []
+    for _ in range(5):
+        engine.step()
+        started.append([s.first_scheduled_s is not None for s in (early, late)])
+    # 16 tokens of the owner are computed in each step; what they leave of the budget admits.
+    assert started == [[False, False], [True, False], [True, False], [True, True], [True, True]]
+    assert (early.num_cached, late.num_cached) == (30, 59)
+    engine.run()
+    assert_idle_and_whole(engine)
+
+
 def test_a_parked_request_can_be_aborted() -> None:
     engine = make_simulation(num_pages=100, max_num_tokens_per_step=30)
     for i in range(3):
@@ -347,6 +364,15 @@ def test_overcommitted_memory_preempts_the_newest_and_every_output_is_right(over
     sequences = run_all(engine, [make_request(f"r{i}", range(50 * i, 50 * i + 9), 20) for i in range(12)])
     assert engine.scheduler.counters.num_preemptions > 0
     assert sequences[0].num_preemptions == 0
+
+
+def test_what_a_step_computes_already_is_not_preempted_in_it() -> None:
+    engine = make_simulation()
+    first, second = (engine.scheduler.add(make_request(name, [i], 9)) for i, name in enumerate("ab"))
+    engine.step()
+    assert engine.scheduler._victim(()) is second
+    assert engine.scheduler._victim({second}) is first
+    assert engine.scheduler._victim({first, second}) is None
 
 
 def test_the_lowest_priority_is_preempted_first() -> None:
