@@ -23,10 +23,28 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+if "--dry-run" in sys.argv:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before the imports below
+
 import torch
 from torch import Tensor
 
-from ramet.kernels.attention_plan import TileConfig, choose_num_splits, decode_config, extend_config
+from ramet.kernels.attention_decode import DecodeMetadata
+from ramet.kernels.attention_decode_triton import attention_decode_triton
+from ramet.kernels.attention_extend import ExtendMetadata
+from ramet.kernels.attention_extend_triton import attention_extend_triton
+from ramet.kernels.attention_plan import (
+    TREE_PROGRAMS_PER_SM,
+    AttentionShape,
+    TileConfig,
+    TreeCostModel,
+    choose_num_splits,
+    decode_config,
+    extend_config,
+    tree_config,
+)
+from ramet.kernels.attention_tree import SharedSegment, TreePlan, find_shared_segments, plan_tree
+from ramet.kernels.attention_tree_triton import attention_tree_triton
 
 BANDWIDTH = 3.04e12  # bytes/s read, measured
 PEAK = 798e12  # flop/s, bf16 product of 8192 x 8192 x 8192, measured
@@ -73,6 +91,7 @@ class Case:
     reference: Callable[[], Tensor] | None  # fp32 result on cache 0
     num_caches: int
     free: Callable[[], None]
+    facts: dict[str, object] = dataclasses.field(default_factory=dict)  # copied to the JSON, for fitting the cost model
 
     @property
     def floor_s(self) -> float:
@@ -133,8 +152,6 @@ def exact(q: Tensor, cache: tuple[Tensor, Tensor], pages: list[int], positions: 
 
 def extend_case(args: Options, shape: Shape, lens: list[tuple[int, int]], window: int | None = None) -> Case:
     """Time new tokens over prefixes: `lens` holds (new, prefix + new) of each sequence."""
-    from ramet.kernels.attention_extend import ExtendMetadata
-    from ramet.kernels.attention_extend_triton import attention_extend_triton
 
     q_lens, kv_lens = [a for a, _ in lens], [b for _, b in lens]
     pool = Pool(shape, sum(-(-n // PAGE) for n in kv_lens), 0, args)
@@ -151,13 +168,13 @@ def extend_case(args: Options, shape: Shape, lens: list[tuple[int, int]], window
     if args.dry_run:
         tiles = [(16, 16, 4, 3), (32, 32, 4, 2)]
     elif shape.head_dim > 128:
-        tiles = [(64, 32, 4, 3), (64, 64, 4, 2), (128, 32, 8, 3), (128, 64, 8, 2)]
+        tiles = [(64, 32, 4, 3), (64, 32, 8, 3), (64, 32, 8, 5), (128, 32, 8, 3), (128, 64, 8, 3)]
     elif rows_of_tile <= 64:
-        tiles = [(16, 64, 4, 3), (16, 64, 4, 4), (16, 128, 4, 3), (32, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 4)]
+        tiles = [(16, 64, 4, 3), (16, 64, 4, 5), (16, 128, 4, 3), (32, 64, 4, 5), (64, 64, 4, 3), (64, 64, 4, 5)]
     else:
         tiles = [
-            (64, 32, 4, 4), (64, 64, 4, 3), (64, 64, 4, 4), (64, 128, 4, 3), (128, 32, 8, 4),
-            (128, 64, 8, 3), (128, 64, 8, 4), (128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 4, 3),
+            (64, 32, 4, 5), (64, 64, 4, 3), (64, 64, 4, 5), (64, 128, 4, 3), (128, 32, 8, 5),
+            (128, 32, 8, 7), (128, 64, 8, 3), (128, 64, 8, 5), (128, 128, 8, 3),
         ]  # fmt: skip
 
     def run(config: TileConfig, i: int) -> Tensor:
@@ -193,8 +210,6 @@ def extend_case(args: Options, shape: Shape, lens: list[tuple[int, int]], window
 
 def decode_case(args: Options, shape: Shape, lens: list[int], window: int | None = None) -> Case:
     """Time one token a row over `lens` cached positions: tiles, splits, and both ways to merge."""
-    from ramet.kernels.attention_decode import DecodeMetadata
-    from ramet.kernels.attention_decode_triton import attention_decode_triton
 
     pool = Pool(shape, sum(-(-n // PAGE) for n in lens), args.min_cache_bytes, args)
     lists = [pool.take(n) for n in lens]
@@ -207,10 +222,11 @@ def decode_case(args: Options, shape: Shape, lens: list[int], window: int | None
     group = shape.num_heads // shape.num_kv_heads
     default = decode_config(shape.head_dim, q.dtype, group)
     tiles = [
-        (32, 2, 4), (32, 4, 4), (64, 2, 3), (64, 4, 3), (64, 4, 4), (64, 4, 5), (64, 8, 3), (128, 4, 3), (128, 8, 3),
+        (32, 2, 5), (32, 2, 7), (32, 4, 5), (32, 4, 7), (64, 4, 3), (64, 4, 5), (64, 4, 7), (64, 8, 5), (128, 4, 3),
+        (128, 8, 3),
     ]  # fmt: skip
     if shape.head_dim > 128:
-        tiles = [(32, 4, 3), (32, 4, 4), (64, 4, 3), (64, 8, 3)]
+        tiles = [(32, 4, 3), (32, 4, 5), (64, 4, 3), (64, 8, 3), (32, 8, 5)]
     if args.dry_run:
         tiles = [(16, 4, 3)]
     configs = [default, *(c for c in (TileConfig(default.block_m, *t) for t in tiles) if c != default)]
@@ -253,6 +269,112 @@ def decode_case(args: Options, shape: Shape, lens: list[int], window: int | None
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Rows [first, first + count) share the positions up to `end` tokens (and, by outer groups, all before)."""
+
+    first: int
+    count: int
+    end: int
+
+
+def tree_case(args: Options, name: str, shape: Shape, groups: list[Group], lens: list[int]) -> Case:
+    """Time decode where rows share prefixes: plain, and tree over tiles, numbers of items, and orders."""
+    inherited = [
+        max((g for g in groups if g.first < row < g.first + g.count), key=lambda g: g.end, default=Group(row, 1, 0))
+        for row in range(len(lens))
+    ]
+    num_pages = sum(-(-(n - g.end) // PAGE) for n, g in zip(lens, inherited, strict=True))
+    pool = Pool(shape, num_pages, args.min_cache_bytes, args)
+    lists: list[list[int]] = []
+    for n, group in zip(lens, inherited, strict=True):
+        lists.append((lists[group.first][: group.end // PAGE] if group.end else []) + pool.take(n - group.end))
+    table = page_table(lists, args.device)
+    q = random_q(len(lens), shape, args)
+    lengths = torch.tensor(lens, dtype=torch.int32, device=args.device)
+    rows = torch.arange(len(lens), dtype=torch.int32, device=args.device)
+    counters = torch.zeros(len(lens) * shape.num_kv_heads, dtype=torch.int32, device=args.device)
+    scale, out = shape.head_dim**-0.5, torch.empty_like(q)
+    group_size = shape.num_heads // shape.num_kv_heads
+    segments = find_shared_segments(table.cpu().numpy(), lengths.cpu().numpy(), PAGE, lambda n, t: True)
+    suffix = sum(lens) - sum((s.end - s.start) * len(s.member_rows) for s in segments)
+    longest = max(n - int(plan_start) for n, plan_start in zip(lens, _starts(segments, len(lens)), strict=True))
+    plain_splits = choose_num_splits(len(lens), shape.num_kv_heads, max(lens), args.num_sms)
+    splits = choose_num_splits(len(lens), shape.num_kv_heads, longest, args.num_sms)
+    default = tree_config(shape.head_dim, q.dtype, group_size)
+    tiles = [
+        (128, 64, 8, 3), (128, 64, 8, 5), (128, 128, 8, 3), (128, 32, 8, 7), (64, 64, 4, 3), (64, 64, 4, 5),
+        (64, 128, 4, 3), (64, 32, 4, 5),
+    ]  # fmt: skip
+    if args.dry_run:
+        tiles = [(16, 16, 4, 3)]
+    configs = [default, *(c for c in (TileConfig(*t) for t in tiles) if c != default)]
+
+    def plan_of(config: TileConfig, per_sm: int, side: bool) -> TreePlan:
+        stream = torch.cuda.Stream() if side else None  # type: ignore[no-untyped-call]
+        plan = TreePlan(len(lens), config, torch.device(args.device), side_stream=stream)
+        work = plan_tree(
+            segments, len(lens), group_size, shape.num_kv_heads, config, per_sm * args.num_sms, plan.max_items,
+            plan.max_slots,
+        )  # fmt: skip
+        assert work is not None, "the plan does not fit"
+        plan.load(work)
+        return plan
+
+    def plain(i: int) -> Tensor:
+        meta = DecodeMetadata(lengths, rows, table, plain_splits, merge_counters=counters)
+        return attention_decode_triton(q, *pool.caches[i], meta, scale, None, out)
+
+    def tree(plan: TreePlan, num_splits: int, i: int) -> Tensor:
+        meta = DecodeMetadata(lengths, rows, table, num_splits, plan, merge_counters=counters)
+        return attention_tree_triton(q, *pool.caches[i], meta, plan, scale, out)
+
+    runs: list[tuple[str, Callable[[int], Tensor]]] = [(f"plain splits {plain_splits}", plain)]
+    for config in configs:
+        for per_sm in (1, 2, 3):
+            mark = " *" if config == default and per_sm == TREE_PROGRAMS_PER_SM else ""
+            run = partial(tree, plan_of(config, per_sm, False), splits)
+            runs.append((f"tree {label(config)} x{per_sm} splits {splits}{mark}", run))
+    if not args.dry_run:
+        for config in (default, TileConfig(64, 64, 4, 5)):
+            run = partial(tree, plan_of(config, 1, True), splits)
+            runs.append((f"tree {label(config)} x1 splits {splits} side stream", run))
+    runs.append((f"tree {label(default)} x1 splits 1", partial(tree, plan_of(default, 1, False), 1)))
+
+    def reference() -> Tensor:
+        at = lengths.long() - 1
+        return torch.cat([exact(q[b : b + 1], pool.caches[0], lists[b], at[b : b + 1], None) for b in range(len(lens))])
+
+    model = TreeCostModel(AttentionShape(shape.num_heads, shape.num_kv_heads, shape.head_dim), default)
+    sizes = [(len(s.member_rows), s.end - s.start) for s in segments]
+    predicted = sum(model.tree_s(*s) for s in sizes) + model.costs.fixed_s + model.plain_s(1, suffix)
+    whole = model.plain_s(1, sum(lens))
+    choice = "tree" if model.should_use_tree(sizes, suffix) else "plain"
+    token = 2 * shape.num_kv_heads * shape.head_dim * 2
+    return Case(
+        f"{name} (model: plain {whole * 1e6:.1f}, tree {predicted * 1e6:.1f} us, takes {choice})",
+        4.0 * shape.num_heads * shape.head_dim * sum(lens),
+        (suffix + sum(tokens for _, tokens in sizes)) * token + 4.0 * q.numel(),
+        runs,
+        reference,
+        pool.num_caches,
+        pool.caches.clear,
+        {
+            "segments": sizes,
+            "suffix_tokens": suffix,
+            "rows": len(lens),
+        },
+    )
+
+
+def _starts(segments: list[SharedSegment], num_rows: int) -> list[int]:
+    starts = [0] * num_rows
+    for segment in segments:
+        for row in segment.member_rows.tolist():
+            starts[row] = max(starts[row], segment.end)
+    return starts
+
+
 def label(config: TileConfig) -> str:
     """Name a TileConfig: rows x keys, warps, stages."""
     m, n, w, s = dataclasses.astuple(config)
@@ -271,6 +393,7 @@ def all_cases(dry_run: bool, sections: set[str]) -> list[tuple[str, CaseBuilder]
             ("extend", lambda a: extend_case(a, toy, [(20, 40), (3, 3)])),
             ("extend", lambda a: extend_case(a, toy, [(20, 40)], 16)),
             ("decode", lambda a: decode_case(a, toy, [40, 17, 70])),
+            ("tree", lambda a: tree_case(a, "tree toy", toy, [Group(0, 3, 32), Group(1, 2, 64)], [40, 70, 81, 20])),
         ]
         return [c for c in cases if c[0] in sections]
     for lens in [
@@ -291,6 +414,21 @@ def all_cases(dry_run: bool, sections: set[str]) -> list[tuple[str, CaseBuilder]
         ("decode", lambda a: decode_case(a, SMOL, [1000] * 32)),
         ("decode", lambda a: decode_case(a, GEMMA, [1000] * 32)),
     ]
+    for name, count, prefix, own in [
+        ("fork", 64, 8192, 17), ("fork", 64, 8192, 144), ("rag", 50, 2048, 17), ("rag", 50, 2048, 192),
+        ("rag", 256, 2048, 17), ("rag", 256, 2048, 192), ("agentic", 50, 1024, 800), ("agentic", 256, 1024, 800),
+        ("few", 8, 8192, 100), ("few", 64, 1024, 17), ("few", 4, 512, 100), ("few", 2, 4096, 100),
+        ("few", 16, 256, 300),
+    ]:  # fmt: skip
+        title = f"tree {name} {count} x ({prefix} shared + {own})"
+        shared = [Group(0, count, prefix)]
+        cases.append(("tree", partial(tree_case, name=title, shape=LLAMA, groups=shared, lens=[prefix + own] * count)))
+    pairs = [Group(2 * i, 2, 2048) for i in range(16)]
+    title = "tree 16 pairs x (2048 shared + 200)"
+    cases.append(("tree", partial(tree_case, name=title, shape=LLAMA, groups=pairs, lens=[2248] * 32)))
+    levels = [Group(0, 64, 1024), *(Group(4 * i, 4, 2048) for i in range(16))]
+    title = "tree 64 x (1024 shared by all + 1024 by fours + 200)"
+    cases.append(("tree", partial(tree_case, name=title, shape=LLAMA, groups=levels, lens=[2248] * 64)))
     return [c for c in cases if c[0] in sections]
 
 
@@ -332,7 +470,7 @@ def measure(case: Case, args: Options) -> list[dict[str, object]]:
     expected = case.reference().float() if case.reference else None
     records: list[dict[str, object]] = []
     for name, run in case.runs:
-        record: dict[str, object] = {"case": case.name, "run": name, "floor_us": case.floor_s * 1e6}
+        record: dict[str, object] = {"case": case.name, "run": name, "floor_us": case.floor_s * 1e6, **case.facts}
         records.append(record)
         try:
             out = run(0)
@@ -391,8 +529,6 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="toy shapes in Triton's interpreter, no times")
     parser.add_argument("--compile-share", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.dry_run:
-        os.environ["TRITON_INTERPRET"] = "1"
     begin = time.perf_counter()
     if arguments.dry_run:
         options = Options("cpu", True, 4, 0, torch.float32)  # the interpreter multiplies bf16 as integers

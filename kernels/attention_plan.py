@@ -5,6 +5,7 @@ The choices are to be what benchmarks/bench_attention.py finds fastest on an H10
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ import torch
 LOG2_E = 1.4426950408889634
 PROGRAMS_PER_SM = 3  # programs of the decode kernel that an H100 processor holds at once with the tile below
 MAX_SPLITS = 64
+TREE_PROGRAMS_PER_SM = 1  # programs of the tree kernel that a plan aims at, per processor
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +23,7 @@ class TileConfig:
     block_m: int  # query rows (tokens or members x heads of a KV head) of a program
     block_n: int  # keys of one step of its loop
     num_warps: int
-    num_stages: int  # depth of the software pipeline
+    num_stages: int  # depth of the software pipeline; page ids take every other stage, so 5 loads two tiles ahead
 
 
 def dot_precision(dtype: torch.dtype) -> str:
@@ -35,10 +37,10 @@ def extend_config(head_dim: int, dtype: torch.dtype, num_rows: int) -> TileConfi
         return TileConfig(32, 32, 4, 2)
     small = max(16, min(128, 1 << (num_rows - 1).bit_length()))
     if head_dim > 128:
-        return TileConfig(min(small, 64), 64, 4, 2)
+        return TileConfig(128, 32, 8, 3) if small == 128 else TileConfig(small, 32, 4, 3)
     if small < 128:
-        return TileConfig(small, 64, 4, 3)
-    return TileConfig(128, 128 if head_dim <= 64 else 64, 8, 3)
+        return TileConfig(small, 64, 4, 5)
+    return TileConfig(128, 64, 8, 5)
 
 
 def decode_config(head_dim: int, dtype: torch.dtype, group: int) -> TileConfig:
@@ -46,7 +48,7 @@ def decode_config(head_dim: int, dtype: torch.dtype, group: int) -> TileConfig:
     block_m = max(16, 1 << (group - 1).bit_length())
     if dtype == torch.float32:
         return TileConfig(block_m, 32, 4, 2)
-    return TileConfig(block_m, 64 if head_dim <= 128 else 32, 4, 3)
+    return TileConfig(block_m, 64 if head_dim <= 128 else 32, 4, 5)
 
 
 def choose_num_splits(batch: int, num_kv_heads: int, max_kv_len: int, num_sms: int) -> int:
@@ -57,3 +59,75 @@ def choose_num_splits(batch: int, num_kv_heads: int, max_kv_len: int, num_sms: i
     """
     wanted = -(-PROGRAMS_PER_SM * num_sms // max(1, batch * num_kv_heads))
     return max(1, min(wanted, -(-max_kv_len // 64), MAX_SPLITS))
+
+
+def tree_config(head_dim: int, dtype: torch.dtype, group: int) -> TileConfig:
+    """Choose the tile of tree attention's shared part."""
+    block_m = max(128, 1 << (group - 1).bit_length())
+    if dtype == torch.float32:
+        return TileConfig(block_m // 2, 32, 4, 2)
+    return TileConfig(block_m, 64, 8, 5) if head_dim <= 128 else TileConfig(block_m, 32, 8, 3)
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionShape:
+    """What one layer's cost depends on."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    element_bytes: int = 2
+
+    @property
+    def token_bytes(self) -> int:
+        """Keys and values of one position."""
+        return 2 * self.num_kv_heads * self.head_dim * self.element_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class TreeCosts:
+    """Rates that decide between plain and tree attention. Not fitted yet: safe guesses, to be replaced by
+    what benchmarks/bench_attention.py prints on the card.
+    """
+
+    plain_bandwidth: float = 2.7e12  # bytes/s that plain decode reads
+    tree_bandwidth: float = 2.0e12  # bytes/s that the shared part reads, each segment once per tile of members
+    tree_rate: float = 3.0e14  # flop/s of the shared part, padded rows counted
+    part_bandwidth: float = 2.0e12  # bytes/s of fp32 parts, written once and read once
+    item_tokens: int = 512  # keys of a typical item: how many parts a segment leaves
+    fixed_s: float = 8e-6  # one more kernel, its start and its tail
+
+
+class TreeCostModel:
+    """Predicts one layer's decode attention, plain or with shared segments."""
+
+    def __init__(self, shape: AttentionShape, config: TileConfig, costs: TreeCosts | None = None) -> None:
+        self.shape, self.config = shape, config
+        self.costs = costs or TreeCosts()
+
+    def plain_s(self, num_members: int, num_tokens: int) -> float:
+        """Time in which every member reads the segment by itself."""
+        return num_members * num_tokens * self.shape.token_bytes / self.costs.plain_bandwidth
+
+    def tree_s(self, num_members: int, num_tokens: int) -> float:
+        """Time of the segment as part of a tree plan, without the plan's fixed cost."""
+        shape, costs = self.shape, self.costs
+        group = shape.num_heads // shape.num_kv_heads
+        tiles = -(-num_members // max(1, self.config.block_m // group))
+        flops = 4.0 * tiles * self.config.block_m * shape.num_kv_heads * shape.head_dim * num_tokens
+        parts = num_members * -(-num_tokens // costs.item_tokens) * shape.num_heads * (shape.head_dim + 1) * 8
+        read = tiles * num_tokens * shape.token_bytes / costs.tree_bandwidth
+        return max(flops / costs.tree_rate, read) + parts / costs.part_bandwidth
+
+    def is_worth(self, num_members: int, num_tokens: int) -> bool:
+        """Whether one more segment pays, given that there is a plan; for `find_shared_segments`."""
+        return self.tree_s(num_members, num_tokens) < self.plain_s(num_members, num_tokens)
+
+    def should_use_tree(self, segments: Sequence[tuple[int, int]], num_suffix_tokens: int) -> bool:
+        """Whether a plan with these segments (members, tokens) beats plain decode by more than the model's error.
+
+        `num_suffix_tokens`, of all rows, cost the same either way; a gain below 2 % of the whole is not taken.
+        """
+        plain = sum(self.plain_s(n, tokens) for n, tokens in segments)
+        tree = sum(self.tree_s(n, tokens) for n, tokens in segments) + self.costs.fixed_s
+        return plain - tree > 0.02 * (plain + self.plain_s(1, num_suffix_tokens))

@@ -174,7 +174,8 @@ def plan_tree(
 ) -> TreeWork | None:
     """Cut `segments` into about `target_programs` / K items of equal length; None when they do not fit the buffers.
 
-    `group` = H / K. The segments of a row must follow each other without a gap from position 0.
+    `group` = H / K; `target_programs` = TREE_PROGRAMS_PER_SM x processors of the card. The segments of a row must
+    follow each other without a gap from position 0.
     """
     if not segments:
         return None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ramet.kernels.attention_decode import DecodeMetadata, attention_decode_reference
-from ramet.kernels.attention_plan import TileConfig
+from ramet.kernels.attention_plan import AttentionShape, TileConfig, TreeCostModel, tree_config
 from ramet.kernels.attention_tree import SharedSegment, TreePlan, TreeWork, find_shared_segments, plan_tree
 from ramet.kernels.attention_tree_triton import attention_tree_triton
 
@@ -195,3 +195,14 @@ def test_groups_of_one_row_are_correct(cases: Any) -> None:
         q.to(DEVICE), k_cache.to(DEVICE), v_cache.to(DEVICE), meta, plan, 0.3, suffix_config=TILE
     )
     torch.testing.assert_close(out.cpu(), expected, rtol=2e-5, atol=2e-5)
+
+
+def test_cost_model_takes_long_shared_prefixes_and_leaves_short_ones() -> None:
+    shape = AttentionShape(num_heads=32, num_kv_heads=8, head_dim=128)
+    model = TreeCostModel(shape, tree_config(128, torch.bfloat16, 4))
+    assert model.is_worth(64, 8192)
+    assert not model.is_worth(1, 8192)
+    assert model.should_use_tree([(64, 8192)], 64 * 100)
+    assert not model.should_use_tree([(2, 64)], 2 * 100)
+    assert not model.should_use_tree([], 1000)
+    assert not model.should_use_tree([(64, 256)], 64 * 100_000), "a gain lost in the rest is not taken"
