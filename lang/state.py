@@ -31,12 +31,12 @@ class State:
         "_key",
         "_num_forks",
         "_num_generated",
+        "_returned",
         "_role",
         "_run",
         "_sampling",
         "_tip",
         "_variables",
-        "result",
     )
 
     def __init__(self, run: Run, tip: int | None = None, key: tuple[int, ...] = ()) -> None:
