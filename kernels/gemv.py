@@ -29,13 +29,18 @@ MAX_ROWS = 16
 
 @dataclass(frozen=True, slots=True)
 class GemvConfig:
-    """How a launch is cut: the kernel ("sum" or "dot"), outputs and depth of a tile, tiles in flight, warps."""
+    """How a launch is cut: the kernel ("sum" or "dot"), outputs and depth of a tile, tiles in flight, warps.
+
+    early_launch: start while the kernel before is still running, and fetch weights into the L2 cache until it has ended
+    (programmatic dependent launch, Hopper and later).
+    """
 
     kernel: str
     block_n: int
     block_k: int
     num_stages: int
     num_warps: int
+    early_launch: bool = False
 
 
 def gemv(
@@ -155,7 +160,9 @@ def _launch(
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
         STAGES=config.num_stages,
+        EARLY=config.early_launch,
         num_warps=config.num_warps,
+        launch_pdl=config.early_launch,
     )
     return out
 
@@ -164,10 +171,12 @@ def _launch(
 def _sum_kernel(
     x_ptr, weight_ptr, bias_ptr, residual_ptr, norm_ptr, out_ptr, x_stride, residual_stride, num_rows, num_outputs,
     depth, eps, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_NORM: tl.constexpr, IS_GATED: tl.constexpr,
-    EVEN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    EVEN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     output = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     column = tl.arange(0, BLOCK_K)
+    if EARLY:
+        start_early(weight_ptr, output, num_outputs, depth, IS_GATED, 2048)
     scale = 1.0
     if HAS_NORM:
         squares = tl.zeros((BLOCK_K,), tl.float32)
@@ -214,10 +223,12 @@ def _sum_kernel(
 def _dot_kernel(
     x_ptr, weight_ptr, bias_ptr, residual_ptr, norm_ptr, out_ptr, x_stride, residual_stride, num_rows, num_outputs,
     depth, eps, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_NORM: tl.constexpr, IS_GATED: tl.constexpr,
-    EVEN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    EVEN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     output = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     column = tl.arange(0, BLOCK_K)
+    if EARLY:
+        start_early(weight_ptr, output, num_outputs, depth, IS_GATED, 1024)
     row = tl.arange(0, 16)
     is_row = (row < num_rows)[None, :]
     # x is read transposed, [BLOCK_K, 16], as the right operand: rows past B are zeros and are not loaded.
@@ -268,3 +279,27 @@ def gated(gate, up, dtype: tl.constexpr):
     """Return silu(gate) * up, both rounded to the model dtype first, as the separate product would leave them."""
     gate = gate.to(dtype).to(tl.float32)
     return gate * tl.sigmoid(gate) * up.to(dtype).to(tl.float32)
+
+
+@jit
+def start_early(weight_ptr, output, num_outputs, depth, IS_GATED: tl.constexpr, COLUMNS: tl.constexpr):
+    """Let the next kernel start, fetch the head of this program's weights to L2, and wait for the kernel before.
+
+    Weights are constants, so they may be touched before the wait; everything else may not.
+    """
+    tl.extra.cuda.gdc_launch_dependents()
+    line = tl.arange(0, COLUMNS // 64) * 64  # 128-byte lines of 2-byte weights
+    inside = (output < num_outputs)[:, None] & (line < depth)[None, :]
+    offset = tl.where(inside, output.to(tl.int64)[:, None] * depth + line[None, :], 0)
+    fetch_line(weight_ptr + offset)
+    if IS_GATED:
+        fetch_line(weight_ptr + num_outputs.to(tl.int64) * depth + offset)
+    tl.extra.cuda.gdc_wait()
+
+
+@jit
+def fetch_line(address):
+    """Ask for the cache lines at a tile of addresses; returns before they arrive."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1
+    )
