@@ -1,10 +1,10 @@
 """Python `re` patterns -> IR. A text is in the language exactly when `re.fullmatch(pattern, text)` matches.
 
 Understood: literals, classes, `\\d \\w \\s` (Unicode unless re.ASCII), groups, alternation, repetition (lazy or not:
-the same texts), flags `i m s x a u` (also scoped), lookaheads, `^ $ \\A \\Z \\b \\B` where what stands before decides
-them. Refused with InvalidRegex, by name and position: lookbehinds, backreferences, conditionals, atomic groups,
-possessive repeats. Only texts that UTF-8 can write belong to a language: a surrogate never matches. `\\B` matches the
-empty text, as it does in Python from 3.14 on.
+the same texts), flags `i m s x a u` (also scoped), lookaheads, lookbehinds of one character, `^ $ \\A \\Z \\b \\B`
+where what stands before decides them. Refused with InvalidRegex, by name and position: longer lookbehinds,
+backreferences, conditionals, atomic groups, possessive repeats. Only texts that UTF-8 can write belong to a language: a surrogate never
+matches. `\\B` matches the empty text, as it does in Python from 3.14 on.
 """
 
 from __future__ import annotations
@@ -42,11 +42,12 @@ _Before = frozenset[str]
 _Item = tuple[Any, Any]  # (opcode, argument) as re's parser gives them: the argument's type depends on the opcode
 
 
-def parse_regex(pattern: str, flags: int = 0, *, has_lookahead: bool = True, name: str = "") -> ir.Terminal:
+def parse_regex(pattern: str, flags: int = 0, *, is_lexeme: bool = False, name: str = "") -> ir.Terminal:
     """Return the terminal whose texts are the full matches of `pattern`.
 
-    `flags`: of module `re`. `has_lookahead` False refuses lookaheads and anchors inside the pattern (for a part of a
-    larger text, where they would look beyond the part).
+    `flags`: of module `re`. `is_lexeme`: the pattern describes a word inside a longer text, as a lexer would find it: a
+    lazy repeat stops at the first place where what follows it matches (alternatives have no order); a negative
+    lookahead sees no further than the word; anchors and positive lookaheads, which would have to, are refused.
     Raises: InvalidRegex naming the construct and its position; GrammarTooLarge for a count above 100,000.
     """
     if not isinstance(pattern, str):
@@ -62,7 +63,7 @@ def parse_regex(pattern: str, flags: int = 0, *, has_lookahead: bool = True, nam
         raise GrammarTooLarge(f"the pattern {_short(pattern)} is nested too deeply") from error
     except OverflowError as error:
         raise GrammarTooLarge(f"a repeat count of the pattern {_short(pattern)} is too large") from error
-    converter = _Converter(pattern, has_lookahead)
+    converter = _Converter(pattern, is_lexeme)
     try:
         node, _ = converter.sequence(list(parsed), parsed.state.flags, frozenset((_START,)), at_end=True)
     except RecursionError as error:
@@ -73,30 +74,33 @@ def parse_regex(pattern: str, flags: int = 0, *, has_lookahead: bool = True, nam
 class _Converter:
     """One pattern's items -> nodes. Each method returns the node and what may stand behind it."""
 
-    def __init__(self, pattern: str, has_lookahead: bool) -> None:
+    def __init__(self, pattern: str, is_lexeme: bool) -> None:
         self.pattern = pattern
-        self.has_lookahead = has_lookahead
+        self.is_lexeme = is_lexeme
 
     def sequence(self, items: list[_Item], flags: int, before: _Before, *, at_end: bool) -> tuple[ir.Node, _Before]:
         """`at_end`: nothing follows these items but the end of the text."""
+        items = _flattened(items)
         parts: list[ir.Node] = []
-        literal = bytearray()
+        entry = before
         last = len(items) - 1
         while last >= 0 and items[last][0] is sre.AT:  # anchors at the end have no width
             last -= 1
+        stop = _end_of_lazy(items) if self.is_lexeme else None
         for i, (op, argument) in enumerate(items):
-            node, before = self.item(op, argument, flags, before, at_end=at_end and i >= last)
-            if isinstance(node, ir.Bytes):
-                literal += node.value
+            if i == stop:
+                parts = [_shortest(_joined(parts))]
+            if op in (sre.ASSERT, sre.ASSERT_NOT) and argument[0] < 0:
+                parts = [self.lookbehind(op, argument, flags, _joined(parts), entry)]
                 continue
-            if literal:
-                parts.append(ir.Bytes(bytes(literal)))
-                literal.clear()
-            if node != ir.EMPTY:
+            node, before = self.item(op, argument, flags, before, at_end=at_end and i >= last)
+            if isinstance(node, ir.Bytes) and parts and isinstance(parts[-1], ir.Bytes):
+                parts[-1] = ir.Bytes(parts[-1].value + node.value)
+            elif node != ir.EMPTY:
                 parts.append(node)
-        if literal:
-            parts.append(ir.Bytes(bytes(literal)))
-        return (parts[0] if len(parts) == 1 else ir.Sequence(tuple(parts))), before
+        if stop == len(items):
+            parts = [_shortest(_joined(parts))]
+        return _joined(parts), before
 
     def item(self, op: Any, argument: Any, flags: int, before: _Before, *, at_end: bool) -> tuple[ir.Node, _Before]:
         if op is sre.SUBPATTERN:
@@ -185,14 +189,17 @@ class _Converter:
     def anchor(self, at: Any, flags: int, before: _Before, *, at_end: bool) -> ir.Node:
         multiline = bool(flags & re.MULTILINE)
         if at in (sre.AT_BEGINNING, sre.AT_BEGINNING_STRING):
+            if self.is_lexeme:
+                raise self.beyond("^" if at is sre.AT_BEGINNING else r"\A")
             if at is sre.AT_BEGINNING and multiline:
                 return self.decided(before, {_START, _NEWLINE}, "^")
             return self.decided(before, {_START}, "^" if at is sre.AT_BEGINNING else r"\A")
         if at in (sre.AT_BOUNDARY, sre.AT_NON_BOUNDARY):
             return self.boundary(at is sre.AT_BOUNDARY, flags, before, at_end=at_end)
+        if self.is_lexeme:
+            raise self.beyond("$" if at is sre.AT_END else r"\Z")
         if at_end:
             return ir.EMPTY
-        self.check_lookahead("$" if at is sre.AT_END else r"\Z")
         if at is sre.AT_END_STRING:
             return _NO_BYTE_AFTER
         return _LINE_END if multiline else _LAST_NEWLINE
@@ -203,7 +210,6 @@ class _Converter:
         needs_word = after_word != is_boundary  # what must follow
         if at_end:
             return ir.NOTHING if needs_word else ir.EMPTY
-        self.check_lookahead(name)
         word = ir.Chars(chars.category("w", bool(flags & re.ASCII)))
         return ir.Lookahead(word, is_negative=not needs_word)
 
@@ -216,17 +222,32 @@ class _Converter:
         raise self.refused(name, f"{name} behind a part that may end in more than one way")
 
     def lookahead(self, op: Any, argument: Any, flags: int, before: _Before) -> ir.Node:
-        direction, inner = argument
         is_negative = op is sre.ASSERT_NOT
-        if direction < 0:
-            raise self.refused("(?<!" if is_negative else "(?<=", "a lookbehind")
-        self.check_lookahead("(?!" if is_negative else "(?=")
-        node, _ = self.sequence(list(inner), flags, before, at_end=False)
+        if self.is_lexeme and not is_negative:
+            raise self.beyond("(?=")
+        node, _ = self.sequence(list(argument[1]), flags, before, at_end=False)
         return ir.Lookahead(node, is_negative)
 
-    def check_lookahead(self, name: str) -> None:
-        if not self.has_lookahead:
-            raise self.refused(name, f"{name} (it looks beyond the terminal)")
+    def lookbehind(self, op: Any, argument: Any, flags: int, node: ir.Node, entry: _Before) -> ir.Node:
+        """Keep those texts of `node` that end in (or not in) one character of a set."""
+        is_negative = op is sre.ASSERT_NOT
+        token = "(?<!" if is_negative else "(?<="
+        inner = _flattened(list(argument[1]))
+        if len(inner) != 1 or inner[0][0] not in _ONE_CHARACTER:
+            raise self.refused(token, "a lookbehind of more than one character")
+        ranges = self.characters(*inner[0], flags)
+        ends = _ends_in(node, chars.complement(ranges) if is_negative else ranges)
+        if ends is None:
+            raise self.refused(token, "a lookbehind behind a part that is too complex")
+        with_text, empty = ends
+        if empty == ir.NOTHING:
+            return with_text
+        if entry != {_START} or self.is_lexeme:
+            raise self.refused(token, "a lookbehind behind a part that may be empty")
+        return ir.Choice((with_text, empty)) if is_negative else with_text
+
+    def beyond(self, token: str) -> InvalidRegex:
+        return self.refused(token, f"{token} (it looks beyond the terminal)")
 
     def refused(self, token: str, what: str) -> InvalidRegex:
         positions = [p for p, t in _constructs(self.pattern) if t == token]
@@ -236,6 +257,79 @@ class _Converter:
             "rewrite the pattern without it"
         )
 
+
+def _flattened(items: list[_Item]) -> list[_Item]:
+    """Items with the content of groups that set no flags in place of the group."""
+    out: list[_Item] = []
+    for op, argument in items:
+        if op is sre.SUBPATTERN and not argument[1] and not argument[2]:
+            out.extend(_flattened(list(argument[3])))
+        else:
+            out.append((op, argument))
+    return out
+
+
+def _joined(parts: list[ir.Node]) -> ir.Node:
+    return parts[0] if len(parts) == 1 else ir.Sequence(tuple(parts))
+
+
+def _end_of_lazy(items: list[_Item]) -> int | None:
+    """Where the part ends that a lazy repeat makes as short as possible: behind the last item that is not optional."""
+    if not any(op is sre.MIN_REPEAT for op, _ in items):
+        return None
+    stop = len(items)
+    while stop and items[stop - 1][0] is sre.MAX_REPEAT and items[stop - 1][1][0] == 0:
+        stop -= 1
+    return stop
+
+
+def _shortest(node: ir.Node) -> ir.Node:
+    """The texts of `node` of which no shorter beginning is one."""
+    closed = ir.Terminal(node)  # so that lookaheads see no further than the node
+    return ir.Intersect((closed, ir.Complement(ir.Sequence((closed, ir.ANY_CHAR, ir.ANY_TEXT)))))
+
+
+def _ends_in(node: ir.Node, ranges: ir.Ranges) -> tuple[ir.Node, ir.Node] | None:
+    """(the texts of `node` whose last character is in `ranges`, its empty text: a node without width, or NOTHING)."""
+    match node:
+        case ir.Bytes(value):
+            last = ord(value.decode()[-1])
+            return (node if any(low <= last <= high for low, high in ranges) else ir.NOTHING), ir.NOTHING
+        case ir.Chars(own):
+            return ir.Chars(chars.intersect(own, ranges)), ir.NOTHING
+        case ir.Lookahead():
+            return ir.NOTHING, node
+        case ir.Choice(options):
+            found = [_ends_in(o, ranges) for o in options]
+            if any(f is None for f in found):
+                return None
+            kept = [f for f in found if f is not None]
+            empties = tuple(e for _, e in kept if e != ir.NOTHING)
+            return ir.Choice(tuple(w for w, _ in kept)), (empties[0] if len(empties) == 1 else ir.Choice(empties))
+        case ir.Repeat(item, low, high):
+            one = _ends_in(item, ranges)
+            if one is None or one[1] not in (ir.NOTHING, ir.EMPTY):
+                return None
+            least = 0 if one[1] == ir.EMPTY else max(low - 1, 0)
+            most = None if high is None else max(high - 1, least)
+            before = ir.Repeat(item, least, most)
+            return ir.Sequence((before, one[0])), ir.EMPTY if low == 0 or one[1] == ir.EMPTY else ir.NOTHING
+        case ir.Sequence(parts):
+            ways: list[ir.Node] = []
+            behind: tuple[ir.Node, ...] = ()
+            for i in reversed(range(len(parts))):
+                part = _ends_in(parts[i], ranges)
+                if part is None:
+                    return None
+                ways.append(ir.Sequence((*parts[:i], part[0], *behind)))
+                behind = (part[1], *behind)
+                if part[1] == ir.NOTHING:
+                    return ir.Choice(tuple(ways)), ir.NOTHING
+            return ir.Choice(tuple(ways)), ir.Sequence(tuple(b for b in behind if b != ir.EMPTY))
+    return None
+
+
+_ONE_CHARACTER = (sre.LITERAL, sre.NOT_LITERAL, sre.IN, sre.ANY)
 
 _REFUSED = {
     sre.GROUPREF: ("backreference", "a backreference"),

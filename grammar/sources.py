@@ -20,6 +20,7 @@ from typing import Any, Literal, get_args
 
 from ramet.errors import GrammarError, GrammarTooLarge, InvalidGrammar, InvalidSchema
 from ramet.grammar import ir
+from ramet.grammar.cfg import parse_cfg
 from ramet.grammar.choices import choices
 from ramet.grammar.closed import ByteAutomaton, compile_closed
 from ramet.grammar.compiler import CompiledGrammar, Limits, compile_grammar
@@ -93,6 +94,10 @@ def _regex(source: Any, limits: Limits, options: dict[str, Any]) -> Parsed:
     return ByteAutomaton.of_table(table)
 
 
+def _cfg(source: Any, limits: Limits, options: dict[str, Any]) -> Parsed:
+    return parse_cfg(source, max_regular_states=limits.max_regular_states, **options)
+
+
 def _choice(source: Any, limits: Limits, options: dict[str, Any]) -> Parsed:
     texts = _decoded(source, InvalidGrammar, "the list of choices") if isinstance(source, str) else source
     if not isinstance(texts, list | tuple):
@@ -114,6 +119,7 @@ def _decoded(source: str, error_type: type[GrammarError], what: str) -> Any:
 _PARSERS: Mapping[str, Callable[[Any, Limits, dict[str, Any]], Parsed]] = {
     "json_schema": _json_schema,
     "regex": _regex,
+    "cfg": _cfg,
     "choice": _choice,
     "substring": _substring,
 }
