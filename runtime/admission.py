@@ -85,9 +85,8 @@ class AdmissionQueue:
         elif woken:
             self._parked[owner] = [w for w in parked if w.wake_at > (num_tokens or 0)]
         for waiting in woken:
-            if not waiting.is_removed:
-                waiting.cached_share = waiting.wake_at / waiting.sequence.num_tokens
-                self._queue.push(waiting)
+            waiting.cached_share = waiting.wake_at / waiting.sequence.num_tokens
+            self._queue.push(waiting)  # which passes over those removed meanwhile
         return len(woken)
 
     def set_frontier(self, owner: Sequence, node: RadixNode, end: int) -> None:

@@ -30,16 +30,7 @@ from ramet.runtime.page_pool import PagePool
 from ramet.runtime.priority import OrderConfig, ProgramService, Waiting
 from ramet.runtime.radix_cache import PrefixMatch, RadixCache
 from ramet.runtime.sequence_pages import SequencePages, known_end, matchable
-from ramet.runtime.types import (
-    Batch,
-    FinishReason,
-    PageCopy,
-    Request,
-    RowOutput,
-    ScheduledSequence,
-    Sequence,
-    Status,
-)
+from ramet.runtime.types import Batch, FinishReason, PageCopy, Request, RowOutput, ScheduledSequence, Sequence, Status
 
 logger = logging.getLogger(__name__)
 
@@ -262,10 +253,12 @@ class Scheduler:
             sequence = item.sequence
             if sequence.status is Status.FINISHED:
                 continue
-            changed.append(sequence)
             if not item.samples:
-                self._finish_chunk(item)
+                if sequence.request.score_from is not None:
+                    changed.append(sequence)
+                    self._finish_scores(item)
                 continue
+            changed.append(sequence)
             sequence.num_in_flight -= 1
             request, output_ids = sequence.request, sequence.output_ids
             stop_ids, max_tokens = request.stop_ids, request.max_tokens
@@ -282,10 +275,9 @@ class Scheduler:
                     self._resume(sequence, len(output.token_ids))
         return changed
 
-    def _finish_chunk(self, item: ScheduledSequence) -> None:
-        sequence = item.sequence
-        if sequence.request.score_from is not None and item.start + item.num_tokens >= known_end(sequence):
-            self.finish(sequence, FinishReason.LENGTH)
+    def _finish_scores(self, item: ScheduledSequence) -> None:
+        if item.start + item.num_tokens >= known_end(item.sequence):
+            self.finish(item.sequence, FinishReason.LENGTH)
 
     def _resume(self, sequence: Sequence, num_new: int) -> None:
         """Put a sequence back where it belongs after a step that brought other than one token, or after preemption."""
@@ -310,9 +302,12 @@ class Scheduler:
                 self._grow(sequence, 1, planned=())
 
     def _plan_extends(self, extends: list[ScheduledSequence], budget: int) -> int:
-        """Plan prefill chunks, of running sequences first, then of newly admitted ones. Returns the budget left."""
+        """Plan chunks, of running sequences first, then of newly admitted ones. Returns the budget left.
+
+        Sequences that have generated already go before prompts: what they wait for is short.
+        """
         planned: set[Sequence] = set()
-        for sequence in list(self._prefilling):
+        for sequence in sorted(self._prefilling, key=lambda s: not s.output_ids):
             if budget > 0 and sequence in self._prefilling:
                 budget -= self._plan_extend(sequence, budget, planned, extends)
         return self._plan_admissions(extends, budget, planned) if self._may_admit else budget
@@ -445,7 +440,7 @@ class Scheduler:
     # --- pages
 
     def _grow(self, sequence: Sequence, num_pages: int, planned: Iterable[Sequence]) -> bool:
-        """Give a running sequence pages, preempting others for it. False where it was preempted itself."""
+        """Give a running sequence pages, preempting for them. False where it was preempted itself."""
         while not self._pages.take(sequence, num_pages):
             victim = self._victim(planned)
             if victim is None:

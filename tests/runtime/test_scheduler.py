@@ -70,7 +70,7 @@ def test_a_step_may_be_scheduled_before_the_last_one_is_read() -> None:
     assert sequence.num_in_flight == 3
     for batch in batches[:3]:
         assert batch is not None
-        scheduler.finish_step(batch, answer(batch))
+        assert scheduler.finish_step(batch, answer(batch)) == [sequence]
     assert sequence.output_ids == [9, 9, 9]
     assert sequence.finish_reason is FinishReason.LENGTH
 
@@ -92,6 +92,19 @@ def test_rows_with_several_tokens_have_them_computed_next() -> None:
     engine.burst = 3
     (sequence,) = run_all(engine, [make_request("a", range(6), 8)])
     assert len(sequence.output_ids) == 8
+
+
+def test_forced_tokens_do_not_wait_behind_a_long_prompt() -> None:
+    scheduler = make_simulation(max_num_tokens_per_step=10).scheduler
+    scheduler.add(make_request("a", range(6), 9))
+    batch = scheduler.schedule()
+    assert batch is not None
+    scheduler.add(make_request("long", range(100, 160), 3))
+    scheduler.finish_step(batch, answer(batch))
+    batch = scheduler.schedule()
+    assert batch is not None
+    scheduler.finish_step(batch, [RowOutput((9, 8, 7)), RowOutput()])
+    assert shape(scheduler.schedule()) == [("a", 7, 3, True, False), ("long", 8, 4, False, False)]
 
 
 def test_a_row_without_a_token_is_computed_again() -> None:
