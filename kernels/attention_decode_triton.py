@@ -25,7 +25,7 @@ from torch import Tensor
 from ramet.kernels.attention_decode import DecodeMetadata
 from ramet.kernels.attention_plan import LOG2_E, TileConfig, decode_config, dot_precision
 from ramet.kernels.attention_tile_triton import attend_range
-from ramet.kernels.triton_support import jit, next_power_of_two, tl
+from ramet.kernels.triton_support import jit, jit_any_value, next_power_of_two, tl
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,7 +314,7 @@ def _decode_kernel(
                 tl.store(out_ptr + offsets, merged.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@jit
+@jit_any_value("num_splits")
 def _merge_kernel(
     out_ptr,
     part_ptr,

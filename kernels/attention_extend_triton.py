@@ -20,7 +20,7 @@ from torch import Tensor
 from ramet.kernels.attention_extend import ExtendMetadata
 from ramet.kernels.attention_plan import LOG2_E, TileConfig, dot_precision, extend_config
 from ramet.kernels.attention_tile_triton import attend_range
-from ramet.kernels.triton_support import jit, next_power_of_two, tl
+from ramet.kernels.triton_support import jit_any_value, next_power_of_two, tl
 
 
 def attention_extend_triton(
@@ -77,7 +77,7 @@ def attention_extend_triton(
     return out
 
 
-@jit
+@jit_any_value("batch")
 def _extend_kernel(
     q_ptr,
     k_ptr,

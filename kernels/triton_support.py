@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any  # kernels are compiled by Triton, which has no types of its own
 
-__all__ = ["HAS_TRITON", "cdiv", "jit", "next_power_of_two", "tl"]
+__all__ = ["HAS_TRITON", "cdiv", "jit", "jit_any_value", "next_power_of_two", "tl"]
 
 try:
     import triton
@@ -33,6 +33,16 @@ class _MissingKernel:
 
     def __getitem__(self, grid: object) -> Any:
         raise ImportError(f"the kernel {self._name} needs Triton: pip install triton (Linux with an NVIDIA GPU)")
+
+
+def jit_any_value(*names: str) -> Callable[[Callable[..., None]], Any]:
+    """Decorate a kernel as `jit` does; one binary serves every value of its integer arguments `names`.
+
+    For arguments that change from launch to launch: Triton otherwise compiles anew for 1 and for multiples of 16.
+    """
+    if not HAS_TRITON:
+        return jit
+    return lambda kernel: triton.jit(kernel, do_not_specialize=names)
 
 
 def next_power_of_two(value: int) -> int:
