@@ -41,7 +41,7 @@ class SchedulerConfig:
 
     `max_num_tokens_per_step`: decode rows and prefill chunks together. `reservation_ratio`: part of a request's
     max_tokens that its admission reserves pages for; below 1 memory is over-committed. `max_overtakes`: requests that
-    may be admitted past a first one that does not fit. `max_examined`: requests looked at in one step's admission.
+    may be admitted past a first one that does not fit. `max_examined`: requests looked at in vain in one step.
     """
 
     context_length: int
@@ -316,21 +316,23 @@ class Scheduler:
         """Admit in order what fits, and plan its first chunks. Returns the budget left."""
         blocked: list[Waiting] = []
         reservation: Reservation | None = None
-        num_examined = 0
-        while budget > 0 and self._free_slots and num_examined < self.config.max_examined:
+        num_parked = self.counters.num_parked
+        num_refused = 0
+        while budget > 0 and self._free_slots and num_refused < self.config.max_examined:
             waiting = self._waiting.pop()
             if waiting is None:
                 self._may_admit = False
                 break
-            num_examined += 1
             if self._try_admit(waiting, blocked, reservation):
                 budget -= self._plan_extend(waiting.sequence, budget, planned, extends)
-            elif blocked and reservation is None:
+                continue
+            num_refused += 1
+            if blocked and reservation is None:
                 reservation = self._reserve(blocked[0].sequence)
         for waiting in blocked:
             self._waiting.put_back(waiting)
-        if not self._free_slots or (blocked and len(blocked) == num_examined):
-            self._may_admit = False
+        if not self._free_slots or (blocked and budget > 0 and num_parked == self.counters.num_parked):
+            self._may_admit = False  # looking again helps only when something has changed
         return budget
 
     def _plan_extend(
