@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, overload
 
-from ramet.errors import InvalidProgram, UndefinedVariable
+from ramet.errors import InvalidProgram
 from ramet.lang import ir
 from ramet.lang.primitives import Appendable
 from ramet.lang.state import State
@@ -91,9 +91,55 @@ def _is_new(parent: State, name: str, value: object) -> bool:
     return name not in parent._variables or parent._variables[name] is not value
 
 
-def values_of(states: Sequence[State], name: str) -> list[Any]:
-    """The variable's value on each branch. Raises UndefinedVariable where one has none."""
-    missing = [index for index, state in enumerate(states) if name not in state]
-    if missing:
-        raise UndefinedVariable(f"branch {missing[0]} has no variable {name!r}")
-    return [plain(state[name]) for state in states]
+def adopt(parent: State, branch: State) -> None:
+    """Go on as if everything on `branch` had been written on `parent`, which must not have moved since the fork."""
+    if branch._run is not parent._run or parent._tip not in branch._fork_parents():
+        raise InvalidProgram("a state can only go on as one of its own branches, and only from where it was forked")
+    parent._tip = branch._tip
+    parent._variables = dict(branch._variables)
+    parent._counts = dict(branch._counts)
+    parent._role = branch._role
+
+
+def map_items(parent: State, items: Iterable[Any], body: Callable[[State, Any], object]) -> Branches:
+    """See State.map."""
+    rows = list(items)
+    if not rows:
+        return Branches(parent, [])
+    branches = parent.fork(len(rows))
+    for branch, row in zip(branches, rows, strict=True):
+        body(branch, row)
+    return branches
+
+
+def best_of(parent: State, n: int, item: Appendable, by: Callable[[State], float]) -> State:
+    """See State.best_of."""
+    branches = parent.fork(n)
+    branches += item
+    parent._run.submit()
+    best = max(branches, key=by)
+    adopt(parent, best)
+    return best
+
+
+def vote(parent: State, n: int, item: Appendable, name: str) -> Any:
+    """See State.vote."""
+    branches = parent.fork(n)
+    branches += item
+    values = [plain(value) for value in branches[name]]
+    winner = max(values, key=values.count)  # the first of the most frequent ones
+    adopt(parent, branches[values.index(winner)])
+    return winner
+
+
+def first_of(parent: State, items: Sequence[Appendable]) -> int:
+    """See State.first_of."""
+    branches = parent.fork(len(items))
+    for branch, item in zip(branches, items, strict=True):
+        branch.append(item)
+    index = parent._run.first_done([branch._tip for branch in branches if branch._tip is not None])
+    for other, branch in enumerate(branches):
+        if other != index:
+            branch.cancel()
+    adopt(parent, branches[index])
+    return index

@@ -217,6 +217,19 @@ class Run:
             self.need(node, "reading")
             self.wait(lambda: node in self._results)
 
+    def first_done(self, nodes: list[int]) -> int:
+        """The index of the first of these nodes that is done; waits. Raises the first one's error where all fail."""
+
+        def done() -> list[int]:
+            return [i for i, node in enumerate(nodes) if node in self._results and self._results[node].kind == "done"]
+
+        self.need(nodes[0], "the first branch that is done")
+        self.wait(lambda: bool(done()) or all(node in self._results for node in nodes))
+        found = done()
+        if not found:
+            raise self.error_of(nodes[0]) or InvalidProgram("no branch is done")
+        return found[0]
+
     def wait_all(self, *, quietly: bool = False) -> None:
         """Submit, and wait until every node is done or failed. `quietly`: a run that failed as a whole is done."""
         if quietly and self._failure is not None:
@@ -242,10 +255,11 @@ class Run:
         return total
 
     def first_error(self) -> ProgramError | None:
-        """The error that the others follow from, or None."""
-        failed = [event for event in list(self._results.values()) if event.kind == "error"]
-        own = [event for event in failed if event.error is not None and event.error.type != "ProgramCancelled"]
-        return self.error_of((own or failed)[0].node) if failed else None
+        """The error that others may follow from, or None. A branch that the program cancelled itself is none."""
+        for event in list(self._results.values()):
+            if event.error is not None and event.error.type != "ProgramCancelled":
+                return self.error_of(event.node)
+        return self._failure if isinstance(self._failure, ProgramError) else None
 
     def is_done(self) -> bool:
         """True when every submitted node is done or failed."""

@@ -271,6 +271,37 @@ class State:
         states = [one for item in branches for one in ([item] if isinstance(item, State) else item)]
         join(self, states, mode)
 
+    def map(self, items: Iterable[Any], body: Callable[[State, Any], object]) -> Branches:
+        """One branch for each item: `body(branch, item)` appends to it."""
+        from ramet.lang.branches import map_items
+
+        return map_items(self, items, body)
+
+    def best_of(self, n: int, item: Appendable, by: Callable[[State], float]) -> State:
+        """Append `item` on `n` branches and go on as the one with the highest `by(branch)`; that branch is returned."""
+        from ramet.lang.branches import best_of
+
+        return best_of(self, n, item, by)
+
+    def vote(self, n: int, item: Appendable, name: str) -> Any:
+        """Append `item` on `n` branches and go on as the first whose variable `name` has the most frequent value."""
+        from ramet.lang.branches import vote
+
+        return vote(self, n, item, name)
+
+    def first_of(self, *items: Appendable) -> int:
+        """Append each item on a branch of its own, go on as the first that is done, and cancel the others.
+
+        Returns its index. A branch that fails is passed over; where all fail, its error is raised.
+        """
+        from ramet.lang.branches import first_of
+
+        return first_of(self, items)
+
+    def _fork_parents(self) -> list[int | None]:
+        """The nodes at which this branch, and those it was forked from, were forked."""
+        return [node.parent for node in self._run.path(self._tip) if isinstance(node, ir.Fork)]
+
     def __enter__(self) -> State:
         return self
 
