@@ -7,7 +7,7 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -78,46 +78,30 @@ def load_model(
 ) -> LoadedModel:
     """Find (or download) a model, read it and put it on a device.
 
-    `dtype` auto: bfloat16 on a GPU; on a CPU bfloat16 if it has instructions for it, else float32.
-    Raises: ModelNotFound, DownloadFailed, BrokenModelFile, UnsupportedArchitecture, ConfigError.
+    `dtype` and `quantization`: as in `build_decoder`. Raises: ModelNotFound, DownloadFailed, BrokenModelFile,
+    UnsupportedArchitecture, ConfigError.
     """
-    if quantization is not None:
-        raise ConfigError(f"quantization is {quantization!r}, which no loader applies; leave it out")
     from ramet.runtime.models.decoder import build_decoder
 
     start_s = time.monotonic()
     name = os.fspath(name_or_path) if name_or_path is not None else None
     files = open_model(resolve_model(name))
     decoder = build_decoder(
-        files.config, files.weights, device=torch.device(device), dtype=resolve_dtype(dtype, device)
+        files.config, files.weights, device=device, dtype=parse_dtype(dtype), quantization=quantization
     )
     logger.info("loaded %s from %s in %.1f s", files.config.architecture, files.path, time.monotonic() - start_s)
     return LoadedModel(name or files.path.stem, decoder, files.tokenizer, files.config, files.generation)
 
 
-def resolve_dtype(dtype: torch.dtype | str, device: torch.device | str) -> torch.dtype:
-    """Turn `auto` or a name into a dtype. Raises: ConfigError."""
+def parse_dtype(dtype: torch.dtype | str) -> torch.dtype | Literal["auto"]:
+    """A dtype by its name; `auto` is left to `build_decoder`. Raises: ConfigError."""
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype == "auto":
-        is_cpu = torch.device(device).type == "cpu"
-        return _faster_cpu_dtype() if is_cpu else torch.bfloat16
+        return "auto"
     if dtype not in _DTYPES:
         raise ConfigError(f"dtype is {dtype!r} but must be auto, {', '.join(_DTYPES)}")
     return _DTYPES[dtype]
-
-
-def _faster_cpu_dtype() -> torch.dtype:
-    """bfloat16 where the CPU multiplies it natively, else float32; the same at every start, so texts are the same too.
-
-    Measured on an AVX512-BF16 machine, products of 8 rows with eight 1024 x 1024 matrices: 1.4 ms in bfloat16, 3.1 ms in
-    float32 (torch 2.13, 2 threads). Without such instructions torch converts, and bfloat16 is the slower one.
-    """
-    try:
-        flags = set(Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split())
-    except OSError:  # not Linux
-        return torch.float32
-    return torch.bfloat16 if flags & {"avx512_bf16", "amx_bf16", "bf16"} else torch.float32
 
 
 def _check_token_ids(path: Path, config: ModelConfig, tokenizer: Tokenizer) -> None:
