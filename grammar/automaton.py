@@ -273,12 +273,15 @@ class Machine:
             assert way is not None, (frame, local, exit_index)
             if way:
                 packed = self.run_bytes(packed, way)
+                assert packed >= 0, (frame, local, exit_index, way)
                 out += way
-            ends = frame.table.end_exits
-            if packed >= 0 and packed >> LOCAL_BITS == instance and ends is not None:
-                if int(ends[packed & 0xFFFFFFFF]) == exit_index:
-                    packed = self.exit_target(instance, exit_index)
-            assert packed >= 0, (frame, local, exit_index, way)
+            reached = self.frames[packed >> LOCAL_BITS]
+            if reached.table is frame.table and leaves_unread(frame.table, packed & 0xFFFFFFFF, exit_index):
+                if hasattr(reached, "resolve_text"):
+                    packed = reached.resolve_text(exit_index, reached.text)
+                else:
+                    packed = self.exit_target(packed >> LOCAL_BITS, exit_index)
+                assert packed >= 0, (frame, local, exit_index)
             if len(out) > limit:
                 raise GrammarTooLarge(f"the shortest completion is longer than {limit:,} bytes")
         return bytes(out)
@@ -300,6 +303,13 @@ class MemoryFrame(Frame, Protocol):
         """Return the instance of the same frame with `text` read in it."""
 
 
+def leaves_unread(table: Table, local: int, exit_index: int) -> bool:
+    """Can an exit be taken in this state without reading a byte?"""
+    if table.end_exits is not None and int(table.end_exits[local]) == exit_index:
+        return True
+    return bool((table.rows[local] == leave(exit_index, again=True)).any())
+
+
 def path_to_exit(table: Table, exit_index: int, local: int) -> bytes | None:
     """A shortest byte string from `local` to an exit, the leaving byte included if the frame reads it; None if there is none."""
     found = table.paths.get(exit_index)
@@ -316,9 +326,10 @@ def _paths_to_exit(table: Table, exit_index: int) -> list[bytes | None]:
     own = leave(exit_index)
     frontier: list[int] = []
     if table.end_exits is not None:
-        for s in np.flatnonzero(table.end_exits == exit_index).tolist():
-            out[s] = b""
-            frontier.append(s)
+        frontier.extend(np.flatnonzero(table.end_exits == exit_index).tolist())
+    frontier.extend(np.flatnonzero((table.rows == leave(exit_index, again=True)).any(axis=1)).tolist())
+    for s in frontier:
+        out[s] = b""
     direct_rows, direct_classes = np.nonzero(table.rows == own)
     direct: list[int] = []
     for s, c in zip(direct_rows.tolist(), direct_classes.tolist(), strict=True):

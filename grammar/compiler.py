@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from ramet.errors import GrammarError, GrammarTooLarge
 from ramet.grammar import ir, walker
 from ramet.grammar.automaton import DEAD, UNKNOWN, Machine
+from ramet.grammar.json_schema.compile import place_schema
 from ramet.grammar.pushdown import Pushdown
 from ramet.grammar.vocabulary import Vocabulary
 
@@ -245,7 +246,11 @@ def compile_grammar(
     limits = limits or Limits()
     grammar = constraint if isinstance(constraint, ir.Grammar) else ir.Grammar.of(constraint)
     machine = Machine(limits.max_states)
-    start = Pushdown(grammar, machine, limits.max_regular_states).start()
+    only = grammar.rules.get(grammar.start)
+    if isinstance(only, ir.JsonSchema):
+        start = place_schema(only, machine, limits.max_regular_states)
+    else:
+        start = Pushdown(grammar, machine, limits.max_regular_states).start()
     if start == DEAD:
         raise GrammarError("the grammar is contradictory: no text matches it")
     return CompiledGrammar(machine, start, vocabulary)

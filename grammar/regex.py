@@ -3,8 +3,8 @@
 Understood: literals, classes, `\\d \\w \\s` (Unicode unless re.ASCII), groups, alternation, repetition (lazy or not:
 the same texts), flags `i m s x a u` (also scoped), lookaheads, lookbehinds of one character, `^ $ \\A \\Z \\b \\B`
 where what stands before decides them. Refused with InvalidRegex, by name and position: longer lookbehinds,
-backreferences, conditionals, atomic groups, possessive repeats. Only texts that UTF-8 can write belong to a language: a surrogate never
-matches. `\\B` matches the empty text, as it does in Python from 3.14 on.
+backreferences, conditionals, atomic groups, possessive repeats. Only texts that UTF-8 can write belong to a language: a
+surrogate never matches. `\\B` matches the empty text, as it does in Python from 3.14 on.
 """
 
 from __future__ import annotations

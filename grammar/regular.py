@@ -28,7 +28,8 @@ class Dfa:
     """A deterministic automaton over the symbols 0..`max_symbol`; state 0 is the start.
 
     `starts`: ascending first symbols of intervals that cover the alphabet. `classes[i]`: the symbol class of interval i.
-    `transitions[state][class]`: the next state, -1 where refused. Minimal and trim, unless built by hand.
+    `transitions[state][class]`: the next state, -1 where refused. Minimal and trim, unless built by hand. `accepting` may
+    hold labels instead of truth: 0 refuses, others tell kinds of acceptance apart (see `product`).
     """
 
     max_symbol: int
@@ -36,7 +37,7 @@ class Dfa:
     classes: list[int]
     num_classes: int
     transitions: list[list[int]]
-    accepting: list[bool]
+    accepting: list[int]
     _key: list[tuple[object, ...]] = field(default_factory=list)
 
     @property
@@ -95,7 +96,7 @@ def byte_table(dfa: Dfa) -> NDArray[np.int32]:
 
 
 def product(
-    parts: list[Dfa], accept: Callable[[tuple[bool, ...]], bool], *, max_states: int = MAX_STATES, name: str = ""
+    parts: list[Dfa], accept: Callable[[tuple[bool, ...]], int], *, max_states: int = MAX_STATES, name: str = ""
 ) -> Dfa:
     """Run automata side by side; `accept` decides from who accepts (a dead part never does)."""
     starts, signatures = _merge_classes(parts)
@@ -116,7 +117,7 @@ def product(
             row.append(found)
         rows.append(row)
     accepting = [
-        accept(tuple(s >= 0 and d.accepting[s] for d, s in zip(parts, states, strict=True))) for states in queue
+        accept(tuple(s >= 0 and bool(d.accepting[s]) for d, s in zip(parts, states, strict=True))) for states in queue
     ]
     return minimize(Dfa(parts[0].max_symbol, starts, signatures[0], len(signatures[1]), rows, accepting))
 
@@ -161,7 +162,7 @@ def _renumber(dfa: Dfa, block: NDArray[np.int64], num: int, table: NDArray[np.in
     representative = np.zeros(num, dtype=np.int64)
     representative[block] = np.arange(len(block))
     rows = block[table[representative]]
-    accepts = np.append(np.asarray(dfa.accepting, dtype=bool), False)[representative]
+    accepts = np.append(np.asarray(dfa.accepting, dtype=np.int64), 0)[representative]
     dead = int(block[-1])
     start = int(block[0])
     order, seen = [start], {start}

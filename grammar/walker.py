@@ -120,6 +120,10 @@ def _run(pool: Int32, instances: Int64, exits: Int64, text: NDArray[np.uint8], e
                 break
             instance = found >> 32
             local = found & 0xFFFFFFFF
+            if instances[instance, 4] != 0:
+                scratch[0] = i
+                scratch[1] = found
+                return 3
         i += 1
     scratch[0] = i
     scratch[1] = packed

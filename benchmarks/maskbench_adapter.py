@@ -1,0 +1,58 @@
+"""Ramet's grammar engine for `maskbench.py`: `PYTHONPATH=benchmarks maskbench.py run --engine maskbench_adapter:Engine`.
+
+Whitespace is "bounded": at most one space after a comma or a colon, so both of json.dumps's forms are in the language.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ramet.grammar import Matcher, Vocabulary, compile_grammar
+from ramet.grammar.ir import JsonOptions, JsonSchema
+
+
+class Tok(Protocol):
+    """What the harness gives."""
+
+    token_bytes: list[bytes]
+    eos_id: int
+    special_ids: list[int]
+    vocab_size: int
+
+
+class Engine:
+    """Mode exact: any order of properties, everything that the schema allows."""
+
+    name, package = "ramet", "ramet"
+
+    def __init__(self, tok: Tok) -> None:
+        self.vocabulary = Vocabulary(tok.token_bytes, [tok.eos_id], tok.special_ids, tok.vocab_size)
+        compile_grammar(JsonSchema({"type": "object"}), self.vocabulary).mask(0)
+        self.options = JsonOptions(mode="exact", whitespace="bounded")
+
+    def compile(self, schema: Any) -> Cursor:  # a decoded JSON document
+        return Cursor(Matcher(compile_grammar(JsonSchema(schema, self.options), self.vocabulary)))
+
+
+class Cursor:
+    """One matcher in the harness's words."""
+
+    def __init__(self, matcher: Matcher) -> None:
+        self.matcher = matcher
+        self.mask = matcher.mask
+        self.advance = matcher.advance
+
+    def accepts_eos(self) -> bool:
+        return self.matcher.is_accepting
+
+    def reset(self) -> None:
+        self.matcher.reset()
+
+    def error(self) -> str:
+        return ""
+
+
+__all__ = ["Cursor", "Engine", "NDArray", "np"]

@@ -1,0 +1,226 @@
+"""JSON arrays on the machine: positions, counts of `contains`, items that must differ."""
+
+from __future__ import annotations
+
+from functools import cache
+from itertools import product as cartesian
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ramet.grammar import numeric
+from ramet.grammar.automaton import DEAD, REFUSE, leave, target
+from ramet.grammar.json_schema import values as v
+from ramet.grammar.json_schema.expressions import INFINITE
+from ramet.grammar.json_schema.frames import _VALUE_STARTS, Context, Json
+from ramet.grammar.json_schema.values import Arrays, Expr, Strings, Values
+from ramet.grammar.numeric import Numbers
+
+_ITEM, _CLOSE = 0, 1
+Thread = tuple[int, Arrays, tuple[int, ...]]  # tag, spec, items found of each `contains`
+
+
+@cache
+def open_rows() -> NDArray[np.int32]:
+    rows = np.full((1, 256), REFUSE, dtype=np.int32)
+    for byte in _VALUE_STARTS:
+        rows[0, byte] = leave(_ITEM, again=True)
+    rows[0, ord("]")] = leave(_CLOSE)
+    return rows
+
+
+@cache
+def next_rows() -> NDArray[np.int32]:
+    rows = np.full((1, 256), REFUSE, dtype=np.int32)
+    rows[0, ord(",")] = leave(_ITEM)
+    rows[0, ord("]")] = leave(_CLOSE)
+    return rows
+
+
+class ArrayNode:
+    """An array under way. `index`: items read, no further than any thread can tell; `seen`: scalars that may not come again."""
+
+    def __init__(
+        self, json: Json, threads: tuple[Thread, ...], index: int, seen: frozenset[object], anonymous: int, context: Context
+    ) -> None:
+        self.json = json
+        self.threads = threads
+        self.index = index
+        self.seen = seen
+        self.anonymous = anonymous
+        self.context = context
+        self.number = json.new_number()
+        self.is_unique = any(spec.unique for _, spec, _ in threads)
+        self._item: ItemContext | None = None
+
+    def branches(self) -> list[tuple[Thread, Expr]]:
+        """The threads that may read one more item, each with what it must be."""
+        e, out = self.json.expressions, []
+        fresh = e.of_values(all_but(self.seen)) if self.seen else v.TRUE
+        for tag, spec, counts in self.threads:
+            if spec.high is not None and self.index >= spec.high:
+                continue
+            item = e.item(spec, self.index)
+            if spec.unique:
+                item = e.both(item, fresh)
+            choices = []
+            for c, count in zip(spec.contains, counts, strict=True):
+                if self.index < c.start or (c.high is None and count >= c.low):
+                    choices.append([(v.TRUE, count)])
+                elif c.high is None:
+                    choices.append([(c.expr, count + 1), (v.TRUE, count)])
+                else:
+                    choices.append([(c.expr, count + 1)] if count < c.high else [])
+                    choices[-1].append((e.negate(c.expr), count))
+            for combination in cartesian(*choices):
+                value = item
+                for expr, _ in combination:
+                    value = e.both(value, expr)
+                thread = (tag, spec, tuple(n for _, n in combination))
+                if not e.is_empty(value) and self.may_finish(thread, self.index + 1):
+                    out.append((thread, value))
+        return out
+
+    def may_finish(self, thread: Thread, index: int) -> bool:
+        _, spec, counts = thread
+        e = self.json.expressions
+        missing = spec.low - index
+        for c, count in zip(spec.contains, counts, strict=True):
+            if count < c.low:
+                if not e.may_contain(spec, c, index):
+                    return False
+                missing = max(missing, c.low - count + max(c.start - index, 0))
+        if spec.high is not None and index + missing > spec.high:
+            return False
+        if missing > 0 and spec.unique:
+            used = len(self.seen) + 1 + self.anonymous
+            return e.count(spec.rest) + len(spec.prefix) >= missing + used
+        return True
+
+    def may_close(self, thread: Thread) -> bool:
+        _, spec, counts = thread
+        return self.index >= spec.low and all(n >= c.low for c, n in zip(spec.contains, counts, strict=True))
+
+    def close(self) -> int:
+        mask = 0
+        for thread in self.threads:
+            if self.may_close(thread):
+                mask |= 1 << thread[0]
+        return self.context.resume(mask, None) if mask else DEAD
+
+    def cost(self, thread: Thread, index: int) -> int:
+        """About the bytes that this thread still has to write, to the end of the text."""
+        tag, spec, counts = thread
+        e = self.json.expressions
+        missing = max(spec.low - index, 0)
+        total = 1 + self.context.rest(tag)
+        for c, count in zip(spec.contains, counts, strict=True):
+            missing = max(missing, c.low - count)
+            total += 1000 * max(c.low - count, 0)
+        known = [e.cost(e.item(spec, index + i)) + 1 for i in range(min(missing, len(spec.prefix) + 1))]
+        return total + sum(known) + (missing - len(known)) * (known[-1] if known else 0)
+
+    def item(self, local: int) -> int:
+        if self._item is None:
+            self._item = ItemContext(self)
+        context = self._item
+        return self.json.value(context.exprs, context, local) if context.exprs else DEAD
+
+
+class ItemContext:
+    """After an item."""
+
+    def __init__(self, node: ArrayNode) -> None:
+        self.node = node
+        self.number = node.json.new_number()
+        self.remembers = node.is_unique
+        self.is_anonymous = bool(node.anonymous)
+        branches = node.branches()
+        self.exprs = tuple(dict.fromkeys(e for _, e in branches))
+        self.branches = [(t, self.exprs.index(e)) for t, e in branches]
+
+    def rest(self, tag: int) -> int:
+        return min(self.node.cost(t, self.node.index + 1) for t, i in self.branches if i == tag)
+
+    def resume(self, mask: int, value: object | None) -> int:
+        node = self.node
+        threads = tuple(dict.fromkeys(t for t, tag in self.branches if (mask >> tag) & 1))
+        seen, anonymous = node.seen, node.anonymous
+        if self.remembers:
+            seen, anonymous = (seen, anonymous + 1) if value is None else (seen | {value}, anonymous)
+        following = array_node(node.json, threads, node.index + 1, seen, anonymous, node.context)
+        return target(node.json.machine.intern(("array next", following.number), lambda: NextFrame(following)))
+
+
+def array_node(
+    json: Json, threads: tuple[Thread, ...], index: int, seen: frozenset[object], anonymous: int, context: Context
+) -> ArrayNode:
+    last = 0
+    for _, spec, _ in threads:
+        last = max(last, len(spec.prefix), spec.low, spec.high or 0, *(c.start for c in spec.contains))
+    index = min(index, last)
+    nodes = json.array_nodes
+    key = (threads, index, seen, anonymous, context.number)
+    found = nodes.get(key)
+    if found is None:
+        found = nodes[key] = ArrayNode(json, threads, index, seen, anonymous, context)
+    return found
+
+
+def open_array(json: Json, specs: list[tuple[Arrays, ...]], context: Context) -> int:
+    """Target after `[`."""
+    threads = tuple(
+        (tag, a, (0,) * len(a.contains))
+        for tag, group in enumerate(specs)
+        for a in group
+        if json.expressions.cost_of_array(a) < INFINITE
+    )
+    if not threads:
+        return DEAD
+    node = array_node(json, threads, 0, frozenset(), 0, context)
+    return target(json.machine.intern(("array open", node.number), lambda: OpenFrame(node)))
+
+
+class OpenFrame:
+    """Right after `[`."""
+
+    def __init__(self, node: ArrayNode) -> None:
+        self.node = node
+        self.table = node.json.constant_table("array open", open_rows, 2)
+
+    def resolve(self, exit_index: int) -> int:
+        return self.node.close() if exit_index == _CLOSE else self.node.item(2)
+
+    def closing_exit(self, local: int) -> int:
+        node = self.node
+        costs = [(node.cost(t, node.index), 0 if node.may_close(t) else 1) for t in node.threads]
+        return _CLOSE if min(costs)[1] == 0 else _ITEM
+
+
+class NextFrame(OpenFrame):
+    """After an item: `]` or a comma."""
+
+    def __init__(self, node: ArrayNode) -> None:
+        self.node = node
+        self.table = node.json.constant_table("array next", next_rows, 2)
+
+    def resolve(self, exit_index: int) -> int:
+        return self.node.close() if exit_index == _CLOSE else self.node.item(1)
+
+
+def all_but(seen: frozenset[object]) -> Values:
+    """All values but these scalars: ("string", text), ("number", fraction), ("bool", b), ("null", None)."""
+    texts = frozenset(x[1] for x in seen if x[0] == "string")  # type: ignore[index]
+    numbers = frozenset(x[1] for x in seen if x[0] == "number")  # type: ignore[index]
+    booleans = 3
+    for x in seen:
+        if x[0] == "bool":  # type: ignore[index]
+            booleans &= ~(2 if x[1] else 1)  # type: ignore[index]
+    return Values(
+        not any(x[0] == "null" for x in seen),  # type: ignore[index]
+        booleans,
+        (Numbers(excluded=numbers) if numbers else numeric.ANY,),
+        (Strings(excluded=texts) if texts else v.ANY_STRINGS,),
+        (v.ANY_OBJECTS,),
+        (v.ANY_ARRAYS,),
+    )

@@ -1,0 +1,48 @@
+"""A JSON schema to its place on a machine."""
+
+from __future__ import annotations
+
+from ramet.errors import GrammarError, InvalidSchema
+from ramet.grammar import ir
+from ramet.grammar.automaton import Machine, target
+from ramet.grammar.json_schema.document import Registry
+from ramet.grammar.json_schema.frames import Context, Json
+from ramet.grammar.json_schema.keywords import Interpreter, survey
+
+
+class RootContext:
+    """The value is the whole text."""
+
+    number = 0
+    remembers = False
+    is_anonymous = False
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+
+    def resume(self, mask: int, value: object | None) -> int:
+        return target(self.machine.done)
+
+    def rest(self, tag: int) -> int:
+        return 0
+
+
+def place_schema(source: ir.JsonSchema, machine: Machine, max_states: int, context: Context | None = None) -> int:
+    """Return the target at the start of the schema's values.
+
+    Raises: InvalidSchema, UnsupportedSchema, GrammarTooLarge; GrammarError where no value satisfies the schema.
+    """
+    if not isinstance(source.schema, dict | bool):
+        raise InvalidSchema("a schema must be an object or a boolean", "")
+    options = source.options
+    registry = Registry(source.schema, options.registry)
+    interpreter = Interpreter(registry, max_states, only_named=options.mode != "exact")
+    survey(interpreter)
+    expressions = interpreter.expressions
+    root = expressions.of_schema(registry.root)
+    if expressions.is_empty(root):
+        raise GrammarError("the schema is contradictory: no JSON value satisfies it")
+    json = Json(
+        machine, expressions, spaced=options.whitespace == "bounded", ordered=options.mode != "exact"
+    )
+    return json.value((root,), context or RootContext(machine), 2)

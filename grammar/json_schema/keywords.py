@@ -1,0 +1,512 @@
+"""What the keywords of one schema object mean: a `Values`. Also the survey that finds everything wrong with a schema.
+
+Keywords of all drafts are read wherever they stand; the draft decides where one word has had two meanings (`items` as a
+list, `exclusiveMinimum` as a boolean, what stands beside `$ref`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from decimal import Decimal
+from fractions import Fraction
+from typing import Any
+
+from ramet.errors import InvalidRegex, InvalidSchema, UnsupportedSchema
+from ramet.grammar import numeric
+from ramet.grammar.json_schema import formats, pattern
+from ramet.grammar.json_schema import values as v
+from ramet.grammar.json_schema.document import DRAFT4, DRAFT7, DRAFT2019, Registry, SchemaNode, escape
+from ramet.grammar.json_schema.expressions import Expressions, Languages
+from ramet.grammar.json_schema.values import FALSE, TRUE, Arrays, Contains, Expr, Objects, Rule, Strings, Values
+from ramet.grammar.numeric import Numbers
+
+TYPES = ("null", "boolean", "number", "integer", "string", "object", "array")
+_ANY_OBJECTS, _ANY_ARRAYS, _ANY_STRINGS = (v.ANY_OBJECTS,), (v.ANY_ARRAYS,), (v.ANY_STRINGS,)
+_NUMBER_KEYS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "divisibleBy")
+_STRING_KEYS = ("minLength", "maxLength", "pattern", "format")
+_OBJECT_KEYS = ("properties", "patternProperties", "additionalProperties", "required", "propertyNames", "minProperties",
+                "maxProperties", "dependentRequired", "dependencies")  # fmt: skip
+_ARRAY_KEYS = ("items", "prefixItems", "additionalItems", "minItems", "maxItems", "uniqueItems", "contains")
+_COMBINING = ("allOf", "anyOf", "oneOf", "not", "if", "dependentSchemas", "dependencies", "extends", "disallow")
+
+
+class Interpreter:
+    """Reads schema nodes as values. `strict_order`: declared_order mode, where unnamed properties are not written."""
+
+    def __init__(self, registry: Registry, max_states: int, *, only_named: bool = False) -> None:
+        self.registry = registry
+        self.only_named = only_named
+        self.languages = Languages(max_states)
+        self.expressions = Expressions(self.languages, self.interpret)
+
+    def child(self, node: SchemaNode, schema: Any, suffix: str) -> SchemaNode:
+        return self.registry.child(node, schema, suffix)
+
+    def expr(self, node: SchemaNode, schema: Any, suffix: str) -> Expr:
+        return self.expressions.of_schema(self.child(node, schema, suffix))
+
+    def values(self, node: SchemaNode, schema: Any, suffix: str) -> Values:
+        return self.expressions.values(self.expr(node, schema, suffix))
+
+    def interpret(self, node: SchemaNode) -> Values:
+        schema = node.schema
+        assert isinstance(schema, dict)
+        if "$ref" in schema and node.draft <= DRAFT7:
+            return self.referred(node, "$ref")
+        found = self.own(node)
+        for key in ("$ref", "$dynamicRef", "$recursiveRef"):
+            if key in schema and (key == "$ref" or node.draft >= DRAFT2019):
+                found = self.expressions.intersect(found, self.referred(node, key))
+        if any(key in schema for key in _COMBINING):
+            found = self.combined(node, found)
+        return found
+
+    def referred(self, node: SchemaNode, key: str) -> Values:
+        return self.expressions.values(self.expressions.of_schema(self.target(node, key)))
+
+    def target(self, node: SchemaNode, key: str) -> SchemaNode:
+        """The node that a reference leads to. A dynamic one goes to the outermost resource that has the anchor."""
+        reference = "#" if key == "$recursiveRef" else node.schema[key]
+        found = self.registry.resolve(node, reference, key)
+        if key == "$dynamicRef" and isinstance(found.schema, dict):
+            name = found.schema.get("$dynamicAnchor")
+            if name is not None and reference.endswith("#" + name):
+                outer = self.registry.dynamic_anchor(self.registry.root.base, name)
+                return outer or found
+        if key == "$recursiveRef" and isinstance(found.schema, dict) and found.schema.get("$recursiveAnchor") is True:
+            root = self.registry.root
+            if isinstance(root.schema, dict) and root.schema.get("$recursiveAnchor") is True:
+                return root
+        return found
+
+    # --- the keywords that look at one value by its type
+
+    def own(self, node: SchemaNode) -> Values:
+        schema = node.schema
+        types = schema.get("type")
+        if types is None:
+            found = Values(
+                True, 3, self.numbers(node, None), self.strings(node), self.objects(node), self.arrays(node)
+            )  # fmt: skip
+        else:
+            parts = [self.of_type(node, t) for t in ([types] if isinstance(types, str | dict) else types)]
+            found = parts[0] if len(parts) == 1 else v.unite(parts)
+        if "enum" in schema:
+            found = self.expressions.intersect(found, self.listed(schema["enum"]))
+        if "const" in schema:
+            found = self.expressions.intersect(found, self.listed([schema["const"]]))
+        return found
+
+    def of_type(self, node: SchemaNode, name: Any) -> Values:
+        match name:
+            case "string":
+                return Values(strings=self.strings(node))
+            case "object":
+                return Values(objects=self.objects(node))
+            case "array":
+                return Values(arrays=self.arrays(node))
+            case "number":
+                return Values(numbers=self.numbers(node, None))
+            case "integer":
+                return Values(numbers=self.numbers(node, True))
+            case "boolean":
+                return Values(booleans=3)
+            case "null":
+                return Values(null=True)
+            case "any":  # draft 3
+                return Values(True, 3, self.numbers(node, None), self.strings(node), self.objects(node), self.arrays(node))
+            case _:
+                raise InvalidSchema(f"{node.pointer or '/'}/type: {name!r} is not a JSON type", node.pointer + "/type")
+
+    def listed(self, values: Iterable[Any]) -> Values:
+        """Exactly these values."""
+        return v.unite(self.constant(x) for x in values)
+
+    def constant(self, value: Any) -> Values:
+        if value is None:
+            return Values(null=True)
+        if isinstance(value, bool):
+            return Values(booleans=2 if value else 1)
+        if isinstance(value, int | float):
+            return Values(numbers=(Numbers(finite=frozenset((fraction(value),))),))
+        if isinstance(value, str):
+            return Values(strings=(Strings(finite=frozenset((value,))),))
+        if isinstance(value, list):
+            items = tuple(self.expressions.of_values(self.constant(x)) for x in value)
+            return Values(arrays=(Arrays(items, FALSE, len(items), len(items)),))
+        properties = tuple((k, self.expressions.of_values(self.constant(x))) for k, x in value.items())
+        return Values(objects=(Objects(properties, FALSE, required=frozenset(value)),))
+
+    def numbers(self, node: SchemaNode, integer: bool | None) -> tuple[Numbers, ...]:
+        schema = node.schema
+        if not any(key in schema for key in _NUMBER_KEYS):
+            return (numeric.ANY,) if integer is None else (_INTEGERS,)
+        low, high = _fraction(schema, "minimum"), _fraction(schema, "maximum")
+        low_open = high_open = False
+        for key, is_low in (("exclusiveMinimum", True), ("exclusiveMaximum", False)):
+            bound = schema.get(key)
+            if bound is True:
+                low_open, high_open = (True, high_open) if is_low else (low_open, True)
+            elif bound is not None and bound is not False:
+                edge = fraction(bound)
+                if is_low and (low is None or edge >= low):
+                    low, low_open = edge, True
+                elif not is_low and (high is None or edge <= high):
+                    high, high_open = edge, True
+        multiples = frozenset(
+            (fraction(schema[key]), True) for key in ("multipleOf", "divisibleBy") if schema.get(key) not in (None, 0)
+        )
+        if low is None and high is None and not multiples:
+            return (numeric.ANY,) if integer is None else (_INTEGERS,)
+        low_open, high_open = low_open and low is not None, high_open and high is not None
+        found = numeric.simplify(Numbers(low, low_open, high, high_open, integer, multiples))
+        return () if found is None else (found,)
+
+    def strings(self, node: SchemaNode) -> tuple[Strings, ...]:
+        schema = node.schema
+        if not any(key in schema for key in _STRING_KEYS):
+            return _ANY_STRINGS
+        languages = []
+        if isinstance(schema.get("pattern"), str):
+            languages.append((self.languages.add("pattern", schema["pattern"], pattern.search), True))
+        name = schema.get("format")
+        if isinstance(name, str) and name in formats.KNOWN:
+            languages.append((self.languages.add("format", name, formats.format_node), True))
+        high = schema.get("maxLength")
+        spec = Strings(int(schema.get("minLength", 0)), None if high is None else int(high), frozenset(languages))
+        if spec == v.ANY_STRINGS:
+            return _ANY_STRINGS
+        return () if self.languages.is_empty(spec) else (spec,)
+
+    def objects(self, node: SchemaNode) -> tuple[Objects, ...]:
+        schema = node.schema
+        if not any(key in schema for key in _OBJECT_KEYS):
+            return _ANY_OBJECTS
+        patterns = tuple(
+            (self.languages.add("pattern", p, pattern.search), self.expr(node, s, f"/patternProperties/{escape(p)}"))
+            for p, s in _mapping(schema, "patternProperties").items()
+        )
+        properties = []
+        for key, s in _mapping(schema, "properties").items():
+            e = self.expr(node, s, f"/properties/{escape(key)}")
+            for number, other in patterns:
+                if self.languages.accepts(number, key):
+                    e = self.expressions.both(e, other)
+            properties.append((key, e))
+        additional = schema.get("additionalProperties", not (self.only_named and (properties or patterns)))
+        rest = self.expr(node, additional, "/additionalProperties")
+        required = schema.get("required", ())
+        required = frozenset(required) if isinstance(required, list) else frozenset()
+        # draft 3: `required` stands in the property
+        required |= {k for k, s in _mapping(schema, "properties").items() if isinstance(s, dict) and s.get("required") is True}
+        dependent = self.dependent_keys(schema)
+        rules: tuple[Rule, ...] = (Rule(patterns, rest),) if patterns else ()
+        spec = Objects(
+            tuple(properties),
+            TRUE if patterns else rest,
+            rules,
+            required,
+            int(schema.get("minProperties", 0)),
+            None if schema.get("maxProperties") is None else int(schema["maxProperties"]),
+            dependent,
+        )
+        found = self.expressions.tidy_objects(spec)
+        if found is not None and "propertyNames" in schema:
+            found = self.expressions.both_objects(found, self.names(node))
+        return () if found is None else (found,)
+
+    def names(self, node: SchemaNode) -> Objects:
+        """The objects whose keys are in `propertyNames`."""
+        strings = self.values(node, node.schema["propertyNames"], "/propertyNames").strings
+        if strings == _ANY_STRINGS:
+            return v.ANY_OBJECTS
+        if all(s.finite is not None for s in strings):
+            return Objects(tuple((k, TRUE) for s in strings for k in sorted(s.finite or ())), FALSE)
+        from ramet.grammar import regular
+
+        dfa = regular.union([self.string_automaton(s) for s in strings])
+        number = self.languages.add_automaton("propertyNames", dfa)
+        return Objects(rules=(Rule(((number, TRUE),), FALSE),))
+
+    def string_automaton(self, spec: Strings) -> Any:  # regular.Dfa
+        from ramet.grammar import ir, regular
+
+        if spec.finite is not None:
+            return regular.compile_chars(ir.one_of(sorted(spec.finite)))
+        base = self.languages.base(spec)
+        if not spec.excluded:
+            return base
+        out = regular.compile_chars(ir.one_of(sorted(spec.excluded)))
+        return regular.intersect([base, regular.complement(out)])
+
+    @staticmethod
+    def dependent_keys(schema: dict[str, Any]) -> tuple[tuple[str, frozenset[str]], ...]:
+        found: dict[str, frozenset[str]] = {}
+        for key in ("dependentRequired", "dependencies"):
+            for name, needs in _mapping(schema, key).items():
+                if isinstance(needs, str):  # draft 3
+                    needs = [needs]
+                if isinstance(needs, list) and needs:
+                    found[name] = found.get(name, frozenset()) | frozenset(needs)
+        return tuple(sorted(found.items()))
+
+    def arrays(self, node: SchemaNode) -> tuple[Arrays, ...]:
+        schema = node.schema
+        if not any(key in schema for key in _ARRAY_KEYS):
+            return _ANY_ARRAYS
+        prefix: tuple[Expr, ...] = ()
+        rest: Any = True
+        rest_key = "/items"
+        items = schema.get("items", True)
+        if "prefixItems" in schema:
+            prefix = tuple(self.expr(node, s, f"/prefixItems/{i}") for i, s in enumerate(schema["prefixItems"]))
+            rest = items if not isinstance(items, list) else True
+        elif isinstance(items, list):
+            prefix = tuple(self.expr(node, s, f"/items/{i}") for i, s in enumerate(items))
+            rest, rest_key = schema.get("additionalItems", True), "/additionalItems"
+        else:
+            rest = items
+        contains: tuple[Contains, ...] = ()
+        if "contains" in schema:
+            low = int(schema.get("minContains", 1)) if node.draft >= DRAFT2019 else 1
+            high = schema.get("maxContains") if node.draft >= DRAFT2019 else None
+            contains = (Contains(0, self.expr(node, schema["contains"], "/contains"), low, None if high is None else int(high)),)
+        high = schema.get("maxItems")
+        spec = Arrays(
+            prefix,
+            self.expr(node, rest, rest_key),
+            int(schema.get("minItems", 0)),
+            None if high is None else int(high),
+            contains,
+            bool(schema.get("uniqueItems", False)) and high not in (0, 1),
+        )
+        found = self.expressions.tidy_arrays(spec)
+        return () if found is None else (found,)
+
+    # --- the keywords that combine schemas
+
+    def combined(self, node: SchemaNode, found: Values) -> Values:
+        schema, both = node.schema, self.expressions.intersect
+        for i, s in enumerate(schema.get("allOf", ())):
+            found = both(found, self.values(node, s, f"/allOf/{i}"))
+        if "extends" in schema and node.draft == DRAFT4:
+            parts = schema["extends"] if isinstance(schema["extends"], list) else [schema["extends"]]
+            for i, s in enumerate(parts):
+                found = both(found, self.values(node, s, f"/extends/{i}"))
+        if "anyOf" in schema:
+            found = both(found, v.unite(self.values(node, s, f"/anyOf/{i}") for i, s in enumerate(schema["anyOf"])))
+        if "oneOf" in schema:
+            found = self.exactly_one([both(found, self.values(node, s, f"/oneOf/{i}")) for i, s in enumerate(schema["oneOf"])])
+        if "not" in schema:
+            found = both(found, self.expressions.complement(self.values(node, schema["not"], "/not")))
+        if "disallow" in schema and node.draft == DRAFT4:
+            names = schema["disallow"] if isinstance(schema["disallow"], list) else [schema["disallow"]]
+            for i, name in enumerate(names):
+                other = {"type": name} if isinstance(name, str) else name
+                found = both(found, self.expressions.complement(self.values(node, other, f"/disallow/{i}")))
+        if "if" in schema and ("then" in schema or "else" in schema):
+            condition = self.values(node, schema["if"], "/if")
+            yes, no = both(found, condition), both(found, self.expressions.complement(condition))
+            if "then" in schema:
+                yes = both(yes, self.values(node, schema["then"], "/then"))
+            if "else" in schema:
+                no = both(no, self.values(node, schema["else"], "/else"))
+            found = v.unite((yes, no))
+        for key in ("dependentSchemas", "dependencies"):
+            for name, s in _mapping(schema, key).items():
+                if isinstance(s, dict | bool):
+                    found = self.depending(node, found, name, self.values(node, s, f"/{key}/{escape(name)}"))
+        return found
+
+    def depending(self, node: SchemaNode, found: Values, name: str, then: Values) -> Values:
+        """Where an object has the key, all of `then` holds."""
+        without = v.ANY._replace(objects=(Objects(((name, FALSE),)),))
+        within = Values(objects=(Objects(((name, TRUE),), required=frozenset((name,))),))
+        both = self.expressions.intersect
+        return v.unite((both(found, without), both(both(found, within), then)))
+
+    def exactly_one(self, parts: list[Values]) -> Values:
+        """Values in one part and in no other. Parts that cannot meet need no complement."""
+        both, out = self.expressions.intersect, []
+        overlaps: dict[tuple[int, int], bool] = {}
+        for i, a in enumerate(parts):
+            for j in range(i + 1, len(parts)):
+                overlaps[i, j] = self.may_meet(a, parts[j])
+        complements: dict[int, Values] = {}
+        for i, a in enumerate(parts):
+            rest = a
+            for j, b in enumerate(parts):
+                if i != j and overlaps[min(i, j), max(i, j)]:
+                    if j not in complements:
+                        complements[j] = self.expressions.complement(b)
+                    rest = both(rest, complements[j])
+            out.append(rest)
+        return v.unite(out)
+
+    def may_meet(self, a: Values, b: Values) -> bool:
+        common = self.expressions.intersect(a, b)
+        if common.null or common.booleans or common.numbers or common.strings:
+            return True
+        return self.expressions.cost_of_values(common) < 1 << 60 if not common.is_empty else False
+
+
+_INTEGERS = Numbers(integer=True)
+
+
+def fraction(value: float | int) -> Fraction:
+    """The decimal number that a JSON number's text wrote."""
+    return Fraction(value) if isinstance(value, int) else Fraction(Decimal(repr(value)))
+
+
+def _fraction(schema: dict[str, Any], key: str) -> Fraction | None:
+    return None if schema.get(key) is None else fraction(schema[key])
+
+
+def _mapping(schema: dict[str, Any], key: str) -> dict[str, Any]:
+    found = schema.get(key)
+    return found if isinstance(found, dict) else {}
+
+
+# --- the survey ------------------------------------------------------------------------------------------------------
+
+
+def _number(x: Any) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool)
+
+
+def _count(x: Any) -> bool:
+    return _number(x) and x >= 0 and x == int(x)
+
+
+def _schema(x: Any) -> bool:
+    return isinstance(x, dict | bool)
+
+
+def _schemas(x: Any) -> bool:
+    return isinstance(x, list) and all(map(_schema, x))
+
+
+def _schema_map(x: Any) -> bool:
+    return isinstance(x, dict) and all(map(_schema, x.values()))
+
+
+def _names(x: Any) -> bool:
+    return isinstance(x, list) and all(isinstance(n, str) for n in x)
+
+
+_SHAPES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "type": (lambda x: x in (*TYPES, "any") if isinstance(x, str) else isinstance(x, list), "a type or a list of types"),
+    "enum": (lambda x: isinstance(x, list), "a list"),
+    "minimum": (_number, "a number"),
+    "maximum": (_number, "a number"),
+    "exclusiveMinimum": (lambda x: _number(x) or isinstance(x, bool), "a number"),
+    "exclusiveMaximum": (lambda x: _number(x) or isinstance(x, bool), "a number"),
+    "multipleOf": (lambda x: _number(x) and x > 0, "a number above 0"),
+    "minLength": (_count, "a count"),
+    "maxLength": (_count, "a count"),
+    "minItems": (_count, "a count"),
+    "maxItems": (_count, "a count"),
+    "minContains": (_count, "a count"),
+    "maxContains": (_count, "a count"),
+    "minProperties": (_count, "a count"),
+    "maxProperties": (_count, "a count"),
+    "uniqueItems": (lambda x: isinstance(x, bool), "a boolean"),
+    "pattern": (lambda x: isinstance(x, str), "a string"),
+    "required": (lambda x: _names(x) or isinstance(x, bool), "a list of strings"),
+    "properties": (_schema_map, "a map of schemas"),
+    "patternProperties": (_schema_map, "a map of schemas"),
+    "dependentSchemas": (_schema_map, "a map of schemas"),
+    "dependentRequired": (lambda x: isinstance(x, dict) and all(map(_names, x.values())), "a map of lists of strings"),
+    "additionalProperties": (_schema, "a schema"),
+    "propertyNames": (_schema, "a schema"),
+    "additionalItems": (_schema, "a schema"),
+    "contains": (_schema, "a schema"),
+    "items": (lambda x: _schema(x) or _schemas(x), "a schema"),
+    "prefixItems": (_schemas, "a list of schemas"),
+    "allOf": (_schemas, "a list of schemas"),
+    "anyOf": (_schemas, "a list of schemas"),
+    "oneOf": (_schemas, "a list of schemas"),
+    "not": (_schema, "a schema"),
+    "if": (_schema, "a schema"),
+    "then": (_schema, "a schema"),
+    "else": (_schema, "a schema"),
+    "$ref": (lambda x: isinstance(x, str), "a string"),
+    "$dynamicRef": (lambda x: isinstance(x, str), "a string"),
+}
+_CHILD = ("additionalProperties", "propertyNames", "additionalItems", "contains", "not", "if", "then", "else")
+_CHILD_LISTS = ("prefixItems", "allOf", "anyOf", "oneOf")
+_CHILD_MAPS = ("properties", "patternProperties", "dependentSchemas", "dependencies")
+
+
+def survey(interpreter: Interpreter) -> None:
+    """Look at every schema that can matter, and report all that is wrong at once.
+
+    Raises: InvalidSchema for the first malformed keyword; UnsupportedSchema with all that cannot be enforced.
+    """
+    problems: list[tuple[str, str, str]] = []
+    stack, seen = [interpreter.registry.root], {interpreter.registry.root.number}
+    while stack:
+        node = stack.pop()
+        if not isinstance(node.schema, dict):
+            continue
+        _check_shapes(node)
+        _check_patterns(interpreter, node, problems)
+        for key in ("unevaluatedProperties", "unevaluatedItems"):
+            if node.draft >= DRAFT2019 and node.schema.get(key, True) not in (True, {}):
+                problems.append((node.pointer, key, "not enforced yet"))
+        for child in _children(interpreter, node):
+            if child.number not in seen:
+                seen.add(child.number)
+                stack.append(child)
+    if problems:
+        raise UnsupportedSchema(problems)
+
+
+def _check_shapes(node: SchemaNode) -> None:
+    schema = node.schema
+    if "$ref" in schema and node.draft <= DRAFT7:
+        return
+    for key in schema.keys() & _SHAPES.keys():
+        good, what = _SHAPES[key]
+        if not good(schema[key]):
+            pointer = f"{node.pointer}/{key}"
+            raise InvalidSchema(f"{pointer}: must be {what}, not {schema[key]!r:.100}", pointer)
+
+
+def _check_patterns(interpreter: Interpreter, node: SchemaNode, problems: list[tuple[str, str, str]]) -> None:
+    sources = []
+    if isinstance(node.schema.get("pattern"), str):
+        sources.append((node.schema["pattern"], "pattern"))
+    sources.extend((p, "patternProperties") for p in _mapping(node.schema, "patternProperties"))
+    for source, keyword in sources:
+        try:
+            interpreter.languages.add("pattern", source, pattern.search)
+        except pattern.UnsupportedPattern as error:
+            problems.append((node.pointer, keyword, str(error)))
+        except InvalidRegex as error:
+            raise InvalidSchema(f"{node.pointer or '/'}: {error}", node.pointer) from error
+
+
+def _children(interpreter: Interpreter, node: SchemaNode) -> Iterable[SchemaNode]:
+    schema = node.schema
+    for key in ("$ref", "$dynamicRef", "$recursiveRef"):
+        if key in schema and (key == "$ref" or node.draft >= DRAFT2019):
+            yield interpreter.target(node, key)
+    if "$ref" in schema and node.draft <= DRAFT7:
+        return
+    for key in _CHILD:
+        if isinstance(schema.get(key), dict):
+            yield interpreter.child(node, schema[key], f"/{key}")
+    for key in _CHILD_LISTS:
+        for i, s in enumerate(schema.get(key, ())):
+            yield interpreter.child(node, s, f"/{key}/{i}")
+    for key in _CHILD_MAPS:
+        for name, s in _mapping(schema, key).items():
+            if isinstance(s, dict):
+                yield interpreter.child(node, s, f"/{key}/{escape(name)}")
+    items = schema.get("items")
+    if isinstance(items, dict):
+        yield interpreter.child(node, items, "/items")
+    elif isinstance(items, list):
+        for i, s in enumerate(items):
+            yield interpreter.child(node, s, f"/items/{i}")

@@ -1,0 +1,440 @@
+"""JSON objects on the machine: any order of keys, each at most once, several alternatives at a time.
+
+An object under way is a node: the keys seen, and the threads that are still possible. A thread is (tag, spec, what must still
+exist); alternatives of one tag are several threads. Keys that a schema names are bits; other keys are remembered by name.
+"""
+
+from __future__ import annotations
+
+import json as json_module
+from functools import cache
+from itertools import combinations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ramet.grammar import regular, strings
+from ramet.grammar.automaton import CONCRETE, DEAD, REFUSE, Table, leave, path_to_exit, target
+from ramet.grammar.json_schema import values as v
+from ramet.grammar.json_schema.expressions import INFINITE
+from ramet.grammar.json_schema.frames import ANY_CHARS, Context, Json, overlay
+from ramet.grammar.json_schema.values import FALSE, Exists, Expr, Objects
+
+_KEY, _CLOSE = 0, 1
+Thread = tuple[int, int, int]  # tag, spec (index in the space), bits of what must still exist
+
+
+@cache
+def open_rows() -> NDArray[np.int32]:
+    rows = np.full((1, 256), REFUSE, dtype=np.int32)
+    rows[0, ord('"')] = leave(_KEY)
+    rows[0, ord("}")] = leave(_CLOSE)
+    return rows
+
+
+@cache
+def next_rows(spaced: bool, may_go_on: bool) -> NDArray[np.int32]:
+    rows = np.full((3, 256), REFUSE, dtype=np.int32)
+    rows[0, ord("}")] = leave(_CLOSE)
+    if may_go_on:
+        rows[0, ord(",")] = 1
+        rows[1:, ord('"')] = leave(_KEY)
+        if spaced:
+            rows[1, ord(" ")] = 2
+    return rows
+
+
+class Space:
+    """The keys that a set of specs can tell apart: named keys, then classes of others by the languages they match."""
+
+    def __init__(self, json: Json, specs: tuple[Objects, ...]) -> None:
+        self.json = json
+        self.specs = specs
+        self.number = json.new_number()
+        names: dict[str, None] = {}
+        languages: dict[int, None] = {}
+        for o in specs:
+            names.update(dict.fromkeys(o.table))
+            for rule in o.rules:
+                languages.update(dict.fromkeys(n for n, _ in rule.patterns))
+            for x in o.exists:
+                names.update(dict.fromkeys(sorted(x.names)))
+                languages.update(dict.fromkeys(([] if x.pattern is None else [x.pattern]) + list(x.others)))
+        self.names = list(names)
+        self.index = {k: i for i, k in enumerate(self.names)}
+        self.languages = list(languages)
+        self._make_signatures()
+        self.num_labels = len(self.names) + len(self.signatures)
+        self._exprs: dict[tuple[int, int], Expr] = {}
+        self._usable: dict[tuple[int, int], bool] = {}
+        self._alive: dict[int, tuple[int, int]] = {}
+        self._tables: dict[object, Table] = {}
+        self.required = [sum(1 << self.index[k] for k in o.required) for o in specs]
+        self.is_simple = [o.high is None and not (o.dependent or o.exists or o.low) for o in specs]
+
+    def _make_signatures(self) -> None:
+        self.dfa = ANY_CHARS
+        self.signatures: list[frozenset[int]] = [frozenset()]
+        if not self.languages:
+            return
+        found: dict[frozenset[int], int] = {}
+
+        def label(accepts: tuple[bool, ...]) -> int:
+            matching = frozenset(n for n, a in zip(self.languages, accepts, strict=True) if a)
+            return 1 + found.setdefault(matching, len(found))
+
+        get = self.json.expressions.languages.dfa
+        self.dfa = regular.product([get(n) for n in self.languages], label)  # type: ignore[arg-type]
+        self.signatures = list(found)
+
+    def expr(self, spec: int, label: int) -> Expr:
+        found = self._exprs.get((spec, label))
+        if found is None:
+            e, o = self.json.expressions, self.specs[spec]
+            if label < len(self.names):
+                found = e.expr_of_key(o, self.names[label])
+            else:
+                found = e.expr_of_signature(o, self.signatures[label - len(self.names)])
+            self._exprs[spec, label] = found
+        return found
+
+    def usable(self, spec: int, label: int) -> bool:
+        """Has a key of this label any value?"""
+        return not self.json.expressions.is_empty(self.expr(spec, label))
+
+    def alive(self, spec: int) -> tuple[int, int]:
+        """Labels with values: (bits of names, bits of signatures)."""
+        found = self._alive.get(spec)
+        if found is None:
+            n = len(self.names)
+            named = sum(1 << i for i in range(n) if self.usable(spec, i))
+            others = sum(1 << i for i in range(len(self.signatures)) if self.usable(spec, n + i))
+            found = self._alive[spec] = named, others
+        return found
+
+    def in_class(self, x: Exists, label: int) -> bool:
+        if label < len(self.names):
+            return self.json.expressions.in_class(x, self.names[label])
+        matching = self.signatures[label - len(self.names)]
+        return x.pattern in matching if x.pattern is not None else not matching.intersection(x.others)
+
+    def table(self, named: int, others: int, extras: frozenset[str]) -> Table:
+        """Keys that may come now: exit i for name i, len(names) + s for any other key of signature s (not in `extras`)."""
+        key = (named, others, extras)
+        found = self._tables.get(key)
+        if found is None:
+            n = len(self.names)
+            if others:
+                labels = [n + int(a) - 1 if (others >> (int(a) - 1)) & 1 else -1 for a in self.dfa.accepting]
+                if self.dfa is ANY_CHARS:
+                    labels = [n]
+                base = strings.json_string_rows(self.dfa, labels)
+                entries = {k: i if (named >> i) & 1 else -1 for i, k in enumerate(self.names)}
+                entries.update(dict.fromkeys(extras, -1))
+            else:
+                base = None
+                entries = {k: i for i, k in enumerate(self.names) if (named >> i) & 1}
+            rows = strings.trim(overlay(base, entries))
+            found = self._tables[key] = self.json.table(rows, self.num_labels)
+        return found
+
+
+class ObjectNode:
+    """An object under way. Interned: `number` identifies it."""
+
+    def __init__(
+        self,
+        space: Space,
+        threads: tuple[Thread, ...],
+        seen: int,
+        extras: frozenset[str],
+        anonymous: int,
+        context: Context,
+    ) -> None:
+        self.space = space
+        self.json = space.json
+        self.threads = threads
+        self.seen = seen
+        self.extras = extras
+        self.anonymous = anonymous  # keys read within one token's walk, whose names are not known
+        self.context = context
+        self.number = self.json.new_number()
+        self._alive: tuple[int, int] | None = None
+
+    @property
+    def count(self) -> int:
+        return self.seen.bit_count() + len(self.extras) + self.anonymous
+
+    def needed(self, spec: int, seen: int) -> int:
+        """Bits of the names that must still come."""
+        space = self.space
+        o = space.specs[spec]
+        if not o.dependent:
+            return space.required[spec] & ~seen
+        present = frozenset(k for i, k in enumerate(space.names) if (seen >> i) & 1)
+        keys = self.json.expressions.closure_of_keys(o, o.required | present)
+        return sum(1 << space.index[k] for k in keys) & ~seen
+
+    def may_finish(self, thread: Thread, seen: int, count: int) -> bool:
+        """Can the object still be completed as this thread wants it?"""
+        _, spec, exists = thread
+        space, o = self.space, self.space.specs[spec]
+        if space.is_simple[spec]:
+            return True
+        needed = self.needed(spec, seen)
+        named, others = space.alive(spec)
+        if needed & ~named:
+            return False
+        extra = 0
+        for i, x in enumerate(o.exists):
+            if (exists >> i) & 1:
+                way = self._way_to_exist(spec, x, seen, needed)
+                if way is None:
+                    return False
+                extra += way
+        if o.high is not None and count + needed.bit_count() + extra > o.high:
+            return False
+        return bool(others) or count + (named & ~seen).bit_count() >= o.low
+
+    def _way_to_exist(self, spec: int, x: Exists, seen: int, needed: int) -> int | None:
+        """0: a key that must come anyway can be the witness; 1: another one can; None: no way."""
+        space, e = self.space, self.json.expressions
+        best: int | None = None
+        for label in range(space.num_labels):
+            if label < len(space.names) and (seen >> label) & 1:
+                continue
+            if space.in_class(x, label) and not e.is_empty(e.both(space.expr(spec, label), x.expr)):
+                if label < len(space.names) and (needed >> label) & 1:
+                    return 0
+                best = 1
+        return best
+
+    def branches(self, label: int) -> list[tuple[Thread, Expr]]:
+        """The threads that may read a key of this label, each with what its value must be."""
+        space, e = self.space, self.json.expressions
+        seen = self.seen | (1 << label) if label < len(space.names) else self.seen
+        count = self.count + 1
+        out: list[tuple[Thread, Expr]] = []
+        for thread in self.threads:
+            tag, spec, exists = thread
+            expr = space.expr(spec, label)
+            if expr == FALSE or e.is_empty(expr):
+                continue
+            o = space.specs[spec]
+            if self.json.ordered and not self._in_order(spec, label):
+                continue
+            witness = [i for i, x in enumerate(o.exists) if (exists >> i) & 1 and space.in_class(x, label)]
+            for size in range(len(witness) + 1):
+                for chosen in combinations(witness, size):
+                    value, left = expr, exists
+                    for i in chosen:
+                        value = e.both(value, o.exists[i].expr)
+                        left &= ~(1 << i)
+                    following = (tag, spec, left)
+                    if not e.is_empty(value) and self.may_finish(following, seen, count):
+                        out.append((following, value))
+        return out
+
+    def _in_order(self, spec: int, label: int) -> bool:
+        """declared_order: after all named keys seen, and not past one that must still come."""
+        if label >= len(self.space.names):
+            return not self.needed(spec, self.seen)
+        behind = (1 << label) - 1
+        return self.seen >> label == 0 and not self.extras and not self.needed(spec, self.seen) & behind
+
+    def alive(self) -> tuple[int, int]:
+        """Labels of the keys that may come: (bits of names, bits of signatures)."""
+        if self._alive is None:
+            space = self.space
+            n = len(space.names)
+            named = others = 0
+            if all(space.is_simple[spec] for _, spec, _ in self.threads) and not self.json.ordered:
+                for spec in {spec for _, spec, _ in self.threads}:
+                    a, b = space.alive(spec)
+                    named |= a
+                    others |= b
+                named &= ~self.seen
+            else:
+                named = sum(1 << i for i in range(n) if not (self.seen >> i) & 1 and self.branches(i))
+                others = sum(1 << i for i in range(len(space.signatures)) if self.branches(n + i))
+            self._alive = named, others
+        return self._alive
+
+    def may_close(self, thread: Thread) -> bool:
+        _, spec, exists = thread
+        return not exists and not self.needed(spec, self.seen) and self.count >= self.space.specs[spec].low
+
+    def close(self) -> int:
+        mask = 0
+        for thread in self.threads:
+            if self.may_close(thread):
+                mask |= 1 << thread[0]
+        return self.context.resume(mask, None) if mask else DEAD
+
+    def cost(self, thread: Thread, seen: int) -> int:
+        """About the bytes that this thread still has to write, to the end of the text."""
+        tag, spec, exists = thread
+        space, e = self.space, self.json.expressions
+        needed = self.needed(spec, seen)
+        total = 1 + 1000 * exists.bit_count() + self.context.rest(tag)
+        for i in range(needed.bit_length()):
+            if (needed >> i) & 1:
+                total += len(space.names[i]) + 4 + e.cost(space.expr(spec, i))
+        missing = space.specs[spec].low - needed.bit_count() - seen.bit_count() - len(self.extras) - self.anonymous
+        return total + 1000 * max(missing, 0)
+
+    def key(self) -> int:
+        """Target inside the next key, after its opening quote."""
+        named, others = self.alive()
+        if not named and not others:
+            return DEAD
+        kind = MemoryKeyFrame if others else KeyFrame
+        return target(self.json.machine.intern(("key", self.number), lambda: kind(self)))
+
+    def follow(self, label: int, key: str | None) -> int:
+        """Target after a key (its name is given where the label is no name and it is known)."""
+        context = self.json.property_contexts.get((self.number, label, key))
+        if context is None:
+            context = PropertyContext(self, label, key)
+            self.json.property_contexts[self.number, label, key] = context
+        return self.json.value(context.exprs, context, 0) if context.exprs else DEAD
+
+
+class PropertyContext:
+    """After a property's value."""
+
+    remembers = False
+    is_anonymous = False
+
+    def __init__(self, node: ObjectNode, label: int, key: str | None) -> None:
+        self.node = node
+        self.number = node.json.new_number()
+        branches = node.branches(label)
+        self.exprs = tuple(dict.fromkeys(e for _, e in branches))
+        self.branches = [(t, self.exprs.index(e)) for t, e in branches]
+        is_name = label < len(node.space.names)
+        self.seen = node.seen | (1 << label) if is_name else node.seen
+        self.extras = node.extras if is_name or key is None else node.extras | {key}
+        self.anonymous = node.anonymous + (0 if is_name or key is not None else 1)
+
+    def rest(self, tag: int) -> int:
+        return min(self.node.cost(t, self.seen) for t, i in self.branches if i == tag)
+
+    def resume(self, mask: int, value: object | None) -> int:
+        threads = tuple(sorted({t for t, tag in self.branches if (mask >> tag) & 1}))
+        node = self.node
+        following = object_node(node.space, threads, self.seen, self.extras, self.anonymous, node.context)
+        return target(node.json.machine.intern(("next", following.number), lambda: NextFrame(following)))
+
+
+def object_node(
+    space: Space, threads: tuple[Thread, ...], seen: int, extras: frozenset[str], anonymous: int, context: Context
+) -> ObjectNode:
+    nodes = space.json.object_nodes
+    key = (space.number, threads, seen, extras, anonymous, context.number)
+    found = nodes.get(key)
+    if found is None:
+        found = nodes[key] = ObjectNode(space, threads, seen, extras, anonymous, context)
+    return found
+
+
+def open_object(json: Json, specs: list[tuple[v.Objects, ...]], context: Context) -> int:
+    """Target after `{`."""
+    pairs = [(tag, o) for tag, group in enumerate(specs) for o in group if json.expressions.cost_of_object(o) < INFINITE]
+    if not pairs:
+        return DEAD
+    distinct = tuple(dict.fromkeys(o for _, o in pairs))
+    spaces = json.spaces
+    space = spaces.get(distinct)
+    if space is None:
+        space = spaces[distinct] = Space(json, distinct)
+    position = {o: i for i, o in enumerate(distinct)}
+    threads = tuple(sorted({(tag, position[o], (1 << len(o.exists)) - 1) for tag, o in pairs}))
+    node = object_node(space, threads, 0, frozenset(), 0, context)
+    return target(json.machine.intern(("open", node.number), lambda: OpenFrame(node)))
+
+
+class OpenFrame:
+    """Right after `{`."""
+
+    def __init__(self, node: ObjectNode) -> None:
+        self.node = node
+        self.table = node.json.constant_table("open", open_rows, 2)
+
+    def resolve(self, exit_index: int) -> int:
+        return self.node.close() if exit_index == _CLOSE else self.node.key()
+
+    def closing_exit(self, local: int) -> int:
+        node = self.node
+        if local:
+            return _KEY
+        costs = [(node.cost(t, node.seen), 0 if node.may_close(t) else 1) for t in node.threads]
+        return _CLOSE if min(costs)[1] == 0 else _KEY
+
+
+class NextFrame(OpenFrame):
+    """After a property: `}` or a comma and the next key."""
+
+    def __init__(self, node: ObjectNode) -> None:
+        self.node = node
+        json = node.json
+        may_go_on = any(node.alive())
+        self.table = json.constant_table(
+            ("next", may_go_on), lambda: next_rows(json.spaced, may_go_on), 2
+        )
+
+
+class KeyFrame:
+    """The text of a key and its closing quote."""
+
+    def __init__(self, node: ObjectNode) -> None:
+        self.node = node
+        self.table = node.space.table(*node.alive(), node.extras)
+
+    def resolve(self, exit_index: int) -> int:
+        return self.node.follow(exit_index, None)
+
+    def closing_exit(self, local: int) -> int:
+        """A key that some thread needs, if the text read so far allows one; the thread with the least to do first."""
+        node = self.node
+        named, others = node.alive()
+        ways = []
+        for label in range(node.space.num_labels):
+            n = len(node.space.names)
+            if not ((named >> label) & 1 if label < n else (others >> (label - n)) & 1):
+                continue
+            way = path_to_exit(self.table, label, local)
+            if way is None:
+                continue
+            seen = node.seen | (1 << label) if label < n else node.seen
+            cost = min(node.cost(t, seen) + node.json.expressions.cost(e) for t, e in node.branches(label))
+            if label >= n and any(node.space.specs[spec].low for _, spec, _ in node.threads):
+                cost -= 1000  # a key without a name counts, too
+            ways.append((cost + len(way), label))
+        return min(ways)[1]
+
+
+class MemoryKeyFrame(KeyFrame):
+    """Keys that are not named may come: what was read is needed to know the key."""
+
+    text = b""
+
+    def resolve(self, exit_index: int) -> int:
+        if exit_index >= len(self.node.space.names) and self.node.anonymous:
+            return CONCRETE
+        return self.node.follow(exit_index, None)
+
+    def resolve_text(self, exit_index: int, text: bytes) -> int:
+        node = self.node
+        if exit_index < len(node.space.names):
+            return node.follow(exit_index, None)
+        return node.follow(exit_index, json_module.loads(b'"' + text + b'"'))
+
+    def remember(self, text: bytes) -> int:
+        def make() -> MemoryKeyFrame:
+            copy = object.__new__(MemoryKeyFrame)
+            copy.node, copy.table, copy.text = self.node, self.table, text
+            return copy
+
+        key = ("key", self.node.number, text) if text else ("key", self.node.number)
+        return self.node.json.machine.intern(key, make)

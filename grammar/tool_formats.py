@@ -1,0 +1,120 @@
+"""How models write tool calls, as data: what stands before, between and after names and arguments.
+
+    begin  before_name NAME before_arguments ARGUMENTS after_arguments  (separator before_name ... )*  end
+
+`marker` is the beginning of `begin + before_name` that free text must not contain: where it appears, a call begins.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from ramet.errors import InvalidGrammar
+
+NAME_PATTERN = r"[A-Za-z0-9_.:/-]{1,128}"
+
+
+@dataclass(frozen=True, slots=True)
+class ToolFormat:
+    """Texts around a call. `is_only_at_start`: calls stand at the start of the answer or nowhere."""
+
+    marker: str
+    before_name: str
+    before_arguments: str
+    after_arguments: str
+    begin: str = ""
+    separator: str = ""
+    end: str = ""
+    is_only_at_start: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.marker or not (self.begin + self.before_name).startswith(self.marker):
+            raise InvalidGrammar(
+                f"the marker {self.marker!r} must be the beginning of {self.begin + self.before_name!r}, and not empty"
+            )
+        follows_name = self.before_arguments.lstrip()[:1]
+        if not follows_name or re.fullmatch(NAME_PATTERN, follows_name):
+            raise InvalidGrammar(
+                f"before_arguments is {self.before_arguments!r} but must begin with a character that no name has"
+            )
+
+
+FORMATS: Mapping[str, ToolFormat] = {
+    # NousResearch's Hermes models and Qwen 2.5 and 3: their chat templates
+    "hermes": ToolFormat(
+        marker="<tool_call>",
+        before_name='<tool_call>\n{"name": "',
+        before_arguments='", "arguments": ',
+        after_arguments="}\n</tool_call>",
+        separator="\n",
+    ),
+    # Llama 3.1 to 3.3: the JSON form of Meta's prompt format page; calls are the whole answer
+    "llama3": ToolFormat(
+        marker='{"name": "',
+        before_name='{"name": "',
+        before_arguments='", "parameters": ',
+        after_arguments="}",
+        separator="; ",
+        is_only_at_start=True,
+    ),
+    # Mistral's tokenizers v3 and v7; the marker is a special token there (see `with_marker_tokens`)
+    "mistral": ToolFormat(
+        marker="[TOOL_CALLS]",
+        begin="[TOOL_CALLS][",
+        before_name='{"name": "',
+        before_arguments='", "arguments": ',
+        after_arguments="}",
+        separator=", ",
+        end="]",
+    ),
+    # Mistral's tokenizers from v11
+    "mistral-v11": ToolFormat(
+        marker="[TOOL_CALLS]",
+        before_name="[TOOL_CALLS]",
+        before_arguments="[ARGS]",
+        after_arguments="",
+    ),
+    # the function calling prompt of SmolLM2's model card: one list of calls between tags
+    "smollm2": ToolFormat(
+        marker="<tool_call>",
+        begin="<tool_call>[",
+        before_name='{"name": "',
+        before_arguments='", "arguments": ',
+        after_arguments="}",
+        separator=", ",
+        end="]</tool_call>",
+    ),
+    # Google's prompt for function calling with Gemma 3: a JSON object as the whole answer
+    "gemma": ToolFormat(
+        marker='{"name": "',
+        before_name='{"name": "',
+        before_arguments='", "parameters": ',
+        after_arguments="}",
+        separator="\n",
+        is_only_at_start=True,
+    ),
+}
+
+
+def tool_format(source: str | Mapping[str, Any] | ToolFormat) -> ToolFormat:
+    """Return a format by its name, from its fields, or as it is. Raises: InvalidGrammar."""
+    if isinstance(source, ToolFormat):
+        return source
+    if isinstance(source, str):
+        if source not in FORMATS:
+            raise InvalidGrammar(f"there is no tool format {source!r}; formats are {', '.join(FORMATS)}")
+        return FORMATS[source]
+    known = {f.name for f in fields(ToolFormat)}
+    wrong = sorted(set(source) - known)
+    if wrong:
+        raise InvalidGrammar(f"a tool format has no field {wrong[0]!r}; its fields are {', '.join(sorted(known))}")
+    for name, value in source.items():
+        if not isinstance(value, bool if name == "is_only_at_start" else str):
+            raise InvalidGrammar(f"the field {name!r} of a tool format is {value!r}, of type {type(value).__name__}")
+    try:
+        return ToolFormat(**source)
+    except TypeError as error:
+        raise InvalidGrammar(f"the tool format lacks a field: {error}") from error
