@@ -153,10 +153,17 @@ def test_plan_lengthens_items_until_they_fit_and_gives_up_when_they_cannot() -> 
     assert plan_tree([], 8, 4, 1, TILE, 1000) is None
 
 
-@pytest.mark.parametrize(("num_heads", "head_dim"), [(4, 32), (6, 24)])
-@pytest.mark.parametrize("num_splits", [1, 2])
-@pytest.mark.parametrize("merge", ["fused", "kernel"])
-@pytest.mark.parametrize("target_programs", [1, 64])
+@pytest.mark.parametrize(
+    ("num_heads", "head_dim", "num_splits", "merge", "target_programs"),
+    [
+        (4, 32, 1, "fused", 1),
+        (6, 24, 1, "kernel", 64),
+        (4, 32, 2, "fused", 64),
+        (6, 24, 2, "fused", 1),
+        (4, 32, 2, "kernel", 64),
+        (2, 64, 2, "kernel", 1),
+    ],
+)
 def test_tree_equals_plain_attention(
     cases: Any, num_heads: int, head_dim: int, num_splits: int, merge: str, target_programs: int
 ) -> None:
@@ -206,3 +213,32 @@ def test_cost_model_takes_long_shared_prefixes_and_leaves_short_ones() -> None:
     assert not model.should_use_tree([(2, 64)], 2 * 100)
     assert not model.should_use_tree([], 1000)
     assert not model.should_use_tree([(64, 256)], 64 * 100_000), "a gain lost in the rest is not taken"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+@pytest.mark.parametrize("has_side_stream", [False, True])
+def test_a_captured_graph_follows_later_plans_and_lengths(cases: Any, has_side_stream: bool) -> None:
+    k_cache, v_cache, page_table, rows, lens = three_levels(cases)
+    kv_lens = torch.tensor(lens, dtype=torch.int32)
+    q = torch.randn(len(lens), 4, 32)
+    segments = find_shared_segments(batch_table(page_table, rows), kv_lens.numpy(), PAGE, always)
+    stream = torch.cuda.Stream() if has_side_stream else None  # type: ignore[no-untyped-call]
+    plan = TreePlan(len(lens), TILE, torch.device(DEVICE), max_items=64, max_slots=128, side_stream=stream)
+    static_lens = kv_lens.to(DEVICE)
+    meta = DecodeMetadata(static_lens, rows.to(DEVICE), page_table.to(DEVICE), 2, plan)
+    args = q.to(DEVICE), k_cache.to(DEVICE), v_cache.to(DEVICE), meta, plan, 0.3
+    attention_tree_triton(*args, suffix_config=TILE)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attention_tree_triton(*args, suffix_config=TILE)
+    for target_programs, growth in ((1, 0), (64, 1), (0, 1)):
+        work = plan_tree(segments, len(lens), 2, 2, TILE, target_programs, 64, 128) if target_programs else None
+        plan.load(work)
+        longer = torch.where(kv_lens % PAGE == 0, kv_lens, kv_lens + growth)
+        static_lens.copy_(longer)
+        out.fill_(torch.nan)
+        graph.replay()
+        expected = attention_decode_reference(q, k_cache, v_cache, DecodeMetadata(longer, rows, page_table), 0.3)
+        torch.testing.assert_close(out.cpu(), expected, rtol=2e-5, atol=2e-5)
