@@ -72,7 +72,7 @@ def test_kernel_equals_the_reference(
     torch.testing.assert_close(out.cpu(), expected, rtol=2e-5, atol=2e-5)
 
 
-def test_kernel_gives_the_same_bits_in_chunks_batches_and_tiles(cases: Any) -> None:
+def test_chunks_batches_and_tiles_do_not_change_what_the_kernel_gives(cases: Any) -> None:
     k_cache, v_cache, page_table, rows = (x.to(DEVICE) for x in cases.paged_cache([150, 40], 1, 32))
     q = torch.randn(190, 2, 32, device=DEVICE)
 
@@ -86,5 +86,6 @@ def test_kernel_gives_the_same_bits_in_chunks_batches_and_tiles(cases: Any) -> N
         for tile in (TILE, TileConfig(block_m=64, block_n=32, num_warps=4, num_stages=2)):
             part = run(low, high, [high - low], [high], tile)
             difference = (part - whole[low:high]).abs().max()
-            # The interpreter's matrix product (numpy) may sum in another order for another number of rows.
-            assert difference <= (0 if DEVICE == "cuda" else 1e-6), f"max {difference:.2e} in [{low}, {high})"
+            # Another tile may sum in another order; so may the interpreter (numpy) for another number of rows.
+            is_exact = DEVICE == "cuda" and tile == TILE
+            assert difference <= (0 if is_exact else 1e-6), f"max {difference:.2e} in [{low}, {high})"
