@@ -12,6 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ramet.errors import GrammarTooLarge
+from ramet.kernels.grammar_arena import FREE_STATE
+from ramet.kernels.grammar_mask import AutomatonTables
 from ramet.runtime.model_runner import LaunchedStep, ModelRunner
 from ramet.runtime.scheduler import Scheduler
 from ramet.runtime.types import Batch, FinishReason, Grammar, Request, RowOutput, Sequence
@@ -47,15 +50,20 @@ class EngineCore:
         self._in_flight: LaunchedStep | None = None
         # Sequences whose sampling needs their tokens on the host first: while there are any, steps do not overlap.
         self._on_host: set[Sequence] = set()
-        self._grammar_states: dict[Sequence, int | None] = {}
+        self._grammar_states: dict[Sequence, int | None] = {}  # of those whose masks the host computes
+        self._device_bases: dict[Sequence, int] = {}  # the arena's number of their grammar's state 0
 
     def add(self, request: Request) -> Sequence:
         """Queue a request. Raises what Scheduler.add raises: the request alone fails."""
         sequence = self.scheduler.add(request)
-        if request.sampling.needs_logit_edits or (request.grammar is not None and not self._is_on_device(request)):
-            self._on_host.add(sequence)
-        if request.grammar is not None:
+        grammar = request.grammar
+        base = None if grammar is None else self._acquire_on_device(grammar)
+        if base is not None:
+            self._device_bases[sequence] = base
+        elif grammar is not None:
             self._grammar_states[sequence] = 0
+        if request.sampling.needs_logit_edits or sequence in self._grammar_states:
+            self._on_host.add(sequence)
         return sequence
 
     def abort(self, request_id: str) -> bool:
@@ -138,7 +146,12 @@ class EngineCore:
 
     def launch(self, batch: Batch) -> LaunchedStep:
         self.num_steps += 1
-        return self.runner.launch(batch, masks=self._host_masks(batch), on_host=bool(self._on_host))
+        return self.runner.launch(
+            batch,
+            masks=self._host_masks(batch),
+            on_host=bool(self._on_host),
+            grammar_states=self._joining_states(batch),
+        )
 
     def collect(self, launched: LaunchedStep) -> list[SequenceUpdate]:
         """Wait for a launched step, advance its sequences, and return those that are not finished already."""
@@ -156,9 +169,42 @@ class EngineCore:
     def _forget(self, sequence: Sequence) -> None:
         self._on_host.discard(sequence)
         self._grammar_states.pop(sequence, None)
+        if self._device_bases.pop(sequence, None) is not None:
+            assert self.runner.arena is not None
+            assert sequence.request.grammar is not None
+            self.runner.arena.release(sequence.request.grammar)
 
-    def _is_on_device(self, request: Request) -> bool:
-        return False
+    def _acquire_on_device(self, grammar: Grammar) -> int | None:
+        """The arena's number of the grammar's state 0; None where it is open, or there is no arena or no room in it."""
+        arena = self.runner.arena
+        if arena is None or not grammar.is_closed:
+            return None
+        tables = grammar.device_tables()
+        if tables is None:
+            return None
+        try:
+            return arena.acquire(grammar, AutomatonTables(tables.byte_class, tables.transitions, tables.accepting))
+        except GrammarTooLarge as error:
+            logger.info("the host computes the masks of a grammar: %s", error)
+            return None
+
+    def _joining_states(self, batch: Batch) -> list[int] | None:
+        """The arena's state of each extend row: where its tokens so far have led. None where all are unconstrained."""
+        if not self._device_bases:
+            return None
+        states = []
+        for item in batch.items[batch.num_decode :]:
+            base, grammar = self._device_bases.get(item.sequence), item.sequence.request.grammar
+            if base is None or grammar is None:
+                states.append(FREE_STATE)
+                continue
+            state: int | None = 0
+            for token in item.sequence.output_ids:  # after a preemption; a state is a function of the tokens
+                assert state is not None
+                state = grammar.advance(state, token)
+            assert state is not None
+            states.append(base + state)
+        return states
 
     def _host_masks(self, batch: Batch) -> NDArray[np.int32] | None:
         """Mask rows int32 [R, W] of the items that sample, or None where none of them is constrained by the host."""
@@ -214,4 +260,6 @@ class EngineCore:
         completion = grammar.shortest_completion(state)
         if completion and len(completion) <= left + 1:
             return completion[0], grammar.advance(state, completion[0])
+        if not completion and sequence.request.stop_ids and grammar.is_accepting(state):
+            return min(sequence.request.stop_ids), after  # it may end here, and after any other token it could not
         return token, after

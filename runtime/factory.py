@@ -8,6 +8,8 @@ import time
 import torch
 
 from ramet.errors import ConfigError, OutOfMemory
+from ramet.kernels.grammar_arena import GrammarArena
+from ramet.kernels.grammar_mask import TokenTable
 from ramet.runtime.config import EngineConfig
 from ramet.runtime.engine import EngineCore
 from ramet.runtime.kv_cache import KVCache, choose_num_pages
@@ -17,6 +19,7 @@ from ramet.runtime.page_pool import PagePool
 from ramet.runtime.radix_cache import RadixCache
 from ramet.runtime.scheduler import Scheduler, SchedulerConfig
 from ramet.runtime.slots import RunningSlots
+from ramet.runtime.tree_planner import TreePlanner
 from ramet.runtime.types import Batch, Request, SamplingParams, ScheduledSequence, Sequence, Status
 
 logger = logging.getLogger(__name__)
@@ -65,7 +68,15 @@ def build_core(model: LoadedModel, config: EngineConfig) -> EngineCore:
     pool = PagePool(num_pages, config.page_size)
     scheduler = Scheduler(scheduler_config(config, context), pool, RadixCache(pool))
     slots = RunningSlots(config.max_running_requests, -(-context // config.page_size), device=device)
-    runner = ModelRunner(model.decoder, kv_cache, slots, device=device, max_kv_len=context)
+    runner = ModelRunner(
+        model.decoder,
+        kv_cache,
+        slots,
+        device=device,
+        max_kv_len=context,
+        arena=make_arena(model, config, device),
+        tree=make_tree_planner(model, config, device),
+    )
     if device.type == "cuda" and config.cuda_graph:
         runner.capture_graphs()
         torch.cuda.synchronize(device)
@@ -85,6 +96,32 @@ def build_core(model: LoadedModel, config: EngineConfig) -> EngineCore:
         overlap=config.overlap and device.type == "cuda",
         vocab_words=-(-model.config.vocab_size // 32),
         context_length=context,
+    )
+
+
+def make_arena(model: LoadedModel, config: EngineConfig, device: torch.device) -> GrammarArena | None:
+    """Room for closed automata on a GPU. On a CPU the host computes masks: it is the device."""
+    if device.type != "cuda" or not config.grammar_on_device:
+        return None
+    tokenizer = model.tokenizer
+    tokens = TokenTable.create(
+        tokenizer.token_bytes, tokenizer.eos_ids, tokenizer.special_ids, model.config.vocab_size, device
+    )
+    return GrammarArena(tokens, config.max_running_requests)
+
+
+def make_tree_planner(model: LoadedModel, config: EngineConfig, device: torch.device) -> TreePlanner | None:
+    """Tree attention on a GPU; its kernels have no counterpart on a CPU, where nothing is shared by reading once."""
+    if device.type != "cuda" or config.tree_attention == "off":
+        return None
+    return TreePlanner(
+        model.config,
+        config.page_size,
+        config.max_running_requests,
+        mode=config.tree_attention,
+        num_sms=torch.cuda.get_device_properties(device).multi_processor_count,
+        device=device,
+        dtype=model.decoder.dtype,
     )
 
 

@@ -17,7 +17,10 @@ from torch import Tensor
 from ramet.kernels.attention_decode import DecodeMetadata
 from ramet.kernels.attention_extend import ExtendMetadata
 from ramet.kernels.attention_plan import choose_num_splits
+from ramet.kernels.attention_tree import TreePlan
 from ramet.kernels.copy_pages import copy_pages
+from ramet.kernels.grammar_arena import FREE_STATE, GrammarArena
+from ramet.kernels.grammar_mask import advance_states
 from ramet.kernels.logits import compute_logprobs
 from ramet.kernels.sampling import sample
 from ramet.kernels.step_inputs import COLUMNS, DecodeInputs, commit_decode, prepare_decode, scatter_rows
@@ -29,6 +32,7 @@ from ramet.runtime.models.context import ForwardContext
 from ramet.runtime.models.decoder import Decoder
 from ramet.runtime.sampler import apply_edits
 from ramet.runtime.slots import RunningSlots, upload
+from ramet.runtime.tree_planner import TreePlanner
 from ramet.runtime.types import Batch, RowOutput
 
 _SCORE_ROWS = 512  # logits rows of one part of a scoring chunk: bounds the [rows, V] fp32 workspace
@@ -94,26 +98,42 @@ class ModelRunner:
         *,
         device: torch.device,
         max_kv_len: int,
+        arena: GrammarArena | None = None,
+        tree: TreePlanner | None = None,
     ) -> None:
+        is_cuda = device.type == "cuda"
         self.decoder = decoder
         self.model: ModelConfig = decoder.config
         self.kv_cache = kv_cache
         self.slots = slots
         self.tables = slots.tables
-        self.sampling = slots.tables.sampling()
+        self.arena = arena
+        self.tree = tree
+        self.sampling = (
+            slots.tables.sampling() if arena is None else slots.tables.sampling(arena.mask_index, arena.mask_rows)
+        )
         self.device = device
         self.max_kv_len = max_kv_len
         self.page_size = kv_cache.page_size
         self.graphs: DecodeGraphs | None = None
-        is_cuda = device.type == "cuda"
+        num_counters = slots.num_slots * self.model.num_kv_heads
+        self._merge_counters = torch.zeros(num_counters, dtype=torch.int32, device=device) if is_cuda else None
         self.num_sms = torch.cuda.get_device_properties(device).multi_processor_count if is_cuda else 1
 
     @torch.inference_mode()
-    def launch(self, batch: Batch, *, masks: NDArray[np.int32] | None = None, on_host: bool = False) -> LaunchedStep:
+    def launch(
+        self,
+        batch: Batch,
+        *,
+        masks: NDArray[np.int32] | None = None,
+        on_host: bool = False,
+        grammar_states: Seq[int] | None = None,
+    ) -> LaunchedStep:
         """Start one step.
 
         masks: int32 [R, W], one row for each item that samples; None: the host masks nothing.
         on_host: the tokens so far are known to the host, so penalties, biases and log-probabilities can be done.
+        grammar_states: the arena's state of each extend row, for those that join; None: all are unconstrained.
         """
         self._copy_pages(batch)
         scores = None
@@ -121,14 +141,17 @@ class ModelRunner:
         if is_decode and self.graphs is not None:
             rows, new_pages = decode_rows_of(batch.items), new_pages_of(batch.items, self.page_size)
             samples_in_graph = masks is None and not on_host
-            buffers = self.graphs.replay(rows, new_pages, samples=samples_in_graph, uses_tree=False)
+            uses_tree = self._tree_plan(batch) is not None
+            buffers = self.graphs.replay(rows, new_pages, samples=samples_in_graph, uses_tree=uses_tree)
             count = len(rows)
             if samples_in_graph:
                 return self._to_host(batch, buffers.tokens[:count], None, None)
             assert buffers.logits is not None
             logits, slots, positions = buffers.logits[:count], buffers.rows[:count], buffers.inputs.kv_lens[:count]
         else:
-            hidden, slots, positions, scores = self._run_decode(batch) if is_decode else self._run_extend(batch)
+            hidden, slots, positions, scores = (
+                self._run_decode(batch) if is_decode else self._run_extend(batch, grammar_states)
+            )
             if slots.numel() == 0:
                 return self._to_host(batch, slots, None, scores)
             logits = self.decoder.logits(hidden)
@@ -147,14 +170,26 @@ class ModelRunner:
             buffers.rows, buffers.new_pages, tables.last_token, tables.kv_len, tables.page_table, self.page_size, inputs
         )
         num_splits = choose_num_splits(_padded(key.bucket), self.model.num_kv_heads, self.max_kv_len, self.num_sms)
-        decode = DecodeMetadata(inputs.kv_lens, buffers.rows, tables.page_table, num_splits)
+        tree = self.tree.plan if key.uses_tree and self.tree is not None else None
+        decode = DecodeMetadata(
+            inputs.kv_lens, buffers.rows, tables.page_table, num_splits, tree, merge_counters=self._merge_counters
+        )
         context = self._context(inputs.positions, inputs.kv_slots, key.bucket, decode)
         logits = self.decoder.logits(self.decoder.forward(inputs.token_ids, context))
         if not key.samples:
             buffers.logits = logits
             return
         sample(logits, self.sampling, buffers.rows, inputs.kv_lens, None, buffers.tokens)
-        commit_decode(buffers.rows, buffers.tokens, tables.last_token, tables.kv_len)
+        self._commit(buffers.rows, buffers.tokens)
+
+    def _commit(self, slots: Tensor, tokens: Tensor) -> None:
+        """Store the sampled tokens of these slots, count them, and advance the slots' automata."""
+        commit_decode(slots, tokens, self.tables.last_token, self.tables.kv_len)
+        if self.arena is not None:
+            advance_states(slots, tokens, self.tables.grammar_state, self.arena.automata, self.arena.tokens)
+
+    def _tree_plan(self, batch: Batch) -> TreePlan | None:
+        return None if self.tree is None else self.tree.update(batch.items[: batch.num_decode])
 
     def _sample(
         self,
@@ -172,7 +207,7 @@ class ModelRunner:
         mask = None if masks is None else upload([masks], self.device)[0]
         tokens = torch.empty(slots.numel(), dtype=torch.int32, device=self.device)
         sample(logits, self.sampling, slots, positions, mask, tokens)
-        commit_decode(slots, tokens, self.tables.last_token, self.tables.kv_len)
+        self._commit(slots, tokens)
         wanted = [s.request.sampling.logprobs for s in sequences if s.request.sampling.logprobs is not None]
         return tokens, compute_logprobs(raw, tokens, max(wanted)) if edited and wanted else None
 
@@ -191,9 +226,11 @@ class ModelRunner:
         context = self._context(inputs.positions, inputs.kv_slots, batch.num_decode, decode)
         return self.decoder.forward(inputs.token_ids, context), rows, inputs.kv_lens, None
 
-    def _run_extend(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def _run_extend(
+        self, batch: Batch, grammar_states: Seq[int] | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """As `_run_decode` for the rows that sample, and the log-probabilities that were asked for."""
-        states = [0] * (len(batch.items) - batch.num_decode)
+        states = grammar_states or [FREE_STATE] * (len(batch.items) - batch.num_decode)
         extend = build_extend_inputs(batch, self.slots, states, self.page_size, self.device)
         token_ids, positions, kv_slots = extend.token_ids, extend.positions, extend.kv_slots
         decode = None
@@ -240,7 +277,9 @@ class ModelRunner:
         lens = [item.start + 1 for item in batch.items[: batch.num_decode]]
         # As the graphs do, so that a row is split alike in every step, and no kernel is compiled for one length.
         num_splits = choose_num_splits(_padded(len(lens)), self.model.num_kv_heads, self.max_kv_len, self.num_sms)
-        return DecodeMetadata(kv_lens, rows, self.tables.page_table, num_splits, None, lens)
+        return DecodeMetadata(
+            kv_lens, rows, self.tables.page_table, num_splits, self._tree_plan(batch), lens, self._merge_counters
+        )
 
     def _score(self, hidden: Tensor, extend: ExtendInputs) -> Tensor | None:
         if extend.score_index is None or extend.score_targets is None:

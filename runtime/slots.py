@@ -44,7 +44,8 @@ class RunningSlots:
             sequence = item.sequence
             slot = sequence.slot
             assert slot is not None
-            if self.owners[slot] is not sequence:
+            # Its first chunk since admission: after a preemption it may sit in the same slot with other pages.
+            if self.owners[slot] is not sequence or item.start == sequence.num_cached:
                 self.owners[slot] = sequence
                 self._known_pages[slot] = 0
                 triples.extend(_join_triples(sequence, slot, state))
@@ -60,10 +61,6 @@ class RunningSlots:
             kv_len = item.start + item.num_tokens - (1 if item.samples else 0)
             triples.append((slot, COLUMNS["kv_len"], kv_len))
         return np.concatenate([np.asarray(triples, dtype=np.int32), *blocks])
-
-    def forget_pages(self, slot: int, num_pages: int) -> None:
-        """Pages from `num_pages` on are to be sent again (they were exchanged for others)."""
-        self._known_pages[slot] = min(self._known_pages[slot], num_pages)
 
 
 def _join_triples(sequence: Sequence, slot: int, state: int) -> list[tuple[int, int, int]]:

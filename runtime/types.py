@@ -46,6 +46,19 @@ class Status(Enum):
     FINISHED = "finished"
 
 
+class DeviceTables(Protocol):
+    """A closed automaton: byte_class uint8 [256]; transitions int32 [num_states, num_classes], -1 refused."""
+
+    @property
+    def byte_class(self) -> NDArray[np.uint8]: ...
+
+    @property
+    def transitions(self) -> NDArray[np.int32]: ...
+
+    @property
+    def accepting(self) -> NDArray[np.bool_]: ...
+
+
 class Grammar(Protocol):
     """What the runtime needs of a compiled grammar. States are small integers; state 0 is the start.
 
@@ -70,6 +83,12 @@ class Grammar(Protocol):
 
     def shortest_completion(self, state: int) -> list[int]:
         """The fewest tokens that lead to an accepting state."""
+
+    def __hash__(self) -> int:
+        """By identity: the device holds one copy of a grammar, shared by its sequences."""
+
+    def device_tables(self) -> DeviceTables | None:
+        """The closed automaton as arrays, with the same state numbers; None where it is open."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -236,6 +236,12 @@ class BrokenGrammar:
     def shortest_completion(self, state: int) -> list[int]:
         return []
 
+    def device_tables(self) -> None:
+        return None
+
+    def __hash__(self) -> int:
+        return id(self)
+
 
 def test_a_grammar_that_raises_ends_its_own_request_only(engine: Engine) -> None:
     other = engine.submit("other", GREEDY)

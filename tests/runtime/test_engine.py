@@ -162,6 +162,19 @@ def test_a_small_pool_preempts_or_queues_and_changes_no_token(decoder: Decoder) 
         assert sequence.output_ids == alone(decoder, r)
 
 
+def test_a_sequence_preempted_and_readmitted_to_its_slot_reads_its_new_pages(decoder: Decoder) -> None:
+    core = make_core(decoder)
+
+    def between(step: int) -> None:
+        idle = [s for s in core.scheduler._decoding if not s.num_in_flight]
+        if step % 3 == 2 and idle:
+            core.scheduler._preempt(idle[-1])
+
+    for sequence, r in zip(run(core, REQUESTS, between), REQUESTS, strict=True):
+        assert sequence.output_ids == alone(decoder, r)
+    assert core.scheduler.counters.num_preemptions > 3
+
+
 @pytest.mark.parametrize("overlap", [False, True])
 def test_aborting_in_the_middle_frees_the_pages_and_leaves_the_others_alone(decoder: Decoder, overlap: bool) -> None:
     core = make_core(decoder, overlap=overlap)

@@ -1,0 +1,126 @@
+"""Constrained sequences in the engine: the same tokens by masks of the host and of the device, closed in time."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from ramet.grammar import Vocabulary
+from ramet.grammar.sources import compile_constraint
+from ramet.kernels.grammar_arena import GrammarArena
+from ramet.kernels.grammar_mask import TokenTable
+from ramet.runtime.client import Engine
+from ramet.runtime.models.load import LoadedModel
+from ramet.runtime.types import FinishReason, Grammar, SamplingParams
+
+PATTERNS = ["[a-c]{3,8}(xy|z){1,6}", "(yes|no)", '"[^"]{0,20}"', "[0-9]{1,3}(,[0-9]{1,3}){2,5}"]
+
+
+def vocabulary(model: LoadedModel) -> Vocabulary:
+    tokenizer = model.tokenizer
+    return Vocabulary(tokenizer.token_bytes, tokenizer.eos_ids, tokenizer.special_ids, tokenizer.vocab_size)
+
+
+@pytest.fixture(scope="module")
+def grammars(tiny_model: LoadedModel) -> list[Grammar]:
+    compiled = [compile_constraint("regex", pattern, vocabulary(tiny_model)) for pattern in PATTERNS]
+    assert all(grammar.close() for grammar in compiled)
+    return list(compiled)
+
+
+def make_engine(model: LoadedModel, *, on_device: bool) -> Engine:
+    engine = Engine(model, num_kv_tokens=4096, max_running_requests=8)
+    if on_device:
+        tokenizer = model.tokenizer
+        tokens = TokenTable.create(
+            tokenizer.token_bytes, tokenizer.eos_ids, tokenizer.special_ids, tokenizer.vocab_size, "cpu"
+        )
+        runner = engine._core.runner
+        arena = GrammarArena(tokens, 8, max_states=4096, max_transitions=1 << 18, max_mask_rows=512)
+        runner.arena = arena
+        runner.sampling = runner.tables.sampling(arena.mask_index, arena.mask_rows)
+    return engine
+
+
+def run_all(engine: Engine, grammars: list[Grammar], temperature: float, max_tokens: int = 40) -> list[str]:
+    handles = []
+    for i in range(12):
+        grammar = None if i % 5 == 4 else grammars[i % len(grammars)]
+        sampling = SamplingParams(temperature=temperature, max_tokens=max_tokens, seed=i)
+        handles.append(engine.submit(f"prompt {i % 3}", sampling, grammar=grammar))
+    return [handle.result(timeout_s=60).text for handle in handles]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_host_and_device_automata_give_the_same_tokens(
+    tiny_model: LoadedModel, grammars: list[Grammar], temperature: float
+) -> None:
+    assert all(grammar.is_closed for grammar in grammars)
+    with make_engine(tiny_model, on_device=False) as host, make_engine(tiny_model, on_device=True) as device:
+        expected = run_all(host, grammars, temperature)
+        assert run_all(device, grammars, temperature) == expected
+        device.check_integrity()
+
+
+def test_overlapped_steps_advance_automata_as_synchronous_ones_do(
+    tiny_model: LoadedModel, grammars: list[Grammar]
+) -> None:
+    with make_engine(tiny_model, on_device=True) as sync, make_engine(tiny_model, on_device=True) as overlapped:
+        overlapped._core.overlap = True
+        assert run_all(overlapped, grammars, 1.0) == run_all(sync, grammars, 1.0)
+
+
+def test_every_finished_text_matches_its_pattern(tiny_model: LoadedModel, grammars: list[Grammar]) -> None:
+    with make_engine(tiny_model, on_device=False) as engine:
+        for seed in range(10):
+            for pattern, grammar in zip(PATTERNS, grammars, strict=True):
+                sampling = SamplingParams(temperature=1.5, max_tokens=60, seed=seed)
+                result = engine.submit("x", sampling, grammar=grammar).result(timeout_s=60)
+                assert re.fullmatch(pattern, result.text), (pattern, result.text)
+                assert result.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
+
+
+@pytest.mark.parametrize("max_tokens", range(9, 16))
+def test_a_small_budget_is_closed_in_time(tiny_model: LoadedModel, grammars: list[Grammar], max_tokens: int) -> None:
+    with make_engine(tiny_model, on_device=False) as engine:
+        for seed in range(6):
+            for pattern, grammar in zip(PATTERNS, grammars, strict=True):
+                sampling = SamplingParams(temperature=1.5, max_tokens=max_tokens, seed=seed)
+                text = engine.submit("x", sampling, grammar=grammar).result(timeout_s=60).text
+                assert re.fullmatch(pattern, text), (pattern, text)
+
+
+def test_a_preempted_constrained_sequence_goes_on_in_its_state(
+    tiny_model: LoadedModel, grammars: list[Grammar]
+) -> None:
+    with make_engine(tiny_model, on_device=True) as roomy:
+        expected = run_all(roomy, grammars, 1.0)
+    with make_engine(tiny_model, on_device=True) as engine:
+        scheduler = engine._core.scheduler
+        step = engine._core.step
+        count = 0
+
+        def preempting() -> list[object]:
+            nonlocal count
+            count += 1
+            if count % 3 == 0:
+                idle = [s for s in scheduler._decoding if not s.num_in_flight]
+                if idle:
+                    scheduler._preempt(idle[-1])
+            return step()  # type: ignore[return-value]
+
+        engine._core.step = preempting  # type: ignore[assignment, method-assign]
+        assert run_all(engine, grammars, 1.0) == expected
+        assert engine.stats()["num_preemptions"] > 3
+        engine.check_integrity()
+
+
+def test_a_torch_device_without_an_arena_masks_on_the_host(tiny_model: LoadedModel, grammars: list[Grammar]) -> None:
+    with make_engine(tiny_model, on_device=False) as engine:
+        assert engine._core.runner.arena is None
+        assert engine._core.runner.device == torch.device("cpu")
+        engine.submit("x", SamplingParams(max_tokens=40, seed=1), grammar=grammars[0]).result(timeout_s=60)
+        assert not engine._core._grammar_states
+        assert not engine._core._on_host
