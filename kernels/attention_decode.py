@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ramet.kernels import attention_decode_cpu
 from ramet.kernels.attention_extend import gather_pages
 
 if TYPE_CHECKING:
@@ -52,6 +53,10 @@ def attention_decode(
     out: Tensor | None = None,
 ) -> Tensor:
     """Attend from `q [B, H, D]` to `k_cache, v_cache [N, K, P, D]`; returns `[B, H, D]` (`out` when given)."""
+    if attention_decode_cpu.takes(q, k_cache, meta.kv_lens, meta.rows, meta.page_table):
+        return attention_decode_cpu.attention_decode_cpu(
+            q, k_cache, v_cache, meta.kv_lens, meta.rows, meta.page_table, scale, window, out
+        )
     if not q.is_cuda:
         return attention_decode_reference(q, k_cache, v_cache, meta, scale, window, out)
     if meta.tree is not None and window is None:

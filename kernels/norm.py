@@ -14,11 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ramet.kernels import cpu_pointwise
 from ramet.kernels.triton_support import jit, next_power_of_two, tl
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Normalise the last axis of `x` [T, N] by `weight` [N]; computed in fp32, returned in x's dtype."""
+    if cpu_pointwise.takes(x):
+        return cpu_pointwise.rms_norm(x, weight, eps)
     return (rms_norm_triton if x.is_cuda else rms_norm_reference)(x, weight, eps)
 
 
@@ -27,6 +30,8 @@ def fused_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) 
 
     The sum is rounded to the model dtype first, so that it equals an unfused add followed by `rms_norm`.
     """
+    if cpu_pointwise.takes(x) and residual.is_contiguous():
+        return cpu_pointwise.fused_add_rms_norm(x, residual, weight, eps)
     run = fused_add_rms_norm_triton if x.is_cuda else fused_add_rms_norm_reference
     return run(x, residual, weight, eps)
 

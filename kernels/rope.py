@@ -17,6 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ramet.kernels import cpu_pointwise
 from ramet.kernels.norm import rms_norm_reference
 from ramet.kernels.triton_support import cdiv, jit, next_power_of_two, tl
 
@@ -44,6 +45,10 @@ def rope_and_write_kv(
     k_cache, v_cache: [N, K, P, D], changed in place. q_norm_weight, k_norm_weight: [D], applied before the rotation.
     Padded tokens carry slot 0: page 0 is nobody's, so what lies there is undefined.
     """
+    if cpu_pointwise.takes_rope(q, k, v, positions, kv_slots, k_cache):
+        return cpu_pointwise.rope_and_write_kv(
+            q, k, v, cos, sin, positions, kv_slots, k_cache, v_cache, q_norm_weight, k_norm_weight, eps
+        )
     run = rope_and_write_kv_triton if q.is_cuda else rope_and_write_kv_reference
     return run(q, k, v, cos, sin, positions, kv_slots, k_cache, v_cache, q_norm_weight, k_norm_weight, eps)
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ramet.kernels.activation import gelu_tanh_and_mul, silu_and_mul
@@ -19,32 +19,26 @@ from ramet.kernels.norm import fused_add_rms_norm
 from ramet.runtime.models.config import ModelConfig, Rope
 from ramet.runtime.models.context import ForwardContext
 from ramet.runtime.models.layers import Attention, DecoderLayer, FeedForward, RotaryTable
-from ramet.runtime.models.linear import Linear, PlainLinear
+from ramet.runtime.models.linear import Embedding, Linear, PlainStorage, Storage
 
 ACTIVATIONS = {"silu": silu_and_mul, "gelu_tanh": gelu_tanh_and_mul}
 
 
 @dataclass(slots=True, eq=False)
 class Decoder:
-    """A finished model on one device.
-
-    `embedding` is [V, hidden]; a tied output layer shares it. `embedding_scale` is rounded to the model's dtype.
-    """
+    """A finished model on one device. `dtype` is that of activations and of the KV cache."""
 
     config: ModelConfig
     device: torch.device
     dtype: torch.dtype
-    embedding: Tensor
-    embedding_scale: float
+    embedding: Embedding
     layers: list[DecoderLayer]
     final_norm: Tensor
     output: Linear
 
     def forward(self, token_ids: Tensor, context: ForwardContext) -> Tensor:
         """Run the tokens (int [T]) through all layers, writing their KV; returns [T, hidden] after the final norm."""
-        x = F.embedding(token_ids, self.embedding)
-        if self.embedding_scale != 1.0:
-            x = x * self.embedding_scale
+        x = self.embedding(token_ids)
         residual: Tensor | None = None
         for layer in self.layers:
             x, residual = layer(x, residual, context)
@@ -65,54 +59,64 @@ class Decoder:
 
 
 def build_decoder(
-    config: ModelConfig, weights: Mapping[str, Tensor], *, device: torch.device | str, dtype: torch.dtype
+    config: ModelConfig,
+    weights: Mapping[str, Tensor],
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype | Literal["auto"] = "auto",
+    quantization: str | None = None,
 ) -> Decoder:
-    """Make a decoder from tensors under Hugging Face names (see `weights.py`), converted to `dtype` on `device`.
+    """Make a decoder from tensors under Hugging Face names (see `weights.py`).
 
-    Reads one tensor at a time, so the host holds no second copy of the model.
+    dtype "auto" is bfloat16 on a GPU. On a CPU it is float32 with weights held as the file has them (GGUF blocks or 16
+    bits), which is both the fastest and the most faithful (see `linear_cpu.py`). quantization (CPU): "int8" or "int4"
+    rounds weights to blocks of 32; "gguf" insists on the file's own blocks.
+    Raises: ConfigError.
     """
-    return _Builder(config, weights, torch.device(device), dtype).build()
+    device = torch.device(device)
+    if quantization is not None or (dtype == "auto" and device.type == "cpu"):
+        from ramet.runtime.models.linear_cpu import block_storage  # compiles CPU code: not needed for a GPU
+
+        return _Builder(config, block_storage(weights, device, dtype, quantization)).build()
+    return _Builder(config, PlainStorage(weights, device, torch.bfloat16 if dtype == "auto" else dtype)).build()
 
 
 @dataclass(slots=True)
 class _Builder:
     config: ModelConfig
-    weights: Mapping[str, Tensor]
-    device: torch.device
-    dtype: torch.dtype
+    storage: Storage
     rotary_tables: dict[Rope, RotaryTable] = field(default_factory=dict)
 
     def build(self) -> Decoder:
-        config = self.config
-        embedding = self.tensor("model.embed_tokens.weight")
-        tied = config.tie_word_embeddings
-        head = embedding if tied else self.tensor("lm_head.weight")
+        config, storage = self.config, self.storage
+        embedding, tied = storage.embedding("model.embed_tokens.weight", config.embedding_scale)
+        name = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+        head = tied if config.tie_word_embeddings else storage.matrix([name])
         return Decoder(
             config=config,
-            device=self.device,
-            dtype=self.dtype,
+            device=storage.device,
+            dtype=storage.dtype,
             embedding=embedding,
-            embedding_scale=torch.tensor(config.embedding_scale, dtype=self.dtype).item(),
             layers=[self.layer(index) for index in range(config.num_layers)],
             final_norm=self.norm("model.norm"),
-            output=Linear("lm_head", PlainLinear(head), None, config.hidden_size, config.vocab_size),
+            output=Linear((name,), head, None, config.hidden_size, config.vocab_size),
         )
 
     def layer(self, index: int) -> DecoderLayer:
         config, prefix = self.config, f"model.layers.{index}."
+        inner, hidden = config.intermediate_size, config.hidden_size
         gemma = config.feed_forward_norms
+        mlp = prefix + "mlp."
         return DecoderLayer(
             attention=self.attention(index, prefix + "self_attn."),
             feed_forward=FeedForward(
-                self.linear(prefix + "mlp.", ("gate_proj", "up_proj"), config.mlp_bias),
-                self.linear(prefix + "mlp.", ("down_proj",), config.mlp_bias),
+                self.linear([mlp + "gate_proj", mlp + "up_proj"], hidden, 2 * inner, config.mlp_bias),
+                self.linear([mlp + "down_proj"], inner, hidden, config.mlp_bias),
                 ACTIVATIONS[config.activation],
             ),
             attention_norm=self.norm(prefix + "input_layernorm"),
             # Gemma calls this norm by another name, and gives Llama's name for it to another norm.
-            feed_forward_norm=self.norm(
-                prefix + ("pre_feedforward_layernorm" if gemma else "post_attention_layernorm")
-            ),
+            feed_forward_norm=self.norm(prefix + ("pre_feedforward" if gemma else "post_attention") + "_layernorm"),
             attention_out_norm=self.norm(prefix + "post_attention_layernorm") if gemma else None,
             feed_forward_out_norm=self.norm(prefix + "post_feedforward_layernorm") if gemma else None,
             eps=config.rms_norm_eps,
@@ -120,10 +124,12 @@ class _Builder:
 
     def attention(self, index: int, prefix: str) -> Attention:
         config = self.config
+        query, key_value = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        parts = [prefix + part for part in ("q_proj", "k_proj", "v_proj")]
         return Attention(
             layer=index,
-            qkv=self.linear(prefix, ("q_proj", "k_proj", "v_proj"), config.qkv_bias),
-            o=self.linear(prefix, ("o_proj",), config.o_bias),
+            qkv=self.linear(parts, config.hidden_size, query + 2 * key_value, config.qkv_bias),
+            o=self.linear([prefix + "o_proj"], query, config.hidden_size, config.o_bias),
             num_heads=config.num_heads,
             num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
@@ -138,24 +144,14 @@ class _Builder:
     def rotary(self, rope: Rope) -> RotaryTable:
         if rope not in self.rotary_tables:
             config = self.config
-            table = RotaryTable.build(rope, config.head_dim, config.max_position_embeddings, self.device)
+            table = RotaryTable.build(rope, config.head_dim, config.max_position_embeddings, self.storage.device)
             self.rotary_tables[rope] = table
         return self.rotary_tables[rope]
 
-    def linear(self, prefix: str, parts: tuple[str, ...], has_bias: bool) -> Linear:
-        """One layer of several checkpoint matrices, stacked by output rows."""
-        weight = self.stack([f"{prefix}{part}.weight" for part in parts])
-        bias = self.stack([f"{prefix}{part}.bias" for part in parts]) if has_bias else None
-        return Linear(prefix + parts[0], PlainLinear(weight), bias, weight.shape[1], weight.shape[0])
-
-    def stack(self, names: list[str]) -> Tensor:
-        tensors = [self.tensor(name) for name in names]
-        return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+    def linear(self, parts: list[str], in_features: int, out_features: int, has_bias: bool) -> Linear:
+        names = tuple(f"{part}.weight" for part in parts)
+        bias = torch.cat([self.storage.vector(f"{part}.bias") for part in parts]) if has_bias else None
+        return Linear(names, self.storage.matrix(names), bias, in_features, out_features)
 
     def norm(self, name: str) -> Tensor:
-        """A norm's weight, with Gemma's offset folded in before it is rounded to the model's dtype."""
-        weight = self.weights[f"{name}.weight"].float() + self.config.norm_offset
-        return weight.to(self.device, self.dtype)
-
-    def tensor(self, name: str) -> Tensor:
-        return self.weights[name].to(self.device, self.dtype).contiguous()
+        return self.storage.vector(f"{name}.weight", self.config.norm_offset)

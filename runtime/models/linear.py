@@ -1,14 +1,17 @@
-"""Linear layers: `Linear` is the layer, a `LinearMethod` is how its product is computed.
+"""Linear layers: `Linear` is the layer, a `LinearMethod` is how its product is computed. Token embeddings likewise.
 
 A layer never asks which method it has: quantisation, adapters and tensor parallelism replace `Linear.method` in a pass
-over a finished decoder (`for linear in decoder.linears(): ...`). Not here: the CPU's integer methods (`linear_cpu.py`).
+over a finished decoder (`for linear in decoder.linears(): ...`). A `Storage` chooses the first methods, while weights
+are read. Not here: weights in blocks on the CPU (`linear_cpu.py`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -32,9 +35,9 @@ class PlainLinear:
 
 @dataclass(slots=True, eq=False)
 class Linear:
-    """A linear layer: name (of its first Hugging Face part), method, bias [out_features] or None."""
+    """A linear layer. `names`: the checkpoint matrices that it stacks by output rows. bias: [out_features] or None."""
 
-    name: str
+    names: tuple[str, ...]
     method: LinearMethod
     bias: Tensor | None
     in_features: int
@@ -42,3 +45,58 @@ class Linear:
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.method.apply(x, self.bias)
+
+
+# Token ids (int [T]) to the decoder's input [T, hidden].
+Embedding = Callable[[Tensor], Tensor]
+
+
+@dataclass(slots=True, eq=False)
+class PlainEmbedding:
+    """Rows of a dense table [V, hidden], times `scale` (rounded to the model's dtype, as Gemma was trained)."""
+
+    weight: Tensor
+    scale: float
+
+    def __call__(self, token_ids: Tensor) -> Tensor:
+        rows = F.embedding(token_ids, self.weight)
+        return rows if self.scale == 1.0 else rows * self.scale
+
+
+class Storage(Protocol):
+    """How a model's weights are held on the device."""
+
+    device: torch.device
+    dtype: torch.dtype  # of activations, norms, biases and the KV cache
+
+    def vector(self, name: str, offset: float = 0.0) -> Tensor:
+        """A norm weight or a bias; `offset` is added before it is rounded to the model's dtype."""
+
+    def matrix(self, names: Sequence[str]) -> LinearMethod:
+        """The product with the matrices `names`, stacked by output rows."""
+
+    def embedding(self, name: str, scale: float) -> tuple[Embedding, LinearMethod]:
+        """Look-up in the token table and the product with it (for tied output layers), in the same memory."""
+
+
+@dataclass(slots=True, eq=False)
+class PlainStorage:
+    """Everything in one dtype on one device. Reads one tensor at a time: no second copy of the model on the host."""
+
+    weights: Mapping[str, Tensor]
+    device: torch.device
+    dtype: torch.dtype
+
+    def vector(self, name: str, offset: float = 0.0) -> Tensor:
+        return (self.weights[name].float() + offset).to(self.device, self.dtype)
+
+    def matrix(self, names: Sequence[str]) -> PlainLinear:
+        parts = [self._load(name) for name in names]
+        return PlainLinear(parts[0] if len(parts) == 1 else torch.cat(parts))
+
+    def embedding(self, name: str, scale: float) -> tuple[PlainEmbedding, PlainLinear]:
+        weight = self._load(name)
+        return PlainEmbedding(weight, torch.tensor(scale, dtype=self.dtype).item()), PlainLinear(weight)
+
+    def _load(self, name: str) -> Tensor:
+        return self.weights[name].to(self.device, self.dtype).contiguous()

@@ -148,4 +148,5 @@ def test_a_dummy_decoder_keeps_activations_sane(oracle: Oracle) -> None:
     again = dummy_decoder(oracle.decoder.config, "cpu", torch.float32, seed=3)
     assert torch.equal(BareCache(again, 1, NUM_TOKENS).step([], [(0, oracle.prompt)]), logits)
     other = dummy_decoder(oracle.decoder.config, "cpu", torch.float32, seed=4)
-    assert not torch.equal(other.embedding, decoder.embedding)
+    tokens = torch.tensor(oracle.prompt)
+    assert not torch.equal(other.embedding(tokens), decoder.embedding(tokens))

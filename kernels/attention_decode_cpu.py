@@ -1,0 +1,237 @@
+"""Decode attention over the paged cache in fp32 on the CPU: compiled, on torch's threads, without gathering pages.
+
+Two passes per (row, heads): scores of every cached position, softmax, then the weighted sum of values. Heads of one KV
+head go together when there is work enough for all threads (each page is then read once for all of them), singly
+otherwise. The specification is `attention_decode_reference`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numba import carray
+from torch import Tensor
+
+from ramet.kernels import cpu_vectors as v
+from ramet.kernels.cpu_pointwise import exp32
+from ramet.kernels.cpu_threads import Kernel, compiled, num_threads, parallel, thread_count, thread_index
+from ramet.kernels.cpu_vectors import float32_at, int32_at
+
+# Below this many multiply-adds a second thread costs more than it saves (about 5 us).
+_PARALLEL_WORK = 100_000
+
+
+def takes(q: Tensor, k_cache: Tensor, kv_lens: Tensor, rows: Tensor, page_table: Tensor) -> bool:
+    """True where `attention_decode_cpu` applies."""
+    return (
+        q.dtype is torch.float32
+        and q.device.type == "cpu"
+        and q.shape[2] % v.LANES == 0
+        and k_cache.dtype is torch.float32
+        and k_cache.is_contiguous()
+        and kv_lens.dtype is rows.dtype is page_table.dtype is torch.int32
+        and page_table.stride(1) == 1
+    )
+
+
+def attention_decode_cpu(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    kv_lens: Tensor,
+    rows: Tensor,
+    page_table: Tensor,
+    scale: float,
+    window: int | None,
+    out: Tensor | None,
+) -> Tensor:
+    """As `attention_decode`, its metadata spelt out; kv_lens and rows are read where they lie, int32 [B]."""
+    q = q.contiguous()
+    if out is None:
+        out = torch.empty_like(q)
+    assert out.is_contiguous()
+    batch, num_heads, head_dim = q.shape
+    _launch(
+        _kernel.address,
+        q.data_ptr(),
+        k_cache.data_ptr(),
+        v_cache.data_ptr(),
+        out.data_ptr(),
+        kv_lens.data_ptr(),
+        rows.data_ptr(),
+        page_table.data_ptr(),
+        page_table.stride(0),
+        batch,
+        num_heads,
+        k_cache.shape[1],
+        k_cache.shape[2],
+        head_dim,
+        0 if window is None else window,
+        scale,
+        thread_count(),
+    )
+    return out
+
+
+# ---- Compiled part ----
+
+
+@compiled
+def _launch(
+    kernel: int,
+    q: int,
+    k_cache: int,
+    v_cache: int,
+    out: int,
+    kv_lens: int,
+    rows: int,
+    page_table: int,
+    table_stride: int,
+    batch: int,
+    num_heads: int,
+    num_kv_heads: int,
+    page_size: int,
+    head_dim: int,
+    window: int,
+    scale: float,
+    threads: int,
+) -> None:
+    lens = carray(int32_at(kv_lens), (batch,))
+    cached = 0
+    for b in range(batch):
+        cached += min(lens[b], window) if window > 0 else lens[b]
+    if cached * num_heads * head_dim < _PARALLEL_WORK:
+        threads = 1
+    group = num_heads // num_kv_heads
+    arguments = np.empty(16, np.int64)
+    arguments[0] = q
+    arguments[1] = k_cache
+    arguments[2] = v_cache
+    arguments[3] = out
+    arguments[4] = kv_lens
+    arguments[5] = rows
+    arguments[6] = page_table
+    arguments[7] = table_stride
+    arguments[8] = batch
+    arguments[9] = num_heads
+    arguments[10] = num_kv_heads
+    arguments[11] = page_size
+    arguments[12] = head_dim
+    arguments[13] = window
+    arguments[14] = np.float32(scale).view(np.int32)
+    arguments[15] = group if batch * num_kv_heads >= 4 * threads or threads == 1 else 1  # heads of one work item
+    parallel(kernel, arguments, threads)
+
+
+@Kernel
+def _kernel(pointer: Any) -> None:  # Any: int64*
+    """Every `count`-th work item: `heads_per_item` query heads of one row."""
+    a = carray(pointer, 16)
+    batch, num_heads, num_kv_heads, page_size, head_dim = a[8], a[9], a[10], a[11], a[12]
+    heads_per_item = a[15]
+    scale = np.int32(a[14]).view(np.float32)
+    lens = carray(int32_at(a[4]), (batch,))
+    rows = carray(int32_at(a[5]), (batch,))
+    group, items_per_row = num_heads // num_kv_heads, num_heads // heads_per_item
+    for item in range(thread_index(), batch * items_per_row, num_threads()):
+        b, head = item // items_per_row, item % items_per_row * heads_per_item
+        where = (b * num_heads + head) * head_dim * 4
+        pages = carray(int32_at(a[6] + np.int64(rows[b]) * a[7] * 4), (max(a[7], 1),))
+        _attend(
+            a[0] + where,
+            a[1] + head // group * page_size * head_dim * 4,
+            a[2] + head // group * page_size * head_dim * 4,
+            a[3] + where,
+            pages,
+            np.int64(lens[b]),
+            a[13],
+            heads_per_item,
+            page_size,
+            head_dim,
+            num_kv_heads * page_size * head_dim * 4,
+            scale,
+        )
+
+
+@compiled
+def _attend(
+    q: int,
+    keys: int,
+    values: int,
+    out: int,
+    pages: Any,  # int32 array
+    kv_len: Any,  # np.int64
+    window: int,
+    num_heads: int,
+    page_size: int,
+    head_dim: int,
+    page_bytes: int,
+    scale: Any,  # np.float32
+) -> None:
+    """Attend from `num_heads` neighbouring query heads that share a KV head. keys, values: that head in page 0."""
+    result = carray(float32_at(out), (num_heads * head_dim,))
+    result[:] = np.float32(0.0)
+    first = max(kv_len - window, 0) if window > 0 else 0
+    length = kv_len - first
+    if length <= 0:
+        return
+    scores = np.zeros((num_heads, length), np.float32)
+    start = scores.ctypes.data
+    row_bytes = head_dim * 4
+    position = first
+    while position < kv_len:
+        offset = position % page_size
+        count = min(page_size - offset, kv_len - position)
+        key = keys + np.int64(pages[position // page_size]) * page_bytes + offset * row_bytes
+        for head in range(num_heads):
+            target = start + (head * length + position - first) * 4
+            _scores(q + head * row_bytes, key, count, head_dim, target)
+        position += count
+    for head in range(num_heads):
+        _softmax(scores[head], scale)
+    position = first
+    while position < kv_len:
+        offset = position % page_size
+        count = min(page_size - offset, kv_len - position)
+        value = values + np.int64(pages[position // page_size]) * page_bytes + offset * row_bytes
+        for head in range(num_heads):
+            source = start + (head * length + position - first) * 4
+            _weighted_sum(source, value, count, head_dim, out + head * row_bytes)
+        position += count
+
+
+@compiled
+def _scores(q: int, keys: Any, count: int, head_dim: int, out: int) -> None:
+    if head_dim % 64 == 0:
+        for i in range(0, head_dim * 4, 256):
+            v.scores_64(q + i, keys + i, count, head_dim * 4, out)
+    else:
+        for i in range(0, head_dim * 4, 64):
+            v.scores_16(q + i, keys + i, count, head_dim * 4, out)
+
+
+@compiled
+def _weighted_sum(p: int, values: Any, count: int, head_dim: int, out: int) -> None:
+    if head_dim % 64 == 0:
+        for i in range(0, head_dim * 4, 256):
+            v.weighted_sum_64(p, values + i, count, head_dim * 4, out + i)
+    else:
+        for i in range(0, head_dim * 4, 64):
+            v.weighted_sum_16(p, values + i, count, head_dim * 4, out + i)
+
+
+@compiled
+def _softmax(scores: Any, scale: Any) -> None:  # Any: float32 array, np.float32
+    largest = scores[0]
+    for i in range(len(scores)):
+        largest = max(largest, scores[i])
+    total = np.float32(0.0)
+    for i in range(len(scores)):
+        weight = exp32((scores[i] - largest) * scale)
+        scores[i] = weight
+        total += weight
+    inverse = np.float32(1.0) / total
+    for i in range(len(scores)):
+        scores[i] *= inverse

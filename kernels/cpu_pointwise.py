@@ -1,0 +1,250 @@
+"""Norms, gated activations and rotary + cache write for small fp32 batches on the CPU, compiled and single-threaded.
+
+At batch 1 a torch call costs 2 to 5 us and these ops are two to ten calls each, once or more per layer; here each is
+one call of about 2 us. Same results as the torch references in `norm.py`, `activation.py` and `rope.py`, which dispatch
+to this module where `takes` says so. Not here: large batches, where torch's threads win, and other dtypes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numba import carray
+from torch import Tensor
+
+from ramet.kernels.cpu_threads import compiled
+from ramet.kernels.cpu_vectors import float32_at, int32_at
+
+# Above this many values two threads of torch are faster than one here (measured: 16k values take 4 us).
+_MAX_VALUES = 32_768
+
+
+def takes(x: Tensor) -> bool:
+    """True for a tensor that these functions handle, and handle faster than torch."""
+    return x.dtype is torch.float32 and x.device.type == "cpu" and x.numel() <= _MAX_VALUES and x.is_contiguous()
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """As `norm.rms_norm`, for x [T, N] or any shape whose last axis is N."""
+    out = torch.empty_like(x)
+    size = x.shape[-1]
+    _rms_norm(x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // size, size, eps)
+    return out
+
+
+def fused_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """As `norm.fused_add_rms_norm`; both inputs contiguous."""
+    out, total = torch.empty_like(x), torch.empty_like(x)
+    size = x.shape[-1]
+    _add_rms_norm(
+        x.data_ptr(),
+        residual.data_ptr(),
+        weight.data_ptr(),
+        out.data_ptr(),
+        total.data_ptr(),
+        x.numel() // size,
+        size,
+        eps,
+    )
+    return out, total
+
+
+def gated_activation(gate_up: Tensor, is_gelu: bool) -> Tensor:
+    """As `activation.silu_and_mul`, or `gelu_tanh_and_mul`, for gate_up [T, 2 * I]."""
+    num_rows, double = gate_up.shape
+    out = torch.empty((num_rows, double // 2), dtype=torch.float32)
+    _gated_activation(gate_up.data_ptr(), out.data_ptr(), num_rows, double // 2, is_gelu)
+    return out
+
+
+def rope_and_write_kv(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    kv_slots: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    q_norm_weight: Tensor | None,
+    k_norm_weight: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """As `rope.rope_and_write_kv`; positions int32, heads contiguous in their token, caches contiguous."""
+    num_tokens, num_heads, head_dim = q.shape
+    out = torch.empty((num_tokens, num_heads, head_dim), dtype=torch.float32)
+    _rope_and_write_kv(
+        q.data_ptr(),
+        k.data_ptr(),
+        v.data_ptr(),
+        q.stride(0),
+        k.stride(0),
+        v.stride(0),
+        cos.data_ptr(),
+        sin.data_ptr(),
+        positions.data_ptr(),
+        kv_slots.data_ptr(),
+        k_cache.data_ptr(),
+        v_cache.data_ptr(),
+        0 if q_norm_weight is None else q_norm_weight.data_ptr(),
+        0 if k_norm_weight is None else k_norm_weight.data_ptr(),
+        out.data_ptr(),
+        num_tokens,
+        num_heads,
+        k.shape[1],
+        head_dim,
+        k_cache.shape[2],
+        eps,
+    )
+    return out
+
+
+def takes_rope(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, kv_slots: Tensor, k_cache: Tensor) -> bool:
+    """True where `rope_and_write_kv` of this module applies."""
+    head_dim = q.shape[2]
+    return (
+        q.dtype is torch.float32
+        and q.device.type == "cpu"
+        and q.numel() <= _MAX_VALUES
+        and positions.dtype is torch.int32
+        and kv_slots.dtype is torch.int32
+        and k_cache.dtype is torch.float32
+        and k_cache.is_contiguous()
+        and q.stride(2) == k.stride(2) == v.stride(2) == 1
+        and q.stride(1) == k.stride(1) == v.stride(1) == head_dim
+    )
+
+
+# ---- Compiled part: addresses and sizes are integers ----
+
+
+@compiled
+def exp32(x: Any) -> Any:  # Any: np.float32
+    """exp in fp32 to about 3e-7 relative, written so that a loop over it is vectorised. Source: Cephes' expf."""
+    x = min(max(x, np.float32(-87.0)), np.float32(88.0))
+    n = np.floor(x * np.float32(1.44269504) + np.float32(0.5))
+    r = x - n * np.float32(0.693147181)
+    p = np.float32(1.9875691500e-4)
+    p = p * r + np.float32(1.3981999507e-3)
+    p = p * r + np.float32(8.3334519073e-3)
+    p = p * r + np.float32(4.1665795894e-2)
+    p = p * r + np.float32(1.6666665459e-1)
+    p = p * r + np.float32(5.0000001201e-1)
+    p = p * r * r + r + np.float32(1.0)
+    power = np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
+    return p * power
+
+
+@compiled
+def _rms_norm(x: int, weight: int, out: int, num_rows: int, size: int, eps: float) -> None:
+    source = carray(float32_at(x), (num_rows, size))
+    target = carray(float32_at(out), (num_rows, size))
+    scales = carray(float32_at(weight), (size,))
+    for row in range(num_rows):
+        _normalize(source[row], scales, target[row], np.float32(eps))
+
+
+@compiled
+def _normalize(source: Any, weight: Any, target: Any, eps: Any) -> None:  # Any: float32 arrays and a float32
+    squares = np.float32(0.0)
+    for i in range(len(source)):
+        squares += source[i] * source[i]
+    scale = np.float32(1.0) / np.sqrt(squares / np.float32(len(source)) + eps)
+    for i in range(len(source)):
+        target[i] = source[i] * scale * weight[i]
+
+
+@compiled
+def _add_rms_norm(
+    x: int, residual: int, weight: int, out: int, total: int, num_rows: int, size: int, eps: float
+) -> None:
+    left, right = carray(float32_at(x), (num_rows, size)), carray(float32_at(residual), (num_rows, size))
+    sums, target = carray(float32_at(total), (num_rows, size)), carray(float32_at(out), (num_rows, size))
+    scales = carray(float32_at(weight), (size,))
+    for row in range(num_rows):
+        for i in range(size):
+            sums[row, i] = left[row, i] + right[row, i]
+        _normalize(sums[row], scales, target[row], np.float32(eps))
+
+
+@compiled
+def _gated_activation(gate_up: int, out: int, num_rows: int, size: int, is_gelu: bool) -> None:
+    source = carray(float32_at(gate_up), (num_rows, 2 * size))
+    target = carray(float32_at(out), (num_rows, size))
+    one = np.float32(1.0)
+    for row in range(num_rows):
+        if is_gelu:
+            for i in range(size):
+                gate = source[row, i]
+                inner = np.float32(0.7978845608) * (gate + np.float32(0.044715) * gate * gate * gate)
+                # 0.5 * (1 + tanh(y)) is the logistic function of 2 y
+                target[row, i] = gate / (one + exp32(np.float32(-2.0) * inner)) * source[row, size + i]
+        else:
+            for i in range(size):
+                gate = source[row, i]
+                target[row, i] = gate / (one + exp32(-gate)) * source[row, size + i]
+
+
+@compiled
+def _rotate(source: Any, target: Any, cos: Any, sin: Any, weight: Any, eps: Any) -> None:  # Any: float32 arrays
+    """Normalise one head by `weight` (empty: not at all), then rotate it."""
+    half = len(source) // 2
+    if len(weight) > 0:
+        _normalize(source, weight, target, eps)
+    else:
+        for i in range(2 * half):
+            target[i] = source[i]
+    for i in range(half):
+        first, second = target[i], target[half + i]
+        target[i] = first * cos[i] - second * sin[i]
+        target[half + i] = second * cos[i] + first * sin[i]
+
+
+@compiled
+def _rope_and_write_kv(
+    q: int,
+    k: int,
+    v: int,
+    q_stride: int,
+    k_stride: int,
+    v_stride: int,
+    cos: int,
+    sin: int,
+    positions: int,
+    kv_slots: int,
+    k_cache: int,
+    v_cache: int,
+    q_norm: int,
+    k_norm: int,
+    out: int,
+    num_tokens: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    page_size: int,
+    eps: float,
+) -> None:
+    half = head_dim // 2
+    position_of = carray(int32_at(positions), (num_tokens,))
+    slot_of = carray(int32_at(kv_slots), (num_tokens,))
+    q_weight = carray(float32_at(q_norm), (head_dim if q_norm else 0,))
+    k_weight = carray(float32_at(k_norm), (head_dim if k_norm else 0,))
+    for token in range(num_tokens):
+        table = np.int64(position_of[token]) * half * 4
+        c, s = carray(float32_at(cos + table), (half,)), carray(float32_at(sin + table), (half,))
+        for head in range(num_heads):
+            source = carray(float32_at(q + 4 * (token * q_stride + head * head_dim)), (head_dim,))
+            target = carray(float32_at(out + 4 * (token * num_heads + head) * head_dim), (head_dim,))
+            _rotate(source, target, c, s, q_weight, np.float32(eps))
+        page, offset = np.int64(slot_of[token]) // page_size, np.int64(slot_of[token]) % page_size
+        for head in range(num_kv_heads):
+            where = 4 * ((page * num_kv_heads + head) * page_size + offset) * head_dim
+            key = carray(float32_at(k + 4 * (token * k_stride + head * head_dim)), (head_dim,))
+            _rotate(key, carray(float32_at(k_cache + where), (head_dim,)), c, s, k_weight, np.float32(eps))
+            value = carray(float32_at(v + 4 * (token * v_stride + head * head_dim)), (head_dim,))
+            target = carray(float32_at(v_cache + where), (head_dim,))
+            for i in range(head_dim):
+                target[i] = value[i]
