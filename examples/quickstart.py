@@ -57,7 +57,7 @@ def travel(s: State, city: str) -> None:
     with s.user():
         s += "Sum the trip up as JSON."
     with s.assistant():
-        s += gen("trip", Trip, max_tokens=60)
+        s += gen("trip", Trip, max_tokens=200)
 
 
 class Screen:

@@ -15,6 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -149,8 +150,11 @@ class ProgramExecutor:
                 raise InvalidProgram(f"argument {unbound[0]!r} has no value; give it when the graph is run")
             self._index.add(graph)
             self._arguments.update(graph.arguments)
-            for node in graph.nodes:
-                self._add(_Run(node))
+            added = [_Run(node) for node in graph.nodes]
+            for run in added:
+                self._add(run)
+        for run in added:
+            self._ask_for_grammar(run)
         self._pump()
 
     def cancel(self, nodes: Sequence[int] | None = None) -> None:
@@ -196,22 +200,28 @@ class ProgramExecutor:
                 other.users.append(run)
                 run.missing += 1
         if isinstance(run.node, ir.Generate) and run.node.constraint is not None:
-            run.missing += 1
-            future = self._grammars.get(run.node.constraint)
-            future.add_done_callback(lambda done: self._on_grammar(run, done.exception(), done))
+            run.missing += 1  # until its grammar is compiled
         if run.missing == 0:
             self._make_ready(run)
 
-    def _on_grammar(self, run: _Run, error: BaseException | None, done: Any) -> None:  # Any: a Future
-        with self._lock:
-            if run.is_over:
-                return
-            if error is not None:
-                self._failed(run, error if isinstance(error, Exception) else RametError(repr(error)))
-            else:
-                run.grammar = done.result()
-                self._satisfy(run)
-        self._pump()
+    def _ask_for_grammar(self, run: _Run) -> None:
+        """Not under the lock: the answer may be there at once, and starts the node on this thread."""
+        if not isinstance(run.node, ir.Generate) or run.node.constraint is None:
+            return
+
+        def on_grammar(done: Future[Grammar]) -> None:
+            error = done.exception()
+            with self._lock:
+                if run.is_over:
+                    return
+                if error is None:
+                    run.grammar = done.result()
+                    self._satisfy(run)
+                else:
+                    self._failed(run, error if isinstance(error, Exception) else RametError(repr(error)))
+            self._pump()
+
+        self._grammars.get(run.node.constraint).add_done_callback(on_grammar)
 
     def _make_ready(self, run: _Run) -> None:
         run.status = "ready"
@@ -325,6 +335,7 @@ class ProgramExecutor:
                 run = self._ready.popleft()
                 if run.is_over:
                     continue
+                assert run.status == "ready"
                 run.status = "running"
                 run.start_s = run.start_s or time.monotonic()
             try:

@@ -1,0 +1,120 @@
+"""Every example runs on the scripted model, and gives the same tokens however it is cut into stages."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from ramet import Function, MockBackend, State, use_backend
+from ramet.lang.ir import Generate, Select
+from ramet.runtime.scripted_model import ScriptedEngine, ScriptedHandle
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+PROGRAMS = sorted((EXAMPLES / "programs").glob("*.py"))
+
+
+def load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"example_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look for the names in annotations
+    spec.loader.exec_module(module)
+    return module
+
+
+def program_of(module: ModuleType) -> Function:
+    """The module's main program: the one whose parameters are the example's."""
+    found = [
+        f
+        for f in vars(module).values()
+        if isinstance(f, Function) and {p.name for p in f.parameters} == set(module.EXAMPLE)
+    ]
+    assert len(found) == 1, f"{module.__name__} has {len(found)} programs that take its EXAMPLE"
+    return found[0]
+
+
+class RecordingEngine(ScriptedEngine):
+    """Remembers the tokens of every prompt."""
+
+    def submit(self, prompt: str | Sequence[int], *args: Any, **kwargs: Any) -> ScriptedHandle:
+        self.prompts: list[tuple[Any, ...]] = getattr(self, "prompts", [])
+        self.prompts.append((tuple(prompt), kwargs.get("score_from")))
+        return super().submit(prompt, *args, **kwargs)
+
+
+def run(module: ModuleType, **options: Any) -> tuple[State, RecordingEngine]:
+    program = program_of(module)
+    engine = RecordingEngine()
+    with engine:
+        state = program.run(**module.EXAMPLE, backend=engine, seed=11, **options)
+        error = state.error()
+        if error is not None:
+            raise error
+        return state, engine
+
+
+def test_there_are_at_least_25_programs() -> None:
+    assert len(PROGRAMS) >= 25
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.stem)
+def test_a_program_runs_on_the_scripted_model(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    module = load(path)
+    with use_backend(MockBackend(module.SCRIPT)) as backend:
+        module.main()
+    assert capsys.readouterr().out.strip()
+    assert isinstance(backend, MockBackend)
+    backend.engine.shutdown()
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.stem)
+def test_traced_and_staged_runs_compute_the_same_tokens(path: Path) -> None:
+    if path.stem == "fastest_answer":
+        pytest.skip("which branch is cancelled depends on time")
+    module = load(path)
+    needed, first = run(module)
+    always, second = run(module, stage="always")
+    assert Counter(first.prompts) == Counter(second.prompts)
+    assert needed.text() == always.text()
+    assert repr(needed.variables) == repr(always.variables)
+    assert first.stats().completion_tokens == second.stats().completion_tokens
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.stem)
+def test_a_generation_computes_only_what_no_node_before_it_computed(path: Path) -> None:
+    """With every prefix counted once, the tokens computed are the size of the trie of all prompts, and no more."""
+    module = load(path)
+    if program_of(module).is_async:
+        pytest.skip("two requests of different branches may arrive in either order")
+    state, engine = run(module, stage="always")
+    for event in state.record.events.values():
+        node = state.record.graph.nodes[event.node]
+        if isinstance(node, Generate) and event.usage is not None:
+            assert event.usage.cached_tokens <= event.usage.prompt_tokens - 1
+        assert not isinstance(node, Select) or event.usage is not None
+    prefixes = {prompt[: i + 1] for prompt, _ in engine.prompts for i in range(len(prompt))}
+    # The last token of a prompt is always computed, even where the whole prompt is cached.
+    assert engine.stats().computed_tokens <= len(prefixes) + 2 * len(engine.prompts)
+
+
+def test_the_quickstart_runs_on_the_scripted_model(capsys: pytest.CaptureFixture[str]) -> None:
+    load(EXAMPLES / "quickstart.py").main(["--mock"])
+    out = capsys.readouterr().out
+    assert "time to first token" in out
+    assert "taken from the cache" in out
+
+
+def test_async_examples_run_on_a_loop_as_well() -> None:
+    module = load(EXAMPLES / "programs" / "async_research.py")
+    with use_backend(MockBackend(module.SCRIPT)):
+        state = asyncio.run(program_of(module).arun(**module.EXAMPLE))
+    assert state["keyword"] == ["flights", "strength"]
