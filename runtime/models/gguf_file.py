@@ -36,6 +36,7 @@ _SCALARS: dict[int, str] = {
     12: "<f8",
 }
 _MAX_DIMENSIONS = 4
+_CHUNK_BLOCKS = 16_384  # 2 MiB of float32 for blocks of 32: bounds the intermediate arrays
 _PLAIN = {"F32": "<f4", "F16": "<f2", "F64": "<f8"}
 
 
@@ -50,11 +51,17 @@ class GgufEntry:
 
     def dequantised(self) -> NDArray[np.float32]:
         """float32 of `shape`, freshly allocated. Raises: NotImplementedError for a type that gguf cannot read."""
-        _, type_size = gguf.GGML_QUANT_SIZES[self.kind]
-        flat = self.stored.reshape(-1, type_size)
         plain = _PLAIN.get(self.kind.name)
-        values = gguf.dequantize(flat, self.kind) if plain is None else self.stored.view(plain)
-        return np.array(values, dtype=np.float32, copy=True).reshape(self.shape)
+        if plain is not None:
+            return self.stored.view(plain).astype(np.float32, copy=True).reshape(self.shape)
+        # The package works on sixteen rows at a time, which is slow for short rows; a long row is one vector operation.
+        block_size, type_size = gguf.GGML_QUANT_SIZES[self.kind]
+        values = np.empty(self.stored.size // type_size * block_size, dtype=np.float32)
+        for start in range(0, self.stored.size, _CHUNK_BLOCKS * type_size):
+            chunk = self.stored[start : start + _CHUNK_BLOCKS * type_size]
+            first = start // type_size * block_size
+            values[first : first + chunk.size // type_size * block_size] = gguf.dequantize(chunk[None], self.kind)[0]
+        return values.reshape(self.shape)
 
 
 class GgufFile:

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ramet.errors import BrokenModelFile
+from ramet.errors import BrokenModelFile, UnsupportedArchitecture
 from ramet.runtime.models.config import ModelConfig
 from ramet.runtime.models.gguf_file import GgufEntry, GgufFile
 from ramet.runtime.models.weights import GgufTensor, Weights, check_names, check_shapes
@@ -56,9 +56,14 @@ _FLOAT_TYPES = ("F32", "F16", "BF16", "F64")
 
 def load_gguf_config(file: GgufFile) -> ModelConfig:
     """The file's configuration. Raises: BrokenModelFile, UnsupportedArchitecture."""
+    num_parts = file.metadata.get("split.count", 1)
+    if num_parts > 1:
+        raise BrokenModelFile(f"{file.path} is one of {num_parts} parts; join them with llama.cpp's gguf-split --merge")
     try:
         return ModelConfig.from_gguf(file)
-    except BrokenModelFile as error:
+    except UnsupportedArchitecture:
+        raise
+    except (TypeError, ValueError) as error:  # includes BrokenModelFile; others: a value of an unexpected type
         raise BrokenModelFile(f"{file.path}: {error}") from error
 
 

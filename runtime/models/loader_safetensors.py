@@ -12,7 +12,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ramet.errors import BrokenModelFile
+from ramet.errors import BrokenModelFile, UnsupportedArchitecture
 from ramet.runtime.models.config import ModelConfig
 from ramet.runtime.models.json_file import read_json
 from ramet.runtime.models.weights import Weights, check_names, check_shapes
@@ -39,14 +39,13 @@ _IMAGE_PREFIXES = (
 def load_hf_config(folder: Path) -> ModelConfig:
     """The folder's `config.json`. Raises: BrokenModelFile, UnsupportedArchitecture."""
     path = folder / "config.json"
+    fields = read_json(path)
     try:
-        return ModelConfig.from_hf(read_json(path))
-    except BrokenModelFile as error:
+        return ModelConfig.from_hf(fields)
+    except UnsupportedArchitecture:
+        raise
+    except (TypeError, ValueError, AttributeError) as error:  # includes BrokenModelFile; others: a wrong type of value
         raise BrokenModelFile(f"{path}: {error}") from error
-    except (TypeError, ValueError, AttributeError) as error:
-        if isinstance(error, BrokenModelFile) or error.__class__.__module__.startswith("ramet"):
-            raise
-        raise BrokenModelFile(f"{path}: a field has the wrong type: {error}") from error
 
 
 def load_safetensors(folder: Path, config: ModelConfig) -> Weights:

@@ -325,6 +325,17 @@ def test_missing_and_unknown_gguf_tensors_are_named(tmp_path: Path) -> None:
         open_weights(tmp_path / "m.gguf")
 
 
+def test_one_part_of_a_split_file_says_how_to_join(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "m-00001-of-00002.gguf", "llama")
+    writer.add_uint16("split.count", 2)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(BrokenModelFile, match="one of 2 parts"):
+        open_weights(tmp_path / "m-00001-of-00002.gguf")
+
+
 def test_an_unknown_gguf_architecture_names_those_supported(tmp_path: Path) -> None:
     write_gguf(tmp_path / "m.gguf", "llama", architecture="mamba")
     with pytest.raises(UnsupportedArchitecture, match=r"'mamba'.*GGUF: llama, mistral, qwen2, qwen3, gemma3"):
