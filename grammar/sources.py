@@ -6,7 +6,7 @@
     cfg           a grammar in Lark's own syntax
     choice        a JSON list of texts, or a list
     substring     the text to quote from
-    tools         a tool set (tools.py): JSON text, or a dict
+    tools         a tool set (tools.py): JSON text, a dict, or a ToolSet
 
 A source becomes a `ByteAutomaton` (regular, every state known) or an `ir.Grammar`, whatever the vocabulary; then it is
 compiled for one.
@@ -24,8 +24,10 @@ from ramet.grammar.cfg import parse_cfg
 from ramet.grammar.choices import choices
 from ramet.grammar.closed import ByteAutomaton, compile_closed
 from ramet.grammar.compiler import CompiledGrammar, Limits, compile_grammar
+from ramet.grammar.linked import compile_linked
 from ramet.grammar.regex import parse_regex
 from ramet.grammar.substring import substring_of
+from ramet.grammar.tools import ToolSet, tools_grammar
 from ramet.grammar.utf8 import compile_text
 from ramet.grammar.vocabulary import Vocabulary
 
@@ -51,6 +53,8 @@ def compile_parsed(parsed: Parsed, vocabulary: Vocabulary, *, limits: Limits | N
     """Compile what `parse_source` returned."""
     if isinstance(parsed, ByteAutomaton):
         return compile_closed(parsed, vocabulary, limits=limits)
+    if _has_values(parsed):
+        return compile_linked(parsed, vocabulary, limits=limits)
     return compile_grammar(parsed, vocabulary, limits=limits)
 
 
@@ -83,6 +87,24 @@ OPTIONS: Mapping[str, tuple[str, ...]] = {
 }
 
 
+def _has_values(grammar: ir.Grammar) -> bool:
+    """Does text surround JSON values?"""
+    if isinstance(grammar.rules[grammar.start], ir.JsonSchema):
+        return False
+    return any(_holds_value(node) for node in grammar.rules.values())
+
+
+def _holds_value(node: ir.Node) -> bool:
+    match node:
+        case ir.JsonSchema():
+            return True
+        case ir.Sequence(parts) | ir.Choice(parts):
+            return any(map(_holds_value, parts))
+        case ir.Repeat(item, _, _):
+            return _holds_value(item)
+    return False
+
+
 def _json_schema(source: Any, limits: Limits, options: dict[str, Any]) -> Parsed:
     schema = _decoded(source, InvalidSchema, "the schema") if isinstance(source, str) else source
     return ir.Grammar.of(ir.JsonSchema(schema, ir.JsonOptions(**options)))
@@ -109,6 +131,14 @@ def _substring(source: Any, limits: Limits, options: dict[str, Any]) -> Parsed:
     return substring_of(source, **options)
 
 
+def _tools(source: Any, limits: Limits, options: dict[str, Any]) -> Parsed:
+    if isinstance(source, ToolSet):
+        return tools_grammar(source)
+    return tools_grammar(
+        ToolSet.of(_decoded(source, InvalidGrammar, "the tool set") if isinstance(source, str) else source)
+    )
+
+
 def _decoded(source: str, error_type: type[GrammarError], what: str) -> Any:
     try:
         return json.loads(source)
@@ -122,4 +152,5 @@ _PARSERS: Mapping[str, Callable[[Any, Limits, dict[str, Any]], Parsed]] = {
     "cfg": _cfg,
     "choice": _choice,
     "substring": _substring,
+    "tools": _tools,
 }

@@ -1,8 +1,8 @@
 """The calls in a text, while it is being written: names, pieces of arguments, and where each call ends.
 
 Bytes may come in any pieces: the events are the same, but for where deltas are cut. White space around the layout's own
-characters may differ, so that unconstrained answers can be read, too; what turns out to be no call is text. Arguments are
-passed on as they were written, never decoded.
+characters may differ, so that unconstrained answers can be read, too; what turns out to be no call is text. Arguments
+are passed on as they were written, never decoded.
 """
 
 from __future__ import annotations

@@ -17,13 +17,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ramet.errors import InvalidGrammar
 from ramet.grammar import ir
 from ramet.grammar.tool_formats import NAME_PATTERN, ToolFormat, tool_format
-from ramet.grammar.utf8 import compile_text
 from ramet.grammar.vocabulary import Vocabulary
 
 MAX_TOOLS = 1024
@@ -40,7 +39,7 @@ class Tool:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ToolSet:
-    """What may be called, how a call is written, and what else may be said. `only`: the one tool that must be called."""
+    """What may be called, how a call is written, and what else may be said. `only`: the tool that must be called."""
 
     tools: tuple[Tool, ...]
     format: ToolFormat
@@ -48,7 +47,7 @@ class ToolSet:
     only: str | None = None
     max_calls: int | None = None
     answer: Any | None = None  # a JSON schema: dict or bool
-    json_options: ir.JsonOptions = ir.JsonOptions()
+    json_options: ir.JsonOptions = field(default_factory=ir.JsonOptions)
 
     @staticmethod
     def of(source: Mapping[str, Any]) -> ToolSet:
@@ -71,7 +70,7 @@ class ToolSet:
 
 
 def tools_grammar(tool_set: ToolSet) -> ir.Grammar:
-    """Return the grammar of the answers that a tool set allows."""
+    """Return the grammar of the answers that a tool set allows; to be compiled by `linked`."""
     layout = tool_set.format
     marker = ir.text(layout.marker)
     with_marker = ir.Sequence((ir.ANY_TEXT, marker, ir.ANY_TEXT))
@@ -79,13 +78,12 @@ def tools_grammar(tool_set: ToolSet) -> ir.Grammar:
         answer: ir.Node = ir.JsonSchema(tool_set.answer, tool_set.json_options)
         before_calls: ir.Node = marker
     elif layout.is_only_at_start:
-        answer = compile_text(ir.Complement(ir.Sequence((marker, ir.ANY_TEXT))), name="free text")
+        answer = ir.Complement(ir.Sequence((marker, ir.ANY_TEXT)))
         before_calls = marker
     else:
-        answer = compile_text(ir.Complement(with_marker), name="free text")
+        answer = ir.Complement(with_marker)
         twice = ir.Sequence((ir.ANY_TEXT, marker, ir.ANY_CHAR, ir.ANY_TEXT))
-        once = ir.Intersect((ir.Sequence((ir.ANY_TEXT, marker)), ir.Complement(twice)))
-        before_calls = compile_text(once, name="free text")
+        before_calls = ir.Intersect((ir.Sequence((ir.ANY_TEXT, marker)), ir.Complement(twice)))
     if tool_set.choice == "none":
         return ir.Grammar.of(answer)
     if tool_set.choice == "required":

@@ -41,7 +41,13 @@ class ArrayNode:
     """An array under way. `index`: items read, no further than any thread can tell; `seen`: scalars that may not come again."""
 
     def __init__(
-        self, json: Json, threads: tuple[Thread, ...], index: int, seen: frozenset[object], anonymous: int, context: Context
+        self,
+        json: Json,
+        threads: tuple[Thread, ...],
+        index: int,
+        seen: frozenset[object],
+        anonymous: int,
+        context: Context,
     ) -> None:
         self.json = json
         self.threads = threads

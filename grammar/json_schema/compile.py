@@ -42,7 +42,5 @@ def place_schema(source: ir.JsonSchema, machine: Machine, max_states: int, conte
     root = expressions.of_schema(registry.root)
     if expressions.is_empty(root):
         raise GrammarError("the schema is contradictory: no JSON value satisfies it")
-    json = Json(
-        machine, expressions, spaced=options.whitespace == "bounded", ordered=options.mode != "exact"
-    )
+    json = Json(machine, expressions, spaced=options.whitespace == "bounded", ordered=options.mode != "exact")
     return json.value((root,), context or RootContext(machine), 2)

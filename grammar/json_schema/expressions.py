@@ -20,6 +20,10 @@ INFINITE = 1 << 60
 MAX_SPECS = 1000
 
 
+class _NotYet(Exception):
+    """A question about a schema whose own meaning is just being worked out."""
+
+
 class Languages:
     """Regular languages on strings, by number; automata are made when needed."""
 
@@ -71,11 +75,18 @@ class Languages:
         key = (spec.low, spec.high, spec.languages)
         found = self._conjunctions.get(key)
         if found is None:
+            found = None
+            name = " and ".join(self.names[n] for n, _ in spec.languages) or "a string's length"
             parts = [self.dfa(n) if wanted else regular.complement(self.dfa(n)) for n, wanted in sorted(spec.languages)]
+            parts.sort(key=lambda d: len(d.transitions))
             if spec.low or spec.high is not None or not parts:
                 parts.append(length_automaton(spec.low, spec.high))
-            name = " and ".join(self.names[n] for n, _ in spec.languages) or "a string's length"
-            found = self._conjunctions[key] = regular.intersect(parts, max_states=self.max_states, name=name)
+            for part in parts:  # one by one: what comes between is minimal
+                found = (
+                    part if found is None else regular.intersect([found, part], max_states=self.max_states, name=name)
+                )
+            assert found is not None
+            self._conjunctions[key] = found
         return found
 
     def is_empty(self, spec: Strings) -> bool:
@@ -145,11 +156,17 @@ def length_automaton(low: int, high: int | None) -> Dfa:
 
 
 class Expressions:
-    """Owner of all expressions of one compilation. `interpret` gives the values of a schema node."""
+    """Owner of all expressions of one compilation. `interpret` gives the values of a schema node, `interpret_not` all others."""
 
-    def __init__(self, languages: Languages, interpret: Callable[[SchemaNode], Values]) -> None:
+    def __init__(
+        self,
+        languages: Languages,
+        interpret: Callable[[SchemaNode], Values],
+        interpret_not: Callable[[SchemaNode], Values],
+    ) -> None:
         self.languages = languages
         self.interpret = interpret
+        self.interpret_not = interpret_not
         self._atoms: list[tuple[str, object]] = []
         self._atom_index: dict[tuple[str, object], int] = {}
         self._contents: list[tuple[int, ...]] = [(), (-1,)]
@@ -160,6 +177,7 @@ class Expressions:
         self._open: list[int] = []
         self._costs: dict[Expr, int] = {TRUE: 1, FALSE: INFINITE}
         self._in_progress: set[Expr] = set()
+        self._asked_at = 0  # atoms opened before this depth were opened by whoever asks about emptiness
         self._tainted = False
         self._scalar: dict[Expr, bool] = {TRUE: False, FALSE: True}
 
@@ -213,17 +231,25 @@ class Expressions:
         if found is None:
             found = self._of(tuple(sorted({*self._contents[a], *self._contents[b]})))
             if found not in (a, b) and (self.is_scalar(a) or self.is_scalar(b)):
-                whole = self.intersect(self.values(a), self.values(b))
-                if whole.is_empty:
-                    found = FALSE
-                elif self.is_scalar(a) and whole == self.values(a):
-                    found = a
-                elif self.is_scalar(b) and whole == self.values(b):
-                    found = b
-                elif self.is_scalar(a) and self.is_scalar(b):
-                    found = self.of_values(whole)
+                found = self._simpler(a, b, found)
             self._conjunctions[key] = found
         return found
+
+    def _simpler(self, a: Expr, b: Expr, whole: Expr) -> Expr:
+        """The conjunction `whole` of a and b, one of them scalar, in a form that shows when it is empty or no news."""
+        asked_at, self._asked_at = self._asked_at, len(self._open)
+        try:
+            found = self.intersect(self.values(a), self.values(b))
+            if found.is_empty:
+                return FALSE
+            for e in (a, b):
+                if self.is_scalar(e) and found == self.values(e):
+                    return e
+        except _NotYet:
+            return whole
+        finally:
+            self._asked_at = asked_at
+        return self.of_values(found) if self.is_scalar(a) and self.is_scalar(b) else whole
 
     def is_scalar(self, expr: Expr) -> bool:
         """True where the values are known to be plain, so that comparing them now is cheap and cannot recurse."""
@@ -268,6 +294,8 @@ class Expressions:
         if found is None:
             kind, content = self._atoms[atom]
             if atom in self._open:
+                if self._open.index(atom) < self._asked_at:
+                    raise _NotYet
                 node = next(
                     self._atoms[a][1] for a in self._open[self._open.index(atom) :] if self._atoms[a][0] == "schema"
                 )
@@ -280,7 +308,7 @@ class Expressions:
                 if kind == "schema":
                     found = self.interpret(content)  # type: ignore[arg-type]
                 elif kind == "not":
-                    found = self.complement(self.values(content))  # type: ignore[arg-type]
+                    found = self._values_of_not(content)  # type: ignore[arg-type]
                 else:
                     found = content  # type: ignore[assignment]
             finally:
@@ -288,6 +316,19 @@ class Expressions:
             assert isinstance(found, Values)
             self._atom_values[atom] = found
         return found
+
+    def _values_of_not(self, expr: Expr) -> Values:
+        """Not a conjunction: not the first, or not the second, ..."""
+        parts = []
+        for atom in self._contents[expr]:
+            kind, content = self._atoms[atom]
+            if kind == "schema":
+                parts.append(self.interpret_not(content))  # type: ignore[arg-type]
+            elif kind == "not":
+                parts.append(self.values(content))  # type: ignore[arg-type]
+            else:
+                parts.append(self.complement(content))  # type: ignore[arg-type]
+        return v.unite(parts)
 
     # --- algebra
 
@@ -523,7 +564,24 @@ class Expressions:
     # --- emptiness
 
     def is_empty(self, expr: Expr) -> bool:
-        return self.cost(expr) >= INFINITE
+        """True where no value is in the set; asked while schemas are being read, False may also mean that it is not known."""
+        found = self._costs.get(expr)
+        if found is None:
+            try:
+                found = self.cost(expr)
+            except _NotYet:
+                return False
+        return found >= INFINITE
+
+    def values_are_empty(self, a: Values) -> bool:
+        """As `is_empty`, for values."""
+        asked_at, self._asked_at = self._asked_at, len(self._open)
+        try:
+            return a.is_empty or self.cost_of_values(a) >= INFINITE
+        except _NotYet:
+            return False
+        finally:
+            self._asked_at = asked_at
 
     def cost(self, expr: Expr) -> int:
         """About the bytes of the shortest value; INFINITE where there is none."""
@@ -536,9 +594,13 @@ class Expressions:
         if len(self._in_progress) > 200:
             raise GrammarTooLarge("required properties are nested more than 200 levels deep")
         outer, self._tainted = self._tainted, False
+        asked_at, self._asked_at = self._asked_at, len(self._open)
         self._in_progress.add(expr)
-        found = self.cost_of_values(self.values(expr))
-        self._in_progress.discard(expr)
+        try:
+            found = self.cost_of_values(self.values(expr))
+        finally:
+            self._in_progress.discard(expr)
+            self._asked_at = asked_at
         # an answer "empty" that rests on a question still open holds only for the outermost question
         if found < INFINITE or not self._tainted or not self._in_progress:
             self._costs[expr] = found

@@ -62,7 +62,14 @@ def dispatch_rows(spaced: bool) -> NDArray[np.int32]:
     rows = np.full((3, 256), REFUSE, dtype=np.int32)
     rows[0, ord(":")] = 1
     for state in (1, 2):
-        for byte, kind in ((b"{", _OBJECT), (b"[", _ARRAY), (b'"', _STRING), (b"t", _TRUE), (b"f", _FALSE), (b"n", _NULL)):
+        for byte, kind in (
+            (b"{", _OBJECT),
+            (b"[", _ARRAY),
+            (b'"', _STRING),
+            (b"t", _TRUE),
+            (b"f", _FALSE),
+            (b"n", _NULL),
+        ):
             rows[state, byte[0]] = leave(kind)
         for byte in b"-0123456789":
             rows[state, byte] = leave(_NUMBER, again=True)
@@ -166,7 +173,9 @@ class Json:
 
         if len(present) == 1:
             i, d = present[0]
-            return Dfa(d.max_symbol, d.starts, d.classes, d.num_classes, d.transitions, [bool(a) << i for a in d.accepting])  # type: ignore[misc]
+            return Dfa(
+                d.max_symbol, d.starts, d.classes, d.num_classes, d.transitions, [bool(a) << i for a in d.accepting]
+            )  # type: ignore[misc]
         return regular.product([d for _, d in present], mask)  # type: ignore[arg-type]
 
     def number_table(self, specs: tuple[tuple[Numbers, ...], ...]) -> tuple[Table, list[int]]:
@@ -450,7 +459,9 @@ def overlay(base: NDArray[np.int32] | None, entries: dict[str, int]) -> NDArray[
     return rows.astype(np.int32, copy=False)
 
 
-def _descend(char: str, node: int, base: NDArray[np.int32] | None, own: list[int], children: list[dict[int, int]]) -> int:
+def _descend(
+    char: str, node: int, base: NDArray[np.int32] | None, own: list[int], children: list[dict[int, int]]
+) -> int:
     """Follow one code point from a trie node, by all ways to write it; they meet again in one node."""
     if char.isascii() and char >= " " and char not in '"\\/\x7f':
         byte = ord(char)

@@ -37,7 +37,7 @@ class Interpreter:
         self.registry = registry
         self.only_named = only_named
         self.languages = Languages(max_states)
-        self.expressions = Expressions(self.languages, self.interpret)
+        self.expressions = Expressions(self.languages, self.interpret, self.interpret_not)
 
     def child(self, node: SchemaNode, schema: Any, suffix: str) -> SchemaNode:
         return self.registry.child(node, schema, suffix)
@@ -114,7 +114,9 @@ class Interpreter:
             case "null":
                 return Values(null=True)
             case "any":  # draft 3
-                return Values(True, 3, self.numbers(node, None), self.strings(node), self.objects(node), self.arrays(node))
+                return Values(
+                    True, 3, self.numbers(node, None), self.strings(node), self.objects(node), self.arrays(node)
+                )
             case _:
                 raise InvalidSchema(f"{node.pointer or '/'}/type: {name!r} is not a JSON type", node.pointer + "/type")
 
@@ -198,7 +200,9 @@ class Interpreter:
         required = schema.get("required", ())
         required = frozenset(required) if isinstance(required, list) else frozenset()
         # draft 3: `required` stands in the property
-        required |= {k for k, s in _mapping(schema, "properties").items() if isinstance(s, dict) and s.get("required") is True}
+        required |= {
+            k for k, s in _mapping(schema, "properties").items() if isinstance(s, dict) and s.get("required") is True
+        }
         dependent = self.dependent_keys(schema)
         rules: tuple[Rule, ...] = (Rule(patterns, rest),) if patterns else ()
         spec = Objects(
@@ -270,7 +274,9 @@ class Interpreter:
         if "contains" in schema:
             low = int(schema.get("minContains", 1)) if node.draft >= DRAFT2019 else 1
             high = schema.get("maxContains") if node.draft >= DRAFT2019 else None
-            contains = (Contains(0, self.expr(node, schema["contains"], "/contains"), low, None if high is None else int(high)),)
+            contains = (
+                Contains(0, self.expr(node, schema["contains"], "/contains"), low, None if high is None else int(high)),
+            )
         high = schema.get("maxItems")
         spec = Arrays(
             prefix,
@@ -296,17 +302,17 @@ class Interpreter:
         if "anyOf" in schema:
             found = both(found, v.unite(self.values(node, s, f"/anyOf/{i}") for i, s in enumerate(schema["anyOf"])))
         if "oneOf" in schema:
-            found = self.exactly_one([both(found, self.values(node, s, f"/oneOf/{i}")) for i, s in enumerate(schema["oneOf"])])
+            found = self.exactly_one(found, self.branches(node, "oneOf"))
         if "not" in schema:
-            found = both(found, self.expressions.complement(self.values(node, schema["not"], "/not")))
+            found = both(found, self.refused(self.expr(node, schema["not"], "/not")))
         if "disallow" in schema and node.draft == DRAFT4:
             names = schema["disallow"] if isinstance(schema["disallow"], list) else [schema["disallow"]]
             for i, name in enumerate(names):
                 other = {"type": name} if isinstance(name, str) else name
-                found = both(found, self.expressions.complement(self.values(node, other, f"/disallow/{i}")))
+                found = both(found, self.refused(self.expr(node, other, f"/disallow/{i}")))
         if "if" in schema and ("then" in schema or "else" in schema):
-            condition = self.values(node, schema["if"], "/if")
-            yes, no = both(found, condition), both(found, self.expressions.complement(condition))
+            condition = self.expr(node, schema["if"], "/if")
+            yes, no = both(found, self.expressions.values(condition)), both(found, self.refused(condition))
             if "then" in schema:
                 yes = both(yes, self.values(node, schema["then"], "/then"))
             if "else" in schema:
@@ -325,29 +331,82 @@ class Interpreter:
         both = self.expressions.intersect
         return v.unite((both(found, without), both(both(found, within), then)))
 
-    def exactly_one(self, parts: list[Values]) -> Values:
-        """Values in one part and in no other. Parts that cannot meet need no complement."""
+    def branches(self, node: SchemaNode, key: str) -> list[Expr]:
+        return [self.expr(node, s, f"/{key}/{i}") for i, s in enumerate(node.schema[key])]
+
+    def refused(self, expr: Expr) -> Values:
+        """All values that are not in `expr`."""
+        return self.expressions.values(self.expressions.negate(expr))
+
+    def exactly_one(self, found: Values, branches: list[Expr]) -> Values:
+        """Values in one branch and in no other. Branches that cannot meet need no complement."""
         both, out = self.expressions.intersect, []
-        overlaps: dict[tuple[int, int], bool] = {}
-        for i, a in enumerate(parts):
-            for j in range(i + 1, len(parts)):
-                overlaps[i, j] = self.may_meet(a, parts[j])
-        complements: dict[int, Values] = {}
+        parts = [both(found, self.expressions.values(e)) for e in branches]
+        overlaps = {(i, j): self.may_meet(a, parts[j]) for i, a in enumerate(parts) for j in range(i)}
         for i, a in enumerate(parts):
             rest = a
-            for j, b in enumerate(parts):
-                if i != j and overlaps[min(i, j), max(i, j)]:
-                    if j not in complements:
-                        complements[j] = self.expressions.complement(b)
-                    rest = both(rest, complements[j])
+            for j, e in enumerate(branches):
+                if i != j and overlaps[max(i, j), min(i, j)]:
+                    rest = both(rest, self.refused(e))
             out.append(rest)
         return v.unite(out)
+
+    def interpret_not(self, node: SchemaNode) -> Values:
+        """All values that the schema refuses: those that some keyword refuses."""
+        schema, parts = node.schema, []
+        if "$ref" in schema and node.draft <= DRAFT7:
+            return self.refused(self.expressions.of_schema(self.target(node, "$ref")))
+        own = self.own(node)
+        if own != v.ANY:
+            parts.append(self.expressions.complement(own))
+        for key in ("$ref", "$dynamicRef", "$recursiveRef"):
+            if key in schema and (key == "$ref" or node.draft >= DRAFT2019):
+                parts.append(self.refused(self.expressions.of_schema(self.target(node, key))))
+        parts.extend(self._not_combined(node))
+        return v.unite(parts)
+
+    def _not_combined(self, node: SchemaNode) -> Iterable[Values]:
+        schema, both = node.schema, self.expressions.intersect
+        if "allOf" in schema:
+            yield from map(self.refused, self.branches(node, "allOf"))
+        if "anyOf" in schema:
+            yield self._none_of(self.branches(node, "anyOf"))
+        if "oneOf" in schema:
+            branches = self.branches(node, "oneOf")
+            yield self._none_of(branches)
+            values = [self.expressions.values(e) for e in branches]
+            for i, a in enumerate(values):
+                for j in range(i):
+                    common = both(a, values[j])
+                    if not self.expressions.values_are_empty(common):
+                        yield common
+        if "not" in schema:
+            yield self.values(node, schema["not"], "/not")
+        if "if" in schema and ("then" in schema or "else" in schema):
+            condition = self.expr(node, schema["if"], "/if")
+            if "then" in schema:
+                yield both(self.expressions.values(condition), self.refused(self.expr(node, schema["then"], "/then")))
+            if "else" in schema:
+                yield both(self.refused(condition), self.refused(self.expr(node, schema["else"], "/else")))
+        for key in ("dependentSchemas", "dependencies"):
+            for name, s in _mapping(schema, key).items():
+                if isinstance(s, dict | bool):
+                    within = Values(objects=(Objects(((name, TRUE),), required=frozenset((name,))),))
+                    yield both(within, self.refused(self.expr(node, s, f"/{key}/{escape(name)}")))
+        if node.draft == DRAFT4 and ("extends" in schema or "disallow" in schema):
+            yield self.expressions.complement(self.combined(node, v.ANY))
+
+    def _none_of(self, branches: list[Expr]) -> Values:
+        found = v.ANY
+        for e in branches:
+            found = self.expressions.intersect(found, self.refused(e))
+        return found
 
     def may_meet(self, a: Values, b: Values) -> bool:
         common = self.expressions.intersect(a, b)
         if common.null or common.booleans or common.numbers or common.strings:
             return True
-        return self.expressions.cost_of_values(common) < 1 << 60 if not common.is_empty else False
+        return not self.expressions.values_are_empty(common)
 
 
 _INTEGERS = Numbers(integer=True)
@@ -395,7 +454,10 @@ def _names(x: Any) -> bool:
 
 
 _SHAPES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "type": (lambda x: x in (*TYPES, "any") if isinstance(x, str) else isinstance(x, list), "a type or a list of types"),
+    "type": (
+        lambda x: x in (*TYPES, "any") if isinstance(x, str) else isinstance(x, list),
+        "a type or a list of types",
+    ),
     "enum": (lambda x: isinstance(x, list), "a list"),
     "minimum": (_number, "a number"),
     "maximum": (_number, "a number"),
@@ -451,6 +513,7 @@ def survey(interpreter: Interpreter) -> None:
             continue
         _check_shapes(node)
         _check_patterns(interpreter, node, problems)
+        _check_unique(interpreter, node, problems)
         for key in ("unevaluatedProperties", "unevaluatedItems"):
             if node.draft >= DRAFT2019 and node.schema.get(key, True) not in (True, {}):
                 problems.append((node.pointer, key, "not enforced yet"))
@@ -471,6 +534,15 @@ def _check_shapes(node: SchemaNode) -> None:
         if not good(schema[key]):
             pointer = f"{node.pointer}/{key}"
             raise InvalidSchema(f"{pointer}: must be {what}, not {schema[key]!r:.100}", pointer)
+
+
+def _check_unique(interpreter: Interpreter, node: SchemaNode, problems: list[tuple[str, str, str]]) -> None:
+    if node.schema.get("uniqueItems") is not True:
+        return
+    for a in interpreter.arrays(node):
+        items = [interpreter.expressions.values(e) for e in (*a.prefix, a.rest)]
+        if any(x.objects or x.arrays for x in items) and (a.high is None or a.high > 1):
+            problems.append((node.pointer, "uniqueItems", "items that are objects or arrays are not compared"))
 
 
 def _check_patterns(interpreter: Interpreter, node: SchemaNode, problems: list[tuple[str, str, str]]) -> None:

@@ -340,7 +340,9 @@ def object_node(
 
 def open_object(json: Json, specs: list[tuple[v.Objects, ...]], context: Context) -> int:
     """Target after `{`."""
-    pairs = [(tag, o) for tag, group in enumerate(specs) for o in group if json.expressions.cost_of_object(o) < INFINITE]
+    pairs = [
+        (tag, o) for tag, group in enumerate(specs) for o in group if json.expressions.cost_of_object(o) < INFINITE
+    ]
     if not pairs:
         return DEAD
     distinct = tuple(dict.fromkeys(o for _, o in pairs))
@@ -379,9 +381,7 @@ class NextFrame(OpenFrame):
         self.node = node
         json = node.json
         may_go_on = any(node.alive())
-        self.table = json.constant_table(
-            ("next", may_go_on), lambda: next_rows(json.spaced, may_go_on), 2
-        )
+        self.table = json.constant_table(("next", may_go_on), lambda: next_rows(json.spaced, may_go_on), 2)
 
 
 class KeyFrame:
