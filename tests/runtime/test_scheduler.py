@@ -380,12 +380,15 @@ def test_overcommitted_memory_preempts_the_newest_and_every_output_is_right(over
 
 
 def test_what_a_step_computes_already_is_not_preempted_in_it() -> None:
-    engine = make_simulation()
-    first, second = (engine.scheduler.add(make_request(name, [i], 9)) for i, name in enumerate("ab"))
+    clock = [0.0]
+    engine = make_simulation(num_pages=4, reservation_ratio=0.0, clock=clock)
+    engine.burst = 3
+    first = engine.scheduler.add(make_request("first", range(4), 8, priority=5))
+    clock[0] = 1_000.0
+    second = engine.scheduler.add(make_request("second", range(50, 54), 8))
     engine.step()
-    assert engine.scheduler._victim(()) is second
-    assert engine.scheduler._victim({second}) is first
-    assert engine.scheduler._victim({first, second}) is None
+    assert shape(engine.scheduler.schedule()) == [("first", 4, 3, True, False)], "three pages: one is left for one"
+    assert (first.num_preemptions, second.num_preemptions) == (0, 1)
 
 
 def test_the_lowest_priority_is_preempted_first() -> None:

@@ -142,7 +142,7 @@ def test_a_million_operations_leak_nothing() -> None:
             reservation_ratio=rng.choice((0.0, 0.5, 1.0)),
         )
         engine.scheduler.check_integrity = lambda: None  # type: ignore[method-assign]
-        sequences = drive(engine, rng, clock, 5_000)
+        sequences = drive(engine, rng, clock, 2_000)
         del engine.scheduler.check_integrity
         check_end(engine, sequences)
-        num_operations += 5_000
+        num_operations += 2_000
