@@ -1,0 +1,106 @@
+"""What the kernel checks and timings share: shapes, inputs, the tile sizes that are tried."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+if "--dry-run" in sys.argv:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before the imports below
+
+import numpy as np
+import torch
+from torch import Tensor
+from vocabulary import make_vocabulary
+
+from ramet.kernels import sampling
+from ramet.kernels.gemv import GemvConfig
+from ramet.kernels.grammar_mask import AutomatonTables, TokenTable
+
+DRY = "--dry-run" in sys.argv
+DEVICE = "cpu" if DRY else "cuda"
+HIDDEN, INTER, HEADS, KV_HEADS, DIM, VOCAB, LAYERS = 4096, 14336, 32, 8, 128, 128_256, 32
+if DRY:
+    HIDDEN, INTER, HEADS, KV_HEADS, DIM, VOCAB, LAYERS = 64, 96, 4, 2, 16, 2_016, 2
+DTYPE = torch.float16 if DRY else torch.bfloat16  # the interpreter has no bf16
+QKV = (HEADS + 2 * KV_HEADS) * DIM
+SHAPES = {"qkv": (QKV, HIDDEN), "o": (HIDDEN, HIDDEN), "gate_up": (2 * INTER, HIDDEN), "down": (HIDDEN, INTER)}
+SHAPES["head"] = (VOCAB, HIDDEN)
+BATCHES = [1, 2] if DRY else [1, 32, 64, 128, 256]
+SUM_CONFIGS = [
+    GemvConfig("sum", *cut)
+    for cut in [
+        (2, 2048, 3, 4), (4, 512, 4, 2), (4, 512, 4, 4), (4, 1024, 1, 4), (4, 1024, 2, 4), (4, 1024, 3, 4),
+        (4, 1024, 4, 4), (4, 1024, 3, 8), (4, 2048, 3, 8), (8, 256, 4, 4), (8, 512, 1, 4), (8, 512, 3, 4),
+        (8, 512, 4, 4), (8, 1024, 3, 8), (16, 256, 4, 4), (16, 256, 6, 4), (16, 512, 3, 8),
+    ]
+]  # fmt: skip
+DOT_CONFIGS = [
+    GemvConfig("dot", *cut)
+    for cut in [
+        (16, 256, 4, 4), (16, 256, 5, 2), (16, 512, 3, 4), (16, 512, 4, 4), (32, 128, 6, 4), (32, 256, 3, 4),
+        (32, 256, 4, 4), (32, 256, 4, 8), (64, 128, 4, 4), (64, 128, 5, 4), (64, 256, 3, 4), (128, 64, 6, 4),
+        (128, 128, 4, 4),
+    ]
+]  # fmt: skip
+if DRY:
+    SUM_CONFIGS, DOT_CONFIGS = [GemvConfig("sum", 4, 64, 2, 2)], [GemvConfig("dot", 16, 32, 2, 2)]
+Record = dict[str, Any]  # what json.dumps takes
+
+
+def randn(*shape: int) -> Tensor:
+    return torch.randn(shape, device=DEVICE, dtype=torch.float32 if DRY else DTYPE).to(DTYPE)
+
+
+def integers(high: int, *shape: int) -> Tensor:
+    return torch.randint(0, high, shape, dtype=torch.int32, device=DEVICE)
+
+
+def rope_arguments(num_tokens: int) -> list[Any]:
+    fused = randn(num_tokens, QKV)
+    widths = [HEADS * DIM, KV_HEADS * DIM, KV_HEADS * DIM]
+    q, k, v = (part.view(num_tokens, -1, DIM) for part in fused.split(widths, dim=1))
+    angles = torch.rand(8192, DIM // 2, device=DEVICE) * 6.28
+    num_pages = num_tokens // 16 + 2
+    slots = (16 + torch.randperm(num_tokens)).to(torch.int32).to(DEVICE)
+    positions = integers(8192, num_tokens)
+    caches = [torch.zeros(num_pages, KV_HEADS, 16, DIM, dtype=DTYPE, device=DEVICE) for _ in range(2)]
+    return [q, k, v, angles.cos(), angles.sin(), positions, slots, *caches]
+
+
+def sampling_tables(batch: int, **columns: float) -> sampling.SamplingTables:
+    tables = sampling.SamplingTables.create(batch, DEVICE)
+    for name, value in columns.items():
+        getattr(tables, name)[:batch] = value
+    tables.seed_low.random_()
+    return tables
+
+
+MODES: dict[str, dict[str, float]] = {
+    "greedy": {},
+    "temperature": {"temperature": 0.8},
+    "top_p 0.9": {"temperature": 0.8, "top_p": 0.9},
+    "top_k 50": {"temperature": 1.0, "top_k": 50},
+    "top_k 20, top_p 0.8": {"temperature": 0.7, "top_k": 20, "top_p": 0.8},
+    "min_p 0.05": {"temperature": 1.0, "min_p": 0.05},
+}
+
+
+def random_automaton(num_states: int) -> AutomatonTables:
+    """About 30 byte classes, a third of the transitions refused: most tokens die early, some are read to their end."""
+    generator = np.random.default_rng(num_states)
+    byte_class = (np.arange(256) % 30).astype(np.uint8)
+    transitions = generator.integers(0, num_states, size=(num_states, 30)).astype(np.int32)
+    transitions[generator.random((num_states, 30)) < 0.35] = -1
+    return AutomatonTables(byte_class, transitions, generator.random(num_states) < 0.2)
+
+
+def token_table() -> TokenTable:
+    pieces = make_vocabulary(VOCAB)
+    return TokenTable.create(pieces, [VOCAB - 1], [], VOCAB, DEVICE)
+
+
+def name_of(config: GemvConfig) -> str:
+    cut = f"{config.block_n}x{config.block_k} s{config.num_stages} w{config.num_warps}"
+    return f"{config.kernel} {cut}{' early' if config.early_launch else ''}"

@@ -1,0 +1,167 @@
+"""Every kernel but attention against its reference, on fresh random input; part of `bench_kernels.py`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from kernel_cases import (
+    DEVICE,
+    DIM,
+    DOT_CONFIGS,
+    DRY,
+    HIDDEN,
+    INTER,
+    KV_HEADS,
+    MODES,
+    QKV,
+    SUM_CONFIGS,
+    VOCAB,
+    Record,
+    integers,
+    name_of,
+    randn,
+    random_automaton,
+    rope_arguments,
+    sampling_tables,
+    token_table,
+)  # fmt: skip
+from torch import Tensor
+
+from ramet.kernels import activation, copy_pages, gemv, norm, rope, sampling, step_inputs
+from ramet.kernels.grammar_arena import GrammarArena
+from ramet.kernels.grammar_mask import advance_states_reference, build_masks_reference
+from ramet.kernels.grammar_mask_triton import advance_states_triton, build_masks_triton
+from ramet.kernels.sampling_triton import sample_triton
+
+
+def relative(actual: Tensor, expected: Tensor) -> float:
+    return float((actual.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-30))
+
+
+def check() -> list[Record]:
+    records: list[Record] = []
+
+    def record(name: str, error: float, limit: float) -> None:
+        records.append({"section": "check", "name": name, "error": error, "limit": limit, "ok": error <= limit})
+
+    for num_tokens in (1, 7, 300):
+        x, residual, weight = randn(num_tokens, HIDDEN), randn(num_tokens, HIDDEN), randn(HIDDEN)
+        record(f"rms_norm T={num_tokens}", relative(norm.rms_norm_triton(x, weight, 1e-5),
+               norm.rms_norm_reference(x.float(), weight.float(), 1e-5)), 1e-2)  # fmt: skip
+        normed, total = norm.fused_add_rms_norm_triton(x, residual, weight, 1e-5)
+        expected = norm.fused_add_rms_norm_reference(x, residual, weight, 1e-5)
+        record(f"fused_add T={num_tokens}", relative(total, expected[1]), 0.0 if not DRY else 1e-2)
+        record(f"fused_add_rms_norm T={num_tokens}", relative(normed, expected[0]), 1e-2)
+        gate_up = randn(num_tokens, 2 * INTER)
+        record(f"silu_and_mul T={num_tokens}", relative(activation.silu_and_mul_triton(gate_up),
+               activation.silu_and_mul_reference(gate_up.float())), 1e-2)  # fmt: skip
+        record(f"gelu_tanh_and_mul T={num_tokens}", relative(activation.gelu_tanh_and_mul_triton(gate_up),
+               activation.gelu_tanh_and_mul_reference(gate_up.float())), 1e-2)  # fmt: skip
+        for has_norm in (False, True):
+            arguments = rope_arguments(num_tokens)
+            norms = (randn(DIM), randn(DIM)) if has_norm else (None, None)
+            k_cache, v_cache = arguments[-2].clone(), arguments[-1].clone()
+            expected_q = rope.rope_and_write_kv_reference(*arguments[:-2], k_cache, v_cache, *norms)
+            actual_q = rope.rope_and_write_kv_triton(*arguments, *norms)
+            record(f"rope q T={num_tokens} norm={has_norm}", relative(actual_q, expected_q), 1e-2)
+            record(f"rope k T={num_tokens} norm={has_norm}", relative(arguments[-2], k_cache), 1e-2)
+            record(f"rope v T={num_tokens} norm={has_norm}", relative(arguments[-1], v_cache), 0.0)
+    caches = [(randn(9, KV_HEADS, 16, DIM), randn(9, KV_HEADS, 16, DIM)) for _ in range(3)]
+    expected_caches = [(k.clone(), v.clone()) for k, v in caches]
+    pages = torch.tensor([[1, 2], [5, 6], [9, 16]], dtype=torch.int32, device=DEVICE)
+    copy_pages.copy_pages_triton(caches, *pages)
+    copy_pages.copy_pages_reference(expected_caches, *pages)
+    same = all(
+        torch.equal(a, b) for x, y in zip(caches, expected_caches, strict=True) for a, b in zip(x, y, strict=True)
+    )
+    record("copy_pages", 0.0 if same else 1.0, 0.0)
+    check_steps(record)
+    check_sampling(record)
+    check_masks(record)
+    for num_rows in (1, 3, 16):
+        check_gemv(record, num_rows)
+    return records
+
+
+def check_steps(record: Callable[[str, float, float], None]) -> None:
+    results = []
+    rows = torch.cat((torch.randperm(300)[:200], torch.full((17,), 300))).to(torch.int32).to(DEVICE)
+    new_page, lengths, tokens = integers(2, 217) * integers(999, 217), integers(700, 300), integers(999, 217)
+    updates = torch.stack(
+        (integers(300, 1).expand(40), torch.randperm(100)[:40].to(DEVICE), integers(9999, 40)), 1
+    ).int()
+    for kind in ("reference", "triton"):
+        slots, out = step_inputs.SlotTables.create(300, 100, DEVICE), step_inputs.DecodeInputs.create(217, DEVICE)
+        slots.kv_len[:300] = lengths
+        getattr(step_inputs, f"prepare_decode_{kind}")(
+            rows, new_page, slots.last_token, slots.kv_len, slots.page_table, 16, out
+        )
+        getattr(step_inputs, f"commit_decode_{kind}")(rows, tokens, slots.last_token, slots.kv_len)
+        getattr(step_inputs, f"scatter_rows_{kind}")(updates, slots.arena)
+        results.append([slots.arena, out.token_ids, out.positions, out.kv_slots, out.kv_lens])
+    record("step_inputs", float(any(not torch.equal(a, b) for a, b in zip(*results, strict=True))), 0.0)
+
+
+def check_sampling(record: Callable[[str, float, float], None]) -> None:
+    for mode, columns in MODES.items():
+        for batch in (1, 40):
+            tables = sampling_tables(batch, **columns)
+            logits, positions = randn(batch, VOCAB) * 3, integers(9999, batch)
+            rows = torch.arange(batch, dtype=torch.int32, device=DEVICE)
+            expected = sampling.sample_reference(logits, tables, rows, positions)
+            actual = sample_triton(logits, tables, rows, positions)
+            # Sums of masses and logarithms differ in their last bits: a few border cases may fall on the other side.
+            record(f"sample {mode} B={batch}", int((actual != expected).sum()), 0 if mode == "greedy" else batch // 20)
+
+
+def check_masks(record: Callable[[str, float, float], None]) -> None:
+    arena = GrammarArena(token_table(), 8, max_mask_rows=64, max_states=500)
+    automaton = random_automaton(40)
+    base = arena.acquire("check", automaton)
+    states = torch.arange(base, base + 40, dtype=torch.int32, device=DEVICE)
+    expected, actual = (torch.full((40, -(-VOCAB // 32)), 3, dtype=torch.int32, device=DEVICE) for _ in range(2))
+    build_masks_reference(states[:12], arena.automata, arena.tokens, expected)
+    build_masks_triton(states, arena.automata, arena.tokens, actual)
+    record("build_masks", float(not torch.equal(expected[:12], actual[:12])), 0.0)
+    resident = arena.mask_rows[arena.mask_index[states.long()].long()]
+    record("masks by class equal masks by state", float(not torch.equal(resident, actual)), 0.0)
+    column = integers(40, 9) + base
+    column[0], column[1], column[2] = 0, arena.host_state(1), arena.final_state
+    moved = column.clone()
+    rows, tokens = torch.arange(9, dtype=torch.int32, device=DEVICE), integers(VOCAB, 9)
+    advance_states_reference(rows, tokens, column, arena.automata, arena.tokens)
+    advance_states_triton(rows, tokens, moved, arena.automata, arena.tokens)
+    record("advance_states", float(not torch.equal(column, moved)), 0.0)
+    tables = sampling_tables(9, temperature=1.0)
+    masked = dataclasses.replace(tables, grammar=arena.masks(moved))
+    logits, positions = randn(9, VOCAB) * 3, integers(99, 9)
+    differs = sample_triton(logits, masked, rows, positions) != sampling.sample_reference(
+        logits, masked, rows, positions
+    )
+    record("sample under grammars", int(differs.sum()), 0)
+
+
+def check_gemv(record: Callable[[str, float, float], None], num_rows: int) -> None:
+    x, weight, gain, residual = randn(num_rows, HIDDEN), randn(QKV, HIDDEN) / 64, randn(HIDDEN), randn(num_rows, QKV)
+    exact = gemv.gemv_reference(x.double(), weight.double(), None, residual.double(), gain.double(), 1e-5)
+    gated = gemv.gemv_silu_and_mul_reference(x.double(), weight.double(), gain.double(), 1e-5)
+    for config in checked_configs(num_rows):
+        actual = gemv.gemv_triton(x, weight, None, residual, gain, 1e-5, config)
+        record(f"gemv B={num_rows} {name_of(config)}", relative(actual, exact), 1e-2)
+        if fits_gated(config):
+            actual = gemv.gemv_silu_and_mul_triton(x, weight, gain, 1e-5, config)
+            record(f"gemv gated B={num_rows} {name_of(config)}", relative(actual, gated), 1e-2)
+
+
+def checked_configs(num_rows: int) -> list[gemv.GemvConfig]:
+    """All tile sizes at 1 and 3 rows, some at 16; early launch for two of each kernel."""
+    configs = (SUM_CONFIGS if num_rows == 1 else []) + (DOT_CONFIGS[:3] if num_rows == 16 else DOT_CONFIGS)
+    early = [] if DRY or num_rows == 16 else [*(SUM_CONFIGS[4:6] if num_rows == 1 else []), *DOT_CONFIGS[:2]]
+    return configs + [dataclasses.replace(config, early_launch=True) for config in early]
+
+
+def fits_gated(config: gemv.GemvConfig) -> bool:
+    """Two tiles at a time must fit shared memory (227 KiB)."""
+    return 4 * config.block_n * config.block_k * config.num_stages <= 160 << 10
