@@ -15,6 +15,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
@@ -28,7 +29,7 @@ PAGE_SIZE = 16
 
 def percentiles(samples_us: list[float]) -> dict[str, float]:
     p20, p50, p80, p99 = np.percentile(samples_us, [20, 50, 80, 99])
-    return {"p20": round(p20, 1), "p50": round(p50, 1), "p80": round(p80, 1), "p99": round(p99, 1)}
+    return {name: round(float(v), 1) for name, v in (("p20", p20), ("p50", p50), ("p80", p80), ("p99", p99))}
 
 
 def make(num_pages: int, max_running: int, context_length: int = 16_384) -> Scheduler:
@@ -145,6 +146,14 @@ def bench_cache(num_tokens: int, num_siblings: int) -> dict[str, dict[str, float
     return results
 
 
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=400)
@@ -166,7 +175,7 @@ def main() -> None:
             {
                 "bench": "scheduler",
                 "commit": commit.stdout.strip(),
-                "device": platform.processor() or platform.machine(),
+                "device": cpu_name(),
                 "python": platform.python_version(),
                 "numpy": np.__version__,
                 "config": vars(arguments),
