@@ -26,6 +26,11 @@ TOKENS = [b"a", b"b", b"ab", b"ba", b"aab", b"", b"", b"abababababababababab", b
 END, SPECIAL = 5, 6
 
 
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
 def token_table(vocab_size: int = 40) -> TokenTable:
     return TokenTable.create(TOKENS, [END], [SPECIAL], vocab_size, DEVICE)
 

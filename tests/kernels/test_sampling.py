@@ -19,6 +19,11 @@ from ramet.kernels.sampling import (
 )
 
 
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
 def make_tables(num_slots: int, **columns: object) -> SamplingTables:
     tables = SamplingTables.create(num_slots)
     for name, value in columns.items():

@@ -17,6 +17,11 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
 def random_words(num_rows: int, vocab_size: int, density: float) -> Tensor:
     bits = (torch.rand(num_rows, -(-vocab_size // 32), 32) < density).long()
     words = (bits << torch.arange(32)).sum(-1)
