@@ -66,9 +66,10 @@ def choose_num_splits(batch: int, num_kv_heads: int, max_kv_len: int, num_sms: i
 
 def tree_config(head_dim: int, dtype: torch.dtype, group: int) -> TileConfig:
     """Choose the tile of tree attention's shared part."""
-    block_m = max(128, 1 << (group - 1).bit_length())
+    rows_of_member = 1 << (group - 1).bit_length()  # a tile holds at least one member
+    block_m = max(128, rows_of_member)
     if dtype == torch.float32:
-        return TileConfig(max(32, block_m // 4), 32 if head_dim <= 128 else 16, 4, 2)
+        return TileConfig(max(32, rows_of_member), 32 if head_dim <= 128 else 16, 4, 2)
     return TileConfig(block_m, 64, 8, 5) if head_dim <= 128 else TileConfig(block_m, 32, 8, 3)
 
 

@@ -242,3 +242,10 @@ def test_a_captured_graph_follows_later_plans_and_lengths(cases: Any, has_side_s
         graph.replay()
         expected = attention_decode_reference(q, k_cache, v_cache, DecodeMetadata(longer, rows, page_table), 0.3)
         torch.testing.assert_close(out.cpu(), expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("group", [1, 3, 8, 71])
+def test_a_tile_holds_at_least_one_member(dtype: torch.dtype, group: int) -> None:
+    for head_dim in (64, 128, 256):
+        assert tree_config(head_dim, dtype, group).block_m >= group
