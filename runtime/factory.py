@@ -14,6 +14,7 @@ from ramet.runtime.config import EngineConfig
 from ramet.runtime.engine import EngineCore
 from ramet.runtime.kv_cache import KVCache, choose_num_pages
 from ramet.runtime.model_runner import ModelRunner
+from ramet.runtime.models.dummy import TINY_MODEL, tiny_model
 from ramet.runtime.models.load import LoadedModel, load_model
 from ramet.runtime.page_pool import PagePool
 from ramet.runtime.radix_cache import RadixCache
@@ -44,6 +45,8 @@ def load(model: str | LoadedModel | None, config: EngineConfig) -> LoadedModel:
     """Load a model on the configuration's device; a LoadedModel is taken as it is."""
     if isinstance(model, LoadedModel):
         return model
+    if model == TINY_MODEL:
+        return tiny_model()
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     return load_model(model, device=choose_device(config.device), dtype=config.dtype, quantization=config.quantization)

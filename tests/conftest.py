@@ -27,28 +27,6 @@ def smollm2_path() -> Path:
 @pytest.fixture(scope="session")
 def tiny_model() -> LoadedModel:
     """Two layers of random weights over bytes, context 512: a real engine in milliseconds."""
-    from ramet.runtime.byte_tokenizer import ByteTokenizer
-    from ramet.runtime.models.config import ModelConfig
-    from ramet.runtime.models.dummy import dummy_decoder
-    from ramet.runtime.models.generation import GenerationDefaults
-    from ramet.runtime.models.load import LoadedModel
+    from ramet.runtime.models.dummy import tiny_model
 
-    tokenizer = ByteTokenizer()
-    config = ModelConfig.from_hf(
-        {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "vocab_size": tokenizer.vocab_size,
-            "hidden_size": 48,
-            "intermediate_size": 80,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 512,
-            "rms_norm_eps": 1e-5,
-            "rope_theta": 10000.0,
-            "tie_word_embeddings": False,
-        }
-    )
-    decoder = dummy_decoder(config, "cpu", torch.float32, seed=3)
-    return LoadedModel("tiny", decoder, tokenizer, config, GenerationDefaults())
+    return tiny_model()

@@ -11,9 +11,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ramet.runtime.byte_tokenizer import ByteTokenizer
 from ramet.runtime.models.config import ModelConfig
 from ramet.runtime.models.decoder import Decoder, build_decoder
+from ramet.runtime.models.generation import GenerationDefaults
+from ramet.runtime.models.load import LoadedModel
 from ramet.runtime.models.weights import Weights, expected_tensors
+
+TINY_MODEL = "tiny-random"
 
 
 def dummy_decoder(
@@ -44,3 +49,29 @@ def dummy_weights(config: ModelConfig, device: torch.device, dtype: torch.dtype,
         return torch.empty(shape, device=device, dtype=dtype).normal_(0.0, deviation, generator=generator)
 
     return Weights({name: partial(draw, name, shape) for name, shape in expected_tensors(config).items()})
+
+
+def tiny_model() -> LoadedModel:
+    """Two layers of random weights over bytes, context 512: a real model in milliseconds, for tests around it.
+
+    Its name is `tiny-random` wherever a model is named.
+    """
+    tokenizer = ByteTokenizer()
+    config = ModelConfig.from_hf(
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "vocab_size": tokenizer.vocab_size,
+            "hidden_size": 48,
+            "intermediate_size": 80,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 512,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 10000.0,
+            "tie_word_embeddings": False,
+        }
+    )
+    decoder = dummy_decoder(config, "cpu", torch.float32, seed=3)
+    return LoadedModel(TINY_MODEL, decoder, tokenizer, config, GenerationDefaults())

@@ -1,0 +1,44 @@
+"""What the server can be told; its fields and EngineConfig's are the flags of `ramet serve`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ramet.errors import ConfigError
+
+
+def _doc(default: Any, text: str) -> Any:  # Any: what dataclasses.field returns is typed as the field it stands for
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig:
+    """Network, limits and security. Impossible values raise ConfigError."""
+
+    host: str = _doc("127.0.0.1", "address to listen on")
+    port: int = _doc(30000, "port to listen on")
+    served_model_name: str | None = _doc(None, "the name that clients use; default: the model's own")
+    api_key: tuple[str, ...] = _doc((), "keys of which a request must bring one (Authorization: Bearer ...)")
+    admin_api_key: str | None = _doc(None, "key for /flush_cache and /abort_request; default: any api key")
+    protect_metrics: bool = _doc(False, "ask for the admin key on /metrics, too")
+    isolate_cache_by_key: bool = _doc(False, "requests share cached prefixes only with requests of the same key")
+    max_body_bytes: int = _doc(32 << 20, "size of a request's body")
+    max_in_flight: int = _doc(2048, "requests that run or wait; one more gets 429")
+    max_schema_bytes: int = _doc(1 << 20, "size of a JSON schema or grammar")
+    cors_allow_origin: tuple[str, ...] = _doc((), "origins that browsers may call from; default: none")
+    drain_s: float = _doc(30.0, "seconds that requests in flight have to finish after SIGTERM")
+    health_patience_s: float = _doc(20.0, "seconds without progress after which /health goes red")
+    log_prompts: bool = _doc(False, "write prompts to the log")
+    compat_metrics: bool = _doc(False, "also export the names sglang:... and vllm:...")
+
+    def __post_init__(self) -> None:
+        def check(ok: bool, name: str, limit: str) -> None:
+            if not ok:
+                raise ConfigError(f"{name} is {getattr(self, name)!r} but must be {limit}")
+
+        check(0 <= self.port <= 65535, "port", "in [0, 65535]")
+        check(self.max_body_bytes >= 1024, "max_body_bytes", "at least 1024")
+        check(self.max_in_flight >= 1, "max_in_flight", "at least 1")
+        check(self.drain_s >= 0, "drain_s", "at least 0")
+        check(self.health_patience_s > 0, "health_patience_s", "positive")

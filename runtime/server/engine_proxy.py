@@ -1,0 +1,452 @@
+"""The engine process as the HTTP process sees it: start it, keep it alive, send it work, read what comes back.
+
+One event loop owns a proxy. When the engine process dies, everything in flight gets EngineStopped, and another process
+is started; until it is ready, new work is refused with EngineStopped. Backpressure: what a reader has not taken yet is
+merged into one increment, so a slow reader costs its own request's output and no more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from ramet.errors import EngineStopped, Overloaded, RametError
+from ramet.lang.ir import NodeEvent
+from ramet.runtime.server.engine_process import Settings
+from ramet.runtime.server.protocol import (
+    Abort,
+    Answer,
+    Ask,
+    Command,
+    ErrorInfo,
+    Heartbeat,
+    Hello,
+    Output,
+    ProgramEnd,
+    ProgramEvent,
+    ProvideTool,
+    Report,
+    StartFailed,
+    StartProgram,
+    Submit,
+    report_decoder,
+)
+
+logger = logging.getLogger(__name__)
+
+_RESTART_PAUSES_S = (0.0, 0.5, 2.0, 5.0, 15.0)  # before the n-th start in a row that did not lead to a ready engine
+
+
+class OutputStream:
+    """One request's increments. Iterate it; leave the iteration early, or call `close`, and the request is aborted."""
+
+    def __init__(self, request_id: str, abort: Callable[[str], None]) -> None:
+        self.id = request_id
+        self._abort = abort
+        self._pending: Output | None = None
+        self._changed = asyncio.Event()
+        self._is_over = False
+
+    def push(self, output: Output) -> None:
+        if self._pending is None:
+            self._pending = output
+        else:
+            self._pending.absorb(output)
+        self._changed.set()
+
+    def close(self) -> None:
+        """Abort the request, unless its last increment has been taken."""
+        if not self._is_over:
+            self._is_over = True
+            self._abort(self.id)
+
+    async def __aiter__(self) -> AsyncIterator[Output]:
+        try:
+            while not self._is_over:
+                await self._changed.wait()
+                self._changed.clear()
+                output, self._pending = self._pending, None
+                assert output is not None
+                self._is_over = output.finish_reason is not None
+                if output.error is not None:
+                    raise output.error.to_exception()
+                yield output
+        finally:
+            self.close()
+
+    async def collect(self) -> Output:
+        """Wait for the end and return everything as one increment. Raises the request's error."""
+        whole: Output | None = None
+        async for output in self:
+            if whole is None:
+                whole = output
+            else:
+                whole.absorb(output)
+        assert whole is not None
+        return whole
+
+
+class ProgramStream:
+    """A running program's events, in order. Leave the iteration early, or call `close`, and it is cancelled."""
+
+    def __init__(self, program_id: str, abort: Callable[[str], None]) -> None:
+        self.id = program_id
+        self._abort = abort
+        self._events: deque[NodeEvent] = deque()
+        self._changed = asyncio.Event()
+        self._end: ProgramEnd | None = None
+        self._is_closed = False
+
+    def push(self, report: ProgramEvent | ProgramEnd) -> None:
+        if isinstance(report, ProgramEnd):
+            self._end = report
+        else:
+            last = self._events[-1] if self._events else None
+            event = report.event
+            if last is not None and last.kind == event.kind == "text" and last.node == event.node:
+                self._events[-1] = msgspec.structs.replace(event, text=last.text + event.text)
+            else:
+                self._events.append(event)
+        self._changed.set()
+
+    @property
+    def is_over(self) -> bool:
+        return self._end is not None or self._is_closed
+
+    def close(self) -> None:
+        if not self.is_over:
+            self._is_closed = True
+            self._abort(self.id)
+
+    async def __aiter__(self) -> AsyncIterator[NodeEvent]:
+        try:
+            while True:
+                while self._events:
+                    yield self._events.popleft()
+                if self._end is not None:
+                    if self._end.error is not None:
+                        raise self._end.error.to_exception()
+                    return
+                await self._changed.wait()
+                self._changed.clear()
+        finally:
+            self.close()
+
+
+@dataclass(slots=True)
+class ProxyCounters:
+    """Totals since the start, for metrics. Owner: the proxy."""
+
+    num_starts: int = 0
+    num_crashes: int = 0
+    num_aborts: int = 0
+
+
+@dataclass(slots=True)
+class _State:
+    """What the proxy knows of the process that runs now."""
+
+    hello: Hello | None = None
+    stats: dict[str, float] = field(default_factory=dict)
+    heard_s: float = 0.0  # time.monotonic() of the last heartbeat
+    num_steps: float = -1.0
+    progressed_s: float = 0.0  # when num_steps last changed, or there was nothing to do
+    failure: RametError | None = None
+
+
+class EngineProxy:
+    """Owner of the engine process. Use `start`, then `submit`, `start_program`, `ask`; `stop` at the end."""
+
+    def __init__(
+        self, model: str | None, config: dict[str, Any], *, max_in_flight: int = 10_000, log_level: str = "INFO"
+    ) -> None:  # Any: fields of EngineConfig, checked in the engine process
+        self._model = model
+        self._config = config
+        self._log_level = log_level
+        self.max_in_flight = max_in_flight
+        self.counters = ProxyCounters()
+        self._folder = tempfile.TemporaryDirectory(prefix="ramet-")
+        self._context: zmq.asyncio.Context = zmq.asyncio.Context()
+        self._commands: zmq.asyncio.Socket | None = None
+        self._process: asyncio.subprocess.Process | None = None
+        self._state = _State()
+        self._streams: dict[str, OutputStream] = {}
+        self._programs: dict[str, ProgramStream] = {}
+        self._questions: dict[str, asyncio.Future[bytes]] = {}
+        self._ids = itertools.count()
+        self._ready = asyncio.Event()
+        self._is_stopping = False
+        self._tasks: list[asyncio.Task[None]] = []
+        self._outbox: list[Command] = []
+        self._outbox_filled = asyncio.Event()
+
+    # -- life ----------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Start the process and the tasks that serve it; returns before the engine is ready."""
+        folder = Path(self._folder.name)
+        reports = self._context.socket(zmq.PULL)
+        reports.setsockopt(zmq.RCVHWM, 0)
+        reports.bind(f"ipc://{folder / 'reports'}")
+        self._tasks = [
+            asyncio.create_task(self._read(reports)),
+            asyncio.create_task(self._write()),
+            asyncio.create_task(self._supervise()),
+        ]
+
+    async def wait_ready(self, timeout_s: float | None = None) -> Hello:
+        """Wait until the engine is ready. Raises the error that keeps it from starting, or TimeoutError."""
+        await asyncio.wait_for(self._ready.wait(), timeout_s)
+        if self._state.hello is None:
+            raise self._state.failure or EngineStopped("the engine did not start")
+        return self._state.hello
+
+    async def stop(self, drain_s: float = 0.0) -> None:
+        """Let what is in flight finish, up to a limit, then end the process."""
+        deadline_s = time.monotonic() + drain_s
+        while (self._streams or self._programs) and time.monotonic() < deadline_s:
+            await asyncio.sleep(0.05)
+        self._is_stopping = True
+        await self._end_process()
+        self._fail_in_flight(EngineStopped("the server is shutting down"))
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._context.destroy(linger=0)
+        self._folder.cleanup()
+
+    @property
+    def hello(self) -> Hello | None:
+        """The engine's description; None while there is no ready engine."""
+        return self._state.hello
+
+    @property
+    def stats(self) -> dict[str, float]:
+        """The engine's counters at the last heartbeat."""
+        return self._state.stats
+
+    @property
+    def num_in_flight(self) -> int:
+        return len(self._streams) + len(self._programs)
+
+    def health(self, patience_s: float = 20.0) -> str | None:
+        """None where the engine is well; else what is wrong: not ready, silent, or working without progress."""
+        state = self._state
+        now_s = time.monotonic()
+        if state.hello is None:
+            return str(state.failure) if state.failure is not None else "the engine is starting"
+        if now_s - state.heard_s > patience_s:
+            return f"the engine has not answered for {now_s - state.heard_s:.0f} s"
+        if self.num_in_flight and now_s - state.progressed_s > patience_s:
+            return f"the engine has work and made no progress for {now_s - state.progressed_s:.0f} s"
+        return None
+
+    # -- work ----------------------------------------------------------------------------------------------------
+
+    def new_id(self, prefix: str) -> str:
+        """An id that is in use nowhere."""
+        return f"{prefix}-{os.getpid():x}-{next(self._ids)}-{os.urandom(6).hex()}"
+
+    def submit(self, command: Submit) -> OutputStream:
+        """Send a request. Raises Overloaded, EngineStopped (not ready), InvalidRequest (an id in use)."""
+        self._admit(command.id)
+        stream = OutputStream(command.id, self._abort)
+        self._streams[command.id] = stream
+        self._send(command)
+        return stream
+
+    def start_program(self, command: StartProgram) -> ProgramStream:
+        """Send a program. Raises as `submit`."""
+        self._admit(command.id)
+        stream = ProgramStream(command.id, self._abort)
+        self._programs[command.id] = stream
+        self._send(command)
+        return stream
+
+    def provide(self, command: ProvideTool) -> None:
+        """Answer a program's tool call."""
+        self._send(command)
+
+    def abort(self, request_id: str) -> bool:
+        """Abort by exact id; False where nothing of that id is in flight. Its reader gets RequestCancelled."""
+        if request_id not in self._streams and request_id not in self._programs:
+            return False
+        self.counters.num_aborts += 1
+        self._send(Abort(request_id))
+        return True
+
+    def in_flight(self) -> list[str]:
+        return [*self._streams, *self._programs]
+
+    async def ask(self, what: str, timeout_s: float = 10.0) -> Any:  # Any: JSON
+        """Ask the engine's thread. Raises what the engine raised, TimeoutError, or EngineStopped."""
+        self._check_ready()
+        question = Ask(self.new_id("ask"), what)
+        future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        self._questions[question.id] = future
+        self._send(question)
+        try:
+            return msgspec.json.decode(await asyncio.wait_for(future, timeout_s))
+        finally:
+            self._questions.pop(question.id, None)
+
+    def _check_ready(self) -> None:
+        if self._state.hello is None or self._is_stopping:
+            raise EngineStopped(self.health() or "the server is shutting down")
+
+    def _admit(self, request_id: str) -> None:
+        self._check_ready()
+        if self.num_in_flight >= self.max_in_flight:
+            raise Overloaded(f"{self.num_in_flight:,} requests are in flight already; retry later", 1.0)
+        if request_id in self._streams or request_id in self._programs:
+            raise RametError(f"request id {request_id!r} is in use")
+
+    def _abort(self, request_id: str) -> None:
+        """A reader left: forget its stream and tell the engine."""
+        if self._streams.pop(request_id, None) is not None or self._programs.pop(request_id, None) is not None:
+            self.counters.num_aborts += 1
+            self._send(Abort(request_id))
+
+    def _send(self, command: Command) -> None:
+        self._outbox.append(command)
+        self._outbox_filled.set()
+
+    # -- tasks ---------------------------------------------------------------------------------------------------
+
+    async def _write(self) -> None:
+        encoder = msgspec.msgpack.Encoder()
+        while True:
+            await self._outbox_filled.wait()
+            self._outbox_filled.clear()
+            commands, self._outbox = self._outbox, []
+            if commands and self._commands is not None:
+                await self._commands.send(encoder.encode(commands))
+
+    async def _read(self, socket: zmq.asyncio.Socket) -> None:
+        while True:
+            for report in report_decoder.decode(await socket.recv()):
+                self._take(report)
+
+    def _take(self, report: Report) -> None:
+        if isinstance(report, Output):
+            stream = self._streams.get(report.id)
+            if stream is not None:
+                if report.finish_reason is not None:
+                    del self._streams[report.id]
+                stream.push(report)
+        elif isinstance(report, ProgramEvent | ProgramEnd):
+            program = self._programs.get(report.id)
+            if program is not None:
+                if isinstance(report, ProgramEnd):
+                    del self._programs[report.id]
+                program.push(report)
+        elif isinstance(report, Answer):
+            future = self._questions.get(report.id)
+            if future is not None and not future.done():
+                if report.error is not None:
+                    future.set_exception(report.error.to_exception())
+                else:
+                    future.set_result(report.value)
+        elif isinstance(report, Heartbeat):
+            self._note_heartbeat(report.stats)
+        elif isinstance(report, Hello):
+            now_s = time.monotonic()
+            self._state.hello, self._state.heard_s, self._state.progressed_s = report, now_s, now_s
+            self._state.failure = None
+            self._ready.set()
+        else:
+            assert isinstance(report, StartFailed)
+            self._state.failure = report.error.to_exception()
+
+    def _note_heartbeat(self, stats: dict[str, float]) -> None:
+        state, now_s = self._state, time.monotonic()
+        state.stats, state.heard_s = stats, now_s
+        if stats["num_steps"] != state.num_steps or not (stats["num_running"] or stats["num_waiting"]):
+            state.num_steps, state.progressed_s = stats["num_steps"], now_s
+
+    async def _supervise(self) -> None:
+        """Start the process, wait for its end, tell everybody, start it again."""
+        failures = 0
+        while not self._is_stopping:
+            await asyncio.sleep(_RESTART_PAUSES_S[min(failures, len(_RESTART_PAUSES_S) - 1)])
+            process = await self._start_process()
+            status = await process.wait()
+            await asyncio.sleep(0.05)  # its last reports may be on their way
+            was_ready = self._state.hello is not None
+            failure = self._state.failure
+            if self._is_stopping:
+                return
+            failures = 0 if was_ready else failures + 1
+            self.counters.num_crashes += 1
+            cause = str(failure) if failure is not None else f"it ended with status {status}"
+            logger.error("the engine process ended (%s); starting another", cause)
+            self._state = _State(failure=failure or EngineStopped(f"the engine process crashed: {cause}; it restarts"))
+            self._ready = asyncio.Event() if was_ready else self._ready
+            if failure is not None:
+                self._ready.set()  # whoever waits gets the reason
+            self._fail_in_flight(EngineStopped(f"the engine process crashed while this was in flight ({cause})"))
+
+    async def _start_process(self) -> asyncio.subprocess.Process:
+        if self._commands is not None:
+            self._commands.close(0)
+        number = self.counters.num_starts
+        self.counters.num_starts += 1
+        folder = Path(self._folder.name)
+        address = f"ipc://{folder / f'commands-{number}'}"
+        self._commands = self._context.socket(zmq.PUSH)
+        self._commands.setsockopt(zmq.SNDHWM, 0)
+        self._commands.setsockopt(zmq.LINGER, 0)
+        self._commands.bind(address)
+        self._outbox.clear()
+        settings = Settings(address, f"ipc://{folder / 'reports'}", self._model, self._config, self._log_level)
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "ramet.runtime.server.engine_process", stdin=asyncio.subprocess.PIPE
+        )
+        self._process = process
+        assert process.stdin is not None
+        process.stdin.write(msgspec.json.encode(settings) + b"\n")
+        with contextlib.suppress(ConnectionError):  # it died at once: `wait` says so
+            await process.stdin.drain()
+        return process
+
+    async def _end_process(self) -> None:
+        process = self._process
+        if process is None or process.returncode is not None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(signal.SIGTERM)
+        try:
+            await asyncio.wait_for(process.wait(), 10.0)
+        except TimeoutError:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+
+    def _fail_in_flight(self, error: EngineStopped) -> None:
+        info = ErrorInfo.of(error)
+        for stream in list(self._streams.values()):
+            stream.push(Output(stream.id, 0, 0, 0, finish_reason="error", error=info))
+        for program in list(self._programs.values()):
+            program.push(ProgramEnd(program.id, info))
+        for future in self._questions.values():
+            if not future.done():
+                future.set_exception(error)
+        self._streams.clear()
+        self._programs.clear()
+        self._outbox.clear()

@@ -1,0 +1,196 @@
+"""What the HTTP process and the engine process say to each other: msgspec structs, msgpack on the wire.
+
+Not here: the sockets (`engine_process`, `engine_proxy`); HTTP's own shapes (OpenAI's are in `openai_types`).
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import msgspec
+
+from ramet import errors
+from ramet.errors import EngineStopped, InvalidRequest, Overloaded, RametError
+from ramet.lang.ir import Constraint, NodeEvent
+
+
+class Submit(msgspec.Struct, frozen=True, tag="submit", omit_defaults=True):
+    """A request. `sampling`: fields of SamplingParams. `deadline_s`: seconds from its arrival at the engine."""
+
+    id: str
+    prompt_ids: list[int]
+    sampling: dict[str, object]
+    constraint: Constraint | None = None
+    cache_salt: str = ""
+    priority: int = 0
+    deadline_s: float | None = None
+    score_from: int | None = None
+
+
+class Abort(msgspec.Struct, frozen=True, tag="abort"):
+    """End a request or a program, by its exact id."""
+
+    id: str
+
+
+class StartProgram(msgspec.Struct, frozen=True, tag="program", omit_defaults=True):
+    """Run a graph (its JSON form, arguments bound)."""
+
+    id: str
+    graph: bytes
+    cache_salt: str = ""
+    priority: int = 0
+    deadline_s: float | None = None
+    token_budget: int | None = None
+
+
+class ProvideTool(msgspec.Struct, frozen=True, tag="tool", omit_defaults=True):
+    """The answer to a tool call of a program's node. `value`: JSON; `error`: its message, instead."""
+
+    id: str
+    node: int
+    value: bytes = b"null"
+    error: str | None = None
+
+
+class Ask(msgspec.Struct, frozen=True, tag="ask"):
+    """A question that `Answer` answers. `what`: stats, flush_cache or check_integrity."""
+
+    id: str
+    what: str
+
+
+Command: TypeAlias = Submit | Abort | StartProgram | ProvideTool | Ask
+
+
+class ErrorInfo(msgspec.Struct, frozen=True, omit_defaults=True):
+    """An error on its way to the other process; `kind` is its class in ramet.errors."""
+
+    kind: str
+    message: str
+    param: str | None = None
+    retry_after_s: float | None = None
+
+    @classmethod
+    def of(cls, error: BaseException) -> ErrorInfo:
+        kind = type(error).__name__ if isinstance(error, RametError) else "EngineStopped"
+        param = error.param if isinstance(error, InvalidRequest) else None
+        retry_s = error.retry_after_s if isinstance(error, Overloaded) else None
+        return cls(kind, str(error) or repr(error), param, retry_s)
+
+    def to_exception(self) -> RametError:
+        """The error again, of its own class where that takes a message alone."""
+        kind: type[RametError] = getattr(errors, self.kind, EngineStopped)
+        if issubclass(kind, Overloaded):
+            return Overloaded(self.message, self.retry_after_s or 1.0)
+        if issubclass(kind, InvalidRequest):
+            return kind(self.message, self.param)
+        if issubclass(kind, errors.UnsupportedSchema):
+            return errors.GrammarError(self.message)
+        return kind(self.message)
+
+
+class Output(msgspec.Struct, tag="output", omit_defaults=True):
+    """One increment of a request; the last one has `finish_reason`. `stop_match`: string or token that ended it.
+
+    `logprobs` and `top_logprobs`: one entry for each of `token_ids`.
+    """
+
+    id: str
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    text: str = ""
+    token_ids: list[int] = []
+    finish_reason: str | None = None
+    stop_match: str | int | None = None
+    logprobs: list[float] | None = None
+    top_logprobs: list[list[tuple[int, float]]] | None = None
+    prompt_logprobs: list[float] | None = None
+    error: ErrorInfo | None = None
+    timings: dict[str, float] | None = None
+
+    def absorb(self, later: Output) -> None:
+        """Take in the next increment, so that a slow reader costs no more than one object."""
+        self.text += later.text
+        self.token_ids = self.token_ids + later.token_ids
+        for name in ("logprobs", "top_logprobs", "prompt_logprobs"):
+            mine, more = getattr(self, name), getattr(later, name)
+            if more is not None:
+                setattr(self, name, more if mine is None else mine + more)
+        for name in ("prompt_tokens", "cached_tokens", "completion_tokens", "finish_reason", "stop_match", "error"):
+            setattr(self, name, getattr(later, name))
+        self.timings = later.timings if later.timings is not None else self.timings
+
+
+class ProgramEvent(msgspec.Struct, frozen=True, tag="event"):
+    """One node's event."""
+
+    id: str
+    event: NodeEvent
+
+
+class ProgramEnd(msgspec.Struct, frozen=True, tag="program_end", omit_defaults=True):
+    """A program is over; `error` where it could not be started."""
+
+    id: str
+    error: ErrorInfo | None = None
+
+
+class Answer(msgspec.Struct, frozen=True, tag="answer", omit_defaults=True):
+    """The answer to an `Ask`: JSON, or an error."""
+
+    id: str
+    value: bytes = b"null"
+    error: ErrorInfo | None = None
+
+
+class Hello(msgspec.Struct, frozen=True, tag="hello"):
+    """The engine is ready."""
+
+    pid: int
+    model: str
+    context_length: int
+    vocab_size: int
+    device: str
+    dtype: str
+    num_kv_tokens: int
+    start_s: float
+
+
+class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat"):
+    """Sent every half second by the engine's own thread's answer: `stats` as Engine.stats() has them."""
+
+    stats: dict[str, float]
+
+
+class StartFailed(msgspec.Struct, frozen=True, tag="start_failed"):
+    """The engine could not be made; the process ends."""
+
+    error: ErrorInfo
+
+
+Report: TypeAlias = Output | ProgramEvent | ProgramEnd | Answer | Hello | Heartbeat | StartFailed
+
+command_decoder = msgspec.msgpack.Decoder(list[Command])
+report_decoder = msgspec.msgpack.Decoder(list[Report])
+
+__all__ = [
+    "Abort",
+    "Answer",
+    "Ask",
+    "Command",
+    "ErrorInfo",
+    "Heartbeat",
+    "Hello",
+    "Output",
+    "ProgramEnd",
+    "ProgramEvent",
+    "ProvideTool",
+    "Report",
+    "StartFailed",
+    "StartProgram",
+    "Submit",
+    "command_decoder",
+    "report_decoder",
+]

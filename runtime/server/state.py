@@ -1,0 +1,94 @@
+"""What every endpoint needs: the engine, the tokenizer, the configuration, and how errors become HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from fastapi import Request
+from fastapi.responses import JSONResponse
+
+from ramet.errors import (
+    EngineStopped,
+    GrammarError,
+    InvalidProgram,
+    InvalidRequest,
+    Overloaded,
+    RametError,
+    RequestCancelled,
+)
+from ramet.runtime.server.config import ServerConfig
+from ramet.runtime.server.engine_proxy import EngineProxy
+from ramet.runtime.tokenizer import Tokenizer
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class ServerState:
+    """One server. `pool`: threads for tokenising and rendering, so that the event loop never waits for them."""
+
+    config: ServerConfig
+    proxy: EngineProxy
+    tokenizer: Tokenizer
+    model_name: str
+    started_s: float  # time.time()
+    pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, thread_name_prefix="ramet-text"))
+
+    async def off_loop(self, work: Callable[..., T], *args: Any) -> T:  # Any: the work's own arguments
+        """Run CPU work (tokenising, templates, schema checks) on the pool."""
+        return await asyncio.get_running_loop().run_in_executor(self.pool, work, *args)
+
+    def cache_salt(self, request: Request, asked: str) -> str:
+        """The salt of a request: what it asks for, and its key where keys are isolated."""
+        key = getattr(request.state, "api_key_digest", "") if self.config.isolate_cache_by_key else ""
+        return f"{key}/{asked}" if key else asked
+
+
+class HttpError(Exception):
+    """An error in OpenAI's shape: {"error": {"message", "type", "param", "code"}}."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        kind: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+        self.retry_after_s = retry_after_s
+
+    def response(self) -> JSONResponse:
+        headers = {} if self.retry_after_s is None else {"Retry-After": str(max(1, round(self.retry_after_s)))}
+        return JSONResponse(self.body, self.status, headers)
+
+    @classmethod
+    def of(cls, error: Exception) -> HttpError:
+        """The HTTP form of one of our errors."""
+        if isinstance(error, HttpError):
+            return error
+        message = str(error)
+        if isinstance(error, Overloaded):
+            return cls(429, message, kind="rate_limit_error", code="overloaded", retry_after_s=error.retry_after_s)
+        if isinstance(error, InvalidRequest):
+            code = "context_length_exceeded" if type(error).__name__ == "ContextOverflow" else None
+            return cls(400, message, param=error.param, code=code)
+        if isinstance(error, GrammarError):
+            return cls(400, message, param="response_format", code="invalid_grammar")
+        if isinstance(error, InvalidProgram):
+            return cls(400, message, param="graph", code="invalid_program")
+        if isinstance(error, RequestCancelled):
+            return cls(499, message, kind="cancelled", code="cancelled")
+        if isinstance(error, EngineStopped):
+            return cls(503, message, kind="server_error", code="engine_unavailable", retry_after_s=2.0)
+        if isinstance(error, RametError):
+            return cls(400, message)
+        return cls(500, "an internal error; the server's log has the details", kind="server_error", code="internal")
