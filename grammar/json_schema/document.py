@@ -33,7 +33,11 @@ MAX_DEPTH = 500
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SchemaNode:
-    """One schema object in its place. `base`: the URI that references are resolved against (without fragment)."""
+    """One schema object in its place, as met in one dynamic scope.
+
+    base: the URI that references are resolved against (without fragment). scope: for each dynamic anchor, the outermost
+    resource on the way here that has it.
+    """
 
     number: int
     schema: Any  # a JSON schema: dict or bool
@@ -41,6 +45,7 @@ class SchemaNode:
     pointer: str
     draft: int
     document: Document
+    scope: tuple[tuple[str, str], ...] = ()
 
 
 class Document:
@@ -58,10 +63,11 @@ class Registry:
     def __init__(self, root: Any, extra: Mapping[str, Any]) -> None:
         self.extra = {urldefrag(uri)[0]: schema for uri, schema in extra.items()}
         self.nodes: list[SchemaNode] = []
-        self._by_place: dict[tuple[int, str], SchemaNode] = {}
+        self._by_place: dict[tuple[object, ...], SchemaNode] = {}
         # absolute URI (with anchor as fragment) -> (schema, base, pointer, draft, document)
         self._places: dict[str, tuple[Any, str, str, int, Document]] = {}
-        self._dynamic: dict[str, tuple[Any, str, str, int, Document]] = {}
+        # base -> dynamic anchor -> place; "" stands for $recursiveAnchor
+        self._dynamic: dict[str, dict[str, tuple[Any, str, str, int, Document]]] = {}
         self._loaded: set[str] = set()
         self._bases: dict[int, tuple[str, int]] = {}
         self.root = self._load(root, "")
@@ -71,7 +77,16 @@ class Registry:
         document = Document(schema, base, draft)
         self._loaded.add(base)
         self._scan(document)
-        return self.node(schema, *self._context(schema, base, draft), "", document)
+        base, draft = self._context(schema, base, draft)
+        return self.node(schema, base, draft, "", document, self._extend((), base))
+
+    def _extend(self, scope: tuple[tuple[str, str], ...], base: str) -> tuple[tuple[str, str], ...]:
+        """The dynamic scope inside a resource entered from `scope`."""
+        here = self._dynamic.get(base)
+        if not here:
+            return scope
+        known = dict(scope)
+        return tuple(sorted({**dict.fromkeys(here, base), **known}.items()))
 
     def _context(self, schema: Any, base: str, draft: int) -> tuple[str, int]:
         found = self._bases.get(id(schema)) if isinstance(schema, dict) else None
@@ -123,19 +138,29 @@ class Registry:
                     place = (schema, base, pointer, draft, document)
                     self._places.setdefault(f"{base}#{anchor}", place)
                     if key == "$dynamicAnchor":
-                        self._dynamic.setdefault(f"{base}#{anchor}", place)
+                        self._dynamic.setdefault(base, {}).setdefault(anchor, place)
+            if schema.get("$recursiveAnchor") is True:
+                self._dynamic.setdefault(base, {}).setdefault("", (schema, base, pointer, draft, document))
         return base, draft
 
-    def node(self, schema: Any, base: str, draft: int, pointer: str, document: Document) -> SchemaNode:
+    def node(
+        self,
+        schema: Any,
+        base: str,
+        draft: int,
+        pointer: str,
+        document: Document,
+        scope: tuple[tuple[str, str], ...] = (),
+    ) -> SchemaNode:
         """The node of a schema in its place."""
-        key = (id(schema), pointer) if isinstance(schema, dict) else (id(document), pointer)
+        key = (id(schema if isinstance(schema, dict) else document), pointer, scope)
         found = self._by_place.get(key)
         if found is None:
             if not isinstance(schema, dict | bool):
                 raise InvalidSchema(
                     f"{pointer or '/'}: a schema must be an object or a boolean, not {_kind(schema)}", pointer
                 )
-            found = SchemaNode(len(self.nodes), schema, base, pointer, draft, document)
+            found = SchemaNode(len(self.nodes), schema, base, pointer, draft, document, scope)
             self.nodes.append(found)
             self._by_place[key] = found
         return found
@@ -143,7 +168,8 @@ class Registry:
     def child(self, node: SchemaNode, schema: Any, suffix: str) -> SchemaNode:
         """The node of a subschema of `node`."""
         base, draft = self._context(schema, node.base, node.draft)
-        return self.node(schema, base, draft, node.pointer + suffix, node.document)
+        scope = node.scope if base == node.base else self._extend(node.scope, base)
+        return self.node(schema, base, draft, node.pointer + suffix, node.document, scope)
 
     # --- references
 
@@ -161,22 +187,24 @@ class Registry:
             )
         schema, base, pointer, draft, document = place
         if not fragment:
-            return self.node(schema, *self._context(schema, base, draft), pointer, document)
-        if not fragment.startswith("/"):
-            found = self._places.get(f"{uri}#{fragment}") or self._places.get(f"{base}#{fragment}")
-            if found is None:
-                raise InvalidSchema(
-                    f"{node.pointer or '/'}: {keyword} {reference!r} leads nowhere: no such anchor", node.pointer
-                )
-            return self.node(found[0], found[1], found[3], found[2], found[4])
-        tokens = [unquote(t).replace("~1", "/").replace("~0", "~") for t in fragment[1:].split("/")]
-        found_at = self._descend(place, tokens)
-        if found_at is None and document.root is not schema:
-            # an `id` that was meant as a name, not as a new base: pointers are then meant for the whole document
-            found_at = self._descend((document.root, document.base, "", document.draft, document), tokens)
+            found_at: tuple[Any, str, str, int, Document] | None = place
+        elif fragment.startswith("/"):
+            tokens = [unquote(t).replace("~1", "/").replace("~0", "~") for t in fragment[1:].split("/")]
+            found_at = self._descend(place, tokens)
+            document = place[4]
+            if found_at is None and document.root is not place[0]:
+                # an `id` that was meant as a name, not as a new base: pointers are then meant for the whole document
+                found_at = self._descend((document.root, document.base, "", document.draft, document), tokens)
+        else:
+            found_at = self._places.get(f"{uri}#{fragment}") or self._places.get(f"{place[1]}#{fragment}")
         if found_at is None:
             raise InvalidSchema(f"{node.pointer or '/'}: {keyword} {reference!r} leads nowhere", node.pointer)
-        return self.node(found_at[0], found_at[1], found_at[3], found_at[2], found_at[4])
+        return self._enter(node, found_at)
+
+    def _enter(self, node: SchemaNode, place: tuple[Any, str, str, int, Document]) -> SchemaNode:
+        schema, base, pointer, draft, document = place
+        base, draft = self._context(schema, base, draft)
+        return self.node(schema, base, draft, pointer, document, self._extend(node.scope, base))
 
     def _descend(
         self, place: tuple[Any, str, str, int, Document], tokens: list[str]
@@ -206,10 +234,16 @@ class Registry:
                 found = self._places.get(uri)
         return found
 
-    def dynamic_anchor(self, base: str, name: str) -> SchemaNode | None:
-        """The schema with this $dynamicAnchor in a resource."""
-        place = self._dynamic.get(f"{base}#{name}")
-        return None if place is None else self.node(place[0], place[1], place[3], place[2], place[4])
+    def resolve_dynamic(self, node: SchemaNode, reference: str, keyword: str) -> SchemaNode:
+        """Return the node that a dynamic (or recursive) reference leads to, met in the scope of `node`."""
+        found = self.resolve(node, reference, keyword)
+        name = reference.partition("#")[2]
+        # only where the reference itself leads to a dynamic anchor does the scope count
+        if name in self._dynamic.get(found.base, {}) and self._dynamic[found.base][name][0] is found.schema:
+            outermost = dict(node.scope).get(name)
+            if outermost is not None:
+                return self._enter(node, self._dynamic[outermost][name])
+        return found
 
 
 def dialect(schema: Any, default: int) -> int:

@@ -53,6 +53,8 @@ class Interpreter:
         assert isinstance(schema, dict)
         if "$ref" in schema and node.draft <= DRAFT7:
             return self.referred(node, "$ref")
+        if is_tracking(node):
+            return v.unite(a for a, _ in tracked(self, node))
         found = self.own(node)
         for key in ("$ref", "$dynamicRef", "$recursiveRef"):
             if key in schema and (key == "$ref" or node.draft >= DRAFT2019):
@@ -65,19 +67,10 @@ class Interpreter:
         return self.expressions.values(self.expressions.of_schema(self.target(node, key)))
 
     def target(self, node: SchemaNode, key: str) -> SchemaNode:
-        """The node that a reference leads to. A dynamic one goes to the outermost resource that has the anchor."""
-        reference = "#" if key == "$recursiveRef" else node.schema[key]
-        found = self.registry.resolve(node, reference, key)
-        if key == "$dynamicRef" and isinstance(found.schema, dict):
-            name = found.schema.get("$dynamicAnchor")
-            if name is not None and reference.endswith("#" + name):
-                outer = self.registry.dynamic_anchor(self.registry.root.base, name)
-                return outer or found
-        if key == "$recursiveRef" and isinstance(found.schema, dict) and found.schema.get("$recursiveAnchor") is True:
-            root = self.registry.root
-            if isinstance(root.schema, dict) and root.schema.get("$recursiveAnchor") is True:
-                return root
-        return found
+        """The node that a reference leads to."""
+        if key == "$ref":
+            return self.registry.resolve(node, node.schema[key], key)
+        return self.registry.resolve_dynamic(node, "#" if key == "$recursiveRef" else node.schema[key], key)
 
     # --- the keywords that look at one value by its type
 
@@ -356,6 +349,8 @@ class Interpreter:
         schema, parts = node.schema, []
         if "$ref" in schema and node.draft <= DRAFT7:
             return self.refused(self.expressions.of_schema(self.target(node, "$ref")))
+        if is_tracking(node):
+            return self.expressions.complement(self.expressions.values(self.expressions.of_schema(node)))
         own = self.own(node)
         if own != v.ANY:
             parts.append(self.expressions.complement(own))
@@ -408,6 +403,9 @@ class Interpreter:
             return True
         return not self.expressions.values_are_empty(common)
 
+
+# imported last: it works on an Interpreter
+from ramet.grammar.json_schema.unevaluated import is_tracking, tracked  # noqa: E402
 
 _INTEGERS = Numbers(integer=True)
 
@@ -495,7 +493,18 @@ _SHAPES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "$ref": (lambda x: isinstance(x, str), "a string"),
     "$dynamicRef": (lambda x: isinstance(x, str), "a string"),
 }
-_CHILD = ("additionalProperties", "propertyNames", "additionalItems", "contains", "not", "if", "then", "else")
+_CHILD = (
+    "unevaluatedProperties",
+    "unevaluatedItems",
+    "additionalProperties",
+    "propertyNames",
+    "additionalItems",
+    "contains",
+    "not",
+    "if",
+    "then",
+    "else",
+)
 _CHILD_LISTS = ("prefixItems", "allOf", "anyOf", "oneOf")
 _CHILD_MAPS = ("properties", "patternProperties", "dependentSchemas", "dependencies")
 
@@ -514,9 +523,6 @@ def survey(interpreter: Interpreter) -> None:
         _check_shapes(node)
         _check_patterns(interpreter, node, problems)
         _check_unique(interpreter, node, problems)
-        for key in ("unevaluatedProperties", "unevaluatedItems"):
-            if node.draft >= DRAFT2019 and node.schema.get(key, True) not in (True, {}):
-                problems.append((node.pointer, key, "not enforced yet"))
         for child in _children(interpreter, node):
             if child.number not in seen:
                 seen.add(child.number)
