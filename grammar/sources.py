@@ -8,8 +8,8 @@
     substring     the text to quote from
     tools         a tool set (tools.py): JSON text, a dict, or a ToolSet
 
-A source becomes a `ByteAutomaton` (regular, every state known) or an `ir.Grammar`, whatever the vocabulary; then it is
-compiled for one.
+A source becomes a `ByteAutomaton` (regular, every state known), a `LinkedText` (text with JSON values in it) or an
+`ir.Grammar`, whatever the vocabulary; then it is compiled for one.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from ramet.grammar.cfg import parse_cfg
 from ramet.grammar.choices import choices
 from ramet.grammar.closed import ByteAutomaton, compile_closed
 from ramet.grammar.compiler import CompiledGrammar, Limits, compile_grammar
-from ramet.grammar.linked import compile_linked
+from ramet.grammar.linked import LinkedText, compile_linked
 from ramet.grammar.regex import parse_regex
 from ramet.grammar.substring import substring_of
-from ramet.grammar.tools import ToolSet, tools_grammar
+from ramet.grammar.tools import ToolSet, tools_text
 from ramet.grammar.utf8 import compile_text
 from ramet.grammar.vocabulary import Vocabulary
 
 Kind = Literal["json_schema", "regex", "cfg", "choice", "substring", "tools"]
-Parsed = ByteAutomaton | ir.Grammar
+Parsed = ByteAutomaton | LinkedText | ir.Grammar
 
 MAX_SOURCE_BYTES = 16 << 20
 
@@ -53,7 +53,7 @@ def compile_parsed(parsed: Parsed, vocabulary: Vocabulary, *, limits: Limits | N
     """Compile what `parse_source` returned."""
     if isinstance(parsed, ByteAutomaton):
         return compile_closed(parsed, vocabulary, limits=limits)
-    if _has_values(parsed):
+    if isinstance(parsed, LinkedText):
         return compile_linked(parsed, vocabulary, limits=limits)
     return compile_grammar(parsed, vocabulary, limits=limits)
 
@@ -87,24 +87,6 @@ OPTIONS: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def _has_values(grammar: ir.Grammar) -> bool:
-    """Does text surround JSON values?"""
-    if isinstance(grammar.rules[grammar.start], ir.JsonSchema):
-        return False
-    return any(_holds_value(node) for node in grammar.rules.values())
-
-
-def _holds_value(node: ir.Node) -> bool:
-    match node:
-        case ir.JsonSchema():
-            return True
-        case ir.Sequence(parts) | ir.Choice(parts):
-            return any(map(_holds_value, parts))
-        case ir.Repeat(item, _, _):
-            return _holds_value(item)
-    return False
-
-
 def _json_schema(source: Any, limits: Limits, options: dict[str, Any]) -> Parsed:
     schema = _decoded(source, InvalidSchema, "the schema") if isinstance(source, str) else source
     return ir.Grammar.of(ir.JsonSchema(schema, ir.JsonOptions(**options)))
@@ -133,8 +115,8 @@ def _substring(source: Any, limits: Limits, options: dict[str, Any]) -> Parsed:
 
 def _tools(source: Any, limits: Limits, options: dict[str, Any]) -> Parsed:
     if isinstance(source, ToolSet):
-        return tools_grammar(source)
-    return tools_grammar(
+        return tools_text(source)
+    return tools_text(
         ToolSet.of(_decoded(source, InvalidGrammar, "the tool set") if isinstance(source, str) else source)
     )
 

@@ -35,6 +35,8 @@ class ToolFormat:
             raise InvalidGrammar(
                 f"the marker {self.marker!r} must be the beginning of {self.begin + self.before_name!r}, and not empty"
             )
+        if not self.before_name:
+            raise InvalidGrammar("before_name must not be empty: it tells one call from the next")
         follows_name = self.before_arguments.lstrip()[:1]
         if not follows_name or re.fullmatch(NAME_PATTERN, follows_name):
             raise InvalidGrammar(

@@ -1,4 +1,4 @@
-"""Tool sets -> IR: free text until a marker, then calls whose names and arguments are those of the tools.
+"""Tool sets: free text until a marker, then calls whose names and arguments are those of the tools.
 
 A set as JSON:
 
@@ -18,15 +18,22 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ramet.errors import InvalidGrammar
 from ramet.grammar import ir
+from ramet.grammar.char_classes import category
+from ramet.grammar.linked import Gap, LinkedText
 from ramet.grammar.tool_formats import NAME_PATTERN, ToolFormat, tool_format
+from ramet.grammar.utf8 import text_dfa, utf8_table
 from ramet.grammar.vocabulary import Vocabulary
 
 MAX_TOOLS = 1024
-MAX_CALLS = 1024
+MAX_CALLS = 64
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,35 +76,109 @@ class ToolSet:
         )
 
 
-def tools_grammar(tool_set: ToolSet) -> ir.Grammar:
-    """Return the grammar of the answers that a tool set allows; to be compiled by `linked`."""
+def tools_text(tool_set: ToolSet) -> LinkedText:
+    """Return the answers that a tool set allows. Raises: InvalidGrammar where the format is ambiguous."""
     layout = tool_set.format
-    marker = ir.text(layout.marker)
-    with_marker = ir.Sequence((ir.ANY_TEXT, marker, ir.ANY_TEXT))
+    rows, accepting, values, marked = _head(
+        layout.marker, tool_set.choice, layout.is_only_at_start, tool_set.answer is not None
+    )
+    gaps = {}
     if tool_set.answer is not None:
-        answer: ir.Node = ir.JsonSchema(tool_set.answer, tool_set.json_options)
-        before_calls: ir.Node = marker
-    elif layout.is_only_at_start:
-        answer = ir.Complement(ir.Sequence((marker, ir.ANY_TEXT)))
-        before_calls = marker
-    else:
-        answer = ir.Complement(with_marker)
-        twice = ir.Sequence((ir.ANY_TEXT, marker, ir.ANY_CHAR, ir.ANY_TEXT))
-        before_calls = ir.Intersect((ir.Sequence((ir.ANY_TEXT, marker)), ir.Complement(twice)))
-    if tool_set.choice == "none":
-        return ir.Grammar.of(answer)
-    if tool_set.choice == "required":
-        before_calls = marker
-    first = ir.text((layout.begin + layout.before_name)[len(layout.marker) :])
-    calls: list[ir.Node] = [before_calls, first, ir.Reference("call")]
-    if tool_set.max_calls != 1:
-        more = ir.Sequence((ir.text(layout.separator + layout.before_name), ir.Reference("call")))
-        calls.append(ir.Repeat(more, 0, None if tool_set.max_calls is None else tool_set.max_calls - 1))
-    calls.append(ir.text(layout.end))
-    whole: ir.Node = ir.Sequence(tuple(calls))
-    if tool_set.choice == "auto":
-        whole = ir.Choice((whole, answer))
-    return ir.Grammar({"start": whole, "call": _call(tool_set)})
+        answer = ir.JsonSchema(tool_set.answer, tool_set.json_options)
+        gaps = {state: Gap(answer, after) for state, after in values.items()}
+    if marked is None:
+        return LinkedText(rows, accepting, gaps)
+    body = _Body(tool_set, len(rows))
+    wide = np.full((len(rows) + len(body.edges), 256), -1, dtype=np.int32)
+    wide[: len(rows)] = rows
+    for state, edges in enumerate(body.edges, start=len(rows)):
+        wide[state, list(edges)] = list(edges.values())
+    wide[marked] = wide[len(rows)]
+    accepts = np.concatenate([accepting, np.asarray(body.accepting, dtype=np.bool_)])
+    return LinkedText(wide, accepts, {**gaps, **body.gaps})
+
+
+_CALLS, _ANSWER = (
+    0xD800,
+    0xD801,
+)  # surrogates, which no text contains, stand for what follows the marker and for a value
+
+
+@lru_cache(maxsize=256)
+def _head(
+    marker: str, choice: str, is_only_at_start: bool, has_answer: bool
+) -> tuple[NDArray[np.int32], NDArray[np.bool_], dict[int, int], int | None]:
+    """What stands before the calls.
+
+    Returns (transitions, accepting, state where an answer stands -> state behind it, state behind the marker).
+    """
+    first = ir.text(marker)
+    space = ir.Repeat(ir.Chars(category("s", is_ascii=False)))  # the reader of events skips it, too
+    free = ir.Complement(ir.Sequence(((space if is_only_at_start else ir.ANY_TEXT), first, ir.ANY_TEXT)))
+    answer: ir.Node = ir.Chars(((_ANSWER, _ANSWER),)) if has_answer else free
+    before: ir.Node = first
+    if choice == "auto" and not has_answer and not is_only_at_start:
+        twice = ir.Sequence((ir.ANY_TEXT, first, ir.ANY_CHAR, ir.ANY_TEXT))
+        before = ir.Intersect((ir.Sequence((ir.ANY_TEXT, first)), ir.Complement(twice)))
+    calls = ir.Sequence((before, ir.Chars(((_CALLS, _CALLS),))))
+    ways = {"auto": (answer, calls), "required": (calls,), "none": (answer,)}[choice]
+    dfa = text_dfa(ir.Choice(ways), name="free text")
+    table = utf8_table(dfa)
+    values = {s: t for s in range(len(dfa.transitions)) if (t := dfa.step(s, _ANSWER)) >= 0}
+    marked = next((s for s in range(len(dfa.transitions)) if dfa.step(s, _CALLS) >= 0), None)
+    return table.transitions, table.accepting, values, marked
+
+
+class _Body:
+    """What stands behind the marker, as tries of bytes. Its first state is numbered `first`; names are written once."""
+
+    def __init__(self, tool_set: ToolSet, first: int) -> None:
+        self.first = first
+        self.edges: list[dict[int, int]] = [{}]
+        self.accepting = [False]
+        self.gaps: dict[int, Gap] = {}
+        layout = tool_set.format
+        schemas = _argument_schemas(tool_set)
+        name = self.spell(first, (layout.begin + layout.before_name)[len(layout.marker) :])
+        count = 1
+        while True:
+            behind = self.new()
+            for tool, schema in schemas.items():
+                self.gap(self.spell(name, tool + layout.before_arguments), Gap(schema, behind))
+            end = self.spell(behind, layout.after_arguments)
+            self.accepting[self.spell(end, layout.end) - first] = True
+            again = layout.separator + layout.before_name
+            if tool_set.max_calls is None:
+                self.spell(end, again, name)
+                break
+            if count == tool_set.max_calls:
+                break
+            name = self.spell(end, again)
+            count += 1
+        if any(self.edges[s - first] for s in self.gaps):
+            raise InvalidGrammar("in this tool format the name of one tool and its layout begin those of another")
+
+    def new(self) -> int:
+        self.edges.append({})
+        self.accepting.append(False)
+        return self.first + len(self.edges) - 1
+
+    def spell(self, state: int, text: str, to: int | None = None) -> int:
+        """Add a text from a state, sharing what is there; return where it ends (`to`, if given)."""
+        data = text.encode()
+        for i, byte in enumerate(data):
+            edges = self.edges[state - self.first]
+            if to is not None and i == len(data) - 1:
+                if byte in edges:
+                    raise InvalidGrammar("in this tool format a further call and the end of the calls begin alike")
+                edges[byte] = to
+            elif byte not in edges:
+                edges[byte] = self.new()
+            state = edges[byte]
+        return state
+
+    def gap(self, state: int, gap: Gap) -> None:
+        self.gaps[state] = gap
 
 
 def with_marker_tokens(vocabulary: Vocabulary, texts: Mapping[int, str]) -> Vocabulary:
@@ -116,20 +197,17 @@ def with_marker_tokens(vocabulary: Vocabulary, texts: Mapping[int, str]) -> Voca
     return Vocabulary(token_bytes, vocabulary.eos_ids, special, vocabulary.vocab_size)
 
 
-def _call(tool_set: ToolSet) -> ir.Node:
-    """Behind `before_name`: one of the names, its arguments, and what ends a call. Equal schemas are one node."""
-    layout = tool_set.format
-    arguments: dict[str, ir.JsonSchema] = {}
-    options: list[ir.Node] = []
+def _argument_schemas(tool_set: ToolSet) -> dict[str, ir.JsonSchema]:
+    """Tool -> its arguments; equal schemas are one."""
+    found: dict[str, ir.JsonSchema] = {}
+    out: dict[str, ir.JsonSchema] = {}
     for tool in tool_set.tools:
-        if tool_set.only is not None and tool.name != tool_set.only:
-            continue
-        key = json.dumps(tool.parameters, sort_keys=True)
-        schema = arguments.get(key)
-        if schema is None:
-            schema = arguments[key] = ir.JsonSchema(_of_object(tool.parameters), tool_set.json_options)
-        options.append(ir.Sequence((ir.text(tool.name + layout.before_arguments), schema)))
-    return ir.Sequence((ir.Choice(tuple(options)), ir.text(layout.after_arguments)))
+        if tool_set.only is None or tool.name == tool_set.only:
+            key = json.dumps(tool.parameters, sort_keys=True)
+            if key not in found:
+                found[key] = ir.JsonSchema(_of_object(tool.parameters), tool_set.json_options)
+            out[tool.name] = found[key]
+    return out
 
 
 def _of_object(schema: Any) -> Any:

@@ -48,7 +48,10 @@ def _collect(node: ir.Node, sets: dict[ir.Ranges, None]) -> None:
         case ir.Sequence(parts) | ir.Choice(parts) | ir.Intersect(parts):
             for part in parts:
                 _collect(part, sets)
-        case ir.Repeat(item, _, _) | ir.Lookahead(item, _) | ir.Complement(item) | ir.Terminal(item, _):
+        case ir.Repeat(item, _, _) | ir.Lookahead(item, _) | ir.Terminal(item, _):
+            _collect(item, sets)
+        case ir.Complement(item):
+            sets[ir.ANY_CHAR.ranges] = None
             _collect(item, sets)
         case _:
             raise AssertionError(f"{type(node).__name__} is not made of text")
@@ -92,8 +95,9 @@ def _renamed(node: ir.Node, by_set: dict[ir.Ranges, ir.Ranges]) -> ir.Node:
             return ir.Repeat(_renamed(item, by_set), low, high)
         case ir.Lookahead(item, is_negative):
             return ir.Lookahead(_renamed(item, by_set), is_negative)
-        case ir.Complement(item):
-            return ir.Complement(_renamed(item, by_set))
+        case ir.Complement(item):  # within all texts; atoms that no text has (surrogates) are no part of it
+            any_text = ir.Repeat(ir.Chars(by_set[ir.ANY_CHAR.ranges]))
+            return ir.Intersect((any_text, ir.Complement(_renamed(item, by_set))))
         case ir.Terminal(item, name):
             return ir.Terminal(_renamed(item, by_set), name)
     raise AssertionError(node)
