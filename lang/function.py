@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterat
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from ramet.errors import ConfigError, InvalidProgram, InvalidRequest
 from ramet.lang import ir
@@ -28,6 +28,9 @@ from ramet.lang.state import State
 from ramet.lang.stream import Stream
 from ramet.lang.trace import Trace, TraceStopped, TracingRun, symbolic
 from ramet.lang.values import current_run, plain
+
+if TYPE_CHECKING:
+    from ramet.lang.compiled import Compiled
 
 _OPTIONS = ("backend", "timeout_s", "token_budget", "priority", "cache_salt", "seed", "stage", "tools")
 _STAGES = ("needed", "always")
@@ -218,6 +221,16 @@ class Function:
             if missing:
                 raise
             return self._trace(call, is_symbolic=False)
+
+    def compile(self, **given: Any) -> Compiled:
+        """Trace the program once and keep its graph; `.run(...)` of the result doesn't execute the function again.
+
+        What is `given` are defaults, and where the function needs an argument's value in Python, it must be given; the
+        compiled graph then holds for that value. Raises InvalidProgram where a generated value is needed.
+        """
+        from ramet.lang.compiled import compile_function
+
+        return compile_function(self, given)
 
     def _trace(self, call: _Call, *, is_symbolic: bool) -> Trace:
         run = TracingRun(self.name, call.sampling, call.options.get("seed"))

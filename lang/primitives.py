@@ -11,7 +11,7 @@ import msgspec
 from ramet.errors import InvalidRequest, InvalidSampling
 from ramet.lang.ir import SCORERS, Constraint, Sampling, sampling_problem
 from ramet.lang.types import OutputType, choice, json_schema, output_type
-from ramet.lang.values import Value, placeholder_for
+from ramet.lang.values import Value, placeholder_for, plain
 
 
 class Expr:
@@ -109,9 +109,9 @@ def gen(
     Raises:
         InvalidSampling: a value outside its range. InvalidRequest: constraints that exclude each other.
     """
-    wanted = output_type(type)
-    if json_schema is not None and type is None:
-        wanted = output_type(json_schema)
+    # A generated value can be a part of a constraint; it has to be read for that.
+    regex, cfg, choices, json_schema, substring_of = plain((regex, cfg, choices, json_schema, substring_of))
+    wanted = output_type(json_schema if type is None and json_schema is not None else type)
     constraint = _constraint(wanted.constraint, regex, cfg, choices, json_schema, substring_of)
     values = {
         "max_tokens": max_tokens,
@@ -174,7 +174,7 @@ def assistant(*content: Appendable) -> RoleExpr:
 
 def to_sampling(values: Mapping[str, Any]) -> Sampling:
     """Check sampling values by type and range; None means not said. Raises InvalidSampling naming the field."""
-    given = {name: value for name, value in values.items() if value is not None}
+    given = {name: plain(value) for name, value in values.items() if value is not None}
     if isinstance(given.get("stop"), str):
         given["stop"] = (given["stop"],)
     if isinstance(given.get("logit_bias"), Mapping):

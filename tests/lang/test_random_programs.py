@@ -1,0 +1,121 @@
+"""Random programs give identical tokens traced, staged, one node at a time, and as a graph sent in one piece."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ramet import State, function, gen, select
+from ramet.lang.compiled import Compiled
+from ramet.lang.ir import Graph
+from ramet.runtime.scripted_model import ScriptedEngine, ScriptedHandle
+
+Step = tuple[str, Any]
+
+leaves = st.one_of(
+    st.tuples(st.just("text"), st.sampled_from(["a ", "Bé\n", "c.", "  "])),
+    st.tuples(
+        st.just("gen"), st.sampled_from([{"temperature": 0}, {"temperature": 1}, {"max_tokens": 3}, {"stop": " "}])
+    ),
+    st.tuples(st.just("select"), st.sampled_from([["x", "xy"], ["yes", "no", "nope"]])),
+    st.tuples(st.just("use"), st.integers(0, 5)),
+    st.tuples(st.just("choose among values"), st.integers(0, 5)),
+    st.tuples(st.just("scope"), st.none()),
+)
+steps = st.recursive(
+    st.lists(leaves, max_size=4),
+    lambda inner: st.lists(
+        leaves
+        | st.tuples(st.just("fork"), st.lists(inner, min_size=1, max_size=3))
+        | st.tuples(st.just("message"), inner)
+        | st.tuples(st.just("if"), inner),
+        max_size=4,
+    ),
+    max_leaves=12,
+)
+
+
+def execute(s: State, program: Sequence[Step], known: list[Any], may_read: bool, depth: int = 0) -> None:
+    for kind, what in program:
+        if kind == "text":
+            s += what
+        elif kind == "gen":
+            s += "> " + gen("g", **what)
+            known.append(s["g"])
+        elif kind == "select":
+            s += ">" + select("s", what)
+            known.append(s["s"])
+        elif kind == "use" and known:
+            s += f"[{known[what % len(known)]}]"
+        elif kind == "choose among values" and known:
+            s += select("c", [f"1{known[what % len(known)]}", "other"])
+        elif kind == "scope":
+            with s.var_scope("scope"):
+                s += "in " + gen("g", max_tokens=2)
+            known.append(s["scope"])
+        elif kind == "fork":
+            branches = s.fork(len(what))
+            for i, (branch, inner) in enumerate(zip(branches, what, strict=True)):
+                branch += f"{i}:"
+                execute(branch, inner, list(known), may_read, depth + 1)
+                branch["last"] = branch.get("g", "none")
+            branches.join(mode="append" if depth else "gather")
+        elif kind == "message":
+            if s._role is None:
+                with s.user():
+                    execute(s, what, known, may_read, depth + 1)
+        elif kind == "if" and known and may_read and len(known[-1]) % 2 == 0:
+            execute(s, what, known, may_read, depth)
+
+
+class RecordingEngine(ScriptedEngine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.prompts: Counter[tuple[tuple[int, ...], int | None]] = Counter()
+
+    def submit(self, prompt: str | Sequence[int], *args: Any, **kwargs: Any) -> ScriptedHandle:
+        self.prompts[
+            tuple(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt), kwargs["score_from"]
+        ] += 1
+        return super().submit(prompt, *args, **kwargs)
+
+
+@function(max_tokens=12)
+def random_program(s: State, program: Any, may_read: bool) -> None:
+    s += "Begin. "
+    execute(s, program, [], may_read)
+
+
+@given(steps, st.booleans())
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_how_a_program_is_cut_into_stages_does_not_matter(program: list[Step], may_read: bool) -> None:
+    results = []
+    for stage in ("needed", "always"):
+        engine = RecordingEngine()
+        with engine:
+            state = random_program.run(program=program, may_read=may_read, backend=engine, seed=7, stage=stage)
+            error = state.error()
+            assert error is None, error
+            texts = [(n, e.text, repr(e.value)) for n, e in sorted(state.record.events.items())]
+            results.append((texts, engine.prompts, engine.stats().computed_tokens, state.usage.completion_tokens))
+    (texts, prompts, _, completed), (texts_2, prompts_2, _, completed_2) = results
+    assert texts == texts_2
+    assert prompts == prompts_2
+    assert completed == completed_2
+
+
+@given(steps)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_a_graph_read_back_from_json_runs_as_the_program_does(program: list[Step]) -> None:
+    compiled: Compiled = random_program.compile(program=program, may_read=False, seed=7, max_tokens=12)
+    compiled.graph = Graph.from_json(compiled.graph.to_json())
+    with ScriptedEngine() as engine:
+        direct = random_program.run(program=program, may_read=False, backend=engine, seed=7, max_tokens=12)
+    with ScriptedEngine() as engine:
+        sent = compiled.run(backend=engine)
+    assert sent.text() == direct.text()
+    assert {n: e.text for n, e in sent.record.events.items()} == {n: e.text for n, e in direct.record.events.items()}
