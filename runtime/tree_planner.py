@@ -12,12 +12,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ramet.kernels.attention_plan import AttentionShape, TreeCostModel, tree_config
+from ramet.kernels.attention_plan import TREE_PROGRAMS_PER_SM, AttentionShape, TreeCostModel, tree_config
 from ramet.kernels.attention_tree import TreePlan, find_shared_segments, plan_tree
 from ramet.runtime.models.config import ModelConfig
 from ramet.runtime.types import ScheduledSequence
-
-_PROGRAMS_PER_SM = 2  # of the shared part's kernel; its items are cut for so many programs at once
 
 
 class TreePlanner:
@@ -38,7 +36,7 @@ class TreePlanner:
         self._num_kv_heads = model.num_kv_heads
         self._page_size = page_size
         self._mode = mode
-        self._target_programs = _PROGRAMS_PER_SM * num_sms
+        self._target_programs = TREE_PROGRAMS_PER_SM * num_sms
         self._config = tree_config(model.head_dim, dtype, self._group)
         shape = AttentionShape(model.num_heads, model.num_kv_heads, model.head_dim, dtype.itemsize)
         self._costs = TreeCostModel(shape, self._config)
