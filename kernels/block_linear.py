@@ -94,26 +94,32 @@ def quantize(weight: Tensor, block_format: str) -> Tensor:
 # ---- Compiled part ----
 
 
-def _by_width(dot_1: Any, dot_2: Any, dot_4: Any, dot_8: Any) -> Any:  # Any: numba intrinsics
-    """One function for the four widths of a format."""
+def _by_shape(dots: list[Any]) -> Any:  # Any: numba intrinsics
+    """One function for the shapes of a format (see `cpu_vectors.SHAPES`)."""
+    dot_1_1, dot_1_2, dot_1_4, dot_1_8, dot_2_4, dot_2_8 = dots
 
-    def dot(width: int, row: int, x: int, x_stride: int, num_blocks: int, out: int, out_stride: int) -> None:
-        if width == 8:
-            dot_8(row, x, x_stride, num_blocks, out, out_stride)
-        elif width == 4:
-            dot_4(row, x, x_stride, num_blocks, out, out_stride)
-        elif width == 2:
-            dot_2(row, x, x_stride, num_blocks, out, out_stride)
+    def dot(
+        rows: int, tokens: int, weights: int, x: int, x_stride: int, num_blocks: int, out: int, out_stride: int
+    ) -> None:
+        if rows == 2:
+            if tokens == 8:
+                dot_2_8(weights, x, x_stride, num_blocks, out, out_stride)
+            else:
+                dot_2_4(weights, x, x_stride, num_blocks, out, out_stride)
+        elif tokens == 8:
+            dot_1_8(weights, x, x_stride, num_blocks, out, out_stride)
+        elif tokens == 4:
+            dot_1_4(weights, x, x_stride, num_blocks, out, out_stride)
+        elif tokens == 2:
+            dot_1_2(weights, x, x_stride, num_blocks, out, out_stride)
         else:
-            dot_1(row, x, x_stride, num_blocks, out, out_stride)
+            dot_1_1(weights, x, x_stride, num_blocks, out, out_stride)
 
     return njit(nogil=True)(dot)
 
 
-_dot_q4_1 = _by_width(v.dot_q4_1_1, v.dot_q4_1_2, v.dot_q4_1_4, v.dot_q4_1_8)
-_dot_q4_0 = _by_width(v.dot_q4_0_1, v.dot_q4_0_2, v.dot_q4_0_4, v.dot_q4_0_8)
-_dot_q8_0 = _by_width(v.dot_q8_0_1, v.dot_q8_0_2, v.dot_q8_0_4, v.dot_q8_0_8)
-_dot_bf16 = _by_width(v.dot_bf16_1, v.dot_bf16_2, v.dot_bf16_4, v.dot_bf16_8)
+_dot_q4_1, _dot_q4_0 = _by_shape(v.dots_q4_1), _by_shape(v.dots_q4_0)
+_dot_q8_0, _dot_bf16 = _by_shape(v.dots_q8_0), _by_shape(v.dots_bf16)
 
 
 @compiled
@@ -148,20 +154,23 @@ def _kernel(pointer: Any) -> None:  # Any: int64*
     low, high = num_rows * index // count, num_rows * (index + 1) // count
     x_stride, out_stride = num_blocks * 128, num_rows * 4
     row_bytes = num_blocks * (20 if code == 0 else 34 if code == 1 else 64 if code == 2 else 18)
-    for row in range(low, high):
-        weights = arguments[0] + row * row_bytes
-        token = 0
-        while token < num_tokens:
-            left = num_tokens - token
-            width = 8 if left >= 8 else 4 if left >= 4 else 2 if left >= 2 else 1
-            x = arguments[1] + token * x_stride
+    token = 0
+    while token < num_tokens:  # 8 tokens of x stay in the first-level cache while all rows pass by
+        left = num_tokens - token
+        tokens = 8 if left >= 8 else 4 if left >= 4 else 2 if left >= 2 else 1
+        x = arguments[1] + token * x_stride
+        row = low
+        while row < high:
+            rows = 2 if tokens >= 4 and high - row >= 2 else 1
+            weights = arguments[0] + row * row_bytes
             out = arguments[2] + token * out_stride + row * 4
             if code == 0:
-                _dot_q4_1(width, weights, x, x_stride, num_blocks, out, out_stride)
+                _dot_q4_1(rows, tokens, weights, x, x_stride, num_blocks, out, out_stride)
             elif code == 1:
-                _dot_q8_0(width, weights, x, x_stride, num_blocks, out, out_stride)
+                _dot_q8_0(rows, tokens, weights, x, x_stride, num_blocks, out, out_stride)
             elif code == 2:
-                _dot_bf16(width, weights, x, x_stride, num_blocks, out, out_stride)
+                _dot_bf16(rows, tokens, weights, x, x_stride, num_blocks, out, out_stride)
             else:
-                _dot_q4_0(width, weights, x, x_stride, num_blocks, out, out_stride)
-            token += width
+                _dot_q4_0(rows, tokens, weights, x, x_stride, num_blocks, out, out_stride)
+            row += rows
+        token += tokens

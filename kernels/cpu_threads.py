@@ -10,6 +10,7 @@ Compiled code is kept on disk by numba, and everything is compiled when first us
 from __future__ import annotations
 
 import ctypes
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,9 +31,25 @@ num_threads = types.ExternalFunction(_COUNT, types.int32())
 _REORDER = {"reassoc", "contract", "nsz", "arcp"}
 
 
+def _digest() -> str:
+    """Of the sources that compiled code is made of. Numba itself only notices a change of the function's own file."""
+    folder = Path(__file__).parent
+    names = ("cpu_threads", "cpu_vectors", "cpu_pointwise", "block_linear", "attention_decode_cpu")
+    return hashlib.sha256(b"".join((folder / f"{name}.py").read_bytes() for name in names)).hexdigest()[:12]
+
+
+_DIGEST = _digest()
+
+
+def _named(function: Function) -> Function:
+    """Put the digest into the name under which numba keeps the code on disk."""
+    function.__qualname__ += "_" + _DIGEST
+    return function
+
+
 def compiled(function: Function) -> Function:
     """Compile at the first call, without the interpreter lock."""
-    return njit(nogil=True, cache=True, fastmath=_REORDER)(function)  # type: ignore[no-any-return]
+    return njit(nogil=True, cache=True, fastmath=_REORDER)(_named(function))  # type: ignore[no-any-return]
 
 
 class Kernel:
@@ -41,7 +58,7 @@ class Kernel:
     __slots__ = ("_address", "_compiled", "_function")
 
     def __init__(self, function: Callable[[Any], None]) -> None:
-        self._function = function
+        self._function = _named(function)
         self._address: int | None = None
 
     @property

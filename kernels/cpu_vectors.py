@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, cast
 
+import llvmlite.binding as llvm
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -69,33 +70,53 @@ def _sum_lanes(builder: Builder, vector: Value) -> Value:
 # ---- Blocks of 32 weights as two vectors ----
 
 
-def _half(builder: Builder, address: Value, offset: int = 0) -> Value:
-    return builder.fpext(_load(builder, address, _F16, offset), _F32)
+def _halves(builder: Builder, address: Value) -> tuple[Value, Value]:
+    """The two fp16 values at `address`, each in all lanes.
+
+    Both are loaded at once, also where the second is no number: a 16-bit load into a vector register would keep the
+    register's upper part, and so wait for whatever computed it (measured: twice the time of the whole kernel).
+    """
+    pair = builder.fpext(_load(builder, address, ir.VectorType(_F16, 2)), ir.VectorType(_F32, 2))
+    undefined = ir.Constant(ir.VectorType(_F32, 2), ir.Undefined)
+    lanes = [ir.Constant(_VI32, [i] * LANES) for i in range(2)]
+    return builder.shuffle_vector(pair, undefined, lanes[0]), builder.shuffle_vector(pair, undefined, lanes[1])
 
 
-def _nibbles(builder: Builder, address: Value, offset: int) -> tuple[Value, Value]:
+def _from_nibbles(builder: Builder, address: Value, offset: int, scale: Value, minimum: Value) -> list[Value]:
+    """32 nibbles n (0-15 in the low halves of 16 bytes, 16-31 in the high ones) as n * scale + minimum."""
     packed = builder.zext(_load(builder, address, ir.VectorType(_I8, LANES), offset), _VI32)
-    low = builder.and_(packed, ir.Constant(_VI32, [15] * LANES))
     high = builder.lshr(packed, ir.Constant(_VI32, [4] * LANES))
-    return builder.sitofp(low, _VF), builder.sitofp(high, _VF)
+    if _has_avx512():
+        # A block has 16 different weights: compute them once, then look them up; vpermps ignores the index's high bits.
+        codes = ir.Constant(_VF, [float(i) for i in range(LANES)])
+        table = _fma(builder, codes, scale, minimum)
+        kind = ir.FunctionType(_VF, [_VF, _VI32])
+        look_up = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512.permvar.sf.512")
+        return [builder.call(look_up, [table, part]) for part in (packed, high)]
+    low = builder.and_(packed, ir.Constant(_VI32, [15] * LANES))
+    return [_fma(builder, builder.sitofp(part, _VF), scale, minimum) for part in (low, high)]
+
+
+def _has_avx512() -> bool:
+    return bool(llvm.get_host_cpu_features().get("avx512f", False))
 
 
 def _weights_q4_1(builder: Builder, address: Value) -> list[Value]:
     """GGML's Q4_1: fp16 scale, fp16 minimum, 32 nibbles (weights 0-15 low, 16-31 high)."""
-    scale, minimum = _splat(builder, _half(builder, address)), _splat(builder, _half(builder, address, 2))
-    return [_fma(builder, nibble, scale, minimum) for nibble in _nibbles(builder, address, 4)]
+    scale, minimum = _halves(builder, address)
+    return _from_nibbles(builder, address, 4, scale, minimum)
 
 
 def _weights_q4_0(builder: Builder, address: Value) -> list[Value]:
     """GGML's Q4_0: fp16 scale, 32 nibbles that count from -8."""
-    half = _half(builder, address)
-    scale, minimum = _splat(builder, half), _splat(builder, builder.fmul(half, _F32(-8.0)))
-    return [_fma(builder, nibble, scale, minimum) for nibble in _nibbles(builder, address, 2)]
+    scale, _ = _halves(builder, address)
+    minimum = builder.fmul(scale, ir.Constant(_VF, [-8.0] * LANES))
+    return _from_nibbles(builder, address, 2, scale, minimum)
 
 
 def _weights_q8_0(builder: Builder, address: Value) -> list[Value]:
     """GGML's Q8_0: fp16 scale, 32 signed bytes."""
-    scale = _splat(builder, _half(builder, address))
+    scale, _ = _halves(builder, address)
     parts = [_load(builder, address, ir.VectorType(_I8, LANES), 2 + LANES * i) for i in range(2)]
     return [builder.fmul(builder.sitofp(builder.sext(part, _VI32), _VF), scale) for part in parts]
 
@@ -107,30 +128,41 @@ def _weights_bf16(builder: Builder, address: Value) -> list[Value]:
     return [builder.bitcast(builder.shl(builder.zext(part, _VI32), shift), _VF) for part in parts]
 
 
-def _make_dot(weights: Callable[[Builder, Value], list[Value]], block_bytes: int, num_tokens: int) -> Any:
-    """Make `dot(row, x, x_stride, num_blocks, out, out_stride)`: one weight row times `num_tokens` fp32 vectors.
+def _make_dot(
+    weights: Callable[[Builder, Value], list[Value]], block_bytes: int, num_rows: int, num_tokens: int
+) -> Any:
+    """Make `dot(row, x, x_stride, num_blocks, out, out_stride)`: `num_rows` weight rows times `num_tokens` vectors.
 
-    Addresses and strides in bytes. The weights of a block are decoded once and used for every token; the sums stay in
-    two registers a token.
+    Addresses and strides in bytes, x in fp32; rows lie one after another, and so do results. Sums stay in registers;
+    a row alone has two a token, to hide the latency of the multiply-add.
     """
 
     @intrinsic
     def dot(typing_context: Any, row: Any, x: Any, x_stride: Any, num_blocks: Any, out: Any, out_stride: Any) -> Any:
         def emit(context: Any, builder: Builder, signature: Any, arguments: Any) -> Value:
             row, x, x_stride, num_blocks, out, out_stride = arguments
+            per_token = 2 if num_rows == 1 else num_rows
             zero = ir.Constant(_VF, None)
-            sums = [[cgutils.alloca_once_value(builder, zero) for _ in range(2)] for _ in range(num_tokens)]
+            sums = [[cgutils.alloca_once_value(builder, zero) for _ in range(per_token)] for _ in range(num_tokens)]
+            row_bytes = builder.mul(num_blocks, _I64(block_bytes))
             with cgutils.for_range(builder, num_blocks) as loop:
-                parts = weights(builder, builder.add(row, builder.mul(loop.index, _I64(block_bytes))))
+                block = builder.add(row, builder.mul(loop.index, _I64(block_bytes)))
+                parts = [weights(builder, builder.add(block, builder.mul(row_bytes, _I64(r)))) for r in range(num_rows)]
                 first = builder.add(x, builder.mul(loop.index, _I64(4 * BLOCK)))
-                for token, pair in enumerate(sums):
+                for token, pointers in enumerate(sums):
                     address = builder.add(first, builder.mul(x_stride, _I64(token)))
                     for half in range(2):
                         value = _load(builder, address, _VF, 4 * LANES * half)
-                        builder.store(_fma(builder, parts[half], value, builder.load(pair[half])), pair[half])
-            for token, (left, right) in enumerate(sums):
-                total = _sum_lanes(builder, builder.fadd(builder.load(left), builder.load(right)))
-                _store(builder, total, builder.add(out, builder.mul(out_stride, _I64(token))))
+                        for r in range(num_rows):
+                            pointer = pointers[half if num_rows == 1 else r]
+                            builder.store(_fma(builder, parts[r][half], value, builder.load(pointer)), pointer)
+            for token, pointers in enumerate(sums):
+                target = builder.add(out, builder.mul(out_stride, _I64(token)))
+                values = [builder.load(pointer) for pointer in pointers]
+                if num_rows == 1:
+                    values = [builder.fadd(values[0], values[1])]
+                for r, value in enumerate(values):
+                    _store(builder, _sum_lanes(builder, value), target, 4 * r)
             return context.get_dummy_value()
 
         return types.void(*[types.intp] * 6), emit
@@ -138,10 +170,18 @@ def _make_dot(weights: Callable[[Builder, Value], list[Value]], block_bytes: int
     return dot
 
 
-dot_q4_1_1, dot_q4_1_2, dot_q4_1_4, dot_q4_1_8 = (_make_dot(_weights_q4_1, 20, n) for n in (1, 2, 4, 8))
-dot_q4_0_1, dot_q4_0_2, dot_q4_0_4, dot_q4_0_8 = (_make_dot(_weights_q4_0, 18, n) for n in (1, 2, 4, 8))
-dot_q8_0_1, dot_q8_0_2, dot_q8_0_4, dot_q8_0_8 = (_make_dot(_weights_q8_0, 34, n) for n in (1, 2, 4, 8))
-dot_bf16_1, dot_bf16_2, dot_bf16_4, dot_bf16_8 = (_make_dot(_weights_bf16, 64, n) for n in (1, 2, 4, 8))
+# (weight rows, tokens) of the variants that a format has: pairs of rows halve the loads of x where those are the limit.
+SHAPES = ((1, 1), (1, 2), (1, 4), (1, 8), (2, 4), (2, 8))
+
+
+def _make_dots(weights: Callable[[Builder, Value], list[Value]], block_bytes: int) -> list[Any]:
+    return [_make_dot(weights, block_bytes, num_rows, num_tokens) for num_rows, num_tokens in SHAPES]
+
+
+dots_q4_1 = _make_dots(_weights_q4_1, 20)
+dots_q4_0 = _make_dots(_weights_q4_0, 18)
+dots_q8_0 = _make_dots(_weights_q8_0, 34)
+dots_bf16 = _make_dots(_weights_bf16, 64)
 
 
 # ---- Attention over one page: P positions of D = 16 * num_vectors values ----
