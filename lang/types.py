@@ -11,10 +11,12 @@ import dataclasses
 import datetime
 import enum
 import json
+import sys
+import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 from ramet.errors import InvalidRequest
 from ramet.lang.ir import Constraint
@@ -117,7 +119,7 @@ def _by_pydantic(kind: object) -> OutputType:
     if not (is_class or dataclasses.is_dataclass(kind)):
         raise InvalidRequest(f"type is {kind!r}, but must be a type or a JSON schema dict", param="type")
     try:
-        adapter: TypeAdapter[Any] = TypeAdapter(cast(Any, kind))
+        adapter: TypeAdapter[Any] = TypeAdapter(_readable(kind))
         schema = adapter.json_schema()
     except (PydanticUserError, PydanticSchemaGenerationError) as error:
         raise InvalidRequest(f"type {kind!r} has no JSON schema: {error}", param="type") from error
@@ -125,6 +127,27 @@ def _by_pydantic(kind: object) -> OutputType:
     return OutputType(
         "json", json_schema(closed), lambda value: adapter.validate_json(json.dumps(value)), Shape(closed, closed)
     )
+
+
+def _readable(kind: Any) -> Any:  # Any: types
+    """`kind` with every typing.TypedDict as one that pydantic reads before Python 3.12."""
+    if sys.version_info >= (3, 12):
+        return kind
+    if typing.is_typeddict(kind):
+        import typing_extensions
+
+        fields = typing.get_type_hints(kind, include_extras=True)
+        required = {n: typing.Required[_readable(f)] for n, f in fields.items() if n in kind.__required_keys__}
+        optional = {n: typing.NotRequired[_readable(f)] for n, f in fields.items() if n in kind.__optional_keys__}
+        ordered = {n: (required | optional)[n] for n in fields}
+        return typing_extensions.TypedDict(kind.__name__, ordered)
+    arguments = get_args(kind)
+    if get_origin(kind) in (list, dict, tuple, set, typing.Union, types.UnionType) and arguments:
+        changed = tuple(_readable(argument) for argument in arguments)
+        if any(new is not old for new, old in zip(changed, arguments, strict=True)):
+            is_union = get_origin(kind) in (typing.Union, types.UnionType)
+            return typing.Union[changed] if is_union else get_origin(kind)[changed]  # noqa: UP007 - made at run time
+    return kind
 
 
 def _close(schema: Any) -> Any:  # Any: JSON
