@@ -123,10 +123,15 @@ def sample_reference(
     for row in is_random.nonzero().flatten().tolist():
         slot = slots[row]
         scaled = logits[row].float() * (1.0 / temperature[row])
-        kept = _kept_tokens(scaled, int(top_k[row]), float(tables.top_p[slot]), float(tables.min_p[slot]))
         seeds = int(tables.seed_low[slot]), int(tables.seed_high[slot])
-        noise = gumbel_noise_reference(*seeds, int(positions[row]), kept)
-        token[row] = kept[(scaled[kept] + noise).argmax()]
+        threshold = _filter_threshold(scaled, int(top_k[row]), float(tables.top_p[slot]), float(tables.min_p[slot]))
+        if threshold is None:
+            every = torch.arange(vocab_size, dtype=torch.int32, device=logits.device)
+            token[row] = gumbel_noise_reference(*seeds, int(positions[row]), every).add_(scaled).argmax()
+        else:
+            kept = (scaled >= threshold).nonzero().flatten()
+            noise = gumbel_noise_reference(*seeds, int(positions[row]), kept)
+            token[row] = kept[noise.add_(scaled[kept]).argmax()]
     if out is None:
         return token.to(torch.int32)
     return out.copy_(token)
@@ -141,25 +146,26 @@ def gumbel_noise_reference(seed_low: int, seed_high: int, position: int, tokens:
     return -torch.log(-torch.log1p(-uniform))
 
 
-def _kept_tokens(scaled: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
-    """Return the ids of the tokens that the filters keep; `scaled` is fp32 [V] with at least one finite value."""
-    threshold = scaled.new_tensor(_NEGATIVE_INFINITY)
+def _filter_threshold(scaled: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor | None:
+    """Return the value from which on the filters keep tokens, or None where they keep all; `scaled` is fp32 [V]."""
+    threshold = None
     if 0 < top_k < len(scaled):
         threshold = scaled.topk(top_k).values[-1]
     largest = scaled.max()
     if top_p < 1.0:
-        left = scaled[scaled >= threshold]
+        left = scaled if threshold is None else scaled[scaled >= threshold]
         limit = top_p * (left - largest).exp().sum()
-        ranked = left.topk(min(len(left), 256)).values  # the nucleus is nearly always small; sort all only if it is not
-        mass = (ranked - largest).exp().cumsum(0)
-        if mass[-1] < limit:
-            ranked = left.sort(descending=True).values
+        # The nucleus is nearly always small: more is sorted only when less was not enough.
+        for count in (256, 4096, len(left)):
+            ranked = left.topk(min(count, len(left))).values
             mass = (ranked - largest).exp().cumsum(0)
-        last = (mass < limit).sum().clamp(max=len(ranked) - 1)
-        threshold = torch.maximum(threshold, ranked[last])
+            if mass[-1] >= limit:
+                break
+        threshold = ranked[(mass < limit).sum().clamp(max=len(ranked) - 1)]
     if min_p > 0.0:
-        threshold = torch.maximum(threshold, largest + torch.log(scaled.new_tensor(min_p)))
-    return ((scaled >= threshold) & (scaled > _NEGATIVE_INFINITY)).nonzero().flatten()
+        floor = largest + torch.log(scaled.new_tensor(min_p))
+        threshold = floor if threshold is None else torch.maximum(threshold, floor)
+    return threshold
 
 
 def _masked_logits(logits: Tensor, grammar: GrammarTables | None, slots: Tensor, mask: Tensor | None) -> Tensor:
