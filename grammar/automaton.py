@@ -26,6 +26,7 @@ DEAD = -1  # target of an exit that must not be taken
 UNKNOWN = -2  # target of an exit not yet resolved
 CONCRETE = -3  # target depends on text that only a step-by-step run knows
 LOCAL_BITS = 32
+LOCAL_MASK = (1 << LOCAL_BITS) - 1
 MAX_STATES = 2**31 - 1
 
 INSTANCE_FIELDS = 5  # table offset, number of classes, class map offset, exit offset, has memory
@@ -46,6 +47,7 @@ class Table:
     """A frame's local automaton, in one machine's pool.
 
     rows: int32 [num_states, num_classes] entries as in the module's docstring; byte_class: uint8 [256].
+    depths: int32 [2, num_states], for the content of strings: plain characters that may follow, see walker.safe_depths.
     end_exits[local]: the exit taken when the text ends here or the next byte is not the frame's own; -1 where it may not.
     """
 
@@ -55,6 +57,7 @@ class Table:
     end_exits: NDArray[np.int32] | None
     offset: int = -1
     class_offset: int = -1
+    depths: NDArray[np.int32] | None = None
     # shortest way to each exit: exit -> {local: bytes}; filled by `paths_to_exit`
     paths: dict[int, list[bytes | None]] = field(default_factory=dict)
 
@@ -106,6 +109,7 @@ class Machine:
         self.max_states = max_states
         self.interned: dict[Hashable, int] = {}
         self.class_maps: dict[bytes, int] = {}
+        self.same_mask: dict[int, int] = {}  # an instance with a text remembered -> the one whose masks it has
         self.done = self.add(Done(self))
 
     # --- building
@@ -116,6 +120,7 @@ class Machine:
         byte_class: NDArray[np.uint8],
         num_exits: int,
         end_exits: NDArray[np.int32] | None,
+        depths: NDArray[np.int32] | None = None,
     ) -> Table:
         """Put a table into the pool."""
         key = byte_class.tobytes()
@@ -123,7 +128,7 @@ class Machine:
         if class_offset is None:
             class_offset = self.class_maps[key] = self._put(byte_class.astype(np.int32))
         offset = self._put(rows.reshape(-1))
-        return Table(rows, byte_class, num_exits, end_exits, offset, class_offset)
+        return Table(rows, byte_class, num_exits, end_exits, offset, class_offset, depths)
 
     def _put(self, values: NDArray[np.int32]) -> int:
         begin, end = self.pool_used, self.pool_used + len(values)
@@ -182,7 +187,7 @@ class Machine:
 
     def step(self, packed: int, byte: int) -> int:
         """Return the target after one byte, DEAD where refused. Exact: memory frames are not seen here (see `run`)."""
-        instance, local = packed >> LOCAL_BITS, packed & 0xFFFFFFFF
+        instance, local = packed >> LOCAL_BITS, packed & LOCAL_MASK
         while True:
             table = self.frames[instance].table
             entry = int(table.rows[local, table.byte_class[byte]])
@@ -196,7 +201,7 @@ class Machine:
                 return found
             if not code & 1:
                 return found
-            instance, local = found >> LOCAL_BITS, found & 0xFFFFFFFF
+            instance, local = found >> LOCAL_BITS, found & LOCAL_MASK
 
     def run(self, packed: int, text: NDArray[np.uint8], begin: int, end: int, scratch: NDArray[np.int64]) -> int:
         """Return the target after the committed bytes text[begin:end], DEAD where refused. scratch: int64 [>= 4]."""
@@ -228,7 +233,7 @@ class Machine:
 
     def _run_memory(self, packed: int, text: bytes) -> tuple[int, int]:
         """Run a frame with memory until it is left or the text ends; returns (target, bytes read)."""
-        instance, local = packed >> LOCAL_BITS, packed & 0xFFFFFFFF
+        instance, local = packed >> LOCAL_BITS, packed & LOCAL_MASK
         frame = cast("MemoryFrame", self.frames[instance])
         rows, byte_class = frame.table.rows, frame.table.byte_class
         position = 0
@@ -247,7 +252,7 @@ class Machine:
     def accepts(self, packed: int) -> bool:
         """May the text end here?"""
         while True:
-            instance, local = packed >> LOCAL_BITS, packed & 0xFFFFFFFF
+            instance, local = packed >> LOCAL_BITS, packed & LOCAL_MASK
             if instance == self.done:
                 return True
             ends = self.frames[instance].table.end_exits
@@ -266,7 +271,7 @@ class Machine:
         """
         out = bytearray()
         while not self.accepts(packed):
-            instance, local = packed >> LOCAL_BITS, packed & 0xFFFFFFFF
+            instance, local = packed >> LOCAL_BITS, packed & LOCAL_MASK
             frame = self.frames[instance]
             exit_index = frame.closing_exit(local)
             way = path_to_exit(frame.table, exit_index, local)
@@ -276,7 +281,7 @@ class Machine:
                 assert packed >= 0, (frame, local, exit_index, way)
                 out += way
             reached = self.frames[packed >> LOCAL_BITS]
-            if reached.table is frame.table and leaves_unread(frame.table, packed & 0xFFFFFFFF, exit_index):
+            if reached.table is frame.table and leaves_unread(frame.table, packed & LOCAL_MASK, exit_index):
                 if hasattr(reached, "resolve_text"):
                     packed = reached.resolve_text(exit_index, reached.text)
                 else:

@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 
 from ramet.errors import GrammarError, GrammarTooLarge
 from ramet.grammar import ir, walker
-from ramet.grammar.automaton import DEAD, UNKNOWN, Machine
+from ramet.grammar.automaton import DEAD, LOCAL_BITS, LOCAL_MASK, Machine
 from ramet.grammar.json_schema.compile import place_schema
 from ramet.grammar.pushdown import Pushdown
-from ramet.grammar.vocabulary import Vocabulary
+from ramet.grammar.vocabulary import SLICE_SIZES, TokenTrie, Vocabulary
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,27 +125,50 @@ class CompiledGrammar:
         return row
 
     def _compute_mask(self, packed: int) -> NDArray[np.int32]:
-        vocabulary, machine = self.vocabulary, self.machine
-        trie = vocabulary.trie
-        row = vocabulary.eos_row.copy() if machine.accepts(packed) else np.zeros(vocabulary.num_words, dtype=np.int32)
+        machine = self.machine
+        same = machine.same_mask.get(packed >> LOCAL_BITS)
+        if same is not None:
+            # the text remembered in a frame changes nothing but where its exits lead, and masks do not see that far
+            return self.mask(self.state_number((same << LOCAL_BITS) | (packed & LOCAL_MASK)))
+        row, trie = self._first_row(packed)
         scratch, unsure = self._scratch, self._unsure
         scratch[0] = 0
         scratch[3] = packed
         unsure[0] = 0
+        nodes, values = trie.nodes, trie.values
         while True:
-            at = walker.walk(
-                machine.pool, machine.instances, machine.exits, trie.nodes, trie.values, row, scratch, unsure
-            )
+            at = walker.walk(machine.pool, machine.instances, machine.exits, nodes, values, row, scratch, unsure)
             if at < 0:
                 break
-            assert machine.exits[at] == UNKNOWN
             machine.exit_target(int(scratch[1]), int(scratch[2]))
-        for token in unsure[1 : 1 + int(unsure[0])].tolist():
-            begin, end = vocabulary.offsets[token], vocabulary.offsets[token + 1]
-            if machine.run(packed, vocabulary.flat, begin, end, self._run_scratch) >= 0:
-                row.view(np.uint32)[token >> 5] |= np.uint32(1 << (token & 31))
+        if unsure[0]:
+            self._check_unsure(packed, row)
         row.flags.writeable = False
         return row
+
+    def _first_row(self, packed: int) -> tuple[NDArray[np.int32], TokenTrie]:
+        """(a new row with what is known at once, the tokens that are left to be walked)."""
+        vocabulary, machine = self.vocabulary, self.machine
+        depths = machine.frames[packed >> LOCAL_BITS].table.depths
+        if depths is not None:
+            local = packed & LOCAL_MASK
+            for kind in (1, 0):
+                depth = int(depths[kind, local])
+                if depth >= SLICE_SIZES[0]:
+                    size = max(n for n in vocabulary.slice_sizes if n <= depth)
+                    row, trie = vocabulary.slice(kind, size)
+                    return row.copy(), trie
+        if machine.accepts(packed):
+            return vocabulary.eos_row.copy(), vocabulary.trie
+        return np.zeros(vocabulary.num_words, dtype=np.int32), vocabulary.trie
+
+    def _check_unsure(self, packed: int, row: NDArray[np.int32]) -> None:
+        """Decide the tokens whose verdict depends on text within them."""
+        vocabulary = self.vocabulary
+        for token in self._unsure[1 : 1 + int(self._unsure[0])].tolist():
+            begin, end = vocabulary.offsets[token], vocabulary.offsets[token + 1]
+            if self.machine.run(packed, vocabulary.flat, begin, end, self._run_scratch) >= 0:
+                row.view(np.uint32)[token >> 5] |= np.uint32(1 << (token & 31))
 
     @property
     def _run_scratch(self) -> NDArray[np.int64]:

@@ -10,6 +10,7 @@ All tables are "wide": int32 [num_states, 256], entries as in automaton.py; the 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache, lru_cache
 
 import numpy as np
@@ -21,6 +22,18 @@ from ramet.grammar.automaton import REFUSE, leave
 from ramet.grammar.regular import Dfa
 
 Wide = NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Content:
+    """A string table. rows: wide; its first `num_content` states stand between characters.
+
+    beyond[q]: the state after any one character beyond ASCII, -1 refused, -2 where it depends on the character.
+    """
+
+    rows: Wide
+    num_content: int
+    beyond: NDArray[np.int64]
 
 QUOTE, BACKSLASH = 0x22, 0x5C
 _HEX = {n: [ord(c) for c in {f"{n:x}", f"{n:X}"}] for n in range(16)}
@@ -94,16 +107,16 @@ def char_columns(dfa: Dfa) -> tuple[NDArray[np.int64], NDArray[np.int64] | None]
     return table[:, ascii_classes], columns[:, 0] if uniform else None
 
 
-def json_string_rows(dfa: Dfa, labels: list[int]) -> Wide:
+def json_string_rows(dfa: Dfa, labels: list[int]) -> Content:
     """Return the table of a language of code points; `labels[q]`: the exit of the closing quote in state q, -1 for none.
 
     States 0..n-1 are the automaton's own; those between bytes of one code point follow. Start is 0. Trimmed: every state
     leads to an exit, if the automaton is trim; refuses all where it is empty.
     """
     ascii_targets, beyond = char_columns(dfa)
-    if beyond is None:
-        return _general_rows(dfa, labels, ascii_targets)
     n = len(ascii_targets)
+    if beyond is None:
+        return Content(_general_rows(dfa, labels, ascii_targets), n, np.full(n, -2, dtype=np.int64))
     targets = np.unique(beyond[beyond >= 0])
     first_block = n * (1 + _ESCAPE_ROWS)
     rows = np.full((first_block + len(targets) * _BLOCK_ROWS, 256), REFUSE, dtype=np.int32)
@@ -122,7 +135,7 @@ def json_string_rows(dfa: Dfa, labels: list[int]) -> Wide:
         _set_hex(rows[e + _U], [13], b + _XD)
         _set_hex(rows[e + _U0], range(1, 16), b + _X2)
         _set_hex(rows[e + _U00], range(8, 16), b + _X1)
-    return trim(rows, 0)
+    return Content(trim(rows), n, np.where(rows[:n, 0xC3] >= 0, beyond, -1))
 
 
 def _own_rows(rows: Wide, n: int, ascii_targets: NDArray[np.int64], labels: list[int]) -> None:
@@ -188,7 +201,7 @@ def _general_rows(dfa: Dfa, labels: list[int], ascii_targets: NDArray[np.int64])
         escape = n + q * _ESCAPE_ROWS
         _fill_row(own[q], frozenset(raw))
         _merge_escapes(own, escape, frozenset(after_u), state_of)
-    return trim(np.vstack([own, *(r[None] for r in extra)]) if extra else own, 0)
+    return trim(np.vstack([own, *(r[None] for r in extra)]) if extra else own)
 
 
 def _merge_escapes(
@@ -297,7 +310,7 @@ def char_sequences(char: str) -> list[tuple[frozenset[int], ...]]:
 
 
 @cache
-def free_string_rows() -> Wide:
+def free_string_rows() -> Content:
     """Any JSON string, all escapes; exit 0 at the closing quote. State 0 is between characters.
 
     Rows: 0 content, 1 after a backslash, 2-5 four hex digits, 6-12 the tails of UTF-8.
@@ -314,11 +327,11 @@ def free_string_rows() -> Wide:
     block = _block()[: _F4 + 1]
     rows[6:13] = np.where(block == _FINAL, 0, np.where(block >= 0, block + 6, REFUSE))
     _lead_bytes(rows, np.array([0]), np.array([6]))
-    return rows
+    return Content(rows, 1, np.array([0]))
 
 
 @lru_cache(maxsize=256)
-def counted_rows(num_chars: int, closable: bool, last: bool) -> Wide:
+def counted_rows(num_chars: int, closable: bool, last: bool) -> Content:
     """Strings of up to `num_chars` more characters: state i has read i of them.
 
     closable: the quote (exit 0) may come after any number; else only states matter. last: nothing follows state num_chars;
@@ -331,9 +344,12 @@ def counted_rows(num_chars: int, closable: bool, last: bool) -> Wide:
     if last:
         return json_string_rows(dfa, labels if closable else [*([-1] * num_chars), 0])
     labels[num_chars] = 0  # keeps the rows that lead there; replaced by the exit below
-    rows = json_string_rows(dfa, labels).copy()
+    content = json_string_rows(dfa, labels)
+    rows = content.rows.copy()
     rows[rows == num_chars] = leave(1)
-    return rows
+    # the last character leaves: what stands beyond it is not known here
+    beyond = np.where(content.beyond == num_chars, -2, content.beyond)
+    return Content(rows, n, beyond)
 
 
 @njit(cache=True)  # type: ignore[untyped-decorator]
@@ -358,7 +374,7 @@ def _alive_rows(rows, alive):  # type: ignore[no-untyped-def]
                 rows[i, c] = -1
 
 
-def trim(rows: Wide, start: int = 0) -> Wide:
+def trim(rows: Wide) -> Wide:
     """Refuse, in place, what leads to states from which no exit is reached."""
     alive = np.zeros(len(rows), dtype=np.bool_)
     _alive_rows(rows, alive)

@@ -13,7 +13,10 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from ramet.grammar.bitmask import num_words
+from ramet.grammar.bitmask import num_words, pack
+from ramet.grammar.walker import count_plain_chars, next_not_deeper
+
+SLICE_SIZES = (4, 8, 16, 32)
 
 
 class Vocabulary:
@@ -35,6 +38,7 @@ class Vocabulary:
         self.special_ids = frozenset(special_ids) | frozenset(self.eos_ids)
         self.vocab_size = max(len(self.token_bytes), vocab_size or 0, *(e + 1 for e in self.eos_ids), 1)
         self.num_words = num_words(self.vocab_size)
+        self._slices: dict[tuple[int, int], tuple[NDArray[np.int32], TokenTrie]] = {}
 
     @cached_property
     def key(self) -> str:
@@ -54,7 +58,54 @@ class Vocabulary:
 
     @cached_property
     def trie(self) -> TokenTrie:
-        return TokenTrie([(self.token_bytes[i], i) for i in self.content_tokens])
+        return TokenTrie(self.flat, *self._sorted_spans, self._sorted_ids)
+
+    @cached_property
+    def _sorted_ids(self) -> NDArray[np.int32]:
+        return np.array(self.content_tokens, dtype=np.int32)
+
+    @cached_property
+    def _sorted_spans(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(first byte in `flat`, length) of the content tokens, in order of their bytes."""
+        offsets = np.array(self.offsets, dtype=np.int64)
+        ids = self._sorted_ids
+        return offsets[ids], offsets[ids + 1] - offsets[ids]
+
+    # --- slices: masks of plain text, and the tokens that a mask of plain text leaves to be walked
+
+    @cached_property
+    def _plain_chars(self) -> NDArray[np.int32]:
+        """int32 [2, tokens in order]: characters of a token that is plain in each kind of slice; 0 where it is not.
+
+        Plain of kind 0: printable ASCII without the quote and the backslash. Kind 1: also whole characters beyond ASCII.
+        """
+        begins, lengths = self._sorted_spans
+        return count_plain_chars(self.flat, begins, lengths)
+
+    def slice(self, kind: int, size: int) -> tuple[NDArray[np.int32], TokenTrie]:
+        """(mask row of the plain tokens of at most `size` characters, trie of all other tokens). Made once, kept."""
+        found = self._slices.get((kind, size))
+        if found is None:
+            count = self._plain_chars[kind]
+            inside = (count > 0) & (count <= size)
+            row = pack(self._sorted_ids[inside], self.vocab_size)
+            begins, lengths = self._sorted_spans
+            rest = ~inside
+            found = row, TokenTrie(self.flat, begins[rest], lengths[rest], self._sorted_ids[rest])
+            self._slices[kind, size] = found
+        return found
+
+    @cached_property
+    def slice_sizes(self) -> list[int]:
+        """Sizes that are worth a slice, ascending; the last holds every plain token."""
+        longest = int(self._plain_chars.max(initial=1))
+        return [*(n for n in SLICE_SIZES if n < longest), longest]
+
+    def warm_up(self) -> None:
+        """Make what is otherwise made when first needed."""
+        for kind in (0, 1):
+            for size in self.slice_sizes:
+                self.slice(kind, size)
 
     @cached_property
     def flat(self) -> NDArray[np.uint8]:
@@ -110,21 +161,19 @@ class Vocabulary:
 
 
 class TokenTrie:
-    """A flat trie of (bytes, value) pairs given in order of their bytes.
+    """A flat trie of texts with values, given in order of their bytes: flat[begins[i] : begins[i] + lengths[i]] has values[i].
 
-    nodes: int32 [num_nodes, 4], depth first: byte, skip (the first node after the subtree), first entry, depth (from 1).
+    nodes: int32 [num_nodes + 1, 4], depth first: byte, skip (the first node after the subtree), first entry, depth (from 1).
     Entries are values: node i holds values[first entry of i : first entry of i + 1].
     """
 
-    def __init__(self, pairs: list[tuple[bytes, int]]) -> None:
-        flat = np.frombuffer(b"".join(b for b, _ in pairs), dtype=np.uint8)
-        lengths = np.fromiter((len(b) for b, _ in pairs), dtype=np.int64, count=len(pairs))
-        ends = np.cumsum(lengths)
-        common = _common_prefixes(flat, ends - lengths, lengths)
-        num_nodes = int((lengths - common).sum())
-        self.values = np.fromiter((v for _, v in pairs), dtype=np.int32, count=len(pairs))
-        self.max_depth = int(lengths.max()) if len(pairs) else 0
-        self.nodes = _build_nodes(flat, ends, lengths, common, num_nodes)
+    def __init__(
+        self, flat: NDArray[np.uint8], begins: NDArray[np.int64], lengths: NDArray[np.int64], values: NDArray[np.int32]
+    ) -> None:
+        common = _common_prefixes(flat, begins, lengths)
+        self.values = values
+        self.max_depth = int(lengths.max(initial=0))
+        self.nodes = _build_nodes(flat, begins, lengths, common)
 
 
 def _common_prefixes(
@@ -144,38 +193,20 @@ def _common_prefixes(
 
 
 def _build_nodes(
-    flat: NDArray[np.uint8],
-    ends: NDArray[np.int64],
-    lengths: NDArray[np.int64],
-    common: NDArray[np.int64],
-    num_nodes: int,
+    flat: NDArray[np.uint8], begins: NDArray[np.int64], lengths: NDArray[np.int64], common: NDArray[np.int64]
 ) -> NDArray[np.int32]:
     """Lay the new bytes of each text one after the other: that is depth-first order."""
     fresh = lengths - common
+    num_nodes = int(fresh.sum())
     owner = np.repeat(np.arange(len(lengths)), fresh)
     first = np.cumsum(fresh) - fresh
     depth = common[owner] + 1 + (np.arange(num_nodes) - first[owner])
     nodes = np.empty((num_nodes + 1, 4), dtype=np.int32)
-    nodes[:num_nodes, 0] = flat[(ends - lengths)[owner] + depth - 1]
+    nodes[:num_nodes, 0] = flat[begins[owner] + depth - 1]
     nodes[:num_nodes, 3] = depth
     # texts end at the last node laid for them; an equal text has no node of its own and ends where the one before did
-    end_node = np.cumsum(fresh) - 1
-    counts = np.bincount(end_node, minlength=num_nodes) if num_nodes else np.zeros(0, dtype=np.int64)
+    counts = np.bincount(np.cumsum(fresh) - 1, minlength=num_nodes) if num_nodes else np.zeros(0, dtype=np.int64)
     nodes[:num_nodes, 2] = np.cumsum(counts) - counts
     nodes[num_nodes] = (0, num_nodes + 1, len(lengths), 0)
-    nodes[:num_nodes, 1] = _next_not_deeper(depth)
+    next_not_deeper(nodes)
     return nodes
-
-
-def _next_not_deeper(depth: NDArray[np.int64]) -> NDArray[np.int64]:
-    """For each position, the next one with a depth no larger (or the end)."""
-    n = len(depth)
-    skip = np.full(n, n, dtype=np.int64)
-    # per depth d, the breaks are the positions with depth <= d: a merge over the few depths there are
-    for d in range(1, int(depth.max()) + 1 if n else 0):
-        here = np.flatnonzero(depth == d)
-        breaks = np.flatnonzero(depth <= d)
-        at = np.searchsorted(breaks, here, side="right")
-        found = at < len(breaks)
-        skip[here[found]] = breaks[at[found]]
-    return skip

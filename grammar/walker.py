@@ -130,7 +130,116 @@ def _run(pool: Int32, instances: Int64, exits: Int64, text: NDArray[np.uint8], e
     return 0
 
 
+def _next_not_deeper(nodes: Int32) -> None:
+    """Fill column 1: for each node of a trie laid depth first, the next one that is not deeper."""
+    n = nodes.shape[0] - 1
+    nearest = np.full(4096, n, dtype=np.int64)
+    used = 1
+    for i in range(n - 1, -1, -1):
+        depth = min(nodes[i, 3], 4095)
+        best = n
+        for d in range(1, min(depth, used) + 1):
+            if nearest[d] < best:
+                best = nearest[d]
+        nodes[i, 1] = best
+        nearest[depth] = i
+        if depth > used:
+            used = depth
+
+
+def _count_plain_chars(flat: NDArray[np.uint8], begins: Int64, lengths: Int64) -> Int32:
+    """int32 [2, n]: characters of each text if all are plain, else 0. Plain 0: printable ASCII but `"` and a backslash;
+    plain 1: whole characters of valid UTF-8 beyond ASCII, too."""
+    n = begins.shape[0]
+    out = np.zeros((2, n), dtype=np.int32)
+    for t in range(n):
+        i = begins[t]
+        end = i + lengths[t]
+        chars = 0
+        is_ascii = True
+        good = True
+        while i < end and good:
+            b = flat[i]
+            size = 1
+            if b < 0x80:
+                good = 0x20 <= b < 0x7F and b != 0x22 and b != 0x5C
+            else:
+                is_ascii = False
+                low = 0x80
+                high = 0xBF
+                if 0xC2 <= b <= 0xDF:
+                    size = 2
+                elif 0xE0 <= b <= 0xEF:
+                    size = 3
+                    if b == 0xE0:
+                        low = 0xA0
+                    elif b == 0xED:
+                        high = 0x9F
+                elif 0xF0 <= b <= 0xF4:
+                    size = 4
+                    if b == 0xF0:
+                        low = 0x90
+                    elif b == 0xF4:
+                        high = 0x8F
+                else:
+                    good = False
+                if i + size > end:
+                    good = False
+                else:
+                    for k in range(1, size):
+                        c = flat[i + k]
+                        if k == 1 and (c < low or c > high):
+                            good = False
+                        if c < 0x80 or c > 0xBF:
+                            good = False
+            i += size
+            chars += 1
+        if good:
+            out[1, t] = chars
+            if is_ascii:
+                out[0, t] = chars
+    return out
+
+
+def _safe_depths(rows: Int32, num_content: int, safe: Int64, beyond: Int64, depths: Int32) -> None:
+    """Fill depths int32 [2, num_rows]: plain characters that can be read from a state whatever they are (see Vocabulary).
+
+    rows: entries over byte classes. safe: the classes of plain ASCII. beyond[q]: the state after any other character, -1
+    refused, -2 not known. States from num_content on stand inside a character and get 0.
+    """
+    for kind in range(2):
+        for q in range(num_content):
+            depths[kind, q] = 1 << 20
+        changed = True
+        while changed:
+            changed = False
+            for q in range(num_content - 1, -1, -1):
+                best = depths[kind, q]
+                if best == 0:
+                    continue
+                for k in range(safe.shape[0]):
+                    to = rows[q, safe[k]]
+                    d = 1
+                    if to == -1:
+                        d = 0
+                    elif to >= 0:
+                        d = min(depths[kind, to] + 1, 1 << 20)
+                    if d < best:
+                        best = d
+                if kind == 1:
+                    to = beyond[q]
+                    d = 0 if to < 0 else min(depths[kind, to] + 1, 1 << 20)
+                    if d < best:
+                        best = d
+                if best < depths[kind, q]:
+                    depths[kind, q] = best
+                    changed = True
+
+
 walk_python = _walk
 run_python = _run
 walk = njit(cache=True, nogil=True)(_walk)
 run = njit(cache=True, nogil=True)(_run)
+next_not_deeper = njit(cache=True)(_next_not_deeper)
+count_plain_chars = njit(cache=True)(_count_plain_chars)
+safe_depths = njit(cache=True)(_safe_depths)

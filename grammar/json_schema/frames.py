@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ramet.grammar import ir, numeric, regular, strings
+from ramet.grammar import ir, numeric, regular, strings, walker
 from ramet.grammar.automaton import (
     CONCRETE,
     DEAD,
@@ -119,6 +119,14 @@ class Json:
         rows, byte_class = compress_rows(wide)
         return self.machine.table(rows, byte_class, num_exits, end_exits)
 
+    def string_frame(self, content: strings.Content, num_exits: int) -> Table:
+        """The table of a string's content, with what may follow of plain text."""
+        rows, byte_class = compress_rows(content.rows)
+        depths = np.zeros((2, len(rows)), dtype=np.int32)
+        safe = np.unique(byte_class[_PLAIN]).astype(np.int64)
+        walker.safe_depths(rows, content.num_content, safe, content.beyond, depths)
+        return self.machine.table(rows, byte_class, num_exits, None, depths)
+
     def value(self, exprs: tuple[Expr, ...], context: Context, local: int) -> int:
         """Target at a value: local 0 before its colon, 1 where a space may stand, 2 at its first byte."""
         key = ("value", exprs, context.number)
@@ -131,7 +139,7 @@ class Json:
         found = self._tables.get(specs)
         if found is None:
             if specs == ((v.ANY_STRINGS,),):
-                found = self.table(strings.free_string_rows(), 1), [1]
+                found = self.string_frame(strings.free_string_rows(), 1), [1]
             else:
                 found = self._general_string_table(specs)
             self._tables[specs] = found
@@ -160,8 +168,9 @@ class Json:
         if any(bases):
             dfa = self._tagged([regular.union([languages.base(s) for s in b]) if b else None for b in bases])
             base = strings.json_string_rows(dfa, [exit_of(int(a)) for a in dfa.accepting])
-        rows = overlay(base, {text: exit_of(mask) for text, mask in entries.items()})
-        return self.table(strings.trim(rows), max(len(masks), 1)), masks
+        content = overlay(base, {text: exit_of(mask) for text, mask in entries.items()})
+        strings.trim(content.rows)
+        return self.string_frame(content, max(len(masks), 1)), masks
 
     @staticmethod
     def _tagged(parts: list[Dfa | None]) -> Dfa:
@@ -216,7 +225,7 @@ class Json:
         key = ("chunk", closable, last)
         found = self._tables.get(key)
         if found is None:
-            found = self._tables[key] = self.table(strings.counted_rows(CHUNK, closable, last), 2), []
+            found = self._tables[key] = self.string_frame(strings.counted_rows(CHUNK, closable, last), 2), []
         return found[0]
 
     def string(self, specs: tuple[tuple[Strings, ...], ...], context: Context) -> int:
@@ -229,6 +238,7 @@ class Json:
 
 
 _ANY_STRINGS = (v.ANY_STRINGS,)
+_PLAIN = np.array([b for b in range(0x20, 0x7F) if b not in b'"\\'])
 
 
 class ValueFrame:
@@ -396,7 +406,10 @@ class _Remembering:
             copy.text = text
             return copy
 
-        return self.json.machine.intern((*self.key, text), make)
+        machine = self.json.machine
+        found = machine.intern((*self.key, text), make)
+        machine.same_mask[found] = machine.interned[self.key]
+        return found
 
     def resolve_text(self, exit_index: int, text: bytes) -> int:
         return self.context.resume(self.masks[exit_index], self.read(text))
@@ -427,36 +440,44 @@ class RememberingCount(_Remembering, CountFrame):
         return super().resolve_text(exit_index, text)
 
 
-def overlay(base: NDArray[np.int32] | None, entries: dict[str, int]) -> NDArray[np.int32]:
+def overlay(base: strings.Content | None, entries: dict[str, int]) -> strings.Content:
     """A string table in which single strings have exits of their own (-1: refused), all others those of `base`.
 
-    base: wide rows with start 0; None: no other string. Returns wide rows with start 0.
+    base: start 0; None: no other string. The result may need trimming.
     """
     if not entries and base is not None:
         return base
-    own: list[int] = [0]  # for each new row, the row of `base` it extends (-1: none)
-    edges: list[tuple[int, int, int]] = []  # (new row, byte, new row or entry)
+    own: list[int] = [0 if base is not None else -1]  # for each new row, the row of `base` it extends (-1: none)
+    edges: list[tuple[int, int, int]] = []  # (new row, byte, entry)
     children: list[dict[int, int]] = [{}]
-    if base is None:
-        own[0] = -1
+    old = None if base is None else base.rows
     for text, exit_index in entries.items():
         node = 0
         for char in text:
-            node = _descend(char, node, base, own, children)
+            node = _descend(char, node, old, own, children)
         edges.append((node, strings.QUOTE, leave(exit_index) if exit_index >= 0 else REFUSE))
     n = len(own)
-    if base is None:
+    extended = np.array(own)
+    if base is None or old is None:
         rows = np.full((n, 256), REFUSE, dtype=np.int32)
+        num_content, beyond = 0, np.zeros(0, dtype=np.int64)
     else:
-        # layout: new rows [0, n), then base rows [n, n + len(base))
-        moved = np.where(base >= 0, base + n, base)
-        extended = np.array(own)
+        # layout: new rows [0, n), then those of base [n, n + len(base))
+        moved = np.where(old >= 0, old + n, old)
         rows = np.concatenate([np.where((extended >= 0)[:, None], moved[np.maximum(extended, 0)], REFUSE), moved])
+        num_content = n + base.num_content
+        before = np.where(base.beyond >= 0, base.beyond + n, base.beyond)
+        inside = (extended < 0) | (extended >= base.num_content)  # between the bytes of a character: not known
+        beyond = np.concatenate([np.where(inside, -2, before[np.where(inside, 0, extended)]), before])
     sources = [(i, b, c) for i, kids in enumerate(children) for b, c in kids.items()]
     sources.extend(edges)
     table = np.array(sources, dtype=np.int64).reshape(-1, 3)
     rows[table[:, 0], table[:, 1]] = table[:, 2]
-    return rows.astype(np.int32, copy=False)
+    if base is not None:
+        # a row with a way of its own beyond ASCII leads elsewhere after some characters, though never to a refusal
+        other = np.unique(table[(table[:, 1] >= 0x80), 0])
+        beyond[other] = np.where(beyond[other] >= 0, beyond[other], -2)
+    return strings.Content(rows.astype(np.int32, copy=False), num_content, beyond)
 
 
 def _descend(

@@ -134,8 +134,9 @@ class Space:
             else:
                 base = None
                 entries = {k: i for i, k in enumerate(self.names) if (named >> i) & 1}
-            rows = strings.trim(overlay(base, entries))
-            found = self._tables[key] = self.json.table(rows, self.num_labels)
+            content = overlay(base, entries)
+            strings.trim(content.rows)
+            found = self._tables[key] = self.json.string_frame(content, self.num_labels)
         return found
 
 
@@ -436,5 +437,10 @@ class MemoryKeyFrame(KeyFrame):
             copy.node, copy.table, copy.text = self.node, self.table, text
             return copy
 
-        key = ("key", self.node.number, text) if text else ("key", self.node.number)
-        return self.node.json.machine.intern(key, make)
+        machine = self.node.json.machine
+        base = machine.interned[("key", self.node.number)]
+        if not text:
+            return base
+        found = machine.intern(("key", self.node.number, text), make)
+        machine.same_mask[found] = base
+        return found
