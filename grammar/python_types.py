@@ -1,0 +1,107 @@
+"""Python types -> JSON schemas: what pydantic understands, with objects closed.
+
+Models, dataclasses, TypedDicts, Literal, Enum, unions, Optional, list, dict, tuple, set, Annotated constraints,
+datetime and its kin, UUID; Decimal as a number; recursive types become `$ref`. A pure function: equal types give equal
+schemas.
+"""
+
+from __future__ import annotations
+
+import enum
+import sys
+import types
+import typing
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from ramet.errors import InvalidSchema
+
+
+def schema_of(kind: Any, *, is_closed: bool = True) -> dict[str, Any]:
+    """Return the JSON schema of a type's values, as pydantic reads them.
+
+    `is_closed`: an object that lists its properties has no others (a class says all its fields), unless the type itself
+    allows them (`extra="allow"`). Raises: InvalidSchema for what is not a type, or has no JSON form.
+    """
+    from pydantic import PydanticUserError, TypeAdapter
+    from pydantic.errors import PydanticInvalidForJsonSchema, PydanticSchemaGenerationError
+    from pydantic.json_schema import GenerateJsonSchema
+
+    class Generator(GenerateJsonSchema):
+        def decimal_schema(self, schema: Any) -> dict[str, Any]:
+            """A number; pydantic also allows any string, most of which are no decimals."""
+            places = schema.get("decimal_places")
+            found = super().decimal_schema(schema)
+            number = next(option for option in found.get("anyOf", [found]) if option.get("type") == "number")
+            return number if places is None else {**number, "multipleOf": float(f"1e-{places}")}
+
+    if isinstance(kind, Mapping | str) or kind is None:
+        raise InvalidSchema(f"{kind!r} is not a type")
+    if isinstance(kind, enum.EnumType) and not list(kind):
+        raise InvalidSchema(f"the enum {kind.__name__} has no members")
+    try:
+        schema = TypeAdapter(_readable(kind)).json_schema(schema_generator=Generator)
+    except (PydanticUserError, PydanticSchemaGenerationError, PydanticInvalidForJsonSchema) as error:
+        raise InvalidSchema(f"the type {_name(kind)} has no JSON schema: {_first_line(error)}") from error
+    except (NameError, TypeError, RecursionError) as error:
+        raise InvalidSchema(f"the type {_name(kind)} cannot be read: {error}") from error
+    return _close(schema) if is_closed else schema
+
+
+def _readable(kind: Any) -> Any:
+    """The type with each `typing.TypedDict`, which pydantic reads from Python 3.12 on, replaced by an equal one."""
+    if sys.version_info >= (3, 12):
+        return kind
+    if typing.is_typeddict(kind) and type(kind).__module__ == "typing":
+        import typing_extensions
+
+        hints = typing.get_type_hints(kind, include_extras=True)
+        fields = {}
+        for name, hint in hints.items():
+            marker = typing.Required if name in kind.__required_keys__ else typing.NotRequired
+            # the class does not see markers in annotations that are strings, so the markers themselves decide
+            while get_origin(hint) in (typing.Required, typing.NotRequired):
+                marker = get_origin(hint)
+                (hint,) = get_args(hint)
+            fields[name] = marker[_readable(hint)]
+        return typing_extensions.TypedDict(kind.__name__, fields)  # type: ignore[operator]
+    arguments = get_args(kind)
+    if not arguments or get_origin(kind) is Literal:
+        return kind
+    readable = tuple(_readable(a) for a in arguments)
+    if all(a is b for a, b in zip(arguments, readable, strict=True)):
+        return kind
+    if get_origin(kind) is Annotated:
+        return Annotated[readable]
+    if isinstance(kind, types.UnionType):
+        return typing.Union[readable]  # noqa: UP007
+    return kind.copy_with(readable) if hasattr(kind, "copy_with") else get_origin(kind)[readable]
+
+
+def _close(schema: Any) -> Any:  # any JSON value
+    if isinstance(schema, list):
+        return [_close(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    out = {
+        # names of properties and the values of enum, const and default are no schemas
+        key: {k: _close(v) for k, v in value.items()}
+        if key in ("properties", "$defs")
+        else value
+        if key in ("enum", "const", "default", "examples")
+        else _close(value)
+        for key, value in schema.items()
+    }
+    if out.get("type") == "object" and "properties" in out:
+        out.setdefault("additionalProperties", False)
+    return out
+
+
+def _name(kind: Any) -> str:
+    if isinstance(kind, types.GenericAlias) or get_args(kind):
+        return str(kind)
+    return getattr(kind, "__name__", repr(kind))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
