@@ -51,6 +51,9 @@ class Session(Protocol):
     def provide(self, node: int, value: Any = None, error: Exception | None = None) -> None:
         """Answer a tool call that an event asked for."""
 
+    def finish(self) -> None:
+        """No more parts will come: the program ends when its last node does."""
+
 
 @runtime_checkable
 class Backend(Protocol):

@@ -124,7 +124,7 @@ class Function:
         if self.is_async:
             await self._arecord(state)
         else:
-            await asyncio.to_thread(self._record, state)
+            await _in_thread(lambda: self._record(state))
         await state._run.await_all()
         return state
 
@@ -149,7 +149,7 @@ class Function:
         if self.is_async:
             recording = asyncio.ensure_future(self._arecord(state))
         else:
-            recording = asyncio.ensure_future(asyncio.to_thread(self._record, state))
+            recording = asyncio.ensure_future(_in_thread(lambda: self._record(state)))
         recording.add_done_callback(stream.recorded)
         async for item in stream:
             yield item
@@ -341,6 +341,33 @@ class Function:
 
     def __repr__(self) -> str:
         return f"<program {self.name}{self._signature}>"
+
+
+async def _in_thread(work: Callable[[], object]) -> None:
+    """Run `work` on a thread of its own. asyncio's pool is a few threads; programs that wait would fill it."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[None] = loop.create_future()
+    context = copy_context()
+
+    def run() -> None:
+        error: BaseException | None = None
+        try:
+            context.run(work)
+        except BaseException as raised:  # handed to whoever awaits
+            error = raised
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(settle, error)
+
+    def settle(error: BaseException | None) -> None:
+        if future.done():
+            return
+        if error is None:
+            future.set_result(None)
+        else:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="ramet-program", daemon=True).start()
+    await future
 
 
 class _ProgressBar:

@@ -81,7 +81,8 @@ class Run:
         self._results: dict[int, ir.NodeEvent] = {}
         self._converted: dict[int, Any] = {}
         self._changed = threading.Condition()
-        self._waiters: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
+        # Who awaits: by node, so that an event wakes those alone whom it concerns; None: the end of all nodes.
+        self._waiters: dict[int | None, list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]]] = {}
         self._listeners: list[Listener] = []
         self._events: list[ir.NodeEvent] | None = [] if keep_events else None
         self._tool_threads: ThreadPoolExecutor | None = None
@@ -95,6 +96,11 @@ class Run:
             node = kind(id=len(self.nodes), parent=parent, line=caller_line(), **fields)
             self.nodes.append(node)
         return node
+
+    @property
+    def lock(self) -> threading.Condition:
+        """Held while several nodes are recorded that belong together."""
+        return self._changed
 
     def submit(self) -> None:
         """Send what was recorded since the last time. Raises InvalidProgram, or what the backend raises."""
@@ -127,7 +133,7 @@ class Run:
     async def aread(self, node: int, output: OutputType) -> Any:
         if node not in self._results:
             self.need(node, "await")
-            await self.await_(lambda: node in self._results)
+            await self._await(node, lambda: node in self._results)
         return self._value(node, output)
 
     def read_text(self, text: str) -> str:
@@ -244,7 +250,7 @@ class Run:
 
     async def await_all(self) -> None:
         self.submit()
-        await self.await_(self.is_done)
+        await self._await(None, self.is_done)
 
     def usage(self) -> ir.Usage:
         """Tokens of all nodes that are done."""
@@ -273,7 +279,7 @@ class Run:
                 if not self._changed.wait(self._time_left()):
                     self._check_deadline()
 
-    async def await_(self, ready: Callable[[], bool]) -> None:
+    async def _await(self, node: int | None, ready: Callable[[], bool]) -> None:
         loop = asyncio.get_running_loop()
         while True:
             with self._changed:
@@ -281,7 +287,7 @@ class Run:
                     return
                 self._check_alive()
                 future: asyncio.Future[None] = loop.create_future()
-                self._waiters.append((loop, future))
+                self._waiters.setdefault(node, []).append((loop, future))
             try:
                 await asyncio.wait_for(future, self._time_left())
             except TimeoutError:
@@ -332,11 +338,18 @@ class Run:
             for listener in self._listeners:
                 listener(event)
         if event.kind in ("done", "error"):
-            self._wake()
+            self._wake(event.node)
 
-    def _wake(self) -> None:
+    def _wake(self, node: int | None = None) -> None:
+        """Wake who waits for this node, or for the end if this was the last one; None: everybody."""
         with self._changed:
-            waiters, self._waiters = self._waiters, []
+            if node is None:
+                waiters = [one for some in self._waiters.values() for one in some]
+                self._waiters.clear()
+            else:
+                waiters = self._waiters.pop(node, [])
+                if self.is_done():
+                    waiters += self._waiters.pop(None, [])
             self._changed.notify_all()
         for loop, future in waiters:
             if not loop.is_closed():
@@ -366,6 +379,8 @@ class Run:
             self.submit()
         finally:
             self.is_recording = False
+        if self._session is not None:
+            self._session.finish()
 
     # Texts.
 

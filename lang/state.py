@@ -246,10 +246,12 @@ class State:
         if not self._run.is_recording:
             raise InvalidProgram("the program has ended; its state can't be forked", program=self._program)
         self._num_forks += 1
-        group, branches = len(self._run.nodes), []
-        for index in range(n):
-            node = self._run.record(ir.Fork, self._tip, group=group, index=index, width=n)
-            branch = State(self._run, node.id, (*self._key, self._num_forks, index))
+        with self._run.lock:
+            group = len(self._run.nodes)
+            tips = [self._run.record(ir.Fork, self._tip, group=group, index=i, width=n).id for i in range(n)]
+        branches = []
+        for index, tip in enumerate(tips):
+            branch = State(self._run, tip, (*self._key, self._num_forks, index))
             branch._variables = dict(self._variables)
             branch._counts = dict(self._counts)
             branch._role = self._role

@@ -140,7 +140,8 @@ def _readable(kind: Any) -> Any:  # Any: types
         required = {n: typing.Required[_readable(f)] for n, f in fields.items() if n in kind.__required_keys__}
         optional = {n: typing.NotRequired[_readable(f)] for n, f in fields.items() if n in kind.__optional_keys__}
         ordered = {n: (required | optional)[n] for n in fields}
-        return typing_extensions.TypedDict(kind.__name__, ordered)
+        make: Any = typing_extensions.TypedDict  # with fields known at run time
+        return make(kind.__name__, ordered)
     arguments = get_args(kind)
     if get_origin(kind) in (list, dict, tuple, set, typing.Union, types.UnionType) and arguments:
         changed = tuple(_readable(argument) for argument in arguments)

@@ -138,6 +138,7 @@ class ProgramExecutor:
         self._budget_left = limits.token_budget
         self._is_pumping = False
         self._is_cancelled = False
+        self._is_complete = False
         self._to_cancel: deque[Handle] = deque()
         self._lock = threading.RLock()
         self._start_s = time.monotonic()
@@ -177,11 +178,16 @@ class ProgramExecutor:
                 self._failed(run, error)
         self._pump()
 
-    @property
-    def is_idle(self) -> bool:
-        """True when every node is done or failed."""
+    def finish(self) -> None:
+        """No more parts will come."""
         with self._lock:
-            return all(run.is_over for run in self._runs)
+            self._is_complete = True
+
+    @property
+    def is_over(self) -> bool:
+        """True when no more parts will come, and every node is done or failed."""
+        with self._lock:
+            return self._is_complete and all(run.is_over for run in self._runs)
 
     # Bookkeeping. All of it runs under the lock.
 

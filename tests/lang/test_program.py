@@ -407,6 +407,18 @@ def test_hundreds_of_async_programs_wait_on_one_loop_without_threads(backend: Mo
     assert states[7].text() == "7 name? Ann colour? red"
 
 
+def test_thousands_of_branches_are_awaited_in_one_program(backend: MockBackend) -> None:
+    @function
+    async def program(s: State) -> int:
+        async def one(branch: State) -> int:
+            branch += "age? " + gen("age", int)
+            return int(await branch["age"])
+
+        return sum(await asyncio.gather(*(one(branch) for branch in s.fork(2000))))
+
+    assert program.run().result == 2000 * 41
+
+
 def test_a_sync_program_runs_on_an_event_loop(backend: MockBackend) -> None:
     @function
     def program(s: State) -> None:
