@@ -164,6 +164,21 @@ def test_the_least_recently_used_path_goes_first() -> None:
     assert cache.match_length(ids(2, 2, 2, 2)) == 0
 
 
+def test_a_use_of_a_path_is_a_use_of_all_its_nodes() -> None:
+    cache, _ = make()
+    put(cache, ids(0, 1, 2, 3, 4, 5, 6, 7))
+    put(cache, ids(0, 1, 2, 3, 8, 9, 10, 11))
+    node = cache.match(ids(0, 1, 2, 3, 4, 5, 6, 7)).node
+    cache.lock(node)
+    put(cache, ids(50, 51, 52, 53))
+    cache.unlock(node)  # the sequence ends: it has used its whole path until now
+    assert cache.mark_dead(ids(0, 1, 2, 3, 4, 5, 6, 7), num_live=4) == 1
+    assert cache.mark_dead(ids(0, 1, 2, 3, 8, 9, 10, 11), num_live=4) == 1
+    assert cache.evict(3) == 3
+    assert cache.match_length(ids(0, 1, 2, 3)) == 4
+    assert cache.match_length(ids(50, 51, 52, 53)) == 0
+
+
 def test_dead_pages_go_first_then_the_farthest_next_use() -> None:
     cache, _ = make()
     for token in (1, 2, 3, 4):

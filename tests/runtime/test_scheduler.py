@@ -328,6 +328,17 @@ def test_a_failed_step_ends_what_runs_and_caches_nothing_of_it() -> None:
     assert_idle_and_whole(engine)
 
 
+def test_what_a_failed_sequence_computed_since_its_prompt_is_not_cached() -> None:
+    engine = make_simulation()
+    sequence = engine.scheduler.add(make_request("a", range(8), 20))
+    while len(sequence.output_ids) < 9:
+        engine.step()
+    engine.scheduler.finish(sequence, FinishReason.ERROR)
+    path = np.asarray([*range(8), *sequence.output_ids], dtype=np.int32)
+    assert engine.scheduler.cache.match_length(path) == 8
+    assert_idle_and_whole(engine)
+
+
 # --- limits
 
 
