@@ -18,7 +18,7 @@ from ramet.errors import ConfigError
 from ramet.lang.ir import Graph, NodeEvent
 
 if TYPE_CHECKING:
-    from ramet.runtime.programs import ProgramEngine
+    from ramet.runtime.program_engine import ProgramEngine
     from ramet.runtime.scripted_model import Script, ScriptedEngine, ScriptedStats
 
 OnEvent: TypeAlias = Callable[[NodeEvent], None]
@@ -66,17 +66,14 @@ class EngineBackend:
     """An engine of this process. As a context manager it is the default backend of the block."""
 
     def __init__(self, engine: ProgramEngine) -> None:
-        from ramet.runtime.grammar_cache import GrammarCache, compiler
-        from ramet.runtime.role_marks import RoleMarks
+        from ramet.runtime.programs import ProgramHost
 
-        self._engine = engine
-        self._marks = RoleMarks(engine.tokenizer.chat_template)
-        self._grammars = GrammarCache(compiler(engine.tokenizer))
+        self._host = ProgramHost(engine)
         self._ids = itertools.count()
         self._tokens: list[Token[Backend | None]] = []
 
     def start(self, options: ProgramOptions, on_event: OnEvent) -> Session:
-        from ramet.runtime.programs import ProgramExecutor, ProgramLimits
+        from ramet.runtime.program_engine import ProgramLimits
 
         limits = ProgramLimits(
             program_id=f"{options.program}-{next(self._ids)}",
@@ -85,7 +82,7 @@ class EngineBackend:
             deadline_s=options.deadline_s,
             token_budget=options.token_budget,
         )
-        return ProgramExecutor(self._engine, on_event, self._marks, self._grammars, limits)
+        return self._host.start(on_event, limits)
 
     def __enter__(self) -> Self:
         self._tokens.append(_scoped.set(self))

@@ -58,11 +58,11 @@ class Path:
         assert not self.pending
         return Path(self, tuple(tokens), self.length + len(tokens), (Piece(rest),) if rest else ())
 
-    def flush(self, tokenizer: PathTokenizer) -> Path:
+    def flush(self, encoder: PieceEncoder) -> Path:
         """Tokenise what is pending."""
         if not self.pending:
             return self
-        tokens = encode_pieces(tokenizer, self.pending, is_start=self.length == 0)
+        tokens = encoder.encode(self.pending, is_start=self.length == 0)
         return Path(self, tuple(tokens), self.length + len(tokens))
 
     def token_ids(self) -> list[int]:
@@ -76,39 +76,46 @@ class Path:
         return [token for chunk in reversed(chunks) for token in chunk]
 
 
-def encode_pieces(tokenizer: PathTokenizer, pieces: Sequence[Piece], *, is_start: bool) -> list[int]:
-    """Token ids of adjoining pieces: as if their text were one, but with special tokens in markup only.
+class PieceEncoder:
+    """Tokenises adjoining pieces as if their text were one, but with special tokens in markup only. Thread-safe."""
 
-    `is_start`: nothing precedes. Then a tokenizer's own opening token is added, unless the markup brings its own.
-    """
-    specials = tokenizer.special_tokens
-    names = [re.escape(name) for name in sorted(specials, key=len, reverse=True)]
-    border = re.compile(f"({'|'.join(names)})") if names else None
-    runs: list[str | int] = []
+    def __init__(self, tokenizer: PathTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._specials = tokenizer.special_tokens
+        names = [re.escape(name) for name in sorted(self._specials, key=len, reverse=True)]
+        self._border = re.compile(f"({'|'.join(names)})") if names else None
 
-    def add(text: str) -> None:
-        if runs and isinstance(runs[-1], str):
-            runs[-1] += text
-        elif text:
-            runs.append(text)
+    def encode(self, pieces: Sequence[Piece], *, is_start: bool) -> list[int]:
+        """Token ids of the pieces.
 
-    for piece in pieces:
-        if not piece.is_markup or border is None:
-            add(piece.text)
-            continue
-        for i, part in enumerate(border.split(piece.text)):
-            if i % 2:
-                runs.append(specials[part])
-            else:
-                add(part)
-    opening = is_start and bool(runs) and isinstance(runs[0], str) and not pieces[0].is_markup
-    tokens: list[int] = []
-    for i, run in enumerate(runs):
-        if isinstance(run, int):
-            tokens.append(run)
-        else:
-            tokens.extend(tokenizer.encode(run, add_special=opening and i == 0, continues=not is_start or i > 0))
-    return tokens
+        `is_start`: nothing precedes. Then a tokenizer's own opening token is added, unless markup comes first, which
+        brings its own.
+        """
+        tokens: list[int] = []
+        opening = is_start and bool(pieces) and not pieces[0].is_markup
+        for i, run in enumerate(self._runs(pieces)):
+            if isinstance(run, int):
+                tokens.append(run)
+                continue
+            is_first = is_start and i == 0
+            tokens.extend(self._tokenizer.encode(run, add_special=opening and is_first, continues=not is_first))
+        return tokens
+
+    def _runs(self, pieces: Sequence[Piece]) -> list[str | int]:
+        """Special tokens, and the texts between them."""
+        runs: list[str | int] = []
+        for piece in pieces:
+            parts = [piece.text]
+            if piece.is_markup and self._border is not None:
+                parts = self._border.split(piece.text)
+            for i, part in enumerate(parts):
+                if i % 2:
+                    runs.append(self._specials[part])
+                elif part and runs and isinstance(runs[-1], str):
+                    runs[-1] += part
+                elif part:
+                    runs.append(part)
+        return runs
 
 
 def keep_text(token_bytes: Sequence[bytes], tokens: Sequence[int], text: str) -> tuple[list[int], str]:

@@ -17,86 +17,34 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
-from ramet.errors import (
-    DeadlineExceeded,
-    InvalidProgram,
-    InvalidRequest,
-    ProgramCancelled,
-    RametError,
-    RequestCancelled,
-)
+from ramet.errors import DeadlineExceeded, InvalidProgram, ProgramCancelled, RametError, RequestCancelled
 from ramet.lang import ir
-from ramet.runtime import program_select
-from ramet.runtime.grammar_cache import GrammarCache
-from ramet.runtime.program_path import Path, PathTokenizer, Piece, encode_pieces, keep_text
+from ramet.runtime.grammar_cache import GrammarCache, compiler
+from ramet.runtime.program_engine import (
+    Handle,
+    ProgramEngine,
+    ProgramLimits,
+    ProgramTokenizer,
+    to_sampling_params,
+    usage_of,
+)
+from ramet.runtime.program_path import Path, PieceEncoder, keep_text
+from ramet.runtime.program_selection import Selection
 from ramet.runtime.role_marks import RoleMarks
 from ramet.runtime.types import FinishReason, Grammar, RequestOutput, SamplingParams
 
 PROMPT_TAIL = 200  # characters of the prompt shown in errors
 
 
-class ProgramTokenizer(PathTokenizer, Protocol):
-    @property
-    def bos_id(self) -> int | None: ...
-
-    @property
-    def eos_ids(self) -> frozenset[int]: ...
-
-    @property
-    def special_ids(self) -> frozenset[int]: ...
-
-    @property
-    def vocab_size(self) -> int: ...
-
-
-class Handle(Protocol):
-    def cancel(self) -> object: ...
-
-
-class ProgramEngine(Protocol):
-    """The part of an engine that programs use."""
-
-    @property
-    def tokenizer(self) -> Any: ...  # ProgramTokenizer; an attribute of a narrower type doesn't match a property
-
-    def submit(
-        self,
-        prompt: list[int],
-        sampling: SamplingParams,
-        *,
-        grammar: Grammar | None = None,
-        cache_salt: str = "",
-        program_id: str | None = None,
-        priority: int = 0,
-        deadline_s: float | None = None,
-        score_from: int | None = None,
-        on_output: Callable[[RequestOutput], None] | None = None,
-    ) -> Handle: ...
-
-
-@dataclass(frozen=True, slots=True)
-class ProgramLimits:
-    """What holds for a whole program. `deadline_s`: seconds of time.monotonic(). Lower `priority` runs first.
-
-    `token_budget`: all its generations together write no more tokens than this.
-    """
-
-    program_id: str | None = None
-    cache_salt: str = ""
-    priority: int = 0
-    deadline_s: float | None = None
-    token_budget: int | None = None
-
-
 @dataclass(slots=True, eq=False)
-class _Run:
+class NodeRun:
     """One node of this run. Owner: the executor. `missing`: dependencies that are not done."""
 
     node: ir.AnyNode
     missing: int = 0
-    users: list[_Run] = field(default_factory=list)
+    users: list[NodeRun] = field(default_factory=list)
     status: str = "waiting"  # ready, running, done, failed
     path: Path = field(default_factory=Path)
     text: str = ""  # what it added to its branch
@@ -113,85 +61,97 @@ class _Run:
         return self.status in ("done", "failed")
 
 
-class ProgramExecutor:
-    """One running program. `on_event` is called for everything that happens; it must be quick and must not raise."""
+class ProgramHost:
+    """Runs programs in one engine, and keeps what they share: compiled grammars, the template's marks."""
 
-    def __init__(
-        self,
-        engine: ProgramEngine,
-        on_event: Callable[[ir.NodeEvent], None],
-        marks: RoleMarks,
-        grammars: GrammarCache,
-        limits: ProgramLimits = ProgramLimits(),
-    ) -> None:
-        self._engine = engine
-        self._tokenizer: ProgramTokenizer = engine.tokenizer
+    def __init__(self, engine: ProgramEngine) -> None:
+        self.engine = engine
+        self.tokenizer: ProgramTokenizer = engine.tokenizer
+        self.encoder = PieceEncoder(self.tokenizer)
+        self.marks = RoleMarks(engine.tokenizer.chat_template)
+        self.grammars = GrammarCache(compiler(self.tokenizer))
+
+    def start(self, on_event: Callable[[ir.NodeEvent], None], limits: ProgramLimits | None = None) -> ProgramExecutor:
+        """A new program without nodes; `extend` it. `on_event` is called for everything that happens.
+
+        It may be called on any thread, must be quick and must not raise.
+        """
+        return ProgramExecutor(self, on_event, limits or ProgramLimits())
+
+
+class ProgramExecutor:
+    """One running program; see ProgramHost.start."""
+
+    def __init__(self, host: ProgramHost, on_event: Callable[[ir.NodeEvent], None], limits: ProgramLimits) -> None:
+        self.tokenizer = host.tokenizer
+        self.encoder = host.encoder
+        self._engine = host.engine
+        self._marks = host.marks
+        self._grammars = host.grammars
         self._on_event = on_event
-        self._marks = marks
-        self._grammars = grammars
         self._limits = limits
         self._index = ir.GraphIndex()
         self._arguments: dict[str, Any] = {}  # JSON values
-        self._runs: list[_Run] = []
-        self._ready: deque[_Run] = deque()
-        self._over_budget: deque[_Run] = deque()
+        self._runs: list[NodeRun] = []
+        self._ready: deque[NodeRun] = deque()
+        self._over_budget: deque[NodeRun] = deque()
         self._budget_left = limits.token_budget
         self._is_pumping = False
         self._is_cancelled = False
         self._is_complete = False
         self._to_cancel: deque[Handle] = deque()
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
         self._start_s = time.monotonic()
 
     def extend(self, graph: ir.Graph) -> None:
         """Add a part of the program; what can run starts at once. Raises InvalidProgram and changes nothing then."""
-        with self._lock:
+        with self.lock:
             unbound = [n.name for n in graph.nodes if isinstance(n, ir.Argument) and n.name not in graph.arguments]
             if unbound:
                 raise InvalidProgram(f"argument {unbound[0]!r} has no value; give it when the graph is run")
             self._index.add(graph)
             self._arguments.update(graph.arguments)
-            added = [_Run(node) for node in graph.nodes]
+            added = [NodeRun(node) for node in graph.nodes]
             for run in added:
                 self._add(run)
         for run in added:
             self._ask_for_grammar(run)
-        self._pump()
+        self.pump()
 
     def cancel(self, nodes: Sequence[int] | None = None) -> None:
         """Stop these nodes and all that need them (None: the whole program). Their requests end within one step."""
         reason = ProgramCancelled("the program was cancelled" if nodes is None else "this branch was cancelled")
-        with self._lock:
+        with self.lock:
             self._is_cancelled = self._is_cancelled or nodes is None
             self._fail_all(self._runs if nodes is None else [self._runs[i] for i in nodes], reason)
-        self._pump()
+        self.pump()
 
     def provide(self, node: int, value: Any = None, error: Exception | None = None) -> None:
         """Give the result (a JSON value) of a tool call that an event of kind `tool` asked for."""
-        with self._lock:
+        with self.lock:
             run = self._runs[node]
             if run.is_over:
                 return
             if error is None:
-                self._done(run, value=value, value_text=ir.value_text(value))
+                self.done(run, value=value, value_text=ir.value_text(value))
             else:
-                self._failed(run, error)
-        self._pump()
+                self.failed(run, error)
+        self.pump()
 
     def finish(self) -> None:
         """No more parts will come."""
-        with self._lock:
+        with self.lock:
             self._is_complete = True
 
     @property
     def is_over(self) -> bool:
         """True when no more parts will come, and every node is done or failed."""
-        with self._lock:
+        with self.lock:
             return self._is_complete and all(run.is_over for run in self._runs)
 
     # Bookkeeping. All of it runs under the lock.
 
-    def _add(self, run: _Run) -> None:
+    def _add(self, run: NodeRun) -> None:
         self._runs.append(run)
         if self._is_cancelled:
             self._fail_all([run], ProgramCancelled("the program was cancelled"))
@@ -200,7 +160,7 @@ class ProgramExecutor:
             other = self._runs[used]
             if other.status == "failed" and not isinstance(run.node, ir.Join):
                 assert other.error is not None
-                self._failed(run, other.error, is_root=False)
+                self.failed(run, other.error, is_root=False)
                 return
             if not other.is_over:
                 other.users.append(run)
@@ -210,43 +170,43 @@ class ProgramExecutor:
         if run.missing == 0:
             self._make_ready(run)
 
-    def _ask_for_grammar(self, run: _Run) -> None:
+    def _ask_for_grammar(self, run: NodeRun) -> None:
         """Not under the lock: the answer may be there at once, and starts the node on this thread."""
         if not isinstance(run.node, ir.Generate) or run.node.constraint is None:
             return
 
         def on_grammar(done: Future[Grammar]) -> None:
             error = done.exception()
-            with self._lock:
+            with self.lock:
                 if run.is_over:
                     return
                 if error is None:
                     run.grammar = done.result()
                     self._satisfy(run)
                 else:
-                    self._failed(run, error if isinstance(error, Exception) else RametError(repr(error)))
-            self._pump()
+                    self.failed(run, error if isinstance(error, Exception) else RametError(repr(error)))
+            self.pump()
 
         self._grammars.get(run.node.constraint).add_done_callback(on_grammar)
 
-    def _make_ready(self, run: _Run) -> None:
+    def _make_ready(self, run: NodeRun) -> None:
         run.status = "ready"
         self._ready.append(run)
 
-    def _satisfy(self, run: _Run) -> None:
+    def _satisfy(self, run: NodeRun) -> None:
         run.missing -= 1
         if run.missing == 0 and run.status == "waiting":
             self._make_ready(run)
 
-    def _done(self, run: _Run, *, text: str = "", path: Path | None = None, value: Any = None, **more: Any) -> None:
+    def done(self, run: NodeRun, *, text: str = "", path: Path | None = None, value: Any = None, **more: Any) -> None:
         """Mark a node done, tell the caller, and count down its users. `more`: value_text and fields of the event."""
-        with self._lock:
+        with self.lock:
             if run.is_over:
                 return
             run.status = "done"
             run.text, run.value = text, value
             run.value_text = more.pop("value_text", text)
-            run.path = path if path is not None else self._path_before(run)
+            run.path = path if path is not None else self.path_before(run)
             run.handles.clear()
             self._refund(run, more.get("usage"))
             self._emit(run, "done", text=text, value=value, **more)
@@ -254,7 +214,7 @@ class ProgramExecutor:
             for user in users:
                 self._satisfy(user)
 
-    def _failed(self, run: _Run, error: Exception, *, is_root: bool = True) -> None:
+    def failed(self, run: NodeRun, error: Exception, *, is_root: bool = True) -> None:
         """Fail a node and all that needs it. Where it is the first (`is_root`), the rest of the program stops, too."""
         if run.is_over:
             return
@@ -265,7 +225,7 @@ class ProgramExecutor:
             sibling.__cause__ = error
             self._fail_all([other for other in self._runs if other is not run], sibling)
 
-    def _fail_all(self, runs: Sequence[_Run], error: Exception) -> None:
+    def _fail_all(self, runs: Sequence[NodeRun], error: Exception) -> None:
         stack = [run for run in reversed(runs) if not run.is_over]
         handles: list[Handle] = []
         while stack:
@@ -285,19 +245,19 @@ class ProgramExecutor:
                     stack.append(user)
         self._to_cancel.extend(handles)
 
-    def _refund(self, run: _Run, usage: ir.Usage | None) -> None:
+    def _refund(self, run: NodeRun, usage: ir.Usage | None) -> None:
         if run.reserved and self._budget_left is not None:
             self._budget_left += run.reserved - (usage.completion_tokens if usage else 0)
             run.reserved = 0
             while self._over_budget:
                 self._ready.append(self._over_budget.popleft())
 
-    def _path_before(self, run: _Run) -> Path:
+    def path_before(self, run: NodeRun) -> Path:
         return Path() if run.node.parent is None else self._runs[run.node.parent].path
 
     # Events.
 
-    def _emit(self, run: _Run, kind: Any, **fields: Any) -> None:  # Any: fields of NodeEvent
+    def _emit(self, run: NodeRun, kind: Any, **fields: Any) -> None:  # Any: fields of NodeEvent
         now = time.monotonic()
         timings = fields.pop("timings", None) or {}
         if kind == "done":
@@ -305,7 +265,7 @@ class ProgramExecutor:
         name = getattr(run.node, "name", None)
         self._on_event(ir.NodeEvent(run.node.id, kind, name=name, timings=timings or None, **fields))
 
-    def _emit_error(self, run: _Run, error: Exception) -> None:
+    def _emit_error(self, run: NodeRun, error: Exception) -> None:
         tail = "" if run.node.parent is None else self._text_up_to(run.node.parent, PROMPT_TAIL)
         described = ir.NodeError(type(error).__name__, str(error) or repr(error), tail)
         self._emit(run, "error", error=described, cause=error)
@@ -326,15 +286,15 @@ class ProgramExecutor:
 
     # Running nodes. One thread at a time, without the lock.
 
-    def _pump(self) -> None:
+    def pump(self) -> None:
         while self._to_cancel:
             self._to_cancel.popleft().cancel()
-        with self._lock:
+        with self.lock:
             if self._is_pumping:
                 return
             self._is_pumping = True
         while True:
-            with self._lock:
+            with self.lock:
                 if not self._ready:
                     self._is_pumping = False
                     return
@@ -347,44 +307,44 @@ class ProgramExecutor:
             try:
                 self._start(run)
             except Exception as error:  # a node fails alone, whatever it raises; the reader gets it with its cause
-                with self._lock:
-                    self._failed(run, error)
+                with self.lock:
+                    self.failed(run, error)
 
-    def _start(self, run: _Run) -> None:
+    def _start(self, run: NodeRun) -> None:
         node = run.node
         if isinstance(node, ir.Text):
-            text = self._render(node.parts)
-            self._done(run, text=text, path=self._path_before(run).append(text))
+            text = self.render(node.parts)
+            self.done(run, text=text, path=self.path_before(run).append(text))
         elif isinstance(node, ir.Argument):
             value = self._arguments[node.name]
-            self._done(run, value=value, value_text=ir.value_text(value))
+            self.done(run, value=value, value_text=ir.value_text(value))
         elif isinstance(node, ir.Role):
             self._role(run, node)
         elif isinstance(node, ir.Fork):
-            self._done(run, path=self._path_before(run).flush(self._tokenizer))
+            self.done(run, path=self.path_before(run).flush(self.encoder))
         elif isinstance(node, ir.Join):
-            self._done(run)
+            self.done(run)
         elif isinstance(node, ir.Capture):
             text = "" if node.parent is None else self._text_up_to(node.parent, start=node.start)
-            self._done(run, value=text, value_text=text)
+            self.done(run, value=text, value_text=text)
         elif isinstance(node, ir.ToolCall):
-            arguments = ir.parse_value("json", self._render(node.arguments))
+            arguments = ir.parse_value("json", self.render(node.arguments))
             self._emit(run, "tool", value={"tool": node.tool, "arguments": arguments})
         elif isinstance(node, ir.Select):
-            _Selection(self, run, node).start()
+            Selection(self, run, node).start()
         else:
             self._generate(run, node)
 
-    def _render(self, template: ir.Template) -> str:
+    def render(self, template: ir.Template) -> str:
         return ir.render(template, lambda i: self._runs[i].value_text, lambda i: self._runs[i].value)
 
-    def _role(self, run: _Run, node: ir.Role) -> None:
+    def _role(self, run: NodeRun, node: ir.Role) -> None:
         roles = tuple(n.role for n in self._index.path(node.parent) if isinstance(n, ir.Role) and n.is_open)
         if node.is_open:
             text = self._marks.opening(roles, node.role, lambda: self._messages(node.parent))
         else:
             text = self._marks.closing(roles[:-1], node.role, lambda: self._messages(node.parent)[:-1])
-        self._done(run, text=text, path=self._path_before(run).append(text, is_markup=True))
+        self.done(run, text=text, path=self.path_before(run).append(text, is_markup=True))
 
     def _messages(self, tip: int | None) -> list[Mapping[str, str]]:
         messages: list[dict[str, str]] = []
@@ -402,8 +362,8 @@ class ProgramExecutor:
         roles = [n for n in self._index.path(node.parent) if isinstance(n, ir.Role)]
         return bool(roles) and roles[-1].is_open
 
-    def _generate(self, run: _Run, node: ir.Generate) -> None:
-        prompt = self._path_before(run).flush(self._tokenizer)
+    def _generate(self, run: NodeRun, node: ir.Generate) -> None:
+        prompt = self.path_before(run).flush(self.encoder)
         sampling = to_sampling_params(node.sampling)
         if self._marks.stop_strings and self._is_in_role(node):
             sampling = dataclasses.replace(sampling, stop=(*sampling.stop, *self._marks.stop_strings))
@@ -425,15 +385,15 @@ class ProgramExecutor:
             if output.text:
                 self._emit(run, "text", text=output.text)
             if output.finish_reason is not None:
-                with self._lock:
+                with self.lock:
                     self._generated(run, node, prompt, "".join(texts), tokens, logprobs, output)
-                self._pump()
+                self.pump()
 
-        self._submit(run, prompt.token_ids(), sampling, on_output, grammar=run.grammar)
+        self.submit(run, prompt.token_ids(), sampling, on_output, grammar=run.grammar)
 
-    def _reserve(self, run: _Run, sampling: SamplingParams) -> SamplingParams | None:
+    def _reserve(self, run: NodeRun, sampling: SamplingParams) -> SamplingParams | None:
         """Take this generation's share of the budget, or put it off (None) until another one gives some back."""
-        with self._lock:
+        with self.lock:
             assert self._budget_left is not None
             if self._budget_left <= 0:
                 if not any(other.reserved for other in self._runs):
@@ -446,9 +406,9 @@ class ProgramExecutor:
             min_tokens = min(sampling.min_tokens, run.reserved)
             return dataclasses.replace(sampling, max_tokens=run.reserved, min_tokens=min_tokens)
 
-    def _submit(
+    def submit(
         self,
-        run: _Run,
+        run: NodeRun,
         prompt: list[int],
         sampling: SamplingParams,
         on_output: Callable[[RequestOutput], None],
@@ -471,7 +431,7 @@ class ProgramExecutor:
             score_from=score_from,
             on_output=on_output,
         )
-        with self._lock:
+        with self.lock:
             if not run.is_over:
                 run.handles.append(handle)
                 return
@@ -479,7 +439,7 @@ class ProgramExecutor:
 
     def _generated(
         self,
-        run: _Run,
+        run: NodeRun,
         node: ir.Generate,
         prompt: Path,
         text: str,
@@ -487,9 +447,9 @@ class ProgramExecutor:
         logprobs: list[float],
         output: RequestOutput,
     ) -> None:
-        error = self._request_error(output)
+        error = self.request_error(output)
         if error is not None:
-            self._failed(run, error)
+            self.failed(run, error)
             return
         assert output.finish_reason is not None
         path = self._path_after(prompt, text, tokens, output)
@@ -499,12 +459,12 @@ class ProgramExecutor:
         except ValueError as bad:
             cut = " because it was cut by max_tokens" if output.finish_reason is FinishReason.LENGTH else ""
             problem = ir.NodeError("InvalidValue", f"not a value of type {node.type}{cut}: {text[:200]!r} ({bad})")
-        self._done(
+        self.done(
             run,
             text=text,
             path=path,
             value=value,
-            usage=_usage(output),
+            usage=usage_of(output),
             finish_reason=output.finish_reason.value,
             meta={"logprobs": logprobs, "token_ids": tokens} if logprobs else None,
             timings=self._request_timings(run, output),
@@ -514,10 +474,10 @@ class ProgramExecutor:
     def _path_after(self, prompt: Path, text: str, tokens: list[int], output: RequestOutput) -> Path:
         """The branch after a generation: its tokens, cut where a stop string cut its text."""
         if isinstance(output.stop_match, str):
-            return prompt.extend(*keep_text(self._tokenizer.token_bytes, tokens, text))
+            return prompt.extend(*keep_text(self.tokenizer.token_bytes, tokens, text))
         return prompt.extend(tokens)
 
-    def _request_error(self, output: RequestOutput) -> Exception | None:
+    def request_error(self, output: RequestOutput) -> Exception | None:
         if output.finish_reason not in (FinishReason.ERROR, FinishReason.ABORT):
             return None
         deadline = self._limits.deadline_s
@@ -525,100 +485,8 @@ class ProgramExecutor:
             return DeadlineExceeded("the program's deadline passed")
         return output.error or RequestCancelled("the request was aborted")
 
-    def _request_timings(self, run: _Run, output: RequestOutput) -> dict[str, float]:
+    def _request_timings(self, run: NodeRun, output: RequestOutput) -> dict[str, float]:
         timings = dict(output.timings or {})
         first = timings.get("first_token_s")
         found = {} if first is None else {"first_token_s": run.start_s - self._start_s + float(first)}
         return found | ({"queue_s": float(timings["queue_s"])} if "queue_s" in timings else {})
-
-
-class _Selection:
-    """Scores the choices of one Select node: one request a choice, all at once, each tokenised with what precedes."""
-
-    def __init__(self, executor: ProgramExecutor, run: _Run, node: ir.Select) -> None:
-        self._executor, self._run, self._node = executor, run, node
-        self._texts = [executor._render(choice) for choice in node.choices]
-        duplicates = {text for text in self._texts if self._texts.count(text) > 1 or not text}
-        if duplicates:
-            raise InvalidProgram(f"the choices of a select must differ and not be empty: {self._texts!r}")
-        self._before = executor._path_before(run)
-        is_start = self._before.length == 0
-        self._tokens = [
-            encode_pieces(executor._tokenizer, (*self._before.pending, Piece(text)), is_start=is_start)
-            for text in self._texts
-        ]
-        shared = min(len(tokens) for tokens in self._tokens)
-        self._shared = next((i for i in range(shared) if len({tokens[i] for tokens in self._tokens}) > 1), shared)
-        self._usage = ir.Usage()
-        self._left = 0
-        self._lock = threading.Lock()
-
-    def start(self) -> None:
-        base = self._before.token_ids()
-        score_from = len(base) + self._shared
-        if score_from == 0:
-            raise InvalidRequest("select needs some text before its choices; this model has no begin-of-text token")
-        tails = [tokens[self._shared :] for tokens in self._tokens]
-        jobs = [(i, base + tokens, score_from) for i, tokens in enumerate(self._tokens) if tails[i]]
-        if self._node.scorer == "unconditional":
-            start = self._executor._tokenizer.bos_id
-            opening = [start if start is not None else min(self._executor._tokenizer.eos_ids)]
-            jobs += [(i + len(tails), opening + tail, 1) for i, tail in enumerate(tails) if tail]
-        self._rows: list[list[float]] = [[] for _ in range(2 * len(tails))]
-        if len(tails) == 1:
-            self._finish()
-            return
-        self._left = len(jobs)
-        for row, prompt, begin in jobs:
-            self._executor._submit(
-                self._run, prompt, SamplingParams(max_tokens=1), self._collector(row), score_from=begin
-            )
-
-    def _collector(self, row: int) -> Callable[[RequestOutput], None]:
-        def on_output(output: RequestOutput) -> None:
-            if output.prompt_logprobs is not None:
-                self._rows[row].extend(float(value) for value in output.prompt_logprobs)
-            if output.finish_reason is None or self._run.is_over:
-                return
-            error = self._executor._request_error(output)
-            with self._lock:
-                self._left -= 1
-                self._usage = self._usage + _usage(output)
-                is_last = self._left == 0
-            if error is not None:
-                with self._executor._lock:
-                    self._executor._failed(self._run, error)
-            elif is_last:
-                self._finish()
-            self._executor._pump()
-
-        return on_output
-
-    def _finish(self) -> None:
-        node, count = self._node, len(self._texts)
-        tails = [tokens[self._shared :] for tokens in self._tokens]
-        values = program_select.scores(node.scorer, tails, self._rows[:count], self._rows[count:])
-        index = program_select.choose(values, node.temperature, node.seed)
-        text = self._texts[index]
-        path = Path(self._before, tuple(self._tokens[index]), self._before.length + len(self._tokens[index]))
-        self._executor._done(
-            self._run,
-            text=text,
-            path=path,
-            value=text,
-            usage=self._usage,
-            meta={"index": index, "scores": values, "probs": program_select.probabilities(values)},
-        )
-
-
-def to_sampling_params(sampling: ir.Sampling) -> SamplingParams:
-    """The engine's form; what the program left open has the engine's defaults."""
-    given = {name: value for name in sampling.__struct_fields__ if (value := getattr(sampling, name)) is not None}
-    if "logit_bias" in given:
-        given["logit_bias"] = dict(given["logit_bias"])
-    return SamplingParams(**given)
-
-
-def _usage(output: RequestOutput) -> ir.Usage:
-    usage = output.usage
-    return ir.Usage(usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens)

@@ -28,9 +28,8 @@ from ramet.lang.ir import (
     Text,
     ToolCall,
 )
-from ramet.runtime.grammar_cache import GrammarCache, compiler
-from ramet.runtime.programs import ProgramExecutor, ProgramLimits
-from ramet.runtime.role_marks import RoleMarks
+from ramet.runtime.program_engine import ProgramLimits
+from ramet.runtime.programs import ProgramHost
 from ramet.runtime.scripted_model import ScriptedEngine
 from ramet.runtime.types import SamplingParams
 
@@ -45,13 +44,7 @@ class Program:
         self.events: list[NodeEvent] = []
         self.ended: dict[int, NodeEvent] = {}
         self._changed = threading.Condition()
-        self.executor = ProgramExecutor(
-            engine,
-            self.on_event,
-            RoleMarks(engine.tokenizer.chat_template),
-            GrammarCache(compiler(engine.tokenizer)),
-            ProgramLimits(**limits),
-        )
+        self.executor = ProgramHost(engine).start(self.on_event, ProgramLimits(**limits))
         self.num_nodes = 0
 
     def on_event(self, event: NodeEvent) -> None:
