@@ -93,6 +93,7 @@ class ProgramExecutor:
         self._index = ir.GraphIndex()
         self._arguments: dict[str, Any] = {}  # JSON values
         self._runs: list[NodeRun] = []
+        self._num_over = 0  # of them, done or failed
         self._ready: deque[NodeRun] = deque()
         self._over_budget: deque[NodeRun] = deque()
         self._budget_left = limits.token_budget
@@ -147,7 +148,7 @@ class ProgramExecutor:
     def is_over(self) -> bool:
         """True when no more parts will come, and every node is done or failed."""
         with self.lock:
-            return self._is_complete and all(run.is_over for run in self._runs)
+            return self._is_complete and self._num_over == len(self._runs)
 
     # Bookkeeping. All of it runs under the lock.
 
@@ -204,6 +205,7 @@ class ProgramExecutor:
             if run.is_over:
                 return
             run.status = "done"
+            self._num_over += 1
             run.text, run.value = text, value
             run.value_text = more.pop("value_text", text)
             run.path = path if path is not None else self.path_before(run)
@@ -233,6 +235,7 @@ class ProgramExecutor:
             if run.is_over:
                 continue
             run.status, run.error = "failed", error
+            self._num_over += 1
             handles.extend(run.handles)
             run.handles.clear()
             self._refund(run, None)

@@ -25,9 +25,8 @@ from ramet.errors import EngineStopped, RametError
 from ramet.lang.ir import Graph, NodeEvent
 from ramet.runtime.client import Engine
 from ramet.runtime.config import EngineConfig
-from ramet.runtime.grammar_cache import GrammarCache, compiler
-from ramet.runtime.programs import ProgramExecutor, ProgramLimits
-from ramet.runtime.role_marks import RoleMarks
+from ramet.runtime.program_engine import ProgramLimits
+from ramet.runtime.programs import ProgramExecutor, ProgramHost
 from ramet.runtime.server.protocol import (
     Abort,
     Answer,
@@ -107,8 +106,7 @@ class EngineServer:
     def __init__(self, engine: Engine, send: Callable[[Report], None]) -> None:
         self.engine = engine
         self._send = send
-        self._marks = RoleMarks(engine.tokenizer.chat_template)
-        self._grammars = GrammarCache(compiler(engine.tokenizer))
+        self._host = ProgramHost(engine)
         self._programs: dict[str, ProgramExecutor] = {}
         self._aborted: set[str] = set()  # while their grammars compile
         self._compiling: set[str] = set()
@@ -147,7 +145,7 @@ class EngineServer:
             else:
                 self._submit_compiled(command, future.result())
 
-        self._grammars.get(command.constraint).add_done_callback(compiled)
+        self._host.grammars.get(command.constraint).add_done_callback(compiled)
 
     def _submit_compiled(self, command: Submit, grammar: Grammar | None) -> None:
         def on_output(output: RequestOutput) -> None:
@@ -178,7 +176,7 @@ class EngineServer:
         self._send(Output(command.id, num_prompt, 0, 0, finish_reason="error", error=ErrorInfo.of(error)))
 
     def _abort(self, request_id: str) -> None:
-        program = self._programs.pop(request_id, None)
+        program = self._programs.get(request_id)
         if program is not None:
             program.cancel()
             return
@@ -191,21 +189,24 @@ class EngineServer:
     def _start_program(self, command: StartProgram) -> None:
         def on_event(event: NodeEvent) -> None:
             self._send(ProgramEvent(command.id, msgspec.structs.replace(event, cause=None)))
-            if executor.is_idle and self._programs.pop(command.id, None) is not None:
+            end_if_over()
+
+        def end_if_over() -> None:
+            if executor.is_over and self._programs.pop(command.id, None) is not None:
                 self._send(ProgramEnd(command.id))
 
         deadline_s = None if command.deadline_s is None else time.monotonic() + command.deadline_s
         limits = ProgramLimits(command.id, command.cache_salt, command.priority, deadline_s, command.token_budget)
-        executor = ProgramExecutor(self.engine, on_event, self._marks, self._grammars, limits)
+        executor = self._host.start(on_event, limits)
         self._programs[command.id] = executor
         try:
             executor.extend(Graph.from_json(command.graph))
+            executor.finish()
         except RametError as error:
             self._programs.pop(command.id, None)
             self._send(ProgramEnd(command.id, ErrorInfo.of(error)))
             return
-        if executor.is_idle and self._programs.pop(command.id, None) is not None:
-            self._send(ProgramEnd(command.id))
+        end_if_over()
 
     def _provide(self, command: ProvideTool) -> None:
         program = self._programs.get(command.id)
