@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -10,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ramet import State, function, gen, select
+from ramet.errors import ProgramError
 from ramet.lang.compiled import Compiled
 from ramet.lang.ir import Graph
 from ramet.runtime.scripted_model import ScriptedEngine, ScriptedHandle
@@ -119,3 +122,28 @@ def test_a_graph_read_back_from_json_runs_as_the_program_does(program: list[Step
         sent = compiled.run(backend=engine)
     assert sent.text() == direct.text()
     assert {n: e.text for n, e in sent.record.events.items()} == {n: e.text for n, e in direct.record.events.items()}
+
+
+@given(steps, st.sampled_from(["a ", ">", "1:", "never"]), st.floats(0, 0.02), st.booleans())
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_a_program_that_fails_or_is_cancelled_ends_and_leaves_the_engine_idle(
+    program: list[Step], bad: str, cancel_after_s: float, is_cancelled: bool
+) -> None:
+    with ScriptedEngine(failures={bad: RuntimeError("injected")}, latency_s=0.001) as engine:
+        stream = random_program.stream(program=program, may_read=True, backend=engine, seed=7)
+        if is_cancelled:
+            threading.Timer(cancel_after_s, stream.state.cancel).start()
+        error: ProgramError | None = None
+        try:
+            for event in stream:
+                assert event.kind in ("text", "done", "error")
+            error = stream.state.error()
+        except ProgramError as raised:
+            error = raised
+        assert error is None or is_cancelled or "injected" in str(error)
+        alive = engine.submit("the engine lives").result()
+        assert alive.finish_reason is not None
+        deadline = time.monotonic() + 5
+        while engine.stats().num_finished < engine.stats().num_requests and time.monotonic() < deadline:
+            time.sleep(0.001)
+        assert engine.stats().num_finished >= engine.stats().num_requests
