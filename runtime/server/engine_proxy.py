@@ -26,7 +26,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from ramet.errors import EngineStopped, Overloaded, RametError
+from ramet.errors import EngineStopped, InvalidRequest, Overloaded, RametError
 from ramet.lang.ir import NodeEvent
 from ramet.runtime.server.engine_process import Settings
 from ramet.runtime.server.protocol import (
@@ -181,6 +181,8 @@ class EngineProxy:
         self._log_level = log_level
         self.max_in_flight = max_in_flight
         self.counters = ProxyCounters()
+        self.on_finish: Callable[[Output], None] | None = None  # of every request, for metrics
+        self.on_heartbeat: Callable[[dict[str, float]], None] | None = None
         self._folder = tempfile.TemporaryDirectory(prefix="ramet-")
         self._context: zmq.asyncio.Context = zmq.asyncio.Context()
         self._commands: zmq.asyncio.Socket | None = None
@@ -193,7 +195,8 @@ class EngineProxy:
         self._ready = asyncio.Event()
         self._is_stopping = False
         self._tasks: list[asyncio.Task[None]] = []
-        self._outbox: list[Command] = []
+        self._encoder = msgspec.msgpack.Encoder()
+        self._outbox: list[msgspec.Raw] = []
         self._outbox_filled = asyncio.Event()
 
     # -- life ----------------------------------------------------------------------------------------------------
@@ -266,17 +269,17 @@ class EngineProxy:
     def submit(self, command: Submit) -> OutputStream:
         """Send a request. Raises Overloaded, EngineStopped (not ready), InvalidRequest (an id in use)."""
         self._admit(command.id)
+        self._send(command)
         stream = OutputStream(command.id, self._abort)
         self._streams[command.id] = stream
-        self._send(command)
         return stream
 
     def start_program(self, command: StartProgram) -> ProgramStream:
         """Send a program. Raises as `submit`."""
         self._admit(command.id)
+        self._send(command)
         stream = ProgramStream(command.id, self._abort)
         self._programs[command.id] = stream
-        self._send(command)
         return stream
 
     def provide(self, command: ProvideTool) -> None:
@@ -315,7 +318,7 @@ class EngineProxy:
         if self.num_in_flight >= self.max_in_flight:
             raise Overloaded(f"{self.num_in_flight:,} requests are in flight already; retry later", 1.0)
         if request_id in self._streams or request_id in self._programs:
-            raise RametError(f"request id {request_id!r} is in use")
+            raise InvalidRequest(f"request id {request_id!r} is in use; choose another", param="rid")
 
     def _abort(self, request_id: str) -> None:
         """A reader left: forget its stream and tell the engine."""
@@ -324,19 +327,22 @@ class EngineProxy:
             self._send(Abort(request_id))
 
     def _send(self, command: Command) -> None:
-        self._outbox.append(command)
+        """Encoded here, so that what cannot be encoded fails its own caller."""
+        try:
+            self._outbox.append(msgspec.Raw(self._encoder.encode(command)))
+        except (OverflowError, TypeError, UnicodeEncodeError) as error:
+            raise InvalidRequest(f"the request holds a value that cannot be sent on: {error}") from error
         self._outbox_filled.set()
 
     # -- tasks ---------------------------------------------------------------------------------------------------
 
     async def _write(self) -> None:
-        encoder = msgspec.msgpack.Encoder()
         while True:
             await self._outbox_filled.wait()
             self._outbox_filled.clear()
             commands, self._outbox = self._outbox, []
             if commands and self._commands is not None:
-                await self._commands.send(encoder.encode(commands))
+                await self._commands.send(self._encoder.encode(commands))
 
     async def _read(self, socket: zmq.asyncio.Socket) -> None:
         while True:
@@ -345,6 +351,8 @@ class EngineProxy:
 
     def _take(self, report: Report) -> None:
         if isinstance(report, Output):
+            if report.finish_reason is not None and self.on_finish is not None:
+                self.on_finish(report)
             stream = self._streams.get(report.id)
             if stream is not None:
                 if report.finish_reason is not None:
@@ -377,6 +385,8 @@ class EngineProxy:
     def _note_heartbeat(self, stats: dict[str, float]) -> None:
         state, now_s = self._state, time.monotonic()
         state.stats, state.heard_s = stats, now_s
+        if self.on_heartbeat is not None:
+            self.on_heartbeat(stats)
         if stats["num_steps"] != state.num_steps or not (stats["num_running"] or stats["num_waiting"]):
             state.num_steps, state.progressed_s = stats["num_steps"], now_s
 

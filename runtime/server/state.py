@@ -91,4 +91,6 @@ class HttpError(Exception):
             return cls(503, message, kind="server_error", code="engine_unavailable", retry_after_s=2.0)
         if isinstance(error, RametError):
             return cls(400, message)
+        if isinstance(error, UnicodeEncodeError):
+            return cls(400, f"a text is not valid Unicode: it holds {error.object[error.start : error.end]!r} alone")
         return cls(500, "an internal error; the server's log has the details", kind="server_error", code="internal")

@@ -1,0 +1,139 @@
+"""The application: endpoints, errors in one shape, and the life of the engine process."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+
+from ramet.errors import RametError
+from ramet.runtime.config import EngineConfig
+from ramet.runtime.models.catalog import resolve_model
+from ramet.runtime.models.dummy import TINY_MODEL
+from ramet.runtime.models.load import open_model
+from ramet.runtime.server import native, openai_api, programs_api
+from ramet.runtime.server.config import ServerConfig
+from ramet.runtime.server.engine_proxy import EngineProxy
+from ramet.runtime.server.http_limits import Limits
+from ramet.runtime.server.metrics import ServerMetrics
+from ramet.runtime.server.state import HttpError, ServerState
+from ramet.runtime.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+def create_app(state: ServerState, metrics: ServerMetrics) -> FastAPI:
+    """Make the application over a proxy that its lifespan starts and stops."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await state.proxy.start()
+        yield
+        await state.proxy.stop(state.config.drain_s)
+        state.pool.shutdown(wait=False, cancel_futures=True)
+
+    app = FastAPI(title="Ramet", version="0.1.0", lifespan=lifespan, redoc_url=None)
+    app.state.server = state
+    app.include_router(native.make_router(state, metrics))
+    app.include_router(programs_api.make_router(state, metrics))
+    app.include_router(openai_api.make_router(state))
+    _add_error_handlers(app)
+    if state.config.cors_allow_origin:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=list(state.config.cors_allow_origin), allow_methods=["*"], allow_headers=["*"]
+        )
+    app.add_middleware(Limits, config=state.config, metrics=metrics)
+    return app
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    async def ours(request: Request, error: Exception) -> JSONResponse:
+        return HttpError.of(error).response()
+
+    async def validation(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RequestValidationError)
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"] if part != "body")
+        message = f"{where or 'the body'}: {first['msg']}"
+        return HttpError(400, message, param=where or None).response()
+
+    async def http(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)
+        code = "not_found" if error.status_code == 404 else None
+        return HttpError(error.status_code, str(error.detail), code=code).response()
+
+    async def unexpected(request: Request, error: Exception) -> JSONResponse:
+        logger.exception("%s %s failed", request.method, request.url.path, exc_info=error)
+        return HttpError.of(error).response()
+
+    app.add_exception_handler(HttpError, ours)
+    app.add_exception_handler(RametError, ours)
+    app.add_exception_handler(UnicodeEncodeError, ours)
+    app.add_exception_handler(RequestValidationError, validation)
+    app.add_exception_handler(HTTPException, http)
+    app.add_exception_handler(Exception, unexpected)
+
+
+def open_tokenizer(model: str | None) -> tuple[str, Tokenizer]:
+    """The model's name and tokenizer, without its weights. Raises ModelError."""
+    if model == TINY_MODEL:
+        from ramet.runtime.byte_tokenizer import ByteTokenizer
+
+        return TINY_MODEL, ByteTokenizer()
+    path = resolve_model(model)
+    return model or path.stem, open_model(path).tokenizer
+
+
+def make_server(
+    model: str | None, engine: dict[str, Any], config: ServerConfig
+) -> tuple[FastAPI, ServerState]:  # Any: EngineConfig's fields
+    """Everything but the socket. Raises ModelError and ConfigError before anything is started."""
+    EngineConfig.from_mapping(engine)
+    name, tokenizer = open_tokenizer(model)
+    proxy = EngineProxy(model, engine, max_in_flight=config.max_in_flight)
+    metrics = ServerMetrics(proxy, compat=config.compat_metrics)
+    state = ServerState(config, proxy, tokenizer, config.served_model_name or name, time.time())
+    return create_app(state, metrics), state
+
+
+class Server(uvicorn.Server):
+    """Ends in order on the first SIGTERM or Ctrl-C, at once on the second."""
+
+    def __init__(self, config: uvicorn.Config, state: ServerState) -> None:
+        super().__init__(config)
+        self._state = state
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.should_exit:
+            self.force_exit = True
+            hello = self._state.proxy.hello
+            if hello is not None:
+                import os
+
+                os.kill(hello.pid, signal.SIGKILL)
+        self.should_exit = True
+
+
+def serve(model: str | None, engine: dict[str, Any], config: ServerConfig) -> None:
+    """Serve until told to end."""
+    app, state = make_server(model, engine, config)
+    settings = uvicorn.Config(
+        app,
+        host=config.host,
+        port=config.port,
+        log_level="info",
+        access_log=False,
+        timeout_graceful_shutdown=int(config.drain_s) + 1,
+    )
+    Server(settings, state).run()

@@ -1,0 +1,265 @@
+"""The native endpoints over a real socket: generation, health, limits, aborts, metrics."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+Server = Any  # RunningServer of conftest.py, which importlib mode cannot import by name
+GREEDY = {"temperature": 0.0, "max_new_tokens": 12, "ignore_eos": True}
+
+
+def generate(server: Server, **body: Any) -> httpx.Response:
+    response: httpx.Response = server.client.post(
+        "/generate", json={"text": "hello", "sampling_params": GREEDY, **body}
+    )
+    return response
+
+
+def settled(server: Server) -> dict[str, float]:
+    """The engine's figures once nothing runs."""
+    for _ in range(300):
+        info = server.client.get("/get_server_info").json()
+        stats: dict[str, float] = info["stats"]
+        if stats and not stats["num_running"] and not stats["num_waiting"] and not info["in_flight"]:
+            return stats
+        time.sleep(0.05)
+    raise AssertionError("the engine does not come to rest")
+
+
+def test_text_and_token_ids_give_the_same_answer_and_the_second_one_is_cached(server: Server) -> None:
+    first = generate(server).json()
+    second = generate(server, text=None, input_ids=list(b"hello")).json()
+    assert first["text"] == second["text"]
+    assert first["output_ids"] == second["output_ids"]
+    assert first["meta_info"]["finish_reason"] == {"type": "length"}
+    assert first["meta_info"]["completion_tokens"] == 12
+    assert second["meta_info"]["cached_tokens"] == 4
+
+
+@pytest.mark.parametrize("cumulative", [False, True])
+def test_a_stream_adds_up_to_the_whole_answer_and_ends_with_done(server: Server, cumulative: bool) -> None:
+    whole = generate(server).json()
+    lines = [line for line in generate(server, stream=True, cumulative=cumulative).text.split("\n\n") if line]
+    assert lines[-1] == "data: [DONE]"
+    events = [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+    ids = events[-1]["output_ids"] if cumulative else [i for e in events for i in e["output_ids"]]
+    assert ids == whole["output_ids"]
+    assert events[-1]["meta_info"]["finish_reason"] == {"type": "length"}
+
+
+def test_a_constraint_holds(server: Server) -> None:
+    pattern = "(red|green|blue)(,(red|green|blue)){1,2}"
+    for seed in range(4):
+        sampling = {"max_new_tokens": 30, "sampling_seed": seed, "regex": pattern}
+        assert re.fullmatch(pattern, generate(server, sampling_params=sampling).json()["text"])
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "message"),
+    [
+        ({"text": None}, 400, "either text or input_ids"),
+        ({"input_ids": [1]}, 400, "either text or input_ids"),
+        ({"text": ""}, 400, "no tokens"),
+        ({"text": 7}, 400, "text"),
+        ({"no_such_field": 1}, 400, "no_such_field"),
+        ({"sampling_params": {"top_p": 7.0}}, 400, "top_p"),
+        ({"sampling_params": {"no_such": 1}}, 400, "no_such"),
+        ({"sampling_params": {"regex": "a", "ebnf": "b"}}, 400, "only one of"),
+        ({"sampling_params": {"regex": "(unclosed"}}, 400, "unclosed"),
+        ({"text": "x" * 600}, 400, "context"),
+        ({"text": None, "input_ids": [999]}, 400, "999"),
+        ({"text": None, "input_ids": [2**70]}, 400, ""),
+    ],
+)
+def test_bad_bodies_get_an_error_that_names_the_field(
+    server: Server, body: dict[str, Any], status: int, message: str
+) -> None:
+    response = generate(server, **body)
+    assert response.status_code == status, response.text
+    assert message in response.json()["error"]["message"]
+    assert generate(server).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [b"", b"{", b"\xff\xfe", b"[]", b'"text"', b"[" * 100_000, b'{"text": "\\ud800"}', b'{"text": NaN}', b"null"],
+)
+def test_bodies_that_are_no_json_object_get_a_400(server: Server, raw: bytes) -> None:
+    response = server.client.post("/generate", content=raw, headers={"content-type": "application/json"})
+    assert response.status_code == 400, response.text
+    assert response.json()["error"]["message"]
+
+
+def test_a_body_over_the_limit_is_refused_before_it_is_read(server: Server) -> None:
+    response = server.client.post("/generate", content=b"x" * (33 << 20))
+    assert response.status_code == 413
+
+    def chunks() -> Iterator[bytes]:
+        for _ in range(40):
+            yield b"x" * (1 << 20)
+
+    try:
+        response = server.client.post("/generate", content=chunks())
+        assert response.status_code == 413
+    except httpx.TransportError:
+        pass  # the server may close while the client is still sending
+    assert generate(server).status_code == 200
+
+
+def test_unknown_paths_and_methods_have_the_same_error_shape(server: Server) -> None:
+    assert server.client.get("/nowhere").json()["error"]["code"] == "not_found"
+    assert server.client.get("/generate").status_code == 405
+
+
+def test_a_client_that_leaves_in_the_middle_frees_its_pages(server: Server) -> None:
+    before = server.state.proxy.counters.num_aborts
+    with server.client.stream(
+        "POST",
+        "/generate",
+        json={"text": "leaving", "sampling_params": {**GREEDY, "max_new_tokens": 450}, "stream": True},
+    ) as response:
+        next(response.iter_bytes())
+    stats = settled(server)
+    assert stats["num_free_pages"] + stats["num_evictable_pages"] == stats["num_pages"]
+    assert server.state.proxy.counters.num_aborts == before + 1
+
+
+def test_a_client_that_leaves_before_a_whole_answer_frees_its_pages(server: Server) -> None:
+    before = server.state.proxy.counters.num_aborts
+    body = json.dumps({"text": "leaving", "sampling_params": {**GREEDY, "max_new_tokens": 480}}).encode()
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as raw:
+        head = f"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
+        head += "\r\n\r\n"
+        raw.sendall(head.encode() + body)
+        time.sleep(0.02)
+    settled(server)
+    assert server.state.proxy.counters.num_aborts == before + 1
+
+
+def test_abort_takes_exact_ids_only(server: Server) -> None:
+    assert server.client.post("/abort_request", json={"rid": "no-such"}).json() == {"aborted": []}
+    assert server.client.post("/abort_request", json={}).status_code == 400
+
+
+def test_health_ready_and_information(server: Server) -> None:
+    assert server.client.get("/health").json() == {"status": "ok", "reason": None}
+    assert server.client.get("/ready").json() == {"ready": True}
+    assert server.client.get("/health_generate").json()["status"] == "ok"
+    info = server.client.get("/get_model_info").json()
+    assert (info["context_length"], info["model_path"]) == (512, "tiny-random")
+    assert server.client.get("/get_server_info").json()["engine"]["num_kv_tokens"] == 4096
+    assert server.client.post("/flush_cache").json()["freed_pages"] >= 0
+
+
+def test_metrics_count_what_happened(server: Server) -> None:
+    def value(name: str) -> float:
+        text = server.client.get("/metrics").text
+        found = re.search(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)
+        assert found, f"{name} is not exported"
+        return float(found[1])
+
+    before = value("ramet_generation_tokens_total")
+    generate(server)
+    assert value("ramet_generation_tokens_total") == before + 12
+    assert value('ramet_requests_total{reason="length"}') >= 1
+    assert value("ramet_time_to_first_token_seconds_count") >= 1
+    time.sleep(1.2)
+    for name in (
+        "sglang_cache_hit_rate",
+        "sglang_num_queue_reqs",
+        "sglang_token_usage",
+        "sglang_num_running_reqs",
+        "sglang_time_to_first_token_seconds_count",
+        "ramet_prefix_cache_hit_tokens_total",
+        "ramet_prefix_cache_hit_ratio",
+        "ramet_kv_usage_ratio",
+    ):
+        assert value(name) >= 0
+    assert value("ramet_kv_pages") == 256
+
+
+def test_keys_are_asked_for_and_admin_paths_want_the_admin_key(start_server: Any) -> None:
+    keys = {"api_key": ("one", "two"), "admin_api_key": "admin", "protect_metrics": True, "isolate_cache_by_key": True}
+    with start_server(**keys) as server:
+        client = server.client
+        assert client.get("/health").status_code == 200
+        refused = client.post("/generate", json={"text": "x"})
+        assert refused.status_code == 401
+        assert refused.json()["error"]["code"] == "invalid_api_key"
+        good, admin = {"authorization": "Bearer one"}, {"authorization": "Bearer admin"}
+        body = {"text": "the same prompt for both", "sampling_params": GREEDY}
+        assert client.post("/generate", json=body, headers=good).status_code == 200
+        again = client.post("/generate", json=body, headers=good).json()
+        other = client.post("/generate", json=body, headers={"authorization": "Bearer two"}).json()
+        assert again["meta_info"]["cached_tokens"] > 0
+        assert other["meta_info"]["cached_tokens"] == 0
+        assert client.post("/flush_cache", headers=good).status_code == 401
+        assert client.post("/flush_cache", headers=admin).status_code == 200
+        assert client.get("/metrics").status_code == 401
+        assert "one" not in client.get("/get_server_info", headers=good).text.replace("none", "").replace("None", "")
+
+
+def test_programs_run_stream_repeat_and_cancel(server: Server) -> None:
+    graph = {
+        "version": 1,
+        "nodes": [
+            {"kind": "argument", "id": 0, "name": "who"},
+            {"kind": "text", "id": 1, "parts": ["Hello ", {"node": 0}, ": "]},
+            {"kind": "generate", "id": 2, "parent": 1, "name": "x", "sampling": {"max_tokens": 6, "temperature": 0.0}},
+        ],
+    }
+    rows = [{"who": "Ann"}, {"who": "Bob"}]
+    result = server.client.post("/v1/programs", json={"graph": graph, "rows": rows}).json()
+    assert result["status"] == "done", result
+    assert [len(row["nodes"]) for row in result["rows"]] == [3, 3] or all(
+        "x" in row["values"] for row in result["rows"]
+    )
+    assert server.client.get(f"/v1/programs/{result['id']}").json() == result
+
+    body = {"graph": graph, "arguments": {"who": "Ann"}, "stream": True}
+    text = server.client.post("/v1/programs", json=body).text
+    assert text.startswith("event: program\n")
+    assert "event: end\n" in text
+
+    key = {"idempotency-key": "once"}
+    first = server.client.post("/v1/programs", json={"graph": graph, "arguments": {"who": "C"}}, headers=key).json()
+    second = server.client.post("/v1/programs", json={"graph": graph, "arguments": {"who": "C"}}, headers=key).json()
+    assert first["id"] == second["id"]
+
+    long = json.loads(json.dumps(graph))
+    long["nodes"][2]["sampling"] = {"max_tokens": 450, "ignore_eos": True}
+    started = server.client.post("/v1/programs", json={"graph": long, "arguments": {"who": "D"}, "detach": True})
+    assert started.status_code == 202
+    assert server.client.delete(f"/v1/programs/{started.json()['id']}").json()["status"] == "cancelled"
+    stats = settled(server)
+    assert stats["num_free_pages"] + stats["num_evictable_pages"] == stats["num_pages"]
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({}, "graph"),
+        ({"graph": {"version": 99, "nodes": []}}, "version 99"),
+        ({"graph": {"version": 1, "nodes": []}, "arguments": {"x": 1}}, "no argument 'x'"),
+        ({"graph": {"version": 1, "nodes": []}, "rows": []}, "rows is empty"),
+        ({"graph": {"version": 1, "nodes": [{"kind": "text", "id": 0, "parent": 5, "parts": ["a"]}]}}, "5"),
+        ({"graph": {"version": 1, "nodes": [{"kind": "argument", "id": 0, "name": "x"}]}}, "'x' has no value"),
+    ],
+)
+def test_bad_programs_are_refused_with_what_is_wrong(server: Server, body: dict[str, Any], message: str) -> None:
+    response = server.client.post("/v1/programs", json=body)
+    assert response.status_code == 400, response.text
+    assert message in response.json()["error"]["message"]
+
+
+def test_no_such_program(server: Server) -> None:
+    assert server.client.get("/v1/programs/none").status_code == 404
