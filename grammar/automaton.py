@@ -213,6 +213,10 @@ class Machine:
                 return int(scratch[1])
             if status == 1:
                 return DEAD
+            if status == 4:
+                packed = int(scratch[1])
+                frame = cast("MemoryFrame", self.frames[packed >> LOCAL_BITS])
+                return target(frame.remember(frame.text), packed & LOCAL_MASK)
             if status == 2:
                 instance, exit_index = int(scratch[2]), int(scratch[3])
                 if self.exit_target(instance, exit_index) < 0:

@@ -128,8 +128,9 @@ class CompiledGrammar:
         machine = self.machine
         same = machine.same_mask.get(packed >> LOCAL_BITS)
         if same is not None:
-            # the text remembered in a frame changes nothing but where its exits lead, and masks do not see that far
-            return self.mask(self.state_number((same << LOCAL_BITS) | (packed & LOCAL_MASK)))
+            # the text remembered in a frame changes only where its exits lead, and masks do not see that far
+            row = self.mask(self.state_number((same << LOCAL_BITS) | (packed & LOCAL_MASK)))
+            return self._without_refused(packed, row)
         row, trie = self._first_row(packed)
         scratch, unsure = self._scratch, self._unsure
         scratch[0] = 0
@@ -143,6 +144,19 @@ class CompiledGrammar:
             machine.exit_target(int(scratch[1]), int(scratch[2]))
         if unsure[0]:
             self._check_unsure(packed, row)
+        row.flags.writeable = False
+        return row
+
+    def _without_refused(self, packed: int, row: NDArray[np.int32]) -> NDArray[np.int32]:
+        """Take away the tokens that begin with a text that a frame's memory refuses."""
+        frame = self.machine.frames[packed >> LOCAL_BITS]
+        refused = frame.refused_prefixes(packed & LOCAL_MASK) if hasattr(frame, "refused_prefixes") else ()
+        if not refused:
+            return row
+        row = row.copy()
+        for prefix in refused:
+            for token in self.vocabulary.tokens_with_prefix(prefix):
+                row.view(np.uint32)[token >> 5] &= np.uint32(~(1 << (token & 31)) & 0xFFFFFFFF)
         row.flags.writeable = False
         return row
 

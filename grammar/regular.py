@@ -12,6 +12,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -147,14 +148,24 @@ def minimize(dfa: Dfa) -> Dfa:
     table = np.vstack([np.where(table < 0, n, table), np.full((1, k), n)])
     block = np.append(np.asarray(dfa.accepting, dtype=np.int64), 0)
     num = len(np.unique(block))
+    weights = _weights(k)
     while True:
-        signature = np.column_stack([block, block[table]])
-        block = np.unique(signature, axis=0, return_inverse=True)[1].reshape(-1)
+        # equal signatures (own block, blocks of the targets) have equal digests; the sums wrap, which is harmless
+        digest = block * _OWN_WEIGHT + block[table] @ weights
+        block = np.unique(digest, return_inverse=True)[1].reshape(-1)
         found = int(block.max()) + 1
         if found == num:
             break
         num = found
     return _renumber(dfa, block, num, table)
+
+
+_OWN_WEIGHT = np.int64(0x5851F42D4C957F2D)
+
+
+@lru_cache(maxsize=512)
+def _weights(n: int) -> NDArray[np.int64]:
+    return np.random.default_rng(7).integers(-(2**62), 2**62, size=n, dtype=np.int64)
 
 
 def _renumber(dfa: Dfa, block: NDArray[np.int64], num: int, table: NDArray[np.int64]) -> Dfa:
@@ -175,8 +186,8 @@ def _renumber(dfa: Dfa, block: NDArray[np.int64], num: int, table: NDArray[np.in
     number = np.full(num, -1, dtype=np.int64)
     number[order] = np.arange(len(order))
     kept = number[rows[order]]
-    columns, inverse = np.unique(kept, axis=1, return_inverse=True)
-    inverse = inverse.reshape(-1)
+    _, first, inverse = np.unique(_weights(len(kept)) @ kept, return_index=True, return_inverse=True)
+    columns, inverse = kept[:, first], inverse.reshape(-1)
     starts: list[int] = []
     classes: list[int] = []
     for first, cls in zip(dfa.starts, dfa.classes, strict=True):
@@ -430,7 +441,11 @@ class _Builder:
             if found is None:
                 entry = self.leaves[leaf]
                 if len(entry) == 2:
-                    found = sorted({c for c, s in zip(classes, starts, strict=True) if _contains(entry[0], s)})
+                    inside: set[int] = set()
+                    for low, high in entry[0]:
+                        begin = bisect.bisect_left(starts, low)
+                        inside.update(classes[begin : bisect.bisect_right(starts, high, begin)])
+                    found = sorted(inside)
                 else:
                     found = [c for c, s in enumerate(symbols) if entry[0].step(entry[1], s) >= 0]
                 leaf_classes[leaf] = found
@@ -496,10 +511,6 @@ def _absorb(conjunctions: Iterable[_Conjunction]) -> _Formula:
         if not any(k <= c for k in kept):
             kept.append(c)
     return frozenset(kept)
-
-
-def _contains(ranges: ir.Ranges, symbol: int) -> bool:
-    return any(low <= symbol <= high for low, high in ranges)
 
 
 def _has_lookahead(node: ir.Node) -> bool:

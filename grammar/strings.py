@@ -10,6 +10,7 @@ All tables are "wide": int32 [num_states, 256], entries as in automaton.py; the 
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from functools import cache, lru_cache
 
@@ -18,7 +19,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from ramet.grammar import ir
-from ramet.grammar.automaton import REFUSE, leave
+from ramet.grammar.automaton import REFUSE, compress_rows, leave
 from ramet.grammar.regular import Dfa
 
 Wide = NDArray[np.int32]
@@ -379,3 +380,134 @@ def trim(rows: Wide) -> Wide:
     alive = np.zeros(len(rows), dtype=np.bool_)
     _alive_rows(rows, alive)
     return rows
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def _drop(rows, gone):  # type: ignore[no-untyped-def]
+    n, width = rows.shape
+    for i in range(n):
+        for c in range(width):
+            if rows[i, c] < -1:
+                for g in gone:
+                    if rows[i, c] == g:
+                        rows[i, c] = -1
+                        break
+
+
+def drop_exits(rows: Wide, gone: NDArray[np.int32]) -> None:
+    """Refuse, in place, these entries and all that leads only to them."""
+    if len(gone):
+        _drop(rows, gone)
+        trim(rows)
+
+
+@lru_cache(maxsize=4096)
+def any_string_content(exit_index: int) -> Content:
+    """Any string, written as constrained strings are; the quote leaves through this exit."""
+    return json_string_rows(Dfa(ir.MAX_CODE_POINT, [0], [0], 1, [[0]], [True]), [exit_index])
+
+
+@cache
+def _any_string_classes() -> tuple[Wide, NDArray[np.uint8]]:
+    """(rows over byte classes, classes) of any_string_content(0)."""
+    return compress_rows(any_string_content(0).rows)
+
+
+def plain_trie(
+    base: Content | None, entries: dict[str, int]
+) -> tuple[Wide, NDArray[np.uint8], int, NDArray[np.int64]] | None:
+    """As frames.overlay, over byte classes, for texts of plain ASCII; None where some text is not.
+
+    base: None, or any_string_content. Returns (rows, byte classes, states between characters, states beyond ASCII).
+    """
+    texts = sorted(entries)
+    joined = "".join(texts)
+    if not joined.isascii() or not joined.isprintable() or '"' in joined or "\\" in joined or "/" in joined:
+        return None
+    flat = np.frombuffer(joined.encode(), dtype=np.uint8)
+    lengths = np.array([len(t) for t in texts], dtype=np.int64)
+    labels = np.array([leave(entries[t]) for t in texts], dtype=np.int32)
+    used = np.unique(flat)
+    byte_class = np.zeros(256, dtype=np.uint8)
+    if base is None:
+        byte_class[used] = np.arange(1, len(used) + 1)
+        byte_class[QUOTE] = len(used) + 1
+        # one row more than the texts can need; cut below
+        rows = np.full((len(flat) + 1, len(used) + 2), REFUSE, dtype=np.int32)
+        n = _fill_trie(rows, flat, lengths, byte_class[flat], labels, len(used) + 1)
+        return rows[:n], byte_class, 0, np.zeros(0, dtype=np.int64)
+    old, old_class = _any_string_classes()
+    byte_class[:] = old_class
+    width = old.shape[1]
+    byte_class[used] = np.arange(width, width + len(used))
+    columns = np.concatenate([np.arange(width), old_class[used]])
+    rows = np.empty((len(flat) + 1 + len(old), width + len(used)), dtype=np.int32)
+    rows[: len(flat) + 1] = old[0, columns]
+    n = _fill_trie(rows, flat, lengths, byte_class[flat], labels, int(byte_class[QUOTE]), _free_exit(base))
+    below = old[:, columns]
+    rows = rows[: n + len(old)]
+    rows[n:] = np.where(below >= 0, below + n, below)
+    rows[n:][below < -1] = _free_exit(base)
+    _link_base(rows, n)
+    beyond = np.full(n + 1, n, dtype=np.int64)
+    return rows, byte_class, n + 1, beyond
+
+
+def _free_exit(base: Content) -> int:
+    return int(base.rows[0, QUOTE])
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def _fill_trie(rows, flat, lengths, classes, labels, quote, free=-1):  # type: ignore[no-untyped-def]
+    """Lay the texts (sorted) as a trie into `rows`, whose entries that are >= 0 belong to another table: they are kept for
+    `_link_base` as -1000000 - entry. Returns the number of rows used."""
+    width = rows.shape[1]
+    if free != -1:
+        for i in range(len(flat) + 1):
+            for c in range(width):
+                if rows[i, c] >= 0:
+                    rows[i, c] = -1000000 - rows[i, c]
+                elif rows[i, c] < -1:
+                    rows[i, c] = free
+    used = 1
+    at = 0
+    for t in range(len(lengths)):
+        node = 0
+        for k in range(lengths[t]):
+            c = classes[at + k]
+            to = rows[node, c]
+            if to < 0:
+                to = used
+                used += 1
+                rows[node, c] = to
+            node = to
+        rows[node, quote] = labels[t]
+        at += lengths[t]
+    return used
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def _link_base(rows, n):  # type: ignore[no-untyped-def]
+    """Turn kept entries of the other table, whose rows now begin at n, into rows."""
+    for i in range(n):
+        for c in range(rows.shape[1]):
+            if rows[i, c] <= -1000000:
+                rows[i, c] = n + (-1000000 - rows[i, c])
+
+
+def ways_to_write(text: str) -> list[bytes]:
+    """All the ways to write a short text inside a constrained string; for long texts beyond ASCII the raw way alone."""
+    out = [b""]
+    for char in text:
+        ways = [w for s in char_sequences(char) for w in _spell(s)]
+        out = [a + w for a in out for w in ways]
+        if len(out) > 4096:
+            return [json.dumps(text, ensure_ascii=False)[1:-1].encode("utf-8", "surrogatepass"), json.dumps(text)[1:-1].encode()]
+    return out
+
+
+def _spell(sequence: tuple[frozenset[int], ...]) -> list[bytes]:
+    out = [b""]
+    for step in sequence:
+        out = [a + bytes((b,)) for a in out for b in sorted(step)]
+    return out

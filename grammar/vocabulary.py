@@ -6,6 +6,7 @@ not in it, so no mask ever allows them (but for the end tokens, which the matche
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -127,6 +128,15 @@ class Vocabulary:
     @cached_property
     def max_token_bytes(self) -> int:
         return max((len(self.token_bytes[i]) for i in self.content_tokens), default=0)
+
+    def tokens_with_prefix(self, prefix: bytes) -> list[int]:
+        """Content tokens that begin with these bytes."""
+        ids = self.content_tokens
+        begin = bisect.bisect_left(ids, prefix, key=self.token_bytes.__getitem__)
+        end = begin
+        while end < len(ids) and self.token_bytes[ids[end]].startswith(prefix):
+            end += 1
+        return ids[begin:end]
 
     def fewest_tokens(self, text: bytes) -> list[int] | None:
         """The shortest way to write `text` in tokens; None if the vocabulary cannot write it."""

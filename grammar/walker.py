@@ -84,8 +84,8 @@ def _walk(
 def _run(pool: Int32, instances: Int64, exits: Int64, text: NDArray[np.uint8], end: int, scratch: Int64) -> int:
     """Run a state over bytes; resumable. scratch: position, packed state, instance and exit to resolve.
 
-    Returns 0 when the text is read (the state is in scratch[1]), 1 when refused, 2 when an exit must be resolved, 3 when a
-    byte is to be read in a frame with memory.
+    Returns 0 when the text is read (the state is in scratch[1]), 4 when it is and the state stands at the start of a frame
+    with memory, 1 when refused, 2 when an exit must be resolved, 3 when a byte is to be read in a frame with memory.
     """
     i = scratch[0]
     packed = scratch[1]
@@ -127,7 +127,7 @@ def _run(pool: Int32, instances: Int64, exits: Int64, text: NDArray[np.uint8], e
         i += 1
     scratch[0] = i
     scratch[1] = packed
-    return 0
+    return 4 if instances[packed >> 32, 4] != 0 else 0
 
 
 def _next_not_deeper(nodes: Int32) -> None:

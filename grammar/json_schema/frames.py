@@ -122,9 +122,20 @@ class Json:
     def string_frame(self, content: strings.Content, num_exits: int) -> Table:
         """The table of a string's content, with what may follow of plain text."""
         rows, byte_class = compress_rows(content.rows)
+        return self.string_table_of(rows, byte_class, content.num_content, content.beyond, num_exits)
+
+    def string_table_of(
+        self,
+        rows: NDArray[np.int32],
+        byte_class: NDArray[np.uint8],
+        num_content: int,
+        beyond: NDArray[np.int64],
+        num_exits: int,
+    ) -> Table:
         depths = np.zeros((2, len(rows)), dtype=np.int32)
-        safe = np.unique(byte_class[_PLAIN]).astype(np.int64)
-        walker.safe_depths(rows, content.num_content, safe, content.beyond, depths)
+        if num_content:
+            safe = np.unique(byte_class[_PLAIN]).astype(np.int64)
+            walker.safe_depths(rows, num_content, safe, beyond, depths)
         return self.machine.table(rows, byte_class, num_exits, None, depths)
 
     def value(self, exprs: tuple[Expr, ...], context: Context, local: int) -> int:
@@ -396,10 +407,7 @@ class _Remembering:
 
     def remember(self, text: bytes) -> int:
         if not text:
-            return self.json.machine.interned.get(self.key) or self._copy(text)
-        return self._copy(text)
-
-    def _copy(self, text: bytes) -> int:
+            return self.json.machine.interned[self.key]
         def make():  # type: ignore[no-untyped-def]
             copy = object.__new__(type(self))
             copy.__dict__.update(self.__dict__)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ramet.grammar import regular, strings
-from ramet.grammar.automaton import CONCRETE, DEAD, REFUSE, Table, leave, path_to_exit, target
+from ramet.grammar.automaton import CONCRETE, DEAD, REFUSE, Table, compress_rows, leave, path_to_exit, target
 from ramet.grammar.json_schema import values as v
 from ramet.grammar.json_schema.expressions import INFINITE
 from ramet.grammar.json_schema.frames import ANY_CHARS, Context, Json, overlay
@@ -69,6 +69,7 @@ class Space:
         self._usable: dict[tuple[int, int], bool] = {}
         self._alive: dict[int, tuple[int, int]] = {}
         self._tables: dict[object, Table] = {}
+        self._master: tuple[bool, NDArray[np.int32], NDArray[np.uint8], int, NDArray[np.int64]] | None = None
         self.required = [sum(1 << self.index[k] for k in o.required) for o in specs]
         self.is_simple = [o.high is None and not (o.dependent or o.exists or o.low) for o in specs]
 
@@ -118,26 +119,43 @@ class Space:
         matching = self.signatures[label - len(self.names)]
         return x.pattern in matching if x.pattern is not None else not matching.intersection(x.others)
 
-    def table(self, named: int, others: int, extras: frozenset[str]) -> Table:
-        """Keys that may come now: exit i for name i, len(names) + s for any other key of signature s (not in `extras`)."""
-        key = (named, others, extras)
+    def table(self, named: int, others: int) -> Table:
+        """Keys that may come now: exit i for name i, len(names) + s for any other key of signature s.
+
+        Where any other key may come, one table serves all states: the exits of names already seen are dead, and no text
+        ends there, since more characters make another key. Keys seen that have no name are not the table's concern.
+        """
+        is_free = others and self.dfa is ANY_CHARS
+        key = ("free",) if is_free else (named, others)
         found = self._tables.get(key)
         if found is None:
-            n = len(self.names)
-            if others:
-                labels = [n + int(a) - 1 if (others >> (int(a) - 1)) & 1 else -1 for a in self.dfa.accepting]
-                if self.dfa is ANY_CHARS:
-                    labels = [n]
-                base = strings.json_string_rows(self.dfa, labels)
-                entries = {k: i if (named >> i) & 1 else -1 for i, k in enumerate(self.names)}
-                entries.update(dict.fromkeys(extras, -1))
-            else:
-                base = None
-                entries = {k: i for i, k in enumerate(self.names) if (named >> i) & 1}
-            content = overlay(base, entries)
-            strings.trim(content.rows)
-            found = self._tables[key] = self.json.string_frame(content, self.num_labels)
+            if self._master is None or self._master[0] != bool(others):
+                self._master = bool(others), *self._all_keys(bool(others))
+            _, rows, byte_class, num_content, beyond = self._master
+            if not is_free:
+                gone = [i for i in range(len(self.names)) if not (named >> i) & 1]
+                gone += [len(self.names) + i for i in range(len(self.signatures)) if not (others >> i) & 1]
+                rows = rows.copy()
+                strings.drop_exits(rows, np.array([leave(i) for i in gone], dtype=np.int32))
+            found = self.json.string_table_of(rows, byte_class, num_content, beyond, self.num_labels)
+            self._tables[key] = found
         return found
+
+    def _all_keys(self, with_others: bool) -> tuple[NDArray[np.int32], NDArray[np.uint8], int, NDArray[np.int64]]:
+        """(rows, byte classes, states between characters, states beyond ASCII) with every label."""
+        n = len(self.names)
+        entries = {k: i for i, k in enumerate(self.names)}
+        base: strings.Content | None = None
+        if with_others:
+            labels = [n] if self.dfa is ANY_CHARS else [n + int(a) - 1 for a in self.dfa.accepting]
+            base = strings.any_string_content(n) if self.dfa is ANY_CHARS else strings.json_string_rows(self.dfa, labels)
+        if base is None or self.dfa is ANY_CHARS:
+            plain = strings.plain_trie(base, entries)
+            if plain is not None:
+                return plain
+        content = overlay(base, entries)
+        rows, byte_class = compress_rows(content.rows)
+        return rows, byte_class, content.num_content, content.beyond
 
 
 class ObjectNode:
@@ -292,6 +310,12 @@ class ObjectNode:
         kind = MemoryKeyFrame if others else KeyFrame
         return target(self.json.machine.intern(("key", self.number), lambda: kind(self)))
 
+    def any_key(self) -> int:
+        """As `key`, but for masks only: unnamed keys are not compared with those seen."""
+        key = self.key()
+        frame = self.json.machine.frames[key >> 32]
+        return target(frame.shared()) if isinstance(frame, MemoryKeyFrame) else key
+
     def follow(self, label: int, key: str | None) -> int:
         """Target after a key (its name is given where the label is no name and it is known)."""
         context = self.json.property_contexts.get((self.number, label, key))
@@ -325,7 +349,7 @@ class PropertyContext:
         threads = tuple(sorted({t for t, tag in self.branches if (mask >> tag) & 1}))
         node = self.node
         following = object_node(node.space, threads, self.seen, self.extras, self.anonymous, node.context)
-        return target(node.json.machine.intern(("next", following.number), lambda: NextFrame(following)))
+        return target(before_key(NextFrame, following))
 
 
 def object_node(
@@ -354,18 +378,41 @@ def open_object(json: Json, specs: list[tuple[v.Objects, ...]], context: Context
     position = {o: i for i, o in enumerate(distinct)}
     threads = tuple(sorted({(tag, position[o], (1 << len(o.exists)) - 1) for tag, o in pairs}))
     node = object_node(space, threads, 0, frozenset(), 0, context)
-    return target(json.machine.intern(("open", node.number), lambda: OpenFrame(node)))
+    return target(before_key(OpenFrame, node))
+
+
+def before_key(kind: type[OpenFrame], node: ObjectNode) -> int:
+    """The instance before a key. Where unnamed keys were read, masks from here are walked in a copy of it, which takes any
+    unnamed key; `refused_prefixes` then takes those away that came before."""
+    machine = node.json.machine
+    found = machine.intern((kind, node.number), lambda: kind(node))
+    if node.extras and found not in machine.same_mask:
+        machine.same_mask[found] = machine.intern((kind, node.number, "shared"), lambda: kind(node, is_shared=True))
+    return found
 
 
 class OpenFrame:
     """Right after `{`."""
 
-    def __init__(self, node: ObjectNode) -> None:
+    gaps: tuple[tuple[bytes, ...], ...] = ((b'"',),)  # for each local state, what may stand up to a key's text
+
+    def __init__(self, node: ObjectNode, is_shared: bool = False) -> None:
         self.node = node
-        self.table = node.json.constant_table("open", open_rows, 2)
+        self.is_shared = is_shared
+        self.table = self.make_table()
+
+    def make_table(self) -> Table:
+        return self.node.json.constant_table("open", open_rows, 2)
 
     def resolve(self, exit_index: int) -> int:
-        return self.node.close() if exit_index == _CLOSE else self.node.key()
+        if exit_index == _CLOSE:
+            return self.node.close()
+        return self.node.any_key() if self.is_shared else self.node.key()
+
+    def refused_prefixes(self, local: int) -> list[bytes]:
+        """Texts that may not follow here: those that would finish an unnamed key for the second time."""
+        keys = [w for key in self.node.extras for w in strings.ways_to_write(key)]
+        return [gap + key + b'"' for gap in self.gaps[local] for key in keys]
 
     def closing_exit(self, local: int) -> int:
         node = self.node
@@ -378,11 +425,12 @@ class OpenFrame:
 class NextFrame(OpenFrame):
     """After a property: `}` or a comma and the next key."""
 
-    def __init__(self, node: ObjectNode) -> None:
-        self.node = node
-        json = node.json
-        may_go_on = any(node.alive())
-        self.table = json.constant_table(("next", may_go_on), lambda: next_rows(json.spaced, may_go_on), 2)
+    gaps = ((b',"', b', "'), (b'"', b' "'), (b'"',))
+
+    def make_table(self) -> Table:
+        json = self.node.json
+        may_go_on = any(self.node.alive())
+        return json.constant_table(("next", may_go_on), lambda: next_rows(json.spaced, may_go_on), 2)
 
 
 class KeyFrame:
@@ -390,10 +438,13 @@ class KeyFrame:
 
     def __init__(self, node: ObjectNode) -> None:
         self.node = node
-        self.table = node.space.table(*node.alive(), node.extras)
+        self.table = node.space.table(*node.alive())
 
     def resolve(self, exit_index: int) -> int:
-        return self.node.follow(exit_index, None)
+        node = self.node
+        if exit_index < len(node.space.names) and (node.seen >> exit_index) & 1:
+            return DEAD
+        return node.follow(exit_index, None)
 
     def closing_exit(self, local: int) -> int:
         """A key that some thread needs, if the text read so far allows one; the thread with the least to do first."""
@@ -416,31 +467,51 @@ class KeyFrame:
 
 
 class MemoryKeyFrame(KeyFrame):
-    """Keys that are not named may come: what was read is needed to know the key."""
+    """Keys that are not named may come: what was read is needed to know the key.
+
+    The frame as entered is for masks that read a key's whole text within one token; once a token ends inside the key, the
+    state stands in a copy that knows the text so far (`is_committed`).
+    """
 
     text = b""
+    is_committed = False
 
     def resolve(self, exit_index: int) -> int:
-        if exit_index >= len(self.node.space.names) and self.node.anonymous:
-            return CONCRETE
-        return self.node.follow(exit_index, None)
-
-    def resolve_text(self, exit_index: int, text: bytes) -> int:
         node = self.node
         if exit_index < len(node.space.names):
-            return node.follow(exit_index, None)
-        return node.follow(exit_index, json_module.loads(b'"' + text + b'"'))
+            return super().resolve(exit_index)
+        if node.anonymous or (node.extras and not self.is_committed):
+            return CONCRETE
+        return node.follow(exit_index, None)
+
+    def resolve_text(self, exit_index: int, text: bytes) -> int:
+        if exit_index < len(self.node.space.names):
+            return self.resolve(exit_index)
+        key = json_module.loads(b'"' + text + b'"')
+        return DEAD if key in self.node.extras else self.node.follow(exit_index, key)
+
+    def shared(self) -> int:
+        """The copy whose masks all copies with a text share."""
+        return self.node.json.machine.intern(("key text", self.node.number), lambda: self._copy(None))
 
     def remember(self, text: bytes) -> int:
-        def make() -> MemoryKeyFrame:
-            copy = object.__new__(MemoryKeyFrame)
-            copy.node, copy.table, copy.text = self.node, self.table, text
-            return copy
-
         machine = self.node.json.machine
-        base = machine.interned[("key", self.node.number)]
-        if not text:
-            return base
-        found = machine.intern(("key", self.node.number, text), make)
-        machine.same_mask[found] = base
+        found = machine.intern(("key text", self.node.number, text), lambda: self._copy(text))
+        machine.same_mask[found] = self.shared()
         return found
+
+    def _copy(self, text: bytes | None) -> MemoryKeyFrame:
+        """With a text, or (None) the copy whose masks all others share."""
+        copy = object.__new__(MemoryKeyFrame)
+        copy.node, copy.table, copy.is_committed = self.node, self.table, True
+        copy.text = text or b""
+        return copy
+
+    def refused_prefixes(self, local: int) -> list[bytes]:
+        """Texts that may not follow here: those that would finish a key for the second time."""
+        out: list[bytes] = []
+        for key in self.node.extras:
+            for written in strings.ways_to_write(key):
+                if written.startswith(self.text):
+                    out.append(written[len(self.text) :] + b'"')
+        return out
