@@ -184,6 +184,12 @@ class ScriptedEngine:
         with self._changed:
             return self._stats
 
+    @property
+    def num_waiting(self) -> int:
+        """Requests that have not ended."""
+        with self._changed:
+            return len(self._waiting) + len(self._running)
+
     def shutdown(self) -> None:
         """Stop; what runs ends with EngineStopped."""
         with self._changed:
