@@ -26,6 +26,7 @@ from lark.load_grammar import PrepareLiterals, TerminalTreeToPattern, load_gramm
 
 from ramet.errors import GrammarTooLarge, InvalidGrammar, InvalidRegex
 from ramet.grammar import ir, regular
+from ramet.grammar.pushdown import inline
 from ramet.grammar.regex import parse_regex
 from ramet.grammar.utf8 import compile_text
 
@@ -38,7 +39,7 @@ _Template = tuple[tuple[str, ...], Any]  # parameters, lark's tree (untyped ther
 
 
 def parse_cfg(source: str, *, start: str = "start", max_regular_states: int = regular.MAX_STATES) -> ir.Grammar:
-    """Return the grammar that `source`, in Lark's syntax, describes.
+    """Return the grammar that `source`, in Lark's syntax, describes; one rule without references if it is regular.
 
     Raises: InvalidGrammar with the line of what is wrong; GrammarTooLarge for counts above 10,000 or templates that
     expand without end.
@@ -76,9 +77,9 @@ class _Reader:
         while self.pending:
             self.rule, tree, values = self.pending.pop()
             self.rules[self.rule] = self.node(tree, values)
-        _check_size(self.rules)
         name = "the start"  # a blank: no rule of Lark's can have this name
-        return ir.Grammar({**self.rules, name: begin}, name)
+        whole = ir.Grammar({**self.rules, name: begin}, name)
+        return ir.Grammar.of(inline(begin, whole)) if name in _regular_rules(whole.rules) else whole
 
     def _load(self) -> Any:
         try:
@@ -261,18 +262,22 @@ def _only_larks_own(base_path: str | None, grammar_path: str) -> tuple[Any, str]
         ) from error
 
 
-def _check_size(rules: Mapping[str, ir.Node]) -> None:
-    """Rules without recursion are written out where they are used; refuse those that would double again and again."""
+def _regular_rules(rules: Mapping[str, ir.Node]) -> set[str]:
+    """Names of the rules without recursion, which are written out where they are used.
+
+    Raises: GrammarTooLarge for those that would double again and again.
+    """
     sizes: dict[str, int] = {}
     waiting = dict(rules)
     while waiting:
         ready = [n for n, node in waiting.items() if _references(node) <= sizes.keys()]
         if not ready:
-            return
+            break
         for name in ready:
             sizes[name] = _size(waiting.pop(name), sizes)
             if sizes[name] > MAX_SIZE:
                 raise GrammarTooLarge(f"rule {name!r} written out has more than {MAX_SIZE:,} parts; simplify it")
+    return set(sizes)
 
 
 def _references(node: ir.Node) -> set[str]:

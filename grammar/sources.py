@@ -18,8 +18,10 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
+import numpy as np
+
 from ramet.errors import GrammarError, GrammarTooLarge, InvalidGrammar, InvalidSchema
-from ramet.grammar import ir
+from ramet.grammar import ir, regular
 from ramet.grammar.cfg import parse_cfg
 from ramet.grammar.choices import choices
 from ramet.grammar.closed import ByteAutomaton, compile_closed
@@ -99,7 +101,12 @@ def _regex(source: Any, limits: Limits, options: dict[str, Any]) -> Parsed:
 
 
 def _cfg(source: Any, limits: Limits, options: dict[str, Any]) -> Parsed:
-    return parse_cfg(source, max_regular_states=limits.max_regular_states, **options)
+    grammar = parse_cfg(source, max_regular_states=limits.max_regular_states, **options)
+    if len(grammar.rules) > 1:
+        return grammar
+    whole = grammar.rules[grammar.start]
+    dfa = regular.compile_bytes(whole, max_states=limits.max_regular_states, name="the grammar")
+    return ByteAutomaton.of_table(ir.Table(regular.byte_table(dfa), np.asarray(dfa.accepting, dtype=np.bool_)))
 
 
 def _choice(source: Any, limits: Limits, options: dict[str, Any]) -> Parsed:
