@@ -6,6 +6,7 @@ dropped and compiled again. Writes are atomic; the oldest files go when the fold
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -43,11 +44,12 @@ class DiskCache:
             with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
                 automaton = ByteAutomaton(stored["rows"], stored["byte_class"], stored["accepting"])
             _check(automaton)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
             logger.warning("dropping %s, which cannot be read: %s", path, error)
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink()
             return None
         return automaton
 
