@@ -47,6 +47,7 @@ class Table:
     """A frame's local automaton, in one machine's pool.
 
     rows: int32 [num_states, num_classes] entries as in the module's docstring; byte_class: uint8 [256].
+    loop: a state that every plain character leads back to (kind 1, see Vocabulary), -1 where there is none.
     depths: int32 [2, num_states], for the content of strings: plain characters that may follow, see walker.safe_depths.
     end_exits[local]: the exit taken when the text ends here or the next byte is not the frame's own; -1 where it may not.
     """
@@ -58,6 +59,7 @@ class Table:
     offset: int = -1
     class_offset: int = -1
     depths: NDArray[np.int32] | None = None
+    loop: int = -1
     # shortest way to each exit: exit -> {local: bytes}; filled by `paths_to_exit`
     paths: dict[int, list[bytes | None]] = field(default_factory=dict)
 
@@ -121,6 +123,7 @@ class Machine:
         num_exits: int,
         end_exits: NDArray[np.int32] | None,
         depths: NDArray[np.int32] | None = None,
+        loop: int = -1,
     ) -> Table:
         """Put a table into the pool."""
         key = byte_class.tobytes()
@@ -128,7 +131,7 @@ class Machine:
         if class_offset is None:
             class_offset = self.class_maps[key] = self._put(byte_class.astype(np.int32))
         offset = self._put(rows.reshape(-1))
-        return Table(rows, byte_class, num_exits, end_exits, offset, class_offset, depths)
+        return Table(rows, byte_class, num_exits, end_exits, offset, class_offset, depths, loop)
 
     def _put(self, values: NDArray[np.int32]) -> int:
         begin, end = self.pool_used, self.pool_used + len(values)

@@ -16,6 +16,9 @@ from ramet.grammar.pushdown import Pushdown
 from ramet.grammar.vocabulary import SLICE_SIZES, TokenTrie, Vocabulary
 
 
+MANY = 1 << 20  # a depth (see walker.safe_depths) that no token exceeds
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What compiling and running may cost.
@@ -54,6 +57,7 @@ class CompiledGrammar:
         self._lock = threading.RLock()
         self._scratch = np.zeros(4 + vocabulary.trie.max_depth, dtype=np.int64)
         self._unsure = np.zeros(1 + len(vocabulary.trie.values), dtype=np.int32)
+        self._other = np.zeros(2 + vocabulary.trie.max_depth, dtype=np.int64)
         self._device_tables: DeviceTables | None = None
 
     # --- states
@@ -131,20 +135,65 @@ class CompiledGrammar:
             # the text remembered in a frame changes only where its exits lead, and masks do not see that far
             row = self.mask(self.state_number((same << LOCAL_BITS) | (packed & LOCAL_MASK)))
             return self._without_refused(packed, row)
+        instance, local = packed >> LOCAL_BITS, packed & LOCAL_MASK
+        table = machine.frames[instance].table
+        if local == table.loop:
+            return self._frozen(self._loop_row(packed))
+        if table.loop >= 0 and table.depths is not None and table.depths[1, local] >= MANY:
+            return self._frozen(self._near_loop_row(packed, (instance << LOCAL_BITS) | table.loop))
         row, trie = self._first_row(packed)
-        scratch, unsure = self._scratch, self._unsure
+        self._walk(packed, trie, row)
+        if self._unsure[0]:
+            self._check_unsure(packed, row)
+        return self._frozen(row)
+
+    @staticmethod
+    def _frozen(row: NDArray[np.int32]) -> NDArray[np.int32]:
+        row.flags.writeable = False
+        return row
+
+    def _walk(self, packed: int, trie: TokenTrie, row: NDArray[np.int32]) -> None:
+        machine, scratch, unsure = self.machine, self._scratch, self._unsure
         scratch[0] = 0
         scratch[3] = packed
         unsure[0] = 0
         nodes, values = trie.nodes, trie.values
-        while True:
-            at = walker.walk(machine.pool, machine.instances, machine.exits, nodes, values, row, scratch, unsure)
-            if at < 0:
-                break
+        while walker.walk(machine.pool, machine.instances, machine.exits, nodes, values, row, scratch, unsure) >= 0:
+            machine.exit_target(int(scratch[1]), int(scratch[2]))
+
+    def _loop_row(self, packed: int) -> NDArray[np.int32]:
+        """The mask of a state that plain text does not leave: all plain tokens, and those whose remainder is accepted."""
+        vocabulary = self.vocabulary
+        row = vocabulary.slice(1, vocabulary.slice_sizes[-1])[0].copy()
+        trie, group, tokens = vocabulary.remainders
+        bits = np.zeros(len(trie.values) // 32 + 1, dtype=np.int32)
+        self._walk(packed, trie, bits)
+        unsure = self._unsure[1 : 1 + int(self._unsure[0])].copy()
+        walker.expand(bits, group, tokens, row)
+        if len(unsure):
+            found = tokens[np.isin(group, unsure)]
+            self._unsure[0] = len(found)
+            self._unsure[1 : 1 + len(found)] = found
+            self._check_unsure(packed, row)
+        return row
+
+    def _near_loop_row(self, packed: int, loop: int) -> NDArray[np.int32]:
+        """The mask of a state that differs from a loop of its own frame by single texts only."""
+        machine, scratch, unsure, trie = self.machine, self._scratch, self._unsure, self.vocabulary.trie
+        row = self.mask(self.state_number(loop)).copy()
+        scratch[0] = 0
+        scratch[3] = packed
+        self._other[0] = loop
+        unsure[0] = 0
+        while (
+            walker.walk_difference(
+                machine.pool, machine.instances, machine.exits, trie.nodes, trie.values, row, scratch, self._other, unsure
+            )
+            >= 0
+        ):
             machine.exit_target(int(scratch[1]), int(scratch[2]))
         if unsure[0]:
             self._check_unsure(packed, row)
-        row.flags.writeable = False
         return row
 
     def _without_refused(self, packed: int, row: NDArray[np.int32]) -> NDArray[np.int32]:

@@ -76,7 +76,8 @@ class Vocabulary:
 
     @cached_property
     def _plain_chars(self) -> NDArray[np.int32]:
-        """int32 [2, tokens in order]: characters of a token that is plain in each kind of slice; 0 where it is not.
+        """int32 [3, tokens in order]: characters of a token that is plain in each kind of slice, 0 where it is not; bytes of
+        plain text (kind 1) that a token begins with.
 
         Plain of kind 0: printable ASCII without the quote and the backslash. Kind 1: also whole characters beyond ASCII.
         """
@@ -99,11 +100,27 @@ class Vocabulary:
     @cached_property
     def slice_sizes(self) -> list[int]:
         """Sizes that are worth a slice, ascending; the last holds every plain token."""
-        longest = int(self._plain_chars.max(initial=1))
+        longest = int(self._plain_chars[:2].max(initial=1))
         return [*(n for n in SLICE_SIZES if n < longest), longest]
+
+    @cached_property
+    def remainders(self) -> tuple[TokenTrie, NDArray[np.int32], NDArray[np.int32]]:
+        """What follows the plain text (kind 1) of tokens that are not all plain: (trie of the distinct remainders, their
+        numbers as values; remainder of each such token; those tokens)."""
+        begins, lengths = self._sorted_spans
+        plain = self._plain_chars[2]
+        which = np.flatnonzero(plain < lengths)
+        texts = [self.flat[b:e].tobytes() for b, e in zip(begins[which] + plain[which], (begins + lengths)[which], strict=True)]
+        distinct = sorted(set(texts))
+        number = {t: i for i, t in enumerate(distinct)}
+        sizes = np.array([len(t) for t in distinct], dtype=np.int64)
+        flat = np.frombuffer(b"".join(distinct), dtype=np.uint8)
+        trie = TokenTrie(flat, np.cumsum(sizes) - sizes, sizes, np.arange(len(distinct), dtype=np.int32))
+        return trie, np.array([number[t] for t in texts], dtype=np.int32), self._sorted_ids[which]
 
     def warm_up(self) -> None:
         """Make what is otherwise made when first needed."""
+        _ = self.remainders
         for kind in (0, 1):
             for size in self.slice_sizes:
                 self.slice(kind, size)

@@ -81,6 +81,89 @@ def _walk(
     return -1
 
 
+def _step(pool: Int32, instances: Int64, exits: Int64, packed: int, byte: int, scratch: Int64) -> int:
+    """One byte from a packed state: the packed state after it, -1, -3, or -2 with the exit to resolve in scratch[1:3]."""
+    instance = packed >> 32
+    local = packed & 0xFFFFFFFF
+    while True:
+        width = instances[instance, 1]
+        entry = pool[instances[instance, 0] + local * width + pool[instances[instance, 2] + byte]]
+        if entry >= 0:
+            return (instance << 32) | entry
+        if entry == -1:
+            return -1
+        code = -2 - entry
+        found = exits[instances[instance, 3] + (code >> 1)]
+        if found == -2:
+            scratch[1] = instance
+            scratch[2] = code >> 1
+            return -2
+        if found < 0 or code & 1 == 0:
+            return found
+        instance = found >> 32
+        local = found & 0xFFFFFFFF
+
+
+def _walk_difference(
+    pool: Int32,
+    instances: Int64,
+    exits: Int64,
+    nodes: Int32,
+    values: Int32,
+    row: Int32,
+    scratch: Int64,
+    other: Int64,
+    unsure: Int32,
+) -> int:
+    """Turn in `row` the mask of one state into that of another; resumable, as `walk`.
+
+    scratch: as for `walk`, its stack for the state wanted; other: int64 [max_depth + 1], the stack of the state whose mask
+    `row` holds. Subtrees in which both states are the same are left alone.
+    """
+    num_nodes = nodes.shape[0] - 1
+    i = scratch[0]
+    while i < num_nodes:
+        depth = nodes[i, 3]
+        byte = nodes[i, 0]
+        new = step(pool, instances, exits, scratch[2 + depth], byte, scratch)
+        if new == -2:
+            scratch[0] = i
+            return 0
+        old = other[depth - 1]
+        if old >= 0:
+            old = step(pool, instances, exits, old, byte, scratch)
+            if old == -2:
+                scratch[0] = i
+                return 0
+        if new == old:
+            i = nodes[i, 1]
+            continue
+        end = i + 1 if new >= 0 else nodes[i, 1]
+        for e in range(nodes[i, 2], nodes[end, 2]):
+            v = values[e]
+            if new >= 0:
+                row[v >> 5] |= np.int32(1) << np.int32(v & 31)
+            else:
+                row[v >> 5] &= ~(np.int32(1) << np.int32(v & 31))
+                if new == -3:
+                    unsure[0] += 1
+                    unsure[unsure[0]] = v
+        scratch[3 + depth] = new
+        other[depth] = old
+        i = end
+    scratch[0] = i
+    return -1
+
+
+def _expand(bits: Int32, group: Int32, tokens: Int32, row: Int32) -> None:
+    """Set in `row` the bit of each token whose group has its bit in `bits`."""
+    for i in range(len(group)):
+        g = group[i]
+        if (bits[g >> 5] >> (g & 31)) & 1:
+            t = tokens[i]
+            row[t >> 5] |= np.int32(1) << np.int32(t & 31)
+
+
 def _run(pool: Int32, instances: Int64, exits: Int64, text: NDArray[np.uint8], end: int, scratch: Int64) -> int:
     """Run a state over bytes; resumable. scratch: position, packed state, instance and exit to resolve.
 
@@ -148,10 +231,12 @@ def _next_not_deeper(nodes: Int32) -> None:
 
 
 def _count_plain_chars(flat: NDArray[np.uint8], begins: Int64, lengths: Int64) -> Int32:
-    """int32 [2, n]: characters of each text if all are plain, else 0. Plain 0: printable ASCII but `"` and a backslash;
-    plain 1: whole characters of valid UTF-8 beyond ASCII, too."""
+    """int32 [3, n]: characters of each text if all are plain of kind 0, of kind 1, else 0; bytes before the first that is not.
+
+    Plain 0: printable ASCII but `"` and a backslash; plain 1: whole characters of valid UTF-8 beyond ASCII, too.
+    """
     n = begins.shape[0]
-    out = np.zeros((2, n), dtype=np.int32)
+    out = np.zeros((3, n), dtype=np.int32)
     for t in range(n):
         i = begins[t]
         end = i + lengths[t]
@@ -192,8 +277,10 @@ def _count_plain_chars(flat: NDArray[np.uint8], begins: Int64, lengths: Int64) -
                             good = False
                         if c < 0x80 or c > 0xBF:
                             good = False
-            i += size
-            chars += 1
+            if good:
+                i += size
+                chars += 1
+        out[2, t] = i - begins[t]
         if good:
             out[1, t] = chars
             if is_ascii:
@@ -240,6 +327,9 @@ walk_python = _walk
 run_python = _run
 walk = njit(cache=True, nogil=True)(_walk)
 run = njit(cache=True, nogil=True)(_run)
+step = njit(cache=True, nogil=True)(_step)
+walk_difference = njit(cache=True, nogil=True)(_walk_difference)
+expand = njit(cache=True, nogil=True)(_expand)
 next_not_deeper = njit(cache=True)(_next_not_deeper)
 count_plain_chars = njit(cache=True)(_count_plain_chars)
 safe_depths = njit(cache=True)(_safe_depths)

@@ -136,7 +136,12 @@ class Json:
         if num_content:
             safe = np.unique(byte_class[_PLAIN]).astype(np.int64)
             walker.safe_depths(rows, num_content, safe, beyond, depths)
-        return self.machine.table(rows, byte_class, num_exits, None, depths)
+        loop = -1
+        # a trie over any string ends with the rows of any string; elsewhere the start may be the loop
+        for q in {0, num_content - 1} if num_content else ():
+            if beyond[q] == q and (rows[q, safe] == q).all():
+                loop = q
+        return self.machine.table(rows, byte_class, num_exits, None, depths, loop)
 
     def value(self, exprs: tuple[Expr, ...], context: Context, local: int) -> int:
         """Target at a value: local 0 before its colon, 1 where a space may stand, 2 at its first byte."""
