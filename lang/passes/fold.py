@@ -1,0 +1,127 @@
+"""Constant folding: arguments that are bound become text, and adjoining texts become one.
+
+A graph in, a graph out: it writes the same text and asks for the same tokens. Every node of the new graph knows which
+nodes of the old one it stands for.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import msgspec
+
+from ramet.lang import ir
+
+
+@dataclass(frozen=True, slots=True)
+class Folded:
+    """`origin[i]`: ids of the old nodes that node i of `graph` stands for. `num_bound`: arguments that became text."""
+
+    graph: ir.Graph
+    origin: tuple[tuple[int, ...], ...]
+    num_bound: int
+
+    @property
+    def num_merged(self) -> int:
+        """Texts that became part of the text before them."""
+        return sum(len(ids) - 1 for ids in self.origin)
+
+
+def fold_constants(graph: ir.Graph) -> Folded:
+    """Bind `graph.arguments` and merge adjoining texts. O(nodes)."""
+    arguments = [n for n in graph.nodes if isinstance(n, ir.Argument)]
+    bound = {n.id: graph.arguments[n.name] for n in arguments if n.name in graph.arguments}
+    pinned = _pinned(graph)
+    children = Counter(node.parent for node in graph.nodes)
+    nodes: list[ir.AnyNode] = []
+    origin: list[list[int]] = []
+    new_id: dict[int, int] = {}
+    for old in graph.nodes:
+        if old.id in bound:
+            continue
+        node = _bind(old, bound)
+        above = None if old.parent is None else new_id[old.parent]
+        if isinstance(node, ir.Text) and above is not None:
+            before = nodes[above]
+            assert old.parent is not None
+            if isinstance(before, ir.Text) and old.parent not in pinned and children[old.parent] == 1:
+                nodes[above] = msgspec.structs.replace(before, parts=_merged((*before.parts, *node.parts)))
+                origin[above].append(old.id)
+                new_id[old.id] = above
+                continue
+        new_id[old.id] = len(nodes)
+        nodes.append(_renumbered(node, new_id))
+        origin.append([old.id])
+    left = {name: value for name, value in graph.arguments.items() if any(_declares(n, name) for n in nodes)}
+    return Folded(ir.Graph(tuple(nodes), left), tuple(map(tuple, origin)), len(bound))
+
+
+def _declares(node: ir.AnyNode, name: str) -> bool:
+    return isinstance(node, ir.Argument) and node.name == name
+
+
+def _pinned(graph: ir.Graph) -> set[int]:
+    """Nodes whose end is a point that others name: nothing may be merged into them."""
+    found: set[int] = set()
+    for node in graph.nodes:
+        if isinstance(node, ir.Capture) and node.start is not None:
+            found.add(node.start)
+        elif isinstance(node, ir.Join):
+            found.update(node.branches)
+    return found
+
+
+def _bind(node: ir.AnyNode, bound: dict[int, ir.JsonValue]) -> ir.AnyNode:
+    if not any(ref.node in bound for ref in ir.refs(node)):
+        return node
+
+    def fold(template: ir.Template) -> ir.Template:
+        parts: list[ir.Part] = []
+        for part in template:
+            if isinstance(part, ir.Ref) and part.node in bound:
+                parts.append(_text_of(part, bound[part.node]))
+            else:
+                parts.append(part)
+        return _merged(tuple(parts))
+
+    if isinstance(node, ir.Text):
+        return msgspec.structs.replace(node, parts=fold(node.parts))
+    if isinstance(node, ir.Select):
+        return msgspec.structs.replace(node, choices=tuple(fold(choice) for choice in node.choices))
+    assert isinstance(node, ir.ToolCall)
+    return msgspec.structs.replace(node, arguments=fold(node.arguments))
+
+
+def _text_of(ref: ir.Ref, value: ir.JsonValue) -> str:
+    return ir.render((ref,), lambda _: ir.value_text(value), lambda _: value)
+
+
+def _merged(parts: ir.Template) -> ir.Template:
+    found: list[ir.Part] = []
+    for part in parts:
+        if isinstance(part, str) and found and isinstance(found[-1], str):
+            found[-1] += part
+        elif part != "":
+            found.append(part)
+    return tuple(found)
+
+
+def _renumbered(node: ir.AnyNode, new_id: dict[int, int]) -> ir.AnyNode:
+    def move(template: ir.Template) -> ir.Template:
+        return tuple(p if isinstance(p, str) else msgspec.structs.replace(p, node=new_id[p.node]) for p in template)
+
+    changes: dict[str, object] = {"id": new_id[node.id], "parent": None if node.parent is None else new_id[node.parent]}
+    if isinstance(node, ir.Text):
+        changes["parts"] = move(node.parts)
+    elif isinstance(node, ir.Select):
+        changes["choices"] = tuple(move(choice) for choice in node.choices)
+    elif isinstance(node, ir.ToolCall):
+        changes["arguments"] = move(node.arguments)
+    elif isinstance(node, ir.Fork):
+        changes["group"] = new_id[node.group]
+    elif isinstance(node, ir.Join):
+        changes["branches"] = tuple(dict.fromkeys(new_id[branch] for branch in node.branches))
+    elif isinstance(node, ir.Capture) and node.start is not None:
+        changes["start"] = new_id[node.start]
+    return msgspec.structs.replace(node, **changes)

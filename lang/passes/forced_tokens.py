@@ -1,0 +1,40 @@
+"""Forced tokens: what is appended instead of decoded.
+
+Text behind a generation is appended in one forward pass: that always happens, and is counted here. Tokens that a
+grammar leaves no choice about are found by the engine while it runs; what is forced at the very beginning of a
+constrained text is known before. An annotation: it changes no graph.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ramet.lang import ir
+from ramet.lang.passes.paths import Paths
+from ramet.lang.passes.requests import RequestPlan
+from ramet.lang.passes.target import Target
+
+
+@dataclass(frozen=True, slots=True)
+class ForcedTokens:
+    """`appended`: known tokens of text between generations. `at_start`: constrained node -> tokens it begins with."""
+
+    appended: int
+    at_start: dict[int, int]
+
+
+def forced_tokens(paths: Paths, plan: RequestPlan, target: Target) -> ForcedTokens:
+    """Count them. Compiles every constraint once, as a run would. Raises what compiling raises."""
+    appended = 0
+    for request in plan.requests:
+        if request.after_generation and request.added is not None:
+            appended += request.added
+    at_start: dict[int, int] = {}
+    known: dict[ir.Constraint, int] = {}
+    for node in paths.graph.nodes:
+        if isinstance(node, ir.Generate) and node.constraint is not None:
+            if node.constraint not in known:
+                known[node.constraint] = len(target.forced_tokens(node.constraint) or ())
+            if known[node.constraint]:
+                at_start[node.id] = known[node.constraint]
+    return ForcedTokens(appended, at_start)

@@ -1,0 +1,79 @@
+"""Liveness: when every segment is read, when it is read next, and after which request nobody reads it again.
+
+A segment is what one node added to its branch. Time is counted in requests, in the order of the run. The hints are in
+the terms of the runtime's radix cache: dead tokens go first, then those that are used next the latest.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from ramet.lang import ir
+from ramet.lang.passes.paths import Count, Paths, Point
+from ramet.lang.passes.requests import run_order
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Tokens [start, start + count) of a branch, added by `node`. `reads`: nodes whose requests read it, in order."""
+
+    node: int
+    start: Count
+    count: Count
+    reads: tuple[int, ...]
+
+    @property
+    def last_use(self) -> int | None:
+        return self.reads[-1] if self.reads else None
+
+
+@dataclass(frozen=True, slots=True)
+class Liveness:
+    """`order`: the nodes that make requests, in the order of the run. `segments`: those that hold tokens."""
+
+    segments: tuple[Segment, ...]
+    order: tuple[int, ...]
+
+    def dead_after(self, node: int) -> list[Segment]:
+        """Segments that request `node` is the last to read."""
+        return [segment for segment in self.segments if segment.last_use == node]
+
+    def next_use(self, segment: Segment, after: int) -> float:
+        """How many requests after `after` the segment is read again; inf: never."""
+        time = {node: i for i, node in enumerate(self.order)}
+        now = time[after]
+        return min((time[read] - now for read in segment.reads if time[read] > now), default=math.inf)
+
+
+def liveness(paths: Paths) -> Liveness:
+    """The uses of every segment. O(sum of the lengths of all branches, in segments)."""
+    reads: dict[int, list[int]] = {}
+    point_of: dict[int, Point] = {}
+    order: list[int] = []
+    for node in run_order(paths.graph):
+        if isinstance(node, ir.Generate):
+            if node.id in paths.twins:
+                continue
+            tips = [paths.points[node.id], paths.prompts[node.id]]
+        elif isinstance(node, ir.Select):
+            tips = [paths.points[node.id], paths.selections[node.id].before]
+        else:
+            continue
+        order.append(node.id)
+        for key, point in _segments(tips[0], paths):
+            reads.setdefault(key, []).append(node.id)
+            point_of.setdefault(key, point)
+    found = []
+    for key, users in reads.items():
+        point = point_of[key]
+        before = point.parent.count if point.parent is not None else Count(0, 0)
+        size = Count(point.count.at_least - before.at_least, point.count.at_most - before.at_most)
+        assert point.node is not None
+        found.append(Segment(point.node, before, size, tuple(users)))
+    return Liveness(tuple(found), tuple(order))
+
+
+def _segments(tip: Point, paths: Paths) -> list[tuple[int, Point]]:
+    """The points of a path that hold tokens, by the position at their end: equal on branches that share them."""
+    return [(point.position, point) for point in tip.chain() if point.items]

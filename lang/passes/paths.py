@@ -1,0 +1,404 @@
+"""Segment tokenisation: the token path of every node as far as it is known before a run.
+
+The executor's own rules, followed without a model: text between two borders (a generation, a selection, a fork) is
+tokenised as one run. What only a run can tell becomes an `Opaque` item with bounds; everything else is token ids.
+Paths of one `Trie` can be compared: two are equal where their positions are.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from ramet.lang import ir
+from ramet.lang.passes.target import Target
+
+
+@dataclass(frozen=True, slots=True)
+class Count:
+    """A number of tokens between two limits, both of them reached at worst."""
+
+    at_least: int
+    at_most: int
+
+    @property
+    def is_exact(self) -> bool:
+        return self.at_least == self.at_most
+
+    def __add__(self, other: Count) -> Count:
+        return Count(self.at_least + other.at_least, self.at_most + other.at_most)
+
+    def __str__(self) -> str:
+        if self.is_exact:
+            return f"{self.at_most:,}"
+        return f"{self.at_least:,}–{self.at_most:,}" if self.at_least else f"≤ {self.at_most:,}"
+
+
+ZERO = Count(0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Unknown:
+    """Text that only a run can tell. Equal keys: equal text. `max_bytes` None: no limit of its own."""
+
+    key: Hashable
+    max_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Opaque:
+    """Tokens that only a run can tell. Equal keys: equal tokens. `is_generated`: the model writes them here."""
+
+    key: Hashable
+    count: Count
+    is_generated: bool = False
+
+
+Item: TypeAlias = int | Opaque
+TextPart: TypeAlias = str | Unknown
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """Text that waits to be tokenised, and the node that put it there."""
+
+    text: TextPart
+    is_markup: bool
+    node: int
+
+
+class Trie:
+    """Positions of token paths: equal prefixes have equal positions. Owner: whoever compares paths."""
+
+    def __init__(self) -> None:
+        self._edges: dict[tuple[int, Item], int] = {}
+
+    def step(self, position: int, item: Item) -> int:
+        return self._edges.setdefault((position, item), len(self._edges) + 1)
+
+    def __len__(self) -> int:
+        return len(self._edges)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Point:
+    """One point of one branch: the `items` added here to `parent`'s, their positions, and what is pending behind them.
+
+    `count`: tokens from the beginning up to here, without what is pending. `node`: who added the items.
+    """
+
+    parent: Point | None = None
+    items: tuple[Item, ...] = ()
+    positions: tuple[int, ...] = ()
+    position: int = 0
+    count: Count = ZERO
+    pending: tuple[Pending, ...] = ()
+    node: int | None = None
+
+    def chain(self) -> Iterator[Point]:
+        """This point and those before it, this one first."""
+        at: Point | None = self
+        while at is not None:
+            yield at
+            at = at.parent
+
+    def all_items(self) -> list[Item]:
+        """The whole path. O(length)."""
+        return [item for point in reversed(list(self.chain())) for item in point.items]
+
+    @property
+    def is_start(self) -> bool:
+        return self.position == 0
+
+
+@dataclass(frozen=True, slots=True)
+class SelectPaths:
+    """`before`: what stands tokenised before a selection. `choices`: a point behind each choice, or None: unknown text.
+
+    `num_shared`: tokens that all choices begin with, pending text before them included.
+    """
+
+    before: Point
+    choices: tuple[Point, ...]
+    num_shared: int
+
+
+@dataclass(slots=True)
+class Paths:
+    """What `interpret` found. Owner: it; read-only afterwards.
+
+    `points[i]`: behind node i. `prompts`: what a Generate node reads. `selections`: the same of a Select node.
+    `twins`: a Generate node that surely writes what an earlier one does -> that node.
+    """
+
+    graph: ir.Graph
+    trie: Trie
+    points: list[Point] = field(default_factory=list)
+    prompts: dict[int, Point] = field(default_factory=dict)
+    selections: dict[int, SelectPaths] = field(default_factory=dict)
+    twins: dict[int, int] = field(default_factory=dict)
+    texts: list[tuple[TextPart, ...]] = field(default_factory=list)
+
+
+def interpret(graph: ir.Graph, target: Target, trie: Trie | None = None, row: int = 0) -> Paths:
+    """Follow every branch of `graph`. With one `trie` for several graphs, give each another `row`.
+
+    O(tokens of the graph's own text), not of its prompts: shared prefixes are tokenised once.
+    """
+    return _Interpreter(graph, target, trie if trie is not None else Trie(), row).run()
+
+
+def is_repeatable(node: ir.Generate) -> bool:
+    """True where the same prompt gives the same text again: it is greedy, or has a seed."""
+    sampling = node.sampling
+    return sampling.temperature == 0 or sampling.top_k == 1 or sampling.seed is not None
+
+
+class _Interpreter:
+    def __init__(self, graph: ir.Graph, target: Target, trie: Trie, row: int) -> None:
+        self._graph, self._target, self._row = graph, target, row
+        self._found = Paths(graph, trie)
+        self._values: dict[int, ir.JsonValue] = {}  # of nodes whose value is known
+        self._value_parts: dict[int, TextPart] = {}  # text of a value, where something can be said about it
+        self._classes: dict[Hashable, int] = {}
+        names = [re.escape(name) for name in sorted(target.special_tokens, key=len, reverse=True)]
+        self._border = re.compile(f"({'|'.join(names)})") if names else None
+
+    def run(self) -> Paths:
+        for node in self._graph.nodes:
+            before = Point() if node.parent is None else self._found.points[node.parent]
+            point, text = self._visit(node, before)
+            self._found.points.append(point)
+            self._found.texts.append(text)
+        return self._found
+
+    def _visit(self, node: ir.AnyNode, before: Point) -> tuple[Point, tuple[TextPart, ...]]:
+        if isinstance(node, ir.Text):
+            parts = self._render(node.parts)
+            return self._append(before, node.id, parts), parts
+        if isinstance(node, ir.Role):
+            mark = self._mark(node)
+            return self._append(before, node.id, (mark,) if mark else (), is_markup=True), (mark,) if mark else ()
+        if isinstance(node, ir.Generate):
+            return self._generate(node, self._flush(before, node.id))
+        if isinstance(node, ir.Select):
+            return self._select(node, before)
+        if isinstance(node, ir.Fork):
+            return self._flush(before, node.id), ()
+        if isinstance(node, ir.Argument):
+            self._argument(node)
+        elif isinstance(node, ir.ToolCall):
+            self._value_parts[node.id] = Unknown(("tool", self._row, node.id), None)
+        elif isinstance(node, ir.Capture):
+            self._capture(node)
+        return before, ()
+
+    # Values.
+
+    def _argument(self, node: ir.Argument) -> None:
+        if node.name in self._graph.arguments:
+            self._know(node.id, self._graph.arguments[node.name])
+        else:
+            self._value_parts[node.id] = Unknown(("argument", node.name), None)
+
+    def _know(self, node: int, value: ir.JsonValue) -> None:
+        self._values[node] = value
+        self._value_parts[node] = ir.value_text(value)
+
+    def _capture(self, node: ir.Capture) -> None:
+        parts: list[tuple[TextPart, ...]] = []
+        at = node.parent
+        while at is not None and at != node.start:
+            parts.append(self._found.texts[at])
+            at = self._graph.nodes[at].parent
+        whole = [part for piece in reversed(parts) for part in piece]
+        if all(isinstance(part, str) for part in whole):
+            self._know(node.id, "".join(map(str, whole)))
+            return
+        self._value_parts[node.id] = Unknown(("captured", self._row, *whole), _max_bytes(whole))
+
+    def _render(self, template: ir.Template) -> tuple[TextPart, ...]:
+        found: list[TextPart] = []
+        for part in template:
+            text = part if isinstance(part, str) else self._ref(part)
+            if isinstance(text, str) and found and isinstance(found[-1], str):
+                found[-1] += text
+            elif text != "":
+                found.append(text)
+        return tuple(found)
+
+    def _ref(self, ref: ir.Ref) -> TextPart:
+        known = self._value_parts[ref.node]
+        if ref.node in self._values:
+            value = self._values[ref.node]
+            return ir.render((ref,), lambda _: str(known), lambda _: value)
+        assert isinstance(known, Unknown)
+        if not ref.path and not ref.format:
+            return known
+        # A field of a value is no longer than the value, but for numbers that are written shorter than Python shows
+        # them (1e15: 18 characters for 4) and what a format adds.
+        limit = None if ref.format or known.max_bytes is None else 6 * known.max_bytes
+        return Unknown((known.key, ref.path, ref.format), limit)
+
+    # Nodes.
+
+    def _append(self, before: Point, node: int, parts: Sequence[TextPart], *, is_markup: bool = False) -> Point:
+        added = tuple(Pending(part, is_markup, node) for part in parts if part != "")
+        if not added:
+            return before
+        return Point(before, (), (), before.position, before.count, (*before.pending, *added), node)
+
+    def _mark(self, node: ir.Role) -> str:
+        path: list[ir.AnyNode] = []
+        at = node.parent
+        while at is not None:
+            path.append(self._graph.nodes[at])
+            at = self._graph.nodes[at].parent
+        messages: list[dict[str, str]] = []
+        is_inside = False
+        for one in reversed(path):
+            if isinstance(one, ir.Role):
+                is_inside = one.is_open
+                if is_inside:
+                    messages.append({"role": one.role, "content": ""})
+            elif is_inside:
+                messages[-1]["content"] += "".join(t if isinstance(t, str) else "x" for t in self._found.texts[one.id])
+        roles = tuple(message["role"] for message in messages)
+        if node.is_open:
+            return self._target.opening(roles, node.role, lambda: list[Mapping[str, str]](messages))
+        return self._target.closing(roles[:-1], node.role, lambda: list[Mapping[str, str]](messages[:-1]))
+
+    def _generate(self, node: ir.Generate, prompt: Point) -> tuple[Point, tuple[TextPart, ...]]:
+        self._found.prompts[node.id] = prompt
+        name = node.id
+        if is_repeatable(node):
+            key = (prompt.position, node.sampling, node.constraint, self._is_in_role(node))
+            name = self._classes.setdefault(key, node.id)
+            if name != node.id:
+                self._found.twins[node.id] = name
+        limit, most_bytes = generated_limits(node, self._target)
+        tokens = Opaque(("generated", self._row, name), Count(0, limit), is_generated=True)
+        text = Unknown(("text", self._row, name), most_bytes)
+        self._value_parts[node.id] = text
+        point = self._extend(prompt, (tokens,), node.id)
+        has_stop = node.sampling.stop or (self._target.stop_strings and self._is_in_role(node))
+        if has_stop and self._target.max_token_bytes > 1:
+            # A stop string may end inside of a token: what is left of that token is tokenised with what follows.
+            rest = Unknown(("rest", self._row, name), self._target.max_token_bytes - 1)
+            point = Point(point, (), (), point.position, point.count, (Pending(rest, False, node.id),), node.id)
+        return point, (text,)
+
+    def _is_in_role(self, node: ir.AnyNode) -> bool:
+        at = node.parent
+        while at is not None:
+            one = self._graph.nodes[at]
+            if isinstance(one, ir.Role):
+                return one.is_open
+            at = one.parent
+        return False
+
+    def _select(self, node: ir.Select, before: Point) -> tuple[Point, tuple[TextPart, ...]]:
+        rendered = [self._render(choice) for choice in node.choices]
+        base = before
+        choices = tuple(self._flush(self._append(before, node.id, parts), node.id) for parts in rendered)
+        added = [choice.items for choice in choices]
+        shortest = min(map(len, added))
+        shared = next((i for i in range(shortest) if len({items[i] for items in added}) > 1), shortest)
+        self._found.selections[node.id] = SelectPaths(base, choices, shared)
+        if len(choices) == 1:
+            if all(isinstance(part, str) for part in rendered[0]):
+                self._know(node.id, "".join(map(str, rendered[0])))
+            else:
+                key = ("choice", self._row, *rendered[0])
+                self._value_parts[node.id] = Unknown(key, _max_bytes(rendered[0]))
+            return choices[0], rendered[0]
+        most = [_max_bytes(parts) for parts in rendered]
+        text = Unknown(("chosen", self._row, node.id), None if None in most else max(m for m in most if m is not None))
+        self._value_parts[node.id] = text
+        tails = [_count(items[shared:]) for items in added]
+        tail = Count(min(t.at_least for t in tails), max(t.at_most for t in tails))
+        items = (*added[0][:shared], Opaque(("chosen", self._row, node.id), tail))
+        return self._extend(base, items, node.id), (text,)
+
+    # Tokens.
+
+    def _extend(self, before: Point, items: Sequence[Item], node: int) -> Point:
+        position, positions = before.position, []
+        for item in items:
+            position = self._found.trie.step(position, item)
+            positions.append(position)
+        return Point(before, tuple(items), tuple(positions), position, before.count + _count(items), (), node)
+
+    def _flush(self, before: Point, node: int) -> Point:
+        if not before.pending:
+            return before
+        return self._extend(before, self._tokenise(before.pending, is_start=before.is_start), node)
+
+    def _tokenise(self, pieces: Sequence[Pending], *, is_start: bool) -> list[Item]:
+        runs: list[int | list[TextPart]] = []
+
+        def add(text: TextPart) -> None:
+            if runs and isinstance(runs[-1], list):
+                runs[-1].append(text)
+            elif text != "":
+                runs.append([text])
+
+        for piece in pieces:
+            if isinstance(piece.text, Unknown) or not piece.is_markup or self._border is None:
+                add(piece.text)
+                continue
+            for i, part in enumerate(self._border.split(piece.text)):
+                if i % 2:
+                    runs.append(self._target.special_tokens[part])
+                else:
+                    add(part)
+        opening = is_start and bool(runs) and isinstance(runs[0], list) and not pieces[0].is_markup
+        items: list[Item] = []
+        for i, run in enumerate(runs):
+            if isinstance(run, int):
+                items.append(run)
+            else:
+                items.extend(self._encode(run, opening and i == 0, not is_start or i > 0))
+        return items
+
+    def _encode(self, run: list[TextPart], add_special: bool, continues: bool) -> list[Item]:
+        if all(isinstance(part, str) for part in run):
+            return list(self._target.encode("".join(map(str, run)), add_special=add_special, continues=continues))
+        most = _max_bytes(run)
+        # Every token stands for a byte at least; one may open the text, and one stand for a blank put before it.
+        limit = self._target.context_length if most is None else min(self._target.context_length, most + 2)
+        return [Opaque(("run", *run, add_special, continues), Count(0, limit))]
+
+
+def generated_limits(node: ir.Generate, target: Target) -> tuple[int, int | None]:
+    """The most tokens and bytes that a generation can write."""
+    limit = min(node.sampling.max_tokens or target.default_max_tokens, target.context_length)
+    fixed = _longest_choice(node.constraint)
+    if fixed is not None:
+        return min(limit, fixed), fixed
+    # A byte that is no UTF-8 is shown as a character of three bytes.
+    return limit, 3 * limit * target.max_token_bytes
+
+
+def _longest_choice(constraint: ir.Constraint | None) -> int | None:
+    if constraint is None or constraint.kind != "choice":
+        return None
+    import json
+
+    return max(len(str(text).encode()) for text in json.loads(constraint.source))
+
+
+def _max_bytes(parts: Sequence[TextPart]) -> int | None:
+    sizes = [len(part.encode()) if isinstance(part, str) else part.max_bytes for part in parts]
+    return None if None in sizes else sum(size for size in sizes if size is not None)
+
+
+def _count(items: Sequence[Item]) -> Count:
+    known = sum(isinstance(item, int) for item in items)
+    total = Count(known, known)
+    for item in items:
+        if isinstance(item, Opaque):
+            total = total + item.count
+    return total

@@ -1,0 +1,97 @@
+"""What the passes must know of a runtime: how it makes tokens of text, and a few limits.
+
+Not here: running anything. `target_of` is one of the places where the language reaches the in-process runtime.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ramet.errors import ConfigError
+from ramet.lang.backend import EngineBackend, choose_backend
+
+if TYPE_CHECKING:
+    from ramet.lang.ir import Constraint
+
+Messages = Sequence[Mapping[str, str]]
+
+
+class Target(Protocol):
+    """A tokenizer with its chat template, and limits. Passes ask nothing else of a runtime.
+
+    `default_max_tokens`: of a generation that says nothing. `max_token_bytes`: of the longest token. `opening_tokens`:
+    how many tokens stand before a choice that is scored without its prompt.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def context_length(self) -> int: ...
+    @property
+    def default_max_tokens(self) -> int: ...
+    @property
+    def max_token_bytes(self) -> int: ...
+    @property
+    def stop_strings(self) -> tuple[str, ...]: ...
+    @property
+    def special_tokens(self) -> Mapping[str, int]: ...
+    @property
+    def token_bytes(self) -> Sequence[bytes]: ...
+
+    def encode(self, text: str, *, add_special: bool, continues: bool) -> list[int]: ...
+
+    def opening(self, roles: tuple[str, ...], role: str, messages: Callable[[], Messages]) -> str: ...
+
+    def closing(self, roles: tuple[str, ...], role: str, messages: Callable[[], Messages]) -> str: ...
+
+    def forced_tokens(self, constraint: Constraint) -> list[int] | None: ...
+
+
+class TokenizerTarget:
+    """A target made of a tokenizer alone: no weights, no engine."""
+
+    def __init__(self, tokenizer: Any, *, name: str = "", context_length: int = 1 << 20) -> None:  # Any: a Tokenizer
+        from ramet.runtime.role_marks import RoleMarks
+        from ramet.runtime.types import SamplingParams
+
+        self.name = name or type(tokenizer).__name__
+        self.context_length = context_length
+        self.default_max_tokens = SamplingParams().max_tokens or context_length
+        self.token_bytes: Sequence[bytes] = tokenizer.token_bytes
+        self.max_token_bytes = max(len(token) for token in self.token_bytes)
+        self.special_tokens: Mapping[str, int] = tokenizer.special_tokens
+        self._tokenizer = tokenizer
+        self._marks = RoleMarks(tokenizer.chat_template)
+        self.stop_strings = self._marks.stop_strings
+        self._grammars: Any = None  # runtime.grammar_cache.GrammarCache, made when a constraint is first asked for
+
+    def encode(self, text: str, *, add_special: bool, continues: bool) -> list[int]:
+        found: list[int] = self._tokenizer.encode(text, add_special=add_special, continues=continues)
+        return found
+
+    def opening(self, roles: tuple[str, ...], role: str, messages: Callable[[], Messages]) -> str:
+        return self._marks.opening(roles, role, messages)
+
+    def closing(self, roles: tuple[str, ...], role: str, messages: Callable[[], Messages]) -> str:
+        return self._marks.closing(roles, role, messages)
+
+    def forced_tokens(self, constraint: Constraint) -> list[int] | None:
+        """Tokens that every text of this constraint begins with. Compiles it; raises what that raises."""
+        from ramet.runtime.grammar_cache import GrammarCache
+
+        if self._grammars is None:
+            self._grammars = GrammarCache(self._tokenizer)
+        found: list[int] = self._grammars.get(constraint).result().forced_tokens(0)
+        return found
+
+
+def target_of(backend: object | None = None) -> Target:
+    """The target of a backend (None: the default one). Raises ConfigError where it keeps its tokenizer to itself."""
+    found = choose_backend(backend)
+    if not isinstance(found, EngineBackend):
+        raise ConfigError(
+            f"{type(found).__name__} doesn't tell how it tokenises; explain with an engine of this process"
+        )
+    engine: Any = found._host.engine
+    return TokenizerTarget(engine.tokenizer, context_length=getattr(engine, "context_length", 1 << 20))
