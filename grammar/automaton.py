@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from ramet.errors import GrammarTooLarge
 from ramet.grammar import walker
+from ramet.grammar.walker import column_digests
 
 REFUSE = -1
 DEAD = -1  # target of an exit that must not be taken
@@ -383,7 +384,7 @@ def _sample_bytes(byte_class: NDArray[np.uint8], num_classes: int) -> list[int |
 def compress_rows(wide: NDArray[np.int32]) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
     """Turn int32 [n, 256] into rows over byte classes and the class map."""
     weights = _WEIGHTS[: len(wide)] if len(wide) <= len(_WEIGHTS) else _weights(len(wide))
-    digest = weights @ wide.astype(np.int64)  # equal columns have equal digests; wraps, which is harmless
+    digest = column_digests(wide, weights)  # equal columns have equal digests; the sums wrap, which is harmless
     _, first, inverse = np.unique(digest, return_index=True, return_inverse=True)
     return np.ascontiguousarray(wide[:, first]), inverse.reshape(-1).astype(np.uint8)
 
@@ -392,4 +393,4 @@ def _weights(n: int) -> NDArray[np.int64]:
     return np.random.default_rng(1).integers(-(2**62), 2**62, size=n, dtype=np.int64)
 
 
-_WEIGHTS = _weights(1024)
+_WEIGHTS = _weights(4096)

@@ -495,6 +495,7 @@ def _link_base(rows, n):  # type: ignore[no-untyped-def]
                 rows[i, c] = n + (-1000000 - rows[i, c])
 
 
+@lru_cache(maxsize=4096)
 def ways_to_write(text: str) -> list[bytes]:
     """All the ways to write a short text inside a constrained string; for long texts beyond ASCII the raw way alone."""
     out = [b""]

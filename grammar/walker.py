@@ -323,6 +323,16 @@ def _safe_depths(rows: Int32, num_content: int, safe: Int64, beyond: Int64, dept
                     changed = True
 
 
+def _column_digests(wide: Int32, weights: Int64) -> Int64:
+    """For each column, the weighted sum of its entries."""
+    out = np.zeros(wide.shape[1], dtype=np.int64)
+    for i in range(wide.shape[0]):
+        w = weights[i]
+        for c in range(wide.shape[1]):
+            out[c] += w * wide[i, c]
+    return out
+
+
 walk_python = _walk
 run_python = _run
 walk = njit(cache=True, nogil=True)(_walk)
@@ -330,6 +340,7 @@ run = njit(cache=True, nogil=True)(_run)
 step = njit(cache=True, nogil=True)(_step)
 walk_difference = njit(cache=True, nogil=True)(_walk_difference)
 expand = njit(cache=True, nogil=True)(_expand)
+column_digests = njit(cache=True)(_column_digests)
 next_not_deeper = njit(cache=True)(_next_not_deeper)
 count_plain_chars = njit(cache=True)(_count_plain_chars)
 safe_depths = njit(cache=True)(_safe_depths)

@@ -192,7 +192,7 @@ class OpenFrame:
 
     def __init__(self, node: ArrayNode) -> None:
         self.node = node
-        self.table = node.json.constant_table("array open", open_rows, 2)
+        self.table = node.json.constant_table(open_rows, (), 2)
 
     def resolve(self, exit_index: int) -> int:
         return self.node.close() if exit_index == _CLOSE else self.node.item(2)
@@ -208,7 +208,7 @@ class NextFrame(OpenFrame):
 
     def __init__(self, node: ArrayNode) -> None:
         self.node = node
-        self.table = node.json.constant_table("array next", next_rows, 2)
+        self.table = node.json.constant_table(next_rows, (), 2)
 
     def resolve(self, exit_index: int) -> int:
         return self.node.close() if exit_index == _CLOSE else self.node.item(1)

@@ -28,6 +28,7 @@ _ONE = ("additionalProperties", "additionalItems", "propertyNames", "contains", 
         "unevaluatedProperties", "unevaluatedItems", "contentSchema")  # fmt: skip
 _LISTS = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
 _MAPS = ("properties", "patternProperties", "definitions", "$defs", "dependentSchemas", "dependencies")
+_NESTING = frozenset((*_ONE, *_LISTS, *_MAPS))
 MAX_DEPTH = 500
 
 
@@ -103,18 +104,17 @@ class Registry:
             if depth > MAX_DEPTH:
                 raise InvalidSchema(f"schemas are nested deeper than {MAX_DEPTH} at {pointer[:200]}", pointer)
             base, draft = self._identify(schema, base, pointer, draft, document)
-            for key in _ONE:
-                value = schema.get(key)
-                if isinstance(value, dict):
-                    stack.append((value, base, f"{pointer}/{key}", draft, depth + 1))
-            for key in _LISTS:
-                value = schema.get(key)
+            for key in schema.keys() & _NESTING:
+                value = schema[key]
+                where = f"{pointer}/{key}"
                 if isinstance(value, list):
-                    stack.extend((v, base, f"{pointer}/{key}/{i}", draft, depth + 1) for i, v in enumerate(value))
-            for key in _MAPS:
-                value = schema.get(key)
-                if isinstance(value, dict):
-                    stack.extend((v, base, f"{pointer}/{key}/{escape(k)}", draft, depth + 1) for k, v in value.items())
+                    stack.extend((v, base, f"{where}/{i}", draft, depth + 1) for i, v in enumerate(value))
+                elif not isinstance(value, dict):
+                    continue
+                elif key in _MAPS:
+                    stack.extend((v, base, f"{where}/{escape(k)}", draft, depth + 1) for k, v in value.items())
+                else:
+                    stack.append((value, base, where, draft, depth + 1))
 
     def _identify(
         self, schema: dict[str, Any], base: str, pointer: str, draft: int, document: Document

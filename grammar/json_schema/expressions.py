@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from fractions import Fraction
+from functools import lru_cache
 
 from ramet.errors import GrammarTooLarge, InvalidSchema
 from ramet.grammar import ir, numeric, regular
+from ramet.grammar.json_schema import formats, pattern
 from ramet.grammar.json_schema import values as v
 from ramet.grammar.json_schema.document import SchemaNode
 from ramet.grammar.json_schema.values import FALSE, TRUE, Arrays, Contains, Exists, Expr, Objects, Rule, Strings, Values
@@ -25,39 +27,45 @@ class _NotYet(Exception):
 
 
 class Languages:
-    """Regular languages on strings, by number; automata are made when needed."""
+    """Regular languages on strings, by number; automata are made when needed and shared by all compilations."""
 
     def __init__(self, max_states: int) -> None:
         self.max_states = max_states
-        self.nodes: list[ir.Node] = []
-        self.names: list[str] = []
+        self.sources: list[tuple[str, str]] = []  # (kind, source): see `language_node`
         self._index: dict[tuple[str, str], int] = {}
         self._dfas: dict[int, Dfa] = {}
         self._conjunctions: dict[object, Dfa] = {}
 
-    def add(self, kind: str, source: str, make: Callable[[str], ir.Node]) -> int:
-        """Number of the language that `make(source)` describes."""
+    def add(self, kind: str, source: str) -> int:
+        """Number of a language.
+
+        Raises: InvalidRegex if its source does not parse.
+        """
         found = self._index.get((kind, source))
         if found is None:
-            found = self._index[kind, source] = len(self.nodes)
-            self.nodes.append(make(source))
-            self.names.append(f"{kind} {source[:100]!r}")
+            language_node(kind, source)
+            found = self._index[kind, source] = len(self.sources)
+            self.sources.append((kind, source))
         return found
 
     def add_automaton(self, name: str, dfa: Dfa) -> int:
-        found = self._index.get((name, repr(dfa.key())))
+        """Number of a language that is only known as an automaton over code points."""
+        key = (name, repr(dfa.key()))
+        found = self._index.get(key)
         if found is None:
-            found = self._index[name, repr(dfa.key())] = len(self.nodes)
-            self.nodes.append(ir.EMPTY)
-            self.names.append(name)
+            found = self._index[key] = len(self.sources)
+            self.sources.append(key)
             self._dfas[found] = dfa
         return found
+
+    def name(self, number: int) -> str:
+        kind, source = self.sources[number]
+        return f"{kind} {source[:100]!r}"
 
     def dfa(self, number: int) -> Dfa:
         found = self._dfas.get(number)
         if found is None:
-            found = _language(self.nodes[number], self.max_states, self.names[number])
-            self._dfas[number] = found
+            found = self._dfas[number] = _automaton(*self.sources[number], self.max_states)
         return found
 
     def accepts(self, number: int, text: str) -> bool:
@@ -76,7 +84,7 @@ class Languages:
         found = self._conjunctions.get(key)
         if found is None:
             found = None
-            name = " and ".join(self.names[n] for n, _ in spec.languages) or "a string's length"
+            name = " and ".join(self.name(n) for n, _ in spec.languages) or "a string's length"
             parts = [self.dfa(n) if wanted else regular.complement(self.dfa(n)) for n, wanted in sorted(spec.languages)]
             parts.sort(key=lambda d: len(d.transitions))
             if spec.low or spec.high is not None or not parts:
@@ -99,7 +107,7 @@ class Languages:
             return spec.high == 0 and "" in spec.excluded
         if len(spec.languages) == 1 and spec.low == 0 and spec.high is None and not spec.excluded:
             ((number, wanted),) = spec.languages
-            if wanted and number not in self._dfas and _surely_not_empty(self.nodes[number]):
+            if wanted and number not in self._dfas and _is_plain(*self.sources[number]):
                 return False
         base = self.base(spec)
         if base.is_empty:
@@ -107,8 +115,20 @@ class Languages:
         return bool(spec.excluded) and all(t in spec.excluded for t in _few_texts(base, len(spec.excluded) + 1))
 
 
-def _language(node: ir.Node, max_states: int, name: str) -> Dfa:
-    return regular.compile_chars(node, max_states=max_states, name=name)
+@lru_cache(maxsize=2048)
+def language_node(kind: str, source: str) -> ir.Node:
+    """The texts that a "pattern" is found in, or those of a "format"."""
+    return formats.format_node(source) if kind == "format" else pattern.search(source)
+
+
+@lru_cache(maxsize=2048)
+def _automaton(kind: str, source: str, max_states: int) -> Dfa:
+    return regular.compile_chars(language_node(kind, source), max_states=max_states, name=f"{kind} {source[:100]!r}")
+
+
+@lru_cache(maxsize=2048)
+def _is_plain(kind: str, source: str) -> bool:
+    return _surely_not_empty(language_node(kind, source))
 
 
 def _surely_not_empty(node: ir.Node) -> bool:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, lru_cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -28,7 +29,7 @@ from ramet.grammar.automaton import (
     target,
 )
 from ramet.grammar.json_schema import values as v
-from ramet.grammar.json_schema.expressions import INFINITE, Expressions
+from ramet.grammar.json_schema.expressions import INFINITE, Expressions, Languages
 from ramet.grammar.json_schema.values import Expr, Strings, Values
 from ramet.grammar.numeric import Numbers
 from ramet.grammar.regular import Dfa
@@ -86,6 +87,119 @@ def literal_rows(text: bytes) -> NDArray[np.int32]:
     return rows
 
 
+@cache
+def _compressed(make: Callable[..., NDArray[np.int32]], arguments: tuple[object, ...]) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
+    return compress_rows(make(*arguments))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StringRows:
+    """The table of a string's content before it is on a machine; see Table for depths and loop."""
+
+    rows: NDArray[np.int32]
+    byte_class: NDArray[np.uint8]
+    depths: NDArray[np.int32]
+    loop: int
+
+    @staticmethod
+    def of(content: strings.Content) -> StringRows:
+        return StringRows.compressed(*compress_rows(content.rows), content.num_content, content.beyond)
+
+    @staticmethod
+    def compressed(
+        rows: NDArray[np.int32], byte_class: NDArray[np.uint8], num_content: int, beyond: NDArray[np.int64]
+    ) -> StringRows:
+        depths = np.zeros((2, len(rows)), dtype=np.int32)
+        loop = -1
+        if num_content:
+            safe = np.unique(byte_class[_PLAIN]).astype(np.int64)
+            walker.safe_depths(rows, num_content, safe, beyond, depths)
+            # a trie over any string ends with the rows of any string; elsewhere the start may be the loop
+            for q in {0, num_content - 1}:
+                if beyond[q] == q and (rows[q, safe] == q).all():
+                    loop = q
+        return StringRows(rows, byte_class, depths, loop)
+
+
+@cache
+def _free_string() -> StringRows:
+    return StringRows.of(strings.free_string_rows())
+
+
+@cache
+def _counted_string(closable: bool, last: bool) -> StringRows:
+    return StringRows.of(strings.counted_rows(CHUNK, closable, last))
+
+
+@lru_cache(maxsize=1024)
+def _string_rows(
+    specs: tuple[tuple[Strings, ...], ...], sources: tuple[tuple[int, str, str], ...], max_states: int
+) -> tuple[StringRows, tuple[int, ...]]:
+    """(rows, mask of tags of each exit). sources: (number, kind, source) of the languages that the specs name."""
+    languages = Languages(max_states)
+    number = {n: languages.add(kind, source) for n, kind, source in sources}
+    specs = tuple(
+        tuple(s._replace(languages=frozenset((number[n], wanted) for n, wanted in s.languages)) for s in tag) for tag in specs
+    )
+    entries: dict[str, int] = {}
+    for tag in specs:
+        for s in tag:
+            entries.update(dict.fromkeys(s.finite or (), 0))
+            entries.update(dict.fromkeys(s.excluded, 0))
+    for text in entries:
+        entries[text] = sum(1 << i for i, tag in enumerate(specs) if any(languages.contains(s, text) for s in tag))
+    bases = [[s._replace(excluded=frozenset()) for s in tag if s.finite is None] for tag in specs]
+    masks: list[int] = []
+
+    def exit_of(mask: int) -> int:
+        if not mask:
+            return -1
+        if mask not in masks:
+            masks.append(mask)
+        return masks.index(mask)
+
+    base = None
+    if any(bases):
+        dfa = _tagged([regular.union([languages.base(s) for s in b]) if b else None for b in bases])
+        base = strings.json_string_rows(dfa, [exit_of(int(a)) for a in dfa.accepting])
+    exits = {text: exit_of(mask) for text, mask in entries.items()}
+    if base is None:
+        plain = strings.plain_trie(None, {t: e for t, e in exits.items() if e >= 0})
+        if plain is not None:
+            return StringRows.compressed(*plain), tuple(masks)
+    content = overlay(base, exits)
+    strings.trim(content.rows)
+    return StringRows.of(content), tuple(masks)
+
+
+@lru_cache(maxsize=1024)
+def _number_rows(
+    specs: tuple[tuple[Numbers, ...], ...],
+) -> tuple[NDArray[np.int32], NDArray[np.uint8], NDArray[np.int32], tuple[int, ...]]:
+    """(rows, byte classes, exit where the number may end, mask of tags of each exit)."""
+    dfa = _tagged([regular.union([numeric.automaton(n) for n in tag]) if tag else None for tag in specs])
+    masks = sorted({int(a) for a in dfa.accepting if a})
+    ends = np.array([masks.index(int(a)) if a else -1 for a in dfa.accepting], dtype=np.int32)
+    wide = regular.byte_table(dfa)
+    for state in np.flatnonzero(ends >= 0).tolist():
+        row = wide[state]
+        row[row < 0] = leave(int(ends[state]), again=True)
+    return *compress_rows(wide), ends, tuple(masks)
+
+
+def _tagged(parts: list[Dfa | None]) -> Dfa:
+    """One automaton whose `accepting` is the mask of the parts that accept."""
+    present = [(i, d) for i, d in enumerate(parts) if d is not None]
+
+    def mask(accepts: tuple[bool, ...]) -> int:
+        return sum(1 << i for (i, _), a in zip(present, accepts, strict=True) if a)
+
+    if len(present) == 1:
+        i, d = present[0]
+        return Dfa(d.max_symbol, d.starts, d.classes, d.num_classes, d.transitions, [int(bool(a)) << i for a in d.accepting])
+    return regular.product([d for _, d in present], mask)
+
+
 class Json:
     """Everything that the frames of one compiled schema share."""
 
@@ -94,21 +208,21 @@ class Json:
         self.expressions = expressions
         self.spaced = spaced
         self.ordered = ordered
-        self.dispatch = self.table(dispatch_rows(spaced), 7)
-        self.literals = {kind: self.table(literal_rows(text), 1) for kind, text in _LITERALS.items()}
+        self._tables: dict[object, tuple[Table, tuple[int, ...]]] = {}
+        self.dispatch = self.constant_table(dispatch_rows, (spaced,), 7)
         self.contexts = 0
-        self._tables: dict[object, tuple[Table, list[int]]] = {}
         # interned by content; typed loosely because the modules of objects and arrays build on this one
         self.property_contexts: dict[object, Any] = {}
         self.object_nodes: dict[object, Any] = {}
         self.array_nodes: dict[object, Any] = {}
         self.spaces: dict[object, Any] = {}
 
-    def constant_table(self, key: object, make: Callable[[], NDArray[np.int32]], num_exits: int) -> Table:
-        """A table that does not depend on the schema."""
-        found = self._tables.get(key)
+    def constant_table(self, make: Callable[..., NDArray[np.int32]], arguments: tuple[object, ...], num_exits: int) -> Table:
+        """The table whose wide rows are make(*arguments), which do not depend on the schema."""
+        found = self._tables.get((make, arguments))
         if found is None:
-            found = self._tables[key] = self.table(make(), num_exits), []
+            rows, byte_class = _compressed(make, arguments)
+            found = self._tables[make, arguments] = self.machine.table(rows, byte_class, num_exits, None), ()
         return found[0]
 
     def new_number(self) -> int:
@@ -119,29 +233,9 @@ class Json:
         rows, byte_class = compress_rows(wide)
         return self.machine.table(rows, byte_class, num_exits, end_exits)
 
-    def string_frame(self, content: strings.Content, num_exits: int) -> Table:
-        """The table of a string's content, with what may follow of plain text."""
-        rows, byte_class = compress_rows(content.rows)
-        return self.string_table_of(rows, byte_class, content.num_content, content.beyond, num_exits)
-
-    def string_table_of(
-        self,
-        rows: NDArray[np.int32],
-        byte_class: NDArray[np.uint8],
-        num_content: int,
-        beyond: NDArray[np.int64],
-        num_exits: int,
-    ) -> Table:
-        depths = np.zeros((2, len(rows)), dtype=np.int32)
-        if num_content:
-            safe = np.unique(byte_class[_PLAIN]).astype(np.int64)
-            walker.safe_depths(rows, num_content, safe, beyond, depths)
-        loop = -1
-        # a trie over any string ends with the rows of any string; elsewhere the start may be the loop
-        for q in {0, num_content - 1} if num_content else ():
-            if beyond[q] == q and (rows[q, safe] == q).all():
-                loop = q
-        return self.machine.table(rows, byte_class, num_exits, None, depths, loop)
+    def string_frame(self, rows: StringRows, num_exits: int) -> Table:
+        """Put the table of a string's content on the machine."""
+        return self.machine.table(rows.rows, rows.byte_class, num_exits, None, rows.depths, rows.loop)
 
     def value(self, exprs: tuple[Expr, ...], context: Context, local: int) -> int:
         """Target at a value: local 0 before its colon, 1 where a space may stand, 2 at its first byte."""
@@ -150,71 +244,26 @@ class Json:
 
     # --- tables of scalars
 
-    def string_table(self, specs: tuple[tuple[Strings, ...], ...]) -> tuple[Table, list[int]]:
+    def string_table(self, specs: tuple[tuple[Strings, ...], ...]) -> tuple[Table, tuple[int, ...]]:
         """Table of the strings of each tag, and the mask of tags of each exit."""
         found = self._tables.get(specs)
         if found is None:
             if specs == ((v.ANY_STRINGS,),):
-                found = self.string_frame(strings.free_string_rows(), 1), [1]
+                rows, masks = _free_string(), (1,)
             else:
-                found = self._general_string_table(specs)
-            self._tables[specs] = found
+                languages = self.expressions.languages
+                used = tuple({n for tag in specs for s in tag for n, _ in s.languages})
+                rows, masks = _string_rows(
+                    specs, tuple((n, *languages.sources[n]) for n in sorted(used)), languages.max_states
+                )
+            found = self._tables[specs] = self.string_frame(rows, max(len(masks), 1)), masks
         return found
 
-    def _general_string_table(self, specs: tuple[tuple[Strings, ...], ...]) -> tuple[Table, list[int]]:
-        languages = self.expressions.languages
-        entries: dict[str, int] = {}
-        for tag in specs:
-            for s in tag:
-                entries.update(dict.fromkeys(s.finite or (), 0))
-                entries.update(dict.fromkeys(s.excluded, 0))
-        for text in entries:
-            entries[text] = sum(1 << i for i, tag in enumerate(specs) if any(languages.contains(s, text) for s in tag))
-        bases = [[s._replace(excluded=frozenset()) for s in tag if s.finite is None] for tag in specs]
-        masks: list[int] = []
-
-        def exit_of(mask: int) -> int:
-            if not mask:
-                return -1
-            if mask not in masks:
-                masks.append(mask)
-            return masks.index(mask)
-
-        base = None
-        if any(bases):
-            dfa = self._tagged([regular.union([languages.base(s) for s in b]) if b else None for b in bases])
-            base = strings.json_string_rows(dfa, [exit_of(int(a)) for a in dfa.accepting])
-        content = overlay(base, {text: exit_of(mask) for text, mask in entries.items()})
-        strings.trim(content.rows)
-        return self.string_frame(content, max(len(masks), 1)), masks
-
-    @staticmethod
-    def _tagged(parts: list[Dfa | None]) -> Dfa:
-        """One automaton whose `accepting` is the mask of the parts that accept."""
-        present = [(i, d) for i, d in enumerate(parts) if d is not None]
-
-        def mask(accepts: tuple[bool, ...]) -> int:
-            return sum(1 << i for (i, _), a in zip(present, accepts, strict=True) if a)
-
-        if len(present) == 1:
-            i, d = present[0]
-            return Dfa(
-                d.max_symbol, d.starts, d.classes, d.num_classes, d.transitions, [bool(a) << i for a in d.accepting]
-            )  # type: ignore[misc]
-        return regular.product([d for _, d in present], mask)  # type: ignore[arg-type]
-
-    def number_table(self, specs: tuple[tuple[Numbers, ...], ...]) -> tuple[Table, list[int]]:
+    def number_table(self, specs: tuple[tuple[Numbers, ...], ...]) -> tuple[Table, tuple[int, ...]]:
         found = self._tables.get(specs)
         if found is None:
-            parts = [regular.union([numeric.automaton(n) for n in tag]) if tag else None for tag in specs]
-            dfa = self._tagged(parts)
-            masks = sorted({int(a) for a in dfa.accepting if a})
-            ends = np.array([masks.index(int(a)) if a else -1 for a in dfa.accepting], dtype=np.int32)
-            wide = regular.byte_table(dfa)
-            for state in np.flatnonzero(ends >= 0).tolist():
-                row = wide[state]
-                row[row < 0] = leave(int(ends[state]), again=True)
-            found = self._tables[specs] = self.table(wide, max(len(masks), 1), ends), masks
+            rows, byte_class, ends, masks = _number_rows(specs)
+            found = self._tables[specs] = self.machine.table(rows, byte_class, max(len(masks), 1), ends), masks
         return found
 
     def counted(self, low: int, high: int | None, context: Context) -> int:
@@ -241,7 +290,7 @@ class Json:
         key = ("chunk", closable, last)
         found = self._tables.get(key)
         if found is None:
-            found = self._tables[key] = self.string_frame(strings.counted_rows(CHUNK, closable, last), 2), []
+            found = self._tables[key] = self.string_frame(_counted_string(closable, last), 2), ()
         return found[0]
 
     def string(self, specs: tuple[tuple[Strings, ...], ...], context: Context) -> int:
@@ -326,7 +375,7 @@ class LiteralFrame:
     """The rest of true, false or null."""
 
     def __init__(self, json: Json, kind: int, mask: int, context: Context) -> None:
-        self.table = json.literals[kind]
+        self.table = json.constant_table(literal_rows, (_LITERALS[kind],), 1)
         self.value = {_TRUE: ("bool", True), _FALSE: ("bool", False), _NULL: ("null", None)}[kind]
         self.mask = mask
         self.context = context
@@ -347,7 +396,7 @@ class _Scalar:
     """Common to strings and numbers: exits are masks of tags."""
 
     table: Table
-    masks: list[int]
+    masks: tuple[int, ...]
     context: Context
     text = b""
 
@@ -387,7 +436,7 @@ class CountFrame(_Scalar):
     def __init__(self, json: Json, table: Table, rest: tuple[int, int | None], context: Context) -> None:
         self.json = json
         self.table = table
-        self.masks = [1]
+        self.masks = (1,)
         self.rest = rest
         self.context = context
         self.key: tuple[object, ...] = ("count", id(table), rest, context.number)
@@ -407,7 +456,7 @@ class _Remembering:
     json: Json
     key: tuple[object, ...]
     context: Context
-    masks: list[int]
+    masks: tuple[int, ...]
     text: bytes = b""
 
     def remember(self, text: bytes) -> int:

@@ -163,10 +163,10 @@ class Interpreter:
             return _ANY_STRINGS
         languages = []
         if isinstance(schema.get("pattern"), str):
-            languages.append((self.languages.add("pattern", schema["pattern"], pattern.search), True))
+            languages.append((self.languages.add("pattern", schema["pattern"]), True))
         name = schema.get("format")
         if isinstance(name, str) and name in formats.KNOWN:
-            languages.append((self.languages.add("format", name, formats.format_node), True))
+            languages.append((self.languages.add("format", name), True))
         high = schema.get("maxLength")
         spec = Strings(int(schema.get("minLength", 0)), None if high is None else int(high), frozenset(languages))
         if spec == v.ANY_STRINGS:
@@ -178,7 +178,7 @@ class Interpreter:
         if not any(key in schema for key in _OBJECT_KEYS):
             return _ANY_OBJECTS
         patterns = tuple(
-            (self.languages.add("pattern", p, pattern.search), self.expr(node, s, f"/patternProperties/{escape(p)}"))
+            (self.languages.add("pattern", p), self.expr(node, s, f"/patternProperties/{escape(p)}"))
             for p, s in _mapping(schema, "patternProperties").items()
         )
         properties = []
@@ -505,8 +505,8 @@ _CHILD = (
     "then",
     "else",
 )
-_CHILD_LISTS = ("prefixItems", "allOf", "anyOf", "oneOf")
 _CHILD_MAPS = ("properties", "patternProperties", "dependentSchemas", "dependencies")
+_CHILD_KEYS = frozenset((*_CHILD, *_CHILD_MAPS, "prefixItems", "allOf", "anyOf", "oneOf", "items"))
 
 
 def survey(interpreter: Interpreter) -> None:
@@ -558,7 +558,7 @@ def _check_patterns(interpreter: Interpreter, node: SchemaNode, problems: list[t
     sources.extend((p, "patternProperties") for p in _mapping(node.schema, "patternProperties"))
     for source, keyword in sources:
         try:
-            interpreter.languages.add("pattern", source, pattern.search)
+            interpreter.languages.add("pattern", source)
         except pattern.UnsupportedPattern as error:
             problems.append((node.pointer, keyword, str(error)))
         except InvalidRegex as error:
@@ -572,19 +572,16 @@ def _children(interpreter: Interpreter, node: SchemaNode) -> Iterable[SchemaNode
             yield interpreter.target(node, key)
     if "$ref" in schema and node.draft <= DRAFT7:
         return
-    for key in _CHILD:
-        if isinstance(schema.get(key), dict):
-            yield interpreter.child(node, schema[key], f"/{key}")
-    for key in _CHILD_LISTS:
-        for i, s in enumerate(schema.get(key, ())):
-            yield interpreter.child(node, s, f"/{key}/{i}")
-    for key in _CHILD_MAPS:
-        for name, s in _mapping(schema, key).items():
-            if isinstance(s, dict):
-                yield interpreter.child(node, s, f"/{key}/{escape(name)}")
-    items = schema.get("items")
-    if isinstance(items, dict):
-        yield interpreter.child(node, items, "/items")
-    elif isinstance(items, list):
-        for i, s in enumerate(items):
-            yield interpreter.child(node, s, f"/items/{i}")
+    for key in schema.keys() & _CHILD_KEYS:
+        value = schema[key]
+        if isinstance(value, list):
+            for i, s in enumerate(value):
+                yield interpreter.child(node, s, f"/{key}/{i}")
+        elif not isinstance(value, dict):
+            continue
+        elif key in _CHILD_MAPS:
+            for name, s in value.items():
+                if isinstance(s, dict):
+                    yield interpreter.child(node, s, f"/{key}/{escape(name)}")
+        else:
+            yield interpreter.child(node, value, f"/{key}")

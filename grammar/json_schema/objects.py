@@ -17,7 +17,7 @@ from ramet.grammar import regular, strings
 from ramet.grammar.automaton import CONCRETE, DEAD, REFUSE, Table, compress_rows, leave, path_to_exit, target
 from ramet.grammar.json_schema import values as v
 from ramet.grammar.json_schema.expressions import INFINITE
-from ramet.grammar.json_schema.frames import ANY_CHARS, Context, Json, overlay
+from ramet.grammar.json_schema.frames import ANY_CHARS, Context, Json, StringRows, overlay
 from ramet.grammar.json_schema.values import FALSE, Exists, Expr, Objects
 
 _KEY, _CLOSE = 0, 1
@@ -137,7 +137,7 @@ class Space:
                 gone += [len(self.names) + i for i in range(len(self.signatures)) if not (others >> i) & 1]
                 rows = rows.copy()
                 strings.drop_exits(rows, np.array([leave(i) for i in gone], dtype=np.int32))
-            found = self.json.string_table_of(rows, byte_class, num_content, beyond, self.num_labels)
+            found = self.json.string_frame(StringRows.compressed(rows, byte_class, num_content, beyond), self.num_labels)
             self._tables[key] = found
         return found
 
@@ -402,7 +402,7 @@ class OpenFrame:
         self.table = self.make_table()
 
     def make_table(self) -> Table:
-        return self.node.json.constant_table("open", open_rows, 2)
+        return self.node.json.constant_table(open_rows, (), 2)
 
     def resolve(self, exit_index: int) -> int:
         if exit_index == _CLOSE:
@@ -430,7 +430,7 @@ class NextFrame(OpenFrame):
     def make_table(self) -> Table:
         json = self.node.json
         may_go_on = any(self.node.alive())
-        return json.constant_table(("next", may_go_on), lambda: next_rows(json.spaced, may_go_on), 2)
+        return json.constant_table(next_rows, (json.spaced, may_go_on), 2)
 
 
 class KeyFrame:

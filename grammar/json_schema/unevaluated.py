@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ramet.errors import GrammarTooLarge
-from ramet.grammar.json_schema import pattern
 from ramet.grammar.json_schema import values as v
 from ramet.grammar.json_schema.document import DRAFT2019, DRAFT2020, SchemaNode, escape
 from ramet.grammar.json_schema.values import FALSE, TRUE, Arrays, Expr, Objects, Rule, Values
@@ -93,9 +92,7 @@ def _child(interpreter: Interpreter, node: SchemaNode, schema: Any, suffix: str)
 
 def _own_look(interpreter: Interpreter, node: SchemaNode) -> Looked:
     schema = node.schema
-    languages = frozenset(
-        interpreter.languages.add("pattern", p, pattern.search) for p in schema.get("patternProperties", {})
-    )
+    languages = frozenset(interpreter.languages.add("pattern", p) for p in schema.get("patternProperties", {}))
     prefix = schema.get("prefixItems", ())
     contains: frozenset[Expr] = frozenset()
     if "contains" in schema and node.draft >= DRAFT2020:
