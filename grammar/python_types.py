@@ -40,7 +40,7 @@ def schema_of(kind: Any, *, is_closed: bool = True) -> dict[str, Any]:
     if isinstance(kind, enum.EnumType) and not list(kind):
         raise InvalidSchema(f"the enum {kind.__name__} has no members")
     try:
-        schema = TypeAdapter(_readable(kind)).json_schema(schema_generator=Generator)
+        schema = TypeAdapter(readable(kind)).json_schema(schema_generator=Generator)
     except (PydanticUserError, PydanticSchemaGenerationError, PydanticInvalidForJsonSchema) as error:
         raise InvalidSchema(f"the type {_name(kind)} has no JSON schema: {_first_line(error)}") from error
     except (NameError, TypeError, RecursionError) as error:
@@ -48,8 +48,8 @@ def schema_of(kind: Any, *, is_closed: bool = True) -> dict[str, Any]:
     return _close(schema) if is_closed else schema
 
 
-def _readable(kind: Any) -> Any:
-    """The type with each `typing.TypedDict`, which pydantic reads from Python 3.12 on, replaced by an equal one."""
+def readable(kind: Any) -> Any:
+    """Return the type with each `typing.TypedDict` (pydantic reads it from Python 3.12 on) replaced by an equal one."""
     if sys.version_info >= (3, 12):
         return kind
     if typing.is_typeddict(kind) and type(kind).__module__ == "typing":
@@ -63,19 +63,19 @@ def _readable(kind: Any) -> Any:
             while get_origin(hint) in (typing.Required, typing.NotRequired):
                 marker = get_origin(hint)
                 (hint,) = get_args(hint)
-            fields[name] = marker[_readable(hint)]
+            fields[name] = marker[readable(hint)]
         return typing_extensions.TypedDict(kind.__name__, fields)  # type: ignore[operator]
     arguments = get_args(kind)
     if not arguments or get_origin(kind) is Literal:
         return kind
-    readable = tuple(_readable(a) for a in arguments)
-    if all(a is b for a, b in zip(arguments, readable, strict=True)):
+    changed = tuple(readable(a) for a in arguments)
+    if all(a is b for a, b in zip(arguments, changed, strict=True)):
         return kind
     if get_origin(kind) is Annotated:
-        return Annotated[readable]
+        return Annotated[changed]
     if isinstance(kind, types.UnionType):
-        return typing.Union[readable]  # noqa: UP007
-    return kind.copy_with(readable) if hasattr(kind, "copy_with") else get_origin(kind)[readable]
+        return typing.Union[changed]  # noqa: UP007
+    return kind.copy_with(changed) if hasattr(kind, "copy_with") else get_origin(kind)[changed]
 
 
 def _close(schema: Any) -> Any:  # any JSON value

@@ -33,6 +33,7 @@ from ramet.runtime.program_engine import (
 from ramet.runtime.program_path import Path, PieceEncoder, keep_text
 from ramet.runtime.program_selection import Selection
 from ramet.runtime.role_marks import RoleMarks
+from ramet.runtime.shared_nodes import SharedRequests
 from ramet.runtime.types import FinishReason, Grammar, RequestOutput, SamplingParams
 
 PROMPT_TAIL = 200  # characters of the prompt shown in errors
@@ -62,10 +63,14 @@ class NodeRun:
 
 
 class ProgramHost:
-    """Runs programs in one engine, and keeps what they share: compiled grammars, the template's marks."""
+    """Runs programs in one engine, and keeps what they share: compiled grammars, the template's marks.
 
-    def __init__(self, engine: ProgramEngine) -> None:
+    `share_nodes`: generations of a program that surely write the same are run once.
+    """
+
+    def __init__(self, engine: ProgramEngine, *, share_nodes: bool = True) -> None:
         self.engine = engine
+        self.share_nodes = share_nodes
         self.tokenizer: ProgramTokenizer = engine.tokenizer
         self.encoder = PieceEncoder(self.tokenizer)
         self.marks = RoleMarks(engine.tokenizer.chat_template)
@@ -85,7 +90,7 @@ class ProgramExecutor:
     def __init__(self, host: ProgramHost, on_event: Callable[[ir.NodeEvent], None], limits: ProgramLimits) -> None:
         self.tokenizer = host.tokenizer
         self.encoder = host.encoder
-        self._engine = host.engine
+        self._engine = SharedRequests(host.engine) if host.share_nodes else host.engine
         self._marks = host.marks
         self._grammars = host.grammars
         self._on_event = on_event
