@@ -7,18 +7,15 @@ Not here: compiling constraints (the grammar does).
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import enum
 import json
-import sys
-import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin
 
-from ramet.errors import InvalidRequest
+from ramet.errors import InvalidRequest, InvalidSchema
 from ramet.lang.ir import Constraint
 
 Wire = Literal["str", "int", "float", "bool", "json"]
@@ -112,52 +109,18 @@ def _plain(value: object) -> str:
 
 
 def _by_pydantic(kind: object) -> OutputType:
-    from pydantic import PydanticUserError, TypeAdapter
-    from pydantic.errors import PydanticSchemaGenerationError
+    from pydantic import TypeAdapter
+
+    from ramet.grammar.python_types import readable, schema_of
 
     is_class = isinstance(kind, type) or get_origin(kind) is not None or typing.is_typeddict(kind)
-    if not (is_class or dataclasses.is_dataclass(kind)):
+    if not is_class:
         raise InvalidRequest(f"type is {kind!r}, but must be a type or a JSON schema dict", param="type")
     try:
-        adapter: TypeAdapter[Any] = TypeAdapter(_readable(kind))
-        schema = adapter.json_schema()
-    except (PydanticUserError, PydanticSchemaGenerationError) as error:
-        raise InvalidRequest(f"type {kind!r} has no JSON schema: {error}", param="type") from error
-    closed = _close(schema)
+        schema = schema_of(kind)
+    except InvalidSchema as error:
+        raise InvalidRequest(str(error), param="type") from error
+    adapter: TypeAdapter[Any] = TypeAdapter(readable(kind))
     return OutputType(
-        "json", json_schema(closed), lambda value: adapter.validate_json(json.dumps(value)), Shape(closed, closed)
+        "json", json_schema(schema), lambda value: adapter.validate_json(json.dumps(value)), Shape(schema, schema)
     )
-
-
-def _readable(kind: Any) -> Any:  # Any: types
-    """`kind` with every typing.TypedDict as one that pydantic reads before Python 3.12."""
-    if sys.version_info >= (3, 12):
-        return kind
-    if typing.is_typeddict(kind):
-        import typing_extensions
-
-        fields = typing.get_type_hints(kind, include_extras=True)
-        required = {n: typing.Required[_readable(f)] for n, f in fields.items() if n in kind.__required_keys__}
-        optional = {n: typing.NotRequired[_readable(f)] for n, f in fields.items() if n in kind.__optional_keys__}
-        ordered = {n: (required | optional)[n] for n in fields}
-        make: Any = typing_extensions.TypedDict  # with fields known at run time
-        return make(kind.__name__, ordered)
-    arguments = get_args(kind)
-    if get_origin(kind) in (list, dict, tuple, set, typing.Union, types.UnionType) and arguments:
-        changed = tuple(_readable(argument) for argument in arguments)
-        if any(new is not old for new, old in zip(changed, arguments, strict=True)):
-            is_union = get_origin(kind) in (typing.Union, types.UnionType)
-            return typing.Union[changed] if is_union else get_origin(kind)[changed]  # noqa: UP007 - made at run time
-    return kind
-
-
-def _close(schema: Any) -> Any:  # Any: JSON
-    """A class says all its fields: forbid others, in every object that lists its properties."""
-    if isinstance(schema, list):
-        return [_close(item) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    closed = {key: _close(value) for key, value in schema.items()}
-    if schema.get("type") == "object" and isinstance(schema.get("properties"), dict):
-        closed.setdefault("additionalProperties", False)
-    return closed

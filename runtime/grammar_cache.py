@@ -1,17 +1,16 @@
-"""Compiled constraints of one vocabulary: each compiled once, off the step loop, by one background thread."""
+"""Where programs get their grammars: the grammar engine's compile service, for one tokenizer."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Protocol
 
 from ramet.lang.ir import Constraint
-from ramet.runtime.types import Grammar
 
 if TYPE_CHECKING:
-    from ramet.grammar import Vocabulary
+    from ramet.grammar import CompiledGrammar, Vocabulary
+    from ramet.grammar.service import CompileService
 
 
 class VocabularySource(Protocol):
@@ -29,36 +28,32 @@ class VocabularySource(Protocol):
 
 
 class GrammarCache:
-    """Constraint -> Grammar. A constraint that does not compile keeps its error, so it is not tried again."""
+    """Compiled constraints of one tokenizer's vocabulary. Thread-safe.
 
-    def __init__(self, compile_one: Callable[[Constraint], Grammar]) -> None:
-        self._compile = compile_one
-        self._futures: dict[Constraint, Future[Grammar]] = {}
+    The grammar engine is loaded, and its compile service started, at the first constraint. The service keeps what it
+    compiled, and limits time and memory.
+    """
+
+    def __init__(self, tokenizer: VocabularySource) -> None:
+        self._tokenizer = tokenizer
         self._lock = threading.Lock()
-        self._pool: ThreadPoolExecutor | None = None
+        self._service: CompileService | None = None
+        self._vocabulary: Vocabulary | None = None
 
-    def get(self, constraint: Constraint) -> Future[Grammar]:
-        """Return the grammar's future at once."""
+    def get(self, constraint: Constraint) -> Future[CompiledGrammar]:
+        """Return the grammar's future at once. It raises GrammarError and its subclasses."""
         with self._lock:
-            future = self._futures.get(constraint)
-            if future is None:
-                if self._pool is None:
-                    self._pool = ThreadPoolExecutor(1, thread_name_prefix="ramet-grammar")
-                future = self._futures[constraint] = self._pool.submit(self._compile, constraint)
-            return future
+            if self._service is None or self._vocabulary is None:
+                from ramet.grammar import Vocabulary
+                from ramet.grammar.service import CompileService
 
+                source = self._tokenizer
+                self._vocabulary = Vocabulary(source.token_bytes, source.eos_ids, source.special_ids, source.vocab_size)
+                self._service = CompileService()
+            return self._service.submit(constraint.kind, constraint.source, self._vocabulary)
 
-def compiler(tokenizer: VocabularySource) -> Callable[[Constraint], Grammar]:
-    """Return what compiles a constraint for this tokenizer's vocabulary; it loads the grammar engine at first use."""
-    vocabulary: list[Vocabulary] = []
-
-    def compile_one(constraint: Constraint) -> Grammar:
-        from ramet.grammar import Vocabulary
-        from ramet.grammar.sources import compile_constraint
-
-        if not vocabulary:
-            ids = (tokenizer.token_bytes, tokenizer.eos_ids, tokenizer.special_ids, tokenizer.vocab_size)
-            vocabulary.append(Vocabulary(*ids))
-        return compile_constraint(constraint.kind, constraint.source, vocabulary[0])
-
-    return compile_one
+    def close(self) -> None:
+        """Give up what is being compiled, and end the service's threads."""
+        with self._lock:
+            if self._service is not None:
+                self._service.close()

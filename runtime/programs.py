@@ -17,11 +17,11 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ramet.errors import DeadlineExceeded, InvalidProgram, ProgramCancelled, RametError, RequestCancelled
 from ramet.lang import ir
-from ramet.runtime.grammar_cache import GrammarCache, compiler
+from ramet.runtime.grammar_cache import GrammarCache
 from ramet.runtime.program_engine import (
     Handle,
     ProgramEngine,
@@ -35,6 +35,9 @@ from ramet.runtime.program_selection import Selection
 from ramet.runtime.role_marks import RoleMarks
 from ramet.runtime.shared_nodes import SharedRequests
 from ramet.runtime.types import FinishReason, Grammar, RequestOutput, SamplingParams
+
+if TYPE_CHECKING:
+    from ramet.grammar import CompiledGrammar
 
 PROMPT_TAIL = 200  # characters of the prompt shown in errors
 
@@ -74,7 +77,7 @@ class ProgramHost:
         self.tokenizer: ProgramTokenizer = engine.tokenizer
         self.encoder = PieceEncoder(self.tokenizer)
         self.marks = RoleMarks(engine.tokenizer.chat_template)
-        self.grammars = GrammarCache(compiler(self.tokenizer))
+        self.grammars = GrammarCache(self.tokenizer)
 
     def start(self, on_event: Callable[[ir.NodeEvent], None], limits: ProgramLimits | None = None) -> ProgramExecutor:
         """A new program without nodes; `extend` it. `on_event` is called for everything that happens.
@@ -181,7 +184,7 @@ class ProgramExecutor:
         if not isinstance(run.node, ir.Generate) or run.node.constraint is None:
             return
 
-        def on_grammar(done: Future[Grammar]) -> None:
+        def on_grammar(done: Future[CompiledGrammar]) -> None:
             error = done.exception()
             with self.lock:
                 if run.is_over:
