@@ -16,7 +16,7 @@ from ramet.errors import GrammarError
 from ramet.grammar import bitmask
 from ramet.grammar.vocabulary import Vocabulary
 
-_CLOSING = b'"]}0123456789:,truefalsn {[-\n)'  # bytes that are tried first to close a text
+_CLOSING = b'"]},:)tfn0{[1-'  # bytes that are tried first to close a text, in this order
 _MAX_SEARCHED = 4096
 
 
