@@ -64,9 +64,12 @@ class Table:
     # shortest way to each exit: exit -> {local: bytes}; filled by `paths_to_exit`
     paths: dict[int, list[bytes | None]] = field(default_factory=dict)
 
-    @property
-    def num_states(self) -> int:
-        return len(self.rows)
+    num_states: int = 0
+    width: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "num_states", len(self.rows))
+        object.__setattr__(self, "width", self.rows.shape[1])
 
 
 class Frame(Protocol):
@@ -104,7 +107,7 @@ class Machine:
         self.pool = np.empty(1 << 14, dtype=np.int32)
         self.pool_used = 0
         self.instances = np.zeros((64, INSTANCE_FIELDS), dtype=np.int64)
-        self.exits = np.empty(1 << 10, dtype=np.int64)
+        self.exits = np.full(1 << 10, UNKNOWN, dtype=np.int64)
         self.exits_used = 0
         self.frames: list[Frame] = []
         self.exit_offsets: list[int] = []
@@ -150,25 +153,26 @@ class Machine:
         index = len(self.frames)
         if index == len(self.instances):
             self.instances = np.concatenate([self.instances, np.zeros_like(self.instances)])
-        begin, end = self.exits_used, self.exits_used + table.num_exits
+        begin = self.exits_used
+        end = self.exits_used = begin + table.num_exits
         if end > len(self.exits):
-            grown = np.empty(max(2 * len(self.exits), end), dtype=np.int64)
+            grown = np.full(max(2 * len(self.exits), end), UNKNOWN, dtype=np.int64)
             grown[:begin] = self.exits[:begin]
             self.exits = grown
-        self.exits[begin:end] = UNKNOWN
-        self.exits_used = end
-        row = self.instances[index]
-        row[0] = table.offset
-        row[1] = table.rows.shape[1]
-        row[2] = table.class_offset
-        row[3] = begin
-        row[4] = hasattr(frame, "resolve_text")
+        has_memory = 1 if hasattr(frame, "resolve_text") else 0
+        self.instances[index] = (table.offset, table.width, table.class_offset, begin, has_memory)
         self.frames.append(frame)
         self.exit_offsets.append(begin)
         self.num_states += table.num_states
         if self.num_states > self.max_states:
             raise GrammarTooLarge(f"the automaton has more than {self.max_states:,} states; raise the limit on states")
         return index
+
+    def mark_dead(self, instance: int, exits: list[int]) -> None:
+        """Note that these exits must not be taken, before anybody asks."""
+        begin = self.exit_offsets[instance]
+        for exit_index in exits:
+            self.exits[begin + exit_index] = DEAD
 
     def intern(self, key: Hashable, make: Callable[[], Frame]) -> int:
         """Return the instance of this key, made when first asked for."""
