@@ -31,6 +31,7 @@ from ramet.lang.values import current_run, plain
 
 if TYPE_CHECKING:
     from ramet.lang.compiled import Compiled
+    from ramet.lang.explain import Explanation
 
 _OPTIONS = ("backend", "timeout_s", "token_budget", "priority", "cache_salt", "seed", "stage", "tools")
 _STAGES = ("needed", "always")
@@ -231,6 +232,18 @@ class Function:
         from ramet.lang.compiled import compile_function
 
         return compile_function(self, given)
+
+    def explain(
+        self, *args: Any, rows: Iterable[Any] | None = None, analyze: bool = False, **kwargs: Any
+    ) -> Explanation:
+        """What the program will cost, without running it: prompt, shared and new tokens, a KV bound, what passes found.
+
+        Arguments may be left out; with all of them the counts are exact wherever the text is known. `rows`: of a batch
+        (see run_batch). `analyze`: run it, and say what was measured. `backend` tells how text is tokenised.
+        """
+        from ramet.lang.explain import explain_program
+
+        return explain_program(self, args, kwargs, rows=rows, analyze=analyze)
 
     def _trace(self, call: _Call, *, is_symbolic: bool) -> Trace:
         run = TracingRun(self.name, call.sampling, call.options.get("seed"))

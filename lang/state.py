@@ -20,6 +20,7 @@ from ramet.lang.values import Value, plain
 
 if TYPE_CHECKING:
     from ramet.lang.branches import Branches
+    from ramet.lang.explain import Explanation
     from ramet.lang.run import Run, RunRecord
 
 
@@ -407,6 +408,13 @@ class State:
     def record(self) -> RunRecord:
         """The graph of the whole run, what happened to each node, and where recording stopped for a value."""
         return self._run.report()
+
+    def explain(self) -> Explanation:
+        """Measured tokens and times of the run by node, and the lines that forced a stage. Waits for the run to end."""
+        from ramet.lang.explain import explain_record
+
+        self._run.wait_all(quietly=True)
+        return explain_record(self.record)
 
     def error(self) -> ProgramError | None:
         """The first error of the run, or None. Waits for the run to end."""
