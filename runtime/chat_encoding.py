@@ -32,17 +32,47 @@ def encode_chat(
 
     Raises: InvalidRequest as `render` does.
     """
-    names = sorted(tokenizer.special_tokens, key=len, reverse=True)
-    spelled = re.compile("|".join(map(re.escape, names)) or "(?!)")  # (?!) never matches
-    text = template.render(
+    text = render_marked(
+        tokenizer,
+        template,
+        messages,
+        add_generation_prompt=add_generation_prompt,
+        tools=tools,
+        continue_final_message=continue_final_message,
+        variables=variables,
+    )
+    return encode_marked(tokenizer, text)
+
+
+def render_marked(
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    messages: Sequence[Message],
+    *,
+    add_generation_prompt: bool,
+    tools: Sequence[Tool] | None = None,
+    continue_final_message: bool = False,
+    variables: Mapping[str, Any] | None = None,
+) -> str:
+    """`template.render(...)` with marks around what messages spell like special tokens: for `encode_marked`.
+
+    Raises: InvalidRequest as `render` does.
+    """
+    spelled = _spellings(tokenizer)
+    return template.render(
         [_marked(message, spelled) for message in messages],
         add_generation_prompt=add_generation_prompt,
         tools=None if tools is None else [_marked(tool, spelled) for tool in tools],
         continue_final_message=continue_final_message,
         variables=None if variables is None else _marked(variables, spelled),
     )
+
+
+def encode_marked(tokenizer: Tokenizer, text: str, *, continues: bool = False) -> list[int]:
+    """Token ids of a marked text, or of a piece of one; `continues`: other text comes before it."""
     if _OPEN not in text and _CLOSE not in text:
-        return tokenizer.encode(text, parse_special=True)
+        return tokenizer.encode(text, parse_special=True, continues=continues)
+    spelled = _spellings(tokenizer)
     # A template may cut a string anywhere: a lone mark is dropped, and the text beside it is not parsed together.
     pieces = re.split(f"({_OPEN}(?:{spelled.pattern}){_CLOSE})|[{_OPEN}{_CLOSE}]", text)
     runs: list[str | int] = []
@@ -59,9 +89,14 @@ def encode_chat(
             start = match.end()
         _append_text(runs, piece[start:])
     ids: list[int] = []
-    for run in runs:
-        ids += [run] if isinstance(run, int) else tokenizer.encode(run)
+    for index, run in enumerate(runs):
+        ids += [run] if isinstance(run, int) else tokenizer.encode(run, continues=continues and index == 0)
     return ids
+
+
+def _spellings(tokenizer: Tokenizer) -> re.Pattern[str]:
+    names = sorted(tokenizer.special_tokens, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, names)) or "(?!)")  # (?!) never matches
 
 
 def _append_text(runs: list[str | int], text: str) -> None:

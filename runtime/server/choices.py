@@ -1,0 +1,218 @@
+"""The choices of one answer: requests to the engine, one or two for each choice, and their increments merged.
+
+A choice whose text is constrained and begins with reasoning takes two requests: free text up to the end of the
+reasoning, then the constrained rest, which continues from the cache.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from ramet.errors import GrammarError, RametError
+from ramet.lang.ir import Constraint
+from ramet.runtime.detokenizer import Detokenizer, StopStringScanner
+from ramet.runtime.server.engine_proxy import EngineProxy
+from ramet.runtime.server.protocol import Output, Submit
+from ramet.runtime.server.sampling_fields import seed_of_choice
+from ramet.runtime.server.state import HttpError
+
+
+@dataclass(frozen=True, slots=True)
+class FreeReasoning:
+    """Reasoning that comes before a constrained text; the prompt has opened it.
+
+    `end`: the text that ends it; `end_id`: that text as one token, if there is one; `after_ids`: what is put behind it.
+    """
+
+    end: str
+    end_id: int | None
+    after_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What every choice of an answer shares.
+
+    `constraint_field`: the body's field that asks for the constraint. `shown_bytes`: bytes of each token, where special
+    tokens are to be seen in the text (markers of tool calls); None where the engine's own text will do.
+    """
+
+    prompt_ids: list[int]
+    sampling: Mapping[str, object]
+    constraint: Constraint | None = None
+    constraint_field: str | None = None
+    cache_salt: str = ""
+    priority: int = 0
+    reasoning: FreeReasoning | None = None
+    shown_bytes: Sequence[bytes] | None = None
+
+
+class Choice:
+    """One choice's increments. Iterate it once; `close` aborts what is in flight.
+
+    The first request is sent at birth. Raises there: Overloaded, EngineStopped; while iterating: HttpError, RametError.
+    """
+
+    def __init__(self, proxy: EngineProxy, request_id: str, job: Job, index: int = 0) -> None:
+        self._proxy = proxy
+        self._job = job
+        self._id = request_id
+        self._sampling = dict(job.sampling)
+        seed = self._sampling.get("seed")
+        if isinstance(seed, int):
+            self._sampling["seed"] = seed_of_choice(seed, index)
+        self._text = None if job.shown_bytes is None else _ShownText(job)
+        if job.reasoning is None:
+            self._stream = self._submit(self._id, job.prompt_ids, self._sampling, job.constraint)
+        else:
+            self._stream = self._submit(self._id, job.prompt_ids, _free(self._sampling, job.reasoning), None)
+
+    def _submit(
+        self, request_id: str, ids: list[int], sampling: Mapping[str, object], constraint: Constraint | None
+    ) -> AsyncIterator[Output]:
+        job = self._job
+        stream = self._proxy.submit(
+            Submit(request_id, ids, dict(sampling), constraint, cache_salt=job.cache_salt, priority=job.priority)
+        )
+        self.close = stream.close
+        return aiter(stream)
+
+    async def __aiter__(self) -> AsyncGenerator[Output, None]:
+        try:
+            if self._job.reasoning is None:
+                async for output in self._stream:
+                    yield self._shown(output)
+                return
+            async for output in self._in_two_parts(self._job.reasoning):
+                yield self._shown(output)
+        except GrammarError as error:
+            field = self._job.constraint_field
+            raise HttpError(400, f"{field}: {error}", param=field, code="invalid_grammar") from None
+        finally:
+            self.close()
+
+    def _shown(self, output: Output) -> Output:
+        if self._text is not None:
+            output.text = self._text.push(output)
+        return output
+
+    async def _in_two_parts(self, reasoning: FreeReasoning) -> AsyncGenerator[Output, None]:
+        ids: list[int] = []
+        output: Output | None = None
+        async for output in self._stream:
+            ids += output.token_ids
+            if output.finish_reason is not None and output.stop_match in (reasoning.end, reasoning.end_id):
+                break
+            yield output
+        assert output is not None
+        if output.finish_reason is None or output.stop_match not in (reasoning.end, reasoning.end_id):
+            return
+        end_ids = [] if reasoning.end_id is None else [reasoning.end_id]
+        after = [*end_ids, *reasoning.after_ids]
+        used = output.completion_tokens + len(reasoning.after_ids)
+        left = self._sampling["max_tokens"]
+        output.finish_reason = output.stop_match = None
+        yield output
+        between = Output(self._id, output.prompt_tokens, output.cached_tokens, used, reasoning.end, after)
+        if isinstance(left, int) and left <= used:
+            between.finish_reason = "length"
+        yield between
+        if between.finish_reason is None:
+            sampling = dict(self._sampling)
+            sampling["max_tokens"] = left - used if isinstance(left, int) else None
+            sampling["min_tokens"] = max(_int(sampling.get("min_tokens")) - used, 0)
+            prompt = [*self._job.prompt_ids, *ids, *after]
+            self._stream = self._submit(f"{self._id}-answer", prompt, sampling, self._job.constraint)
+            async for later in self._stream:
+                later.prompt_tokens, later.cached_tokens = output.prompt_tokens, output.cached_tokens
+                later.completion_tokens += used
+                yield later
+
+
+def _free(sampling: Mapping[str, object], reasoning: FreeReasoning) -> dict[str, object]:
+    """Sampling that also stops at the end of the reasoning."""
+    name, end = ("stop", reasoning.end) if reasoning.end_id is None else ("stop_token_ids", reasoning.end_id)
+    given = sampling.get(name, ())
+    assert isinstance(given, tuple)
+    return {**sampling, name: (*given, end)}
+
+
+def _int(value: object) -> int:
+    return value if isinstance(value, int) else 0
+
+
+class _ShownText:
+    """The text of increments with some special tokens spelled out, stop strings cut off as the engine does."""
+
+    def __init__(self, job: Job) -> None:
+        assert job.shown_bytes is not None
+        stops = job.sampling.get("stop", ())
+        assert isinstance(stops, tuple)
+        self._detokenizer = Detokenizer(job.shown_bytes)
+        self._scanner = StopStringScanner(stops) if stops else None
+
+    def push(self, output: Output) -> str:
+        text = self._detokenizer.push(output.token_ids)
+        is_last = output.finish_reason is not None
+        if is_last and not isinstance(output.stop_match, str):
+            text += self._detokenizer.flush()
+        if self._scanner is None:
+            return text
+        return self._scanner.flush(text) if is_last else self._scanner.push(text)[0]
+
+
+async def merged(choices: Sequence[Choice]) -> AsyncGenerator[tuple[int, Output], None]:
+    """(index, increment) of all choices as they come; closes them all at the end, or when one of them fails.
+
+    A slow reader holds at most a few increments here: the rest waits, merged, where it comes from.
+    """
+    tasks: list[asyncio.Task[None]] = []
+    try:
+        if len(choices) == 1:
+            async with contextlib.aclosing(aiter(choices[0])) as outputs:
+                async for output in outputs:
+                    yield 0, output
+            return
+        queue: asyncio.Queue[tuple[int, Output | Exception]] = asyncio.Queue(len(choices))
+        tasks = [asyncio.create_task(_pump(index, choice, queue)) for index, choice in enumerate(choices)]
+        num_left = len(choices)
+        while num_left:
+            index, item = await queue.get()
+            if isinstance(item, Exception):
+                raise item
+            num_left -= item.finish_reason is not None
+            yield index, item
+    finally:
+        for choice in choices:
+            choice.close()
+        for task in tasks:
+            task.cancel()
+
+
+async def _pump(index: int, choice: Choice, queue: asyncio.Queue[tuple[int, Output | Exception]]) -> None:
+    try:
+        async with contextlib.aclosing(aiter(choice)) as outputs:
+            async for output in outputs:
+                await queue.put((index, output))
+    except (HttpError, RametError) as error:
+        await queue.put((index, error))
+
+
+def submit_all(proxy: EngineProxy, jobs: Sequence[tuple[Job, int]], prefix: str) -> tuple[str, list[Choice]]:
+    """Send one request for each (job, seed offset). Returns (id of the answer, its choices).
+
+    Raises: as `EngineProxy.submit`, with nothing left in flight.
+    """
+    answer_id = proxy.new_id(prefix)
+    choices: list[Choice] = []
+    try:
+        for number, (job, index) in enumerate(jobs):
+            choices.append(Choice(proxy, answer_id if number == 0 else f"{answer_id}-{number}", job, index))
+    except BaseException:
+        for choice in choices:
+            choice.close()
+        raise
+    return answer_id, choices
