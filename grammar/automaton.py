@@ -29,6 +29,7 @@ CONCRETE = -3  # target depends on text that only a step-by-step run knows
 LOCAL_BITS = 32
 LOCAL_MASK = (1 << LOCAL_BITS) - 1
 MAX_STATES = 2**31 - 1
+MAX_POOL = 1 << 28  # table entries of 4 bytes
 
 INSTANCE_FIELDS = 5  # table offset, number of classes, class map offset, exit offset, has memory
 
@@ -48,8 +49,8 @@ class Table:
     """A frame's local automaton, in one machine's pool.
 
     rows: int32 [num_states, num_classes] entries as in the module's docstring; byte_class: uint8 [256].
-    loop: a state that every plain character leads back to (kind 1, see Vocabulary), -1 where there is none.
-    depths: int32 [2, num_states], for the content of strings: plain characters that may follow, see walker.safe_depths.
+    loop: a state that every plain character leads back to (kind 2, see Vocabulary), -1 where there is none.
+    depths: int32 [4, num_states], for the content of strings: plain characters that may follow, see walker.safe_depths.
     end_exits[local]: the exit taken when the text ends here or the next byte is not the frame's own; -1 where it may not.
     """
 
@@ -111,7 +112,6 @@ class Machine:
         self.exits_used = 0
         self.frames: list[Frame] = []
         self.exit_offsets: list[int] = []
-        self.num_states = 0
         self.max_states = max_states
         self.interned: dict[Hashable, int] = {}
         self.class_maps: dict[bytes, int] = {}
@@ -139,6 +139,8 @@ class Machine:
 
     def _put(self, values: NDArray[np.int32]) -> int:
         begin, end = self.pool_used, self.pool_used + len(values)
+        if end > MAX_POOL:
+            raise GrammarTooLarge(f"the tables of the automaton need more than {MAX_POOL * 4 >> 20:,} MiB")
         if end > len(self.pool):
             grown = np.empty(max(2 * len(self.pool), end), dtype=np.int32)
             grown[:begin] = self.pool[:begin]
@@ -163,9 +165,8 @@ class Machine:
         self.instances[index] = (table.offset, table.width, table.class_offset, begin, has_memory)
         self.frames.append(frame)
         self.exit_offsets.append(begin)
-        self.num_states += table.num_states
-        if self.num_states > self.max_states:
-            raise GrammarTooLarge(f"the automaton has more than {self.max_states:,} states; raise the limit on states")
+        if index >= self.max_states:
+            raise GrammarTooLarge(f"the automaton has more than {self.max_states:,} configurations; raise the limit")
         return index
 
     def mark_dead(self, instance: int, exits: list[int]) -> None:

@@ -23,10 +23,10 @@ MANY = 1 << 20  # a depth (see walker.safe_depths) that no token exceeds
 class Limits:
     """What compiling and running may cost.
 
-    max_states: automaton states of one grammar. max_regular_states: states of one terminal or pattern.
+    max_states: configurations of one grammar, visited or looked at. max_regular_states: states of one terminal or pattern.
     """
 
-    max_states: int = 50_000_000
+    max_states: int = 4_000_000
     max_regular_states: int = 20_000
 
 
@@ -139,7 +139,7 @@ class CompiledGrammar:
         table = machine.frames[instance].table
         if local == table.loop:
             return self._frozen(self._loop_row(packed))
-        if table.loop >= 0 and table.depths is not None and table.depths[1, local] >= MANY:
+        if table.loop >= 0 and table.depths is not None and table.depths[2, local] >= MANY:
             return self._frozen(self._near_loop_row(packed, (instance << LOCAL_BITS) | table.loop))
         row, trie = self._first_row(packed)
         self._walk(packed, trie, row)
@@ -164,7 +164,7 @@ class CompiledGrammar:
     def _loop_row(self, packed: int) -> NDArray[np.int32]:
         """The mask of a state that plain text does not leave: all plain tokens, and those whose remainder is accepted."""
         vocabulary = self.vocabulary
-        row = vocabulary.slice(1, vocabulary.slice_sizes[-1])[0].copy()
+        row = vocabulary.plain_row(2, vocabulary.slice_sizes[-1]).copy()
         trie, group, tokens = vocabulary.remainders
         bits = np.zeros(len(trie.values) // 32 + 1, dtype=np.int32)
         self._walk(packed, trie, bits)
@@ -212,12 +212,19 @@ class CompiledGrammar:
     def _first_row(self, packed: int) -> tuple[NDArray[np.int32], TokenTrie]:
         """(a new row with what is known at once, the tokens that are left to be walked)."""
         vocabulary, machine = self.vocabulary, self.machine
-        depths = machine.frames[packed >> LOCAL_BITS].table.depths
+        frame, local = machine.frames[packed >> LOCAL_BITS], packed & LOCAL_MASK
+        depths = frame.table.depths
         if depths is not None:
-            local = packed & LOCAL_MASK
-            for kind in (1, 0):
+            longest = vocabulary.slice_sizes[-1]
+            left = frame.characters_left(local) if hasattr(frame, "characters_left") else None
+            if left is None and depths[2, local] == depths[3, local] > 0:
+                left = int(depths[3, local])
+            if left is not None:
+                # plain tokens that fit are allowed, longer ones refused: only the others are walked
+                return vocabulary.plain_row(2, min(left, longest)).copy(), vocabulary.slice(2, longest)[1]
+            for kind in (2, 1, 0):
                 depth = int(depths[kind, local])
-                if depth >= SLICE_SIZES[0]:
+                if depth >= SLICE_SIZES[0] or depth >= longest:
                     size = max(n for n in vocabulary.slice_sizes if n <= depth)
                     row, trie = vocabulary.slice(kind, size)
                     return row.copy(), trie

@@ -18,6 +18,7 @@ from ramet.grammar.bitmask import num_words, pack
 from ramet.grammar.walker import count_plain_chars, next_not_deeper
 
 SLICE_SIZES = (4, 8, 16, 32)
+NUM_KINDS = 3
 
 
 class Vocabulary:
@@ -39,7 +40,8 @@ class Vocabulary:
         self.special_ids = frozenset(special_ids) | frozenset(self.eos_ids)
         self.vocab_size = max(len(self.token_bytes), vocab_size or 0, *(e + 1 for e in self.eos_ids), 1)
         self.num_words = num_words(self.vocab_size)
-        self._slices: dict[tuple[int, int], tuple[NDArray[np.int32], TokenTrie]] = {}
+        self._plain_rows: dict[tuple[int, int], NDArray[np.int32]] = {}
+        self._rest_tries: dict[tuple[int, int], TokenTrie] = {}
 
     @cached_property
     def key(self) -> str:
@@ -76,39 +78,47 @@ class Vocabulary:
 
     @cached_property
     def _plain_chars(self) -> NDArray[np.int32]:
-        """int32 [3, tokens in order]: characters of a token that is plain in each kind of slice, 0 where it is not; bytes of
-        plain text (kind 1) that a token begins with.
+        """int32 [4, tokens in order]: characters of a token that is plain in each kind of slice, 0 where it is not; bytes of
+        plain text (the widest kind) that a token begins with.
 
-        Plain of kind 0: printable ASCII without the quote and the backslash. Kind 1: also whole characters beyond ASCII.
+        Plain of kind 0: ASCII letters and digits; 1: printable ASCII without the quote and the backslash; 2: also whole
+        characters beyond ASCII.
         """
         begins, lengths = self._sorted_spans
         return count_plain_chars(self.flat, begins, lengths)
 
-    def slice(self, kind: int, size: int) -> tuple[NDArray[np.int32], TokenTrie]:
-        """(mask row of the plain tokens of at most `size` characters, trie of all other tokens). Made once, kept."""
-        found = self._slices.get((kind, size))
+    def plain_row(self, kind: int, size: int) -> NDArray[np.int32]:
+        """Mask row of the plain tokens of at most `size` characters; shared, not to be written to."""
+        found = self._plain_rows.get((kind, size))
         if found is None:
             count = self._plain_chars[kind]
-            inside = (count > 0) & (count <= size)
-            row = pack(self._sorted_ids[inside], self.vocab_size)
-            begins, lengths = self._sorted_spans
-            rest = ~inside
-            found = row, TokenTrie(self.flat, begins[rest], lengths[rest], self._sorted_ids[rest])
-            self._slices[kind, size] = found
+            found = pack(self._sorted_ids[(count > 0) & (count <= size)], self.vocab_size)
+            self._plain_rows[kind, size] = found
         return found
+
+    def slice(self, kind: int, size: int) -> tuple[NDArray[np.int32], TokenTrie]:
+        """(mask row of the plain tokens of at most `size` characters, trie of all other tokens). Made once, kept."""
+        trie = self._rest_tries.get((kind, size))
+        if trie is None:
+            count = self._plain_chars[kind]
+            rest = (count == 0) | (count > size)
+            begins, lengths = self._sorted_spans
+            trie = TokenTrie(self.flat, begins[rest], lengths[rest], self._sorted_ids[rest])
+            self._rest_tries[kind, size] = trie
+        return self.plain_row(kind, size), trie
 
     @cached_property
     def slice_sizes(self) -> list[int]:
         """Sizes that are worth a slice, ascending; the last holds every plain token."""
-        longest = int(self._plain_chars[:2].max(initial=1))
+        longest = int(self._plain_chars[:3].max(initial=1))
         return [*(n for n in SLICE_SIZES if n < longest), longest]
 
     @cached_property
     def remainders(self) -> tuple[TokenTrie, NDArray[np.int32], NDArray[np.int32]]:
-        """What follows the plain text (kind 1) of tokens that are not all plain: (trie of the distinct remainders, their
+        """What follows the plain text (kind 2) of tokens that are not all plain: (trie of the distinct remainders, their
         numbers as values; remainder of each such token; those tokens)."""
         begins, lengths = self._sorted_spans
-        plain = self._plain_chars[2]
+        plain = self._plain_chars[3]
         which = np.flatnonzero(plain < lengths)
         texts = [self.flat[b:e].tobytes() for b, e in zip(begins[which] + plain[which], (begins + lengths)[which], strict=True)]
         distinct = sorted(set(texts))
@@ -121,7 +131,7 @@ class Vocabulary:
     def warm_up(self) -> None:
         """Make what is otherwise made when first needed."""
         _ = self.remainders
-        for kind in (0, 1):
+        for kind in range(NUM_KINDS):
             for size in self.slice_sizes:
                 self.slice(kind, size)
 

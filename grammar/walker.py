@@ -231,23 +231,26 @@ def _next_not_deeper(nodes: Int32) -> None:
 
 
 def _count_plain_chars(flat: NDArray[np.uint8], begins: Int64, lengths: Int64) -> Int32:
-    """int32 [3, n]: characters of each text if all are plain of kind 0, of kind 1, else 0; bytes before the first that is not.
+    """int32 [4, n]: characters of each text if all are plain of kind 0, 1, 2, else 0; bytes before the first that is not.
 
-    Plain 0: printable ASCII but `"` and a backslash; plain 1: whole characters of valid UTF-8 beyond ASCII, too.
+    Plain 0: ASCII letters and digits; 1: printable ASCII but `"` and a backslash; 2: whole characters beyond ASCII, too.
     """
     n = begins.shape[0]
-    out = np.zeros((3, n), dtype=np.int32)
+    out = np.zeros((4, n), dtype=np.int32)
     for t in range(n):
         i = begins[t]
         end = i + lengths[t]
         chars = 0
         is_ascii = True
+        is_word = True
         good = True
         while i < end and good:
             b = flat[i]
             size = 1
             if b < 0x80:
                 good = 0x20 <= b < 0x7F and b != 0x22 and b != 0x5C
+                if not (0x30 <= b <= 0x39 or 0x41 <= b <= 0x5A or 0x61 <= b <= 0x7A):
+                    is_word = False
             else:
                 is_ascii = False
                 low = 0x80
@@ -280,23 +283,30 @@ def _count_plain_chars(flat: NDArray[np.uint8], begins: Int64, lengths: Int64) -
             if good:
                 i += size
                 chars += 1
-        out[2, t] = i - begins[t]
+        out[3, t] = i - begins[t]
         if good:
-            out[1, t] = chars
+            out[2, t] = chars
             if is_ascii:
-                out[0, t] = chars
+                out[1, t] = chars
+                if is_word:
+                    out[0, t] = chars
     return out
 
 
-def _safe_depths(rows: Int32, num_content: int, safe: Int64, beyond: Int64, depths: Int32) -> None:
-    """Fill depths int32 [2, num_rows]: plain characters that can be read from a state whatever they are (see Vocabulary).
+def _safe_depths(
+    rows: Int32, num_content: int, safe: Int64, word: Int64, beyond: Int64, depths: Int32
+) -> None:
+    """Fill depths int32 [4, num_rows]: how many plain characters can be read from a state, whatever they are (see Vocabulary).
 
-    rows: entries over byte classes. safe: the classes of plain ASCII. beyond[q]: the state after any other character, -1
-    refused, -2 not known. States from num_content on stand inside a character and get 0.
+    rows: entries over byte classes. safe, word: the classes of plain ASCII, and of letters and digits. beyond[q]: the state
+    after any other character, -1 refused, -2 not known. Rows 0-2: kinds 0-2. Row 3: the most characters of kind 2 that any
+    text can have, MANY where there is no bound. States from num_content on stand inside a character and get 0.
     """
-    for kind in range(2):
+    many = 1 << 20
+    for kind in range(3):
+        classes = word if kind == 0 else safe
         for q in range(num_content):
-            depths[kind, q] = 1 << 20
+            depths[kind, q] = many
         changed = True
         while changed:
             changed = False
@@ -304,23 +314,63 @@ def _safe_depths(rows: Int32, num_content: int, safe: Int64, beyond: Int64, dept
                 best = depths[kind, q]
                 if best == 0:
                     continue
-                for k in range(safe.shape[0]):
-                    to = rows[q, safe[k]]
+                for k in range(classes.shape[0]):
+                    to = rows[q, classes[k]]
                     d = 1
                     if to == -1:
                         d = 0
                     elif to >= 0:
-                        d = min(depths[kind, to] + 1, 1 << 20)
+                        d = min(depths[kind, to] + 1, many)
                     if d < best:
                         best = d
-                if kind == 1:
+                if kind == 2:
                     to = beyond[q]
-                    d = 0 if to < 0 else min(depths[kind, to] + 1, 1 << 20)
+                    d = 0 if to < 0 else min(depths[kind, to] + 1, many)
                     if d < best:
                         best = d
                 if best < depths[kind, q]:
                     depths[kind, q] = best
                     changed = True
+    for _ in range(num_content + 1):
+        changed = False
+        for q in range(num_content - 1, -1, -1):
+            best = depths[3, q]
+            for k in range(safe.shape[0]):
+                to = rows[q, safe[k]]
+                if to >= 0 and depths[3, to] + 1 > best:
+                    best = depths[3, to] + 1
+                elif to < -1:
+                    best = many
+            to = beyond[q]
+            if to == -2:
+                best = many
+            elif to >= 0 and depths[3, to] + 1 > best:
+                best = depths[3, to] + 1
+            best = min(best, many)
+            if best > depths[3, q]:
+                depths[3, q] = best
+                changed = True
+        if not changed:
+            break
+    if changed:
+        # still growing after as many rounds as there are states: a cycle; all that grow have no bound
+        for _ in range(num_content + 1):
+            changed = False
+            for q in range(num_content - 1, -1, -1):
+                if depths[3, q] > num_content and depths[3, q] < many:
+                    depths[3, q] = many
+                    changed = True
+                for k in range(safe.shape[0]):
+                    to = rows[q, safe[k]]
+                    if to >= 0 and depths[3, to] >= many and depths[3, q] < many:
+                        depths[3, q] = many
+                        changed = True
+                to = beyond[q]
+                if to >= 0 and depths[3, to] >= many and depths[3, q] < many:
+                    depths[3, q] = many
+                    changed = True
+            if not changed:
+                break
 
 
 def _column_digests(wide: Int32, weights: Int64) -> Int64:

@@ -109,11 +109,12 @@ class StringRows:
     def compressed(
         rows: NDArray[np.int32], byte_class: NDArray[np.uint8], num_content: int, beyond: NDArray[np.int64]
     ) -> StringRows:
-        depths = np.zeros((2, len(rows)), dtype=np.int32)
+        depths = np.zeros((4, len(rows)), dtype=np.int32)
         loop = -1
         if num_content:
             safe = np.unique(byte_class[_PLAIN]).astype(np.int64)
-            walker.safe_depths(rows, num_content, safe, beyond, depths)
+            word = np.unique(byte_class[_WORD]).astype(np.int64)
+            walker.safe_depths(rows, num_content, safe, word, beyond, depths)
             # a trie over any string ends with the rows of any string; elsewhere the start may be the loop
             for q in {0, num_content - 1}:
                 if beyond[q] == q and (rows[q, safe] == q).all():
@@ -303,6 +304,7 @@ class Json:
 
 
 _ANY_STRINGS = (v.ANY_STRINGS,)
+_WORD = np.array([b for b in range(0x30, 0x7B) if chr(b).isalnum()])
 _PLAIN = np.array([b for b in range(0x20, 0x7F) if b not in b'"\\'])
 
 
@@ -467,6 +469,12 @@ class CountFrame(_Scalar):
         if exit_index == 1:
             return self.json.counted(*self.rest, self.context)
         return super().resolve(exit_index)
+
+    def characters_left(self, local: int) -> int | None:
+        """How many characters may still come, exactly; None inside a character or where there is no bound."""
+        if local > CHUNK or self.rest[1] is None:
+            return None
+        return CHUNK - local + self.rest[1]
 
     def closing_exit(self, local: int) -> int:
         return 0 if path_to_exit(self.table, 0, local) is not None else 1
