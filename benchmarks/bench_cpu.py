@@ -1,0 +1,360 @@
+"""Decode and prefill speed on a CPU beside transformers and llama.cpp: SmolLM2-135M-Instruct, greedy, one table.
+
+    python benchmarks/bench_cpu.py [--systems engine,decoder,transformers-bf16] [--threads 2] [--rounds 3]
+    python benchmarks/bench_cpu.py --llama-python ~/llama/bin/python --out benchmarks/results/cpu.jsonl
+
+Every system runs in a process of its own, so that their threads don't meet; rounds go around all systems, so that a
+noisy machine is unfair to none; the best round counts, and all are in the JSON line. llama.cpp needs a Python with
+llama-cpp-python (`pip install llama-cpp-python` compiles it); it decodes a batch as one `llama_decode` of as many
+sequences. Decode: tokens per second of the steps after a 64-token prompt. Prefill: 1,000 new tokens until the first
+token. engine: the whole runtime with scheduler and sampling; decoder: the model and an argmax in a bare loop.
+
+The floor of a decode step at batch 1 is reading the weights once: about 96 MB in the file's blocks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+PROMPT, STEPS, PREFILL = 64, 32, 1000
+BATCHES = (1, 8, 32)
+SYSTEMS = ("engine", "decoder", "decoder-bf16", "decoder-fp32", "transformers", "transformers-bf16", "llama.cpp")
+
+
+def prompt(length: int, seed: int) -> list[int]:
+    """Token ids without meaning, the same everywhere."""
+    return [(seed * 7919 + i * 104_729) % 40_000 + 100 for i in range(length)]
+
+
+class System(Protocol):
+    """What is measured. Both return seconds."""
+
+    def decode(self, batch: int) -> float:
+        """One decode step of `batch` sequences, averaged over STEPS."""
+
+    def prefill(self) -> float:
+        """From PREFILL unknown tokens to the first new one."""
+
+
+class DecoderSystem:
+    """Our model, driven by hand."""
+
+    def __init__(self, path: Path, dtype: str) -> None:
+        import torch
+
+        from ramet.runtime.models.bare_cache import BareCache
+        from ramet.runtime.models.load import load_model
+
+        self.torch, self.cache = torch, BareCache
+        self.decoder = load_model(path, device="cpu", dtype=dtype).decoder
+
+    def decode(self, batch: int) -> float:
+        with self.torch.inference_mode():
+            cache = self.cache(self.decoder, batch, PROMPT + STEPS + 2)
+            for row in range(batch):
+                cache.step([], [(row, prompt(PROMPT, row))])
+            tokens = [1] * batch
+            for step in range(STEPS + 1):
+                if step == 1:  # the first is warm-up
+                    start = time.perf_counter()
+                logits = cache.step([(row, tokens[row]) for row in range(batch)], [])
+                tokens = logits.argmax(-1).tolist()
+            return (time.perf_counter() - start) / STEPS
+
+    def prefill(self) -> float:
+        with self.torch.inference_mode():
+            cache = self.cache(self.decoder, 1, PREFILL)
+            ids = self.torch.tensor(prompt(PREFILL, 0), dtype=self.torch.int32)
+            context = cache.context([], [(0, PREFILL)])
+            start = time.perf_counter()
+            hidden = self.decoder.forward(ids, context)
+            int(self.decoder.logits(hidden[-1:]).argmax())
+            return time.perf_counter() - start
+
+
+class EngineSystem:
+    """The whole runtime, in process."""
+
+    def __init__(self, path: Path, threads: int) -> None:
+        from ramet.runtime.client import Engine
+        from ramet.runtime.config import EngineConfig
+        from ramet.runtime.types import SamplingParams
+
+        self.engine = Engine(str(path), EngineConfig(device="cpu", num_threads=threads, num_kv_tokens=8192))
+        self.sampling = SamplingParams
+
+    def decode(self, batch: int) -> float:
+        self.engine.flush_cache()
+        arrivals: list[list[float]] = [[] for _ in range(batch)]
+        sampling = self.sampling(temperature=0.0, max_tokens=STEPS + 2, ignore_eos=True)
+
+        finished = threading.Semaphore(0)
+
+        def note(times: list[float]) -> Callable[[Any], None]:
+            def on_output(output: Any) -> None:  # Any: RequestOutput, imported where the engine is
+                times.extend([time.perf_counter()] * len(output.token_ids))
+                if output.finish_reason is not None:
+                    finished.release()
+
+            return on_output
+
+        for row, times in enumerate(arrivals):  # with `on_output`, outputs go there alone
+            self.engine.submit(prompt(PROMPT, row), sampling, on_output=note(times))
+        for _ in arrivals:
+            finished.acquire()
+        # Between the moment when the last row had its first token and the first row had its last, all rows ran.
+        start, stop = max(times[0] for times in arrivals), min(times[-1] for times in arrivals)
+        tokens = sum(start < moment <= stop for times in arrivals for moment in times)
+        return (stop - start) * batch / tokens
+
+    def prefill(self) -> float:
+        self.engine.flush_cache()
+        sampling = self.sampling(temperature=0.0, max_tokens=1, ignore_eos=True)
+        start = time.perf_counter()
+        self.engine.submit(prompt(PREFILL, 0), sampling).result()
+        return time.perf_counter() - start
+
+
+class TransformersSystem:
+    """transformers' `generate` with a KV cache, on the same dequantised weights."""
+
+    def __init__(self, path: Path, dtype: str) -> None:
+        import torch
+        import transformers
+
+        self.torch = torch
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=getattr(torch, dtype)
+        ).eval()
+
+    def _generate(self, prompts: list[list[int]], num_tokens: int) -> float:
+        ids = self.torch.tensor(prompts)
+        start = time.perf_counter()
+        with self.torch.inference_mode():
+            out = self.model.generate(
+                ids,
+                attention_mask=self.torch.ones_like(ids),
+                max_new_tokens=num_tokens,
+                min_new_tokens=num_tokens,
+                do_sample=False,
+                pad_token_id=0,
+            )
+        assert out.shape[1] == len(prompts[0]) + num_tokens
+        return time.perf_counter() - start
+
+    def decode(self, batch: int) -> float:
+        prompts = [prompt(PROMPT, row) for row in range(batch)]
+        first = self._generate(prompts, 1)
+        return (self._generate(prompts, STEPS + 1) - first) / STEPS
+
+    def prefill(self) -> float:
+        return self._generate([prompt(PREFILL, 0)], 1)
+
+
+class LlamaCppSystem:
+    """llama.cpp through llama-cpp-python's C interface."""
+
+    def __init__(self, path: Path, threads: int) -> None:
+        import llama_cpp
+        import numpy
+
+        self.api, self.numpy, self.threads = llama_cpp, numpy, threads
+        llama_cpp.llama_backend_init()
+        self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
+        self.vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
+
+    def _context(self, num_sequences: int, num_tokens: int) -> Any:  # Any: a C pointer
+        params = self.api.llama_context_default_params()
+        params.n_ctx, params.n_batch, params.n_ubatch = num_tokens * num_sequences, 2048, 512
+        params.n_seq_max, params.n_threads, params.n_threads_batch = num_sequences, self.threads, self.threads
+        return self.api.llama_init_from_model(self.model, params)
+
+    def _run(self, context: Any, items: list[tuple[int, int, int, bool]]) -> None:
+        """items: (token, position, sequence, wants logits)."""
+        batch = self.api.llama_batch_init(len(items), 0, 1)
+        batch.n_tokens = len(items)
+        for i, (token, position, sequence, wants_logits) in enumerate(items):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, position, 1
+            batch.seq_id[i][0], batch.logits[i] = sequence, wants_logits
+        assert self.api.llama_decode(context, batch) == 0
+        self.api.llama_batch_free(batch)
+
+    def _best(self, context: Any, index: int) -> int:
+        logits = self.api.llama_get_logits_ith(context, index)
+        return int(self.numpy.ctypeslib.as_array(logits, (self.vocab,)).argmax())
+
+    def decode(self, batch: int) -> float:
+        context = self._context(batch, 256)
+        for row in range(batch):
+            ids = prompt(PROMPT, row)
+            self._run(context, [(token, i, row, i == PROMPT - 1) for i, token in enumerate(ids)])
+        tokens = [1] * batch
+        for step in range(STEPS + 1):
+            if step == 1:
+                start = time.perf_counter()
+            self._run(context, [(tokens[row], PROMPT + step, row, True) for row in range(batch)])
+            tokens = [self._best(context, row) for row in range(batch)]
+        seconds = (time.perf_counter() - start) / STEPS
+        self.api.llama_free(context)
+        return seconds
+
+    def prefill(self) -> float:
+        context = self._context(1, 2048)
+        start = time.perf_counter()
+        ids = prompt(PREFILL, 0)
+        self._run(context, [(token, i, 0, i == PREFILL - 1) for i, token in enumerate(ids)])
+        self._best(context, PREFILL - 1)
+        seconds = time.perf_counter() - start
+        self.api.llama_free(context)
+        return seconds
+
+
+def make_system(name: str, path: Path, threads: int) -> System:
+    if name == "llama.cpp":
+        return LlamaCppSystem(path, threads)
+    import torch
+
+    torch.set_num_threads(threads)
+    if name == "engine":
+        return EngineSystem(path, threads)
+    dtype = {"bf16": "bfloat16", "fp32": "float32"}.get(name.rpartition("-")[2])
+    if name.startswith("transformers"):
+        return TransformersSystem(path, dtype or "float32")
+    return DecoderSystem(path, dtype or "auto")
+
+
+def serve(name: str, path: Path, threads: int) -> None:
+    """Worker: answer each line of standard input (0: prefill, n: decode a batch of n) with seconds."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # libraries that print must not get between the answers
+    system = make_system(name, path, threads)
+    print("ready", file=answers, flush=True)
+    for line in sys.stdin:
+        batch = int(line)
+        print(system.decode(batch) if batch else system.prefill(), file=answers, flush=True)
+
+
+class Worker:
+    """A system in its own process."""
+
+    def __init__(self, name: str, python: str, path: Path, threads: int) -> None:
+        command = [python, __file__, "--worker", name, "--file", str(path), "--threads", str(threads)]
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115  (a pipe would fill up: llama.cpp logs every tensor)
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, env=environment
+        )
+        self.name = name
+
+    def read(self) -> str:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            self.process.wait()
+            self.log.seek(0)
+            raise SystemExit(f"{self.name} failed:\n{self.log.read()[-2000:]}")
+        return line
+
+    def ask(self, batch: int) -> float:
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{batch}\n")
+        self.process.stdin.flush()
+        return float(self.read())
+
+
+def measure(workers: list[Worker], rounds: int) -> dict[str, dict[str, list[float]]]:
+    """Tokens per second, by system and kind, one value a round; the first round is warm-up."""
+    speeds: dict[str, dict[str, list[float]]] = {worker.name: {} for worker in workers}
+    for turn in range(rounds + 1):
+        for batch in (*BATCHES, 0):
+            for worker in workers:
+                seconds = worker.ask(batch)
+                kind, speed = f"decode_{batch}" if batch else "prefill", round((batch or PREFILL) / seconds, 1)
+                print(f"round {turn} of {rounds}: {worker.name} {kind} {speed}", file=sys.stderr, flush=True)
+                if turn:
+                    speeds[worker.name].setdefault(kind, []).append(speed)
+    return speeds
+
+
+def report(speeds: dict[str, dict[str, list[float]]], threads: int) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"SmolLM2-135M-Instruct, {threads} CPU threads, tokens per second (best round)")
+    table.add_column("system")
+    kinds = [f"decode_{batch}" for batch in BATCHES] + ["prefill"]
+    for kind in kinds:
+        table.add_column(kind.replace("_", ", batch "), justify="right")
+    for name, by_kind in speeds.items():
+        table.add_row(name, *(f"{max(by_kind[kind]):,.0f}" for kind in kinds))
+    Console().print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--systems", help=f"comma-separated, of {', '.join(SYSTEMS)}; all that can run")
+    parser.add_argument("--llama-python", help="a Python that has llama-cpp-python; without it llama.cpp is left out")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, help="append the JSON line to this file")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--file", type=Path, help="a GGUF file; the default is the catalogue's SmolLM2")
+    arguments = parser.parse_args()
+    if arguments.worker:
+        serve(arguments.worker, arguments.file, arguments.threads)
+        return
+
+    import torch
+
+    from ramet.runtime.models.catalog import resolve_model
+
+    path = arguments.file or resolve_model("smollm2-135m")
+    names = arguments.systems.split(",") if arguments.systems else list(SYSTEMS)
+    if not arguments.systems and not arguments.llama_python:
+        names.remove("llama.cpp")
+    pythons = {"llama.cpp": arguments.llama_python or sys.executable}
+    workers = []
+    for name in names:
+        workers.append(Worker(name, pythons.get(name, sys.executable), path, arguments.threads))
+        workers[-1].read()  # one after the other: loading competes for the same cores
+    load_before = os.getloadavg()[0]
+    speeds = measure(workers, arguments.rounds)
+    for worker in workers:
+        worker.process.communicate("")
+    report(speeds, arguments.threads)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    record = {
+        "benchmark": "cpu",
+        "commit": commit.stdout.strip(),
+        "device": platform.processor() or platform.machine(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "configuration": {
+            "threads": arguments.threads,
+            "prompt": PROMPT,
+            "steps": STEPS,
+            "prefill": PREFILL,
+            "file": path.name,
+        },
+        "load_average": load_before,
+        "tokens_per_s": speeds,
+    }
+    line = json.dumps(record)
+    print(line)
+    if arguments.out:
+        with arguments.out.open("a") as file:
+            file.write(line + "\n")
+
+
+if __name__ == "__main__":
+    main()
