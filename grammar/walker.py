@@ -331,46 +331,33 @@ def _safe_depths(
                 if best < depths[kind, q]:
                     depths[kind, q] = best
                     changed = True
-    for _ in range(num_content + 1):
+    for q in range(num_content):
+        for k in range(safe.shape[0]):
+            if rows[q, safe[k]] == q or rows[q, safe[k]] < -1:
+                depths[3, q] = many
+        if beyond[q] == q or beyond[q] == -2:
+            depths[3, q] = many
+    changed = True
+    rounds = 0
+    while changed and rounds < 100:
         changed = False
+        rounds += 1
         for q in range(num_content - 1, -1, -1):
             best = depths[3, q]
+            if best >= many:
+                continue
             for k in range(safe.shape[0]):
                 to = rows[q, safe[k]]
                 if to >= 0 and depths[3, to] + 1 > best:
                     best = depths[3, to] + 1
-                elif to < -1:
-                    best = many
-            to = beyond[q]
-            if to == -2:
-                best = many
-            elif to >= 0 and depths[3, to] + 1 > best:
-                best = depths[3, to] + 1
+            if beyond[q] >= 0 and depths[3, beyond[q]] + 1 > best:
+                best = depths[3, beyond[q]] + 1
             best = min(best, many)
             if best > depths[3, q]:
                 depths[3, q] = best
                 changed = True
-        if not changed:
-            break
-    if changed:
-        # still growing after as many rounds as there are states: a cycle; all that grow have no bound
-        for _ in range(num_content + 1):
-            changed = False
-            for q in range(num_content - 1, -1, -1):
-                if depths[3, q] > num_content and depths[3, q] < many:
-                    depths[3, q] = many
-                    changed = True
-                for k in range(safe.shape[0]):
-                    to = rows[q, safe[k]]
-                    if to >= 0 and depths[3, to] >= many and depths[3, q] < many:
-                        depths[3, q] = many
-                        changed = True
-                to = beyond[q]
-                if to >= 0 and depths[3, to] >= many and depths[3, q] < many:
-                    depths[3, q] = many
-                    changed = True
-            if not changed:
-                break
+    if changed:  # a longer cycle, or very long texts: no bound is claimed
+        depths[3, :num_content] = many
 
 
 def _column_digests(wide: Int32, weights: Int64) -> Int64:

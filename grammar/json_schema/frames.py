@@ -471,10 +471,10 @@ class CountFrame(_Scalar):
         return super().resolve(exit_index)
 
     def characters_left(self, local: int) -> int | None:
-        """How many characters may still come, exactly; None inside a character or where there is no bound."""
-        if local > CHUNK or self.rest[1] is None:
+        """How many characters may still come, exactly (without a bound: very many); None inside a character."""
+        if local > CHUNK:
             return None
-        return CHUNK - local + self.rest[1]
+        return CHUNK - local + (1 << 20 if self.rest[1] is None else self.rest[1])
 
     def closing_exit(self, local: int) -> int:
         return 0 if path_to_exit(self.table, 0, local) is not None else 1
