@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from contextvars import copy_context
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, overload
@@ -114,19 +115,22 @@ class Function:
         """
         if self.is_async:
             return asyncio.run(self.arun(*args, **kwargs))
-        state = self._record(self._new_state(self._split(args, kwargs)))
-        state._run.wait_all()
+        state = self._new_state(self._split(args, kwargs))
+        with _cancelling(state):
+            self._record(state)
+            state._run.wait_all()
         return state
 
     async def arun(self, *args: Any, **kwargs: Any) -> State:
         """`run` for an event loop. A sync program records on a thread of its own, since it may wait for a value."""
         call = self._split(args, kwargs)
         state = self._new_state(call)
-        if self.is_async:
-            await self._arecord(state)
-        else:
-            await _in_thread(lambda: self._record(state))
-        await state._run.await_all()
+        with _cancelling(state):
+            if self.is_async:
+                await self._arecord(state)
+            else:
+                await _in_thread(lambda: self._record(state))
+            await state._run.await_all()
         return state
 
     def stream(self, *args: Any, var: str | None = None, **kwargs: Any) -> Stream:
@@ -184,10 +188,9 @@ class Function:
 
     def _run_calls(self, calls: list[_Call], progress_bar: bool, num_threads: int, max_live: int) -> Iterator[State]:
         waiting = deque(calls)
-        live: deque[Future[State]] = deque()
+        live: deque[tuple[State, Future[None]]] = deque()
 
-        def record(call: _Call) -> State:
-            state = self._new_state(call)
+        def record(state: State) -> None:
             try:
                 if self.is_async:
                     asyncio.run(self._arecord(state))
@@ -195,16 +198,22 @@ class Function:
                     self._record(state)
             except Exception as error:  # a row fails alone; reading its state raises this
                 state._run.fail(error)
-            return state
 
         with _ProgressBar(len(calls), progress_bar, self.name) as advance, ThreadPoolExecutor(num_threads) as pool:
-            while waiting or live:
-                while waiting and len(live) < max_live:
-                    live.append(pool.submit(copy_context().run, record, waiting.popleft()))
-                state = live.popleft().result()
-                state._run.wait_all(quietly=True)
-                advance()
-                yield state
+            try:
+                while waiting or live:
+                    while waiting and len(live) < max_live:
+                        state = self._new_state(waiting.popleft())
+                        live.append((state, pool.submit(copy_context().run, record, state)))
+                    state, recorded = live[0]
+                    recorded.result()
+                    state._run.wait_all(quietly=True)
+                    live.popleft()
+                    advance()
+                    yield state
+            finally:  # left early: nobody will read the rest
+                for state, _ in live:
+                    state._run.cancel()
 
     # Tracing.
 
@@ -381,6 +390,16 @@ async def _in_thread(work: Callable[[], object]) -> None:
 
     threading.Thread(target=run, name="ramet-program", daemon=True).start()
     await future
+
+
+@contextmanager
+def _cancelling(state: State) -> Iterator[None]:
+    """Cancel the run where waiting for it is given up: by an interrupt, or a cancelled task."""
+    try:
+        yield
+    except BaseException:
+        state._run.cancel()
+        raise
 
 
 class _ProgressBar:

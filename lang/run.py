@@ -6,6 +6,7 @@ Shared by all states of the run. The program's own thread records; events come f
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import sys
 import threading
@@ -323,9 +324,10 @@ class Run:
     def listen(self, listener: Listener) -> None:
         """Call `listener` for every event from now on; first for those already there, where events are kept."""
         with self._changed:
-            for event in self._events or ():
-                listener(event)
+            missed = list(self._events or ())
             self._listeners.append(listener)
+        for event in missed:
+            listener(event)
 
     def _on_event(self, event: ir.NodeEvent) -> None:
         if event.kind == "tool":
@@ -335,10 +337,12 @@ class Run:
                 self._results[event.node] = event
             if self._events is not None:
                 self._events.append(event)
+        try:
             for listener in self._listeners:
                 listener(event)
-        if event.kind in ("done", "error"):
-            self._wake(event.node)
+        finally:  # whatever a listener raises: who waits for this event must learn of it
+            if event.kind in ("done", "error"):
+                self._wake(event.node)
 
     def _wake(self, node: int | None = None) -> None:
         """Wake who waits for this node, or for the end if this was the last one; None: everybody."""
@@ -352,7 +356,7 @@ class Run:
                     waiters += self._waiters.pop(None, [])
             self._changed.notify_all()
         for loop, future in waiters:
-            if not loop.is_closed():
+            with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody waits there any more
                 loop.call_soon_threadsafe(_resolve, future)
 
     def _call_tool(self, event: ir.NodeEvent) -> None:

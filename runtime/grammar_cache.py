@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Protocol
 
@@ -50,6 +51,7 @@ class GrammarCache:
                 source = self._tokenizer
                 self._vocabulary = Vocabulary(source.token_bytes, source.eos_ids, source.special_ids, source.vocab_size)
                 self._service = CompileService()
+                weakref.finalize(self, self._service.close).atexit = False
             return self._service.submit(constraint.kind, constraint.source, self._vocabulary)
 
     def close(self) -> None:

@@ -74,7 +74,6 @@ class Selection:
                     self._executor.failed(self._run, error)
             elif is_last:
                 self._finish()
-            self._executor.pump()
 
         return on_output
 

@@ -11,6 +11,7 @@ thread at a time starts nodes (`_pump`), the lock guards the bookkeeping, and no
 from __future__ import annotations
 
 import dataclasses
+import logging
 import threading
 import time
 from collections import deque
@@ -38,6 +39,8 @@ from ramet.runtime.types import FinishReason, Grammar, RequestOutput, SamplingPa
 
 if TYPE_CHECKING:
     from ramet.grammar import CompiledGrammar
+
+logger = logging.getLogger(__name__)
 
 PROMPT_TAIL = 200  # characters of the prompt shown in errors
 
@@ -108,7 +111,7 @@ class ProgramExecutor:
         self._is_pumping = False
         self._is_cancelled = False
         self._is_complete = False
-        self._to_cancel: deque[Handle] = deque()
+        self._to_cancel: list[Handle] = []
         self.lock = threading.RLock()
         self._start_s = time.monotonic()
 
@@ -274,7 +277,11 @@ class ProgramExecutor:
         if kind == "done":
             timings = {"start_s": (run.start_s or now) - self._start_s, "end_s": now - self._start_s, **timings}
         name = getattr(run.node, "name", None)
-        self._on_event(ir.NodeEvent(run.node.id, kind, name=name, timings=timings or None, **fields))
+        event = ir.NodeEvent(run.node.id, kind, name=name, timings=timings or None, **fields)
+        try:
+            self._on_event(event)
+        except Exception:  # the listener's own fault: it must not end the engine's thread, where this may run
+            logger.exception("a listener failed at the %s event of node %d", kind, run.node.id)
 
     def _emit_error(self, run: NodeRun, error: Exception) -> None:
         tail = "" if run.node.parent is None else self._text_up_to(run.node.parent, PROMPT_TAIL)
@@ -298,28 +305,33 @@ class ProgramExecutor:
     # Running nodes. One thread at a time, without the lock.
 
     def pump(self) -> None:
-        while self._to_cancel:
-            self._to_cancel.popleft().cancel()
+        """Start what is ready and end what was cancelled, unless another thread is at it: then that one does."""
         with self.lock:
             if self._is_pumping:
                 return
             self._is_pumping = True
         while True:
             with self.lock:
-                if not self._ready:
+                to_cancel, self._to_cancel = self._to_cancel, []
+                if not (self._ready or to_cancel):
                     self._is_pumping = False
                     return
-                run = self._ready.popleft()
-                if run.is_over:
-                    continue
-                assert run.status == "ready"
-                run.status = "running"
-                run.start_s = run.start_s or time.monotonic()
-            try:
-                self._start(run)
-            except Exception as error:  # a node fails alone, whatever it raises; the reader gets it with its cause
-                with self.lock:
-                    self.failed(run, error)
+                run = self._ready.popleft() if self._ready else None
+                if run is not None and not run.is_over:
+                    run.status = "running"
+                    run.start_s = run.start_s or time.monotonic()
+            for handle in to_cancel:
+                handle.cancel()
+            if run is not None and not run.is_over:
+                self._try(run, self._start)
+
+    def _try(self, run: NodeRun, work: Callable[[NodeRun], None]) -> None:
+        """Do a part of a node's work. The node fails alone, whatever is raised; who reads it gets that as the cause."""
+        try:
+            work(run)
+        except Exception as error:
+            with self.lock:
+                self.failed(run, error)
 
     def _start(self, run: NodeRun) -> None:
         node = run.node
@@ -375,6 +387,8 @@ class ProgramExecutor:
 
     def _generate(self, run: NodeRun, node: ir.Generate) -> None:
         prompt = self.path_before(run).flush(self.encoder)
+        if prompt.length == 0 and self.tokenizer.bos_id is not None:
+            prompt = prompt.extend([self.tokenizer.bos_id])
         sampling = to_sampling_params(node.sampling)
         if self._marks.stop_strings and self._is_in_role(node):
             sampling = dataclasses.replace(sampling, stop=(*sampling.stop, *self._marks.stop_strings))
@@ -398,7 +412,6 @@ class ProgramExecutor:
             if output.finish_reason is not None:
                 with self.lock:
                     self._generated(run, node, prompt, "".join(texts), tokens, logprobs, output)
-                self.pump()
 
         self.submit(run, prompt.token_ids(), sampling, on_output, grammar=run.grammar)
 
@@ -440,13 +453,19 @@ class ProgramExecutor:
             priority=limits.priority,
             deadline_s=left_s,
             score_from=score_from,
-            on_output=on_output,
+            on_output=lambda output: self._take_in(run, output, on_output),
         )
         with self.lock:
             if not run.is_over:
                 run.handles.append(handle)
                 return
         handle.cancel()
+
+    def _take_in(self, run: NodeRun, output: RequestOutput, on_output: Callable[[RequestOutput], None]) -> None:
+        """An output, on the engine's thread, which nothing that goes wrong in a program may break."""
+        self._try(run, lambda _: on_output(output))
+        if output.finish_reason is not None:
+            self.pump()
 
     def _generated(
         self,

@@ -806,3 +806,58 @@ def test_the_first_branch_that_is_done_wins_and_the_others_are_cancelled() -> No
     assert state.result == 1
     assert state.text() == "Say short: a"
     assert eventually(lambda: slow.stats().num_cancelled == 1)
+
+
+# Giving up.
+
+
+def test_a_cancelled_task_cancels_its_program() -> None:
+    slow = MockBackend({"long?": "a b c d e f g h i j"}, latency_s=0.02)
+
+    @function
+    async def waits(s: State) -> None:
+        s += "long? " + gen("long")
+        await s["long"]
+
+    @function
+    def traced(s: State) -> None:
+        s += "long? " + gen("long")
+
+    async def main() -> None:
+        tasks = [asyncio.create_task(program.arun(backend=slow)) for program in (waits, traced)]
+        await asyncio.sleep(0.05)
+        for task in tasks:
+            task.cancel()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert all(isinstance(result, asyncio.CancelledError) for result in results)
+
+    asyncio.run(main())
+    assert eventually(lambda: slow.stats().num_cancelled == 2)
+
+
+def test_a_batch_that_is_left_early_cancels_the_rest() -> None:
+    slow = MockBackend({"0 ": "a", "long?": "a b c d e f g h i j k l m n"}, latency_s=0.01)
+
+    @function
+    def program(s: State, i: int) -> None:
+        s += f"long? {i} " + gen("long")
+        s += str(len(s["long"]))
+
+    states = program.run_batch(range(5), backend=slow, generator_style=True)
+    assert next(states)["long"] == "a"
+    states.close()
+    assert eventually(lambda: slow.stats().num_cancelled == 4)
+
+
+def test_a_listener_that_fails_breaks_nothing_but_itself(
+    backend: MockBackend, caplog: pytest.LogCaptureFixture
+) -> None:
+    @function
+    def program(s: State) -> None:
+        s._run.listen(lambda event: 1 / 0)  # type: ignore[arg-type]
+        s += "name? " + gen("name")
+
+    with caplog.at_level("CRITICAL"):
+        state = program.run()
+    assert state["name"] == "Ann"
+    assert backend.engine.submit("the engine lives").result().text
