@@ -16,9 +16,6 @@ from ramet.grammar.pushdown import Pushdown
 from ramet.grammar.vocabulary import SLICE_SIZES, TokenTrie, Vocabulary
 
 
-MANY = 1 << 20  # a depth (see walker.safe_depths) that no token exceeds
-
-
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What compiling and running may cost.
@@ -139,7 +136,7 @@ class CompiledGrammar:
         table = machine.frames[instance].table
         if local == table.loop:
             return self._frozen(self._loop_row(packed))
-        if table.loop >= 0 and table.depths is not None and table.depths[2, local] >= MANY:
+        if table.loop >= 0 and table.depths is not None and table.depths[2, local] >= walker.MANY:
             return self._frozen(self._near_loop_row(packed, (instance << LOCAL_BITS) | table.loop))
         row, trie = self._first_row(packed)
         self._walk(packed, trie, row)
@@ -187,7 +184,15 @@ class CompiledGrammar:
         unsure[0] = 0
         while (
             walker.walk_difference(
-                machine.pool, machine.instances, machine.exits, trie.nodes, trie.values, row, scratch, self._other, unsure
+                machine.pool,
+                machine.instances,
+                machine.exits,
+                trie.nodes,
+                trie.values,
+                row,
+                scratch,
+                self._other,
+                unsure,
             )
             >= 0
         ):
@@ -275,6 +280,11 @@ class CompiledGrammar:
         if tokens is None:
             raise GrammarError(f"the vocabulary cannot write the completion {text!r}")
         return tokens
+
+    def completion_bound(self, state: int) -> int:
+        """No less than len(shortest_completion(state)), and cheap: its bytes."""
+        with self._lock:
+            return self.machine.closing_length(self._packed[state])
 
     # --- closing
 

@@ -413,12 +413,10 @@ def _any_string_classes() -> tuple[Wide, NDArray[np.uint8]]:
     return compress_rows(any_string_content(0).rows)
 
 
-def plain_trie(
-    base: Content | None, entries: dict[str, int]
-) -> tuple[Wide, NDArray[np.uint8], int, NDArray[np.int64]] | None:
+def plain_trie(base: Content | None, entries: dict[str, int]) -> tuple[Wide, NDArray[np.uint8], int] | None:
     """As frames.overlay, over byte classes, for texts of plain ASCII; None where some text is not.
 
-    base: None, or any_string_content. Returns (rows, byte classes, states between characters, states beyond ASCII).
+    base: None, or any_string_content. Returns (rows, byte classes, states between characters).
     """
     texts = sorted(entries)
     joined = "".join(texts)
@@ -427,7 +425,7 @@ def plain_trie(
     flat = np.frombuffer(joined.encode(), dtype=np.uint8)
     lengths = np.array([len(t) for t in texts], dtype=np.int64)
     labels = np.array([leave(entries[t]) for t in texts], dtype=np.int32)
-    used = np.unique(flat)
+    used = np.flatnonzero(np.bincount(flat, minlength=1))
     byte_class = np.zeros(256, dtype=np.uint8)
     if base is None:
         byte_class[used] = np.arange(1, len(used) + 1)
@@ -435,7 +433,7 @@ def plain_trie(
         # one row more than the texts can need; cut below
         rows = np.full((len(flat) + 1, len(used) + 2), REFUSE, dtype=np.int32)
         n = _fill_trie(rows, flat, lengths, byte_class[flat], labels, len(used) + 1)
-        return rows[:n], byte_class, 0, np.zeros(0, dtype=np.int64)
+        return rows[:n], byte_class, 0
     old, old_class = _any_string_classes()
     byte_class[:] = old_class
     width = old.shape[1]
@@ -449,8 +447,7 @@ def plain_trie(
     rows[n:] = np.where(below >= 0, below + n, below)
     rows[n:][below < -1] = _free_exit(base)
     _link_base(rows, n)
-    beyond = np.full(n + 1, n, dtype=np.int64)
-    return rows, byte_class, n + 1, beyond
+    return rows, byte_class, n + 1
 
 
 def _free_exit(base: Content) -> int:

@@ -10,8 +10,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-DONE = -1
-_MASK = 0xFFFFFFFF
+MANY = 1 << 20  # a depth (see `safe_depths`) that no token exceeds
 
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
@@ -302,7 +301,7 @@ def _safe_depths(
     after any other character, -1 refused, -2 not known. Rows 0-2: kinds 0-2. Row 3: the most characters of kind 2 that any
     text can have, MANY where there is no bound. States from num_content on stand inside a character and get 0.
     """
-    many = 1 << 20
+    many = MANY
     for kind in range(3):
         classes = word if kind == 0 else safe
         for q in range(num_content):

@@ -587,11 +587,21 @@ class Expressions:
         """True where no value is in the set; asked while schemas are being read, False may also mean that it is not known."""
         found = self._costs.get(expr)
         if found is None:
+            if self._is_plain(expr):
+                return False
             try:
                 found = self.cost(expr)
             except _NotYet:
                 return False
         return found >= INFINITE
+
+    def _is_plain(self, expr: Expr) -> bool:
+        """True where a schema's keywords show at once that it has values; so that its values need not be worked out."""
+        atoms = self._contents[expr]
+        if len(atoms) != 1 or self._atoms[atoms[0]][0] != "schema":
+            return False
+        schema = self._atoms[atoms[0]][1].schema  # type: ignore[attr-defined]
+        return isinstance(schema, dict) and not _MAY_EMPTY & schema.keys()
 
     def values_are_empty(self, a: Values) -> bool:
         """As `is_empty`, for values."""
@@ -738,6 +748,12 @@ class Expressions:
         return len(found) + int(a.null) + a.booleans.bit_count()
 
 
+# keywords that can leave a schema without any value, alone or together
+_MAY_EMPTY = {
+    "enum", "const", "required", "allOf", "anyOf", "oneOf", "not", "if", "$ref", "$dynamicRef", "$recursiveRef", "extends",
+    "disallow", "dependentSchemas", "dependencies", "pattern", "minLength", "maximum", "exclusiveMaximum", "multipleOf",
+    "divisibleBy", "minItems", "contains", "minProperties", "unevaluatedProperties", "unevaluatedItems",
+}  # fmt: skip
 _NESTING = {
     "$ref", "allOf", "anyOf", "oneOf", "not", "if", "$dynamicRef", "$recursiveRef", "properties", "items", "required",
     "additionalProperties", "patternProperties", "dependencies", "dependentSchemas", "contains", "prefixItems",

@@ -122,6 +122,14 @@ class StringRows:
         return StringRows(rows, byte_class, depths, loop)
 
 
+    @staticmethod
+    def of_trie(rows: NDArray[np.int32], byte_class: NDArray[np.uint8], num_content: int) -> StringRows:
+        """As `compressed`, for what strings.plain_trie gives: over any string all plain text may follow everywhere."""
+        depths = np.zeros((4, len(rows)), dtype=np.int32)
+        depths[:, :num_content] = walker.MANY
+        return StringRows(rows, byte_class, depths, num_content - 1)
+
+
 @cache
 def _free_string() -> StringRows:
     return StringRows.of(strings.free_string_rows())
@@ -167,7 +175,7 @@ def _string_rows(
     if base is None:
         plain = strings.plain_trie(None, {t: e for t, e in exits.items() if e >= 0})
         if plain is not None:
-            return StringRows.compressed(*plain), tuple(masks)
+            return StringRows.of_trie(*plain), tuple(masks)
     content = overlay(base, exits)
     strings.trim(content.rows)
     return StringRows.of(content), tuple(masks)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ramet.grammar import regular, strings
-from ramet.grammar.automaton import CONCRETE, DEAD, REFUSE, Table, compress_rows, leave, path_to_exit, target
+from ramet.grammar.automaton import CONCRETE, DEAD, REFUSE, Table, leave, path_to_exit, target
 from ramet.grammar.json_schema import values as v
 from ramet.grammar.json_schema.expressions import INFINITE
 from ramet.grammar.json_schema.frames import ANY_CHARS, Context, Json, StringRows, overlay
@@ -69,7 +69,8 @@ class Space:
         self._usable: dict[tuple[int, int], bool] = {}
         self._alive: dict[int, tuple[int, int]] = {}
         self._tables: dict[object, Table] = {}
-        self._master: tuple[bool, NDArray[np.int32], NDArray[np.uint8], int, NDArray[np.int64]] | None = None
+        self._master: tuple[bool, StringRows] | None = None
+        self._content: tuple[int, NDArray[np.int64]] = (0, np.zeros(0, dtype=np.int64))
         self.required = [sum(1 << self.index[k] for k in o.required) for o in specs]
         self.is_simple = [o.high is None and not (o.dependent or o.exists or o.low) for o in specs]
 
@@ -130,32 +131,36 @@ class Space:
         found = self._tables.get(key)
         if found is None:
             if self._master is None or self._master[0] != bool(others):
-                self._master = bool(others), *self._all_keys(bool(others))
-            _, rows, byte_class, num_content, beyond = self._master
+                self._master = bool(others), self._all_keys(bool(others))
+            all_keys = self._master[1]
             if not is_free:
                 gone = [i for i in range(len(self.names)) if not (named >> i) & 1]
                 gone += [len(self.names) + i for i in range(len(self.signatures)) if not (others >> i) & 1]
-                rows = rows.copy()
+                rows = all_keys.rows.copy()
                 strings.drop_exits(rows, np.array([leave(i) for i in gone], dtype=np.int32))
-            found = self.json.string_frame(StringRows.compressed(rows, byte_class, num_content, beyond), self.num_labels)
-            self._tables[key] = found
+                if others and gone:  # what may follow has changed
+                    all_keys = StringRows.compressed(rows, all_keys.byte_class, *self._content)
+                else:
+                    all_keys = StringRows(rows, all_keys.byte_class, all_keys.depths, all_keys.loop)
+            found = self._tables[key] = self.json.string_frame(all_keys, self.num_labels)
         return found
 
-    def _all_keys(self, with_others: bool) -> tuple[NDArray[np.int32], NDArray[np.uint8], int, NDArray[np.int64]]:
-        """(rows, byte classes, states between characters, states beyond ASCII) with every label."""
+    def _all_keys(self, with_others: bool) -> StringRows:
+        """The table with every label."""
         n = len(self.names)
         entries = {k: i for i, k in enumerate(self.names)}
         base: strings.Content | None = None
-        if with_others:
-            labels = [n] if self.dfa is ANY_CHARS else [n + int(a) - 1 for a in self.dfa.accepting]
-            base = strings.any_string_content(n) if self.dfa is ANY_CHARS else strings.json_string_rows(self.dfa, labels)
+        if with_others and self.dfa is ANY_CHARS:
+            base = strings.any_string_content(n)
+        elif with_others:
+            base = strings.json_string_rows(self.dfa, [n + int(a) - 1 for a in self.dfa.accepting])
         if base is None or self.dfa is ANY_CHARS:
             plain = strings.plain_trie(base, entries)
             if plain is not None:
-                return plain
+                return StringRows.of_trie(*plain)
         content = overlay(base, entries)
-        rows, byte_class = compress_rows(content.rows)
-        return rows, byte_class, content.num_content, content.beyond
+        self._content = content.num_content, content.beyond
+        return StringRows.of(content)
 
 
 class ObjectNode:
