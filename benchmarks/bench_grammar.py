@@ -1,0 +1,230 @@
+"""First mask and mask times of the grammar engines, in one run, for a 49k and a 262k vocabulary.
+
+    python benchmarks/bench_grammar.py [--schemas DIR] [--engines ramet,llguidance,xgrammar] [--out results.jsonl]
+
+First mask: from the schema to the mask of the first token, milliseconds. Mask: one for each token of each valid
+instance, written as compact JSON in the tokenizer's own tokens, microseconds; states that were met before count as they
+come. One thread. What an engine shares between schemas stays shared; xgrammar's cache of whole grammars is off.
+DIR holds JSON files: {"schema": ..., "tests": [{"data": ..., "valid": true}, ...]} or a schema alone; without it, the
+schemas of grammar_schemas.py. `compiled` and `walked` say how many schemas and how many of the valid instances an
+engine took: times of an engine that refuses the hard ones flatter it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Protocol
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+from grammar_schemas import cases
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from ramet.errors import GrammarError
+from ramet.grammar import Matcher, Vocabulary, compile_constraint
+from ramet.grammar.backends import FollowedGrammar, load_backend
+from ramet.runtime.models.catalog import pull
+from ramet.runtime.models.load import open_model
+
+Json = Any  # a decoded JSON document
+Case = tuple[str, Json, list[Json]]
+PERCENTILES = (50, 90, 99, 100)
+PACKAGES = {"ramet": "ramet", "llguidance": "llguidance", "xgrammar": "xgrammar", "outlines": "outlines-core"}
+
+
+class Cursor(Protocol):
+    """An engine's own matcher."""
+
+    def fill(self, row: NDArray[np.int32]) -> None: ...
+
+    def accept(self, token: int) -> bool: ...
+
+
+class RametCursor:
+    def __init__(self, schema: Json, vocabulary: Vocabulary) -> None:
+        self.grammar = compile_constraint("json_schema", schema, vocabulary)
+        self.matcher = Matcher(self.grammar)
+
+    def fill(self, row: NDArray[np.int32]) -> None:
+        self.grammar.fill_mask(self.matcher.state, row)
+
+    def accept(self, token: int) -> bool:
+        return self.matcher.advance(token)
+
+    def restart(self) -> RametCursor:
+        self.matcher = Matcher(self.grammar)
+        return self
+
+
+def compiler(engine: str, vocabulary: Vocabulary) -> Callable[[Json], tuple[Cursor, Callable[[], Cursor]]]:
+    """Return what compiles a schema to (a cursor at the start, a way to another one)."""
+    if engine == "ramet":
+
+        def ours(schema: Json) -> tuple[Cursor, Callable[[], Cursor]]:
+            cursor = RametCursor(schema, vocabulary)
+            return cursor, cursor.restart
+
+        return ours
+    backend = load_backend(engine)
+
+    def theirs(schema: Json) -> tuple[Cursor, Callable[[], Cursor]]:
+        grammar = backend.compile("json_schema", schema, vocabulary)
+        if not isinstance(grammar, FollowedGrammar):
+            raise SystemExit(f"{engine} has no matcher to walk; leave it out of --engines")
+        start = grammar._start
+        return start.fork(), start.fork
+
+    return theirs
+
+
+def measure(engine: str, vocabulary: Vocabulary, encoded: list[tuple[str, Json, list[list[int]]]]) -> dict[str, Json]:
+    compile_schema = compiler(engine, vocabulary)
+    row = np.zeros(vocabulary.num_words, dtype=np.int32)
+    warm, _ = compile_schema({"type": "object", "properties": {"warm": {"enum": ["up"]}}})
+    warm.fill(row)
+    first_ms: list[float] = []
+    mask_us: list[float] = []
+    num_compiled = num_instances = num_walked = 0
+    clock = time.perf_counter_ns
+    slowest: list[tuple[float, str]] = []
+    for name, schema, instances in encoded:
+        num_before = len(mask_us)
+        begin = clock()
+        try:
+            cursor, another = compile_schema(schema)
+            cursor.fill(row)
+        except GrammarError:
+            continue
+        first_ms.append((clock() - begin) / 1e6)
+        num_compiled += 1
+        for i, tokens in enumerate(instances):
+            if i:
+                cursor = another()
+            num_instances += 1
+            for token in tokens:
+                begin = clock()
+                cursor.fill(row)
+                mask_us.append((clock() - begin) / 1e3)
+                if not cursor.accept(token):
+                    break
+            else:
+                num_walked += 1
+        slowest.append((max(mask_us[num_before:], default=0.0), name))
+    return {
+        "engine": engine,
+        "version": metadata.version(PACKAGES[engine]),
+        "schemas": len(encoded),
+        "compiled": num_compiled,
+        "instances": num_instances,
+        "walked": num_walked,
+        "masks": len(mask_us),
+        "first_mask_ms": _percentiles(first_ms),
+        "mask_us": _percentiles(mask_us),
+        "slowest_masks_us": {name: round(us, 1) for us, name in sorted(slowest, reverse=True)[:5]},
+    }
+
+
+def _percentiles(values: list[float]) -> dict[str, float]:
+    return {f"p{p}": round(float(np.percentile(values, p)), 3) for p in PERCENTILES} if values else {}
+
+
+def read_cases(folder: Path, limit: int | None) -> Iterator[Case]:
+    for path in sorted(folder.glob("*.json"))[:limit]:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content, dict) and "schema" in content:
+            valid = [t["data"] for t in content.get("tests", []) if t.get("valid")]
+            yield path.stem, content["schema"], valid
+        else:
+            yield path.stem, content, []
+
+
+def load_tokenizer(model: str) -> tuple[Vocabulary, Callable[[str], list[int]]]:
+    """The vocabulary and the encoder of a catalogue model, from its file's metadata."""
+    tokenizer = open_model(pull(model)).tokenizer
+    vocabulary = Vocabulary(tokenizer.token_bytes, tokenizer.eos_ids, tokenizer.special_ids, tokenizer.vocab_size)
+    return vocabulary, lambda text: tokenizer.encode(text, parse_special=False)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--schemas", type=Path, help="folder of JSON files (default: the built-in set)")
+    parser.add_argument("--limit", type=int, help="only the first schemas")
+    parser.add_argument("--engines", default="ramet,llguidance,xgrammar")
+    parser.add_argument("--models", default="smollm2-135m,gemma3-270m", help="whose vocabularies")
+    parser.add_argument("--out", type=Path, help="append the JSON line to this file")
+    arguments = parser.parse_args()
+    chosen = cases() if arguments.schemas is None else list(read_cases(arguments.schemas, arguments.limit))
+    table = Table(
+        "vocabulary",
+        "engine",
+        "compiled",
+        "walked",
+        "first mask ms p50 / p90 / p99 / max",
+        "mask µs p50 / p90 / p99 / max",
+    )
+    rows = []
+    for model in arguments.models.split(","):
+        vocabulary, encode = load_tokenizer(model)
+        encoded = [(name, schema, [encode(_compact(v)) for v in values]) for name, schema, values in chosen]
+        _ = vocabulary.trie  # shared by all schemas: not a cost of one
+        for engine in arguments.engines.split(","):
+            found = measure(engine, vocabulary, encoded)
+            rows.append({"vocabulary": vocabulary.vocab_size, "model": model, **found})
+            table.add_row(
+                f"{vocabulary.vocab_size:,}",
+                f"{engine} {found['version']}",
+                f"{found['compiled']}/{found['schemas']}",
+                f"{found['walked']}/{found['instances']}",
+                _cells(found["first_mask_ms"], 2),
+                _cells(found["mask_us"], 1),
+            )
+            slow = ", ".join(f"{name} {us:,.0f} µs" for name, us in found["slowest_masks_us"].items())
+            print(f"{model} {engine}: slowest masks: {slow}", file=sys.stderr)
+    Console(width=160).print(table)
+    line = json.dumps(
+        {
+            "bench": "grammar",
+            "schemas": "built-in" if arguments.schemas is None else "given",
+            **_machine(),
+            "rows": rows,
+        }
+    )
+    print(line)
+    if arguments.out is not None:
+        with arguments.out.open("a", encoding="utf-8") as out:
+            out.write(line + "\n")
+
+
+def _compact(value: Json) -> str:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+
+
+def _cells(percentiles: dict[str, float], digits: int) -> str:
+    return " / ".join(f"{v:,.{digits}f}" for v in percentiles.values())
+
+
+def _machine() -> dict[str, Json]:
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return {
+        "commit": commit.stdout.strip(),
+        "device": platform.processor() or platform.machine(),
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "numba": metadata.version("numba"),
+    }
+
+
+if __name__ == "__main__":
+    main()
