@@ -228,7 +228,7 @@ def _explanation(
     is_complete = trace.is_complete
     kv = kv_bound(paths, plan, context_length=target.context_length, is_complete=is_complete)
     reports = [
-        _fold_report(folded, paths),
+        _fold_report(folded, paths, plan),
         _prefix_report(paths, plan),
         _identical_report(paths),
         _liveness_report(paths),
@@ -284,14 +284,14 @@ def _node_costs(paths: Paths, plan: RequestPlan) -> Iterable[NodeCost]:
 # One line a pass.
 
 
-def _fold_report(folded: Folded, paths: Paths) -> PassReport:
+def _fold_report(folded: Folded, paths: Paths, plan: RequestPlan) -> PassReport:
     texts = sum(isinstance(node, ir.Text) for node in paths.graph.nodes)
     left = sum(isinstance(node, ir.Text) for node in folded.graph.nodes)
-    known = [item for point in paths.points for item in point.items if isinstance(item, int)]
+    known = plan.kv.at_least
     bound = f"{_some(folded.num_bound, 'argument')} became text; " if folded.num_bound else ""
-    text = f"{bound}{_some(texts, 'text')} folded to {left}, {len(known):,} tokens known before the run"
+    text = f"{bound}{_some(texts, 'text')} folded to {left}, {known:,} tokens known before the run"
     return PassReport(
-        "fold constants", text, {"arguments": folded.num_bound, "texts": texts, "folded": left, "tokens": len(known)}
+        "fold constants", text, {"arguments": folded.num_bound, "texts": texts, "folded": left, "tokens": known}
     )
 
 

@@ -39,8 +39,12 @@ def render(found: Explanation) -> RenderableType:
         parts.append(_measured_table(found.measured))
     if found.passes:
         parts.append(Padding(_passes_table(found), (1, 0, 0, 0)))
+    stages: dict[str, int] = {}
     for stage in found.stages:
-        parts.append(Text.assemble(("stage  ", "bold yellow"), f"{stage.line} needs {stage.value}: {stage.why}"))
+        text = f"{stage.line} needs {stage.value}: {stage.why}"
+        stages[text] = stages.get(text, 0) + 1
+    for text, times in stages.items():
+        parts.append(Text.assemble(("stage  ", "bold yellow"), text + (f" (×{times})" if times > 1 else "")))
     if found.stages and not found.measured:
         parts.append(Text("       what comes after that line is planned when the value is there", style="dim"))
     for name, line in found.specialised.items():
@@ -86,7 +90,7 @@ def _plan_table(nodes: Sequence[NodeCost]) -> RenderableType:
         times = "" if len(members) == 1 else f"{len(members)}"
         counts = [_total([getattr(m, what) for m in members]) for what in ("prompt", "shared", "new", "written")]
         label = f"{kind} {name}".rstrip() + (f" ({twins} taken over)" if twins else "")
-        table.add_row(label, line, times, *counts)
+        table.add_row(label, _short(line), times, *counts)
     if len(groups) > MAX_LINES:
         table.add_row(f"… {len(groups) - MAX_LINES} more lines", "", "", "", "", "", "")
     return table
@@ -99,7 +103,7 @@ def _measured_table(nodes: Sequence[Measured]) -> RenderableType:
         label = f"{one.kind} {one.name or ''}".rstrip() + (" ✗" if one.error else "")
         sizes = (usage.prompt_tokens, usage.cached_tokens, usage.computed_tokens, usage.completion_tokens)
         times = (_ms(one.start_s), _ms(one.first_token_s), _ms(one.end_s))
-        table.add_row(label, one.line, *(f"{size:,}" for size in sizes), *times)
+        table.add_row(label, _short(one.line), *(f"{size:,}" for size in sizes), *times)
     if len(nodes) > MAX_LINES:
         table.add_row(f"… {len(nodes) - MAX_LINES} more nodes", *[""] * 8)
     return table
@@ -121,6 +125,10 @@ def _total(counts: Sequence[Count]) -> str:
     for count in counts:
         total = total + count
     return str(total)
+
+
+def _short(line: str) -> str:
+    return line.rpartition("/")[2]
 
 
 def _ms(seconds: float | None) -> str:

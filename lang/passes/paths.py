@@ -315,11 +315,15 @@ class _Interpreter:
                 self._value_parts[node.id] = Unknown(key, _max_bytes(rendered[0]))
             return choices[0], rendered[0]
         most = [_max_bytes(parts) for parts in rendered]
-        text = Unknown(("chosen", self._row, node.id), None if None in most else max(m for m in most if m is not None))
+        name = node.id
+        if node.temperature == 0 or node.seed is not None:
+            key = (tuple(choice.position for choice in choices), node.scorer, node.temperature, node.seed)
+            name = self._classes.setdefault(key, node.id)
+        text = Unknown(("chosen", self._row, name), None if None in most else max(m for m in most if m is not None))
         self._value_parts[node.id] = text
         tails = [_count(items[shared:]) for items in added]
         tail = Count(min(t.at_least for t in tails), max(t.at_most for t in tails))
-        items = (*added[0][:shared], Opaque(("chosen", self._row, node.id), tail))
+        items = (*added[0][:shared], Opaque(("chosen", self._row, name), tail))
         return self._extend(base, items, node.id), (text,)
 
     # Tokens.

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from ramet.lang import ir
-from ramet.lang.passes.paths import ZERO, Count, Opaque, Paths, Point
+from ramet.lang.passes.paths import ZERO, Count, Item, Opaque, Paths, Point
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +68,21 @@ def plan_requests(paths: Paths, *, share_nodes: bool = True) -> RequestPlan:
     return _Planner(paths, share_nodes).run()
 
 
+@dataclass(frozen=True, slots=True)
+class _Missing:
+    """`num_added`: how many known tokens `new` is, None where a part of it is unknown."""
+
+    new: Count
+    cached: Count
+    num_added: int | None
+    is_after_generation: bool
+
+
 class _Planner:
     def __init__(self, paths: Paths, share_nodes: bool) -> None:
         self._paths, self._share = paths, share_nodes
         self._cached: set[int] = {0}  # positions of the trie
+        self._scored: set[object] = set()  # scoring requests that were made
         self._plan = RequestPlan()
 
     def run(self) -> RequestPlan:
@@ -94,56 +105,80 @@ class _Planner:
         found = self._paths.selections[node.id]
         if len(found.choices) == 1:
             return
-        for index, choice in enumerate(found.choices):
-            if len(choice.items) > found.num_shared:
-                self._request(node.id, index, choice, ZERO, keep=len(choice.items) - found.num_shared + 1)
+        own = [(i, c, len(c.items) - found.num_shared) for i, c in enumerate(found.choices)]
+        own = [(index, choice, size) for index, choice, size in own if size]
+        is_sure = all(isinstance(item, int) for _, choice, size in own for item in choice.items[-size:])
+        for index, choice, size in own:
+            if self._is_scored((choice.position, size)):
+                self._plan.requests.append(Request(node.id, index, choice.count, choice.count, ZERO, 0, False, ZERO))
+            else:
+                self._request(node.id, index, choice, ZERO, keep=size + 1, is_sure=is_sure)
         self._cache(self._paths.points[node.id])  # the winner's tokens: those of one of the choices
         if node.scorer == "unconditional":
-            self._alone(
-                node.id, [choice for choice in found.choices if len(choice.items) > found.num_shared], found.num_shared
-            )
+            for index, choice, size in own:
+                self._alone(node.id, index, choice.items[-size:], is_sure=is_sure)
 
-    def _alone(self, node: int, choices: list[Point], num_shared: int) -> None:
-        """Each choice once more behind the opening token alone; scored from its first token, so nothing is shared."""
-        for index, choice in enumerate(choices):
-            tail = choice.items[num_shared:]
-            known = sum(not isinstance(item, Opaque) for item in tail)
-            size = Count(known + 1, known + 1)
-            for item in tail:
-                if isinstance(item, Opaque):
-                    size = size + item.count
-            self._plan.requests.append(Request(node, index, size, ZERO, size, None, False, ZERO))
+    def _alone(self, node: int, index: int, tail: tuple[Item, ...], *, is_sure: bool) -> None:
+        """A choice once more behind an opening token alone; scored from its first token, so nothing is shared."""
+        size = Count(1, 1)
+        for item in tail:
+            size = size + (item.count if isinstance(item, Opaque) else Count(1, 1))
+        if not is_sure:
+            size = Count(0, size.at_most)
+        is_known = self._is_scored(tail)
+        new = ZERO if is_known else size
+        shared = size if is_known else ZERO
+        self._plan.requests.append(Request(node, index, size, shared, new, None, False, ZERO))
+        if not is_known:
+            self._plan.kv = self._plan.kv + size
 
-    def _request(self, node: int, choice: int | None, prompt: Point, written: Count, keep: int = 1) -> None:
-        """`keep`: that many items at the end of the prompt are computed whatever the cache holds."""
-        new, num_new, is_after = self._missing(prompt, keep)
-        shared = Count(max(0, prompt.count.at_least - new.at_least), prompt.count.at_most - new.at_most)
-        added = new.at_least if num_new is not None else None
-        if is_after:
+    def _is_scored(self, key: object) -> bool:
+        """True where this very scoring request was made before, and its answer is taken over."""
+        is_known = self._share and key in self._scored
+        self._scored.add(key)
+        return is_known
+
+    def _request(
+        self, node: int, choice: int | None, prompt: Point, written: Count, keep: int = 1, *, is_sure: bool = True
+    ) -> None:
+        """`keep`: that many items at the end of the prompt are computed whatever the cache holds. `is_sure` False: the
+        run may find that this request is not needed."""
+        missing = self._missing(prompt, keep)
+        new, shared = missing.new, Count(missing.cached.at_least, missing.cached.at_most)
+        if missing.is_after_generation:
+            # The last token that was written has no keys and values yet where max_tokens ended the text.
             new = Count(new.at_least, new.at_most + 1)
-        self._plan.requests.append(Request(node, choice, prompt.count, shared, new, added, is_after, written))
+        if missing.num_added is None:
+            # What only the run knows may turn out to be what another branch has.
+            new, shared = Count(0, new.at_most), Count(shared.at_least, prompt.count.at_most)
+        count = prompt.count
+        if not is_sure:
+            new, shared, count = Count(0, new.at_most), Count(0, shared.at_most), Count(0, count.at_most)
+        after = missing.is_after_generation
+        self._plan.requests.append(Request(node, choice, count, shared, new, missing.num_added, after, written))
         self._cache(prompt)
 
-    def _missing(self, prompt: Point, keep: int) -> tuple[Count, int | None, bool]:
-        """Tokens behind the longest cached prefix; how many items they are, or None where some are unknown; whether
-        that prefix ends with something the model wrote."""
+    def _missing(self, prompt: Point, keep: int) -> _Missing:
+        """What stands behind the longest cached prefix."""
         total, count = ZERO, 0
-        known: int | None = 0
+        added: int | None = 0
+        cached = prompt.count
         for point in prompt.chain():
             for item, position in zip(reversed(point.items), reversed(point.positions), strict=True):
+                is_opaque = isinstance(item, Opaque)
                 if position in self._cached and count >= keep:
-                    is_after = isinstance(item, Opaque) and item.is_generated
-                    return total, known, is_after
-                if isinstance(item, Opaque):
-                    # Where all of it is cached, its last token is computed again nevertheless.
-                    is_last = position in self._cached and count == keep - 1
-                    total = total + (Count(1, 1) if is_last else item.count)
-                    known = None
-                else:
-                    total = total + Count(1, 1)
-                    known = None if known is None else known + 1
+                    return _Missing(total, cached, added, isinstance(item, Opaque) and item.is_generated)
+                size = item.count if isinstance(item, Opaque) else Count(1, 1)
+                if is_opaque and position in self._cached and count == keep - 1:
+                    # All of it is cached, but its last token is computed again.
+                    total, cached = total + Count(1, 1), Count(max(0, cached.at_least - 1), cached.at_most - 1)
+                    count += 1
+                    continue
+                total = total + size
+                cached = Count(cached.at_least - size.at_least, cached.at_most - size.at_most)
+                added = None if added is None or is_opaque else added + 1
                 count += 1
-        return total, known, False
+        return _Missing(total, cached, added, False)
 
     def _cache(self, point: Point) -> None:
         for at in point.chain():

@@ -1,0 +1,210 @@
+"""What explain() says before a run is what the run measures: for every example, and for random programs.
+
+Exact where a prompt's text is known, within its limits elsewhere; the KV bound is never exceeded. On the scripted
+engine with bytes as tokens, and with SmolLM2's own tokenizer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ramet import Function, State, function, gen, select
+from ramet.lang import ir
+from ramet.lang.backend import EngineBackend
+from ramet.lang.explain import Explanation
+from ramet.runtime.scripted_model import ScriptedEngine
+
+PROGRAMS = sorted((Path(__file__).resolve().parents[2] / "examples" / "programs").glob("*.py"))
+
+
+@pytest.fixture(scope="module")
+def smollm2_tokenizer(smollm2_path: Path) -> Any:
+    from ramet.runtime.models.load import open_model
+
+    return open_model(smollm2_path).tokenizer
+
+
+def load(path: Path) -> tuple[ModuleType, Function]:
+    spec = importlib.util.spec_from_file_location(f"explained_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    functions = [f for f in vars(module).values() if isinstance(f, Function)]
+    return module, next(f for f in functions if {p.name for p in f.parameters} == set(module.EXAMPLE))
+
+
+class DistinctWords(ScriptedEngine):
+    """Writes words that no two requests have in common, and no text of a program."""
+
+    def _words(self, job: Any) -> list[int]:
+        digest = hashlib.blake2b(repr((job.prompt, self._seed(job))).encode(), digest_size=24).digest()
+        letters = [chr(0x4E00 + int.from_bytes(digest[i : i + 2], "big") % 20000) for i in range(0, 24, 2)]
+        return self.tokenizer.encode(" ".join("".join(letters[i : i + 4]) for i in range(0, 12, 4)) + ".")
+
+
+def engine_with(tokenizer: Any = None) -> ScriptedEngine:
+    engine = DistinctWords()
+    if tokenizer is not None:
+        engine.tokenizer = tokenizer
+    return engine
+
+
+def compare(plan: Explanation, state: State, engine: ScriptedEngine) -> Iterator[tuple[str, int]]:
+    """Every node of the plan with what was measured; yields where they differ."""
+    events = state.record.events
+    for cost in plan.nodes:
+        usage = events[cost.node].usage
+        assert usage is not None
+        where = f"{cost.kind} {cost.name} of node {cost.node} ({cost.line})"
+        if not cost.prompt.at_least <= usage.prompt_tokens <= cost.prompt.at_most:
+            yield f"{where}: prompt {cost.prompt}", usage.prompt_tokens
+        if not cost.prompt.is_exact and usage.computed_tokens == 0:
+            continue  # at run time its prompt turned out to be another one's
+        if not cost.new.at_least <= usage.computed_tokens <= cost.new.at_most:
+            yield f"{where}: new {cost.new}", usage.computed_tokens
+        if not cost.shared.at_least <= usage.cached_tokens <= cost.shared.at_most:
+            yield f"{where}: shared {cost.shared}", usage.cached_tokens
+        if usage.completion_tokens > cost.written.at_most:
+            yield f"{where}: written {cost.written}", usage.completion_tokens
+        if cost.kind == "generate" and usage.prompt_tokens + usage.completion_tokens > plan.kv.longest:
+            yield f"{where}: longest branch {plan.kv.longest}", usage.prompt_tokens + usage.completion_tokens
+    if plan.is_complete and len(engine._trie) > plan.kv.tokens:
+        yield f"kv bound {plan.kv.tokens}", len(engine._trie)
+
+
+def differences(program: Function, arguments: dict[str, Any], tokenizer: Any = None) -> tuple[list[Any], Explanation]:
+    with engine_with(tokenizer) as engine:
+        backend = EngineBackend(engine)
+        plan = program.explain(**arguments, backend=backend)
+        state = program.run(**arguments, backend=backend)
+        error = state.error()
+        if error is not None:
+            raise error
+        return list(compare(plan, state, engine)), plan
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.stem)
+def test_the_plan_of_an_example_is_what_a_run_measures(path: Path) -> None:
+    module, program = load(path)
+    if path.stem == "fastest_answer":
+        pytest.skip("which branch is cancelled depends on time")
+    found, plan = differences(program, {**module.EXAMPLE, "seed": 11})
+    assert found == []
+    assert plan.nodes
+    assert plan.nodes[0].prompt.is_exact
+    assert plan.nodes[0].new.is_exact
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.stem)
+def test_the_plan_is_exact_with_the_tokens_of_a_real_model(path: Path, smollm2_tokenizer: Any) -> None:
+    module, program = load(path)
+    if path.stem == "fastest_answer":
+        pytest.skip("which branch is cancelled depends on time")
+    found, plan = differences(program, {**module.EXAMPLE, "seed": 11}, smollm2_tokenizer)
+    assert found == []
+    assert plan.nodes[0].prompt.is_exact
+
+
+# Random programs. No text begins as generated text does, or as another text that only a run knows: what two branches
+# have in common by chance is shared as well, and no plan can say so.
+
+Step = tuple[str, Any]
+leaves = st.one_of(
+    st.tuples(st.just("text"), st.sampled_from(["A ", "Bé\n", "C.", "  "])),
+    st.tuples(
+        st.just("gen"),
+        st.sampled_from([{"temperature": 0}, {"temperature": 1}, {"max_tokens": 7}, {"stop": " "}, {"seed": 3}]),
+    ),
+    st.tuples(
+        st.just("select"), st.tuples(st.sampled_from([["X", "XY"], ["Yes", "No", "Nope"]]), st.sampled_from(ir.SCORERS))
+    ),
+    st.tuples(st.just("use"), st.integers(0, 5)),
+    st.tuples(st.just("choose among values"), st.integers(0, 5)),
+    st.tuples(st.just("scope"), st.none()),
+)
+steps = st.recursive(
+    st.lists(leaves, max_size=4),
+    lambda inner: st.lists(
+        leaves
+        | st.tuples(st.just("fork"), st.lists(inner, min_size=1, max_size=3))
+        | st.tuples(st.just("twins"), inner)
+        | st.tuples(st.just("message"), inner),
+        max_size=4,
+    ),
+    max_leaves=12,
+)
+
+
+def execute(s: State, program: Sequence[Step], known: list[Any]) -> None:
+    for kind, what in program:
+        if kind == "text":
+            s += what
+        elif kind == "gen":
+            s += "> " + gen("g", **what)
+            known.append(s["g"])
+        elif kind == "select":
+            s += "?" + select("s", what[0], scorer=what[1])
+            known.append(s["s"])
+        elif kind == "use" and known:
+            s += f"[{known[what % len(known)]}]"
+        elif kind == "choose among values" and known:
+            s += select("c", [f"1{known[what % len(known)]}", "2other"])
+        elif kind == "scope":
+            with s.var_scope("scope"):
+                s += "In " + gen("g", max_tokens=7)
+            known.append(s["scope"])
+        elif kind == "fork":
+            branches = s.fork(len(what))
+            for i, (branch, inner) in enumerate(zip(branches, what, strict=True)):
+                branch += f"{i}:"
+                execute(branch, inner, list(known))
+            branches.join()
+        elif kind == "twins":
+            branches = s.fork(3)
+            for branch in branches:
+                execute(branch, what, list(known))
+            branches.join()
+        elif kind == "message" and s._role is None:
+            with s.user():
+                execute(s, what, known)
+
+
+@function(max_tokens=12)
+def random_program(s: State, program: Any) -> None:
+    s += "Begin. "
+    execute(s, program, [])
+    s += "End. " + gen("end")
+
+
+@given(steps)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_the_plan_of_a_random_program_is_what_a_run_measures(program: list[Step]) -> None:
+    found, _ = differences(random_program, {"program": program})
+    assert found == []
+
+
+@pytest.mark.model
+@given(program=steps)
+@settings(
+    max_examples=50,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+def test_the_plan_of_a_random_program_is_exact_with_a_real_tokenizer(
+    smollm2_tokenizer: Any, program: list[Step]
+) -> None:
+    found, _ = differences(random_program, {"program": program}, smollm2_tokenizer)
+    assert found == []
