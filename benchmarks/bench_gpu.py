@@ -29,7 +29,8 @@ import torch
 from vocabulary import make_vocabulary
 from workloads import JSON_SCHEMA, MAKERS, ROWS, Chain, Workload
 
-from ramet.grammar import Vocabulary, compile_grammar
+from ramet.grammar import Vocabulary
+from ramet.grammar.sources import compile_constraint
 from ramet.runtime.chat_template import ChatTemplate
 from ramet.runtime.client import Engine
 from ramet.runtime.config import EngineConfig
@@ -225,8 +226,14 @@ def compile_json_grammar(engine: Engine) -> Grammar:
     tokenizer = engine.tokenizer
     vocabulary = Vocabulary(tokenizer.token_bytes, tokenizer.eos_ids, tokenizer.special_ids, tokenizer.vocab_size)
     ready_s = time.perf_counter()
-    grammar = compile_grammar(JSON_SCHEMA, vocabulary)
-    print(f"vocabulary {ready_s - start_s:.2f} s, grammar {time.perf_counter() - ready_s:.3f} s", flush=True)
+    grammar = compile_constraint("json_schema", json.dumps(JSON_SCHEMA), vocabulary, mode="declared_order")
+    compiled_s = time.perf_counter()
+    is_closed = grammar.close()
+    print(
+        f"vocabulary {ready_s - start_s:.2f} s, grammar {compiled_s - ready_s:.3f} s, closed {is_closed} "
+        f"({grammar.num_states:,} states) {time.perf_counter() - compiled_s:.2f} s",
+        flush=True,
+    )
     return grammar
 
 

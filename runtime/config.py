@@ -38,6 +38,7 @@ class EngineConfig:
     )
     grammar_on_device: bool = _doc(True, "keep closed automata on the GPU")
     default_max_tokens: int = _doc(1024, "max_tokens of a request that names none (capped by the context)")
+    reservation_ratio: float = _doc(1.0, "share of max_tokens that admission reserves memory for; below 1 may preempt")
     radix_cache: bool = _doc(True, "reuse KV between requests")
     num_threads: int | None = _doc(None, "CPU threads of the model; None: torch's choice")
     seed: int = _doc(0, "seed of the seeds drawn for requests that name none")
@@ -61,6 +62,7 @@ class EngineConfig:
         check(self.dtype in ("auto", "float32", "bfloat16", "float16"), "dtype", "auto, float32, bfloat16 or float16")
         check(self.quantization in (None, "int8", "int4", "gguf"), "quantization", "int8, int4, gguf or None")
         check(self.tree_attention in ("auto", "on", "off"), "tree_attention", "auto, on or off")
+        check(0 <= self.reservation_ratio <= 1, "reservation_ratio", "in [0, 1]")
         check(self.default_max_tokens >= 1, "default_max_tokens", "at least 1")
 
     @classmethod

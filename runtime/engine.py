@@ -21,9 +21,6 @@ from ramet.runtime.types import Batch, FinishReason, Grammar, Request, RowOutput
 
 logger = logging.getLogger(__name__)
 
-# From so many tokens before max_tokens on, a constrained row takes only tokens after which it can still be closed.
-_CLOSING_TOKENS = 256
-
 
 @dataclass(frozen=True, slots=True)
 class SequenceUpdate:
@@ -51,6 +48,7 @@ class EngineCore:
         # Sequences whose sampling needs their tokens on the host first: while there are any, steps do not overlap.
         self._on_host: set[Sequence] = set()
         self._grammar_states: dict[Sequence, int | None] = {}  # of those whose masks the host computes
+        self._unfinishable: set[Sequence] = set()  # of these, those that max_tokens must cut
         self._device_bases: dict[Sequence, int] = {}  # the arena's number of their grammar's state 0
 
     def add(self, request: Request) -> Sequence:
@@ -169,6 +167,7 @@ class EngineCore:
     def _forget(self, sequence: Sequence) -> None:
         self._on_host.discard(sequence)
         self._grammar_states.pop(sequence, None)
+        self._unfinishable.discard(sequence)
         if self._device_bases.pop(sequence, None) is not None:
             assert self.runner.arena is not None
             assert sequence.request.grammar is not None
@@ -252,14 +251,25 @@ class EngineCore:
         return result
 
     def _advance(self, sequence: Sequence, grammar: Grammar, state: int, token: int) -> tuple[int, int | None]:
-        """The token to keep and the state after it: `token`, unless it leaves too little room to finish."""
+        """The token to keep and the state after it: `token`, unless it leaves too little room to finish.
+
+        A text that cannot be finished within its budget never can again (a token shortens the way by one at most), so
+        it is left alone from then on and ends with FinishReason.LENGTH.
+        """
         after = grammar.advance(state, token)
+        if sequence in self._unfinishable:
+            return token, after
         left = sequence.request.max_tokens - len(sequence.output_ids) - 1
-        if after is not None and (left >= _CLOSING_TOKENS or len(grammar.shortest_completion(after)) <= left):
+        if after is not None and self._fits(grammar, after, left):
             return token, after
         completion = grammar.shortest_completion(state)
         if completion and len(completion) <= left + 1:
             return completion[0], grammar.advance(state, completion[0])
         if not completion and sequence.request.stop_ids and grammar.is_accepting(state):
             return min(sequence.request.stop_ids), after  # it may end here, and after any other token it could not
+        self._unfinishable.add(sequence)
         return token, after
+
+    def _fits(self, grammar: Grammar, state: int, num_tokens: int) -> bool:
+        """True where the text can be finished from `state` in so many tokens."""
+        return grammar.completion_bound(state) <= num_tokens or len(grammar.shortest_completion(state)) <= num_tokens

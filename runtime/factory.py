@@ -135,6 +135,7 @@ def scheduler_config(config: EngineConfig, context_length: int) -> SchedulerConf
         max_running=config.max_running_requests,
         max_num_tokens_per_step=max(config.chunked_prefill_size, config.max_running_requests),
         max_waiting=config.max_queued_requests,
+        reservation_ratio=config.reservation_ratio,
         prefix_cache=config.radix_cache,
     )
 

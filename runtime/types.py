@@ -84,6 +84,9 @@ class Grammar(Protocol):
     def shortest_completion(self, state: int) -> list[int]:
         """The fewest tokens that lead to an accepting state."""
 
+    def completion_bound(self, state: int) -> int:
+        """No less than the length of `shortest_completion`, and cheap: asked after every token."""
+
     def __hash__(self) -> int:
         """By identity: the device holds one copy of a grammar, shared by its sequences."""
 

@@ -236,6 +236,9 @@ class BrokenGrammar:
     def shortest_completion(self, state: int) -> list[int]:
         return []
 
+    def completion_bound(self, state: int) -> int:
+        return 0
+
     def device_tables(self) -> None:
         return None
 
