@@ -70,8 +70,7 @@ class Selection:
                 self._usage = self._usage + usage_of(output)
                 is_last = self._left == 0
             if error is not None:
-                with self._executor.lock:
-                    self._executor.failed(self._run, error)
+                self._executor.failed(self._run, error)
             elif is_last:
                 self._finish()
 

@@ -23,15 +23,9 @@ from typing import TYPE_CHECKING, Any
 from ramet.errors import DeadlineExceeded, InvalidProgram, ProgramCancelled, RametError, RequestCancelled
 from ramet.lang import ir
 from ramet.runtime.grammar_cache import GrammarCache
-from ramet.runtime.program_engine import (
-    Handle,
-    ProgramEngine,
-    ProgramLimits,
-    ProgramTokenizer,
-    to_sampling_params,
-    usage_of,
-)
-from ramet.runtime.program_path import Path, PieceEncoder, keep_text
+from ramet.runtime.program_engine import Handle, ProgramEngine, ProgramLimits, ProgramTokenizer
+from ramet.runtime.program_generation import Generation
+from ramet.runtime.program_path import Path, PieceEncoder
 from ramet.runtime.program_selection import Selection
 from ramet.runtime.role_marks import RoleMarks
 from ramet.runtime.shared_nodes import SharedRequests
@@ -97,7 +91,7 @@ class ProgramExecutor:
         self.tokenizer = host.tokenizer
         self.encoder = host.encoder
         self._engine = SharedRequests(host.engine) if host.share_nodes else host.engine
-        self._marks = host.marks
+        self.marks = host.marks
         self._grammars = host.grammars
         self._on_event = on_event
         self._limits = limits
@@ -113,7 +107,7 @@ class ProgramExecutor:
         self._is_complete = False
         self._to_cancel: list[Handle] = []
         self.lock = threading.RLock()
-        self._start_s = time.monotonic()
+        self.start_s = time.monotonic()
 
     def extend(self, graph: ir.Graph) -> None:
         """Add a part of the program; what can run starts at once. Raises InvalidProgram and changes nothing then."""
@@ -222,21 +216,22 @@ class ProgramExecutor:
             run.path = path if path is not None else self.path_before(run)
             run.handles.clear()
             self._refund(run, more.get("usage"))
-            self._emit(run, "done", text=text, value=value, **more)
+            self.emit(run, "done", text=text, value=value, **more)
             users, run.users = run.users, []
             for user in users:
                 self._satisfy(user)
 
     def failed(self, run: NodeRun, error: Exception, *, is_root: bool = True) -> None:
         """Fail a node and all that needs it. Where it is the first (`is_root`), the rest of the program stops, too."""
-        if run.is_over:
-            return
-        self._fail_all([run], error)
-        if is_root and not isinstance(error, ProgramCancelled):
-            line = f" ({run.node.line})" if run.node.line else ""
-            sibling = ProgramCancelled(f"cancelled because node {run.node.id}{line} failed: {error}")
-            sibling.__cause__ = error
-            self._fail_all([other for other in self._runs if other is not run], sibling)
+        with self.lock:
+            if run.is_over:
+                return
+            self._fail_all([run], error)
+            if is_root and not isinstance(error, ProgramCancelled):
+                line = f" ({run.node.line})" if run.node.line else ""
+                sibling = ProgramCancelled(f"cancelled because node {run.node.id}{line} failed: {error}")
+                sibling.__cause__ = error
+                self._fail_all([other for other in self._runs if other is not run], sibling)
 
     def _fail_all(self, runs: Sequence[NodeRun], error: Exception) -> None:
         stack = [run for run in reversed(runs) if not run.is_over]
@@ -271,11 +266,11 @@ class ProgramExecutor:
 
     # Events.
 
-    def _emit(self, run: NodeRun, kind: Any, **fields: Any) -> None:  # Any: fields of NodeEvent
+    def emit(self, run: NodeRun, kind: Any, **fields: Any) -> None:  # Any: fields of NodeEvent
         now = time.monotonic()
         timings = fields.pop("timings", None) or {}
         if kind == "done":
-            timings = {"start_s": (run.start_s or now) - self._start_s, "end_s": now - self._start_s, **timings}
+            timings = {"start_s": (run.start_s or now) - self.start_s, "end_s": now - self.start_s, **timings}
         name = getattr(run.node, "name", None)
         event = ir.NodeEvent(run.node.id, kind, name=name, timings=timings or None, **fields)
         try:
@@ -286,7 +281,7 @@ class ProgramExecutor:
     def _emit_error(self, run: NodeRun, error: Exception) -> None:
         tail = "" if run.node.parent is None else self._text_up_to(run.node.parent, PROMPT_TAIL)
         described = ir.NodeError(type(error).__name__, str(error) or repr(error), tail)
-        self._emit(run, "error", error=described, cause=error)
+        self.emit(run, "error", error=described, cause=error)
 
     def _text_up_to(self, tip: int, limit: int | None = None, start: int | None = None) -> str:
         """The text of a branch behind node `start`, or about its last `limit` characters."""
@@ -330,8 +325,7 @@ class ProgramExecutor:
         try:
             work(run)
         except Exception as error:
-            with self.lock:
-                self.failed(run, error)
+            self.failed(run, error)
 
     def _start(self, run: NodeRun) -> None:
         node = run.node
@@ -352,11 +346,11 @@ class ProgramExecutor:
             self.done(run, value=text, value_text=text)
         elif isinstance(node, ir.ToolCall):
             arguments = ir.parse_value("json", self.render(node.arguments))
-            self._emit(run, "tool", value={"tool": node.tool, "arguments": arguments})
+            self.emit(run, "tool", value={"tool": node.tool, "arguments": arguments})
         elif isinstance(node, ir.Select):
             Selection(self, run, node).start()
         else:
-            self._generate(run, node)
+            Generation(self, run, node).start()
 
     def render(self, template: ir.Template) -> str:
         return ir.render(template, lambda i: self._runs[i].value_text, lambda i: self._runs[i].value)
@@ -364,9 +358,9 @@ class ProgramExecutor:
     def _role(self, run: NodeRun, node: ir.Role) -> None:
         roles = tuple(n.role for n in self._index.path(node.parent) if isinstance(n, ir.Role) and n.is_open)
         if node.is_open:
-            text = self._marks.opening(roles, node.role, lambda: self._messages(node.parent))
+            text = self.marks.opening(roles, node.role, lambda: self._messages(node.parent))
         else:
-            text = self._marks.closing(roles[:-1], node.role, lambda: self._messages(node.parent)[:-1])
+            text = self.marks.closing(roles[:-1], node.role, lambda: self._messages(node.parent)[:-1])
         self.done(run, text=text, path=self.path_before(run).append(text, is_markup=True))
 
     def _messages(self, tip: int | None) -> list[Mapping[str, str]]:
@@ -381,44 +375,15 @@ class ProgramExecutor:
                 messages[-1]["content"] += self._runs[node.id].text
         return list(messages)
 
-    def _is_in_role(self, node: ir.AnyNode) -> bool:
+    def is_in_role(self, node: ir.AnyNode) -> bool:
         roles = [n for n in self._index.path(node.parent) if isinstance(n, ir.Role)]
         return bool(roles) and roles[-1].is_open
 
-    def _generate(self, run: NodeRun, node: ir.Generate) -> None:
-        prompt = self.path_before(run).flush(self.encoder)
-        if prompt.length == 0 and self.tokenizer.bos_id is not None:
-            prompt = prompt.extend([self.tokenizer.bos_id])
-        sampling = to_sampling_params(node.sampling)
-        if self._marks.stop_strings and self._is_in_role(node):
-            sampling = dataclasses.replace(sampling, stop=(*sampling.stop, *self._marks.stop_strings))
-        if self._budget_left is not None:
-            reserved = self._reserve(run, sampling)
-            if reserved is None:
-                return
-            sampling = reserved
-        texts: list[str] = []
-        tokens: list[int] = []
-        logprobs: list[float] = []
-
-        def on_output(output: RequestOutput) -> None:
-            texts.append(output.text)
-            tokens.extend(output.token_ids)
-            logprobs.extend(output.logprobs or ())
-            if run.is_over:
-                return
-            if output.text:
-                self._emit(run, "text", text=output.text)
-            if output.finish_reason is not None:
-                with self.lock:
-                    self._generated(run, node, prompt, "".join(texts), tokens, logprobs, output)
-
-        self.submit(run, prompt.token_ids(), sampling, on_output, grammar=run.grammar)
-
-    def _reserve(self, run: NodeRun, sampling: SamplingParams) -> SamplingParams | None:
+    def reserve(self, run: NodeRun, sampling: SamplingParams) -> SamplingParams | None:
         """Take this generation's share of the budget, or put it off (None) until another one gives some back."""
         with self.lock:
-            assert self._budget_left is not None
+            if self._budget_left is None:
+                return sampling
             if self._budget_left <= 0:
                 if not any(other.reserved for other in self._runs):
                     raise RametError(f"the program's token budget of {self._limits.token_budget} is used up")
@@ -467,46 +432,6 @@ class ProgramExecutor:
         if output.finish_reason is not None:
             self.pump()
 
-    def _generated(
-        self,
-        run: NodeRun,
-        node: ir.Generate,
-        prompt: Path,
-        text: str,
-        tokens: list[int],
-        logprobs: list[float],
-        output: RequestOutput,
-    ) -> None:
-        error = self.request_error(output)
-        if error is not None:
-            self.failed(run, error)
-            return
-        assert output.finish_reason is not None
-        path = self._path_after(prompt, text, tokens, output)
-        value, problem = None, None
-        try:
-            value = ir.parse_value(node.type, text)
-        except ValueError as bad:
-            cut = " because it was cut by max_tokens" if output.finish_reason is FinishReason.LENGTH else ""
-            problem = ir.NodeError("InvalidValue", f"not a value of type {node.type}{cut}: {text[:200]!r} ({bad})")
-        self.done(
-            run,
-            text=text,
-            path=path,
-            value=value,
-            usage=usage_of(output),
-            finish_reason=output.finish_reason.value,
-            meta={"logprobs": logprobs, "token_ids": tokens} if logprobs else None,
-            timings=self._request_timings(run, output),
-            error=problem,
-        )
-
-    def _path_after(self, prompt: Path, text: str, tokens: list[int], output: RequestOutput) -> Path:
-        """The branch after a generation: its tokens, cut where a stop string cut its text."""
-        if isinstance(output.stop_match, str):
-            return prompt.extend(*keep_text(self.tokenizer.token_bytes, tokens, text))
-        return prompt.extend(tokens)
-
     def request_error(self, output: RequestOutput) -> Exception | None:
         if output.finish_reason not in (FinishReason.ERROR, FinishReason.ABORT):
             return None
@@ -514,9 +439,3 @@ class ProgramExecutor:
         if deadline is not None and time.monotonic() >= deadline:
             return DeadlineExceeded("the program's deadline passed")
         return output.error or RequestCancelled("the request was aborted")
-
-    def _request_timings(self, run: NodeRun, output: RequestOutput) -> dict[str, float]:
-        timings = dict(output.timings or {})
-        first = timings.get("first_token_s")
-        found = {} if first is None else {"first_token_s": run.start_s - self._start_s + float(first)}
-        return found | ({"queue_s": float(timings["queue_s"])} if "queue_s" in timings else {})

@@ -1,0 +1,85 @@
+"""Runs one Generate node: from its branch's tokens to a request, from its outputs to a value and a longer branch."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from ramet.lang import ir
+from ramet.runtime.program_engine import to_sampling_params, usage_of
+from ramet.runtime.program_path import Path, keep_text
+from ramet.runtime.types import FinishReason, RequestOutput
+
+if TYPE_CHECKING:
+    from ramet.runtime.programs import NodeRun, ProgramExecutor
+
+
+class Generation:
+    """One generation on its way. Outputs come on the engine's thread, one after the other."""
+
+    def __init__(self, executor: ProgramExecutor, run: NodeRun, node: ir.Generate) -> None:
+        self._executor, self._run, self._node = executor, run, node
+        self._texts: list[str] = []
+        self._tokens: list[int] = []
+        self._logprobs: list[float] = []
+        prompt = executor.path_before(run).flush(executor.encoder)
+        if prompt.length == 0 and executor.tokenizer.bos_id is not None:
+            prompt = prompt.extend([executor.tokenizer.bos_id])
+        self._prompt = prompt
+
+    def start(self) -> None:
+        executor = self._executor
+        sampling = to_sampling_params(self._node.sampling)
+        if executor.marks.stop_strings and executor.is_in_role(self._node):
+            sampling = dataclasses.replace(sampling, stop=(*sampling.stop, *executor.marks.stop_strings))
+        allowed = executor.reserve(self._run, sampling)
+        if allowed is not None:
+            executor.submit(self._run, self._prompt.token_ids(), allowed, self._on_output, grammar=self._run.grammar)
+
+    def _on_output(self, output: RequestOutput) -> None:
+        self._texts.append(output.text)
+        self._tokens.extend(output.token_ids)
+        self._logprobs.extend(output.logprobs or ())
+        if self._run.is_over:
+            return
+        if output.text:
+            self._executor.emit(self._run, "text", text=output.text)
+        if output.finish_reason is not None:
+            self._finish(output, output.finish_reason)
+
+    def _finish(self, output: RequestOutput, reason: FinishReason) -> None:
+        executor, node, text = self._executor, self._node, "".join(self._texts)
+        error = executor.request_error(output)
+        if error is not None:
+            executor.failed(self._run, error)
+            return
+        value, problem = None, None
+        try:
+            value = ir.parse_value(node.type, text)
+        except ValueError as bad:
+            cut = " because it was cut by max_tokens" if reason is FinishReason.LENGTH else ""
+            problem = ir.NodeError("InvalidValue", f"not a value of type {node.type}{cut}: {text[:200]!r} ({bad})")
+        executor.done(
+            self._run,
+            text=text,
+            path=self._path_after(text, output),
+            value=value,
+            usage=usage_of(output),
+            finish_reason=reason.value,
+            meta={"logprobs": self._logprobs, "token_ids": self._tokens} if self._logprobs else None,
+            timings=self._timings(output),
+            error=problem,
+        )
+
+    def _path_after(self, text: str, output: RequestOutput) -> Path:
+        """The branch with the generated tokens, cut where a stop string cut its text."""
+        if isinstance(output.stop_match, str):
+            return self._prompt.extend(*keep_text(self._executor.tokenizer.token_bytes, self._tokens, text))
+        return self._prompt.extend(self._tokens)
+
+    def _timings(self, output: RequestOutput) -> dict[str, float]:
+        """Seconds since the program's start, but `queue_s`: how long the request waited."""
+        timings = dict(output.timings or {})
+        first = timings.get("first_token_s")
+        found = {} if first is None else {"first_token_s": self._run.start_s - self._executor.start_s + float(first)}
+        return found | ({"queue_s": float(timings["queue_s"])} if "queue_s" in timings else {})
