@@ -41,7 +41,8 @@ class ServiceConfig:
     """What compiling may cost.
 
     max_time_s: of one job, from when it starts. max_memory_bytes: growth of the whole process while a job runs; None:
-    not watched. max_cache_bytes: tables and masks of the grammars in memory. cache_dir: None keeps nothing on disk.
+    not watched. max_cache_bytes: tables and masks of the grammars in memory. cache_dir: None keeps nothing on disk;
+    min_disk_time_s: what is made faster is not put there.
     """
 
     num_workers: int = 1
@@ -51,6 +52,7 @@ class ServiceConfig:
     max_grammars: int = 512
     max_cache_bytes: int = 1 << 30
     cache_dir: Path | None = field(default_factory=default_cache_dir)
+    min_disk_time_s: float = 0.05
 
 
 @dataclass(slots=True, eq=False)
@@ -195,7 +197,7 @@ class CompileService:
                 continue
             idle = next((w for w in self._workers if w.is_idle), None)
             if idle is None and len(self._workers) < self.config.num_workers:
-                idle = _Worker(self.config.limits, self.disk, self._news)
+                idle = _Worker(self.config, self.disk, self._news)
                 self._workers.append(idle)
             if idle is None:
                 return
@@ -267,8 +269,9 @@ _News = tuple[_Job, Parsed | None, CompiledGrammar | BaseException]
 class _Worker:
     """One thread. The supervisor writes `assigned`, the thread writes `finished`; so an interrupt can lose neither."""
 
-    def __init__(self, limits: Limits, disk: DiskCache | None, news: queue.SimpleQueue[_News | None]) -> None:
-        self.limits = limits
+    def __init__(self, config: ServiceConfig, disk: DiskCache | None, news: queue.SimpleQueue[_News | None]) -> None:
+        self.limits = config.limits
+        self.min_disk_time_s = config.min_disk_time_s
         self.disk = disk
         self.news = news
         self.assigned: _Job | None = None
@@ -344,8 +347,10 @@ class _Worker:
         found = None if on_disk is None else on_disk.get(job.key[0])
         if found is not None:
             return found
+        begin = time.monotonic()
         parsed = parse_source(job.kind, job.source, limits=self.limits, **job.options)
-        if on_disk is not None and isinstance(parsed, ByteAutomaton):
+        is_worth_it = time.monotonic() - begin >= self.min_disk_time_s
+        if on_disk is not None and is_worth_it and isinstance(parsed, ByteAutomaton):
             on_disk.put(job.key[0], parsed)
         return parsed
 

@@ -24,7 +24,7 @@ PATIENT = Limits(max_regular_states=10_000_000)
 
 
 def config(**fields: Any) -> ServiceConfig:
-    return ServiceConfig(**{"cache_dir": None, "max_memory_bytes": None, **fields})
+    return ServiceConfig(**{"cache_dir": None, "max_memory_bytes": None, "min_disk_time_s": 0.0, **fields})
 
 
 def accepts(grammar: CompiledGrammar, text: str) -> bool:
@@ -183,6 +183,12 @@ def test_regular_sources_are_read_back_from_disk(tmp_path: Path, monkeypatch: py
     with CompileService(config(cache_dir=tmp_path)) as service:
         for kind, source in [("regex", "(ab)+"), ("choice", ["abab"]), ("substring", "xabab"), ("cfg", 'start: "ab"+')]:
             assert accepts(service.compile(kind, source, OTHER), "abab")
+
+
+def test_what_is_quickly_made_is_not_put_on_disk(tmp_path: Path) -> None:
+    with CompileService(config(cache_dir=tmp_path, min_disk_time_s=5.0)) as service:
+        assert accepts(service.compile("regex", "(ab)+", BYTES), "abab")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_damaged_file_is_dropped(tmp_path: Path) -> None:
