@@ -6,7 +6,7 @@ References lead into the document, or into documents of a registry that the call
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import unquote, urldefrag, urljoin
 
@@ -47,6 +47,7 @@ class SchemaNode:
     draft: int
     document: Document
     scope: tuple[tuple[str, str], ...] = ()
+    children: dict[int, SchemaNode] = field(default_factory=dict)  # by identity of the schema
 
 
 class Document:
@@ -167,9 +168,15 @@ class Registry:
 
     def child(self, node: SchemaNode, schema: Any, suffix: str) -> SchemaNode:
         """The node of a subschema of `node`."""
-        base, draft = self._context(schema, node.base, node.draft)
-        scope = node.scope if base == node.base else self._extend(node.scope, base)
-        return self.node(schema, base, draft, node.pointer + suffix, node.document, scope)
+        if not isinstance(schema, dict):  # true and false are one object wherever they stand
+            return self.node(schema, node.base, node.draft, node.pointer + suffix, node.document, node.scope)
+        found = node.children.get(id(schema))
+        if found is None:
+            base, draft = self._context(schema, node.base, node.draft)
+            scope = node.scope if base == node.base else self._extend(node.scope, base)
+            found = self.node(schema, base, draft, node.pointer + suffix, node.document, scope)
+            node.children[id(schema)] = found
+        return found
 
     # --- references
 

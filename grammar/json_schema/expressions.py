@@ -191,6 +191,8 @@ class Expressions:
         self._atom_index: dict[tuple[str, object], int] = {}
         self._contents: list[tuple[int, ...]] = [(), (-1,)]
         self._index: dict[tuple[int, ...], Expr] = {(): TRUE, (-1,): FALSE}
+        self._of_node: dict[int, Expr] = {}
+        self._kinds: dict[Expr, int] = {}
         self._conjunctions: dict[tuple[Expr, Expr], Expr] = {}
         self._values: dict[Expr, Values] = {TRUE: v.ANY, FALSE: v.NONE}
         self._atom_values: dict[int, Values] = {}
@@ -219,6 +221,12 @@ class Expressions:
         return found
 
     def of_schema(self, node: SchemaNode) -> Expr:
+        found = self._of_node.get(node.number)
+        if found is None:
+            found = self._of_node[node.number] = self._of_schema(node)
+        return found
+
+    def _of_schema(self, node: SchemaNode) -> Expr:
         if node.schema is True or node.schema == {}:
             return TRUE
         if node.schema is False:
@@ -349,6 +357,16 @@ class Expressions:
             else:
                 parts.append(self.complement(content))  # type: ignore[arg-type]
         return v.unite(parts)
+
+    def kinds(self, expr: Expr) -> int:
+        """Bits of the kinds of value there are: 0 object, 1 array, 2 string, 3 number, 4 true, 5 false, 6 null."""
+        found = self._kinds.get(expr)
+        if found is None:
+            a = self.values(expr)
+            found = bool(a.objects) | bool(a.arrays) << 1 | bool(a.strings) << 2 | bool(a.numbers) << 3
+            found |= (a.booleans >> 1 & 1) << 4 | (a.booleans & 1) << 5 | a.null << 6
+            self._kinds[expr] = found
+        return found
 
     # --- algebra
 

@@ -330,16 +330,19 @@ class ValueFrame:
         return [self.json.expressions.values(e) for e in self.exprs]
 
     def resolve(self, exit_index: int) -> int:
-        values = self.values()
+        expressions = self.json.expressions
         if not self.is_known:
             # kinds of value that cannot stand here: a walk meets them all, so they are noted at once
             self.is_known = True
-            possible = {kind for a in values for kind, allowed in _kinds(a) if allowed}
+            possible = 0
+            for e in self.exprs:
+                possible |= expressions.kinds(e)
             machine = self.json.machine
             at = machine.interned[("value", self.exprs, self.context.number)]
-            machine.mark_dead(at, [k for k in range(7) if k not in possible and k != exit_index])
-            if exit_index not in possible:
+            machine.mark_dead(at, [k for k in range(7) if not (possible >> k) & 1 and k != exit_index])
+            if not (possible >> exit_index) & 1:
                 return DEAD
+        values = self.values()
         if exit_index == _STRING:
             specs = tuple(a.strings for a in values)
             return self.json.string(specs, self.context) if any(specs) else DEAD
@@ -385,18 +388,6 @@ class ValueFrame:
             rest = self.context.rest(tag)
             ways.extend((cost + rest, kind) for kind, cost in costs.items() if cost < INFINITE)
         return next(kind for _, kind in sorted(ways) if machine.exit_target(at, kind) >= 0)
-
-
-def _kinds(a: Values) -> tuple[tuple[int, bool], ...]:
-    return (
-        (_OBJECT, bool(a.objects)),
-        (_ARRAY, bool(a.arrays)),
-        (_STRING, bool(a.strings)),
-        (_NUMBER, bool(a.numbers)),
-        (_TRUE, bool(a.booleans & 2)),
-        (_FALSE, bool(a.booleans & 1)),
-        (_NULL, a.null),
-    )
 
 
 def _allows(a: Values, kind: int) -> bool:

@@ -43,7 +43,10 @@ class Interpreter:
         return self.registry.child(node, schema, suffix)
 
     def expr(self, node: SchemaNode, schema: Any, suffix: str) -> Expr:
-        return self.expressions.of_schema(self.child(node, schema, suffix))
+        if schema is True or schema is False:
+            return TRUE if schema else FALSE
+        found = node.children.get(id(schema))
+        return self.expressions.of_schema(self.child(node, schema, suffix) if found is None else found)
 
     def values(self, node: SchemaNode, schema: Any, suffix: str) -> Values:
         return self.expressions.values(self.expr(node, schema, suffix))
@@ -183,7 +186,8 @@ class Interpreter:
         )
         properties = []
         for key, s in _mapping(schema, "properties").items():
-            e = self.expr(node, s, f"/properties/{escape(key)}")
+            known = node.children.get(id(s))
+            e = self.expr(node, s, f"/properties/{escape(key)}") if known is None else self.expressions.of_schema(known)
             for number, other in patterns:
                 if self.languages.accepts(number, key):
                     e = self.expressions.both(e, other)
