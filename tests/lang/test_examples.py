@@ -6,7 +6,7 @@ import asyncio
 import importlib.util
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -128,3 +128,26 @@ def test_async_examples_run_on_a_loop_as_well() -> None:
     with use_backend(MockBackend(module.SCRIPT)):
         state = asyncio.run(program_of(module).arun(**module.EXAMPLE))
     assert state["keyword"] == ["flights", "strength"]
+
+
+@pytest.fixture(scope="module")
+def smollm2(smollm2_path: Path) -> Iterator[Any]:
+    from ramet import Engine
+
+    with Engine(str(smollm2_path), context_length=2048) as engine:
+        yield engine
+
+
+@pytest.mark.model
+@pytest.mark.parametrize(
+    "name", ["chain_of_thought", "extract_to_schema", "few_shot_classification", "debate", "fill_a_form", "router"]
+)
+def test_an_example_runs_on_a_real_model(name: str, smollm2: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    module = load(EXAMPLES / "programs" / f"{name}.py")
+    with use_backend(smollm2):
+        module.main()
+        state = program_of(module).run(**module.EXAMPLE)
+    assert capsys.readouterr().out.strip()
+    assert state.error() is None
+    assert state.usage.cached_tokens > state.usage.computed_tokens
+    smollm2.check_integrity()
