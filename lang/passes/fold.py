@@ -37,7 +37,8 @@ def fold_constants(graph: ir.Graph) -> Folded:
     nodes: list[ir.AnyNode] = []
     origin: list[list[int]] = []
     new_id: dict[int, int] = {}
-    for old in graph.nodes:
+    # Arguments first: a text that takes in a later one may use what that one used.
+    for old in sorted(graph.nodes, key=lambda node: (not isinstance(node, ir.Argument), node.id)):
         if old.id in bound:
             continue
         node = _bind(old, bound)
@@ -45,8 +46,10 @@ def fold_constants(graph: ir.Graph) -> Folded:
         if isinstance(node, ir.Text) and above is not None:
             before = nodes[above]
             assert old.parent is not None
-            if isinstance(before, ir.Text) and old.parent not in pinned and children[old.parent] == 1:
-                nodes[above] = msgspec.structs.replace(before, parts=_merged((*before.parts, *node.parts)))
+            is_plain = old.parent not in pinned and children[old.parent] == 1
+            if isinstance(before, ir.Text) and is_plain and all(new_id[ref.node] < above for ref in ir.refs(node)):
+                parts = _moved(node.parts, new_id)
+                nodes[above] = msgspec.structs.replace(before, parts=_merged((*before.parts, *parts)))
                 origin[above].append(old.id)
                 new_id[old.id] = above
                 continue
@@ -108,16 +111,13 @@ def _merged(parts: ir.Template) -> ir.Template:
 
 
 def _renumbered(node: ir.AnyNode, new_id: dict[int, int]) -> ir.AnyNode:
-    def move(template: ir.Template) -> ir.Template:
-        return tuple(p if isinstance(p, str) else msgspec.structs.replace(p, node=new_id[p.node]) for p in template)
-
     changes: dict[str, object] = {"id": new_id[node.id], "parent": None if node.parent is None else new_id[node.parent]}
     if isinstance(node, ir.Text):
-        changes["parts"] = move(node.parts)
+        changes["parts"] = _moved(node.parts, new_id)
     elif isinstance(node, ir.Select):
-        changes["choices"] = tuple(move(choice) for choice in node.choices)
+        changes["choices"] = tuple(_moved(choice, new_id) for choice in node.choices)
     elif isinstance(node, ir.ToolCall):
-        changes["arguments"] = move(node.arguments)
+        changes["arguments"] = _moved(node.arguments, new_id)
     elif isinstance(node, ir.Fork):
         changes["group"] = new_id[node.group]
     elif isinstance(node, ir.Join):
@@ -125,3 +125,7 @@ def _renumbered(node: ir.AnyNode, new_id: dict[int, int]) -> ir.AnyNode:
     elif isinstance(node, ir.Capture) and node.start is not None:
         changes["start"] = new_id[node.start]
     return msgspec.structs.replace(node, **changes)
+
+
+def _moved(template: ir.Template, new_id: dict[int, int]) -> ir.Template:
+    return tuple(p if isinstance(p, str) else msgspec.structs.replace(p, node=new_id[p.node]) for p in template)

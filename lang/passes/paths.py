@@ -317,8 +317,8 @@ class _Interpreter:
         most = [_max_bytes(parts) for parts in rendered]
         name = node.id
         if node.temperature == 0 or node.seed is not None:
-            key = (tuple(choice.position for choice in choices), node.scorer, node.temperature, node.seed)
-            name = self._classes.setdefault(key, node.id)
+            same = (tuple(choice.position for choice in choices), node.scorer, node.temperature, node.seed)
+            name = self._classes.setdefault(same, node.id)
         text = Unknown(("chosen", self._row, name), None if None in most else max(m for m in most if m is not None))
         self._value_parts[node.id] = text
         tails = [_count(items[shared:]) for items in added]

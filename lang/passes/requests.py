@@ -113,7 +113,7 @@ class _Planner:
                 self._plan.requests.append(Request(node.id, index, choice.count, choice.count, ZERO, 0, False, ZERO))
             else:
                 self._request(node.id, index, choice, ZERO, keep=size + 1, is_sure=is_sure)
-        self._cache(self._paths.points[node.id])  # the winner's tokens: those of one of the choices
+        self._cache(self._paths.points[node.id], is_counted=False)  # the winner's tokens are one of the choices'
         if node.scorer == "unconditional":
             for index, choice, size in own:
                 self._alone(node.id, index, choice.items[-size:], is_sure=is_sure)
@@ -180,7 +180,7 @@ class _Planner:
                 count += 1
         return _Missing(total, cached, added, False)
 
-    def _cache(self, point: Point) -> None:
+    def _cache(self, point: Point, *, is_counted: bool = True) -> None:
         for at in point.chain():
             if at.position in self._cached:
                 fresh = [i for i, position in enumerate(at.positions) if position not in self._cached]
@@ -189,6 +189,8 @@ class _Planner:
             for item, position in zip(at.items, at.positions, strict=True):
                 if position not in self._cached:
                     self._cached.add(position)
+                    if not is_counted:
+                        continue
                     self._plan.kv = self._plan.kv + (item.count if isinstance(item, Opaque) else Count(1, 1))
 
 
