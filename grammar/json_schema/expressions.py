@@ -191,7 +191,7 @@ class Expressions:
         self._atom_index: dict[tuple[str, object], int] = {}
         self._contents: list[tuple[int, ...]] = [(), (-1,)]
         self._index: dict[tuple[int, ...], Expr] = {(): TRUE, (-1,): FALSE}
-        self._of_node: dict[int, Expr] = {}
+        self._of_node: dict[SchemaNode, Expr] = {}
         self._kinds: dict[Expr, int] = {}
         self._conjunctions: dict[tuple[Expr, Expr], Expr] = {}
         self._values: dict[Expr, Values] = {TRUE: v.ANY, FALSE: v.NONE}
@@ -221,9 +221,9 @@ class Expressions:
         return found
 
     def of_schema(self, node: SchemaNode) -> Expr:
-        found = self._of_node.get(node.number)
+        found = self._of_node.get(node)
         if found is None:
-            found = self._of_node[node.number] = self._of_schema(node)
+            found = self._of_node[node] = self._of_schema(node)
         return found
 
     def _of_schema(self, node: SchemaNode) -> Expr:
