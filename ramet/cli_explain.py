@@ -97,4 +97,4 @@ def _target(model: str | None) -> Target:
     from ramet.runtime.models.load import open_model
 
     files = open_model(resolve_model(model))
-    return TokenizerTarget(files.tokenizer, name=model, context_length=files.config.max_position)
+    return TokenizerTarget(files.tokenizer, name=model, context_length=files.config.max_position_embeddings)

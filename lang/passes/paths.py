@@ -16,6 +16,9 @@ from ramet.lang import ir
 from ramet.lang.passes.target import Target
 
 
+NO_LIMIT = 1 << 20  # tokens; a number this large says no more than that it is unknown
+
+
 @dataclass(frozen=True, slots=True)
 class Count:
     """A number of tokens between two limits, both of them reached at worst."""
@@ -33,7 +36,12 @@ class Count:
     def __str__(self) -> str:
         if self.is_exact:
             return f"{self.at_most:,}"
+        if self.at_most >= NO_LIMIT:
+            return f"≥ {self.at_least:,}"
         return f"{self.at_least:,}–{self.at_most:,}" if self.at_least else f"≤ {self.at_most:,}"
+
+    def capped(self, limit: int) -> Count:
+        return Count(min(self.at_least, limit), min(self.at_most, limit))
 
 
 ZERO = Count(0, 0)
@@ -135,6 +143,7 @@ class Paths:
 
     graph: ir.Graph
     trie: Trie
+    context_length: int
     points: list[Point] = field(default_factory=list)
     prompts: dict[int, Point] = field(default_factory=dict)
     selections: dict[int, SelectPaths] = field(default_factory=dict)
@@ -159,7 +168,7 @@ def is_repeatable(node: ir.Generate) -> bool:
 class _Interpreter:
     def __init__(self, graph: ir.Graph, target: Target, trie: Trie, row: int) -> None:
         self._graph, self._target, self._row = graph, target, row
-        self._found = Paths(graph, trie)
+        self._found = Paths(graph, trie, target.context_length)
         self._values: dict[int, ir.JsonValue] = {}  # of nodes whose value is known
         self._value_parts: dict[int, TextPart] = {}  # text of a value, where something can be said about it
         self._classes: dict[Hashable, int] = {}

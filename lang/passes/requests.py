@@ -155,6 +155,7 @@ class _Planner:
         if not is_sure:
             new, shared, count = Count(0, new.at_most), Count(0, shared.at_most), Count(0, count.at_most)
         after = missing.is_after_generation
+        count, shared, new = (one.capped(self._paths.context_length) for one in (count, shared, new))
         self._plan.requests.append(Request(node, choice, count, shared, new, missing.num_added, after, written))
         self._cache(prompt)
 
