@@ -168,6 +168,7 @@ def _available_memory_bytes() -> int | None:
 
 _COMMANDS: tuple[_Command, ...] = (
     _Command("pull", "Fetch a model into the cache.", add_pull, run_pull),
+    _Command("explain", "Show what a program will cost.", add_explain, run_explain),
     _Command("doctor", "Show what Ramet finds on this machine.", add_doctor, run_doctor),
 )
 
