@@ -19,9 +19,9 @@ _CONTINUATION = np.arange(0x80, 0xC0)
 def compile_text(node: ir.Node, *, max_states: int = MAX_STATES, name: str = "") -> ir.Table:
     """Return the byte automaton of a regular node made of text (no bytes that are not UTF-8, no Table, no Reference).
 
-    Raises: GrammarTooLarge naming `name` past `max_states` states over code points, or 50 times as many over bytes.
+    Raises: GrammarTooLarge naming `name` past `max_states` states over code points, or ten times as many over bytes.
     """
-    return utf8_table(text_dfa(node, max_states=max_states, name=name), max_states=50 * max_states, name=name)
+    return utf8_table(text_dfa(node, max_states=max_states, name=name), max_states=10 * max_states, name=name)
 
 
 def text_dfa(node: ir.Node, *, max_states: int = MAX_STATES, name: str = "") -> Dfa:
