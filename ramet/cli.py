@@ -15,6 +15,7 @@ from importlib import metadata
 
 from rich.console import Console
 
+from ramet.cli_explain import add_explain, run_explain
 from ramet.errors import RametError
 
 Arguments = argparse.Namespace
