@@ -4,7 +4,8 @@
     python benchmarks/bench_cpu.py --llama-python ~/llama/bin/python --out benchmarks/results/cpu.jsonl
 
 Every system runs in a process of its own, so that their threads don't meet; rounds go around all systems, so that a
-noisy machine is unfair to none; the best round counts, and all are in the JSON line. llama.cpp needs a Python with
+noisy machine is unfair to none. Step times of all rounds make the percentiles. `--clock cpu --threads 1` counts CPU
+time instead of wall time, which is what can be compared while others use the machine. llama.cpp needs a Python with
 llama-cpp-python (`pip install llama-cpp-python` compiles it); it decodes a batch as one `llama_decode` of as many
 sequences. Decode: tokens per second of the steps after a 64-token prompt. Prefill: 1,000 new tokens until the first
 token. engine: the whole runtime with scheduler and sampling; decoder: the model and an argmax in a bare loop.
@@ -15,6 +16,7 @@ The floor of a decode step at batch 1 is reading the weights once: about 96 MB i
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -37,14 +39,25 @@ def prompt(length: int, seed: int) -> list[int]:
     return [(seed * 7919 + i * 104_729) % 40_000 + 100 for i in range(length)]
 
 
-class System(Protocol):
-    """What is measured. Both return seconds."""
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+clock = CLOCKS[os.environ.get("BENCH_CPU_CLOCK", "wall")]
 
-    def decode(self, batch: int) -> float:
-        """One decode step of `batch` sequences, averaged over STEPS."""
+
+class System(Protocol):
+    """What is measured, in seconds."""
+
+    def decode(self, batch: int) -> list[float]:
+        """STEPS decode steps of `batch` sequences."""
 
     def prefill(self) -> float:
         """From PREFILL unknown tokens to the first new one."""
+
+
+def steps(moments: list[float]) -> list[float]:
+    """The last STEPS of the intervals between moments."""
+    intervals = [after - before for before, after in itertools.pairwise(moments)]
+    assert len(intervals) >= STEPS, len(intervals)
+    return intervals[-STEPS:]
 
 
 class DecoderSystem:
@@ -59,28 +72,27 @@ class DecoderSystem:
         self.torch, self.cache = torch, BareCache
         self.decoder = load_model(path, device="cpu", dtype=dtype).decoder
 
-    def decode(self, batch: int) -> float:
+    def decode(self, batch: int) -> list[float]:
         with self.torch.inference_mode():
             cache = self.cache(self.decoder, batch, PROMPT + STEPS + 2)
             for row in range(batch):
                 cache.step([], [(row, prompt(PROMPT, row))])
-            tokens = [1] * batch
-            for step in range(STEPS + 1):
-                if step == 1:  # the first is warm-up
-                    start = time.perf_counter()
+            tokens, moments = [1] * batch, []
+            for _ in range(STEPS + 2):
                 logits = cache.step([(row, tokens[row]) for row in range(batch)], [])
                 tokens = logits.argmax(-1).tolist()
-            return (time.perf_counter() - start) / STEPS
+                moments.append(clock())
+            return steps(moments)
 
     def prefill(self) -> float:
         with self.torch.inference_mode():
             cache = self.cache(self.decoder, 1, PREFILL)
             ids = self.torch.tensor(prompt(PREFILL, 0), dtype=self.torch.int32)
             context = cache.context([], [(0, PREFILL)])
-            start = time.perf_counter()
+            start = clock()
             hidden = self.decoder.forward(ids, context)
             int(self.decoder.logits(hidden[-1:]).argmax())
-            return time.perf_counter() - start
+            return clock() - start
 
 
 class EngineSystem:
@@ -94,16 +106,16 @@ class EngineSystem:
         self.engine = Engine(str(path), EngineConfig(device="cpu", num_threads=threads, num_kv_tokens=8192))
         self.sampling = SamplingParams
 
-    def decode(self, batch: int) -> float:
+    def decode(self, batch: int) -> list[float]:
         self.engine.flush_cache()
         arrivals: list[list[float]] = [[] for _ in range(batch)]
-        sampling = self.sampling(temperature=0.0, max_tokens=STEPS + 2, ignore_eos=True)
+        sampling = self.sampling(temperature=0.0, max_tokens=STEPS + 8, ignore_eos=True)
 
         finished = threading.Semaphore(0)
 
         def note(times: list[float]) -> Callable[[Any], None]:
             def on_output(output: Any) -> None:  # Any: RequestOutput, imported where the engine is
-                times.extend([time.perf_counter()] * len(output.token_ids))
+                times.extend([clock()] * len(output.token_ids))
                 if output.finish_reason is not None:
                     finished.release()
 
@@ -113,17 +125,16 @@ class EngineSystem:
             self.engine.submit(prompt(PROMPT, row), sampling, on_output=note(times))
         for _ in arrivals:
             finished.acquire()
-        # Between the moment when the last row had its first token and the first row had its last, all rows ran.
-        start, stop = max(times[0] for times in arrivals), min(times[-1] for times in arrivals)
-        tokens = sum(start < moment <= stop for times in arrivals for moment in times)
-        return (stop - start) * batch / tokens
+        # The row that started last, until the first one ends: all rows run.
+        last = max(arrivals, key=lambda times: times[0])
+        return steps([moment for moment in last if moment <= min(times[-1] for times in arrivals)])
 
     def prefill(self) -> float:
         self.engine.flush_cache()
         sampling = self.sampling(temperature=0.0, max_tokens=1, ignore_eos=True)
-        start = time.perf_counter()
+        start = clock()
         self.engine.submit(prompt(PREFILL, 0), sampling).result()
-        return time.perf_counter() - start
+        return clock() - start
 
 
 class TransformersSystem:
@@ -138,9 +149,15 @@ class TransformersSystem:
             path.parent, gguf_file=path.name, dtype=getattr(torch, dtype)
         ).eval()
 
-    def _generate(self, prompts: list[list[int]], num_tokens: int) -> float:
+    def _generate(self, prompts: list[list[int]], num_tokens: int) -> list[float]:
+        """Moments: the start, then each token's logits."""
         ids = self.torch.tensor(prompts)
-        start = time.perf_counter()
+        moments = [clock()]
+
+        def note(_: Any, logits: Any) -> Any:  # Any: tensors; called as a logits processor
+            moments.append(clock())
+            return logits
+
         with self.torch.inference_mode():
             out = self.model.generate(
                 ids,
@@ -149,17 +166,17 @@ class TransformersSystem:
                 min_new_tokens=num_tokens,
                 do_sample=False,
                 pad_token_id=0,
+                logits_processor=[note],
             )
         assert out.shape[1] == len(prompts[0]) + num_tokens
-        return time.perf_counter() - start
+        return moments
 
-    def decode(self, batch: int) -> float:
-        prompts = [prompt(PROMPT, row) for row in range(batch)]
-        first = self._generate(prompts, 1)
-        return (self._generate(prompts, STEPS + 1) - first) / STEPS
+    def decode(self, batch: int) -> list[float]:
+        return steps(self._generate([prompt(PROMPT, row) for row in range(batch)], STEPS + 2))
 
     def prefill(self) -> float:
-        return self._generate([prompt(PREFILL, 0)], 1)
+        start, first = self._generate([prompt(PREFILL, 0)], 1)
+        return first - start
 
 
 class LlamaCppSystem:
@@ -194,28 +211,26 @@ class LlamaCppSystem:
         logits = self.api.llama_get_logits_ith(context, index)
         return int(self.numpy.ctypeslib.as_array(logits, (self.vocab,)).argmax())
 
-    def decode(self, batch: int) -> float:
+    def decode(self, batch: int) -> list[float]:
         context = self._context(batch, 256)
         for row in range(batch):
             ids = prompt(PROMPT, row)
             self._run(context, [(token, i, row, i == PROMPT - 1) for i, token in enumerate(ids)])
-        tokens = [1] * batch
-        for step in range(STEPS + 1):
-            if step == 1:
-                start = time.perf_counter()
+        tokens, moments = [1] * batch, []
+        for step in range(STEPS + 2):
             self._run(context, [(tokens[row], PROMPT + step, row, True) for row in range(batch)])
             tokens = [self._best(context, row) for row in range(batch)]
-        seconds = (time.perf_counter() - start) / STEPS
+            moments.append(clock())
         self.api.llama_free(context)
-        return seconds
+        return steps(moments)
 
     def prefill(self) -> float:
         context = self._context(1, 2048)
-        start = time.perf_counter()
+        start = clock()
         ids = prompt(PREFILL, 0)
         self._run(context, [(token, i, 0, i == PREFILL - 1) for i, token in enumerate(ids)])
         self._best(context, PREFILL - 1)
-        seconds = time.perf_counter() - start
+        seconds = clock() - start
         self.api.llama_free(context)
         return seconds
 
@@ -242,15 +257,15 @@ def serve(name: str, path: Path, threads: int) -> None:
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
         batch = int(line)
-        print(system.decode(batch) if batch else system.prefill(), file=answers, flush=True)
+        print(json.dumps(system.decode(batch) if batch else [system.prefill()]), file=answers, flush=True)
 
 
 class Worker:
     """A system in its own process."""
 
-    def __init__(self, name: str, python: str, path: Path, threads: int) -> None:
+    def __init__(self, name: str, python: str, path: Path, threads: int, clock_name: str) -> None:
         command = [python, __file__, "--worker", name, "--file", str(path), "--threads", str(threads)]
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "BENCH_CPU_CLOCK": clock_name}
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115  (a pipe would fill up: llama.cpp logs every tensor)
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, env=environment
@@ -266,39 +281,48 @@ class Worker:
             raise SystemExit(f"{self.name} failed:\n{self.log.read()[-2000:]}")
         return line
 
-    def ask(self, batch: int) -> float:
+    def ask(self, batch: int) -> list[float]:
         assert self.process.stdin is not None
         self.process.stdin.write(f"{batch}\n")
         self.process.stdin.flush()
-        return float(self.read())
+        return [float(value) for value in json.loads(self.read())]
 
 
 def measure(workers: list[Worker], rounds: int) -> dict[str, dict[str, list[float]]]:
-    """Tokens per second, by system and kind, one value a round; the first round is warm-up."""
-    speeds: dict[str, dict[str, list[float]]] = {worker.name: {} for worker in workers}
+    """Seconds of every step, by system and kind; the first round is warm-up."""
+    seconds: dict[str, dict[str, list[float]]] = {worker.name: {} for worker in workers}
     for turn in range(rounds + 1):
         for batch in (*BATCHES, 0):
             for worker in workers:
-                seconds = worker.ask(batch)
-                kind, speed = f"decode_{batch}" if batch else "prefill", round((batch or PREFILL) / seconds, 1)
-                print(f"round {turn} of {rounds}: {worker.name} {kind} {speed}", file=sys.stderr, flush=True)
+                kind, values = f"decode_{batch}" if batch else "prefill", worker.ask(batch)
+                print(
+                    f"round {turn} of {rounds}: {worker.name} {kind} {min(values):.4f} s", file=sys.stderr, flush=True
+                )
                 if turn:
-                    speeds[worker.name].setdefault(kind, []).append(speed)
-    return speeds
+                    seconds[worker.name].setdefault(kind, []).extend(values)
+    return seconds
 
 
-def report(speeds: dict[str, dict[str, list[float]]], threads: int) -> None:
+def percentiles(values: list[float], num_tokens: int) -> dict[str, float]:
+    """Tokens per second at the 20th, 50th and 80th percentile of step times, and at the shortest."""
+    ordered = sorted(values)
+    at = {"best": 0.0, "p20": 0.2, "p50": 0.5, "p80": 0.8}
+    return {name: round(num_tokens / ordered[int(share * (len(ordered) - 1))], 1) for name, share in at.items()}
+
+
+def report(speeds: dict[str, dict[str, dict[str, float]]], threads: int, clock_name: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"SmolLM2-135M-Instruct, {threads} CPU threads, tokens per second (best round)")
+    title = f"SmolLM2-135M-Instruct, {threads} threads, tokens per {clock_name} second: median step (p80 to p20)"
+    table = Table(title=title)
     table.add_column("system")
     kinds = [f"decode_{batch}" for batch in BATCHES] + ["prefill"]
     for kind in kinds:
         table.add_column(kind.replace("_", ", batch "), justify="right")
     for name, by_kind in speeds.items():
-        table.add_row(name, *(f"{max(by_kind[kind]):,.0f}" for kind in kinds))
-    Console().print(table)
+        table.add_row(name, *("{p50:,.0f} ({p80:,.0f} to {p20:,.0f})".format(**by_kind[kind]) for kind in kinds))
+    Console(width=120).print(table)
 
 
 def main() -> None:
@@ -306,6 +330,7 @@ def main() -> None:
     parser.add_argument("--systems", help=f"comma-separated, of {', '.join(SYSTEMS)}; all that can run")
     parser.add_argument("--llama-python", help="a Python that has llama-cpp-python; without it llama.cpp is left out")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, help="append the JSON line to this file")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -326,13 +351,18 @@ def main() -> None:
     pythons = {"llama.cpp": arguments.llama_python or sys.executable}
     workers = []
     for name in names:
-        workers.append(Worker(name, pythons.get(name, sys.executable), path, arguments.threads))
+        workers.append(Worker(name, pythons.get(name, sys.executable), path, arguments.threads, arguments.clock))
         workers[-1].read()  # one after the other: loading competes for the same cores
     load_before = os.getloadavg()[0]
-    speeds = measure(workers, arguments.rounds)
+    seconds = measure(workers, arguments.rounds)
     for worker in workers:
         worker.process.communicate("")
-    report(speeds, arguments.threads)
+    num_tokens = {f"decode_{batch}": batch for batch in BATCHES} | {"prefill": PREFILL}
+    speeds = {
+        name: {kind: percentiles(values, num_tokens[kind]) for kind, values in by_kind.items()}
+        for name, by_kind in seconds.items()
+    }
+    report(speeds, arguments.threads, arguments.clock)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     record = {
         "benchmark": "cpu",
@@ -341,6 +371,8 @@ def main() -> None:
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "configuration": {
             "threads": arguments.threads,
+            "clock": arguments.clock,
+            "rounds": arguments.rounds,
             "prompt": PROMPT,
             "steps": STEPS,
             "prefill": PREFILL,

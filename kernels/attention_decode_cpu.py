@@ -226,7 +226,7 @@ def _weighted_sum(p: int, values: Any, count: int, head_dim: int, out: int) -> N
 def _softmax(scores: Any, scale: Any) -> None:  # Any: float32 array, np.float32
     largest = scores[0]
     for i in range(len(scores)):
-        largest = max(largest, scores[i])
+        largest = scores[i] if scores[i] > largest else largest
     total = np.float32(0.0)
     for i in range(len(scores)):
         weight = exp32((scores[i] - largest) * scale)

@@ -27,7 +27,8 @@ _PARALLEL, _INDEX, _COUNT = "ramet_parallel", "ramet_thread_index", "ramet_num_t
 _parallel = types.ExternalFunction(_PARALLEL, types.void(types.intp, types.intp, types.int32, types.int32))
 thread_index = types.ExternalFunction(_INDEX, types.int32())
 num_threads = types.ExternalFunction(_COUNT, types.int32())
-# Sums may be reordered, which vectorising them needs; infinities and NaN keep their meaning.
+# Sums may be reordered, which vectorising them needs; infinities and NaN keep their meaning. Division by zero gives
+# infinity (error_model numpy): a check for it would stop the vectoriser, too.
 _REORDER = {"reassoc", "contract", "nsz", "arcp"}
 
 
@@ -49,7 +50,7 @@ def _named(function: Function) -> Function:
 
 def compiled(function: Function) -> Function:
     """Compile at the first call, without the interpreter lock."""
-    return njit(nogil=True, cache=True, fastmath=_REORDER)(_named(function))  # type: ignore[no-any-return]
+    return njit(nogil=True, cache=True, fastmath=_REORDER, error_model="numpy")(_named(function))  # type: ignore[no-any-return]
 
 
 class Kernel:
@@ -65,7 +66,9 @@ class Kernel:
     def address(self) -> int:
         if self._address is None:
             kind = types.void(types.CPointer(types.int64))
-            self._compiled = cfunc(kind, cache=True, fastmath=_REORDER)(self._function)  # kept: it owns the code
+            self._compiled = cfunc(kind, cache=True, fastmath=_REORDER, error_model="numpy")(
+                self._function
+            )  # kept: it owns the code
             self._address = int(self._compiled.address)
         return self._address
 
