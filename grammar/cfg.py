@@ -38,23 +38,33 @@ _FLAGS = {"i": re.IGNORECASE, "m": re.MULTILINE, "s": re.DOTALL, "x": re.VERBOSE
 _Template = tuple[tuple[str, ...], Any]  # parameters, lark's tree (untyped there)
 
 
-def parse_cfg(source: str, *, start: str = "start", max_regular_states: int = regular.MAX_STATES) -> ir.Grammar:
+def parse_cfg(
+    source: str,
+    *,
+    start: str = "start",
+    max_ignored: int | None = None,
+    max_regular_states: int = regular.MAX_STATES,
+) -> ir.Grammar:
     """Return the grammar that `source`, in Lark's syntax, describes; one rule without references if it is regular.
 
+    `max_ignored`: characters that `%ignore` allows in one place (a model may otherwise write white space without end).
     Raises: InvalidGrammar with the line of what is wrong; GrammarTooLarge for counts above 10,000 or templates that
     expand without end.
     """
     if not isinstance(source, str):
         raise InvalidGrammar(f"a grammar is a str, not {type(source).__name__}")
-    return _Reader(source, start, max_regular_states).read()
+    if max_ignored is not None and not 0 <= max_ignored <= MAX_COUNT:
+        raise InvalidGrammar(f"max_ignored is {max_ignored!r} but must be in [0, {MAX_COUNT:,}]")
+    return _Reader(source, start, max_ignored, max_regular_states).read()
 
 
 class _Reader:
     """One grammar's definitions -> nodes."""
 
-    def __init__(self, source: str, start: str, max_regular_states: int) -> None:
+    def __init__(self, source: str, start: str, max_ignored: int | None, max_regular_states: int) -> None:
         self.source = source
         self.start = start
+        self.max_ignored = max_ignored
         self.max_regular_states = max_regular_states
         self.rules: dict[str, ir.Node] = {}
         self.pending: list[tuple[str, Any, Mapping[str, ir.Node]]] = []  # rule, lark's tree, values of the parameters
@@ -72,7 +82,10 @@ class _Reader:
         if definitions.ignore:
             options = tuple(self.terminal(name) for name in definitions.ignore)
             self.terminals.clear()
-            self.ignored = self._table(ir.Repeat(ir.Choice(options)), "%ignore")
+            any_number: ir.Node = ir.Repeat(ir.Choice(options))
+            if self.max_ignored is not None:
+                any_number = ir.Intersect((any_number, ir.Repeat(ir.ANY_CHAR, 0, self.max_ignored)))
+            self.ignored = self._table(any_number, "%ignore")
         begin = ir.Sequence((self.ignored, self.reference(self.start, ())))
         while self.pending:
             self.rule, tree, values = self.pending.pop()

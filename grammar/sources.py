@@ -44,8 +44,8 @@ def compile_constraint(
 ) -> CompiledGrammar:
     """Compile a constraint of any kind for a vocabulary.
 
-    `options` by kind: json_schema, the fields of `ir.JsonOptions`; regex, `flags`; cfg, `start`; substring, `unit` and
-    `allow_empty`; choice and tools, none.
+    `options` by kind: json_schema, the fields of `ir.JsonOptions`; regex, `flags`; cfg, `start` and `max_ignored`;
+    substring, `unit` and `allow_empty`; choice and tools, none.
     Raises: GrammarError and its subclasses.
     """
     return compile_parsed(parse_source(kind, source, limits=limits, **options), vocabulary, limits=limits)
@@ -82,7 +82,7 @@ def parse_source(kind: str, source: Any, *, limits: Limits | None = None, **opti
 OPTIONS: Mapping[str, tuple[str, ...]] = {
     "json_schema": ("mode", "whitespace", "on_unsupported", "registry"),
     "regex": ("flags",),
-    "cfg": ("start",),
+    "cfg": ("start", "max_ignored"),
     "choice": (),
     "substring": ("unit", "allow_empty"),
     "tools": (),

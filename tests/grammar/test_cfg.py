@@ -114,6 +114,20 @@ def test_a_grammar_without_recursion_is_closed() -> None:
     assert grammar.close()
 
 
+def test_what_is_ignored_can_be_bounded() -> None:
+    source = 'start: "a" "b"\n%ignore /[ ]+/\n%ignore /#x*/'
+    free, bounded = (compile_constraint("cfg", source, BYTES, max_ignored=n) for n in (None, 2))
+    for text, expected in [
+        ("a b", (True, True)),
+        (" a  b#x", (True, True)),
+        ("a   b", (True, False)),
+        ("ab #x", (True, False)),
+    ]:
+        assert (accepts(free, text), accepts(bounded, text)) == expected
+    with pytest.raises(InvalidGrammar, match="max_ignored is -1"):
+        compile_constraint("cfg", source, BYTES, max_ignored=-1)
+
+
 def test_deep_recursion_has_a_completion() -> None:
     grammar = compile_constraint("cfg", CALCULATOR, BYTES)
     state = grammar.advance_bytes(0, b"(" * 50 + b"1")
