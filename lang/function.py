@@ -24,6 +24,7 @@ from ramet.errors import ConfigError, InvalidProgram, InvalidRequest
 from ramet.lang import ir
 from ramet.lang.backend import ProgramOptions, choose_backend
 from ramet.lang.primitives import merge_sampling, to_sampling
+from ramet.lang.row_order import in_row_order, row_order
 from ramet.lang.run import Run, Stage
 from ramet.lang.state import State
 from ramet.lang.stream import Stream
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 _OPTIONS = ("backend", "timeout_s", "token_budget", "priority", "cache_salt", "seed", "stage", "tools")
 _STAGES = ("needed", "always")
+_ORDERS = ("given", "prefix")
 _THREADS = 64  # of run_batch: only programs that wait for a value in Python occupy one
 
 
@@ -175,15 +177,25 @@ class Function:
         progress_bar: bool = False,
         num_threads: int | None = None,
         max_live: int = 1024,
+        order: str = "given",
         **kwargs: Any,
     ) -> Any:
         """Run the program for every row: a dict of arguments, a tuple of them, or the only one.
 
         Rows run together, at most `max_live` at once; results come in the order of the rows, as a list, or one by one
-        as they are ready with `generator_style=True`. One row's error stays in its state.
+        as they are ready with `generator_style=True`. One row's error stays in its state. `order="prefix"` starts rows
+        that begin alike next to each other, so that a prefix is computed once though the cache is small; the program is
+        traced for that.
         """
         calls = [self._split_row(row, kwargs) for row in rows]
+        if order not in _ORDERS:
+            raise ConfigError(f"order is {order!r}, but must be one of {', '.join(_ORDERS)}")
+        starts = list(range(len(calls)))
+        if order == "prefix":
+            starts = row_order(self, [call.arguments for call in calls])
+            calls = [calls[index] for index in starts]
         states = self._run_calls(calls, progress_bar, num_threads or min(_THREADS, len(calls) or 1), max_live)
+        states = in_row_order(starts, states)
         return states if generator_style else list(states)
 
     def _run_calls(self, calls: list[_Call], progress_bar: bool, num_threads: int, max_live: int) -> Iterator[State]:

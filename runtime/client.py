@@ -330,6 +330,18 @@ class Engine:
         """Abort a request by its exact id; thread-safe. Its pages are free within one step."""
         self._send(lambda: self._abort(request_id), quietly=True)
 
+    def mark_dead(self, tokens: list[int], cache_salt: str = "", num_live: int = 0) -> None:
+        """Say that nobody will read `tokens[num_live:]` again: the cache gives up first what only they use.
+
+        Thread-safe, returns at once. A hint: a request that has them all the same finds what is still there.
+        """
+        ids = np.asarray(tokens, dtype=np.int32)
+
+        def mark() -> None:
+            self._core.scheduler.cache.mark_dead(ids, cache_salt, num_live)
+
+        self._send(mark, quietly=True)
+
     def flush_cache(self) -> int:
         """Forget every cached prefix that nobody is using; returns how many pages became free."""
         return int(self._ask(self._core.scheduler.cache.flush))

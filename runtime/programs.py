@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from ramet.errors import DeadlineExceeded, InvalidProgram, ProgramCancelled, RametError, RequestCancelled
 from ramet.lang import ir
+from ramet.runtime.dead_branches import TakesHints, dead_branches
 from ramet.runtime.grammar_cache import GrammarCache
 from ramet.runtime.program_engine import Handle, ProgramEngine, ProgramLimits, ProgramTokenizer
 from ramet.runtime.program_generation import Generation
@@ -90,6 +91,7 @@ class ProgramExecutor:
     def __init__(self, host: ProgramHost, on_event: Callable[[ir.NodeEvent], None], limits: ProgramLimits) -> None:
         self.tokenizer = host.tokenizer
         self.encoder = host.encoder
+        self._cache = host.engine
         self._engine = SharedRequests(host.engine) if host.share_nodes else host.engine
         self.marks = host.marks
         self._grammars = host.grammars
@@ -105,6 +107,7 @@ class ProgramExecutor:
         self._is_pumping = False
         self._is_cancelled = False
         self._is_complete = False
+        self._is_let_go = False
         self._to_cancel: list[Handle] = []
         self.lock = threading.RLock()
         self.start_s = time.monotonic()
@@ -148,6 +151,17 @@ class ProgramExecutor:
         """No more parts will come."""
         with self.lock:
             self._is_complete = True
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """When the program is over: tell the cache which branches nobody will read again."""
+        with self.lock:
+            if not self.is_over or self._is_let_go:
+                return
+            self._is_let_go = True
+        if isinstance(self._cache, TakesHints):
+            for tokens, num_live in dead_branches(self._index.nodes, lambda node: self._runs[node].path):
+                self._cache.mark_dead(tokens, self._limits.cache_salt, num_live)
 
     @property
     def is_over(self) -> bool:
@@ -310,7 +324,7 @@ class ProgramExecutor:
                 to_cancel, self._to_cancel = self._to_cancel, []
                 if not (self._ready or to_cancel):
                     self._is_pumping = False
-                    return
+                    break
                 run = self._ready.popleft() if self._ready else None
                 if run is not None and not run.is_over:
                     run.status = "running"
@@ -319,6 +333,7 @@ class ProgramExecutor:
                 handle.cancel()
             if run is not None and not run.is_over:
                 self._try(run, self._start)
+        self._let_go()
 
     def _try(self, run: NodeRun, work: Callable[[NodeRun], None]) -> None:
         """Do a part of a node's work. The node fails alone, whatever is raised; who reads it gets that as the cause."""

@@ -56,11 +56,15 @@ class Unknown:
 
 @dataclass(frozen=True, slots=True)
 class Opaque:
-    """Tokens that only a run can tell. Equal keys: equal tokens. `is_generated`: the model writes them here."""
+    """Tokens that only a run can tell. Equal keys: equal tokens.
+
+    `is_generated`: the model writes them here. `is_text`: text with a value in it, which may begin as other text does.
+    """
 
     key: Hashable
     count: Count
     is_generated: bool = False
+    is_text: bool = False
 
 
 Item: TypeAlias = int | Opaque
@@ -381,7 +385,7 @@ class _Interpreter:
         most = _max_bytes(run)
         # Every token stands for a byte at least; one may open the text, and one stand for a blank put before it.
         limit = self._target.context_length if most is None else min(self._target.context_length, most + 2)
-        return [Opaque(("run", *run, add_special, continues), Count(0, limit))]
+        return [Opaque(("run", *run, add_special, continues), Count(0, limit), is_text=True)]
 
 
 def generated_limits(node: ir.Generate, target: Target) -> tuple[int, int | None]:

@@ -76,12 +76,14 @@ class _Missing:
     cached: Count
     num_added: int | None
     is_after_generation: bool
+    is_beside_unknown: bool
 
 
 class _Planner:
     def __init__(self, paths: Paths, share_nodes: bool) -> None:
         self._paths, self._share = paths, share_nodes
         self._cached: set[int] = {0}  # positions of the trie
+        self._runs_from: set[int] = set()  # positions behind which some text is cached that only the run knows
         self._scored: set[object] = set()  # scoring requests that were made
         self._plan = RequestPlan()
 
@@ -148,8 +150,8 @@ class _Planner:
         if missing.is_after_generation:
             # The last token that was written has no keys and values yet where max_tokens ended the text.
             new = Count(new.at_least, new.at_most + 1)
-        if missing.num_added is None:
-            # What only the run knows may turn out to be what another branch has.
+        if missing.num_added is None or missing.is_beside_unknown:
+            # What only the run knows may turn out to be what another branch has, in part at least.
             new, shared = Count(0, new.at_most), Count(shared.at_least, prompt.count.at_most)
         count = prompt.count
         if not is_sure:
@@ -168,7 +170,8 @@ class _Planner:
             for item, position in zip(reversed(point.items), reversed(point.positions), strict=True):
                 is_opaque = isinstance(item, Opaque)
                 if position in self._cached and count >= keep:
-                    return _Missing(total, cached, added, isinstance(item, Opaque) and item.is_generated)
+                    is_after = isinstance(item, Opaque) and item.is_generated
+                    return _Missing(total, cached, added, is_after, position in self._runs_from)
                 size = item.count if isinstance(item, Opaque) else Count(1, 1)
                 if is_opaque and position in self._cached and count == keep - 1:
                     # All of it is cached, but its last token is computed again.
@@ -179,7 +182,7 @@ class _Planner:
                 cached = Count(cached.at_least - size.at_least, cached.at_most - size.at_most)
                 added = None if added is None or is_opaque else added + 1
                 count += 1
-        return _Missing(total, cached, added, False)
+        return _Missing(total, cached, added, False, 0 in self._runs_from)
 
     def _cache(self, point: Point, *, is_counted: bool = True) -> None:
         for at in point.chain():
@@ -187,12 +190,15 @@ class _Planner:
                 fresh = [i for i, position in enumerate(at.positions) if position not in self._cached]
                 if not fresh:
                     return
+            before = at.parent.position if at.parent is not None else 0
             for item, position in zip(at.items, at.positions, strict=True):
                 if position not in self._cached:
                     self._cached.add(position)
-                    if not is_counted:
-                        continue
-                    self._plan.kv = self._plan.kv + (item.count if isinstance(item, Opaque) else Count(1, 1))
+                    if isinstance(item, Opaque) and item.is_text:
+                        self._runs_from.add(before)
+                    if is_counted:
+                        self._plan.kv = self._plan.kv + (item.count if isinstance(item, Opaque) else Count(1, 1))
+                before = position
 
 
 def run_order(graph: ir.Graph) -> Iterable[ir.AnyNode]:
