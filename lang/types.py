@@ -21,6 +21,11 @@ from ramet.lang.ir import Constraint
 Wire = Literal["str", "int", "float", "bool", "json"]
 
 _INT = r"-?(?:0|[1-9][0-9]{0,14})"
+# A number in running text ends where the model goes on with something else. Masking everything but digits would keep it
+# writing digits instead; so what may follow is allowed, and a stop string cuts it off.
+_ENDS = (" ", "\n", ",", ";", ":", "!", "?", ")", "]", "}", "%", "'", '"', "/", "*", "=", "|", "<")
+_AFTER_INT = r"(?:[ \n.,;:!?)\]}%'\"/*=|<](?s:.)*)?"
+_AFTER_FLOAT = r"(?:(?:[ \n,;:!?)\]}%'\"/*=|<]|\.[ \n])(?s:.)*)?"
 _DATE = (
     r"[0-9]{4}-(?:(?:0[13578]|1[02])-(?:0[1-9]|[12][0-9]|3[01])|(?:0[469]|11)-(?:0[1-9]|[12][0-9]|30)"
     r"|02-(?:0[1-9]|1[0-9]|2[0-8]))"
@@ -55,6 +60,8 @@ class OutputType:
     constraint: Constraint | None = None
     convert: Callable[[Any], Any] = field(default=lambda value: value)  # JSON value -> value of the type
     shape: Shape | None = None
+    stop: tuple[str, ...] = ()  # ends the text, beside what the program says
+    max_tokens: int | None = None  # where the program says nothing
 
 
 TEXT = OutputType()
@@ -65,9 +72,10 @@ def output_type(kind: object) -> OutputType:
     if kind is None or kind is str:
         return TEXT
     if kind is int:
-        return OutputType("int", Constraint("regex", _INT))
+        return OutputType("int", Constraint("regex", _INT + _AFTER_INT), stop=(".", *_ENDS), max_tokens=20)
     if kind is float:
-        return OutputType("float", Constraint("regex", _INT + r"(?:\.[0-9]{1,15})?"))
+        pattern = _INT + r"(?:\.[0-9]{1,15})?" + _AFTER_FLOAT
+        return OutputType("float", Constraint("regex", pattern), stop=(". ", ".\n", *_ENDS), max_tokens=36)
     if kind is bool:
         return OutputType("bool", choice(["true", "false"]))
     if isinstance(kind, Mapping):

@@ -6,7 +6,12 @@ from ramet import State, function, gen
 
 FACTS = {"bees": "A bee visits fifty flowers in one flight.", "ants": "An ant lifts fifty times its weight."}
 EXAMPLE = {"topics": ["bees", "ants"]}
-SCRIPT = {"about bees": "flights", "about ants": "strength", "flight.": "Bees are busy.", "weight.": "Ants are strong."}
+SCRIPT = {
+    "about bees": " flights",
+    "about ants": " strength",
+    "flight.": "Bees are busy.",
+    "weight.": "Ants are strong.",
+}
 
 
 async def look_up(topic: str) -> str:
@@ -19,9 +24,9 @@ async def research(s: State, topics: list[str]) -> None:
     s += "Notes of a biologist.\n"
 
     async def one(branch: State, topic: str) -> None:
-        branch += f"A keyword about {topic}: " + gen("keyword", stop="\n")
-        keyword = await branch["keyword"]
-        branch += f"\nFound for {keyword!r}: {await look_up(topic)}\nIn my words: " + gen("note", stop="\n")
+        branch += f"A keyword about {topic}:" + gen("keyword", stop="\n")
+        keyword = str(await branch["keyword"]).strip()
+        branch += f"\nFound for {keyword!r}: {await look_up(topic)}\nIn my words:" + gen("note", stop="\n")
 
     branches = s.fork(len(topics))
     await asyncio.gather(*(one(branch, topic) for branch, topic in zip(branches, topics, strict=True)))

@@ -13,8 +13,8 @@ SCRIPT = {
 def debate(s: State, motion: str, rounds: int) -> None:
     s += f"A debate about the motion: {motion}\n"
     for _ in range(rounds):
-        s += "For: " + gen("pro", stop="\n") + "\n"
-        s += "Against: " + gen("contra", stop="\n") + "\n"
+        s += "For:" + gen("pro", stop="\n") + "\n"
+        s += "Against:" + gen("contra", stop="\n") + "\n"
     s += "The judge's verdict: the better arguments came from the side "
     s += select("winner", ["for", "against"]) + " the motion."
 

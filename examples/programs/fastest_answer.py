@@ -3,13 +3,13 @@
 from ramet import State, function, gen
 
 EXAMPLE = {"question": "What is the capital of Italy?"}
-SCRIPT = {"In one word: ": "Rome", "With an explanation: ": "The capital of Italy is Rome, as it has been since 1871."}
+SCRIPT = {"In one word:": " Rome", "With an explanation:": " The capital of Italy is Rome, as it has been since 1871."}
 
 
 @function(temperature=0, max_tokens=40)
 def ask(s: State, question: str) -> str:
     s += f"Question: {question}\n"
-    ways = ["In one word: ", "With an explanation: "]
+    ways = ["In one word:", "With an explanation:"]
     winner = s.first_of(*(way + gen("answer", stop="\n") for way in ways))
     return ways[winner]
 

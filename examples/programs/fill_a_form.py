@@ -7,7 +7,7 @@ from ramet import State, function, gen
 
 EXAMPLE = {"story": "On 3 May 2021 Ms Olga Berg, 44, took the night train to Vienna and paid 89 euros."}
 SCRIPT = {
-    "Name:": "Olga Berg",
+    "Name:": " Olga Berg",
     "Age:": "44",
     "Date:": "2021-05-03",
     "Means:": "train",
@@ -20,7 +20,7 @@ SCRIPT = {
 def fill(s: State, story: str) -> None:
     s += f"{story}\n\n"
     s += (
-        f"Name: {gen('name', max_tokens=12, stop=chr(10))}\n"
+        f"Name:{gen('name', max_tokens=12, stop=chr(10))}\n"
         f"Age: {gen('age', int, regex='[1-9][0-9]?')}\n"
         f"Date: {gen('day', date)}\n"
         f"Means: {gen('means', Literal['car', 'train', 'plane', 'ship'])}\n"

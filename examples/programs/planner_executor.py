@@ -8,7 +8,7 @@ SCRIPT = {"Step 1:": "Find a shop", "Step 2:": "Buy an oven", "Step 3:": "Hire a
 
 @function(temperature=0, max_tokens=24)
 def work(s: State, goal: str, step: str) -> None:
-    s += f"Goal: {goal}\nStep: {step}\nHow? " + gen("how", stop="\n")
+    s += f"Goal: {goal}\nStep:{step}\nHow?" + gen("how", stop="\n")
 
 
 @function(temperature=0, max_tokens=16)
@@ -16,7 +16,7 @@ def plan(s: State, goal: str, num_steps: int) -> list[tuple[str, str]]:
     s += f"Goal: {goal}\n"
     steps = []
     for i in range(1, num_steps + 1):
-        s += f"Step {i}: " + gen("step", stop="\n") + "\n"
+        s += f"Step {i}:" + gen("step", stop="\n") + "\n"
         steps.append(s["step"])
     branches = s.fork(num_steps)
     for branch, step in zip(branches, steps, strict=True):
@@ -27,7 +27,7 @@ def plan(s: State, goal: str, num_steps: int) -> list[tuple[str, str]]:
 
 def main() -> None:
     for step, how in plan.run(**EXAMPLE).result:
-        print(f"{step}: {how}")
+        print(f"{step.strip()}: {how.strip()}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ def outline(s: State, title: Any, depth: int, width: int) -> list[Any]:
     branches = s.fork(width)
     found = []
     for i, branch in enumerate(branches, 1):
-        branch += f"The heading of part {i} of '{title}': " + gen("heading", stop="\n") + "\n"
+        branch += f"The heading of part {i} of '{title}':" + gen("heading", stop="\n") + "\n"
         found.append([branch["heading"], outline(branch, branch["heading"], depth - 1, width)])
     return found
 

@@ -14,7 +14,7 @@ def answer(s: State, question: str, points: int) -> str:
     s += f"Question: {question}\nThe {points} most important points, in two or three words each:\n"
     skeleton = []
     for i in range(1, points + 1):
-        s += f"{i}. " + gen("point", max_tokens=8, stop="\n") + "\n"
+        s += f"{i}." + gen("point", max_tokens=8, stop="\n") + "\n"
         skeleton.append(s["point"])
 
     def expand(branch: State, point: object) -> None:

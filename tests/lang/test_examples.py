@@ -127,7 +127,7 @@ def test_async_examples_run_on_a_loop_as_well() -> None:
     module = load(EXAMPLES / "programs" / "async_research.py")
     with use_backend(MockBackend(module.SCRIPT)):
         state = asyncio.run(program_of(module).arun(**module.EXAMPLE))
-    assert state["keyword"] == ["flights", "strength"]
+    assert state["keyword"] == [" flights", " strength"]
 
 
 @pytest.fixture(scope="module")

@@ -174,3 +174,19 @@ def test_a_value_that_its_class_refuses_is_an_error_with_its_cause() -> None:
     with pytest.raises(ProgramError, match="odd") as raised:
         generate(Even, '{"n":3}')
     assert raised.value.__cause__ is not None
+
+
+@pytest.mark.parametrize(
+    ("kind", "written", "value"),
+    [(int, "36 trees", 36), (int, "-5.", -5), (float, "2.5, or so", 2.5), (float, "3. Then", 3.0), (float, "7", 7.0)],
+)
+def test_a_number_ends_where_the_model_goes_on_with_something_else(kind: Any, written: str, value: object) -> None:
+    @function
+    def program(s: State) -> None:
+        s += "value: " + gen("x", kind) + "!"
+
+    mock = MockBackend({"value:": written})
+    state = program.run(backend=mock)
+    assert state["x"] == value
+    assert state.text() == f"value: {written.rstrip('.').split(' ')[0].rstrip('.,')}!"
+    mock.engine.shutdown()
