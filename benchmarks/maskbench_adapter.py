@@ -1,4 +1,5 @@
-"""Ramet's grammar engine for `maskbench.py`: `PYTHONPATH=benchmarks maskbench.py run --engine maskbench_adapter:Engine`.
+"""Ramet's grammar engine for `maskbench.py`: `PYTHONPATH=benchmarks maskbench.py run --engine
+maskbench_adapter:Engine`.
 
 Whitespace is "bounded": at most one space after a comma or a colon, so both of json.dumps's forms are in the language.
 """

@@ -1,9 +1,10 @@
 """The machine under every grammar: a lazily determinised pushdown automaton over bytes, made of frames.
 
-A *frame* is a small table of local states, shared by all that look alike (the content of a string, a number, the keys of an
-object), plus *exits*: what happens when the table is left. An *instance* is a frame in one context (what follows it, what
-was seen before), interned, so that equal configurations are one instance. An exit's target is another instance's local
-state; it is found when first needed and never again. So Python works once per frame entered, compiled code per byte.
+A *frame* is a small table of local states, shared by all that look alike (the content of a string, a number, the keys
+of an object), plus *exits*: what happens when the table is left. An *instance* is a frame in one context (what follows
+it, what was seen before), interned, so that equal configurations are one instance. An exit's target is another
+instance's local state; it is found when first needed and never again. So Python works once per frame entered, compiled
+code per byte.
 
 A table entry is a next local state (>= 0), REFUSE, or -2 - (2 * exit + again): leave through `exit`, and read the byte
 `again` in the target (again = 1) or not. A configuration is packed as instance << 32 | local state.
@@ -51,7 +52,8 @@ class Table:
     rows: int32 [num_states, num_classes] entries as in the module's docstring; byte_class: uint8 [256].
     loop: a state that every plain character leads back to (kind 2, see Vocabulary), -1 where there is none.
     depths: int32 [4, num_states], for the content of strings: plain characters that may follow, see walker.safe_depths.
-    end_exits[local]: the exit taken when the text ends here or the next byte is not the frame's own; -1 where it may not.
+    end_exits[local]: the exit taken when the text ends here or the next byte is not the frame's own; -1 where it may
+    not.
     """
 
     rows: NDArray[np.int32]
@@ -318,7 +320,8 @@ class Machine:
         reached = self.frames[packed >> LOCAL_BITS]
         if reached.table is frame.table and leaves_unread(frame.table, packed & LOCAL_MASK, exit_index):
             if hasattr(reached, "resolve_text"):
-                packed = reached.resolve_text(exit_index, reached.text)
+                memory = cast("MemoryFrame", reached)
+                packed = memory.resolve_text(exit_index, memory.text)
             else:
                 packed = self.exit_target(packed >> LOCAL_BITS, exit_index)
             assert packed >= 0, (frame, local, exit_index)
@@ -328,8 +331,8 @@ class Machine:
 class MemoryFrame(Frame, Protocol):
     """A frame whose exits depend on the text read in it (an unnamed key, an item that must not come twice).
 
-    While a mask is computed its exits lead to a context that does not know the text; a run over committed bytes asks here.
-    `text`: what was read in the frame before this instance.
+    While a mask is computed its exits lead to a context that does not know the text; a run over committed bytes asks
+    here. `text`: what was read in the frame before this instance.
     """
 
     text: bytes
@@ -349,7 +352,9 @@ def leaves_unread(table: Table, local: int, exit_index: int) -> bool:
 
 
 def path_to_exit(table: Table, exit_index: int, local: int) -> bytes | None:
-    """A shortest byte string from `local` to an exit, the leaving byte included if the frame reads it; None if there is none."""
+    """A shortest byte string from `local` to an exit, the leaving byte included if the frame reads it; None if there is
+    none.
+    """
     found = table.paths.get(exit_index)
     if found is None:
         found = table.paths[exit_index] = _paths_to_exit(table, exit_index)

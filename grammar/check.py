@@ -12,7 +12,8 @@ from ramet.grammar.compiler import CompiledGrammar
 from ramet.grammar.ir import JsonOptions
 from ramet.grammar.json_schema import formats
 from ramet.grammar.json_schema.document import Registry
-from ramet.grammar.json_schema.keywords import Interpreter, survey
+from ramet.grammar.json_schema.keywords import Interpreter
+from ramet.grammar.json_schema.survey import survey
 from ramet.grammar.vocabulary import Vocabulary
 
 _ASSERTIONS = frozenset(

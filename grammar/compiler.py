@@ -20,7 +20,8 @@ from ramet.grammar.vocabulary import SLICE_SIZES, TokenTrie, Vocabulary
 class Limits:
     """What compiling and running may cost.
 
-    max_states: configurations of one grammar, visited or looked at. max_regular_states: states of one terminal or pattern.
+    max_states: configurations of one grammar, visited or looked at. max_regular_states: states of one terminal or
+    pattern.
     """
 
     max_states: int = 4_000_000
@@ -29,7 +30,9 @@ class Limits:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DeviceTables:
-    """A closed automaton: byte_class uint8 [256]; transitions int32 [num_states, num_classes], -1 refused; accepting bool."""
+    """A closed automaton: byte_class uint8 [256]; transitions int32 [num_states, num_classes], -1 refused; accepting
+    bool.
+    """
 
     byte_class: NDArray[np.uint8]
     transitions: NDArray[np.int32]
@@ -159,7 +162,7 @@ class CompiledGrammar:
             machine.exit_target(int(scratch[1]), int(scratch[2]))
 
     def _loop_row(self, packed: int) -> NDArray[np.int32]:
-        """The mask of a state that plain text does not leave: all plain tokens, and those whose remainder is accepted."""
+        """The mask of a state that plain text does not leave: plain tokens, and those whose remainder is accepted."""
         vocabulary = self.vocabulary
         row = vocabulary.plain_row(2, vocabulary.slice_sizes[-1]).copy()
         trie, group, tokens = vocabulary.remainders
@@ -344,7 +347,8 @@ def compile_grammar(
 ) -> CompiledGrammar:
     """Compile a grammar, or one node of it, for a vocabulary.
 
-    Raises: GrammarError and its subclasses: what cannot be compiled, is contradictory (no text at all), or is too large.
+    Raises: GrammarError and its subclasses: what cannot be compiled, is contradictory (no text at all), or is too
+    large.
     """
     limits = limits or Limits()
     grammar = constraint if isinstance(constraint, ir.Grammar) else ir.Grammar.of(constraint)

@@ -21,7 +21,8 @@ from ramet.grammar.compiler import CompiledGrammar, Limits
 from ramet.grammar.json_schema.document import Registry, SchemaNode
 from ramet.grammar.json_schema.expressions import Expressions
 from ramet.grammar.json_schema.frames import Json
-from ramet.grammar.json_schema.keywords import Interpreter, survey
+from ramet.grammar.json_schema.keywords import Interpreter
+from ramet.grammar.json_schema.survey import survey
 from ramet.grammar.json_schema.values import Expr
 from ramet.grammar.vocabulary import Vocabulary
 

@@ -1,16 +1,18 @@
 """JSON numbers under constraints: automata over the texts of a set of numbers.
 
-Constrained numbers are written without exponent: `-?(0|[1-9][0-9]*)(\\.[0-9]+)?`. Every bound, integrality and multipleOf
-is a finite property of such texts, so the sets are regular, exact, and closed under complement. `1.0` is an integer and
-`-0` is zero, as JSON Schema has it. Numbers without any constraint may also have an exponent.
+Constrained numbers are written without exponent: `-?(0|[1-9][0-9]*)(\\.[0-9]+)?`. Every bound, integrality and
+multipleOf is a finite property of such texts, so the sets are regular, exact, and closed under complement. `1.0` is an
+integer and `-0` is zero, as JSON Schema has it. Numbers without any constraint may also have an exponent.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
+from typing import Any
 
 from ramet.errors import GrammarTooLarge
 from ramet.grammar import ir, regular
@@ -83,10 +85,9 @@ def simplify(numbers: Numbers) -> Numbers | None:
     low, high = numbers.low, numbers.high
     if numbers.integer:
         if low is not None:
-            low = Fraction(math.floor(low) + 1 if numbers.low_open or low.denominator != 1 else low)
-            low = Fraction(math.floor(numbers.low) + 1) if numbers.low_open else Fraction(math.ceil(numbers.low))  # type: ignore[arg-type]
+            low = Fraction(math.floor(low) + 1) if numbers.low_open else Fraction(math.ceil(low))
         if high is not None:
-            high = Fraction(math.ceil(numbers.high) - 1) if numbers.high_open else Fraction(math.floor(numbers.high))  # type: ignore[arg-type]
+            high = Fraction(math.ceil(high) - 1) if numbers.high_open else Fraction(math.floor(high))
         numbers = Numbers(low, False, high, False, True, numbers.multiples, None, numbers.excluded)
     if low is not None and high is not None:
         if low > high or (low == high and (numbers.low_open or numbers.high_open)):
@@ -102,7 +103,9 @@ def simplify(numbers: Numbers) -> Numbers | None:
     return numbers
 
 
-def _tighter(a: Fraction | None, a_open: bool, b: Fraction | None, b_open: bool, pick) -> tuple[Fraction | None, bool]:  # type: ignore[no-untyped-def]
+def _tighter(
+    a: Fraction | None, a_open: bool, b: Fraction | None, b_open: bool, pick: Callable[[Fraction, Fraction], Fraction]
+) -> tuple[Fraction | None, bool]:
     if a is None:
         return b, b_open
     if b is None:
@@ -182,6 +185,9 @@ def _texts_of(value: Fraction) -> ir.Node:
 # --- ranges and divisors: a product of small trackers, explored from the start --------------------------------------
 
 
+_State = tuple[Any, ...]  # see `_track`: its parts differ in type with the phase
+
+
 class _Bound:
     """Compares the absolute value of a text with a decimal bound, digit by digit."""
 
@@ -234,7 +240,7 @@ class _Divisor:
         self.q = number
 
     def push(self, state: tuple[int, int], digit: int) -> tuple[int, int]:
-        """(remainder without the trailing zeros, how many of those, at most `zeros`), one more digit of the scaled number."""
+        """(remainder without the trailing zeros, how many of those, at most `zeros`), one more digit read."""
         rest, trailing = state
         if digit == 0:
             if trailing < self.zeros:
@@ -248,12 +254,7 @@ class _Divisor:
             return False
         for _ in range(self.scale - pushed):
             state = self.push(state, 0)
-        rest, trailing = state
-        return rest == 0 and (trailing == self.zeros or self._is_zero(state))
-
-    def _is_zero(self, state: tuple[int, int]) -> bool:
-        # only zero itself has remainder zero with fewer trailing zeros read; it is entered with all of them
-        return False
+        return state == (0, self.zeros)  # zero itself is entered with all its zeros, see `start`
 
     def start(self) -> tuple[int, int]:
         return 0, self.zeros
@@ -284,7 +285,7 @@ def _track(numbers: Numbers) -> Dfa:
     wants_fraction = numbers.integer is not None
 
     # state: (phase, sign, low state, high state, is a fraction digit not zero, per divisor (state, pushed, broken))
-    def first_digit(sign: str, digit: int) -> tuple[object, ...] | None:
+    def first_digit(sign: str, digit: int) -> _State | None:
         if sign not in sides:
             return None
         _, low, high = sides[sign]
@@ -297,25 +298,25 @@ def _track(numbers: Numbers) -> Dfa:
             tuple((d.push(d.start(), digit), 0, False) for d, _ in divisors),
         )
 
-    def after(state: tuple[object, ...], symbol: int) -> tuple[object, ...] | None:
+    def after(state: _State, symbol: int) -> _State | None:
         phase = state[0]
         if phase in ("start", "minus"):
             if symbol == 11:
                 return ("minus",) if phase == "start" and "-" in sides else None
             return first_digit("-" if phase == "minus" else "+", symbol) if symbol < 10 else None
         _, sign, a, b, odd, parts = state
-        _, low, high = sides[sign]  # type: ignore[index]
+        _, low, high = sides[sign]
         if symbol == 10:
             if phase not in ("zero", "int"):
                 return None
-            return ("point", sign, low and low.point(a), high and high.point(b), odd, parts)  # type: ignore[arg-type]
+            return ("point", sign, low and low.point(a), high and high.point(b), odd, parts)
         if symbol == 11 or phase == "zero":
             return None
         if phase == "int":
-            moved = tuple((d.push(s, symbol), 0, False) for (d, _), (s, _, _) in zip(divisors, parts, strict=True))  # type: ignore[arg-type, call-overload]
-            return ("int", sign, low and low.digit(a, symbol), high and high.digit(b, symbol), odd, moved)  # type: ignore[arg-type]
+            moved = tuple((d.push(s, symbol), 0, False) for (d, _), (s, _, _) in zip(divisors, parts, strict=True))
+            return ("int", sign, low and low.digit(a, symbol), high and high.digit(b, symbol), odd, moved)
         pushed = []
-        for (d, _), (s, count, broken) in zip(divisors, parts, strict=True):  # type: ignore[call-overload]
+        for (d, _), (s, count, broken) in zip(divisors, parts, strict=True):
             if count < d.scale:
                 pushed.append((d.push(s, symbol), count + 1, broken))
             else:
@@ -328,28 +329,28 @@ def _track(numbers: Numbers) -> Dfa:
             high and high.fraction(b, symbol),
             nonzero,
             tuple(pushed),
-        )  # type: ignore[arg-type]
+        )
 
-    def accepts(state: tuple[object, ...]) -> bool:
+    def accepts(state: _State) -> bool:
         if state[0] in ("start", "minus", "point"):
             return False
         phase, sign, a, b, odd, parts = state
-        (_, low_open, _, high_open), low, high = sides[sign]  # type: ignore[index]
+        (_, low_open, _, high_open), low, high = sides[sign]
         if phase in ("zero", "int"):
-            a, b = low and low.point(a), high and high.point(b)  # type: ignore[arg-type]
+            a, b = low and low.point(a), high and high.point(b)
         if low is not None:
-            c = low.compare(a)  # type: ignore[arg-type]
+            c = low.compare(a)
             if c < 0 or (c == 0 and low_open):
                 return False
         if high is not None:
-            c = high.compare(b)  # type: ignore[arg-type]
+            c = high.compare(b)
             if c > 0 or (c == 0 and high_open):
                 return False
         if numbers.integer is not None and numbers.integer == bool(odd):
             return False
-        return all(d.divides(*part) == wanted for (d, wanted), part in zip(divisors, parts, strict=True))  # type: ignore[call-overload]
+        return all(d.divides(*part) == wanted for (d, wanted), part in zip(divisors, parts, strict=True))
 
-    first: tuple[object, ...] = ("start",)
+    first: _State = ("start",)
     index, queue, rows = {first: 0}, [first], []
     for state in queue:
         row = []

@@ -1,7 +1,7 @@
 """Context-free grammars on the machine: configurations are sets of threads over a graph-structured stack.
 
-A thread is (leaf, state of the leaf's automaton, stack node). Stack nodes are interned by content, so a configuration is
-the same object whenever the same continuations are open; a call in tail position reuses its caller's node, and left
+A thread is (leaf, state of the leaf's automaton, stack node). Stack nodes are interned by content, so a configuration
+is the same object whenever the same continuations are open; a call in tail position reuses its caller's node, and left
 recursion closes a cycle within one step, so both kinds of recursion stay finite where the language is regular.
 
 Source: GSS as in Tomita's generalized LR parsing; nullable rules as in Scott and Johnstone's "GLL parsing" (2010).
@@ -25,23 +25,28 @@ MAX_THREADS = 4096
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Leaf:
-    """A regular part, and the grammar state after it. rows: int32 [n, 256]; cost[q]: bytes to the nearest accepting state."""
+    """A regular part, and the grammar state after it. rows: int32 [n, 256]; cost[q]: bytes to the nearest accepting
+    state.
+    """
 
     rows: NDArray[np.int32]
-    accepting: list[bool]
+    accepting: list[int]
     goes_on: list[bool]
     then: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StackNode:
-    """A rule that was called; `edges`: (grammar state to go on with, caller's node). Identity is content (see `_intern`)."""
+    """A rule that was called; `edges`: (grammar state to go on with, caller's node). Identity is content (see
+    `_intern`)."""
 
     number: int
     edges: list[tuple[int, StackNode]]
 
 
 Thread = tuple[int, int, int]  # leaf, state, stack node's number
+Parent = StackNode | int  # of an earlier step, or the number of a rule called in this one
+State = tuple[str, int, int, list[int]]  # kind; leaf or rule; what follows a rule; alternatives
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,15 +58,15 @@ class Configuration:
 
 
 class Pushdown:
-    """A grammar compiled to states: ("leaf", leaf) | ("or", states) | ("call", rule, then) | ("return",)."""
+    """A grammar compiled to states: leaf (a regular part), or (alternatives), call (of a rule), return."""
 
     def __init__(self, grammar: ir.Grammar, machine: Machine, max_regular_states: int = 20_000) -> None:
         self.grammar = grammar
         self.machine = machine
         self.max_regular_states = max_regular_states
-        self.states: list[tuple[str, int, int] | tuple[str, list[int]] | tuple[str]] = [("return",)]
+        self.states: list[State] = [("return", 0, 0, [])]
         self.leaves: list[Leaf] = []
-        self.dfas: dict[ir.Node, tuple[NDArray[np.int32], list[bool]]] = {}
+        self.dfas: dict[ir.Node, tuple[NDArray[np.int32], list[int]]] = {}
         self.recursive = _recursive_rules(grammar)
         self.rule_state: dict[str, int] = {}
         self.rule_names: list[str] = []
@@ -94,7 +99,7 @@ class Pushdown:
     def costs(self) -> _Costs:
         return _Costs(self)
 
-    def _add(self, state: tuple[str, int, int] | tuple[str, list[int]]) -> int:
+    def _add(self, state: State) -> int:
         self.states.append(state)
         return len(self.states) - 1
 
@@ -111,17 +116,17 @@ class Pushdown:
                 rest = [self._compile(o, then, pending) for o in options if not self._is_regular(o)]
                 if plain:
                     rest.append(self._leaf(ir.Choice(plain), then))
-                return self._add(("or", rest))
+                return self._add(("or", 0, 0, rest))
             case ir.Repeat(item, low, high):
                 if high is None:
                     targets: list[int] = []
-                    loop = self._add(("or", targets))
+                    loop = self._add(("or", 0, 0, targets))
                     targets.extend([self._compile(item, loop, pending), then])
                     state = loop
                 else:
                     state = then
                     for _ in range(high - low):
-                        state = self._add(("or", [self._compile(item, state, pending), then]))
+                        state = self._add(("or", 0, 0, [self._compile(item, state, pending), then]))
                 for _ in range(low):
                     state = self._compile(item, state, pending)
                 return state
@@ -132,7 +137,7 @@ class Pushdown:
                     self.rule_index[rule] = len(self.rule_names)
                     self.rule_names.append(rule)
                 pending.append(rule)
-                return self._add(("call", self.rule_index[rule], then))
+                return self._add(("call", self.rule_index[rule], then, []))
             case _:
                 raise InvalidGrammar(f"{type(node).__name__} cannot stand in a recursive part of a grammar")
 
@@ -174,9 +179,9 @@ class Pushdown:
             found = self.dfas[node] = (regular.byte_table(dfa), dfa.accepting)
         rows, accepting = found
         if not any(accepting):
-            return self._add(("or", []))
-        self.leaves.append(Leaf(rows, accepting, (rows >= 0).any(axis=1).tolist(), then))
-        return self._add(("leaf", len(self.leaves) - 1, 0))
+            return self._add(("or", 0, 0, []))
+        self.leaves.append(Leaf(rows, accepting, (rows.max(axis=1) >= 0).tolist(), then))
+        return self._add(("leaf", len(self.leaves) - 1, 0, []))
 
     def _productive(self) -> list[bool]:
         """Which states can be finished: the least fixed point."""
@@ -189,11 +194,11 @@ class Pushdown:
                 if ok[s]:
                     continue
                 if state[0] == "leaf":
-                    good = ok[self.leaves[state[1]].then]  # type: ignore[index]
+                    good = ok[self.leaves[state[1]].then]
                 elif state[0] == "call":
-                    good = ok[self.rule_state[self.rule_names[state[1]]]] and ok[state[2]]  # type: ignore[index,misc]
+                    good = ok[self.rule_state[self.rule_names[state[1]]]] and ok[state[2]]
                 else:
-                    good = any(ok[t] for t in state[1])  # type: ignore[union-attr,misc]
+                    good = any(ok[t] for t in state[3])
                 if good:
                     ok[s] = changed = True
         return ok
@@ -228,16 +233,16 @@ class _Closure:
         self.owner = owner
         self.accepts = False
         self.threads = threads
-        self.local_edges: dict[int, set[tuple[int, object]]] = {}  # rule -> (then, StackNode | rule number)
-        self.local_threads: set[tuple[int, int, object]] = set()
+        self.local_edges: dict[int, set[tuple[int, Parent]]] = {}  # rule -> (then, StackNode | rule number)
+        self.local_threads: set[tuple[int, int, Parent]] = set()
         self.returned: set[int] = set()
-        self.seen: set[tuple[int, object]] = set()
+        self.seen: set[tuple[int, Parent]] = set()
         for state, node in entries:
             self.visit(state, node)
 
-    def visit(self, state: int, parent: object) -> None:
+    def visit(self, state: int, parent: Parent) -> None:
         """`parent`: a StackNode of earlier steps, or the number of a rule called in this one."""
-        stack: list[tuple[int, object]] = [(state, parent)]
+        stack: list[tuple[int, Parent]] = [(state, parent)]
         owner = self.owner
         while stack:
             entry = stack.pop()
@@ -247,37 +252,37 @@ class _Closure:
             state, parent = entry
             what = owner.states[state]
             if what[0] == "leaf":
-                leaf_index = what[1]  # type: ignore[misc]
-                leaf = owner.leaves[leaf_index]  # type: ignore[index]
+                leaf_index = what[1]
+                leaf = owner.leaves[leaf_index]
                 if leaf.goes_on[0]:
-                    self.local_threads.add((leaf_index, 0, parent))  # type: ignore[arg-type]
+                    self.local_threads.add((leaf_index, 0, parent))
                 if leaf.accepting[0]:
                     stack.append((leaf.then, parent))
             elif what[0] == "or":
-                stack.extend((t, parent) for t in what[1])  # type: ignore[union-attr,misc]
+                stack.extend((t, parent) for t in what[3])
             elif what[0] == "call":
-                rule, then = what[1], what[2]  # type: ignore[misc]
+                rule, then = what[1], what[2]
                 if then == 0:  # a tail call returns to the caller's caller
-                    stack.append((owner.rule_state[owner.rule_names[rule]], parent))  # type: ignore[index]
+                    stack.append((owner.rule_state[owner.rule_names[rule]], parent))
                     continue
-                edges = self.local_edges.setdefault(rule, set())  # type: ignore[arg-type]
+                edges = self.local_edges.setdefault(rule, set())
                 if (then, parent) not in edges:
-                    edges.add((then, parent))  # type: ignore[arg-type]
+                    edges.add((then, parent))
                     if rule in self.returned:
-                        stack.append((then, parent))  # type: ignore[arg-type]
-                stack.append((owner.rule_state[owner.rule_names[rule]], rule))  # type: ignore[index]
+                        stack.append((then, parent))
+                stack.append((owner.rule_state[owner.rule_names[rule]], rule))
             elif isinstance(parent, StackNode):
                 if parent.number == 0:
                     self.accepts = True
                 stack.extend(parent.edges)
             else:
-                self.returned.add(parent)  # type: ignore[arg-type]
-                stack.extend(self.local_edges[parent])  # type: ignore[index]
+                self.returned.add(parent)
+                stack.extend(self.local_edges[parent])
 
     def result(self) -> Configuration:
         names = self._name_nodes()
         for leaf, q, parent in self.local_threads:
-            node = parent if isinstance(parent, StackNode) else names[parent]  # type: ignore[index]
+            node = parent if isinstance(parent, StackNode) else names[parent]
             self.threads.add((leaf, q, node.number))
         if len(self.threads) > MAX_THREADS:
             raise GrammarTooLarge(f"the grammar is too ambiguous: more than {MAX_THREADS:,} ways are open at once")
@@ -292,7 +297,7 @@ class _Closure:
             if not ready:
                 break
             for rule in ready:
-                edges = [(t, p if isinstance(p, StackNode) else names[p]) for t, p in pending.pop(rule)]  # type: ignore[index]
+                edges = [(t, p if isinstance(p, StackNode) else names[p]) for t, p in pending.pop(rule)]
                 names[rule] = self.owner.node((rule, frozenset((t, n.number) for t, n in edges)), edges)
         if pending:
             content = frozenset(
@@ -301,7 +306,7 @@ class _Closure:
                     frozenset(
                         (t, True, p.number)
                         if isinstance(p, StackNode)
-                        else (t, p in names, names[p].number if p in names else p)  # type: ignore[index]
+                        else (t, p in names, names[p].number if p in names else p)
                         for t, p in edges
                     ),
                 )
@@ -310,9 +315,9 @@ class _Closure:
             fresh: dict[int, list[tuple[int, StackNode]]] = {rule: [] for rule in pending}
             for rule in pending:
                 names[rule] = self.owner.node((rule, content), fresh[rule])
-            for rule, edges in pending.items():
+            for rule, local in pending.items():
                 if names[rule].edges is fresh[rule]:
-                    fresh[rule].extend((t, p if isinstance(p, StackNode) else names[p]) for t, p in edges)  # type: ignore[index]
+                    fresh[rule].extend((t, p if isinstance(p, StackNode) else names[p]) for t, p in edges)
         return names
 
 
@@ -421,11 +426,11 @@ class _Costs:
             changed = False
             for s, what in enumerate(owner.states):
                 if what[0] == "leaf":
-                    new = self.leaf(what[1])[0] + cost[owner.leaves[what[1]].then]  # type: ignore[index,misc,arg-type]
+                    new = self.leaf(what[1])[0] + cost[owner.leaves[what[1]].then]
                 elif what[0] == "call":
-                    new = cost[owner.rule_state[owner.rule_names[what[1]]]] + cost[what[2]]  # type: ignore[index,misc]
+                    new = cost[owner.rule_state[owner.rule_names[what[1]]]] + cost[what[2]]
                 elif what[0] == "or":
-                    new = min((cost[t] for t in what[1]), default=_FAR)  # type: ignore[union-attr,misc]
+                    new = min((cost[t] for t in what[3]), default=_FAR)
                 else:
                     continue
                 if new < cost[s]:

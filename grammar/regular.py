@@ -1,8 +1,8 @@
 """Regular languages: from IR nodes to deterministic automata, over code points or over bytes.
 
-A node is compiled in continuation style ("this, and then that") to an alternating automaton whose only conjunctions come
-from lookaheads; it is made deterministic by sets of conjunctions of positions. Without lookaheads these are the usual
-subsets. Automata are minimal and trim: every state leads to an accepting one.
+A node is compiled in continuation style ("this, and then that") to an alternating automaton whose only conjunctions
+come from lookaheads; it is made deterministic by sets of conjunctions of positions. Without lookaheads these are the
+usual subsets. Automata are minimal and trim: every state leads to an accepting one.
 
 Not here: escapes of JSON strings (strings.py), recursion (pushdown.py).
 """
@@ -28,8 +28,9 @@ MAX_STATES = 20_000
 class Dfa:
     """A deterministic automaton over the symbols 0..`max_symbol`; state 0 is the start.
 
-    `starts`: ascending first symbols of intervals that cover the alphabet. `classes[i]`: the symbol class of interval i.
-    `transitions[state][class]`: the next state, -1 where refused. Minimal and trim, unless built by hand. `accepting` may
+    `starts`: ascending first symbols of intervals that cover the alphabet. `classes[i]`: the symbol class of interval
+    i. `transitions[state][class]`: the next state, -1 where refused. Minimal and trim, unless built by hand.
+    `accepting` may
     hold labels instead of truth: 0 refuses, others tell kinds of acceptance apart (see `product`).
     """
 
@@ -55,7 +56,7 @@ class Dfa:
             state = self.step(state, symbol)
             if state < 0:
                 return False
-        return self.accepting[state]
+        return bool(self.accepting[state])
 
     def key(self) -> tuple[object, ...]:
         """Equal for equal languages, if both automata are minimal (states are numbered breadth first)."""
@@ -291,10 +292,8 @@ class _Builder:
                 return self._repeat(item, low, high, then)
             case ir.Lookahead(item, is_negative):
                 self.has_and = True
-                part = _Builder(self.max_symbol, self.max_states, self.name).build(
-                    ir.Sequence((item, ir.Repeat(_AnySymbol(), 0, None)))  # type: ignore[arg-type]
-                )
-                return self._state("and", [self._run(complement(part) if is_negative else part, 0), then])
+                starts = self._part(ir.Sequence((item, ir.Repeat(_AnySymbol()))))  # type: ignore[arg-type]
+                return self._state("and", [self._run(complement(starts) if is_negative else starts, 0), then])
             case ir.Intersect(parts):
                 return self._run(
                     intersect([self._part(p) for p in parts], max_states=self.max_states, name=self.name), then
@@ -399,10 +398,12 @@ class _Builder:
         if leaf == _TRUE_END:
             return True
         # a part followed by the end accepts where the part does; otherwise the closure holds what follows
-        return len(entry) == 3 and entry[2] == 0 and entry[0].accepting[entry[1]]
+        return len(entry) == 3 and entry[2] == 0 and bool(entry[0].accepting[entry[1]])
 
     def _alphabet(self) -> tuple[list[int], list[int], list[int]]:
-        """(starts, class of each interval, one symbol of each class); intervals that no leaf tells apart are one class."""
+        """(starts, class of each interval, one symbol of each class); intervals that no leaf tells apart are one
+        class.
+        """
         cuts = {0}
         dfas: dict[int, Dfa] = {}
         for entry in self.leaves:
@@ -495,7 +496,7 @@ class _Builder:
                         raise _too_large(self.name, self.max_states)
                 row.append(found)
             rows.append(row)
-        accepting = [any(all(self._leaf_accepts(leaf) for leaf in c) for c in f) for f in queue]
+        accepting = [int(any(all(self._leaf_accepts(leaf) for leaf in c) for c in f)) for f in queue]
         return minimize(Dfa(self.max_symbol, starts, classes, len(symbols), rows, accepting))
 
 

@@ -1,9 +1,9 @@
 """JSON strings: tables that read a string's content up to and with its closing quote.
 
-A language of code points (regular.Dfa) is composed with the ways to write a code point in JSON: as itself in UTF-8, as a
-short escape, as \\uXXXX with hex digits of either case, and as a surrogate pair. Printable ASCII is only ever written as
-itself (but for `"`, `\\` and, if wanted, `/`, which take a backslash), except in a string without any constraint, where
-every escape that JSON knows is read, single surrogates included.
+A language of code points (regular.Dfa) is composed with the ways to write a code point in JSON: as itself in UTF-8, as
+a short escape, as \\uXXXX with hex digits of either case, and as a surrogate pair. Printable ASCII is only ever written
+as itself (but for `"`, `\\` and, if wanted, `/`, which take a backslash), except in a string without any constraint,
+where every escape that JSON knows is read, single surrogates included.
 
 All tables are "wide": int32 [num_states, 256], entries as in automaton.py; the closing quote leaves through an exit.
 """
@@ -11,6 +11,7 @@ All tables are "wide": int32 [num_states, 256], entries as in automaton.py; the 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, lru_cache
 
@@ -24,6 +25,8 @@ from ramet.grammar.regular import Dfa
 
 Wide = NDArray[np.int32]
 
+_Way = tuple[tuple[frozenset[int], ...], int]  # byte sets to read, and the state after them
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Content:
@@ -35,6 +38,7 @@ class Content:
     rows: Wide
     num_content: int
     beyond: NDArray[np.int64]
+
 
 QUOTE, BACKSLASH = 0x22, 0x5C
 _HEX = {n: [ord(c) for c in {f"{n:x}", f"{n:X}"}] for n in range(16)}
@@ -109,10 +113,11 @@ def char_columns(dfa: Dfa) -> tuple[NDArray[np.int64], NDArray[np.int64] | None]
 
 
 def json_string_rows(dfa: Dfa, labels: list[int]) -> Content:
-    """Return the table of a language of code points; `labels[q]`: the exit of the closing quote in state q, -1 for none.
+    """Return the table of a language of code points; `labels[q]`: the exit of the closing quote in state q, -1 for
+    none.
 
-    States 0..n-1 are the automaton's own; those between bytes of one code point follow. Start is 0. Trimmed: every state
-    leads to an exit, if the automaton is trim; refuses all where it is empty.
+    States 0..n-1 are the automaton's own; those between bytes of one code point follow. Start is 0. Trimmed: every
+    state leads to an exit, if the automaton is trim; refuses all where it is empty.
     """
     ascii_targets, beyond = char_columns(dfa)
     n = len(ascii_targets)
@@ -124,8 +129,8 @@ def json_string_rows(dfa: Dfa, labels: list[int]) -> Content:
     _own_rows(rows, n, ascii_targets, labels)
     block = _block()
     for i, t in enumerate(targets.tolist()):
-        base = first_block + i * _BLOCK_ROWS
-        rows[base : base + _BLOCK_ROWS] = np.where(block == _FINAL, t, np.where(block >= 0, block + base, REFUSE))
+        at = first_block + i * _BLOCK_ROWS
+        rows[at : at + _BLOCK_ROWS] = np.where(block == _FINAL, t, np.where(block >= 0, block + at, REFUSE))
     which = np.flatnonzero(beyond >= 0)
     base = first_block + np.searchsorted(targets, beyond[which]) * _BLOCK_ROWS
     _lead_bytes(rows, which, base)
@@ -164,9 +169,9 @@ def _general_rows(dfa: Dfa, labels: list[int], ascii_targets: NDArray[np.int64])
     own = np.full((n * (1 + _ESCAPE_ROWS), 256), REFUSE, dtype=np.int32)
     _own_rows(own, n, ascii_targets, labels)
     extra: list[Wide] = []
-    index: dict[frozenset[tuple[tuple[frozenset[int], ...], int]], int] = {}
+    index: dict[frozenset[_Way], int] = {}
 
-    def state_of(suffixes: frozenset[tuple[tuple[frozenset[int], ...], int]]) -> int:
+    def state_of(suffixes: frozenset[_Way]) -> int:
         """The state that reads any of these sequences of byte sets; each ends in its own target."""
         done = [t for s, t in suffixes if not s]
         if done:
@@ -179,8 +184,8 @@ def _general_rows(dfa: Dfa, labels: list[int], ascii_targets: NDArray[np.int64])
             _fill_row(row, suffixes)
         return found
 
-    def _fill_row(row: Wide, suffixes: frozenset[tuple[tuple[frozenset[int], ...], int]]) -> None:
-        by_byte: dict[int, set[tuple[tuple[frozenset[int], ...], int]]] = {}
+    def _fill_row(row: Wide, suffixes: frozenset[_Way]) -> None:
+        by_byte: dict[int, set[_Way]] = {}
         for suffix, t in suffixes:
             for byte in suffix[0]:
                 by_byte.setdefault(byte, set()).add((suffix[1:], t))
@@ -194,7 +199,8 @@ def _general_rows(dfa: Dfa, labels: list[int], ascii_targets: NDArray[np.int64])
             t = dfa.transitions[q][cls]
             if t >= 0:
                 ranges.setdefault(t, []).append((low, high))
-        raw, after_u = set(), set()
+        raw: set[_Way] = set()
+        after_u: set[_Way] = set()
         for t, spans in ranges.items():
             joined = ir.normalize_ranges(spans)
             raw.update((s, t) for s in _raw_sequences(joined))
@@ -206,14 +212,14 @@ def _general_rows(dfa: Dfa, labels: list[int], ascii_targets: NDArray[np.int64])
 
 
 def _merge_escapes(
-    own: Wide, escape: int, sequences: frozenset[tuple[tuple[frozenset[int], ...], int]], state_of
-) -> None:  # type: ignore[no-untyped-def]
+    own: Wide, escape: int, sequences: frozenset[_Way], state_of: Callable[[frozenset[_Way]], int]
+) -> None:
     """Add sequences of hex digits to the escape rows of one state, which already read the control characters."""
     levels = [(escape + _U, sequences)]
     zero = ord("0")
     for _ in range(3):
         row_index, here = levels[-1]
-        rest: dict[int, set[tuple[tuple[frozenset[int], ...], int]]] = {}
+        rest: dict[int, set[_Way]] = {}
         for s, t in here:
             for byte in s[0]:
                 rest.setdefault(byte, set()).add((s[1:], t))
@@ -275,11 +281,11 @@ def _hex_sequences(low: int, high: int, digits: int) -> list[tuple[frozenset[int
     first, last = low >> shift, high >> shift
     if first == last:
         return [(frozenset(_HEX[first]), *rest) for rest in _hex_sequences(low & full, high & full, digits - 1)]
-    out = []
+    out: list[tuple[frozenset[int], ...]] = []
     if low & full:
         out.extend((frozenset(_HEX[first]), *r) for r in _hex_sequences(low & full, full, digits - 1))
         first += 1
-    tail = []
+    tail: list[tuple[frozenset[int], ...]] = []
     if high & full != full:
         tail = [(frozenset(_HEX[last]), *r) for r in _hex_sequences(0, high & full, digits - 1)]
         last -= 1
@@ -335,8 +341,8 @@ def free_string_rows() -> Content:
 def counted_rows(num_chars: int, closable: bool, last: bool) -> Content:
     """Strings of up to `num_chars` more characters: state i has read i of them.
 
-    closable: the quote (exit 0) may come after any number; else only states matter. last: nothing follows state num_chars;
-    otherwise reading the last character leaves through exit 1.
+    closable: the quote (exit 0) may come after any number; else only states matter. last: nothing follows state
+    num_chars; otherwise reading the last character leaves through exit 1.
     """
     n = num_chars + 1
     chain = [[i + 1] for i in range(num_chars)] + [[-1]]
@@ -353,7 +359,7 @@ def counted_rows(num_chars: int, closable: bool, last: bool) -> Content:
     return Content(rows, n, beyond)
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True)
 def _alive_rows(rows, alive):  # type: ignore[no-untyped-def]
     n, width = rows.shape
     changed = True
@@ -382,7 +388,7 @@ def trim(rows: Wide) -> Wide:
     return rows
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True)
 def _drop(rows, gone):  # type: ignore[no-untyped-def]
     n, width = rows.shape
     for i in range(n):
@@ -454,10 +460,10 @@ def _free_exit(base: Content) -> int:
     return int(base.rows[0, QUOTE])
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True)
 def _fill_trie(rows, flat, lengths, classes, labels, quote, free=-1):  # type: ignore[no-untyped-def]
-    """Lay the texts (sorted) as a trie into `rows`, whose entries that are >= 0 belong to another table: they are kept for
-    `_link_base` as -1000000 - entry. Returns the number of rows used."""
+    """Lay the texts (sorted) as a trie into `rows`, whose entries that are >= 0 belong to another table: they are kept
+    for `_link_base` as -1000000 - entry. Returns the number of rows used."""
     width = rows.shape[1]
     if free != -1:
         for i in range(len(flat) + 1):
@@ -483,7 +489,7 @@ def _fill_trie(rows, flat, lengths, classes, labels, quote, free=-1):  # type: i
     return used
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True)
 def _link_base(rows, n):  # type: ignore[no-untyped-def]
     """Turn kept entries of the other table, whose rows now begin at n, into rows."""
     for i in range(n):
@@ -500,7 +506,10 @@ def ways_to_write(text: str) -> list[bytes]:
         ways = [w for s in char_sequences(char) for w in _spell(s)]
         out = [a + w for a in out for w in ways]
         if len(out) > 4096:
-            return [json.dumps(text, ensure_ascii=False)[1:-1].encode("utf-8", "surrogatepass"), json.dumps(text)[1:-1].encode()]
+            return [
+                json.dumps(text, ensure_ascii=False)[1:-1].encode("utf-8", "surrogatepass"),
+                json.dumps(text)[1:-1].encode(),
+            ]
     return out
 
 

@@ -1,7 +1,7 @@
 """One vocabulary's tokens as bytes, and as a trie laid flat for walking.
 
-The trie is stored depth first: a node's subtree is the nodes up to its `skip`. Special tokens and tokens without bytes are
-not in it, so no mask ever allows them (but for the end tokens, which the matcher adds at accepting states).
+The trie is stored depth first: a node's subtree is the nodes up to its `skip`. Special tokens and tokens without bytes
+are not in it, so no mask ever allows them (but for the end tokens, which the matcher adds at accepting states).
 """
 
 from __future__ import annotations
@@ -78,14 +78,15 @@ class Vocabulary:
 
     @cached_property
     def _plain_chars(self) -> NDArray[np.int32]:
-        """int32 [4, tokens in order]: characters of a token that is plain in each kind of slice, 0 where it is not; bytes of
-        plain text (the widest kind) that a token begins with.
+        """int32 [4, tokens in order]: characters of a token that is plain in each kind of slice, 0 where it is not;
+        bytes of plain text (the widest kind) that a token begins with.
 
         Plain of kind 0: ASCII letters and digits; 1: printable ASCII without the quote and the backslash; 2: also whole
         characters beyond ASCII.
         """
         begins, lengths = self._sorted_spans
-        return count_plain_chars(self.flat, begins, lengths)
+        found: NDArray[np.int32] = count_plain_chars(self.flat, begins, lengths)
+        return found
 
     def plain_row(self, kind: int, size: int) -> NDArray[np.int32]:
         """Mask row of the plain tokens of at most `size` characters; shared, not to be written to."""
@@ -115,12 +116,15 @@ class Vocabulary:
 
     @cached_property
     def remainders(self) -> tuple[TokenTrie, NDArray[np.int32], NDArray[np.int32]]:
-        """What follows the plain text (kind 2) of tokens that are not all plain: (trie of the distinct remainders, their
-        numbers as values; remainder of each such token; those tokens)."""
+        """What follows the plain text (kind 2) of tokens that are not all plain: (trie of the distinct remainders,
+        their numbers as values; remainder of each such token; those tokens)."""
         begins, lengths = self._sorted_spans
         plain = self._plain_chars[3]
         which = np.flatnonzero(plain < lengths)
-        texts = [self.flat[b:e].tobytes() for b, e in zip(begins[which] + plain[which], (begins + lengths)[which], strict=True)]
+        texts = [
+            self.flat[b:e].tobytes()
+            for b, e in zip(begins[which] + plain[which], (begins + lengths)[which], strict=True)
+        ]
         distinct = sorted(set(texts))
         number = {t: i for i, t in enumerate(distinct)}
         sizes = np.array([len(t) for t in distinct], dtype=np.int64)
@@ -198,9 +202,11 @@ class Vocabulary:
 
 
 class TokenTrie:
-    """A flat trie of texts with values, given in order of their bytes: flat[begins[i] : begins[i] + lengths[i]] has values[i].
+    """A flat trie of texts with values, given in order of their bytes: flat[begins[i] : begins[i] + lengths[i]] has
+    values[i].
 
-    nodes: int32 [num_nodes + 1, 4], depth first: byte, skip (the first node after the subtree), first entry, depth (from 1).
+    nodes: int32 [num_nodes + 1, 4], depth first: byte, skip (the first node after the subtree), first entry, depth
+    (from 1).
     Entries are values: node i holds values[first entry of i : first entry of i + 1].
     """
 

@@ -1,7 +1,8 @@
 """The compiled loops: token masks by one walk of the vocabulary's trie, and runs over bytes.
 
-Each loop is written once, in the subset of Python that numba compiles; `use_numba=False` runs the same source slowly, for
-tests. The caches lie beside this file (numba's `cache=True`), so only the first import in a fresh environment compiles.
+Each loop is written once, in the subset of Python that numba compiles; `use_numba=False` runs the same source slowly,
+for tests. The caches lie beside this file (numba's `cache=True`), so only the first import in a fresh environment
+compiles.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ def _walk(
 ) -> int:
     """Set in `row` the bit of each value whose text is accepted from a state; resumable.
 
-    scratch: int64 [3 + max_depth + 1]: next node, instance and exit that must be resolved, then the stack of packed states
-    (stack[0] is the state to start from). unsure: int32; element 0 counts values that need a step-by-step run, which follow.
-    Returns -1 when finished, else the index in `exits` to resolve before calling again.
+    scratch: int64 [3 + max_depth + 1]: next node, instance and exit that must be resolved, then the stack of packed
+    states (stack[0] is the state to start from). unsure: int32; element 0 counts values that need a step-by-step run,
+    which follow. Returns -1 when finished, else the index in `exits` to resolve before calling again.
     """
     num_nodes = nodes.shape[0] - 1
     i = scratch[0]
@@ -56,7 +57,7 @@ def _walk(
                 scratch[0] = i
                 scratch[1] = instance
                 scratch[2] = code >> 1
-                return at
+                return int(at)
             if found < 0 or code & 1 == 0:
                 result = found
                 break
@@ -81,14 +82,16 @@ def _walk(
 
 
 def _step(pool: Int32, instances: Int64, exits: Int64, packed: int, byte: int, scratch: Int64) -> int:
-    """One byte from a packed state: the packed state after it, -1, -3, or -2 with the exit to resolve in scratch[1:3]."""
+    """One byte from a packed state: the packed state after it, -1, -3, or -2 with the exit to resolve in
+    scratch[1:3].
+    """
     instance = packed >> 32
     local = packed & 0xFFFFFFFF
     while True:
         width = instances[instance, 1]
         entry = pool[instances[instance, 0] + local * width + pool[instances[instance, 2] + byte]]
         if entry >= 0:
-            return (instance << 32) | entry
+            return int((instance << 32) | entry)
         if entry == -1:
             return -1
         code = -2 - entry
@@ -98,7 +101,7 @@ def _step(pool: Int32, instances: Int64, exits: Int64, packed: int, byte: int, s
             scratch[2] = code >> 1
             return -2
         if found < 0 or code & 1 == 0:
-            return found
+            return int(found)
         instance = found >> 32
         local = found & 0xFFFFFFFF
 
@@ -116,8 +119,8 @@ def _walk_difference(
 ) -> int:
     """Turn in `row` the mask of one state into that of another; resumable, as `walk`.
 
-    scratch: as for `walk`, its stack for the state wanted; other: int64 [max_depth + 1], the stack of the state whose mask
-    `row` holds. Subtrees in which both states are the same are left alone.
+    scratch: as for `walk`, its stack for the state wanted; other: int64 [max_depth + 1], the stack of the state
+    whose mask `row` holds. Subtrees in which both states are the same are left alone.
     """
     num_nodes = nodes.shape[0] - 1
     i = scratch[0]
@@ -166,8 +169,8 @@ def _expand(bits: Int32, group: Int32, tokens: Int32, row: Int32) -> None:
 def _run(pool: Int32, instances: Int64, exits: Int64, text: NDArray[np.uint8], end: int, scratch: Int64) -> int:
     """Run a state over bytes; resumable. scratch: position, packed state, instance and exit to resolve.
 
-    Returns 0 when the text is read (the state is in scratch[1]), 4 when it is and the state stands at the start of a frame
-    with memory, 1 when refused, 2 when an exit must be resolved, 3 when a byte is to be read in a frame with memory.
+    Returns 0 when the text is read (the state is in scratch[1]), 4 when it is and the state stands at the start of a
+    frame with memory, 1 when refused, 2 when an exit must be resolved, 3 when a byte is to be read in such a frame.
     """
     i = scratch[0]
     packed = scratch[1]
@@ -230,9 +233,10 @@ def _next_not_deeper(nodes: Int32) -> None:
 
 
 def _count_plain_chars(flat: NDArray[np.uint8], begins: Int64, lengths: Int64) -> Int32:
-    """int32 [4, n]: characters of each text if all are plain of kind 0, 1, 2, else 0; bytes before the first that is not.
+    """int32 [4, n]: characters of each text if all are plain of kind 0, 1, 2, else 0; bytes before the first that is
+    not.
 
-    Plain 0: ASCII letters and digits; 1: printable ASCII but `"` and a backslash; 2: whole characters beyond ASCII, too.
+    Plain 0: ASCII letters and digits; 1: printable ASCII but `"` and a backslash; 2: characters beyond ASCII, too.
     """
     n = begins.shape[0]
     out = np.zeros((4, n), dtype=np.int32)
@@ -292,14 +296,13 @@ def _count_plain_chars(flat: NDArray[np.uint8], begins: Int64, lengths: Int64) -
     return out
 
 
-def _safe_depths(
-    rows: Int32, num_content: int, safe: Int64, word: Int64, beyond: Int64, depths: Int32
-) -> None:
-    """Fill depths int32 [4, num_rows]: how many plain characters can be read from a state, whatever they are (see Vocabulary).
+def _safe_depths(rows: Int32, num_content: int, safe: Int64, word: Int64, beyond: Int64, depths: Int32) -> None:
+    """Fill depths int32 [4, num_rows]: how many plain characters can be read from a state, whatever they are (see
+    Vocabulary).
 
-    rows: entries over byte classes. safe, word: the classes of plain ASCII, and of letters and digits. beyond[q]: the state
-    after any other character, -1 refused, -2 not known. Rows 0-2: kinds 0-2. Row 3: the most characters of kind 2 that any
-    text can have, MANY where there is no bound. States from num_content on stand inside a character and get 0.
+    rows: entries over byte classes. safe, word: the classes of plain ASCII, and of letters and digits. beyond[q]: the
+    state after any other character, -1 refused, -2 not known. Rows 0-2: kinds 0-2. Row 3: the most characters of kind 2
+    that any text can have, MANY where there is no bound. States from num_content on stand inside a character and get 0.
     """
     many = MANY
     for kind in range(3):

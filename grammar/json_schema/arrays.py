@@ -10,9 +10,11 @@ from numpy.typing import NDArray
 
 from ramet.grammar import numeric
 from ramet.grammar.automaton import DEAD, REFUSE, leave, target
+from ramet.grammar.json_schema import specs
 from ramet.grammar.json_schema import values as v
 from ramet.grammar.json_schema.expressions import INFINITE
-from ramet.grammar.json_schema.frames import _VALUE_STARTS, Context, Json
+from ramet.grammar.json_schema.frames import Context, Json
+from ramet.grammar.json_schema.tables import VALUE_STARTS
 from ramet.grammar.json_schema.values import Arrays, Expr, Strings, Values
 from ramet.grammar.numeric import Numbers
 
@@ -23,7 +25,7 @@ Thread = tuple[int, Arrays, tuple[int, ...]]  # tag, spec, items found of each `
 @cache
 def open_rows() -> NDArray[np.int32]:
     rows = np.full((1, 256), REFUSE, dtype=np.int32)
-    for byte in _VALUE_STARTS:
+    for byte in VALUE_STARTS:
         rows[0, byte] = leave(_ITEM, again=True)
     rows[0, ord("]")] = leave(_CLOSE)
     return rows
@@ -38,7 +40,9 @@ def next_rows() -> NDArray[np.int32]:
 
 
 class ArrayNode:
-    """An array under way. `index`: items read, no further than any thread can tell; `seen`: scalars that may not come again."""
+    """An array under way. `index`: items read, no further than any thread can tell; `seen`: scalars that may not come
+    again.
+    """
 
     def __init__(
         self,
@@ -66,7 +70,7 @@ class ArrayNode:
         for tag, spec, counts in self.threads:
             if spec.high is not None and self.index >= spec.high:
                 continue
-            item = e.item(spec, self.index)
+            item = specs.item(spec, self.index)
             if spec.unique:
                 item = e.both(item, fresh)
             choices = []
@@ -123,7 +127,7 @@ class ArrayNode:
         for c, count in zip(spec.contains, counts, strict=True):
             missing = max(missing, c.low - count)
             total += 1000 * max(c.low - count, 0)
-        known = [e.cost(e.item(spec, index + i)) + 1 for i in range(min(missing, len(spec.prefix) + 1))]
+        known = [e.cost(specs.item(spec, index + i)) + 1 for i in range(min(missing, len(spec.prefix) + 1))]
         return total + sum(known) + (missing - len(known)) * (known[-1] if known else 0)
 
     def item(self, local: int) -> int:

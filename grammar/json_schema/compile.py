@@ -7,7 +7,8 @@ from ramet.grammar import ir
 from ramet.grammar.automaton import Machine, target
 from ramet.grammar.json_schema.document import Registry
 from ramet.grammar.json_schema.frames import Context, Json
-from ramet.grammar.json_schema.keywords import Interpreter, survey
+from ramet.grammar.json_schema.keywords import Interpreter
+from ramet.grammar.json_schema.survey import survey
 
 
 class RootContext:

@@ -189,10 +189,9 @@ class Registry:
         place = self._find(uri)
         if place is None:
             raise InvalidSchema(
-                f"{node.pointer or '/'}: {keyword} {reference!r} leads nowhere: no document {uri!r} here or in the registry",
+                f"{node.pointer or '/'}: {keyword} {reference!r} leads nowhere: no document {uri!r} is known",
                 node.pointer,
             )
-        schema, base, pointer, draft, document = place
         if not fragment:
             found_at: tuple[Any, str, str, int, Document] | None = place
         elif fragment.startswith("/"):
@@ -284,7 +283,7 @@ def _metaschema(uri: str) -> Any | None:
     if "json-schema.org/draft" not in uri:
         return None
     try:
-        from jsonschema_specifications import REGISTRY
+        from jsonschema_specifications import REGISTRY  # type: ignore[import-untyped]
     except ImportError:
         return None
     try:

@@ -1,22 +1,22 @@
 """Expressions: conjunctions of schemas, negations and value sets, interned; their values; which of them are empty.
 
-An expression is a number: 0 is anything, 1 is nothing. Its values are computed when first needed, so a schema's unused parts
-cost nothing. Emptiness is the least fixed point of "has a finite value", so a schema that needs itself is empty.
+An expression is a number: 0 is anything, 1 is nothing. Its values are computed when first needed, so a schema's unused
+parts cost nothing. Emptiness is the least fixed point of "has a finite value", so a schema that needs itself is empty.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from fractions import Fraction
-from functools import lru_cache
+from functools import partial
 
 from ramet.errors import GrammarTooLarge, InvalidSchema
-from ramet.grammar import ir, numeric, regular
-from ramet.grammar.json_schema import formats, pattern
+from ramet.grammar import numeric
+from ramet.grammar.json_schema import specs
 from ramet.grammar.json_schema import values as v
 from ramet.grammar.json_schema.document import SchemaNode
-from ramet.grammar.json_schema.values import FALSE, TRUE, Arrays, Contains, Exists, Expr, Objects, Rule, Strings, Values
-from ramet.grammar.regular import Dfa
+from ramet.grammar.json_schema.languages import Languages
+from ramet.grammar.json_schema.values import FALSE, TRUE, Arrays, Contains, Exists, Expr, Objects, Strings, Values
 
 INFINITE = 1 << 60
 MAX_SPECS = 1000
@@ -26,157 +26,10 @@ class _NotYet(Exception):
     """A question about a schema whose own meaning is just being worked out."""
 
 
-class Languages:
-    """Regular languages on strings, by number; automata are made when needed and shared by all compilations."""
-
-    def __init__(self, max_states: int) -> None:
-        self.max_states = max_states
-        self.sources: list[tuple[str, str]] = []  # (kind, source): see `language_node`
-        self._index: dict[tuple[str, str], int] = {}
-        self._dfas: dict[int, Dfa] = {}
-        self._conjunctions: dict[object, Dfa] = {}
-
-    def add(self, kind: str, source: str) -> int:
-        """Number of a language.
-
-        Raises: InvalidRegex if its source does not parse.
-        """
-        found = self._index.get((kind, source))
-        if found is None:
-            language_node(kind, source)
-            found = self._index[kind, source] = len(self.sources)
-            self.sources.append((kind, source))
-        return found
-
-    def add_automaton(self, name: str, dfa: Dfa) -> int:
-        """Number of a language that is only known as an automaton over code points."""
-        key = (name, repr(dfa.key()))
-        found = self._index.get(key)
-        if found is None:
-            found = self._index[key] = len(self.sources)
-            self.sources.append(key)
-            self._dfas[found] = dfa
-        return found
-
-    def name(self, number: int) -> str:
-        kind, source = self.sources[number]
-        return f"{kind} {source[:100]!r}"
-
-    def dfa(self, number: int) -> Dfa:
-        found = self._dfas.get(number)
-        if found is None:
-            found = self._dfas[number] = _automaton(*self.sources[number], self.max_states)
-        return found
-
-    def accepts(self, number: int, text: str) -> bool:
-        return self.dfa(number).accepts(map(ord, text))
-
-    def contains(self, spec: Strings, text: str) -> bool:
-        if spec.finite is not None:
-            return text in spec.finite
-        if len(text) < spec.low or (spec.high is not None and len(text) > spec.high) or text in spec.excluded:
-            return False
-        return all(self.accepts(n, text) == wanted for n, wanted in spec.languages)
-
-    def base(self, spec: Strings) -> Dfa:
-        """The automaton of a spec's lengths and languages (not of `excluded`)."""
-        key = (spec.low, spec.high, spec.languages)
-        found = self._conjunctions.get(key)
-        if found is None:
-            found = None
-            name = " and ".join(self.name(n) for n, _ in spec.languages) or "a string's length"
-            parts = [self.dfa(n) if wanted else regular.complement(self.dfa(n)) for n, wanted in sorted(spec.languages)]
-            parts.sort(key=lambda d: len(d.transitions))
-            if spec.low or spec.high is not None or not parts:
-                parts.append(length_automaton(spec.low, spec.high))
-            for part in parts:  # one by one: what comes between is minimal
-                found = (
-                    part if found is None else regular.intersect([found, part], max_states=self.max_states, name=name)
-                )
-            assert found is not None
-            self._conjunctions[key] = found
-        return found
-
-    def is_empty(self, spec: Strings) -> bool:
-        """Whether no string is in the set."""
-        if spec.finite is not None:
-            return not spec.finite
-        if spec.high is not None and spec.low > spec.high:
-            return True
-        if not spec.languages:
-            return spec.high == 0 and "" in spec.excluded
-        if len(spec.languages) == 1 and spec.low == 0 and spec.high is None and not spec.excluded:
-            ((number, wanted),) = spec.languages
-            if wanted and number not in self._dfas and _is_plain(*self.sources[number]):
-                return False
-        base = self.base(spec)
-        if base.is_empty:
-            return True
-        return bool(spec.excluded) and all(t in spec.excluded for t in _few_texts(base, len(spec.excluded) + 1))
-
-
-@lru_cache(maxsize=2048)
-def language_node(kind: str, source: str) -> ir.Node:
-    """The texts that a "pattern" is found in, or those of a "format"."""
-    return formats.format_node(source) if kind == "format" else pattern.search(source)
-
-
-@lru_cache(maxsize=2048)
-def _automaton(kind: str, source: str, max_states: int) -> Dfa:
-    return regular.compile_chars(language_node(kind, source), max_states=max_states, name=f"{kind} {source[:100]!r}")
-
-
-@lru_cache(maxsize=2048)
-def _is_plain(kind: str, source: str) -> bool:
-    return _surely_not_empty(language_node(kind, source))
-
-
-def _surely_not_empty(node: ir.Node) -> bool:
-    """True where syntax alone shows that a text matches (no lookaheads, no empty classes)."""
-    match node:
-        case ir.Chars(ranges):
-            return bool(ranges)
-        case ir.Sequence(parts):
-            return all(_surely_not_empty(p) for p in parts)
-        case ir.Choice(options):
-            return bool(options) and all(_surely_not_empty(o) for o in options)
-        case ir.Repeat(item, low, _):
-            return low == 0 or _surely_not_empty(item)
-        case ir.Bytes():
-            return True
-        case _:
-            return False
-
-
-def _few_texts(dfa: Dfa, limit: int) -> Iterable[str]:
-    """Texts of the language, shortest first, up to `limit`; enough to see whether a finite set covers it."""
-    level: list[tuple[int, str]] = [(0, "")]
-    found = 0
-    while level and found < limit:
-        following = []
-        for state, text in level:
-            if dfa.accepting[state]:
-                found += 1
-                yield text
-                if found >= limit:
-                    return
-            for i, start in enumerate(dfa.starts):
-                to = dfa.transitions[state][dfa.classes[i]]
-                end = dfa.starts[i + 1] if i + 1 < len(dfa.starts) else ir.MAX_CODE_POINT + 1
-                if to >= 0:
-                    following.extend((to, text + chr(c)) for c in range(start, min(end, start + limit)))
-        level = following[: 4 * limit]
-
-
-def length_automaton(low: int, high: int | None) -> Dfa:
-    """Strings of low..high code points."""
-    n = (low if high is None else high) + 1
-    rows = [[i + 1] for i in range(n - 1)] + [[n - 1 if high is None else -1]]
-    return Dfa(ir.MAX_CODE_POINT, [0], [0], 1, rows, [i >= low for i in range(n)])
-
-
 class Expressions:
-    """Owner of all expressions of one compilation. `interpret` gives the values of a schema node, `interpret_not` all others."""
+    """Owner of all expressions of one compilation. `interpret` gives the values of a schema node, `interpret_not` all
+    others.
+    """
 
     def __init__(
         self,
@@ -189,7 +42,7 @@ class Expressions:
         self.interpret_not = interpret_not
         self._atoms: list[tuple[str, object]] = []
         self._atom_index: dict[tuple[str, object], int] = {}
-        self._contents: list[tuple[int, ...]] = [(), (-1,)]
+        self.contents: list[tuple[int, ...]] = [(), (-1,)]
         self._index: dict[tuple[int, ...], Expr] = {(): TRUE, (-1,): FALSE}
         self._of_node: dict[SchemaNode, Expr] = {}
         self._kinds: dict[Expr, int] = {}
@@ -216,8 +69,8 @@ class Expressions:
     def _of(self, atoms: tuple[int, ...]) -> Expr:
         found = self._index.get(atoms)
         if found is None:
-            found = self._index[atoms] = len(self._contents)
-            self._contents.append(atoms)
+            found = self._index[atoms] = len(self.contents)
+            self.contents.append(atoms)
         return found
 
     def of_schema(self, node: SchemaNode) -> Expr:
@@ -241,7 +94,7 @@ class Expressions:
     def negate(self, expr: Expr) -> Expr:
         if expr <= FALSE:
             return FALSE - expr
-        atoms = self._contents[expr]
+        atoms = self.contents[expr]
         if len(atoms) == 1 and self._atoms[atoms[0]][0] == "not":
             return self._atoms[atoms[0]][1]  # type: ignore[return-value]
         return self._atom("not", expr)
@@ -257,7 +110,7 @@ class Expressions:
         key = (a, b) if a < b else (b, a)
         found = self._conjunctions.get(key)
         if found is None:
-            found = self._of(tuple(sorted({*self._contents[a], *self._contents[b]})))
+            found = self._of(tuple(sorted({*self.contents[a], *self.contents[b]})))
             if found not in (a, b) and (self.is_scalar(a) or self.is_scalar(b)):
                 found = self._simpler(a, b, found)
             self._conjunctions[key] = found
@@ -283,7 +136,7 @@ class Expressions:
         """True where the values are known to be plain, so that comparing them now is cheap and cannot recurse."""
         found = self._scalar.get(expr)
         if found is None:
-            found = all(self._is_scalar_atom(a) for a in self._contents[expr])
+            found = all(self._is_scalar_atom(a) for a in self.contents[expr])
             self._scalar[expr] = found
         return found
 
@@ -292,7 +145,8 @@ class Expressions:
         if kind == "not":
             return self.is_scalar(content)  # type: ignore[arg-type]
         if kind == "values":
-            return all(s is v.ANY_OBJECTS for s in content.objects) and all(s is v.ANY_ARRAYS for s in content.arrays)  # type: ignore[attr-defined]
+            assert isinstance(content, Values)
+            return all(s is v.ANY_OBJECTS for s in content.objects) and all(s is v.ANY_ARRAYS for s in content.arrays)
         schema = content.schema  # type: ignore[attr-defined]
         if not isinstance(schema, dict) or _NESTING & schema.keys():
             return False
@@ -312,7 +166,7 @@ class Expressions:
         found = self._values.get(expr)
         if found is None:
             found = v.ANY
-            for atom in self._contents[expr]:
+            for atom in self.contents[expr]:
                 found = self.intersect(found, self._values_of_atom(atom))
             self._values[expr] = found
         return found
@@ -348,7 +202,7 @@ class Expressions:
     def _values_of_not(self, expr: Expr) -> Values:
         """Not a conjunction: not the first, or not the second, ..."""
         parts = []
-        for atom in self._contents[expr]:
+        for atom in self.contents[expr]:
             kind, content = self._atoms[atom]
             if kind == "schema":
                 parts.append(self.interpret_not(content))  # type: ignore[arg-type]
@@ -381,16 +235,24 @@ class Expressions:
             a.booleans & b.booleans,
             v.product(a.numbers, b.numbers, numeric.intersect) if a.numbers and b.numbers else (),
             v.product(a.strings, b.strings, self.both_strings) if a.strings and b.strings else (),
-            v.product(a.objects, b.objects, self.both_objects) if a.objects and b.objects else (),
-            v.product(a.arrays, b.arrays, self.both_arrays) if a.arrays and b.arrays else (),
+            v.product(a.objects, b.objects, partial(specs.both_objects, self)) if a.objects and b.objects else (),
+            v.product(a.arrays, b.arrays, partial(specs.both_arrays, self)) if a.arrays and b.arrays else (),
         )
+
+    @property
+    def pointer(self) -> str:
+        """Where the schema stands that is just being read."""
+        for atom in reversed(self._open):
+            if self._atoms[atom][0] == "schema":
+                return str(self._atoms[atom][1].pointer)  # type: ignore[attr-defined]
+        return ""
 
     def _check_size(self, a: Values, b: Values) -> None:
         size = max(len(a.objects) * len(b.objects), len(a.arrays) * len(b.arrays), len(a.strings) * len(b.strings))
         if size > MAX_SPECS:
-            where = next((self._atoms[x][1] for x in reversed(self._open) if self._atoms[x][0] == "schema"), None)
-            pointer = getattr(where, "pointer", "") or "/"
-            raise GrammarTooLarge(f"{pointer}: combining its alternatives needs more than {MAX_SPECS:,} cases")
+            raise GrammarTooLarge(
+                f"{self.pointer or '/'}: combining its alternatives needs more than {MAX_SPECS:,} cases"
+            )
 
     def complement(self, a: Values) -> Values:
         """All other values."""
@@ -402,14 +264,14 @@ class Expressions:
             strings = v.product(strings, tuple(_not_strings(s)), self.both_strings)
         objects: tuple[Objects, ...] = (v.ANY_OBJECTS,)
         for o in a.objects:
-            other = tuple(self.not_objects(o))
+            other = tuple(specs.not_objects(self, o))
             self._check_size(Values(objects=objects), Values(objects=other))
-            objects = v.product(objects, other, self.both_objects)
+            objects = v.product(objects, other, partial(specs.both_objects, self))
         arrays: tuple[Arrays, ...] = (v.ANY_ARRAYS,)
         for r in a.arrays:
-            rest = tuple(self.not_arrays(r))
+            rest = tuple(specs.not_arrays(self, r))
             self._check_size(Values(arrays=arrays), Values(arrays=rest))
-            arrays = v.product(arrays, rest, self.both_arrays)
+            arrays = v.product(arrays, rest, partial(specs.both_arrays, self))
         return Values(not a.null, 3 & ~a.booleans, numbers, strings, objects, arrays)
 
     def both_strings(self, a: Strings, b: Strings) -> Strings | None:
@@ -427,182 +289,10 @@ class Expressions:
         out = Strings(max(a.low, b.low), high, a.languages | b.languages, None, a.excluded | b.excluded)
         return None if self.languages.is_empty(out) else out
 
-    def expr_of_key(self, o: Objects, key: str) -> Expr:
-        """Expression of the value of a key, declared or not."""
-        found = o.table.get(key)
-        return self._undeclared(o, lambda n: self.languages.accepts(n, key)) if found is None else found
-
-    def _undeclared(self, o: Objects, matches: Callable[[int], bool]) -> Expr:
-        expr = o.default
-        for rule in o.rules:
-            hit = False
-            for number, e in rule.patterns:
-                if matches(number):
-                    hit = True
-                    expr = self.both(expr, e)
-            if not hit:
-                expr = self.both(expr, rule.additional)
-        return expr
-
-    def expr_of_signature(self, o: Objects, matching: frozenset[int]) -> Expr:
-        """Expression of the value of an undeclared key that matches exactly these languages."""
-        return self._undeclared(o, matching.__contains__)
-
-    def both_objects(self, a: Objects, b: Objects) -> Objects | None:
-        if a is v.ANY_OBJECTS or b is v.ANY_OBJECTS:
-            return b if a is v.ANY_OBJECTS else a
-        names = dict.fromkeys([*a.table, *b.table])
-        properties = tuple((k, self.both(self.expr_of_key(a, k), self.expr_of_key(b, k))) for k in names)
-        high = a.high if b.high is None else b.high if a.high is None else min(a.high, b.high)
-        dependent = dict(a.dependent)
-        for k, needs in b.dependent:
-            dependent[k] = dependent.get(k, frozenset()) | needs
-        return self.tidy_objects(
-            Objects(
-                properties,
-                self.both(a.default, b.default),
-                tuple(dict.fromkeys(a.rules + b.rules)),
-                a.required | b.required,
-                max(a.low, b.low),
-                high,
-                tuple(sorted(dependent.items())),
-                tuple(dict.fromkeys(a.exists + b.exists)),
-            )
-        )
-
-    def tidy_objects(self, o: Objects) -> Objects | None:
-        """Declare all keys that are named anywhere; None where it is seen that there is no such object."""
-        low = max(o.low, len(o.required))
-        if o.high is not None and low > o.high:
-            return None
-        named = set(o.required)
-        for k, needs in o.dependent:
-            named.add(k)
-            named |= needs
-        missing = sorted(named - o.table.keys())
-        properties = o.properties + tuple((k, self.expr_of_key(o, k)) for k in missing)
-        table = dict(properties)
-        for k in o.required:
-            e = table[k]
-            if e == FALSE or (len(self._contents[e]) > 1 and self.is_empty(e)):
-                return None
-        default, rules = o.default, o.rules
-        if default == FALSE:
-            rules = ()
-        if default == FALSE and any(e == FALSE for _, e in properties):
-            properties = tuple((k, e) for k, e in properties if e != FALSE)
-        if default == FALSE and low > len(properties):
-            return None
-        low = o.low if o.low > len(o.required) else 0
-        return Objects(properties, default, rules, o.required, low, o.high, o.dependent, o.exists)
-
-    def not_objects(self, o: Objects) -> list[Objects]:
-        out = []
-        for k, e in o.properties:
-            if e != TRUE and k in o.required:
-                out.append(Objects(((k, self.negate(e)),), required=frozenset((k,))))
-                out.append(Objects(((k, FALSE),)))
-            elif e != TRUE:
-                out.append(Objects(((k, self.negate(e)),), required=frozenset((k,))))
-            elif k in o.required:
-                out.append(Objects(((k, FALSE),)))
-        if o.low:
-            out.append(Objects(high=o.low - 1))
-        if o.high is not None:
-            out.append(Objects(low=o.high + 1))
-        for k, needs in o.dependent:
-            out.extend(Objects(((k, TRUE), (r, FALSE)), required=frozenset((k,))) for r in sorted(needs) if r != k)
-        names = frozenset(o.table)
-        if o.default != TRUE:
-            out.append(Objects(exists=(Exists(None, (), names, self.negate(o.default)),)))
-        for rule in o.rules:
-            for number, e in rule.patterns:
-                if e != TRUE:
-                    out.append(Objects(exists=(Exists(number, (), names, self.negate(e)),)))
-            if rule.additional != TRUE:
-                others = tuple(n for n, _ in rule.patterns)
-                out.append(Objects(exists=(Exists(None, others, names, self.negate(rule.additional)),)))
-        out.extend(self._not_exists(x) for x in o.exists)
-        return out
-
-    def _not_exists(self, x: Exists) -> Objects:
-        free = tuple((k, TRUE) for k in sorted(x.names))
-        other = self.negate(x.expr)
-        if x.pattern is None and not x.others:
-            return Objects(free, other)
-        if x.pattern is None:
-            return Objects(free, rules=(Rule(tuple((n, TRUE) for n in x.others), other),))
-        return Objects(free, rules=(Rule(((x.pattern, other),), TRUE),))
-
-    @staticmethod
-    def item(a: Arrays, index: int) -> Expr:
-        return a.prefix[index] if index < len(a.prefix) else a.rest
-
-    def both_arrays(self, a: Arrays, b: Arrays) -> Arrays | None:
-        if a is v.ANY_ARRAYS or b is v.ANY_ARRAYS:
-            return b if a is v.ANY_ARRAYS else a
-        n = max(len(a.prefix), len(b.prefix))
-        high = a.high if b.high is None else b.high if a.high is None else min(a.high, b.high)
-        return self.tidy_arrays(
-            Arrays(
-                tuple(self.both(self.item(a, i), self.item(b, i)) for i in range(n)),
-                self.both(a.rest, b.rest),
-                max(a.low, b.low),
-                high,
-                tuple(dict.fromkeys(a.contains + b.contains)),
-                a.unique or b.unique,
-                a.repeats or b.repeats,
-            )
-        )
-
-    def tidy_arrays(self, a: Arrays) -> Arrays | None:
-        high = a.high
-        if a.rest == FALSE:
-            high = len(a.prefix) if high is None else min(high, len(a.prefix))
-        if FALSE in a.prefix:
-            at = a.prefix.index(FALSE)
-            high = at if high is None else min(high, at)
-        if high is not None and a.low > high:
-            return None
-        if a.unique and a.repeats:
-            return None
-        for i in range(min(a.low, len(a.prefix) + 1)):
-            e = self.item(a, i)
-            if len(self._contents[e]) > 1 and self.is_empty(e):
-                return None
-        prefix = a.prefix if high is None else a.prefix[:high]
-        rest = FALSE if high is not None and len(prefix) >= high else a.rest
-        contains = tuple(c for c in a.contains if c.low > 0 or c.high is not None)
-        return Arrays(prefix, rest, a.low, high, contains, a.unique, a.repeats)
-
-    def not_arrays(self, a: Arrays) -> list[Arrays]:
-        out = []
-        for i, e in enumerate(a.prefix):
-            if e != TRUE:
-                out.append(Arrays((*([TRUE] * i), self.negate(e)), low=i + 1))
-        if a.rest == FALSE:
-            out.append(Arrays(low=len(a.prefix) + 1))
-        elif a.rest != TRUE:
-            out.append(Arrays(contains=(Contains(len(a.prefix), self.negate(a.rest), 1, None),)))
-        if a.low:
-            out.append(Arrays(high=a.low - 1))
-        if a.high is not None:
-            out.append(Arrays(low=a.high + 1))
-        for c in a.contains:
-            if c.low:
-                out.append(Arrays(contains=(Contains(c.start, c.expr, 0, c.low - 1),)))
-            if c.high is not None:
-                out.append(Arrays(contains=(Contains(c.start, c.expr, c.high + 1, None),)))
-        if a.unique:
-            out.append(Arrays(repeats=True, low=2))
-        if a.repeats:
-            out.append(Arrays(unique=True))
-        return [t for t in map(self.tidy_arrays, out) if t is not None]
-
     # --- emptiness
 
     def is_empty(self, expr: Expr) -> bool:
-        """True where no value is in the set; asked while schemas are being read, False may also mean that it is not known."""
+        """True where no value is in the set. Asked while schemas are being read, False may mean: not known yet."""
         found = self._costs.get(expr)
         if found is None:
             if self._is_plain(expr):
@@ -615,7 +305,7 @@ class Expressions:
 
     def _is_plain(self, expr: Expr) -> bool:
         """True where a schema's keywords show at once that it has values; so that its values need not be worked out."""
-        atoms = self._contents[expr]
+        atoms = self.contents[expr]
         if len(atoms) != 1 or self._atoms[atoms[0]][0] != "schema":
             return False
         schema = self._atoms[atoms[0]][1].schema  # type: ignore[attr-defined]
@@ -673,7 +363,7 @@ class Expressions:
         if o.high is not None and len(needed) > o.high:
             return INFINITE
         for k in needed:
-            c = self.cost(self.expr_of_key(o, k))
+            c = self.cost(specs.expr_of_key(self, o, k))
             if c >= INFINITE:
                 return INFINITE
             total += len(k) + 4 + c
@@ -698,7 +388,7 @@ class Expressions:
         # the key matches what it must; other patterns may or may not match it: try none, then each one
         for extra in (None, *others):
             found = frozenset(matching if extra is None else {*matching, extra})
-            if not self.is_empty(self.both(self.expr_of_signature(o, found), x.expr)):
+            if not self.is_empty(self.both(specs.expr_of_signature(self, o, found), x.expr)):
                 return True
         return False
 
@@ -727,7 +417,7 @@ class Expressions:
         if a.high is not None and need > a.high:
             return INFINITE
         for i in range(min(need, len(a.prefix))):
-            c = self.cost(self.item(a, i))
+            c = self.cost(specs.item(a, i))
             if c >= INFINITE:
                 return INFINITE
             total += c + 1
@@ -746,7 +436,7 @@ class Expressions:
         first = max(x.start, index)
         last = len(a.prefix) + 1 if a.high is None else min(len(a.prefix) + 1, a.high)
         return any(
-            not self.is_empty(self.both(self.item(a, i), x.expr))
+            not self.is_empty(self.both(specs.item(a, i), x.expr))
             for i in range(first, max(last, first + (a.high is None)))
         )
 
@@ -768,9 +458,9 @@ class Expressions:
 
 # keywords that can leave a schema without any value, alone or together
 _MAY_EMPTY = {
-    "enum", "const", "required", "allOf", "anyOf", "oneOf", "not", "if", "$ref", "$dynamicRef", "$recursiveRef", "extends",
-    "disallow", "dependentSchemas", "dependencies", "pattern", "minLength", "maximum", "exclusiveMaximum", "multipleOf",
-    "divisibleBy", "minItems", "contains", "minProperties", "unevaluatedProperties", "unevaluatedItems",
+    "enum", "const", "required", "allOf", "anyOf", "oneOf", "not", "if", "$ref", "$dynamicRef", "$recursiveRef",
+    "extends", "disallow", "dependentSchemas", "dependencies", "pattern", "minLength", "maximum", "exclusiveMaximum",
+    "multipleOf", "divisibleBy", "minItems", "contains", "minProperties", "unevaluatedProperties", "unevaluatedItems",
 }  # fmt: skip
 _NESTING = {
     "$ref", "allOf", "anyOf", "oneOf", "not", "if", "$dynamicRef", "$recursiveRef", "properties", "items", "required",

@@ -1,7 +1,7 @@
 """String formats as regular languages, each by its RFC. Formats that are not here are annotations and enforce nothing.
 
-Exceptions to exactness, on the strict side: year 0000 is left out (readers refuse it); `regex` allows groups nested at most
-four deep; host names are checked label by label, without the total length and the meaning of punycode.
+Exceptions to exactness, on the strict side: year 0000 is left out (readers refuse it); `regex` allows groups nested at
+most four deep; host names are checked label by label, without the total length and the meaning of punycode.
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ from ramet.grammar import ir
 from ramet.grammar.json_schema.pattern import search
 
 _LEAP = "(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])|(?:[02468][048]|[13579][26])00)"
-_MONTH_DAY = "(?:(?:0[13578]|1[02])-(?:0[1-9]|[12][0-9]|3[01])|(?:0[469]|11)-(?:0[1-9]|[12][0-9]|30)|02-(?:0[1-9]|1[0-9]|2[0-8]))"
+_MONTH_DAY = (
+    "(?:(?:0[13578]|1[02])-(?:0[1-9]|[12][0-9]|3[01])|(?:0[469]|11)-(?:0[1-9]|[12][0-9]|30)"
+    "|02-(?:0[1-9]|1[0-9]|2[0-8]))"
+)
 _DATE = f"(?!0000)(?:[0-9]{{4}}-{_MONTH_DAY}|{_LEAP}-02-29)"
 _OFFSET = "(?:[Zz]|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9])"
 # a leap second is the last of a UTC day; whether it is one depends on the offset, so only the common cases are allowed
@@ -36,7 +39,10 @@ _HOSTNAME = f"{_LABEL}(?:\\.{_LABEL})*"
 _ATEXT = "[0-9A-Za-z!#$%&'*+/=?^_`{|}~-]"
 _QUOTED = '"(?:[\\x20\\x21\\x23-\\x5b\\x5d-\\x7e]|\\\\[\\x20-\\x7e])*"'
 _EMAIL = f"(?:{_ATEXT}+(?:\\.{_ATEXT}+)*|{_QUOTED})@(?:{_HOSTNAME}|\\[(?:{_IPV4}|IPv6:{_IPV6})\\])"
-_UCS = "\\u00A0-\\uD7FF\\uF900-\\uFDCF\\uFDF0-\\uFFEF\\u{10000}-\\u{1FFFD}\\u{20000}-\\u{2FFFD}\\u{30000}-\\u{3FFFD}\\u{E1000}-\\u{EFFFD}"
+_UCS = (
+    "\\u00A0-\\uD7FF\\uF900-\\uFDCF\\uFDF0-\\uFFEF\\u{10000}-\\u{1FFFD}\\u{20000}-\\u{2FFFD}\\u{30000}-\\u{3FFFD}"
+    "\\u{E1000}-\\u{EFFFD}"
+)
 _IDN_LABEL = f"[0-9A-Za-z{_UCS}](?:[0-9A-Za-z{_UCS}-]*[0-9A-Za-z{_UCS}])?"
 _IDN_HOSTNAME = f"{_IDN_LABEL}(?:\\.{_IDN_LABEL})*"
 _IDN_ATEXT = f"[0-9A-Za-z!#$%&'*+/=?^_`{{|}}~{_UCS}-]"

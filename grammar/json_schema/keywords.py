@@ -6,17 +6,18 @@ list, `exclusiveMinimum` as a boolean, what stands beside `$ref`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
-from ramet.errors import InvalidRegex, InvalidSchema, UnsupportedSchema
+from ramet.errors import InvalidSchema
 from ramet.grammar import numeric
-from ramet.grammar.json_schema import formats, pattern
+from ramet.grammar.json_schema import formats, specs
 from ramet.grammar.json_schema import values as v
 from ramet.grammar.json_schema.document import DRAFT4, DRAFT7, DRAFT2019, Registry, SchemaNode, escape
-from ramet.grammar.json_schema.expressions import Expressions, Languages
+from ramet.grammar.json_schema.expressions import Expressions
+from ramet.grammar.json_schema.languages import Languages
 from ramet.grammar.json_schema.values import FALSE, TRUE, Arrays, Contains, Expr, Objects, Rule, Strings, Values
 from ramet.grammar.numeric import Numbers
 
@@ -182,10 +183,10 @@ class Interpreter:
             return _ANY_OBJECTS
         patterns = tuple(
             (self.languages.add("pattern", p), self.expr(node, s, f"/patternProperties/{escape(p)}"))
-            for p, s in _mapping(schema, "patternProperties").items()
+            for p, s in mapping(schema, "patternProperties").items()
         )
         properties = []
-        for key, s in _mapping(schema, "properties").items():
+        for key, s in mapping(schema, "properties").items():
             known = node.children.get(id(s))
             e = self.expr(node, s, f"/properties/{escape(key)}") if known is None else self.expressions.of_schema(known)
             for number, other in patterns:
@@ -198,7 +199,7 @@ class Interpreter:
         required = frozenset(required) if isinstance(required, list) else frozenset()
         # draft 3: `required` stands in the property
         required |= {
-            k for k, s in _mapping(schema, "properties").items() if isinstance(s, dict) and s.get("required") is True
+            k for k, s in mapping(schema, "properties").items() if isinstance(s, dict) and s.get("required") is True
         }
         dependent = self.dependent_keys(schema)
         rules: tuple[Rule, ...] = (Rule(patterns, rest),) if patterns else ()
@@ -211,9 +212,9 @@ class Interpreter:
             None if schema.get("maxProperties") is None else int(schema["maxProperties"]),
             dependent,
         )
-        found = self.expressions.tidy_objects(spec)
+        found = specs.tidy_objects(self.expressions, spec)
         if found is not None and "propertyNames" in schema:
-            found = self.expressions.both_objects(found, self.names(node))
+            found = specs.both_objects(self.expressions, found, self.names(node))
         return () if found is None else (found,)
 
     def names(self, node: SchemaNode) -> Objects:
@@ -244,7 +245,7 @@ class Interpreter:
     def dependent_keys(schema: dict[str, Any]) -> tuple[tuple[str, frozenset[str]], ...]:
         found: dict[str, frozenset[str]] = {}
         for key in ("dependentRequired", "dependencies"):
-            for name, needs in _mapping(schema, key).items():
+            for name, needs in mapping(schema, key).items():
                 if isinstance(needs, str):  # draft 3
                     needs = [needs]
                 if isinstance(needs, list) and needs:
@@ -283,7 +284,7 @@ class Interpreter:
             contains,
             bool(schema.get("uniqueItems", False)) and high not in (0, 1),
         )
-        found = self.expressions.tidy_arrays(spec)
+        found = specs.tidy_arrays(self.expressions, spec)
         return () if found is None else (found,)
 
     # --- the keywords that combine schemas
@@ -316,7 +317,7 @@ class Interpreter:
                 no = both(no, self.values(node, schema["else"], "/else"))
             found = v.unite((yes, no))
         for key in ("dependentSchemas", "dependencies"):
-            for name, s in _mapping(schema, key).items():
+            for name, s in mapping(schema, key).items():
                 if isinstance(s, dict | bool):
                     found = self.depending(node, found, name, self.values(node, s, f"/{key}/{escape(name)}"))
         return found
@@ -388,7 +389,7 @@ class Interpreter:
             if "else" in schema:
                 yield both(self.refused(condition), self.refused(self.expr(node, schema["else"], "/else")))
         for key in ("dependentSchemas", "dependencies"):
-            for name, s in _mapping(schema, key).items():
+            for name, s in mapping(schema, key).items():
                 if isinstance(s, dict | bool):
                     within = Values(objects=(Objects(((name, TRUE),), required=frozenset((name,))),))
                     yield both(within, self.refused(self.expr(node, s, f"/{key}/{escape(name)}")))
@@ -423,169 +424,6 @@ def _fraction(schema: dict[str, Any], key: str) -> Fraction | None:
     return None if schema.get(key) is None else fraction(schema[key])
 
 
-def _mapping(schema: dict[str, Any], key: str) -> dict[str, Any]:
+def mapping(schema: dict[str, Any], key: str) -> dict[str, Any]:
     found = schema.get(key)
     return found if isinstance(found, dict) else {}
-
-
-# --- the survey ------------------------------------------------------------------------------------------------------
-
-
-def _number(x: Any) -> bool:
-    return isinstance(x, int | float) and not isinstance(x, bool)
-
-
-def _count(x: Any) -> bool:
-    return _number(x) and x >= 0 and x == int(x)
-
-
-def _schema(x: Any) -> bool:
-    return isinstance(x, dict | bool)
-
-
-def _schemas(x: Any) -> bool:
-    return isinstance(x, list) and all(map(_schema, x))
-
-
-def _schema_map(x: Any) -> bool:
-    return isinstance(x, dict) and all(map(_schema, x.values()))
-
-
-def _names(x: Any) -> bool:
-    return isinstance(x, list) and all(isinstance(n, str) for n in x)
-
-
-_SHAPES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "type": (
-        lambda x: x in (*TYPES, "any") if isinstance(x, str) else isinstance(x, list),
-        "a type or a list of types",
-    ),
-    "enum": (lambda x: isinstance(x, list), "a list"),
-    "minimum": (_number, "a number"),
-    "maximum": (_number, "a number"),
-    "exclusiveMinimum": (lambda x: _number(x) or isinstance(x, bool), "a number"),
-    "exclusiveMaximum": (lambda x: _number(x) or isinstance(x, bool), "a number"),
-    "multipleOf": (lambda x: _number(x) and x > 0, "a number above 0"),
-    "minLength": (_count, "a count"),
-    "maxLength": (_count, "a count"),
-    "minItems": (_count, "a count"),
-    "maxItems": (_count, "a count"),
-    "minContains": (_count, "a count"),
-    "maxContains": (_count, "a count"),
-    "minProperties": (_count, "a count"),
-    "maxProperties": (_count, "a count"),
-    "uniqueItems": (lambda x: isinstance(x, bool), "a boolean"),
-    "pattern": (lambda x: isinstance(x, str), "a string"),
-    "required": (lambda x: _names(x) or isinstance(x, bool), "a list of strings"),
-    "properties": (_schema_map, "a map of schemas"),
-    "patternProperties": (_schema_map, "a map of schemas"),
-    "dependentSchemas": (_schema_map, "a map of schemas"),
-    "dependentRequired": (lambda x: isinstance(x, dict) and all(map(_names, x.values())), "a map of lists of strings"),
-    "additionalProperties": (_schema, "a schema"),
-    "propertyNames": (_schema, "a schema"),
-    "additionalItems": (_schema, "a schema"),
-    "contains": (_schema, "a schema"),
-    "items": (lambda x: _schema(x) or _schemas(x), "a schema"),
-    "prefixItems": (_schemas, "a list of schemas"),
-    "allOf": (_schemas, "a list of schemas"),
-    "anyOf": (_schemas, "a list of schemas"),
-    "oneOf": (_schemas, "a list of schemas"),
-    "not": (_schema, "a schema"),
-    "if": (_schema, "a schema"),
-    "then": (_schema, "a schema"),
-    "else": (_schema, "a schema"),
-    "$ref": (lambda x: isinstance(x, str), "a string"),
-    "$dynamicRef": (lambda x: isinstance(x, str), "a string"),
-}
-_CHILD = (
-    "unevaluatedProperties",
-    "unevaluatedItems",
-    "additionalProperties",
-    "propertyNames",
-    "additionalItems",
-    "contains",
-    "not",
-    "if",
-    "then",
-    "else",
-)
-_CHILD_MAPS = ("properties", "patternProperties", "dependentSchemas", "dependencies")
-_CHILD_KEYS = frozenset((*_CHILD, *_CHILD_MAPS, "prefixItems", "allOf", "anyOf", "oneOf", "items"))
-
-
-def survey(interpreter: Interpreter) -> None:
-    """Look at every schema that can matter, and report all that is wrong at once.
-
-    Raises: InvalidSchema for the first malformed keyword; UnsupportedSchema with all that cannot be enforced.
-    """
-    problems: list[tuple[str, str, str]] = []
-    stack, seen = [interpreter.registry.root], {interpreter.registry.root.number}
-    while stack:
-        node = stack.pop()
-        if not isinstance(node.schema, dict):
-            continue
-        _check_shapes(node)
-        _check_patterns(interpreter, node, problems)
-        _check_unique(interpreter, node, problems)
-        for child in _children(interpreter, node):
-            if child.number not in seen:
-                seen.add(child.number)
-                stack.append(child)
-    if problems:
-        raise UnsupportedSchema(problems)
-
-
-def _check_shapes(node: SchemaNode) -> None:
-    schema = node.schema
-    if "$ref" in schema and node.draft <= DRAFT7:
-        return
-    for key in schema.keys() & _SHAPES.keys():
-        good, what = _SHAPES[key]
-        if not good(schema[key]):
-            pointer = f"{node.pointer}/{key}"
-            raise InvalidSchema(f"{pointer}: must be {what}, not {schema[key]!r:.100}", pointer)
-
-
-def _check_unique(interpreter: Interpreter, node: SchemaNode, problems: list[tuple[str, str, str]]) -> None:
-    if node.schema.get("uniqueItems") is not True:
-        return
-    for a in interpreter.arrays(node):
-        items = [interpreter.expressions.values(e) for e in (*a.prefix, a.rest)]
-        if any(x.objects or x.arrays for x in items) and (a.high is None or a.high > 1):
-            problems.append((node.pointer, "uniqueItems", "items that are objects or arrays are not compared"))
-
-
-def _check_patterns(interpreter: Interpreter, node: SchemaNode, problems: list[tuple[str, str, str]]) -> None:
-    sources = []
-    if isinstance(node.schema.get("pattern"), str):
-        sources.append((node.schema["pattern"], "pattern"))
-    sources.extend((p, "patternProperties") for p in _mapping(node.schema, "patternProperties"))
-    for source, keyword in sources:
-        try:
-            interpreter.languages.add("pattern", source)
-        except pattern.UnsupportedPattern as error:
-            problems.append((node.pointer, keyword, str(error)))
-        except InvalidRegex as error:
-            raise InvalidSchema(f"{node.pointer or '/'}: {error}", node.pointer) from error
-
-
-def _children(interpreter: Interpreter, node: SchemaNode) -> Iterable[SchemaNode]:
-    schema = node.schema
-    for key in ("$ref", "$dynamicRef", "$recursiveRef"):
-        if key in schema and (key == "$ref" or node.draft >= DRAFT2019):
-            yield interpreter.target(node, key)
-    if "$ref" in schema and node.draft <= DRAFT7:
-        return
-    for key in schema.keys() & _CHILD_KEYS:
-        value = schema[key]
-        if isinstance(value, list):
-            for i, s in enumerate(value):
-                yield interpreter.child(node, s, f"/{key}/{i}")
-        elif not isinstance(value, dict):
-            continue
-        elif key in _CHILD_MAPS:
-            for name, s in value.items():
-                if isinstance(s, dict):
-                    yield interpreter.child(node, s, f"/{key}/{escape(name)}")
-        else:
-            yield interpreter.child(node, value, f"/{key}")

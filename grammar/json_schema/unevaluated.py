@@ -1,7 +1,8 @@
 """`unevaluatedProperties` and `unevaluatedItems`: which parts of a value other keywords have looked at.
 
-That depends on which subschemas hold, so a schema is split into alternatives, each with its own answer: for `anyOf` every set
-of branches that may hold, for `oneOf` each branch alone, and so on. Only done where one of the two keywords asks.
+That depends on which subschemas hold, so a schema is split into alternatives, each with its own answer: for `anyOf`
+every set of branches that may hold, for `oneOf` each branch alone, and so on. Only done where one of the two keywords
+asks.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ramet.errors import GrammarTooLarge
+from ramet.grammar.json_schema import specs
 from ramet.grammar.json_schema import values as v
 from ramet.grammar.json_schema.document import DRAFT2019, DRAFT2020, SchemaNode, escape
 from ramet.grammar.json_schema.values import FALSE, TRUE, Arrays, Expr, Objects, Rule, Values
@@ -184,7 +186,7 @@ def _apply(interpreter: Interpreter, node: SchemaNode, a: Values, looked: Looked
         if not looked.all_items and rest != TRUE:
             for e in sorted(looked.contains):
                 rest = expressions.negate(expressions.both(expressions.negate(rest), expressions.negate(e)))
-            spec_items = expressions.tidy_arrays(Arrays((TRUE,) * looked.items, rest))
+            spec_items = specs.tidy_arrays(expressions, Arrays((TRUE,) * looked.items, rest))
             assert spec_items is not None
             a = expressions.intersect(a, v.ANY._replace(arrays=(spec_items,)))
         looked = looked | Looked(all_items=True)

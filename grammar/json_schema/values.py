@@ -1,4 +1,5 @@
-"""Sets of JSON values as unions of conjunctions, type by type: what a schema means, in a form closed under and, or, not.
+"""Sets of JSON values as unions of conjunctions, type by type: what a schema means, in a form closed under and, or,
+not.
 
 A `Values` holds, for each JSON type, a union of specs; a spec is a conjunction. Subschemas of objects and arrays stay
 *expressions* (numbers that `expressions.Expressions` gives out), so recursion costs nothing here.
@@ -20,7 +21,9 @@ Expr = int
 
 
 class Strings(NamedTuple):
-    """A conjunction on strings. `languages`: (number of a language, must it hold). `finite`, if given, is the set itself."""
+    """A conjunction on strings. `languages`: (number of a language, must it hold). `finite`, if given, is the set
+    itself.
+    """
 
     low: int = 0
     high: int | None = None
@@ -84,7 +87,7 @@ class Contains(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Arrays:
-    """A conjunction on arrays: `prefix` items, then `rest` for all others. repeats: some two items are equal."""
+    """A conjunction on arrays: `prefix` items, then `rest` for all others."""
 
     prefix: tuple[Expr, ...] = ()
     rest: Expr = TRUE
@@ -92,7 +95,6 @@ class Arrays:
     high: int | None = None
     contains: tuple[Contains, ...] = ()
     unique: bool = False
-    repeats: bool = False
 
 
 ANY_ARRAYS = Arrays()

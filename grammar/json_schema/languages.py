@@ -1,0 +1,163 @@
+"""Regular languages on the code points of strings: patterns, formats, lengths; their automata, made once per
+process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import lru_cache
+
+from ramet.grammar import ir, regular
+from ramet.grammar.json_schema import formats, pattern
+from ramet.grammar.json_schema.values import Strings
+from ramet.grammar.regular import Dfa
+
+
+class Languages:
+    """Regular languages on strings, by number; automata are made when needed and shared by all compilations."""
+
+    def __init__(self, max_states: int) -> None:
+        self.max_states = max_states
+        self.sources: list[tuple[str, str]] = []  # (kind, source): see `language_node`
+        self._index: dict[tuple[str, str], int] = {}
+        self._dfas: dict[int, Dfa] = {}
+        self._conjunctions: dict[object, Dfa] = {}
+
+    def add(self, kind: str, source: str) -> int:
+        """Number of a language.
+
+        Raises: InvalidRegex if its source does not parse.
+        """
+        found = self._index.get((kind, source))
+        if found is None:
+            language_node(kind, source)
+            found = self._index[kind, source] = len(self.sources)
+            self.sources.append((kind, source))
+        return found
+
+    def add_automaton(self, name: str, dfa: Dfa) -> int:
+        """Number of a language that is only known as an automaton over code points."""
+        key = (name, repr(dfa.key()))
+        found = self._index.get(key)
+        if found is None:
+            found = self._index[key] = len(self.sources)
+            self.sources.append(key)
+            self._dfas[found] = dfa
+        return found
+
+    def name(self, number: int) -> str:
+        kind, source = self.sources[number]
+        return f"{kind} {source[:100]!r}"
+
+    def dfa(self, number: int) -> Dfa:
+        found = self._dfas.get(number)
+        if found is None:
+            found = self._dfas[number] = _automaton(*self.sources[number], self.max_states)
+        return found
+
+    def accepts(self, number: int, text: str) -> bool:
+        return self.dfa(number).accepts(map(ord, text))
+
+    def contains(self, spec: Strings, text: str) -> bool:
+        if spec.finite is not None:
+            return text in spec.finite
+        if len(text) < spec.low or (spec.high is not None and len(text) > spec.high) or text in spec.excluded:
+            return False
+        return all(self.accepts(n, text) == wanted for n, wanted in spec.languages)
+
+    def base(self, spec: Strings) -> Dfa:
+        """The automaton of a spec's lengths and languages (not of `excluded`)."""
+        key = (spec.low, spec.high, spec.languages)
+        found = self._conjunctions.get(key)
+        if found is None:
+            found = None
+            name = " and ".join(self.name(n) for n, _ in spec.languages) or "a string's length"
+            parts = [self.dfa(n) if wanted else regular.complement(self.dfa(n)) for n, wanted in sorted(spec.languages)]
+            parts.sort(key=lambda d: len(d.transitions))
+            if spec.low or spec.high is not None or not parts:
+                parts.append(length_automaton(spec.low, spec.high))
+            for part in parts:  # one by one: what comes between is minimal
+                found = (
+                    part if found is None else regular.intersect([found, part], max_states=self.max_states, name=name)
+                )
+            assert found is not None
+            self._conjunctions[key] = found
+        return found
+
+    def is_empty(self, spec: Strings) -> bool:
+        """Whether no string is in the set."""
+        if spec.finite is not None:
+            return not spec.finite
+        if spec.high is not None and spec.low > spec.high:
+            return True
+        if not spec.languages:
+            return spec.high == 0 and "" in spec.excluded
+        if len(spec.languages) == 1 and spec.low == 0 and spec.high is None and not spec.excluded:
+            ((number, wanted),) = spec.languages
+            if wanted and number not in self._dfas and _is_plain(*self.sources[number]):
+                return False
+        base = self.base(spec)
+        if base.is_empty:
+            return True
+        return bool(spec.excluded) and all(t in spec.excluded for t in _few_texts(base, len(spec.excluded) + 1))
+
+
+@lru_cache(maxsize=2048)
+def language_node(kind: str, source: str) -> ir.Node:
+    """The texts that a "pattern" is found in, or those of a "format"."""
+    return formats.format_node(source) if kind == "format" else pattern.search(source)
+
+
+@lru_cache(maxsize=2048)
+def _automaton(kind: str, source: str, max_states: int) -> Dfa:
+    return regular.compile_chars(language_node(kind, source), max_states=max_states, name=f"{kind} {source[:100]!r}")
+
+
+@lru_cache(maxsize=2048)
+def _is_plain(kind: str, source: str) -> bool:
+    return _surely_not_empty(language_node(kind, source))
+
+
+def _surely_not_empty(node: ir.Node) -> bool:
+    """True where syntax alone shows that a text matches (no lookaheads, no empty classes)."""
+    match node:
+        case ir.Chars(ranges):
+            return bool(ranges)
+        case ir.Sequence(parts):
+            return all(_surely_not_empty(p) for p in parts)
+        case ir.Choice(options):
+            return bool(options) and all(_surely_not_empty(o) for o in options)
+        case ir.Repeat(item, low, _):
+            return low == 0 or _surely_not_empty(item)
+        case ir.Bytes():
+            return True
+        case _:
+            return False
+
+
+def _few_texts(dfa: Dfa, limit: int) -> Iterable[str]:
+    """Texts of the language, shortest first, up to `limit`; enough to see whether a finite set covers it."""
+    level: list[tuple[int, str]] = [(0, "")]
+    following: list[tuple[int, str]]
+    found = 0
+    while level and found < limit:
+        following = []
+        for state, text in level:
+            if dfa.accepting[state]:
+                found += 1
+                yield text
+                if found >= limit:
+                    return
+            for i, start in enumerate(dfa.starts):
+                to = dfa.transitions[state][dfa.classes[i]]
+                end = dfa.starts[i + 1] if i + 1 < len(dfa.starts) else ir.MAX_CODE_POINT + 1
+                if to >= 0:
+                    following.extend((to, text + chr(c)) for c in range(start, min(end, start + limit)))
+        level = following[: 4 * limit]
+
+
+def length_automaton(low: int, high: int | None) -> Dfa:
+    """Strings of low..high code points."""
+    n = (low if high is None else high) + 1
+    rows = [[i + 1] for i in range(n - 1)] + [[n - 1 if high is None else -1]]
+    return Dfa(ir.MAX_CODE_POINT, [0], [0], 1, rows, [i >= low for i in range(n)])
