@@ -317,7 +317,7 @@ class _Closure:
                 names[rule] = self.owner.node((rule, content), fresh[rule])
             for rule, local in pending.items():
                 if names[rule].edges is fresh[rule]:
-                    fresh[rule].extend((t, p if isinstance(p, StackNode) else names[p]) for t, p in edges)
+                    fresh[rule].extend((t, p if isinstance(p, StackNode) else names[p]) for t, p in local)
         return names
 
 
