@@ -7,6 +7,7 @@ Grammars are kept by (source, options, vocabulary), least recently used out firs
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import hashlib
@@ -116,6 +117,7 @@ class CompileService:
                 self._jobs[key] = job
                 self._pending.append(job)
                 if self._supervisor is None:
+                    atexit.register(self.close)  # a thread that the interpreter kills inside compiled code aborts it
                     self._supervisor = threading.Thread(target=self._supervise, name="ramet-compile", daemon=True)
                     self._supervisor.start()
                 self._news.put(None)
@@ -135,6 +137,7 @@ class CompileService:
             answers = [a for job in jobs for a in self._finish(job, EngineStopped("the compile service was closed"))]
             for worker in self._workers:
                 worker.stop()
+        atexit.unregister(self.close)
         _answer_all(answers)
         self._news.put(None)
         for thread in (*(w.thread for w in self._workers), self._supervisor):
@@ -211,10 +214,10 @@ class CompileService:
         busy = [w.assigned for w in self._workers if not w.is_idle and w.assigned is not None]
         if not busy:
             return _INTERVAL_S if self._pending else None
-        pause = min(job.deadline + (_GRACE_S if job.is_done else 0) for job in busy) - time.monotonic()
-        if self.config.max_memory_bytes is not None or self._pending:
+        pause = min(job.deadline for job in busy) - time.monotonic()
+        if self.config.max_memory_bytes is not None or self._pending or any(job.is_done for job in busy):
             pause = min(pause, _INTERVAL_S)
-        return max(pause, 0.001)
+        return max(pause, _INTERVAL_S / 10)
 
     def _take(self, job: _Job, parsed: Parsed | None, result: CompiledGrammar | BaseException) -> list[_Answer]:
         """A worker has done a job."""
@@ -247,7 +250,11 @@ class CompileService:
         memory = 0 if limit is None else _resident_bytes()
         for worker in self._workers:
             job = worker.assigned
-            if job is None or job.is_done or worker.is_idle:
+            if job is None or worker.is_idle:
+                continue
+            if job.is_done:
+                if now >= worker.interrupted_at + _INTERVAL_S:
+                    worker.interrupt()  # the last one was lost: thrown inside a callback that lets nothing out
                 continue
             if now >= job.deadline:
                 what = f"took longer than {self.config.max_time_s:g} s"
@@ -277,9 +284,10 @@ class _Worker:
         self.assigned: _Job | None = None
         self.finished: _Job | None = None
         self.num_interrupts = 0
+        self.interrupted_at = 0.0
         self._is_stopped = False
         self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
-        self.thread = threading.Thread(target=self._loop, name="ramet-compile-worker", daemon=True)
+        self.thread = threading.Thread(target=self._main, name="ramet-compile-worker", daemon=True)
         self.thread.start()
 
     @property
@@ -308,8 +316,16 @@ class _Worker:
     def interrupt(self) -> None:
         """Throw _Interrupted into the thread; it takes effect between two of its bytecodes."""
         self.num_interrupts += 1
+        self.interrupted_at = time.monotonic()
         ident = ctypes.c_ulong(self.thread.ident or 0)
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, ctypes.py_object(_Interrupted))
+
+    def _main(self) -> None:
+        while not self._is_stopped:
+            try:
+                self._loop()
+            except _Interrupted:  # thrown while the one before was being handled
+                continue
 
     def _loop(self) -> None:
         """Interrupts may come anywhere, also late: what is assigned and not finished is begun again if it counts."""

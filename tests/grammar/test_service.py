@@ -16,6 +16,9 @@ from ramet.grammar.choices import choices
 from ramet.grammar.disk_cache import DiskCache
 from ramet.grammar.service import CompileService, ServiceConfig, source_key
 
+# an interrupt may be thrown inside another library's callback, where it is lost with a warning; it is then sent again
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 BYTES = Vocabulary([*(bytes((i,)) for i in range(256)), b"<eos>"], [256], [256])
 OTHER = Vocabulary([*(bytes((i,)) for i in range(256)), b"ab", b"<eos>"], [257], [257])
 # half a million states if let run: far longer than any limit below
