@@ -385,7 +385,8 @@ class _Interpreter:
         most = _max_bytes(run)
         # Every token stands for a byte at least; one may open the text, and one stand for a blank put before it.
         limit = self._target.context_length if most is None else min(self._target.context_length, most + 2)
-        return [Opaque(("run", *run, add_special, continues), Count(0, limit), is_text=True)]
+        least = -(-sum(len(part.encode()) for part in run if isinstance(part, str)) // self._target.max_token_bytes)
+        return [Opaque(("run", *run, add_special, continues), Count(min(least, limit), limit), is_text=True)]
 
 
 def generated_limits(node: ir.Generate, target: Target) -> tuple[int, int | None]:

@@ -8,8 +8,8 @@ is what a generation wrote on the way. Text that a model happens to write like a
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 
 from ramet.lang import ir
 from ramet.lang.passes.paths import ZERO, Count, Item, Opaque, Paths, Point
@@ -17,14 +17,16 @@ from ramet.lang.passes.paths import ZERO, Count, Item, Opaque, Paths, Point
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One request. `prompt` == `shared` + `new` where all are exact.
+    """One request: of a generation, or of one `choice` of a selection (`part` "alone": without its prompt).
 
+    `prompt` == `shared` + `new` where all are exact.
     `added`: exact tokens of known text behind the last thing that the model wrote; what a turn adds to its branch.
     `after_generation`: the last token that was written before may have to be computed with it; then `new` counts it.
     """
 
     node: int
     choice: int | None
+    part: str
     prompt: Count
     shared: Count
     new: Count
@@ -64,8 +66,27 @@ class RequestPlan:
 
 
 def plan_requests(paths: Paths, *, share_nodes: bool = True) -> RequestPlan:
-    """Simulate the run of one graph. `share_nodes`: generations that surely write the same are asked for once."""
-    return _Planner(paths, share_nodes).run()
+    """Simulate the run of one graph. `share_nodes`: generations that surely write the same are asked for once.
+
+    A constrained generation begins when its grammar is compiled: at once, or after all others. Counts that depend on
+    that have both limits.
+    """
+    plan = _Planner(paths, share_nodes).run(run_order(paths.graph))
+    constrained = [n.id for n in paths.graph.nodes if isinstance(n, ir.Generate) and n.constraint is not None]
+    if constrained:
+        for late in (constrained, constrained[::-1]):
+            other = _Planner(paths, share_nodes).run(run_order(paths.graph, late))
+            found = {(request.node, request.choice, request.part): request for request in other.requests}
+            plan.requests = [_either(one, found[one.node, one.choice, one.part]) for one in plan.requests]
+    return plan
+
+
+def _either(a: Request, b: Request) -> Request:
+    return replace(a, shared=_hull(a.shared, b.shared), new=_hull(a.new, b.new))
+
+
+def _hull(a: Count, b: Count) -> Count:
+    return Count(min(a.at_least, b.at_least), max(a.at_most, b.at_most))
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +108,8 @@ class _Planner:
         self._scored: set[object] = set()  # scoring requests that were made
         self._plan = RequestPlan()
 
-    def run(self) -> RequestPlan:
-        for node in run_order(self._paths.graph):
+    def run(self, order: Iterable[ir.AnyNode]) -> RequestPlan:
+        for node in order:
             if isinstance(node, ir.Generate):
                 if not (self._share and node.id in self._paths.twins):
                     self._generate(node.id)
@@ -112,7 +133,9 @@ class _Planner:
         is_sure = all(isinstance(item, int) for _, choice, size in own for item in choice.items[-size:])
         for index, choice, size in own:
             if self._is_scored((choice.position, size)):
-                self._plan.requests.append(Request(node.id, index, choice.count, choice.count, ZERO, 0, False, ZERO))
+                self._plan.requests.append(
+                    Request(node.id, index, "", choice.count, choice.count, ZERO, 0, False, ZERO)
+                )
             else:
                 self._request(node.id, index, choice, ZERO, keep=size + 1, is_sure=is_sure)
         self._cache(self._paths.points[node.id], is_counted=False)  # the winner's tokens are one of the choices'
@@ -130,7 +153,7 @@ class _Planner:
         is_known = self._is_scored(tail)
         new = ZERO if is_known else size
         shared = size if is_known else ZERO
-        self._plan.requests.append(Request(node, index, size, shared, new, None, False, ZERO))
+        self._plan.requests.append(Request(node, index, "alone", size, shared, new, None, False, ZERO))
         if not is_known:
             self._plan.kv = self._plan.kv + size
 
@@ -158,7 +181,7 @@ class _Planner:
             new, shared, count = Count(0, new.at_most), Count(0, shared.at_most), Count(0, count.at_most)
         after = missing.is_after_generation
         count, shared, new = (one.capped(self._paths.context_length) for one in (count, shared, new))
-        self._plan.requests.append(Request(node, choice, count, shared, new, missing.num_added, after, written))
+        self._plan.requests.append(Request(node, choice, "", count, shared, new, missing.num_added, after, written))
         self._cache(prompt)
 
     def _missing(self, prompt: Point, keep: int) -> _Missing:
@@ -201,8 +224,13 @@ class _Planner:
                 before = position
 
 
-def run_order(graph: ir.Graph) -> Iterable[ir.AnyNode]:
-    """Nodes in the order in which the executor starts them, if generations end in the order in which they began."""
+def run_order(graph: ir.Graph, late: Sequence[int] = ()) -> Iterable[ir.AnyNode]:
+    """Nodes in the order in which the executor starts them, if generations end in the order in which they began.
+
+    `late`: nodes that begin when nothing else can, the first ones first.
+    """
+    rank = {node: i for i, node in enumerate(late)}
+    waiting: list[int] = []
     users: dict[int, list[int]] = {}
     missing: dict[int, int] = {}
     ready: deque[int] = deque()
@@ -214,8 +242,17 @@ def run_order(graph: ir.Graph) -> Iterable[ir.AnyNode]:
         if not needs:
             ready.append(node.id)
     running: deque[int] = deque()
-    while ready or running:
-        at = ready.popleft() if ready else running.popleft()
+    while ready or running or waiting:
+        if ready or running:
+            at = ready.popleft() if ready else running.popleft()
+            if at in rank and missing[at] == 0:
+                waiting.append(at)
+                missing[at] = -2  # all is there but its grammar
+                continue
+        else:
+            waiting.sort(key=lambda node: rank[node])
+            at = waiting.pop(0)
+            missing[at] = 0
         node = graph.nodes[at]
         if isinstance(node, ir.Generate | ir.Select | ir.ToolCall) and missing[at] == 0:
             missing[at] = -1  # begun: its users wait for its end
