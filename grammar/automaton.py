@@ -117,6 +117,9 @@ class Machine:
         self.max_states = max_states
         self.interned: dict[Hashable, int] = {}
         self.class_maps: dict[bytes, int] = {}
+        self.unenforced: list[
+            tuple[str, str, str]
+        ] = []  # (JSON pointer, keyword, reason) that the caller must validate
         self.same_mask: dict[int, int] = {}  # an instance with a text remembered -> the one whose masks it has
         self._closing_lengths: dict[int, int] = {}
         self.done = self.add(Done(self))

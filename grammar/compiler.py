@@ -63,6 +63,11 @@ class CompiledGrammar:
     # --- states
 
     @property
+    def unenforced(self) -> list[tuple[str, str, str]]:
+        """(JSON pointer, keyword, reason) of what masks do not ensure; empty unless `on_unsupported` is "validate"."""
+        return list(self.machine.unenforced)
+
+    @property
     def is_closed(self) -> bool:
         return self._device_tables is not None
 

@@ -8,7 +8,10 @@ from ramet.grammar.automaton import Machine, target
 from ramet.grammar.json_schema.document import Registry
 from ramet.grammar.json_schema.frames import Context, Json
 from ramet.grammar.json_schema.keywords import Interpreter
+from ramet.grammar.json_schema.strict import check_strict
 from ramet.grammar.json_schema.survey import survey
+
+WARM_NODES = 32  # schemas read at once; larger schemas are read further as they are visited
 
 
 class RootContext:
@@ -37,11 +40,16 @@ def place_schema(source: ir.JsonSchema, machine: Machine, max_states: int, conte
         raise InvalidSchema("a schema must be an object or a boolean", "")
     options = source.options
     registry = Registry(source.schema, options.registry)
-    interpreter = Interpreter(registry, max_states, only_named=options.mode != "exact")
-    survey(interpreter)
+    lenient = options.on_unsupported == "validate"
+    interpreter = Interpreter(registry, max_states, only_named=options.mode != "exact", lenient=lenient)
+    machine.unenforced.extend(survey(interpreter))
+    if options.mode == "strict":
+        check_strict(registry.root)
     expressions = interpreter.expressions
     root = expressions.of_schema(registry.root)
     if expressions.is_empty(root):
         raise GrammarError("the schema is contradictory: no JSON value satisfies it")
+    for node in registry.nodes[:WARM_NODES]:
+        expressions.values(expressions.of_schema(node))
     json = Json(machine, expressions, spaced=options.whitespace == "bounded", ordered=options.mode != "exact")
     return json.value((root,), context or RootContext(machine), 2)

@@ -36,10 +36,13 @@ class Expressions:
         languages: Languages,
         interpret: Callable[[SchemaNode], Values],
         interpret_not: Callable[[SchemaNode], Values],
+        *,
+        lenient: bool = False,
     ) -> None:
         self.languages = languages
         self.interpret = interpret
         self.interpret_not = interpret_not
+        self.lenient = lenient  # what cannot be described is taken as anything
         self._atoms: list[tuple[str, object]] = []
         self._atom_index: dict[tuple[str, object], int] = {}
         self.contents: list[tuple[int, ...]] = [(), (-1,)]

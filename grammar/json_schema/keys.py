@@ -78,8 +78,12 @@ class Space:
         found = self._alive.get(spec)
         if found is None:
             n = len(self.names)
+            o = self.specs[spec]
             named = sum(1 << i for i in range(n) if self.usable(spec, i))
             others = sum(1 << i for i in range(len(self.signatures)) if self.usable(spec, n + i))
+            own = sum(1 << i for i in range(n) if (named >> i) & 1 and self.names[i] in o.table)
+            if o.named_only and not o.exists and o.low <= own.bit_count():
+                named, others = own, 0
             found = self._alive[spec] = named, others
         return found
 

@@ -18,6 +18,7 @@ from ramet.grammar.json_schema import values as v
 from ramet.grammar.json_schema.document import DRAFT4, DRAFT7, DRAFT2019, Registry, SchemaNode, escape
 from ramet.grammar.json_schema.expressions import Expressions
 from ramet.grammar.json_schema.languages import Languages
+from ramet.grammar.json_schema.pattern import UnsupportedPattern
 from ramet.grammar.json_schema.values import FALSE, TRUE, Arrays, Contains, Expr, Objects, Rule, Strings, Values
 from ramet.grammar.numeric import Numbers
 
@@ -32,13 +33,17 @@ _COMBINING = ("allOf", "anyOf", "oneOf", "not", "if", "dependentSchemas", "depen
 
 
 class Interpreter:
-    """Reads schema nodes as values. `strict_order`: declared_order mode, where unnamed properties are not written."""
+    """Reads schema nodes as values.
 
-    def __init__(self, registry: Registry, max_states: int, *, only_named: bool = False) -> None:
+    only_named: see values.Objects.named_only. lenient: what cannot be enforced is left out instead of refused.
+    """
+
+    def __init__(self, registry: Registry, max_states: int, *, only_named: bool = False, lenient: bool = False) -> None:
         self.registry = registry
         self.only_named = only_named
+        self.lenient = lenient
         self.languages = Languages(max_states)
-        self.expressions = Expressions(self.languages, self.interpret, self.interpret_not)
+        self.expressions = Expressions(self.languages, self.interpret, self.interpret_not, lenient=lenient)
 
     def child(self, node: SchemaNode, schema: Any, suffix: str) -> SchemaNode:
         return self.registry.child(node, schema, suffix)
@@ -166,7 +171,7 @@ class Interpreter:
         if not any(key in schema for key in _STRING_KEYS):
             return _ANY_STRINGS
         languages = []
-        if isinstance(schema.get("pattern"), str):
+        if isinstance(schema.get("pattern"), str) and self.is_enforced(schema["pattern"]):
             languages.append((self.languages.add("pattern", schema["pattern"]), True))
         name = schema.get("format")
         if isinstance(name, str) and name in formats.KNOWN:
@@ -177,6 +182,19 @@ class Interpreter:
             return _ANY_STRINGS
         return () if self.languages.is_empty(spec) else (spec,)
 
+    def is_enforced(self, source: str) -> bool:
+        """False for a pattern that lenient reading leaves out.
+
+        Raises: UnsupportedPattern for such a pattern otherwise.
+        """
+        try:
+            self.languages.add("pattern", source)
+        except UnsupportedPattern:
+            if not self.lenient:
+                raise
+            return False
+        return True
+
     def objects(self, node: SchemaNode) -> tuple[Objects, ...]:
         schema = node.schema
         if not any(key in schema for key in _OBJECT_KEYS):
@@ -184,6 +202,7 @@ class Interpreter:
         patterns = tuple(
             (self.languages.add("pattern", p), self.expr(node, s, f"/patternProperties/{escape(p)}"))
             for p, s in mapping(schema, "patternProperties").items()
+            if self.is_enforced(p)
         )
         properties = []
         for key, s in mapping(schema, "properties").items():
@@ -193,8 +212,9 @@ class Interpreter:
                 if self.languages.accepts(number, key):
                     e = self.expressions.both(e, other)
             properties.append((key, e))
-        additional = schema.get("additionalProperties", not (self.only_named and (properties or patterns)))
-        rest = self.expr(node, additional, "/additionalProperties")
+        rest = self.expr(node, schema.get("additionalProperties", True), "/additionalProperties")
+        if len(patterns) < len(mapping(schema, "patternProperties")):
+            rest = TRUE  # a key that matches a pattern left out might be any
         required = schema.get("required", ())
         required = frozenset(required) if isinstance(required, list) else frozenset()
         # draft 3: `required` stands in the property
@@ -211,6 +231,7 @@ class Interpreter:
             int(schema.get("minProperties", 0)),
             None if schema.get("maxProperties") is None else int(schema["maxProperties"]),
             dependent,
+            named_only=self.only_named and "additionalProperties" not in schema and bool(properties),
         )
         found = specs.tidy_objects(self.expressions, spec)
         if found is not None and "propertyNames" in schema:
@@ -282,7 +303,7 @@ class Interpreter:
             int(schema.get("minItems", 0)),
             None if high is None else int(high),
             contains,
-            bool(schema.get("uniqueItems", False)) and high not in (0, 1),
+            bool(schema.get("uniqueItems", False)) and high not in (0, 1) and not self.lenient,
         )
         found = specs.tidy_arrays(self.expressions, spec)
         return () if found is None else (found,)

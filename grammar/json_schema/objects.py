@@ -130,6 +130,9 @@ class ObjectNode:
             o = space.specs[spec]
             if self.json.ordered and not self._in_order(spec, label):
                 continue
+            named, others = space.alive(spec)
+            if not (named >> label if label < len(space.names) else others >> (label - len(space.names))) & 1:
+                continue
             witness = [i for i, x in enumerate(o.exists) if (exists >> i) & 1 and space.in_class(x, label)]
             for size in range(len(witness) + 1):
                 for chosen in combinations(witness, size):

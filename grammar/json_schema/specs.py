@@ -60,6 +60,7 @@ def both_objects(expressions: Expressions, a: Objects, b: Objects) -> Objects | 
             high,
             tuple(sorted(dependent.items())),
             tuple(dict.fromkeys(a.exists + b.exists)),
+            a.named_only or b.named_only,
         ),
     )
 
@@ -88,7 +89,7 @@ def tidy_objects(expressions: Expressions, o: Objects) -> Objects | None:
     if default == FALSE and low > sum(e != FALSE for _, e in properties):
         return None
     low = o.low if o.low > len(o.required) else 0
-    return Objects(properties, default, rules, o.required, low, o.high, o.dependent, o.exists)
+    return Objects(properties, default, rules, o.required, low, o.high, o.dependent, o.exists, o.named_only)
 
 
 def not_objects(expressions: Expressions, o: Objects) -> list[Objects]:
@@ -198,7 +199,9 @@ def not_arrays(expressions: Expressions, a: Arrays) -> list[Arrays]:
             out.append(Arrays(contains=(Contains(c.start, c.expr, 0, c.low - 1),)))
         if c.high is not None:
             out.append(Arrays(contains=(Contains(c.start, c.expr, c.high + 1, None),)))
-    if a.unique:
+    if a.unique and expressions.lenient:
+        out.append(Arrays())
+    elif a.unique:
         problem = "arrays in which some items are equal (the opposite of uniqueItems) are not described"
         raise UnsupportedSchema([(expressions.pointer, "not", problem)])
     return [t for t in (tidy_arrays(expressions, x) for x in out) if t is not None]

@@ -93,9 +93,13 @@ _CHILD_MAPS = ("properties", "patternProperties", "dependentSchemas", "dependenc
 _CHILD_KEYS = frozenset((*_CHILD, *_CHILD_MAPS, "prefixItems", "allOf", "anyOf", "oneOf", "items"))
 
 
-def survey(interpreter: Interpreter) -> None:
+Problem = tuple[str, str, str]  # JSON pointer, keyword, reason
+
+
+def survey(interpreter: Interpreter) -> list[Problem]:
     """Look at every schema that can matter, and report all that is wrong at once.
 
+    Returns what cannot be enforced, where the interpreter is lenient.
     Raises: InvalidSchema for the first malformed keyword; UnsupportedSchema with all that cannot be enforced.
     """
     problems: list[tuple[str, str, str]] = []
@@ -111,8 +115,9 @@ def survey(interpreter: Interpreter) -> None:
             if child.number not in seen:
                 seen.add(child.number)
                 stack.append(child)
-    if problems:
+    if problems and not interpreter.lenient:
         raise UnsupportedSchema(problems)
+    return problems
 
 
 def _check_shapes(node: SchemaNode) -> None:

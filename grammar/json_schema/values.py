@@ -57,6 +57,7 @@ class Objects:
 
     properties: declared key -> expression of its value (all that applies). default and rules: keys not declared.
     low, high: number of keys. dependent: (key, keys that it requires). exists: see Exists.
+    named_only: in declared order, keys that no schema names are not written, though they would be valid.
     """
 
     properties: tuple[tuple[str, Expr], ...] = ()
@@ -67,6 +68,7 @@ class Objects:
     high: int | None = None
     dependent: tuple[tuple[str, frozenset[str]], ...] = ()
     exists: tuple[Exists, ...] = ()
+    named_only: bool = False
     table: dict[str, Expr] = field(init=False, compare=False, repr=False)  # `properties` as a dictionary
 
     def __post_init__(self) -> None:
