@@ -29,7 +29,8 @@ class ProgramOptions:
     """What holds for a whole run of a program.
 
     `deadline_s`: seconds of time.monotonic(). Lower `priority` runs first. `token_budget`: tokens that all generations
-    together may write. `cache_salt`: prefixes are shared only with runs of the same salt.
+    together may write. `cache_salt`: prefixes are shared only with runs of the same salt. `text_events`: report text as
+    it is generated, not only when a node is done.
     """
 
     program: str = "program"
@@ -37,6 +38,7 @@ class ProgramOptions:
     token_budget: int | None = None
     priority: int = 0
     cache_salt: str = ""
+    text_events: bool = False
 
 
 class Session(Protocol):
@@ -81,6 +83,7 @@ class EngineBackend:
             priority=options.priority,
             deadline_s=options.deadline_s,
             token_budget=options.token_budget,
+            text_events=options.text_events,
         )
         return self._host.start(on_event, limits)
 

@@ -33,6 +33,7 @@ from ramet.lang.values import current_run, plain
 
 if TYPE_CHECKING:
     from ramet.lang.compiled import Compiled
+    from ramet.lang.draw import Drawing
     from ramet.lang.explain import Explanation
 
 _OPTIONS = ("backend", "timeout_s", "token_budget", "priority", "cache_salt", "seed", "stage", "tools")
@@ -266,6 +267,12 @@ class Function:
 
         return explain_program(self, args, kwargs, rows=rows, analyze=analyze)
 
+    def graph(self, **arguments: Any) -> Drawing:
+        """A picture of the program with what is planned: `.mermaid()`, `.svg()`, `.html()`, `.save("plan.html")`."""
+        from ramet.lang.draw import draw_program
+
+        return draw_program(self, arguments)
+
     def _trace(self, call: _Call, *, is_symbolic: bool) -> Trace:
         run = TracingRun(self.name, call.sampling, call.options.get("seed"))
         state = State(run)
@@ -299,6 +306,7 @@ class Function:
                 token_budget=options.get("token_budget"),
                 priority=options.get("priority", 0),
                 cache_salt=options.get("cache_salt", ""),
+                text_events=keep_events,
             ),
             sampling=call.sampling,
             seed=options.get("seed"),

@@ -84,6 +84,7 @@ class Run:
         self._changed = threading.Condition()
         # Who awaits: by node, so that an event wakes those alone whom it concerns; None: the end of all nodes.
         self._waiters: dict[int | None, list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]]] = {}
+        self._blocked: list[Callable[[], bool]] = []  # what the threads in `wait` wait for
         self._listeners: list[Listener] = []
         self._events: list[ir.NodeEvent] | None = [] if keep_events else None
         self._tool_threads: ThreadPoolExecutor | None = None
@@ -275,10 +276,14 @@ class Run:
     def wait(self, ready: Callable[[], bool]) -> None:
         """Block until `ready()`. Raises DeadlineExceeded, and cancels the run then."""
         with self._changed:
-            while not ready():
-                self._check_alive()
-                if not self._changed.wait(self._time_left()):
-                    self._check_deadline()
+            self._blocked.append(ready)
+            try:
+                while not ready():
+                    self._check_alive()
+                    if not self._changed.wait(self._time_left()):
+                        self._check_deadline()
+            finally:
+                self._blocked.remove(ready)
 
     async def _await(self, node: int | None, ready: Callable[[], bool]) -> None:
         loop = asyncio.get_running_loop()
@@ -354,7 +359,9 @@ class Run:
                 waiters = self._waiters.pop(node, [])
                 if self.is_done():
                     waiters += self._waiters.pop(None, [])
-            self._changed.notify_all()
+            # A thread is woken only when it can go on: each event of thousands would cost a switch of threads.
+            if node is None or any(ready() for ready in self._blocked):
+                self._changed.notify_all()
         for loop, future in waiters:
             with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody waits there any more
                 loop.call_soon_threadsafe(_resolve, future)
@@ -394,10 +401,16 @@ class Run:
         while tip is not None and tip != start:
             ids.append(tip)
             tip = self.nodes[tip].parent
-        missing = next((i for i in ids if i not in self._results), None)
-        if missing is not None:
-            self.need(missing, "the text so far")
-            self.wait(lambda: all(i in self._results for i in ids))
+        missing = [node for node in ids if node not in self._results]
+        if missing:
+            self.need(missing[-1], "the text so far")
+
+            def is_there() -> bool:
+                while missing and missing[-1] in self._results:
+                    missing.pop()
+                return not missing
+
+            self.wait(is_there)
         failed = [self._results[node] for node in reversed(ids) if self._results[node].kind == "error"]
         for event in sorted(failed, key=lambda e: e.error is not None and e.error.type == "ProgramCancelled"):
             self._checked(event.node)

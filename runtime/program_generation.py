@@ -42,7 +42,7 @@ class Generation:
         self._logprobs.extend(output.logprobs or ())
         if self._run.is_over:
             return
-        if output.text:
+        if output.text and self._executor.limits.text_events:
             self._executor.emit(self._run, "text", text=output.text)
         if output.finish_reason is not None:
             self._finish(output, output.finish_reason)

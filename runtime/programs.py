@@ -96,7 +96,7 @@ class ProgramExecutor:
         self.marks = host.marks
         self._grammars = host.grammars
         self._on_event = on_event
-        self._limits = limits
+        self.limits = limits
         self._index = ir.GraphIndex()
         self._arguments: dict[str, Any] = {}  # JSON values
         self._runs: list[NodeRun] = []
@@ -161,7 +161,7 @@ class ProgramExecutor:
             self._is_let_go = True
         if isinstance(self._cache, TakesHints):
             for tokens, num_live in dead_branches(self._index.nodes, lambda node: self._runs[node].path):
-                self._cache.mark_dead(tokens, self._limits.cache_salt, num_live)
+                self._cache.mark_dead(tokens, self.limits.cache_salt, num_live)
 
     @property
     def is_over(self) -> bool:
@@ -401,7 +401,7 @@ class ProgramExecutor:
                 return sampling
             if self._budget_left <= 0:
                 if not any(other.reserved for other in self._runs):
-                    raise RametError(f"the program's token budget of {self._limits.token_budget} is used up")
+                    raise RametError(f"the program's token budget of {self.limits.token_budget} is used up")
                 run.status = "ready"
                 self._over_budget.append(run)
                 return None
@@ -420,7 +420,7 @@ class ProgramExecutor:
         grammar: Grammar | None = None,
         score_from: int | None = None,
     ) -> None:
-        limits = self._limits
+        limits = self.limits
         left_s = None if limits.deadline_s is None else limits.deadline_s - time.monotonic()
         if left_s is not None and left_s <= 0:
             raise DeadlineExceeded("the program's deadline passed")
@@ -450,7 +450,7 @@ class ProgramExecutor:
     def request_error(self, output: RequestOutput) -> Exception | None:
         if output.finish_reason not in (FinishReason.ERROR, FinishReason.ABORT):
             return None
-        deadline = self._limits.deadline_s
+        deadline = self.limits.deadline_s
         if deadline is not None and time.monotonic() >= deadline:
             return DeadlineExceeded("the program's deadline passed")
         return output.error or RequestCancelled("the request was aborted")
