@@ -83,7 +83,8 @@ class ArgumentValue(Value):
 
     def __format__(self, spec: str) -> str:
         run = self._tracing_run
-        return run.placeholders.add(ir.Ref(run.argument_node(self._argument, self._example), (), spec))
+        ref = ir.Ref(run.argument_node(self._argument, self._example), (), spec)
+        return run.placeholders.add(ref, self._argument)
 
     def _read(self, why: str) -> Any:
         run = self._tracing_run

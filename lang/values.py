@@ -22,10 +22,11 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# One placeholder: START, eight digits to the base 256 (four of the run's key, four of the index), END. The characters
-# are of Unicode's Supplementary Private Use Area-A, which text does not use; the key makes a chance match impossible.
+# One placeholder: START, eight digits to the base 256 (four of the run's key, four of the index), a label for whoever
+# sees it where it should not be (printed, in a file's name), END. The characters but for the label are of Unicode's
+# Supplementary Private Use Area-A, which text does not use; the key makes a chance match impossible.
 _START, _END, _ZERO = "\U000f0000", "\U000f0001", 0xF0100
-PLACEHOLDER = re.compile(f"{_START}([\U000f0100-\U000f01ff]{{8}}){_END}")
+PLACEHOLDER = re.compile(f"{_START}([\U000f0100-\U000f01ff]{{8}})[^{_END}]*{_END}")
 
 current_run: ContextVar[Run | None] = ContextVar("ramet_current_run", default=None)
 
@@ -37,10 +38,10 @@ class Placeholders:
         self.key = secrets.token_bytes(4)
         self._items: list[object] = []
 
-    def add(self, item: object) -> str:
+    def add(self, item: object, label: str) -> str:
         digits = self.key + len(self._items).to_bytes(4, "big")
         self._items.append(item)
-        return _START + "".join(chr(_ZERO + byte) for byte in digits) + _END
+        return _START + "".join(chr(_ZERO + byte) for byte in digits) + f"‹{label}›" + _END
 
     def split(self, text: str, foreign: Callable[[bytes, int], object]) -> list[object]:
         """Cut text into strings and the items that its placeholders stand for; `foreign`: those of another run."""
@@ -66,7 +67,7 @@ def placeholder_for(item: object) -> str:
     run = current_run.get()
     if run is None:
         raise RuntimeError(f"{item!r} can only be put into text inside of a running program")
-    return run.placeholders.add(item)
+    return run.placeholders.add(item, type(item).__name__.lower())
 
 
 class Value:
@@ -92,7 +93,8 @@ class Value:
     # Data edges.
 
     def __format__(self, spec: str) -> str:
-        return self._run.placeholders.add(Ref(self._node, self._path, spec))
+        label = ".".join((self._name or "value", *self._path))
+        return self._run.placeholders.add(Ref(self._node, self._path, spec), label)
 
     def __add__(self, other: Any) -> Any:  # Any: whatever the value's type gives
         return f"{self}{other}" if self._is_text and isinstance(other, str | Value) else self._read("+") + other

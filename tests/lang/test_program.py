@@ -861,3 +861,29 @@ def test_a_listener_that_fails_breaks_nothing_but_itself(
         state = program.run()
     assert state["name"] == "Ann"
     assert backend.engine.submit("the engine lives").result().text
+
+
+def test_a_placeholder_that_is_seen_says_what_it_stands_for(backend: MockBackend) -> None:
+    seen: list[str] = []
+
+    @function
+    def program(s: State) -> str:
+        s += "name? " + gen("name")
+        seen.append(f"Dear {s['name']}!")
+        s += seen[0] * 2
+        return seen[0]
+
+    state = program.run()
+    assert "‹name›" in seen[0]
+    assert state.text() == "name? AnnDear Ann!Dear Ann!"
+    assert state.result == "Dear Ann!"
+
+
+def test_private_use_characters_of_the_users_own_text_are_left_alone(backend: MockBackend) -> None:
+    text = "\U000f0000 a \U000f0001 \U000f0000\U000f0105\U000f0001"
+
+    @function
+    def program(s: State, text: str) -> None:
+        s += text + " name? " + gen("name")
+
+    assert program.run(text=text).text() == f"{text} name? Ann"
