@@ -80,11 +80,14 @@ def _case_table(is_ascii: bool) -> dict[int, tuple[int, ...]]:
         pairs = [(c, c + 32) for c in range(ord("A"), ord("Z") + 1)]
         return {c: pair for pair in pairs for c in pair}
     lowered: dict[int, set[int]] = {}
-    for first, text in ((0, _characters(0, 0xD7FF)), (0xE000, _characters(0xE000, 0x10FFFF))):
-        for i, c in enumerate(text):
-            if c.lower() != c:  # 1,433 of 1.1 million; the first code point of the full mapping is the simple one
-                low = ord(c.lower()[0])
-                lowered.setdefault(low, {low}).add(first + i)
+    for first, last in ((0, 0xD7FF), (0xE000, 0x10FFFF)):
+        text = _characters(first, last)
+        # two letters have no simple lower case of their own in a text: one becomes two, the other depends on its place
+        lower = text.replace("İ", "i").replace("Σ", "σ").lower()
+        codes, lower_codes = (np.frombuffer(t.encode("utf-32-le"), dtype="<u4") for t in (text, lower))
+        for at in np.flatnonzero(codes != lower_codes).tolist():
+            low = int(lower_codes[at])
+            lowered.setdefault(low, {low}).add(first + at)
     for low, others in _casefix._EXTRA_CASES.items():
         lowered.setdefault(low, {low})
         for other in others:

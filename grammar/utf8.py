@@ -158,14 +158,26 @@ class _ClassTree:
 
     def __init__(self, dfa: Dfa) -> None:
         live = np.asarray([any(row[c] >= 0 for row in dfa.transitions) for c in range(dfa.num_classes)])
-        lengths = np.diff([*dfa.starts, dfa.max_symbol + 1])
-        ids = np.where(live, np.arange(dfa.num_classes), -1).astype(np.int32)
-        flat = np.repeat(ids[np.asarray(dfa.classes)], lengths)
-        flat[0xD800:0xE000] = -1
-        self.one = flat[:0x80].copy()
-        flat[:0x80] = -1
-        blocks = flat.reshape(-1, 64)  # 17,408 blocks; block b: code points 64 b to 64 b + 63
-        self.last, number = _distinct(blocks)
+        starts, classes = (
+            np.asarray(dfa.starts),
+            np.where(live, np.arange(dfa.num_classes), -1)[np.asarray(dfa.classes)],
+        )
+
+        def class_of(code_points: NDArray[np.int64]) -> NDArray[np.int32]:
+            found = classes[np.searchsorted(starts, code_points, side="right") - 1]
+            return np.where((code_points < 0xD800) | (code_points > 0xDFFF), found, -1).astype(np.int32)
+
+        self.one = class_of(np.arange(0x80))
+        # of the 17,408 blocks of 64 code points, all but those with a border inside are of one class
+        firsts = np.arange(0, 0x110000, 64)
+        number = class_of(firsts)
+        whole = np.unique(number[number >= 0])
+        number = np.where(number < 0, -1, np.searchsorted(whole, number)).astype(np.int32)
+        mixed = np.unique(starts[starts % 64 != 0] // 64)
+        rows, mixed_number = _distinct(class_of(firsts[mixed][:, None] + np.arange(64)))
+        number[mixed] = np.where(mixed_number < 0, -1, len(whole) + mixed_number)
+        self.last = np.vstack([np.repeat(whole.astype(np.int32)[:, None], 64, axis=1), rows])
+        number[:2] = -1  # ASCII
         self.lead_two = number[2:32]  # C2..DF
         middle, number_middle = _distinct(number.reshape(-1, 64))
         self.middle, self.lead_three = middle, number_middle[:16].copy()
