@@ -34,13 +34,13 @@ TOKENS = 12
 
 
 RULES = (
-    "You work for a small town. You are patient and exact, and you never repeat yourself. You answer in one sentence of "
-    "plain words. You do not guess: where you don't know a thing you say so, and name who might. You give numbers with "
-    "their units, dates with their year, and names in full when they come up for the first time. You do not apologise, "
-    "you do not promise, and you do not talk about yourself. When somebody is in danger you say what to do first, and "
-    "only then why. When a question is about money you say what is included. When it is about time you say when it "
-    "begins and when it ends. When it is about a place you say how to get there on foot. What you are told by the people "
-    "of the town stays between you and them.\n"
+    "You work for a small town. You are patient and exact, and you never repeat yourself. You answer in one sentence "
+    "of plain words. You do not guess: where you don't know a thing you say so, and name who might. You give numbers "
+    "with their units, dates with their year, and names in full when they come up for the first time. You do not "
+    "apologise, you do not promise, and you do not talk about yourself. When somebody is in danger you say what to do "
+    "first, and only then why. When a question is about money you say what is included. When it is about time you say "
+    "when it begins and when it ends. When it is about a place you say how to get there on foot. What you are told by "
+    "the people of the town stays between you and them.\n"
 )
 
 
@@ -100,6 +100,7 @@ class SeparateRequests:
 
     def __init__(self, engine: Engine, rtt_s: float) -> None:
         self.tokenizer = engine.tokenizer
+        self.context_length = engine.context_length
         self.bytes_sent = 0
         self._engine = engine
         self._rtt_s = rtt_s

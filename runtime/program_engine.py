@@ -33,6 +33,9 @@ class ProgramEngine(Protocol):
     """The part of an engine that programs use."""
 
     @property
+    def context_length(self) -> int: ...
+
+    @property
     def tokenizer(self) -> Any: ...  # ProgramTokenizer; an attribute of a narrower type doesn't match a property
 
     def submit(

@@ -30,6 +30,10 @@ class Generation:
     def start(self) -> None:
         executor = self._executor
         sampling = to_sampling_params(self._node.sampling)
+        room = executor.context_length - self._prompt.length
+        if self._node.sampling.max_tokens is None and 0 < room < (sampling.max_tokens or 0):
+            # Nobody asked for that many: near the end of the context, what is left is enough.
+            sampling = dataclasses.replace(sampling, max_tokens=room, min_tokens=min(sampling.min_tokens, room))
         if executor.marks.stop_strings and executor.is_in_role(self._node):
             sampling = dataclasses.replace(sampling, stop=(*sampling.stop, *executor.marks.stop_strings))
         allowed = executor.reserve(self._run, sampling)

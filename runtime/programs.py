@@ -92,6 +92,7 @@ class ProgramExecutor:
         self.tokenizer = host.tokenizer
         self.encoder = host.encoder
         self._cache = host.engine
+        self.context_length = host.engine.context_length
         self._engine = SharedRequests(host.engine) if host.share_nodes else host.engine
         self.marks = host.marks
         self._grammars = host.grammars

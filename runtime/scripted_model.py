@@ -135,7 +135,7 @@ class ScriptedEngine:
         self._script = script
         self._failures = dict(failures or {})
         self._latency_s = latency_s
-        self._context_length = context_length
+        self.context_length = context_length
         self._stats = ScriptedStats()
         self._trie: dict[tuple[int, int], int] = {}
         self._roots: dict[str, int] = {}
@@ -165,8 +165,8 @@ class ScriptedEngine:
         tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         if not tokens:
             raise EmptyPrompt("the prompt has no tokens; give at least one", param="prompt")
-        if len(tokens) >= self._context_length:
-            raise ContextOverflow(f"the prompt has {len(tokens)} tokens but the context is {self._context_length}")
+        if len(tokens) >= self.context_length:
+            raise ContextOverflow(f"the prompt has {len(tokens)} tokens but the context is {self.context_length}")
         handle = ScriptedHandle(self, request_id or f"scripted-{next(self._ids)}", on_output)
         params = sampling or SamplingParams()
         with self._changed:
@@ -320,7 +320,7 @@ class ScriptedEngine:
         """Tokens, text, why it ended, and the stop string or token that ended it."""
         sampling = job.sampling
         limit = sampling.max_tokens or 1 << 16
-        limit = max(1, min(limit, self._context_length - len(job.prompt)))
+        limit = max(1, min(limit, self.context_length - len(job.prompt)))
         wanted = self._answer(job, prompt_text)
         if job.grammar is not None:
             source = self._constrained(job.grammar, wanted, limit, _digest(job.prompt, self._seed(job)))

@@ -373,3 +373,13 @@ def test_ten_thousand_branches_need_no_threads_of_their_own() -> None:
         assert threading.active_count() <= before + 2
         done = program.wait()
     assert all(event.kind == "done" for event in done.values())
+
+
+def test_a_generation_without_a_limit_takes_what_is_left_of_the_context() -> None:
+    with ScriptedEngine({"x": "y" * 200}, context_length=60) as engine:
+        done = run(engine, Text(id=0, parts=("x" * 40,)), Generate(id=1, parent=0))
+        assert done[1].finish_reason == "length"
+        assert len(done[1].text) == 20
+        done = run(engine, Text(id=0, parts=("x" * 70,)), Generate(id=1, parent=0))
+        assert done[1].error is not None
+        assert done[1].error.type == "ContextOverflow"
