@@ -20,6 +20,7 @@ from ramet.lang.values import Value, plain
 
 if TYPE_CHECKING:
     from ramet.lang.branches import Branches
+    from ramet.lang.draw import Drawing
     from ramet.lang.explain import Explanation
     from ramet.lang.run import Run, RunRecord
 
@@ -415,6 +416,12 @@ class State:
 
         self._run.wait_all(quietly=True)
         return explain_record(self.record)
+
+    def graph(self) -> Drawing:
+        """A picture of the run with what was measured: `.mermaid()`, `.svg()`, `.html()`, `.save("run.svg")`."""
+        from ramet.lang.draw import draw_state
+
+        return draw_state(self)
 
     def error(self) -> ProgramError | None:
         """The first error of the run, or None. Waits for the run to end."""
