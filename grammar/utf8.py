@@ -171,20 +171,18 @@ class _ClassTree:
         # of the 17,408 blocks of 64 code points, all but those with a border inside are of one class
         firsts = np.arange(0, 0x110000, 64)
         number = class_of(firsts)
+        number[:2] = -1  # ASCII is read as one byte
+        mixed = np.unique(starts[(starts % 64 != 0) & (starts > 0x7F)] // 64)
+        number[mixed] = -1
         whole = np.unique(number[number >= 0])
         number = np.where(number < 0, -1, np.searchsorted(whole, number)).astype(np.int32)
-        mixed = np.unique(starts[starts % 64 != 0] // 64)
         rows, mixed_number = _distinct(class_of(firsts[mixed][:, None] + np.arange(64)))
         number[mixed] = np.where(mixed_number < 0, -1, len(whole) + mixed_number)
         self.last = np.vstack([np.repeat(whole.astype(np.int32)[:, None], 64, axis=1), rows])
-        number[:2] = -1  # ASCII
-        self.lead_two = number[2:32]  # C2..DF
-        middle, number_middle = _distinct(number.reshape(-1, 64))
-        self.middle, self.lead_three = middle, number_middle[:16].copy()
-        # E0 has no overlong forms: its first 32 blocks are shorter ones
-        e0 = number[:64].copy()
-        e0[:32] = -1
-        self.middle, self.lead_three[0] = _append(self.middle, e0)
+        self.lead_two = number[2:32].copy()  # C2..DF
+        number[:32] = -1  # E0 has no longer forms of what two bytes say
+        self.middle, number_middle = _distinct(number.reshape(-1, 64))
+        self.lead_three = number_middle[:16]
         planes = np.full((5, 64), -1, dtype=np.int32)  # F0..F4 lead to 64 middles each; F0's first 16 are shorter forms
         planes.reshape(-1)[16:272] = number_middle[16:272]
         self.first, self.lead_four = _distinct(planes)
@@ -199,9 +197,3 @@ def _distinct(rows: NDArray[np.int32]) -> tuple[NDArray[np.int32], NDArray[np.in
     is_refused = np.asarray((distinct < 0).all(axis=1))
     number[is_refused[number]] = -1
     return distinct, number
-
-
-def _append(rows: NDArray[np.int32], row: NDArray[np.int32]) -> tuple[NDArray[np.int32], int]:
-    if (row < 0).all():
-        return rows, -1
-    return np.vstack([rows, row]), len(rows)

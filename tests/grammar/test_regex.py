@@ -206,6 +206,19 @@ def test_patterns_that_explode_raise_within_the_limit(pattern: str) -> None:
 @pytest.mark.parametrize(
     "pattern", [r"\w+é", "[^a]", ".", "(?i)ß|ÿ", "[߿-ࠀ\uffff-\U00010001]", "[\ud7ff-\ue000]", "\U0010ffff"]
 )
+def test_no_state_is_out_of_reach(pattern: str) -> None:
+    table = compile_text(parse_regex(pattern))
+    reached, queue = {0}, [0]
+    for state in queue:
+        for following in set(table.transitions[state].tolist()) - reached - {-1}:
+            reached.add(following)
+            queue.append(following)
+    assert reached == set(range(len(table.accepting)))
+
+
+@pytest.mark.parametrize(
+    "pattern", [r"\w+é", "[^a]", ".", "(?i)ß|ÿ", "[߿-ࠀ\uffff-\U00010001]", "[\ud7ff-\ue000]", "\U0010ffff"]
+)
 def test_bytes_are_those_of_the_general_builder(pattern: str) -> None:
     node = parse_regex(pattern)
     direct = regular.compile_bytes(node)
