@@ -43,12 +43,14 @@ class LinkedText:
     """A deterministic byte automaton with start state 0; in the states of `gaps` a JSON value stands.
 
     transitions: int32 [num_states, 256], -1 refused. accepting: bool [num_states]. Every state leads to an accepting
-    one. All schemas have the same options.
+    one. All schemas have the same options. often: a text whose states are met again and again, so that their masks are
+    worth making ahead.
     """
 
     transitions: NDArray[np.int32]
     accepting: NDArray[np.bool_]
     gaps: dict[int, Gap]
+    often: bytes = b""
 
 
 def compile_linked(

@@ -28,6 +28,7 @@ from ramet.errors import EngineStopped, GrammarError, GrammarTooLarge
 from ramet.grammar.closed import ByteAutomaton
 from ramet.grammar.compiler import CompiledGrammar, Limits
 from ramet.grammar.disk_cache import DiskCache, default_cache_dir
+from ramet.grammar.linked import LinkedText
 from ramet.grammar.sources import Parsed, compile_parsed, parse_source
 from ramet.grammar.vocabulary import Vocabulary
 
@@ -347,11 +348,14 @@ class _Worker:
         try:
             parsed = job.parsed or self._parse(job)
             result: CompiledGrammar | BaseException = compile_parsed(parsed, job.vocabulary, limits=self.limits)
+            result.mask(0)  # so that the first step does not wait for it
         except Exception as error:  # whatever it is, those who wait must hear of it
             result = error
         # compiled code may turn an interrupt into an error of its own, or lose it: such a result is not to be trusted
         if num_interrupts == self.num_interrupts:
             self._report(job, parsed, result)
+            if isinstance(parsed, LinkedText) and isinstance(result, CompiledGrammar):
+                _make_masks(result, parsed.often)
 
     def _report(self, job: _Job, parsed: Parsed | None, result: CompiledGrammar | BaseException) -> None:
         self.news.put((job, parsed, result))
@@ -384,6 +388,16 @@ def source_key(kind: str, source: Any, options: dict[str, Any]) -> str:
             source = f"object {id(source)}"  # no JSON: equal to itself only
     content = json.dumps([kind, str(source), sorted(options.items())], default=repr)
     return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _make_masks(grammar: CompiledGrammar, text: bytes) -> None:
+    """Make the masks along a text ahead; most of the work is done without the interpreter's lock."""
+    state: int | None = 0
+    for byte in text:
+        state = grammar.advance_bytes(state, bytes((byte,)))
+        if state is None:
+            return
+        grammar.mask(state)
 
 
 def _answer_all(answers: list[_Answer]) -> None:

@@ -95,7 +95,7 @@ def tools_text(tool_set: ToolSet) -> LinkedText:
         wide[state, list(edges)] = list(edges.values())
     wide[marked] = wide[len(rows)]
     accepts = np.concatenate([accepting, np.asarray(body.accepting, dtype=np.bool_)])
-    return LinkedText(wide, accepts, {**gaps, **body.gaps})
+    return LinkedText(wide, accepts, {**gaps, **body.gaps}, often=layout.marker.encode())
 
 
 _CALLS, _ANSWER = (
