@@ -1,16 +1,20 @@
 """Weights in blocks of 32 on the CPU: GGUF's own, or rounded by us, or 16-bit ones; activations stay in fp32.
 
-For few tokens a product decodes its weights in registers (`kernels/block_linear.py`), and is as exact as an fp32
-product with the dequantised weights. For many tokens it is a bfloat16 product with a dequantised copy, where the CPU
-has such instructions (2 more bytes a weight); else the same kernel.
+For up to 4 tokens a product decodes its weights in registers (`kernels/block_linear.py`), and is as exact as an fp32
+product with the dequantised weights. For more it is a bfloat16 product by oneDNN with a dequantised copy in oneDNN's
+own layout, where the CPU has such instructions (2 more bytes a weight); else the same kernel. Rounding to bfloat16 is
+then confined to a product's inputs and output: the residual, norms, attention and the KV cache stay in fp32.
 
-Measured on 2 cores of an AMD EPYC (Zen 4, AVX512-BF16), SmolLM2-135M: see `benchmarks/bench_cpu.py`.
+Measured on an AMD EPYC (Zen 4, AVX512-BF16), one thread, [3072, 576], us for 1 / 4 / 8 / 32 tokens: Q4_1 blocks 115 /
+199 / 322 / 1,280; oneDNN - / 90 / 150 / 520; torch's own bfloat16 product 139 / 171 / 230 / 620; fp32 142 / 369 / 605 /
+1,800. Whole steps: `benchmarks/bench_cpu.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -21,25 +25,45 @@ from ramet.kernels.block_linear import FORMATS, block_linear, dequantize, quanti
 from ramet.runtime.models.linear import Embedding, LinearMethod, PlainEmbedding, PlainLinear
 from ramet.runtime.models.weights import Weights
 
-# Up to this many tokens the block kernel is at least as fast as a bfloat16 product.
-_MAX_BLOCK_TOKENS = 8
+# From 5 tokens on the bfloat16 product is at least twice as fast; below, exactness and fewer bytes read win.
+_MAX_BLOCK_TOKENS = 4
 QUANTIZATIONS = {"int8": "Q8_0", "int4": "Q4_1", "gguf": None}
+
+
+# x bfloat16 [T, K] -> bfloat16 [T, N]
+DenseProduct = Callable[[Tensor], Tensor]
 
 
 @dataclass(slots=True, eq=False)
 class BlockLinear:
-    """A product with weights in blocks. `dense`: bfloat16 [N, K] for many tokens, or None: blocks always."""
+    """A product with weights in blocks. `dense`: the product for many tokens, or None: blocks always."""
 
     blocks: Tensor
     block_format: str
     num_rows: int
-    dense: Tensor | None
+    dense: DenseProduct | None
 
     def apply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if self.dense is None or x.shape[0] <= _MAX_BLOCK_TOKENS:
             return block_linear(x, self.blocks, self.block_format, self.num_rows, bias)
-        out = F.linear(x.to(torch.bfloat16), self.dense).float()
+        out = self.dense(x.to(torch.bfloat16)).float()
         return out if bias is None else out.add_(bias)
+
+
+@dataclass(slots=True, eq=False)
+class OneDnnProduct:
+    """A bfloat16 product with weights in oneDNN's own layout (opaque: made by `pack`)."""
+
+    packed: Tensor
+
+    @classmethod
+    def pack(cls, weight: Tensor) -> OneDnnProduct:
+        """Reorder a bfloat16 [N, K]; the layout serves every number of tokens."""
+        return cls(torch.ops.mkldnn._reorder_linear_weight(weight, None))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
+        return out
 
 
 @dataclass(slots=True, eq=False)
@@ -113,9 +137,11 @@ class BlockStorage:
         return isinstance(self.weights, Weights) and self.weights.quantized(name) is not None
 
     def _blocks(self, blocks: Tensor, block_format: str, num_rows: int) -> BlockLinear:
-        dense = None
-        if self.has_bf16:
-            dense = blocks if block_format == "BF16" else dequantize(blocks, block_format).to(torch.bfloat16)
+        dense: DenseProduct | None = None
+        if self.has_bf16 and block_format == "BF16":
+            dense = partial(F.linear, weight=blocks)  # in the same memory: a second copy would double the model
+        elif self.has_bf16:
+            dense = OneDnnProduct.pack(dequantize(blocks, block_format).to(torch.bfloat16))
         return BlockLinear(blocks, block_format, num_rows, dense)
 
 
@@ -133,7 +159,12 @@ def block_storage(
         weights,
         None if quantization is None else QUANTIZATIONS[quantization],
         quantization == "gguf",
-        torch.cpu._is_avx512_bf16_supported(),
+        _has_bf16(),
         device,
         torch.float32,
     )
+
+
+def _has_bf16() -> bool:
+    """True where oneDNN multiplies bfloat16 with the CPU's own instructions."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and torch.cpu._is_avx512_bf16_supported()
