@@ -16,6 +16,7 @@ from importlib import metadata
 from rich.console import Console
 
 from ramet.cli_explain import add_explain, run_explain
+from ramet.cli_grammar import add_grammar, run_grammar
 from ramet.errors import RametError
 
 Arguments = argparse.Namespace
@@ -169,6 +170,7 @@ def _available_memory_bytes() -> int | None:
 
 _COMMANDS: tuple[_Command, ...] = (
     _Command("pull", "Fetch a model into the cache.", add_pull, run_pull),
+    _Command("grammar", "Check what a schema or grammar enforces.", add_grammar, run_grammar),
     _Command("explain", "Show what a program will cost.", add_explain, run_explain),
     _Command("doctor", "Show what Ramet finds on this machine.", add_doctor, run_doctor),
 )
