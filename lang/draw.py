@@ -375,6 +375,13 @@ def _place(cards: Sequence[Card]) -> None:
         children.setdefault(card.parent, []).append(card)
     taken: list[list[tuple[int, int]]] = []
 
+    sizes = {card.id: 1 for card in cards}
+    for card in reversed(cards):
+        if card.parent is not None:
+            sizes[card.parent] += sizes[card.id]
+    for found in children.values():  # small ones first: they stay near where they began
+        found.sort(key=lambda card: (not card.is_branch, sizes[card.id]))
+
     def chain_of(card: Card) -> list[Card]:
         chain = [card]
         while True:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from html import escape
 from typing import TYPE_CHECKING
 
@@ -89,7 +90,8 @@ def to_svg(drawing: Drawing, *, is_embedded: bool = False) -> str:
         parts.append(f"<style>{styles()}</style>")
     parts.append('<rect width="100%" height="100%" style="fill: var(--bg)"/>')
     parts.append(f'<text class="heading" x="{LEFT}" y="44">{escape(drawing.program)}</text>')
-    file = drawing.cards[0].line.rpartition(":")[0] if drawing.cards else ""
+    files = Counter(card.line.rpartition(":")[0] for card in drawing.cards)
+    file = files.most_common(1)[0][0] if files else ""
     summary = " · ".join(part for part in (file.rpartition("/")[2], drawing.summary) if part)
     parts.append(f'<text class="summary" x="{LEFT}" y="66">{escape(summary)}</text>')
     for card in drawing.cards:
@@ -188,11 +190,11 @@ def _bar(card: Card) -> str:
         )
     parts = [f'<rect class="track" x="16" y="{y}" width="{WIDTH - 30}" height="4" rx="2"/>']
     sizes = (("cached", card.cached), ("new", card.computed), ("written", card.written or 0))
-    total = sum(size for _, size in sizes) or 1
+    total = sum(count for _, count in sizes) or 1
     x = 16.0
-    for style, size in sizes:
-        width: float = (WIDTH - 30) * size / total
-        if size:
+    for style, count in sizes:
+        width = (WIDTH - 30) * count / total
+        if count:
             parts.append(
                 f'<rect class="bar-{style}" x="{x:.1f}" y="{y}" width="{max(width, 1.5):.1f}" height="4" rx="1"/>'
             )

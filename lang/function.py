@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from ramet.lang.compiled import Compiled
     from ramet.lang.draw import Drawing
     from ramet.lang.explain import Explanation
+    from ramet.lang.why_miss import Miss
 
 _OPTIONS = ("backend", "timeout_s", "token_budget", "priority", "cache_salt", "seed", "stage", "tools")
 _STAGES = ("needed", "always")
@@ -266,6 +267,12 @@ class Function:
         from ramet.lang.explain import explain_program
 
         return explain_program(self, args, kwargs, rows=rows, analyze=analyze)
+
+    def why_miss(self, *args: Any, var: str | None = None, **kwargs: Any) -> list[Miss]:
+        """For every generation whose prompt is known: where it leaves what is cached now. The costliest first."""
+        from ramet.lang.why_miss import why_miss_program
+
+        return why_miss_program(self, args, kwargs, var=var)
 
     def graph(self, **arguments: Any) -> Drawing:
         """A picture of the program with what is planned: `.mermaid()`, `.svg()`, `.html()`, `.save("plan.html")`."""

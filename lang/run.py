@@ -448,7 +448,7 @@ def _rebuild(kind: type, message: str) -> Exception | None:
 def caller_line() -> str:
     """`file:line` of the nearest caller outside of the language."""
     frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("ramet.lang."):
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("ramet.lang.", "contextlib")):
         frame = frame.f_back
     return f"{_shown(frame.f_code.co_filename)}:{frame.f_lineno}"
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ramet.lang.draw import Drawing
     from ramet.lang.explain import Explanation
     from ramet.lang.run import Run, RunRecord
+    from ramet.lang.why_miss import Miss
 
 
 class State:
@@ -416,6 +417,12 @@ class State:
 
         self._run.wait_all(quietly=True)
         return explain_record(self.record)
+
+    def why_miss(self, var: str | None = None) -> list[Miss]:
+        """For every generation: where its prompt left what was cached, and the line that wrote that. Waits."""
+        from ramet.lang.why_miss import why_miss_state
+
+        return why_miss_state(self, var)
 
     def graph(self) -> Drawing:
         """A picture of the run with what was measured: `.mermaid()`, `.svg()`, `.html()`, `.save("run.svg")`."""

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from ramet.errors import ContextOverflow, EngineStopped, InvalidRequest, InvalidSampling, RametError, RequestCancelled
+from ramet.runtime.cache_probe import Difference, differences
 from ramet.runtime.config import EngineConfig
 from ramet.runtime.detokenizer import Detokenizer, StopStringScanner
 from ramet.runtime.engine import EngineCore, SequenceUpdate
@@ -341,6 +342,11 @@ class Engine:
             self._core.scheduler.cache.mark_dead(ids, cache_salt, num_live)
 
         self._send(mark, quietly=True)
+
+    def differences(self, tokens: list[int], cache_salt: str = "") -> list[Difference]:
+        """Where cached paths leave `tokens`, the one with the most in common first. For diagnosis (why_miss)."""
+        found: list[Difference] = self._ask(lambda: differences(self._core.scheduler.cache, tokens, cache_salt))
+        return found
 
     def flush_cache(self) -> int:
         """Forget every cached prefix that nobody is using; returns how many pages became free."""

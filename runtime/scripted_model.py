@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from ramet.errors import ContextOverflow, EmptyPrompt, EngineStopped
 from ramet.runtime.byte_tokenizer import ByteTokenizer
+from ramet.runtime.cache_probe import Difference, trie_differences
 from ramet.runtime.types import FinishReason, Grammar, RequestOutput, SamplingParams, Usage
 
 Script = Mapping[str, "str | Sequence[str]"] | Sequence[str] | Callable[[str], "str | None"] | None
@@ -189,6 +190,10 @@ class ScriptedEngine:
         """Requests that have not ended."""
         with self._changed:
             return len(self._waiting) + len(self._running)
+
+    def differences(self, tokens: Sequence[int], cache_salt: str = "") -> list[Difference]:
+        """Where cached paths leave `tokens`, the one with the most in common first."""
+        return trie_differences(self._trie, self._roots.get(cache_salt), tokens)
 
     def shutdown(self) -> None:
         """Stop; what runs ends with EngineStopped."""

@@ -175,8 +175,6 @@ class _Interpreter:
         self._values: dict[int, ir.JsonValue] = {}  # of nodes whose value is known
         self._value_parts: dict[int, TextPart] = {}  # text of a value, where something can be said about it
         self._classes: dict[Hashable, int] = {}
-        names = [re.escape(name) for name in sorted(target.special_tokens, key=len, reverse=True)]
-        self._border = re.compile(f"({'|'.join(names)})") if names else None
 
     def run(self) -> Paths:
         for node in self._graph.nodes:
@@ -350,43 +348,48 @@ class _Interpreter:
     def _flush(self, before: Point, node: int) -> Point:
         if not before.pending:
             return before
-        return self._extend(before, self._tokenise(before.pending, is_start=before.is_start), node)
+        return self._extend(before, tokenise(self._target, before.pending, is_start=before.is_start), node)
 
-    def _tokenise(self, pieces: Sequence[Pending], *, is_start: bool) -> list[Item]:
-        runs: list[int | list[TextPart]] = []
 
-        def add(text: TextPart) -> None:
-            if runs and isinstance(runs[-1], list):
-                runs[-1].append(text)
-            elif text != "":
-                runs.append([text])
+def tokenise(target: Target, pieces: Sequence[Pending], *, is_start: bool) -> list[Item]:
+    """Tokens of adjoining pieces, as the executor makes them: special tokens in markup only, all else in long runs."""
+    names = [re.escape(name) for name in sorted(target.special_tokens, key=len, reverse=True)]
+    border = re.compile(f"({'|'.join(names)})") if names else None
+    runs: list[int | list[TextPart]] = []
 
-        for piece in pieces:
-            if isinstance(piece.text, Unknown) or not piece.is_markup or self._border is None:
-                add(piece.text)
-                continue
-            for i, part in enumerate(self._border.split(piece.text)):
-                if i % 2:
-                    runs.append(self._target.special_tokens[part])
-                else:
-                    add(part)
-        opening = is_start and bool(runs) and isinstance(runs[0], list) and not pieces[0].is_markup
-        items: list[Item] = []
-        for i, run in enumerate(runs):
-            if isinstance(run, int):
-                items.append(run)
+    def add(text: TextPart) -> None:
+        if runs and isinstance(runs[-1], list):
+            runs[-1].append(text)
+        elif text != "":
+            runs.append([text])
+
+    for piece in pieces:
+        if isinstance(piece.text, Unknown) or not piece.is_markup or border is None:
+            add(piece.text)
+            continue
+        for i, part in enumerate(border.split(piece.text)):
+            if i % 2:
+                runs.append(target.special_tokens[part])
             else:
-                items.extend(self._encode(run, opening and i == 0, not is_start or i > 0))
-        return items
+                add(part)
+    opening = is_start and bool(runs) and isinstance(runs[0], list) and not pieces[0].is_markup
+    items: list[Item] = []
+    for i, run in enumerate(runs):
+        if isinstance(run, int):
+            items.append(run)
+        else:
+            items.extend(_encode(target, run, opening and i == 0, not is_start or i > 0))
+    return items
 
-    def _encode(self, run: list[TextPart], add_special: bool, continues: bool) -> list[Item]:
-        if all(isinstance(part, str) for part in run):
-            return list(self._target.encode("".join(map(str, run)), add_special=add_special, continues=continues))
-        most = _max_bytes(run)
-        # Every token stands for a byte at least; one may open the text, and one stand for a blank put before it.
-        limit = self._target.context_length if most is None else min(self._target.context_length, most + 2)
-        least = -(-sum(len(part.encode()) for part in run if isinstance(part, str)) // self._target.max_token_bytes)
-        return [Opaque(("run", *run, add_special, continues), Count(min(least, limit), limit), is_text=True)]
+
+def _encode(target: Target, run: list[TextPart], add_special: bool, continues: bool) -> list[Item]:
+    if all(isinstance(part, str) for part in run):
+        return list(target.encode("".join(map(str, run)), add_special=add_special, continues=continues))
+    most = _max_bytes(run)
+    # Every token stands for a byte at least; one may open the text, and one stand for a blank put before it.
+    limit = target.context_length if most is None else min(target.context_length, most + 2)
+    least = -(-sum(len(part.encode()) for part in run if isinstance(part, str)) // target.max_token_bytes)
+    return [Opaque(("run", *run, add_special, continues), Count(min(least, limit), limit), is_text=True)]
 
 
 def generated_limits(node: ir.Generate, target: Target) -> tuple[int, int | None]:
