@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import cache
-from itertools import product as cartesian
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,51 +64,32 @@ class ArrayNode:
 
     def branches(self) -> list[tuple[Thread, Expr]]:
         """The threads that may read one more item, each with what it must be."""
-        e, out = self.json.expressions, []
+        e = self.json.expressions
+        out: list[tuple[Thread, Expr]] = []
         fresh = e.of_values(all_but(self.seen)) if self.seen else v.TRUE
         for tag, spec, counts in self.threads:
-            if spec.high is not None and self.index >= spec.high:
-                continue
-            item = specs.item(spec, self.index)
-            if spec.unique:
-                item = e.both(item, fresh)
-            choices = []
-            for c, count in zip(spec.contains, counts, strict=True):
-                if self.index < c.start or (c.high is None and count >= c.low):
-                    choices.append([(v.TRUE, count)])
-                elif c.high is None:
-                    choices.append([(c.expr, count + 1), (v.TRUE, count)])
-                else:
-                    choices.append([(c.expr, count + 1)] if count < c.high else [])
-                    choices[-1].append((e.negate(c.expr), count))
-            for combination in cartesian(*choices):
-                value = item
-                for expr, _ in combination:
-                    value = e.both(value, expr)
-                thread = (tag, spec, tuple(n for _, n in combination))
-                if not e.is_empty(value) and self.may_finish(thread, self.index + 1):
+            for value, after in specs.item_choices(e, spec, self.index, counts):
+                if spec.unique:
+                    value = e.both(value, fresh)
+                thread = (tag, spec, after)
+                if self.may_finish(thread, self.index + 1) and not e.is_empty(value):
                     out.append((thread, value))
         return out
 
     def may_finish(self, thread: Thread, index: int) -> bool:
+        """Can the array still be completed as this thread wants it?"""
         _, spec, counts = thread
-        e = self.json.expressions
-        missing = spec.low - index
-        for c, count in zip(spec.contains, counts, strict=True):
-            if count < c.low:
-                if not e.may_contain(spec, c, index):
-                    return False
-                missing = max(missing, c.low - count + max(c.start - index, 0))
-        if spec.high is not None and index + missing > spec.high:
+        if spec.contains and specs.items_needed(self.json.expressions, spec, index, counts) is None:
             return False
+        missing = spec.low - index
         if missing > 0 and spec.unique:
             used = len(self.seen) + 1 + self.anonymous
-            return e.count(spec.rest) + len(spec.prefix) >= missing + used
+            return self.json.expressions.count(spec.rest) + len(spec.prefix) >= missing + used
         return True
 
     def may_close(self, thread: Thread) -> bool:
         _, spec, counts = thread
-        return self.index >= spec.low and all(n >= c.low for c, n in zip(spec.contains, counts, strict=True))
+        return specs.may_close(spec, self.index, counts)
 
     def close(self) -> int:
         mask = 0
@@ -122,11 +102,10 @@ class ArrayNode:
         """About the bytes that this thread still has to write, to the end of the text."""
         tag, spec, counts = thread
         e = self.json.expressions
-        missing = max(spec.low - index, 0)
         total = 1 + self.context.rest(tag)
-        for c, count in zip(spec.contains, counts, strict=True):
-            missing = max(missing, c.low - count)
-            total += 1000 * max(c.low - count, 0)
+        if spec.contains:
+            return total + 1000 * (specs.items_needed(e, spec, index, counts) or 0)
+        missing = max(spec.low - index, 0)
         known = [e.cost(specs.item(spec, index + i)) + 1 for i in range(min(missing, len(spec.prefix) + 1))]
         return total + sum(known) + (missing - len(known)) * (known[-1] if known else 0)
 
@@ -165,10 +144,7 @@ class ItemContext:
 def array_node(
     json: Json, threads: tuple[Thread, ...], index: int, seen: frozenset[object], anonymous: int, context: Context
 ) -> ArrayNode:
-    last = 0
-    for _, spec, _ in threads:
-        last = max(last, len(spec.prefix), spec.low, spec.high or 0, *(c.start for c in spec.contains))
-    index = min(index, last)
+    index = min(index, max((specs.last_index(spec) for _, spec, _ in threads), default=0))
     nodes = json.array_nodes
     key = (threads, index, seen, anonymous, context.number)
     found = nodes.get(key)

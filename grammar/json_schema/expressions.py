@@ -16,7 +16,7 @@ from ramet.grammar.json_schema import specs
 from ramet.grammar.json_schema import values as v
 from ramet.grammar.json_schema.document import SchemaNode
 from ramet.grammar.json_schema.languages import Languages
-from ramet.grammar.json_schema.values import FALSE, TRUE, Arrays, Contains, Exists, Expr, Objects, Strings, Values
+from ramet.grammar.json_schema.values import FALSE, TRUE, Arrays, Exists, Expr, Objects, Strings, Values
 
 INFINITE = 1 << 60
 MAX_SPECS = 1000
@@ -415,33 +415,20 @@ class Expressions:
             needed |= more
 
     def cost_of_array(self, a: Arrays) -> int:
-        total = 2
-        need = max([a.low, *(c.start + c.low for c in a.contains if c.low)], default=0)
-        if a.high is not None and need > a.high:
-            return INFINITE
-        for i in range(min(need, len(a.prefix))):
-            c = self.cost(specs.item(a, i))
-            if c >= INFINITE:
+        """As `cost`, for one spec."""
+        if a.contains:
+            needed = specs.items_needed(self, a, 0, (0,) * len(a.contains))
+            if needed is None:
                 return INFINITE
-            total += c + 1
-        if need > len(a.prefix):
-            c = self.cost(a.rest)
-            if c >= INFINITE:
-                return INFINITE
-            total += (c + 1) * (need - len(a.prefix))
-        for x in a.contains:
-            if x.low and not self.may_contain(a, x, 0):
-                return INFINITE
-        return INFINITE if a.unique and self.count(a.rest) + len(a.prefix) < need else total
-
-    def may_contain(self, a: Arrays, x: Contains, index: int) -> bool:
-        """Can an item from `index` on be in x?"""
-        first = max(x.start, index)
-        last = len(a.prefix) + 1 if a.high is None else min(len(a.prefix) + 1, a.high)
-        return any(
-            not self.is_empty(self.both(specs.item(a, i), x.expr))
-            for i in range(first, max(last, first + (a.high is None)))
-        )
+            total = 2 + 4 * needed
+        else:
+            total = 2
+            for i in range(min(a.low, len(a.prefix) + 1)):
+                c = self.cost(specs.item(a, i))
+                if c >= INFINITE:
+                    return INFINITE
+                total += (c + 1) * (1 if i < len(a.prefix) else a.low - len(a.prefix))
+        return INFINITE if a.unique and self.count(a.rest) + len(a.prefix) < a.low else total
 
     def count(self, expr: Expr) -> int:
         """Number of values, at most 2^31."""

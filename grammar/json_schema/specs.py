@@ -205,3 +205,53 @@ def not_arrays(expressions: Expressions, a: Arrays) -> list[Arrays]:
         problem = "arrays in which some items are equal (the opposite of uniqueItems) are not described"
         raise UnsupportedSchema([(expressions.pointer, "not", problem)])
     return [t for t in (tidy_arrays(expressions, x) for x in out) if t is not None]
+
+
+Counts = tuple[int, ...]  # for each `contains` of a spec, the matching items so far, no further than matters
+
+
+def last_index(a: Arrays) -> int:
+    """From this index on all positions of an array are alike."""
+    return max(len(a.prefix), a.low, a.high or 0, *(c.start for c in a.contains), 0)
+
+
+def item_choices(expressions: Expressions, a: Arrays, index: int, counts: Counts) -> list[tuple[Expr, Counts]]:
+    """The ways to read one more item: what it must be, and the counts after it. Empty past the last item."""
+    if a.high is not None and index >= a.high:
+        return []
+    value = item(a, index)
+    out: list[tuple[Expr, Counts]] = [(value, ())]
+    for c, count in zip(a.contains, counts, strict=True):
+        if index < c.start or (c.high is None and count >= c.low):
+            ways = [(TRUE, count)]
+        elif c.high is None:
+            ways = [(c.expr, count + 1), (TRUE, count)]
+        else:
+            ways = [(expressions.negate(c.expr), count)]
+            if count < c.high:
+                ways.append((c.expr, count + 1))
+        out = [(expressions.both(v, e), (*done, n)) for v, done in out for e, n in ways]
+    return [(v, done) for v, done in out if not expressions.is_empty(v)]
+
+
+def may_close(a: Arrays, index: int, counts: Counts) -> bool:
+    return index >= a.low and all(c.low <= n for c, n in zip(a.contains, counts, strict=True))
+
+
+def items_needed(expressions: Expressions, a: Arrays, index: int, counts: Counts) -> int | None:
+    """The fewest further items after which the array may end; None where it never may. Breadth first over counts."""
+    if may_close(a, index, counts):
+        return 0
+    last = last_index(a)
+    level, seen, steps = {(min(index, last), counts)}, set[tuple[int, Counts]](), 0
+    while level:
+        steps += 1
+        seen |= level
+        following = set()
+        for i, n in level:
+            for _, after in item_choices(expressions, a, i, n):
+                if may_close(a, i + 1, after):
+                    return steps
+                following.add((min(i + 1, last), after))
+        level = following - seen
+    return None
