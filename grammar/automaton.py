@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol, cast
 
 import numpy as np
@@ -315,7 +316,8 @@ class Machine:
         instance, local = packed >> LOCAL_BITS, packed & LOCAL_MASK
         frame = self.frames[instance]
         exit_index = frame.closing_exit(local)
-        way = path_to_exit(frame.table, exit_index, local)
+        find = frame.closing_way if hasattr(frame, "closing_way") else partial(path_to_exit, frame.table)
+        way: bytes | None = find(exit_index=exit_index, local=local)
         assert way is not None, (frame, local, exit_index)
         if way:
             packed = self.run_bytes(packed, way)

@@ -23,6 +23,7 @@ from ramet.grammar.json_schema.keys import Space
 from ramet.grammar.json_schema.values import FALSE, Exists, Expr
 
 _KEY, _CLOSE = 0, 1
+_KEY_BYTES = b"abcdefghijklmnopqrstuvwxyz0123456789_-. "
 Thread = tuple[int, int, int]  # tag, spec (index in the space), bits of what must still exist
 
 
@@ -380,6 +381,25 @@ class MemoryKeyFrame(KeyFrame):
             return self.resolve(exit_index)
         key = json_module.loads(b'"' + text + b'"')
         return DEAD if key in self.node.extras else self.node.follow(exit_index, key)
+
+    def closing_way(self, local: int, exit_index: int) -> bytes | None:
+        """A short way to an exit that makes a key which is not there yet."""
+        if exit_index < len(self.node.space.names) or not self.node.extras:
+            return path_to_exit(self.table, exit_index, local)
+        rows, byte_class = self.table.rows, self.table.byte_class
+        level = [(local, b"")]
+        for _ in range(len(self.node.extras) + 1):
+            following = []
+            for state, text in level:
+                way = path_to_exit(self.table, exit_index, state)
+                if way is not None and json_module.loads(b'"' + self.text + text + way) not in self.node.extras:
+                    return text + way
+                for byte in _KEY_BYTES:
+                    to = int(rows[state, byte_class[byte]])
+                    if to >= 0:
+                        following.append((to, text + bytes((byte,))))
+            level = following[: 4 * len(self.node.extras) + 4]
+        return None
 
     def shared(self) -> int:
         """The copy whose masks all copies with a text share."""
