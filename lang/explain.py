@@ -289,7 +289,7 @@ def _fold_report(folded: Folded, paths: Paths, plan: RequestPlan) -> PassReport:
     left = sum(isinstance(node, ir.Text) for node in folded.graph.nodes)
     known = plan.kv.at_least
     bound = f"{_some(folded.num_bound, 'argument')} became text; " if folded.num_bound else ""
-    text = f"{bound}{_some(texts, 'text')} folded to {left}, {known:,} tokens known before the run"
+    text = f"{bound}{_some(texts, 'text')} folded to {left:,}, {known:,} tokens known before the run"
     return PassReport(
         "fold constants", text, {"arguments": folded.num_bound, "texts": texts, "folded": left, "tokens": known}
     )
@@ -300,9 +300,9 @@ def _prefix_report(paths: Paths, plan: RequestPlan) -> PassReport:
     saved = plan.shared.at_least
     if not found:
         return PassReport("static prefixes", "no two requests begin alike", {"prefixes": 0, "saved": saved})
-    best = max(found, key=lambda p: p.num_tokens * (len(p.readers) - 1))
+    best = max(found, key=lambda p: p.num_tokens * (p.num_readers - 1))
     where = f" (to {best.line})" if best.line else ""
-    text = f"{best.num_tokens:,} tokens{where} are read by {len(best.readers)} requests and computed once"
+    text = f"{best.num_tokens:,} tokens{where} are read by {best.num_readers:,} requests and computed once"
     if len(found) > 1:
         text += f"; {_some(len(found), 'shared prefix', 'shared prefixes')} in all"
     return PassReport("static prefixes", text, {"prefixes": len(found), "longest": best.num_tokens, "saved": saved})
@@ -343,7 +343,7 @@ def _fork_report(paths: Paths) -> PassReport:
         return PassReport("fork groups", "no fork", {"groups": 0, "reads_saved": 0})
     saved = sum(group.reads_saved for group in found)
     widths = ", ".join(
-        f"{len(g.branches)} branches over {g.prefix} tokens" for g in sorted(found, key=lambda g: -g.reads_saved)[:3]
+        f"{len(g.branches):,} branches over {g.prefix} tokens" for g in sorted(found, key=lambda g: -g.reads_saved)[:3]
     )
     more = f", {len(found) - 3} more" if len(found) > 3 else ""
     text = f"{widths}{more}: a step that decodes all of them reads {saved:,} positions less"

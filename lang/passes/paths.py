@@ -175,6 +175,7 @@ class _Interpreter:
         self._values: dict[int, ir.JsonValue] = {}  # of nodes whose value is known
         self._value_parts: dict[int, TextPart] = {}  # text of a value, where something can be said about it
         self._classes: dict[Hashable, int] = {}
+        self._flushed: dict[int, tuple[Point, Point]] = {}  # id of a point -> it flushed, and itself
 
     def run(self) -> Paths:
         for node in self._graph.nodes:
@@ -192,11 +193,11 @@ class _Interpreter:
             mark = self._mark(node)
             return self._append(before, node.id, (mark,) if mark else (), is_markup=True), (mark,) if mark else ()
         if isinstance(node, ir.Generate):
-            return self._generate(node, self._flush(before, node.id))
+            return self._generate(node, self._flush(before))
         if isinstance(node, ir.Select):
             return self._select(node, before)
         if isinstance(node, ir.Fork):
-            return self._flush(before, node.id), ()
+            return self._flush(before), ()
         if isinstance(node, ir.Argument):
             self._argument(node)
         elif isinstance(node, ir.ToolCall):
@@ -312,7 +313,7 @@ class _Interpreter:
     def _select(self, node: ir.Select, before: Point) -> tuple[Point, tuple[TextPart, ...]]:
         rendered = [self._render(choice) for choice in node.choices]
         base = before
-        choices = tuple(self._flush(self._append(before, node.id, parts), node.id) for parts in rendered)
+        choices = tuple(self._flush(self._append(before, node.id, parts)) for parts in rendered)
         added = [choice.items for choice in choices]
         shortest = min(map(len, added))
         shared = next((i for i in range(shortest) if len({items[i] for items in added}) > 1), shortest)
@@ -345,10 +346,14 @@ class _Interpreter:
             positions.append(position)
         return Point(before, tuple(items), tuple(positions), position, before.count + _count(items), (), node)
 
-    def _flush(self, before: Point, node: int) -> Point:
+    def _flush(self, before: Point) -> Point:
+        """Tokenise what is pending; once for all branches of a fork."""
         if not before.pending:
             return before
-        return self._extend(before, tokenise(self._target, before.pending, is_start=before.is_start), node)
+        if id(before) not in self._flushed:
+            items = tokenise(self._target, before.pending, is_start=before.is_start)
+            self._flushed[id(before)] = (self._extend(before, items, before.pending[-1].node), before)
+        return self._flushed[id(before)][0]
 
 
 def tokenise(target: Target, pieces: Sequence[Pending], *, is_start: bool) -> list[Item]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,10 +14,10 @@ from ramet.lang.passes.target import Target
 
 @dataclass(frozen=True, slots=True)
 class StaticPrefix:
-    """The first `num_tokens` of the requests `readers` (nodes), all of them known. `line`: what wrote its last part."""
+    """The first `num_tokens` of `num_readers` requests, all of them known. `line`: what wrote its last part."""
 
     num_tokens: int
-    readers: tuple[int, ...]
+    num_readers: int
     line: str
 
 
@@ -38,25 +39,20 @@ class BatchPrefixes:
 
 
 def static_prefixes(paths: Paths) -> list[StaticPrefix]:
-    """Maximal known prefixes that two requests or more of one program read; the most read first. O(tokens)."""
-    readers: dict[int, set[int]] = {}
-    ends: dict[int, tuple[Point, int]] = {}
-    for node, tip in _tips(paths):
-        for position, (point, length) in _known_positions(tip).items():
-            readers.setdefault(position, set()).add(node)
-            ends[position] = (point, length)
-    longest: dict[frozenset[int], int] = {}
-    for position, nodes in readers.items():
-        if len(nodes) > 1:
-            key = frozenset(nodes)
-            if key not in longest or ends[position][1] > ends[longest[key]][1]:
-                longest[key] = position
+    """Maximal known prefixes that two requests or more of one program read; the most read first. O(own tokens)."""
+    known = _KnownTokens()
+    readers: Counter[int] = Counter(known.add(tip) for tip in _tips(paths))
+    most_below: dict[int, int] = {}
+    for position in sorted(known.parents, reverse=True):  # those below have higher numbers
+        parent, count = known.parents[position], readers[position]
+        readers[parent] += count
+        most_below[parent] = max(most_below.get(parent, 0), count)
     found = []
-    for key, position in longest.items():
-        point, length = ends[position]
-        line = "" if point.node is None else paths.graph.nodes[point.node].line
-        found.append(StaticPrefix(length, tuple(sorted(key)), line))
-    return sorted(found, key=lambda p: (-len(p.readers), p.num_tokens))
+    for position, point in known.points.items():
+        if readers[position] > max(1, most_below.get(position, 0)):
+            line = "" if point.node is None else paths.graph.nodes[point.node].line
+            found.append(StaticPrefix(known.depths[position], readers[position], line))
+    return sorted(found, key=lambda p: (-p.num_readers, p.num_tokens))
 
 
 def batch_prefixes(graphs: Sequence[ir.Graph], target: Target) -> BatchPrefixes:
@@ -73,11 +69,11 @@ def batch_prefixes(graphs: Sequence[ir.Graph], target: Target) -> BatchPrefixes:
     seen: set[int] = set()
     total = 0
     for row in rows:
-        mine: set[int] = set()
-        for _, tip in _tips(row):
-            mine.update(_known_positions(tip))
-        total += len(mine)
-        seen |= mine
+        known = _KnownTokens()
+        for tip in _tips(row):
+            known.add(tip)
+        total += len(known.points)
+        seen.update(known.points)
     keys = [tuple(item for item in first if not isinstance(item, Opaque)) for first in firsts]
     order = tuple(sorted(range(len(rows)), key=lambda i: (keys[i], i)))
     return BatchPrefixes(common, len(seen), total, order, _num_groups(keys, common), plans)
@@ -88,26 +84,43 @@ def _num_groups(keys: Sequence[tuple[int, ...]], common: int) -> int:
     return len({key[common : common + 1] for key in keys})
 
 
-def _tips(paths: Paths) -> list[tuple[int, Point]]:
-    found = [(node, prompt) for node, prompt in paths.prompts.items() if node not in paths.twins]
-    for node, selection in paths.selections.items():
-        found.extend((node, choice) for choice in selection.choices if len(selection.choices) > 1)
+def _tips(paths: Paths) -> list[Point]:
+    found = [prompt for node, prompt in paths.prompts.items() if node not in paths.twins]
+    for selection in paths.selections.values():
+        found.extend(choice for choice in selection.choices if len(selection.choices) > 1)
     return found
 
 
-def _known_positions(tip: Point) -> dict[int, tuple[Point, int]]:
-    """Position -> (the point that holds it, tokens up to it), up to the first token that only a run can tell."""
-    found: dict[int, tuple[Point, int]] = {}
-    length = 0
-    for point in reversed(list(tip.chain())):
-        for item, position in zip(point.items, point.positions, strict=True):
-            if isinstance(item, Opaque):
-                return found
-            length += 1
-            found[position] = (point, length)
-    return found
+class _KnownTokens:
+    """The positions of known tokens that paths begin with; every point is walked once."""
+
+    def __init__(self) -> None:
+        self.parents: dict[int, int] = {}
+        self.depths: dict[int, int] = {0: 0}
+        self.points: dict[int, Point] = {}  # position -> who holds it
+        self._ends: dict[int, tuple[int, bool, Point]] = {}  # id of a point -> last known position, all known, itself
+
+    def add(self, tip: Point) -> int:
+        """The position up to which `tip` is known."""
+        todo: list[Point] = []
+        end, is_known = 0, True
+        for point in tip.chain():
+            if id(point) in self._ends:
+                end, is_known, _ = self._ends[id(point)]
+                break
+            todo.append(point)
+        for point in reversed(todo):
+            for item, position in zip(point.items, point.positions, strict=True):
+                is_known = is_known and not isinstance(item, Opaque)
+                if not is_known:
+                    break
+                self.parents[position], self.depths[position] = end, self.depths[end] + 1
+                self.points.setdefault(position, point)
+                end = position
+            self._ends[id(point)] = (end, is_known, point)
+        return end
 
 
 def _first_prompt(paths: Paths) -> list[Item]:
     tips = _tips(paths)
-    return min(tips, key=lambda tip: tip[0])[1].all_items() if tips else []
+    return min(tips, key=lambda tip: tip.node or 0).all_items() if tips else []

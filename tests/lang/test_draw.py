@@ -179,7 +179,9 @@ def test_the_command_draws_as_well(tmp_path: Path, capsys: pytest.CaptureFixture
 
 # Places: random trees of branches.
 
-shapes = st.recursive(st.just([]), lambda inner: st.lists(inner, max_size=3), max_leaves=14)
+shapes: st.SearchStrategy[list[object]] = st.recursive(
+    st.just([]), lambda inner: st.lists(inner, max_size=3), max_leaves=14
+)
 
 
 @function(max_tokens=2)

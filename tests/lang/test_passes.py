@@ -190,7 +190,7 @@ def test_the_longest_prefix_of_all_readers_is_found_with_its_line() -> None:
     paths = paths_of(debate)
     found = static_prefixes(paths)
     assert found[0].num_tokens == len("The question. ")
-    assert len(found[0].readers) == 4
+    assert found[0].num_readers == 3 + 2  # three speeches, and two choices
     assert found[1].num_tokens == len("The question. Side ")
     assert "test_passes.py:" in found[0].line
 

@@ -26,7 +26,7 @@ class WithoutHints:
     """The same engine, which nobody tells what is dead."""
 
     def __init__(self, engine: Engine) -> None:
-        self.tokenizer, self.submit = engine.tokenizer, engine.submit
+        self.tokenizer, self.submit, self.context_length = engine.tokenizer, engine.submit, engine.context_length
 
 
 @function(temperature=0, ignore_eos=True)

@@ -88,6 +88,7 @@ class StubEngine:
     """Collects requests; a test answers them."""
 
     tokenizer = None
+    context_length = 512
 
     def __init__(self) -> None:
         self.requests: list[Callable[[RequestOutput], None]] = []
