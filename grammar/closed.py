@@ -83,6 +83,9 @@ class _WholeText:
     def __init__(self, machine: Machine, automaton: ByteAutomaton) -> None:
         ends = np.where(automaton.accepting, 0, -1).astype(np.int32)
         self.machine = machine
+        self.automaton = automaton
+        self.distances: NDArray[np.int64] | None = None  # made when first asked for
+        self.steps: dict[int, tuple[int, int]] = {}  # state -> (byte, state) on the way out
         self.table: FrameTable = machine.table(automaton.rows, automaton.byte_class, 1, ends)
 
     def resolve(self, exit_index: int) -> int:
@@ -91,6 +94,49 @@ class _WholeText:
 
     def closing_exit(self, local: int) -> int:
         return 0
+
+    def closing_way(self, exit_index: int, local: int) -> bytes:
+        """A shortest text from a state to an accepting one."""
+        automaton = self.automaton
+        if self.distances is None:
+            self.distances = _distances(automaton)
+        out = bytearray()
+        while not automaton.accepting[local]:
+            found = self.steps.get(local)
+            if found is None:
+                following = automaton.rows[local][automaton.byte_class[PREFERRED_BYTES]]
+                nearer = (following >= 0) & (self.distances[following] == self.distances[local] - 1)
+                at = int(np.argmax(nearer))
+                found = self.steps[local] = int(PREFERRED_BYTES[at]), int(following[at])
+            out.append(found[0])
+            local = found[1]
+        return bytes(out)
+
+
+# letters, then digits, then other printable ASCII, then the rest
+PREFERRED_BYTES = np.array(
+    list(dict.fromkeys([*range(97, 123), *range(48, 58), *range(32, 127), *range(256)])), dtype=np.int64
+)
+
+
+def _distances(automaton: ByteAutomaton) -> NDArray[np.int64]:
+    """Bytes from each state to the nearest accepting one: breadth first, against the edges."""
+    sources, classes = np.nonzero(automaton.rows >= 0)
+    targets = automaton.rows[sources, classes]
+    order = np.argsort(targets, kind="stable")
+    sources = sources[order]
+    begins = np.searchsorted(targets[order], np.arange(automaton.num_states + 1))
+    distances = np.where(automaton.accepting, 0, -1).astype(np.int64)
+    frontier = np.flatnonzero(automaton.accepting)
+    distance = 0
+    while len(frontier):
+        distance += 1
+        counts = begins[frontier + 1] - begins[frontier]
+        firsts = np.repeat(begins[frontier] - (np.cumsum(counts) - counts), counts)
+        before = sources[firsts + np.arange(counts.sum())]
+        frontier = np.unique(before[distances[before] < 0])
+        distances[frontier] = distance
+    return distances
 
 
 def compile_closed(

@@ -17,11 +17,14 @@ from ramet.errors import GrammarError, InvalidGrammar, InvalidSchema, Unsupporte
 from ramet.grammar import ir
 from ramet.grammar.automaton import REFUSE, Machine, compress_rows, leave, target
 from ramet.grammar.automaton import Table as FrameTable
+from ramet.grammar.closed import PREFERRED_BYTES
 from ramet.grammar.compiler import CompiledGrammar, Limits
+from ramet.grammar.json_schema.compile import WARM_NODES
 from ramet.grammar.json_schema.document import Registry, SchemaNode
 from ramet.grammar.json_schema.expressions import Expressions
 from ramet.grammar.json_schema.frames import Json
 from ramet.grammar.json_schema.keywords import Interpreter
+from ramet.grammar.json_schema.strict import check_strict
 from ramet.grammar.json_schema.survey import survey
 from ramet.grammar.json_schema.values import Expr
 from ramet.grammar.vocabulary import Vocabulary
@@ -93,6 +96,11 @@ class _TextFrame:
                 )
             rows[state, starts] = leave(1 + i, again=True)
         self.costs, self.exits = _ways_out(text, self._cost_of)
+        self.transitions = text.transitions
+        self.is_way_out = text.accepting.tolist()
+        for i, state in enumerate(text.gaps):
+            self.is_way_out[state] = self.is_way_out[state] or self.exits[state] == 1 + i
+        self.steps: dict[int, tuple[int, int]] = {}  # state -> (byte, state) on the way out
         compressed, byte_class = compress_rows(rows)
         ends = np.where(text.accepting, _DONE, REFUSE).astype(np.int32)
         self.table: FrameTable = machine.table(compressed, byte_class, 1 + len(self.gaps), ends)
@@ -111,6 +119,23 @@ class _TextFrame:
 
     def closing_exit(self, local: int) -> int:
         return self.exits[local]
+
+    def closing_way(self, exit_index: int, local: int) -> bytes:
+        """The text from a state to where its exit is taken."""
+        out = bytearray()
+        while not self.is_way_out[local]:
+            found = self.steps.get(local)
+            if found is None:
+                following = self.transitions[local][PREFERRED_BYTES]
+                found = next(
+                    (byte, to)
+                    for byte, to in zip(PREFERRED_BYTES.tolist(), following.tolist(), strict=True)
+                    if to >= 0 and self.costs[to] == self.costs[local] - 1 and self.exits[to] == exit_index
+                )
+                self.steps[local] = found
+            out.append(found[0])
+            local = found[1]
+        return bytes(out)
 
 
 class _BehindGap:
@@ -180,7 +205,8 @@ def _place_all(
         if not isinstance(schema.schema, dict | bool):
             raise InvalidSchema("a schema must be an object or a boolean", "")
         registry = Registry(schema.schema, options.registry)
-        interpreter = Interpreter(registry, max_states, only_named=options.mode != "exact")
+        lenient = options.on_unsupported == "validate"
+        interpreter = Interpreter(registry, max_states, only_named=options.mode != "exact", lenient=lenient)
         if expressions is None:
             expressions = Expressions(
                 interpreter.languages,
@@ -190,13 +216,17 @@ def _place_all(
         interpreter.expressions, interpreter.languages = expressions, expressions.languages
         interpreters.append(interpreter)
         try:
-            survey(interpreter)
+            machine.unenforced.extend(survey(interpreter))
         except UnsupportedSchema as error:
             problems.extend(error.problems)
             continue
+        if options.mode == "strict":
+            check_strict(registry.root)
         roots[schema] = expressions.of_schema(registry.root)
         if expressions.is_empty(roots[schema]):
             raise GrammarError(f"a schema is contradictory: no JSON value satisfies {str(schema.schema)[:200]}")
+        for node in registry.nodes[:WARM_NODES]:
+            expressions.values(expressions.of_schema(node))
     if problems:
         raise UnsupportedSchema(problems)
     assert expressions is not None

@@ -348,7 +348,8 @@ class _Worker:
         try:
             parsed = job.parsed or self._parse(job)
             result: CompiledGrammar | BaseException = compile_parsed(parsed, job.vocabulary, limits=self.limits)
-            result.mask(0)  # so that the first step does not wait for it
+            result.mask(0)  # so that the first step does not wait for it, nor for the way out
+            result.completion_bound(0)
         except Exception as error:  # whatever it is, those who wait must hear of it
             result = error
         # compiled code may turn an interrupt into an error of its own, or lose it: such a result is not to be trusted

@@ -32,6 +32,12 @@ def add_grammar(parser: argparse.ArgumentParser) -> None:
     )
     check.add_argument("--mode", choices=("exact", "declared_order", "strict"), default="exact", help="of JSON schemas")
     check.add_argument("--whitespace", choices=("compact", "bounded"), default="compact", help="of JSON schemas")
+    check.add_argument(
+        "--on-unsupported",
+        choices=("error", "validate"),
+        default="error",
+        help="validate: compile JSON schemas without the parts that cannot be enforced",
+    )
     check.add_argument("--raw", action="store_true", help="walk JSON instances as they are written, not re-serialised")
 
 
@@ -46,6 +52,7 @@ def run_grammar(arguments: argparse.Namespace) -> int:
     options: dict[str, Any] = {}
     if kind == "json_schema":
         options = {"mode": arguments.mode, "whitespace": arguments.whitespace}
+        options["on_unsupported"] = arguments.on_unsupported
         _print_coverage(console, source, options)
     elif kind in ("regex", "choice"):
         source = source.rstrip("\n")

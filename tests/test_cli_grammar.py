@@ -76,6 +76,10 @@ def test_what_cannot_be_enforced_is_listed(tmp_path: Path, capsys: pytest.Captur
     assert status == 1
     assert "/properties/a" in out
     assert "lookbehind" in out
+    status, out = check(capsys, "--on-unsupported", "validate", str(path), '{"a": "b"}')
+    assert status == 0
+    assert "/properties/a" in out
+    assert "accepted" in out
 
 
 @pytest.mark.parametrize(

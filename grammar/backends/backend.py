@@ -10,12 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ramet.errors import ConfigError
+from ramet.grammar.compiler import DeviceTables
 from ramet.grammar.sources import compile_constraint
 from ramet.grammar.vocabulary import Vocabulary
 
 
 class BackendGrammar(Protocol):
-    """What every engine's grammar can do: the runtime's `Grammar`, device tables aside."""
+    """What every engine's grammar can do: the runtime's `Grammar`."""
 
     @property
     def is_closed(self) -> bool: ...
@@ -29,6 +30,10 @@ class BackendGrammar(Protocol):
     def forced_tokens(self, state: int) -> list[int]: ...
 
     def shortest_completion(self, state: int) -> list[int]: ...
+
+    def completion_bound(self, state: int) -> int: ...
+
+    def device_tables(self) -> DeviceTables | None: ...
 
 
 class Backend(Protocol):

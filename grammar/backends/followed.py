@@ -76,6 +76,13 @@ class FollowedGrammar:
     def forced_tokens(self, state: int) -> list[int]:
         return self._follower(state).forced_tokens()
 
+    def completion_bound(self, state: int) -> int:
+        """The length itself: not cheap, since these engines do not know it."""
+        return len(self.shortest_completion(state))
+
+    def device_tables(self) -> None:
+        return None
+
     def shortest_completion(self, state: int) -> list[int]:
         """A way to the end, not always the shortest: depth first, closing marks before content.
 

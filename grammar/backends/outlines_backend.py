@@ -95,6 +95,13 @@ class IndexedGrammar:
     def forced_tokens(self, state: int) -> list[int]:
         return []
 
+    def completion_bound(self, state: int) -> int:
+        """The length itself: not cheap, since these engines do not know it."""
+        return len(self.shortest_completion(state))
+
+    def device_tables(self) -> None:
+        return None
+
     def shortest_completion(self, state: int) -> list[int]:
         """Breadth first over the index: the fewest tokens. Raises: GrammarError where the vocabulary lacks them."""
         seen = {state}

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,36 @@ def test_shortest_completion_of_a_closed_automaton_ends_the_text() -> None:
     assert state is not None
     text = b"".join(BYTES.token_bytes[t] for t in grammar.shortest_completion(state))
     assert text == b"babd"
+
+
+def test_completions_are_the_shortest_from_every_state() -> None:
+    grammar = compile_constraint("regex", "(?:ab){2,5}(?:xyz|q)*!|é{3}0", BYTES)
+    assert grammar.close()
+    tables = grammar.device_tables()
+    assert tables is not None
+    distance = dict.fromkeys(np.flatnonzero(tables.accepting).tolist(), 0)
+    while len(distance) < len(tables.accepting):
+        distance |= {
+            s: 1 + min(distance[t] for t in row if t in distance)
+            for s, row in enumerate(tables.transitions.tolist())
+            if s not in distance and any(t in distance for t in row)
+        } if distance else {}  # fmt: skip
+    for state in range(grammar.num_states):
+        text = b"".join(BYTES.token_bytes[t] for t in grammar.shortest_completion(state))
+        after = grammar.advance_bytes(state, text)
+        assert after is not None
+        assert grammar.is_accepting(after)
+        assert grammar.completion_bound(state) == len(text) == min(distance[state], len(text))
+
+
+def test_the_way_out_of_a_long_pattern_is_found_quickly() -> None:
+    grammar = compile_constraint("regex", "[^a]{2000}", BYTES)
+    begin = time.perf_counter()
+    assert grammar.completion_bound(0) == 2000
+    state = grammar.advance_bytes(0, b"b" * 10)
+    assert state is not None
+    assert grammar.completion_bound(state) == 1990
+    assert time.perf_counter() - begin < 1
 
 
 @pytest.mark.parametrize(
