@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from ramet.lang import ir
-from ramet.lang.passes.paths import ZERO, Count, Item, Opaque, Paths, Point
+from ramet.lang.passes.paths import ZERO, Count, Item, Opaque, Paths, Point, SelectPaths
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +89,11 @@ def _hull(a: Count, b: Count) -> Count:
     return Count(min(a.at_least, b.at_least), max(a.at_most, b.at_most))
 
 
+def _is_known(selection: SelectPaths) -> bool:
+    """True where every choice's own tokens are known."""
+    return not any(isinstance(item, Opaque) for one in selection.choices for item in one.items[selection.num_shared :])
+
+
 @dataclass(frozen=True, slots=True)
 class _Missing:
     """`num_added`: how many known tokens `new` is, None where a part of it is unknown."""
@@ -105,6 +110,7 @@ class _Planner:
         self._paths, self._share = paths, share_nodes
         self._cached: set[int] = {0}  # positions of the trie
         self._runs_from: set[int] = set()  # positions behind which some text is cached that only the run knows
+        self._may_repeat = not all(_is_known(selection) for selection in paths.selections.values())
         self._scored: set[object] = set()  # scoring requests that were made
         self._plan = RequestPlan()
 
@@ -130,7 +136,7 @@ class _Planner:
             return
         own = [(i, c, len(c.items) - found.num_shared) for i, c in enumerate(found.choices)]
         own = [(index, choice, size) for index, choice, size in own if size]
-        is_sure = all(isinstance(item, int) for _, choice, size in own for item in choice.items[-size:])
+        is_sure = _is_known(found)
         for index, choice, size in own:
             if self._is_scored((choice.position, size)):
                 self._plan.requests.append(
@@ -153,6 +159,9 @@ class _Planner:
         is_known = self._is_scored(tail)
         new = ZERO if is_known else size
         shared = size if is_known else ZERO
+        if self._may_repeat and not is_known:
+            # A choice with a value in it may turn out to be this one.
+            new, shared = Count(0, size.at_most), Count(0, size.at_most)
         self._plan.requests.append(Request(node, index, "alone", size, shared, new, None, False, ZERO))
         if not is_known:
             self._plan.kv = self._plan.kv + size
