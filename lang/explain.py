@@ -273,7 +273,11 @@ def _node_costs(paths: Paths, plan: RequestPlan) -> Iterable[NodeCost]:
         twin = paths.twins.get(node.id)
         if twin is not None:
             prompt = paths.prompts[node.id].count
-            yield NodeCost(node.id, kind, node.name, node.line, prompt, prompt, ZERO, ZERO, twin)
+            shared, new, written = prompt, ZERO, ZERO
+            if twin in paths.unordered:  # any of them may be the one that runs
+                new, written = (_sum(getattr(r, what) for r in by_node[twin]) for what in ("new", "written"))
+                shared = Count(0, prompt.at_most)
+            yield NodeCost(node.id, kind, node.name, node.line, prompt, shared, new, written, twin)
             continue
         prompt, shared, new, written = (
             _sum(getattr(request, what) for request in found) for what in ("prompt", "shared", "new", "written")

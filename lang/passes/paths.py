@@ -141,7 +141,8 @@ class Paths:
     """What `interpret` found. Owner: it; read-only afterwards.
 
     `points[i]`: behind node i. `prompts`: what a Generate node reads. `selections`: the same of a Select node.
-    `twins`: a Generate node that surely writes what an earlier one does -> that node.
+    `twins`: a Generate node that surely writes what an earlier one does -> that node. `unordered`: nodes that have
+    twins, any of which may be the first to run. `joined`: nodes at or behind a join on their branch.
     """
 
     graph: ir.Graph
@@ -151,6 +152,8 @@ class Paths:
     prompts: dict[int, Point] = field(default_factory=dict)
     selections: dict[int, SelectPaths] = field(default_factory=dict)
     twins: dict[int, int] = field(default_factory=dict)
+    unordered: set[int] = field(default_factory=set)
+    joined: set[int] = field(default_factory=set)
     texts: list[tuple[TextPart, ...]] = field(default_factory=list)
 
 
@@ -180,6 +183,8 @@ class _Interpreter:
     def run(self) -> Paths:
         for node in self._graph.nodes:
             before = Point() if node.parent is None else self._found.points[node.parent]
+            if node.parent is not None and (node.parent in self._found.joined or isinstance(node, ir.Join)):
+                self._found.joined.add(node.id)
             point, text = self._visit(node, before)
             self._found.points.append(point)
             self._found.texts.append(text)
@@ -289,6 +294,8 @@ class _Interpreter:
             name = self._classes.setdefault(key, node.id)
             if name != node.id:
                 self._found.twins[node.id] = name
+                if {node.id, name} & self._found.joined:
+                    self._found.unordered.add(name)
         limit, most_bytes = generated_limits(node, self._target)
         tokens = Opaque(("generated", self._row, name), Count(0, limit), is_generated=True)
         text = Unknown(("text", self._row, name), most_bytes)

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field, replace
 from ramet.lang import ir
 from ramet.lang.passes.paths import ZERO, Count, Item, Opaque, Paths, Point, SelectPaths
 
+MAX_ORDERS = 50_000  # nodes times orders that are tried; with more, counts that depend on the order have no limit
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -68,17 +70,51 @@ class RequestPlan:
 def plan_requests(paths: Paths, *, share_nodes: bool = True) -> RequestPlan:
     """Simulate the run of one graph. `share_nodes`: generations that surely write the same are asked for once.
 
-    A constrained generation begins when its grammar is compiled: at once, or after all others. Counts that depend on
-    that have both limits.
+    A constrained generation begins when its grammar is compiled, a node behind a join when the branches are done: at
+    once, or after all others, in any order. Counts that depend on that have both limits.
     """
     plan = _Planner(paths, share_nodes).run(run_order(paths.graph))
-    constrained = [n.id for n in paths.graph.nodes if isinstance(n, ir.Generate) and n.constraint is not None]
-    if constrained:
-        for late in (constrained, constrained[::-1]):
-            other = _Planner(paths, share_nodes).run(run_order(paths.graph, late))
-            found = {(request.node, request.choice, request.part): request for request in other.requests}
-            plan.requests = [_either(one, found[one.node, one.choice, one.part]) for one in plan.requests]
+    unordered = _unordered(paths)
+    if not unordered:
+        return plan
+    if len(unordered) * len(paths.graph.nodes) > MAX_ORDERS:
+        plan.requests = [_at_any_time(one) if one.node in set(unordered) else one for one in plan.requests]
+        return plan
+    orders: list[Iterable[ir.AnyNode]] = [run_order(paths.graph, unordered)]
+    for node in unordered:
+        orders.append(run_order(paths.graph, [node]))  # all else before it
+        orders.append(_alone_order(paths.graph, node))  # nothing but what it needs
+    for index, order in enumerate(orders):
+        only = None if index == 0 else unordered[(index - 1) // 2]
+        other = _Planner(paths, share_nodes).run(order)
+        found = {(r.node, r.choice, r.part): r for r in other.requests if only is None or r.node == only}
+        plan.requests = [_either(one, found.get((one.node, one.choice, one.part), one)) for one in plan.requests]
     return plan
+
+
+def _alone_order(graph: ir.Graph, node: int) -> list[ir.AnyNode]:
+    needed, stack = set(), [node]
+    while stack:
+        at = stack.pop()
+        if at not in needed:
+            needed.add(at)
+            stack.extend(ir.dependencies(graph.nodes[at]))
+    return [one for one in run_order(graph) if one.id in needed]
+
+
+def _at_any_time(request: Request) -> Request:
+    prompt = request.prompt
+    return replace(request, new=Count(0, prompt.at_most), shared=Count(0, prompt.at_most))
+
+
+def _unordered(paths: Paths) -> list[int]:
+    """Requests whose place in the order only the run knows."""
+    found = []
+    for node in paths.graph.nodes:
+        is_constrained = isinstance(node, ir.Generate) and node.constraint is not None
+        if isinstance(node, ir.Generate | ir.Select) and (is_constrained or node.id in paths.joined):
+            found.append(node.id)
+    return found
 
 
 def _either(a: Request, b: Request) -> Request:
@@ -128,6 +164,10 @@ class _Planner:
         written = next(p for p in behind.chain() if p.items and p.node == node)
         assert isinstance(written.items[-1], Opaque)
         self._request(node, None, self._paths.prompts[node], written.items[-1].count)
+        if self._share and node in self._paths.unordered:
+            last = self._plan.requests[-1]
+            new, shared = Count(0, last.new.at_most), Count(last.shared.at_least, last.prompt.at_most)
+            self._plan.requests[-1] = replace(last, new=new, shared=shared)
         self._cache(written)
 
     def _select(self, node: ir.Select) -> None:
@@ -139,9 +179,8 @@ class _Planner:
         is_sure = _is_known(found)
         for index, choice, size in own:
             if self._is_scored((choice.position, size)):
-                self._plan.requests.append(
-                    Request(node.id, index, "", choice.count, choice.count, ZERO, 0, False, ZERO)
-                )
+                count = choice.count if is_sure else Count(0, choice.count.at_most)
+                self._plan.requests.append(Request(node.id, index, "", count, count, ZERO, 0, False, ZERO))
             else:
                 self._request(node.id, index, choice, ZERO, keep=size + 1, is_sure=is_sure)
         self._cache(self._paths.points[node.id], is_counted=False)  # the winner's tokens are one of the choices'
@@ -187,7 +226,7 @@ class _Planner:
             new, shared = Count(0, new.at_most), Count(shared.at_least, prompt.count.at_most)
         count = prompt.count
         if not is_sure:
-            new, shared, count = Count(0, new.at_most), Count(0, shared.at_most), Count(0, count.at_most)
+            new, shared, count = Count(0, new.at_most), Count(0, count.at_most), Count(0, count.at_most)
         after = missing.is_after_generation
         count, shared, new = (one.capped(self._paths.context_length) for one in (count, shared, new))
         self._plan.requests.append(Request(node, choice, "", count, shared, new, missing.num_added, after, written))
