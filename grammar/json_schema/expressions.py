@@ -371,8 +371,9 @@ class Expressions:
                 return INFINITE
             total += len(k) + 4 + c
         if o.low > len(needed):
-            if o.default == FALSE:
-                usable = sum(1 for k, e in o.properties if k in needed or not self.is_empty(e))
+            if not self._other_keys_possible(o):
+                able = {k for k, e in o.properties if k in needed or not self.is_empty(e)}
+                usable = sum(1 for k in able if self.closure_of_keys(o, frozenset((k,))) <= able)
                 if usable < o.low:
                     return INFINITE
             total += 8 * (o.low - len(needed))
@@ -381,6 +382,14 @@ class Expressions:
                 return INFINITE
             total += 8
         return total
+
+    def _other_keys_possible(self, o: Objects) -> bool:
+        """Can a key that is not declared have a value?"""
+        if o.default == FALSE:
+            return False
+        numbers = tuple(dict.fromkeys(n for rule in o.rules for n, _ in rule.patterns))
+        sets = self.languages.signatures(numbers)[1] if numbers else [frozenset[int]()]
+        return any(not self.is_empty(specs.expr_of_signature(self, o, s)) for s in sets)
 
     def _may_exist(self, o: Objects, x: Exists) -> bool:
         for k, e in o.properties:

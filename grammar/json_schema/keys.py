@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
-from ramet.grammar import regular, strings
+from ramet.grammar import strings
 from ramet.grammar.automaton import Table, leave
 from ramet.grammar.json_schema import specs as object_specs
 from ramet.grammar.json_schema.frames import Json
@@ -39,7 +38,6 @@ class Space:
         self._alive: dict[int, tuple[int, int]] = {}
         self._tables: dict[object, Table] = {}
         self._master: tuple[bool, StringRows] | None = None
-        self._content: tuple[int, NDArray[np.int64]] = (0, np.zeros(0, dtype=np.int64))
         self.required = [sum(1 << self.index[k] for k in o.required) for o in specs]
         self.is_simple = [o.high is None and not (o.dependent or o.exists or o.low) for o in specs]
 
@@ -48,15 +46,7 @@ class Space:
         self.signatures: list[frozenset[int]] = [frozenset()]
         if not self.languages:
             return
-        found: dict[frozenset[int], int] = {}
-
-        def label(accepts: tuple[bool, ...]) -> int:
-            matching = frozenset(n for n, a in zip(self.languages, accepts, strict=True) if a)
-            return 1 + found.setdefault(matching, len(found))
-
-        get = self.json.expressions.languages.dfa
-        self.dfa = regular.product([get(n) for n in self.languages], label)
-        self.signatures = list(found)
+        self.dfa, self.signatures = self.json.expressions.languages.signatures(tuple(self.languages))
 
     def expr(self, spec: int, label: int) -> Expr:
         found = self._exprs.get((spec, label))
@@ -81,6 +71,12 @@ class Space:
             o = self.specs[spec]
             named = sum(1 << i for i in range(n) if self.usable(spec, i))
             others = sum(1 << i for i in range(len(self.signatures)) if self.usable(spec, n + i))
+            if o.dependent:  # a key is of no use where those that it requires cannot stand
+                closure = self.json.expressions.closure_of_keys
+                for i in range(n):
+                    needed = sum(1 << self.index[k] for k in closure(o, frozenset((self.names[i],))))
+                    if needed & ~named or (o.high is not None and needed.bit_count() > o.high):
+                        named &= ~(1 << i)
             own = sum(1 << i for i in range(n) if (named >> i) & 1 and self.names[i] in o.table)
             if o.named_only and not o.exists and o.low <= own.bit_count():
                 named, others = own, 0
@@ -93,30 +89,60 @@ class Space:
         matching = self.signatures[label - len(self.names)]
         return x.pattern in matching if x.pattern is not None else not matching.intersection(x.others)
 
-    def table(self, named: int, others: int) -> Table:
+    def is_open(self, others: int) -> bool:
+        """True where every key that is not named may come, so that no text of a key can be stuck."""
+        return others == (1 << len(self.signatures)) - 1
+
+    def table(self, named: int, others: int, extras: frozenset[str]) -> Table:
         """Keys that may come now: exit i for name i, len(names) + s for any other key of signature s.
 
-        Where any other key may come, one table serves all states: the exits of names already seen are dead, and no text
-        ends there, since more characters make another key. Keys seen that have no name are not the table's concern.
+        Where any other key may come, one table serves all states: the exits of names already seen are dead, and keys
+        seen without a name are not the table's concern. Elsewhere what must not come is cut out, with all that leads
+        only there.
         """
-        is_free = others and self.dfa is ANY_CHARS
-        key = ("free",) if is_free else (named, others)
+        key = ("open",) if self.is_open(others) else (named, others, extras if others else frozenset())
         found = self._tables.get(key)
         if found is None:
-            if self._master is None or self._master[0] != bool(others):
-                self._master = bool(others), self._all_keys(bool(others))
-            all_keys = self._master[1]
-            if not is_free:
-                gone = [i for i in range(len(self.names)) if not (named >> i) & 1]
-                gone += [len(self.names) + i for i in range(len(self.signatures)) if not (others >> i) & 1]
-                rows = all_keys.rows.copy()
-                strings.drop_exits(rows, np.array([leave(i) for i in gone], dtype=np.int32))
-                if others and gone:  # what may follow has changed
-                    all_keys = StringRows.compressed(rows, all_keys.byte_class, *self._content)
-                else:
-                    all_keys = StringRows(rows, all_keys.byte_class, all_keys.depths, all_keys.loop)
-            found = self._tables[key] = self.json.string_frame(all_keys, self.num_labels)
+            if self.is_open(others) or not others:
+                if self._master is None or self._master[0] != bool(others):
+                    self._master = bool(others), self._all_keys(bool(others))
+                rows = self._master[1]
+                if not others:
+                    rows = self._without(rows, [i for i in range(len(self.names)) if not (named >> i) & 1])
+            else:
+                rows = self._some_keys(named, others, extras)
+            found = self._tables[key] = self.json.string_frame(rows, self.num_labels)
         return found
+
+    @staticmethod
+    def _without(keys: StringRows, gone: list[int]) -> StringRows:
+        rows = keys.rows.copy()
+        strings.drop_exits(rows, np.array([leave(i) for i in gone], dtype=np.int32))
+        return StringRows(rows, keys.byte_class, keys.depths, keys.loop)
+
+    def _some_keys(self, named: int, others: int, extras: frozenset[str]) -> StringRows:
+        """Only these names, and other keys of these signatures, but for those seen."""
+        n = len(self.names)
+        labels = [n + int(a) - 1 if (others >> (int(a) - 1)) & 1 else -1 for a in self.dfa.accepting]
+        entries = {k: i if (named >> i) & 1 else -1 for i, k in enumerate(self.names)}
+        content = overlay(strings.json_string_rows(self.dfa, labels), {**entries, **dict.fromkeys(extras, -1)})
+        strings.trim(content.rows)
+        return StringRows.of(content)
+
+    def possible(self, named: int, others: int, extras: frozenset[str]) -> tuple[int, int]:
+        """Of these labels, those for which there still is a key."""
+        if not others or self.is_open(others):
+            return named, others
+        table = self.table(named, others, extras)
+        seen, level, exits = {0}, [0], set()
+        while level:
+            entries = np.unique(table.rows[level])
+            exits.update(entries[entries < -1].tolist())
+            level = [t for t in entries[entries >= 0].tolist() if t not in seen]
+            seen.update(level)
+        n = len(self.names)
+        here = [label for label in range(self.num_labels) if leave(label) in exits]
+        return sum(1 << i for i in here if i < n), sum(1 << (i - n) for i in here if i >= n)
 
     def _all_keys(self, with_others: bool) -> StringRows:
         """The table with every label."""
@@ -132,5 +158,4 @@ class Space:
             if plain is not None:
                 return StringRows.of_trie(*plain)
         content = overlay(base, entries)
-        self._content = content.num_content, content.beyond
         return StringRows.of(content)

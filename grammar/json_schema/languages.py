@@ -22,6 +22,7 @@ class Languages:
         self._index: dict[tuple[str, str], int] = {}
         self._dfas: dict[int, Dfa] = {}
         self._conjunctions: dict[object, Dfa] = {}
+        self._signatures: dict[tuple[int, ...], tuple[Dfa, list[frozenset[int]]]] = {}
 
     def add(self, kind: str, source: str) -> int:
         """Number of a language.
@@ -53,6 +54,20 @@ class Languages:
         found = self._dfas.get(number)
         if found is None:
             found = self._dfas[number] = _automaton(*self.sources[number], self.max_states)
+        return found
+
+    def signatures(self, numbers: tuple[int, ...]) -> tuple[Dfa, list[frozenset[int]]]:
+        """Which of these languages a text can match at once: (automaton whose label is 1 + index, the sets)."""
+        found = self._signatures.get(numbers)
+        if found is None:
+            sets: dict[frozenset[int], int] = {}
+
+            def label(accepts: tuple[bool, ...]) -> int:
+                matching = frozenset(n for n, a in zip(numbers, accepts, strict=True) if a)
+                return 1 + sets.setdefault(matching, len(sets))
+
+            dfa = regular.product([self.dfa(n) for n in numbers], label, max_states=self.max_states)
+            found = self._signatures[numbers] = dfa, list(sets)
         return found
 
     def accepts(self, number: int, text: str) -> bool:

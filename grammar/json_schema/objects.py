@@ -168,7 +168,7 @@ class ObjectNode:
             else:
                 named = sum(1 << i for i in range(n) if not (self.seen >> i) & 1 and self.branches(i))
                 others = sum(1 << i for i in range(len(space.signatures)) if self.branches(n + i))
-            self._alive = named, others
+            self._alive = space.possible(named, others, self.extras)
         return self._alive
 
     def may_close(self, thread: Thread) -> bool:
@@ -199,6 +199,8 @@ class ObjectNode:
         named, others = self.alive()
         if not named and not others:
             return DEAD
+        if self.anonymous and others and not self.space.is_open(others):
+            return CONCRETE  # whether a text of this key can be finished depends on the keys that are not known
         kind = MemoryKeyFrame if others else KeyFrame
         return target(self.json.machine.intern(("key", self.number), lambda: kind(self)))
 
@@ -330,7 +332,7 @@ class KeyFrame:
 
     def __init__(self, node: ObjectNode) -> None:
         self.node = node
-        self.table = node.space.table(*node.alive())
+        self.table = node.space.table(*node.alive(), node.extras)
 
     def resolve(self, exit_index: int) -> int:
         node = self.node
@@ -388,7 +390,7 @@ class MemoryKeyFrame(KeyFrame):
             return path_to_exit(self.table, exit_index, local)
         rows, byte_class = self.table.rows, self.table.byte_class
         level = [(local, b"")]
-        for _ in range(len(self.node.extras) + 1):
+        for _ in range(len(self.node.extras) + self.table.num_states + 1):
             following = []
             for state, text in level:
                 way = path_to_exit(self.table, exit_index, state)
