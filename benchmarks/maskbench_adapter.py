@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ramet.grammar import Matcher, Vocabulary, compile_grammar
+from ramet.grammar.compiler import warm_up
 from ramet.grammar.ir import JsonOptions, JsonSchema
 
 
@@ -31,7 +32,7 @@ class Engine:
 
     def __init__(self, tok: Tok) -> None:
         self.vocabulary = Vocabulary(tok.token_bytes, [tok.eos_id], tok.special_ids, tok.vocab_size)
-        compile_grammar(JsonSchema({"type": "object"}), self.vocabulary).mask(0)
+        warm_up(self.vocabulary)
         self.options = JsonOptions(mode="exact", whitespace="bounded")
 
     def compile(self, schema: Any) -> Cursor:  # a decoded JSON document

@@ -19,6 +19,7 @@ from ramet.grammar.walker import count_plain_chars, next_not_deeper
 
 SLICE_SIZES = (4, 8, 16, 32)
 NUM_KINDS = 3
+MAX_PREFIXES = 1 << 16
 
 
 class Vocabulary:
@@ -40,6 +41,7 @@ class Vocabulary:
         self.special_ids = frozenset(special_ids) | frozenset(self.eos_ids)
         self.vocab_size = max(len(self.token_bytes), vocab_size or 0, *(e + 1 for e in self.eos_ids), 1)
         self.num_words = num_words(self.vocab_size)
+        self._by_prefix: dict[bytes, list[int]] = {}
         self._plain_rows: dict[tuple[int, int], NDArray[np.int32]] = {}
         self._rest_tries: dict[tuple[int, int], TokenTrie] = {}
 
@@ -161,7 +163,15 @@ class Vocabulary:
         return max((len(self.token_bytes[i]) for i in self.content_tokens), default=0)
 
     def tokens_with_prefix(self, prefix: bytes) -> list[int]:
-        """Content tokens that begin with these bytes."""
+        """Content tokens that begin with these bytes; kept for the texts asked."""
+        found = self._by_prefix.get(prefix)
+        if found is None:
+            if len(self._by_prefix) > MAX_PREFIXES:
+                self._by_prefix.clear()
+            found = self._by_prefix[prefix] = self._find_prefix(prefix)
+        return found
+
+    def _find_prefix(self, prefix: bytes) -> list[int]:
         ids = self.content_tokens
         begin = bisect.bisect_left(ids, prefix, key=self.token_bytes.__getitem__)
         end = begin

@@ -53,7 +53,7 @@ class Languages:
     def dfa(self, number: int) -> Dfa:
         found = self._dfas.get(number)
         if found is None:
-            found = self._dfas[number] = _automaton(*self.sources[number], self.max_states)
+            found = self._dfas[number] = automaton(*self.sources[number], self.max_states)
         return found
 
     def signatures(self, numbers: tuple[int, ...]) -> tuple[Dfa, list[frozenset[int]]]:
@@ -124,7 +124,8 @@ def language_node(kind: str, source: str) -> ir.Node:
 
 
 @lru_cache(maxsize=2048)
-def _automaton(kind: str, source: str, max_states: int) -> Dfa:
+def automaton(kind: str, source: str, max_states: int) -> Dfa:
+    """Its automaton over code points; kept."""
     return regular.compile_chars(language_node(kind, source), max_states=max_states, name=f"{kind} {source[:100]!r}")
 
 

@@ -8,7 +8,7 @@ by name.
 from __future__ import annotations
 
 import json as json_module
-from functools import cache
+from functools import cache, lru_cache
 from itertools import combinations
 
 import numpy as np
@@ -275,6 +275,11 @@ def open_object(json: Json, specs: list[tuple[v.Objects, ...]], context: Context
     return target(before_key(OpenFrame, node))
 
 
+@lru_cache(maxsize=1 << 14)
+def _finished_keys(gaps: tuple[bytes, ...], key: str) -> tuple[bytes, ...]:
+    return tuple(gap + written + b'"' for gap in gaps for written in strings.ways_to_write(key))
+
+
 def before_key(kind: type[OpenFrame], node: ObjectNode) -> int:
     """The instance before a key. Where unnamed keys were read, masks from here are walked in a copy of it, which takes
     any unnamed key; `refused_prefixes` then takes those away that came before."""
@@ -305,8 +310,8 @@ class OpenFrame:
 
     def refused_prefixes(self, local: int) -> list[bytes]:
         """Texts that may not follow here: those that would finish an unnamed key for the second time."""
-        keys = [w for key in self.node.extras for w in strings.ways_to_write(key)]
-        return [gap + key + b'"' for gap in self.gaps[local] for key in keys]
+        gaps = self.gaps[local]
+        return [prefix for key in self.node.extras for prefix in _finished_keys(gaps, key)]
 
     def closing_exit(self, local: int) -> int:
         node = self.node
