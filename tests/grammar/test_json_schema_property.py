@@ -14,8 +14,10 @@ from ramet.errors import GrammarError
 from ramet.grammar import CompiledGrammar, Matcher, Vocabulary, compile_grammar
 from ramet.grammar.ir import JsonOptions, JsonSchema
 
-PIECES = [b'{"', b'":', b'": "', b'","', b'"}', b"},", b"[]", b'":[', b"a\":", b'a"', b"true", b"ab", b"10", b", ", b": ",
-          b'"a"', b'"b":', "é".encode(), b"\\u00", b'\\"', b"b\",\"a", b"\"a\":1,\"a", b"null,", b"]}", b"1.0", b"abab", b" \""]  # fmt: skip
+PIECES = [
+    *(b'{"', b'":', b'": "', b'","', b'"}', b"},", b"[]", b'":[', b'a":', b'a"', b"true", b"ab", b"10", b", ", b": "),
+    *(b'"a"', b'"b":', "é".encode(), b"\\u00", b'\\"', b'b","a', b'"a":1,"a', b"null,", b"]}", b"1.0", b"abab", b' "'),
+]
 VOCABULARY = Vocabulary(
     [*(bytes((i,)) for i in range(256)), *PIECES, b"<eos>"], [256 + len(PIECES)], [256 + len(PIECES)]
 )
@@ -26,7 +28,8 @@ scalars = st.sampled_from([None, True, False, 0, 1, 2, -1, 10, 1.5, "", "a", "b"
 values = st.recursive(scalars, lambda v: st.lists(v, max_size=3) | st.dictionaries(keys, v, max_size=3), max_leaves=6)
 counts = st.integers(0, 3)
 numbers = st.sampled_from([-1, 0, 1, 2, 1.5, 10])
-patterns = st.sampled_from(["a", "^a", "b$", "^[ab]*$", "^(?!a)", "^.{1,2}$", "[^a]"])
+# `.` and `$` treat line ends differently in ECMA-262 (ours) and Python (the validator's): left out where it could show
+patterns = st.sampled_from(["a", "^a", "b$", "^[ab]*$", "^(?!a)", "^[ab]{1,2}$", "[^a]"])
 
 
 def objects(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
