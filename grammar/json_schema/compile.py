@@ -8,10 +8,12 @@ from ramet.grammar.automaton import Machine, target
 from ramet.grammar.json_schema.document import Registry
 from ramet.grammar.json_schema.frames import Context, Json
 from ramet.grammar.json_schema.keywords import Interpreter
+from ramet.grammar.json_schema.objects import prepare
 from ramet.grammar.json_schema.strict import check_strict
 from ramet.grammar.json_schema.survey import survey
+from ramet.grammar.json_schema.values import Values
 
-WARM_NODES = 32  # schemas read at once; larger schemas are read further as they are visited
+WARM_NODES = 64  # schemas read at once; larger schemas are read further as they are visited
 
 
 class RootContext:
@@ -49,7 +51,9 @@ def place_schema(source: ir.JsonSchema, machine: Machine, max_states: int, conte
     root = expressions.of_schema(registry.root)
     if expressions.is_empty(root):
         raise GrammarError("the schema is contradictory: no JSON value satisfies it")
-    for node in registry.nodes[:WARM_NODES]:
-        expressions.values(expressions.of_schema(node))
     json = Json(machine, expressions, spaced=options.whitespace == "bounded", ordered=options.mode != "exact")
+    for node in registry.nodes[:WARM_NODES]:
+        objects = expressions.values(expressions.of_schema(node)).objects
+        if len(objects) == 1 and not expressions.values_are_empty(Values(objects=objects)):
+            prepare(json, objects[0])
     return json.value((root,), context or RootContext(machine), 2)

@@ -257,6 +257,21 @@ def object_node(
     return found
 
 
+def space_of(json: Json, specs: tuple[v.Objects, ...]) -> Space:
+    found: Space | None = json.spaces.get(specs)
+    if found is None:
+        found = json.spaces[specs] = Space(json, specs)
+    return found
+
+
+def prepare(json: Json, spec: v.Objects) -> None:
+    """Make what objects of this spec alone will need first; not for patterns, whose automata may take long."""
+    if spec.rules or spec.exists:
+        return
+    space = space_of(json, (spec,))
+    space.table(*space.alive(0), frozenset())
+
+
 def open_object(json: Json, specs: list[tuple[v.Objects, ...]], context: Context) -> int:
     """Target after `{`."""
     pairs = [
@@ -265,10 +280,7 @@ def open_object(json: Json, specs: list[tuple[v.Objects, ...]], context: Context
     if not pairs:
         return DEAD
     distinct = tuple(dict.fromkeys(o for _, o in pairs))
-    spaces = json.spaces
-    space = spaces.get(distinct)
-    if space is None:
-        space = spaces[distinct] = Space(json, distinct)
+    space = space_of(json, distinct)
     position = {o: i for i, o in enumerate(distinct)}
     threads = tuple(sorted({(tag, position[o], (1 << len(o.exists)) - 1) for tag, o in pairs}))
     node = object_node(space, threads, 0, frozenset(), 0, context)
