@@ -111,9 +111,11 @@ class Languages:
             ((number, wanted),) = spec.languages
             if wanted and number not in self._dfas and _is_plain(*self.sources[number]):
                 return False
-        base = self.base(spec)
-        if base.is_empty:
+        if not _has_length(self.base(spec._replace(low=0, high=None)), spec.low, spec.high):
             return True
+        if not spec.excluded:
+            return False
+        base = self.base(spec)
         return bool(spec.excluded) and all(t in spec.excluded for t in _few_texts(base, len(spec.excluded) + 1))
 
 
@@ -149,6 +151,22 @@ def _surely_not_empty(node: ir.Node) -> bool:
             return True
         case _:
             return False
+
+
+def _has_length(dfa: Dfa, low: int, high: int | None) -> bool:
+    """Is there a text of low..high characters? Steps over the states that texts of each length reach."""
+    states = {0} if dfa.transitions else set[int]()
+    last = low + len(dfa.transitions) if high is None else high
+    for length in range(last + 1):
+        if length >= low and any(dfa.accepting[s] for s in states):
+            return True
+        following = {t for s in states for t in dfa.transitions[s] if t >= 0}
+        if length >= low and following <= states and length > low + len(dfa.transitions):
+            return False
+        states = following
+        if not states:
+            return False
+    return False
 
 
 def _few_texts(dfa: Dfa, limit: int) -> Iterable[str]:
