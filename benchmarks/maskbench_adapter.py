@@ -6,6 +6,7 @@ Whitespace is "bounded": at most one space after a comma or a colon, so both of 
 
 from __future__ import annotations
 
+import gc
 from typing import Any, Protocol
 
 import numpy as np
@@ -33,6 +34,8 @@ class Engine:
     def __init__(self, tok: Tok) -> None:
         self.vocabulary = Vocabulary(tok.token_bytes, [tok.eos_id], tok.special_ids, tok.vocab_size)
         warm_up(self.vocabulary)
+        gc.collect()
+        gc.freeze()  # as a server would at its start: what lives for ever is not looked at again
         self.options = JsonOptions(mode="exact", whitespace="bounded")
 
     def compile(self, schema: Any) -> Cursor:  # a decoded JSON document

@@ -419,10 +419,11 @@ def _any_string_classes() -> tuple[Wide, NDArray[np.uint8]]:
     return compress_rows(any_string_content(0).rows)
 
 
-def plain_trie(base: Content | None, entries: dict[str, int]) -> tuple[Wide, NDArray[np.uint8], int] | None:
-    """As frames.overlay, over byte classes, for texts of plain ASCII; None where some text is not.
+def plain_trie(free_exit: int | None, entries: dict[str, int]) -> tuple[Wide, NDArray[np.uint8], int] | None:
+    """As tables.overlay, over byte classes, for texts of plain ASCII; None where some text is not.
 
-    base: None, or any_string_content. Returns (rows, byte classes, states between characters).
+    free_exit: None, or any other string leaves through this exit. Returns (rows, byte classes, states between
+    characters).
     """
     texts = sorted(entries)
     joined = "".join(texts)
@@ -433,7 +434,7 @@ def plain_trie(base: Content | None, entries: dict[str, int]) -> tuple[Wide, NDA
     labels = np.array([leave(entries[t]) for t in texts], dtype=np.int32)
     used = np.flatnonzero(np.bincount(flat, minlength=1))
     byte_class = np.zeros(256, dtype=np.uint8)
-    if base is None:
+    if free_exit is None:
         byte_class[used] = np.arange(1, len(used) + 1)
         byte_class[QUOTE] = len(used) + 1
         # one row more than the texts can need; cut below
@@ -447,17 +448,13 @@ def plain_trie(base: Content | None, entries: dict[str, int]) -> tuple[Wide, NDA
     columns = np.concatenate([np.arange(width), old_class[used]])
     rows = np.empty((len(flat) + 1 + len(old), width + len(used)), dtype=np.int32)
     rows[: len(flat) + 1] = old[0, columns]
-    n = _fill_trie(rows, flat, lengths, byte_class[flat], labels, int(byte_class[QUOTE]), _free_exit(base))
+    n = _fill_trie(rows, flat, lengths, byte_class[flat], labels, int(byte_class[QUOTE]), leave(free_exit))
     below = old[:, columns]
     rows = rows[: n + len(old)]
     rows[n:] = np.where(below >= 0, below + n, below)
-    rows[n:][below < -1] = _free_exit(base)
+    rows[n:][below < -1] = leave(free_exit)
     _link_base(rows, n)
     return rows, byte_class, n + 1
-
-
-def _free_exit(base: Content) -> int:
-    return int(base.rows[0, QUOTE])
 
 
 @njit(cache=True)

@@ -122,12 +122,19 @@ class Space:
 
     def _some_keys(self, named: int, others: int, extras: frozenset[str]) -> StringRows:
         """Only these names, and other keys of these signatures, but for those seen."""
-        n = len(self.names)
-        labels = [n + int(a) - 1 if (others >> (int(a) - 1)) & 1 else -1 for a in self.dfa.accepting]
         entries = {k: i if (named >> i) & 1 else -1 for i, k in enumerate(self.names)}
-        content = overlay(strings.json_string_rows(self.dfa, labels), {**entries, **dict.fromkeys(extras, -1)})
+        content = overlay(
+            strings.json_string_rows(self.dfa, self._labels(others)), {**entries, **dict.fromkeys(extras, -1)}
+        )
         strings.trim(content.rows)
         return StringRows.of(content)
+
+    def _labels(self, others: int) -> list[int]:
+        """For each state of the automaton of other keys, the exit of a key that ends there; -1 for signatures not in
+        `others`.
+        """
+        n = len(self.names)
+        return [n + int(a) - 1 if (others >> (int(a) - 1)) & 1 else -1 for a in self.dfa.accepting]
 
     def possible(self, named: int, others: int, extras: frozenset[str]) -> tuple[int, int]:
         """Of these labels, those for which there still is a key."""
@@ -148,14 +155,13 @@ class Space:
         """The table with every label."""
         n = len(self.names)
         entries = {k: i for i, k in enumerate(self.names)}
-        base: strings.Content | None = None
-        if with_others and self.dfa is ANY_CHARS:
-            base = strings.any_string_content(n)
-        elif with_others:
-            base = strings.json_string_rows(self.dfa, [n + int(a) - 1 for a in self.dfa.accepting])
-        if base is None or self.dfa is ANY_CHARS:
-            plain = strings.plain_trie(base, entries)
+        is_any = self.dfa is ANY_CHARS
+        if is_any or not with_others:
+            plain = strings.plain_trie(n if with_others else None, entries)
             if plain is not None:
                 return StringRows.of_trie(*plain)
+        base: strings.Content | None = None
+        if with_others:
+            base = strings.any_string_content(n) if is_any else strings.json_string_rows(self.dfa, self._labels(-1))
         content = overlay(base, entries)
         return StringRows.of(content)
