@@ -2,10 +2,12 @@
 
     python benchmarks/bench_programs.py [--rtt 0 10 50] [--out benchmarks/results/programs.jsonl]
 
-The alternative is measured in the same process on the same engine: every generation is a request with the whole text so
-far, as a client of a completion API would send it; the text is tokenised anew, and the round trip is waited for. The
-graph is sent once, and waits for one round trip in all. SmolLM2-135M-Instruct, greedy, as many tokens in both; before
-every measurement the cache is emptied. Bytes: the JSON of what is sent.
+The alternative is measured in the same run: every generation is a request with the whole text so far, as a client of a
+completion API sends it; the text is tokenised anew, and the round trip is waited for. The graph is sent once, and waits
+for one round trip in all. Both in this process, and over HTTP to a server of the same model (`POST /v1/programs` and
+`POST /v1/completions`); the round trip is added by waiting, half before a request is sent and half after its answer.
+SmolLM2-135M-Instruct, greedy, as many tokens in all modes; before every measurement the cache is emptied. Bytes: the
+JSON of what is sent. Tokens computed: of prompts, by the engine's own count.
 """
 
 from __future__ import annotations
@@ -13,14 +15,20 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import socket
 import statistics
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import httpx
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -28,7 +36,7 @@ from rich.table import Table
 from ramet import Engine, Function, State, function, gen, select
 from ramet.lang.backend import EngineBackend
 from ramet.lang.primitives import Gen
-from ramet.runtime.types import Grammar, RequestOutput, SamplingParams
+from ramet.runtime.types import FinishReason, Grammar, RequestOutput, SamplingParams, Usage
 
 TOKENS = 12
 
@@ -103,7 +111,7 @@ class SeparateRequests:
         self.context_length = engine.context_length
         self.bytes_sent = 0
         self._engine = engine
-        self._rtt_s = rtt_s
+        self.rtt_s = rtt_s
 
     def submit(
         self,
@@ -125,18 +133,29 @@ class SeparateRequests:
         tokens = self.tokenizer.encode(sent, parse_special=True)
         if score_from is not None:
             score_from = min(score_from, len(tokens) - 1)
+        self.send(sent, tokens, sampling, score_from, on_output)
+        return Uncancellable()
+
+    def send(
+        self,
+        text: str,
+        tokens: list[int],
+        sampling: SamplingParams,
+        score_from: int | None,
+        on_output: Callable[[RequestOutput], None],
+    ) -> None:
+        """Half a round trip, the request, half a round trip."""
 
         def receive(output: RequestOutput) -> None:
             if output.finish_reason is None:
                 on_output(output)
             else:
-                after(self._rtt_s / 2, lambda: on_output(output))
+                after(self.rtt_s / 2, lambda: on_output(output))
 
-        def send() -> None:
+        def submit() -> None:
             self._engine.submit(tokens, sampling, on_output=receive, score_from=score_from)
 
-        after(self._rtt_s / 2, send)
-        return Uncancellable()
+        after(self.rtt_s / 2, submit)
 
 
 class Uncancellable:
@@ -151,47 +170,176 @@ def after(seconds: float, work: Callable[[], None]) -> None:
         threading.Timer(seconds, work).start()
 
 
-def run_graph(program: Function, engine: Engine, rtt_s: float) -> tuple[State, int]:
+class Server:
+    """`ramet serve` in a process of its own."""
+
+    def __init__(self, model: str) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        self.model = model
+        command = [sys.executable, "-m", "ramet.cli", "serve", model, "--port", str(port), "--context-length", "2048"]
+        self.process = subprocess.Popen([*command, "--log-level", "error"])
+        self.http = httpx.Client(base_url=self.url, timeout=120)
+
+    def __enter__(self) -> Server:
+        for _ in range(600):
+            try:
+                if self.http.get("/ready").status_code == 200:
+                    return self
+            except httpx.TransportError:
+                pass
+            if self.process.poll() is not None:
+                raise RuntimeError("the server ended before it was ready")
+            time.sleep(0.2)
+        raise RuntimeError("the server is not ready after two minutes")
+
+    def __exit__(self, *exc: object) -> None:
+        self.process.terminate()
+        self.process.wait(30)
+
+    def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:  # Any: JSON
+        answer = self.http.post(path, json=body)
+        answer.raise_for_status()
+        found: dict[str, Any] = answer.json()
+        return found
+
+
+class HttpRequests(SeparateRequests):
+    """A client of a completion API: one POST a generation."""
+
+    def __init__(self, engine: Engine, rtt_s: float, server: Server) -> None:
+        super().__init__(engine, rtt_s)
+        self.computed = 0
+        self._server = server
+        self._threads = ThreadPoolExecutor(16)
+
+    def send(
+        self,
+        text: str,
+        tokens: list[int],
+        sampling: SamplingParams,
+        score_from: int | None,
+        on_output: Callable[[RequestOutput], None],
+    ) -> None:
+        body: dict[str, Any] = {
+            "model": self._server.model,
+            "prompt": text,
+            "max_tokens": sampling.max_tokens,
+            "temperature": 0,
+        }
+        if score_from is None:
+            body["ignore_eos"] = sampling.ignore_eos
+        else:
+            body |= {"max_tokens": 0, "echo": True, "logprobs": 1}
+        self._threads.submit(self._post, body, tokens, score_from, on_output)
+
+    def _post(
+        self,
+        body: dict[str, Any],
+        tokens: list[int],
+        score_from: int | None,
+        on_output: Callable[[RequestOutput], None],
+    ) -> None:
+        time.sleep(self.rtt_s / 2)
+        answer = self._server.post("/v1/completions", body)
+        time.sleep(self.rtt_s / 2)
+        choice, usage = answer["choices"][0], answer["usage"]
+        cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
+        self.computed += usage["prompt_tokens"] - cached
+        counts = Usage(usage["prompt_tokens"], cached, usage["completion_tokens"])
+        if score_from is None:
+            text = choice["text"]
+            written = tuple(self.tokenizer.encode(text, continues=True))
+            reason = FinishReason(choice["finish_reason"])
+            on_output(RequestOutput("http", text, written, counts, reason))
+            return
+        logprobs = choice["logprobs"]["token_logprobs"][score_from - len(tokens) :]
+        scored = np.asarray(logprobs, dtype=np.float32)
+        on_output(RequestOutput("http", "", (), counts, FinishReason.LENGTH, prompt_logprobs=scored))
+
+
+class Measured(NamedTuple):
+    """One run. `computed`: tokens of prompts."""
+
+    seconds: float
+    computed: int
+    bytes_sent: int
+
+
+def graph_in_process(program: Function, engine: Engine, server: Server | None, rtt_s: float) -> Measured:
     compiled = program.compile()
     sent = len(compiled.graph.to_json())
+    start_s = time.perf_counter()
     time.sleep(rtt_s)  # its one round trip
-    return compiled.run(backend=engine), sent
+    state = finished(compiled.run(backend=engine))
+    return Measured(time.perf_counter() - start_s, state.usage.computed_tokens, sent)
 
 
-def run_separate(program: Function, engine: Engine, rtt_s: float) -> tuple[State, int]:
+def requests_in_process(program: Function, engine: Engine, server: Server | None, rtt_s: float) -> Measured:
     client = SeparateRequests(engine, rtt_s)
-    state = program.run(backend=EngineBackend(client))
-    return state, client.bytes_sent
+    start_s = time.perf_counter()
+    state = finished(program.run(backend=EngineBackend(client)))
+    return Measured(time.perf_counter() - start_s, state.usage.computed_tokens, client.bytes_sent)
 
 
-MODES: dict[str, Callable[[Function, Engine, float], tuple[State, int]]] = {
-    "graph": run_graph,
-    "separate requests": run_separate,
-}
+def graph_over_http(program: Function, engine: Engine, server: Server | None, rtt_s: float) -> Measured:
+    assert server is not None
+    body = {"graph": json.loads(program.compile().graph.to_json())}
+    start_s = time.perf_counter()
+    time.sleep(rtt_s)
+    answer = server.post("/v1/programs", body)
+    seconds = time.perf_counter() - start_s
+    if answer["status"] != "done":
+        raise RuntimeError(f"the program is {answer['status']}: {answer['rows'][0]['error']}")
+    usages = [node["usage"] for node in answer["rows"][0]["nodes"] if node.get("usage")]
+    computed = sum(usage.get("prompt_tokens", 0) - usage.get("cached_tokens", 0) for usage in usages)
+    return Measured(seconds, computed, len(json.dumps(body)))
 
 
-def measure(program: Function, engine: Engine, mode: str, rtt_s: float, repeats: int) -> dict[str, Any]:
-    times, state, sent, computed = [], None, 0, 0
-    for _ in range(repeats):
-        engine.flush_cache()
-        before = engine.stats()["num_computed_tokens"]
-        start_s = time.perf_counter()
-        state, sent = MODES[mode](program, engine, rtt_s)
-        times.append(time.perf_counter() - start_s)
-        computed = int(engine.stats()["num_computed_tokens"] - before)
-    assert state is not None
+def requests_over_http(program: Function, engine: Engine, server: Server | None, rtt_s: float) -> Measured:
+    assert server is not None
+    client = HttpRequests(engine, rtt_s, server)
+    start_s = time.perf_counter()
+    finished(program.run(backend=EngineBackend(client)))
+    return Measured(time.perf_counter() - start_s, client.computed, client.bytes_sent)
+
+
+def finished(state: State) -> State:
     error = state.error()
     if error is not None:
         raise error
+    return state
+
+
+Mode = Callable[[Function, Engine, "Server | None", float], Measured]
+MODES: dict[str, Mode] = {
+    "graph": graph_in_process,
+    "requests": requests_in_process,
+    "graph, HTTP": graph_over_http,
+    "requests, HTTP": requests_over_http,
+}
+
+
+def measure(
+    program: Function, engine: Engine, server: Server | None, mode: str, rtt_s: float, repeats: int
+) -> dict[str, Any]:
+    runs = []
+    for _ in range(repeats):
+        engine.flush_cache()
+        if server is not None:
+            server.http.get("/flush_cache").raise_for_status()
+        runs.append(MODES[mode](program, engine, server, rtt_s))
+    times = [run.seconds for run in runs]
     return {
         "program": program.name,
         "mode": mode,
         "rtt_ms": round(1000 * rtt_s),
         "latency_s": round(statistics.median(times), 3),
         "spread_s": round(max(times) - min(times), 3),
-        "computed_tokens": computed,
-        "generated_tokens": state.usage.completion_tokens,
-        "bytes_sent": sent,
+        "computed_tokens": runs[-1].computed,
+        "bytes_sent": runs[-1].bytes_sent,
     }
 
 
@@ -199,15 +347,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--rtt", type=float, nargs="+", default=[0, 10, 50], help="milliseconds")
+    parser.add_argument("--no-http", dest="http", action="store_false", help="leave the server out")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     rows = []
-    with Engine(args.model, context_length=2048) as engine:
+    modes = list(MODES) if args.http else [mode for mode in MODES if "HTTP" not in mode]
+    with (
+        Engine(args.model, context_length=2048) as engine,
+        Server(args.model) if args.http else nullcontext() as server,
+    ):
         for program in PROGRAMS:
-            measure(program, engine, "graph", 0, 1)  # warm-up
+            for mode in modes:
+                measure(program, engine, server, mode, 0, 1)  # warm-up
             for rtt in args.rtt:
-                rows += [measure(program, engine, mode, rtt / 1000, args.repeats) for mode in MODES]
+                rows += [measure(program, engine, server, mode, rtt / 1000, args.repeats) for mode in modes]
     table = Table(title=f"programs on {args.model}, {torch.get_num_threads()} threads, cache emptied before each run")
     for column in ("program", "round trip", "mode", "latency", "tokens computed", "bytes sent"):
         table.add_column(column, justify="left" if column in ("program", "mode") else "right")

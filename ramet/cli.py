@@ -17,6 +17,7 @@ from rich.console import Console
 
 from ramet.cli_explain import add_explain, run_explain
 from ramet.cli_grammar import add_grammar, run_grammar
+from ramet.cli_serve import add_serve, run_serve
 from ramet.errors import RametError
 
 Arguments = argparse.Namespace
@@ -170,6 +171,7 @@ def _available_memory_bytes() -> int | None:
 
 _COMMANDS: tuple[_Command, ...] = (
     _Command("pull", "Fetch a model into the cache.", add_pull, run_pull),
+    _Command("serve", "Serve a model over HTTP.", add_serve, run_serve),
     _Command("grammar", "Check what a schema or grammar enforces.", add_grammar, run_grammar),
     _Command("explain", "Show what a program will cost.", add_explain, run_explain),
     _Command("doctor", "Show what Ramet finds on this machine.", add_doctor, run_doctor),

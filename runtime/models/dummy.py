@@ -52,7 +52,7 @@ def dummy_weights(config: ModelConfig, device: torch.device, dtype: torch.dtype,
 
 
 def tiny_model() -> LoadedModel:
-    """Two layers of random weights over bytes, context 512: a real model in milliseconds, for tests around it.
+    """Two layers of random weights over bytes, context 2,048: a real model in milliseconds, for tests around it.
 
     Its name is `tiny-random` wherever a model is named.
     """
@@ -67,7 +67,7 @@ def tiny_model() -> LoadedModel:
             "num_hidden_layers": 2,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
-            "max_position_embeddings": 512,
+            "max_position_embeddings": 2048,
             "rms_norm_eps": 1e-5,
             "rope_theta": 10000.0,
             "tie_word_embeddings": False,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
-import signal
+import socket
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from types import FrameType
 from typing import Any
@@ -17,20 +18,27 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
-from ramet.errors import RametError
+from ramet.errors import ConfigError, RametError
 from ramet.runtime.config import EngineConfig
 from ramet.runtime.models.catalog import resolve_model
 from ramet.runtime.models.dummy import TINY_MODEL
 from ramet.runtime.models.load import open_model
 from ramet.runtime.server import native, openai_api, programs_api
 from ramet.runtime.server.config import ServerConfig
+from ramet.runtime.server.connections import PatientProtocol
 from ramet.runtime.server.engine_proxy import EngineProxy
 from ramet.runtime.server.http_limits import Limits
 from ramet.runtime.server.metrics import ServerMetrics
+from ramet.runtime.server.protocol import Hello
 from ramet.runtime.server.state import HttpError, ServerState
 from ramet.runtime.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
+
+OnReady = Callable[[Hello, str], None]  # the engine's description and the server's address
+KEEP_ALIVE_S = (
+    75  # longer than the 60 s of nginx and most load balancers, so that they close first and no request is lost
+)
 
 
 def create_app(state: ServerState, metrics: ServerMetrics) -> FastAPI:
@@ -96,44 +104,97 @@ def open_tokenizer(model: str | None) -> tuple[str, Tokenizer]:
 
 
 def make_server(
-    model: str | None, engine: dict[str, Any], config: ServerConfig
+    model: str | None, engine: dict[str, Any], config: ServerConfig, *, log_level: str = "INFO"
 ) -> tuple[FastAPI, ServerState]:  # Any: EngineConfig's fields
     """Everything but the socket. Raises ModelError and ConfigError before anything is started."""
     EngineConfig.from_mapping(engine)
     name, tokenizer = open_tokenizer(model)
-    proxy = EngineProxy(model, engine, max_in_flight=config.max_in_flight)
+    proxy = EngineProxy(model, engine, max_in_flight=config.max_in_flight, log_level=log_level)
     metrics = ServerMetrics(proxy, compat=config.compat_metrics)
     state = ServerState(config, proxy, tokenizer, config.served_model_name or name, time.time())
     return create_app(state, metrics), state
 
 
 class Server(uvicorn.Server):
-    """Ends in order on the first SIGTERM or Ctrl-C, at once on the second."""
+    """Ends in order on the first SIGTERM or Ctrl-C, at once on the second.
 
-    def __init__(self, config: uvicorn.Config, state: ServerState) -> None:
+    In order: no new connection; what is in flight has `drain_s` to finish, then gets an error. `failure` is what kept
+    the engine from starting at all: then the server ends, because nobody but its operator can help.
+    """
+
+    def __init__(self, config: uvicorn.Config, state: ServerState, on_ready: OnReady | None = None) -> None:
         super().__init__(config)
+        self.failure: RametError | None = None
         self._state = state
+        self._on_ready = on_ready
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._tasks.append(asyncio.create_task(self._wait_ready()))
+
+    async def _wait_ready(self) -> None:
+        try:
+            hello = await self._state.proxy.wait_ready()
+        except RametError as error:
+            self.failure = error
+            self.should_exit = True
+            return
+        if self._on_ready is not None:
+            host, port = self.servers[0].sockets[0].getsockname()[:2]
+            self._on_ready(hello, f"http://{f'[{host}]' if ':' in host else host}:{port}")
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.should_exit:
             self.force_exit = True
-            hello = self._state.proxy.hello
-            if hello is not None:
-                import os
-
-                os.kill(hello.pid, signal.SIGKILL)
+            self._state.proxy.kill()
         self.should_exit = True
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for task in self._tasks:
+            task.cancel()
+        asyncio.get_running_loop().call_later(self._state.config.drain_s, self._state.proxy.fail_in_flight)
+        await super().shutdown(sockets)
 
-def serve(model: str | None, engine: dict[str, Any], config: ServerConfig) -> None:
-    """Serve until told to end."""
-    app, state = make_server(model, engine, config)
-    settings = uvicorn.Config(
-        app,
-        host=config.host,
-        port=config.port,
-        log_level="info",
-        access_log=False,
-        timeout_graceful_shutdown=int(config.drain_s) + 1,
-    )
-    Server(settings, state).run()
+
+def bind(config: ServerConfig) -> socket.socket:
+    """Take the port before anything is loaded. Raises ConfigError saying what is wrong with it."""
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    listener = socket.socket(family)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((config.host, config.port))
+    except OSError as error:
+        listener.close()
+        reason = error.strerror or str(error)
+        raise ConfigError(
+            f"cannot listen on {config.host} port {config.port}: {reason}; choose another with --host and --port"
+        ) from error
+    return listener
+
+
+def serve(
+    model: str | None,
+    engine: dict[str, Any],
+    config: ServerConfig,
+    *,
+    log_level: str = "INFO",
+    on_ready: OnReady | None = None,
+) -> None:  # Any: EngineConfig's fields
+    """Serve until told to end. Raises ConfigError and ModelError; those of the engine process as well."""
+    with bind(config) as listener:
+        app, state = make_server(model, engine, config, log_level=log_level)
+        settings = uvicorn.Config(
+            app,
+            http=PatientProtocol,
+            ws="none",
+            log_config=None,
+            log_level=log_level.lower(),
+            access_log=False,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_graceful_shutdown=int(config.drain_s) + 1,
+        )
+        server = Server(settings, state, on_ready)
+        server.run([listener])
+    if server.failure is not None:
+        raise server.failure

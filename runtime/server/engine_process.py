@@ -317,7 +317,9 @@ def serve(settings: Settings) -> int:
 def main() -> None:
     settings = msgspec.json.decode(sys.stdin.buffer.readline(), type=Settings)
     logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s engine %(name)s: %(message)s")
-    sys.exit(serve(settings))
+    status = serve(settings)
+    logging.shutdown()
+    os._exit(status)  # nothing is left to be done, and torch's and triton's own endings take half a second and write
 
 
 if __name__ == "__main__":

@@ -227,12 +227,23 @@ class EngineProxy:
             await asyncio.sleep(0.05)
         self._is_stopping = True
         await self._end_process()
-        self._fail_in_flight(EngineStopped("the server is shutting down"))
+        self.fail_in_flight()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._context.destroy(linger=0)
         self._folder.cleanup()
+
+    def kill(self) -> None:
+        """End the process at once; for a signal handler."""
+        self._is_stopping = True
+        if self._process is not None and self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+
+    def fail_in_flight(self) -> None:
+        """Give up what is in flight, because the server shuts down."""
+        self._fail_in_flight(EngineStopped("the server is shutting down"))
 
     @property
     def hello(self) -> Hello | None:

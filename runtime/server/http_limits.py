@@ -1,10 +1,16 @@
-"""What every request passes first: its key, the size of its body, a count of its answer. Plain ASGI, no buffering."""
+"""What every request passes first: its key, bounds on its body, a count and a log line of its answer.
+
+Plain ASGI, no buffering. The log has no prompts unless `log_prompts` asks for them, and never keys.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import json
+import logging
+import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, TypeAlias
 
@@ -18,6 +24,11 @@ Receive: TypeAlias = Callable[[], Awaitable[Message]]
 Send: TypeAlias = Callable[[Message], Awaitable[None]]
 App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+logger = logging.getLogger(__name__)
+
+BODY_TIMEOUT_S = 75.0  # between two pieces of a body
+MAX_LOGGED_BYTES = 16 << 10
+QUIET_PATHS = frozenset({"/health", "/ready", "/metrics"})  # asked every few seconds; logged for DEBUG alone
 OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/docs", "/openapi.json"})
 ADMIN_PATHS = frozenset({"/flush_cache", "/abort_request"})
 
@@ -37,17 +48,24 @@ class Limits:
             await self._app(scope, receive, send)
             return
 
+        start_s, status = time.monotonic(), 0
+
         async def counted(message: Message) -> None:
+            nonlocal status
             if message["type"] == "http.response.start":
-                self._metrics.note_response(message["status"])
+                status = message["status"]
+                self._metrics.note_response(status)
             await send(message)
 
-        refusal = self._refusal(scope)
-        if refusal is not None:
-            await _answer(refusal, counted)
-            return
-        limited = _LimitedBody(receive, counted, self._config.max_body_bytes)
-        await self._app(scope, limited.receive, limited.send)
+        limited = _LimitedBody(receive, counted, self._config.max_body_bytes, keeps_text=self._config.log_prompts)
+        try:
+            refusal = self._refusal(scope)
+            if refusal is not None:
+                await _answer(refusal, counted)
+            else:
+                await self._app(scope, limited.receive, limited.send)
+        finally:
+            _log(scope, status, time.monotonic() - start_s, limited.text)
 
     def _refusal(self, scope: Scope) -> HttpError | None:
         """Why this request is not let in, by its head alone."""
@@ -76,38 +94,72 @@ class Limits:
         return None
 
 
-class BodyTooLarge(Exception):
-    """The body grew past the limit while it was read."""
+class BodyRefused(Exception):
+    """The body grew past the limit while it was read, or stopped coming."""
 
 
 class _LimitedBody:
-    """Counts a body without a stated length. Once it is too large, the application's answer becomes a 413."""
+    """Reads a body as long as it is small enough and keeps coming. Once it is not, the answer becomes a 413 or 408."""
 
-    def __init__(self, receive: Receive, send: Send, limit: int) -> None:
+    def __init__(self, receive: Receive, send: Send, limit: int, *, keeps_text: bool) -> None:
         self._receive = receive
         self._send = send
         self._limit = limit
         self._size = 0
+        self._is_whole = False
+        self._refusal: HttpError | None = None
         self._has_answered = False
+        self._kept: bytearray | None = bytearray() if keeps_text else None
+
+    @property
+    def text(self) -> str | None:
+        """The beginning of the body, where it is kept for the log."""
+        return None if self._kept is None else bytes(self._kept).decode("utf-8", "backslashreplace")
 
     async def receive(self) -> Message:
-        message = await self._receive()
+        if self._is_whole:
+            return await self._receive()
+        try:
+            async with asyncio.timeout(BODY_TIMEOUT_S):
+                message = await self._receive()
+        except TimeoutError:
+            raise self._refused(_too_slow()) from None
         if message["type"] == "http.request":
-            self._size += len(message.get("body", b""))
+            body = message.get("body", b"")
+            self._size += len(body)
+            self._is_whole = not message.get("more_body", False)
             if self._size > self._limit:
-                raise BodyTooLarge(f"the body is larger than {self._limit:,} bytes")
+                raise self._refused(_too_large(self._limit))
+            if self._kept is not None:
+                self._kept += body[: MAX_LOGGED_BYTES - len(self._kept)]
         return message
 
+    def _refused(self, refusal: HttpError) -> BodyRefused:
+        self._refusal = refusal
+        return BodyRefused(str(refusal))
+
     async def send(self, message: Message) -> None:
-        if self._size <= self._limit:
+        if self._refusal is None:
             await self._send(message)
         elif not self._has_answered:
             self._has_answered = True
-            await _answer(_too_large(self._limit), self._send)
+            await _answer(self._refusal, self._send)
+
+
+def _log(scope: Scope, status: int, seconds: float, text: str | None) -> None:
+    level = logging.DEBUG if scope["path"] in QUIET_PATHS else logging.INFO
+    # A status of 0: the client left before there was an answer. %r keeps line breaks in a path out of the log.
+    logger.log(level, "%s %r %d in %.1f ms", scope["method"], scope["path"], status, 1000 * seconds)
+    if text:
+        logger.info("body: %r", text)
 
 
 def _too_large(limit: int) -> HttpError:
     return HttpError(413, f"the body is larger than {limit:,} bytes; send less, or raise --max-body-bytes")
+
+
+def _too_slow() -> HttpError:
+    return HttpError(408, f"no more of the body came for {BODY_TIMEOUT_S:.0f} s", code="request_timeout")
 
 
 def _digest(key: str) -> str:

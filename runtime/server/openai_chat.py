@@ -164,7 +164,9 @@ class ChatEndpoint:
             variables.setdefault("enable_thinking", False)
         elif not (effort == "none" and CLOSE not in source) and not (effort != "none" and "enable_thinking" in source):
             raise HttpError(
-                400, f"the model's chat template has no reasoning effort {effort!r}", param="reasoning_effort"
+                400,
+                f"reasoning_effort is {effort!r}, but the model's chat template knows no such effort",
+                param="reasoning_effort",
             )
         return variables
 

@@ -31,7 +31,9 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
 
 @pytest.fixture(scope="module")
 def engine(tiny_model: LoadedModel) -> Iterator[Engine]:
-    with Engine(tiny_model, num_kv_tokens=4096, max_running_requests=8, chunked_prefill_size=128) as engine:
+    with Engine(
+        tiny_model, num_kv_tokens=4096, context_length=512, max_running_requests=8, chunked_prefill_size=128
+    ) as engine:
         yield engine
 
 
@@ -310,7 +312,7 @@ def test_cache_salts_do_not_share_prefixes(engine: Engine) -> None:
         ({"mem_fraction_static": 2.0}, "mem_fraction_static"),
         ({"no_such_option": 1}, "no_such_option; known are"),
         ({"device": "gpu"}, "device is 'gpu'"),
-        ({"context_length": 10_000}, "trained for 512"),
+        ({"context_length": 10_000}, "trained for 2,048"),
     ],
 )
 def test_impossible_configurations_are_named(tiny_model: LoadedModel, options: dict[str, Any], message: str) -> None:

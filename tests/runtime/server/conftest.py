@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import re
 import socket
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -71,3 +77,61 @@ def server() -> Iterator[RunningServer]:
 def start_server() -> Callable[..., AbstractContextManager[RunningServer]]:
     """Start another server, as a context manager; takes what `run_server` takes."""
     return contextmanager(run_server)
+
+
+@dataclass
+class ServedProcess:
+    """`ramet serve` as a process of its own. `log`: the file of its stdout and stderr."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+    url: str = ""
+
+    def wait_ready(self, limit_s: float = 90.0) -> None:
+        deadline_s = time.monotonic() + limit_s
+        while time.monotonic() < deadline_s:
+            found = re.search(r"ready in .* at (http://\S+)", self.log.read_text())
+            if found:
+                self.url = found[1]
+                return
+            assert self.process.poll() is None, f"the server ended: {self.log.read_text()}"
+            time.sleep(0.05)
+        raise AssertionError(f"the server does not become ready: {self.log.read_text()}")
+
+    def client(self, timeout_s: float = 60.0) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=timeout_s, trust_env=False)
+
+    def engine_pid(self) -> int:
+        with self.client() as client:
+            return int(client.get("/get_server_info").json()["engine"]["pid"])
+
+
+def start_command(folder: Path, *flags: str) -> ServedProcess:
+    """Start `ramet serve tiny-random` without waiting for it."""
+    log = folder / f"serve-{len(list(folder.iterdir()))}.log"
+    command = [sys.executable, "-m", "ramet.cli", "serve", "tiny-random", "--port", "0", "--device", "cpu"]
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            [*command, "--num-kv-tokens", "8192", *flags],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+    return ServedProcess(process, log)
+
+
+@pytest.fixture(scope="module")
+def serve_command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., ServedProcess]]:
+    """Start servers by command line; call `wait_ready` on what comes back. They are killed after the module."""
+    folder = tmp_path_factory.mktemp("serve")
+    started: list[ServedProcess] = []
+
+    def start(*flags: str) -> ServedProcess:
+        started.append(start_command(folder, *flags))
+        return started[-1]
+
+    yield start
+    for server in started:
+        if server.process.poll() is None:
+            server.process.kill()
+        server.process.wait(10)

@@ -51,7 +51,7 @@ async def settled(proxy: EngineProxy) -> dict[str, float]:
 def test_a_tour_of_the_protocol() -> None:
     async def scenario(proxy: EngineProxy) -> None:
         hello = await proxy.wait_ready(60)
-        assert (hello.context_length, hello.device) == (512, "cpu")
+        assert (hello.context_length, hello.device) == (2048, "cpu")
         assert proxy.health() is None
 
         whole = await proxy.submit(submit(proxy)).collect()

@@ -74,7 +74,7 @@ def test_a_constraint_holds(server: Server) -> None:
         ({"sampling_params": {"no_such": 1}}, 400, "no_such"),
         ({"sampling_params": {"regex": "a", "ebnf": "b"}}, 400, "only one of"),
         ({"sampling_params": {"regex": "(unclosed"}}, 400, "unclosed"),
-        ({"text": "x" * 600}, 400, "context"),
+        ({"text": "x" * 3000}, 400, "context"),
         ({"text": None, "input_ids": [999]}, 400, "999"),
         ({"text": None, "input_ids": [2**70]}, 400, ""),
     ],
@@ -155,7 +155,7 @@ def test_health_ready_and_information(server: Server) -> None:
     assert server.client.get("/ready").json() == {"ready": True}
     assert server.client.get("/health_generate").json()["status"] == "ok"
     info = server.client.get("/get_model_info").json()
-    assert (info["context_length"], info["model_path"]) == (512, "tiny-random")
+    assert (info["context_length"], info["model_path"]) == (2048, "tiny-random")
     assert server.client.get("/get_server_info").json()["engine"]["num_kv_tokens"] == 4096
     assert server.client.post("/flush_cache").json()["freed_pages"] >= 0
 

@@ -1,0 +1,191 @@
+"""What ends a server or its engine: signals to one or the other, with work in flight, over HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import pytest
+
+Served = Any  # ServedProcess of conftest.py, which importlib mode cannot import by name
+LONG = {"text": "go on", "stream": True, "sampling_params": {"max_new_tokens": 480, "ignore_eos": True}}
+SHORT = {"text": "go on", "sampling_params": {"max_new_tokens": 8, "ignore_eos": True, "temperature": 0.0}}
+
+
+@dataclass
+class Servers:
+    """Started at once, because each takes seconds to load."""
+
+    killed: Served
+    drained: Served
+
+
+@pytest.fixture(scope="module")
+def servers(serve_command: Callable[..., Served]) -> Servers:
+    found = Servers(
+        serve_command("--max-running-requests", "8"),
+        serve_command("--max-running-requests", "2", "--drain-s", "1"),
+    )
+    for server in (found.killed, found.drained):
+        server.wait_ready()
+    return found
+
+
+@dataclass
+class Answer:
+    """How a request ended. `events`: of its stream; `error`: the last one's, or the body's."""
+
+    status: int
+    events: list[Any]
+    is_whole: bool
+
+    @property
+    def error(self) -> Any:
+        return self.events[-1].get("error") if self.events else None
+
+
+async def request(client: httpx.AsyncClient, body: dict[str, Any], started: asyncio.Event) -> Answer:
+    """Send one request and read its answer to the end."""
+    events: list[Any] = []
+    is_whole = False
+    async with client.stream("POST", "/generate", json=body) as response:
+        async for line in response.aiter_lines():
+            started.set()
+            text = line.removeprefix("data: ")
+            if text == "[DONE]":
+                is_whole = True
+            elif text:
+                events.append(json.loads(text))
+    return Answer(response.status_code, events, is_whole)
+
+
+async def in_flight(
+    server: Served, number: int, act: Callable[[], None], bodies: tuple[dict[str, Any], ...] = (LONG,)
+) -> list[Answer]:
+    """Send requests; once the first tokens are there, do something to the server; return how each one ended."""
+    started = asyncio.Event()
+    async with httpx.AsyncClient(base_url=server.url, timeout=60, trust_env=False) as client:
+        work = [asyncio.create_task(request(client, bodies[i % len(bodies)], started)) for i in range(number)]
+        await asyncio.wait_for(started.wait(), 30)
+        await asyncio.sleep(0.05)  # the others are in flight by now
+        act()
+        return await asyncio.wait_for(asyncio.gather(*work), 60)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_gone(pid: int, limit_s: float) -> None:
+    deadline_s = time.monotonic() + limit_s
+    while is_alive(pid):
+        assert time.monotonic() < deadline_s, f"process {pid} is still there"
+        time.sleep(0.05)
+
+
+def test_a_killed_engine_answers_everything_in_flight_and_comes_back(servers: Servers) -> None:
+    server = servers.killed
+    pid = server.engine_pid()
+    whole = {**LONG, "stream": False}
+    answers = asyncio.run(in_flight(server, 24, lambda: os.kill(pid, signal.SIGKILL), (LONG, whole)))
+    cut = [(answer, i % 2 == 0) for i, answer in enumerate(answers) if answer.error is not None]
+    assert len(cut) >= 16, "the engine had finished most of it before it was killed"
+    for answer, is_stream in cut:
+        assert answer.error["code"] == "engine_unavailable"
+        assert "crashed" in answer.error["message"]
+        assert answer.status == 503 or (is_stream and answer.is_whole)
+    assert any(answer.status == 200 for answer, _ in cut), "no stream had begun"
+
+    with server.client() as client:
+        refused = client.post("/generate", json=SHORT)
+        assert refused.status_code == 503
+        assert int(refused.headers["retry-after"]) >= 1
+        assert client.get("/health").status_code == 503
+        assert client.get("/ready").status_code == 503
+        metrics = client.get("/metrics").text
+        assert "ramet_engine_crashes_total 1.0" in metrics
+        assert "ramet_in_flight 0.0" in metrics
+        deadline_s = time.monotonic() + 60
+        while client.get("/ready").status_code != 200:
+            assert time.monotonic() < deadline_s, "the engine does not come back"
+            time.sleep(0.05)
+        assert client.post("/generate", json=SHORT).json()["meta_info"]["completion_tokens"] == 8
+        assert client.get("/health").status_code == 200
+    assert server.engine_pid() != pid
+
+
+def test_sigterm_lets_what_is_in_flight_finish_up_to_the_limit_and_takes_nothing_new(servers: Servers) -> None:
+    """Two run at once: the short ones finish within a second, and the last of the long ones cannot."""
+    server = servers.drained
+    pid = server.engine_pid()
+    short = {**SHORT, "stream": True}
+    start_s = time.monotonic()
+    answers = asyncio.run(in_flight(server, 20, server.process.terminate, (short, LONG)))
+    assert server.process.wait(15) == 0
+    assert time.monotonic() - start_s < 15
+    finished = [answer for answer in answers if answer.error is None]
+    cut = [answer for answer in answers if answer.error is not None]
+    assert finished
+    assert cut
+    for answer in finished:
+        assert (answer.status, answer.is_whole) == (200, True)
+        assert answer.events[-1]["meta_info"]["finish_reason"] == {"type": "length"}
+    for answer in cut:
+        assert answer.is_whole or answer.status == 503
+        assert "shutting down" in answer.error["message"]
+    assert not is_alive(pid)
+    with pytest.raises(httpx.ConnectError), server.client() as client:
+        client.get("/health")
+
+
+def test_a_second_sigterm_ends_at_once(servers: Servers) -> None:
+    server = servers.killed  # its engine is back from the first test
+    pid = server.engine_pid()
+
+    def twice() -> None:
+        server.process.terminate()
+        time.sleep(0.3)
+        assert server.process.poll() is None
+        server.process.terminate()
+
+    async def scenario() -> None:
+        with pytest.raises(httpx.TransportError):
+            await in_flight(server, 48, twice)
+
+    start_s = time.monotonic()
+    asyncio.run(scenario())
+    server.process.wait(5)
+    assert time.monotonic() - start_s < 10
+    wait_gone(pid, 2)
+
+
+@pytest.mark.slow
+def test_an_engine_does_not_outlive_its_server(serve_command: Callable[..., Served]) -> None:
+    server = serve_command()
+    server.wait_ready()
+    pid = server.engine_pid()
+    server.process.kill()
+    wait_gone(pid, 10)
+
+
+def test_a_taken_port_is_reported_before_anything_is_loaded(serve_command: Callable[..., Served]) -> None:
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        server = serve_command("--port", str(taken.getsockname()[1]))
+        assert server.process.wait(30) == 1
+    text = server.log.read_text()
+    assert "cannot listen on 127.0.0.1 port" in text
+    assert "--port" in text
+    assert "Traceback" not in text
