@@ -347,9 +347,10 @@ class _Worker:
         num_interrupts = self.num_interrupts
         try:
             parsed = job.parsed or self._parse(job)
-            result: CompiledGrammar | BaseException = compile_parsed(parsed, job.vocabulary, limits=self.limits)
-            result.mask(0)  # so that the first step does not wait for it, nor for the way out
-            result.completion_bound(0)
+            compiled = compile_parsed(parsed, job.vocabulary, limits=self.limits)
+            compiled.mask(0)  # so that the first step does not wait for it, nor for the way out
+            compiled.completion_bound(0)
+            result: CompiledGrammar | BaseException = compiled
         except Exception as error:  # whatever it is, those who wait must hear of it
             result = error
         # compiled code may turn an interrupt into an error of its own, or lose it: such a result is not to be trusted
@@ -395,6 +396,7 @@ def _make_masks(grammar: CompiledGrammar, text: bytes) -> None:
     """Make the masks along a text ahead; most of the work is done without the interpreter's lock."""
     state: int | None = 0
     for byte in text:
+        assert state is not None
         state = grammar.advance_bytes(state, bytes((byte,)))
         if state is None:
             return

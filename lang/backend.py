@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, Self, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeAlias, cast, runtime_checkable
 
 from ramet.errors import ConfigError
 from ramet.lang.ir import Graph, NodeEvent
@@ -154,7 +154,7 @@ def as_backend(given: object) -> Backend:
         with _default.lock:
             found = _default.known.get(given)
             if found is None:
-                found = _default.known[given] = EngineBackend(given)
+                found = _default.known[given] = EngineBackend(cast("ProgramEngine", given))
         return found
     raise ConfigError(f"backend is {given!r}, but must be an Engine or a Backend such as MockBackend")
 

@@ -32,7 +32,7 @@ TOOLS: Any = [
 
 @pytest.fixture(scope="module")
 def api(server: Server) -> Iterator[openai.OpenAI]:
-    http = httpx.Client(trust_env=False, timeout=60)
+    http: Any = httpx.Client(trust_env=False, timeout=60)
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", http_client=http, max_retries=0) as client:
         yield client
 
@@ -87,6 +87,7 @@ def test_several_choices_differ_by_seed_and_share_one_prefill(api: openai.OpenAI
     assert many.usage is not None
     assert many.usage.completion_tokens == 24
     assert many.usage.prompt_tokens_details is not None
+    assert many.usage.prompt_tokens_details.cached_tokens is not None
     assert many.usage.prompt_tokens_details.cached_tokens < many.usage.prompt_tokens // 2
     time.sleep(1.1)  # heartbeats bring the figures
     after = server.client.get("/get_server_info").json()["stats"]
@@ -112,7 +113,7 @@ def test_logprobs_have_their_shape(api: openai.OpenAI) -> None:
     assert scores.tokens is not None
     assert scores.token_logprobs is not None
     assert scores.tokens[:5] == list("Hello")
-    assert scores.token_logprobs[0] is None  # type: ignore[comparison-overlap]  # the first token has no score
+    assert scores.token_logprobs[0] is None  # the first token has no score
     assert all(value <= 0 for value in scores.token_logprobs[1:])
     assert len(scores.tokens) == 9
 
@@ -160,7 +161,7 @@ def test_all_choices_of_tools(api: openai.OpenAI, choice: Any, stream: bool) -> 
         "seed": 1,
     }
     if stream:
-        with api.chat.completions.stream(**{k: v for k, v in fields.items()}) as events:
+        with api.chat.completions.stream(**fields) as events:
             for _ in events:
                 pass
             answer: Any = events.get_final_completion()
@@ -228,6 +229,7 @@ def test_errors_are_the_clients_own_classes(api: openai.OpenAI) -> None:
 
 
 def test_closing_a_stream_ends_the_request(api: openai.OpenAI, server: Server) -> None:
+    extra: Any
     for extra in ({}, {"n": 3}):
         aborted = server.state.proxy.counters.num_aborts
         stream = api.chat.completions.create(
@@ -236,7 +238,7 @@ def test_closing_a_stream_ends_the_request(api: openai.OpenAI, server: Server) -
             stream=True,
             max_tokens=400,
             extra_body={"ignore_eos": True},
-            **extra,  # type: ignore[arg-type]
+            **extra,
         )
         next(iter(stream))
         stream.close()
@@ -255,12 +257,12 @@ def test_a_client_that_leaves_before_the_whole_answer_ends_the_request(server: S
 
 def test_a_conversation_computes_only_what_is_new(api: openai.OpenAI, server: Server) -> None:
     messages: Any = [{"role": "user", "content": f"Begin {time.time()}"}]
+    known = 0
     for turn in range(4):
         answer = api.chat.completions.create(
             model="tiny-random", messages=messages, max_tokens=20, extra_body={"ignore_eos": True}
         )
-        usage = answer.to_dict()["usage"]
-        assert isinstance(usage, dict)
+        usage: Any = answer.to_dict()["usage"]
         if turn:
             assert usage["history"] == {"reused_tokens": known, "reason": None}
             assert usage["prompt_tokens_details"]["cached_tokens"] == known - 1

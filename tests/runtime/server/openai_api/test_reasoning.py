@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ BYTES = [bytes([value]) for value in range(256)]
 def split(text: str, cuts: list[int], position: Position) -> tuple[str, str]:
     splitter = ReasoningSplitter(position)
     borders = sorted({0, len(text), *(cut % (len(text) + 1) for cut in cuts)})
-    parts = [splitter.push(text[a:b]) for a, b in zip(borders, borders[1:], strict=False)]
+    parts = [splitter.push(text[a:b]) for a, b in itertools.pairwise(borders)]
     parts.append(splitter.finish())
     return "".join(p[0] for p in parts), "".join(p[1] for p in parts)
 
@@ -66,7 +67,7 @@ def test_tokens_of_reasoning_are_counted_with_their_tags_however_they_come(cuts:
     text = b" <think>\nhm \xc3\xa9</think>\n\nYes."
     counter = ReasoningCounter(BYTES, "before")
     borders = sorted({0, len(text), *(cut % (len(text) + 1) for cut in cuts)})
-    for a, b in zip(borders, borders[1:], strict=False):
+    for a, b in itertools.pairwise(borders):
         counter.push(list(text[a:b]))
     assert counter.count == text.index(b"</think>") + len(b"</think>")
     plain = ReasoningCounter(BYTES, "before")
