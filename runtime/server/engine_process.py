@@ -61,6 +61,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     model: str | None
     config: dict[str, Any]  # Any: checked by EngineConfig
     log_level: str = "INFO"
+    parent_pid: int | None = None  # whose end ends this process; it may be gone before this one has started
 
 
 class Sender(threading.Thread):
@@ -262,7 +263,7 @@ def _beat(engine: Engine, send: Callable[[Report], None], is_ending: threading.E
 
 def serve(settings: Settings) -> int:
     """Make the engine and carry out commands until told to end. Returns the exit status."""
-    parent = os.getppid()
+    parent = os.getppid() if settings.parent_pid is None else settings.parent_pid
     is_ending = threading.Event()
 
     def end(number: int, frame: FrameType | None) -> None:

@@ -435,7 +435,9 @@ class EngineProxy:
         self._commands.setsockopt(zmq.LINGER, 0)
         self._commands.bind(address)
         self._outbox.clear()
-        settings = Settings(address, f"ipc://{folder / 'reports'}", self._model, self._config, self._log_level)
+        settings = Settings(
+            address, f"ipc://{folder / 'reports'}", self._model, self._config, self._log_level, os.getpid()
+        )
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "ramet.runtime.server.engine_process", stdin=asyncio.subprocess.PIPE
         )

@@ -5,13 +5,17 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Awaitable, Callable
 
+import msgspec
 import pytest
 
 from ramet.errors import EmptyPrompt, EngineStopped, InvalidProgram, InvalidSampling, ModelNotFound, Overloaded
 from ramet.lang.ir import Constraint, Generate, Graph, Sampling, Text
 from ramet.runtime.models.dummy import TINY_MODEL
+from ramet.runtime.server.engine_process import Settings
 from ramet.runtime.server.engine_proxy import EngineProxy
 from ramet.runtime.server.protocol import StartProgram, Submit
 
@@ -164,3 +168,15 @@ def test_a_model_that_cannot_be_loaded_says_why_to_whoever_waits() -> None:
         assert "no-such-model" in (proxy.health() or "")
 
     run(scenario, model="no-such-model")
+
+
+def test_an_engine_process_whose_parent_is_gone_ends() -> None:
+    settings = Settings("ipc:///nowhere/commands", "ipc:///nowhere/reports", TINY_MODEL, CONFIG, parent_pid=2**22 - 1)
+    process = subprocess.run(
+        [sys.executable, "-m", "ramet.runtime.server.engine_process"],
+        input=msgspec.json.encode(settings) + b"\n",
+        timeout=60,
+        check=False,
+        capture_output=True,
+    )
+    assert process.returncode == 0, process.stderr
