@@ -106,7 +106,7 @@ class Conversations:
 
     def __init__(self, tokenizer: Tokenizer, store: PathStore | None = None) -> None:
         self._tokenizer = tokenizer
-        self._store = store or PathStore()
+        self._store = PathStore() if store is None else store  # an empty store is false
 
     def prompt(
         self,
