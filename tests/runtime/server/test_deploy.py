@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
+import yaml  # type: ignore[import-untyped]
 
 DEPLOY = Path(__file__).parents[3] / "deploy"
 Server = Any  # RunningServer of conftest.py, which importlib mode cannot import by name
@@ -32,10 +32,10 @@ def test_every_metric_of_alerts_and_dashboard_is_exported(server: Server) -> Non
         if "ramet_kv_pages " in text:
             break
         time.sleep(0.1)
-    exported = set(re.findall(r"^([a-z_]+)(?:\{| )", text, re.MULTILINE))
-    exported |= set(re.findall(r"^# TYPE ([a-z_]+) counter", text, re.MULTILINE))  # labelled, and not counted yet
+    exported = set(re.findall(r"^([a-z0-9_]+)(?:\{| )", text, re.MULTILINE))
+    exported |= set(re.findall(r"^# TYPE ([a-z0-9_]+) counter", text, re.MULTILINE))  # labelled, and not counted yet
     for place, expression in expressions():
-        names = re.findall(r"\bramet_[a-z_]+", expression)
+        names = re.findall(r"\bramet_[a-z0-9_]+", expression)
         assert names, f"{place} names no metric: {expression}"
         for name in names:
             assert name in exported, f"{place} names {name}, which is not exported"
