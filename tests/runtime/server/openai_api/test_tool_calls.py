@@ -55,7 +55,7 @@ def test_the_format_is_that_of_the_template_and_reads_what_it_writes(name: str) 
     assert style.shows_tools
     assert style.shows_calls
     call = {"id": "x", "type": "function", "function": {"name": "add", "arguments": '{"a": [1, "é"]}'}}
-    history = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    history: list[Any] = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
     opened = template.render(history[:1], add_generation_prompt=True, tools=TOOLS)
     text = template.render(history, add_generation_prompt=False, tools=TOOLS)[len(opened) :]
     reader = AnswerReader(None, style)
