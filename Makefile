@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-FOLDERS := ramet/__init__.py ramet/cli.py ramet/errors.py lang grammar kernels runtime tests examples benchmarks
+FOLDERS := ramet/*.py lang grammar kernels runtime tests examples benchmarks
 
 .PHONY: demo test test-all check format bench docs clean
 
