@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import httpx
@@ -28,14 +28,14 @@ SYSTEM = SENTENCE * 24  # 21 tokens each with SmolLM2's tokenizer
 
 
 @contextlib.contextmanager
-def served(url: str | None, model: str) -> Iterator[str]:
+def served(url: str | None, model: str, flags: Sequence[str] = ()) -> Iterator[str]:
     """The URL of a server: the one that was given, or one of its own."""
     if url is not None:
         yield url
         return
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
-        command = [sys.executable, "-m", "ramet.cli", "serve", model, "--port", "0"]
+        command = [sys.executable, "-m", "ramet.cli", "serve", model, "--port", "0", *flags]
         with log.open("wb") as file:
             process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
         try:

@@ -57,27 +57,36 @@ def unique(n: int, seed: int = 0, high: int = HIGH, prompt: int = 1024, out: int
     return Workload([[Turn(_draw(rng, prompt, high), out)] for _ in range(n)])
 
 
-def rag(n: int, seed: int = 0, high: int = HIGH) -> Workload:
+def rag(n: int, seed: int = 0, high: int = HIGH, document: int = 2048, question: int = 128, out: int = 128) -> Workload:
     """One shared document of 2,048 tokens, questions of 128."""
     rng = random.Random(f"rag{seed}")
-    document = _draw(rng, 2048, high)
-    return Workload([[Turn(document + _draw(rng, 128, high), 128)] for _ in range(n)])
+    shared = _draw(rng, document, high)
+    return Workload([[Turn(shared + _draw(rng, question, high), out)] for _ in range(n)])
 
 
-def multiturn(n: int, seed: int = 0, high: int = HIGH, turns: int = 4) -> Workload:
+def multiturn(n: int, seed: int = 0, high: int = HIGH, turns: int = 4, question: int = 128, out: int = 128) -> Workload:
     """Conversations of four turns: 128 tokens from the user, 128 generated, each."""
     rng = random.Random(f"mt{seed}")
-    return Workload([[Turn(_draw(rng, 128, high), 128) for _ in range(turns)] for _ in range(n)])
+    return Workload([[Turn(_draw(rng, question, high), out) for _ in range(turns)] for _ in range(n)])
 
 
-def agentic(n: int, seed: int = 0, high: int = HIGH, turns: int = 3) -> Workload:
+def agentic(
+    n: int,
+    seed: int = 0,
+    high: int = HIGH,
+    turns: int = 3,
+    tools: int = 1024,
+    memory: int = 512,
+    question: int = 128,
+    out: int = 128,
+) -> Workload:
     """1,024 tokens of tool definitions shared by all, 512 of memory for each agent, three turns of 128 + 128."""
     rng = random.Random(f"ag{seed}")
-    tools = _draw(rng, 1024, high)
+    shared = _draw(rng, tools, high)
     chains = []
     for _ in range(n):
-        memory = _draw(rng, 512, high)
-        chains.append([Turn((tools + memory if t == 0 else []) + _draw(rng, 128, high), 128) for t in range(turns)])
+        own = _draw(rng, memory, high)
+        chains.append([Turn((shared + own if t == 0 else []) + _draw(rng, question, high), out) for t in range(turns)])
     return Workload(chains)
 
 
@@ -97,6 +106,17 @@ def decode1(n: int, seed: int = 0, high: int = HIGH) -> Workload:
 def json_workload(n: int, seed: int = 0, high: int = HIGH) -> Workload:
     """128 in, 128 out; `json` rows run it under JSON_SCHEMA, `jsonoff` rows without."""
     return unique(n, seed, high, prompt=128, out=128)
+
+
+def eighth(name: str, n: int, seed: int = 0, high: int = HIGH) -> Workload:
+    """One of the four workloads of a server with every length divided by eight: what a CPU can do in seconds."""
+    if name == "unique":
+        return unique(n, seed, high, prompt=128, out=16)
+    if name == "rag":
+        return rag(n, seed, high, document=256, question=16, out=16)
+    if name == "multiturn":
+        return multiturn(n, seed, high, question=16, out=16)
+    return agentic(n, seed, high, tools=128, memory=64, question=16, out=16)
 
 
 MAKERS = {

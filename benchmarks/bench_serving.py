@@ -1,0 +1,258 @@
+"""Serving under load: time to first token, gaps between tokens, throughput and hit rate, over HTTP and in process.
+
+    python benchmarks/bench_serving.py                                    closed loop, concurrency 1, 10, 50, 100
+    python benchmarks/bench_serving.py --in-process --concurrency 50 --rounds 2
+    python benchmarks/bench_serving.py --rate 4 --workloads rag,agentic   open loop: so many chains a second
+    python benchmarks/bench_serving.py --url http://127.0.0.1:8000 --scale full
+
+Without --url a server with SmolLM2-135M-Instruct is started for the run. The four workloads are those of workloads.py;
+`--scale cpu` divides their lengths by eight. The cache is empty before each row (where the server can be told so).
+`--in-process` runs the same load on an engine of this process, in turns with the server, and compares: what HTTP costs.
+The engine's threads, the server and this client share the machine's cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import torch
+from bench_ttft import served
+from rich.console import Console
+from rich.table import Table
+from serving_load import EngineTarget, HttpTarget, Sample, Target, closed_loop, open_loop
+from workloads import MAKERS, Chain, Workload, eighth
+
+from ramet.runtime.client import Engine
+
+Row = dict[str, Any]  # Any: JSON
+NAMES = ("unique", "rag", "multiturn", "agentic")
+TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a load runs. `flush`: empty its cache; `pids`: processes whose CPU time counts, by name."""
+
+    name: str
+    target: Target
+    flush: Callable[[], None]
+    pids: dict[str, int]
+
+
+def cpu_s(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / TICKS_PER_S
+
+
+def summary(samples: Sequence[Sample], wall_s: float) -> Row:
+    """The figures of a row; times in ms."""
+
+    def percentile(values: list[float], q: float) -> float | None:
+        return round(float(np.percentile(values, q)) * 1e3, 1) if values else None
+
+    good = [sample for sample in samples if sample.error is None]
+    errors = [sample.error for sample in samples if sample.error is not None]
+    first = [sample.first_token_s for sample in good if sample.first_token_s is not None]
+    gaps = [gap for sample in good for gap in sample.gaps_s]
+    totals = [sample.total_s for sample in good]
+    num_prompt = sum(sample.num_prompt for sample in good)
+    return {
+        "requests": len(good),
+        "errors": len(errors),
+        **({"first_error": errors[0]} if errors else {}),
+        "output_tokens": sum(sample.num_output for sample in good),
+        "prompt_tokens": num_prompt,
+        "tok_s": round(sum(sample.num_output for sample in good) / wall_s, 1),
+        "ttft_p50_ms": percentile(first, 50),
+        "ttft_p95_ms": percentile(first, 95),
+        "itl_p50_ms": percentile(gaps, 50),
+        "itl_p95_ms": percentile(gaps, 95),
+        "e2e_p50_ms": percentile(totals, 50),
+        "hit_rate": round(sum(sample.num_cached for sample in good) / max(num_prompt, 1), 3),
+        "wall_s": round(wall_s, 2),
+    }
+
+
+async def run_row(
+    place: Place, workload: str, load: str, run: Callable[[Target], Awaitable[tuple[list[Sample], float]]]
+) -> Row:
+    place.flush()
+    before = {name: cpu_s(pid) for name, pid in place.pids.items()}
+    samples, wall_s = await run(place.target)
+    spent = {f"cpu_{name}_s": round(cpu_s(pid) - before[name], 2) for name, pid in place.pids.items()}
+    return {"where": place.name, "workload": workload, "load": load, **summary(samples, wall_s), **spent}
+
+
+def make(workload: str, scale: str, n: int, seed: int, high: int) -> list[Chain]:
+    made: Workload = eighth(workload, n, seed, high) if scale == "cpu" else MAKERS[workload](n, seed, high)
+    return made.chains
+
+
+def num_chains(concurrency: int) -> int:
+    """Enough that a row has a middle, few enough for a CPU."""
+    return 6 if concurrency == 1 else max(concurrency, min(2 * concurrency, 75))
+
+
+async def run_all(arguments: argparse.Namespace, places: Sequence[Place], high: int) -> list[Row]:
+    rows: list[Row] = []
+    table_console = Console()
+    for place in places:  # compilation, page faults, connections
+        await closed_loop(place.target, make("unique", "cpu", 4, 99, high), 4)
+    for number in range(arguments.rounds):
+        for workload in arguments.workloads.split(","):
+            for concurrency in [int(text) for text in arguments.concurrency.split(",")] if not arguments.rate else [0]:
+                chains = make(workload, arguments.scale, arguments.chains or num_chains(concurrency or 50), 0, high)
+                order = places if number % 2 == 0 else list(reversed(places))
+                for place in order:
+
+                    async def run(target: Target, c: int = concurrency, chains: list[Chain] = chains) -> Any:
+                        if arguments.rate:
+                            return await open_loop(target, chains, arguments.rate)
+                        return await closed_loop(target, chains, c)
+
+                    load = f"{arguments.rate}/s" if arguments.rate else f"@{concurrency}"
+                    row = {"round": number, **await run_row(place, workload, load, run)}
+                    rows.append(row)
+                    table_console.print(
+                        f"{place.name:>10} {workload}{load}: {row['tok_s']} tok/s, {row['wall_s']} s", highlight=False
+                    )
+    return rows
+
+
+def show(rows: Sequence[Row], title: str) -> None:
+    table = Table(title=title)
+    columns = (
+        "where", "workload", "load", "tok/s", "TTFT p50", "p95", "ITL p50", "p95", "hit rate", "requests", "errors"
+    )  # fmt: skip
+    for index, name in enumerate(columns):
+        table.add_column(name, justify="left" if index < 3 else "right")
+    for row in rows:
+        keys = ("tok_s", "ttft_p50_ms", "ttft_p95_ms", "itl_p50_ms", "itl_p95_ms", "hit_rate", "requests", "errors")
+        table.add_row(row["where"], row["workload"], row["load"], *(str(row[key]) for key in keys))
+    Console(width=130).print(table)
+
+
+def overhead(rows: Sequence[Row]) -> list[Row]:
+    """HTTP against in process for each workload and load: medians over rounds."""
+    found: list[Row] = []
+    for workload, load in dict.fromkeys((row["workload"], row["load"]) for row in rows):
+        both = [row for row in rows if (row["workload"], row["load"]) == (workload, load)]
+
+        def median(where: str, key: str, both: list[Row] = both) -> float:
+            return float(np.median([row[key] for row in both if row["where"] == where]))
+
+        throughput = 1.0 - median("http", "tok_s") / median("in-process", "tok_s")
+        found.append(
+            {
+                "workload": workload,
+                "load": load,
+                "throughput_percent": round(100 * throughput, 1),
+                "ttft_p50_ms": round(median("http", "ttft_p50_ms") - median("in-process", "ttft_p50_ms"), 1),
+                "itl_p50_ms": round(median("http", "itl_p50_ms") - median("in-process", "itl_p50_ms"), 1),
+            }
+        )
+    return found
+
+
+@contextlib.contextmanager
+def http_place(arguments: argparse.Namespace, flags: list[str]) -> Iterator[tuple[Place, str]]:
+    with (
+        served(arguments.url, arguments.model, flags) as url,
+        httpx.Client(base_url=url, timeout=60, trust_env=False) as client,
+    ):
+        model = client.get("/v1/models").json()["data"][0]["id"]
+        pids = {"client": os.getpid()}
+        if arguments.url is None:
+            pids["engine"] = client.get("/get_server_info").json()["engine"]["pid"]
+            pids["server"] = parent_of(pids["engine"])
+
+        def flush() -> None:
+            client.post("/flush_cache")  # other servers may not have it; their hit rate says so
+
+        target = HttpTarget(url, model)
+        yield Place("http", target, flush, pids), model
+        target.close()
+
+
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Serving under load")
+    parser.add_argument("--url", help="an OpenAI-compatible server; default: start one")
+    parser.add_argument("--model", default="smollm2-135m", help="what the started server and --in-process load")
+    parser.add_argument("--workloads", default=",".join(NAMES))
+    parser.add_argument("--concurrency", default="1,10,50,100", help="closed loop: chains in flight")
+    parser.add_argument("--rate", type=float, help="open loop instead: chains that begin each second")
+    parser.add_argument("--chains", type=int, help="chains of a row; default: by concurrency")
+    parser.add_argument("--scale", choices=("cpu", "full"), default="cpu")
+    parser.add_argument("--in-process", action="store_true")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--high", type=int, default=40_000, help="token ids are drawn below this")
+    parser.add_argument("--num-kv-tokens", type=int, default=32_768)
+    parser.add_argument("--out", type=Path, help="append the JSON line to this file")
+    arguments = parser.parse_args()
+    flags = ["--num-kv-tokens", str(arguments.num_kv_tokens), "--log-level", "warning"]
+    with contextlib.ExitStack() as stack:
+        place, model = stack.enter_context(http_place(arguments, flags))
+        places = [place]
+        if arguments.in_process:
+            engine = stack.enter_context(Engine(arguments.model, num_kv_tokens=arguments.num_kv_tokens))
+            places.append(
+                Place("in-process", EngineTarget(engine), lambda: void(engine.flush_cache()), {"client": os.getpid()})
+            )
+        rows = run_loop(run_all(arguments, places, arguments.high))
+    show(rows, f"{model}, {'closed' if not arguments.rate else 'open'} loop, times in ms")
+    compared = overhead(rows) if arguments.in_process else []
+    for line in compared:
+        print(
+            f"{line['workload']}{line['load']}: HTTP costs {line['throughput_percent']} % of throughput, "
+            f"{line['ttft_p50_ms']} ms of TTFT p50, {line['itl_p50_ms']} ms of ITL p50"
+        )
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    result = {
+        "benchmark": "serving",
+        "commit": commit.stdout.strip(),
+        "device": platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "model": model,
+        "configuration": {k: v for k, v in vars(arguments).items() if k != "out"},
+        "rows": rows,
+        "overhead": compared,
+    }
+    line_of_json = json.dumps(result)
+    print(line_of_json)
+    if arguments.out is not None:
+        with arguments.out.open("a") as file:
+            file.write(line_of_json + "\n")
+
+
+def void(value: object) -> None:
+    """For callbacks whose result nobody wants."""
+
+
+def run_loop(work: Any) -> Any:  # Any: a coroutine and its result
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.run(work)
+    return uvloop.run(work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
