@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 FOLDERS := ramet/*.py lang grammar kernels runtime tests examples benchmarks
 
+NPM_TOUR := tests/runtime/server/npm
+NPM_STAMP := $(NPM_TOUR)/node_modules/.package-lock.json
+
 .PHONY: demo test test-all check format bench docs clean
 
 $(STAMP): pyproject.toml
@@ -13,15 +16,19 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet -e '.[server,dev]'
 	touch $@
 
+$(NPM_STAMP): $(NPM_TOUR)/package-lock.json
+	if command -v npm >/dev/null; then npm ci --silent --prefix $(NPM_TOUR) && touch $@; \
+	else echo "npm is not installed: the tour of the npm client will be skipped"; fi
+
 demo: $(STAMP)  ## run examples/quickstart.py on SmolLM2-135M-Instruct
 	$(BIN)/ramet pull smollm2-135m
 	$(BIN)/python examples/quickstart.py
 
-test: $(STAMP)  ## the suite that CI runs
+test: $(STAMP) $(NPM_STAMP)  ## the suite that CI runs
 	$(BIN)/ramet pull smollm2-135m
 	$(BIN)/python -m pytest -m "not slow and not gpu"
 
-test-all: $(STAMP)  ## also the long and large ones, and the GPU's where there is one
+test-all: $(STAMP) $(NPM_STAMP)  ## also the long and large ones, and the GPU's where there is one
 	$(BIN)/ramet pull smollm2-135m
 	$(BIN)/python -m pytest --timeout 3600
 

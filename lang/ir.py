@@ -12,14 +12,23 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, TypeAlias
 
 import msgspec
 
 from ramet.errors import InvalidProgram
+from ramet.lang.checks import Check as Check
+from ramet.lang.checks import check_problem
+from ramet.lang.node_events import NodeError as NodeError
+from ramet.lang.node_events import NodeEvent as NodeEvent
+from ramet.lang.node_events import Usage as Usage
+from ramet.lang.sampling import Sampling as Sampling
+from ramet.lang.sampling import retry_sampling as retry_sampling
+from ramet.lang.sampling import sampling_problem as sampling_problem
 
 VERSION = 1
+MAX_RETRIES = 1000
 
 JsonValue: TypeAlias = Any  # a JSON value; recursive aliases are not understood by msgspec
 
@@ -40,31 +49,15 @@ Part: TypeAlias = str | Ref
 Template: TypeAlias = tuple[Part, ...]
 
 
-class Constraint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a generated text must match. `source`: a pattern, a Lark grammar, a text, or canonical JSON."""
+class Constraint(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
+    """What a generated text must match. `source`: a pattern, a Lark grammar, a text, or canonical JSON.
+
+    `in_order`: properties of a JSON schema come in its order, and no others than those it names.
+    """
 
     kind: Literal["json_schema", "regex", "cfg", "choice", "substring", "tools"]
     source: str
-
-
-class Sampling(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
-    """How tokens are chosen; None leaves the choice to the engine. Ranges are those of the engine's parameters."""
-
-    max_tokens: int | None = None
-    min_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    frequency_penalty: float | None = None
-    presence_penalty: float | None = None
-    repetition_penalty: float | None = None
-    logit_bias: tuple[tuple[int, float], ...] | None = None
-    seed: int | None = None
-    stop: tuple[str, ...] | None = None
-    stop_token_ids: tuple[int, ...] | None = None
-    ignore_eos: bool | None = None
-    logprobs: int | None = None
+    in_order: bool = False
 
 
 class Node(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True, kw_only=True, tag_field="kind"):
@@ -88,11 +81,16 @@ class Argument(Node, frozen=True, tag="argument"):
 
 
 class Generate(Node, frozen=True, tag="generate"):
-    """Text that the model writes. `type` says how the text becomes a JSON value: `str` (as it is), `int`, ..."""
+    """Text that the model writes. `type` says how the text becomes a JSON value: `str` (as it is), `int`, ...
+
+    A value that fails one of `checks` is written anew, up to `retries` times; its text never joins the branch.
+    """
 
     name: str | None = None
     sampling: Sampling = Sampling()
     constraint: Constraint | None = None
+    checks: tuple[Check, ...] = ()
+    retries: int = 0
     type: Literal["str", "int", "float", "bool", "json"] = "str"
 
 
@@ -181,58 +179,6 @@ class Graph(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class _Head(msgspec.Struct):
     version: int = VERSION
-
-
-class Usage(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Tokens of one node: `prompt_tokens` of its branch so far, of which `cached_tokens` were not computed again."""
-
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    completion_tokens: int = 0
-
-    @property
-    def computed_tokens(self) -> int:
-        """Prompt tokens whose keys and values were computed for this node."""
-        return self.prompt_tokens - self.cached_tokens
-
-    def __add__(self, other: Usage) -> Usage:
-        return Usage(
-            self.prompt_tokens + other.prompt_tokens,
-            self.cached_tokens + other.cached_tokens,
-            self.completion_tokens + other.completion_tokens,
-        )
-
-
-class NodeError(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Why a node has no value. `type` is the name of an error class of ramet.errors, or of the cause's."""
-
-    type: str
-    message: str
-    prompt_tail: str = ""
-
-
-class NodeEvent(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One thing that happened to one node of a running program.
-
-    `text`: more generated text (`kind` text), or all text that the node added to its branch (`done`; for a Role the
-    template's own marks). `value`: set when done. `timings`: seconds since the program's start (`start_s`,
-    `first_token_s`, `end_s`). `cause`: the exception itself, in one process only; it is never encoded.
-    """
-
-    node: int
-    kind: Literal["text", "done", "error", "tool"]
-    name: str | None = None
-    text: str = ""
-    value: JsonValue = None
-    usage: Usage | None = None
-    finish_reason: str | None = None
-    meta: dict[str, JsonValue] | None = None
-    timings: dict[str, float] | None = None
-    error: NodeError | None = None
-    cause: Any = None
-
-    def to_json(self) -> bytes:
-        return msgspec.json.encode(msgspec.structs.replace(self, cause=None))
 
 
 def refs(node: AnyNode) -> Iterator[Ref]:
@@ -373,9 +319,7 @@ class GraphIndex:
                 raise _wrong(node, f"declares argument {node.name!r} a second time")
             self.arguments[node.name] = node.id
         elif isinstance(node, Generate):
-            problem = sampling_problem(node.sampling)
-            if problem:
-                raise _wrong(node, f"has bad sampling: {problem}")
+            self._check_generate(node)
         elif isinstance(node, Select):
             self._check_select(node)
         elif isinstance(node, Fork):
@@ -390,6 +334,16 @@ class GraphIndex:
         elif isinstance(node, Capture) and node.start is not None:
             self._check_capture(node, node.start)
         self._named.append(self._check_name(node))
+
+    def _check_generate(self, node: Generate) -> None:
+        problem = sampling_problem(node.sampling)
+        if problem:
+            raise _wrong(node, f"has bad sampling: {problem}")
+        problem = next((found for check in node.checks if (found := check_problem(check))), None)
+        if problem:
+            raise _wrong(node, f"has a bad check: {problem}")
+        if not 0 <= node.retries <= MAX_RETRIES:
+            raise _wrong(node, f"may be tried {node.retries:,} times more; retries must be in [0, {MAX_RETRIES:,}]")
 
     def _check_select(self, node: Select) -> None:
         if not node.choices:
@@ -433,38 +387,6 @@ class GraphIndex:
             same = all((f.parent, f.width) == (head.parent, head.width) for f in forks)
             if group != head.id or not same or [f.index for f in forks] != list(range(head.width)):
                 raise _wrong(head, f"belongs to fork {group} of {head.width}, whose branches don't fit together")
-
-
-def sampling_problem(sampling: Sampling) -> str | None:
-    """What is wrong with these values, or None."""
-    limits: Sequence[tuple[str, float, float]] = (
-        ("max_tokens", 1, math.inf),
-        ("min_tokens", 0, math.inf),
-        ("temperature", 0, 100),
-        ("top_k", 0, math.inf),
-        ("min_p", 0, 1),
-        ("frequency_penalty", -2, 2),
-        ("presence_penalty", -2, 2),
-        ("logprobs", 0, 64),
-    )
-    for name, low, high in limits:
-        value = getattr(sampling, name)
-        if value is not None and not low <= value <= high:
-            limit = f"at least {low}" if high == math.inf else f"in [{low}, {high}]"
-            return f"{name} is {value!r}, but must be {limit}"
-    for name, high in (("top_p", 1), ("repetition_penalty", 10)):
-        value = getattr(sampling, name)
-        if value is not None and not 0 < value <= high:
-            return f"{name} is {value!r}, but must be in (0, {high}]"
-    if sampling.max_tokens is not None and (sampling.min_tokens or 0) > sampling.max_tokens:
-        return f"min_tokens is {sampling.min_tokens}, but max_tokens is {sampling.max_tokens}"
-    if any(not text for text in sampling.stop or ()):
-        return "a stop string is empty"
-    if any(token < 0 for token in sampling.stop_token_ids or ()):
-        return "a stop token id is negative"
-    if any(token < 0 or not -100 <= bias <= 100 for token, bias in sampling.logit_bias or ()):
-        return "logit_bias must map token ids >= 0 to values in [-100, 100]"
-    return None
 
 
 def _find_cycle(graph: Graph, start: int) -> list[int] | None:

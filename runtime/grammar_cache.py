@@ -52,7 +52,8 @@ class GrammarCache:
                 self._vocabulary = Vocabulary(source.token_bytes, source.eos_ids, source.special_ids, source.vocab_size)
                 self._service = CompileService()
                 weakref.finalize(self, self._service.close).atexit = False
-            return self._service.submit(constraint.kind, constraint.source, self._vocabulary)
+            options = {"mode": "declared_order"} if constraint.in_order else {}
+            return self._service.submit(constraint.kind, constraint.source, self._vocabulary, **options)
 
     def close(self) -> None:
         """Give up what is being compiled, and end the service's threads."""

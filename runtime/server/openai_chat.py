@@ -214,8 +214,8 @@ class ChatEndpoint:
         if not tools:
             if choice not in ("none", "auto"):
                 raise HttpError(400, "tool_choice asks for a call but there are no tools", param="tool_choice")
-            return constraint_of(body, schema, limit), None
-        asked = constraint_of(body, schema, limit)
+            return constraint_of(body, schema, limit, in_order=_is_strict(body)), None
+        asked = constraint_of(body, schema, limit, in_order=_is_strict(body))
         if choice == "none" and asked is not None:
             return asked, None
         if asked is not None and asked[1].kind != "json_schema":
@@ -227,7 +227,9 @@ class ChatEndpoint:
         answer = None if asked is None else _decoded(asked)
         name: str | Json = choice if isinstance(choice, str) else {"name": _named(choice, tools)}
         parallel = body.parallel_tool_calls is not False
-        source = compact_json(tool_set(self.style, tools, name, parallel=parallel, answer=answer))
+        in_order = all(tool.function.strict for tool in body.tools or ()) and (asked is None or asked[1].in_order)
+        written = tool_set(self.style, tools, name, parallel=parallel, answer=answer, in_order=in_order)
+        source = compact_json(written)
         check_size(source, "tools", limit)
         return ("tools", Constraint("tools", source)), None if choice == "none" else self.style
 
@@ -261,6 +263,11 @@ def _schema(body: ChatBody) -> object:
             )
         return schema
     return None
+
+
+def _is_strict(body: ChatBody) -> bool:
+    asked = body.response_format
+    return isinstance(asked, JsonSchemaFormat) and bool(asked.json_schema.strict)
 
 
 def _decoded(asked: tuple[str, Constraint]) -> object:

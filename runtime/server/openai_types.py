@@ -103,7 +103,7 @@ class Message(Strict):
 
 
 class FunctionDefinition(Strict):
-    """`strict`: arguments always match the schema here, whatever it says."""
+    """`strict`: where all tools say so, properties come in their schema's order; arguments match it in any case."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.:/-]{1,128}$")
     description: str | None = None
@@ -142,7 +142,10 @@ class JsonObjectFormat(Strict):
 
 
 class SchemaFormat(Strict):
-    """`name` and `description` are labels. The schema is enforced whatever `strict` says."""
+    """`name` and `description` are labels. The schema is enforced whatever `strict` says.
+
+    `strict`: properties come in the schema's order, and no others than those it names; without it in any order.
+    """
 
     name: str = Field(max_length=256)
     description: str | None = None

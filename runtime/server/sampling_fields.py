@@ -128,8 +128,12 @@ def _logit_bias(given: Mapping[str, float]) -> dict[int, float]:
     return bias
 
 
-def constraint_of(body: SamplingFields, schema: object, limit_bytes: int) -> tuple[str, Constraint] | None:
+def constraint_of(
+    body: SamplingFields, schema: object, limit_bytes: int, *, in_order: bool = False
+) -> tuple[str, Constraint] | None:
     """(the field that asks for it, the one constraint of a body). `schema`: that of its response_format, or None.
+
+    `in_order`: that schema's properties come in its order.
 
     Raises: HttpError where several fields ask for one, or its source is too large.
     """
@@ -157,7 +161,7 @@ def constraint_of(body: SamplingFields, schema: object, limit_bytes: int) -> tup
     name, kind, source = given[0]
     text = source if isinstance(source, str) else compact_json(source)
     check_size(text, name, limit_bytes)
-    return name, Constraint(kind, text)
+    return name, Constraint(kind, text, in_order and name == "response_format")
 
 
 def check_size(source: str, name: str, limit_bytes: int) -> None:

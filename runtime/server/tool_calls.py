@@ -230,14 +230,25 @@ def _format_by_family(source: str) -> ToolFormat:
     return FORMATS["smollm2" if "SmolLM" in source else "hermes"]
 
 
-def tool_set(style: ToolStyle, tools: Sequence[Json], choice: str | Json, *, parallel: bool, answer: object) -> Json:
-    """A tool set's JSON form (grammar/tools.py). `choice`: as there. `answer`: a JSON schema, or None for text."""
+def tool_set(
+    style: ToolStyle,
+    tools: Sequence[Json],
+    choice: str | Json,
+    *,
+    parallel: bool,
+    answer: object,
+    in_order: bool = False,
+) -> Json:
+    """A tool set's JSON form (grammar/tools.py). `choice`: as there. `answer`: a JSON schema, or None for text.
+
+    `in_order`: properties come in their schemas' order.
+    """
     source: Json = {
         "tools": [{"name": tool["function"]["name"], "parameters": tool["function"]["parameters"]} for tool in tools],
         "format": style.format_source,
         "choice": choice,
         "parallel": parallel if style.max_calls is None else style.max_calls,
-        "json": {"whitespace": "bounded"},
+        "json": {"whitespace": "bounded", "mode": "declared_order" if in_order else "exact"},
     }
     return source if answer is None else {**source, "answer": answer}
 

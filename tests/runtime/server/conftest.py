@@ -106,10 +106,10 @@ class ServedProcess:
             return int(client.get("/get_server_info").json()["engine"]["pid"])
 
 
-def start_command(folder: Path, *flags: str) -> ServedProcess:
-    """Start `ramet serve tiny-random` without waiting for it."""
+def start_command(folder: Path, *flags: str, model: str = TINY_MODEL) -> ServedProcess:
+    """Start `ramet serve` without waiting for it."""
     log = folder / f"serve-{len(list(folder.iterdir()))}.log"
-    command = [sys.executable, "-m", "ramet.cli", "serve", "tiny-random", "--port", "0", "--device", "cpu"]
+    command = [sys.executable, "-m", "ramet.cli", "serve", model, "--port", "0", "--device", "cpu"]
     with log.open("wb") as file:
         process = subprocess.Popen(
             [*command, "--num-kv-tokens", "8192", *flags],
@@ -126,8 +126,8 @@ def serve_command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable
     folder = tmp_path_factory.mktemp("serve")
     started: list[ServedProcess] = []
 
-    def start(*flags: str) -> ServedProcess:
-        started.append(start_command(folder, *flags))
+    def start(*flags: str, model: str = TINY_MODEL) -> ServedProcess:
+        started.append(start_command(folder, *flags, model=model))
         return started[-1]
 
     yield start

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pydantic
@@ -178,6 +179,18 @@ def test_each_kind_of_constraint_reaches_the_engine(
     client.chat(**fields)
     constraint = client.engine.submitted[-1].constraint
     assert (constraint and constraint.kind, constraint and constraint.source) == (kind, source)
+
+
+@pytest.mark.parametrize("strict", [None, False, True])
+def test_properties_come_in_order_where_strict_says_so(client: Client, strict: bool | None) -> None:
+    client.engine.says("ok")
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}, "strict": strict}}
+    client.chat(response_format=form)
+    assert client.engine.submitted[-1].constraint.in_order is bool(strict)
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}, "strict": strict}}
+    client.chat(tools=[tool])
+    source = json.loads(client.engine.submitted[-1].constraint.source)
+    assert source["json"]["mode"] == ("declared_order" if strict else "exact")
 
 
 def test_a_constraint_larger_than_allowed_is_refused(make_client: Any) -> None:
