@@ -20,8 +20,11 @@
     ├── ProgramError                       a program's run failed; has `.node`, `.source_line`, `.prompt_tail`
     │   ├── UndefinedVariable (KeyError)   reading a name that no node produces
     │   ├── InvalidProgram (ValueError)    a graph that cannot be run (cycle, fork(0), ...)
+    │   ├── CheckFailed                    a generated value failed its `where` checks too often; has `.attempts`
     │   ├── ProgramCancelled
     │   └── DeadlineExceeded (TimeoutError)
+    ├── NotSupported (NotImplementedError) what this backend can't do; the message says what can
+    ├── RemoteError (ConnectionError)      a server that can't be reached or whose answer can't be used; has `.status`
     ├── Overloaded                         the queue is full; has `.retry_after_s`
     ├── RequestCancelled                   aborted by its owner
     ├── EngineStopped                      the engine was shut down or crashed; what was in flight gets this
@@ -149,12 +152,33 @@ class InvalidProgram(ProgramError, ValueError):
     """A graph that cannot be run."""
 
 
+class CheckFailed(ProgramError):
+    """A generated value failed its `where` checks as often as it was tried.
+
+    `attempts`: one for each try, a dict of its `text` and the `problem` with it.
+    """
+
+    attempts: tuple[dict[str, str], ...] = ()
+
+
 class ProgramCancelled(ProgramError):
     """The program, or the branch that was waited for, was cancelled."""
 
 
 class DeadlineExceeded(ProgramError, TimeoutError):
     """The program's deadline passed."""
+
+
+class NotSupported(RametError, NotImplementedError):
+    """A backend can't do this; the message says what can."""
+
+
+class RemoteError(RametError, ConnectionError):
+    """A server can't be reached, or its answer can't be used; `status` is HTTP's, where there was an answer."""
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class Overloaded(RametError):
@@ -179,3 +203,19 @@ class OutOfMemory(RametError, MemoryError):
 
 class CacheIntegrityError(RametError, AssertionError):
     """Page accounting is broken: a bug in Ramet, reported instead of hidden."""
+
+
+def from_name(name: str, message: str, *, param: str | None = None, retry_after_s: float | None = None) -> RametError:
+    """An error that came from elsewhere by the name of its class; RametError itself where the class isn't ours."""
+    kind = globals().get(name)
+    if not (isinstance(kind, type) and issubclass(kind, RametError)):
+        return RametError(f"{name}: {message}")
+    if issubclass(kind, Overloaded):
+        return kind(message, retry_after_s or 1.0)
+    if issubclass(kind, InvalidRequest):
+        return kind(message, param)
+    if issubclass(kind, UnsupportedSchema):
+        found = kind([])
+        found.args = (message,)
+        return found
+    return kind(message)

@@ -30,7 +30,7 @@ from ramet.runtime.server.engine_proxy import EngineProxy
 from ramet.runtime.server.http_limits import Limits
 from ramet.runtime.server.metrics import ServerMetrics
 from ramet.runtime.server.protocol import Hello
-from ramet.runtime.server.state import HttpError, ServerState
+from ramet.runtime.server.state import Explain, HttpError, ServerState
 from ramet.runtime.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -104,14 +104,19 @@ def open_tokenizer(model: str | None) -> tuple[str, Tokenizer]:
 
 
 def make_server(
-    model: str | None, engine: dict[str, Any], config: ServerConfig, *, log_level: str = "INFO"
+    model: str | None,
+    engine: dict[str, Any],
+    config: ServerConfig,
+    *,
+    log_level: str = "INFO",
+    explain: Explain | None = None,
 ) -> tuple[FastAPI, ServerState]:  # Any: EngineConfig's fields
     """Everything but the socket. Raises ModelError and ConfigError before anything is started."""
     EngineConfig.from_mapping(engine)
     name, tokenizer = open_tokenizer(model)
     proxy = EngineProxy(model, engine, max_in_flight=config.max_in_flight, log_level=log_level)
     metrics = ServerMetrics(proxy, compat=config.compat_metrics)
-    state = ServerState(config, proxy, tokenizer, config.served_model_name or name, time.time())
+    state = ServerState(config, proxy, tokenizer, config.served_model_name or name, time.time(), explain)
     return create_app(state, metrics), state
 
 
@@ -180,10 +185,11 @@ def serve(
     *,
     log_level: str = "INFO",
     on_ready: OnReady | None = None,
+    explain: Explain | None = None,
 ) -> None:  # Any: EngineConfig's fields
     """Serve until told to end. Raises ConfigError and ModelError; those of the engine process as well."""
     with bind(config) as listener:
-        app, state = make_server(model, engine, config, log_level=log_level)
+        app, state = make_server(model, engine, config, log_level=log_level, explain=explain)
         settings = uvicorn.Config(
             app,
             http=PatientProtocol,

@@ -32,8 +32,10 @@ from ramet.runtime.server.protocol import (
     Abort,
     Answer,
     Ask,
+    CancelNodes,
     Command,
     ErrorInfo,
+    ExtendProgram,
     Heartbeat,
     Hello,
     Output,
@@ -122,6 +124,10 @@ class EngineServer:
             self._abort(command.id)
         elif isinstance(command, StartProgram):
             self._start_program(command)
+        elif isinstance(command, ExtendProgram):
+            self._extend_program(command)
+        elif isinstance(command, CancelNodes):
+            self._cancel_nodes(command)
         elif isinstance(command, ProvideTool):
             self._provide(command)
         else:
@@ -181,6 +187,8 @@ class EngineServer:
         program = self._programs.get(request_id)
         if program is not None:
             program.cancel()
+            program.finish()
+            self._end_if_over(request_id)
             return
         with self._lock:
             if request_id in self._compiling:
@@ -191,24 +199,45 @@ class EngineServer:
     def _start_program(self, command: StartProgram) -> None:
         def on_event(event: NodeEvent) -> None:
             self._send(ProgramEvent(command.id, msgspec.structs.replace(event, cause=None)))
-            end_if_over()
-
-        def end_if_over() -> None:
-            if executor.is_over and self._programs.pop(command.id, None) is not None:
-                self._send(ProgramEnd(command.id))
+            self._end_if_over(command.id)
 
         deadline_s = None if command.deadline_s is None else time.monotonic() + command.deadline_s
-        limits = ProgramLimits(command.id, command.cache_salt, command.priority, deadline_s, command.token_budget)
-        executor = self._host.start(on_event, limits)
-        self._programs[command.id] = executor
+        limits = ProgramLimits(
+            command.id,
+            command.cache_salt,
+            command.priority,
+            deadline_s,
+            command.token_budget,
+            text_events=command.text_events,
+        )
+        self._programs[command.id] = self._host.start(on_event, limits)
+        self._extend_program(ExtendProgram(command.id, command.graph, is_last=not command.is_open))
+
+    def _extend_program(self, command: ExtendProgram) -> None:
+        executor = self._programs.get(command.id)
+        if executor is None:
+            return
         try:
-            executor.extend(Graph.from_json(command.graph))
-            executor.finish()
+            if command.graph is not None:
+                executor.extend(Graph.from_json(command.graph))
+            if command.is_last:
+                executor.finish()
         except RametError as error:
             self._programs.pop(command.id, None)
+            executor.cancel()
             self._send(ProgramEnd(command.id, ErrorInfo.of(error)))
             return
-        end_if_over()
+        self._end_if_over(command.id)
+
+    def _end_if_over(self, program_id: str) -> None:
+        executor = self._programs.get(program_id)
+        if executor is not None and executor.is_over and self._programs.pop(program_id, None) is not None:
+            self._send(ProgramEnd(program_id))
+
+    def _cancel_nodes(self, command: CancelNodes) -> None:
+        program = self._programs.get(command.id)
+        if program is not None:
+            program.cancel(command.nodes)
 
     def _provide(self, command: ProvideTool) -> None:
         program = self._programs.get(command.id)

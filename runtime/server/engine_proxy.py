@@ -33,8 +33,10 @@ from ramet.runtime.server.protocol import (
     Abort,
     Answer,
     Ask,
+    CancelNodes,
     Command,
     ErrorInfo,
+    ExtendProgram,
     Heartbeat,
     Hello,
     Output,
@@ -293,8 +295,8 @@ class EngineProxy:
         self._programs[command.id] = stream
         return stream
 
-    def provide(self, command: ProvideTool) -> None:
-        """Answer a program's tool call."""
+    def send_to_program(self, command: ExtendProgram | CancelNodes | ProvideTool) -> None:
+        """Send something to a running program. One that has ended takes no notice."""
         self._send(command)
 
     def abort(self, request_id: str) -> bool:

@@ -1,187 +1,96 @@
 """Programs over HTTP: a graph comes in once and runs inside the engine; its events come back by node.
 
-    POST   /v1/programs        a graph with its arguments, or with rows of arguments
-    GET    /v1/programs/{id}   what it has done so far
-    DELETE /v1/programs/{id}   cancel it; its pages are free within one step
+    POST   /v1/programs              a graph with its arguments, or with rows of arguments
+    POST   /v1/programs/explain      what it would cost; nothing runs
+    GET    /v1/programs/{id}         what it has done so far
+    GET    /v1/programs/{id}/events  its events over SSE, from `Last-Event-ID` on
+    POST   /v1/programs/{id}/parts   the next part of a program that was left open
+    POST   /v1/programs/{id}/values  the answer to a tool call
+    POST   /v1/programs/{id}/cancel  stop some of its nodes
+    DELETE /v1/programs/{id}         stop all of it; its pages are free within one step
 
 A finished program is kept for a while, so that a client that lost its connection can ask again, and a request repeated
-with the same Idempotency-Key gets the same program instead of another run.
+with the same Idempotency-Key gets the same program instead of another run. Repeated parts and answers change nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections import OrderedDict
-from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from typing import Any
 
 import msgspec
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from ramet.errors import InvalidProgram, RametError
-from ramet.lang.ir import Argument, Graph, NodeEvent
 from ramet.runtime.server.disconnect import until_disconnect
 from ramet.runtime.server.metrics import ServerMetrics
+from ramet.runtime.server.program_store import Program, ProgramStore, digest_of, event_json, read_graph
 from ramet.runtime.server.protocol import StartProgram
+from ramet.runtime.server.sse import EventStream
 from ramet.runtime.server.state import HttpError, ServerState
 
-MAX_KEPT = 256  # finished programs that are kept
 MAX_ROWS = 4096
-MAX_BUFFERED = 4096  # events that a slow reader of a stream may be behind; older text is merged before
+PING_S = 15.0  # a stream without events says that it is still there this often
 
 
-class ProgramBody(BaseModel):
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class ProgramBody(_Body):
     """`graph`: its JSON form. `arguments` for one run, or `rows` for one run each. `stream`: events over SSE.
 
-    `timeout_s`: deadline of each run. `token_budget`: tokens that each run may generate. With `detach` the answer comes
-    at once, and the program goes on when the connection is closed.
+    `open`: more parts will come. `timeout_s`: deadline of each run. `token_budget`: tokens that each run may generate.
+    `grace_s`: how long the program goes on when nobody reads it any more. With `detach` the answer comes at once, and
+    the program goes on to its end whoever reads it. `text_events`: report text as it is generated, too.
     """
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     graph: dict[str, Any]  # Any: JSON; checked by the graph's own reader
     arguments: dict[str, Any] = Field(default_factory=dict)
     rows: list[dict[str, Any]] | None = Field(default=None, max_length=MAX_ROWS)
     stream: bool = False
     detach: bool = False
+    open: bool = False
+    text_events: bool = True
+    grace_s: float = Field(default=0.0, ge=0, le=600)
     priority: int = Field(default=0, ge=-100, le=100)
     cache_salt: str = Field(default="", max_length=200)
     timeout_s: float | None = Field(default=None, gt=0)
     token_budget: int | None = Field(default=None, gt=0)
 
 
-@dataclass(slots=True)
-class _Row:
-    """One run. Owner: its program's task."""
+class ExplainBody(_Body):
+    """`program`: a name for it."""
 
-    id: str
-    done: list[NodeEvent] = field(default_factory=list)
-    status: str = "running"  # done, failed, cancelled
+    graph: dict[str, Any]  # Any: JSON
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    program: str = Field(default="program", max_length=200)
+
+
+class PartBody(_Body):
+    """`graph`: nodes from the program's next id on; null where none are left. `open`: still more parts will come."""
+
+    graph: dict[str, Any] | None = None  # Any: JSON
+    open: bool = False
+
+
+class ValueBody(_Body):
+    """The `value` of tool call `node`, or the `error` that it ended with."""
+
+    node: int
+    row: int = 0
+    value: Any = None  # JSON
     error: str | None = None
 
-    def to_json(self) -> dict[str, Any]:  # Any: JSON
-        values = {e.name: e.value for e in self.done if e.name is not None and e.kind == "done"}
-        nodes = [msgspec.to_builtins(msgspec.structs.replace(e, cause=None)) for e in self.done]
-        return {"status": self.status, "error": self.error, "values": values, "nodes": nodes}
 
+class CancelBody(_Body):
+    """What needs these nodes is stopped as well."""
 
-@dataclass(slots=True, eq=False)
-class _Program:
-    """A program and all its rows."""
-
-    id: str
-    rows: list[_Row]
-    listeners: list[asyncio.Queue[tuple[int, NodeEvent | None]]] = field(default_factory=list)
-    tasks: list[asyncio.Task[None]] = field(default_factory=list)
-
-    @property
-    def status(self) -> str:
-        found = {row.status for row in self.rows}
-        return next(s for s in ("running", "failed", "cancelled", "done") if s in found)
-
-    def to_json(self) -> dict[str, Any]:  # Any: JSON
-        return {"id": self.id, "object": "program", "status": self.status, "rows": [row.to_json() for row in self.rows]}
-
-
-class ProgramStore:
-    """Programs that run or were finished lately. One event loop owns it."""
-
-    def __init__(self, state: ServerState, metrics: ServerMetrics) -> None:
-        self._state = state
-        self._metrics = metrics
-        self._programs: OrderedDict[str, _Program] = OrderedDict()
-        self._by_key: dict[str, str] = {}
-
-    def get(self, program_id: str) -> _Program:
-        program = self._programs.get(program_id)
-        if program is None:
-            raise HttpError(
-                404, f"no program {program_id!r}; finished ones are kept only for a while", code="not_found"
-            )
-        return program
-
-    def with_key(self, key: str | None) -> _Program | None:
-        return None if key is None else self._programs.get(self._by_key.get(key, ""))
-
-    def start(self, body: ProgramBody, key: str | None, cache_salt: str) -> _Program:
-        """Send every row to the engine. Raises HttpError and InvalidProgram before anything has started."""
-        graph = Graph.from_json(msgspec.json.encode(body.graph))
-        rows = body.rows if body.rows is not None else [body.arguments]
-        if not rows:
-            raise HttpError(400, "rows is empty: give arguments for at least one run", param="rows")
-        bound = [_bind(graph, arguments) for arguments in rows]
-        program = _Program(self._state.proxy.new_id("program"), [])
-        for index, data in enumerate(bound):
-            row = _Row(f"{program.id}/{index}")
-            command = StartProgram(row.id, data, cache_salt, body.priority, body.timeout_s, body.token_budget)
-            try:
-                stream = self._state.proxy.start_program(command)
-            except RametError:
-                for earlier in program.rows:
-                    self._state.proxy.abort(earlier.id)
-                raise
-            program.rows.append(row)
-            program.tasks.append(asyncio.create_task(self._follow(program, index, stream.__aiter__())))
-        self._programs[program.id] = program
-        if key is not None:
-            self._by_key[key] = program.id
-        self._forget_old()
-        return program
-
-    def cancel(self, program: _Program) -> None:
-        for row in program.rows:
-            if row.status == "running":
-                row.status = "cancelled"
-                self._state.proxy.abort(row.id)
-
-    async def _follow(self, program: _Program, index: int, events: AsyncIterator[NodeEvent]) -> None:
-        row = program.rows[index]
-        try:
-            async for event in events:
-                if event.kind != "text":
-                    row.done.append(event)
-                if event.kind == "error" and row.status == "running":
-                    row.status = "failed"
-                    row.error = event.error.message if event.error is not None else "failed"
-                _tell(program, (index, event))
-        except RametError as error:
-            row.status = "failed" if row.status == "running" else row.status
-            row.error = str(error)
-        if row.status == "running":
-            row.status = "done"
-        self._metrics.note_program(row.status)
-        _tell(program, (index, None))
-
-    def _forget_old(self) -> None:
-        while len(self._programs) > MAX_KEPT:
-            oldest = next((p for p in self._programs.values() if p.status != "running"), None)
-            if oldest is None:
-                return
-            del self._programs[oldest.id]
-            self._by_key = {key: found for key, found in self._by_key.items() if found != oldest.id}
-
-
-def _bind(graph: Graph, arguments: dict[str, Any]) -> bytes:  # Any: JSON
-    names = {node.name for node in graph.nodes if isinstance(node, Argument)}
-    values = {**graph.arguments, **arguments}
-    unknown, unbound = sorted(set(arguments) - names), sorted(names - set(values))
-    if unknown:
-        raise InvalidProgram(f"the graph has no argument {unknown[0]!r}; it has {', '.join(sorted(names)) or 'none'}")
-    if unbound:
-        raise InvalidProgram(f"argument {unbound[0]!r} has no value; give it in arguments or rows")
-    return msgspec.structs.replace(graph, arguments=values).to_json()
-
-
-def _tell(program: _Program, item: tuple[int, NodeEvent | None]) -> None:
-    for queue in list(program.listeners):
-        try:
-            queue.put_nowait(item)
-        except asyncio.QueueFull:  # too slow a reader is let go: GET tells it the rest
-            program.listeners.remove(queue)
+    nodes: list[int] = Field(min_length=1)
+    row: int = 0
 
 
 def make_router(state: ServerState, metrics: ServerMetrics) -> APIRouter:
@@ -190,73 +99,140 @@ def make_router(state: ServerState, metrics: ServerMetrics) -> APIRouter:
 
     @router.post("/v1/programs", response_model=None)
     async def run(body: ProgramBody, request: Request) -> Response:
-        key = request.headers.get("idempotency-key")
-        program = store.with_key(key)
-        is_new = program is None
-        if program is None:
-            program = store.start(body, key, state.cache_salt(request, body.cache_salt))
+        program = _start(state, store, body, request)
         if body.detach:
             return JSONResponse({"id": program.id, "object": "program", "status": program.status}, 202)
         if body.stream:
-            return StreamingResponse(_events(store, program, is_new), media_type="text/event-stream")
-        tasks = list(program.tasks)
-
-        async def finished() -> None:
-            await asyncio.gather(*tasks)
-
-        def left() -> None:
-            if is_new:
-                store.cancel(program)
-
-        await until_disconnect(request, finished(), left)
+            return _event_stream(store, program, 0)
+        with store.attached(program):
+            await until_disconnect(request, _ended(program), lambda: None)
         return JSONResponse(program.to_json())
 
+    @router.post("/v1/programs/explain")
+    async def explain(body: ExplainBody) -> Response:
+        if state.explain is None:
+            raise HttpError(501, "this server was started without the planner; explain in process", code="no_planner")
+        graph = read_graph(body.graph)
+        graph = msgspec.structs.replace(graph, arguments={**graph.arguments, **body.arguments})
+        model = state.proxy.hello
+        context_length = None if model is None else model.context_length
+        return JSONResponse(
+            await state.off_loop(state.explain, graph, body.program, state.tokenizer, state.model_name, context_length)
+        )
+
     @router.get("/v1/programs/{program_id}")
-    async def show(program_id: str) -> Response:
-        return JSONResponse(store.get(program_id).to_json())
+    async def show(program_id: str, request: Request) -> Response:
+        return JSONResponse(store.get(program_id, _owner(request)).to_json())
+
+    @router.get("/v1/programs/{program_id}/events", response_model=None)
+    async def events(program_id: str, request: Request) -> Response:
+        after = request.headers.get("last-event-id", "0")
+        if not (after.isascii() and after.isdigit()):
+            raise HttpError(400, f"Last-Event-ID is {after!r}, but must be the id of an event", param="Last-Event-ID")
+        return _event_stream(store, store.get(program_id, _owner(request)), int(after))
+
+    @router.post("/v1/programs/{program_id}/parts")
+    async def extend(program_id: str, body: PartBody, request: Request) -> Response:
+        program = store.get(program_id, _owner(request))
+        graph = None if body.graph is None else read_graph(body.graph)
+        digest = "" if body.graph is None else digest_of(msgspec.json.encode(body.graph))
+        store.extend(program, graph, is_open=body.open, digest=digest)
+        return JSONResponse({"id": program.id, "status": program.status})
+
+    @router.post("/v1/programs/{program_id}/values")
+    async def provide(program_id: str, body: ValueBody, request: Request) -> Response:
+        program = store.get(program_id, _owner(request))
+        store.provide(program, body.row, body.node, msgspec.json.encode(body.value), body.error)
+        return JSONResponse({"id": program.id, "status": program.status})
+
+    @router.post("/v1/programs/{program_id}/cancel")
+    async def cancel_nodes(program_id: str, body: CancelBody, request: Request) -> Response:
+        program = store.get(program_id, _owner(request))
+        store.cancel_nodes(program, body.row, body.nodes)
+        return JSONResponse({"id": program.id, "status": program.status})
 
     @router.delete("/v1/programs/{program_id}")
-    async def cancel(program_id: str) -> Response:
-        program = store.get(program_id)
+    async def cancel(program_id: str, request: Request) -> Response:
+        program = store.get(program_id, _owner(request))
         store.cancel(program)
         return JSONResponse({"id": program.id, "object": "program", "status": program.status})
 
     return router
 
 
-async def _events(store: ProgramStore, program: _Program, is_owner: bool) -> AsyncIterator[bytes]:
-    """What has happened, then what happens. Its owner leaving early cancels the program."""
-    queue: asyncio.Queue[tuple[int, NodeEvent | None]] = asyncio.Queue(MAX_BUFFERED)
-    program.listeners.append(queue)
-    past = [(index, event) for index, row in enumerate(program.rows) for event in row.done]
-    left = sum(row.status == "running" for row in program.rows)
-    is_complete = False
+def _owner(request: Request) -> str:
+    return getattr(request.state, "api_key_digest", "")
+
+
+def _start(state: ServerState, store: ProgramStore, body: ProgramBody, request: Request) -> Program:
+    """The program that this request starts, or has started before. Raises HttpError."""
+    key, owner = request.headers.get("idempotency-key"), _owner(request)
+    digest = digest_of(body.model_dump_json().encode())
+    known = None if key is None else store.with_key(key, owner, digest)
+    if known is not None:
+        return known
+    rows = body.rows if body.rows is not None else [body.arguments]
+    if not rows:
+        raise HttpError(400, "rows is empty: give arguments for at least one run", param="rows")
+    if body.open and body.rows is not None:
+        raise HttpError(
+            400, "a program with rows can't be left open: send it whole, or one program a row", param="open"
+        )
+    command = StartProgram(
+        id="",
+        graph=b"",
+        cache_salt=state.cache_salt(request, body.cache_salt),
+        priority=body.priority,
+        deadline_s=body.timeout_s,
+        token_budget=body.token_budget,
+        is_open=body.open,
+        text_events=body.text_events,
+    )
+    grace_s = None if body.detach else body.grace_s
+    return store.start(read_graph(body.graph), rows, command, owner=owner, digest=digest, key=key, grace_s=grace_s)
+
+
+async def _ended(program: Program) -> None:
+    await asyncio.gather(*program.tasks)
+
+
+def _event_stream(store: ProgramStore, program: Program, after: int) -> EventStream:
+    attachment = store.attached(program)
+    attachment.__enter__()
+    is_closed = False
+
+    def close() -> None:
+        nonlocal is_closed
+        if not is_closed:
+            is_closed = True
+            attachment.__exit__(None, None, None)
+
+    return EventStream(_events(store, program, after, close), close)
+
+
+async def _events(
+    store: ProgramStore, program: Program, after: int, close: Callable[[], None]
+) -> AsyncGenerator[bytes, None]:
+    """What has happened, then what happens."""
     try:
         yield _sse("program", {"id": program.id, "rows": len(program.rows)})
-        for index, event in past:
-            yield _node_event(index, event)
-        while left and queue in program.listeners:
-            with contextlib.suppress(TimeoutError):
-                index, happened = await asyncio.wait_for(queue.get(), 15.0)
-                if happened is None:
-                    left -= 1
+        async with aclosing(store.follow(program, after, PING_S)) as events:
+            async for found in events:
+                if found is None:
+                    yield b": still here\n\n"
+                    continue
+                place, row, event, begun = found
+                data = {"row": row, **event_json(event)}
+                if event.kind == "text":
+                    yield _sse("node", {**data, "offset": begun})
                 else:
-                    yield _node_event(index, happened)
-                continue
-            yield b": still here\n\n"
-        is_complete = True
-        yield _sse("end", {"id": program.id, "status": program.status})
+                    yield _sse("node", data, place)
+        rows = [row.outcome() for row in program.rows]
+        yield _sse("end", {"id": program.id, "status": program.status, "rows": rows})
     finally:
-        if queue in program.listeners:
-            program.listeners.remove(queue)
-        if is_owner and not is_complete:
-            store.cancel(program)
+        close()
 
 
-def _node_event(row: int, event: NodeEvent) -> bytes:
-    data = msgspec.to_builtins(msgspec.structs.replace(event, cause=None))
-    return _sse("node", {"row": row, **data})
-
-
-def _sse(kind: str, data: object) -> bytes:
-    return b"event: " + kind.encode() + b"\ndata: " + msgspec.json.encode(data) + b"\n\n"
+def _sse(kind: str, data: object, place: int | None = None) -> bytes:
+    name = b"" if place is None else b"id: %d\n" % place
+    return name + b"event: " + kind.encode() + b"\ndata: " + msgspec.json.encode(data) + b"\n\n"

@@ -10,7 +10,7 @@ from typing import TypeAlias
 import msgspec
 
 from ramet import errors
-from ramet.errors import EngineStopped, InvalidRequest, Overloaded, RametError
+from ramet.errors import InvalidRequest, Overloaded, RametError
 from ramet.lang.ir import Constraint, NodeEvent
 
 
@@ -34,7 +34,7 @@ class Abort(msgspec.Struct, frozen=True, tag="abort"):
 
 
 class StartProgram(msgspec.Struct, frozen=True, tag="program", omit_defaults=True):
-    """Run a graph (its JSON form, arguments bound)."""
+    """Run a graph (its JSON form, arguments bound). `is_open`: more parts may come."""
 
     id: str
     graph: bytes
@@ -42,6 +42,23 @@ class StartProgram(msgspec.Struct, frozen=True, tag="program", omit_defaults=Tru
     priority: int = 0
     deadline_s: float | None = None
     token_budget: int | None = None
+    is_open: bool = False
+    text_events: bool = True
+
+
+class ExtendProgram(msgspec.Struct, frozen=True, tag="extend", omit_defaults=True):
+    """The next part of an open program (its JSON form), and whether it was the last. An ended program takes none."""
+
+    id: str
+    graph: bytes | None = None
+    is_last: bool = False
+
+
+class CancelNodes(msgspec.Struct, frozen=True, tag="cancel_nodes"):
+    """Stop these nodes of a program and what needs them."""
+
+    id: str
+    nodes: list[int]
 
 
 class ProvideTool(msgspec.Struct, frozen=True, tag="tool", omit_defaults=True):
@@ -60,7 +77,7 @@ class Ask(msgspec.Struct, frozen=True, tag="ask"):
     what: str
 
 
-Command: TypeAlias = Submit | Abort | StartProgram | ProvideTool | Ask
+Command: TypeAlias = Submit | Abort | StartProgram | ExtendProgram | CancelNodes | ProvideTool | Ask
 
 
 class ErrorInfo(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -79,15 +96,8 @@ class ErrorInfo(msgspec.Struct, frozen=True, omit_defaults=True):
         return cls(kind, str(error) or repr(error), param, retry_s)
 
     def to_exception(self) -> RametError:
-        """The error again, of its own class where that takes a message alone."""
-        kind: type[RametError] = getattr(errors, self.kind, EngineStopped)
-        if issubclass(kind, Overloaded):
-            return Overloaded(self.message, self.retry_after_s or 1.0)
-        if issubclass(kind, InvalidRequest):
-            return kind(self.message, self.param)
-        if issubclass(kind, errors.UnsupportedSchema):
-            return errors.GrammarError(self.message)
-        return kind(self.message)
+        """The error again, of its own class."""
+        return errors.from_name(self.kind, self.message, param=self.param, retry_after_s=self.retry_after_s)
 
 
 class Output(msgspec.Struct, tag="output", omit_defaults=True):
@@ -179,8 +189,10 @@ __all__ = [
     "Abort",
     "Answer",
     "Ask",
+    "CancelNodes",
     "Command",
     "ErrorInfo",
+    "ExtendProgram",
     "Heartbeat",
     "Hello",
     "Output",

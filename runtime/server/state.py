@@ -20,11 +20,16 @@ from ramet.errors import (
     RametError,
     RequestCancelled,
 )
+from ramet.lang.ir import Graph
 from ramet.runtime.server.config import ServerConfig
 from ramet.runtime.server.engine_proxy import EngineProxy
 from ramet.runtime.tokenizer import Tokenizer
 
 T = TypeVar("T")
+
+# The plan of a graph as JSON: (graph, the program's name, tokenizer, the model's name, context length). The language's
+# affair, so whoever starts the server hands it in.
+Explain = Callable[[Graph, str, Tokenizer, str, int | None], dict[str, Any]]  # Any: JSON
 
 
 @dataclass(slots=True)
@@ -36,6 +41,7 @@ class ServerState:
     tokenizer: Tokenizer
     model_name: str
     started_s: float  # time.time()
+    explain: Explain | None = None
     pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, thread_name_prefix="ramet-text"))
 
     async def off_loop(self, work: Callable[..., T], *args: Any) -> T:  # Any: the work's own arguments
@@ -65,9 +71,12 @@ class HttpError(Exception):
         self.status = status
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
         self.retry_after_s = retry_after_s
+        self.error_class: str | None = None  # of ramet.errors; a header, since the body's shape is OpenAI's
 
     def response(self) -> JSONResponse:
         headers = {} if self.retry_after_s is None else {"Retry-After": str(max(1, round(self.retry_after_s)))}
+        if self.error_class is not None:
+            headers["X-Ramet-Error"] = self.error_class
         return JSONResponse(self.body, self.status, headers)
 
     @classmethod
@@ -75,6 +84,12 @@ class HttpError(Exception):
         """The HTTP form of one of our errors."""
         if isinstance(error, HttpError):
             return error
+        found = cls._of(error)
+        found.error_class = type(error).__name__ if isinstance(error, RametError) else None
+        return found
+
+    @classmethod
+    def _of(cls, error: Exception) -> HttpError:
         message = str(error)
         if isinstance(error, Overloaded):
             return cls(429, message, kind="rate_limit_error", code="overloaded", retry_after_s=error.retry_after_s)
