@@ -87,9 +87,20 @@ def _openmp() -> ctypes.CDLL | None:
     return None
 
 
+def release_threads() -> None:
+    """End the OpenMP workers of the calling thread, which come back when it next needs them.
+
+    Each thread that runs parallel regions has workers of its own. GNU's OpenMP counts all, and where they outnumber
+    the cores its workers sleep between regions instead of spinning: after a load on one thread, decode steps on another
+    took 14.5 ms instead of 8.6 (SmolLM2 at batch 1, 2 cores). So whoever is done with parallel work lets go.
+    """
+    if _LIBRARY is not None and hasattr(_LIBRARY, "omp_pause_resource_all"):  # OpenMP 5.0
+        _LIBRARY.omp_pause_resource_all(_PAUSE_SOFT)
+
+
 def _register() -> bool:
     """Bind the names above; returns whether kernels can run in parallel."""
-    library = _openmp()
+    library = _LIBRARY
     if library is not None:
         symbols = {_PARALLEL: "GOMP_parallel", _INDEX: "omp_get_thread_num", _COUNT: "omp_get_num_threads"}
         for name, symbol in symbols.items():
@@ -108,6 +119,8 @@ _CALL = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32,
 _ZERO = ctypes.CFUNCTYPE(ctypes.c_int32)(lambda: 0)
 _ONE = ctypes.CFUNCTYPE(ctypes.c_int32)(lambda: 1)
 
+_PAUSE_SOFT = 1  # omp_pause_soft: settings such as the number of threads stay
+_LIBRARY = _openmp()
 IS_PARALLEL = _register()
 
 

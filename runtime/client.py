@@ -200,6 +200,10 @@ class Engine:
         self._ids = itertools.count()
         self._seeds = random.Random(config.seed)
         self._seed_lock = threading.Lock()
+        if self.model.decoder.device.type == "cpu":
+            from ramet.kernels.cpu_threads import release_threads  # compiles CPU code: not needed for a GPU
+
+            release_threads()  # the engine's thread alone computes from here on
         self._thread = threading.Thread(target=self._run, name="ramet-engine", daemon=True)
         self._thread.start()
 
