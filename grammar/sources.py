@@ -7,6 +7,7 @@
     choice        a JSON list of texts, or a list
     substring     the text to quote from
     tools         a tool set (tools.py): JSON text, a dict, or a ToolSet
+    structural_tag  free text with values in it (structural_tag.py): JSON text or a dict
 
 A source becomes a `ByteAutomaton` (regular, every state known), a `LinkedText` (text with JSON values in it) or an
 `ir.Grammar`, whatever the vocabulary; then it is compiled for one.
@@ -28,12 +29,13 @@ from ramet.grammar.closed import ByteAutomaton, compile_closed
 from ramet.grammar.compiler import CompiledGrammar, Limits, compile_grammar
 from ramet.grammar.linked import LinkedText, compile_linked
 from ramet.grammar.regex import parse_regex
+from ramet.grammar.structural_tag import StructuralTag, structural_text
 from ramet.grammar.substring import substring_of
 from ramet.grammar.tools import ToolSet, tools_text
 from ramet.grammar.utf8 import compile_text
 from ramet.grammar.vocabulary import Vocabulary
 
-Kind = Literal["json_schema", "regex", "cfg", "choice", "substring", "tools"]
+Kind = Literal["json_schema", "regex", "cfg", "choice", "substring", "tools", "structural_tag"]
 Parsed = ByteAutomaton | LinkedText | ir.Grammar
 
 MAX_SOURCE_BYTES = 16 << 20
@@ -86,6 +88,7 @@ OPTIONS: Mapping[str, tuple[str, ...]] = {
     "choice": (),
     "substring": ("unit", "allow_empty"),
     "tools": (),
+    "structural_tag": (),
 }
 
 
@@ -128,6 +131,11 @@ def _tools(source: Any, limits: Limits, options: dict[str, Any]) -> Parsed:
     )
 
 
+def _structural_tag(source: Any, limits: Limits, options: dict[str, Any]) -> Parsed:
+    decoded = _decoded(source, InvalidGrammar, "the structural tag") if isinstance(source, str) else source
+    return structural_text(StructuralTag.of(decoded))
+
+
 def _decoded(source: str, error_type: type[GrammarError], what: str) -> Any:
     try:
         return json.loads(source)
@@ -142,4 +150,5 @@ _PARSERS: Mapping[str, Callable[[Any, Limits, dict[str, Any]], Parsed]] = {
     "choice": _choice,
     "substring": _substring,
     "tools": _tools,
+    "structural_tag": _structural_tag,
 }

@@ -55,7 +55,7 @@ class Constraint(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown
     `in_order`: properties of a JSON schema come in its order, and no others than those it names.
     """
 
-    kind: Literal["json_schema", "regex", "cfg", "choice", "substring", "tools"]
+    kind: Literal["json_schema", "regex", "cfg", "choice", "substring", "tools", "structural_tag"]
     source: str
     in_order: bool = False
 
