@@ -13,6 +13,7 @@ import torch
 LOG2_E = 1.4426950408889634
 PROGRAMS_PER_SM = 3  # programs of the decode kernel that an H100 processor holds at once with the tile below
 MAX_SPLITS = 64
+FIXED_SPLITS = 8  # where a row's bits must not depend on the batch
 TREE_PROGRAMS_PER_SM = 1  # programs of the tree kernel that a plan aims at, per processor
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ramet.kernels.sampling import GrammarTables, SamplingTables
-from ramet.kernels.triton_support import cdiv, jit, tl
+from ramet.kernels.triton_support import cdiv, jit_any_value, tl
 
 _BLOCK = 128
 
@@ -269,7 +269,7 @@ def scatter_rows_triton(updates: Tensor, table: Tensor) -> None:
         )
 
 
-@jit
+@jit_any_value("num_rows")
 def _prepare_kernel(
     rows_ptr, new_page_ptr, token_ptr, length_ptr, pages_ptr, out_token_ptr, out_position_ptr, out_slot_ptr,
     out_length_ptr, token_stride, length_stride, pages_stride, num_rows, dummy, P: tl.constexpr, BLOCK: tl.constexpr,
@@ -293,7 +293,7 @@ def _prepare_kernel(
     tl.store(out_length_ptr + index, length + 1, mask=inside)
 
 
-@jit
+@jit_any_value("num_rows")
 def _commit_kernel(
     rows_ptr, next_ptr, token_ptr, length_ptr, counts_ptr, token_stride, length_stride, num_rows, dummy,
     HAS_COUNTS: tl.constexpr, BLOCK: tl.constexpr,
@@ -312,7 +312,7 @@ def _commit_kernel(
     tl.store(length_ptr + row * length_stride, length + count, mask=is_real)
 
 
-@jit
+@jit_any_value("num_updates")
 def _scatter_kernel(updates_ptr, table_ptr, row_stride, column_stride, num_updates, BLOCK: tl.constexpr):
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = index < num_updates

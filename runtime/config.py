@@ -32,6 +32,9 @@ class EngineConfig:
     max_queued_requests: int = _doc(100_000, "requests that may wait; one more is refused with Overloaded")
     chunked_prefill_size: int = _doc(2048, "tokens of prefill in one step, at most")
     cuda_graph: bool = _doc(True, "replay decode steps as CUDA graphs")
+    cuda_graph_max_extend: int = _doc(
+        512, "new prompt tokens of a step that a CUDA graph may hold besides decode rows; 0: such steps run eagerly"
+    )
     overlap: bool = _doc(True, "plan step t+1 while step t runs (on a GPU)")
     tree_attention: Literal["auto", "on", "off"] = _doc(
         "auto", "read shared prefixes once a group: auto asks the cost model"
@@ -53,6 +56,7 @@ class EngineConfig:
         check(self.max_running_requests >= 1, "max_running_requests", "at least 1")
         check(self.max_queued_requests >= 1, "max_queued_requests", "at least 1")
         check(self.chunked_prefill_size >= 1, "chunked_prefill_size", "at least 1")
+        check(self.cuda_graph_max_extend >= 0, "cuda_graph_max_extend", "at least 0")
         check(self.context_length is None or self.context_length >= 2, "context_length", "at least 2, or None")
         check(
             self.num_kv_tokens is None or self.num_kv_tokens >= 2 * self.page_size,

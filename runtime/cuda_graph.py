@@ -1,7 +1,9 @@
-"""Decode steps as CUDA graphs: one a batch bucket, from the embedding to the sampled token and the new lengths.
+"""Steps as CUDA graphs: decode steps one a batch bucket, and steps with short prompts, one a pair of buckets.
 
-A replay costs the host one copy of `[2, bucket]` integers (slots, pages begun) and one launch. Buffers are static; the
-graphs share one memory pool, as no two of them run at once. Not here: steps with extend rows, which run eagerly.
+A decode graph goes from the embedding to the sampled token and the new lengths; a replay costs the host one copy of
+`[2, bucket]` integers (slots, pages begun) and one launch. A mixed graph holds decode rows and up to a bucket of new
+tokens besides; all its integers are one copied block. Buffers are static; the graphs share one memory pool, as no two
+of them run at once. Not here: long prompts, scores and rows that the host must edit; they run eagerly.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -18,14 +21,49 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ramet.kernels.step_inputs import DecodeInputs
+from ramet.runtime.inputs import ExtendArrays
 
 logger = logging.getLogger(__name__)
+
+MIXED_ROWS = (0, 8, 32, 64, 128, 256)  # decode rows of mixed graphs
+MIXED_TOKENS = (16, 64, 128, 256, 512)  # new tokens of mixed graphs; longer prompts take longer than their launches do
+_MAX_EXTENDS = 64  # sequences that have new tokens in a mixed graph
 
 
 def decode_buckets(max_batch: int) -> list[int]:
     """Batch sizes that get a graph: dense where steps are cheap, never more than an eighth too large."""
     sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, 257, 32), *range(320, max_batch + 1, 64)]
     return [*(size for size in sizes if size < max_batch), max_batch]
+
+
+class Capture(Protocol):
+    """Records what a function launches; the result launches it again, on the same addresses."""
+
+    def __call__(self, body: Callable[[], None]) -> Callable[[], None]: ...
+
+
+class CudaCapture:
+    """Captures CUDA graphs into one memory pool, on one side stream."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, body: Callable[[], None]) -> Callable[[], None]:
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize(self._device)
+        # Not torch.cuda.graph: it collects garbage and empties the allocator's cache each time.
+        with torch.cuda.stream(self._stream):
+            body()  # compiles kernels, and makes this stream's library handles and workspaces: a capture must not
+            self._stream.synchronize()
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                body()
+            finally:
+                graph.capture_end()
+        torch.cuda.synchronize(self._device)
+        return graph.replay
 
 
 @dataclass(slots=True)
@@ -53,52 +91,185 @@ class GraphKey:
     uses_tree: bool
 
 
-Body = Callable[[GraphKey, DecodeBuffers], None]
+@dataclass(frozen=True, slots=True)
+class MixedKey:
+    num_decode: int  # decode rows, padded
+    num_tokens: int  # new tokens of prompts, padded
+    uses_tree: bool
+
+    @property
+    def num_extends(self) -> int:
+        """Sequences that the new tokens may belong to."""
+        return min(self.num_tokens, _MAX_EXTENDS)
+
+    @property
+    def num_samples(self) -> int:
+        return self.num_decode + self.num_extends
 
 
-class DecodeGraphs:
-    """Captures `body` for each key when it is first needed, or ahead of time by `capture_all`."""
+class MixedBuffers:
+    """Static tensors of one mixed graph, int32, in one block; `sections` names the parts and their sizes.
 
-    def __init__(self, body: Body, max_batch: int, dummy_slot: int, device: torch.device) -> None:
+    rows, new_pages [B]; token_ids, positions, kv_slots [T]; cu_seqlens [E + 1]; kv_lens, extend_rows [E];
+    sample_index, sample_rows, sample_positions [B + E]. Padding is harmless: the dummy slot, page 0, no tokens.
+    """
+
+    def __init__(self, key: MixedKey, dummy_slot: int, device: torch.device) -> None:
+        self.key = key
+        batch, num_tokens, extends, samples = key.num_decode, key.num_tokens, key.num_extends, key.num_samples
+        sizes = {
+            "rows": batch, "new_pages": batch, "token_ids": num_tokens, "positions": num_tokens,
+            "kv_slots": num_tokens, "cu_seqlens": extends + 1, "kv_lens": extends, "extend_rows": extends,
+            "sample_index": samples, "sample_rows": samples, "sample_positions": samples,
+        }  # fmt: skip
+        self._padding = {"rows": dummy_slot, "sample_rows": dummy_slot, "extend_rows": dummy_slot}
+        self.sections: dict[str, slice] = {}
+        end = 0
+        for name, size in sizes.items():
+            self.sections[name] = slice(end, end + size)
+            end += -(-size // 32) * 32  # 128 bytes: kernels compiled for aligned pointers serve every section
+        self.block = torch.zeros(end, dtype=torch.int32, device=device)
+        self.inputs = DecodeInputs.create(batch, device)
+        self.tokens = torch.zeros(samples, dtype=torch.int32, device=device)
+        self.block.copy_(torch.from_numpy(self.pack({})))
+
+    def part(self, name: str) -> Tensor:
+        return self.block[self.sections[name]]
+
+    def pack(self, values: dict[str, NDArray[np.int32]]) -> NDArray[np.int32]:
+        """Return the block with `values` at the heads of their sections; cu_seqlens is padded by its last value."""
+        packed = np.zeros(self.block.shape[0], dtype=np.int32)
+        for name, filler in self._padding.items():
+            packed[self.sections[name]] = filler
+        for name, value in values.items():
+            start, stop = self.sections[name].start, self.sections[name].stop
+            assert len(value) <= stop - start, (name, len(value))
+            packed[start : start + len(value)] = value
+            if name == "cu_seqlens":
+                packed[start + len(value) : stop] = value[-1]
+        return packed
+
+
+DecodeBody = Callable[[GraphKey, DecodeBuffers], None]
+MixedBody = Callable[[MixedKey, MixedBuffers], None]
+
+
+class StepGraphs:
+    """Captures bodies for each key when it is first needed, or ahead of time by `capture_all`."""
+
+    def __init__(
+        self,
+        decode_body: DecodeBody,
+        mixed_body: MixedBody,
+        max_batch: int,
+        dummy_slot: int,
+        device: torch.device,
+        *,
+        max_extend: int,
+        capture: Capture | None = None,
+    ) -> None:
+        """max_extend: new tokens of a step that a graph may hold; 0 for decode graphs alone."""
         self.buckets = decode_buckets(max_batch)
-        self._body = body
+        self.mixed_rows = [*(n for n in MIXED_ROWS if n < max_batch), max_batch]
+        self.mixed_tokens = [n for n in MIXED_TOKENS if n <= max_extend]
+        self._decode_body, self._mixed_body = decode_body, mixed_body
         self._dummy_slot = dummy_slot
         self._device = device
-        self._graphs: dict[GraphKey, tuple[torch.cuda.CUDAGraph, DecodeBuffers]] = {}
-        self._pool = torch.cuda.graph_pool_handle()
+        self._capture = CudaCapture(device) if capture is None else capture
+        self._decode: dict[GraphKey, tuple[Callable[[], None], DecodeBuffers]] = {}
+        self._mixed: dict[MixedKey, tuple[Callable[[], None], MixedBuffers]] = {}
 
-    def capture_all(self) -> None:
-        """Capture the common graph of every bucket, the largest first, so that the smaller ones reuse its memory."""
+    def capture_all(self, *, with_tree: bool) -> None:
+        """Capture every graph of overlapped steps, the largest first, so that the smaller ones reuse its memory."""
         start_s = time.monotonic()
-        for bucket in reversed(self.buckets):
-            self._capture(GraphKey(bucket, samples=True, uses_tree=False))
-        logger.info("captured %d decode graphs in %.1f s", len(self.buckets), time.monotonic() - start_s)
+        trees = (False, True) if with_tree else (False,)
+        for uses_tree in trees:
+            for bucket in reversed(self.buckets):
+                if bucket > 1 or not uses_tree:
+                    self._decode_graph(GraphKey(bucket, samples=True, uses_tree=uses_tree))
+            for num_tokens in reversed(self.mixed_tokens):
+                for num_decode in reversed(self.mixed_rows):
+                    if num_decode > 1 or not uses_tree:
+                        self._mixed_graph(MixedKey(num_decode, num_tokens, uses_tree))
+        count, took_s = len(self._decode) + len(self._mixed), time.monotonic() - start_s
+        logger.info("captured %d graphs in %.1f s", count, took_s)
+
+    @property
+    def num_graphs(self) -> int:
+        return len(self._decode) + len(self._mixed)
 
     def replay(
         self, rows: NDArray[np.int32], new_pages: NDArray[np.int32], *, samples: bool, uses_tree: bool
     ) -> DecodeBuffers:
-        """Run the step of these rows; results lie in the first len(rows) entries of the returned buffers."""
+        """Run the decode step of these rows; results lie in the first len(rows) entries of the returned buffers."""
         count = len(rows)
         key = GraphKey(self.buckets[bisect.bisect_left(self.buckets, count)], samples, uses_tree)
-        if key not in self._graphs:
-            self._capture(key)
-        graph, buffers = self._graphs[key]
+        run, buffers = self._decode_graph(key)
         packed = np.zeros((2, key.bucket), dtype=np.int32)
         packed[0, :count] = rows
         packed[0, count:] = self._dummy_slot
         packed[1, :count] = new_pages
-        buffers.step_input.copy_(torch.from_numpy(packed).pin_memory(), non_blocking=True)
-        graph.replay()
+        self._send(packed, buffers.step_input)
+        run()
         return buffers
 
-    def _capture(self, key: GraphKey) -> None:
-        step_input = torch.zeros((2, key.bucket), dtype=torch.int32, device=self._device)
-        step_input[0] = self._dummy_slot
-        tokens = torch.zeros(key.bucket, dtype=torch.int32, device=self._device)
-        buffers = DecodeBuffers(step_input, DecodeInputs.create(key.bucket, self._device), tokens)
-        self._body(key, buffers)  # compiles kernels and makes library handles, which a capture must not do
-        torch.cuda.synchronize(self._device)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            self._body(key, buffers)
-        self._graphs[key] = (graph, buffers)
+    def mixed_key(self, num_decode: int, arrays: ExtendArrays, *, uses_tree: bool) -> MixedKey | None:
+        """The graph that a step with these extend rows fits; None where it must run eagerly."""
+        num_tokens, num_extends = len(arrays.token_ids), len(arrays.rows)
+        if len(arrays.score_index) or not self.mixed_tokens or num_tokens > self.mixed_tokens[-1]:
+            return None
+        if num_decode > self.mixed_rows[-1]:
+            return None
+        key = MixedKey(
+            self.mixed_rows[bisect.bisect_left(self.mixed_rows, num_decode)],
+            self.mixed_tokens[bisect.bisect_left(self.mixed_tokens, num_tokens)],
+            uses_tree,
+        )
+        return key if num_extends <= key.num_extends else None
+
+    def replay_mixed(
+        self, key: MixedKey, rows: NDArray[np.int32], new_pages: NDArray[np.int32], arrays: ExtendArrays
+    ) -> Tensor:
+        """Run a mixed step whose slot-table updates are sent already; returns the sampled tokens int32 [R]."""
+        run, buffers = self._mixed_graph(key)
+        # Hidden states of new tokens begin behind the padded decode rows.
+        shift = key.num_decode - len(rows)
+        sample_index = np.where(arrays.sample_index < len(rows), arrays.sample_index, arrays.sample_index + shift)
+        packed = buffers.pack(
+            {
+                "rows": rows,
+                "new_pages": new_pages,
+                "token_ids": arrays.token_ids,
+                "positions": arrays.positions,
+                "kv_slots": arrays.kv_slots,
+                "cu_seqlens": arrays.cu_seqlens,
+                "kv_lens": arrays.kv_lens,
+                "extend_rows": arrays.rows,
+                "sample_index": sample_index,
+                "sample_rows": arrays.sample_rows,
+                "sample_positions": arrays.sample_positions,
+            }
+        )
+        self._send(packed, buffers.block)
+        run()
+        return buffers.tokens[: len(sample_index)]
+
+    def _send(self, packed: NDArray[np.int32], target: Tensor) -> None:
+        """Copy to a static buffer in stream order; the pinned source is kept by torch until the copy is done."""
+        source = torch.from_numpy(packed)
+        target.copy_(source.pin_memory() if target.is_cuda else source, non_blocking=True)
+
+    def _decode_graph(self, key: GraphKey) -> tuple[Callable[[], None], DecodeBuffers]:
+        if key not in self._decode:
+            step_input = torch.zeros((2, key.bucket), dtype=torch.int32, device=self._device)
+            step_input[0] = self._dummy_slot
+            tokens = torch.zeros(key.bucket, dtype=torch.int32, device=self._device)
+            buffers = DecodeBuffers(step_input, DecodeInputs.create(key.bucket, self._device), tokens)
+            self._decode[key] = (self._capture(lambda: self._decode_body(key, buffers)), buffers)
+        return self._decode[key]
+
+    def _mixed_graph(self, key: MixedKey) -> tuple[Callable[[], None], MixedBuffers]:
+        if key not in self._mixed:
+            buffers = MixedBuffers(key, self._dummy_slot, self._device)
+            self._mixed[key] = (self._capture(lambda: self._mixed_body(key, buffers)), buffers)
+        return self._mixed[key]

@@ -56,6 +56,8 @@ def build_core(model: LoadedModel, config: EngineConfig) -> EngineCore:
     """Size the KV pool by what is left of the memory, and put the parts together."""
     start_s = time.monotonic()
     device, dtype = model.decoder.device, model.decoder.dtype
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # of this thread: kernels are launched on the current device
     wanted = config.context_length or model.config.max_position_embeddings
     if wanted > model.config.max_position_embeddings:
         raise ConfigError(
@@ -81,7 +83,7 @@ def build_core(model: LoadedModel, config: EngineConfig) -> EngineCore:
         tree=make_tree_planner(model, config, device),
     )
     if device.type == "cuda" and config.cuda_graph:
-        runner.capture_graphs()
+        runner.capture_graphs(config.cuda_graph_max_extend)
         torch.cuda.synchronize(device)
     logger.info(
         "engine ready in %.1f s: %s %s, KV %.2f GiB for %d tokens, context %d, workspace %.2f GiB",

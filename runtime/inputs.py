@@ -7,7 +7,7 @@ not known to the host (the step that samples them may still run): kernels fetch 
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -21,13 +21,32 @@ from ramet.runtime.types import Batch, ScheduledSequence, TokenIds
 
 
 @dataclass(slots=True)
-class ExtendInputs:
-    """Device tensors of a step's extend rows, and which rows of the whole step are sampled or scored.
+class ExtendArrays:
+    """A step's extend rows on the host, int32 arrays; which rows of the whole step are sampled or scored.
 
-    token_ids, positions, kv_slots: int32 [T_extend]. sample_index int32 [R]: rows of the step's hidden states that are
-    sampled, decode rows included; sample_rows [R]: their slots; sample_positions [R]: the position of the new token.
-    score_index, score_targets int32 [Q]: hidden states and next tokens of scoring requests, or None.
+    token_ids, positions, kv_slots [T_extend]; cu_seqlens [E + 1]; kv_lens, rows [E]. updates [U, 3]: what joins, pages
+    and lengths change in the slot tables. sample_index [R]: rows of the step's hidden states that are sampled, decode
+    rows included; sample_rows [R]: their slots; sample_positions [R]: the position of the new token.
+    score_index, score_targets [Q]: hidden states and next tokens of scoring requests.
     """
+
+    token_ids: NDArray[np.int32]
+    positions: NDArray[np.int32]
+    kv_slots: NDArray[np.int32]
+    cu_seqlens: NDArray[np.int32]
+    kv_lens: NDArray[np.int32]
+    rows: NDArray[np.int32]
+    updates: NDArray[np.int32]
+    sample_index: NDArray[np.int32]
+    sample_rows: NDArray[np.int32]
+    sample_positions: NDArray[np.int32]
+    score_index: NDArray[np.int32]
+    score_targets: NDArray[np.int32]
+
+
+@dataclass(slots=True)
+class ExtendInputs:
+    """`ExtendArrays` on the device; score_index and score_targets are None where nothing is scored."""
 
     token_ids: Tensor
     positions: Tensor
@@ -63,10 +82,8 @@ def scored_range(item: ScheduledSequence) -> tuple[int, int]:
     return first, max(first, min(item.start + item.num_tokens + 1, request.num_prompt))
 
 
-def build_extend_inputs(
-    batch: Batch, slots: RunningSlots, grammar_states: Seq[int], page_size: int, device: torch.device
-) -> ExtendInputs:
-    """Gather the extend rows of `batch`; writes their joins, pages and lengths to the slot tables.
+def gather_extend(batch: Batch, slots: RunningSlots, grammar_states: Seq[int], page_size: int) -> ExtendArrays:
+    """Gather the extend rows of `batch`; their joins, pages and lengths count as known to the device from now on.
 
     grammar_states: the device automaton state of each extend row.
     """
@@ -79,8 +96,9 @@ def build_extend_inputs(
     sample_index = list(range(batch.num_decode))
     sample_rows = [item.sequence.slot for item in decode_items]
     sample_positions = [item.start + 1 for item in decode_items]
-    score_index: list[NDArray[np.int32]] = []
-    score_targets: list[TokenIds] = []
+    none = np.zeros(0, dtype=np.int32)
+    score_index: list[NDArray[np.int32]] = [none]
+    score_targets: list[TokenIds] = [none]
     offset = batch.num_decode
     for item in items:
         sequence, end = item.sequence, item.start + item.num_tokens
@@ -101,45 +119,47 @@ def build_extend_inputs(
             score_index.append(np.arange(first, last, dtype=np.int32) - 1 - item.start + offset)
             score_targets.append(sequence.tokens(first, last))
         offset += item.num_tokens
-    cu_seqlens = np.concatenate([[0], np.cumsum(q_lens)]).astype(np.int32)
-    none = np.zeros(0, dtype=np.int32)
-    parts = upload(
-        [
-            np.concatenate(tokens),
-            np.concatenate(positions),
-            np.concatenate(kv_slots),
-            cu_seqlens,
-            np.asarray(kv_lens, dtype=np.int32),
-            np.asarray(rows, dtype=np.int32),
-            slots.extend_updates(items, grammar_states),
-            np.asarray(sample_index, dtype=np.int32),
-            np.asarray(sample_rows, dtype=np.int32),
-            np.asarray(sample_positions, dtype=np.int32),
-            np.concatenate(score_index) if score_index else none,
-            np.concatenate(score_targets) if score_targets else none,
-        ],
-        device,
+    return ExtendArrays(
+        token_ids=np.concatenate(tokens),
+        positions=np.concatenate(positions),
+        kv_slots=np.concatenate(kv_slots),
+        cu_seqlens=np.concatenate([[0], np.cumsum(q_lens)]).astype(np.int32),
+        kv_lens=np.asarray(kv_lens, dtype=np.int32),
+        rows=np.asarray(rows, dtype=np.int32),
+        updates=slots.extend_updates(items, grammar_states),
+        sample_index=np.asarray(sample_index, dtype=np.int32),
+        sample_rows=np.asarray(sample_rows, dtype=np.int32),
+        sample_positions=np.asarray(sample_positions, dtype=np.int32),
+        score_index=np.concatenate(score_index),
+        score_targets=np.concatenate(score_targets),
     )
-    scatter_rows(parts[6], slots.tables.arena)
+
+
+def upload_extend(arrays: ExtendArrays, slots: RunningSlots, device: torch.device) -> ExtendInputs:
+    """Send the rows to the device in one transfer, and write their updates to the slot tables."""
+    parts = upload([getattr(arrays, f.name) for f in fields(arrays)], device)
+    named = dict(zip((f.name for f in fields(arrays)), parts, strict=True))
+    scatter_rows(named["updates"], slots.tables.arena)
+    q_lens, kv_lens = np.diff(arrays.cu_seqlens).tolist(), arrays.kv_lens.tolist()
     metadata = ExtendMetadata(
-        cu_seqlens_q=parts[3],
-        kv_lens=parts[4],
-        rows=parts[5],
+        cu_seqlens_q=named["cu_seqlens"],
+        kv_lens=named["kv_lens"],
+        rows=named["rows"],
         page_table=slots.tables.page_table,
         max_seqlen_q=max(q_lens),
         max_kv_len=max(kv_lens),
         q_lens_host=q_lens,
         kv_lens_host=kv_lens,
     )
-    has_scores = bool(score_index)
+    has_scores = len(arrays.score_index) > 0
     return ExtendInputs(
-        token_ids=parts[0],
-        positions=parts[1],
-        kv_slots=parts[2],
+        token_ids=named["token_ids"],
+        positions=named["positions"],
+        kv_slots=named["kv_slots"],
         metadata=metadata,
-        sample_index=parts[7],
-        sample_rows=parts[8],
-        sample_positions=parts[9],
-        score_index=parts[10] if has_scores else None,
-        score_targets=parts[11] if has_scores else None,
+        sample_index=named["sample_index"],
+        sample_rows=named["sample_rows"],
+        sample_positions=named["sample_positions"],
+        score_index=named["score_index"] if has_scores else None,
+        score_targets=named["score_targets"] if has_scores else None,
     )

@@ -1,7 +1,7 @@
 """One step on the device: inputs, decoder, sampling, and the copy of what was sampled back to the host.
 
 `launch` never waits for the device (where the device is a GPU); `LaunchedStep.read` does, one step later. A step that
-only decodes replays a CUDA graph; one with extend rows runs eagerly. Owner of the slot tables.
+only decodes, or has few new tokens besides, replays a CUDA graph; others run eagerly. Owner of the slot tables.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ramet.kernels.attention_decode import DecodeMetadata
 from ramet.kernels.attention_extend import ExtendMetadata
-from ramet.kernels.attention_plan import choose_num_splits
+from ramet.kernels.attention_plan import FIXED_SPLITS, choose_num_splits
 from ramet.kernels.attention_tree import TreePlan
 from ramet.kernels.copy_pages import copy_pages
 from ramet.kernels.grammar_arena import FREE_STATE, GrammarArena
@@ -24,8 +24,16 @@ from ramet.kernels.grammar_mask import advance_states
 from ramet.kernels.logits import compute_logprobs
 from ramet.kernels.sampling import sample
 from ramet.kernels.step_inputs import COLUMNS, DecodeInputs, commit_decode, prepare_decode, scatter_rows
-from ramet.runtime.cuda_graph import DecodeBuffers, DecodeGraphs, GraphKey
-from ramet.runtime.inputs import ExtendInputs, build_extend_inputs, decode_rows_of, new_pages_of, scored_range
+from ramet.runtime.cuda_graph import Capture, DecodeBuffers, GraphKey, MixedBuffers, MixedKey, StepGraphs
+from ramet.runtime.inputs import (
+    ExtendArrays,
+    ExtendInputs,
+    decode_rows_of,
+    gather_extend,
+    new_pages_of,
+    scored_range,
+    upload_extend,
+)
 from ramet.runtime.kv_cache import KVCache
 from ramet.runtime.models.config import ModelConfig
 from ramet.runtime.models.context import ForwardContext
@@ -36,6 +44,7 @@ from ramet.runtime.tree_planner import TreePlanner
 from ramet.runtime.types import Batch, RowOutput
 
 _SCORE_ROWS = 512  # logits rows of one part of a scoring chunk: bounds the [rows, V] fp32 workspace
+_ANY_LENGTH = 1 << 20  # as the longest of a launch: attention takes the tile of long prompts
 
 
 @dataclass(slots=True)
@@ -100,7 +109,10 @@ class ModelRunner:
         max_kv_len: int,
         arena: GrammarArena | None = None,
         tree: TreePlanner | None = None,
+        is_deterministic: bool = False,
     ) -> None:
+        """is_deterministic: a row's bits must not depend on the other rows; `decoder` has batch-invariant products."""
+        assert tree is None or not is_deterministic, "what a group shares changes the order of summation"
         is_cuda = device.type == "cuda"
         self.decoder = decoder
         self.model: ModelConfig = decoder.config
@@ -109,13 +121,14 @@ class ModelRunner:
         self.tables = slots.tables
         self.arena = arena
         self.tree = tree
+        self.is_deterministic = is_deterministic
         self.sampling = (
             slots.tables.sampling() if arena is None else slots.tables.sampling(arena.mask_index, arena.mask_rows)
         )
         self.device = device
         self.max_kv_len = max_kv_len
         self.page_size = kv_cache.page_size
-        self.graphs: DecodeGraphs | None = None
+        self.graphs: StepGraphs | None = None
         num_counters = slots.num_slots * self.model.num_kv_heads
         self._merge_counters = torch.zeros(num_counters, dtype=torch.int32, device=device) if is_cuda else None
         self.num_sms = torch.cuda.get_device_properties(device).multi_processor_count if is_cuda else 1
@@ -135,12 +148,22 @@ class ModelRunner:
         on_host: the tokens so far are known to the host, so penalties, biases and log-probabilities can be done.
         grammar_states: the arena's state of each extend row, for those that join; None: all are unconstrained.
         """
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # of this thread: kernels are launched on the current device
         self._copy_pages(batch)
         scores = None
-        is_decode = batch.num_decode == len(batch.items)
-        if is_decode and self.graphs is not None:
+        samples_in_graph = masks is None and not on_host
+        if batch.num_decode < len(batch.items):
+            states = grammar_states or [FREE_STATE] * (len(batch.items) - batch.num_decode)
+            arrays = gather_extend(batch, self.slots, states, self.page_size)
+            tokens_in_graph = self._replay_mixed(batch, arrays) if samples_in_graph else None
+            if tokens_in_graph is not None:
+                return self._to_host(batch, tokens_in_graph, None, None)
+            hidden, slots, positions, scores = self._run_extend(batch, arrays)
+        elif self.graphs is None:
+            hidden, slots, positions = self._run_decode(batch)
+        else:
             rows, new_pages = decode_rows_of(batch.items), new_pages_of(batch.items, self.page_size)
-            samples_in_graph = masks is None and not on_host
             uses_tree = self._tree_plan(batch) is not None
             buffers = self.graphs.replay(rows, new_pages, samples=samples_in_graph, uses_tree=uses_tree)
             count = len(rows)
@@ -148,32 +171,80 @@ class ModelRunner:
                 return self._to_host(batch, buffers.tokens[:count], None, None)
             assert buffers.logits is not None
             logits, slots, positions = buffers.logits[:count], buffers.rows[:count], buffers.inputs.kv_lens[:count]
-        else:
-            hidden, slots, positions, scores = (
-                self._run_decode(batch) if is_decode else self._run_extend(batch, grammar_states)
-            )
-            if slots.numel() == 0:
-                return self._to_host(batch, slots, None, scores)
-            logits = self.decoder.logits(hidden)
-        tokens, logprobs = self._sample(batch, logits, slots, positions, masks, on_host)
+            tokens, logprobs = self._sample(batch, logits, slots, positions, masks, on_host)
+            return self._to_host(batch, tokens, logprobs, None)
+        if slots.numel() == 0:
+            return self._to_host(batch, slots, None, scores)
+        tokens, logprobs = self._sample(batch, self.decoder.logits(hidden), slots, positions, masks, on_host)
         return self._to_host(batch, tokens, logprobs, scores)
 
-    def capture_graphs(self) -> None:
-        """Capture the decode graphs; the slot tables must be idle."""
+    def capture_graphs(self, max_extend: int = 0, capture: Capture | None = None) -> None:
+        """Capture the graphs of decode steps and of steps with at most `max_extend` new tokens.
+
+        The slot tables must be idle. Also compiles the kernels that no graph has.
+        """
         with torch.inference_mode():
-            self.graphs = DecodeGraphs(self._decode_body, self.slots.num_slots, self.slots.dummy, self.device)
-            self.graphs.capture_all()
+            self.graphs = StepGraphs(
+                self._decode_body,
+                self._mixed_body,
+                self.slots.num_slots,
+                self.slots.dummy,
+                self.device,
+                max_extend=max_extend,
+                capture=capture,
+            )
+            self.graphs.capture_all(with_tree=self.tree is not None)
+            none = torch.zeros(1, dtype=torch.int32, device=self.device)
+            copy_pages(self.kv_cache.layers, none, none, none)
+
+    def _replay_mixed(self, batch: Batch, arrays: ExtendArrays) -> Tensor | None:
+        """Run a step with extend rows as a graph, sampling included; None where there is none for its size."""
+        if self.graphs is None:
+            return None
+        uses_tree = batch.num_decode > 1 and self._tree_plan(batch) is not None
+        key = self.graphs.mixed_key(batch.num_decode, arrays, uses_tree=uses_tree)
+        if key is None:
+            return None
+        (updates,) = upload([arrays.updates], self.device)
+        scatter_rows(updates, self.tables.arena)
+        items = batch.items[: batch.num_decode]
+        return self.graphs.replay_mixed(key, decode_rows_of(items), new_pages_of(items, self.page_size), arrays)
+
+    def _mixed_body(self, key: MixedKey, buffers: MixedBuffers) -> None:
+        """A step of padded decode rows, then padded new tokens, from the embedding to the slots' new states."""
+        tables, part = self.tables, buffers.part
+        token_ids, positions, kv_slots = part("token_ids"), part("positions"), part("kv_slots")
+        decode = None
+        if key.num_decode:
+            rows, inputs = part("rows"), buffers.inputs
+            prepare_decode(
+                rows, part("new_pages"), tables.last_token, tables.kv_len, tables.page_table, self.page_size, inputs
+            )
+            token_ids = torch.cat((inputs.token_ids, token_ids))
+            positions = torch.cat((inputs.positions, positions))
+            kv_slots = torch.cat((inputs.kv_slots, kv_slots))
+            decode = self._graph_metadata(inputs, rows, uses_tree=key.uses_tree)
+        extend = ExtendMetadata(
+            cu_seqlens_q=part("cu_seqlens"),
+            kv_lens=part("kv_lens"),
+            rows=part("extend_rows"),
+            page_table=tables.page_table,
+            max_seqlen_q=_ANY_LENGTH if self.is_deterministic else key.num_tokens,
+            max_kv_len=self.max_kv_len,
+        )
+        context = self._context(positions, kv_slots, key.num_decode, decode, extend)
+        hidden = self.decoder.forward(token_ids, context)
+        logits = self.decoder.logits(hidden.index_select(0, part("sample_index")))
+        slots = part("sample_rows")
+        sample(logits, self.sampling, slots, part("sample_positions"), None, buffers.tokens)
+        self._commit(slots, buffers.tokens)
 
     def _decode_body(self, key: GraphKey, buffers: DecodeBuffers) -> None:
         tables, inputs = self.tables, buffers.inputs
         prepare_decode(
             buffers.rows, buffers.new_pages, tables.last_token, tables.kv_len, tables.page_table, self.page_size, inputs
         )
-        num_splits = choose_num_splits(_padded(key.bucket), self.model.num_kv_heads, self.max_kv_len, self.num_sms)
-        tree = self.tree.plan if key.uses_tree and self.tree is not None else None
-        decode = DecodeMetadata(
-            inputs.kv_lens, buffers.rows, tables.page_table, num_splits, tree, merge_counters=self._merge_counters
-        )
+        decode = self._graph_metadata(inputs, buffers.rows, uses_tree=key.uses_tree)
         context = self._context(inputs.positions, inputs.kv_slots, key.bucket, decode)
         logits = self.decoder.logits(self.decoder.forward(inputs.token_ids, context))
         if not key.samples:
@@ -181,6 +252,19 @@ class ModelRunner:
             return
         sample(logits, self.sampling, buffers.rows, inputs.kv_lens, None, buffers.tokens)
         self._commit(buffers.rows, buffers.tokens)
+
+    def _graph_metadata(self, inputs: DecodeInputs, rows: Tensor, *, uses_tree: bool) -> DecodeMetadata:
+        tree = self.tree.plan if uses_tree and self.tree is not None else None
+        num_splits = self._num_splits(rows.numel())
+        return DecodeMetadata(
+            inputs.kv_lens, rows, self.tables.page_table, num_splits, tree, merge_counters=self._merge_counters
+        )
+
+    def _num_splits(self, batch: int) -> int:
+        """Parts of a row's keys. By the padded batch, so that a row is split alike in graphs and eager steps."""
+        if self.is_deterministic:
+            return FIXED_SPLITS
+        return choose_num_splits(_padded(batch), self.model.num_kv_heads, self.max_kv_len, self.num_sms)
 
     def _commit(self, slots: Tensor, tokens: Tensor) -> None:
         """Store the sampled tokens of these slots, count them, and advance the slots' automata."""
@@ -218,20 +302,19 @@ class ModelRunner:
         source, target, num_tokens = upload([copies[:, 0], copies[:, 1], copies[:, 2]], self.device)
         copy_pages(self.kv_cache.layers, source, target, num_tokens)
 
-    def _run_decode(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, None]:
+    def _run_decode(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden states [B, hidden], slots [B] and positions of the new tokens [B]."""
         rows, new_pages = upload([decode_rows_of(batch.items), new_pages_of(batch.items, self.page_size)], self.device)
         inputs = self._prepare_decode(rows, new_pages)
         decode = self._decode_metadata(rows, inputs.kv_lens, batch)
         context = self._context(inputs.positions, inputs.kv_slots, batch.num_decode, decode)
-        return self.decoder.forward(inputs.token_ids, context), rows, inputs.kv_lens, None
+        return self.decoder.forward(inputs.token_ids, context), rows, inputs.kv_lens
 
-    def _run_extend(
-        self, batch: Batch, grammar_states: Seq[int] | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def _run_extend(self, batch: Batch, arrays: ExtendArrays) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """As `_run_decode` for the rows that sample, and the log-probabilities that were asked for."""
-        states = grammar_states or [FREE_STATE] * (len(batch.items) - batch.num_decode)
-        extend = build_extend_inputs(batch, self.slots, states, self.page_size, self.device)
+        extend = upload_extend(arrays, self.slots, self.device)
+        if self.is_deterministic:
+            extend.metadata.max_seqlen_q = _ANY_LENGTH
         token_ids, positions, kv_slots = extend.token_ids, extend.positions, extend.kv_slots
         decode = None
         if batch.num_decode:
@@ -275,10 +358,14 @@ class ModelRunner:
 
     def _decode_metadata(self, rows: Tensor, kv_lens: Tensor, batch: Batch) -> DecodeMetadata:
         lens = [item.start + 1 for item in batch.items[: batch.num_decode]]
-        # As the graphs do, so that a row is split alike in every step, and no kernel is compiled for one length.
-        num_splits = choose_num_splits(_padded(len(lens)), self.model.num_kv_heads, self.max_kv_len, self.num_sms)
         return DecodeMetadata(
-            kv_lens, rows, self.tables.page_table, num_splits, self._tree_plan(batch), lens, self._merge_counters
+            kv_lens,
+            rows,
+            self.tables.page_table,
+            self._num_splits(len(lens)),
+            self._tree_plan(batch),
+            lens,
+            self._merge_counters,
         )
 
     def _score(self, hidden: Tensor, extend: ExtendInputs) -> Tensor | None:
@@ -302,7 +389,7 @@ class ModelRunner:
 
         def host(tensor: Tensor) -> Tensor:
             if not is_cuda:
-                return tensor
+                return tensor if self.graphs is None else tensor.clone()  # the next replay writes it again
             target = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             return target.copy_(tensor, non_blocking=True)
 

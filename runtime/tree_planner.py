@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ramet.kernels.attention_plan import TREE_PROGRAMS_PER_SM, AttentionShape, TreeCostModel, tree_config
 from ramet.kernels.attention_tree import TreePlan, find_shared_segments, plan_tree
 from ramet.runtime.models.config import ModelConfig
-from ramet.runtime.types import ScheduledSequence
+from ramet.runtime.types import ScheduledSequence, Sequence
 
 
 class TreePlanner:
@@ -40,16 +40,17 @@ class TreePlanner:
         self._config = tree_config(model.head_dim, dtype, self._group)
         shape = AttentionShape(model.num_heads, model.num_kv_heads, model.head_dim, dtype.itemsize)
         self._costs = TreeCostModel(shape, self._config)
-        self._key: tuple[int, ...] = ()
+        # The sequences themselves, not their ids: an id may come back with another sequence, and a stale plan is wrong.
+        self._rows: tuple[Sequence, ...] = ()
         self._is_used = False
         self.plan = TreePlan(max_rows, self._config, device)
         self.num_plans = 0
 
     def update(self, items: tuple[ScheduledSequence, ...]) -> TreePlan | None:
         """Return the plan for these decode rows, in this order; None where plain attention is as fast."""
-        key = tuple(id(item.sequence) for item in items)
-        if key != self._key:
-            self._key = key
+        rows = tuple([item.sequence for item in items])
+        if rows != self._rows:
+            self._rows = rows
             self._is_used = self._make(items)
         return self.plan if self._is_used else None
 

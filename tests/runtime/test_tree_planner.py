@@ -71,3 +71,16 @@ def test_auto_leaves_a_small_group_plain_and_takes_a_large_one() -> None:
     prefix = list(range(1, 513))
     many = tuple(row(f"r{i}", prefix, [700 + i], 512 * PAGE + 5) for i in range(64))
     assert planner("auto").update(many) is not None
+
+
+def test_a_new_sequence_in_the_place_of_an_old_one_gets_a_new_plan() -> None:
+    """A plan goes by the sequences, not by their ids: CPython gives a freed object's address to the next one."""
+    prefix = list(range(1, 129))
+    made = planner()
+    items = tuple(row(f"r{i}", prefix, [700 + i], 128 * PAGE + 5) for i in range(3))
+    made.update(items)
+    ids = {id(item.sequence) for item in items}
+    del items
+    others = [row(f"s{i}", [900 + i], [800 + i], PAGE + 5) for i in range(3)]
+    assert not {id(item.sequence) for item in others} & ids, "the planner must keep the rows of its plan alive"
+    assert made.update(tuple(others)) is None

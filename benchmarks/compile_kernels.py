@@ -1,0 +1,160 @@
+"""Compile every Triton kernel for an H100 on a machine without one, and report what the assembler gave it.
+
+    python benchmarks/compile_kernels.py                    kernels with the configurations that are in use
+    python benchmarks/compile_kernels.py --candidates       also the tile sizes that the timing scripts try
+    python benchmarks/compile_kernels.py --only decode,tree --json
+
+Launchers run on `meta` tensors with a driver that only knows the target (sm_90), so what is compiled is exactly what a
+launch with these shapes would compile. Registers, spilled bytes and shared memory are read from the binary; the exit
+status is 1 where a configuration in use spills more than `--max-spill` bytes or needs more than 227 KiB of shared
+memory. Needs no GPU; Triton's wheel brings ptxas. Not here: whether a kernel is right, or fast.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)  # read when a kernel is defined
+
+import torch
+import triton
+from launch_cases import Launch, all_launches
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver, jit
+
+SHARED_LIMIT = 227 << 10  # bytes a block may have on an H100
+
+
+@dataclass(slots=True)
+class Compiled:
+    """One kernel variant. Bytes but for registers, which are per thread."""
+
+    case: str
+    kernel: str
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    warps: int
+    in_use: bool
+    error: str = ""
+
+    def is_bad(self, max_spill: int) -> bool:
+        return bool(self.error) or self.spill_bytes > max_spill or self.shared_bytes > SHARED_LIMIT
+
+
+class OfflineDriver:
+    """What Triton asks of a driver before it compiles."""
+
+    def __init__(self, capability: int) -> None:
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("meta")
+
+
+def resources(cubin: bytes) -> tuple[int, int]:
+    """Registers a thread and bytes of local memory: what was spilled, or an array that is indexed at run time."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        binary = Path(folder, "kernel.cubin")
+        binary.write_bytes(cubin)
+        command = [str(tool), "--dump-resource-usage", str(binary)]
+        found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack = re.findall(r"REG:(\d+)", found), re.findall(r"(?:STACK|LOCAL):(\d+)", found)
+    assert registers, found
+    return max(map(int, registers)), max(map(int, stack))
+
+
+def compile_launches(launches: list[Launch], capability: int, show: Callable[[Compiled], None]) -> list[Compiled]:
+    """Run every launcher with a driver that never launches; each variant is compiled once."""
+    driver.set_active(OfflineDriver(capability))
+    found: list[Compiled] = []
+    seen: set[str] = set()
+    current: list[Launch] = []
+    launch_for_real = jit.JITFunction.run
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:  # Any: as Triton declares it
+        options.pop("warmup", None)
+        kernel = launch_for_real(self, *args, grid=grid, warmup=True, **options)
+        if hasattr(kernel, "result"):
+            kernel = kernel.result()
+        if kernel.hash not in seen:
+            seen.add(kernel.hash)
+            registers, spills = resources(kernel.asm["cubin"])
+            metadata = kernel.metadata
+            case = current[0]
+            record = Compiled(
+                case.name, self.fn.__name__, registers, spills, metadata.shared, metadata.num_warps, case.in_use
+            )
+            found.append(record)
+            show(record)
+        return kernel
+
+    jit.JITFunction.run = run
+    try:
+        for launch in launches:
+            current[:] = [launch]
+            try:
+                launch.run()
+            except Exception as error:  # the report is of all kernels, also of those that do not compile
+                text = f"{type(error).__name__}: {error}".strip().splitlines()
+                record = Compiled(launch.name, "", 0, 0, 0, 0, launch.in_use, " ".join(text)[:300])
+                found.append(record)
+                show(record)
+    finally:
+        jit.JITFunction.run = launch_for_real
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--candidates", action="store_true", help="also what the timing scripts try")
+    parser.add_argument("--only", default="", help="parts of launch names, comma-separated")
+    parser.add_argument("--capability", type=int, default=90)
+    parser.add_argument("--max-spill", type=int, default=64, help="bytes that a configuration in use may spill")
+    parser.add_argument("--share", default="0/1", help="i/n: every n-th launch from the i-th on")
+    parser.add_argument("--json", action="store_true", help="one JSON line last")
+    args = parser.parse_args()
+    parts = [part for part in args.only.split(",") if part]
+    launches = [
+        launch
+        for launch in all_launches()
+        if (args.candidates or launch.in_use) and (not parts or any(part in launch.name for part in parts))
+    ]
+    index, count = map(int, args.share.split("/"))
+    print(f"Triton {triton.__version__}, sm_{args.capability}: kernel, registers, spilled bytes, shared KiB, warps")
+
+    def show(record: Compiled) -> None:
+        mark = "BAD " if record.is_bad(args.max_spill) else ""
+        numbers = f"{record.registers:4d} {record.spill_bytes:6d} {record.shared_bytes / 1024:7.1f} {record.warps:3d}"
+        print(f"{mark}{record.case:60s} {record.kernel:16s} {record.error or numbers}", flush=True)
+
+    found = compile_launches(launches[index::count], args.capability, show)
+    bad = [record for record in found if record.in_use and record.is_bad(args.max_spill)]
+    print(f"{len(found)} variants, {len(bad)} bad ones in use")
+    if args.json:
+        print(json.dumps({"triton": triton.__version__, "variants": [asdict(record) for record in found]}))
+    sys.exit(1 if bad else 0)
+
+
+if __name__ == "__main__":
+    main()

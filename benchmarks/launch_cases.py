@@ -1,0 +1,259 @@
+"""One launch of every kernel variant that a model's steps use, on `meta` tensors: what compile_kernels.py compiles."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ramet.kernels import activation, gemv, norm, rope, step_inputs
+from ramet.kernels.attention_decode import DecodeMetadata
+from ramet.kernels.attention_decode_triton import attention_decode_triton
+from ramet.kernels.attention_extend import ExtendMetadata
+from ramet.kernels.attention_extend_triton import attention_extend_triton
+from ramet.kernels.attention_plan import TileConfig, decode_config, extend_config, tree_config
+from ramet.kernels.attention_tree import TreePlan
+from ramet.kernels.attention_tree_triton import attention_tree_triton
+from ramet.kernels.grammar_mask import ResidentAutomata, TokenTable
+from ramet.kernels.grammar_mask_triton import advance_states_triton, build_masks_triton
+from ramet.kernels.sampling import GrammarTables
+from ramet.kernels.sampling_triton import sample_triton
+
+DTYPE = torch.bfloat16
+PAGE = 16
+SLOTS = 256
+MAX_PAGES = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """`in_use`: the configuration that the tables choose, not one that the timing scripts only try."""
+
+    name: str
+    run: Callable[[], object]
+    in_use: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What the kernels' variants depend on."""
+
+    name: str
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    hidden: int
+    inner: int
+    vocab: int
+    window: int | None = None
+    has_qk_norm: bool = False
+
+    @property
+    def group(self) -> int:
+        return self.num_heads // self.num_kv_heads
+
+
+MODELS = [
+    Model("llama-8b", 32, 8, 128, 4096, 14336, 128_256),
+    Model("smollm2", 9, 3, 64, 576, 1536, 49_152),
+    Model("qwen3-8b", 32, 8, 128, 4096, 12288, 151_936, has_qk_norm=True),
+    Model("gemma3-4b", 8, 4, 256, 2560, 10240, 262_208, window=1024, has_qk_norm=True),
+]
+
+
+def tensor(*shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def ints(*shape: int) -> Tensor:
+    return tensor(*shape, dtype=torch.int32)
+
+
+def caches(model: Model) -> tuple[Tensor, Tensor]:
+    shape = (20_000, model.num_kv_heads, PAGE, model.head_dim)
+    return tensor(*shape), tensor(*shape)
+
+
+def page_table() -> Tensor:
+    return ints(SLOTS + 1, step_inputs.NUM_HEADER_COLUMNS + MAX_PAGES)[:, step_inputs.NUM_HEADER_COLUMNS :]
+
+
+def all_launches() -> list[Launch]:
+    """Every launch, those of the models in order."""
+    launches: list[Launch] = []
+    for model in MODELS:
+        launches += [
+            *elementwise(model), *extends(model), *decodes(model), *trees(model), *samplers(model), *products(model),
+        ]  # fmt: skip
+    return launches + steps() + grammars() + candidates()
+
+
+def elementwise(model: Model) -> list[Launch]:
+    name, hidden = model.name, model.hidden
+    x, residual, weight = tensor(64, hidden), tensor(64, hidden), tensor(hidden)
+    gated = activation.gelu_tanh_and_mul_triton if model.name.startswith("gemma") else activation.silu_and_mul_triton
+    launches = [
+        Launch(f"{name} norm", partial(norm.rms_norm_triton, x, weight, 1e-5)),
+        Launch(f"{name} add+norm", partial(norm.fused_add_rms_norm_triton, x, residual, weight, 1e-5)),
+        Launch(f"{name} gated T=64", partial(gated, tensor(64, 2 * model.inner))),
+        Launch(f"{name} gated T=2048", partial(gated, tensor(2048, 2 * model.inner))),
+    ]
+    qkv = tensor(64, model.num_heads + 2 * model.num_kv_heads, model.head_dim)
+    q, k, v = qkv.split([model.num_heads, model.num_kv_heads, model.num_kv_heads], dim=1)
+    angles = tensor(16384, model.head_dim // 2, dtype=torch.float32)
+    norms = (tensor(model.head_dim), tensor(model.head_dim)) if model.has_qk_norm else (None, None)
+    run = partial(rope.rope_and_write_kv_triton, q, k, v, angles, angles, ints(64), ints(64), *caches(model), *norms)
+    return [*launches, Launch(f"{name} rope", run)]
+
+
+def extends(model: Model) -> list[Launch]:
+    """All tiles that the table can choose: by rows of the longest sequence."""
+    chosen = dict.fromkeys(extend_config(model.head_dim, DTYPE, tokens * model.group) for tokens in (1, 4, 8, 16, 4096))
+    windows = [None] if model.window is None else [None, model.window]
+    return [
+        Launch(f"{model.name} extend {label(config)} window {window}", partial(run_extend, model, config, window))
+        for config in chosen
+        for window in windows
+    ]
+
+
+def run_extend(model: Model, config: TileConfig, window: int | None) -> object:
+    q = tensor(512, model.num_heads, model.head_dim)
+    meta = ExtendMetadata(ints(9), ints(8), ints(8), page_table(), 64, 4096, [64] * 8, [4096] * 8)
+    return attention_extend_triton(q, *caches(model), meta, model.head_dim**-0.5, window, None, config)
+
+
+def decodes(model: Model) -> list[Launch]:
+    launches = []
+    config = decode_config(model.head_dim, DTYPE, model.group)
+    for splits, fused in ((1, True), (8, True), (8, False)):
+        for window in [None] if model.window is None else [None, model.window]:
+            name = f"{model.name} decode splits {splits} {'fused' if fused else 'merge'} window {window}"
+            launches.append(Launch(name, partial(run_decode, model, config, splits, fused, window)))
+    return launches
+
+
+def run_decode(model: Model, config: TileConfig, splits: int, fused: bool, window: int | None) -> object:
+    q = tensor(64, model.num_heads, model.head_dim)
+    counters = ints(64 * model.num_kv_heads) if fused else None
+    meta = DecodeMetadata(ints(64), ints(64), page_table(), splits, merge_counters=counters)
+    return attention_decode_triton(q, *caches(model), meta, model.head_dim**-0.5, window, None, config)
+
+
+def trees(model: Model) -> list[Launch]:
+    config = tree_config(model.head_dim, DTYPE, model.group)
+    return [Launch(f"{model.name} tree splits {splits}", partial(run_tree, model, config, splits)) for splits in (1, 8)]
+
+
+def run_tree(model: Model, config: TileConfig, splits: int) -> object:
+    q = tensor(64, model.num_heads, model.head_dim)
+    plan = TreePlan(64, config, torch.device("meta"))
+    meta = DecodeMetadata(ints(64), ints(64), page_table(), splits, plan, merge_counters=ints(64 * model.num_kv_heads))
+    return attention_tree_triton(q, *caches(model), meta, plan, model.head_dim**-0.5)
+
+
+def samplers(model: Model) -> list[Launch]:
+    """With and without a grammar arena, and with a mask of the host; few and many rows choose other chunks."""
+    arena = ints(SLOTS + 1, step_inputs.NUM_HEADER_COLUMNS + MAX_PAGES)
+    words = -(-model.vocab // 32)
+    launches = []
+    for rows in (8, 64):
+        for has_grammar in (True, False):
+            for has_mask in (False, True):
+                tables = step_inputs.SlotTables(arena).sampling()
+                if has_grammar:
+                    grammar = GrammarTables(arena[:, 2], ints(65_536), ints(9_000, words))
+                    tables = dataclasses.replace(tables, grammar=grammar)
+                mask = ints(rows, words) if has_mask else None
+                run = partial(sample_triton, tensor(rows, model.vocab), tables, ints(rows), ints(rows), mask)
+                name = f"{model.name} sample B={rows}{' grammar' * has_grammar}{' mask' * has_mask}"
+                launches.append(Launch(name, run))
+    return launches
+
+
+def products(model: Model) -> list[Launch]:
+    """Small-batch products with the tile that the default table has for them."""
+    shapes = {
+        "o": (model.hidden, model.num_heads * model.head_dim),
+        "down": (model.hidden, model.inner),
+        "head": (model.vocab, model.hidden),
+    }
+    launches = []
+    for rows in (1, 4):
+        for part, (outputs, depth) in shapes.items():
+            run = partial(gemv.gemv_triton, tensor(rows, depth), tensor(outputs, depth))
+            launches.append(Launch(f"{model.name} gemv {part} B={rows}", run))
+    return launches
+
+
+def steps() -> list[Launch]:
+    tables = step_inputs.SlotTables(ints(SLOTS + 1, step_inputs.NUM_HEADER_COLUMNS + MAX_PAGES))
+    launches = []
+    for rows in (1, 64):
+        out = step_inputs.DecodeInputs(*(ints(rows) for _ in range(4)))
+        columns = tables.last_token, tables.kv_len
+        prepare = partial(
+            step_inputs.prepare_decode_triton, ints(rows), ints(rows), *columns, tables.page_table, PAGE, out
+        )
+        launches.append(Launch(f"prepare_decode B={rows}", prepare))
+        launches.append(
+            Launch(
+                f"commit_decode B={rows}", partial(step_inputs.commit_decode_triton, ints(rows), ints(rows), *columns)
+            )
+        )
+    launches.append(Launch("scatter_rows", partial(step_inputs.scatter_rows_triton, ints(40, 3), tables.arena)))
+    return launches
+
+
+def grammars() -> list[Launch]:
+    vocab = 128_256
+    tokens = TokenTable(
+        ints(vocab), tensor(16, vocab, dtype=torch.uint8), tensor(10**6, dtype=torch.uint8), ints(vocab), (0,)
+    )
+    automata = ResidentAutomata(
+        ints(4_194_304),
+        tensor(65_794, dtype=torch.int64),
+        ints(65_794),
+        tensor(256, 256, dtype=torch.uint8),
+        tensor(65_794, dtype=torch.bool),
+        257,
+    )
+    state = ints(SLOTS + 1, step_inputs.NUM_HEADER_COLUMNS + MAX_PAGES)[:, 2]
+    build = partial(build_masks_triton, ints(64), automata, tokens, ints(64, -(-vocab // 32)))
+    return [
+        Launch("build_masks", build),
+        Launch("advance_states", partial(advance_states_triton, ints(64), ints(64), state, automata, tokens)),
+    ]
+
+
+def candidates() -> list[Launch]:
+    """What bench_attention.py and bench_kernels.py try for Llama-3.1-8B's shapes."""
+    from kernel_cases import DOT_CONFIGS, SUM_CONFIGS, name_of
+
+    model = MODELS[0]
+    launches = []
+    for tile in [
+        (64, 32, 4, 5), (64, 64, 4, 3), (64, 64, 4, 5), (64, 128, 4, 3), (128, 32, 8, 5), (128, 32, 8, 7),
+        (128, 64, 8, 3), (128, 128, 8, 3),
+    ]:  # fmt: skip
+        config = TileConfig(*tile)
+        launches.append(Launch(f"try extend {label(config)}", partial(run_extend, model, config, None), False))
+    for tile in [(32, 2, 5), (32, 4, 7), (64, 4, 3), (64, 4, 7), (64, 8, 5), (128, 4, 3), (128, 8, 3)]:
+        config = TileConfig(16, *tile)
+        launches.append(Launch(f"try decode {label(config)}", partial(run_decode, model, config, 8, True, None), False))
+    for tile in [(128, 64, 8, 3), (128, 128, 8, 3), (128, 32, 8, 7), (64, 64, 4, 5), (64, 128, 4, 3), (64, 32, 4, 5)]:
+        config = TileConfig(*tile)
+        launches.append(Launch(f"try tree {label(config)}", partial(run_tree, model, config, 8), False))
+    for cut in SUM_CONFIGS + DOT_CONFIGS:
+        rows = 1 if cut.kernel == "sum" else 4
+        run = partial(gemv.gemv_triton, tensor(rows, 4096), tensor(4096, 4096), config=cut)
+        launches.append(Launch(f"try gemv {name_of(cut)}", run, False))
+    return launches
+
+
+def label(config: TileConfig) -> str:
+    return f"{config.block_m}x{config.block_n} w{config.num_warps} s{config.num_stages}"

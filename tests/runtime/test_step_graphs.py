@@ -1,0 +1,147 @@
+"""The step graphs, with a capture that runs the captured function again: padding, buckets and buffers, not CUDA."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from ramet.runtime.client import Engine
+from ramet.runtime.cuda_graph import MixedBuffers, MixedKey, StepGraphs, decode_buckets
+from ramet.runtime.inputs import ExtendArrays
+from ramet.runtime.models.load import LoadedModel
+from ramet.runtime.types import SamplingParams
+
+
+class Rerun:
+    """Stands in for a CUDA graph on the CPU: a replay runs the body again, on the same buffers."""
+
+    def __init__(self) -> None:
+        self.num_captures = 0
+        self.num_replays = 0
+
+    def __call__(self, body: Callable[[], None]) -> Callable[[], None]:
+        self.num_captures += 1
+        body()
+
+        def replay() -> None:
+            self.num_replays += 1
+            body()
+
+        return replay
+
+
+def make_engine(model: LoadedModel, capture: Rerun | None, *, overlap: bool = False, max_extend: int = 64) -> Engine:
+    engine = Engine(model, num_kv_tokens=8192, max_running_requests=6, chunked_prefill_size=128)
+    if capture is not None:
+        engine._core.runner.capture_graphs(max_extend, capture)
+    engine._core.overlap = overlap
+    return engine
+
+
+def run_all(engine: Engine, *, sampling: dict[str, float] | None = None) -> list[list[int]]:
+    shared = "all of them begin with the same words, which are in the cache after the first. "
+    handles = []
+    for i in range(14):
+        prompt = shared[: 20 * (i % 5)] + "x" * (1 + 37 * i % 90)
+        temperature = 0.0 if i % 2 else 1.0
+        params = SamplingParams(temperature=temperature, max_tokens=3 + i % 7, seed=i, ignore_eos=True)
+        handles.append(engine.submit(prompt, params))
+    return [list(handle.result(timeout_s=60).token_ids) for handle in handles]
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_graphs_give_the_tokens_of_eager_steps(tiny_model: LoadedModel, overlap: bool) -> None:
+    capture = Rerun()
+    with make_engine(tiny_model, None) as eager, make_engine(tiny_model, capture, overlap=overlap) as graphs:
+        captured = capture.num_captures
+        expected = run_all(eager)
+        assert run_all(graphs) == expected
+        assert run_all(graphs) == expected  # from a warm cache: most prompts are short now
+        assert capture.num_captures == captured, "a graph was captured while requests ran"
+        assert capture.num_replays > 20
+        graphs.check_integrity()
+
+
+def test_prompts_too_long_for_a_graph_run_eagerly(tiny_model: LoadedModel) -> None:
+    capture = Rerun()
+    with make_engine(tiny_model, None) as eager, make_engine(tiny_model, capture, max_extend=16) as graphs:
+        graphs_of = graphs._core.runner.graphs
+        assert graphs_of is not None
+        assert graphs_of.mixed_tokens == [16]
+        assert run_all(graphs) == run_all(eager)
+
+
+def test_rows_that_the_host_samples_take_the_graph_that_ends_with_logits(tiny_model: LoadedModel) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=6, logprobs=2, ignore_eos=True)
+    with make_engine(tiny_model, None) as eager, make_engine(tiny_model, Rerun()) as graphs:
+        expected = eager.submit("a prompt", params).result(timeout_s=60)
+        actual = graphs.submit("a prompt", params).result(timeout_s=60)
+        assert actual.token_ids == expected.token_ids
+        assert actual.logprobs is not None
+        assert actual.logprobs == pytest.approx(expected.logprobs)
+        graphs_of = graphs._core.runner.graphs
+        assert graphs_of is not None
+        assert any(not key.samples for key in graphs_of._decode)
+
+
+def test_scores_run_eagerly_beside_graphs(tiny_model: LoadedModel) -> None:
+    params = SamplingParams(max_tokens=1)
+    with make_engine(tiny_model, None) as eager, make_engine(tiny_model, Rerun()) as graphs:
+        expected = eager.submit("what is scored", params, score_from=3).result(timeout_s=60)
+        actual = graphs.submit("what is scored", params, score_from=3).result(timeout_s=60)
+        assert expected.prompt_logprobs is not None
+        assert actual.prompt_logprobs == pytest.approx(expected.prompt_logprobs)
+
+
+def arrays_of(num_tokens: int, num_extends: int, num_scores: int = 0) -> ExtendArrays:
+    def zeros(n: int) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
+        return np.zeros(n, dtype=np.int32)
+
+    tokens, extends = zeros(num_tokens), zeros(num_extends)
+    cu_seqlens = np.linspace(0, num_tokens, num_extends + 1).astype(np.int32)
+    none = zeros(0)
+    scores = zeros(num_scores)
+    return ExtendArrays(
+        tokens, tokens, tokens, cu_seqlens, extends, extends, zeros(3).reshape(1, 3), none, none, none, scores, scores
+    )
+
+
+def test_keys_are_the_smallest_buckets_that_hold_a_step() -> None:
+    graphs = StepGraphs(
+        lambda key, buffers: None,
+        lambda key, buffers: None,
+        100,
+        100,
+        torch.device("cpu"),
+        max_extend=256,
+        capture=Rerun(),
+    )
+    assert graphs.mixed_rows == [0, 8, 32, 64, 100]
+    assert graphs.mixed_tokens == [16, 64, 128, 256]
+    assert graphs.mixed_key(9, arrays_of(17, 2), uses_tree=False) == MixedKey(32, 64, False)
+    assert graphs.mixed_key(0, arrays_of(1, 1), uses_tree=True) == MixedKey(0, 16, True)
+    assert graphs.mixed_key(100, arrays_of(256, 64), uses_tree=False) == MixedKey(100, 256, False)
+    assert graphs.mixed_key(1, arrays_of(257, 1), uses_tree=False) is None, "too many tokens"
+    assert graphs.mixed_key(1, arrays_of(80, 65), uses_tree=False) is None, "too many sequences"
+    assert graphs.mixed_key(1, arrays_of(8, 1, 3), uses_tree=False) is None, "scores"
+
+
+@pytest.mark.parametrize("max_batch", [1, 3, 8, 100, 256, 700])
+def test_every_batch_has_a_bucket(max_batch: int) -> None:
+    buckets = decode_buckets(max_batch)
+    assert buckets == sorted(set(buckets))
+    assert buckets[-1] == max_batch
+
+
+def test_packed_blocks_pad_with_what_does_nothing() -> None:
+    buffers = MixedBuffers(MixedKey(2, 16, False), dummy_slot=9, device=torch.device("cpu"))
+    packed = buffers.pack({"rows": np.array([4], dtype=np.int32), "cu_seqlens": np.array([0, 3, 5], dtype=np.int32)})
+    buffers.block.copy_(torch.from_numpy(packed))
+    assert buffers.part("rows").tolist() == [4, 9]
+    assert buffers.part("cu_seqlens").tolist() == [0, 3, *[5] * 15]
+    assert set(buffers.part("sample_rows").tolist()) == {9}
+    assert buffers.part("kv_slots").tolist() == [0] * 16
+    assert all(section.start % 32 == 0 for section in buffers.sections.values())
