@@ -58,8 +58,9 @@ class Branches(Sequence[State]):
         return self
 
     def join(self, mode: str = "gather") -> None:
-        """Join all branches into the state that was forked; see State.join."""
-        join(self._parent, self._states, mode)
+        """Join all branches into the state that was forked; see State.join. Without branches (of a map): nothing."""
+        if self._states:
+            join(self._parent, self._states, mode)
 
 
 def join(parent: State, states: Sequence[State], mode: str) -> None:
@@ -122,10 +123,15 @@ def best_of(parent: State, n: int, item: Appendable, by: Callable[[State], float
     return best
 
 
-def vote(parent: State, n: int, item: Appendable, name: str) -> Any:
+def vote(parent: State, n: int, item: Appendable, name: str | None) -> Any:
     """See State.vote."""
     branches = parent.fork(n)
     branches += item
+    if name is None:
+        written = [one for one, value in branches[0]._variables.items() if _is_new(parent, one, value)]
+        if len(written) != 1:
+            raise InvalidProgram(f"vote needs the name of the variable that counts; written: {written or 'none'}")
+        name = written[0]
     values = [plain(value) for value in branches[name]]
     winner = max(values, key=values.count)  # the first of the most frequent ones
     adopt(parent, branches[values.index(winner)])

@@ -272,7 +272,10 @@ def _node_costs(paths: Paths, plan: RequestPlan) -> Iterable[NodeCost]:
         kind, found = type(node).__name__.lower(), by_node.get(node.id, [])
         twin = paths.twins.get(node.id)
         if twin is not None:
+            assert isinstance(node, ir.Generate)
             prompt = paths.prompts[node.id].count
+            if node.checks:
+                prompt = prompt + Count(0, prompt.at_most * node.retries)
             shared, new, written = prompt, ZERO, ZERO
             if twin in paths.unordered:  # any of them may be the one that runs
                 new, written = (_sum(getattr(r, what) for r in by_node[twin]) for what in ("new", "written"))

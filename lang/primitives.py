@@ -9,7 +9,8 @@ from typing import Any, TypeAlias
 import msgspec
 
 from ramet.errors import InvalidRequest, InvalidSampling
-from ramet.lang.ir import SCORERS, Constraint, Sampling, sampling_problem
+from ramet.lang.checks import Check
+from ramet.lang.ir import MAX_RETRIES, SCORERS, Constraint, Sampling, sampling_problem
 from ramet.lang.types import OutputType, choice, json_schema, output_type
 from ramet.lang.values import Value, placeholder_for, plain
 
@@ -49,7 +50,7 @@ class Gen(Expr):
     output: OutputType
     constraint: Constraint | None
     sampling: Sampling
-    where: tuple[Callable[[Any], bool], ...] = ()
+    where: tuple[Check | Callable[[Any], object], ...] = ()
     retries: int = 3
 
 
@@ -62,6 +63,7 @@ class SelectExpr(Expr):
     scorer: str = "likelihood"
     temperature: float = 0.0
     seed: int | None = None
+    return_probs: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +98,7 @@ def gen(
     choices: Sequence[str] | None = None,
     json_schema: Mapping[str, Any] | None = None,
     substring_of: str | None = None,
-    where: Callable[[Any], bool] | Sequence[Callable[[Any], bool]] = (),
+    where: Check | Callable[[Any], object] | Sequence[Check | Callable[[Any], object]] = (),
     retries: int = 3,
 ) -> Gen:
     """Generate text, or a value of `type`, and keep it as variable `name`.
@@ -106,8 +108,12 @@ def gen(
 
     `type`: str, int, float, bool, Literal, Enum, datetime, date, a dataclass, TypedDict or pydantic model, `list[...]`,
     or a JSON schema dict. At most one of `regex`, `cfg` (a Lark grammar), `choices`, `json_schema` and `substring_of`
-    says what the text must match (with `type`: in its place). `where`: checks in Python; a value that fails one is
-    generated anew, `retries` times, before the program fails.
+    says what the text must match (with `type`: in its place).
+
+    `where`: checks of the value: `length`, `between`, `is_in`, `starts_with`, `ends_with`, `contains`, or any callable,
+    which refuses by returning something false or raising ValueError. A value that fails one is generated anew, up to
+    `retries` times, before CheckFailed is raised; what was refused is in `s.meta(name)["attempts"]`. A callable needs
+    the value in Python, so the program waits for it; the other checks are made in the engine.
 
     Raises:
         InvalidSampling: a value outside its range. InvalidRequest: constraints that exclude each other.
@@ -136,7 +142,12 @@ def gen(
     if constraint is wanted.constraint and wanted.stop:
         values["max_tokens"] = max_tokens or wanted.max_tokens
         values["stop"] = (*((stop,) if isinstance(stop, str) else stop or ()), *wanted.stop)
-    checks = (where,) if callable(where) else tuple(where)
+    checks = tuple(where) if isinstance(where, Sequence) else (where,)
+    for check in checks:
+        if not (isinstance(check, Check) or callable(check)):
+            raise InvalidRequest(f"where has {check!r}, but must have checks such as length(1, 20)", param="where")
+    if isinstance(retries, bool) or not isinstance(retries, int) or not 0 <= retries <= MAX_RETRIES:
+        raise InvalidRequest(f"retries is {retries!r}, but must be in [0, {MAX_RETRIES:,}]", param="retries")
     return Gen(name, wanted, constraint, to_sampling(values), checks, retries)
 
 
@@ -147,8 +158,11 @@ def select(
     scorer: str = "likelihood",
     temperature: float = 0.0,
     seed: int | None = None,
+    return_probs: bool = False,
 ) -> SelectExpr:
     """Append the likeliest of `choices` and keep it as variable `name`; `s.meta(name)["probs"]` sums to one.
+
+    `return_probs`: the value read is the text with `probs`, a dict of choice -> probability: `s[name].probs`.
 
     Scorers: `likelihood` (exact), `token_normalized`, `greedy`, `unconditional`. With `temperature` above 0 the
     choice is drawn from the probabilities.
@@ -160,7 +174,7 @@ def select(
     for one in choices:
         if not isinstance(one, str | Value):
             raise InvalidRequest(f"a choice is {one!r}, but must be text or a generated value", param="choices")
-    return SelectExpr(name, tuple(choices), scorer, temperature, seed)
+    return SelectExpr(name, tuple(choices), scorer, temperature, seed, return_probs)
 
 
 def system(*content: Appendable) -> RoleExpr:

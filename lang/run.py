@@ -18,7 +18,7 @@ from functools import lru_cache
 from typing import Any, TypeVar
 
 import ramet.errors
-from ramet.errors import DeadlineExceeded, InvalidProgram, ProgramCancelled, ProgramError
+from ramet.errors import CheckFailed, DeadlineExceeded, InvalidProgram, ProgramCancelled, ProgramError
 from ramet.lang import ir
 from ramet.lang.backend import Backend, ProgramOptions, Session
 from ramet.lang.types import OutputType
@@ -41,12 +41,16 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class RunRecord:
-    """What a run did: its graph, what happened to each node (by id), and where recording had to stop."""
+    """What a run did: its graph, what happened to each node (by id), and where recording had to stop.
+
+    `attempts`: generation -> the texts that its checks refused (`text`) and why (`problem`).
+    """
 
     program: str
     graph: ir.Graph
     events: Mapping[int, ir.NodeEvent]
     stages: tuple[Stage, ...]
+    attempts: Mapping[int, tuple[dict[str, str], ...]]
 
 
 class Run:
@@ -87,6 +91,7 @@ class Run:
         self._blocked: list[Callable[[], bool]] = []  # what the threads in `wait` wait for
         self._listeners: list[Listener] = []
         self._events: list[ir.NodeEvent] | None = [] if keep_events else None
+        self.attempts: dict[int, list[dict[str, str]]] = {}  # node -> texts refused before it by checks in Python
         self._tool_threads: ThreadPoolExecutor | None = None
         self._failure: Exception | None = None
 
@@ -104,7 +109,7 @@ class Run:
         """Held while several nodes are recorded that belong together."""
         return self._changed
 
-    def submit(self) -> None:
+    def submit(self, *, is_last: bool = False) -> None:
         """Send what was recorded since the last time. Raises InvalidProgram, or what the backend raises."""
         with self._changed:
             first = len(self.index.nodes)
@@ -117,13 +122,23 @@ class Run:
         if self._session is None:
             assert self._backend is not None, "a trace submits nothing"
             self._session = self._backend.start(self.options, self._on_event)
-        self._session.extend(graph)
+        self._session.extend(graph, is_last=is_last)
+
+    def attach(self, session: Session, index: ir.GraphIndex) -> None:
+        """All that was recorded is in `index` (others may share it), and this session has it. For a compiled batch."""
+        self.index = index
+        self._session = session
+        self.is_recording = False
 
     # Results.
 
     def result_of(self, node: int) -> ir.NodeEvent | None:
         """The last event of a node, or None while it has no value yet."""
         return self._results.get(node)
+
+    def results_text(self, node: int) -> str:
+        """The text of a node that is done."""
+        return self._results[node].text
 
     def read(self, node: int, output: OutputType, why: str) -> Any:
         """The value of a node in its Python type; submits and waits. Raises ProgramError."""
@@ -167,7 +182,8 @@ class Run:
         event = self._checked(node)
         if node not in self._converted:
             try:
-                self._converted[node] = output.convert(event.value)
+                read = output.from_event
+                self._converted[node] = output.convert(event.value) if read is None else read(event)
             except Exception as error:  # whatever a type's own validation raises
                 raise self._error(node, f"its text is no {output.wire} of the wanted type: {error}", error) from error
         return self._converted[node]
@@ -202,9 +218,17 @@ class Run:
             kind = known
         raised = kind(text, program=self.options.program, node=node_id, source_line=node.line or None, prompt_tail=tail)
         if cause is None and isinstance(known, type) and not is_kind and error is not None:
-            cause = _rebuild(known, error.message)
+            cause = ramet.errors.from_name(error.type, error.message)
         raised.__cause__ = cause
+        if isinstance(raised, CheckFailed):
+            raised.attempts = tuple(self.attempts_of(node_id))
         return raised
+
+    def attempts_of(self, node: int) -> list[dict[str, str]]:
+        """The texts of a generation that its checks refused, each with its `text` and the `problem`."""
+        event = self._results.get(node)
+        found: list[dict[str, str]] = (event.meta or {}).get("attempts", []) if event is not None else []
+        return found or self.attempts.get(node, [])
 
     def need(self, node: int, why: str) -> None:
         """A value is needed that isn't there: submit what is recorded so far."""
@@ -219,10 +243,10 @@ class Run:
         self.read_quietly(node)
         return self._checked(node) if self._results[node].kind == "error" else self._results[node]
 
-    def read_quietly(self, node: int) -> None:
+    def read_quietly(self, node: int, why: str = "reading") -> None:
         """Submit, and wait until the node is done or failed."""
         if node not in self._results:
-            self.need(node, "reading")
+            self.need(node, why)
             self.wait(lambda: node in self._results)
 
     def first_done(self, nodes: list[int]) -> int:
@@ -387,7 +411,7 @@ class Run:
     def finish(self) -> None:
         """No more nodes will be recorded: send the rest."""
         try:
-            self.submit()
+            self.submit(is_last=True)
         finally:
             self.is_recording = False
         if self._session is not None:
@@ -420,7 +444,8 @@ class Run:
         """What was done so far."""
         with self._changed:
             graph = ir.Graph(tuple(self.nodes), dict(self.arguments))
-            return RunRecord(self.options.program, graph, dict(self._results), tuple(self.stages))
+            attempts = {node.id: tuple(found) for node in self.nodes if (found := self.attempts_of(node.id))}
+            return RunRecord(self.options.program, graph, dict(self._results), tuple(self.stages), attempts)
 
     def path(self, tip: int | None) -> list[ir.AnyNode]:
         """The nodes of the branch that ends at `tip`, root first."""
@@ -434,15 +459,6 @@ class Run:
 def _resolve(future: asyncio.Future[None]) -> None:
     if not future.done():
         future.set_result(None)
-
-
-def _rebuild(kind: type, message: str) -> Exception | None:
-    """An error that came over the wire, as an exception of its own class where that takes a message alone."""
-    try:
-        found = kind(message)
-    except TypeError:
-        return None
-    return found if isinstance(found, Exception) else None
 
 
 def caller_line() -> str:

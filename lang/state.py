@@ -8,14 +8,14 @@ A state is a few fields and a dictionary: tens of thousands may live at once. No
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ramet.errors import InvalidProgram, ProgramError, UndefinedVariable
 from ramet.lang import ir
-from ramet.lang.primitives import Appendable, Chain, Expr, Gen, RoleExpr, SelectExpr, merge_sampling
+from ramet.lang.generations import generate, select
+from ramet.lang.primitives import Appendable, Chain, Expr, Gen, RoleExpr, SelectExpr
 from ramet.lang.values import Value, plain
 
 if TYPE_CHECKING:
@@ -67,9 +67,9 @@ class State:
         elif isinstance(item, Value):
             self._append_text(format(item))
         elif isinstance(item, Gen):
-            self._generate(item)
+            generate(self, item)
         elif isinstance(item, SelectExpr):
-            self._select(item)
+            select(self, item)
         elif isinstance(item, RoleExpr):
             with self._in_role(item.role):
                 for part in item.content:
@@ -113,64 +113,6 @@ class State:
         if any(isinstance(part, Expr) for part in parts):
             raise InvalidProgram(f"a choice can't hold another description: {text!r}", program=self._program)
         return tuple(parts)  # type: ignore[arg-type]  # only Exprs and Parts are put in
-
-    def _generate(self, item: Gen) -> None:
-        tip, tries = self._tip, item.retries + 1 if item.where else 1
-        for attempt in range(tries):
-            self._tip = tip
-            node = self._add(
-                ir.Generate,
-                name=self._unique(item.name),
-                sampling=self._sampling_of(item, attempt),
-                constraint=item.constraint,
-                type=item.output.wire,
-            )
-            value = Value(self._run, node, item.name, item.output)
-            if item.name is not None:
-                self._variables[item.name] = value
-            self._after_generation(value)
-            if all(check(value.value) for check in item.where):
-                return
-        line = self._run.nodes[node].line
-        raise ProgramError(
-            f"{self._program}: {item.name or 'a value'} ({line}) failed its `where` checks {tries} times; last it was "
-            f"{value.value!r}; loosen the checks or raise `retries`",
-            program=self._program,
-            node=node,
-            source_line=line,
-        )
-
-    def _sampling_of(self, item: Gen, attempt: int) -> ir.Sampling:
-        sampling = merge_sampling(item.sampling, self._sampling)
-        self._num_generated += 1
-        values: dict[str, Any] = {}
-        if sampling.seed is None and self._run.seed is not None:
-            # A seed of its own for every place in the program: the same however the program is cut into stages.
-            place = f"{self._run.seed}:{self._key}:{self._num_generated}".encode()
-            values["seed"] = int.from_bytes(hashlib.blake2b(place, digest_size=4).digest(), "big")
-        elif sampling.seed is not None and attempt:
-            values["seed"] = sampling.seed + attempt
-        if attempt and sampling.temperature == 0:
-            values["temperature"] = 0.7  # greedy would say the same again
-        return merge_sampling(ir.Sampling(**values), sampling) if values else sampling
-
-    def _select(self, item: SelectExpr) -> None:
-        node = self._add(
-            ir.Select,
-            name=self._unique(item.name),
-            choices=tuple(self._template(choice) for choice in item.choices),
-            scorer=item.scorer,
-            temperature=float(item.temperature),
-            seed=item.seed if item.seed is not None else self._run.seed,
-        )
-        value = Value(self._run, node, item.name)
-        if item.name is not None:
-            self._variables[item.name] = value
-        self._after_generation(value)
-
-    def _after_generation(self, value: Value) -> None:
-        if self._run.stage_always:
-            self._run.read_quietly(value._node)
 
     def _unique(self, name: str | None) -> str | None:
         """The node's name: a variable written again is `name#2` in the graph; reading gives the latest."""
@@ -288,8 +230,11 @@ class State:
 
         return best_of(self, n, item, by)
 
-    def vote(self, n: int, item: Appendable, name: str) -> Any:
-        """Append `item` on `n` branches and go on as the first whose variable `name` has the most frequent value."""
+    def vote(self, n: int, item: Appendable, name: str | None = None) -> Any:
+        """Append `item` on `n` branches and go on as the first whose variable `name` has the most frequent value.
+
+        Returns that value. Without a name: the one variable that `item` writes.
+        """
         from ramet.lang.branches import vote
 
         return vote(self, n, item, name)
@@ -383,7 +328,10 @@ class State:
         return found
 
     def meta(self, name: str) -> dict[str, Any]:
-        """What is known of a variable's generation: `usage`, `finish_reason`, `timings`; `probs` of a select. Waits."""
+        """What is known of a variable's generation: `usage`, `finish_reason`, `timings`. Waits for it.
+
+        Of a selection also `choices` and `probs`; of one with checks `attempts`, the texts that were refused.
+        """
         value = self._variables.get(name)
         if isinstance(value, list):
             return {"branches": [self._meta_of(one) for one in value if isinstance(one, Value)]}
@@ -398,6 +346,7 @@ class State:
             "usage": event.usage,
             "finish_reason": event.finish_reason,
             "timings": event.timings or {},
+            **({"attempts": attempts} if (attempts := self._run.attempts.get(value._node)) is not None else {}),
             **(event.meta or {}),
         }
 

@@ -57,7 +57,7 @@ class TracingRun(Run):
         self.specialised: dict[str, str] = {}
         self._argument_nodes: dict[str, int] = {}
 
-    def submit(self) -> None:
+    def submit(self, *, is_last: bool = False) -> None:
         """Nothing is sent anywhere."""
 
     def need(self, node: int, why: str) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin
 
 from ramet.errors import InvalidRequest, InvalidSchema
-from ramet.lang.ir import Constraint
+from ramet.lang.ir import Constraint, NodeEvent
 
 Wire = Literal["str", "int", "float", "bool", "json"]
 
@@ -60,12 +60,26 @@ class OutputType:
     wire: Wire = "str"
     constraint: Constraint | None = None
     convert: Callable[[Any], Any] = field(default=lambda value: value)  # JSON value -> value of the type
+    from_event: Callable[[NodeEvent], Any] | None = None  # in its place: what took more than the value to make
     shape: Shape | None = None
     stop: tuple[str, ...] = ()  # ends the text, beside what the program says
     max_tokens: int | None = None  # where the program says nothing
 
 
+class Selected(str):
+    """A selected choice that knows how likely each was: `probs`, choice -> probability."""
+
+    probs: dict[str, float]
+
+
+def _selected(event: NodeEvent) -> Selected:
+    found, meta = Selected(event.value), event.meta or {}
+    found.probs = dict(zip(meta.get("choices", ()), meta.get("probs", ()), strict=True))
+    return found
+
+
 TEXT = OutputType()
+SELECTED = OutputType(from_event=_selected)
 
 
 def output_type(kind: object) -> OutputType:
@@ -131,5 +145,8 @@ def _by_pydantic(kind: object) -> OutputType:
         raise InvalidRequest(str(error), param="type") from error
     adapter: TypeAdapter[Any] = TypeAdapter(readable(kind))
     return OutputType(
-        "json", json_schema(schema), lambda value: adapter.validate_json(json.dumps(value)), Shape(schema, schema)
+        "json",
+        json_schema(schema),
+        lambda value: adapter.validate_json(json.dumps(value)),
+        shape=Shape(schema, schema),
     )

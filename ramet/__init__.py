@@ -20,6 +20,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ramet.errors import CheckFailed as CheckFailed
     from ramet.errors import ProgramError as ProgramError
     from ramet.errors import RametError as RametError
     from ramet.lang.backend import Backend as Backend
@@ -27,6 +28,12 @@ if TYPE_CHECKING:
     from ramet.lang.backend import MockBackend as MockBackend
     from ramet.lang.backend import set_default_backend as set_default_backend
     from ramet.lang.backend import use_backend as use_backend
+    from ramet.lang.checks import between as between
+    from ramet.lang.checks import contains as contains
+    from ramet.lang.checks import ends_with as ends_with
+    from ramet.lang.checks import is_in as is_in
+    from ramet.lang.checks import length as length
+    from ramet.lang.checks import starts_with as starts_with
     from ramet.lang.function import Function as Function
     from ramet.lang.function import function as function
     from ramet.lang.primitives import assistant as assistant
@@ -41,6 +48,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Backend": "ramet.lang.backend",
+    "CheckFailed": "ramet.errors",
     "Engine": "ramet.runtime.client",
     "EngineBackend": "ramet.lang.backend",
     "EngineConfig": "ramet.runtime.config",
@@ -51,10 +59,16 @@ _HOMES = {
     "SamplingParams": "ramet.runtime.types",
     "State": "ramet.lang.state",
     "assistant": "ramet.lang.primitives",
+    "between": "ramet.lang.checks",
+    "contains": "ramet.lang.checks",
+    "ends_with": "ramet.lang.checks",
     "function": "ramet.lang.function",
     "gen": "ramet.lang.primitives",
+    "is_in": "ramet.lang.checks",
+    "length": "ramet.lang.checks",
     "select": "ramet.lang.primitives",
     "set_default_backend": "ramet.lang.backend",
+    "starts_with": "ramet.lang.checks",
     "system": "ramet.lang.primitives",
     "use_backend": "ramet.lang.backend",
     "user": "ramet.lang.primitives",
@@ -62,6 +76,7 @@ _HOMES = {
 
 __all__ = [
     "Backend",
+    "CheckFailed",
     "Engine",
     "EngineBackend",
     "EngineConfig",
@@ -72,10 +87,16 @@ __all__ = [
     "SamplingParams",
     "State",
     "assistant",
+    "between",
+    "contains",
+    "ends_with",
     "function",
     "gen",
+    "is_in",
+    "length",
     "select",
     "set_default_backend",
+    "starts_with",
     "system",
     "use_backend",
     "user",

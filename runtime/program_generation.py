@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
+from ramet.errors import CheckFailed
 from ramet.lang import ir
 from ramet.runtime.program_engine import to_sampling_params, usage_of
 from ramet.runtime.program_path import Path, keep_text
@@ -29,7 +30,7 @@ class Generation:
 
     def start(self) -> None:
         executor = self._executor
-        sampling = to_sampling_params(self._node.sampling)
+        sampling = to_sampling_params(ir.retry_sampling(self._node.sampling, len(self._run.attempts)))
         room = executor.context_length - self._prompt.length
         if self._node.sampling.max_tokens is None and 0 < room < (sampling.max_tokens or 0):
             # Nobody asked for that many: near the end of the context, what is left is enough.
@@ -46,7 +47,7 @@ class Generation:
         self._logprobs.extend(output.logprobs or ())
         if self._run.is_over:
             return
-        if output.text and self._executor.limits.text_events:
+        if output.text and self._executor.limits.text_events and not self._node.checks:
             self._executor.emit(self._run, "text", text=output.text)
         if output.finish_reason is not None:
             self._finish(output, output.finish_reason)
@@ -63,17 +64,45 @@ class Generation:
         except ValueError as bad:
             cut = " because it was cut by max_tokens" if reason is FinishReason.LENGTH else ""
             problem = ir.NodeError("InvalidValue", f"not a value of type {node.type}{cut}: {text[:200]!r} ({bad})")
+        if node.checks and not self._is_accepted(text, value, problem, output):
+            return
+        meta: dict[str, object] = {"logprobs": self._logprobs, "token_ids": self._tokens} if self._logprobs else {}
+        if node.checks:
+            meta["attempts"] = self._run.attempts
+            if text and executor.limits.text_events:  # held back until it was sure that it stays
+                executor.emit(self._run, "text", text=text)
         executor.done(
             self._run,
             text=text,
             path=self._path_after(text, output),
             value=value,
-            usage=usage_of(output),
+            usage=self._run.spent + usage_of(output),
             finish_reason=reason.value,
-            meta={"logprobs": self._logprobs, "token_ids": self._tokens} if self._logprobs else None,
+            meta=meta or None,
             timings=self._timings(output),
             error=problem,
         )
+
+    def _is_accepted(self, text: str, value: object, problem: ir.NodeError | None, output: RequestOutput) -> bool:
+        """Check the value. False: the node starts anew, or it fails because its tries are used up."""
+        node, run = self._node, self._run
+        wrong = problem.message if problem is not None else None
+        wrong = wrong or next((found for check in node.checks if (found := check.problem(value))), None)
+        if wrong is None:
+            return True
+        run.attempts.append({"text": text, "problem": wrong})
+        if len(run.attempts) <= node.retries:
+            self._executor.again(run, usage_of(output))
+            return False
+        run.spent = run.spent + usage_of(output)
+        times = "once" if not node.retries else f"{len(run.attempts)} times"
+        error = CheckFailed(
+            f"it failed its `where` checks {times}; the last text was {text[:200]!r}: {wrong}; loosen the checks, or "
+            f"raise retries ({node.retries})"
+        )
+        error.attempts = tuple(run.attempts)
+        self._executor.failed(run, error)
+        return False
 
     def _path_after(self, text: str, output: RequestOutput) -> Path:
         """The branch with the generated tokens, cut where a stop string cut its text."""

@@ -89,5 +89,10 @@ class Selection:
             path=path,
             value=text,
             usage=self._usage,
-            meta={"index": index, "scores": values, "probs": choice_scores.probabilities(values)},
+            meta={
+                "index": index,
+                "choices": self._texts,
+                "scores": values,
+                "probs": choice_scores.probabilities(values),
+            },
         )

@@ -56,6 +56,8 @@ class NodeRun:
     handles: list[Handle] = field(default_factory=list)
     grammar: Grammar | None = None
     reserved: int = 0  # tokens of the budget
+    attempts: list[dict[str, str]] = field(default_factory=list)  # texts that failed their checks: text, problem
+    spent: ir.Usage = field(default_factory=ir.Usage)  # tokens of these
     start_s: float = 0.0
 
     @property
@@ -113,8 +115,11 @@ class ProgramExecutor:
         self.lock = threading.RLock()
         self.start_s = time.monotonic()
 
-    def extend(self, graph: ir.Graph) -> None:
-        """Add a part of the program; what can run starts at once. Raises InvalidProgram and changes nothing then."""
+    def extend(self, graph: ir.Graph, *, is_last: bool = False) -> None:
+        """Add a part of the program; what can run starts at once. Raises InvalidProgram and changes nothing then.
+
+        `is_last`: `finish` follows; for a backend that can send both at once.
+        """
         with self.lock:
             unbound = [n.name for n in graph.nodes if isinstance(n, ir.Argument) and n.name not in graph.arguments]
             if unbound:
@@ -230,7 +235,8 @@ class ProgramExecutor:
             run.value_text = more.pop("value_text", text)
             run.path = path if path is not None else self.path_before(run)
             run.handles.clear()
-            self._refund(run, more.get("usage"))
+            usage: ir.Usage | None = more.get("usage")
+            self._refund(run, usage.completion_tokens - run.spent.completion_tokens if usage else 0)
             self.emit(run, "done", text=text, value=value, **more)
             users, run.users = run.users, []
             for user in users:
@@ -259,7 +265,7 @@ class ProgramExecutor:
             self._num_over += 1
             handles.extend(run.handles)
             run.handles.clear()
-            self._refund(run, None)
+            self._refund(run, 0)
             self._emit_error(run, error)
             users, run.users = run.users, []
             for user in users:
@@ -269,9 +275,19 @@ class ProgramExecutor:
                     stack.append(user)
         self._to_cancel.extend(handles)
 
-    def _refund(self, run: NodeRun, usage: ir.Usage | None) -> None:
+    def again(self, run: NodeRun, usage: ir.Usage) -> None:
+        """Start a generation anew: `usage` is that of its last try, which is to be noted in `attempts` already."""
+        with self.lock:
+            if run.is_over:
+                return
+            run.spent = run.spent + usage
+            run.handles.clear()
+            self._refund(run, usage.completion_tokens)
+            self._make_ready(run)
+
+    def _refund(self, run: NodeRun, num_used: int) -> None:
         if run.reserved and self._budget_left is not None:
-            self._budget_left += run.reserved - (usage.completion_tokens if usage else 0)
+            self._budget_left += run.reserved - num_used
             run.reserved = 0
             while self._over_budget:
                 self._ready.append(self._over_budget.popleft())
@@ -296,7 +312,9 @@ class ProgramExecutor:
     def _emit_error(self, run: NodeRun, error: Exception) -> None:
         tail = "" if run.node.parent is None else self._text_up_to(run.node.parent, PROMPT_TAIL)
         described = ir.NodeError(type(error).__name__, str(error) or repr(error), tail)
-        self.emit(run, "error", error=described, cause=error)
+        meta = {"attempts": run.attempts} if run.attempts else None
+        usage = run.spent if run.attempts else None
+        self.emit(run, "error", error=described, cause=error, meta=meta, usage=usage)
 
     def _text_up_to(self, tip: int, limit: int | None = None, start: int | None = None) -> str:
         """The text of a branch behind node `start`, or about its last `limit` characters."""

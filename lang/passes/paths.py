@@ -12,6 +12,8 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+import msgspec
+
 from ramet.lang import ir
 from ramet.lang.passes.target import Target
 
@@ -290,7 +292,8 @@ class _Interpreter:
         self._found.prompts[node.id] = prompt
         name = node.id
         if is_repeatable(node):
-            key = (prompt.position, node.sampling, node.constraint, self._is_in_role(node))
+            checks = msgspec.json.encode((node.checks, node.retries))
+            key = (prompt.position, node.sampling, node.constraint, checks, self._is_in_role(node))
             name = self._classes.setdefault(key, node.id)
             if name != node.id:
                 self._found.twins[node.id] = name

@@ -168,7 +168,27 @@ class _Planner:
             last = self._plan.requests[-1]
             new, shared = Count(0, last.new.at_most), Count(last.shared.at_least, last.prompt.at_most)
             self._plan.requests[-1] = replace(last, new=new, shared=shared)
+        node_of = self._paths.graph.nodes[node]
+        assert isinstance(node_of, ir.Generate)
+        if node_of.checks and node_of.retries:
+            self._retry(node_of.retries)
         self._cache(written)
+
+    def _retry(self, retries: int) -> None:
+        """The last request may be made anew so often: its prompt is cached then, but for the token that is read again.
+
+        The texts that were refused stay in the cache beside the one that is kept.
+        """
+        last = self._plan.requests[-1]
+        prompt, most = last.prompt.at_most * retries, last.written.at_most * retries
+        self._plan.requests[-1] = replace(
+            last,
+            prompt=last.prompt + Count(0, prompt),
+            shared=last.shared + Count(0, prompt),
+            new=last.new + Count(0, retries),
+            written=last.written + Count(0, most),
+        )
+        self._plan.kv = self._plan.kv + Count(0, most)
 
     def _select(self, node: ir.Select) -> None:
         found = self._paths.selections[node.id]

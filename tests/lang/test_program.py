@@ -295,21 +295,6 @@ def test_select_returns_probabilities_that_sum_to_one_and_takes_values_as_choice
     assert state.record.stages == ()
 
 
-def test_a_value_that_fails_its_checks_is_generated_anew(backend: MockBackend) -> None:
-    @function
-    def program(s: State) -> None:
-        s += "n: " + gen("n", int, where=lambda n: n > 5, retries=2)
-        s += "!"
-
-    with use_backend(MockBackend(["3", "4", "7"])):
-        assert program.run().text() == "n: 7!"
-    with (
-        use_backend(MockBackend(["1", "2", "3"])),
-        pytest.raises(ProgramError, match="failed its `where` checks 3 times"),
-    ):
-        program.run()
-
-
 # Calling programs from programs.
 
 

@@ -11,13 +11,14 @@ from typing import Any
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ramet import State, function, gen, select
+from ramet import State, function, gen, select, starts_with
 from ramet.errors import ProgramError
 from ramet.lang.compiled import Compiled
 from ramet.lang.ir import Graph
 from ramet.runtime.scripted_model import ScriptedEngine, ScriptedHandle
 
 Step = tuple[str, Any]
+FIRST_LETTERS = "abcdeghimr"  # about half of what the scripted model begins with
 
 leaves = st.one_of(
     st.tuples(st.just("text"), st.sampled_from(["a ", "Bé\n", "c.", "  "])),
@@ -28,6 +29,13 @@ leaves = st.one_of(
     st.tuples(st.just("use"), st.integers(0, 5)),
     st.tuples(st.just("choose among values"), st.integers(0, 5)),
     st.tuples(st.just("scope"), st.none()),
+    st.tuples(st.just("checked"), st.sampled_from([0, 1])),
+    st.tuples(st.just("checked in python"), st.sampled_from([0, 1])),
+    st.tuples(st.just("best of"), st.integers(1, 3)),
+    st.tuples(st.just("vote"), st.integers(1, 3)),
+    st.tuples(st.just("map"), st.lists(st.sampled_from(["p", "q"]), max_size=3)),
+    st.tuples(st.just("set"), st.integers(0, 5)),
+    st.tuples(st.just("copy"), st.integers(0, 5)),
 )
 steps = st.recursive(
     st.lists(leaves, max_size=4),
@@ -60,6 +68,27 @@ def execute(s: State, program: Sequence[Step], known: list[Any], may_read: bool,
             with s.var_scope("scope"):
                 s += "in " + gen("g", max_tokens=2)
             known.append(s["scope"])
+        elif kind == "checked":
+            s += "> " + gen("g", temperature=what, where=starts_with(*FIRST_LETTERS), retries=100)
+            known.append(s["g"])
+        elif kind == "checked in python" and may_read:
+            s += "> " + gen("g", temperature=what, where=lambda text: text[0] in FIRST_LETTERS, retries=100)
+            known.append(s["g"])
+        elif kind == "best of" and may_read:
+            s.best_of(what, ">" + gen("g", temperature=1), by=lambda branch: len(branch["g"]))
+            known.append(s["g"])
+        elif kind == "vote" and may_read:
+            s.vote(what, gen("g", temperature=1, max_tokens=1))
+            known.append(s["g"])
+        elif kind == "map":
+            s.map(what, lambda branch, item: branch.append(f"{item}: " + gen("g", max_tokens=4))).join()
+        elif kind == "set" and known:
+            s.set_var("kept", known[what % len(known)])
+            s += f"<{s['kept']}>"
+        elif kind == "copy":
+            with s.copy() as other:
+                other += f"copy {what}" + gen("g", max_tokens=3)
+            known.append(other["g"])
         elif kind == "fork":
             branches = s.fork(len(what))
             for i, (branch, inner) in enumerate(zip(branches, what, strict=True)):

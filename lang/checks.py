@@ -1,0 +1,154 @@
+"""Checks of a generated value: `gen(..., where=length(1, 20))`. What a check says travels with the graph.
+
+A check looks at the JSON value: of a list it sees the items, of anything that is no text its compact JSON. A check in
+Python (any callable) is not here: it runs where the program does, after each try.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any, Literal
+
+import msgspec
+
+from ramet.errors import InvalidRequest
+
+
+class Check(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
+    """One check. `values`: JSON values of `in`, texts of `starts_with`, `ends_with` and `contains` (one must fit).
+
+    `at_least`, `at_most`: of `length` (counted in `unit`; of a list its items) and `between`.
+    """
+
+    kind: Literal["length", "in", "starts_with", "ends_with", "contains", "between"]
+    values: tuple[Any, ...] = ()  # Any: JSON
+    at_least: float | None = None
+    at_most: float | None = None
+    unit: Literal["characters", "words", "lines"] = "characters"
+
+    def problem(self, value: Any) -> str | None:  # Any: JSON
+        """What is wrong with a value, or None."""
+        if self.kind == "in":
+            return None if value in self.values else f"it is {_shown(value)}, but must be one of {_listed(self.values)}"
+        if self.kind in ("length", "between"):
+            return self._out_of_range(value)
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+        found = {"starts_with": text.startswith, "ends_with": text.endswith, "contains": text.__contains__}[self.kind]
+        if any(found(one) for one in self.values):
+            return None
+        what = {"starts_with": "start with", "ends_with": "end with", "contains": "contain"}[self.kind]
+        return f"it is {_shown(text)}, but must {what} {_listed(self.values)}"
+
+    def _out_of_range(self, value: Any) -> str | None:
+        size: Any = value
+        what = "it"
+        if self.kind == "length":
+            what = "its length"
+            size = len(value) if isinstance(value, list | dict) else _length(value, self.unit)
+        elif isinstance(value, bool) or not isinstance(value, int | float):
+            return f"it is {_shown(value)}, but must be a number"
+        if (self.at_least is None or size >= self.at_least) and (self.at_most is None or size <= self.at_most):
+            return None
+        return f"{what} is {size:,}, but must be {self._range()}"
+
+    def _range(self) -> str:
+        low, high = (None if n is None else f"{n:,g}" for n in (self.at_least, self.at_most))
+        unit = f" {self.unit}" if self.kind == "length" else ""
+        if low is None or high is None:
+            return f"at most {high}{unit}" if low is None else f"at least {low}{unit}"
+        return f"{low}{unit}" if low == high else f"between {low} and {high}{unit}"
+
+    def __str__(self) -> str:
+        if self.kind in ("length", "between"):
+            return f"{'length ' if self.kind == 'length' else ''}{self._range()}"
+        return f"{self.kind.replace('_', ' ')} {_listed(self.values)}"
+
+
+def length(
+    at_least: int | None = None,
+    at_most: int | None = None,
+    *,
+    unit: Literal["characters", "words", "lines"] = "characters",
+) -> Check:
+    """A text of so many characters (words, lines), or a list of so many items."""
+    return _checked(Check("length", at_least=at_least, at_most=at_most, unit=unit))
+
+
+def between(at_least: float | None = None, at_most: float | None = None) -> Check:
+    """A number in these limits, both of them allowed."""
+    return _checked(Check("between", at_least=at_least, at_most=at_most))
+
+
+def is_in(*values: Any) -> Check:  # Any: JSON
+    """One of these values, as they are written in JSON."""
+    try:
+        values = tuple(msgspec.json.decode(msgspec.json.encode(values)))
+    except (TypeError, msgspec.MsgspecError) as error:
+        raise InvalidRequest(
+            f"is_in compares with {values!r}, which has no JSON form: {error}", param="where"
+        ) from error
+    return _checked(Check("in", values))
+
+
+def starts_with(*texts: str) -> Check:
+    """A text that starts with one of these."""
+    return _checked(Check("starts_with", texts))
+
+
+def ends_with(*texts: str) -> Check:
+    """A text that ends with one of these."""
+    return _checked(Check("ends_with", texts))
+
+
+def contains(*texts: str) -> Check:
+    """A text with one of these in it."""
+    return _checked(Check("contains", texts))
+
+
+def check_problem(check: Check) -> str | None:
+    """What is wrong with a check itself, or None."""
+    if check.kind in ("length", "between"):
+        limits = [limit for limit in (check.at_least, check.at_most) if limit is not None]
+        if not limits:
+            return f"{check.kind} has no limit; give at_least or at_most"
+        if not all(_is_number(limit) for limit in limits):
+            return f"{check.kind} has limits {limits!r}, which must be numbers"
+        return f"{check.kind} allows nothing: {limits[0]} to {limits[-1]}" if limits[0] > limits[-1] else None
+    if not check.values:
+        return f"{check.kind} has nothing to compare with"
+    if check.kind != "in" and not all(isinstance(text, str) and text for text in check.values):
+        return f"{check.kind} compares with {check.values!r}, which must be texts, and not empty"
+    try:
+        msgspec.json.encode(check.values)
+    except (TypeError, msgspec.MsgspecError) as error:
+        return f"{check.kind} compares with {check.values!r}, which has no JSON form: {error}"
+    return None
+
+
+def _checked(check: Check) -> Check:
+    problem = check_problem(check)
+    if problem is not None:
+        raise InvalidRequest(problem, param="where")
+    return check
+
+
+def _length(value: Any, unit: str) -> int:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    if unit == "characters":
+        return len(text)
+    return len(text.split()) if unit == "words" else len(text.splitlines())
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _listed(values: tuple[object, ...]) -> str:
+    shown = [_shown(value) for value in values[:8]]
+    return " or ".join(shown) + (f" or {len(values) - 8} more" if len(values) > 8 else "")

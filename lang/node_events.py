@@ -1,0 +1,59 @@
+"""What a running program tells: one event for each thing that happens to a node."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+
+class Usage(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Tokens of one node: `prompt_tokens` of its branch so far, of which `cached_tokens` were not computed again."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+
+    @property
+    def computed_tokens(self) -> int:
+        """Prompt tokens whose keys and values were computed for this node."""
+        return self.prompt_tokens - self.cached_tokens
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(
+            self.prompt_tokens + other.prompt_tokens,
+            self.cached_tokens + other.cached_tokens,
+            self.completion_tokens + other.completion_tokens,
+        )
+
+
+class NodeError(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Why a node has no value. `type` is the name of an error class of ramet.errors, or of the cause's."""
+
+    type: str
+    message: str
+    prompt_tail: str = ""
+
+
+class NodeEvent(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One thing that happened to one node of a running program.
+
+    `text`: more generated text (`kind` text), or all text that the node added to its branch (`done`; for a Role the
+    template's own marks). `value`: set when done. `timings`: seconds since the program's start (`start_s`,
+    `first_token_s`, `end_s`). `cause`: the exception itself, in one process only; it is never encoded.
+    """
+
+    node: int
+    kind: Literal["text", "done", "error", "tool"]
+    name: str | None = None
+    text: str = ""
+    value: Any = None
+    usage: Usage | None = None
+    finish_reason: str | None = None
+    meta: dict[str, Any] | None = None
+    timings: dict[str, float] | None = None
+    error: NodeError | None = None
+    cause: Any = None
+
+    def to_json(self) -> bytes:
+        return msgspec.json.encode(msgspec.structs.replace(self, cause=None))
