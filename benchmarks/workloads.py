@@ -48,7 +48,8 @@ class Workload:
 
 
 def _draw(rng: random.Random, count: int, high: int) -> list[int]:
-    return [rng.randrange(LOW, high) for _ in range(count)]
+    low = min(LOW, high // 2)  # a byte vocabulary has no ids above LOW
+    return [rng.randrange(low, high) for _ in range(count)]
 
 
 def unique(n: int, seed: int = 0, high: int = HIGH, prompt: int = 1024, out: int = 128) -> Workload:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncGenerator, Callable
@@ -44,12 +45,37 @@ class EventStream(StreamingResponse):
         self._close = close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send until the events end or the client leaves. One task more than this one: it waits for the client's end.
+
+        (Starlette's own loop makes a task group and two tasks for every stream.)
+        """
+        me, is_left, is_over = asyncio.current_task(), False, False
+        assert me is not None
+
+        def leave(gone: asyncio.Future[None]) -> None:
+            nonlocal is_left
+            if not is_over and not gone.cancelled():
+                is_left = True
+                me.cancel()
+
+        gone = asyncio.ensure_future(_gone(receive))
+        gone.add_done_callback(leave)
         try:
-            await super().__call__(scope, receive, send)
+            await self.stream_response(send)
+        except asyncio.CancelledError:
+            if not is_left or me.uncancel() > 0:  # somebody else ends this task
+                raise
         finally:
+            is_over = True
+            gone.cancel()
             # A client may leave while an event is being sent: then the generator is not running, and nobody ends it.
             self._close()
             await self._events.aclose()
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 async def collected(request: Request, items: AsyncGenerator[T, None]) -> list[T]:
