@@ -12,7 +12,7 @@ A table entry is a next local state (>= 0), REFUSE, or -2 - (2 * exit + again): 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Container, Hashable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol, cast
@@ -121,7 +121,8 @@ class Machine:
         self.unenforced: list[
             tuple[str, str, str]
         ] = []  # (JSON pointer, keyword, reason) that the caller must validate
-        self.same_mask: dict[int, int] = {}  # an instance with a text remembered -> the one whose masks it has
+        self.quoted: Container[bytes] | None = None  # what up to a quote a token can begin with; None: anything
+        self._mask_twins: dict[int, int] = {}
         self._closing_lengths: dict[int, int] = {}
         self.done = self.add(Done(self))
 
@@ -187,6 +188,18 @@ class Machine:
         found = self.interned.get(key)
         if found is None:
             found = self.interned[key] = self.add(make())
+        return found
+
+    def mask_twin(self, instance: int) -> int:
+        """Return the instance whose masks this one has but for what `refused_prefixes` and step-by-step runs decide.
+
+        A frame says which (its method `mask_twin`) where it differs only in texts remembered, its own or those of a
+        context: masks do not see that far, so that what is alike is resolved and walked once.
+        """
+        found = self._mask_twins.get(instance)
+        if found is None:
+            frame = self.frames[instance]
+            found = self._mask_twins[instance] = frame.mask_twin() if hasattr(frame, "mask_twin") else instance
         return found
 
     # --- states
@@ -263,8 +276,9 @@ class Machine:
                 return DEAD, position
             if entry < REFUSE:
                 code = -2 - entry
-                found = frame.resolve_text(code >> 1, frame.text + text[:position])
-                return found, position + 1 - (code & 1)
+                read = position + 1 - (code & 1)
+                goes_on = hasattr(frame, "goes_on") and frame.goes_on(code >> 1)
+                return frame.resolve_text(code >> 1, frame.text + text[: read if goes_on else position]), read
             local = entry
             position += 1
         return target(frame.remember(frame.text + text[:position]), local), position
@@ -343,7 +357,8 @@ class MemoryFrame(Frame, Protocol):
     text: bytes
 
     def resolve_text(self, exit_index: int, text: bytes) -> int:
-        """Return the exit's target, given the frame's whole text (without the byte that leaves it)."""
+        """Return the exit's target, given the frame's whole text, without the byte that leaves it: unless the frame has
+        a method `goes_on` that says of the exit that the text goes on in the next frame."""
 
     def remember(self, text: bytes) -> int:
         """Return the instance of the same frame with `text` read in it."""
@@ -369,7 +384,7 @@ def path_to_exit(table: Table, exit_index: int, local: int) -> bytes | None:
 def _paths_to_exit(table: Table, exit_index: int) -> list[bytes | None]:
     """Breadth first, backwards from the exit; printable ASCII is preferred."""
     n = table.num_states
-    sample = _sample_bytes(table.byte_class, table.rows.shape[1])
+    sample = sample_bytes(table.byte_class, table.rows.shape[1])
     out: list[bytes | None] = [None] * n
     own = leave(exit_index)
     frontier: list[int] = []
@@ -405,7 +420,7 @@ def _paths_to_exit(table: Table, exit_index: int) -> list[bytes | None]:
     return out
 
 
-def _sample_bytes(byte_class: NDArray[np.uint8], num_classes: int) -> list[int | None]:
+def sample_bytes(byte_class: NDArray[np.uint8], num_classes: int) -> list[int | None]:
     """One byte of each class, letters before digits before the rest."""
     order = [*range(97, 123), *range(48, 58), *range(32, 127), *range(256)]
     out: list[int | None] = [None] * num_classes

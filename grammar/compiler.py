@@ -56,6 +56,8 @@ class CompiledGrammar:
         self._state_of: dict[int, int] = {start: 0}
         self._rows: list[NDArray[np.int32] | None] = [None]
         self._interned_rows: dict[bytes, NDArray[np.int32]] = {}
+        self._twin_rows: dict[int, tuple[NDArray[np.int32], list[int]]] = {}
+        machine.quoted = vocabulary.quoted
         self._lock = threading.RLock()
         self._scratch = np.zeros(4 + vocabulary.trie.max_depth, dtype=np.int64)
         self._unsure = np.zeros(1 + len(vocabulary.trie.values), dtype=np.int32)
@@ -130,34 +132,53 @@ class CompiledGrammar:
             with self._lock:
                 row = self._rows[state]
                 if row is None:
-                    row = self._compute_mask(self._packed[state])
-                    row = self._interned_rows.setdefault(row.tobytes(), row)
-                    self._rows[state] = row
+                    row = self._rows[state] = self._compute_mask(self._packed[state])
         return row
 
     def _compute_mask(self, packed: int) -> NDArray[np.int32]:
-        machine = self.machine
-        same = machine.same_mask.get(packed >> LOCAL_BITS)
-        if same is not None:
-            # the text remembered in a frame changes only where its exits lead, and masks do not see that far
-            row = self.mask(self.state_number((same << LOCAL_BITS) | (packed & LOCAL_MASK)))
-            return self._without_refused(packed, row)
+        local = packed & LOCAL_MASK
+        row, unsure = self._twin_row((self.machine.mask_twin(packed >> LOCAL_BITS) << LOCAL_BITS) | local)
+        frame = self.machine.frames[packed >> LOCAL_BITS]
+        refused = frame.refused_prefixes(local) if hasattr(frame, "refused_prefixes") else ()
+        if not refused and not len(unsure):
+            return row
+        row = row.copy()
+        for prefix in refused:
+            for token in self.vocabulary.tokens_with_prefix(prefix):
+                row.view(np.uint32)[token >> 5] &= np.uint32(~(1 << (token & 31)) & 0xFFFFFFFF)
+        for token in unsure:
+            begin, end = self.vocabulary.offsets[token], self.vocabulary.offsets[token + 1]
+            if self.machine.run(packed, self.vocabulary.flat, begin, end, self._run_scratch) >= 0:
+                row.view(np.uint32)[token >> 5] |= np.uint32(1 << (token & 31))
+        return self._interned(row)
+
+    def _interned(self, row: NDArray[np.int32]) -> NDArray[np.int32]:
+        """The one copy of a row's content."""
+        row.flags.writeable = False
+        return self._interned_rows.setdefault(row.tobytes(), row)
+
+    def _twin_row(self, packed: int) -> tuple[NDArray[np.int32], list[int]]:
+        """(what a walk from a mask twin allows, tokens whose verdict depends on the text within them and before)."""
+        found = self._twin_rows.get(packed)
+        if found is None:
+            row, unsure = self._walked_row(packed)
+            found = self._twin_rows[packed] = self._interned(row), unsure
+        return found
+
+    def _walked_row(self, packed: int) -> tuple[NDArray[np.int32], list[int]]:
         instance, local = packed >> LOCAL_BITS, packed & LOCAL_MASK
-        table = machine.frames[instance].table
+        table = self.machine.frames[instance].table
         if local == table.loop:
-            return self._frozen(self._loop_row(packed))
+            return self._loop_row(packed)
         if table.loop >= 0 and table.depths is not None and table.depths[2, local] >= walker.MANY:
-            return self._frozen(self._near_loop_row(packed, (instance << LOCAL_BITS) | table.loop))
+            return self._near_loop_row(packed, (instance << LOCAL_BITS) | table.loop)
         row, trie = self._first_row(packed)
         self._walk(packed, trie, row)
-        if self._unsure[0]:
-            self._check_unsure(packed, row)
-        return self._frozen(row)
+        return row, self._unsure_tokens()
 
-    @staticmethod
-    def _frozen(row: NDArray[np.int32]) -> NDArray[np.int32]:
-        row.flags.writeable = False
-        return row
+    def _unsure_tokens(self) -> list[int]:
+        unsure: list[int] = self._unsure[1 : 1 + int(self._unsure[0])].tolist()
+        return unsure
 
     def _walk(self, packed: int, trie: TokenTrie, row: NDArray[np.int32]) -> None:
         machine, scratch, unsure = self.machine, self._scratch, self._unsure
@@ -168,26 +189,22 @@ class CompiledGrammar:
         while walker.walk(machine.pool, machine.instances, machine.exits, nodes, values, row, scratch, unsure) >= 0:
             machine.exit_target(int(scratch[1]), int(scratch[2]))
 
-    def _loop_row(self, packed: int) -> NDArray[np.int32]:
+    def _loop_row(self, packed: int) -> tuple[NDArray[np.int32], list[int]]:
         """The mask of a state that plain text does not leave: plain tokens, and those whose remainder is accepted."""
         vocabulary = self.vocabulary
         row = vocabulary.plain_row(2, vocabulary.slice_sizes[-1]).copy()
         trie, group, tokens = vocabulary.remainders
         bits = np.zeros(len(trie.values) // 32 + 1, dtype=np.int32)
         self._walk(packed, trie, bits)
-        unsure = self._unsure[1 : 1 + int(self._unsure[0])].copy()
         walker.expand(bits, group, tokens, row)
-        if len(unsure):
-            found = tokens[np.isin(group, unsure)]
-            self._unsure[0] = len(found)
-            self._unsure[1 : 1 + len(found)] = found
-            self._check_unsure(packed, row)
-        return row
+        unsure: list[int] = tokens[np.isin(group, self._unsure_tokens())].tolist() if self._unsure[0] else []
+        return row, unsure
 
-    def _near_loop_row(self, packed: int, loop: int) -> NDArray[np.int32]:
+    def _near_loop_row(self, packed: int, loop: int) -> tuple[NDArray[np.int32], list[int]]:
         """The mask of a state that differs from a loop of its own frame by single texts only."""
         machine, scratch, unsure, trie = self.machine, self._scratch, self._unsure, self.vocabulary.trie
-        row = self.mask(self.state_number(loop)).copy()
+        loop_row, unsure_there = self._twin_row(loop)
+        row = loop_row.copy()
         scratch[0] = 0
         scratch[3] = packed
         self._other[0] = loop
@@ -207,22 +224,8 @@ class CompiledGrammar:
             >= 0
         ):
             machine.exit_target(int(scratch[1]), int(scratch[2]))
-        if unsure[0]:
-            self._check_unsure(packed, row)
-        return row
-
-    def _without_refused(self, packed: int, row: NDArray[np.int32]) -> NDArray[np.int32]:
-        """Take away the tokens that begin with a text that a frame's memory refuses."""
-        frame = self.machine.frames[packed >> LOCAL_BITS]
-        refused = frame.refused_prefixes(packed & LOCAL_MASK) if hasattr(frame, "refused_prefixes") else ()
-        if not refused:
-            return row
-        row = row.copy()
-        for prefix in refused:
-            for token in self.vocabulary.tokens_with_prefix(prefix):
-                row.view(np.uint32)[token >> 5] &= np.uint32(~(1 << (token & 31)) & 0xFFFFFFFF)
-        row.flags.writeable = False
-        return row
+        # unsure there, and here no more: is decided, too, which does no harm
+        return row, [*dict.fromkeys([*unsure_there, *self._unsure_tokens()])]
 
     def _first_row(self, packed: int) -> tuple[NDArray[np.int32], TokenTrie]:
         """(a new row with what is known at once, the tokens that are left to be walked)."""
@@ -246,14 +249,6 @@ class CompiledGrammar:
         if machine.accepts(packed):
             return vocabulary.eos_row.copy(), vocabulary.trie
         return np.zeros(vocabulary.num_words, dtype=np.int32), vocabulary.trie
-
-    def _check_unsure(self, packed: int, row: NDArray[np.int32]) -> None:
-        """Decide the tokens whose verdict depends on text within them."""
-        vocabulary = self.vocabulary
-        for token in self._unsure[1 : 1 + int(self._unsure[0])].tolist():
-            begin, end = vocabulary.offsets[token], vocabulary.offsets[token + 1]
-            if self.machine.run(packed, vocabulary.flat, begin, end, self._run_scratch) >= 0:
-                row.view(np.uint32)[token >> 5] |= np.uint32(1 << (token & 31))
 
     @property
     def _run_scratch(self) -> NDArray[np.int64]:

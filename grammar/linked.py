@@ -22,7 +22,7 @@ from ramet.grammar.compiler import CompiledGrammar, Limits
 from ramet.grammar.json_schema.compile import WARM_NODES
 from ramet.grammar.json_schema.document import Registry, SchemaNode
 from ramet.grammar.json_schema.expressions import Expressions
-from ramet.grammar.json_schema.frames import Json
+from ramet.grammar.json_schema.frames import Context, Json
 from ramet.grammar.json_schema.keywords import Interpreter
 from ramet.grammar.json_schema.strict import check_strict
 from ramet.grammar.json_schema.survey import survey
@@ -154,6 +154,9 @@ class _BehindGap:
 
     def rest(self, tag: int) -> int:
         return self.frame.costs[self.after]
+
+    def mask_twin(self) -> Context:
+        return self
 
 
 def _ways_out(text: LinkedText, cost_of: Callable[[ir.JsonSchema], int]) -> tuple[list[int], list[int]]:

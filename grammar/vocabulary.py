@@ -136,7 +136,9 @@ class Vocabulary:
 
     def warm_up(self) -> None:
         """Make what is otherwise made when first needed."""
-        _ = self.remainders
+        _ = self.remainders, self.quoted, self.offsets
+        for size in range(1, self.slice_sizes[-1] + 1):
+            self.plain_row(2, size)
         for kind in range(NUM_KINDS):
             for size in self.slice_sizes:
                 self.slice(kind, size)
@@ -161,6 +163,18 @@ class Vocabulary:
     @cached_property
     def max_token_bytes(self) -> int:
         return max((len(self.token_bytes[i]) for i in self.content_tokens), default=0)
+
+    @cached_property
+    def quoted(self) -> frozenset[bytes]:
+        """All that a content token begins with and that ends with a quote."""
+        out: set[bytes] = set()
+        for i in self.content_tokens:
+            token = self.token_bytes[i]
+            at = token.find(b'"')
+            while at >= 0:
+                out.add(token[: at + 1])
+                at = token.find(b'"', at + 1)
+        return frozenset(out)
 
     def tokens_with_prefix(self, prefix: bytes) -> list[int]:
         """Content tokens that begin with these bytes; kept for the texts asked."""

@@ -11,7 +11,7 @@ from ramet.grammar import numeric
 from ramet.grammar.automaton import DEAD, REFUSE, leave, target
 from ramet.grammar.json_schema import specs
 from ramet.grammar.json_schema import values as v
-from ramet.grammar.json_schema.expressions import INFINITE
+from ramet.grammar.json_schema.expressions import INFINITE, MANY
 from ramet.grammar.json_schema.frames import Context, Json
 from ramet.grammar.json_schema.tables import VALUE_STARTS
 from ramet.grammar.json_schema.values import Arrays, Expr, Strings, Values
@@ -61,6 +61,18 @@ class ArrayNode:
         self.number = json.new_number()
         self.is_unique = any(spec.unique for _, spec, _ in threads)
         self._item: ItemContext | None = None
+        self._twin: ArrayNode | None = None
+
+    def mask_twin(self) -> ArrayNode:
+        """The same in the context's twin."""
+        if self._twin is None:
+            context = self.context.mask_twin()
+            self._twin = (
+                self
+                if context is self.context
+                else array_node(self.json, self.threads, self.index, self.seen, self.anonymous, context)
+            )
+        return self._twin
 
     def branches(self) -> list[tuple[Thread, Expr]]:
         """The threads that may read one more item, each with what it must be."""
@@ -87,6 +99,13 @@ class ArrayNode:
             return self.json.expressions.count(spec.rest) + len(spec.prefix) >= missing + used
         return True
 
+    def has_few_values(self) -> bool:
+        """Can items that may not come again run out?"""
+        count = self.json.expressions.count
+        return any(
+            spec.unique and any(count(e) < MANY for e in (*spec.prefix, spec.rest)) for _, spec, _ in self.threads
+        )
+
     def may_close(self, thread: Thread) -> bool:
         _, spec, counts = thread
         return specs.may_close(spec, self.index, counts)
@@ -109,10 +128,13 @@ class ArrayNode:
         known = [e.cost(specs.item(spec, index + i)) + 1 for i in range(min(missing, len(spec.prefix) + 1))]
         return total + sum(known) + (missing - len(known)) * (known[-1] if known else 0)
 
-    def item(self, local: int) -> int:
+    def item_context(self) -> ItemContext:
         if self._item is None:
             self._item = ItemContext(self)
-        context = self._item
+        return self._item
+
+    def item(self, local: int) -> int:
+        context = self.item_context()
         return self.json.value(context.exprs, context, local) if context.exprs else DEAD
 
 
@@ -123,10 +145,14 @@ class ItemContext:
         self.node = node
         self.number = node.json.new_number()
         self.remembers = node.is_unique
-        self.is_anonymous = bool(node.anonymous)
+        # which values are left matters where there are few: what a scalar was must then be known to go on
+        self.is_anonymous = bool(node.anonymous) or (self.remembers and node.has_few_values())
         branches = node.branches()
         self.exprs = tuple(dict.fromkeys(e for _, e in branches))
         self.branches = [(t, self.exprs.index(e)) for t, e in branches]
+
+    def mask_twin(self) -> Context:
+        return self.node.mask_twin().item_context()
 
     def rest(self, tag: int) -> int:
         return min(self.node.cost(t, self.node.index + 1) for t, i in self.branches if i == tag)
@@ -138,7 +164,7 @@ class ItemContext:
         if self.remembers:
             seen, anonymous = (seen, anonymous + 1) if value is None else (seen | {value}, anonymous)
         following = array_node(node.json, threads, node.index + 1, seen, anonymous, node.context)
-        return target(node.json.machine.intern(("array next", following.number), lambda: NextFrame(following)))
+        return target(before_item(NextFrame, following))
 
 
 def array_node(
@@ -164,7 +190,12 @@ def open_array(json: Json, specs: list[tuple[Arrays, ...]], context: Context) ->
     if not threads:
         return DEAD
     node = array_node(json, threads, 0, frozenset(), 0, context)
-    return target(json.machine.intern(("array open", node.number), lambda: OpenFrame(node)))
+    return target(before_item(OpenFrame, node))
+
+
+def before_item(kind: type[OpenFrame], node: ArrayNode) -> int:
+    """The instance where an item may begin."""
+    return node.json.machine.intern((kind, node.number), lambda: kind(node))
 
 
 class OpenFrame:
@@ -173,6 +204,9 @@ class OpenFrame:
     def __init__(self, node: ArrayNode) -> None:
         self.node = node
         self.table = node.json.constant_table(open_rows, (), 2)
+
+    def mask_twin(self) -> int:
+        return before_item(type(self), self.node.mask_twin())
 
     def resolve(self, exit_index: int) -> int:
         return self.node.close() if exit_index == _CLOSE else self.node.item(2)

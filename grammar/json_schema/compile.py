@@ -32,6 +32,9 @@ class RootContext:
     def rest(self, tag: int) -> int:
         return 0
 
+    def mask_twin(self) -> Context:
+        return self
+
 
 def place_schema(source: ir.JsonSchema, machine: Machine, max_states: int, context: Context | None = None) -> int:
     """Return the target at the start of the schema's values.

@@ -20,6 +20,7 @@ from ramet.grammar.json_schema.values import FALSE, TRUE, Arrays, Exists, Expr, 
 
 INFINITE = 1 << 60
 MAX_SPECS = 1000
+MANY = 1 << 31  # values
 
 
 class _NotYet(Exception):
@@ -440,8 +441,7 @@ class Expressions:
         return INFINITE if a.unique and self.count(a.rest) + len(a.prefix) < a.low else total
 
     def count(self, expr: Expr) -> int:
-        """Number of values, at most 2^31."""
-        many = 1 << 31
+        """Number of values, at most MANY."""
         a = self.values(expr)
         if (
             a.objects
@@ -449,7 +449,7 @@ class Expressions:
             or any(s.finite is None for s in a.strings)
             or any(n.finite is None for n in a.numbers)
         ):
-            return many
+            return MANY
         found: set[str | Fraction] = {t for s in a.strings for t in s.finite or ()}
         found |= {t for n in a.numbers for t in n.finite or ()}
         return len(found) + int(a.null) + a.booleans.bit_count()

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ramet.grammar.automaton import CONCRETE, DEAD, Machine, Table, path_to_exit, target
+from ramet.grammar.automaton import CONCRETE, DEAD, LOCAL_BITS, Machine, Table, path_to_exit, target
 from ramet.grammar.json_schema import values as v
 from ramet.grammar.json_schema.expressions import INFINITE, Expressions
 from ramet.grammar.json_schema.tables import (
@@ -56,6 +56,10 @@ class Context(Protocol):
 
     def rest(self, tag: int) -> int:
         """About the bytes that must follow a value that satisfies this tag, to the end of the text."""
+
+    def mask_twin(self) -> Context:
+        """The context that gives the values in it the same masks (see Machine.mask_twin); itself where there is no
+        other."""
 
 
 class Json:
@@ -127,21 +131,25 @@ class Json:
         """Target inside a string that takes low..high more characters and nothing else is asked of."""
         if low > 0:
             n = min(low, CHUNK)
-            key: tuple[object, ...] = ("count", "must", low - n, None if high is None else high - n, context.number)
+            key: tuple[object, ...] = ("count", "must", low - n, None if high is None else high - n)
             rest = (low - n, None if high is None else high - n)
             make = self._chunk(False, False)
         elif high is None:
             return self.string((_ANY_STRINGS,), context)
         elif high > CHUNK:
             n, rest = CHUNK, (0, high - CHUNK)
-            key = ("count", "may", *rest, context.number)
+            key = ("count", "may", *rest)
             make = self._chunk(True, False)
         else:
             n, rest = high, (0, 0)
-            key = ("count", "last", context.number)
+            key = ("count", "last")
             make = self._chunk(True, True)
+        return target(self.part(make, rest, context, key), CHUNK - n)
+
+    def part(self, table: Table, rest: tuple[int, int | None], context: Context, key: tuple[object, ...]) -> int:
+        """The instance of a part of a counted string; `key` says which, but for the context."""
         kind = RememberingCount if context.remembers else CountFrame
-        return target(self.machine.intern(key, lambda: kind(self, make, rest, context)), CHUNK - n)
+        return self.machine.intern((*key, context.number), lambda: kind(self, table, rest, context, key))
 
     def _chunk(self, closable: bool, last: bool) -> Table:
         key = ("chunk", closable, last)
@@ -172,6 +180,9 @@ class ValueFrame:
         self.context = context
         self.is_known = False
 
+    def mask_twin(self) -> int:
+        return self.json.value(self.exprs, self.context.mask_twin(), 0) >> LOCAL_BITS
+
     def values(self) -> list[Values]:
         return [self.json.expressions.values(e) for e in self.exprs]
 
@@ -193,7 +204,8 @@ class ValueFrame:
             specs = tuple(a.strings for a in values)
             return self.json.string(specs, self.context) if any(specs) else DEAD
         if exit_index == NUMBER:
-            return self.number(tuple(a.numbers for a in values))
+            numbers = tuple(a.numbers for a in values)
+            return target(number(self.json, numbers, self.context)) if any(numbers) else DEAD
         if exit_index == OBJECT:
             from ramet.grammar.json_schema.objects import open_object
 
@@ -205,16 +217,7 @@ class ValueFrame:
         mask = sum(1 << i for i, a in enumerate(values) if _allows(a, exit_index))
         if not mask:
             return DEAD
-        key = ("literal", exit_index, mask, self.context.number)
-        machine = self.json.machine
-        return target(machine.intern(key, lambda: LiteralFrame(self.json, exit_index, mask, self.context)))
-
-    def number(self, specs: tuple[tuple[Numbers, ...], ...]) -> int:
-        if not any(specs):
-            return DEAD
-        kind = RememberingNumber if self.context.remembers else NumberFrame
-        key = ("number", specs, self.context.number)
-        return target(self.json.machine.intern(key, lambda: kind(self.json, specs, self.context)))
+        return target(literal(self.json, exit_index, mask, self.context))
 
     def closing_exit(self, local: int) -> int:
         """The kind of value that is shortest to finish, with all that follows."""
@@ -240,10 +243,18 @@ def _allows(a: Values, kind: int) -> bool:
     return a.null if kind == NULL else bool(a.booleans & (2 if kind == TRUE else 1))
 
 
+def literal(json: Json, kind: int, mask: int, context: Context) -> int:
+    """The instance of a literal's rest."""
+    key = ("literal", kind, mask, context.number)
+    return json.machine.intern(key, lambda: LiteralFrame(json, kind, mask, context))
+
+
 class LiteralFrame:
     """The rest of true, false or null."""
 
     def __init__(self, json: Json, kind: int, mask: int, context: Context) -> None:
+        self.json = json
+        self.kind = kind
         self.table = json.constant_table(literal_rows, (LITERALS[kind],), 1)
         self.value = {TRUE: ("bool", True), FALSE: ("bool", False), NULL: ("null", None)}[kind]
         self.mask = mask
@@ -251,6 +262,9 @@ class LiteralFrame:
 
     def resolve(self, exit_index: int) -> int:
         return self.context.resume(self.mask, self.value)
+
+    def mask_twin(self) -> int:
+        return literal(self.json, self.kind, self.mask, self.context.mask_twin())
 
     def closing_exit(self, local: int) -> int:
         return 0
@@ -283,12 +297,22 @@ class _Scalar:
         return min(ways)[1]
 
 
+def number(json: Json, specs: tuple[tuple[Numbers, ...], ...], context: Context) -> int:
+    """The instance of a number's text."""
+    kind = RememberingNumber if context.remembers else NumberFrame
+    return json.machine.intern(("number", specs, context.number), lambda: kind(json, specs, context))
+
+
 class StringFrame(_Scalar):
     def __init__(self, json: Json, specs: tuple[tuple[Strings, ...], ...], context: Context) -> None:
         self.json = json
         self.table, self.masks = json.string_table(specs)
         self.key: tuple[object, ...] = ("string", specs, context.number)
         self.context = context
+        self.specs = specs
+
+    def mask_twin(self) -> int:
+        return self.json.string(self.specs, self.context.mask_twin()) >> LOCAL_BITS
 
 
 class NumberFrame(_Scalar):
@@ -297,18 +321,27 @@ class NumberFrame(_Scalar):
         self.table, self.masks = json.number_table(specs)
         self.key: tuple[object, ...] = ("number", specs, context.number)
         self.context = context
+        self.specs = specs
+
+    def mask_twin(self) -> int:
+        return number(self.json, self.specs, self.context.mask_twin())
 
 
 class CountFrame(_Scalar):
     """A part of a string's characters; exit 1 goes on with the next part."""
 
-    def __init__(self, json: Json, table: Table, rest: tuple[int, int | None], context: Context) -> None:
+    def __init__(
+        self, json: Json, table: Table, rest: tuple[int, int | None], context: Context, key: tuple[object, ...]
+    ) -> None:
         self.json = json
         self.table = table
         self.masks = (1,)
         self.rest = rest
         self.context = context
-        self.key: tuple[object, ...] = ("count", id(table), rest, context.number)
+        self.key = (*key, context.number)
+
+    def mask_twin(self) -> int:
+        return self.json.part(self.table, self.rest, self.context.mask_twin(), self.key[:-1])
 
     def resolve(self, exit_index: int) -> int:
         if exit_index == 1:
@@ -334,6 +367,10 @@ class _Remembering:
     masks: tuple[int, ...]
     text: bytes = b""
 
+    def mask_twin(self) -> int:
+        machine = self.json.machine
+        return machine.mask_twin(machine.interned[self.key]) if self.text else super().mask_twin()  # type: ignore[misc]
+
     def remember(self, text: bytes) -> int:
         if not text:
             return self.json.machine.interned[self.key]
@@ -344,10 +381,7 @@ class _Remembering:
             copy.text = text
             return copy
 
-        machine = self.json.machine
-        found = machine.intern((*self.key, text), make)
-        machine.same_mask[found] = machine.interned[self.key]
-        return found
+        return self.json.machine.intern((*self.key, text), make)
 
     def resolve_text(self, exit_index: int, text: bytes) -> int:
         return self.context.resume(self.masks[exit_index], self.read(text))
@@ -369,6 +403,9 @@ class RememberingNumber(_Remembering, NumberFrame):
 
 class RememberingCount(_Remembering, CountFrame):
     """Counted strings in memory contexts keep their text over the parts."""
+
+    def goes_on(self, exit_index: int) -> bool:
+        return exit_index == 1
 
     def resolve_text(self, exit_index: int, text: bytes) -> int:
         if exit_index == 1:

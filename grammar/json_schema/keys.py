@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from ramet.grammar import strings
@@ -10,6 +12,8 @@ from ramet.grammar.json_schema import specs as object_specs
 from ramet.grammar.json_schema.frames import Json
 from ramet.grammar.json_schema.tables import ANY_CHARS, StringRows, overlay
 from ramet.grammar.json_schema.values import Exists, Expr, Objects
+
+MAX_WAYS = 16  # to write a key, that are looked up and not searched
 
 
 class Space:
@@ -39,6 +43,9 @@ class Space:
         self._tables: dict[object, Table] = {}
         self._master: tuple[bool, StringRows] | None = None
         self.required = [sum(1 << self.index[k] for k in o.required) for o in specs]
+        self._endings: dict[bytes | int, list[tuple[str, bytes]]] = {}
+        self._noted: set[str] = set()
+        self._many_ways: list[str] = []
         self.is_simple = [o.high is None and not (o.dependent or o.exists or o.low) for o in specs]
 
     def _make_signatures(self) -> None:
@@ -82,6 +89,45 @@ class Space:
                 named, others = own, 0
             found = self._alive[spec] = named, others
         return found
+
+    def may_forget(self, specs: Iterable[int]) -> bool:
+        """Do unnamed keys, once read, change nothing but that they may not come again?"""
+        for spec in specs:
+            others = self.alive(spec)[1]
+            if not self.is_simple[spec] or (others and not self.is_open(others)):
+                return False
+        return True
+
+    def note_key(self, key: str, gaps: tuple[tuple[bytes, ...], ...]) -> None:
+        """Make an unnamed key known to `endings`. gaps: for each place before a key, what may stand up to its text."""
+        if key in self._noted:
+            return
+        self._noted.add(key)
+        ways = strings.ways_to_write(key)
+        if len(ways) > MAX_WAYS:
+            self._many_ways.append(key)
+            return
+        quoted = self.json.machine.quoted
+        for written in ways:
+            whole = written + b'"'
+            places: list[tuple[bytes | int, bytes]] = [(written[:i], whole[i:]) for i in range(len(whole))]
+            places.extend((i, gap + whole) for i, texts in enumerate(gaps) for gap in texts)
+            for place, rest in places:
+                if quoted is None or rest in quoted:
+                    self._endings.setdefault(place, []).append((key, rest))
+
+    def endings(self, place: bytes | int, keys: frozenset[str], gaps: tuple[bytes, ...]) -> list[bytes]:
+        """Texts that finish one of these keys, noted before. place: the text of the key so far, or the place before it,
+        where `gaps` may stand up to its text."""
+        out = [rest for key, rest in self._endings.get(place, ()) if key in keys]
+        for key in self._many_ways:
+            if key in keys:
+                whole = [gap + written + b'"' for written in strings.ways_to_write(key) for gap in gaps or (b"",)]
+                if isinstance(place, int):
+                    out.extend(whole)
+                else:
+                    out.extend(w[len(place) :] for w in whole if w.startswith(place))
+        return out
 
     def in_class(self, x: Exists, label: int) -> bool:
         if label < len(self.names):

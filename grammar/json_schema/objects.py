@@ -8,14 +8,13 @@ by name.
 from __future__ import annotations
 
 import json as json_module
-from functools import cache, lru_cache
+from functools import cache
 from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ramet.grammar import strings
-from ramet.grammar.automaton import CONCRETE, DEAD, REFUSE, Table, leave, path_to_exit, target
+from ramet.grammar.automaton import CONCRETE, DEAD, LOCAL_BITS, REFUSE, Table, leave, path_to_exit, target
 from ramet.grammar.json_schema import values as v
 from ramet.grammar.json_schema.expressions import INFINITE
 from ramet.grammar.json_schema.frames import Context, Json
@@ -58,6 +57,7 @@ class ObjectNode:
         extras: frozenset[str],
         anonymous: int,
         context: Context,
+        forgets: bool = False,
     ) -> None:
         self.space = space
         self.json = space.json
@@ -66,8 +66,32 @@ class ObjectNode:
         self.extras = extras
         self.anonymous = anonymous  # keys read within one token's walk, whose names are not known
         self.context = context
+        self.forgets = forgets  # unnamed keys may have come, no matter which: see `mask_twin`
         self.number = self.json.new_number()
         self._alive: tuple[int, int] | None = None
+        self._twins: list[ObjectNode | None] = [None, None]
+
+    def mask_twin(self, forgets: bool) -> ObjectNode:
+        """The same in the context's twin. forgets: also without the unnamed keys that came, where they change nothing
+        but that they may not come again."""
+        found = self._twins[forgets]
+        if found is None:
+            context = self.context.mask_twin()
+            if (forgets or self.forgets) and self.space.may_forget({spec for _, spec, _ in self.threads}):
+                found = object_node(self.space, self.threads, self.seen, frozenset(), 0, context, True)
+            elif context is self.context:
+                found = self
+            else:
+                found = object_node(
+                    self.space, self.threads, self.seen, self.extras, self.anonymous, context, self.forgets
+                )
+            self._twins[forgets] = found
+        return found
+
+    @property
+    def has_extras(self) -> bool:
+        """Unnamed keys came before."""
+        return self.forgets or bool(self.extras)
 
     @property
     def count(self) -> int:
@@ -151,7 +175,7 @@ class ObjectNode:
         if label >= len(self.space.names):
             return not self.needed(spec, self.seen)
         behind = (1 << label) - 1
-        return self.seen >> label == 0 and not self.extras and not self.needed(spec, self.seen) & behind
+        return self.seen >> label == 0 and not self.has_extras and not self.needed(spec, self.seen) & behind
 
     def alive(self) -> tuple[int, int]:
         """Labels of the keys that may come: (bits of names, bits of signatures)."""
@@ -212,11 +236,15 @@ class ObjectNode:
 
     def follow(self, label: int, key: str | None) -> int:
         """Target after a key (its name is given where the label is no name and it is known)."""
-        context = self.json.property_contexts.get((self.number, label, key))
-        if context is None:
-            context = PropertyContext(self, label, key)
-            self.json.property_contexts[self.number, label, key] = context
+        context = self.property_context(label, key)
         return self.json.value(context.exprs, context, 0) if context.exprs else DEAD
+
+    def property_context(self, label: int, key: str | None) -> PropertyContext:
+        contexts = self.json.property_contexts
+        found: PropertyContext | None = contexts.get((self.number, label, key))
+        if found is None:
+            found = contexts[self.number, label, key] = PropertyContext(self, label, key)
+        return found
 
 
 class PropertyContext:
@@ -227,6 +255,8 @@ class PropertyContext:
 
     def __init__(self, node: ObjectNode, label: int, key: str | None) -> None:
         self.node = node
+        self.label = label
+        self.key = key
         self.number = node.json.new_number()
         branches = node.branches(label)
         self.exprs = tuple(dict.fromkeys(e for _, e in branches))
@@ -234,7 +264,17 @@ class PropertyContext:
         is_name = label < len(node.space.names)
         self.seen = node.seen | (1 << label) if is_name else node.seen
         self.extras = node.extras if is_name or key is None else node.extras | {key}
-        self.anonymous = node.anonymous + (0 if is_name or key is not None else 1)
+        self.anonymous = node.anonymous + (0 if is_name or key is not None or node.forgets else 1)
+        self._twin: Context | None = None
+        if key is not None and not is_name:
+            node.space.note_key(key, NextFrame.gaps)
+
+    def mask_twin(self) -> Context:
+        if self._twin is None:
+            node = self.node.mask_twin(forgets=self.node.forgets or bool(self.extras))
+            key = None if node.forgets else self.key
+            self._twin = self if node is self.node else node.property_context(self.label, key)
+        return self._twin
 
     def rest(self, tag: int) -> int:
         return min(self.node.cost(t, self.seen) for t, i in self.branches if i == tag)
@@ -242,18 +282,24 @@ class PropertyContext:
     def resume(self, mask: int, value: object | None) -> int:
         threads = tuple(sorted({t for t, tag in self.branches if (mask >> tag) & 1}))
         node = self.node
-        following = object_node(node.space, threads, self.seen, self.extras, self.anonymous, node.context)
+        following = object_node(node.space, threads, self.seen, self.extras, self.anonymous, node.context, node.forgets)
         return target(before_key(NextFrame, following))
 
 
 def object_node(
-    space: Space, threads: tuple[Thread, ...], seen: int, extras: frozenset[str], anonymous: int, context: Context
+    space: Space,
+    threads: tuple[Thread, ...],
+    seen: int,
+    extras: frozenset[str],
+    anonymous: int,
+    context: Context,
+    forgets: bool = False,
 ) -> ObjectNode:
-    nodes = space.json.object_nodes
-    key = (space.number, threads, seen, extras, anonymous, context.number)
+    nodes: dict[object, ObjectNode] = space.json.object_nodes
+    key = (space.number, threads, seen, extras, anonymous, context.number, forgets)
     found = nodes.get(key)
     if found is None:
-        found = nodes[key] = ObjectNode(space, threads, seen, extras, anonymous, context)
+        found = nodes[key] = ObjectNode(space, threads, seen, extras, anonymous, context, forgets)
     return found
 
 
@@ -287,19 +333,10 @@ def open_object(json: Json, specs: list[tuple[v.Objects, ...]], context: Context
     return target(before_key(OpenFrame, node))
 
 
-@lru_cache(maxsize=1 << 14)
-def _finished_keys(gaps: tuple[bytes, ...], key: str) -> tuple[bytes, ...]:
-    return tuple(gap + written + b'"' for gap in gaps for written in strings.ways_to_write(key))
-
-
-def before_key(kind: type[OpenFrame], node: ObjectNode) -> int:
-    """The instance before a key. Where unnamed keys were read, masks from here are walked in a copy of it, which takes
-    any unnamed key; `refused_prefixes` then takes those away that came before."""
-    machine = node.json.machine
-    found = machine.intern((kind, node.number), lambda: kind(node))
-    if node.extras and found not in machine.same_mask:
-        machine.same_mask[found] = machine.intern((kind, node.number, "shared"), lambda: kind(node, is_shared=True))
-    return found
+def before_key(kind: type[OpenFrame], node: ObjectNode, is_shared: bool = False) -> int:
+    """The instance before a key. Where unnamed keys were read, masks from here are walked in a shared copy of it, which
+    takes any unnamed key; `refused_prefixes` then takes those away that came before."""
+    return node.json.machine.intern((kind, node.number, is_shared), lambda: kind(node, is_shared))
 
 
 class OpenFrame:
@@ -307,7 +344,7 @@ class OpenFrame:
 
     gaps: tuple[tuple[bytes, ...], ...] = ((b'"',),)  # for each local state, what may stand up to a key's text
 
-    def __init__(self, node: ObjectNode, is_shared: bool = False) -> None:
+    def __init__(self, node: ObjectNode, is_shared: bool) -> None:
         self.node = node
         self.is_shared = is_shared
         self.table = self.make_table()
@@ -320,10 +357,14 @@ class OpenFrame:
             return self.node.close()
         return self.node.any_key() if self.is_shared else self.node.key()
 
+    def mask_twin(self) -> int:
+        node = self.node.mask_twin(forgets=bool(self.node.extras))
+        return before_key(type(self), node, self.is_shared or node.has_extras)
+
     def refused_prefixes(self, local: int) -> list[bytes]:
         """Texts that may not follow here: those that would finish an unnamed key for the second time."""
-        gaps = self.gaps[local]
-        return [prefix for key in self.node.extras for prefix in _finished_keys(gaps, key)]
+        extras = self.node.extras
+        return self.node.space.endings(local, extras, self.gaps[local]) if extras else []
 
     def closing_exit(self, local: int) -> int:
         node = self.node
@@ -350,6 +391,9 @@ class KeyFrame:
     def __init__(self, node: ObjectNode) -> None:
         self.node = node
         self.table = node.space.table(*node.alive(), node.extras)
+
+    def mask_twin(self) -> int:
+        return self.node.mask_twin(forgets=bool(self.node.extras)).key() >> LOCAL_BITS
 
     def resolve(self, exit_index: int) -> int:
         node = self.node
@@ -391,9 +435,9 @@ class MemoryKeyFrame(KeyFrame):
         node = self.node
         if exit_index < len(node.space.names):
             return super().resolve(exit_index)
-        if node.anonymous or (node.extras and not self.is_committed):
+        if node.anonymous or (node.has_extras and not self.is_committed):
             return CONCRETE
-        return node.follow(exit_index, None)
+        return node.mask_twin(forgets=True).follow(exit_index, None)
 
     def resolve_text(self, exit_index: int, text: bytes) -> int:
         if exit_index < len(self.node.space.names):
@@ -424,11 +468,14 @@ class MemoryKeyFrame(KeyFrame):
         """The copy whose masks all copies with a text share."""
         return self.node.json.machine.intern(("key text", self.node.number), lambda: self._copy(None))
 
+    def mask_twin(self) -> int:
+        key = self.node.mask_twin(forgets=bool(self.node.extras)).key() >> LOCAL_BITS
+        frame = self.node.json.machine.frames[key]
+        return frame.shared() if self.is_committed and isinstance(frame, MemoryKeyFrame) else key
+
     def remember(self, text: bytes) -> int:
         machine = self.node.json.machine
-        found = machine.intern(("key text", self.node.number, text), lambda: self._copy(text))
-        machine.same_mask[found] = self.shared()
-        return found
+        return machine.intern(("key text", self.node.number, text), lambda: self._copy(text))
 
     def _copy(self, text: bytes | None) -> MemoryKeyFrame:
         """With a text, or (None) the copy whose masks all others share."""
@@ -439,9 +486,5 @@ class MemoryKeyFrame(KeyFrame):
 
     def refused_prefixes(self, local: int) -> list[bytes]:
         """Texts that may not follow here: those that would finish a key for the second time."""
-        out: list[bytes] = []
-        for key in self.node.extras:
-            for written in strings.ways_to_write(key):
-                if written.startswith(self.text):
-                    out.append(written[len(self.text) :] + b'"')
-        return out
+        extras = self.node.extras
+        return self.node.space.endings(self.text, extras, ()) if extras else []

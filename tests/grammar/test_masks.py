@@ -1,0 +1,70 @@
+"""Masks against every token's own run, where configurations share them: texts remembered in maps, lists and nests."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+
+from ramet.grammar import CompiledGrammar, Vocabulary, bitmask, compile_grammar
+from ramet.grammar.ir import JsonOptions, JsonSchema
+
+PIECES = ["{", "}", "[", "]", '"', ":", ",", "a", "b", "/", "1", "é", "\\/", " "]
+EOS = 256 + 1000
+SCHEMAS: dict[str, Any] = {
+    "map": {"type": "object", "additionalProperties": {"type": "integer"}},
+    "map of maps": {"additionalProperties": {"type": "object", "additionalProperties": {"enum": ["a", 1]}}},
+    "anything": {"type": "object"},
+    "named and others": {"properties": {"a": {"type": "object"}, "ab": {"const": 1}}, "required": ["ab"]},
+    "patterns": {"patternProperties": {"^a": {"type": "string", "maxLength": 2}}, "additionalProperties": {"const": 1}},
+    "closed patterns": {"patternProperties": {"^a": {"maxLength": 2}}, "additionalProperties": False},
+    "bounded count": {"type": "object", "maxProperties": 2, "minProperties": 1},
+    "two kinds": {"anyOf": [{"additionalProperties": {"type": "string"}}, {"additionalProperties": {"const": 1}}]},
+    "list of maps": {"type": "array", "items": {"type": "object", "additionalProperties": {"type": "array"}}},
+    "unique items": {"type": "array", "uniqueItems": True, "items": {"enum": ["a", "b", 1, 11]}},
+    "map of unique": {"additionalProperties": {"type": "array", "uniqueItems": True, "items": {"type": "string"}}},
+}
+
+
+@pytest.fixture(scope="module")
+def vocabulary() -> Vocabulary:
+    """All bytes, and long tokens that span keys, values and what stands between them."""
+    rng = random.Random(7)
+    tokens = {"".join(rng.choices(PIECES, k=rng.randrange(2, 9))).encode(): None for _ in range(600)}
+    for key in ("a", "b", "ab", "/", "é", ""):
+        for end in ('"', '":', '":1', '":"', '":{', '":1,"', '":1,"a":', '":{"', '":1}', '":"a","b":1', '":["a","'):
+            for begin in ("", '"', ',"', '","', '1,"', '},"', '{"', '"],"', '", "'):
+                tokens[f"{begin}{key}{end}".encode()] = None
+    long = [t for t in tokens if len(t) > 1][: EOS - 256]
+    texts = [bytes((i,)) for i in range(256)] + long
+    return Vocabulary([*texts, *[b""] * (EOS - len(texts)), b"<eos>"], [EOS], [EOS])
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+@pytest.mark.parametrize("mode", ["exact", "declared_order"])
+def test_a_mask_allows_exactly_the_tokens_that_can_be_taken(name: str, mode: Any, vocabulary: Vocabulary) -> None:
+    grammar = compile_grammar(JsonSchema(SCHEMAS[name], JsonOptions(mode=mode)), vocabulary)
+    rng = random.Random(name)
+    for _ in range(3):
+        state = 0
+        for _ in range(9):
+            following = _check(grammar, state)
+            inner = [t for t in following if len(vocabulary.token_bytes[t]) > 1] or list(following)
+            if not inner:
+                break
+            state = following[rng.choice(inner)]
+
+
+def _check(grammar: CompiledGrammar, state: int) -> dict[int, int]:
+    """The state after each token that can be taken."""
+    following = {
+        t: after for t in grammar.vocabulary.content_tokens if (after := grammar.advance(state, t)) is not None
+    }
+    allowed = set(bitmask.unpack(grammar.mask(state)).tolist())
+    assert (EOS in allowed) == grammar.is_accepting(state)
+    allowed.discard(EOS)
+    texts = grammar.vocabulary.token_bytes
+    assert not [texts[t] for t in allowed - following.keys()], "allowed, but refused when taken"
+    assert not [texts[t] for t in following.keys() - allowed], "can be taken, but not allowed"
+    return following
