@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from ramet.errors import GrammarError, RametError
 from ramet.lang.ir import Constraint
@@ -50,6 +51,14 @@ class Job:
     shown_bytes: Sequence[bytes] | None = None
 
 
+class Increments(Protocol):
+    """What `merged` merges: increments to iterate once, and how to abort them."""
+
+    def __aiter__(self) -> AsyncGenerator[Output, None]: ...
+
+    def close(self) -> None: ...
+
+
 class Choice:
     """One choice's increments. Iterate it once; `close` aborts what is in flight.
 
@@ -77,8 +86,12 @@ class Choice:
         stream = self._proxy.submit(
             Submit(request_id, ids, dict(sampling), constraint, cache_salt=job.cache_salt, priority=job.priority)
         )
-        self.close = stream.close
+        self._end = stream.close
         return aiter(stream)
+
+    def close(self) -> None:
+        """Abort what is in flight."""
+        self._end()
 
     async def __aiter__(self) -> AsyncGenerator[Output, None]:
         try:
@@ -164,7 +177,7 @@ class _ShownText:
         return self._scanner.flush(text) if is_last else self._scanner.push(text)[0]
 
 
-async def merged(choices: Sequence[Choice]) -> AsyncGenerator[tuple[int, Output], None]:
+async def merged(choices: Sequence[Increments]) -> AsyncGenerator[tuple[int, Output], None]:
     """(index, increment) of all choices as they come; closes them all at the end, or when one of them fails.
 
     A slow reader holds at most a few increments here: the rest waits, merged, where it comes from.
@@ -192,7 +205,7 @@ async def merged(choices: Sequence[Choice]) -> AsyncGenerator[tuple[int, Output]
             task.cancel()
 
 
-async def _pump(index: int, choice: Choice, queue: asyncio.Queue[tuple[int, Output | Exception]]) -> None:
+async def _pump(index: int, choice: Increments, queue: asyncio.Queue[tuple[int, Output | Exception]]) -> None:
     try:
         async with contextlib.aclosing(aiter(choice)) as outputs:
             async for output in outputs:

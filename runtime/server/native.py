@@ -1,245 +1,275 @@
-"""Ramet's own endpoints: generation by text or token ids, health, information, the cache, aborts, metrics."""
+"""`POST /generate`: text after texts or token ids, and their log-probabilities. What serves it: `status_api`."""
 
 from __future__ import annotations
 
-import dataclasses
-import time
-from collections.abc import AsyncIterator
+import contextlib
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import msgspec
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field
 
-from ramet.lang.ir import Constraint
-from ramet.runtime.server.disconnect import until_disconnect
+from ramet.errors import GrammarError
+from ramet.runtime.server import status_api
+from ramet.runtime.server.choices import merged
+from ramet.runtime.server.engine_proxy import OutputStream
 from ramet.runtime.server.metrics import ServerMetrics
+from ramet.runtime.server.native_types import MAX_PROMPTS, GenerateBody, NativeSampling
+from ramet.runtime.server.openai_shapes import finite, token_text
+from ramet.runtime.server.openai_types import Json, openapi_body, parse_body
 from ramet.runtime.server.protocol import Output, Submit
+from ramet.runtime.server.sampling_fields import seed_of_choice
+from ramet.runtime.server.sse import EventStream, collected, event, guarded, json_response, started
 from ramet.runtime.server.state import HttpError, ServerState
 
 
-class NativeSampling(BaseModel):
-    """Names as in SGLang's native API, where they mean the same."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    max_new_tokens: int | None = 128
-    min_new_tokens: int = 0
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
-    ignore_eos: bool = False
-    logit_bias: dict[str, float] | None = None
-    sampling_seed: int | None = None
-    json_schema: str | dict[str, Any] | None = None  # Any: JSON
-    regex: str | None = None
-    ebnf: str | None = None
-
-    def fields(self, top_logprobs: int | None) -> dict[str, object]:
-        """Fields of SamplingParams."""
-        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        return {
-            "max_tokens": self.max_new_tokens,
-            "min_tokens": self.min_new_tokens,
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "top_k": max(self.top_k, 0),
-            "min_p": self.min_p,
-            "frequency_penalty": self.frequency_penalty,
-            "presence_penalty": self.presence_penalty,
-            "repetition_penalty": self.repetition_penalty,
-            "stop": stop,
-            "stop_token_ids": self.stop_token_ids or [],
-            "ignore_eos": self.ignore_eos,
-            "logit_bias": self.logit_bias or {},
-            "seed": self.sampling_seed,
-            "logprobs": top_logprobs,
-        }
-
-    def constraint(self, limit: int) -> Constraint | None:
-        """The one constraint that is asked for. Raises HttpError where there are several, or it is too large."""
-        given = {
-            "json_schema": self.json_schema if isinstance(self.json_schema, str) else _canonical(self.json_schema),
-            "regex": self.regex,
-            "cfg": self.ebnf,
-        }
-        asked = {kind: source for kind, source in given.items() if source is not None}
-        if len(asked) > 1:
-            raise HttpError(400, f"only one of json_schema, regex and ebnf can be given, not {len(asked)}")
-        for kind, source in asked.items():
-            if len(source) > limit:
-                raise HttpError(400, f"the {kind} has {len(source):,} characters, more than {limit:,}", param=kind)
-            return Constraint(kind, source)  # type: ignore[arg-type]
-        return None
-
-
-def _canonical(schema: dict[str, Any] | None) -> str | None:  # Any: JSON
-    return None if schema is None else msgspec.json.encode(schema, order="sorted").decode()
-
-
-class GenerateBody(BaseModel):
-    """`text` or `input_ids`. With `stream`, each `data:` line holds what is new; `cumulative` repeats what was."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    text: str | None = None
-    input_ids: list[int] | None = None
-    sampling_params: NativeSampling = Field(default_factory=NativeSampling)
-    stream: bool = False
-    cumulative: bool = False
-    rid: str | None = Field(default=None, max_length=200)
-    return_logprob: bool = False
-    top_logprobs_num: int = Field(default=0, ge=0, le=64)
-    priority: int = 0
-    cache_salt: str = Field(default="", max_length=200)
-    timeout_s: float | None = Field(default=None, gt=0)
-
-
-class AbortBody(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    rid: str = ""
-    abort_all: bool = False
-
-
 def make_router(state: ServerState, metrics: ServerMetrics) -> APIRouter:
-    router = APIRouter()
+    """All native routes. They raise HttpError and RametError, which the application turns into responses."""
+    router = APIRouter(tags=["native"])
+    endpoint = GenerateEndpoint(state)
 
-    @router.api_route("/generate", methods=["POST", "PUT"], response_model=None)
-    async def generate(body: GenerateBody, request: Request) -> Response:
-        command = await _command(state, body, request)
-        stream = state.proxy.submit(command)
-        if not body.stream:
-            output = await until_disconnect(request, stream.collect(), stream.close)
-            return JSONResponse(_result(output, output.text, output.token_ids))
-        return StreamingResponse(_events(stream.__aiter__(), body.cumulative), media_type="text/event-stream")
+    @router.post("/generate", response_model=None, openapi_extra=openapi_body(GenerateBody))
+    async def generate(request: Request) -> Response:
+        """Continue texts or token ids."""
+        return await endpoint(request)
 
-    @router.get("/health")
-    async def health() -> Response:
-        """200 while the engine answers and makes progress; 503 with the reason otherwise."""
-        wrong = state.proxy.health(state.config.health_patience_s)
-        return JSONResponse(
-            {"status": "ok" if wrong is None else "unhealthy", "reason": wrong}, 200 if wrong is None else 503
-        )
+    @router.put("/generate", response_model=None, include_in_schema=False)
+    async def put_generate(request: Request) -> Response:
+        return await endpoint(request)
 
-    @router.get("/ready")
-    async def ready() -> Response:
-        """200 once the engine takes requests."""
-        hello = state.proxy.hello
-        return JSONResponse({"ready": hello is not None}, 200 if hello is not None else 503)
-
-    @router.get("/health_generate")
-    async def health_generate() -> Response:
-        """Generate one token, whatever it is."""
-        start_s = time.monotonic()
-        command = Submit(
-            state.proxy.new_id("health"), [1], {"max_tokens": 1, "ignore_eos": True}, priority=-1_000, deadline_s=20.0
-        )
-        await state.proxy.submit(command).collect()
-        return JSONResponse({"status": "ok", "seconds": round(time.monotonic() - start_s, 4)})
-
-    @router.get("/get_model_info")
-    async def model_info() -> dict[str, Any]:  # Any: JSON
-        hello = state.proxy.hello
-        if hello is None:
-            raise HttpError(503, state.proxy.health() or "the engine is starting", kind="server_error")
-        return {
-            "model_path": hello.model,
-            "served_model_name": state.model_name,
-            "context_length": hello.context_length,
-            "vocab_size": hello.vocab_size,
-            "is_generation": True,
-            "has_chat_template": state.tokenizer.chat_template is not None,
-        }
-
-    @router.get("/get_server_info")
-    async def server_info() -> dict[str, Any]:  # Any: JSON
-        hello = state.proxy.hello
-        config = {
-            k: v for k, v in dataclasses.asdict(state.config).items() if "api_key" not in k or isinstance(v, bool)
-        }
-        return {
-            "version": "0.1.0",
-            "server": config,
-            "engine": None if hello is None else msgspec.to_builtins(hello),
-            "stats": state.proxy.stats,
-            "in_flight": state.proxy.num_in_flight,
-            "uptime_s": round(time.time() - state.started_s, 1),
-        }
-
-    @router.api_route("/flush_cache", methods=["GET", "POST"])
-    async def flush_cache() -> dict[str, int]:
-        """Forget cached prefixes that nobody uses; running requests keep theirs."""
-        return {"freed_pages": await state.proxy.ask("flush_cache")}
-
-    @router.post("/abort_request")
-    async def abort_request(body: AbortBody) -> dict[str, list[str]]:
-        """Abort one request by its exact id, or all."""
-        if not body.abort_all and not body.rid:
-            raise HttpError(400, "give the rid of a request, or abort_all", param="rid")
-        wanted = state.proxy.in_flight() if body.abort_all else [body.rid]
-        return {"aborted": [rid for rid in wanted if state.proxy.abort(rid)]}
-
-    @router.get("/metrics")
-    async def prometheus() -> Response:
-        return Response(metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
-
+    router.include_router(status_api.make_router(state, metrics))
     return router
 
 
-async def _command(state: ServerState, body: GenerateBody, request: Request) -> Submit:
-    if (body.text is None) == (body.input_ids is None):
-        raise HttpError(400, "give either text or input_ids", param="text")
-    ids = body.input_ids
-    if ids is None:
-        assert body.text is not None
-        ids = await state.off_loop(lambda text: state.tokenizer.encode(text, add_special=True), body.text)
-    return Submit(
-        body.rid or state.proxy.new_id("generate"),
-        ids,
-        body.sampling_params.fields(body.top_logprobs_num if body.return_logprob else None),
-        body.sampling_params.constraint(state.config.max_schema_bytes),
-        cache_salt=state.cache_salt(request, body.cache_salt),
-        priority=max(body.priority, -100),
-        deadline_s=body.timeout_s,
-    )
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One answer that is asked for.
+
+    `field`: the body's field with its constraint. `first_scored`: where the scores of its prompt begin, if asked for.
+    """
+
+    command: Submit
+    field: str | None
+    first_scored: int | None
 
 
-def _result(output: Output, text: str, token_ids: list[int]) -> dict[str, Any]:  # Any: JSON
-    finish: dict[str, Any] | None = None
-    if output.finish_reason is not None:
-        finish = {"type": output.finish_reason}
-        if output.stop_match is not None:
-            finish["matched"] = output.stop_match
-    meta: dict[str, Any] = {
-        "id": output.id,
-        "finish_reason": finish,
-        "prompt_tokens": output.prompt_tokens,
-        "completion_tokens": output.completion_tokens,
-        "cached_tokens": output.cached_tokens,
-    }
-    if output.timings is not None:
-        meta |= {"e2e_latency": output.timings["total_s"], "queue_time": output.timings["queue_s"]}
-    if output.logprobs is not None:
-        meta["output_token_logprobs"] = [[p, t, None] for p, t in zip(output.logprobs, output.token_ids, strict=True)]
-        meta["output_top_logprobs"] = output.top_logprobs
-    return {"text": text, "output_ids": token_ids, "meta_info": meta}
+class _Generation:
+    """An item's increments, with errors of its constraint as HTTP errors. Iterate it once; `close` aborts it."""
+
+    def __init__(self, stream: OutputStream, field: str | None) -> None:
+        self._stream = stream
+        self._field = field
+
+    def close(self) -> None:
+        self._stream.close()
+
+    async def __aiter__(self) -> AsyncGenerator[Output, None]:
+        try:
+            async for output in self._stream:
+                yield output
+        except GrammarError as error:
+            raise HttpError(400, f"{self._field}: {error}", param=self._field, code="invalid_grammar") from None
+        finally:
+            self.close()
 
 
-async def _events(outputs: AsyncIterator[Output], is_cumulative: bool) -> AsyncIterator[bytes]:
-    text, ids = "", list[int]()
-    try:
-        async for output in outputs:
-            text = text + output.text if is_cumulative else output.text
-            ids = ids + output.token_ids if is_cumulative else output.token_ids
-            yield b"data: " + msgspec.json.encode(_result(output, text, ids)) + b"\n\n"
-    except Exception as error:  # the answer has begun: all that is left is an event that says so
-        yield b"data: " + msgspec.json.encode(HttpError.of(error).body) + b"\n\n"
-    yield b"data: [DONE]\n\n"
+class GenerateEndpoint:
+    """Answers /generate for one server."""
+
+    def __init__(self, state: ServerState) -> None:
+        self._state = state
+
+    async def __call__(self, request: Request) -> Response:
+        body = await parse_body(self._state, request, GenerateBody)
+        items = await self._state.off_loop(self._items, body, self._state.cache_salt(request, body.cache_salt))
+        prompt_logprobs = [await self._scored(item) for item in items]
+        generations = self._submit(items)
+        answer = _Answer(self._state, body, items, prompt_logprobs)
+        if body.stream:
+            outputs = await started(request, merged(generations))
+            return EventStream(guarded(answer.events(outputs)), lambda: _close(generations))
+        for index, output in await collected(request, merged(generations)):
+            answer.take(index, output)
+        results = [answer.result(index, is_whole=True) for index in range(len(items))]
+        return json_response(results if answer.is_list else results[0])
+
+    def _items(self, body: GenerateBody, salt: str) -> list[Item]:
+        prompts = self._prompts(body)
+        given = body.sampling_params
+        if isinstance(given, list) and len(given) != len(prompts):
+            raise HttpError(
+                400,
+                f"sampling_params has {len(given)} entries for {len(prompts)} prompts",
+                param="sampling_params",
+            )
+        all_sampling = given if isinstance(given, list) else [given] * len(prompts)
+        items: list[Item] = []
+        first_id = body.rid or self._state.proxy.new_id("generate")
+        for ids, sampling in zip(prompts, all_sampling, strict=True):
+            for index in range(sampling.n):
+                request_id = first_id if not items else f"{first_id}-{len(items)}"
+                items.append(self._item(body, ids, sampling, index, request_id, salt))
+        if len(items) > self._state.config.max_in_flight:
+            raise HttpError(400, f"{len(items)} answers are too many for one request", param="sampling_params.n")
+        return items
+
+    def _item(
+        self, body: GenerateBody, ids: list[int], sampling: NativeSampling, index: int, request_id: str, salt: str
+    ) -> Item:
+        fields = sampling.fields(body.top_logprobs_num if body.return_logprob else None)
+        fields["seed"] = seed_of_choice(sampling.sampling_seed, index)
+        name, constraint = sampling.constraint(self._state.config.max_schema_bytes) or (None, None)
+        command = Submit(
+            request_id,
+            ids,
+            fields,
+            constraint,
+            cache_salt=salt,
+            priority=body.priority,
+            deadline_s=body.timeout_s,
+        )
+        scores = body.return_logprob and 0 <= body.logprob_start_len < len(ids)
+        return Item(command, name, body.logprob_start_len if scores else None)
+
+    def _prompts(self, body: GenerateBody) -> list[list[int]]:
+        if (body.text is None) == (body.input_ids is None):
+            raise HttpError(
+                400, "give either text or input_ids", param="text" if body.input_ids is None else "input_ids"
+            )
+        tokenizer = self._state.tokenizer
+        name = "text" if body.text is not None else "input_ids"
+        if body.text is not None:
+            texts = [body.text] if isinstance(body.text, str) else body.text
+            prompts = [tokenizer.encode(text, add_special=True) for text in texts]
+        else:
+            given: list[Any] = body.input_ids or []  # token ids, or lists of them
+            prompts = given if given and isinstance(given[0], list) else [given]
+        if not 1 <= len(prompts) <= MAX_PROMPTS:
+            raise HttpError(
+                400, f"{name} has {len(prompts):,} prompts; at least 1 and at most {MAX_PROMPTS:,}", param=name
+            )
+        size = tokenizer.vocab_size
+        for ids in prompts:
+            wrong = next((token for token in ids if not 0 <= token < size), None)
+            if wrong is not None:
+                raise HttpError(400, f"input_ids has token {wrong}, but the vocabulary has {size:,}", param="input_ids")
+            if not ids:
+                raise HttpError(400, f"{name} has no tokens; give at least one", param=name)
+        return prompts
+
+    async def _scored(self, item: Item) -> list[float | None] | None:
+        """Log-probabilities of the prompt's tokens from `first_scored` on; the very first token has none."""
+        if item.first_scored is None:
+            return None
+        first, command = max(item.first_scored, 1), item.command
+        head: list[float | None] = [None] * (first - item.first_scored)
+        if first >= len(command.prompt_ids):
+            return head
+        scoring = Submit(
+            f"{command.id}-score",
+            command.prompt_ids,
+            {"max_tokens": 1},
+            cache_salt=command.cache_salt,
+            priority=command.priority,
+            deadline_s=command.deadline_s,
+            score_from=first,
+        )
+        output = await self._state.proxy.submit(scoring).collect()
+        return [*head, *(output.prompt_logprobs or ())]
+
+    def _submit(self, items: Sequence[Item]) -> list[_Generation]:
+        generations: list[_Generation] = []
+        try:
+            for item in items:
+                generations.append(_Generation(self._state.proxy.submit(item.command), item.field))
+        except BaseException:
+            _close(generations)
+            raise
+        return generations
+
+
+def _close(generations: Sequence[_Generation]) -> None:
+    for generation in generations:
+        generation.close()
+
+
+class _Answer:
+    """The answers of one request, whole or in events. Owner: the request's coroutine."""
+
+    def __init__(
+        self,
+        state: ServerState,
+        body: GenerateBody,
+        items: Sequence[Item],
+        prompt_logprobs: Sequence[list[float | None] | None],
+    ) -> None:
+        self._state = state
+        self._body = body
+        self._items = items
+        self._prompt_logprobs = prompt_logprobs
+        self._sums: list[Output | None] = [None] * len(items)
+        self._is_cumulative = body.cumulative or not body.stream
+
+    @property
+    def is_list(self) -> bool:
+        several = isinstance(self._body.text, list) or bool(
+            self._body.input_ids and isinstance(self._body.input_ids[0], list)
+        )
+        return several or len(self._items) > 1
+
+    def take(self, index: int, output: Output) -> None:
+        known = self._sums[index]
+        if known is None or not self._is_cumulative:
+            self._sums[index] = output
+        else:
+            known.absorb(output)
+
+    async def events(self, outputs: AsyncGenerator[tuple[int, Output], None]) -> AsyncGenerator[bytes, None]:
+        """The answers as server-sent events."""
+        async with contextlib.aclosing(outputs):
+            async for index, output in outputs:
+                is_first = self._sums[index] is None
+                self.take(index, output)
+                if not (output.text or output.token_ids or output.finish_reason):
+                    continue
+                result = self.result(index, is_whole=is_first or self._is_cumulative)
+                yield event({"index": index, **result} if self.is_list else result)
+
+    def result(self, index: int, *, is_whole: bool) -> Json:
+        """An answer as SGLang writes it; `is_whole`: with what is said of its prompt."""
+        output = self._sums[index]
+        assert output is not None
+        finish: Json | None = None
+        if output.finish_reason is not None:
+            finish = {"type": output.finish_reason}
+            if output.stop_match is not None:
+                finish["matched"] = output.stop_match
+        meta: Json = {
+            "id": output.id,
+            "finish_reason": finish,
+            "prompt_tokens": output.prompt_tokens,
+            "completion_tokens": output.completion_tokens,
+            "cached_tokens": output.cached_tokens,
+        }
+        if output.timings is not None:
+            meta |= {"e2e_latency": output.timings["total_s"], "queue_time": output.timings["queue_s"]}
+        if self._body.return_logprob:
+            meta |= self._logprobs(index, output, is_whole=is_whole)
+        return {"text": output.text, "output_ids": output.token_ids, "meta_info": meta}
+
+    def _logprobs(self, index: int, output: Output, *, is_whole: bool) -> Json:
+        values, ids = output.logprobs or [], output.token_ids
+        found: Json = {
+            "output_token_logprobs": [self._entry(p, t) for p, t in zip(values, ids, strict=False)],
+            "output_top_logprobs": [[self._entry(p, t) for t, p in top] for top in output.top_logprobs or []],
+        }
+        scores, item = self._prompt_logprobs[index], self._items[index]
+        if is_whole and scores is not None:
+            assert item.first_scored is not None
+            scored = item.command.prompt_ids[item.first_scored :]
+            found["input_token_logprobs"] = [self._entry(p, t) for p, t in zip(scores, scored, strict=True)]
+        return found
+
+    def _entry(self, logprob: float | None, token: int) -> list[float | int | str | None]:
+        text = token_text(self._state.tokenizer, token) if self._body.return_text_in_logprobs else None
+        return [None if logprob is None else finite(logprob), token, text]

@@ -24,6 +24,7 @@ from ramet.runtime.server.openai_types import (
     JsonObjectFormat,
     JsonSchemaFormat,
     NamedTool,
+    StructuralTagFormat,
     check_model,
     parse_body,
 )
@@ -214,14 +215,14 @@ class ChatEndpoint:
         if not tools:
             if choice not in ("none", "auto"):
                 raise HttpError(400, "tool_choice asks for a call but there are no tools", param="tool_choice")
-            return constraint_of(body, schema, limit, in_order=_is_strict(body)), None
-        asked = constraint_of(body, schema, limit, in_order=_is_strict(body))
+            return constraint_of(body, schema, limit, in_order=_is_strict(body), tag=_tag(body)), None
+        asked = constraint_of(body, schema, limit, in_order=_is_strict(body), tag=_tag(body))
         if choice == "none" and asked is not None:
             return asked, None
         if asked is not None and asked[1].kind != "json_schema":
             raise HttpError(
                 400,
-                f"{asked[0]} constrains the whole answer, so tools cannot be called; use response_format",
+                f"{asked[0]} constrains the whole answer, so tools cannot be called; use a JSON schema",
                 param=asked[0],
             )
         answer = None if asked is None else _decoded(asked)
@@ -263,6 +264,12 @@ def _schema(body: ChatBody) -> object:
             )
         return schema
     return None
+
+
+def _tag(body: ChatBody) -> Json | None:
+    """The structural tag of response_format, or None."""
+    asked = body.response_format
+    return asked.model_dump(exclude_none=True) if isinstance(asked, StructuralTagFormat) else None
 
 
 def _is_strict(body: ChatBody) -> bool:

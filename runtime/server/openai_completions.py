@@ -81,7 +81,7 @@ class CompletionEndpoint:
         num = body.n or 1
         max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
         sampling = sampling_fields(body, max_tokens=max_tokens or 1, logprobs=body.logprobs)
-        asked = constraint_of(body, None, state.config.max_schema_bytes)
+        asked = await state.off_loop(constraint_of, body, None, state.config.max_schema_bytes)
         prompts = await state.off_loop(_prompts, state.tokenizer, body)
         if len(prompts) * num > state.config.max_in_flight:
             raise HttpError(400, f"{len(prompts)} prompts x n={num} is too much for one request", param="prompt")

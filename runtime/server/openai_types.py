@@ -13,6 +13,7 @@ import pydantic
 from fastapi import Request
 from pydantic import Field
 
+from ramet.runtime.server.http_limits import BodyRefused
 from ramet.runtime.server.sampling_fields import MAX_TOP_LOGPROBS, SamplingFields, Strict
 from ramet.runtime.server.state import HttpError, ServerState
 
@@ -20,24 +21,48 @@ Json = dict[str, Any]  # Any: JSON
 
 # Why known fields of OpenAI, SGLang and vLLM are refused. What is in neither list is refused as unknown.
 REFUSED: Mapping[str, str] = {
+    "add_special_tokens": "the chat template, or the tokenizer's own rule, decides it",
+    "allowed_token_ids": "use a constraint, or logit_bias",
     "audio": "answers are text",
+    "bad_words": "use logit_bias, or a constraint",
     "best_of": "use n",
+    "chat_template": "the model's own template is used",
+    "custom_labels": "use metadata",
     "custom_logit_processor": "no code is taken from requests",
+    "custom_params": "no code is taken from requests",
+    "documents": "put them into messages",
+    "extra_key": "use cache_salt",
     "function_call": "it is deprecated; use tool_choice",
     "functions": "it is deprecated; use tools",
+    "guided_decoding_backend": "there is one grammar engine",
+    "guided_whitespace_pattern": "white space is as docs/grammar.md says",
+    "image_data": "the model reads text",
+    "audio_data": "the model reads text",
+    "video_data": "the model reads text",
     "include_stop_str_in_output": "a stop string never belongs to the answer; it is in matched_stop",
+    "input_embeds": "use input_ids",
     "input_ids": "use /v1/completions or /generate for token ids",
     "length_penalty": "there is no beam search",
+    "logits_processors": "no code is taken from requests",
     "lora_path": "adapters are not supported",
-    "no_stop_trim": "a stop string never belongs to the answer; it is in matched_stop",
+    "max_thinking_tokens": "reasoning has no limit of its own",
+    "modify_logits": "no code is taken from requests",
     "prediction": "predicted outputs are not supported",
     "prompt_logprobs": "use /v1/completions with echo and logprobs",
+    "request_id": "the answer's id is the request's",
+    "return_cached_tokens_details": "cached tokens are always in usage",
     "return_hidden_states": "hidden states are not returned",
+    "return_meta_info": "use /generate",
+    "return_prompt_token_ids": "return_token_ids gives them, too",
+    "rid": "the answer's id is the request's",
     "session_id": "conversations are recognised by their messages",
+    "session_params": "conversations are recognised by their messages",
+    "spaces_between_special_tokens": "special tokens are never text",
     "stop_regex": "use stop, or a regex constraint",
-    "structural_tag": "structural tags are not supported; use tools, or cfg",
+    "stream_interval": "tokens come as they are made; what a slow reader has not taken is merged",
     "suffix": "the model does not fill in the middle",
-    "use_beam_search": "there is no beam search",
+    "token_ids_logprob": "use top_logprobs_num",
+    "truncate_prompt_tokens": "prompts are never cut",
     "verbosity": "it is not supported",
     "web_search_options": "there is no web search",
 }
@@ -158,7 +183,18 @@ class JsonSchemaFormat(Strict):
     json_schema: SchemaFormat
 
 
-ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
+class StructuralTagFormat(Strict):
+    """`structures` and `triggers` as in SGLang and vLLM, or XGrammar's `format` of triggered tags."""
+
+    type: Literal["structural_tag"]
+    structures: list[Json] | None = None
+    triggers: list[str] | None = None
+    format: Json | None = None
+
+
+ResponseFormat = Annotated[
+    TextFormat | JsonObjectFormat | JsonSchemaFormat | StructuralTagFormat, Field(discriminator="type")
+]
 
 
 class ChatBody(SamplingFields):
@@ -181,6 +217,7 @@ class ChatBody(SamplingFields):
     response_format: ResponseFormat | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     separate_reasoning: bool | None = None
+    stream_reasoning: Literal[True] | None = None
     chat_template_kwargs: Json | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
@@ -224,7 +261,10 @@ Body = TypeVar("Body", bound=Strict)
 
 async def parse_body(state: ServerState, request: Request, model: type[Body]) -> Body:
     """Read and check a body; large ones off the event loop. Raises HttpError naming the field."""
-    data = await request.body()
+    try:
+        data = await request.body()
+    except BodyRefused as error:  # its sender puts the right status in place of this one
+        raise HttpError(413, str(error)) from None
     try:
         if len(data) > 1 << 16:
             return await state.off_loop(model.model_validate_json, data)

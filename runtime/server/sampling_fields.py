@@ -7,11 +7,13 @@ declared, so that it is refused by name; `openai_types.REFUSED` says why for the
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from ramet.errors import InvalidGrammar
+from ramet.grammar.gbnf import is_gbnf, lark_of_gbnf
 from ramet.lang.ir import Constraint
 from ramet.runtime.server.state import HttpError
 from ramet.runtime.types import SamplingParams
@@ -20,13 +22,15 @@ MAX_STOPS = 16
 MAX_CHOICES = 128
 MAX_TOP_LOGPROBS = 20
 
-Kind = Literal["json_schema", "regex", "cfg", "choice", "substring", "tools"]
+# `ebnf`: GBNF or Lark's syntax, told apart by their looks; what comes of it is a `cfg`
+Kind = Literal["json_schema", "regex", "cfg", "choice", "ebnf", "structural_tag"]
+Asked = tuple[str, Kind, object]  # field, kind, source (None: not asked for)
 
 
 class Strict(BaseModel):
     """Base of every request model: no conversions between types, no unknown fields."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, populate_by_name=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
 
 
 class StreamOptions(Strict):
@@ -35,6 +39,28 @@ class StreamOptions(Strict):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
     include_obfuscation: Literal[False] | None = None
+
+
+class StructuredOutputs(Strict):
+    """vLLM's name for one constraint in an object of its own."""
+
+    json_schema: str | dict[str, Any] | bool | None = Field(default=None, alias="json")  # Any: JSON
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: Literal[True] | None = None
+    structural_tag: str | dict[str, Any] | None = None
+
+    def asked(self) -> list[Asked]:
+        any_object = None if self.json_object is None else {"type": "object"}
+        return [
+            ("structured_outputs.json", "json_schema", self.json_schema),
+            ("structured_outputs.json_object", "json_schema", any_object),
+            ("structured_outputs.regex", "regex", self.regex),
+            ("structured_outputs.choice", "choice", self.choice),
+            ("structured_outputs.grammar", "ebnf", self.grammar),
+            ("structured_outputs.structural_tag", "structural_tag", self.structural_tag),
+        ]
 
 
 class SamplingFields(Strict):
@@ -66,12 +92,14 @@ class SamplingFields(Strict):
 
     regex: str | None = None
     cfg: str | None = Field(default=None, description="a grammar in Lark's syntax")
-    ebnf: str | None = Field(default=None, description="a grammar in Lark's syntax, or in GBNF with a rule `root`")
+    ebnf: str | None = Field(default=None, description="a grammar in GBNF with a rule `root`, or in Lark's syntax")
+    structural_tag: str | dict[str, Any] | None = Field(default=None, description="free text with constrained parts")
     json_schema: str | dict[str, Any] | bool | None = None  # Any: JSON
     guided_json: str | dict[str, Any] | bool | None = None
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
-    guided_grammar: str | None = None
+    guided_grammar: str | None = Field(default=None, description="as ebnf")
+    structured_outputs: StructuredOutputs | None = None
 
     priority: int | None = Field(default=None, ge=-100, le=2**31 - 1, description="lower values run first")
     cache_salt: str | None = Field(default=None, max_length=200)
@@ -81,6 +109,13 @@ class SamplingFields(Strict):
     metadata: dict[str, str] | None = Field(default=None, max_length=16)
     store: Literal[False] | None = Field(default=None, description="completions are not stored")
     service_tier: Literal["auto", "default"] | None = None
+
+    # What some clients always send. The values that are taken say what is done here anyway.
+    skip_special_tokens: Literal[True] | None = Field(default=None, description="special tokens are never text")
+    no_stop_trim: Literal[False] | None = Field(default=None, description="a stop string never belongs to the answer")
+    include_stop_str_in_output: Literal[False] | None = None
+    use_beam_search: Literal[False] | None = None
+    return_hidden_states: Literal[False] | None = None
 
 
 def sampling_fields(body: SamplingFields, *, max_tokens: int | None, logprobs: int | None) -> dict[str, object]:
@@ -109,7 +144,7 @@ def sampling_fields(body: SamplingFields, *, max_tokens: int | None, logprobs: i
     fields["max_tokens"] = max_tokens
     fields["stop"] = tuple(stops)
     fields["stop_token_ids"] = tuple(body.stop_token_ids or ())
-    fields["logit_bias"] = _logit_bias(body.logit_bias or {})
+    fields["logit_bias"] = logit_bias(body.logit_bias or {}, "logit_bias")
     SamplingParams(**fields)  # type: ignore[arg-type]  # only checks: the engine makes its own
     return fields
 
@@ -119,49 +154,62 @@ def seed_of_choice(seed: int | None, index: int) -> int | None:
     return None if seed is None else (seed + index + 2**63) % 2**64 - 2**63
 
 
-def _logit_bias(given: Mapping[str, float]) -> dict[int, float]:
+def logit_bias(given: Mapping[str, float], name: str) -> dict[int, float]:
+    """Token ids and what is added to their logits. Raises HttpError for the field `name`."""
     bias = {}
     for token, value in given.items():
         if not (token.isascii() and token.isdigit() and len(token) < 10):
-            raise HttpError(400, f"logit_bias has the key {token!r}; keys are token ids", param="logit_bias")
+            raise HttpError(400, f"{name} has the key {token!r}; keys are token ids", param=name)
         bias[int(token)] = value
     return bias
 
 
 def constraint_of(
-    body: SamplingFields, schema: object, limit_bytes: int, *, in_order: bool = False
+    body: SamplingFields, schema: object, limit_bytes: int, *, in_order: bool = False, tag: object = None
 ) -> tuple[str, Constraint] | None:
     """(the field that asks for it, the one constraint of a body). `schema`: that of its response_format, or None.
 
-    `in_order`: that schema's properties come in its order.
-
-    Raises: HttpError where several fields ask for one, or its source is too large.
+    `in_order`: that schema's properties come in its order. `tag`: a structural tag in response_format.
+    Raises: HttpError where several fields ask for one, its source is too large, or it is GBNF with a mistake.
     """
-    asked: list[tuple[str, Kind, object]] = [
+    asked: list[Asked] = [
         ("response_format", "json_schema", schema),
+        ("response_format", "structural_tag", tag),
         ("json_schema", "json_schema", body.json_schema),
-        ("guided_json", "json_schema", body.guided_json),
         ("regex", "regex", body.regex),
-        ("guided_regex", "regex", body.guided_regex),
         ("cfg", "cfg", body.cfg),
-        ("ebnf", "cfg", None if body.ebnf is None else lark_of(body.ebnf, "ebnf")),
-        (
-            "guided_grammar",
-            "cfg",
-            None if body.guided_grammar is None else lark_of(body.guided_grammar, "guided_grammar"),
-        ),
+        ("ebnf", "ebnf", body.ebnf),
+        ("structural_tag", "structural_tag", body.structural_tag),
+        ("guided_json", "json_schema", body.guided_json),
+        ("guided_regex", "regex", body.guided_regex),
         ("guided_choice", "choice", body.guided_choice),
+        ("guided_grammar", "ebnf", body.guided_grammar),
     ]
+    if body.structured_outputs is not None:
+        asked += body.structured_outputs.asked()
+    found = one_constraint(asked, limit_bytes)
+    if found is not None and in_order and found[0] == "response_format":
+        return found[0], Constraint(found[1].kind, found[1].source, in_order=True)
+    return found
+
+
+def one_constraint(asked: Sequence[Asked], limit_bytes: int) -> tuple[str, Constraint] | None:
+    """The one of (field, kind, source) that has a source, as a constraint. Raises HttpError as `constraint_of`."""
     given = [(name, kind, source) for name, kind, source in asked if source is not None]
     if not given:
         return None
     if len(given) > 1:
         names = " and ".join(name for name, _, _ in given)
-        raise HttpError(400, f"{names} each constrain the answer; give one of them", param=given[1][0])
+        raise HttpError(400, f"{names} each constrain the answer; give only one of them", param=given[1][0])
     name, kind, source = given[0]
     text = source if isinstance(source, str) else compact_json(source)
     check_size(text, name, limit_bytes)
-    return name, Constraint(kind, text, in_order and name == "response_format")
+    if kind != "ebnf":
+        return name, Constraint(kind, text)
+    try:
+        return name, Constraint("cfg", lark_of_gbnf(text) if is_gbnf(text) else text)
+    except InvalidGrammar as error:
+        raise HttpError(400, f"{name}: {error}", param=name, code="invalid_grammar") from None
 
 
 def check_size(source: str, name: str, limit_bytes: int) -> None:
@@ -179,10 +227,3 @@ def check_size(source: str, name: str, limit_bytes: int) -> None:
 def compact_json(value: object) -> str:
     """JSON without spaces; keys keep their order, which is the order in which properties are written."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-
-
-def lark_of(source: str, name: str) -> str:
-    """A grammar in Lark's syntax: `source` as it is, or translated from GBNF. Raises HttpError naming the field."""
-    if "::=" not in source:
-        return source
-    raise HttpError(400, f"{name} is written in GBNF (`::=`); write it in Lark's syntax (`start: ...`)", param=name)

@@ -23,6 +23,12 @@ def generate(server: Server, **body: Any) -> httpx.Response:
     return response
 
 
+def events_of(response: httpx.Response) -> list[dict[str, Any]]:
+    lines = [line for line in response.text.split("\n\n") if line]
+    assert lines[-1] == "data: [DONE]"
+    return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+
+
 def settled(server: Server) -> dict[str, float]:
     """The engine's figures once nothing runs."""
     for _ in range(300):
@@ -44,15 +50,62 @@ def test_text_and_token_ids_give_the_same_answer_and_the_second_one_is_cached(se
     assert second["meta_info"]["cached_tokens"] == 4
 
 
-@pytest.mark.parametrize("cumulative", [False, True])
-def test_a_stream_adds_up_to_the_whole_answer_and_ends_with_done(server: Server, cumulative: bool) -> None:
+@pytest.mark.parametrize("cumulative", [None, True, False])
+def test_a_stream_adds_up_to_the_whole_answer_and_ends_with_done(server: Server, cumulative: bool | None) -> None:
     whole = generate(server).json()
-    lines = [line for line in generate(server, stream=True, cumulative=cumulative).text.split("\n\n") if line]
-    assert lines[-1] == "data: [DONE]"
-    events = [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
-    ids = events[-1]["output_ids"] if cumulative else [i for e in events for i in e["output_ids"]]
-    assert ids == whole["output_ids"]
+    fields = {} if cumulative is None else {"cumulative": cumulative}
+    events = events_of(generate(server, stream=True, **fields))
+    is_cumulative = cumulative is not False  # as SGLang's streams are
+    for key in ("output_ids", "text"):
+        pieces = [event[key] for event in events]
+        summed = pieces[0]
+        for piece in pieces[1:]:
+            summed = summed + piece
+        assert (pieces[-1] if is_cumulative else summed) == whole[key]
     assert events[-1]["meta_info"]["finish_reason"] == {"type": "length"}
+
+
+def test_several_prompts_and_several_answers_come_as_a_list(server: Server) -> None:
+    one, two = (generate(server, text=text).json() for text in ("one", "two"))
+    many = generate(server, text=["one", "two"], rid="many").json()
+    assert [answer["text"] for answer in many] == [one["text"], two["text"]]
+    assert [answer["meta_info"]["id"] for answer in many] == ["many", "many-1"]
+    ids = generate(server, text=None, input_ids=[list(b"one"), list(b"two")]).json()
+    assert [answer["text"] for answer in ids] == [one["text"], two["text"]]
+    sampling = {"max_new_tokens": 6, "n": 2, "sampling_seed": 4}
+    drawn = generate(server, sampling_params=sampling).json()
+    second = generate(server, sampling_params={**sampling, "n": 1, "sampling_seed": 5}).json()
+    assert drawn[0]["text"] != drawn[1]["text"] == second["text"]
+    each = generate(server, text=["one", "two"], sampling_params=[GREEDY, {**GREEDY, "max_new_tokens": 3}]).json()
+    assert [answer["meta_info"]["completion_tokens"] for answer in each] == [12, 3]
+    texts = {}
+    for event in events_of(generate(server, text=["one", "two"], stream=True)):
+        texts[event["index"]] = event["text"]
+    assert texts == {0: one["text"], 1: two["text"]}
+    assert len(generate(server, text=["one"]).json()) == 1
+
+
+def test_log_probabilities_of_what_is_generated_and_of_the_prompt(server: Server) -> None:
+    fields = {"return_logprob": True, "top_logprobs_num": 2, "logprob_start_len": 0, "return_text_in_logprobs": True}
+    sampling = {**GREEDY, "max_new_tokens": 3}
+    answer = generate(server, sampling_params=sampling, **fields).json()
+    meta = answer["meta_info"]
+    assert [token for _, token, _ in meta["output_token_logprobs"]] == answer["output_ids"]
+    for (value, token, text), top in zip(meta["output_token_logprobs"], meta["output_top_logprobs"], strict=True):
+        assert top[0] == [value, token, text]  # greedy
+        assert len(top) == 2
+    scores = meta["input_token_logprobs"]
+    assert [(token, text) for _, token, text in scores] == [(ord(c), c) for c in "hello"]
+    assert scores[0][0] is None  # nothing stands before the first token
+    assert all(value < 0 for value, _, _ in scores[1:])
+    later = generate(server, sampling_params=sampling, **{**fields, "logprob_start_len": 3}).json()["meta_info"]
+    for given, known in zip(later["input_token_logprobs"], scores[3:], strict=True):
+        assert given == [pytest.approx(known[0]), *known[1:]]
+    assert "input_token_logprobs" not in generate(server, return_logprob=True).json()["meta_info"]
+    events = events_of(generate(server, sampling_params=sampling, stream=True, **fields))
+    last = events[-1]["meta_info"]
+    assert len(last["output_token_logprobs"]) == len(last["output_top_logprobs"]) == 3
+    assert len(last["input_token_logprobs"]) == 5
 
 
 def test_a_constraint_holds(server: Server) -> None:
@@ -76,7 +129,16 @@ def test_a_constraint_holds(server: Server) -> None:
         ({"sampling_params": {"regex": "(unclosed"}}, 400, "unclosed"),
         ({"text": "x" * 3000}, 400, "context"),
         ({"text": None, "input_ids": [999]}, 400, "999"),
-        ({"text": None, "input_ids": [2**70]}, 400, ""),
+        ({"text": None, "input_ids": [2**70]}, 400, "input_ids"),
+        ({"text": []}, 400, "0 prompts"),
+        ({"text": ["a", ""]}, 400, "no tokens"),
+        ({"sampling_params": {"max_new_tokens": 0}}, 400, "sampling_params.max_new_tokens"),
+        ({"sampling_params": {"min_new_tokens": 5, "max_new_tokens": 3}}, 400, "min_new_tokens"),
+        ({"sampling_params": [GREEDY, GREEDY]}, 400, "2 entries for 1 prompts"),
+        ({"sampling_params": {"stop_regex": "a"}}, 400, "use stop"),
+        ({"sampling_params": {"ebnf": "root ::= gone"}}, 400, "'gone'"),
+        ({"sampling_params": {"structural_tag": {"triggers": []}}}, 400, "structures"),
+        ({"session_params": {}}, 400, "session_params is not supported"),
     ],
 )
 def test_bad_bodies_get_an_error_that_names_the_field(
