@@ -7,21 +7,27 @@ optimisations are passes over the finished object.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from ramet.kernels.activation import gelu_tanh_and_mul, silu_and_mul
-from ramet.kernels.norm import fused_add_rms_norm
+from ramet.kernels.norm import fused_add_rms_norm, rms_norm
 from ramet.runtime.models.config import ModelConfig, Rope
 from ramet.runtime.models.context import ForwardContext
 from ramet.runtime.models.layers import Attention, DecoderLayer, FeedForward, RotaryTable
 from ramet.runtime.models.linear import Embedding, Linear, PlainStorage, Storage
 
 ACTIVATIONS = {"silu": silu_and_mul, "gelu_tanh": gelu_tanh_and_mul}
+
+
+class Layer(Protocol):
+    """A decoder layer: its input is `x + residual` (`x` where there is no residual yet), and so is its output."""
+
+    def __call__(self, x: Tensor, residual: Tensor | None, context: ForwardContext) -> tuple[Tensor, Tensor | None]: ...
 
 
 @dataclass(slots=True, eq=False)
@@ -32,7 +38,7 @@ class Decoder:
     device: torch.device
     dtype: torch.dtype
     embedding: Embedding
-    layers: list[DecoderLayer]
+    layers: Sequence[Layer]
     final_norm: Tensor
     output: Linear
 
@@ -42,7 +48,8 @@ class Decoder:
         residual: Tensor | None = None
         for layer in self.layers:
             x, residual = layer(x, residual, context)
-        assert residual is not None
+        if residual is None:
+            return rms_norm(x, self.final_norm, self.config.rms_norm_eps)
         return fused_add_rms_norm(x, residual, self.final_norm, self.config.rms_norm_eps)[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -54,6 +61,7 @@ class Decoder:
     def linears(self) -> Iterator[Linear]:
         """Every linear layer, the output layer last: what `apply_*` passes walk over."""
         for layer in self.layers:
+            assert isinstance(layer, DecoderLayer), "passes over linear layers come before those over layers"
             yield from (layer.attention.qkv, layer.attention.o, layer.feed_forward.gate_up, layer.feed_forward.down)
         yield self.output
 

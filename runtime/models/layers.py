@@ -54,7 +54,11 @@ class Attention:
 
     def __call__(self, x: Tensor, context: ForwardContext) -> Tensor:
         """Write this step's keys and values to the cache and attend; x and result are [T, hidden]."""
-        heads = self.qkv(x).view(-1, self.num_heads + 2 * self.num_kv_heads, self.head_dim)
+        return self.o(self.attend(self.qkv(x), context))
+
+    def attend(self, qkv: Tensor, context: ForwardContext) -> Tensor:
+        """What lies between the products: qkv [T, (H + 2 K) * D] to heads' outputs [T, H * D]."""
+        heads = qkv.view(-1, self.num_heads + 2 * self.num_kv_heads, self.head_dim)
         q, k, v = torch.split(heads, [self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
         k_cache, v_cache = context.kv_caches[self.layer]
         q = rope_and_write_kv(
@@ -72,7 +76,7 @@ class Attention:
             self.eps,
         )
         out = context.attend(self.layer, q, self.scale, self.window)
-        return self.o(out.view(-1, self.num_heads * self.head_dim))
+        return out.view(-1, self.num_heads * self.head_dim)
 
 
 @dataclass(slots=True, eq=False)

@@ -5,7 +5,7 @@ The record of a capture refuses what a CUDA graph could not hold: reading a valu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -36,7 +36,7 @@ SYNCHRONISING = {
 }
 
 
-class Refuse(TorchDispatchMode):
+class Refuse(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Fails on operations that wait for the device."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -52,13 +52,13 @@ class Record:
     """A capture whose replay runs the body again; no buffer that the host knows may move."""
 
     def __call__(self, body: Callable[[], None]) -> Callable[[], None]:
-        with Refuse():
+        with Refuse():  # type: ignore[no-untyped-call]
             body()
         return body
 
 
 @pytest.fixture
-def device_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def device_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every public kernel function takes its Triton path, on CPU tensors."""
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: True))
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
@@ -66,7 +66,6 @@ def device_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         for name in ("takes", "takes_rope"):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, lambda *args, **kwargs: False)
-    yield
 
 
 def make_engine(model: LoadedModel, *, graphs: bool) -> Engine:

@@ -1,0 +1,101 @@
+"""What was measured on a card, as a file: the products that beat the library's, and the rates of tree attention.
+
+The timing scripts write such a file (`benchmarks/fit_table.py`); an engine reads one, by its path, or the one in
+`tables/` that has the name of its card. Without a file nothing is assumed: products are the library's, and the cost
+model has its cautious defaults. Not here: tile sizes of attention (`attention_plan.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ramet.errors import ConfigError
+from ramet.kernels.attention_plan import TreeCosts
+from ramet.kernels.gemv import MAX_ROWS, GemvConfig
+
+_FOLDER = Path(__file__).parent / "tables"
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """One product of a small batch: x [rows, depth] by a matrix [outputs, depth]; `is_gated`: outputs of one half."""
+
+    rows: int
+    outputs: int
+    depth: int
+    is_gated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class CardTable:
+    """`products`: those that are faster here than in the library. `folded_rows`: batches for which whole layers with
+    norm, activation and residual folded into the products are; their products are in `folded`."""
+
+    card: str
+    products: Mapping[Product, GemvConfig] = field(default_factory=dict)
+    folded: Mapping[Product, GemvConfig] = field(default_factory=dict)
+    folded_rows: frozenset[int] = frozenset()
+    tree_costs: TreeCosts | None = None
+
+    def to_json(self) -> str:
+        """The file's text."""
+
+        def listed(products: Mapping[Product, GemvConfig]) -> list[list[Any]]:
+            return [[*dataclasses.astuple(p), *dataclasses.astuple(c)] for p, c in products.items()]
+
+        return json.dumps(
+            {
+                "card": self.card,
+                "products": listed(self.products),
+                "folded": listed(self.folded),
+                "folded_rows": sorted(self.folded_rows),
+                "tree_costs": None if self.tree_costs is None else dataclasses.asdict(self.tree_costs),
+            },
+            indent=1,
+        )
+
+
+def load_card_table(card: str, path: str | Path | None = None) -> CardTable:
+    """Read the table of a card; an empty one where none was measured.
+
+    Raises:
+        ConfigError: `path` is no such file, or a file has what no table has.
+    """
+    source = _FOLDER / f"{file_stem(card)}.json" if path is None else Path(path)
+    if not source.is_file():
+        if path is None:
+            return CardTable(card)
+        raise ConfigError(f"the kernel table {source} does not exist; make one with benchmarks/fit_table.py")
+    try:
+        found = json.loads(source.read_text())
+        costs = found["tree_costs"]
+        return CardTable(
+            str(found["card"]),
+            _products(found["products"]),
+            _products(found["folded"]),
+            frozenset(map(int, found["folded_rows"])),
+            None if costs is None else TreeCosts(**costs),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"the kernel table {source} is not what fit_table.py writes: {error!r}") from error
+
+
+def file_stem(card: str) -> str:
+    """A card's name as part of a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", card.lower()).strip("-")
+
+
+def _products(rows: list[list[Any]]) -> dict[Product, GemvConfig]:  # Any: JSON
+    products = {}
+    for row in rows:
+        product, config = Product(*row[:4]), GemvConfig(*row[4:])
+        if not 1 <= product.rows <= MAX_ROWS or config.kernel not in ("sum", "dot"):
+            raise ValueError(f"{product} by {config}")
+        products[product] = config
+    return products

@@ -1,0 +1,102 @@
+# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+"""Products whose rows do not depend on each other's number: what `--deterministic` computes linear layers with.
+
+    y = x @ W.T + bias        x [T, K], W [N, K]; accumulation in fp32
+
+A library picks its tiles, and whether it splits K, by T; then a row's last bits change with the batch. Here there is
+one tile shape for every T, and each output is one sum over K in one order. Grid (N / BLOCK_N x T / BLOCK_M), in groups
+of row blocks that share weights in the L2 cache. Small batches pay for padded rows; its cost is measured by
+benchmarks/bench_kernels.py.
+Source of the idea: He et al. 2025, "Defeating Nondeterminism in LLM Inference" (Thinking Machines Lab).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ramet.kernels.triton_support import cdiv, jit_any_value, tl
+
+_BLOCK_M, _BLOCK_N, _BLOCK_K = 64, 128, 64
+_GROUP_M = 8
+
+
+def matmul_invariant(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return x @ weight.T + bias, [T, N], for x [T, K] and weight [N, K]."""
+    return (matmul_invariant_triton if x.is_cuda else matmul_invariant_reference)(x, weight, bias)
+
+
+def matmul_invariant_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Specification of the values (not of the bits: the CPU's library chooses by T, too) and CPU path."""
+    return F.linear(x, weight, bias)
+
+
+def matmul_invariant_triton(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Launch the kernel of `matmul_invariant`."""
+    num_rows, depth = x.shape
+    num_outputs = weight.shape[0]
+    assert weight.is_contiguous(), weight.stride()
+    assert x.stride(1) == 1, x.stride()
+    out = torch.empty((num_rows, num_outputs), dtype=x.dtype, device=x.device)
+    if num_rows == 0:
+        return out
+    grid = (cdiv(num_rows, _BLOCK_M) * cdiv(num_outputs, _BLOCK_N),)
+    _matmul_kernel[grid](
+        x,
+        weight,
+        bias,
+        out,
+        x.stride(0),
+        num_rows,
+        num_outputs,
+        depth,
+        HAS_BIAS=bias is not None,
+        EVEN_K=depth % _BLOCK_K == 0,
+        BLOCK_M=_BLOCK_M,
+        BLOCK_N=_BLOCK_N,
+        BLOCK_K=_BLOCK_K,
+        GROUP_M=_GROUP_M,
+        PRECISION="tf32x3" if x.dtype == torch.float32 else "tf32",
+        num_warps=4,
+        num_stages=4 if x.element_size() == 2 else 2,
+    )
+    return out
+
+
+@jit_any_value("num_rows")
+def _matmul_kernel(
+    x_ptr, weight_ptr, bias_ptr, out_ptr, x_stride, num_rows, num_outputs, depth,
+    HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    blocks_m, blocks_n = tl.cdiv(num_rows, BLOCK_M), tl.cdiv(num_outputs, BLOCK_N)
+    in_group = GROUP_M * blocks_n
+    first_m = program // in_group * GROUP_M
+    height = tl.minimum(blocks_m - first_m, GROUP_M)
+    block_m = first_m + program % in_group % height
+    block_n = program % in_group // height
+
+    row = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    output = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    column = tl.arange(0, BLOCK_K)
+    # Rows and outputs past the end read the last one again: no masks in the loop, and nothing of them is stored.
+    x_row = tl.minimum(row, num_rows - 1).to(tl.int64)
+    weight_row = tl.minimum(output, num_outputs - 1).to(tl.int64)
+    x_tile_ptr = x_ptr + x_row[:, None] * x_stride + column[None, :]
+    weight_tile_ptr = weight_ptr + weight_row[:, None] * depth + column[None, :]
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, depth, BLOCK_K):
+        if EVEN_K:
+            x = tl.load(x_tile_ptr + start)
+            weight = tl.load(weight_tile_ptr + start)
+        else:
+            inside = (start + column < depth)[None, :]
+            x = tl.load(x_tile_ptr + start, mask=inside, other=0.0)
+            weight = tl.load(weight_tile_ptr + start, mask=inside, other=0.0)
+        total = tl.dot(x, tl.trans(weight), total, input_precision=PRECISION)
+    if HAS_BIAS:
+        total += tl.load(bias_ptr + output, mask=output < num_outputs, other=0.0).to(tl.float32)[None, :]
+    inside = (row < num_rows)[:, None] & (output < num_outputs)[None, :]
+    tl.store(out_ptr + row.to(tl.int64)[:, None] * num_outputs + output[None, :], total, mask=inside)

@@ -1,0 +1,138 @@
+"""A pass over a finished decoder: products of small batches by the kernels that were measured to be faster.
+
+`apply_card_table` replaces the methods of linear layers, and for the batches that the table folds, layers: norm,
+activation and residual then belong to the products. Batches that the table does not name stay with the library. Not
+here: what is faster (`kernels.card_table`), quantised weights, which have methods of their own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ramet.kernels.activation import silu_and_mul
+from ramet.kernels.card_table import CardTable, Product
+from ramet.kernels.gemv import (
+    GemvConfig,
+    gemv_reference,
+    gemv_silu_and_mul_reference,
+    gemv_silu_and_mul_triton,
+    gemv_triton,
+)
+from ramet.runtime.models.context import ForwardContext
+from ramet.runtime.models.decoder import Decoder
+from ramet.runtime.models.layers import DecoderLayer
+from ramet.runtime.models.linear import Linear, PlainLinear
+
+
+@dataclass(slots=True, eq=False)
+class SmallBatchLinear:
+    """A dense product; `configs`: how to cut it, by rows. Other batches are the library's."""
+
+    weight: Tensor
+    configs: Mapping[int, GemvConfig]
+
+    def apply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        config = self.configs.get(x.shape[0])
+        if config is None:
+            return F.linear(x, self.weight, bias)
+        return product(x, self.weight, bias, config=config)
+
+
+@dataclass(slots=True, eq=False)
+class FoldedLayer:
+    """A decoder layer whose norms, activation and adds belong to its products, for batches in `configs`.
+
+    Its output is then `(x, None)`: the residual is added already. configs: by rows, of qkv, o, gate_up, down.
+    """
+
+    plain: DecoderLayer
+    configs: Mapping[int, tuple[GemvConfig, GemvConfig, GemvConfig, GemvConfig]]
+
+    def __call__(self, x: Tensor, residual: Tensor | None, context: ForwardContext) -> tuple[Tensor, Tensor | None]:
+        cuts = self.configs.get(x.shape[0])
+        if cuts is None:
+            return self.plain(x, residual, context)
+        assert residual is None, "all layers fold the same batches"
+        layer, attention, feed_forward = self.plain, self.plain.attention, self.plain.feed_forward
+        qkv = product(x, weight_of(attention.qkv), attention.qkv.bias, None, layer.attention_norm, layer.eps, cuts[0])
+        attended = attention.attend(qkv, context)
+        x = product(attended, weight_of(attention.o), attention.o.bias, x, config=cuts[1])
+        gated = gated_product(x, weight_of(feed_forward.gate_up), layer.feed_forward_norm, layer.eps, cuts[2])
+        return product(gated, weight_of(feed_forward.down), feed_forward.down.bias, x, config=cuts[3]), None
+
+
+def apply_card_table(decoder: Decoder, table: CardTable) -> Decoder:
+    """Return a decoder that computes what the table names by its kernels; weights are shared with the given one."""
+    for linear in decoder.linears():
+        configs = configs_of(linear, table.products)
+        if configs and isinstance(linear.method, PlainLinear):
+            linear.method = SmallBatchLinear(linear.method.weight, configs)
+    layers = [folded(layer, table) if isinstance(layer, DecoderLayer) else layer for layer in decoder.layers]
+    if not all(isinstance(layer, FoldedLayer) for layer in layers):
+        return decoder
+    return dataclasses.replace(decoder, layers=layers)
+
+
+def configs_of(linear: Linear, products: Mapping[Product, GemvConfig]) -> dict[int, GemvConfig]:
+    """What the table has for a layer, by rows."""
+    return {
+        p.rows: config
+        for p, config in products.items()
+        if (p.outputs, p.depth, p.is_gated) == (linear.out_features, linear.in_features, False)
+    }
+
+
+def folded(layer: DecoderLayer, table: CardTable) -> DecoderLayer | FoldedLayer:
+    """The layer with folded products where the table has all four of some batch; else the layer."""
+    attention, feed_forward = layer.attention, layer.feed_forward
+    linears = (attention.qkv, attention.o, feed_forward.gate_up, feed_forward.down)
+    if layer.attention_out_norm is not None or layer.feed_forward_out_norm is not None:
+        return layer
+    if feed_forward.activation is not silu_and_mul or feed_forward.gate_up.bias is not None:
+        return layer
+    if not all(isinstance(linear.method, PlainLinear | SmallBatchLinear) for linear in linears):
+        return layer
+    configs = {}
+    for rows in table.folded_rows:
+        wanted = [
+            Product(rows, linear.out_features // (2 if i == 2 else 1), linear.in_features, i == 2)
+            for i, linear in enumerate(linears)
+        ]
+        found = [table.folded.get(p) for p in wanted]
+        cuts = tuple(config for config in found if config is not None)
+        if len(cuts) == 4:
+            configs[rows] = cuts
+    return FoldedLayer(layer, configs) if configs else layer
+
+
+def weight_of(linear: Linear) -> Tensor:
+    method = linear.method
+    assert isinstance(method, PlainLinear | SmallBatchLinear)
+    return method.weight
+
+
+def product(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    eps: float = 1e-6,
+    config: GemvConfig | None = None,
+) -> Tensor:
+    """`kernels.gemv.gemv` cut as `config` says."""
+    if x.is_cuda:
+        return gemv_triton(x, weight, bias, residual, norm_weight, eps, config)
+    return gemv_reference(x, weight, bias, residual, norm_weight, eps)
+
+
+def gated_product(x: Tensor, weight: Tensor, norm_weight: Tensor, eps: float, config: GemvConfig) -> Tensor:
+    """`kernels.gemv.gemv_silu_and_mul` cut as `config` says."""
+    if x.is_cuda:
+        return gemv_silu_and_mul_triton(x, weight, norm_weight, eps, config)
+    return gemv_silu_and_mul_reference(x, weight, norm_weight, eps)

@@ -1,0 +1,48 @@
+"""Tables of a card: what is written is read again, and what is wrong is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ramet.errors import ConfigError
+from ramet.kernels.attention_plan import TreeCosts
+from ramet.kernels.card_table import CardTable, Product, file_stem, load_card_table
+from ramet.kernels.gemv import GemvConfig
+
+TABLE = CardTable(
+    "NVIDIA H100 80GB HBM3",
+    {Product(1, 6144, 4096): GemvConfig("sum", 4, 1024, 3, 4)},
+    {Product(2, 14336, 4096, True): GemvConfig("dot", 16, 256, 4, 4, True)},
+    frozenset({2}),
+    TreeCosts(fixed_s=5e-6),
+)
+
+
+def test_a_written_table_is_read_again(tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+    path.write_text(TABLE.to_json())
+    assert load_card_table("whatever", path) == TABLE
+
+
+def test_a_card_without_measurements_has_an_empty_table() -> None:
+    table = load_card_table("a card that nobody has")
+    assert table == CardTable("a card that nobody has")
+
+
+def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="does not exist"):
+        load_card_table("x", tmp_path / "none.json")
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"card": "x"}', TABLE.to_json().replace('"sum"', '"none"')])
+def test_a_file_that_is_no_table_is_an_error(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "table.json"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="is not what"):
+        load_card_table("x", path)
+
+
+def test_file_names_have_no_blanks() -> None:
+    assert file_stem("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
