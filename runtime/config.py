@@ -39,6 +39,12 @@ class EngineConfig:
     tree_attention: Literal["auto", "on", "off"] = _doc(
         "auto", "read shared prefixes once a group: auto asks the cost model"
     )
+    deterministic: bool = _doc(
+        False, "the same tokens for a request whatever runs beside it (on a GPU; no tree attention, slower products)"
+    )
+    kernel_table: str | None = _doc(
+        None, "file of kernel choices measured on this card; None: the one that comes with Ramet, if there is one"
+    )
     grammar_on_device: bool = _doc(True, "keep closed automata on the GPU")
     default_max_tokens: int = _doc(1024, "max_tokens of a request that names none (capped by the context)")
     reservation_ratio: float = _doc(1.0, "share of max_tokens that admission reserves memory for; below 1 may preempt")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import bisect
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -155,7 +155,7 @@ MixedBody = Callable[[MixedKey, MixedBuffers], None]
 
 
 class StepGraphs:
-    """Captures bodies for each key when it is first needed, or ahead of time by `capture_all`."""
+    """Captures bodies for each key when it is first needed, or ahead of time by `capture`."""
 
     def __init__(
         self,
@@ -179,24 +179,24 @@ class StepGraphs:
         self._decode: dict[GraphKey, tuple[Callable[[], None], DecodeBuffers]] = {}
         self._mixed: dict[MixedKey, tuple[Callable[[], None], MixedBuffers]] = {}
 
-    def capture_all(self, *, with_tree: bool) -> None:
-        """Capture every graph of overlapped steps, the largest first, so that the smaller ones reuse its memory."""
-        start_s = time.monotonic()
-        trees = (False, True) if with_tree else (False,)
-        for uses_tree in trees:
-            for bucket in reversed(self.buckets):
-                if bucket > 1 or not uses_tree:
-                    self._decode_graph(GraphKey(bucket, samples=True, uses_tree=uses_tree))
-            for num_tokens in reversed(self.mixed_tokens):
-                for num_decode in reversed(self.mixed_rows):
-                    if num_decode > 1 or not uses_tree:
-                        self._mixed_graph(MixedKey(num_decode, num_tokens, uses_tree))
-        count, took_s = len(self._decode) + len(self._mixed), time.monotonic() - start_s
-        logger.info("captured %d graphs in %.1f s", count, took_s)
+    def keys(self, *, with_tree: bool) -> list[GraphKey | MixedKey]:
+        """Every graph of overlapped steps, the largest first: the smaller ones reuse its memory."""
+        keys: list[GraphKey | MixedKey] = []
+        for uses_tree in (False, True) if with_tree else (False,):
+            sizes = [(n, t) for t in reversed(self.mixed_tokens) for n in reversed(self.mixed_rows)]
+            keys += [MixedKey(n, t, uses_tree) for n, t in sizes if n > 1 or not uses_tree]
+            keys += [GraphKey(n, True, uses_tree) for n in reversed(self.buckets) if n > 1 or not uses_tree]
+        return keys
 
-    @property
-    def num_graphs(self) -> int:
-        return len(self._decode) + len(self._mixed)
+    def capture(self, keys: Sequence[GraphKey | MixedKey]) -> None:
+        """Capture these graphs now."""
+        start_s = time.monotonic()
+        for key in keys:
+            if isinstance(key, MixedKey):
+                self._mixed_graph(key)
+            else:
+                self._decode_graph(key)
+        logger.info("captured %d graphs in %.1f s", len(keys), time.monotonic() - start_s)
 
     def replay(
         self, rows: NDArray[np.int32], new_pages: NDArray[np.int32], *, samples: bool, uses_tree: bool

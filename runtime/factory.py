@@ -8,14 +8,19 @@ import time
 import torch
 
 from ramet.errors import ConfigError, OutOfMemory
+from ramet.kernels.card_table import CardTable, load_card_table
 from ramet.kernels.grammar_arena import GrammarArena
 from ramet.kernels.grammar_mask import TokenTable
 from ramet.runtime.config import EngineConfig
 from ramet.runtime.engine import EngineCore
-from ramet.runtime.kv_cache import KVCache, choose_num_pages
+from ramet.runtime.kv_cache import KVCache, bytes_per_token
+from ramet.runtime.memory import MemoryPlan, StepMemory, lower_fraction, plan_memory, read_cuda_memory
 from ramet.runtime.model_runner import ModelRunner
+from ramet.runtime.models.batch_invariant import apply_batch_invariance
+from ramet.runtime.models.decoder import Decoder
 from ramet.runtime.models.dummy import TINY_MODEL, tiny_model
 from ramet.runtime.models.load import LoadedModel, load_model
+from ramet.runtime.models.small_batch import apply_card_table
 from ramet.runtime.page_pool import PagePool
 from ramet.runtime.radix_cache import RadixCache
 from ramet.runtime.scheduler import Scheduler, SchedulerConfig
@@ -24,8 +29,6 @@ from ramet.runtime.tree_planner import TreePlanner
 from ramet.runtime.types import Batch, Request, SamplingParams, ScheduledSequence, Sequence, Status
 
 logger = logging.getLogger(__name__)
-
-_GRAPH_WORKSPACE_BYTES = 1 << 30  # decode graphs' private pool, beside the measured peak of a prefill step
 
 
 def choose_device(name: str) -> torch.device:
@@ -64,36 +67,56 @@ def build_core(model: LoadedModel, config: EngineConfig) -> EngineCore:
             f"context_length is {wanted:,} but the model was trained for {model.config.max_position_embeddings:,}; "
             f"lower --context-length"
         )
-    peak = measure_workspace(model, config, wanted) if device.type == "cuda" else 0
-    num_pages = choose_num_pages(
-        model.config, config, device=device, dtype=dtype, peak_workspace_bytes=peak + _GRAPH_WORKSPACE_BYTES
-    )
+    decoder = prepare_decoder(model, config, device)
+    arena, tree = make_arena(model, config, device), make_tree_planner(model, config, device)
+    page_bytes = bytes_per_token(model.config, dtype) * config.page_size
+    num_pages = None if config.num_kv_tokens is None else -(-config.num_kv_tokens // config.page_size) + 1
+    plan: MemoryPlan | None = None
+    if device.type == "cuda":
+        steps = measure_steps(decoder, config, wanted, arena, tree)
+        plan = plan_memory(
+            read_cuda_memory(device),
+            steps,
+            fraction=config.mem_fraction_static,
+            page_bytes=page_bytes,
+            num_pages=num_pages,
+        )
+        logger.info("memory: %s", plan)
+        num_pages = plan.num_pages
+    elif num_pages is None:
+        num_pages = max(config.kv_cpu_bytes // page_bytes, 2) + 1
     context = min(wanted, (num_pages - 1) * config.page_size)
-    kv_cache = KVCache(model.config, num_pages, config.page_size, device=device, dtype=dtype)
-    pool = PagePool(num_pages, config.page_size)
-    scheduler = Scheduler(scheduler_config(config, context), pool, RadixCache(pool))
-    slots = RunningSlots(config.max_running_requests, -(-context // config.page_size), device=device)
-    runner = ModelRunner(
-        model.decoder,
-        kv_cache,
-        slots,
-        device=device,
-        max_kv_len=context,
-        arena=make_arena(model, config, device),
-        tree=make_tree_planner(model, config, device),
-    )
-    if device.type == "cuda" and config.cuda_graph:
-        runner.capture_graphs(config.cuda_graph_max_extend)
-        torch.cuda.synchronize(device)
+    try:
+        kv_cache = KVCache(model.config, num_pages, config.page_size, device=device, dtype=dtype)
+        pool = PagePool(num_pages, config.page_size)
+        scheduler = Scheduler(scheduler_config(config, context), pool, RadixCache(pool))
+        slots = RunningSlots(config.max_running_requests, -(-context // config.page_size), device=device)
+        runner = ModelRunner(
+            decoder,
+            kv_cache,
+            slots,
+            device=device,
+            max_kv_len=context,
+            arena=arena,
+            tree=tree,
+            is_deterministic=config.deterministic and device.type == "cuda",
+        )
+        if device.type == "cuda" and config.cuda_graph:
+            runner.capture_graphs(config.cuda_graph_max_extend)
+            torch.cuda.empty_cache()  # what the captures' first runs left
+    except torch.OutOfMemoryError as error:
+        assert plan is not None
+        raise OutOfMemory(
+            f"the GPU ran out of memory at start; {lower_fraction(config.mem_fraction_static, plan)}"
+        ) from error
     logger.info(
-        "engine ready in %.1f s: %s %s, KV %.2f GiB for %d tokens, context %d, workspace %.2f GiB",
+        "engine ready in %.1f s: %s %s, KV %.2f GiB for %d tokens, context %d",
         time.monotonic() - start_s,
         device,
         dtype,
         kv_cache.num_bytes / 2**30,
         (num_pages - 1) * config.page_size,
         context,
-        peak / 2**30,
     )
     return EngineCore(
         scheduler,
@@ -117,7 +140,7 @@ def make_arena(model: LoadedModel, config: EngineConfig, device: torch.device) -
 
 def make_tree_planner(model: LoadedModel, config: EngineConfig, device: torch.device) -> TreePlanner | None:
     """Tree attention on a GPU; its kernels have no counterpart on a CPU, where nothing is shared by reading once."""
-    if device.type != "cuda" or config.tree_attention == "off":
+    if device.type != "cuda" or config.tree_attention == "off" or config.deterministic:
         return None
     return TreePlanner(
         model.config,
@@ -127,6 +150,7 @@ def make_tree_planner(model: LoadedModel, config: EngineConfig, device: torch.de
         num_sms=torch.cuda.get_device_properties(device).multi_processor_count,
         device=device,
         dtype=model.decoder.dtype,
+        costs=card_table(config, device).tree_costs,
     )
 
 
@@ -142,15 +166,34 @@ def scheduler_config(config: EngineConfig, context_length: int) -> SchedulerConf
     )
 
 
-def measure_workspace(model: LoadedModel, config: EngineConfig, context_length: int) -> int:
-    """Bytes that the largest prefill step takes beside weights and KV, measured by running one."""
-    device = model.decoder.device
+def measure_steps(
+    decoder: Decoder,
+    config: EngineConfig,
+    context_length: int,
+    arena: GrammarArena | None,
+    tree: TreePlanner | None,
+) -> StepMemory:
+    """Measure on a GPU what steps take besides weights and KV, by running the largest of each kind in a small pool.
+
+    Raises:
+        OutOfMemory: not even these fit beside the weights.
+    """
+    device = decoder.device
     num_tokens = min(config.chunked_prefill_size, context_length)
     num_pages = -(-num_tokens // config.page_size) + 1
     try:
-        kv_cache = KVCache(model.config, num_pages, config.page_size, device=device, dtype=model.decoder.dtype)
-        slots = RunningSlots(1, num_pages, device=device)
-        runner = ModelRunner(model.decoder, kv_cache, slots, device=device, max_kv_len=num_tokens)
+        kv_cache = KVCache(decoder.config, num_pages, config.page_size, device=device, dtype=decoder.dtype)
+        slots = RunningSlots(config.max_running_requests, -(-context_length // config.page_size), device=device)
+        runner = ModelRunner(
+            decoder,
+            kv_cache,
+            slots,
+            device=device,
+            max_kv_len=context_length,
+            arena=arena,
+            tree=tree,
+            is_deterministic=config.deterministic,
+        )
         request = Request("workspace", torch.zeros(num_tokens, dtype=torch.int32).numpy(), SamplingParams(), 1)
         sequence = Sequence(request, page_ids=list(range(1, num_pages)), slot=0, status=Status.RUNNING)
         torch.cuda.synchronize(device)
@@ -159,9 +202,42 @@ def measure_workspace(model: LoadedModel, config: EngineConfig, context_length: 
         item = ScheduledSequence(sequence, 0, num_tokens, samples=True, is_decode=False)
         runner.launch(Batch(0, (item,), 0, num_tokens)).read()
         peak = torch.cuda.max_memory_allocated(device) - before
+        graphs = measure_graphs(runner, config) if config.cuda_graph else 0
     except torch.OutOfMemoryError as error:
         raise OutOfMemory(
-            f"a prefill step of {num_tokens:,} tokens does not fit beside the weights; lower --chunked-prefill-size"
+            f"a prefill step of {num_tokens:,} tokens does not fit beside the weights; lower --chunked-prefill-size to "
+            f"{max(num_tokens // 4, 256):,}, or --max-running-requests from {config.max_running_requests}"
         ) from error
-    # A decode step's logits in fp32, twice, for every slot: what sampling needs at most.
-    return peak + 2 * 4 * config.max_running_requests * model.config.vocab_size
+    del runner, kv_cache, slots
+    torch.cuda.empty_cache()
+    # A step that the host edits has every slot's logits in fp32, twice: what sampling needs at most.
+    return StepMemory(peak + 2 * 4 * config.max_running_requests * decoder.config.vocab_size, graphs)
+
+
+@torch.inference_mode()
+def measure_graphs(runner: ModelRunner, config: EngineConfig) -> int:
+    """Bytes of all graphs together: the shared pool, which the largest ones fill, and the driver's part of each."""
+    graphs = runner.make_graphs(config.cuda_graph_max_extend)
+    keys = graphs.keys(with_tree=runner.tree is not None)
+    largest = {type(key): key for key in reversed(keys)}.values()  # the first of each kind
+    torch.cuda.empty_cache()
+    before = read_cuda_memory(runner.device)
+    graphs.capture(list(largest))
+    torch.cuda.empty_cache()
+    after = read_cuda_memory(runner.device)
+    pool = after.reserved - before.reserved
+    each = max(before.free - after.free - pool, 0) // len(largest)
+    return pool + each * len(keys)
+
+
+def prepare_decoder(model: LoadedModel, config: EngineConfig, device: torch.device) -> Decoder:
+    """The passes over the finished model that the configuration asks for."""
+    if device.type != "cuda":
+        return model.decoder
+    if config.deterministic:
+        return apply_batch_invariance(model.decoder)
+    return apply_card_table(model.decoder, card_table(config, device))
+
+
+def card_table(config: EngineConfig, device: torch.device) -> CardTable:
+    return load_card_table(torch.cuda.get_device_name(device), config.kernel_table)

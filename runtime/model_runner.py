@@ -178,24 +178,28 @@ class ModelRunner:
         tokens, logprobs = self._sample(batch, self.decoder.logits(hidden), slots, positions, masks, on_host)
         return self._to_host(batch, tokens, logprobs, scores)
 
-    def capture_graphs(self, max_extend: int = 0, capture: Capture | None = None) -> None:
-        """Capture the graphs of decode steps and of steps with at most `max_extend` new tokens.
+    def make_graphs(self, max_extend: int = 0, capture: Capture | None = None) -> StepGraphs:
+        """The graphs of decode steps and of steps with at most `max_extend` new tokens; none is captured yet."""
+        return StepGraphs(
+            self._decode_body,
+            self._mixed_body,
+            self.slots.num_slots,
+            self.slots.dummy,
+            self.device,
+            max_extend=max_extend,
+            capture=capture,
+        )
 
-        The slot tables must be idle. Also compiles the kernels that no graph has.
+    @torch.inference_mode()
+    def capture_graphs(self, max_extend: int = 0, capture: Capture | None = None) -> None:
+        """Capture all graphs, and use them from now on; the slot tables must be idle.
+
+        Also compiles the kernel that no graph has.
         """
-        with torch.inference_mode():
-            self.graphs = StepGraphs(
-                self._decode_body,
-                self._mixed_body,
-                self.slots.num_slots,
-                self.slots.dummy,
-                self.device,
-                max_extend=max_extend,
-                capture=capture,
-            )
-            self.graphs.capture_all(with_tree=self.tree is not None)
-            none = torch.zeros(1, dtype=torch.int32, device=self.device)
-            copy_pages(self.kv_cache.layers, none, none, none)
+        self.graphs = self.make_graphs(max_extend, capture)
+        self.graphs.capture(self.graphs.keys(with_tree=self.tree is not None))
+        none = torch.zeros(1, dtype=torch.int32, device=self.device)
+        copy_pages(self.kv_cache.layers, none, none, none)
 
     def _replay_mixed(self, batch: Batch, arrays: ExtendArrays) -> Tensor | None:
         """Run a step with extend rows as a graph, sampling included; None where there is none for its size."""

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ramet.kernels.attention_plan import TREE_PROGRAMS_PER_SM, AttentionShape, TreeCostModel, tree_config
+from ramet.kernels.attention_plan import TREE_PROGRAMS_PER_SM, AttentionShape, TreeCostModel, TreeCosts, tree_config
 from ramet.kernels.attention_tree import TreePlan, find_shared_segments, plan_tree
 from ramet.runtime.models.config import ModelConfig
 from ramet.runtime.types import ScheduledSequence, Sequence
@@ -31,7 +31,9 @@ class TreePlanner:
         num_sms: int,
         device: torch.device,
         dtype: torch.dtype,
+        costs: TreeCosts | None = None,
     ) -> None:
+        """costs: rates measured on this card; None takes cautious ones."""
         self._group = model.num_heads // model.num_kv_heads
         self._num_kv_heads = model.num_kv_heads
         self._page_size = page_size
@@ -39,7 +41,7 @@ class TreePlanner:
         self._target_programs = TREE_PROGRAMS_PER_SM * num_sms
         self._config = tree_config(model.head_dim, dtype, self._group)
         shape = AttentionShape(model.num_heads, model.num_kv_heads, model.head_dim, dtype.itemsize)
-        self._costs = TreeCostModel(shape, self._config)
+        self._costs = TreeCostModel(shape, self._config, costs)
         # The sequences themselves, not their ids: an id may come back with another sequence, and a stale plan is wrong.
         self._rows: tuple[Sequence, ...] = ()
         self._is_used = False

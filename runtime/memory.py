@@ -1,0 +1,138 @@
+"""How a GPU's memory is shared out at start: weights, graphs, workspace, and what is left for KV pages.
+
+Arithmetic on numbers that were read or measured; `MemoryReader` reads them, so that tests need no card. Not here:
+measuring a step's peak (`factory.py`), the pool itself (`kv_cache.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ramet.errors import OutOfMemory
+
+_LARGEST_FRACTION = 0.98
+_MIN_PAGES = 64
+_GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryReading:
+    """Bytes of a device: all, free, and what torch's allocator has reserved and given out."""
+
+    total: int
+    free: int
+    reserved: int
+    allocated: int
+
+    @property
+    def used_by_others(self) -> int:
+        """Other processes, and the driver's own."""
+        return self.total - self.free - self.reserved
+
+
+MemoryReader = Callable[[torch.device], MemoryReading]
+
+
+def read_cuda_memory(device: torch.device) -> MemoryReading:
+    """Read a GPU's memory now."""
+    free, total = torch.cuda.mem_get_info(device)
+    return MemoryReading(total, free, torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device))
+
+
+@dataclass(frozen=True, slots=True)
+class StepMemory:
+    """Measured bytes that steps need besides weights and KV: the peak of an eager step, and all graphs together."""
+
+    workspace: int
+    graphs: int
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Who gets how many bytes of `total`."""
+
+    total: int
+    weights: int
+    kv: int
+    graphs: int
+    workspace: int
+    others: int
+    num_pages: int  # page 0 included
+
+    def __str__(self) -> str:
+        parts = {
+            "weights": self.weights,
+            "KV": self.kv,
+            "graphs": self.graphs,
+            "workspace": self.workspace,
+            "others": self.others,
+        }
+        used = ", ".join(f"{name} {size / _GIB:.2f}" for name, size in parts.items())
+        unused = self.total - sum(parts.values())
+        return f"{used}, unused {unused / _GIB:.2f} of {self.total / _GIB:.2f} GiB"
+
+
+def plan_memory(
+    reading: MemoryReading, steps: StepMemory, *, fraction: float, page_bytes: int, num_pages: int | None = None
+) -> MemoryPlan:
+    """Share out a device whose only tensors are the weights.
+
+    fraction: of the whole memory, for weights, KV, graphs and workspace together (others included). num_pages: what was
+    asked for, page 0 included; None takes all there is room for.
+    Raises:
+        OutOfMemory: it does not fit; names the flag and a value that would.
+    """
+    fixed = reading.used_by_others + reading.allocated + steps.graphs + steps.workspace
+    parts = (
+        f"weights take {reading.allocated / _GIB:.1f} GiB of {reading.total / _GIB:.1f}, a step's workspace "
+        f"{steps.workspace / _GIB:.1f}, graphs {steps.graphs / _GIB:.1f}, others {reading.used_by_others / _GIB:.1f}"
+    )
+    if num_pages is None:
+        fits = (int(reading.total * fraction) - fixed) // page_bytes
+        if fits < _MIN_PAGES:
+            raise OutOfMemory(
+                f"no room for the KV pool: {parts}; {_way_out(reading, steps, fixed, fraction, page_bytes)}"
+            )
+        num_pages = fits + 1
+    else:
+        fits = (int(reading.total * _LARGEST_FRACTION) - fixed) // page_bytes
+        if num_pages > fits:
+            raise OutOfMemory(
+                f"a KV pool of {num_pages * page_bytes / _GIB:.1f} GiB does not fit: {parts}; "
+                + (
+                    f"lower --num-kv-tokens, of which at most {100 * max(fits - 1, 0) / (num_pages - 1):.0f} % fit"
+                    if fits > _MIN_PAGES
+                    else _way_out(reading, steps, fixed, _LARGEST_FRACTION, page_bytes)
+                )
+            )
+    return MemoryPlan(
+        total=reading.total,
+        weights=reading.allocated,
+        kv=num_pages * page_bytes,
+        graphs=steps.graphs,
+        workspace=steps.workspace,
+        others=reading.used_by_others,
+        num_pages=num_pages,
+    )
+
+
+def lower_fraction(fraction: float, plan: MemoryPlan) -> str:
+    """What to say when a device ran out of memory at start although the plan was kept: leave twice the steps' share."""
+    lower = fraction - max((plan.graphs + plan.workspace) / plan.total, 0.02)
+    if lower < 0.1:
+        return f"the plan was: {plan}; free memory on the GPU, or lower --max-running-requests"
+    return f"the plan was: {plan}; lower --mem-fraction-static from {fraction} to {lower:.2f}"
+
+
+def _way_out(reading: MemoryReading, steps: StepMemory, fixed: int, fraction: float, page_bytes: int) -> str:
+    needed = (fixed + _MIN_PAGES * page_bytes) / reading.total + 0.005
+    if fraction < needed <= _LARGEST_FRACTION:
+        return f"raise --mem-fraction-static from {fraction} to at least {needed:.2f}"
+    if needed - steps.workspace / 2 / reading.total <= _LARGEST_FRACTION:
+        return "halve --chunked-prefill-size, which the workspace grows with"
+    if needed - steps.graphs / reading.total <= _LARGEST_FRACTION:
+        return "leave out the graphs with --no-cuda-graph"
+    return "take a smaller model or a larger GPU"
