@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from ramet.errors import GrammarTooLarge, InvalidGrammar
 from ramet.grammar import ir
+from ramet.grammar.partition import equivalence
 
 BYTE_MAX = 255
 MAX_STATES = 20_000
@@ -147,21 +148,9 @@ def minimize(dfa: Dfa) -> Dfa:
     n, k = len(dfa.transitions), dfa.num_classes
     table = np.asarray(dfa.transitions, dtype=np.int64).reshape(n, k)
     table = np.vstack([np.where(table < 0, n, table), np.full((1, k), n)])
-    block = np.append(np.asarray(dfa.accepting, dtype=np.int64), 0)
-    num = len(np.unique(block))
-    weights = _weights(k)
-    while True:
-        # equal signatures (own block, blocks of the targets) have equal digests; the sums wrap, which is harmless
-        digest = block * _OWN_WEIGHT + block[table] @ weights
-        block = np.unique(digest, return_inverse=True)[1].reshape(-1)
-        found = int(block.max()) + 1
-        if found == num:
-            break
-        num = found
+    block = equivalence(table, np.append(np.asarray(dfa.accepting, dtype=np.int64), 0))
+    num = int(block.max()) + 1
     return _renumber(dfa, block, num, table)
-
-
-_OWN_WEIGHT = np.int64(0x5851F42D4C957F2D)
 
 
 @lru_cache(maxsize=512)

@@ -71,6 +71,7 @@ class Json:
         self.spaced = spaced
         self.ordered = ordered
         self._tables: dict[object, tuple[Table, tuple[int, ...]]] = {}
+        self.bounded_strings: dict[object, Any] = {}
         self.dispatch = self.constant_table(dispatch_rows, (spaced,), 7)
         self.contexts = 0
         # interned by content; typed loosely because the modules of objects and arrays build on this one
@@ -163,6 +164,11 @@ class Json:
             s = specs[0][0]
             if s is not v.ANY_STRINGS and s != v.ANY_STRINGS and not (s.languages or s.excluded) and s.finite is None:
                 return self.counted(s.low, s.high, context)
+        from ramet.grammar.json_schema.length_frames import bounded_string
+
+        bounded = bounded_string(self, specs, context)
+        if bounded is not None:
+            return bounded
         kind = RememberingString if context.remembers else StringFrame
         return target(self.machine.intern(("string", specs, context.number), lambda: kind(self, specs, context)))
 

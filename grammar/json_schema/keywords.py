@@ -12,7 +12,7 @@ from fractions import Fraction
 from typing import Any
 
 from ramet.errors import InvalidSchema
-from ramet.grammar import numeric
+from ramet.grammar import numeric, regular
 from ramet.grammar.json_schema import formats, specs
 from ramet.grammar.json_schema import values as v
 from ramet.grammar.json_schema.document import DRAFT4, DRAFT7, DRAFT2019, Registry, SchemaNode, escape
@@ -245,22 +245,9 @@ class Interpreter:
             return v.ANY_OBJECTS
         if all(s.finite is not None for s in strings):
             return Objects(tuple((k, TRUE) for s in strings for k in sorted(s.finite or ())), FALSE)
-        from ramet.grammar import regular
-
-        dfa = regular.union([self.string_automaton(s) for s in strings])
+        dfa = regular.union([self.languages.whole(s) for s in strings])
         number = self.languages.add_automaton("propertyNames", dfa)
         return Objects(rules=(Rule(((number, TRUE),), FALSE),))
-
-    def string_automaton(self, spec: Strings) -> Any:  # regular.Dfa
-        from ramet.grammar import ir, regular
-
-        if spec.finite is not None:
-            return regular.compile_chars(ir.one_of(sorted(spec.finite)))
-        base = self.languages.base(spec)
-        if not spec.excluded:
-            return base
-        out = regular.compile_chars(ir.one_of(sorted(spec.excluded)))
-        return regular.intersect([base, regular.complement(out)])
 
     @staticmethod
     def dependent_keys(schema: dict[str, Any]) -> tuple[tuple[str, frozenset[str]], ...]:

@@ -4,6 +4,7 @@ process.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from functools import lru_cache
 
@@ -11,6 +12,8 @@ from ramet.grammar import ir, regular
 from ramet.grammar.json_schema import formats, pattern
 from ramet.grammar.json_schema.values import Strings
 from ramet.grammar.regular import Dfa
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Languages:
@@ -76,7 +79,8 @@ class Languages:
     def contains(self, spec: Strings, text: str) -> bool:
         if spec.finite is not None:
             return text in spec.finite
-        if len(text) < spec.low or (spec.high is not None and len(text) > spec.high) or text in spec.excluded:
+        low, high = self.bounds(spec)
+        if len(text) < low or (high is not None and len(text) > high) or text in spec.excluded:
             return False
         return all(self.accepts(n, text) == wanted for n, wanted in spec.languages)
 
@@ -99,24 +103,49 @@ class Languages:
             self._conjunctions[key] = found
         return found
 
+    def bounds(self, spec: Strings) -> tuple[int, int | None]:
+        """Characters that a text has at least, and at most: the spec's own, and what its formats ask of any text."""
+        high = spec.high
+        for number, wanted in spec.languages:
+            kind, source = self.sources[number]
+            limit = formats.MAX_LENGTHS.get(source) if kind == "format" and wanted else None
+            if limit is not None and (high is None or high > limit):
+                high = limit
+        return spec.low, high
+
+    def whole(self, spec: Strings) -> Dfa:
+        """The automaton of a spec, with its own lengths, but not those of `bounds`."""
+        if spec.finite is not None:
+            return _finite(spec.finite)
+        base = self.base(spec)
+        if not spec.excluded:
+            return base
+        return regular.intersect([base, regular.complement(_finite(spec.excluded))], max_states=self.max_states)
+
+    def describe(self, specs: Iterable[Iterable[Strings]]) -> str:
+        """The languages that specs name, for messages."""
+        found = dict.fromkeys(n for group in specs for s in group for n, _ in sorted(s.languages))
+        return " and ".join(self.name(n) for n in found) or "a string's length"
+
     def is_empty(self, spec: Strings) -> bool:
         """Whether no string is in the set."""
         if spec.finite is not None:
             return not spec.finite
-        if spec.high is not None and spec.low > spec.high:
+        low, high = self.bounds(spec)
+        if high is not None and low > high:
             return True
         if not spec.languages:
-            return spec.high == 0 and "" in spec.excluded
+            return high == 0 and "" in spec.excluded
         if len(spec.languages) == 1 and spec.low == 0 and spec.high is None and not spec.excluded:
             ((number, wanted),) = spec.languages
             if wanted and number not in self._dfas and _is_plain(*self.sources[number]):
                 return False
-        if not _has_length(self.base(spec._replace(low=0, high=None)), spec.low, spec.high):
+        base = self.base(spec._replace(low=0, high=None))
+        if not _has_length(base, low, high):
             return True
         if not spec.excluded:
             return False
-        base = self.base(spec)
-        return bool(spec.excluded) and all(t in spec.excluded for t in _few_texts(base, len(spec.excluded) + 1))
+        return all(t in spec.excluded for t in _few_texts(base, low, high, len(spec.excluded) + 1))
 
 
 @lru_cache(maxsize=2048)
@@ -169,15 +198,16 @@ def _has_length(dfa: Dfa, low: int, high: int | None) -> bool:
     return False
 
 
-def _few_texts(dfa: Dfa, limit: int) -> Iterable[str]:
-    """Texts of the language, shortest first, up to `limit`; enough to see whether a finite set covers it."""
+def _few_texts(dfa: Dfa, low: int, high: int | None, limit: int) -> Iterable[str]:
+    """Texts of the language with low..high characters, shortest first, up to `limit`; enough to see whether a finite
+    set covers it."""
     level: list[tuple[int, str]] = [(0, "")]
     following: list[tuple[int, str]]
-    found = 0
-    while level and found < limit:
+    found = length = 0
+    while level and found < limit and (high is None or length <= high):
         following = []
         for state, text in level:
-            if dfa.accepting[state]:
+            if dfa.accepting[state] and length >= low:
                 found += 1
                 yield text
                 if found >= limit:
@@ -188,6 +218,12 @@ def _few_texts(dfa: Dfa, limit: int) -> Iterable[str]:
                 if to >= 0:
                     following.extend((to, text + chr(c)) for c in range(start, min(end, start + limit)))
         level = following[: 4 * limit]
+        length += 1
+
+
+def _finite(texts: frozenset[str]) -> Dfa:
+    """Exactly these texts; those with single surrogates, which UTF-8 cannot write, are left out."""
+    return regular.compile_chars(ir.one_of(sorted(t for t in texts if not _SURROGATE.search(t))))
 
 
 def length_automaton(low: int, high: int | None) -> Dfa:
