@@ -49,10 +49,29 @@ def attention_extend(
 ) -> Tensor:
     """Attend from `q [T, H, D]` to `k_cache, v_cache [N, K, P, D]`; returns `[T, H, D]` (`out` when given)."""
     if not q.is_cuda:
-        return attention_extend_reference(q, k_cache, v_cache, meta, scale, window, out)
+        return _attention_extend_host(q, k_cache, v_cache, meta, scale, window, out)
     from ramet.kernels.attention_extend_triton import attention_extend_triton  # it imports this module
 
     return attention_extend_triton(q, k_cache, v_cache, meta, scale, window, out)
+
+
+def _attention_extend_host(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    meta: ExtendMetadata,
+    scale: float,
+    window: int | None,
+    out: Tensor | None,
+) -> Tensor:
+    from ramet.kernels import attention_extend_cpu as compiled  # it brings numba: not needed for a GPU
+
+    if meta.q_lens_host is None or meta.kv_lens_host is None or not compiled.takes(q, k_cache, meta.page_table):
+        return attention_extend_reference(q, k_cache, v_cache, meta, scale, window, out)
+    if out is None:
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lens = meta.rows.tolist(), meta.q_lens_host, meta.kv_lens_host
+    return compiled.attention_extend_cpu(q, k_cache, v_cache, meta.page_table, *lens, scale, window, out)
 
 
 def gather_pages(cache: Tensor, pages: Tensor) -> Tensor:
@@ -73,7 +92,7 @@ def attention_extend_reference(
     window: int | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Specification of `attention_extend` and its CPU path: one gather and a few fused calls per sequence."""
+    """Specification of `attention_extend`, and what a CPU runs where dtypes are not fp32: fused calls per sequence."""
     if out is None:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
     page_size = k_cache.shape[2]

@@ -35,7 +35,14 @@ _REORDER = {"reassoc", "contract", "nsz", "arcp"}
 def _digest() -> str:
     """Of the sources that compiled code is made of. Numba itself only notices a change of the function's own file."""
     folder = Path(__file__).parent
-    names = ("cpu_threads", "cpu_vectors", "cpu_pointwise", "block_linear", "attention_decode_cpu")
+    names = (
+        "cpu_threads",
+        "cpu_vectors",
+        "cpu_pointwise",
+        "block_linear",
+        "attention_decode_cpu",
+        "attention_extend_cpu",
+    )
     return hashlib.sha256(b"".join((folder / f"{name}.py").read_bytes() for name in names)).hexdigest()[:12]
 
 

@@ -238,6 +238,98 @@ scores_16, scores_64 = _make_scores(1), _make_scores(4)
 weighted_sum_16, weighted_sum_64 = _make_weighted_sum(1), _make_weighted_sum(4)
 
 
+# ---- Attention of 8 query rows at once ----
+
+ROWS = 8  # query rows of a tile
+KEYS = 2 * LANES  # keys of a packed block
+
+
+def _splat_load(builder: Builder, address: Value, offset: int) -> Value:
+    return _splat(builder, _load(builder, address, _F32, offset))
+
+
+@intrinsic
+def scores_tile(typing_context: Any, queries: Any, keys: Any, head_dim: Any, out: Any, out_stride: Any) -> Any:
+    """out[r, j] = sum_d queries[d, r] * keys[d, j]: ROWS queries, KEYS keys, both stored dimension by dimension."""
+
+    def emit(context: Any, builder: Builder, signature: Any, arguments: Any) -> Value:
+        queries, keys, head_dim, out, out_stride = arguments
+        zero = ir.Constant(_VF, None)
+        sums = [[cgutils.alloca_once_value(builder, zero) for _ in range(2)] for _ in range(ROWS)]
+        with cgutils.for_range(builder, head_dim) as loop:
+            key = builder.add(keys, builder.mul(loop.index, _I64(4 * KEYS)))
+            query = builder.add(queries, builder.mul(loop.index, _I64(4 * ROWS)))
+            halves = [_load(builder, key, _VF, 4 * LANES * half) for half in range(2)]
+            for row, pointers in enumerate(sums):
+                value = _splat_load(builder, query, 4 * row)
+                for half, pointer in zip(halves, pointers, strict=True):
+                    builder.store(_fma(builder, value, half, builder.load(pointer)), pointer)
+        for row, pointers in enumerate(sums):
+            target = builder.add(out, builder.mul(out_stride, _I64(row)))
+            for half, pointer in enumerate(pointers):
+                _store(builder, builder.load(pointer), target, 4 * LANES * half)
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 5), emit
+
+
+def _make_weighted_tile(num_vectors: int) -> Any:
+    """Make `weighted_tile(p, p_stride, values, count, stride, out, out_stride)`: out[r] += sum_j p[r, j] * values[j].
+
+    ROWS rows of 16 * num_vectors dimensions; strides in bytes.
+    """
+
+    @intrinsic
+    def weighted_tile(
+        typing_context: Any, p: Any, p_stride: Any, values: Any, count: Any, stride: Any, out: Any, out_stride: Any
+    ) -> Any:
+        def emit(context: Any, builder: Builder, signature: Any, arguments: Any) -> Value:
+            p, p_stride, values, count, stride, out, out_stride = arguments
+            targets = [builder.add(out, builder.mul(out_stride, _I64(row))) for row in range(ROWS)]
+            sources = [builder.add(p, builder.mul(p_stride, _I64(row))) for row in range(ROWS)]
+            sums = [[cgutils.alloca_once(builder, _VF) for _ in range(num_vectors)] for _ in range(ROWS)]
+            for target, pointers in zip(targets, sums, strict=True):
+                for i, pointer in enumerate(pointers):
+                    builder.store(_load(builder, target, _VF, 64 * i), pointer)
+            with cgutils.for_range(builder, count) as loop:
+                value = builder.add(values, builder.mul(loop.index, stride))
+                parts = [_load(builder, value, _VF, 64 * i) for i in range(num_vectors)]
+                offset = builder.mul(loop.index, _I64(4))
+                for source, pointers in zip(sources, sums, strict=True):
+                    weight = _splat_load(builder, builder.add(source, offset), 0)
+                    for part, pointer in zip(parts, pointers, strict=True):
+                        builder.store(_fma(builder, weight, part, builder.load(pointer)), pointer)
+            for target, pointers in zip(targets, sums, strict=True):
+                for i, pointer in enumerate(pointers):
+                    _store(builder, builder.load(pointer), target, 64 * i)
+            return context.get_dummy_value()
+
+        return types.void(*[types.intp] * 7), emit
+
+    return weighted_tile
+
+
+weighted_tile_16, weighted_tile_32 = _make_weighted_tile(1), _make_weighted_tile(2)
+
+
+@intrinsic
+def largest_of(typing_context: Any, address: Any, num_vectors: Any) -> Any:
+    """The largest of 16 * num_vectors float32 values, none of them NaN; at least one vector."""
+
+    def emit(context: Any, builder: Builder, signature: Any, arguments: Any) -> Value:
+        address, num_vectors = arguments
+        best = cgutils.alloca_once_value(builder, _load(builder, address, _VF))
+        with cgutils.for_range(builder, num_vectors) as loop:
+            value = _load(builder, builder.add(address, builder.mul(loop.index, _I64(64))), _VF)
+            current = builder.load(best)
+            builder.store(builder.select(builder.fcmp_ordered(">", value, current), value, current), best)
+        kind = ir.FunctionType(_F32, [_VF])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.vector.reduce.fmax.v16f32")
+        return builder.call(function, [builder.load(best)])
+
+    return types.float32(types.intp, types.intp), emit
+
+
 @intrinsic
 def float32_at(typing_context: Any, address: Any) -> Any:
     """A float32 pointer (for `numba.carray`) from an integer address."""

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ramet.kernels import activation, attention_decode_cpu, cpu_pointwise, norm, rope
+from ramet.kernels import activation, attention_decode_cpu, attention_extend_cpu, cpu_pointwise, norm, rope
 from ramet.kernels.attention_decode import DecodeMetadata, attention_decode_reference
+from ramet.kernels.attention_extend import ExtendMetadata, attention_extend, attention_extend_reference
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -83,3 +84,33 @@ def test_decode_attention_equals_the_reference(
         torch.set_num_threads(before)
     meta = DecodeMetadata(kv_lens, rows, table, kv_lens_host=lens)
     assert_close(actual, attention_decode_reference(q, k_cache, v_cache, meta, 0.3, window))
+
+
+@pytest.mark.parametrize("window", [None, 1, 7, 40])
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(9, 3, 64), (4, 4, 16), (8, 1, 128), (2, 1, 48)])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_extend_attention_equals_the_reference(
+    window: int | None, num_heads: int, num_kv_heads: int, head_dim: int, threads: int
+) -> None:
+    q_lens, kv_lens = [1, 37, 0, 16, 50, 3], [1, 37, 5, 60, 55, 64]
+    table = (1 + torch.randperm(7 * 9, generator=torch.Generator().manual_seed(0))).view(7, 9).to(torch.int32)
+    k_cache, v_cache = draw(64, num_kv_heads, 8, head_dim, seed=1), draw(64, num_kv_heads, 8, head_dim, seed=2)
+    rows = [5, 0, 1, 6, 2, 4]
+    for cache in (k_cache, v_cache):  # what no sequence holds must not be read
+        held = torch.zeros(64, 8, dtype=torch.bool)
+        for row, kv_len in zip(rows, kv_lens, strict=True):
+            for position in range(kv_len):
+                held[table[row, position // 8], position % 8] = True
+        cache.masked_fill_(~held[:, None, :, None], torch.nan)
+    q = draw(sum(q_lens), num_heads + 2, head_dim)[:, 1:-1]  # strided, as a view of a fused projection is
+    starts = torch.tensor([0, *q_lens]).cumsum(0).to(torch.int32)
+    lens = torch.tensor(kv_lens, dtype=torch.int32)
+    meta = ExtendMetadata(starts, lens, torch.tensor(rows, dtype=torch.int32), table, 50, 64, q_lens, kv_lens)
+    assert attention_extend_cpu.takes(q, k_cache, table)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        actual = attention_extend(q, k_cache, v_cache, meta, 0.3, window)
+    finally:
+        torch.set_num_threads(before)
+    assert_close(actual, attention_extend_reference(q, k_cache, v_cache, meta, 0.3, window))
