@@ -140,6 +140,8 @@ class EngineServer:
         with self._lock:
             self._compiling.add(command.id)
 
+        start_s = time.monotonic()
+
         def compiled(future: Any) -> None:  # Any: a Future[Grammar]
             with self._lock:
                 self._compiling.discard(command.id)
@@ -151,13 +153,16 @@ class EngineServer:
             if error is not None:
                 self._report_error(command, error)
             else:
-                self._submit_compiled(command, future.result())
+                self._submit_compiled(command, future.result(), time.monotonic() - start_s)
 
         self._host.grammars.get(command.constraint).add_done_callback(compiled)
 
-    def _submit_compiled(self, command: Submit, grammar: Grammar | None) -> None:
+    def _submit_compiled(self, command: Submit, grammar: Grammar | None, grammar_s: float | None = None) -> None:
         def on_output(output: RequestOutput) -> None:
-            self._send(_to_report(output))
+            report = _to_report(output)
+            if grammar_s is not None and report.timings is not None:
+                report.timings["grammar_s"] = grammar_s
+            self._send(report)
 
         try:
             fields = dict(command.sampling)

@@ -64,6 +64,7 @@ class OutputStream:
         self._pending: Output | None = None
         self._changed = asyncio.Event()
         self._is_over = False
+        self.heard_s: float | None = None  # time.monotonic() of the last increment
 
     def push(self, output: Output) -> None:
         if self._pending is None:
@@ -184,6 +185,7 @@ class EngineProxy:
         self.max_in_flight = max_in_flight
         self.counters = ProxyCounters()
         self.on_finish: Callable[[Output], None] | None = None  # of every request, for metrics
+        self.on_gap: Callable[[float], None] | None = None  # seconds between two increments of a request
         self.on_heartbeat: Callable[[dict[str, float]], None] | None = None
         self._folder = tempfile.TemporaryDirectory(prefix="ramet-")
         self._context: zmq.asyncio.Context = zmq.asyncio.Context()
@@ -260,6 +262,10 @@ class EngineProxy:
     @property
     def num_in_flight(self) -> int:
         return len(self._streams) + len(self._programs)
+
+    @property
+    def num_programs(self) -> int:
+        return len(self._programs)
 
     def health(self, patience_s: float = 20.0) -> str | None:
         """None where the engine is well; else what is wrong: not ready, silent, or working without progress."""
@@ -370,6 +376,10 @@ class EngineProxy:
             if stream is not None:
                 if report.finish_reason is not None:
                     del self._streams[report.id]
+                now_s = time.monotonic()
+                if stream.heard_s is not None and report.token_ids and self.on_gap is not None:
+                    self.on_gap(now_s - stream.heard_s)
+                stream.heard_s = now_s
                 stream.push(report)
         elif isinstance(report, ProgramEvent | ProgramEnd):
             program = self._programs.get(report.id)

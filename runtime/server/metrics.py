@@ -2,17 +2,19 @@
 
 Names of our own (`ramet_...`), five that deployment guides of SGLang look for (`sglang_...`), and on request the
 spellings of SGLang (`sglang:...`) and vLLM (`vllm:...`). Hit rates come from token counters; the gauge is over the last
-minute.
+minute. One event loop counts, and answers the scrapes.
 """
 
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
+from collections import Counter as Tally
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
 from ramet.runtime.server.engine_proxy import EngineProxy
@@ -21,8 +23,34 @@ from ramet.runtime.server.protocol import Output
 WINDOW_S = 60.0
 _SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 _GAP_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+_TOKENS = (1, 10, 50, 100, 500, 1_000, 2_000, 5_000, 10_000, 50_000, 100_000)
 
-Family = GaugeMetricFamily | CounterMetricFamily
+Family = GaugeMetricFamily | CounterMetricFamily | HistogramMetricFamily
+
+
+class Histogram:
+    """Counts by bucket, shown under every name that somebody knows it by. An observation costs under a microsecond."""
+
+    __slots__ = ("_bounds", "_counts", "_sum", "names", "text")
+
+    def __init__(self, text: str, bounds: Sequence[float], *names: str) -> None:
+        self.text = text
+        self.names = names
+        self._bounds = tuple(bounds)
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+
+    def observe(self, value: float) -> None:
+        self._counts[bisect_left(self._bounds, value)] += 1  # a bound belongs to its bucket
+        self._sum += value
+
+    def collect(self) -> Iterator[HistogramMetricFamily]:
+        total, buckets = 0, []
+        for bound, count in zip((*self._bounds, float("inf")), self._counts, strict=True):
+            total += count
+            buckets.append(("+Inf" if bound == float("inf") else str(float(bound)), float(total)))
+        for name in self.names:
+            yield HistogramMetricFamily(name, self.text, buckets=buckets, sum_value=self._sum)
 
 
 class EngineCollector(Collector):
@@ -35,8 +63,10 @@ class EngineCollector(Collector):
 
     def note_heartbeat(self, stats: dict[str, float]) -> None:
         """Remember the token counters, for the hit rate of the last minute."""
-        now_s = time.monotonic()
-        self._window.append((now_s, stats["num_cached_tokens"], stats["num_computed_tokens"]))
+        now_s, cached, computed = time.monotonic(), stats["num_cached_tokens"], stats["num_computed_tokens"]
+        if self._window and self._window[-1][1] + self._window[-1][2] > cached + computed:
+            self._window.clear()  # another engine process counts from zero
+        self._window.append((now_s, cached, computed))
         while len(self._window) > 1 and self._window[1][0] <= now_s - WINDOW_S:
             self._window.popleft()
 
@@ -56,9 +86,11 @@ class EngineCollector(Collector):
         yield counter("ramet_engine_crashes", "engine processes that ended on their own", counters.num_crashes)
         yield counter("ramet_aborted_requests", "requests and programs aborted by clients", counters.num_aborts)
         yield gauge("ramet_in_flight", "requests and programs between arrival and end", self._proxy.num_in_flight)
-        if not stats:
-            return
-        yield from self._engine_metrics(stats)
+        yield gauge("ramet_running_programs", "programs between arrival and end", self._proxy.num_programs)
+        if self._compat:
+            yield counter("sglang:num_aborted_requests", "requests aborted by clients", counters.num_aborts)
+        if stats:
+            yield from self._engine_metrics(stats)
 
     def _engine_metrics(self, stats: dict[str, float]) -> Iterator[Family]:
         pages = stats["num_pages"]
@@ -94,12 +126,76 @@ class EngineCollector(Collector):
             if self._compat:
                 yield gauge(f"sglang:{name}", text, value)
         if self._compat:
-            yield gauge("vllm:num_requests_running", "sequences that run", running)
-            yield gauge("vllm:num_requests_waiting", "sequences that wait", waiting)
-            yield gauge("vllm:kv_cache_usage_perc", "share of the pages that running sequences hold", usage)
-            yield counter("vllm:prefix_cache_hits", "prompt tokens taken from the cache", cached)
-            yield counter("vllm:prefix_cache_queries", "prompt tokens looked up in the cache", cached + computed)
-            yield counter("vllm:num_preemptions", "sequences sent back to the queue", stats["num_preemptions"])
+            yield from self._other_spellings(stats, used, usage)
+
+    def _other_spellings(self, stats: dict[str, float], used: float, usage: float) -> Iterator[Family]:
+        hello = self._proxy.hello
+        cached, computed = stats["num_cached_tokens"], stats["num_computed_tokens"]
+        num_kv_tokens = 0 if hello is None else hello.num_kv_tokens
+        yield gauge("sglang:max_total_num_tokens", "token positions of the KV pool", num_kv_tokens)
+        yield gauge("sglang:num_used_tokens", "token positions that running sequences hold", usage * num_kv_tokens)
+        yield counter("sglang:cached_tokens", "prompt tokens taken from the cache", cached)
+        yield gauge("vllm:num_requests_running", "sequences that run", stats["num_running"])
+        yield gauge("vllm:num_requests_waiting", "sequences that wait", stats["num_waiting"])
+        yield gauge("vllm:kv_cache_usage_perc", "share of the pages that running sequences hold", usage)
+        yield counter("vllm:prefix_cache_hits", "prompt tokens taken from the cache", cached)
+        yield counter("vllm:prefix_cache_queries", "prompt tokens looked up in the cache", cached + computed)
+        yield counter("vllm:num_preemptions", "sequences sent back to the queue", stats["num_preemptions"])
+
+
+class RequestCollector(Collector):
+    """What the server counts of requests, programs and responses."""
+
+    def __init__(self, *, compat: bool) -> None:
+        def histogram(text: str, bounds: Sequence[float], name: str, *others: str) -> Histogram:
+            return Histogram(text, bounds, f"ramet_{name}", *(others if compat else ()))
+
+        name = "time_to_first_token_seconds"
+        self.first_token = histogram("arrival to first token", _SECONDS, name, f"sglang:{name}", f"vllm:{name}")
+        self.first_token.names = (*self.first_token.names, f"sglang_{name}")
+        name = "inter_token_latency_seconds"
+        text = "gap between two increments of an answer"
+        self.gap = histogram(text, _GAP_SECONDS, name, f"sglang:{name}", f"vllm:{name}")
+        text = "mean time of a token after the first, by request"
+        name = "time_per_output_token_seconds"
+        self.per_token = histogram(text, _GAP_SECONDS, name, f"sglang:{name}", f"vllm:request_{name}")
+        text = "arrival to the first step"
+        self.queue = histogram(
+            text, _SECONDS, "queue_time_seconds", "sglang:queue_time_seconds", "vllm:request_queue_time_seconds"
+        )
+        name = "e2e_request_latency_seconds"
+        self.total = histogram("arrival to end", _SECONDS, name, f"sglang:{name}", f"vllm:{name}")
+        text = "wait for the constraint's grammar, by constrained request; about 0 where it was compiled before"
+        name = "grammar_compilation_time_seconds"
+        self.grammar = histogram(text, (0.001, *_SECONDS), name, f"sglang:{name}")
+        self.prompt_tokens = histogram(
+            "prompt tokens by request", _TOKENS, "request_prompt_tokens", "vllm:request_prompt_tokens"
+        )
+        self.output_tokens = histogram(
+            "generated tokens by request", _TOKENS, "request_generation_tokens", "vllm:request_generation_tokens"
+        )
+        self._compat = compat
+        self.num_prompt_tokens = 0
+        self.num_output_tokens = 0
+        self.by_reason: Tally[str] = Tally()
+        self.by_status: Tally[str] = Tally()
+        self.by_outcome: Tally[str] = Tally()
+
+    def collect(self) -> Iterator[Family]:
+        for histogram in (self.first_token, self.gap, self.per_token, self.queue, self.total, self.grammar):
+            yield from histogram.collect()
+        yield from self.prompt_tokens.collect()
+        yield from self.output_tokens.collect()
+        for prefix in ("ramet_", "sglang:", "vllm:") if self._compat else ("ramet_",):
+            yield counter(f"{prefix}prompt_tokens", "prompt tokens of ended requests", self.num_prompt_tokens)
+            text = "generated tokens of ended requests"
+            yield counter(f"{prefix}generation_tokens", text, self.num_output_tokens)
+        yield labelled("ramet_requests", "ended requests by reason", "reason", self.by_reason)
+        yield labelled("ramet_http_responses", "responses by status", "status", self.by_status)
+        yield labelled("ramet_programs", "ended programs by outcome", "outcome", self.by_outcome)
+        if self._compat:
+            yield counter("sglang:num_requests", "ended requests", self.by_reason.total())
+            yield labelled("vllm:request_success", "ended requests by reason", "finished_reason", self.by_reason)
 
 
 class ServerMetrics:
@@ -108,45 +204,38 @@ class ServerMetrics:
     def __init__(self, proxy: EngineProxy, *, compat: bool = False) -> None:
         self.registry = CollectorRegistry()
         self.engine = EngineCollector(proxy, compat=compat)
+        self._requests = RequestCollector(compat=compat)
         self.registry.register(self.engine)
-        first_token = ["ramet_time_to_first_token_seconds", "sglang_time_to_first_token_seconds"]
-        if compat:
-            first_token += ["sglang:time_to_first_token_seconds", "vllm:time_to_first_token_seconds"]
-        self._first_token = [self._histogram(name, "arrival to first token", _SECONDS) for name in first_token]
-        self._gap = self._histogram("ramet_inter_token_latency_seconds", "mean gap of a request", _GAP_SECONDS)
-        self._queue = self._histogram("ramet_queue_time_seconds", "arrival to the first step", _SECONDS)
-        self._total = self._histogram("ramet_e2e_request_latency_seconds", "arrival to end", _SECONDS)
-        self._prompt = Counter("ramet_prompt_tokens", "prompt tokens of ended requests", registry=self.registry)
-        self._output = Counter("ramet_generation_tokens", "generated tokens of ended requests", registry=self.registry)
-        self._ended = Counter("ramet_requests", "ended requests by reason", ["reason"], registry=self.registry)
-        self._http = Counter("ramet_http_responses", "responses by status", ["status"], registry=self.registry)
-        self._programs = Counter("ramet_programs", "ended programs by outcome", ["outcome"], registry=self.registry)
+        self.registry.register(self._requests)
         proxy.on_finish = self.note_finish
+        proxy.on_gap = self._requests.gap.observe
         proxy.on_heartbeat = self.engine.note_heartbeat
-
-    def _histogram(self, name: str, text: str, buckets: Iterable[float]) -> Histogram:
-        return Histogram(name, text, buckets=tuple(buckets), registry=self.registry)
 
     def note_finish(self, output: Output) -> None:
         """Count a request's last increment."""
-        self._ended.labels(output.finish_reason or "unknown").inc()
-        self._prompt.inc(output.prompt_tokens)
-        self._output.inc(output.completion_tokens)
+        counts = self._requests
+        counts.by_reason[output.finish_reason or "unknown"] += 1
+        counts.num_prompt_tokens += output.prompt_tokens
+        counts.num_output_tokens += output.completion_tokens
         timings = output.timings
         if timings is None or not output.completion_tokens:
             return
-        for histogram in self._first_token:
-            histogram.observe(timings["first_token_s"])
-        self._queue.observe(timings["queue_s"])
-        self._total.observe(timings["total_s"])
+        counts.prompt_tokens.observe(output.prompt_tokens)
+        counts.output_tokens.observe(output.completion_tokens)
+        counts.first_token.observe(timings["first_token_s"])
+        counts.queue.observe(timings["queue_s"])
+        counts.total.observe(timings["total_s"])
+        if "grammar_s" in timings:
+            counts.grammar.observe(timings["grammar_s"])
         if output.completion_tokens > 1:
-            self._gap.observe((timings["total_s"] - timings["first_token_s"]) / (output.completion_tokens - 1))
+            rest_s = timings["total_s"] - timings["first_token_s"]
+            counts.per_token.observe(rest_s / (output.completion_tokens - 1))
 
     def note_response(self, status: int) -> None:
-        self._http.labels(str(status)).inc()
+        self._requests.by_status[str(status)] += 1
 
     def note_program(self, outcome: str) -> None:
-        self._programs.labels(outcome).inc()
+        self._requests.by_outcome[outcome] += 1
 
     def exposition(self) -> bytes:
         """The text that Prometheus reads."""
@@ -159,3 +248,10 @@ def gauge(name: str, text: str, value: float) -> GaugeMetricFamily:
 
 def counter(name: str, text: str, value: float) -> CounterMetricFamily:
     return CounterMetricFamily(name, text, value=value)
+
+
+def labelled(name: str, text: str, label: str, counts: Tally[str]) -> CounterMetricFamily:
+    family = CounterMetricFamily(name, text, labels=[label])
+    for value, count in sorted(counts.items()):
+        family.add_metric([value], count)
+    return family
