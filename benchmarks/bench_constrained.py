@@ -121,12 +121,12 @@ def random_schema(rng: random.Random, depth: int = 0) -> Json:
     return schema
 
 
-def validate(engine: Engine, vocabulary: Vocabulary, count: int, max_tokens: int) -> dict[str, Json]:
+def validate(engine: Engine, vocabulary: Vocabulary, first: int, count: int, max_tokens: int) -> dict[str, Json]:
     """Generate under `count` random schemas; every finished text must be valid. Failures are printed and counted."""
     # the schemas name no draft, so the newest one's checker: FormatChecker() alone means draft 3 where it says "time"
     draft = jsonschema.Draft202012Validator
     handles = []
-    for seed in range(count):
+    for seed in range(first, first + count):
         schema = random_schema(random.Random(seed))
         grammar = compile_constraint("json_schema", json.dumps(schema), vocabulary)
         prompt = engine.tokenizer.encode("Write one JSON object: ")
@@ -146,7 +146,14 @@ def validate(engine: Engine, vocabulary: Vocabulary, count: int, max_tokens: int
                 continue
             invalid += 1
             print(f"seed {seed}: {result.text!r} is not valid under {json.dumps(schema)}: {str(error).splitlines()[0]}")
-    return {"schemas": count, "max_tokens": max_tokens, "valid": valid, "cannot_fit": cut, "invalid": invalid}
+    return {
+        "first_seed": first,
+        "schemas": count,
+        "max_tokens": max_tokens,
+        "valid": valid,
+        "cannot_fit": cut,
+        "invalid": invalid,
+    }
 
 
 def main() -> None:
@@ -155,6 +162,7 @@ def main() -> None:
     parser.add_argument("--batches", default="1,32")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--validate", type=int, default=0)
+    parser.add_argument("--first-seed", type=int, default=0, help="of the random schemas")
     parser.add_argument("--max-tokens", type=int, default=200)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -163,7 +171,7 @@ def main() -> None:
         vocabulary = Vocabulary(tokenizer.token_bytes, tokenizer.eos_ids, tokenizer.special_ids, tokenizer.vocab_size)
         figures: dict[str, Json] = {}
         if args.validate:
-            figures["validity"] = validate(engine, vocabulary, args.validate, args.max_tokens)
+            figures["validity"] = validate(engine, vocabulary, args.first_seed, args.validate, args.max_tokens)
             print(figures["validity"])
         else:
             figures["rows"] = measure(engine, vocabulary, [int(b) for b in args.batches.split(",")], args.repeats)
