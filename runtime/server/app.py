@@ -23,7 +23,7 @@ from ramet.runtime.config import EngineConfig
 from ramet.runtime.models.catalog import resolve_model
 from ramet.runtime.models.dummy import TINY_MODEL
 from ramet.runtime.models.load import open_model
-from ramet.runtime.server import native, openai_api, programs_api
+from ramet.runtime.server import native, openai_api, openapi, programs_api
 from ramet.runtime.server.config import ServerConfig
 from ramet.runtime.server.connections import PatientProtocol
 from ramet.runtime.server.engine_proxy import EngineProxy
@@ -56,6 +56,7 @@ def create_app(state: ServerState, metrics: ServerMetrics) -> FastAPI:
     app.include_router(native.make_router(state, metrics))
     app.include_router(programs_api.make_router(state, metrics))
     app.include_router(openai_api.make_router(state))
+    openapi.install(app)
     _add_error_handlers(app)
     if state.config.cors_allow_origin:
         app.add_middleware(
@@ -114,7 +115,13 @@ def make_server(
     """Everything but the socket. Raises ModelError and ConfigError before anything is started."""
     EngineConfig.from_mapping(engine)
     name, tokenizer = open_tokenizer(model)
-    proxy = EngineProxy(model, engine, max_in_flight=config.max_in_flight, log_level=log_level)
+    proxy = EngineProxy(
+        model,
+        engine,
+        max_in_flight=config.max_in_flight,
+        max_engine_failures=config.max_engine_failures,
+        log_level=log_level,
+    )
     metrics = ServerMetrics(proxy, compat=config.compat_metrics)
     state = ServerState(config, proxy, tokenizer, config.served_model_name or name, time.time(), explain)
     return create_app(state, metrics), state
@@ -124,7 +131,8 @@ class Server(uvicorn.Server):
     """Ends in order on the first SIGTERM or Ctrl-C, at once on the second.
 
     In order: no new connection; what is in flight has `drain_s` to finish, then gets an error. `failure` is what kept
-    the engine from starting at all: then the server ends, because nobody but its operator can help.
+    the engine from starting at all, or ends it again and again: then the server ends, because nobody but its operator
+    can help.
     """
 
     def __init__(self, config: uvicorn.Config, state: ServerState, on_ready: OnReady | None = None) -> None:
@@ -136,7 +144,7 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        self._tasks.append(asyncio.create_task(self._wait_ready()))
+        self._tasks += [asyncio.create_task(self._wait_ready()), asyncio.create_task(self._wait_given_up())]
 
     async def _wait_ready(self) -> None:
         try:
@@ -148,6 +156,10 @@ class Server(uvicorn.Server):
         if self._on_ready is not None:
             host, port = self.servers[0].sockets[0].getsockname()[:2]
             self._on_ready(hello, f"http://{f'[{host}]' if ':' in host else host}:{port}")
+
+    async def _wait_given_up(self) -> None:
+        self.failure = await self._state.proxy.wait_given_up()
+        self.should_exit = True
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.should_exit:

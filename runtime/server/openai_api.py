@@ -15,7 +15,6 @@ from ramet.runtime.server.openai_types import (
     CompletionBody,
     DetokenizeBody,
     TokenizeBody,
-    error_responses,
     openapi_body,
 )
 from ramet.runtime.server.sampling_fields import Strict
@@ -30,11 +29,7 @@ def make_router(state: ServerState) -> APIRouter:
     models = ModelEndpoints(state, chat)
 
     def taking(body: type[Strict]) -> dict[str, Any]:  # Any: arguments of a route
-        return {
-            "response_model": None,
-            "openapi_extra": openapi_body(body),
-            "responses": error_responses(400, 401, 404, 413, 429, 503),
-        }
+        return {"response_model": None, "openapi_extra": openapi_body(body)}
 
     @router.post("/chat/completions", **taking(ChatBody))
     async def chat_completions(request: Request) -> Response:
@@ -56,12 +51,12 @@ def make_router(state: ServerState) -> APIRouter:
         """The text of token ids."""
         return await models.detokenize(request)
 
-    @router.get("/models", response_model=None, responses=error_responses(401))
+    @router.get("/models", response_model=None)
     async def list_models() -> Response:
         """The served model."""
         return await models.models()
 
-    @router.get("/models/{model_id:path}", response_model=None, responses=error_responses(401, 404))
+    @router.get("/models/{model_id:path}", response_model=None)
     async def retrieve_model(model_id: str) -> Response:
         """The served model, by its name."""
         return await models.model(model_id)

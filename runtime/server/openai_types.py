@@ -382,30 +382,3 @@ def _inlined(value: Any, definitions: Mapping[str, Any]) -> Any:  # Any: JSON
     if isinstance(value, list):
         return [_inlined(item, definitions) for item in value]
     return value
-
-
-_ERROR_SCHEMA: Json = {
-    "type": "object",
-    "required": ["error"],
-    "properties": {
-        "error": {
-            "type": "object",
-            "required": ["message", "type", "param", "code"],
-            "properties": {
-                "message": {"type": "string"},
-                "type": {"type": "string"},
-                "param": {"type": ["string", "null"]},
-                "code": {"type": ["string", "null"]},
-            },
-        }
-    },
-}
-
-
-def error_responses(*statuses: int) -> dict[int | str, Json]:
-    """`responses` of a route: the errors that it may answer with."""
-    names = {400: "wrong request", 401: "no key", 404: "no such model", 413: "too large", 429: "busy", 503: "no engine"}
-    return {
-        status: {"description": names[status], "content": {"application/json": {"schema": _ERROR_SCHEMA}}}
-        for status in statuses
-    }
