@@ -44,8 +44,8 @@ class ProgramOptions:
 class Session(Protocol):
     """One running program."""
 
-    def extend(self, graph: Graph) -> None:
-        """Send the next part. Raises InvalidProgram."""
+    def extend(self, graph: Graph, *, is_last: bool = False) -> None:
+        """Send the next part. `is_last`: `finish` follows at once. Raises InvalidProgram."""
 
     def cancel(self, nodes: Sequence[int] | None = None) -> None:
         """Stop these nodes and what needs them; None: everything."""
@@ -62,6 +62,15 @@ class Backend(Protocol):
     """Runs programs. `on_event` may be called on any thread."""
 
     def start(self, options: ProgramOptions, on_event: OnEvent) -> Session: ...
+
+
+@runtime_checkable
+class TakesRows(Protocol):
+    """A backend that takes the rows of a compiled batch together. The rows start when their sessions are finished."""
+
+    def start_rows(
+        self, options: ProgramOptions, graph: Graph, rows: Sequence[Mapping[str, Any]], on_events: Sequence[OnEvent]
+    ) -> Sequence[Session]: ...
 
 
 class EngineBackend:
@@ -122,6 +131,7 @@ class _Default:
         self.lock = threading.Lock()
         self.backend: Backend | None = None
         self.known: weakref.WeakKeyDictionary[Any, Backend] = weakref.WeakKeyDictionary()  # by engine
+        self.remote: dict[str, Backend] = {}  # by address
 
 
 _default = _Default()
@@ -147,16 +157,23 @@ def use_backend(backend: object) -> Iterator[Backend]:
 
 
 def as_backend(given: object) -> Backend:
-    """A backend as it is, an engine as a backend. Raises ConfigError for anything else."""
+    """A backend as it is, an engine or a server's address as a backend. Raises ConfigError for anything else."""
     if isinstance(given, Backend):
         return given
+    if isinstance(given, str) and given.startswith(("http://", "https://")):
+        from ramet.lang.remote import Remote
+
+        with _default.lock:
+            return _default.remote.setdefault(given, Remote(given))
     if hasattr(given, "submit") and hasattr(given, "tokenizer"):
         with _default.lock:
             found = _default.known.get(given)
             if found is None:
                 found = _default.known[given] = EngineBackend(cast("ProgramEngine", given))
         return found
-    raise ConfigError(f"backend is {given!r}, but must be an Engine or a Backend such as MockBackend")
+    raise ConfigError(
+        f"backend is {given!r}, but must be an Engine, a Backend such as MockBackend, or a server's http:// address"
+    )
 
 
 def choose_backend(given: object | None = None) -> Backend:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ramet.errors import InvalidProgram
 from ramet.lang import ir
-from ramet.lang.backend import ProgramOptions, choose_backend
+from ramet.lang.backend import Backend, ProgramOptions, TakesRows, choose_backend
 from ramet.lang.run import Run
 from ramet.lang.state import State
 from ramet.lang.trace import Trace
@@ -20,6 +20,9 @@ from ramet.lang.values import Value
 
 if TYPE_CHECKING:
     from ramet.lang.function import Function
+
+
+_ROW_OPTIONS: Mapping[str, Any] = {"timeout_s": None, "token_budget": None, "priority": 0, "cache_salt": ""}
 
 
 class Compiled:
@@ -46,8 +49,11 @@ class Compiled:
         return state
 
     def run_batch(self, rows: Iterable[Mapping[str, Any]], **kwargs: Any) -> list[State]:
-        """Run the graph for every row of arguments, all at once; results in their order."""
-        states = [self.start(**{**kwargs, **row}) for row in rows]
+        """Run the graph for every row of arguments, all at once; results in their order.
+
+        A server gets all rows in one request.
+        """
+        states = self._start_rows([{**kwargs, **row} for row in rows])
         return [state.wait() for state in states]
 
     def start(
@@ -61,17 +67,49 @@ class Compiled:
         **arguments: Any,
     ) -> State:
         """Submit the graph, and return its state without waiting. Raises InvalidProgram for missing arguments."""
+        options = self._options(timeout_s, token_budget, priority, cache_salt)
+        state = self._new_state(choose_backend(backend), options, arguments)
+        state._run.finish()
+        return state
+
+    def _start_rows(self, rows: list[dict[str, Any]]) -> list[State]:
+        """`start` for every row; where the backend takes rows, all of those at once that differ in arguments alone."""
+        own = set(self.arguments)
+        common = [{name: value for name, value in row.items() if name not in own} for row in rows]
+        backends = [one.pop("backend", None) for one in common]
+        is_alike = all(one == common[0] for one in common) and all(one is backends[0] for one in backends)
+        backend = choose_backend(backends[0]) if rows else None
+        if not isinstance(backend, TakesRows) or not is_alike or not common[0].keys() <= _ROW_OPTIONS.keys():
+            return [self.start(**row) for row in rows]
+        options = self._options(**{**_ROW_OPTIONS, **common[0]})
+        states = [self._new_state(backend, options, {n: v for n, v in row.items() if n in own}) for row in rows]
+        runs = [state._run for state in states]
+        sessions = backend.start_rows(
+            options, self.graph, [run.arguments for run in runs], [run._on_event for run in runs]
+        )
+        index = ir.GraphIndex()
+        index.add(self.graph)
+        for run, session in zip(runs, sessions, strict=True):
+            run.attach(session, index)
+        for session in sessions:
+            session.finish()
+        return states
+
+    def _options(
+        self, timeout_s: float | None, token_budget: int | None, priority: int, cache_salt: str
+    ) -> ProgramOptions:
+        deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
+        return ProgramOptions(self.name, deadline_s, token_budget, priority, cache_salt)
+
+    def _new_state(self, backend: Backend, options: ProgramOptions, arguments: Mapping[str, Any]) -> State:
+        """A run that holds the whole graph, not submitted yet."""
         arguments = {**self._given, **arguments}
         unknown = sorted(set(arguments) - set(self.arguments))
         missing = [name for name in self.arguments if name not in arguments]
         if unknown or missing:
             what = f"has no argument {unknown[0]!r}" if unknown else f"needs argument {missing[0]!r}"
             raise InvalidProgram(f"the compiled {self.name} {what}; it takes {', '.join(self.arguments) or 'none'}")
-        deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
-        run = Run(
-            choose_backend(backend),
-            ProgramOptions(self.name, deadline_s, token_budget, priority, cache_salt),
-        )
+        run = Run(backend, options)
         run.nodes = list(self.graph.nodes)
         run.placeholders = self._end._run.placeholders  # of texts that the function returned
         for name, value in arguments.items():
@@ -82,7 +120,6 @@ class Compiled:
         move = _mover(run)
         state._variables = {name: move(value) for name, value in self._end._variables.items()}
         state._returned = move(self._end._returned)
-        run.finish()
         return state
 
 

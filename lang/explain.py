@@ -201,6 +201,12 @@ def explain_program(
     return replace(plan, measured=after.measured, stages=after.stages)
 
 
+def explain_trace(trace: Trace, target: Target) -> Explanation:
+    """The plan of what a trace recorded; see Function.explain."""
+    motion = _motion_of(ir.Graph(trace.graph.nodes), target) if _has_arguments(trace.graph) else None
+    return _explanation(trace, fold_constants(trace.graph), interpret(trace.graph, target), target, [motion])
+
+
 def explain_record(record: RunRecord) -> Explanation:
     """What a run did: measured tokens and times by node, and the lines that forced a stage."""
     measured = tuple(
@@ -378,8 +384,16 @@ def _motion_report(
     call = program._split(args, kwargs, is_partial=True)
     if not call.arguments and not program.parameters:
         return None
-    trace = program.trace(*args, **kwargs)
-    found = argument_motion(interpret(ir.Graph(trace.graph.nodes), target), target)
+    return _motion_of(ir.Graph(program.trace(*args, **kwargs).graph.nodes), target)
+
+
+def _has_arguments(graph: ir.Graph) -> bool:
+    return any(isinstance(node, ir.Argument) for node in graph.nodes)
+
+
+def _motion_of(graph: ir.Graph, target: Target) -> PassReport:
+    """`graph`: with its arguments unbound."""
+    found = argument_motion(interpret(graph, target), target)
     if not found:
         return PassReport("argument motion", "no argument stands before text that all calls share", {"gain": 0})
     best = found[0]

@@ -41,7 +41,11 @@ if TYPE_CHECKING:
     from ramet.lang.primitives import select as select
     from ramet.lang.primitives import system as system
     from ramet.lang.primitives import user as user
+    from ramet.lang.remote import Remote as Remote
     from ramet.lang.state import State as State
+    from ramet.lang.tools import Tool as Tool
+    from ramet.lang.tools import tool as tool
+    from ramet.lang.values import ToolUse as ToolUse
     from ramet.runtime.client import Engine as Engine
     from ramet.runtime.config import EngineConfig as EngineConfig
     from ramet.runtime.types import SamplingParams as SamplingParams
@@ -56,8 +60,11 @@ _HOMES = {
     "MockBackend": "ramet.lang.backend",
     "ProgramError": "ramet.errors",
     "RametError": "ramet.errors",
+    "Remote": "ramet.lang.remote",
     "SamplingParams": "ramet.runtime.types",
     "State": "ramet.lang.state",
+    "Tool": "ramet.lang.tools",
+    "ToolUse": "ramet.lang.values",
     "assistant": "ramet.lang.primitives",
     "between": "ramet.lang.checks",
     "contains": "ramet.lang.checks",
@@ -70,6 +77,7 @@ _HOMES = {
     "set_default_backend": "ramet.lang.backend",
     "starts_with": "ramet.lang.checks",
     "system": "ramet.lang.primitives",
+    "tool": "ramet.lang.tools",
     "use_backend": "ramet.lang.backend",
     "user": "ramet.lang.primitives",
 }
@@ -84,8 +92,11 @@ __all__ = [
     "MockBackend",
     "ProgramError",
     "RametError",
+    "Remote",
     "SamplingParams",
     "State",
+    "Tool",
+    "ToolUse",
     "assistant",
     "between",
     "contains",
@@ -98,6 +109,7 @@ __all__ = [
     "set_default_backend",
     "starts_with",
     "system",
+    "tool",
     "use_backend",
     "user",
 ]

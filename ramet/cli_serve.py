@@ -41,6 +41,7 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
 
 def run_serve(arguments: argparse.Namespace) -> int:
     """Serve until told to end: SIGTERM or Ctrl-C drains, a second one ends at once."""
+    from ramet.lang.explain_graph import explain_on_server
     from ramet.runtime.config import EngineConfig
     from ramet.runtime.server.app import serve
     from ramet.runtime.server.config import ServerConfig
@@ -60,6 +61,7 @@ def run_serve(arguments: argparse.Namespace) -> int:
         config,
         log_level=level,
         on_ready=lambda hello, address: _announce(hello, address, config, time.monotonic() - started_s),
+        explain=explain_on_server,
     )
     return 0
 

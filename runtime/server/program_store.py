@@ -178,7 +178,7 @@ class ProgramStore:
         """Send the next part of an open program; one that was sent before is taken as the same. Raises HttpError."""
         if graph is not None and program.parts.get(graph.first) == digest:
             return
-        if not program.is_open:
+        if not program.is_open or program.is_over:
             if graph is None and not is_open:
                 return
             raise HttpError(409, f"program {program.id} takes no more parts", code="program_closed")

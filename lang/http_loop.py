@@ -1,0 +1,336 @@
+"""What the backends over HTTP share: an event loop on a thread of its own, requests that are repeated where that is
+safe, server-sent events, and errors of a server as the classes they have in process.
+
+Not here: what is sent (remote.py, openai.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import random
+import threading
+import time
+import weakref
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from ramet.errors import (
+    ConfigError,
+    ContextOverflow,
+    DeadlineExceeded,
+    EngineStopped,
+    GrammarError,
+    InvalidProgram,
+    InvalidRequest,
+    Overloaded,
+    RametError,
+    RemoteError,
+    RequestCancelled,
+    from_name,
+)
+
+if TYPE_CHECKING:
+    import httpx
+
+_PAUSES_S = (0.1, 0.3, 1.0, 3.0, 5.0)  # before the n-th repetition, where the server doesn't say
+_MAX_PAUSE_S = 60.0  # a server that asks for more is taken at its word by nobody
+_RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """A server-sent event: its name, its data, and its id where it has one."""
+
+    name: str
+    data: str
+    id: str | None = None
+
+
+class HttpLoop:
+    """An HTTP client on an event loop of its own thread; both are made at first use, and again after `close`.
+
+    `connect_s`: how long a connection may take. `silence_s`: how long an answer may pause. `max_retries`: how often a
+    request is repeated that found no server, or one that is busy.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        headers: Mapping[str, str],
+        *,
+        connect_s: float = 10.0,
+        silence_s: float = 60.0,
+        max_retries: int = 4,
+        verify: bool = True,
+    ) -> None:
+        if not url.startswith(("http://", "https://")):
+            raise ConfigError(f"url is {url!r}, but must begin with http:// or https://")
+        try:
+            import httpx
+        except ImportError as error:
+            raise ConfigError("a backend over HTTP needs httpx: pip install 'ramet[server]'") from error
+        self.url = url.rstrip("/")
+        self.max_retries = max_retries
+        self._httpx = httpx
+        self._settings = {
+            "headers": dict(headers),
+            "timeout": httpx.Timeout(silence_s, connect=connect_s, pool=None),
+            "limits": httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=30.0),
+            "verify": verify,
+        }
+        self._lock = threading.Lock()
+        self._running: _Running | None = None
+        self._by_loop: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Running] = weakref.WeakKeyDictionary()
+
+    def spawn(self, work: Coroutine[Any, Any, object]) -> None:
+        """Run a coroutine on the loop. Any thread may call. What it raises is its own affair."""
+        self._here().spawn(work)
+
+    def call(self, work: Callable[..., object], *args: object) -> None:
+        """Call a function on the loop's thread, soon."""
+        self._run().loop.call_soon_threadsafe(work, *args)
+
+    def wait(self, work: Coroutine[Any, Any, Any]) -> Any:  # Any: what the coroutine returns
+        """Run a coroutine on the loop and wait for it; not from the loop's own thread."""
+        return asyncio.run_coroutine_threadsafe(work, self._run().loop).result()
+
+    def close(self, patience_s: float = 2.0) -> None:
+        """End the thread, after what is on its way had some time."""
+        with self._lock:
+            running, self._running = self._running, None
+        if running is not None:
+            running.stop(patience_s)
+
+    def _run(self) -> _Running:
+        with self._lock:
+            if self._running is None:
+                self._running = _Running(self._httpx, self.url, self._settings)
+                self._by_loop[self._running.loop] = self._running
+                weakref.finalize(self, self._running.stop, 1.0)  # at the latest when the process ends
+            return self._running
+
+    def _here(self) -> _Running:
+        """What this code runs on, though it may have been closed by now; from other threads, what runs now."""
+        try:
+            found = self._by_loop.get(asyncio.get_running_loop())
+        except RuntimeError:
+            found = None
+        return found or self._run()
+
+    # Requests. On the loop.
+
+    async def request(
+        self,
+        method: str,
+        path: str,
+        body: object = None,
+        *,
+        deadline: Deadline | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> Any:  # Any: JSON
+        """One request, repeated where nobody answered or the server is busy. Raises RametError."""
+
+        async def send(client: httpx.AsyncClient) -> Any:
+            answer = await client.request(
+                method, self.url + path, content=encoded(body), headers={**_JSON, **(headers or {})}
+            )
+            if answer.status_code >= 400:
+                raise error_of(answer.status_code, answer.content, answer.headers)
+            return self._decoded(answer.content, path)
+
+        return await self.repeat(send, deadline or Deadline(None))
+
+    @contextlib.asynccontextmanager
+    async def stream(
+        self, method: str, path: str, body: object = None, *, headers: Mapping[str, str] | None = None
+    ) -> AsyncIterator[AsyncIterator[Event]]:
+        """The events of an answer. Not repeated: only the caller knows where to go on. Raises RametError."""
+        client = self._here().client
+        content = encoded(body) if method == "POST" else None
+        try:
+            async with client.stream(
+                method, self.url + path, content=content, headers={**_JSON, **(headers or {})}
+            ) as answer:
+                if answer.status_code >= 400:
+                    raise error_of(answer.status_code, await answer.aread(), answer.headers)
+                yield _events(answer.aiter_raw() if "content-encoding" not in answer.headers else answer.aiter_bytes())
+        except self._httpx.TransportError as error:
+            raise self.unreachable(error) from error
+
+    async def repeat(
+        self, send: Callable[[httpx.AsyncClient], Coroutine[Any, Any, Any]], deadline: Deadline
+    ) -> Any:  # Any: what `send` returns
+        """Call `send` until it works, or what it raises can't be helped by waiting."""
+        for attempt in range(self.max_retries + 1):
+            try:
+                async with asyncio.timeout(deadline.left_s()):
+                    return await send(self._here().client)
+            except TimeoutError as error:
+                raise DeadlineExceeded("the program's deadline passed") from error
+            except (RametError, self._httpx.TransportError) as error:
+                found = error if isinstance(error, RametError) else self.unreachable(error)
+                pause_s = retry_pause(found, attempt)
+                if pause_s is None or attempt == self.max_retries or not deadline.allows(pause_s):
+                    raise found from (None if found is error else error)
+                await asyncio.sleep(pause_s)
+        raise AssertionError("the last attempt returns or raises")
+
+    def unreachable(self, error: Exception) -> RemoteError:
+        """The error for a connection that could not be made, or broke."""
+        what = str(error) or type(error).__name__
+        if isinstance(error, self._httpx.ConnectError | self._httpx.ConnectTimeout):
+            return RemoteError(f"no server answers at {self.url} ({what}); is `ramet serve` running there?")
+        return RemoteError(f"the connection to {self.url} broke: {what}")
+
+    def _decoded(self, content: bytes, path: str) -> Any:  # Any: JSON
+        try:
+            return json.loads(content)
+        except ValueError as error:
+            raise RemoteError(f"{self.url}{path} answered no JSON: {content[:100]!r}") from error
+
+
+_JSON = {"Content-Type": "application/json"}
+
+
+class _Running:
+    """The thread with its loop and its client."""
+
+    def __init__(self, httpx: Any, url: str, settings: Mapping[str, Any]) -> None:  # Any: a module; its settings
+        self.loop = asyncio.new_event_loop()
+        self._tasks: set[asyncio.Task[object]] = set()
+        is_ready = threading.Event()
+
+        async def prepare() -> None:
+            self.client = httpx.AsyncClient(**settings)
+            is_ready.set()
+
+        def run() -> None:
+            asyncio.set_event_loop(self.loop)
+            self.loop.run_until_complete(prepare())
+            self.loop.run_forever()
+
+        self._thread = threading.Thread(target=run, name=f"ramet-http {url}", daemon=True)
+        self._thread.start()
+        is_ready.wait()
+
+    def spawn(self, work: Coroutine[Any, Any, object]) -> None:
+        def start() -> None:
+            task = self.loop.create_task(work)
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+        self.loop.call_soon_threadsafe(start)
+
+    def stop(self, patience_s: float) -> None:
+        if self.loop.is_closed() or threading.current_thread() is self._thread:
+            return
+
+        async def end() -> None:
+            if self._tasks:
+                await asyncio.wait(self._tasks, timeout=patience_s)
+            for task in list(self._tasks):
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+            await self.client.aclose()
+
+        asyncio.run_coroutine_threadsafe(end(), self.loop).result()
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join()
+        self.loop.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Deadline:
+    """`at_s`: of time.monotonic(); None: none."""
+
+    at_s: float | None
+
+    def left_s(self) -> float | None:
+        return None if self.at_s is None else max(0.0, self.at_s - time.monotonic())
+
+    def allows(self, pause_s: float) -> bool:
+        left_s = self.left_s()
+        return left_s is None or pause_s < left_s
+
+
+def encoded(body: object) -> bytes | None:
+    return None if body is None else msgspec.json.encode(body)
+
+
+def retry_pause(error: RametError, attempt: int) -> float | None:
+    """Seconds to wait before the next attempt; None where waiting doesn't help."""
+    if isinstance(error, Overloaded):
+        return min(_MAX_PAUSE_S, error.retry_after_s)
+    pause_s = _PAUSES_S[min(attempt, len(_PAUSES_S) - 1)] * random.uniform(0.8, 1.2)
+    if isinstance(error, RemoteError):
+        return pause_s if error.status is None or error.status in _RETRIED else None
+    return max(pause_s, 1.0) if isinstance(error, EngineStopped) else None
+
+
+def error_of(status: int, content: bytes, headers: Mapping[str, str]) -> RametError:
+    """A server's refusal as the error that it is in process: by our header, else by status and code."""
+    message, param, code = _refusal(content)
+    message = message or f"the server answered {status}: {content[:200].decode(errors='replace')!r}"
+    retry_after_s = _seconds(headers.get("retry-after"))
+    name = headers.get("x-ramet-error")
+    if name is not None:
+        return from_name(name, message, param=param, retry_after_s=retry_after_s)
+    if status == 429:
+        return Overloaded(message, retry_after_s or 1.0)
+    if status in (401, 403):
+        return RemoteError(f"the server refuses the key ({status}): {message}; pass api_key=", status)
+    if status == 499:
+        return RequestCancelled(message)
+    kinds: Mapping[str | None, type[RametError]] = {
+        "context_length_exceeded": ContextOverflow,
+        "invalid_grammar": GrammarError,
+        "invalid_program": InvalidProgram,
+        "engine_unavailable": EngineStopped,
+    }
+    if code in kinds:
+        return kinds[code](message)
+    if status in (400, 409, 413, 422):
+        return InvalidRequest(message, param)
+    return RemoteError(f"{message} (status {status})", status)
+
+
+def _refusal(content: bytes) -> tuple[str, str | None, str | None]:
+    """(message, param, code) of a body in OpenAI's shape; empty where it has another."""
+    try:
+        error = json.loads(content)["error"]
+        if isinstance(error, str):
+            return error, None, None
+        return str(error["message"]), error.get("param"), error.get("code")
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return "", None, None
+
+
+def _seconds(text: str | None) -> float | None:
+    """A Retry-After in seconds; a date is not understood, and stands for none."""
+    try:
+        return None if text is None else max(0.0, float(text))
+    except ValueError:
+        return None
+
+
+async def _events(chunks: AsyncIterator[bytes]) -> AsyncIterator[Event]:
+    """Cut a body into events. By bytes: JSON may hold characters that `splitlines` takes for the end of a line."""
+    rest = b""
+    async for chunk in chunks:
+        rest = (rest + chunk).replace(b"\r\n", b"\n")
+        *blocks, rest = rest.split(b"\n\n")
+        for block in blocks:
+            fields: dict[str, str] = {}
+            for line in block.split(b"\n"):
+                name, _, value = line.decode().partition(":")
+                if name == "data" and "data" in fields:
+                    value = fields["data"] + "\n" + value.removeprefix(" ")
+                if name:
+                    fields[name] = value.removeprefix(" ")
+            if "data" in fields:
+                yield Event(fields.get("event", "message"), fields["data"], fields.get("id"))
