@@ -145,6 +145,7 @@ def compile_closed(
     """Return the automaton as a compiled grammar. Raises: GrammarError if no text matches."""
     if not automaton.accepting.any():
         raise GrammarError("the grammar is contradictory: no text matches it")
-    machine = Machine((limits or Limits()).max_states)
+    limits = limits or Limits()
+    machine = Machine(limits.max_states)
     frame = machine.add(_WholeText(machine, automaton))
-    return CompiledGrammar(machine, target(frame), vocabulary, key)
+    return CompiledGrammar(machine, target(frame), vocabulary, key, limits.max_mask_bytes)

@@ -14,8 +14,11 @@ from ramet.grammar.automaton import DEAD, LOCAL_BITS, LOCAL_MASK, Machine
 from ramet.grammar.json_schema import formats
 from ramet.grammar.json_schema.compile import place_schema
 from ramet.grammar.json_schema.languages import automaton
+from ramet.grammar.mask_rows import MaskRows
 from ramet.grammar.pushdown import Pushdown
 from ramet.grammar.vocabulary import SLICE_SIZES, TokenTrie, Vocabulary
+
+MAX_MASK_BYTES = 1 << 26
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,11 +26,12 @@ class Limits:
     """What compiling and running may cost.
 
     max_states: configurations of one grammar, visited or looked at. max_regular_states: states of one terminal or
-    pattern.
+    pattern. max_mask_bytes: mask rows that one grammar keeps; the least recently used go first.
     """
 
     max_states: int = 4_000_000
     max_regular_states: int = 20_000
+    max_mask_bytes: int = MAX_MASK_BYTES
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,15 +52,21 @@ class CompiledGrammar:
     computed once per state and shared by content.
     """
 
-    def __init__(self, machine: Machine, start: int, vocabulary: Vocabulary, key: str = "") -> None:
+    def __init__(
+        self,
+        machine: Machine,
+        start: int,
+        vocabulary: Vocabulary,
+        key: str = "",
+        max_mask_bytes: int = MAX_MASK_BYTES,
+    ) -> None:
         self.machine = machine
         self.vocabulary = vocabulary
         self.key = key
         self._packed: list[int] = [start]
         self._state_of: dict[int, int] = {start: 0}
-        self._rows: list[NDArray[np.int32] | None] = [None]
-        self._interned_rows: dict[bytes, NDArray[np.int32]] = {}
-        self._twin_rows: dict[int, tuple[NDArray[np.int32], list[int]]] = {}
+        self.rows = MaskRows(max_mask_bytes)
+        self.rows.add_state()
         machine.quoted = vocabulary.quoted
         self._lock = threading.RLock()
         self._scratch = np.zeros(4 + vocabulary.trie.max_depth, dtype=np.int64)
@@ -89,7 +99,7 @@ class CompiledGrammar:
                 if found is None:
                     found = len(self._packed)
                     self._packed.append(packed)
-                    self._rows.append(None)
+                    self.rows.add_state()
                     self._state_of[packed] = found
         return found
 
@@ -127,12 +137,12 @@ class CompiledGrammar:
 
     def mask(self, state: int) -> NDArray[np.int32]:
         """Return the mask row of a state, int32 [W]; shared: not to be written to."""
-        row = self._rows[state]
+        row = self.rows.of_state[state]
         if row is None:
             with self._lock:
-                row = self._rows[state]
+                row = self.rows.again(state)
                 if row is None:
-                    row = self._rows[state] = self._compute_mask(self._packed[state])
+                    row = self.rows.keep(state, self._compute_mask(self._packed[state]))
         return row
 
     def _compute_mask(self, packed: int) -> NDArray[np.int32]:
@@ -150,20 +160,12 @@ class CompiledGrammar:
             begin, end = self.vocabulary.offsets[token], self.vocabulary.offsets[token + 1]
             if self.machine.run(packed, self.vocabulary.flat, begin, end, self._run_scratch) >= 0:
                 row.view(np.uint32)[token >> 5] |= np.uint32(1 << (token & 31))
-        return self._interned(row)
-
-    def _interned(self, row: NDArray[np.int32]) -> NDArray[np.int32]:
-        """The one copy of a row's content."""
-        row.flags.writeable = False
-        return self._interned_rows.setdefault(row.tobytes(), row)
+        return row
 
     def _twin_row(self, packed: int) -> tuple[NDArray[np.int32], list[int]]:
         """(what a walk from a mask twin allows, tokens whose verdict depends on the text within them and before)."""
-        found = self._twin_rows.get(packed)
-        if found is None:
-            row, unsure = self._walked_row(packed)
-            found = self._twin_rows[packed] = self._interned(row), unsure
-        return found
+        found = self.rows.twin(packed)
+        return self.rows.keep_twin(packed, *self._walked_row(packed)) if found is None else found
 
     def _walked_row(self, packed: int) -> tuple[NDArray[np.int32], list[int]]:
         instance, local = packed >> LOCAL_BITS, packed & LOCAL_MASK
@@ -193,12 +195,11 @@ class CompiledGrammar:
         """The mask of a state that plain text does not leave: plain tokens, and those whose remainder is accepted."""
         vocabulary = self.vocabulary
         row = vocabulary.plain_row(2, vocabulary.slice_sizes[-1]).copy()
-        trie, group, tokens = vocabulary.remainders
+        trie, starts, tokens = vocabulary.remainders
         bits = np.zeros(len(trie.values) // 32 + 1, dtype=np.int32)
         self._walk(packed, trie, bits)
-        walker.expand(bits, group, tokens, row)
-        unsure: list[int] = tokens[np.isin(group, self._unsure_tokens())].tolist() if self._unsure[0] else []
-        return row, unsure
+        walker.expand(bits, starts, tokens, row)
+        return row, [t for r in self._unsure_tokens() for t in tokens[starts[r] : starts[r + 1]].tolist()]
 
     def _near_loop_row(self, packed: int, loop: int) -> tuple[NDArray[np.int32], list[int]]:
         """The mask of a state that differs from a loop of its own frame by single texts only."""
@@ -362,7 +363,7 @@ def compile_grammar(
         start = Pushdown(grammar, machine, limits.max_regular_states).start()
     if start == DEAD:
         raise GrammarError("the grammar is contradictory: no text matches it")
-    return CompiledGrammar(machine, start, vocabulary)
+    return CompiledGrammar(machine, start, vocabulary, max_mask_bytes=limits.max_mask_bytes)
 
 
 def warm_up(vocabulary: Vocabulary) -> None:

@@ -69,7 +69,7 @@ def compile_linked(
     schemas = list(dict.fromkeys(gap.schema for gap in text.gaps.values()))
     json, roots = _place_all(schemas, machine, limits.max_regular_states)
     frame = _TextFrame(machine, text, json, roots)
-    return CompiledGrammar(machine, target(frame.instance), vocabulary, key)
+    return CompiledGrammar(machine, target(frame.instance), vocabulary, key, limits.max_mask_bytes)
 
 
 class _TextFrame:

@@ -437,10 +437,7 @@ def _bytes_of(grammar: CompiledGrammar | GrammarError) -> int:
     if isinstance(grammar, GrammarError):
         return 0
     machine = grammar.machine
-    row_bytes = 4 * grammar.vocabulary.num_words
-    return (
-        machine.pool.nbytes + machine.exits.nbytes + machine.instances.nbytes + row_bytes * len(grammar._interned_rows)
-    )
+    return machine.pool.nbytes + machine.exits.nbytes + machine.instances.nbytes + grammar.rows.num_bytes
 
 
 def _resident_bytes() -> int:

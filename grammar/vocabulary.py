@@ -119,7 +119,7 @@ class Vocabulary:
     @cached_property
     def remainders(self) -> tuple[TokenTrie, NDArray[np.int32], NDArray[np.int32]]:
         """What follows the plain text (kind 2) of tokens that are not all plain: (trie of the distinct remainders,
-        their numbers as values; remainder of each such token; those tokens)."""
+        their numbers as values; starts int32 [n + 1]; tokens): tokens[starts[r] : starts[r + 1]] end with remainder r."""
         begins, lengths = self._sorted_spans
         plain = self._plain_chars[3]
         which = np.flatnonzero(plain < lengths)
@@ -132,7 +132,9 @@ class Vocabulary:
         sizes = np.array([len(t) for t in distinct], dtype=np.int64)
         flat = np.frombuffer(b"".join(distinct), dtype=np.uint8)
         trie = TokenTrie(flat, np.cumsum(sizes) - sizes, sizes, np.arange(len(distinct), dtype=np.int32))
-        return trie, np.array([number[t] for t in texts], dtype=np.int32), self._sorted_ids[which]
+        group = np.array([number[t] for t in texts], dtype=np.int32)
+        starts = np.searchsorted(np.sort(group), np.arange(len(distinct) + 1)).astype(np.int32)
+        return trie, starts, self._sorted_ids[which][np.argsort(group, kind="stable")]
 
     def warm_up(self) -> None:
         """Make what is otherwise made when first needed."""

@@ -157,13 +157,38 @@ def _walk_difference(
     return -1
 
 
-def _expand(bits: Int32, group: Int32, tokens: Int32, row: Int32) -> None:
-    """Set in `row` the bit of each token whose group has its bit in `bits`."""
-    for i in range(len(group)):
-        g = group[i]
-        if (bits[g >> 5] >> (g & 31)) & 1:
-            t = tokens[i]
-            row[t >> 5] |= np.int32(1) << np.int32(t & 31)
+def _expand(bits: Int32, starts: Int32, tokens: Int32, row: Int32) -> None:
+    """Set in `row` the bit of each token of the groups in `bits`; tokens[starts[g] : starts[g + 1]] are group g's."""
+    num_groups = len(starts) - 1
+    for w in range(len(bits)):
+        if bits[w] == 0:
+            continue
+        for g in range(32 * w, min(32 * w + 32, num_groups)):
+            if (bits[w] >> (g & 31)) & 1:
+                for e in range(starts[g], starts[g + 1]):
+                    t = tokens[e]
+                    row[t >> 5] |= np.int32(1) << np.int32(t & 31)
+
+
+def _row_digest(row: Int32) -> int:
+    """A number that equal rows share, and different ones very likely do not. Four lanes, so that products overlap."""
+    a, b, c, d = 1, 2, 3, 4
+    n = len(row) & ~3
+    for i in range(0, n, 4):
+        a = (a ^ int(row[i])) * 0x9E3779B97F4A7C1
+        b = (b ^ int(row[i + 1])) * 0x9E3779B97F4A7C1
+        c = (c ^ int(row[i + 2])) * 0x9E3779B97F4A7C1
+        d = (d ^ int(row[i + 3])) * 0x9E3779B97F4A7C1
+    for i in range(n, len(row)):
+        a = (a ^ int(row[i])) * 0x9E3779B97F4A7C1
+    return a ^ (b << 1) ^ (b >> 31) ^ (c << 7) ^ (c >> 29) ^ (d << 13) ^ (d >> 23)
+
+
+def _rows_equal(a: Int32, b: Int32) -> bool:
+    for i in range(len(a)):  # noqa: SIM110 - numba compiles no generators
+        if a[i] != b[i]:
+            return False
+    return True
 
 
 def _run(pool: Int32, instances: Int64, exits: Int64, text: NDArray[np.uint8], end: int, scratch: Int64) -> int:
@@ -379,6 +404,8 @@ run = njit(cache=True, nogil=True)(_run)
 step = njit(cache=True, nogil=True)(_step)
 walk_difference = njit(cache=True, nogil=True)(_walk_difference)
 expand = njit(cache=True, nogil=True)(_expand)
+row_digest = njit(cache=True, nogil=True)(_row_digest)
+rows_equal = njit(cache=True, nogil=True)(_rows_equal)
 column_digests = njit(cache=True)(_column_digests)
 next_not_deeper = njit(cache=True)(_next_not_deeper)
 count_plain_chars = njit(cache=True)(_count_plain_chars)

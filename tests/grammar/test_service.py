@@ -243,8 +243,8 @@ def test_a_folder_that_cannot_be_written_is_a_miss(tmp_path: Path) -> None:
 def test_masks_of_the_start_and_of_a_marker_are_made_ahead() -> None:
     with CompileService(config()) as service:
         grammar = service.compile("tools", {"tools": [{"name": "now"}]}, BYTES)
-        assert grammar._rows[0] is not None
-        wait_until(lambda: grammar.num_states > 11 and all(row is not None for row in grammar._rows[:11]))
+        assert grammar.rows.of_state[0] is not None
+        wait_until(lambda: grammar.num_states > 11 and all(row is not None for row in grammar.rows.of_state[:11]))
 
 
 def test_128_tools_compile_in_under_100_ms_when_seen_before() -> None:
