@@ -29,6 +29,7 @@ class ServerConfig:
     cors_allow_origin: tuple[str, ...] = _doc((), "origins that browsers may call from; default: none")
     drain_s: float = _doc(30.0, "seconds that requests in flight have to finish after SIGTERM")
     health_patience_s: float = _doc(20.0, "seconds without progress after which /health goes red")
+    max_engine_failures: int = _doc(5, "engine processes in a row that may end within a minute; then the server ends")
     log_prompts: bool = _doc(False, "write prompts to the log")
     compat_metrics: bool = _doc(False, "also export the names sglang:... and vllm:...")
 
@@ -40,5 +41,6 @@ class ServerConfig:
         check(0 <= self.port <= 65535, "port", "in [0, 65535]")
         check(self.max_body_bytes >= 1024, "max_body_bytes", "at least 1024")
         check(self.max_in_flight >= 1, "max_in_flight", "at least 1")
+        check(self.max_engine_failures >= 1, "max_engine_failures", "at least 1")
         check(self.drain_s >= 0, "drain_s", "at least 0")
         check(self.health_patience_s > 0, "health_patience_s", "positive")

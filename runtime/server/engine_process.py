@@ -26,6 +26,7 @@ from ramet.errors import EngineStopped, RametError
 from ramet.lang.ir import Graph, NodeEvent
 from ramet.runtime.client import Engine
 from ramet.runtime.config import EngineConfig
+from ramet.runtime.factory import load
 from ramet.runtime.program_engine import ProgramLimits
 from ramet.runtime.programs import ProgramExecutor, ProgramHost
 from ramet.runtime.server.protocol import (
@@ -44,6 +45,7 @@ from ramet.runtime.server.protocol import (
     ProvideTool,
     Report,
     StartFailed,
+    Starting,
     StartProgram,
     Submit,
     command_decoder,
@@ -310,7 +312,11 @@ def serve(settings: Settings) -> int:
     sender.start()
     start_s = time.monotonic()
     try:
-        engine = Engine(settings.model, EngineConfig.from_mapping(settings.config))
+        config = EngineConfig.from_mapping(settings.config)
+        sender.put(Starting(f"loading the model {settings.model or 'of the catalogue'}"))
+        model = load(settings.model, config)
+        sender.put(Starting("measuring memory, making the KV cache and what runs on the device"))
+        engine = Engine(model, config)
     except RametError as error:
         sender.put(StartFailed(ErrorInfo.of(error)))
         sender.close()

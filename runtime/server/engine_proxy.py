@@ -16,8 +16,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,6 @@ import zmq
 import zmq.asyncio
 
 from ramet.errors import EngineStopped, InvalidRequest, Overloaded, RametError
-from ramet.lang.ir import NodeEvent
 from ramet.runtime.server.engine_process import Settings
 from ramet.runtime.server.protocol import (
     Abort,
@@ -45,111 +43,17 @@ from ramet.runtime.server.protocol import (
     ProvideTool,
     Report,
     StartFailed,
+    Starting,
     StartProgram,
     Submit,
     report_decoder,
 )
+from ramet.runtime.server.streams import OutputStream, ProgramStream
 
 logger = logging.getLogger(__name__)
 
-_RESTART_PAUSES_S = (0.0, 0.5, 2.0, 5.0, 15.0)  # before the n-th start in a row that did not lead to a ready engine
-
-
-class OutputStream:
-    """One request's increments. Iterate it; leave the iteration early, or call `close`, and the request is aborted."""
-
-    def __init__(self, request_id: str, abort: Callable[[str], None]) -> None:
-        self.id = request_id
-        self._abort = abort
-        self._pending: Output | None = None
-        self._changed = asyncio.Event()
-        self._is_over = False
-        self.heard_s: float | None = None  # time.monotonic() of the last increment
-
-    def push(self, output: Output) -> None:
-        if self._pending is None:
-            self._pending = output
-        else:
-            self._pending.absorb(output)
-        self._changed.set()
-
-    def close(self) -> None:
-        """Abort the request, unless its last increment has been taken."""
-        if not self._is_over:
-            self._is_over = True
-            self._abort(self.id)
-
-    async def __aiter__(self) -> AsyncIterator[Output]:
-        try:
-            while not self._is_over:
-                await self._changed.wait()
-                self._changed.clear()
-                output, self._pending = self._pending, None
-                assert output is not None
-                self._is_over = output.finish_reason is not None
-                if output.error is not None:
-                    raise output.error.to_exception()
-                yield output
-        finally:
-            self.close()
-
-    async def collect(self) -> Output:
-        """Wait for the end and return everything as one increment. Raises the request's error."""
-        whole: Output | None = None
-        async for output in self:
-            if whole is None:
-                whole = output
-            else:
-                whole.absorb(output)
-        assert whole is not None
-        return whole
-
-
-class ProgramStream:
-    """A running program's events, in order. Leave the iteration early, or call `close`, and it is cancelled."""
-
-    def __init__(self, program_id: str, abort: Callable[[str], None]) -> None:
-        self.id = program_id
-        self._abort = abort
-        self._events: deque[NodeEvent] = deque()
-        self._changed = asyncio.Event()
-        self._end: ProgramEnd | None = None
-        self._is_closed = False
-
-    def push(self, report: ProgramEvent | ProgramEnd) -> None:
-        if isinstance(report, ProgramEnd):
-            self._end = report
-        else:
-            last = self._events[-1] if self._events else None
-            event = report.event
-            if last is not None and last.kind == event.kind == "text" and last.node == event.node:
-                self._events[-1] = msgspec.structs.replace(event, text=last.text + event.text)
-            else:
-                self._events.append(event)
-        self._changed.set()
-
-    @property
-    def is_over(self) -> bool:
-        return self._end is not None or self._is_closed
-
-    def close(self) -> None:
-        if not self.is_over:
-            self._is_closed = True
-            self._abort(self.id)
-
-    async def __aiter__(self) -> AsyncIterator[NodeEvent]:
-        try:
-            while True:
-                while self._events:
-                    yield self._events.popleft()
-                if self._end is not None:
-                    if self._end.error is not None:
-                        raise self._end.error.to_exception()
-                    return
-                await self._changed.wait()
-                self._changed.clear()
-        finally:
-            self.close()
+_RESTART_PAUSES_S = (0.0, 0.5, 2.0, 5.0, 15.0)  # before the n-th start in a row of engines that did not last
+LASTS_S = 60.0  # an engine that was ready for so long has lasted: what ends it later is no crash loop
 
 
 @dataclass(slots=True)
@@ -170,16 +74,28 @@ class _State:
     heard_s: float = 0.0  # time.monotonic() of the last heartbeat
     num_steps: float = -1.0
     progressed_s: float = 0.0  # when num_steps last changed, or there was nothing to do
-    failure: RametError | None = None
+    failure: RametError | None = None  # what this process says keeps it from starting
+    before: RametError | None = None  # why the one before it ended
+    ready_s: float = 0.0
+    stage: str = "the engine process starts"
+    started_s: float = field(default_factory=time.monotonic)
 
 
 class EngineProxy:
     """Owner of the engine process. Use `start`, then `submit`, `start_program`, `ask`; `stop` at the end."""
 
     def __init__(
-        self, model: str | None, config: dict[str, Any], *, max_in_flight: int = 10_000, log_level: str = "INFO"
+        self,
+        model: str | None,
+        config: dict[str, Any],
+        *,
+        max_in_flight: int = 10_000,
+        max_engine_failures: int = 5,
+        log_level: str = "INFO",
     ) -> None:  # Any: fields of EngineConfig, checked in the engine process
+        """`max_engine_failures`: engine processes in a row that may end early; see `wait_given_up`."""
         self._model = model
+        self._max_failures = max_engine_failures
         self._config = config
         self._log_level = log_level
         self.max_in_flight = max_in_flight
@@ -197,6 +113,7 @@ class EngineProxy:
         self._questions: dict[str, asyncio.Future[bytes]] = {}
         self._ids = itertools.count()
         self._ready = asyncio.Event()
+        self._given_up: asyncio.Future[EngineStopped] | None = None
         self._is_stopping = False
         self._tasks: list[asyncio.Task[None]] = []
         self._encoder = msgspec.msgpack.Encoder()
@@ -211,6 +128,7 @@ class EngineProxy:
         reports = self._context.socket(zmq.PULL)
         reports.setsockopt(zmq.RCVHWM, 0)
         reports.bind(f"ipc://{folder / 'reports'}")
+        self._given_up = asyncio.get_running_loop().create_future()
         self._tasks = [
             asyncio.create_task(self._read(reports)),
             asyncio.create_task(self._write()),
@@ -221,8 +139,13 @@ class EngineProxy:
         """Wait until the engine is ready. Raises the error that keeps it from starting, or TimeoutError."""
         await asyncio.wait_for(self._ready.wait(), timeout_s)
         if self._state.hello is None:
-            raise self._state.failure or EngineStopped("the engine did not start")
+            raise self._state.before or EngineStopped("the engine did not start")
         return self._state.hello
+
+    async def wait_given_up(self) -> EngineStopped:
+        """Wait until so many engines in a row have ended early that no other is started; returns what to say."""
+        assert self._given_up is not None
+        return await asyncio.shield(self._given_up)
 
     async def stop(self, drain_s: float = 0.0) -> None:
         """Let what is in flight finish, up to a limit, then end the process."""
@@ -255,6 +178,25 @@ class EngineProxy:
         return self._state.hello
 
     @property
+    def startup(self) -> dict[str, object]:
+        """How far the engine is: whether it is ready, what it does until then and for how long, and what failed last.
+
+        `attempt`: 1 for the first engine process of this server.
+        """
+        state = self._state
+        if state.hello is not None:
+            return {"ready": True, "stage": "ready", "attempt": self.counters.num_starts, "reason": None}
+        reason = None if state.before is None else str(state.before)
+        seconds = round(time.monotonic() - state.started_s, 1)
+        return {
+            "ready": False,
+            "stage": state.stage,
+            "seconds": seconds,
+            "attempt": self.counters.num_starts,
+            "reason": reason,
+        }
+
+    @property
     def stats(self) -> dict[str, float]:
         """The engine's counters at the last heartbeat."""
         return self._state.stats
@@ -272,7 +214,9 @@ class EngineProxy:
         state = self._state
         now_s = time.monotonic()
         if state.hello is None:
-            return str(state.failure) if state.failure is not None else "the engine is starting"
+            seconds = time.monotonic() - state.started_s
+            doing = f"the engine is starting: {state.stage} ({seconds:.0f} s)"
+            return doing if state.before is None else str(state.before)
         if now_s - state.heard_s > patience_s:
             return f"the engine has not answered for {now_s - state.heard_s:.0f} s"
         if self.num_in_flight and now_s - state.progressed_s > patience_s:
@@ -399,8 +343,11 @@ class EngineProxy:
         elif isinstance(report, Hello):
             now_s = time.monotonic()
             self._state.hello, self._state.heard_s, self._state.progressed_s = report, now_s, now_s
-            self._state.failure = None
+            self._state.ready_s = now_s
             self._ready.set()
+        elif isinstance(report, Starting):
+            self._state.stage, self._state.started_s = report.stage, time.monotonic()
+            logger.info("starting: %s", report.stage)
         else:
             assert isinstance(report, StartFailed)
             self._state.failure = report.error.to_exception()
@@ -421,19 +368,35 @@ class EngineProxy:
             process = await self._start_process()
             status = await process.wait()
             await asyncio.sleep(0.05)  # its last reports may be on their way
-            was_ready = self._state.hello is not None
+            was_ready, ready_s = self._state.hello is not None, self._state.ready_s
             failure = self._state.failure
             if self._is_stopping:
                 return
-            failures = 0 if was_ready else failures + 1
+            lasted = was_ready and time.monotonic() - ready_s >= LASTS_S
+            failures = 0 if lasted else failures + 1
             self.counters.num_crashes += 1
-            cause = str(failure) if failure is not None else f"it ended with status {status}"
+            cause = str(failure) if failure is not None else f"it ended with {_spelled(status)}"
+            if failures >= self._max_failures:
+                self._give_up(failures, cause)
+                return
             logger.error("the engine process ended (%s); starting another", cause)
-            self._state = _State(failure=failure or EngineStopped(f"the engine process crashed: {cause}; it restarts"))
+            self._state = _State(before=failure or EngineStopped(f"the engine process crashed: {cause}; it restarts"))
             self._ready = asyncio.Event() if was_ready else self._ready
             if failure is not None:
                 self._ready.set()  # whoever waits gets the reason
             self._fail_in_flight(EngineStopped(f"the engine process crashed while this was in flight ({cause})"))
+
+    def _give_up(self, failures: int, cause: str) -> None:
+        error = EngineStopped(
+            f"{failures} engine processes in a row ended within {LASTS_S:.0f} s of being ready or earlier; the last "
+            f"one: {cause}. No other is started. The log above says more; `ramet doctor` checks the machine"
+        )
+        logger.critical("%s", error)
+        self._state = _State(before=error, stage="given up")
+        self._ready.set()
+        self._fail_in_flight(error)
+        assert self._given_up is not None
+        self._given_up.set_result(error)
 
     async def _start_process(self) -> asyncio.subprocess.Process:
         if self._commands is not None:
@@ -485,3 +448,13 @@ class EngineProxy:
         self._streams.clear()
         self._programs.clear()
         self._outbox.clear()
+
+
+def _spelled(status: int) -> str:
+    """An exit status in words: a negative one is the signal that ended the process."""
+    if status >= 0:
+        return f"status {status}"
+    with contextlib.suppress(ValueError):
+        name = signal.Signals(-status).name
+        return f"{name}, as the system does when memory runs out" if name == "SIGKILL" else name
+    return f"signal {-status}"

@@ -12,7 +12,6 @@ from fastapi import APIRouter, Request, Response
 from ramet.errors import GrammarError
 from ramet.runtime.server import status_api
 from ramet.runtime.server.choices import merged
-from ramet.runtime.server.engine_proxy import OutputStream
 from ramet.runtime.server.metrics import ServerMetrics
 from ramet.runtime.server.native_types import MAX_PROMPTS, GenerateBody, NativeSampling
 from ramet.runtime.server.openai_shapes import finite, token_text
@@ -21,6 +20,7 @@ from ramet.runtime.server.protocol import Output, Submit
 from ramet.runtime.server.sampling_fields import seed_of_choice
 from ramet.runtime.server.sse import EventStream, collected, event, guarded, json_response, started
 from ramet.runtime.server.state import HttpError, ServerState
+from ramet.runtime.server.streams import OutputStream
 
 
 def make_router(state: ServerState, metrics: ServerMetrics) -> APIRouter:

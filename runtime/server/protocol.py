@@ -174,13 +174,19 @@ class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat"):
     stats: dict[str, float]
 
 
+class Starting(msgspec.Struct, frozen=True, tag="starting"):
+    """What the process does before it says Hello."""
+
+    stage: str
+
+
 class StartFailed(msgspec.Struct, frozen=True, tag="start_failed"):
     """The engine could not be made; the process ends."""
 
     error: ErrorInfo
 
 
-Report: TypeAlias = Output | ProgramEvent | ProgramEnd | Answer | Hello | Heartbeat | StartFailed
+Report: TypeAlias = Output | ProgramEvent | ProgramEnd | Answer | Hello | Heartbeat | Starting | StartFailed
 
 command_decoder = msgspec.msgpack.Decoder(list[Command])
 report_decoder = msgspec.msgpack.Decoder(list[Report])
@@ -202,6 +208,7 @@ __all__ = [
     "Report",
     "StartFailed",
     "StartProgram",
+    "Starting",
     "Submit",
     "command_decoder",
     "report_decoder",

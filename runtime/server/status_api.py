@@ -41,9 +41,9 @@ def _add_health(router: APIRouter, state: ServerState) -> None:
 
     @router.get("/ready")
     async def ready() -> Response:
-        """200 once the engine takes requests."""
-        is_ready = state.proxy.hello is not None
-        return json_response({"ready": is_ready}, 200 if is_ready else 503)
+        """200 once the engine takes requests; until then what it does, for how long, and what failed before."""
+        startup = state.proxy.startup
+        return json_response(startup, 200 if startup["ready"] else 503)
 
     @router.get("/health_generate")
     async def health_generate() -> Response:

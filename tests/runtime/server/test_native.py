@@ -214,7 +214,7 @@ def test_abort_takes_exact_ids_only(server: Server) -> None:
 
 def test_health_ready_and_information(server: Server) -> None:
     assert server.client.get("/health").json() == {"status": "ok", "reason": None}
-    assert server.client.get("/ready").json() == {"ready": True}
+    assert server.client.get("/ready").json() == {"ready": True, "stage": "ready", "attempt": 1, "reason": None}
     assert server.client.get("/health_generate").json()["status"] == "ok"
     info = server.client.get("/get_model_info").json()
     assert (info["context_length"], info["model_path"]) == (2048, "tiny-random")

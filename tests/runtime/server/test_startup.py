@@ -1,0 +1,121 @@
+"""From the command to the first request: what can be seen meanwhile, and engines that never last."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+
+from ramet.errors import EngineStopped
+from ramet.runtime.models.dummy import TINY_MODEL
+from ramet.runtime.server import engine_proxy
+from ramet.runtime.server.engine_proxy import EngineProxy
+from ramet.runtime.server.protocol import Submit
+
+Served = Any  # ServedProcess of conftest.py, which importlib mode cannot import by name
+
+
+def test_loading_can_be_watched_at_ready_and_in_the_log(serve_command: Callable[..., Served]) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = serve_command("--port", str(port))
+    seen: list[tuple[int, dict[str, Any]]] = []
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=10, trust_env=False) as client:
+        deadline_s = time.monotonic() + 60
+        while not (seen and seen[-1][0] == 200):
+            assert time.monotonic() < deadline_s
+            try:
+                answer = client.get("/ready")
+            except httpx.TransportError:
+                time.sleep(0.02)
+                continue
+            seen.append((answer.status_code, answer.json()))
+            if len(seen) == 1 and answer.status_code == 503:
+                health = client.get("/health").json()
+                assert health["status"] == "unhealthy"
+                assert "starting" in health["reason"]
+                refused = client.post("/generate", json={"text": "x"})
+                assert refused.status_code == 503
+                assert "starting" in refused.json()["error"]["message"]
+                assert int(refused.headers["retry-after"]) >= 1
+    before = [body for status, body in seen if status == 503]
+    assert before, "the server was never seen before it was ready"
+    for body in before:
+        assert (body["ready"], body["attempt"], body["reason"]) == (False, 1, None)
+        assert body["stage"]
+        assert body["seconds"] >= 0
+    assert seen[-1][1]["stage"] == "ready"
+    text = server.log.read_text()
+    assert "starting: loading the model tiny-random" in text
+    assert "starting: measuring memory" in text
+
+
+def test_engines_that_never_come_up_are_given_up_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_proxy.sys, "executable", "/bin/false")  # type: ignore[attr-defined]
+    monkeypatch.setattr(engine_proxy, "_RESTART_PAUSES_S", (0.0,))
+
+    async def scenario() -> None:
+        proxy = EngineProxy(TINY_MODEL, {}, max_engine_failures=3)
+        await proxy.start()
+        try:
+            error = await asyncio.wait_for(proxy.wait_given_up(), 30)
+            assert "3 engine processes in a row" in str(error)
+            assert "status 1" in str(error)
+            with pytest.raises(EngineStopped, match="3 engine processes in a row"):
+                await proxy.wait_ready(1)
+            with pytest.raises(EngineStopped, match="3 engine processes in a row"):
+                proxy.submit(Submit("x", [1], {}))
+            assert proxy.startup["stage"] == "given up"
+            assert proxy.counters.num_starts == proxy.counters.num_crashes == 3
+        finally:
+            await proxy.stop()
+
+    asyncio.run(scenario())
+
+
+def test_a_server_whose_engine_keeps_ending_ends_and_says_why(serve_command: Callable[..., Served]) -> None:
+    server = serve_command("--max-engine-failures", "2")
+    server.wait_ready()
+    os.kill(server.engine_pid(), signal.SIGKILL)
+    with server.client() as client:
+        deadline_s = time.monotonic() + 60
+        reasons = set()
+        while not (startup := client.get("/ready").json())["ready"] or startup["attempt"] != 2:
+            assert time.monotonic() < deadline_s
+            reasons.add(startup["reason"])
+            time.sleep(0.05)
+        assert any("SIGKILL" in reason for reason in reasons if reason), reasons
+    os.kill(server.engine_pid(), signal.SIGKILL)
+    assert server.process.wait(30) == 1
+    text = server.log.read_text()
+    assert "error: 2 engine processes in a row ended within 60 s" in text
+    assert "as the system does when memory runs out" in text
+    assert "ramet doctor" in text
+
+
+def test_a_stopped_engine_turns_health_red_and_a_continued_one_green(serve_command: Callable[..., Served]) -> None:
+    server = serve_command("--health-patience-s", "1")
+    server.wait_ready()
+    pid = server.engine_pid()
+    with server.client() as client:
+        assert client.get("/health").status_code == 200
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            deadline_s = time.monotonic() + 15
+            while (answer := client.get("/health")).status_code == 200:
+                assert time.monotonic() < deadline_s, "health stays green beside an engine that does nothing"
+                time.sleep(0.1)
+            assert "has not answered for" in answer.json()["reason"]
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        while client.get("/health").status_code != 200:
+            assert time.monotonic() < deadline_s + 15
+            time.sleep(0.1)
