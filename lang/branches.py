@@ -9,6 +9,8 @@ from ramet.errors import InvalidProgram
 from ramet.lang import ir
 from ramet.lang.primitives import Appendable
 from ramet.lang.state import State
+from ramet.lang.tool_loop import drive, loop_options, tool_loop
+from ramet.lang.tools import Tool, as_tools
 from ramet.lang.values import Value, plain
 
 
@@ -57,6 +59,12 @@ class Branches(Sequence[State]):
             state.append(one)
         return self
 
+    def call_tools(self, tools: Sequence[Tool | Callable[..., Any]] | None = None, **options: Any) -> list[Value]:
+        """State.call_tools on every branch at once: while one waits for a tool, the others go on. The answers."""
+        shared = None if tools is None else as_tools(tools)
+        found = [loop_options(state, shared, **options) for state in self._states]
+        return drive([(state, tool_loop(state, one)) for state, one in zip(self._states, found, strict=True)])
+
     def join(self, mode: str = "gather") -> None:
         """Join all branches into the state that was forked; see State.join. Without branches (of a map): nothing."""
         if self._states:
@@ -100,6 +108,7 @@ def adopt(parent: State, branch: State) -> None:
     parent._variables = dict(branch._variables)
     parent._counts = dict(branch._counts)
     parent._role = branch._role
+    parent._tools = branch._tools
 
 
 def map_items(parent: State, items: Iterable[Any], body: Callable[[State, Any], object]) -> Branches:

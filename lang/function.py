@@ -25,9 +25,11 @@ from ramet.lang import ir
 from ramet.lang.backend import ProgramOptions, choose_backend
 from ramet.lang.primitives import merge_sampling, to_sampling
 from ramet.lang.row_order import in_row_order, row_order
-from ramet.lang.run import Run, Stage
+from ramet.lang.run import Run, Stage, line_of
 from ramet.lang.state import State
 from ramet.lang.stream import Stream
+from ramet.lang.tool_loop import use_tools
+from ramet.lang.tools import Tool, as_tools
 from ramet.lang.trace import Trace, TraceStopped, TracingRun, symbolic
 from ramet.lang.values import current_run, plain
 
@@ -62,6 +64,7 @@ class Function:
         name: str | None = None,
         defaults: Mapping[str, Any] | None = None,
         bound: Mapping[str, Any] | None = None,
+        tools: Sequence[Tool | Callable[..., Any]] = (),
     ) -> None:
         functools.update_wrapper(self, body)  # sets __name__, __doc__, __wrapped__
         self.body = body
@@ -69,6 +72,7 @@ class Function:
         self.is_async = inspect.iscoroutinefunction(body)
         self.defaults = dict(defaults or {})
         self.bound = dict(bound or {})
+        self.tools = as_tools(tools) if tools else ()
         parameters = list(inspect.signature(body).parameters.values())
         if not parameters or parameters[0].kind not in (
             inspect.Parameter.POSITIONAL_ONLY,
@@ -86,6 +90,7 @@ class Function:
         bound = self._signature.bind(*args, **{**self.bound, **kwargs})
         before = state._sampling
         state._sampling = merge_sampling(self._sampling, before)
+        self._declare_tools(state)
         if self.is_async:
             return self._inline(state, bound, before)
         try:
@@ -104,7 +109,13 @@ class Function:
         unknown = [name for name in arguments if name not in self._signature.parameters]
         if unknown:
             raise TypeError(f"{self.name} has no parameter {unknown[0]!r}")
-        return Function(self.body, name=self.name, defaults=self.defaults, bound={**self.bound, **arguments})
+        return Function(
+            self.body, name=self.name, defaults=self.defaults, bound={**self.bound, **arguments}, tools=self.tools
+        )
+
+    def _declare_tools(self, state: State) -> None:
+        if self.tools:
+            use_tools(state, self.tools, line_of(self.body))
 
     # Running.
 
@@ -288,6 +299,7 @@ class Function:
         stop: Stage | None = None
         token = current_run.set(run)
         try:
+            self._declare_tools(state)
             result = self.body(state, **arguments)
             state._returned = asyncio.run(result) if self.is_async else result
         except TraceStopped as stopped:
@@ -329,6 +341,7 @@ class Function:
         run = state._run
         token = current_run.set(run)
         try:
+            self._declare_tools(state)
             state._returned = self.body(state, **run.call_arguments)
             run.finish()
         except BaseException:
@@ -343,6 +356,7 @@ class Function:
         run = state._run
         token = current_run.set(run)
         try:
+            self._declare_tools(state)
             state._returned = await self.body(state, **run.call_arguments)
             run.finish()
         except BaseException:
@@ -455,12 +469,23 @@ class _ProgressBar:
 def function(body: Callable[..., Any]) -> Function: ...
 @overload
 def function(
-    body: None = None, *, name: str | None = None, **defaults: Any
+    body: None = None,
+    *,
+    name: str | None = None,
+    tools: Sequence[Tool | Callable[..., Any]] = (),
+    **defaults: Any,
 ) -> Callable[[Callable[..., Any]], Function]: ...
 def function(
-    body: Callable[..., Any] | None = None, *, name: str | None = None, **defaults: Any
+    body: Callable[..., Any] | None = None,
+    *,
+    name: str | None = None,
+    tools: Sequence[Tool | Callable[..., Any]] = (),
+    **defaults: Any,
 ) -> Function | Callable[[Callable[..., Any]], Function]:
-    """Make a function a program: `@function`, or `@function(temperature=0, max_tokens=64)` with sampling defaults."""
+    """Make a function a program: `@function`, or `@function(temperature=0, max_tokens=64)` with sampling defaults.
+
+    `tools`: declared at the start of every run; see State.call_tools.
+    """
     if body is not None:
-        return Function(body, name=name, defaults=defaults)
-    return lambda wrapped: Function(wrapped, name=name, defaults=defaults)
+        return Function(body, name=name, defaults=defaults, tools=tools)
+    return lambda wrapped: Function(wrapped, name=name, defaults=defaults, tools=tools)

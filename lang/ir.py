@@ -52,6 +52,7 @@ Template: TypeAlias = tuple[Part, ...]
 class Constraint(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     """What a generated text must match. `source`: a pattern, a Lark grammar, a text, or canonical JSON.
 
+    A set of tools (grammar/tools.py) without a `format` has that of the model's chat template.
     `in_order`: properties of a JSON schema come in its order, and no others than those it names.
     """
 
@@ -83,6 +84,8 @@ class Argument(Node, frozen=True, tag="argument"):
 class Generate(Node, frozen=True, tag="generate"):
     """Text that the model writes. `type` says how the text becomes a JSON value: `str` (as it is), `int`, ...
 
+    The value of `tools` is {"text": ..., "calls": [{"name": ..., "arguments": {...}}]}, read in the model's own format.
+
     A value that fails one of `checks` is written anew, up to `retries` times; its text never joins the branch.
     """
 
@@ -91,7 +94,7 @@ class Generate(Node, frozen=True, tag="generate"):
     constraint: Constraint | None = None
     checks: tuple[Check, ...] = ()
     retries: int = 0
-    type: Literal["str", "int", "float", "bool", "json"] = "str"
+    type: Literal["str", "int", "float", "bool", "json", "tools"] = "str"
 
 
 class Select(Node, frozen=True, tag="select"):
@@ -125,12 +128,25 @@ class Role(Node, frozen=True, tag="role"):
     is_open: bool
 
 
+class Tools(Node, frozen=True, tag="tools"):
+    """What may be called from here on: a JSON list of functions as OpenAI's API has it.
+
+    At the start of a branch the chat template shows them its own way; later, they are described in a message.
+    """
+
+    tools: str
+
+
 class ToolCall(Node, frozen=True, tag="tool_call"):
-    """A call to the caller's tool. `arguments` render to a JSON object; the value is what the tool returned."""
+    """A call to the caller's tool. `arguments` render to a JSON object; the value is what the tool returned.
+
+    `on_error`: a tool that fails ends the program ("raise"), or its error is the value: {"error": ...} ("report").
+    """
 
     tool: str
     arguments: Template
     name: str | None = None
+    on_error: Literal["raise", "report"] = "raise"
 
 
 class Capture(Node, frozen=True, tag="capture"):
@@ -140,7 +156,7 @@ class Capture(Node, frozen=True, tag="capture"):
     start: int | None = None
 
 
-AnyNode: TypeAlias = Text | Argument | Generate | Select | Fork | Join | Role | ToolCall | Capture
+AnyNode: TypeAlias = Text | Argument | Generate | Select | Fork | Join | Role | Tools | ToolCall | Capture
 ROLES = ("system", "user", "assistant", "tool")
 SCORERS = ("likelihood", "token_normalized", "greedy", "unconditional")
 
@@ -331,6 +347,8 @@ class GraphIndex:
             raise _wrong(node, "joins no branches")
         elif isinstance(node, Role) and node.role not in ROLES:
             raise _wrong(node, f"has role {node.role!r}; roles are {', '.join(ROLES)}")
+        elif isinstance(node, Tools) and not _is_tool_list(node.tools):
+            raise _wrong(node, f"declares tools that are no JSON list of functions with a name: {node.tools[:80]!r}")
         elif isinstance(node, Capture) and node.start is not None:
             self._check_capture(node, node.start)
         self._named.append(self._check_name(node))
@@ -402,6 +420,14 @@ def _find_cycle(graph: Graph, start: int) -> list[int] | None:
                 seen.add(used)
                 stack.append((used, [*way, used]))
     return None
+
+
+def _is_tool_list(source: str) -> bool:
+    try:
+        found = json.loads(source)
+        return bool(found) and all(isinstance(one["function"]["name"], str) for one in found)
+    except (ValueError, TypeError, LookupError):
+        return False
 
 
 def _kind(node: AnyNode) -> str:

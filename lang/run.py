@@ -12,15 +12,16 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypeVar
 
 import ramet.errors
-from ramet.errors import CheckFailed, DeadlineExceeded, InvalidProgram, ProgramCancelled, ProgramError
+from ramet.errors import CheckFailed, DeadlineExceeded, InvalidProgram, InvalidRequest, ProgramCancelled, ProgramError
 from ramet.lang import ir
 from ramet.lang.backend import Backend, ProgramOptions, Session
+from ramet.lang.tool_runner import ToolRunner
+from ramet.lang.tools import Tool, to_json
 from ramet.lang.types import OutputType
 from ramet.lang.values import Placeholders, current_run
 
@@ -80,7 +81,8 @@ class Run:
         self.stages: list[Stage] = []
         self.arguments: dict[str, Any] = {}  # JSON values of Argument nodes
         self.is_recording = True
-        self.tools = tools or {}
+        self.tools: dict[str, Callable[..., Any]] = dict(tools or {})
+        self.loops: dict[int, asyncio.AbstractEventLoop] = {}  # ToolCall nodes whose async tools run there
         self._backend = backend
         self._session: Session | None = None
         self._results: dict[int, ir.NodeEvent] = {}
@@ -92,7 +94,7 @@ class Run:
         self._listeners: list[Listener] = []
         self._events: list[ir.NodeEvent] | None = [] if keep_events else None
         self.attempts: dict[int, list[dict[str, str]]] = {}  # node -> texts refused before it by checks in Python
-        self._tool_threads: ThreadPoolExecutor | None = None
+        self._runner = ToolRunner()
         self._failure: Exception | None = None
 
     # Recording.
@@ -100,7 +102,8 @@ class Run:
     def record(self, kind: Callable[..., N], parent: int | None, **fields: Any) -> N:  # Any: the node's own fields
         """Append a node and return it."""
         with self._changed:
-            node = kind(id=len(self.nodes), parent=parent, line=caller_line(), **fields)
+            line = fields.pop("line", None) or caller_line()
+            node = kind(id=len(self.nodes), parent=parent, line=line, **fields)
             self.nodes.append(node)
         return node
 
@@ -208,6 +211,8 @@ class Run:
         name = getattr(node, "name", None)
         what = f"{type(node).__name__.lower()} {name!r}" if name else type(node).__name__.lower()
         tail = error.prompt_tail if error else ""
+        if isinstance(node, ir.ToolCall) and error is not None:
+            what, message = f"tool {node.tool!r}", f"{error.type}: {message}"
         text = f"{self.options.program}: {what} (node {node_id}, {node.line or 'unknown line'}) failed: {message}"
         if tail:
             text += f"; the prompt ends with {tail[-60:]!r}"
@@ -248,6 +253,12 @@ class Run:
         if node not in self._results:
             self.need(node, why)
             self.wait(lambda: node in self._results)
+
+    async def aread_quietly(self, node: int, why: str) -> None:
+        """`read_quietly` for an event loop."""
+        if node not in self._results:
+            self.need(node, why)
+            await self._await(node, lambda: node in self._results)
 
     def first_done(self, nodes: list[int]) -> int:
         """The index of the first of these nodes that is done; waits. Raises the first one's error where all fail."""
@@ -338,12 +349,13 @@ class Run:
 
     def cancel(self, nodes: list[int] | None = None) -> None:
         """Stop the run, or these nodes and what needs them."""
-        if nodes is None:
+        if nodes is not None:
+            self.submit()
+        else:
             self._failure = self._failure or ProgramCancelled(
                 f"{self.options.program} was cancelled", program=self.options.program
             )
-        else:
-            self.submit()
+            self._runner.cancel()
         if self._session is not None:
             self._session.cancel(nodes)
         self._wake()
@@ -391,22 +403,29 @@ class Run:
                 loop.call_soon_threadsafe(_resolve, future)
 
     def _call_tool(self, event: ir.NodeEvent) -> None:
-        tool = self.tools.get(event.value["tool"])
-        if self._tool_threads is None:
-            self._tool_threads = ThreadPoolExecutor(8, thread_name_prefix="ramet-tool")
+        name, arguments = event.value["tool"], event.value["arguments"]
+        tool, session = self.tools.get(name), self._session
+        assert session is not None
 
-        def call() -> None:
-            assert self._session is not None
-            try:
-                if tool is None:
-                    raise InvalidProgram(f"the program has no tool {event.value['tool']!r}; it has {list(self.tools)}")
-                value = tool(**event.value["arguments"])
-            except Exception as error:  # the tool's own failure reaches whoever reads its value
-                self._session.provide(event.node, error=error)
-            else:
-                self._session.provide(event.node, value)
+        def work() -> Any:
+            if tool is None:
+                raise InvalidProgram(f"the program has no tool {name!r}; it has {', '.join(self.tools) or 'none'}")
+            return tool(**(tool.read(arguments) if isinstance(tool, Tool) else arguments))
 
-        self._tool_threads.submit(call)
+        def done(result: Any, error: Exception | None) -> None:
+            if error is None:
+                try:
+                    result = to_json(result, name)
+                except InvalidRequest as raised:
+                    error = raised
+            session.provide(event.node, None if error else result, error)
+
+        timeout_s = tool.timeout_s if isinstance(tool, Tool) else None
+        loop = self.loops.get(event.node)
+        if loop is not None and isinstance(tool, Tool) and tool.is_async:
+            self._runner.start_on(loop, name, work, timeout_s, done)
+        else:
+            self._runner.start(name, work, timeout_s, done)
 
     def finish(self) -> None:
         """No more nodes will be recorded: send the rest."""
@@ -467,6 +486,12 @@ def caller_line() -> str:
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("ramet.lang.", "contextlib")):
         frame = frame.f_back
     return f"{_shown(frame.f_code.co_filename)}:{frame.f_lineno}"
+
+
+def line_of(function: Callable[..., Any]) -> str | None:
+    """`file:line` where a function is defined, or None for one that is not written in Python."""
+    code = getattr(function, "__code__", None)
+    return None if code is None else f"{_shown(code.co_filename)}:{code.co_firstlineno}"
 
 
 @lru_cache(maxsize=1024)

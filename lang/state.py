@@ -8,14 +8,18 @@ A state is a few fields and a dictionary: tens of thousands may live at once. No
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
 
 from ramet.errors import InvalidProgram, ProgramError, UndefinedVariable
 from ramet.lang import ir
 from ramet.lang.generations import generate, select
 from ramet.lang.primitives import Appendable, Chain, Expr, Gen, RoleExpr, SelectExpr
+from ramet.lang.tool_loop import adrive, drive, loop_options, tool_loop, use_tools
+from ramet.lang.tools import Tool, as_tools
 from ramet.lang.values import Value, plain
 
 if TYPE_CHECKING:
@@ -39,6 +43,7 @@ class State:
         "_run",
         "_sampling",
         "_tip",
+        "_tools",
         "_variables",
     )
 
@@ -50,6 +55,7 @@ class State:
         self._counts: dict[str, int] = {}  # name -> how often it was written on this branch
         self._role: str | None = None
         self._sampling = run.sampling  # defaults of its generations
+        self._tools: tuple[Tool, ...] = ()  # declared on this branch
         self._num_forks = 0
         self._num_generated = 0
         self._returned: Any = None  # what the program's function returned, its values not read
@@ -180,6 +186,51 @@ class State:
             self._add(ir.Role, role=self._role, is_open=False)
             self._role = None
 
+    # Tools.
+
+    def use_tools(self, tools: Sequence[Tool | Callable[..., Any]]) -> None:
+        """Tell the model of tools. Before the first message, the chat template shows them in its own way."""
+        use_tools(self, as_tools(tools))
+
+    def call_tools(
+        self,
+        tools: Sequence[Tool | Callable[..., Any]] | None = None,
+        *,
+        max_steps: int = 8,
+        name: str = "answer",
+        calls: str = "calls",
+        choice: str = "auto",
+        parallel: bool = True,
+        on_error: Literal["raise", "report"] = "raise",
+        **sampling: Any,  # Any: sampling values, which are checked
+    ) -> Value:
+        """Let the model call tools and read their results until it answers; returns the answer's text.
+
+        Writes assistant and tool messages. `tools`: those declared before (`use_tools`, `@function(tools=...)`) where
+        left out. After `max_steps` rounds of calls the model has to answer. `name`: the variable of the answer;
+        `calls`: of the list of ToolUse (name, arguments, result). `choice`: "auto", "required", or the name of a tool
+        that must be called first. `parallel`: several calls in one message, which run at once. `on_error`: a tool that
+        fails ends the program, or ("report") the model is told. Waits for what the model calls; for the loops of many
+        branches at once use `branches.call_tools`.
+        """
+        options = loop_options(
+            self,
+            tools,
+            max_steps=max_steps,
+            name=name,
+            calls=calls,
+            choice=choice,
+            parallel=parallel,
+            on_error=on_error,
+            **sampling,
+        )
+        return drive([(self, tool_loop(self, options))])[0]
+
+    async def acall_tools(self, tools: Sequence[Tool | Callable[..., Any]] | None = None, **options: Any) -> Value:
+        """`call_tools` for `async def` programs. Async tools run on their event loop."""
+        found = loop_options(self, tools, **options)
+        return await adrive(self, tool_loop(self, replace(found, loop=asyncio.get_running_loop())))
+
     # Branches.
 
     def fork(self, n: int = 1) -> Branches:
@@ -201,6 +252,7 @@ class State:
             branch._counts = dict(self._counts)
             branch._role = self._role
             branch._sampling = self._sampling
+            branch._tools = self._tools
             branches.append(branch)
         return Branches(self, branches)
 

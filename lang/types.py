@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args, get_origin
 from ramet.errors import InvalidRequest, InvalidSchema
 from ramet.lang.ir import Constraint, NodeEvent
 
-Wire = Literal["str", "int", "float", "bool", "json"]
+Wire = Literal["str", "int", "float", "bool", "json", "tools"]
 
 _INT = r"-?(?:0|[1-9][0-9]{0,14})"
 # A number in running text ends where the model goes on with something else. Masking everything but digits would keep it

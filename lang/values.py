@@ -12,6 +12,7 @@ import re
 import secrets
 from collections.abc import Callable, Generator, Iterator
 from contextvars import ContextVar
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ramet.lang.ir import Ref
@@ -29,6 +30,15 @@ _START, _END, _ZERO = "\U000f0000", "\U000f0001", 0xF0100
 PLACEHOLDER = re.compile(f"{_START}([\U000f0100-\U000f01ff]{{8}})[^{_END}]*{_END}")
 
 current_run: ContextVar[Run | None] = ContextVar("ramet_current_run", default=None)
+
+
+@dataclass(frozen=True, slots=True)
+class ToolUse:
+    """One call that a model made (`call_tools`). `result` is a value of the program: read it, or put it into text."""
+
+    name: str
+    arguments: dict[str, Any]  # Any: JSON
+    result: Any  # a Value while the program runs
 
 
 class Placeholders:
@@ -249,4 +259,6 @@ def plain(item: Any, run: Run | None = None) -> Any:  # Any: values inside lists
         return tuple(plain(one, run) for one in item)
     if isinstance(item, dict):
         return {key: plain(one, run) for key, one in item.items()}
+    if isinstance(item, ToolUse):
+        return replace(item, result=plain(item.result, run))
     return item

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import weakref
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Protocol
 
 from ramet.lang.ir import Constraint
+from ramet.runtime.chat_template import ChatTemplate
 
 if TYPE_CHECKING:
     from ramet.grammar import CompiledGrammar, Vocabulary
     from ramet.grammar.service import CompileService
+    from ramet.runtime.tool_style import ToolStyle
 
 
 class VocabularySource(Protocol):
@@ -27,6 +30,12 @@ class VocabularySource(Protocol):
     @property
     def vocab_size(self) -> int: ...
 
+    @property
+    def special_tokens(self) -> dict[str, int]: ...
+
+    @property
+    def chat_template(self) -> ChatTemplate: ...
+
 
 class GrammarCache:
     """Compiled constraints of one tokenizer's vocabulary. Thread-safe.
@@ -40,6 +49,8 @@ class GrammarCache:
         self._lock = threading.Lock()
         self._service: CompileService | None = None
         self._vocabulary: Vocabulary | None = None
+        self._marked: Vocabulary | None = None
+        self._style: ToolStyle | None = None
 
     def get(self, constraint: Constraint) -> Future[CompiledGrammar]:
         """Return the grammar's future at once. It raises GrammarError and its subclasses."""
@@ -52,8 +63,37 @@ class GrammarCache:
                 self._vocabulary = Vocabulary(source.token_bytes, source.eos_ids, source.special_ids, source.vocab_size)
                 self._service = CompileService()
                 weakref.finalize(self, self._service.close).atexit = False
+            if constraint.kind == "tools":
+                return self._service.submit("tools", self._tool_set(constraint.source), self._vocabulary_with_marks())
             options = {"mode": "declared_order"} if constraint.in_order else {}
             return self._service.submit(constraint.kind, constraint.source, self._vocabulary, **options)
+
+    def _tool_set(self, source: str) -> str:
+        """The tool set in the format of the model's chat template, where it names none."""
+        found = json.loads(source)
+        if not isinstance(found, dict) or "format" in found:
+            return source
+        style = self._tool_style()
+        parallel = found.get("parallel", True) if style.max_calls is None else style.max_calls
+        return json.dumps({**found, "format": style.format_source, "parallel": parallel}, ensure_ascii=False)
+
+    def _vocabulary_with_marks(self) -> Vocabulary:
+        """The vocabulary in which special tokens that write parts of calls can be written."""
+        from ramet.grammar.tools import with_marker_tokens
+        from ramet.runtime.tool_style import shown_specials
+
+        assert self._vocabulary is not None
+        if self._marked is None:
+            shown = shown_specials(self._tool_style(), self._tokenizer.special_tokens)
+            self._marked = with_marker_tokens(self._vocabulary, shown) if shown else self._vocabulary
+        return self._marked
+
+    def _tool_style(self) -> ToolStyle:
+        if self._style is None:
+            from ramet.runtime.tool_style import tool_style
+
+            self._style = tool_style(self._tokenizer.chat_template)
+        return self._style
 
     def close(self) -> None:
         """Give up what is being compiled, and end the service's threads."""

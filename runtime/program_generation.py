@@ -60,7 +60,7 @@ class Generation:
             return
         value, problem = None, None
         try:
-            value = ir.parse_value(node.type, text)
+            value = self._tool_calls() if node.type == "tools" else ir.parse_value(node.type, text)
         except ValueError as bad:
             cut = " because it was cut by max_tokens" if reason is FinishReason.LENGTH else ""
             problem = ir.NodeError("InvalidValue", f"not a value of type {node.type}{cut}: {text[:200]!r} ({bad})")
@@ -82,6 +82,16 @@ class Generation:
             timings=self._timings(output),
             error=problem,
         )
+
+    def _tool_calls(self) -> dict[str, object]:
+        """What the model said and called. Special tokens that write parts of calls count with their spelling."""
+        from ramet.runtime.tool_style import read_calls, shown_specials  # loads the grammar engine
+
+        executor = self._executor
+        style = executor.marks.style
+        shown = shown_specials(style, executor.tokenizer.special_tokens)
+        spelled = (shown[t].encode() if t in shown else executor.tokenizer.token_bytes[t] for t in self._tokens)
+        return read_calls(style, b"".join(spelled))
 
     def _is_accepted(self, text: str, value: object, problem: ir.NodeError | None, output: RequestOutput) -> bool:
         """Check the value. False: the node starts anew, or it fails because its tries are used up."""

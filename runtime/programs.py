@@ -15,7 +15,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -142,13 +142,20 @@ class ProgramExecutor:
         self.pump()
 
     def provide(self, node: int, value: Any = None, error: Exception | None = None) -> None:
-        """Give the result (a JSON value) of a tool call that an event of kind `tool` asked for."""
+        """Give the result (a JSON value) of a tool call that an event of kind `tool` asked for.
+
+        An error fails the node, or becomes its value where the call is to report it.
+        """
         with self.lock:
             run = self._runs[node]
             if run.is_over:
                 return
+            is_reported = isinstance(run.node, ir.ToolCall) and run.node.on_error == "report"
             if error is None:
                 self.done(run, value=value, value_text=ir.value_text(value))
+            elif is_reported:
+                value = {"error": f"{type(error).__name__}: {error}"}
+                self.done(run, value=value, value_text=ir.value_text(value), meta={"error": value["error"]})
             else:
                 self.failed(run, error)
         self.pump()
@@ -369,8 +376,8 @@ class ProgramExecutor:
         elif isinstance(node, ir.Argument):
             value = self._arguments[node.name]
             self.done(run, value=value, value_text=ir.value_text(value))
-        elif isinstance(node, ir.Role):
-            self._role(run, node)
+        elif isinstance(node, ir.Role | ir.Tools):
+            self._mark(run, node)
         elif isinstance(node, ir.Fork):
             self.done(run, path=self.path_before(run).flush(self.encoder))
         elif isinstance(node, ir.Join):
@@ -389,25 +396,9 @@ class ProgramExecutor:
     def render(self, template: ir.Template) -> str:
         return ir.render(template, lambda i: self._runs[i].value_text, lambda i: self._runs[i].value)
 
-    def _role(self, run: NodeRun, node: ir.Role) -> None:
-        roles = tuple(n.role for n in self._index.path(node.parent) if isinstance(n, ir.Role) and n.is_open)
-        if node.is_open:
-            text = self.marks.opening(roles, node.role, lambda: self._messages(node.parent))
-        else:
-            text = self.marks.closing(roles[:-1], node.role, lambda: self._messages(node.parent)[:-1])
+    def _mark(self, run: NodeRun, node: ir.Role | ir.Tools) -> None:
+        text = self.marks.text(self._index.path(node.parent), node)
         self.done(run, text=text, path=self.path_before(run).append(text, is_markup=True))
-
-    def _messages(self, tip: int | None) -> list[Mapping[str, str]]:
-        messages: list[dict[str, str]] = []
-        is_inside = False
-        for node in self._index.path(tip):
-            if isinstance(node, ir.Role):
-                is_inside = node.is_open
-                if is_inside:
-                    messages.append({"role": node.role, "content": ""})
-            elif is_inside:
-                messages[-1]["content"] += self._runs[node.id].text
-        return list(messages)
 
     def is_in_role(self, node: ir.AnyNode) -> bool:
         roles = [n for n in self._index.path(node.parent) if isinstance(n, ir.Role)]

@@ -252,7 +252,11 @@ class ScriptedEngine:
             if job.handle.is_cancelled or (job.deadline_s is not None and time.monotonic() >= job.deadline_s):
                 self._end(job, FinishReason.ABORT, None)
                 continue
-            output = next(job.outputs)
+            try:
+                output = next(job.outputs)
+            except Exception as error:  # a script may be a function, which fails alone
+                self._end(job, FinishReason.ERROR, error)
+                continue
             if output.finish_reason is None:
                 self._running.append(job)
             else:

@@ -51,7 +51,7 @@ def _motion(paths: Paths, user: ir.AnyNode, target: Target) -> Motion | None:
     for node in reversed(branch):
         if isinstance(node, ir.Generate | ir.Select):
             return None  # the first generation of this path has its own report
-        if isinstance(node, ir.Role):
+        if isinstance(node, ir.Role | ir.Tools):
             mark = "".join(part for part in paths.texts[node.id] if isinstance(part, str))
             (before if argument is None else after).append(mark)
         for part in node.parts if isinstance(node, ir.Text) else ():

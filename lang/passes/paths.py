@@ -8,7 +8,7 @@ Paths of one `Trie` can be compared: two are equal where their positions are.
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -196,7 +196,7 @@ class _Interpreter:
         if isinstance(node, ir.Text):
             parts = self._render(node.parts)
             return self._append(before, node.id, parts), parts
-        if isinstance(node, ir.Role):
+        if isinstance(node, ir.Role | ir.Tools):
             mark = self._mark(node)
             return self._append(before, node.id, (mark,) if mark else (), is_markup=True), (mark,) if mark else ()
         if isinstance(node, ir.Generate):
@@ -268,25 +268,13 @@ class _Interpreter:
             return before
         return Point(before, (), (), before.position, before.count, (*before.pending, *added), node)
 
-    def _mark(self, node: ir.Role) -> str:
+    def _mark(self, node: ir.Role | ir.Tools) -> str:
         path: list[ir.AnyNode] = []
         at = node.parent
         while at is not None:
             path.append(self._graph.nodes[at])
             at = self._graph.nodes[at].parent
-        messages: list[dict[str, str]] = []
-        is_inside = False
-        for one in reversed(path):
-            if isinstance(one, ir.Role):
-                is_inside = one.is_open
-                if is_inside:
-                    messages.append({"role": one.role, "content": ""})
-            elif is_inside:
-                messages[-1]["content"] += "".join(t if isinstance(t, str) else "x" for t in self._found.texts[one.id])
-        roles = tuple(message["role"] for message in messages)
-        if node.is_open:
-            return self._target.opening(roles, node.role, lambda: list[Mapping[str, str]](messages))
-        return self._target.closing(roles[:-1], node.role, lambda: list[Mapping[str, str]](messages[:-1]))
+        return self._target.mark(path[::-1], node)
 
     def _generate(self, node: ir.Generate, prompt: Point) -> tuple[Point, tuple[TextPart, ...]]:
         self._found.prompts[node.id] = prompt

@@ -5,16 +5,14 @@ Not here: running anything. `target_of` is one of the places where the language 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ramet.errors import ConfigError
 from ramet.lang.backend import EngineBackend, choose_backend
 
 if TYPE_CHECKING:
-    from ramet.lang.ir import Constraint
-
-Messages = Sequence[Mapping[str, str]]
+    from ramet.lang.ir import AnyNode, Constraint, Role, Tools
 
 
 class Target(Protocol):
@@ -41,9 +39,7 @@ class Target(Protocol):
 
     def encode(self, text: str, *, add_special: bool, continues: bool) -> list[int]: ...
 
-    def opening(self, roles: tuple[str, ...], role: str, messages: Callable[[], Messages]) -> str: ...
-
-    def closing(self, roles: tuple[str, ...], role: str, messages: Callable[[], Messages]) -> str: ...
+    def mark(self, before: Sequence[AnyNode], node: Role | Tools) -> str: ...
 
     def forced_tokens(self, constraint: Constraint) -> list[int] | None: ...
 
@@ -70,11 +66,9 @@ class TokenizerTarget:
         found: list[int] = self._tokenizer.encode(text, add_special=add_special, continues=continues)
         return found
 
-    def opening(self, roles: tuple[str, ...], role: str, messages: Callable[[], Messages]) -> str:
-        return self._marks.opening(roles, role, messages)
-
-    def closing(self, roles: tuple[str, ...], role: str, messages: Callable[[], Messages]) -> str:
-        return self._marks.closing(roles, role, messages)
+    def mark(self, before: Sequence[AnyNode], node: Role | Tools) -> str:
+        """What the template writes at the border of a message, or of tools, behind the nodes `before`."""
+        return self._marks.text(before, node)
 
     def forced_tokens(self, constraint: Constraint) -> list[int] | None:
         """Tokens that every text of this constraint begins with. Compiles it; raises what that raises."""

@@ -658,7 +658,7 @@ def test_misuse_of_a_state_says_what_to_do_instead(backend: MockBackend) -> None
         fine.run(citty=1)
     with pytest.raises(ConfigError, match="stage is"):
         fine.run(stage="sometimes")
-    with pytest.raises(ConfigError, match="must be an Engine or a Backend"):
+    with pytest.raises(ConfigError, match="must be an Engine"):
         fine.run(backend=3)
     with pytest.raises(InvalidProgram, match="first parameter"):
         function(lambda: None)

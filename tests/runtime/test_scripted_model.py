@@ -119,3 +119,13 @@ def test_shutting_down_ends_what_runs() -> None:
         handle.result()
     with pytest.raises(EngineStopped):
         engine.submit("y")
+
+
+def test_a_script_that_raises_fails_its_request_alone() -> None:
+    def script(prompt: str) -> str:
+        return {"a": "b"}[prompt]
+
+    with ScriptedEngine(script) as engine:
+        with pytest.raises(KeyError):
+            engine.submit("x").result()
+        assert engine.submit("a").result().text == "b"

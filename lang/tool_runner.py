@@ -1,0 +1,131 @@
+"""Runs a program's tools beside the program: on a few threads, each call with its own time limit.
+
+A call that passes its limit is given up: its thread can't be stopped, but it no longer counts, and what it returns is
+dropped. Async tools end when they are given up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
+from typing import Any
+
+MAX_CALLS = 32  # at once, of one program
+OnDone = Callable[[Any, Exception | None], None]  # Any: what the tool returned
+
+
+class ToolRunner:
+    """Owner: one run of a program."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._waiting: deque[_Call] = deque()
+        self._num_running = 0
+        self._tasks: set[Future[Any]] = set()
+
+    def start(self, name: str, work: Callable[[], Any], timeout_s: float | None, done: OnDone) -> None:
+        """Call `work` on a thread; where it returns a coroutine, that runs there, too. `done` gets result or error."""
+        call = _Call(name, work, timeout_s, done)
+        with self._lock:
+            self._waiting.append(call)
+        self._next()
+
+    def start_on(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        name: str,
+        work: Callable[[], Coroutine[Any, Any, Any]],
+        timeout_s: float | None,
+        done: OnDone,
+    ) -> None:
+        """Await `work()` on an event loop that is free to run it."""
+
+        async def run() -> Any:
+            return await _limited(name, work(), timeout_s)
+
+        task = asyncio.run_coroutine_threadsafe(run(), loop)
+        with self._lock:
+            self._tasks.add(task)
+
+        def finished(ended: Future[Any]) -> None:
+            with self._lock:
+                self._tasks.discard(ended)
+            if not ended.cancelled():
+                error = ended.exception()
+                done(None if error else ended.result(), error if isinstance(error, Exception) else None)
+
+        task.add_done_callback(finished)
+
+    def cancel(self) -> None:
+        """Drop what waits, and end what can be ended."""
+        with self._lock:
+            self._waiting.clear()
+            tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+
+    def _next(self) -> None:
+        with self._lock:
+            if not self._waiting or self._num_running >= MAX_CALLS:
+                return
+            call = self._waiting.popleft()
+            self._num_running += 1
+        # Not a pool: a pool's threads are joined at the interpreter's exit, and a tool may hang.
+        threading.Thread(target=self._run, args=(call,), name=f"ramet-tool-{call.name}", daemon=True).start()
+
+    def _run(self, call: _Call) -> None:
+        timer: threading.Timer | None = None
+        if call.timeout_s is not None:
+            timer = threading.Timer(call.timeout_s, self._expire, (call,))
+            timer.daemon = True
+            timer.start()
+        try:
+            result = call.work()
+            if asyncio.iscoroutine(result):
+                result = asyncio.run(_limited(call.name, result, call.timeout_s))
+        except Exception as error:  # the tool's own failure reaches whoever reads its value
+            self._end(call, None, error)
+        else:
+            self._end(call, result, None)
+        finally:
+            if timer is not None:
+                timer.cancel()
+
+    def _expire(self, call: _Call) -> None:
+        self._end(call, None, _too_late(call.name, call.timeout_s))
+
+    def _end(self, call: _Call, result: Any, error: Exception | None) -> None:
+        with self._lock:
+            if call.is_over:
+                return
+            call.is_over = True
+            self._num_running -= 1
+        call.done(result, error)
+        self._next()
+
+
+class _Call:
+    """One call. Owner: the runner; `is_over` under its lock."""
+
+    __slots__ = ("done", "is_over", "name", "timeout_s", "work")
+
+    def __init__(self, name: str, work: Callable[[], Any], timeout_s: float | None, done: OnDone) -> None:
+        self.name, self.work, self.timeout_s, self.done = name, work, timeout_s, done
+        self.is_over = False
+
+
+async def _limited(name: str, work: Coroutine[Any, Any, Any], timeout_s: float | None) -> Any:
+    try:
+        async with asyncio.timeout(timeout_s) as limit:
+            return await work
+    except TimeoutError as error:
+        if limit.expired():
+            raise _too_late(name, timeout_s) from error
+        raise
+
+
+def _too_late(name: str, timeout_s: float | None) -> TimeoutError:
+    return TimeoutError(f"tool {name!r} did not answer within {timeout_s:g} s" if timeout_s else f"tool {name!r}")
