@@ -127,6 +127,7 @@ def main() -> None:
     parser.add_argument("--sections", default="extend,decode,tree", help="which kernels")
     parser.add_argument("--workers", type=int, default=12, help="processes that compile first; 0 compiles in line")
     parser.add_argument("--top", type=int, default=4, help="runs shown of each case")
+    parser.add_argument("--seconds", type=float, default=1e9, help="begin no case after this time")
     parser.add_argument("--dry-run", action="store_true", help="toy shapes in Triton's interpreter, no times")
     parser.add_argument("--compile-share", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -149,17 +150,21 @@ def main() -> None:
         options.num_sms = torch.cuda.get_device_properties(0).multi_processor_count
         print(f"compiled after {time.perf_counter() - begin:.0f} s on {torch.cuda.get_device_name(0)}")
     records: list[dict[str, object]] = []
+    device = "cpu" if arguments.dry_run else torch.cuda.get_device_name(0)
     for _, build in cases:
+        if time.perf_counter() - begin > arguments.seconds:
+            print("no time left")
+            break
         case = build(options)
         found = measure(case, options)
         case.free()
         show(found, arguments.top)
         records += found
+        if arguments.out:  # after every case: an early end leaves what there is
+            result = {"device": device, "versions": {"torch": torch.__version__}, "records": records}
+            arguments.out.write_text(json.dumps(result))
     print(f"\n{sum(map(is_right, records))} of {len(records)} runs right, {time.perf_counter() - begin:.0f} s")
-    if arguments.out:
-        device = "cpu" if arguments.dry_run else torch.cuda.get_device_name(0)
-        versions = {"torch": torch.__version__}
-        arguments.out.write_text(json.dumps({"device": device, "versions": versions, "records": records}))
+    sys.exit(0 if all(map(is_right, records)) else 1)
 
 
 if __name__ == "__main__":

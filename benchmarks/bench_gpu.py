@@ -3,6 +3,10 @@
     python benchmarks/bench_gpu.py                      every row, a table, one JSON line last
     python benchmarks/bench_gpu.py --rows rag@50,fork@64
     python benchmarks/bench_gpu.py --profile trace.json --rows unique@50
+    python benchmarks/bench_gpu.py --device cpu --tiny  a rehearsal of the script: its figures mean nothing
+
+Rows run in the order of their worth, so that an early end leaves those that decide most; `--out` gets a JSON line after
+each row, and one of all rows last.
 
 In process, without HTTP and detokenising; max 256 running, context 16,384; the cache is empty before each row; exact
 output lengths. `others` is the best of SGLang 0.5.17 and vLLM 0.26.0 on the same card type, workloads and shapes, as
@@ -13,6 +17,7 @@ at that batch + KV bytes read once per shared segment / 3.04 TB/s), both measure
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import platform
 import subprocess
@@ -39,6 +44,12 @@ from ramet.runtime.models.dummy import dummy_decoder
 from ramet.runtime.models.generation import GenerationDefaults
 from ramet.runtime.models.load import LoadedModel
 from ramet.runtime.types import Grammar, RequestOutput, SamplingParams
+
+# What is worth most first: shared prefixes and constraints, where engines differ most, then batch 1 and loads.
+ORDER = [
+    "fork@64", "rag@50", "decode1@1", "unique@50", "jsonoff@32", "json@32", "rag@256", "multiturn@50", "agentic@50",
+    "unique@10", "multiturn@256", "agentic@256", "unique@256", "jsonoff@128", "json@128", "jsonoff@1", "json@1",
+]  # fmt: skip
 
 # row -> (the best of the others, first milestone, target, floor); tok/s, but ITL ms for decode1 and a ratio for json
 REFERENCE: dict[str, tuple[float, float, float, float | None]] = {
@@ -85,11 +96,13 @@ class ChainRunner:
         self.measured = Measured()
         self.error: Exception | None = None
 
-    def run(self) -> Measured:
+    def run(self, limit_s: float) -> Measured:
+        """Raises TimeoutError where the chains do not end in time."""
         start_s = time.perf_counter()
         for _ in range(min(self.concurrency, len(self.waiting))):
             self._start_chain()
-        self.done.wait()
+        if not self.done.wait(limit_s):
+            raise TimeoutError(f"{self.left} of the chains did not end within {limit_s:.0f} s")
         self.measured.wall_s = time.perf_counter() - start_s
         if self.error is not None:
             raise self.error
@@ -136,13 +149,15 @@ class ChainRunner:
         self.engine.submit(prompt, sampling, grammar=self.grammar, on_output=on_output, detokenize=False)
 
 
-def run_row(engine: Engine, workload: Workload, concurrency: int, grammar: Grammar | None) -> Measured:
+def run_row(
+    engine: Engine, workload: Workload, concurrency: int, grammar: Grammar | None, limit_s: float = 120.0
+) -> Measured:
     """Run one row from an empty cache."""
     engine.flush_cache()
     parent_s = None
     if workload.parent is not None:
-        parent_s = ChainRunner(engine, [workload.parent], 1, grammar).run().first_token_s[0]
-    measured = ChainRunner(engine, workload.chains, concurrency, grammar).run()
+        parent_s = ChainRunner(engine, [workload.parent], 1, grammar).run(limit_s).first_token_s[0]
+    measured = ChainRunner(engine, workload.chains, concurrency, grammar).run(limit_s)
     measured.parent_first_token_s = parent_s
     return measured
 
@@ -168,9 +183,9 @@ def summary(name: str, measured: Measured) -> dict[str, Any]:  # Any: JSON
     return row
 
 
-def print_row(row: dict[str, Any], unconstrained: dict[str, float]) -> None:
+def print_row(row: dict[str, Any], unconstrained: dict[str, float], *, is_rehearsal: bool) -> None:
     name = row["row"]
-    reference = REFERENCE.get(name)
+    reference = None if is_rehearsal else REFERENCE.get(name)
     figure = row["tok_s"]
     note = ""
     if reference is not None:
@@ -214,9 +229,17 @@ class MadeUpTokenizer:
         return None
 
 
+def tiny_shapes() -> ModelConfig:
+    """Two small layers, for rehearsals."""
+    return dataclasses.replace(
+        smollm2_135m(), hidden_size=64, intermediate_size=96, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16,
+        vocab_size=4096, max_position_embeddings=16_384, attention_scale=0.25,
+    )  # fmt: skip
+
+
 def dummy_model(shapes: ModelConfig, device: str) -> LoadedModel:
     """Random weights of a model's shapes, drawn on the device."""
-    decoder = dummy_decoder(shapes, device, torch.bfloat16)
+    decoder = dummy_decoder(shapes, device, torch.float32 if device == "cpu" else torch.bfloat16)
     return LoadedModel("dummy", decoder, MadeUpTokenizer(shapes.vocab_size), shapes, GenerationDefaults())
 
 
@@ -244,15 +267,24 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--scale", type=int, default=1, help="divide chains and concurrency by this: a rehearsal")
     parser.add_argument("--profile", default="", help="write a Chrome trace of the rows to this file")
-    parser.add_argument("--out", default="", help="append the JSON line to this file")
+    parser.add_argument("--out", default="", help="append JSON lines to this file")
+    parser.add_argument("--tiny", action="store_true", help="tiny shapes and a sixteenth of the work: a rehearsal")
+    parser.add_argument("--seconds", type=float, default=1e9, help="begin no row after this time")
+    parser.add_argument("--label", default="", help="what is special about this run, for the JSON lines")
     parser.add_argument("--set", action="append", default=[], help="configuration, as chunked_prefill_size=4096")
     args = parser.parse_args()
 
+    run(args)
+
+
+def run(args: argparse.Namespace) -> None:
     overrides = {key: json.loads(value) for key, value in (item.split("=", 1) for item in args.set)}
-    config = EngineConfig.from_mapping({"device": args.device, "context_length": 16384, **overrides})
-    shapes = llama_3_1_8b() if args.model == "8b" else smollm2_135m()
-    if args.model != "8b":
-        config = EngineConfig.from_mapping({"device": args.device, **overrides})
+    shapes = tiny_shapes() if args.tiny else llama_3_1_8b() if args.model == "8b" else smollm2_135m()
+    sizes: dict[str, object] = {"context_length": 16384} if args.model == "8b" else {}
+    if args.tiny:
+        args.scale = 16
+        sizes["num_kv_tokens"] = 100_000
+    config = EngineConfig.from_mapping({"device": args.device, **sizes, **overrides})
     start_s = time.perf_counter()
     model = dummy_model(shapes, args.device)
     engine = Engine(model, config)
@@ -260,61 +292,122 @@ def main() -> None:
     engine.generate([1, 2, 3], SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True), detokenize=False)
     first_s = time.perf_counter() - start_s
     print(f"start to ready {ready_s:.1f} s, to first token {first_s:.1f} s", flush=True)
+    facts: dict[str, Any] = {
+        "benchmark": "gpu",
+        "commit": commit(),
+        "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.processor(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "model": "tiny" if args.tiny else args.model,
+        "config": overrides,
+        "label": args.label,
+        "ready_s": round(ready_s, 1),
+        "start_s": round(first_s, 1),
+    }
+
+    def write(record: dict[str, Any]) -> str:
+        line = json.dumps({**facts, **record})
+        if args.out:
+            with Path(args.out).open("a") as file:
+                file.write(line + "\n")
+        return line
 
     wanted = [name for name in args.rows.split(",") if name]
-    high = min(120_000, shapes.vocab_size - 1000)
     rows: list[dict[str, Any]] = []
+    failed: list[str] = []
     unconstrained: dict[str, float] = {}
-    profiler = start_profiler() if args.profile else None
-    for kind, concurrency, count in ROWS:
+    grammar: Grammar | None = None
+    profiler = start_profiler(args.device) if args.profile else None
+    for kind, concurrency, count in sorted(ROWS, key=lambda row: ORDER.index(f"{row[0]}@{row[1]}")):
         name = f"{kind}@{concurrency}"
         if wanted and name not in wanted:
             continue
-        concurrency, count = max(concurrency // args.scale, 1), max(count // args.scale, 1)
-        grammar = compile_json_grammar(engine) if kind == "json" else None
-        workload = MAKERS[kind](count, high=high)
-        if kind in ("json", "jsonoff", "decode1"):  # first use of a batch size or a grammar stays out of the figure
-            run_row(engine, MAKERS[kind](min(count, concurrency), seed=1, high=high), concurrency, grammar)
-        row = summary(name, run_row(engine, workload, concurrency, grammar))
+        if time.perf_counter() - start_s > args.seconds:
+            print(f"{name}: no time left", flush=True)
+            failed.append(name)
+            continue
+        try:
+            if kind == "json" and grammar is None:
+                grammar = compile_json_grammar(engine)
+            sizes_of_row = max(concurrency // args.scale, 1), max(count // args.scale, 1)
+            row = measure_row(engine, kind, *sizes_of_row, shapes, grammar if kind == "json" else None)
+        except Exception as error:  # the other rows still tell something
+            print(f"{name}: {type(error).__name__}: {error}", flush=True)
+            failed.append(name)
+            if isinstance(error, TimeoutError):
+                break  # what hangs would be in the way of every other row
+            continue
+        row["row"] = name
         if kind == "jsonoff":
             unconstrained[name] = row["tok_s"]
-        print_row(row, unconstrained)
+        print_row(row, unconstrained, is_rehearsal=args.tiny)
         rows.append(row)
+        write({"row": row})
     if profiler is not None:
-        finish_profiler(profiler, args.profile)
+        finish_profiler(profiler, args.profile, args.device)
     engine.check_integrity()
+    stats = {key: value for key, value in engine.stats().items() if key in ("num_steps", "num_preemptions")}
     engine.shutdown()
-    line = json.dumps(
-        {
-            "benchmark": "gpu",
-            "commit": commit(),
-            "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.processor(),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "model": args.model,
-            "config": overrides,
-            "start_s": round(first_s, 1),
-            "rows": rows,
-        }
-    )
-    if args.out:
-        with Path(args.out).open("a") as file:
-            file.write(line + "\n")
-    print(line)
+    print(write({"rows": rows, "failed": failed, "stats": stats}))
+    sys.exit(1 if failed else 0)
 
 
-def start_profiler() -> Any:  # Any: torch has no public type for it
-    profiler = torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    )
+def measure_row(
+    engine: Engine, kind: str, concurrency: int, count: int, shapes: ModelConfig, grammar: Grammar | None
+) -> dict[str, Any]:
+    """Run one row of a kind; first uses of a batch size, a plan or a grammar stay out of the figures."""
+    high = min(120_000, shapes.vocab_size - 1000)
+    if kind in ("json", "jsonoff", "decode1"):
+        run_row(engine, MAKERS[kind](min(count, concurrency), seed=1, high=high), concurrency, grammar)
+    return summary(kind, run_row(engine, MAKERS[kind](count, high=high), concurrency, grammar))
+
+
+def start_profiler(device: str) -> Any:  # Any: torch has no public type for it
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.startswith("cuda"):
+        activities = [torch.profiler.ProfilerActivity.CUDA]  # the CPU's events would slow the host down
+    profiler = torch.profiler.profile(activities=activities)
     profiler.__enter__()
     return profiler
 
 
-def finish_profiler(profiler: Any, path: str) -> None:
+def finish_profiler(profiler: Any, path: str, device: str) -> None:
+    """Write the Chrome trace, and print the time of each kernel and how long the device did nothing."""
     profiler.__exit__(None, None, None)
     profiler.export_chrome_trace(path)
-    print(profiler.key_averages().table(sort_by="cuda_time_total", row_limit=40, max_name_column_width=60))
+    if not device.startswith("cuda"):
+        print(profiler.key_averages().table(sort_by="cpu_time_total", row_limit=10, max_name_column_width=60))
+        return
+    spans = sorted(
+        (e.time_range.start, e.time_range.end, e.name)
+        for e in profiler.events()
+        if e.device_type == torch.autograd.DeviceType.CUDA
+    )
+    print(kernel_table([(start, end, name) for start, end, name in spans]))
+
+
+def kernel_table(spans: list[tuple[float, float, str]]) -> str:
+    """What kernels took, in total; and the idle share of the middle four fifths, where the batch is full. In us."""
+    if not spans:
+        return "no kernels in the profile"
+    low, high = spans[0][0], max(end for _, end, _ in spans)
+    inner = [s for s in spans if low + 0.1 * (high - low) <= s[0] <= high - 0.1 * (high - low)]
+    busy, reached = 0.0, inner[0][0] if inner else low
+    first = reached
+    for start, end, _ in inner:
+        busy += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    totals: dict[str, tuple[float, int]] = {}
+    for start, end, name in spans:
+        time_us, count = totals.get(name, (0.0, 0))
+        totals[name] = time_us + end - start, count + 1
+    total = sum(time_us for time_us, _ in totals.values())
+    lines = [f"device idle {100 * (1 - busy / max(reached - first, 1e-9)):.2f} % of the middle of the profile"]
+    lines.append(f"{'total ms':>10} {'share':>6} {'calls':>8} {'mean us':>9}  kernel")
+    for name, (time_us, count) in sorted(totals.items(), key=lambda item: -item[1][0])[:40]:
+        share = 100 * time_us / total
+        lines.append(f"{time_us / 1e3:10.2f} {share:5.1f}% {count:8d} {time_us / count:9.2f}  {name[:90]}")
+    return "\n".join(lines)
 
 
 def commit() -> str:

@@ -56,9 +56,11 @@ from ramet.kernels.gemv import GemvConfig
 from ramet.kernels.grammar_arena import GrammarArena
 from ramet.kernels.grammar_mask import mask_classes
 from ramet.kernels.grammar_mask_triton import advance_states_triton, build_masks_triton
+from ramet.kernels.matmul_invariant import matmul_invariant_triton
 from ramet.kernels.sampling_triton import sample_triton
 
 L2_BYTES = 64 << 20
+BATCHES_SMALL = (1, 2) if DRY else (1, 2, 4, 8)
 
 
 def time_us(calls: list[Callable[[], object]], launches: int = 20) -> float:
@@ -214,10 +216,12 @@ def gemv_times() -> list[Record]:
     for shape, (num_outputs, depth) in SHAPES.items():
         num_bytes = num_outputs * depth * 2
         weights = [randn(num_outputs, depth) for _ in range(copies(num_bytes))]
-        for batch in (1, 2, 4, 16):
+        for batch in BATCHES_SMALL:
             x = randn(batch, depth)
             us = time_us([lambda w=w: F.linear(x, w) for w in weights])  # noqa: B023
             records.append(gemv_record(shape, batch, "cuBLAS", us, num_bytes))
+            us = time_us([lambda w=w: matmul_invariant_triton(x, w) for w in weights])  # noqa: B023
+            records.append(gemv_record(shape, batch, "batch-invariant", us, num_bytes))
             for config in (SUM_CONFIGS if batch == 1 else []) + DOT_CONFIGS:
                 calls = [lambda w=w, c=config: gemv.gemv_triton(x, w, config=c) for w in weights]  # noqa: B023
                 us_or_error = try_config(calls[0], calls)
@@ -234,7 +238,11 @@ def gemv_times() -> list[Record]:
 
 def gemv_record(shape: str, batch: int, config: GemvConfig | str, us: float | str, num_bytes: int) -> Record:
     name = config if isinstance(config, str) else name_of(config)
-    record: Record = {"section": "gemv", "shape": shape, "B": batch, "name": name}
+    outputs, depth = SHAPES[shape.removesuffix("+silu")]
+    outputs = outputs // 2 if shape.endswith("+silu") else outputs
+    record: Record = {
+        "section": "gemv", "shape": shape, "outputs": outputs, "depth": depth, "B": batch, "name": name,
+    }  # fmt: skip
     if isinstance(config, GemvConfig):
         record["config"] = dataclasses.astuple(config)
     if isinstance(us, str):
@@ -253,7 +261,7 @@ def stack(gemv_records: list[Record]) -> list[Record]:
     head, gain = randn(*SHAPES["head"]), randn(HIDDEN)
     num_bytes = 2 * (LAYERS * sum(SHAPES[n][0] * SHAPES[n][1] for n in weights[0]) + VOCAB * HIDDEN)
     records: list[Record] = []
-    for batch in (1, 4):
+    for batch in BATCHES_SMALL:
         x, inter, attended = randn(batch, HIDDEN), randn(batch, INTER), randn(batch, HIDDEN)
         chosen = {name: best_config(gemv_records, name, batch) for name in [*SHAPES, "gate_up+silu"]}
 
@@ -358,6 +366,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=8, help="processes that compile ahead")
+    parser.add_argument("--seconds", type=float, default=1e9, help="begin no section after this time")
     parser.add_argument("--precompile", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--dry-run", action="store_true")
     args = parser.parse_args()
@@ -374,18 +383,28 @@ def main() -> None:
             worker.wait()
         print(f"compiled ahead in {time.perf_counter() - started:.0f} s", flush=True)
     records: list[Record] = []
+    broken: list[str] = []
     runs: dict[str, Callable[[], list[Record]]] = {
         "check": check, "small": small, "sampling": sampling_times, "masks": masks, "gemv": gemv_times,
         "stack": lambda: stack(records),
     }  # fmt: skip
+    device = "cpu" if DRY else torch.cuda.get_device_name()
     for section in sections:
         begun = time.perf_counter()
-        records += runs[section]()
+        if begun - started > args.seconds:
+            print(f"{section}: no time left", flush=True)
+            continue
+        try:
+            records += runs[section]()
+        except Exception as error:  # the other sections still tell something
+            print(f"{section}: {type(error).__name__}: {error}", flush=True)
+            broken.append(section)
+        if args.out:  # after every section: an early end leaves what there is
+            args.out.write_text(json.dumps({"benchmark": "kernels", "device": device, "records": records}))
         if not DRY:
             torch.cuda.empty_cache()
         print(f"{section} took {time.perf_counter() - begun:.0f} s", flush=True)
     print_table(records)
-    device = "cpu" if DRY else torch.cuda.get_device_name()
     result = {
         "benchmark": "kernels",
         "device": device,
@@ -395,7 +414,7 @@ def main() -> None:
     }
     if args.out:
         args.out.write_text(json.dumps(result))
-    failed = [r["name"] for r in records if r["section"] == "check" and not r["ok"]]
+    failed = broken + [r["name"] for r in records if r["section"] == "check" and not r["ok"]]
     print(json.dumps({**{k: v for k, v in result.items() if k != "records"}, "failed": failed}))
     sys.exit(1 if failed else 0)
 

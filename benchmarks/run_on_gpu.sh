@@ -1,38 +1,100 @@
 #!/usr/bin/env bash
 # Every measurement that needs a card, in two runs of under ten minutes each; results go to the folder OUT.
 #
-#   benchmarks/run_on_gpu.sh kernels OUT    kernels against their references, then their times, for the tables of configurations
-#   benchmarks/run_on_gpu.sh engine OUT     greedy agreement with the CPU, the rows of bench_gpu.py, and a profile of one row
+#   benchmarks/run_on_gpu.sh kernels OUT    kernels against their references, their times, and a table of choices
+#   benchmarks/run_on_gpu.sh engine OUT     greedy agreement, the rows of bench_gpu.py, a profile, a soak
+#   benchmarks/run_on_gpu.sh kernels OUT --dry-run    the same commands on a CPU with toy shapes (also: engine)
 #
-# Needs torch with CUDA, triton, and the package's own dependencies; no network. Stops at nothing: a part that fails says so.
+# `engine` uses OUT/table.json where `kernels` left one, or the file named by TABLE. Parts run in the order of their
+# worth and write what they find as they go; each has a limit, and none begins when SECONDS_IN_ALL (580) are nearly over.
+# What fails says so, and the rest goes on. OUT has few, small files: *.jsonl, *.json, log.txt, trace.json.gz.
+#
+# Needs python3 (PYTHON) with torch built for CUDA, triton, numpy, numba, transformers, tokenizers, safetensors, pytest,
+# pytest-timeout and hypothesis. What else the package imports can come as wheels from the folder WHEELS (.whl), which
+# is installed beside, without a network: annotated-types gguf interegular lark msgspec outlines-core platformdirs
+# pydantic pydantic-core typing-inspection, and for the tests jsonschema jsonschema-specifications referencing rpds-py.
 set -u
 part=${1:?kernels or engine}
 out=${2:?a folder for the results}
+dry=${3:-}
+python=${PYTHON:-python3}
+in_all=${SECONDS_IN_ALL:-580}
 mkdir -p "$out"
+out=$(cd "$out" && pwd)
 cd "$(dirname "$0")/.."
-export PYTHONPATH=".:${PYTHONPATH:-}" PYTHONUNBUFFERED=1
+if [ -d "${WHEELS:-.whl}" ] && [ -z "$dry" ]; then
+  site=$(mktemp -d)
+  $python -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$site" "${WHEELS:-.whl}"/*.whl
+  export PYTHONPATH="$site:${PYTHONPATH:-}"
+fi
+export PYTHONPATH="$PWD:${PYTHONPATH:-}" PYTHONUNBUFFERED=1 PYTHONWARNINGS=ignore
+log=$out/log.txt
 
-run() { # name, seconds, command...
-  local name=$1 limit=$2
+run() { # name, limit in seconds, command...
+  local name=$1 limit=$2 left=$((in_all - SECONDS)) start=$SECONDS
   shift 2
-  local start=$SECONDS
-  timeout "$limit" "$@" 2>&1 | tee "$out/$name.log" | tail -n 60
-  echo "== $name: status ${PIPESTATUS[0]}, $((SECONDS - start)) s"
+  if [ "$left" -lt 15 ]; then
+    echo "== $name: skipped, no time left" | tee -a "$log"
+    return
+  fi
+  [ "$limit" -gt "$left" ] && limit=$left
+  echo "== $name ($limit s at most)" >>"$log"
+  timeout -k 5 "$limit" "$@" 2>&1 | tee -a "$log" | tail -n "${LINES_SHOWN:-25}" | cut -c1-240
+  local status=${PIPESTATUS[0]}
+  echo "== $name: status $status, $((SECONDS - start)) s, $SECONDS s in all" | tee -a "$log"
 }
 
-nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem --format=csv,noheader
+compile_ahead() { # fills Triton's cache on all cores at once; no kernel is launched
+  local workers=${WORKERS:-12} only="llama-8b,smollm2,prepare,commit,scatter,build_masks,advance" share pids=()
+  [ -n "$dry" ] && workers=1 only="prepare_decode"
+  for ((share = 0; share < workers; share++)); do
+    $python benchmarks/compile_kernels.py --only "$only" --share "$share/$workers" >"$out/.compile.$share" 2>&1 &
+    pids+=($!)
+  done
+  wait "${pids[@]}"
+  cat "$out"/.compile.* | grep -E "BAD|Error" | head -n 5
+  rm -f "$out"/.compile.*
+  echo "== compile ahead: $SECONDS s in all" | tee -a "$log"
+}
+
+if [ -n "$dry" ]; then
+  dry_kernels=(--dry-run) dry_attention=(--dry-run) dry_engine=(--device cpu --tiny)
+  tests=(tests/kernels/test_step_inputs.py) soak=4
+else
+  nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem,memory.used --format=csv,noheader | tee -a "$log"
+  dry_kernels=() dry_attention=() dry_engine=()
+  tests=(tests/kernels tests/runtime/test_tree_planner.py) soak=45
+  $python -c 'import xdist' 2>/dev/null && tests+=(-n 8)
+fi
+table=()
+[ -f "${TABLE:-$out/table.json}" ] && table=(--set "kernel_table=\"${TABLE:-$out/table.json}\"")
+compile_ahead
 case $part in
   kernels)
-    run kernel-tests 150 python3 -m pytest -q -x --import-mode=importlib -p no:cacheprovider tests/kernels
-    run kernels 180 python3 benchmarks/bench_kernels.py --out "$out/kernels.json"
-    run attention 230 python3 benchmarks/bench_attention.py --out "$out/attention.json"
+    run check 90 $python benchmarks/bench_kernels.py "${dry_kernels[@]}" --sections check --out "$out/check.json"
+    run tree-decode 130 $python benchmarks/bench_attention.py "${dry_attention[@]}" --sections tree,decode --seconds 120 --out "$out/attention.json"
+    run products 110 $python benchmarks/bench_kernels.py "${dry_kernels[@]}" --sections gemv,stack --out "$out/products.json"
+    run fit 20 $python benchmarks/fit_table.py --kernels "$out/products.json" --attention "$out/attention.json" --out "$out/table.json"
+    run kernel-tests 110 $python -m pytest -q -p no:cacheprovider -W default --timeout 100 "${tests[@]}"
+    run extend 70 $python benchmarks/bench_attention.py "${dry_attention[@]}" --sections extend --seconds 60 --out "$out/extend.json"
+    run others 60 $python benchmarks/bench_kernels.py "${dry_kernels[@]}" --sections sampling,masks,small --out "$out/others.json"
+    if [ -z "$dry" ] && command -v compute-sanitizer >/dev/null; then
+      run sanitizer 60 compute-sanitizer --error-exitcode 9 $python -m pytest -q -p no:cacheprovider -W default tests/kernels/test_attention_tree.py tests/kernels/test_step_inputs.py
+    fi
     ;;
   engine)
-    run engine 420 python3 benchmarks/bench_gpu.py --out "$out/gpu.jsonl"
-    run profile 120 python3 benchmarks/bench_gpu.py --rows unique@50 --profile "$out/trace.json"
+    run checks 120 $python benchmarks/check_gpu.py "${dry_engine[@]}" --sections reference,same --out "$out/checks.jsonl"
+    run rows 260 $python benchmarks/bench_gpu.py "${dry_engine[@]}" "${table[@]}" --seconds 240 --label rows --out "$out/rows.jsonl"
+    run profile 60 $python benchmarks/bench_gpu.py "${dry_engine[@]}" "${table[@]}" --rows unique@50 --label profile --profile "$out/trace.json" --out "$out/rows.jsonl"
+    run no-tree 45 $python benchmarks/bench_gpu.py "${dry_engine[@]}" "${table[@]}" --rows fork@64,rag@50 --label no-tree --set 'tree_attention="off"' --out "$out/rows.jsonl"
+    run grammar-soak 80 $python benchmarks/check_gpu.py "${dry_engine[@]}" --sections grammar,soak --soak "$soak" --out "$out/checks.jsonl"
+    run deterministic 60 $python benchmarks/check_gpu.py "${dry_engine[@]}" --sections deterministic --out "$out/checks.jsonl"
+    run deterministic-cost 60 $python benchmarks/bench_gpu.py "${dry_engine[@]}" --rows unique@50 --label deterministic --set deterministic=true --out "$out/rows.jsonl"
+    [ -f "$out/trace.json" ] && gzip -f "$out/trace.json"
     ;;
   *)
     echo "unknown part $part: kernels or engine" >&2
     exit 2
     ;;
 esac
+grep "^== .*status" "$log"

@@ -1,0 +1,161 @@
+"""From the records of bench_kernels.py and bench_attention.py to a card's table (`ramet.kernels.card_table`).
+
+    python benchmarks/fit_table.py --kernels kernels.json --attention attention.json --out table.json
+
+A product is taken from the library only where it is at least 3 % faster, and a batch is folded only where the whole
+stack of products, norms and activations is at least 2 % faster. The rates of tree attention are fitted to its default
+tiles; its fixed cost is then raised until no measured case that the model would take is slower than 1.02 times plain.
+Use the table with `--kernel-table table.json`, or keep it as kernels/tables/<card>.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ramet.kernels.attention_plan import AttentionShape, TileConfig, TreeCostModel, TreeCosts
+from ramet.kernels.card_table import CardTable, Product
+from ramet.kernels.gemv import GemvConfig
+
+PRODUCT_GAIN, STACK_GAIN = 0.97, 0.98
+SHAPE = AttentionShape(32, 8, 128)
+TILE = TileConfig(128, 64, 8, 5)
+Record = dict[str, Any]  # JSON
+
+
+@dataclass(frozen=True, slots=True)
+class TreeCase:
+    """Seconds of one layer's attention, plain and as a tree: what the cost model predicts."""
+
+    segments: tuple[tuple[int, int], ...]  # members, tokens
+    suffix_tokens: int
+    plain_s: float
+    tree_s: float
+
+    def predicted(self, model: TreeCostModel) -> float:
+        shared = sum(model.tree_s(*segment) for segment in self.segments)
+        return shared + model.costs.fixed_s + model.plain_s(1, self.suffix_tokens)
+
+    def takes_tree(self, model: TreeCostModel) -> bool:
+        worth = [segment for segment in self.segments if model.is_worth(*segment)]
+        return len(worth) == len(self.segments) and model.should_use_tree(worth, self.suffix_tokens)
+
+
+def fit_products(records: list[Record]) -> tuple[dict[Product, GemvConfig], dict[Product, GemvConfig], set[int]]:
+    """Products faster than the library's, and the folded ones of the batches whose stack is faster folded."""
+    shapes = {r["shape"]: (r["outputs"], r["depth"]) for r in records if r["section"] == "gemv" and "outputs" in r}
+    products: dict[Product, GemvConfig] = {}
+    folded: dict[Product, GemvConfig] = {}
+    folded_rows: set[int] = set()
+    batches = sorted({r["B"] for r in records if r["section"] == "gemv"})
+    for batch in batches:
+        stack = {r["name"]: r["us"] for r in records if r["section"] == "stack" and r["B"] == batch}
+        plain = stack.get("with norm, silu, residual: cuBLAS + kernels")
+        ours = {name: us for name, us in stack.items() if "folded" in name}
+        fastest = min(ours, key=lambda name: ours[name], default=None)
+        is_folded = plain is not None and fastest is not None and ours[fastest] < STACK_GAIN * plain
+        is_early = is_folded and fastest is not None and "early" in fastest
+        for shape, (outputs, depth) in shapes.items():
+            mine = [r for r in records if r.get("shape") == shape and r.get("B") == batch and r["us"] is not None]
+            library = next((r["us"] for r in mine if r["name"] == "cuBLAS"), None)
+            ranked = sorted((r for r in mine if "config" in r), key=lambda r: r["us"])
+            if not ranked:
+                continue
+            config = dataclasses.replace(GemvConfig(*ranked[0]["config"]), early_launch=is_early)
+            is_gated = shape == "gate_up+silu"
+            product = Product(batch, outputs, depth, is_gated)
+            if is_folded and shape not in ("gate_up", "head"):
+                folded[product] = config
+            if not is_gated and library is not None and ranked[0]["us"] < PRODUCT_GAIN * library:
+                products[product] = dataclasses.replace(config, early_launch=is_early and shape == "head")
+        if is_folded:
+            folded_rows.add(batch)
+    return products, folded, folded_rows
+
+
+def tree_cases(records: list[Record]) -> list[TreeCase]:
+    """The default tree run and the plain run of every case that has both."""
+    cases = []
+    for name in dict.fromkeys(r["case"] for r in records if "segments" in r):
+        mine = [r for r in records if r["case"] == name and "us" in r]
+        plain = [r["us"] for r in mine if r["run"].startswith("plain")]
+        tree = [r["us"] for r in mine if r["run"].startswith("tree") and r["run"].endswith("*")]
+        if plain and tree:
+            segments = tuple((int(n), int(t)) for n, t in mine[0]["segments"])
+            cases.append(TreeCase(segments, mine[0]["suffix_tokens"], plain[0] * 1e-6, tree[0] * 1e-6))
+    return cases
+
+
+def fit_costs(cases: list[TreeCase]) -> TreeCosts | None:
+    """Rates that predict the cases best, by relative error; None with fewer than four."""
+    if len(cases) < 4:
+        return None
+    tokens = [sum(n * t for n, t in c.segments) + c.suffix_tokens for c in cases]
+    bandwidth = float(np.median([n * SHAPE.token_bytes / c.plain_s for n, c in zip(tokens, cases, strict=True)]))
+
+    def error(costs: TreeCosts) -> float:
+        model = TreeCostModel(SHAPE, TILE, costs)
+        return sum(abs(np.log(c.predicted(model) / c.tree_s)) for c in cases)
+
+    rates = [1.0e14, 1.5e14, 2.0e14, 2.5e14, 3.0e14, 4.0e14, 5.0e14, 6.0e14]
+    widths = [1.0e12, 1.5e12, 2.0e12, 2.5e12, 3.0e12]
+    parts = [0.5e12, 1.0e12, 2.0e12, 4.0e12]
+    fixed = [2e-6, 4e-6, 6e-6, 8e-6, 12e-6]
+    best = min(
+        (
+            TreeCosts(bandwidth, width, rate, part, fixed_s=start)
+            for rate, width, part, start in itertools.product(rates, widths, parts, fixed)
+        ),
+        key=error,
+    )
+    while any(is_loss(c, best) for c in cases):
+        best = dataclasses.replace(best, fixed_s=best.fixed_s * 1.1)
+    return best
+
+
+def is_loss(case: TreeCase, costs: TreeCosts) -> bool:
+    """Whether the model takes the tree where it was measured to be slower than 1.02 times plain."""
+    return case.tree_s > 1.02 * case.plain_s and case.takes_tree(TreeCostModel(SHAPE, TILE, costs))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kernels", type=Path, nargs="*", default=[])
+    parser.add_argument("--attention", type=Path, nargs="*", default=[])
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    card = "unknown"
+    found: dict[str, list[Record]] = {"kernels": [], "attention": []}
+    for kind, paths in (("kernels", args.kernels), ("attention", args.attention)):
+        for path in paths:
+            if path.is_file():
+                read: Mapping[str, Any] = json.loads(path.read_text())
+                card = read["device"]
+                found[kind] += read["records"]
+            else:
+                print(f"{path} is missing: nothing is taken from it")
+    products, folded, folded_rows = fit_products(found["kernels"])
+    cases = tree_cases(found["attention"])
+    costs = fit_costs(cases)
+    table = CardTable(card, products, folded, frozenset(folded_rows), costs)
+    args.out.write_text(table.to_json())
+    for case in cases:
+        model = TreeCostModel(SHAPE, TILE, costs)
+        choice = "tree" if case.takes_tree(model) else "plain"
+        print(
+            f"{case.segments[:2]} + {case.suffix_tokens}: plain {case.plain_s * 1e6:.1f} us, tree "
+            f"{case.tree_s * 1e6:.1f}, predicted {case.predicted(model) * 1e6:.1f}, takes {choice}"
+        )
+    print(f"{card}: {len(products)} products, {sorted(folded_rows)} folded, tree costs {costs}")
+
+
+if __name__ == "__main__":
+    main()
