@@ -70,11 +70,24 @@ class ToolCallReader:
         events = self._take(self._decoder.decode(b"", final=True))
         if self._read in (self._arguments, self._after) and not self._is_settled():
             self._events.append(CallEnd(self._index, is_complete=False))
-        elif self._held:
-            self._say(self._held)
+        elif self._is_begun():
+            self._index += 1
+            self._events += [CallStart(self._index, self._name), CallEnd(self._index, is_complete=False)]
+        elif self._held and (self._read != self._layout_text or not self._held.strip()):
+            self._say(self._held)  # else it is the beginning of what ends the calls, or parts them
         self._held = ""
         self._read = self._text
         return [*events, *self._drain()]
+
+    def _is_begun(self) -> bool:
+        """The text ended inside a call's layout or name, behind the marker or in what leads to a further call."""
+        if self._read == self._name_character:
+            return True
+        if self._read != self._layout_text or any(then == "text" for _, then in self._ways):
+            return False
+        held, marker = ("".join(text.split()) for text in (self._held, self.layout.marker))
+        is_marked = marker in held or self.layout.marker not in self.layout.separator + self.layout.before_name
+        return bool(held) and is_marked
 
     def _is_settled(self) -> bool:
         """Only white space, or nothing, is left of what ends the call."""

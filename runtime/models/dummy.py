@@ -19,6 +19,7 @@ from ramet.runtime.models.load import LoadedModel
 from ramet.runtime.models.weights import Weights, expected_tensors
 
 TINY_MODEL = "tiny-random"
+TINY_CONTEXT = 2048  # tokens
 
 
 def dummy_decoder(
@@ -67,7 +68,7 @@ def tiny_model() -> LoadedModel:
             "num_hidden_layers": 2,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
-            "max_position_embeddings": 2048,
+            "max_position_embeddings": TINY_CONTEXT,
             "rms_norm_eps": 1e-5,
             "rope_theta": 10000.0,
             "tie_word_embeddings": False,

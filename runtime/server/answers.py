@@ -149,7 +149,7 @@ class Completion(Shape):
 
 
 class ModelCard(Shape):
-    """`max_model_len`: the context in tokens; null while the engine starts for the first time."""
+    """`max_model_len`: the context in tokens."""
 
     id: str
     object: Literal["model"]
@@ -157,7 +157,7 @@ class ModelCard(Shape):
     owned_by: str
     root: str
     parent: None
-    max_model_len: int | None
+    max_model_len: int
 
 
 class ModelList(Shape):
@@ -210,7 +210,13 @@ class Health(Shape):
 
 
 class Ready(Shape):
+    """`stage`: what the engine does until it is ready, `seconds` so far; `reason`: why the process before it ended."""
+
     ready: bool
+    stage: str
+    attempt: int
+    reason: str | None
+    seconds: float = 0.0
 
 
 class HealthGenerate(Shape):

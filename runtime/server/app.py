@@ -21,7 +21,7 @@ from starlette.middleware.cors import CORSMiddleware
 from ramet.errors import ConfigError, RametError
 from ramet.runtime.config import EngineConfig
 from ramet.runtime.models.catalog import resolve_model
-from ramet.runtime.models.dummy import TINY_MODEL
+from ramet.runtime.models.dummy import TINY_CONTEXT, TINY_MODEL
 from ramet.runtime.models.load import open_model
 from ramet.runtime.server import native, openai_api, openapi, programs_api
 from ramet.runtime.server.config import ServerConfig
@@ -94,14 +94,15 @@ def _add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(Exception, unexpected)
 
 
-def open_tokenizer(model: str | None) -> tuple[str, Tokenizer]:
-    """The model's name and tokenizer, without its weights. Raises ModelError."""
+def open_tokenizer(model: str | None) -> tuple[str, Tokenizer, int]:
+    """The model's name, tokenizer and context in tokens, without its weights. Raises ModelError."""
     if model == TINY_MODEL:
         from ramet.runtime.byte_tokenizer import ByteTokenizer
 
-        return TINY_MODEL, ByteTokenizer()
+        return TINY_MODEL, ByteTokenizer(), TINY_CONTEXT
     path = resolve_model(model)
-    return model or path.stem, open_model(path).tokenizer
+    files = open_model(path)
+    return model or path.stem, files.tokenizer, files.config.max_position_embeddings
 
 
 def make_server(
@@ -113,8 +114,8 @@ def make_server(
     explain: Explain | None = None,
 ) -> tuple[FastAPI, ServerState]:  # Any: EngineConfig's fields
     """Everything but the socket. Raises ModelError and ConfigError before anything is started."""
-    EngineConfig.from_mapping(engine)
-    name, tokenizer = open_tokenizer(model)
+    wanted = EngineConfig.from_mapping(engine).context_length
+    name, tokenizer, context_length = open_tokenizer(model)
     proxy = EngineProxy(
         model,
         engine,
@@ -124,6 +125,7 @@ def make_server(
     )
     metrics = ServerMetrics(proxy, compat=config.compat_metrics)
     state = ServerState(config, proxy, tokenizer, config.served_model_name or name, time.time(), explain)
+    state.configured_context_length = wanted or context_length
     return create_app(state, metrics), state
 
 

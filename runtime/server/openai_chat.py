@@ -134,8 +134,8 @@ class ChatEndpoint:
         adapted, shown_tools = self.style.adapt(messages, tools)
         is_continued = bool(body.continue_final_message)
         is_open = body.add_generation_prompt if body.add_generation_prompt is not None else not is_continued
-        hello = self._state.proxy.hello
-        room = None if hello is None else hello.context_length - (max_tokens or 1)
+        context = self._state.context_length
+        room = None if context is None else context - (max_tokens or 1)
         return self.conversations.prompt(
             adapted,
             shown_tools,

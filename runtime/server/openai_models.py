@@ -36,7 +36,7 @@ class ModelEndpoints:
             if getattr(body, name) is not None and body.messages is None:
                 raise HttpError(400, f"{name} is only allowed with messages", param=name)
         tokens = await self._state.off_loop(self._tokens, body)
-        return json_response({"tokens": tokens, "count": len(tokens), "max_model_len": self._context_length})
+        return json_response({"tokens": tokens, "count": len(tokens), "max_model_len": self._state.context_length})
 
     async def detokenize(self, request: Request) -> Response:
         body = await parse_body(self._state, request, DetokenizeBody)
@@ -62,11 +62,6 @@ class ModelEndpoints:
             variables=body.chat_template_kwargs,
         )
 
-    @property
-    def _context_length(self) -> int | None:
-        hello = self._state.proxy.hello
-        return None if hello is None else hello.context_length
-
     def _card(self) -> Json:
         return {
             "id": self._state.model_name,
@@ -75,5 +70,5 @@ class ModelEndpoints:
             "owned_by": "ramet",
             "root": self._state.model_name,
             "parent": None,
-            "max_model_len": self._context_length,
+            "max_model_len": self._state.context_length,
         }

@@ -34,7 +34,10 @@ Explain = Callable[[Graph, str, Tokenizer, str, int | None], dict[str, Any]]  # 
 
 @dataclass(slots=True)
 class ServerState:
-    """One server. `pool`: threads for tokenising and rendering, so that the event loop never waits for them."""
+    """One server. `pool`: threads for tokenising and rendering, so that the event loop never waits for them.
+
+    `configured_context_length`: what the engine will have once it has started.
+    """
 
     config: ServerConfig
     proxy: EngineProxy
@@ -42,7 +45,14 @@ class ServerState:
     model_name: str
     started_s: float  # time.time()
     explain: Explain | None = None
+    configured_context_length: int | None = None
     pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, thread_name_prefix="ramet-text"))
+
+    @property
+    def context_length(self) -> int | None:
+        """Tokens of prompt and answer together; known before the engine has started."""
+        hello = self.proxy.hello
+        return self.configured_context_length if hello is None else hello.context_length
 
     async def off_loop(self, work: Callable[..., T], *args: Any) -> T:  # Any: the work's own arguments
         """Run CPU work (tokenising, templates, schema checks) on the pool."""

@@ -125,8 +125,24 @@ def test_a_call_cut_short_is_never_complete(end: int) -> None:
     events = read(FORMATS["hermes"], [text[:end].encode()])
     assert CallEnd(0, True) not in events
     started = any(isinstance(e, CallStart) for e in events)
-    assert started == (end >= text.index(' {"a"'))
+    assert started == (end >= len("<tool_call>"))
     assert (CallEnd(0, False) in events) == started
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_cut_of_two_calls_leaves_calls_that_are_whole_or_flagged_and_no_text(name: str) -> None:
+    layout = FORMATS[name]
+    text = written(layout, "", [("add", {"a": 1}), ("find", {})])
+    marker = len(layout.marker)
+    for end in range(marker, len(text) + 1):
+        events = joined(read(layout, [text[:end].encode()]))
+        assert not [e for e in events if isinstance(e, TextDelta) and e.text.strip() not in layout.marker], text[:end]
+        started = [e.index for e in events if isinstance(e, CallStart)]
+        ended = [e.index for e in events if isinstance(e, CallEnd)]
+        assert started == ended == list(range(len(started)))
+        assert started
+        whole = [e for e in events if isinstance(e, CallEnd) and e.is_complete]
+        assert len(whole) < 2 or end >= len(text) - len(layout.end + layout.after_arguments)
 
 
 def test_two_calls_in_one_piece_are_both_there() -> None:

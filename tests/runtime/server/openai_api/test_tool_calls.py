@@ -121,6 +121,20 @@ def test_a_cut_answer_is_never_a_tool_call_to_run(client: Client, merge_deltas: 
     ]
 
 
+@pytest.mark.parametrize("end", range(len("<tool_call>"), len('<tool_call>\n{"name": "add", "arguments": '), 5))
+def test_a_call_cut_inside_its_name_is_flagged_and_no_content(client: Client, merge_deltas: Any, end: int) -> None:
+    client.engine.says('<tool_call>\n{"name": "add", "arguments": '[:end], finish="length")
+    choice = client.chat(tools=TOOLS)["choices"][0]
+    assert choice["finish_reason"] == "length"
+    assert choice["message"]["content"] is None
+    (call,) = choice["message"]["tool_calls"]
+    assert call["incomplete"] is True
+    assert "add".startswith(call["function"]["name"])
+    streamed = merge_deltas(client.chunks(tools=TOOLS))
+    assert streamed["content"] == ""
+    assert [c["incomplete"] for c in streamed["tool_calls"]] == [True]
+
+
 @pytest.mark.parametrize(
     ("choice", "expected"),
     [
