@@ -118,10 +118,12 @@ class RemoteSession:
         self._whole = whole
         self._call = program.remote.http.call
         self._is_complete = False
+        self._index = ir.GraphIndex()
 
     def extend(self, graph: ir.Graph, *, is_last: bool = False) -> None:
         if graph.arguments:
-            graph.to_json()  # raises here, where the caller is
+            graph.to_json()  # what is wrong raises here, where the caller is
+        self._index.add(graph)
         self._is_complete = is_last
         self._call(self._program.take_part, _Part(graph, is_last))
 
