@@ -7,6 +7,7 @@ from typing import Any, overload
 
 from ramet.errors import InvalidProgram
 from ramet.lang import ir
+from ramet.lang.late import flush_late
 from ramet.lang.primitives import Appendable
 from ramet.lang.state import State
 from ramet.lang.tool_loop import drive, loop_options, tool_loop
@@ -79,6 +80,8 @@ def join(parent: State, states: Sequence[State], mode: str) -> None:
         raise InvalidProgram("join needs at least one branch")
     if any(state._run is not parent._run for state in states):
         raise InvalidProgram("join takes branches of the same program")
+    for state in states:
+        flush_late(state)
     names = [name for state in states for name, value in state._variables.items() if _is_new(parent, name, value)]
     for name in dict.fromkeys(names):
         values = [
@@ -104,6 +107,7 @@ def adopt(parent: State, branch: State) -> None:
     """Go on as if everything on `branch` had been written on `parent`, which must not have moved since the fork."""
     if branch._run is not parent._run or parent._tip not in branch._fork_parents():
         raise InvalidProgram("a state can only go on as one of its own branches, and only from where it was forked")
+    flush_late(branch)
     parent._tip = branch._tip
     parent._variables = dict(branch._variables)
     parent._counts = dict(branch._counts)
@@ -152,6 +156,7 @@ def first_of(parent: State, items: Sequence[Appendable]) -> int:
     branches = parent.fork(len(items))
     for branch, item in zip(branches, items, strict=True):
         branch.append(item)
+        flush_late(branch)
     index = parent._run.first_done([branch._tip for branch in branches if branch._tip is not None])
     for other, branch in enumerate(branches):
         if other != index:

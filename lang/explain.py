@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ramet.errors import GrammarError, InvalidRequest
 from ramet.lang import ir
-from ramet.lang.passes.argument_motion import argument_motion
+from ramet.lang.passes.argument_motion import argument_motion, as_written, late_gain
 from ramet.lang.passes.fold import Folded, fold_constants
 from ramet.lang.passes.forced_tokens import forced_tokens
 from ramet.lang.passes.fork_groups import fork_groups
@@ -393,6 +393,13 @@ def _has_arguments(graph: ir.Graph) -> bool:
 
 def _motion_of(graph: ir.Graph, target: Target) -> PassReport:
     """`graph`: with its arguments unbound."""
+    late = late_gain(graph, target)
+    if late is not None:
+        text = (
+            f"{_some(late.num_moved, 'text')} stood late: {late.shared_after:,} tokens are the same in every call; as "
+            f"written {late.shared_before:,}; gained {late.gain:,}"
+        )
+        return PassReport("argument motion", text, {"shared": late.shared_after, "gained": late.gain, "gain": 0})
     found = argument_motion(interpret(graph, target), target)
     if not found:
         return PassReport("argument motion", "no argument stands before text that all calls share", {"gain": 0})
@@ -425,20 +432,29 @@ def _explain_rows(program: Function, rows: list[Any], kwargs: Mapping[str, Any],
         all(trace.is_complete for trace in traces),
     )
     stages = tuple(_stage(trace) for trace in traces if trace.stop is not None)[:1]
-    reports = (_batch_report(batch, len(rows)), _kv_report(kv), *(p for p in first.passes if p.name != "kv bound"))
+    gained = 0
+    if any(isinstance(node, ir.Text) and node.moved for trace in traces for node in trace.graph.nodes):
+        gained = batch_prefixes([as_written(trace.graph) for trace in traces], found).computed - batch.computed
+    reports = (
+        _batch_report(batch, len(rows), gained),
+        _kv_report(kv),
+        *(p for p in first.passes if p.name != "kv bound"),
+    )
     return Explanation(
         program.name, found.name, first.nodes, reports, stages, {}, kv, kv.is_complete, num_rows=len(rows)
     )
 
 
-def _batch_report(batch: BatchPrefixes, num_rows: int) -> PassReport:
+def _batch_report(batch: BatchPrefixes, num_rows: int, gained: int) -> PassReport:
     saved = batch.separate - batch.computed
     part = f" ({saved / batch.separate:.0%})" if batch.separate else ""
     text = (
         f"all {num_rows} rows begin with the same {batch.common:,} tokens; known text of all rows: {batch.separate:,} "
         f"tokens, computed {batch.computed:,}, saved {saved:,}{part}"
     )
-    numbers = {"common": batch.common, "separate": batch.separate, "computed": batch.computed}
+    if gained:
+        text += f"; {gained:,} of them because texts stood late"
+    numbers = {"common": batch.common, "separate": batch.separate, "computed": batch.computed, "gained": gained}
     return PassReport("prefixes of rows", text, numbers)
 
 

@@ -23,9 +23,11 @@ from typing import TYPE_CHECKING, Any, overload
 from ramet.errors import ConfigError, InvalidProgram, InvalidRequest
 from ramet.lang import ir
 from ramet.lang.backend import ProgramOptions, choose_backend
+from ramet.lang.late import flush_late
 from ramet.lang.primitives import merge_sampling, to_sampling
 from ramet.lang.row_order import in_row_order, row_order
-from ramet.lang.run import Run, Stage, line_of
+from ramet.lang.run import Run, Stage
+from ramet.lang.source_lines import line_of
 from ramet.lang.state import State
 from ramet.lang.stream import Stream
 from ramet.lang.tool_loop import use_tools
@@ -302,6 +304,8 @@ class Function:
             self._declare_tools(state)
             result = self.body(state, **arguments)
             state._returned = asyncio.run(result) if self.is_async else result
+            for one in run.held_back:
+                flush_late(one)
         except TraceStopped as stopped:
             stop = stopped.stage
         finally:

@@ -70,9 +70,13 @@ class Node(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_field
 
 
 class Text(Node, frozen=True, tag="text"):
-    """Literal text, with values of other nodes in it."""
+    """Literal text, with values of other nodes in it.
+
+    `moved`: how many texts before it on its branch it was written in front of; the author let it stand behind them.
+    """
 
     parts: Template
+    moved: int = 0
 
 
 class Argument(Node, frozen=True, tag="argument"):
@@ -345,6 +349,8 @@ class GraphIndex:
                 raise _wrong(node, f"is branch {node.index} of a fork of {node.width}")
         elif isinstance(node, Join) and not node.branches:
             raise _wrong(node, "joins no branches")
+        elif isinstance(node, Text) and node.moved:
+            self._check_moved(node)
         elif isinstance(node, Role) and node.role not in ROLES:
             raise _wrong(node, f"has role {node.role!r}; roles are {', '.join(ROLES)}")
         elif isinstance(node, Tools) and not _is_tool_list(node.tools):
@@ -352,6 +358,13 @@ class GraphIndex:
         elif isinstance(node, Capture) and node.start is not None:
             self._check_capture(node, node.start)
         self._named.append(self._check_name(node))
+
+    def _check_moved(self, node: Text) -> None:
+        left, at = node.moved, node.parent
+        while left > 0 and at is not None and isinstance(above := self.nodes[at], Text):
+            left, at = left - (not above.moved), above.parent
+        if left:
+            raise _wrong(node, f"is moved behind {node.moved} texts, which don't stand right before it")
 
     def _check_generate(self, node: Generate) -> None:
         problem = sampling_problem(node.sampling)

@@ -7,27 +7,27 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import ramet.errors
 from ramet.errors import CheckFailed, DeadlineExceeded, InvalidProgram, InvalidRequest, ProgramCancelled, ProgramError
 from ramet.lang import ir
 from ramet.lang.backend import Backend, ProgramOptions, Session
+from ramet.lang.source_lines import caller_line
 from ramet.lang.tool_runner import ToolRunner
 from ramet.lang.tools import Tool, to_json
 from ramet.lang.types import OutputType
 from ramet.lang.values import Placeholders, current_run
 
+if TYPE_CHECKING:
+    from ramet.lang.state import State
+
 N = TypeVar("N", bound=ir.AnyNode)
 Listener = Callable[[ir.NodeEvent], None]
-_HERE = os.path.dirname(os.path.abspath(__file__))
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +94,7 @@ class Run:
         self._listeners: list[Listener] = []
         self._events: list[ir.NodeEvent] | None = [] if keep_events else None
         self.attempts: dict[int, list[dict[str, str]]] = {}  # node -> texts refused before it by checks in Python
+        self.held_back: list[State] = []  # with text that waits for the next generation; see late.py
         self._runner = ToolRunner()
         self._failure: Exception | None = None
 
@@ -429,7 +430,11 @@ class Run:
 
     def finish(self) -> None:
         """No more nodes will be recorded: send the rest."""
+        from ramet.lang.late import flush_late
+
         try:
+            for state in self.held_back:
+                flush_late(state)
             self.submit(is_last=True)
         finally:
             self.is_recording = False
@@ -478,26 +483,3 @@ class Run:
 def _resolve(future: asyncio.Future[None]) -> None:
     if not future.done():
         future.set_result(None)
-
-
-def caller_line() -> str:
-    """`file:line` of the nearest caller outside of the language."""
-    frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("ramet.lang.", "contextlib")):
-        frame = frame.f_back
-    return f"{_shown(frame.f_code.co_filename)}:{frame.f_lineno}"
-
-
-def line_of(function: Callable[..., Any]) -> str | None:
-    """`file:line` where a function is defined, or None for one that is not written in Python."""
-    code = getattr(function, "__code__", None)
-    return None if code is None else f"{_shown(code.co_filename)}:{code.co_firstlineno}"
-
-
-@lru_cache(maxsize=1024)
-def _shown(filename: str) -> str:
-    try:
-        relative = os.path.relpath(filename)
-    except ValueError:  # another drive
-        return os.path.basename(filename)
-    return os.path.basename(filename) if relative.startswith("..") else relative

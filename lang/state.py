@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from ramet.errors import InvalidProgram, ProgramError, UndefinedVariable
 from ramet.lang import ir
 from ramet.lang.generations import generate, select
+from ramet.lang.late import LateText, flush_late, hold_late
 from ramet.lang.primitives import Appendable, Chain, Expr, Gen, RoleExpr, SelectExpr
+from ramet.lang.role_block import RoleBlock
 from ramet.lang.tool_loop import adrive, drive, loop_options, tool_loop, use_tools
 from ramet.lang.tools import Tool, as_tools
 from ramet.lang.values import Value, plain
@@ -36,6 +38,7 @@ class State:
     __slots__ = (
         "_counts",
         "_key",
+        "_late",
         "_num_forks",
         "_num_generated",
         "_returned",
@@ -54,6 +57,7 @@ class State:
         self._variables: dict[str, Any] = {}  # name -> Value, or whatever set_var was given
         self._counts: dict[str, int] = {}  # name -> how often it was written on this branch
         self._role: str | None = None
+        self._late: list[LateText] = []  # what waits for the next generation
         self._sampling = run.sampling  # defaults of its generations
         self._tools: tuple[Tool, ...] = ()  # declared on this branch
         self._num_forks = 0
@@ -66,9 +70,15 @@ class State:
         self.append(other)
         return self
 
-    def append(self, item: Appendable) -> None:
-        """Append text, a value, a description (`gen`, ...), or several of them."""
-        if isinstance(item, str):
+    def append(self, item: Appendable, *, prefix: str | None = None) -> None:
+        """Append text, a value, a description (`gen`, ...), or several of them.
+
+        `prefix="late"`: this text may stand behind the text that follows it, up to the next generation, selection or
+        fork, or the end of its message. Calls that differ in it then share what was behind it.
+        """
+        if prefix is not None:
+            hold_late(self, item, prefix)
+        elif isinstance(item, str):
             self._append_text(item)
         elif isinstance(item, Value):
             self._append_text(format(item))
@@ -107,10 +117,14 @@ class State:
     def _text(self, parts: list[ir.Part]) -> None:
         if parts:
             self._add(ir.Text, parts=tuple(parts))
+            for late in self._late:
+                late.num_jumped += 1
 
     def _add(self, kind: Callable[..., ir.AnyNode], **fields: Any) -> int:  # Any: the node's own fields
         if not self._run.is_recording:
             raise InvalidProgram("the program has ended; nothing can be appended to its state", program=self._program)
+        if self._late and kind is not ir.Text:
+            flush_late(self)
         self._tip = self._run.record(kind, self._tip, **fields).id
         return self._tip
 
@@ -131,26 +145,26 @@ class State:
 
     # Roles.
 
-    def system(self, *content: Appendable) -> _RoleBlock:
+    def system(self, *content: Appendable) -> RoleBlock:
         """A system message: `s.system("...")`, or `with s.system(): s += ...`."""
         return self._role_block("system", content)
 
-    def user(self, *content: Appendable) -> _RoleBlock:
+    def user(self, *content: Appendable) -> RoleBlock:
         """A user message."""
         return self._role_block("user", content)
 
-    def assistant(self, *content: Appendable) -> _RoleBlock:
+    def assistant(self, *content: Appendable) -> RoleBlock:
         """An assistant message."""
         return self._role_block("assistant", content)
 
-    def tool(self, *content: Appendable) -> _RoleBlock:
+    def tool(self, *content: Appendable) -> RoleBlock:
         """A message with a tool's result."""
         return self._role_block("tool", content)
 
-    def _role_block(self, role: str, content: tuple[Appendable, ...]) -> _RoleBlock:
+    def _role_block(self, role: str, content: tuple[Appendable, ...]) -> RoleBlock:
         if content:
             self.append(RoleExpr(role, content))
-        return _RoleBlock(self, role, is_used=bool(content))
+        return RoleBlock(self, role, is_used=bool(content))
 
     @contextmanager
     def _in_role(self, role: str) -> Iterator[None]:
@@ -241,6 +255,7 @@ class State:
             raise InvalidProgram(f"fork({n!r}): a fork needs at least one branch", program=self._program)
         if not self._run.is_recording:
             raise InvalidProgram("the program has ended; its state can't be forked", program=self._program)
+        flush_late(self)
         self._num_forks += 1
         with self._run.lock:
             group = len(self._run.nodes)
@@ -315,6 +330,7 @@ class State:
     @contextmanager
     def var_scope(self, name: str) -> Iterator[None]:
         """Keep all text that is appended in the block as variable `name`."""
+        flush_late(self)
         start = self._tip
         yield
         node = self._add(ir.Capture, name=self._unique(name), start=start)
@@ -358,10 +374,12 @@ class State:
 
     def text(self) -> str:
         """All text of this branch as the model saw and wrote it, the chat template's marks included. Waits for it."""
+        flush_late(self)
         return self._run.text_of(self._tip)
 
     def messages(self) -> list[dict[str, str]]:
         """The messages of this branch, `role` and `content`; text outside of roles has the role `text`. Waits."""
+        flush_late(self)
         self._run.text_of(self._tip)
         found: list[dict[str, str]] = []
         is_inside = False
@@ -469,22 +487,3 @@ class State:
     def __repr__(self) -> str:
         where = f"branch {self._key}" if self._key else "state"
         return f"<{where} of {self._program}, variables: {', '.join(self._variables) or 'none'}>"
-
-
-class _RoleBlock:
-    """`with s.user(): ...`"""
-
-    __slots__ = ("_is_used", "_role", "_state")
-
-    def __init__(self, state: State, role: str, *, is_used: bool) -> None:
-        self._state, self._role, self._is_used = state, role, is_used
-
-    def __enter__(self) -> State:
-        if self._is_used:
-            raise InvalidProgram(f"s.{self._role}(...) with content is a whole message, not a block")
-        self._state._open_role(self._role)
-        return self._state
-
-    def __exit__(self, kind: object, *exc: object) -> None:
-        if kind is None:
-            self._state._close_role()

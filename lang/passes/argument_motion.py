@@ -1,15 +1,17 @@
-"""Argument motion: how many tokens more different calls would share if an argument stood behind the constants after it.
+"""Argument motion: how many tokens more different calls share if an argument stands behind the constants after it.
 
-A report, not a rewrite: moving text changes what the model reads, so the author has to do it. Works on a graph whose
-arguments are symbolic.
+Moving text changes what the model reads, so only the author can allow it: `prefix="late"` does, and `as_written` undoes
+it, to say what it gained. For the rest this is a report. Works on a graph whose arguments are symbolic.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import msgspec
+
 from ramet.lang import ir
-from ramet.lang.passes.paths import Paths
+from ramet.lang.passes.paths import Paths, interpret
 from ramet.lang.passes.target import Target
 
 
@@ -23,6 +25,74 @@ class Motion:
     node: int
     shared_now: int
     gain: int
+
+
+@dataclass(frozen=True, slots=True)
+class LateGain:
+    """What `prefix="late"` brought: `num_moved` texts, and tokens that calls share at the first generation of a path,
+    as written and as moved."""
+
+    num_moved: int
+    shared_before: int
+    shared_after: int
+
+    @property
+    def gain(self) -> int:
+        return self.shared_after - self.shared_before
+
+
+def as_written(graph: ir.Graph) -> ir.Graph:
+    """The graph with every moved text back where its author wrote it. Ids stay: texts change places. O(nodes)."""
+    nodes = list(graph.nodes)
+    chains: dict[int, list[int]] = {}  # last moved text of a chain -> its texts, first one first
+    below = {node.parent: node.id for node in graph.nodes if isinstance(node, ir.Text) and node.moved}
+    for node in graph.nodes:
+        if isinstance(node, ir.Text) and node.moved and node.id not in below:
+            chains[node.id] = _chain(graph, node)
+    for chain in chains.values():
+        texts = [graph.nodes[i] for i in chain]
+        order = [text for text in texts if isinstance(text, ir.Text) and not text.moved]
+        num_fixed = len(order)
+        moved = [text for text in texts if isinstance(text, ir.Text) and text.moved]
+        for index, text in enumerate(moved):
+            order.insert(num_fixed - text.moved + index, text)
+        for place, text in zip(chain, order, strict=True):
+            old = graph.nodes[place]
+            nodes[place] = msgspec.structs.replace(text, id=old.id, parent=old.parent, moved=0)
+    return ir.Graph(tuple(nodes), graph.arguments, graph.first)
+
+
+def _chain(graph: ir.Graph, last: ir.Text) -> list[int]:
+    """The texts that a row of moved texts and those they jumped consist of."""
+    chain, at, most = [last.id], last.parent, last.moved
+    num_fixed = 0
+    while at is not None and isinstance(text := graph.nodes[at], ir.Text):
+        if not text.moved and num_fixed >= most:
+            break
+        most = max(most, text.moved)
+        num_fixed += not text.moved
+        chain.append(at)
+        at = text.parent
+    return chain[::-1]
+
+
+def late_gain(graph: ir.Graph, target: Target) -> LateGain | None:
+    """What calls share because of `prefix="late"`, of a graph with symbolic arguments; None where nothing moved."""
+    num_moved = sum(isinstance(node, ir.Text) and node.moved > 0 for node in graph.nodes)
+    if not num_moved:
+        return None
+    shared = [_shared(one, target) for one in (as_written(graph), graph)]
+    return LateGain(num_moved, *shared)
+
+
+def _shared(graph: ir.Graph, target: Target) -> int:
+    paths = interpret(graph, target)
+    found = (
+        _motion(paths, node, target)
+        for node in graph.nodes
+        if isinstance(node, ir.Generate | ir.Select) and node.parent
+    )
+    return max((motion.shared_now for motion in found if motion is not None), default=0)
 
 
 def argument_motion(paths: Paths, target: Target) -> list[Motion]:

@@ -137,6 +137,7 @@ leaves = st.one_of(
     st.tuples(st.just("use"), st.integers(0, 5)),
     st.tuples(st.just("choose among values"), st.integers(0, 5)),
     st.tuples(st.just("scope"), st.none()),
+    st.tuples(st.just("late"), st.sampled_from(["L ", "Lé\n"])),
     st.tuples(st.just("checked"), st.sampled_from([None, 3])),
     st.tuples(st.just("map"), st.lists(st.sampled_from(["P", "Q"]), max_size=3)),
 )
@@ -167,6 +168,8 @@ def execute(s: State, program: Sequence[Step], known: list[Any]) -> None:
             s += f"[{known[what % len(known)]}]"
         elif kind == "choose among values" and known:
             s += select("c", [f"1{known[what % len(known)]}", "2other"])
+        elif kind == "late":
+            s.append(what if not known else f"{what}{known[-1]}", prefix="late")
         elif kind == "scope":
             with s.var_scope("scope"):
                 s += "In " + gen("g", max_tokens=7)

@@ -29,6 +29,7 @@ leaves = st.one_of(
     st.tuples(st.just("use"), st.integers(0, 5)),
     st.tuples(st.just("choose among values"), st.integers(0, 5)),
     st.tuples(st.just("scope"), st.none()),
+    st.tuples(st.just("late"), st.sampled_from(["L ", "Lé\n"])),
     st.tuples(st.just("checked"), st.sampled_from([0, 1])),
     st.tuples(st.just("checked in python"), st.sampled_from([0, 1])),
     st.tuples(st.just("best of"), st.integers(1, 3)),
@@ -64,6 +65,8 @@ def execute(s: State, program: Sequence[Step], known: list[Any], may_read: bool,
             s += f"[{known[what % len(known)]}]"
         elif kind == "choose among values" and known:
             s += select("c", [f"1{known[what % len(known)]}", "other"])
+        elif kind == "late":
+            s.append(what if not known else f"{what}{known[-1]}", prefix="late")
         elif kind == "scope":
             with s.var_scope("scope"):
                 s += "in " + gen("g", max_tokens=2)

@@ -1,0 +1,32 @@
+"""Which line of the user's own source does something."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+
+def caller_line() -> str:
+    """`file:line` of the nearest caller outside of the language."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("ramet.lang.", "contextlib")):
+        frame = frame.f_back
+    return f"{_shown(frame.f_code.co_filename)}:{frame.f_lineno}"
+
+
+def line_of(function: Callable[..., Any]) -> str | None:
+    """`file:line` where a function is defined, or None for one that is not written in Python."""
+    code = getattr(function, "__code__", None)
+    return None if code is None else f"{_shown(code.co_filename)}:{code.co_firstlineno}"
+
+
+@lru_cache(maxsize=1024)
+def _shown(filename: str) -> str:
+    try:
+        relative = os.path.relpath(filename)
+    except ValueError:  # another drive
+        return os.path.basename(filename)
+    return os.path.basename(filename) if relative.startswith("..") else relative
