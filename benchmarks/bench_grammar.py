@@ -135,13 +135,13 @@ def measure(
         "instances": num_instances,
         "walked": num_walked,
         "masks": len(mask_us),
-        "first_mask_ms": _percentiles(first_ms),
-        "mask_us": _percentiles(mask_us),
+        "first_mask_ms": percentiles(first_ms),
+        "mask_us": percentiles(mask_us),
         "slowest_masks_us": {name: round(us, 1) for us, name in sorted(slowest, reverse=True)[:5]},
     }
 
 
-def _percentiles(values: list[float]) -> dict[str, float]:
+def percentiles(values: list[float]) -> dict[str, float]:
     return {f"p{p}": round(float(np.percentile(values, p)), 3) for p in PERCENTILES} if values else {}
 
 
@@ -155,7 +155,7 @@ def read_cases(folder: Path, limit: int | None) -> Iterator[Case]:
             yield path.stem, content, []
 
 
-def load_tokenizer(model: str) -> tuple[Vocabulary, Callable[[str], list[int]]]:
+def tokenizer_of(model: str) -> tuple[Vocabulary, Callable[[str], list[int]]]:
     """The vocabulary and the encoder of a catalogue model, from its file's metadata."""
     tokenizer = open_model(pull(model)).tokenizer
     vocabulary = Vocabulary(tokenizer.token_bytes, tokenizer.eos_ids, tokenizer.special_ids, tokenizer.vocab_size)
@@ -181,7 +181,7 @@ def main() -> None:
     )
     rows = []
     for model in arguments.models.split(","):
-        vocabulary, encode = load_tokenizer(model)
+        vocabulary, encode = tokenizer_of(model)
         encoded = [(name, schema, [encode(_compact(v)) for v in values]) for name, schema, values in chosen]
         warm_up = encode('{"warm":["up",-1.5,null,true],"é":{"x":"y z"}}')
         for engine in arguments.engines.split(","):
@@ -202,7 +202,7 @@ def main() -> None:
         {
             "bench": "grammar",
             "schemas": "built-in" if arguments.schemas is None else "given",
-            **_machine(),
+            **machine(),
             "rows": rows,
         }
     )
@@ -220,7 +220,7 @@ def _cells(percentiles: dict[str, float], digits: int) -> str:
     return " / ".join(f"{v:,.{digits}f}" for v in percentiles.values())
 
 
-def _machine() -> dict[str, Json]:
+def machine() -> dict[str, Json]:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return {
         "commit": commit.stdout.strip(),

@@ -26,7 +26,7 @@ from lark.load_grammar import PrepareLiterals, TerminalTreeToPattern, load_gramm
 
 from ramet.errors import GrammarTooLarge, InvalidGrammar, InvalidRegex
 from ramet.grammar import ir, regular
-from ramet.grammar.pushdown import inline
+from ramet.grammar.references import inline
 from ramet.grammar.regex import parse_regex
 from ramet.grammar.utf8 import compile_text
 

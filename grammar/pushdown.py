@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from ramet.errors import GrammarTooLarge, InvalidGrammar
 from ramet.grammar import ir, regular
-from ramet.grammar.automaton import DEAD, UNKNOWN, Machine, leave, target
+from ramet.grammar.automaton import DEAD, REFUSE, Machine, leave, target
+from ramet.grammar.references import inline, recursive_rules
 
 MAX_THREADS = 4096
 
@@ -67,18 +68,16 @@ class Pushdown:
         self.states: list[State] = [("return", 0, 0, [])]
         self.leaves: list[Leaf] = []
         self.dfas: dict[ir.Node, tuple[NDArray[np.int32], list[int]]] = {}
-        self.recursive = _recursive_rules(grammar)
+        self.recursive = recursive_rules(grammar)
         self.rule_state: dict[str, int] = {}
         self.rule_names: list[str] = []
         self.rule_index: dict[str, int] = {}
         self.nodes: list[StackNode] = [StackNode(0, [])]
         self.node_index: dict[Hashable, StackNode] = {}
-        self.identity = np.arange(256, dtype=np.uint8)
-        row = np.array([[leave(b) for b in range(256)]], dtype=np.int32)
-        self.wide = [
-            machine.table(row, self.identity, 256, None),
-            machine.table(row, self.identity, 257, np.array([256], dtype=np.int32)),
-        ]
+        self.shapes: dict[tuple[frozenset[tuple[int, int]], bool], Shape] = {}
+        self._digests: dict[tuple[int, int], NDArray[np.int64]] = {}
+        self._closures: dict[frozenset[tuple[int, int]], Configuration] = {}
+        self._weights = np.random.default_rng(1)
         self._compile_rules()
 
     # --- grammar -> states
@@ -212,11 +211,33 @@ class Pushdown:
             return DEAD
         return self.configuration([(root, self.nodes[0])])
 
-    def configuration(self, entries: list[tuple[int, StackNode]], threads: set[Thread] | None = None) -> int:
-        found = _Closure(self, entries, set() if threads is None else threads).result()
-        if not found.threads and not found.accepts:
+    def configuration(self, entries: list[tuple[int, StackNode]], threads: frozenset[Thread] = frozenset()) -> int:
+        key = frozenset((state, node.number) for state, node in entries)
+        found = self._closures.get(key)
+        if found is None:
+            found = self._closures[key] = _Closure(self, entries).result()
+        if not found.threads and not found.accepts and not threads:
             return DEAD
+        if threads:
+            found = Configuration(found.threads | threads, found.accepts)
+        if len(found.threads) > MAX_THREADS:
+            raise GrammarTooLarge(f"the grammar is too ambiguous: more than {MAX_THREADS:,} ways are open at once")
         return target(self.machine.intern(("pushdown", id(self), found), lambda: ConfigurationFrame(self, found)))
+
+    def shape(self, configuration: Configuration) -> Shape:
+        key = frozenset((leaf, q) for leaf, q, _ in configuration.threads), configuration.accepts
+        found = self.shapes.get(key)
+        if found is None:
+            found = self.shapes[key] = Shape(self, *key)
+        return found
+
+    def digest(self, leaf: int, q: int) -> NDArray[np.int64]:
+        """int64 [256]: what this state makes of each byte, weighted; 0 where it refuses."""
+        found = self._digests.get((leaf, q))
+        if found is None:
+            weight = int(self._weights.integers(1, 2**62))
+            found = self._digests[leaf, q] = (self.leaves[leaf].rows[q].astype(np.int64) + 1) * weight
+        return found
 
     def node(self, key: Hashable, edges: list[tuple[int, StackNode]]) -> StackNode:
         found = self.node_index.get(key)
@@ -229,10 +250,10 @@ class Pushdown:
 class _Closure:
     """One step's expansion of grammar states to threads."""
 
-    def __init__(self, owner: Pushdown, entries: list[tuple[int, StackNode]], threads: set[Thread]) -> None:
+    def __init__(self, owner: Pushdown, entries: list[tuple[int, StackNode]]) -> None:
         self.owner = owner
         self.accepts = False
-        self.threads = threads
+        self.threads: set[Thread] = set()
         self.local_edges: dict[int, set[tuple[int, Parent]]] = {}  # rule -> (then, StackNode | rule number)
         self.local_threads: set[tuple[int, int, Parent]] = set()
         self.returned: set[int] = set()
@@ -284,8 +305,6 @@ class _Closure:
         for leaf, q, parent in self.local_threads:
             node = parent if isinstance(parent, StackNode) else names[parent]
             self.threads.add((leaf, q, node.number))
-        if len(self.threads) > MAX_THREADS:
-            raise GrammarTooLarge(f"the grammar is too ambiguous: more than {MAX_THREADS:,} ways are open at once")
         return Configuration(frozenset(self.threads), self.accepts)
 
     def _name_nodes(self) -> dict[int, StackNode]:
@@ -321,53 +340,66 @@ class _Closure:
         return names
 
 
+class Shape:
+    """What configurations with the same leaf states have in common, whatever their stacks.
+
+    Bytes that no state tells apart have one exit (equal sums of weighted entries: a coincidence has odds of 2^-60).
+    """
+
+    def __init__(self, owner: Pushdown, states: frozenset[tuple[int, int]], accepts: bool) -> None:
+        self.owner = owner
+        self.states = states
+        digest = np.zeros(256, dtype=np.int64)
+        for leaf, q in states:
+            digest += owner.digest(leaf, q)  # the sums wrap, which is harmless
+        values, first, classes = np.unique(digest, return_index=True, return_inverse=True)
+        self.samples: list[int] = first.tolist()
+        self.end = len(values)
+        row = np.array([[leave(c) if v else REFUSE for c, v in enumerate(values.tolist())]], dtype=np.int32)
+        ends = np.array([self.end], dtype=np.int32) if accepts else None
+        self.table = owner.machine.table(row, classes.reshape(-1).astype(np.uint8), self.end + 1, ends)
+        self._moves: dict[int, dict[tuple[int, int], tuple[int | None, int | None]]] = {}
+
+    def moves(self, exit_index: int) -> dict[tuple[int, int], tuple[int | None, int | None]]:
+        """What becomes of each leaf state: (the next one if it goes on, the grammar state after it if it accepts)."""
+        found = self._moves.get(exit_index)
+        if found is None:
+            byte = self.samples[exit_index]
+            found = self._moves[exit_index] = {}
+            for index, q in self.states:
+                leaf = self.owner.leaves[index]
+                to = int(leaf.rows[q, byte])
+                if to >= 0:
+                    found[index, q] = to if leaf.goes_on[to] else None, leaf.then if leaf.accepting[to] else None
+        return found
+
+
 class ConfigurationFrame:
-    """One configuration as a frame of one state; all its bytes are exits."""
+    """One configuration as a frame of one state; all that it reads are exits."""
 
     def __init__(self, owner: Pushdown, configuration: Configuration) -> None:
         self.owner = owner
-        self.configuration = configuration
-        self.table = owner.wide[1 if configuration.accepts else 0]
-        self.groups: NDArray[np.int64] | None = None
+        self.shape = owner.shape(configuration)
+        self.table = self.shape.table
         self.threads = sorted(configuration.threads)
 
     def resolve(self, exit_index: int) -> int:
         owner = self.owner
-        if exit_index == 256:
+        if exit_index == self.shape.end:
             return target(owner.machine.done)
-        if self.groups is None:
-            rows = (
-                np.stack([owner.leaves[leaf].rows[q] for leaf, q, _ in self.threads])
-                if self.threads
-                else np.full((1, 256), -1)
-            )
-            self.groups = np.unique(rows, axis=1, return_inverse=True)[1].reshape(-1)
-        found = self._after(exit_index)
-        # bytes that no thread tells apart have one target
-        instance = owner.machine.interned[("pushdown", id(owner), self.configuration)]
-        offset = owner.machine.exit_offsets[instance]
-        same = np.flatnonzero(self.groups == self.groups[exit_index])
-        here = owner.machine.exits[offset : offset + 256]
-        here[same[here[same] == UNKNOWN]] = found
-        return found
-
-    def _after(self, byte: int) -> int:
-        owner = self.owner
-        threads: set[Thread] = set()
+        moves = self.shape.moves(exit_index)
+        threads: list[Thread] = []
         entries: list[tuple[int, StackNode]] = []
-        for leaf_index, q, number in self.threads:
-            leaf = owner.leaves[leaf_index]
-            to = int(leaf.rows[q, byte])
-            if to < 0:
-                continue
-            if leaf.goes_on[to]:
-                threads.add((leaf_index, to, number))
-            if leaf.accepting[to]:
-                entries.append((leaf.then, owner.nodes[number]))
-        return owner.configuration(entries, threads) if threads or entries else DEAD
+        for leaf, q, number in self.threads:
+            to, then = moves.get((leaf, q), (None, None))
+            if to is not None:
+                threads.append((leaf, to, number))
+            if then is not None:
+                entries.append((then, owner.nodes[number]))
+        return owner.configuration(entries, frozenset(threads)) if threads or entries else DEAD
 
     def closing_exit(self, local: int) -> int:
-        """The first byte of a shortest text that finishes one of the threads."""
+        """The exit of the first byte of a shortest text that finishes one of the threads."""
         owner = self.owner
         best: tuple[int, int] | None = None
         for leaf_index, q, number in self.threads:
@@ -378,7 +410,7 @@ class ConfigurationFrame:
                 if to >= 0 and (best is None or owner.costs.leaf(leaf_index)[to] + rest < best[0]):
                     best = (owner.costs.leaf(leaf_index)[to] + rest, byte)
         assert best is not None
-        return best[1]
+        return int(self.table.byte_class[best[1]])
 
 
 class _Costs:
@@ -440,55 +472,3 @@ class _Costs:
 
 
 _FAR = 1 << 40
-
-
-def inline(node: ir.Node, grammar: ir.Grammar) -> ir.Node:
-    """Replace references by the rules they name (which must not be recursive)."""
-    match node:
-        case ir.Reference(rule):
-            return inline(grammar.rules[rule], grammar)
-        case ir.Sequence(parts):
-            return ir.Sequence(tuple(inline(p, grammar) for p in parts))
-        case ir.Choice(parts):
-            return ir.Choice(tuple(inline(p, grammar) for p in parts))
-        case ir.Intersect(parts):
-            return ir.Intersect(tuple(inline(p, grammar) for p in parts))
-        case ir.Repeat(item, low, high):
-            return ir.Repeat(inline(item, grammar), low, high)
-        case ir.Lookahead(item, negative):
-            return ir.Lookahead(inline(item, grammar), negative)
-        case ir.Complement(item):
-            return ir.Complement(inline(item, grammar))
-        case ir.Terminal(item, name):
-            return ir.Terminal(inline(item, grammar), name)
-        case _:
-            return node
-
-
-def references(node: ir.Node) -> set[str]:
-    """Names of the rules that a node refers to."""
-    match node:
-        case ir.Reference(rule):
-            return {rule}
-        case ir.Sequence(parts) | ir.Choice(parts) | ir.Intersect(parts):
-            return set().union(*(references(p) for p in parts)) if parts else set()
-        case ir.Repeat(item, _, _) | ir.Terminal(item, _) | ir.Complement(item) | ir.Lookahead(item, _):
-            return references(item)
-        case ir.JsonSchema():
-            return {""}  # not regular: no rule has this name, see `_recursive_rules`
-        case _:
-            return set()
-
-
-def _recursive_rules(grammar: ir.Grammar) -> frozenset[str]:
-    """Rules that are not regular by inlining: on a cycle of references, or reaching one, or holding a JSON schema."""
-    uses = {name: references(node) for name, node in grammar.rules.items()}
-    plain: set[str] = set()
-    changed = True
-    while changed:
-        changed = False
-        for name, used in uses.items():
-            if name not in plain and used <= plain:
-                plain.add(name)
-                changed = True
-    return frozenset(set(grammar.rules) - plain)

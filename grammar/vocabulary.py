@@ -119,7 +119,7 @@ class Vocabulary:
     @cached_property
     def remainders(self) -> tuple[TokenTrie, NDArray[np.int32], NDArray[np.int32]]:
         """What follows the plain text (kind 2) of tokens that are not all plain: (trie of the distinct remainders,
-        their numbers as values; starts int32 [n + 1]; tokens): tokens[starts[r] : starts[r + 1]] end with remainder r."""
+        their numbers as values; starts int32 [n + 1]; tokens): tokens[starts[r] : starts[r + 1]] end with r."""
         begins, lengths = self._sorted_spans
         plain = self._plain_chars[3]
         which = np.flatnonzero(plain < lengths)

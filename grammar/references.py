@@ -1,0 +1,57 @@
+"""Which rules of a grammar refer to which, and rules in place of their names."""
+
+from __future__ import annotations
+
+from ramet.grammar import ir
+
+
+def inline(node: ir.Node, grammar: ir.Grammar) -> ir.Node:
+    """Replace references by the rules they name (which must not be recursive)."""
+    match node:
+        case ir.Reference(rule):
+            return inline(grammar.rules[rule], grammar)
+        case ir.Sequence(parts):
+            return ir.Sequence(tuple(inline(p, grammar) for p in parts))
+        case ir.Choice(parts):
+            return ir.Choice(tuple(inline(p, grammar) for p in parts))
+        case ir.Intersect(parts):
+            return ir.Intersect(tuple(inline(p, grammar) for p in parts))
+        case ir.Repeat(item, low, high):
+            return ir.Repeat(inline(item, grammar), low, high)
+        case ir.Lookahead(item, negative):
+            return ir.Lookahead(inline(item, grammar), negative)
+        case ir.Complement(item):
+            return ir.Complement(inline(item, grammar))
+        case ir.Terminal(item, name):
+            return ir.Terminal(inline(item, grammar), name)
+        case _:
+            return node
+
+
+def references(node: ir.Node) -> set[str]:
+    """Names of the rules that a node refers to."""
+    match node:
+        case ir.Reference(rule):
+            return {rule}
+        case ir.Sequence(parts) | ir.Choice(parts) | ir.Intersect(parts):
+            return set().union(*(references(p) for p in parts)) if parts else set()
+        case ir.Repeat(item, _, _) | ir.Terminal(item, _) | ir.Complement(item) | ir.Lookahead(item, _):
+            return references(item)
+        case ir.JsonSchema():
+            return {""}  # not regular: no rule has this name, see `recursive_rules`
+        case _:
+            return set()
+
+
+def recursive_rules(grammar: ir.Grammar) -> frozenset[str]:
+    """Rules that are not regular by inlining: on a cycle of references, or reaching one, or holding a JSON schema."""
+    uses = {name: references(node) for name, node in grammar.rules.items()}
+    plain: set[str] = set()
+    changed = True
+    while changed:
+        changed = False
+        for name, used in uses.items():
+            if name not in plain and used <= plain:
+                plain.add(name)
+                changed = True
+    return frozenset(set(grammar.rules) - plain)
