@@ -16,6 +16,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic as _numba_intrinsic
 
+llvm.initialize_native_asmparser()  # one instruction below is written as assembly
+
 LANES = 16
 BLOCK = 32  # weights that share a scale
 _F32, _F16, _I8, _I16, _I32, _I64 = (
@@ -54,6 +56,10 @@ def _splat(builder: Builder, scalar: Value) -> Value:
     return builder.shuffle_vector(
         builder.insert_element(undefined, scalar, _I32(0)), undefined, ir.Constant(_VI32, [0] * LANES)
     )
+
+
+def _splat_load(builder: Builder, address: Value, offset: int) -> Value:
+    return _splat(builder, _load(builder, address, _F32, offset))
 
 
 def _fma(builder: Builder, x: Value, y: Value, z: Value) -> Value:
@@ -184,6 +190,121 @@ dots_q8_0 = _make_dots(_weights_q8_0, 34)
 dots_bf16 = _make_dots(_weights_bf16, 64)
 
 
+# ---- Products of small integers: 16 weight rows in the lanes ----
+
+_VI8 = ir.VectorType(_I8, 4 * LANES)
+
+
+def has_int8_products() -> bool:
+    """True where the CPU adds four products of bytes into each int32 lane (AVX512-VNNI)."""
+    return bool(llvm.get_host_cpu_features().get("avx512vnni", False))
+
+
+def _dot_bytes(builder: Builder, total: Value, unsigned: Value, signed: Value) -> Value:
+    """total[i] + sum of unsigned[4 i + j] * signed[4 i + j] over j < 4; all int32 lanes.
+
+    Written as an instruction: LLVM's intrinsic changed its types between versions.
+    """
+    kind = ir.FunctionType(_VI32, [_VI32] * 3)
+    return builder.asm(kind, "vpdpbusd $3, $2, $0", "=v,0,v,v", [total, unsigned, signed], False)
+
+
+def _splat_int(builder: Builder, address: Value, offset: int) -> Value:
+    undefined = ir.Constant(_VI32, ir.Undefined)
+    vector = builder.insert_element(undefined, _load(builder, address, _I32, offset), _I32(0))
+    return builder.shuffle_vector(vector, undefined, ir.Constant(_VI32, [0] * LANES))
+
+
+def _make_dot_int8(bits: int, num_tokens: int) -> Any:
+    """Make `dot(weights, x, x_stride, scales, scale_stride, num_blocks, out, out_stride)`: 16 rows times some tokens.
+
+    weights: blocks as `block_int8.pack` lays them out; x int8, a token's blocks one after another; scales float32 pairs
+    (scale, scale * sum of x) of each of a token's blocks; strides in bytes.
+    """
+    block_bytes = 64 + 64 * bits
+
+    @intrinsic
+    def dot(
+        typing_context: Any,
+        weights: Any,
+        x: Any,
+        x_stride: Any,
+        scales: Any,
+        scale_stride: Any,
+        num_blocks: Any,
+        out: Any,
+        out_stride: Any,
+    ) -> Any:
+        def emit(context: Any, builder: Builder, signature: Any, arguments: Any) -> Value:
+            weights, x, x_stride, scales, scale_stride, num_blocks, out, out_stride = arguments
+            sums = [cgutils.alloca_once_value(builder, ir.Constant(_VF, None)) for _ in range(num_tokens)]
+            half = ir.VectorType(_F16, LANES)
+            mask = builder.bitcast(ir.Constant(_VI8, [15] * 64), _VI32)
+            with cgutils.for_range(builder, num_blocks) as loop:
+                block = builder.add(weights, builder.mul(loop.index, _I64(block_bytes)))
+                scale = builder.fpext(_load(builder, block, half), _VF)
+                minimum = builder.fpext(_load(builder, block, half, 32), _VF)
+                loaded = [_load(builder, block, _VI32, 64 + 64 * i) for i in range(bits)]
+                codes = loaded
+                if bits == 4:
+                    shift = ir.Constant(_VI32, [4] * LANES)
+                    codes = [builder.and_(part, mask) for part in loaded]
+                    codes += [builder.and_(builder.lshr(part, shift), mask) for part in loaded]
+                first = builder.add(x, builder.mul(loop.index, _I64(BLOCK)))
+                pair = builder.add(scales, builder.mul(loop.index, _I64(8)))
+                for token, pointer in enumerate(sums):
+                    address = builder.add(first, builder.mul(x_stride, _I64(token)))
+                    total = ir.Constant(_VI32, None)
+                    for i, part in enumerate(codes):
+                        total = _dot_bytes(builder, total, part, _splat_int(builder, address, 4 * i))
+                    where = builder.add(pair, builder.mul(scale_stride, _I64(token)))
+                    both = builder.fmul(scale, _splat_load(builder, where, 0))
+                    value = _fma(builder, minimum, _splat_load(builder, where, 4), builder.load(pointer))
+                    builder.store(_fma(builder, builder.sitofp(total, _VF), both, value), pointer)
+            for token, pointer in enumerate(sums):
+                _store(builder, builder.load(pointer), builder.add(out, builder.mul(out_stride, _I64(token))))
+            return context.get_dummy_value()
+
+        return types.void(*[types.intp] * 8), emit
+
+    return dot
+
+
+INT8_TOKENS = (4, 8, 12, 16)  # tokens of the variants
+dots_int8 = {bits: [_make_dot_int8(bits, num_tokens) for num_tokens in INT8_TOKENS] for bits in (4, 8)}
+
+
+@intrinsic
+def quantize_block(typing_context: Any, x: Any, codes: Any, scales: Any) -> Any:
+    """Round 32 float32 values to int8 `codes`; scales gets (scale, scale * sum of codes)."""
+
+    def emit(context: Any, builder: Builder, signature: Any, arguments: Any) -> Value:
+        x, codes, scales = arguments
+
+        def call(name: str, kind: Value, *values: Value) -> Value:
+            function_type = ir.FunctionType(kind, [value.type for value in values])
+            return builder.call(cgutils.get_or_insert_function(builder.module, function_type, name), values)
+
+        parts = [_load(builder, x, _VF, 64 * i) for i in range(2)]
+        sizes = [call("llvm.fabs.v16f32", _VF, part) for part in parts]
+        larger = builder.select(builder.fcmp_ordered(">", sizes[0], sizes[1]), sizes[0], sizes[1])
+        largest = call("llvm.vector.reduce.fmax.v16f32", _F32, larger)
+        inverse = builder.fdiv(_F32(127.0), largest)
+        inverse = builder.select(builder.fcmp_ordered(">", largest, _F32(1e-30)), inverse, _F32(0.0))
+        scale = builder.fmul(largest, _F32(1.0 / 127.0))
+        factor, total = _splat(builder, inverse), ir.Constant(_VI32, None)
+        for i, part in enumerate(parts):
+            rounded = builder.fptosi(call("llvm.rint.v16f32", _VF, builder.fmul(part, factor)), _VI32)
+            total = builder.add(total, rounded)
+            _store(builder, builder.trunc(rounded, ir.VectorType(_I8, LANES)), codes, LANES * i)
+        count = builder.sitofp(call("llvm.vector.reduce.add.v16i32", _I32, total), _F32)
+        _store(builder, scale, scales)
+        _store(builder, builder.fmul(scale, count), scales, 4)
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 3), emit
+
+
 # ---- Attention over one page: P positions of D = 16 * num_vectors values ----
 
 
@@ -242,10 +363,6 @@ weighted_sum_16, weighted_sum_64 = _make_weighted_sum(1), _make_weighted_sum(4)
 
 ROWS = 8  # query rows of a tile
 KEYS = 2 * LANES  # keys of a packed block
-
-
-def _splat_load(builder: Builder, address: Value, offset: int) -> Value:
-    return _splat(builder, _load(builder, address, _F32, offset))
 
 
 @intrinsic

@@ -1,13 +1,16 @@
 """Weights in blocks of 32 on the CPU: GGUF's own, or rounded by us, or 16-bit ones; activations stay in fp32.
 
 For up to 4 tokens a product decodes its weights in registers (`kernels/block_linear.py`), and is as exact as an fp32
-product with the dequantised weights. For more it is a bfloat16 product by oneDNN with a dequantised copy in oneDNN's
-own layout, where the CPU has such instructions (2 more bytes a weight); else the same kernel. Rounding to bfloat16 is
-then confined to a product's inputs and output: the residual, norms, attention and the KV cache stay in fp32.
+product with the dequantised weights. Batches of up to 64 meet quantised weights with activations rounded to int8 in
+groups of 32 (`kernels/block_int8.py`), as in llama.cpp, and prompts are a bfloat16 product by oneDNN with a dequantised
+copy in its own layout: each where the CPU has such instructions. Rounding is confined to a product's inputs (and
+oneDNN's output): the residual, norms, attention and the KV cache stay in fp32.
 
-Measured on an AMD EPYC (Zen 4, AVX512-BF16), one thread, [3072, 576], us for 1 / 4 / 8 / 32 tokens: Q4_1 blocks 115 /
-199 / 322 / 1,280; oneDNN - / 90 / 150 / 520; torch's own bfloat16 product 139 / 171 / 230 / 620; fp32 142 / 369 / 605 /
-1,800. Whole steps: `benchmarks/bench_cpu.py`.
+Measured on 2 cores of an AMD EPYC (Zen 4), [3072, 576] from memory, us for 1 / 4 / 8 / 32 / 256 tokens: Q4_1 blocks
+exactly 65 / 132 / 183 / - / -; int8 47 / 68 / 83 / 274 / 1,980; oneDNN in bfloat16 183 / 181 / 173 / 398 / 2,412.
+SmolLM2 on 1,000 tokens of prose and licence against exact products: int8 has the same best token at 95.9 % of
+positions (KL 0.0036, perplexity 33.3), bfloat16 at 96.5 % (0.0010, 33.4; exact 33.4). Whole steps:
+`benchmarks/bench_cpu.py`.
 """
 
 from __future__ import annotations
@@ -21,12 +24,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ramet.errors import ConfigError
+from ramet.kernels import block_int8
 from ramet.kernels.block_linear import FORMATS, block_linear, dequantize, quantize
+from ramet.kernels.cpu_vectors import has_int8_products
 from ramet.runtime.models.linear import Embedding, LinearMethod, PlainEmbedding, PlainLinear
 from ramet.runtime.models.weights import Weights
 
-# From 5 tokens on the bfloat16 product is at least twice as fast; below, exactness and fewer bytes read win.
-_MAX_BLOCK_TOKENS = 4
+_MAX_EXACT_TOKENS = 4  # above, rounded activations are at least twice as fast; below, exactness wins
+_MAX_INT8_TOKENS = 64  # above, bfloat16 is about as fast and rounds less
 QUANTIZATIONS = {"int8": "Q8_0", "int4": "Q4_1", "gguf": None}
 
 
@@ -34,19 +39,39 @@ QUANTIZATIONS = {"int8": "Q8_0", "int4": "Q4_1", "gguf": None}
 DenseProduct = Callable[[Tensor], Tensor]
 
 
+@dataclass(frozen=True, slots=True)
+class CpuFeatures:
+    """What the CPU multiplies natively: bfloat16 (by oneDNN), groups of bytes."""
+
+    bf16: bool
+    int8: bool
+
+    @classmethod
+    def detect(cls) -> CpuFeatures:
+        """Ask this machine."""
+        bf16 = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and torch.cpu._is_avx512_bf16_supported()
+        return cls(bf16, has_int8_products())
+
+
 @dataclass(slots=True, eq=False)
 class BlockLinear:
-    """A product with weights in blocks. `dense`: the product for many tokens, or None: blocks always."""
+    """A product with weights in blocks. `packed` (for int8) and `dense`: products for many tokens, where there are."""
 
     blocks: Tensor
     block_format: str
     num_rows: int
+    packed: Tensor | None
     dense: DenseProduct | None
 
     def apply(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        if self.dense is None or x.shape[0] <= _MAX_BLOCK_TOKENS:
+        num_tokens = x.shape[0]
+        if num_tokens <= _MAX_EXACT_TOKENS or (self.packed is None and self.dense is None):
             return block_linear(x, self.blocks, self.block_format, self.num_rows, bias)
-        out = self.dense(x.to(torch.bfloat16)).float()
+        if self.packed is not None and (self.dense is None or num_tokens <= _MAX_INT8_TOKENS):
+            out = block_int8.block_int8_linear(x, self.packed)
+        else:
+            assert self.dense is not None
+            out = self.dense(x.to(torch.bfloat16)).float()
         return out if bias is None else out.add_(bias)
 
 
@@ -86,7 +111,7 @@ class BlockStorage:
     weights: Mapping[str, Tensor]
     block_format: str | None
     must_be_quantized: bool  # refuse matrices that the file doesn't hold in blocks we know
-    has_bf16: bool  # the CPU multiplies bfloat16 natively
+    features: CpuFeatures
     device: torch.device
     dtype: torch.dtype
 
@@ -137,12 +162,16 @@ class BlockStorage:
         return isinstance(self.weights, Weights) and self.weights.quantized(name) is not None
 
     def _blocks(self, blocks: Tensor, block_format: str, num_rows: int) -> BlockLinear:
+        features = self.features
+        packed: Tensor | None = None
         dense: DenseProduct | None = None
-        if self.has_bf16 and block_format == "BF16":
+        if features.int8 and block_int8.takes(block_format, num_rows):
+            packed = block_int8.pack(blocks, block_format, num_rows)
+        if features.bf16 and block_format == "BF16":
             dense = partial(F.linear, weight=blocks)  # in the same memory: a second copy would double the model
-        elif self.has_bf16:
+        elif features.bf16:
             dense = OneDnnProduct.pack(dequantize(blocks, block_format).to(torch.bfloat16))
-        return BlockLinear(blocks, block_format, num_rows, dense)
+        return BlockLinear(blocks, block_format, num_rows, packed, dense)
 
 
 def block_storage(
@@ -159,12 +188,7 @@ def block_storage(
         weights,
         None if quantization is None else QUANTIZATIONS[quantization],
         quantization == "gguf",
-        _has_bf16(),
+        CpuFeatures.detect(),
         device,
         torch.float32,
     )
-
-
-def _has_bf16() -> bool:
-    """True where oneDNN multiplies bfloat16 with the CPU's own instructions."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and torch.cpu._is_avx512_bf16_supported()

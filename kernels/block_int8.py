@@ -1,0 +1,173 @@
+"""Product with weights in blocks of 32 by integer instructions, for batches and prompts on the CPU.
+
+Activations are rounded to int8 with one scale for 32 of them, as GGML does for its quantised products; codes of weights
+stay exact. 16 weight rows lie in the lanes of a vector, so sums cross no lanes and unpacking is shared by all tokens.
+y = sum over blocks of d * s * (codes . x) + m * s * sum(x), for weights d * code + m and activations s * x.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numba import carray, njit
+from torch import Tensor
+
+from ramet.kernels import cpu_vectors as v
+from ramet.kernels.block_linear import FORMATS, dequantize
+from ramet.kernels.cpu_threads import Kernel, compiled, num_threads, parallel, thread_count, thread_index
+
+# Bits of a code.
+_BITS = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 8}
+_TOKENS_AT_ONCE = 256  # their activations stay in the second-level cache while all weights pass by
+
+
+def takes(block_format: str, num_rows: int) -> bool:
+    """True where `pack` and `block_int8_linear` apply (on a CPU that `has_int8_products`)."""
+    return block_format in _BITS and num_rows % v.LANES == 0
+
+
+def pack(blocks: Tensor, block_format: str, num_rows: int) -> Tensor:
+    """Lay out blocks (see `block_linear`) for `block_int8_linear`.
+
+    Returns uint8 [num_rows / 16, K / 32, 64 + 64 * bits]: of 16 rows and 32 columns scales and minimums in fp16, then
+    codes by 4 columns, 16 rows each. Of 4-bit codes, columns 16 to 31 are the high halves.
+    """
+    parts = blocks.view(num_rows, -1, FORMATS[block_format][1])
+    scale = parts[..., :2].contiguous().view(torch.float16)
+    if block_format == "Q8_0":
+        codes, minimum = parts[..., 2:] ^ 128, -128 * scale.float()
+    elif block_format == "Q4_0":
+        codes, minimum = parts[..., 2:], -8 * scale.float()
+    else:
+        codes, minimum = parts[..., 4:], parts[..., 2:4].contiguous().view(torch.float16).float()
+    by_tile = codes.reshape(num_rows // v.LANES, v.LANES, parts.shape[1], -1, 4)  # tile, row, block, group, column
+    packed = by_tile.permute(0, 2, 3, 1, 4).reshape(num_rows // v.LANES, parts.shape[1], -1)
+    heads = [
+        value.half().reshape(-1, v.LANES, parts.shape[1]).transpose(1, 2).contiguous().view(torch.uint8)
+        for value in (scale, minimum)
+    ]
+    return torch.cat((*heads, packed), dim=-1).contiguous()
+
+
+def block_int8_linear(x: Tensor, packed: Tensor) -> Tensor:
+    """Return fp32 [T, num_rows] for x fp32 [T, K]; any number of tokens."""
+    num_tokens, num_columns = x.shape
+    tiles, num_blocks, block_bytes = packed.shape
+    x = x.contiguous()
+    padded = -(-num_tokens // 4) * 4
+    codes = torch.empty((padded, num_columns), dtype=torch.int8)
+    scales = torch.empty((padded, num_blocks, 2), dtype=torch.float32)
+    out = torch.empty((padded, tiles * v.LANES), dtype=torch.float32)
+    _launch(
+        _kernel.address,
+        packed.data_ptr(),
+        x.data_ptr(),
+        codes.data_ptr(),
+        scales.data_ptr(),
+        out.data_ptr(),
+        num_tokens,
+        padded,
+        tiles,
+        num_blocks,
+        (block_bytes - 64) // 64,
+        thread_count(),
+    )
+    return out[:num_tokens]
+
+
+def block_int8_linear_reference(x: Tensor, blocks: Tensor, block_format: str, num_rows: int) -> Tensor:
+    """Specification of `block_int8_linear`, from the blocks before `pack`: round activations, multiply in fp32."""
+    groups = x.view(x.shape[0], -1, v.BLOCK)
+    largest = groups.abs().amax(-1, keepdim=True)
+    codes = torch.where(largest > 1e-30, groups * (127 / largest), 0).round()
+    rounded = (codes * (largest / 127)).view_as(x)
+    return rounded @ dequantize(blocks, block_format).view(num_rows, -1).T
+
+
+# ---- Compiled part ----
+
+
+def _by_tokens(dots: list[Any]) -> Any:  # Any: numba intrinsics
+    dot_4, dot_8, dot_12, dot_16 = dots
+
+    def dot(
+        tokens: int,
+        weights: int,
+        x: int,
+        x_stride: int,
+        scales: int,
+        scale_stride: int,
+        num_blocks: int,
+        out: int,
+        out_stride: int,
+    ) -> None:
+        if tokens == 16:
+            dot_16(weights, x, x_stride, scales, scale_stride, num_blocks, out, out_stride)
+        elif tokens == 12:
+            dot_12(weights, x, x_stride, scales, scale_stride, num_blocks, out, out_stride)
+        elif tokens == 8:
+            dot_8(weights, x, x_stride, scales, scale_stride, num_blocks, out, out_stride)
+        else:
+            dot_4(weights, x, x_stride, scales, scale_stride, num_blocks, out, out_stride)
+
+    return njit(nogil=True)(dot)
+
+
+_dot_4_bits, _dot_8_bits = _by_tokens(v.dots_int8[4]), _by_tokens(v.dots_int8[8])
+
+
+@compiled
+def _launch(
+    kernel: int,
+    weights: int,
+    x: int,
+    codes: int,
+    scales: int,
+    out: int,
+    num_tokens: int,
+    padded: int,
+    tiles: int,
+    num_blocks: int,
+    bits: int,
+    threads: int,
+) -> None:
+    for block in range(num_tokens * num_blocks):
+        v.quantize_block(x + block * 128, codes + block * 32, scales + block * 8)
+    unused = (padded - num_tokens) * num_blocks  # what pads nobody reads, but denormal numbers would be slow
+    carray(v.float32_at(scales + num_tokens * num_blocks * 8), (unused * 2,))[:] = np.float32(0.0)
+    arguments = np.empty(8, np.int64)
+    arguments[0] = weights
+    arguments[1] = codes
+    arguments[2] = scales
+    arguments[3] = out
+    arguments[4] = padded
+    arguments[5] = tiles
+    arguments[6] = num_blocks
+    arguments[7] = bits
+    parallel(kernel, arguments, threads)
+
+
+@Kernel
+def _kernel(pointer: Any) -> None:  # Any: int64*
+    """One thread's tiles of 16 rows; the number of tokens is a multiple of 4."""
+    a = carray(pointer, 8)
+    num_tokens, tiles, num_blocks, bits = a[4], a[5], a[6], a[7]
+    low, high = tiles * thread_index() // num_threads(), tiles * (thread_index() + 1) // num_threads()
+    x_stride, scale_stride, out_stride = num_blocks * 32, num_blocks * 8, tiles * 64
+    tile_bytes = num_blocks * (64 + 64 * bits)
+    for begin in range(0, num_tokens, _TOKENS_AT_ONCE):
+        end = min(begin + _TOKENS_AT_ONCE, num_tokens)
+        for tile in range(low, high):
+            weights, token = a[0] + tile * tile_bytes, begin
+            while token < end:
+                left = end - token
+                tokens = 16 if left >= 16 else left
+                x, scales = a[1] + token * x_stride, a[2] + token * scale_stride
+                out = a[3] + token * out_stride + tile * 64
+                if bits == 4:
+                    _dot_4_bits(tokens, weights, x, x_stride, scales, scale_stride, num_blocks, out, out_stride)
+                else:
+                    _dot_8_bits(tokens, weights, x, x_stride, scales, scale_stride, num_blocks, out, out_stride)
+                token += tokens
