@@ -18,7 +18,7 @@ from ramet.kernels.attention_extend_triton import attention_extend_triton
 from ramet.kernels.attention_plan import TileConfig, decode_config, extend_config, tree_config
 from ramet.kernels.attention_tree import TreePlan
 from ramet.kernels.attention_tree_triton import attention_tree_triton
-from ramet.kernels.grammar_mask import ResidentAutomata, TokenTable
+from ramet.kernels.grammar_mask import Budgets, ResidentAutomata, TokenTable
 from ramet.kernels.grammar_mask_triton import advance_states_triton, build_masks_triton
 from ramet.kernels.sampling import GrammarTables
 from ramet.kernels.sampling_triton import sample_triton
@@ -220,13 +220,16 @@ def grammars() -> list[Launch]:
         ints(65_794),
         tensor(256, 256, dtype=torch.uint8),
         tensor(65_794, dtype=torch.bool),
+        ints(65_794),
+        ints(65_794),
         257,
     )
     state = ints(SLOTS + 1, step_inputs.NUM_HEADER_COLUMNS + MAX_PAGES)[:, 2]
+    budgets = Budgets(ints(64), state, state)
     build = partial(build_masks_triton, ints(64), automata, tokens, ints(64, -(-vocab // 32)))
     return [
         Launch("build_masks", build),
-        Launch("advance_states", partial(advance_states_triton, ints(64), ints(64), state, automata, tokens)),
+        Launch("advance_states", partial(advance_states_triton, ints(64), ints(64), state, automata, tokens, budgets)),
     ]
 
 

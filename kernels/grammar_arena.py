@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ramet.errors import GrammarTooLarge
+from ramet.kernels.grammar_closing import IMPOSSIBLE
 from ramet.kernels.grammar_mask import (
     END,
     AutomatonTables,
@@ -82,6 +83,8 @@ class GrammarArena:
             state_grammar=zeros(total_states).fill_(-1),
             byte_class=zeros(max_grammars, 256, dtype=torch.uint8),
             accepting=zeros(total_states, dtype=torch.bool),
+            need=zeros(total_states).fill_(IMPOSSIBLE),
+            closing_token=zeros(total_states).fill_(-1),
             final_state=self.final_state,
         )
         self.mask_index = zeros(total_states)
@@ -189,10 +192,17 @@ class GrammarArena:
         automata.state_grammar[states] = resident.grammar_row
         automata.byte_class[resident.grammar_row] = torch.from_numpy(tables.byte_class.astype(np.uint8)).to(device)
         automata.accepting[states] = torch.from_numpy(tables.accepting.astype(np.bool_)).to(device)
+        closing = tables.closing
+        automata.need[states] = IMPOSSIBLE if closing is None else torch.from_numpy(closing.need).to(device)
+        automata.closing_token[states] = -1 if closing is None else torch.from_numpy(closing.token).to(device)
 
     def _build(self, resident: ResidentGrammar, tables: AutomatonTables) -> None:
         device, num_words = self.mask_rows.device, self.mask_rows.shape[1]
-        class_of, representative = mask_classes(tables.transitions, tables.accepting, self.tokens.longest)
+        class_of, representative = (
+            mask_classes(tables.transitions, tables.accepting, self.tokens.longest)
+            if tables.mask_classes is None
+            else tables.mask_classes
+        )
         row_of_class = np.empty(len(representative), dtype=np.int32)
         weights = _hash_weights(num_words, device)
         for start in range(0, len(representative), _ROWS_PER_LAUNCH):

@@ -19,6 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ramet.kernels.grammar_closing import ClosingTable
+
 NEVER = 0
 END = -1
 
@@ -28,11 +30,15 @@ class AutomatonTables:
     """A closed automaton as numpy arrays; the start state is 0, and every state can reach an accepting one.
 
     byte_class: uint8 [256]. transitions: int32 [num_states, num_classes], -1 = refused. accepting: bool [num_states].
+    closing: the ways out, for texts that must end within a budget; None leaves them alone.
+    mask_classes: what the function of this name returns, where it was asked before; None leaves it to the arena.
     """
 
     byte_class: NDArray[np.uint8]
     transitions: NDArray[np.int32]
     accepting: NDArray[np.bool_]
+    closing: ClosingTable | None = None
+    mask_classes: tuple[NDArray[np.int32], NDArray[np.int32]] | None = None
 
     @property
     def num_states(self) -> int:
@@ -99,6 +105,7 @@ class ResidentAutomata:
     transitions: int32, flat; the row of state s starts at state_row[s] (int64 [states]) and holds global states or -1.
     state_grammar: int32 [states], the row of byte_class, or -1 for states that no token leaves.
     byte_class: uint8 [grammars, 256]. accepting: bool [states]. final_state: the state after an end token.
+    need, closing_token: int32 [states], as in `grammar_closing`; need is IMPOSSIBLE where nothing is to be closed.
     """
 
     transitions: Tensor
@@ -106,7 +113,23 @@ class ResidentAutomata:
     state_grammar: Tensor
     byte_class: Tensor
     accepting: Tensor
+    need: Tensor
+    closing_token: Tensor
     final_state: int
+
+
+@dataclass(frozen=True, slots=True)
+class Budgets:
+    """Until when texts must be finished.
+
+    positions: int32 [B], the sampled token's index in its sequence. close_at: int32 [S + 1] by slot, tokens that the
+    sequence may have in all (0: no limit). end_token: int32 [S + 1], 1 + the token that ends the text where it may end
+    (0: none may).
+    """
+
+    positions: Tensor
+    close_at: Tensor
+    end_token: Tensor
 
 
 def build_masks(states: Tensor, automata: ResidentAutomata, tokens: TokenTable, out: Tensor) -> None:
@@ -123,19 +146,26 @@ def build_masks(states: Tensor, automata: ResidentAutomata, tokens: TokenTable, 
 
 
 def advance_states(
-    rows: Tensor, sampled: Tensor, state: Tensor, automata: ResidentAutomata, tokens: TokenTable
+    rows: Tensor,
+    sampled: Tensor,
+    state: Tensor,
+    automata: ResidentAutomata,
+    tokens: TokenTable,
+    budgets: Budgets | None = None,
 ) -> None:
     """Move the state of every slot in `rows` (int32 [B]) past its sampled token (int [B]), in place.
 
     state: int32 [S + 1]. Slots in states that no token leaves (free, host-masked, final) keep them. After an end token,
     or a token that is refused, the state is `automata.final_state`.
+    With `budgets`, a token after which too few are left to finish the text, where before it there were enough, is
+    replaced in `sampled` by the first of the shortest completion, or by the end token where the text may end.
     """
     if rows.is_cuda:
         from ramet.kernels.grammar_mask_triton import advance_states_triton
 
-        advance_states_triton(rows, sampled, state, automata, tokens)
+        advance_states_triton(rows, sampled, state, automata, tokens, budgets)
     else:
-        advance_states_reference(rows, sampled, state, automata, tokens)
+        advance_states_reference(rows, sampled, state, automata, tokens, budgets)
 
 
 def build_masks_reference(states: Tensor, automata: ResidentAutomata, tokens: TokenTable, out: Tensor) -> None:
@@ -154,25 +184,41 @@ def build_masks_reference(states: Tensor, automata: ResidentAutomata, tokens: To
 
 
 def advance_states_reference(
-    rows: Tensor, sampled: Tensor, state: Tensor, automata: ResidentAutomata, tokens: TokenTable
+    rows: Tensor,
+    sampled: Tensor,
+    state: Tensor,
+    automata: ResidentAutomata,
+    tokens: TokenTable,
+    budgets: Budgets | None = None,
 ) -> None:
     """Specification of `advance_states` and its CPU path."""
-    for row, token in zip(rows.tolist(), sampled.tolist(), strict=True):
-        current = int(state[row])
-        grammar = int(automata.state_grammar[current])
-        if grammar < 0:
+    for index, (row, token) in enumerate(zip(rows.tolist(), sampled.tolist(), strict=True)):
+        before = int(state[row])
+        if int(automata.state_grammar[before]) < 0:
             continue
-        length, offset = int(tokens.lengths[token]), int(tokens.offsets[token])
-        if length <= 0:
-            state[row] = automata.final_state
-            continue
-        for byte in tokens.flat[offset : offset + length].tolist():
-            start = int(automata.state_row[current])
-            current = int(automata.transitions[start + int(automata.byte_class[grammar, byte])])
-            if current < 0:
-                current = automata.final_state
-                break
-        state[row] = current
+        after = _walk(before, token, automata, tokens)
+        if budgets is not None and after != automata.final_state and int(budgets.close_at[row]):
+            left = int(budgets.close_at[row]) - int(budgets.positions[index]) - 1
+            need = int(automata.need[before])
+            if int(automata.need[after]) > left and need <= left + 1:
+                forced = int(automata.closing_token[before]) if need else int(budgets.end_token[row]) - 1
+                if forced >= 0:
+                    sampled[index] = forced
+                    after = _walk(before, forced, automata, tokens) if need else automata.final_state
+        state[row] = after
+
+
+def _walk(state: int, token: int, automata: ResidentAutomata, tokens: TokenTable) -> int:
+    """The state after a token; the final one after an end token, or where it is refused."""
+    length, offset = int(tokens.lengths[token]), int(tokens.offsets[token])
+    if length <= 0:
+        return automata.final_state
+    grammar = int(automata.state_grammar[state])
+    for byte in tokens.flat[offset : offset + length].tolist():
+        state = int(automata.transitions[int(automata.state_row[state]) + int(automata.byte_class[grammar, byte])])
+        if state < 0:
+            return automata.final_state
+    return state
 
 
 def pack_mask(allowed: Tensor) -> Tensor:

@@ -3,14 +3,14 @@
 
 `_build_kernel`, grid (states, blocks of 1,024 tokens): all tokens of the block walk together, one byte a turn, until
 each is refused or at its end; the program stops when none walks. A tile is [32 words, 32 bits].
-`_advance_kernel`, grid (B): one program walks one sampled token.
+`_advance_kernel`, grid (B): one program walks one sampled token, and another one where that one leaves no way out.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from ramet.kernels.grammar_mask import ResidentAutomata, TokenTable
+from ramet.kernels.grammar_mask import Budgets, ResidentAutomata, TokenTable
 from ramet.kernels.triton_support import cdiv, jit, tl
 
 _WORDS = 32
@@ -38,7 +38,12 @@ def build_masks_triton(states: Tensor, automata: ResidentAutomata, tokens: Token
 
 
 def advance_states_triton(
-    rows: Tensor, sampled: Tensor, state: Tensor, automata: ResidentAutomata, tokens: TokenTable
+    rows: Tensor,
+    sampled: Tensor,
+    state: Tensor,
+    automata: ResidentAutomata,
+    tokens: TokenTable,
+    budgets: Budgets | None = None,
 ) -> None:
     """Launch the kernel of `advance_states`; may be part of a CUDA graph."""
     if len(rows) == 0:
@@ -56,6 +61,13 @@ def advance_states_triton(
         tokens.flat,
         tokens.offsets,
         automata.final_state,
+        automata.need,
+        automata.closing_token,
+        rows if budgets is None else budgets.positions,
+        rows if budgets is None else budgets.close_at,
+        rows if budgets is None else budgets.end_token,
+        0 if budgets is None else budgets.close_at.stride(0),
+        HAS_BUDGETS=budgets is not None,
         num_warps=1,
     )
 
@@ -96,21 +108,45 @@ def _build_kernel(
 @jit
 def _advance_kernel(
     rows_ptr, sampled_ptr, state_ptr, state_stride, transitions_ptr, state_row_ptr, state_grammar_ptr, byte_class_ptr,
-    lengths_ptr, flat_ptr, offsets_ptr, final_state,
+    lengths_ptr, flat_ptr, offsets_ptr, final_state, need_ptr, closing_ptr, positions_ptr, close_at_ptr, end_token_ptr,
+    column_stride, HAS_BUDGETS: tl.constexpr,
 ):  # fmt: skip
     index = tl.program_id(0)
     slot = tl.load(rows_ptr + index).to(tl.int64)
     token = tl.load(sampled_ptr + index)
-    state = tl.load(state_ptr + slot * state_stride)
-    grammar = tl.load(state_grammar_ptr + state)
+    before = tl.load(state_ptr + slot * state_stride)
+    grammar = tl.load(state_grammar_ptr + before)
     if grammar >= 0:
-        length = tl.load(lengths_ptr + token)
-        byte_ptr = flat_ptr + tl.load(offsets_ptr + token)
-        state = tl.where(length > 0, state, -1)
-        position = length * 0
-        while (position < length) & (state >= 0):
-            byte = tl.load(byte_ptr + position).to(tl.int32)
-            column = tl.load(byte_class_ptr + grammar * 256 + byte).to(tl.int32)
-            state = tl.load(transitions_ptr + tl.load(state_row_ptr + state) + column)
-            position += 1
-        tl.store(state_ptr + slot * state_stride, tl.where(state >= 0, state, final_state))
+        class_ptr = byte_class_ptr + grammar * 256
+        after = walk(before, token, class_ptr, transitions_ptr, state_row_ptr, lengths_ptr, flat_ptr, offsets_ptr)
+        if HAS_BUDGETS:
+            close_at = tl.load(close_at_ptr + slot * column_stride)
+            if (close_at > 0) & (after >= 0):
+                left = close_at - tl.load(positions_ptr + index) - 1
+                need = tl.load(need_ptr + before)
+                if (tl.load(need_ptr + after) > left) & (need <= left + 1):
+                    end_token = tl.load(end_token_ptr + slot * column_stride) - 1
+                    forced = tl.where(need > 0, tl.load(closing_ptr + before), end_token)
+                    if forced >= 0:
+                        tl.store(sampled_ptr + index, forced)
+                        after = after * 0 - 1
+                        if need > 0:
+                            after = walk(
+                                before, forced, class_ptr, transitions_ptr, state_row_ptr, lengths_ptr, flat_ptr,
+                                offsets_ptr,
+                            )  # fmt: skip
+        tl.store(state_ptr + slot * state_stride, tl.where(after >= 0, after, final_state))
+
+
+@jit
+def walk(state, token, class_ptr, transitions_ptr, state_row_ptr, lengths_ptr, flat_ptr, offsets_ptr):
+    """Return the state after a token; -1 after an end token, or where it is refused."""
+    length = tl.load(lengths_ptr + token)
+    byte_ptr = flat_ptr + tl.load(offsets_ptr + token)
+    state = tl.where(length > 0, state, -1)
+    position = length * 0
+    while (position < length) & (state >= 0):
+        column = tl.load(class_ptr + tl.load(byte_ptr + position).to(tl.int32)).to(tl.int32)
+        state = tl.load(transitions_ptr + tl.load(state_row_ptr + state) + column)
+        position += 1
+    return state

@@ -5,7 +5,7 @@ A running sequence owns a slot: one row of an int32 arena. One arena means that 
 (row, column, value) triples, written by one launch whatever they touch. Floats are stored as their bits.
 
     columns   0 last_token   1 kv_len   2 grammar_state   3 temperature   4 top_k   5 top_p   6 min_p   7 seed_low
-              8 seed_high    9 error   10..15 unused     16.. page table
+              8 seed_high    9 error   10 close_at   11 end_token   12..15 unused     16.. page table
     rows      0..S-1 slots; S the dummy slot that padded batch rows point to: kv_len 0, page 0, greedy
 
 kv_len counts the tokens whose KV is in the cache. In a decode step the row's `last_token` gets position kv_len.
@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ramet.kernels.grammar_mask import Budgets
 from ramet.kernels.sampling import GrammarTables, SamplingTables
 from ramet.kernels.triton_support import cdiv, jit_any_value, tl
 
@@ -37,6 +38,8 @@ COLUMNS = {
     "seed_low": 7,
     "seed_high": 8,
     "error": 9,
+    "close_at": 10,
+    "end_token": 11,
 }
 FLOAT_COLUMNS = frozenset({"temperature", "top_p", "min_p"})
 
@@ -82,6 +85,10 @@ class SlotTables:
     @property
     def grammar_state(self) -> Tensor:
         return self.column("grammar_state")
+
+    def budgets(self, positions: Tensor) -> Budgets:
+        """Return when the slots' constrained texts must be finished; positions: int32 [B], of the sampled tokens."""
+        return Budgets(positions, self.column("close_at"), self.column("end_token"))
 
     @property
     def page_table(self) -> Tensor:

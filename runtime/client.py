@@ -191,6 +191,7 @@ class Engine:
         self.chat_template = self.tokenizer.chat_template
         self._core: EngineCore = build_core(self.model, config)
         self.context_length = self._core.context_length
+        self.device_grammars = self._core.runner.device_grammars  # for whoever compiles grammars; None: host masks
         self._streams: dict[Sequence, _Stream] = {}
         self._by_id: dict[str, Sequence] = {}
         self._commands: deque[Callable[[], None]] = deque()

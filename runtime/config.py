@@ -45,7 +45,9 @@ class EngineConfig:
     kernel_table: str | None = _doc(
         None, "file of kernel choices measured on this card; None: the one that comes with Ramet, if there is one"
     )
-    grammar_on_device: bool = _doc(True, "keep closed automata on the GPU")
+    grammar_on_device: bool = _doc(
+        True, "keep closed automata on the GPU; JSON schemas are then written in their declared order"
+    )
     default_max_tokens: int = _doc(1024, "max_tokens of a request that names none (capped by the context)")
     reservation_ratio: float = _doc(1.0, "share of max_tokens that admission reserves memory for; below 1 may preempt")
     radix_cache: bool = _doc(True, "reuse KV between requests")

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from ramet.errors import GrammarTooLarge
 from ramet.kernels.grammar_arena import FREE_STATE
-from ramet.kernels.grammar_mask import AutomatonTables
 from ramet.runtime.model_runner import LaunchedStep, ModelRunner
 from ramet.runtime.scheduler import Scheduler
 from ramet.runtime.types import Batch, FinishReason, Grammar, Request, RowOutput, Sequence
@@ -176,13 +175,12 @@ class EngineCore:
     def _acquire_on_device(self, grammar: Grammar) -> int | None:
         """The arena's number of the grammar's state 0; None where it is open, or there is no arena or no room in it."""
         arena = self.runner.arena
-        if arena is None or not grammar.is_closed:
-            return None
-        tables = grammar.device_tables()
-        if tables is None:
+        grammars = self.runner.device_grammars
+        tables = None if arena is None or grammars is None else grammars.prepare(grammar)
+        if arena is None or tables is None:
             return None
         try:
-            return arena.acquire(grammar, AutomatonTables(tables.byte_class, tables.transitions, tables.accepting))
+            return arena.acquire(grammar, tables)
         except GrammarTooLarge as error:
             logger.info("the host computes the masks of a grammar: %s", error)
             return None
@@ -199,10 +197,10 @@ class EngineCore:
                 continue
             state: int | None = 0
             for token in item.sequence.output_ids:  # after a preemption; a state is a function of the tokens
-                assert state is not None
-                state = grammar.advance(state, token)
-            assert state is not None
-            states.append(base + state)
+                state = None if state is None else grammar.advance(state, token)
+            assert self.runner.arena is not None
+            # No state: past an end token, where the request ignores it.
+            states.append(self.runner.arena.final_state if state is None else base + state)
         return states
 
     def _host_masks(self, batch: Batch) -> NDArray[np.int32] | None:

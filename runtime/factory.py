@@ -13,6 +13,7 @@ from ramet.kernels.grammar_arena import GrammarArena
 from ramet.kernels.grammar_mask import TokenTable
 from ramet.runtime.config import EngineConfig
 from ramet.runtime.engine import EngineCore
+from ramet.runtime.grammar_device import DeviceGrammars
 from ramet.runtime.kv_cache import KVCache, bytes_per_token
 from ramet.runtime.memory import MemoryPlan, StepMemory, lower_fraction, plan_memory, read_cuda_memory
 from ramet.runtime.model_runner import ModelRunner
@@ -98,6 +99,7 @@ def build_core(model: LoadedModel, config: EngineConfig) -> EngineCore:
             device=device,
             max_kv_len=context,
             arena=arena,
+            device_grammars=None if arena is None else make_device_grammars(model),
             tree=tree,
             is_deterministic=config.deterministic and device.type == "cuda",
         )
@@ -136,6 +138,11 @@ def make_arena(model: LoadedModel, config: EngineConfig, device: torch.device) -
         tokenizer.token_bytes, tokenizer.eos_ids, tokenizer.special_ids, model.config.vocab_size, device
     )
     return GrammarArena(tokens, config.max_running_requests)
+
+
+def make_device_grammars(model: LoadedModel) -> DeviceGrammars:
+    tokenizer = model.tokenizer
+    return DeviceGrammars(tokenizer.token_bytes, tokenizer.eos_ids, tokenizer.special_ids)
 
 
 def make_tree_planner(model: LoadedModel, config: EngineConfig, device: torch.device) -> TreePlanner | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import weakref
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Protocol
 
 from ramet.lang.ir import Constraint
@@ -14,6 +14,7 @@ from ramet.runtime.chat_template import ChatTemplate
 if TYPE_CHECKING:
     from ramet.grammar import CompiledGrammar, Vocabulary
     from ramet.grammar.service import CompileService
+    from ramet.runtime.grammar_device import DeviceGrammars
     from ramet.runtime.tool_style import ToolStyle
 
 
@@ -41,11 +42,14 @@ class GrammarCache:
     """Compiled constraints of one tokenizer's vocabulary. Thread-safe.
 
     The grammar engine is loaded, and its compile service started, at the first constraint. The service keeps what it
-    compiled, and limits time and memory.
+    compiled, and limits time and memory. With `device`, grammars are closed, if they can be, before their futures are
+    done; JSON schemas are then written in declared order, because any order has too many states.
     """
 
-    def __init__(self, tokenizer: VocabularySource) -> None:
+    def __init__(self, tokenizer: VocabularySource, device: DeviceGrammars | None = None) -> None:
         self._tokenizer = tokenizer
+        self._device = device
+        self._closing: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()
         self._service: CompileService | None = None
         self._vocabulary: Vocabulary | None = None
@@ -66,7 +70,51 @@ class GrammarCache:
             if constraint.kind == "tools":
                 return self._service.submit("tools", self._tool_set(constraint.source), self._vocabulary_with_marks())
             options = {"mode": "declared_order"} if constraint.in_order else {}
-            return self._service.submit(constraint.kind, constraint.source, self._vocabulary, **options)
+            if self._device is None:
+                return self._service.submit(constraint.kind, constraint.source, self._vocabulary, **options)
+            return self._on_device(self._service, self._vocabulary, constraint, options)
+
+    def _on_device(
+        self, service: CompileService, vocabulary: Vocabulary, constraint: Constraint, options: dict[str, str]
+    ) -> Future[CompiledGrammar]:
+        """Compile and close; what cannot be closed in declared order is compiled as it was asked for."""
+        device, kind, source = self._device, constraint.kind, constraint.source
+        assert device is not None
+        if self._closing is None:
+            self._closing = ThreadPoolExecutor(1, "ramet-close")
+        closing = self._closing
+        ordered = {"mode": "declared_order"} if kind == "json_schema" else options
+        compiled = service.submit(kind, source, vocabulary, **ordered)
+        answer: Future[CompiledGrammar] = Future()
+
+        def settle(found: Future[CompiledGrammar]) -> None:
+            if found.cancelled() or not answer.set_running_or_notify_cancel():
+                return
+            error = found.exception()
+            if error is None:
+                answer.set_result(found.result())
+            else:
+                answer.set_exception(error)
+
+        def close(found: Future[CompiledGrammar]) -> None:
+            if answer.cancelled():
+                return
+            if found.exception() is None and not device.close(found.result()) and ordered != options:
+                service.submit(kind, source, vocabulary, **options).add_done_callback(settle)
+            else:
+                settle(found)
+
+        def close_later(found: Future[CompiledGrammar]) -> None:
+            if found.cancelled():
+                return
+            try:
+                closing.submit(close, found)
+            except RuntimeError:  # the cache was closed
+                settle(found)
+
+        answer.add_done_callback(lambda done: compiled.cancel() if done.cancelled() else None)
+        compiled.add_done_callback(close_later)
+        return answer
 
     def _tool_set(self, source: str) -> str:
         """The tool set in the format of the model's chat template, where it names none."""
@@ -98,5 +146,7 @@ class GrammarCache:
     def close(self) -> None:
         """Give up what is being compiled, and end the service's threads."""
         with self._lock:
+            if self._closing is not None:
+                self._closing.shutdown(wait=False, cancel_futures=True)
             if self._service is not None:
                 self._service.close()

@@ -25,6 +25,7 @@ from ramet.kernels.logits import compute_logprobs
 from ramet.kernels.sampling import sample
 from ramet.kernels.step_inputs import COLUMNS, DecodeInputs, commit_decode, prepare_decode, scatter_rows
 from ramet.runtime.cuda_graph import Capture, DecodeBuffers, GraphKey, MixedBuffers, MixedKey, StepGraphs
+from ramet.runtime.grammar_device import DeviceGrammars
 from ramet.runtime.inputs import (
     ExtendArrays,
     ExtendInputs,
@@ -108,6 +109,7 @@ class ModelRunner:
         device: torch.device,
         max_kv_len: int,
         arena: GrammarArena | None = None,
+        device_grammars: DeviceGrammars | None = None,
         tree: TreePlanner | None = None,
         is_deterministic: bool = False,
     ) -> None:
@@ -120,6 +122,7 @@ class ModelRunner:
         self.slots = slots
         self.tables = slots.tables
         self.arena = arena
+        self.device_grammars = device_grammars
         self.tree = tree
         self.is_deterministic = is_deterministic
         self.sampling = (
@@ -241,7 +244,7 @@ class ModelRunner:
         logits = self.decoder.logits(hidden.index_select(0, part("sample_index")))
         slots = part("sample_rows")
         sample(logits, self.sampling, slots, part("sample_positions"), None, buffers.tokens)
-        self._commit(slots, buffers.tokens)
+        self._commit(slots, buffers.tokens, part("sample_positions"))
 
     def _decode_body(self, key: GraphKey, buffers: DecodeBuffers) -> None:
         tables, inputs = self.tables, buffers.inputs
@@ -255,7 +258,7 @@ class ModelRunner:
             buffers.logits = logits
             return
         sample(logits, self.sampling, buffers.rows, inputs.kv_lens, None, buffers.tokens)
-        self._commit(buffers.rows, buffers.tokens)
+        self._commit(buffers.rows, buffers.tokens, inputs.kv_lens)
 
     def _graph_metadata(self, inputs: DecodeInputs, rows: Tensor, *, uses_tree: bool) -> DecodeMetadata:
         tree = self.tree.plan if uses_tree and self.tree is not None else None
@@ -270,11 +273,12 @@ class ModelRunner:
             return FIXED_SPLITS
         return choose_num_splits(_padded(batch), self.model.num_kv_heads, self.max_kv_len, self.num_sms)
 
-    def _commit(self, slots: Tensor, tokens: Tensor) -> None:
-        """Store the sampled tokens of these slots, count them, and advance the slots' automata."""
-        commit_decode(slots, tokens, self.tables.last_token, self.tables.kv_len)
+    def _commit(self, slots: Tensor, tokens: Tensor, positions: Tensor) -> None:
+        """Advance the slots' automata, which may replace a token to close a text; store and count the tokens."""
         if self.arena is not None:
-            advance_states(slots, tokens, self.tables.grammar_state, self.arena.automata, self.arena.tokens)
+            budgets = self.tables.budgets(positions)
+            advance_states(slots, tokens, self.tables.grammar_state, self.arena.automata, self.arena.tokens, budgets)
+        commit_decode(slots, tokens, self.tables.last_token, self.tables.kv_len)
 
     def _tree_plan(self, batch: Batch) -> TreePlan | None:
         return None if self.tree is None else self.tree.update(batch.items[: batch.num_decode])
@@ -295,7 +299,7 @@ class ModelRunner:
         mask = None if masks is None else upload([masks], self.device)[0]
         tokens = torch.empty(slots.numel(), dtype=torch.int32, device=self.device)
         sample(logits, self.sampling, slots, positions, mask, tokens)
-        self._commit(slots, tokens)
+        self._commit(slots, tokens, positions)
         wanted = [s.request.sampling.logprobs for s in sequences if s.request.sampling.logprobs is not None]
         return tokens, compute_logprobs(raw, tokens, max(wanted)) if edited and wanted else None
 

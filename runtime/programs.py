@@ -77,7 +77,8 @@ class ProgramHost:
         self.tokenizer: ProgramTokenizer = engine.tokenizer
         self.encoder = PieceEncoder(self.tokenizer)
         self.marks = RoleMarks(engine.tokenizer.chat_template)
-        self.grammars = GrammarCache(self.tokenizer)
+        # Only an engine with a model has it; its automata may run on the device.
+        self.grammars = GrammarCache(self.tokenizer, getattr(engine, "device_grammars", None))
 
     def start(self, on_event: Callable[[ir.NodeEvent], None], limits: ProgramLimits | None = None) -> ProgramExecutor:
         """A new program without nodes; `extend` it. `on_event` is called for everything that happens.

@@ -64,8 +64,9 @@ class RunningSlots:
 
 
 def _join_triples(sequence: Sequence, slot: int, state: int) -> list[tuple[int, int, int]]:
-    params = sequence.request.sampling
-    low, high = split_seed(sequence.request.seed)
+    request = sequence.request
+    params = request.sampling
+    low, high = split_seed(request.seed)
     values: dict[str, float] = {
         "grammar_state": state,
         "temperature": params.temperature,
@@ -75,6 +76,9 @@ def _join_triples(sequence: Sequence, slot: int, state: int) -> list[tuple[int, 
         "seed_low": low,
         "seed_high": high,
         "error": 0,
+        # Of constrained texts: they are finished within max_tokens, by an end token where one is wanted.
+        "close_at": 0 if request.grammar is None else request.num_prompt + request.max_tokens,
+        "end_token": 1 + min(request.stop_ids) if request.stop_ids else 0,
     }
     return [(slot, COLUMNS[name], column_bits(name, value)) for name, value in values.items()]
 

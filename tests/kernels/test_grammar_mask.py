@@ -10,8 +10,10 @@ import torch
 
 from ramet.errors import GrammarTooLarge
 from ramet.kernels.grammar_arena import FREE_STATE, GrammarArena
+from ramet.kernels.grammar_closing import TokenTrie, closing_table
 from ramet.kernels.grammar_mask import (
     AutomatonTables,
+    Budgets,
     TokenTable,
     advance_states_reference,
     build_masks_reference,
@@ -224,3 +226,31 @@ def test_host_masks_and_the_final_state_are_rows_like_the_others() -> None:
     final = arena.mask_rows[arena.mask_index[arena.final_state].long()]
     assert unpack_mask(final.unsqueeze(0), 40)[0].nonzero().flatten().tolist() == [END]
     assert bool((arena.mask_rows[arena.mask_index[FREE_STATE].long()] == -1).all())
+
+
+@pytest.mark.parametrize("kind", ["reference", "triton"])
+def test_a_token_that_leaves_no_way_out_is_replaced(kind: str) -> None:
+    """(ab)*: after `a` one more token is needed, so with one token left an `a` becomes the end, and so on."""
+    advance = advance_states_triton if kind == "triton" else advance_states_reference
+    arena = GrammarArena(token_table(), num_slots=6)
+    tables = ab_star()
+    trie = TokenTrie.create([TOKENS[i] if i < len(TOKENS) else b"" for i in range(40)], [END])
+    closing = closing_table(tables.byte_class, tables.transitions, tables.accepting, trie)
+    base = arena.acquire("ab", dataclasses.replace(tables, closing=closing))
+    a, b = TOKENS.index(b"a"), TOKENS.index(b"b")
+    # slot: state, position of the sampled token, close_at, end_token + 1, sampled -> token, state
+    rows = [
+        (base, 9, 10, END + 1, a, END, arena.final_state),  # the last token: `a` could not be followed by `b`
+        (base, 8, 10, END + 1, a, a, base + 1),  # one more fits
+        (base, 9, 10, 0, a, a, base + 1),  # no end token is wanted: left alone
+        (base, 9, 0, END + 1, a, a, base + 1),  # no limit
+        (base + 1, 9, 10, END + 1, b, b, base),  # on its way out
+    ]
+    columns = [torch.tensor(values, dtype=torch.int32, device=DEVICE) for values in zip(*rows, strict=True)]
+    state = torch.cat((columns[0], torch.zeros(1, dtype=torch.int32, device=DEVICE)))
+    budgets = Budgets(columns[1], columns[2], columns[3])
+    sampled = columns[4].clone()
+    order = torch.arange(len(rows), dtype=torch.int32, device=DEVICE)
+    advance(order, sampled, state, arena.automata, arena.tokens, budgets)
+    assert sampled.tolist() == columns[5].tolist()
+    assert state.tolist()[: len(rows)] == columns[6].tolist()

@@ -17,6 +17,7 @@ from ramet.kernels.grammar_arena import GrammarArena
 from ramet.kernels.grammar_mask import TokenTable
 from ramet.kernels.triton_support import HAS_TRITON
 from ramet.runtime.client import Engine
+from ramet.runtime.factory import make_device_grammars
 from ramet.runtime.models.load import LoadedModel
 from ramet.runtime.types import SamplingParams
 
@@ -80,6 +81,7 @@ def make_engine(model: LoadedModel, *, graphs: bool) -> Engine:
         )
         arena = GrammarArena(tokens, 2, max_states=64, max_transitions=1 << 12, max_mask_rows=32)
         runner.arena = arena
+        runner.device_grammars = make_device_grammars(model)
         runner.sampling = runner.tables.sampling(arena.mask_index, arena.mask_rows)
         runner.capture_graphs(16, Record())
         engine._core.overlap = True

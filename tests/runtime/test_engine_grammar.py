@@ -12,6 +12,7 @@ from ramet.grammar.sources import compile_constraint
 from ramet.kernels.grammar_arena import GrammarArena
 from ramet.kernels.grammar_mask import TokenTable
 from ramet.runtime.client import Engine
+from ramet.runtime.factory import make_device_grammars
 from ramet.runtime.models.load import LoadedModel
 from ramet.runtime.types import FinishReason, Grammar, SamplingParams
 
@@ -40,6 +41,7 @@ def make_engine(model: LoadedModel, *, on_device: bool) -> Engine:
         runner = engine._core.runner
         arena = GrammarArena(tokens, 8, max_states=4096, max_transitions=1 << 18, max_mask_rows=512)
         runner.arena = arena
+        runner.device_grammars = make_device_grammars(model)
         runner.sampling = runner.tables.sampling(arena.mask_index, arena.mask_rows)
     return engine
 
@@ -124,3 +126,52 @@ def test_a_torch_device_without_an_arena_masks_on_the_host(tiny_model: LoadedMod
         engine.submit("x", SamplingParams(max_tokens=40, seed=1), grammar=grammars[0]).result(timeout_s=60)
         assert not engine._core._grammar_states
         assert not engine._core._on_host
+
+
+@pytest.mark.parametrize("max_tokens", [9, 11, 14])
+def test_the_device_closes_a_small_budget_as_the_host_does(
+    tiny_model: LoadedModel, grammars: list[Grammar], max_tokens: int
+) -> None:
+    with make_engine(tiny_model, on_device=True) as engine:
+        engine._core.overlap = True
+        for seed in range(6):
+            for pattern, grammar in zip(PATTERNS, grammars, strict=True):
+                sampling = SamplingParams(temperature=1.5, max_tokens=max_tokens, seed=seed)
+                result = engine.submit("x", sampling, grammar=grammar).result(timeout_s=60)
+                assert re.fullmatch(pattern, result.text), (pattern, result.text)
+                assert len(result.token_ids) <= max_tokens
+        assert not engine._core._grammar_states
+
+
+def test_a_budget_that_no_text_fits_is_left_alone_on_the_device(
+    tiny_model: LoadedModel, grammars: list[Grammar]
+) -> None:
+    with make_engine(tiny_model, on_device=True) as engine:
+        sampling = SamplingParams(temperature=1.5, max_tokens=2, seed=1)
+        result = engine.submit("x", sampling, grammar=grammars[0]).result(timeout_s=60)
+        assert result.finish_reason is FinishReason.LENGTH
+        assert len(result.token_ids) == 2
+
+
+def test_a_preempted_sequence_that_ignores_end_tokens_goes_on_past_one(tiny_model: LoadedModel) -> None:
+    grammar = compile_constraint("regex", "ab?", vocabulary(tiny_model))
+    assert grammar.close()
+    with make_engine(tiny_model, on_device=True) as engine:
+        core = engine._core
+        sampling = SamplingParams(temperature=1.0, max_tokens=8, seed=1, ignore_eos=True)
+        step = core.step
+        count = 0
+
+        def preempting() -> list[object]:
+            nonlocal count
+            count += 1
+            idle = [s for s in core.scheduler._decoding if not s.num_in_flight and len(s.output_ids) > 3]
+            if idle and count % 3 == 0:
+                core.scheduler._preempt(idle[-1])
+            return step()  # type: ignore[return-value]
+
+        core.step = preempting  # type: ignore[assignment, method-assign]
+        result = engine.submit("x", sampling, grammar=grammar).result(timeout_s=60)
+        assert len(result.token_ids) == 8
+        assert result.finish_reason is FinishReason.LENGTH
+        assert engine.stats()["num_preemptions"] > 0
