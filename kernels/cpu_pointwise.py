@@ -1,8 +1,8 @@
-"""Norms, gated activations and rotary + cache write in fp32 on the CPU, for small batches, compiled, single-threaded.
+"""Norms, gated activations and rotary + cache write in fp32 on the CPU, compiled; prompts on torch's threads.
 
 At batch 1 a torch call costs 2 to 5 us and these ops are two to ten calls each, once or more per layer; here each is
-one call of about 2 us. Same results as the torch references in `norm.py`, `activation.py` and `rope.py`, which dispatch
-to this module where `takes` says so. Not here: large batches, where torch's threads win, and other dtypes.
+one call of about 2 us, and one pass over memory. Same results as the torch references in `norm.py`, `activation.py` and
+`rope.py`, which dispatch to this module where `takes` says so. Not here: other dtypes.
 """
 
 from __future__ import annotations
@@ -14,30 +14,28 @@ import torch
 from numba import carray
 from torch import Tensor
 
-from ramet.kernels.cpu_threads import compiled
+from ramet.kernels.cpu_threads import Kernel, compiled, num_threads, parallel, thread_count, thread_index
 from ramet.kernels.cpu_vectors import float32_at, int32_at
 
-# Above this many values many threads of torch are faster than one here. A few are not: one pass of compiled code takes
-# 1.0 ms for silu of [1000, 3072], torch's two calls 3.2 ms divided by the threads; rms_norm is further apart.
-_MAX_VALUES = 32_768
-_FEW_THREADS = 3
+# Below this many values a second thread costs more than it saves (about 5 us).
+_PARALLEL_VALUES = 65_536
 
 
 def takes(x: Tensor) -> bool:
-    """True for a tensor that these functions handle, and handle faster than torch."""
-    return (
-        x.dtype is torch.float32
-        and x.device.type == "cpu"
-        and x.is_contiguous()
-        and (x.numel() <= _MAX_VALUES or torch.get_num_threads() <= _FEW_THREADS)
-    )
+    """True for a tensor that these functions handle."""
+    return x.dtype is torch.float32 and x.device.type == "cpu" and x.is_contiguous()
+
+
+def _threads(x: Tensor) -> int:
+    return thread_count() if x.numel() >= _PARALLEL_VALUES else 1
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """As `norm.rms_norm`, for x [T, N] or any shape whose last axis is N."""
     out = torch.empty_like(x)
     size = x.shape[-1]
-    _rms_norm(x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // size, size, eps)
+    addresses = x.data_ptr(), weight.data_ptr(), out.data_ptr()
+    _launch_rms_norm(_rms_norm_kernel.address, *addresses, x.numel() // size, size, eps, _threads(x))
     return out
 
 
@@ -45,7 +43,8 @@ def fused_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) 
     """As `norm.fused_add_rms_norm`; both inputs contiguous."""
     out, total = torch.empty_like(x), torch.empty_like(x)
     size = x.shape[-1]
-    _add_rms_norm(
+    _launch_add_rms_norm(
+        _add_rms_norm_kernel.address,
         x.data_ptr(),
         residual.data_ptr(),
         weight.data_ptr(),
@@ -54,6 +53,7 @@ def fused_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) 
         x.numel() // size,
         size,
         eps,
+        _threads(x),
     )
     return out, total
 
@@ -62,7 +62,8 @@ def gated_activation(gate_up: Tensor, is_gelu: bool) -> Tensor:
     """As `activation.silu_and_mul`, or `gelu_tanh_and_mul`, for gate_up [T, 2 * I]."""
     num_rows, double = gate_up.shape
     out = torch.empty((num_rows, double // 2), dtype=torch.float32)
-    _gated_activation(gate_up.data_ptr(), out.data_ptr(), num_rows, double // 2, is_gelu)
+    addresses = gate_up.data_ptr(), out.data_ptr()
+    _launch_gated(_gated_kernel.address, *addresses, num_rows, double // 2, is_gelu, _threads(gate_up))
     return out
 
 
@@ -83,7 +84,8 @@ def rope_and_write_kv(
     """As `rope.rope_and_write_kv`; positions int32, heads contiguous in their token, caches contiguous."""
     num_tokens, num_heads, head_dim = q.shape
     out = torch.empty((num_tokens, num_heads, head_dim), dtype=torch.float32)
-    _rope_and_write_kv(
+    _launch_rope(
+        _rope_kernel.address,
         q.data_ptr(),
         k.data_ptr(),
         v.data_ptr(),
@@ -105,6 +107,7 @@ def rope_and_write_kv(
         head_dim,
         k_cache.shape[2],
         eps,
+        _threads(q),
     )
     return out
 
@@ -115,7 +118,6 @@ def takes_rope(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, kv_slots: Ten
     return (
         q.dtype is torch.float32
         and q.device.type == "cpu"
-        and q.numel() <= _MAX_VALUES
         and positions.dtype is torch.int32
         and kv_slots.dtype is torch.int32
         and k_cache.dtype is torch.float32
@@ -257,3 +259,152 @@ def _rope_and_write_kv(
             target = carray(float32_at(v_cache + where), (head_dim,))
             for i in range(head_dim):
                 target[i] = value[i]
+
+
+# ---- The same on many threads: each takes neighbouring rows ----
+
+
+@compiled
+def _bits(value: float) -> Any:  # np.int64
+    return np.int64(np.float32(value).view(np.int32))
+
+
+@compiled
+def _float(bits: Any) -> Any:  # np.float32
+    return np.int32(bits).view(np.float32)
+
+
+@compiled
+def _share(num_rows: Any) -> Any:  # np.int64 and a pair of them
+    index, count = np.int64(thread_index()), np.int64(num_threads())
+    return num_rows * index // count, num_rows * (index + 1) // count
+
+
+@compiled
+def _launch_rms_norm(
+    kernel: int, x: int, weight: int, out: int, num_rows: int, size: int, eps: float, threads: int
+) -> None:
+    if threads == 1:
+        _rms_norm(x, weight, out, num_rows, size, eps)
+        return
+    arguments = np.array([x, weight, out, num_rows, size, _bits(eps)], np.int64)
+    parallel(kernel, arguments, threads)
+
+
+@Kernel
+def _rms_norm_kernel(pointer: Any) -> None:  # Any: int64*
+    a = carray(pointer, 6)
+    low, high = _share(a[3])
+    skip = low * a[4] * 4
+    _rms_norm(a[0] + skip, a[1], a[2] + skip, high - low, a[4], _float(a[5]))
+
+
+@compiled
+def _launch_add_rms_norm(
+    kernel: int,
+    x: int,
+    residual: int,
+    weight: int,
+    out: int,
+    total: int,
+    num_rows: int,
+    size: int,
+    eps: float,
+    threads: int,
+) -> None:
+    if threads == 1:
+        _add_rms_norm(x, residual, weight, out, total, num_rows, size, eps)
+        return
+    arguments = np.array([x, residual, weight, out, total, num_rows, size, _bits(eps)], np.int64)
+    parallel(kernel, arguments, threads)
+
+
+@Kernel
+def _add_rms_norm_kernel(pointer: Any) -> None:  # Any: int64*
+    a = carray(pointer, 8)
+    low, high = _share(a[5])
+    skip = low * a[6] * 4
+    _add_rms_norm(a[0] + skip, a[1] + skip, a[2], a[3] + skip, a[4] + skip, high - low, a[6], _float(a[7]))
+
+
+@compiled
+def _launch_gated(kernel: int, gate_up: int, out: int, num_rows: int, size: int, is_gelu: bool, threads: int) -> None:
+    if threads == 1:
+        _gated_activation(gate_up, out, num_rows, size, is_gelu)
+        return
+    arguments = np.array([gate_up, out, num_rows, size, 1 if is_gelu else 0], np.int64)
+    parallel(kernel, arguments, threads)
+
+
+@Kernel
+def _gated_kernel(pointer: Any) -> None:  # Any: int64*
+    a = carray(pointer, 5)
+    low, high = _share(a[2])
+    skip = low * a[3] * 4
+    _gated_activation(a[0] + 2 * skip, a[1] + skip, high - low, a[3], a[4] != 0)
+
+
+@compiled
+def _launch_rope(
+    kernel: int,
+    q: int,
+    k: int,
+    v: int,
+    q_stride: int,
+    k_stride: int,
+    v_stride: int,
+    cos: int,
+    sin: int,
+    positions: int,
+    kv_slots: int,
+    k_cache: int,
+    v_cache: int,
+    q_norm: int,
+    k_norm: int,
+    out: int,
+    num_tokens: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    page_size: int,
+    eps: float,
+    threads: int,
+) -> None:
+    arguments = np.empty(21, np.int64)
+    for i, value in enumerate((q, k, v, q_stride, k_stride, v_stride, cos, sin, positions, kv_slots)):
+        arguments[i] = value
+    for i, value in enumerate((k_cache, v_cache, q_norm, k_norm, out)):
+        arguments[10 + i] = value
+    for i, value in enumerate((num_tokens, num_heads, num_kv_heads, head_dim, page_size)):
+        arguments[15 + i] = value
+    arguments[20] = _bits(eps)
+    parallel(kernel, arguments, threads)
+
+
+@Kernel
+def _rope_kernel(pointer: Any) -> None:  # Any: int64*
+    a = carray(pointer, 21)
+    low, high = _share(a[15])
+    _rope_and_write_kv(
+        a[0] + low * a[3] * 4,
+        a[1] + low * a[4] * 4,
+        a[2] + low * a[5] * 4,
+        a[3],
+        a[4],
+        a[5],
+        a[6],
+        a[7],
+        a[8] + low * 4,
+        a[9] + low * 4,
+        a[10],
+        a[11],
+        a[12],
+        a[13],
+        a[14] + low * a[16] * a[18] * 4,
+        high - low,
+        a[16],
+        a[17],
+        a[18],
+        a[19],
+        _float(a[20]),
+    )

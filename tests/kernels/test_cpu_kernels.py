@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
@@ -21,6 +23,17 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 2e-5) -> N
     assert difference.max() < tolerance, f"max {difference.max():.2e}, mean {difference.mean():.2e}"
 
 
+@pytest.fixture(params=[1, 2])
+def on_threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Rows shared out among so many threads, however few they are."""
+    monkeypatch.setattr(cpu_pointwise, "_PARALLEL_VALUES", 1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("on_threads")
 @pytest.mark.parametrize(("num_tokens", "size"), [(1, 576), (3, 7), (32, 64), (5, 16)])
 def test_norms_equal_the_references(num_tokens: int, size: int) -> None:
     x, residual, weight = draw(num_tokens, size), draw(num_tokens, size, seed=1), draw(size, seed=2)
@@ -32,6 +45,7 @@ def test_norms_equal_the_references(num_tokens: int, size: int) -> None:
     assert_close(actual[1], expected[1])
 
 
+@pytest.mark.usefixtures("on_threads")
 @pytest.mark.parametrize(("num_tokens", "size"), [(1, 1536), (3, 5), (8, 48)])
 def test_gated_activations_equal_the_references(num_tokens: int, size: int) -> None:
     gate_up = draw(num_tokens, 2 * size) * 6
@@ -43,6 +57,7 @@ def test_gated_activations_equal_the_references(num_tokens: int, size: int) -> N
     assert_close(cpu_pointwise.gated_activation(gate_up, is_gelu=True), gelu, 2e-6 * scale)
 
 
+@pytest.mark.usefixtures("on_threads")
 @pytest.mark.parametrize("head_dim", [64, 20])
 @pytest.mark.parametrize("with_norms", [False, True])
 def test_rope_and_cache_write_equal_the_reference(head_dim: int, with_norms: bool) -> None:
