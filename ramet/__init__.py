@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from ramet.lang.checks import starts_with as starts_with
     from ramet.lang.function import Function as Function
     from ramet.lang.function import function as function
+    from ramet.lang.openai import OpenAI as OpenAI
     from ramet.lang.primitives import assistant as assistant
     from ramet.lang.primitives import gen as gen
     from ramet.lang.primitives import select as select
@@ -58,6 +59,7 @@ _HOMES = {
     "EngineConfig": "ramet.runtime.config",
     "Function": "ramet.lang.function",
     "MockBackend": "ramet.lang.backend",
+    "OpenAI": "ramet.lang.openai",
     "ProgramError": "ramet.errors",
     "RametError": "ramet.errors",
     "Remote": "ramet.lang.remote",
@@ -90,6 +92,7 @@ __all__ = [
     "EngineConfig",
     "Function",
     "MockBackend",
+    "OpenAI",
     "ProgramError",
     "RametError",
     "Remote",
