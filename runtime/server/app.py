@@ -24,6 +24,7 @@ from ramet.runtime.models.catalog import resolve_model
 from ramet.runtime.models.dummy import TINY_CONTEXT, TINY_MODEL
 from ramet.runtime.models.load import open_model
 from ramet.runtime.server import native, openai_api, openapi, programs_api
+from ramet.runtime.server.bounded_tokenizer import BoundedTokenizer
 from ramet.runtime.server.config import ServerConfig
 from ramet.runtime.server.connections import PatientProtocol
 from ramet.runtime.server.engine_proxy import EngineProxy
@@ -124,6 +125,7 @@ def make_server(
         log_level=log_level,
     )
     metrics = ServerMetrics(proxy, compat=config.compat_metrics)
+    tokenizer = BoundedTokenizer(tokenizer, wanted or context_length)
     state = ServerState(config, proxy, tokenizer, config.served_model_name or name, time.time(), explain)
     state.configured_context_length = wanted or context_length
     return create_app(state, metrics), state

@@ -40,8 +40,8 @@ class Limits:
         self._app = app
         self._config = config
         self._metrics = metrics
-        self._keys = [_digest(key) for key in config.api_key]
-        self._admin_key = _digest(config.admin_api_key) if config.admin_api_key is not None else None
+        self._keys = [_digest(key.encode()) for key in config.api_key]
+        self._admin_key = None if config.admin_api_key is None else _digest(config.admin_api_key.encode())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -77,7 +77,7 @@ class Limits:
         is_admin = path in ADMIN_PATHS or (path == "/metrics" and self._config.protect_metrics)
         if path in OPEN_PATHS and not is_admin:
             return None
-        digest = _digest(headers.get(b"authorization", b"").decode("latin-1").removeprefix("Bearer ").strip())
+        digest = _digest(_bearer(headers.get(b"authorization", b"")))
         if is_admin and self._admin_key is not None:
             allowed = hmac.compare_digest(digest, self._admin_key)
         else:
@@ -162,8 +162,14 @@ def _too_slow() -> HttpError:
     return HttpError(408, f"no more of the body came for {BODY_TIMEOUT_S:.0f} s", code="request_timeout")
 
 
-def _digest(key: str) -> str:
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
+def _bearer(header: bytes) -> bytes:
+    """The key of an Authorization header; the scheme's name may be in any case (RFC 9110, section 11.1)."""
+    scheme, _, key = header.partition(b" ")
+    return key.strip() if scheme.lower() == b"bearer" else header.strip()
+
+
+def _digest(key: bytes) -> str:
+    return hashlib.sha256(key).hexdigest()
 
 
 async def _answer(error: HttpError, send: Send) -> None:

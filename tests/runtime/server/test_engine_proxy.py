@@ -126,6 +126,35 @@ def test_a_slow_reader_costs_one_merged_increment() -> None:
     run(scenario)
 
 
+def test_the_pages_of_a_request_that_is_given_up_are_free_within_one_step() -> None:
+    """The abort and the question behind it come in one message: no more than the step that runs lies between them."""
+
+    async def scenario(proxy: EngineProxy) -> None:
+        await proxy.wait_ready(60)
+        for _ in range(5):
+            streams = [proxy.submit(submit(proxy, bytes([65 + i]) * 40, max_tokens=1900)) for i in range(4)]
+            await anext(aiter(streams[0]))
+            for stream in streams:
+                stream.close()
+            after = await proxy.ask("stats")
+            assert after["num_running"] == after["num_waiting"] == 0
+            assert after["num_free_pages"] + after["num_evictable_pages"] == after["num_pages"]
+            stream = proxy.submit(submit(proxy, b"counted", max_tokens=1900))
+            outputs = aiter(stream)
+            await anext(outputs)
+            before = await proxy.ask("stats")
+            assert before["num_running"] == 1
+            stream.close()
+            after = await proxy.ask("stats")
+            assert after["num_running"] == 0
+            assert after["num_free_pages"] + after["num_evictable_pages"] == after["num_pages"]
+            await asyncio.sleep(0.05)
+            assert (await proxy.ask("stats"))["num_steps"] - after["num_steps"] <= 1, "steps go on for nobody"
+        await settled(proxy)
+
+    run(scenario)
+
+
 def test_killing_the_engine_fails_what_is_in_flight_and_another_one_takes_over() -> None:
     async def scenario(proxy: EngineProxy) -> None:
         hello = await proxy.wait_ready(60)

@@ -97,7 +97,7 @@ async def hold(server: Served, number: int, sent: bytes) -> float:
     ],
     ids=["silent", "keep-alive", "half a head", "half a body"],
 )
-@pytest.mark.parametrize("number", [250, pytest.param(8_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [250, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_connections_that_wait_do_not_keep_others_from_being_served(served: Served, number: int, sent: bytes) -> None:
     files = f"/proc/{served.process.pid}/fd"
     before = len(os.listdir(files))
