@@ -6,8 +6,6 @@ A new subcommand is one more line in `_COMMANDS`. Exit status: 0 done, 1 failed 
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +13,10 @@ from importlib import metadata
 
 from rich.console import Console
 
+from ramet.cli_bench import add_bench, run_bench
+from ramet.cli_chat import add_chat, run_chat
+from ramet.cli_completion import add_completion, completion_script
+from ramet.cli_doctor import add_doctor, run_doctor
 from ramet.cli_explain import add_explain, run_explain
 from ramet.cli_grammar import add_grammar, run_grammar
 from ramet.cli_serve import add_serve, run_serve
@@ -33,14 +35,7 @@ class _Command:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
-    parser = argparse.ArgumentParser(prog="ramet", description="Run LLM programs that share their prefixes.")
-    parser.add_argument("--version", action="version", version=f"ramet {_version('ramet')}")
-    commands = parser.add_subparsers(dest="command", metavar="command", required=True)
-    for command in _COMMANDS:
-        sub = commands.add_parser(command.name, help=command.summary, description=command.summary)
-        command.add_arguments(sub)
-        sub.set_defaults(run=command.run)
-    arguments = parser.parse_args(argv)
+    arguments = make_parser().parse_args(argv)
     try:
         status: int = arguments.run(arguments)
     except RametError as error:
@@ -49,6 +44,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return status
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line."""
+    parser = argparse.ArgumentParser(prog="ramet", description="Run LLM programs that share their prefixes.")
+    parser.add_argument("--version", action="version", version=f"ramet {_version()}")
+    commands = parser.add_subparsers(dest="command", metavar="command", required=True)
+    for command in _COMMANDS:
+        sub = commands.add_parser(command.name, help=command.summary, description=command.summary)
+        command.add_arguments(sub)
+        sub.set_defaults(run=command.run)
+    return parser
 
 
 # ---- pull ----
@@ -74,107 +81,31 @@ def run_pull(arguments: Arguments) -> int:
     return 0
 
 
-# ---- doctor ----
+# ---- completion ----
 
 
-def add_doctor(parser: argparse.ArgumentParser) -> None:
-    del parser  # it has no arguments
+def run_completion(arguments: Arguments) -> int:
+    """Print a shell's completion script."""
+    print(completion_script(arguments.shell, make_parser()), end="")
+    return 0
 
 
-def run_doctor(arguments: Arguments) -> int:
-    """Say what Ramet finds on this machine. Exit status 1 when something stops it from running."""
-    del arguments
-    console = Console(soft_wrap=True, highlight=False)  # paths stay whole, to be copied
-    problems: list[str] = []
-    for name, value in (*_software(), *_machine(problems), *_models()):
-        console.print(f"[bold]{name:<14}[/]", end="")
-        console.print(value, markup=False)
-    for problem in problems:
-        console.print(f"[bold red]problem:[/] {problem}")
-    if not problems:
-        console.print("[bold green]ready[/]")
-    return 1 if problems else 0
-
-
-def _software() -> list[tuple[str, str]]:
-    rows = [("ramet", _version("ramet")), ("python", f"{platform.python_version()} on {platform.platform()}")]
-    for package in ("torch", "triton", "transformers", "tokenizers", "gguf"):
-        rows.append((package, _version(package)))
-    return rows
-
-
-def _machine(problems: list[str]) -> list[tuple[str, str]]:
-    import torch
-
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    rows = [
-        (
-            "cpu",
-            f"{cores} cores, torch uses {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
-        )
-    ]
-    available = _available_memory_bytes()
-    rows.append(("memory", "unknown" if available is None else f"{available / 2**30:.1f} GiB available"))
-    if available is not None and available < 1 << 30:
-        problems.append(
-            f"only {available / 2**20:.0f} MiB of memory are available; the smallest model needs about 1 GiB"
-        )
-    if not torch.cuda.is_available():
-        built = "this torch is built without CUDA" if torch.version.cuda is None else "torch sees no CUDA device"
-        rows.append(("device", f"cpu ({built})"))
-        return rows
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        free, total = torch.cuda.mem_get_info(index)
-        capability = f"compute capability {properties.major}.{properties.minor}"
-        text = f"{properties.name}, {capability}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
-        rows.append((f"cuda:{index}", text))
-    if _version("triton") == _MISSING:
-        problems.append("a GPU is there but Triton is not: pip install triton")
-    return rows
-
-
-def _models() -> list[tuple[str, str]]:
-    from ramet.runtime.models.catalog import CATALOG, cache_dir, cached_path, is_cached
-
-    rows = [("cache", f"{cache_dir()} (RAMET_CACHE_DIR changes it)")]
-    for model in CATALOG.values():
-        if is_cached(model):
-            state = f"in the cache: {cached_path(model)}"
-        elif cached_path(model).is_file():
-            state = f"not checked, or damaged: `ramet pull {model.name}` repairs it"
-        else:
-            state = f"not fetched: `ramet pull {model.name}` ({model.num_bytes / 1e6:.0f} MB, {model.license})"
-        rows.append((model.name, state))
-    return rows
-
-
-_MISSING = "not installed"
-
-
-def _version(package: str) -> str:
+def _version() -> str:
     try:
-        return metadata.version(package)
+        return metadata.version("ramet")
     except metadata.PackageNotFoundError:
-        return _MISSING
-
-
-def _available_memory_bytes() -> int | None:
-    """Memory that can be had without swapping; None where the system does not tell (not Linux)."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            fields = dict(line.split(":", 1) for line in file)
-    except OSError:
-        return None
-    return int(fields["MemAvailable"].split()[0]) * 1024
+        return "not installed"
 
 
 _COMMANDS: tuple[_Command, ...] = (
     _Command("pull", "Fetch a model into the cache.", add_pull, run_pull),
     _Command("serve", "Serve a model over HTTP.", add_serve, run_serve),
+    _Command("chat", "Talk with a model.", add_chat, run_chat),
+    _Command("bench", "Measure a server or a model.", add_bench, run_bench),
     _Command("grammar", "Check what a schema or grammar enforces.", add_grammar, run_grammar),
     _Command("explain", "Show what a program will cost.", add_explain, run_explain),
     _Command("doctor", "Show what Ramet finds on this machine.", add_doctor, run_doctor),
+    _Command("completion", "Print a shell's completion script.", add_completion, run_completion),
 )
 
 if __name__ == "__main__":

@@ -15,12 +15,13 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 from ramet.errors import InvalidRequest
 from ramet.runtime.chat_encoding import encode_marked, render_marked
-from ramet.runtime.server.openai_types import Json
 from ramet.runtime.tokenizer import Tokenizer
+
+Json: TypeAlias = dict[str, Any]  # Any: JSON
 
 MAX_PATHS = 4096
 MAX_TOKENS = 4 << 20  # 16 MiB of token ids
