@@ -98,6 +98,15 @@ class GrammarArena:
         self._rows = _RowTable(num_special, max_mask_rows)
         self._resident: OrderedDict[Hashable, ResidentGrammar] = OrderedDict()  # least recently used first
 
+    def warm_up(self) -> None:
+        """Compile what the first grammar needs, by the smallest one there is; it leaves nothing behind."""
+        nothing = AutomatonTables(
+            np.zeros(256, dtype=np.uint8), np.full((1, 1), -1, dtype=np.int32), np.ones(1, dtype=np.bool_)
+        )
+        key = object()
+        self.acquire(key, nothing)
+        self._free(self._resident.pop(key))
+
     def masks(self, state: Tensor) -> GrammarTables:
         """Return what the sampler reads, for the slots' states int32 [S + 1]."""
         return GrammarTables(state, self.mask_index, self.mask_rows)

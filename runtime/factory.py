@@ -13,7 +13,7 @@ from ramet.kernels.grammar_arena import GrammarArena
 from ramet.kernels.grammar_mask import TokenTable
 from ramet.runtime.config import EngineConfig
 from ramet.runtime.engine import EngineCore
-from ramet.runtime.grammar_device import DeviceGrammars
+from ramet.runtime.grammar_device import MAX_STATES, MAX_TRANSITIONS, DeviceGrammars
 from ramet.runtime.kv_cache import KVCache, bytes_per_token
 from ramet.runtime.memory import MemoryPlan, StepMemory, lower_fraction, plan_memory, read_cuda_memory
 from ramet.runtime.model_runner import ModelRunner
@@ -137,7 +137,10 @@ def make_arena(model: LoadedModel, config: EngineConfig, device: torch.device) -
     tokens = TokenTable.create(
         tokenizer.token_bytes, tokenizer.eos_ids, tokenizer.special_ids, model.config.vocab_size, device
     )
-    return GrammarArena(tokens, config.max_running_requests)
+    # Room for a few of the largest that are taken; smaller ones share it.
+    return GrammarArena(
+        tokens, config.max_running_requests, max_states=4 * MAX_STATES, max_transitions=4 * MAX_TRANSITIONS
+    )
 
 
 def make_device_grammars(model: LoadedModel) -> DeviceGrammars:

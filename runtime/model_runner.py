@@ -197,12 +197,14 @@ class ModelRunner:
     def capture_graphs(self, max_extend: int = 0, capture: Capture | None = None) -> None:
         """Capture all graphs, and use them from now on; the slot tables must be idle.
 
-        Also compiles the kernel that no graph has.
+        Also compiles the kernels that no graph has.
         """
         self.graphs = self.make_graphs(max_extend, capture)
         self.graphs.capture(self.graphs.keys(with_tree=self.tree is not None))
         none = torch.zeros(1, dtype=torch.int32, device=self.device)
         copy_pages(self.kv_cache.layers, none, none, none)
+        if self.arena is not None:
+            self.arena.warm_up()
 
     def _replay_mixed(self, batch: Batch, arrays: ExtendArrays) -> Tensor | None:
         """Run a step with extend rows as a graph, sampling included; None where there is none for its size."""

@@ -228,6 +228,14 @@ def test_host_masks_and_the_final_state_are_rows_like_the_others() -> None:
     assert bool((arena.mask_rows[arena.mask_index[FREE_STATE].long()] == -1).all())
 
 
+def test_a_warmed_up_arena_is_as_empty_as_a_new_one() -> None:
+    arena = GrammarArena(token_table(), num_slots=2, max_states=4, max_mask_rows=2, max_grammars=1)
+    before = arena.num_free_mask_rows
+    arena.warm_up()
+    assert arena.num_free_mask_rows == before
+    assert arena.acquire("ab", ab_star()) == 4
+
+
 @pytest.mark.parametrize("kind", ["reference", "triton"])
 def test_a_token_that_leaves_no_way_out_is_replaced(kind: str) -> None:
     """(ab)*: after `a` one more token is needed, so with one token left an `a` becomes the end, and so on."""
