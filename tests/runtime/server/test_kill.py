@@ -5,10 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -189,3 +193,45 @@ def test_a_taken_port_is_reported_before_anything_is_loaded(serve_command: Calla
     assert "cannot listen on 127.0.0.1 port" in text
     assert "--port" in text
     assert "Traceback" not in text
+
+
+@pytest.mark.slow
+@pytest.mark.model
+def test_after_a_kill_under_load_requests_work_within_15_s_of_the_model_being_loaded(tmp_path: Path) -> None:
+    """SmolLM2 under fifty streams. What is in flight ends at once with an error; nothing hangs."""
+    log = tmp_path / "log"
+    command = [sys.executable, "-m", "ramet.cli", "serve", "smollm2-135m", "--port", "0", "--num-kv-tokens", "16384"]
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+    try:
+        deadline_s = time.monotonic() + 120
+        while not (found := re.search(r"ready in .* at (http://\S+)", log.read_text())):
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline_s
+            time.sleep(0.1)
+        asyncio.run(kill_under_load(found[1]))
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+async def kill_under_load(url: str) -> None:
+    async with httpx.AsyncClient(base_url=url, timeout=60, trust_env=False) as client:
+        engine = (await client.get("/get_server_info")).json()["engine"]
+        started = asyncio.Event()
+        work = [asyncio.create_task(request(client, LONG, started)) for _ in range(50)]
+        await asyncio.wait_for(started.wait(), 60)
+        os.kill(engine["pid"], signal.SIGKILL)
+        killed_s = time.monotonic()
+        answers = await asyncio.wait_for(asyncio.gather(*work), 10)
+        ended_s = time.monotonic() - killed_s
+        assert all(answer.error["code"] == "engine_unavailable" for answer in answers)
+        while (await client.post("/generate", json=SHORT)).status_code != 200:
+            assert time.monotonic() - killed_s < 60, "the engine does not come back"
+            await asyncio.sleep(0.1)
+        back_s = time.monotonic() - killed_s
+        again = (await client.get("/get_server_info")).json()["engine"]
+    print(
+        f"in flight ended in {ended_s:.2f} s; served again after {back_s:.1f} s, {again['start_s']:.1f} of them loading"
+    )
+    assert back_s - again["start_s"] < 15
