@@ -13,7 +13,7 @@ NPM_STAMP := $(NPM_TOUR)/node_modules/.package-lock.json
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -e '.[server,dev]'
+	$(BIN)/python -m pip install -qq -e '.[server,dev]'
 	touch $@
 
 $(NPM_STAMP): $(NPM_TOUR)/package-lock.json
