@@ -20,6 +20,7 @@ from ramet.kernels.attention_tree import TreePlan
 from ramet.kernels.attention_tree_triton import attention_tree_triton
 from ramet.kernels.grammar_mask import Budgets, ResidentAutomata, TokenTable
 from ramet.kernels.grammar_mask_triton import advance_states_triton, build_masks_triton
+from ramet.kernels.matmul_invariant import matmul_invariant_triton
 from ramet.kernels.sampling import GrammarTables
 from ramet.kernels.sampling_triton import sample_triton
 
@@ -187,7 +188,15 @@ def products(model: Model) -> list[Launch]:
         for part, (outputs, depth) in shapes.items():
             run = partial(gemv.gemv_triton, tensor(rows, depth), tensor(outputs, depth))
             launches.append(Launch(f"{model.name} gemv {part} B={rows}", run))
-    return launches
+        x, residual, gain = tensor(rows, model.hidden), tensor(rows, model.hidden), tensor(model.hidden)
+        square, wide = tensor(model.hidden, model.hidden), tensor(2 * model.inner, model.hidden)
+        added = partial(gemv.gemv_triton, x, square, None, residual)
+        gated = partial(gemv.gemv_silu_and_mul_triton, x, wide, gain, 1e-5)
+        normed = partial(gemv.gemv_triton, x, square, None, None, gain, 1e-5)
+        for part, run in (("residual", added), ("gated", gated), ("normed", normed)):
+            launches.append(Launch(f"{model.name} gemv {part} B={rows}", run))
+    invariant = partial(matmul_invariant_triton, tensor(64, model.hidden), tensor(model.vocab, model.hidden))
+    return [*launches, Launch(f"{model.name} invariant product", invariant)]
 
 
 def steps() -> list[Launch]:
