@@ -58,6 +58,7 @@ def test_ten_times_the_load_gets_429_and_memory_stays(served: Served, seconds: f
     before = [rss_bytes(pid) for pid in pids]
     statuses = asyncio.run(overload(served, 10 * MAX_IN_FLIGHT, seconds))
     grown = [rss_bytes(pid) - size for pid, size in zip(pids, before, strict=True)]
+    print(f"{dict(statuses)} in {seconds:.0f} s; server and engine grew by {grown} bytes")
     assert set(statuses) == {200, 429}, statuses
     assert max(grown) < 32 << 20, f"the server and the engine grew by {grown} bytes"
     assert served.engine_pid() == pids[1]
@@ -101,7 +102,9 @@ async def hold(server: Served, number: int, sent: bytes) -> float:
 def test_connections_that_wait_do_not_keep_others_from_being_served(served: Served, number: int, sent: bytes) -> None:
     files = f"/proc/{served.process.pid}/fd"
     before = len(os.listdir(files))
-    assert asyncio.run(hold(served, number, sent)) < 10
+    seconds = asyncio.run(hold(served, number, sent))
+    print(f"beside {number:,} connections, a health check and a request take {seconds:.2f} s")
+    assert seconds < 10
     deadline_s = time.monotonic() + 20
     while len(os.listdir(files)) > before + 5:
         assert time.monotonic() < deadline_s, "connections stay open after their clients have gone"
