@@ -1,6 +1,6 @@
 """Time to first token over HTTP, cold and warm: the check that deployment guides of SGLang describe.
 
-    python benchmarks/bench_ttft.py [--url http://127.0.0.1:30000] [--requests 20]
+    python benchmarks/bench_ttft.py [--url http://127.0.0.1:30000] [--requests 20] [--out benchmarks/results/ttft.jsonl]
 
 One system prompt of about 512 tokens (one sentence, repeated), another question each time, 20 tokens, streamed over
 /v1/chat/completions. Without --url a server with SmolLM2-135M-Instruct is started for the run, and given its first
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -19,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from importlib import metadata
 from pathlib import Path
 
 import httpx
@@ -75,6 +77,7 @@ def main() -> None:
     parser.add_argument("--url")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--requests", type=int, default=20)
+    parser.add_argument("--out", type=Path, help="append the JSON line to this file")
     arguments = parser.parse_args()
     with (
         served(arguments.url, arguments.model) as url,
@@ -92,9 +95,11 @@ def main() -> None:
     print(f"Subsequent requests avg TTFT: {warm:.0f} ms")
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     result = {
-        "bench": "ttft",
+        "benchmark": "ttft",
         "commit": commit,
-        "machine": platform.machine(),
+        "device": platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "versions": {"python": platform.python_version(), "ramet": metadata.version("ramet")},
         "model": model,
         "requests": arguments.requests,
         "cold_ms": round(cold, 1),
@@ -104,7 +109,11 @@ def main() -> None:
         "warm_over_cold": round(warm / cold, 3),
         "cached_tokens": cached,
     }
-    print(json.dumps(result))
+    line = json.dumps(result)
+    print(line)
+    if arguments.out is not None:
+        with arguments.out.open("a") as file:
+            file.write(line + "\n")
 
 
 if __name__ == "__main__":
