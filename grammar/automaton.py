@@ -21,7 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ramet.errors import GrammarTooLarge
-from ramet.grammar import walker
+from ramet.grammar import deadline, walker
+from ramet.grammar.deadline import time_limit
 from ramet.grammar.walker import column_digests
 
 REFUSE = -1
@@ -107,7 +108,7 @@ class Machine:
     pool: int32, all tables and class maps. instances: int64 [capacity, 5]. exits: int64, targets of all instances.
     """
 
-    def __init__(self, max_states: int = MAX_STATES) -> None:
+    def __init__(self, max_states: int = MAX_STATES, max_time_s: float = 10.0) -> None:
         self.pool = np.empty(1 << 14, dtype=np.int32)
         self.pool_used = 0
         self.instances = np.zeros((64, INSTANCE_FIELDS), dtype=np.int64)
@@ -116,6 +117,8 @@ class Machine:
         self.frames: list[Frame] = []
         self.exit_offsets: list[int] = []
         self.max_states = max_states
+        self.max_time_s = max_time_s
+        self.is_timed = False
         self.interned: dict[Hashable, int] = {}
         self.class_maps: dict[bytes, int] = {}
         self.unenforced: list[
@@ -209,10 +212,20 @@ class Machine:
         at = self.exit_offsets[instance] + exit_index
         found = int(self.exits[at])
         if found == UNKNOWN:
-            found = self.frames[instance].resolve(exit_index)
+            found = self._resolve(instance, exit_index)
             assert found != UNKNOWN
             self.exits[at] = found
         return found
+
+    def _resolve(self, instance: int, exit_index: int) -> int:
+        """Raises: GrammarTooLarge where that takes too long or nests too deeply."""
+        try:
+            if self.is_timed:  # by the mask that is being made: 1.6 µs less an exit
+                return self.frames[instance].resolve(exit_index)
+            with time_limit(self.max_time_s):
+                return self.frames[instance].resolve(exit_index)
+        except RecursionError as error:
+            raise GrammarTooLarge("parts of the grammar are nested too deeply to be combined") from error
 
     def step(self, packed: int, byte: int) -> int:
         """Return the target after one byte, DEAD where refused. Exact: memory frames are not seen here (see `run`)."""
@@ -304,21 +317,32 @@ class Machine:
         Raises: GrammarTooLarge past `limit` bytes.
         """
         out = bytearray()
-        while not self.accepts(packed):
-            way, packed = self._closing_step(packed)
-            out += way
-            if len(out) > limit:
-                raise GrammarTooLarge(f"the shortest completion is longer than {limit:,} bytes")
+        with time_limit(self.max_time_s):
+            while not self.accepts(packed):
+                way, packed = self._closing_step(packed)
+                out += way
+                if len(out) > limit:
+                    raise GrammarTooLarge(f"the shortest completion is longer than {limit:,} bytes")
         return bytes(out)
 
-    def closing_length(self, packed: int) -> int:
-        """Bytes of `closing_bytes`. Cheap after the first call: what follows a frame is remembered with it."""
+    def closing_length(self, packed: int, limit: int = 1 << 20) -> int:
+        """Bytes of `closing_bytes`. Cheap after the first call: what follows a frame is remembered with it.
+
+        Raises: GrammarTooLarge past `limit` bytes.
+        """
         lengths = self._closing_lengths
+        if packed in lengths:
+            return lengths[packed]
         steps: list[tuple[int, int]] = []
-        while packed not in lengths and not self.accepts(packed):
-            way, following = self._closing_step(packed)
-            steps.append((packed, len(way)))
-            packed = following
+        total = 0
+        with time_limit(self.max_time_s):
+            while packed not in lengths and not self.accepts(packed):
+                way, following = self._closing_step(packed)
+                steps.append((packed, len(way)))
+                total += len(way)
+                if total > limit:
+                    raise GrammarTooLarge(f"the shortest completion is longer than {limit:,} bytes")
+                packed = following
         length = lengths.get(packed, 0)
         for earlier, size in reversed(steps):
             length += size
@@ -327,6 +351,7 @@ class Machine:
 
     def _closing_step(self, packed: int) -> tuple[bytes, int]:
         """The shortest way out of the frame on top, and the state behind it."""
+        deadline.check()
         instance, local = packed >> LOCAL_BITS, packed & LOCAL_MASK
         frame = self.frames[instance]
         exit_index = frame.closing_exit(local)
@@ -407,6 +432,7 @@ def _paths_to_exit(table: Table, exit_index: int) -> list[bytes | None]:
     while pending:
         level = pending.pop(0)
         following: list[int] = []
+        deadline.check()
         for t in level:
             for s, c in before.get(t, ()):
                 if out[s] is None and sample[c] is not None:

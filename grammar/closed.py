@@ -146,6 +146,6 @@ def compile_closed(
     if not automaton.accepting.any():
         raise GrammarError("the grammar is contradictory: no text matches it")
     limits = limits or Limits()
-    machine = Machine(limits.max_states)
+    machine = Machine(limits.max_states, limits.max_time_s)
     frame = machine.add(_WholeText(machine, automaton))
     return CompiledGrammar(machine, target(frame), vocabulary, key, limits.max_mask_bytes)

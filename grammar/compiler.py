@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from ramet.errors import GrammarError, GrammarTooLarge
 from ramet.grammar import ir, walker
 from ramet.grammar.automaton import DEAD, LOCAL_BITS, LOCAL_MASK, Machine
+from ramet.grammar.deadline import time_limit
 from ramet.grammar.json_schema import formats
 from ramet.grammar.json_schema.compile import place_schema
 from ramet.grammar.json_schema.languages import automaton
@@ -25,10 +26,12 @@ MAX_MASK_BYTES = 1 << 26
 class Limits:
     """What compiling and running may cost.
 
+    max_time_s: of compiling, and of any one step that a text makes into parts not visited before.
     max_states: configurations of one grammar, visited or looked at. max_regular_states: states of one terminal or
     pattern. max_mask_bytes: mask rows that one grammar keeps; the least recently used go first.
     """
 
+    max_time_s: float = 10.0
     max_states: int = 4_000_000
     max_regular_states: int = 20_000
     max_mask_bytes: int = MAX_MASK_BYTES
@@ -355,12 +358,13 @@ def compile_grammar(
     """
     limits = limits or Limits()
     grammar = constraint if isinstance(constraint, ir.Grammar) else ir.Grammar.of(constraint)
-    machine = Machine(limits.max_states)
+    machine = Machine(limits.max_states, limits.max_time_s)
     only = grammar.rules.get(grammar.start)
-    if isinstance(only, ir.JsonSchema):
-        start = place_schema(only, machine, limits.max_regular_states)
-    else:
-        start = Pushdown(grammar, machine, limits.max_regular_states).start()
+    with time_limit(limits.max_time_s):
+        if isinstance(only, ir.JsonSchema):
+            start = place_schema(only, machine, limits.max_regular_states)
+        else:
+            start = Pushdown(grammar, machine, limits.max_regular_states).start()
     if start == DEAD:
         raise GrammarError("the grammar is contradictory: no text matches it")
     return CompiledGrammar(machine, start, vocabulary, max_mask_bytes=limits.max_mask_bytes)

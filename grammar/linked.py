@@ -65,7 +65,7 @@ def compile_linked(
     InvalidSchema, GrammarError, GrammarTooLarge.
     """
     limits = limits or Limits()
-    machine = Machine(limits.max_states)
+    machine = Machine(limits.max_states, limits.max_time_s)
     schemas = list(dict.fromkeys(gap.schema for gap in text.gaps.values()))
     json, roots = _place_all(schemas, machine, limits.max_regular_states)
     frame = _TextFrame(machine, text, json, roots)

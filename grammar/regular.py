@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ramet.errors import GrammarTooLarge, InvalidGrammar
-from ramet.grammar import ir
+from ramet.grammar import deadline, ir
 from ramet.grammar.partition import equivalence
 
 BYTE_MAX = 255
@@ -106,6 +106,7 @@ def product(
     first = tuple(0 if d.transitions else -1 for d in parts)
     index, queue, rows = {first: 0}, [first], []
     for states in queue:
+        deadline.check(name)
         row = []
         for signature in signatures[1]:
             target = tuple(
@@ -241,6 +242,7 @@ class _Builder:
 
     def _state(self, kind: str, targets: list[int]) -> int:
         self.states.append((kind, targets))
+        deadline.check(self.name)
         if len(self.states) > 20 * self.max_states:
             raise _too_large(self.name, self.max_states)
         return len(self.states) - 1
@@ -455,8 +457,11 @@ class _Builder:
         first = self.closure(start)
         index, queue, rows = {first: 0}, [first], []
         for formula in queue:
+            deadline.check(self.name)
             targets: list[set[_Conjunction]] = [set() for _ in symbols]
             for conjunction in formula:
+                if self.has_and:
+                    deadline.check(self.name)
                 if len(conjunction) == 1:
                     (leaf,) = conjunction
                     if leaf != _TRUE_END:

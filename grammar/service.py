@@ -19,7 +19,7 @@ import threading
 import time
 from collections import OrderedDict, deque
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -27,6 +27,7 @@ from typing import Any
 from ramet.errors import EngineStopped, GrammarError, GrammarTooLarge
 from ramet.grammar.closed import ByteAutomaton
 from ramet.grammar.compiler import CompiledGrammar, Limits
+from ramet.grammar.deadline import OutOfTime, time_limit
 from ramet.grammar.disk_cache import DiskCache, default_cache_dir
 from ramet.grammar.linked import LinkedText
 from ramet.grammar.sources import Parsed, compile_parsed, parse_source
@@ -36,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 _INTERVAL_S = 0.05
 _GRACE_S = 2.0
+_SLACK_S = 0.2  # a compilation that keeps its time limit itself can say more of what took it
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +208,7 @@ class CompileService:
             if idle is None:
                 return
             job = self._pending.popleft()
-            job.deadline = time.monotonic() + self.config.max_time_s
+            job.deadline = time.monotonic() + self.config.max_time_s + _SLACK_S
             job.memory_at_start = _resident_bytes()
             idle.assign(job)
 
@@ -228,7 +230,7 @@ class CompileService:
                 self._parsed.popitem(last=False)
         if job.is_done:
             return []
-        if isinstance(result, CompiledGrammar | GrammarError):
+        if isinstance(result, CompiledGrammar | GrammarError) and not isinstance(result, OutOfTime):
             self._keep(job.key, result)
         return self._finish(job, result)
 
@@ -278,7 +280,7 @@ class _Worker:
     """One thread. The supervisor writes `assigned`, the thread writes `finished`; so an interrupt can lose neither."""
 
     def __init__(self, config: ServiceConfig, disk: DiskCache | None, news: queue.SimpleQueue[_News | None]) -> None:
-        self.limits = config.limits
+        self.limits = replace(config.limits, max_time_s=min(config.limits.max_time_s, config.max_time_s))
         self.min_disk_time_s = config.min_disk_time_s
         self.disk = disk
         self.news = news
@@ -346,10 +348,11 @@ class _Worker:
         parsed: Parsed | None = None
         num_interrupts = self.num_interrupts
         try:
-            parsed = job.parsed or self._parse(job)
-            compiled = compile_parsed(parsed, job.vocabulary, limits=self.limits)
-            compiled.mask(0)  # so that the first step does not wait for it, nor for the way out
-            compiled.completion_bound(0)
+            with time_limit(self.limits.max_time_s):
+                parsed = job.parsed or self._parse(job)
+                compiled = compile_parsed(parsed, job.vocabulary, limits=self.limits)
+                compiled.mask(0)  # so that the first step does not wait for it, nor for the way out
+                compiled.completion_bound(0)
             result: CompiledGrammar | BaseException = compiled
         except Exception as error:  # whatever it is, those who wait must hear of it
             result = error
@@ -382,7 +385,7 @@ def source_key(kind: str, source: Any, options: dict[str, Any]) -> str:
     if kind in ("json_schema", "choice", "tools"):
         if isinstance(source, str):
             # what is no JSON stays text; compiling says what is wrong with it
-            with contextlib.suppress(json.JSONDecodeError, RecursionError):
+            with contextlib.suppress(ValueError, RecursionError):
                 source = json.loads(source)
         try:
             source = json.dumps(source, separators=(",", ":"), ensure_ascii=False)

@@ -27,6 +27,7 @@ from ramet.grammar.cfg import parse_cfg
 from ramet.grammar.choices import choices
 from ramet.grammar.closed import ByteAutomaton, compile_closed
 from ramet.grammar.compiler import CompiledGrammar, Limits, compile_grammar
+from ramet.grammar.deadline import time_limit
 from ramet.grammar.linked import LinkedText, compile_linked
 from ramet.grammar.regex import parse_regex
 from ramet.grammar.structural_tag import StructuralTag, structural_text
@@ -55,11 +56,13 @@ def compile_constraint(
 
 def compile_parsed(parsed: Parsed, vocabulary: Vocabulary, *, limits: Limits | None = None) -> CompiledGrammar:
     """Compile what `parse_source` returned."""
-    if isinstance(parsed, ByteAutomaton):
-        return compile_closed(parsed, vocabulary, limits=limits)
-    if isinstance(parsed, LinkedText):
-        return compile_linked(parsed, vocabulary, limits=limits)
-    return compile_grammar(parsed, vocabulary, limits=limits)
+    limits = limits or Limits()
+    with time_limit(limits.max_time_s):
+        if isinstance(parsed, ByteAutomaton):
+            return compile_closed(parsed, vocabulary, limits=limits)
+        if isinstance(parsed, LinkedText):
+            return compile_linked(parsed, vocabulary, limits=limits)
+        return compile_grammar(parsed, vocabulary, limits=limits)
 
 
 def parse_source(kind: str, source: Any, *, limits: Limits | None = None, **options: Any) -> Parsed:
@@ -75,8 +78,10 @@ def parse_source(kind: str, source: Any, *, limits: Limits | None = None, **opti
     if unknown:
         known = ", ".join(OPTIONS[kind]) or "none"
         raise InvalidGrammar(f"a {kind} constraint has no option {', '.join(map(repr, unknown))}; it has: {known}")
+    limits = limits or Limits()
     try:
-        return parse(source, limits or Limits(), options)
+        with time_limit(limits.max_time_s):
+            return parse(source, limits, options)
     except RecursionError as error:
         raise GrammarTooLarge(f"the source of the {kind} constraint is nested too deeply") from error
 
@@ -141,6 +146,8 @@ def _decoded(source: str, error_type: type[GrammarError], what: str) -> Any:
         return json.loads(source)
     except json.JSONDecodeError as error:
         raise error_type(f"{what} is not JSON: {error.msg} at line {error.lineno} column {error.colno}") from error
+    except ValueError as error:  # a number of more digits than Python reads
+        raise error_type(f"{what} cannot be read: {error}") from error
 
 
 _PARSERS: Mapping[str, Callable[[Any, Limits, dict[str, Any]], Parsed]] = {

@@ -94,7 +94,12 @@ class InvalidGrammar(GrammarError):
 
 
 class GrammarTooLarge(GrammarError):
-    """A limit on compile time, states or memory was passed; the message names the part that exploded."""
+    """A limit on compile time, states or memory was passed; the message names the part that exploded.
+
+    `pointer`, where it is known, is the JSON pointer of the schema that did.
+    """
+
+    pointer: str | None = None
 
 
 class ModelError(RametError):

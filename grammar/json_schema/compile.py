@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ramet.errors import GrammarError, InvalidSchema
+from ramet.errors import GrammarError, GrammarTooLarge, InvalidSchema
 from ramet.grammar import ir
 from ramet.grammar.automaton import Machine, target
 from ramet.grammar.json_schema.document import Registry
@@ -47,6 +47,14 @@ def place_schema(source: ir.JsonSchema, machine: Machine, max_states: int, conte
     registry = Registry(source.schema, options.registry)
     lenient = options.on_unsupported == "validate"
     interpreter = Interpreter(registry, max_states, only_named=options.mode != "exact", lenient=lenient)
+    try:
+        return _place(source, machine, interpreter, context)
+    except RecursionError as error:
+        raise GrammarTooLarge("schemas are nested too deeply to be combined") from error
+
+
+def _place(source: ir.JsonSchema, machine: Machine, interpreter: Interpreter, context: Context | None) -> int:
+    options, registry = source.options, interpreter.registry
     machine.unenforced.extend(survey(interpreter))
     if options.mode == "strict":
         check_strict(registry.root)

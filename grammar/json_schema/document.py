@@ -11,6 +11,7 @@ from typing import Any
 from urllib.parse import unquote, urldefrag, urljoin
 
 from ramet.errors import InvalidSchema
+from ramet.grammar import deadline
 
 DRAFT4, DRAFT6, DRAFT7, DRAFT2019, DRAFT2020 = 4, 6, 7, 2019, 2020
 
@@ -100,6 +101,7 @@ class Registry:
         stack: list[tuple[Any, str, str, int, int]] = [(document.root, document.base, "", document.draft, 0)]
         while stack:
             schema, base, pointer, draft, depth = stack.pop()
+            deadline.check(pointer or "/")
             if not isinstance(schema, dict):
                 continue
             if depth > MAX_DEPTH:

@@ -11,7 +11,7 @@ from fractions import Fraction
 from functools import partial
 
 from ramet.errors import GrammarTooLarge, InvalidSchema
-from ramet.grammar import numeric
+from ramet.grammar import deadline, numeric
 from ramet.grammar.json_schema import specs
 from ramet.grammar.json_schema import values as v
 from ramet.grammar.json_schema.document import SchemaNode
@@ -197,6 +197,12 @@ class Expressions:
                     found = self._values_of_not(content)  # type: ignore[arg-type]
                 else:
                     found = content  # type: ignore[assignment]
+            except GrammarTooLarge as error:
+                if kind == "schema" and error.pointer is None:  # the innermost schema that was being read
+                    place = str(content.pointer)  # type: ignore[attr-defined]
+                    error.args = (f"{place or '/'}: {error.args[0]}",)
+                    error.pointer = place
+                raise
             finally:
                 self._open.pop()
             assert isinstance(found, Values)
@@ -234,6 +240,7 @@ class Expressions:
         if b is v.ANY:
             return a
         self._check_size(a, b)
+        deadline.check()
         return Values(
             a.null and b.null,
             a.booleans & b.booleans,
@@ -254,9 +261,7 @@ class Expressions:
     def _check_size(self, a: Values, b: Values) -> None:
         size = max(len(a.objects) * len(b.objects), len(a.arrays) * len(b.arrays), len(a.strings) * len(b.strings))
         if size > MAX_SPECS:
-            raise GrammarTooLarge(
-                f"{self.pointer or '/'}: combining its alternatives needs more than {MAX_SPECS:,} cases"
-            )
+            raise GrammarTooLarge(f"combining alternatives needs more than {MAX_SPECS:,} cases")
 
     def complement(self, a: Values) -> Values:
         """All other values."""
@@ -265,7 +270,8 @@ class Expressions:
             numbers = v.product(numbers, tuple(numeric.complement(n)), numeric.intersect)
         strings: tuple[Strings, ...] = (v.ANY_STRINGS,)
         for s in a.strings:
-            strings = v.product(strings, tuple(_not_strings(s)), self.both_strings)
+            others = tuple(o for o in _not_strings(s) if not self.languages.is_empty(o))
+            strings = v.product(strings, others, self.both_strings)
         objects: tuple[Objects, ...] = (v.ANY_OBJECTS,)
         for o in a.objects:
             other = tuple(specs.not_objects(self, o))

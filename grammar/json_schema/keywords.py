@@ -13,7 +13,7 @@ from typing import Any
 
 from ramet.errors import InvalidSchema
 from ramet.grammar import numeric, regular
-from ramet.grammar.json_schema import formats, specs
+from ramet.grammar.json_schema import formats, pattern, specs
 from ramet.grammar.json_schema import values as v
 from ramet.grammar.json_schema.document import DRAFT4, DRAFT7, DRAFT2019, Registry, SchemaNode, escape
 from ramet.grammar.json_schema.expressions import Expressions
@@ -170,14 +170,17 @@ class Interpreter:
         schema = node.schema
         if not any(key in schema for key in _STRING_KEYS):
             return _ANY_STRINGS
-        languages = []
+        languages, counts = [], list[tuple[int, int | None]]()
         if isinstance(schema.get("pattern"), str) and self.is_enforced(schema["pattern"]):
-            languages.append((self.languages.add("pattern", schema["pattern"]), True))
+            source, *count = pattern.without_count(schema["pattern"])
+            languages.append((self.languages.add("pattern", source), True))
+            counts.extend(count)
         name = schema.get("format")
         if isinstance(name, str) and name in formats.KNOWN:
             languages.append((self.languages.add("format", name), True))
-        high = schema.get("maxLength")
-        spec = Strings(int(schema.get("minLength", 0)), None if high is None else int(high), frozenset(languages))
+        counts.append((int(schema.get("minLength", 0)), _count(schema, "maxLength")))
+        high = min((high for _, high in counts if high is not None), default=None)
+        spec = Strings(max(low for low, _ in counts), high, frozenset(languages))
         if spec == v.ANY_STRINGS:
             return _ANY_STRINGS
         return () if self.languages.is_empty(spec) else (spec,)
@@ -430,6 +433,10 @@ def fraction(value: float | int) -> Fraction:
 
 def _fraction(schema: dict[str, Any], key: str) -> Fraction | None:
     return None if schema.get(key) is None else fraction(schema[key])
+
+
+def _count(schema: dict[str, Any], key: str) -> int | None:
+    return None if schema.get(key) is None else int(schema[key])
 
 
 def mapping(schema: dict[str, Any], key: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable
 from functools import lru_cache
 
-from ramet.grammar import ir, regular
+from ramet.grammar import deadline, ir, regular
 from ramet.grammar.json_schema import formats, pattern
 from ramet.grammar.json_schema.values import Strings
 from ramet.grammar.regular import Dfa
@@ -91,7 +91,10 @@ class Languages:
         if found is None:
             found = None
             name = " and ".join(self.name(n) for n, _ in spec.languages) or "a string's length"
-            parts = [self.dfa(n) if wanted else regular.complement(self.dfa(n)) for n, wanted in sorted(spec.languages)]
+            parts = [
+                self.dfa(n) if wanted else _writable(regular.complement(self.dfa(n)))
+                for n, wanted in sorted(spec.languages)
+            ]
             parts.sort(key=lambda d: len(d.transitions))
             if spec.low or spec.high is not None or not parts:
                 parts.append(length_automaton(spec.low, spec.high))
@@ -157,7 +160,20 @@ def language_node(kind: str, source: str) -> ir.Node:
 @lru_cache(maxsize=2048)
 def automaton(kind: str, source: str, max_states: int) -> Dfa:
     """Its automaton over code points; kept."""
-    return regular.compile_chars(language_node(kind, source), max_states=max_states, name=f"{kind} {source[:100]!r}")
+    name = f"{kind} {source[:100]!r}"
+    return _writable(regular.compile_chars(language_node(kind, source), max_states=max_states, name=name))
+
+
+def _writable(dfa: Dfa) -> Dfa:
+    """Without texts that have single surrogates, which UTF-8 cannot write."""
+    inside, outside = set[int](), set[int]()
+    for i, start in enumerate(dfa.starts):
+        end = dfa.starts[i + 1] - 1 if i + 1 < len(dfa.starts) else ir.MAX_CODE_POINT
+        if start <= 0xDFFF and end >= 0xD800:
+            inside.add(dfa.classes[i])
+        if start < 0xD800 or end > 0xDFFF:
+            outside.add(dfa.classes[i])
+    return dfa if inside <= outside else regular.intersect([dfa, regular.compile_chars(ir.ANY_TEXT)])
 
 
 @lru_cache(maxsize=2048)
@@ -169,7 +185,7 @@ def _surely_not_empty(node: ir.Node) -> bool:
     """True where syntax alone shows that a text matches (no lookaheads, no empty classes)."""
     match node:
         case ir.Chars(ranges):
-            return bool(ranges)
+            return any(low < 0xD800 or high > 0xDFFF for low, high in ranges)
         case ir.Sequence(parts):
             return all(_surely_not_empty(p) for p in parts)
         case ir.Choice(options):
@@ -192,6 +208,7 @@ def _has_length(dfa: Dfa, low: int, high: int | None) -> bool:
         following = {t for s in states for t in dfa.transitions[s] if t >= 0}
         if length >= low and following <= states and length > low + len(dfa.transitions):
             return False
+        deadline.check()
         states = following
         if not states:
             return False

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ramet.errors import GrammarTooLarge
-from ramet.grammar import regular, strings
+from ramet.grammar import deadline, regular, strings
 from ramet.grammar.automaton import REFUSE, compress_rows, leave, sample_bytes
 from ramet.grammar.json_schema.tables import StringRows
 from ramet.grammar.json_schema.values import Strings
@@ -164,6 +164,7 @@ class BoundedStrings:
         for low in reversed(bounds[:-1] if bounds[-1] == self.last else bounds):
             ends = self._masks(low) != 0
             while position > low:
+                deadline.check(name)
                 following = before(kept[-1], ends)
                 position -= 1
                 if (following == kept[-1]).all():

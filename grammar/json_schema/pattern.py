@@ -6,12 +6,13 @@ Refused by name: back references, lookbehind, word boundaries, anchors in places
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from dataclasses import dataclass
 from functools import cache
 
 from ramet.errors import InvalidRegex
-from ramet.grammar import ir
+from ramet.grammar import deadline, ir
 
 _DIGITS: ir.Ranges = ((48, 57),)
 _WORD: ir.Ranges = ((48, 57), (65, 90), (95, 95), (97, 122))
@@ -31,8 +32,10 @@ _SPACE: ir.Ranges = ir.normalize_ranges(
 )
 _LINE_ENDS: ir.Ranges = ((10, 10), (13, 13), (0x2028, 0x2029))
 _CONTROL = {"n": 10, "r": 13, "t": 9, "f": 12, "v": 11, "0": 0, "a": 7, "e": 27}
-MAX_REPEAT = 100_000
-MAX_DEPTH = 200
+MAX_REPEAT = 1_000_000
+MAX_DEPTH = 100
+MIN_COUNT = 100  # repetitions of one class that are counted apart
+_COUNTED = re.compile(r"\^(\.|\\[dDsSwW]|\[(?:[^\]\\]|\\.)+\])\{([0-9]{1,9})(?:(,)([0-9]{0,9}))?\}\$")
 
 
 class UnsupportedPattern(InvalidRegex):
@@ -56,6 +59,21 @@ def search(pattern: str) -> ir.Node:
     Raises: InvalidRegex with the position; UnsupportedPattern naming the construct.
     """
     return ir.Choice(tuple(_around(branch) for branch in _branches(_Parser(pattern).parse())))
+
+
+def without_count(source: str) -> tuple[str, tuple[int, int | None]] | tuple[str]:
+    """Split a pattern that is one character class repeated, and no more, into the class and the count.
+
+    `^[a-z]{1,5000}$` is `^[a-z]*$` in strings of 1..5000 characters, and those cost nothing to count (see lengths.py).
+    """
+    found = _COUNTED.fullmatch(source)
+    if found is None:
+        return (source,)
+    low, comma, high = found[2], found[3], found[4]
+    most = int(high) if high else None if comma else int(low)
+    if max(int(low), most or 0) < MIN_COUNT or (most is not None and int(low) > most):
+        return (source,)
+    return f"^{found[1]}*$", (int(low), most)
 
 
 def _branches(node: ir.Node) -> list[ir.Node]:
@@ -140,6 +158,7 @@ def _lookahead(item: ir.Node, at_start: bool) -> ir.Node:
 class _Parser:
     def __init__(self, pattern: str) -> None:
         self.text = pattern
+        self.name = f"pattern {pattern[:100]!r}"
         self.at = 0
         self.ignore_case = False
         self.dot_all = False
@@ -222,6 +241,7 @@ class _Parser:
         return numbers
 
     def atom(self) -> _Part | None:
+        deadline.check(self.name)
         c = self.text[self.at]
         self.at += 1
         if c == "^":

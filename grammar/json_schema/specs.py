@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ramet.errors import UnsupportedSchema
+from ramet.grammar import deadline
 from ramet.grammar.json_schema import values as v
 from ramet.grammar.json_schema.values import FALSE, TRUE, Arrays, Contains, Exists, Expr, Objects, Rule
 
@@ -246,9 +247,11 @@ def items_needed(expressions: Expressions, a: Arrays, index: int, counts: Counts
     level, seen, steps = {(min(index, last), counts)}, set[tuple[int, Counts]](), 0
     while level:
         steps += 1
+        deadline.check()
         seen |= level
         following = set()
         for i, n in level:
+            deadline.check()
             for _, after in item_choices(expressions, a, i, n):
                 if may_close(a, i + 1, after):
                     return steps

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from ramet.errors import InvalidRegex, InvalidSchema, UnsupportedSchema
+from ramet.errors import GrammarTooLarge, InvalidRegex, InvalidSchema, UnsupportedSchema
+from ramet.grammar import deadline
 from ramet.grammar.json_schema import pattern
 from ramet.grammar.json_schema.document import DRAFT7, DRAFT2019, SchemaNode, escape
 from ramet.grammar.json_schema.keywords import TYPES, Interpreter, mapping
 
 
 def _number(x: Any) -> bool:
-    return isinstance(x, int | float) and not isinstance(x, bool)
+    return isinstance(x, int | float) and not isinstance(x, bool) and (isinstance(x, int) or math.isfinite(x))
 
 
 def _count(x: Any) -> bool:
@@ -37,7 +39,7 @@ def _names(x: Any) -> bool:
 
 _SHAPES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "type": (
-        lambda x: x in (*TYPES, "any") if isinstance(x, str) else isinstance(x, list),
+        lambda x: x in (*TYPES, "any") if isinstance(x, str) else isinstance(x, list) and len(x) > 0,
         "a type or a list of types",
     ),
     "enum": (lambda x: isinstance(x, list), "a list"),
@@ -46,6 +48,7 @@ _SHAPES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "exclusiveMinimum": (lambda x: _number(x) or isinstance(x, bool), "a number"),
     "exclusiveMaximum": (lambda x: _number(x) or isinstance(x, bool), "a number"),
     "multipleOf": (lambda x: _number(x) and x > 0, "a number above 0"),
+    "divisibleBy": (lambda x: _number(x) and x > 0, "a number above 0"),
     "minLength": (_count, "a count"),
     "maxLength": (_count, "a count"),
     "minItems": (_count, "a count"),
@@ -93,6 +96,7 @@ _CHILD_MAPS = ("properties", "patternProperties", "dependentSchemas", "dependenc
 _CHILD_KEYS = frozenset((*_CHILD, *_CHILD_MAPS, "prefixItems", "allOf", "anyOf", "oneOf", "items"))
 
 
+MAX_VALUE_DEPTH = 100
 Problem = tuple[str, str, str]  # JSON pointer, keyword, reason
 
 
@@ -106,9 +110,11 @@ def survey(interpreter: Interpreter) -> list[Problem]:
     stack, seen = [interpreter.registry.root], {interpreter.registry.root.number}
     while stack:
         node = stack.pop()
+        deadline.check(node.pointer or "/")
         if not isinstance(node.schema, dict):
             continue
         _check_shapes(node)
+        _check_values(node)
         _check_patterns(interpreter, node, problems)
         _check_unique(interpreter, node, problems)
         for child in _children(interpreter, node):
@@ -122,13 +128,26 @@ def survey(interpreter: Interpreter) -> list[Problem]:
 
 def _check_shapes(node: SchemaNode) -> None:
     schema = node.schema
-    if "$ref" in schema and node.draft <= DRAFT7:
-        return
-    for key in schema.keys() & _SHAPES.keys():
+    hides = "$ref" in schema and node.draft <= DRAFT7
+    for key in ("$ref",) if hides else schema.keys() & _SHAPES.keys():
         good, what = _SHAPES[key]
         if not good(schema[key]):
             pointer = f"{node.pointer}/{key}"
             raise InvalidSchema(f"{pointer}: must be {what}, not {schema[key]!r:.100}", pointer)
+
+
+def _check_values(node: SchemaNode) -> None:
+    """Values in `enum` and `const` must be JSON, and no deeper than recursion can follow."""
+    for key in ("enum", "const"):
+        stack = [(node.schema.get(key), 0)]
+        while stack:
+            value, depth = stack.pop()
+            if depth > MAX_VALUE_DEPTH:
+                raise GrammarTooLarge(f"{node.pointer}/{key}: values are nested deeper than {MAX_VALUE_DEPTH}")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise InvalidSchema(f"{node.pointer}/{key}: {value} is not a JSON number", f"{node.pointer}/{key}")
+            if isinstance(value, list | dict):
+                stack.extend((v, depth + 1) for v in (value.values() if isinstance(value, dict) else value))
 
 
 def _check_unique(interpreter: Interpreter, node: SchemaNode, problems: list[tuple[str, str, str]]) -> None:

@@ -123,9 +123,7 @@ def _both(
                 out.setdefault(look_a | look_b, []).append(both)
                 count += 1
                 if count > MAX_ALTERNATIVES:
-                    raise GrammarTooLarge(
-                        f"{node.pointer or '/'}: unevaluated keywords need more than {MAX_ALTERNATIVES} alternatives"
-                    )
+                    raise GrammarTooLarge(f"unevaluated keywords need more than {MAX_ALTERNATIVES} alternatives")
     return [(v.unite(parts), looked) for looked, parts in out.items()]
 
 

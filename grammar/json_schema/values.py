@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
-from ramet.grammar import numeric
+from ramet.grammar import deadline, numeric
 from ramet.grammar.numeric import Numbers
 
 _T = TypeVar("_T")
@@ -170,6 +170,7 @@ def product(left: tuple[_T, ...], right: tuple[_T, ...], both: Callable[[_T, _T]
     if len(left) == 1 and len(right) == 1:
         c = left[0] if left[0] == right[0] else both(left[0], right[0])
         return () if c is None else (c,)
+    deadline.check()
     pairs = [[a if a == b else both(a, b) for b in right] for a in left]
     whole_left = [a in row for a, row in zip(left, pairs, strict=True)]
     whole_right = [any(row[j] == b for row in pairs) for j, b in enumerate(right)]
