@@ -190,8 +190,18 @@ def _format_of(template: ChatTemplate, text: str, answer: Json) -> ToolFormat | 
             continue
         rest = _ARGUMENTS.sub("", compact[at + len(head) :], count=1)
         if _CALL_ID.sub("", rest, count=1).startswith(end):
-            return layout
+            return _as_written(layout, text)
     return _derived_format(template, text)
+
+
+def _as_written(layout: ToolFormat, text: str) -> ToolFormat:
+    """The format with the white space that the template puts before the first call, as its model has learnt it."""
+    if not layout.begin:
+        return layout
+    begin, name = (r"\s*".join(map(re.escape, "".join(part.split()))) for part in (layout.begin, layout.before_name))
+    found = re.search(rf"({begin}\s*){name}\s*{_NAME}", text)
+    assert found is not None  # it was found without white space
+    return dataclasses.replace(layout, begin=found[1])
 
 
 def _derived_format(template: ChatTemplate, text: str) -> ToolFormat | None:

@@ -103,33 +103,38 @@ LABELS[COMPLETIONS] = {
 
 # All names in SGLang's, vLLM's and OpenAI's documentation of the three endpoints.
 DOCUMENTED = {
-    CHAT: """messages model frequency_penalty presence_penalty logit_bias logprobs top_logprobs max_tokens
-        max_completion_tokens n seed stop stream stream_options temperature top_p user tools tool_choice
-        parallel_tool_calls response_format reasoning_effort top_k min_p min_tokens regex ebnf repetition_penalty
-        stop_token_ids stop_regex no_stop_trim ignore_eos continue_final_message skip_special_tokens lora_path
-        session_id session_params separate_reasoning stream_reasoning chat_template_kwargs return_hidden_states
-        return_cached_tokens_details return_token_ids return_prompt_token_ids return_meta_info input_ids rid extra_key
-        cache_salt priority custom_labels custom_logit_processor custom_params metadata store service_tier modalities
-        audio prediction web_search_options verbosity functions function_call safety_identifier prompt_cache_key
-        guided_json guided_regex guided_choice guided_grammar structured_outputs structural_tag
-        guided_decoding_backend guided_whitespace_pattern add_generation_prompt documents chat_template length_penalty
-        use_beam_search include_stop_str_in_output truncate_prompt_tokens prompt_logprobs allowed_token_ids bad_words
+    CHAT: """messages model frequency_penalty presence_penalty logit_bias logprobs top_logprobs
+        max_tokens max_completion_tokens n seed stop stream stream_options temperature top_p user
+        tools tool_choice parallel_tool_calls response_format reasoning_effort top_k min_p
+        min_tokens regex ebnf repetition_penalty stop_token_ids stop_regex no_stop_trim ignore_eos
+        continue_final_message skip_special_tokens lora_path session_id session_params
+        separate_reasoning stream_reasoning chat_template_kwargs return_hidden_states
+        return_cached_tokens_details return_token_ids return_prompt_token_ids return_meta_info
+        input_ids rid extra_key cache_salt priority custom_labels custom_logit_processor
+        custom_params metadata store service_tier modalities audio prediction web_search_options
+        verbosity functions function_call safety_identifier prompt_cache_key guided_json
+        guided_regex guided_choice guided_grammar structured_outputs structural_tag
+        guided_decoding_backend guided_whitespace_pattern add_generation_prompt documents
+        chat_template length_penalty use_beam_search include_stop_str_in_output
+        truncate_prompt_tokens prompt_logprobs allowed_token_ids bad_words
         spaces_between_special_tokens add_special_tokens logits_processors request_id best_of""",
-    COMPLETIONS: """prompt model max_tokens echo suffix best_of logprobs n seed stop stream stream_options temperature
-        top_p logit_bias user frequency_penalty presence_penalty json_schema regex ebnf top_k min_p min_tokens
-        repetition_penalty stop_token_ids stop_regex no_stop_trim ignore_eos skip_special_tokens lora_path
-        session_params return_hidden_states rid extra_key cache_salt priority custom_logit_processor custom_params metadata guided_json
-        guided_regex guided_choice guided_grammar structural_tag structured_outputs use_beam_search length_penalty
-        include_stop_str_in_output spaces_between_special_tokens truncate_prompt_tokens allowed_token_ids
-        prompt_logprobs add_special_tokens logits_processors request_id return_token_ids""",
-    "/generate": """text input_ids input_embeds image_data video_data audio_data sampling_params rid return_logprob
-        logprob_start_len top_logprobs_num token_ids_logprob return_text_in_logprobs stream lora_path session_id
-        session_params custom_logit_processor return_hidden_states priority extra_key cache_salt custom_labels
-        max_thinking_tokens""",
+    COMPLETIONS: """prompt model max_tokens echo suffix best_of logprobs n seed stop stream stream_options
+        temperature top_p logit_bias user frequency_penalty presence_penalty json_schema regex ebnf
+        top_k min_p min_tokens repetition_penalty stop_token_ids stop_regex no_stop_trim ignore_eos
+        skip_special_tokens lora_path session_params return_hidden_states rid extra_key cache_salt
+        priority custom_logit_processor custom_params metadata guided_json guided_regex
+        guided_choice guided_grammar structural_tag structured_outputs use_beam_search
+        length_penalty include_stop_str_in_output spaces_between_special_tokens
+        truncate_prompt_tokens allowed_token_ids prompt_logprobs add_special_tokens
+        logits_processors request_id return_token_ids""",
+    "/generate": """text input_ids input_embeds image_data video_data audio_data sampling_params rid
+        return_logprob logprob_start_len top_logprobs_num token_ids_logprob return_text_in_logprobs
+        stream lora_path session_id session_params custom_logit_processor return_hidden_states
+        priority extra_key cache_salt custom_labels max_thinking_tokens""",
     "sampling_params": """max_new_tokens min_new_tokens stop stop_token_ids stop_regex temperature top_p top_k min_p
-        frequency_penalty presence_penalty repetition_penalty n json_schema regex ebnf structural_tag ignore_eos
-        skip_special_tokens spaces_between_special_tokens no_stop_trim logit_bias custom_params sampling_seed
-        stream_interval""",
+        frequency_penalty presence_penalty repetition_penalty n json_schema regex ebnf
+        structural_tag ignore_eos skip_special_tokens spaces_between_special_tokens no_stop_trim
+        logit_bias custom_params sampling_seed stream_interval""",
 }
 MODELS: dict[str, type[Strict]] = {
     CHAT: ChatBody,
