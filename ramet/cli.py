@@ -19,6 +19,7 @@ from ramet.cli_completion import add_completion, completion_script
 from ramet.cli_doctor import add_doctor, run_doctor
 from ramet.cli_explain import add_explain, run_explain
 from ramet.cli_grammar import add_grammar, run_grammar
+from ramet.cli_run import add_run, run_run
 from ramet.cli_serve import add_serve, run_serve
 from ramet.errors import RametError
 
@@ -103,6 +104,7 @@ _COMMANDS: tuple[_Command, ...] = (
     _Command("chat", "Talk with a model.", add_chat, run_chat),
     _Command("bench", "Measure a server or a model.", add_bench, run_bench),
     _Command("grammar", "Check what a schema or grammar enforces.", add_grammar, run_grammar),
+    _Command("run", "Run a program of a Python file.", add_run, run_run),
     _Command("explain", "Show what a program will cost.", add_explain, run_explain),
     _Command("doctor", "Show what Ramet finds on this machine.", add_doctor, run_doctor),
     _Command("completion", "Print a shell's completion script.", add_completion, run_completion),
