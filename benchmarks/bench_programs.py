@@ -1,117 +1,54 @@
 """A program as one graph inside the engine against the same program as separate requests.
 
-    python benchmarks/bench_programs.py [--rtt 0 10 50] [--out benchmarks/results/programs.jsonl]
+    python benchmarks/bench_programs.py [--programs chat react] [--rtt 0 10 50] [--out FILE.jsonl]
 
-The alternative is measured in the same run: every generation is a request with the whole text so far, as a client of a
-completion API sends it; the text is tokenised anew, and the round trip is waited for. The graph is sent once, and waits
-for one round trip in all. Both in this process, and over HTTP to a server of the same model (`POST /v1/programs` and
-`POST /v1/completions`); the round trip is added by waiting, half before a request is sent and half after its answer.
-SmolLM2-135M-Instruct, greedy, as many tokens in all modes; before every measurement the cache is emptied. Bytes: the
-JSON of what is sent. Tokens computed: of prompts, by the engine's own count.
+Four ways, in one run, on SmolLM2-135M-Instruct, greedy, with the cache emptied before every measurement:
+
+    graph            in this process: the graph is submitted once (`Engine`)
+    requests         in this process: a request for each generation and each choice, with the whole text so far
+    graph, HTTP      `Remote`: the graph goes to a server of the same model in a process of its own
+    requests, HTTP   `OpenAI`: the same server's /v1/completions and /v1/chat/completions, a request each
+
+The round trip is added by a proxy on the loopback address that delays bytes, half of it each way; connections are kept
+open, so opening one costs nothing more. Bytes are those that the proxy saw go to the server. Tokens computed: by the
+engine's own count. `same text`: whether the run wrote what the graph in process wrote; a client that sends text may
+split it into other tokens.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import platform
-import socket
 import statistics
 import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx
-import numpy as np
 import torch
+from bench_ttft import served
+from program_cases import PROGRAMS
 from rich.console import Console
 from rich.table import Table
 
-from ramet import Engine, Function, State, function, gen, select
+from ramet import Engine, Function, OpenAI, Remote, State
 from ramet.lang.backend import EngineBackend
-from ramet.lang.primitives import Gen
-from ramet.runtime.types import FinishReason, Grammar, RequestOutput, SamplingParams, Usage
-
-TOKENS = 12
-
-
-RULES = (
-    "You work for a small town. You are patient and exact, and you never repeat yourself. You answer in one sentence "
-    "of plain words. You do not guess: where you don't know a thing you say so, and name who might. You give numbers "
-    "with their units, dates with their year, and names in full when they come up for the first time. You do not "
-    "apologise, you do not promise, and you do not talk about yourself. When somebody is in danger you say what to do "
-    "first, and only then why. When a question is about money you say what is included. When it is about time you say "
-    "when it begins and when it ends. When it is about a place you say how to get there on foot. What you are told by "
-    "the people of the town stays between you and them.\n"
-)
-
-
-def text() -> Gen:
-    return gen("x", max_tokens=TOKENS, ignore_eos=True)
-
-
-@function(temperature=0)
-def chat(s: State) -> None:
-    s.system(RULES)
-    for question in (
-        "When do I sow beans?",
-        "And peas?",
-        "How deep?",
-        "How much water?",
-        "In the shade?",
-        "Until when?",
-    ):
-        s.user(question)
-        s.assistant(text())
-
-
-@function(temperature=0)
-def react(s: State) -> None:
-    s += (
-        RULES + "Answer with the tools search(words) and read(page).\nQuestion: Who built the old bridge of the town?\n"
-    )
-    for i, found in enumerate(["3 pages", "a page about bridges", "a page about the town", "built in 1788"]):
-        s += f"Thought {i}:" + text() + f"\nAction {i}: " + select("tool", ["search", "read"]) + "(" + text() + ")\n"
-        s += f"Observation {i}: {found}\n"
-    s += "Answer:" + text()
-
-
-@function(temperature=0)
-def debate(s: State) -> None:
-    s += RULES + "A debate about the motion: cities should be free of cars. Each side speaks one sentence at a time.\n"
-    for _ in range(4):
-        s += "For:" + text() + "\nAgainst:" + text() + "\n"
-    s += "The better side was " + select("winner", ["for", "against"])
-
-
-@function(temperature=0)
-def map_reduce(s: State) -> None:
-    s += RULES + "You write summaries of one short sentence, in plain words, and you leave out what does not matter.\n"
-    branches = s.fork(8)
-    branches += lambda i: f"Text: On day {i} the ship sailed {7 * i + 3} miles to the north.\nSummary:"
-    branches += text()
-    branches.join()
-    s += "".join(f"-{summary}\n" for summary in s["x"]) + "All in one sentence:" + gen("all", max_tokens=TOKENS)
-
-
-PROGRAMS: Sequence[Function] = (chat, react, debate, map_reduce)
+from ramet.runtime.types import Grammar, RequestOutput, SamplingParams
 
 
 class SeparateRequests:
-    """The engine as a client of a completion API has it: text in, text out, a round trip each."""
+    """The engine as a client of a completion API has it: the text so far is tokenised anew for each request."""
 
-    def __init__(self, engine: Engine, rtt_s: float) -> None:
+    def __init__(self, engine: Engine) -> None:
         self.tokenizer = engine.tokenizer
         self.context_length = engine.context_length
-        self.bytes_sent = 0
         self._engine = engine
-        self.rtt_s = rtt_s
 
     def submit(
         self,
@@ -125,139 +62,62 @@ class SeparateRequests:
         deadline_s: float | None = None,
         score_from: int | None = None,
         on_output: Callable[[RequestOutput], None] | None = None,
-    ) -> Uncancellable:
-        assert on_output is not None
-        sent = self.tokenizer.decode(prompt)
-        body = {"prompt": sent, "max_tokens": sampling.max_tokens, "temperature": sampling.temperature}
-        self.bytes_sent += len(json.dumps(body))
-        tokens = self.tokenizer.encode(sent, parse_special=True)
+    ) -> Any:  # Any: a handle
+        tokens = self.tokenizer.encode(self.tokenizer.decode(prompt), parse_special=True)
         if score_from is not None:
             score_from = min(score_from, len(tokens) - 1)
-        self.send(sent, tokens, sampling, score_from, on_output)
-        return Uncancellable()
-
-    def send(
-        self,
-        text: str,
-        tokens: list[int],
-        sampling: SamplingParams,
-        score_from: int | None,
-        on_output: Callable[[RequestOutput], None],
-    ) -> None:
-        """Half a round trip, the request, half a round trip."""
-
-        def receive(output: RequestOutput) -> None:
-            if output.finish_reason is None:
-                on_output(output)
-            else:
-                after(self.rtt_s / 2, lambda: on_output(output))
-
-        def submit() -> None:
-            self._engine.submit(tokens, sampling, on_output=receive, score_from=score_from)
-
-        after(self.rtt_s / 2, submit)
+        return self._engine.submit(tokens, sampling, on_output=on_output, score_from=score_from)
 
 
-class Uncancellable:
-    def cancel(self) -> None:
-        raise NotImplementedError("nothing is cancelled in this benchmark")
+class DelayingProxy:
+    """Hands bytes on after half a round trip, on a thread of its own; counts those that go to the server."""
+
+    def __init__(self, url: str) -> None:
+        host, port = url.removeprefix("http://").split(":")
+        self._target = (host, int(port))
+        self.delay_s = 0.0
+        self.bytes_sent = 0
+        self._loop = asyncio.new_event_loop()
+        is_up = threading.Event()
+
+        async def start() -> None:
+            server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+            self.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+            is_up.set()
+
+        def run() -> None:
+            self._loop.create_task(start())
+            self._loop.run_forever()
+
+        threading.Thread(target=run, name="proxy", daemon=True).start()
+        is_up.wait()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        server_reader, server_writer = await asyncio.open_connection(*self._target)
+        await asyncio.gather(
+            self._pass_on(reader, server_writer, up=True), self._pass_on(server_reader, writer, up=False)
+        )
+
+    async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, up: bool) -> None:
+        try:
+            while data := await reader.read(1 << 16):
+                self.bytes_sent += len(data) if up else 0
+                if self.delay_s:
+                    self._loop.call_later(self.delay_s, writer.write, data)
+                else:
+                    writer.write(data)
+        except ConnectionError:
+            pass  # the other side is told below
+        self._loop.call_later(self.delay_s, writer.close)
 
 
-def after(seconds: float, work: Callable[[], None]) -> None:
-    if seconds == 0:
-        work()
-    else:
-        threading.Timer(seconds, work).start()
+class Setting(NamedTuple):
+    """What the ways to run a program need."""
 
-
-class Server:
-    """`ramet serve` in a process of its own."""
-
-    def __init__(self, model: str) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
-        self.model = model
-        command = [sys.executable, "-m", "ramet.cli", "serve", model, "--port", str(port), "--context-length", "2048"]
-        self.process = subprocess.Popen([*command, "--log-level", "error"])
-        self.http = httpx.Client(base_url=self.url, timeout=120)
-
-    def __enter__(self) -> Server:
-        for _ in range(600):
-            try:
-                if self.http.get("/ready").status_code == 200:
-                    return self
-            except httpx.TransportError:
-                pass
-            if self.process.poll() is not None:
-                raise RuntimeError("the server ended before it was ready")
-            time.sleep(0.2)
-        raise RuntimeError("the server is not ready after two minutes")
-
-    def __exit__(self, *exc: object) -> None:
-        self.process.terminate()
-        self.process.wait(30)
-
-    def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:  # Any: JSON
-        answer = self.http.post(path, json=body)
-        answer.raise_for_status()
-        found: dict[str, Any] = answer.json()
-        return found
-
-
-class HttpRequests(SeparateRequests):
-    """A client of a completion API: one POST a generation."""
-
-    def __init__(self, engine: Engine, rtt_s: float, server: Server) -> None:
-        super().__init__(engine, rtt_s)
-        self.computed = 0
-        self._server = server
-        self._threads = ThreadPoolExecutor(16)
-
-    def send(
-        self,
-        text: str,
-        tokens: list[int],
-        sampling: SamplingParams,
-        score_from: int | None,
-        on_output: Callable[[RequestOutput], None],
-    ) -> None:
-        body: dict[str, Any] = {
-            "model": self._server.model,
-            "prompt": text,
-            "max_tokens": sampling.max_tokens,
-            "temperature": 0,
-        }
-        if score_from is None:
-            body["ignore_eos"] = sampling.ignore_eos
-        else:
-            body |= {"max_tokens": 0, "echo": True, "logprobs": 1}
-        self._threads.submit(self._post, body, tokens, score_from, on_output)
-
-    def _post(
-        self,
-        body: dict[str, Any],
-        tokens: list[int],
-        score_from: int | None,
-        on_output: Callable[[RequestOutput], None],
-    ) -> None:
-        time.sleep(self.rtt_s / 2)
-        answer = self._server.post("/v1/completions", body)
-        time.sleep(self.rtt_s / 2)
-        choice, usage = answer["choices"][0], answer["usage"]
-        cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
-        self.computed += usage["prompt_tokens"] - cached
-        counts = Usage(usage["prompt_tokens"], cached, usage["completion_tokens"])
-        if score_from is None:
-            text = choice["text"]
-            written = tuple(self.tokenizer.encode(text, continues=True))
-            reason = FinishReason(choice["finish_reason"])
-            on_output(RequestOutput("http", text, written, counts, reason))
-            return
-        logprobs = choice["logprobs"]["token_logprobs"][score_from - len(tokens) :]
-        scored = np.asarray(logprobs, dtype=np.float32)
-        on_output(RequestOutput("http", "", (), counts, FinishReason.LENGTH, prompt_logprobs=scored))
+    engine: Engine
+    direct: httpx.Client  # to the server, past the proxy
+    proxy: DelayingProxy
+    backends: dict[str, object]
 
 
 class Measured(NamedTuple):
@@ -266,132 +126,117 @@ class Measured(NamedTuple):
     seconds: float
     computed: int
     bytes_sent: int
+    text: str
 
 
-def graph_in_process(program: Function, engine: Engine, server: Server | None, rtt_s: float) -> Measured:
-    compiled = program.compile()
-    sent = len(compiled.graph.to_json())
+@contextmanager
+def setting(model: str) -> Iterator[Setting]:
+    flags = ("--context-length", "2048", "--log-level", "error")
+    with Engine(model, context_length=2048) as engine, served(None, model, flags) as url:
+        proxy = DelayingProxy(url)
+        backends = {
+            "graph": engine,
+            "requests": EngineBackend(SeparateRequests(engine)),
+            "graph, HTTP": Remote(proxy.url),
+            "requests, HTTP": OpenAI(proxy.url + "/v1", "none", extensions=True),
+        }
+        with httpx.Client(base_url=url, timeout=60) as direct:
+            yield Setting(engine, direct, proxy, backends)
+        for name in ("graph, HTTP", "requests, HTTP"):
+            backends[name].close()  # type: ignore[attr-defined]
+
+
+def computed_by(found: Setting, mode: str) -> int:
+    """Prompt tokens that the engine behind a mode has computed so far."""
+    if "HTTP" not in mode:
+        return int(found.engine.stats()["num_computed_tokens"])
+    time.sleep(0.7)  # the server's counters come with the engine's heartbeat
+    return int(found.direct.get("/get_server_info").json()["stats"]["num_computed_tokens"])
+
+
+def run(program: Function, found: Setting, mode: str) -> Measured:
+    if "HTTP" in mode:
+        found.direct.post("/flush_cache").raise_for_status()
+    else:
+        found.engine.flush_cache()
+    computed, sent = computed_by(found, mode), found.proxy.bytes_sent
     start_s = time.perf_counter()
-    time.sleep(rtt_s)  # its one round trip
-    state = finished(compiled.run(backend=engine))
-    return Measured(time.perf_counter() - start_s, state.usage.computed_tokens, sent)
-
-
-def requests_in_process(program: Function, engine: Engine, server: Server | None, rtt_s: float) -> Measured:
-    client = SeparateRequests(engine, rtt_s)
-    start_s = time.perf_counter()
-    state = finished(program.run(backend=EngineBackend(client)))
-    return Measured(time.perf_counter() - start_s, state.usage.computed_tokens, client.bytes_sent)
-
-
-def graph_over_http(program: Function, engine: Engine, server: Server | None, rtt_s: float) -> Measured:
-    assert server is not None
-    body = {"graph": json.loads(program.compile().graph.to_json())}
-    start_s = time.perf_counter()
-    time.sleep(rtt_s)
-    answer = server.post("/v1/programs", body)
+    state = program.run(backend=found.backends[mode])
     seconds = time.perf_counter() - start_s
-    if answer["status"] != "done":
-        raise RuntimeError(f"the program is {answer['status']}: {answer['rows'][0]['error']}")
-    usages = [node["usage"] for node in answer["rows"][0]["nodes"] if node.get("usage")]
-    computed = sum(usage.get("prompt_tokens", 0) - usage.get("cached_tokens", 0) for usage in usages)
-    return Measured(seconds, computed, len(json.dumps(body)))
-
-
-def requests_over_http(program: Function, engine: Engine, server: Server | None, rtt_s: float) -> Measured:
-    assert server is not None
-    client = HttpRequests(engine, rtt_s, server)
-    start_s = time.perf_counter()
-    finished(program.run(backend=EngineBackend(client)))
-    return Measured(time.perf_counter() - start_s, client.computed, client.bytes_sent)
-
-
-def finished(state: State) -> State:
     error = state.error()
     if error is not None:
         raise error
-    return state
+    sent = found.proxy.bytes_sent - sent
+    return Measured(seconds, computed_by(found, mode) - computed, sent, said(state))
 
 
-Mode = Callable[[Function, Engine, "Server | None", float], Measured]
-MODES: dict[str, Mode] = {
-    "graph": graph_in_process,
-    "requests": requests_in_process,
-    "graph, HTTP": graph_over_http,
-    "requests, HTTP": requests_over_http,
-}
+def said(state: State) -> str:
+    """What the model wrote and chose."""
+    events = state.record.events
+    return "|".join(events[node.id].text for node in state.record.graph.nodes if getattr(node, "name", None))
 
 
-def measure(
-    program: Function, engine: Engine, server: Server | None, mode: str, rtt_s: float, repeats: int
-) -> dict[str, Any]:
-    runs = []
-    for _ in range(repeats):
-        engine.flush_cache()
-        if server is not None:
-            server.http.get("/flush_cache").raise_for_status()
-        runs.append(MODES[mode](program, engine, server, rtt_s))
-    times = [run.seconds for run in runs]
+def measure(program: Function, found: Setting, mode: str, rtt_ms: float, repeats: int, expected: str) -> dict[str, Any]:
+    found.proxy.delay_s = rtt_ms / 2000
+    runs = [run(program, found, mode) for _ in range(repeats)]
+    times = [one.seconds for one in runs]
     return {
         "program": program.name,
         "mode": mode,
-        "rtt_ms": round(1000 * rtt_s),
+        "rtt_ms": rtt_ms if "HTTP" in mode else None,
         "latency_s": round(statistics.median(times), 3),
         "spread_s": round(max(times) - min(times), 3),
         "computed_tokens": runs[-1].computed,
-        "bytes_sent": runs[-1].bytes_sent,
+        "bytes_sent": runs[-1].bytes_sent if "HTTP" in mode else None,
+        "is_same_text": runs[-1].text == expected,
     }
+
+
+def table_of(rows: Sequence[dict[str, Any]], title: str) -> Table:
+    table = Table(title=title)
+    for column in ("program", "way", "round trip", "latency", "tokens computed", "bytes sent", "same text"):
+        table.add_column(column, justify="left" if column in ("program", "way") else "right")
+    for row in rows:
+        table.add_row(
+            row["program"],
+            row["mode"],
+            "-" if row["rtt_ms"] is None else f"{row['rtt_ms']:g} ms",
+            f"{row['latency_s']:.2f} s",
+            f"{row['computed_tokens']:,}",
+            "-" if row["bytes_sent"] is None else f"{row['bytes_sent']:,}",
+            "yes" if row["is_same_text"] else "no",
+        )
+    return table
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = {program.name: program for program in PROGRAMS}
+    parser.add_argument("--programs", nargs="+", choices=names, default=list(names))
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--rtt", type=float, nargs="+", default=[0, 10, 50], help="milliseconds")
-    parser.add_argument("--no-http", dest="http", action="store_false", help="leave the server out")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    rows = []
-    modes = list(MODES) if args.http else [mode for mode in MODES if "HTTP" not in mode]
-    with (
-        Engine(args.model, context_length=2048) as engine,
-        Server(args.model) if args.http else nullcontext() as server,
-    ):
-        for program in PROGRAMS:
-            for mode in modes:
-                measure(program, engine, server, mode, 0, 1)  # warm-up
-            for rtt in args.rtt:
-                rows += [measure(program, engine, server, mode, rtt / 1000, args.repeats) for mode in modes]
-    table = Table(title=f"programs on {args.model}, {torch.get_num_threads()} threads, cache emptied before each run")
-    for column in ("program", "round trip", "mode", "latency", "tokens computed", "bytes sent"):
-        table.add_column(column, justify="left" if column in ("program", "mode") else "right")
-    for row in rows:
-        table.add_row(
-            row["program"],
-            f"{row['rtt_ms']} ms",
-            row["mode"],
-            f"{row['latency_s']:.2f} s",
-            f"{row['computed_tokens']:,}",
-            f"{row['bytes_sent']:,}",
-        )
-    Console().print(table)
+    rows: list[dict[str, Any]] = []
+    with setting(args.model) as found:
+        for program in (names[name] for name in args.programs):
+            found.proxy.delay_s = 0.0
+            warm = [run(program, found, mode) for mode in found.backends]
+            for mode in found.backends:
+                for rtt in args.rtt if "HTTP" in mode else [0.0]:
+                    rows.append(measure(program, found, mode, rtt, args.repeats, warm[0].text))
+    threads = torch.get_num_threads()
+    Console().print(table_of(rows, f"programs on {args.model}, {threads} threads, cache emptied before each run"))
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    line = json.dumps(
-        {
-            "benchmark": "programs",
-            "commit": commit.stdout.strip(),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "threads": torch.get_num_threads(),
-            "model": args.model,
-            "repeats": args.repeats,
-            "rows": rows,
-        }
-    )
+    versions = {"commit": commit.stdout.strip(), "torch": torch.__version__, "python": platform.python_version()}
+    config = {"threads": threads, "model": args.model, "repeats": args.repeats}
+    line = json.dumps({"benchmark": "programs", **versions, **config, "rows": rows})
+    print(line)
     if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
         with args.out.open("a") as file:
             file.write(line + "\n")
-    print(line)
 
 
 if __name__ == "__main__":
