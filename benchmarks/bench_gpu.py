@@ -266,6 +266,7 @@ def main() -> None:
     parser.add_argument("--model", default="8b", choices=["8b", "135m"], help="shapes")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--scale", type=int, default=1, help="divide chains and concurrency by this: a rehearsal")
+    parser.add_argument("--most", type=int, default=1 << 30, help="chains of a row at most: a short profile")
     parser.add_argument("--profile", default="", help="write a Chrome trace of the rows to this file")
     parser.add_argument("--out", default="", help="append JSON lines to this file")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes and a sixteenth of the work: a rehearsal")
@@ -329,7 +330,7 @@ def run(args: argparse.Namespace) -> None:
         try:
             if kind == "json" and grammar is None:
                 grammar = compile_json_grammar(engine)
-            sizes_of_row = max(concurrency // args.scale, 1), max(count // args.scale, 1)
+            sizes_of_row = max(concurrency // args.scale, 1), min(max(count // args.scale, 1), args.most)
             row = measure_row(engine, kind, *sizes_of_row, shapes, grammar if kind == "json" else None)
         except Exception as error:  # the other rows still tell something
             print(f"{name}: {type(error).__name__}: {error}", flush=True)

@@ -14,12 +14,13 @@ each as it ends; exit status 1 where one failed. Weights are random unless `--mo
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import random
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +61,16 @@ class Setting:
     tiny: bool
     model: str
     soak_s: float
+    models: dict[object, LoadedModel] = field(default_factory=dict)
 
-    def load(self, device: str, dtype: torch.dtype) -> LoadedModel:
-        """The model, the same weights on every device: random ones are drawn on the CPU."""
+    def load(self, device: str, dtype: torch.dtype, deterministic: bool) -> LoadedModel:
+        """The model, the same weights on every device: random ones are drawn on the CPU. Kept: passes change it."""
+        key = device, dtype, deterministic
+        if key not in self.models:
+            self.models[key] = self.load_anew(device, dtype)
+        return self.models[key]
+
+    def load_anew(self, device: str, dtype: torch.dtype) -> LoadedModel:
         if self.model:
             return load_model(self.model, device=device, dtype=dtype)
         shapes = tiny_shapes() if self.tiny else smollm2_135m()
@@ -76,7 +84,11 @@ class Setting:
         sizes: dict[str, object] = {"context_length": 2048, "num_kv_tokens": 200_000, "max_running_requests": 64}
         if self.tiny or device == "cpu":
             sizes |= {"num_kv_tokens": 32_768}
-        return Engine(self.load(device, dtype), EngineConfig.from_mapping({"device": device, **sizes, **values}))
+        gc.collect()  # the engine before, with its graphs
+        if self.device.startswith("cuda"):
+            torch.cuda.empty_cache()
+        model = self.load(device, dtype, bool(values.get("deterministic")))
+        return Engine(model, EngineConfig.from_mapping({"device": device, **sizes, **values}))
 
     def prompts(self, count: int, seed: int = 0) -> list[list[int]]:
         """Every second one begins with the same 160 tokens; lengths from 20 to 400."""

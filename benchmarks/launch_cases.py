@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ramet.kernels import activation, gemv, norm, rope, step_inputs
+from ramet.kernels import activation, copy_pages, gemv, norm, rope, step_inputs
 from ramet.kernels.attention_decode import DecodeMetadata
 from ramet.kernels.attention_decode_triton import attention_decode_triton
 from ramet.kernels.attention_extend import ExtendMetadata
@@ -214,6 +214,9 @@ def steps() -> list[Launch]:
                 f"commit_decode B={rows}", partial(step_inputs.commit_decode_triton, ints(rows), ints(rows), *columns)
             )
         )
+    model = MODELS[0]
+    kv = [caches(model) for _ in range(32)]
+    launches.append(Launch("copy_pages", partial(copy_pages.copy_pages_triton, kv, ints(3), ints(3), ints(3))))
     launches.append(Launch("scatter_rows", partial(step_inputs.scatter_rows_triton, ints(40, 3), tables.arena)))
     return launches
 

@@ -45,7 +45,7 @@ run() { # name, limit in seconds, command...
 }
 
 compile_ahead() { # fills Triton's cache on all cores at once; no kernel is launched
-  local workers=${WORKERS:-12} only="llama-8b,smollm2,prepare,commit,scatter,build_masks,advance" share pids=()
+  local workers=${WORKERS:-12} only="llama-8b,smollm2,prepare,commit,scatter,copy_pages,build_masks,advance" share pids=()
   [ -n "$dry" ] && workers=1 only="prepare_decode"
   for ((share = 0; share < workers; share++)); do
     $python benchmarks/compile_kernels.py --only "$only" --share "$share/$workers" >"$out/.compile.$share" 2>&1 &
@@ -85,7 +85,7 @@ case $part in
   engine)
     run checks 120 $python benchmarks/check_gpu.py "${dry_engine[@]}" --sections reference,same --out "$out/checks.jsonl"
     run rows 260 $python benchmarks/bench_gpu.py "${dry_engine[@]}" "${table[@]}" --seconds 240 --label rows --out "$out/rows.jsonl"
-    run profile 60 $python benchmarks/bench_gpu.py "${dry_engine[@]}" "${table[@]}" --rows unique@50 --label profile --profile "$out/trace.json" --out "$out/rows.jsonl"
+    run profile 60 $python benchmarks/bench_gpu.py "${dry_engine[@]}" "${table[@]}" --rows unique@50 --most 60 --label profile --profile "$out/trace.json" --out "$out/rows.jsonl"
     run no-tree 45 $python benchmarks/bench_gpu.py "${dry_engine[@]}" "${table[@]}" --rows fork@64,rag@50 --label no-tree --set 'tree_attention="off"' --out "$out/rows.jsonl"
     run grammar-soak 80 $python benchmarks/check_gpu.py "${dry_engine[@]}" --sections grammar,soak --soak "$soak" --out "$out/checks.jsonl"
     run deterministic 60 $python benchmarks/check_gpu.py "${dry_engine[@]}" --sections deterministic --out "$out/checks.jsonl"

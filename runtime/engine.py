@@ -179,6 +179,7 @@ class EngineCore:
         tables = None if arena is None or grammars is None else grammars.prepare(grammar)
         if arena is None or tables is None:
             return None
+        self.runner.use_device()
         try:
             return arena.acquire(grammar, tables)
         except GrammarTooLarge as error:

@@ -60,7 +60,7 @@ def build_core(model: LoadedModel, config: EngineConfig) -> EngineCore:
     """Size the KV pool by what is left of the memory, and put the parts together."""
     start_s = time.monotonic()
     device, dtype = model.decoder.device, model.decoder.dtype
-    if device.type == "cuda":
+    if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # of this thread: kernels are launched on the current device
     wanted = config.context_length or model.config.max_position_embeddings
     if wanted > model.config.max_position_embeddings:

@@ -151,8 +151,7 @@ class ModelRunner:
         on_host: the tokens so far are known to the host, so penalties, biases and log-probabilities can be done.
         grammar_states: the arena's state of each extend row, for those that join; None: all are unconstrained.
         """
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)  # of this thread: kernels are launched on the current device
+        self.use_device()
         self._copy_pages(batch)
         scores = None
         samples_in_graph = masks is None and not on_host
@@ -180,6 +179,11 @@ class ModelRunner:
             return self._to_host(batch, slots, None, scores)
         tokens, logprobs = self._sample(batch, self.decoder.logits(hidden), slots, positions, masks, on_host)
         return self._to_host(batch, tokens, logprobs, scores)
+
+    def use_device(self) -> None:
+        """Make the device this thread's current one: Triton launches there."""
+        if self.device.type == "cuda" and self.device.index is not None:
+            torch.cuda.set_device(self.device)
 
     def make_graphs(self, max_extend: int = 0, capture: Capture | None = None) -> StepGraphs:
         """The graphs of decode steps and of steps with at most `max_extend` new tokens; none is captured yet."""

@@ -145,3 +145,16 @@ def test_packed_blocks_pad_with_what_does_nothing() -> None:
     assert set(buffers.part("sample_rows").tolist()) == {9}
     assert buffers.part("kv_slots").tolist() == [0] * 16
     assert all(section.start % 32 == 0 for section in buffers.sections.values())
+
+
+def test_only_a_numbered_device_is_made_current(tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.cuda.set_device refuses a device without a number, and "cuda" means the current one anyway."""
+    made: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", made.append)
+    with make_engine(tiny_model, None) as engine:
+        runner = engine._core.runner
+        for name in ("cpu", "cuda", "cuda:1"):
+            runner.device = torch.device(name)
+            runner.use_device()
+        runner.device = torch.device("cpu")
+    assert made == [torch.device("cuda:1")]
