@@ -348,6 +348,18 @@ class Engine:
 
         self._send(mark, quietly=True)
 
+    def set_next_use(self, tokens: list[int], next_use: float, cache_salt: str = "") -> None:
+        """Say when `tokens` will be read next, in a unit of the caller's own; infinity takes that back.
+
+        Thread-safe, returns at once. A hint: prefixes without a next use are given up first, then the farthest ones.
+        """
+        ids = np.asarray(tokens, dtype=np.int32)
+
+        def note() -> None:
+            self._core.scheduler.cache.set_next_use(ids, next_use, cache_salt)
+
+        self._send(note, quietly=True)
+
     def differences(self, tokens: list[int], cache_salt: str = "") -> list[Difference]:
         """Where cached paths leave `tokens`, the one with the most in common first. For diagnosis (why_miss)."""
         found: list[Difference] = self._ask(lambda: differences(self._core.scheduler.cache, tokens, cache_salt))

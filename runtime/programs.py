@@ -24,6 +24,7 @@ from ramet.errors import DeadlineExceeded, InvalidProgram, ProgramCancelled, Ram
 from ramet.lang import ir
 from ramet.runtime.dead_branches import TakesHints, dead_branches
 from ramet.runtime.grammar_cache import GrammarCache
+from ramet.runtime.next_use import Hint, NextUses, TakesNextUse
 from ramet.runtime.program_engine import Handle, ProgramEngine, ProgramLimits, ProgramTokenizer
 from ramet.runtime.program_generation import Generation
 from ramet.runtime.program_path import Path, PieceEncoder
@@ -74,6 +75,7 @@ class ProgramHost:
     def __init__(self, engine: ProgramEngine, *, share_nodes: bool = True) -> None:
         self.engine = engine
         self.share_nodes = share_nodes
+        self.num_ended = 0  # requests of all programs: their clock
         self.tokenizer: ProgramTokenizer = engine.tokenizer
         self.encoder = PieceEncoder(self.tokenizer)
         self.marks = RoleMarks(engine.tokenizer.chat_template)
@@ -113,6 +115,9 @@ class ProgramExecutor:
         self._is_complete = False
         self._is_let_go = False
         self._to_cancel: list[Handle] = []
+        self._host = host
+        self._next_uses = NextUses(self._runs) if isinstance(self._cache, TakesNextUse) else None
+        self._released: list[NodeRun] = []  # whose sequences have ended
         self.lock = threading.RLock()
         self.start_s = time.monotonic()
 
@@ -173,6 +178,8 @@ class ProgramExecutor:
             if not self.is_over or self._is_let_go:
                 return
             self._is_let_go = True
+            hints = [] if self._next_uses is None else self._next_uses.clear()
+        self._give_hints(hints)
         if isinstance(self._cache, TakesHints):
             for tokens, num_live in dead_branches(self._index.nodes, lambda node: self._runs[node].path):
                 self._cache.mark_dead(tokens, self.limits.cache_salt, num_live)
@@ -187,6 +194,8 @@ class ProgramExecutor:
 
     def _add(self, run: NodeRun) -> None:
         self._runs.append(run)
+        if self._next_uses is not None:
+            self._next_uses.added(run.node)
         if self._is_cancelled:
             self._fail_all([run], ProgramCancelled("the program was cancelled"))
             return
@@ -243,6 +252,9 @@ class ProgramExecutor:
             run.value_text = more.pop("value_text", text)
             run.path = path if path is not None else self.path_before(run)
             run.handles.clear()
+            if isinstance(run.node, ir.Generate | ir.Select):
+                self._host.num_ended += 1
+                self._released.append(run)
             usage: ir.Usage | None = more.get("usage")
             self._refund(run, usage.completion_tokens - run.spent.completion_tokens if usage else 0)
             self.emit(run, "done", text=text, value=value, **more)
@@ -360,7 +372,22 @@ class ProgramExecutor:
                 handle.cancel()
             if run is not None and not run.is_over:
                 self._try(run, self._start)
+        self._hint_next_uses()
         self._let_go()
+
+    def _hint_next_uses(self) -> None:
+        """Tell the cache which prefixes will be read again, though nothing holds them."""
+        with self.lock:
+            released, self._released = self._released, []
+            if self._next_uses is None or self._is_let_go:
+                return
+            hints = [hint for run in released for hint in self._next_uses.released(run, self._host.num_ended)]
+        self._give_hints(hints)
+
+    def _give_hints(self, hints: Sequence[Hint]) -> None:
+        if isinstance(self._cache, TakesNextUse):
+            for tokens, when in hints:
+                self._cache.set_next_use(tokens, when, self.limits.cache_salt)
 
     def _try(self, run: NodeRun, work: Callable[[NodeRun], None]) -> None:
         """Do a part of a node's work. The node fails alone, whatever is raised; who reads it gets that as the cause."""

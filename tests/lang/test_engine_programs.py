@@ -155,3 +155,24 @@ def test_a_prompt_that_overflows_the_context_fails_its_node_alone(engine: Engine
         state["x"]
     assert isinstance(raised.value.__cause__, ContextOverflow)
     assert engine.generate("still there", SamplingParams(max_tokens=2)).token_ids
+
+
+def test_the_losers_of_first_of_free_their_pages(engine: Engine) -> None:
+    @function(temperature=0, ignore_eos=True)
+    def program(s: State) -> None:
+        s += "Who is first? "
+        s.first_of("slow: " + gen("x", max_tokens=400), "quick: " + gen("x", max_tokens=2))
+        # Only the winner's branch is left of the program before it goes on.
+        deadline = time.monotonic() + 10
+        while engine.stats()["num_running"] and time.monotonic() < deadline:
+            time.sleep(0.002)
+        stats = engine.stats()
+        s.set_var("idle", stats["num_running"] == 0)
+        s.set_var("whole", stats["num_free_pages"] + stats["num_evictable_pages"] == stats["num_pages"])
+        s += " and on" + gen("y", max_tokens=2)
+
+    state = program.run(backend=engine)
+    assert state["idle"]
+    assert state["whole"]
+    assert state.text().startswith("Who is first? quick: ")
+    assert state.error() is None
