@@ -51,7 +51,7 @@ def run(engine: Any) -> tuple[str, int]:
 def test_what_is_read_later_is_kept_and_what_is_not_makes_room(engine: Engine, tiny_model: LoadedModel) -> None:
     text, computed = run(engine)
     with Engine(tiny_model, num_kv_tokens=512, max_running_requests=4, chunked_prefill_size=256) as other:
-        text_without, computed_without = run(EngineBackend(WithoutHints(other)))  # type: ignore[arg-type]
+        text_without, computed_without = run(EngineBackend(WithoutHints(other)))
     assert text == text_without
     assert computed <= len(" In the end: ") + 8  # its own text and the value in it
     assert computed_without > 100  # the document again, as far as its pages were given away
