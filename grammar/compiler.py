@@ -145,7 +145,13 @@ class CompiledGrammar:
             with self._lock:
                 row = self.rows.again(state)
                 if row is None:
-                    row = self.rows.keep(state, self._compute_mask(self._packed[state]))
+                    machine = self.machine
+                    machine.is_timed = True
+                    try:
+                        with time_limit(machine.max_time_s):
+                            row = self.rows.keep(state, self._compute_mask(self._packed[state]))
+                    finally:
+                        machine.is_timed = False
         return row
 
     def _compute_mask(self, packed: int) -> NDArray[np.int32]:
@@ -172,11 +178,14 @@ class CompiledGrammar:
 
     def _walked_row(self, packed: int) -> tuple[NDArray[np.int32], list[int]]:
         instance, local = packed >> LOCAL_BITS, packed & LOCAL_MASK
-        table = self.machine.frames[instance].table
-        if local == table.loop:
-            return self._loop_row(packed)
+        frame = self.machine.frames[instance]
+        table = frame.table
         if table.loop >= 0 and table.depths is not None and table.depths[2, local] >= walker.MANY:
-            return self._near_loop_row(packed, (instance << LOCAL_BITS) | table.loop)
+            loop = (instance << LOCAL_BITS) | table.loop
+            alike = (frame.loop_twin() << LOCAL_BITS) | table.loop if hasattr(frame, "loop_twin") else loop
+            if packed == alike:
+                return self._loop_row(packed)
+            return self._twin_row(alike) if local == table.loop else self._near_loop_row(packed, loop, alike)
         row, trie = self._first_row(packed)
         self._walk(packed, trie, row)
         return row, self._unsure_tokens()
@@ -204,10 +213,11 @@ class CompiledGrammar:
         walker.expand(bits, starts, tokens, row)
         return row, [t for r in self._unsure_tokens() for t in tokens[starts[r] : starts[r + 1]].tolist()]
 
-    def _near_loop_row(self, packed: int, loop: int) -> tuple[NDArray[np.int32], list[int]]:
-        """The mask of a state that differs from a loop of its own frame by single texts only."""
+    def _near_loop_row(self, packed: int, loop: int, alike: int) -> tuple[NDArray[np.int32], list[int]]:
+        """The mask of a state that differs from a loop of its own frame by single texts only. alike: a state that has
+        the loop's mask."""
         machine, scratch, unsure, trie = self.machine, self._scratch, self._unsure, self.vocabulary.trie
-        loop_row, unsure_there = self._twin_row(loop)
+        loop_row, unsure_there = self._twin_row(alike)
         row = loop_row.copy()
         scratch[0] = 0
         scratch[3] = packed

@@ -62,6 +62,25 @@ class Context(Protocol):
         other."""
 
 
+class Somewhere:
+    """A context that is not known. For masks: what reaches it is decided by runs, each from its own state."""
+
+    remembers = False
+    is_anonymous = False
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def resume(self, mask: int, value: object | None) -> int:
+        return CONCRETE
+
+    def rest(self, tag: int) -> int:
+        raise AssertionError("texts are closed from where they stand")
+
+    def mask_twin(self) -> Context:
+        return self
+
+
 class Json:
     """Everything that the frames of one compiled schema share."""
 
@@ -74,6 +93,7 @@ class Json:
         self.bounded_strings: dict[object, Any] = {}
         self.dispatch = self.constant_table(dispatch_rows, (spaced,), 7)
         self.contexts = 0
+        self.somewhere = Somewhere(self.new_number())
         # interned by content; typed loosely because the modules of objects and arrays build on this one
         self.property_contexts: dict[object, Any] = {}
         self.object_nodes: dict[object, Any] = {}

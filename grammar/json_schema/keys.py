@@ -38,6 +38,7 @@ class Space:
         self._make_signatures()
         self.num_labels = len(self.names) + len(self.signatures)
         self._exprs: dict[tuple[int, int], Expr] = {}
+        self.exprs_of_threads: dict[tuple[object, int], tuple[Expr, ...]] = {}
         self._usable: dict[tuple[int, int], bool] = {}
         self._alive: dict[int, tuple[int, int]] = {}
         self._tables: dict[object, Table] = {}

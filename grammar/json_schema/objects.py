@@ -7,22 +7,21 @@ by name.
 
 from __future__ import annotations
 
-import json as json_module
 from functools import cache
 from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ramet.grammar.automaton import CONCRETE, DEAD, LOCAL_BITS, REFUSE, Table, leave, path_to_exit, target
+from ramet.grammar.automaton import CONCRETE, DEAD, REFUSE, Table, leave, target
 from ramet.grammar.json_schema import values as v
 from ramet.grammar.json_schema.expressions import INFINITE
 from ramet.grammar.json_schema.frames import Context, Json
+from ramet.grammar.json_schema.key_frames import KeyFrame, MemoryKeyFrame
 from ramet.grammar.json_schema.keys import Space
 from ramet.grammar.json_schema.values import FALSE, Exists, Expr
 
 _KEY, _CLOSE = 0, 1
-_KEY_BYTES = b"abcdefghijklmnopqrstuvwxyz0123456789_-. "
 Thread = tuple[int, int, int]  # tag, spec (index in the space), bits of what must still exist
 
 
@@ -70,6 +69,7 @@ class ObjectNode:
         self.number = self.json.new_number()
         self._alive: tuple[int, int] | None = None
         self._twins: list[ObjectNode | None] = [None, None]
+        self._exprs: dict[tuple[object, int], tuple[Expr, ...]] = {}
 
     def mask_twin(self, forgets: bool) -> ObjectNode:
         """The same in the context's twin. forgets: also without the unnamed keys that came, where they change nothing
@@ -169,6 +169,15 @@ class ObjectNode:
                     if not e.is_empty(value) and self.may_finish(following, seen, count):
                         out.append((following, value))
         return out
+
+    def exprs(self, label: int) -> tuple[Expr, ...]:
+        """What the value of a key of this label must be, for each of the threads that may read it."""
+        is_simple = not self.json.ordered and all(self.space.is_simple[spec] for _, spec, _ in self.threads)
+        known = self.space.exprs_of_threads if is_simple else self._exprs  # does it depend on the keys seen?
+        found = known.get((self.threads, label))
+        if found is None:
+            found = known[self.threads, label] = tuple(dict.fromkeys(e for _, e in self.branches(label)))
+        return found
 
     def _in_order(self, spec: int, label: int) -> bool:
         """declared_order: after all named keys seen, and not past one that must still come."""
@@ -383,108 +392,3 @@ class NextFrame(OpenFrame):
         json = self.node.json
         may_go_on = any(self.node.alive())
         return json.constant_table(next_rows, (json.spaced, may_go_on), 2)
-
-
-class KeyFrame:
-    """The text of a key and its closing quote."""
-
-    def __init__(self, node: ObjectNode) -> None:
-        self.node = node
-        self.table = node.space.table(*node.alive(), node.extras)
-
-    def mask_twin(self) -> int:
-        return self.node.mask_twin(forgets=bool(self.node.extras)).key() >> LOCAL_BITS
-
-    def resolve(self, exit_index: int) -> int:
-        node = self.node
-        if exit_index < len(node.space.names) and (node.seen >> exit_index) & 1:
-            return DEAD
-        return node.follow(exit_index, None)
-
-    def closing_exit(self, local: int) -> int:
-        """A key that some thread needs, if the text read so far allows one; the thread with the least to do first."""
-        node = self.node
-        named, others = node.alive()
-        ways = []
-        for label in range(node.space.num_labels):
-            n = len(node.space.names)
-            if not ((named >> label) & 1 if label < n else (others >> (label - n)) & 1):
-                continue
-            way = path_to_exit(self.table, label, local)
-            if way is None:
-                continue
-            seen = node.seen | (1 << label) if label < n else node.seen
-            cost = min(node.cost(t, seen) + node.json.expressions.cost(e) for t, e in node.branches(label))
-            if label >= n and any(node.space.specs[spec].low for _, spec, _ in node.threads):
-                cost -= 1000  # a key without a name counts, too
-            ways.append((cost + len(way), label))
-        return min(ways)[1]
-
-
-class MemoryKeyFrame(KeyFrame):
-    """Keys that are not named may come: what was read is needed to know the key.
-
-    The frame as entered is for masks that read a key's whole text within one token; once a token ends inside the key,
-    the state stands in a copy that knows the text so far (`is_committed`).
-    """
-
-    text = b""
-    is_committed = False
-
-    def resolve(self, exit_index: int) -> int:
-        node = self.node
-        if exit_index < len(node.space.names):
-            return super().resolve(exit_index)
-        if node.anonymous or (node.has_extras and not self.is_committed):
-            return CONCRETE
-        return node.mask_twin(forgets=True).follow(exit_index, None)
-
-    def resolve_text(self, exit_index: int, text: bytes) -> int:
-        if exit_index < len(self.node.space.names):
-            return self.resolve(exit_index)
-        key = json_module.loads(b'"' + text + b'"')
-        return DEAD if key in self.node.extras else self.node.follow(exit_index, key)
-
-    def closing_way(self, local: int, exit_index: int) -> bytes | None:
-        """A short way to an exit that makes a key which is not there yet."""
-        if exit_index < len(self.node.space.names) or not self.node.extras:
-            return path_to_exit(self.table, exit_index, local)
-        rows, byte_class = self.table.rows, self.table.byte_class
-        level = [(local, b"")]
-        for _ in range(len(self.node.extras) + self.table.num_states + 1):
-            following = []
-            for state, text in level:
-                way = path_to_exit(self.table, exit_index, state)
-                if way is not None and json_module.loads(b'"' + self.text + text + way) not in self.node.extras:
-                    return text + way
-                for byte in _KEY_BYTES:
-                    to = int(rows[state, byte_class[byte]])
-                    if to >= 0:
-                        following.append((to, text + bytes((byte,))))
-            level = following[: 4 * len(self.node.extras) + 4]
-        return None
-
-    def shared(self) -> int:
-        """The copy whose masks all copies with a text share."""
-        return self.node.json.machine.intern(("key text", self.node.number), lambda: self._copy(None))
-
-    def mask_twin(self) -> int:
-        key = self.node.mask_twin(forgets=bool(self.node.extras)).key() >> LOCAL_BITS
-        frame = self.node.json.machine.frames[key]
-        return frame.shared() if self.is_committed and isinstance(frame, MemoryKeyFrame) else key
-
-    def remember(self, text: bytes) -> int:
-        machine = self.node.json.machine
-        return machine.intern(("key text", self.node.number, text), lambda: self._copy(text))
-
-    def _copy(self, text: bytes | None) -> MemoryKeyFrame:
-        """With a text, or (None) the copy whose masks all others share."""
-        copy = object.__new__(MemoryKeyFrame)
-        copy.node, copy.table, copy.is_committed = self.node, self.table, True
-        copy.text = text or b""
-        return copy
-
-    def refused_prefixes(self, local: int) -> list[bytes]:
-        """Texts that may not follow here: those that would finish a key for the second time."""
-        extras = self.node.extras
-        return self.node.space.endings(self.text, extras, ()) if extras else []

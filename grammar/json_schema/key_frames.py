@@ -1,0 +1,150 @@
+"""The text of an object's key on the machine: named keys, unnamed ones that are remembered, and keys for masks only."""
+
+from __future__ import annotations
+
+import json as json_module
+from typing import TYPE_CHECKING
+
+from ramet.grammar.automaton import CONCRETE, DEAD, path_to_exit
+
+if TYPE_CHECKING:
+    from ramet.grammar.json_schema.objects import ObjectNode
+
+_KEY_BYTES = b"abcdefghijklmnopqrstuvwxyz0123456789_-. "
+
+
+def mask_keys(node: ObjectNode, is_shared: bool) -> int:
+    """The instance where masks of a key's text are walked. is_shared: unnamed keys are not compared with those seen."""
+    return node.json.machine.intern(("mask keys", node.number, is_shared), lambda: MaskKeyFrame(node, is_shared))
+
+
+class MaskKeyFrame:
+    """Keys for masks only: their values stand somewhere. Few tokens span a key and a whole value; those are run."""
+
+    def __init__(self, node: ObjectNode, is_shared: bool) -> None:
+        self.node = node
+        self.is_shared = is_shared
+        self.table = node.space.table(*node.alive(), node.extras)
+
+    def resolve(self, exit_index: int) -> int:
+        node = self.node
+        if exit_index < len(node.space.names):
+            if (node.seen >> exit_index) & 1:
+                return DEAD
+        elif node.anonymous or (node.has_extras and not self.is_shared):
+            return CONCRETE
+        exprs = node.exprs(exit_index)
+        return node.json.value(exprs, node.json.somewhere, 0) if exprs else DEAD
+
+    def loop_twin(self) -> int:
+        """The instance whose loop state (see Table) has the same mask: unnamed keys with values of the same kinds."""
+        node = self.node
+        if node.anonymous or not self.is_shared:
+            return mask_keys(node, self.is_shared)
+        values = tuple(node.exprs(label) for label in range(len(node.space.names), node.space.num_labels))
+        key = ("loop of keys", node.space.number, id(self.table), values)
+        return node.json.machine.intern(key, lambda: MaskKeyFrame(node, True))
+
+    def closing_exit(self, local: int) -> int:
+        raise AssertionError("texts are closed from where they stand")
+
+
+class KeyFrame:
+    """The text of a key and its closing quote."""
+
+    is_committed = False
+
+    def __init__(self, node: ObjectNode) -> None:
+        self.node = node
+        self.table = node.space.table(*node.alive(), node.extras)
+
+    def mask_twin(self) -> int:
+        return mask_keys(self.node.mask_twin(forgets=bool(self.node.extras)), self.is_committed)
+
+    def resolve(self, exit_index: int) -> int:
+        node = self.node
+        if exit_index < len(node.space.names) and (node.seen >> exit_index) & 1:
+            return DEAD
+        return node.follow(exit_index, None)
+
+    def closing_exit(self, local: int) -> int:
+        """A key that some thread needs, if the text read so far allows one; the thread with the least to do first."""
+        node = self.node
+        named, others = node.alive()
+        ways = []
+        for label in range(node.space.num_labels):
+            n = len(node.space.names)
+            if not ((named >> label) & 1 if label < n else (others >> (label - n)) & 1):
+                continue
+            way = path_to_exit(self.table, label, local)
+            if way is None:
+                continue
+            seen = node.seen | (1 << label) if label < n else node.seen
+            cost = min(node.cost(t, seen) + node.json.expressions.cost(e) for t, e in node.branches(label))
+            if label >= n and any(node.space.specs[spec].low for _, spec, _ in node.threads):
+                cost -= 1000  # a key without a name counts, too
+            ways.append((cost + len(way), label))
+        return min(ways)[1]
+
+
+class MemoryKeyFrame(KeyFrame):
+    """Keys that are not named may come: what was read is needed to know the key.
+
+    The frame as entered is for masks that read a key's whole text within one token; once a token ends inside the key,
+    the state stands in a copy that knows the text so far (`is_committed`).
+    """
+
+    text = b""
+
+    def resolve(self, exit_index: int) -> int:
+        node = self.node
+        if exit_index < len(node.space.names):
+            return super().resolve(exit_index)
+        if node.anonymous or (node.has_extras and not self.is_committed):
+            return CONCRETE
+        return node.mask_twin(forgets=True).follow(exit_index, None)
+
+    def resolve_text(self, exit_index: int, text: bytes) -> int:
+        if exit_index < len(self.node.space.names):
+            return self.resolve(exit_index)
+        key = json_module.loads(b'"' + text + b'"')
+        return DEAD if key in self.node.extras else self.node.follow(exit_index, key)
+
+    def closing_way(self, local: int, exit_index: int) -> bytes | None:
+        """A short way to an exit that makes a key which is not there yet."""
+        if exit_index < len(self.node.space.names) or not self.node.extras:
+            return path_to_exit(self.table, exit_index, local)
+        rows, byte_class = self.table.rows, self.table.byte_class
+        level = [(local, b"")]
+        for _ in range(len(self.node.extras) + self.table.num_states + 1):
+            following = []
+            for state, text in level:
+                way = path_to_exit(self.table, exit_index, state)
+                if way is not None and json_module.loads(b'"' + self.text + text + way) not in self.node.extras:
+                    return text + way
+                for byte in _KEY_BYTES:
+                    to = int(rows[state, byte_class[byte]])
+                    if to >= 0:
+                        following.append((to, text + bytes((byte,))))
+            level = following[: 4 * len(self.node.extras) + 4]
+        return None
+
+    def shared(self) -> int:
+        """The copy whose masks all copies with a text share."""
+        return self.node.json.machine.intern(("key text", self.node.number), lambda: self._copy(None))
+
+    def remember(self, text: bytes) -> int:
+        machine = self.node.json.machine
+        return machine.intern(("key text", self.node.number, text), lambda: self._copy(text))
+
+    def _copy(self, text: bytes | None) -> MemoryKeyFrame:
+        """With a text, or (None) the copy whose masks all others share."""
+        copy = object.__new__(MemoryKeyFrame)
+        copy.node, copy.table, copy.is_committed = self.node, self.table, True
+        copy.text = text or b""
+        return copy
+
+    def refused_prefixes(self, local: int) -> list[bytes]:
+        """Texts that may not follow here: those that would finish a key for the second time."""
+        extras = self.node.extras
+        return self.node.space.endings(self.text, extras, ()) if extras else []
