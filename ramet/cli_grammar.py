@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -17,13 +18,14 @@ from ramet.errors import InvalidRequest, UnsupportedSchema
 
 _KINDS = {".json": "json_schema", ".lark": "cfg", ".regex": "regex"}
 _CONTEXT = 60
+_NAME = 40  # characters of an instance that stand for it
 
 
 def add_grammar(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="action", required=True)
     summary = "Say what a schema or grammar enforces, and where instances are refused."
     check = actions.add_parser("check", help=summary, description=summary)
-    check.add_argument("source", metavar="SCHEMA", help="a file; - reads standard input")
+    check.add_argument("source", metavar="SCHEMA", help="a file, or a JSON schema itself; - reads standard input")
     check.add_argument("instances", metavar="INSTANCE", nargs="*", help="a file, or the text itself")
     check.add_argument(
         "--kind",
@@ -47,7 +49,8 @@ def run_grammar(arguments: argparse.Namespace) -> int:
     from ramet.grammar.sources import compile_constraint
 
     console = Console(highlight=False, soft_wrap=True)
-    kind = arguments.kind or _KINDS.get(Path(arguments.source).suffix, "json_schema")
+    is_text = arguments.source.lstrip().startswith("{")
+    kind = arguments.kind or ("json_schema" if is_text else _KINDS.get(Path(arguments.source).suffix, "json_schema"))
     source = _read(arguments.source)
     options: dict[str, Any] = {}
     if kind == "json_schema":
@@ -80,7 +83,7 @@ def _print_coverage(console: Console, source: str, options: dict[str, Any]) -> N
 
     try:
         schema = json.loads(source)
-    except ValueError:
+    except (ValueError, RecursionError):
         return  # compiling says what is wrong
     found = coverage(schema, JsonOptions(**options))
     enforced = ", ".join(f"{k} × {n}" if n > 1 else k for k, n in sorted(found.enforced.items()))
@@ -105,15 +108,20 @@ def _print_coverage(console: Console, source: str, options: dict[str, Any]) -> N
 def _print_instance(console: Console, grammar: Any, kind: str, given: str, arguments: argparse.Namespace) -> bool:
     from ramet.grammar.check import walk
 
-    path = Path(given)
-    is_file = len(given) < 4096 and path.is_file()
-    text = path.read_text(encoding="utf-8") if is_file else given
+    is_file = len(given) < 4096 and "\0" not in given and Path(given).is_file()
+    text = _read(given) if is_file else given
     name = given if is_file else "the instance"
+    if not is_file and len(arguments.instances) > 1:
+        name = given if len(given) <= _NAME else given[: _NAME - 3] + "..."
+    name = escape(name)
     if kind == "json_schema" and not arguments.raw:
         try:
             separators = (",", ":") if arguments.whitespace == "compact" else (", ", ": ")
-            text = json.dumps(json.loads(text), separators=separators, ensure_ascii=False)
-        except ValueError as error:
+            value = json.loads(text)
+            text = json.dumps(value, separators=separators, ensure_ascii=False)
+            if any("\ud800" <= c <= "\udfff" for c in text):  # only an escape can write them
+                text = json.dumps(value, separators=separators)
+        except (ValueError, RecursionError) as error:
             console.print(f"[bold red]refused[/]       {name}: not JSON: {error}")
             return False
     elif is_file:
@@ -137,7 +145,9 @@ def _print_instance(console: Console, grammar: Any, kind: str, given: str, argum
 def _read(source: str) -> str:
     if source == "-":
         return sys.stdin.read()
+    if source.lstrip().startswith("{"):
+        return source
     try:
         return Path(source).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise InvalidRequest(f"cannot read {source}: {error}") from error

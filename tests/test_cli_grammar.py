@@ -93,3 +93,31 @@ def test_bad_sources_fail_with_a_message(
         path.write_text(content)
     assert main(["grammar", "check", str(path)]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_a_schema_may_be_given_itself_and_instances_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out = check(capsys, '{"type": "integer"}', "5", '"[bold]x"', '"' + "y" * 50 + '"')
+    assert status == 1
+    assert "accepted      5" in out
+    assert 'refused       "[bold]x": character 0' in out
+    assert f'refused       "{"y" * 36}...: character 0' in out
+
+
+def test_files_that_cannot_be_read_are_told_apart(
+    tmp_path: Path, person: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    deep, binary = tmp_path / "deep.json", tmp_path / "binary.json"
+    deep.write_text("[" * 100_000)
+    binary.write_bytes(b"\xff\xfe\x00")
+    for arguments, message in (
+        ((str(deep),), "nested too deeply"),
+        ((str(binary),), "cannot read"),
+        ((person, str(binary)), "cannot read"),
+        ((str(tmp_path / "none.json"),), "cannot read"),
+    ):
+        assert main(["grammar", "check", *arguments]) == 1
+        captured = capsys.readouterr()
+        assert message in captured.out + captured.err
+    status, out = check(capsys, person, str(deep))
+    assert status == 1
+    assert "not JSON" in out
