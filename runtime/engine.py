@@ -38,6 +38,7 @@ class EngineCore:
         self.scheduler = scheduler
         self.runner = runner
         self.overlap = overlap
+        self.appends_forced = True  # tokens that a grammar leaves no choice about are computed together, not decoded
         self.num_steps = 0
         # Why sequences with FinishReason.ERROR failed; whoever reports it takes it out.
         self.errors: dict[Sequence, Exception] = {}
@@ -244,10 +245,39 @@ class EngineCore:
                 result[i] = RowOutput((chosen,))
                 assert sequence.slot is not None
                 forced.append((sequence.slot, chosen))
+            try:
+                run, after = self._forced_run(sequence, grammar, chosen, after)
+            except Exception as error:  # as above
+                self.errors[sequence] = error
+                continue
+            if run:
+                result[i] = RowOutput((chosen, *run))
             self._grammar_states[sequence] = after
         if forced:
             self.runner.override_tokens(forced)
         return result
+
+    def _forced_run(
+        self, sequence: Sequence, grammar: Grammar, token: int, state: int | None
+    ) -> tuple[list[int], int | None]:
+        """The tokens that must follow `token`, and the state behind them.
+
+        Only where one token alone is allowed, so decoding would give the same ones; the next step computes them as it
+        computes a prompt. What is looked at token by token (penalties, log-probabilities, stop strings) is decoded.
+        """
+        request = sequence.request
+        left = request.max_tokens - len(sequence.output_ids) - 1
+        is_watched = request.sampling.needs_logit_edits or request.sampling.stop or token in request.stop_ids
+        if state is None or not self.appends_forced or is_watched:
+            return [], state
+        run: list[int] = []
+        for forced in grammar.forced_tokens(state)[:left]:
+            assert state is not None
+            run.append(forced)
+            state = grammar.advance(state, forced)
+            if forced in request.stop_ids:
+                break
+        return run, state
 
     def _advance(self, sequence: Sequence, grammar: Grammar, state: int, token: int) -> tuple[int, int | None]:
         """The token to keep and the state after it: `token`, unless it leaves too little room to finish.
