@@ -5,6 +5,7 @@ import OpenAI from "openai";
 
 const [url, model] = process.argv.slice(2);
 const client = new OpenAI({ baseURL: `${url}/v1`, apiKey: "none", maxRetries: 0, timeout: 60_000 });
+// The prompts of what is compared are computed once before: near a tie, a cached prompt may be answered otherwise.
 const chat = (fields) => client.chat.completions.create({ model, temperature: 0, max_tokens: 24, ...fields });
 const user = (content) => [{ role: "user", content }];
 const WEATHER = {
@@ -74,6 +75,7 @@ const TOUR = {
   },
   async stream() {
     const fields = { messages: user("Name a river.") };
+    await chat(fields);
     const whole = await chat(fields);
     let text = "";
     let usage = null;
@@ -119,6 +121,7 @@ const TOUR = {
       tool_choice: { type: "function", function: { name: "get_weather" } },
       max_tokens: 80,
     };
+    await chat(fields);
     const whole = await chat(fields);
     checkCall(whole.choices[0].message.tool_calls[0]);
     const stream = client.chat.completions.stream({ model, temperature: 0, ...fields });
@@ -191,6 +194,7 @@ const TOUR = {
   },
   async stop() {
     const fields = { messages: user("Count: one, two, three, four, five.") };
+    await chat(fields);
     const text = (await chat(fields)).choices[0].message.content;
     const stop = text.slice(6, 9);
     const stopped = await chat({ ...fields, stop });
@@ -200,6 +204,7 @@ const TOUR = {
   },
   async completions() {
     const fields = { model, prompt: "The capital of France is", max_tokens: 6, temperature: 0 };
+    await client.completions.create(fields);
     const whole = await client.completions.create(fields);
     let text = "";
     for await (const chunk of await client.completions.create({ ...fields, stream: true })) {
