@@ -80,10 +80,11 @@ class KeyFrame:
             if way is None:
                 continue
             seen = node.seen | (1 << label) if label < n else node.seen
-            cost = min(node.cost(t, seen) + node.json.expressions.cost(e) for t, e in node.branches(label))
-            if label >= n and any(node.space.specs[spec].low for _, spec, _ in node.threads):
-                cost -= 1000  # a key without a name counts, too
-            ways.append((cost + len(way), label))
+            for t, e in node.branches(label):
+                cost = node.cost(t, seen) + node.json.expressions.cost(e)
+                if label >= n and node.missing(t, seen):
+                    cost -= 1000  # a key without a name counts, too
+                ways.append((cost + len(way), label))
         return min(ways)[1]
 
 

@@ -220,12 +220,18 @@ class ObjectNode:
         tag, spec, exists = thread
         space, e = self.space, self.json.expressions
         needed = self.needed(spec, seen)
-        total = 1 + 1000 * exists.bit_count() + self.context.rest(tag)
+        total = 1 + self.context.rest(tag)
+        total += sum(8 + e.cost(x.expr) for i, x in enumerate(space.specs[spec].exists) if (exists >> i) & 1)
         for i in range(needed.bit_length()):
             if (needed >> i) & 1:
                 total += len(space.names[i]) + 4 + e.cost(space.expr(spec, i))
-        missing = space.specs[spec].low - needed.bit_count() - seen.bit_count() - len(self.extras) - self.anonymous
-        return total + 1000 * max(missing, 0)
+        return total + 1000 * self.missing(thread, seen)
+
+    def missing(self, thread: Thread, seen: int) -> int:
+        """Keys that must still come, beyond those that are needed by name."""
+        _, spec, _ = thread
+        present = self.needed(spec, seen).bit_count() + seen.bit_count() + len(self.extras) + self.anonymous
+        return max(self.space.specs[spec].low - present, 0)
 
     def key(self) -> int:
         """Target inside the next key, after its opening quote."""

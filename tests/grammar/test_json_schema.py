@@ -368,3 +368,17 @@ def test_property_order_is_free_for_many_properties() -> None:
     )
     assert accepts(grammar, json.dumps(dict.fromkeys(reversed(names), 1)))
     assert not accepts(grammar, json.dumps(dict.fromkeys(names[1:], 1)))
+
+
+@pytest.mark.parametrize(
+    ("schema", "longest"),
+    [
+        ({"type": "object", "minProperties": 3, "required": ["a"]}, 30),
+        ({"type": "array", "contains": {"type": "array", "items": True, "contains": True}}, 10),
+        ({"type": "array", "contains": {"contains": {"contains": {"const": 1}}}, "minItems": 2}, 20),
+        ({"not": {"additionalProperties": {"not": {"not": {"additionalProperties": {"type": "null"}}}}}}, 20),
+    ],
+)
+def test_closing_makes_way_to_every_part_that_is_missing(schema: Any, longest: int) -> None:
+    grammar = compiled(schema)
+    assert len(grammar.shortest_completion(0)) <= longest
