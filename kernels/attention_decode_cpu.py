@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ramet.kernels import cpu_vectors as v
 from ramet.kernels.cpu_pointwise import exp32
-from ramet.kernels.cpu_threads import Kernel, compiled, num_threads, parallel, thread_count, thread_index
+from ramet.kernels.cpu_threads import Kernel, bits_float, compiled, num_threads, parallel, thread_count, thread_index
 from ramet.kernels.cpu_vectors import float32_at, int32_at
 
 # Below this many multiply-adds a second thread costs more than it saves (about 5 us).
@@ -131,7 +131,7 @@ def _kernel(pointer: Any) -> None:  # Any: int64*
     a = carray(pointer, 16)
     batch, num_heads, num_kv_heads, page_size, head_dim = a[8], a[9], a[10], a[11], a[12]
     heads_per_item = a[15]
-    scale = np.int32(a[14]).view(np.float32)
+    scale = bits_float(a[14])
     lens = carray(int32_at(a[4]), (batch,))
     rows = carray(int32_at(a[5]), (batch,))
     group, items_per_row = num_heads // num_kv_heads, num_heads // heads_per_item

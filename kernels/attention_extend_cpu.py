@@ -20,7 +20,15 @@ from torch import Tensor
 
 from ramet.kernels import cpu_vectors as v
 from ramet.kernels.cpu_pointwise import exp32
-from ramet.kernels.cpu_threads import Kernel, compiled, num_threads, parallel, thread_count, thread_index
+from ramet.kernels.cpu_threads import (
+    Kernel,
+    bits_float,
+    compiled,
+    float_bits,
+    num_threads,
+    thread_count,
+    thread_index,
+)
 from ramet.kernels.cpu_vectors import KEYS, ROWS, float32_at, int32_at
 
 
@@ -66,9 +74,7 @@ def attention_extend_cpu(
         packed = torch.empty(num_kv_heads * num_blocks * KEYS * head_dim, dtype=torch.float32)
         # Of each thread: queries [D, ROWS], results [ROWS, D], scores [ROWS, keys].
         scratch = torch.empty(threads * ROWS * (2 * head_dim + num_blocks * KEYS), dtype=torch.float32)
-        _launch(
-            _pack_kernel.address,
-            _kernel.address,
+        arguments = (
             q.data_ptr() + start * num_heads * head_dim * 4,
             k_cache.data_ptr(),
             v_cache.data_ptr(),
@@ -84,57 +90,15 @@ def attention_extend_cpu(
             page_size,
             head_dim,
             0 if window is None else window,
-            scale,
-            threads,
+            float_bits(scale),
         )
+        _pack_kernel(*arguments, threads=threads)
+        _kernel(*arguments, threads=threads)
         start += q_len
     return out
 
 
 # ---- Compiled part ----
-
-
-@compiled
-def _launch(
-    pack_kernel: int,
-    kernel: int,
-    q: int,
-    k_cache: int,
-    v_cache: int,
-    out: int,
-    pages: int,
-    packed: int,
-    scratch: int,
-    q_len: int,
-    kv_len: int,
-    first: int,
-    num_heads: int,
-    num_kv_heads: int,
-    page_size: int,
-    head_dim: int,
-    window: int,
-    scale: float,
-    threads: int,
-) -> None:
-    a = np.empty(16, np.int64)
-    a[0] = q
-    a[1] = k_cache
-    a[2] = v_cache
-    a[3] = out
-    a[4] = pages
-    a[5] = packed
-    a[6] = scratch
-    a[7] = q_len
-    a[8] = kv_len
-    a[9] = first
-    a[10] = num_heads
-    a[11] = num_kv_heads
-    a[12] = page_size
-    a[13] = head_dim
-    a[14] = window
-    a[15] = np.float32(scale).view(np.int32)
-    parallel(pack_kernel, a, threads)
-    parallel(kernel, a, threads)
 
 
 @Kernel
@@ -178,7 +142,7 @@ def _attend_tile(a: Any, kv_head: int, low: int, scratch: int, stride: int) -> N
     """Rows [low, low + ROWS) of a KV head: row r is head r % group at token r // group."""
     q_len, kv_len, first, num_heads, num_kv_heads = a[7], a[8], a[9], a[10], a[11]
     head_dim, window = a[13], a[14]
-    scale = np.int32(a[15]).view(np.float32)
+    scale = bits_float(a[15])
     group = num_heads // num_kv_heads
     prefix = kv_len - q_len
     count = min(ROWS, q_len * group - low)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ramet.kernels import cpu_vectors as v
 from ramet.kernels.block_linear import FORMATS, dequantize
-from ramet.kernels.cpu_threads import Kernel, compiled, num_threads, parallel, thread_count, thread_index
+from ramet.kernels.cpu_threads import Kernel, compiled, num_threads, thread_count, thread_index
 
 # Bits of a code.
 _BITS = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 8}
@@ -60,20 +60,9 @@ def block_int8_linear(x: Tensor, packed: Tensor) -> Tensor:
     codes = torch.empty((padded, num_columns), dtype=torch.int8)
     scales = torch.empty((padded, num_blocks, 2), dtype=torch.float32)
     out = torch.empty((padded, tiles * v.LANES), dtype=torch.float32)
-    _launch(
-        _kernel.address,
-        packed.data_ptr(),
-        x.data_ptr(),
-        codes.data_ptr(),
-        scales.data_ptr(),
-        out.data_ptr(),
-        num_tokens,
-        padded,
-        tiles,
-        num_blocks,
-        (block_bytes - 64) // 64,
-        thread_count(),
-    )
+    _quantize(x.data_ptr(), codes.data_ptr(), scales.data_ptr(), num_tokens * num_blocks, padded * num_blocks)
+    addresses = packed.data_ptr(), codes.data_ptr(), scales.data_ptr(), out.data_ptr()
+    _kernel(*addresses, padded, tiles, num_blocks, (block_bytes - 64) // 64, threads=thread_count())
     return out[:num_tokens]
 
 
@@ -119,34 +108,11 @@ _dot_4_bits, _dot_8_bits = _by_tokens(v.dots_int8[4]), _by_tokens(v.dots_int8[8]
 
 
 @compiled
-def _launch(
-    kernel: int,
-    weights: int,
-    x: int,
-    codes: int,
-    scales: int,
-    out: int,
-    num_tokens: int,
-    padded: int,
-    tiles: int,
-    num_blocks: int,
-    bits: int,
-    threads: int,
-) -> None:
-    for block in range(num_tokens * num_blocks):
+def _quantize(x: int, codes: int, scales: int, num_blocks: int, num_padded: int) -> None:
+    for block in range(num_blocks):
         v.quantize_block(x + block * 128, codes + block * 32, scales + block * 8)
-    unused = (padded - num_tokens) * num_blocks  # what pads nobody reads, but denormal numbers would be slow
-    carray(v.float32_at(scales + num_tokens * num_blocks * 8), (unused * 2,))[:] = np.float32(0.0)
-    arguments = np.empty(8, np.int64)
-    arguments[0] = weights
-    arguments[1] = codes
-    arguments[2] = scales
-    arguments[3] = out
-    arguments[4] = padded
-    arguments[5] = tiles
-    arguments[6] = num_blocks
-    arguments[7] = bits
-    parallel(kernel, arguments, threads)
+    # Nobody reads the products of what pads, but with denormal numbers they would be slow.
+    carray(v.float32_at(scales + num_blocks * 8), ((num_padded - num_blocks) * 2,))[:] = np.float32(0.0)
 
 
 @Kernel

@@ -12,14 +12,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from numba import carray, njit
 from torch import Tensor
 
 from ramet.kernels import cpu_vectors as v
-from ramet.kernels.cpu_threads import Kernel, compiled, num_threads, parallel, thread_count, thread_index
+from ramet.kernels.cpu_threads import Kernel, num_threads, thread_count, thread_index
 
 # Format (GGML's names): (code in the kernel, bytes of a block of 32 weights)
 FORMATS = {"Q4_1": (0, 20), "Q8_0": (1, 34), "BF16": (2, 64), "Q4_0": (3, 18)}
@@ -34,17 +33,8 @@ def block_linear(x: Tensor, blocks: Tensor, block_format: str, num_rows: int, bi
     x = x.contiguous()
     out = torch.empty((num_tokens, num_rows), dtype=torch.float32)
     code, _ = FORMATS[block_format]
-    _launch(
-        _kernel.address,
-        blocks.data_ptr(),
-        x.data_ptr(),
-        out.data_ptr(),
-        num_tokens,
-        num_rows,
-        num_columns // v.BLOCK,
-        code,
-        thread_count(),
-    )
+    addresses = blocks.data_ptr(), x.data_ptr(), out.data_ptr()
+    _kernel(*addresses, num_tokens, num_rows, num_columns // v.BLOCK, code, threads=thread_count())
     return out if bias is None else out.add_(bias)
 
 
@@ -120,29 +110,6 @@ def _by_shape(dots: list[Any]) -> Any:  # Any: numba intrinsics
 
 _dot_q4_1, _dot_q4_0 = _by_shape(v.dots_q4_1), _by_shape(v.dots_q4_0)
 _dot_q8_0, _dot_bf16 = _by_shape(v.dots_q8_0), _by_shape(v.dots_bf16)
-
-
-@compiled
-def _launch(
-    kernel: int,
-    blocks: int,
-    x: int,
-    out: int,
-    num_tokens: int,
-    num_rows: int,
-    num_blocks: int,
-    code: int,
-    threads: int,
-) -> None:
-    arguments = np.empty(7, np.int64)
-    arguments[0] = blocks
-    arguments[1] = x
-    arguments[2] = out
-    arguments[3] = num_tokens
-    arguments[4] = num_rows
-    arguments[5] = num_blocks
-    arguments[6] = code
-    parallel(kernel, arguments, threads)
 
 
 @Kernel

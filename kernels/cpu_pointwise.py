@@ -14,7 +14,15 @@ import torch
 from numba import carray
 from torch import Tensor
 
-from ramet.kernels.cpu_threads import Kernel, compiled, num_threads, parallel, thread_count, thread_index
+from ramet.kernels.cpu_threads import (
+    Kernel,
+    bits_float,
+    compiled,
+    float_bits,
+    num_threads,
+    thread_count,
+    thread_index,
+)
 from ramet.kernels.cpu_vectors import float32_at, int32_at
 
 # Below this many values a second thread costs more than it saves (about 5 us).
@@ -34,8 +42,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """As `norm.rms_norm`, for x [T, N] or any shape whose last axis is N."""
     out = torch.empty_like(x)
     size = x.shape[-1]
-    addresses = x.data_ptr(), weight.data_ptr(), out.data_ptr()
-    _launch_rms_norm(_rms_norm_kernel.address, *addresses, x.numel() // size, size, eps, _threads(x))
+    arguments = x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // size, size
+    if (threads := _threads(x)) == 1:
+        _rms_norm(*arguments, eps)
+    else:
+        _rms_norm_kernel(*arguments, float_bits(eps), threads=threads)
     return out
 
 
@@ -43,18 +54,11 @@ def fused_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) 
     """As `norm.fused_add_rms_norm`; both inputs contiguous."""
     out, total = torch.empty_like(x), torch.empty_like(x)
     size = x.shape[-1]
-    _launch_add_rms_norm(
-        _add_rms_norm_kernel.address,
-        x.data_ptr(),
-        residual.data_ptr(),
-        weight.data_ptr(),
-        out.data_ptr(),
-        total.data_ptr(),
-        x.numel() // size,
-        size,
-        eps,
-        _threads(x),
-    )
+    addresses = x.data_ptr(), residual.data_ptr(), weight.data_ptr(), out.data_ptr(), total.data_ptr()
+    if (threads := _threads(x)) == 1:
+        _add_rms_norm(*addresses, x.numel() // size, size, eps)
+    else:
+        _add_rms_norm_kernel(*addresses, x.numel() // size, size, float_bits(eps), threads=threads)
     return out, total
 
 
@@ -62,8 +66,11 @@ def gated_activation(gate_up: Tensor, is_gelu: bool) -> Tensor:
     """As `activation.silu_and_mul`, or `gelu_tanh_and_mul`, for gate_up [T, 2 * I]."""
     num_rows, double = gate_up.shape
     out = torch.empty((num_rows, double // 2), dtype=torch.float32)
-    addresses = gate_up.data_ptr(), out.data_ptr()
-    _launch_gated(_gated_kernel.address, *addresses, num_rows, double // 2, is_gelu, _threads(gate_up))
+    arguments = gate_up.data_ptr(), out.data_ptr(), num_rows, double // 2
+    if (threads := _threads(gate_up)) == 1:
+        _gated_activation(*arguments, is_gelu)
+    else:
+        _gated_kernel(*arguments, int(is_gelu), threads=threads)
     return out
 
 
@@ -84,8 +91,7 @@ def rope_and_write_kv(
     """As `rope.rope_and_write_kv`; positions int32, heads contiguous in their token, caches contiguous."""
     num_tokens, num_heads, head_dim = q.shape
     out = torch.empty((num_tokens, num_heads, head_dim), dtype=torch.float32)
-    _launch_rope(
-        _rope_kernel.address,
+    arguments = (
         q.data_ptr(),
         k.data_ptr(),
         v.data_ptr(),
@@ -106,9 +112,11 @@ def rope_and_write_kv(
         k.shape[1],
         head_dim,
         k_cache.shape[2],
-        eps,
-        _threads(q),
     )
+    if (threads := _threads(q)) == 1:
+        _rope_and_write_kv(*arguments, eps)
+    else:
+        _rope_kernel(*arguments, float_bits(eps), threads=threads)
     return out
 
 
@@ -265,30 +273,9 @@ def _rope_and_write_kv(
 
 
 @compiled
-def _bits(value: float) -> Any:  # np.int64
-    return np.int64(np.float32(value).view(np.int32))
-
-
-@compiled
-def _float(bits: Any) -> Any:  # np.float32
-    return np.int32(bits).view(np.float32)
-
-
-@compiled
 def _share(num_rows: Any) -> Any:  # np.int64 and a pair of them
     index, count = np.int64(thread_index()), np.int64(num_threads())
     return num_rows * index // count, num_rows * (index + 1) // count
-
-
-@compiled
-def _launch_rms_norm(
-    kernel: int, x: int, weight: int, out: int, num_rows: int, size: int, eps: float, threads: int
-) -> None:
-    if threads == 1:
-        _rms_norm(x, weight, out, num_rows, size, eps)
-        return
-    arguments = np.array([x, weight, out, num_rows, size, _bits(eps)], np.int64)
-    parallel(kernel, arguments, threads)
 
 
 @Kernel
@@ -296,27 +283,7 @@ def _rms_norm_kernel(pointer: Any) -> None:  # Any: int64*
     a = carray(pointer, 6)
     low, high = _share(a[3])
     skip = low * a[4] * 4
-    _rms_norm(a[0] + skip, a[1], a[2] + skip, high - low, a[4], _float(a[5]))
-
-
-@compiled
-def _launch_add_rms_norm(
-    kernel: int,
-    x: int,
-    residual: int,
-    weight: int,
-    out: int,
-    total: int,
-    num_rows: int,
-    size: int,
-    eps: float,
-    threads: int,
-) -> None:
-    if threads == 1:
-        _add_rms_norm(x, residual, weight, out, total, num_rows, size, eps)
-        return
-    arguments = np.array([x, residual, weight, out, total, num_rows, size, _bits(eps)], np.int64)
-    parallel(kernel, arguments, threads)
+    _rms_norm(a[0] + skip, a[1], a[2] + skip, high - low, a[4], bits_float(a[5]))
 
 
 @Kernel
@@ -324,16 +291,7 @@ def _add_rms_norm_kernel(pointer: Any) -> None:  # Any: int64*
     a = carray(pointer, 8)
     low, high = _share(a[5])
     skip = low * a[6] * 4
-    _add_rms_norm(a[0] + skip, a[1] + skip, a[2], a[3] + skip, a[4] + skip, high - low, a[6], _float(a[7]))
-
-
-@compiled
-def _launch_gated(kernel: int, gate_up: int, out: int, num_rows: int, size: int, is_gelu: bool, threads: int) -> None:
-    if threads == 1:
-        _gated_activation(gate_up, out, num_rows, size, is_gelu)
-        return
-    arguments = np.array([gate_up, out, num_rows, size, 1 if is_gelu else 0], np.int64)
-    parallel(kernel, arguments, threads)
+    _add_rms_norm(a[0] + skip, a[1] + skip, a[2], a[3] + skip, a[4] + skip, high - low, a[6], bits_float(a[7]))
 
 
 @Kernel
@@ -342,43 +300,6 @@ def _gated_kernel(pointer: Any) -> None:  # Any: int64*
     low, high = _share(a[2])
     skip = low * a[3] * 4
     _gated_activation(a[0] + 2 * skip, a[1] + skip, high - low, a[3], a[4] != 0)
-
-
-@compiled
-def _launch_rope(
-    kernel: int,
-    q: int,
-    k: int,
-    v: int,
-    q_stride: int,
-    k_stride: int,
-    v_stride: int,
-    cos: int,
-    sin: int,
-    positions: int,
-    kv_slots: int,
-    k_cache: int,
-    v_cache: int,
-    q_norm: int,
-    k_norm: int,
-    out: int,
-    num_tokens: int,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    page_size: int,
-    eps: float,
-    threads: int,
-) -> None:
-    arguments = np.empty(21, np.int64)
-    for i, value in enumerate((q, k, v, q_stride, k_stride, v_stride, cos, sin, positions, kv_slots)):
-        arguments[i] = value
-    for i, value in enumerate((k_cache, v_cache, q_norm, k_norm, out)):
-        arguments[10 + i] = value
-    for i, value in enumerate((num_tokens, num_heads, num_kv_heads, head_dim, page_size)):
-        arguments[15 + i] = value
-    arguments[20] = _bits(eps)
-    parallel(kernel, arguments, threads)
 
 
 @Kernel
@@ -406,5 +327,5 @@ def _rope_kernel(pointer: Any) -> None:  # Any: int64*
         a[17],
         a[18],
         a[19],
-        _float(a[20]),
+        bits_float(a[20]),
     )

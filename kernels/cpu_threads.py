@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import llvmlite.binding as llvm
+import numpy as np
 import torch
 from numba import cfunc, njit, types
 
@@ -61,13 +62,17 @@ def compiled(function: Function) -> Function:
 
 
 class Kernel:
-    """A function int64* -> None for `parallel`, compiled when its address is first needed."""
+    """A function int64* -> None that runs on many threads, compiled when it is first called."""
 
     __slots__ = ("_address", "_compiled", "_function")
 
     def __init__(self, function: Callable[[Any], None]) -> None:
         self._function = _named(function)
         self._address: int | None = None
+
+    def __call__(self, *arguments: int, threads: int) -> None:
+        """Run on `threads` threads at once, all with the same arguments (addresses, sizes, `float_bits`)."""
+        parallel(self.address, np.array(arguments, np.int64), threads)
 
     @property
     def address(self) -> int:
@@ -78,6 +83,17 @@ class Kernel:
             )  # kept: it owns the code
             self._address = int(self._compiled.address)
         return self._address
+
+
+def float_bits(value: float) -> int:
+    """A float32 as an integer argument; `bits_float` turns it back inside a kernel."""
+    return int(np.float32(value).view(np.int32))
+
+
+@compiled
+def bits_float(bits: Any) -> Any:  # np.int64 -> np.float32
+    """The float32 of `float_bits`, in compiled code."""
+    return np.int32(bits).view(np.float32)
 
 
 def _openmp() -> ctypes.CDLL | None:
@@ -133,7 +149,7 @@ IS_PARALLEL = _register()
 
 @compiled
 def parallel(kernel: int, arguments: Any, count: int) -> None:  # Any: an int64 array inside compiled code
-    """Call `kernel` (see `kernel_address`) on `count` threads, each with the same int64 `arguments`."""
+    """Call `kernel` (its address) on `count` threads, each with the same int64 `arguments`."""
     _parallel(kernel, arguments.ctypes.data, count, 0)
 
 
