@@ -14,7 +14,7 @@ from ramet.grammar.json_schema import values as v
 from ramet.grammar.json_schema.expressions import INFINITE, MANY
 from ramet.grammar.json_schema.frames import Context, Json
 from ramet.grammar.json_schema.tables import VALUE_STARTS
-from ramet.grammar.json_schema.values import TRUE, Arrays, Expr, Strings, Values
+from ramet.grammar.json_schema.values import Arrays, Expr, Strings, Values
 from ramet.grammar.numeric import Numbers
 
 _ITEM, _CLOSE = 0, 1
@@ -123,8 +123,7 @@ class ArrayNode:
         e = self.json.expressions
         total = 1 + self.context.rest(tag)
         if spec.contains:
-            dearest = max(e.cost(c.expr if c.low else TRUE) for c in spec.contains)
-            return total + (1 + dearest) * (specs.items_needed(e, spec, index, counts) or 0)
+            return total + e.cost_of_witness(spec) * (specs.items_needed(e, spec, index, counts) or 0)
         missing = max(spec.low - index, 0)
         known = [e.cost(specs.item(spec, index + i)) + 1 for i in range(min(missing, len(spec.prefix) + 1))]
         return total + sum(known) + (missing - len(known)) * (known[-1] if known else 0)

@@ -436,7 +436,7 @@ class Expressions:
             needed = specs.items_needed(self, a, 0, (0,) * len(a.contains))
             if needed is None:
                 return INFINITE
-            total = 2 + 4 * needed
+            total = 2 + self.cost_of_witness(a) * needed
         else:
             total = 2
             for i in range(min(a.low, len(a.prefix) + 1)):
@@ -445,6 +445,15 @@ class Expressions:
                     return INFINITE
                 total += (c + 1) * (1 if i < len(a.prefix) else a.low - len(a.prefix))
         return INFINITE if a.unique and self.count(a.rest) + len(a.prefix) < a.low else total
+
+    def cost_of_witness(self, a: Arrays) -> int:
+        """More than the bytes of an item that some `contains` asks for: so that to write one always looks better than
+        to write another item first."""
+        found = 0
+        for c in a.contains:
+            if c.low:
+                found = max(found, min(self.cost(self.both(a.rest, c.expr)), self.cost(c.expr) + 1000))
+        return 10 + min(2 * found, 1 << 40)
 
     def count(self, expr: Expr) -> int:
         """Number of values, at most MANY."""

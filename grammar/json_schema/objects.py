@@ -221,7 +221,7 @@ class ObjectNode:
         space, e = self.space, self.json.expressions
         needed = self.needed(spec, seen)
         total = 1 + self.context.rest(tag)
-        total += sum(8 + e.cost(x.expr) for i, x in enumerate(space.specs[spec].exists) if (exists >> i) & 1)
+        total += sum(20 + 2 * e.cost(x.expr) for i, x in enumerate(space.specs[spec].exists) if (exists >> i) & 1)
         for i in range(needed.bit_length()):
             if (needed >> i) & 1:
                 total += len(space.names[i]) + 4 + e.cost(space.expr(spec, i))

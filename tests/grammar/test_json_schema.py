@@ -376,6 +376,8 @@ def test_property_order_is_free_for_many_properties() -> None:
         ({"type": "object", "minProperties": 3, "required": ["a"]}, 30),
         ({"type": "array", "contains": {"type": "array", "items": True, "contains": True}}, 10),
         ({"type": "array", "contains": {"contains": {"contains": {"const": 1}}}, "minItems": 2}, 20),
+        ({"type": "array", "items": {"type": "object"}, "contains": {"required": ["a"]}}, 15),
+        ({"type": "array", "contains": {"type": "array", "contains": {"enum": [[None]]}}}, 15),
         ({"not": {"additionalProperties": {"not": {"not": {"additionalProperties": {"type": "null"}}}}}}, 20),
     ],
 )
