@@ -490,7 +490,10 @@ class Engine:
             stream.num_cached = sequence.num_cached
         if stream.first_token_s is None and (output.token_ids or sequence.is_finished):
             stream.first_token_s = time.monotonic()
-        tokens, stop_match = self._without_stop_token(sequence, output.token_ids)
+        tokens: tuple[int, ...] = output.token_ids
+        stop_match: str | int | None = None
+        if sequence.is_finished:
+            tokens, stop_match = self._without_stop_token(sequence, tokens)
         text = "" if stream.detokenizer is None else stream.detokenizer.push(tokens)
         if stream.scanner is not None:
             text, matched = stream.scanner.push(text)

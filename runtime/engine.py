@@ -21,7 +21,7 @@ from ramet.runtime.types import Batch, FinishReason, Grammar, Request, RowOutput
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # one a token: see RowOutput
 class SequenceUpdate:
     """What a step changed for one sequence: its new tokens, and whether it is finished (`sequence.finish_reason`)."""
 

@@ -44,6 +44,8 @@ class TreePlanner:
         self._costs = TreeCostModel(shape, self._config, costs)
         # The sequences themselves, not their ids: an id may come back with another sequence, and a stale plan is wrong.
         self._rows: tuple[Sequence, ...] = ()
+        # Lists of those rows' pages, and the shared ones as an array: a plan of 256 rows converts only the new rows'.
+        self._pages: dict[Sequence, tuple[list[int], NDArray[np.int32]]] = {}
         self._is_used = False
         self.plan = TreePlan(max_rows, self._config, device)
         self.num_plans = 0
@@ -57,7 +59,7 @@ class TreePlanner:
         return self.plan if self._is_used else None
 
     def _make(self, items: tuple[ScheduledSequence, ...]) -> bool:
-        page_table, kv_lens = _shared_pages(items, self._page_size)
+        page_table, kv_lens = self._shared_pages(items)
         if len(items) < 2 or not page_table.shape[1]:
             return False
         is_worth = self._costs.is_worth if self._mode == "auto" else _always
@@ -86,15 +88,21 @@ class TreePlanner:
         self.num_plans += 1
         return True
 
-
-def _shared_pages(items: tuple[ScheduledSequence, ...], page_size: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Pages [B, W] that the radix tree owns, zero beyond a row's own, and lengths [B] that cover no more than these."""
-    counts = [item.sequence.num_shared_pages for item in items]
-    pages = np.zeros((len(items), max(counts, default=0)), dtype=np.int32)
-    for row, item, count in zip(pages, items, counts, strict=True):
-        row[:count] = item.sequence.page_ids[:count]
-    lens = [min(item.start + 1, count * page_size + 1) for item, count in zip(items, counts, strict=True)]
-    return pages, np.asarray(lens, dtype=np.int32)
+    def _shared_pages(self, items: tuple[ScheduledSequence, ...]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Pages [B, W] that the radix tree owns, zero beyond a row's own, and lengths [B] that cover no more."""
+        known, self._pages = self._pages, {}
+        counts = [item.sequence.num_shared_pages for item in items]
+        pages = np.zeros((len(items), max(counts, default=0)), dtype=np.int32)
+        for row, item, count in zip(pages, items, counts, strict=True):
+            sequence = item.sequence
+            own = known.get(sequence)
+            # A list only grows at its end; after a preemption the sequence has another one.
+            if own is None or own[0] is not sequence.page_ids or len(own[1]) < count:
+                own = sequence.page_ids, np.asarray(sequence.page_ids[:count], dtype=np.int32)
+            self._pages[sequence] = own
+            row[:count] = own[1][:count]
+        lens = [min(item.start, count * self._page_size) + 1 for item, count in zip(items, counts, strict=True)]
+        return pages, np.asarray(lens, dtype=np.int32)
 
 
 def _always(num_members: int, num_tokens: int) -> bool:

@@ -168,3 +168,20 @@ def test_measured_rates_decide_instead_of_the_cautious_ones() -> None:
             costs=costs,
         )  # fmt: skip
         assert (made.update(rows) is not None) == is_taken
+
+
+def test_kept_page_lists_follow_sequences_that_get_other_or_more_shared_pages() -> None:
+    """The planner converts a sequence's list once; a preempted one comes back with another list of the same length."""
+    items = [row(f"r{i}", list(range(1, 129)), [700 + i], 129 * PAGE + 5) for i in range(4)]
+    made = planner()
+    assert made.update(tuple(items)) is not None
+    moved = items[3].sequence
+    moved.page_ids = [*range(1001, 1129), 703]
+    moved.num_shared_pages = 128
+    made.update(tuple(items[1:]))
+    assert made.plan.kv_starts[:3].tolist() == [128 * PAGE] * 2 + [0]
+    for item in items[:2]:
+        item.sequence.page_ids[128:] = [129, 700]
+        item.sequence.num_shared_pages = 129
+    made.update(tuple(items[:2]))
+    assert made.plan.kv_starts[:2].tolist() == [129 * PAGE] * 2
