@@ -5,30 +5,46 @@
 #   benchmarks/run_on_gpu.sh engine OUT     greedy agreement, the rows of bench_gpu.py, a profile, a soak
 #   benchmarks/run_on_gpu.sh kernels OUT --dry-run    the same commands on a CPU with toy shapes (also: engine)
 #
-# `engine` uses OUT/table.json where `kernels` left one, or the file named by TABLE. Parts run in the order of their
-# worth and write what they find as they go; each has a limit, and none begins when SECONDS_IN_ALL (580) are nearly over.
-# What fails says so, and the rest goes on. OUT has few, small files: *.jsonl, *.json, log.txt, trace.json.gz.
+# `engine` uses the table that `kernels` made: OUT/table.json, the one kept on the machine, or the file named by TABLE.
+# Parts run in the order of their worth and write what they find as they go; each has a limit, and none begins when
+# SECONDS_IN_ALL (580) are nearly over. What fails says so, and the rest goes on. OUT has few, small files: *.jsonl,
+# *.json, log.txt, trace.json.gz.
 #
 # Needs python3 (PYTHON) with torch built for CUDA, triton, numpy, numba, transformers, tokenizers, safetensors, pytest,
-# pytest-timeout and hypothesis. What else the package imports can come as wheels from the folder WHEELS (.whl), which
-# is installed beside, without a network: annotated-types gguf interegular lark msgspec outlines-core platformdirs
-# pydantic pydantic-core typing-inspection, and for the tests jsonschema jsonschema-specifications referencing rpds-py.
+# pytest-timeout and hypothesis. benchmarks/pack_for_gpu.sh gathers the rest, for a machine without a network: wheels in
+# .whl, installed beside, and the parts of a model file in .model0, .model1, ..., which may come one a run. What later
+# runs on the same machine can use stays in KEEP.
 set -u
 part=${1:?kernels or engine}
 out=${2:?a folder for the results}
 dry=${3:-}
 python=${PYTHON:-python3}
 in_all=${SECONDS_IN_ALL:-580}
-mkdir -p "$out"
+keep=${KEEP:-/tmp/ramet-on-gpu}
+mkdir -p "$out" "$keep"
 out=$(cd "$out" && pwd)
 cd "$(dirname "$0")/.."
-if [ -d "${WHEELS:-.whl}" ] && [ -z "$dry" ]; then
-  site=$(mktemp -d)
-  $python -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$site" "${WHEELS:-.whl}"/*.whl
-  export PYTHONPATH="$site:${PYTHONPATH:-}"
-fi
-export PYTHONPATH="$PWD:${PYTHONPATH:-}" PYTHONUNBUFFERED=1 PYTHONWARNINGS=ignore
+export PYTHONUNBUFFERED=1 PYTHONWARNINGS=ignore
 log=$out/log.txt
+if [ -d .whl ]; then
+  $python -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$keep/site" .whl/*.whl || exit 1
+  COMMIT=$(cat .whl/commit) && export COMMIT
+  export PYTHONPATH="$keep/site:${PYTHONPATH:-}"
+fi
+export PYTHONPATH="$PWD:${PYTHONPATH:-}"
+# Whatever is missing shows here, and not after the first minutes.
+$python -c 'import sys; sys.path.insert(0, "benchmarks"); import bench_gpu, check_gpu, triton' || exit 1
+for file in .model[0-9]*/*; do [ -f "$file" ] && cp "$file" "$keep"; done
+model=()
+for first in "$keep"/*.0.of*; do
+  [ -f "$first" ] || continue
+  hash=$(basename "${first%.0.of*}")
+  if [ "$(ls "$keep/$hash".*.of* | wc -l)" = "${first##*.of}" ]; then
+    cat $(seq -f "$keep/$hash.%g.of${first##*.of}" 0 $((${first##*.of} - 1))) >"$keep/$hash.gguf"
+    [ "$(sha256sum "$keep/$hash.gguf" | cut -c1-16)" = "$hash" ] && model=(--model "$keep/$hash.gguf")
+    [ -f ".whl/$hash.json" ] && model+=(--reference ".whl/$hash.json")
+  fi
+done
 
 run() { # name, limit in seconds, command...
   local name=$1 limit=$2 left=$((in_all - SECONDS)) start=$SECONDS
@@ -67,7 +83,9 @@ else
   $python -c 'import xdist' 2>/dev/null && tests+=(-n 8)
 fi
 table=()
-[ -f "${TABLE:-$out/table.json}" ] && table=(--set "kernel_table=\"${TABLE:-$out/table.json}\"")
+for file in "${TABLE:-$out/table.json}" "$keep/table.json"; do
+  [ -f "$file" ] && table=(--set "kernel_table=\"$file\"") && break
+done
 compile_ahead
 case $part in
   kernels)
@@ -75,7 +93,8 @@ case $part in
     run tree-decode 130 $python benchmarks/bench_attention.py "${dry_attention[@]}" --sections tree,decode --seconds 120 --out "$out/attention.json"
     run products 110 $python benchmarks/bench_kernels.py "${dry_kernels[@]}" --sections gemv,stack --out "$out/products.json"
     run fit 20 $python benchmarks/fit_table.py --kernels "$out/products.json" --attention "$out/attention.json" --out "$out/table.json"
-    run kernel-tests 110 $python -m pytest -q -p no:cacheprovider -W default --timeout 100 "${tests[@]}"
+    [ -f "$out/table.json" ] && [ -z "$dry" ] && cp "$out/table.json" "$keep"
+    run kernel-tests 110 $python -m pytest -q -p no:cacheprovider -W default -m "not slow" --timeout 100 "${tests[@]}"
     run extend 70 $python benchmarks/bench_attention.py "${dry_attention[@]}" --sections extend --seconds 60 --out "$out/extend.json"
     run others 60 $python benchmarks/bench_kernels.py "${dry_kernels[@]}" --sections sampling,masks,small --out "$out/others.json"
     if [ -z "$dry" ] && command -v compute-sanitizer >/dev/null; then
@@ -83,12 +102,12 @@ case $part in
     fi
     ;;
   engine)
-    run checks 120 $python benchmarks/check_gpu.py "${dry_engine[@]}" --sections reference,same --out "$out/checks.jsonl"
+    run checks 120 $python benchmarks/check_gpu.py "${dry_engine[@]}" "${model[@]}" --sections reference,same --out "$out/checks.jsonl"
     run rows 260 $python benchmarks/bench_gpu.py "${dry_engine[@]}" "${table[@]}" --seconds 240 --label rows --out "$out/rows.jsonl"
     run profile 60 $python benchmarks/bench_gpu.py "${dry_engine[@]}" "${table[@]}" --rows unique@50 --most 60 --label profile --profile "$out/trace.json" --out "$out/rows.jsonl"
     run no-tree 45 $python benchmarks/bench_gpu.py "${dry_engine[@]}" "${table[@]}" --rows fork@64,rag@50 --label no-tree --set 'tree_attention="off"' --out "$out/rows.jsonl"
     run grammar-soak 80 $python benchmarks/check_gpu.py "${dry_engine[@]}" --sections grammar,soak --soak "$soak" --out "$out/checks.jsonl"
-    run deterministic 60 $python benchmarks/check_gpu.py "${dry_engine[@]}" --sections deterministic --out "$out/checks.jsonl"
+    run deterministic 60 $python benchmarks/check_gpu.py "${dry_engine[@]}" "${model[@]}" --sections deterministic --out "$out/checks.jsonl"
     run deterministic-cost 60 $python benchmarks/bench_gpu.py "${dry_engine[@]}" --rows unique@50 --label deterministic --set deterministic=true --out "$out/rows.jsonl"
     [ -f "$out/trace.json" ] && gzip -f "$out/trace.json"
     ;;

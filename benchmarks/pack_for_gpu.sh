@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# Gather what run_on_gpu.sh needs on a machine without a network: wheels in .whl, a model file in .model0, .model1, ...
+#
+#   benchmarks/pack_for_gpu.sh [MODEL.gguf]      run where pip works and this package's dependencies are installed
+#
+# Copy the working tree and .whl to the machine; a model's parts may come one a run (each fits PART_MIB), run_on_gpu.sh
+# keeps them there until it has all. The wheels are for FOR_PYTHON on Linux x86-64, in the versions installed here, so
+# that what runs there is what was tested here. What such a machine has anyway (torch, triton, transformers, numba, ...)
+# is not among them.
+set -eu
+python=${PYTHON:-python3}
+for_python=${FOR_PYTHON:-3.12}
+part_mib=${PART_MIB:-48}
+cd "$(dirname "$0")/.."
+packages=(
+  annotated-types gguf interegular lark msgspec outlines-core platformdirs pydantic pydantic-core typing-extensions
+  typing-inspection
+  jsonschema jsonschema-specifications referencing rpds-py # of the tests
+)
+platforms=()
+for tag in manylinux_2_28 manylinux_2_27 manylinux_2_17 manylinux2014 manylinux_2_12 manylinux_2_5 manylinux1; do
+  platforms+=(--platform "${tag}_x86_64")
+done
+wanted=()
+for name in "${packages[@]}"; do
+  wanted+=("$name==$($python -c 'import sys; from importlib.metadata import version; print(version(sys.argv[1]))' "$name")")
+done
+rm -rf .whl .model[0-9]*
+$python -m pip download -q --no-deps --only-binary=:all: --python-version "$for_python" --implementation cp \
+  "${platforms[@]}" -d .whl "${wanted[@]}"
+git describe --always --dirty >.whl/commit
+if [ -n "${1:-}" ]; then
+  # Names carry the whole file's hash: parts of two files are never put together.
+  hash=$(sha256sum "$1" | cut -c1-16)
+  split -b "${part_mib}M" -d -a 1 "$1" ".part-$hash."
+  count=$(ls .part-"$hash".* | wc -l)
+  for part in .part-"$hash".*; do
+    number=${part##*.}
+    mkdir ".model$number"
+    mv "$part" ".model$number/$hash.$number.of$count"
+  done
+  # The CPU's answers, too: where minutes of a GPU count, they are not computed there.
+  PYTHONPATH="$PWD:${PYTHONPATH:-}" $python benchmarks/check_gpu.py --device cpu --model "$1" --sections reference \
+    --reference ".whl/$hash.json"
+fi
+du -sh .whl $(ls -d .model[0-9]* 2>/dev/null)
