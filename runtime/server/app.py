@@ -40,6 +40,7 @@ OnReady = Callable[[Hello, str], None]  # the engine's description and the serve
 KEEP_ALIVE_S = (
     75  # longer than the 60 s of nginx and most load balancers, so that they close first and no request is lost
 )
+LAST_WORDS_S = 0.5  # for writing errors to those in flight when a second signal ends the server
 
 
 def create_app(state: ServerState, metrics: ServerMetrics) -> FastAPI:
@@ -134,9 +135,9 @@ def make_server(
 class Server(uvicorn.Server):
     """Ends in order on the first SIGTERM or Ctrl-C, at once on the second.
 
-    In order: no new connection; what is in flight has `drain_s` to finish, then gets an error. `failure` is what kept
-    the engine from starting at all, or ends it again and again: then the server ends, because nobody but its operator
-    can help.
+    In order: no new connection; what is in flight has `drain_s` to finish, then gets an error. At once: it gets the
+    error now. `failure` is what kept the engine from starting at all, or ends it again and again: then the server ends,
+    because nobody but its operator can help.
     """
 
     def __init__(self, config: uvicorn.Config, state: ServerState, on_ready: OnReady | None = None) -> None:
@@ -176,6 +177,10 @@ class Server(uvicorn.Server):
             task.cancel()
         asyncio.get_running_loop().call_later(self._state.config.drain_s, self._state.proxy.fail_in_flight)
         await super().shutdown(sockets)
+        if self.force_exit:
+            self._state.proxy.fail_in_flight()
+            if self.server_state.tasks:
+                await asyncio.wait(self.server_state.tasks, timeout=LAST_WORDS_S)
 
 
 def bind(config: ServerConfig) -> socket.socket:

@@ -8,12 +8,12 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
-import json
 import logging
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, TypeAlias
 
+from ramet.errors import EngineStopped
 from ramet.runtime.server.config import ServerConfig
 from ramet.runtime.server.metrics import ServerMetrics
 from ramet.runtime.server.state import HttpError
@@ -64,6 +64,10 @@ class Limits:
                 await _answer(refusal, counted)
             else:
                 await self._app(scope, limited.receive, limited.send)
+        except asyncio.CancelledError:  # the server ends without waiting for this answer
+            if status:
+                raise
+            await _answer(HttpError.of(EngineStopped("the server is shutting down")), counted)
         finally:
             _log(scope, status, time.monotonic() - start_s, limited.text)
 
@@ -173,7 +177,6 @@ def _digest(key: bytes) -> str:
 
 
 async def _answer(error: HttpError, send: Send) -> None:
-    body = json.dumps(error.body).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": error.status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+    response = error.response()
+    await send({"type": "http.response.start", "status": error.status, "headers": response.raw_headers})
+    await send({"type": "http.response.body", "body": response.body})

@@ -18,6 +18,7 @@ from typing import Any
 import httpx
 import pytest
 
+Bodies = tuple[dict[str, Any], ...]  # taken in turns
 Served = Any  # ServedProcess of conftest.py, which importlib mode cannot import by name
 LONG = {"text": "go on", "stream": True, "sampling_params": {"max_new_tokens": 480, "ignore_eos": True}}
 SHORT = {"text": "go on", "sampling_params": {"max_new_tokens": 8, "ignore_eos": True, "temperature": 0.0}}
@@ -70,17 +71,24 @@ async def request(client: httpx.AsyncClient, body: dict[str, Any], started: asyn
     return Answer(response.status_code, events, is_whole)
 
 
-async def in_flight(
-    server: Served, number: int, act: Callable[[], None], bodies: tuple[dict[str, Any], ...] = (LONG,)
-) -> list[Answer]:
+async def in_flight(server: Served, number: int, act: Callable[[], None], bodies: Bodies = (LONG,)) -> list[Answer]:
     """Send requests; once the first tokens are there, do something to the server; return how each one ended."""
+    ends = await ends_of(server, number, act, bodies)
+    for end in ends:
+        if isinstance(end, BaseException):
+            raise end
+    return [end for end in ends if isinstance(end, Answer)]
+
+
+async def ends_of(server: Served, number: int, act: Callable[[], None], bodies: Bodies) -> list[Answer | BaseException]:
+    """As `in_flight`; what a request raised stands in its place."""
     started = asyncio.Event()
     async with httpx.AsyncClient(base_url=server.url, timeout=60, trust_env=False) as client:
         work = [asyncio.create_task(request(client, bodies[i % len(bodies)], started)) for i in range(number)]
         await asyncio.wait_for(started.wait(), 30)
         await asyncio.sleep(0.05)  # the others are in flight by now
         act()
-        return await asyncio.wait_for(asyncio.gather(*work), 60)
+        return await asyncio.wait_for(asyncio.gather(*work, return_exceptions=True), 60)
 
 
 def is_alive(pid: int) -> bool:
@@ -163,15 +171,19 @@ def test_a_second_sigterm_ends_at_once(servers: Servers) -> None:
         assert server.process.poll() is None
         server.process.terminate()
 
-    async def scenario() -> None:
-        with pytest.raises(httpx.TransportError):
-            await in_flight(server, 48, twice)
-
     start_s = time.monotonic()
-    asyncio.run(scenario())
+    whole = {**LONG, "stream": False}
+    ends = asyncio.run(ends_of(server, 48, twice, (LONG, whole)))
     server.process.wait(5)
     assert time.monotonic() - start_s < 10
     wait_gone(pid, 2)
+    cut = [end for end in ends if not isinstance(end, Answer) or end.error is not None]
+    assert len(cut) >= 16, "most had finished before the second signal"
+    for end in cut:
+        if not isinstance(end, httpx.TransportError):
+            assert isinstance(end, Answer), repr(end)
+            assert "shutting down" in end.error["message"]
+            assert (end.status, end.is_whole) in ((503, False), (200, True))
 
 
 @pytest.mark.slow

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import time
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import AsyncMock, Mock
 
 import httpx
 import pytest
+
+from ramet.runtime.server.config import ServerConfig
+from ramet.runtime.server.http_limits import Limits
 
 Served = Any  # ServedProcess of conftest.py, which importlib mode cannot import by name
 BODY = {"text": "hello", "sampling_params": {"max_new_tokens": 16, "ignore_eos": True}}
@@ -109,3 +114,27 @@ def test_connections_that_wait_do_not_keep_others_from_being_served(served: Serv
     while len(os.listdir(files)) > before + 5:
         assert time.monotonic() < deadline_s, "connections stay open after their clients have gone"
         time.sleep(0.05)
+
+
+def test_an_answer_that_the_servers_end_cancels_is_a_clear_503() -> None:
+    """Where a request is cancelled before its answer has begun; uvicorn would say 500 in plain text."""
+    sent: list[Any] = []
+
+    async def endless(scope: Any, receive: Any, send: Any) -> None:
+        await asyncio.Event().wait()
+
+    async def keep(message: Any) -> None:
+        sent.append(message)
+
+    async def scenario() -> None:
+        limits = Limits(endless, ServerConfig(), Mock())
+        scope = {"type": "http", "method": "GET", "path": "/health", "headers": []}
+        task = asyncio.create_task(limits(scope, AsyncMock(), keep))
+        await asyncio.sleep(0)
+        task.cancel()
+        await task
+
+    asyncio.run(scenario())
+    assert sent[0]["status"] == 503
+    assert b"retry-after" in dict(sent[0]["headers"])
+    assert json.loads(sent[1]["body"])["error"]["code"] == "engine_unavailable"
