@@ -2,40 +2,18 @@
 
 from __future__ import annotations
 
-from functools import cache
-
-import numpy as np
-from numpy.typing import NDArray
-
 from ramet.grammar import numeric
-from ramet.grammar.automaton import DEAD, REFUSE, leave, target
+from ramet.grammar.automaton import DEAD, target
 from ramet.grammar.json_schema import specs
 from ramet.grammar.json_schema import values as v
+from ramet.grammar.json_schema.behind import MAX_TAGS, ArrayEnd, behind
 from ramet.grammar.json_schema.expressions import INFINITE, MANY
 from ramet.grammar.json_schema.frames import Context, Json
-from ramet.grammar.json_schema.tables import VALUE_STARTS
+from ramet.grammar.json_schema.punctuation import CLOSE, GO_ON, next_item_rows, open_array_rows
 from ramet.grammar.json_schema.values import Arrays, Expr, Strings, Values
 from ramet.grammar.numeric import Numbers
 
-_ITEM, _CLOSE = 0, 1
 Thread = tuple[int, Arrays, tuple[int, ...]]  # tag, spec, items found of each `contains`
-
-
-@cache
-def open_rows() -> NDArray[np.int32]:
-    rows = np.full((1, 256), REFUSE, dtype=np.int32)
-    for byte in VALUE_STARTS:
-        rows[0, byte] = leave(_ITEM, again=True)
-    rows[0, ord("]")] = leave(_CLOSE)
-    return rows
-
-
-@cache
-def next_rows() -> NDArray[np.int32]:
-    rows = np.full((1, 256), REFUSE, dtype=np.int32)
-    rows[0, ord(",")] = leave(_ITEM)
-    rows[0, ord("]")] = leave(_CLOSE)
-    return rows
 
 
 class ArrayNode:
@@ -110,11 +88,16 @@ class ArrayNode:
         _, spec, counts = thread
         return specs.may_close(spec, self.index, counts)
 
-    def close(self) -> int:
+    def closing_tags(self) -> int:
+        """Tags that the array satisfies if it ends here."""
         mask = 0
         for thread in self.threads:
             if self.may_close(thread):
                 mask |= 1 << thread[0]
+        return mask
+
+    def close(self) -> int:
+        mask = self.closing_tags()
         return self.context.resume(mask, None) if mask else DEAD
 
     def cost(self, thread: Thread, index: int) -> int:
@@ -150,21 +133,35 @@ class ItemContext:
         branches = node.branches()
         self.exprs = tuple(dict.fromkeys(e for _, e in branches))
         self.branches = [(t, self.exprs.index(e)) for t, e in branches]
+        self._twin: Context | None = None
 
     def mask_twin(self) -> Context:
-        return self.node.mask_twin().item_context()
+        if self._twin is None:
+            self._twin = self._make_twin()
+        return self._twin
+
+    def _make_twin(self) -> Context:
+        node = self.node
+        if node.is_unique or len(self.exprs) > MAX_TAGS:
+            return node.mask_twin().item_context()
+        nodes = [self.following(mask, node.seen, node.anonymous) for mask in range(1, 1 << len(self.exprs))]
+        ends = tuple(ArrayEnd(n.closing_tags(), n.item_context().exprs) for n in nodes)
+        return behind(node.json, ends, node.context.mask_twin())
 
     def rest(self, tag: int) -> int:
         return min(self.node.cost(t, self.node.index + 1) for t, i in self.branches if i == tag)
 
-    def resume(self, mask: int, value: object | None) -> int:
+    def following(self, mask: int, seen: frozenset[object], anonymous: int) -> ArrayNode:
+        """The array after an item that satisfies the tags in `mask`."""
         node = self.node
         threads = tuple(dict.fromkeys(t for t, tag in self.branches if (mask >> tag) & 1))
-        seen, anonymous = node.seen, node.anonymous
+        return array_node(node.json, threads, node.index + 1, seen, anonymous, node.context)
+
+    def resume(self, mask: int, value: object | None) -> int:
+        seen, anonymous = self.node.seen, self.node.anonymous
         if self.remembers:
             seen, anonymous = (seen, anonymous + 1) if value is None else (seen | {value}, anonymous)
-        following = array_node(node.json, threads, node.index + 1, seen, anonymous, node.context)
-        return target(before_item(NextFrame, following))
+        return target(before_item(NextFrame, self.following(mask, seen, anonymous)))
 
 
 def array_node(
@@ -203,18 +200,18 @@ class OpenFrame:
 
     def __init__(self, node: ArrayNode) -> None:
         self.node = node
-        self.table = node.json.constant_table(open_rows, (), 2)
+        self.table = node.json.constant_table(open_array_rows, (), 2)
 
     def mask_twin(self) -> int:
         return before_item(type(self), self.node.mask_twin())
 
     def resolve(self, exit_index: int) -> int:
-        return self.node.close() if exit_index == _CLOSE else self.node.item(2)
+        return self.node.close() if exit_index == CLOSE else self.node.item(2)
 
     def closing_exit(self, local: int) -> int:
         node = self.node
         costs = [(node.cost(t, node.index), 0 if node.may_close(t) else 1) for t in node.threads]
-        return _CLOSE if min(costs)[1] == 0 else _ITEM
+        return CLOSE if min(costs)[1] == 0 else GO_ON
 
 
 class NextFrame(OpenFrame):
@@ -222,10 +219,10 @@ class NextFrame(OpenFrame):
 
     def __init__(self, node: ArrayNode) -> None:
         self.node = node
-        self.table = node.json.constant_table(next_rows, (), 2)
+        self.table = node.json.constant_table(next_item_rows, (), 2)
 
     def resolve(self, exit_index: int) -> int:
-        return self.node.close() if exit_index == _CLOSE else self.node.item(1)
+        return self.node.close() if exit_index == CLOSE else self.node.item(1)
 
 
 def all_but(seen: frozenset[object]) -> Values:

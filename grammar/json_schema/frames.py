@@ -99,6 +99,7 @@ class Json:
         self.object_nodes: dict[object, Any] = {}
         self.array_nodes: dict[object, Any] = {}
         self.spaces: dict[object, Any] = {}
+        self.behind: dict[object, Any] = {}
 
     def constant_table(
         self, make: Callable[..., NDArray[np.int32]], arguments: tuple[object, ...], num_exits: int

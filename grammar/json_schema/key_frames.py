@@ -59,7 +59,7 @@ class KeyFrame:
         self.table = node.space.table(*node.alive(), node.extras)
 
     def mask_twin(self) -> int:
-        return mask_keys(self.node.mask_twin(forgets=bool(self.node.extras)), self.is_committed)
+        return mask_keys(self.node.detached(forgets=bool(self.node.extras)), self.is_committed)
 
     def resolve(self, exit_index: int) -> int:
         node = self.node

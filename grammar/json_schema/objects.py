@@ -7,42 +7,19 @@ by name.
 
 from __future__ import annotations
 
-from functools import cache
 from itertools import combinations
 
-import numpy as np
-from numpy.typing import NDArray
-
-from ramet.grammar.automaton import CONCRETE, DEAD, REFUSE, Table, leave, target
+from ramet.grammar.automaton import CONCRETE, DEAD, Table, target
 from ramet.grammar.json_schema import values as v
+from ramet.grammar.json_schema.behind import MAX_TAGS, ObjectEnd, behind
 from ramet.grammar.json_schema.expressions import INFINITE
 from ramet.grammar.json_schema.frames import Context, Json
 from ramet.grammar.json_schema.key_frames import KeyFrame, MemoryKeyFrame
 from ramet.grammar.json_schema.keys import Space
+from ramet.grammar.json_schema.punctuation import CLOSE, GO_ON, next_key_rows, open_object_rows
 from ramet.grammar.json_schema.values import FALSE, Exists, Expr
 
-_KEY, _CLOSE = 0, 1
 Thread = tuple[int, int, int]  # tag, spec (index in the space), bits of what must still exist
-
-
-@cache
-def open_rows() -> NDArray[np.int32]:
-    rows = np.full((1, 256), REFUSE, dtype=np.int32)
-    rows[0, ord('"')] = leave(_KEY)
-    rows[0, ord("}")] = leave(_CLOSE)
-    return rows
-
-
-@cache
-def next_rows(spaced: bool, may_go_on: bool) -> NDArray[np.int32]:
-    rows = np.full((3, 256), REFUSE, dtype=np.int32)
-    rows[0, ord("}")] = leave(_CLOSE)
-    if may_go_on:
-        rows[0, ord(",")] = 1
-        rows[1:, ord('"')] = leave(_KEY)
-        if spaced:
-            rows[1, ord(" ")] = 2
-    return rows
 
 
 class ObjectNode:
@@ -76,17 +53,19 @@ class ObjectNode:
         but that they may not come again."""
         found = self._twins[forgets]
         if found is None:
-            context = self.context.mask_twin()
-            if (forgets or self.forgets) and self.space.may_forget({spec for _, spec, _ in self.threads}):
-                found = object_node(self.space, self.threads, self.seen, frozenset(), 0, context, True)
-            elif context is self.context:
-                found = self
-            else:
-                found = object_node(
-                    self.space, self.threads, self.seen, self.extras, self.anonymous, context, self.forgets
-                )
-            self._twins[forgets] = found
+            found = self._twins[forgets] = self._in(self.context.mask_twin(), forgets)
         return found
+
+    def detached(self, forgets: bool) -> ObjectNode:
+        """The same in a context that is not known, for what is inside the object. forgets: as for `mask_twin`."""
+        return self._in(self.json.somewhere, forgets)
+
+    def _in(self, context: Context, forgets: bool) -> ObjectNode:
+        if (forgets or self.forgets) and self.space.may_forget({spec for _, spec, _ in self.threads}):
+            return object_node(self.space, self.threads, self.seen, frozenset(), 0, context, True)
+        if context is self.context:
+            return self
+        return object_node(self.space, self.threads, self.seen, self.extras, self.anonymous, context, self.forgets)
 
     @property
     def has_extras(self) -> bool:
@@ -208,11 +187,16 @@ class ObjectNode:
         _, spec, exists = thread
         return not exists and not self.needed(spec, self.seen) and self.count >= self.space.specs[spec].low
 
-    def close(self) -> int:
+    def closing_tags(self) -> int:
+        """Tags that the object satisfies if it ends here."""
         mask = 0
         for thread in self.threads:
             if self.may_close(thread):
                 mask |= 1 << thread[0]
+        return mask
+
+    def close(self) -> int:
+        mask = self.closing_tags()
         return self.context.resume(mask, None) if mask else DEAD
 
     def cost(self, thread: Thread, seen: int) -> int:
@@ -286,19 +270,30 @@ class PropertyContext:
 
     def mask_twin(self) -> Context:
         if self._twin is None:
-            node = self.node.mask_twin(forgets=self.node.forgets or bool(self.extras))
-            key = None if node.forgets else self.key
-            self._twin = self if node is self.node else node.property_context(self.label, key)
+            self._twin = self._make_twin()
         return self._twin
+
+    def _make_twin(self) -> Context:
+        node = self.node
+        if not self.anonymous and len(self.exprs) <= MAX_TAGS:
+            nodes = [self.following(mask) for mask in range(1, 1 << len(self.exprs))]
+            ends = tuple(ObjectEnd(n.closing_tags(), any(n.alive())) for n in nodes)
+            return behind(node.json, ends, node.context.mask_twin())
+        twin = node.mask_twin(forgets=node.forgets or bool(self.extras))
+        key = None if twin.forgets else self.key
+        return self if twin is node else twin.property_context(self.label, key)
 
     def rest(self, tag: int) -> int:
         return min(self.node.cost(t, self.seen) for t, i in self.branches if i == tag)
 
-    def resume(self, mask: int, value: object | None) -> int:
+    def following(self, mask: int) -> ObjectNode:
+        """The object after a value that satisfies the tags in `mask`."""
         threads = tuple(sorted({t for t, tag in self.branches if (mask >> tag) & 1}))
         node = self.node
-        following = object_node(node.space, threads, self.seen, self.extras, self.anonymous, node.context, node.forgets)
-        return target(before_key(NextFrame, following))
+        return object_node(node.space, threads, self.seen, self.extras, self.anonymous, node.context, node.forgets)
+
+    def resume(self, mask: int, value: object | None) -> int:
+        return target(before_key(NextFrame, self.following(mask)))
 
 
 def object_node(
@@ -365,10 +360,10 @@ class OpenFrame:
         self.table = self.make_table()
 
     def make_table(self) -> Table:
-        return self.node.json.constant_table(open_rows, (), 2)
+        return self.node.json.constant_table(open_object_rows, (), 2)
 
     def resolve(self, exit_index: int) -> int:
-        if exit_index == _CLOSE:
+        if exit_index == CLOSE:
             return self.node.close()
         return self.node.any_key() if self.is_shared else self.node.key()
 
@@ -384,9 +379,9 @@ class OpenFrame:
     def closing_exit(self, local: int) -> int:
         node = self.node
         if local:
-            return _KEY
+            return GO_ON
         costs = [(node.cost(t, node.seen), 0 if node.may_close(t) else 1) for t in node.threads]
-        return _CLOSE if min(costs)[1] == 0 else _KEY
+        return CLOSE if min(costs)[1] == 0 else GO_ON
 
 
 class NextFrame(OpenFrame):
@@ -397,4 +392,4 @@ class NextFrame(OpenFrame):
     def make_table(self) -> Table:
         json = self.node.json
         may_go_on = any(self.node.alive())
-        return json.constant_table(next_rows, (json.spaced, may_go_on), 2)
+        return json.constant_table(next_key_rows, (json.spaced, may_go_on), 2)

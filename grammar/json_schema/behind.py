@@ -1,0 +1,107 @@
+"""What follows a value, as far as the tokens that end it can see: for masks only.
+
+After a value stand closing brackets, then a comma, then the next key or item. Which of them may stand there is nearly
+all that a mask of the value depends on; hardly any token ends a value and reads on beyond the first byte of the next
+key or item, and those that do are run one by one. So values in places with the same brackets share their masks, however
+different the objects around them are.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from ramet.grammar.automaton import CONCRETE, DEAD, leave, target
+from ramet.grammar.json_schema.frames import Context, Json
+from ramet.grammar.json_schema.punctuation import CLOSE, next_item_rows, next_key_rows
+from ramet.grammar.json_schema.values import Expr
+
+MAX_TAGS = 2  # of a value, up to which the places behind it are looked at one by one
+
+
+class ObjectEnd(NamedTuple):
+    """After a property: tags of the object if it ends here, 0 where it may not; whether another key may come."""
+
+    tags: int
+    may_go_on: bool
+
+
+class ArrayEnd(NamedTuple):
+    """After an item: tags of the array if it ends here, 0 where it may not; what the next item must be."""
+
+    tags: int
+    item: tuple[Expr, ...]
+
+
+End = ObjectEnd | ArrayEnd
+
+
+class Behind:
+    """Context of a value. ends[m - 1]: what follows a value that satisfies the tags in m. outer: the context, of this
+    kind or the text's own, of the object or array that the value stands in."""
+
+    remembers = False
+    is_anonymous = False
+
+    def __init__(self, json: Json, ends: tuple[End, ...], outer: Context) -> None:
+        self.json = json
+        self.ends = ends
+        self.outer = outer
+        self.number = json.new_number()
+
+    def resume(self, mask: int, value: object | None) -> int:
+        end = self.ends[mask - 1]
+        key = ("behind", type(end), end, self.outer.number)
+        return target(self.json.machine.intern(key, lambda: EndFrame(self.json, end, self.outer)))
+
+    def rest(self, tag: int) -> int:
+        raise AssertionError("texts are closed from where they stand")
+
+    def mask_twin(self) -> Context:
+        return self
+
+
+def behind(json: Json, ends: tuple[End, ...], outer: Context) -> Behind:
+    found: Behind | None = json.behind.get((ends, outer.number))
+    if found is None:
+        found = json.behind[ends, outer.number] = Behind(json, ends, outer)
+    return found
+
+
+class EndFrame:
+    """After a property or an item."""
+
+    def __init__(self, json: Json, end: End, outer: Context) -> None:
+        self.json = json
+        self.end = end
+        self.outer = outer
+        if isinstance(end, ObjectEnd):
+            self.table = json.constant_table(next_key_rows, (json.spaced, end.may_go_on), 2)
+        else:
+            self.table = json.constant_table(next_item_rows, (), 2)
+
+    def resolve(self, exit_index: int) -> int:
+        end = self.end
+        if exit_index == CLOSE:
+            return self.outer.resume(end.tags, None) if end.tags else DEAD
+        if isinstance(end, ArrayEnd):
+            return self.json.value(end.item, self.json.somewhere, 1) if end.item else DEAD
+        return target(self.json.machine.intern("key somewhere", lambda: _KeySomewhere(self.json)))
+
+    def closing_exit(self, local: int) -> int:
+        raise AssertionError("texts are closed from where they stand")
+
+
+class _KeySomewhere:
+    """In a key that is not known."""
+
+    def __init__(self, json: Json) -> None:
+        rows = np.full((1, 1), leave(0), dtype=np.int32)
+        self.table = json.machine.table(rows, np.zeros(256, dtype=np.uint8), 1, None)
+
+    def resolve(self, exit_index: int) -> int:
+        return CONCRETE
+
+    def closing_exit(self, local: int) -> int:
+        raise AssertionError("texts are closed from where they stand")
