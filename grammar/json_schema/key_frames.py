@@ -10,7 +10,8 @@ from ramet.grammar.automaton import CONCRETE, DEAD, path_to_exit
 if TYPE_CHECKING:
     from ramet.grammar.json_schema.objects import ObjectNode
 
-_KEY_BYTES = b"abcdefghijklmnopqrstuvwxyz0123456789_-. "
+# likely ones first; a control character only by an escape
+_KEY_BYTES = bytes(dict.fromkeys([*b"abcdefghijklmnopqrstuvwxyz0123456789_-. ", *range(0x23, 0x5C), *range(256)]))
 
 
 def mask_keys(node: ObjectNode, is_shared: bool) -> int:
@@ -102,6 +103,8 @@ class MemoryKeyFrame(KeyFrame):
         if exit_index < len(node.space.names):
             return super().resolve(exit_index)
         if node.anonymous or (node.has_extras and not self.is_committed):
+            return CONCRETE
+        if not node.space.is_open(node.alive()[1]):  # whether a further key can be finished may depend on this one
             return CONCRETE
         return node.mask_twin(forgets=True).follow(exit_index, None)
 

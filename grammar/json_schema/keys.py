@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ramet.grammar import strings
 from ramet.grammar.automaton import Table, leave
@@ -14,6 +15,7 @@ from ramet.grammar.json_schema.tables import ANY_CHARS, StringRows, overlay
 from ramet.grammar.json_schema.values import Exists, Expr, Objects
 
 MAX_WAYS = 16  # to write a key, that are looked up and not searched
+MAX_COUNT = 1 << 10  # texts that can still follow, beyond which they are not counted
 
 
 class Space:
@@ -34,6 +36,7 @@ class Space:
                 languages.update(dict.fromkeys(([] if x.pattern is None else [x.pattern]) + list(x.others)))
         self.names = list(names)
         self.index = {k: i for i, k in enumerate(self.names)}
+        self._all_names = frozenset(names)
         self.languages = list(languages)
         self._make_signatures()
         self.num_labels = len(self.names) + len(self.signatures)
@@ -42,12 +45,15 @@ class Space:
         self._usable: dict[tuple[int, int], bool] = {}
         self._alive: dict[int, tuple[int, int]] = {}
         self._tables: dict[object, Table] = {}
+        self._possible: dict[Table, tuple[int, int]] = {}
         self._master: tuple[bool, StringRows] | None = None
         self.required = [sum(1 << self.index[k] for k in o.required) for o in specs]
         self._endings: dict[bytes | int, list[tuple[str, bytes]]] = {}
         self._noted: set[str] = set()
         self._many_ways: list[str] = []
         self.is_simple = [o.high is None and not (o.dependent or o.exists or o.low) for o in specs]
+        self._counts: dict[int, NDArray[np.int64]] = {}
+        self._room: dict[tuple[int, str], int] = {}
 
     def _make_signatures(self) -> None:
         self.dfa = ANY_CHARS
@@ -91,11 +97,11 @@ class Space:
             found = self._alive[spec] = named, others
         return found
 
-    def may_forget(self, specs: Iterable[int]) -> bool:
-        """Do unnamed keys, once read, change nothing but that they may not come again?"""
+    def may_forget(self, specs: Iterable[int], extras: frozenset[str]) -> bool:
+        """Do these unnamed keys, once read, change nothing but that they may not come again?"""
         for spec in specs:
             others = self.alive(spec)[1]
-            if not self.is_simple[spec] or (others and not self.is_open(others)):
+            if not self.is_simple[spec] or (others and not self.has_room(others, extras)):
                 return False
         return True
 
@@ -140,14 +146,61 @@ class Space:
         """True where every key that is not named may come, so that no text of a key can be stuck."""
         return others == (1 << len(self.signatures)) - 1
 
+    def has_room(self, others: int, keys: frozenset[str]) -> bool:
+        """True where, whatever was read of one of these keys, more texts than there are keys can follow: then leaving
+        the keys out leaves no text stuck."""
+        if self.is_open(others):
+            return True
+        most = len(self.names) + len(keys)
+        return all(self._room_at(others, key) > most for key in keys)
+
+    def _room_at(self, others: int, key: str) -> int:
+        """The fewest texts of other keys that can follow some beginning of a key."""
+        found = self._room.get((others, key))
+        if found is None:
+            counts = self._counts_of(others)
+            found, state = int(counts[0]), 0
+            for char in key:
+                state = self.dfa.step(state, ord(char))
+                found = min(found, int(counts[state])) if state >= 0 else 0
+                if not found:
+                    break
+            self._room[others, key] = found
+        return found
+
+    def _counts_of(self, others: int) -> NDArray[np.int64]:
+        """For each state of the automaton of other keys, how many texts lead to an end, up to MAX_COUNT."""
+        found = self._counts.get(others)
+        if found is None:
+            dfa = self.dfa
+            ends = np.array([label >= 0 for label in self._labels(others)], dtype=np.int64)
+            bounds = np.append(np.clip(dfa.starts, 0, 0xD800), 0xD800)  # the lower code points will do
+            sizes = np.bincount(dfa.classes, np.diff(bounds), dfa.num_classes).astype(np.int64)
+            targets = np.array(dfa.transitions, dtype=np.int64).reshape(len(ends), -1)
+            targets[targets < 0] = len(ends)
+            following, found = ends, None
+            while found is None or (following != found).any():
+                found = following
+                following = np.minimum(np.append(found, 0)[targets] @ sizes + ends, MAX_COUNT)
+            self._counts[others] = found
+        return found
+
     def table(self, named: int, others: int, extras: frozenset[str]) -> Table:
         """Keys that may come now: exit i for name i, len(names) + s for any other key of signature s.
 
         Where any other key may come, one table serves all states: the exits of names already seen are dead, and keys
         seen without a name are not the table's concern. Elsewhere what must not come is cut out, with all that leads
-        only there.
+        only there; what leads to enough else needs no cut.
         """
-        key = ("open",) if self.is_open(others) else (named, others, extras if others else frozenset())
+        if self.is_open(others):
+            key: tuple[object, ...] = ("open",)
+        elif not others or self.has_room(others, extras):
+            extras = frozenset()
+            if others and self.has_room(others, self._all_names):
+                named = -1
+            key = (named, others, extras)
+        else:
+            key = (named, others, extras)
         found = self._tables.get(key)
         if found is None:
             if self.is_open(others) or not others:
@@ -185,9 +238,16 @@ class Space:
 
     def possible(self, named: int, others: int, extras: frozenset[str]) -> tuple[int, int]:
         """Of these labels, those for which there still is a key."""
-        if not others or self.is_open(others):
+        if not others or (self.has_room(others, extras) and self.has_room(others, self._all_names)):
             return named, others
         table = self.table(named, others, extras)
+        found = self._possible.get(table)
+        if found is None:
+            found = self._possible[table] = self._reachable(table)
+        return found
+
+    def _reachable(self, table: Table) -> tuple[int, int]:
+        """Labels of the exits that can be reached."""
         seen, level, exits = {0}, [0], set()
         while level:
             entries = np.unique(table.rows[level])

@@ -61,11 +61,14 @@ class ObjectNode:
         return self._in(self.json.somewhere, forgets)
 
     def _in(self, context: Context, forgets: bool) -> ObjectNode:
-        if (forgets or self.forgets) and self.space.may_forget({spec for _, spec, _ in self.threads}):
+        if (forgets or self.forgets) and self.may_forget(self.extras):
             return object_node(self.space, self.threads, self.seen, frozenset(), 0, context, True)
         if context is self.context:
             return self
         return object_node(self.space, self.threads, self.seen, self.extras, self.anonymous, context, self.forgets)
+
+    def may_forget(self, extras: frozenset[str]) -> bool:
+        return self.space.may_forget({spec for _, spec, _ in self.threads}, extras)
 
     @property
     def has_extras(self) -> bool:
@@ -279,7 +282,7 @@ class PropertyContext:
             nodes = [self.following(mask) for mask in range(1, 1 << len(self.exprs))]
             ends = tuple(ObjectEnd(n.closing_tags(), any(n.alive())) for n in nodes)
             return behind(node.json, ends, node.context.mask_twin())
-        twin = node.mask_twin(forgets=node.forgets or bool(self.extras))
+        twin = node.mask_twin(forgets=node.forgets or (bool(self.extras) and node.may_forget(self.extras)))
         key = None if twin.forgets else self.key
         return self if twin is node else twin.property_context(self.label, key)
 

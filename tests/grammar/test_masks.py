@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import re
 from typing import Any
 
 import pytest
@@ -19,6 +21,13 @@ SCHEMAS: dict[str, Any] = {
     "named and others": {"properties": {"a": {"type": "object"}, "ab": {"const": 1}}, "required": ["ab"]},
     "patterns": {"patternProperties": {"^a": {"type": "string", "maxLength": 2}}, "additionalProperties": {"const": 1}},
     "closed patterns": {"patternProperties": {"^a": {"maxLength": 2}}, "additionalProperties": False},
+    "endless keys": {"patternProperties": {"^[ab]+$": {"const": 1}}, "additionalProperties": False},
+    "few keys": {"patternProperties": {"^[ab]{1,2}$": {"const": 1}}, "additionalProperties": False},
+    "endless keys and names": {
+        "properties": {"a": {"const": 1}, "b": False, "/": {}},
+        "patternProperties": {"^[ab]+$": {"enum": ["a", 1]}},
+        "additionalProperties": False,
+    },
     "bounded count": {"type": "object", "maxProperties": 2, "minProperties": 1},
     "two kinds": {"anyOf": [{"additionalProperties": {"type": "string"}}, {"additionalProperties": {"const": 1}}]},
     "list of maps": {"type": "array", "items": {"type": "object", "additionalProperties": {"type": "array"}}},
@@ -68,3 +77,19 @@ def _check(grammar: CompiledGrammar, state: int) -> dict[int, int]:
     assert not [texts[t] for t in allowed - following.keys()], "allowed, but refused when taken"
     assert not [texts[t] for t in following.keys() - allowed], "can be taken, but not allowed"
     return following
+
+
+@pytest.mark.parametrize("keys", ["^[A-C]+$", "^[éü]{1,3}$", "^[A-C]{1,2}$", "^[A-D]$", "^[\\u0001\\u0002]+$"])
+def test_a_closing_writes_keys_that_were_not_there(keys: str, vocabulary: Vocabulary) -> None:
+    values = {"patternProperties": {keys: {"const": 1}}, "additionalProperties": False}
+    schema = {"type": "object", **values, "minProperties": 4}
+    grammar = compile_grammar(JsonSchema(schema), vocabulary)
+    text = b""
+    for _ in range(6):  # close from inside the last key again and again
+        state = grammar.advance_bytes(0, text)
+        assert state is not None
+        closing = b"".join(vocabulary.token_bytes[t] for t in grammar.shortest_completion(state))
+        pairs = json.loads(text + closing, object_pairs_hook=list)
+        assert len(dict(pairs)) == len(pairs) == 4
+        assert all(re.search(keys, key) for key, _ in pairs)
+        text = (text + closing)[: (text + closing).rindex(b'"')]
