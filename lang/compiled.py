@@ -108,7 +108,10 @@ class Compiled:
         missing = [name for name in self.arguments if name not in arguments]
         if unknown or missing:
             what = f"has no argument {unknown[0]!r}" if unknown else f"needs argument {missing[0]!r}"
-            raise InvalidProgram(f"the compiled {self.name} {what}; it takes {', '.join(self.arguments) or 'none'}")
+            way_out = f"it takes {', '.join(self.arguments) or 'none'}"
+            if unknown and unknown[0] in ir.Sampling.__struct_fields__:
+                way_out = f"what it samples with is fixed: give it to compile({unknown[0]}=...)"
+            raise InvalidProgram(f"the compiled {self.name} {what}; {way_out}")
         run = Run(backend, options)
         run.nodes = list(self.graph.nodes)
         run.placeholders = self._end._run.placeholders  # of texts that the function returned

@@ -34,7 +34,8 @@ JsonValue: TypeAlias = Any  # a JSON value; recursive aliases are not understood
 
 
 class Ref(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
-    """The value of another node. `path` leads into a structured value; `format` is a Python format specification.
+    """The value of another node. `path` leads into a structured value; `format` is a Python format specification, or
+    "!r" for the value's repr.
 
     Without either, the text as it was generated is inserted. At the end of a path a string is inserted as it is, any
     other value as compact JSON.
@@ -249,7 +250,7 @@ def _render_ref(ref: Ref, text_of: Callable[[int], str], value_of: Callable[[int
         except (LookupError, TypeError) as error:
             raise InvalidProgram(f"the value of node {ref.node} has no {step!r}: {value!r}", node=ref.node) from error
     if ref.format:
-        return format(value, ref.format)
+        return repr(value) if ref.format == "!r" else format(value, ref.format)
     return value_text(value)
 
 

@@ -105,9 +105,6 @@ class ArgumentValue(Value):
         assert isinstance(self._run, TracingRun)
         return self._run
 
-    def __repr__(self) -> str:
-        return f"<argument {self._argument}>"
-
 
 def symbolic(run: TracingRun, names: list[str], given: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments for a trace: symbolic where they have a JSON form or no value at all, else as they are."""

@@ -13,6 +13,7 @@ import secrets
 from collections.abc import Callable, Generator, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ramet.lang.ir import Ref
@@ -46,11 +47,13 @@ class Placeholders:
 
     def __init__(self) -> None:
         self.key = secrets.token_bytes(4)
-        self._items: list[object] = []
+        self._items: dict[int, object] = {}
+        self._indices = count()  # a program may put values into text on several threads
 
     def add(self, item: object, label: str) -> str:
-        digits = self.key + len(self._items).to_bytes(4, "big")
-        self._items.append(item)
+        index = next(self._indices)
+        self._items[index] = item
+        digits = self.key + index.to_bytes(4, "big")
         return _START + "".join(chr(_ZERO + byte) for byte in digits) + f"‹{label}›" + _END
 
     def split(self, text: str, foreign: Callable[[bytes, int], object]) -> list[object]:
@@ -156,6 +159,9 @@ class Value:
         return wait().__await__()
 
     def __repr__(self) -> str:
+        """While the program runs a placeholder, too: so a list of values in an f-string is a list of their values."""
+        if self._run.is_recording:
+            return self.__format__("!r")
         path = "".join(f".{step}" for step in self._path)
         done = self._run.result_of(self._node)
         shown = "not read" if done is None or done.error else repr(done.value)[:60]

@@ -72,6 +72,8 @@ def test_wrong_arguments_are_named(backend: MockBackend) -> None:
     compiled = program.compile()
     with pytest.raises(InvalidProgram, match="needs argument 'city'"):
         compiled.run()
+    with pytest.raises(InvalidProgram, match=r"has no argument 'seed'; what .* is fixed: give it to compile\(seed="):
+        compiled.run(city="Rome", seed=3)
     with pytest.raises(InvalidProgram, match="has no argument 'town'"):
         compiled.run(city="a", town="b")
     with pytest.raises(InvalidProgram, match="has no JSON form"):

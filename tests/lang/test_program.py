@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -122,10 +123,56 @@ def test_values_behave_like_what_they_stand_for(backend: MockBackend) -> None:
         checks["float"] = float(age) == 41.0 and round(age) == 41
         checks["value"] = name.value == "Ann"
         checks["percent"] = "%s is %d" % (name, age) == "Ann is 41"  # noqa: UP031
-        checks["repr"] = "name of node" in repr(name)
+        checks["repr"] = re.search("‹name›", repr(name)) is not None
 
     program.run()
     assert all(checks.values()), checks
+
+
+@pytest.mark.parametrize("stage", ["needed", "always"])
+def test_a_list_of_values_in_text_is_a_list_of_what_was_generated(backend: MockBackend, stage: str) -> None:
+    @function
+    def program(s: State) -> None:
+        branches = s.fork(2)
+        branches += ["colour?", "name?"]
+        branches += gen("x", str)
+        branches.join()
+        s += f"{s['x']} {s['x'][1]!r} { ({'a': s['x'][0]}) }"
+
+    state = program.run(stage=stage)
+    assert state.text() == "['red', 'Ann'] 'Ann' {'a': 'red'}"
+    if stage == "needed":
+        assert not state.record.stages
+
+
+def test_values_are_put_into_text_on_several_threads() -> None:
+    switch_s = sys.getswitchinterval()
+
+    @function
+    def program(s: State) -> None:
+        branches = s.fork(8)
+        branches += lambda i: f"colour {i}?" + gen("x", max_tokens=1)
+
+        def append(branch: State, other: State) -> None:
+            for _ in range(50):
+                branch.append(f"{other['x']}")
+
+        pairs = zip(branches, [*branches[1:], branches[0]], strict=True)
+        threads = [threading.Thread(target=append, args=pair) for pair in pairs]
+        sys.setswitchinterval(1e-6)
+        try:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        finally:
+            sys.setswitchinterval(switch_s)
+        branches.join(mode="append")
+
+    with MockBackend({f"colour {i}?": str(i) for i in range(8)}) as mock:
+        text = program.run().text()
+    mock.engine.shutdown()
+    assert all(f"colour {i}?{i}" + str((i + 1) % 8) * 50 in text for i in range(8))
 
 
 def test_roles_as_blocks_calls_and_descriptions_give_the_same_messages(backend: MockBackend) -> None:
