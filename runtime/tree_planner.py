@@ -42,8 +42,8 @@ class TreePlanner:
         self._config = tree_config(model.head_dim, dtype, self._group)
         shape = AttentionShape(model.num_heads, model.num_kv_heads, model.head_dim, dtype.itemsize)
         self._costs = TreeCostModel(shape, self._config, costs)
-        # The sequences themselves, not their ids: an id may come back with another sequence, and a stale plan is wrong.
-        self._rows: tuple[Sequence, ...] = ()
+        # The rows' page lists themselves: a list only grows at its end, and a preempted sequence gets another one.
+        self._rows: tuple[list[int], ...] = ()
         # Lists of those rows' pages, and the shared ones as an array: a plan of 256 rows converts only the new rows'.
         self._pages: dict[Sequence, tuple[list[int], NDArray[np.int32]]] = {}
         self._is_used = False
@@ -52,7 +52,7 @@ class TreePlanner:
 
     def update(self, items: tuple[ScheduledSequence, ...]) -> TreePlan | None:
         """Return the plan for these decode rows, in this order; None where plain attention is as fast."""
-        rows = tuple([item.sequence for item in items])
+        rows = tuple([item.sequence.page_ids for item in items])
         if rows != self._rows:
             self._rows = rows
             self._is_used = self._make(items)
@@ -96,7 +96,6 @@ class TreePlanner:
         for row, item, count in zip(pages, items, counts, strict=True):
             sequence = item.sequence
             own = known.get(sequence)
-            # A list only grows at its end; after a preemption the sequence has another one.
             if own is None or own[0] is not sequence.page_ids or len(own[1]) < count:
                 own = sequence.page_ids, np.asarray(sequence.page_ids[:count], dtype=np.int32)
             self._pages[sequence] = own

@@ -185,3 +185,23 @@ def test_kept_page_lists_follow_sequences_that_get_other_or_more_shared_pages() 
         item.sequence.num_shared_pages = 129
     made.update(tuple(items[:2]))
     assert made.plan.kv_starts[:2].tolist() == [129 * PAGE] * 2
+
+
+def test_rows_that_come_back_with_other_pages_get_a_new_plan() -> None:
+    """Both were preempted and admitted again before another decode step: the same rows in the same order."""
+    items = tuple(row(f"r{i}", list(range(1, 129)), [700 + i], 129 * PAGE + 5) for i in range(2))
+    made = planner()
+    assert made.update(items) is not None
+    for i, item in enumerate(items):
+        item.sequence.page_ids = [*range(1001 + 200 * i, 1129 + 200 * i), 703 + i]
+    assert made.update(items) is None
+
+
+def test_pages_that_a_running_sequence_gets_do_not_make_a_new_plan() -> None:
+    items = tuple(row(f"r{i}", list(range(1, 129)), [700 + i], 128 * PAGE + 15) for i in range(3))
+    made = planner()
+    made.update(items)
+    for item in items:
+        item.sequence.page_ids.append(800)
+    assert made.update(tuple(item._replace(start=item.start + 1) for item in items)) is not None
+    assert made.num_plans == 1
