@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,14 @@ def small() -> list[Record]:
         measure("rope_and_write_kv", size, size * QKV * 4, lambda size=size: run_rope(size))
     for batch in BATCHES:
         time_steps(batch, measure)
-    records += time_copies()
+    for count in (1, 64):
+        pages = torch.arange(1, 2 * count + 1, dtype=torch.int32, device=DEVICE).view(2, count)
+        counts = torch.full((count,), 11, dtype=torch.int32, device=DEVICE)
+        storage = randn(LAYERS, 2, 2 * count + 1, KV_HEADS, 16, DIM)
+        copy = partial(copy_pages.copy_pages_triton, storage, pages[0], pages[1], counts)
+        measure(
+            f"copy_pages, {LAYERS} layers", count, count * LAYERS * 2 * KV_HEADS * 11 * DIM * 4, lambda run=copy: run
+        )
     return records
 
 
@@ -135,27 +143,6 @@ def time_steps(batch: int, measure: Callable[[str, int, int, Callable[[], Callab
     measure("prepare_decode", batch, batch * 48, lambda: prepare)
     measure("commit_decode", batch, batch * 24, lambda: lambda: step_inputs.commit_decode_triton(rows, zeros, *columns))
     measure("scatter_rows", batch, batch * 24, lambda: lambda: step_inputs.scatter_rows_triton(updates, slots.arena))
-
-
-def time_copies() -> list[Record]:
-    """Page copies upload addresses, so they are timed from the host's side, with the launch."""
-    caches = [(randn(260, KV_HEADS, 16, DIM), randn(260, KV_HEADS, 16, DIM)) for _ in range(LAYERS)]
-    records = []
-    for count in (1, 64):
-        pages = torch.arange(1, 2 * count + 1, dtype=torch.int32, device=DEVICE).view(2, count)
-        counts = torch.full((count,), 11, dtype=torch.int32, device=DEVICE)
-        times = []
-        for _ in range(2 if DRY else 12):
-            started = time.perf_counter()
-            copy_pages.copy_pages_triton(caches, pages[0], pages[1], counts)
-            if not DRY:
-                torch.cuda.synchronize()
-            times.append((time.perf_counter() - started) * 1e6)
-        num_bytes = count * LAYERS * 2 * KV_HEADS * 11 * DIM * 4
-        us = sorted(times)[len(times) // 2]
-        records.append({"section": "small", "name": f"copy_pages, {LAYERS} layers, with launch", "T": count, "us": us,
-                        "gbs": num_bytes / us / 1e3})  # fmt: skip
-    return records
 
 
 def sampling_times() -> list[Record]:

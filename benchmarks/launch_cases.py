@@ -215,7 +215,7 @@ def steps() -> list[Launch]:
             )
         )
     model = MODELS[0]
-    kv = [caches(model) for _ in range(32)]
+    kv = tensor(32, 2, 20_000, model.num_kv_heads, PAGE, model.head_dim)
     launches.append(Launch("copy_pages", partial(copy_pages.copy_pages_triton, kv, ints(3), ints(3), ints(3))))
     launches.append(Launch("scatter_rows", partial(step_inputs.scatter_rows_triton, ints(40, 3), tables.arena)))
     return launches

@@ -12,6 +12,7 @@ from ramet.kernels.card_table import CardTable, load_card_table
 from ramet.kernels.grammar_arena import GrammarArena
 from ramet.kernels.grammar_mask import TokenTable
 from ramet.runtime.config import EngineConfig
+from ramet.runtime.cuda_graph import GraphKey, MixedKey
 from ramet.runtime.engine import EngineCore
 from ramet.runtime.grammar_device import MAX_STATES, MAX_TRANSITIONS, DeviceGrammars
 from ramet.runtime.kv_cache import KVCache, bytes_per_token
@@ -229,15 +230,22 @@ def measure_graphs(runner: ModelRunner, config: EngineConfig) -> int:
     """Bytes of all graphs together: the shared pool, which the largest ones fill, and the driver's part of each."""
     graphs = runner.make_graphs(config.cuda_graph_max_extend)
     keys = graphs.keys(with_tree=runner.tree is not None)
-    largest = {type(key): key for key in reversed(keys)}.values()  # the first of each kind
+    kinds: dict[object, list[GraphKey | MixedKey]] = {}
+    for key in keys:
+        kinds.setdefault((type(key), key.uses_tree), []).append(key)
     torch.cuda.empty_cache()
     before = read_cuda_memory(runner.device)
-    graphs.capture(list(largest))
+    graphs.capture([sizes[0] for sizes in kinds.values()])
+    torch.cuda.empty_cache()
+    between = read_cuda_memory(runner.device)
+    # The first captures also load libraries' kernels, once for all; what a graph itself takes is seen in later ones.
+    others = [sizes[-1] for sizes in kinds.values() if len(sizes) > 1]
+    graphs.capture(others)
     torch.cuda.empty_cache()
     after = read_cuda_memory(runner.device)
     pool = after.reserved - before.reserved
-    each = max(before.free - after.free - pool, 0) // len(largest)
-    return pool + each * len(keys)
+    each = (after.used_by_others - between.used_by_others) // max(len(others), 1)
+    return pool + max(each, 0) * len(keys)
 
 
 def prepare_decoder(model: LoadedModel, config: EngineConfig, device: torch.device) -> Decoder:

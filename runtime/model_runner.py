@@ -206,7 +206,7 @@ class ModelRunner:
         self.graphs = self.make_graphs(max_extend, capture)
         self.graphs.capture(self.graphs.keys(with_tree=self.tree is not None))
         none = torch.zeros(1, dtype=torch.int32, device=self.device)
-        copy_pages(self.kv_cache.layers, none, none, none)
+        copy_pages(self.kv_cache.storage, none, none, none)
         if self.arena is not None:
             self.arena.warm_up()
 
@@ -314,7 +314,7 @@ class ModelRunner:
             return
         copies = np.asarray([(c.source, c.target, c.num_tokens) for c in batch.page_copies], dtype=np.int32)
         source, target, num_tokens = upload([copies[:, 0], copies[:, 1], copies[:, 2]], self.device)
-        copy_pages(self.kv_cache.layers, source, target, num_tokens)
+        copy_pages(self.kv_cache.storage, source, target, num_tokens)
 
     def _run_decode(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden states [B, hidden], slots [B] and positions of the new tokens [B]."""

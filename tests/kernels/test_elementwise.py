@@ -95,17 +95,13 @@ def test_rope_kernel_equals_the_reference(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_page_copies_take_the_first_tokens_of_every_layer(dtype: torch.dtype) -> None:
-    caches = [tuple(torch.randn(6, 2, 16, 24, device=DEVICE).to(dtype) for _ in range(2)) for _ in range(3)]
-    pairs = [(layer[0], layer[1]) for layer in caches]
-    before = [(k.clone(), v.clone()) for k, v in pairs]
+    caches = torch.randn(3, 2, 6, 2, 16, 24, device=DEVICE).to(dtype)
+    before, expected = caches.clone(), caches.clone()
     source, target, count = (
         torch.tensor(values, dtype=torch.int32, device=DEVICE) for values in ([1, 1, 4], [2, 3, 5], [16, 1, 7])
     )
-    expected = [(k.clone(), v.clone()) for k, v in pairs]
     copy_pages.copy_pages_reference(expected, source, target, count)
-    copy_pages.copy_pages_triton(pairs, source, target, count)
-    for layer in range(3):
-        for kind in range(2):
-            assert torch.equal(pairs[layer][kind], expected[layer][kind])
-            assert torch.equal(pairs[layer][kind][5, :, :7], before[layer][kind][4, :, :7])
-            assert torch.equal(pairs[layer][kind][5, :, 7:], before[layer][kind][5, :, 7:])
+    copy_pages.copy_pages_triton(caches, source, target, count)
+    assert torch.equal(caches, expected)
+    assert torch.equal(caches[:, :, 5, :, :7], before[:, :, 4, :, :7])
+    assert torch.equal(caches[:, :, 5, :, 7:], before[:, :, 5, :, 7:])
