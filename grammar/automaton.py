@@ -125,7 +125,6 @@ class Machine:
             tuple[str, str, str]
         ] = []  # (JSON pointer, keyword, reason) that the caller must validate
         self.quoted: Container[bytes] | None = None  # what up to a quote a token can begin with; None: anything
-        self._mask_twins: dict[int, int] = {}
         self._closing_lengths: dict[int, int] = {}
         self.done = self.add(Done(self))
 
@@ -193,17 +192,14 @@ class Machine:
             found = self.interned[key] = self.add(make())
         return found
 
-    def mask_twin(self, instance: int) -> int:
-        """Return the instance whose masks this one has but for what `refused_prefixes` and step-by-step runs decide.
+    def mask_twin(self, packed: int) -> int:
+        """Return the state whose mask this one has but for what `refused_prefixes` and step-by-step runs decide.
 
         A frame says which (its method `mask_twin`) where it differs only in texts remembered, its own or those of a
         context: masks do not see that far, so that what is alike is resolved and walked once.
         """
-        found = self._mask_twins.get(instance)
-        if found is None:
-            frame = self.frames[instance]
-            found = self._mask_twins[instance] = frame.mask_twin() if hasattr(frame, "mask_twin") else instance
-        return found
+        frame = self.frames[packed >> LOCAL_BITS]
+        return frame.mask_twin(packed & LOCAL_MASK) if hasattr(frame, "mask_twin") else packed
 
     # --- states
 

@@ -156,7 +156,7 @@ class CompiledGrammar:
 
     def _compute_mask(self, packed: int) -> NDArray[np.int32]:
         local = packed & LOCAL_MASK
-        row, unsure = self._twin_row((self.machine.mask_twin(packed >> LOCAL_BITS) << LOCAL_BITS) | local)
+        row, unsure = self._twin_row(self.machine.mask_twin(packed))
         frame = self.machine.frames[packed >> LOCAL_BITS]
         refused = frame.refused_prefixes(local) if hasattr(frame, "refused_prefixes") else ()
         if not refused and not len(unsure):
@@ -182,7 +182,7 @@ class CompiledGrammar:
         table = frame.table
         if table.loop >= 0 and table.depths is not None and table.depths[2, local] >= walker.MANY:
             loop = (instance << LOCAL_BITS) | table.loop
-            alike = (frame.loop_twin() << LOCAL_BITS) | table.loop if hasattr(frame, "loop_twin") else loop
+            alike = (frame.loop_twin << LOCAL_BITS) | table.loop if hasattr(frame, "loop_twin") else loop
             if packed == alike:
                 return self._loop_row(packed)
             return self._twin_row(alike) if local == table.loop else self._near_loop_row(packed, loop, alike)

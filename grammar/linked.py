@@ -143,6 +143,7 @@ class _BehindGap:
 
     remembers = False
     is_anonymous = False
+    is_for_masks = False
 
     def __init__(self, frame: _TextFrame, after: int, number: int) -> None:
         self.frame = frame

@@ -6,7 +6,7 @@ from ramet.grammar import numeric
 from ramet.grammar.automaton import DEAD, target
 from ramet.grammar.json_schema import specs
 from ramet.grammar.json_schema import values as v
-from ramet.grammar.json_schema.behind import MAX_TAGS, ArrayEnd, behind
+from ramet.grammar.json_schema.behind import MAX_TAGS, ArrayEnd, before_end, behind
 from ramet.grammar.json_schema.expressions import INFINITE, MANY
 from ramet.grammar.json_schema.frames import Context, Json
 from ramet.grammar.json_schema.punctuation import CLOSE, GO_ON, next_item_rows, open_array_rows
@@ -96,6 +96,10 @@ class ArrayNode:
                 mask |= 1 << thread[0]
         return mask
 
+    def end(self) -> ArrayEnd:
+        exprs = map(self.json.expressions.plainest, self.item_context().exprs)
+        return ArrayEnd(self.closing_tags(), tuple(dict.fromkeys(exprs)))
+
     def close(self) -> int:
         mask = self.closing_tags()
         return self.context.resume(mask, None) if mask else DEAD
@@ -127,6 +131,7 @@ class ItemContext:
     def __init__(self, node: ArrayNode) -> None:
         self.node = node
         self.number = node.json.new_number()
+        self.is_for_masks = False
         self.remembers = node.is_unique
         # which values are left matters where there are few: what a scalar was must then be known to go on
         self.is_anonymous = bool(node.anonymous) or (self.remembers and node.has_few_values())
@@ -144,8 +149,8 @@ class ItemContext:
         node = self.node
         if node.is_unique or len(self.exprs) > MAX_TAGS:
             return node.mask_twin().item_context()
-        nodes = [self.following(mask, node.seen, node.anonymous) for mask in range(1, 1 << len(self.exprs))]
-        ends = tuple(ArrayEnd(n.closing_tags(), n.item_context().exprs) for n in nodes)
+        masks = range(1, 1 << len(self.exprs))
+        ends = tuple(self.following(mask, node.seen, node.anonymous).end() for mask in masks)
         return behind(node.json, ends, node.context.mask_twin())
 
     def rest(self, tag: int) -> int:
@@ -187,6 +192,8 @@ def open_array(json: Json, specs: list[tuple[Arrays, ...]], context: Context) ->
     if not threads:
         return DEAD
     node = array_node(json, threads, 0, frozenset(), 0, context)
+    if context.is_for_masks:
+        return before_end(json, node.end(), context, is_open=True)
     return target(before_item(OpenFrame, node))
 
 
@@ -202,8 +209,9 @@ class OpenFrame:
         self.node = node
         self.table = node.json.constant_table(open_array_rows, (), 2)
 
-    def mask_twin(self) -> int:
-        return before_item(type(self), self.node.mask_twin())
+    def mask_twin(self, local: int) -> int:
+        node = self.node
+        return before_end(node.json, node.end(), node.context.mask_twin(), is_open=type(self) is OpenFrame)
 
     def resolve(self, exit_index: int) -> int:
         return self.node.close() if exit_index == CLOSE else self.node.item(2)

@@ -14,21 +14,27 @@ import numpy as np
 
 from ramet.grammar.automaton import CONCRETE, DEAD, leave, target
 from ramet.grammar.json_schema.frames import Context, Json
-from ramet.grammar.json_schema.punctuation import CLOSE, next_item_rows, next_key_rows
+from ramet.grammar.json_schema.punctuation import (
+    CLOSE,
+    next_item_rows,
+    next_key_rows,
+    open_array_rows,
+    open_object_rows,
+)
 from ramet.grammar.json_schema.values import Expr
 
 MAX_TAGS = 2  # of a value, up to which the places behind it are looked at one by one
 
 
 class ObjectEnd(NamedTuple):
-    """After a property: tags of the object if it ends here, 0 where it may not; whether another key may come."""
+    """Before a key: tags of the object if it ends here, 0 where it may not; whether a key may come."""
 
     tags: int
     may_go_on: bool
 
 
 class ArrayEnd(NamedTuple):
-    """After an item: tags of the array if it ends here, 0 where it may not; what the next item must be."""
+    """Before an item: tags of the array if it ends here, 0 where it may not; what the next item must be."""
 
     tags: int
     item: tuple[Expr, ...]
@@ -43,6 +49,7 @@ class Behind:
 
     remembers = False
     is_anonymous = False
+    is_for_masks = True
 
     def __init__(self, json: Json, ends: tuple[End, ...], outer: Context) -> None:
         self.json = json
@@ -51,9 +58,7 @@ class Behind:
         self.number = json.new_number()
 
     def resume(self, mask: int, value: object | None) -> int:
-        end = self.ends[mask - 1]
-        key = ("behind", type(end), end, self.outer.number)
-        return target(self.json.machine.intern(key, lambda: EndFrame(self.json, end, self.outer)))
+        return before_end(self.json, self.ends[mask - 1], self.outer, is_open=False)
 
     def rest(self, tag: int) -> int:
         raise AssertionError("texts are closed from where they stand")
@@ -69,24 +74,35 @@ def behind(json: Json, ends: tuple[End, ...], outer: Context) -> Behind:
     return found
 
 
-class EndFrame:
-    """After a property or an item."""
+def before_end(json: Json, end: End, outer: Context, *, is_open: bool) -> int:
+    """Target where an object or array may end; is_open: right after its opening bracket."""
+    key = ("end", type(end), end, outer.number, is_open)
+    return target(json.machine.intern(key, lambda: EndFrame(json, end, outer, is_open)))
 
-    def __init__(self, json: Json, end: End, outer: Context) -> None:
+
+class EndFrame:
+    """After an opening bracket, a property or an item."""
+
+    def __init__(self, json: Json, end: End, outer: Context, is_open: bool) -> None:
         self.json = json
         self.end = end
         self.outer = outer
-        if isinstance(end, ObjectEnd):
-            self.table = json.constant_table(next_key_rows, (json.spaced, end.may_go_on), 2)
+        self.is_open = is_open
+        if isinstance(end, ArrayEnd):
+            self.table = json.constant_table(open_array_rows if is_open else next_item_rows, (), 2)
+        elif is_open:
+            self.table = json.constant_table(open_object_rows, (), 2)
         else:
-            self.table = json.constant_table(next_item_rows, (), 2)
+            self.table = json.constant_table(next_key_rows, (json.spaced, end.may_go_on), 2)
 
     def resolve(self, exit_index: int) -> int:
         end = self.end
         if exit_index == CLOSE:
             return self.outer.resume(end.tags, None) if end.tags else DEAD
         if isinstance(end, ArrayEnd):
-            return self.json.value(end.item, self.json.somewhere, 1) if end.item else DEAD
+            return self.json.value(end.item, self.json.somewhere, 2 if self.is_open else 1) if end.item else DEAD
+        if not end.may_go_on:
+            return DEAD
         return target(self.json.machine.intern("key somewhere", lambda: _KeySomewhere(self.json)))
 
     def closing_exit(self, local: int) -> int:

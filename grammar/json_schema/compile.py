@@ -22,6 +22,7 @@ class RootContext:
     number = 0
     remembers = False
     is_anonymous = False
+    is_for_masks = False
 
     def __init__(self, machine: Machine) -> None:
         self.machine = machine

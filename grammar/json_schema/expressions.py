@@ -59,6 +59,8 @@ class Expressions:
         self._asked_at = 0  # atoms opened before this depth were opened by whoever asks about emptiness
         self._tainted = False
         self._scalar: dict[Expr, bool] = {TRUE: False, FALSE: True}
+        self._plainest: dict[Expr, Expr] = {}
+        self._same_values: dict[Values, Expr] = {}
 
     # --- making
 
@@ -135,6 +137,14 @@ class Expressions:
         finally:
             self._asked_at = asked_at
         return self.of_values(found) if self.is_scalar(a) and self.is_scalar(b) else whole
+
+    def plainest(self, expr: Expr) -> Expr:
+        """One of the expressions with the same values, the same for all of them; itself where that is not plain."""
+        found = self._plainest.get(expr)
+        if found is None:
+            found = expr if not self.is_scalar(expr) else self._same_values.setdefault(self.values(expr), expr)
+            self._plainest[expr] = found
+        return found
 
     def is_scalar(self, expr: Expr) -> bool:
         """True where the values are known to be plain, so that comparing them now is cheap and cannot recurse."""

@@ -46,6 +46,7 @@ class Context(Protocol):
     number: int
     remembers: bool
     is_anonymous: bool  # remembers, but does not know some earlier value
+    is_for_masks: bool  # no text that was written stands in it: see behind.py
 
     def resume(self, mask: int, value: object | None) -> int:
         """Return the target after a value that satisfies the tags in `mask`.
@@ -67,6 +68,7 @@ class Somewhere:
 
     remembers = False
     is_anonymous = False
+    is_for_masks = True
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -207,8 +209,9 @@ class ValueFrame:
         self.context = context
         self.is_known = False
 
-    def mask_twin(self) -> int:
-        return self.json.value(self.exprs, self.context.mask_twin(), 0) >> LOCAL_BITS
+    def mask_twin(self, local: int) -> int:
+        exprs = tuple(map(self.json.expressions.plainest, self.exprs))
+        return self.json.value(exprs, self.context.mask_twin(), local)
 
     def values(self) -> list[Values]:
         return [self.json.expressions.values(e) for e in self.exprs]
@@ -290,8 +293,8 @@ class LiteralFrame:
     def resolve(self, exit_index: int) -> int:
         return self.context.resume(self.mask, self.value)
 
-    def mask_twin(self) -> int:
-        return literal(self.json, self.kind, self.mask, self.context.mask_twin())
+    def mask_twin(self, local: int) -> int:
+        return target(literal(self.json, self.kind, self.mask, self.context.mask_twin()), local)
 
     def closing_exit(self, local: int) -> int:
         return 0
@@ -338,8 +341,8 @@ class StringFrame(_Scalar):
         self.context = context
         self.specs = specs
 
-    def mask_twin(self) -> int:
-        return self.json.string(self.specs, self.context.mask_twin()) >> LOCAL_BITS
+    def mask_twin(self, local: int) -> int:
+        return target(self.json.string(self.specs, self.context.mask_twin()) >> LOCAL_BITS, local)
 
 
 class NumberFrame(_Scalar):
@@ -350,8 +353,8 @@ class NumberFrame(_Scalar):
         self.context = context
         self.specs = specs
 
-    def mask_twin(self) -> int:
-        return number(self.json, self.specs, self.context.mask_twin())
+    def mask_twin(self, local: int) -> int:
+        return target(number(self.json, self.specs, self.context.mask_twin()), local)
 
 
 class CountFrame(_Scalar):
@@ -367,8 +370,8 @@ class CountFrame(_Scalar):
         self.context = context
         self.key = (*key, context.number)
 
-    def mask_twin(self) -> int:
-        return self.json.part(self.table, self.rest, self.context.mask_twin(), self.key[:-1])
+    def mask_twin(self, local: int) -> int:
+        return target(self.json.part(self.table, self.rest, self.context.mask_twin(), self.key[:-1]), local)
 
     def resolve(self, exit_index: int) -> int:
         if exit_index == 1:
@@ -394,9 +397,11 @@ class _Remembering:
     masks: tuple[int, ...]
     text: bytes = b""
 
-    def mask_twin(self) -> int:
+    def mask_twin(self, local: int) -> int:
         machine = self.json.machine
-        return machine.mask_twin(machine.interned[self.key]) if self.text else super().mask_twin()  # type: ignore[misc]
+        if self.text:
+            return machine.mask_twin(target(machine.interned[self.key], local))
+        return super().mask_twin(local)  # type: ignore[misc,no-any-return]
 
     def remember(self, text: bytes) -> int:
         if not text:

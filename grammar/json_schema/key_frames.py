@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json as json_module
+from functools import cached_property
 from typing import TYPE_CHECKING
 
-from ramet.grammar.automaton import CONCRETE, DEAD, path_to_exit
+from ramet.grammar.automaton import CONCRETE, DEAD, path_to_exit, target
 
 if TYPE_CHECKING:
     from ramet.grammar.json_schema.objects import ObjectNode
@@ -35,8 +36,12 @@ class MaskKeyFrame:
         elif node.anonymous or (node.has_extras and not self.is_shared):
             return CONCRETE
         exprs = node.exprs(exit_index)
-        return node.json.value(exprs, node.json.somewhere, 0) if exprs else DEAD
+        if not exprs:
+            return DEAD
+        plain = map(node.json.expressions.plainest, exprs)
+        return node.json.value(tuple(dict.fromkeys(plain)), node.json.somewhere, 0)
 
+    @cached_property
     def loop_twin(self) -> int:
         """The instance whose loop state (see Table) has the same mask: unnamed keys with values of the same kinds."""
         node = self.node
@@ -59,8 +64,8 @@ class KeyFrame:
         self.node = node
         self.table = node.space.table(*node.alive(), node.extras)
 
-    def mask_twin(self) -> int:
-        return mask_keys(self.node.detached(forgets=bool(self.node.extras)), self.is_committed)
+    def mask_twin(self, local: int) -> int:
+        return target(self.node.mask_keys(self.is_committed), local)
 
     def resolve(self, exit_index: int) -> int:
         node = self.node

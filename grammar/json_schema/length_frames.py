@@ -45,8 +45,8 @@ class LayersFrame(_Scalar):
         self.context = context
         self.key: tuple[object, ...] = ("layers", id(text), position, context.number)
 
-    def mask_twin(self) -> int:
-        return _layers(self.json, self.bounded, self.position, 0, self.context.mask_twin()) >> LOCAL_BITS
+    def mask_twin(self, local: int) -> int:
+        return _layers(self.json, self.bounded, self.position, local, self.context.mask_twin())
 
     def following(self, exit_index: int) -> int:
         state = exit_index - len(self.masks)

@@ -11,10 +11,10 @@ from itertools import combinations
 
 from ramet.grammar.automaton import CONCRETE, DEAD, Table, target
 from ramet.grammar.json_schema import values as v
-from ramet.grammar.json_schema.behind import MAX_TAGS, ObjectEnd, behind
+from ramet.grammar.json_schema.behind import MAX_TAGS, ObjectEnd, before_end, behind
 from ramet.grammar.json_schema.expressions import INFINITE
 from ramet.grammar.json_schema.frames import Context, Json
-from ramet.grammar.json_schema.key_frames import KeyFrame, MemoryKeyFrame
+from ramet.grammar.json_schema.key_frames import KeyFrame, MemoryKeyFrame, mask_keys
 from ramet.grammar.json_schema.keys import Space
 from ramet.grammar.json_schema.punctuation import CLOSE, GO_ON, next_key_rows, open_object_rows
 from ramet.grammar.json_schema.values import FALSE, Exists, Expr
@@ -46,6 +46,7 @@ class ObjectNode:
         self.number = self.json.new_number()
         self._alive: tuple[int, int] | None = None
         self._twins: list[ObjectNode | None] = [None, None]
+        self._mask_keys: list[int | None] = [None, None]
         self._exprs: dict[tuple[object, int], tuple[Expr, ...]] = {}
 
     def mask_twin(self, forgets: bool) -> ObjectNode:
@@ -56,9 +57,13 @@ class ObjectNode:
             found = self._twins[forgets] = self._in(self.context.mask_twin(), forgets)
         return found
 
-    def detached(self, forgets: bool) -> ObjectNode:
-        """The same in a context that is not known, for what is inside the object. forgets: as for `mask_twin`."""
-        return self._in(self.json.somewhere, forgets)
+    def mask_keys(self, is_shared: bool) -> int:
+        """The instance where masks of a key's text are walked (see there): what is around the object is not known."""
+        found = self._mask_keys[is_shared]
+        if found is None:
+            node = self._in(self.json.somewhere, forgets=bool(self.extras))
+            found = self._mask_keys[is_shared] = mask_keys(node, is_shared)
+        return found
 
     def _in(self, context: Context, forgets: bool) -> ObjectNode:
         if (forgets or self.forgets) and self.may_forget(self.extras):
@@ -198,6 +203,9 @@ class ObjectNode:
                 mask |= 1 << thread[0]
         return mask
 
+    def end(self) -> ObjectEnd:
+        return ObjectEnd(self.closing_tags(), any(self.alive()))
+
     def close(self) -> int:
         mask = self.closing_tags()
         return self.context.resume(mask, None) if mask else DEAD
@@ -254,6 +262,7 @@ class PropertyContext:
 
     remembers = False
     is_anonymous = False
+    is_for_masks = False
 
     def __init__(self, node: ObjectNode, label: int, key: str | None) -> None:
         self.node = node
@@ -279,8 +288,7 @@ class PropertyContext:
     def _make_twin(self) -> Context:
         node = self.node
         if not self.anonymous and len(self.exprs) <= MAX_TAGS:
-            nodes = [self.following(mask) for mask in range(1, 1 << len(self.exprs))]
-            ends = tuple(ObjectEnd(n.closing_tags(), any(n.alive())) for n in nodes)
+            ends = tuple(self.following(mask).end() for mask in range(1, 1 << len(self.exprs)))
             return behind(node.json, ends, node.context.mask_twin())
         twin = node.mask_twin(forgets=node.forgets or (bool(self.extras) and node.may_forget(self.extras)))
         key = None if twin.forgets else self.key
@@ -343,6 +351,8 @@ def open_object(json: Json, specs: list[tuple[v.Objects, ...]], context: Context
     position = {o: i for i, o in enumerate(distinct)}
     threads = tuple(sorted({(tag, position[o], (1 << len(o.exists)) - 1) for tag, o in pairs}))
     node = object_node(space, threads, 0, frozenset(), 0, context)
+    if context.is_for_masks:
+        return before_end(json, node.end(), context, is_open=True)
     return target(before_key(OpenFrame, node))
 
 
@@ -370,9 +380,9 @@ class OpenFrame:
             return self.node.close()
         return self.node.any_key() if self.is_shared else self.node.key()
 
-    def mask_twin(self) -> int:
+    def mask_twin(self, local: int) -> int:
         node = self.node.mask_twin(forgets=bool(self.node.extras))
-        return before_key(type(self), node, self.is_shared or node.has_extras)
+        return target(before_key(type(self), node, self.is_shared or node.has_extras), local)
 
     def refused_prefixes(self, local: int) -> list[bytes]:
         """Texts that may not follow here: those that would finish an unnamed key for the second time."""
@@ -391,6 +401,12 @@ class NextFrame(OpenFrame):
     """After a property: `}` or a comma and the next key."""
 
     gaps = ((b',"', b', "'), (b'"', b' "'), (b'"',))
+
+    def mask_twin(self, local: int) -> int:
+        node = self.node
+        if local or node.anonymous:
+            return super().mask_twin(local)
+        return before_end(node.json, node.end(), node.context.mask_twin(), is_open=False)
 
     def make_table(self) -> Table:
         json = self.node.json
