@@ -30,7 +30,9 @@ class EngineConfig:
     kv_cpu_bytes: int = _doc(2 << 30, "bytes of the KV pool on a CPU, where num_kv_tokens is not given")
     max_running_requests: int = _doc(256, "sequences that run at once; each has a slot")
     max_queued_requests: int = _doc(100_000, "requests that may wait; one more is refused with Overloaded")
-    chunked_prefill_size: int = _doc(2048, "tokens of prefill in one step, at most")
+    chunked_prefill_size: int | None = _doc(
+        None, "tokens of a step, at most (fewer beside few decode rows); None: 4,096 on a GPU, 2,048 on a CPU"
+    )
     cuda_graph: bool = _doc(True, "replay decode steps as CUDA graphs")
     cuda_graph_max_extend: int = _doc(
         512, "new prompt tokens of a step that a CUDA graph may hold besides decode rows; 0: such steps run eagerly"
@@ -63,7 +65,11 @@ class EngineConfig:
         check(0.1 <= self.mem_fraction_static <= 0.99, "mem_fraction_static", "in [0.1, 0.99]")
         check(self.max_running_requests >= 1, "max_running_requests", "at least 1")
         check(self.max_queued_requests >= 1, "max_queued_requests", "at least 1")
-        check(self.chunked_prefill_size >= 1, "chunked_prefill_size", "at least 1")
+        check(
+            self.chunked_prefill_size is None or self.chunked_prefill_size >= 1,
+            "chunked_prefill_size",
+            "at least 1, or None",
+        )
         check(self.cuda_graph_max_extend >= 0, "cuda_graph_max_extend", "at least 0")
         check(self.context_length is None or self.context_length >= 2, "context_length", "at least 2, or None")
         check(

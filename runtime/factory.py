@@ -91,7 +91,7 @@ def build_core(model: LoadedModel, config: EngineConfig) -> EngineCore:
     try:
         kv_cache = KVCache(model.config, num_pages, config.page_size, device=device, dtype=dtype)
         pool = PagePool(num_pages, config.page_size)
-        scheduler = Scheduler(scheduler_config(config, context), pool, RadixCache(pool))
+        scheduler = Scheduler(scheduler_config(config, context, device), pool, RadixCache(pool))
         slots = RunningSlots(config.max_running_requests, -(-context // config.page_size), device=device)
         runner = ModelRunner(
             decoder,
@@ -165,12 +165,19 @@ def make_tree_planner(model: LoadedModel, config: EngineConfig, device: torch.de
     )
 
 
-def scheduler_config(config: EngineConfig, context_length: int) -> SchedulerConfig:
+def step_tokens(config: EngineConfig, device: torch.device) -> int:
+    """Tokens of a step, at most."""
+    if config.chunked_prefill_size is not None:
+        return config.chunked_prefill_size
+    return 4096 if device.type == "cuda" else 2048
+
+
+def scheduler_config(config: EngineConfig, context_length: int, device: torch.device) -> SchedulerConfig:
     """What the scheduler needs of the engine's configuration."""
     return SchedulerConfig(
         context_length=context_length,
         max_running=config.max_running_requests,
-        max_num_tokens_per_step=max(config.chunked_prefill_size, config.max_running_requests),
+        max_num_tokens_per_step=max(step_tokens(config, device), config.max_running_requests),
         max_waiting=config.max_queued_requests,
         reservation_ratio=config.reservation_ratio,
         prefix_cache=config.radix_cache,
@@ -190,7 +197,7 @@ def measure_steps(
         OutOfMemory: not even these fit beside the weights.
     """
     device = decoder.device
-    num_tokens = min(config.chunked_prefill_size, context_length)
+    num_tokens = min(step_tokens(config, device), context_length)
     num_pages = -(-num_tokens // config.page_size) + 1
     try:
         kv_cache = KVCache(decoder.config, num_pages, config.page_size, device=device, dtype=decoder.dtype)

@@ -39,14 +39,18 @@ logger = logging.getLogger(__name__)
 class SchedulerConfig:
     """Limits of a step and of the queue.
 
-    `max_num_tokens_per_step`: decode rows and prefill chunks together. `reservation_ratio`: part of a request's
-    max_tokens that its admission reserves pages for; below 1 memory is over-committed. `max_overtakes`: requests that
-    may be admitted past a first one that does not fit. `max_examined`: requests looked at in vain in one step.
+    `max_num_tokens_per_step`: decode rows and prefill chunks together. A step that has both is smaller: it has room for
+    `mixed_tokens_per_request` tokens of each live request, and for `min_mixed_tokens`. `reservation_ratio`: part of a
+    request's max_tokens that its admission reserves pages for; below 1 memory is over-committed. `max_overtakes`:
+    requests that may be admitted past a first one that does not fit. `max_examined`: requests looked at in vain in one
+    step.
     """
 
     context_length: int
     max_running: int = 256
     max_num_tokens_per_step: int = 2048
+    min_mixed_tokens: int = 512
+    mixed_tokens_per_request: int = 16
     max_waiting: int = 100_000
     reservation_ratio: float = 1.0
     max_overtakes: int = 256
@@ -216,7 +220,7 @@ class Scheduler:
         self._copies = []
         self._grow_decoding()
         decoding = self._decoding
-        budget = self.config.max_num_tokens_per_step - len(decoding)
+        budget = self._step_tokens() - len(decoding)
         extends: list[ScheduledSequence] = []
         if self._prefilling or self._may_admit:
             budget = self._plan_extends(extends, budget)
@@ -292,6 +296,20 @@ class Scheduler:
             self._prefilling[sequence] = None
 
     # --- decode and extend rows
+
+    def _step_tokens(self) -> int:
+        """Tokens that the next step may have.
+
+        Beside few decode rows, prompts come in small chunks: reading the weights takes so long that a few hundred
+        tokens more cost little, while a large chunk makes every row wait, and new prompts wait for its end. Beside many
+        rows the weights' time is spent anyway, and rows that wait for their prompt cost more.
+        """
+        config = self.config
+        if not self._decoding:
+            return config.max_num_tokens_per_step
+        num_live = min(len(self._sequences), config.max_running)
+        mixed = max(config.min_mixed_tokens, config.mixed_tokens_per_request * num_live)
+        return min(mixed, config.max_num_tokens_per_step)
 
     def _grow_decoding(self) -> None:
         """Give every decode row that starts a page one, preempting where there is none."""
@@ -419,7 +437,7 @@ class Scheduler:
         request = sequence.request
         num_output = request.max_tokens - len(sequence.output_ids) if request.score_from is None else 0
         num_known = known_end(sequence) - sequence.num_computed
-        return num_output + ceil(num_known / max(1, self.config.max_num_tokens_per_step - self.config.max_running))
+        return num_output + ceil(num_known / max(1, self._step_tokens() - len(self._running)))
 
     def _admit(self, sequence: Sequence, match: PrefixMatch) -> None:
         self._waiting.remove(sequence)

@@ -107,6 +107,25 @@ def test_forced_tokens_do_not_wait_behind_a_long_prompt() -> None:
     assert shape(scheduler.schedule()) == [("a", 7, 3, True, False), ("long", 8, 4, False, False)]
 
 
+@pytest.mark.parametrize(("num_running", "num_waiting", "expected"), [(0, 3, 100), (2, 1, 10), (2, 8, 20), (2, 60, 32)])
+def test_beside_decode_rows_prompts_come_in_chunks_by_live_requests(
+    num_running: int, num_waiting: int, expected: int
+) -> None:
+    scheduler = make_simulation(
+        num_pages=4000, max_running=16, max_num_tokens_per_step=100, min_mixed_tokens=12, mixed_tokens_per_request=2
+    ).scheduler
+    for i in range(num_running):
+        scheduler.add(make_request(f"r{i}", range(1000 * i, 1000 * i + 5), 20))
+    if num_running:
+        scheduler.schedule()
+    for i in range(num_waiting):
+        scheduler.add(make_request(f"w{i}", range(50_000 + 1000 * i, 50_000 + 1000 * i + 200), 20))
+    batch = scheduler.schedule()
+    assert batch is not None
+    assert batch.num_decode == num_running
+    assert batch.num_tokens == expected
+
+
 def test_a_row_without_a_token_is_computed_again() -> None:
     scheduler = make_simulation().scheduler
     scheduler.add(make_request("a", range(8), 2))

@@ -113,6 +113,8 @@ def test_every_read_finds_its_own_path_and_everything_ends(
         clock=clock,
         max_running=max_running,
         max_num_tokens_per_step=budget,
+        min_mixed_tokens=max_running + seed % 7,
+        mixed_tokens_per_request=2,
         reservation_ratio=ratio,
         prefix_cache=prefix_cache,
     )
