@@ -154,9 +154,9 @@ def main(arguments: list[str] | None = None) -> None:
     console = Console()
     console.rule("[bold]ramet quickstart")
     start_s = time.monotonic()
-    with console.status("loading the model"):
+    with console.status("loading the model") as status:
         backend = MockBackend() if options.mock else None
-        engine = None if options.mock else Engine(options.model)
+        engine = None if options.mock else Engine(options.model, on_stage=status.update)
     console.print(f"[dim]model ready in {time.monotonic() - start_s:.1f} s[/dim]")
     runs = []
     try:

@@ -32,6 +32,7 @@ from ramet.grammar.disk_cache import DiskCache, default_cache_dir
 from ramet.grammar.linked import LinkedText
 from ramet.grammar.sources import Parsed, compile_parsed, parse_source
 from ramet.grammar.vocabulary import Vocabulary
+from ramet.grammar.warm_up import compile_loops
 
 logger = logging.getLogger(__name__)
 
@@ -288,6 +289,7 @@ class _Worker:
         self.finished: _Job | None = None
         self.num_interrupts = 0
         self.interrupted_at = 0.0
+        self._is_warm = False
         self._is_stopped = False
         self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
         self.thread = threading.Thread(target=self._main, name="ramet-compile-worker", daemon=True)
@@ -295,7 +297,7 @@ class _Worker:
 
     @property
     def is_idle(self) -> bool:
-        return self.assigned is self.finished
+        return self._is_warm and self.assigned is self.finished
 
     def is_lost(self, now: float) -> bool:
         """True for one that has ended, or was interrupted and did not listen (it ends by itself, later)."""
@@ -324,6 +326,12 @@ class _Worker:
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, ctypes.py_object(_Interrupted))
 
     def _main(self) -> None:
+        try:
+            compile_loops()  # before any job's time counts
+        except Exception:  # it may still do the jobs
+            logger.exception("the grammars' loops could not be compiled ahead")
+        self._is_warm = True
+        self.news.put(None)
         while not self._is_stopped:
             try:
                 self._loop()

@@ -439,7 +439,7 @@ def plain_trie(free_exit: int | None, entries: dict[str, int]) -> tuple[Wide, ND
         byte_class[QUOTE] = len(used) + 1
         # one row more than the texts can need; cut below
         rows = np.full((len(flat) + 1, len(used) + 2), REFUSE, dtype=np.int32)
-        n = _fill_trie(rows, flat, lengths, byte_class[flat], labels, len(used) + 1)
+        n = _fill_trie(rows, flat, lengths, byte_class[flat], labels, len(used) + 1, -1)
         return rows[:n], byte_class, 0
     old, old_class = _any_string_classes()
     byte_class[:] = old_class
@@ -458,7 +458,7 @@ def plain_trie(free_exit: int | None, entries: dict[str, int]) -> tuple[Wide, ND
 
 
 @njit(cache=True)
-def _fill_trie(rows, flat, lengths, classes, labels, quote, free=-1):  # type: ignore[no-untyped-def]
+def _fill_trie(rows, flat, lengths, classes, labels, quote, free):  # type: ignore[no-untyped-def]
     """Lay the texts (sorted) as a trie into `rows`, whose entries that are >= 0 belong to another table: they are kept
     for `_link_base` as -1000000 - entry. Returns the number of rows used."""
     width = rows.shape[1]

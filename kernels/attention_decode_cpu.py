@@ -16,7 +16,16 @@ from torch import Tensor
 
 from ramet.kernels import cpu_vectors as v
 from ramet.kernels.cpu_pointwise import exp32
-from ramet.kernels.cpu_threads import Kernel, bits_float, compiled, num_threads, parallel, thread_count, thread_index
+from ramet.kernels.cpu_threads import (
+    Kernel,
+    bits_float,
+    compiled,
+    inner,
+    num_threads,
+    parallel,
+    thread_count,
+    thread_index,
+)
 from ramet.kernels.cpu_vectors import float32_at, int32_at
 
 # Below this many multiply-adds a second thread costs more than it saves (about 5 us).
@@ -101,7 +110,7 @@ def _launch(
     lens = carray(int32_at(kv_lens), (batch,))
     cached = 0
     for b in range(batch):
-        cached += min(lens[b], window) if window > 0 else lens[b]
+        cached += window if 0 < window < lens[b] else lens[b]
     if cached * num_heads * head_dim < _PARALLEL_WORK:
         threads = 1
     group = num_heads // num_kv_heads
@@ -155,7 +164,7 @@ def _kernel(pointer: Any) -> None:  # Any: int64*
         )
 
 
-@compiled
+@inner
 def _attend(
     q: int,
     keys: int,
@@ -172,12 +181,13 @@ def _attend(
 ) -> None:
     """Attend from `num_heads` neighbouring query heads that share a KV head. keys, values: that head in page 0."""
     result = carray(float32_at(out), (num_heads * head_dim,))
-    result[:] = np.float32(0.0)
+    for i in range(num_heads * head_dim):
+        result[i] = np.float32(0.0)
     first = max(kv_len - window, 0) if window > 0 else 0
     length = kv_len - first
     if length <= 0:
         return
-    scores = np.zeros((num_heads, length), np.float32)
+    scores = np.zeros(num_heads * length, np.float32)
     start = scores.ctypes.data
     row_bytes = head_dim * 4
     position = first
@@ -190,7 +200,7 @@ def _attend(
             _scores(q + head * row_bytes, key, count, head_dim, target)
         position += count
     for head in range(num_heads):
-        _softmax(scores[head], scale)
+        _softmax(carray(float32_at(start + head * length * 4), (length,)), scale)
     position = first
     while position < kv_len:
         offset = position % page_size
@@ -202,7 +212,7 @@ def _attend(
         position += count
 
 
-@compiled
+@inner
 def _scores(q: int, keys: Any, count: int, head_dim: int, out: int) -> None:
     if head_dim % 64 == 0:
         for i in range(0, head_dim * 4, 256):
@@ -212,7 +222,7 @@ def _scores(q: int, keys: Any, count: int, head_dim: int, out: int) -> None:
             v.scores_16(q + i, keys + i, count, head_dim * 4, out)
 
 
-@compiled
+@inner
 def _weighted_sum(p: int, values: Any, count: int, head_dim: int, out: int) -> None:
     if head_dim % 64 == 0:
         for i in range(0, head_dim * 4, 256):
@@ -222,7 +232,7 @@ def _weighted_sum(p: int, values: Any, count: int, head_dim: int, out: int) -> N
             v.weighted_sum_16(p, values + i, count, head_dim * 4, out + i)
 
 
-@compiled
+@inner
 def _softmax(scores: Any, scale: Any) -> None:  # Any: float32 array, np.float32
     largest = scores[0]
     for i in range(len(scores)):

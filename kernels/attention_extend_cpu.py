@@ -23,8 +23,8 @@ from ramet.kernels.cpu_pointwise import exp32
 from ramet.kernels.cpu_threads import (
     Kernel,
     bits_float,
-    compiled,
     float_bits,
+    inner,
     num_threads,
     thread_count,
     thread_index,
@@ -114,7 +114,8 @@ def _pack_kernel(pointer: Any) -> None:  # Any: int64*
         for j in range(KEYS):
             position = begin + j
             if position >= kv_len:
-                block[:, j] = np.float32(0.0)
+                for d in range(head_dim):
+                    block[d, j] = np.float32(0.0)
                 continue
             row = (np.int64(pages[position // page_size]) * num_kv_heads + head) * page_size + position % page_size
             key = carray(float32_at(a[1] + row * head_dim * 4), (head_dim,))
@@ -137,7 +138,7 @@ def _kernel(pointer: Any) -> None:  # Any: int64*
         _attend_tile(a, item // items_per_head, item % items_per_head * ROWS, scratch, stride)
 
 
-@compiled
+@inner
 def _attend_tile(a: Any, kv_head: int, low: int, scratch: int, stride: int) -> None:  # a: int64 array of the kernel
     """Rows [low, low + ROWS) of a KV head: row r is head r % group at token r // group."""
     q_len, kv_len, first, num_heads, num_kv_heads = a[7], a[8], a[9], a[10], a[11]
@@ -168,10 +169,13 @@ def _attend_tile(a: Any, kv_head: int, low: int, scratch: int, stride: int) -> N
     for r in range(ROWS):
         last = prefix + (low + min(r, count - 1)) // group + 1 - first
         visible = max(begin, last - window) if window > 0 else begin
-        scores[r, begin:visible] = np.float32(0.0)
-        _softmax(scores[r, visible:last])
-        scores[r, last:end] = np.float32(0.0)
-        results[r, :] = np.float32(0.0)
+        for i in range(begin, visible):
+            scores[r, i] = np.float32(0.0)
+        _softmax(carray(float32_at(scores_at + (r * stride + visible) * 4), (last - visible,)))
+        for i in range(last, end):
+            scores[r, i] = np.float32(0.0)
+        for d in range(head_dim):
+            results[r, d] = np.float32(0.0)
     _add_values(a, kv_head, scores_at, stride, begin, end, results_at)
     for r in range(count):
         row = low + r
@@ -181,7 +185,7 @@ def _attend_tile(a: Any, kv_head: int, low: int, scratch: int, stride: int) -> N
             target[d] = results[r, d]
 
 
-@compiled
+@inner
 def _add_values(
     a: Any, kv_head: int, weights: int, stride: int, begin: Any, end: Any, out: int
 ) -> None:  # Any: int64 array, np.int64
@@ -204,7 +208,7 @@ def _add_values(
         position += count
 
 
-@compiled
+@inner
 def _softmax(scores: Any) -> None:  # Any: float32 array
     length = len(scores)
     largest = scores[0]

@@ -101,7 +101,7 @@ def _by_tokens(dots: list[Any]) -> Any:  # Any: numba intrinsics
         else:
             dot_4(weights, x, x_stride, scales, scale_stride, num_blocks, out, out_stride)
 
-    return njit(nogil=True)(dot)
+    return njit(nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)(dot)
 
 
 _dot_4_bits, _dot_8_bits = _by_tokens(v.dots_int8[4]), _by_tokens(v.dots_int8[8])

@@ -105,7 +105,7 @@ def _by_shape(dots: list[Any]) -> Any:  # Any: numba intrinsics
         else:
             dot_1_1(weights, x, x_stride, num_blocks, out, out_stride)
 
-    return njit(nogil=True)(dot)
+    return njit(nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)(dot)
 
 
 _dot_q4_1, _dot_q4_0 = _by_shape(v.dots_q4_1), _by_shape(v.dots_q4_0)

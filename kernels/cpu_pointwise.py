@@ -19,6 +19,7 @@ from ramet.kernels.cpu_threads import (
     bits_float,
     compiled,
     float_bits,
+    inner,
     num_threads,
     thread_count,
     thread_index,
@@ -138,7 +139,7 @@ def takes_rope(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, kv_slots: Ten
 # ---- Compiled part: addresses and sizes are integers ----
 
 
-@compiled
+@inner
 def exp32(x: Any) -> Any:  # Any: np.float32
     """exp in fp32 to about 3e-7 relative, written so that a loop over it is vectorised. Source: Cephes' expf."""
     # Comparisons and a truncation, because calls of min, max and floor would stop the vectoriser (3 ns a value).
@@ -166,7 +167,7 @@ def _rms_norm(x: int, weight: int, out: int, num_rows: int, size: int, eps: floa
         _normalize(source[row], scales, target[row], np.float32(eps))
 
 
-@compiled
+@inner
 def _normalize(source: Any, weight: Any, target: Any, eps: Any) -> None:  # Any: float32 arrays and a float32
     squares = np.float32(0.0)
     for i in range(len(source)):
@@ -207,7 +208,7 @@ def _gated_activation(gate_up: int, out: int, num_rows: int, size: int, is_gelu:
                 target[row, i] = gate / (one + exp32(-gate)) * source[row, size + i]
 
 
-@compiled
+@inner
 def _rotate(source: Any, target: Any, cos: Any, sin: Any, weight: Any, eps: Any) -> None:  # Any: float32 arrays
     """Normalise one head by `weight` (empty: not at all), then rotate it."""
     half = len(source) // 2
@@ -272,7 +273,7 @@ def _rope_and_write_kv(
 # ---- The same on many threads: each takes neighbouring rows ----
 
 
-@compiled
+@inner
 def _share(num_rows: Any) -> Any:  # np.int64 and a pair of them
     index, count = np.int64(thread_index()), np.int64(num_threads())
     return num_rows * index // count, num_rows * (index + 1) // count
@@ -283,7 +284,7 @@ def _rms_norm_kernel(pointer: Any) -> None:  # Any: int64*
     a = carray(pointer, 6)
     low, high = _share(a[3])
     skip = low * a[4] * 4
-    _rms_norm(a[0] + skip, a[1], a[2] + skip, high - low, a[4], bits_float(a[5]))
+    _rms_norm(a[0] + skip, a[1], a[2] + skip, high - low, a[4], np.float64(bits_float(a[5])))
 
 
 @Kernel
@@ -291,7 +292,9 @@ def _add_rms_norm_kernel(pointer: Any) -> None:  # Any: int64*
     a = carray(pointer, 8)
     low, high = _share(a[5])
     skip = low * a[6] * 4
-    _add_rms_norm(a[0] + skip, a[1] + skip, a[2], a[3] + skip, a[4] + skip, high - low, a[6], bits_float(a[7]))
+    _add_rms_norm(
+        a[0] + skip, a[1] + skip, a[2], a[3] + skip, a[4] + skip, high - low, a[6], np.float64(bits_float(a[7]))
+    )
 
 
 @Kernel
@@ -327,5 +330,5 @@ def _rope_kernel(pointer: Any) -> None:  # Any: int64*
         a[17],
         a[18],
         a[19],
-        bits_float(a[20]),
+        np.float64(bits_float(a[20])),  # as Python calls it: compiled once
     )

@@ -4,7 +4,7 @@ A kernel takes a pointer to int64 arguments and asks `thread_index()` and `num_t
 it through GOMP_parallel, an entry point of GNU's, LLVM's and Intel's OpenMP runtimes alike; where torch has none of
 them (macOS, Windows) the kernel runs on the calling thread alone.
 
-Compiled code is kept on disk by numba, and everything is compiled when first used, never at import.
+Compiled code is kept on disk by numba. `cpu_functions` loads or compiles all before it is used; nothing is at import.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import llvmlite.binding as llvm
 import numpy as np
 import torch
 from numba import cfunc, njit, types
+from numpy.typing import NDArray
 
 Function = TypeVar("Function", bound=Callable[..., Any])  # any compiled function keeps its Python signature
 
@@ -33,18 +34,22 @@ num_threads = types.ExternalFunction(_COUNT, types.int32())
 _REORDER = {"reassoc", "contract", "nsz", "arcp"}
 
 
+# Whose sources compiled code is made of. The quickest to compile come first.
+MODULES = (
+    "cpu_threads",
+    "cpu_vectors",
+    "cpu_pointwise",
+    "block_linear",
+    "block_int8",
+    "attention_decode_cpu",
+    "attention_extend_cpu",
+)
+
+
 def _digest() -> str:
-    """Of the sources that compiled code is made of. Numba itself only notices a change of the function's own file."""
+    """Of the sources above. Numba itself only notices a change of the function's own file."""
     folder = Path(__file__).parent
-    names = (
-        "cpu_threads",
-        "cpu_vectors",
-        "cpu_pointwise",
-        "block_linear",
-        "attention_decode_cpu",
-        "attention_extend_cpu",
-    )
-    return hashlib.sha256(b"".join((folder / f"{name}.py").read_bytes() for name in names)).hexdigest()[:12]
+    return hashlib.sha256(b"".join((folder / f"{name}.py").read_bytes() for name in MODULES)).hexdigest()[:12]
 
 
 _DIGEST = _digest()
@@ -57,8 +62,14 @@ def _named(function: Function) -> Function:
 
 
 def compiled(function: Function) -> Function:
-    """Compile at the first call, without the interpreter lock."""
+    """Compile at the first call, without the interpreter lock. Annotations say what Python calls it with."""
     return njit(nogil=True, cache=True, fastmath=_REORDER, error_model="numpy")(_named(function))  # type: ignore[no-any-return]
+
+
+def inner(function: Function) -> Function:
+    """Compile for compiled code alone: it becomes part of its callers' code, on disk, too."""
+    options = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+    return njit(nogil=True, fastmath=_REORDER, error_model="numpy", **options)(function)  # type: ignore[no-any-return]
 
 
 class Kernel:
@@ -84,13 +95,18 @@ class Kernel:
             self._address = int(self._compiled.address)
         return self._address
 
+    @property
+    def was_on_disk(self) -> bool:
+        """True where an earlier process had compiled it; known once `address` is."""
+        return bool(self._compiled.cache_hits)
+
 
 def float_bits(value: float) -> int:
     """A float32 as an integer argument; `bits_float` turns it back inside a kernel."""
     return int(np.float32(value).view(np.int32))
 
 
-@compiled
+@inner
 def bits_float(bits: Any) -> Any:  # np.int64 -> np.float32
     """The float32 of `float_bits`, in compiled code."""
     return np.int32(bits).view(np.float32)
@@ -148,7 +164,7 @@ IS_PARALLEL = _register()
 
 
 @compiled
-def parallel(kernel: int, arguments: Any, count: int) -> None:  # Any: an int64 array inside compiled code
+def parallel(kernel: int, arguments: NDArray[np.int64], count: int) -> None:
     """Call `kernel` (its address) on `count` threads, each with the same int64 `arguments`."""
     _parallel(kernel, arguments.ctypes.data, count, 0)
 

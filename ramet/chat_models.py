@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -71,11 +71,11 @@ class ChatModel(Protocol):
 class LocalModel:
     """A model in this process. An answer's tokens are kept, so that the next turn computes only what is new."""
 
-    def __init__(self, model: str | None, config: Json) -> None:
+    def __init__(self, model: str | None, config: Json, on_stage: Callable[[str], None] | None) -> None:
         from ramet.runtime.client import Engine
         from ramet.runtime.server.conversations import Conversations
 
-        self._engine: Engine = Engine(model, **config)
+        self._engine: Engine = Engine(model, on_stage=on_stage, **config)
         self._conversations = Conversations(self._engine.tokenizer)
         self.name = model or self._engine.model.name
 
@@ -231,10 +231,19 @@ def _message(data: bytes) -> str:
         return data[:200].decode("utf-8", "replace")
 
 
-def open_model(model: str | None, url: str | None, api_key: str | None, config: Json) -> ChatModel:
-    """A server's model where there is a `url`, else one in this process. `config`: fields of EngineConfig."""
+def open_model(
+    model: str | None,
+    url: str | None,
+    api_key: str | None,
+    config: Json,
+    on_stage: Callable[[str], None] | None = None,
+) -> ChatModel:
+    """A server's model where there is a `url`, else one in this process.
+
+    config: fields of EngineConfig. on_stage: as in `Engine`.
+    """
     if url is None:
-        return LocalModel(model, config)
+        return LocalModel(model, config, on_stage)
     if config:
         raise ConfigError(f"--{next(iter(config)).replace('_', '-')} is the server's affair; leave it out with --url")
     return RemoteModel(url, model, api_key)

@@ -76,8 +76,8 @@ def run_bench(arguments: argparse.Namespace) -> int:
         raise ConfigError("--requests, --concurrency, --own-words and --output-tokens must be at least 1")
     key = arguments.api_key or os.environ.get("RAMET_API_KEY", "").split(",")[0] or None
     console = Console(stderr=True, highlight=False)
-    with console.status("loading the model"):
-        model = open_model(arguments.model, arguments.url, key, given_values(arguments, EngineConfig))
+    with console.status("loading the model") as status:
+        model = open_model(arguments.model, arguments.url, key, given_values(arguments, EngineConfig), status.update)
     with contextlib.closing(model), console.status(f"{load.num_requests} requests, {load.concurrency} at a time"):
         found = measure(model, load)
     if not arguments.json:

@@ -62,8 +62,9 @@ def run_chat(arguments: argparse.Namespace) -> int:
     key = arguments.api_key or os.environ.get("RAMET_API_KEY", "").split(",")[0] or None
     notes = Console(stderr=True, highlight=False, soft_wrap=True)
     is_terminal = sys.stdin.isatty()
-    with notes.status("loading the model") if is_terminal else contextlib.nullcontext():
-        model = open_model(arguments.model, arguments.url, key, given_values(arguments, EngineConfig))
+    with notes.status("loading the model") if is_terminal else contextlib.nullcontext() as status:
+        on_stage = None if status is None else status.update
+        model = open_model(arguments.model, arguments.url, key, given_values(arguments, EngineConfig), on_stage)
     with contextlib.closing(model):
         chat = Chat(model, settings, notes, system=arguments.system, quiet=arguments.quiet)
         if is_terminal:

@@ -21,6 +21,7 @@ import numpy as np
 
 from ramet.errors import ContextOverflow, EngineStopped, InvalidRequest, InvalidSampling, RametError, RequestCancelled
 from ramet.runtime.cache_probe import Difference, differences
+from ramet.runtime.compiled_code import OnStage, prepare_compiled_code
 from ramet.runtime.config import EngineConfig
 from ramet.runtime.detokenizer import Detokenizer, StopStringScanner
 from ramet.runtime.engine import EngineCore, SequenceUpdate
@@ -175,18 +176,25 @@ class Engine:
     """A model with its cache and scheduler, in this process.
 
     `model`: a catalogue name, a directory, a .gguf file, a hub id, or a LoadedModel. `overrides` are fields of
-    EngineConfig. Use it as a context manager, or call `shutdown`.
+    EngineConfig. `on_stage` is told where starting takes long for another reason than usual (it compiles, once per
+    machine); without it, the log is. Use it as a context manager, or call `shutdown`.
 
     Raises:
         ModelError, ConfigError, OutOfMemory: the model or its cache cannot be made.
     """
 
     def __init__(
-        self, model: str | LoadedModel | None = None, config: EngineConfig | None = None, **overrides: Any
-    ) -> None:  # Any: fields of EngineConfig, which checks them
+        self,
+        model: str | LoadedModel | None = None,
+        config: EngineConfig | None = None,
+        *,
+        on_stage: OnStage | None = None,
+        **overrides: Any,  # fields of EngineConfig, which checks them
+    ) -> None:
         config = (config or EngineConfig()).changed(overrides)
         self.config = config
         self.model = load(model, config)
+        prepare_compiled_code(self.model.decoder.device, on_stage)
         self.tokenizer = self.model.tokenizer
         self.chat_template = self.tokenizer.chat_template
         self._core: EngineCore = build_core(self.model, config)

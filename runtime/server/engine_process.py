@@ -316,7 +316,7 @@ def serve(settings: Settings) -> int:
         sender.put(Starting(f"loading the model {settings.model or 'of the catalogue'}"))
         model = load(settings.model, config)
         sender.put(Starting("measuring memory, making the KV cache and what runs on the device"))
-        engine = Engine(model, config)
+        engine = Engine(model, config, on_stage=lambda stage: sender.put(Starting(stage)))
     except RametError as error:
         sender.put(StartFailed(ErrorInfo.of(error)))
         sender.close()
