@@ -71,7 +71,7 @@ class ChatModel(Protocol):
 class LocalModel:
     """A model in this process. An answer's tokens are kept, so that the next turn computes only what is new."""
 
-    def __init__(self, model: str | None, config: Json, on_stage: Callable[[str], None] | None) -> None:
+    def __init__(self, model: str | None, config: Json, on_stage: Callable[[str], None] | None = None) -> None:
         from ramet.runtime.client import Engine
         from ramet.runtime.server.conversations import Conversations
 
