@@ -214,6 +214,11 @@ def steps() -> list[Launch]:
                 f"commit_decode B={rows}", partial(step_inputs.commit_decode_triton, ints(rows), ints(rows), *columns)
             )
         )
+    mixed = partial(
+        step_inputs.prepare_decode_triton, ints(64), ints(64), *columns, tables.page_table, PAGE, out,
+        fills_padding=False,
+    )  # fmt: skip
+    launches.append(Launch("prepare_decode beside prompts", mixed))
     model = MODELS[0]
     kv = tensor(32, 2, 20_000, model.num_kv_heads, PAGE, model.head_dim)
     launches.append(Launch("copy_pages", partial(copy_pages.copy_pages_triton, kv, ints(3), ints(3), ints(3))))

@@ -5,8 +5,8 @@ For row b with n = q_len new tokens and kv_len = prefix + n cached positions, to
     out[i, h] = sum_j softmax_j(scale * q[i, h] . k[j, h // (H / K)]) v[j, h // (H / K)]    over p - window < j <= p
 
 The keys and values of the new tokens must already be in the cache. Position j of a sequence lies in page
-`page_table[row, j // P]`, offset `j % P`, of caches `[N, K, P, D]`. Softmax and sums are in fp32. Tokens past those of
-the last sequence are padding; on a GPU their rows of the result are left as they are.
+`page_table[row, j // P]`, offset `j % P`, of caches `[N, K, P, D]`. Softmax and sums are in fp32. Tokens before those
+of the first sequence are left alone. Those past the last sequence are padding; on a GPU they are left alone, too.
 
 `attention_extend` takes the reference on the CPU and `attention_extend_triton` on a GPU.
 """
@@ -33,7 +33,8 @@ class ExtendMetadata:
     page_table: Tensor  # int32 [S, max_pages]
     max_seqlen_q: int  # no less than any; under a CUDA graph a bound for every replay
     max_kv_len: int
-    # The same lengths on the host: the CPU path needs no copy back. None under a CUDA graph: they change with replays.
+    # The same lengths on the host, of tokens that begin at 0: the CPU path needs no copy back. None under a CUDA
+    # graph: they change with replays.
     q_lens_host: list[int] | None = None
     kv_lens_host: list[int] | None = None
 
@@ -96,7 +97,7 @@ def attention_extend_reference(
     if out is None:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
     page_size = k_cache.shape[2]
-    start = 0
+    start = 0 if meta.q_lens_host is not None else int(meta.cu_seqlens_q[0])
     q_lens = meta.cu_seqlens_q.diff().tolist() if meta.q_lens_host is None else meta.q_lens_host
     all_kv_lens = meta.kv_lens.tolist() if meta.kv_lens_host is None else meta.kv_lens_host
     for b, (q_len, kv_len) in enumerate(zip(q_lens, all_kv_lens, strict=True)):

@@ -115,12 +115,12 @@ def _extend_kernel(
         b = base + tl.arange(0, BLOCK_B)
         starts = tl.load(cu_seqlens_ptr + b, mask=b < batch, other=0)
         begun += tl.sum(((b < batch) & (starts * GROUP // BLOCK_M + b <= tile)).to(tl.int32))
-    sequence = begun - 1
+    sequence = tl.maximum(begun - 1, 0)
     token_start = tl.load(cu_seqlens_ptr + sequence)
     q_len = tl.load(cu_seqlens_ptr + sequence + 1) - token_start
     kv_len = tl.load(kv_lens_ptr + sequence)
     first_row = (tile - token_start * GROUP // BLOCK_M - sequence) * BLOCK_M
-    if first_row >= q_len * GROUP:
+    if (begun == 0) | (first_row >= q_len * GROUP):
         return
     table_ptr = page_table_ptr + tl.load(rows_ptr + sequence).to(tl.int64) * stride_table
 

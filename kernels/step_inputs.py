@@ -134,15 +134,18 @@ def prepare_decode(
     page_table: Tensor,
     page_size: int,
     out: DecodeInputs,
+    *,
+    fills_padding: bool = True,
 ) -> None:
     """Write a decode step's inputs: token, position, cache slot, and KV length including this token.
 
     rows: int32 [B], slots, padded by the dummy slot S. new_page: int32 [B], the page to enter into the row's table at
     kv_len // page_size, 0 for none. last_token, kv_len: int32 [S + 1]. page_table: int32 [S + 1, max_pages], changed.
-    Padded rows get token 0, position 0, slot 0 and length 1. Rows other than the dummy appear once.
+    Padded rows get token 0, position 0, slot 0 and length 1; only the length where not `fills_padding`. Rows other than
+    the dummy appear once. `out` may be longer than B but for its kv_lens.
     """
     run = prepare_decode_triton if rows.is_cuda else prepare_decode_reference
-    run(rows, new_page, last_token, kv_len, page_table, page_size, out)
+    run(rows, new_page, last_token, kv_len, page_table, page_size, out, fills_padding=fills_padding)
 
 
 def commit_decode(
@@ -186,6 +189,8 @@ def prepare_decode_reference(
     page_table: Tensor,
     page_size: int,
     out: DecodeInputs,
+    *,
+    fills_padding: bool = True,
 ) -> None:
     """Specification of `prepare_decode` and its CPU path."""
     slots = rows.long()
@@ -194,9 +199,14 @@ def prepare_decode_reference(
     page_index = (length // page_size).long()
     has_new_page = is_real & (new_page != 0)
     page_table[slots[has_new_page], page_index[has_new_page]] = new_page[has_new_page]
-    out.token_ids.copy_(last_token[slots] * is_real)
-    out.positions.copy_(length)
-    out.kv_slots.copy_((page_table[slots, page_index] * page_size + length % page_size) * is_real)
+    kv_slots = page_table[slots, page_index] * page_size + length % page_size
+    for target, value in (
+        (out.token_ids, last_token[slots]),
+        (out.positions, length),
+        (out.kv_slots, kv_slots),
+    ):
+        head = target[: len(rows)]
+        head.copy_(value * is_real if fills_padding else torch.where(is_real, value, head))
     out.kv_lens.copy_(length + 1)
 
 
@@ -224,6 +234,8 @@ def prepare_decode_triton(
     page_table: Tensor,
     page_size: int,
     out: DecodeInputs,
+    *,
+    fills_padding: bool = True,
 ) -> None:
     """Launch the kernel of `prepare_decode`: one program per 128 rows."""
     _prepare_kernel[(cdiv(len(rows), _BLOCK),)](
@@ -241,6 +253,7 @@ def prepare_decode_triton(
         page_table.stride(0),
         len(rows),
         last_token.shape[0] - 1,
+        FILLS_PADDING=fills_padding,
         P=page_size,
         BLOCK=_BLOCK,
         num_warps=4,
@@ -279,7 +292,8 @@ def scatter_rows_triton(updates: Tensor, table: Tensor) -> None:
 @jit_any_value("num_rows")
 def _prepare_kernel(
     rows_ptr, new_page_ptr, token_ptr, length_ptr, pages_ptr, out_token_ptr, out_position_ptr, out_slot_ptr,
-    out_length_ptr, token_stride, length_stride, pages_stride, num_rows, dummy, P: tl.constexpr, BLOCK: tl.constexpr,
+    out_length_ptr, token_stride, length_stride, pages_stride, num_rows, dummy, FILLS_PADDING: tl.constexpr,
+    P: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = index < num_rows
@@ -294,9 +308,10 @@ def _prepare_kernel(
     page = tl.load(entry, mask=is_real & (new_page == 0), other=0)
     page = tl.where(has_new_page, new_page, page)
     tl.store(entry, new_page, mask=has_new_page)
-    tl.store(out_token_ptr + index, token, mask=inside)
-    tl.store(out_position_ptr + index, length, mask=inside)
-    tl.store(out_slot_ptr + index, page * P + tl.where(is_real, length % P, 0), mask=inside)
+    written = inside if FILLS_PADDING else is_real
+    tl.store(out_token_ptr + index, token, mask=written)
+    tl.store(out_position_ptr + index, length, mask=written)
+    tl.store(out_slot_ptr + index, page * P + tl.where(is_real, length % P, 0), mask=written)
     tl.store(out_length_ptr + index, length + 1, mask=inside)
 
 

@@ -35,7 +35,8 @@ class EngineConfig:
     )
     cuda_graph: bool = _doc(True, "replay decode steps as CUDA graphs")
     cuda_graph_max_extend: int = _doc(
-        512, "new prompt tokens of a step that a CUDA graph may hold besides decode rows; 0: such steps run eagerly"
+        512,
+        "tokens of a step with prompts, decode rows included, that a CUDA graph may hold; 0: such steps run eagerly",
     )
     overlap: bool = _doc(True, "plan step t+1 while step t runs (on a GPU)")
     tree_attention: Literal["auto", "on", "off"] = _doc(

@@ -1,9 +1,9 @@
 """Steps as CUDA graphs: decode steps one a batch bucket, and steps with short prompts, one a pair of buckets.
 
 A decode graph goes from the embedding to the sampled token and the new lengths; a replay costs the host one copy of
-`[2, bucket]` integers (slots, pages begun) and one launch. A mixed graph holds decode rows and up to a bucket of new
-tokens besides; all its integers are one copied block. Buffers are static; the graphs share one memory pool, as no two
-of them run at once. Not here: long prompts, scores and rows that the host must edit; they run eagerly.
+`[2, bucket]` integers (slots, pages begun) and one launch. A mixed graph holds a bucket of tokens, those of its decode
+rows and new ones right behind; all its integers are one copied block. Buffers are static; the graphs share one memory
+pool, as no two of them run at once. Not here: long prompts, scores and rows that the host must edit; they run eagerly.
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ from ramet.runtime.inputs import ExtendArrays
 
 logger = logging.getLogger(__name__)
 
-MIXED_ROWS = (0, 8, 32, 64, 128, 256)  # decode rows of mixed graphs
-MIXED_TOKENS = (16, 64, 128, 256, 512)  # new tokens of mixed graphs; longer prompts take longer than their launches do
+# Tokens of mixed graphs, where products are paid for what is padded; more take longer than their launches do. A turn of
+# 128 tokens has 129 new ones: the last one that was generated is computed with them.
+MIXED_TOKENS = (16, 32, 64, 96, 144, 192, 256, 320, 384, 512)
+MIXED_ROWS = (0, 8, 32, 64, 128, 256)  # decode rows, for which only attention is launched: empty programs cost little
 _MAX_EXTENDS = 64  # sequences that have new tokens in a mixed graph
 
 
@@ -93,8 +95,8 @@ class GraphKey:
 
 @dataclass(frozen=True, slots=True)
 class MixedKey:
-    num_decode: int  # decode rows, padded
-    num_tokens: int  # new tokens of prompts, padded
+    num_decode: int  # decode rows, padded; no more than tokens
+    num_tokens: int  # all tokens, padded
     uses_tree: bool
 
     @property
@@ -104,14 +106,19 @@ class MixedKey:
 
     @property
     def num_samples(self) -> int:
-        return self.num_decode + self.num_extends
+        return min(self.num_decode + self.num_extends, self.num_tokens)
 
 
 class MixedBuffers:
     """Static tensors of one mixed graph, int32, in one block; `sections` names the parts and their sizes.
 
     rows, new_pages [B]; token_ids, positions, kv_slots [T]; cu_seqlens [E + 1]; kv_lens, extend_rows [E];
-    sample_index, sample_rows, sample_positions [B + E]. Padding is harmless: the dummy slot, page 0, no tokens.
+    sample_index, sample_rows, sample_positions [S]. Padding is harmless: the dummy slot, page 0, no tokens.
+
+        tokens    [0, n) decode rows, filled in by the step    [n, n + new) prompts    [n + new, T) padding
+
+    The first B tokens go to decode attention, which leaves something for padded rows in [n, B), and all T to the
+    attention of prompts, which begins at cu_seqlens[0] = n and writes what is right there.
     """
 
     def __init__(self, key: MixedKey, dummy_slot: int, device: torch.device) -> None:
@@ -129,20 +136,26 @@ class MixedBuffers:
             self.sections[name] = slice(end, end + size)
             end += -(-size // 32) * 32  # 128 bytes: kernels compiled for aligned pointers serve every section
         self.block = torch.zeros(end, dtype=torch.int32, device=device)
-        self.inputs = DecodeInputs.create(batch, device)
+        kv_lens = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.inputs = DecodeInputs(self.part("token_ids"), self.part("positions"), self.part("kv_slots"), kv_lens)
         self.tokens = torch.zeros(samples, dtype=torch.int32, device=device)
         self.block.copy_(torch.from_numpy(self.pack({})))
 
     def part(self, name: str) -> Tensor:
         return self.block[self.sections[name]]
 
-    def pack(self, values: dict[str, NDArray[np.int32]]) -> NDArray[np.int32]:
-        """Return the block with `values` at the heads of their sections; cu_seqlens is padded by its last value."""
+    def pack(self, values: dict[str, NDArray[np.int32]], num_decode: int = 0) -> NDArray[np.int32]:
+        """Return the block with `values` at the heads of their sections, those of new tokens behind `num_decode`.
+
+        cu_seqlens is padded by its last value.
+        """
         packed = np.zeros(self.block.shape[0], dtype=np.int32)
         for name, filler in self._padding.items():
             packed[self.sections[name]] = filler
         for name, value in values.items():
             start, stop = self.sections[name].start, self.sections[name].stop
+            if name in ("token_ids", "positions", "kv_slots"):
+                start += num_decode
             assert len(value) <= stop - start, (name, len(value))
             packed[start : start + len(value)] = value
             if name == "cu_seqlens":
@@ -168,7 +181,7 @@ class StepGraphs:
         max_extend: int,
         capture: Capture | None = None,
     ) -> None:
-        """max_extend: new tokens of a step that a graph may hold; 0 for decode graphs alone."""
+        """max_extend: tokens of a step with prompts that a graph may hold; 0 for decode graphs alone."""
         self.buckets = decode_buckets(max_batch)
         self.mixed_rows = [*(n for n in MIXED_ROWS if n < max_batch), max_batch]
         self.mixed_tokens = [n for n in MIXED_TOKENS if n <= max_extend]
@@ -183,8 +196,9 @@ class StepGraphs:
         """Every graph of overlapped steps, the largest first: the smaller ones reuse its memory."""
         keys: list[GraphKey | MixedKey] = []
         for uses_tree in (False, True) if with_tree else (False,):
-            sizes = [(n, t) for t in reversed(self.mixed_tokens) for n in reversed(self.mixed_rows)]
-            keys += [MixedKey(n, t, uses_tree) for n, t in sizes if n > 1 or not uses_tree]
+            for num_tokens in reversed(self.mixed_tokens):
+                rows = sorted({min(n, num_tokens) for n in self.mixed_rows}, reverse=True)
+                keys += [MixedKey(n, num_tokens, uses_tree) for n in rows if n > 1 or not uses_tree]
             keys += [GraphKey(n, True, uses_tree) for n in reversed(self.buckets) if n > 1 or not uses_tree]
         return keys
 
@@ -213,18 +227,14 @@ class StepGraphs:
         run()
         return buffers
 
-    def mixed_key(self, num_decode: int, arrays: ExtendArrays, *, uses_tree: bool) -> MixedKey | None:
-        """The graph that a step with these extend rows fits; None where it must run eagerly."""
-        num_tokens, num_extends = len(arrays.token_ids), len(arrays.rows)
-        if len(arrays.score_index) or not self.mixed_tokens or num_tokens > self.mixed_tokens[-1]:
+    def mixed_key(self, num_decode: int, num_new: int, num_extends: int, *, uses_tree: bool) -> MixedKey | None:
+        """The graph for `num_decode` rows and `num_new` tokens of `num_extends` prompts; None: it must run eagerly."""
+        num_tokens = num_decode + num_new
+        if not self.mixed_tokens or num_tokens > self.mixed_tokens[-1]:
             return None
-        if num_decode > self.mixed_rows[-1]:
-            return None
-        key = MixedKey(
-            self.mixed_rows[bisect.bisect_left(self.mixed_rows, num_decode)],
-            self.mixed_tokens[bisect.bisect_left(self.mixed_tokens, num_tokens)],
-            uses_tree,
-        )
+        num_tokens = self.mixed_tokens[bisect.bisect_left(self.mixed_tokens, num_tokens)]
+        rows = min(self.mixed_rows[bisect.bisect_left(self.mixed_rows, num_decode)], num_tokens)
+        key = MixedKey(rows, num_tokens, uses_tree)
         return key if num_extends <= key.num_extends else None
 
     def replay_mixed(
@@ -232,9 +242,6 @@ class StepGraphs:
     ) -> Tensor:
         """Run a mixed step whose slot-table updates are sent already; returns the sampled tokens int32 [R]."""
         run, buffers = self._mixed_graph(key)
-        # Hidden states of new tokens begin behind the padded decode rows.
-        shift = key.num_decode - len(rows)
-        sample_index = np.where(arrays.sample_index < len(rows), arrays.sample_index, arrays.sample_index + shift)
         packed = buffers.pack(
             {
                 "rows": rows,
@@ -242,17 +249,18 @@ class StepGraphs:
                 "token_ids": arrays.token_ids,
                 "positions": arrays.positions,
                 "kv_slots": arrays.kv_slots,
-                "cu_seqlens": arrays.cu_seqlens,
+                "cu_seqlens": arrays.cu_seqlens + np.int32(len(rows)),
                 "kv_lens": arrays.kv_lens,
                 "extend_rows": arrays.rows,
-                "sample_index": sample_index,
+                "sample_index": arrays.sample_index,
                 "sample_rows": arrays.sample_rows,
                 "sample_positions": arrays.sample_positions,
-            }
+            },
+            len(rows),
         )
         self._send(packed, buffers.block)
         run()
-        return buffers.tokens[: len(sample_index)]
+        return buffers.tokens[: len(arrays.sample_index)]
 
     def _send(self, packed: NDArray[np.int32], target: Tensor) -> None:
         """Copy to a static buffer in stream order; the pinned source is kept by torch until the copy is done."""

@@ -212,10 +212,10 @@ class ModelRunner:
 
     def _replay_mixed(self, batch: Batch, arrays: ExtendArrays) -> Tensor | None:
         """Run a step with extend rows as a graph, sampling included; None where there is none for its size."""
-        if self.graphs is None:
+        if self.graphs is None or len(arrays.score_index):
             return None
         uses_tree = batch.num_decode > 1 and self._tree_plan(batch) is not None
-        key = self.graphs.mixed_key(batch.num_decode, arrays, uses_tree=uses_tree)
+        key = self.graphs.mixed_key(batch.num_decode, len(arrays.token_ids), len(arrays.rows), uses_tree=uses_tree)
         if key is None:
             return None
         (updates,) = upload([arrays.updates], self.device)
@@ -224,18 +224,13 @@ class ModelRunner:
         return self.graphs.replay_mixed(key, decode_rows_of(items), new_pages_of(items, self.page_size), arrays)
 
     def _mixed_body(self, key: MixedKey, buffers: MixedBuffers) -> None:
-        """A step of padded decode rows, then padded new tokens, from the embedding to the slots' new states."""
+        """A step of decode rows, new tokens and padding, from the embedding to the slots' new states."""
         tables, part = self.tables, buffers.part
-        token_ids, positions, kv_slots = part("token_ids"), part("positions"), part("kv_slots")
         decode = None
         if key.num_decode:
             rows, inputs = part("rows"), buffers.inputs
-            prepare_decode(
-                rows, part("new_pages"), tables.last_token, tables.kv_len, tables.page_table, self.page_size, inputs
-            )
-            token_ids = torch.cat((inputs.token_ids, token_ids))
-            positions = torch.cat((inputs.positions, positions))
-            kv_slots = torch.cat((inputs.kv_slots, kv_slots))
+            columns = tables.last_token, tables.kv_len, tables.page_table
+            prepare_decode(rows, part("new_pages"), *columns, self.page_size, inputs, fills_padding=False)
             decode = self._graph_metadata(inputs, rows, uses_tree=key.uses_tree)
         extend = ExtendMetadata(
             cu_seqlens_q=part("cu_seqlens"),
@@ -245,8 +240,8 @@ class ModelRunner:
             max_seqlen_q=_ANY_LENGTH if self.is_deterministic else key.num_tokens,
             max_kv_len=self.max_kv_len,
         )
-        context = self._context(positions, kv_slots, key.num_decode, decode, extend)
-        hidden = self.decoder.forward(token_ids, context)
+        context = self._context(part("positions"), part("kv_slots"), key.num_decode, decode, extend, extend_start=0)
+        hidden = self.decoder.forward(part("token_ids"), context)
         logits = self.decoder.logits(hidden.index_select(0, part("sample_index")))
         slots = part("sample_rows")
         sample(logits, self.sampling, slots, part("sample_positions"), None, buffers.tokens)
@@ -367,8 +362,10 @@ class ModelRunner:
         num_decode: int,
         decode: DecodeMetadata | None,
         extend: ExtendMetadata | None = None,
+        extend_start: int | None = None,
     ) -> ForwardContext:
-        return ForwardContext(positions, kv_slots, num_decode, decode, extend, self.kv_cache.layers)
+        start = num_decode if extend_start is None else extend_start
+        return ForwardContext(positions, kv_slots, num_decode, decode, extend, self.kv_cache.layers, start)
 
     def _decode_metadata(self, rows: Tensor, kv_lens: Tensor, batch: Batch) -> DecodeMetadata:
         lens = [item.start + 1 for item in batch.items[: batch.num_decode]]

@@ -65,7 +65,10 @@ class BareCache:
             extend_metadata = ExtendMetadata(
                 int32(starts), int32(kv_lens), int32(rows), table, max(q_lens), max(kv_lens), q_lens, kv_lens
             )
-        return ForwardContext(int32(positions), int32(slots), len(decode_rows), decode, extend_metadata, self.kv_caches)
+        num_decode = len(decode_rows)
+        return ForwardContext(
+            int32(positions), int32(slots), num_decode, decode, extend_metadata, self.kv_caches, num_decode
+        )
 
     def step(self, decode: list[tuple[int, int]], extend: list[tuple[int, list[int]]]) -> Tensor:
         """Run one step and return the logits of all its tokens; decode: (row, token), extend: (row, tokens)."""

@@ -16,8 +16,10 @@ from ramet.kernels.attention_extend import ExtendMetadata, attention_extend
 
 @dataclass(slots=True)
 class ForwardContext:
-    """One step. Tokens [0, num_decode) are decode rows, one token each; [num_decode, T) are extend rows.
+    """One step. Tokens [0, num_decode) are decode rows, one token each; [extend_start, T) are extend rows.
 
+    Padded decode rows may overlap extend rows, whose attention then begins at the token that `extend` says and has the
+    last word.
     positions, kv_slots: int32 [T]. kv_caches: (k, v) of each layer, [N, K, P, D] in the model's dtype. `decode` is None
     exactly when `num_decode` is 0; `extend` is None exactly when there is no other token.
     """
@@ -28,6 +30,7 @@ class ForwardContext:
     decode: DecodeMetadata | None
     extend: ExtendMetadata | None
     kv_caches: list[tuple[Tensor, Tensor]]
+    extend_start: int
 
     def __post_init__(self) -> None:
         assert (self.decode is None) == (self.num_decode == 0), "decode metadata exactly where there are decode rows"
@@ -42,7 +45,7 @@ class ForwardContext:
         if self.decode is None:
             return attention_extend(q, k_cache, v_cache, self.extend, scale, window)
         out = torch.empty_like(q)
-        num_decode = self.num_decode
+        num_decode, start = self.num_decode, self.extend_start
         attention_decode(q[:num_decode], k_cache, v_cache, self.decode, scale, window, out[:num_decode])
-        attention_extend(q[num_decode:], k_cache, v_cache, self.extend, scale, window, out[num_decode:])
+        attention_extend(q[start:], k_cache, v_cache, self.extend, scale, window, out[start:])
         return out

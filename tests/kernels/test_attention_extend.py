@@ -89,3 +89,26 @@ def test_chunks_batches_and_tiles_do_not_change_what_the_kernel_gives(cases: Any
             # Another tile may sum in another order; so may the interpreter (numpy) for another number of rows.
             is_exact = DEVICE == "cuda" and tile == TILE
             assert difference <= (0 if is_exact else 1e-6), f"max {difference:.2e} in [{low}, {high})"
+
+
+def test_tokens_before_the_first_sequence_and_sequences_without_tokens_are_left_alone(cases: Any) -> None:
+    """What a graph gives: decode rows first, their results in place already, and padding behind."""
+    q_lens, kv_lens = [5, 33], [50, 40]
+    k_cache, v_cache, page_table, rows = cases.paged_cache([*kv_lens, 1], 2, 32)
+    q = torch.randn(60, 4, 32)
+    meta = make_metadata(q_lens, kv_lens, rows[:2], page_table)
+    expected = attention_extend_reference(q[9:47], k_cache, v_cache, meta, 0.3)
+    starts, lens = torch.tensor([9, 14, 47, 47], dtype=torch.int32), torch.tensor([50, 40, 0], dtype=torch.int32)
+    starts, lens, rows, page_table = (t.to(DEVICE) for t in (starts, lens, rows, page_table))
+    offset = ExtendMetadata(starts, lens, rows, page_table, 60, 50)
+    on_device = (q.to(DEVICE), k_cache.to(DEVICE), v_cache.to(DEVICE), offset, 0.3, None)
+    for config in (TILE, TileConfig(32, 32, 4, 2)):
+        out = torch.full_like(q, 7.0).to(DEVICE)
+        attention_extend_triton(*on_device, out, config)
+        torch.testing.assert_close(out[9:47].cpu(), expected, rtol=2e-3, atol=2e-3)
+        assert (out[:9] == 7.0).all()
+        assert (out[47:] == 7.0).all()
+    out = torch.full_like(q, 7.0).to(DEVICE)
+    attention_extend_reference(*on_device, out)
+    torch.testing.assert_close(out[9:47].cpu(), expected, rtol=1e-5, atol=1e-5)
+    assert (out[:9] == 7.0).all()

@@ -47,6 +47,23 @@ def test_prepare_writes_inputs_enters_new_pages_and_leaves_padding_alone(kind: s
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_prepare_may_leave_what_stands_behind_its_rows(kind: str) -> None:
+    """In a step with prompts, new tokens stand where padded rows would."""
+    slots = make_slots()
+    tokens, positions, kv_slots = (torch.full((6,), value, dtype=torch.int32, device=DEVICE) for value in (70, 71, 72))
+    out = DecodeInputs(tokens, positions, kv_slots, torch.zeros(4, dtype=torch.int32, device=DEVICE))
+    rows = torch.tensor([1, 0, 3, 3], dtype=torch.int32, device=DEVICE)
+    new_page = torch.tensor([6, 0, 0, 0], dtype=torch.int32, device=DEVICE)
+    prepare_decode = getattr(step_inputs, f"prepare_decode_{kind}")
+    columns = slots.last_token, slots.kv_len, slots.page_table
+    prepare_decode(rows, new_page, *columns, 4, out, fills_padding=False)
+    assert out.token_ids.tolist() == [22, 11, 70, 70, 70, 70]
+    assert out.positions.tolist() == [8, 5, 71, 71, 71, 71]
+    assert out.kv_slots.tolist() == [24, 37, 72, 72, 72, 72]
+    assert out.kv_lens.tolist() == [9, 6, 1, 1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_commit_stores_tokens_and_counts_but_never_for_the_dummy_slot(kind: str) -> None:
     commit_decode = getattr(step_inputs, f"commit_decode_{kind}")
     slots = make_slots()

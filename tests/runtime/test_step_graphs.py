@@ -10,7 +10,6 @@ import torch
 
 from ramet.runtime.client import Engine
 from ramet.runtime.cuda_graph import MixedBuffers, MixedKey, StepGraphs, decode_buckets
-from ramet.runtime.inputs import ExtendArrays
 from ramet.runtime.models.load import LoadedModel
 from ramet.runtime.types import SamplingParams
 
@@ -96,19 +95,6 @@ def test_scores_run_eagerly_beside_graphs(tiny_model: LoadedModel) -> None:
         assert actual.prompt_logprobs == pytest.approx(expected.prompt_logprobs)
 
 
-def arrays_of(num_tokens: int, num_extends: int, num_scores: int = 0) -> ExtendArrays:
-    def zeros(n: int) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
-        return np.zeros(n, dtype=np.int32)
-
-    tokens, extends = zeros(num_tokens), zeros(num_extends)
-    cu_seqlens = np.linspace(0, num_tokens, num_extends + 1).astype(np.int32)
-    none = zeros(0)
-    scores = zeros(num_scores)
-    return ExtendArrays(
-        tokens, tokens, tokens, cu_seqlens, extends, extends, zeros(3).reshape(1, 3), none, none, none, scores, scores
-    )
-
-
 def test_keys_are_the_smallest_buckets_that_hold_a_step() -> None:
     graphs = StepGraphs(
         lambda key, buffers: None,
@@ -120,13 +106,32 @@ def test_keys_are_the_smallest_buckets_that_hold_a_step() -> None:
         capture=Rerun(),
     )
     assert graphs.mixed_rows == [0, 8, 32, 64, 100]
-    assert graphs.mixed_tokens == [16, 64, 128, 256]
-    assert graphs.mixed_key(9, arrays_of(17, 2), uses_tree=False) == MixedKey(32, 64, False)
-    assert graphs.mixed_key(0, arrays_of(1, 1), uses_tree=True) == MixedKey(0, 16, True)
-    assert graphs.mixed_key(100, arrays_of(256, 64), uses_tree=False) == MixedKey(100, 256, False)
-    assert graphs.mixed_key(1, arrays_of(257, 1), uses_tree=False) is None, "too many tokens"
-    assert graphs.mixed_key(1, arrays_of(80, 65), uses_tree=False) is None, "too many sequences"
-    assert graphs.mixed_key(1, arrays_of(8, 1, 3), uses_tree=False) is None, "scores"
+    assert graphs.mixed_tokens == [16, 32, 64, 96, 144, 192, 256]
+    assert graphs.mixed_key(9, 17, 2, uses_tree=False) == MixedKey(32, 32, False)
+    assert graphs.mixed_key(50, 40, 2, uses_tree=False) == MixedKey(64, 96, False)
+    assert graphs.mixed_key(70, 10, 2, uses_tree=False) == MixedKey(96, 96, False), "rows are among tokens"
+    assert graphs.mixed_key(0, 1, 1, uses_tree=True) == MixedKey(0, 16, True)
+    assert graphs.mixed_key(0, 129, 1, uses_tree=False) == MixedKey(0, 144, False)
+    assert graphs.mixed_key(100, 156, 64, uses_tree=False) == MixedKey(100, 256, False)
+    assert graphs.mixed_key(1, 256, 1, uses_tree=False) is None, "too many tokens"
+    assert graphs.mixed_key(1, 80, 65, uses_tree=False) is None, "too many sequences"
+
+
+@pytest.mark.parametrize("with_tree", [False, True])
+def test_every_key_of_a_step_is_captured_ahead(with_tree: bool) -> None:
+    capture = Rerun()
+    graphs = StepGraphs(
+        lambda key, buffers: None, lambda key, buffers: None, 100, 100, torch.device("cpu"), max_extend=256,
+        capture=capture,
+    )  # fmt: skip
+    keys = set(graphs.keys(with_tree=with_tree))
+    for num_decode in range(101):
+        for num_new in (1, 15, 16, 100, 156, 256 - num_decode):
+            uses_tree = with_tree and num_decode > 1
+            key = graphs.mixed_key(num_decode, num_new, 1, uses_tree=uses_tree)
+            assert key is None or key in keys
+            assert key is not None or num_decode + num_new > 256
+            assert key is None or num_decode <= key.num_decode <= key.num_tokens >= num_decode + num_new
 
 
 @pytest.mark.parametrize("max_batch", [1, 3, 8, 100, 256, 700])
@@ -138,12 +143,13 @@ def test_every_batch_has_a_bucket(max_batch: int) -> None:
 
 def test_packed_blocks_pad_with_what_does_nothing() -> None:
     buffers = MixedBuffers(MixedKey(2, 16, False), dummy_slot=9, device=torch.device("cpu"))
-    packed = buffers.pack({"rows": np.array([4], dtype=np.int32), "cu_seqlens": np.array([0, 3, 5], dtype=np.int32)})
+    rows, cu_seqlens, slots = (np.array(values, dtype=np.int32) for values in ([4], [1, 3, 5], [70, 71, 80, 81]))
+    packed = buffers.pack({"rows": rows, "cu_seqlens": cu_seqlens, "kv_slots": slots}, num_decode=1)
     buffers.block.copy_(torch.from_numpy(packed))
     assert buffers.part("rows").tolist() == [4, 9]
-    assert buffers.part("cu_seqlens").tolist() == [0, 3, *[5] * 15]
+    assert buffers.part("cu_seqlens").tolist() == [1, 3, *[5] * 15]
     assert set(buffers.part("sample_rows").tolist()) == {9}
-    assert buffers.part("kv_slots").tolist() == [0] * 16
+    assert buffers.part("kv_slots").tolist() == [0, 70, 71, 80, 81, *[0] * 11]
     assert all(section.start % 32 == 0 for section in buffers.sections.values())
 
 
