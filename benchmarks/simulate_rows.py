@@ -235,7 +235,7 @@ def main() -> None:
         found.append(row)
         others, _, target, floor = REFERENCE[name]
         print(
-            f"{name:14} {row['tok_s']:6} tok/s  others {others:>6} target {target:>6} floor {floor or '-':>6}  TTFT p50 "
+            f"{name:14} {row['tok_s']:6} tok/s  others {others:>6} target {target:>6} floor {floor or '-':>6} TTFT p50 "
             f"{row['ttft_p50_ms']:>5} p95 {row['ttft_p95_ms']:>5} ITL {row['itl_p50_ms']:>6} hit {row['hit_rate']:.3f}"
         )
         for step, mean in {} if args.brief else row["steps"].items():
