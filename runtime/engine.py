@@ -7,7 +7,7 @@ runs on the device, and only then reads step t. Both give the same tokens. Not h
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -156,7 +156,7 @@ class EngineCore:
         outputs = launched.read()
         live = [not item.sequence.is_finished for item in launched.batch.items]
         if self._grammar_states:
-            outputs = self._advance_grammars(launched.batch, outputs)
+            outputs = self._advance_grammars(launched, outputs)
         self.scheduler.finish_step(launched.batch, outputs)
         updates = []
         for item, output, was_live in zip(launched.batch.items, outputs, live, strict=True):
@@ -224,12 +224,14 @@ class EngineCore:
                     self.errors[sequence] = error
         return masks
 
-    def _advance_grammars(self, batch: Batch, outputs: list[RowOutput]) -> list[RowOutput]:
+    def _advance_grammars(self, launched: LaunchedStep, outputs: list[RowOutput]) -> list[RowOutput]:
         """Advance the automata of constrained rows; where a token leaves no room to finish, force one that does."""
         result = list(outputs)
         forced: list[tuple[int, int]] = []
-        for i, (item, output) in enumerate(zip(batch.items, outputs, strict=True)):
-            sequence = item.sequence
+        num_sampled = 0
+        for i, (item, output) in enumerate(zip(launched.batch.items, outputs, strict=True)):
+            sequence, row = item.sequence, num_sampled
+            num_sampled += item.samples
             grammar, state = sequence.request.grammar, self._grammar_states.get(sequence)
             if grammar is None or state is None or not output.token_ids or sequence.is_finished:
                 continue
@@ -242,7 +244,8 @@ class EngineCore:
                 self.errors[sequence] = error
                 continue
             if chosen != token:
-                result[i] = RowOutput((chosen,))
+                logprobs = None if output.logprobs is None else (launched.logprob(row, chosen),)
+                result[i] = replace(output, token_ids=(chosen,), logprobs=logprobs)
                 assert sequence.slot is not None
                 forced.append((sequence.slot, chosen))
             try:

@@ -57,6 +57,7 @@ class LaunchedStep:
     logprobs: Tensor | None  # fp32 [R], host
     top_logprobs: tuple[Tensor, Tensor] | None  # ids [R, n], values [R, n], host
     scores: Tensor | None  # fp32 [Q], host
+    logits: Tensor | None  # [R, V] on the device, where the host may replace a token whose log-probability is wanted
     event: torch.cuda.Event | None
 
     def read(self) -> list[RowOutput]:
@@ -68,6 +69,12 @@ class LaunchedStep:
         if self.logprobs is None and self.scores is None and len(tokens) == len(items):
             return [RowOutput((token,)) for token in tokens]
         return self._read_rows(tokens)
+
+    def logprob(self, row: int, token: int) -> float:
+        """The log-probability of another token than the one that was sampled in a row of those that sample."""
+        assert self.logits is not None
+        tokens = torch.tensor([token], device=self.logits.device)
+        return float(compute_logprobs(self.logits[row : row + 1], tokens, 0)[0])
 
     def _read_rows(self, tokens: list[int]) -> list[RowOutput]:
         logprobs = None if self.logprobs is None else self.logprobs.tolist()
@@ -174,11 +181,12 @@ class ModelRunner:
             assert buffers.logits is not None
             logits, slots, positions = buffers.logits[:count], buffers.rows[:count], buffers.inputs.kv_lens[:count]
             tokens, logprobs = self._sample(batch, logits, slots, positions, masks, on_host)
-            return self._to_host(batch, tokens, logprobs, None)
+            return self._to_host(batch, tokens, logprobs, None, None if masks is None else logits)
         if slots.numel() == 0:
             return self._to_host(batch, slots, None, scores)
-        tokens, logprobs = self._sample(batch, self.decoder.logits(hidden), slots, positions, masks, on_host)
-        return self._to_host(batch, tokens, logprobs, scores)
+        logits = self.decoder.logits(hidden)
+        tokens, logprobs = self._sample(batch, logits, slots, positions, masks, on_host)
+        return self._to_host(batch, tokens, logprobs, scores, None if masks is None else logits)
 
     def use_device(self) -> None:
         """Make the device this thread's current one: Triton launches there."""
@@ -395,6 +403,7 @@ class ModelRunner:
         tokens: Tensor,
         logprobs: tuple[Tensor, Tensor, Tensor] | None,
         scores: Tensor | None,
+        logits: Tensor | None = None,
     ) -> LaunchedStep:
         is_cuda = self.device.type == "cuda"
 
@@ -410,6 +419,7 @@ class ModelRunner:
             logprobs=None if logprobs is None else host(logprobs[0]),
             top_logprobs=None if logprobs is None else (host(logprobs[2]), host(logprobs[1])),
             scores=None if scores is None else host(scores),
+            logits=None if logprobs is None else logits,
             event=None,
         )
         if is_cuda:

@@ -20,7 +20,7 @@ from ramet import Engine, Function
 from ramet.errors import CheckFailed
 from ramet.lang.backend import EngineBackend
 from ramet.runtime.models.load import LoadedModel
-from ramet.runtime.types import RequestOutput
+from ramet.runtime.types import RequestOutput, SamplingParams
 
 PROGRAMS = sorted((Path(__file__).resolve().parents[2] / "examples" / "programs").glob("*.py"))
 
@@ -38,7 +38,15 @@ class Oracle:
     def __getattr__(self, name: str) -> Any:  # Any: the engine's own
         return getattr(self._engine, name)
 
-    def submit(self, prompt: list[int], *args: Any, on_output: Callable[[RequestOutput], None], **kwargs: Any) -> Any:
+    def submit(
+        self,
+        prompt: list[int],
+        sampling: SamplingParams,
+        *,
+        on_output: Callable[[RequestOutput], None] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        assert on_output is not None
         tokens, generated = tuple(prompt), list[int]()
         is_scored = kwargs.get("score_from") is not None
         with self._lock:
@@ -61,7 +69,7 @@ class Oracle:
                         self._known.append((*tokens, *(generated if has_end else generated[:-1])))
             on_output(output)
 
-        return self._engine.submit(prompt, *args, on_output=take, **kwargs)
+        return self._engine.submit(prompt, sampling, on_output=take, **kwargs)
 
     def _longest(self, tokens: Sequence[int]) -> int:
         """How many of these tokens some known sequence begins with."""

@@ -94,6 +94,24 @@ def test_a_small_budget_is_closed_in_time(tiny_model: LoadedModel, grammars: lis
                 assert re.fullmatch(pattern, text), (pattern, text)
 
 
+@pytest.mark.parametrize("on_device", [False, True])
+def test_a_token_that_closes_a_text_has_its_own_log_probability(
+    tiny_model: LoadedModel, grammars: list[Grammar], on_device: bool
+) -> None:
+    with make_engine(tiny_model, on_device=on_device) as engine:
+        prompt = list(engine.tokenizer.encode("x"))
+        for seed in range(3):
+            for grammar in grammars:
+                sampling = SamplingParams(temperature=1.5, max_tokens=11, seed=seed, logprobs=1)
+                found = engine.submit(prompt, sampling, grammar=grammar).result(timeout_s=60)
+                scored = engine.submit([*prompt, *found.token_ids], score_from=len(prompt)).result(timeout_s=60)
+                assert found.logprobs is not None
+                assert found.top_logprobs is not None
+                assert scored.prompt_logprobs is not None
+                assert found.logprobs == pytest.approx(scored.prompt_logprobs, abs=1e-4)
+                assert len(found.top_logprobs) == len(found.token_ids)
+
+
 def test_a_preempted_constrained_sequence_goes_on_in_its_state(
     tiny_model: LoadedModel, grammars: list[Grammar]
 ) -> None:
