@@ -26,7 +26,7 @@ from ramet.grammar.json_schema.frames import Context, Json
 from ramet.grammar.json_schema.keywords import Interpreter
 from ramet.grammar.json_schema.strict import check_strict
 from ramet.grammar.json_schema.survey import survey
-from ramet.grammar.json_schema.values import Expr
+from ramet.grammar.json_schema.values import Const, Expr
 from ramet.grammar.vocabulary import Vocabulary
 
 _VALUE_STARTS = b'{["-0123456789tfn'
@@ -150,7 +150,7 @@ class _BehindGap:
         self.after = after
         self.number = number
 
-    def resume(self, mask: int, value: object | None) -> int:
+    def resume(self, mask: int, value: Const | None) -> int:
         return target(self.frame.instance, self.after)
 
     def rest(self, tag: int) -> int:

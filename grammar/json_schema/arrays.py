@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from ramet.grammar import numeric
-from ramet.grammar.automaton import DEAD, target
-from ramet.grammar.json_schema import specs
-from ramet.grammar.json_schema import values as v
+from dataclasses import replace
+
+from ramet.grammar.automaton import CONCRETE, DEAD, target
+from ramet.grammar.json_schema import distinct, specs
 from ramet.grammar.json_schema.behind import MAX_TAGS, ArrayEnd, before_end, behind
-from ramet.grammar.json_schema.expressions import INFINITE, MANY
 from ramet.grammar.json_schema.frames import Context, Json
 from ramet.grammar.json_schema.punctuation import CLOSE, GO_ON, next_item_rows, open_array_rows
-from ramet.grammar.json_schema.values import Arrays, Expr, Strings, Values
-from ramet.grammar.numeric import Numbers
+from ramet.grammar.json_schema.values import INFINITE, Arrays, Const, Expr
 
-Thread = tuple[int, Arrays, tuple[int, ...]]  # tag, spec, items found of each `contains`
+# tag, spec, items found of each `contains`, constants that the array must not become and is like so far
+Thread = tuple[int, Arrays, tuple[int, ...], tuple[int, ...]]
+Items = tuple[int, ...]  # their numbers (see distinct.py)
 
 
 class ArrayNode:
-    """An array under way. `index`: items read, no further than any thread can tell; `seen`: scalars that may not come
-    again.
+    """An array under way. `index`: items read, no further than any thread can tell; `seen`: numbers of those that must
+    not come again; `anonymous`: how many of these are not known; `items`: all of them, where the context asks for the
+    value; None also where some are not known.
     """
 
     def __init__(
@@ -26,9 +27,10 @@ class ArrayNode:
         json: Json,
         threads: tuple[Thread, ...],
         index: int,
-        seen: frozenset[object],
+        seen: frozenset[int],
         anonymous: int,
         context: Context,
+        items: Items | None,
     ) -> None:
         self.json = json
         self.threads = threads
@@ -36,8 +38,9 @@ class ArrayNode:
         self.seen = seen
         self.anonymous = anonymous
         self.context = context
+        self.items = items
         self.number = json.new_number()
-        self.is_unique = any(spec.unique for _, spec, _ in threads)
+        self.is_unique = any(spec.unique for _, spec, _, _ in threads)
         self._item: ItemContext | None = None
         self._twin: ArrayNode | None = None
 
@@ -47,46 +50,50 @@ class ArrayNode:
             context = self.context.mask_twin()
             self._twin = (
                 self
-                if context is self.context
-                else array_node(self.json, self.threads, self.index, self.seen, self.anonymous, context)
+                if context is self.context and self.items is None
+                else array_node(self.json, self.threads, self.index, self.seen, self.anonymous, context, None)
             )
         return self._twin
 
     def branches(self) -> list[tuple[Thread, Expr]]:
         """The threads that may read one more item, each with what it must be."""
-        e = self.json.expressions
+        e, index = self.json.expressions, self.index
         out: list[tuple[Thread, Expr]] = []
-        fresh = e.of_values(all_but(self.seen)) if self.seen else v.TRUE
-        for tag, spec, counts in self.threads:
-            for value, after in specs.item_choices(e, spec, self.index, counts):
+        for tag, spec, counts, rivals in self.threads:
+            for value, after in specs.item_choices(e, spec, index, counts):
                 if spec.unique:
-                    value = e.both(value, fresh)
-                thread = (tag, spec, after)
-                if self.may_finish(thread, self.index + 1) and not e.is_empty(value):
-                    out.append((thread, value))
+                    spoilers = distinct.spoilers(e, spec, index, after, self.seen)
+                    value = e.constants.without(value, self.seen | spoilers)
+                for kind, still in e.constants.split(value, rivals, self._item_of):
+                    thread = (tag, spec, after, still)
+                    if not e.is_empty(kind) and self.may_finish(thread, index + 1):
+                        out.append((thread, kind))
         return out
+
+    def _item_of(self, rival: int) -> int | None:
+        """The item of a constant in the place of the next one."""
+        items = self.json.expressions.constants.items(rival)
+        return items[self.index] if self.index < len(items) else None
 
     def may_finish(self, thread: Thread, index: int) -> bool:
         """Can the array still be completed as this thread wants it?"""
-        _, spec, counts = thread
-        if spec.contains and specs.items_needed(self.json.expressions, spec, index, counts) is None:
-            return False
-        missing = spec.low - index
-        if missing > 0 and spec.unique:
-            used = len(self.seen) + 1 + self.anonymous
-            return self.json.expressions.count(spec.rest) + len(spec.prefix) >= missing + used
-        return True
+        _, spec, counts, rivals = thread
+        e = self.json.expressions
+        if rivals:
+            return distinct.array_may_differ(e, spec, rivals, index, counts)
+        return distinct.may_fill(e, spec, index, counts, self.seen)
 
-    def has_few_values(self) -> bool:
-        """Can items that may not come again run out?"""
-        count = self.json.expressions.count
-        return any(
-            spec.unique and any(count(e) < MANY for e in (*spec.prefix, spec.rest)) for _, spec, _ in self.threads
+    def is_free(self) -> bool:
+        """Can no item from here on be stuck because of those before it?"""
+        exprs = {e for _, spec, _, _ in self.threads for e in (*spec.prefix[self.index :], spec.rest)}
+        return not any(rivals for *_, rivals in self.threads) and all(
+            distinct.is_free(self.json.expressions, e) for e in exprs
         )
 
     def may_close(self, thread: Thread) -> bool:
-        _, spec, counts = thread
-        return specs.may_close(spec, self.index, counts)
+        _, spec, counts, rivals = thread
+        items = self.json.expressions.constants.items
+        return specs.may_close(spec, self.index, counts) and not any(len(items(r)) == self.index for r in rivals)
 
     def closing_tags(self) -> int:
         """Tags that the array satisfies if it ends here."""
@@ -102,13 +109,19 @@ class ArrayNode:
 
     def close(self) -> int:
         mask = self.closing_tags()
-        return self.context.resume(mask, None) if mask else DEAD
+        if not mask:
+            return DEAD
+        if self.items is None:
+            return CONCRETE if self.context.is_anonymous else self.context.resume(mask, None)
+        return self.context.resume(mask, ("array", self.items))
 
     def cost(self, thread: Thread, index: int) -> int:
         """About the bytes that this thread still has to write, to the end of the text."""
-        tag, spec, counts = thread
+        tag, spec, counts, rivals = thread
         e = self.json.expressions
         total = 1 + self.context.rest(tag)
+        if any(len(e.constants.items(r)) == index for r in rivals):  # more must come, so that it differs
+            total += 1000
         if spec.contains:
             return total + e.cost_of_witness(spec) * (specs.items_needed(e, spec, index, counts) or 0)
         missing = max(spec.low - index, 0)
@@ -132,9 +145,9 @@ class ItemContext:
         self.node = node
         self.number = node.json.new_number()
         self.is_for_masks = False
-        self.remembers = node.is_unique
-        # which values are left matters where there are few: what a scalar was must then be known to go on
-        self.is_anonymous = bool(node.anonymous) or (self.remembers and node.has_few_values())
+        self.remembers = node.is_unique or node.items is not None
+        # where some text can be stuck because of what came before, an item must be known to go on
+        self.is_anonymous = node.is_unique and (node.anonymous > 0 or not node.is_free())
         branches = node.branches()
         self.exprs = tuple(dict.fromkeys(e for _, e in branches))
         self.branches = [(t, self.exprs.index(e)) for t, e in branches]
@@ -150,48 +163,66 @@ class ItemContext:
         if node.is_unique or len(self.exprs) > MAX_TAGS:
             return node.mask_twin().item_context()
         masks = range(1, 1 << len(self.exprs))
-        ends = tuple(self.following(mask, node.seen, node.anonymous).end() for mask in masks)
+        ends = tuple(self.following(mask, node.seen, node.anonymous, None).end() for mask in masks)
         return behind(node.json, ends, node.context.mask_twin())
 
     def rest(self, tag: int) -> int:
         return min(self.node.cost(t, self.node.index + 1) for t, i in self.branches if i == tag)
 
-    def following(self, mask: int, seen: frozenset[object], anonymous: int) -> ArrayNode:
+    def following(self, mask: int, seen: frozenset[int], anonymous: int, items: Items | None) -> ArrayNode:
         """The array after an item that satisfies the tags in `mask`."""
         node = self.node
         threads = tuple(dict.fromkeys(t for t, tag in self.branches if (mask >> tag) & 1))
-        return array_node(node.json, threads, node.index + 1, seen, anonymous, node.context)
+        return array_node(node.json, threads, node.index + 1, seen, anonymous, node.context, items)
 
-    def resume(self, mask: int, value: object | None) -> int:
-        seen, anonymous = self.node.seen, self.node.anonymous
-        if self.remembers:
-            seen, anonymous = (seen, anonymous + 1) if value is None else (seen | {value}, anonymous)
-        return target(before_item(NextFrame, self.following(mask, seen, anonymous)))
+    def resume(self, mask: int, value: Const | None) -> int:
+        node = self.node
+        seen, anonymous, items = node.seen, node.anonymous, node.items
+        if value is None:
+            anonymous += int(node.is_unique)
+            items = None
+        elif self.remembers:
+            number = node.json.expressions.constants.number(value)
+            seen = seen | {number} if node.is_unique else seen
+            items = None if items is None else (*items, number)
+        return target(before_item(NextFrame, self.following(mask, seen, anonymous, items)))
 
 
 def array_node(
-    json: Json, threads: tuple[Thread, ...], index: int, seen: frozenset[object], anonymous: int, context: Context
+    json: Json,
+    threads: tuple[Thread, ...],
+    index: int,
+    seen: frozenset[int],
+    anonymous: int,
+    context: Context,
+    items: Items | None,
 ) -> ArrayNode:
-    index = min(index, max((specs.last_index(spec) for _, spec, _ in threads), default=0))
+    index = min(index, max((_last_index(json, t) for t in threads), default=0))
     nodes = json.array_nodes
-    key = (threads, index, seen, anonymous, context.number)
+    key = (threads, index, seen, anonymous, context.number, items)
     found = nodes.get(key)
     if found is None:
-        found = nodes[key] = ArrayNode(json, threads, index, seen, anonymous, context)
+        found = nodes[key] = ArrayNode(json, threads, index, seen, anonymous, context, items)
     return found
+
+
+def _last_index(json: Json, thread: Thread) -> int:
+    """From this index on a thread cannot tell positions apart."""
+    _, spec, _, rivals = thread
+    return max(specs.last_index(spec), *(len(json.expressions.constants.items(r)) + 1 for r in rivals), 0)
 
 
 def open_array(json: Json, specs: list[tuple[Arrays, ...]], context: Context) -> int:
     """Target after `[`."""
     threads = tuple(
-        (tag, a, (0,) * len(a.contains))
+        (tag, replace(a, excluded=frozenset()), (0,) * len(a.contains), tuple(sorted(a.excluded)))
         for tag, group in enumerate(specs)
         for a in group
         if json.expressions.cost_of_array(a) < INFINITE
     )
     if not threads:
         return DEAD
-    node = array_node(json, threads, 0, frozenset(), 0, context)
+    node = array_node(json, threads, 0, frozenset(), 0, context, () if context.remembers else None)
     if context.is_for_masks:
         return before_end(json, node.end(), context, is_open=True)
     return target(before_item(OpenFrame, node))
@@ -231,21 +262,3 @@ class NextFrame(OpenFrame):
 
     def resolve(self, exit_index: int) -> int:
         return self.node.close() if exit_index == CLOSE else self.node.item(1)
-
-
-def all_but(seen: frozenset[object]) -> Values:
-    """All values but these scalars: ("string", text), ("number", fraction), ("bool", b), ("null", None)."""
-    texts = frozenset(x[1] for x in seen if x[0] == "string")  # type: ignore[index]
-    numbers = frozenset(x[1] for x in seen if x[0] == "number")  # type: ignore[index]
-    booleans = 3
-    for x in seen:
-        if x[0] == "bool":  # type: ignore[index]
-            booleans &= ~(2 if x[1] else 1)  # type: ignore[index]
-    return Values(
-        not any(x[0] == "null" for x in seen),  # type: ignore[index]
-        booleans,
-        (Numbers(excluded=numbers) if numbers else numeric.ANY,),
-        (Strings(excluded=texts) if texts else v.ANY_STRINGS,),
-        (v.ANY_OBJECTS,),
-        (v.ANY_ARRAYS,),
-    )

@@ -21,7 +21,7 @@ from ramet.grammar.json_schema.punctuation import (
     open_array_rows,
     open_object_rows,
 )
-from ramet.grammar.json_schema.values import Expr
+from ramet.grammar.json_schema.values import Const, Expr
 
 MAX_TAGS = 2  # of a value, up to which the places behind it are looked at one by one
 
@@ -57,7 +57,7 @@ class Behind:
         self.outer = outer
         self.number = json.new_number()
 
-    def resume(self, mask: int, value: object | None) -> int:
+    def resume(self, mask: int, value: Const | None) -> int:
         return before_end(self.json, self.ends[mask - 1], self.outer, is_open=False)
 
     def rest(self, tag: int) -> int:
@@ -98,7 +98,9 @@ class EndFrame:
     def resolve(self, exit_index: int) -> int:
         end = self.end
         if exit_index == CLOSE:
-            return self.outer.resume(end.tags, None) if end.tags else DEAD
+            if not end.tags:
+                return DEAD
+            return CONCRETE if self.outer.is_anonymous else self.outer.resume(end.tags, None)
         if isinstance(end, ArrayEnd):
             return self.json.value(end.item, self.json.somewhere, 2 if self.is_open else 1) if end.item else DEAD
         if not end.may_go_on:

@@ -11,7 +11,7 @@ from ramet.grammar.json_schema.keywords import Interpreter
 from ramet.grammar.json_schema.objects import prepare
 from ramet.grammar.json_schema.strict import check_strict
 from ramet.grammar.json_schema.survey import survey
-from ramet.grammar.json_schema.values import Values
+from ramet.grammar.json_schema.values import Const, Values
 
 WARM_NODES = 64  # schemas read at once; larger schemas are read further as they are visited
 
@@ -27,7 +27,7 @@ class RootContext:
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
 
-    def resume(self, mask: int, value: object | None) -> int:
+    def resume(self, mask: int, value: Const | None) -> int:
         return target(self.machine.done)
 
     def rest(self, tag: int) -> int:

@@ -7,20 +7,18 @@ parts cost nothing. Emptiness is the least fixed point of "has a finite value", 
 from __future__ import annotations
 
 from collections.abc import Callable
-from fractions import Fraction
+from dataclasses import replace
 from functools import partial
 
 from ramet.errors import GrammarTooLarge, InvalidSchema
 from ramet.grammar import deadline, numeric
-from ramet.grammar.json_schema import specs
+from ramet.grammar.json_schema import distinct, specs
 from ramet.grammar.json_schema import values as v
 from ramet.grammar.json_schema.document import SchemaNode
 from ramet.grammar.json_schema.languages import Languages
-from ramet.grammar.json_schema.values import FALSE, TRUE, Arrays, Exists, Expr, Objects, Strings, Values
+from ramet.grammar.json_schema.values import FALSE, INFINITE, TRUE, Arrays, Exists, Expr, Objects, Strings, Values
 
-INFINITE = 1 << 60
 MAX_SPECS = 1000
-MANY = 1 << 31  # values
 
 
 class _NotYet(Exception):
@@ -61,6 +59,9 @@ class Expressions:
         self._scalar: dict[Expr, bool] = {TRUE: False, FALSE: True}
         self._plainest: dict[Expr, Expr] = {}
         self._same_values: dict[Values, Expr] = {}
+        self.constants = distinct.Constants(self)
+        self.listed: dict[Expr, tuple[int, list[int] | None]] = {}  # owned by distinct.listed
+        self.listing: set[Expr] = set()
 
     # --- making
 
@@ -380,7 +381,7 @@ class Expressions:
     def cost_of_object(self, o: Objects) -> int:
         total = 2
         needed = self.closure_of_keys(o, o.required)
-        if o.high is not None and len(needed) > o.high:
+        if o.high is not None and max(o.low, len(needed)) > o.high:
             return INFINITE
         for k in needed:
             c = self.cost(specs.expr_of_key(self, o, k))
@@ -388,7 +389,7 @@ class Expressions:
                 return INFINITE
             total += len(k) + 4 + c
         if o.low > len(needed):
-            if not self._other_keys_possible(o):
+            if not self.other_keys_possible(o):
                 able = {k for k, e in o.properties if k in needed or not self.is_empty(e)}
                 usable = sum(1 for k in able if self.closure_of_keys(o, frozenset((k,))) <= able)
                 if usable < o.low:
@@ -398,15 +399,23 @@ class Expressions:
             if not self._may_exist(o, x):
                 return INFINITE
             total += 8
+        if o.excluded and not distinct.object_may_differ(self, replace(o, excluded=frozenset()), tuple(o.excluded)):
+            return INFINITE
         return total
 
-    def _other_keys_possible(self, o: Objects) -> bool:
+    def other_keys_possible(self, o: Objects) -> bool:
         """Can a key that is not declared have a value?"""
         if o.default == FALSE:
             return False
-        numbers = tuple(dict.fromkeys(n for rule in o.rules for n, _ in rule.patterns))
-        sets = self.languages.signatures(numbers)[1] if numbers else [frozenset[int]()]
-        return any(not self.is_empty(specs.expr_of_signature(self, o, s)) for s in sets)
+        numbers = o.languages
+        if not numbers:
+            return not self.is_empty(o.default)
+        for matching in self.languages.signatures(numbers)[1]:
+            if not self.is_empty(specs.expr_of_signature(self, o, matching)):
+                few = self.languages.few_of_signature(numbers, matching)
+                if few is None or not few <= o.table.keys():
+                    return True
+        return False
 
     def _may_exist(self, o: Objects, x: Exists) -> bool:
         for k, e in o.properties:
@@ -454,7 +463,11 @@ class Expressions:
                 if c >= INFINITE:
                     return INFINITE
                 total += (c + 1) * (1 if i < len(a.prefix) else a.low - len(a.prefix))
-        return INFINITE if a.unique and self.count(a.rest) + len(a.prefix) < a.low else total
+        if a.unique and not distinct.may_fill(self, a, 0, (0,) * len(a.contains), ()):
+            return INFINITE
+        if a.excluded and not distinct.array_may_differ(self, replace(a, excluded=frozenset()), tuple(a.excluded)):
+            return INFINITE
+        return total
 
     def cost_of_witness(self, a: Arrays) -> int:
         """More than the bytes of an item that some `contains` asks for: so that to write one always looks better than
@@ -464,20 +477,6 @@ class Expressions:
             if c.low:
                 found = max(found, min(self.cost(self.both(a.rest, c.expr)), self.cost(c.expr) + 1000))
         return 10 + min(2 * found, 1 << 40)
-
-    def count(self, expr: Expr) -> int:
-        """Number of values, at most MANY."""
-        a = self.values(expr)
-        if (
-            a.objects
-            or a.arrays
-            or any(s.finite is None for s in a.strings)
-            or any(n.finite is None for n in a.numbers)
-        ):
-            return MANY
-        found: set[str | Fraction] = {t for s in a.strings for t in s.finite or ()}
-        found |= {t for n in a.numbers for t in n.finite or ()}
-        return len(found) + int(a.null) + a.booleans.bit_count()
 
 
 # keywords that can leave a schema without any value, alone or together

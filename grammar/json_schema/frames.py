@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ramet.grammar.automaton import CONCRETE, DEAD, LOCAL_BITS, Machine, Table, path_to_exit, target
 from ramet.grammar.json_schema import values as v
-from ramet.grammar.json_schema.expressions import INFINITE, Expressions
+from ramet.grammar.json_schema.expressions import Expressions
 from ramet.grammar.json_schema.tables import (
     ARRAY,
     CHUNK,
@@ -36,23 +36,22 @@ from ramet.grammar.json_schema.tables import (
     number_rows,
     string_rows,
 )
-from ramet.grammar.json_schema.values import Expr, Strings, Values
+from ramet.grammar.json_schema.values import INFINITE, Const, Expr, Strings, Values
 from ramet.grammar.numeric import Numbers
 
 
 class Context(Protocol):
-    """What follows a value. `number` identifies it. remembers: it must be told which scalar the value was."""
+    """What follows a value. `number` identifies it. remembers: it must be told which value it was."""
 
     number: int
     remembers: bool
     is_anonymous: bool  # remembers, but does not know some earlier value
     is_for_masks: bool  # no text that was written stands in it: see behind.py
 
-    def resume(self, mask: int, value: object | None) -> int:
+    def resume(self, mask: int, value: Const | None) -> int:
         """Return the target after a value that satisfies the tags in `mask`.
 
-        value: ("string", text), ("number", Fraction), ("bool", b), ("null", None); None where it is not known or none
-        of these.
+        value: a constant (see distinct.py); None where it is not known.
         """
 
     def rest(self, tag: int) -> int:
@@ -73,7 +72,7 @@ class Somewhere:
     def __init__(self, number: int) -> None:
         self.number = number
 
-    def resume(self, mask: int, value: object | None) -> int:
+    def resume(self, mask: int, value: Const | None) -> int:
         return CONCRETE
 
     def rest(self, tag: int) -> int:
@@ -418,7 +417,7 @@ class _Remembering:
     def resolve_text(self, exit_index: int, text: bytes) -> int:
         return self.context.resume(self.masks[exit_index], self.read(text))
 
-    def read(self, text: bytes) -> object:
+    def read(self, text: bytes) -> Const:
         return ("string", json.loads(b'"' + text + b'"'))
 
 
@@ -427,7 +426,7 @@ class RememberingString(_Remembering, StringFrame):
 
 
 class RememberingNumber(_Remembering, NumberFrame):
-    def read(self, text: bytes) -> object:
+    def read(self, text: bytes) -> Const:
         from ramet.grammar.json_schema.keywords import fraction
 
         return ("number", fraction(json.loads(text)))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ramet.grammar import strings
 from ramet.grammar.automaton import Table, leave
+from ramet.grammar.json_schema import distinct
 from ramet.grammar.json_schema import specs as object_specs
 from ramet.grammar.json_schema.frames import Json
 from ramet.grammar.json_schema.tables import ANY_CHARS, StringRows, overlay
@@ -42,7 +44,7 @@ class Space:
         self.num_labels = len(self.names) + len(self.signatures)
         self._exprs: dict[tuple[int, int], Expr] = {}
         self.exprs_of_threads: dict[tuple[object, int], tuple[Expr, ...]] = {}
-        self._usable: dict[tuple[int, int], bool] = {}
+        self._differs: dict[tuple[int, int, tuple[int, ...], int], bool] = {}
         self._alive: dict[int, tuple[int, int]] = {}
         self._tables: dict[object, Table] = {}
         self._possible: dict[Table, tuple[int, int]] = {}
@@ -71,6 +73,17 @@ class Space:
             else:
                 found = object_specs.expr_of_signature(e, o, self.signatures[label - len(self.names)])
             self._exprs[spec, label] = found
+        return found
+
+    def may_differ(self, spec: int, exists: int, rivals: tuple[int, ...], seen: int) -> bool:
+        """Can an object with the names `seen`, like `rivals` so far, become another one? See distinct.py."""
+        key = (spec, exists, rivals, seen)
+        found = self._differs.get(key)
+        if found is None:
+            o = self.specs[spec]
+            o = replace(o, exists=tuple(x for i, x in enumerate(o.exists) if (exists >> i) & 1))
+            present = frozenset(k for i, k in enumerate(self.names) if (seen >> i) & 1)
+            found = self._differs[key] = distinct.object_may_differ(self.json.expressions, o, rivals, present)
         return found
 
     def usable(self, spec: int, label: int) -> bool:

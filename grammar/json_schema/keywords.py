@@ -293,7 +293,7 @@ class Interpreter:
             int(schema.get("minItems", 0)),
             None if high is None else int(high),
             contains,
-            bool(schema.get("uniqueItems", False)) and high not in (0, 1) and not self.lenient,
+            bool(schema.get("uniqueItems", False)) and high not in (0, 1),
         )
         found = specs.tidy_arrays(self.expressions, spec)
         return () if found is None else (found,)

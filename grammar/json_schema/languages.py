@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import lru_cache
 
 from ramet.grammar import deadline, ir, regular
@@ -13,6 +14,7 @@ from ramet.grammar.json_schema import formats, pattern
 from ramet.grammar.json_schema.values import Strings
 from ramet.grammar.regular import Dfa
 
+FEW = 64
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -25,6 +27,7 @@ class Languages:
         self._index: dict[tuple[str, str], int] = {}
         self._dfas: dict[int, Dfa] = {}
         self._conjunctions: dict[object, Dfa] = {}
+        self._few: dict[tuple[tuple[int, ...], frozenset[int]], tuple[frozenset[str] | None]] = {}
         self._signatures: dict[tuple[int, ...], tuple[Dfa, list[frozenset[int]]]] = {}
 
     def add(self, kind: str, source: str) -> int:
@@ -72,6 +75,17 @@ class Languages:
             dfa = regular.product([self.dfa(n) for n in numbers], label, max_states=self.max_states)
             found = self._signatures[numbers] = dfa, list(sets)
         return found
+
+    def few_of_signature(self, numbers: tuple[int, ...], matching: frozenset[int]) -> frozenset[str] | None:
+        """The texts that match exactly these of the languages; None where they are FEW or more."""
+        found = self._few.get((numbers, matching))
+        if found is None:
+            dfa, sets = self.signatures(numbers)
+            label = 1 + sets.index(matching)
+            dfa = replace(dfa, accepting=[a == label for a in dfa.accepting])
+            is_few = has_few_texts(dfa, 0, None, FEW)
+            found = self._few[numbers, matching] = (frozenset(few_texts(dfa, 0, None, FEW)) if is_few else None,)
+        return found[0]
 
     def accepts(self, number: int, text: str) -> bool:
         return self.dfa(number).accepts(map(ord, text))
@@ -148,7 +162,7 @@ class Languages:
             return True
         if not spec.excluded:
             return False
-        return all(t in spec.excluded for t in _few_texts(base, low, high, len(spec.excluded) + 1))
+        return all(t in spec.excluded for t in few_texts(base, low, high, len(spec.excluded) + 1))
 
 
 @lru_cache(maxsize=2048)
@@ -215,9 +229,10 @@ def _has_length(dfa: Dfa, low: int, high: int | None) -> bool:
     return False
 
 
-def _few_texts(dfa: Dfa, low: int, high: int | None, limit: int) -> Iterable[str]:
+def few_texts(dfa: Dfa, low: int, high: int | None, limit: int) -> Iterable[str]:
     """Texts of the language with low..high characters, shortest first, up to `limit`; enough to see whether a finite
     set covers it."""
+    useful = _useful_states(dfa)
     level: list[tuple[int, str]] = [(0, "")]
     following: list[tuple[int, str]]
     found = length = 0
@@ -232,10 +247,51 @@ def _few_texts(dfa: Dfa, low: int, high: int | None, limit: int) -> Iterable[str
             for i, start in enumerate(dfa.starts):
                 to = dfa.transitions[state][dfa.classes[i]]
                 end = dfa.starts[i + 1] if i + 1 < len(dfa.starts) else ir.MAX_CODE_POINT + 1
-                if to >= 0:
+                if to in useful:
                     following.extend((to, text + chr(c)) for c in range(start, min(end, start + limit)))
         level = following[: 4 * limit]
         length += 1
+
+
+def has_few_texts(dfa: Dfa, low: int, high: int | None, enough: int) -> bool:
+    """Are there fewer than `enough` texts of low..high characters? Counts the ways to each state, length by length."""
+    sizes = [0] * dfa.num_classes
+    for i, start in enumerate(dfa.starts):
+        sizes[dfa.classes[i]] += (dfa.starts[i + 1] if i + 1 < len(dfa.starts) else ir.MAX_CODE_POINT + 1) - start
+    useful = _useful_states(dfa)
+    ways = {0: 1} if 0 in useful else {}
+    total = length = 0
+    while ways and (high is None or length <= high):
+        deadline.check()
+        if high is None and length > low + len(dfa.transitions):
+            return False  # a way around: without end
+        if length >= low:
+            total += sum(n for state, n in ways.items() if dfa.accepting[state])
+            if total >= enough:
+                return False
+        following: dict[int, int] = {}
+        for state, n in ways.items():
+            for c, to in enumerate(dfa.transitions[state]):
+                if to in useful:
+                    following[to] = min(following.get(to, 0) + n * sizes[c], enough)
+        ways, length = following, length + 1
+    return True
+
+
+def _useful_states(dfa: Dfa) -> set[int]:
+    """Those from which a text can be finished."""
+    before: dict[int, list[int]] = {}
+    for state, row in enumerate(dfa.transitions):
+        for to in row:
+            before.setdefault(to, []).append(state)
+    found = {s for s, accepts in enumerate(dfa.accepting) if accepts}
+    stack = list(found)
+    while stack:
+        for s in before.get(stack.pop(), ()):
+            if s not in found:
+                found.add(s)
+                stack.append(s)
+    return found
 
 
 def _finite(texts: frozenset[str]) -> Dfa:

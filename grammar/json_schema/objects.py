@@ -1,25 +1,28 @@
 """JSON objects on the machine: any order of keys, each at most once, several alternatives at a time.
 
 An object under way is a node: the keys seen, and the threads that are still possible. A thread is (tag, spec, what must
-still exist); alternatives of one tag are several threads. Keys that a schema names are bits; other keys are remembered
+still exist, rivals: constants that the object must not become and is like so far); alternatives of one tag are several
+threads. Keys that a schema names are bits; other keys are remembered
 by name.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import combinations
 
 from ramet.grammar.automaton import CONCRETE, DEAD, Table, target
+from ramet.grammar.json_schema import distinct
 from ramet.grammar.json_schema import values as v
 from ramet.grammar.json_schema.behind import MAX_TAGS, ObjectEnd, before_end, behind
-from ramet.grammar.json_schema.expressions import INFINITE
 from ramet.grammar.json_schema.frames import Context, Json
 from ramet.grammar.json_schema.key_frames import KeyFrame, MemoryKeyFrame, mask_keys
 from ramet.grammar.json_schema.keys import Space
 from ramet.grammar.json_schema.punctuation import CLOSE, GO_ON, next_key_rows, open_object_rows
-from ramet.grammar.json_schema.values import FALSE, Exists, Expr
+from ramet.grammar.json_schema.values import FALSE, INFINITE, Const, Exists, Expr
 
-Thread = tuple[int, int, int]  # tag, spec (index in the space), bits of what must still exist
+Thread = tuple[int, int, int, tuple[int, ...]]  # tag, spec (index in the space), bits of what must still exist, rivals
+Content = frozenset[tuple[str, int]]  # keys and numbers of their values (see distinct.py)
 
 
 class ObjectNode:
@@ -34,6 +37,7 @@ class ObjectNode:
         anonymous: int,
         context: Context,
         forgets: bool = False,
+        content: Content | None = None,
     ) -> None:
         self.space = space
         self.json = space.json
@@ -43,6 +47,8 @@ class ObjectNode:
         self.anonymous = anonymous  # keys read within one token's walk, whose names are not known
         self.context = context
         self.forgets = forgets  # unnamed keys may have come, no matter which: see `mask_twin`
+        self.content = content  # where the context asks for the value; None also where some of it is not known
+        self.has_rivals = any(rivals for *_, rivals in threads)
         self.number = self.json.new_number()
         self._alive: tuple[int, int] | None = None
         self._twins: list[ObjectNode | None] = [None, None]
@@ -68,12 +74,12 @@ class ObjectNode:
     def _in(self, context: Context, forgets: bool) -> ObjectNode:
         if (forgets or self.forgets) and self.may_forget(self.extras):
             return object_node(self.space, self.threads, self.seen, frozenset(), 0, context, True)
-        if context is self.context:
+        if context is self.context and self.content is None:
             return self
         return object_node(self.space, self.threads, self.seen, self.extras, self.anonymous, context, self.forgets)
 
     def may_forget(self, extras: frozenset[str]) -> bool:
-        return self.space.may_forget({spec for _, spec, _ in self.threads}, extras)
+        return self.space.may_forget({spec for _, spec, _, _ in self.threads}, extras)
 
     @property
     def has_extras(self) -> bool:
@@ -96,8 +102,10 @@ class ObjectNode:
 
     def may_finish(self, thread: Thread, seen: int, count: int) -> bool:
         """Can the object still be completed as this thread wants it?"""
-        _, spec, exists = thread
+        _, spec, exists, rivals = thread
         space, o = self.space, self.space.specs[spec]
+        if rivals and not space.may_differ(spec, exists, rivals, seen):
+            return False
         if space.is_simple[spec]:
             return True
         needed = self.needed(spec, seen)
@@ -135,7 +143,7 @@ class ObjectNode:
         count = self.count + 1
         out: list[tuple[Thread, Expr]] = []
         for thread in self.threads:
-            tag, spec, exists = thread
+            tag, spec, exists, rivals = thread
             expr = space.expr(spec, label)
             if expr == FALSE or e.is_empty(expr):
                 continue
@@ -152,19 +160,34 @@ class ObjectNode:
                     for i in chosen:
                         value = e.both(value, o.exists[i].expr)
                         left &= ~(1 << i)
-                    following = (tag, spec, left)
-                    if not e.is_empty(value) and self.may_finish(following, seen, count):
-                        out.append((following, value))
+                    for kind, still in self._ways_to_differ(value, rivals, label):
+                        following = (tag, spec, left, still)
+                        if not e.is_empty(kind) and self.may_finish(following, seen, count):
+                            out.append((following, kind))
         return out
+
+    def _ways_to_differ(
+        self, value: Expr, rivals: tuple[int, ...], label: int
+    ) -> Iterable[tuple[Expr, tuple[int, ...]]]:
+        """The value that a key of this label must have, to become different from some rivals or stay like others."""
+        names, constants = self.space.names, self.json.expressions.constants
+        if not rivals or label >= len(names):  # the names are also those of the rivals
+            return ((value, ()),)
+        return constants.split(value, rivals, lambda r: constants.members(r).get(names[label]))
 
     def exprs(self, label: int) -> tuple[Expr, ...]:
         """What the value of a key of this label must be, for each of the threads that may read it."""
-        is_simple = not self.json.ordered and all(self.space.is_simple[spec] for _, spec, _ in self.threads)
-        known = self.space.exprs_of_threads if is_simple else self._exprs  # does it depend on the keys seen?
+        known = self.space.exprs_of_threads if self._is_simple() else self._exprs  # does it depend on the keys seen?
         found = known.get((self.threads, label))
         if found is None:
             found = known[self.threads, label] = tuple(dict.fromkeys(e for _, e in self.branches(label)))
         return found
+
+    def _is_simple(self) -> bool:
+        """Do the keys seen change nothing but that they may not come again?"""
+        if self.has_rivals or self.json.ordered:
+            return False
+        return all(self.space.is_simple[spec] for _, spec, _, _ in self.threads)
 
     def _in_order(self, spec: int, label: int) -> bool:
         """declared_order: after all named keys seen, and not past one that must still come."""
@@ -179,8 +202,8 @@ class ObjectNode:
             space = self.space
             n = len(space.names)
             named = others = 0
-            if all(space.is_simple[spec] for _, spec, _ in self.threads) and not self.json.ordered:
-                for spec in {spec for _, spec, _ in self.threads}:
+            if self._is_simple():
+                for spec in {spec for _, spec, _, _ in self.threads}:
                     a, b = space.alive(spec)
                     named |= a
                     others |= b
@@ -192,8 +215,11 @@ class ObjectNode:
         return self._alive
 
     def may_close(self, thread: Thread) -> bool:
-        _, spec, exists = thread
-        return not exists and not self.needed(spec, self.seen) and self.count >= self.space.specs[spec].low
+        _, spec, exists, rivals = thread
+        if exists or self.needed(spec, self.seen) or self.count < self.space.specs[spec].low:
+            return False
+        members = self.json.expressions.constants.members
+        return not any(len(members(r)) == self.count for r in rivals)
 
     def closing_tags(self) -> int:
         """Tags that the object satisfies if it ends here."""
@@ -208,11 +234,15 @@ class ObjectNode:
 
     def close(self) -> int:
         mask = self.closing_tags()
-        return self.context.resume(mask, None) if mask else DEAD
+        if not mask:
+            return DEAD
+        if self.content is None:
+            return CONCRETE if self.context.is_anonymous else self.context.resume(mask, None)
+        return self.context.resume(mask, ("object", self.content))
 
     def cost(self, thread: Thread, seen: int) -> int:
         """About the bytes that this thread still has to write, to the end of the text."""
-        tag, spec, exists = thread
+        tag, spec, exists, rivals = thread
         space, e = self.space, self.json.expressions
         needed = self.needed(spec, seen)
         total = 1 + self.context.rest(tag)
@@ -220,11 +250,14 @@ class ObjectNode:
         for i in range(needed.bit_length()):
             if (needed >> i) & 1:
                 total += len(space.names[i]) + 4 + e.cost(space.expr(spec, i))
+        members, count = e.constants.members, seen.bit_count()
+        if any(len(members(r)) == count for r in rivals):  # more must come, so that it differs
+            total += 1000
         return total + 1000 * self.missing(thread, seen)
 
     def missing(self, thread: Thread, seen: int) -> int:
         """Keys that must still come, beyond those that are needed by name."""
-        _, spec, _ = thread
+        _, spec, _, _ = thread
         present = self.needed(spec, seen).bit_count() + seen.bit_count() + len(self.extras) + self.anonymous
         return max(self.space.specs[spec].low - present, 0)
 
@@ -260,7 +293,6 @@ class ObjectNode:
 class PropertyContext:
     """After a property's value."""
 
-    remembers = False
     is_anonymous = False
     is_for_masks = False
 
@@ -269,6 +301,7 @@ class PropertyContext:
         self.label = label
         self.key = key
         self.number = node.json.new_number()
+        self.remembers = node.content is not None
         branches = node.branches(label)
         self.exprs = tuple(dict.fromkeys(e for _, e in branches))
         self.branches = [(t, self.exprs.index(e)) for t, e in branches]
@@ -297,14 +330,24 @@ class PropertyContext:
     def rest(self, tag: int) -> int:
         return min(self.node.cost(t, self.seen) for t, i in self.branches if i == tag)
 
-    def following(self, mask: int) -> ObjectNode:
+    def following(self, mask: int, content: Content | None = None) -> ObjectNode:
         """The object after a value that satisfies the tags in `mask`."""
         threads = tuple(sorted({t for t, tag in self.branches if (mask >> tag) & 1}))
         node = self.node
-        return object_node(node.space, threads, self.seen, self.extras, self.anonymous, node.context, node.forgets)
+        return object_node(
+            node.space, threads, self.seen, self.extras, self.anonymous, node.context, node.forgets, content
+        )
 
-    def resume(self, mask: int, value: object | None) -> int:
-        return target(before_key(NextFrame, self.following(mask)))
+    def resume(self, mask: int, value: Const | None) -> int:
+        return target(before_key(NextFrame, self.following(mask, self._content(value))))
+
+    def _content(self, value: Const | None) -> Content | None:
+        """What the object holds after this value."""
+        node = self.node
+        key = node.space.names[self.label] if self.label < len(node.space.names) else self.key
+        if node.content is None or key is None or value is None:
+            return None
+        return node.content | {(key, node.json.expressions.constants.number(value))}
 
 
 def object_node(
@@ -315,12 +358,13 @@ def object_node(
     anonymous: int,
     context: Context,
     forgets: bool = False,
+    content: Content | None = None,
 ) -> ObjectNode:
     nodes: dict[object, ObjectNode] = space.json.object_nodes
-    key = (space.number, threads, seen, extras, anonymous, context.number, forgets)
+    key = (space.number, threads, seen, extras, anonymous, context.number, forgets, content)
     found = nodes.get(key)
     if found is None:
-        found = nodes[key] = ObjectNode(space, threads, seen, extras, anonymous, context, forgets)
+        found = nodes[key] = ObjectNode(space, threads, seen, extras, anonymous, context, forgets, content)
     return found
 
 
@@ -346,11 +390,14 @@ def open_object(json: Json, specs: list[tuple[v.Objects, ...]], context: Context
     ]
     if not pairs:
         return DEAD
-    distinct = tuple(dict.fromkeys(o for _, o in pairs))
-    space = space_of(json, distinct)
-    position = {o: i for i, o in enumerate(distinct)}
-    threads = tuple(sorted({(tag, position[o], (1 << len(o.exists)) - 1) for tag, o in pairs}))
-    node = object_node(space, threads, 0, frozenset(), 0, context)
+    whole = {o: distinct.without_excluded(json.expressions, o) if o.excluded else o for _, o in pairs}
+    bases = tuple(dict.fromkeys(whole.values()))
+    space = space_of(json, bases)
+    position = {o: i for i, o in enumerate(bases)}
+    threads = tuple(
+        sorted({(tag, position[whole[o]], (1 << len(o.exists)) - 1, tuple(sorted(o.excluded))) for tag, o in pairs})
+    )
+    node = object_node(space, threads, 0, frozenset(), 0, context, content=frozenset() if context.remembers else None)
     if context.is_for_masks:
         return before_end(json, node.end(), context, is_open=True)
     return target(before_key(OpenFrame, node))

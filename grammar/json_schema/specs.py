@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from ramet.errors import UnsupportedSchema
 from ramet.grammar import deadline
+from ramet.grammar.json_schema import distinct
 from ramet.grammar.json_schema import values as v
 from ramet.grammar.json_schema.values import FALSE, TRUE, Arrays, Contains, Exists, Expr, Objects, Rule
 
@@ -62,6 +63,7 @@ def both_objects(expressions: Expressions, a: Objects, b: Objects) -> Objects | 
             tuple(sorted(dependent.items())),
             tuple(dict.fromkeys(a.exists + b.exists)),
             a.named_only or b.named_only,
+            a.excluded | b.excluded,
         ),
     )
 
@@ -71,6 +73,8 @@ def tidy_objects(expressions: Expressions, o: Objects) -> Objects | None:
     low = max(o.low, len(o.required))
     if o.high is not None and low > o.high:
         return None
+    if o.low and o.rules:  # so that what counts keys knows where they run out
+        o = distinct.with_few_keys(expressions, o)
     named = set(o.required)
     for k, needs in o.dependent:
         named.add(k)
@@ -90,7 +94,7 @@ def tidy_objects(expressions: Expressions, o: Objects) -> Objects | None:
     if default == FALSE and low > sum(e != FALSE for _, e in properties):
         return None
     low = o.low if o.low > len(o.required) else 0
-    return Objects(properties, default, rules, o.required, low, o.high, o.dependent, o.exists, o.named_only)
+    return Objects(properties, default, rules, o.required, low, o.high, o.dependent, o.exists, o.named_only, o.excluded)
 
 
 def not_objects(expressions: Expressions, o: Objects) -> list[Objects]:
@@ -121,6 +125,8 @@ def not_objects(expressions: Expressions, o: Objects) -> list[Objects]:
             others = tuple(n for n, _ in rule.patterns)
             out.append(Objects(exists=(Exists(None, others, names, expressions.negate(rule.additional)),)))
     out.extend(_not_exists(expressions, x) for x in o.exists)
+    constants = expressions.constants
+    out.extend(s for n in sorted(o.excluded) for s in expressions.values(constants.expr(n)).objects)
     return out
 
 
@@ -154,6 +160,7 @@ def both_arrays(expressions: Expressions, a: Arrays, b: Arrays) -> Arrays | None
             high,
             tuple(dict.fromkeys(a.contains + b.contains)),
             a.unique or b.unique,
+            a.excluded | b.excluded,
         ),
     )
 
@@ -175,7 +182,7 @@ def tidy_arrays(expressions: Expressions, a: Arrays) -> Arrays | None:
     prefix = a.prefix if high is None else a.prefix[:high]
     rest = FALSE if high is not None and len(prefix) >= high else a.rest
     contains = tuple(c for c in a.contains if c.low > 0 or c.high is not None)
-    return Arrays(prefix, rest, a.low, high, contains, a.unique)
+    return Arrays(prefix, rest, a.low, high, contains, a.unique, a.excluded)
 
 
 def not_arrays(expressions: Expressions, a: Arrays) -> list[Arrays]:
@@ -200,6 +207,8 @@ def not_arrays(expressions: Expressions, a: Arrays) -> list[Arrays]:
             out.append(Arrays(contains=(Contains(c.start, c.expr, 0, c.low - 1),)))
         if c.high is not None:
             out.append(Arrays(contains=(Contains(c.start, c.expr, c.high + 1, None),)))
+    constants = expressions.constants
+    out.extend(s for n in sorted(a.excluded) for s in expressions.values(constants.expr(n)).arrays)
     if a.unique and expressions.lenient:
         out.append(Arrays())
     elif a.unique:

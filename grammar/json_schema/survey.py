@@ -116,7 +116,6 @@ def survey(interpreter: Interpreter) -> list[Problem]:
         _check_shapes(node)
         _check_values(node)
         _check_patterns(interpreter, node, problems)
-        _check_unique(interpreter, node, problems)
         for child in _children(interpreter, node):
             if child.number not in seen:
                 seen.add(child.number)
@@ -148,15 +147,6 @@ def _check_values(node: SchemaNode) -> None:
                 raise InvalidSchema(f"{node.pointer}/{key}: {value} is not a JSON number", f"{node.pointer}/{key}")
             if isinstance(value, list | dict):
                 stack.extend((v, depth + 1) for v in (value.values() if isinstance(value, dict) else value))
-
-
-def _check_unique(interpreter: Interpreter, node: SchemaNode, problems: list[tuple[str, str, str]]) -> None:
-    if node.schema.get("uniqueItems") is not True:
-        return
-    for a in interpreter.arrays(node):
-        items = [interpreter.expressions.values(e) for e in (*a.prefix, a.rest)]
-        if any(x.objects or x.arrays for x in items) and (a.high is None or a.high > 1):
-            problems.append((node.pointer, "uniqueItems", "items that are objects or arrays are not compared"))
 
 
 def _check_patterns(interpreter: Interpreter, node: SchemaNode, problems: list[tuple[str, str, str]]) -> None:

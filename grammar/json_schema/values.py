@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from ramet.grammar import deadline, numeric
 from ramet.grammar.numeric import Numbers
@@ -18,6 +18,8 @@ _T = TypeVar("_T")
 
 TRUE, FALSE = 0, 1  # expressions: anything, nothing
 Expr = int
+Const = tuple[str, Any]  # a value that was read, see distinct.py
+INFINITE = 1 << 60  # a cost that nothing has
 
 
 class Strings(NamedTuple):
@@ -58,6 +60,7 @@ class Objects:
     properties: declared key -> expression of its value (all that applies). default and rules: keys not declared.
     low, high: number of keys. dependent: (key, keys that it requires). exists: see Exists.
     named_only: in declared order, keys that no schema names are not written, though they would be valid.
+    excluded: numbers of constants (see distinct.py) that are left out.
     """
 
     properties: tuple[tuple[str, Expr], ...] = ()
@@ -69,10 +72,16 @@ class Objects:
     dependent: tuple[tuple[str, frozenset[str]], ...] = ()
     exists: tuple[Exists, ...] = ()
     named_only: bool = False
+    excluded: frozenset[int] = frozenset()
     table: dict[str, Expr] = field(init=False, compare=False, repr=False)  # `properties` as a dictionary
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "table", dict(self.properties))
+
+    @property
+    def languages(self) -> tuple[int, ...]:
+        """Those that the rules tell keys apart by."""
+        return tuple(dict.fromkeys(n for rule in self.rules for n, _ in rule.patterns))
 
 
 ANY_OBJECTS = Objects()
@@ -89,7 +98,7 @@ class Contains(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Arrays:
-    """A conjunction on arrays: `prefix` items, then `rest` for all others."""
+    """A conjunction on arrays: `prefix` items, then `rest` for all others; not the constants `excluded`."""
 
     prefix: tuple[Expr, ...] = ()
     rest: Expr = TRUE
@@ -97,6 +106,7 @@ class Arrays:
     high: int | None = None
     contains: tuple[Contains, ...] = ()
     unique: bool = False
+    excluded: frozenset[int] = frozenset()
 
 
 ANY_ARRAYS = Arrays()

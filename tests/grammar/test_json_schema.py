@@ -327,6 +327,16 @@ def test_invalid_schemas_name_the_place(schema: Any, pointer: str) -> None:
         {"type": "string", "pattern": "^a$", "minLength": 2},
         {"type": "object", "properties": {"x": {"$ref": "#"}}, "required": ["x"]},
         {"type": "array", "items": {"enum": [1, 2]}, "uniqueItems": True, "minItems": 3},
+        {
+            "type": "array",
+            "items": {"type": "integer", "minimum": 1, "maximum": 20},
+            "uniqueItems": True,
+            "minItems": 21,
+        },
+        {"type": "array", "items": {"type": "string", "pattern": "^[ab]$"}, "uniqueItems": True, "minItems": 3},
+        {"type": "array", "prefixItems": [{"const": 1}, {"const": 1}], "uniqueItems": True, "minItems": 2},
+        {"type": "array", "items": {"enum": [{}, {"a": 1}]}, "uniqueItems": True, "minItems": 3},
+        {"type": "object", "patternProperties": {"^[ab]$": {}}, "additionalProperties": False, "minProperties": 3},
     ],
 )
 def test_contradictory_schemas_are_refused(schema: Any) -> None:

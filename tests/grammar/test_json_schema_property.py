@@ -62,6 +62,7 @@ def arrays(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
             "maxItems": counts,
             "contains": inner,
             "maxContains": counts,
+            "uniqueItems": st.booleans(),
         },
     )
 
@@ -112,6 +113,17 @@ def combined(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
 
 
 schemas = st.recursive(plain, combined, max_leaves=5)
+few = st.sampled_from([True, {"enum": [1, "a"]}, {"type": "boolean"}, {"type": "string"}, {"pattern": "^[ab]$"}, {}])
+items = st.recursive(
+    few,
+    lambda inner: st.one_of(
+        objects(inner).map(lambda s: {"type": "object", "additionalProperties": False, **s}),
+        arrays(inner).map(lambda s: {"type": "array", "maxItems": 2, **s}),
+        st.fixed_dictionaries({"anyOf": st.lists(inner, min_size=2, max_size=2)}),
+    ),
+    max_leaves=3,
+)
+distinct = arrays(items).map(lambda s: {**s, "type": "array", "uniqueItems": True})
 relaxed = settings(
     max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much]
 )
@@ -136,7 +148,7 @@ def accepts(grammar: CompiledGrammar, text: bytes) -> bool:
 
 
 @relaxed
-@given(schemas, st.lists(values, min_size=3, max_size=8))
+@given(schemas | distinct, st.lists(values, min_size=3, max_size=8))
 def test_a_value_is_accepted_exactly_when_it_validates(schema: Any, instances: list[Any]) -> None:
     try:
         grammar = compile_grammar(JsonSchema(schema, JsonOptions(whitespace="bounded")), BYTES)
@@ -151,7 +163,7 @@ def test_a_value_is_accepted_exactly_when_it_validates(schema: Any, instances: l
 
 
 @relaxed
-@given(schemas, st.data())
+@given(schemas | distinct, st.data())
 def test_random_walks_never_end_dead_and_their_texts_validate(schema: Any, data: st.DataObject) -> None:
     grammar = compiled(schema, VOCABULARY)
     state, text = 0, b""
@@ -174,7 +186,7 @@ def test_random_walks_never_end_dead_and_their_texts_validate(schema: Any, data:
 
 
 @relaxed
-@given(schemas, values, st.data())
+@given(schemas | distinct, values, st.data())
 def test_masks_equal_brute_force_along_any_split(schema: Any, value: Any, data: st.DataObject) -> None:
     grammar = compiled(schema, VOCABULARY)
     text = json.dumps(value, ensure_ascii=False).encode()

@@ -32,6 +32,17 @@ SCHEMAS: dict[str, Any] = {
     "two kinds": {"anyOf": [{"additionalProperties": {"type": "string"}}, {"additionalProperties": {"const": 1}}]},
     "list of maps": {"type": "array", "items": {"type": "object", "additionalProperties": {"type": "array"}}},
     "unique items": {"type": "array", "uniqueItems": True, "items": {"enum": ["a", "b", 1, 11]}},
+    "unique objects": {
+        "type": "array",
+        "uniqueItems": True,
+        "items": {"type": "object", "properties": {"a": {"const": 1}}},
+    },
+    "few objects": {
+        "type": "array",
+        "uniqueItems": True,
+        "items": {"properties": {"a": {"enum": [1, "a"]}}, "type": "object", "additionalProperties": False},
+    },
+    "unique integers": {"type": "array", "uniqueItems": True, "items": {"type": "integer"}},
     "map of unique": {"additionalProperties": {"type": "array", "uniqueItems": True, "items": {"type": "string"}}},
 }
 

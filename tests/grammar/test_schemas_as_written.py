@@ -382,14 +382,59 @@ def test_exactly_the_valid_values_are_accepted(schema: Any, good: list[Any], bad
 
 
 REFUSED: list[tuple[Any, str]] = [
-    ({"type": "array", "uniqueItems": True}, "uniqueItems"),
-    ({"type": "array", "uniqueItems": True, "items": {"type": "object"}}, "uniqueItems"),
     ({"pattern": "\\bfoo\\b"}, "pattern"),
     ({"pattern": "^[a-z-]+(?<!-)$"}, "pattern"),
     ({"pattern": "^(a|b)\\1$"}, "pattern"),
     ({"pattern": "^[^@]++@x$"}, "pattern"),
     ({"pattern": "^(?>a|ab)c$"}, "pattern"),
 ]
+
+
+UNIQUE: list[tuple[Any, list[Any], list[Any]]] = [
+    (
+        True,
+        [[], [1, True], [[1], [2]], [{"a": 1}, {"a": 2}, {}]],
+        [[[1], [1.0]], [{"a": 1, "b": []}, {"b": [], "a": 1}]],
+    ),
+    ({"type": "object"}, [[{"a": {"b": 1}}, {"a": {"b": 2}}]], [[{"a": {"b": 1, "c": 2}}, {"a": {"c": 2, "b": 1}}]]),
+    ({"type": "array"}, [[[], [[]], [[], []]]], [[[], [[]], [[]]]]),
+    ({"enum": [{"a": 1}, [1], 1]}, [[1, [1], {"a": 1}]], [[{"a": 1}, {"a": 1}]]),
+]
+
+
+@pytest.mark.parametrize(("items", "good", "bad"), UNIQUE)
+def test_items_of_every_kind_are_compared(items: Any, good: list[Any], bad: list[Any]) -> None:
+    grammar = compiled({"type": "array", "uniqueItems": True, "items": items})
+    for value in good:
+        assert accepts(grammar, json.dumps(value)), value
+    for value in bad:
+        assert not accepts(grammar, json.dumps(value)), value
+
+
+CLOSED: Any = {"type": "object", "additionalProperties": False}
+RUNNING_OUT: list[tuple[Any, str, str | None]] = [  # (schema without type and uniqueItems, a text, how it is closed)
+    ({"prefixItems": [{"enum": [1, 2]}, {"const": 1}], "minItems": 2}, "[", "2,1]"),
+    ({"items": {"type": "string", "pattern": "^[ab]$"}, "minItems": 2}, '["b"', ',"a"]'),
+    (
+        {"items": {**CLOSED, "properties": {"a": {"type": "boolean"}}, "required": ["a"]}},
+        '[{"a":true},{"a"',
+        ":false}]",
+    ),
+    ({"items": {**CLOSED, "properties": {"a": {"const": 1}}}}, '[{"a":1},{},', None),
+    ({"items": {"type": "array", "items": {"const": 1}, "maxItems": 1}, "minItems": 2}, "[[", "],[1]]"),
+    ({"items": {"type": "array", "items": {"const": 1}, "maxItems": 1}, "minItems": 2}, "[[1],", "[]]"),
+]
+
+
+@pytest.mark.parametrize(("schema", "text", "closing"), RUNNING_OUT)
+def test_items_that_must_differ_do_not_run_out(schema: Any, text: str, closing: str | None) -> None:
+    grammar = compiled({"type": "array", "uniqueItems": True, **schema})
+    state = grammar.advance_bytes(0, text.encode())
+    if closing is None:
+        assert state is None
+    else:
+        assert state is not None
+        assert bytes(grammar.shortest_completion(state)) == closing.encode()
 
 
 @pytest.mark.parametrize(("schema", "keyword"), REFUSED)
