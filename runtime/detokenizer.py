@@ -104,12 +104,13 @@ def count_kept_tokens(token_bytes: Sequence[bytes], token_ids: Sequence[int], te
 
     A token that is cut does not count, nor do special tokens behind the last character.
     """
-    left, kept = len(text.encode("utf-8")), 0
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    position = kept = 0
     for index, token in enumerate(token_ids):
-        num_bytes = len(token_bytes[token])
-        if num_bytes > left:
+        if not token_bytes[token]:
+            continue
+        position += len(decoder.decode(token_bytes[token]))
+        if position + bool(decoder.getstate()[0]) > len(text):  # with the character whose other bytes are to come
             break
-        left -= num_bytes
-        if num_bytes:
-            kept = index + 1
+        kept = index + 1
     return kept

@@ -7,6 +7,7 @@ that a stop string cut in two. Not here: who runs nodes (programs.py), what a ro
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -119,11 +120,16 @@ class PieceEncoder:
 
 
 def keep_text(token_bytes: Sequence[bytes], tokens: Sequence[int], text: str) -> tuple[list[int], str]:
-    """Split generated `tokens` where their kept `text` ends (a stop string cuts it): whole tokens, remaining text."""
-    limit, used, count = len(text.encode()), 0, 0
-    for token in tokens:
-        size = len(token_bytes[token])
-        if used + size > limit:
+    """Split generated `tokens` where their kept `text` ends (a stop string cuts it): whole tokens, remaining text.
+
+    `text` is the beginning of what the tokens decode to, with U+FFFD for bytes that are no UTF-8.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    position = count = end = 0
+    for index, token in enumerate(tokens):
+        position += len(decoder.decode(token_bytes[token]))
+        if position > len(text):
             break
-        used, count = used + size, count + 1
-    return list(tokens[:count]), text.encode()[used:].decode(errors="ignore")
+        if not decoder.getstate()[0]:  # no character is half there
+            count, end = index + 1, position
+    return list(tokens[:count]), text[end:]
