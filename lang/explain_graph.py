@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from ramet.lang import ir
@@ -21,8 +22,7 @@ def explain_graph(graph: ir.Graph, program: str, target: Target) -> Explanation:
 
 
 def explain_on_server(
-    graph: ir.Graph, program: str, tokenizer: Any, model: str, context_length: int | None
+    graph: ir.Graph, program: str, tokenizer: Any, model: str, limits: Mapping[str, int]
 ) -> dict[str, Any]:  # Any: a runtime's Tokenizer; JSON
-    """The plan as plain data, by a server's own tokenizer."""
-    limits = {} if context_length is None else {"context_length": context_length}
+    """The plan as plain data, by a server's own tokenizer. `limits`: of its engine, as a Target has them."""
     return explain_graph(graph, program, TokenizerTarget(tokenizer, name=model, **limits)).to_dict()

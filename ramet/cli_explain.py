@@ -50,8 +50,14 @@ def _target(model: str | None) -> Target:
         from ramet.runtime.byte_tokenizer import ByteTokenizer
 
         return TokenizerTarget(ByteTokenizer(), name="bytes")
+    from ramet.runtime.config import EngineConfig
     from ramet.runtime.models.catalog import resolve_model
     from ramet.runtime.models.load import open_model
 
     files = open_model(resolve_model(model))
-    return TokenizerTarget(files.tokenizer, name=model, context_length=files.config.max_position_embeddings)
+    return TokenizerTarget(
+        files.tokenizer,
+        name=model,
+        context_length=files.config.max_position_embeddings,
+        page_size=EngineConfig().page_size,
+    )

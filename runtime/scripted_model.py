@@ -266,7 +266,8 @@ class ScriptedEngine:
     def _admit(self, job: _Job) -> None:
         limit = len(job.prompt) - 1 if job.score_from is None else job.score_from - 1
         job.num_cached = self._match(job.cache_salt, job.prompt, max(limit, 0))
-        self._insert(job.cache_salt, job.prompt)
+        # Nothing is predicted from the last token of a text that is scored.
+        self._insert(job.cache_salt, job.prompt if job.score_from is None else job.prompt[:-1])
         job.outputs = self._produce(job)
         with self._changed:
             self._stats = replace(

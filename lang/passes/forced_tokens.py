@@ -27,7 +27,7 @@ def forced_tokens(paths: Paths, plan: RequestPlan, target: Target) -> ForcedToke
     """Count them. Compiles every constraint once, as a run would. Raises what compiling raises."""
     appended = 0
     for request in plan.requests:
-        if request.after_generation and request.added is not None:
+        if request.unread.at_most and request.added is not None:
             appended += request.added
     at_start: dict[int, int] = {}
     known: dict[ir.Constraint, int] = {}

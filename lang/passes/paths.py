@@ -60,13 +60,14 @@ class Unknown:
 class Opaque:
     """Tokens that only a run can tell. Equal keys: equal tokens.
 
-    `is_generated`: the model writes them here. `is_text`: text with a value in it, which may begin as other text does.
+    `is_text`: text with a value in it, which may begin as other text does. `unread`: of a text that the model wrote or
+    chose: tokens at its end without keys and values, which come with the next request.
     """
 
     key: Hashable
     count: Count
-    is_generated: bool = False
     is_text: bool = False
+    unread: Count = ZERO
 
 
 Item: TypeAlias = int | Opaque
@@ -117,6 +118,11 @@ class Point:
             yield at
             at = at.parent
 
+    def items_backwards(self) -> Iterator[tuple[Item, int]]:
+        """The whole path with the position behind each item, the last one first."""
+        for point in self.chain():
+            yield from zip(reversed(point.items), reversed(point.positions), strict=True)
+
     def all_items(self) -> list[Item]:
         """The whole path. O(length)."""
         return [item for point in reversed(list(self.chain())) for item in point.items]
@@ -150,6 +156,7 @@ class Paths:
     graph: ir.Graph
     trie: Trie
     context_length: int
+    page_size: int
     points: list[Point] = field(default_factory=list)
     prompts: dict[int, Point] = field(default_factory=dict)
     selections: dict[int, SelectPaths] = field(default_factory=dict)
@@ -176,7 +183,7 @@ def is_repeatable(node: ir.Generate) -> bool:
 class _Interpreter:
     def __init__(self, graph: ir.Graph, target: Target, trie: Trie, row: int) -> None:
         self._graph, self._target, self._row = graph, target, row
-        self._found = Paths(graph, trie, target.context_length)
+        self._found = Paths(graph, trie, target.context_length, target.page_size)
         self._values: dict[int, ir.JsonValue] = {}  # of nodes whose value is known
         self._value_parts: dict[int, TextPart] = {}  # text of a value, where something can be said about it
         self._classes: dict[Hashable, int] = {}
@@ -288,7 +295,8 @@ class _Interpreter:
                 if {node.id, name} & self._found.joined:
                     self._found.unordered.add(name)
         limit, most_bytes = generated_limits(node, self._target)
-        tokens = Opaque(("generated", self._row, name), Count(0, limit), is_generated=True)
+        # The last token has none where max_tokens ended the text.
+        tokens = Opaque(("generated", self._row, name), Count(0, limit), unread=Count(0, 1))
         text = Unknown(("text", self._row, name), most_bytes)
         self._value_parts[node.id] = text
         point = self._extend(prompt, (tokens,), node.id)
@@ -332,7 +340,9 @@ class _Interpreter:
         self._value_parts[node.id] = text
         tails = [_count(items[shared:]) for items in added]
         tail = Count(min(t.at_least for t in tails), max(t.at_most for t in tails))
-        items = (*added[0][:shared], Opaque(("chosen", self._row, name), tail))
+        # Scoring a choice reads all but its last token; what another choice goes on from is read for that one.
+        unread = Count(int(not _has_prefixes([items[shared:] for items in added])), 1)
+        items = (*added[0][:shared], Opaque(("chosen", self._row, name), tail, unread=unread))
         return self._extend(base, items, node.id), (text,)
 
     # Tokens.
@@ -403,6 +413,13 @@ def generated_limits(node: ir.Generate, target: Target) -> tuple[int, int | None
         return min(limit, fixed), fixed
     # A byte that is no UTF-8 is shown as a character of three bytes.
     return limit, 3 * limit * target.max_token_bytes
+
+
+def _has_prefixes(paths: Sequence[tuple[Item, ...]]) -> bool:
+    """True where one of the paths begins another one, or may do so."""
+    if any(isinstance(item, Opaque) for path in paths for item in path):
+        return True
+    return any(b[: len(a)] == a for i, a in enumerate(paths) for j, b in enumerate(paths) if i != j)
 
 
 def _longest_choice(constraint: ir.Constraint | None) -> int | None:

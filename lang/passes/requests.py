@@ -2,7 +2,9 @@
 
 Follows the executor: nodes in the order in which they become ready, an empty cache at the start, one request for a
 generation and one for each choice of a selection. Known tokens that an earlier request of this run had are shared, so
-is what a generation wrote on the way. Text that a model happens to write like another branch's is not counted.
+is what a generation wrote on the way. Text that a model happens to write like another branch's is not counted. What a
+request has in common with one that may run at the same time is sure to be shared where that is a page or more: less is
+not worth waiting for, and is computed again unless it happens to be there.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ class Request:
 
     `prompt` == `shared` + `new` where all are exact.
     `added`: exact tokens of known text behind the last thing that the model wrote; what a turn adds to its branch.
-    `after_generation`: the last token that was written before may have to be computed with it; then `new` counts it.
+    `unread`: tokens at the end of what was written or chosen before, which are computed with it; `new` counts them.
     """
 
     node: int
@@ -33,7 +35,7 @@ class Request:
     shared: Count
     new: Count
     added: int | None
-    after_generation: bool
+    unread: Count
     written: Count
 
 
@@ -137,14 +139,17 @@ class _Missing:
     new: Count
     cached: Count
     num_added: int | None
-    is_after_generation: bool
+    unread: Count
     is_beside_unknown: bool
+    unsure: Count  # of `cached`: what may be computed again
 
 
 class _Planner:
     def __init__(self, paths: Paths, share_nodes: bool) -> None:
         self._paths, self._share = paths, share_nodes
-        self._cached: set[int] = {0}  # positions of the trie
+        self._cached: dict[int, int | None] = {0: None}  # position of the trie -> node whose request computes it first
+        self._read: dict[int, int] = {}  # position behind a text whose last token was unread -> node that read it first
+        self._needs: dict[int, set[int | None]] = {}  # node -> all that is done before it begins
         self._runs_from: set[int] = set()  # positions behind which some text is cached that only the run knows
         self._may_repeat = not all(_is_known(selection) for selection in paths.selections.values())
         self._scored: set[object] = set()  # scoring requests that were made
@@ -163,16 +168,20 @@ class _Planner:
         behind = self._paths.points[node]
         written = next(p for p in behind.chain() if p.items and p.node == node)
         assert isinstance(written.items[-1], Opaque)
-        self._request(node, None, self._paths.prompts[node], written.items[-1].count)
+        node_of = self._paths.graph.nodes[node]
+        assert isinstance(node_of, ir.Generate)
+        count = written.items[-1].count
+        if node_of.constraint is not None and node_of.constraint.kind == "choice":  # an end token may follow
+            most = node_of.sampling.max_tokens or self._paths.context_length
+            count = Count(0, min(count.at_most + 1, most))
+        self._request(node, None, self._paths.prompts[node], count)
         if self._share and node in self._paths.unordered:
             last = self._plan.requests[-1]
             new, shared = Count(0, last.new.at_most), Count(last.shared.at_least, last.prompt.at_most)
             self._plan.requests[-1] = replace(last, new=new, shared=shared)
-        node_of = self._paths.graph.nodes[node]
-        assert isinstance(node_of, ir.Generate)
         if node_of.checks and node_of.retries:
             self._retry(node_of.retries)
-        self._cache(written)
+        self._cache(written, node)
 
     def _retry(self, retries: int) -> None:
         """The last request may be made anew so often: its prompt is cached then, but for the token that is read again.
@@ -200,10 +209,12 @@ class _Planner:
         for index, choice, size in own:
             if self._is_scored((choice.position, size)):
                 count = choice.count if is_sure else Count(0, choice.count.at_most)
-                self._plan.requests.append(Request(node.id, index, "", count, count, ZERO, 0, False, ZERO))
+                self._plan.requests.append(Request(node.id, index, "", count, count, ZERO, 0, ZERO, ZERO))
             else:
                 self._request(node.id, index, choice, ZERO, keep=size + 1, is_sure=is_sure)
-        self._cache(self._paths.points[node.id], is_counted=False)  # the winner's tokens are one of the choices'
+        self._cache(
+            self._paths.points[node.id], node.id, is_counted=False
+        )  # the winner's tokens are one of the choices'
         if node.scorer == "unconditional":
             for index, choice, size in own:
                 self._alone(node.id, index, choice.items[-size:], is_sure=is_sure)
@@ -221,7 +232,7 @@ class _Planner:
         if self._may_repeat and not is_known:
             # A choice with a value in it may turn out to be this one.
             new, shared = Count(0, size.at_most), Count(0, size.at_most)
-        self._plan.requests.append(Request(node, index, "alone", size, shared, new, None, False, ZERO))
+        self._plan.requests.append(Request(node, index, "alone", size, shared, new, None, ZERO, ZERO))
         if not is_known:
             self._plan.kv = self._plan.kv + size
 
@@ -236,46 +247,83 @@ class _Planner:
     ) -> None:
         """`keep`: that many items at the end of the prompt are computed whatever the cache holds. `is_sure` False: the
         run may find that this request is not needed."""
-        missing = self._missing(prompt, keep)
-        new, shared = missing.new, Count(missing.cached.at_least, missing.cached.at_most)
-        if missing.is_after_generation:
-            # The last token that was written has no keys and values yet where max_tokens ended the text.
-            new = Count(new.at_least, new.at_most + 1)
+        missing = self._missing(node, prompt, keep)
+        unsure, unread = missing.unsure, missing.unread
+        new = missing.new + unread + Count(0, unsure.at_most)
+        least, most = missing.cached.at_least, missing.cached.at_most
+        shared = Count(max(0, least - unsure.at_most - unread.at_most), max(0, most - unread.at_least))
+        self._plan.kv = self._plan.kv + Count(0, unsure.at_most)
         if missing.num_added is None or missing.is_beside_unknown:
             # What only the run knows may turn out to be what another branch has, in part at least.
             new, shared = Count(0, new.at_most), Count(shared.at_least, prompt.count.at_most)
         count = prompt.count
         if not is_sure:
             new, shared, count = Count(0, new.at_most), Count(0, count.at_most), Count(0, count.at_most)
-        after = missing.is_after_generation
         count, shared, new = (one.capped(self._paths.context_length) for one in (count, shared, new))
-        self._plan.requests.append(Request(node, choice, "", count, shared, new, missing.num_added, after, written))
-        self._cache(prompt)
+        self._plan.requests.append(Request(node, choice, "", count, shared, new, missing.num_added, unread, written))
+        self._cache(prompt, node, but_last=keep > 1)
 
-    def _missing(self, prompt: Point, keep: int) -> _Missing:
+    def _missing(self, node: int, prompt: Point, keep: int) -> _Missing:
         """What stands behind the longest cached prefix."""
         total, count = ZERO, 0
         added: int | None = 0
         cached = prompt.count
-        for point in prompt.chain():
-            for item, position in zip(reversed(point.items), reversed(point.positions), strict=True):
-                is_opaque = isinstance(item, Opaque)
-                if position in self._cached and count >= keep:
-                    is_after = isinstance(item, Opaque) and item.is_generated
-                    return _Missing(total, cached, added, is_after, position in self._runs_from)
-                size = item.count if isinstance(item, Opaque) else Count(1, 1)
-                if is_opaque and position in self._cached and count == keep - 1:
-                    # All of it is cached, but its last token is computed again.
-                    total, cached = total + Count(1, 1), Count(max(0, cached.at_least - 1), cached.at_most - 1)
-                    count += 1
-                    continue
-                total = total + size
-                cached = Count(cached.at_least - size.at_least, cached.at_most - size.at_most)
-                added = None if added is None or is_opaque else added + 1
+        for item, position in prompt.items_backwards():
+            is_opaque = isinstance(item, Opaque)
+            if position in self._cached and count >= keep:
+                unread = item.unread if isinstance(item, Opaque) else ZERO
+                if position in self._read:  # by a request that is done, or may be running
+                    is_sure = self._paths.page_size == 1 or self._read[position] in self._done_before(node)
+                    unread = Count(0, 0 if is_sure else unread.at_most)
+                self._read.setdefault(position, node)
+                unsure = self._unsure(node, prompt, position, cached)
+                return _Missing(total, cached, added, unread, position in self._runs_from, unsure)
+            size = item.count if isinstance(item, Opaque) else Count(1, 1)
+            if is_opaque and position in self._cached and count == keep - 1:
+                # All of it is cached, but its last token is computed again.
+                total, cached = total + Count(1, 1), Count(max(0, cached.at_least - 1), cached.at_most - 1)
                 count += 1
-        return _Missing(total, cached, added, False, 0 in self._runs_from)
+                continue
+            total = total + size
+            cached = Count(cached.at_least - size.at_least, cached.at_most - size.at_most)
+            added = None if added is None or is_opaque else added + 1
+            count += 1
+        return _Missing(total, cached, added, ZERO, 0 in self._runs_from, ZERO)
 
-    def _cache(self, point: Point, *, is_counted: bool = True) -> None:
+    def _unsure(self, node: int, prompt: Point, end: int, cached: Count) -> Count:
+        """Tokens before position `end` that only requests compute which need not be done when `node` begins.
+
+        Zero where they are a page or more of what is not in the cache by then: the engine waits for these.
+        """
+        page, count, is_reached = self._paths.page_size, ZERO, False
+        for item, position in prompt.items_backwards():
+            is_reached = is_reached or position == end
+            if not is_reached:
+                continue
+            if self._cached[position] in self._done_before(node):
+                break
+            count = count + (item.count if isinstance(item, Opaque) else Count(1, 1))
+            if count.at_least >= page:
+                return ZERO
+        sure = cached.at_most - count.at_most
+        is_exact = cached.is_exact and count.is_exact
+        return ZERO if is_exact and cached.at_most - sure // page * page >= page else count
+
+    def _done_before(self, node: int) -> set[int | None]:
+        found = self._needs.get(node)
+        if found is None:
+            found = self._needs[node] = {None}
+            stack = list(ir.dependencies(self._paths.graph.nodes[node]))
+            while stack:
+                at = stack.pop()
+                if at not in found:
+                    found.add(at)
+                    stack.extend(ir.dependencies(self._paths.graph.nodes[at]))
+        return found
+
+    def _cache(self, point: Point, node: int, *, is_counted: bool = True, but_last: bool = False) -> None:
+        """`but_last`: the last token is not read. `is_counted` False: its tokens are others', but for the last one."""
+        last = point.position if but_last and not isinstance(point.items[-1], Opaque) else None
         for at in point.chain():
             if at.position in self._cached:
                 fresh = [i for i, position in enumerate(at.positions) if position not in self._cached]
@@ -283,12 +331,14 @@ class _Planner:
                     return
             before = at.parent.position if at.parent is not None else 0
             for item, position in zip(at.items, at.positions, strict=True):
-                if position not in self._cached:
-                    self._cached.add(position)
+                if position not in self._cached and position != last:
+                    self._cached[position] = node
                     if isinstance(item, Opaque) and item.is_text:
                         self._runs_from.add(before)
-                    if is_counted:
-                        self._plan.kv = self._plan.kv + (item.count if isinstance(item, Opaque) else Count(1, 1))
+                    size = item.count if isinstance(item, Opaque) else Count(1, 1)
+                    if not is_counted:
+                        size = Count(0, item.unread.at_most) if isinstance(item, Opaque) else ZERO
+                    self._plan.kv = self._plan.kv + size
                 before = position
 
 

@@ -19,13 +19,16 @@ class Target(Protocol):
     """A tokenizer with its chat template, and limits. Passes ask nothing else of a runtime.
 
     `default_max_tokens`: of a generation that says nothing. `max_token_bytes`: of the longest token. `opening_tokens`:
-    how many tokens stand before a choice that is scored without its prompt.
+    how many tokens stand before a choice that is scored without its prompt. `page_size`: the fewest tokens that a
+    request waits for while another one computes them.
     """
 
     @property
     def name(self) -> str: ...
     @property
     def context_length(self) -> int: ...
+    @property
+    def page_size(self) -> int: ...
     @property
     def default_max_tokens(self) -> int: ...
     @property
@@ -47,12 +50,20 @@ class Target(Protocol):
 class TokenizerTarget:
     """A target made of a tokenizer alone: no weights, no engine."""
 
-    def __init__(self, tokenizer: Any, *, name: str = "", context_length: int = 1 << 20) -> None:  # Any: a Tokenizer
+    def __init__(
+        self,
+        tokenizer: Any,  # Any: a Tokenizer
+        *,
+        name: str = "",
+        context_length: int = 1 << 20,
+        page_size: int = 1,
+    ) -> None:
         from ramet.runtime.role_marks import RoleMarks
         from ramet.runtime.types import SamplingParams
 
         self.name = name or type(tokenizer).__name__
         self.context_length = context_length
+        self.page_size = page_size
         self.default_max_tokens = SamplingParams().max_tokens or context_length
         self.token_bytes: Sequence[bytes] = tokenizer.token_bytes
         self.max_token_bytes = max(len(token) for token in self.token_bytes)
@@ -88,4 +99,9 @@ def target_of(backend: object | None = None) -> Target:
             f"{type(found).__name__} doesn't tell how it tokenises; explain with an engine of this process"
         )
     engine: Any = found._host.engine
-    return TokenizerTarget(engine.tokenizer, context_length=getattr(engine, "context_length", 1 << 20))
+    config = getattr(engine, "config", None)  # the scripted engine has none, and no pages
+    return TokenizerTarget(
+        engine.tokenizer,
+        context_length=getattr(engine, "context_length", 1 << 20),
+        page_size=getattr(config, "page_size", 1),
+    )

@@ -332,6 +332,7 @@ def serve(settings: Settings) -> int:
         dtype=str(engine.model.decoder.dtype).removeprefix("torch."),
         num_kv_tokens=int(stats["num_pages"]) * engine.config.page_size,
         start_s=time.monotonic() - start_s,
+        page_size=engine.config.page_size,
     )
     # What lives now lives as long as the process: a full collection over it would hold up steps (41 ms were measured).
     gc.collect()

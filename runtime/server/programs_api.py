@@ -114,10 +114,10 @@ def make_router(state: ServerState, metrics: ServerMetrics) -> APIRouter:
             raise HttpError(501, "this server was started without the planner; explain in process", code="no_planner")
         graph = read_graph(body.graph)
         graph = msgspec.structs.replace(graph, arguments={**graph.arguments, **body.arguments})
-        model = state.proxy.hello
-        context_length = None if model is None else model.context_length
+        hello = state.proxy.hello
+        limits = {} if hello is None else {"context_length": hello.context_length, "page_size": hello.page_size}
         return JSONResponse(
-            await state.off_loop(state.explain, graph, body.program, state.tokenizer, state.model_name, context_length)
+            await state.off_loop(state.explain, graph, body.program, state.tokenizer, state.model_name, limits)
         )
 
     @router.get("/v1/programs/{program_id}")

@@ -166,6 +166,7 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
     dtype: str
     num_kv_tokens: int
     start_s: float
+    page_size: int = 1
 
 
 class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat"):

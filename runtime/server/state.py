@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 # The plan of a graph as JSON: (graph, the program's name, tokenizer, the model's name, context length). The language's
 # affair, so whoever starts the server hands it in.
-Explain = Callable[[Graph, str, Tokenizer, str, int | None], dict[str, Any]]  # Any: JSON
+Explain = Callable[[Graph, str, Tokenizer, str, Mapping[str, int]], dict[str, Any]]  # Any: JSON
 
 
 @dataclass(slots=True)
