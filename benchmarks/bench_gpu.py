@@ -3,7 +3,7 @@
     python benchmarks/bench_gpu.py                      every row, a table, one JSON line last
     python benchmarks/bench_gpu.py --rows rag@50,fork@64
     python benchmarks/bench_gpu.py --profile trace.json --rows unique@50
-    python benchmarks/bench_gpu.py --device cpu --tiny  a rehearsal of the script: its figures mean nothing
+    python benchmarks/bench_gpu.py --device cpu --tiny --scale 64 --shrink 64    a rehearsal: figures mean nothing
 
 Rows run in the order of their worth, so that an early end leaves those that decide most; `--out` gets a JSON line after
 each row, and one of all rows last.
@@ -20,6 +20,7 @@ import argparse
 import dataclasses
 import gc
 import json
+import logging
 import os
 import platform
 import subprocess
@@ -34,7 +35,7 @@ from typing import Any
 import numpy as np
 import torch
 from vocabulary import make_vocabulary
-from workloads import JSON_SCHEMA, MAKERS, ROWS, Chain, Workload
+from workloads import JSON_SCHEMA, MAKERS, ROWS, Chain, Workload, shrunk
 
 from ramet.grammar import Vocabulary
 from ramet.grammar.sources import compile_constraint
@@ -243,13 +244,14 @@ def dummy_model(shapes: ModelConfig, device: str) -> LoadedModel:
     return LoadedModel("dummy", decoder, MadeUpTokenizer(shapes.vocab_size), shapes, GenerationDefaults())
 
 
-def compile_json_grammar(engine: Engine) -> Grammar:
+def compile_json_grammar(engine: Engine, shrink: int = 1) -> Grammar:
     """The workloads' schema for the engine's vocabulary; prints what its compiling took."""
+    schema = JSON_SCHEMA | {"minItems": max(JSON_SCHEMA["minItems"] // shrink, 1)}
     start_s = time.perf_counter()
     tokenizer = engine.tokenizer
     vocabulary = Vocabulary(tokenizer.token_bytes, tokenizer.eos_ids, tokenizer.special_ids, tokenizer.vocab_size)
     ready_s = time.perf_counter()
-    grammar = compile_constraint("json_schema", json.dumps(JSON_SCHEMA), vocabulary, mode="declared_order")
+    grammar = compile_constraint("json_schema", json.dumps(schema), vocabulary, mode="declared_order")
     compiled_s = time.perf_counter()
     is_closed = grammar.close()
     print(
@@ -266,24 +268,24 @@ def main() -> None:
     parser.add_argument("--model", default="8b", choices=["8b", "135m"], help="shapes")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--scale", type=int, default=1, help="divide chains and concurrency by this: a rehearsal")
+    parser.add_argument("--shrink", type=int, default=1, help="divide all lengths by this: a rehearsal")
     parser.add_argument("--most", type=int, default=1 << 30, help="chains of a row at most: a short profile")
     parser.add_argument("--profile", default="", help="write a Chrome trace of the rows to this file")
     parser.add_argument("--out", default="", help="append JSON lines to this file")
-    parser.add_argument("--tiny", action="store_true", help="tiny shapes and a sixteenth of the work: a rehearsal")
+    parser.add_argument("--tiny", action="store_true", help="tiny shapes: a rehearsal")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no row after this time")
     parser.add_argument("--label", default="", help="what is special about this run, for the JSON lines")
     parser.add_argument("--set", action="append", default=[], help="configuration, as chunked_prefill_size=4096")
-    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")  # who got which memory, how long graphs took
+    sys.exit(1 if run(parser.parse_args()) else 0)
 
-    run(args)
 
-
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> list[str]:
+    """Measure and print; returns the rows that failed."""
     overrides = {key: json.loads(value) for key, value in (item.split("=", 1) for item in args.set)}
     shapes = tiny_shapes() if args.tiny else llama_3_1_8b() if args.model == "8b" else smollm2_135m()
     sizes: dict[str, object] = {"context_length": 16384} if args.model == "8b" else {}
     if args.tiny:
-        args.scale = 16
         sizes["num_kv_tokens"] = 100_000
     config = EngineConfig.from_mapping({"device": args.device, **sizes, **overrides})
     start_s = time.perf_counter()
@@ -331,9 +333,11 @@ def run(args: argparse.Namespace) -> None:
             continue
         try:
             if kind == "json" and grammar is None:
-                grammar = compile_json_grammar(engine)
-            sizes_of_row = max(concurrency // args.scale, 1), min(max(count // args.scale, 1), args.most)
-            row = measure_row(engine, kind, *sizes_of_row, shapes, grammar if kind == "json" else None)
+                grammar = compile_json_grammar(engine, args.shrink)
+            high = min(120_000, shapes.vocab_size - 1000)
+            count = min(max(count // args.scale, 1), args.most)
+            chosen = grammar if kind == "json" else None
+            row = measure_row(engine, kind, max(concurrency // args.scale, 1), count, high, args.shrink, chosen)
         except Exception as error:  # the other rows still tell something
             print(f"{name}: {type(error).__name__}: {error}", flush=True)
             failed.append(name)
@@ -351,18 +355,22 @@ def run(args: argparse.Namespace) -> None:
     engine.check_integrity()
     stats = {key: value for key, value in engine.stats().items() if key in ("num_steps", "num_preemptions")}
     engine.shutdown()
+    gc.unfreeze()
     print(write({"rows": rows, "failed": failed, "stats": stats}))
-    sys.exit(1 if failed else 0)
+    return failed
 
 
 def measure_row(
-    engine: Engine, kind: str, concurrency: int, count: int, shapes: ModelConfig, grammar: Grammar | None
+    engine: Engine, kind: str, concurrency: int, count: int, high: int, shrink: int, grammar: Grammar | None
 ) -> dict[str, Any]:
     """Run one row of a kind; first uses of a batch size, a plan or a grammar stay out of the figures."""
-    high = min(120_000, shapes.vocab_size - 1000)
+
+    def run_kind(count: int, seed: int) -> Measured:
+        return run_row(engine, shrunk(MAKERS[kind](count, seed, high), shrink), concurrency, grammar)
+
     if kind in ("json", "jsonoff", "decode1"):
-        run_row(engine, MAKERS[kind](min(count, concurrency), seed=1, high=high), concurrency, grammar)
-    return summary(kind, run_row(engine, MAKERS[kind](count, high=high), concurrency, grammar))
+        run_kind(min(count, concurrency), 1)
+    return summary(kind, run_kind(count, 0))
 
 
 def start_profiler(device: str) -> Any:  # Any: torch has no public type for it
@@ -378,15 +386,14 @@ def finish_profiler(profiler: Any, path: str, device: str) -> None:
     """Write the Chrome trace, and print the time of each kernel and how long the device did nothing."""
     profiler.__exit__(None, None, None)
     profiler.export_chrome_trace(path)
-    if not device.startswith("cuda"):
-        print(profiler.key_averages().table(sort_by="cpu_time_total", row_limit=10, max_name_column_width=60))
-        return
-    spans = sorted(
-        (e.time_range.start, e.time_range.end, e.name)
-        for e in profiler.events()
-        if e.device_type == torch.autograd.DeviceType.CUDA
-    )
-    print(kernel_table([(start, end, name) for start, end, name in spans]))
+    print(kernel_table(spans_of(path, ("kernel", "gpu_memcpy", "gpu_memset") if device != "cpu" else ("cpu_op",))))
+
+
+def spans_of(path: str, categories: tuple[str, ...]) -> list[tuple[float, float, str]]:
+    """Begin, end (us) and name of a trace's events. From the file: torch's own event lists take minutes to build."""
+    events = json.loads(Path(path).read_text())["traceEvents"]
+    found = [event for event in events if event.get("cat") in categories and "dur" in event]
+    return sorted((event["ts"], event["ts"] + event["dur"], event["name"]) for event in found)
 
 
 def kernel_table(spans: list[tuple[float, float, str]]) -> str:

@@ -74,11 +74,12 @@ compile_ahead() { # fills Triton's cache on all cores at once; no kernel is laun
 }
 
 if [ -n "$dry" ]; then
-  dry_kernels=(--dry-run) dry_attention=(--dry-run) dry_engine=(--device cpu --tiny)
+  dry_kernels=(--dry-run) dry_attention=(--dry-run) dry_checks=(--device cpu --tiny)
+  dry_rows=("${dry_checks[@]}" --scale 64 --shrink 64)
   tests=(tests/kernels/test_step_inputs.py) soak=4
 else
   nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem,memory.used --format=csv,noheader | tee -a "$log"
-  dry_kernels=() dry_attention=() dry_engine=()
+  dry_kernels=() dry_attention=() dry_checks=() dry_rows=()
   tests=(tests/kernels tests/runtime/test_tree_planner.py) soak=45
   $python -c 'import xdist' 2>/dev/null && tests+=(-n 8)
 fi
@@ -102,13 +103,13 @@ case $part in
     fi
     ;;
   engine)
-    run checks 120 $python benchmarks/check_gpu.py "${dry_engine[@]}" "${model[@]}" --sections reference,same --out "$out/checks.jsonl"
-    run rows 260 $python benchmarks/bench_gpu.py "${dry_engine[@]}" "${table[@]}" --seconds 240 --label rows --out "$out/rows.jsonl"
-    run profile 60 $python benchmarks/bench_gpu.py "${dry_engine[@]}" "${table[@]}" --rows unique@50 --most 60 --label profile --profile "$out/trace.json" --out "$out/rows.jsonl"
-    run no-tree 45 $python benchmarks/bench_gpu.py "${dry_engine[@]}" "${table[@]}" --rows fork@64,rag@50 --label no-tree --set 'tree_attention="off"' --out "$out/rows.jsonl"
-    run grammar-soak 80 $python benchmarks/check_gpu.py "${dry_engine[@]}" --sections grammar,soak --soak "$soak" --out "$out/checks.jsonl"
-    run deterministic 60 $python benchmarks/check_gpu.py "${dry_engine[@]}" "${model[@]}" --sections deterministic --out "$out/checks.jsonl"
-    run deterministic-cost 60 $python benchmarks/bench_gpu.py "${dry_engine[@]}" --rows unique@50 --label deterministic --set deterministic=true --out "$out/rows.jsonl"
+    run checks 120 $python benchmarks/check_gpu.py "${dry_checks[@]}" "${model[@]}" --sections reference,same --out "$out/checks.jsonl"
+    run rows 260 $python benchmarks/bench_gpu.py "${dry_rows[@]}" "${table[@]}" --seconds 240 --label rows --out "$out/rows.jsonl"
+    run profile 60 $python benchmarks/bench_gpu.py "${dry_rows[@]}" "${table[@]}" --rows unique@50 --most 60 --label profile --profile "$out/trace.json" --out "$out/rows.jsonl"
+    run no-tree 45 $python benchmarks/bench_gpu.py "${dry_rows[@]}" "${table[@]}" --rows fork@64,rag@50 --label no-tree --set 'tree_attention="off"' --out "$out/rows.jsonl"
+    run grammar-soak 80 $python benchmarks/check_gpu.py "${dry_checks[@]}" --sections grammar,soak --soak "$soak" --out "$out/checks.jsonl"
+    run deterministic 60 $python benchmarks/check_gpu.py "${dry_checks[@]}" "${model[@]}" --sections deterministic --out "$out/checks.jsonl"
+    run deterministic-cost 60 $python benchmarks/bench_gpu.py "${dry_rows[@]}" --rows unique@50 --label deterministic --set deterministic=true --out "$out/rows.jsonl"
     [ -f "$out/trace.json" ] && gzip -f "$out/trace.json"
     ;;
   *)

@@ -109,6 +109,18 @@ def json_workload(n: int, seed: int = 0, high: int = HIGH) -> Workload:
     return unique(n, seed, high, prompt=128, out=128)
 
 
+def shrunk(workload: Workload, divisor: int) -> Workload:
+    """The same chains with every length divided; what they share they still share."""
+
+    def shrink(chain: Chain) -> Chain:
+        # With the last token, which may be the only one of its own.
+        return [Turn(turn.new[:-1:divisor] + turn.new[-1:], max(turn.out // divisor, 1)) for turn in chain]
+
+    if divisor == 1:
+        return workload
+    return Workload([shrink(chain) for chain in workload.chains], workload.parent and shrink(workload.parent))
+
+
 def eighth(name: str, n: int, seed: int = 0, high: int = HIGH) -> Workload:
     """One of the four workloads of a server with every length divided by eight: what a CPU can do in seconds."""
     if name == "unique":

@@ -1,0 +1,77 @@
+"""The scripts that run where minutes of a GPU count, rehearsed on a CPU: every row, every part of what they print."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+SCRIPTS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[ModuleType]:
+    """A script as a module; scripts import each other by bare names."""
+    monkeypatch.syspath_prepend(SCRIPTS)
+    before = set(sys.modules)
+    yield import_module(request.param)
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(SCRIPTS)):
+            del sys.modules[name]
+
+
+@pytest.mark.parametrize("script", ["bench_gpu"], indirect=True)
+def test_every_row_of_the_gpu_benchmark_runs_on_a_cpu(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "rows.jsonl"
+    arguments = ["--device", "cpu", "--tiny", "--scale", "128", "--shrink", "128", "--out", str(out), "--seconds", "60"]
+    monkeypatch.setattr(sys, "argv", ["bench_gpu.py", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        script.main()
+    shown = capsys.readouterr().out
+    assert ended.value.code == 0, shown
+    *rows, last = map(json.loads, out.read_text().splitlines())
+    assert [line["row"]["row"] for line in rows] == script.ORDER
+    assert set(script.ORDER) == {f"{kind}@{concurrency}" for kind, concurrency, _ in script.ROWS}
+    assert all(line["row"]["tok_s"] > 0 for line in rows)
+    assert json.loads(shown.splitlines()[-1])["rows"] == last["rows"] == [line["row"] for line in rows]
+    assert last["failed"] == []
+    hits = {row["row"]: row["hit_rate"] for row in last["rows"]}
+    assert hits["unique@50"] == 0.0
+    assert hits["fork@64"] > 0.9
+    assert hits["rag@256"] > 0.5
+
+
+@pytest.mark.parametrize("script", ["bench_gpu"], indirect=True)
+def test_a_trace_gives_each_kernel_its_time_and_the_device_its_idle_share(script: ModuleType, tmp_path: Path) -> None:
+    """Kernels of 8 us every 10 us, two of them at once in the middle, and events of the host beside."""
+    events = [{"cat": "kernel", "name": f"kernel {i % 2}", "ts": 10.0 * i, "dur": 8.0, "ph": "X"} for i in range(100)]
+    events += [{"cat": "kernel", "name": "beside", "ts": 502.0, "dur": 4.0}, {"cat": "cpu_op", "ts": 0.0, "dur": 999.0}]
+    trace = tmp_path / "trace.json"
+    trace.write_text(json.dumps({"traceEvents": [*reversed(events), {"cat": "kernel", "name": "instant", "ts": 5.0}]}))
+    spans = script.spans_of(str(trace), ("kernel",))
+    assert len(spans) == 101
+    idle, _, *lines = script.kernel_table(spans).splitlines()
+    assert idle.startswith(("device idle 19.", "device idle 20."))
+    totals = {line.split("  ")[-1]: line.split() for line in lines}
+    assert totals["kernel 0"][0] == "0.40"
+    assert totals["kernel 0"][2:4] == ["50", "8.00"]
+
+
+@pytest.mark.parametrize("script", ["simulate_rows"], indirect=True)
+def test_simulated_rows_keep_the_batch_full_and_read_shared_prefixes_once(script: ModuleType) -> None:
+    row = script.simulate("rag", 32, 64, {})
+    plain = script.simulate("rag", 32, 64, {}, uses_tree=False)
+    decode = row["steps"]["decode"]
+    assert row["hit_rate"] > 0.9
+    assert row["preemptions"] == 0
+    assert decode["rows"] > 0.9 * 32
+    assert decode["trees"] > 0.9
+    assert decode["attention"] < 0.5 * decode["plain attention"]
+    assert row["tok_s"] > plain["tok_s"]
