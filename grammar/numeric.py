@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
 from typing import Any
@@ -23,6 +23,7 @@ _INTEGER_PART = ir.Choice((ir.text("0"), ir.Sequence((ir.Chars(((49, 57),)), ir.
 _FRACTION = ir.Sequence((ir.text("."), ir.Repeat(_DIGIT, 1)))
 _EXPONENT = ir.Sequence((ir.one_of(["e", "E"]), ir.optional(ir.one_of(["+", "-"])), ir.Repeat(_DIGIT, 1)))
 ANY_NUMBER = ir.Sequence((ir.optional(ir.text("-")), _INTEGER_PART, ir.optional(_FRACTION), ir.optional(_EXPONENT)))
+_PLAIN_INTEGER = ir.Sequence((ir.optional(ir.text("-")), _INTEGER_PART))
 PLAIN_NUMBER = ir.Sequence((ir.optional(ir.text("-")), _INTEGER_PART, ir.optional(_FRACTION)))
 
 MAX_STATES = 20_000
@@ -33,6 +34,8 @@ class Numbers:
     """A set of numbers: a conjunction. `finite`, if given, is the set itself and all else is at its default.
 
     integer: True integers only, False all but integers, None either. multiples: (divisor, must it divide).
+    plain: True texts without a fraction part only, False texts with one (or an exponent) only, None either: the only
+    field that is about texts. In draft 4, 1.0 is no integer.
     """
 
     low: Fraction | None = None
@@ -43,8 +46,12 @@ class Numbers:
     multiples: frozenset[tuple[Fraction, bool]] = frozenset()
     finite: frozenset[Fraction] | None = None
     excluded: frozenset[Fraction] = frozenset()
+    plain: bool | None = None
 
     def contains(self, value: Fraction) -> bool:
+        """Can a text of the set have this value?"""
+        if self.plain and value.denominator != 1:
+            return False
         if self.finite is not None:
             return value in self.finite
         if self.low is not None and (value < self.low or (self.low_open and value == self.low)):
@@ -65,18 +72,22 @@ def intersect(a: Numbers, b: Numbers) -> Numbers | None:
         return b
     if b is ANY or b == ANY or a == b:
         return a
+    if a.plain is not None and b.plain is not None and a.plain != b.plain:
+        return None
+    plain = a.plain if a.plain is not None else b.plain
     if a.finite is not None or b.finite is not None:
         if a.finite is None:
             a, b = b, a
         assert a.finite is not None
         kept = frozenset(v for v in a.finite if b.contains(v))
-        return Numbers(finite=kept) if kept else None
+        return Numbers(finite=kept, plain=plain) if kept else None
     if a.integer is not None and b.integer is not None and a.integer != b.integer:
         return None
     low, low_open = _tighter(a.low, a.low_open, b.low, b.low_open, max)
     high, high_open = _tighter(a.high, a.high_open, b.high, b.high_open, min)
     integer = a.integer if a.integer is not None else b.integer
-    out = Numbers(low, low_open, high, high_open, integer, a.multiples | b.multiples, None, a.excluded | b.excluded)
+    multiples, excluded = a.multiples | b.multiples, a.excluded | b.excluded
+    out = Numbers(low, low_open, high, high_open, integer, multiples, None, excluded, plain)
     return simplify(out)
 
 
@@ -88,16 +99,16 @@ def simplify(numbers: Numbers) -> Numbers | None:
             low = Fraction(math.floor(low) + 1) if numbers.low_open else Fraction(math.ceil(low))
         if high is not None:
             high = Fraction(math.ceil(high) - 1) if numbers.high_open else Fraction(math.floor(high))
-        numbers = Numbers(low, False, high, False, True, numbers.multiples, None, numbers.excluded)
+        numbers = replace(numbers, low=low, low_open=False, high=high, high_open=False)
     if low is not None and high is not None:
         if low > high or (low == high and (numbers.low_open or numbers.high_open)):
             return None
         if low == high:
-            return Numbers(finite=frozenset((low,))) if numbers.contains(low) else None
+            return Numbers(finite=frozenset((low,)), plain=numbers.plain) if numbers.contains(low) else None
         if numbers.integer and high - low <= 64:
             found = frozenset(Fraction(v) for v in range(int(low), int(high) + 1) if numbers.contains(Fraction(v)))
             if len(found) < high - low + 1 or high - low <= 8:
-                return Numbers(finite=found) if found else None
+                return Numbers(finite=found, plain=numbers.plain) if found else None
     if len(numbers.multiples) and automaton(numbers).is_empty:
         return None
     return numbers
@@ -117,9 +128,9 @@ def _tighter(
 
 def complement(numbers: Numbers) -> list[Numbers]:
     """All other numbers, as a union."""
+    out = [] if numbers.plain is None else [Numbers(plain=not numbers.plain)]
     if numbers.finite is not None:
-        return [Numbers(excluded=numbers.finite)]
-    out = []
+        return [*out, Numbers(excluded=numbers.finite)]
     if numbers.low is not None:
         out.append(Numbers(high=numbers.low, high_open=not numbers.low_open))
     if numbers.high is not None:
@@ -140,6 +151,9 @@ def automaton(numbers: Numbers) -> Dfa:
     """
     if numbers == ANY:
         return regular.compile_bytes(ANY_NUMBER)
+    if numbers.plain is not None:
+        base, plain = automaton(replace(numbers, plain=None)), regular.compile_bytes(_PLAIN_INTEGER)
+        return regular.intersect([base, plain if numbers.plain else regular.complement(plain)])
     if numbers.finite is not None:
         return regular.compile_bytes(ir.Choice(tuple(_texts_of(v) for v in sorted(numbers.finite))))
     base = _track(

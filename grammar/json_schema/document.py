@@ -75,8 +75,8 @@ class Registry:
         self._bases: dict[int, tuple[str, int]] = {}
         self.root = self._load(root, "")
 
-    def _load(self, schema: Any, base: str) -> SchemaNode:
-        draft = dialect(schema, DRAFT2020)
+    def _load(self, schema: Any, base: str, default: int = DRAFT2020) -> SchemaNode:
+        draft = dialect(schema, default)
         document = Document(schema, base, draft)
         self._loaded.add(base)
         self._scan(document)
@@ -188,7 +188,7 @@ class Registry:
         Raises: InvalidSchema naming the pointer and the reference.
         """
         uri, fragment = urldefrag(_join(node.base, reference))
-        place = self._find(uri)
+        place = self._find(uri, node.draft)
         if place is None:
             raise InvalidSchema(
                 f"{node.pointer or '/'}: {keyword} {reference!r} leads nowhere: no document {uri!r} is known",
@@ -230,10 +230,10 @@ class Registry:
             base, draft = self._context(schema, base, draft)
         return schema, base, pointer, draft, document
 
-    def _find(self, uri: str) -> tuple[Any, str, str, int, Document] | None:
+    def _find(self, uri: str, draft: int) -> tuple[Any, str, str, int, Document] | None:
         found = self._places.get(uri)
         if found is None and uri not in self._loaded and uri in self.extra:
-            self._load(self.extra[uri], uri)
+            self._load(self.extra[uri], uri, draft)  # without `$schema`, what refers to it decides
             found = self._places.get(uri)
         if found is None and uri not in self._loaded:
             meta = _metaschema(uri)

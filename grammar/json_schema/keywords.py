@@ -143,8 +143,9 @@ class Interpreter:
 
     def numbers(self, node: SchemaNode, integer: bool | None) -> tuple[Numbers, ...]:
         schema = node.schema
+        plain = True if integer and node.draft == DRAFT4 else None
         if not any(key in schema for key in _NUMBER_KEYS):
-            return (numeric.ANY,) if integer is None else (_INTEGERS,)
+            return (numeric.ANY,) if integer is None else (_INTEGERS[plain],)
         low, high = _fraction(schema, "minimum"), _fraction(schema, "maximum")
         low_open = high_open = False
         for key, is_low in (("exclusiveMinimum", True), ("exclusiveMaximum", False)):
@@ -161,9 +162,9 @@ class Interpreter:
             (fraction(schema[key]), True) for key in ("multipleOf", "divisibleBy") if schema.get(key) not in (None, 0)
         )
         if low is None and high is None and not multiples:
-            return (numeric.ANY,) if integer is None else (_INTEGERS,)
+            return (numeric.ANY,) if integer is None else (_INTEGERS[plain],)
         low_open, high_open = low_open and low is not None, high_open and high is not None
-        found = numeric.simplify(Numbers(low, low_open, high, high_open, integer, multiples))
+        found = numeric.simplify(Numbers(low, low_open, high, high_open, integer, multiples, plain=plain))
         return () if found is None else (found,)
 
     def strings(self, node: SchemaNode) -> tuple[Strings, ...]:
@@ -423,7 +424,7 @@ class Interpreter:
 # imported last: it works on an Interpreter
 from ramet.grammar.json_schema.unevaluated import is_tracking, tracked  # noqa: E402
 
-_INTEGERS = Numbers(integer=True)
+_INTEGERS = {plain: Numbers(integer=True, plain=plain) for plain in (None, True)}
 
 
 def fraction(value: float | int) -> Fraction:

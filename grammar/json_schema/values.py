@@ -158,11 +158,11 @@ def unite(parts: Iterable[Values]) -> Values:
 def _merge_numbers(found: dict[Numbers, None]) -> tuple[Numbers, ...]:
     if numeric.ANY in found:
         return (numeric.ANY,)
-    finite = [n for n in found if n.finite is not None]
+    finite = [n for n in found if n.finite is not None and n.plain is None]
     if len(finite) < 2:
         return tuple(found)
     joined = frozenset(v for n in finite for v in n.finite or ())
-    return (*(n for n in found if n.finite is None), Numbers(finite=joined))
+    return (*(n for n in found if n not in finite), Numbers(finite=joined))
 
 
 def _merge_strings(found: dict[Strings, None]) -> tuple[Strings, ...]:

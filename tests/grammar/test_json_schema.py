@@ -344,6 +344,13 @@ def test_contradictory_schemas_are_refused(schema: Any) -> None:
         compiled(schema)
 
 
+def test_a_document_without_a_dialect_has_that_of_what_refers_to_it() -> None:
+    registry = {"https://example.com/a": {"definitions": {"n": {"$id": "#n", "type": "null"}}, "$ref": "#n"}}
+    draft_7 = "http://json-schema.org/draft-07/schema#"
+    grammar = compiled({"$schema": draft_7, "items": {"$ref": "https://example.com/a"}}, registry=registry)
+    assert accepts(grammar, "[null]")
+
+
 def test_references_reach_a_registry_and_nothing_else() -> None:
     registry = {"https://example.com/number": {"type": "number"}}
     grammar = compiled({"items": {"$ref": "https://example.com/number"}}, registry=registry)

@@ -62,6 +62,8 @@ CASES: list[tuple[str, Any, list[Any], list[Any]]] = [
         [4, 5],
         [3],
     ),
+    ("d4 integers", {"$schema": DRAFT_4, "type": "integer", "minimum": 0, "maximum": 500}, [0, 100], [1.0, 2.5, -1]),
+    ("d4 no integers", {"$schema": DRAFT_4, "type": "number", "not": {"type": "integer"}}, [1.0, 2.5], [1]),
     ("d4 exmin no dialect", {"type": "integer", "minimum": 3, "exclusiveMinimum": True}, [4], [3]),
     (
         "ref siblings d7",
