@@ -11,7 +11,7 @@ All tables are "wide": int32 [num_states, 256], entries as in automaton.py; the 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache, lru_cache
 
@@ -134,13 +134,14 @@ def json_string_rows(dfa: Dfa, labels: list[int]) -> Content:
     which = np.flatnonzero(beyond >= 0)
     base = first_block + np.searchsorted(targets, beyond[which]) * _BLOCK_ROWS
     _lead_bytes(rows, which, base)
-    escape = n + which * _ESCAPE_ROWS
-    for i in range(len(which)):
-        b, e = int(base[i]), int(escape[i])
-        _set_hex(rows[e + _U], [*range(1, 13), 14, 15], b + _X3)
-        _set_hex(rows[e + _U], [13], b + _XD)
-        _set_hex(rows[e + _U0], range(1, 16), b + _X2)
-        _set_hex(rows[e + _U00], range(8, 16), b + _X1)
+    escape = (n + which * _ESCAPE_ROWS)[:, None]
+    for level, nibbles, to in (
+        (_U, [*range(1, 13), 14, 15], _X3),
+        (_U, [13], _XD),
+        (_U0, range(1, 16), _X2),
+        (_U00, range(8, 16), _X1),
+    ):
+        rows[escape + level, [byte for nibble in nibbles for byte in _HEX[nibble]]] = base[:, None] + to
     return Content(trim(rows), n, np.where(rows[:n, 0xC3] >= 0, beyond, -1))
 
 
@@ -168,7 +169,40 @@ def _general_rows(dfa: Dfa, labels: list[int], ascii_targets: NDArray[np.int64])
     n = len(labels)
     own = np.full((n * (1 + _ESCAPE_ROWS), 256), REFUSE, dtype=np.int32)
     _own_rows(own, n, ascii_targets, labels)
-    extra: list[Wide] = []
+    intervals = _intervals_beyond(dfa)
+    spans = [(low, high) for low, high, _ in intervals]
+    targets = np.array(dfa.transitions, dtype=np.int64).reshape(n, -1)[:, [cls for _, _, cls in intervals]]
+    distinct, which = np.unique(targets, axis=0, return_inverse=True)
+    parts = [own]
+    end = len(own)
+    for i, row in enumerate(distinct.tolist()):
+        ranges: dict[int, list[tuple[int, int]]] = {}
+        for span, t in zip(spans, row, strict=True):
+            if t >= 0:
+                ranges.setdefault(t, []).append(span)
+        block = _reader(tuple(ir.normalize_ranges(r) for r in ranges.values()))
+        goals = np.array([*ranges, REFUSE])
+        inner = np.where(block >= 0, block - _ENTRIES + end, REFUSE)
+        filled = np.where(block >= _FINAL, goals[np.clip(block - _FINAL, -1, len(ranges))], inner).astype(np.int32)
+        states = np.flatnonzero(which.reshape(-1) == i)
+        for entry, rows in enumerate((states, *(n + states * _ESCAPE_ROWS + level for level in (_U, _U0, _U00)))):
+            bytes_read = np.flatnonzero(filled[entry] != REFUSE)
+            own[rows[:, None], bytes_read] = filled[entry, bytes_read]
+        parts.append(filled[_ENTRIES:])
+        end += len(parts[-1])
+    return trim(np.concatenate(parts))
+
+
+_ENTRIES = 4  # of a reader: at a character, and after `\\u`, `\\u0` and `\\u00`
+
+
+@lru_cache(maxsize=256)
+def _reader(groups: tuple[ir.Ranges, ...]) -> Wide:
+    """The rows that read one code point beyond ASCII, however it is written: entries are rows, or _FINAL + its group.
+
+    What leads from an entry after `\\u` to the next one is left to the caller.
+    """
+    rows: list[Wide] = [np.full(256, REFUSE, dtype=np.int32) for _ in range(_ENTRIES)]
     index: dict[frozenset[_Way], int] = {}
 
     def state_of(suffixes: frozenset[_Way]) -> int:
@@ -178,57 +212,36 @@ def _general_rows(dfa: Dfa, labels: list[int], ascii_targets: NDArray[np.int64])
             return done[0]
         found = index.get(suffixes)
         if found is None:
-            found = index[suffixes] = len(own) + len(extra)
-            row = np.full(256, REFUSE, dtype=np.int32)
-            extra.append(row)
-            _fill_row(row, suffixes)
+            found = index[suffixes] = len(rows)
+            rows.append(np.full(256, REFUSE, dtype=np.int32))
+            for byte, rest in _by_byte(suffixes).items():
+                rows[found][byte] = state_of(frozenset(rest))
         return found
 
-    def _fill_row(row: Wide, suffixes: frozenset[_Way]) -> None:
-        by_byte: dict[int, set[_Way]] = {}
-        for suffix, t in suffixes:
-            for byte in suffix[0]:
-                by_byte.setdefault(byte, set()).add((suffix[1:], t))
-        for byte, rest in by_byte.items():
-            row[byte] = state_of(frozenset(rest))
-
-    intervals = _intervals_beyond(dfa)
-    for q in range(n):
-        ranges: dict[int, list[tuple[int, int]]] = {}
-        for low, high, cls in intervals:
-            t = dfa.transitions[q][cls]
-            if t >= 0:
-                ranges.setdefault(t, []).append((low, high))
-        raw: set[_Way] = set()
-        after_u: set[_Way] = set()
-        for t, spans in ranges.items():
-            joined = ir.normalize_ranges(spans)
-            raw.update((s, t) for s in _raw_sequences(joined))
-            after_u.update((s, t) for s in _escape_sequences(joined))
-        escape = n + q * _ESCAPE_ROWS
-        _fill_row(own[q], frozenset(raw))
-        _merge_escapes(own, escape, frozenset(after_u), state_of)
-    return trim(np.vstack([own, *(r[None] for r in extra)]) if extra else own)
+    raw: set[_Way] = set()
+    after_u: set[_Way] = set()
+    for i, ranges in enumerate(groups):
+        raw.update((s, _FINAL + i) for s in _raw_sequences(ranges))
+        after_u.update((s, _FINAL + i) for s in _escape_sequences(ranges))
+    for byte, rest in _by_byte(raw).items():
+        rows[0][byte] = state_of(frozenset(rest))
+    here = after_u
+    for entry in range(1, _ENTRIES):
+        following = _by_byte(here)
+        for byte, rest in following.items():
+            if byte != ord("0") or entry == _ENTRIES - 1:
+                rows[entry][byte] = state_of(frozenset(rest))
+        here = following.get(ord("0"), set())
+    return np.stack(rows)
 
 
-def _merge_escapes(
-    own: Wide, escape: int, sequences: frozenset[_Way], state_of: Callable[[frozenset[_Way]], int]
-) -> None:
-    """Add sequences of hex digits to the escape rows of one state, which already read the control characters."""
-    levels = [(escape + _U, sequences)]
-    zero = ord("0")
-    for _ in range(3):
-        row_index, here = levels[-1]
-        rest: dict[int, set[_Way]] = {}
-        for s, t in here:
-            for byte in s[0]:
-                rest.setdefault(byte, set()).add((s[1:], t))
-        for byte, suffixes in rest.items():
-            if byte != zero or row_index == escape + _U00:
-                own[row_index, byte] = state_of(frozenset(suffixes))
-        if row_index == escape + _U00:
-            break
-        levels.append((row_index + 1, frozenset(rest.get(zero, set()))))
+def _by_byte(ways: Iterable[_Way]) -> dict[int, set[_Way]]:
+    """What may follow each first byte."""
+    out: dict[int, set[_Way]] = {}
+    for sequence, t in ways:
+        for byte in sequence[0]:
+            out.setdefault(byte, set()).add((sequence[1:], t))
+    return out
 
 
 def _intervals_beyond(dfa: Dfa) -> list[tuple[int, int, int]]:
