@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,8 +16,10 @@ from ramet.grammar.automaton import DEAD, LOCAL_BITS, LOCAL_MASK, Machine
 from ramet.grammar.deadline import time_limit
 from ramet.grammar.json_schema import formats
 from ramet.grammar.json_schema.compile import place_schema
-from ramet.grammar.json_schema.languages import automaton
+from ramet.grammar.json_schema.tables import number_rows, string_rows
+from ramet.grammar.json_schema.values import Strings
 from ramet.grammar.mask_rows import MaskRows
+from ramet.grammar.numeric import Numbers
 from ramet.grammar.pushdown import Pushdown
 from ramet.grammar.vocabulary import SLICE_SIZES, TokenTrie, Vocabulary
 
@@ -167,7 +171,7 @@ class CompiledGrammar:
                 row.view(np.uint32)[token >> 5] &= np.uint32(~(1 << (token & 31)) & 0xFFFFFFFF)
         for token in unsure:
             begin, end = self.vocabulary.offsets[token], self.vocabulary.offsets[token + 1]
-            if self.machine.run(packed, self.vocabulary.flat, begin, end, self._run_scratch) >= 0:
+            if self.machine.run(packed, self.vocabulary.flat, begin, end, self._scratch) >= 0:
                 row.view(np.uint32)[token >> 5] |= np.uint32(1 << (token & 31))
         return row
 
@@ -182,7 +186,7 @@ class CompiledGrammar:
         table = frame.table
         if table.loop >= 0 and table.depths is not None and table.depths[2, local] >= walker.MANY:
             loop = (instance << LOCAL_BITS) | table.loop
-            alike = (frame.loop_twin << LOCAL_BITS) | table.loop if hasattr(frame, "loop_twin") else loop
+            alike = (frame.loop_twin() << LOCAL_BITS) | table.loop if hasattr(frame, "loop_twin") else loop
             if packed == alike:
                 return self._loop_row(packed)
             return self._twin_row(alike) if local == table.loop else self._near_loop_row(packed, loop, alike)
@@ -191,7 +195,8 @@ class CompiledGrammar:
         return row, self._unsure_tokens()
 
     def _unsure_tokens(self) -> list[int]:
-        unsure: list[int] = self._unsure[1 : 1 + int(self._unsure[0])].tolist()
+        count = int(self._unsure[0])
+        unsure: list[int] = self._unsure[1 : 1 + count].tolist() if count else []
         return unsure
 
     def _walk(self, packed: int, trie: TokenTrie, row: NDArray[np.int32]) -> None:
@@ -263,10 +268,6 @@ class CompiledGrammar:
         if machine.accepts(packed):
             return vocabulary.eos_row.copy(), vocabulary.trie
         return np.zeros(vocabulary.num_words, dtype=np.int32), vocabulary.trie
-
-    @property
-    def _run_scratch(self) -> NDArray[np.int64]:
-        return np.zeros(4, dtype=np.int64)
 
     # --- what must follow
 
@@ -385,7 +386,10 @@ def warm_up(vocabulary: Vocabulary) -> None:
     environment, else milliseconds), slices of the vocabulary, automata of string formats. About half a second."""
     vocabulary.warm_up()
     for name in sorted(formats.KNOWN):
-        automaton("format", name, Limits().max_regular_states)
+        of_format = Strings(languages=frozenset(((0, True),)))
+        string_rows(((of_format,),), (("format", name),), Limits().max_regular_states)
+    for integer, low in itertools.product((None, True), (None, Fraction(0), Fraction(1))):
+        number_rows(((Numbers(low, integer=integer),),))
     compile_grammar(ir.JsonSchema({"properties": {"a": {"type": "string", "maxLength": 3}}}), vocabulary).mask(0)
 
 

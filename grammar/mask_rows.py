@@ -19,10 +19,11 @@ Walked = tuple[Row, list[int]]  # what a walk allows; tokens that a run must dec
 
 @dataclass(slots=True)
 class _Generation:
-    """Rows by digest, by the state's number, and by the packed state of a mask twin."""
+    """Rows by digest, by the packed state of a mask twin, and by their own id()."""
 
     distinct: dict[int, Row]
     of_twin: dict[int, Walked]
+    by_id: dict[int, Row]
     num_bytes: int = 0
 
 
@@ -37,8 +38,8 @@ class MaskRows:
         self.of_state: list[Row | None] = []
         self.num_evicted = 0
         self._older: list[Row | None] = []
-        self._young = _Generation({}, {})
-        self._old = _Generation({}, {})
+        self._young = _Generation({}, {}, {})
+        self._old = _Generation({}, {}, {})
 
     @property
     def num_rows(self) -> int:
@@ -80,16 +81,19 @@ class MaskRows:
 
     def intern(self, row: Row) -> Row:
         """The one copy of a row's content, not to be written to."""
-        digest = row_digest(row)
         young = self._young
+        if id(row) in young.by_id:
+            return row
+        digest = row_digest(row)
         found = young.distinct.get(digest)
-        if found is not None and (found is row or rows_equal(found, row)):
+        if found is not None and rows_equal(found, row):
             return found
         known = self._old.distinct.get(digest)
         if known is not None and rows_equal(known, row):
             row = known
         row.flags.writeable = False
         young.distinct[digest] = row  # of two contents with one digest, the later one
+        young.by_id[id(row)] = row
         young.num_bytes += row.nbytes
         if young.num_bytes > self.max_bytes // 2:
             self._age()
@@ -98,5 +102,5 @@ class MaskRows:
     def _age(self) -> None:
         """The young become the old; the old are given up."""
         self.num_evicted += len(self._old.distinct)
-        self._old, self._young = self._young, _Generation({}, {})
+        self._old, self._young = self._young, _Generation({}, {}, {})
         self._older, self.of_state = self.of_state, [None] * len(self.of_state)

@@ -366,9 +366,13 @@ def _track(numbers: Numbers) -> Dfa:
 
     first: _State = ("start",)
     index, queue, rows = {first: 0}, [first], []
+    alike = _alike_digits([b for _, *bounds in sides.values() for b in bounds if b is not None], bool(divisors))
     for state in queue:
-        row = []
+        row: list[int] = []
         for symbol in range(12):
+            if symbol < 10 and alike[symbol] < symbol:
+                row.append(row[alike[symbol]])
+                continue
             found = after(state, symbol)
             if found is None:
                 row.append(-1)
@@ -386,3 +390,12 @@ def _track(numbers: Numbers) -> Dfa:
     starts = [0, 45, 46, 47, *range(48, 59)]
     classes = [0, 12, 11, 0, *range(1, 11), 0]
     return regular.minimize(Dfa(regular.BYTE_MAX, starts, classes, 13, rows, [accepts(s) for s in queue]))
+
+
+def _alike_digits(bounds: list[_Bound], has_divisors: bool) -> list[int]:
+    """For each digit, the least one that means the same wherever it stands: zero and the bounds' own digits stand
+    apart, and what lies between them counts as one."""
+    if has_divisors:
+        return list(range(10))
+    own = {0, *(int(digit) for b in bounds for digit in b.whole + b.part)}
+    return [max(d for d in range(digit + 1) if d in own or d - 1 in own) for digit in range(10)]

@@ -173,24 +173,28 @@ def _general_rows(dfa: Dfa, labels: list[int], ascii_targets: NDArray[np.int64])
     spans = [(low, high) for low, high, _ in intervals]
     targets = np.array(dfa.transitions, dtype=np.int64).reshape(n, -1)[:, [cls for _, _, cls in intervals]]
     distinct, which = np.unique(targets, axis=0, return_inverse=True)
-    parts = [own]
-    end = len(own)
+    extra: list[Wide] = []
+    known: dict[bytes, int] = {}  # equal rows are one
     for i, row in enumerate(distinct.tolist()):
         ranges: dict[int, list[tuple[int, int]]] = {}
         for span, t in zip(spans, row, strict=True):
             if t >= 0:
                 ranges.setdefault(t, []).append(span)
-        block = _reader(tuple(ir.normalize_ranges(r) for r in ranges.values()))
-        goals = np.array([*ranges, REFUSE])
-        inner = np.where(block >= 0, block - _ENTRIES + end, REFUSE)
-        filled = np.where(block >= _FINAL, goals[np.clip(block - _FINAL, -1, len(ranges))], inner).astype(np.int32)
+        reader = _reader(tuple(ir.normalize_ranges(r) for r in ranges.values()))
+        place = np.array([REFUSE, *ranges, *[REFUSE] * len(reader)], dtype=np.int32)
+        for j in range(_ENTRIES, len(reader)):
+            filled = place[reader[j]]
+            key = filled.tobytes()
+            if key not in known:
+                known[key] = len(own) + len(extra)
+                extra.append(filled)
+            place[1 + len(ranges) + j] = known[key]
         states = np.flatnonzero(which.reshape(-1) == i)
         for entry, rows in enumerate((states, *(n + states * _ESCAPE_ROWS + level for level in (_U, _U0, _U00)))):
-            bytes_read = np.flatnonzero(filled[entry] != REFUSE)
-            own[rows[:, None], bytes_read] = filled[entry, bytes_read]
-        parts.append(filled[_ENTRIES:])
-        end += len(parts[-1])
-    return trim(np.concatenate(parts))
+            filled = place[reader[entry]]
+            bytes_read = np.flatnonzero(filled != REFUSE)
+            own[rows[:, None], bytes_read] = filled[bytes_read]
+    return trim(np.vstack([own, *extra]))
 
 
 _ENTRIES = 4  # of a reader: at a character, and after `\\u`, `\\u0` and `\\u00`
@@ -198,31 +202,32 @@ _ENTRIES = 4  # of a reader: at a character, and after `\\u`, `\\u0` and `\\u00`
 
 @lru_cache(maxsize=256)
 def _reader(groups: tuple[ir.Ranges, ...]) -> Wide:
-    """The rows that read one code point beyond ASCII, however it is written: entries are rows, or _FINAL + its group.
+    """The rows that read one code point beyond ASCII, however it is written: entries are 0 refused, 1 + its group, or
+    1 + len(groups) + the next row. After the entry rows each row stands behind those that it leads to.
 
     What leads from an entry after `\\u` to the next one is left to the caller.
     """
-    rows: list[Wide] = [np.full(256, REFUSE, dtype=np.int32) for _ in range(_ENTRIES)]
+    rows: list[Wide] = [np.zeros(256, dtype=np.int32) for _ in range(_ENTRIES)]
     index: dict[frozenset[_Way], int] = {}
 
     def state_of(suffixes: frozenset[_Way]) -> int:
-        """The state that reads any of these sequences of byte sets; each ends in its own target."""
+        """The entry that leads to the row that reads any of these sequences of byte sets."""
         done = [t for s, t in suffixes if not s]
         if done:
             return done[0]
-        found = index.get(suffixes)
-        if found is None:
-            found = index[suffixes] = len(rows)
-            rows.append(np.full(256, REFUSE, dtype=np.int32))
+        if suffixes not in index:
+            row = np.zeros(256, dtype=np.int32)
             for byte, rest in _by_byte(suffixes).items():
-                rows[found][byte] = state_of(frozenset(rest))
-        return found
+                row[byte] = state_of(frozenset(rest))
+            index[suffixes] = 1 + len(groups) + len(rows)
+            rows.append(row)
+        return index[suffixes]
 
     raw: set[_Way] = set()
     after_u: set[_Way] = set()
-    for i, ranges in enumerate(groups):
-        raw.update((s, _FINAL + i) for s in _raw_sequences(ranges))
-        after_u.update((s, _FINAL + i) for s in _escape_sequences(ranges))
+    for group, ranges in enumerate(groups, 1):
+        raw.update((s, group) for s in _raw_sequences(ranges))
+        after_u.update((s, group) for s in _escape_sequences(ranges))
     for byte, rest in _by_byte(raw).items():
         rows[0][byte] = state_of(frozenset(rest))
     here = after_u

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import numpy as np
-
-from ramet.grammar.automaton import CONCRETE, DEAD, leave, target
+from ramet.grammar.automaton import DEAD, target
 from ramet.grammar.json_schema.frames import Context, Json
 from ramet.grammar.json_schema.punctuation import (
     CLOSE,
@@ -105,21 +103,7 @@ class EndFrame:
             return self.json.value(end.item, self.json.somewhere, 2 if self.is_open else 1) if end.item else DEAD
         if not end.may_go_on:
             return DEAD
-        return target(self.json.machine.intern("key somewhere", lambda: _KeySomewhere(self.json)))
-
-    def closing_exit(self, local: int) -> int:
-        raise AssertionError("texts are closed from where they stand")
-
-
-class _KeySomewhere:
-    """In a key that is not known."""
-
-    def __init__(self, json: Json) -> None:
-        rows = np.full((1, 1), leave(0), dtype=np.int32)
-        self.table = json.machine.table(rows, np.zeros(256, dtype=np.uint8), 1, None)
-
-    def resolve(self, exit_index: int) -> int:
-        return CONCRETE
+        return self.json.unread()
 
     def closing_exit(self, local: int) -> int:
         raise AssertionError("texts are closed from where they stand")

@@ -34,7 +34,9 @@ from ramet.grammar.json_schema.tables import (
     free_string,
     literal_rows,
     number_rows,
+    renumbered,
     string_rows,
+    unread_rows,
 )
 from ramet.grammar.json_schema.values import INFINITE, Const, Expr, Strings, Values
 from ramet.grammar.numeric import Numbers
@@ -82,6 +84,19 @@ class Somewhere:
         return self
 
 
+class Unread:
+    """A text that masks do not look into: tokens that read on in it are run, each from its own state."""
+
+    def __init__(self, json: Json) -> None:
+        self.table = json.constant_table(unread_rows, (), 1)
+
+    def resolve(self, exit_index: int) -> int:
+        return CONCRETE
+
+    def closing_exit(self, local: int) -> int:
+        raise AssertionError("texts are closed from where they stand")
+
+
 class Json:
     """Everything that the frames of one compiled schema share."""
 
@@ -101,6 +116,9 @@ class Json:
         self.array_nodes: dict[object, Any] = {}
         self.spaces: dict[object, Any] = {}
         self.behind: dict[object, Any] = {}
+
+    def unread(self) -> int:
+        return target(self.machine.intern("unread", lambda: Unread(self)))
 
     def constant_table(
         self, make: Callable[..., NDArray[np.int32]], arguments: tuple[object, ...], num_exits: int
@@ -136,10 +154,10 @@ class Json:
                 rows = free_string()
             else:
                 languages = self.expressions.languages
-                used = tuple({n for tag in specs for s in tag for n, _ in s.languages})
-                rows, masks = string_rows(
-                    specs, tuple((n, *languages.sources[n]) for n in sorted(used)), languages.max_states
-                )
+                used = sorted({n for tag in specs for s in tag for n, _ in s.languages})
+                sources = tuple(languages.sources[n] for n in used)
+                index = {n: i for i, n in enumerate(used)}
+                rows, masks = string_rows(renumbered(specs, index), sources, languages.max_states)
             found = self._tables[specs] = self.string_frame(rows, max(len(masks), 1)), masks
         return found
 
@@ -228,6 +246,8 @@ class ValueFrame:
             machine.mark_dead(at, [k for k in range(7) if not (possible >> k) & 1 and k != exit_index])
             if not (possible >> exit_index) & 1:
                 return DEAD
+        if exit_index == STRING and self.context is self.json.somewhere:
+            return self.json.unread()  # hardly any token begins before a value that is a string and reads on in it
         values = self.values()
         if exit_index == STRING:
             specs = tuple(a.strings for a in values)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json as json_module
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 from ramet.grammar.automaton import CONCRETE, DEAD, path_to_exit, target
@@ -27,6 +26,7 @@ class MaskKeyFrame:
         self.node = node
         self.is_shared = is_shared
         self.table = node.space.table(*node.alive(), node.extras)
+        self._loop_twin: int | None = None
 
     def resolve(self, exit_index: int) -> int:
         node = self.node
@@ -41,9 +41,13 @@ class MaskKeyFrame:
         plain = map(node.json.expressions.plainest, exprs)
         return node.json.value(tuple(dict.fromkeys(plain)), node.json.somewhere, 0)
 
-    @cached_property
     def loop_twin(self) -> int:
         """The instance whose loop state (see Table) has the same mask: unnamed keys with values of the same kinds."""
+        if self._loop_twin is None:
+            self._loop_twin = self._find_loop_twin()
+        return self._loop_twin
+
+    def _find_loop_twin(self) -> int:
         node = self.node
         if node.anonymous or not self.is_shared:
             return mask_keys(node, self.is_shared)

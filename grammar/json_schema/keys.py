@@ -96,8 +96,11 @@ class Space:
         if found is None:
             n = len(self.names)
             o = self.specs[spec]
-            named = sum(1 << i for i in range(n) if self.usable(spec, i))
             others = sum(1 << i for i in range(len(self.signatures)) if self.usable(spec, n + i))
+            if self.is_simple[spec] and self.is_open(others) and not o.named_only:
+                named = (1 << n) - 1  # a name without values is found when it is read: no text of a key can be stuck
+            else:
+                named = sum(1 << i for i in range(n) if self.usable(spec, i))
             if o.dependent:  # a key is of no use where those that it requires cannot stand
                 closure = self.json.expressions.closure_of_keys
                 for i in range(n):

@@ -50,6 +50,8 @@ class ObjectNode:
         self.content = content  # where the context asks for the value; None also where some of it is not known
         self.has_rivals = any(rivals for *_, rivals in threads)
         self.number = self.json.new_number()
+        # do the keys seen change nothing but that they may not come again?
+        self.is_simple = not (self.has_rivals or self.json.ordered) and all(space.is_simple[t[1]] for t in threads)
         self._alive: tuple[int, int] | None = None
         self._twins: list[ObjectNode | None] = [None, None]
         self._mask_keys: list[int | None] = [None, None]
@@ -139,6 +141,9 @@ class ObjectNode:
     def branches(self, label: int) -> list[tuple[Thread, Expr]]:
         """The threads that may read a key of this label, each with what its value must be."""
         space, e = self.space, self.json.expressions
+        if self.is_simple:
+            values = [(thread, space.expr(thread[1], label)) for thread in self.threads]
+            return [(thread, value) for thread, value in values if not e.is_empty(value)]
         seen = self.seen | (1 << label) if label < len(space.names) else self.seen
         count = self.count + 1
         out: list[tuple[Thread, Expr]] = []
@@ -177,17 +182,11 @@ class ObjectNode:
 
     def exprs(self, label: int) -> tuple[Expr, ...]:
         """What the value of a key of this label must be, for each of the threads that may read it."""
-        known = self.space.exprs_of_threads if self._is_simple() else self._exprs  # does it depend on the keys seen?
+        known = self.space.exprs_of_threads if self.is_simple else self._exprs  # does it depend on the keys seen?
         found = known.get((self.threads, label))
         if found is None:
             found = known[self.threads, label] = tuple(dict.fromkeys(e for _, e in self.branches(label)))
         return found
-
-    def _is_simple(self) -> bool:
-        """Do the keys seen change nothing but that they may not come again?"""
-        if self.has_rivals or self.json.ordered:
-            return False
-        return all(self.space.is_simple[spec] for _, spec, _, _ in self.threads)
 
     def _in_order(self, spec: int, label: int) -> bool:
         """declared_order: after all named keys seen, and not past one that must still come."""
@@ -202,7 +201,7 @@ class ObjectNode:
             space = self.space
             n = len(space.names)
             named = others = 0
-            if self._is_simple():
+            if self.is_simple:
                 for spec in {spec for _, spec, _, _ in self.threads}:
                     a, b = space.alive(spec)
                     named |= a

@@ -50,6 +50,11 @@ def dispatch_rows(spaced: bool) -> NDArray[np.int32]:
 
 
 @cache
+def unread_rows() -> NDArray[np.int32]:
+    return np.full((1, 256), leave(0), dtype=np.int32)
+
+
+@cache
 def literal_rows(text: bytes) -> NDArray[np.int32]:
     rows = np.full((len(text), 256), REFUSE, dtype=np.int32)
     for i, byte in enumerate(text):
@@ -111,17 +116,23 @@ def counted_string(closable: bool, last: bool) -> StringRows:
     return StringRows.of(strings.counted_rows(CHUNK, closable, last))
 
 
-@lru_cache(maxsize=1024)
-def string_rows(
-    specs: tuple[tuple[Strings, ...], ...], sources: tuple[tuple[int, str, str], ...], max_states: int
-) -> tuple[StringRows, tuple[int, ...]]:
-    """(rows, mask of tags of each exit). sources: (number, kind, source) of the languages that the specs name."""
-    languages = Languages(max_states)
-    number = {n: languages.add(kind, source) for n, kind, source in sources}
-    specs = tuple(
+def renumbered(specs: tuple[tuple[Strings, ...], ...], number: dict[int, int]) -> tuple[tuple[Strings, ...], ...]:
+    """The specs with other numbers for their languages."""
+    if not number:
+        return specs
+    return tuple(
         tuple(s._replace(languages=frozenset((number[n], wanted) for n, wanted in s.languages)) for s in tag)
         for tag in specs
     )
+
+
+@lru_cache(maxsize=1024)
+def string_rows(
+    specs: tuple[tuple[Strings, ...], ...], sources: tuple[tuple[str, str], ...], max_states: int
+) -> tuple[StringRows, tuple[int, ...]]:
+    """(rows, mask of tags of each exit). sources: (kind, source) of the languages; the specs name them by index."""
+    languages = Languages(max_states)
+    specs = renumbered(specs, {i: languages.add(*source) for i, source in enumerate(sources)})
     entries: dict[str, int] = {}
     for tag in specs:
         for s in tag:
