@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ramet.grammar.automaton import DEAD, target
+from ramet.grammar.automaton import CONCRETE, DEAD, target
 from ramet.grammar.json_schema.frames import Context, Json
 from ramet.grammar.json_schema.punctuation import (
     CLOSE,
