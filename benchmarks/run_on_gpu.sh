@@ -93,10 +93,10 @@ case $part in
     run check 90 $python benchmarks/bench_kernels.py "${dry_kernels[@]}" --sections check --out "$out/check.json"
     run tree-decode 130 $python benchmarks/bench_attention.py "${dry_attention[@]}" --sections tree,decode --seconds 120 --out "$out/attention.json"
     run products 110 $python benchmarks/bench_kernels.py "${dry_kernels[@]}" --sections gemv,stack --out "$out/products.json"
-    run fit 20 $python benchmarks/fit_table.py --kernels "$out/products.json" --attention "$out/attention.json" --out "$out/table.json"
+    run extend 70 $python benchmarks/bench_attention.py "${dry_attention[@]}" --sections extend --seconds 60 --out "$out/extend.json"
+    run fit 20 $python benchmarks/fit_table.py --kernels "$out/products.json" --attention "$out/attention.json" "$out/extend.json" --out "$out/table.json"
     [ -f "$out/table.json" ] && [ -z "$dry" ] && cp "$out/table.json" "$keep"
     run kernel-tests 110 $python -m pytest -q -p no:cacheprovider -W default -m "not slow" --timeout 100 "${tests[@]}"
-    run extend 70 $python benchmarks/bench_attention.py "${dry_attention[@]}" --sections extend --seconds 60 --out "$out/extend.json"
     run others 60 $python benchmarks/bench_kernels.py "${dry_kernels[@]}" --sections sampling,masks,small --out "$out/others.json"
     if [ -z "$dry" ] && command -v compute-sanitizer >/dev/null; then
       run sanitizer 60 compute-sanitizer --error-exitcode 9 $python -m pytest -q -p no:cacheprovider -W default tests/kernels/test_attention_tree.py tests/kernels/test_step_inputs.py

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ramet.kernels import attention_decode_cpu
 from ramet.kernels.attention_extend import gather_pages
+from ramet.kernels.attention_plan import AttentionTiles
 
 if TYPE_CHECKING:
     from ramet.kernels.attention_tree import TreePlan
@@ -41,6 +42,7 @@ class DecodeMetadata:
     kv_lens_host: list[int] | None = None  # the same lengths on the host: the CPU path needs no copy back
     # int32 [B * K] zeros, kept by the caller: the last program of a row then merges its splits, without a second kernel
     merge_counters: Tensor | None = None
+    tiles: AttentionTiles | None = None  # what was measured on this card
 
 
 def attention_decode(

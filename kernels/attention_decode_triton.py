@@ -11,7 +11,7 @@ units, to one part. With one split it writes the result; with more it writes its
 either the last program of a (row, KV head) to finish merges them (`merge_counters` given) or a second kernel does,
 grid (B, H). The counters must be zero before the first launch and are zero again after each.
 
-To tune on a card: `DECODE_CONFIGS` and `choose_num_splits` in attention_plan.py; fused merge against the second kernel.
+To tune on a card: `choose_num_splits` in attention_plan.py; fused merge against the second kernel.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def attention_decode_triton(
     num_kv_heads, page_size = k_cache.shape[1], k_cache.shape[2]
     group, num_splits = num_heads // num_kv_heads, meta.num_splits
     if config is None:
-        config = decode_config(head_dim, q.dtype, group)
+        config = decode_config(head_dim, q.dtype, group, meta.tiles)
     assert shared is None or window is None
     to_parts = num_splits > 1 or before_merge is not None
     fused = to_parts and before_merge is None and meta.merge_counters is not None

@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ramet.kernels.attention_plan import AttentionTiles
+
 # Query rows of one masked call on the CPU: bounds the mask at 512 x kv_len and lets a call stop at its own last key.
 _REFERENCE_CHUNK = 512
 
@@ -37,6 +39,7 @@ class ExtendMetadata:
     # graph: they change with replays.
     q_lens_host: list[int] | None = None
     kv_lens_host: list[int] | None = None
+    tiles: AttentionTiles | None = None  # what was measured on this card
 
 
 def attention_extend(

@@ -9,8 +9,6 @@ table picks smaller tiles for short extends (by the longest of the launch), and 
 Grid (T * G // BLOCK_M + B, K): the tiles of sequence b begin at cu_seqlens_q[b] * G // BLOCK_M + b, a bound known
 without a host-made list, so a captured graph serves any lengths; at most B programs per KV head have nothing to do.
 Tiles run last to first, because the last tiles of a sequence are the longest.
-
-To tune on a card: `EXTEND_CONFIGS` in attention_plan.py (BLOCK_M, BLOCK_N, warps, stages by head dim and rows).
 """
 
 from __future__ import annotations
@@ -43,7 +41,7 @@ def attention_extend_triton(
     if num_tokens == 0:
         return out
     if config is None:
-        config = extend_config(head_dim, q.dtype, meta.max_seqlen_q * group)
+        config = extend_config(head_dim, q.dtype, meta.max_seqlen_q * group, meta.tiles)
     batch = meta.kv_lens.shape[0]
     grid = (num_tokens * group // config.block_m + batch, num_kv_heads)
     _extend_kernel[grid](

@@ -1,12 +1,12 @@
 """Tile sizes of the attention kernels by card and shape, and how far to split keys: what a launch decides on the host.
 
-The choices are to be what benchmarks/bench_attention.py finds fastest on an H100; other cards use the same.
+Where a card's table says what was measured to be fastest (`AttentionTiles`), that goes before the choices here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -27,6 +27,19 @@ class TileConfig:
     num_stages: int  # depth of the software pipeline; page ids take every other stage, so 5 loads two tiles ahead
 
 
+@dataclass(frozen=True, slots=True)
+class AttentionTiles:
+    """What was measured to be fastest on a card, for head dim 128 in 16 bits; None: the choices below."""
+
+    extend: TileConfig | None = None  # of prompts that fill its rows
+    decode: TileConfig | None = None  # but for its rows, which are the heads of a group
+    tree: TileConfig | None = None
+    tree_programs: int | None = None  # of the shared part that a plan aims at, per processor
+
+    def fit(self, head_dim: int, dtype: torch.dtype) -> bool:
+        return head_dim == 128 and dtype.itemsize == 2
+
+
 def dot_precision(dtype: torch.dtype) -> str:
     """How matrix products of `dtype` round their inputs: fp32 in three tf32 products, which keep 22 of its 24 bits.
 
@@ -35,11 +48,13 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "tf32x3" if dtype == torch.float32 else "tf32"
 
 
-def extend_config(head_dim: int, dtype: torch.dtype, num_rows: int) -> TileConfig:
+def extend_config(head_dim: int, dtype: torch.dtype, num_rows: int, tiles: AttentionTiles | None = None) -> TileConfig:
     """Choose the tile of `attention_extend` for sequences of at most `num_rows` = tokens x (H / K) rows."""
     if dtype == torch.float32:
         return TileConfig(32, 32, 4, 2)
     small = max(16, min(128, 1 << (num_rows - 1).bit_length()))
+    if tiles is not None and tiles.extend is not None and tiles.fit(head_dim, dtype) and small >= tiles.extend.block_m:
+        return tiles.extend
     if head_dim > 128:
         return TileConfig(128, 32, 8, 3) if small == 128 else TileConfig(small, 32, 4, 3)
     if small < 128:
@@ -47,11 +62,13 @@ def extend_config(head_dim: int, dtype: torch.dtype, num_rows: int) -> TileConfi
     return TileConfig(128, 64, 8, 5)
 
 
-def decode_config(head_dim: int, dtype: torch.dtype, group: int) -> TileConfig:
+def decode_config(head_dim: int, dtype: torch.dtype, group: int, tiles: AttentionTiles | None = None) -> TileConfig:
     """Choose the tile of `attention_decode` for `group` = H / K query heads of a KV head."""
     block_m = max(16, 1 << (group - 1).bit_length())
     if dtype == torch.float32:
         return TileConfig(block_m, 32, 4, 2)
+    if tiles is not None and tiles.decode is not None and tiles.fit(head_dim, dtype):
+        return replace(tiles.decode, block_m=block_m)
     return TileConfig(block_m, 64 if head_dim <= 128 else 32, 4, 5)
 
 
@@ -65,9 +82,11 @@ def choose_num_splits(batch: int, num_kv_heads: int, max_kv_len: int, num_sms: i
     return max(1, min(wanted, -(-max_kv_len // 64), MAX_SPLITS))
 
 
-def tree_config(head_dim: int, dtype: torch.dtype, group: int) -> TileConfig:
+def tree_config(head_dim: int, dtype: torch.dtype, group: int, tiles: AttentionTiles | None = None) -> TileConfig:
     """Choose the tile of tree attention's shared part."""
     rows_of_member = 1 << (group - 1).bit_length()  # a tile holds at least one member
+    if tiles is not None and tiles.tree is not None and tiles.fit(head_dim, dtype):
+        return replace(tiles.tree, block_m=max(tiles.tree.block_m, rows_of_member))
     block_m = max(128, rows_of_member)
     if dtype == torch.float32:
         return TileConfig(max(32, rows_of_member), 32 if head_dim <= 128 else 16, 4, 2)

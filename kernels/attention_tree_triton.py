@@ -8,7 +8,7 @@ part, normalised, in fp32, and the part's base-2 log-sum-exp to the slot of each
 Then the decode kernel does each row's keys from kv_starts on and merges all parts: by itself (one split, or the last
 split to finish), or in a third kernel when the shared part runs on a side stream at the same time.
 
-To tune on a card: `tree_config` and TREE_PROGRAMS_PER_SM in attention_plan.py; sequential against side stream.
+To tune on a card: sequential against side stream.
 """
 
 from __future__ import annotations

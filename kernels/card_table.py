@@ -1,8 +1,8 @@
-"""What was measured on a card, as a file: the products that beat the library's, and the rates of tree attention.
+"""What was measured on a card, as a file: products that beat the library's, tiles and tree attention's rates.
 
 The timing scripts write such a file (`benchmarks/fit_table.py`); an engine reads one, by its path, or the one in
-`tables/` that has the name of its card. Without a file nothing is assumed: products are the library's, and the cost
-model has its cautious defaults. Not here: tile sizes of attention (`attention_plan.py`).
+`tables/` that has the name of its card. Without a file nothing is assumed: products are the library's, tiles
+and the cost model have their defaults (`attention_plan.py`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ramet.errors import ConfigError
-from ramet.kernels.attention_plan import TreeCosts
+from ramet.kernels.attention_plan import AttentionTiles, TileConfig, TreeCosts
 from ramet.kernels.gemv import MAX_ROWS, GemvConfig
 
 _FOLDER = Path(__file__).parent / "tables"
@@ -42,6 +42,7 @@ class CardTable:
     folded: Mapping[Product, GemvConfig] = field(default_factory=dict)
     folded_rows: frozenset[int] = frozenset()
     tree_costs: TreeCosts | None = None
+    tiles: AttentionTiles | None = None
 
     def to_json(self) -> str:
         """The file's text."""
@@ -56,6 +57,7 @@ class CardTable:
                 "folded": listed(self.folded),
                 "folded_rows": sorted(self.folded_rows),
                 "tree_costs": None if self.tree_costs is None else dataclasses.asdict(self.tree_costs),
+                "tiles": None if self.tiles is None else dataclasses.asdict(self.tiles),
             },
             indent=1,
         )
@@ -81,6 +83,7 @@ def load_card_table(card: str, path: str | Path | None = None) -> CardTable:
             _products(found["folded"]),
             frozenset(map(int, found["folded_rows"])),
             None if costs is None else TreeCosts(**costs),
+            _tiles(found["tiles"]),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"the kernel table {source} is not what fit_table.py writes: {error!r}") from error
@@ -89,6 +92,13 @@ def load_card_table(card: str, path: str | Path | None = None) -> CardTable:
 def file_stem(card: str) -> str:
     """A card's name as part of a file name."""
     return re.sub(r"[^a-z0-9]+", "-", card.lower()).strip("-")
+
+
+def _tiles(found: dict[str, Any] | None) -> AttentionTiles | None:  # Any: JSON
+    if found is None:
+        return None
+    extend, decode, tree = (found[name] and TileConfig(**found[name]) for name in ("extend", "decode", "tree"))
+    return AttentionTiles(extend, decode, tree, found["tree_programs"])
 
 
 def _products(rows: list[list[Any]]) -> dict[Product, GemvConfig]:  # Any: JSON

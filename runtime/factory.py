@@ -103,6 +103,7 @@ def build_core(model: LoadedModel, config: EngineConfig) -> EngineCore:
             device_grammars=None if arena is None else make_device_grammars(model),
             tree=tree,
             is_deterministic=config.deterministic and device.type == "cuda",
+            tiles=card_table(config, device).tiles if device.type == "cuda" else None,
         )
         if device.type == "cuda" and config.cuda_graph:
             runner.capture_graphs(config.cuda_graph_max_extend)
@@ -162,6 +163,7 @@ def make_tree_planner(model: LoadedModel, config: EngineConfig, device: torch.de
         device=device,
         dtype=model.decoder.dtype,
         costs=card_table(config, device).tree_costs,
+        tiles=card_table(config, device).tiles,
     )
 
 
@@ -211,6 +213,7 @@ def measure_steps(
             arena=arena,
             tree=tree,
             is_deterministic=config.deterministic,
+            tiles=card_table(config, device).tiles,
         )
         request = Request("workspace", torch.zeros(num_tokens, dtype=torch.int32).numpy(), SamplingParams(), 1)
         sequence = Sequence(request, page_ids=list(range(1, num_pages)), slot=0, status=Status.RUNNING)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ramet.kernels.attention_decode import DecodeMetadata
 from ramet.kernels.attention_extend import ExtendMetadata
-from ramet.kernels.attention_plan import FIXED_SPLITS, choose_num_splits
+from ramet.kernels.attention_plan import FIXED_SPLITS, AttentionTiles, choose_num_splits
 from ramet.kernels.attention_tree import TreePlan
 from ramet.kernels.copy_pages import copy_pages
 from ramet.kernels.grammar_arena import FREE_STATE, GrammarArena
@@ -119,8 +119,12 @@ class ModelRunner:
         device_grammars: DeviceGrammars | None = None,
         tree: TreePlanner | None = None,
         is_deterministic: bool = False,
+        tiles: AttentionTiles | None = None,
     ) -> None:
-        """is_deterministic: a row's bits must not depend on the other rows; `decoder` has batch-invariant products."""
+        """is_deterministic: a row's bits must not depend on the other rows; `decoder` has batch-invariant products.
+
+        tiles: of attention, measured on this card.
+        """
         assert tree is None or not is_deterministic, "what a group shares changes the order of summation"
         is_cuda = device.type == "cuda"
         self.decoder = decoder
@@ -132,6 +136,7 @@ class ModelRunner:
         self.device_grammars = device_grammars
         self.tree = tree
         self.is_deterministic = is_deterministic
+        self.tiles = tiles
         self.sampling = (
             slots.tables.sampling() if arena is None else slots.tables.sampling(arena.mask_index, arena.mask_rows)
         )
@@ -247,6 +252,7 @@ class ModelRunner:
             page_table=tables.page_table,
             max_seqlen_q=_ANY_LENGTH if self.is_deterministic else key.num_tokens,
             max_kv_len=self.max_kv_len,
+            tiles=self.tiles,
         )
         context = self._context(part("positions"), part("kv_slots"), key.num_decode, decode, extend, extend_start=0)
         hidden = self.decoder.forward(part("token_ids"), context)
@@ -273,7 +279,7 @@ class ModelRunner:
         tree = self.tree.plan if uses_tree and self.tree is not None else None
         num_splits = self._num_splits(rows.numel())
         return DecodeMetadata(
-            inputs.kv_lens, rows, self.tables.page_table, num_splits, tree, merge_counters=self._merge_counters
+            inputs.kv_lens, rows, self.tables.page_table, num_splits, tree, None, self._merge_counters, self.tiles
         )
 
     def _num_splits(self, batch: int) -> int:
@@ -330,6 +336,7 @@ class ModelRunner:
     def _run_extend(self, batch: Batch, arrays: ExtendArrays) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """As `_run_decode` for the rows that sample, and the log-probabilities that were asked for."""
         extend = upload_extend(arrays, self.slots, self.device)
+        extend.metadata.tiles = self.tiles
         if self.is_deterministic:
             extend.metadata.max_seqlen_q = _ANY_LENGTH
         token_ids, positions, kv_slots = extend.token_ids, extend.positions, extend.kv_slots
@@ -385,6 +392,7 @@ class ModelRunner:
             self._tree_plan(batch),
             lens,
             self._merge_counters,
+            self.tiles,
         )
 
     def _score(self, hidden: Tensor, extend: ExtendInputs) -> Tensor | None:

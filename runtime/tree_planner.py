@@ -12,7 +12,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ramet.kernels.attention_plan import TREE_PROGRAMS_PER_SM, AttentionShape, TreeCostModel, TreeCosts, tree_config
+from ramet.kernels.attention_plan import (
+    TREE_PROGRAMS_PER_SM,
+    AttentionShape,
+    AttentionTiles,
+    TreeCostModel,
+    TreeCosts,
+    tree_config,
+)
 from ramet.kernels.attention_tree import TreePlan, find_shared_segments, plan_tree
 from ramet.runtime.models.config import ModelConfig
 from ramet.runtime.types import ScheduledSequence, Sequence
@@ -32,14 +39,16 @@ class TreePlanner:
         device: torch.device,
         dtype: torch.dtype,
         costs: TreeCosts | None = None,
+        tiles: AttentionTiles | None = None,
     ) -> None:
-        """costs: rates measured on this card; None takes cautious ones."""
+        """costs, tiles: what was measured on this card; None takes cautious ones."""
         self._group = model.num_heads // model.num_kv_heads
         self._num_kv_heads = model.num_kv_heads
         self._page_size = page_size
         self._mode = mode
-        self._target_programs = TREE_PROGRAMS_PER_SM * num_sms
-        self._config = tree_config(model.head_dim, dtype, self._group)
+        programs = None if tiles is None else tiles.tree_programs
+        self._target_programs = (programs or TREE_PROGRAMS_PER_SM) * num_sms
+        self._config = tree_config(model.head_dim, dtype, self._group, tiles)
         shape = AttentionShape(model.num_heads, model.num_kv_heads, model.head_dim, dtype.itemsize)
         self._costs = TreeCostModel(shape, self._config, costs)
         # The rows' page lists themselves: a list only grows at its end, and a preempted sequence gets another one.

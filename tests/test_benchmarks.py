@@ -75,3 +75,35 @@ def test_simulated_rows_keep_the_batch_full_and_read_shared_prefixes_once(script
     assert decode["trees"] > 0.9
     assert decode["attention"] < 0.5 * decode["plain attention"]
     assert row["tok_s"] > plain["tok_s"]
+
+
+@pytest.mark.parametrize("script", ["fit_table"], indirect=True)
+def test_a_tile_is_taken_where_it_loses_least_over_all_cases(script: ModuleType) -> None:
+    def record(case: str, run: str, us: float | None) -> dict[str, object]:
+        facts = {"case": case, "run": run, "segments": [[4, 100]], "suffix_tokens": 10}
+        return facts | ({} if us is None else {"us": us})
+
+    def tree(case: str, default: float, other: float, third: float | None = None) -> list[dict[str, object]]:
+        return [
+            record(case, "plain splits 1", 90.0),
+            record(case, "tree 128x64 w8 s5 x1 splits 2 *", default),
+            record(case, "tree 64x64 w4 s3 x2 splits 2", other),
+            record(case, "tree 64x64 w4 s3 x1 splits 2", third),
+            record(case, "tree 64x64 w4 s3 x2 splits 2 side stream", 0.1),
+            record(case, "tree 128x64 w8 s5 x1 splits 1", 0.1),
+        ]
+
+    default, best = script.DEFAULT_TREE, script.TileConfig(64, 64, 4, 3)
+    records = tree("tree a", 40.0, 30.0) + tree("tree b", 50.0, 40.0, 1.0)
+    assert script.fit_tile(records, "tree") == (best, " x2")
+    assert [round(case.tree_s * 1e6) for case in script.tree_cases(records, default, " x1")] == [40, 50]
+    assert [round(case.tree_s * 1e6) for case in script.tree_cases(records, best, " x2")] == [30, 40]
+    assert script.fit_tile(tree("tree a", 40.0, 39.8), "tree") is None, "too little to gain"
+    assert script.fit_tile(tree("tree a", 40.0, 30.0), "decode") is None
+    decode = [
+        record("decode llama-8b 8x100", "16x64 w4 s5 splits 4 fused *", 9.0),
+        record("decode llama-8b 8x100", "16x32 w2 s7 splits 4 fused", 8.0),
+        record("decode llama-8b 8x100", "16x64 w4 s5 splits 8 fused", 1.0),
+        record("decode llama-8b 8x100", "16x64 w4 s5 splits 4 merge", 1.0),
+    ]
+    assert script.fit_tile(decode, "decode llama-8b") == (script.TileConfig(16, 32, 2, 7), "")

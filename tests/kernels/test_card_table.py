@@ -5,9 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from ramet.errors import ConfigError
-from ramet.kernels.attention_plan import TreeCosts
+from ramet.kernels.attention_plan import (
+    AttentionTiles,
+    TileConfig,
+    TreeCosts,
+    decode_config,
+    extend_config,
+    tree_config,
+)
 from ramet.kernels.card_table import CardTable, Product, file_stem, load_card_table
 from ramet.kernels.gemv import GemvConfig
 
@@ -17,6 +25,7 @@ TABLE = CardTable(
     {Product(2, 14336, 4096, True): GemvConfig("dot", 16, 256, 4, 4, True)},
     frozenset({2}),
     TreeCosts(fixed_s=5e-6),
+    AttentionTiles(decode=TileConfig(16, 128, 4, 3), tree=TileConfig(64, 64, 4, 3), tree_programs=2),
 )
 
 
@@ -46,3 +55,17 @@ def test_a_file_that_is_no_table_is_an_error(tmp_path: Path, text: str) -> None:
 
 def test_file_names_have_no_blanks() -> None:
     assert file_stem("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
+
+
+def test_measured_tiles_go_before_the_defaults_where_they_were_measured() -> None:
+    tiles = AttentionTiles(TileConfig(64, 128, 4, 3), TileConfig(16, 32, 2, 7), TileConfig(64, 64, 4, 3))
+    half, single = torch.bfloat16, torch.float32
+    assert extend_config(128, half, 4096, tiles) == tiles.extend
+    assert extend_config(128, half, 16, tiles) == extend_config(128, half, 16), "too few rows for it"
+    assert decode_config(128, half, 4, tiles) == tiles.decode
+    assert decode_config(128, half, 32, tiles) == TileConfig(32, 32, 2, 7), "the heads of a group are its rows"
+    assert tree_config(128, half, 128, tiles) == TileConfig(128, 64, 4, 3), "a member at least"
+    for head_dim, dtype in ((64, half), (256, half), (128, single)):
+        assert extend_config(head_dim, dtype, 4096, tiles) == extend_config(head_dim, dtype, 4096)
+        assert decode_config(head_dim, dtype, 4, tiles) == decode_config(head_dim, dtype, 4)
+        assert tree_config(head_dim, dtype, 4, tiles) == tree_config(head_dim, dtype, 4)
