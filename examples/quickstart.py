@@ -116,6 +116,8 @@ def run(city: str, backend: object, console: Console) -> State:
         for event in stream:
             screen.on_event(event, stream.state)
             live.update(screen)
+    if not console.is_terminal:
+        console.print()  # a file gets no line's end from Live
     return stream.state
 
 
@@ -154,9 +156,9 @@ def main(arguments: list[str] | None = None) -> None:
     console = Console()
     console.rule("[bold]ramet quickstart")
     start_s = time.monotonic()
-    with console.status("loading the model") as status:
+    with console.status("loading the model"):
         backend = MockBackend() if options.mock else None
-        engine = None if options.mock else Engine(options.model, on_stage=status.update)
+        engine = None if options.mock else Engine(options.model, on_stage=console.print)
     console.print(f"[dim]model ready in {time.monotonic() - start_s:.1f} s[/dim]")
     runs = []
     try:
