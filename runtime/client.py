@@ -6,6 +6,7 @@ Tokens become text here, incrementally, and stop strings are found here. Not her
 from __future__ import annotations
 
 import asyncio
+import atexit
 import itertools
 import logging
 import random
@@ -214,6 +215,7 @@ class Engine:
 
             release_threads()  # the engine's thread alone computes from here on
         self._thread = threading.Thread(target=self._run, name="ramet-engine", daemon=True)
+        atexit.register(self.shutdown)  # a thread that the interpreter kills inside a step aborts the process
         self._thread.start()
 
     # -- callers' side -------------------------------------------------------------------------------------------
@@ -291,11 +293,11 @@ class Engine:
         ids = self.tokenizer.encode(prompt, parse_special=True) if isinstance(prompt, str) else prompt
         vocab = self.model.config.vocab_size
         try:
-            prompt_ids = np.asarray(ids, dtype=np.int64)
-        except (TypeError, ValueError, OverflowError) as error:
+            prompt_ids = np.asarray(ids)
+        except ValueError as error:  # lists of several lengths
             raise InvalidRequest(f"the prompt must be text or a list of token ids: {error}", param="prompt") from error
-        if prompt_ids.ndim != 1:
-            raise InvalidRequest("the prompt must be text or one list of token ids", param="prompt")
+        if prompt_ids.ndim != 1 or (prompt_ids.size and prompt_ids.dtype.kind not in "iu"):
+            raise InvalidRequest("the prompt must be text or one list of token ids (integers)", param="prompt")
         if prompt_ids.size and not (prompt_ids.min() >= 0 and prompt_ids.max() < vocab):
             wrong = prompt_ids[(prompt_ids < 0) | (prompt_ids >= vocab)][0]
             raise InvalidRequest(f"prompt token {wrong} is outside the vocabulary of {vocab:,} tokens", param="prompt")
@@ -391,6 +393,7 @@ class Engine:
         with self._wake:
             self._is_stopping = True
             self._wake.notify_all()
+        atexit.unregister(self.shutdown)
         if threading.current_thread() is not self._thread:
             self._thread.join(timeout_s)
 

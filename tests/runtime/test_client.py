@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -151,6 +153,8 @@ def test_result_times_out_and_the_request_goes_on(engine: Engine) -> None:
         ([-1], {}, InvalidRequest, "-1 is outside"),
         ([[1]], {}, InvalidRequest, "one list"),
         (["a"], {}, InvalidRequest, "token ids"),
+        ([1.5], {}, InvalidRequest, "integers"),
+        ([[1], [2, 3]], {}, InvalidRequest, "token ids"),
         ("x" * 600, {}, ContextOverflow, "600 tokens .* context is 512"),
         ("x" * 500, {"sampling": SamplingParams(max_tokens=100)}, ContextOverflow, "lower max_tokens"),
         ("x", {"sampling": SamplingParams(logit_bias={999: 1.0})}, InvalidSampling, "logit_bias names token 999"),
@@ -282,6 +286,20 @@ def test_shutdown_tells_those_in_flight_and_refuses_later_requests(tiny_model: L
         handle.result(timeout_s=5)
     with pytest.raises(EngineStopped, match="make a new one"):
         engine.submit("x")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", ["", "raise RuntimeError('mine')"])
+def test_a_script_may_end_while_its_engine_works(ending: str) -> None:
+    script = (
+        "from ramet import Engine, SamplingParams\n"
+        "engine = Engine('tiny-random', num_threads=1)\n"
+        "handle = engine.submit('abc', SamplingParams(max_tokens=1500, ignore_eos=True))\n"
+        f"next(iter(handle))\n{ending}\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert "terminate" not in done.stderr
+    assert done.returncode == bool(ending), done.stderr
 
 
 def test_an_idle_engine_takes_no_steps_and_no_processor_time(engine: Engine) -> None:
