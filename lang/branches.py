@@ -131,7 +131,8 @@ def best_of(parent: State, n: int, item: Appendable, by: Callable[[State], float
     branches = parent.fork(n)
     branches += item
     parent._run.submit()
-    best = max(branches, key=by)
+    scores = plain([by(branch) for branch in branches])  # those that are generated run together
+    best = branches[scores.index(max(scores))]
     adopt(parent, best)
     return best
 

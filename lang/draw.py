@@ -61,6 +61,7 @@ class Card:
     lane: int = 0
     is_open: bool = True
     num_hidden: int = 0  # of a card that stands for branches that are not drawn
+    num_requests: int = 0  # theirs
 
     def to_dict(self) -> dict[str, Any]:  # Any: JSON
         names = (
@@ -222,7 +223,8 @@ class _Cards:
         self._graph, self._texts, self._paths, self._costs, self._record = graph, texts, paths, costs, record
         self._cards: list[Card] = []
         self._card_of: dict[int, int | None] = {}  # node -> its card
-        self._hidden: set[int] = set()  # nodes of branches that are not drawn
+        self._hidden: dict[int, int] = {}  # nodes of branches that are not drawn -> the card that stands for them
+        self._more: dict[int, int] = {}  # fork group -> the card that stands for its further branches
         self._branch: set[int] = set()  # Fork nodes
         self._hues: dict[int, int] = {}  # Fork node -> hue
         for node in graph.nodes:
@@ -237,8 +239,9 @@ class _Cards:
         parent = node.parent
         if isinstance(node, ir.Argument) or (parent is not None and parent in self._hidden):
             self._card_of[node.id] = None
-            if parent is not None:
-                self._hidden.add(node.id)
+            if parent in self._hidden:
+                self._hidden[node.id] = more = self._hidden[parent]
+                self._cards[more].num_requests += isinstance(node, ir.Generate | ir.Select)
             return
         if isinstance(node, ir.Fork):
             self._fork(node)
@@ -274,12 +277,13 @@ class _Cards:
         if above is not None:
             self._cards[above].is_open = False
         if node.index >= MAX_BRANCHES:
-            self._hidden.add(node.id)
             if node.index == MAX_BRANCHES:
                 more = node.width - MAX_BRANCHES
                 card = Card(len(self._cards), "more", f"{more:,} more branches", node.line, above, True)
                 card.num_hidden, card.is_open, card.hue = more, False, self._hues[node.group]
+                self._more[node.group] = card.id
                 self._cards.append(card)
+            self._hidden[node.id] = self._more[node.group]
         if node.width > 1 and node.group not in self._hues:
             self._hues[node.group] = 1 + len(self._hues) % (HUES - 1)
         if node.width > 1:
@@ -348,11 +352,10 @@ class _Cards:
             if card is not None and not isinstance(self._graph.nodes[node], ir.Fork):
                 last_node[card] = node
         for one in self._cards:
-            if one.kind not in ("gen", "select"):
-                continue
+            num_requests = one.num_requests or int(one.kind in ("gen", "select"))
             at = one.parent
             while at is not None:
-                self._cards[at].num_readers += 1
+                self._cards[at].num_readers += num_requests
                 at = self._cards[at].parent
         for one in self._cards:
             forks = sum(other.parent == one.id and other.is_branch for other in self._cards)
@@ -380,7 +383,7 @@ def _place(cards: Sequence[Card]) -> None:
         if card.parent is not None:
             sizes[card.parent] += sizes[card.id]
     for found in children.values():  # small ones first: they stay near where they began
-        found.sort(key=lambda card: (not card.is_branch, sizes[card.id]))
+        found.sort(key=lambda card: (not card.is_branch, card.num_hidden, sizes[card.id]))
 
     def chain_of(card: Card) -> list[Card]:
         chain = [card]

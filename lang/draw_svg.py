@@ -7,6 +7,8 @@ from collections import Counter
 from html import escape
 from typing import TYPE_CHECKING
 
+from rich.cells import cell_len
+
 if TYPE_CHECKING:
     from ramet.lang.draw import Card, Drawing
 
@@ -14,6 +16,7 @@ WIDTH, HEIGHT = 272, 128  # of a card, in pixels
 GAP_X, GAP_Y = 64, 26
 LEFT, TOP, BOTTOM = 36, 92, 46
 CHARS = 37  # of monospaced text in one line of a card
+LEGEND = 820  # its width
 
 LIGHT = {
     "bg": "#fbfbfd",
@@ -80,7 +83,7 @@ def styles() -> str:
 
 def to_svg(drawing: Drawing, *, is_embedded: bool = False) -> str:
     """The picture. `is_embedded`: in a page that brings the styles."""
-    width = max(LEFT * 2 + drawing.num_columns * (WIDTH + GAP_X) - GAP_X, 760)
+    width = max(LEFT * 2 + drawing.num_columns * (WIDTH + GAP_X) - GAP_X, LEFT * 2 + LEGEND)
     height = TOP + drawing.num_lanes * (HEIGHT + GAP_Y) - GAP_Y + BOTTOM
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" class="rm" viewBox="0 0 {width} {height}" width="{width}" '
@@ -201,7 +204,8 @@ def _bar(card: Card) -> str:
         x += width
     parts.append(f'<text class="label" x="16" y="{y + 17}">{escape(_short(card.label, 44))}</text>')
     if card.end_s is not None and card.start_s is not None:
-        took = f"{(card.end_s - card.start_s) * 1e3:,.0f} ms"
+        seconds = card.end_s - card.start_s
+        took = f"{seconds:,.1f} s" if seconds >= 1 else f"{seconds * 1e3:.0f} ms"
         parts.append(f'<text class="time" x="{WIDTH - 13}" y="{y + 17}" text-anchor="end">{took}</text>')
     return "".join(parts)
 
@@ -234,9 +238,10 @@ def _pieces(text: str) -> list[str]:
     """Lines of a card: breaks of the text shown as signs, cut at blanks where that is possible."""
     words = " ".join(text.replace("\n", " ⏎ ").split())
     lines: list[str] = []
-    while len(words) > CHARS:
-        cut = words.rfind(" ", CHARS // 2, CHARS + 1)
-        cut = CHARS if cut < 0 else cut
+    while cell_len(words) > CHARS:
+        most = _num_fitting(words, CHARS)
+        cut = words.rfind(" ", most // 2, most + 1)
+        cut = most if cut < 0 else cut
         lines.append(words[:cut])
         words = words[cut:].lstrip()
     return [*lines, words] if words else lines
@@ -244,7 +249,10 @@ def _pieces(text: str) -> list[str]:
 
 def _head_lines(text: str, limit: int) -> list[str]:
     lines = _pieces(text)
-    return lines if len(lines) <= limit else [*lines[: limit - 1], lines[limit - 1][: CHARS - 2] + " …"]
+    if len(lines) <= limit:
+        return lines
+    last = lines[limit - 1]
+    return [*lines[: limit - 1], last[: _num_fitting(last, CHARS - 2)] + " …"]
 
 
 def _tail_lines(text: str, limit: int) -> list[str]:
@@ -254,4 +262,15 @@ def _tail_lines(text: str, limit: int) -> list[str]:
 
 
 def _short(text: str, limit: int) -> str:
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+    return text if cell_len(text) <= limit else text[: _num_fitting(text, limit - 1)] + "…"
+
+
+def _num_fitting(text: str, cells: int) -> int:
+    """How many characters fit into so many cells; Chinese ones and emoji take two."""
+    count = 0
+    for char in text:
+        cells -= cell_len(char)
+        if cells < 0:
+            break
+        count += 1
+    return count

@@ -6,6 +6,7 @@ import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from ramet.lang.ir import Usage
 from ramet.lang.passes.paths import ZERO, Count
 
 if TYPE_CHECKING:
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
     from ramet.lang.explain import Explanation, Measured, NodeCost
 
+_TIMES = ("start_s", "first_token_s", "end_s")
 MAX_LINES = 40  # of the table; more nodes than that are counted, not shown
 
 
@@ -75,7 +77,8 @@ def _table(columns: Sequence[str], num_left: int) -> Table:
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="dim")
     for index, name in enumerate(columns):
-        table.add_column(name, justify="left" if index < num_left else "right", overflow="fold", no_wrap=index == 0)
+        is_left = index < num_left
+        table.add_column(name, justify="left" if is_left else "right", overflow="ellipsis", no_wrap=is_left)
     return table
 
 
@@ -84,28 +87,40 @@ def _plan_table(nodes: Sequence[NodeCost]) -> RenderableType:
     table = _table(("node", "line", "×", "prompt", "shared", "new", "written"), 2)
     groups: dict[tuple[str, str, str], list[NodeCost]] = {}
     for node in nodes:
-        groups.setdefault((node.kind, (node.name or "").partition("#")[0], node.line), []).append(node)
+        groups.setdefault((node.kind, _variable(node.name), node.line), []).append(node)
     for (kind, name, line), members in list(groups.items())[:MAX_LINES]:
         twins = sum(member.twin is not None for member in members)
-        times = "" if len(members) == 1 else f"{len(members)}"
         counts = [_total([getattr(m, what) for m in members]) for what in ("prompt", "shared", "new", "written")]
         label = f"{kind} {name}".rstrip() + (f" ({twins} taken over)" if twins else "")
-        table.add_row(label, _short(line), times, *counts)
+        table.add_row(label, _short(line), _times(members), *counts)
     if len(groups) > MAX_LINES:
         table.add_row(f"… {len(groups) - MAX_LINES} more lines", "", "", "", "", "", "")
     return table
 
 
 def _measured_table(nodes: Sequence[Measured]) -> RenderableType:
-    table = _table(("node", "line", "prompt", "cached", "computed", "decoded", "start", "first token", "end"), 2)
-    for one in nodes[:MAX_LINES]:
-        usage = one.usage
-        label = f"{one.kind} {one.name or ''}".rstrip() + (" ✗" if one.error else "")
+    """One line a node; where they are many, one for all of one source line and variable, from the first to the last."""
+    columns = ("node", "line", "×", "prompt", "cached", "computed", "decoded", "start", "first token", "end")
+    table = _table(columns, 2)
+    groups: dict[object, list[Measured]] = {}
+    for one in nodes:
+        key = one.node if len(nodes) <= MAX_LINES else (one.kind, _variable(one.name), one.line)
+        groups.setdefault(key, []).append(one)
+    for members in list(groups.values())[:MAX_LINES]:
+        first, usage = members[0], sum((one.usage for one in members), Usage())
+        failed = sum(one.error is not None for one in members)
+        name = first.name or "" if len(members) == 1 else _variable(first.name)
+        label = f"{first.kind} {name}".rstrip() + (" ✗" * min(failed, 1)) + (f"{failed}" if failed > 1 else "")
         sizes = (usage.prompt_tokens, usage.cached_tokens, usage.computed_tokens, usage.completion_tokens)
-        times = (_ms(one.start_s), _ms(one.first_token_s), _ms(one.end_s))
-        table.add_row(label, _short(one.line), *(f"{size:,}" for size in sizes), *times)
-    if len(nodes) > MAX_LINES:
-        table.add_row(f"… {len(nodes) - MAX_LINES} more nodes", *[""] * 8)
+        times = [[t for one in members if (t := getattr(one, at)) is not None] for at in _TIMES]
+        shown = (
+            _time(min(times[0], default=None)),
+            _time(min(times[1], default=None)),
+            _time(max(times[2], default=None)),
+        )
+        table.add_row(label, _short(first.line), _times(members), *(f"{size:,}" for size in sizes), *shown)
+    if len(groups) > MAX_LINES:
+        table.add_row(f"… {len(groups) - MAX_LINES} more lines", *[""] * 9)
     return table
 
 
@@ -131,5 +146,16 @@ def _short(line: str) -> str:
     return line.rpartition("/")[2]
 
 
-def _ms(seconds: float | None) -> str:
-    return "" if seconds is None else f"{seconds * 1e3:,.1f} ms"
+def _variable(name: str | None) -> str:
+    """`step#2` is the variable `step` written again."""
+    return (name or "").partition("#")[0]
+
+
+def _times(members: Sequence[object]) -> str:
+    return "" if len(members) == 1 else f"{len(members):,}"
+
+
+def _time(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    return f"{seconds:,.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"

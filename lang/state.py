@@ -292,7 +292,10 @@ class State:
         return map_items(self, items, body)
 
     def best_of(self, n: int, item: Appendable, by: Callable[[State], float]) -> State:
-        """Append `item` on `n` branches and go on as the one with the highest `by(branch)`; that branch is returned."""
+        """Append `item` on `n` branches and go on as the one with the highest `by(branch)`; that branch is returned.
+
+        `by` may return a generated value without reading it: then all branches are judged at once.
+        """
         from ramet.lang.branches import best_of
 
         return best_of(self, n, item, by)

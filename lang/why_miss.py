@@ -61,6 +61,9 @@ class Miss:
         what = f"gen {self.name!r}" if self.name else f"node {self.node}"
         if self.num_missed <= 1:
             return f"{what}: all of its {self.num_prompt:,} tokens are cached"
+        if not self.num_same and self.cached_text is None:
+            what = f"{what}: none of its {self.num_prompt:,} tokens are cached"
+            return f"{what}; nothing there begins with {self.text!r} ({self.line})"
         head = f"{what}: {self.num_same:,} of {self.num_prompt:,} tokens are cached; then {self.line} writes"
         if self.cached_text is None:
             return f"{head} {self.text!r} behind {self.before!r}, and nothing in the cache goes on from there"

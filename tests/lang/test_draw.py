@@ -11,11 +11,13 @@ from xml.etree import ElementTree
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.cells import cell_len
 
 from ramet import MockBackend, State, function, gen, select
 from ramet.cli import main
 from ramet.errors import InvalidRequest
 from ramet.lang.draw import MAX_BRANCHES, Card, Drawing
+from ramet.lang.draw_svg import CHARS
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "programs"
 
@@ -110,7 +112,19 @@ def test_a_wide_fork_is_drawn_in_part(backend: MockBackend) -> None:
     assert sum(card.kind == "gen" for card in drawing.cards) == MAX_BRANCHES
     (more,) = (card for card in drawing.cards if card.num_hidden)
     assert more.name == f"{100 - MAX_BRANCHES} more branches"
+    assert more.lane == max(card.lane for card in drawing.cards), "below the others"
+    assert drawing.cards[0].num_readers == 100, "those that are not drawn read it as well"
     assert more.name in drawing.svg()
+
+
+def test_wide_characters_stay_inside_of_a_card(backend: MockBackend) -> None:
+    @function(max_tokens=4)
+    def program(s: State) -> None:
+        s += "日本語のテキスト🦊" * 9 + gen("x", stop=" ")
+
+    lines = re.findall(r'class="mono prompt"[^>]*>([^<]*)<', program.run().graph().svg())
+    assert len(lines) == 2
+    assert all(cell_len(line) <= CHARS for line in lines)
 
 
 def test_a_failed_node_is_marked() -> None:

@@ -802,6 +802,24 @@ def test_map_gives_every_item_a_branch(backend: MockBackend) -> None:
     assert program.run(words=["name", "colour"])["x"] == ["Ann", "red"]
 
 
+def test_best_of_judges_all_branches_at_once_where_the_score_is_generated() -> None:
+    @function
+    def program(s: State) -> None:
+        def score(branch: State) -> Any:
+            judge = branch.copy()
+            judge += " score? " + gen("score", int)
+            return judge["score"]
+
+        s += "which? "
+        s.best_of(3, gen("x", max_tokens=8), by=score)
+
+    with MockBackend({"which?": ["a", "b", "c"], "score?": ["1", "3", "2"]}) as mock:
+        state = program.run()
+        assert state["x"] == "b"
+        assert {stage.num_nodes for stage in state.record.stages} == {len(state.record.graph.nodes)}
+    mock.engine.shutdown()
+
+
 def test_best_of_goes_on_as_the_best_branch() -> None:
     @function
     def program(s: State) -> None:
