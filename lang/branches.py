@@ -132,7 +132,7 @@ def best_of(parent: State, n: int, item: Appendable, by: Callable[[State], float
     branches += item
     parent._run.submit()
     scores = plain([by(branch) for branch in branches])  # those that are generated run together
-    best = branches[scores.index(max(scores))]
+    best: State = branches[scores.index(max(scores))]
     adopt(parent, best)
     return best
 
