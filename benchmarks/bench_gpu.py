@@ -413,10 +413,14 @@ def kernel_table(spans: list[tuple[float, float, str]]) -> str:
         totals[name] = time_us + end - start, count + 1
     total = sum(time_us for time_us, _ in totals.values())
     lines = [f"device idle {100 * (1 - busy / max(reached - first, 1e-9)):.2f} % of the middle of the profile"]
-    lines.append(f"{'total ms':>10} {'share':>6} {'calls':>8} {'mean us':>9}  kernel")
+    steps = max(sum(count for name, (_, count) in totals.items() if "_commit_kernel" in name), 1)  # one a step
+    lines.append(f"{steps} steps of {total / steps / 1e3:.3f} ms of kernels")
+    lines.append(f"{'total ms':>10} {'share':>6} {'calls':>8} {'mean us':>9} {'us a step':>9}  kernel")
     for name, (time_us, count) in sorted(totals.items(), key=lambda item: -item[1][0])[:40]:
         share = 100 * time_us / total
-        lines.append(f"{time_us / 1e3:10.2f} {share:5.1f}% {count:8d} {time_us / count:9.2f}  {name[:90]}")
+        lines.append(
+            f"{time_us / 1e3:10.2f} {share:5.1f}% {count:8d} {time_us / count:9.2f} {time_us / steps:9.1f}  {name[:90]}"
+        )
     return "\n".join(lines)
 
 

@@ -27,6 +27,7 @@ import torch
 from attention_cases import label
 
 from ramet.kernels.attention_plan import (
+    PROGRAMS_PER_SM,
     TREE_PROGRAMS_PER_SM,
     AttentionShape,
     AttentionTiles,
@@ -128,6 +129,25 @@ def fit_tile(records: list[Record], kind: str) -> tuple[TileConfig, str] | None:
     return best if losses[best] < losses[default] - TILE_GAIN else None
 
 
+def fit_splits(records: list[Record]) -> int | None:
+    """Programs a processor that decode is split for: the default's number times what loses least; None for once."""
+    losses: list[dict[int, float]] = []
+    for case in dict.fromkeys(r["case"] for r in records if r["case"].startswith("decode llama-8b")):
+        runs = {r["run"]: r["us"] for r in records if r["case"] == case and "us" in r}
+        marked = [re.fullmatch(r"(.* splits )(\d+) fused \*", run) for run in runs]
+        for default in [found for found in marked if found is not None]:
+            tile, splits = default[1], int(default[2])
+            times = {1: runs[default[0]]}
+            times |= {n: us for n in (2, 3) if (us := runs.get(f"{tile}{n * splits} fused")) is not None}
+            losses.append({n: float(np.log(us / min(times.values()))) for n, us in times.items()})
+    if not losses:
+        return None
+    # Where there are no more keys to split, the most splits that there are count.
+    means = {n: float(np.mean([case.get(n, case[max(case)]) for case in losses])) for n in (1, 2, 3)}
+    best = min(means, key=lambda n: means[n])
+    return best * PROGRAMS_PER_SM if means[best] < means[1] - TILE_GAIN else None
+
+
 def tree_cases(records: list[Record], tile: TileConfig, cut: str) -> list[TreeCase]:
     """The plain run of every case, and the tree's with this tile."""
     cases = []
@@ -194,7 +214,8 @@ def main() -> None:
         fit_tile(found["attention"], kind) for kind in ("extend llama-8b", "decode llama-8b", "tree")
     )
     tile, cut = tree or (DEFAULT_TREE, f" x{TREE_PROGRAMS_PER_SM}")
-    tiles = AttentionTiles(extend and extend[0], decode and decode[0], tile, int(cut[2:]))
+    splits = fit_splits(found["attention"])
+    tiles = AttentionTiles(extend and extend[0], decode and decode[0], tile, int(cut[2:]), splits)
     cases = tree_cases(found["attention"], tile, cut)
     costs = fit_costs(cases, tile)
     table = CardTable(card, products, folded, frozenset(folded_rows), costs, tiles)

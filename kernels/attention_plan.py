@@ -35,6 +35,7 @@ class AttentionTiles:
     decode: TileConfig | None = None  # but for its rows, which are the heads of a group
     tree: TileConfig | None = None
     tree_programs: int | None = None  # of the shared part that a plan aims at, per processor
+    decode_programs: int | None = None  # that rows are split for, per processor
 
     def fit(self, head_dim: int, dtype: torch.dtype) -> bool:
         return head_dim == 128 and dtype.itemsize == 2
@@ -72,13 +73,15 @@ def decode_config(head_dim: int, dtype: torch.dtype, group: int, tiles: Attentio
     return TileConfig(block_m, 64 if head_dim <= 128 else 32, 4, 5)
 
 
-def choose_num_splits(batch: int, num_kv_heads: int, max_kv_len: int, num_sms: int) -> int:
+def choose_num_splits(
+    batch: int, num_kv_heads: int, max_kv_len: int, num_sms: int, programs_per_sm: int = PROGRAMS_PER_SM
+) -> int:
     """Choose how many parts `attention_decode` splits each row into: enough programs to keep every processor loading.
 
     A row shorter than splits x 64 keys uses fewer; `max_kv_len` is the longest the rows can become (the context when a
     graph is captured).
     """
-    wanted = -(-PROGRAMS_PER_SM * num_sms // max(1, batch * num_kv_heads))
+    wanted = -(-programs_per_sm * num_sms // max(1, batch * num_kv_heads))
     return max(1, min(wanted, -(-max_kv_len // 64), MAX_SPLITS))
 
 

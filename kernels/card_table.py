@@ -98,7 +98,7 @@ def _tiles(found: dict[str, Any] | None) -> AttentionTiles | None:  # Any: JSON
     if found is None:
         return None
     extend, decode, tree = (found[name] and TileConfig(**found[name]) for name in ("extend", "decode", "tree"))
-    return AttentionTiles(extend, decode, tree, found["tree_programs"])
+    return AttentionTiles(extend, decode, tree, found["tree_programs"], found["decode_programs"])
 
 
 def _products(rows: list[list[Any]]) -> dict[Product, GemvConfig]:  # Any: JSON

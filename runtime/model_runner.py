@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ramet.kernels.attention_decode import DecodeMetadata
 from ramet.kernels.attention_extend import ExtendMetadata
-from ramet.kernels.attention_plan import FIXED_SPLITS, AttentionTiles, choose_num_splits
+from ramet.kernels.attention_plan import FIXED_SPLITS, PROGRAMS_PER_SM, AttentionTiles, choose_num_splits
 from ramet.kernels.attention_tree import TreePlan
 from ramet.kernels.copy_pages import copy_pages
 from ramet.kernels.grammar_arena import FREE_STATE, GrammarArena
@@ -286,7 +286,10 @@ class ModelRunner:
         """Parts of a row's keys. By the padded batch, so that a row is split alike in graphs and eager steps."""
         if self.is_deterministic:
             return FIXED_SPLITS
-        return choose_num_splits(_padded(batch), self.model.num_kv_heads, self.max_kv_len, self.num_sms)
+        programs = PROGRAMS_PER_SM
+        if self.tiles is not None and self.tiles.fit(self.model.head_dim, self.decoder.dtype):
+            programs = self.tiles.decode_programs or programs
+        return choose_num_splits(_padded(batch), self.model.num_kv_heads, self.max_kv_len, self.num_sms, programs)
 
     def _commit(self, slots: Tensor, tokens: Tensor, positions: Tensor) -> None:
         """Advance the slots' automata, which may replace a token to close a text; store and count the tokens."""

@@ -52,16 +52,18 @@ def test_every_row_of_the_gpu_benchmark_runs_on_a_cpu(
 def test_a_trace_gives_each_kernel_its_time_and_the_device_its_idle_share(script: ModuleType, tmp_path: Path) -> None:
     """Kernels of 8 us every 10 us, two of them at once in the middle, and events of the host beside."""
     events = [{"cat": "kernel", "name": f"kernel {i % 2}", "ts": 10.0 * i, "dur": 8.0, "ph": "X"} for i in range(100)]
+    events += [{"cat": "kernel", "name": "_commit_kernel", "ts": 502.0 + 100 * i, "dur": 1.0} for i in range(2)]
     events += [{"cat": "kernel", "name": "beside", "ts": 502.0, "dur": 4.0}, {"cat": "cpu_op", "ts": 0.0, "dur": 999.0}]
     trace = tmp_path / "trace.json"
     trace.write_text(json.dumps({"traceEvents": [*reversed(events), {"cat": "kernel", "name": "instant", "ts": 5.0}]}))
     spans = script.spans_of(str(trace), ("kernel",))
-    assert len(spans) == 101
-    idle, _, *lines = script.kernel_table(spans).splitlines()
+    assert len(spans) == 103
+    idle, steps, _, *lines = script.kernel_table(spans).splitlines()
     assert idle.startswith(("device idle 19.", "device idle 20."))
+    assert steps == "2 steps of 0.403 ms of kernels"
     totals = {line.split("  ")[-1]: line.split() for line in lines}
     assert totals["kernel 0"][0] == "0.40"
-    assert totals["kernel 0"][2:4] == ["50", "8.00"]
+    assert totals["kernel 0"][2:5] == ["50", "8.00", "200.0"]
 
 
 @pytest.mark.parametrize("script", ["simulate_rows"], indirect=True)
@@ -107,3 +109,6 @@ def test_a_tile_is_taken_where_it_loses_least_over_all_cases(script: ModuleType)
         record("decode llama-8b 8x100", "16x64 w4 s5 splits 4 merge", 1.0),
     ]
     assert script.fit_tile(decode, "decode llama-8b") == (script.TileConfig(16, 32, 2, 7), "")
+    assert script.fit_splits(decode) == 2 * script.PROGRAMS_PER_SM
+    assert script.fit_splits(decode[:2]) is None
+    assert script.fit_splits([]) is None
