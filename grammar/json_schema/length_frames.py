@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from ramet.grammar.automaton import DEAD, LOCAL_BITS, target
 from ramet.grammar.json_schema.frames import Context, Json, _Remembering, _Scalar, rest_of
 from ramet.grammar.json_schema.lengths import BoundedStrings, bounded_strings
@@ -67,7 +69,9 @@ class LayersFrame(_Scalar):
         """The shortest way to an end, as far as it leads through this table, and the exit that it takes."""
         costs = [rest_of(self.context, mask) for mask in self.masks]
         if self.table.num_exits > len(self.masks):
-            costs += self.bounded.distances(self.position + self.num_layers).tolist()
+            # its quote and what follows are to be written then, too: else to go on would look cheaper than to end
+            rest = 1 + min(self.context.rest(tag) for tag in self.bounded.tags)
+            costs += (self.bounded.distances(self.position + self.num_layers).astype(np.int64) + rest).tolist()
         return self.layers.way_out(local, tuple(costs))
 
 

@@ -113,6 +113,7 @@ class BoundedStrings:
         automata = [languages.whole(spec) for spec in parts]
         self.dfa = regular.product(automata, label, max_states=languages.max_states, name=languages.describe(specs))
         self.labels = list(labels)
+        self.tags = sorted({c.tag for label in self.labels for c in label})
         self.accepting = np.array(self.dfa.accepting)
         self.num_states = len(self.accepting)
         self.num_layers = max(1, min(64, MAX_CONTENT // self.num_states))

@@ -103,3 +103,17 @@ def test_lengths_that_a_language_lacks_are_contradictory() -> None:
     ):
         with pytest.raises(GrammarError, match="contradictory"):
             compiled(schema)
+
+
+@pytest.mark.parametrize(
+    ("name", "shortest"), [("hostname", 1), ("idn-hostname", 1), ("email", 3), ("idn-email", 3), ("uri", 2)]
+)
+def test_a_string_before_others_is_closed_as_soon_as_it_can_be(name: str, shortest: int) -> None:
+    fields = {"name": {"type": "string", "format": name}, "list": {"type": "array", "minItems": 9}}
+    schema = {"type": "object", "properties": fields, "required": ["name", "list"], "additionalProperties": False}
+    grammar = compiled(schema)
+    for begin in ("", '{"name":"', '{"list":[1,2,3,4,5,6,7,8,9],"name":"a'):
+        state = grammar.advance_bytes(0, begin.encode())
+        assert state is not None
+        text = begin.encode() + bytes(grammar.shortest_completion(state))
+        assert len(json.loads(text)["name"]) <= shortest + 3, text
