@@ -124,7 +124,10 @@ class Machine:
         self.unenforced: list[
             tuple[str, str, str]
         ] = []  # (JSON pointer, keyword, reason) that the caller must validate
-        self.quoted: Container[bytes] | None = None  # what up to a quote a token can begin with; None: anything
+        # of the vocabulary (see there), whatever it is until it is known
+        self.quoted: Container[bytes] | None = None
+        self.key_starts = bytes(range(256))
+        self.reads_past_values = True
         self._closing_lengths: dict[int, int] = {}
         self.done = self.add(Done(self))
 

@@ -75,6 +75,8 @@ class CompiledGrammar:
         self.rows = MaskRows(max_mask_bytes)
         self.rows.add_state()
         machine.quoted = vocabulary.quoted
+        machine.key_starts = vocabulary.key_starts
+        machine.reads_past_values = vocabulary.reads_past_values
         self._lock = threading.RLock()
         self._scratch = np.zeros(4 + vocabulary.trie.max_depth, dtype=np.int64)
         self._unsure = np.zeros(1 + len(vocabulary.trie.values), dtype=np.int32)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import hashlib
+import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 
@@ -177,6 +178,22 @@ class Vocabulary:
                 out.add(token[: at + 1])
                 at = token.find(b'"', at + 1)
         return frozenset(out)
+
+    @cached_property
+    def key_starts(self) -> bytes:
+        """The bytes that some content token has behind a comma and a quote."""
+        return bytes(sorted({m[1][0] for m in re.finditer(rb'(?=, ?"([^\n]))', self._quoting)}))
+
+    @cached_property
+    def reads_past_values(self) -> bool:
+        """Does a content token read on in or behind a JSON value that it has behind a key?"""
+        return bool(re.search(rb'": ?(?:[-0-9tfn].|".|[\[{].*["\]}].)', self._quoting))
+
+    @cached_property
+    def _quoting(self) -> bytes:
+        """The content tokens with a quote, a line each; what is a line's end in them stands as a null byte."""
+        texts = (self.token_bytes[i] for i in self.content_tokens)
+        return b"\n".join(t.replace(b"\n", b"\0") for t in texts if b'"' in t)
 
     def tokens_with_prefix(self, prefix: bytes) -> list[int]:
         """Content tokens that begin with these bytes; kept for the texts asked."""

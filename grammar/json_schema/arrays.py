@@ -242,7 +242,10 @@ class OpenFrame:
 
     def mask_twin(self, local: int) -> int:
         node = self.node
-        return before_end(node.json, node.end(), node.context.mask_twin(), is_open=type(self) is OpenFrame)
+        item = node.item_context()
+        exprs = tuple(map(node.json.expressions.plainest, item.exprs))
+        end = ArrayEnd(node.closing_tags(), exprs)
+        return before_end(node.json, end, node.context.mask_twin(), is_open=True, inner=item.mask_twin())
 
     def resolve(self, exit_index: int) -> int:
         return self.node.close() if exit_index == CLOSE else self.node.item(2)
@@ -259,6 +262,10 @@ class NextFrame(OpenFrame):
     def __init__(self, node: ArrayNode) -> None:
         self.node = node
         self.table = node.json.constant_table(next_item_rows, (), 2)
+
+    def mask_twin(self, local: int) -> int:
+        node = self.node
+        return before_end(node.json, node.end(), node.context.mask_twin(), is_open=False)
 
     def resolve(self, exit_index: int) -> int:
         return self.node.close() if exit_index == CLOSE else self.node.item(1)

@@ -25,10 +25,12 @@ MAX_TAGS = 2  # of a value, up to which the places behind it are looked at one b
 
 
 class ObjectEnd(NamedTuple):
-    """Before a key: tags of the object if it ends here, 0 where it may not; whether a key may come."""
+    """Before a key: tags of the object if it ends here, 0 where it may not; whether a key may come; with which bytes
+    it may begin, of those that matter (see Json.key_start)."""
 
     tags: int
     may_go_on: bool
+    starts: bytes | None
 
 
 class ArrayEnd(NamedTuple):
@@ -72,17 +74,22 @@ def behind(json: Json, ends: tuple[End, ...], outer: Context) -> Behind:
     return found
 
 
-def before_end(json: Json, end: End, outer: Context, *, is_open: bool) -> int:
-    """Target where an object or array may end; is_open: right after its opening bracket."""
-    key = ("end", type(end), end, outer.number, is_open)
-    return target(json.machine.intern(key, lambda: EndFrame(json, end, outer, is_open)))
+def before_end(json: Json, end: End, outer: Context, *, is_open: bool, inner: Context | None = None) -> int:
+    """Target where an object or array may end; is_open: right after its opening bracket.
+
+    inner: the context of the next item, where tokens that begin here are to be looked at; else it stands somewhere.
+    """
+    inner = inner or json.somewhere
+    key = ("end", type(end), end, outer.number, is_open, inner.number)
+    return target(json.machine.intern(key, lambda: EndFrame(json, end, outer, is_open, inner)))
 
 
 class EndFrame:
     """After an opening bracket, a property or an item."""
 
-    def __init__(self, json: Json, end: End, outer: Context, is_open: bool) -> None:
+    def __init__(self, json: Json, end: End, outer: Context, is_open: bool, inner: Context) -> None:
         self.json = json
+        self.inner = inner
         self.end = end
         self.outer = outer
         self.is_open = is_open
@@ -100,10 +107,8 @@ class EndFrame:
                 return DEAD
             return CONCRETE if self.outer.is_anonymous else self.outer.resume(end.tags, None)
         if isinstance(end, ArrayEnd):
-            return self.json.value(end.item, self.json.somewhere, 2 if self.is_open else 1) if end.item else DEAD
-        if not end.may_go_on:
-            return DEAD
-        return self.json.unread()
+            return self.json.value(end.item, self.inner, 2 if self.is_open else 1) if end.item else DEAD
+        return self.json.key_start(end.starts) if end.may_go_on else DEAD
 
     def closing_exit(self, local: int) -> int:
         raise AssertionError("texts are closed from where they stand")

@@ -28,10 +28,12 @@ from ramet.grammar.json_schema.tables import (
     STRING,
     TRUE,
     StringRows,
+    any_key,
     compressed_rows,
     counted_string,
     dispatch_rows,
     free_string,
+    key_start_rows,
     literal_rows,
     number_rows,
     renumbered,
@@ -97,6 +99,17 @@ class Unread:
         raise AssertionError("texts are closed from where they stand")
 
 
+class KeyStart(Unread):
+    """A key of which only the first byte is looked at, or that may be any text."""
+
+    def __init__(self, json: Json, starts: bytes | None) -> None:
+        if starts is None:
+            self.table = json.string_frame(any_key(), 1)
+        else:
+            refused = bytes(b for b in json.machine.key_starts if b not in starts)
+            self.table = json.constant_table(key_start_rows, (refused,), 1)
+
+
 class Json:
     """Everything that the frames of one compiled schema share."""
 
@@ -119,6 +132,11 @@ class Json:
 
     def unread(self) -> int:
         return target(self.machine.intern("unread", lambda: Unread(self)))
+
+    def key_start(self, starts: bytes | None) -> int:
+        """Target at the start of a key for masks that look little further. starts: with which bytes it may begin, of
+        those that any token has behind a comma and a quote; None: it may be any text."""
+        return target(self.machine.intern(("key start", starts), lambda: KeyStart(self, starts)))
 
     def constant_table(
         self, make: Callable[..., NDArray[np.int32]], arguments: tuple[object, ...], num_exits: int

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 from ramet.grammar.automaton import CONCRETE, DEAD, path_to_exit, target
 
 if TYPE_CHECKING:
+    from ramet.grammar.json_schema.frames import Context
     from ramet.grammar.json_schema.objects import ObjectNode
+    from ramet.grammar.json_schema.values import Expr
 
 # likely ones first; a control character only by an escape
 _KEY_BYTES = bytes(dict.fromkeys([*b"abcdefghijklmnopqrstuvwxyz0123456789_-. ", *range(0x23, 0x5C), *range(256)]))
@@ -20,7 +22,7 @@ def mask_keys(node: ObjectNode, is_shared: bool) -> int:
 
 
 class MaskKeyFrame:
-    """Keys for masks only: their values stand somewhere. Few tokens span a key and a whole value; those are run."""
+    """Keys for masks only: around the object is not known what stands. Few tokens end it; those are run."""
 
     def __init__(self, node: ObjectNode, is_shared: bool) -> None:
         self.node = node
@@ -35,11 +37,18 @@ class MaskKeyFrame:
                 return DEAD
         elif node.anonymous or (node.has_extras and not self.is_shared):
             return CONCRETE
-        exprs = node.exprs(exit_index)
-        if not exprs:
-            return DEAD
-        plain = map(node.json.expressions.plainest, exprs)
-        return node.json.value(tuple(dict.fromkeys(plain)), node.json.somewhere, 0)
+        exprs, context = self._value(exit_index)
+        return node.json.value(exprs, context, 0) if exprs else DEAD
+
+    def _value(self, label: int) -> tuple[tuple[Expr, ...], Context]:
+        """What the value of a key must be, and where it stands."""
+        node = self.node
+        plainest = node.json.expressions.plainest
+        if node.json.machine.reads_past_values:
+            context = node.property_context(label, None)
+            if not context.anonymous:
+                return tuple(map(plainest, context.exprs)), context.mask_twin()
+        return tuple(dict.fromkeys(map(plainest, node.exprs(label)))), node.json.somewhere
 
     def loop_twin(self) -> int:
         """The instance whose loop state (see Table) has the same mask: unnamed keys with values of the same kinds."""
@@ -51,8 +60,9 @@ class MaskKeyFrame:
         node = self.node
         if node.anonymous or not self.is_shared:
             return mask_keys(node, self.is_shared)
-        values = tuple(node.exprs(label) for label in range(len(node.space.names), node.space.num_labels))
-        key = ("loop of keys", node.space.number, id(self.table), values)
+        values = [self._value(label) for label in range(len(node.space.names), node.space.num_labels)]
+        places = tuple((exprs, context.number) for exprs, context in values)
+        key = ("loop of keys", node.space.number, id(self.table), places)
         return node.json.machine.intern(key, lambda: MaskKeyFrame(node, True))
 
     def closing_exit(self, local: int) -> int:

@@ -52,6 +52,7 @@ class Space:
         self.required = [sum(1 << self.index[k] for k in o.required) for o in specs]
         self._endings: dict[bytes | int, list[tuple[str, bytes]]] = {}
         self._noted: set[str] = set()
+        self._names_from: dict[int, int] = {}
         self._many_ways: list[str] = []
         self.is_simple = [o.high is None and not (o.dependent or o.exists or o.low) for o in specs]
         self._counts: dict[int, NDArray[np.int64]] = {}
@@ -151,6 +152,15 @@ class Space:
                 else:
                     out.extend(w[len(place) :] for w in whole if w.startswith(place))
         return out
+
+    def names_from(self, byte: int) -> int:
+        """Bits of the names that may begin with this byte of a JSON string, or end with it at once."""
+        found = self._names_from.get(byte)
+        if found is None:
+            ways = [strings.char_sequences(name[0]) if name else [(frozenset(b'"'),)] for name in self.names]
+            found = sum(1 << i for i, way in enumerate(ways) if any(byte in sequence[0] for sequence in way))
+            self._names_from[byte] = found
+        return found
 
     def in_class(self, x: Exists, label: int) -> bool:
         if label < len(self.names):

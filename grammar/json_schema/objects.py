@@ -65,12 +65,13 @@ class ObjectNode:
             found = self._twins[forgets] = self._in(self.context.mask_twin(), forgets)
         return found
 
-    def mask_keys(self, is_shared: bool) -> int:
-        """The instance where masks of a key's text are walked (see there): what is around the object is not known."""
-        found = self._mask_keys[is_shared]
+    def mask_keys(self, is_committed: bool) -> int:
+        """The instance where masks of a key's text are walked (see there): what is around the object is not known.
+        is_committed: some of the text has been read, so that keys that came are refused by that text."""
+        found = self._mask_keys[is_committed]
         if found is None:
-            node = self._in(self.json.somewhere, forgets=bool(self.extras))
-            found = self._mask_keys[is_shared] = mask_keys(node, is_shared)
+            node = self._in(self.json.somewhere, forgets=self.is_simple or bool(self.extras))
+            found = self._mask_keys[is_committed] = mask_keys(node, is_committed or not self.has_extras)
         return found
 
     def _in(self, context: Context, forgets: bool) -> ObjectNode:
@@ -229,7 +230,14 @@ class ObjectNode:
         return mask
 
     def end(self) -> ObjectEnd:
-        return ObjectEnd(self.closing_tags(), any(self.alive()))
+        named, others = self.alive()
+        relevant = self.json.machine.key_starts
+        starts: bytes | None = b""
+        if relevant and self.space.is_open(others):
+            starts = None
+        elif relevant:
+            starts = relevant if others else bytes(b for b in relevant if named & self.space.names_from(b))
+        return ObjectEnd(self.closing_tags(), bool(named or others), starts)
 
     def close(self) -> int:
         mask = self.closing_tags()

@@ -55,6 +55,18 @@ def unread_rows() -> NDArray[np.int32]:
 
 
 @cache
+def key_start_rows(refused: bytes) -> NDArray[np.int32]:
+    rows = np.full((1, 256), leave(0), dtype=np.int32)
+    rows[0, list(refused)] = REFUSE
+    return rows
+
+
+@cache
+def any_key() -> StringRows:
+    return StringRows.of(strings.any_string_content(0))
+
+
+@cache
 def literal_rows(text: bytes) -> NDArray[np.int32]:
     rows = np.full((len(text), 256), REFUSE, dtype=np.int32)
     for i, byte in enumerate(text):
