@@ -28,9 +28,11 @@ os.environ.pop("TRITON_INTERPRET", None)  # read when a kernel is defined
 
 import torch
 import triton
-from launch_cases import Launch, all_launches
+from launch_cases import Launch, all_launches, of_table
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, jit
+
+from ramet.kernels.card_table import load_card_table
 
 SHARED_LIMIT = 227 << 10  # bytes a block may have on an H100
 
@@ -129,15 +131,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--candidates", action="store_true", help="also what the timing scripts try")
     parser.add_argument("--only", default="", help="parts of launch names, comma-separated")
+    parser.add_argument("--kernel-table", type=Path, help="also what a card's table chooses")
     parser.add_argument("--capability", type=int, default=90)
     parser.add_argument("--max-spill", type=int, default=64, help="bytes that a configuration in use may spill")
     parser.add_argument("--share", default="0/1", help="i/n: every n-th launch from the i-th on")
     parser.add_argument("--json", action="store_true", help="one JSON line last")
     args = parser.parse_args()
     parts = [part for part in args.only.split(",") if part]
+    chosen = [] if args.kernel_table is None else of_table(load_card_table("", args.kernel_table))
     launches = [
         launch
-        for launch in all_launches()
+        for launch in all_launches() + chosen
         if (args.candidates or launch.in_use) and (not parts or any(part in launch.name for part in parts))
     ]
     index, count = map(int, args.share.split("/"))

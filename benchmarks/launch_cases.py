@@ -18,6 +18,7 @@ from ramet.kernels.attention_extend_triton import attention_extend_triton
 from ramet.kernels.attention_plan import TileConfig, decode_config, extend_config, tree_config
 from ramet.kernels.attention_tree import TreePlan
 from ramet.kernels.attention_tree_triton import attention_tree_triton
+from ramet.kernels.card_table import CardTable
 from ramet.kernels.grammar_mask import Budgets, ResidentAutomata, TokenTable
 from ramet.kernels.grammar_mask_triton import advance_states_triton, build_masks_triton
 from ramet.kernels.matmul_invariant import matmul_invariant_triton
@@ -150,11 +151,11 @@ def trees(model: Model) -> list[Launch]:
     return [Launch(f"{model.name} tree splits {splits}", partial(run_tree, model, config, splits)) for splits in (1, 8)]
 
 
-def run_tree(model: Model, config: TileConfig, splits: int) -> object:
+def run_tree(model: Model, config: TileConfig, splits: int, suffix: TileConfig | None = None) -> object:
     q = tensor(64, model.num_heads, model.head_dim)
     plan = TreePlan(64, config, torch.device("meta"))
     meta = DecodeMetadata(ints(64), ints(64), page_table(), splits, plan, merge_counters=ints(64 * model.num_kv_heads))
-    return attention_tree_triton(q, *caches(model), meta, plan, model.head_dim**-0.5)
+    return attention_tree_triton(q, *caches(model), meta, plan, model.head_dim**-0.5, suffix_config=suffix)
 
 
 def samplers(model: Model) -> list[Launch]:
@@ -197,6 +198,36 @@ def products(model: Model) -> list[Launch]:
             launches.append(Launch(f"{model.name} gemv {part} B={rows}", run))
     invariant = partial(matmul_invariant_triton, tensor(64, model.hidden), tensor(model.vocab, model.hidden))
     return [*launches, Launch(f"{model.name} invariant product", invariant)]
+
+
+def of_table(table: CardTable) -> list[Launch]:
+    """What Llama-3.1-8B launches by a card's table instead of the defaults."""
+    model, launches = MODELS[0], []
+    tiles = table.tiles
+    if tiles is not None:
+        extend = extend_config(model.head_dim, DTYPE, 4096, tiles)
+        decode = decode_config(model.head_dim, DTYPE, model.group, tiles)
+        tree = tree_config(model.head_dim, DTYPE, model.group, tiles)
+        launches.append(Launch(f"table extend {label(extend)}", partial(run_extend, model, extend, None)))
+        for splits in (1, 8):
+            run = partial(run_decode, model, decode, splits, True, None)
+            launches.append(Launch(f"table decode {label(decode)} splits {splits}", run))
+            run = partial(run_tree, model, tree, splits, decode)
+            launches.append(Launch(f"table tree {label(tree)} splits {splits}", run))
+    for product, config in table.products.items():
+        x, weight = tensor(product.rows, product.depth), tensor(product.outputs, product.depth)
+        launches.append(Launch(f"table {product}", partial(gemv.gemv_triton, x, weight, config=config)))
+    for product, config in table.folded.items():
+        x, gain = tensor(product.rows, product.depth), tensor(product.depth)
+        weight = tensor(product.outputs * (2 if product.is_gated else 1), product.depth)
+        if product.is_gated:
+            run = partial(gemv.gemv_silu_and_mul_triton, x, weight, gain, 1e-5, config)
+        elif product.outputs == model.hidden:
+            run = partial(gemv.gemv_triton, x, weight, None, tensor(product.rows, product.outputs), config=config)
+        else:
+            run = partial(gemv.gemv_triton, x, weight, None, None, gain, 1e-5, config)
+        launches.append(Launch(f"table folded {product}", run))
+    return launches
 
 
 def steps() -> list[Launch]:

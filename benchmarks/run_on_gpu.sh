@@ -61,10 +61,10 @@ run() { # name, limit in seconds, command...
 }
 
 compile_ahead() { # fills Triton's cache on all cores at once; no kernel is launched
-  local workers=${WORKERS:-12} only="llama-8b,smollm2,prepare,commit,scatter,copy_pages,build_masks,advance" share pids=()
+  local workers=${WORKERS:-12} only="llama-8b,smollm2,prepare,commit,scatter,copy_pages,build_masks,advance,table" share pids=()
   [ -n "$dry" ] && workers=1 only="prepare_decode"
   for ((share = 0; share < workers; share++)); do
-    $python benchmarks/compile_kernels.py --only "$only" --share "$share/$workers" >"$out/.compile.$share" 2>&1 &
+    $python benchmarks/compile_kernels.py --only "$only" ${chosen:+--kernel-table "$chosen"} --share "$share/$workers" >"$out/.compile.$share" 2>&1 &
     pids+=($!)
   done
   wait "${pids[@]}"
@@ -83,9 +83,9 @@ else
   tests=(tests/kernels tests/runtime/test_tree_planner.py) soak=45
   $python -c 'import xdist' 2>/dev/null && tests+=(-n 8)
 fi
-table=()
+table=() chosen=
 for file in "${TABLE:-$out/table.json}" "$keep/table.json"; do
-  [ -f "$file" ] && table=(--set "kernel_table=\"$file\"") && break
+  [ -f "$file" ] && chosen=$(realpath "$file") && table=(--set "kernel_table=\"$chosen\"") && break
 done
 compile_ahead
 case $part in
