@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
 from ramet.errors import OutOfMemory
+from ramet.runtime import factory
+from ramet.runtime.config import EngineConfig
+from ramet.runtime.cuda_graph import GraphKey, MixedKey
 from ramet.runtime.memory import MemoryPlan, MemoryReading, StepMemory, lower_fraction, plan_memory
+from ramet.runtime.model_runner import ModelRunner
 
 GIB = 1 << 30
 PAGE = 2 << 20
@@ -68,3 +74,42 @@ def test_running_out_in_spite_of_the_plan_lowers_the_fraction() -> None:
     made = plan()
     assert "lower --mem-fraction-static from 0.9 to 0.86" in lower_fraction(0.9, made)
     assert "--max-running-requests" in lower_fraction(0.11, made)
+
+
+class CountedGraphs:
+    """Stands in for step graphs: a capture takes memory of the driver, the first ones more, and fills a shared pool."""
+
+    def __init__(self, used: dict[str, int]) -> None:
+        self.used = used
+        self.captured: list[object] = []
+
+    def keys(self, *, with_tree: bool) -> list[GraphKey | MixedKey]:
+        sizes: list[GraphKey | MixedKey] = []
+        for uses_tree in (False, True) if with_tree else (False,):
+            sizes += [MixedKey(4, n, uses_tree) for n in (64, 32, 16)]
+            sizes += [GraphKey(n, True, uses_tree) for n in (8, 4, 2)]
+        return sizes
+
+    def capture(self, keys: list[GraphKey | MixedKey]) -> None:
+        for key in keys:
+            self.captured.append(key)
+            self.used["others"] += (3 << 20) + (0 if self.used["others"] else GIB)  # libraries' kernels come once
+            size = key.num_tokens if isinstance(key, MixedKey) else key.bucket
+            self.used["pool"] = max(self.used["pool"], (size + 1000 * key.uses_tree) << 20)
+
+
+@pytest.mark.parametrize("with_tree", [False, True])
+def test_graphs_cost_their_shared_pool_and_what_each_adds(with_tree: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    used = {"others": 0, "pool": 0}
+    graphs = CountedGraphs(used)
+
+    def read(device: object) -> MemoryReading:
+        return MemoryReading(80 * GIB, 80 * GIB - used["others"] - used["pool"], used["pool"], used["pool"])
+
+    monkeypatch.setattr(factory, "read_cuda_memory", read)
+    monkeypatch.setattr(factory.torch.cuda, "empty_cache", lambda: None)
+    runner = SimpleNamespace(device=None, tree=object() if with_tree else None, make_graphs=lambda max_extend: graphs)
+    size = factory.measure_graphs(cast(ModelRunner, runner), EngineConfig())
+    largest_pool = (1064 if with_tree else 64) << 20
+    assert size == largest_pool + (3 << 20) * len(graphs.keys(with_tree=with_tree))
+    assert len(graphs.captured) == (8 if with_tree else 4)
