@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import sys
+from functools import cache
 from pathlib import Path
 
 import llvmlite.binding as llvm
@@ -70,10 +71,16 @@ def compile_loops() -> None:
 
 
 def _mark() -> Path:
-    """A file in numba's folder, by everything that the compiled code depends on."""
+    """A file in numba's folder."""
+    return Path(walker.walk.stats.cache_path) / f"ramet-compiled-{_digest()}"
+
+
+@cache
+def _digest() -> str:
+    """Of everything that the compiled code depends on."""
     digest = hashlib.sha256()
     for source in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(source.read_bytes())
     for version in (numba.__version__, llvm.get_host_cpu_name(), str(sys.implementation.cache_tag)):
         digest.update(version.encode())
-    return Path(walker.walk.stats.cache_path) / f"ramet-compiled-{digest.hexdigest()[:16]}"
+    return digest.hexdigest()[:16]
