@@ -164,6 +164,10 @@ def automaton(numbers: Numbers) -> Dfa:
     return base
 
 
+def divisors_text(numbers: Numbers) -> str:
+    return " and ".join(decimal_text(m) for m, _ in sorted(numbers.multiples))
+
+
 def decimal_text(value: Fraction) -> str:
     """The shortest text of a number without exponent."""
     sign, value = ("-", -value) if value < 0 else ("", value)
@@ -383,7 +387,8 @@ def _track(numbers: Numbers) -> Dfa:
                 queue.append(found)
                 if len(queue) > MAX_STATES:
                     raise GrammarTooLarge(
-                        f"multipleOf {sorted(numbers.multiples)} needs more than {MAX_STATES:,} states"
+                        f"multipleOf {divisors_text(numbers)} needs more than {MAX_STATES:,} automaton states; "
+                        "a divisor with fewer digits would do"
                     )
             row.append(number)
         rows.append([-1, *row])

@@ -40,7 +40,7 @@ class ArrayNode:
         self.context = context
         self.items = items
         self.number = json.new_number()
-        self.is_unique = any(spec.unique for _, spec, _, _ in threads)
+        self.compares = any(spec.unique or spec.repeats for _, spec, _, _ in threads)
         self._item: ItemContext | None = None
         self._twin: ArrayNode | None = None
 
@@ -61,13 +61,11 @@ class ArrayNode:
         out: list[tuple[Thread, Expr]] = []
         for tag, spec, counts, rivals in self.threads:
             for value, after in specs.item_choices(e, spec, index, counts):
-                if spec.unique:
-                    spoilers = distinct.spoilers(e, spec, index, after, self.seen)
-                    value = e.constants.without(value, self.seen | spoilers)
-                for kind, still in e.constants.split(value, rivals, self._item_of):
-                    thread = (tag, spec, after, still)
-                    if not e.is_empty(kind) and self.may_finish(thread, index + 1):
-                        out.append((thread, kind))
+                for compared, rest in distinct.compared(e, spec, index, after, value, self.seen):
+                    for kind, still in e.constants.split(compared, rivals, self._item_of):
+                        thread = (tag, rest, after, still)
+                        if not e.is_empty(kind) and self.may_finish(thread, index + 1):
+                            out.append((thread, kind))
         return out
 
     def _item_of(self, rival: int) -> int | None:
@@ -85,15 +83,18 @@ class ArrayNode:
 
     def is_free(self) -> bool:
         """Can no item from here on be stuck because of those before it?"""
-        exprs = {e for _, spec, _, _ in self.threads for e in (*spec.prefix[self.index :], spec.rest)}
-        return not any(rivals for *_, rivals in self.threads) and all(
-            distinct.is_free(self.json.expressions, e) for e in exprs
-        )
+        e = self.json.expressions
+        if any(rivals or (spec.repeats and not distinct.is_endless(e, spec)) for _, spec, _, rivals in self.threads):
+            return False
+        exprs = {x for _, spec, _, _ in self.threads if spec.unique for x in (*spec.prefix[self.index :], spec.rest)}
+        return all(distinct.is_free(e, x) for x in exprs)
 
     def may_close(self, thread: Thread) -> bool:
         _, spec, counts, rivals = thread
         items = self.json.expressions.constants.items
-        return specs.may_close(spec, self.index, counts) and not any(len(items(r)) == self.index for r in rivals)
+        if spec.repeats or not specs.may_close(spec, self.index, counts):
+            return False
+        return not any(len(items(r)) == self.index for r in rivals)
 
     def closing_tags(self) -> int:
         """Tags that the array satisfies if it ends here."""
@@ -120,7 +121,7 @@ class ArrayNode:
         tag, spec, counts, rivals = thread
         e = self.json.expressions
         total = 1 + self.context.rest(tag)
-        if any(len(e.constants.items(r)) == index for r in rivals):  # more must come, so that it differs
+        if spec.repeats or any(len(e.constants.items(r)) == index for r in rivals):  # more must come
             total += 1000
         if spec.contains:
             return total + e.cost_of_witness(spec) * (specs.items_needed(e, spec, index, counts) or 0)
@@ -145,9 +146,9 @@ class ItemContext:
         self.node = node
         self.number = node.json.new_number()
         self.is_for_masks = False
-        self.remembers = node.is_unique or node.items is not None
+        self.remembers = node.compares or node.items is not None
         # where some text can be stuck because of what came before, an item must be known to go on
-        self.is_anonymous = node.is_unique and (node.anonymous > 0 or not node.is_free())
+        self.is_anonymous = node.compares and (node.anonymous > 0 or not node.is_free())
         branches = node.branches()
         self.exprs = tuple(dict.fromkeys(e for _, e in branches))
         self.branches = [(t, self.exprs.index(e)) for t, e in branches]
@@ -160,7 +161,7 @@ class ItemContext:
 
     def _make_twin(self) -> Context:
         node = self.node
-        if node.is_unique or len(self.exprs) > MAX_TAGS:
+        if node.compares or len(self.exprs) > MAX_TAGS:
             return node.mask_twin().item_context()
         masks = range(1, 1 << len(self.exprs))
         ends = tuple(self.following(mask, node.seen, node.anonymous, None).end() for mask in masks)
@@ -179,11 +180,11 @@ class ItemContext:
         node = self.node
         seen, anonymous, items = node.seen, node.anonymous, node.items
         if value is None:
-            anonymous += int(node.is_unique)
+            anonymous += int(node.compares)
             items = None
         elif self.remembers:
             number = node.json.expressions.constants.number(value)
-            seen = seen | {number} if node.is_unique else seen
+            seen = seen | {number} if node.compares else seen
             items = None if items is None else (*items, number)
         return target(before_item(NextFrame, self.following(mask, seen, anonymous, items)))
 

@@ -199,22 +199,64 @@ def array_may_differ(
         return items(rival)[index] if index < len(items(rival)) else None
 
     counts = (0,) * len(a.contains) if counts is None else counts
-    if specs.may_close(a, index, counts) and not any(len(items(r)) == index for r in rivals):
+    if specs.may_close(a, index, counts) and not a.repeats and not any(len(items(r)) == index for r in rivals):
         return True
-    before = items(rivals[0])[:index]  # what all have in common
+    before = frozenset(items(rivals[0])[:index])  # what all have in common
     for choice, after in specs.item_choices(e, a, index, counts):
-        value = e.constants.without(choice, before) if a.unique else choice
-        for kind, still in e.constants.split(
-            value, rivals, lambda r: items(r)[index] if len(items(r)) > index else None
-        ):
-            if e.is_empty(kind):
-                continue
-            if still:
-                if array_may_differ(e, a, still, index + 1, after):
+        for value, rest in compared(e, a, index, after, choice, before):
+            for kind, still in e.constants.split(value, rivals, item_of):
+                if e.is_empty(kind):
+                    continue
+                if still:
+                    if array_may_differ(e, rest, still, index + 1, after):
+                        return True
+                elif may_fill(e, rest, index + 1, after, before):
                     return True
-            elif may_fill(e, a, index + 1, after, before):
-                return True
     return False
+
+
+# --- items compared with those before
+
+
+def compared(
+    e: Expressions, a: Arrays, index: int, counts: tuple[int, ...], value: Expr, seen: frozenset[int]
+) -> list[tuple[Expr, Arrays]]:
+    """What the item at `index`, in `value`, must be, compared with the items before it; and the spec from then on.
+    counts: those of `contains` after the item."""
+    constants = e.constants
+    if a.unique:
+        return [(constants.without(value, seen | spoilers(e, a, index, counts, seen)), a)]
+    if not a.repeats:
+        return [(value, a)]
+    done = replace(a, repeats=False)
+    again = [(e.both(value, constants.expr(n)), done) for n in sorted(seen)]
+    new, later = constants.without(value, seen), _later(e, a, index + 1)
+    if _may_repeat(e, later, seen):
+        return [(new, a), *again]
+    return [*((e.both(new, x), a) for x in dict.fromkeys(later)), *again]  # then it is this item that comes again
+
+
+def can_repeat(e: Expressions, a: Arrays) -> bool:
+    """Can an array have two equal items?"""
+    return _may_repeat(e, _later(e, a, 0))
+
+
+def _may_repeat(e: Expressions, later: list[Expr], seen: Collection[int] = ()) -> bool:
+    """Can an item to come equal one of `seen`, or another one to come?"""
+    known = [e.constants.expr(n) for n in seen]
+    return any(not e.is_empty(e.both(x, y)) for i, x in enumerate(later) for y in (*later[:i], *known))
+
+
+def _later(e: Expressions, a: Arrays, index: int) -> list[Expr]:
+    """What the items from `index` on may be; of many alike, two."""
+    out: list[Expr] = []
+    last = max(len(a.prefix), index) + 2
+    for i in range(index, last if a.high is None else min(a.high, last)):
+        expr = specs.item(a, i)
+        if e.is_empty(expr):
+            break
+        out.append(expr)
+    return out
 
 
 # --- are there enough values?
@@ -285,7 +327,7 @@ def is_free(e: Expressions, expr: Expr) -> bool:
         all(s.finite is None and s.high is None and not s.languages for s in a.strings)
         and all(replace(n, excluded=frozenset()) == numeric.ANY for n in a.numbers)
         and all(o.high is None and not o.exists and e.other_keys_possible(with_few_keys(e, o)) for o in a.objects)
-        and all(not (r.contains or r.unique) and _is_endless(e, r) for r in a.arrays)
+        and all(not (r.contains or r.unique) and is_endless(e, r) for r in a.arrays)
     )
 
 
@@ -393,7 +435,7 @@ def _listed_objects(e: Expressions, o: Objects, enough: int) -> list[int] | None
 def _listed_arrays(e: Expressions, a: Arrays, enough: int) -> list[int] | None:
     if e.cost_of_array(a) >= v.INFINITE:
         return []
-    if not a.unique and _is_endless(e, a, enough):
+    if not a.unique and is_endless(e, a, enough):
         return None
     found: list[int] = []
     level: dict[tuple[tuple[int, ...], tuple[int, ...]], None] = {((), (0,) * len(a.contains)): None}
@@ -421,7 +463,7 @@ def _listed_arrays(e: Expressions, a: Arrays, enough: int) -> list[int] | None:
     return None if len(found) >= enough else found
 
 
-def _is_endless(e: Expressions, a: Arrays, enough: int | None = None) -> bool:
+def is_endless(e: Expressions, a: Arrays, enough: int | None = None) -> bool:
     """May more and more items come, `enough` of them at least?"""
     if a.high is not None and (enough is None or a.high - max(a.low, len(a.prefix)) < enough):
         return False

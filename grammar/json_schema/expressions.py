@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-from ramet.errors import GrammarTooLarge, InvalidSchema
+from ramet.errors import GrammarTooLarge, InvalidSchema, UnsupportedSchema
 from ramet.grammar import deadline, numeric
 from ramet.grammar.json_schema import distinct, specs
 from ramet.grammar.json_schema import values as v
@@ -450,7 +450,15 @@ class Expressions:
             needed |= more
 
     def cost_of_array(self, a: Arrays) -> int:
-        """As `cost`, for one spec."""
+        """As `cost`, for one spec.
+
+        Raises: UnsupportedSchema where equal items and `contains` may get into each other's way.
+        """
+        if a.repeats and not distinct.can_repeat(self, a):
+            return INFINITE
+        if a.repeats and a.contains and (a.high is not None or any(c.high is not None for c in a.contains)):
+            problem = "with a limited number of items, equal items are not described beside `contains`"
+            raise UnsupportedSchema([(self.pointer, "uniqueItems", problem)])
         if a.contains:
             needed = specs.items_needed(self, a, 0, (0,) * len(a.contains))
             if needed is None:

@@ -96,7 +96,7 @@ class KeyFrame:
             n = len(node.space.names)
             if not ((named >> label) & 1 if label < n else (others >> (label - n)) & 1):
                 continue
-            way = path_to_exit(self.table, label, local)
+            way = self.closing_way(local, label)
             if way is None:
                 continue
             seen = node.seen | (1 << label) if label < n else node.seen
@@ -106,6 +106,9 @@ class KeyFrame:
                     cost -= 1000  # a key without a name counts, too
                 ways.append((cost + len(way), label))
         return min(ways)[1]
+
+    def closing_way(self, local: int, exit_index: int) -> bytes | None:
+        return path_to_exit(self.table, exit_index, local)
 
 
 class MemoryKeyFrame(KeyFrame):

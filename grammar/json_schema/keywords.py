@@ -119,6 +119,8 @@ class Interpreter:
                 return Values(
                     True, 3, self.numbers(node, None), self.strings(node), self.objects(node), self.arrays(node)
                 )
+            case dict() if node.draft == DRAFT4:  # draft 3
+                return self.values(node, name, "/type")
             case _:
                 raise InvalidSchema(f"{node.pointer or '/'}/type: {name!r} is not a JSON type", node.pointer + "/type")
 

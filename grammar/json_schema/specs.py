@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from ramet.errors import UnsupportedSchema
 from ramet.grammar import deadline
 from ramet.grammar.json_schema import distinct
 from ramet.grammar.json_schema import values as v
@@ -160,6 +159,7 @@ def both_arrays(expressions: Expressions, a: Arrays, b: Arrays) -> Arrays | None
             high,
             tuple(dict.fromkeys(a.contains + b.contains)),
             a.unique or b.unique,
+            a.repeats or b.repeats,
             a.excluded | b.excluded,
         ),
     )
@@ -173,23 +173,21 @@ def tidy_arrays(expressions: Expressions, a: Arrays) -> Arrays | None:
     if FALSE in a.prefix:
         at = a.prefix.index(FALSE)
         high = at if high is None else min(high, at)
-    if high is not None and a.low > high:
+    low = max(a.low, 2) if a.repeats else a.low
+    if (high is not None and low > high) or (a.unique and a.repeats):
         return None
-    for i in range(min(a.low, len(a.prefix) + 1)):
+    for i in range(min(low, len(a.prefix) + 1)):
         e = item(a, i)
         if len(expressions.contents[e]) > 1 and expressions.is_empty(e):
             return None
     prefix = a.prefix if high is None else a.prefix[:high]
     rest = FALSE if high is not None and len(prefix) >= high else a.rest
     contains = tuple(c for c in a.contains if c.low > 0 or c.high is not None)
-    return Arrays(prefix, rest, a.low, high, contains, a.unique, a.excluded)
+    return Arrays(prefix, rest, low, high, contains, a.unique, a.repeats, a.excluded)
 
 
 def not_arrays(expressions: Expressions, a: Arrays) -> list[Arrays]:
-    """All other arrays, as a union.
-
-    Raises: UnsupportedSchema for arrays whose items must differ.
-    """
+    """All other arrays, as a union."""
     out = []
     for i, e in enumerate(a.prefix):
         if e != TRUE:
@@ -209,11 +207,10 @@ def not_arrays(expressions: Expressions, a: Arrays) -> list[Arrays]:
             out.append(Arrays(contains=(Contains(c.start, c.expr, c.high + 1, None),)))
     constants = expressions.constants
     out.extend(s for n in sorted(a.excluded) for s in expressions.values(constants.expr(n)).arrays)
-    if a.unique and expressions.lenient:
-        out.append(Arrays())
-    elif a.unique:
-        problem = "arrays in which some items are equal (the opposite of uniqueItems) are not described"
-        raise UnsupportedSchema([(expressions.pointer, "not", problem)])
+    if a.unique:
+        out.append(Arrays() if expressions.lenient else Arrays(repeats=True))
+    if a.repeats:
+        out.append(Arrays(unique=True))
     return [t for t in (tidy_arrays(expressions, x) for x in out) if t is not None]
 
 

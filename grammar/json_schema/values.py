@@ -98,7 +98,9 @@ class Contains(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Arrays:
-    """A conjunction on arrays: `prefix` items, then `rest` for all others; not the constants `excluded`."""
+    """A conjunction on arrays: `prefix` items, then `rest` for all others; not the constants `excluded`. unique: no two
+    items are equal; repeats: some two are.
+    """
 
     prefix: tuple[Expr, ...] = ()
     rest: Expr = TRUE
@@ -106,6 +108,7 @@ class Arrays:
     high: int | None = None
     contains: tuple[Contains, ...] = ()
     unique: bool = False
+    repeats: bool = False
     excluded: frozenset[int] = frozenset()
 
 

@@ -124,6 +124,7 @@ items = st.recursive(
     max_leaves=3,
 )
 distinct = arrays(items).map(lambda s: {**s, "type": "array", "uniqueItems": True})
+distinct |= st.lists(distinct, min_size=2, max_size=2).map(lambda s: {"oneOf": s})
 relaxed = settings(
     max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much]
 )

@@ -413,6 +413,26 @@ def test_items_of_every_kind_are_compared(items: Any, good: list[Any], bad: list
         assert not accepts(grammar, json.dumps(value)), value
 
 
+def test_items_that_must_not_all_differ() -> None:
+    unique = {"type": "array", "uniqueItems": True}
+    for schema in ({"type": "array", "not": unique}, {"oneOf": [unique, {"type": "array"}]}):
+        grammar = compiled(schema)
+        for good in ([1, 2, 1.0], [{"a": [1]}, "x", {"a": [1]}], [[], []]):
+            assert accepts(grammar, json.dumps(good))
+        for bad in ([], [1], [1, True, "1"], [{"a": [1]}, {"a": [2]}]):
+            assert not accepts(grammar, json.dumps(bad))
+        state = grammar.advance_bytes(0, b'[{"a":1}')
+        assert state is not None
+        assert bytes(grammar.shortest_completion(state)) == b',{"a":1}]'
+
+
+def test_items_that_must_not_all_differ_come_again_in_time() -> None:
+    prefix = [{"enum": [1, 2]}, {"const": 3}, {"enum": [2, 4]}]
+    grammar = compiled({"type": "array", "not": {"uniqueItems": True}, "prefixItems": prefix, "items": False})
+    assert accepts(grammar, "[2,3,2]")
+    assert grammar.advance_bytes(0, b"[1") is None
+
+
 CLOSED: Any = {"type": "object", "additionalProperties": False}
 RUNNING_OUT: list[tuple[Any, str, str | None]] = [  # (schema without type and uniqueItems, a text, how it is closed)
     ({"prefixItems": [{"enum": [1, 2]}, {"const": 1}], "minItems": 2}, "[", "2,1]"),
