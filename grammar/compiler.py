@@ -188,7 +188,7 @@ class CompiledGrammar:
         table = frame.table
         if table.loop >= 0 and table.depths is not None and table.depths[2, local] >= walker.MANY:
             loop = (instance << LOCAL_BITS) | table.loop
-            alike = (frame.loop_twin() << LOCAL_BITS) | table.loop if hasattr(frame, "loop_twin") else loop
+            alike = frame.loop_twin() if hasattr(frame, "loop_twin") else loop
             if packed == alike:
                 return self._loop_row(packed)
             return self._twin_row(alike) if local == table.loop else self._near_loop_row(packed, loop, alike)

@@ -28,7 +28,7 @@ from ramet.grammar.json_schema.tables import (
     STRING,
     TRUE,
     StringRows,
-    any_key,
+    any_key_rows,
     compressed_rows,
     counted_string,
     dispatch_rows,
@@ -104,7 +104,7 @@ class KeyStart(Unread):
 
     def __init__(self, json: Json, starts: bytes | None) -> None:
         if starts is None:
-            self.table = json.string_frame(any_key(), 1)
+            self.table = json.any_key_table()
         else:
             refused = bytes(b for b in json.machine.key_starts if b not in starts)
             self.table = json.constant_table(key_start_rows, (refused,), 1)
@@ -151,6 +151,12 @@ class Json:
     def new_number(self) -> int:
         self.contexts += 1
         return self.contexts
+
+    def any_key_table(self) -> Table:
+        found = self._tables.get(any_key_rows)
+        if found is None:
+            found = self._tables[any_key_rows] = self.string_frame(any_key_rows(), 1), ()
+        return found[0]
 
     def string_frame(self, rows: StringRows, num_exits: int) -> Table:
         """Put the table of a string's content on the machine."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ramet.grammar.automaton import CONCRETE, DEAD, path_to_exit, target
 
 if TYPE_CHECKING:
-    from ramet.grammar.json_schema.frames import Context
+    from ramet.grammar.json_schema.frames import Context, Json
     from ramet.grammar.json_schema.objects import ObjectNode
     from ramet.grammar.json_schema.values import Expr
 
@@ -51,7 +51,7 @@ class MaskKeyFrame:
         return tuple(dict.fromkeys(map(plainest, node.exprs(label)))), node.json.somewhere
 
     def loop_twin(self) -> int:
-        """The instance whose loop state (see Table) has the same mask: unnamed keys with values of the same kinds."""
+        """The state that has the mask of the loop state (see Table): unnamed keys with values of the same kinds."""
         if self._loop_twin is None:
             self._loop_twin = self._find_loop_twin()
         return self._loop_twin
@@ -59,11 +59,35 @@ class MaskKeyFrame:
     def _find_loop_twin(self) -> int:
         node = self.node
         if node.anonymous or not self.is_shared:
-            return mask_keys(node, self.is_shared)
+            return target(mask_keys(node, self.is_shared), self.table.loop)
+        if not node.space.languages:
+            return any_key(node.json, *self._value(len(node.space.names)))
         values = [self._value(label) for label in range(len(node.space.names), node.space.num_labels)]
         places = tuple((exprs, context.number) for exprs, context in values)
         key = ("loop of keys", node.space.number, id(self.table), places)
-        return node.json.machine.intern(key, lambda: MaskKeyFrame(node, True))
+        return target(node.json.machine.intern(key, lambda: MaskKeyFrame(node, True)), self.table.loop)
+
+    def closing_exit(self, local: int) -> int:
+        raise AssertionError("texts are closed from where they stand")
+
+
+def any_key(json: Json, exprs: tuple[Expr, ...], context: Context) -> int:
+    """Target inside a key of any text whose value is one of these, for masks."""
+    key = ("any key", exprs, context.number)
+    return target(json.machine.intern(key, lambda: AnyKeyFrame(json, exprs, context)))
+
+
+class AnyKeyFrame:
+    """Keys without names, for masks only: the same for all objects that take any key."""
+
+    def __init__(self, json: Json, exprs: tuple[Expr, ...], context: Context) -> None:
+        self.json = json
+        self.exprs = exprs
+        self.context = context
+        self.table = json.any_key_table()
+
+    def resolve(self, exit_index: int) -> int:
+        return self.json.value(self.exprs, self.context, 0) if self.exprs else DEAD
 
     def closing_exit(self, local: int) -> int:
         raise AssertionError("texts are closed from where they stand")

@@ -62,7 +62,7 @@ def key_start_rows(refused: bytes) -> NDArray[np.int32]:
 
 
 @cache
-def any_key() -> StringRows:
+def any_key_rows() -> StringRows:
     return StringRows.of(strings.any_string_content(0))
 
 
