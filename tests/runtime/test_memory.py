@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import cast
 
 import pytest
+import torch
 
 from ramet.errors import OutOfMemory
 from ramet.runtime import factory
@@ -107,7 +108,7 @@ def test_graphs_cost_their_shared_pool_and_what_each_adds(with_tree: bool, monke
         return MemoryReading(80 * GIB, 80 * GIB - used["others"] - used["pool"], used["pool"], used["pool"])
 
     monkeypatch.setattr(factory, "read_cuda_memory", read)
-    monkeypatch.setattr(factory.torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     runner = SimpleNamespace(device=None, tree=object() if with_tree else None, make_graphs=lambda max_extend: graphs)
     size = factory.measure_graphs(cast(ModelRunner, runner), EngineConfig())
     largest_pool = (1064 if with_tree else 64) << 20
