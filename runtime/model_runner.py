@@ -66,9 +66,12 @@ class LaunchedStep:
             self.event.synchronize()
         tokens = self.tokens.tolist()
         items = self.batch.items
-        if self.logprobs is None and self.scores is None and len(tokens) == len(items):
+        if self.logprobs is not None or self.scores is not None:
+            return self._read_rows(tokens)
+        if len(tokens) == len(items):
             return [RowOutput((token,)) for token in tokens]
-        return self._read_rows(tokens)
+        sampled = iter(tokens)
+        return [RowOutput((next(sampled),)) if item.samples else RowOutput() for item in items]
 
     def logprob(self, row: int, token: int) -> float:
         """The log-probability of another token than the one that was sampled in a row of those that sample."""
