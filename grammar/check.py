@@ -11,7 +11,7 @@ from ramet.errors import InvalidSchema, UnsupportedSchema
 from ramet.grammar.compiler import CompiledGrammar
 from ramet.grammar.ir import JsonOptions
 from ramet.grammar.json_schema import formats
-from ramet.grammar.json_schema.document import Registry
+from ramet.grammar.json_schema.document import DRAFT4, DRAFT7, DRAFT2019, Registry
 from ramet.grammar.json_schema.keywords import Interpreter
 from ramet.grammar.json_schema.survey import survey
 from ramet.grammar.vocabulary import Vocabulary
@@ -61,6 +61,7 @@ _ASSERTIONS = frozenset(
         "$ref",
         "$dynamicRef",
         "$recursiveRef",
+        "divisibleBy",
     ]
 )
 _STRUCTURE = frozenset(
@@ -98,7 +99,8 @@ class Coverage:
     """What a JSON schema's keywords come to. Places are JSON pointers.
 
     enforced: keyword -> number of places. problems: (pointer, keyword, reason) of what cannot be enforced.
-    annotations: (pointer, keyword) of what says nothing about values; unknown: keywords of no specification;
+    annotations: (pointer, keyword) of what says nothing about values; unknown: keywords of no specification, or of a
+    later one; hidden: those beside a $ref, which drafts up to 7 overlook;
     unknown_formats: (pointer, format), which the specification treats as annotations.
     """
 
@@ -107,6 +109,7 @@ class Coverage:
     annotations: list[tuple[str, str]]
     unknown: list[tuple[str, str]]
     unknown_formats: list[tuple[str, str]]
+    hidden: list[tuple[str, str]]
 
 
 def coverage(schema: Any, options: JsonOptions | None = None) -> Coverage:
@@ -124,21 +127,30 @@ def coverage(schema: Any, options: JsonOptions | None = None) -> Coverage:
     annotations: list[tuple[str, str]] = []
     unknown: list[tuple[str, str]] = []
     unknown_formats: list[tuple[str, str]] = []
+    hidden: list[tuple[str, str]] = []
     refused = {(pointer, keyword) for pointer, keyword, _ in problems}
     for node in registry.nodes:
         if not isinstance(node.schema, dict):
             continue
         for keyword, value in node.schema.items():
             place = (node.pointer or "/", keyword)
-            if keyword == "format" and value not in formats.KNOWN:
+            if "$ref" in node.schema and node.draft <= DRAFT7 and keyword in _ASSERTIONS and keyword != "$ref":
+                hidden.append(place)
+            elif keyword == "format" and value not in formats.KNOWN:
                 unknown_formats.append((node.pointer or "/", str(value)))
-            elif keyword in _ASSERTIONS:
+            elif _is_assertion(keyword, node.draft):
                 enforced[keyword] += (node.pointer, keyword) not in refused
             elif keyword in _ANNOTATIONS:
                 annotations.append(place)
             elif keyword not in _STRUCTURE:
                 unknown.append(place)
-    return Coverage(dict(+enforced), problems, annotations, unknown, unknown_formats)
+    return Coverage(dict(+enforced), problems, annotations, unknown, unknown_formats, hidden)
+
+
+def _is_assertion(keyword: str, draft: int) -> bool:
+    if keyword in ("extends", "disallow"):
+        return draft == DRAFT4
+    return keyword in _ASSERTIONS and (draft >= DRAFT2019 or not keyword.startswith("unevaluated"))
 
 
 @cache

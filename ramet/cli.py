@@ -36,7 +36,12 @@ class _Command:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
-    arguments = make_parser().parse_args(argv)
+    parser = make_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and hasattr(arguments, "instances") and not any(r.startswith("-") for r in rest):
+        arguments.instances += rest  # argparse stops at an option between the arguments of one list
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         status: int = arguments.run(arguments)
     except RametError as error:

@@ -92,6 +92,7 @@ def _print_coverage(console: Console, source: str, options: dict[str, Any]) -> N
     for title, places in (
         ("annotations", [f"{k} at {p}" for p, k in found.annotations]),
         ("ignored", [f"unknown keyword {k!r} at {p}" for p, k in found.unknown]),
+        ("ignored", [f"{k} beside $ref at {p}, as drafts up to 7 ask" for p, k in found.hidden]),
         ("ignored", [f"unknown format {f!r} at {p}" for p, f in found.unknown_formats]),
     ):
         if places:

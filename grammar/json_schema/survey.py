@@ -40,7 +40,7 @@ def _names(x: Any) -> bool:
 _SHAPES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "type": (
         lambda x: x in (*TYPES, "any") if isinstance(x, str) else isinstance(x, list) and len(x) > 0,
-        "a type or a list of types",
+        f"a type ({', '.join(TYPES)}) or a list of types",
     ),
     "enum": (lambda x: isinstance(x, list), "a list"),
     "minimum": (_number, "a number"),
@@ -116,7 +116,7 @@ def survey(interpreter: Interpreter) -> list[Problem]:
         _check_shapes(node)
         _check_values(node)
         _check_patterns(interpreter, node, problems)
-        for child in _children(interpreter, node):
+        for child in reversed(list(_children(interpreter, node))):  # so that problems come in the schema's order
             if child.number not in seen:
                 seen.add(child.number)
                 stack.append(child)
@@ -170,7 +170,7 @@ def _children(interpreter: Interpreter, node: SchemaNode) -> Iterable[SchemaNode
             yield interpreter.target(node, key)
     if "$ref" in schema and node.draft <= DRAFT7:
         return
-    for key in schema.keys() & _CHILD_KEYS:
+    for key in [k for k in schema if k in _CHILD_KEYS]:
         value = schema[key]
         if isinstance(value, list):
             for i, s in enumerate(value):

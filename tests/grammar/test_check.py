@@ -22,9 +22,18 @@ def test_coverage_tells_assertions_from_annotations_and_what_is_unknown() -> Non
     assert found.problems == []
 
 
+def test_coverage_knows_what_a_draft_overlooks() -> None:
+    beside = {"definitions": {"s": {}}, "properties": {"a": {"$ref": "#/definitions/s", "maxLength": 1}}}
+    old = coverage({"$schema": "http://json-schema.org/draft-07/schema#", "unevaluatedProperties": False, **beside})
+    assert old.hidden == [("/properties/a", "maxLength")]
+    assert old.unknown == [("/", "unevaluatedProperties")]
+    assert old.enforced == {"$ref": 1, "properties": 1}
+    assert coverage(beside).enforced == {"$ref": 1, "properties": 1, "maxLength": 1}
+
+
 def test_coverage_lists_all_problems_and_does_not_count_them_as_enforced() -> None:
     found = coverage({"properties": {"a": {"pattern": "(?<=a)b"}, "b": {"pattern": "(a)\\1"}, "c": {"pattern": "c"}}})
-    assert sorted(p for p, _, _ in found.problems) == ["/properties/a", "/properties/b"]
+    assert [p for p, _, _ in found.problems] == ["/properties/a", "/properties/b"]
     assert found.enforced["pattern"] == 1
 
 
