@@ -56,7 +56,7 @@ def block_int8_linear(x: Tensor, packed: Tensor) -> Tensor:
     num_tokens, num_columns = x.shape
     tiles, num_blocks, block_bytes = packed.shape
     x = x.contiguous()
-    padded = -(-num_tokens // 4) * 4
+    padded = num_tokens if num_tokens <= 2 else -(-num_tokens // 4) * 4
     codes = torch.empty((padded, num_columns), dtype=torch.int8)
     scales = torch.empty((padded, num_blocks, 2), dtype=torch.float32)
     out = torch.empty((padded, tiles * v.LANES), dtype=torch.float32)
@@ -79,7 +79,7 @@ def block_int8_linear_reference(x: Tensor, blocks: Tensor, block_format: str, nu
 
 
 def _by_tokens(dots: list[Any]) -> Any:  # Any: numba intrinsics
-    dot_4, dot_8, dot_12, dot_16 = dots
+    dot_1, dot_2, dot_4, dot_8, dot_12, dot_16 = dots
 
     def dot(
         tokens: int,
@@ -98,8 +98,12 @@ def _by_tokens(dots: list[Any]) -> Any:  # Any: numba intrinsics
             dot_12(weights, x, x_stride, scales, scale_stride, num_blocks, out, out_stride)
         elif tokens == 8:
             dot_8(weights, x, x_stride, scales, scale_stride, num_blocks, out, out_stride)
-        else:
+        elif tokens == 4:
             dot_4(weights, x, x_stride, scales, scale_stride, num_blocks, out, out_stride)
+        elif tokens == 2:
+            dot_2(weights, x, x_stride, scales, scale_stride, num_blocks, out, out_stride)
+        else:
+            dot_1(weights, x, x_stride, scales, scale_stride, num_blocks, out, out_stride)
 
     return njit(nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)(dot)
 
@@ -117,7 +121,7 @@ def _quantize(x: int, codes: int, scales: int, num_blocks: int, num_padded: int)
 
 @Kernel
 def _kernel(pointer: Any) -> None:  # Any: int64*
-    """One thread's tiles of 16 rows; the number of tokens is a multiple of 4."""
+    """One thread's tiles of 16 rows; the number of tokens is 1, 2 or a multiple of 4."""
     a = carray(pointer, 8)
     num_tokens, tiles, num_blocks, bits = a[4], a[5], a[6], a[7]
     low, high = tiles * thread_index() // num_threads(), tiles * (thread_index() + 1) // num_threads()

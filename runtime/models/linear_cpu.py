@@ -1,23 +1,20 @@
 """Weights in blocks of 32 on the CPU: GGUF's own, or rounded by us, or 16-bit ones; activations stay in fp32.
 
-For up to 4 tokens a product decodes its weights in registers (`kernels/block_linear.py`), and is as exact as an fp32
-product with the dequantised weights. Batches of up to 64 meet quantised weights with activations rounded to int8 in
-groups of 32 (`kernels/block_int8.py`), as in llama.cpp, and prompts are a bfloat16 product by oneDNN with a dequantised
-copy in its own layout: each where the CPU has such instructions. Rounding is confined to a product's inputs (and
-oneDNN's output): the residual, norms, attention and the KV cache stay in fp32.
+Up to 64 tokens meet quantised weights with activations rounded to int8 in groups of 32 (`kernels/block_int8.py`), as in
+llama.cpp; prompts are a bfloat16 product by oneDNN with a dequantised copy in its own layout: each where the CPU has
+such instructions. Where it has none, and for few tokens with 16-bit weights, a product decodes its weights in registers
+(`kernels/block_linear.py`), and is as exact as an fp32 product with the dequantised weights. Rounding is confined to a
+product's inputs (and oneDNN's output): the residual, norms, attention and the KV cache stay in fp32.
 
-Measured on 2 cores of an AMD EPYC (Zen 4), [3072, 576] from memory, us for 1 / 4 / 8 / 32 / 256 tokens: Q4_1 blocks
-exactly 65 / 132 / 183 / - / -; int8 47 / 68 / 83 / 274 / 1,980; oneDNN in bfloat16 183 / 181 / 173 / 398 / 2,412.
 SmolLM2 on 1,000 tokens of prose and licence against exact products: int8 has the same best token at 95.9 % of
-positions (KL 0.0036, perplexity 33.3), bfloat16 at 96.5 % (0.0010, 33.4; exact 33.4). Whole steps:
-`benchmarks/bench_cpu.py`.
+positions (KL 0.0036, perplexity 33.3), bfloat16 at 96.5 % (0.0010, 33.4; exact 33.4). Exact products at batch 1 took
+MEASURE. Whole steps: `benchmarks/bench_cpu.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -30,13 +27,9 @@ from ramet.kernels.cpu_vectors import has_int8_products
 from ramet.runtime.models.linear import Embedding, LinearMethod, PlainEmbedding, PlainLinear
 from ramet.runtime.models.weights import Weights
 
-_MAX_EXACT_TOKENS = 4  # above, rounded activations are at least twice as fast; below, exactness wins
+_MAX_EXACT_TOKENS = 4  # above, a bfloat16 product is faster
 _MAX_INT8_TOKENS = 64  # above, bfloat16 is about as fast and rounds less
 QUANTIZATIONS = {"int8": "Q8_0", "int4": "Q4_1", "gguf": None}
-
-
-# x bfloat16 [T, K] -> bfloat16 [T, N]
-DenseProduct = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,31 +46,58 @@ class CpuFeatures:
         return cls(bf16, has_int8_products())
 
 
+# x fp32 [T, K] -> fp32 [T, N]
+Product = Callable[[Tensor], Tensor]
+
+
 @dataclass(slots=True, eq=False)
 class BlockLinear:
-    """A product with weights in blocks. `packed` (for int8) and `dense`: products for many tokens, where there are."""
+    """A product with weights in blocks: `few` computes up to `max_few` tokens, `many` more."""
 
-    blocks: Tensor
     block_format: str
-    num_rows: int
-    packed: Tensor | None
-    dense: DenseProduct | None
+    few: Product
+    max_few: int
+    many: Product
 
     def apply(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        num_tokens = x.shape[0]
-        if num_tokens <= _MAX_EXACT_TOKENS or (self.packed is None and self.dense is None):
-            return block_linear(x, self.blocks, self.block_format, self.num_rows, bias)
-        if self.packed is not None and (self.dense is None or num_tokens <= _MAX_INT8_TOKENS):
-            out = block_int8.block_int8_linear(x, self.packed)
-        else:
-            assert self.dense is not None
-            out = self.dense(x.to(torch.bfloat16)).float()
+        out = (self.few if x.shape[0] <= self.max_few else self.many)(x)
         return out if bias is None else out.add_(bias)
 
 
 @dataclass(slots=True, eq=False)
+class ExactProduct:
+    """Blocks as the file has them, decoded in registers."""
+
+    blocks: Tensor
+    block_format: str
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return block_linear(x, self.blocks, self.block_format, self.blocks.shape[0])
+
+
+@dataclass(slots=True, eq=False)
+class Int8Product:
+    """Blocks laid out for integer instructions (see `block_int8.pack`)."""
+
+    packed: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return block_int8.block_int8_linear(x, self.packed)
+
+
+@dataclass(slots=True, eq=False)
+class Bf16Product:
+    """Weights in bfloat16 [N, K]."""
+
+    weight: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x.to(torch.bfloat16), self.weight).float()
+
+
+@dataclass(slots=True, eq=False)
 class OneDnnProduct:
-    """A bfloat16 product with weights in oneDNN's own layout (opaque: made by `pack`)."""
+    """Weights in bfloat16 in oneDNN's own layout (opaque: made by `pack`)."""
 
     packed: Tensor
 
@@ -87,8 +107,8 @@ class OneDnnProduct:
         return cls(torch.ops.mkldnn._reorder_linear_weight(weight, None))
 
     def __call__(self, x: Tensor) -> Tensor:
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
-        return out
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x.to(torch.bfloat16), self.packed, None, "none", [], "")
+        return out.float()
 
 
 @dataclass(slots=True, eq=False)
@@ -120,15 +140,15 @@ class BlockStorage:
 
     def matrix(self, names: Sequence[str]) -> LinearMethod:
         held = self._hold(names)
-        return PlainLinear(held) if isinstance(held, Tensor) else held
+        return PlainLinear(held) if isinstance(held, Tensor) else self._product(held)
 
     def embedding(self, name: str, scale: float) -> tuple[Embedding, LinearMethod]:
         held = self._hold([name])
         if isinstance(held, Tensor):
             return PlainEmbedding(held, scale), PlainLinear(held)
-        return BlockEmbedding(held.blocks, held.block_format, scale), held
+        return BlockEmbedding(held.blocks, held.block_format, scale), self._product(held)
 
-    def _hold(self, names: Sequence[str]) -> BlockLinear | Tensor:
+    def _hold(self, names: Sequence[str]) -> ExactProduct | Tensor:
         """Blocks where that is possible, else fp32."""
         if self.block_format is None:
             stored = self._stored_blocks(names)
@@ -145,9 +165,9 @@ class BlockStorage:
         if weight.shape[1] % 32 or is_original:
             return weight.float().contiguous()
         block_format = self.block_format or "BF16"
-        return self._blocks(quantize(weight, block_format), block_format, weight.shape[0])
+        return ExactProduct(quantize(weight, block_format), block_format)
 
-    def _stored_blocks(self, names: Sequence[str]) -> BlockLinear | None:
+    def _stored_blocks(self, names: Sequence[str]) -> ExactProduct | None:
         if not isinstance(self.weights, Weights):
             return None
         tensors = [self.weights.quantized(name) for name in names]
@@ -156,22 +176,23 @@ class BlockStorage:
         if formats or block_format not in FORMATS or block_format == "BF16":
             return None
         rows = torch.cat([torch.from_numpy(tensor.rows.copy()) for tensor in tensors if tensor is not None])
-        return self._blocks(rows, block_format, rows.shape[0])
+        return ExactProduct(rows, block_format)
 
     def _is_quantized(self, name: str) -> bool:
         return isinstance(self.weights, Weights) and self.weights.quantized(name) is not None
 
-    def _blocks(self, blocks: Tensor, block_format: str, num_rows: int) -> BlockLinear:
-        features = self.features
-        packed: Tensor | None = None
-        dense: DenseProduct | None = None
-        if features.int8 and block_int8.takes(block_format, num_rows):
-            packed = block_int8.pack(blocks, block_format, num_rows)
+    def _product(self, exact: ExactProduct) -> BlockLinear:
+        """The fastest products of this CPU; the blocks themselves are let go where none of them reads them."""
+        blocks, block_format, features = exact.blocks, exact.block_format, self.features
+        many: Product | None = None
         if features.bf16 and block_format == "BF16":
-            dense = partial(F.linear, weight=blocks)  # in the same memory: a second copy would double the model
+            many = Bf16Product(blocks)  # in the same memory: a second copy would double the model
         elif features.bf16:
-            dense = OneDnnProduct.pack(dequantize(blocks, block_format).to(torch.bfloat16))
-        return BlockLinear(blocks, block_format, num_rows, packed, dense)
+            many = OneDnnProduct.pack(dequantize(blocks, block_format).to(torch.bfloat16))
+        if features.int8 and block_int8.takes(block_format, blocks.shape[0]):
+            few = Int8Product(block_int8.pack(blocks, block_format, blocks.shape[0]))
+            return BlockLinear(block_format, few, _MAX_INT8_TOKENS, many or few)
+        return BlockLinear(block_format, exact, _MAX_EXACT_TOKENS, many or exact)
 
 
 def block_storage(

@@ -13,7 +13,7 @@ from ramet.errors import ConfigError
 from ramet.runtime.models.bare_cache import BareCache
 from ramet.runtime.models.decoder import Decoder, build_decoder
 from ramet.runtime.models.linear import PlainLinear
-from ramet.runtime.models.linear_cpu import BlockLinear
+from ramet.runtime.models.linear_cpu import BlockLinear, CpuFeatures
 from ramet.runtime.models.load import ModelFiles, open_model
 
 pytestmark = pytest.mark.model
@@ -66,6 +66,14 @@ def blocks(files: ModelFiles) -> Decoder:
     return build_decoder(files.config, files.weights, device="cpu", dtype="auto")
 
 
+@pytest.fixture(scope="module")
+def exact(files: ModelFiles) -> Decoder:
+    """What a CPU without products of bytes or bfloat16 gets."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CpuFeatures, "detect", lambda: CpuFeatures(bf16=False, int8=False))
+        return build_decoder(files.config, files.weights, device="cpu", dtype="auto")
+
+
 def tokens(files: ModelFiles, prompt: str) -> list[int]:
     return files.tokenizer.encode(prompt, parse_special=True)
 
@@ -103,11 +111,11 @@ def test_fp32_logits_equal_transformers(
 
 @torch.inference_mode()
 def test_logits_from_the_files_own_blocks_equal_transformers(
-    files: ModelFiles, oracle: transformers.LlamaForCausalLM, blocks: Decoder
+    files: ModelFiles, oracle: transformers.LlamaForCausalLM, exact: Decoder
 ) -> None:
-    assert all(isinstance(linear.method, BlockLinear) for linear in blocks.linears())
+    assert all(isinstance(linear.method, BlockLinear) for linear in exact.linears())
     ids = tokens(files, PROMPTS[1] + PROMPTS[2])
-    cache = BareCache(blocks, 1, len(ids))
+    cache = BareCache(exact, 1, len(ids))
     logits = torch.cat([cache.step([], [(0, ids[:4])]), *(cache.step([(0, token)], []) for token in ids[4:])])
     assert largest_difference(logits, expected_logits(oracle, ids)) < 1e-3
 
@@ -130,11 +138,11 @@ def test_rounded_products_stay_close_to_transformers(
 @torch.inference_mode()
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_greedy_tokens_equal_transformers(
-    prompt: str, files: ModelFiles, oracle: transformers.LlamaForCausalLM, plain: Decoder, blocks: Decoder
+    prompt: str, files: ModelFiles, oracle: transformers.LlamaForCausalLM, plain: Decoder, exact: Decoder
 ) -> None:
     ids = tokens(files, prompt)
     output = generate(plain, ids, chunk=1000)
-    assert generate(blocks, ids, chunk=4) == output
+    assert generate(exact, ids, chunk=4) == output
     # Each token is transformers' choice after the ones before it, so by induction the texts are the same.
     logits = expected_logits(oracle, ids + output[:-1])
     assert logits[len(ids) - 1 :].argmax(-1).tolist() == output

@@ -7,9 +7,19 @@ import torch
 import torch.nn.functional as F
 
 from ramet.errors import ConfigError
-from ramet.kernels.block_linear import dequantize
+from ramet.kernels.block_linear import dequantize, quantize
 from ramet.runtime.models.linear import PlainEmbedding, PlainLinear
-from ramet.runtime.models.linear_cpu import BlockEmbedding, BlockLinear, BlockStorage, CpuFeatures, block_storage
+from ramet.runtime.models.linear_cpu import (
+    Bf16Product,
+    BlockEmbedding,
+    BlockLinear,
+    BlockStorage,
+    CpuFeatures,
+    ExactProduct,
+    Int8Product,
+    OneDnnProduct,
+    block_storage,
+)
 from ramet.runtime.models.weights import Weights
 
 CPU = torch.device("cpu")
@@ -37,14 +47,15 @@ def test_products_of_every_size_equal_the_dequantised_product(block_format: str,
     method = storage(block_format, features, weight).matrix(["a", "b"])
     assert isinstance(method, BlockLinear)
     is_packed = features.int8 and block_format != "BF16"
-    assert (method.packed is not None) == is_packed
-    assert (method.dense is not None) == features.bf16
-    restored = dequantize(method.blocks, block_format)
+    assert isinstance(method.few, Int8Product if is_packed else ExactProduct)
+    dense = Bf16Product if block_format == "BF16" else OneDnnProduct
+    assert isinstance(method.many, dense) if features.bf16 else method.many is method.few
+    restored = dequantize(quantize(weight, block_format), block_format)
     assert float((restored - weight).abs().max()) < 0.25
     for num_tokens in (1, 4, 5, 8, 33, 65):
         x = draw(num_tokens, 64, seed=num_tokens)
         difference = (method.apply(x, bias) - F.linear(x, restored, bias)).abs()
-        exact = num_tokens <= 4 or not (features.bf16 or is_packed)
+        exact = not is_packed and (num_tokens <= 4 or not features.bf16)
         # Inputs and output lose up to 2^-9 (bfloat16) or inputs up to 1/254 of their group's largest, in 64 terms.
         assert float(difference.max()) < (1e-4 if exact else 0.3 if is_packed else 0.2), (num_tokens, difference.max())
         assert float(difference.mean()) < (1e-5 if exact else 0.04), (num_tokens, difference.mean())
@@ -55,9 +66,10 @@ def test_embedding_rows_are_those_of_the_product() -> None:
     embedding, product = storage("Q8_0", NONE, draw(48, 64)).embedding("a", 3.0)
     assert isinstance(embedding, BlockEmbedding)
     assert isinstance(product, BlockLinear)
-    assert embedding.blocks is product.blocks
+    assert isinstance(product.few, ExactProduct)
+    assert embedding.blocks is product.few.blocks
     ids = torch.tensor([3, 19, 3], dtype=torch.int32)
-    torch.testing.assert_close(embedding(ids), dequantize(product.blocks, "Q8_0")[ids.long()] * 3.0)
+    torch.testing.assert_close(embedding(ids), dequantize(embedding.blocks, "Q8_0")[ids.long()] * 3.0)
 
 
 def test_sixteen_bit_files_are_held_in_bfloat16_and_fp32_files_stay_as_they_are() -> None:
