@@ -16,20 +16,9 @@ from torch import Tensor
 
 from ramet.kernels import cpu_vectors as v
 from ramet.kernels.cpu_pointwise import exp32
-from ramet.kernels.cpu_threads import (
-    Kernel,
-    bits_float,
-    compiled,
-    inner,
-    num_threads,
-    parallel,
-    thread_count,
-    thread_index,
-)
+from ramet.kernels.cpu_program import empty
+from ramet.kernels.cpu_threads import Kernel, bits_float, float_bits, inner, num_threads, thread_count, thread_index
 from ramet.kernels.cpu_vectors import float32_at, int32_at
-
-# Below this many multiply-adds a second thread costs more than it saves (about 5 us).
-_PARALLEL_WORK = 100_000
 
 
 def takes(q: Tensor, k_cache: Tensor, kv_lens: Tensor, rows: Tensor, page_table: Tensor) -> bool:
@@ -59,11 +48,10 @@ def attention_decode_cpu(
     """As `attention_decode`, its metadata spelt out; kv_lens and rows are read where they lie, int32 [B]."""
     q = q.contiguous()
     if out is None:
-        out = torch.empty_like(q)
+        out = empty(q.shape)
     assert out.is_contiguous()
     batch, num_heads, head_dim = q.shape
-    _launch(
-        _kernel.address,
+    _kernel(
         q.data_ptr(),
         k_cache.data_ptr(),
         v_cache.data_ptr(),
@@ -78,8 +66,8 @@ def attention_decode_cpu(
         k_cache.shape[2],
         head_dim,
         0 if window is None else window,
-        scale,
-        thread_count(),
+        float_bits(scale),
+        threads=thread_count(),
     )
     return out
 
@@ -87,64 +75,18 @@ def attention_decode_cpu(
 # ---- Compiled part ----
 
 
-@compiled
-def _launch(
-    kernel: int,
-    q: int,
-    k_cache: int,
-    v_cache: int,
-    out: int,
-    kv_lens: int,
-    rows: int,
-    page_table: int,
-    table_stride: int,
-    batch: int,
-    num_heads: int,
-    num_kv_heads: int,
-    page_size: int,
-    head_dim: int,
-    window: int,
-    scale: float,
-    threads: int,
-) -> None:
-    lens = carray(int32_at(kv_lens), (batch,))
-    cached = 0
-    for b in range(batch):
-        cached += window if 0 < window < lens[b] else lens[b]
-    if cached * num_heads * head_dim < _PARALLEL_WORK:
-        threads = 1
-    group = num_heads // num_kv_heads
-    arguments = np.empty(16, np.int64)
-    arguments[0] = q
-    arguments[1] = k_cache
-    arguments[2] = v_cache
-    arguments[3] = out
-    arguments[4] = kv_lens
-    arguments[5] = rows
-    arguments[6] = page_table
-    arguments[7] = table_stride
-    arguments[8] = batch
-    arguments[9] = num_heads
-    arguments[10] = num_kv_heads
-    arguments[11] = page_size
-    arguments[12] = head_dim
-    arguments[13] = window
-    arguments[14] = np.float32(scale).view(np.int32)
-    arguments[15] = group if batch * num_kv_heads >= 4 * threads or threads == 1 else 1  # heads of one work item
-    parallel(kernel, arguments, threads)
-
-
 @Kernel
 def _kernel(pointer: Any) -> None:  # Any: int64*
-    """Every `count`-th work item: `heads_per_item` query heads of one row."""
-    a = carray(pointer, 16)
+    """Every `count`-th work item: some query heads of one row."""
+    a = carray(pointer, 15)
     batch, num_heads, num_kv_heads, page_size, head_dim = a[8], a[9], a[10], a[11], a[12]
-    heads_per_item = a[15]
     scale = bits_float(a[14])
     lens = carray(int32_at(a[4]), (batch,))
     rows = carray(int32_at(a[5]), (batch,))
-    group, items_per_row = num_heads // num_kv_heads, num_heads // heads_per_item
-    for item in range(thread_index(), batch * items_per_row, num_threads()):
+    threads, group = np.int64(num_threads()), num_heads // num_kv_heads
+    heads_per_item = group if batch * num_kv_heads >= 4 * threads or threads == 1 else 1
+    items_per_row = num_heads // heads_per_item
+    for item in range(thread_index(), batch * items_per_row, threads):
         b, head = item // items_per_row, item % items_per_row * heads_per_item
         where = (b * num_heads + head) * head_dim * 4
         pages = carray(int32_at(a[6] + np.int64(rows[b]) * a[7] * 4), (max(a[7], 1),))

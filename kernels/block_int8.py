@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ramet.kernels import cpu_vectors as v
 from ramet.kernels.block_linear import FORMATS, dequantize
-from ramet.kernels.cpu_threads import Kernel, compiled, num_threads, thread_count, thread_index
+from ramet.kernels.cpu_program import empty
+from ramet.kernels.cpu_threads import Kernel, barrier, inner, num_threads, thread_count, thread_index
 
 # Bits of a code.
 _BITS = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 8}
@@ -51,18 +52,28 @@ def pack(blocks: Tensor, block_format: str, num_rows: int) -> Tensor:
     return torch.cat((*heads, packed), dim=-1).contiguous()
 
 
-def block_int8_linear(x: Tensor, packed: Tensor) -> Tensor:
-    """Return fp32 [T, num_rows] for x fp32 [T, K]; any number of tokens."""
+def block_int8_linear(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return fp32 [T, num_rows] for x fp32 [T, K], plus bias [num_rows]; any number of tokens."""
     num_tokens, num_columns = x.shape
     tiles, num_blocks, block_bytes = packed.shape
     x = x.contiguous()
     padded = num_tokens if num_tokens <= 2 else -(-num_tokens // 4) * 4
-    codes = torch.empty((padded, num_columns), dtype=torch.int8)
-    scales = torch.empty((padded, num_blocks, 2), dtype=torch.float32)
-    out = torch.empty((padded, tiles * v.LANES), dtype=torch.float32)
-    _quantize(x.data_ptr(), codes.data_ptr(), scales.data_ptr(), num_tokens * num_blocks, padded * num_blocks)
-    addresses = packed.data_ptr(), codes.data_ptr(), scales.data_ptr(), out.data_ptr()
-    _kernel(*addresses, padded, tiles, num_blocks, (block_bytes - 64) // 64, threads=thread_count())
+    workspace = empty((padded, num_columns // 4 + 2 * num_blocks))  # int8 codes of all tokens, then scales
+    out = empty((padded, tiles * v.LANES))
+    _kernel(
+        packed.data_ptr(),
+        x.data_ptr(),
+        workspace.data_ptr(),
+        workspace.data_ptr() + padded * num_columns,
+        out.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        num_tokens,
+        padded,
+        tiles,
+        num_blocks,
+        (block_bytes - 64) // 64,
+        threads=thread_count(),
+    )
     return out[:num_tokens]
 
 
@@ -111,33 +122,50 @@ def _by_tokens(dots: list[Any]) -> Any:  # Any: numba intrinsics
 _dot_4_bits, _dot_8_bits = _by_tokens(v.dots_int8[4]), _by_tokens(v.dots_int8[8])
 
 
-@compiled
+@inner
 def _quantize(x: int, codes: int, scales: int, num_blocks: int, num_padded: int) -> None:
-    for block in range(num_blocks):
+    """One thread's share of the blocks of all tokens."""
+    index, count = np.int64(thread_index()), np.int64(num_threads())
+    for block in range(num_blocks * index // count, num_blocks * (index + 1) // count):
         v.quantize_block(x + block * 128, codes + block * 32, scales + block * 8)
     # Nobody reads the products of what pads, but with denormal numbers they would be slow.
-    carray(v.float32_at(scales + num_blocks * 8), ((num_padded - num_blocks) * 2,))[:] = np.float32(0.0)
+    padding = carray(v.float32_at(scales + num_blocks * 8), ((num_padded - num_blocks) * 2,))
+    for i in range(index, len(padding), count):
+        padding[i] = np.float32(0.0)
+
+
+@inner
+def _add_bias(out: int, bias: int, tokens: int, out_stride: int) -> None:
+    terms = carray(v.float32_at(bias), (v.LANES,))
+    for token in range(tokens):
+        row = carray(v.float32_at(out + token * out_stride), (v.LANES,))
+        for i in range(v.LANES):
+            row[i] += terms[i]
 
 
 @Kernel
 def _kernel(pointer: Any) -> None:  # Any: int64*
-    """One thread's tiles of 16 rows; the number of tokens is 1, 2 or a multiple of 4."""
-    a = carray(pointer, 8)
-    num_tokens, tiles, num_blocks, bits = a[4], a[5], a[6], a[7]
+    """One thread's tiles of 16 rows; the padded number of tokens is 1, 2 or a multiple of 4."""
+    a = carray(pointer, 11)
+    num_tokens, padded, tiles, num_blocks, bits = a[6], a[7], a[8], a[9], a[10]
+    _quantize(a[1], a[2], a[3], num_tokens * num_blocks, padded * num_blocks)
+    barrier()
     low, high = tiles * thread_index() // num_threads(), tiles * (thread_index() + 1) // num_threads()
     x_stride, scale_stride, out_stride = num_blocks * 32, num_blocks * 8, tiles * 64
     tile_bytes = num_blocks * (64 + 64 * bits)
-    for begin in range(0, num_tokens, _TOKENS_AT_ONCE):
-        end = min(begin + _TOKENS_AT_ONCE, num_tokens)
+    for begin in range(0, padded, _TOKENS_AT_ONCE):
+        end = min(begin + _TOKENS_AT_ONCE, padded)
         for tile in range(low, high):
             weights, token = a[0] + tile * tile_bytes, begin
             while token < end:
                 left = end - token
                 tokens = 16 if left >= 16 else left
-                x, scales = a[1] + token * x_stride, a[2] + token * scale_stride
-                out = a[3] + token * out_stride + tile * 64
+                x, scales = a[2] + token * x_stride, a[3] + token * scale_stride
+                out = a[4] + token * out_stride + tile * 64
                 if bits == 4:
                     _dot_4_bits(tokens, weights, x, x_stride, scales, scale_stride, num_blocks, out, out_stride)
                 else:
                     _dot_8_bits(tokens, weights, x, x_stride, scales, scale_stride, num_blocks, out, out_stride)
+                if a[5] != 0:
+                    _add_bias(out, a[5] + tile * 64, tokens, out_stride)
                 token += tokens

@@ -18,7 +18,8 @@ from numba import carray, njit
 from torch import Tensor
 
 from ramet.kernels import cpu_vectors as v
-from ramet.kernels.cpu_threads import Kernel, num_threads, thread_count, thread_index
+from ramet.kernels.cpu_program import empty
+from ramet.kernels.cpu_threads import Kernel, inner, num_threads, thread_count, thread_index
 
 # Format (GGML's names): (code in the kernel, bytes of a block of 32 weights)
 FORMATS = {"Q4_1": (0, 20), "Q8_0": (1, 34), "BF16": (2, 64), "Q4_0": (3, 18)}
@@ -31,11 +32,11 @@ def block_linear(x: Tensor, blocks: Tensor, block_format: str, num_rows: int, bi
     """
     num_tokens, num_columns = x.shape
     x = x.contiguous()
-    out = torch.empty((num_tokens, num_rows), dtype=torch.float32)
+    out = empty((num_tokens, num_rows))
     code, _ = FORMATS[block_format]
-    addresses = blocks.data_ptr(), x.data_ptr(), out.data_ptr()
+    addresses = blocks.data_ptr(), x.data_ptr(), out.data_ptr(), 0 if bias is None else bias.data_ptr()
     _kernel(*addresses, num_tokens, num_rows, num_columns // v.BLOCK, code, threads=thread_count())
-    return out if bias is None else out.add_(bias)
+    return out
 
 
 def block_linear_reference(
@@ -112,12 +113,21 @@ _dot_q4_1, _dot_q4_0 = _by_shape(v.dots_q4_1), _by_shape(v.dots_q4_0)
 _dot_q8_0, _dot_bf16 = _by_shape(v.dots_q8_0), _by_shape(v.dots_bf16)
 
 
+@inner
+def _add_bias(out: int, bias: int, rows: int, tokens: int, out_stride: int) -> None:
+    terms = carray(v.float32_at(bias), (rows,))
+    for token in range(tokens):
+        values = carray(v.float32_at(out + token * out_stride), (rows,))
+        for i in range(rows):
+            values[i] += terms[i]
+
+
 @Kernel
 def _kernel(pointer: Any) -> None:  # Any: int64*
     """One thread's rows [low, high)."""
-    arguments = carray(pointer, 7)
+    arguments = carray(pointer, 8)
     index, count = thread_index(), num_threads()
-    num_tokens, num_rows, num_blocks, code = arguments[3], arguments[4], arguments[5], arguments[6]
+    num_tokens, num_rows, num_blocks, code = arguments[4], arguments[5], arguments[6], arguments[7]
     low, high = num_rows * index // count, num_rows * (index + 1) // count
     x_stride, out_stride = num_blocks * 128, num_rows * 4
     row_bytes = num_blocks * (20 if code == 0 else 34 if code == 1 else 64 if code == 2 else 18)
@@ -139,5 +149,7 @@ def _kernel(pointer: Any) -> None:  # Any: int64*
                 _dot_bf16(rows, tokens, weights, x, x_stride, num_blocks, out, out_stride)
             else:
                 _dot_q4_0(rows, tokens, weights, x, x_stride, num_blocks, out, out_stride)
+            if arguments[3] != 0:
+                _add_bias(out, arguments[3] + row * 4, rows, tokens, out_stride)
             row += rows
         token += tokens

@@ -14,10 +14,10 @@ import torch
 from numba import carray
 from torch import Tensor
 
+from ramet.kernels.cpu_program import empty
 from ramet.kernels.cpu_threads import (
     Kernel,
     bits_float,
-    compiled,
     float_bits,
     inner,
     num_threads,
@@ -41,37 +41,28 @@ def _threads(x: Tensor) -> int:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """As `norm.rms_norm`, for x [T, N] or any shape whose last axis is N."""
-    out = torch.empty_like(x)
+    out = empty(x.shape)
     size = x.shape[-1]
-    arguments = x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // size, size
-    if (threads := _threads(x)) == 1:
-        _rms_norm(*arguments, eps)
-    else:
-        _rms_norm_kernel(*arguments, float_bits(eps), threads=threads)
+    addresses = x.data_ptr(), weight.data_ptr(), out.data_ptr()
+    _rms_norm_kernel(*addresses, x.numel() // size, size, float_bits(eps), threads=_threads(x))
     return out
 
 
 def fused_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """As `norm.fused_add_rms_norm`; both inputs contiguous."""
-    out, total = torch.empty_like(x), torch.empty_like(x)
+    out, total = empty(x.shape), empty(x.shape)
     size = x.shape[-1]
     addresses = x.data_ptr(), residual.data_ptr(), weight.data_ptr(), out.data_ptr(), total.data_ptr()
-    if (threads := _threads(x)) == 1:
-        _add_rms_norm(*addresses, x.numel() // size, size, eps)
-    else:
-        _add_rms_norm_kernel(*addresses, x.numel() // size, size, float_bits(eps), threads=threads)
+    _add_rms_norm_kernel(*addresses, x.numel() // size, size, float_bits(eps), threads=_threads(x))
     return out, total
 
 
 def gated_activation(gate_up: Tensor, is_gelu: bool) -> Tensor:
     """As `activation.silu_and_mul`, or `gelu_tanh_and_mul`, for gate_up [T, 2 * I]."""
     num_rows, double = gate_up.shape
-    out = torch.empty((num_rows, double // 2), dtype=torch.float32)
-    arguments = gate_up.data_ptr(), out.data_ptr(), num_rows, double // 2
-    if (threads := _threads(gate_up)) == 1:
-        _gated_activation(*arguments, is_gelu)
-    else:
-        _gated_kernel(*arguments, int(is_gelu), threads=threads)
+    out = empty((num_rows, double // 2))
+    addresses = gate_up.data_ptr(), out.data_ptr()
+    _gated_kernel(*addresses, num_rows, double // 2, int(is_gelu), threads=_threads(gate_up))
     return out
 
 
@@ -91,8 +82,8 @@ def rope_and_write_kv(
 ) -> Tensor:
     """As `rope.rope_and_write_kv`; positions int32, heads contiguous in their token, caches contiguous."""
     num_tokens, num_heads, head_dim = q.shape
-    out = torch.empty((num_tokens, num_heads, head_dim), dtype=torch.float32)
-    arguments = (
+    out = empty((num_tokens, num_heads, head_dim))
+    _rope_kernel(
         q.data_ptr(),
         k.data_ptr(),
         v.data_ptr(),
@@ -113,11 +104,9 @@ def rope_and_write_kv(
         k.shape[1],
         head_dim,
         k_cache.shape[2],
+        float_bits(eps),
+        threads=_threads(q),
     )
-    if (threads := _threads(q)) == 1:
-        _rope_and_write_kv(*arguments, eps)
-    else:
-        _rope_kernel(*arguments, float_bits(eps), threads=threads)
     return out
 
 
@@ -158,13 +147,13 @@ def exp32(x: Any) -> Any:  # Any: np.float32
     return p * power
 
 
-@compiled
+@inner
 def _rms_norm(x: int, weight: int, out: int, num_rows: int, size: int, eps: float) -> None:
     source = carray(float32_at(x), (num_rows, size))
     target = carray(float32_at(out), (num_rows, size))
     scales = carray(float32_at(weight), (size,))
     for row in range(num_rows):
-        _normalize(source[row], scales, target[row], np.float32(eps))
+        _normalize(source[row], scales, target[row], eps)
 
 
 @inner
@@ -177,7 +166,7 @@ def _normalize(source: Any, weight: Any, target: Any, eps: Any) -> None:  # Any:
         target[i] = source[i] * scale * weight[i]
 
 
-@compiled
+@inner
 def _add_rms_norm(
     x: int, residual: int, weight: int, out: int, total: int, num_rows: int, size: int, eps: float
 ) -> None:
@@ -187,10 +176,10 @@ def _add_rms_norm(
     for row in range(num_rows):
         for i in range(size):
             sums[row, i] = left[row, i] + right[row, i]
-        _normalize(sums[row], scales, target[row], np.float32(eps))
+        _normalize(sums[row], scales, target[row], eps)
 
 
-@compiled
+@inner
 def _gated_activation(gate_up: int, out: int, num_rows: int, size: int, is_gelu: bool) -> None:
     source = carray(float32_at(gate_up), (num_rows, 2 * size))
     target = carray(float32_at(out), (num_rows, size))
@@ -223,7 +212,7 @@ def _rotate(source: Any, target: Any, cos: Any, sin: Any, weight: Any, eps: Any)
         target[half + i] = second * cos[i] + first * sin[i]
 
 
-@compiled
+@inner
 def _rope_and_write_kv(
     q: int,
     k: int,
@@ -245,7 +234,7 @@ def _rope_and_write_kv(
     num_kv_heads: int,
     head_dim: int,
     page_size: int,
-    eps: float,
+    eps: Any,  # np.float32
 ) -> None:
     half = head_dim // 2
     position_of = carray(int32_at(positions), (num_tokens,))
@@ -258,12 +247,12 @@ def _rope_and_write_kv(
         for head in range(num_heads):
             source = carray(float32_at(q + 4 * (token * q_stride + head * head_dim)), (head_dim,))
             target = carray(float32_at(out + 4 * (token * num_heads + head) * head_dim), (head_dim,))
-            _rotate(source, target, c, s, q_weight, np.float32(eps))
+            _rotate(source, target, c, s, q_weight, eps)
         page, offset = np.int64(slot_of[token]) // page_size, np.int64(slot_of[token]) % page_size
         for head in range(num_kv_heads):
             where = 4 * ((page * num_kv_heads + head) * page_size + offset) * head_dim
             key = carray(float32_at(k + 4 * (token * k_stride + head * head_dim)), (head_dim,))
-            _rotate(key, carray(float32_at(k_cache + where), (head_dim,)), c, s, k_weight, np.float32(eps))
+            _rotate(key, carray(float32_at(k_cache + where), (head_dim,)), c, s, k_weight, eps)
             value = carray(float32_at(v + 4 * (token * v_stride + head * head_dim)), (head_dim,))
             target = carray(float32_at(v_cache + where), (head_dim,))
             for i in range(head_dim):
@@ -284,7 +273,7 @@ def _rms_norm_kernel(pointer: Any) -> None:  # Any: int64*
     a = carray(pointer, 6)
     low, high = _share(a[3])
     skip = low * a[4] * 4
-    _rms_norm(a[0] + skip, a[1], a[2] + skip, high - low, a[4], np.float64(bits_float(a[5])))
+    _rms_norm(a[0] + skip, a[1], a[2] + skip, high - low, a[4], bits_float(a[5]))
 
 
 @Kernel
@@ -292,9 +281,7 @@ def _add_rms_norm_kernel(pointer: Any) -> None:  # Any: int64*
     a = carray(pointer, 8)
     low, high = _share(a[5])
     skip = low * a[6] * 4
-    _add_rms_norm(
-        a[0] + skip, a[1] + skip, a[2], a[3] + skip, a[4] + skip, high - low, a[6], np.float64(bits_float(a[7]))
-    )
+    _add_rms_norm(a[0] + skip, a[1] + skip, a[2], a[3] + skip, a[4] + skip, high - low, a[6], bits_float(a[7]))
 
 
 @Kernel
@@ -330,5 +317,5 @@ def _rope_kernel(pointer: Any) -> None:  # Any: int64*
         a[17],
         a[18],
         a[19],
-        np.float64(bits_float(a[20])),  # as Python calls it: compiled once
+        bits_float(a[20]),
     )

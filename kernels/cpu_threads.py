@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,10 +26,12 @@ Function = TypeVar("Function", bound=Callable[..., Any])  # any compiled functio
 
 # Numba resolves these names when it links a kernel, also one that was compiled by an earlier process.
 _PARALLEL, _INDEX, _COUNT = "ramet_parallel", "ramet_thread_index", "ramet_num_threads"
+_BARRIER = "ramet_barrier"
 
 _parallel = types.ExternalFunction(_PARALLEL, types.void(types.intp, types.intp, types.int32, types.int32))
 thread_index = types.ExternalFunction(_INDEX, types.int32())
 num_threads = types.ExternalFunction(_COUNT, types.int32())
+barrier = types.ExternalFunction(_BARRIER, types.void())  # all threads of a kernel meet here
 # Sums may be reordered, which vectorising them needs; infinities and NaN keep their meaning. Division by zero gives
 # infinity (error_model numpy): a check for it would stop the vectoriser, too.
 _REORDER = {"reassoc", "contract", "nsz", "arcp"}
@@ -38,6 +41,7 @@ _REORDER = {"reassoc", "contract", "nsz", "arcp"}
 MODULES = (
     "cpu_threads",
     "cpu_vectors",
+    "cpu_program",
     "cpu_pointwise",
     "block_linear",
     "block_int8",
@@ -72,6 +76,10 @@ def inner(function: Function) -> Function:
     return njit(nogil=True, fastmath=_REORDER, error_model="numpy", **options)(function)  # type: ignore[no-any-return]
 
 
+# Of the calling thread: `record(kernel, arguments)` where calls are noted instead of made (see `cpu_program`).
+recording = threading.local()
+
+
 class Kernel:
     """A function int64* -> None that runs on many threads, compiled when it is first called."""
 
@@ -83,7 +91,12 @@ class Kernel:
 
     def __call__(self, *arguments: int, threads: int) -> None:
         """Run on `threads` threads at once, all with the same arguments (addresses, sizes, `float_bits`)."""
-        parallel(self.address, np.array(arguments, np.int64), threads)
+        packed = np.array(arguments, np.int64)
+        record = getattr(recording, "record", None)
+        if record is None:
+            parallel(self.address, packed, threads)
+        else:
+            record(self, packed)
 
     @property
     def address(self) -> int:
@@ -112,6 +125,14 @@ def bits_float(bits: Any) -> Any:  # np.int64 -> np.float32
     return np.int32(bits).view(np.float32)
 
 
+_SYMBOLS = {
+    _PARALLEL: "GOMP_parallel",
+    _INDEX: "omp_get_thread_num",
+    _COUNT: "omp_get_num_threads",
+    _BARRIER: "GOMP_barrier",
+}
+
+
 def _openmp() -> ctypes.CDLL | None:
     """The OpenMP runtime that torch itself uses, or None."""
     bundled = sorted(Path(torch.__file__).parent.joinpath("lib").glob("lib*omp*.so*"))
@@ -121,7 +142,7 @@ def _openmp() -> ctypes.CDLL | None:
             library = ctypes.CDLL(name)
         except OSError:
             continue
-        if hasattr(library, "GOMP_parallel") and hasattr(library, "omp_get_thread_num"):
+        if all(hasattr(library, symbol) for symbol in _SYMBOLS.values()):
             return library
     return None
 
@@ -141,12 +162,11 @@ def _register() -> bool:
     """Bind the names above; returns whether kernels can run in parallel."""
     library = _LIBRARY
     if library is not None:
-        symbols = {_PARALLEL: "GOMP_parallel", _INDEX: "omp_get_thread_num", _COUNT: "omp_get_num_threads"}
-        for name, symbol in symbols.items():
+        for name, symbol in _SYMBOLS.items():
             address = ctypes.cast(getattr(library, symbol), ctypes.c_void_p).value
             llvm.add_symbol(name, address)
         return True
-    for name, function in ((_PARALLEL, _CALL), (_INDEX, _ZERO), (_COUNT, _ONE)):
+    for name, function in ((_PARALLEL, _CALL), (_INDEX, _ZERO), (_COUNT, _ONE), (_BARRIER, _NOTHING)):
         llvm.add_symbol(name, ctypes.cast(function, ctypes.c_void_p).value)
     return False
 
@@ -157,6 +177,7 @@ _CALL = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32,
 )
 _ZERO = ctypes.CFUNCTYPE(ctypes.c_int32)(lambda: 0)
 _ONE = ctypes.CFUNCTYPE(ctypes.c_int32)(lambda: 1)
+_NOTHING = ctypes.CFUNCTYPE(None)(lambda: None)
 
 _PAUSE_SOFT = 1  # omp_pause_soft: settings such as the number of threads stay
 _LIBRARY = _openmp()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -43,6 +44,9 @@ from ramet.runtime.sampler import apply_edits
 from ramet.runtime.slots import RunningSlots, upload
 from ramet.runtime.tree_planner import TreePlanner
 from ramet.runtime.types import Batch, RowOutput
+
+if TYPE_CHECKING:
+    from ramet.runtime.cpu_steps import RecordedSteps
 
 _SCORE_ROWS = 512  # logits rows of one part of a scoring chunk: bounds the [rows, V] fp32 workspace
 _ANY_LENGTH = 1 << 20  # as the longest of a launch: attention takes the tile of long prompts
@@ -147,6 +151,11 @@ class ModelRunner:
         self.max_kv_len = max_kv_len
         self.page_size = kv_cache.page_size
         self.graphs: StepGraphs | None = None
+        self._recorded: RecordedSteps | None = None
+        if device.type == "cpu":
+            from ramet.runtime.cpu_steps import RecordedSteps  # needs numba: not for a GPU
+
+            self._recorded = RecordedSteps(decoder, self._recorded_context)
         num_counters = slots.num_slots * self.model.num_kv_heads
         self._merge_counters = torch.zeros(num_counters, dtype=torch.int32, device=device) if is_cuda else None
         self.num_sms = torch.cuda.get_device_properties(device).multi_processor_count if is_cuda else 1
@@ -177,8 +186,11 @@ class ModelRunner:
             if tokens_in_graph is not None:
                 return self._to_host(batch, tokens_in_graph, None, None)
             hidden, slots, positions, scores = self._run_extend(batch, arrays)
+            if slots.numel() == 0:
+                return self._to_host(batch, slots, None, scores)
+            logits = self.decoder.logits(hidden)
         elif self.graphs is None:
-            hidden, slots, positions = self._run_decode(batch)
+            logits, slots, positions = self._run_decode(batch)
         else:
             rows, new_pages = decode_rows_of(batch.items), new_pages_of(batch.items, self.page_size)
             uses_tree = self._tree_plan(batch) is not None
@@ -188,11 +200,6 @@ class ModelRunner:
                 return self._to_host(batch, buffers.tokens[:count], None, None)
             assert buffers.logits is not None
             logits, slots, positions = buffers.logits[:count], buffers.rows[:count], buffers.inputs.kv_lens[:count]
-            tokens, logprobs = self._sample(batch, logits, slots, positions, masks, on_host)
-            return self._to_host(batch, tokens, logprobs, None, None if masks is None else logits)
-        if slots.numel() == 0:
-            return self._to_host(batch, slots, None, scores)
-        logits = self.decoder.logits(hidden)
         tokens, logprobs = self._sample(batch, logits, slots, positions, masks, on_host)
         return self._to_host(batch, tokens, logprobs, scores, None if masks is None else logits)
 
@@ -332,12 +339,20 @@ class ModelRunner:
         copy_pages(self.kv_cache.storage, source, target, num_tokens)
 
     def _run_decode(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Hidden states [B, hidden], slots [B] and positions of the new tokens [B]."""
+        """Logits [B, V], slots [B] and positions of the new tokens [B]."""
         rows, new_pages = upload([decode_rows_of(batch.items), new_pages_of(batch.items, self.page_size)], self.device)
-        inputs = self._prepare_decode(rows, new_pages)
+        recorded = None if self._recorded is None else self._recorded.get(batch.num_decode)
+        if recorded is not None:
+            self._prepare_decode(recorded.rows.copy_(rows), new_pages, recorded.inputs)
+            return recorded.logits(), recorded.rows, recorded.inputs.kv_lens
+        inputs = self._prepare_decode(rows, new_pages, DecodeInputs.create(rows.numel(), self.device))
         decode = self._decode_metadata(rows, inputs.kv_lens, batch)
         context = self._context(inputs.positions, inputs.kv_slots, batch.num_decode, decode)
-        return self.decoder.forward(inputs.token_ids, context), rows, inputs.kv_lens
+        return self.decoder.logits(self.decoder.forward(inputs.token_ids, context)), rows, inputs.kv_lens
+
+    def _recorded_context(self, rows: Tensor, inputs: DecodeInputs) -> ForwardContext:
+        decode = DecodeMetadata(inputs.kv_lens, rows, self.tables.page_table)
+        return self._context(inputs.positions, inputs.kv_slots, rows.numel(), decode)
 
     def _run_extend(self, batch: Batch, arrays: ExtendArrays) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """As `_run_decode` for the rows that sample, and the log-probabilities that were asked for."""
@@ -352,7 +367,7 @@ class ModelRunner:
             rows, new_pages = upload(
                 [decode_rows_of(decode_items), new_pages_of(decode_items, self.page_size)], self.device
             )
-            inputs = self._prepare_decode(rows, new_pages)
+            inputs = self._prepare_decode(rows, new_pages, DecodeInputs.create(rows.numel(), self.device))
             token_ids = torch.cat((inputs.token_ids, token_ids))
             positions = torch.cat((inputs.positions, positions))
             kv_slots = torch.cat((inputs.kv_slots, kv_slots))
@@ -362,9 +377,8 @@ class ModelRunner:
         scores = self._score(hidden, extend)
         return hidden.index_select(0, extend.sample_index), extend.sample_rows, extend.sample_positions, scores
 
-    def _prepare_decode(self, rows: Tensor, new_pages: Tensor) -> DecodeInputs:
+    def _prepare_decode(self, rows: Tensor, new_pages: Tensor, inputs: DecodeInputs) -> DecodeInputs:
         tables = self.tables
-        inputs = DecodeInputs.create(rows.numel(), self.device)
         prepare_decode(rows, new_pages, tables.last_token, tables.kv_len, tables.page_table, self.page_size, inputs)
         return inputs
 

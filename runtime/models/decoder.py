@@ -44,7 +44,10 @@ class Decoder:
 
     def forward(self, token_ids: Tensor, context: ForwardContext) -> Tensor:
         """Run the tokens (int [T]) through all layers, writing their KV; returns [T, hidden] after the final norm."""
-        x = self.embedding(token_ids)
+        return self.hidden(self.embedding(token_ids), context)
+
+    def hidden(self, x: Tensor, context: ForwardContext) -> Tensor:
+        """As `forward`, from the tokens' embeddings [T, hidden]."""
         residual: Tensor | None = None
         for layer in self.layers:
             x, residual = layer(x, residual, context)
@@ -54,7 +57,10 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return [R, V] in the model's dtype for the rows [R, hidden] that somebody wants to sample from."""
-        logits = self.output(hidden)
+        return self.capped(self.output(hidden))
+
+    def capped(self, logits: Tensor) -> Tensor:
+        """Logits as the model means them, from those of the output layer."""
         cap = self.config.logit_softcap
         return logits if cap is None else torch.tanh(logits / cap) * cap
 

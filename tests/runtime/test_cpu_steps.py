@@ -1,0 +1,104 @@
+"""Decode steps recorded on the CPU: bit for bit those that run eagerly, for every kind of model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from ramet.kernels.attention_decode import DecodeMetadata
+from ramet.kernels.step_inputs import DecodeInputs
+from ramet.runtime.cpu_steps import RecordedSteps
+from ramet.runtime.models.bare_cache import BareCache
+from ramet.runtime.models.config import ModelConfig
+from ramet.runtime.models.context import ForwardContext
+from ramet.runtime.models.decoder import Decoder, build_decoder
+from ramet.runtime.models.dummy import dummy_decoder, dummy_weights
+from ramet.runtime.models.weights import Weights, expected_tensors
+
+BASE = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]},
+    "qwen3": {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "tie_word_embeddings": False},
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "architectures": ["Gemma3ForCausalLM"],
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": 16,
+        "sliding_window": 8,
+        "rope_local_base_freq": 10000.0,
+        "final_logit_softcapping": 30.0,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+    },
+}
+
+
+def decoder_of(name: str, quantization: str) -> Decoder:
+    config = ModelConfig.from_hf({**BASE, **MODELS[name]})
+    drawn = dummy_weights(config, torch.device("cpu"), torch.float32, seed=1)
+    biases = {
+        key: torch.linspace(-0.5, 0.5, *shape) for key, shape in expected_tensors(config).items() if "bias" in key
+    }
+    weights = Weights.from_tensors({key: biases.get(key, drawn[key]) for key in expected_tensors(config)})
+    return build_decoder(config, weights, device="cpu", quantization=quantization)
+
+
+class Both:
+    """The same rows eagerly and recorded, over caches of their own."""
+
+    def __init__(self, decoder: Decoder, num_rows: int) -> None:
+        self.eager, self.cache = (BareCache(decoder, num_rows, 64) for _ in range(2))
+        for row in range(num_rows):
+            prompt = [(7 * row + i) % 90 for i in range(3 + row)]
+            self.eager.step([], [(row, prompt)])
+            self.cache.step([], [(row, prompt)])
+        self.steps = RecordedSteps(decoder, self.context)
+
+    def context(self, rows: torch.Tensor, inputs: DecodeInputs) -> ForwardContext:
+        metadata = DecodeMetadata(inputs.kv_lens, rows, self.cache.page_table)
+        caches = self.cache.kv_caches
+        return ForwardContext(inputs.positions, inputs.kv_slots, rows.numel(), metadata, None, caches, rows.numel())
+
+    def compare(self, rows: list[int]) -> None:
+        step = self.steps.get(len(rows))
+        assert step is not None
+        now = self.cache.context(rows, [])
+        assert now.decode is not None
+        step.rows.copy_(now.decode.rows)
+        step.inputs.kv_lens.copy_(now.decode.kv_lens)
+        step.inputs.positions.copy_(now.positions)
+        step.inputs.kv_slots.copy_(now.kv_slots)
+        step.inputs.token_ids.copy_(torch.tensor([row + 5 for row in rows]))
+        assert torch.equal(step.logits(), self.eager.step([(row, row + 5) for row in rows], []))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+@pytest.mark.parametrize("name", MODELS)
+def test_recorded_steps_equal_eager_ones(name: str, quantization: str) -> None:
+    both = Both(decoder_of(name, quantization), 6)
+    for rows in ([0], [1, 4], [0, 1, 2, 3, 4, 5], [5, 3], [2], [3, 1, 0, 2, 4, 5]):
+        both.compare(rows)
+        both.compare(rows)
+
+
+@torch.inference_mode()
+def test_a_decoder_of_torch_products_has_no_program() -> None:
+    decoder = dummy_decoder(ModelConfig.from_hf(BASE), "cpu", torch.float32)
+    assert Both(decoder, 2).steps.get(2) is None
