@@ -124,6 +124,6 @@ def test_files_that_cannot_be_read_are_told_apart(
 
 
 def test_instances_may_stand_behind_options(person: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert check(capsys, person, "--mode", "exact", '{"name": "A"}', "--raw", '{"name":"B"}')[0] == 0
+    assert check(capsys, person, "--mode", "exact", '{"name":"A"}', "--raw", '{"name":"B"}')[0] == 0
     with pytest.raises(SystemExit):
         check(capsys, person, "--raw", "{}", "--wrong")
