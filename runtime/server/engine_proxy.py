@@ -23,7 +23,6 @@ from typing import Any
 
 import msgspec
 import zmq
-import zmq.asyncio
 
 from ramet.errors import EngineStopped, InvalidRequest, Overloaded, RametError
 from ramet.runtime.server.engine_process import Settings
@@ -104,8 +103,9 @@ class EngineProxy:
         self.on_gap: Callable[[float], None] | None = None  # seconds between two increments of a request
         self.on_heartbeat: Callable[[dict[str, float]], None] | None = None
         self._folder = tempfile.TemporaryDirectory(prefix="ramet-")
-        self._context: zmq.asyncio.Context = zmq.asyncio.Context()
-        self._commands: zmq.asyncio.Socket | None = None
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._reports: zmq.Socket[bytes] = self._context.socket(zmq.PULL)
+        self._commands: zmq.Socket[bytes] | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._state = _State()
         self._streams: dict[str, OutputStream] = {}
@@ -115,25 +115,20 @@ class EngineProxy:
         self._ready = asyncio.Event()
         self._given_up: asyncio.Future[EngineStopped] | None = None
         self._is_stopping = False
-        self._tasks: list[asyncio.Task[None]] = []
+        self._supervisor: asyncio.Task[None] | None = None
         self._encoder = msgspec.msgpack.Encoder()
         self._outbox: list[msgspec.Raw] = []
-        self._outbox_filled = asyncio.Event()
 
     # -- life ----------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
         """Start the process and the tasks that serve it; returns before the engine is ready."""
-        folder = Path(self._folder.name)
-        reports = self._context.socket(zmq.PULL)
-        reports.setsockopt(zmq.RCVHWM, 0)
-        reports.bind(f"ipc://{folder / 'reports'}")
-        self._given_up = asyncio.get_running_loop().create_future()
-        self._tasks = [
-            asyncio.create_task(self._read(reports)),
-            asyncio.create_task(self._write()),
-            asyncio.create_task(self._supervise()),
-        ]
+        loop = asyncio.get_running_loop()
+        self._reports.setsockopt(zmq.RCVHWM, 0)
+        self._reports.bind(f"ipc://{Path(self._folder.name) / 'reports'}")
+        loop.add_reader(int(self._reports.getsockopt(zmq.FD)), self._read)
+        self._given_up = loop.create_future()
+        self._supervisor = asyncio.create_task(self._supervise())
 
     async def wait_ready(self, timeout_s: float | None = None) -> Hello:
         """Wait until the engine is ready. Raises the error that keeps it from starting, or TimeoutError."""
@@ -155,9 +150,10 @@ class EngineProxy:
         self._is_stopping = True
         await self._end_process()
         self.fail_in_flight()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._supervisor is not None:
+            self._supervisor.cancel()
+            await asyncio.gather(self._supervisor, return_exceptions=True)
+            asyncio.get_running_loop().remove_reader(int(self._reports.getsockopt(zmq.FD)))
         self._context.destroy(linger=0)
         self._folder.cleanup()
 
@@ -292,25 +288,31 @@ class EngineProxy:
     def _send(self, command: Command) -> None:
         """Encoded here, so that what cannot be encoded fails its own caller."""
         try:
-            self._outbox.append(msgspec.Raw(self._encoder.encode(command)))
+            encoded = msgspec.Raw(self._encoder.encode(command))
         except (OverflowError, TypeError, UnicodeEncodeError) as error:
             raise InvalidRequest(f"the request holds a value that cannot be sent on: {error}") from error
-        self._outbox_filled.set()
+        if not self._outbox:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._outbox.append(encoded)
 
-    # -- tasks ---------------------------------------------------------------------------------------------------
+    # -- to and from the engine ----------------------------------------------------------------------------------
 
-    async def _write(self) -> None:
-        while True:
-            await self._outbox_filled.wait()
-            self._outbox_filled.clear()
-            commands, self._outbox = self._outbox, []
-            if commands and self._commands is not None:
-                await self._commands.send(self._encoder.encode(commands))
+    def _flush(self) -> None:
+        """Send all commands of this turn of the event loop in one message."""
+        if not self._outbox or self._commands is None:
+            return
+        try:
+            self._commands.send(self._encoder.encode(self._outbox), zmq.NOBLOCK)
+            self._outbox = []
+        except zmq.Again:  # the engine has not connected yet, or it is gone and `_fail_in_flight` clears the outbox
+            asyncio.get_running_loop().call_later(0.01, self._flush)
 
-    async def _read(self, socket: zmq.asyncio.Socket) -> None:
-        while True:
-            for report in report_decoder.decode(await socket.recv()):
-                self._take(report)
+    def _read(self) -> None:
+        """Take every report that has come: the descriptor says so once for all of them."""
+        with contextlib.suppress(zmq.Again):
+            while True:
+                for report in report_decoder.decode(self._reports.recv(zmq.NOBLOCK)):
+                    self._take(report)
 
     def _take(self, report: Report) -> None:
         if isinstance(report, Output):

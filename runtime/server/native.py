@@ -18,7 +18,7 @@ from ramet.runtime.server.openai_shapes import finite, token_text
 from ramet.runtime.server.openai_types import Json, openapi_body, parse_body
 from ramet.runtime.server.protocol import Output, Submit
 from ramet.runtime.server.sampling_fields import seed_of_choice
-from ramet.runtime.server.sse import EventStream, collected, event, guarded, json_response, started
+from ramet.runtime.server.sse import DONE, EventStream, collected, event, json_response
 from ramet.runtime.server.state import HttpError, ServerState
 from ramet.runtime.server.streams import OutputStream
 
@@ -81,13 +81,13 @@ class GenerateEndpoint:
 
     async def __call__(self, request: Request) -> Response:
         body = await parse_body(self._state, request, GenerateBody)
-        items = await self._state.off_loop(self._items, body, self._state.cache_salt(request, body.cache_salt))
+        salt, size = self._state.cache_salt(request, body.cache_salt), len(await request.body())
+        items = await self._state.compute(size, self._items, body, salt)
         prompt_logprobs = [await self._scored(item) for item in items]
         generations = self._submit(items)
         answer = _Answer(self._state, body, items, prompt_logprobs)
         if body.stream:
-            outputs = await started(request, merged(generations))
-            return EventStream(guarded(answer.events(outputs)), lambda: _close(generations))
+            return EventStream(answer.events(merged(generations)), lambda: _close(generations), DONE)
         for index, output in await collected(request, merged(generations)):
             answer.take(index, output)
         results = [answer.result(index, is_whole=True) for index in range(len(items))]

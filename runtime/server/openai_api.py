@@ -27,6 +27,7 @@ def make_router(state: ServerState) -> APIRouter:
     chat = ChatEndpoint(state)
     completions = CompletionEndpoint(state)
     models = ModelEndpoints(state, chat)
+    state.pool.submit(lambda: chat.style)  # asking the template takes most of a second: not in the first request
 
     def taking(body: type[Strict]) -> dict[str, Any]:  # Any: arguments of a route
         return {"response_model": None, "openapi_extra": openapi_body(body)}

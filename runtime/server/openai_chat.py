@@ -31,7 +31,7 @@ from ramet.runtime.server.openai_types import (
 from ramet.runtime.server.protocol import Output
 from ramet.runtime.server.reasoning import CLOSE, OPEN, Position, ReasoningCounter, ReasoningSplitter, position_after
 from ramet.runtime.server.sampling_fields import check_size, compact_json, constraint_of, sampling_fields
-from ramet.runtime.server.sse import EventStream, collected, event, guarded, json_response, started
+from ramet.runtime.server.sse import DONE, EventStream, collected, event, json_response
 from ramet.runtime.server.state import HttpError, ServerState
 from ramet.runtime.server.tool_calls import AnswerReader, ToolStyle, shown_specials, tool_set, tool_style
 
@@ -86,13 +86,12 @@ class ChatEndpoint:
         body = await parse_body(self._state, request, ChatBody)
         check_model(self._state, body.model)
         salt = self._state.cache_salt(request, body.cache_salt or "")
-        plan = await self._state.off_loop(self._plan, body, salt)
+        plan = await self._state.compute(len(await request.body()), self._plan, body, salt)
         num = body.n or 1
         answer_id, choices = submit_all(self._state.proxy, [(plan.job, index) for index in range(num)], "chatcmpl")
         answer = _Answer(self, plan, answer_id, choices)
         if body.stream:
-            outputs = await started(request, merged(choices))
-            return EventStream(guarded(answer.events(outputs)), answer.close)
+            return EventStream(answer.events(merged(choices)), answer.close, DONE)
         for index, output in await collected(request, merged(choices)):
             answer.take(index, output)
         return json_response(await answer.whole())
@@ -352,23 +351,32 @@ class _Answer:
 
     async def events(self, outputs: AsyncGenerator[tuple[int, Output], None]) -> AsyncGenerator[bytes, None]:
         """The answer as server-sent events."""
-        for index in range(len(self._progress)):
-            yield event(self._chunk(index, {"role": "assistant", "content": ""}, is_first=True))
+        role = {"role": "assistant", "content": ""}
+        chunks = [self._chunk(index, role, is_first=True) for index in range(len(self._progress))]
         async with contextlib.aclosing(outputs):
             async for index, output in outputs:
-                deltas = self.take(index, output)
-                ids: list[int] | None = output.token_ids
-                for delta in deltas:
-                    yield event(self._chunk(index, delta, ids))
-                    ids = None  # tokens go with the first delta that they settle
+                chunks += self._chunks(index, output)
+                if chunks:
+                    yield b"".join(map(event, chunks))
+                    chunks = []
                 if output.finish_reason is not None:
-                    yield event(self._chunk(index, {}, ids, is_last=True))
                     await self._remember([index])
-                elif ids and self._plan.body.return_token_ids:
-                    yield event(self._chunk(index, {}, ids))
         options = self._plan.body.stream_options
         if options is not None and options.include_usage:
             yield event({**self._head("chat.completion.chunk"), "choices": [], "usage": self._usage()})
+
+    def _chunks(self, index: int, output: Output) -> list[Json]:
+        """What an increment adds to a stream. Its tokens go with the first delta that they settle."""
+        ids: list[int] | None = output.token_ids
+        chunks = []
+        for delta in self.take(index, output):
+            chunks.append(self._chunk(index, delta, ids))
+            ids = None
+        if output.finish_reason is not None:
+            chunks.append(self._chunk(index, {}, ids, is_last=True))
+        elif ids and self._plan.body.return_token_ids:
+            chunks.append(self._chunk(index, {}, ids))
+        return chunks
 
     def _head(self, kind: str) -> Json:
         return {"id": self._id, "object": kind, "created": self._created, "model": self._state.model_name}

@@ -16,7 +16,7 @@ from ramet.runtime.server.openai_shapes import finite, token_bytes, token_text, 
 from ramet.runtime.server.openai_types import CompletionBody, Json, check_model, parse_body
 from ramet.runtime.server.protocol import Output, Submit
 from ramet.runtime.server.sampling_fields import constraint_of, sampling_fields
-from ramet.runtime.server.sse import EventStream, collected, event, guarded, json_response, started
+from ramet.runtime.server.sse import DONE, EventStream, collected, event, json_response
 from ramet.runtime.server.state import HttpError, ServerState
 from ramet.runtime.tokenizer import Tokenizer
 
@@ -25,7 +25,7 @@ DEFAULT_MAX_TOKENS = 16
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """`text` is what echo gives back: the caller's own where it was text."""
+    """`text` is what echo gives back, if it is asked for: the caller's own where it was text."""
 
     ids: list[int]
     text: str
@@ -81,8 +81,9 @@ class CompletionEndpoint:
         num = body.n or 1
         max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
         sampling = sampling_fields(body, max_tokens=max_tokens or 1, logprobs=body.logprobs)
-        asked = await state.off_loop(constraint_of, body, None, state.config.max_schema_bytes)
-        prompts = await state.off_loop(_prompts, state.tokenizer, body)
+        size = len(await request.body())
+        asked = await state.compute(size, constraint_of, body, None, state.config.max_schema_bytes)
+        prompts = await state.compute(0 if _has_ids(body) else size, _prompts, state.tokenizer, body)
         if len(prompts) * num > state.config.max_in_flight:
             raise HttpError(400, f"{len(prompts)} prompts x n={num} is too much for one request", param="prompt")
         salt = state.cache_salt(request, body.cache_salt or "")
@@ -90,8 +91,7 @@ class CompletionEndpoint:
         jobs = [Job(prompt.ids, sampling, constraint, field_name, salt, body.priority or 0) for prompt in prompts]
         answer = _Answer(state, body, prompts, jobs, num, is_generated=max_tokens > 0)
         if body.stream:
-            outputs = await started(request, answer.outputs())
-            return EventStream(guarded(answer.events(outputs)), answer.close)
+            return EventStream(answer.events(answer.outputs()), answer.close, DONE)
         for index, output in await collected(request, answer.outputs()):
             answer.take(index, output)
         return json_response(answer.whole())
@@ -112,6 +112,11 @@ def _check_fields(body: CompletionBody) -> None:
         )
 
 
+def _has_ids(body: CompletionBody) -> bool:
+    """The prompt is token ids that are not needed as text."""
+    return not body.echo and isinstance(body.prompt, list) and not any(isinstance(p, str) for p in body.prompt[:1])
+
+
 def _prompts(tokenizer: Tokenizer, body: CompletionBody) -> list[Prompt]:
     given = body.prompt
     if isinstance(given, str):
@@ -126,12 +131,11 @@ def _prompts(tokenizer: Tokenizer, body: CompletionBody) -> list[Prompt]:
             prompts.append(Prompt(tokenizer.encode(item, add_special=True, parse_special=True), item))
         else:
             assert isinstance(item, list)
-            wrong = next((token for token in item if not 0 <= token < tokenizer.vocab_size), None)
-            if wrong is not None:
-                raise HttpError(
-                    400, f"prompt has token {wrong}, but the vocabulary has {tokenizer.vocab_size:,}", param="prompt"
-                )
-            prompts.append(Prompt(item, tokenizer.decode(item)))
+            size = tokenizer.vocab_size
+            if item and not 0 <= min(item) <= max(item) < size:
+                wrong = next(token for token in item if not 0 <= token < size)
+                raise HttpError(400, f"prompt has token {wrong}, but the vocabulary has {size:,}", param="prompt")
+            prompts.append(Prompt(item, tokenizer.decode(item) if body.echo else ""))
     return prompts
 
 

@@ -232,7 +232,8 @@ class CompletionBody(SamplingFields):
     their alternatives are not).
     """
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    # Ids first: where texts are tried before them, each id is an error to collect, which took longer than all the rest.
+    prompt: str | list[int] | list[str] | list[list[int]] = Field(union_mode="left_to_right")
     max_tokens: int | None = Field(default=None, ge=0, description="default 16")
     logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
     echo: bool | None = None

@@ -105,7 +105,7 @@ def make_router(state: ServerState, metrics: ServerMetrics) -> APIRouter:
         if body.stream:
             return _event_stream(store, program, 0)
         with store.attached(program):
-            await until_disconnect(request, _ended(program), lambda: None)
+            await until_disconnect(request.receive, _ended(program))
         return JSONResponse(program.to_json())
 
     @router.post("/v1/programs/explain")

@@ -5,13 +5,15 @@ Not here: the sockets (`engine_process`, `engine_proxy`); HTTP's own shapes (Ope
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import msgspec
 
 from ramet import errors
 from ramet.errors import InvalidRequest, Overloaded, RametError
 from ramet.lang.ir import Constraint, NodeEvent
+
+T = TypeVar("T")
 
 
 class Submit(msgspec.Struct, frozen=True, tag="submit", omit_defaults=True):
@@ -123,14 +125,21 @@ class Output(msgspec.Struct, tag="output", omit_defaults=True):
     def absorb(self, later: Output) -> None:
         """Take in the next increment, so that a slow reader costs no more than one object."""
         self.text += later.text
-        self.token_ids = self.token_ids + later.token_ids
-        for name in ("logprobs", "top_logprobs", "prompt_logprobs"):
-            mine, more = getattr(self, name), getattr(later, name)
-            if more is not None:
-                setattr(self, name, more if mine is None else mine + more)
-        for name in ("prompt_tokens", "cached_tokens", "completion_tokens", "finish_reason", "stop_match", "error"):
-            setattr(self, name, getattr(later, name))
+        self.token_ids += later.token_ids
+        self.logprobs = _joined(self.logprobs, later.logprobs)
+        self.top_logprobs = _joined(self.top_logprobs, later.top_logprobs)
+        self.prompt_logprobs = _joined(self.prompt_logprobs, later.prompt_logprobs)
+        self.prompt_tokens, self.cached_tokens = later.prompt_tokens, later.cached_tokens
+        self.completion_tokens = later.completion_tokens
+        self.finish_reason, self.stop_match, self.error = later.finish_reason, later.stop_match, later.error
         self.timings = later.timings if later.timings is not None else self.timings
+
+
+def _joined(mine: list[T] | None, more: list[T] | None) -> list[T] | None:
+    if mine is None or more is None:
+        return more if mine is None else mine
+    mine += more
+    return mine
 
 
 class ProgramEvent(msgspec.Struct, frozen=True, tag="event"):

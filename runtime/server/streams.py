@@ -22,7 +22,7 @@ class OutputStream:
         self.id = request_id
         self._abort = abort
         self._pending: Output | None = None
-        self._changed = asyncio.Event()
+        self._waiter: asyncio.Future[None] | None = None
         self._is_over = False
         self.heard_s: float | None = None  # time.monotonic() of the last increment
 
@@ -31,7 +31,8 @@ class OutputStream:
             self._pending = output
         else:
             self._pending.absorb(output)
-        self._changed.set()
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     def close(self) -> None:
         """Abort the request, unless its last increment has been taken."""
@@ -42,8 +43,10 @@ class OutputStream:
     async def __aiter__(self) -> AsyncIterator[Output]:
         try:
             while not self._is_over:
-                await self._changed.wait()
-                self._changed.clear()
+                if self._pending is None:
+                    self._waiter = asyncio.get_running_loop().create_future()
+                    await self._waiter
+                    self._waiter = None
                 output, self._pending = self._pending, None
                 assert output is not None
                 self._is_over = output.finish_reason is not None

@@ -54,7 +54,7 @@ async def settled(proxy: EngineProxy) -> dict[str, float]:
 
 def test_a_tour_of_the_protocol() -> None:
     async def scenario(proxy: EngineProxy) -> None:
-        hello = await proxy.wait_ready(60)
+        hello = await proxy.wait_ready(180)
         assert (hello.context_length, hello.device) == (2048, "cpu")
         assert proxy.health() is None
 
@@ -97,7 +97,7 @@ def test_a_tour_of_the_protocol() -> None:
 
 def test_a_program_runs_in_the_engine_process_and_its_events_come_in_order() -> None:
     async def scenario(proxy: EngineProxy) -> None:
-        await proxy.wait_ready(60)
+        await proxy.wait_ready(180)
         sampling = Sampling(max_tokens=8, temperature=0.0)
         nodes = (Text(id=0, parts=("Say: ",)), Generate(id=1, parent=0, name="x", sampling=sampling))
         command = StartProgram(proxy.new_id("program"), Graph(nodes).to_json())
@@ -115,7 +115,7 @@ def test_a_program_runs_in_the_engine_process_and_its_events_come_in_order() -> 
 
 def test_a_slow_reader_costs_one_merged_increment() -> None:
     async def scenario(proxy: EngineProxy) -> None:
-        await proxy.wait_ready(60)
+        await proxy.wait_ready(180)
         stream = proxy.submit(submit(proxy, max_tokens=300))
         while proxy.num_in_flight:
             await asyncio.sleep(0.02)
@@ -130,7 +130,7 @@ def test_the_pages_of_a_request_that_is_given_up_are_free_within_one_step() -> N
     """The abort and the question behind it come in one message: no more than the step that runs lies between them."""
 
     async def scenario(proxy: EngineProxy) -> None:
-        await proxy.wait_ready(60)
+        await proxy.wait_ready(180)
         for _ in range(5):
             streams = [proxy.submit(submit(proxy, bytes([65 + i]) * 40, max_tokens=1900)) for i in range(4)]
             await anext(aiter(streams[0]))
@@ -157,7 +157,7 @@ def test_the_pages_of_a_request_that_is_given_up_are_free_within_one_step() -> N
 
 def test_killing_the_engine_fails_what_is_in_flight_and_another_one_takes_over() -> None:
     async def scenario(proxy: EngineProxy) -> None:
-        hello = await proxy.wait_ready(60)
+        hello = await proxy.wait_ready(180)
         streams = [proxy.submit(submit(proxy, max_tokens=450)) for _ in range(4)]
         async for _ in streams[0]:
             os.kill(hello.pid, signal.SIGKILL)
@@ -168,7 +168,7 @@ def test_killing_the_engine_fails_what_is_in_flight_and_another_one_takes_over()
         with pytest.raises(EngineStopped):
             proxy.submit(submit(proxy))
         assert proxy.health() is not None
-        second = await proxy.wait_ready(60)
+        second = await proxy.wait_ready(180)
         assert second.pid != hello.pid
         assert len((await proxy.submit(submit(proxy)).collect()).token_ids) == 20
         assert proxy.counters.num_crashes == 1
@@ -179,7 +179,7 @@ def test_killing_the_engine_fails_what_is_in_flight_and_another_one_takes_over()
 
 def test_more_in_flight_than_the_limit_is_refused_with_a_time_to_retry() -> None:
     async def scenario(proxy: EngineProxy) -> None:
-        await proxy.wait_ready(60)
+        await proxy.wait_ready(180)
         streams = [proxy.submit(submit(proxy, max_tokens=100)) for _ in range(50)]
         with pytest.raises(Overloaded) as caught:
             proxy.submit(submit(proxy))
@@ -193,7 +193,7 @@ def test_more_in_flight_than_the_limit_is_refused_with_a_time_to_retry() -> None
 def test_a_model_that_cannot_be_loaded_says_why_to_whoever_waits() -> None:
     async def scenario(proxy: EngineProxy) -> None:
         with pytest.raises(ModelNotFound, match="no-such-model"):
-            await proxy.wait_ready(60)
+            await proxy.wait_ready(180)
         assert "no-such-model" in (proxy.health() or "")
 
     run(scenario, model="no-such-model")
