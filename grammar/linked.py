@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,13 +47,14 @@ class LinkedText:
 
     transitions: int32 [num_states, 256], -1 refused. accepting: bool [num_states]. Every state leads to an accepting
     one. All schemas have the same options. often: a text whose states are met again and again, so that their masks are
-    worth making ahead.
+    worth making ahead. names: of schemas, for messages.
     """
 
     transitions: NDArray[np.int32]
     accepting: NDArray[np.bool_]
     gaps: dict[int, Gap]
     often: bytes = b""
+    names: dict[ir.JsonSchema, str] = field(default_factory=dict)
 
 
 def compile_linked(
@@ -67,7 +68,7 @@ def compile_linked(
     limits = limits or Limits()
     machine = Machine(limits.max_states, limits.max_time_s)
     schemas = list(dict.fromkeys(gap.schema for gap in text.gaps.values()))
-    json, roots = _place_all(schemas, machine, limits.max_regular_states)
+    json, roots = _place_all(schemas, text.names, machine, limits.max_regular_states)
     frame = _TextFrame(machine, text, json, roots)
     return CompiledGrammar(machine, target(frame.instance), vocabulary, key, limits.max_mask_bytes)
 
@@ -185,9 +186,9 @@ def _ways_out(text: LinkedText, cost_of: Callable[[ir.JsonSchema], int]) -> tupl
 
 
 def _place_all(
-    schemas: list[ir.JsonSchema], machine: Machine, max_states: int
+    schemas: list[ir.JsonSchema], names: dict[ir.JsonSchema, str], machine: Machine, max_states: int
 ) -> tuple[Json | None, dict[ir.JsonSchema, Expr]]:
-    """Read all schemas into one set of expressions. Raises with the problems of all of them."""
+    """Read all schemas into one set of expressions. Raises with the problems of all of them, and the schema's name."""
     if not schemas:
         return None, {}
     options = schemas[0].options
@@ -205,7 +206,9 @@ def _place_all(
     expressions: Expressions | None = None
     roots: dict[ir.JsonSchema, Expr] = {}
     problems: list[tuple[str, str, str]] = []
-    for schema in schemas:
+
+    def place(schema: ir.JsonSchema) -> None:
+        nonlocal expressions
         if not isinstance(schema.schema, dict | bool):
             raise InvalidSchema("a schema must be an object or a boolean", "")
         registry = Registry(schema.schema, options.registry)
@@ -216,14 +219,11 @@ def _place_all(
                 interpreter.languages,
                 lambda node: owner(node).interpret(node),
                 lambda node: owner(node).interpret_not(node),
+                lenient=lenient,
             )
         interpreter.expressions, interpreter.languages = expressions, expressions.languages
         interpreters.append(interpreter)
-        try:
-            machine.unenforced.extend(survey(interpreter))
-        except UnsupportedSchema as error:
-            problems.extend(error.problems)
-            continue
+        machine.unenforced.extend(survey(interpreter))
         if options.mode == "strict":
             check_strict(registry.root)
         roots[schema] = expressions.of_schema(registry.root)
@@ -231,6 +231,17 @@ def _place_all(
             raise GrammarError(f"a schema is contradictory: no JSON value satisfies {str(schema.schema)[:200]}")
         for node in registry.nodes[:WARM_NODES]:
             expressions.values(expressions.of_schema(node))
+
+    for schema in schemas:
+        name = names.get(schema)
+        try:
+            place(schema)
+        except UnsupportedSchema as error:
+            problems.extend((p, k, f"{reason} ({name})" if name else reason) for p, k, reason in error.problems)
+        except GrammarError as error:
+            if name:
+                error.args = (f"{name}: {error.args[0]}", *error.args[1:])
+            raise
     if problems:
         raise UnsupportedSchema(problems)
     assert expressions is not None

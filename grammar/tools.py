@@ -82,12 +82,14 @@ def tools_text(tool_set: ToolSet) -> LinkedText:
     rows, accepting, values, marked = _head(
         layout.marker, tool_set.choice, layout.is_only_at_start, tool_set.answer is not None
     )
-    gaps = {}
+    gaps: dict[int, Gap] = {}
+    names: dict[ir.JsonSchema, str] = {}
     if tool_set.answer is not None:
         answer = ir.JsonSchema(tool_set.answer, tool_set.json_options)
         gaps = {state: Gap(answer, after) for state, after in values.items()}
+        names[answer] = "the answer"
     if marked is None:
-        return LinkedText(rows, accepting, gaps)
+        return LinkedText(rows, accepting, gaps, names=names)
     body = _Body(tool_set, len(rows))
     wide = np.full((len(rows) + len(body.edges), 256), -1, dtype=np.int32)
     wide[: len(rows)] = rows
@@ -95,7 +97,8 @@ def tools_text(tool_set: ToolSet) -> LinkedText:
         wide[state, list(edges)] = list(edges.values())
     wide[marked] = wide[len(rows)]
     accepts = np.concatenate([accepting, np.asarray(body.accepting, dtype=np.bool_)])
-    return LinkedText(wide, accepts, {**gaps, **body.gaps}, often=layout.marker.encode())
+    names |= {schema: f"the parameters of tool {name!r}" for name, schema in body.arguments.items()}
+    return LinkedText(wide, accepts, {**gaps, **body.gaps}, often=layout.marker.encode(), names=names)
 
 
 _CALLS, _ANSWER = (
@@ -138,12 +141,12 @@ class _Body:
         self.accepting = [False]
         self.gaps: dict[int, Gap] = {}
         layout = tool_set.format
-        schemas = _argument_schemas(tool_set)
+        self.arguments = _argument_schemas(tool_set)
         name = self.spell(first, (layout.begin + layout.before_name)[len(layout.marker) :])
         count = 1
         while True:
             behind = self.new()
-            for tool, schema in schemas.items():
+            for tool, schema in self.arguments.items():
                 self.gap(self.spell(name, tool + layout.before_arguments), Gap(schema, behind))
             end = self.spell(behind, layout.after_arguments)
             self.accepting[self.spell(end, layout.end) - first] = True

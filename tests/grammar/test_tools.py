@@ -239,3 +239,16 @@ def test_bad_tool_sets_raise_typed_errors(source: Any, error: type[Exception], m
 def test_the_number_of_calls_has_a_limit() -> None:
     with pytest.raises(InvalidGrammar, match="from 1 to 64"):
         ToolSet.of({"tools": [ADD], "parallel": 65})
+
+
+def test_what_is_wrong_with_a_schema_names_the_tool() -> None:
+    def error_of(parameters: Any, **fields: Any) -> str:
+        tools = {"tools": [{"name": "good"}, {"name": "odd", "parameters": parameters}], "format": "hermes", **fields}
+        with pytest.raises(GrammarError) as caught:
+            compile_constraint("tools", json.dumps(tools), BYTES)
+        return str(caught.value)
+
+    assert error_of({"type": "objec"}).startswith("the parameters of tool 'odd': /type: must be")
+    assert "(the parameters of tool 'odd')" in error_of({"properties": {"a": {"pattern": "(a)\\1"}}})
+    assert error_of({"required": ["a"], "properties": {"a": False}}).startswith("the parameters of tool 'odd': ")
+    assert error_of({}, answer={"enum": []}).startswith("the answer: a schema is contradictory")
