@@ -57,15 +57,11 @@ def fork(engine: Engine, prefix: list[int], branches: int) -> dict[str, Any]:  #
     """All branches at once over a prefix that is in no cache."""
     engine.flush_cache()
     before = engine.stats()
-    handles = [
-        engine.submit(
-            [*prefix, *engine.tokenizer.encode(f" Branch {i}:")], SamplingParams(temperature=0.0, max_tokens=8)
-        )
-        for i in range(branches)
-    ]
+    endings = [engine.tokenizer.encode(f" Branch {i}:") for i in range(branches)]
+    handles = [engine.submit([*prefix, *own], SamplingParams(temperature=0.0, max_tokens=8)) for own in endings]
     results = [handle.result() for handle in handles]
     after = engine.stats()
-    own = sum(r.usage.prompt_tokens - len(prefix) for r in results)
+    own = len({tuple(ending[: i + 1]) for ending in endings for i in range(len(ending))})  # endings begin alike
     return {
         "branches": branches,
         "prompt_tokens": sum(r.usage.prompt_tokens for r in results),
