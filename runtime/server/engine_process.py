@@ -23,7 +23,7 @@ import msgspec
 import zmq
 
 from ramet.errors import EngineStopped, RametError
-from ramet.lang.ir import Graph, NodeEvent
+from ramet.lang.ir import Constraint, Graph, NodeEvent
 from ramet.runtime.client import Engine
 from ramet.runtime.config import EngineConfig
 from ramet.runtime.factory import load
@@ -117,6 +117,12 @@ class EngineServer:
         self._aborted: set[str] = set()  # while their grammars compile
         self._compiling: set[str] = set()
         self._lock = threading.Lock()
+
+    def prepare_grammars(self) -> None:
+        """Load what the first constraint would wait for: the grammars' loops, the vocabulary's tries (0.3 s)."""
+        error = self._host.grammars.get(Constraint("regex", "a")).exception()
+        if error is not None:  # a vocabulary that cannot write it; other constraints may do
+            logger.warning("a first constraint failed: %s", error)
 
     def carry_out(self, command: Command) -> None:
         """Start one command. Never raises for what a caller got wrong: that is reported."""
@@ -322,6 +328,7 @@ def serve(settings: Settings) -> int:
         sender.close()
         return 1
     server = EngineServer(engine, sender.put)
+    server.prepare_grammars()
     stats = engine.stats()
     hello = Hello(
         pid=os.getpid(),

@@ -8,18 +8,38 @@ import signal
 import socket
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 import httpx
 import pytest
 
-from ramet.errors import EngineStopped
+from ramet.errors import EngineStopped, InvalidRegex
+from ramet.runtime.client import Engine
 from ramet.runtime.models.dummy import TINY_MODEL
+from ramet.runtime.models.load import LoadedModel
 from ramet.runtime.server import engine_proxy
+from ramet.runtime.server.engine_process import EngineServer
 from ramet.runtime.server.engine_proxy import EngineProxy
 from ramet.runtime.server.protocol import Submit
 
 Served = Any  # ServedProcess of conftest.py, which importlib mode cannot import by name
+
+
+def test_grammars_are_loaded_before_the_first_constraint(
+    tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Engine(tiny_model, num_kv_tokens=4096) as engine:
+        server = EngineServer(engine, lambda report: None)
+        server.prepare_grammars()
+        assert server._host.grammars._vocabulary is not None
+        assert not caplog.records
+        failed: Future[Any] = Future()
+        failed.set_exception(InvalidRegex("no token writes it"))
+        monkeypatch.setattr(server._host.grammars, "get", lambda constraint: failed)
+        server.prepare_grammars()  # the engine starts all the same
+        assert "no token writes it" in caplog.text
+        server._host.grammars.close()
 
 
 def test_loading_can_be_watched_at_ready_and_in_the_log(serve_command: Callable[..., Served]) -> None:
