@@ -164,8 +164,8 @@ def string_rows(
 
     base = None
     if any(bases):
-        dfa = _tagged([regular.union([languages.base(s) for s in b]) if b else None for b in bases])
-        base = strings.json_string_rows(dfa, [exit_of(int(a)) for a in dfa.accepting])
+        dfa, known = _tagged([regular.union([languages.base(s) for s in b]) if b else None for b in bases])
+        base = strings.json_string_rows(dfa, [exit_of(known[a]) for a in dfa.accepting])
     exits = {text: exit_of(mask) for text, mask in entries.items()}
     if base is None:
         plain = strings.plain_trie(None, {t: e for t, e in exits.items() if e >= 0})
@@ -181,9 +181,9 @@ def number_rows(
     specs: tuple[tuple[Numbers, ...], ...],
 ) -> tuple[NDArray[np.int32], NDArray[np.uint8], NDArray[np.int32], tuple[int, ...]]:
     """(rows, byte classes, exit where the number may end, mask of tags of each exit)."""
-    dfa = _tagged([regular.union([numeric.automaton(n) for n in tag]) if tag else None for tag in specs])
-    masks = sorted({int(a) for a in dfa.accepting if a})
-    ends = np.array([masks.index(int(a)) if a else -1 for a in dfa.accepting], dtype=np.int32)
+    dfa, known = _tagged([regular.union([numeric.automaton(n) for n in tag]) if tag else None for tag in specs])
+    masks = known[1:]
+    ends = np.array(dfa.accepting, dtype=np.int32) - 1
     wide = regular.byte_table(dfa)
     for state in np.flatnonzero(ends >= 0).tolist():
         row = wide[state]
@@ -191,19 +191,20 @@ def number_rows(
     return *compress_rows(wide), ends, tuple(masks)
 
 
-def _tagged(parts: list[Dfa | None]) -> Dfa:
-    """One automaton whose `accepting` is the mask of the parts that accept."""
+def _tagged(parts: list[Dfa | None]) -> tuple[Dfa, list[int]]:
+    """One automaton whose `accepting` numbers the masks of the parts that accept; and those masks, first 0."""
     present = [(i, d) for i, d in enumerate(parts) if d is not None]
+    masks = {0: 0}
 
-    def mask(accepts: tuple[bool, ...]) -> int:
-        return sum(1 << i for (i, _), a in zip(present, accepts, strict=True) if a)
+    def label(accepts: tuple[bool, ...]) -> int:
+        mask = sum(1 << i for (i, _), a in zip(present, accepts, strict=True) if a)
+        return masks.setdefault(mask, len(masks))
 
     if len(present) == 1:
-        i, d = present[0]
-        return Dfa(
-            d.max_symbol, d.starts, d.classes, d.num_classes, d.transitions, [int(bool(a)) << i for a in d.accepting]
-        )
-    return regular.product([d for _, d in present], mask)
+        _, d = present[0]
+        accepting = [label((bool(a),)) for a in d.accepting]
+        return Dfa(d.max_symbol, d.starts, d.classes, d.num_classes, d.transitions, accepting), list(masks)
+    return regular.product([d for _, d in present], label), list(masks)
 
 
 def overlay(base: strings.Content | None, entries: dict[str, int]) -> strings.Content:

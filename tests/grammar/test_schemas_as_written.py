@@ -464,3 +464,16 @@ def test_what_is_not_enforced_is_refused_by_keyword(schema: Any, keyword: str) -
     with pytest.raises(UnsupportedSchema) as caught:
         compiled({"properties": {"p": schema}})
     assert [(p, k) for p, k, _ in caught.value.problems] == [("/properties/p", keyword)]
+
+
+def test_more_alternatives_than_a_machine_word_has_bits() -> None:
+    branches = [
+        {"properties": {"code": {"const": i}, "text": {"const": f"t{i}"}}, "required": ["code"]} for i in range(70)
+    ]
+    grammar = compiled({"type": "object", "oneOf": branches})
+    assert accepts(grammar, '{"code": 67, "text": "t67"}')
+    assert not accepts(grammar, '{"code": 67, "text": "t68"}')
+    unique = compiled({"type": "array", "uniqueItems": True, "items": {"type": "object"}})
+    objects = [{"id": i, "same": True} for i in range(66)]
+    assert accepts(unique, json.dumps(objects))
+    assert not accepts(unique, json.dumps([*objects, objects[3]]))
