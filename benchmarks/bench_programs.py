@@ -12,7 +12,9 @@ Four ways, in one run, on SmolLM2-135M-Instruct, greedy, with the cache emptied 
 The round trip is added by a proxy on the loopback address that delays bytes, half of it each way; connections are kept
 open, so opening one costs nothing more. Bytes are those that the proxy saw go to the server. Tokens computed: by the
 engine's own count. `same text`: whether the run wrote what the graph in process wrote; a client that sends text may
-split it into other tokens.
+split it into other tokens. Spread: between the slowest and the fastest run. Torch's threads spin while they wait for one
+another, so where other processes want the same cores a run may take ten times as long and more; with
+OMP_WAIT_POLICY=passive, twice.
 """
 
 from __future__ import annotations
@@ -194,7 +196,7 @@ def measure(program: Function, found: Setting, mode: str, rtt_ms: float, repeats
 
 def table_of(rows: Sequence[dict[str, Any]], title: str) -> Table:
     table = Table(title=title)
-    for column in ("program", "way", "round trip", "latency", "tokens computed", "bytes sent", "same text"):
+    for column in ("program", "way", "round trip", "latency", "spread", "tokens computed", "bytes sent", "same text"):
         table.add_column(column, justify="left" if column in ("program", "way") else "right")
     for row in rows:
         table.add_row(
@@ -202,6 +204,7 @@ def table_of(rows: Sequence[dict[str, Any]], title: str) -> Table:
             row["mode"],
             "-" if row["rtt_ms"] is None else f"{row['rtt_ms']:g} ms",
             f"{row['latency_s']:.2f} s",
+            f"{row['spread_s']:.2f} s",
             f"{row['computed_tokens']:,}",
             "-" if row["bytes_sent"] is None else f"{row['bytes_sent']:,}",
             "yes" if row["is_same_text"] else "no",

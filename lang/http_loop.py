@@ -67,7 +67,9 @@ class HttpLoop:
         silence_s: float = 60.0,
         max_retries: int = 4,
         verify: bool = True,
+        server: str = "`ramet serve`",
     ) -> None:
+        """`server`: what should run at `url`, for messages."""
         if not url.startswith(("http://", "https://")):
             raise ConfigError(f"url is {url!r}, but must begin with http:// or https://")
         try:
@@ -75,6 +77,7 @@ class HttpLoop:
         except ImportError as error:
             raise ConfigError("a backend over HTTP needs httpx: pip install 'ramet[server]'") from error
         self.url = url.rstrip("/")
+        self.server = server
         self.max_retries = max_retries
         self._httpx = httpx
         self._settings = {
@@ -140,7 +143,7 @@ class HttpLoop:
                 method, self.url + path, content=encoded(body), headers={**_JSON, **(headers or {})}
             )
             if answer.status_code >= 400:
-                raise error_of(answer.status_code, answer.content, answer.headers)
+                raise error_of(answer.status_code, answer.content, answer.headers, str(answer.url))
             return self._decoded(answer.content, path)
 
         return await self.repeat(send, deadline or Deadline(None))
@@ -157,7 +160,7 @@ class HttpLoop:
                 method, self.url + path, content=content, headers={**_JSON, **(headers or {})}
             ) as answer:
                 if answer.status_code >= 400:
-                    raise error_of(answer.status_code, await answer.aread(), answer.headers)
+                    raise error_of(answer.status_code, await answer.aread(), answer.headers, str(answer.url))
                 yield _events(answer.aiter_raw() if "content-encoding" not in answer.headers else answer.aiter_bytes())
         except self._httpx.TransportError as error:
             raise self.unreachable(error) from error
@@ -184,7 +187,7 @@ class HttpLoop:
         """The error for a connection that could not be made, or broke."""
         what = str(error) or type(error).__name__
         if isinstance(error, self._httpx.ConnectError | self._httpx.ConnectTimeout):
-            return RemoteError(f"no server answers at {self.url} ({what}); is `ramet serve` running there?")
+            return RemoteError(f"no server answers at {self.url} ({what}); is {self.server} running there?")
         return RemoteError(f"the connection to {self.url} broke: {what}")
 
     def _decoded(self, content: bytes, path: str) -> Any:  # Any: JSON
@@ -272,7 +275,7 @@ def retry_pause(error: RametError, attempt: int) -> float | None:
     return max(pause_s, 1.0) if isinstance(error, EngineStopped) else None
 
 
-def error_of(status: int, content: bytes, headers: Mapping[str, str]) -> RametError:
+def error_of(status: int, content: bytes, headers: Mapping[str, str], url: str) -> RametError:
     """A server's refusal as the error that it is in process: by our header, else by status and code."""
     message, param, code = _refusal(content)
     message = message or f"the server answered {status}: {content[:200].decode(errors='replace')!r}"
@@ -296,7 +299,7 @@ def error_of(status: int, content: bytes, headers: Mapping[str, str]) -> RametEr
         return kinds[code](message)
     if status in (400, 409, 413, 422):
         return InvalidRequest(message, param)
-    return RemoteError(f"{message} (status {status})", status)
+    return RemoteError(f"{message} (status {status} of {url})", status)
 
 
 def _refusal(content: bytes) -> tuple[str, str | None, str | None]:

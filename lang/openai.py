@@ -58,7 +58,14 @@ class OpenAI:
             raise InvalidRequest(f"select is {select!r}, but must be auto, logprobs or sample", param="select")
         key = api_key if api_key is not None else os.environ.get("OPENAI_API_KEY")
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-        self.http = HttpLoop(base_url, headers, silence_s=timeout_s, max_retries=max_retries, verify=verify)
+        self.http = HttpLoop(
+            base_url,
+            headers,
+            silence_s=timeout_s,
+            max_retries=max_retries,
+            verify=verify,
+            server="a server with OpenAI's API",
+        )
         self.model = model
         self._extensions = extensions
         self._select = select

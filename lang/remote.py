@@ -320,6 +320,8 @@ class _Program:
                         failures = 0 if event.name == "node" else failures
                         if self._take(event):
                             return
+                if self._id is None:
+                    raise RemoteError(f"{self.remote.url} answered without events; is `ramet serve` running there?")
                 raise RemoteError(f"the connection to {self.remote.url} ended before the program did")
             except RametError as error:
                 pause_s = retry_pause(error, failures)

@@ -11,13 +11,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
-from ramet import Engine, Function, Remote, State, function, gen, select, use_backend
+from ramet import Engine, Function, OpenAI, Remote, State, function, gen, select, use_backend
 from ramet.errors import (
     DeadlineExceeded,
     EngineStopped,
@@ -329,6 +330,11 @@ def test_stages_go_on_over_connections_that_break(engine: RecordingEngine, serve
         assert state.text() == expected.text()
 
 
+@function(max_tokens=4)
+def poem(s: State) -> None:
+    s += "A poem:" + gen("line")
+
+
 def test_no_server_is_an_error_that_says_so() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -338,6 +344,33 @@ def test_no_server_is_an_error_that_says_so() -> None:
         with pytest.raises(ProgramError, match="is `ramet serve` running there") as raised:
             state["verdict"]
     assert isinstance(raised.value.__cause__, RemoteError)
+    endpoint = OpenAI(f"http://127.0.0.1:{port}/v1", "key", model="m", max_retries=1)
+    with endpoint, pytest.raises(ProgramError, match="is a server with OpenAI's API running there"):
+        poem.run(backend=endpoint)["line"]
+
+
+@pytest.mark.parametrize(
+    ("status", "expected"),
+    [(404, r"\(status 404 of http://127.*/v1/programs\)"), (200, "is `ramet serve` running there")],
+)
+def test_an_address_of_something_else_is_an_error_that_names_it(status: int, expected: str) -> None:
+    class Page(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(b"<html>")
+
+        def log_message(self, *_: object) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Page) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        remote = Remote(f"http://127.0.0.1:{server.server_port}", max_retries=0)
+        with remote, pytest.raises(ProgramError, match=expected):
+            poem.run(backend=remote)["line"]
+        server.shutdown()
+        thread.join()
 
 
 def test_an_engine_that_crashes_fails_what_ran_on_it_and_nothing_else(serve: Serve) -> None:
