@@ -12,9 +12,9 @@ Four ways, in one run, on SmolLM2-135M-Instruct, greedy, with the cache emptied 
 The round trip is added by a proxy on the loopback address that delays bytes, half of it each way; connections are kept
 open, so opening one costs nothing more. Bytes are those that the proxy saw go to the server. Tokens computed: by the
 engine's own count. `same text`: whether the run wrote what the graph in process wrote; a client that sends text may
-split it into other tokens. Spread: between the slowest and the fastest run. Torch's threads spin while they wait for one
-another, so where other processes want the same cores a run may take ten times as long and more; with
-OMP_WAIT_POLICY=passive, twice.
+split it into other tokens. Spread: between the slowest and the fastest run. Torch's threads spin while they wait for
+one another, so where other processes want the same cores a run may take ten times as long and more; far less with
+OMP_WAIT_POLICY=passive.
 """
 
 from __future__ import annotations
