@@ -385,7 +385,8 @@ def compile_grammar(
 
 def warm_up(vocabulary: Vocabulary) -> None:
     """Make what all grammars share, so that the first request does not wait for it: compiled loops (seconds in a fresh
-    environment, else milliseconds), slices of the vocabulary, automata of string formats. About half a second."""
+    environment, else milliseconds), slices of the vocabulary, tables of string formats and of common numbers. About a
+    second."""
     vocabulary.warm_up()
     for name in sorted(formats.KNOWN):
         of_format = Strings(languages=frozenset(((0, True),)))
