@@ -39,6 +39,7 @@ class Job:
 
     `constraint_field`: the body's field that asks for the constraint. `shown_bytes`: bytes of each token, where special
     tokens are to be seen in the text (markers of tool calls); None where the engine's own text will do.
+    `is_whole`: nobody reads before the end.
     """
 
     prompt_ids: list[int]
@@ -49,6 +50,7 @@ class Job:
     priority: int = 0
     reasoning: FreeReasoning | None = None
     shown_bytes: Sequence[bytes] | None = None
+    is_whole: bool = False
 
 
 class Increments(Protocol):
@@ -84,7 +86,8 @@ class Choice:
     ) -> AsyncIterator[Output]:
         job = self._job
         stream = self._proxy.submit(
-            Submit(request_id, ids, dict(sampling), constraint, cache_salt=job.cache_salt, priority=job.priority)
+            Submit(request_id, ids, dict(sampling), constraint, cache_salt=job.cache_salt, priority=job.priority),
+            is_whole=job.is_whole,
         )
         self._end = stream.close
         return aiter(stream)

@@ -225,11 +225,14 @@ class EngineProxy:
         """An id that is in use nowhere."""
         return f"{prefix}-{os.getpid():x}-{next(self._ids)}-{os.urandom(6).hex()}"
 
-    def submit(self, command: Submit) -> OutputStream:
-        """Send a request. Raises Overloaded, EngineStopped (not ready), InvalidRequest (an id in use)."""
+    def submit(self, command: Submit, *, is_whole: bool = False) -> OutputStream:
+        """Send a request; `is_whole`: its reader wants all at once.
+
+        Raises: Overloaded, EngineStopped (not ready), InvalidRequest (an id in use).
+        """
         self._admit(command.id)
         self._send(command)
-        stream = OutputStream(command.id, self._abort)
+        stream = OutputStream(command.id, self._abort, is_whole=is_whole)
         self._streams[command.id] = stream
         return stream
 

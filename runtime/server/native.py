@@ -84,7 +84,7 @@ class GenerateEndpoint:
         salt, size = self._state.cache_salt(request, body.cache_salt), len(await request.body())
         items = await self._state.compute(size, self._items, body, salt)
         prompt_logprobs = [await self._scored(item) for item in items]
-        generations = self._submit(items)
+        generations = self._submit(items, is_whole=not body.stream)
         answer = _Answer(self._state, body, items, prompt_logprobs)
         if body.stream:
             return EventStream(answer.events(merged(generations)), lambda: _close(generations), DONE)
@@ -177,11 +177,12 @@ class GenerateEndpoint:
         output = await self._state.proxy.submit(scoring).collect()
         return [*head, *(output.prompt_logprobs or ())]
 
-    def _submit(self, items: Sequence[Item]) -> list[_Generation]:
+    def _submit(self, items: Sequence[Item], *, is_whole: bool) -> list[_Generation]:
         generations: list[_Generation] = []
         try:
             for item in items:
-                generations.append(_Generation(self._state.proxy.submit(item.command), item.field))
+                stream = self._state.proxy.submit(item.command, is_whole=is_whole)
+                generations.append(_Generation(stream, item.field))
         except BaseException:
             _close(generations)
             raise

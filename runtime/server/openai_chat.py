@@ -123,7 +123,7 @@ class ChatEndpoint:
             reasoning = FreeReasoning(CLOSE, end_id, after)
         field_name, constraint = asked or (None, None)
         shown = self._shown_bytes if style is not None else self._shown_reasoning_bytes
-        job = Job(ids, sampling, constraint, field_name, salt, body.priority or 0, reasoning, shown)
+        job = Job(ids, sampling, constraint, field_name, salt, body.priority or 0, reasoning, shown, not body.stream)
         return Plan(body, prompt, job, style, position)
 
     def _prompt(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from fastapi import Request
 from fastapi.responses import Response
@@ -88,7 +88,8 @@ class CompletionEndpoint:
             raise HttpError(400, f"{len(prompts)} prompts x n={num} is too much for one request", param="prompt")
         salt = state.cache_salt(request, body.cache_salt or "")
         field_name, constraint = asked or (None, None)
-        jobs = [Job(prompt.ids, sampling, constraint, field_name, salt, body.priority or 0) for prompt in prompts]
+        shared = Job([], sampling, constraint, field_name, salt, body.priority or 0, is_whole=not body.stream)
+        jobs = [replace(shared, prompt_ids=prompt.ids) for prompt in prompts]
         answer = _Answer(state, body, prompts, jobs, num, is_generated=max_tokens > 0)
         if body.stream:
             return EventStream(answer.events(answer.outputs()), answer.close, DONE)

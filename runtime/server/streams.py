@@ -16,11 +16,15 @@ from ramet.runtime.server.protocol import Output, ProgramEnd, ProgramEvent
 
 
 class OutputStream:
-    """One request's increments. Iterate it; leave the iteration early, or call `close`, and the request is aborted."""
+    """One request's increments. Iterate it; leave the iteration early, or call `close`, and the request is aborted.
 
-    def __init__(self, request_id: str, abort: Callable[[str], None]) -> None:
+    `is_whole`: the reader wants all of it at once, and is not woken for less.
+    """
+
+    def __init__(self, request_id: str, abort: Callable[[str], None], *, is_whole: bool = False) -> None:
         self.id = request_id
         self._abort = abort
+        self._is_whole = is_whole
         self._pending: Output | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._is_over = False
@@ -31,8 +35,11 @@ class OutputStream:
             self._pending = output
         else:
             self._pending.absorb(output)
-        if self._waiter is not None and not self._waiter.done():
+        if self._waiter is not None and not self._waiter.done() and self._is_due(self._pending):
             self._waiter.set_result(None)
+
+    def _is_due(self, pending: Output) -> bool:
+        return not self._is_whole or pending.finish_reason is not None
 
     def close(self) -> None:
         """Abort the request, unless its last increment has been taken."""
@@ -43,7 +50,7 @@ class OutputStream:
     async def __aiter__(self) -> AsyncIterator[Output]:
         try:
             while not self._is_over:
-                if self._pending is None:
+                if self._pending is None or not self._is_due(self._pending):
                     self._waiter = asyncio.get_running_loop().create_future()
                     await self._waiter
                     self._waiter = None

@@ -53,7 +53,7 @@ def run_server(model: str = TINY_MODEL, engine: dict[str, Any] | None = None, **
     url = f"http://127.0.0.1:{port}"
     try:
         with httpx.Client(base_url=url, timeout=60, trust_env=False) as client:
-            for _ in range(600):
+            for _ in range(1800):  # a first start compiles for this CPU
                 try:
                     if client.get("/ready").status_code == 200:
                         break
@@ -87,7 +87,7 @@ class ServedProcess:
     log: Path
     url: str = ""
 
-    def wait_ready(self, limit_s: float = 90.0) -> None:
+    def wait_ready(self, limit_s: float = 180.0) -> None:
         deadline_s = time.monotonic() + limit_s
         while time.monotonic() < deadline_s:
             found = re.search(r"ready in .* at (http://\S+)", self.log.read_text())

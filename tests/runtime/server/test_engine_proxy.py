@@ -123,6 +123,9 @@ def test_a_slow_reader_costs_one_merged_increment() -> None:
         assert len(increments) == 1
         assert len(increments[0].token_ids) == 300
 
+        whole = [output async for output in proxy.submit(submit(proxy, max_tokens=30), is_whole=True)]
+        assert [len(output.token_ids) for output in whole] == [30], "a reader of whole answers was woken before its end"
+
     run(scenario)
 
 

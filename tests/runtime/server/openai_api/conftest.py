@@ -75,7 +75,7 @@ class FakeEngine:
     def new_id(self, prefix: str) -> str:
         return f"{prefix}-{len(self.submitted)}"
 
-    def submit(self, command: Submit) -> FakeStream:
+    def submit(self, command: Submit, *, is_whole: bool = False) -> FakeStream:
         self.submitted.append(command)
         stream = FakeStream(command.id, self.script(command))
         self.streams.append(stream)
