@@ -291,23 +291,33 @@ class _Planner:
         return _Missing(total, cached, added, ZERO, 0 in self._runs_from, ZERO)
 
     def _unsure(self, node: int, prompt: Point, end: int, cached: Count) -> Count:
-        """Tokens before position `end` that only requests compute which need not be done when `node` begins.
+        """Tokens before position `end` that may be computed again: only others compute them that may run meanwhile.
 
-        Zero where they are a page or more of what is not in the cache by then: the engine waits for these.
+        One such owner after the other, from the end: the engine waits for it where it has a page or more that is not
+        there without it.
         """
-        page, count, is_reached = self._paths.page_size, ZERO, False
+        page, is_reached = self._paths.page_size, False
+        unsure, owned, owner = ZERO, ZERO, self._cached[end]
+
+        def is_waited_for() -> bool:
+            behind = cached.at_most - unsure.at_most
+            is_exact = cached.is_exact and unsure.is_exact and owned.is_exact
+            return owned.at_least >= page or (is_exact and behind - (behind - owned.at_most) // page * page >= page)
+
         for item, position in prompt.items_backwards():
             is_reached = is_reached or position == end
             if not is_reached:
                 continue
-            if self._cached[position] in self._done_before(node):
-                break
-            count = count + (item.count if isinstance(item, Opaque) else Count(1, 1))
-            if count.at_least >= page:
-                return ZERO
-        sure = cached.at_most - count.at_most
-        is_exact = cached.is_exact and count.is_exact
-        return ZERO if is_exact and cached.at_most - sure // page * page >= page else count
+            if self._cached[position] != owner:
+                if is_waited_for():
+                    return unsure
+                unsure, owned, owner = unsure + owned, ZERO, self._cached[position]
+            if owner in self._done_before(node):
+                return unsure
+            owned = owned + (item.count if isinstance(item, Opaque) else Count(1, 1))
+            if owned.at_least >= page:
+                return unsure
+        return unsure if is_waited_for() else unsure + owned
 
     def _done_before(self, node: int) -> set[int | None]:
         found = self._needs.get(node)

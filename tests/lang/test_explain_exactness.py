@@ -172,6 +172,22 @@ def test_a_prefix_of_less_than_a_page_is_not_said_to_be_shared_by_branches(
     assert later.shared.is_exact
 
 
+def test_choices_of_branches_that_wait_for_one_page_share_no_part_of_the_next(tiny_engine: Engine) -> None:
+    @function
+    def program(s: State) -> None:
+        s += "x" * 20
+        branches = s.fork(3)
+        branches += lambda i: f"{i}: abc "
+        branches += select("grade", ["good", "fair", "poor"])
+        branches.join()
+
+    plan = program.explain(backend=tiny_engine)
+    tiny_engine.flush_cache()
+    state = program.run(backend=tiny_engine)
+    assert state.error() is None
+    assert list(compare(plan, state)) == []
+
+
 # Random programs. No text begins as generated text does, or as another text that only a run knows: what two branches
 # have in common by chance is shared as well, and no plan can say so.
 
