@@ -156,12 +156,17 @@ def automaton(numbers: Numbers) -> Dfa:
         return regular.intersect([base, plain if numbers.plain else regular.complement(plain)])
     if numbers.finite is not None:
         return regular.compile_bytes(ir.Choice(tuple(_texts_of(v) for v in sorted(numbers.finite))))
-    base = _track(
-        Numbers(numbers.low, numbers.low_open, numbers.high, numbers.high_open, numbers.integer, numbers.multiples)
-    )
+    base = unexcluded(numbers)
     if numbers.excluded:
         base = regular.intersect([base, regular.complement(automaton(Numbers(finite=numbers.excluded)))])
     return base
+
+
+def unexcluded(numbers: Numbers) -> Dfa:
+    """As `automaton`, of texts without exponents, and as if no single numbers were excluded."""
+    return _track(
+        Numbers(numbers.low, numbers.low_open, numbers.high, numbers.high_open, numbers.integer, numbers.multiples)
+    )
 
 
 def divisors_text(numbers: Numbers) -> str:

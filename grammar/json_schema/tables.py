@@ -6,18 +6,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cache, lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ramet.grammar import ir, numeric, regular, strings, walker
+from ramet.grammar import deadline, ir, numeric, regular, strings, walker
 from ramet.grammar.automaton import REFUSE, compress_rows, leave
 from ramet.grammar.json_schema.languages import Languages
 from ramet.grammar.json_schema.values import Strings
 from ramet.grammar.numeric import Numbers
 from ramet.grammar.regular import Dfa
 
+FEW_NUMBERS, MANY_NUMBERS = 8, 4096  # single numbers between which they are not made automata one by one
 CHUNK = 64  # characters that one table of a counted string holds
 OBJECT, ARRAY, STRING, NUMBER, TRUE, FALSE, NULL = range(7)  # kinds of value: exits of the table that dispatches
 LITERALS = {TRUE: b"rue", FALSE: b"alse", NULL: b"ull"}
@@ -181,14 +183,82 @@ def number_rows(
     specs: tuple[tuple[Numbers, ...], ...],
 ) -> tuple[NDArray[np.int32], NDArray[np.uint8], NDArray[np.int32], tuple[int, ...]]:
     """(rows, byte classes, exit where the number may end, mask of tags of each exit)."""
+    values = {v for tag in specs for n in tag for v in (*(n.finite or ()), *n.excluded)}
+    if FEW_NUMBERS < len(values) <= MANY_NUMBERS and all(n.plain is None for tag in specs for n in tag):
+        wide, ends, masks = _many_numbers(specs, values)
+        _leave_at(wide, ends)
+        strings.trim(wide)
+        return *compress_rows(wide), ends, masks
     dfa, known = _tagged([regular.union([numeric.automaton(n) for n in tag]) if tag else None for tag in specs])
-    masks = known[1:]
+    masks = tuple(known[1:])
     ends = np.array(dfa.accepting, dtype=np.int32) - 1
     wide = regular.byte_table(dfa)
+    _leave_at(wide, ends)
+    return *compress_rows(wide), ends, masks
+
+
+def _leave_at(wide: NDArray[np.int32], ends: NDArray[np.int32]) -> None:
+    """Let what is no more of a number end it, where it may end."""
     for state in np.flatnonzero(ends >= 0).tolist():
         row = wide[state]
         row[row < 0] = leave(int(ends[state]), again=True)
-    return *compress_rows(wide), ends, tuple(masks)
+
+
+def _many_numbers(
+    specs: tuple[tuple[Numbers, ...], ...], values: set[Fraction]
+) -> tuple[NDArray[np.int32], NDArray[np.int32], tuple[int, ...]]:
+    """(rows, exits where the number may end, masks of tags) where many single `values` are named: those are told apart
+    by one walk over their digits, beside an automaton of all other numbers."""
+    bases = [[n for n in tag if n.finite is None] for tag in specs]
+    parts = [[numeric.unexcluded(n) if n.excluded else numeric.automaton(n) for n in b] for b in bases]
+    dfa, known = _tagged([regular.union(p) if p else None for p in parts]) if any(parts) else (None, [0])
+    exits: dict[int, int] = {}
+
+    def exit_of(mask: int) -> int:
+        return exits.setdefault(mask, len(exits)) if mask else -1
+
+    masks = {x: sum(1 << i for i, tag in enumerate(specs) if any(n.contains(x) for n in tag)) for x in values}
+    written = [(numeric.decimal_text(x), masks[x]) for x in sorted(values)]
+    if 0 in values:
+        written.append(("-0", masks[Fraction(0)]))
+    # a state: (indices of texts and characters read of them: behind the text its zeros; state of `dfa`, -1 for none)
+    first = (tuple((i, 0) for i in range(len(written))), -1 if dfa is None else 0)
+    index, queue = {first: 0}, [first]
+    other = np.full((0, 256), REFUSE, dtype=np.int32) if dfa is None else regular.byte_table(dfa)
+    edges: list[tuple[int, int, int]] = []
+    ends: list[int] = []
+    for number, (reading, state) in enumerate(queue):
+        deadline.check()
+        following: dict[str, list[tuple[int, int]]] = {}
+        mask = known[dfa.accepting[state]] if dfa is not None and state >= 0 else 0
+        for i, at in reading:
+            text = written[i][0]
+            has_point = "." in text
+            if at < len(text):
+                following.setdefault(text[at], []).append((i, at + 1))
+            elif has_point or at > len(text):
+                following.setdefault("0", []).append((i, at if has_point else len(text) + 2))
+            else:
+                following.setdefault(".", []).append((i, len(text) + 1))
+            if at == len(text) or at == len(text) + 2:
+                mask = written[i][1]
+        ends.append(exit_of(mask))
+        for char, places in following.items():
+            after = (tuple(places), -1 if state < 0 else int(other[state, ord(char)]))
+            if after not in index:
+                index[after] = len(queue)
+                queue.append(after)
+            edges.append((number, ord(char), index[after]))
+    moved = np.where(other >= 0, other + len(queue), other)
+    states = np.array([state for _, state in queue])
+    own = np.full((len(queue), 256), REFUSE, dtype=np.int32)
+    if dfa is not None:
+        own[states >= 0] = moved[states[states >= 0]]
+        ends.extend(exit_of(known[a]) for a in dfa.accepting)
+    table = np.array(edges, dtype=np.int64).reshape(-1, 3)
+    own[table[:, 0], table[:, 1]] = table[:, 2]
+    wide = np.concatenate([own, moved]).astype(np.int32)
+    return wide, np.array(ends, dtype=np.int32), tuple(exits)
 
 
 def _tagged(parts: list[Dfa | None]) -> tuple[Dfa, list[int]]:

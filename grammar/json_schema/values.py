@@ -165,7 +165,7 @@ def _merge_numbers(found: dict[Numbers, None]) -> tuple[Numbers, ...]:
     if len(finite) < 2:
         return tuple(found)
     joined = frozenset(v for n in finite for v in n.finite or ())
-    return (*(n for n in found if n not in finite), Numbers(finite=joined))
+    return (*(n for n in found if n.finite is None or n.plain is not None), Numbers(finite=joined))
 
 
 def _merge_strings(found: dict[Strings, None]) -> tuple[Strings, ...]:
