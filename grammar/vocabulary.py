@@ -21,6 +21,7 @@ from ramet.grammar.walker import count_plain_chars, next_not_deeper
 SLICE_SIZES = (4, 8, 16, 32)
 NUM_KINDS = 3
 MAX_PREFIXES = 1 << 16
+_HEAD = 4  # bytes of a text that say how long a token can be there
 
 
 class Vocabulary:
@@ -164,10 +165,6 @@ class Vocabulary:
         return out
 
     @cached_property
-    def max_token_bytes(self) -> int:
-        return max((len(self.token_bytes[i]) for i in self.content_tokens), default=0)
-
-    @cached_property
     def quoted(self) -> frozenset[bytes]:
         """All that a content token begins with and that ends with a quote."""
         out: set[bytes] = set()
@@ -216,11 +213,12 @@ class Vocabulary:
         """The shortest way to write `text` in tokens; None if the vocabulary cannot write it."""
         best: list[tuple[int, int] | None] = [None] * (len(text) + 1)  # (tokens so far, last token)
         count = [0] + [1 << 30] * len(text)
-        index, longest = self.tokens_of_bytes, self.max_token_bytes
+        index, longest = self.tokens_of_bytes, self._longest_by_head
         for begin in range(len(text)):
             if count[begin] == 1 << 30:
                 continue
-            for end in range(begin + 1, min(begin + longest, len(text)) + 1):
+            limit = longest.get(text[begin : begin + _HEAD], _HEAD)
+            for end in range(begin + 1, min(begin + limit, len(text)) + 1):
                 token = index.get(text[begin:end])
                 if token is not None and count[begin] + 1 < count[end]:
                     count[end] = count[begin] + 1
@@ -234,6 +232,15 @@ class Vocabulary:
             out.append(step[1])
             end = step[0]
         return out[::-1]
+
+    @cached_property
+    def _longest_by_head(self) -> dict[bytes, int]:
+        """Bytes of the longest token that begins with these `_HEAD` bytes."""
+        longest: dict[bytes, int] = {}
+        for text in self.tokens_of_bytes:
+            if len(text) >= _HEAD:
+                longest[text[:_HEAD]] = max(longest.get(text[:_HEAD], 0), len(text))
+        return longest
 
     @cached_property
     def eos_row(self) -> NDArray[np.int32]:

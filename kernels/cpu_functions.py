@@ -45,7 +45,7 @@ def functions() -> Iterator[Any]:  # Any: kernels, and what `compiled` returned
 def load(function: Any) -> bool:  # Any: as above
     """Make a function ready to be called. True where it had to be compiled."""
     if isinstance(function, Kernel):
-        return bool(function.address) and not function.was_on_disk
+        return not function.is_loaded and bool(function.address) and not function.was_on_disk
     misses = sum(function.stats.cache_misses.values())
     parameters = inspect.signature(function.py_func).parameters.values()
     function.compile(tuple(_TYPES[str(parameter.annotation)] for parameter in parameters))

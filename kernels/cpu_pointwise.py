@@ -66,6 +66,14 @@ def gated_activation(gate_up: Tensor, is_gelu: bool) -> Tensor:
     return out
 
 
+def mask_logits(logits: Tensor, mask: Tensor) -> Tensor:
+    """Logits [B, V] with -inf where the packed mask, int32 [B, ceil(V / 32)] and contiguous, has no bit."""
+    out = torch.empty_like(logits)
+    addresses = logits.data_ptr(), mask.data_ptr(), out.data_ptr()
+    _mask_kernel(*addresses, *logits.shape, mask.shape[1], threads=_threads(logits))
+    return out
+
+
 def rope_and_write_kv(
     q: Tensor,
     k: Tensor,
@@ -290,6 +298,23 @@ def _gated_kernel(pointer: Any) -> None:  # Any: int64*
     low, high = _share(a[2])
     skip = low * a[3] * 4
     _gated_activation(a[0] + 2 * skip, a[1] + skip, high - low, a[3], a[4] != 0)
+
+
+@Kernel
+def _mask_kernel(pointer: Any) -> None:  # Any: int64*
+    """Each thread takes neighbouring words of the mask."""
+    a = carray(pointer, 6)
+    num_rows, size, num_words = a[3], a[4], a[5]
+    source = carray(float32_at(a[0]), (num_rows * size,))
+    words = carray(int32_at(a[1]), (num_rows * num_words,))
+    target = carray(float32_at(a[2]), (num_rows * size,))
+    low, high = _share(num_rows * num_words)
+    for k in range(low, high):
+        bits, first = words[k], k % num_words * 32
+        begin = k // num_words * size + first
+        for j in range(min(size - first, 32)):
+            is_allowed = (bits >> np.int32(j)) & np.int32(1)
+            target[begin + j] = source[begin + j] if is_allowed else np.float32(-np.inf)
 
 
 @Kernel

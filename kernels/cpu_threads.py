@@ -109,6 +109,11 @@ class Kernel:
         return self._address
 
     @property
+    def is_loaded(self) -> bool:
+        """True once `address` was asked for."""
+        return self._address is not None
+
+    @property
     def was_on_disk(self) -> bool:
         """True where an earlier process had compiled it; known once `address` is."""
         return bool(self._compiled.cache_hits)

@@ -24,6 +24,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ramet.kernels import cpu_pointwise
+
 _NEGATIVE_INFINITY = float("-inf")
 _LARGEST_LOGIT = 1e30
 _GREEDY_TEMPERATURE = 1e-5  # below it noise is lost in the rounding of x, and 1 / temperature may overflow
@@ -169,7 +171,9 @@ def _filter_threshold(scaled: Tensor, top_k: int, top_p: float, min_p: float) ->
 
 
 def _masked_logits(logits: Tensor, grammar: GrammarTables | None, slots: Tensor, mask: Tensor | None) -> Tensor:
-    if mask is not None:
+    if mask is not None and cpu_pointwise.takes(logits) and mask.is_contiguous():
+        logits = cpu_pointwise.mask_logits(logits, mask)
+    elif mask is not None:
         logits = logits.masked_fill(~unpack_mask(mask, logits.shape[1]), _NEGATIVE_INFINITY)
     if grammar is not None:
         states = grammar.state[slots]

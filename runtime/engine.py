@@ -249,7 +249,7 @@ class EngineCore:
                 assert sequence.slot is not None
                 forced.append((sequence.slot, chosen))
             try:
-                run, after = self._forced_run(sequence, grammar, chosen, after)
+                run, after = self._forced_run(sequence, grammar, chosen, after, len(outputs))
             except Exception as error:  # as above
                 self.errors[sequence] = error
                 continue
@@ -261,12 +261,13 @@ class EngineCore:
         return result
 
     def _forced_run(
-        self, sequence: Sequence, grammar: Grammar, token: int, state: int | None
+        self, sequence: Sequence, grammar: Grammar, token: int, state: int | None, num_rows: int
     ) -> tuple[list[int], int | None]:
         """The tokens that must follow `token`, and the state behind them.
 
         Only where one token alone is allowed, so decoding would give the same ones; the next step computes them as it
-        computes a prompt. What is looked at token by token (penalties, log-probabilities, stop strings) is decoded.
+        computes a prompt. What is looked at token by token (penalties, log-probabilities, stop strings) is decoded, and
+        so are runs that are too short to gain anything in a step of `num_rows`.
         """
         request = sequence.request
         left = request.max_tokens - len(sequence.output_ids) - 1
@@ -274,13 +275,14 @@ class EngineCore:
         if state is None or not self.appends_forced or is_watched:
             return [], state
         run: list[int] = []
+        begin = state
         for forced in grammar.forced_tokens(state)[:left]:
             assert state is not None
             run.append(forced)
             state = grammar.advance(state, forced)
             if forced in request.stop_ids:
                 break
-        return run, state
+        return (run, state) if len(run) >= self.runner.least_run(num_rows) else ([], begin)
 
     def _advance(self, sequence: Sequence, grammar: Grammar, state: int, token: int) -> tuple[int, int | None]:
         """The token to keep and the state after it: `token`, unless it leaves too little room to finish.

@@ -417,6 +417,7 @@ def test_items_that_must_not_all_differ() -> None:
     unique = {"type": "array", "uniqueItems": True}
     for schema in ({"type": "array", "not": unique}, {"oneOf": [unique, {"type": "array"}]}):
         grammar = compiled(schema)
+        good: Any
         for good in ([1, 2, 1.0], [{"a": [1]}, "x", {"a": [1]}], [[], []]):
             assert accepts(grammar, json.dumps(good))
         for bad in ([], [1], [1, True, "1"], [{"a": [1]}, {"a": [2]}]):

@@ -11,6 +11,7 @@ from torch import Tensor
 from ramet.kernels import activation, attention_decode_cpu, attention_extend_cpu, cpu_pointwise, norm, rope
 from ramet.kernels.attention_decode import DecodeMetadata, attention_decode_reference
 from ramet.kernels.attention_extend import ExtendMetadata, attention_extend, attention_extend_reference
+from ramet.kernels.sampling import unpack_mask
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -129,3 +130,13 @@ def test_extend_attention_equals_the_reference(
     finally:
         torch.set_num_threads(before)
     assert_close(actual, attention_extend_reference(q, k_cache, v_cache, meta, 0.3, window))
+
+
+@pytest.mark.usefixtures("on_threads")
+@pytest.mark.parametrize(("num_rows", "size"), [(1, 100), (3, 33), (2, 40_000)])
+def test_masked_logits_equal_the_reference(num_rows: int, size: int) -> None:
+    logits, shape = draw(num_rows, size), (num_rows, -(-size // 32))
+    generator = torch.Generator().manual_seed(size)
+    mask = torch.randint(-(2**31), 2**31, shape, generator=generator, dtype=torch.int64).to(torch.int32)
+    expected = logits.masked_fill(~unpack_mask(mask, size), float("-inf"))
+    assert torch.equal(cpu_pointwise.mask_logits(logits, mask), expected)

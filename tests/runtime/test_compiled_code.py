@@ -35,6 +35,9 @@ def test_every_function_is_compiled_for_one_set_of_types() -> None:
     wrong = {f.__name__: f.signatures for f in found if not isinstance(f, Kernel) and len(f.signatures) > 1}
     assert len(found) > 10
     assert not wrong
+    again: list[None] = []
+    load_functions(lambda: again.append(None))
+    assert not again, "what this process has compiled is not compiled again, nor said to be"
 
 
 def test_loops_are_compiled_once_per_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import pytest
 from ramet import Engine
 from ramet.grammar import Vocabulary
 from ramet.grammar.sources import compile_constraint
+from ramet.runtime.models.linear_cpu import CpuFeatures
 from ramet.runtime.models.load import LoadedModel
 from ramet.runtime.types import SamplingParams
 
@@ -100,7 +101,9 @@ def test_what_needs_an_opinion_on_every_token_is_decoded(engine: Engine) -> None
 
 
 @pytest.mark.model
-def test_forced_tokens_are_the_same_on_a_real_model(smollm2_path: Path) -> None:
+def test_forced_tokens_are_the_same_on_a_real_model(smollm2_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Exact products: with rounded ones, tokens computed together may differ from those decoded in a near tie.
+    monkeypatch.setattr(CpuFeatures, "detect", lambda: CpuFeatures(bf16=False, int8=False))
     with Engine(str(smollm2_path), context_length=512) as engine:
         for kind, source in (("json_schema", json.dumps(SCHEMA)), ("regex", "Answer: (yes|no)\\. [0-9]{2} z{40}")):
             grammar = grammar_of(engine, kind, source)
