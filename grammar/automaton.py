@@ -129,6 +129,7 @@ class Machine:
         self.key_starts = bytes(range(256))
         self.reads_past_values = True
         self._closing_lengths: dict[int, int] = {}
+        self._closing_steps: dict[int, tuple[bytes, int]] = {}
         self.done = self.add(Done(self))
 
     # --- building
@@ -349,7 +350,13 @@ class Machine:
         return length
 
     def _closing_step(self, packed: int) -> tuple[bytes, int]:
-        """The shortest way out of the frame on top, and the state behind it."""
+        """The shortest way out of the frame on top, and the state behind it; remembered, as texts end alike."""
+        found = self._closing_steps.get(packed)
+        if found is None:
+            found = self._closing_steps[packed] = self._find_closing_step(packed)
+        return found
+
+    def _find_closing_step(self, packed: int) -> tuple[bytes, int]:
         deadline.check()
         instance, local = packed >> LOCAL_BITS, packed & LOCAL_MASK
         frame = self.frames[instance]

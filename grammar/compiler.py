@@ -281,10 +281,12 @@ class CompiledGrammar:
         """Tokens that must follow because no other token is allowed; stops before the end tokens."""
         out: list[int] = []
         while len(out) < 4096:
-            allowed = self.allowed_tokens(state)
-            if len(allowed) != 1 or int(allowed[0]) in self.vocabulary.eos_ids:
+            row = self.mask(state)
+            words = np.flatnonzero(row)
+            word = int(row[words[0]]) & 0xFFFFFFFF if len(words) == 1 else 0
+            token = 32 * int(words[0]) + word.bit_length() - 1 if word else -1
+            if not word or word & (word - 1) or token in self.vocabulary.eos_ids:
                 break
-            token = int(allowed[0])
             following = self.advance(state, token)
             assert following is not None
             out.append(token)

@@ -6,6 +6,7 @@ list, `exclusiveMinimum` as a boolean, what stands beside `$ref`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from decimal import Decimal
 from fractions import Fraction
@@ -430,7 +431,9 @@ _INTEGERS = {plain: Numbers(integer=True, plain=plain) for plain in (None, True)
 
 
 def fraction(value: float | int) -> Fraction:
-    """The decimal number that a JSON number's text wrote."""
+    """The decimal number that a JSON number's text wrote; all those that no float can hold are one (Python's inf)."""
+    if isinstance(value, float) and math.isinf(value):
+        return Fraction(int(math.copysign(1, value)) << 1024)
     return Fraction(value) if isinstance(value, int) else Fraction(Decimal(repr(value)))
 
 

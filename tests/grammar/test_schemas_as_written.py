@@ -478,3 +478,12 @@ def test_more_alternatives_than_a_machine_word_has_bits() -> None:
     objects = [{"id": i, "same": True} for i in range(66)]
     assert accepts(unique, json.dumps(objects))
     assert not accepts(unique, json.dumps([*objects, objects[3]]))
+
+
+def test_numbers_beyond_a_float() -> None:
+    grammar = compiled({"type": "array", "uniqueItems": True})
+    assert accepts(grammar, "[1e400,5]")
+    assert not accepts(grammar, "[1e400,1e400]")
+    state = grammar.advance_bytes(0, b"[-1e99999999999")
+    assert state is not None
+    assert len(grammar.shortest_completion(state)) == 1
