@@ -125,7 +125,8 @@ class JsonOptions:
     """How a JSON schema becomes a language.
 
     mode: "exact", the schema's language with properties in any order; "declared_order", declared properties in declared
-    order and others only where the schema names them; "strict", OpenAI's structured-output rules, checked first.
+    order and others only where the schema names them, integers without a fraction; "strict", OpenAI's structured-output
+    rules, checked first.
     whitespace: "compact", none; "bounded", at most one space after each comma and colon.
     on_unsupported: "error" raises UnsupportedSchema; "validate" lets the part be any JSON (the caller then validates).
     registry: documents by absolute URI, for remote references; nothing is ever fetched.

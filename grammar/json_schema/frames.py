@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -186,6 +187,8 @@ class Json:
         return found
 
     def number_table(self, specs: tuple[tuple[Numbers, ...], ...]) -> tuple[Table, tuple[int, ...]]:
+        if self.ordered and len(specs) == 1:  # with several tags, which of them hold must be known
+            specs = (tuple(_as_models_write(n) for n in specs[0]),)
         found = self._tables.get(specs)
         if found is None:
             rows, byte_class, ends, masks = number_rows(specs)
@@ -368,6 +371,12 @@ class _Scalar:
             if way is not None:
                 ways.append((len(way) + rest_of(self.context, mask), exit_index))
         return min(ways)[1]
+
+
+def _as_models_write(numbers: Numbers) -> Numbers:
+    """Integers without a fraction part."""
+    is_free = numbers.integer and numbers.plain is None and numbers.finite is None
+    return replace(numbers, plain=True) if is_free else numbers
 
 
 def number(json: Json, specs: tuple[tuple[Numbers, ...], ...], context: Context) -> int:

@@ -487,3 +487,14 @@ def test_numbers_beyond_a_float() -> None:
     state = grammar.advance_bytes(0, b"[-1e99999999999")
     assert state is not None
     assert len(grammar.shortest_completion(state)) == 1
+
+
+def test_integers_are_written_plainly_where_the_order_is_the_declared_one() -> None:
+    schema = {"type": "object", "properties": {"n": {"type": "integer", "minimum": 3}}, "required": ["n"]}
+    either = {"oneOf": [{"type": "integer"}, {"type": "number", "exclusiveMinimum": 5}]}
+    for text, exact in (('{"n":10}', True), ('{"n":10.0}', True), ('{"n":1e1}', False), ('{"n":10.5}', False)):
+        assert accepts(compiled(schema), text) == exact
+        ordered = compile_grammar(JsonSchema(schema, JsonOptions(mode="declared_order")), BYTES)
+        assert accepts(ordered, text) == (text == '{"n":10}')
+    grammar = compile_grammar(JsonSchema(either, JsonOptions(mode="declared_order")), BYTES)
+    assert [accepts(grammar, text) for text in ("3", "3.0", "6", "6.0", "6.5")] == [True, False, False, False, True]
