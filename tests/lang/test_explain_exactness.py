@@ -18,7 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ramet import CheckFailed, Engine, Function, State, contains, function, gen, select
+from ramet import Engine, Function, State, contains, function, gen, select
 from ramet.lang import ir
 from ramet.lang.backend import EngineBackend
 from ramet.lang.explain import Explanation
@@ -132,20 +132,18 @@ def tiny_engine(tiny_model: LoadedModel) -> Iterator[Engine]:
         yield engine
 
 
-@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.stem)
+# Not a race, whose losers are cancelled at any time, and not two programs whose checks only a model that speaks pass:
+# the plans of these two are compared with scripted runs above.
+ON_RANDOM_WEIGHTS = [p for p in PROGRAMS if p.stem not in ("fastest_answer", "research_team", "quiz")]
+
+
+@pytest.mark.parametrize("path", ON_RANDOM_WEIGHTS, ids=lambda path: path.stem)
 def test_the_plan_holds_on_an_engine_with_pages_where_branches_run_together(path: Path, tiny_engine: Engine) -> None:
     module, program = load(path)
-    if path.stem == "fastest_answer":
-        pytest.skip("which branch is cancelled depends on time")
-    if path.stem == "research_team":
-        pytest.skip("a random model uses up all retries of the program's checks, which takes seconds")
     options = {**module.EXAMPLE, "seed": 11, "max_tokens": 24, "backend": tiny_engine}
     plan = program.explain(**options)
     tiny_engine.flush_cache()
-    try:
-        state = program.run(**options)
-    except CheckFailed:
-        pytest.skip("a random model doesn't write what the program insists on")
+    state = program.run(**options)
     assert state.error() is None
     assert list(compare(plan, state)) == []
 
