@@ -52,12 +52,12 @@ def _target(model: str | None) -> Target:
         return TokenizerTarget(ByteTokenizer(), name="bytes")
     from ramet.runtime.config import EngineConfig
     from ramet.runtime.models.catalog import resolve_model
-    from ramet.runtime.models.load import open_model
+    from ramet.runtime.models.description import describe_model
 
-    files = open_model(resolve_model(model))
+    described = describe_model(resolve_model(model))
     return TokenizerTarget(
-        files.tokenizer,
+        described.tokenizer,
         name=model,
-        context_length=files.config.max_position_embeddings,
+        context_length=described.config.max_position_embeddings,
         page_size=EngineConfig().page_size,
     )

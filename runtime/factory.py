@@ -19,8 +19,9 @@ from ramet.runtime.kv_cache import KVCache, bytes_per_token
 from ramet.runtime.memory import MemoryPlan, StepMemory, lower_fraction, plan_memory, read_cuda_memory
 from ramet.runtime.model_runner import ModelRunner
 from ramet.runtime.models.batch_invariant import apply_batch_invariance
+from ramet.runtime.models.catalog import TINY_MODEL
 from ramet.runtime.models.decoder import Decoder
-from ramet.runtime.models.dummy import TINY_MODEL, tiny_model
+from ramet.runtime.models.dummy import tiny_model
 from ramet.runtime.models.load import LoadedModel, load_model
 from ramet.runtime.models.small_batch import apply_card_table
 from ramet.runtime.page_pool import PagePool

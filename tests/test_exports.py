@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import ramet
+import ramet.grammar
 
 
 def test_public_names_are_sorted_and_all_have_a_home() -> None:
@@ -26,3 +27,18 @@ def test_importing_ramet_and_its_language_loads_no_torch() -> None:
         "heavy = {'torch', 'transformers', 'pydantic', 'numba'} & set(sys.modules); assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_process_that_speaks_http_loads_neither_torch_nor_a_compiler() -> None:
+    code = (
+        "import sys; import ramet.runtime.server.app, ramet.lang.explain_graph, ramet.cli; "
+        "heavy = {'torch', 'triton', 'transformers', 'numba'} & set(sys.modules); assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_names_of_the_grammar_package_have_a_home() -> None:
+    assert ramet.grammar.__all__ == sorted(ramet.grammar._HOMES)
+    for name in ramet.grammar.__all__:
+        assert getattr(ramet.grammar, name) is not None
+    assert not hasattr(ramet.grammar, "compile_everything")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from ramet import Engine, State, function, gen, select
-from ramet.runtime.models.dummy import TINY_MODEL
+from ramet.runtime.models.catalog import TINY_MODEL
 
 
 @function(temperature=0)

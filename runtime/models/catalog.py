@@ -31,6 +31,8 @@ from ramet.errors import DownloadFailed, ModelNotFound
 logger = logging.getLogger(__name__)
 
 DEFAULT_MODEL = "smollm2-135m"
+TINY_MODEL = "tiny-random"  # no file: `dummy.tiny_model`
+TINY_CONTEXT = 2048  # tokens
 _BLOCK_BYTES = 1 << 20
 _LOCK_TIMEOUT_S = 1800.0  # another process may be downloading over a slow line
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")

@@ -12,14 +12,12 @@ import torch
 from torch import Tensor
 
 from ramet.runtime.byte_tokenizer import ByteTokenizer
+from ramet.runtime.models.catalog import TINY_CONTEXT, TINY_MODEL
 from ramet.runtime.models.config import ModelConfig
 from ramet.runtime.models.decoder import Decoder, build_decoder
 from ramet.runtime.models.generation import GenerationDefaults
 from ramet.runtime.models.load import LoadedModel
 from ramet.runtime.models.weights import Weights, expected_tensors
-
-TINY_MODEL = "tiny-random"
-TINY_CONTEXT = 2048  # tokens
 
 
 def dummy_decoder(

@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from ramet.errors import BrokenModelFile, ConfigError
+from ramet.errors import ConfigError
 from ramet.runtime.models.catalog import resolve_model
 from ramet.runtime.models.config import ModelConfig
+from ramet.runtime.models.description import describe_folder, describe_gguf
 from ramet.runtime.models.generation import GenerationDefaults
 from ramet.runtime.models.gguf_file import GgufFile
-from ramet.runtime.models.loader_gguf import load_gguf, load_gguf_config
-from ramet.runtime.models.loader_safetensors import load_hf_config, load_safetensors
+from ramet.runtime.models.loader_gguf import load_gguf
+from ramet.runtime.models.loader_safetensors import load_safetensors
 from ramet.runtime.models.weights import Weights
 from ramet.runtime.tokenizer import Tokenizer
-from ramet.runtime.tokenizer_files import tokenizer_from_folder, tokenizer_from_gguf
 
 if TYPE_CHECKING:
     from ramet.runtime.models.decoder import Decoder
@@ -55,18 +55,13 @@ class LoadedModel:
 def open_model(path: Path) -> ModelFiles:
     """Open a GGUF file or a Hugging Face folder. Raises: BrokenModelFile, UnsupportedArchitecture."""
     if path.is_dir():
-        config = load_hf_config(path)
-        generation = GenerationDefaults.from_folder(path)
-        tokenizer: Tokenizer = tokenizer_from_folder(path, config, eos_ids=generation.eos_ids)
-        weights = load_safetensors(path, config)
+        described = describe_folder(path)
+        weights = load_safetensors(path, described.config)
     else:
         file = GgufFile(path)
-        config = load_gguf_config(file)
-        generation = GenerationDefaults()
-        tokenizer = tokenizer_from_gguf(file, config)
-        weights = load_gguf(file, config)
-    _check_token_ids(path, config, tokenizer)
-    return ModelFiles(path, config, tokenizer, generation, weights)
+        described = describe_gguf(file)
+        weights = load_gguf(file, described.config)
+    return ModelFiles(path, described.config, described.tokenizer, described.generation, weights)
 
 
 def load_model(
@@ -102,14 +97,3 @@ def parse_dtype(dtype: torch.dtype | str) -> torch.dtype | Literal["auto"]:
     if dtype not in _DTYPES:
         raise ConfigError(f"dtype is {dtype!r} but must be auto, {', '.join(_DTYPES)}")
     return _DTYPES[dtype]
-
-
-def _check_token_ids(path: Path, config: ModelConfig, tokenizer: Tokenizer) -> None:
-    """A tokenizer that knows more tokens than the model has embeddings reads past them."""
-    if tokenizer.vocab_size > config.vocab_size:
-        raise BrokenModelFile(
-            f"{path}: the tokenizer has {tokenizer.vocab_size:,} tokens but the model embeds {config.vocab_size:,}"
-        )
-    wrong = sorted(token for token in tokenizer.eos_ids if not 0 <= token < config.vocab_size)
-    if wrong:
-        raise BrokenModelFile(f"{path}: the end tokens {wrong} are outside the vocabulary of {config.vocab_size:,}")

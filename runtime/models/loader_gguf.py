@@ -1,4 +1,4 @@
-"""Load a GGUF file: metadata to a `ModelConfig`, tensors to `Weights` under their Hugging Face names.
+"""Load a GGUF file's tensors as `Weights` under their Hugging Face names.
 
 Tensors are memory-mapped; a floating-point tensor is dequantised to float32 on access, and quantised matrices can be
 had as they lie in the file (`Weights.quantized`). llama.cpp's converter changes two things that are undone here: it
@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ramet.errors import BrokenModelFile, UnsupportedArchitecture
+from ramet.errors import BrokenModelFile
 from ramet.runtime.models.config import ModelConfig
 from ramet.runtime.models.gguf_file import GgufEntry, GgufFile
 from ramet.runtime.models.weights import GgufTensor, Weights, check_names, check_shapes
@@ -52,19 +52,6 @@ _IGNORED = {"rope_freqs.weight"}  # read by the configuration
 _LAYER = re.compile(r"blk\.(\d+)\.([a-z_]+)\.(weight|bias)")
 _Number = TypeVar("_Number", np.float32, np.uint8)
 _FLOAT_TYPES = ("F32", "F16", "BF16", "F64")
-
-
-def load_gguf_config(file: GgufFile) -> ModelConfig:
-    """The file's configuration. Raises: BrokenModelFile, UnsupportedArchitecture."""
-    num_parts = file.metadata.get("split.count", 1)
-    if num_parts > 1:
-        raise BrokenModelFile(f"{file.path} is one of {num_parts} parts; join them with llama.cpp's gguf-split --merge")
-    try:
-        return ModelConfig.from_gguf(file)
-    except UnsupportedArchitecture:
-        raise
-    except (TypeError, ValueError) as error:  # includes BrokenModelFile; others: a value of an unexpected type
-        raise BrokenModelFile(f"{file.path}: {error}") from error
 
 
 def load_gguf(file: GgufFile, config: ModelConfig) -> Weights:

@@ -1,4 +1,4 @@
-"""Load a Hugging Face model folder: `config.json`, safetensors (one file, or shards with an index), generation config.
+"""Load the weights of a Hugging Face model folder: safetensors, one file, or shards with an index.
 
 Tensors are memory-mapped and read on access. Nothing in the folder is executed; pickled weights (.bin) are refused.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ramet.errors import BrokenModelFile, UnsupportedArchitecture
+from ramet.errors import BrokenModelFile
 from ramet.runtime.models.config import ModelConfig
 from ramet.runtime.models.json_file import read_json
 from ramet.runtime.models.weights import Weights, check_names, check_shapes
@@ -34,18 +34,6 @@ _IMAGE_PREFIXES = (
     "model.vision_tower.",
     "model.multi_modal_projector.",
 )
-
-
-def load_hf_config(folder: Path) -> ModelConfig:
-    """The folder's `config.json`. Raises: BrokenModelFile, UnsupportedArchitecture."""
-    path = folder / "config.json"
-    fields = read_json(path)
-    try:
-        return ModelConfig.from_hf(fields)
-    except UnsupportedArchitecture:
-        raise
-    except (TypeError, ValueError, AttributeError) as error:  # includes BrokenModelFile; others: a wrong type of value
-        raise BrokenModelFile(f"{path}: {error}") from error
 
 
 def load_safetensors(folder: Path, config: ModelConfig) -> Weights:

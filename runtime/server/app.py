@@ -21,9 +21,8 @@ from starlette.middleware.cors import CORSMiddleware
 
 from ramet.errors import ConfigError, RametError
 from ramet.runtime.config import EngineConfig
-from ramet.runtime.models.catalog import resolve_model
-from ramet.runtime.models.dummy import TINY_CONTEXT, TINY_MODEL
-from ramet.runtime.models.load import open_model
+from ramet.runtime.models.catalog import TINY_CONTEXT, TINY_MODEL, resolve_model
+from ramet.runtime.models.description import describe_model
 from ramet.runtime.server import native, openai_api, openapi, programs_api
 from ramet.runtime.server.bounded_tokenizer import BoundedTokenizer
 from ramet.runtime.server.config import ServerConfig
@@ -106,8 +105,8 @@ def open_tokenizer(model: str | None) -> tuple[str, Tokenizer, int]:
 
         return TINY_MODEL, ByteTokenizer(), TINY_CONTEXT
     path = resolve_model(model)
-    files = open_model(path)
-    return model or path.stem, files.tokenizer, files.config.max_position_embeddings
+    described = describe_model(path)
+    return model or path.stem, described.tokenizer, described.config.max_position_embeddings
 
 
 def make_server(

@@ -44,6 +44,7 @@ from ramet.runtime.server.protocol import (
     ProgramEvent,
     ProvideTool,
     Report,
+    Settings,
     StartFailed,
     Starting,
     StartProgram,
@@ -55,17 +56,6 @@ from ramet.runtime.types import Grammar, RequestOutput, SamplingParams
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_S = 0.5
-
-
-class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the parent says: addresses of its sockets, the model, and fields of EngineConfig."""
-
-    commands: str
-    reports: str
-    model: str | None
-    config: dict[str, Any]  # Any: checked by EngineConfig
-    log_level: str = "INFO"
-    parent_pid: int | None = None  # whose end ends this process; it may be gone before this one has started
 
 
 class Sender(threading.Thread):

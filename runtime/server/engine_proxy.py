@@ -25,7 +25,6 @@ import msgspec
 import zmq
 
 from ramet.errors import EngineStopped, InvalidRequest, Overloaded, RametError
-from ramet.runtime.server.engine_process import Settings
 from ramet.runtime.server.protocol import (
     Abort,
     Answer,
@@ -41,6 +40,7 @@ from ramet.runtime.server.protocol import (
     ProgramEvent,
     ProvideTool,
     Report,
+    Settings,
     StartFailed,
     Starting,
     StartProgram,

@@ -5,7 +5,7 @@ Not here: the sockets (`engine_process`, `engine_proxy`); HTTP's own shapes (Ope
 
 from __future__ import annotations
 
-from typing import TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import msgspec
 
@@ -14,6 +14,17 @@ from ramet.errors import InvalidRequest, Overloaded, RametError
 from ramet.lang.ir import Constraint, NodeEvent
 
 T = TypeVar("T")
+
+
+class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What an engine process is told: addresses of its parent's sockets, the model, fields of EngineConfig."""
+
+    commands: str
+    reports: str
+    model: str | None
+    config: dict[str, Any]  # Any: checked by EngineConfig
+    log_level: str = "INFO"
+    parent_pid: int | None = None  # whose end ends this process; it may be gone before this one has started
 
 
 class Submit(msgspec.Struct, frozen=True, tag="submit", omit_defaults=True):
@@ -216,6 +227,7 @@ __all__ = [
     "ProgramEvent",
     "ProvideTool",
     "Report",
+    "Settings",
     "StartFailed",
     "StartProgram",
     "Starting",

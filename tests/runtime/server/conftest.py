@@ -20,7 +20,7 @@ import httpx
 import pytest
 import uvicorn
 
-from ramet.runtime.models.dummy import TINY_MODEL
+from ramet.runtime.models.catalog import TINY_MODEL
 from ramet.runtime.server.app import make_server
 from ramet.runtime.server.config import ServerConfig
 from ramet.runtime.server.state import ServerState

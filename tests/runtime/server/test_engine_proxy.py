@@ -14,10 +14,9 @@ import pytest
 
 from ramet.errors import EmptyPrompt, EngineStopped, InvalidProgram, InvalidSampling, ModelNotFound, Overloaded
 from ramet.lang.ir import Constraint, Generate, Graph, Sampling, Text
-from ramet.runtime.models.dummy import TINY_MODEL
-from ramet.runtime.server.engine_process import Settings
+from ramet.runtime.models.catalog import TINY_MODEL
 from ramet.runtime.server.engine_proxy import EngineProxy
-from ramet.runtime.server.protocol import StartProgram, Submit
+from ramet.runtime.server.protocol import Settings, StartProgram, Submit
 
 CONFIG = {"num_kv_tokens": 4096, "max_running_requests": 8, "device": "cpu"}
 Scenario = Callable[[EngineProxy], Awaitable[None]]

@@ -1,0 +1,84 @@
+"""What a model's files say besides its weights: configuration, tokenizer and generation defaults.
+
+Servers and planners read these; no torch. Not here: the weights (`load.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ramet.errors import BrokenModelFile, UnsupportedArchitecture
+from ramet.runtime.models.config import ModelConfig
+from ramet.runtime.models.generation import GenerationDefaults
+from ramet.runtime.models.gguf_file import GgufFile
+from ramet.runtime.models.json_file import read_json
+from ramet.runtime.tokenizer import Tokenizer
+from ramet.runtime.tokenizer_files import tokenizer_from_folder, tokenizer_from_gguf
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ModelDescription:
+    """A model without its weights."""
+
+    config: ModelConfig
+    tokenizer: Tokenizer
+    generation: GenerationDefaults
+
+
+def describe_model(path: Path) -> ModelDescription:
+    """Read a GGUF file's metadata, or a Hugging Face folder's. Raises: BrokenModelFile, UnsupportedArchitecture."""
+    return describe_folder(path) if path.is_dir() else describe_gguf(GgufFile(path))
+
+
+def describe_folder(path: Path) -> ModelDescription:
+    """`describe_model` for a folder."""
+    config = load_hf_config(path)
+    generation = GenerationDefaults.from_folder(path)
+    tokenizer = tokenizer_from_folder(path, config, eos_ids=generation.eos_ids)
+    _check_token_ids(path, config, tokenizer)
+    return ModelDescription(config, tokenizer, generation)
+
+
+def describe_gguf(file: GgufFile) -> ModelDescription:
+    """`describe_model` for an open file."""
+    config = load_gguf_config(file)
+    tokenizer = tokenizer_from_gguf(file, config)
+    _check_token_ids(file.path, config, tokenizer)
+    return ModelDescription(config, tokenizer, GenerationDefaults())
+
+
+def load_hf_config(folder: Path) -> ModelConfig:
+    """The folder's `config.json`. Raises: BrokenModelFile, UnsupportedArchitecture."""
+    path = folder / "config.json"
+    fields = read_json(path)
+    try:
+        return ModelConfig.from_hf(fields)
+    except UnsupportedArchitecture:
+        raise
+    except (TypeError, ValueError, AttributeError) as error:  # includes BrokenModelFile; others: a wrong type of value
+        raise BrokenModelFile(f"{path}: {error}") from error
+
+
+def load_gguf_config(file: GgufFile) -> ModelConfig:
+    """The file's configuration. Raises: BrokenModelFile, UnsupportedArchitecture."""
+    num_parts = file.metadata.get("split.count", 1)
+    if num_parts > 1:
+        raise BrokenModelFile(f"{file.path} is one of {num_parts} parts; join them with llama.cpp's gguf-split --merge")
+    try:
+        return ModelConfig.from_gguf(file)
+    except UnsupportedArchitecture:
+        raise
+    except (TypeError, ValueError) as error:  # includes BrokenModelFile; others: a value of an unexpected type
+        raise BrokenModelFile(f"{file.path}: {error}") from error
+
+
+def _check_token_ids(path: Path, config: ModelConfig, tokenizer: Tokenizer) -> None:
+    """A tokenizer that knows more tokens than the model has embeddings reads past them."""
+    if tokenizer.vocab_size > config.vocab_size:
+        raise BrokenModelFile(
+            f"{path}: the tokenizer has {tokenizer.vocab_size:,} tokens but the model embeds {config.vocab_size:,}"
+        )
+    wrong = sorted(token for token in tokenizer.eos_ids if not 0 <= token < config.vocab_size)
+    if wrong:
+        raise BrokenModelFile(f"{path}: the end tokens {wrong} are outside the vocabulary of {config.vocab_size:,}")
