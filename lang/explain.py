@@ -17,7 +17,7 @@ from ramet.lang.passes.fold import Folded, fold_constants
 from ramet.lang.passes.forced_tokens import forced_tokens
 from ramet.lang.passes.fork_groups import fork_groups
 from ramet.lang.passes.identical_nodes import identical_nodes
-from ramet.lang.passes.kv_bound import KvBound, kv_bound
+from ramet.lang.passes.kv_bound import KvBound, kv_bound, most_pages
 from ramet.lang.passes.liveness import liveness
 from ramet.lang.passes.paths import ZERO, Count, Paths, interpret
 from ramet.lang.passes.prefixes import BatchPrefixes, batch_prefixes, static_prefixes
@@ -154,7 +154,7 @@ class Explanation:
             "is_complete": self.is_complete,
             "rows": self.num_rows,
             **{name: _plain(getattr(self, name)) for name in ("prompt", "shared", "new", "written")},
-            "kv_bound": {"tokens": self.kv.tokens, "known": self.kv.known, "longest": self.kv.longest},
+            "kv_bound": {name: getattr(self.kv, name) for name in ("tokens", "pages", "known", "longest")},
             "nodes": [node.to_dict() for node in self.nodes],
             "passes": {one.name: {"text": one.text, **one.numbers} for one in self.passes},
             "stages": [{"line": s.line, "why": s.why, "value": s.value} for s in self.stages],
@@ -215,7 +215,7 @@ def explain_record(record: RunRecord) -> Explanation:
     stages = tuple(StageReport(s.line, s.why, _value_name(record.graph, s.node)) for s in record.stages)
     most = max((one.usage.prompt_tokens + one.usage.completion_tokens for one in measured), default=0)
     total = sum((one.usage for one in measured), ir.Usage())
-    kv = KvBound(total.computed_tokens + total.completion_tokens, total.computed_tokens, most, True)
+    kv = KvBound(total.computed_tokens + total.completion_tokens, None, total.computed_tokens, most, True)
     return Explanation(record.program, "", (), (), stages, {}, kv, True, measured=measured)
 
 
@@ -232,7 +232,8 @@ def _explanation(
 ) -> Explanation:
     plan = plan_requests(paths)
     is_complete = trace.is_complete
-    kv = kv_bound(paths, plan, context_length=target.context_length, is_complete=is_complete)
+    limits = {"context_length": target.context_length, "page_size": target.page_size}
+    kv = kv_bound(plan, **limits, is_complete=is_complete)
     reports = [
         _fold_report(folded, paths, plan),
         _prefix_report(paths, plan),
@@ -346,7 +347,8 @@ def _liveness_report(paths: Paths) -> PassReport:
 
 def _kv_report(kv: KvBound) -> PassReport:
     part = "" if kv.is_complete else "; for the part up to the stage below"
-    text = f"at most {kv.tokens:,} tokens for the whole program, {kv.longest:,} for one branch{part}"
+    pages = "" if kv.pages is None or kv.pages == kv.tokens else f" ({_some(kv.pages, 'page')})"
+    text = f"at most {kv.tokens:,} tokens{pages} for the whole program, {kv.longest:,} for one branch{part}"
     return PassReport("kv bound", text, {"tokens": kv.tokens, "longest": kv.longest})
 
 
@@ -425,8 +427,13 @@ def _explain_rows(program: Function, rows: list[Any], kwargs: Mapping[str, Any],
     batch = batch_prefixes([trace.graph for trace in traces], found)
     first = _explanation(traces[0], fold_constants(traces[0].graph), interpret(traces[0].graph, found), found, [])
     plans = batch.plans
+    size = found.page_size
+    tokens = sum(plan.kv.at_most for plan in plans) - (batch.separate - batch.computed)
+    if size > 1:
+        tokens = most_pages(plans, size, batch.common) * size
     kv = KvBound(
-        sum(plan.kv.at_most for plan in plans) - (batch.separate - batch.computed),
+        tokens,
+        tokens // size,
         batch.computed,
         first.kv.longest,
         all(trace.is_complete for trace in traces),

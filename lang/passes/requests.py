@@ -26,6 +26,7 @@ class Request:
     `prompt` == `shared` + `new` where all are exact.
     `added`: exact tokens of known text behind the last thing that the model wrote; what a turn adds to its branch.
     `unread`: tokens at the end of what was written or chosen before, which are computed with it; `new` counts them.
+    `tries`: how often it may be made, as its checks refuse; the most of every count is that of all tries.
     """
 
     node: int
@@ -37,6 +38,20 @@ class Request:
     added: int | None
     unread: Count
     written: Count
+    tries: int = 1
+
+    def pages(self, page_size: int) -> int:
+        """The most pages that its tokens take beside those that were there; with pages of one token, the tokens.
+
+        Whole pages are shared. The rest of a path is a copy of its own, though others have the same tokens.
+        """
+        retries = self.tries - 1
+        prompt, written, new = (self.prompt.at_most // self.tries, self.written.at_most // self.tries, self.new.at_most)
+        whole = _num_pages(prompt + written, page_size)
+        behind = self.shared.at_most % page_size if self.shared.is_exact else page_size - 1
+        own = new - retries + written
+        first = min(whole, _num_pages(behind + own, page_size)) if own else 0
+        return first + retries * min(whole, _num_pages(page_size + written, page_size))
 
 
 @dataclass(slots=True)
@@ -196,6 +211,7 @@ class _Planner:
             shared=last.shared + Count(0, prompt),
             new=last.new + Count(0, retries),
             written=last.written + Count(0, most),
+            tries=1 + retries,
         )
         self._plan.kv = self._plan.kv + Count(0, most)
 
@@ -393,6 +409,10 @@ def run_order(graph: ir.Graph, late: Sequence[int] = ()) -> Iterable[ir.AnyNode]
             missing[user] -= 1
             if missing[user] == 0:
                 ready.append(user)
+
+
+def _num_pages(num_tokens: int, page_size: int) -> int:
+    return -(-num_tokens // page_size)
 
 
 def _sum(counts: Iterable[Count]) -> Count:

@@ -23,6 +23,7 @@ from ramet.lang import ir
 from ramet.lang.backend import EngineBackend
 from ramet.lang.explain import Explanation
 from ramet.runtime.models.load import LoadedModel
+from ramet.runtime.page_pool import PagePool
 from ramet.runtime.scripted_model import ScriptedEngine
 
 PROGRAMS = sorted((Path(__file__).resolve().parents[2] / "examples" / "programs").glob("*.py"))
@@ -132,20 +133,85 @@ def tiny_engine(tiny_model: LoadedModel) -> Iterator[Engine]:
         yield engine
 
 
+class PeakOfPages:
+    """The most pages of a pool that were in use at any moment, those that only the cache holds among them."""
+
+    def __init__(self, pool: PagePool, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._pool, self._allocate = pool, pool.allocate
+        self.most = self.used
+        monkeypatch.setattr(pool, "allocate", self._take)
+
+    @property
+    def used(self) -> int:
+        return self._pool.num_usable - self._pool.num_free
+
+    def _take(self, count: int) -> list[int] | None:
+        taken = self._allocate(count)
+        self.most = max(self.most, self.used)
+        return taken
+
+
+@pytest.fixture
+def peak_of_pages(tiny_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[PeakOfPages]:
+    """Of the tiny engine, whose cache is empty at first."""
+    tiny_engine.flush_cache()
+    yield PeakOfPages(tiny_engine._core.scheduler.pool, monkeypatch)
+    tiny_engine.check_integrity()
+
+
 # Not a race, whose losers are cancelled at any time, and not two programs whose checks only a model that speaks pass:
 # the plans of these two are compared with scripted runs above.
 ON_RANDOM_WEIGHTS = [p for p in PROGRAMS if p.stem not in ("fastest_answer", "research_team", "quiz")]
 
 
 @pytest.mark.parametrize("path", ON_RANDOM_WEIGHTS, ids=lambda path: path.stem)
-def test_the_plan_holds_on_an_engine_with_pages_where_branches_run_together(path: Path, tiny_engine: Engine) -> None:
+def test_the_plan_holds_on_an_engine_with_pages_where_branches_run_together(
+    path: Path, tiny_engine: Engine, peak_of_pages: PeakOfPages
+) -> None:
     module, program = load(path)
     options = {**module.EXAMPLE, "seed": 11, "max_tokens": 24, "backend": tiny_engine}
     plan = program.explain(**options)
-    tiny_engine.flush_cache()
     state = program.run(**options)
     assert state.error() is None
     assert list(compare(plan, state)) == []
+    assert plan.kv.pages is not None
+    assert peak_of_pages.most > 0
+    if plan.is_complete:
+        assert peak_of_pages.most <= plan.kv.pages
+
+
+def test_branches_that_leave_a_prefix_within_a_page_have_each_their_own_copy_of_it(
+    tiny_engine: Engine, peak_of_pages: PeakOfPages
+) -> None:
+    @function(max_tokens=4, ignore_eos=True)
+    def program(s: State) -> None:
+        s += "x" * 40
+        branches = s.fork(5)
+        branches += lambda i: f"{i}:"
+        branches += gen("x")
+        branches.join()
+
+    plan = program.explain(backend=tiny_engine)
+    assert plan.kv.known == 40 + 5 * 2
+    assert plan.kv.pages == peak_of_pages.most + 3 + 4  # two whole pages, and each branch's own
+    program.run(backend=tiny_engine)
+    assert peak_of_pages.most == plan.kv.pages
+    assert "(7 pages)" in str(plan)
+    assert plan.to_dict()["kv_bound"]["pages"] == 7
+
+
+def test_rows_that_begin_alike_need_no_more_pages_than_their_bound(
+    tiny_engine: Engine, peak_of_pages: PeakOfPages
+) -> None:
+    @function(max_tokens=4, ignore_eos=True)
+    def program(s: State, topic: str) -> None:
+        s += "Some words about the same thing: " + topic + gen("x")
+
+    rows = ["a", "bb", "ccc", "d" * 20]
+    plan = program.explain(rows=rows, backend=tiny_engine)
+    assert plan.kv.pages is not None
+    program.run_batch(rows, backend=tiny_engine)
+    assert 6 <= peak_of_pages.most <= plan.kv.pages <= 8
 
 
 @pytest.mark.parametrize(("prefix", "is_shared"), [("short", False), ("x" * 40, True)])
@@ -220,7 +286,7 @@ steps = st.recursive(
 )
 
 
-def execute(s: State, program: Sequence[Step], known: list[Any]) -> None:
+def execute(s: State, program: Sequence[Step], known: list[Any], words: Sequence[str] = SOME) -> None:
     for kind, what in program:
         if kind == "text":
             s += what
@@ -241,7 +307,7 @@ def execute(s: State, program: Sequence[Step], known: list[Any]) -> None:
                 s += "In " + gen("g", max_tokens=7)
             known.append(s["scope"])
         elif kind == "checked":  # about every second text fits
-            s += "> " + gen("g", where=contains(*SOME), retries=60, max_tokens=60, seed=what)
+            s += "> " + gen("g", where=contains(*words), retries=60, max_tokens=60, seed=what)
             known.append(s["g"])
         elif kind == "map":
             s.map(what, lambda branch, item: branch.append(f"{item}: " + gen("g", max_tokens=4))).join()
@@ -249,22 +315,22 @@ def execute(s: State, program: Sequence[Step], known: list[Any]) -> None:
             branches = s.fork(len(what))
             for i, (branch, inner) in enumerate(zip(branches, what, strict=True)):
                 branch += f"{i}:"
-                execute(branch, inner, list(known))
+                execute(branch, inner, list(known), words)
             branches.join()
         elif kind == "twins":
             branches = s.fork(3)
             for branch in branches:
-                execute(branch, what, list(known))
+                execute(branch, what, list(known), words)
             branches.join()
         elif kind == "message" and s._role is None:
             with s.user():
-                execute(s, what, known)
+                execute(s, what, known, words)
 
 
 @function(max_tokens=12)
-def random_program(s: State, program: Any) -> None:
+def random_program(s: State, program: Any, words: Sequence[str] = SOME) -> None:
     s += "Begin. "
-    execute(s, program, [])
+    execute(s, program, [], words)
     s += "End. " + gen("end")
 
 
@@ -273,6 +339,26 @@ def random_program(s: State, program: Any) -> None:
 def test_the_plan_of_a_random_program_is_what_a_run_measures(program: list[Step]) -> None:
     found, _ = differences(random_program, {"program": program})
     assert found == []
+
+
+@given(program=steps)
+@settings(
+    max_examples=30,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+def test_no_random_program_needs_more_pages_than_its_bound(
+    tiny_engine: Engine, peak_of_pages: PeakOfPages, program: list[Step]
+) -> None:
+    tiny_engine.flush_cache()
+    peak_of_pages.most = peak_of_pages.used
+    # Random weights write no words, but letters.
+    options: dict[str, Any] = {"program": program, "words": list("abcdefghijklmnop"), "seed": 5, "backend": tiny_engine}
+    plan = random_program.explain(**options)
+    state = random_program.run(**options)
+    assert state.error() is None
+    assert plan.kv.pages is not None
+    assert peak_of_pages.most <= plan.kv.pages
 
 
 @pytest.mark.model

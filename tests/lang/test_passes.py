@@ -156,7 +156,7 @@ def test_the_whole_prompt_is_never_taken_to_be_longer_than_the_context() -> None
     small = TokenizerTarget(ByteTokenizer(), context_length=64)
     paths = interpret(graph_of(letter), small)
     plan = plan_requests(paths)
-    assert kv_bound(paths, plan, context_length=64).longest == 64
+    assert kv_bound(plan, context_length=64).longest == 64
 
 
 # Requests.
@@ -249,7 +249,7 @@ def test_every_segment_knows_who_reads_it_last_and_next() -> None:
 
 def test_the_bound_counts_shared_tokens_once() -> None:
     paths = paths_of(debate)
-    found = kv_bound(paths, plan_requests(paths), context_length=1 << 20)
+    found = kv_bound(plan_requests(paths), context_length=1 << 20)
     assert found.tokens == 22 + 6 + 24 + 12 + 1
     assert found.known == 22 + 6 + 12  # a branch may write nothing
     assert found.longest == 22 + 8
