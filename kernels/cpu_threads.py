@@ -43,6 +43,7 @@ MODULES = (
     "cpu_vectors",
     "cpu_program",
     "cpu_pointwise",
+    "sampling_cpu",
     "block_linear",
     "block_int8",
     "attention_decode_cpu",

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ramet.kernels import cpu_pointwise
+from ramet.kernels import cpu_pointwise, sampling_cpu
 
 _NEGATIVE_INFINITY = float("-inf")
 _LARGEST_LOGIT = 1e30
@@ -97,6 +97,11 @@ def sample(
         from ramet.kernels.sampling_triton import sample_triton
 
         return sample_triton(logits, tables, rows, positions, mask, out, vocab_size)
+    if sampling_cpu.takes(logits, tables, rows, mask):
+        size = logits.shape[1] if vocab_size is None else vocab_size
+        tokens = sampling_cpu.greedy_tokens(logits, tables, rows, mask, size, _GREEDY_TEMPERATURE)
+        if tokens is not None:
+            return tokens if out is None else out.copy_(tokens)
     return sample_reference(logits, tables, rows, positions, mask, out, vocab_size)
 
 
@@ -109,7 +114,7 @@ def sample_reference(
     out: Tensor | None = None,
     vocab_size: int | None = None,
 ) -> Tensor:
-    """Specification of `sample` and its CPU path."""
+    """Specification of `sample`, and its CPU path where `sampling_cpu` has none."""
     vocab_size = logits.shape[1] if vocab_size is None else vocab_size
     slots = rows.long()
     logits = _masked_logits(logits[:, :vocab_size], tables.grammar, slots, mask)

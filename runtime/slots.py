@@ -84,7 +84,12 @@ def _join_triples(sequence: Sequence, slot: int, state: int) -> list[tuple[int, 
 
 
 def upload(sections: Seq[NDArray[np.int32]], device: torch.device) -> list[Tensor]:
-    """Copy int32 arrays to the device in one transfer that the host does not wait for; returns one view each."""
+    """Copy int32 arrays to the device in one transfer that the host does not wait for; returns one view each.
+
+    To a CPU nothing is copied: what is returned are the arrays, which nobody may change any more.
+    """
+    if device.type == "cpu":
+        return [torch.from_numpy(np.ascontiguousarray(section)) for section in sections]
     starts, total = [], 0
     for section in sections:
         starts.append(total)
@@ -92,9 +97,7 @@ def upload(sections: Seq[NDArray[np.int32]], device: torch.device) -> list[Tenso
     packed = np.zeros(max(total, 1), dtype=np.int32)
     for start, section in zip(starts, sections, strict=True):
         packed[start : start + section.size] = section.reshape(-1)
-    tensor = torch.from_numpy(packed)
-    if device.type == "cuda":
-        tensor = tensor.pin_memory().to(device, non_blocking=True)
+    tensor = torch.from_numpy(packed).pin_memory().to(device, non_blocking=True)
     return [
         tensor[start : start + section.size].view(section.shape)
         for start, section in zip(starts, sections, strict=True)
