@@ -349,6 +349,10 @@ class Machine:
             lengths[earlier] = length
         return length
 
+    def known_closing_length(self, packed: int) -> int | None:
+        """`closing_length` where it was asked before. May be called without the owner's lock."""
+        return self._closing_lengths.get(packed)
+
     def _closing_step(self, packed: int) -> tuple[bytes, int]:
         """The shortest way out of the frame on top, and the state behind it; remembered, as texts end alike."""
         found = self._closing_steps.get(packed)

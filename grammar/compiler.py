@@ -24,6 +24,8 @@ from ramet.grammar.pushdown import Pushdown
 from ramet.grammar.vocabulary import SLICE_SIZES, TokenTrie, Vocabulary
 
 MAX_MASK_BYTES = 1 << 26
+_MAX_KEPT = 1 << 15  # answers of each kind that a grammar remembers
+_MAX_KEPT_RUN = 16  # states of a forced run of which what follows is kept: each keeps the rest of the run
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +79,12 @@ class CompiledGrammar:
         machine.quoted = vocabulary.quoted
         machine.key_starts = vocabulary.key_starts
         machine.reads_past_values = vocabulary.reads_past_values
+        # What was asked before; read without the lock. A decode step leaves nothing in the CPU's caches, and an answer
+        # found here touches far less memory than one worked out.
+        self._after: dict[tuple[int, int], int] = {}
+        self._forced: dict[int, tuple[int, ...]] = {}
+        self._completions: dict[int, list[int]] = {}
+        self._num_completed = 0  # tokens of the completions kept
         self._lock = threading.RLock()
         self._scratch = np.zeros(4 + vocabulary.trie.max_depth, dtype=np.int64)
         self._unsure = np.zeros(1 + len(vocabulary.trie.values), dtype=np.int32)
@@ -114,6 +122,9 @@ class CompiledGrammar:
 
     def advance(self, state: int, token: int) -> int | None:
         """Return the state after `token`; None where refused. End tokens are not part of the text: always None."""
+        found = self._after.get((state, token))
+        if found is not None:
+            return found
         vocabulary = self.vocabulary
         if token < 0 or token >= len(vocabulary.token_bytes) or token in vocabulary.special_ids:
             return None
@@ -122,7 +133,12 @@ class CompiledGrammar:
             return None
         with self._lock:
             packed = self.machine.run(self._packed[state], vocabulary.flat, begin, end, self._scratch)
-        return None if packed < 0 else self.state_number(packed)
+        if packed < 0:
+            return None
+        if len(self._after) >= _MAX_KEPT:
+            self._after = {}
+        found = self._after[state, token] = self.state_number(packed)
+        return found
 
     def advance_bytes(self, state: int, text: bytes) -> int | None:
         """Return the state after a text, None where refused."""
@@ -279,36 +295,64 @@ class CompiledGrammar:
 
     def forced_tokens(self, state: int) -> list[int]:
         """Tokens that must follow because no other token is allowed; stops before the end tokens."""
-        out: list[int] = []
-        while len(out) < 4096:
-            row = self.mask(state)
-            words = np.flatnonzero(row)
-            word = int(row[words[0]]) & 0xFFFFFFFF if len(words) == 1 else 0
-            token = 32 * int(words[0]) + word.bit_length() - 1 if word else -1
-            if not word or word & (word - 1) or token in self.vocabulary.eos_ids:
+        found = self._forced.get(state)
+        if found is not None:
+            return list(found)
+        run: list[int] = []
+        states: list[int] = []
+        while len(run) < 4096:
+            states.append(state)
+            token = self._only_token(state)
+            if token is None:
                 break
             following = self.advance(state, token)
             assert following is not None
-            out.append(token)
+            run.append(token)
             state = following
-        return out
+        for i, earlier in enumerate(states[:_MAX_KEPT_RUN]):
+            if len(self._forced) >= _MAX_KEPT:
+                self._forced = {}
+            self._forced[earlier] = tuple(run[i:])
+        return run
+
+    def _only_token(self, state: int) -> int | None:
+        """The one token that is allowed, None where there are more, or it ends the text."""
+        row = self.mask(state)
+        words = np.flatnonzero(row)
+        word = int(row[words[0]]) & 0xFFFFFFFF if len(words) == 1 else 0
+        if not word or word & (word - 1):
+            return None
+        token = 32 * int(words[0]) + word.bit_length() - 1
+        return None if token in self.vocabulary.eos_ids else token
 
     def shortest_completion(self, state: int) -> list[int]:
         """Few tokens that lead to an accepting state: the fewest that write a shortest text.
 
         Raises: GrammarError if the vocabulary lacks the bytes.
         """
+        found = self._completions.get(state)
+        if found is not None:
+            return list(found)
         with self._lock:
             text = self.machine.closing_bytes(self._packed[state])
         tokens = self.vocabulary.fewest_tokens(text)
         if tokens is None:
             raise GrammarError(f"the vocabulary cannot write the completion {text!r}")
-        return tokens
+        with self._lock:
+            self._num_completed += 1 + len(tokens)
+            if self._num_completed > _MAX_KEPT:
+                self._completions, self._num_completed = {}, 1 + len(tokens)
+            self._completions[state] = tokens
+        return list(tokens)
 
     def completion_bound(self, state: int) -> int:
         """No less than len(shortest_completion(state)), and cheap: its bytes."""
+        packed = self._packed[state]
+        found = self.machine.known_closing_length(packed)
+        if found is not None:
+            return found
         with self._lock:
-            return self.machine.closing_length(self._packed[state])
+            return self.machine.closing_length(packed)
 
     # --- closing
 

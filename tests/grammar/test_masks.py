@@ -104,3 +104,25 @@ def test_a_closing_writes_keys_that_were_not_there(keys: str, vocabulary: Vocabu
         assert len(dict(pairs)) == len(pairs) == 4
         assert all(re.search(keys, key) for key, _ in pairs)
         text = (text + closing)[: (text + closing).rindex(b'"')]
+
+
+def test_what_was_asked_before_is_not_worked_out_again(vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch) -> None:
+    schema = {"type": "object", "properties": {"key": {"const": "value"}}, "required": ["key"]}
+    grammar = compile_grammar(JsonSchema({**schema, "additionalProperties": False}), vocabulary)
+
+    def follow() -> list[Any]:
+        state, seen = 0, []
+        for byte in b'{"key':
+            following = grammar.advance(state, byte)
+            assert following is not None
+            bound, completion = grammar.completion_bound(following), grammar.shortest_completion(following)
+            seen.append((following, bound, completion, grammar.forced_tokens(following)))
+            completion.clear()  # the caller's own
+            state = following
+        return seen
+
+    first = follow()
+    for name in ("run", "closing_bytes", "closing_length"):
+        monkeypatch.setattr(grammar.machine, name, None)
+    monkeypatch.setattr(grammar, "mask", None)
+    assert follow() == first
