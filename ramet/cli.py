@@ -6,6 +6,7 @@ A new subcommand is one more line in `_COMMANDS`. Exit status: 0 done, 1 failed 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from ramet.cli_grammar import add_grammar, run_grammar
 from ramet.cli_run import add_run, run_run
 from ramet.cli_serve import add_serve, run_serve
 from ramet.errors import RametError
+from ramet.runtime.openmp_waits import limit_spinning
 
 Arguments = argparse.Namespace
 
@@ -42,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.instances += rest  # argparse stops at an option between the arguments of one list
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    limit_spinning(os.environ)
     try:
         status: int = arguments.run(arguments)
     except RametError as error:

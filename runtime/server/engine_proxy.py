@@ -25,6 +25,7 @@ import msgspec
 import zmq
 
 from ramet.errors import EngineStopped, InvalidRequest, Overloaded, RametError
+from ramet.runtime.openmp_waits import limit_spinning
 from ramet.runtime.server.protocol import (
     Abort,
     Answer,
@@ -418,8 +419,14 @@ class EngineProxy:
         settings = Settings(
             address, f"ipc://{folder / 'reports'}", self._model, self._config, self._log_level, os.getpid()
         )
+        environment = dict(os.environ)
+        limit_spinning(environment)
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "ramet.runtime.server.engine_process", stdin=asyncio.subprocess.PIPE
+            sys.executable,
+            "-m",
+            "ramet.runtime.server.engine_process",
+            stdin=asyncio.subprocess.PIPE,
+            env=environment,
         )
         self._process = process
         assert process.stdin is not None

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -56,6 +58,9 @@ def test_a_tour_of_the_protocol() -> None:
         hello = await proxy.wait_ready(180)
         assert (hello.context_length, hello.device) == (2048, "cpu")
         assert proxy.health() is None
+        environment = Path(f"/proc/{hello.pid}/environ")
+        if environment.exists():  # its threads sleep soon where they wait for others
+            assert re.search(rb"GOMP_SPINCOUNT=\d+|OMP_WAIT_POLICY=", environment.read_bytes())
 
         whole = await proxy.submit(submit(proxy)).collect()
         assert len(whole.token_ids) == 20
