@@ -10,6 +10,7 @@ make a first mask with an empty cache of compiled loops, and again.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import subprocess
@@ -109,6 +110,8 @@ def main() -> None:
     arguments = parser.parse_args()
     vocabulary, _ = tokenizer_of(arguments.model)
     warm_up(vocabulary)
+    gc.collect()
+    gc.freeze()  # as a server does at its start
     found: dict[str, Any] = {"tools": arguments.tools, "tools_ms": tools_ms(vocabulary, arguments.tools)}
     grammar, states = states_of(vocabulary, "c")
     for state in states:

@@ -6,7 +6,6 @@ markers and names run as one table, and all schemas share one machine, so that w
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -20,7 +19,7 @@ from ramet.grammar.automaton import Table as FrameTable
 from ramet.grammar.closed import PREFERRED_BYTES
 from ramet.grammar.compiler import CompiledGrammar, Limits
 from ramet.grammar.json_schema.compile import WARM_NODES
-from ramet.grammar.json_schema.document import Registry, SchemaNode
+from ramet.grammar.json_schema.document import Document, Registry, SchemaNode
 from ramet.grammar.json_schema.expressions import Expressions
 from ramet.grammar.json_schema.frames import Context, Json
 from ramet.grammar.json_schema.keywords import Interpreter
@@ -88,21 +87,21 @@ class _TextFrame:
         self.roots = roots
         self.gaps = list(text.gaps.values())
         rows = text.transitions.copy()
-        starts = list(_VALUE_STARTS)
-        for i, state in enumerate(text.gaps):
-            if (rows[state, starts] != REFUSE).any():
-                raise InvalidGrammar(
-                    "a JSON value and a text can begin alike in the same place; put a text before the value that tells "
-                    "them apart"
-                )
-            rows[state, starts] = leave(1 + i, again=True)
-        self.costs, self.exits = _ways_out(text, self._cost_of)
+        values = np.ix_(list(text.gaps), list(_VALUE_STARTS))
+        if (rows[values] != REFUSE).any():
+            raise InvalidGrammar(
+                "a JSON value and a text can begin alike in the same place; put a text before the value that tells "
+                "them apart"
+            )
+        exits = [leave(1 + i, again=True) for i in range(len(self.gaps))]
+        rows[values] = np.array(exits, dtype=np.int32)[:, None]
+        compressed, byte_class = compress_rows(rows)
+        self.costs, self.exits = _ways_out(text, compressed, self._cost_of)
         self.transitions = text.transitions
         self.is_way_out = text.accepting.tolist()
         for i, state in enumerate(text.gaps):
             self.is_way_out[state] = self.is_way_out[state] or self.exits[state] == 1 + i
         self.steps: dict[int, tuple[int, int]] = {}  # state -> (byte, state) on the way out
-        compressed, byte_class = compress_rows(rows)
         ends = np.where(text.accepting, _DONE, REFUSE).astype(np.int32)
         self.table: FrameTable = machine.table(compressed, byte_class, 1 + len(self.gaps), ends)
         self.instance = machine.add(self)
@@ -161,27 +160,34 @@ class _BehindGap:
         return self
 
 
-def _ways_out(text: LinkedText, cost_of: Callable[[ir.JsonSchema], int]) -> tuple[list[int], list[int]]:
-    """For each state, about the bytes to the end, and the first exit on the way there (Dijkstra from the ends)."""
+def _ways_out(
+    text: LinkedText, rows: NDArray[np.int32], cost_of: Callable[[ir.JsonSchema], int]
+) -> tuple[list[int], list[int]]:
+    """For each state, about the bytes to the end, and the first exit on the way there (Dijkstra from the ends).
+
+    rows: the text's transitions over byte classes, where entries below 0 are no transitions.
+    """
     n = len(text.accepting)
-    before: list[list[tuple[int, int, int]]] = [[] for _ in range(n)]  # target -> (source, cost, exit or -1)
-    sources, _ = np.nonzero(text.transitions >= 0)
-    pairs = np.unique(np.column_stack([sources, text.transitions[text.transitions >= 0]]), axis=0)
-    for s, t in pairs.tolist():
-        before[t].append((s, 1, -1))
+    before: list[list[int]] = [[] for _ in range(n)]  # target -> sources, a byte away
+    sources, classes = np.nonzero(rows >= 0)
+    for pair in np.unique(rows[sources, classes] * np.int64(n) + sources).tolist():
+        before[pair // n].append(pair % n)
+    values: dict[int, list[tuple[int, int, int]]] = {}  # state behind a value -> (state before it, its cost, exit)
     for i, (state, gap) in enumerate(text.gaps.items()):
-        before[gap.after].append((state, cost_of(gap.schema), 1 + i))
+        values.setdefault(gap.after, []).append((state, cost_of(gap.schema), 1 + i))
     costs = [-1] * n
     exits = [_DONE] * n
-    queue = [(0, s, _DONE) for s in np.flatnonzero(text.accepting).tolist()]
-    while queue:
-        cost, state, way = heapq.heappop(queue)
-        if costs[state] >= 0:
-            continue
-        costs[state], exits[state] = cost, way
-        for source, step, exit_index in before[state]:
-            if costs[source] < 0:
-                heapq.heappush(queue, (cost + step, source, way if exit_index < 0 else exit_index))
+    reached = {0: [(s, _DONE) for s in np.flatnonzero(text.accepting).tolist()]}  # cost -> (state, first exit)
+    while reached:
+        cost = min(reached)
+        for state, way in sorted(reached.pop(cost)):
+            if costs[state] >= 0:
+                continue
+            costs[state], exits[state] = cost, way
+            if before[state]:
+                reached.setdefault(cost + 1, []).extend([(s, way) for s in before[state] if costs[s] < 0])
+            for source, step, exit_index in values.get(state, ()):
+                reached.setdefault(cost + step, []).append((source, exit_index))
     return costs, exits
 
 
@@ -195,13 +201,13 @@ def _place_all(
     if any(s.options != options for s in schemas):
         raise InvalidGrammar("the JSON schemas of one grammar must have the same options")
     interpreters: list[Interpreter] = []
+    owners: dict[Document, Interpreter] = {}
 
     def owner(node: SchemaNode) -> Interpreter:
-        for interpreter in interpreters:
-            nodes = interpreter.registry.nodes
-            if node.number < len(nodes) and nodes[node.number] is node:
-                return interpreter
-        raise AssertionError(node.pointer)
+        found = owners.get(node.document)
+        if found is None:
+            found = owners[node.document] = next(i for i in reversed(interpreters) if i.registry.has(node))
+        return found
 
     expressions: Expressions | None = None
     roots: dict[ir.JsonSchema, Expr] = {}

@@ -93,8 +93,8 @@ def tools_text(tool_set: ToolSet) -> LinkedText:
     body = _Body(tool_set, len(rows))
     wide = np.full((len(rows) + len(body.edges), 256), -1, dtype=np.int32)
     wide[: len(rows)] = rows
-    for state, edges in enumerate(body.edges, start=len(rows)):
-        wide[state, list(edges)] = list(edges.values())
+    sources = np.repeat(np.arange(len(rows), len(wide)), [len(edges) for edges in body.edges])
+    wide[sources, [byte for edges in body.edges for byte in edges]] = [t for e in body.edges for t in e.values()]
     wide[marked] = wide[len(rows)]
     accepts = np.concatenate([accepting, np.asarray(body.accepting, dtype=np.bool_)])
     names |= {schema: f"the parameters of tool {name!r}" for name, schema in body.arguments.items()}

@@ -83,6 +83,10 @@ class Registry:
         base, draft = self._context(schema, base, draft)
         return self.node(schema, base, draft, "", document, self._extend((), base))
 
+    def has(self, node: SchemaNode) -> bool:
+        """True for a node that this registry has made."""
+        return node.number < len(self.nodes) and self.nodes[node.number] is node
+
     def _extend(self, scope: tuple[tuple[str, str], ...], base: str) -> tuple[tuple[str, str], ...]:
         """The dynamic scope inside a resource entered from `scope`."""
         here = self._dynamic.get(base)
