@@ -15,7 +15,7 @@ from ramet.lang import ir
 from ramet.lang.backend import Backend, ProgramOptions, TakesRows, choose_backend
 from ramet.lang.run import Run
 from ramet.lang.state import State
-from ramet.lang.trace import Trace
+from ramet.lang.trace import Trace, as_argument
 from ramet.lang.values import Value
 
 if TYPE_CHECKING:
@@ -26,10 +26,14 @@ _ROW_OPTIONS: Mapping[str, Any] = {"timeout_s": None, "token_budget": None, "pri
 
 
 class Compiled:
-    """`graph` with the variables of its last state. Arguments given when it was compiled are the defaults of a run."""
+    """`graph` with the variables of its last state. Arguments given when it was compiled are the defaults of a run.
 
-    def __init__(self, trace: Trace) -> None:
+    `unused`: parameters of the function that the graph doesn't depend on; a run may be given them all the same.
+    """
+
+    def __init__(self, trace: Trace, unused: Iterable[str] = ()) -> None:
         self.name = trace.program
+        self._unused = frozenset(unused)
         self.graph = ir.Graph(trace.graph.nodes)
         self.arguments = tuple(node.name for node in self.graph.nodes if isinstance(node, ir.Argument))
         self._given = dict(trace.graph.arguments)
@@ -103,7 +107,7 @@ class Compiled:
 
     def _new_state(self, backend: Backend, options: ProgramOptions, arguments: Mapping[str, Any]) -> State:
         """A run that holds the whole graph, not submitted yet."""
-        arguments = {**self._given, **arguments}
+        arguments = {**self._given, **{n: v for n, v in arguments.items() if n not in self._unused}}
         unknown = sorted(set(arguments) - set(self.arguments))
         missing = [name for name in self.arguments if name not in arguments]
         if unknown or missing:
@@ -118,7 +122,7 @@ class Compiled:
         for name, value in arguments.items():
             if not ir.is_json(value):
                 raise InvalidProgram(f"argument {name!r} of {self.name} has no JSON form: {value!r}")
-            run.arguments[name] = value
+            run.arguments[name] = as_argument(value)
         state = State(run, self._end._tip)
         move = _mover(run)
         state._variables = {name: move(value) for name, value in self._end._variables.items()}
@@ -136,7 +140,8 @@ def compile_function(program: Function, given: Mapping[str, Any]) -> Compiled:
             program=program.name,
             source_line=trace.stop.line,
         )
-    return Compiled(trace)
+    known = {*given, *trace.specialised, *(node.name for node in trace.graph.nodes if isinstance(node, ir.Argument))}
+    return Compiled(trace, unused=[one.name for one in program.parameters if one.name not in known])
 
 
 def _mover(run: Run) -> Callable[[Any], Any]:

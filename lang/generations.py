@@ -56,13 +56,14 @@ def _record(
 
 def select(state: State, item: SelectExpr) -> Value:
     """Append a selection, and return its value."""
+    is_drawn = item.temperature > 0 and item.seed is None
     node = state._add(
         ir.Select,
         name=state._unique(item.name),
         choices=tuple(state._template(choice) for choice in item.choices),
         scorer=item.scorer,
         temperature=float(item.temperature),
-        seed=item.seed if item.seed is not None else state._run.seed,
+        seed=_seed_of_place(state) if is_drawn else item.seed,
     )
     return _named(state, Value(state._run, node, item.name, SELECTED if item.return_probs else TEXT))
 
@@ -76,14 +77,18 @@ def _named(state: State, value: Value) -> Value:
 
 
 def _sampling_of(state: State, item: Gen) -> ir.Sampling:
-    run, sampling = state._run, merge_sampling(item.sampling, state._sampling)
+    sampling = merge_sampling(item.sampling, state._sampling)
+    seed = _seed_of_place(state)
+    return sampling if sampling.seed is not None else merge_sampling(ir.Sampling(seed=seed), sampling)
+
+
+def _seed_of_place(state: State) -> int | None:
+    """Of every place in the program its own, however it is cut into stages. None where the run has no seed."""
     state._num_generated += 1
-    if sampling.seed is None and run.seed is not None:
-        # A seed of its own for every place in the program: the same however the program is cut into stages.
-        place = f"{run.seed}:{state._key}:{state._num_generated}".encode()
-        seed = int.from_bytes(hashlib.blake2b(place, digest_size=4).digest(), "big")
-        return merge_sampling(ir.Sampling(seed=seed), sampling)
-    return sampling
+    if state._run.seed is None:
+        return None
+    place = f"{state._run.seed}:{state._key}:{state._num_generated}".encode()
+    return int.from_bytes(hashlib.blake2b(place, digest_size=4).digest(), "big")
 
 
 def _problem(value: Value, checks: Sequence[ir.Check | Callable[[Any], object]]) -> str | None:  # Any: the value's type

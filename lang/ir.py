@@ -457,6 +457,6 @@ def is_json(value: object) -> bool:
     """True where a value can be sent."""
     try:
         msgspec.json.encode(value)
-    except (TypeError, msgspec.MsgspecError):
+    except (TypeError, ValueError, msgspec.MsgspecError):  # ValueError: half of a surrogate pair
         return False
     return True

@@ -7,6 +7,7 @@ after is recorded when the program runs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -69,7 +70,7 @@ class TracingRun(Run):
         if name not in self._argument_nodes:
             self._argument_nodes[name] = self.record(ir.Argument, None, name=name).id
             if value is not _NO_EXAMPLE:
-                self.arguments[name] = value
+                self.arguments[name] = as_argument(value)
         return self._argument_nodes[name]
 
 
@@ -104,6 +105,12 @@ class ArgumentValue(Value):
     def _tracing_run(self) -> TracingRun:
         assert isinstance(self._run, TracingRun)
         return self._run
+
+
+def as_argument(value: Any) -> Any:  # Any: what has a JSON form
+    """What stands for an argument in a graph: its value where JSON is written as an f-string is, else Python's text."""
+    is_same = type(value) in (str, int) or (type(value) is float and math.isfinite(value))
+    return value if is_same else str(value)
 
 
 def symbolic(run: TracingRun, names: list[str], given: Mapping[str, Any]) -> dict[str, Any]:

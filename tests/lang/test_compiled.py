@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import datetime
 import importlib.util
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -78,6 +80,36 @@ def test_wrong_arguments_are_named(backend: MockBackend) -> None:
         compiled.run(city="a", town="b")
     with pytest.raises(InvalidProgram, match="has no JSON form"):
         compiled.run(city=object())
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["é", 3, 2.5, 1e15, 2**70, float("inf"), True, None, ["l", 1.5], ("t",), {"k": None}, datetime.date(2024, 5, 1)],
+    ids=repr,
+)
+def test_an_argument_is_the_same_text_as_in_a_run(value: Any, backend: MockBackend) -> None:
+    @function(temperature=0)
+    def program(s: State, what: Any) -> None:
+        s += f"<{what}>" + gen("x")
+
+    text = program.run(what=value).text()
+    assert text.startswith(f"<{value}>")
+    assert program.compile().run(what=value).text() == text
+    assert program.compile(what=value).run().text() == text
+    [row] = program.compile().run_batch([{"what": value}])
+    assert row.text() == text
+    plan = program.explain(what=value)
+    assert plan.prompt.at_most == len(f"<{value}>".encode())
+
+
+def test_an_argument_that_no_text_holds_may_be_given_all_the_same(backend: MockBackend) -> None:
+    @function
+    def program(s: State, city: str, comment: str) -> None:
+        s += f"{city}" + gen("x")
+
+    compiled = program.compile()
+    assert compiled.arguments == ("city",)
+    assert compiled.run(city="Rome", comment="none").error() is None
 
 
 @pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.stem)

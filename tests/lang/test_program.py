@@ -622,6 +622,20 @@ def test_an_exception_of_the_function_is_raised_and_the_run_cancelled() -> None:
     assert eventually(lambda: slow.stats().num_cancelled == 1)
 
 
+def test_selections_that_draw_have_each_their_own_seed(backend: MockBackend) -> None:
+    @function
+    def program(s: State) -> None:
+        s += "Heads or tails? "
+        branches = s.fork(40)
+        branches += select("side", ["a", "b"], temperature=100.0)
+        branches.join()
+
+    sides = program.run(seed=3)["side"]
+    assert set(sides) == {"a", "b"}
+    assert program.run(seed=3, stage="always")["side"] == sides
+    assert program.run(seed=4)["side"] != sides
+
+
 def test_a_deadline_is_raised_and_ends_the_requests() -> None:
     @function
     def program(s: State) -> None:
