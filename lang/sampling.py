@@ -36,7 +36,7 @@ def sampling_problem(sampling: Sampling) -> str | None:
         ("max_tokens", 1, math.inf),
         ("min_tokens", 0, math.inf),
         ("temperature", 0, 100),
-        ("top_k", 0, math.inf),
+        ("top_k", 0, 2**31 - 1),
         ("min_p", 0, 1),
         ("frequency_penalty", -2, 2),
         ("presence_penalty", -2, 2),

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ramet.runtime.radix_cache import RadixNode
 
 TokenIds = NDArray[np.int32]
+MAX_INT32 = 2**31 - 1  # what a step is told about a request is int32
 
 
 class FinishReason(Enum):
@@ -130,7 +131,7 @@ class SamplingParams:
             "an integer >= 1, or None",
         )
         check(_is_real(self.temperature) and 0 <= self.temperature <= 100, "temperature", "in [0, 100]")
-        check(_is_int(self.top_k) and self.top_k >= 0, "top_k", "an integer >= 0 (0: off)")
+        check(_is_int(self.top_k) and 0 <= self.top_k <= MAX_INT32, "top_k", f"an integer in [0, {MAX_INT32}] (0: off)")
         check(_is_real(self.top_p) and 0 < self.top_p <= 1, "top_p", "in (0, 1]")
         check(_is_real(self.min_p) and 0 <= self.min_p <= 1, "min_p", "in [0, 1]")
         check(_is_real(self.frequency_penalty) and -2 <= self.frequency_penalty <= 2, "frequency_penalty", "in [-2, 2]")
@@ -148,9 +149,9 @@ class SamplingParams:
         check(
             isinstance(self.stop, tuple) and all(isinstance(s, str) and s for s in self.stop),
             "stop",
-            "a tuple of non-empty strings",
+            "strings that are not empty",
         )
-        check(all(_is_int(t) and t >= 0 for t in self.stop_token_ids), "stop_token_ids", "a tuple of token ids >= 0")
+        check(all(_is_int(t) and t >= 0 for t in self.stop_token_ids), "stop_token_ids", "token ids >= 0")
         check(
             self.logprobs is None or (_is_int(self.logprobs) and 0 <= self.logprobs <= 64),
             "logprobs",

@@ -38,7 +38,8 @@ class BoundedTokenizer:
         if len(text) > self.max_bytes or (4 * len(text) > self.max_bytes and len(text.encode()) > self.max_bytes):
             raise ContextOverflow(
                 f"a text of {len(text):,} characters cannot fit the context of {self._context_length:,} tokens; "
-                f"shorten it, or raise --context-length"
+                f"shorten it, or raise --context-length",
+                param="prompt",
             )
         return self._tokenizer.encode(text, add_special=add_special, parse_special=parse_special, continues=continues)
 

@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from ramet.errors import GrammarError, RametError
+from ramet.errors import GrammarError, InvalidRequest, RametError
 from ramet.lang.ir import Constraint
 from ramet.runtime.detokenizer import Detokenizer, StopStringScanner
 from ramet.runtime.server.engine_proxy import EngineProxy
@@ -39,7 +39,7 @@ class Job:
 
     `constraint_field`: the body's field that asks for the constraint. `shown_bytes`: bytes of each token, where special
     tokens are to be seen in the text (markers of tool calls); None where the engine's own text will do.
-    `is_whole`: nobody reads before the end.
+    `is_whole`: nobody reads before the end. `prompt_field`: the body's field that the prompt was made of.
     """
 
     prompt_ids: list[int]
@@ -51,6 +51,14 @@ class Job:
     reasoning: FreeReasoning | None = None
     shown_bytes: Sequence[bytes] | None = None
     is_whole: bool = False
+    prompt_field: str = "prompt"
+
+
+def name_prompt(error: InvalidRequest, field: str) -> InvalidRequest:
+    """The error, with the name that the body has for the prompt."""
+    if error.param == "prompt":
+        error.param = field
+    return error
 
 
 class Increments(Protocol):
@@ -107,6 +115,8 @@ class Choice:
         except GrammarError as error:
             field = self._job.constraint_field
             raise HttpError(400, f"{field}: {error}", param=field, code="invalid_grammar") from None
+        except InvalidRequest as error:
+            raise name_prompt(error, self._job.prompt_field) from None
         finally:
             self.close()
 

@@ -13,7 +13,7 @@ from ramet.errors import InvalidSampling
 from ramet.lang.ir import Constraint
 from ramet.runtime.server.sampling_fields import MAX_CHOICES, MAX_STOPS, Strict, logit_bias, one_constraint
 from ramet.runtime.server.state import HttpError
-from ramet.runtime.types import SamplingParams
+from ramet.runtime.types import MAX_INT32, SamplingParams
 
 MAX_PROMPTS = 1024
 _NAMES = {"max_tokens": "max_new_tokens", "min_tokens": "min_new_tokens", "seed": "sampling_seed"}
@@ -22,11 +22,11 @@ _NAMES = {"max_tokens": "max_new_tokens", "min_tokens": "min_new_tokens", "seed"
 class NativeSampling(Strict):
     """How tokens are chosen, and what the text must match. Defaults are these, whatever the model's files say."""
 
-    max_new_tokens: int | None = Field(default=128, ge=1, description="null: to the end of the context")
-    min_new_tokens: int = Field(default=0, ge=0)
+    max_new_tokens: int | None = Field(default=128, ge=1, le=MAX_INT32, description="null: to the end of the context")
+    min_new_tokens: int = Field(default=0, ge=0, le=MAX_INT32)
     temperature: float = 1.0
     top_p: float = 1.0
-    top_k: int = Field(default=-1, ge=-1, description="0 or -1: off")
+    top_k: int = Field(default=-1, ge=-1, le=MAX_INT32, description="0 or -1: off")
     min_p: float = 0.0
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
@@ -110,7 +110,7 @@ class GenerateBody(Strict):
         default=None, min_length=1, max_length=200, description="the request's id; further answers get `-1`, ..."
     )
     return_logprob: bool = False
-    logprob_start_len: int = Field(default=-1, ge=-1)
+    logprob_start_len: int = Field(default=-1, ge=-1, le=MAX_INT32)
     top_logprobs_num: int = Field(default=0, ge=0, le=64)
     return_text_in_logprobs: bool = False
     priority: int = Field(default=0, ge=-100, le=2**31 - 1, description="lower values run first")

@@ -15,7 +15,7 @@ from fastapi.responses import Response
 
 from ramet.errors import InvalidRequest
 from ramet.lang.ir import Constraint
-from ramet.runtime.server.choices import Choice, FreeReasoning, Job, merged, submit_all
+from ramet.runtime.server.choices import Choice, FreeReasoning, Job, merged, name_prompt, submit_all
 from ramet.runtime.server.conversations import ChatPrompt, Conversations
 from ramet.runtime.server.openai_shapes import chat_logprobs, kept_tokens, usage_of
 from ramet.runtime.server.openai_types import (
@@ -86,7 +86,10 @@ class ChatEndpoint:
         body = await parse_body(self._state, request, ChatBody)
         check_model(self._state, body.model)
         salt = self._state.cache_salt(request, body.cache_salt or "")
-        plan = await self._state.compute(len(await request.body()), self._plan, body, salt)
+        try:
+            plan = await self._state.compute(len(await request.body()), self._plan, body, salt)
+        except InvalidRequest as error:
+            raise name_prompt(error, "messages") from None
         num = body.n or 1
         answer_id, choices = submit_all(self._state.proxy, [(plan.job, index) for index in range(num)], "chatcmpl")
         answer = _Answer(self, plan, answer_id, choices)
@@ -123,7 +126,18 @@ class ChatEndpoint:
             reasoning = FreeReasoning(CLOSE, end_id, after)
         field_name, constraint = asked or (None, None)
         shown = self._shown_bytes if style is not None else self._shown_reasoning_bytes
-        job = Job(ids, sampling, constraint, field_name, salt, body.priority or 0, reasoning, shown, not body.stream)
+        job = Job(
+            ids,
+            sampling,
+            constraint,
+            field_name,
+            salt,
+            body.priority or 0,
+            reasoning,
+            shown,
+            is_whole=not body.stream,
+            prompt_field="messages",
+        )
         return Plan(body, prompt, job, style, position)
 
     def _prompt(

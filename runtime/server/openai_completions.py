@@ -85,7 +85,9 @@ class CompletionEndpoint:
         asked = await state.compute(size, constraint_of, body, None, state.config.max_schema_bytes)
         prompts = await state.compute(0 if _has_ids(body) else size, _prompts, state.tokenizer, body)
         if len(prompts) * num > state.config.max_in_flight:
-            raise HttpError(400, f"{len(prompts)} prompts x n={num} is too much for one request", param="prompt")
+            wanted, limit = len(prompts) * num, state.config.max_in_flight
+            message = f"{len(prompts):,} prompts with n={num} want {wanted:,} answers; the limit is {limit:,}"
+            raise HttpError(400, message, param="prompt")
         salt = state.cache_salt(request, body.cache_salt or "")
         field_name, constraint = asked or (None, None)
         shared = Job([], sampling, constraint, field_name, salt, body.priority or 0, is_whole=not body.stream)

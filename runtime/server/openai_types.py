@@ -16,6 +16,7 @@ from pydantic import Field
 from ramet.runtime.server.http_limits import BodyRefused
 from ramet.runtime.server.sampling_fields import MAX_TOP_LOGPROBS, SamplingFields, Strict
 from ramet.runtime.server.state import HttpError, ServerState
+from ramet.runtime.types import MAX_INT32
 
 Json = dict[str, Any]  # Any: JSON
 
@@ -207,8 +208,8 @@ class ChatBody(SamplingFields):
     """
 
     messages: list[Message] = Field(min_length=1)
-    max_tokens: int | None = Field(default=None, ge=1)
-    max_completion_tokens: int | None = Field(default=None, ge=1)
+    max_tokens: int | None = Field(default=None, ge=1, le=MAX_INT32)
+    max_completion_tokens: int | None = Field(default=None, ge=1, le=MAX_INT32)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
     tools: list[Tool] | None = Field(default=None, max_length=1024)
@@ -234,7 +235,7 @@ class CompletionBody(SamplingFields):
 
     # Ids first: where texts are tried before them, each id is an error to collect, which took longer than all the rest.
     prompt: str | list[int] | list[str] | list[list[int]] = Field(union_mode="left_to_right")
-    max_tokens: int | None = Field(default=None, ge=0, description="default 16")
+    max_tokens: int | None = Field(default=None, ge=0, le=MAX_INT32, description="default 16")
     logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
     echo: bool | None = None
     best_of: int | None = Field(default=None, ge=1, description="no other value than that of n")

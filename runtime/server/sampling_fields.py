@@ -16,7 +16,7 @@ from ramet.errors import InvalidGrammar
 from ramet.grammar.gbnf import is_gbnf, lark_of_gbnf
 from ramet.lang.ir import Constraint
 from ramet.runtime.server.state import HttpError
-from ramet.runtime.types import SamplingParams
+from ramet.runtime.types import MAX_INT32, SamplingParams
 
 MAX_STOPS = 16
 MAX_CHOICES = 128
@@ -74,12 +74,12 @@ class SamplingFields(Strict):
     model: str | None = Field(default=None, description="the served model's name; null or `default` stands for it")
     temperature: float | None = None
     top_p: float | None = None
-    top_k: int | None = Field(default=None, ge=-1, description="0 or -1: off")
+    top_k: int | None = Field(default=None, ge=-1, le=MAX_INT32, description="0 or -1: off")
     min_p: float | None = None
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
     repetition_penalty: float | None = None
-    min_tokens: int | None = None
+    min_tokens: int | None = Field(default=None, ge=0, le=MAX_INT32)
     seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1, description="choice i is drawn with seed + i")
     stop: str | list[str] | None = Field(default=None, max_length=10_000)
     stop_token_ids: list[int] | None = Field(default=None, max_length=1024)

@@ -83,6 +83,8 @@ class HttpError(Exception):
         retry_after_s: float | None = None,
     ) -> None:
         super().__init__(message)
+        if status == 400 and param is not None and code is None:
+            code = "invalid_value"
         self.status = status
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
         self.retry_after_s = retry_after_s

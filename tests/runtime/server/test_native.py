@@ -325,3 +325,35 @@ def test_bad_programs_are_refused_with_what_is_wrong(server: Server, body: dict[
 
 def test_no_such_program(server: Server) -> None:
     assert server.client.get("/v1/programs/none").status_code == 404
+
+
+NUMBERS = """max_tokens temperature top_p top_k min_p frequency_penalty presence_penalty repetition_penalty
+    min_tokens seed n priority logprobs"""
+EXTREMES = (0, -1, 2**31 - 1, 2**31, 2**63 - 1, 2**63, 10**30, 1e-300, 1e308, -1e308)
+
+
+@pytest.mark.parametrize("name", NUMBERS.split())
+def test_no_number_of_a_request_ends_what_runs_beside_it(server: Server, name: str) -> None:
+    bystander = {"prompt": "hello", "max_tokens": 400, "ignore_eos": True, "stream": True}
+    with server.client.stream("POST", "/v1/completions", json=bystander) as beside:
+        lines = beside.iter_lines()
+        next(lines)
+        for value in EXTREMES:
+            found = server.client.post("/v1/completions", json={"prompt": "hi", "max_tokens": 2, name: value})
+            assert found.status_code in (200, 400), found.text
+            if found.status_code == 400:
+                error = found.json()["error"]
+                assert (error["param"], error["code"] is None) == (name, False), error
+        assert "data: [DONE]" in list(lines), "the other request was cut"
+    settled(server)
+
+
+def test_what_is_too_long_is_named_as_its_body_names_it(server: Server) -> None:
+    long = "x" * 3000
+    for path, body, param in (
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": long}]}, "messages"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": long * 1000}]}, "messages"),
+        ("/v1/completions", {"prompt": long}, "prompt"),
+    ):
+        error = server.client.post(path, json=body).json()["error"]
+        assert (error["param"], error["code"]) == (param, "context_length_exceeded")

@@ -27,6 +27,9 @@ Client = Any  # of conftest.py, which importlib mode cannot import by name
         ({"temperature": -1}, "temperature", None),
         ({"top_p": 7}, "top_p", None),
         ({"top_k": -2}, "top_k", "invalid_value"),
+        ({"top_k": 2**31}, "top_k", "invalid_value"),
+        ({"max_tokens": 10**30}, "max_tokens", "invalid_value"),
+        ({"min_tokens": 10**30}, "min_tokens", "invalid_value"),
         ({"n": 0}, "n", "invalid_value"),
         ({"n": 1.5}, "n", "invalid_value"),
         ({"max_tokens": 0}, "max_tokens", "invalid_value"),
@@ -75,6 +78,7 @@ def test_what_is_wrong_with_a_field_is_said_by_its_name(
 ) -> None:
     error = client.refusal(CHAT, {"messages": [USER], **fields})
     assert error["param"] == param
+    assert error["code"] is not None
     assert code is None or error["code"] == code
     assert error["type"] == "invalid_request_error"
     assert param.split("[")[0].split(".")[0] in error["message"]
