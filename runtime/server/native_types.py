@@ -5,13 +5,21 @@ Not here: what all bodies share, and how one that is wrong becomes an error (`op
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field
 
 from ramet.errors import InvalidSampling
 from ramet.lang.ir import Constraint
-from ramet.runtime.server.sampling_fields import MAX_CHOICES, MAX_STOPS, Strict, logit_bias, one_constraint
+from ramet.runtime.server.sampling_fields import (
+    MAX_CHOICES,
+    MAX_STOPS,
+    OnlyFalse,
+    OnlyTrue,
+    Strict,
+    logit_bias,
+    one_constraint,
+)
 from ramet.runtime.server.state import HttpError
 from ramet.runtime.types import MAX_INT32, SamplingParams
 
@@ -42,9 +50,9 @@ class NativeSampling(Strict):
     cfg: str | None = Field(default=None, description="a grammar in Lark's syntax")
     ebnf: str | None = Field(default=None, description="a grammar in GBNF with a rule `root`, or in Lark's syntax")
     structural_tag: str | dict[str, Any] | None = Field(default=None, description="free text with constrained parts")
-    skip_special_tokens: Literal[True] = Field(default=True, description="special tokens are never text")
+    skip_special_tokens: OnlyTrue = Field(default=True, description="special tokens are never text")
     spaces_between_special_tokens: bool | None = Field(default=None, description="special tokens are never text")
-    no_stop_trim: Literal[False] = Field(default=False, description="a stop string never belongs to the text")
+    no_stop_trim: OnlyFalse = Field(default=False, description="a stop string never belongs to the text")
 
     def fields(self, num_logprobs: int | None) -> dict[str, object]:
         """Fields of SamplingParams. Raises HttpError naming the field whose value is out of range."""

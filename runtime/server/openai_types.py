@@ -14,7 +14,7 @@ from fastapi import Request
 from pydantic import Field
 
 from ramet.runtime.server.http_limits import BodyRefused
-from ramet.runtime.server.sampling_fields import MAX_TOP_LOGPROBS, SamplingFields, Strict
+from ramet.runtime.server.sampling_fields import MAX_TOP_LOGPROBS, OnlyTrue, SamplingFields, Strict
 from ramet.runtime.server.state import HttpError, ServerState
 from ramet.runtime.types import MAX_INT32
 
@@ -218,7 +218,7 @@ class ChatBody(SamplingFields):
     response_format: ResponseFormat | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     separate_reasoning: bool | None = None
-    stream_reasoning: Literal[True] | None = None
+    stream_reasoning: OnlyTrue | None = None
     chat_template_kwargs: Json | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None

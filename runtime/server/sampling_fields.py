@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 from ramet.errors import InvalidGrammar
 from ramet.grammar.gbnf import is_gbnf, lark_of_gbnf
@@ -27,6 +28,17 @@ Kind = Literal["json_schema", "regex", "cfg", "choice", "ebnf", "structural_tag"
 Asked = tuple[str, Kind, object]  # field, kind, source (None: not asked for)
 
 
+def _boolean(value: object) -> object:
+    """`Literal[True]` alone takes 1 and 1.0, which equal it."""
+    if not isinstance(value, bool):
+        raise PydanticCustomError("bool_type", "Input should be a valid boolean")
+    return value
+
+
+OnlyTrue = Annotated[Literal[True], BeforeValidator(_boolean)]
+OnlyFalse = Annotated[Literal[False], BeforeValidator(_boolean)]
+
+
 class Strict(BaseModel):
     """Base of every request model: no conversions between types, no unknown fields."""
 
@@ -38,7 +50,7 @@ class StreamOptions(Strict):
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
-    include_obfuscation: Literal[False] | None = None
+    include_obfuscation: OnlyFalse | None = None
 
 
 class StructuredOutputs(Strict):
@@ -48,7 +60,7 @@ class StructuredOutputs(Strict):
     regex: str | None = None
     choice: list[str] | None = None
     grammar: str | None = None
-    json_object: Literal[True] | None = None
+    json_object: OnlyTrue | None = None
     structural_tag: str | dict[str, Any] | None = None
 
     def asked(self) -> list[Asked]:
@@ -107,15 +119,15 @@ class SamplingFields(Strict):
     safety_identifier: str | None = Field(default=None, max_length=512)
     prompt_cache_key: str | None = Field(default=None, max_length=512)
     metadata: dict[str, str] | None = Field(default=None, max_length=16)
-    store: Literal[False] | None = Field(default=None, description="completions are not stored")
+    store: OnlyFalse | None = Field(default=None, description="completions are not stored")
     service_tier: Literal["auto", "default"] | None = None
 
     # What some clients always send. The values that are taken say what is done here anyway.
-    skip_special_tokens: Literal[True] | None = Field(default=None, description="special tokens are never text")
-    no_stop_trim: Literal[False] | None = Field(default=None, description="a stop string never belongs to the answer")
-    include_stop_str_in_output: Literal[False] | None = None
-    use_beam_search: Literal[False] | None = None
-    return_hidden_states: Literal[False] | None = None
+    skip_special_tokens: OnlyTrue | None = Field(default=None, description="special tokens are never text")
+    no_stop_trim: OnlyFalse | None = Field(default=None, description="a stop string never belongs to the answer")
+    include_stop_str_in_output: OnlyFalse | None = None
+    use_beam_search: OnlyFalse | None = None
+    return_hidden_states: OnlyFalse | None = None
 
 
 def sampling_fields(body: SamplingFields, *, max_tokens: int | None, logprobs: int | None) -> dict[str, object]:

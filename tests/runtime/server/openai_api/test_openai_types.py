@@ -44,6 +44,9 @@ Client = Any  # of conftest.py, which importlib mode cannot import by name
         ({"stream_options": {"include_usage": True}}, "stream_options", None),
         ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation", None),
         ({"store": True}, "store", "invalid_value"),
+        ({"store": 0}, "store", "invalid_value"),
+        ({"skip_special_tokens": 1.0}, "skip_special_tokens", "invalid_value"),
+        ({"stream_reasoning": 1}, "stream_reasoning", "invalid_value"),
         ({"response_format": {"type": "grammar"}}, "response_format", "invalid_value"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "missing_required_parameter"),
         (
