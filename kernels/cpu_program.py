@@ -109,6 +109,10 @@ def _recording(program: Program, pool: Pool) -> Iterator[None]:
 class _ViewsOnly(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Refuses torch operations whose results are not views of their arguments."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # torch would import its compiler, which takes a second, in the middle of a step
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         sources = {leaf.untyped_storage().data_ptr() for leaf in tree_leaves(args) if isinstance(leaf, Tensor)}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -102,3 +104,20 @@ def test_recorded_steps_equal_eager_ones(name: str, quantization: str) -> None:
 def test_a_decoder_of_torch_products_has_no_program() -> None:
     decoder = dummy_decoder(ModelConfig.from_hf(BASE), "cpu", torch.float32)
     assert Both(decoder, 2).steps.get(2) is None
+
+
+def test_no_step_imports_torchs_compiler() -> None:
+    """The import takes a second and more, which all that runs would wait for."""
+    code = (
+        "import sys\n"
+        "from ramet.runtime.client import Engine\n"
+        "from ramet.runtime.models.dummy import tiny_model\n"
+        "from ramet.runtime.types import SamplingParams\n"
+        "with Engine(tiny_model(), num_kv_tokens=1024) as engine:\n"
+        "    assert engine._core.runner._recorded is not None\n"
+        "    engine.generate('a', SamplingParams(max_tokens=4, ignore_eos=True))\n"
+        "    assert engine._core.runner._recorded._steps\n"
+        "print([name for name in ('torch._dynamo', 'sympy') if name in sys.modules])\n"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
+    assert found.stdout.strip() == "[]", found.stderr
