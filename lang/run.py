@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 N = TypeVar("N", bound=ir.AnyNode)
 Listener = Callable[[ir.NodeEvent], None]
+_GRACE_S = 0.5  # that a backend has, past a deadline, to say which nodes it ended
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,14 +311,20 @@ class Run:
         return len(self._results) == len(self.index.nodes)
 
     def wait(self, ready: Callable[[], bool]) -> None:
-        """Block until `ready()`. Raises DeadlineExceeded, and cancels the run then."""
+        """Block until `ready()`. Raises where the deadline passed and even the failure of all nodes is not it."""
+        while not self._wait_in_time(ready):
+            self._expire(ready)
+
+    def _wait_in_time(self, ready: Callable[[], bool]) -> bool:
+        """Whether it is ready: False where the deadline passed before."""
         with self._changed:
             self._blocked.append(ready)
             try:
                 while not ready():
                     self._check_alive()
-                    if not self._changed.wait(self._time_left()):
-                        self._check_deadline()
+                    if not self._changed.wait(self._time_left()) and not ready():
+                        return False
+                return True
             finally:
                 self._blocked.remove(ready)
 
@@ -333,15 +340,23 @@ class Run:
             try:
                 await asyncio.wait_for(future, self._time_left())
             except TimeoutError:
-                self._check_deadline()
+                self._expire(ready)
 
     def _time_left(self) -> float | None:
         deadline = self.options.deadline_s
-        return None if deadline is None else max(0.0, deadline - time.monotonic()) + 0.05  # the backend's turn first
+        return None if deadline is None else max(0.0, deadline - time.monotonic()) + _GRACE_S
 
-    def _check_deadline(self) -> None:
-        if (self._time_left() or 0.0) <= 0.05:
-            self.cancel()
+    def _expire(self, ready: Callable[[], bool]) -> None:
+        """The deadline passed and the backend has not said so: fail here what it has not finished."""
+        with self._changed:
+            late = [node for node in range(len(self.index.nodes)) if node not in self._results]
+        for node in late:  # before the backend is told, which would call them cancelled
+            error = ir.NodeError("DeadlineExceeded", "the deadline passed, and the backend did not answer")
+            self._on_event(ir.NodeEvent(node, "error", error=error))
+        self._runner.cancel()
+        if self._session is not None:
+            self._session.cancel()
+        if not ready():
             raise DeadlineExceeded(f"{self.options.program}: the deadline passed", program=self.options.program)
 
     def _check_alive(self) -> None:
@@ -375,6 +390,8 @@ class Run:
         if event.kind == "tool":
             self._call_tool(event)
         with self._changed:
+            if event.node in self._results:  # it failed here, when the deadline passed
+                return
             if event.kind in ("done", "error"):
                 self._results[event.node] = event
             if self._events is not None:

@@ -20,7 +20,7 @@ from ramet.errors import (
     UndefinedVariable,
 )
 from ramet.lang import ir
-from ramet.lang.backend import ProgramOptions, as_backend
+from ramet.lang.backend import OnEvent, ProgramOptions, as_backend
 from ramet.lang.state import State as ProgramState
 from ramet.runtime.models.load import LoadedModel
 
@@ -217,6 +217,45 @@ def test_a_deadline_ends_every_branch(backend: Any) -> None:
     assert error.prompt_tail is not None
     assert error.prompt_tail.endswith("on and on: ")
     assert line_of(error) > 0
+
+
+def test_a_deadline_holds_where_the_backend_is_silent() -> None:
+    """What it finished before stays readable; the rest names node and line, and `run` itself raises nothing."""
+
+    class Silent:
+        cancelled = 0
+
+        def start(self, options: ProgramOptions, on_event: OnEvent) -> Silent:
+            self.on_event = on_event
+            return self
+
+        def extend(self, graph: ir.Graph, *, is_last: bool = False) -> None:
+            for node in graph.nodes:
+                if isinstance(node, ir.Text):
+                    self.on_event(ir.NodeEvent(node.id, "done", text="said"))
+
+        def cancel(self, nodes: object = None) -> None:
+            self.cancelled += 1
+
+        def provide(self, node: int, value: object = None, error: Exception | None = None) -> None: ...
+
+        def finish(self) -> None: ...
+
+    @function
+    def program(s: State) -> None:
+        s += "Never: " + gen("x")
+
+    silent = Silent()
+    state = program.run(backend=silent, timeout_s=0.05)
+    error = state.error()
+    assert isinstance(error, DeadlineExceeded)
+    assert "did not answer" in str(error)
+    assert (error.program, error.node) == ("program", 1)
+    assert line_of(error) > 0
+    assert silent.cancelled == 1
+    silent.on_event(ir.NodeEvent(1, "done", text="too late", value="too late"))
+    with pytest.raises(DeadlineExceeded):
+        assert state["x"]
 
 
 def test_a_constraint_that_cannot_be_compiled_is_the_cause(backend: Any) -> None:
