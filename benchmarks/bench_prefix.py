@@ -21,7 +21,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ramet.runtime.client import Engine, RequestResult
+from ramet.runtime.client import Engine
+from ramet.runtime.request_handle import RequestResult
 from ramet.runtime.types import SamplingParams
 
 ONE_TOKEN = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)

@@ -5,22 +5,19 @@ Tokens become text here, incrementally, and stop strings are found here. Not her
 
 from __future__ import annotations
 
-import asyncio
 import atexit
-import itertools
 import logging
-import random
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Generator, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 
-from ramet.errors import ContextOverflow, EngineStopped, InvalidRequest, InvalidSampling, RametError, RequestCancelled
+from ramet.errors import EngineStopped, InvalidRequest, RametError, RequestCancelled
 from ramet.runtime.cache_probe import Difference, differences
 from ramet.runtime.compiled_code import OnStage, prepare_compiled_code
 from ramet.runtime.config import EngineConfig
@@ -28,6 +25,8 @@ from ramet.runtime.detokenizer import Detokenizer, StopStringScanner
 from ramet.runtime.engine import EngineCore, SequenceUpdate
 from ramet.runtime.factory import build_core, load
 from ramet.runtime.models.load import LoadedModel
+from ramet.runtime.request_border import RequestBorder
+from ramet.runtime.request_handle import RequestHandle, RequestResult
 from ramet.runtime.types import (
     FinishReason,
     Grammar,
@@ -42,121 +41,6 @@ from ramet.runtime.types import (
 logger = logging.getLogger(__name__)
 
 OnOutput = Callable[[RequestOutput], None]
-_LOG_INTERVAL_S = 10.0
-
-
-@dataclass(frozen=True, slots=True)
-class RequestResult:
-    """A finished request. `logprobs` and `top_logprobs` are as long as `token_ids` where they were asked for."""
-
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: FinishReason
-    stop_match: str | int | None
-    usage: Usage
-    logprobs: tuple[float, ...] | None = None
-    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] | None = None
-    prompt_logprobs: tuple[float, ...] | None = None
-    timings: dict[str, float] = field(default_factory=dict)
-
-
-class RequestHandle:
-    """One request's output as it comes: iterate it (`for`, `async for`), or wait for all of it (`result`, `await`)."""
-
-    def __init__(self, request_id: str, cancel: Callable[[str], None]) -> None:
-        self.request_id = request_id
-        self._cancel = cancel
-        self._outputs: list[RequestOutput] = []
-        self._changed = threading.Condition()
-        self._waiters: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
-
-    def push(self, output: RequestOutput) -> None:
-        """Called by the engine for every increment."""
-        with self._changed:
-            self._outputs.append(output)
-            waiters, self._waiters = self._waiters, []
-            self._changed.notify_all()
-        for loop, future in waiters:
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(_resolve, future)
-
-    def cancel(self) -> None:
-        """Abort the request; its pages are free within one step. Nothing happens when it is finished already."""
-        self._cancel(self.request_id)
-
-    def __iter__(self) -> Iterator[RequestOutput]:
-        for index in itertools.count():
-            with self._changed:
-                while len(self._outputs) <= index:
-                    self._changed.wait()
-                output = self._outputs[index]
-            yield _raise_error(output)
-            if output.finish_reason is not None:
-                return
-
-    async def __aiter__(self) -> AsyncIterator[RequestOutput]:
-        for index in itertools.count():
-            while True:
-                with self._changed:
-                    if len(self._outputs) > index:
-                        output = self._outputs[index]
-                        break
-                    loop = asyncio.get_running_loop()
-                    future = loop.create_future()
-                    self._waiters.append((loop, future))
-                await future
-            yield _raise_error(output)
-            if output.finish_reason is not None:
-                return
-
-    def result(self, timeout_s: float | None = None) -> RequestResult:
-        """Wait for the end. Raises the request's error, RequestCancelled, or TimeoutError (the request goes on)."""
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        with self._changed:
-            while not self._outputs or self._outputs[-1].finish_reason is None:
-                left = None if deadline is None else deadline - time.monotonic()
-                if left is not None and left <= 0:
-                    raise TimeoutError(f"request {self.request_id} did not finish within {timeout_s} s; it goes on")
-                self._changed.wait(left)
-        return self._collect()
-
-    def __await__(self) -> Generator[Any, None, RequestResult]:  # Any: what asyncio yields to its loop
-        async def wait() -> RequestResult:
-            async for _ in self:
-                pass
-            return self._collect()
-
-        return wait().__await__()
-
-    def _collect(self) -> RequestResult:
-        outputs = self._outputs
-        last = _raise_error(outputs[-1])
-        assert last.finish_reason is not None
-        logprobs = [p for o in outputs if o.logprobs is not None for p in o.logprobs]
-        tops = [t for o in outputs if o.top_logprobs is not None for t in o.top_logprobs]
-        scores = [float(p) for o in outputs if o.prompt_logprobs is not None for p in o.prompt_logprobs]
-        return RequestResult(
-            text="".join(o.text for o in outputs),
-            token_ids=tuple(t for o in outputs for t in o.token_ids),
-            finish_reason=last.finish_reason,
-            stop_match=last.stop_match,
-            usage=last.usage,
-            logprobs=tuple(logprobs) if logprobs else None,
-            top_logprobs=tuple(tops) if tops else None,
-            prompt_logprobs=tuple(scores) if scores else None,
-            timings=dict(last.timings or {}),
-        )
-
-
-def _resolve(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
-
-
-def _raise_error(output: RequestOutput) -> RequestOutput:
-    if output.error is not None:
-        raise output.error
-    return output
 
 
 @dataclass(slots=True, eq=False)
@@ -207,9 +91,13 @@ class Engine:
         self._wake = threading.Condition()
         self._is_stopping = False
         self._failure: BaseException | None = None
-        self._ids = itertools.count()
-        self._seeds = random.Random(config.seed)
-        self._seed_lock = threading.Lock()
+        self._border = RequestBorder(
+            self.tokenizer,
+            self.model.config.vocab_size,
+            self.context_length,
+            default_max_tokens=config.default_max_tokens,
+            seed=config.seed,
+        )
         if self.model.decoder.device.type == "cpu":
             from ramet.kernels.cpu_threads import release_threads  # compiles CPU code: not needed for a GPU
 
@@ -243,7 +131,7 @@ class Engine:
         Raises:
             InvalidRequest, ContextOverflow, EmptyPrompt, Overloaded, EngineStopped.
         """
-        request = self.make_request(
+        request = self._border.make(
             prompt,
             sampling or SamplingParams(),
             grammar=grammar,
@@ -275,72 +163,6 @@ class Engine:
     ) -> RequestResult:
         """Submit one request and wait for its result. `options` are those of `submit`."""
         return self.submit(prompt, sampling, **options).result()
-
-    def make_request(
-        self,
-        prompt: str | list[int] | TokenIds,
-        sampling: SamplingParams,
-        *,
-        grammar: Grammar | None = None,
-        cache_salt: str = "",
-        program_id: str | None = None,
-        priority: int = 0,
-        deadline_s: float | None = None,
-        score_from: int | None = None,
-        request_id: str | None = None,
-    ) -> Request:
-        """Check a request at the border. Raises what `submit` raises."""
-        ids = self.tokenizer.encode(prompt, parse_special=True) if isinstance(prompt, str) else prompt
-        vocab = self.model.config.vocab_size
-        try:
-            prompt_ids = np.asarray(ids)
-        except ValueError as error:  # lists of several lengths
-            raise InvalidRequest(f"the prompt must be text or a list of token ids: {error}", param="prompt") from error
-        if prompt_ids.ndim != 1 or (prompt_ids.size and prompt_ids.dtype.kind not in "iu"):
-            raise InvalidRequest("the prompt must be text or one list of token ids (integers)", param="prompt")
-        if prompt_ids.size and not (prompt_ids.min() >= 0 and prompt_ids.max() < vocab):
-            wrong = prompt_ids[(prompt_ids < 0) | (prompt_ids >= vocab)][0]
-            raise InvalidRequest(f"prompt token {wrong} is outside the vocabulary of {vocab:,} tokens", param="prompt")
-        for name, tokens in (("logit_bias", sampling.logit_bias), ("stop_token_ids", sampling.stop_token_ids)):
-            for token in tokens:
-                if token >= vocab:
-                    raise InvalidSampling(f"{name} names token {token}, but the vocabulary has {vocab:,}", param=name)
-        num_prompt = len(prompt_ids)
-        if score_from is not None and not 1 <= score_from <= num_prompt:
-            raise InvalidRequest(f"score_from is {score_from} but must be in [1, {num_prompt}]", param="score_from")
-        room = self.context_length - num_prompt
-        wanted = sampling.max_tokens
-        if score_from is not None:
-            wanted = 0
-        elif wanted is None:
-            wanted = min(self.config.default_max_tokens, max(room, 1))
-        if wanted > room:
-            raise ContextOverflow(
-                f"prompt has {num_prompt:,} tokens and max_tokens is {wanted:,}, but the context is "
-                f"{self.context_length:,}; shorten the prompt, lower max_tokens, or raise --context-length",
-                param="max_tokens" if num_prompt < self.context_length else "prompt",
-            )
-        seed = sampling.seed
-        if seed is None:
-            with self._seed_lock:
-                seed = self._seeds.getrandbits(63)
-        eos = frozenset() if sampling.ignore_eos else self.tokenizer.eos_ids
-        now_s = time.monotonic()
-        return Request(
-            request_id=request_id or f"request-{next(self._ids)}",
-            prompt_ids=prompt_ids.astype(np.int32),
-            sampling=sampling,
-            max_tokens=wanted,
-            stop_ids=eos | frozenset(sampling.stop_token_ids),
-            grammar=grammar,
-            cache_salt=cache_salt,
-            program_id=program_id,
-            priority=priority,
-            arrival_s=now_s,
-            deadline_s=None if deadline_s is None else now_s + deadline_s,
-            score_from=score_from,
-            seed=seed,
-        )
 
     def abort(self, request_id: str) -> None:
         """Abort a request by its exact id; thread-safe. Its pages are free within one step."""
