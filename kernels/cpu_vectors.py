@@ -41,12 +41,14 @@ Builder = Any  # llvmlite's IRBuilder; llvmlite has no types
 Value = Any  # an llvmlite value
 
 
-def _load(builder: Builder, address: Value, kind: Value, offset: int = 0) -> Value:
+def load(builder: Builder, address: Value, kind: Value, offset: int = 0) -> Value:
+    """A value of LLVM type `kind` at an integer address."""
     where = builder.add(address, _I64(offset)) if offset else address
     return builder.load(builder.inttoptr(where, kind.as_pointer()), align=1)
 
 
-def _store(builder: Builder, value: Value, address: Value, offset: int = 0) -> None:
+def store(builder: Builder, value: Value, address: Value, offset: int = 0) -> None:
+    """Put a value at an integer address."""
     where = builder.add(address, _I64(offset)) if offset else address
     builder.store(value, builder.inttoptr(where, value.type.as_pointer()), align=1)
 
@@ -59,7 +61,8 @@ def _prefetch(builder: Builder, address: Value) -> None:
     builder.call(function, [builder.inttoptr(address, pointer), _I32(0), _I32(3), _I32(1)])
 
 
-def _splat(builder: Builder, scalar: Value) -> Value:
+def splat(builder: Builder, scalar: Value) -> Value:
+    """A float32 in all lanes."""
     undefined = ir.Constant(_VF, ir.Undefined)
     return builder.shuffle_vector(
         builder.insert_element(undefined, scalar, _I32(0)), undefined, ir.Constant(_VI32, [0] * LANES)
@@ -67,15 +70,17 @@ def _splat(builder: Builder, scalar: Value) -> Value:
 
 
 def _splat_load(builder: Builder, address: Value, offset: int) -> Value:
-    return _splat(builder, _load(builder, address, _F32, offset))
+    return splat(builder, load(builder, address, _F32, offset))
 
 
-def _fma(builder: Builder, x: Value, y: Value, z: Value) -> Value:
+def fma(builder: Builder, x: Value, y: Value, z: Value) -> Value:
+    """x * y + z in all lanes."""
     function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(_VF, [_VF] * 3), "llvm.fma.v16f32")
     return builder.call(function, [x, y, z])
 
 
-def _sum_lanes(builder: Builder, vector: Value) -> Value:
+def sum_lanes(builder: Builder, vector: Value) -> Value:
+    """The sum of a vector's lanes, in any order."""
     kind = ir.FunctionType(_F32, [_F32, _VF])
     function = cgutils.get_or_insert_function(builder.module, kind, "llvm.vector.reduce.fadd.v16f32")
     return builder.call(function, [_F32(0.0), vector], fastmath=("reassoc",))
@@ -90,7 +95,7 @@ def _halves(builder: Builder, address: Value) -> tuple[Value, Value]:
     Both are loaded at once, also where the second is no number: a 16-bit load into a vector register would keep the
     register's upper part, and so wait for whatever computed it (measured: twice the time of the whole kernel).
     """
-    pair = builder.fpext(_load(builder, address, ir.VectorType(_F16, 2)), ir.VectorType(_F32, 2))
+    pair = builder.fpext(load(builder, address, ir.VectorType(_F16, 2)), ir.VectorType(_F32, 2))
     undefined = ir.Constant(ir.VectorType(_F32, 2), ir.Undefined)
     lanes = [ir.Constant(_VI32, [i] * LANES) for i in range(2)]
     return builder.shuffle_vector(pair, undefined, lanes[0]), builder.shuffle_vector(pair, undefined, lanes[1])
@@ -98,17 +103,17 @@ def _halves(builder: Builder, address: Value) -> tuple[Value, Value]:
 
 def _from_nibbles(builder: Builder, address: Value, offset: int, scale: Value, minimum: Value) -> list[Value]:
     """32 nibbles n (0-15 in the low halves of 16 bytes, 16-31 in the high ones) as n * scale + minimum."""
-    packed = builder.zext(_load(builder, address, ir.VectorType(_I8, LANES), offset), _VI32)
+    packed = builder.zext(load(builder, address, ir.VectorType(_I8, LANES), offset), _VI32)
     high = builder.lshr(packed, ir.Constant(_VI32, [4] * LANES))
     if _has_avx512():
         # A block has 16 different weights: compute them once, then look them up; vpermps ignores the index's high bits.
         codes = ir.Constant(_VF, [float(i) for i in range(LANES)])
-        table = _fma(builder, codes, scale, minimum)
+        table = fma(builder, codes, scale, minimum)
         kind = ir.FunctionType(_VF, [_VF, _VI32])
         look_up = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512.permvar.sf.512")
         return [builder.call(look_up, [table, part]) for part in (packed, high)]
     low = builder.and_(packed, ir.Constant(_VI32, [15] * LANES))
-    return [_fma(builder, builder.sitofp(part, _VF), scale, minimum) for part in (low, high)]
+    return [fma(builder, builder.sitofp(part, _VF), scale, minimum) for part in (low, high)]
 
 
 def _has_avx512() -> bool:
@@ -131,13 +136,13 @@ def _weights_q4_0(builder: Builder, address: Value) -> list[Value]:
 def _weights_q8_0(builder: Builder, address: Value) -> list[Value]:
     """GGML's Q8_0: fp16 scale, 32 signed bytes."""
     scale, _ = _halves(builder, address)
-    parts = [_load(builder, address, ir.VectorType(_I8, LANES), 2 + LANES * i) for i in range(2)]
+    parts = [load(builder, address, ir.VectorType(_I8, LANES), 2 + LANES * i) for i in range(2)]
     return [builder.fmul(builder.sitofp(builder.sext(part, _VI32), _VF), scale) for part in parts]
 
 
 def _weights_bf16(builder: Builder, address: Value) -> list[Value]:
     """32 bfloat16 values: the upper halves of float32."""
-    parts = [_load(builder, address, ir.VectorType(_I16, LANES), 2 * LANES * i) for i in range(2)]
+    parts = [load(builder, address, ir.VectorType(_I16, LANES), 2 * LANES * i) for i in range(2)]
     shift = ir.Constant(_VI32, [16] * LANES)
     return [builder.bitcast(builder.shl(builder.zext(part, _VI32), shift), _VF) for part in parts]
 
@@ -166,17 +171,17 @@ def _make_dot(
                 for token, pointers in enumerate(sums):
                     address = builder.add(first, builder.mul(x_stride, _I64(token)))
                     for half in range(2):
-                        value = _load(builder, address, _VF, 4 * LANES * half)
+                        value = load(builder, address, _VF, 4 * LANES * half)
                         for r in range(num_rows):
                             pointer = pointers[half if num_rows == 1 else r]
-                            builder.store(_fma(builder, parts[r][half], value, builder.load(pointer)), pointer)
+                            builder.store(fma(builder, parts[r][half], value, builder.load(pointer)), pointer)
             for token, pointers in enumerate(sums):
                 target = builder.add(out, builder.mul(out_stride, _I64(token)))
                 values = [builder.load(pointer) for pointer in pointers]
                 if num_rows == 1:
                     values = [builder.fadd(values[0], values[1])]
                 for r, value in enumerate(values):
-                    _store(builder, _sum_lanes(builder, value), target, 4 * r)
+                    store(builder, sum_lanes(builder, value), target, 4 * r)
             return context.get_dummy_value()
 
         return types.void(*[types.intp] * 6), emit
@@ -219,7 +224,7 @@ def _dot_bytes(builder: Builder, total: Value, unsigned: Value, signed: Value) -
 
 def _splat_int(builder: Builder, address: Value, offset: int) -> Value:
     undefined = ir.Constant(_VI32, ir.Undefined)
-    vector = builder.insert_element(undefined, _load(builder, address, _I32, offset), _I32(0))
+    vector = builder.insert_element(undefined, load(builder, address, _I32, offset), _I32(0))
     return builder.shuffle_vector(vector, undefined, ir.Constant(_VI32, [0] * LANES))
 
 
@@ -250,9 +255,9 @@ def _make_dot_int8(bits: int, num_tokens: int) -> Any:
             mask = builder.bitcast(ir.Constant(_VI8, [15] * 64), _VI32)
             with cgutils.for_range(builder, num_blocks) as loop:
                 block = builder.add(weights, builder.mul(loop.index, _I64(block_bytes)))
-                scale = builder.fpext(_load(builder, block, half), _VF)
-                minimum = builder.fpext(_load(builder, block, half, 32), _VF)
-                loaded = [_load(builder, block, _VI32, 64 + 64 * i) for i in range(bits)]
+                scale = builder.fpext(load(builder, block, half), _VF)
+                minimum = builder.fpext(load(builder, block, half, 32), _VF)
+                loaded = [load(builder, block, _VI32, 64 + 64 * i) for i in range(bits)]
                 codes = loaded
                 for line in range(0, block_bytes, 64):
                     _prefetch(builder, builder.add(block, _I64(_BLOCKS_AHEAD * block_bytes + line)))
@@ -269,10 +274,10 @@ def _make_dot_int8(bits: int, num_tokens: int) -> Any:
                         total = _dot_bytes(builder, total, part, _splat_int(builder, address, 4 * i))
                     where = builder.add(pair, builder.mul(scale_stride, _I64(token)))
                     both = builder.fmul(scale, _splat_load(builder, where, 0))
-                    value = _fma(builder, minimum, _splat_load(builder, where, 4), builder.load(pointer))
-                    builder.store(_fma(builder, builder.sitofp(total, _VF), both, value), pointer)
+                    value = fma(builder, minimum, _splat_load(builder, where, 4), builder.load(pointer))
+                    builder.store(fma(builder, builder.sitofp(total, _VF), both, value), pointer)
             for token, pointer in enumerate(sums):
-                _store(builder, builder.load(pointer), builder.add(out, builder.mul(out_stride, _I64(token))))
+                store(builder, builder.load(pointer), builder.add(out, builder.mul(out_stride, _I64(token))))
             return context.get_dummy_value()
 
         return types.void(*[types.intp] * 8), emit
@@ -296,21 +301,21 @@ def quantize_block(typing_context: Any, x: Any, codes: Any, scales: Any) -> Any:
             function_type = ir.FunctionType(kind, [value.type for value in values])
             return builder.call(cgutils.get_or_insert_function(builder.module, function_type, name), values)
 
-        parts = [_load(builder, x, _VF, 64 * i) for i in range(2)]
+        parts = [load(builder, x, _VF, 64 * i) for i in range(2)]
         sizes = [call("llvm.fabs.v16f32", _VF, part) for part in parts]
         larger = builder.select(builder.fcmp_ordered(">", sizes[0], sizes[1]), sizes[0], sizes[1])
         largest = call("llvm.vector.reduce.fmax.v16f32", _F32, larger)
         inverse = builder.fdiv(_F32(127.0), largest)
         inverse = builder.select(builder.fcmp_ordered(">", largest, _F32(1e-30)), inverse, _F32(0.0))
         scale = builder.fmul(largest, _F32(1.0 / 127.0))
-        factor, total = _splat(builder, inverse), ir.Constant(_VI32, None)
+        factor, total = splat(builder, inverse), ir.Constant(_VI32, None)
         for i, part in enumerate(parts):
             rounded = builder.fptosi(call("llvm.rint.v16f32", _VF, builder.fmul(part, factor)), _VI32)
             total = builder.add(total, rounded)
-            _store(builder, builder.trunc(rounded, ir.VectorType(_I8, LANES)), codes, LANES * i)
+            store(builder, builder.trunc(rounded, ir.VectorType(_I8, LANES)), codes, LANES * i)
         count = builder.sitofp(call("llvm.vector.reduce.add.v16i32", _I32, total), _F32)
-        _store(builder, scale, scales)
-        _store(builder, builder.fmul(scale, count), scales, 4)
+        store(builder, scale, scales)
+        store(builder, builder.fmul(scale, count), scales, 4)
         return context.get_dummy_value()
 
     return types.void(*[types.intp] * 3), emit
@@ -326,14 +331,14 @@ def _make_scores(num_vectors: int) -> Any:
     def scores(typing_context: Any, q: Any, keys: Any, count: Any, stride: Any, out: Any) -> Any:
         def emit(context: Any, builder: Builder, signature: Any, arguments: Any) -> Value:
             q, keys, count, stride, out = arguments
-            query = [_load(builder, q, _VF, 64 * i) for i in range(num_vectors)]
+            query = [load(builder, q, _VF, 64 * i) for i in range(num_vectors)]
             with cgutils.for_range(builder, count) as loop:
                 key = builder.add(keys, builder.mul(loop.index, stride))
-                total = builder.fmul(query[0], _load(builder, key, _VF))
+                total = builder.fmul(query[0], load(builder, key, _VF))
                 for i in range(1, num_vectors):
-                    total = _fma(builder, query[i], _load(builder, key, _VF, 64 * i), total)
+                    total = fma(builder, query[i], load(builder, key, _VF, 64 * i), total)
                 where = builder.add(out, builder.mul(loop.index, _I64(4)))
-                _store(builder, builder.fadd(_load(builder, where, _F32), _sum_lanes(builder, total)), where)
+                store(builder, builder.fadd(load(builder, where, _F32), sum_lanes(builder, total)), where)
             return context.get_dummy_value()
 
         return types.void(*[types.intp] * 5), emit
@@ -350,15 +355,15 @@ def _make_weighted_sum(num_vectors: int) -> Any:
             p, values, count, stride, out = arguments
             sums = [cgutils.alloca_once(builder, _VF) for _ in range(num_vectors)]
             for i, pointer in enumerate(sums):
-                builder.store(_load(builder, out, _VF, 64 * i), pointer)
+                builder.store(load(builder, out, _VF, 64 * i), pointer)
             with cgutils.for_range(builder, count) as loop:
-                weight = _splat(builder, _load(builder, builder.add(p, builder.mul(loop.index, _I64(4))), _F32))
+                weight = splat(builder, load(builder, builder.add(p, builder.mul(loop.index, _I64(4))), _F32))
                 value = builder.add(values, builder.mul(loop.index, stride))
                 for i, pointer in enumerate(sums):
-                    part = _load(builder, value, _VF, 64 * i)
-                    builder.store(_fma(builder, weight, part, builder.load(pointer)), pointer)
+                    part = load(builder, value, _VF, 64 * i)
+                    builder.store(fma(builder, weight, part, builder.load(pointer)), pointer)
             for i, pointer in enumerate(sums):
-                _store(builder, builder.load(pointer), out, 64 * i)
+                store(builder, builder.load(pointer), out, 64 * i)
             return context.get_dummy_value()
 
         return types.void(*[types.intp] * 5), emit
@@ -387,15 +392,15 @@ def scores_tile(typing_context: Any, queries: Any, keys: Any, head_dim: Any, out
         with cgutils.for_range(builder, head_dim) as loop:
             key = builder.add(keys, builder.mul(loop.index, _I64(4 * KEYS)))
             query = builder.add(queries, builder.mul(loop.index, _I64(4 * ROWS)))
-            halves = [_load(builder, key, _VF, 4 * LANES * half) for half in range(2)]
+            halves = [load(builder, key, _VF, 4 * LANES * half) for half in range(2)]
             for row, pointers in enumerate(sums):
                 value = _splat_load(builder, query, 4 * row)
                 for half, pointer in zip(halves, pointers, strict=True):
-                    builder.store(_fma(builder, value, half, builder.load(pointer)), pointer)
+                    builder.store(fma(builder, value, half, builder.load(pointer)), pointer)
         for row, pointers in enumerate(sums):
             target = builder.add(out, builder.mul(out_stride, _I64(row)))
             for half, pointer in enumerate(pointers):
-                _store(builder, builder.load(pointer), target, 4 * LANES * half)
+                store(builder, builder.load(pointer), target, 4 * LANES * half)
         return context.get_dummy_value()
 
     return types.void(*[types.intp] * 5), emit
@@ -418,18 +423,18 @@ def _make_weighted_tile(num_vectors: int) -> Any:
             sums = [[cgutils.alloca_once(builder, _VF) for _ in range(num_vectors)] for _ in range(ROWS)]
             for target, pointers in zip(targets, sums, strict=True):
                 for i, pointer in enumerate(pointers):
-                    builder.store(_load(builder, target, _VF, 64 * i), pointer)
+                    builder.store(load(builder, target, _VF, 64 * i), pointer)
             with cgutils.for_range(builder, count) as loop:
                 value = builder.add(values, builder.mul(loop.index, stride))
-                parts = [_load(builder, value, _VF, 64 * i) for i in range(num_vectors)]
+                parts = [load(builder, value, _VF, 64 * i) for i in range(num_vectors)]
                 offset = builder.mul(loop.index, _I64(4))
                 for source, pointers in zip(sources, sums, strict=True):
                     weight = _splat_load(builder, builder.add(source, offset), 0)
                     for part, pointer in zip(parts, pointers, strict=True):
-                        builder.store(_fma(builder, weight, part, builder.load(pointer)), pointer)
+                        builder.store(fma(builder, weight, part, builder.load(pointer)), pointer)
             for target, pointers in zip(targets, sums, strict=True):
                 for i, pointer in enumerate(pointers):
-                    _store(builder, builder.load(pointer), target, 64 * i)
+                    store(builder, builder.load(pointer), target, 64 * i)
             return context.get_dummy_value()
 
         return types.void(*[types.intp] * 7), emit
@@ -446,9 +451,9 @@ def largest_of(typing_context: Any, address: Any, num_vectors: Any) -> Any:
 
     def emit(context: Any, builder: Builder, signature: Any, arguments: Any) -> Value:
         address, num_vectors = arguments
-        best = cgutils.alloca_once_value(builder, _load(builder, address, _VF))
+        best = cgutils.alloca_once_value(builder, load(builder, address, _VF))
         with cgutils.for_range(builder, num_vectors) as loop:
-            value = _load(builder, builder.add(address, builder.mul(loop.index, _I64(64))), _VF)
+            value = load(builder, builder.add(address, builder.mul(loop.index, _I64(64))), _VF)
             current = builder.load(best)
             builder.store(builder.select(builder.fcmp_ordered(">", value, current), value, current), best)
         kind = ir.FunctionType(_F32, [_VF])
@@ -461,16 +466,18 @@ def largest_of(typing_context: Any, address: Any, num_vectors: Any) -> Any:
 @intrinsic
 def float32_at(typing_context: Any, address: Any) -> Any:
     """A float32 pointer (for `numba.carray`) from an integer address."""
-    return _pointer(types.float32)
+    return pointer_to(types.float32)
 
 
 @intrinsic
 def int32_at(typing_context: Any, address: Any) -> Any:
     """An int32 pointer (for `numba.carray`) from an integer address."""
-    return _pointer(types.int32)
+    return pointer_to(types.int32)
 
 
-def _pointer(kind: Any) -> Any:
+def pointer_to(kind: Any) -> Any:
+    """What an intrinsic returns that turns an integer address into a pointer to `kind`."""
+
     def emit(context: Any, builder: Builder, signature: Any, arguments: Any) -> Value:
         return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
 
