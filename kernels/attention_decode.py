@@ -59,6 +59,9 @@ def attention_decode(
         return attention_decode_cpu.attention_decode_cpu(
             q, k_cache, v_cache, meta.kv_lens, meta.rows, meta.page_table, scale, window, out
         )
+    if not q.is_cuda and q.dtype is not k_cache.dtype:
+        result = attention_decode(q.to(k_cache.dtype), k_cache, v_cache, meta, scale, window)
+        return result.to(q.dtype) if out is None else out.copy_(result)
     if not q.is_cuda:
         return attention_decode_reference(q, k_cache, v_cache, meta, scale, window, out)
     if meta.tree is not None and window is None:

@@ -8,7 +8,8 @@ The keys and values of the new tokens must already be in the cache. Position j o
 `page_table[row, j // P]`, offset `j % P`, of caches `[N, K, P, D]`. Softmax and sums are in fp32. Tokens before those
 of the first sequence are left alone. Those past the last sequence are padding; on a GPU they are left alone, too.
 
-`attention_extend` takes the reference on the CPU and `attention_extend_triton` on a GPU.
+`attention_extend` takes compiled kernels on the CPU, where q may be bfloat16 beside an fp32 cache, and
+`attention_extend_triton` on a GPU.
 """
 
 from __future__ import annotations
@@ -68,14 +69,21 @@ def _attention_extend_host(
     window: int | None,
     out: Tensor | None,
 ) -> Tensor:
-    from ramet.kernels import attention_extend_cpu as compiled  # it brings numba: not needed for a GPU
+    from ramet.kernels import attention_extend_amx, attention_extend_cpu  # they bring numba: not needed for a GPU
 
-    if meta.q_lens_host is None or meta.kv_lens_host is None or not compiled.takes(q, k_cache, meta.page_table):
-        return attention_extend_reference(q, k_cache, v_cache, meta, scale, window, out)
     if out is None:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lens = meta.rows.tolist(), meta.q_lens_host, meta.kv_lens_host
-    return compiled.attention_extend_cpu(q, k_cache, v_cache, meta.page_table, *lens, scale, window, out)
+    if meta.q_lens_host is not None and meta.kv_lens_host is not None:
+        lens = meta.rows.tolist(), meta.q_lens_host, meta.kv_lens_host
+        if attention_extend_amx.takes(q, k_cache, meta.page_table):
+            run = attention_extend_amx.attention_extend_amx
+            return run(q, k_cache, v_cache, meta.page_table, *lens, scale, window, out)
+        if attention_extend_cpu.takes(q, k_cache, meta.page_table):
+            run = attention_extend_cpu.attention_extend_cpu
+            return run(q, k_cache, v_cache, meta.page_table, *lens, scale, window, out)
+    if q.dtype is not k_cache.dtype:
+        return out.copy_(_attention_extend_host(q.to(k_cache.dtype), k_cache, v_cache, meta, scale, window, None))
+    return attention_extend_reference(q, k_cache, v_cache, meta, scale, window, out)
 
 
 def gather_pages(cache: Tensor, pages: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 
 from numba import types
 
+from ramet.kernels.cpu_amx import has_tiles
 from ramet.kernels.cpu_threads import MODULES, Kernel
 from ramet.kernels.cpu_vectors import has_int8_products
 
@@ -34,7 +35,7 @@ def load_functions(on_compile: Callable[[], None]) -> None:
 def functions() -> Iterator[Any]:  # Any: kernels, and what `compiled` returned
     """What this CPU can run, module by module."""
     for name in MODULES:
-        if name == "block_int8" and not has_int8_products():
+        if (name == "block_int8" and not has_int8_products()) or (name == "attention_extend_amx" and not has_tiles()):
             continue  # its instructions are unknown here
         for value in vars(importlib.import_module(f"ramet.kernels.{name}")).values():
             options = getattr(value, "targetoptions", None)  # numba's; no_cpython_wrapper: an inner function

@@ -1,8 +1,9 @@
-"""Norms, gated activations and rotary + cache write in fp32 on the CPU, compiled; prompts on torch's threads.
+"""Norms, gated activations and rotary + cache write on the CPU, compiled; prompts on torch's threads.
 
 At batch 1 a torch call costs 2 to 5 us and these ops are two to ten calls each, once or more per layer; here each is
 one call of about 2 us, and one pass over memory. Same results as the torch references in `norm.py`, `activation.py` and
-`rope.py`, which dispatch to this module where `takes` says so. Not here: other dtypes.
+`rope.py`, which dispatch to this module where `takes` says so. Arithmetic is in fp32; what goes into products and
+comes out of them may be bfloat16, while weights, residual and caches are fp32. Not here: other dtypes.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from numba import carray
 from torch import Tensor
 
+from ramet.kernels.cpu_bf16 import narrow, uint16_at, widen
 from ramet.kernels.cpu_program import empty
 from ramet.kernels.cpu_threads import (
     Kernel,
@@ -30,39 +32,52 @@ from ramet.kernels.cpu_vectors import float32_at, int32_at
 _PARALLEL_VALUES = 65_536
 
 
-def takes(x: Tensor) -> bool:
-    """True for a tensor that these functions handle."""
-    return x.dtype is torch.float32 and x.device.type == "cpu" and x.is_contiguous()
+_DTYPES = torch.float32, torch.bfloat16
+
+
+def takes(x: Tensor, weight: Tensor | None = None) -> bool:
+    """True for a tensor that these functions handle, with such a weight."""
+    has_weight = weight is None or weight.dtype is torch.float32
+    return x.dtype in _DTYPES and x.device.type == "cpu" and x.is_contiguous() and has_weight
 
 
 def _threads(x: Tensor) -> int:
     return thread_count() if x.numel() >= _PARALLEL_VALUES else 1
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def _kinds(*tensors: Tensor) -> int:
+    """Bit i: tensor i is in bfloat16."""
+    return sum((tensor.dtype is torch.bfloat16) << i for i, tensor in enumerate(tensors))
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype = torch.float32) -> Tensor:
     """As `norm.rms_norm`, for x [T, N] or any shape whose last axis is N."""
-    out = empty(x.shape)
+    out = empty(x.shape, dtype)
     size = x.shape[-1]
     addresses = x.data_ptr(), weight.data_ptr(), out.data_ptr()
-    _rms_norm_kernel(*addresses, x.numel() // size, size, float_bits(eps), threads=_threads(x))
+    sizes = x.numel() // size, size, float_bits(eps), _kinds(x, out)
+    _rms_norm_kernel(*addresses, *sizes, threads=_threads(x))
     return out
 
 
-def fused_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def fused_add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
     """As `norm.fused_add_rms_norm`; both inputs contiguous."""
-    out, total = empty(x.shape), empty(x.shape)
+    out, total = empty(x.shape, dtype), empty(x.shape)
     size = x.shape[-1]
     addresses = x.data_ptr(), residual.data_ptr(), weight.data_ptr(), out.data_ptr(), total.data_ptr()
-    _add_rms_norm_kernel(*addresses, x.numel() // size, size, float_bits(eps), threads=_threads(x))
+    sizes = x.numel() // size, size, float_bits(eps), _kinds(x, out)
+    _add_rms_norm_kernel(*addresses, *sizes, threads=_threads(x))
     return out, total
 
 
 def gated_activation(gate_up: Tensor, is_gelu: bool) -> Tensor:
     """As `activation.silu_and_mul`, or `gelu_tanh_and_mul`, for gate_up [T, 2 * I]."""
     num_rows, double = gate_up.shape
-    out = empty((num_rows, double // 2))
+    out = empty((num_rows, double // 2), gate_up.dtype)
     addresses = gate_up.data_ptr(), out.data_ptr()
-    _gated_kernel(*addresses, num_rows, double // 2, int(is_gelu), threads=_threads(gate_up))
+    _gated_kernel(*addresses, num_rows, double // 2, int(is_gelu), _kinds(out), threads=_threads(gate_up))
     return out
 
 
@@ -90,7 +105,7 @@ def rope_and_write_kv(
 ) -> Tensor:
     """As `rope.rope_and_write_kv`; positions int32, heads contiguous in their token, caches contiguous."""
     num_tokens, num_heads, head_dim = q.shape
-    out = empty((num_tokens, num_heads, head_dim))
+    out = empty((num_tokens, num_heads, head_dim), q.dtype)
     _rope_kernel(
         q.data_ptr(),
         k.data_ptr(),
@@ -113,6 +128,7 @@ def rope_and_write_kv(
         head_dim,
         k_cache.shape[2],
         float_bits(eps),
+        _kinds(q),
         threads=_threads(q),
     )
     return out
@@ -122,7 +138,7 @@ def takes_rope(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, kv_slots: Ten
     """True where `rope_and_write_kv` of this module applies."""
     head_dim = q.shape[2]
     return (
-        q.dtype is torch.float32
+        q.dtype in _DTYPES
         and q.device.type == "cpu"
         and positions.dtype is torch.int32
         and kv_slots.dtype is torch.int32
@@ -156,115 +172,97 @@ def exp32(x: Any) -> Any:  # Any: np.float32
 
 
 @inner
-def _rms_norm(x: int, weight: int, out: int, num_rows: int, size: int, eps: float) -> None:
-    source = carray(float32_at(x), (num_rows, size))
-    target = carray(float32_at(out), (num_rows, size))
-    scales = carray(float32_at(weight), (size,))
-    for row in range(num_rows):
-        _normalize(source[row], scales, target[row], eps)
+def _rms_norm(x: Any, weight: int, out: Any, eps: Any) -> None:  # Any: arrays of rows, np.float32
+    scales = carray(float32_at(weight), (x.shape[1],))
+    for row in range(len(x)):
+        _normalize(x[row], scales, out[row], eps)
 
 
 @inner
-def _normalize(source: Any, weight: Any, target: Any, eps: Any) -> None:  # Any: float32 arrays and a float32
+def _normalize(source: Any, weight: Any, target: Any, eps: Any) -> None:  # Any: arrays and a float32
     squares = np.float32(0.0)
     for i in range(len(source)):
-        squares += source[i] * source[i]
+        squares += widen(source[i]) * widen(source[i])
     scale = np.float32(1.0) / np.sqrt(squares / np.float32(len(source)) + eps)
     for i in range(len(source)):
-        target[i] = source[i] * scale * weight[i]
+        target[i] = narrow(widen(source[i]) * scale * weight[i], target[i])
 
 
 @inner
-def _add_rms_norm(
-    x: int, residual: int, weight: int, out: int, total: int, num_rows: int, size: int, eps: float
-) -> None:
-    left, right = carray(float32_at(x), (num_rows, size)), carray(float32_at(residual), (num_rows, size))
-    sums, target = carray(float32_at(total), (num_rows, size)), carray(float32_at(out), (num_rows, size))
+def _add_rms_norm(x: Any, residual: int, weight: int, out: Any, total: int, eps: Any) -> None:
+    size = x.shape[1]
+    right, sums = carray(float32_at(residual), x.shape), carray(float32_at(total), x.shape)
     scales = carray(float32_at(weight), (size,))
-    for row in range(num_rows):
+    for row in range(len(x)):
         for i in range(size):
-            sums[row, i] = left[row, i] + right[row, i]
-        _normalize(sums[row], scales, target[row], eps)
+            sums[row, i] = widen(x[row, i]) + right[row, i]
+        _normalize(sums[row], scales, out[row], eps)
 
 
 @inner
-def _gated_activation(gate_up: int, out: int, num_rows: int, size: int, is_gelu: bool) -> None:
-    source = carray(float32_at(gate_up), (num_rows, 2 * size))
-    target = carray(float32_at(out), (num_rows, size))
-    one = np.float32(1.0)
-    for row in range(num_rows):
+def _gated_activation(source: Any, target: Any, is_gelu: bool) -> None:  # Any: arrays of rows
+    size, one = target.shape[1], np.float32(1.0)
+    for row in range(len(source)):
         if is_gelu:
             for i in range(size):
-                gate = source[row, i]
+                gate = widen(source[row, i])
                 inner = np.float32(0.7978845608) * (gate + np.float32(0.044715) * gate * gate * gate)
                 # 0.5 * (1 + tanh(y)) is the logistic function of 2 y
-                target[row, i] = gate / (one + exp32(np.float32(-2.0) * inner)) * source[row, size + i]
+                activated = gate / (one + exp32(np.float32(-2.0) * inner))
+                target[row, i] = narrow(activated * widen(source[row, size + i]), target[row, i])
         else:
             for i in range(size):
-                gate = source[row, i]
-                target[row, i] = gate / (one + exp32(-gate)) * source[row, size + i]
+                gate = widen(source[row, i])
+                activated = gate / (one + exp32(-gate))
+                target[row, i] = narrow(activated * widen(source[row, size + i]), target[row, i])
 
 
 @inner
-def _rotate(source: Any, target: Any, cos: Any, sin: Any, weight: Any, eps: Any) -> None:  # Any: float32 arrays
+def _rotate(source: Any, target: Any, cos: Any, sin: Any, weight: Any, eps: Any) -> None:  # Any: arrays, np.float32
     """Normalise one head by `weight` (empty: not at all), then rotate it."""
     half = len(source) // 2
-    if len(weight) > 0:
-        _normalize(source, weight, target, eps)
-    else:
-        for i in range(2 * half):
-            target[i] = source[i]
+    if len(weight) == 0:
+        for i in range(half):
+            first, second = widen(source[i]), widen(source[half + i])
+            target[i] = narrow(first * cos[i] - second * sin[i], target[i])
+            target[half + i] = narrow(second * cos[i] + first * sin[i], target[i])
+        return
+    squares = np.float32(0.0)
+    for i in range(2 * half):
+        squares += widen(source[i]) * widen(source[i])
+    scale = np.float32(1.0) / np.sqrt(squares / np.float32(2 * half) + eps)
     for i in range(half):
-        first, second = target[i], target[half + i]
-        target[i] = first * cos[i] - second * sin[i]
-        target[half + i] = second * cos[i] + first * sin[i]
+        first, second = widen(source[i]) * scale * weight[i], widen(source[half + i]) * scale * weight[half + i]
+        target[i] = narrow(first * cos[i] - second * sin[i], target[i])
+        target[half + i] = narrow(second * cos[i] + first * sin[i], target[i])
 
 
 @inner
 def _rope_and_write_kv(
-    q: int,
-    k: int,
-    v: int,
-    q_stride: int,
-    k_stride: int,
-    v_stride: int,
-    cos: int,
-    sin: int,
-    positions: int,
-    kv_slots: int,
-    k_cache: int,
-    v_cache: int,
-    q_norm: int,
-    k_norm: int,
-    out: int,
-    num_tokens: int,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    page_size: int,
-    eps: Any,  # np.float32
-) -> None:
-    half = head_dim // 2
-    position_of = carray(int32_at(positions), (num_tokens,))
-    slot_of = carray(int32_at(kv_slots), (num_tokens,))
-    q_weight = carray(float32_at(q_norm), (head_dim if q_norm else 0,))
-    k_weight = carray(float32_at(k_norm), (head_dim if k_norm else 0,))
-    for token in range(num_tokens):
+    a: Any, q: Any, k: Any, v: Any, out: Any, low: int, high: int
+) -> None:  # Any: int64 array of the kernel, arrays of one kind
+    """Tokens [low, high)."""
+    num_heads, num_kv_heads, head_dim, page_size = a[16], a[17], a[18], a[19]
+    eps, half = bits_float(a[20]), head_dim // 2
+    position_of = carray(int32_at(a[8]), (high,))
+    slot_of = carray(int32_at(a[9]), (high,))
+    q_weight = carray(float32_at(a[12]), (head_dim if a[12] else 0,))
+    k_weight = carray(float32_at(a[13]), (head_dim if a[13] else 0,))
+    for token in range(low, high):
         table = np.int64(position_of[token]) * half * 4
-        c, s = carray(float32_at(cos + table), (half,)), carray(float32_at(sin + table), (half,))
+        c, s = carray(float32_at(a[6] + table), (half,)), carray(float32_at(a[7] + table), (half,))
         for head in range(num_heads):
-            source = carray(float32_at(q + 4 * (token * q_stride + head * head_dim)), (head_dim,))
-            target = carray(float32_at(out + 4 * (token * num_heads + head) * head_dim), (head_dim,))
-            _rotate(source, target, c, s, q_weight, eps)
+            begin, target = token * a[3] + head * head_dim, (token * num_heads + head) * head_dim
+            _rotate(q[begin : begin + head_dim], out[target : target + head_dim], c, s, q_weight, eps)
         page, offset = np.int64(slot_of[token]) // page_size, np.int64(slot_of[token]) % page_size
         for head in range(num_kv_heads):
             where = 4 * ((page * num_kv_heads + head) * page_size + offset) * head_dim
-            key = carray(float32_at(k + 4 * (token * k_stride + head * head_dim)), (head_dim,))
-            _rotate(key, carray(float32_at(k_cache + where), (head_dim,)), c, s, k_weight, eps)
-            value = carray(float32_at(v + 4 * (token * v_stride + head * head_dim)), (head_dim,))
-            target = carray(float32_at(v_cache + where), (head_dim,))
+            begin = token * a[4] + head * head_dim
+            _rotate(k[begin : begin + head_dim], carray(float32_at(a[10] + where), (head_dim,)), c, s, k_weight, eps)
+            begin = token * a[5] + head * head_dim
+            value = carray(float32_at(a[11] + where), (head_dim,))
             for i in range(head_dim):
-                target[i] = value[i]
+                value[i] = widen(v[begin + i])
 
 
 # ---- The same on many threads: each takes neighbouring rows ----
@@ -276,28 +274,63 @@ def _share(num_rows: Any) -> Any:  # np.int64 and a pair of them
     return num_rows * index // count, num_rows * (index + 1) // count
 
 
+@inner
+def _float_rows(address: int, low: int, high: int, size: int) -> Any:
+    """Rows [low, high) of fp32."""
+    return carray(float32_at(address + low * size * 4), (high - low, size))
+
+
+@inner
+def _half_rows(address: int, low: int, high: int, size: int) -> Any:
+    """Rows [low, high) of bfloat16."""
+    return carray(uint16_at(address + low * size * 2), (high - low, size))
+
+
 @Kernel
 def _rms_norm_kernel(pointer: Any) -> None:  # Any: int64*
-    a = carray(pointer, 6)
+    a = carray(pointer, 7)
     low, high = _share(a[3])
-    skip = low * a[4] * 4
-    _rms_norm(a[0] + skip, a[1], a[2] + skip, high - low, a[4], bits_float(a[5]))
+    size, eps, kinds = a[4], bits_float(a[5]), a[6]
+    if kinds == 0:
+        _rms_norm(_float_rows(a[0], low, high, size), a[1], _float_rows(a[2], low, high, size), eps)
+    elif kinds == 1:
+        _rms_norm(_half_rows(a[0], low, high, size), a[1], _float_rows(a[2], low, high, size), eps)
+    elif kinds == 2:
+        _rms_norm(_float_rows(a[0], low, high, size), a[1], _half_rows(a[2], low, high, size), eps)
+    else:
+        _rms_norm(_half_rows(a[0], low, high, size), a[1], _half_rows(a[2], low, high, size), eps)
 
 
 @Kernel
 def _add_rms_norm_kernel(pointer: Any) -> None:  # Any: int64*
-    a = carray(pointer, 8)
+    a = carray(pointer, 9)
     low, high = _share(a[5])
-    skip = low * a[6] * 4
-    _add_rms_norm(a[0] + skip, a[1] + skip, a[2], a[3] + skip, a[4] + skip, high - low, a[6], bits_float(a[7]))
+    size, eps, kinds = a[6], bits_float(a[7]), a[8]
+    skip = low * size * 4
+    residual, total = a[1] + skip, a[4] + skip
+    if kinds == 0:
+        x, out = _float_rows(a[0], low, high, size), _float_rows(a[3], low, high, size)
+        _add_rms_norm(x, residual, a[2], out, total, eps)
+    elif kinds == 1:
+        x_half, out = _half_rows(a[0], low, high, size), _float_rows(a[3], low, high, size)
+        _add_rms_norm(x_half, residual, a[2], out, total, eps)
+    elif kinds == 2:
+        x, out_half = _float_rows(a[0], low, high, size), _half_rows(a[3], low, high, size)
+        _add_rms_norm(x, residual, a[2], out_half, total, eps)
+    else:
+        x_half, out_half = _half_rows(a[0], low, high, size), _half_rows(a[3], low, high, size)
+        _add_rms_norm(x_half, residual, a[2], out_half, total, eps)
 
 
 @Kernel
 def _gated_kernel(pointer: Any) -> None:  # Any: int64*
-    a = carray(pointer, 5)
+    a = carray(pointer, 6)
     low, high = _share(a[2])
-    skip = low * a[3] * 4
-    _gated_activation(a[0] + 2 * skip, a[1] + skip, high - low, a[3], a[4] != 0)
+    size, is_gelu = a[3], a[4] != 0
+    if a[5] == 0:
+        _gated_activation(_float_rows(a[0], low, high, 2 * size), _float_rows(a[1], low, high, size), is_gelu)
+    else:
+        _gated_activation(_half_rows(a[0], low, high, 2 * size), _half_rows(a[1], low, high, size), is_gelu)
 
 
 @Kernel
@@ -319,28 +352,14 @@ def _mask_kernel(pointer: Any) -> None:  # Any: int64*
 
 @Kernel
 def _rope_kernel(pointer: Any) -> None:  # Any: int64*
-    a = carray(pointer, 21)
+    a = carray(pointer, 22)
     low, high = _share(a[15])
-    _rope_and_write_kv(
-        a[0] + low * a[3] * 4,
-        a[1] + low * a[4] * 4,
-        a[2] + low * a[5] * 4,
-        a[3],
-        a[4],
-        a[5],
-        a[6],
-        a[7],
-        a[8] + low * 4,
-        a[9] + low * 4,
-        a[10],
-        a[11],
-        a[12],
-        a[13],
-        a[14] + low * a[16] * a[18] * 4,
-        high - low,
-        a[16],
-        a[17],
-        a[18],
-        a[19],
-        bits_float(a[20]),
-    )
+    size = high * a[16] * a[18]
+    if a[21] == 0:
+        q, k, v = float32_at(a[0]), float32_at(a[1]), float32_at(a[2])
+        heads = carray(q, (high * a[3],)), carray(k, (high * a[4],)), carray(v, (high * a[5],))
+        _rope_and_write_kv(a, *heads, carray(float32_at(a[14]), (size,)), low, high)
+    else:
+        q, k, v = uint16_at(a[0]), uint16_at(a[1]), uint16_at(a[2])
+        heads = carray(q, (high * a[3],)), carray(k, (high * a[4],)), carray(v, (high * a[5],))
+        _rope_and_write_kv(a, *heads, carray(uint16_at(a[14]), (size,)), low, high)

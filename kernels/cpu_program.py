@@ -85,10 +85,10 @@ class Program:
         parallel(_walk.address, self._arguments, thread_count())
 
 
-def empty(shape: Sequence[int]) -> Tensor:
-    """An fp32 tensor on the CPU for a kernel's result: from the pool while a program is being recorded."""
+def empty(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+    """A tensor on the CPU for a kernel's result: in fp32, from the pool while a program is being recorded."""
     pool: Pool | None = getattr(recording, "pool", None)
-    return torch.empty(shape, dtype=torch.float32) if pool is None else pool.empty(shape)
+    return torch.empty(shape, dtype=dtype) if pool is None or dtype is not torch.float32 else pool.empty(shape)
 
 
 def _unowned(tensor: Tensor) -> Tensor:

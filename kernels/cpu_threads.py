@@ -41,6 +41,8 @@ _REORDER = {"reassoc", "contract", "nsz", "arcp"}
 MODULES = (
     "cpu_threads",
     "cpu_vectors",
+    "cpu_bf16",
+    "cpu_amx",
     "cpu_program",
     "cpu_pointwise",
     "sampling_cpu",
@@ -48,6 +50,7 @@ MODULES = (
     "block_int8",
     "attention_decode_cpu",
     "attention_extend_cpu",
+    "attention_extend_amx",
 )
 
 

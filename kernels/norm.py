@@ -18,20 +18,25 @@ from ramet.kernels import cpu_pointwise
 from ramet.kernels.triton_support import jit, next_power_of_two, tl
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Normalise the last axis of `x` [T, N] by `weight` [N]; computed in fp32, returned in x's dtype."""
-    if cpu_pointwise.takes(x):
-        return cpu_pointwise.rms_norm(x, weight, eps)
+def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
+    """Normalise the last axis of `x` [T, N] by `weight` [N]; computed in fp32, returned in `dtype`, else x's."""
+    if cpu_pointwise.takes(x, weight):
+        return cpu_pointwise.rms_norm(x, weight, eps, dtype or x.dtype)
+    assert dtype is None or dtype is x.dtype, "mixed dtypes are for fp32 weights on a CPU"
     return (rms_norm_triton if x.is_cuda else rms_norm_reference)(x, weight, eps)
 
 
-def fused_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def fused_add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
     """Add `x` to `residual` (both [T, N]) and normalise the sum; return (normed, new_residual).
 
-    The sum is rounded to the model dtype first, so that it equals an unfused add followed by `rms_norm`.
+    The sum is rounded to the residual's dtype first, so that it equals an unfused add followed by `rms_norm`. `normed`
+    is in `dtype`, else the residual's; on a CPU, x and it may be bfloat16 beside an fp32 residual.
     """
-    if cpu_pointwise.takes(x) and residual.is_contiguous():
-        return cpu_pointwise.fused_add_rms_norm(x, residual, weight, eps)
+    if residual.dtype is torch.float32 and cpu_pointwise.takes(x, weight) and residual.is_contiguous():
+        return cpu_pointwise.fused_add_rms_norm(x, residual, weight, eps, dtype or residual.dtype)
+    assert dtype is None or dtype is residual.dtype, "mixed dtypes are for fp32 weights on a CPU"
     run = fused_add_rms_norm_triton if x.is_cuda else fused_add_rms_norm_reference
     return run(x, residual, weight, eps)
 

@@ -89,9 +89,13 @@ def build_decoder(
     """
     device = torch.device(device)
     if quantization is not None or (dtype == "auto" and device.type == "cpu"):
-        from ramet.runtime.models.linear_cpu import block_storage  # compiles CPU code: not needed for a GPU
+        # These compile CPU code: not needed for a GPU.
+        from ramet.runtime.models.bf16_activations import apply_bf16_activations
+        from ramet.runtime.models.linear_cpu import block_storage
 
-        return _Builder(config, block_storage(weights, device, dtype, quantization)).build()
+        storage = block_storage(weights, device, dtype, quantization)
+        decoder = _Builder(config, storage).build()
+        return apply_bf16_activations(decoder) if storage.features.tiles else decoder
     return _Builder(config, PlainStorage(weights, device, torch.bfloat16 if dtype == "auto" else dtype)).build()
 
 

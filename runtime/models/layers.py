@@ -96,6 +96,7 @@ class DecoderLayer:
     """Attention and feed-forward with their norms (weights [hidden]).
 
     `attention_out_norm`, `feed_forward_out_norm`: Gemma 3 also normalises what a block adds to the residual.
+    `rounds_above`: with more tokens than this, products and attention get and give bfloat16 beside an fp32 residual.
     """
 
     attention: Attention
@@ -105,18 +106,21 @@ class DecoderLayer:
     attention_out_norm: Tensor | None
     feed_forward_out_norm: Tensor | None
     eps: float
+    rounds_above: int | None = None
 
     def __call__(self, x: Tensor, residual: Tensor | None, context: ForwardContext) -> tuple[Tensor, Tensor]:
         """Run the layer; the layer's input is `x + residual` and so is its output. All [T, hidden]."""
+        eps = self.eps
+        dtype = None if self.rounds_above is None or x.shape[0] <= self.rounds_above else torch.bfloat16
         if residual is None:
-            normed, residual = rms_norm(x, self.attention_norm, self.eps), x
+            normed, residual = rms_norm(x, self.attention_norm, eps, dtype), x
         else:
-            normed, residual = fused_add_rms_norm(x, residual, self.attention_norm, self.eps)
+            normed, residual = fused_add_rms_norm(x, residual, self.attention_norm, eps, dtype)
         x = self.attention(normed, context)
         if self.attention_out_norm is not None:
-            x = rms_norm(x, self.attention_out_norm, self.eps)
-        normed, residual = fused_add_rms_norm(x, residual, self.feed_forward_norm, self.eps)
+            x = rms_norm(x, self.attention_out_norm, eps, residual.dtype)
+        normed, residual = fused_add_rms_norm(x, residual, self.feed_forward_norm, eps, dtype)
         x = self.feed_forward(normed)
         if self.feed_forward_out_norm is not None:
-            x = rms_norm(x, self.feed_forward_out_norm, self.eps)
+            x = rms_norm(x, self.feed_forward_out_norm, eps, residual.dtype)
         return x, residual
