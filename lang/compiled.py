@@ -6,13 +6,12 @@ arguments (globals, the clock, chance) is as it was when it was compiled.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ramet.errors import InvalidProgram
 from ramet.lang import ir
-from ramet.lang.backend import Backend, ProgramOptions, TakesRows, choose_backend
+from ramet.lang.backend import Backend, ProgramOptions, TakesRows, choose_backend, deadline
 from ramet.lang.run import Run
 from ramet.lang.state import State
 from ramet.lang.trace import Trace, as_argument
@@ -102,8 +101,7 @@ class Compiled:
     def _options(
         self, timeout_s: float | None, token_budget: int | None, priority: int, cache_salt: str
     ) -> ProgramOptions:
-        deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
-        return ProgramOptions(self.name, deadline_s, token_budget, priority, cache_salt)
+        return ProgramOptions(self.name, deadline(self.name, timeout_s), token_budget, priority, cache_salt)
 
     def _new_state(self, backend: Backend, options: ProgramOptions, arguments: Mapping[str, Any]) -> State:
         """A run that holds the whole graph, not submitted yet."""

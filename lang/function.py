@@ -11,7 +11,6 @@ import asyncio
 import functools
 import inspect
 import threading
-import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 from ramet.errors import ConfigError, InvalidProgram, InvalidRequest
 from ramet.lang import ir
-from ramet.lang.backend import ProgramOptions, choose_backend
+from ramet.lang.backend import ProgramOptions, choose_backend, deadline
 from ramet.lang.late import flush_late
 from ramet.lang.primitives import merge_sampling, to_sampling
 from ramet.lang.row_order import in_row_order, row_order
@@ -31,7 +30,7 @@ from ramet.lang.source_lines import line_of
 from ramet.lang.state import State
 from ramet.lang.stream import Stream
 from ramet.lang.tool_loop import use_tools
-from ramet.lang.tools import Tool, as_tools
+from ramet.lang.tools import Tool, as_tools, tools_by_name
 from ramet.lang.trace import Trace, TraceStopped, TracingRun, symbolic
 from ramet.lang.values import current_run, plain
 
@@ -72,6 +71,10 @@ class Function:
         self.body = body
         self.name: str = name or str(getattr(body, "__name__", "program"))
         self.is_async = inspect.iscoroutinefunction(body)
+        if inspect.isgeneratorfunction(body) or inspect.isasyncgenfunction(body):
+            raise InvalidProgram(
+                f"{self.name} has a `yield`, so calling it would run nothing; append to the state, and return values"
+            )
         self.defaults = dict(defaults or {})
         self.bound = dict(bound or {})
         self.tools = as_tools(tools) if tools else ()
@@ -131,12 +134,20 @@ class Function:
         A failed node raises when its value is read, not here; an exception of the function itself is raised.
         """
         if self.is_async:
+            self._refuse_loop()
             return asyncio.run(self.arun(*args, **kwargs))
         state = self._new_state(self._split(args, kwargs))
         with _cancelling(state):
             self._record(state)
             state._run.wait_all()
         return state
+
+    def _refuse_loop(self) -> None:
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            return
+        raise InvalidProgram(f"{self.name} is async and an event loop runs here; use: await {self.name}.arun(...)")
 
     async def arun(self, *args: Any, **kwargs: Any) -> State:
         """`run` for an event loop. A sync program records on a thread of its own, since it may wait for a value."""
@@ -205,6 +216,9 @@ class Function:
         calls = [self._split_row(row, kwargs) for row in rows]
         if order not in _ORDERS:
             raise ConfigError(f"order is {order!r}, but must be one of {', '.join(_ORDERS)}")
+        for name, value in (("num_threads", num_threads), ("max_live", max_live)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ConfigError(f"{name} is {value!r}, but must be an integer from 1")
         starts = list(range(len(calls)))
         if order == "prefix":
             starts = row_order(self, [call.arguments for call in calls])
@@ -320,22 +334,24 @@ class Function:
         stage = options.get("stage", "needed")
         if stage not in _STAGES:
             raise ConfigError(f"stage is {stage!r}, but must be one of {', '.join(_STAGES)}")
-        timeout_s = options.get("timeout_s")
+        seed = options.get("seed")
+        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+            raise InvalidRequest(f"{self.name}: seed is {seed!r}, but must be an integer, or None", param="seed")
         run = Run(
             choose_backend(options.get("backend")),
             ProgramOptions(
                 program=self.name,
-                deadline_s=None if timeout_s is None else time.monotonic() + timeout_s,
+                deadline_s=deadline(self.name, options.get("timeout_s")),
                 token_budget=options.get("token_budget"),
                 priority=options.get("priority", 0),
                 cache_salt=options.get("cache_salt", ""),
                 text_events=keep_events,
             ),
             sampling=call.sampling,
-            seed=options.get("seed"),
+            seed=seed,
             stage_always=stage == "always",
             keep_events=keep_events,
-            tools=options.get("tools"),
+            tools=tools_by_name(options.get("tools")),
             call_arguments=call.arguments,
         )
         return State(run)

@@ -167,14 +167,19 @@ def select(
     Scorers: `likelihood` (exact), `token_normalized`, `greedy`, `unconditional`. With `temperature` above 0 the
     choice is drawn from the probabilities.
     """
-    if not choices or isinstance(choices, str):
+    if choices is None or isinstance(choices, str) or not (choices := tuple(choices)):
         raise InvalidRequest(f"select needs a list of choices, not {choices!r}", param="choices")
+    is_number = isinstance(temperature, int | float) and not isinstance(temperature, bool)
+    if not is_number or not 0 <= temperature <= 100:
+        raise InvalidSampling(f"temperature is {temperature!r}, but must be in [0, 100]", param="temperature")
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+        raise InvalidSampling(f"seed is {seed!r}, but must be an integer, or None", param="seed")
     if scorer not in SCORERS:
         raise InvalidRequest(f"scorer is {scorer!r}, but must be one of {', '.join(SCORERS)}", param="scorer")
     for one in choices:
         if not isinstance(one, str | Value):
             raise InvalidRequest(f"a choice is {one!r}, but must be text or a generated value", param="choices")
-    return SelectExpr(name, tuple(choices), scorer, temperature, seed, return_probs)
+    return SelectExpr(name, choices, scorer, temperature, seed, return_probs)
 
 
 def system(*content: Appendable) -> RoleExpr:
@@ -194,6 +199,10 @@ def assistant(*content: Appendable) -> RoleExpr:
 
 def to_sampling(values: Mapping[str, Any]) -> Sampling:
     """Check sampling values by type and range; None means not said. Raises InvalidSampling naming the field."""
+    unknown = [name for name in values if name not in Sampling.__struct_fields__]
+    if unknown:
+        known = ", ".join(Sampling.__struct_fields__)
+        raise InvalidSampling(f"{unknown[0]!r} is no sampling value; known: {known}", param=unknown[0])
     given = {name: plain(value) for name, value in values.items() if value is not None}
     if isinstance(given.get("stop"), str):
         given["stop"] = (given["stop"],)

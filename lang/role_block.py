@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from ramet.errors import InvalidProgram
+from ramet.errors import InvalidProgram, RametError
 
 if TYPE_CHECKING:
     from ramet.lang.state import State
@@ -24,6 +25,10 @@ class RoleBlock:
         self._state._open_role(self._role)
         return self._state
 
-    def __exit__(self, kind: object, *exc: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
+        """Close the message, also where the program's own error leaves the block: it may be caught outside."""
         if kind is None:
             self._state._close_role()
+        elif issubclass(kind, Exception):
+            with suppress(RametError):  # the run may be over; the error in the block is the one to be seen
+                self._state._close_role()

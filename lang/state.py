@@ -138,8 +138,10 @@ class State:
         """The node's name: a variable written again is `name#2` in the graph; reading gives the latest."""
         if name is None:
             return None
-        if not name or "#" in name:
-            raise InvalidProgram(f"a variable is named {name!r}; use a name that isn't empty and has no '#'")
+        if not isinstance(name, str) or not name or "#" in name:
+            raise InvalidProgram(
+                f"a variable is named {name!r}; use a text that isn't empty and has no '#'", program=self._program
+            )
         count = self._counts[name] = self._counts.get(name, 0) + 1
         return name if count == 1 else f"{name}#{count}"
 
@@ -168,17 +170,17 @@ class State:
 
     @contextmanager
     def _in_role(self, role: str) -> Iterator[None]:
-        self._open_role(role)
-        yield
-        self._close_role()
+        with RoleBlock(self, role, is_used=False):
+            yield
 
     def _open_role(self, role: str) -> None:
         if self._role is not None:
             if self._role_is_inherited():
                 self._close_role()  # a branch that was forked inside of a message, and now begins the next one
             else:
+                article = "an" if self._role == "assistant" else "a"
                 raise InvalidProgram(
-                    f"a {role} message begins inside of a {self._role} message; end that one first",
+                    f"the {role} message begins inside of {article} {self._role} message; end that one first",
                     program=self._program,
                 )
         self._add(ir.Role, role=role, is_open=True)

@@ -7,6 +7,7 @@ import queue
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
+from ramet.errors import UndefinedVariable
 from ramet.lang import ir
 from ramet.lang.state import State
 
@@ -72,8 +73,7 @@ class Stream:
         finally:
             if not is_over:
                 self.state._run.cancel()
-        if self._error is not None:
-            raise self._error
+        self._check_whole()
 
     async def __aiter__(self) -> AsyncIterator[Any]:
         loop, changed = asyncio.get_running_loop(), asyncio.Event()
@@ -95,8 +95,21 @@ class Stream:
             self._wake = None
             if not is_over:
                 self.state._run.cancel()
+        self._check_whole()
+
+    def _check_whole(self) -> None:
+        """At the end: raise what the program raised, or that it never wrote the variable."""
         if self._error is not None:
             raise self._error
+        if self._var is not None:
+            names = {getattr(node, "name", None) for node in self.state._run.nodes}
+            known = {ir.variable(name) for name in names if name is not None}
+            if self._var not in known:
+                raise UndefinedVariable(
+                    f"{self.state._program}: no variable {self._var!r} was written; known: "
+                    f"{', '.join(sorted(known)) or 'none'}",
+                    program=self.state._program,
+                )
 
     def _shown(self, event: ir.NodeEvent) -> Iterator[Any]:
         if self._var is None:

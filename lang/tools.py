@@ -100,6 +100,19 @@ def as_tools(given: Sequence[Tool | Callable[..., Any]]) -> tuple[Tool, ...]:
     return tuple(found.values())
 
 
+def tools_by_name(
+    given: Mapping[str, Callable[..., Any]] | Sequence[Tool | Callable[..., Any]] | None,
+) -> dict[str, Callable[..., Any]]:
+    """Functions by the names that tool calls have: as given, or those of a list of tools. Raises InvalidRequest."""
+    if isinstance(given, Mapping) and all(callable(one) for one in given.values()):
+        return dict(given)
+    if isinstance(given, list | tuple) and all(callable(one) for one in given):
+        return {one.name: one for one in as_tools(given)}
+    if given is None:
+        return {}
+    raise InvalidRequest(f"tools is {given!r}, but must be a list of tools, or functions by name", param="tools")
+
+
 def declared(tools: Sequence[Tool]) -> str:
     """The JSON of a Tools node."""
     return json.dumps([one.declaration() for one in tools], ensure_ascii=False, separators=(",", ":"))

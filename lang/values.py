@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from itertools import count
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ramet.errors import InvalidProgram
 from ramet.lang.ir import Ref
 from ramet.lang.types import TEXT, OutputType, Shape
 
@@ -29,6 +30,7 @@ T = TypeVar("T")
 # Supplementary Private Use Area-A, which text does not use; the key makes a chance match impossible.
 _START, _END, _ZERO = "\U000f0000", "\U000f0001", 0xF0100
 PLACEHOLDER = re.compile(f"{_START}([\U000f0100-\U000f01ff]{{8}})[^{_END}]*{_END}")
+_CUT = re.compile(f"{_START}([\U000f0100-\U000f01ff]{{2,4}})")  # its beginning, with a part of the key
 
 current_run: ContextVar[Run | None] = ContextVar("ramet_current_run", default=None)
 
@@ -64,12 +66,21 @@ class Placeholders:
         for i, piece in enumerate(PLACEHOLDER.split(text)):
             if i % 2 == 0:
                 if piece:
-                    found.append(piece)
+                    found.append(self._whole(piece))
                 continue
             digits = bytes(ord(char) - _ZERO for char in piece)
             index = int.from_bytes(digits[4:], "big")
             found.append(self._items[index] if digits[:4] == self.key else foreign(digits[:4], index))
         return found
+
+    def _whole(self, text: str) -> str:
+        """Text without placeholders. Raises InvalidProgram where one of this run's was cut."""
+        for digits in _CUT.findall(text) if _START in text else ():
+            if self.key.startswith(bytes(ord(char) - _ZERO for char in digits)):
+                raise InvalidProgram(
+                    "a text was cut within a generated value that stands in it; read the value first: str(s[...])"
+                )
+        return text
 
     def get(self, index: int) -> object:
         return self._items[index]
@@ -238,6 +249,18 @@ class Value:
 
     def __rtruediv__(self, other: Any) -> Any:
         return other / self._read("/")
+
+    def __pow__(self, other: Any) -> Any:
+        return self._read("**") ** plain(other)
+
+    def __rpow__(self, other: Any) -> Any:
+        return other ** self._read("**")
+
+    def __divmod__(self, other: Any) -> Any:
+        return divmod(self._read("divmod()"), plain(other))
+
+    def __rfloordiv__(self, other: Any) -> Any:
+        return other // self._read("//")
 
     def __floordiv__(self, other: Any) -> Any:
         return self._read("//") // plain(other)

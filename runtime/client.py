@@ -299,9 +299,13 @@ class Engine:
             if request.request_id in self._by_id:
                 raise InvalidRequest(f"request id {request.request_id!r} is in use; choose another", param="request_id")
             sequence = self._core.add(request)
-        except RametError as error:
+        except Exception as error:
+            is_refused = isinstance(error, RametError)
+            told = error if is_refused else EngineStopped(f"the engine could not take in the request: {error!r}")
             usage = Usage(request.num_prompt, 0, 0)
-            self._emit(stream, RequestOutput(request.request_id, "", (), usage, FinishReason.ERROR, error=error))
+            self._emit(stream, RequestOutput(request.request_id, "", (), usage, FinishReason.ERROR, error=told))
+            if not is_refused:
+                raise  # a bug: the loop ends, and tells everybody else
             return
         self._streams[sequence] = stream
         self._by_id[request.request_id] = sequence
@@ -431,7 +435,10 @@ class Engine:
             commands = list(self._commands)
             self._commands.clear()
         for command in commands:  # requests that came too late are refused like the others; questions are answered
-            command()
+            try:
+                command()
+            except Exception:  # what broke the loop, perhaps; the others are to be told all the same
+                logger.exception("a command failed while the engine stopped")
         for sequence, stream in list(self._streams.items()):
             usage = self._usage(sequence, stream)
             self._emit(stream, RequestOutput(stream.request.request_id, "", (), usage, FinishReason.ERROR, error=error))

@@ -11,7 +11,7 @@ import numpy as np
 
 from ramet.errors import ContextOverflow, InvalidRequest, InvalidSampling
 from ramet.runtime.tokenizer import Tokenizer
-from ramet.runtime.types import Grammar, Request, SamplingParams, TokenIds
+from ramet.runtime.types import MAX_INT32, Grammar, Request, SamplingParams, TokenIds, is_seconds, is_text
 
 
 class RequestBorder:
@@ -45,6 +45,7 @@ class RequestBorder:
         request_id: str | None = None,
     ) -> Request:
         """Check a request at the border. Raises what `submit` raises."""
+        _check_options(cache_salt, program_id, priority, deadline_s, request_id)
         ids = self._tokenizer.encode(prompt, parse_special=True) if isinstance(prompt, str) else prompt
         vocab = self._vocab_size
         try:
@@ -96,3 +97,19 @@ class RequestBorder:
             score_from=score_from,
             seed=seed,
         )
+
+
+def _check_options(
+    cache_salt: object, program_id: object, priority: object, deadline_s: object, request_id: object
+) -> None:
+    """What the scheduler computes with, on the engine's thread, where an error would end everybody's requests."""
+
+    def check(ok: bool, name: str, value: object, limit: str) -> None:
+        if not ok:
+            raise InvalidRequest(f"{name} is {value!r}, but must be {limit}", param=name)
+
+    check(is_text(cache_salt), "cache_salt", cache_salt, "text that UTF-8 can write")
+    check(program_id is None or isinstance(program_id, str), "program_id", program_id, "text, or None")
+    check(request_id is None or isinstance(request_id, str), "request_id", request_id, "text, or None")
+    check(type(priority) is int and abs(priority) <= MAX_INT32, "priority", priority, f"an integer up to {MAX_INT32}")
+    check(deadline_s is None or is_seconds(deadline_s), "deadline_s", deadline_s, "a finite number of seconds, or None")

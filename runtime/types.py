@@ -180,6 +180,22 @@ class SamplingParams:
         )
 
 
+def is_seconds(value: object) -> bool:
+    """True for a finite number of seconds."""
+    return _is_real(value)
+
+
+def is_text(value: object) -> bool:
+    """True for text that UTF-8 can write: with no half of a surrogate pair."""
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
