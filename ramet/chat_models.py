@@ -143,6 +143,8 @@ class RemoteModel:
             import httpx
         except ImportError as error:
             raise ConfigError("talking to a server needs httpx: pip install 'ramet[server]'") from error
+        if not url.startswith(("http://", "https://")):
+            raise ConfigError(f"--url is {url!r}, but must be an http:// address")
         base = url.rstrip("/")
         headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         self._http = httpx.Client(

@@ -6,11 +6,13 @@ A new subcommand is one more line in `_COMMANDS`. Exit status: 0 done, 1 failed 
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
+from typing import NoReturn
 
 from rich.console import Console
 
@@ -26,6 +28,7 @@ from ramet.errors import RametError
 from ramet.runtime.openmp_waits import limit_spinning
 
 Arguments = argparse.Namespace
+_LONGEST_USAGE = 6  # lines
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +39,27 @@ class _Command:
     run: Callable[[Arguments], int]
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong where it can be seen: a usage of dozens of flags is left to --help."""
+
+    def error(self, message: str) -> NoReturn:
+        usage = self.format_usage()
+        if usage.count("\n") > _LONGEST_USAGE:
+            usage = ""
+        self.exit(2, f"{usage}{self.prog}: error: {message}\n`{self.prog} --help` lists what it takes\n")
+
+    def refuse(self, unknown: Sequence[str]) -> NoReturn:
+        """End because of arguments that nothing takes, with the flags that may have been meant."""
+        meant = [
+            name
+            for word in unknown
+            if word.startswith("-")
+            for name in difflib.get_close_matches(word.split("=")[0], self._option_string_actions, 1)
+        ]
+        hint = f"; did you mean {' '.join(meant)}?" if meant else ""
+        self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     parser = make_parser()
@@ -43,27 +67,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest and hasattr(arguments, "instances") and not any(r.startswith("-") for r in rest):
         arguments.instances += rest  # argparse stops at an option between the arguments of one list
     elif rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        arguments.parser.refuse(rest)
     limit_spinning(os.environ)
     try:
         status: int = arguments.run(arguments)
+        sys.stdout.flush()  # whoever read it may have left, which is to be noticed here
     except RametError as error:
         Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter's last flush goes there
+        return 1
     return status
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the whole command line."""
-    parser = argparse.ArgumentParser(prog="ramet", description="Run LLM programs that share their prefixes.")
+    parser = _Parser(prog="ramet", description="Run LLM programs that share their prefixes.")
     parser.add_argument("--version", action="version", version=f"ramet {_version()}")
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
     for command in _COMMANDS:
         sub = commands.add_parser(command.name, help=command.summary, description=command.summary)
         command.add_arguments(sub)
-        sub.set_defaults(run=command.run)
+        sub.set_defaults(run=command.run, parser=sub)
     return parser
 
 

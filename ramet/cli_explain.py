@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from ramet.cli_program import add_program, choose_program, from_json, given_arguments, load_file
+from ramet.errors import ConfigError
 
 if TYPE_CHECKING:
+    from ramet.lang.function import Function
     from ramet.lang.passes.target import Target
 
 
@@ -32,15 +34,22 @@ def run_explain(arguments: argparse.Namespace) -> int:
     given = given_arguments(names, program, arguments)
     rows = from_json(arguments.rows, "--rows") if arguments.rows else None
     found = explain_program(program, (), {} if rows else given, rows=rows, target=_target(arguments.model))
+    if arguments.draw is not None:
+        _draw(program, given, _target(arguments.model), arguments.draw)
     if arguments.json:
         print(json.dumps(found.to_dict(), indent=2, ensure_ascii=False))
     else:
         Console(highlight=False).print(found)
-    if arguments.draw is not None:
-        from ramet.lang.draw import draw_program
-
-        draw_program(program, given, target=_target(arguments.model)).save(arguments.draw)
     return 0
+
+
+def _draw(program: Function, given: dict[str, Any], target: Target, path: Path) -> None:  # Any: the program's own
+    from ramet.lang.draw import draw_program
+
+    try:
+        draw_program(program, given, target=target).save(path)
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def _target(model: str | None) -> Target:

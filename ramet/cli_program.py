@@ -69,9 +69,10 @@ def choose_program(names: dict[str, Any], wanted: str | None, file: Path) -> Fun
         if len(fitting) == 1:
             return fitting[0]
     if len(found) != 1:
-        have = ", ".join(found) or "none"
-        way = "choose one with --program" if found else "mark one with @function"
-        raise InvalidRequest(f"{file} has {len(found)} programs ({have}); {way}", param="program")
+        have = f"{len(found)} programs ({', '.join(found)}); choose one with --program"
+        raise InvalidRequest(
+            f"{file} has {have if found else 'no program; mark a function with @function'}", param="program"
+        )
     return next(iter(found.values()))
 
 

@@ -121,7 +121,7 @@ def test_what_is_wrong_is_said_in_one_line(arguments: list[str], message: str, r
     [
         ("from ramet import gen\nx = 1 / 0\n", "broken.py:2 can't be loaded: ZeroDivisionError"),
         ("def f(:\n", "broken.py:1 can't be loaded: SyntaxError"),
-        ("x = 1\n", "has 0 programs (none); mark one with @function"),
+        ("x = 1\n", "has no program; mark a function with @function"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_named_with_its_line(

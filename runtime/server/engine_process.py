@@ -302,7 +302,7 @@ def serve(settings: Settings) -> int:
         is_ending.set()
 
     signal.signal(signal.SIGTERM, end)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches the group; the parent decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     context: zmq.Context[Any] = zmq.Context()
     sender = Sender(context, settings.reports)
     sender.start()

@@ -130,6 +130,7 @@ class EngineProxy:
         loop.add_reader(int(self._reports.getsockopt(zmq.FD)), self._read)
         self._given_up = loop.create_future()
         self._supervisor = asyncio.create_task(self._supervise())
+        self._supervisor.add_done_callback(self._note_supervisors_end)
 
     async def wait_ready(self, timeout_s: float | None = None) -> Hello:
         """Wait until the engine is ready. Raises the error that keeps it from starting, or TimeoutError."""
@@ -397,6 +398,15 @@ class EngineProxy:
             f"{failures} engine processes in a row ended within {LASTS_S:.0f} s of being ready or earlier; the last "
             f"one: {cause}. No other is started. The log above says more; `ramet doctor` checks the machine"
         )
+        self._start_no_more(error)
+
+    def _note_supervisors_end(self, supervisor: asyncio.Task[None]) -> None:
+        """What it raised (the system starts no process, say) keeps every engine from starting."""
+        error = None if supervisor.cancelled() else supervisor.exception()
+        if error is not None:
+            self._start_no_more(EngineStopped(f"no engine process can be started: {error!r}"))
+
+    def _start_no_more(self, error: EngineStopped) -> None:
         logger.critical("%s", error)
         self._state = _State(before=error, stage="given up")
         self._ready.set()
@@ -427,6 +437,7 @@ class EngineProxy:
             "ramet.runtime.server.engine_process",
             stdin=asyncio.subprocess.PIPE,
             env=environment,
+            start_new_session=True,  # a terminal's Ctrl-C is for the server, which decides about its engine
         )
         self._process = process
         assert process.stdin is not None

@@ -116,6 +116,7 @@ def start_command(folder: Path, *flags: str, model: str = TINY_MODEL) -> ServedP
             stdout=file,
             stderr=subprocess.STDOUT,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
+            start_new_session=True,
         )
     return ServedProcess(process, log)
 

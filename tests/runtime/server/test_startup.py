@@ -101,6 +101,38 @@ def test_engines_that_never_come_up_are_given_up_with_the_reason(monkeypatch: py
     asyncio.run(scenario())
 
 
+def test_an_engine_process_that_the_system_does_not_start_is_an_error_and_no_wait(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def refuse(*command: str, **options: object) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    async def main() -> None:
+        proxy = EngineProxy(TINY_MODEL, {})
+        await proxy.start()
+        try:
+            with pytest.raises(EngineStopped, match="Cannot allocate memory"):
+                await proxy.wait_ready(30)
+            assert "Cannot allocate memory" in str(await asyncio.wait_for(proxy.wait_given_up(), 30))
+        finally:
+            await proxy.stop()
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", refuse)
+    asyncio.run(main())
+
+
+def test_ctrl_c_while_the_engine_is_loaded_is_a_quiet_end(serve_command: Callable[..., Served]) -> None:
+    server = serve_command()
+    deadline_s = time.monotonic() + 60
+    while "startup complete" not in server.log.read_text():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.02)
+    time.sleep(0.3)  # the engine process loads its modules now
+    os.killpg(server.process.pid, signal.SIGINT)
+    assert server.process.wait(60) == 0
+    assert "Traceback" not in server.log.read_text()
+
+
 def test_a_server_whose_engine_keeps_ending_ends_and_says_why(serve_command: Callable[..., Served]) -> None:
     server = serve_command("--max-engine-failures", "2")
     server.wait_ready()
