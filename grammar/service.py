@@ -99,6 +99,7 @@ class CompileService:
         self._workers: list[_Worker] = []
         self._supervisor: threading.Thread | None = None
         self._is_closed = False
+        self._is_abandoned = False
 
     def submit(self, kind: str, source: Any, vocabulary: Vocabulary, **options: Any) -> Future[CompiledGrammar]:
         """Return the grammar's future at once; kinds, sources and options are those of `compile_constraint`.
@@ -135,6 +136,17 @@ class CompileService:
 
     def close(self) -> None:
         """Give up all jobs (their futures raise EngineStopped) and end the threads."""
+        self._end()
+        for thread in (*(w.thread for w in self._workers), self._supervisor):
+            if thread is not None:
+                thread.join(_GRACE_S)
+
+    def abandon(self) -> None:
+        """As `close`, without waiting or taking a lock: for finalizers, which may interrupt any thread anywhere."""
+        self._is_abandoned = True
+        self._news.put(None)
+
+    def _end(self) -> None:
         with self._lock:
             self._is_closed = True
             jobs = list(self._jobs.values())
@@ -144,9 +156,6 @@ class CompileService:
         atexit.unregister(self.close)
         _answer_all(answers)
         self._news.put(None)
-        for thread in (*(w.thread for w in self._workers), self._supervisor):
-            if thread is not None:
-                thread.join(_GRACE_S)
 
     def __enter__(self) -> CompileService:
         return self
@@ -179,6 +188,8 @@ class CompileService:
     def _supervise(self) -> None:
         """Hand out jobs, take results, watch the limits. Sleeps while nothing happens."""
         while True:
+            if self._is_abandoned:
+                self._end()
             with self._lock:
                 if self._is_closed:
                     return

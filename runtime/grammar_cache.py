@@ -66,7 +66,7 @@ class GrammarCache:
                 source = self._tokenizer
                 self._vocabulary = Vocabulary(source.token_bytes, source.eos_ids, source.special_ids, source.vocab_size)
                 self._service = CompileService()
-                weakref.finalize(self, self._service.close).atexit = False
+                weakref.finalize(self, self._service.abandon).atexit = False
             if constraint.kind == "tools":
                 return self._service.submit("tools", self._tool_set(constraint.source), self._vocabulary_with_marks())
             options = {"mode": "declared_order"} if constraint.in_order else {}

@@ -174,6 +174,20 @@ def test_closing_answers_those_who_wait() -> None:
         service.submit("regex", "a", BYTES)
 
 
+def test_a_finalizer_ends_a_service_whose_lock_is_held_where_it_interrupts() -> None:
+    service = CompileService(ServiceConfig(cache_dir=None))
+    service.compile("choice", ["a", "b"], BYTES)
+    threads = [service._supervisor, *(worker.thread for worker in service._workers)]
+    with service._lock:  # as in the supervisor, when the garbage collector runs there
+        service.abandon()
+    for thread in threads:
+        assert thread is not None
+        thread.join(10)
+        assert not thread.is_alive()
+    with pytest.raises(EngineStopped):
+        service.submit("choice", ["a"], BYTES)
+
+
 def test_regular_sources_are_read_back_from_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for kind, source in [("regex", "(ab)+"), ("choice", ["abab"]), ("substring", "xabab"), ("cfg", 'start: "ab"+')]:
         with CompileService(config(cache_dir=tmp_path)) as service:

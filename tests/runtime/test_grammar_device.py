@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import threading
 
 import pytest
 
@@ -39,6 +41,27 @@ def schema(value: object) -> Constraint:
 def accepts(grammar, text: str) -> bool:  # type: ignore[no-untyped-def]
     state = grammar.advance_bytes(0, text.encode())
     return state is not None and grammar.is_accepting(state)
+
+
+def test_a_cache_may_be_collected_while_its_service_is_at_work(tiny_model: LoadedModel) -> None:
+    cache = GrammarCache(tiny_model.tokenizer)
+    cache.get(Constraint("regex", "a")).result()
+    service = cache._service
+    assert service is not None
+    done = threading.Event()
+
+    def collect() -> None:
+        nonlocal cache
+        with service._lock:
+            del cache
+            gc.collect()
+        done.set()
+
+    threading.Thread(target=collect, daemon=True).start()
+    assert done.wait(30), "the finalizer waits for a lock that its own thread holds"
+    assert service._supervisor is not None
+    service._supervisor.join(10)
+    assert not service._supervisor.is_alive()
 
 
 def test_a_schema_is_closed_in_declared_order(cache: GrammarCache, device: DeviceGrammars) -> None:
