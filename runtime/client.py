@@ -402,6 +402,7 @@ class Engine:
                     "first_token_s": first_s - stream.submitted_s,
                     "total_s": now_s - stream.submitted_s,
                 },
+                incomplete=self._core.incomplete.pop(sequence, None),
             ),
         )
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ramet.errors import GrammarTooLarge
 from ramet.kernels.grammar_arena import FREE_STATE
+from ramet.runtime.incomplete import state_after, why_incomplete
 from ramet.runtime.model_runner import LaunchedStep, ModelRunner
 from ramet.runtime.scheduler import Scheduler
 from ramet.runtime.types import Batch, FinishReason, Grammar, Request, RowOutput, Sequence
@@ -42,6 +43,7 @@ class EngineCore:
         self.num_steps = 0
         # Why sequences with FinishReason.ERROR failed; whoever reports it takes it out.
         self.errors: dict[Sequence, Exception] = {}
+        self.incomplete: dict[Sequence, str] = {}  # why constrained texts that max_tokens cut are not whole; likewise
         self.context_length = context_length
         self._vocab_words = vocab_words
         self._in_flight: LaunchedStep | None = None
@@ -166,12 +168,26 @@ class EngineCore:
 
     def _forget(self, sequence: Sequence) -> None:
         self._on_host.discard(sequence)
+        if sequence.finish_reason is FinishReason.LENGTH:
+            self._note_incomplete(sequence)
         self._grammar_states.pop(sequence, None)
         self._unfinishable.discard(sequence)
         if self._device_bases.pop(sequence, None) is not None:
             assert self.runner.arena is not None
             assert sequence.request.grammar is not None
             self.runner.arena.release(sequence.request.grammar)
+
+    def _note_incomplete(self, sequence: Sequence) -> None:
+        grammar = sequence.request.grammar
+        if grammar is None:
+            return
+        if sequence in self._grammar_states:
+            state = self._grammar_states[sequence]
+        else:
+            state = state_after(grammar, sequence.output_ids)
+        why = why_incomplete(sequence, grammar, state)
+        if why is not None:
+            self.incomplete[sequence] = why
 
     def _acquire_on_device(self, grammar: Grammar) -> int | None:
         """The arena's number of the grammar's state 0; None where it is open, or there is no arena or no room in it."""
@@ -197,9 +213,7 @@ class EngineCore:
             if base is None or grammar is None:
                 states.append(FREE_STATE)
                 continue
-            state: int | None = 0
-            for token in item.sequence.output_ids:  # after a preemption; a state is a function of the tokens
-                state = None if state is None else grammar.advance(state, token)
+            state = state_after(grammar, item.sequence.output_ids)  # after a preemption there are some
             assert self.runner.arena is not None
             # No state: past an end token, where the request ignores it.
             states.append(self.runner.arena.final_state if state is None else base + state)

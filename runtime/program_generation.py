@@ -62,11 +62,14 @@ class Generation:
         try:
             value = self._tool_calls() if node.type == "tools" else ir.parse_value(node.type, text)
         except ValueError as bad:
-            cut = " because it was cut by max_tokens" if reason is FinishReason.LENGTH else ""
+            cut = "it was cut by max_tokens" if reason is FinishReason.LENGTH else ""
+            cut = f" because {output.incomplete or cut}" if output.incomplete or cut else ""
             problem = ir.NodeError("InvalidValue", f"not a value of type {node.type}{cut}: {text[:200]!r} ({bad})")
         if node.checks and not self._is_accepted(text, value, problem, output):
             return
         meta: dict[str, object] = {"logprobs": self._logprobs, "token_ids": self._tokens} if self._logprobs else {}
+        if output.incomplete is not None:
+            meta["incomplete"] = output.incomplete
         if node.checks:
             meta["attempts"] = self._run.attempts
             if text and executor.limits.text_events:  # held back until it was sure that it stays

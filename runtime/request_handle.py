@@ -15,7 +15,10 @@ from ramet.runtime.types import FinishReason, RequestOutput, Usage
 
 @dataclass(frozen=True, slots=True)
 class RequestResult:
-    """A finished request. `logprobs` and `top_logprobs` are as long as `token_ids` where they were asked for."""
+    """A finished request. `logprobs` and `top_logprobs` are as long as `token_ids` where they were asked for.
+
+    `incomplete`: why a constrained text that `max_tokens` cut is no whole one.
+    """
 
     text: str
     token_ids: tuple[int, ...]
@@ -26,6 +29,7 @@ class RequestResult:
     top_logprobs: tuple[tuple[tuple[int, float], ...], ...] | None = None
     prompt_logprobs: tuple[float, ...] | None = None
     timings: dict[str, float] = field(default_factory=dict)
+    incomplete: str | None = None
 
 
 class RequestHandle:
@@ -113,6 +117,7 @@ class RequestHandle:
             top_logprobs=tuple(tops) if tops else None,
             prompt_logprobs=tuple(scores) if scores else None,
             timings=dict(last.timings or {}),
+            incomplete=last.incomplete,
         )
 
 

@@ -348,6 +348,7 @@ class RequestOutput:
     """One increment of a request's output. The last one has `finish_reason`; `usage` is always right so far.
 
     `stop_match`: the stop string or stop token that ended it. `error`: set with FinishReason.ERROR or ABORT.
+    `incomplete`: with FinishReason.LENGTH, why a constrained text is no whole one; None where it is.
     """
 
     request_id: str
@@ -361,3 +362,4 @@ class RequestOutput:
     prompt_logprobs: NDArray[np.float32] | None = None
     error: Exception | None = None
     timings: Mapping[str, Any] | None = None  # seconds: queue_s, first_token_s, total_s; values are floats
+    incomplete: str | None = None

@@ -98,13 +98,16 @@ FinishReason = Literal["stop", "length", "tool_calls", "abort", "error"]
 
 
 class ChatChoice(Shape):
-    """`matched_stop`: the stop string or stop token that ended the answer."""
+    """`matched_stop`: the stop string or stop token that ended the answer. `incomplete`: what a constrained answer that
+    `max_tokens` cut would have needed.
+    """
 
     index: int
     message: AnswerMessage
     logprobs: ChatLogprobs | None
     finish_reason: FinishReason
     matched_stop: str | int | None
+    incomplete: str | None = None
     token_ids: list[int] = []
 
 
@@ -134,6 +137,7 @@ class CompletionChoice(Shape):
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReason
     matched_stop: str | int | None = None
+    incomplete: str | None = None
     token_ids: list[int] = []
     prompt_token_ids: list[int] = []
 
@@ -178,6 +182,7 @@ class Text(Shape):
 class GeneratedFinish(Shape):
     type: Literal["stop", "length", "abort", "error"]
     matched: str | int | None = None
+    incomplete: str | None = None
 
 
 Scored = tuple[float | None, int, str | None]  # log-probability, token, its text where that is asked for

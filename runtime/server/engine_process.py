@@ -281,6 +281,7 @@ def _to_report(output: RequestOutput) -> Output:
         prompt_logprobs=None if output.prompt_logprobs is None else output.prompt_logprobs.tolist(),
         error=None if output.error is None else ErrorInfo.of(output.error),
         timings=None if output.timings is None else dict(output.timings),
+        incomplete=output.incomplete,
     )
 
 

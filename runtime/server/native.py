@@ -245,6 +245,8 @@ class _Answer:
             finish = {"type": output.finish_reason}
             if output.stop_match is not None:
                 finish["matched"] = output.stop_match
+            if output.incomplete is not None:
+                finish["incomplete"] = output.incomplete
         meta: Json = {
             "id": output.id,
             "finish_reason": finish,

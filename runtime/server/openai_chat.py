@@ -412,6 +412,8 @@ class _Answer:
         if is_last:
             choice["finish_reason"] = progress.finish_reason
             choice["matched_stop"] = progress.last.stop_match if progress.last is not None else None
+            if progress.last is not None and progress.last.incomplete is not None:
+                choice["incomplete"] = progress.last.incomplete
         if body.return_token_ids and not is_first:
             choice["token_ids"] = token_ids or []
         chunk = {**self._head("chat.completion.chunk"), "choices": [choice]}
@@ -443,6 +445,8 @@ class _Answer:
             "finish_reason": progress.finish_reason,
             "matched_stop": progress.last.stop_match,
         }
+        if progress.last.incomplete is not None:
+            choice["incomplete"] = progress.last.incomplete
         return {**choice, "token_ids": progress.token_ids} if body.return_token_ids else choice
 
     def _usage(self) -> Json:

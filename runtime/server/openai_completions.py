@@ -270,6 +270,8 @@ class _Answer:
         }
         if last.finish_reason is not None:
             choice["matched_stop"] = last.stop_match
+        if last.incomplete is not None:
+            choice["incomplete"] = last.incomplete
         if self._body.return_token_ids:
             choice["token_ids"] = self._ids[index]
             choice["prompt_token_ids"] = self._prompts[index // self._num].ids

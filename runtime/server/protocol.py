@@ -116,7 +116,7 @@ class ErrorInfo(msgspec.Struct, frozen=True, omit_defaults=True):
 class Output(msgspec.Struct, tag="output", omit_defaults=True):
     """One increment of a request; the last one has `finish_reason`. `stop_match`: string or token that ended it.
 
-    `logprobs` and `top_logprobs`: one entry for each of `token_ids`.
+    `logprobs` and `top_logprobs`: one entry for each of `token_ids`. `incomplete`: why a constrained text was cut.
     """
 
     id: str
@@ -132,6 +132,7 @@ class Output(msgspec.Struct, tag="output", omit_defaults=True):
     prompt_logprobs: list[float] | None = None
     error: ErrorInfo | None = None
     timings: dict[str, float] | None = None
+    incomplete: str | None = None
 
     def absorb(self, later: Output) -> None:
         """Take in the next increment, so that a slow reader costs no more than one object."""
@@ -143,6 +144,7 @@ class Output(msgspec.Struct, tag="output", omit_defaults=True):
         self.prompt_tokens, self.cached_tokens = later.prompt_tokens, later.cached_tokens
         self.completion_tokens = later.completion_tokens
         self.finish_reason, self.stop_match, self.error = later.finish_reason, later.stop_match, later.error
+        self.incomplete = later.incomplete
         self.timings = later.timings if later.timings is not None else self.timings
 
 

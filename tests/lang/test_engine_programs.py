@@ -67,6 +67,24 @@ def test_after_an_end_token_a_turn_computes_its_own_text_alone(engine: Engine) -
     assert state.meta("third")["usage"].computed_tokens == len(" and on")
 
 
+def test_a_value_that_max_tokens_cannot_hold_says_what_it_would_take(engine: Engine) -> None:
+    @function(max_tokens=4)
+    def program(s: State) -> None:
+        s += "A code: " + gen("code", regex="[a-c]{6}") + " and " + gen("digits", regex="[0-9]{3}")
+
+    state = program.run(backend=engine)
+    assert len(state["code"]) == 4
+    assert "takes 6 tokens" in state.meta("code")["incomplete"]
+    assert "incomplete" not in state.meta("digits")
+
+    @function(max_tokens=4)
+    def typed(s: State) -> None:
+        s += "A switch: " + gen("switch", json_schema={"type": "object", "required": ["on"]})
+
+    with pytest.raises(ProgramError, match=r"because it was cut by max_tokens \(4\).*takes 9 tokens"):
+        typed.run(backend=engine)["switch"]
+
+
 def test_thirty_two_branches_compute_their_prefix_once(engine: Engine) -> None:
     prefix, width = "w" * 300, 32
 

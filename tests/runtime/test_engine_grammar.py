@@ -171,6 +171,35 @@ def test_a_budget_that_no_text_fits_is_left_alone_on_the_device(
         assert len(result.token_ids) == 2
 
 
+@pytest.mark.parametrize("on_device", [False, True])
+def test_a_text_that_its_budget_cannot_hold_says_what_it_would_take(
+    tiny_model: LoadedModel, grammars: list[Grammar], on_device: bool
+) -> None:
+    with make_engine(tiny_model, on_device=on_device) as engine:
+        for pattern, grammar in zip(PATTERNS, grammars, strict=True):
+            needed = len(grammar.shortest_completion(0))
+            for max_tokens in {1, needed - 1, needed, needed + 1} - {0}:
+                sampling = SamplingParams(temperature=1.5, max_tokens=max_tokens, seed=1)
+                result = engine.submit("x", sampling, grammar=grammar).result(timeout_s=60)
+                is_whole = re.fullmatch(pattern, result.text) is not None
+                assert (result.incomplete is None) == is_whole, (pattern, max_tokens, result)
+                assert is_whole or result.finish_reason is FinishReason.LENGTH
+                assert result.incomplete is None or f"takes {needed:,} tokens" in result.incomplete
+                assert f"({max_tokens:,})" in (result.incomplete or f"({max_tokens:,})")
+        assert not engine._core.incomplete
+
+
+def test_a_whole_text_that_could_go_on_is_complete(tiny_model: LoadedModel) -> None:
+    grammar = compile_constraint("regex", "a*", vocabulary(tiny_model))
+    with make_engine(tiny_model, on_device=False) as engine:
+        sampling = SamplingParams(max_tokens=3, ignore_eos=True)
+        result = engine.submit("x", sampling, grammar=grammar).result(timeout_s=60)
+        assert result.finish_reason is FinishReason.LENGTH
+        assert result.incomplete is None
+        free = engine.submit("x", SamplingParams(max_tokens=3, ignore_eos=True)).result(timeout_s=60)
+        assert free.incomplete is None
+
+
 def test_a_preempted_sequence_that_ignores_end_tokens_goes_on_past_one(tiny_model: LoadedModel) -> None:
     grammar = compile_constraint("regex", "ab?", vocabulary(tiny_model))
     assert grammar.close()

@@ -50,6 +50,15 @@ def test_text_and_token_ids_give_the_same_answer_and_the_second_one_is_cached(se
     assert second["meta_info"]["cached_tokens"] == 4
 
 
+def test_a_constrained_text_that_was_cut_says_what_it_would_take(server: Server) -> None:
+    sampling = {"max_new_tokens": 4, "regex": "[a-c]{6}"}
+    finish = generate(server, sampling_params=sampling).json()["meta_info"]["finish_reason"]
+    assert finish["type"] == "length"
+    assert "takes 6 tokens" in finish["incomplete"]
+    sampling["max_new_tokens"] = 6
+    assert "incomplete" not in generate(server, sampling_params=sampling).json()["meta_info"]["finish_reason"]
+
+
 @pytest.mark.parametrize("cumulative", [None, True, False])
 def test_a_stream_adds_up_to_the_whole_answer_and_ends_with_done(server: Server, cumulative: bool | None) -> None:
     whole = generate(server).json()

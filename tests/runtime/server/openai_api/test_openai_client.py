@@ -141,6 +141,14 @@ def test_a_schema_holds_and_a_wrong_one_is_refused(api: openai.OpenAI) -> None:
     answer = api.chat.completions.create(model="tiny-random", messages=MESSAGES, response_format=form, max_tokens=60)
     assert isinstance(json.loads(answer.choices[0].message.content or "")["ok"], bool)
     assert answer.choices[0].finish_reason == "stop"
+    fields: Any = {"model": "tiny-random", "messages": MESSAGES, "response_format": form, "max_tokens": 4}
+    cut = api.chat.completions.create(**fields)
+    *_, last = api.chat.completions.create(**fields, stream=True)
+    raw = api.completions.create(model="tiny-random", prompt="x", max_tokens=4, extra_body={"json_schema": schema})
+    for choice in (cut.choices[0], last.choices[0], raw.choices[0]):
+        assert choice.finish_reason == "length"
+        assert "11 tokens" in (choice.model_extra or {})["incomplete"], 'a token a byte: {"ok":true}'
+    assert "incomplete" not in (answer.choices[0].model_extra or {})
     form["json_schema"]["schema"] = {"type": "nonsense"}
     for stream in (False, True):
         with pytest.raises(openai.BadRequestError) as caught:

@@ -1,0 +1,32 @@
+"""What to say of a constrained text that `max_tokens` ended before it was whole."""
+
+from __future__ import annotations
+
+from ramet.errors import GrammarError
+from ramet.runtime.types import Grammar, Sequence
+
+
+def why_incomplete(sequence: Sequence, grammar: Grammar, state: int | None) -> str | None:
+    """Say why a text that ended in `state` (None: past its end) is not in the grammar's language; None where it is.
+
+    Costs as much as finding the grammar's shortest text, once a grammar.
+    """
+    if state is None or grammar.is_accepting(state):
+        return None
+    limit = sequence.request.max_tokens
+    cut = f"it was cut by max_tokens ({limit:,}) before it was complete"
+    try:
+        shortest = len(grammar.shortest_completion(0))
+    except GrammarError:
+        shortest = 0
+    if shortest <= limit:
+        return f"{cut}; raise max_tokens"
+    return f"{cut}: the shortest text found for its constraint takes {shortest:,} tokens; raise max_tokens to that"
+
+
+def state_after(grammar: Grammar, tokens: list[int]) -> int | None:
+    """The state behind a text, None past an end token."""
+    state: int | None = 0
+    for token in tokens:
+        state = None if state is None else grammar.advance(state, token)
+    return state
