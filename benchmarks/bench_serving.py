@@ -26,6 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch is loaded: the server's engine waits so, too
+
 import httpx
 import numpy as np
 import torch
