@@ -221,6 +221,26 @@ def test_scores_equal_the_log_probabilities_of_a_full_forward_pass(decoder: Deco
     np.testing.assert_allclose(got, expected[21:], atol=1e-4)
 
 
+def test_scoring_a_long_prompt_never_holds_logits_for_all_of_it(
+    decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ramet.runtime.model_runner._SCORE_ROWS", 16)
+    core = make_core(decoder, chunk=200)
+    logits, rows = Decoder.logits, []
+
+    def counted(self: Decoder, hidden: torch.Tensor) -> torch.Tensor:
+        rows.append(len(hidden))
+        return logits(self, hidden)
+
+    monkeypatch.setattr(Decoder, "logits", counted)
+    ids = np.asarray(prompt(4, 100), dtype=np.int32)
+    core.add(Request("score", ids, SamplingParams(temperature=0.0), 0, score_from=1))
+    while core.has_work:
+        core.step()
+    assert sum(rows) >= 99
+    assert max(rows) == 16
+
+
 def test_penalties_bias_and_log_probabilities_take_the_slow_path_and_end_with_it(decoder: Decoder) -> None:
     core = make_core(decoder, overlap=True)
     plain, banned = alone(decoder, REQUESTS[0]), {}

@@ -95,6 +95,16 @@ def test_every_metric_of_alerts_and_dashboard_is_exported(server: Server) -> Non
             assert name in exported, f"{place} names {name}, which is not exported"
 
 
+def test_every_metric_that_the_documents_name_is_exported(server: Server) -> None:
+    work(server)
+    exported = set(re.findall(r"^([a-z0-9_]+)(?:\{| )", exposition(server), re.MULTILINE))
+    exported |= {re.sub("_(bucket|sum|count)$", "", name) for name in exported}
+    root = DEPLOY.parent
+    for file in (root / "README.md", *(root / "docs").glob("*.md")):
+        for name in re.findall(r"\b(?:ramet|sglang|vllm)_[a-z0-9_]*[a-z0-9]", file.read_text()):
+            assert name in exported, f"{file.name} names {name}, which is not exported"
+
+
 @pytest.fixture
 def prometheus(server: Server, tmp_path: Path) -> Iterator[httpx.Client]:
     """A real Prometheus that scrapes the server every half second."""

@@ -18,7 +18,7 @@ from ramet.errors import EmptyPrompt, EngineStopped, InvalidProgram, InvalidSamp
 from ramet.lang.ir import Constraint, Generate, Graph, Sampling, Text
 from ramet.runtime.models.catalog import TINY_MODEL
 from ramet.runtime.server.engine_proxy import EngineProxy
-from ramet.runtime.server.protocol import Settings, StartProgram, Submit
+from ramet.runtime.server.protocol import Heartbeat, Hello, Settings, StartProgram, Submit
 
 CONFIG = {"num_kv_tokens": 4096, "max_running_requests": 8, "device": "cpu"}
 Scenario = Callable[[EngineProxy], Awaitable[None]]
@@ -51,6 +51,31 @@ async def settled(proxy: EngineProxy) -> dict[str, float]:
             return stats
         await asyncio.sleep(0.02)
     raise AssertionError("the engine does not come to rest")
+
+
+def test_work_without_progress_turns_health_red_though_the_engine_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = 0.0
+    monkeypatch.setattr("ramet.runtime.server.engine_proxy.time.monotonic", lambda: now_s)
+
+    async def scenario() -> None:
+        nonlocal now_s
+        proxy = EngineProxy(TINY_MODEL, CONFIG)
+        proxy._take(Hello(1, "tiny", 2048, 256, "cpu", "float32", 4096, 0.1))
+        stats = {"num_steps": 7.0, "num_running": 1.0, "num_waiting": 3.0}
+        proxy._take(Heartbeat(stats))
+        proxy.submit(submit(proxy))
+        for later_s in (10.0, 20.0):
+            now_s = later_s
+            proxy._take(Heartbeat(stats))
+            assert proxy.health(20.0) is None
+        now_s = 20.5
+        proxy._take(Heartbeat(stats))
+        assert "made no progress for 20 s" in (proxy.health(20.0) or "")
+        proxy._take(Heartbeat({**stats, "num_steps": 8.0}))
+        assert proxy.health(20.0) is None
+        await proxy.stop()
+
+    asyncio.run(scenario())
 
 
 def test_a_tour_of_the_protocol() -> None:

@@ -221,6 +221,31 @@ def test_abort_takes_exact_ids_only(server: Server) -> None:
     assert server.client.post("/abort_request", json={}).status_code == 400
 
 
+def test_aborting_an_id_leaves_longer_ids_alone(server: Server) -> None:
+    body = {"text": "hello", "rid": "turn-10", "stream": True, "sampling_params": {**GREEDY, "max_new_tokens": 450}}
+    with server.client.stream("POST", "/generate", json=body) as response:
+        lines = response.iter_lines()
+        next(lines)
+        for rid in ("turn-1", "turn", "t"):
+            assert server.client.post("/abort_request", json={"rid": rid}).json() == {"aborted": []}
+        assert server.client.post("/abort_request", json={"rid": "turn-10"}).json() == {"aborted": ["turn-10"]}
+        assert len(list(lines)) < 900, "the request was not aborted"
+    settled(server)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_nothing_cached_is_a_zero_and_no_null(server: Server, stream: bool) -> None:
+    body = {"prompt": f"never seen before {stream}", "max_tokens": 2, "cache_salt": f"fresh {stream}"}
+    found = []
+    for _ in range(2):
+        options = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+        answer = server.client.post("/v1/completions", json={**body, **options})
+        usage = events_of(answer)[-1]["usage"] if stream else answer.json()["usage"]
+        found.append(usage["prompt_tokens_details"]["cached_tokens"])
+        assert usage["completion_tokens_details"]["reasoning_tokens"] == 0
+    assert found == [0, len(f"never seen before {stream}") - 1]
+
+
 def test_health_ready_and_information(server: Server) -> None:
     assert server.client.get("/health").json() == {"status": "ok", "reason": None}
     assert server.client.get("/ready").json() == {"ready": True, "stage": "ready", "attempt": 1, "reason": None}

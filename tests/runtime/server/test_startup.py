@@ -121,6 +121,20 @@ def test_an_engine_process_that_the_system_does_not_start_is_an_error_and_no_wai
     asyncio.run(main())
 
 
+def test_a_server_starts_and_answers_where_no_compiler_can_be_found(
+    serve_command: Callable[..., Served], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("CC", "CXX", "CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", "/nowhere")  # no nvcc, no gcc, no ninja
+    server = serve_command()
+    server.wait_ready()
+    with server.client() as client:
+        sampling = {"max_new_tokens": 4, "regex": "[ab]{4}"}
+        answer = client.post("/generate", json={"text": "hello", "sampling_params": sampling})
+        assert set(answer.json()["text"]) <= {"a", "b"}, answer.text
+
+
 def test_ctrl_c_while_the_engine_is_loaded_is_a_quiet_end(serve_command: Callable[..., Served]) -> None:
     server = serve_command()
     deadline_s = time.monotonic() + 60
