@@ -87,8 +87,13 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     async def http(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
-        code = "not_found" if error.status_code == 404 else None
-        return HttpError(error.status_code, str(error.detail), code=code).response()
+        place = f"{request.method} {request.url.path}"
+        if error.status_code == 404:
+            return HttpError(404, f"{place} is not here; GET /docs shows what is", code="not_found").response()
+        if error.status_code == 405:
+            message = f"{place} is not here, though {request.url.path} is; GET /docs shows its methods"
+            return HttpError(405, message, code="method_not_allowed").response()
+        return HttpError(error.status_code, str(error.detail)).response()
 
     app.add_exception_handler(HttpError, ours)
     app.add_exception_handler(RametError, ours)

@@ -25,6 +25,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
+from ramet.lang.ir import Graph, ToolCall
 from ramet.runtime.server.disconnect import until_disconnect
 from ramet.runtime.server.metrics import ServerMetrics
 from ramet.runtime.server.program_store import Program, ProgramStore, digest_of, event_json, read_graph
@@ -59,7 +60,7 @@ class ProgramBody(_Body):
     priority: int = Field(default=0, ge=-100, le=100)
     cache_salt: str = Field(default="", max_length=200)
     timeout_s: float | None = Field(default=None, gt=0)
-    token_budget: int | None = Field(default=None, gt=0)
+    token_budget: int | None = Field(default=None, gt=0, le=2**62)
 
 
 class ExplainBody(_Body):
@@ -178,6 +179,8 @@ def _start(state: ServerState, store: ProgramStore, body: ProgramBody, request: 
         raise HttpError(
             400, "a program with rows can't be left open: send it whole, or one program a row", param="open"
         )
+    graph = read_graph(body.graph)
+    _check_reachable(body, graph)
     command = StartProgram(
         id="",
         graph=b"",
@@ -189,7 +192,18 @@ def _start(state: ServerState, store: ProgramStore, body: ProgramBody, request: 
         text_events=body.text_events,
     )
     grace_s = None if body.detach else body.grace_s
-    return store.start(read_graph(body.graph), rows, command, owner=owner, digest=digest, key=key, grace_s=grace_s)
+    return store.start(graph, rows, command, owner=owner, digest=digest, key=key, grace_s=grace_s)
+
+
+def _check_reachable(body: ProgramBody, graph: Graph) -> None:
+    """What waits for its caller has to tell its id first. Raises HttpError for what would wait for ever."""
+    if body.stream or body.detach:
+        return
+    way = "ask for stream or detach, so that its id is known before its end"
+    if body.open:
+        raise HttpError(400, f"an open program waits for its next part: {way}", param="open")
+    if any(isinstance(node, ToolCall) for node in graph.nodes):
+        raise HttpError(400, f"the program calls tools and waits for their values: {way}", param="stream")
 
 
 async def _ended(program: Program) -> None:

@@ -186,8 +186,11 @@ def test_a_body_over_the_limit_is_refused_before_it_is_read(server: Server) -> N
 
 
 def test_unknown_paths_and_methods_have_the_same_error_shape(server: Server) -> None:
-    assert server.client.get("/nowhere").json()["error"]["code"] == "not_found"
-    assert server.client.get("/generate").status_code == 405
+    unknown = server.client.get("/nowhere")
+    assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "not_found")
+    assert "/nowhere" in unknown.json()["error"]["message"]
+    wrong = server.client.get("/generate")
+    assert (wrong.status_code, wrong.json()["error"]["code"]) == (405, "method_not_allowed")
 
 
 def test_a_client_that_leaves_in_the_middle_frees_its_pages(server: Server) -> None:
@@ -347,6 +350,19 @@ def test_programs_run_stream_repeat_and_cancel(server: Server) -> None:
         ({"graph": {"version": 99, "nodes": []}}, "version 99"),
         ({"graph": {"version": 1, "nodes": []}, "arguments": {"x": 1}}, "no argument 'x'"),
         ({"graph": {"version": 1, "nodes": []}, "rows": []}, "rows is empty"),
+        ({"graph": {"version": 1, "nodes": []}, "open": True}, "stream or detach"),
+        (
+            {
+                "graph": {
+                    "version": 1,
+                    "nodes": [
+                        {"kind": "text", "id": 0, "parts": ["{}"]},
+                        {"kind": "tool_call", "id": 1, "tool": "f", "arguments": ["{}"]},
+                    ],
+                }
+            },
+            "stream or detach",
+        ),
         ({"graph": {"version": 1, "nodes": [{"kind": "text", "id": 0, "parent": 5, "parts": ["a"]}]}}, "5"),
         ({"graph": {"version": 1, "nodes": [{"kind": "argument", "id": 0, "name": "x"}]}}, "'x' has no value"),
     ],
