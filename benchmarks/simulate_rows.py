@@ -26,7 +26,8 @@ from ramet.runtime.cuda_graph import StepGraphs
 from ramet.runtime.models.config import llama_3_1_8b
 from ramet.runtime.page_pool import PagePool
 from ramet.runtime.radix_cache import RadixCache
-from ramet.runtime.scheduler import Scheduler, SchedulerConfig
+from ramet.runtime.scheduler import Scheduler
+from ramet.runtime.scheduler_config import SchedulerConfig
 from ramet.runtime.tree_planner import TreePlanner
 from ramet.runtime.types import Batch, Request, RowOutput, SamplingParams, Sequence
 

@@ -21,7 +21,7 @@ from ramet.lang.passes.target import Target, target_of
 
 if TYPE_CHECKING:
     from ramet.lang.function import Function
-    from ramet.lang.run import RunRecord
+    from ramet.lang.run_record import RunRecord
     from ramet.lang.state import State
 
 MAX_BRANCHES = 12  # of one fork that are drawn; of more, the first ones and how many there are besides

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from ramet.lang.function import Function
-    from ramet.lang.run import RunRecord
+    from ramet.lang.run_record import RunRecord
     from ramet.lang.trace import Trace
 
 

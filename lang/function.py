@@ -23,9 +23,12 @@ from ramet.errors import ConfigError, InvalidProgram, InvalidRequest
 from ramet.lang import ir
 from ramet.lang.backend import ProgramOptions, choose_backend, deadline
 from ramet.lang.late import flush_late
+from ramet.lang.own_thread import in_own_thread
 from ramet.lang.primitives import merge_sampling, to_sampling
+from ramet.lang.progress_bar import ProgressBar
 from ramet.lang.row_order import in_row_order, row_order
-from ramet.lang.run import Run, Stage
+from ramet.lang.run import Run
+from ramet.lang.run_record import Stage
 from ramet.lang.source_lines import line_of
 from ramet.lang.state import State
 from ramet.lang.stream import Stream
@@ -157,7 +160,7 @@ class Function:
             if self.is_async:
                 await self._arecord(state)
             else:
-                await _in_thread(lambda: self._record(state))
+                await in_own_thread(lambda: self._record(state))
             await state._run.await_all()
         return state
 
@@ -182,7 +185,7 @@ class Function:
         if self.is_async:
             recording = asyncio.ensure_future(self._arecord(state))
         else:
-            recording = asyncio.ensure_future(_in_thread(lambda: self._record(state)))
+            recording = asyncio.ensure_future(in_own_thread(lambda: self._record(state)))
         recording.add_done_callback(stream.recorded)
         async for item in stream:
             yield item
@@ -240,7 +243,7 @@ class Function:
             except Exception as error:  # a row fails alone; reading its state raises this
                 state._run.fail(error)
 
-        with _ProgressBar(len(calls), progress_bar, self.name) as advance, ThreadPoolExecutor(num_threads) as pool:
+        with ProgressBar(len(calls), progress_bar, self.name) as advance, ThreadPoolExecutor(num_threads) as pool:
             try:
                 while waiting or live:
                     while waiting and len(live) < max_live:
@@ -426,33 +429,6 @@ class Function:
         return f"<program {self.name}{self._signature}>"
 
 
-async def _in_thread(work: Callable[[], object]) -> None:
-    """Run `work` on a thread of its own. asyncio's pool is a few threads; programs that wait would fill it."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[None] = loop.create_future()
-    context = copy_context()
-
-    def run() -> None:
-        error: BaseException | None = None
-        try:
-            context.run(work)
-        except BaseException as raised:  # handed to whoever awaits
-            error = raised
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(settle, error)
-
-    def settle(error: BaseException | None) -> None:
-        if future.done():
-            return
-        if error is None:
-            future.set_result(None)
-        else:
-            future.set_exception(error)
-
-    threading.Thread(target=run, name="ramet-program", daemon=True).start()
-    await future
-
-
 @contextmanager
 def _cancelling(state: State) -> Iterator[None]:
     """Cancel the run where waiting for it is given up: by an interrupt, or a cancelled task."""
@@ -461,28 +437,6 @@ def _cancelling(state: State) -> Iterator[None]:
     except BaseException:
         state._run.cancel()
         raise
-
-
-class _ProgressBar:
-    """A progress bar on the terminal, or nothing."""
-
-    def __init__(self, total: int, is_shown: bool, name: str) -> None:
-        self._total, self._is_shown, self._name = total, is_shown, name
-
-    def __enter__(self) -> Callable[[], None]:
-        if not self._is_shown:
-            return lambda: None
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._bar = Progress(*columns)
-        self._bar.start()
-        task = self._bar.add_task(self._name, total=self._total)
-        return lambda: self._bar.advance(task)
-
-    def __exit__(self, *exc: object) -> None:
-        if self._is_shown:
-            self._bar.stop()
 
 
 @overload

@@ -10,13 +10,13 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import ramet.errors
 from ramet.errors import CheckFailed, DeadlineExceeded, InvalidProgram, InvalidRequest, ProgramCancelled, ProgramError
 from ramet.lang import ir
 from ramet.lang.backend import Backend, ProgramOptions, Session
+from ramet.lang.run_record import RunRecord, Stage
 from ramet.lang.source_lines import caller_line
 from ramet.lang.tool_runner import ToolRunner
 from ramet.lang.tools import Tool, to_json
@@ -29,30 +29,6 @@ if TYPE_CHECKING:
 N = TypeVar("N", bound=ir.AnyNode)
 Listener = Callable[[ir.NodeEvent], None]
 _GRACE_S = 0.5  # that a backend has, past a deadline, to say which nodes it ended
-
-
-@dataclass(frozen=True, slots=True)
-class Stage:
-    """One time that recording stopped for a value: the source line, what it needed, and how far recording had come."""
-
-    line: str
-    node: int
-    why: str
-    num_nodes: int
-
-
-@dataclass(frozen=True, slots=True)
-class RunRecord:
-    """What a run did: its graph, what happened to each node (by id), and where recording had to stop.
-
-    `attempts`: generation -> the texts that its checks refused (`text`) and why (`problem`).
-    """
-
-    program: str
-    graph: ir.Graph
-    events: Mapping[int, ir.NodeEvent]
-    stages: tuple[Stage, ...]
-    attempts: Mapping[int, tuple[dict[str, str], ...]]
 
 
 class Run:

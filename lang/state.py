@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from ramet.lang.branches import Branches
     from ramet.lang.draw import Drawing
     from ramet.lang.explain import Explanation
-    from ramet.lang.run import Run, RunRecord
+    from ramet.lang.run import Run
+    from ramet.lang.run_record import RunRecord
     from ramet.lang.why_miss import Miss
 
 

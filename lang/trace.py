@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ramet.lang import ir
-from ramet.lang.run import Run, Stage
+from ramet.lang.run import Run
+from ramet.lang.run_record import Stage
 from ramet.lang.source_lines import caller_line
 from ramet.lang.state import State
 from ramet.lang.types import TEXT

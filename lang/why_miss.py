@@ -19,7 +19,7 @@ from ramet.lang.passes.target import Target, target_of
 
 if TYPE_CHECKING:
     from ramet.lang.function import Function
-    from ramet.lang.run import RunRecord
+    from ramet.lang.run_record import RunRecord
     from ramet.lang.state import State
 
 SHOWN = 60  # characters of context on either side

@@ -26,7 +26,8 @@ from ramet.runtime.models.load import LoadedModel, load_model
 from ramet.runtime.models.small_batch import apply_card_table
 from ramet.runtime.page_pool import PagePool
 from ramet.runtime.radix_cache import RadixCache
-from ramet.runtime.scheduler import Scheduler, SchedulerConfig
+from ramet.runtime.scheduler import Scheduler
+from ramet.runtime.scheduler_config import SchedulerConfig
 from ramet.runtime.slots import RunningSlots
 from ramet.runtime.tree_planner import TreePlanner
 from ramet.runtime.types import Batch, Request, SamplingParams, ScheduledSequence, Sequence, Status

@@ -12,7 +12,8 @@ import numpy as np
 
 from ramet.runtime.page_pool import PagePool
 from ramet.runtime.radix_cache import RadixCache
-from ramet.runtime.scheduler import Scheduler, SchedulerConfig
+from ramet.runtime.scheduler import Scheduler
+from ramet.runtime.scheduler_config import SchedulerConfig
 from ramet.runtime.types import Batch, FinishReason, Request, RowOutput, SamplingParams, ScheduledSequence, Sequence
 
 VOCAB = 50
