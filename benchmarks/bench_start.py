@@ -1,9 +1,10 @@
-"""What a start costs: a process's first constraint and first token, on a new machine and on one that ran before.
+"""What a start costs: a process's import and first token, on a new machine and on one that ran before.
 
     python benchmarks/bench_start.py [--model smollm2-135m] [--rounds 3] [--out benchmarks/results/start.jsonl]
 
 Each measurement is a process of its own, from its start until it has the answer. New: numba's cache is empty, so that
 all that a CPU runs compiled is compiled once (the model's file is there, and in the system's cache after a warm-up).
+Grammars alone: `bench_grammar_service.py --fresh`.
 """
 
 from __future__ import annotations
@@ -25,13 +26,6 @@ from rich.table import Table
 
 CASES = {
     "import ramet": "import ramet; ramet.Engine",
-    "first mask": """
-from ramet.grammar import Vocabulary, compile_grammar
-from ramet.grammar.ir import JsonSchema
-vocabulary = Vocabulary([*(bytes((i,)) for i in range(256)), b""], [256])
-schema = {"type": "object", "properties": {"a": {"type": "string"}, "n": {"type": "integer"}}}
-compile_grammar(JsonSchema(schema), vocabulary).mask(0)
-""",
     "first token": """
 import sys
 from ramet import Engine, SamplingParams
