@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import platform
-import subprocess
 import threading
 import time
 import tracemalloc
 from pathlib import Path
 
+from json_line import commit, print_record
 from rich.console import Console
 from rich.table import Table
 
@@ -87,21 +86,17 @@ def main() -> None:
     for name, value in found.items():
         table.add_row(name.replace("_", " "), f"{value:,}")
     Console().print(table)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    line = json.dumps(
+    print_record(
         {
             "benchmark": "branches",
-            "commit": commit.stdout.strip(),
+            "commit": commit(),
             "machine": platform.machine(),
             "python": platform.python_version(),
             "branches": args.branches,
             **found,
-        }
+        },
+        args.out,
     )
-    if args.out is not None:
-        with args.out.open("a") as file:
-            file.write(line + "\n")
-    print(line)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 from bench_grammar import Cursor, machine, percentiles, tokenizer_of
+from json_line import print_record
 from rich.console import Console
 from rich.table import Table
 
@@ -149,11 +150,7 @@ def main() -> None:
             )
             table.add_row(name, engine, f"{found['compile_ms']:.2f}", *cells)
     Console(width=140).print(table)
-    line = json.dumps({"bench": "cfg", "vocabulary": vocabulary.vocab_size, **machine(), "rows": rows})
-    print(line)
-    if arguments.out is not None:
-        with arguments.out.open("a", encoding="utf-8") as out:
-            out.write(line + "\n")
+    print_record({"bench": "cfg", "vocabulary": vocabulary.vocab_size, **machine(), "rows": rows}, arguments.out)
 
 
 if __name__ == "__main__":

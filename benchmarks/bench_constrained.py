@@ -13,13 +13,13 @@ import json
 import platform
 import random
 import statistics
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import torch
+from json_line import commit, print_record
 from workloads import JSON_SCHEMA, json_workload
 
 from ramet.grammar import Vocabulary
@@ -175,22 +175,18 @@ def main() -> None:
             print(figures["validity"])
         else:
             figures["rows"] = measure(engine, vocabulary, [int(b) for b in args.batches.split(",")], args.repeats)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    line = json.dumps(
+    print_record(
         {
             "benchmark": "constrained",
-            "commit": commit.stdout.strip(),
+            "commit": commit(),
             "torch": torch.__version__,
             "python": platform.python_version(),
             "threads": torch.get_num_threads(),
             "model": args.model,
             **figures,
-        }
+        },
+        args.out,
     )
-    if args.out:
-        with args.out.open("a") as file:
-            file.write(line + "\n")
-    print(line)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+from json_line import commit, print_record
+
 PROMPT, STEPS, PREFILL = 64, 32, 1000
 BATCHES = (1, 8, 32)
 SYSTEMS = ("engine", "decoder", "decoder-bf16", "decoder-fp32", "transformers", "transformers-bf16", "llama.cpp")
@@ -381,10 +383,9 @@ def main() -> None:
         for name, by_kind in seconds.items()
     }
     report(speeds, arguments.threads, arguments.clock)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     record = {
         "benchmark": "cpu",
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
         "device": platform.processor() or platform.machine(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "configuration": {
@@ -399,11 +400,7 @@ def main() -> None:
         "load_average": load_before,
         "tokens_per_s": speeds,
     }
-    line = json.dumps(record)
-    print(line)
-    if arguments.out:
-        with arguments.out.open("a") as file:
-            file.write(line + "\n")
+    print_record(record, arguments.out)
 
 
 if __name__ == "__main__":

@@ -17,16 +17,15 @@ from __future__ import annotations
 
 import argparse
 import bisect
-import json
 import math
 import platform
-import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from json_line import commit, print_record
 from rich.console import Console
 from rich.table import Table
 
@@ -229,15 +228,9 @@ def main() -> None:
         rows.append({"pages": num_pages, "share": share, **found, "part_of_gap": round(part, 3)})
         table.add_row(f"{num_pages:,}", f"{share:.0%}", *(f"{value:,}" for value in found.values()), f"{part:.0%}")
     Console().print(table)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    versions = {"commit": commit.stdout.strip(), "python": platform.python_version()}
+    versions = {"commit": commit(), "python": platform.python_version()}
     config = {"programs": args.programs, "requests": len(requests), "floor": floor, "page_size": PAGE_SIZE}
-    line = json.dumps({"benchmark": "eviction", **versions, **config, "rows": rows})
-    print(line)
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        with args.out.open("a") as file:
-            file.write(line + "\n")
+    print_record({"benchmark": "eviction", **versions, **config, "rows": rows}, args.out)
 
 
 if __name__ == "__main__":

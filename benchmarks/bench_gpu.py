@@ -21,9 +21,7 @@ import dataclasses
 import gc
 import json
 import logging
-import os
 import platform
-import subprocess
 import sys
 import threading
 import time
@@ -34,6 +32,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from json_line import commit
 from vocabulary import make_vocabulary
 from workloads import JSON_SCHEMA, MAKERS, ROWS, Chain, Workload, shrunk
 
@@ -422,14 +421,6 @@ def kernel_table(spans: list[tuple[float, float, str]]) -> str:
             f"{time_us / 1e3:10.2f} {share:5.1f}% {count:8d} {time_us / count:9.2f} {time_us / steps:9.1f}  {name[:90]}"
         )
     return "\n".join(lines)
-
-
-def commit() -> str:
-    """The commit that runs; COMMIT says it where the working tree came without its history."""
-    if "COMMIT" in os.environ:
-        return os.environ["COMMIT"]
-    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return found.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

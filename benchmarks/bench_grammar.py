@@ -18,7 +18,6 @@ import gc
 import json
 import os
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +29,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 from grammar_schemas import cases
+from json_line import commit, print_record
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
@@ -234,18 +234,15 @@ def main() -> None:
             slow = ", ".join(f"{name} {us:,.0f} µs" for name, us in found["slowest_masks_us"].items())
             print(f"{model} {engine}: slowest masks: {slow}", file=sys.stderr)
     Console(width=160).print(table)
-    line = json.dumps(
+    print_record(
         {
             "bench": "grammar",
             "schemas": "built-in" if arguments.schemas is None else f"given, each {arguments.every}",
             **machine(),
             "rows": rows,
-        }
+        },
+        arguments.out,
     )
-    print(line)
-    if arguments.out is not None:
-        with arguments.out.open("a", encoding="utf-8") as out:
-            out.write(line + "\n")
 
 
 def _compact(value: Json) -> str:
@@ -257,9 +254,8 @@ def _cells(percentiles: dict[str, float], digits: int) -> str:
 
 
 def machine() -> dict[str, Json]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return {
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
         "device": platform.processor() or platform.machine(),
         "python": platform.python_version(),
         "numpy": np.__version__,

@@ -25,6 +25,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 from bench_grammar import machine, tokenizer_of
+from json_line import print_record
 
 from ramet.grammar import CompiledGrammar, Vocabulary, compile_constraint
 from ramet.grammar.compiler import warm_up
@@ -125,11 +126,7 @@ def main() -> None:
         found["first_import_s"] = first_s()
     for key, value in found.items():
         print(f"{key}: {value}")
-    line = json.dumps({"bench": "grammar_service", "vocabulary": vocabulary.vocab_size, **machine(), **found})
-    print(line)
-    if arguments.out is not None:
-        with arguments.out.open("a", encoding="utf-8") as out:
-            out.write(line + "\n")
+    print_record({"bench": "grammar_service", "vocabulary": vocabulary.vocab_size, **machine(), **found}, arguments.out)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import platform
 import time
 from collections.abc import Callable
@@ -24,7 +23,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_gpu import MadeUpTokenizer, commit, run_row, tiny_shapes
+from bench_gpu import MadeUpTokenizer, run_row, tiny_shapes
+from json_line import commit, print_record
 from workloads import MAKERS, Chain, Turn, Workload
 
 from ramet.runtime.client import Engine
@@ -158,13 +158,10 @@ def main() -> None:
         high = tiny_shapes().vocab_size - 100
         workload = MAKERS[kind](args.chains or int(concurrency), high=high)
         records.append(measure(row, workload, int(concurrency)))
-    line = json.dumps(
-        {"benchmark": "host", "commit": commit(), "python": platform.python_version(), "rows": records, "unit": "us"}
+    print_record(
+        {"benchmark": "host", "commit": commit(), "python": platform.python_version(), "rows": records, "unit": "us"},
+        args.out,
     )
-    if args.out:
-        with args.out.open("a") as file:
-            file.write(line + "\n")
-    print(line)
 
 
 if __name__ == "__main__":

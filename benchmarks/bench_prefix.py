@@ -10,14 +10,13 @@ a warm first token is one decode step.
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import statistics
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import torch
+from json_line import commit, print_record
 from rich.console import Console
 from rich.table import Table
 
@@ -116,23 +115,19 @@ def main() -> None:
             f"{branches['wall_s']:.2f} s",
         )
     Console().print(table)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    line = json.dumps(
+    print_record(
         {
             "benchmark": "prefix",
-            "commit": commit.stdout.strip(),
+            "commit": commit(),
             "torch": torch.__version__,
             "python": platform.python_version(),
             "threads": torch.get_num_threads(),
             "model": args.model,
             "prefix": args.prefix,
             "rows": rows,
-        }
+        },
+        args.out,
     )
-    if args.out:
-        with args.out.open("a") as file:
-            file.write(line + "\n")
-    print(line)
 
 
 if __name__ == "__main__":

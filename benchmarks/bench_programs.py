@@ -21,10 +21,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import platform
 import statistics
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +33,7 @@ from typing import Any, NamedTuple
 import httpx
 import torch
 from bench_ttft import served
+from json_line import commit, print_record
 from program_cases import PROGRAMS
 from rich.console import Console
 from rich.table import Table
@@ -231,15 +230,9 @@ def main() -> None:
                     rows.append(measure(program, found, mode, rtt, args.repeats, warm[0].text))
     threads = torch.get_num_threads()
     Console().print(table_of(rows, f"programs on {args.model}, {threads} threads, cache emptied before each run"))
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    versions = {"commit": commit.stdout.strip(), "torch": torch.__version__, "python": platform.python_version()}
+    versions = {"commit": commit(), "torch": torch.__version__, "python": platform.python_version()}
     config = {"threads": threads, "model": args.model, "repeats": args.repeats}
-    line = json.dumps({"benchmark": "programs", **versions, **config, "rows": rows})
-    print(line)
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        with args.out.open("a") as file:
-            file.write(line + "\n")
+    print_record({"benchmark": "programs", **versions, **config, "rows": rows}, args.out)
 
 
 if __name__ == "__main__":

@@ -12,12 +12,12 @@ import argparse
 import gc
 import json
 import platform
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from json_line import commit
 
 from ramet.runtime.page_pool import PagePool
 from ramet.runtime.radix_cache import RadixCache
@@ -170,12 +170,11 @@ def main() -> None:
     rows += [(f"cache, {arguments.prompt} tokens: {name}", values) for name, values in cache.items()]
     for name, values in rows:
         print(f"{name:38}" + "".join(f"{values[p]:9.1f}" for p in ("p20", "p50", "p80", "p99")))
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     print(
         json.dumps(
             {
                 "bench": "scheduler",
-                "commit": commit.stdout.strip(),
+                "commit": commit(),
                 "device": cpu_name(),
                 "python": platform.python_version(),
                 "numpy": np.__version__,

@@ -16,10 +16,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import json
 import os
 import platform
-import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -32,6 +30,7 @@ import httpx
 import numpy as np
 import torch
 from bench_ttft import served
+from json_line import commit, print_record
 from rich.console import Console
 from rich.table import Table
 from serving_load import EngineTarget, HttpTarget, Sample, Target, closed_loop, open_loop
@@ -225,10 +224,9 @@ def main() -> None:
             f"{line['workload']}{line['load']}: HTTP costs {line['throughput_percent']} % of throughput, "
             f"{line['ttft_p50_ms']} ms of TTFT p50, {line['itl_p50_ms']} ms of ITL p50"
         )
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     result = {
         "benchmark": "serving",
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
         "device": platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
@@ -237,11 +235,7 @@ def main() -> None:
         "rows": rows,
         "overhead": compared,
     }
-    line_of_json = json.dumps(result)
-    print(line_of_json)
-    if arguments.out is not None:
-        with arguments.out.open("a") as file:
-            file.write(line_of_json + "\n")
+    print_record(result, arguments.out)
 
 
 def void(value: object) -> None:

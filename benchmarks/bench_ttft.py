@@ -24,6 +24,7 @@ from importlib import metadata
 from pathlib import Path
 
 import httpx
+from json_line import commit, print_record
 
 SENTENCE = "You are a careful assistant who answers every question about the river and its old mill in few words. "
 SYSTEM = SENTENCE * 24  # 21 tokens each with SmolLM2's tokenizer
@@ -93,10 +94,9 @@ def main() -> None:
     cold, warm = times[0], statistics.mean(times[1:])
     print(f"First request TTFT: {cold:.0f} ms")
     print(f"Subsequent requests avg TTFT: {warm:.0f} ms")
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     result = {
         "benchmark": "ttft",
-        "commit": commit,
+        "commit": commit(),
         "device": platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
         "versions": {"python": platform.python_version(), "ramet": metadata.version("ramet")},
@@ -109,11 +109,7 @@ def main() -> None:
         "warm_over_cold": round(warm / cold, 3),
         "cached_tokens": cached,
     }
-    line = json.dumps(result)
-    print(line)
-    if arguments.out is not None:
-        with arguments.out.open("a") as file:
-            file.write(line + "\n")
+    print_record(result, arguments.out)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_gpu import MadeUpTokenizer, commit, tiny_shapes
+from bench_gpu import MadeUpTokenizer, tiny_shapes
+from json_line import commit
 
 from ramet.errors import RequestCancelled
 from ramet.grammar import Vocabulary
