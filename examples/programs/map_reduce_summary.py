@@ -17,11 +17,11 @@ def summarise(s: State, chapters: list[str]) -> None:
     s += "You write summaries of one short sentence.\n"
 
     def one(branch: State, chapter: str) -> None:
-        branch += f"Text: {chapter}\nSummary:" + gen("summary", stop="\n")
+        branch += f"Text: {chapter}\nSummary: In this chapter," + gen("summary", stop="\n")
 
     s.map(chapters, one).join()
     s += "\n".join(f"{i}. {summary}" for i, summary in enumerate(s["summary"], 1))
-    s += "\nThe whole story in one sentence:" + gen("story", stop="\n")
+    s += "\nThe whole story: First," + gen("story", stop="\n")
 
 
 def main() -> None:
