@@ -1,4 +1,8 @@
-"""Where there is no GPU, Triton kernels run in Triton's interpreter; it is chosen before any kernel is defined."""
+"""What has to be chosen before torch is loaded or any kernel defined.
+
+Where there is no GPU, Triton kernels run in Triton's interpreter. Threads that wait sleep soon, as the server's do, for
+tests share the cores with servers that they start.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-import torch
+
+from ramet.runtime.openmp_waits import limit_spinning
+
+limit_spinning(os.environ)
+
+import torch  # noqa: E402
 
 if TYPE_CHECKING:
     from ramet.runtime.models.load import LoadedModel
