@@ -173,6 +173,8 @@ def _card(card: Card, file: str) -> str:
     elif card.written_text:
         for index, text in enumerate(_head_lines(card.written_text, 2)):
             parts.append(_mono("written", 41 + 14 * len(lines) + 2 + 14 * index, text))
+    elif card.kind == "gen" and card.end_s is not None:  # it ran, and ended at once
+        parts.append(_mono("prompt", 41 + 14 * len(lines) + 2, "(no text)"))
     parts.append(_bar(card))
     parts.append("</g>")
     return "".join(parts)

@@ -60,6 +60,16 @@ def test_a_run_becomes_cards_with_what_was_measured(backend: MockBackend) -> Non
     assert f"{state.usage.computed_tokens:,} computed" in drawing.summary
 
 
+def test_a_generation_that_wrote_nothing_says_so(backend: MockBackend) -> None:
+    @function
+    def program(s: State) -> None:
+        s += "Nothing: " + gen("x", regex="")
+
+    assert "(no text)" in program.run().graph().svg()
+    assert "(no text)" not in program.graph().svg()
+    assert "(no text)" not in debate.run("rain").graph().svg()
+
+
 def test_edges_are_prefixes_joins_and_values(backend: MockBackend) -> None:
     cards = by_name(debate.run("rain").graph())
     root, pro, contra, winner = (cards[name].id for name in ("text", "pro", "contra", "winner"))
