@@ -54,7 +54,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype = torch.f
     """As `norm.rms_norm`, for x [T, N] or any shape whose last axis is N."""
     out = empty(x.shape, dtype)
     size = x.shape[-1]
-    addresses = x.data_ptr(), weight.data_ptr(), out.data_ptr()
+    addresses = x.data_ptr(), 0, weight.data_ptr(), out.data_ptr(), 0
     sizes = x.numel() // size, size, float_bits(eps), _kinds(x, out)
     _rms_norm_kernel(*addresses, *sizes, threads=_threads(x))
     return out
@@ -68,7 +68,7 @@ def fused_add_rms_norm(
     size = x.shape[-1]
     addresses = x.data_ptr(), residual.data_ptr(), weight.data_ptr(), out.data_ptr(), total.data_ptr()
     sizes = x.numel() // size, size, float_bits(eps), _kinds(x, out)
-    _add_rms_norm_kernel(*addresses, *sizes, threads=_threads(x))
+    _rms_norm_kernel(*addresses, *sizes, threads=_threads(x))
     return out, total
 
 
@@ -172,31 +172,56 @@ def exp32(x: Any) -> Any:  # Any: np.float32
 
 
 @inner
-def _rms_norm(x: Any, weight: int, out: Any, eps: Any) -> None:  # Any: arrays of rows, np.float32
-    scales = carray(float32_at(weight), (x.shape[1],))
-    for row in range(len(x)):
-        _normalize(x[row], scales, out[row], eps)
+def _floats(address: int, size: int) -> Any:
+    return carray(float32_at(address), (size,))
 
 
 @inner
-def _normalize(source: Any, weight: Any, target: Any, eps: Any) -> None:  # Any: arrays and a float32
+def _widen_row(address: int, row: Any) -> None:  # Any: float32 array
+    source = carray(uint16_at(address), (len(row),))
+    for i in range(len(row)):
+        row[i] = widen(source[i])
+
+
+@inner
+def _narrow_row(row: Any, address: int) -> None:  # Any: float32 array
+    target = carray(uint16_at(address), (len(row),))
+    for i in range(len(row)):
+        target[i] = narrow(row[i], target[i])
+
+
+@inner
+def _normalize(source: Any, weight: Any, target: Any, eps: Any) -> None:  # Any: float32 arrays and a float32
     squares = np.float32(0.0)
     for i in range(len(source)):
-        squares += widen(source[i]) * widen(source[i])
+        squares += source[i] * source[i]
     scale = np.float32(1.0) / np.sqrt(squares / np.float32(len(source)) + eps)
     for i in range(len(source)):
-        target[i] = narrow(widen(source[i]) * scale * weight[i], target[i])
+        target[i] = source[i] * scale * weight[i]
 
 
 @inner
-def _add_rms_norm(x: Any, residual: int, weight: int, out: Any, total: int, eps: Any) -> None:
-    size = x.shape[1]
-    right, sums = carray(float32_at(residual), x.shape), carray(float32_at(total), x.shape)
-    scales = carray(float32_at(weight), (size,))
-    for row in range(len(x)):
-        for i in range(size):
-            sums[row, i] = widen(x[row, i]) + right[row, i]
-        _normalize(sums[row], scales, out[row], eps)
+def _norm_rows(
+    x: int, residual: int, weight: int, out: int, total: int, low: int, high: int, size: int, eps: Any, kinds: int
+) -> None:  # Any: np.float32
+    """Rows [low, high), plus those of `residual` where that is not 0; their sum goes to `total`."""
+    line = np.empty(size, np.float32)  # a row that lies in memory as bfloat16
+    x_bytes, out_bytes = 2 if kinds & 1 else 4, 2 if kinds & 2 else 4
+    for row in range(low, high):
+        source_at, target_at = x + row * size * x_bytes, out + row * size * out_bytes
+        if kinds & 1:
+            _widen_row(source_at, line)
+            source_at = line.ctypes.data
+        if residual != 0:
+            left, right = _floats(source_at, size), _floats(residual + row * size * 4, size)
+            source_at = total + row * size * 4
+            sums = _floats(source_at, size)
+            for i in range(size):
+                sums[i] = left[i] + right[i]
+        target = _floats(line.ctypes.data if kinds & 2 else target_at, size)
+        _normalize(_floats(source_at, size), _floats(weight, size), target, eps)
+        if kinds & 2:
+            _narrow_row(target, target_at)
 
 
 @inner
@@ -218,51 +243,56 @@ def _gated_activation(source: Any, target: Any, is_gelu: bool) -> None:  # Any: 
 
 
 @inner
-def _rotate(source: Any, target: Any, cos: Any, sin: Any, weight: Any, eps: Any) -> None:  # Any: arrays, np.float32
+def _rotate(source: Any, target: Any, cos: Any, sin: Any, weight: Any, eps: Any) -> None:  # Any: float32 arrays
     """Normalise one head by `weight` (empty: not at all), then rotate it."""
     half = len(source) // 2
-    if len(weight) == 0:
-        for i in range(half):
-            first, second = widen(source[i]), widen(source[half + i])
-            target[i] = narrow(first * cos[i] - second * sin[i], target[i])
-            target[half + i] = narrow(second * cos[i] + first * sin[i], target[i])
-        return
-    squares = np.float32(0.0)
-    for i in range(2 * half):
-        squares += widen(source[i]) * widen(source[i])
-    scale = np.float32(1.0) / np.sqrt(squares / np.float32(2 * half) + eps)
+    if len(weight) > 0:
+        _normalize(source, weight, target, eps)
+    else:
+        for i in range(2 * half):
+            target[i] = source[i]
     for i in range(half):
-        first, second = widen(source[i]) * scale * weight[i], widen(source[half + i]) * scale * weight[half + i]
-        target[i] = narrow(first * cos[i] - second * sin[i], target[i])
-        target[half + i] = narrow(second * cos[i] + first * sin[i], target[i])
+        first, second = target[i], target[half + i]
+        target[i] = first * cos[i] - second * sin[i]
+        target[half + i] = second * cos[i] + first * sin[i]
 
 
 @inner
-def _rope_and_write_kv(
-    a: Any, q: Any, k: Any, v: Any, out: Any, low: int, high: int
-) -> None:  # Any: int64 array of the kernel, arrays of one kind
+def _rope_and_write_kv(a: Any, low: int, high: int) -> None:  # Any: int64 array of the kernel
     """Tokens [low, high)."""
     num_heads, num_kv_heads, head_dim, page_size = a[16], a[17], a[18], a[19]
-    eps, half = bits_float(a[20]), head_dim // 2
-    position_of = carray(int32_at(a[8]), (high,))
-    slot_of = carray(int32_at(a[9]), (high,))
-    q_weight = carray(float32_at(a[12]), (head_dim if a[12] else 0,))
-    k_weight = carray(float32_at(a[13]), (head_dim if a[13] else 0,))
+    eps, half, is_half = bits_float(a[20]), head_dim // 2, a[21] != 0
+    size = 2 if is_half else 4  # bytes of a value
+    position_of, slot_of = carray(int32_at(a[8]), (high,)), carray(int32_at(a[9]), (high,))
+    q_weight, k_weight = _floats(a[12], head_dim if a[12] else 0), _floats(a[13], head_dim if a[13] else 0)
+    before, after = np.empty(head_dim, np.float32), np.empty(head_dim, np.float32)  # of a head in bfloat16
     for token in range(low, high):
         table = np.int64(position_of[token]) * half * 4
-        c, s = carray(float32_at(a[6] + table), (half,)), carray(float32_at(a[7] + table), (half,))
-        for head in range(num_heads):
-            begin, target = token * a[3] + head * head_dim, (token * num_heads + head) * head_dim
-            _rotate(q[begin : begin + head_dim], out[target : target + head_dim], c, s, q_weight, eps)
+        c, s = _floats(a[6] + table, half), _floats(a[7] + table, half)
         page, offset = np.int64(slot_of[token]) // page_size, np.int64(slot_of[token]) % page_size
-        for head in range(num_kv_heads):
-            where = 4 * ((page * num_kv_heads + head) * page_size + offset) * head_dim
-            begin = token * a[4] + head * head_dim
-            _rotate(k[begin : begin + head_dim], carray(float32_at(a[10] + where), (head_dim,)), c, s, k_weight, eps)
-            begin = token * a[5] + head * head_dim
-            value = carray(float32_at(a[11] + where), (head_dim,))
-            for i in range(head_dim):
-                value[i] = widen(v[begin + i])
+        for head in range(num_heads + num_kv_heads):
+            kv_head, is_q = head - num_heads, head < num_heads
+            where = 4 * ((page * num_kv_heads + kv_head) * page_size + offset) * head_dim
+            source_at = a[1] + size * (token * a[4] + kv_head * head_dim)
+            target_at = a[10] + where
+            if is_q:
+                source_at = a[0] + size * (token * a[3] + head * head_dim)
+                target_at = a[14] + size * (token * num_heads + head) * head_dim
+            if is_half:
+                _widen_row(source_at, before)
+                source_at = before.ctypes.data
+            target = _floats(after.ctypes.data if is_half and is_q else target_at, head_dim)
+            _rotate(_floats(source_at, head_dim), target, c, s, q_weight if is_q else k_weight, eps)
+            if is_half and is_q:
+                _narrow_row(target, target_at)
+            elif not is_q:
+                value_at, value = a[2] + size * (token * a[5] + kv_head * head_dim), _floats(a[11] + where, head_dim)
+                if is_half:
+                    _widen_row(value_at, value)
+                else:
+                    given = _floats(value_at, head_dim)
+                    for i in range(head_dim):
+                        value[i] = given[i]
 
 
 # ---- The same on many threads: each takes neighbouring rows ----
@@ -288,38 +318,9 @@ def _half_rows(address: int, low: int, high: int, size: int) -> Any:
 
 @Kernel
 def _rms_norm_kernel(pointer: Any) -> None:  # Any: int64*
-    a = carray(pointer, 7)
-    low, high = _share(a[3])
-    size, eps, kinds = a[4], bits_float(a[5]), a[6]
-    if kinds == 0:
-        _rms_norm(_float_rows(a[0], low, high, size), a[1], _float_rows(a[2], low, high, size), eps)
-    elif kinds == 1:
-        _rms_norm(_half_rows(a[0], low, high, size), a[1], _float_rows(a[2], low, high, size), eps)
-    elif kinds == 2:
-        _rms_norm(_float_rows(a[0], low, high, size), a[1], _half_rows(a[2], low, high, size), eps)
-    else:
-        _rms_norm(_half_rows(a[0], low, high, size), a[1], _half_rows(a[2], low, high, size), eps)
-
-
-@Kernel
-def _add_rms_norm_kernel(pointer: Any) -> None:  # Any: int64*
     a = carray(pointer, 9)
     low, high = _share(a[5])
-    size, eps, kinds = a[6], bits_float(a[7]), a[8]
-    skip = low * size * 4
-    residual, total = a[1] + skip, a[4] + skip
-    if kinds == 0:
-        x, out = _float_rows(a[0], low, high, size), _float_rows(a[3], low, high, size)
-        _add_rms_norm(x, residual, a[2], out, total, eps)
-    elif kinds == 1:
-        x_half, out = _half_rows(a[0], low, high, size), _float_rows(a[3], low, high, size)
-        _add_rms_norm(x_half, residual, a[2], out, total, eps)
-    elif kinds == 2:
-        x, out_half = _float_rows(a[0], low, high, size), _half_rows(a[3], low, high, size)
-        _add_rms_norm(x, residual, a[2], out_half, total, eps)
-    else:
-        x_half, out_half = _half_rows(a[0], low, high, size), _half_rows(a[3], low, high, size)
-        _add_rms_norm(x_half, residual, a[2], out_half, total, eps)
+    _norm_rows(a[0], a[1], a[2], a[3], a[4], low, high, a[6], bits_float(a[7]), a[8])
 
 
 @Kernel
@@ -352,14 +353,5 @@ def _mask_kernel(pointer: Any) -> None:  # Any: int64*
 
 @Kernel
 def _rope_kernel(pointer: Any) -> None:  # Any: int64*
-    a = carray(pointer, 22)
-    low, high = _share(a[15])
-    size = high * a[16] * a[18]
-    if a[21] == 0:
-        q, k, v = float32_at(a[0]), float32_at(a[1]), float32_at(a[2])
-        heads = carray(q, (high * a[3],)), carray(k, (high * a[4],)), carray(v, (high * a[5],))
-        _rope_and_write_kv(a, *heads, carray(float32_at(a[14]), (size,)), low, high)
-    else:
-        q, k, v = uint16_at(a[0]), uint16_at(a[1]), uint16_at(a[2])
-        heads = carray(q, (high * a[3],)), carray(k, (high * a[4],)), carray(v, (high * a[5],))
-        _rope_and_write_kv(a, *heads, carray(uint16_at(a[14]), (size,)), low, high)
+    low, high = _share(carray(pointer, 22)[15])
+    _rope_and_write_kv(carray(pointer, 22), low, high)
