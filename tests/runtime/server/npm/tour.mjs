@@ -217,8 +217,8 @@ const TOUR = {
     await refused({ top_p: 7 }, OpenAI.BadRequestError, "top_p");
     await refused({ foo: 1 }, OpenAI.BadRequestError, "foo");
     await refused({ model: "gpt-9" }, OpenAI.NotFoundError, "model");
-    await refused({ messages: user("x ".repeat(9000)) }, OpenAI.BadRequestError, "prompt");
-    await refused({ messages: user("x ".repeat(9000)), stream: true }, OpenAI.BadRequestError, "prompt");
+    await refused({ messages: user("x ".repeat(9000)) }, OpenAI.BadRequestError, "messages");
+    await refused({ messages: user("x ".repeat(9000)), stream: true }, OpenAI.BadRequestError, "messages");
     await assert.rejects(client.models.retrieve("gpt-9"), OpenAI.NotFoundError);
   },
   async abort() {
