@@ -91,6 +91,13 @@ class Function:
         self._signature = inspect.Signature(self.parameters)
         self._sampling = to_sampling(self.defaults)
 
+    def __get__(self, instance: object, owner: type | None = None) -> Function:
+        """A method: the program of this object, whose state is the parameter after `self`."""
+        if instance is None:
+            return self
+        body = self.body.__get__(instance, owner)
+        return Function(body, name=self.name, defaults=self.defaults, bound=self.bound, tools=self.tools)
+
     def __call__(self, state: State, *args: Any, **kwargs: Any) -> Any:
         """Run the body as a part of `state`'s program. For a run of its own use `run`."""
         if not isinstance(state, State):

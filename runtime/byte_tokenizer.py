@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable
 
 from ramet.runtime.chat_template import ChatTemplate
+from ramet.runtime.tokenizer import half_a_pair
 
 _SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>", "<|begin|>")
 _TEMPLATE = (
@@ -43,6 +44,10 @@ class ByteTokenizer:
         self, text: str, *, add_special: bool = False, parse_special: bool = False, continues: bool = False
     ) -> list[int]:
         ids = [self.bos_id] if add_special and self.bos_id is not None else []
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise half_a_pair(error) from error
         start = 0
         for match in self._special.finditer(text) if parse_special else ():
             ids += text[start : match.start()].encode()

@@ -84,6 +84,7 @@ class Engine:
         self.chat_template = self.tokenizer.chat_template
         self._core: EngineCore = build_core(self.model, config)
         self.context_length = self._core.context_length
+        wanted = config.context_length or self.model.config.max_position_embeddings
         self.device_grammars = self._core.runner.device_grammars  # for whoever compiles grammars; None: host masks
         self._streams: dict[Sequence, _Stream] = {}
         self._by_id: dict[str, Sequence] = {}
@@ -95,6 +96,7 @@ class Engine:
             self.tokenizer,
             self.model.config.vocab_size,
             self.context_length,
+            context_limit="--context-length" if self.context_length == wanted else "--num-kv-tokens",
             default_max_tokens=config.default_max_tokens,
             seed=config.seed,
         )

@@ -17,15 +17,24 @@ from ramet.runtime.types import MAX_INT32, Grammar, Request, SamplingParams, Tok
 class RequestBorder:
     """Makes the requests of one engine: their ids, seeds and limits. Thread-safe.
 
-    `default_max_tokens`: of a request that names none. `seed`: of the seeds drawn for requests that name none.
+    `context_limit`: the option that limits the context. `default_max_tokens`: of a request that names none. `seed`: of
+    the seeds drawn for requests that name none.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, vocab_size: int, context_length: int, *, default_max_tokens: int, seed: int
+        self,
+        tokenizer: Tokenizer,
+        vocab_size: int,
+        context_length: int,
+        *,
+        context_limit: str = "--context-length",
+        default_max_tokens: int,
+        seed: int,
     ) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._context_length = context_length
+        self._context_limit = context_limit
         self._default_max_tokens = default_max_tokens
         self._ids = itertools.count()
         self._seeds = random.Random(seed)
@@ -73,7 +82,7 @@ class RequestBorder:
         if wanted > room:
             raise ContextOverflow(
                 f"prompt has {num_prompt:,} tokens and max_tokens is {wanted:,}, but the context is "
-                f"{self._context_length:,}; shorten the prompt, lower max_tokens, or raise --context-length",
+                f"{self._context_length:,}; shorten the prompt, lower max_tokens, or raise {self._context_limit}",
                 param="max_tokens" if num_prompt < self._context_length else "prompt",
             )
         seed = sampling.seed

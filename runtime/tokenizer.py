@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import tokenizers
 
-from ramet.errors import BrokenModelFile
+from ramet.errors import BrokenModelFile, InvalidRequest
 from ramet.runtime.chat_template import ChatTemplate
 
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -49,6 +49,8 @@ class Tokenizer(Protocol):
         spelling of a special token becomes that token: for a chat template's output. Text from outside is encoded
         without, so that it cannot forge a role. `continues`: the text follows other text, so a SentencePiece tokenizer
         must not put a space before it.
+
+        Raises: InvalidRequest for text that UTF-8 cannot write.
         """
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
@@ -56,6 +58,11 @@ class Tokenizer(Protocol):
 
     def token_id(self, token: str) -> int | None:
         """The id of a token by its own spelling (`<|im_end|>`), or None."""
+
+
+def half_a_pair(error: UnicodeEncodeError) -> InvalidRequest:
+    """The error of a text that holds half of a surrogate pair."""
+    return InvalidRequest(f"a text is not valid Unicode: it holds {error.object[error.start : error.end]!r} alone")
 
 
 class SubwordTokenizer:
@@ -109,7 +116,10 @@ class SubwordTokenizer:
         self, text: str, *, add_special: bool = False, parse_special: bool = False, continues: bool = False
     ) -> list[int]:
         backend = self._backend(parse_special, continues and self._has_prefix_space)
-        ids: list[int] = backend.encode(text, add_special_tokens=False).ids
+        try:
+            ids: list[int] = backend.encode(text, add_special_tokens=False).ids
+        except UnicodeEncodeError as error:
+            raise half_a_pair(error) from error
         if add_special and self._add_bos and self.bos_id is not None and (not ids or ids[0] != self.bos_id):
             ids.insert(0, self.bos_id)
         return ids

@@ -212,3 +212,13 @@ def test_choices_may_come_from_a_generator_and_a_name_must_be_text(engine: Engin
 
     with pytest.raises(InvalidProgram, match="a variable is named 3"):
         program.run(backend=engine)
+
+
+def test_half_a_surrogate_pair_is_said_to_be_no_text(engine: Engine) -> None:
+    @function
+    def program(s: State, text: str) -> None:
+        s += text + gen("x", max_tokens=2)
+
+    state = program.run(text="half \ud83d", backend=engine)
+    with pytest.raises(RametError, match="not valid Unicode"):
+        assert state["x"]

@@ -951,3 +951,32 @@ def test_private_use_characters_of_the_users_own_text_are_left_alone(backend: Mo
         s += text + " name? " + gen("name")
 
     assert program.run(text=text).text() == f"{text} name? Ann"
+
+
+def test_a_method_is_the_program_of_its_object(backend: MockBackend) -> None:
+    class Guide:
+        def __init__(self, city: str) -> None:
+            self.city = city
+
+        @function(temperature=0, stop=".")
+        def plan(self, s: State, days: int) -> str:
+            s += f"{days} days in {self.city}? " + gen("plan")
+            return self.city
+
+        @function
+        async def aplan(self, s: State) -> None:
+            s += f"a day in {self.city}? " + gen("plan")
+
+    @function
+    def both(s: State, guides: list[Guide]) -> None:
+        for guide in guides:
+            guide.plan(s, 2)
+            s += "\n"
+
+    slow = MockBackend({"days in Rome?": "walk. Rest", "days in Oslo?": "swim", "a day in": "look"})
+    state = Guide("Rome").plan.run(days=3, backend=slow)
+    assert (state.result, state["plan"], state.text()) == ("Rome", "walk", "3 days in Rome? walk")
+    assert Guide("Oslo").aplan.run(backend=slow)["plan"] == "look"
+    joined = both.run(guides=[Guide("Rome"), Guide("Oslo")], backend=slow)
+    assert joined.text() == "2 days in Rome? walk\n2 days in Oslo? swim\n"
+    assert Guide.plan.name == "plan"

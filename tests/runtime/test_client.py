@@ -155,7 +155,8 @@ def test_result_times_out_and_the_request_goes_on(engine: Engine) -> None:
         (["a"], {}, InvalidRequest, "token ids"),
         ([1.5], {}, InvalidRequest, "integers"),
         ([[1], [2, 3]], {}, InvalidRequest, "token ids"),
-        ("x" * 600, {}, ContextOverflow, "600 tokens .* context is 512"),
+        ("x" * 600, {}, ContextOverflow, "600 tokens .* context is 512.* raise --context-length"),
+        ("half \ud83d", {}, InvalidRequest, r"not valid Unicode: it holds '\\ud83d' alone"),
         ("x" * 500, {"sampling": SamplingParams(max_tokens=100)}, ContextOverflow, "lower max_tokens"),
         ("x", {"sampling": SamplingParams(logit_bias={999: 1.0})}, InvalidSampling, "logit_bias names token 999"),
         ("x", {"sampling": SamplingParams(stop_token_ids=(999,))}, InvalidSampling, "stop_token_ids"),
@@ -336,3 +337,9 @@ def test_cache_salts_do_not_share_prefixes(engine: Engine) -> None:
 def test_impossible_configurations_are_named(tiny_model: LoadedModel, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Engine(tiny_model if "device" not in options else None, **options)
+
+
+def test_a_context_that_the_cache_limits_names_the_caches_option(tiny_model: LoadedModel) -> None:
+    with Engine(tiny_model, num_kv_tokens=128) as engine:
+        with pytest.raises(ContextOverflow, match="the context is 128; .* raise --num-kv-tokens"):
+            engine.submit("x" * 200)
