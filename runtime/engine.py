@@ -296,7 +296,8 @@ class EngineCore:
             state = grammar.advance(state, forced)
             if forced in request.stop_ids:
                 break
-        return (run, state) if len(run) >= self.runner.least_run(num_rows) else ([], begin)
+        kv_len = request.num_prompt + len(sequence.output_ids) + 1
+        return (run, state) if run and self.runner.computes_run(len(run), num_rows, kv_len) else ([], begin)
 
     def _advance(self, sequence: Sequence, grammar: Grammar, state: int, token: int) -> tuple[int, int | None]:
         """The token to keep and the state after it: `token`, unless it leaves too little room to finish.

@@ -361,19 +361,27 @@ class ModelRunner:
         if self.is_deterministic:
             extend.metadata.max_seqlen_q = _ANY_LENGTH
         token_ids, positions, kv_slots = extend.token_ids, extend.positions, extend.kv_slots
-        decode = None
+        decode, decode_rows = None, extend.token_ids[:0]
         if batch.num_decode:
             decode_items = batch.items[: batch.num_decode]
-            rows, new_pages = upload(
+            decode_rows, new_pages = upload(
                 [decode_rows_of(decode_items), new_pages_of(decode_items, self.page_size)], self.device
             )
-            inputs = self._prepare_decode(rows, new_pages, DecodeInputs.create(rows.numel(), self.device))
+            inputs = self._prepare_decode(decode_rows, new_pages, DecodeInputs.create(batch.num_decode, self.device))
             token_ids = torch.cat((inputs.token_ids, token_ids))
             positions = torch.cat((inputs.positions, positions))
             kv_slots = torch.cat((inputs.kv_slots, kv_slots))
-            decode = self._decode_metadata(rows, inputs.kv_lens, batch)
-        context = self._context(positions, kv_slots, batch.num_decode, decode, extend.metadata)
-        hidden = self.decoder.forward(token_ids, context)
+            decode = self._decode_metadata(decode_rows, inputs.kv_lens, batch)
+        q_lens = np.diff(arrays.cu_seqlens)
+        recorded = None
+        if self._recorded is not None:
+            recorded = self._recorded.get_extend(token_ids.numel(), int(q_lens @ arrays.kv_lens))
+        if recorded is not None:
+            rows = torch.cat((decode_rows, torch.from_numpy(np.repeat(arrays.rows, q_lens))))
+            hidden = recorded.hidden(rows, token_ids, positions, kv_slots)
+        else:
+            context = self._context(positions, kv_slots, batch.num_decode, decode, extend.metadata)
+            hidden = self.decoder.forward(token_ids, context)
         scores = self._score(hidden, extend)
         return hidden.index_select(0, extend.sample_index), extend.sample_rows, extend.sample_positions, scores
 
@@ -382,13 +390,16 @@ class ModelRunner:
         prepare_decode(rows, new_pages, tables.last_token, tables.kv_len, tables.page_table, self.page_size, inputs)
         return inputs
 
-    def least_run(self, num_rows: int) -> int:
-        """The fewest known tokens of a row that a step with new tokens should take instead of as many decode steps.
+    def computes_run(self, num_tokens: int, num_rows: int, kv_len: int) -> bool:
+        """Whether a row's known tokens should be computed in one step, instead of as many decode steps.
 
-        Beside recorded steps, one with new tokens costs the time of about 3 at batch 1, and delays all other rows.
+        num_rows: of the step. kv_len: of the row, with the token before them, whose KV is missing, too. A step that
+        is recorded always gains. One that runs eagerly costs more than decode steps, and delays all other rows.
         """
-        is_recorded = self._recorded is not None and self._recorded.get(num_rows) is not None
-        return 4 + num_rows // 3 if is_recorded else 1
+        recorded = self._recorded
+        if recorded is None or num_tokens > num_rows // 3 or recorded.get(num_rows) is None:
+            return True
+        return recorded.get_extend(num_rows + num_tokens, (num_tokens + 1) * (kv_len + num_tokens)) is not None
 
     def override_tokens(self, tokens: Seq[tuple[int, int]]) -> None:
         """Replace the last token of slots, (slot, token) each, before their next step is launched."""

@@ -1,4 +1,4 @@
-"""Decode steps recorded on the CPU: bit for bit those that run eagerly, for every kind of model."""
+"""Steps recorded on the CPU: bit for bit those that run eagerly, for every kind of model."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from ramet.runtime.models.config import ModelConfig
 from ramet.runtime.models.context import ForwardContext
 from ramet.runtime.models.decoder import Decoder, build_decoder
 from ramet.runtime.models.dummy import dummy_decoder, dummy_weights
+from ramet.runtime.models.linear_cpu import CpuFeatures
 from ramet.runtime.models.weights import Weights, expected_tensors
 
 BASE = {
@@ -65,6 +66,7 @@ class Both:
     """The same rows eagerly and recorded, over caches of their own."""
 
     def __init__(self, decoder: Decoder, num_rows: int) -> None:
+        self.decoder = decoder
         self.eager, self.cache = (BareCache(decoder, num_rows, 64) for _ in range(2))
         for row in range(num_rows):
             prompt = [(7 * row + i) % 90 for i in range(3 + row)]
@@ -89,6 +91,19 @@ class Both:
         step.inputs.token_ids.copy_(torch.tensor([row + 5 for row in rows]))
         assert torch.equal(step.logits(), self.eager.step([(row, row + 5) for row in rows], []))
 
+    def extend(self, chunks: list[tuple[int, list[int]]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits of all new tokens, recorded, and computed eagerly as rows of a decode step; both [T, V]."""
+        token_ids = torch.tensor([token for _, chunk in chunks for token in chunk], dtype=torch.int32)
+        rows = torch.tensor([row for row, chunk in chunks for _ in chunk], dtype=torch.int32)
+        now = self.cache.context([], [(row, len(chunk)) for row, chunk in chunks])
+        step = self.steps.get_extend(len(rows), 0)
+        assert step is not None
+        recorded = step.hidden(rows, token_ids, now.positions, now.kv_slots)
+        same = self.eager.context([], [(row, len(chunk)) for row, chunk in chunks])
+        same.decode = DecodeMetadata(same.positions + 1, rows, self.eager.page_table)
+        same.num_decode, same.extend = len(rows), None
+        return self.decoder.logits(recorded), self.decoder.logits(self.decoder.forward(token_ids, same))
+
 
 @torch.inference_mode()
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
@@ -100,10 +115,60 @@ def test_recorded_steps_equal_eager_ones(name: str, quantization: str) -> None:
         both.compare(rows)
 
 
+CHUNKS: list[list[tuple[int, list[int]]]] = [
+    [(0, [5])],
+    [(1, [6, 7, 8])],
+    [(2, [9]), (3, [10]), (4, [11, 12, 13, 14]), (0, [15, 16])],
+    [(1, list(range(20, 37))), (5, list(range(40, 55)))],
+    [(4, [17]), (2, [18] * 8)],
+]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+@pytest.mark.parametrize("name", MODELS)
+def test_recorded_new_tokens_equal_eager_rows(name: str, quantization: str) -> None:
+    both = Both(decoder_of(name, quantization), 6)
+    for chunks in CHUNKS:
+        recorded, eager = both.extend(chunks)
+        assert torch.equal(recorded, eager)
+        both.compare([0, 3])
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", MODELS)
+def test_recorded_new_tokens_are_those_of_attention_for_prompts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Exact products: rounded ones turn the last bits of attention into steps of int8.
+    monkeypatch.setattr(CpuFeatures, "detect", lambda: CpuFeatures(bf16=False, int8=False))
+    decoder = decoder_of(name, "int8")
+    both, prompts = Both(decoder, 6), BareCache(decoder, 6, 64)
+    for row in range(6):
+        prompts.step([], [(row, [(7 * row + i) % 90 for i in range(3 + row)])])
+    for chunks in CHUNKS:
+        recorded, _ = both.extend(chunks)
+        torch.testing.assert_close(recorded, prompts.step([], chunks), atol=2e-5, rtol=1e-4)
+
+
+@torch.inference_mode()
+def test_many_new_tokens_and_many_keys_have_no_program() -> None:
+    steps = Both(decoder_of("llama", "int8"), 2).steps
+    assert steps.get_extend(32, 10_000) is not None
+    assert steps.get_extend(33, 10_000) is None
+    assert steps.get_extend(2, 1_000_000) is None
+
+
+@torch.inference_mode()
+def test_sizes_of_steps_with_new_tokens_share_programs() -> None:
+    steps = Both(decoder_of("llama", "int8"), 2).steps
+    assert len({id(steps.get_extend(count, 0)) for count in range(1, 33)}) == 10
+
+
 @torch.inference_mode()
 def test_a_decoder_of_torch_products_has_no_program() -> None:
     decoder = dummy_decoder(ModelConfig.from_hf(BASE), "cpu", torch.float32)
-    assert Both(decoder, 2).steps.get(2) is None
+    steps = Both(decoder, 2).steps
+    assert steps.get(2) is None
+    assert steps.get_extend(2, 0) is None
 
 
 def test_no_step_imports_torchs_compiler() -> None:

@@ -10,13 +10,15 @@ import pytest
 import torch
 
 from ramet.runtime.config import EngineConfig
+from ramet.runtime.cpu_steps import RecordedStep
 from ramet.runtime.engine import EngineCore
 from ramet.runtime.factory import scheduler_config
 from ramet.runtime.kv_cache import KVCache
 from ramet.runtime.model_runner import ModelRunner
 from ramet.runtime.models.config import ModelConfig
-from ramet.runtime.models.decoder import Decoder
-from ramet.runtime.models.dummy import dummy_decoder
+from ramet.runtime.models.decoder import Decoder, build_decoder
+from ramet.runtime.models.dummy import dummy_decoder, dummy_weights
+from ramet.runtime.models.linear_cpu import CpuFeatures
 from ramet.runtime.page_pool import PagePool
 from ramet.runtime.radix_cache import RadixCache
 from ramet.runtime.scheduler import Scheduler
@@ -28,25 +30,33 @@ VOCAB = 131
 CONTEXT = 256
 
 
-@pytest.fixture(scope="module")
-def decoder() -> Decoder:
+@pytest.fixture(scope="module", params=["eager", "recorded"])
+def decoder(request: pytest.FixtureRequest) -> Decoder:
+    """With products of torch's, or with exact ones of ours, whose small steps are recorded programs."""
+    is_recorded = request.param == "recorded"
     config = ModelConfig.from_hf(
         {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
             "vocab_size": VOCAB,
-            "hidden_size": 48,
-            "intermediate_size": 80,
+            "hidden_size": 64 if is_recorded else 48,
+            "intermediate_size": 96 if is_recorded else 80,
             "num_hidden_layers": 2,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
+            "head_dim": 16 if is_recorded else 12,
             "max_position_embeddings": CONTEXT,
             "rms_norm_eps": 1e-5,
             "rope_theta": 10000.0,
             "tie_word_embeddings": False,
         }
     )
-    return dummy_decoder(config, CPU, torch.float32, seed=3)
+    if not is_recorded:
+        return dummy_decoder(config, CPU, torch.float32, seed=3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CpuFeatures, "detect", lambda: CpuFeatures(bf16=False, int8=False))
+        weights = dummy_weights(config, CPU, torch.float32, seed=3)
+        return build_decoder(config, weights, device=CPU, quantization="int8")
 
 
 def make_core(
@@ -133,6 +143,38 @@ def test_a_second_run_takes_its_prompt_from_the_cache_and_gives_the_same_tokens(
     for a, b in zip(first, again, strict=True):
         assert b.output_ids == a.output_ids
         assert b.num_cached == b.request.num_prompt - 1
+
+
+@pytest.mark.parametrize("decoder", ["recorded"], indirect=True)
+def test_short_prompts_are_recorded_alone_and_beside_decode_rows(
+    decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core = make_core(decoder)
+    steps: list[list[int]] = []  # rows of each recorded step with new tokens
+    run(core, [request("long", prompt(1, 100), 2)])
+    core.add(request("beside", prompt(2, 100), 20))
+    for _ in range(4):
+        core.step()
+    hidden = RecordedStep.hidden
+
+    def counted(step: RecordedStep, rows: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
+        steps.append(rows.tolist())
+        return hidden(step, rows, *inputs)
+
+    monkeypatch.setattr(RecordedStep, "hidden", counted)
+    monkeypatch.setattr(decoder.__class__, "forward", None)  # what runs eagerly calls it
+    run(core, [request("short", prompt(1, 100) + prompt(3, 5), 2)])
+    assert steps == [[0, 1, 1, 1, 1, 1]]
+
+
+@pytest.mark.parametrize("decoder", ["recorded"], indirect=True)
+def test_short_runs_of_known_tokens_are_computed_together_where_that_step_is_recorded(decoder: Decoder) -> None:
+    runner = make_core(decoder).runner
+    assert runner.computes_run(1, 1, 100)
+    assert runner.computes_run(1, 24, 100)
+    assert not runner.computes_run(1, 32, 100)  # a step of 33 tokens
+    assert not runner.computes_run(1, 24, 1_000_000)
+    assert runner.computes_run(11, 32, 100)
 
 
 def test_the_next_turn_computes_only_its_new_tokens(decoder: Decoder) -> None:

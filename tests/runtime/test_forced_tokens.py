@@ -100,6 +100,13 @@ def test_what_needs_an_opinion_on_every_token_is_decoded(engine: Engine) -> None
     assert steps == steps_decoded
 
 
+def test_single_forced_tokens_save_steps(engine: Engine) -> None:
+    grammar = grammar_of(engine, "regex", "([0-9]-){20}")
+    first, second, steps, steps_decoded = both(engine, grammar, SamplingParams(max_tokens=60, temperature=0.0))
+    assert first.token_ids == second.token_ids
+    assert steps < 0.7 * steps_decoded
+
+
 @pytest.mark.model
 def test_forced_tokens_are_the_same_on_a_real_model(smollm2_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Exact products: with rounded ones, tokens computed together may differ from those decoded in a near tie.
