@@ -41,6 +41,11 @@ def takes(x: Tensor, weight: Tensor | None = None) -> bool:
     return x.dtype in _DTYPES and x.device.type == "cpu" and x.is_contiguous() and has_weight
 
 
+def takes_logits(logits: Tensor) -> bool:
+    """True for logits that `mask_logits` handles: those in fp32."""
+    return logits.dtype is torch.float32 and takes(logits)
+
+
 def _threads(x: Tensor) -> int:
     return thread_count() if x.numel() >= _PARALLEL_VALUES else 1
 
@@ -83,6 +88,7 @@ def gated_activation(gate_up: Tensor, is_gelu: bool) -> Tensor:
 
 def mask_logits(logits: Tensor, mask: Tensor) -> Tensor:
     """Logits [B, V] with -inf where the packed mask, int32 [B, ceil(V / 32)] and contiguous, has no bit."""
+    assert logits.dtype is torch.float32
     out = torch.empty_like(logits)
     addresses = logits.data_ptr(), mask.data_ptr(), out.data_ptr()
     _mask_kernel(*addresses, *logits.shape, mask.shape[1], threads=_threads(logits))

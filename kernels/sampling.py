@@ -176,7 +176,7 @@ def _filter_threshold(scaled: Tensor, top_k: int, top_p: float, min_p: float) ->
 
 
 def _masked_logits(logits: Tensor, grammar: GrammarTables | None, slots: Tensor, mask: Tensor | None) -> Tensor:
-    if mask is not None and cpu_pointwise.takes(logits) and mask.is_contiguous():
+    if mask is not None and cpu_pointwise.takes_logits(logits) and mask.is_contiguous():
         logits = cpu_pointwise.mask_logits(logits, mask)
     elif mask is not None:
         logits = logits.masked_fill(~unpack_mask(mask, logits.shape[1]), _NEGATIVE_INFINITY)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ramet.kernels import sampling_cpu
-from ramet.kernels.sampling import sample, sample_reference
+from ramet.kernels.sampling import SamplingTables, sample, sample_reference
 from ramet.kernels.step_inputs import SlotTables
 
 ODD = [math.nan, -math.nan, math.inf, -math.inf, 0.0, -0.0, -3e38, 3e38, 1e-45, -1e-45]
@@ -57,3 +57,15 @@ def test_a_largest_logit_that_is_no_ordinary_number_is_left_to_the_reference(lar
     logits[0, 40] = large
     rows = torch.zeros(1, dtype=torch.int32)
     assert sampling_cpu.greedy_tokens(logits, SlotTables.create(1, 1).sampling(), rows, None, 70, 1e-5) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_logits_in_half_precision_are_masked_and_chosen_by_their_values(dtype: torch.dtype) -> None:
+    logits = torch.randn(3, 96, generator=torch.Generator().manual_seed(0)).to(dtype)
+    mask = torch.tensor([[0b1011, 0, -1], [-1, 7, 0], [1 << 30, 0, 0]], dtype=torch.int32)
+    tables, rows = SamplingTables.create(3), torch.arange(3, dtype=torch.int32)
+    tables.temperature[1] = 0.5
+    for chosen in (None, mask):
+        expected = sample(logits.float(), tables, rows, rows, chosen)
+        assert sample(logits, tables, rows, rows, chosen).tolist() == expected.tolist()
+    assert expected[2] == 30
