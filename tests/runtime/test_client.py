@@ -340,6 +340,6 @@ def test_impossible_configurations_are_named(tiny_model: LoadedModel, options: d
 
 
 def test_a_context_that_the_cache_limits_names_the_caches_option(tiny_model: LoadedModel) -> None:
-    with Engine(tiny_model, num_kv_tokens=128) as engine:
-        with pytest.raises(ContextOverflow, match="the context is 128; .* raise --num-kv-tokens"):
-            engine.submit("x" * 200)
+    overflow = pytest.raises(ContextOverflow, match=r"the context is 128; .* raise --num-kv-tokens")
+    with Engine(tiny_model, num_kv_tokens=128) as engine, overflow:
+        engine.submit("x" * 200)
