@@ -196,7 +196,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Serving under load")
     parser.add_argument("--url", help="an OpenAI-compatible server; default: start one")
     parser.add_argument("--model", default="smollm2-135m", help="what the started server and --in-process load")
-    parser.add_argument("--workloads", default=",".join(NAMES))
+    parser.add_argument("--workloads", default=",".join(NAMES), help=f"comma-separated, of {', '.join(NAMES)}")
     parser.add_argument("--concurrency", default="1,10,50,100", help="closed loop: chains in flight")
     parser.add_argument("--rate", type=float, help="open loop instead: chains that begin each second")
     parser.add_argument("--chains", type=int, help="chains of a row; default: by concurrency")
@@ -207,6 +207,8 @@ def main() -> None:
     parser.add_argument("--num-kv-tokens", type=int, default=32_768)
     parser.add_argument("--out", type=Path, help="append the JSON line to this file")
     arguments = parser.parse_args()
+    if unknown := set(arguments.workloads.split(",")) - set(NAMES):
+        parser.error(f"--workloads names {', '.join(sorted(unknown))}, but there are {', '.join(NAMES)}")
     flags = ["--num-kv-tokens", str(arguments.num_kv_tokens), "--log-level", "warning"]
     with contextlib.ExitStack() as stack:
         place, model = stack.enter_context(http_place(arguments, flags))

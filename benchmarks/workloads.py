@@ -129,7 +129,9 @@ def eighth(name: str, n: int, seed: int = 0, high: int = HIGH) -> Workload:
         return rag(n, seed, high, document=256, question=16, out=16)
     if name == "multiturn":
         return multiturn(n, seed, high, question=16, out=16)
-    return agentic(n, seed, high, tools=128, memory=64, question=16, out=16)
+    if name == "agentic":
+        return agentic(n, seed, high, tools=128, memory=64, question=16, out=16)
+    raise ValueError(f"the workload is {name!r} but must be one of unique, rag, multiturn, agentic")
 
 
 MAKERS = {
