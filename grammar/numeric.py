@@ -208,7 +208,7 @@ def _texts_of(value: Fraction) -> ir.Node:
 # --- ranges and divisors: a product of small trackers, explored from the start --------------------------------------
 
 
-_State = tuple[Any, ...]  # see `_track`: its parts differ in type with the phase
+_State = tuple[Any, ...]  # see `_Tracks`: its parts differ in type with the phase
 
 
 class _Bound:
@@ -297,38 +297,35 @@ def _intervals(numbers: Numbers) -> dict[str, tuple[Fraction | None, bool, Fract
     return out
 
 
-def _track(numbers: Numbers) -> Dfa:
-    """Explore the product of the trackers. Symbols: 0-9, then the point, then the minus."""
-    sides = {}
-    for sign, interval in _intervals(numbers).items():
-        if interval is not None:
-            low, _, high, _ = interval
-            sides[sign] = (interval, None if low is None else _Bound(low), None if high is None else _Bound(high))
-    divisors = [(_Divisor(m), wanted) for m, wanted in sorted(numbers.multiples)]
-    wants_fraction = numbers.integer is not None
+class _Tracks:
+    """The product of the trackers of a set of numbers. Symbols: 0-9, then the point, then the minus.
 
-    # state: (phase, sign, low state, high state, is a fraction digit not zero, per divisor (state, pushed, broken))
-    def first_digit(sign: str, digit: int) -> _State | None:
-        if sign not in sides:
-            return None
-        _, low, high = sides[sign]
-        return (
-            "zero" if digit == 0 else "int",
-            sign,
-            None if low is None else low.digit((0, 0), digit),
-            None if high is None else high.digit((0, 0), digit),
-            False,
-            tuple((d.push(d.start(), digit), 0, False) for d, _ in divisors),
-        )
+    A state: (phase, sign, low state, high state, is a fraction digit not zero, per divisor (state, pushed, broken)).
+    """
 
-    def after(state: _State, symbol: int) -> _State | None:
+    first: _State = ("start",)
+
+    def __init__(self, numbers: Numbers) -> None:
+        self.integer = numbers.integer
+        self.sides = {}
+        for sign, interval in _intervals(numbers).items():
+            if interval is not None:
+                low, _, high, _ = interval
+                bounds = None if low is None else _Bound(low), None if high is None else _Bound(high)
+                self.sides[sign] = (interval, *bounds)
+        self.divisors = [(_Divisor(m), wanted) for m, wanted in sorted(numbers.multiples)]
+        bounds_of_all = [b for _, *bounds in self.sides.values() for b in bounds if b is not None]
+        self.alike = _alike_digits(bounds_of_all, bool(self.divisors))
+
+    def after(self, state: _State, symbol: int) -> _State | None:
+        """The state behind a symbol; None where no number goes on so."""
         phase = state[0]
         if phase in ("start", "minus"):
             if symbol == 11:
-                return ("minus",) if phase == "start" and "-" in sides else None
-            return first_digit("-" if phase == "minus" else "+", symbol) if symbol < 10 else None
+                return ("minus",) if phase == "start" and "-" in self.sides else None
+            return self._first_digit("-" if phase == "minus" else "+", symbol) if symbol < 10 else None
         _, sign, a, b, odd, parts = state
-        _, low, high = sides[sign]
+        _, low, high = self.sides[sign]
         if symbol == 10:
             if phase not in ("zero", "int"):
                 return None
@@ -336,15 +333,15 @@ def _track(numbers: Numbers) -> Dfa:
         if symbol == 11 or phase == "zero":
             return None
         if phase == "int":
-            moved = tuple((d.push(s, symbol), 0, False) for (d, _), (s, _, _) in zip(divisors, parts, strict=True))
+            moved = tuple((d.push(s, symbol), 0, False) for (d, _), (s, _, _) in zip(self.divisors, parts, strict=True))
             return ("int", sign, low and low.digit(a, symbol), high and high.digit(b, symbol), odd, moved)
         pushed = []
-        for (d, _), (s, count, broken) in zip(divisors, parts, strict=True):
+        for (d, _), (s, count, broken) in zip(self.divisors, parts, strict=True):
             if count < d.scale:
                 pushed.append((d.push(s, symbol), count + 1, broken))
             else:
                 pushed.append((s, count, broken or symbol != 0))
-        nonzero = wants_fraction and (odd or symbol != 0)
+        nonzero = self.integer is not None and (odd or symbol != 0)
         return (
             "frac",
             sign,
@@ -354,11 +351,25 @@ def _track(numbers: Numbers) -> Dfa:
             tuple(pushed),
         )
 
-    def accepts(state: _State) -> bool:
+    def _first_digit(self, sign: str, digit: int) -> _State | None:
+        if sign not in self.sides:
+            return None
+        _, low, high = self.sides[sign]
+        return (
+            "zero" if digit == 0 else "int",
+            sign,
+            None if low is None else low.digit((0, 0), digit),
+            None if high is None else high.digit((0, 0), digit),
+            False,
+            tuple((d.push(d.start(), digit), 0, False) for d, _ in self.divisors),
+        )
+
+    def accepts(self, state: _State) -> bool:
+        """Whether a number that ends in this state is one of the set."""
         if state[0] in ("start", "minus", "point"):
             return False
         phase, sign, a, b, odd, parts = state
-        (_, low_open, _, high_open), low, high = sides[sign]
+        (_, low_open, _, high_open), low, high = self.sides[sign]
         if phase in ("zero", "int"):
             a, b = low and low.point(a), high and high.point(b)
         if low is not None:
@@ -369,20 +380,22 @@ def _track(numbers: Numbers) -> Dfa:
             c = high.compare(b)
             if c > 0 or (c == 0 and high_open):
                 return False
-        if numbers.integer is not None and numbers.integer == bool(odd):
+        if self.integer is not None and self.integer == bool(odd):
             return False
-        return all(d.divides(*part) == wanted for (d, wanted), part in zip(divisors, parts, strict=True))
+        return all(d.divides(*part) == wanted for (d, wanted), part in zip(self.divisors, parts, strict=True))
 
-    first: _State = ("start",)
-    index, queue, rows = {first: 0}, [first], []
-    alike = _alike_digits([b for _, *bounds in sides.values() for b in bounds if b is not None], bool(divisors))
+
+def _track(numbers: Numbers) -> Dfa:
+    """Explore the product of the trackers."""
+    tracks = _Tracks(numbers)
+    index, queue, rows = {tracks.first: 0}, [tracks.first], []
     for state in queue:
         row: list[int] = []
         for symbol in range(12):
-            if symbol < 10 and alike[symbol] < symbol:
-                row.append(row[alike[symbol]])
+            if symbol < 10 and tracks.alike[symbol] < symbol:
+                row.append(row[tracks.alike[symbol]])
                 continue
-            found = after(state, symbol)
+            found = tracks.after(state, symbol)
             if found is None:
                 row.append(-1)
                 continue
@@ -399,7 +412,7 @@ def _track(numbers: Numbers) -> Dfa:
         rows.append([-1, *row])
     starts = [0, 45, 46, 47, *range(48, 59)]
     classes = [0, 12, 11, 0, *range(1, 11), 0]
-    return regular.minimize(Dfa(regular.BYTE_MAX, starts, classes, 13, rows, [accepts(s) for s in queue]))
+    return regular.minimize(Dfa(regular.BYTE_MAX, starts, classes, 13, rows, [tracks.accepts(s) for s in queue]))
 
 
 def _alike_digits(bounds: list[_Bound], has_divisors: bool) -> list[int]:

@@ -15,6 +15,7 @@ from ramet.grammar.json_schema import specs as object_specs
 from ramet.grammar.json_schema.frames import Json
 from ramet.grammar.json_schema.tables import ANY_CHARS, StringRows, overlay
 from ramet.grammar.json_schema.values import Exists, Expr, Objects
+from ramet.grammar.plain_trie import plain_trie
 
 MAX_WAYS = 16  # to write a key, that are looked up and not searched
 MAX_COUNT = 1 << 10  # texts that can still follow, beyond which they are not counted
@@ -290,7 +291,7 @@ class Space:
         entries = {k: i for i, k in enumerate(self.names)}
         is_any = self.dfa is ANY_CHARS
         if is_any or not with_others:
-            plain = strings.plain_trie(n if with_others else None, entries)
+            plain = plain_trie(n if with_others else None, entries)
             if plain is not None:
                 return StringRows.of_trie(*plain)
         base: strings.Content | None = None

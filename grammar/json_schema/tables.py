@@ -17,6 +17,7 @@ from ramet.grammar.automaton import REFUSE, compress_rows, leave
 from ramet.grammar.json_schema.languages import Languages
 from ramet.grammar.json_schema.values import Strings
 from ramet.grammar.numeric import Numbers
+from ramet.grammar.plain_trie import plain_trie
 from ramet.grammar.regular import Dfa
 
 FEW_NUMBERS, MANY_NUMBERS = 8, 4096  # single numbers between which they are not made automata one by one
@@ -114,7 +115,7 @@ class StringRows:
 
     @staticmethod
     def of_trie(rows: NDArray[np.int32], byte_class: NDArray[np.uint8], num_content: int) -> StringRows:
-        """As `compressed`, for what strings.plain_trie gives: over any string all plain text may follow everywhere."""
+        """As `compressed`, for what `plain_trie` gives: over any string all plain text may follow everywhere."""
         depths = np.zeros((4, len(rows)), dtype=np.int32)
         depths[:, :num_content] = walker.MANY
         return StringRows(rows, byte_class, depths, num_content - 1)
@@ -170,7 +171,7 @@ def string_rows(
         base = strings.json_string_rows(dfa, [exit_of(known[a]) for a in dfa.accepting])
     exits = {text: exit_of(mask) for text, mask in entries.items()}
     if base is None:
-        plain = strings.plain_trie(None, {t: e for t, e in exits.items() if e >= 0})
+        plain = plain_trie(None, {t: e for t, e in exits.items() if e >= 0})
         if plain is not None:
             return StringRows.of_trie(*plain), tuple(masks)
     content = overlay(base, exits)
