@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from ramet.kernels import activation, attention_extend_amx, cpu_pointwise, norm, rope
+from ramet.kernels import activation, attention_extend_amx, cpu_amx, cpu_pointwise, norm, rope
 from ramet.kernels.attention_decode import DecodeMetadata, attention_decode
 from ramet.kernels.attention_extend import ExtendMetadata, attention_extend, attention_extend_reference
 from ramet.kernels.cpu_amx import has_tiles
 
 BF16 = torch.bfloat16
+# The kernel is these instructions, which no other CPU can run; that those are left to others is tested everywhere.
 needs_tiles = pytest.mark.skipif(not has_tiles(), reason="this CPU has no tiles of bfloat16")
 
 
@@ -176,3 +177,10 @@ def test_extend_attention_of_other_head_sizes_is_that_of_fp32_queries_rounded(he
     assert not attention_extend_amx.takes(sequences.q, sequences.k_cache, sequences.table)
     actual, expected = sequences.attend(None), sequences.reference(None)
     torch.testing.assert_close(actual.float(), expected, atol=1e-4, rtol=2**-8 * 1.01)
+
+
+def test_without_tiles_bfloat16_queries_are_those_of_fp32_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_amx, "has_tiles", lambda: False)
+    sequences = Sequences([5, 20], [9, 20], 4, 2, 64)
+    assert not attention_extend_amx.takes(sequences.q, sequences.k_cache, sequences.table)
+    torch.testing.assert_close(sequences.attend(None).float(), sequences.reference(None), atol=1e-4, rtol=2**-8 * 1.01)

@@ -47,6 +47,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
     },
 }
+# Where there are none, the pass changes nothing: the tests without this mark.
 needs_tiles = pytest.mark.skipif(not CpuFeatures.detect().tiles, reason="this CPU has no tiles of bfloat16")
 
 
