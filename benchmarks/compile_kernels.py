@@ -47,6 +47,7 @@ class Compiled:
     spill_bytes: int
     shared_bytes: int
     warps: int
+    narrow: int  # loads and stores of global memory of one or two bytes a thread: what could not be made wider
     in_use: bool
     error: str = ""
 
@@ -86,6 +87,11 @@ def resources(cubin: bytes) -> tuple[int, int]:
     return max(map(int, registers)), max(map(int, stack))
 
 
+def narrow_accesses(ptx: str) -> int:
+    """Loads and stores of global memory that move one or two bytes a thread."""
+    return len(re.findall(r"\b(?:ld|st)\.global(?:\.\w+)*\.b(?:8|16) ", ptx))
+
+
 def compile_launches(launches: list[Launch], capability: int, show: Callable[[Compiled], None]) -> list[Compiled]:
     """Run every launcher with a driver that never launches; each variant is compiled once."""
     driver.set_active(OfflineDriver(capability))
@@ -105,7 +111,14 @@ def compile_launches(launches: list[Launch], capability: int, show: Callable[[Co
             metadata = kernel.metadata
             case = current[0]
             record = Compiled(
-                case.name, self.fn.__name__, registers, spills, metadata.shared, metadata.num_warps, case.in_use
+                case.name,
+                self.fn.__name__,
+                registers,
+                spills,
+                metadata.shared,
+                metadata.num_warps,
+                narrow_accesses(kernel.asm["ptx"]),
+                case.in_use,
             )
             found.append(record)
             show(record)
@@ -119,7 +132,7 @@ def compile_launches(launches: list[Launch], capability: int, show: Callable[[Co
                 launch.run()
             except Exception as error:  # the report is of all kernels, also of those that do not compile
                 text = f"{type(error).__name__}: {error}".strip().splitlines()
-                record = Compiled(launch.name, "", 0, 0, 0, 0, launch.in_use, " ".join(text)[:300])
+                record = Compiled(launch.name, "", 0, 0, 0, 0, 0, launch.in_use, " ".join(text)[:300])
                 found.append(record)
                 show(record)
     finally:
@@ -145,11 +158,13 @@ def main() -> None:
         if (args.candidates or launch.in_use) and (not parts or any(part in launch.name for part in parts))
     ]
     index, count = map(int, args.share.split("/"))
-    print(f"Triton {triton.__version__}, sm_{args.capability}: kernel, registers, spilled bytes, shared KiB, warps")
+    columns = "kernel, registers, spilled bytes, shared KiB, warps, narrow accesses"
+    print(f"Triton {triton.__version__}, sm_{args.capability}: {columns}")
 
     def show(record: Compiled) -> None:
         mark = "BAD " if record.is_bad(args.max_spill) else ""
         numbers = f"{record.registers:4d} {record.spill_bytes:6d} {record.shared_bytes / 1024:7.1f} {record.warps:3d}"
+        numbers += f" {record.narrow:4d}"
         print(f"{mark}{record.case:60s} {record.kernel:16s} {record.error or numbers}", flush=True)
 
     found = compile_launches(launches[index::count], args.capability, show)

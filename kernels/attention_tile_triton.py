@@ -38,7 +38,7 @@ def attend_range(
     offs_d = tl.arange(0, BLOCK_D)
     in_head = offs_d[None, :] < HEAD_DIM
     for start in range(low, high, BLOCK_N):
-        start = tl.multiple_of(start, PAGE_SIZE)
+        start = tl.multiple_of(start, PAGE_SIZE if PAGE_SIZE < BLOCK_N else BLOCK_N)
         positions = start + offs_n
         in_range = positions < high
         if MASKED:

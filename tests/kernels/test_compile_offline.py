@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -31,6 +32,13 @@ def test_a_kernel_is_compiled_and_its_resources_are_reported() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "_scatter_kernel" in done.stdout
     assert done.stdout.splitlines()[-1] == "1 variants, 0 bad ones in use"
+
+
+def test_pages_are_copied_in_wide_accesses() -> None:
+    done = compile_kernels("--only", "copy_pages", "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (variant,) = json.loads(done.stdout.splitlines()[-1])["variants"]
+    assert variant["narrow"] == 0
 
 
 @pytest.mark.slow
