@@ -1,6 +1,8 @@
 """The GPU's way through a step, on a CPU: every kernel is the Triton one, in its interpreter, and graphs are recorded.
 
-The record of a capture refuses what a CUDA graph could not hold: reading a value back, and shapes that depend on data.
+A record is what a CUDA graph would be: operations and launches with the arguments and tensors they had when captured.
+It refuses what a graph could not hold (reading a value back, shapes that depend on data), and before a replay its
+intermediate tensors are filled with garbage: between replays their memory is other graphs'.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from ramet.kernels.triton_support import HAS_TRITON
 from ramet.runtime.client import Engine
 from ramet.runtime.factory import make_device_grammars
 from ramet.runtime.models.load import LoadedModel
+from ramet.runtime.tree_planner import TreePlanner
 from ramet.runtime.types import SamplingParams
 
 pytestmark = [
@@ -37,25 +40,91 @@ SYNCHRONISING = {
 }
 
 
-class Refuse(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Fails on operations that wait for the device."""
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes operations and their results; fails on those that wait for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.calls: list[tuple[Any, Any, Any, Any]] = []  # what runs, its arguments, its result
+        self.in_kernel = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name
-        assert name not in SYNCHRONISING, f"{name} inside a capture"
+        assert self.in_kernel or name not in SYNCHRONISING, f"{name} inside a capture"
         if name == "aten::index" or name == "aten::index_put_":
             indices = [i for i in args[1] if i is not None]
             assert not any(i.dtype in (torch.bool, torch.uint8) for i in indices), f"{name} by a mask inside a capture"
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if not self.in_kernel:
+            self.calls.append((func, args, kwargs or {}, result))
+        return result
+
+    def launch(self, kernel: Any, args: Any, kwargs: Any, run: Callable[..., Any]) -> Any:
+        self.in_kernel = True
+        try:
+            return run(kernel, *args, **kwargs)
+        finally:
+            self.in_kernel = False
+            self.calls.append((kernel, args, kwargs, None))
 
 
 class Record:
-    """A capture whose replay runs the body again; no buffer that the host knows may move."""
+    """A capture whose replay does the same again to the same tensors."""
 
     def __call__(self, body: Callable[[], None]) -> Callable[[], None]:
-        with Refuse():  # type: ignore[no-untyped-call]
+        from triton.runtime.interpreter import InterpretedFunction
+
+        recorder, run = Recorder(), InterpretedFunction.run
+        with pytest.MonkeyPatch.context() as patch, recorder:
+            patch.setattr(InterpretedFunction, "run", lambda self, *a, **k: recorder.launch(self, a, k, run))
             body()
-        return body
+        steps: list[tuple[Any, Any, Any, list[torch.Tensor]]] = []  # the last: what takes the result
+        intermediates: list[torch.Tensor] = []
+        for what, args, kwargs, result in recorder.calls:
+            if isinstance(what, InterpretedFunction):
+                steps.append((what.run, args, kwargs, []))
+            elif what._schema.is_mutable:
+                steps.append((what, args, kwargs, []))
+            elif storages(result).isdisjoint(storages((args, kwargs))):  # no view
+                intermediates += tensors(result)
+                if "empty" not in what._schema.name:
+                    steps.append((what, args, kwargs, tensors(result)))
+
+        def replay() -> None:
+            for tensor in intermediates:
+                tensor.fill_(torch.nan if tensor.is_floating_point() else 113)
+            for what, args, kwargs, targets in steps:
+                result = tensors(what(*args, **kwargs))
+                for target, value in zip(targets, result, strict=False):
+                    target.copy_(value)
+
+        return replay
+
+
+def tensors(value: Any) -> list[torch.Tensor]:
+    """All tensors in a value of nested lists, tuples and dictionaries."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, dict):
+        return tensors(list(value.values()))
+    return [t for part in value for t in tensors(part)] if isinstance(value, list | tuple) else []
+
+
+def storages(value: Any) -> set[int]:
+    return {tensor.untyped_storage()._cdata for tensor in tensors(value)}
+
+
+def test_a_replay_knows_nothing_that_came_after_the_capture() -> None:
+    out, source, factor = torch.zeros(2), torch.ones(2), 3
+
+    def body() -> None:
+        out.copy_(source * factor)
+
+    replay = Record()(body)
+    source.fill_(2.0)
+    factor = 4
+    replay()
+    assert out.tolist() == [6.0, 6.0], "tensors are read again, the host's values are not"
 
 
 @pytest.fixture
@@ -70,7 +139,7 @@ def device_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make_engine(model: LoadedModel, *, graphs: bool) -> Engine:
-    engine = Engine(model, num_kv_tokens=1024, max_running_requests=2, chunked_prefill_size=64)
+    engine = Engine(model, num_kv_tokens=1024, max_running_requests=2, chunked_prefill_size=64, page_size=8)
     if graphs:
         runner = engine._core.runner
         runner._merge_counters = torch.zeros(2 * model.config.num_kv_heads, dtype=torch.int32)
@@ -78,6 +147,9 @@ def make_engine(model: LoadedModel, *, graphs: bool) -> Engine:
         tokenizer = model.tokenizer
         tokens = TokenTable.create(
             tokenizer.token_bytes, tokenizer.eos_ids, tokenizer.special_ids, tokenizer.vocab_size, "cpu"
+        )
+        runner.tree = TreePlanner(
+            model.config, 8, 2, mode="on", num_sms=4, device=torch.device("cpu"), dtype=torch.float32
         )
         arena = GrammarArena(tokens, 2, max_states=64, max_transitions=1 << 12, max_mask_rows=32)
         runner.arena = arena
@@ -106,8 +178,8 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 
 def run_all(engine: Engine) -> list[list[int]]:
     handles = []
-    for i, prompt in enumerate(["a prompt", "a prompt longer than sixteen", "b"]):
-        sampling = SamplingParams(temperature=0.7 * (i % 2), max_tokens=2 + i, seed=i, ignore_eos=True)
+    for i, prompt in enumerate(["a prompt", "a prompt longer than sixteen", "a prompt longer than these"]):
+        sampling = SamplingParams(temperature=0.7 * (i % 2), max_tokens=3 + i, seed=i, ignore_eos=True)
         handles.append(engine.submit(prompt, sampling))
     return [list(handle.result(timeout_s=120).token_ids) for handle in handles]
 
@@ -118,6 +190,9 @@ def test_steps_of_triton_kernels_give_the_tokens_of_the_references(
     with make_engine(tiny_model, graphs=True) as engine:
         actual = run_all(engine)
         engine.check_integrity()
+        tree = engine._core.runner.tree
+        assert tree is not None
+        assert tree.num_plans > 0
     monkeypatch.undo()
     names = [
         "prepare",
@@ -128,6 +203,7 @@ def test_steps_of_triton_kernels_give_the_tokens_of_the_references(
         "gated",
         "decode",
         "extend",
+        "tree",
         "scan",
         "choose",
         "advance",
