@@ -18,7 +18,7 @@ from ramet.runtime.server.openai_shapes import finite, token_text
 from ramet.runtime.server.openai_types import Json, openapi_body, parse_body
 from ramet.runtime.server.protocol import Output, Submit
 from ramet.runtime.server.sampling_fields import seed_of_choice
-from ramet.runtime.server.sse import DONE, EventStream, collected, event, json_response
+from ramet.runtime.server.sse import DONE, EventStream, LastEvent, collected, event, json_response
 from ramet.runtime.server.state import HttpError, ServerState
 from ramet.runtime.server.streams import OutputStream
 
@@ -227,6 +227,7 @@ class _Answer:
 
     async def events(self, outputs: AsyncGenerator[tuple[int, Output], None]) -> AsyncGenerator[bytes, None]:
         """The answers as server-sent events."""
+        num_open = len(self._sums)
         async with contextlib.aclosing(outputs):
             async for index, output in outputs:
                 is_first = self._sums[index] is None
@@ -234,7 +235,9 @@ class _Answer:
                 if not (output.text or output.token_ids or output.finish_reason):
                     continue
                 result = self.result(index, is_whole=is_first or self._is_cumulative)
-                yield event({"index": index, **result} if self.is_list else result)
+                data = event({"index": index, **result} if self.is_list else result)
+                num_open -= output.finish_reason is not None
+                yield data if num_open else LastEvent(data)
 
     def result(self, index: int, *, is_whole: bool) -> Json:
         """An answer as SGLang writes it; `is_whole`: with what is said of its prompt."""

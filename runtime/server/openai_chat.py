@@ -31,7 +31,7 @@ from ramet.runtime.server.openai_types import (
 from ramet.runtime.server.protocol import Output
 from ramet.runtime.server.reasoning import CLOSE, OPEN, Position, ReasoningCounter, ReasoningSplitter, position_after
 from ramet.runtime.server.sampling_fields import check_size, compact_json, constraint_of, sampling_fields
-from ramet.runtime.server.sse import DONE, EventStream, collected, event, json_response
+from ramet.runtime.server.sse import DONE, EventStream, LastEvent, collected, event, json_response
 from ramet.runtime.server.state import HttpError, ServerState
 from ramet.runtime.server.tool_calls import AnswerReader, ToolStyle, shown_specials, tool_set, tool_style
 
@@ -377,7 +377,8 @@ class _Answer:
                     await self._remember([index])
         options = self._plan.body.stream_options
         if options is not None and options.include_usage:
-            yield event({**self._head("chat.completion.chunk"), "choices": [], "usage": self._usage()})
+            usage = {**self._head("chat.completion.chunk"), "choices": [], "usage": self._usage()}
+            yield LastEvent(event(usage))
 
     def _chunks(self, index: int, output: Output) -> list[Json]:
         """What an increment adds to a stream. Its tokens go with the first delta that they settle."""

@@ -15,8 +15,8 @@ from ramet.runtime.server.choices import Job, merged, submit_all
 from ramet.runtime.server.openai_shapes import finite, token_bytes, token_text, usage_of
 from ramet.runtime.server.openai_types import CompletionBody, Json, check_model, parse_body
 from ramet.runtime.server.protocol import Output, Submit
-from ramet.runtime.server.sampling_fields import constraint_of, sampling_fields
-from ramet.runtime.server.sse import DONE, EventStream, collected, event, json_response
+from ramet.runtime.server.sampling_fields import asks_constraint, constraint_of, sampling_fields
+from ramet.runtime.server.sse import DONE, EventStream, LastEvent, collected, event, json_response
 from ramet.runtime.server.state import HttpError, ServerState
 from ramet.runtime.tokenizer import Tokenizer
 
@@ -82,7 +82,8 @@ class CompletionEndpoint:
         max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
         sampling = sampling_fields(body, max_tokens=max_tokens or 1, logprobs=body.logprobs)
         size = len(await request.body())
-        asked = await state.compute(size, constraint_of, body, None, state.config.max_schema_bytes)
+        source_size = size if asks_constraint(body) else 0
+        asked = await state.compute(source_size, constraint_of, body, None, state.config.max_schema_bytes)
         prompts = await state.compute(0 if _has_ids(body) else size, _prompts, state.tokenizer, body)
         if len(prompts) * num > state.config.max_in_flight:
             wanted, limit = len(prompts) * num, state.config.max_in_flight
@@ -234,22 +235,33 @@ class _Answer:
 
     async def events(self, outputs: AsyncGenerator[tuple[int, Output], None]) -> AsyncGenerator[bytes, None]:
         """The answer as server-sent events."""
-        options = self._body.stream_options
+        begun, num_open = set[int](), len(self._lasts)
         async with contextlib.aclosing(outputs):
             async for index, output in outputs:
                 self.take(index, output)
                 if not (output.text or output.token_ids or output.finish_reason):
                     continue
-                chunk = self._head()
-                chunk["choices"] = [self._choice(index, output.text)]
-                self._ids[index] = []
-                if options is not None and options.continuous_usage_stats:
-                    chunk["usage"] = self._usage()
-                elif options is not None and options.include_usage:
-                    chunk["usage"] = None
-                yield event(chunk)
-        if options is not None and options.include_usage:
-            yield event({**self._head(), "choices": [], "usage": self._usage()})
+                data = event(self._chunk(index, output.text, is_first=index not in begun))
+                begun.add(index)
+                num_open -= output.finish_reason is not None
+                yield data if num_open else LastEvent(data + self._usage_event())
+
+    def _chunk(self, index: int, text: str, *, is_first: bool) -> Json:
+        chunk = self._head()
+        chunk["choices"] = [self._choice(index, text, has_prompt=is_first)]
+        self._ids[index] = []
+        options = self._body.stream_options
+        if options is not None and options.continuous_usage_stats:
+            chunk["usage"] = self._usage()
+        elif options is not None and options.include_usage:
+            chunk["usage"] = None
+        return chunk
+
+    def _usage_event(self) -> bytes:
+        options = self._body.stream_options
+        if options is None or not options.include_usage:
+            return b""
+        return event({**self._head(), "choices": [], "usage": self._usage()})
 
     def _head(self) -> Json:
         return {
@@ -259,7 +271,7 @@ class _Answer:
             "model": self._state.model_name,
         }
 
-    def _choice(self, index: int, text: str) -> Json:
+    def _choice(self, index: int, text: str, *, has_prompt: bool = True) -> Json:
         last, logprobs = self._lasts[index], self._logprobs[index]
         assert last is not None
         choice: Json = {
@@ -274,6 +286,7 @@ class _Answer:
             choice["incomplete"] = last.incomplete
         if self._body.return_token_ids:
             choice["token_ids"] = self._ids[index]
+        if self._body.return_token_ids and has_prompt:
             choice["prompt_token_ids"] = self._prompts[index // self._num].ids
         return choice
 

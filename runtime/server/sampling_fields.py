@@ -176,6 +176,11 @@ def logit_bias(given: Mapping[str, float], name: str) -> dict[int, float]:
     return bias
 
 
+def asks_constraint(body: SamplingFields) -> bool:
+    """Whether a field of its own asks for a constraint."""
+    return any(source is not None for _, _, source in _asked(body))
+
+
 def constraint_of(
     body: SamplingFields, schema: object, limit_bytes: int, *, in_order: bool = False, tag: object = None
 ) -> tuple[str, Constraint] | None:
@@ -184,9 +189,15 @@ def constraint_of(
     `in_order`: that schema's properties come in its order. `tag`: a structural tag in response_format.
     Raises: HttpError where several fields ask for one, its source is too large, or it is GBNF with a mistake.
     """
+    formats: list[Asked] = [("response_format", "json_schema", schema), ("response_format", "structural_tag", tag)]
+    found = one_constraint(formats + _asked(body), limit_bytes)
+    if found is not None and in_order and found[0] == "response_format":
+        return found[0], Constraint(found[1].kind, found[1].source, in_order=True)
+    return found
+
+
+def _asked(body: SamplingFields) -> list[Asked]:
     asked: list[Asked] = [
-        ("response_format", "json_schema", schema),
-        ("response_format", "structural_tag", tag),
         ("json_schema", "json_schema", body.json_schema),
         ("regex", "regex", body.regex),
         ("cfg", "cfg", body.cfg),
@@ -197,12 +208,7 @@ def constraint_of(
         ("guided_choice", "choice", body.guided_choice),
         ("guided_grammar", "ebnf", body.guided_grammar),
     ]
-    if body.structured_outputs is not None:
-        asked += body.structured_outputs.asked()
-    found = one_constraint(asked, limit_bytes)
-    if found is not None and in_order and found[0] == "response_format":
-        return found[0], Constraint(found[1].kind, found[1].source, in_order=True)
-    return found
+    return asked if body.structured_outputs is None else asked + body.structured_outputs.asked()
 
 
 def one_constraint(asked: Sequence[Asked], limit_bytes: int) -> tuple[str, Constraint] | None:

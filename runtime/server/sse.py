@@ -22,6 +22,12 @@ _encoder = msgspec.json.Encoder()
 DONE = b"data: [DONE]\n\n"
 
 
+class LastEvent(bytes):
+    """An event that only the end of the stream follows: both leave together, so that the client has them sooner."""
+
+    __slots__ = ()
+
+
 def event(value: Any) -> bytes:  # Any: JSON
     return b"data: " + _encoder.encode(value) + b"\n\n"
 
@@ -62,6 +68,9 @@ class EventStream(Response):
     async def _send_all(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             async for data in self._events:
+                if isinstance(data, LastEvent):
+                    await self._send(send, data + self._end, is_last=True)
+                    return
                 await self._send(send, data)
         except Exception as error:
             response = error_response(error)

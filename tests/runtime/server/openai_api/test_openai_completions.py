@@ -84,3 +84,55 @@ def test_an_error_in_a_stream_is_an_event(client: Client, replay: Any, read_even
     events = read_events(client.request(PATH, {"prompt": "a", "stream": True}))
     assert events[0]["choices"][0]["text"] == "abc"
     assert events[-1]["error"]["code"] == "engine_unavailable"
+
+
+def sent_bodies(client: Client, path: str, body: dict[str, Any]) -> list[bytes]:
+    """What the application sends of a stream, in its own pieces."""
+    app, pieces = client.app, []
+
+    async def noting(scope: Any, receive: Any, send: Any) -> None:
+        async def note(message: Any) -> None:
+            if message["type"] == "http.response.body":
+                pieces.append(message["body"])
+            await send(message)
+
+        await app(scope, receive, note)
+
+    client.app = noting
+    assert client.request(path, {**body, "stream": True}).status_code == 200
+    return pieces
+
+
+@pytest.mark.parametrize("options", [None, {"include_usage": True}])
+def test_the_last_token_the_usage_and_the_end_leave_together(client: Client, options: Any) -> None:
+    client.engine.says("abc", cuts=[1, 2])
+    pieces = sent_bodies(client, PATH, {"prompt": ["x", "y"], "stream_options": options})
+    assert len(pieces) == 8  # three increments with a token and one with the end for each of two choices
+    assert pieces[-1].endswith(b"data: [DONE]\n\n")
+    assert pieces[-1].count(b"data: ") == (2 if options is None else 3)
+    assert b'"finish_reason":"stop"' in pieces[-1]
+    assert all(not stream.was_aborted for stream in client.engine.streams)
+
+
+def test_a_chat_s_usage_and_end_leave_together(client: Client) -> None:
+    client.engine.says("abc")
+    body = {"messages": [{"role": "user", "content": "Hi"}], "stream_options": {"include_usage": True}}
+    pieces = sent_bodies(client, "/v1/chat/completions", body)
+    assert b'"completion_tokens":' in pieces[-1]
+    assert pieces[-1].endswith(b"data: [DONE]\n\n")
+
+
+def test_a_stream_says_a_prompt_s_ids_once_a_choice(client: Client, read_events: Any) -> None:
+    client.engine.says("abc", cuts=[1, 2])
+    body = {"prompt": "xy", "n": 2, "stream": True, "return_token_ids": True}
+    choices = [chunk["choices"][0] for chunk in read_events(client.request(PATH, body))]
+    told = [choice for choice in choices if "prompt_token_ids" in choice]
+    assert [(choice["index"], choice["prompt_token_ids"]) for choice in told] == [(0, [120, 121]), (1, [120, 121])]
+    assert all(choice == next(c for c in choices if c["index"] == choice["index"]) for choice in told)
+    assert [token for choice in choices if choice["index"] == 0 for token in choice["token_ids"]] == [97, 98, 99]
+
+
+def test_a_long_prompt_of_ids_waits_for_no_thread(client: Client) -> None:
+    client.engine.says("ok")
+    client.state.pool.shutdown()
+    assert client.request(PATH, {"prompt": [97] * 2000}).status_code == 200
