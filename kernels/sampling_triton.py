@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ramet.kernels.sampling import SamplingTables
-from ramet.kernels.triton_support import cdiv, jit, next_power_of_two, tl
+from ramet.kernels.triton_support import cdiv, jit, jit_any_value, next_power_of_two, tl
 
 _MAX_CHUNKS = 128
 
@@ -42,7 +42,8 @@ def sample_triton(
     # Small batches: many short chunks, to fill the card. Large ones: rows do that, and longer chunks cost less.
     chunk = max(1024 if num_rows <= 16 else 4096, next_power_of_two(cdiv(vocab_size, _MAX_CHUNKS)))
     num_chunks = cdiv(vocab_size, chunk)
-    scores = torch.empty((3, num_rows, num_chunks), dtype=torch.float32, device=logits.device)
+    # Each of the three begins on 16 bytes whatever the batch: one binary serves all.
+    scores = torch.empty((3, cdiv(num_rows * num_chunks, 4) * 4), dtype=torch.float32, device=logits.device)
     grammar = tables.grammar
     # A kernel cannot return None as an address: `rows` stands in for the masks that are absent, and is not read as one.
     masks = {
@@ -91,7 +92,7 @@ def sample_triton(
     return out
 
 
-@jit
+@jit_any_value("num_chunks")
 def _scan_kernel(
     logits_ptr, logits_stride, rows_ptr, positions_ptr, temperature_ptr, top_k_ptr, seed_low_ptr, seed_high_ptr,
     slot_stride, best_ptr, token_ptr, largest_ptr, vocab_size, num_chunks, mask_ptr, mask_stride, state_ptr,
@@ -131,7 +132,7 @@ def _scan_kernel(
     tl.store(largest_ptr + cell, tl.max(tl.max(largest, axis=1), axis=0))
 
 
-@jit
+@jit_any_value("num_chunks")
 def _choose_kernel(
     logits_ptr, logits_stride, rows_ptr, positions_ptr, temperature_ptr, top_k_ptr, seed_low_ptr, seed_high_ptr,
     slot_stride, best_ptr, token_ptr, largest_ptr, vocab_size, num_chunks, mask_ptr, mask_stride, state_ptr,

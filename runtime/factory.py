@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 
+import numpy as np
 import torch
 
 from ramet.errors import ConfigError, OutOfMemory
@@ -217,7 +218,7 @@ def measure_steps(
             is_deterministic=config.deterministic,
             tiles=card_table(config, device).tiles,
         )
-        request = Request("workspace", torch.zeros(num_tokens, dtype=torch.int32).numpy(), SamplingParams(), 1)
+        request = Request("workspace", np.zeros(num_tokens, dtype=np.int32), SamplingParams(), 1)
         sequence = Sequence(request, page_ids=list(range(1, num_pages)), slot=0, status=Status.RUNNING)
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)

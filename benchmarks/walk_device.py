@@ -1,0 +1,187 @@
+"""Walk through the engine's GPU path, at a real model's shapes, on a machine without a GPU.
+
+    python benchmarks/walk_device.py                         Llama-3.1-8B and others; kernels are noted, not compiled
+    python benchmarks/walk_device.py --compile               each variant that the engine launches is compiled for sm_90
+    python benchmarks/walk_device.py --models gemma3-4b --set deterministic=true
+
+The engine starts, captures its graphs and serves requests of every kind on a device of fake tensors (fake_device.py).
+What a card would refuse ends the walk. Reported, and an error where the exit status is 1: kernels that are first met
+while requests run (a card's users would wait for the compiler), waits of the host in overlapped steps, and with
+`--compile` variants that spill or do not fit. Not here: values, times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)  # read when a kernel is defined
+
+import numpy as np
+import torch
+from bench_gpu import MadeUpTokenizer
+from compile_kernels import Compiled, OfflineDriver, resources
+from fake_device import DEVICE, FakeDevice, fake_device
+from triton.runtime import driver
+
+from ramet.grammar import Vocabulary
+from ramet.grammar.sources import compile_constraint
+from ramet.runtime.config import EngineConfig
+from ramet.runtime.engine import EngineCore
+from ramet.runtime.factory import build_core
+from ramet.runtime.models.config import ModelConfig, llama_3_1_8b, smollm2_135m
+from ramet.runtime.models.decoder import build_decoder
+from ramet.runtime.models.generation import GenerationDefaults
+from ramet.runtime.models.load import LoadedModel
+from ramet.runtime.models.weights import Weights, expected_tensors
+from ramet.runtime.types import Grammar, Request, SamplingParams
+
+QWEN = {
+    "architectures": ["Qwen3ForCausalLM"], "hidden_size": 4096, "intermediate_size": 12_288, "num_hidden_layers": 36,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151_936,
+    "max_position_embeddings": 40_960, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "tie_word_embeddings": False,
+}  # fmt: skip
+GEMMA = {
+    "architectures": ["Gemma3ForCausalLM"], "hidden_size": 2560, "intermediate_size": 10_240, "num_hidden_layers": 34,
+    "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 262_208, "sliding_window": 1024,
+    "sliding_window_pattern": 2, "max_position_embeddings": 32_768, "rms_norm_eps": 1e-6,
+    "query_pre_attn_scalar": 256,
+}  # fmt: skip
+MODELS: dict[str, Callable[[], ModelConfig]] = {
+    "llama-8b": llama_3_1_8b,
+    "smollm2": smollm2_135m,
+    "qwen3-8b": lambda: ModelConfig.from_hf(QWEN),
+    "gemma3-4b": lambda: ModelConfig.from_hf(GEMMA),
+}
+LAYERS = 2  # of every kind that a model has; the others launch the same
+
+
+class Walk:
+    """Requests of every kind for one engine; each kind is a phase of the device's notes."""
+
+    def __init__(self, core: EngineCore, device: FakeDevice, vocabulary: Vocabulary) -> None:
+        self.core, self.device, self.vocabulary = core, device, vocabulary
+        self.numbers = np.random.default_rng(0)
+        self.num_requests = 0
+
+    def add(
+        self,
+        num_prompt: int,
+        max_tokens: int,
+        *,
+        prefix: int = 0,
+        grammar: Grammar | None = None,
+        score_from: int | None = None,
+        **sampling: Any,  # fields of SamplingParams
+    ) -> None:
+        self.num_requests += 1
+        new = self.numbers.integers(100, 40_000, num_prompt)
+        prompt = np.concatenate([np.arange(100, 100 + prefix), new]).astype(np.int32)
+        params = SamplingParams(**sampling)
+        name = f"r{self.num_requests}"
+        self.core.add(Request(name, prompt, params, max_tokens, grammar=grammar, score_from=score_from))
+
+    def run(self, name: str) -> None:
+        device, core = self.device, self.core
+        device.phase = name
+        replays, steps = device.replays, core.num_steps
+        while core.has_work:
+            core.step()
+        core.check_integrity()
+        if core.errors:
+            raise next(iter(core.errors.values()))
+        waits = {what: count for (phase, what), count in device.waits.items() if phase == name}
+        print(
+            f"    {name:10} {core.num_steps - steps:4d} steps, {device.replays - replays:4d} graphs, "
+            f"{device.launches.get(name, 0):5d} launches by the host" + (f", waits {waits}" if waits else "")
+        )
+
+    def overlapped(self) -> list[str]:
+        """Steps for which the host must not wait; returns their names."""
+        self.add(100, 5)
+        self.run("alone")
+        for i in range(60):
+            self.add(50 + i, 20, prefix=3001)
+        self.run("shared")
+        for i in range(60):
+            self.add(700 + i, 20)
+        self.run("unique")
+        for top_k, top_p in ((0, 1.0), (40, 0.9)):
+            self.add(100, 5, temperature=0.7, top_k=top_k, top_p=top_p, min_p=0.05)
+        self.run("sampled")
+        return ["alone", "shared", "unique", "sampled"]
+
+    def others(self) -> None:
+        """Steps for which it may."""
+        closed = compile_constraint("regex", "[ab]{1,20}", self.vocabulary)
+        assert closed.close()
+        for grammar in (closed, compile_constraint("json_schema", '{"type": "array"}', self.vocabulary)):
+            for _ in range(3):
+                self.add(100, 5, grammar=grammar)
+        self.run("grammars")
+        self.add(100, 5, frequency_penalty=0.5, logit_bias={5: 2.0}, logprobs=3)
+        self.add(90, 5, repetition_penalty=1.2, min_tokens=2, temperature=0.5, top_p=0.9)
+        self.add(90, 5)
+        self.run("edited")
+        self.add(100, 1, score_from=20)
+        self.run("scored")
+
+
+def walk(shapes: ModelConfig, config: EngineConfig, device: FakeDevice) -> list[str]:
+    """Start an engine and serve; returns what a card's users would notice."""
+    shapes = dataclasses.replace(shapes, num_layers=LAYERS, sliding_layers=shapes.sliding_layers[:LAYERS])
+    make = {
+        name: partial(torch.empty, shape, device=DEVICE, dtype=torch.bfloat16)
+        for name, shape in expected_tensors(shapes).items()
+    }
+    decoder = build_decoder(shapes, Weights(make), device=DEVICE, dtype=torch.bfloat16)
+    tokenizer = MadeUpTokenizer(shapes.vocab_size)
+    device.phase = "start"
+    core = build_core(LoadedModel("fake", decoder, tokenizer, shapes, GenerationDefaults()), config)
+    print(f"    start      {device.launches['start']:5d} launches")
+    vocabulary = Vocabulary(tokenizer.token_bytes, tokenizer.eos_ids, tokenizer.special_ids, tokenizer.vocab_size)
+    steps = Walk(core, device, vocabulary)
+    names = steps.overlapped()
+    found = [
+        f"{phase}: the host waits for {what}, {n} times" for (phase, what), n in device.waits.items() if phase in names
+    ]
+    steps.others()
+    return found + [f"{phase}: compiles {name}" for phase, name in device.late_variants()]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default=",".join(MODELS), help="comma-separated")
+    parser.add_argument("--compile", action="store_true", help="compile what is launched (minutes)")
+    parser.add_argument("--capability", type=int, default=90)
+    parser.add_argument("--max-spill", type=int, default=64, help="bytes that a kernel may spill")
+    parser.add_argument("--set", action="append", default=[], help="configuration, as max_running_requests=64")
+    args = parser.parse_args()
+    overrides = {key: json.loads(value) for key, value in (item.split("=", 1) for item in args.set)}
+    config = EngineConfig.from_mapping({"device": str(DEVICE), "context_length": 8192, **overrides})
+    driver.set_active(OfflineDriver(args.capability))
+    found: list[str] = []
+    for name in args.models.split(","):
+        print(name, flush=True)
+        with fake_device(compiles=args.compile, capability=args.capability) as device:
+            found += [f"{name}: {what}" for what in walk(MODELS[name](), config, device)]
+        for kernel, compiled in device.kernels.values():
+            registers, spills = resources(compiled.asm["cubin"])
+            record = Compiled(
+                name, kernel, registers, spills, compiled.metadata.shared, compiled.metadata.num_warps, True
+            )
+            if record.is_bad(args.max_spill):
+                found.append(f"{name}: {record}")
+        print(f"    {len(device.variants)} variants of kernels, {len(device.kernels)} compiled", flush=True)
+    print("\n".join(found) or "nothing found")
+    sys.exit(1 if found else 0)
+
+
+if __name__ == "__main__":
+    main()
