@@ -21,6 +21,7 @@ from ramet.kernels.attention_tree_triton import attention_tree_triton
 from ramet.kernels.card_table import CardTable
 from ramet.kernels.grammar_mask import Budgets, ResidentAutomata, TokenTable
 from ramet.kernels.grammar_mask_triton import advance_states_triton, build_masks_triton
+from ramet.kernels.logit_edits import EditTables, count_tokens_triton
 from ramet.kernels.matmul_invariant import matmul_invariant_triton
 from ramet.kernels.sampling import GrammarTables
 from ramet.kernels.sampling_triton import sample_triton
@@ -166,7 +167,8 @@ def samplers(model: Model) -> list[Launch]:
     for rows in (8, 64):
         for has_grammar in (True, False):
             for has_mask in (False, True):
-                tables = step_inputs.SlotTables(arena).sampling()
+                edits = EditTables.create(64, model.vocab, "meta")
+                tables = step_inputs.SlotTables(arena).sampling(edits=edits)
                 if has_grammar:
                     grammar = GrammarTables(arena[:, 2], ints(65_536), ints(9_000, words))
                     tables = dataclasses.replace(tables, grammar=grammar)
@@ -174,7 +176,9 @@ def samplers(model: Model) -> list[Launch]:
                 run = partial(sample_triton, tensor(rows, model.vocab), tables, ints(rows), ints(rows), mask)
                 name = f"{model.name} sample B={rows}{' grammar' * has_grammar}{' mask' * has_mask}"
                 launches.append(Launch(name, run))
-    return launches
+    assert tables.edits is not None
+    count = partial(count_tokens_triton, tables.edits, ints(64), ints(64))
+    return [*launches, Launch(f"{model.name} count tokens", count)]
 
 
 def products(model: Model) -> list[Launch]:

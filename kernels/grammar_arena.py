@@ -115,9 +115,9 @@ class GrammarArena:
         """Return the state that makes the sampler use the slot's host-written mask row."""
         return 1 + slot
 
-    def set_host_mask(self, slot: int, mask: Tensor) -> None:
-        """Write the mask row, int32 [W], that `host_state(slot)` selects; a pinned source is copied asynchronously."""
-        self.mask_rows[1 + slot].copy_(mask, non_blocking=True)
+    def set_host_masks(self, slots: Tensor, masks: Tensor) -> None:
+        """Write the mask rows, int32 [n, W], that `host_state` selects for these slots, int32 [n]."""
+        self.mask_rows.index_copy_(0, slots.long() + 1, masks)
 
     def acquire(self, key: Hashable, tables: AutomatonTables) -> int:
         """Make a grammar resident, or find it so, and count a user; return the global id of its local state 0.

@@ -1,6 +1,7 @@
 """Choose each row's next token: mask, temperature, top-k, top-p, min-p, then Gumbel-max with counter-based noise.
 
-Filters are applied in this order, each on what the one before left:
+Slots with penalties, biases or a minimum length are sampled from their edited logits (`logit_edits.py`). Filters are
+applied in this order, each on what the one before left:
 
     1. mask          tokens outside the grammar's (or the caller's) bit mask, and padded columns, are out
     2. temperature   x = logit / temperature; temperature 0 (under 1e-5) takes the largest logit and skips the rest
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor
 
 from ramet.kernels import cpu_pointwise, sampling_cpu
+from ramet.kernels.logit_edits import EditTables, edit_logits_reference
 
 _NEGATIVE_INFINITY = float("-inf")
 _LARGEST_LOGIT = 1e30
@@ -64,6 +66,7 @@ class SamplingTables:
     seed_high: Tensor
     error: Tensor
     grammar: GrammarTables | None = None
+    edits: EditTables | None = None
 
     @classmethod
     def create(cls, num_slots: int, device: torch.device | str = "cpu") -> SamplingTables:
@@ -117,6 +120,8 @@ def sample_reference(
     """Specification of `sample`, and its CPU path where `sampling_cpu` has none."""
     vocab_size = logits.shape[1] if vocab_size is None else vocab_size
     slots = rows.long()
+    if tables.edits is not None:
+        logits = _edited_logits(logits, tables.edits, rows, positions)
     logits = _masked_logits(logits[:, :vocab_size], tables.grammar, slots, mask)
     value, token = logits.max(dim=-1)
     if not bool(torch.isfinite(value).all()):
@@ -173,6 +178,16 @@ def _filter_threshold(scaled: Tensor, top_k: int, top_p: float, min_p: float) ->
         floor = largest + torch.log(scaled.new_tensor(min_p))
         threshold = floor if threshold is None else torch.maximum(threshold, floor)
     return threshold
+
+
+def _edited_logits(logits: Tensor, edits: EditTables, rows: Tensor, positions: Tensor) -> Tensor:
+    """All rows in fp32, those with edits as edited."""
+    edit_rows = edits.slot_row[rows.long()].long()
+    edited = edit_rows.nonzero().flatten()
+    if len(edited) == 0:
+        return logits
+    edit_logits_reference(logits, edits, rows, positions)
+    return logits.float().index_copy(0, edited, edits.edited[edit_rows[edited]])
 
 
 def _masked_logits(logits: Tensor, grammar: GrammarTables | None, slots: Tensor, mask: Tensor | None) -> Tensor:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ramet.kernels.logit_edits import edit_logits_triton
 from ramet.kernels.sampling import SamplingTables
 from ramet.kernels.triton_support import cdiv, jit, jit_any_value, next_power_of_two, tl
 
@@ -44,8 +45,10 @@ def sample_triton(
     num_chunks = cdiv(vocab_size, chunk)
     # Each of the three begins on 16 bytes whatever the batch: one binary serves all.
     scores = torch.empty((3, cdiv(num_rows * num_chunks, 4) * 4), dtype=torch.float32, device=logits.device)
-    grammar = tables.grammar
-    # A kernel cannot return None as an address: `rows` stands in for the masks that are absent, and is not read as one.
+    grammar, edits = tables.grammar, tables.edits
+    if edits is not None:
+        edit_logits_triton(logits, edits, rows, positions)
+    # A kernel cannot return None as an address: `rows` stands in for what is absent, and is not read as such.
     masks = {
         "mask_ptr": rows if mask is None else mask,
         "mask_stride": 0 if mask is None else mask.stride(0),
@@ -54,8 +57,12 @@ def sample_triton(
         "mask_index_ptr": rows if grammar is None else grammar.mask_index,
         "mask_rows_ptr": rows if grammar is None else grammar.mask_rows,
         "mask_rows_stride": 0 if grammar is None else grammar.mask_rows.stride(0),
+        "edited_ptr": rows if edits is None else edits.edited,
+        "edited_stride": 0 if edits is None else edits.edited.stride(0),
+        "edit_row_ptr": rows if edits is None else edits.slot_row,
         "HAS_MASK": mask is not None,
         "HAS_GRAMMAR": grammar is not None,
+        "HAS_EDITS": edits is not None,
     }
     shared = {
         "logits_ptr": logits,
@@ -73,7 +80,8 @@ def sample_triton(
         "vocab_size": vocab_size,
         "num_chunks": num_chunks,
     }
-    columns = (tables.top_k, tables.top_p, tables.min_p, tables.seed_low, tables.seed_high, tables.error)
+    edit_row = tables.temperature if edits is None else edits.slot_row
+    columns = (edit_row, tables.top_k, tables.top_p, tables.min_p, tables.seed_low, tables.seed_high, tables.error)
     assert all(column.stride(0) == tables.temperature.stride(0) for column in columns)
     tile = min(chunk, 2048)
     _scan_kernel[(num_rows, num_chunks)](**shared, **masks, CHUNK=chunk, WORDS=tile // 32, num_warps=4)
@@ -96,8 +104,9 @@ def sample_triton(
 def _scan_kernel(
     logits_ptr, logits_stride, rows_ptr, positions_ptr, temperature_ptr, top_k_ptr, seed_low_ptr, seed_high_ptr,
     slot_stride, best_ptr, token_ptr, largest_ptr, vocab_size, num_chunks, mask_ptr, mask_stride, state_ptr,
-    state_stride, mask_index_ptr, mask_rows_ptr, mask_rows_stride, HAS_MASK: tl.constexpr, HAS_GRAMMAR: tl.constexpr,
-    CHUNK: tl.constexpr, WORDS: tl.constexpr,
+    state_stride, mask_index_ptr, mask_rows_ptr, mask_rows_stride, edited_ptr, edited_stride, edit_row_ptr,
+    HAS_MASK: tl.constexpr, HAS_GRAMMAR: tl.constexpr, HAS_EDITS: tl.constexpr, CHUNK: tl.constexpr,
+    WORDS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     chunk = tl.program_id(1)
@@ -107,18 +116,17 @@ def _scan_kernel(
     is_random = (temperature > 1e-5) & (top_k != 1)
     scale = tl.where(is_random, 1.0 / tl.where(is_random, temperature, 1.0), 1.0)
     key, second_key = noise_keys(seed_low_ptr, seed_high_ptr, positions_ptr, slot * slot_stride, row)
-    row_ptr = logits_ptr + row.to(tl.int64) * logits_stride
-    mask_row_ptr, grammar_row_ptr, num_constrained = mask_rows_of(
-        row, slot, mask_ptr, mask_stride, state_ptr, state_stride, mask_index_ptr, mask_rows_ptr, mask_rows_stride,
-        vocab_size, HAS_MASK, HAS_GRAMMAR,
+    source = row_source(
+        row, slot, logits_ptr, logits_stride, mask_ptr, mask_stride, state_ptr, state_stride, mask_index_ptr,
+        mask_rows_ptr, mask_rows_stride, edited_ptr, edited_stride, edit_row_ptr, slot_stride, vocab_size,
+        HAS_MASK, HAS_GRAMMAR, HAS_EDITS,
     )  # fmt: skip
     best = tl.full((WORDS, 32), float("-inf"), tl.float32)
     best_token = tl.full((WORDS, 32), 0, tl.int32)
     largest = tl.full((WORDS, 32), float("-inf"), tl.float32)
     for start in range(0, CHUNK, WORDS * 32):
         token, x = load_scaled(
-            row_ptr, mask_row_ptr, grammar_row_ptr, num_constrained, chunk * CHUNK + start, vocab_size, scale,
-            HAS_MASK, HAS_GRAMMAR, WORDS,
+            source, chunk * CHUNK + start, vocab_size, scale, HAS_MASK, HAS_GRAMMAR, HAS_EDITS, WORDS,
         )  # fmt: skip
         largest = tl.maximum(largest, x)
         if is_random:
@@ -136,8 +144,9 @@ def _scan_kernel(
 def _choose_kernel(
     logits_ptr, logits_stride, rows_ptr, positions_ptr, temperature_ptr, top_k_ptr, seed_low_ptr, seed_high_ptr,
     slot_stride, best_ptr, token_ptr, largest_ptr, vocab_size, num_chunks, mask_ptr, mask_stride, state_ptr,
-    state_stride, mask_index_ptr, mask_rows_ptr, mask_rows_stride, top_p_ptr, min_p_ptr, error_ptr, out_ptr,
-    HAS_MASK: tl.constexpr, HAS_GRAMMAR: tl.constexpr, CHUNKS: tl.constexpr, WORDS: tl.constexpr,
+    state_stride, mask_index_ptr, mask_rows_ptr, mask_rows_stride, edited_ptr, edited_stride, edit_row_ptr, top_p_ptr,
+    min_p_ptr, error_ptr, out_ptr, HAS_MASK: tl.constexpr, HAS_GRAMMAR: tl.constexpr, HAS_EDITS: tl.constexpr,
+    CHUNKS: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     slot = tl.load(rows_ptr + row).to(tl.int64)
@@ -160,39 +169,37 @@ def _choose_kernel(
     if is_random & (has_top_k | (top_p < 1.0) | (min_p > 0.0)) & (best > float("-inf")):
         scale = 1.0 / temperature
         key, second_key = noise_keys(seed_low_ptr, seed_high_ptr, positions_ptr, entry, row)
-        row_ptr = logits_ptr + row.to(tl.int64) * logits_stride
-        mask_row_ptr, grammar_row_ptr, num_constrained = mask_rows_of(
-            row, slot, mask_ptr, mask_stride, state_ptr, state_stride, mask_index_ptr, mask_rows_ptr, mask_rows_stride,
-            vocab_size, HAS_MASK, HAS_GRAMMAR,
+        source = row_source(
+            row, slot, logits_ptr, logits_stride, mask_ptr, mask_stride, state_ptr, state_stride, mask_index_ptr,
+            mask_rows_ptr, mask_rows_stride, edited_ptr, edited_stride, edit_row_ptr, slot_stride, vocab_size,
+            HAS_MASK, HAS_GRAMMAR, HAS_EDITS,
         )  # fmt: skip
         maxima = tl.load(largest_ptr + cell, mask=inside, other=float("-inf"))
         largest = tl.max(maxima, axis=0)
         top_k_floor = tl.full((), float("-inf"), tl.float32)
         if has_top_k:
             top_k_floor = kth_largest(
-                row_ptr, mask_row_ptr, grammar_row_ptr, num_constrained, vocab_size, scale, maxima, largest, top_k,
-                HAS_MASK, HAS_GRAMMAR, CHUNKS, WORDS,
+                source, vocab_size, scale, maxima, largest, top_k, HAS_MASK, HAS_GRAMMAR, HAS_EDITS, CHUNKS, WORDS,
             )  # fmt: skip
         floor = top_k_floor
         if min_p > 0.0:
             floor = tl.maximum(floor, largest + tl.log(min_p))
         # The winner's own value: what it scored, less its noise, is not exact, so it is read again.
-        value = tl.minimum(tl.load(row_ptr + winner).to(tl.float32), 1e30) * scale
+        value = tl.minimum(logit_of(source, winner, HAS_EDITS), 1e30) * scale
         rejected = tl.where(value >= floor, float("-inf"), value)  # everything <= rejected is out
         is_kept = value >= floor
         is_done = is_kept & (top_p >= 1.0)
         while is_done == 0:
             if is_kept:
                 total, above = masses(
-                    row_ptr, mask_row_ptr, grammar_row_ptr, num_constrained, vocab_size, scale, largest, top_k_floor,
-                    value, HAS_MASK, HAS_GRAMMAR, WORDS,
+                    source, vocab_size, scale, largest, top_k_floor, value, HAS_MASK, HAS_GRAMMAR, HAS_EDITS, WORDS,
                 )  # fmt: skip
                 is_done = above < top_p * total
                 rejected = tl.where(is_done, rejected, value)
             if is_done == 0:
                 winner, value = best_above(
-                    row_ptr, mask_row_ptr, grammar_row_ptr, num_constrained, vocab_size, scale, floor, rejected, key,
-                    second_key, HAS_MASK, HAS_GRAMMAR, WORDS,
+                    source, vocab_size, scale, floor, rejected, key, second_key,
+                    HAS_MASK, HAS_GRAMMAR, HAS_EDITS, WORDS,
                 )  # fmt: skip
                 is_kept = value > float("-inf")
                 is_done = is_kept & (top_p >= 1.0)
@@ -202,14 +209,17 @@ def _choose_kernel(
 
 @jit
 def load_scaled(
-    row_ptr, mask_row_ptr, grammar_row_ptr, num_constrained, start, vocab_size, scale,
-    HAS_MASK: tl.constexpr, HAS_GRAMMAR: tl.constexpr, WORDS: tl.constexpr,
+    source, start, vocab_size, scale,
+    HAS_MASK: tl.constexpr, HAS_GRAMMAR: tl.constexpr, HAS_EDITS: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     """Return the tile's token ids and logit * scale; -inf where masked, padded, or NaN."""
+    row_ptr, edited_row_ptr, mask_row_ptr, grammar_row_ptr, num_edited, num_constrained = source
     word = start // 32 + tl.arange(0, WORDS)
     bit = tl.arange(0, 32)[None, :]
     token = word[:, None] * 32 + bit
-    x = tl.load(row_ptr + token, mask=token < vocab_size, other=float("-inf")).to(tl.float32)
+    x = tl.load(row_ptr + token, mask=(token >= num_edited) & (token < vocab_size), other=float("-inf")).to(tl.float32)
+    if HAS_EDITS:
+        x = tl.maximum(x, tl.load(edited_row_ptr + token, mask=token < num_edited, other=float("-inf")))
     x = tl.where(x == x, tl.minimum(x, 1e30), float("-inf"))
     if HAS_MASK:
         words = tl.load(mask_row_ptr + word, mask=word * 32 < vocab_size, other=0)
@@ -221,21 +231,40 @@ def load_scaled(
 
 
 @jit
-def mask_rows_of(
-    row, slot, mask_ptr, mask_stride, state_ptr, state_stride, mask_index_ptr, mask_rows_ptr, mask_rows_stride,
-    vocab_size, HAS_MASK: tl.constexpr, HAS_GRAMMAR: tl.constexpr,
+def row_source(
+    row, slot, logits_ptr, logits_stride, mask_ptr, mask_stride, state_ptr, state_stride, mask_index_ptr,
+    mask_rows_ptr, mask_rows_stride, edited_ptr, edited_stride, edit_row_ptr, slot_stride, vocab_size,
+    HAS_MASK: tl.constexpr, HAS_GRAMMAR: tl.constexpr, HAS_EDITS: tl.constexpr,
 ):  # fmt: skip
-    """Return the addresses of the row's mask words, and how many tokens its grammar covers: 0 in the free state 0."""
+    """Return where a row's logits come from: addresses of the logits, the edited ones, the caller's mask words and the
+    grammar's; how many tokens are edited and how many the grammar covers, all or none."""
+    edited_row_ptr = edited_ptr
+    num_edited = 0
     mask_row_ptr = mask_ptr
     grammar_row_ptr = mask_rows_ptr
     num_constrained = 0
+    if HAS_EDITS:
+        edit_row = tl.load(edit_row_ptr + slot * slot_stride)
+        num_edited = tl.where(edit_row != 0, vocab_size, 0)
+        edited_row_ptr = edited_ptr + edit_row.to(tl.int64) * edited_stride
     if HAS_MASK:
         mask_row_ptr = mask_ptr + row.to(tl.int64) * mask_stride
     if HAS_GRAMMAR:
         state = tl.load(state_ptr + slot * state_stride)
         num_constrained = tl.where(state != 0, vocab_size, 0)
         grammar_row_ptr = mask_rows_ptr + tl.load(mask_index_ptr + state).to(tl.int64) * mask_rows_stride
-    return mask_row_ptr, grammar_row_ptr, num_constrained
+    row_ptr = logits_ptr + row.to(tl.int64) * logits_stride
+    return row_ptr, edited_row_ptr, mask_row_ptr, grammar_row_ptr, num_edited, num_constrained
+
+
+@jit
+def logit_of(source, token, HAS_EDITS: tl.constexpr):
+    """Return one logit of a row, fp32, edited where the row is."""
+    row_ptr, edited_row_ptr, _, _, num_edited, _ = source
+    x = tl.load(row_ptr + token).to(tl.float32)
+    if HAS_EDITS:
+        x = tl.load(edited_row_ptr + token, mask=token < num_edited, other=x)
+    return x
 
 
 @jit
@@ -248,16 +277,15 @@ def best_of_tile(best, best_token):
 
 @jit
 def masses(
-    row_ptr, mask_row_ptr, grammar_row_ptr, num_constrained, vocab_size, scale, largest, floor, value,
-    HAS_MASK: tl.constexpr, HAS_GRAMMAR: tl.constexpr, WORDS: tl.constexpr,
+    source, vocab_size, scale, largest, floor, value,
+    HAS_MASK: tl.constexpr, HAS_GRAMMAR: tl.constexpr, HAS_EDITS: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     """Return the mass of all x >= floor, and of all x > value (value >= floor), both relative to exp(largest)."""
     total = tl.zeros((WORDS, 32), tl.float32)
     above = tl.zeros((WORDS, 32), tl.float32)
     for start in range(0, vocab_size, WORDS * 32):
         _, x = load_scaled(
-            row_ptr, mask_row_ptr, grammar_row_ptr, num_constrained, start, vocab_size, scale,
-            HAS_MASK, HAS_GRAMMAR, WORDS,
+            source, start, vocab_size, scale, HAS_MASK, HAS_GRAMMAR, HAS_EDITS, WORDS,
         )  # fmt: skip
         mass = tl.exp(x - largest)
         total += tl.where(x >= floor, mass, 0.0)
@@ -267,16 +295,15 @@ def masses(
 
 @jit
 def best_above(
-    row_ptr, mask_row_ptr, grammar_row_ptr, num_constrained, vocab_size, scale, floor, rejected, key, second_key,
-    HAS_MASK: tl.constexpr, HAS_GRAMMAR: tl.constexpr, WORDS: tl.constexpr,
+    source, vocab_size, scale, floor, rejected, key, second_key,
+    HAS_MASK: tl.constexpr, HAS_GRAMMAR: tl.constexpr, HAS_EDITS: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     """Return the token of the best noisy score among floor <= x, rejected < x, and its x."""
     best = tl.full((WORDS, 32), float("-inf"), tl.float32)
     best_token = tl.full((WORDS, 32), 0, tl.int32)
     for start in range(0, vocab_size, WORDS * 32):
         token, x = load_scaled(
-            row_ptr, mask_row_ptr, grammar_row_ptr, num_constrained, start, vocab_size, scale,
-            HAS_MASK, HAS_GRAMMAR, WORDS,
+            source, start, vocab_size, scale, HAS_MASK, HAS_GRAMMAR, HAS_EDITS, WORDS,
         )  # fmt: skip
         allowed = (x >= floor) & (x > rejected)
         # Most tiles have no candidate: their noise is not computed.
@@ -285,13 +312,13 @@ def best_above(
             best_token = tl.where(score > best, token, best_token)
             best = tl.maximum(best, score)
     _, winner = best_of_tile(best, best_token)
-    return winner, tl.minimum(tl.load(row_ptr + winner).to(tl.float32), 1e30) * scale
+    return winner, tl.minimum(logit_of(source, winner, HAS_EDITS), 1e30) * scale
 
 
 @jit
 def count_from(
-    row_ptr, mask_row_ptr, grammar_row_ptr, num_constrained, vocab_size, scale, threshold,
-    HAS_MASK: tl.constexpr, HAS_GRAMMAR: tl.constexpr, WORDS: tl.constexpr,
+    source, vocab_size, scale, threshold,
+    HAS_MASK: tl.constexpr, HAS_GRAMMAR: tl.constexpr, HAS_EDITS: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     """Return how many x >= threshold, the smallest of those, and the largest of the others."""
     count = tl.zeros((WORDS, 32), tl.int32)
@@ -299,8 +326,7 @@ def count_from(
     below = tl.full((WORDS, 32), float("-inf"), tl.float32)
     for start in range(0, vocab_size, WORDS * 32):
         _, x = load_scaled(
-            row_ptr, mask_row_ptr, grammar_row_ptr, num_constrained, start, vocab_size, scale,
-            HAS_MASK, HAS_GRAMMAR, WORDS,
+            source, start, vocab_size, scale, HAS_MASK, HAS_GRAMMAR, HAS_EDITS, WORDS,
         )  # fmt: skip
         is_above = x >= threshold
         count += is_above.to(tl.int32)
@@ -315,8 +341,9 @@ def count_from(
 
 @jit
 def kth_largest(
-    row_ptr, mask_row_ptr, grammar_row_ptr, num_constrained, vocab_size, scale, maxima, largest, k,
-    HAS_MASK: tl.constexpr, HAS_GRAMMAR: tl.constexpr, CHUNKS: tl.constexpr, WORDS: tl.constexpr,
+    source, vocab_size, scale, maxima, largest, k,
+    HAS_MASK: tl.constexpr, HAS_GRAMMAR: tl.constexpr, HAS_EDITS: tl.constexpr, CHUNKS: tl.constexpr,
+    WORDS: tl.constexpr,
 ):  # fmt: skip
     """Return the k-th largest x, or -inf where fewer than k tokens are allowed."""
     # [low, high] holds the answer, and count(x >= low) >= k. The k-th largest of the chunks' maxima is such a low.
@@ -328,8 +355,7 @@ def kth_largest(
     # Without a bound: step down from the largest until k tokens are above, or all allowed ones.
     while (low == float("-inf")) & (step < 1e30):
         count, lowest, below = count_from(
-            row_ptr, mask_row_ptr, grammar_row_ptr, num_constrained, vocab_size, scale, largest - step,
-            HAS_MASK, HAS_GRAMMAR, WORDS,
+            source, vocab_size, scale, largest - step, HAS_MASK, HAS_GRAMMAR, HAS_EDITS, WORDS,
         )  # fmt: skip
         if count >= k:
             low = lowest
@@ -341,8 +367,7 @@ def kth_largest(
         middle = 0.5 * low + 0.5 * high
         middle = tl.where(middle > low, middle, high)
         count, lowest, below = count_from(
-            row_ptr, mask_row_ptr, grammar_row_ptr, num_constrained, vocab_size, scale, middle,
-            HAS_MASK, HAS_GRAMMAR, WORDS,
+            source, vocab_size, scale, middle, HAS_MASK, HAS_GRAMMAR, HAS_EDITS, WORDS,
         )  # fmt: skip
         if count >= k:
             low = lowest

@@ -5,7 +5,7 @@ A running sequence owns a slot: one row of an int32 arena. One arena means that 
 (row, column, value) triples, written by one launch whatever they touch. Floats are stored as their bits.
 
     columns   0 last_token   1 kv_len   2 grammar_state   3 temperature   4 top_k   5 top_p   6 min_p   7 seed_low
-              8 seed_high    9 error   10 close_at   11 end_token   12..15 unused     16.. page table
+              8 seed_high    9 error   10 close_at   11 end_token   12 edit_row   13..15 unused   16.. page table
     rows      0..S-1 slots; S the dummy slot that padded batch rows point to: kv_len 0, page 0, greedy
 
 kv_len counts the tokens whose KV is in the cache. In a decode step the row's `last_token` gets position kv_len.
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ramet.kernels.grammar_mask import Budgets
+from ramet.kernels.logit_edits import EditTables
 from ramet.kernels.sampling import GrammarTables, SamplingTables
 from ramet.kernels.triton_support import cdiv, jit_any_value, tl
 
@@ -40,16 +41,20 @@ COLUMNS = {
     "error": 9,
     "close_at": 10,
     "end_token": 11,
+    "edit_row": 12,
 }
 FLOAT_COLUMNS = frozenset({"temperature", "top_p", "min_p"})
 
 
 def column_bits(name: str, value: float) -> int:
     """Return what to write into the arena's column `name`: the value, or a float's bits as a signed integer."""
-    if name in FLOAT_COLUMNS:
-        bits: int = struct.unpack("<i", struct.pack("<f", value))[0]
-        return bits
-    return int(value)
+    return float_bits(value) if name in FLOAT_COLUMNS else int(value)
+
+
+def float_bits(value: float) -> int:
+    """Return the bits of a value as fp32, as a signed integer."""
+    bits: int = struct.unpack("<i", struct.pack("<f", value))[0]
+    return bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +100,10 @@ class SlotTables:
         """int32 [S + 1, max_pages], rows strided by the arena's width."""
         return self.arena[:, NUM_HEADER_COLUMNS:]
 
-    def sampling(self, mask_index: Tensor | None = None, mask_rows: Tensor | None = None) -> SamplingTables:
-        """Return the sampling view of the arena, with a grammar arena's masks where given."""
+    def sampling(
+        self, mask_index: Tensor | None = None, mask_rows: Tensor | None = None, edits: EditTables | None = None
+    ) -> SamplingTables:
+        """Return the sampling view of the arena, with a grammar arena's masks and with edits where given."""
         grammar = None
         if mask_index is not None and mask_rows is not None:
             grammar = GrammarTables(self.grammar_state, mask_index, mask_rows)
@@ -109,6 +116,7 @@ class SlotTables:
             seed_high=self.column("seed_high"),
             error=self.column("error"),
             grammar=grammar,
+            edits=None if edits is None else edits.of_slots(self.column("edit_row")),
         )
 
 
@@ -334,7 +342,7 @@ def _commit_kernel(
     tl.store(length_ptr + row * length_stride, length + count, mask=is_real)
 
 
-@jit_any_value("num_updates")
+@jit_any_value("num_updates", "row_stride", "column_stride")
 def _scatter_kernel(updates_ptr, table_ptr, row_stride, column_stride, num_updates, BLOCK: tl.constexpr):
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = index < num_updates

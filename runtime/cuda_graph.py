@@ -75,7 +75,6 @@ class DecodeBuffers:
     step_input: Tensor
     inputs: DecodeInputs
     tokens: Tensor  # int32 [B]
-    logits: Tensor | None = None  # [B, V], of a graph that stops before sampling
 
     @property
     def rows(self) -> Tensor:
@@ -89,7 +88,6 @@ class DecodeBuffers:
 @dataclass(frozen=True, slots=True)
 class GraphKey:
     bucket: int
-    samples: bool  # False: the graph ends with the logits
     uses_tree: bool
 
 
@@ -192,6 +190,11 @@ class StepGraphs:
         self._decode: dict[GraphKey, tuple[Callable[[], None], DecodeBuffers]] = {}
         self._mixed: dict[MixedKey, tuple[Callable[[], None], MixedBuffers]] = {}
 
+    @property
+    def max_samples(self) -> int:
+        """Rows that a graph samples, padding included, at most."""
+        return self.buckets[-1] + (_MAX_EXTENDS if self.mixed_tokens else 0)
+
     def keys(self, *, with_tree: bool) -> list[GraphKey | MixedKey]:
         """Every graph of overlapped steps, the largest first: the smaller ones reuse its memory."""
         keys: list[GraphKey | MixedKey] = []
@@ -199,7 +202,7 @@ class StepGraphs:
             for num_tokens in reversed(self.mixed_tokens):
                 rows = sorted({min(n, num_tokens) for n in self.mixed_rows}, reverse=True)
                 keys += [MixedKey(n, num_tokens, uses_tree) for n in rows if n > 1 or not uses_tree]
-            keys += [GraphKey(n, True, uses_tree) for n in reversed(self.buckets) if n > 1 or not uses_tree]
+            keys += [GraphKey(n, uses_tree) for n in reversed(self.buckets) if n > 1 or not uses_tree]
         return keys
 
     def capture(self, keys: Sequence[GraphKey | MixedKey]) -> None:
@@ -212,12 +215,10 @@ class StepGraphs:
                 self._decode_graph(key)
         logger.info("captured %d graphs in %.1f s", len(keys), time.monotonic() - start_s)
 
-    def replay(
-        self, rows: NDArray[np.int32], new_pages: NDArray[np.int32], *, samples: bool, uses_tree: bool
-    ) -> DecodeBuffers:
-        """Run the decode step of these rows; results lie in the first len(rows) entries of the returned buffers."""
+    def replay(self, rows: NDArray[np.int32], new_pages: NDArray[np.int32], *, uses_tree: bool) -> Tensor:
+        """Run the decode step of these rows; returns the sampled tokens int32 [B]."""
         count = len(rows)
-        key = GraphKey(self.buckets[bisect.bisect_left(self.buckets, count)], samples, uses_tree)
+        key = GraphKey(self.buckets[bisect.bisect_left(self.buckets, count)], uses_tree)
         run, buffers = self._decode_graph(key)
         packed = np.zeros((2, key.bucket), dtype=np.int32)
         packed[0, :count] = rows
@@ -225,7 +226,7 @@ class StepGraphs:
         packed[1, :count] = new_pages
         self._send(packed, buffers.step_input)
         run()
-        return buffers
+        return buffers.tokens[:count]
 
     def mixed_key(self, num_decode: int, num_new: int, num_extends: int, *, uses_tree: bool) -> MixedKey | None:
         """The graph for `num_decode` rows and `num_new` tokens of `num_extends` prompts; None: it must run eagerly."""

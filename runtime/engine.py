@@ -10,12 +10,12 @@ import logging
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ramet.errors import GrammarTooLarge
 from ramet.kernels.grammar_arena import FREE_STATE
 from ramet.runtime.incomplete import state_after, why_incomplete
-from ramet.runtime.model_runner import LaunchedStep, ModelRunner
+from ramet.runtime.launched_step import HostMasks, LaunchedStep
+from ramet.runtime.model_runner import ModelRunner
 from ramet.runtime.scheduler import Scheduler
 from ramet.runtime.types import Batch, FinishReason, Grammar, Request, RowOutput, Sequence
 
@@ -49,6 +49,7 @@ class EngineCore:
         self._in_flight: LaunchedStep | None = None
         # Sequences whose sampling needs their tokens on the host first: while there are any, steps do not overlap.
         self._on_host: set[Sequence] = set()
+        self._with_logprobs: set[Sequence] = set()
         self._grammar_states: dict[Sequence, int | None] = {}  # of those whose masks the host computes
         self._unfinishable: set[Sequence] = set()  # of these, those that max_tokens must cut
         self._device_bases: dict[Sequence, int] = {}  # the arena's number of their grammar's state 0
@@ -62,8 +63,10 @@ class EngineCore:
             self._device_bases[sequence] = base
         elif grammar is not None:
             self._grammar_states[sequence] = 0
-        if request.sampling.needs_logit_edits or sequence in self._grammar_states:
+        if sequence in self._grammar_states:
             self._on_host.add(sequence)
+        if request.sampling.logprobs is not None:
+            self._with_logprobs.add(sequence)
         return sequence
 
     def abort(self, request_id: str) -> bool:
@@ -146,11 +149,15 @@ class EngineCore:
 
     def launch(self, batch: Batch) -> LaunchedStep:
         self.num_steps += 1
+        for item in batch.items[batch.num_decode :]:
+            if item.sequence.request.sampling.edits_logits:
+                self._acquire_edits(item.sequence)
         return self.runner.launch(
             batch,
             masks=self._host_masks(batch),
-            on_host=bool(self._on_host),
             grammar_states=self._joining_states(batch),
+            has_host_edits=bool(self._on_host),
+            has_logprobs=bool(self._with_logprobs),
         )
 
     def collect(self, launched: LaunchedStep) -> list[SequenceUpdate]:
@@ -166,8 +173,20 @@ class EngineCore:
                 updates.append(SequenceUpdate(item.sequence, output))
         return updates
 
+    def _acquire_edits(self, sequence: Sequence) -> None:
+        """Let the device edit a sequence's logits, where it has a row left; else its tokens must be on the host.
+
+        So they must where the host masks it, because then the host may replace a token.
+        """
+        edits = self.runner.edits
+        if sequence not in self._on_host and (edits is None or not edits.acquire(sequence)):
+            self._on_host.add(sequence)
+
     def _forget(self, sequence: Sequence) -> None:
         self._on_host.discard(sequence)
+        self._with_logprobs.discard(sequence)
+        if self.runner.edits is not None:
+            self.runner.edits.release(sequence)
         if sequence.finish_reason is FinishReason.LENGTH:
             self._note_incomplete(sequence)
         self._grammar_states.pop(sequence, None)
@@ -205,38 +224,42 @@ class EngineCore:
 
     def _joining_states(self, batch: Batch) -> list[int] | None:
         """The arena's state of each extend row: where its tokens so far have led. None where all are unconstrained."""
-        if not self._device_bases:
+        arena = self.runner.arena
+        if arena is None or not (self._device_bases or self._grammar_states):
             return None
         states = []
         for item in batch.items[batch.num_decode :]:
             base, grammar = self._device_bases.get(item.sequence), item.sequence.request.grammar
-            if base is None or grammar is None:
+            if base is not None and grammar is not None:
+                state = state_after(grammar, item.sequence.output_ids)  # after a preemption there are some
+                # No state: past an end token, where the request ignores it.
+                states.append(arena.final_state if state is None else base + state)
+            elif item.sequence in self._grammar_states:
+                assert item.sequence.slot is not None
+                states.append(arena.host_state(item.sequence.slot))
+            else:
                 states.append(FREE_STATE)
-                continue
-            state = state_after(grammar, item.sequence.output_ids)  # after a preemption there are some
-            assert self.runner.arena is not None
-            # No state: past an end token, where the request ignores it.
-            states.append(self.runner.arena.final_state if state is None else base + state)
         return states
 
-    def _host_masks(self, batch: Batch) -> NDArray[np.int32] | None:
-        """Mask rows int32 [R, W] of the items that sample, or None where none of them is constrained by the host."""
+    def _host_masks(self, batch: Batch) -> HostMasks | None:
+        """Masks of the items that sample, or None where none of them is constrained by the host."""
         if not self._grammar_states:
             return None
         sampled = [item.sequence for item in batch.items if item.samples]
-        if not any(s.request.grammar is not None for s in sampled):
+        rows = [row for row, sequence in enumerate(sampled) if sequence in self._grammar_states]
+        if not rows:
             return None
-        masks = np.full((len(sampled), self._vocab_words), -1, dtype=np.int32)
-        for row, sequence in zip(masks, sampled, strict=True):
-            grammar = sequence.request.grammar
-            state = self._grammar_states.get(sequence)
+        words = np.full((len(sampled), self._vocab_words), -1, dtype=np.int32)
+        for row in rows:
+            sequence = sampled[row]
+            grammar, state = sequence.request.grammar, self._grammar_states[sequence]
             if grammar is not None and state is not None:
                 try:
-                    grammar.fill_mask(state, row)
+                    grammar.fill_mask(state, words[row])
                 except Exception as error:  # a grammar's failure ends its own request only
-                    row[:] = -1
+                    words[row] = -1
                     self.errors[sequence] = error
-        return masks
+        return HostMasks(rows, words)
 
     def _advance_grammars(self, launched: LaunchedStep, outputs: list[RowOutput]) -> list[RowOutput]:
         """Advance the automata of constrained rows; where a token leaves no room to finish, force one that does."""
@@ -285,7 +308,8 @@ class EngineCore:
         """
         request = sequence.request
         left = request.max_tokens - len(sequence.output_ids) - 1
-        is_watched = request.sampling.needs_logit_edits or request.sampling.stop or token in request.stop_ids
+        params = request.sampling
+        is_watched = params.edits_logits or params.logprobs is not None or params.stop or token in request.stop_ids
         if state is None or not self.appends_forced or is_watched:
             return [], state
         run: list[int] = []

@@ -12,11 +12,13 @@ from ramet.errors import ConfigError, OutOfMemory
 from ramet.kernels.card_table import CardTable, load_card_table
 from ramet.kernels.grammar_arena import GrammarArena
 from ramet.kernels.grammar_mask import TokenTable
+from ramet.kernels.logit_edits import EditTables
 from ramet.runtime.config import EngineConfig
 from ramet.runtime.cuda_graph import GraphKey, MixedKey
 from ramet.runtime.engine import EngineCore
 from ramet.runtime.grammar_device import MAX_STATES, MAX_TRANSITIONS, DeviceGrammars
 from ramet.runtime.kv_cache import KVCache, bytes_per_token
+from ramet.runtime.logit_edits import NUM_EDIT_ROWS, LogitEdits
 from ramet.runtime.memory import MemoryPlan, StepMemory, lower_fraction, plan_memory, read_cuda_memory
 from ramet.runtime.model_runner import ModelRunner
 from ramet.runtime.models.batch_invariant import apply_batch_invariance
@@ -74,11 +76,12 @@ def build_core(model: LoadedModel, config: EngineConfig) -> EngineCore:
         )
     decoder = prepare_decoder(model, config, device)
     arena, tree = make_arena(model, config, device), make_tree_planner(model, config, device)
+    edits = make_edits(model, config, device)
     page_bytes = bytes_per_token(model.config, dtype) * config.page_size
     num_pages = None if config.num_kv_tokens is None else -(-config.num_kv_tokens // config.page_size) + 1
     plan: MemoryPlan | None = None
     if device.type == "cuda":
-        steps = measure_steps(decoder, config, wanted, arena, tree)
+        steps = measure_steps(decoder, config, wanted, arena, edits, tree)
         plan = plan_memory(
             read_cuda_memory(device),
             steps,
@@ -104,6 +107,7 @@ def build_core(model: LoadedModel, config: EngineConfig) -> EngineCore:
             max_kv_len=context,
             arena=arena,
             device_grammars=None if arena is None else make_device_grammars(model),
+            edits=edits,
             tree=tree,
             is_deterministic=config.deterministic and device.type == "cuda",
             tiles=card_table(config, device).tiles if device.type == "cuda" else None,
@@ -153,6 +157,14 @@ def make_device_grammars(model: LoadedModel) -> DeviceGrammars:
     return DeviceGrammars(tokenizer.token_bytes, tokenizer.eos_ids, tokenizer.special_ids)
 
 
+def make_edits(model: LoadedModel, config: EngineConfig, device: torch.device) -> LogitEdits | None:
+    """Room for penalties and biases on a GPU. On a CPU the host edits: it is the device."""
+    if device.type != "cuda":
+        return None
+    rows = min(config.max_running_requests, NUM_EDIT_ROWS)
+    return LogitEdits(EditTables.create(rows, model.config.vocab_size, device))
+
+
 def make_tree_planner(model: LoadedModel, config: EngineConfig, device: torch.device) -> TreePlanner | None:
     """Tree attention on a GPU; its kernels have no counterpart on a CPU, where nothing is shared by reading once."""
     if device.type != "cuda" or config.tree_attention == "off" or config.deterministic:
@@ -194,6 +206,7 @@ def measure_steps(
     config: EngineConfig,
     context_length: int,
     arena: GrammarArena | None,
+    edits: LogitEdits | None,
     tree: TreePlanner | None,
 ) -> StepMemory:
     """Measure on a GPU what steps take besides weights and KV, by running the largest of each kind in a small pool.
@@ -214,6 +227,7 @@ def measure_steps(
             device=device,
             max_kv_len=context_length,
             arena=arena,
+            edits=edits,
             tree=tree,
             is_deterministic=config.deterministic,
             tiles=card_table(config, device).tiles,

@@ -82,10 +82,12 @@ def scored_range(item: ScheduledSequence) -> tuple[int, int]:
     return first, max(first, min(item.start + item.num_tokens + 1, request.num_prompt))
 
 
-def gather_extend(batch: Batch, slots: RunningSlots, grammar_states: Seq[int], page_size: int) -> ExtendArrays:
+def gather_extend(
+    batch: Batch, slots: RunningSlots, grammar_states: Seq[int], edit_rows: Seq[int], page_size: int
+) -> ExtendArrays:
     """Gather the extend rows of `batch`; their joins, pages and lengths count as known to the device from now on.
 
-    grammar_states: the device automaton state of each extend row.
+    grammar_states, edit_rows: each extend row's automaton state, and its row of the edit tables.
     """
     items = batch.items[batch.num_decode :]
     tokens: list[TokenIds] = []
@@ -126,7 +128,7 @@ def gather_extend(batch: Batch, slots: RunningSlots, grammar_states: Seq[int], p
         cu_seqlens=np.concatenate([[0], np.cumsum(q_lens)]).astype(np.int32),
         kv_lens=np.asarray(kv_lens, dtype=np.int32),
         rows=np.asarray(rows, dtype=np.int32),
-        updates=slots.extend_updates(items, grammar_states),
+        updates=slots.extend_updates(items, grammar_states, edit_rows),
         sample_index=np.asarray(sample_index, dtype=np.int32),
         sample_rows=np.asarray(sample_rows, dtype=np.int32),
         sample_positions=np.asarray(sample_positions, dtype=np.int32),

@@ -6,13 +6,13 @@ only decodes, or has few new tokens besides, replays a CUDA graph; others run ea
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ramet.kernels.attention_decode import DecodeMetadata
@@ -22,6 +22,7 @@ from ramet.kernels.attention_tree import TreePlan
 from ramet.kernels.copy_pages import copy_pages
 from ramet.kernels.grammar_arena import FREE_STATE, GrammarArena
 from ramet.kernels.grammar_mask import advance_states
+from ramet.kernels.logit_edits import count_tokens
 from ramet.kernels.logits import compute_logprobs
 from ramet.kernels.sampling import sample
 from ramet.kernels.step_inputs import COLUMNS, DecodeInputs, commit_decode, prepare_decode, scatter_rows
@@ -33,82 +34,24 @@ from ramet.runtime.inputs import (
     decode_rows_of,
     gather_extend,
     new_pages_of,
-    scored_range,
     upload_extend,
 )
 from ramet.runtime.kv_cache import KVCache
+from ramet.runtime.launched_step import HostMasks, LaunchedStep, Logprobs
+from ramet.runtime.logit_edits import LogitEdits
 from ramet.runtime.models.config import ModelConfig
 from ramet.runtime.models.context import ForwardContext
 from ramet.runtime.models.decoder import Decoder
 from ramet.runtime.sampler import apply_edits
 from ramet.runtime.slots import RunningSlots, upload
 from ramet.runtime.tree_planner import TreePlanner
-from ramet.runtime.types import Batch, RowOutput
+from ramet.runtime.types import Batch, Sequence
 
 if TYPE_CHECKING:
     from ramet.runtime.cpu_steps import RecordedSteps
 
 _SCORE_ROWS = 512  # logits rows of one part of a scoring chunk: bounds the [rows, V] fp32 workspace
 _ANY_LENGTH = 1 << 20  # as the longest of a launch: attention takes the tile of long prompts
-
-
-@dataclass(slots=True)
-class LaunchedStep:
-    """A step whose results are on their way to the host. `read` waits for them."""
-
-    batch: Batch
-    tokens: Tensor  # int32 [R], host
-    logprobs: Tensor | None  # fp32 [R], host
-    top_logprobs: tuple[Tensor, Tensor] | None  # ids [R, n], values [R, n], host
-    scores: Tensor | None  # fp32 [Q], host
-    logits: Tensor | None  # [R, V] on the device, where the host may replace a token whose log-probability is wanted
-    event: torch.cuda.Event | None
-
-    def read(self) -> list[RowOutput]:
-        """Wait for the step and return one output an item, in the batch's order."""
-        if self.event is not None:
-            self.event.synchronize()
-        tokens = self.tokens.tolist()
-        items = self.batch.items
-        if self.logprobs is not None or self.scores is not None:
-            return self._read_rows(tokens)
-        if len(tokens) == len(items):
-            return [RowOutput((token,)) for token in tokens]
-        sampled = iter(tokens)
-        return [RowOutput((next(sampled),)) if item.samples else RowOutput() for item in items]
-
-    def logprob(self, row: int, token: int) -> float:
-        """The log-probability of another token than the one that was sampled in a row of those that sample."""
-        assert self.logits is not None
-        tokens = torch.tensor([token], device=self.logits.device)
-        return float(compute_logprobs(self.logits[row : row + 1], tokens, 0)[0])
-
-    def _read_rows(self, tokens: list[int]) -> list[RowOutput]:
-        logprobs = None if self.logprobs is None else self.logprobs.tolist()
-        scores = None if self.scores is None else self.scores.numpy()
-        outputs, row, scored = [], 0, 0
-        for item in self.batch.items:
-            first, last = scored_range(item)
-            part = None
-            if last > first and scores is not None:
-                part = scores[scored : scored + last - first].copy()
-                scored += last - first
-            if not item.samples:
-                outputs.append(RowOutput(prompt_logprobs=part))
-                continue
-            wanted = item.sequence.request.sampling.logprobs
-            if logprobs is None or wanted is None:
-                outputs.append(RowOutput((tokens[row],), prompt_logprobs=part))
-            else:
-                outputs.append(RowOutput((tokens[row],), (logprobs[row],), (self._top(row, wanted),), part))
-            row += 1
-        return outputs
-
-    def _top(self, row: int, count: int) -> tuple[tuple[int, float], ...]:
-        if self.top_logprobs is None:
-            return ()
-        ids, values = self.top_logprobs
-        return tuple(zip(ids[row, :count].tolist(), values[row, :count].tolist(), strict=True))
 
 
 class ModelRunner:
@@ -124,6 +67,7 @@ class ModelRunner:
         max_kv_len: int,
         arena: GrammarArena | None = None,
         device_grammars: DeviceGrammars | None = None,
+        edits: LogitEdits | None = None,
         tree: TreePlanner | None = None,
         is_deterministic: bool = False,
         tiles: AttentionTiles | None = None,
@@ -141,16 +85,20 @@ class ModelRunner:
         self.tables = slots.tables
         self.arena = arena
         self.device_grammars = device_grammars
+        self.edits = edits
         self.tree = tree
         self.is_deterministic = is_deterministic
         self.tiles = tiles
-        self.sampling = (
-            slots.tables.sampling() if arena is None else slots.tables.sampling(arena.mask_index, arena.mask_rows)
+        self.sampling = slots.tables.sampling(
+            None if arena is None else arena.mask_index,
+            None if arena is None else arena.mask_rows,
+            None if edits is None else edits.tables,
         )
         self.device = device
         self.max_kv_len = max_kv_len
         self.page_size = kv_cache.page_size
         self.graphs: StepGraphs | None = None
+        self._hidden: Tensor | None = None  # [max_samples, hidden]: the last graph's, of the rows that it sampled
         self._recorded: RecordedSteps | None = None
         if device.type == "cpu":
             from ramet.runtime.cpu_steps import RecordedSteps  # needs numba: not for a GPU
@@ -165,43 +113,49 @@ class ModelRunner:
         self,
         batch: Batch,
         *,
-        masks: NDArray[np.int32] | None = None,
-        on_host: bool = False,
+        masks: HostMasks | None = None,
         grammar_states: Seq[int] | None = None,
+        has_host_edits: bool = False,
+        has_logprobs: bool = False,
     ) -> LaunchedStep:
         """Start one step.
 
-        masks: int32 [R, W], one row for each item that samples; None: the host masks nothing.
-        on_host: the tokens so far are known to the host, so penalties, biases and log-probabilities can be done.
-        grammar_states: the arena's state of each extend row, for those that join; None: all are unconstrained.
+        masks: of rows whose grammars the host masks; None: there are none. With an arena these rows' slots must be in
+        the states that select what the host writes. grammar_states: the arena's state of each extend row, for those
+        that join; None: all are unconstrained. has_host_edits, has_logprobs: some sequences' logits are edited by the
+        host, which must know their tokens so far; some want log-probabilities. Without them nobody looks.
         """
         self.use_device()
         self._copy_pages(batch)
         scores = None
-        samples_in_graph = masks is None and not on_host
+        if masks is not None and self.arena is not None:
+            self._send_masks(self.arena, batch, masks)
+            masks = None
+        edited = has_host_edits and any(item.samples and self.is_edited_by_host(item.sequence) for item in batch.items)
+        in_graph = self.graphs is not None and masks is None and not edited
         if batch.num_decode < len(batch.items):
-            states = grammar_states or [FREE_STATE] * (len(batch.items) - batch.num_decode)
-            arrays = gather_extend(batch, self.slots, states, self.page_size)
-            tokens_in_graph = self._replay_mixed(batch, arrays) if samples_in_graph else None
-            if tokens_in_graph is not None:
-                return self._to_host(batch, tokens_in_graph, None, None)
+            arrays = self._gather_extend(batch, grammar_states)
+            tokens = self._replay_mixed(batch, arrays) if in_graph else None
+            if tokens is not None:
+                return self._to_host(batch, tokens, self._logprobs_of_graph(batch, tokens) if has_logprobs else None)
             hidden, slots, positions, scores = self._run_extend(batch, arrays)
             if slots.numel() == 0:
-                return self._to_host(batch, slots, None, scores)
+                return self._to_host(batch, slots, scores=scores)
             logits = self.decoder.logits(hidden)
-        elif self.graphs is None:
-            logits, slots, positions = self._run_decode(batch)
-        else:
+        elif in_graph and self.graphs is not None:
             rows, new_pages = decode_rows_of(batch.items), new_pages_of(batch.items, self.page_size)
-            uses_tree = self._tree_plan(batch) is not None
-            buffers = self.graphs.replay(rows, new_pages, samples=samples_in_graph, uses_tree=uses_tree)
-            count = len(rows)
-            if samples_in_graph:
-                return self._to_host(batch, buffers.tokens[:count], None, None)
-            assert buffers.logits is not None
-            logits, slots, positions = buffers.logits[:count], buffers.rows[:count], buffers.inputs.kv_lens[:count]
-        tokens, logprobs = self._sample(batch, logits, slots, positions, masks, on_host)
-        return self._to_host(batch, tokens, logprobs, scores, None if masks is None else logits)
+            tokens = self.graphs.replay(rows, new_pages, uses_tree=self._tree_plan(batch) is not None)
+            return self._to_host(batch, tokens, self._logprobs_of_graph(batch, tokens) if has_logprobs else None)
+        else:
+            logits, slots, positions = self._run_decode(batch)
+        tokens = self._sample(batch, logits, slots, positions, masks, has_edits=edited)
+        return self._to_host(batch, tokens, self._logprobs(batch, logits, tokens) if has_logprobs else None, scores)
+
+    def is_edited_by_host(self, sequence: Sequence) -> bool:
+        """Whether a sequence's logits are edited, and it has no row of the device's edit tables."""
+        if not sequence.request.sampling.edits_logits:
+            return False
+        return self.edits is None or self.edits.row_of(sequence) == 0
 
     def use_device(self) -> None:
         """Make the device this thread's current one: Triton launches there."""
@@ -210,7 +164,7 @@ class ModelRunner:
 
     def make_graphs(self, max_extend: int = 0, capture: Capture | None = None) -> StepGraphs:
         """The graphs of decode steps and of steps with at most `max_extend` new tokens; none is captured yet."""
-        return StepGraphs(
+        graphs = StepGraphs(
             self._decode_body,
             self._mixed_body,
             self.slots.num_slots,
@@ -219,6 +173,9 @@ class ModelRunner:
             max_extend=max_extend,
             capture=capture,
         )
+        shape = graphs.max_samples, self.model.hidden_size
+        self._hidden = torch.empty(shape, dtype=self.decoder.dtype, device=self.device)
+        return graphs
 
     @torch.inference_mode()
     def capture_graphs(self, max_extend: int = 0, capture: Capture | None = None) -> None:
@@ -232,6 +189,12 @@ class ModelRunner:
         copy_pages(self.kv_cache.storage, none, none, none)
         if self.arena is not None:
             self.arena.warm_up()
+            return
+        for rows in (1, self.slots.num_slots):  # masks of the host come to the sampler
+            slots = torch.full((rows,), self.slots.dummy, dtype=torch.int32, device=self.device)
+            logits = torch.zeros((rows, self.model.vocab_size), dtype=self.decoder.dtype, device=self.device)
+            mask = torch.full((rows, -(-self.model.vocab_size // 32)), -1, dtype=torch.int32, device=self.device)
+            sample(logits, self.sampling, slots, torch.zeros_like(slots), mask)
 
     def _replay_mixed(self, batch: Batch, arrays: ExtendArrays) -> Tensor | None:
         """Run a step with extend rows as a graph, sampling included; None where there is none for its size."""
@@ -266,7 +229,7 @@ class ModelRunner:
         )
         context = self._context(part("positions"), part("kv_slots"), key.num_decode, decode, extend, extend_start=0)
         hidden = self.decoder.forward(part("token_ids"), context)
-        logits = self.decoder.logits(hidden.index_select(0, part("sample_index")))
+        logits = self.decoder.logits(self._keep(hidden.index_select(0, part("sample_index"))))
         slots = part("sample_rows")
         sample(logits, self.sampling, slots, part("sample_positions"), None, buffers.tokens)
         self._commit(slots, buffers.tokens, part("sample_positions"))
@@ -278,12 +241,15 @@ class ModelRunner:
         )
         decode = self._graph_metadata(inputs, buffers.rows, uses_tree=key.uses_tree)
         context = self._context(inputs.positions, inputs.kv_slots, key.bucket, decode)
-        logits = self.decoder.logits(self.decoder.forward(inputs.token_ids, context))
-        if not key.samples:
-            buffers.logits = logits
-            return
+        logits = self.decoder.logits(self._keep(self.decoder.forward(inputs.token_ids, context)))
         sample(logits, self.sampling, buffers.rows, inputs.kv_lens, None, buffers.tokens)
         self._commit(buffers.rows, buffers.tokens, inputs.kv_lens)
+
+    def _keep(self, hidden: Tensor) -> Tensor:
+        """Copy what a graph's logits come from to where it stays until the next graph, for log-probabilities."""
+        assert self._hidden is not None
+        self._hidden[: hidden.shape[0]].copy_(hidden)
+        return hidden
 
     def _graph_metadata(self, inputs: DecodeInputs, rows: Tensor, *, uses_tree: bool) -> DecodeMetadata:
         tree = self.tree.plan if uses_tree and self.tree is not None else None
@@ -306,7 +272,48 @@ class ModelRunner:
         if self.arena is not None:
             budgets = self.tables.budgets(positions)
             advance_states(slots, tokens, self.tables.grammar_state, self.arena.automata, self.arena.tokens, budgets)
+        if self.sampling.edits is not None:
+            count_tokens(self.sampling.edits, slots, tokens)
         commit_decode(slots, tokens, self.tables.last_token, self.tables.kv_len)
+
+    def _gather_extend(self, batch: Batch, grammar_states: Seq[int] | None) -> ExtendArrays:
+        """The extend rows; edit tables of those that join are filled."""
+        items = batch.items[batch.num_decode :]
+        edit_rows = [0] * len(items)
+        if self.edits is not None:
+            edit_rows = [self.edits.row_of(item.sequence) for item in items]
+            for item, row in zip(items, edit_rows, strict=True):
+                if row and self.slots.joins(item):
+                    self.edits.fill(item.sequence)
+        states = grammar_states or [FREE_STATE] * len(items)
+        return gather_extend(batch, self.slots, states, edit_rows, self.page_size)
+
+    def _send_masks(self, arena: GrammarArena, batch: Batch, masks: HostMasks) -> None:
+        """Put the host's masks where the sampler finds them by these rows' states."""
+        slots = [item.sequence.slot for item in batch.items if item.samples]
+        chosen = np.asarray([slots[row] for row in masks.rows], dtype=np.int32)
+        index, words = upload([chosen, masks.words[masks.rows]], self.device)
+        arena.set_host_masks(index, words)
+
+    def _logprobs_of_graph(self, batch: Batch, tokens: Tensor) -> Logprobs | None:
+        """As `_logprobs`, after a graph, from the hidden states that it kept."""
+        return self._logprobs(batch, self._hidden, tokens, self.decoder.logits)
+
+    def _logprobs(
+        self, batch: Batch, source: Tensor | None, tokens: Tensor, logits_of: Callable[[Tensor], Tensor] | None = None
+    ) -> Logprobs | None:
+        """Log-probabilities of the rows that ask for them. source: logits [R, V], or what `logits_of` makes them of."""
+        sampled = [item.sequence.request.sampling.logprobs for item in batch.items if item.samples]
+        rows = [row for row, wanted in enumerate(sampled) if wanted is not None]
+        if not rows or source is None:
+            return None
+        (index,) = upload([np.asarray(rows, dtype=np.int32)], self.device)
+        logits = source.index_select(0, index)
+        if logits_of is not None:
+            logits = logits_of(logits)
+        most = max(wanted or 0 for wanted in sampled)
+        chosen, values, ids = compute_logprobs(logits, tokens.index_select(0, index), most)
+        return Logprobs(rows, chosen, ids, values, logits)
 
     def _tree_plan(self, batch: Batch) -> TreePlan | None:
         return None if self.tree is None else self.tree.update(batch.items[: batch.num_decode])
@@ -317,19 +324,20 @@ class ModelRunner:
         raw: Tensor,
         slots: Tensor,
         positions: Tensor,
-        masks: NDArray[np.int32] | None,
-        on_host: bool,
-    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None]:
-        """Tokens int32 [R] and, where some row asks for them, log-probabilities (chosen, top values, top ids)."""
-        sequences = [item.sequence for item in batch.items if item.samples]
-        edited = on_host and any(s.request.sampling.needs_logit_edits for s in sequences)
-        logits = apply_edits(raw, sequences) if edited else raw
-        mask = None if masks is None else upload([masks], self.device)[0]
+        masks: HostMasks | None,
+        *,
+        has_edits: bool,
+    ) -> Tensor:
+        """Tokens int32 [R]. has_edits: some rows' logits are edited here."""
+        logits = raw
+        if has_edits:
+            sequences = [item.sequence for item in batch.items if item.samples]
+            logits = apply_edits(raw, [s if self.is_edited_by_host(s) else None for s in sequences])
+        mask = None if masks is None else upload([masks.words], self.device)[0]
         tokens = torch.empty(slots.numel(), dtype=torch.int32, device=self.device)
         sample(logits, self.sampling, slots, positions, mask, tokens)
         self._commit(slots, tokens, positions)
-        wanted = [s.request.sampling.logprobs for s in sequences if s.request.sampling.logprobs is not None]
-        return tokens, compute_logprobs(raw, tokens, max(wanted)) if edited and wanted else None
+        return tokens
 
     def _copy_pages(self, batch: Batch) -> None:
         if not batch.page_copies:
@@ -448,9 +456,8 @@ class ModelRunner:
         self,
         batch: Batch,
         tokens: Tensor,
-        logprobs: tuple[Tensor, Tensor, Tensor] | None,
-        scores: Tensor | None,
-        logits: Tensor | None = None,
+        logprobs: Logprobs | None = None,
+        scores: Tensor | None = None,
     ) -> LaunchedStep:
         is_cuda = self.device.type == "cuda"
 
@@ -460,15 +467,10 @@ class ModelRunner:
             target = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             return target.copy_(tensor, non_blocking=True)
 
-        step = LaunchedStep(
-            batch=batch,
-            tokens=host(tokens),
-            logprobs=None if logprobs is None else host(logprobs[0]),
-            top_logprobs=None if logprobs is None else (host(logprobs[2]), host(logprobs[1])),
-            scores=None if scores is None else host(scores),
-            logits=None if logprobs is None else logits,
-            event=None,
-        )
+        if logprobs is not None:
+            parts = [host(part) for part in (logprobs.chosen, logprobs.top_ids, logprobs.top_values)]
+            logprobs = dataclasses.replace(logprobs, chosen=parts[0], top_ids=parts[1], top_values=parts[2])
+        step = LaunchedStep(batch, host(tokens), logprobs, None if scores is None else host(scores), event=None)
         if is_cuda:
             step.event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             step.event.record()

@@ -1,7 +1,7 @@
-"""Logit edits beyond temperature, top-k/p and masks: penalties, biases, and minimum lengths.
+"""Penalties, biases and minimum lengths by the host: on a CPU, and on a GPU that has no row left for them.
 
 These need the tokens of a sequence on the host, so a step with such rows is not overlapped. The edits are sparse: they
-touch the tokens a sequence has seen, never the whole vocabulary.
+touch the tokens a sequence has seen, never the whole vocabulary. On the device: `logit_edits.py`.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from torch import Tensor
 from ramet.runtime.types import Sequence
 
 
-def apply_edits(logits: Tensor, sequences: Seq[Sequence]) -> Tensor:
-    """Return fp32 logits [R, V] with the edits that `sequences` (one a row) ask for; the input is not changed.
+def apply_edits(logits: Tensor, sequences: Seq[Sequence | None]) -> Tensor:
+    """Return fp32 logits [R, V] with the edits that `sequences` (one a row, or None) ask for; the input stays as it is.
 
     Order as in vLLM: logit bias and minimum length, then repetition, frequency and presence penalties.
     Source: repetition penalty, Keskar et al. 2019 (arXiv:1909.05858); frequency and presence, OpenAI's API reference.
     """
     edited = logits.float().clone() if logits.dtype == torch.float32 else logits.float()
     for row, sequence in enumerate(sequences):
-        params = sequence.request.sampling
-        if not params.needs_logit_edits:
+        if sequence is None:
             continue
+        params = sequence.request.sampling
         line = edited[row]
         if params.logit_bias:
             ids = torch.tensor(list(params.logit_bias), device=line.device)

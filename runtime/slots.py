@@ -33,22 +33,33 @@ class RunningSlots:
     def dummy(self) -> int:
         return self.num_slots
 
-    def extend_updates(self, items: Seq[ScheduledSequence], grammar_states: Seq[int]) -> NDArray[np.int32]:
+    def joins(self, item: ScheduledSequence) -> bool:
+        """Whether an extend row is the first of its sequence since admission, so that its slot is filled anew.
+
+        After a preemption a sequence may sit in the same slot with other pages.
+        """
+        slot = item.sequence.slot
+        assert slot is not None
+        return self.owners[slot] is not item.sequence or item.start == item.sequence.num_cached
+
+    def extend_updates(
+        self, items: Seq[ScheduledSequence], grammar_states: Seq[int], edit_rows: Seq[int]
+    ) -> NDArray[np.int32]:
         """Triples int32 [R, 3] for rows whose prompt is being computed: parameters of joins, new pages, lengths.
 
-        grammar_states: the automaton state that each item's slot starts from (0: unconstrained).
+        grammar_states: the automaton state that each item's slot starts from (0: unconstrained). edit_rows: its row of
+        the edit tables (0: none).
         """
         triples: list[tuple[int, int, int]] = []
         blocks: list[NDArray[np.int32]] = []
-        for item, state in zip(items, grammar_states, strict=True):
+        for item, state, edit_row in zip(items, grammar_states, edit_rows, strict=True):
             sequence = item.sequence
             slot = sequence.slot
             assert slot is not None
-            # Its first chunk since admission: after a preemption it may sit in the same slot with other pages.
-            if self.owners[slot] is not sequence or item.start == sequence.num_cached:
+            if self.joins(item):
                 self.owners[slot] = sequence
                 self._known_pages[slot] = 0
-                triples.extend(_join_triples(sequence, slot, state))
+                triples.extend(_join_triples(sequence, slot, state, edit_row))
             known, pages = self._known_pages[slot], sequence.page_ids
             if len(pages) > known:
                 block = np.empty((len(pages) - known, 3), dtype=np.int32)
@@ -63,12 +74,13 @@ class RunningSlots:
         return np.concatenate([np.asarray(triples, dtype=np.int32), *blocks])
 
 
-def _join_triples(sequence: Sequence, slot: int, state: int) -> list[tuple[int, int, int]]:
+def _join_triples(sequence: Sequence, slot: int, state: int, edit_row: int) -> list[tuple[int, int, int]]:
     request = sequence.request
     params = request.sampling
     low, high = split_seed(request.seed)
     values: dict[str, float] = {
         "grammar_state": state,
+        "edit_row": edit_row,
         "temperature": params.temperature,
         "top_k": params.top_k,
         "top_p": params.top_p,

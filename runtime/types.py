@@ -168,15 +168,14 @@ class SamplingParams:
         return self.temperature == 0.0
 
     @property
-    def needs_logit_edits(self) -> bool:
-        """True where sampling needs more than temperature, top-k/p, min-p and a mask (the fused path's features)."""
+    def edits_logits(self) -> bool:
+        """True where tokens are drawn from other logits than the model's: penalties, biases, a minimum length."""
         return bool(
             self.frequency_penalty
             or self.presence_penalty
             or self.repetition_penalty != 1.0
             or self.logit_bias
             or self.min_tokens
-            or self.logprobs is not None
         )
 
 

@@ -220,7 +220,7 @@ def test_host_masks_and_the_final_state_are_rows_like_the_others() -> None:
     arena = GrammarArena(token_table(), num_slots=2)
     allowed = torch.zeros(1, 40, dtype=torch.bool)
     allowed[0, 9] = True
-    arena.set_host_mask(1, pack_mask(allowed)[0])
+    arena.set_host_masks(torch.tensor([1], dtype=torch.int32), pack_mask(allowed))
     row = arena.mask_rows[arena.mask_index[arena.host_state(1)].long()]
     assert unpack_mask(row.unsqueeze(0), 40)[0].nonzero().flatten().tolist() == [9]
     final = arena.mask_rows[arena.mask_index[arena.final_state].long()]

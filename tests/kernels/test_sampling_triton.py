@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from ramet.kernels.logit_edits import ENDS_TEXT, PARAMETERS, EditTables
 from ramet.kernels.sampling import GrammarTables, SamplingTables, sample_reference
 from ramet.kernels.sampling_triton import sample_triton
+from ramet.kernels.step_inputs import float_bits
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # numpy warns where the device saturates, wraps or takes -inf - -inf in a branch that `where` discards.
@@ -50,16 +52,32 @@ def make_case(dtype: torch.dtype, vocab_size: int, num_columns: int) -> tuple[Te
     return logits.to(DEVICE), tables, rows.to(DEVICE), torch.randint(0, 9999, (11,), dtype=torch.int32, device=DEVICE)
 
 
+def random_edits(vocab_size: int) -> EditTables:
+    """Edits of six of ten slots that change which tokens are best, without repetition penalties.
+
+    A division may round differently in the last bit, and so could a tie.
+    """
+    slot_row = torch.tensor([1, 0, 2, 3, 0, 4, 0, 5, 6, 0, 0], dtype=torch.int32)
+    tables = EditTables.create(6, vocab_size, DEVICE).of_slots(slot_row.to(DEVICE))
+    tables.bias[1:] = torch.randint(-6, 7, (6, vocab_size)).to(tables.bias)
+    tables.words[1:] = ((torch.rand(6, vocab_size) < 0.2) * ENDS_TEXT).to(tables.words)
+    tables.parameters[:, PARAMETERS["repetition"]] = float_bits(1.0)
+    tables.parameters[1:4, PARAMETERS["minimum"]] = 10_000
+    return tables
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("vocab_size", "num_columns"), [(1000, 1000), (2500, 2560), (40, 64)])
-@pytest.mark.parametrize("masking", ["none", "mask", "grammar", "both"])
+@pytest.mark.parametrize("masking", ["none", "mask", "grammar", "both", "edits", "grammar edits"])
 def test_kernels_choose_the_reference_tokens(
     dtype: torch.dtype, vocab_size: int, num_columns: int, masking: str
 ) -> None:
     torch.manual_seed(vocab_size + len(masking) + dtype.itemsize)
     logits, tables, rows, positions = make_case(dtype, vocab_size, num_columns)
     mask = random_words(11, num_columns, 0.3).to(DEVICE) if masking in ("mask", "both") else None
-    if masking in ("grammar", "both"):
+    if "edits" in masking:
+        tables = dataclasses.replace(tables, edits=random_edits(num_columns))
+    if "grammar" in masking or masking == "both":
         state = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 0], dtype=torch.int32, device=DEVICE)
         index = torch.tensor([0, 2, 1, 2], dtype=torch.int32, device=DEVICE)
         grammar = GrammarTables(state, index, random_words(3, num_columns, 0.2).to(DEVICE))

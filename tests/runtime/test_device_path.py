@@ -17,10 +17,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ramet.kernels import activation, attention_decode_cpu, cpu_pointwise
 from ramet.kernels.grammar_arena import GrammarArena
 from ramet.kernels.grammar_mask import TokenTable
+from ramet.kernels.logit_edits import EditTables
 from ramet.kernels.triton_support import HAS_TRITON
 from ramet.runtime.client import Engine
+from ramet.runtime.engine import SequenceUpdate
 from ramet.runtime.factory import make_device_grammars
+from ramet.runtime.logit_edits import LogitEdits
 from ramet.runtime.models.load import LoadedModel
+from ramet.runtime.request_handle import RequestResult
 from ramet.runtime.tree_planner import TreePlanner
 from ramet.runtime.types import SamplingParams
 
@@ -138,7 +142,7 @@ def device_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
                 monkeypatch.setattr(module, name, lambda *args, **kwargs: False)
 
 
-def make_engine(model: LoadedModel, *, graphs: bool) -> Engine:
+def make_engine(model: LoadedModel, *, graphs: bool, num_edits: int = 2) -> Engine:
     engine = Engine(model, num_kv_tokens=1024, max_running_requests=2, chunked_prefill_size=64, page_size=8)
     if graphs:
         runner = engine._core.runner
@@ -154,7 +158,8 @@ def make_engine(model: LoadedModel, *, graphs: bool) -> Engine:
         arena = GrammarArena(tokens, 2, max_states=64, max_transitions=1 << 12, max_mask_rows=32)
         runner.arena = arena
         runner.device_grammars = make_device_grammars(model)
-        runner.sampling = runner.tables.sampling(arena.mask_index, arena.mask_rows)
+        runner.edits = LogitEdits(EditTables.create(num_edits, tokenizer.vocab_size))
+        runner.sampling = runner.tables.sampling(arena.mask_index, arena.mask_rows, runner.edits.tables)
         runner.capture_graphs(16, Record())
         engine._core.overlap = True
     return engine
@@ -174,6 +179,56 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 
     monkeypatch.setattr(InterpretedFunction, "run", note)
     return names
+
+
+EDITED: list[dict[str, Any]] = [
+    {"frequency_penalty": 0.9, "presence_penalty": 0.3},
+    {"repetition_penalty": 1.4, "logit_bias": {97: 4.0, 98: 4.0}, "logprobs": 2, "temperature": 0.8, "top_p": 0.9},
+    {"min_tokens": 4, "logit_bias": {101: 100.0}, "stop_token_ids": (101,)},
+    {"logprobs": 1},
+]
+
+
+def run_edited(engine: Engine) -> list[RequestResult]:
+    handles = []
+    for i, options in enumerate(EDITED):
+        values: dict[str, Any] = {"temperature": 0.0, "max_tokens": 5, "seed": i, "ignore_eos": True, **options}
+        sampling = SamplingParams(**values)
+        handles.append(engine.submit("ab" * (i + 1), sampling))
+    return [handle.result(timeout_s=300) for handle in handles]
+
+
+@pytest.mark.parametrize("num_edits", [2, 1, 0])
+def test_edited_logits_and_log_probabilities_give_the_tokens_of_the_host(
+    tiny_model: LoadedModel, device_kernels: None, monkeypatch: pytest.MonkeyPatch, num_edits: int
+) -> None:
+    """Without enough rows on the device the host edits those that are left."""
+    with make_engine(tiny_model, graphs=True, num_edits=num_edits) as engine:
+        core = engine._core
+        synchronous: list[int] = []
+        step_sync = core.step_sync
+
+        def note() -> list[SequenceUpdate]:
+            synchronous.append(core.num_steps)
+            return step_sync()
+
+        monkeypatch.setattr(core, "step_sync", note)
+        actual = run_edited(engine)
+        engine.check_integrity()
+        assert core.runner.edits is not None
+        assert core.runner.edits.num_free == num_edits
+    assert bool(synchronous) == (num_edits < 2), "two run at once, so with two rows nothing waits for the host"
+    monkeypatch.undo()
+    with make_engine(tiny_model, graphs=False) as engine:
+        expected = run_edited(engine)
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert ours.token_ids == theirs.token_ids
+        assert (ours.logprobs is None) == (theirs.logprobs is None)
+        if theirs.logprobs is not None:
+            assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-4)
+            assert [[t for t, _ in top] for top in ours.top_logprobs or ()] == [
+                [t for t, _ in top] for top in theirs.top_logprobs or ()
+            ]
 
 
 def run_all(engine: Engine) -> list[list[int]]:

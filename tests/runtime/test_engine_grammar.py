@@ -74,6 +74,21 @@ def test_overlapped_steps_advance_automata_as_synchronous_ones_do(
         assert run_all(overlapped, grammars, 1.0) == run_all(sync, grammars, 1.0)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_open_automata_are_masked_by_the_host_beside_those_of_the_device(
+    tiny_model: LoadedModel, grammars: list[Grammar], temperature: float
+) -> None:
+    opened = [compile_constraint("regex", pattern, vocabulary(tiny_model)) for pattern in PATTERNS]
+    mixed = [opened[0], grammars[1], opened[2], grammars[3]]
+    with make_engine(tiny_model, on_device=False) as host, make_engine(tiny_model, on_device=True) as device:
+        device._core.overlap = True
+        expected = run_all(host, mixed, temperature)
+        assert run_all(device, mixed, temperature) == expected
+        assert run_all(device, mixed, temperature) == expected, "in slots that others had"
+        assert not any(grammar.is_closed for grammar in opened)
+        device.check_integrity()
+
+
 def test_every_finished_text_matches_its_pattern(tiny_model: LoadedModel, grammars: list[Grammar]) -> None:
     with make_engine(tiny_model, on_device=False) as engine:
         for seed in range(10):

@@ -88,7 +88,7 @@ class CountedGraphs:
         sizes: list[GraphKey | MixedKey] = []
         for uses_tree in (False, True) if with_tree else (False,):
             sizes += [MixedKey(4, n, uses_tree) for n in (64, 32, 16)]
-            sizes += [GraphKey(n, True, uses_tree) for n in (8, 4, 2)]
+            sizes += [GraphKey(n, uses_tree) for n in (8, 4, 2)]
         return sizes
 
     def capture(self, keys: list[GraphKey | MixedKey]) -> None:

@@ -11,6 +11,7 @@ import torch
 from ramet.runtime.client import Engine
 from ramet.runtime.cuda_graph import MixedBuffers, MixedKey, StepGraphs, decode_buckets
 from ramet.runtime.models.load import LoadedModel
+from ramet.runtime.request_handle import RequestResult
 from ramet.runtime.types import SamplingParams
 
 
@@ -73,17 +74,28 @@ def test_prompts_too_long_for_a_graph_run_eagerly(tiny_model: LoadedModel) -> No
         assert run_all(graphs) == run_all(eager)
 
 
-def test_rows_that_the_host_samples_take_the_graph_that_ends_with_logits(tiny_model: LoadedModel) -> None:
-    params = SamplingParams(temperature=0.0, max_tokens=6, logprobs=2, ignore_eos=True)
-    with make_engine(tiny_model, None) as eager, make_engine(tiny_model, Rerun()) as graphs:
-        expected = eager.submit("a prompt", params).result(timeout_s=60)
-        actual = graphs.submit("a prompt", params).result(timeout_s=60)
-        assert actual.token_ids == expected.token_ids
-        assert actual.logprobs is not None
-        assert actual.logprobs == pytest.approx(expected.logprobs)
-        graphs_of = graphs._core.runner.graphs
-        assert graphs_of is not None
-        assert any(not key.samples for key in graphs_of._decode)
+def test_log_probabilities_come_from_what_a_graph_kept(tiny_model: LoadedModel) -> None:
+    """Also those of rows between others, in overlapped steps, beside prompts."""
+
+    def ask(engine: Engine) -> list[RequestResult]:
+        handles = []
+        for i in range(7):
+            params = SamplingParams(temperature=0.0, max_tokens=4 + i, logprobs=i % 3 or None, ignore_eos=True)
+            handles.append(engine.submit("a prompt" + "x" * i, params))
+        return [handle.result(timeout_s=60) for handle in handles]
+
+    capture = Rerun()
+    with make_engine(tiny_model, None) as eager, make_engine(tiny_model, capture, overlap=True) as graphs:
+        captured = capture.num_captures
+        for actual, expected in zip(ask(graphs), ask(eager), strict=True):
+            assert actual.token_ids == expected.token_ids
+            assert (actual.logprobs is None) == (expected.logprobs is None)
+            if expected.logprobs is not None:
+                assert actual.logprobs == pytest.approx(expected.logprobs, abs=1e-5)
+                tops = [[token for token, _ in top] for top in expected.top_logprobs or ()]
+                assert [[token for token, _ in top] for top in actual.top_logprobs or ()] == tops
+        assert capture.num_captures == captured
+        assert capture.num_replays > 10
 
 
 def test_scores_run_eagerly_beside_graphs(tiny_model: LoadedModel) -> None:

@@ -1,0 +1,38 @@
+"""The GPU path at a real model's shapes, on a device of fake tensors: nothing is refused, awaited, or compiled late."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ramet.kernels.triton_support import HAS_TRITON
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "walk_device.py"
+pytestmark = pytest.mark.skipif(not HAS_TRITON or torch.version.cuda is not None, reason="for torch without CUDA")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--models llama-8b",
+        "--models gemma3-4b --set deterministic=true",
+        "--models smollm2 --set grammar_on_device=false",
+    ],
+)
+def test_an_engine_starts_and_serves_every_kind_of_request(options: str) -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    small = "--set max_running_requests=24 --set cuda_graph_max_extend=64"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(SCRIPT), *options.split(), *small.split()],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert done.stdout.splitlines()[-1] == "nothing found"
