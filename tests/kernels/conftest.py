@@ -1,10 +1,18 @@
-"""Shared by the kernel tests: random paged caches, and attention written out position by position."""
+"""Shared by the kernel tests: random paged caches, attention position by position, a watch over launches."""
 
 from __future__ import annotations
 
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+from ramet.kernels.triton_support import HAS_TRITON
 
 
 class AttentionCases:
@@ -61,3 +69,111 @@ class AttentionCases:
 @pytest.fixture(scope="session")
 def cases() -> AttentionCases:
     return AttentionCases()
+
+
+class LaunchWatch:
+    """Finds in Triton's interpreter what it hides by running a launch's programs one after the other.
+
+    They run in a shuffled order, and what they access is noted. Wrong is an address outside of the arguments; one that
+    two programs write; one that a program reads and another writes, unless that one writes it before an atomic
+    operation and the other reads it after one; and one that a program reads again after a store without a barrier.
+    """
+
+    def __init__(self, builder: Any) -> None:  # Any: Triton has no types
+        self.faults: list[str] = []
+        self._builder = builder
+        self._spans: list[tuple[int, int]] = []
+        self._accesses: list[
+            tuple[bool, int, int, int, NDArray[np.uint64]]
+        ] = []  # is_store, program, barriers, atomics
+        self._program = self._barriers = self._atomics = 0
+
+    def patch(self, patch: pytest.MonkeyPatch, executor: Any) -> None:
+        """Stand between the interpreter and its memory; `executor`: its class that runs a grid."""
+        kind = type(self._builder)
+        load, store, atomic = kind.create_masked_load, kind.create_masked_store, kind.create_atomic_rmw
+        barrier, run, set_program = kind.create_barrier, executor.__call__, kind.set_grid_idx
+        order: dict[tuple[int, ...], tuple[int, ...]] = {}
+
+        def watched_load(builder: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+            self._note(False, pointers, mask)
+            return load(builder, pointers, mask, *rest)
+
+        def watched_store(builder: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+            self._note(True, pointers, mask)
+            return store(builder, pointers, value, mask, *rest)
+
+        def watched_atomic(builder: Any, *arguments: Any) -> Any:
+            self._atomics += 1
+            return atomic(builder, *arguments)
+
+        def watched_barrier(builder: Any) -> Any:
+            self._barriers += 1
+            return barrier(builder)
+
+        def shuffled(builder: Any, *program: int) -> None:
+            if not order:
+                programs = list(np.ndindex(*builder.grid_dim))
+                order.update(zip(programs, random.Random(0).sample(programs, len(programs)), strict=True))
+            self._program, self._barriers, self._atomics = self._program + 1, 0, 0
+            set_program(builder, *order[program])
+
+        def watched_run(launch: Any, *arguments: Any, **keywords: Any) -> None:
+            order.clear()
+            self._accesses = []
+            given = [t for t in [*arguments, *keywords.values()] if isinstance(t, Tensor) and t.numel()]
+            self._spans = [(t.data_ptr(), t.data_ptr() + extent(t) * t.element_size()) for t in given]
+            run(launch, *arguments, **keywords)
+            self._check(launch.fn.__name__)
+
+        patch.setattr(kind, "create_masked_load", watched_load)
+        patch.setattr(kind, "create_masked_store", watched_store)
+        patch.setattr(kind, "create_atomic_rmw", watched_atomic)
+        patch.setattr(kind, "create_barrier", watched_barrier)
+        patch.setattr(kind, "set_grid_idx", shuffled)
+        patch.setattr(executor, "__call__", watched_run)
+
+    def _note(self, is_store: bool, pointers: Any, mask: Any) -> None:
+        addresses = np.asarray(pointers.data)[np.broadcast_to(mask.data, pointers.data.shape)].ravel()
+        if addresses.size:
+            self._accesses.append((is_store, self._program, self._barriers, self._atomics, np.unique(addresses)))
+
+    def _check(self, kernel: str) -> None:
+        stores: dict[int, tuple[int, int, int, int]] = {}  # by address: when, program, barriers, atomics
+        for when, (is_store, program, barriers, atomics, addresses) in enumerate(self._accesses):
+            inside = np.zeros(addresses.shape, dtype=np.bool_)
+            for first, last in self._spans:
+                inside |= (addresses >= first) & (addresses <= last)
+            if not inside.all():
+                self.faults.append(f"{kernel}: an address outside of the arguments")
+            for address in addresses.tolist() if is_store else ():
+                if address in stores and stores[address][1] != program:
+                    self.faults.append(f"{kernel}: two programs write one address")
+                stores[address] = when, program, barriers, atomics
+        stored = np.sort(np.fromiter(stores, dtype=np.uint64, count=len(stores)))
+        for when, (is_store, program, barriers, atomics, addresses) in enumerate(self._accesses):
+            for address in [] if is_store else np.intersect1d(addresses, stored, assume_unique=True).tolist():
+                store_when, writer, barriers_then, atomics_then = stores[address]
+                if writer != program and not (atomics_then == 0 and atomics > 0):
+                    self.faults.append(f"{kernel}: a program reads what another one writes")
+                if writer == program and store_when < when and barriers_then == barriers:
+                    self.faults.append(f"{kernel}: a program reads what it wrote without a barrier between")
+
+
+def extent(tensor: Tensor) -> int:
+    """Elements from a tensor's first to its last."""
+    return sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+@pytest.fixture(autouse=True)
+def launch_watch(monkeypatch: pytest.MonkeyPatch) -> Iterator[LaunchWatch | None]:
+    """Fails a test at whose end a launch has broken a rule of `LaunchWatch`; None where kernels run on a GPU."""
+    if not HAS_TRITON or torch.cuda.is_available():
+        yield None
+        return
+    from triton.runtime import interpreter
+
+    watch = LaunchWatch(interpreter.interpreter_builder)
+    watch.patch(monkeypatch, interpreter.GridExecutor)
+    yield watch
+    assert not watch.faults, sorted(set(watch.faults))
