@@ -21,6 +21,7 @@ from ramet.kernels.cpu_threads import Kernel, barrier, inner, num_threads, threa
 
 # Bits of a code.
 _BITS = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 8}
+_GROUP = v.INT8_TOKENS[-1]  # tokens that share what is unpacked
 _TOKENS_AT_ONCE = 256  # their activations stay in the second-level cache while all weights pass by
 
 
@@ -54,17 +55,16 @@ def pack(blocks: Tensor, block_format: str, num_rows: int) -> Tensor:
 
 def block_int8_linear(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return fp32 [T, num_rows] for x fp32 [T, K], plus bias [num_rows]; any number of tokens."""
-    num_tokens, num_columns = x.shape
+    num_tokens = x.shape[0]
     tiles, num_blocks, block_bytes = packed.shape
     x = x.contiguous()
     padded = num_tokens if num_tokens <= 2 else -(-num_tokens // 4) * 4
-    workspace = empty((padded, num_columns // 4 + 2 * num_blocks))  # int8 codes of all tokens, then scales
+    workspace = empty((padded, num_blocks * v.TOKEN_BLOCK_BYTES // 4))  # rounded activations
     out = empty((padded, tiles * v.LANES))
     _kernel(
         packed.data_ptr(),
         x.data_ptr(),
         workspace.data_ptr(),
-        workspace.data_ptr() + padded * num_columns,
         out.data_ptr(),
         0 if bias is None else bias.data_ptr(),
         num_tokens,
@@ -90,31 +90,17 @@ def block_int8_linear_reference(x: Tensor, blocks: Tensor, block_format: str, nu
 
 
 def _by_tokens(dots: list[Any]) -> Any:  # Any: numba intrinsics
-    dot_1, dot_2, dot_4, dot_8, dot_12, dot_16 = dots
+    dot_1, dot_2, dot_4, dot_8 = dots
 
-    def dot(
-        tokens: int,
-        weights: int,
-        x: int,
-        x_stride: int,
-        scales: int,
-        scale_stride: int,
-        num_blocks: int,
-        out: int,
-        out_stride: int,
-    ) -> None:
-        if tokens == 16:
-            dot_16(weights, x, x_stride, scales, scale_stride, num_blocks, out, out_stride)
-        elif tokens == 12:
-            dot_12(weights, x, x_stride, scales, scale_stride, num_blocks, out, out_stride)
-        elif tokens == 8:
-            dot_8(weights, x, x_stride, scales, scale_stride, num_blocks, out, out_stride)
+    def dot(tokens: int, weights: int, x: int, num_blocks: int, out: int, out_stride: int) -> None:
+        if tokens == 8:
+            dot_8(weights, x, num_blocks, out, out_stride)
         elif tokens == 4:
-            dot_4(weights, x, x_stride, scales, scale_stride, num_blocks, out, out_stride)
+            dot_4(weights, x, num_blocks, out, out_stride)
         elif tokens == 2:
-            dot_2(weights, x, x_stride, scales, scale_stride, num_blocks, out, out_stride)
+            dot_2(weights, x, num_blocks, out, out_stride)
         else:
-            dot_1(weights, x, x_stride, scales, scale_stride, num_blocks, out, out_stride)
+            dot_1(weights, x, num_blocks, out, out_stride)
 
     return njit(nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)(dot)
 
@@ -123,15 +109,25 @@ _dot_4_bits, _dot_8_bits = _by_tokens(v.dots_int8[4]), _by_tokens(v.dots_int8[8]
 
 
 @inner
-def _quantize(x: int, codes: int, scales: int, num_blocks: int, num_padded: int) -> None:
-    """One thread's share of the blocks of all tokens."""
+def _quantize(x: int, rounded: int, num_tokens: int, padded: int, num_blocks: int) -> None:
+    """One thread's share of the blocks of all tokens, in groups of tokens (see `cpu_vectors.dots_int8`)."""
     index, count = np.int64(thread_index()), np.int64(num_threads())
-    for block in range(num_blocks * index // count, num_blocks * (index + 1) // count):
-        v.quantize_block(x + block * 128, codes + block * 32, scales + block * 8)
-    # Nobody reads the products of what pads, but with denormal numbers they would be slow.
-    padding = carray(v.float32_at(scales + num_blocks * 8), ((num_padded - num_blocks) * 2,))
-    for i in range(index, len(padding), count):
-        padding[i] = np.float32(0.0)
+    low, high = padded * num_blocks * index // count, padded * num_blocks * (index + 1) // count
+    token: Any = low // num_blocks  # Any: np.int64
+    block: Any = low % num_blocks
+    for i in range(low, high):
+        lane = token % _GROUP
+        tokens = min(padded - token + lane, _GROUP)
+        group = rounded + ((token - lane) * num_blocks + block * tokens) * v.TOKEN_BLOCK_BYTES
+        scales = group + tokens * v.BLOCK + lane * 8
+        if token < num_tokens:
+            v.quantize_block(x + i * v.BLOCK * 4, group + lane * v.BLOCK, scales)
+        else:  # nobody reads the products of what pads, but with denormal numbers they would be slow
+            pair = carray(v.float32_at(scales), (2,))
+            pair[0] = pair[1] = np.float32(0.0)
+        block += 1
+        if block == num_blocks:
+            token, block = token + 1, 0
 
 
 @inner
@@ -146,26 +142,23 @@ def _add_bias(out: int, bias: int, tokens: int, out_stride: int) -> None:
 @Kernel
 def _kernel(pointer: Any) -> None:  # Any: int64*
     """One thread's tiles of 16 rows; the padded number of tokens is 1, 2 or a multiple of 4."""
-    a = carray(pointer, 11)
-    num_tokens, padded, tiles, num_blocks, bits = a[6], a[7], a[8], a[9], a[10]
-    _quantize(a[1], a[2], a[3], num_tokens * num_blocks, padded * num_blocks)
+    a = carray(pointer, 10)
+    num_tokens, padded, tiles, num_blocks, bits = a[5], a[6], a[7], a[8], a[9]
+    _quantize(a[1], a[2], num_tokens, padded, num_blocks)
     barrier()
     low, high = tiles * thread_index() // num_threads(), tiles * (thread_index() + 1) // num_threads()
-    x_stride, scale_stride, out_stride = num_blocks * 32, num_blocks * 8, tiles * 64
+    token_bytes, out_stride = num_blocks * v.TOKEN_BLOCK_BYTES, tiles * 64
     tile_bytes = num_blocks * (64 + 64 * bits)
     for begin in range(0, padded, _TOKENS_AT_ONCE):
         end = min(begin + _TOKENS_AT_ONCE, padded)
         for tile in range(low, high):
-            weights, token = a[0] + tile * tile_bytes, begin
-            while token < end:
-                left = end - token
-                tokens = 16 if left >= 16 else left
-                x, scales = a[2] + token * x_stride, a[3] + token * scale_stride
-                out = a[4] + token * out_stride + tile * 64
+            weights = a[0] + tile * tile_bytes
+            for token in range(begin, end, _GROUP):
+                tokens = min(end - token, _GROUP)
+                x, out = a[2] + token * token_bytes, a[3] + token * out_stride + tile * 64
                 if bits == 4:
-                    _dot_4_bits(tokens, weights, x, x_stride, scales, scale_stride, num_blocks, out, out_stride)
+                    _dot_4_bits(tokens, weights, x, num_blocks, out, out_stride)
                 else:
-                    _dot_8_bits(tokens, weights, x, x_stride, scales, scale_stride, num_blocks, out, out_stride)
-                if a[5] != 0:
-                    _add_bias(out, a[5] + tile * 64, tokens, out_stride)
-                token += tokens
+                    _dot_8_bits(tokens, weights, x, num_blocks, out, out_stride)
+                if a[4] != 0:
+                    _add_bias(out, a[4] + tile * 64, tokens, out_stride)

@@ -7,7 +7,7 @@ Not here: loops over rows and threads, which are ordinary numba code in the modu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import llvmlite.binding as llvm
@@ -229,64 +229,64 @@ def _splat_int(builder: Builder, address: Value, offset: int) -> Value:
 
 
 def _make_dot_int8(bits: int, num_tokens: int) -> Any:
-    """Make `dot(weights, x, x_stride, scales, scale_stride, num_blocks, out, out_stride)`: 16 rows times some tokens.
+    """Make `dot(weights, x, num_blocks, out, out_stride)`: 16 rows times `num_tokens` vectors.
 
-    weights: blocks as `block_int8.pack` lays them out; x int8, a token's blocks one after another; scales float32 pairs
-    (scale, scale * sum of x) of each of a token's blocks; strides in bytes.
+    weights: blocks as `block_int8.pack` lays them out. x: for each block 32 int8 codes of every token, then every
+    token's float32 pair (scale, scale * sum of codes), so that offsets are constants: with an address a token, the
+    compiler runs out of registers. out_stride in bytes.
     """
     block_bytes = 64 + 64 * bits
+    group_bytes = num_tokens * TOKEN_BLOCK_BYTES
 
     @intrinsic
-    def dot(
-        typing_context: Any,
-        weights: Any,
-        x: Any,
-        x_stride: Any,
-        scales: Any,
-        scale_stride: Any,
-        num_blocks: Any,
-        out: Any,
-        out_stride: Any,
-    ) -> Any:
+    def dot(typing_context: Any, weights: Any, x: Any, num_blocks: Any, out: Any, out_stride: Any) -> Any:
         def emit(context: Any, builder: Builder, signature: Any, arguments: Any) -> Value:
-            weights, x, x_stride, scales, scale_stride, num_blocks, out, out_stride = arguments
+            weights, x, num_blocks, out, out_stride = arguments
             sums = [cgutils.alloca_once_value(builder, ir.Constant(_VF, None)) for _ in range(num_tokens)]
             half = ir.VectorType(_F16, LANES)
-            mask = builder.bitcast(ir.Constant(_VI8, [15] * 64), _VI32)
             with cgutils.for_range(builder, num_blocks) as loop:
                 block = builder.add(weights, builder.mul(loop.index, _I64(block_bytes)))
+                group = builder.add(x, builder.mul(loop.index, _I64(group_bytes)))
                 scale = builder.fpext(load(builder, block, half), _VF)
                 minimum = builder.fpext(load(builder, block, half, 32), _VF)
-                loaded = [load(builder, block, _VI32, 64 + 64 * i) for i in range(bits)]
-                codes = loaded
                 for line in range(0, block_bytes, 64):
                     _prefetch(builder, builder.add(block, _I64(_BLOCKS_AHEAD * block_bytes + line)))
-                if bits == 4:
-                    shift = ir.Constant(_VI32, [4] * LANES)
-                    codes = [builder.and_(part, mask) for part in loaded]
-                    codes += [builder.and_(builder.lshr(part, shift), mask) for part in loaded]
-                first = builder.add(x, builder.mul(loop.index, _I64(BLOCK)))
-                pair = builder.add(scales, builder.mul(loop.index, _I64(8)))
-                for token, pointer in enumerate(sums):
-                    address = builder.add(first, builder.mul(x_stride, _I64(token)))
-                    total = ir.Constant(_VI32, None)
-                    for i, part in enumerate(codes):
-                        total = _dot_bytes(builder, total, part, _splat_int(builder, address, 4 * i))
-                    where = builder.add(pair, builder.mul(scale_stride, _I64(token)))
-                    both = builder.fmul(scale, _splat_load(builder, where, 0))
-                    value = fma(builder, minimum, _splat_load(builder, where, 4), builder.load(pointer))
+                # Token by token for each weight: one token's products wait for each other, five cycles each.
+                totals = [ir.Constant(_VI32, None)] * num_tokens
+                for i, codes in _codes(builder, builder.add(block, _I64(64)), bits):
+                    for token in range(num_tokens):
+                        value = _splat_int(builder, group, BLOCK * token + 4 * i)
+                        totals[token] = _dot_bytes(builder, totals[token], codes, value)
+                for token, (total, pointer) in enumerate(zip(totals, sums, strict=True)):
+                    where = BLOCK * num_tokens + 8 * token
+                    both = builder.fmul(scale, _splat_load(builder, group, where))
+                    value = fma(builder, minimum, _splat_load(builder, group, where + 4), builder.load(pointer))
                     builder.store(fma(builder, builder.sitofp(total, _VF), both, value), pointer)
             for token, pointer in enumerate(sums):
                 store(builder, builder.load(pointer), builder.add(out, builder.mul(out_stride, _I64(token))))
             return context.get_dummy_value()
 
-        return types.void(*[types.intp] * 8), emit
+        return types.void(*[types.intp] * 5), emit
 
     return dot
 
 
+def _codes(builder: Builder, address: Value, bits: int) -> Iterator[tuple[int, Value]]:
+    """(i, codes of columns 4 i to 4 i + 3 of 16 rows) of a packed block."""
+    mask = builder.bitcast(ir.Constant(_VI8, [15] * 64), _VI32)
+    shift = ir.Constant(_VI32, [4] * LANES)
+    for i in range(bits):
+        loaded = load(builder, address, _VI32, 64 * i)
+        if bits == 4:
+            yield i, builder.and_(loaded, mask)
+            yield i + 4, builder.and_(builder.lshr(loaded, shift), mask)
+        else:
+            yield i, loaded
+
+
+TOKEN_BLOCK_BYTES = BLOCK + 8  # of 32 rounded activations, with scale and sum
 _BLOCKS_AHEAD = 12  # what is fetched while a block is used: a tenth faster than the CPU's own guess
-INT8_TOKENS = (1, 2, 4, 8, 12, 16)  # tokens of the variants
+INT8_TOKENS = (1, 2, 4, 8)  # tokens of the variants: of more, products and sums would not fit in the registers
 dots_int8 = {bits: [_make_dot_int8(bits, num_tokens) for num_tokens in INT8_TOKENS] for bits in (4, 8)}
 
 

@@ -40,6 +40,13 @@ def test_products_equal_the_reference(block_format: str, num_tokens: int, thread
     assert float((actual - expected).abs().max()) < 2e-3 if block_format == "Q8_0" else 1e-4
 
 
+def test_a_token_has_the_same_product_alone_and_in_groups_of_every_size() -> None:
+    packed, x = pack(quantize(draw(48, 96, seed=0), "Q4_1"), "Q4_1", 48), draw(21, 96, seed=1)
+    alone = torch.cat([block_int8_linear(row[None], packed) for row in x])
+    for num_tokens in (2, 3, 7, 8, 9, 13, 21):
+        assert torch.equal(block_int8_linear(x[:num_tokens], packed), alone[:num_tokens]), num_tokens
+
+
 def test_what_rounding_costs() -> None:
     blocks, x = quantize(draw(64, 576, seed=0), "Q4_1"), draw(8, 576, seed=1)
     exact = block_linear_reference(x, blocks, "Q4_1", 64)
