@@ -245,6 +245,7 @@ def soak(setting: Setting) -> Result:
             while len(live) < 2 * slots and time.monotonic() < end_s:
                 sampling = SamplingParams(
                     temperature=rng.choice([0.0, 1.0]), top_p=rng.choice([1.0, 0.9]), max_tokens=rng.randrange(1, 96),
+                    frequency_penalty=rng.choice([0.0, 0.0, 0.0, 0.5]), logprobs=rng.choice([None] * 9 + [2]),
                     seed=rng.randrange(1 << 30), ignore_eos=True,
                 )  # fmt: skip
                 handle = engine.submit(rng.choice(prompts), sampling, detokenize=False)

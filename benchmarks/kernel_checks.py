@@ -29,7 +29,7 @@ from kernel_cases import (
 )  # fmt: skip
 from torch import Tensor
 
-from ramet.kernels import activation, copy_pages, gemv, norm, rope, sampling, step_inputs
+from ramet.kernels import activation, copy_pages, gemv, logit_edits, norm, rope, sampling, step_inputs
 from ramet.kernels.grammar_arena import GrammarArena
 from ramet.kernels.grammar_mask import advance_states_reference, build_masks_reference
 from ramet.kernels.grammar_mask_triton import advance_states_triton, build_masks_triton
@@ -77,6 +77,7 @@ def check() -> list[Record]:
     record("copy_pages", 0.0 if same else 1.0, 0.0)
     check_steps(record)
     check_sampling(record)
+    check_edits(record)
     check_masks(record)
     for num_rows in (1, 3, 16):
         check_gemv(record, num_rows)
@@ -112,6 +113,36 @@ def check_sampling(record: Callable[[str, float, float], None]) -> None:
             actual = sample_triton(logits, tables, rows, positions)
             # Sums of masses and logarithms differ in their last bits: a few border cases may fall on the other side.
             record(f"sample {mode} B={batch}", int((actual != expected).sum()), 0 if mode == "greedy" else batch // 20)
+
+
+def check_edits(record: Callable[[str, float, float], None]) -> None:
+    """Half of the slots have edits; a greedy token from them is the best of what the reference edits."""
+    batch = 40
+    slot_row = torch.zeros(batch + 1, dtype=torch.int32, device=DEVICE)
+    slot_row[:batch:2] = torch.arange(1, batch // 2 + 1, dtype=torch.int32, device=DEVICE)
+    tables = logit_edits.EditTables.create(batch // 2, VOCAB, DEVICE).of_slots(slot_row)
+    tables.words.copy_(integers(3, batch // 2 + 1, VOCAB) + logit_edits.ENDS_TEXT * integers(2, batch // 2 + 1, VOCAB))
+    tables.bias.copy_(randn(batch // 2 + 1, VOCAB))
+    for name, value in (("repetition", 1.3), ("frequency", 0.4), ("presence", -0.2)):
+        tables.parameters[:, logit_edits.PARAMETERS[name]] = step_inputs.float_bits(value)
+    tables.parameters[:, logit_edits.PARAMETERS["minimum"]] = 50
+    logits, positions = randn(batch, VOCAB) * 3, integers(99, batch)
+    rows = torch.arange(batch, dtype=torch.int32, device=DEVICE)
+    logit_edits.edit_logits_reference(logits, tables, rows, positions)
+    expected = tables.edited.clone()
+    tables.edited.zero_()
+    logit_edits.edit_logits_triton(logits, tables, rows, positions)
+    finite = expected.isfinite()
+    record("edit_logits", relative(tables.edited[finite], expected[finite]), 1e-6)
+    record("edit_logits minimum", float((tables.edited.isfinite() != finite).sum()), 0.0)
+    sampled = dataclasses.replace(sampling_tables(batch, temperature=0.0), edits=tables)
+    tokens = sample_triton(logits, sampled, rows, positions)
+    best = tables.edited[slot_row[:batch:2].long()].argmax(-1)
+    record("sample edited", float((tokens[::2] != best).sum() + (tokens[1::2] != logits[1::2].argmax(-1)).sum()), 0.0)
+    counted = tables.words.clone()
+    counted[slot_row[:batch:2].long(), tokens[::2].long()] += 1
+    logit_edits.count_tokens_triton(tables, rows, tokens)
+    record("count_tokens", float(not tables.words.equal(counted)), 0.0)
 
 
 def check_masks(record: Callable[[str, float, float], None]) -> None:
