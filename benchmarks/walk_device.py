@@ -26,7 +26,7 @@ os.environ.pop("TRITON_INTERPRET", None)  # read when a kernel is defined
 import numpy as np
 import torch
 from bench_gpu import MadeUpTokenizer
-from compile_kernels import Compiled, OfflineDriver, resources
+from compile_kernels import Compiled, OfflineDriver, narrow_accesses, resources
 from fake_device import DEVICE, FakeDevice, fake_device
 from triton.runtime import driver
 
@@ -172,10 +172,9 @@ def main() -> None:
         with fake_device(compiles=args.compile, capability=args.capability) as device:
             found += [f"{name}: {what}" for what in walk(MODELS[name](), config, device)]
         for kernel, compiled in device.kernels.values():
-            registers, spills = resources(compiled.asm["cubin"])
-            record = Compiled(
-                name, kernel, registers, spills, compiled.metadata.shared, compiled.metadata.num_warps, True
-            )
+            metadata, used = compiled.metadata, resources(compiled.asm["cubin"])
+            narrow = narrow_accesses(compiled.asm["ptx"])
+            record = Compiled(name, kernel, *used, metadata.shared, metadata.num_warps, narrow, in_use=True)
             if record.is_bad(args.max_spill):
                 found.append(f"{name}: {record}")
         print(f"    {len(device.variants)} variants of kernels, {len(device.kernels)} compiled", flush=True)
