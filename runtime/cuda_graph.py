@@ -9,9 +9,11 @@ pool, as no two of them run at once. Not here: long prompts, scores and rows tha
 from __future__ import annotations
 
 import bisect
+import gc
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -56,7 +58,7 @@ class CudaCapture:
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(self._device)
         # Not torch.cuda.graph: it collects garbage and empties the allocator's cache each time.
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self._stream), no_garbage_collection():
             body()  # compiles kernels, and makes this stream's library handles and workspaces: a capture must not
             self._stream.synchronize()
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
@@ -66,6 +68,18 @@ class CudaCapture:
                 graph.capture_end()
         torch.cuda.synchronize(self._device)
         return graph.replay
+
+
+@contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """Collect nothing within: among what goes then may be another engine's graphs, and a capture refuses their end."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 @dataclass(slots=True)

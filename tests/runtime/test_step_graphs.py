@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from ramet.runtime.client import Engine
-from ramet.runtime.cuda_graph import MixedBuffers, MixedKey, StepGraphs, decode_buckets
+from ramet.runtime.cuda_graph import CudaCapture, MixedBuffers, MixedKey, StepGraphs, decode_buckets
 from ramet.runtime.models.load import LoadedModel
 from ramet.runtime.request_handle import RequestResult
 from ramet.runtime.types import SamplingParams
@@ -176,3 +179,25 @@ def test_only_a_numbered_device_is_made_current(tiny_model: LoadedModel, monkeyp
             runner.use_device()
         runner.device = torch.device("cpu")
     assert made == [torch.device("cuda:1")]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_nothing_is_collected_during_a_capture(monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+    collects: list[bool] = []
+
+    def body() -> None:
+        collects.append(gc.isenabled())
+        if fails and len(collects) == 2:
+            raise RuntimeError("the body fails while it is captured")
+
+    nothing = SimpleNamespace(capture_begin=lambda **options: None, capture_end=lambda: None, replay=lambda: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: nothing)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(synchronize=lambda: None))
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    capture = CudaCapture(torch.device("cuda"))
+    with pytest.raises(RuntimeError) if fails else nullcontext():
+        capture(body)
+    assert collects == [False, False]
+    assert gc.isenabled()
