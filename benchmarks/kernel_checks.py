@@ -27,6 +27,7 @@ from kernel_cases import (
     sampling_tables,
     token_table,
 )  # fmt: skip
+from race_checks import check_races
 from torch import Tensor
 
 from ramet.kernels import activation, copy_pages, gemv, logit_edits, norm, rope, sampling, step_inputs
@@ -81,6 +82,7 @@ def check() -> list[Record]:
     check_masks(record)
     for num_rows in (1, 3, 16):
         check_gemv(record, num_rows)
+    check_races(record)
     return records
 
 

@@ -34,8 +34,12 @@ if [ -d .whl ]; then
   export PYTHONPATH="$keep/site:${PYTHONPATH:-}"
 fi
 export PYTHONPATH="$PWD:${PYTHONPATH:-}"
-# Whatever is missing shows here, and not after the first minutes.
+# Whatever is missing shows here, and not after the first minutes: Triton's launchers need a C compiler and Python's
+# headers, and a driver that takes their code.
 $python -c 'import sys; sys.path.insert(0, "benchmarks"); import bench_gpu, check_gpu, triton' || exit 1
+if [ -z "$dry" ]; then
+  $python benchmarks/smallest_launch.py || exit 1
+fi
 for file in .model[0-9]*/*; do [ -f "$file" ] && cp "$file" "$keep"; done
 model=()
 for first in "$keep"/*.0.of*; do
