@@ -108,7 +108,8 @@ class EngineCore:
     def step(self) -> list[SequenceUpdate]:
         """Run one step in whichever order fits, and return what changed.
 
-        A step that raises ends the sequences that run (FinishReason.ERROR); the engine and what waits go on.
+        A step that raises ends the sequences that run (FinishReason.ERROR); the engine and what waits go on. Where the
+        device is lost, so that no step would succeed any more, what it says is raised.
         """
         updates = [SequenceUpdate(s, RowOutput()) for s in self.scheduler.expire_deadlines()]
         try:
@@ -118,8 +119,9 @@ class EngineCore:
                 updates.extend(self.drain())
                 updates.extend(self.step_sync())
         except Exception as error:
-            logger.exception("a step failed; what ran in it ends, the engine goes on")
             self._in_flight = None
+            self.runner.check_device()
+            logger.exception("a step failed; what ran in it ends, the engine goes on")
             failed = self.scheduler.fail_running()
             self.errors.update(dict.fromkeys(failed, error))
             updates.extend(SequenceUpdate(s, RowOutput()) for s in failed)

@@ -162,6 +162,11 @@ class ModelRunner:
         if self.device.type == "cuda" and self.device.index is not None:
             torch.cuda.set_device(self.device)
 
+    def check_device(self) -> None:
+        """Wait for the device; raises where it is lost: after an illegal access CUDA refuses everything, for good."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     def make_graphs(self, max_extend: int = 0, capture: Capture | None = None) -> StepGraphs:
         """The graphs of decode steps and of steps with at most `max_extend` new tokens; none is captured yet."""
         graphs = StepGraphs(

@@ -277,6 +277,25 @@ def test_a_step_that_fails_ends_what_ran_in_it_and_the_engine_goes_on(
     assert "a step failed" in caplog.text
 
 
+def test_a_lost_device_ends_the_engine_and_tells_everybody(
+    tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refused(*args: object, **options: object) -> object:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    engine = Engine(tiny_model, num_kv_tokens=4096)
+    monkeypatch.setattr(engine._core.runner, "launch", refused)
+    monkeypatch.setattr(engine._core.runner, "check_device", refused)
+    handles = [engine.submit(text, GREEDY) for text in ("x", "y")]
+    for handle in handles:
+        with pytest.raises(EngineStopped, match="illegal memory access"):
+            handle.result(timeout_s=10)
+    with pytest.raises(EngineStopped, match="make a new one"):
+        engine.generate("z", GREEDY)
+    assert "the engine's loop failed" in caplog.text
+    engine.shutdown()
+
+
 def test_shutdown_tells_those_in_flight_and_refuses_later_requests(tiny_model: LoadedModel) -> None:
     engine = Engine(tiny_model, num_kv_tokens=4096)
     handle = engine.submit("x", SamplingParams(temperature=0.0, max_tokens=500, ignore_eos=True))
