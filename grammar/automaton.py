@@ -111,7 +111,7 @@ class Machine:
     def __init__(self, max_states: int = MAX_STATES, max_time_s: float = 10.0) -> None:
         self.pool = np.empty(1 << 14, dtype=np.int32)
         self.pool_used = 0
-        self.instances = np.zeros((64, INSTANCE_FIELDS), dtype=np.int64)
+        self.instances = np.empty((1 << 10, INSTANCE_FIELDS), dtype=np.int64)
         self.exits = np.full(1 << 10, UNKNOWN, dtype=np.int64)
         self.exits_used = 0
         self.frames: list[Frame] = []
@@ -168,7 +168,7 @@ class Machine:
         table = frame.table
         index = len(self.frames)
         if index == len(self.instances):
-            self.instances = np.concatenate([self.instances, np.zeros_like(self.instances)])
+            self.instances = np.concatenate([self.instances, np.empty_like(self.instances)])
         begin = self.exits_used
         end = self.exits_used = begin + table.num_exits
         if end > len(self.exits):
@@ -182,12 +182,6 @@ class Machine:
         if index >= self.max_states:
             raise GrammarTooLarge(f"the automaton has more than {self.max_states:,} configurations; raise the limit")
         return index
-
-    def mark_dead(self, instance: int, exits: list[int]) -> None:
-        """Note that these exits must not be taken, before anybody asks."""
-        begin = self.exit_offsets[instance]
-        for exit_index in exits:
-            self.exits[begin + exit_index] = DEAD
 
     def intern(self, key: Hashable, make: Callable[[], Frame]) -> int:
         """Return the instance of this key, made when first asked for."""

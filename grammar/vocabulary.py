@@ -9,7 +9,7 @@ from __future__ import annotations
 import bisect
 import hashlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -43,6 +43,8 @@ class Vocabulary:
         self.special_ids = frozenset(special_ids) | frozenset(self.eos_ids)
         self.vocab_size = max(len(self.token_bytes), vocab_size or 0, *(e + 1 for e in self.eos_ids), 1)
         self.num_words = num_words(self.vocab_size)
+        # masks of loops that do not depend on the grammar (see CompiledGrammar), with their tokens to be run
+        self.loops: dict[Hashable, tuple[NDArray[np.int32], list[int]]] = {}
         self._by_prefix: dict[bytes, list[int]] = {}
         self._plain_rows: dict[tuple[int, int], NDArray[np.int32]] = {}
         self._rest_tries: dict[tuple[int, int], TokenTrie] = {}

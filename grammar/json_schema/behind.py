@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ramet.grammar.automaton import CONCRETE, DEAD, target
+from ramet.grammar.automaton import CONCRETE, target
 from ramet.grammar.json_schema.frames import Context, Json
 from ramet.grammar.json_schema.punctuation import (
     CLOSE,
@@ -93,22 +93,22 @@ class EndFrame:
         self.end = end
         self.outer = outer
         self.is_open = is_open
+        may_close = bool(end.tags)
         if isinstance(end, ArrayEnd):
-            self.table = json.constant_table(open_array_rows if is_open else next_item_rows, (), 2)
+            rows = open_array_rows if is_open else next_item_rows
+            self.table = json.constant_table(rows, (bool(end.item), may_close), 2)
         elif is_open:
-            self.table = json.constant_table(open_object_rows, (), 2)
+            self.table = json.constant_table(open_object_rows, (end.may_go_on, may_close), 2)
         else:
-            self.table = json.constant_table(next_key_rows, (json.spaced, end.may_go_on), 2)
+            self.table = json.constant_table(next_key_rows, (json.spaced, end.may_go_on, may_close), 2)
 
     def resolve(self, exit_index: int) -> int:
         end = self.end
         if exit_index == CLOSE:
-            if not end.tags:
-                return DEAD
             return CONCRETE if self.outer.is_anonymous else self.outer.resume(end.tags, None)
         if isinstance(end, ArrayEnd):
-            return self.json.value(end.item, self.inner, 2 if self.is_open else 1) if end.item else DEAD
-        return self.json.key_start(end.starts) if end.may_go_on else DEAD
+            return self.json.value(end.item, self.inner, 2 if self.is_open else 1)
+        return self.json.key_start(end.starts)
 
     def closing_exit(self, local: int) -> int:
         raise AssertionError("texts are closed from where they stand")

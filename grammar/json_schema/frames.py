@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ramet.grammar.automaton import CONCRETE, DEAD, LOCAL_BITS, Machine, Table, path_to_exit, target
+from ramet.grammar.automaton import CONCRETE, LOCAL_BITS, Machine, Table, path_to_exit, target
 from ramet.grammar.json_schema import values as v
 from ramet.grammar.json_schema.expressions import Expressions
 from ramet.grammar.json_schema.tables import (
@@ -121,13 +121,15 @@ class Json:
         self.ordered = ordered
         self._tables: dict[object, tuple[Table, tuple[int, ...]]] = {}
         self.bounded_strings: dict[object, Any] = {}
-        self.dispatch = self.constant_table(dispatch_rows, (spaced,), 7)
         self.contexts = 0
         self.somewhere = Somewhere(self.new_number())
         # interned by content; typed loosely because the modules of objects and arrays build on this one
         self.property_contexts: dict[object, Any] = {}
         self.object_nodes: dict[object, Any] = {}
         self.array_nodes: dict[object, Any] = {}
+        self.array_states: dict[object, Any] = {}
+        self.opened_arrays: dict[object, Any] = {}
+        self.opened_objects: dict[object, Any] = {}
         self.spaces: dict[object, Any] = {}
         self.behind: dict[object, Any] = {}
 
@@ -248,10 +250,12 @@ class ValueFrame:
 
     def __init__(self, json: Json, exprs: tuple[Expr, ...], context: Context) -> None:
         self.json = json
-        self.table = json.dispatch
+        kinds = 0
+        for e in exprs:
+            kinds |= json.expressions.kinds(e)
+        self.table = json.constant_table(dispatch_rows, (json.spaced, kinds), 7)
         self.exprs = exprs
         self.context = context
-        self.is_known = False
 
     def mask_twin(self, local: int) -> int:
         exprs = tuple(map(self.json.expressions.plainest, self.exprs))
@@ -261,38 +265,22 @@ class ValueFrame:
         return [self.json.expressions.values(e) for e in self.exprs]
 
     def resolve(self, exit_index: int) -> int:
-        expressions = self.json.expressions
-        if not self.is_known:
-            # kinds of value that cannot stand here: a walk meets them all, so they are noted at once
-            self.is_known = True
-            possible = 0
-            for e in self.exprs:
-                possible |= expressions.kinds(e)
-            machine = self.json.machine
-            at = machine.interned[("value", self.exprs, self.context.number)]
-            machine.mark_dead(at, [k for k in range(7) if not (possible >> k) & 1 and k != exit_index])
-            if not (possible >> exit_index) & 1:
-                return DEAD
         if exit_index == STRING and self.context is self.json.somewhere:
             return self.json.unread()  # hardly any token begins before a value that is a string and reads on in it
-        values = self.values()
-        if exit_index == STRING:
-            specs = tuple(a.strings for a in values)
-            return self.json.string(specs, self.context) if any(specs) else DEAD
-        if exit_index == NUMBER:
-            numbers = tuple(a.numbers for a in values)
-            return target(number(self.json, numbers, self.context)) if any(numbers) else DEAD
         if exit_index == OBJECT:
             from ramet.grammar.json_schema.objects import open_object
 
-            return open_object(self.json, [a.objects for a in values], self.context)
+            return open_object(self.json, self.exprs, self.context)
         if exit_index == ARRAY:
             from ramet.grammar.json_schema.arrays import open_array
 
-            return open_array(self.json, [a.arrays for a in values], self.context)
+            return open_array(self.json, self.exprs, self.context)
+        values = self.values()
+        if exit_index == STRING:
+            return self.json.string(tuple([a.strings for a in values]), self.context)
+        if exit_index == NUMBER:
+            return target(number(self.json, tuple([a.numbers for a in values]), self.context))
         mask = sum(1 << i for i, a in enumerate(values) if _allows(a, exit_index))
-        if not mask:
-            return DEAD
         return target(literal(self.json, exit_index, mask, self.context))
 
     def closing_exit(self, local: int) -> int:

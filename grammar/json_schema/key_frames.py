@@ -6,6 +6,7 @@ import json as json_module
 from typing import TYPE_CHECKING
 
 from ramet.grammar.automaton import CONCRETE, DEAD, path_to_exit, target
+from ramet.grammar.json_schema.values import TRUE
 
 if TYPE_CHECKING:
     from ramet.grammar.json_schema.frames import Context, Json
@@ -27,15 +28,15 @@ class MaskKeyFrame:
     def __init__(self, node: ObjectNode, is_shared: bool) -> None:
         self.node = node
         self.is_shared = is_shared
-        self.table = node.space.table(*node.alive(), node.extras)
+        self.table = node.state.table()
         self._loop_twin: int | None = None
 
     def resolve(self, exit_index: int) -> int:
-        node = self.node
-        if exit_index < len(node.space.names):
-            if (node.seen >> exit_index) & 1:
+        node, state = self.node, self.node.state
+        if exit_index < len(state.space.names):
+            if (state.seen >> exit_index) & 1:
                 return DEAD
-        elif node.anonymous or (node.has_extras and not self.is_shared):
+        elif state.anonymous or (state.has_extras and not self.is_shared):
             return CONCRETE
         exprs, context = self._value(exit_index)
         return node.json.value(exprs, context, 0) if exprs else DEAD
@@ -48,7 +49,7 @@ class MaskKeyFrame:
             context = node.property_context(label, None)
             if not context.anonymous:
                 return tuple(map(plainest, context.exprs)), context.mask_twin()
-        return tuple(dict.fromkeys(map(plainest, node.exprs(label)))), node.json.somewhere
+        return tuple(dict.fromkeys(map(plainest, node.state.choices(label)[0]))), node.json.somewhere
 
     def loop_twin(self) -> int:
         """The state that has the mask of the loop state (see Table): unnamed keys with values of the same kinds."""
@@ -57,14 +58,14 @@ class MaskKeyFrame:
         return self._loop_twin
 
     def _find_loop_twin(self) -> int:
-        node = self.node
-        if node.anonymous or not self.is_shared:
+        node, state, space = self.node, self.node.state, self.node.state.space
+        if state.anonymous or not self.is_shared:
             return target(mask_keys(node, self.is_shared), self.table.loop)
-        if not node.space.languages:
-            return any_key(node.json, *self._value(len(node.space.names)))
-        values = [self._value(label) for label in range(len(node.space.names), node.space.num_labels)]
+        if not space.languages:
+            return any_key(node.json, *self._value(len(space.names)))
+        values = [self._value(label) for label in range(len(space.names), space.num_labels)]
         places = tuple((exprs, context.number) for exprs, context in values)
-        key = ("loop of keys", node.space.number, id(self.table), places)
+        key = ("loop of keys", space.number, id(self.table), places)
         return target(node.json.machine.intern(key, lambda: MaskKeyFrame(node, True)), self.table.loop)
 
     def closing_exit(self, local: int) -> int:
@@ -85,6 +86,9 @@ class AnyKeyFrame:
         self.exprs = exprs
         self.context = context
         self.table = json.any_key_table()
+        # where any value may follow, all grammars with these options have the same mask
+        is_any = exprs == (TRUE,) and context is json.somewhere
+        self.loop_key = ("any key", json.spaced, json.ordered) if is_any else None
 
     def resolve(self, exit_index: int) -> int:
         return self.json.value(self.exprs, self.context, 0) if self.exprs else DEAD
@@ -100,33 +104,33 @@ class KeyFrame:
 
     def __init__(self, node: ObjectNode) -> None:
         self.node = node
-        self.table = node.space.table(*node.alive(), node.extras)
+        self.table = node.state.table()
 
     def mask_twin(self, local: int) -> int:
         return target(self.node.mask_keys(self.is_committed), local)
 
     def resolve(self, exit_index: int) -> int:
-        node = self.node
-        if exit_index < len(node.space.names) and (node.seen >> exit_index) & 1:
+        state = self.node.state
+        if exit_index < len(state.space.names) and (state.seen >> exit_index) & 1:
             return DEAD
-        return node.follow(exit_index, None)
+        return self.node.follow(exit_index, None)
 
     def closing_exit(self, local: int) -> int:
         """A key that some thread needs, if the text read so far allows one; the thread with the least to do first."""
-        node = self.node
-        named, others = node.alive()
+        node, state = self.node, self.node.state
+        named, others = state.alive()
         ways = []
-        for label in range(node.space.num_labels):
-            n = len(node.space.names)
+        for label in range(state.space.num_labels):
+            n = len(state.space.names)
             if not ((named >> label) & 1 if label < n else (others >> (label - n)) & 1):
                 continue
             way = self.closing_way(local, label)
             if way is None:
                 continue
-            seen = node.seen | (1 << label) if label < n else node.seen
-            for t, e in node.branches(label):
+            seen = state.seen | (1 << label) if label < n else state.seen
+            for t, e in state.branches(label):
                 cost = node.cost(t, seen) + node.json.expressions.cost(e)
-                if label >= n and node.missing(t, seen):
+                if label >= n and state.missing(t, seen):
                     cost -= 1000  # a key without a name counts, too
                 ways.append((cost + len(way), label))
         return min(ways)[1]
@@ -145,38 +149,39 @@ class MemoryKeyFrame(KeyFrame):
     text = b""
 
     def resolve(self, exit_index: int) -> int:
-        node = self.node
-        if exit_index < len(node.space.names):
+        node, state = self.node, self.node.state
+        if exit_index < len(state.space.names):
             return super().resolve(exit_index)
-        if node.anonymous or (node.has_extras and not self.is_committed):
+        if state.anonymous or (state.has_extras and not self.is_committed):
             return CONCRETE
-        if not node.space.is_open(node.alive()[1]):  # whether a further key can be finished may depend on this one
+        if not state.space.is_open(state.alive()[1]):  # whether a further key can be finished may depend on this one
             return CONCRETE
         return node.mask_twin(forgets=True).follow(exit_index, None)
 
     def resolve_text(self, exit_index: int, text: bytes) -> int:
-        if exit_index < len(self.node.space.names):
+        if exit_index < len(self.node.state.space.names):
             return self.resolve(exit_index)
         key = json_module.loads(b'"' + text + b'"')
-        return DEAD if key in self.node.extras else self.node.follow(exit_index, key)
+        return DEAD if key in self.node.state.extras else self.node.follow(exit_index, key)
 
     def closing_way(self, local: int, exit_index: int) -> bytes | None:
         """A short way to an exit that makes a key which is not there yet."""
-        if exit_index < len(self.node.space.names) or not self.node.extras:
+        extras = self.node.state.extras
+        if exit_index < len(self.node.state.space.names) or not extras:
             return path_to_exit(self.table, exit_index, local)
         rows, byte_class = self.table.rows, self.table.byte_class
         level = [(local, b"")]
-        for _ in range(len(self.node.extras) + self.table.num_states + 1):
+        for _ in range(len(extras) + self.table.num_states + 1):
             following = []
             for state, text in level:
                 way = path_to_exit(self.table, exit_index, state)
-                if way is not None and json_module.loads(b'"' + self.text + text + way) not in self.node.extras:
+                if way is not None and json_module.loads(b'"' + self.text + text + way) not in extras:
                     return text + way
                 for byte in _KEY_BYTES:
                     to = int(rows[state, byte_class[byte]])
                     if to >= 0:
                         following.append((to, text + bytes((byte,))))
-            level = following[: 4 * len(self.node.extras) + 4]
+            level = following[: 4 * len(extras) + 4]
         return None
 
     def shared(self) -> int:
@@ -196,5 +201,5 @@ class MemoryKeyFrame(KeyFrame):
 
     def refused_prefixes(self, local: int) -> list[bytes]:
         """Texts that may not follow here: those that would finish a key for the second time."""
-        extras = self.node.extras
-        return self.node.space.endings(self.text, extras, ()) if extras else []
+        extras = self.node.state.extras
+        return self.node.state.space.endings(self.text, extras, ()) if extras else []

@@ -13,6 +13,7 @@ from ramet.grammar.automaton import Table, leave
 from ramet.grammar.json_schema import distinct
 from ramet.grammar.json_schema import specs as object_specs
 from ramet.grammar.json_schema.frames import Json
+from ramet.grammar.json_schema.object_states import Choices, ObjectState, Thread
 from ramet.grammar.json_schema.tables import ANY_CHARS, StringRows, overlay
 from ramet.grammar.json_schema.values import Exists, Expr, Objects
 from ramet.grammar.plain_trie import plain_trie
@@ -44,7 +45,7 @@ class Space:
         self._make_signatures()
         self.num_labels = len(self.names) + len(self.signatures)
         self._exprs: dict[tuple[int, int], Expr] = {}
-        self.exprs_of_threads: dict[tuple[object, int], tuple[Expr, ...]] = {}
+        self.choices_of_threads: dict[tuple[tuple[Thread, ...], int], Choices] = {}
         self._differs: dict[tuple[int, int, tuple[int, ...], int], bool] = {}
         self._alive: dict[int, tuple[int, int]] = {}
         self._tables: dict[object, Table] = {}
@@ -56,6 +57,7 @@ class Space:
         self._names_from: dict[int, int] = {}
         self._many_ways: list[str] = []
         self.is_simple = [o.high is None and not (o.dependent or o.exists or o.low) for o in specs]
+        self._states: dict[object, ObjectState] = {}
         self._counts: dict[int, NDArray[np.int64]] = {}
         self._room: dict[tuple[int, str], int] = {}
 
@@ -65,6 +67,19 @@ class Space:
         if not self.languages:
             return
         self.dfa, self.signatures = self.json.expressions.languages.signatures(tuple(self.languages))
+
+    def are_simple(self, threads: tuple[Thread, ...]) -> bool:
+        """Do the keys seen change nothing for these threads but that they may not come again?"""
+        return not self.json.ordered and all(self.is_simple[spec] and not rivals for _, spec, _, rivals in threads)
+
+    def state(
+        self, threads: tuple[Thread, ...], seen: int, extras: frozenset[str], anonymous: int, forgets: bool
+    ) -> ObjectState:
+        key = (threads, seen, extras, anonymous, forgets)
+        found = self._states.get(key)
+        if found is None:
+            found = self._states[key] = ObjectState(self, *key)
+        return found
 
     def expr(self, spec: int, label: int) -> Expr:
         found = self._exprs.get((spec, label))
@@ -265,7 +280,11 @@ class Space:
 
     def possible(self, named: int, others: int, extras: frozenset[str]) -> tuple[int, int]:
         """Of these labels, those for which there still is a key."""
-        if not others or (self.has_room(others, extras) and self.has_room(others, self._all_names)):
+        if (
+            not others
+            or self.is_open(others)
+            or (self.has_room(others, extras) and self.has_room(others, self._all_names))
+        ):
             return named, others
         table = self.table(named, others, extras)
         found = self._possible.get(table)

@@ -14,17 +14,20 @@ GO_ON, CLOSE = 0, 1  # exits: a key or an item follows; the object or array ends
 
 
 @cache
-def open_object_rows() -> NDArray[np.int32]:
+def open_object_rows(may_go_on: bool, may_close: bool) -> NDArray[np.int32]:
     rows = np.full((1, 256), REFUSE, dtype=np.int32)
-    rows[0, ord('"')] = leave(GO_ON)
-    rows[0, ord("}")] = leave(CLOSE)
+    if may_go_on:
+        rows[0, ord('"')] = leave(GO_ON)
+    if may_close:
+        rows[0, ord("}")] = leave(CLOSE)
     return rows
 
 
 @cache
-def next_key_rows(spaced: bool, may_go_on: bool) -> NDArray[np.int32]:
+def next_key_rows(spaced: bool, may_go_on: bool, may_close: bool) -> NDArray[np.int32]:
     rows = np.full((3, 256), REFUSE, dtype=np.int32)
-    rows[0, ord("}")] = leave(CLOSE)
+    if may_close:
+        rows[0, ord("}")] = leave(CLOSE)
     if may_go_on:
         rows[0, ord(",")] = 1
         rows[1:, ord('"')] = leave(GO_ON)
@@ -34,17 +37,21 @@ def next_key_rows(spaced: bool, may_go_on: bool) -> NDArray[np.int32]:
 
 
 @cache
-def open_array_rows() -> NDArray[np.int32]:
+def open_array_rows(may_go_on: bool, may_close: bool) -> NDArray[np.int32]:
     rows = np.full((1, 256), REFUSE, dtype=np.int32)
-    for byte in VALUE_STARTS:
-        rows[0, byte] = leave(GO_ON, again=True)
-    rows[0, ord("]")] = leave(CLOSE)
+    if may_go_on:
+        for byte in VALUE_STARTS:
+            rows[0, byte] = leave(GO_ON, again=True)
+    if may_close:
+        rows[0, ord("]")] = leave(CLOSE)
     return rows
 
 
 @cache
-def next_item_rows() -> NDArray[np.int32]:
+def next_item_rows(may_go_on: bool, may_close: bool) -> NDArray[np.int32]:
     rows = np.full((1, 256), REFUSE, dtype=np.int32)
-    rows[0, ord(",")] = leave(GO_ON)
-    rows[0, ord("]")] = leave(CLOSE)
+    if may_go_on:
+        rows[0, ord(",")] = leave(GO_ON)
+    if may_close:
+        rows[0, ord("]")] = leave(CLOSE)
     return rows

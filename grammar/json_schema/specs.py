@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ramet.grammar import deadline
 from ramet.grammar.json_schema import distinct
 from ramet.grammar.json_schema import values as v
-from ramet.grammar.json_schema.values import FALSE, TRUE, Arrays, Contains, Exists, Expr, Objects, Rule
+from ramet.grammar.json_schema.values import FALSE, INFINITE, TRUE, Arrays, Contains, Exists, Expr, Objects, Rule
 
 if TYPE_CHECKING:
     from ramet.grammar.json_schema.expressions import Expressions
@@ -139,6 +139,18 @@ def _not_exists(expressions: Expressions, x: Exists) -> Objects:
     return Objects(free, rules=(Rule(((x.pattern, other),), TRUE),))
 
 
+def objects_of(expressions: Expressions, expr: Expr) -> tuple[Objects, ...]:
+    """The specs of the objects in an expression that is not empty, but for specs without values."""
+    a = expressions.values(expr)
+    return a.objects if a.is_one_spec else tuple(o for o in a.objects if expressions.cost_of_object(o) < INFINITE)
+
+
+def arrays_of(expressions: Expressions, expr: Expr) -> tuple[Arrays, ...]:
+    """As `objects_of`, for arrays."""
+    a = expressions.values(expr)
+    return a.arrays if a.is_one_spec else tuple(r for r in a.arrays if expressions.cost_of_array(r) < INFINITE)
+
+
 def item(a: Arrays, index: int) -> Expr:
     """Expression of the item at an index."""
     return a.prefix[index] if index < len(a.prefix) else a.rest
@@ -219,7 +231,7 @@ Counts = tuple[int, ...]  # for each `contains` of a spec, the matching items so
 
 def last_index(a: Arrays) -> int:
     """From this index on all positions of an array are alike."""
-    return max(len(a.prefix), a.low, a.high or 0, *(c.start for c in a.contains), 0)
+    return max(len(a.prefix), a.low, a.high or 0, *[c.start for c in a.contains])
 
 
 def item_choices(expressions: Expressions, a: Arrays, index: int, counts: Counts) -> list[tuple[Expr, Counts]]:
@@ -242,7 +254,9 @@ def item_choices(expressions: Expressions, a: Arrays, index: int, counts: Counts
 
 
 def may_close(a: Arrays, index: int, counts: Counts) -> bool:
-    return index >= a.low and all(c.low <= n for c, n in zip(a.contains, counts, strict=True))
+    if index < a.low or not a.contains:
+        return index >= a.low
+    return all(c.low <= n for c, n in zip(a.contains, counts, strict=True))
 
 
 def items_needed(expressions: Expressions, a: Arrays, index: int, counts: Counts) -> int | None:

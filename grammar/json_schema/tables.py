@@ -31,8 +31,11 @@ _PLAIN = np.array([b for b in range(0x20, 0x7F) if b not in b'"\\'])
 
 
 @cache
-def dispatch_rows(spaced: bool) -> NDArray[np.int32]:
-    """States: 0 before the colon, 1 where one space may stand, 2 at the value's first byte. Exits: by kind of value."""
+def dispatch_rows(spaced: bool, kinds: int) -> NDArray[np.int32]:
+    """States: 0 before the colon, 1 where one space may stand, 2 at the value's first byte. Exits: by kind of value.
+
+    kinds: bits of those that may stand here.
+    """
     rows = np.full((3, 256), REFUSE, dtype=np.int32)
     rows[0, ord(":")] = 1
     for state in (1, 2):
@@ -44,9 +47,11 @@ def dispatch_rows(spaced: bool) -> NDArray[np.int32]:
             (b"f", FALSE),
             (b"n", NULL),
         ):
-            rows[state, first[0]] = leave(kind)
-        for byte in b"-0123456789":
-            rows[state, byte] = leave(NUMBER, again=True)
+            if (kinds >> kind) & 1:
+                rows[state, first[0]] = leave(kind)
+        if (kinds >> NUMBER) & 1:
+            for byte in b"-0123456789":
+                rows[state, byte] = leave(NUMBER, again=True)
     if spaced:
         rows[1, ord(" ")] = 2
     return rows

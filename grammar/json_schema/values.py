@@ -111,6 +111,11 @@ class Arrays:
     repeats: bool = False
     excluded: frozenset[int] = frozenset()
 
+    @property
+    def is_plain(self) -> bool:
+        """Nothing is asked of the items but what each of them is, and how many there are."""
+        return not (self.contains or self.unique or self.repeats or self.excluded)
+
 
 ANY_ARRAYS = Arrays()
 
@@ -128,6 +133,13 @@ class Values(NamedTuple):
     @property
     def is_empty(self) -> bool:
         return not (self.null or self.booleans or self.numbers or self.strings or self.objects or self.arrays)
+
+    @property
+    def is_one_spec(self) -> bool:
+        """One spec of objects or of arrays is all there is: so it has values where the whole set has."""
+        return len(self.objects) + len(self.arrays) == 1 and not (
+            self.null or self.booleans or self.numbers or self.strings
+        )
 
 
 ANY = Values(True, 3, (numeric.ANY,), (ANY_STRINGS,), (ANY_OBJECTS,), (ANY_ARRAYS,))

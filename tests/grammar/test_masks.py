@@ -7,10 +7,14 @@ import random
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 
 from ramet.grammar import CompiledGrammar, Vocabulary, bitmask, compile_grammar
+from ramet.grammar.automaton import REFUSE
 from ramet.grammar.ir import JsonOptions, JsonSchema
+from ramet.grammar.json_schema import arrays, objects
+from ramet.grammar.json_schema.arrays import ItemContext
 
 PIECES = ["{", "}", "[", "]", '"', ":", ",", "a", "b", "/", "1", "é", "\\/", " "]
 EOS = 256 + 1000
@@ -104,6 +108,43 @@ def test_a_closing_writes_keys_that_were_not_there(keys: str, vocabulary: Vocabu
         assert len(dict(pairs)) == len(pairs) == 4
         assert all(re.search(keys, key) for key, _ in pairs)
         text = (text + closing)[: (text + closing).rindex(b'"')]
+
+
+@pytest.mark.parametrize("options", [JsonOptions(), JsonOptions(whitespace="bounded")])
+def test_grammars_of_a_vocabulary_share_the_mask_of_keys_without_names(options: JsonOptions) -> None:
+    vocabulary = Vocabulary([*(bytes((i,)) for i in range(256)), b'":', b'x":{', b"<eos>"], [258], [258])
+    rows = []
+    for schema in ({"type": "object"}, {"properties": {"zz": {"type": "object"}}, "required": ["zz"]}):
+        grammar = compile_grammar(JsonSchema(schema, options), vocabulary)
+        state = grammar.advance_bytes(0, b'{"xx')
+        assert state is not None
+        rows.append(grammar.mask(state))
+    assert rows[0] is rows[1]
+
+
+def test_what_may_follow_in_an_object_or_array_is_worked_out_once_for_all_its_places(vocabulary: Vocabulary) -> None:
+    item = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    lists = {"a": {"$ref": "#/$defs/list"}, "b": {"$ref": "#/$defs/list"}}
+    schema = {"type": "object", "properties": lists, "$defs": {"list": {"type": "array", "items": item}}}
+    grammar = compile_grammar(JsonSchema(schema), vocabulary)
+    for text in (b'{"a":[{"a":1', b'{"b":[{"a":1'):
+        assert grammar.advance_bytes(0, text) is not None
+    frames = grammar.machine.frames
+    inner = [f.node for f in frames if isinstance(f, objects.OpenFrame) and isinstance(f.node.context, ItemContext)]
+    for nodes in ([f.node for f in frames if isinstance(f, arrays.OpenFrame)], inner):
+        assert len(nodes) == 2
+        assert nodes[0].state is nodes[1].state
+
+
+def test_kinds_of_value_that_cannot_stand_somewhere_are_no_exits_to_be_resolved(vocabulary: Vocabulary) -> None:
+    schema = {"properties": {"a": {"type": "integer"}, "b": {"type": ["null", "array"]}}, "additionalProperties": False}
+    grammar = compile_grammar(JsonSchema(schema), vocabulary)
+    for text, starts in ((b"", b'"[{-0123456789tfn'), (b'{"a":', b"-0123456789"), (b'{"b":', b"[n")):
+        state = grammar.advance_bytes(0, text)
+        assert state is not None
+        instance, local = divmod(grammar._packed[state], 1 << 32)
+        table = grammar.machine.frames[instance].table
+        assert np.flatnonzero(table.rows[local, table.byte_class] != REFUSE).tolist() == sorted(starts)
 
 
 def test_what_was_asked_before_is_not_worked_out_again(vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch) -> None:
