@@ -14,6 +14,7 @@ import torch
 from numba import carray, njit
 from torch import Tensor
 
+from ramet.kernels import cpu_int8
 from ramet.kernels import cpu_vectors as v
 from ramet.kernels.block_linear import FORMATS, dequantize
 from ramet.kernels.cpu_program import empty
@@ -21,7 +22,7 @@ from ramet.kernels.cpu_threads import Kernel, barrier, inner, num_threads, threa
 
 # Bits of a code.
 _BITS = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 8}
-_GROUP = v.INT8_TOKENS[-1]  # tokens that share what is unpacked
+_GROUP = cpu_int8.TOKENS[-1]  # tokens that share what is unpacked
 _TOKENS_AT_ONCE = 256  # their activations stay in the second-level cache while all weights pass by
 
 
@@ -59,7 +60,7 @@ def block_int8_linear(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> 
     tiles, num_blocks, block_bytes = packed.shape
     x = x.contiguous()
     padded = num_tokens if num_tokens <= 2 else -(-num_tokens // 4) * 4
-    workspace = empty((padded, num_blocks * v.TOKEN_BLOCK_BYTES // 4))  # rounded activations
+    workspace = empty((padded, num_blocks * cpu_int8.TOKEN_BLOCK_BYTES // 4))  # rounded activations
     out = empty((padded, tiles * v.LANES))
     _kernel(
         packed.data_ptr(),
@@ -105,12 +106,12 @@ def _by_tokens(dots: list[Any]) -> Any:  # Any: numba intrinsics
     return njit(nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)(dot)
 
 
-_dot_4_bits, _dot_8_bits = _by_tokens(v.dots_int8[4]), _by_tokens(v.dots_int8[8])
+_dot_4_bits, _dot_8_bits = _by_tokens(cpu_int8.dots[4]), _by_tokens(cpu_int8.dots[8])
 
 
 @inner
 def _quantize(x: int, rounded: int, num_tokens: int, padded: int, num_blocks: int) -> None:
-    """One thread's share of the blocks of all tokens, in groups of tokens (see `cpu_vectors.dots_int8`)."""
+    """One thread's share of the blocks of all tokens, in groups of tokens (see `cpu_int8.dots`)."""
     index, count = np.int64(thread_index()), np.int64(num_threads())
     low, high = padded * num_blocks * index // count, padded * num_blocks * (index + 1) // count
     token: Any = low // num_blocks  # Any: np.int64
@@ -118,10 +119,10 @@ def _quantize(x: int, rounded: int, num_tokens: int, padded: int, num_blocks: in
     for i in range(low, high):
         lane = token % _GROUP
         tokens = min(padded - token + lane, _GROUP)
-        group = rounded + ((token - lane) * num_blocks + block * tokens) * v.TOKEN_BLOCK_BYTES
+        group = rounded + ((token - lane) * num_blocks + block * tokens) * cpu_int8.TOKEN_BLOCK_BYTES
         scales = group + tokens * v.BLOCK + lane * 8
         if token < num_tokens:
-            v.quantize_block(x + i * v.BLOCK * 4, group + lane * v.BLOCK, scales)
+            cpu_int8.quantize_block(x + i * v.BLOCK * 4, group + lane * v.BLOCK, scales)
         else:  # nobody reads the products of what pads, but with denormal numbers they would be slow
             pair = carray(v.float32_at(scales), (2,))
             pair[0] = pair[1] = np.float32(0.0)
@@ -147,7 +148,7 @@ def _kernel(pointer: Any) -> None:  # Any: int64*
     _quantize(a[1], a[2], num_tokens, padded, num_blocks)
     barrier()
     low, high = tiles * thread_index() // num_threads(), tiles * (thread_index() + 1) // num_threads()
-    token_bytes, out_stride = num_blocks * v.TOKEN_BLOCK_BYTES, tiles * 64
+    token_bytes, out_stride = num_blocks * cpu_int8.TOKEN_BLOCK_BYTES, tiles * 64
     tile_bytes = num_blocks * (64 + 64 * bits)
     for begin in range(0, padded, _TOKENS_AT_ONCE):
         end = min(begin + _TOKENS_AT_ONCE, padded)

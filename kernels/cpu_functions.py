@@ -13,8 +13,8 @@ from typing import Any
 from numba import types
 
 from ramet.kernels.cpu_amx import has_tiles
+from ramet.kernels.cpu_int8 import has_int8_products
 from ramet.kernels.cpu_threads import MODULES, Kernel
-from ramet.kernels.cpu_vectors import has_int8_products
 
 # What an annotation of a `compiled` function means where Python calls it.
 _TYPES = {

@@ -41,6 +41,7 @@ _REORDER = {"reassoc", "contract", "nsz", "arcp"}
 MODULES = (
     "cpu_threads",
     "cpu_vectors",
+    "cpu_int8",
     "cpu_bf16",
     "cpu_amx",
     "cpu_program",

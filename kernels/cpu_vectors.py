@@ -7,7 +7,7 @@ Not here: loops over rows and threads, which are ordinary numba code in the modu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, cast
 
 import llvmlite.binding as llvm
@@ -16,7 +16,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic as _numba_intrinsic
 
-llvm.initialize_native_asmparser()  # one instruction below is written as assembly
+llvm.initialize_native_asmparser()  # modules on top of this one write some instructions as assembly
 
 LANES = 16
 BLOCK = 32  # weights that share a scale
@@ -53,7 +53,7 @@ def store(builder: Builder, value: Value, address: Value, offset: int = 0) -> No
     builder.store(value, builder.inttoptr(where, value.type.as_pointer()), align=1)
 
 
-def _prefetch(builder: Builder, address: Value) -> None:
+def prefetch_line(builder: Builder, address: Value) -> None:
     """Ask for the cache line at `address`, which need not exist."""
     pointer = _I8.as_pointer()
     kind = ir.FunctionType(ir.VoidType(), [pointer, _I32, _I32, _I32])
@@ -69,7 +69,8 @@ def splat(builder: Builder, scalar: Value) -> Value:
     )
 
 
-def _splat_load(builder: Builder, address: Value, offset: int) -> Value:
+def splat_load(builder: Builder, address: Value, offset: int) -> Value:
+    """The float32 at an address, in all lanes."""
     return splat(builder, load(builder, address, _F32, offset))
 
 
@@ -203,124 +204,6 @@ dots_q8_0 = _make_dots(_weights_q8_0, 34)
 dots_bf16 = _make_dots(_weights_bf16, 64)
 
 
-# ---- Products of small integers: 16 weight rows in the lanes ----
-
-_VI8 = ir.VectorType(_I8, 4 * LANES)
-
-
-def has_int8_products() -> bool:
-    """True where the CPU adds four products of bytes into each int32 lane (AVX512-VNNI)."""
-    return bool(llvm.get_host_cpu_features().get("avx512vnni", False))
-
-
-def _dot_bytes(builder: Builder, total: Value, unsigned: Value, signed: Value) -> Value:
-    """total[i] + sum of unsigned[4 i + j] * signed[4 i + j] over j < 4; all int32 lanes.
-
-    Written as an instruction: LLVM's intrinsic changed its types between versions.
-    """
-    kind = ir.FunctionType(_VI32, [_VI32] * 3)
-    return builder.asm(kind, "vpdpbusd $3, $2, $0", "=v,0,v,v", [total, unsigned, signed], False)
-
-
-def _splat_int(builder: Builder, address: Value, offset: int) -> Value:
-    undefined = ir.Constant(_VI32, ir.Undefined)
-    vector = builder.insert_element(undefined, load(builder, address, _I32, offset), _I32(0))
-    return builder.shuffle_vector(vector, undefined, ir.Constant(_VI32, [0] * LANES))
-
-
-def _make_dot_int8(bits: int, num_tokens: int) -> Any:
-    """Make `dot(weights, x, num_blocks, out, out_stride)`: 16 rows times `num_tokens` vectors.
-
-    weights: blocks as `block_int8.pack` lays them out. x: for each block 32 int8 codes of every token, then every
-    token's float32 pair (scale, scale * sum of codes), so that offsets are constants: with an address a token, the
-    compiler runs out of registers. out_stride in bytes.
-    """
-    block_bytes = 64 + 64 * bits
-    group_bytes = num_tokens * TOKEN_BLOCK_BYTES
-
-    @intrinsic
-    def dot(typing_context: Any, weights: Any, x: Any, num_blocks: Any, out: Any, out_stride: Any) -> Any:
-        def emit(context: Any, builder: Builder, signature: Any, arguments: Any) -> Value:
-            weights, x, num_blocks, out, out_stride = arguments
-            sums = [cgutils.alloca_once_value(builder, ir.Constant(_VF, None)) for _ in range(num_tokens)]
-            half = ir.VectorType(_F16, LANES)
-            with cgutils.for_range(builder, num_blocks) as loop:
-                block = builder.add(weights, builder.mul(loop.index, _I64(block_bytes)))
-                group = builder.add(x, builder.mul(loop.index, _I64(group_bytes)))
-                scale = builder.fpext(load(builder, block, half), _VF)
-                minimum = builder.fpext(load(builder, block, half, 32), _VF)
-                for line in range(0, block_bytes, 64):
-                    _prefetch(builder, builder.add(block, _I64(_BLOCKS_AHEAD * block_bytes + line)))
-                # Token by token for each weight: one token's products wait for each other, five cycles each.
-                totals = [ir.Constant(_VI32, None)] * num_tokens
-                for i, codes in _codes(builder, builder.add(block, _I64(64)), bits):
-                    for token in range(num_tokens):
-                        value = _splat_int(builder, group, BLOCK * token + 4 * i)
-                        totals[token] = _dot_bytes(builder, totals[token], codes, value)
-                for token, (total, pointer) in enumerate(zip(totals, sums, strict=True)):
-                    where = BLOCK * num_tokens + 8 * token
-                    both = builder.fmul(scale, _splat_load(builder, group, where))
-                    value = fma(builder, minimum, _splat_load(builder, group, where + 4), builder.load(pointer))
-                    builder.store(fma(builder, builder.sitofp(total, _VF), both, value), pointer)
-            for token, pointer in enumerate(sums):
-                store(builder, builder.load(pointer), builder.add(out, builder.mul(out_stride, _I64(token))))
-            return context.get_dummy_value()
-
-        return types.void(*[types.intp] * 5), emit
-
-    return dot
-
-
-def _codes(builder: Builder, address: Value, bits: int) -> Iterator[tuple[int, Value]]:
-    """(i, codes of columns 4 i to 4 i + 3 of 16 rows) of a packed block."""
-    mask = builder.bitcast(ir.Constant(_VI8, [15] * 64), _VI32)
-    shift = ir.Constant(_VI32, [4] * LANES)
-    for i in range(bits):
-        loaded = load(builder, address, _VI32, 64 * i)
-        if bits == 4:
-            yield i, builder.and_(loaded, mask)
-            yield i + 4, builder.and_(builder.lshr(loaded, shift), mask)
-        else:
-            yield i, loaded
-
-
-TOKEN_BLOCK_BYTES = BLOCK + 8  # of 32 rounded activations, with scale and sum
-_BLOCKS_AHEAD = 12  # what is fetched while a block is used: a tenth faster than the CPU's own guess
-INT8_TOKENS = (1, 2, 4, 8)  # tokens of the variants: of more, products and sums would not fit in the registers
-dots_int8 = {bits: [_make_dot_int8(bits, num_tokens) for num_tokens in INT8_TOKENS] for bits in (4, 8)}
-
-
-@intrinsic
-def quantize_block(typing_context: Any, x: Any, codes: Any, scales: Any) -> Any:
-    """Round 32 float32 values to int8 `codes`; scales gets (scale, scale * sum of codes)."""
-
-    def emit(context: Any, builder: Builder, signature: Any, arguments: Any) -> Value:
-        x, codes, scales = arguments
-
-        def call(name: str, kind: Value, *values: Value) -> Value:
-            function_type = ir.FunctionType(kind, [value.type for value in values])
-            return builder.call(cgutils.get_or_insert_function(builder.module, function_type, name), values)
-
-        parts = [load(builder, x, _VF, 64 * i) for i in range(2)]
-        sizes = [call("llvm.fabs.v16f32", _VF, part) for part in parts]
-        larger = builder.select(builder.fcmp_ordered(">", sizes[0], sizes[1]), sizes[0], sizes[1])
-        largest = call("llvm.vector.reduce.fmax.v16f32", _F32, larger)
-        inverse = builder.fdiv(_F32(127.0), largest)
-        inverse = builder.select(builder.fcmp_ordered(">", largest, _F32(1e-30)), inverse, _F32(0.0))
-        scale = builder.fmul(largest, _F32(1.0 / 127.0))
-        factor, total = splat(builder, inverse), ir.Constant(_VI32, None)
-        for i, part in enumerate(parts):
-            rounded = builder.fptosi(call("llvm.rint.v16f32", _VF, builder.fmul(part, factor)), _VI32)
-            total = builder.add(total, rounded)
-            store(builder, builder.trunc(rounded, ir.VectorType(_I8, LANES)), codes, LANES * i)
-        count = builder.sitofp(call("llvm.vector.reduce.add.v16i32", _I32, total), _F32)
-        store(builder, scale, scales)
-        store(builder, builder.fmul(scale, count), scales, 4)
-        return context.get_dummy_value()
-
-    return types.void(*[types.intp] * 3), emit
-
-
 # ---- Attention over one page: P positions of D = 16 * num_vectors values ----
 
 
@@ -394,7 +277,7 @@ def scores_tile(typing_context: Any, queries: Any, keys: Any, head_dim: Any, out
             query = builder.add(queries, builder.mul(loop.index, _I64(4 * ROWS)))
             halves = [load(builder, key, _VF, 4 * LANES * half) for half in range(2)]
             for row, pointers in enumerate(sums):
-                value = _splat_load(builder, query, 4 * row)
+                value = splat_load(builder, query, 4 * row)
                 for half, pointer in zip(halves, pointers, strict=True):
                     builder.store(fma(builder, value, half, builder.load(pointer)), pointer)
         for row, pointers in enumerate(sums):
@@ -429,7 +312,7 @@ def _make_weighted_tile(num_vectors: int) -> Any:
                 parts = [load(builder, value, _VF, 64 * i) for i in range(num_vectors)]
                 offset = builder.mul(loop.index, _I64(4))
                 for source, pointers in zip(sources, sums, strict=True):
-                    weight = _splat_load(builder, builder.add(source, offset), 0)
+                    weight = splat_load(builder, builder.add(source, offset), 0)
                     for part, pointer in zip(parts, pointers, strict=True):
                         builder.store(fma(builder, weight, part, builder.load(pointer)), pointer)
             for target, pointers in zip(targets, sums, strict=True):

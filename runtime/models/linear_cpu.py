@@ -24,7 +24,7 @@ from torch import Tensor
 from ramet.errors import ConfigError
 from ramet.kernels import block_int8
 from ramet.kernels.block_linear import FORMATS, block_linear, dequantize, quantize
-from ramet.kernels.cpu_vectors import has_int8_products
+from ramet.kernels.cpu_int8 import has_int8_products
 from ramet.runtime.models.linear import Embedding, LinearMethod, PlainEmbedding, PlainLinear
 from ramet.runtime.models.weights import Weights
 

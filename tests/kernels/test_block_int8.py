@@ -7,7 +7,7 @@ import torch
 
 from ramet.kernels.block_int8 import block_int8_linear, block_int8_linear_reference, pack, takes
 from ramet.kernels.block_linear import block_linear_reference, quantize
-from ramet.kernels.cpu_vectors import has_int8_products
+from ramet.kernels.cpu_int8 import has_int8_products
 
 pytestmark = pytest.mark.skipif(not has_int8_products(), reason="this CPU has no AVX512-VNNI")
 
