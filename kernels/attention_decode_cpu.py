@@ -129,29 +129,49 @@ def _attend(
     length = kv_len - first
     if length <= 0:
         return
-    scores = np.zeros(num_heads * length, np.float32)
+    whole = -(-length // v.LANES) * v.LANES  # a head's scores fill vectors
+    scores = np.zeros(num_heads * whole, np.float32)
     start = scores.ctypes.data
     row_bytes = head_dim * 4
     position = first
     while position < kv_len:
-        offset = position % page_size
-        count = min(page_size - offset, kv_len - position)
-        key = keys + np.int64(pages[position // page_size]) * page_bytes + offset * row_bytes
+        count = min(page_size - position % page_size, kv_len - position)
+        if position + count < kv_len:
+            _fetch(keys, pages, position + count, kv_len, page_size, page_bytes, row_bytes)
+        else:
+            _fetch(values, pages, first, kv_len, page_size, page_bytes, row_bytes)
+        key = keys + _offset(pages, position, page_size, page_bytes, row_bytes)
         for head in range(num_heads):
-            target = start + (head * length + position - first) * 4
+            target = start + (head * whole + position - first) * 4
             _scores(q + head * row_bytes, key, count, head_dim, target)
         position += count
     for head in range(num_heads):
-        _softmax(carray(float32_at(start + head * length * 4), (length,)), scale)
+        _softmax(start + head * whole * 4, length, whole, scale)
     position = first
     while position < kv_len:
-        offset = position % page_size
-        count = min(page_size - offset, kv_len - position)
-        value = values + np.int64(pages[position // page_size]) * page_bytes + offset * row_bytes
+        count = min(page_size - position % page_size, kv_len - position)
+        _fetch(values, pages, position + count, kv_len, page_size, page_bytes, row_bytes)
+        value = values + _offset(pages, position, page_size, page_bytes, row_bytes)
         for head in range(num_heads):
-            source = start + (head * length + position - first) * 4
+            source = start + (head * whole + position - first) * 4
             _weighted_sum(source, value, count, head_dim, out + head * row_bytes)
         position += count
+
+
+@inner
+def _offset(pages: Any, position: Any, page_size: int, page_bytes: int, row_bytes: int) -> Any:  # array, np.int64
+    """Where a position's row lies, from the start of page 0."""
+    return np.int64(pages[position // page_size]) * page_bytes + position % page_size * row_bytes
+
+
+@inner
+def _fetch(
+    rows: int, pages: Any, position: Any, kv_len: Any, page_size: int, page_bytes: int, row_bytes: int
+) -> None:  # Any: int32 array, np.int64
+    """Bring the rest of a position's page into the cache, while the page before it is used."""
+    if position < kv_len:
+        count = min(page_size - position % page_size, kv_len - position)
+        v.prefetch(rows + _offset(pages, position, page_size, page_bytes, row_bytes), count * row_bytes // 64)
 
 
 @inner
@@ -175,15 +195,17 @@ def _weighted_sum(p: int, values: Any, count: int, head_dim: int, out: int) -> N
 
 
 @inner
-def _softmax(scores: Any, scale: Any) -> None:  # Any: float32 array, np.float32
-    largest = scores[0]
-    for i in range(len(scores)):
-        largest = scores[i] if scores[i] > largest else largest
+def _softmax(start: int, length: Any, whole: Any, scale: Any) -> None:  # Any: np.int64, np.int64, np.float32
+    """Of `length` scores at `start`; those behind, up to `whole`, are lost."""
+    scores = carray(float32_at(start), (whole,))
+    for i in range(length, whole):
+        scores[i] = np.float32(-np.inf)
+    largest = v.largest_of(start, whole // v.LANES)
     total = np.float32(0.0)
-    for i in range(len(scores)):
+    for i in range(length):
         weight = exp32((scores[i] - largest) * scale)
         scores[i] = weight
         total += weight
     inverse = np.float32(1.0) / total
-    for i in range(len(scores)):
+    for i in range(length):
         scores[i] *= inverse

@@ -7,7 +7,7 @@ Not here: loops over rows and threads, which are ordinary numba code in the modu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import llvmlite.binding as llvm
@@ -85,6 +85,23 @@ def sum_lanes(builder: Builder, vector: Value) -> Value:
     kind = ir.FunctionType(_F32, [_F32, _VF])
     function = cgutils.get_or_insert_function(builder.module, kind, "llvm.vector.reduce.fadd.v16f32")
     return builder.call(function, [_F32(0.0), vector], fastmath=("reassoc",))
+
+
+def _sum_lanes_of_4(builder: Builder, vectors: list[Value]) -> Value:
+    """The sums of four vectors' lanes as one vector: less than half the instructions of four sums."""
+
+    def pick(x: Value, y: Value, lanes: Sequence[int]) -> Value:
+        return builder.shuffle_vector(x, y, ir.Constant(ir.VectorType(_I32, len(lanes)), list(lanes)))
+
+    def fold(x: Value, y: Value, low: tuple[int, ...], high: tuple[int, ...]) -> Value:
+        """Pick lanes of each four, of x below 4 and of y above, and add."""
+        low_lanes, high_lanes = ([4 * q + i % 4 + i // 4 * LANES for q in range(4) for i in p] for p in (low, high))
+        return builder.fadd(pick(x, y, low_lanes), pick(x, y, high_lanes))
+
+    pairs = [fold(x, y, (0, 4, 1, 5), (2, 6, 3, 7)) for x, y in (vectors[:2], vectors[2:])]
+    fours = fold(pairs[0], pairs[1], (0, 1, 4, 5), (2, 3, 6, 7))
+    eight = builder.fadd(pick(fours, fours, range(8)), pick(fours, fours, range(8, 16)))
+    return builder.fadd(pick(eight, eight, range(4)), pick(eight, eight, range(4, 8)))
 
 
 # ---- Blocks of 32 weights as two vectors ----
@@ -215,12 +232,25 @@ def _make_scores(num_vectors: int) -> Any:
         def emit(context: Any, builder: Builder, signature: Any, arguments: Any) -> Value:
             q, keys, count, stride, out = arguments
             query = [load(builder, q, _VF, 64 * i) for i in range(num_vectors)]
-            with cgutils.for_range(builder, count) as loop:
-                key = builder.add(keys, builder.mul(loop.index, stride))
+
+            def products(key: Value) -> Value:
                 total = builder.fmul(query[0], load(builder, key, _VF))
                 for i in range(1, num_vectors):
                     total = fma(builder, query[i], load(builder, key, _VF, 64 * i), total)
-                where = builder.add(out, builder.mul(loop.index, _I64(4)))
+                return total
+
+            fours = builder.lshr(count, _I64(2))
+            with cgutils.for_range(builder, fours) as loop:
+                first = builder.mul(loop.index, _I64(4))
+                parts = [
+                    products(builder.add(keys, builder.mul(builder.add(first, _I64(j)), stride))) for j in range(4)
+                ]
+                where = builder.add(out, builder.mul(first, _I64(4)))
+                sums = _sum_lanes_of_4(builder, parts)
+                store(builder, builder.fadd(load(builder, where, sums.type), sums), where)
+            with cgutils.for_range_slice(builder, builder.mul(fours, _I64(4)), count, _I64(1)) as (index, _):
+                total = products(builder.add(keys, builder.mul(index, stride)))
+                where = builder.add(out, builder.mul(index, _I64(4)))
                 store(builder, builder.fadd(load(builder, where, _F32), sum_lanes(builder, total)), where)
             return context.get_dummy_value()
 
@@ -344,6 +374,19 @@ def largest_of(typing_context: Any, address: Any, num_vectors: Any) -> Any:
         return builder.call(function, [builder.load(best)])
 
     return types.float32(types.intp, types.intp), emit
+
+
+@intrinsic
+def prefetch(typing_context: Any, address: Any, num_lines: Any) -> Any:
+    """Ask for cache lines from `address` on, which need not exist."""
+
+    def emit(context: Any, builder: Builder, signature: Any, arguments: Any) -> Value:
+        address, num_lines = arguments
+        with cgutils.for_range(builder, num_lines) as loop:
+            prefetch_line(builder, builder.add(address, builder.mul(loop.index, _I64(64))))
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 2), emit
 
 
 @intrinsic
