@@ -15,7 +15,7 @@ an Intel Xeon (Emerald Rapids): exact 20.9 ms, int8 13.8. Whole steps: `benchmar
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ from ramet.errors import ConfigError
 from ramet.kernels import block_int8
 from ramet.kernels.block_linear import FORMATS, block_linear, dequantize, quantize
 from ramet.kernels.cpu_int8 import has_int8_products
+from ramet.kernels.huge_pages import HugePages
 from ramet.runtime.models.linear import Embedding, LinearMethod, PlainEmbedding, PlainLinear
 from ramet.runtime.models.weights import Weights
 
@@ -144,6 +145,7 @@ class BlockStorage:
     features: CpuFeatures
     device: torch.device
     dtype: torch.dtype
+    memory: HugePages = field(default_factory=HugePages)  # of what every decode step reads
 
     def vector(self, name: str, offset: float = 0.0) -> Tensor:
         return self.weights[name].float() + offset
@@ -200,7 +202,7 @@ class BlockStorage:
         elif features.bf16:
             many = OneDnnProduct.pack(dequantize(blocks, block_format).to(torch.bfloat16))
         if features.int8 and block_int8.takes(block_format, blocks.shape[0]):
-            few = Int8Product(block_int8.pack(blocks, block_format, blocks.shape[0]))
+            few = Int8Product(self.memory.move(block_int8.pack(blocks, block_format, blocks.shape[0])))
             max_few = _MAX_INT8_TOKENS_BESIDE_TILES if features.tiles else _MAX_INT8_TOKENS
             return BlockLinear(block_format, few, max_few, many or few)
         return BlockLinear(block_format, exact, _MAX_EXACT_TOKENS, many or exact)

@@ -62,6 +62,18 @@ def test_products_of_every_size_equal_the_dequantised_product(block_format: str,
         assert exact or float(difference.max()) > 1e-4, "rounding was expected to show"
 
 
+@pytest.mark.skipif(not HERE.int8, reason="this CPU lacks the instructions")
+def test_what_a_decode_step_reads_lies_together() -> None:
+    held = storage("Q4_1", CpuFeatures(False, True), draw(48, 64))
+    products = []
+    for _ in range(2):
+        method = held.matrix(["a", "b"])
+        assert isinstance(method, BlockLinear)
+        assert isinstance(method.few, Int8Product)
+        products.append(method.few.packed)
+    assert products[1].data_ptr() - products[0].data_ptr() == products[0].numel()
+
+
 def test_embedding_rows_are_those_of_the_product() -> None:
     embedding, product = storage("Q8_0", NONE, draw(48, 64)).embedding("a", 3.0)
     assert isinstance(embedding, BlockEmbedding)
