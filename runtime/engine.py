@@ -63,8 +63,6 @@ class EngineCore:
             self._device_bases[sequence] = base
         elif grammar is not None:
             self._grammar_states[sequence] = 0
-        if sequence in self._grammar_states:
-            self._on_host.add(sequence)
         if request.sampling.logprobs is not None:
             self._with_logprobs.add(sequence)
         return sequence
@@ -152,6 +150,8 @@ class EngineCore:
     def launch(self, batch: Batch) -> LaunchedStep:
         self.num_steps += 1
         for item in batch.items[batch.num_decode :]:
+            if item.samples and item.sequence in self._grammar_states:
+                self._on_host.add(item.sequence)
             if item.sequence.request.sampling.edits_logits:
                 self._acquire_edits(item.sequence)
         return self.runner.launch(
@@ -181,7 +181,7 @@ class EngineCore:
         So they must where the host masks it, because then the host may replace a token.
         """
         edits = self.runner.edits
-        if sequence not in self._on_host and (edits is None or not edits.acquire(sequence)):
+        if edits is None or sequence in self._grammar_states or not edits.acquire(sequence):
             self._on_host.add(sequence)
 
     def _forget(self, sequence: Sequence) -> None:

@@ -12,6 +12,7 @@ from ramet.grammar.sources import compile_constraint
 from ramet.kernels.grammar_arena import GrammarArena
 from ramet.kernels.grammar_mask import TokenTable
 from ramet.runtime.client import Engine
+from ramet.runtime.engine import SequenceUpdate
 from ramet.runtime.factory import make_device_grammars
 from ramet.runtime.models.load import LoadedModel
 from ramet.runtime.types import FinishReason, Grammar, SamplingParams
@@ -87,6 +88,30 @@ def test_open_automata_are_masked_by_the_host_beside_those_of_the_device(
         assert run_all(device, mixed, temperature) == expected, "in slots that others had"
         assert not any(grammar.is_closed for grammar in opened)
         device.check_integrity()
+
+
+def test_a_waiting_request_that_the_host_will_mask_costs_the_running_ones_nothing(
+    tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = compile_constraint("regex", PATTERNS[0], vocabulary(tiny_model))
+    with Engine(tiny_model, num_kv_tokens=4096, max_running_requests=1) as engine:
+        core = engine._core
+        core.overlap = True
+        running: list[str] = []  # when a step was not overlapped
+        step_sync = core.step_sync
+
+        def note() -> list[SequenceUpdate]:
+            updates = step_sync()
+            running.extend(update.sequence.request.request_id for update in updates)
+            return updates
+
+        monkeypatch.setattr(core, "step_sync", note)
+        params = SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True)
+        first = engine.submit("x", params, request_id="free")
+        second = engine.submit("x", SamplingParams(max_tokens=40, seed=1), grammar=opened, request_id="masked")
+        assert len(first.result(timeout_s=60).token_ids) == 30
+        assert re.fullmatch(PATTERNS[0], second.result(timeout_s=60).text)
+    assert set(running) == {"masked"}
 
 
 def test_every_finished_text_matches_its_pattern(tiny_model: LoadedModel, grammars: list[Grammar]) -> None:
