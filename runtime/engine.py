@@ -1,7 +1,8 @@
 """The engine loop: `schedule -> launch -> collect`, and two orders of these three calls.
 
 `step_sync` collects a step before the next is scheduled. `step_overlap` schedules and launches step t + 1 while step t
-runs on the device, and only then reads step t. Both give the same tokens. Not here: threads, text, callers (client.py).
+runs on the device, and only then reads step t; sequences that the host must look at between two steps are then in every
+second one. Both give the same tokens. Not here: threads, text, callers (client.py).
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from ramet.runtime.scheduler import Scheduler
 from ramet.runtime.types import Batch, FinishReason, Grammar, Request, RowOutput, Sequence
 
 logger = logging.getLogger(__name__)
+
+_MOST_HELD = 0.25  # of the running sequences
 
 
 @dataclass(slots=True)  # one a token: see RowOutput
@@ -47,8 +50,10 @@ class EngineCore:
         self.context_length = context_length
         self._vocab_words = vocab_words
         self._in_flight: LaunchedStep | None = None
-        # Sequences whose sampling needs their tokens on the host first: while there are any, steps do not overlap.
+        # Sequences whose sampling needs their tokens on the host first. Few of them take every second step, and the
+        # others overlap; with many, steps do not overlap.
         self._on_host: set[Sequence] = set()
+        scheduler.held = self._on_host
         self._with_logprobs: set[Sequence] = set()
         self._grammar_states: dict[Sequence, int | None] = {}  # of those whose masks the host computes
         self._unfinishable: set[Sequence] = set()  # of these, those that max_tokens must cut
@@ -111,7 +116,7 @@ class EngineCore:
         """
         updates = [SequenceUpdate(s, RowOutput()) for s in self.scheduler.expire_deadlines()]
         try:
-            if self.overlap and not self._on_host:
+            if self.overlap and len(self._on_host) <= _MOST_HELD * self.scheduler.num_running:
                 updates.extend(self.step_overlap())
             else:
                 updates.extend(self.drain())

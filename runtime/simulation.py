@@ -56,7 +56,7 @@ class Slot:
 
 @dataclass
 class SimulatedEngine:
-    """Drives a scheduler. `burst`: tokens that a sampling row brings in a synchronous step."""
+    """Drives a scheduler. `burst`: tokens that a sampling row brings, where none of its later steps is launched."""
 
     scheduler: Scheduler
     overlap: bool = False
@@ -108,6 +108,10 @@ class SimulatedEngine:
         assert batch.num_decode == sum(item.is_decode for item in batch.items)
         assert len({item.sequence for item in batch.items}) == len(batch.items)
         assert all(item.num_tokens >= 1 for item in batch.items)
+        for item in batch.items:
+            assert item.sequence not in self.scheduler.held or item.sequence.num_in_flight <= 1, (
+                "held, and two in flight"
+            )
         targets = [copy.target for copy in batch.page_copies]
         assert len(set(targets)) == len(targets)
         assert not set(targets) & {copy.source for copy in batch.page_copies}, "copies of a step run at once"
@@ -164,7 +168,8 @@ class SimulatedEngine:
         if not item.samples:
             return RowOutput()
         tokens, value = [], values[-1]
-        for _ in range(1 if self.overlap else self.burst):
+        is_alone = not self.overlap or item.sequence in self.scheduler.held
+        for _ in range(self.burst if is_alone else 1):
             tokens.append(token_after(value))
             value = hash((value, tokens[-1]))
         assert item.sequence.slot is not None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import threading
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +16,9 @@ from ramet.kernels.grammar_mask import TokenTable
 from ramet.runtime.client import Engine
 from ramet.runtime.engine import SequenceUpdate
 from ramet.runtime.factory import make_device_grammars
+from ramet.runtime.launched_step import LaunchedStep
 from ramet.runtime.models.load import LoadedModel
-from ramet.runtime.types import FinishReason, Grammar, SamplingParams
+from ramet.runtime.types import Batch, FinishReason, Grammar, SamplingParams
 
 PATTERNS = ["[a-c]{3,8}(xy|z){1,6}", "(yes|no)", '"[^"]{0,20}"', "[0-9]{1,3}(,[0-9]{1,3}){2,5}"]
 
@@ -87,6 +90,44 @@ def test_open_automata_are_masked_by_the_host_beside_those_of_the_device(
         assert run_all(device, mixed, temperature) == expected
         assert run_all(device, mixed, temperature) == expected, "in slots that others had"
         assert not any(grammar.is_closed for grammar in opened)
+        device.check_integrity()
+
+
+def test_the_steps_of_others_overlap_beside_a_few_open_automata(
+    tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = [compile_constraint("regex", PATTERNS[0], vocabulary(tiny_model)) for _ in range(3)]
+    masks: list[Grammar | None] = [None, None, None, opened[0], None, None, None, None]
+
+    def run(engine: Engine) -> list[str]:
+        params = [SamplingParams(temperature=0.0, max_tokens=30, seed=i, ignore_eos=i != 3) for i in range(8)]
+        gate = threading.Event()
+
+        def wait() -> None:
+            gate.wait()
+
+        engine._send(wait)  # all of them begin together
+        handles = [engine.submit(f"p{i}", params[i], grammar=masks[i]) for i in range(8)]
+        gate.set()
+        return [handle.result(timeout_s=60).text for handle in handles]
+
+    with make_engine(tiny_model, on_device=False) as host, make_engine(tiny_model, on_device=True) as device:
+        core = device._core
+        core.overlap = True
+        sizes: list[int] = []
+        launch = core.runner.launch
+
+        def note(batch: Batch, **options: Any) -> LaunchedStep:
+            sizes.append(len(batch.items) if core.is_stepping else 0)
+            return launch(batch, **options)
+
+        monkeypatch.setattr(core.runner, "launch", note)
+        expected = run(host)
+        assert run(device) == expected
+        assert re.fullmatch(PATTERNS[0], expected[3])
+        assert {7, 8} <= set(sizes), (
+            "steps with and without the one that the host masks, launched before the last ended"
+        )
         device.check_integrity()
 
 

@@ -75,6 +75,20 @@ def test_a_step_may_be_scheduled_before_the_last_one_is_read() -> None:
     assert sequence.finish_reason is FinishReason.LENGTH
 
 
+def test_a_held_sequence_is_in_every_second_step_and_the_others_in_all() -> None:
+    scheduler = make_simulation().scheduler
+    scheduler.held = {scheduler.add(make_request("held", range(5), 4))}
+    scheduler.add(make_request("free", range(50, 55), 6))
+    batches, names = [scheduler.schedule()], []
+    for _ in range(5):
+        batches.append(scheduler.schedule())  # before the one before is read
+        names.append([name for name, *_ in shape(batches[-1])])
+        before = batches[-2]
+        assert before is not None
+        scheduler.finish_step(before, answer(before))
+    assert names == [["free"], ["held", "free"], ["free"], ["held", "free"], ["free"]]
+
+
 def test_slots_are_given_out_from_the_smallest() -> None:
     scheduler = make_simulation().scheduler
     sequences = [scheduler.add(make_request(name, [i], 4)) for i, name in enumerate("abc")]

@@ -48,6 +48,9 @@ def drive(engine: SimulatedEngine, rng: random.Random, clock: list[float], num_o
                 score_from=rng.randrange(1, len(prompt) + 1) if rng.random() < 0.15 else None,
             )
             sequences.append(engine.scheduler.add(request))
+            if rng.random() < 0.3:
+                held = {*engine.scheduler.held, sequences[-1]}
+                engine.scheduler.held = {sequence for sequence in held if not sequence.is_finished}
         elif kind < 0.36 and live:
             victim = rng.choice(live)
             assert engine.scheduler.abort(victim.request.request_id)
