@@ -37,9 +37,6 @@ from ramet.runtime.types import Batch, Request, SamplingParams, ScheduledSequenc
 
 logger = logging.getLogger(__name__)
 
-# A step with few prompts costs a CPU nearly as much as one with many; on a GPU it is a decode step of more rows.
-_MAX_HOLD_S = 0.03
-
 
 def choose_device(name: str) -> torch.device:
     """Turn a device's name into a device. Raises ConfigError where there is none such."""
@@ -201,7 +198,6 @@ def scheduler_config(config: EngineConfig, context_length: int, device: torch.de
         max_waiting=config.max_queued_requests,
         reservation_ratio=config.reservation_ratio,
         prefix_cache=config.radix_cache,
-        max_hold_s=_MAX_HOLD_S if device.type == "cpu" else 0.0,
     )
 
 

@@ -24,7 +24,6 @@ from math import ceil
 
 from ramet.errors import ContextOverflow, InvalidRequest, Overloaded
 from ramet.runtime.admission import AdmissionQueue, Reservation
-from ramet.runtime.followers import Followers
 from ramet.runtime.integrity import require
 from ramet.runtime.page_pool import PagePool
 from ramet.runtime.priority import ProgramService, Waiting
@@ -55,8 +54,6 @@ class Scheduler:
         self._pages = SequencePages(pool, cache, reservation_ratio=config.reservation_ratio, share=config.prefix_cache)
         self._service = ProgramService()
         self._waiting = AdmissionQueue(config.order, self._service, pool.page_size)
-        self._followers = Followers(config.max_hold_s)
-        self._is_holding = False  # in this step nobody is admitted: others are expected to join
         self._sequences: dict[str, Sequence] = {}  # waiting and running, by request id
         self._queued_s: dict[Sequence, float] = {}
         self._running: dict[Sequence, None] = {}  # in order of admission
@@ -119,7 +116,6 @@ class Scheduler:
         if request.deadline_s is not None:
             self._num_deadlines += 1
             heapq.heappush(self._deadlines, (request.deadline_s, self._num_deadlines, sequence))
-        self._followers.note_arrival()
         self._enqueue(sequence)
         return sequence
 
@@ -148,8 +144,6 @@ class Scheduler:
         self._service.add(sequence.request.program_id, len(sequence.output_ids))
         self._finish_interval_s += 0.05 * (self._clock() - self._last_finish_s - self._finish_interval_s)
         self._last_finish_s = self._clock()
-        if reason in (FinishReason.STOP, FinishReason.LENGTH) and sequence.request.program_id is None:
-            self._followers.note_end(self._last_finish_s)
         del self._sequences[sequence.request.request_id]
         del self._queued_s[sequence]
         self.counters.num_finished += 1
@@ -181,8 +175,7 @@ class Scheduler:
         decoding = self._decoding
         budget = self._step_tokens() - len(decoding)
         extends: list[ScheduledSequence] = []
-        self._is_holding = self._followers.holds(len(self._sequences), self._clock())
-        if self._prefilling or (self._may_admit and not self._is_holding):
+        if self._prefilling or self._may_admit:
             budget = self._plan_extends(extends, budget)
         items: list[ScheduledSequence] = []
         held = self.held
@@ -289,9 +282,7 @@ class Scheduler:
         for sequence in sorted(self._prefilling, key=lambda s: not s.output_ids):
             if budget > 0 and sequence in self._prefilling:
                 budget -= self._plan_extend(sequence, budget, planned, extends)
-        if self._is_holding or not self._may_admit:
-            return budget
-        return self._plan_admissions(extends, budget, planned)
+        return self._plan_admissions(extends, budget, planned) if self._may_admit else budget
 
     def _plan_admissions(self, extends: list[ScheduledSequence], budget: int, planned: set[Sequence]) -> int:
         """Admit in order what fits, and plan its first chunks. Returns the budget left."""

@@ -15,7 +15,7 @@ class SchedulerConfig:
     `mixed_tokens_per_request` tokens of each live request, and for `min_mixed_tokens`. `reservation_ratio`: part of a
     request's max_tokens that its admission reserves pages for; below 1 memory is over-committed. `max_overtakes`:
     requests that may be admitted past a first one that does not fit. `max_examined`: requests looked at in vain in one
-    step. `max_hold_s`: how long prompts may wait for those that follow requests which ended together (followers.py).
+    step.
     """
 
     context_length: int
@@ -28,7 +28,6 @@ class SchedulerConfig:
     max_overtakes: int = 256
     max_examined: int = 32
     prefix_cache: bool = True
-    max_hold_s: float = 0.0
     order: OrderConfig = field(default_factory=OrderConfig)
 
     def __post_init__(self) -> None:
