@@ -76,8 +76,12 @@ def compiled(function: Function) -> Function:
 
 
 def inner(function: Function) -> Function:
-    """Compile for compiled code alone: it becomes part of its callers' code, on disk, too."""
-    options = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+    """Compile for compiled code alone: it becomes part of its callers' code, on disk, too.
+
+    Always inlined. Otherwise a process that compiles would link a caller to the function as it was compiled by itself,
+    and one that loads the caller to the copy within: optimised differently, they round differently.
+    """
+    options = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, "forceinline": True}
     return njit(nogil=True, fastmath=_REORDER, error_model="numpy", **options)(function)  # type: ignore[no-any-return]
 
 

@@ -319,16 +319,15 @@ class EngineCore:
         is_watched = params.edits_logits or params.logprobs is not None or params.stop or token in request.stop_ids
         if state is None or not self.appends_forced or is_watched:
             return [], state
-        run: list[int] = []
-        begin = state
-        for forced in grammar.forced_tokens(state)[:left]:
-            assert state is not None
-            run.append(forced)
-            state = grammar.advance(state, forced)
-            if forced in request.stop_ids:
-                break
+        run = grammar.forced_tokens(state)[:left]
+        end = next((i for i, forced in enumerate(run, 1) if forced in request.stop_ids), len(run))
         kv_len = request.num_prompt + len(sequence.output_ids) + 1
-        return (run, state) if run and self.runner.computes_run(len(run), num_rows, kv_len) else ([], begin)
+        if end == 0 or not self.runner.computes_run(end, num_rows, kv_len):
+            return [], state
+        for forced in run[:end]:
+            assert state is not None
+            state = grammar.advance(state, forced)
+        return run[:end], state
 
     def _advance(self, sequence: Sequence, grammar: Grammar, state: int, token: int) -> tuple[int, int | None]:
         """The token to keep and the state after it: `token`, unless it leaves too little room to finish.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -9,6 +11,29 @@ import pytest
 import torch
 
 from ramet.kernels.cpu_threads import IS_PARALLEL, release_threads
+
+ATTEND = """
+import torch
+from ramet.kernels import attention_decode_cpu
+from ramet.kernels.attention_decode import DecodeMetadata, attention_decode
+torch.manual_seed(0)
+k, v, q = torch.randn(8, 3, 16, 64), torch.randn(8, 3, 16, 64), torch.randn(1, 9, 64)
+lens, rows, pages = (torch.tensor(x, dtype=torch.int32) for x in ([100], [0], [list(range(1, 8))]))
+out = attention_decode(q, k, v, DecodeMetadata(lens, rows, pages), 0.125)
+print(attention_decode_cpu._kernel.was_on_disk, out.numpy().tobytes().hex())
+"""
+
+
+def test_a_process_that_compiles_computes_the_bits_of_one_that_loads(tmp_path: Path) -> None:
+    def run() -> list[str]:
+        command = [sys.executable, "-c", ATTEND]
+        environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+        return done.stdout.split()
+
+    compiled, loaded = run(), run()
+    assert (compiled[0], loaded[0]) == ("False", "True")
+    assert compiled[1] == loaded[1]
 
 
 @pytest.mark.skipif(sys.platform != "linux" or not IS_PARALLEL, reason="counts threads in /proc, needs an OpenMP")
