@@ -290,7 +290,7 @@ def test_large_schemas_compile_or_end_in_a_typed_error_in_time() -> None:
     with CompileService(ServiceConfig(cache_dir=None, max_time_s=1)) as service:
         for schema in large:
             begin = time.thread_time()
-            error = service.submit("json_schema", json.dumps(schema), BYTES).exception(timeout=30)
+            error = service.submit("json_schema", json.dumps(schema), BYTES).exception(timeout=120)
             assert error is None or (isinstance(error, GrammarTooLarge) and len(str(error)) < 2000)
             assert time.thread_time() - begin < 10
 
@@ -299,13 +299,13 @@ def test_no_worker_is_lost_to_explosive_schemas() -> None:
     with CompileService(ServiceConfig(cache_dir=None, max_time_s=0.3, num_workers=2)) as service:
         futures = [service.submit("json_schema", json.dumps(s), BYTES) for s, _ in EXPLOSIVE.values()]
         for future in futures:
-            assert isinstance(future.exception(timeout=20), GrammarTooLarge)
-        grammar = service.submit("json_schema", '{"const": 7}', BYTES).result(timeout=10)
+            assert isinstance(future.exception(timeout=120), GrammarTooLarge)
+        grammar = service.submit("json_schema", '{"const": 7}', BYTES).result(timeout=60)
         state = grammar.advance_bytes(0, b"7")
         assert state is not None
         assert grammar.is_accepting(state)
         assert len(service._workers) == 2
-        end = time.monotonic() + 10
+        end = time.monotonic() + 60
         while not all(w.thread.is_alive() and w.is_idle for w in service._workers):  # the last answers may come first
             assert time.monotonic() < end
             time.sleep(0.01)
