@@ -25,7 +25,7 @@ from lark.lexer import Pattern, PatternStr, Token
 from lark.load_grammar import PrepareLiterals, TerminalTreeToPattern, load_grammar, nr_deepcopy_tree, stdlib_loader
 
 from ramet.errors import GrammarTooLarge, InvalidGrammar, InvalidRegex
-from ramet.grammar import ir, regular
+from ramet.grammar import dfas, ir, regular
 from ramet.grammar.references import inline
 from ramet.grammar.regex import parse_regex
 from ramet.grammar.utf8 import compile_text
@@ -43,7 +43,7 @@ def parse_cfg(
     *,
     start: str = "start",
     max_ignored: int | None = None,
-    max_regular_states: int = regular.MAX_STATES,
+    max_regular_states: int = dfas.MAX_STATES,
 ) -> ir.Grammar:
     """Return the grammar that `source`, in Lark's syntax, describes; one rule without references if it is regular.
 
@@ -206,7 +206,7 @@ class _Reader:
 
     def _table(self, node: ir.Node, name: str) -> ir.Table:
         dfa = regular.compile_bytes(node, max_states=self.max_regular_states, name=name)
-        return ir.Table(regular.byte_table(dfa), np.asarray(dfa.accepting, dtype=np.bool_))
+        return ir.Table(dfas.byte_table(dfa), np.asarray(dfa.accepting, dtype=np.bool_))
 
     # --- errors
 

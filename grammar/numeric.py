@@ -15,8 +15,8 @@ from functools import lru_cache
 from typing import Any
 
 from ramet.errors import GrammarTooLarge
-from ramet.grammar import ir, regular
-from ramet.grammar.regular import Dfa
+from ramet.grammar import dfas, ir, regular
+from ramet.grammar.dfas import Dfa
 
 _DIGIT = ir.Chars(((48, 57),))
 _INTEGER_PART = ir.Choice((ir.text("0"), ir.Sequence((ir.Chars(((49, 57),)), ir.Repeat(_DIGIT)))))
@@ -153,12 +153,12 @@ def automaton(numbers: Numbers) -> Dfa:
         return regular.compile_bytes(ANY_NUMBER)
     if numbers.plain is not None:
         base, plain = automaton(replace(numbers, plain=None)), regular.compile_bytes(_PLAIN_INTEGER)
-        return regular.intersect([base, plain if numbers.plain else regular.complement(plain)])
+        return dfas.intersect([base, plain if numbers.plain else dfas.complement(plain)])
     if numbers.finite is not None:
         return regular.compile_bytes(ir.Choice(tuple(_texts_of(v) for v in sorted(numbers.finite))))
     base = unexcluded(numbers)
     if numbers.excluded:
-        base = regular.intersect([base, regular.complement(automaton(Numbers(finite=numbers.excluded)))])
+        base = dfas.intersect([base, dfas.complement(automaton(Numbers(finite=numbers.excluded)))])
     return base
 
 
@@ -412,7 +412,7 @@ def _track(numbers: Numbers) -> Dfa:
         rows.append([-1, *row])
     starts = [0, 45, 46, 47, *range(48, 59)]
     classes = [0, 12, 11, 0, *range(1, 11), 0]
-    return regular.minimize(Dfa(regular.BYTE_MAX, starts, classes, 13, rows, [tracks.accepts(s) for s in queue]))
+    return dfas.minimize(Dfa(dfas.BYTE_MAX, starts, classes, 13, rows, [tracks.accepts(s) for s in queue]))
 
 
 def _alike_digits(bounds: list[_Bound], has_divisors: bool) -> list[int]:

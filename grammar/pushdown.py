@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ramet.errors import GrammarTooLarge, InvalidGrammar
-from ramet.grammar import ir, regular
+from ramet.grammar import dfas, ir, regular
 from ramet.grammar.automaton import DEAD, REFUSE, Machine, leave, target
 from ramet.grammar.references import inline, recursive_rules
 
@@ -175,7 +175,7 @@ class Pushdown:
         if found is None:
             name = node.name if isinstance(node, ir.Terminal) else "a terminal of the grammar"
             dfa = regular.compile_bytes(node, max_states=self.max_regular_states, name=name)
-            found = self.dfas[node] = (regular.byte_table(dfa), dfa.accepting)
+            found = self.dfas[node] = (dfas.byte_table(dfa), dfa.accepting)
         rows, accepting = found
         if not any(accepting):
             return self._add(("or", 0, 0, []))

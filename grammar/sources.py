@@ -22,7 +22,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from ramet.errors import GrammarError, GrammarTooLarge, InvalidGrammar, InvalidSchema
-from ramet.grammar import ir, regular
+from ramet.grammar import dfas, ir, regular
 from ramet.grammar.cfg import parse_cfg
 from ramet.grammar.choices import choices
 from ramet.grammar.closed import ByteAutomaton, compile_closed
@@ -114,7 +114,7 @@ def _cfg(source: Any, limits: Limits, options: dict[str, Any]) -> Parsed:
         return grammar
     whole = grammar.rules[grammar.start]
     dfa = regular.compile_bytes(whole, max_states=limits.max_regular_states, name="the grammar")
-    return ByteAutomaton.of_table(ir.Table(regular.byte_table(dfa), np.asarray(dfa.accepting, dtype=np.bool_)))
+    return ByteAutomaton.of_table(ir.Table(dfas.byte_table(dfa), np.asarray(dfa.accepting, dtype=np.bool_)))
 
 
 def _choice(source: Any, limits: Limits, options: dict[str, Any]) -> Parsed:

@@ -1,6 +1,6 @@
 """JSON strings: tables that read a string's content up to and with its closing quote.
 
-A language of code points (regular.Dfa) is composed with the ways to write a code point in JSON: as itself in UTF-8, as
+A language of code points (dfas.Dfa) is composed with the ways to write a code point in JSON: as itself in UTF-8, as
 a short escape, as \\uXXXX with hex digits of either case, and as a surrogate pair. Printable ASCII is only ever written
 as itself (but for `"`, `\\` and, if wanted, `/`, which take a backslash), except in a string without any constraint,
 where every escape that JSON knows is read, single surrogates included.
@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 
 from ramet.grammar import ir
 from ramet.grammar.automaton import REFUSE, leave
-from ramet.grammar.regular import Dfa, utf8_sequences
+from ramet.grammar.dfas import Dfa
+from ramet.grammar.regular import utf8_sequences
 
 Wide = NDArray[np.int32]
 

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from ramet.errors import GrammarTooLarge
 from ramet.grammar import ir
-from ramet.grammar.regular import MAX_STATES, Dfa, compile_chars
+from ramet.grammar.dfas import MAX_STATES, Dfa
+from ramet.grammar.regular import compile_chars
 
 _CONTINUATION = np.arange(0x80, 0xC0)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ramet.grammar.automaton import CONCRETE, DEAD, target
-from ramet.grammar.json_schema import distinct, specs
+from ramet.grammar.json_schema import costs, distinct, specs
 from ramet.grammar.json_schema.behind import MAX_TAGS, ArrayEnd, before_end, behind
 from ramet.grammar.json_schema.frames import Context, Json
 from ramet.grammar.json_schema.punctuation import CLOSE, GO_ON, next_item_rows, open_array_rows
@@ -179,7 +179,7 @@ class ArrayNode:
         if spec.repeats or any(len(e.constants.items(r)) == index for r in rivals):  # more must come
             total += 1000
         if spec.contains:
-            return total + e.cost_of_witness(spec) * (specs.items_needed(e, spec, index, counts) or 0)
+            return total + costs.of_witness(e, spec) * (specs.items_needed(e, spec, index, counts) or 0)
         missing = max(spec.low - index, 0)
         known = [e.cost(specs.item(spec, index + i)) + 1 for i in range(min(missing, len(spec.prefix) + 1))]
         return total + sum(known) + (missing - len(known)) * (known[-1] if known else 0)

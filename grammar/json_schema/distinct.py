@@ -14,7 +14,7 @@ from math import ceil, lcm
 from typing import TYPE_CHECKING, Any
 
 from ramet.grammar import deadline, numeric
-from ramet.grammar.json_schema import specs
+from ramet.grammar.json_schema import costs, specs
 from ramet.grammar.json_schema import values as v
 from ramet.grammar.json_schema.languages import few_texts, has_few_texts
 from ramet.grammar.json_schema.values import FALSE, TRUE, Arrays, Const, Expr, Objects, Strings, Values
@@ -126,8 +126,8 @@ def object_may_differ(
 ) -> bool:
     """Can an object with the keys `present`, so far like each of `rivals`, become one in `o` that is none of them?"""
     o = with_few_keys(e, o)
-    if o.high is None and not o.exists and e.other_keys_possible(o):
-        return e.cost_of_object(_decided(o, present, frozenset())) < v.INFINITE
+    if o.high is None and not o.exists and costs.other_keys_possible(e, o):
+        return costs.of_object(e, _decided(o, present, frozenset())) < v.INFINITE
     members = e.constants.members
     names = dict.fromkeys([*o.table, *(k for r in rivals for k in members(r))])
     order = [k for k in names if k not in present and not e.is_empty(specs.expr_of_key(e, o, k))]
@@ -135,7 +135,7 @@ def object_may_differ(
     def is_possible(chosen: frozenset[str], absent: frozenset[str], extra: int = 0) -> bool:
         spec = _decided(o, present, absent)
         low = max(spec.low, len(present | chosen) + extra)
-        return e.cost_of_object(replace(spec, required=spec.required | chosen, low=low)) < v.INFINITE
+        return costs.of_object(e, replace(spec, required=spec.required | chosen, low=low)) < v.INFINITE
 
     def search(at: int, alike: tuple[int, ...], chosen: frozenset[str], absent: frozenset[str]) -> bool:
         deadline.check()
@@ -144,7 +144,7 @@ def object_may_differ(
         if not alike:
             return is_possible(chosen, absent)
         if at == len(order):
-            return e.other_keys_possible(o) and is_possible(chosen, absent, 1)
+            return costs.other_keys_possible(e, o) and is_possible(chosen, absent, 1)
         key = order[at]
         with_key = chosen | {key}
         if is_possible(with_key, absent):
@@ -326,7 +326,9 @@ def is_free(e: Expressions, expr: Expr) -> bool:
     return (
         all(s.finite is None and s.high is None and not s.languages for s in a.strings)
         and all(replace(n, excluded=frozenset()) == numeric.ANY for n in a.numbers)
-        and all(o.high is None and not o.exists and e.other_keys_possible(with_few_keys(e, o)) for o in a.objects)
+        and all(
+            o.high is None and not o.exists and costs.other_keys_possible(e, with_few_keys(e, o)) for o in a.objects
+        )
         and all(not (r.contains or r.unique) and is_endless(e, r) for r in a.arrays)
     )
 
@@ -403,10 +405,10 @@ def _listed_strings(e: Expressions, s: Strings, enough: int) -> list[int] | None
 
 
 def _listed_objects(e: Expressions, o: Objects, enough: int) -> list[int] | None:
-    if e.cost_of_object(o) >= v.INFINITE:
+    if costs.of_object(e, o) >= v.INFINITE:
         return []
     o = with_few_keys(e, o)
-    if (o.high is None or len(e.closure_of_keys(o, o.required)) < o.high) and e.other_keys_possible(o):
+    if (o.high is None or len(costs.closure_of_keys(o, o.required)) < o.high) and costs.other_keys_possible(e, o):
         return None
     partial: list[dict[str, int]] = [{}]
     absent: list[frozenset[str]] = [frozenset()]
@@ -418,11 +420,11 @@ def _listed_objects(e: Expressions, o: Objects, enough: int) -> list[int] | None
         for members, without in zip(partial, absent, strict=True):
             deadline.check()
             chosen = frozenset(members)
-            if e.cost_of_object(_decided(o, chosen | {key}, without)) < v.INFINITE:
+            if costs.of_object(e, _decided(o, chosen | {key}, without)) < v.INFINITE:
                 if values is None:
                     return None
                 following.extend(({**members, key: n}, without) for n in values)
-            if key not in o.required and e.cost_of_object(_decided(o, chosen, without | {key})) < v.INFINITE:
+            if key not in o.required and costs.of_object(e, _decided(o, chosen, without | {key})) < v.INFINITE:
                 following.append((members, without | {key}))
             if len(following) >= enough + len(o.excluded) and not o.exists:
                 return None  # each can be completed
@@ -433,7 +435,7 @@ def _listed_objects(e: Expressions, o: Objects, enough: int) -> list[int] | None
 
 
 def _listed_arrays(e: Expressions, a: Arrays, enough: int) -> list[int] | None:
-    if e.cost_of_array(a) >= v.INFINITE:
+    if costs.of_array(e, a) >= v.INFINITE:
         return []
     if not a.unique and is_endless(e, a, enough):
         return None

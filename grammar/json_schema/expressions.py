@@ -7,16 +7,15 @@ parts cost nothing. Emptiness is the least fixed point of "has a finite value", 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 
-from ramet.errors import GrammarTooLarge, InvalidSchema, UnsupportedSchema
+from ramet.errors import GrammarTooLarge, InvalidSchema
 from ramet.grammar import deadline, numeric
-from ramet.grammar.json_schema import distinct, specs
+from ramet.grammar.json_schema import costs, distinct, specs
 from ramet.grammar.json_schema import values as v
 from ramet.grammar.json_schema.document import SchemaNode
 from ramet.grammar.json_schema.languages import Languages
-from ramet.grammar.json_schema.values import FALSE, INFINITE, TRUE, Arrays, Exists, Expr, Objects, Strings, Values
+from ramet.grammar.json_schema.values import FALSE, INFINITE, TRUE, Arrays, Expr, Objects, Strings, Values
 
 MAX_SPECS = 1000
 
@@ -336,7 +335,7 @@ class Expressions:
         """As `is_empty`, for values."""
         asked_at, self._asked_at = self._asked_at, len(self._open)
         try:
-            return a.is_empty or self.cost_of_values(a) >= INFINITE
+            return a.is_empty or costs.of_values(self, a) >= INFINITE
         except _NotYet:
             return False
         finally:
@@ -356,7 +355,7 @@ class Expressions:
         asked_at, self._asked_at = self._asked_at, len(self._open)
         self._in_progress.add(expr)
         try:
-            found = self.cost_of_values(self.values(expr))
+            found = costs.of_values(self, self.values(expr))
         finally:
             self._in_progress.discard(expr)
             self._asked_at = asked_at
@@ -365,126 +364,6 @@ class Expressions:
             self._costs[expr] = found
         self._tainted = outer or (self._tainted and found >= INFINITE)
         return found
-
-    def cost_of_values(self, a: Values) -> int:
-        if a.null or a.booleans or a.numbers:
-            return 4
-        if a.strings:
-            return min(2 + (s.low if s.finite is None else min(map(len, s.finite))) for s in a.strings)
-        best = INFINITE
-        for r in a.arrays:
-            best = min(best, self.cost_of_array(r))
-        for o in a.objects:
-            best = min(best, self.cost_of_object(o))
-        return best
-
-    def cost_of_object(self, o: Objects) -> int:
-        total = 2
-        needed = self.closure_of_keys(o, o.required)
-        if o.high is not None and max(o.low, len(needed)) > o.high:
-            return INFINITE
-        for k in needed:
-            c = self.cost(specs.expr_of_key(self, o, k))
-            if c >= INFINITE:
-                return INFINITE
-            total += len(k) + 4 + c
-        if o.low > len(needed):
-            if not self.other_keys_possible(o):
-                able = {k for k, e in o.properties if k in needed or not self.is_empty(e)}
-                usable = sum(1 for k in able if self.closure_of_keys(o, frozenset((k,))) <= able)
-                if usable < o.low:
-                    return INFINITE
-            total += 8 * (o.low - len(needed))
-        for x in o.exists:
-            if not self._may_exist(o, x):
-                return INFINITE
-            total += 8
-        if o.excluded and not distinct.object_may_differ(self, replace(o, excluded=frozenset()), tuple(o.excluded)):
-            return INFINITE
-        return total
-
-    def other_keys_possible(self, o: Objects) -> bool:
-        """Can a key that is not declared have a value?"""
-        if o.default == FALSE:
-            return False
-        numbers = o.languages
-        if not numbers:
-            return not self.is_empty(o.default)
-        for matching in self.languages.signatures(numbers)[1]:
-            if not self.is_empty(specs.expr_of_signature(self, o, matching)):
-                few = self.languages.few_of_signature(numbers, matching)
-                if few is None or not few <= o.table.keys():
-                    return True
-        return False
-
-    def _may_exist(self, o: Objects, x: Exists) -> bool:
-        for k, e in o.properties:
-            if self.in_class(x, k) and not self.is_empty(self.both(e, x.expr)):
-                return True
-        matching = {x.pattern} if x.pattern is not None else set()
-        others = [n for rule in o.rules for n, _ in rule.patterns if n not in matching and n not in x.others]
-        # the key matches what it must; other patterns may or may not match it: try none, then each one
-        for extra in (None, *others):
-            found = frozenset(matching if extra is None else {*matching, extra})
-            if not self.is_empty(self.both(specs.expr_of_signature(self, o, found), x.expr)):
-                return True
-        return False
-
-    def in_class(self, x: Exists, key: str) -> bool:
-        if key in x.names:
-            return False
-        if x.pattern is not None:
-            return self.languages.accepts(x.pattern, key)
-        return not any(self.languages.accepts(n, key) for n in x.others)
-
-    @staticmethod
-    def closure_of_keys(o: Objects, keys: frozenset[str]) -> frozenset[str]:
-        """All keys that must stand in an object that has these."""
-        if not o.dependent:
-            return keys
-        needed = set(keys)
-        while True:
-            more = {r for k, needs in o.dependent if k in needed for r in needs} - needed
-            if not more:
-                return frozenset(needed)
-            needed |= more
-
-    def cost_of_array(self, a: Arrays) -> int:
-        """As `cost`, for one spec.
-
-        Raises: UnsupportedSchema where equal items and `contains` may get into each other's way.
-        """
-        if a.repeats and not distinct.can_repeat(self, a):
-            return INFINITE
-        if a.repeats and a.contains and (a.high is not None or any(c.high is not None for c in a.contains)):
-            problem = "with a limited number of items, equal items are not described beside `contains`"
-            raise UnsupportedSchema([(self.pointer, "uniqueItems", problem)])
-        if a.contains:
-            needed = specs.items_needed(self, a, 0, (0,) * len(a.contains))
-            if needed is None:
-                return INFINITE
-            total = 2 + self.cost_of_witness(a) * needed
-        else:
-            total = 2
-            for i in range(min(a.low, len(a.prefix) + 1)):
-                c = self.cost(specs.item(a, i))
-                if c >= INFINITE:
-                    return INFINITE
-                total += (c + 1) * (1 if i < len(a.prefix) else a.low - len(a.prefix))
-        if a.unique and not distinct.may_fill(self, a, 0, (0,) * len(a.contains), ()):
-            return INFINITE
-        if a.excluded and not distinct.array_may_differ(self, replace(a, excluded=frozenset()), tuple(a.excluded)):
-            return INFINITE
-        return total
-
-    def cost_of_witness(self, a: Arrays) -> int:
-        """More than the bytes of an item that some `contains` asks for: so that to write one always looks better than
-        to write another item first."""
-        found = 0
-        for c in a.contains:
-            if c.low:
-                found = max(found, min(self.cost(self.both(a.rest, c.expr)), self.cost(c.expr) + 1000))
-        return 10 + min(2 * found, 1 << 40)
 
 
 # keywords that can leave a schema without any value, alone or together

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ramet.grammar.automaton import CONCRETE, LOCAL_BITS, Machine, Table, path_to_exit, target
+from ramet.grammar.json_schema import costs
 from ramet.grammar.json_schema import values as v
 from ramet.grammar.json_schema.expressions import Expressions
 from ramet.grammar.json_schema.tables import (
@@ -289,17 +290,17 @@ class ValueFrame:
         at = machine.interned[("value", self.exprs, self.context.number)]
         ways: list[tuple[int, int]] = []
         for tag, a in enumerate(self.values()):
-            costs = {
+            cheapest = {
                 NULL: 4 if a.null else INFINITE,
                 TRUE: 4 if a.booleans & 2 else INFINITE,
                 FALSE: 5 if a.booleans & 1 else INFINITE,
                 NUMBER: 3 if a.numbers else INFINITE,
-                STRING: expressions.cost_of_values(Values(strings=a.strings)) if a.strings else INFINITE,
-                ARRAY: min((expressions.cost_of_array(r) for r in a.arrays), default=INFINITE),
-                OBJECT: min((expressions.cost_of_object(o) for o in a.objects), default=INFINITE),
+                STRING: costs.of_values(expressions, Values(strings=a.strings)) if a.strings else INFINITE,
+                ARRAY: min((costs.of_array(expressions, r) for r in a.arrays), default=INFINITE),
+                OBJECT: min((costs.of_object(expressions, o) for o in a.objects), default=INFINITE),
             }
             rest = self.context.rest(tag)
-            ways.extend((cost + rest, kind) for kind, cost in costs.items() if cost < INFINITE)
+            ways.extend((cost + rest, kind) for kind, cost in cheapest.items() if cost < INFINITE)
         return next(kind for _, kind in sorted(ways) if machine.exit_target(at, kind) >= 0)
 
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ramet.grammar import strings
 from ramet.grammar.automaton import Table, leave
-from ramet.grammar.json_schema import distinct
+from ramet.grammar.json_schema import costs, distinct
 from ramet.grammar.json_schema import specs as object_specs
 from ramet.grammar.json_schema.frames import Json
 from ramet.grammar.json_schema.object_states import Choices, ObjectState, Thread
@@ -119,9 +119,8 @@ class Space:
             else:
                 named = sum(1 << i for i in range(n) if self.usable(spec, i))
             if o.dependent:  # a key is of no use where those that it requires cannot stand
-                closure = self.json.expressions.closure_of_keys
                 for i in range(n):
-                    needed = sum(1 << self.index[k] for k in closure(o, frozenset((self.names[i],))))
+                    needed = sum(1 << self.index[k] for k in costs.closure_of_keys(o, frozenset((self.names[i],))))
                     if needed & ~named or (o.high is not None and needed.bit_count() > o.high):
                         named &= ~(1 << i)
             own = sum(1 << i for i in range(n) if (named >> i) & 1 and self.names[i] in o.table)
@@ -180,7 +179,7 @@ class Space:
 
     def in_class(self, x: Exists, label: int) -> bool:
         if label < len(self.names):
-            return self.json.expressions.in_class(x, self.names[label])
+            return costs.in_class(self.json.expressions, x, self.names[label])
         matching = self.signatures[label - len(self.names)]
         return x.pattern in matching if x.pattern is not None else not matching.intersection(x.others)
 

@@ -13,7 +13,7 @@ from fractions import Fraction
 from typing import Any
 
 from ramet.errors import InvalidSchema
-from ramet.grammar import numeric, regular
+from ramet.grammar import dfas, numeric
 from ramet.grammar.json_schema import formats, pattern, specs
 from ramet.grammar.json_schema import values as v
 from ramet.grammar.json_schema.document import DRAFT4, DRAFT7, DRAFT2019, Registry, SchemaNode, escape
@@ -252,7 +252,7 @@ class Interpreter:
             return v.ANY_OBJECTS
         if all(s.finite is not None for s in strings):
             return Objects(tuple((k, TRUE) for s in strings for k in sorted(s.finite or ())), FALSE)
-        dfa = regular.union([self.languages.whole(s) for s in strings])
+        dfa = dfas.union([self.languages.whole(s) for s in strings])
         number = self.languages.add_automaton("propertyNames", dfa)
         return Objects(rules=(Rule(((number, TRUE),), FALSE),))
 

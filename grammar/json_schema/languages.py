@@ -9,10 +9,10 @@ from collections.abc import Iterable
 from dataclasses import replace
 from functools import lru_cache
 
-from ramet.grammar import deadline, ir, regular
+from ramet.grammar import deadline, dfas, ir, regular
+from ramet.grammar.dfas import Dfa
 from ramet.grammar.json_schema import formats, pattern
 from ramet.grammar.json_schema.values import Strings
-from ramet.grammar.regular import Dfa
 
 FEW = 64
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -72,7 +72,7 @@ class Languages:
                 matching = frozenset(n for n, a in zip(numbers, accepts, strict=True) if a)
                 return 1 + sets.setdefault(matching, len(sets))
 
-            dfa = regular.product([self.dfa(n) for n in numbers], label, max_states=self.max_states)
+            dfa = dfas.product([self.dfa(n) for n in numbers], label, max_states=self.max_states)
             found = self._signatures[numbers] = dfa, list(sets)
         return found
 
@@ -106,16 +106,14 @@ class Languages:
             found = None
             name = " and ".join(self.name(n) for n, _ in spec.languages) or "a string's length"
             parts = [
-                self.dfa(n) if wanted else _writable(regular.complement(self.dfa(n)))
+                self.dfa(n) if wanted else _writable(dfas.complement(self.dfa(n)))
                 for n, wanted in sorted(spec.languages)
             ]
             parts.sort(key=lambda d: len(d.transitions))
             if spec.low or spec.high is not None or not parts:
                 parts.append(length_automaton(spec.low, spec.high))
             for part in parts:  # one by one: what comes between is minimal
-                found = (
-                    part if found is None else regular.intersect([found, part], max_states=self.max_states, name=name)
-                )
+                found = part if found is None else dfas.intersect([found, part], max_states=self.max_states, name=name)
             assert found is not None
             self._conjunctions[key] = found
         return found
@@ -137,7 +135,7 @@ class Languages:
         base = self.base(spec)
         if not spec.excluded:
             return base
-        return regular.intersect([base, regular.complement(_finite(spec.excluded))], max_states=self.max_states)
+        return dfas.intersect([base, dfas.complement(_finite(spec.excluded))], max_states=self.max_states)
 
     def describe(self, specs: Iterable[Iterable[Strings]]) -> str:
         """The languages that specs name, for messages."""
@@ -187,7 +185,7 @@ def _writable(dfa: Dfa) -> Dfa:
             inside.add(dfa.classes[i])
         if start < 0xD800 or end > 0xDFFF:
             outside.add(dfa.classes[i])
-    return dfa if inside <= outside else regular.intersect([dfa, regular.compile_chars(ir.ANY_TEXT)])
+    return dfa if inside <= outside else dfas.intersect([dfa, regular.compile_chars(ir.ANY_TEXT)])
 
 
 @lru_cache(maxsize=2048)

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ramet.errors import GrammarTooLarge
-from ramet.grammar import deadline, regular, strings
+from ramet.grammar import deadline, dfas, strings
 from ramet.grammar.automaton import REFUSE, compress_rows, leave, sample_bytes
 from ramet.grammar.json_schema.tables import StringRows
 from ramet.grammar.json_schema.values import Strings
@@ -111,7 +111,7 @@ class BoundedStrings:
             return labels.setdefault(found, len(labels))
 
         automata = [languages.whole(spec) for spec in parts]
-        self.dfa = regular.product(automata, label, max_states=languages.max_states, name=languages.describe(specs))
+        self.dfa = dfas.product(automata, label, max_states=languages.max_states, name=languages.describe(specs))
         self.labels = list(labels)
         self.tags = sorted({c.tag for label in self.labels for c in label})
         self.accepting = np.array(self.dfa.accepting)

@@ -12,6 +12,7 @@ from itertools import combinations
 from typing import TYPE_CHECKING
 
 from ramet.grammar.automaton import Table
+from ramet.grammar.json_schema import costs
 from ramet.grammar.json_schema.behind import ObjectEnd
 from ramet.grammar.json_schema.values import FALSE, Exists, Expr
 
@@ -67,7 +68,7 @@ class ObjectState:
         if not o.dependent:
             return space.required[spec] & ~seen
         present = frozenset(k for i, k in enumerate(space.names) if (seen >> i) & 1)
-        keys = self.json.expressions.closure_of_keys(o, o.required | present)
+        keys = costs.closure_of_keys(o, o.required | present)
         return sum(1 << space.index[k] for k in keys) & ~seen
 
     def may_finish(self, thread: Thread, seen: int, count: int) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ramet.grammar import deadline
-from ramet.grammar.json_schema import distinct
+from ramet.grammar.json_schema import costs, distinct
 from ramet.grammar.json_schema import values as v
 from ramet.grammar.json_schema.values import FALSE, INFINITE, TRUE, Arrays, Contains, Exists, Expr, Objects, Rule
 
@@ -142,13 +142,13 @@ def _not_exists(expressions: Expressions, x: Exists) -> Objects:
 def objects_of(expressions: Expressions, expr: Expr) -> tuple[Objects, ...]:
     """The specs of the objects in an expression that is not empty, but for specs without values."""
     a = expressions.values(expr)
-    return a.objects if a.is_one_spec else tuple(o for o in a.objects if expressions.cost_of_object(o) < INFINITE)
+    return a.objects if a.is_one_spec else tuple(o for o in a.objects if costs.of_object(expressions, o) < INFINITE)
 
 
 def arrays_of(expressions: Expressions, expr: Expr) -> tuple[Arrays, ...]:
     """As `objects_of`, for arrays."""
     a = expressions.values(expr)
-    return a.arrays if a.is_one_spec else tuple(r for r in a.arrays if expressions.cost_of_array(r) < INFINITE)
+    return a.arrays if a.is_one_spec else tuple(r for r in a.arrays if costs.of_array(expressions, r) < INFINITE)
 
 
 def item(a: Arrays, index: int) -> Expr:

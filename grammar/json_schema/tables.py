@@ -12,13 +12,13 @@ from functools import cache, lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from ramet.grammar import deadline, ir, numeric, regular, strings, walker
+from ramet.grammar import deadline, dfas, ir, numeric, strings, walker
 from ramet.grammar.automaton import REFUSE, compress_rows, leave
+from ramet.grammar.dfas import Dfa
 from ramet.grammar.json_schema.languages import Languages
 from ramet.grammar.json_schema.values import Strings
 from ramet.grammar.numeric import Numbers
 from ramet.grammar.plain_trie import plain_trie
-from ramet.grammar.regular import Dfa
 
 FEW_NUMBERS, MANY_NUMBERS = 8, 4096  # single numbers between which they are not made automata one by one
 CHUNK = 64  # characters that one table of a counted string holds
@@ -172,7 +172,7 @@ def string_rows(
 
     base = None
     if any(bases):
-        dfa, known = _tagged([regular.union([languages.base(s) for s in b]) if b else None for b in bases])
+        dfa, known = _tagged([dfas.union([languages.base(s) for s in b]) if b else None for b in bases])
         base = strings.json_string_rows(dfa, [exit_of(known[a]) for a in dfa.accepting])
     exits = {text: exit_of(mask) for text, mask in entries.items()}
     if base is None:
@@ -195,10 +195,10 @@ def number_rows(
         _leave_at(wide, ends)
         strings.trim(wide)
         return *compress_rows(wide), ends, masks
-    dfa, known = _tagged([regular.union([numeric.automaton(n) for n in tag]) if tag else None for tag in specs])
+    dfa, known = _tagged([dfas.union([numeric.automaton(n) for n in tag]) if tag else None for tag in specs])
     masks = tuple(known[1:])
     ends = np.array(dfa.accepting, dtype=np.int32) - 1
-    wide = regular.byte_table(dfa)
+    wide = dfas.byte_table(dfa)
     _leave_at(wide, ends)
     return *compress_rows(wide), ends, masks
 
@@ -217,7 +217,7 @@ def _many_numbers(
     by one walk over their digits, beside an automaton of all other numbers."""
     bases = [[n for n in tag if n.finite is None] for tag in specs]
     parts = [[numeric.unexcluded(n) if n.excluded else numeric.automaton(n) for n in b] for b in bases]
-    dfa, known = _tagged([regular.union(p) if p else None for p in parts]) if any(parts) else (None, [0])
+    dfa, known = _tagged([dfas.union(p) if p else None for p in parts]) if any(parts) else (None, [0])
     exits: dict[int, int] = {}
 
     def exit_of(mask: int) -> int:
@@ -230,7 +230,7 @@ def _many_numbers(
     # a state: (indices of texts and characters read of them: behind the text its zeros; state of `dfa`, -1 for none)
     first = (tuple((i, 0) for i in range(len(written))), -1 if dfa is None else 0)
     index, queue = {first: 0}, [first]
-    other = np.full((0, 256), REFUSE, dtype=np.int32) if dfa is None else regular.byte_table(dfa)
+    other = np.full((0, 256), REFUSE, dtype=np.int32) if dfa is None else dfas.byte_table(dfa)
     edges: list[tuple[int, int, int]] = []
     ends: list[int] = []
     for number, (reading, state) in enumerate(queue):
@@ -280,7 +280,7 @@ def _tagged(parts: list[Dfa | None]) -> tuple[Dfa, list[int]]:
         _, d = present[0]
         accepting = [label((bool(a),)) for a in d.accepting]
         return Dfa(d.max_symbol, d.starts, d.classes, d.num_classes, d.transitions, accepting), list(masks)
-    return regular.product([d for _, d in present], label), list(masks)
+    return dfas.product([d for _, d in present], label), list(masks)
 
 
 def overlay(base: strings.Content | None, entries: dict[str, int]) -> strings.Content:

@@ -11,10 +11,10 @@ import jsonschema
 import pytest
 
 from ramet.grammar import Vocabulary, compile_grammar
+from ramet.grammar.dfas import Dfa
 from ramet.grammar.ir import MAX_CODE_POINT, JsonSchema
 from ramet.grammar.json_schema import formats
 from ramet.grammar.json_schema.languages import automaton
-from ramet.grammar.regular import Dfa
 
 BYTES = Vocabulary([*(bytes((i,)) for i in range(256)), b""], [256])
 CHECKER = jsonschema.Draft202012Validator.FORMAT_CHECKER
