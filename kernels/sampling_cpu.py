@@ -29,7 +29,7 @@ _PART = 1024  # logits: the largest one is looked for again in its part alone
 
 def takes(logits: Tensor, tables: SamplingTables, rows: Tensor, mask: Tensor | None) -> bool:
     """True where `greedy_tokens` may be asked."""
-    is_plain = tables.grammar is None and rows.dtype is torch.int32 and rows.is_contiguous()
+    is_plain = tables.grammar is None and tables.edits is None and rows.dtype is torch.int32 and rows.is_contiguous()
     return is_plain and cpu_pointwise.takes_logits(logits) and (mask is None or mask.is_contiguous())
 
 

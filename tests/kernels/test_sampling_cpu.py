@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from ramet.kernels import sampling_cpu
+from ramet.kernels.logit_edits import PARAMETERS, EditTables
 from ramet.kernels.sampling import SamplingTables, sample, sample_reference
-from ramet.kernels.step_inputs import SlotTables
+from ramet.kernels.step_inputs import SlotTables, float_bits
 
 ODD = [math.nan, -math.nan, math.inf, -math.inf, 0.0, -0.0, -3e38, 3e38, 1e-45, -1e-45]
 
@@ -69,3 +70,15 @@ def test_logits_in_half_precision_are_masked_and_chosen_by_their_values(dtype: t
         expected = sample(logits.float(), tables, rows, rows, chosen)
         assert sample(logits, tables, rows, rows, chosen).tolist() == expected.tolist()
     assert expected[2] == 30
+
+
+def test_rows_with_edits_are_left_to_the_reference() -> None:
+    tables = SlotTables.create(2, 1)
+    edits = EditTables.create(1, 70)
+    edits.parameters[:, PARAMETERS["repetition"]] = float_bits(1.0)
+    edits.bias[1, 33] = 100.0
+    tables.column("edit_row")[1] = 1
+    rows = torch.arange(2, dtype=torch.int32)
+    logits = torch.randn(2, 70)
+    tokens = sample(logits, tables.sampling(edits=edits), rows, rows)
+    assert tokens.tolist() == [int(logits[0].argmax()), 33]
