@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from ramet.kernels.triton_support import HAS_TRITON, jit, tl
+from ramet.kernels.triton_support import jit, tl
 
-pytestmark = pytest.mark.skipif(not HAS_TRITON or torch.cuda.is_available(), reason="needs Triton's interpreter")
+# What is watched is the interpreter. On a card programs run at once: race_checks.py looks for what this finds here.
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on a card nothing is interpreted")
 
 # The `launch_watch` fixture is tests/kernels/conftest.py's LaunchWatch: a conftest cannot be imported, hence Any.
 

@@ -19,10 +19,8 @@ from ramet.kernels.logit_edits import (
     edit_logits_triton,
 )
 from ramet.kernels.step_inputs import float_bits
-from ramet.kernels.triton_support import HAS_TRITON
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-NEEDS_TRITON = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 
 
 def set_parameters(
@@ -66,7 +64,6 @@ def random_case(dtype: torch.dtype, vocab_size: int) -> tuple[Tensor, EditTables
     return logits, tables, rows, int32(19, 3, 61, 0, 80, 9, 0)
 
 
-@NEEDS_TRITON
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("vocab_size", [40, 8192, 9001])
 def test_the_kernel_edits_as_the_reference(dtype: torch.dtype, vocab_size: int) -> None:
@@ -80,7 +77,6 @@ def test_the_kernel_edits_as_the_reference(dtype: torch.dtype, vocab_size: int) 
     assert bool((tables.edited[[0, 2]] == 99.0).all()), "rows that nobody asked for"
 
 
-@NEEDS_TRITON
 def test_generated_tokens_are_counted_for_slots_with_edits_alone() -> None:
     _, tables, rows, _ = random_case(torch.float32, 40)
     before, tokens = tables.words.clone(), int32(7, 7, 39, 7, 0, 7, 7)

@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from ramet.kernels.triton_support import HAS_TRITON
-
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "walk_device.py"
-pytestmark = pytest.mark.skipif(not HAS_TRITON or torch.version.cuda is not None, reason="for torch without CUDA")
+# The fake device takes CUDA's place in a torch that has none. Where torch has it, a card can be asked: check_gpu.py.
+pytestmark = pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA itself")
 
 
 @pytest.mark.parametrize(

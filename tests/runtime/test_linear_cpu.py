@@ -62,6 +62,8 @@ def test_products_of_every_size_equal_the_dequantised_product(block_format: str,
         assert exact or float(difference.max()) > 1e-4, "rounding was expected to show"
 
 
+# Int8 products alone are packed, by a kernel of these instructions. Where packed weights lie is tested everywhere, in
+# test_huge_pages.py, and what other CPUs multiply, above.
 @pytest.mark.skipif(not HERE.int8, reason="this CPU lacks the instructions")
 def test_what_a_decode_step_reads_lies_together() -> None:
     held = storage("Q4_1", CpuFeatures(False, True), draw(48, 64))
