@@ -138,9 +138,14 @@ def of_array(e: Expressions, a: Arrays) -> int:
 
 def of_witness(e: Expressions, a: Arrays) -> int:
     """More than the bytes of an item that some `contains` asks for: so that to write one always looks better than
-    to write another item first."""
+    to write another item first. Such an item is also none of which there must not be more."""
     found = 0
     for c in a.contains:
         if c.low:
             found = max(found, min(e.cost(e.both(a.rest, c.expr)), e.cost(c.expr) + 1000))
+    index = specs.last_index(a) if a.high is None else max(min(specs.last_index(a), a.high - 1), 0)
+    for value, counts in specs.item_choices(e, a, index, (0,) * len(a.contains)):
+        if any(c.low and n for c, n in zip(a.contains, counts, strict=True)):
+            cost = e.cost(value)
+            found = max(found, cost if cost < INFINITE else 0)
     return 10 + min(2 * found, 1 << 40)

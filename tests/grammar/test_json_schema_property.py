@@ -186,6 +186,24 @@ def test_random_walks_never_end_dead_and_their_texts_validate(schema: Any, data:
     assert is_valid(schema, value), (schema, text)
 
 
+def test_an_item_that_another_contains_forbids_is_still_worth_writing() -> None:
+    """It looked cheaper to put off the one item that is needed, at every item: the text was never closed."""
+    arrays = {"type": "array", "maxItems": 2}
+    schema = {
+        "oneOf": [
+            {"type": "array", "uniqueItems": True, "contains": arrays},
+            {"type": "array", "uniqueItems": True, "contains": {**arrays, "items": {"enum": [1, "a"]}}},
+        ]
+    }
+    grammar = compiled(schema, VOCABULARY)
+    begun = b'[{"a'
+    state = grammar.advance_bytes(0, begun)
+    assert state is not None
+    text = begun + b"".join(VOCABULARY.token_bytes[token] for token in grammar.shortest_completion(state))
+    assert is_valid(schema, json.loads(text)), text
+    assert len(text) < 40
+
+
 @relaxed
 @given(schemas | distinct, values, st.data())
 def test_masks_equal_brute_force_along_any_split(schema: Any, value: Any, data: st.DataObject) -> None:
