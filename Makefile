@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 FOLDERS := ramet/*.py lang grammar kernels runtime tests examples benchmarks
 
-NPM_TOUR := tests/runtime/server/npm
+NPM_TOUR := tests/runtime/server/openai/npm
 NPM_STAMP := $(NPM_TOUR)/node_modules/.package-lock.json
 
 .PHONY: demo test test-all check format bench docs clean

@@ -10,11 +10,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ramet.kernels.attention_decode import DecodeMetadata
-from ramet.kernels.attention_decode_triton import attention_decode_triton
-from ramet.kernels.attention_extend import ExtendMetadata
-from ramet.kernels.attention_extend_triton import attention_extend_triton
-from ramet.kernels.attention_plan import (
+from ramet.kernels.attention.decode import DecodeMetadata
+from ramet.kernels.attention.decode_triton import attention_decode_triton
+from ramet.kernels.attention.extend import ExtendMetadata
+from ramet.kernels.attention.extend_triton import attention_extend_triton
+from ramet.kernels.attention.plan import (
     TREE_PROGRAMS_PER_SM,
     AttentionShape,
     TileConfig,
@@ -24,8 +24,8 @@ from ramet.kernels.attention_plan import (
     extend_config,
     tree_config,
 )
-from ramet.kernels.attention_tree import SharedSegment, TreePlan, find_shared_segments, plan_tree
-from ramet.kernels.attention_tree_triton import attention_tree_triton
+from ramet.kernels.attention.tree import SharedSegment, TreePlan, find_shared_segments, plan_tree
+from ramet.kernels.attention.tree_triton import attention_tree_triton
 
 BANDWIDTH = 3.04e12  # bytes/s read, measured
 PEAK = 798e12  # flop/s, bf16 product of 8192 x 8192 x 8192, measured

@@ -1,4 +1,4 @@
-"""Check and time the attention kernels over tile sizes and splits, for the choices in kernels/attention_plan.py.
+"""Check and time the attention kernels over tile sizes and splits, for the choices in kernels/attention/plan.py.
 
     PYTHONPATH=. python3 benchmarks/bench_attention.py --out attention.json   (at the repository's root)
 

@@ -25,8 +25,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ramet.grammar import Matcher, Vocabulary, compile_constraint
-from ramet.grammar.backends import FollowedGrammar, load_backend
-from ramet.grammar.compiler import warm_up
+from ramet.grammar.engines import FollowedGrammar, load_backend
+from ramet.grammar.machine.compiler import warm_up
 
 JSON_GRAMMAR = r"""
 start: value

@@ -23,8 +23,8 @@ from json_line import commit, print_record
 from workloads import JSON_SCHEMA, json_workload
 
 from ramet.grammar import Vocabulary
-from ramet.grammar.sources import compile_constraint
-from ramet.runtime.client import Engine
+from ramet.grammar.service.sources import compile_constraint
+from ramet.runtime.engine.engine import Engine
 from ramet.runtime.types import FinishReason, Grammar, SamplingParams
 
 Json = Any  # a decoded JSON document

@@ -68,8 +68,8 @@ class DecoderSystem:
     def __init__(self, path: Path, dtype: str) -> None:
         import torch
 
-        from ramet.runtime.models.bare_cache import BareCache
         from ramet.runtime.models.load import load_model
+        from ramet.runtime.testing.bare_cache import BareCache
 
         self.torch, self.cache = torch, BareCache
         self.decoder = load_model(path, device="cpu", dtype=dtype).decoder
@@ -101,8 +101,8 @@ class EngineSystem:
     """The whole runtime, in process."""
 
     def __init__(self, path: Path, threads: int) -> None:
-        from ramet.runtime.client import Engine
-        from ramet.runtime.config import EngineConfig
+        from ramet.runtime.engine.config import EngineConfig
+        from ramet.runtime.engine.engine import Engine
         from ramet.runtime.types import SamplingParams
 
         self.engine = Engine(str(path), EngineConfig(device="cpu", num_threads=threads, num_kv_tokens=8192))

@@ -30,11 +30,11 @@ from rich.console import Console
 from rich.table import Table
 
 from ramet import Function, State, function, gen
-from ramet.lang.backend import EngineBackend
-from ramet.runtime.eviction import lru_rank, next_use_rank
-from ramet.runtime.page_pool import PagePool
-from ramet.runtime.radix_cache import RadixCache
-from ramet.runtime.scripted_model import ScriptedEngine, ScriptedHandle
+from ramet.lang.backends.backend import EngineBackend
+from ramet.runtime.cache.eviction import lru_rank, next_use_rank
+from ramet.runtime.cache.page_pool import PagePool
+from ramet.runtime.cache.radix_cache import RadixCache
+from ramet.runtime.testing.scripted_model import ScriptedEngine, ScriptedHandle
 from ramet.runtime.types import RequestOutput, TokenIds
 
 PAGE_SIZE = 16

@@ -37,14 +37,14 @@ from vocabulary import make_vocabulary
 from workloads import JSON_SCHEMA, MAKERS, ROWS, Chain, Workload, shrunk
 
 from ramet.grammar import Vocabulary
-from ramet.grammar.sources import compile_constraint
-from ramet.runtime.chat_template import ChatTemplate
-from ramet.runtime.client import Engine
-from ramet.runtime.config import EngineConfig
+from ramet.grammar.service.sources import compile_constraint
+from ramet.runtime.engine.config import EngineConfig
+from ramet.runtime.engine.engine import Engine
 from ramet.runtime.models.config import ModelConfig, llama_3_1_8b, smollm2_135m
-from ramet.runtime.models.dummy import dummy_decoder
 from ramet.runtime.models.generation import GenerationDefaults
 from ramet.runtime.models.load import LoadedModel
+from ramet.runtime.testing.dummy import dummy_decoder
+from ramet.runtime.text.chat_template import ChatTemplate
 from ramet.runtime.types import Grammar, RequestOutput, SamplingParams
 
 # What is worth most first: shared prefixes and constraints, where engines differ most, then batch 1 and loads.

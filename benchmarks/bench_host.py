@@ -27,13 +27,13 @@ from bench_gpu import MadeUpTokenizer, run_row, tiny_shapes
 from json_line import commit, print_record
 from workloads import MAKERS, Chain, Turn, Workload
 
-from ramet.runtime.client import Engine
-from ramet.runtime.config import EngineConfig
+from ramet.runtime.engine.config import EngineConfig
+from ramet.runtime.engine.engine import Engine
 from ramet.runtime.models.config import llama_3_1_8b
-from ramet.runtime.models.dummy import dummy_decoder
 from ramet.runtime.models.generation import GenerationDefaults
 from ramet.runtime.models.load import LoadedModel
-from ramet.runtime.tree_planner import TreePlanner
+from ramet.runtime.steps.tree_planner import TreePlanner
+from ramet.runtime.testing.dummy import dummy_decoder
 
 CONTEXT = 16_384
 STEADY = (1, 50, 256)

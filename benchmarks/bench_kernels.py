@@ -52,13 +52,15 @@ from kernel_cases import (
 from kernel_checks import check, fits_gated
 from torch import Tensor
 
-from ramet.kernels import activation, copy_pages, gemv, norm, rope, step_inputs
-from ramet.kernels.gemv import GemvConfig
-from ramet.kernels.grammar_arena import GrammarArena
-from ramet.kernels.grammar_mask import mask_classes
-from ramet.kernels.grammar_mask_triton import advance_states_triton, build_masks_triton
-from ramet.kernels.matmul_invariant import matmul_invariant_triton
-from ramet.kernels.sampling_triton import sample_triton
+from ramet.kernels.grammar.arena import GrammarArena
+from ramet.kernels.grammar.mask import mask_classes
+from ramet.kernels.grammar.mask_triton import advance_states_triton, build_masks_triton
+from ramet.kernels.layers import activation, gemv, norm, rope
+from ramet.kernels.layers.gemv import GemvConfig
+from ramet.kernels.layers.matmul_invariant import matmul_invariant_triton
+from ramet.kernels.sampling.sample_triton import sample_triton
+from ramet.kernels.slots import copy_pages
+from ramet.kernels.slots import tables as step_inputs
 
 L2_BYTES = 64 << 20
 BATCHES_SMALL = (1, 2) if DRY else (1, 2, 4, 8)

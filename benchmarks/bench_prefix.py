@@ -20,8 +20,8 @@ from json_line import commit, print_record
 from rich.console import Console
 from rich.table import Table
 
-from ramet.runtime.client import Engine
-from ramet.runtime.request_handle import RequestResult
+from ramet.runtime.engine.engine import Engine
+from ramet.runtime.engine.handle import RequestResult
 from ramet.runtime.types import SamplingParams
 
 ONE_TOKEN = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)

@@ -19,10 +19,10 @@ from pathlib import Path
 import numpy as np
 from json_line import commit
 
-from ramet.runtime.page_pool import PagePool
-from ramet.runtime.radix_cache import RadixCache
-from ramet.runtime.scheduler import Scheduler
-from ramet.runtime.scheduler_config import SchedulerConfig
+from ramet.runtime.cache.page_pool import PagePool
+from ramet.runtime.cache.radix_cache import RadixCache
+from ramet.runtime.scheduling.config import SchedulerConfig
+from ramet.runtime.scheduling.scheduler import Scheduler
 from ramet.runtime.types import Batch, Request, RowOutput, SamplingParams
 
 PAGE_SIZE = 16

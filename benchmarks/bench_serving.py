@@ -36,7 +36,7 @@ from rich.table import Table
 from serving_load import EngineTarget, HttpTarget, Sample, Target, closed_loop, open_loop
 from workloads import MAKERS, Chain, Workload, eighth
 
-from ramet.runtime.client import Engine
+from ramet.runtime.engine.engine import Engine
 
 Row = dict[str, Any]  # Any: JSON
 NAMES = ("unique", "rag", "multiturn", "agentic")

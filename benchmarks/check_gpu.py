@@ -33,15 +33,15 @@ from json_line import commit
 
 from ramet.errors import RequestCancelled
 from ramet.grammar import Vocabulary
-from ramet.grammar.sources import compile_constraint
-from ramet.runtime.client import Engine
-from ramet.runtime.config import EngineConfig
+from ramet.grammar.service.sources import compile_constraint
+from ramet.runtime.engine.config import EngineConfig
+from ramet.runtime.engine.engine import Engine
+from ramet.runtime.engine.handle import RequestHandle
 from ramet.runtime.models.config import smollm2_135m
 from ramet.runtime.models.decoder import build_decoder
-from ramet.runtime.models.dummy import dummy_weights
 from ramet.runtime.models.generation import GenerationDefaults
 from ramet.runtime.models.load import LoadedModel, load_model, open_model
-from ramet.runtime.request_handle import RequestHandle
+from ramet.runtime.testing.dummy import dummy_weights
 from ramet.runtime.types import FinishReason, SamplingParams
 
 SCHEMA = {

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from attention_cases import label
 
-from ramet.kernels.attention_plan import (
+from ramet.kernels.attention.plan import (
     PROGRAMS_PER_SM,
     TREE_PROGRAMS_PER_SM,
     AttentionShape,
@@ -37,7 +37,7 @@ from ramet.kernels.attention_plan import (
     tree_config,
 )
 from ramet.kernels.card_table import CardTable, Product
-from ramet.kernels.gemv import GemvConfig
+from ramet.kernels.layers.gemv import GemvConfig
 
 PRODUCT_GAIN, STACK_GAIN, TILE_GAIN = 0.97, 0.98, 0.01
 SHAPE = AttentionShape(32, 8, 128)

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from vocabulary import make_vocabulary
 
-from ramet.kernels import sampling
-from ramet.kernels.gemv import GemvConfig
-from ramet.kernels.grammar_mask import AutomatonTables, TokenTable
+from ramet.kernels.grammar.mask import AutomatonTables, TokenTable
+from ramet.kernels.layers.gemv import GemvConfig
+from ramet.kernels.sampling import sample as sampling
 
 DRY = "--dry-run" in sys.argv
 DEVICE = "cpu" if DRY else "cuda"

@@ -30,11 +30,15 @@ from kernel_cases import (
 from race_checks import check_races
 from torch import Tensor
 
-from ramet.kernels import activation, copy_pages, gemv, logit_edits, norm, rope, sampling, step_inputs
-from ramet.kernels.grammar_arena import GrammarArena
-from ramet.kernels.grammar_mask import advance_states_reference, build_masks_reference
-from ramet.kernels.grammar_mask_triton import advance_states_triton, build_masks_triton
-from ramet.kernels.sampling_triton import sample_triton
+from ramet.kernels.grammar.arena import GrammarArena
+from ramet.kernels.grammar.mask import advance_states_reference, build_masks_reference
+from ramet.kernels.grammar.mask_triton import advance_states_triton, build_masks_triton
+from ramet.kernels.layers import activation, gemv, norm, rope
+from ramet.kernels.sampling import logit_edits
+from ramet.kernels.sampling import sample as sampling
+from ramet.kernels.sampling.sample_triton import sample_triton
+from ramet.kernels.slots import copy_pages
+from ramet.kernels.slots import tables as step_inputs
 
 
 def relative(actual: Tensor, expected: Tensor) -> float:

@@ -10,21 +10,23 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ramet.kernels import activation, copy_pages, gemv, norm, rope, step_inputs
-from ramet.kernels.attention_decode import DecodeMetadata
-from ramet.kernels.attention_decode_triton import attention_decode_triton
-from ramet.kernels.attention_extend import ExtendMetadata
-from ramet.kernels.attention_extend_triton import attention_extend_triton
-from ramet.kernels.attention_plan import TileConfig, decode_config, extend_config, tree_config
-from ramet.kernels.attention_tree import TreePlan
-from ramet.kernels.attention_tree_triton import attention_tree_triton
+from ramet.kernels.attention.decode import DecodeMetadata
+from ramet.kernels.attention.decode_triton import attention_decode_triton
+from ramet.kernels.attention.extend import ExtendMetadata
+from ramet.kernels.attention.extend_triton import attention_extend_triton
+from ramet.kernels.attention.plan import TileConfig, decode_config, extend_config, tree_config
+from ramet.kernels.attention.tree import TreePlan
+from ramet.kernels.attention.tree_triton import attention_tree_triton
 from ramet.kernels.card_table import CardTable
-from ramet.kernels.grammar_mask import Budgets, ResidentAutomata, TokenTable
-from ramet.kernels.grammar_mask_triton import advance_states_triton, build_masks_triton
-from ramet.kernels.logit_edits import EditTables, count_tokens_triton
-from ramet.kernels.matmul_invariant import matmul_invariant_triton
-from ramet.kernels.sampling import GrammarTables
-from ramet.kernels.sampling_triton import sample_triton
+from ramet.kernels.grammar.mask import Budgets, ResidentAutomata, TokenTable
+from ramet.kernels.grammar.mask_triton import advance_states_triton, build_masks_triton
+from ramet.kernels.layers import activation, gemv, norm, rope
+from ramet.kernels.layers.matmul_invariant import matmul_invariant_triton
+from ramet.kernels.sampling.logit_edits import EditTables, count_tokens_triton
+from ramet.kernels.sampling.sample import GrammarTables
+from ramet.kernels.sampling.sample_triton import sample_triton
+from ramet.kernels.slots import copy_pages
+from ramet.kernels.slots import tables as step_inputs
 
 DTYPE = torch.bfloat16
 PAGE = 16

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ramet.grammar import Matcher, Vocabulary, compile_grammar
-from ramet.grammar.compiler import warm_up
 from ramet.grammar.ir import JsonOptions, JsonSchema
+from ramet.grammar.machine.compiler import warm_up
 
 
 class Tok(Protocol):

@@ -16,12 +16,12 @@ import torch
 from kernel_cases import DEVICE, DIM, DOT_CONFIGS, DRY, DTYPE, HEADS, HIDDEN, KV_HEADS, SUM_CONFIGS, integers, randn
 from torch import Tensor
 
-from ramet.kernels import gemv
-from ramet.kernels.attention_decode import DecodeMetadata
-from ramet.kernels.attention_decode_triton import attention_decode_triton
-from ramet.kernels.attention_plan import tree_config
-from ramet.kernels.attention_tree import SharedSegment, TreePlan, plan_tree
-from ramet.kernels.attention_tree_triton import attention_tree_triton
+from ramet.kernels.attention.decode import DecodeMetadata
+from ramet.kernels.attention.decode_triton import attention_decode_triton
+from ramet.kernels.attention.plan import tree_config
+from ramet.kernels.attention.tree import SharedSegment, TreePlan, plan_tree
+from ramet.kernels.attention.tree_triton import attention_tree_triton
+from ramet.kernels.layers import gemv
 
 _REPEATS = 2 if DRY else 200
 _CHAIN = 3 if DRY else 24

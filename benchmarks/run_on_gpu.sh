@@ -82,12 +82,12 @@ compile_ahead() { # fills Triton's cache on all cores at once; no kernel is laun
 if [ -n "$dry" ]; then
   dry_kernels=(--dry-run) dry_attention=(--dry-run) dry_checks=(--device cpu --tiny)
   dry_rows=("${dry_checks[@]}" --scale 64 --shrink 64)
-  tests=(tests/kernels/test_step_inputs.py) soak=4
+  tests=(tests/kernels/slots/test_tables.py) soak=4
 else
   nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem,memory.used --format=csv,noheader | tee -a "$log"
   dry_kernels=() dry_attention=() dry_checks=() dry_rows=()
   # Not those of the CPU's kernels: compiling these takes a minute there.
-  tests=(tests/kernels "--ignore-glob=*cpu*" "--ignore-glob=*block_*" tests/runtime/test_tree_planner.py) soak=45
+  tests=(tests/kernels "--ignore-glob=*cpu*" "--ignore-glob=*block_*" tests/runtime/steps/test_tree_planner.py) soak=45
   $python -c 'import xdist' 2>/dev/null && tests+=(-n 8)
 fi
 table=() chosen=
@@ -106,7 +106,7 @@ case $part in
     run kernel-tests 110 $python -m pytest -q -p no:cacheprovider -W default -m "not slow" --timeout 100 "${tests[@]}"
     run others 60 $python benchmarks/bench_kernels.py "${dry_kernels[@]}" --sections sampling,masks,small --out "$out/others.json"
     if [ -z "$dry" ] && command -v compute-sanitizer >/dev/null; then
-      run sanitizer 60 compute-sanitizer --error-exitcode 9 $python -m pytest -q -p no:cacheprovider -W default tests/kernels/test_attention_tree.py tests/kernels/test_step_inputs.py
+      run sanitizer 60 compute-sanitizer --error-exitcode 9 $python -m pytest -q -p no:cacheprovider -W default tests/kernels/attention/test_tree.py tests/kernels/slots/test_tables.py
     fi
     ;;
   engine)

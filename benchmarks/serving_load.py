@@ -19,7 +19,7 @@ import httptools
 import msgspec
 from workloads import Chain
 
-from ramet.runtime.client import Engine
+from ramet.runtime.engine.engine import Engine
 from ramet.runtime.types import RequestOutput, SamplingParams
 
 

@@ -21,14 +21,14 @@ from bench_gpu import ORDER, REFERENCE
 from numpy.typing import NDArray
 from workloads import MAKERS, ROWS, Chain
 
-from ramet.kernels.attention_plan import AttentionShape, TreeCostModel, tree_config
-from ramet.runtime.cuda_graph import StepGraphs
+from ramet.kernels.attention.plan import AttentionShape, TreeCostModel, tree_config
+from ramet.runtime.cache.page_pool import PagePool
+from ramet.runtime.cache.radix_cache import RadixCache
 from ramet.runtime.models.config import llama_3_1_8b
-from ramet.runtime.page_pool import PagePool
-from ramet.runtime.radix_cache import RadixCache
-from ramet.runtime.scheduler import Scheduler
-from ramet.runtime.scheduler_config import SchedulerConfig
-from ramet.runtime.tree_planner import TreePlanner
+from ramet.runtime.scheduling.config import SchedulerConfig
+from ramet.runtime.scheduling.scheduler import Scheduler
+from ramet.runtime.steps.cuda_graph import StepGraphs
+from ramet.runtime.steps.tree_planner import TreePlanner
 from ramet.runtime.types import Batch, Request, RowOutput, SamplingParams, Sequence
 
 PAGE = 16

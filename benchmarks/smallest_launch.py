@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 import triton
 
-from ramet.kernels.step_inputs import scatter_rows
-from ramet.runtime.cuda_graph import CudaCapture
+from ramet.kernels.slots.tables import scatter_rows
+from ramet.runtime.steps.cuda_graph import CudaCapture
 
 
 def main() -> None:

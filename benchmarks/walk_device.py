@@ -31,10 +31,10 @@ from fake_device import DEVICE, FakeDevice, fake_device
 from triton.runtime import driver
 
 from ramet.grammar import Vocabulary
-from ramet.grammar.sources import compile_constraint
-from ramet.runtime.config import EngineConfig
-from ramet.runtime.engine import EngineCore
-from ramet.runtime.factory import build_core
+from ramet.grammar.service.sources import compile_constraint
+from ramet.runtime.engine.config import EngineConfig
+from ramet.runtime.engine.core import EngineCore
+from ramet.runtime.engine.factory import build_core
 from ramet.runtime.models.config import ModelConfig, llama_3_1_8b, smollm2_135m
 from ramet.runtime.models.decoder import build_decoder
 from ramet.runtime.models.generation import GenerationDefaults

@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ramet import Engine, MockBackend, State, function, gen, select
-from ramet.lang.ir import Fork, NodeEvent
+from ramet.lang.graph.ir import Fork, NodeEvent
 
 PARTS = ("Morning", "Afternoon", "Evening")
 COLOURS = ("yellow", "cyan", "magenta")

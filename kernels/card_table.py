@@ -2,7 +2,7 @@
 
 The timing scripts write such a file (`benchmarks/fit_table.py`); an engine reads one, by its path, or the one in
 `tables/` that has the name of its card. Without a file nothing is assumed: products are the library's, tiles
-and the cost model have their defaults (`attention_plan.py`).
+and the cost model have their defaults (`attention/plan.py`).
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from ramet.errors import ConfigError
-from ramet.kernels.attention_plan import AttentionTiles, TileConfig, TreeCosts
-from ramet.kernels.gemv import MAX_ROWS, GemvConfig
+from ramet.kernels.attention.plan import AttentionTiles, TileConfig, TreeCosts
+from ramet.kernels.layers.gemv import MAX_ROWS, GemvConfig
 
 _FOLDER = Path(__file__).parent / "tables"
 

@@ -23,65 +23,65 @@ if TYPE_CHECKING:
     from ramet.errors import CheckFailed as CheckFailed
     from ramet.errors import ProgramError as ProgramError
     from ramet.errors import RametError as RametError
-    from ramet.lang.backend import Backend as Backend
-    from ramet.lang.backend import EngineBackend as EngineBackend
-    from ramet.lang.backend import MockBackend as MockBackend
-    from ramet.lang.backend import set_default_backend as set_default_backend
-    from ramet.lang.backend import use_backend as use_backend
-    from ramet.lang.checks import between as between
-    from ramet.lang.checks import contains as contains
-    from ramet.lang.checks import ends_with as ends_with
-    from ramet.lang.checks import is_in as is_in
-    from ramet.lang.checks import length as length
-    from ramet.lang.checks import starts_with as starts_with
-    from ramet.lang.function import Function as Function
-    from ramet.lang.function import function as function
-    from ramet.lang.openai import OpenAI as OpenAI
-    from ramet.lang.primitives import assistant as assistant
-    from ramet.lang.primitives import gen as gen
-    from ramet.lang.primitives import select as select
-    from ramet.lang.primitives import system as system
-    from ramet.lang.primitives import user as user
-    from ramet.lang.remote import Remote as Remote
-    from ramet.lang.state import State as State
-    from ramet.lang.tools import Tool as Tool
-    from ramet.lang.tools import tool as tool
-    from ramet.lang.values import ToolUse as ToolUse
-    from ramet.runtime.client import Engine as Engine
-    from ramet.runtime.config import EngineConfig as EngineConfig
+    from ramet.lang.backends.backend import Backend as Backend
+    from ramet.lang.backends.backend import EngineBackend as EngineBackend
+    from ramet.lang.backends.backend import MockBackend as MockBackend
+    from ramet.lang.backends.backend import set_default_backend as set_default_backend
+    from ramet.lang.backends.backend import use_backend as use_backend
+    from ramet.lang.backends.openai import OpenAI as OpenAI
+    from ramet.lang.backends.remote import Remote as Remote
+    from ramet.lang.graph.checks import between as between
+    from ramet.lang.graph.checks import contains as contains
+    from ramet.lang.graph.checks import ends_with as ends_with
+    from ramet.lang.graph.checks import is_in as is_in
+    from ramet.lang.graph.checks import length as length
+    from ramet.lang.graph.checks import starts_with as starts_with
+    from ramet.lang.program.function import Function as Function
+    from ramet.lang.program.function import function as function
+    from ramet.lang.recording.primitives import assistant as assistant
+    from ramet.lang.recording.primitives import gen as gen
+    from ramet.lang.recording.primitives import select as select
+    from ramet.lang.recording.primitives import system as system
+    from ramet.lang.recording.primitives import user as user
+    from ramet.lang.recording.state import State as State
+    from ramet.lang.recording.tools import Tool as Tool
+    from ramet.lang.recording.tools import tool as tool
+    from ramet.lang.recording.values import ToolUse as ToolUse
+    from ramet.runtime.engine.config import EngineConfig as EngineConfig
+    from ramet.runtime.engine.engine import Engine as Engine
     from ramet.runtime.types import SamplingParams as SamplingParams
 
 _HOMES = {
-    "Backend": "ramet.lang.backend",
+    "Backend": "ramet.lang.backends.backend",
     "CheckFailed": "ramet.errors",
-    "Engine": "ramet.runtime.client",
-    "EngineBackend": "ramet.lang.backend",
-    "EngineConfig": "ramet.runtime.config",
-    "Function": "ramet.lang.function",
-    "MockBackend": "ramet.lang.backend",
-    "OpenAI": "ramet.lang.openai",
+    "Engine": "ramet.runtime.engine.engine",
+    "EngineBackend": "ramet.lang.backends.backend",
+    "EngineConfig": "ramet.runtime.engine.config",
+    "Function": "ramet.lang.program.function",
+    "MockBackend": "ramet.lang.backends.backend",
+    "OpenAI": "ramet.lang.backends.openai",
     "ProgramError": "ramet.errors",
     "RametError": "ramet.errors",
-    "Remote": "ramet.lang.remote",
+    "Remote": "ramet.lang.backends.remote",
     "SamplingParams": "ramet.runtime.types",
-    "State": "ramet.lang.state",
-    "Tool": "ramet.lang.tools",
-    "ToolUse": "ramet.lang.values",
-    "assistant": "ramet.lang.primitives",
-    "between": "ramet.lang.checks",
-    "contains": "ramet.lang.checks",
-    "ends_with": "ramet.lang.checks",
-    "function": "ramet.lang.function",
-    "gen": "ramet.lang.primitives",
-    "is_in": "ramet.lang.checks",
-    "length": "ramet.lang.checks",
-    "select": "ramet.lang.primitives",
-    "set_default_backend": "ramet.lang.backend",
-    "starts_with": "ramet.lang.checks",
-    "system": "ramet.lang.primitives",
-    "tool": "ramet.lang.tools",
-    "use_backend": "ramet.lang.backend",
-    "user": "ramet.lang.primitives",
+    "State": "ramet.lang.recording.state",
+    "Tool": "ramet.lang.recording.tools",
+    "ToolUse": "ramet.lang.recording.values",
+    "assistant": "ramet.lang.recording.primitives",
+    "between": "ramet.lang.graph.checks",
+    "contains": "ramet.lang.graph.checks",
+    "ends_with": "ramet.lang.graph.checks",
+    "function": "ramet.lang.program.function",
+    "gen": "ramet.lang.recording.primitives",
+    "is_in": "ramet.lang.graph.checks",
+    "length": "ramet.lang.graph.checks",
+    "select": "ramet.lang.recording.primitives",
+    "set_default_backend": "ramet.lang.backends.backend",
+    "starts_with": "ramet.lang.graph.checks",
+    "system": "ramet.lang.recording.primitives",
+    "tool": "ramet.lang.recording.tools",
+    "use_backend": "ramet.lang.backends.backend",
+    "user": "ramet.lang.recording.primitives",
 }
 
 __all__ = [

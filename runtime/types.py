@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from ramet.errors import EmptyPrompt, InvalidSampling
 
 if TYPE_CHECKING:
-    from ramet.runtime.radix_cache import RadixNode
+    from ramet.runtime.cache.radix_cache import RadixNode
 
 TokenIds = NDArray[np.int32]
 MAX_INT32 = 2**31 - 1  # what a step is told about a request is int32

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from ramet.runtime.openmp_waits import limit_spinning
+from ramet.runtime.engine.openmp_waits import limit_spinning
 
 limit_spinning(os.environ)
 
@@ -36,6 +36,6 @@ def smollm2_path() -> Path:
 @pytest.fixture(scope="session")
 def tiny_model() -> LoadedModel:
     """Two layers of random weights over bytes, context 512: a real engine in milliseconds."""
-    from ramet.runtime.models.dummy import tiny_model
+    from ramet.runtime.testing.dummy import tiny_model
 
     return tiny_model()

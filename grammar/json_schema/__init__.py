@@ -1,1 +1,1 @@
-"""JSON schema -> intermediate grammar."""
+"""JSON schema -> a place on the machine."""

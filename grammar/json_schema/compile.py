@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from ramet.errors import GrammarError, GrammarTooLarge, InvalidSchema
 from ramet.grammar import ir
-from ramet.grammar.automaton import Machine, target
-from ramet.grammar.json_schema.document import Registry
-from ramet.grammar.json_schema.frames import Context, Json
-from ramet.grammar.json_schema.keywords import Interpreter
-from ramet.grammar.json_schema.objects import prepare
-from ramet.grammar.json_schema.strict import check_strict
-from ramet.grammar.json_schema.survey import survey
-from ramet.grammar.json_schema.values import Const, Values
+from ramet.grammar.json_schema.algebra.values import Const, Values
+from ramet.grammar.json_schema.frames.frames import Context, Json
+from ramet.grammar.json_schema.frames.objects import prepare
+from ramet.grammar.json_schema.keywords.keywords import Interpreter
+from ramet.grammar.json_schema.keywords.schema_errors import survey
+from ramet.grammar.json_schema.keywords.strict import check_strict
+from ramet.grammar.json_schema.schema.document import Registry
+from ramet.grammar.machine.automaton import Machine, target
 
 WARM_NODES = 64  # schemas read at once; larger schemas are read further as they are visited
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from ramet.lang import ir
+from ramet.lang.graph import ir
 from ramet.lang.passes.paths import Paths, interpret
 from ramet.lang.passes.target import Target
 

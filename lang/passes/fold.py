@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from ramet.lang import ir
+from ramet.lang.graph import ir
 
 
 @dataclass(frozen=True, slots=True)

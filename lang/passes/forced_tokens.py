@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ramet.lang import ir
+from ramet.lang.graph import ir
 from ramet.lang.passes.paths import Paths
 from ramet.lang.passes.requests import RequestPlan
 from ramet.lang.passes.target import Target

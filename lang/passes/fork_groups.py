@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ramet.lang import ir
+from ramet.lang.graph import ir
 from ramet.lang.passes.paths import Count, Paths
 
 

@@ -1,14 +1,14 @@
 """Identical nodes: generations with the same prompt, the same values and greedy or the same seed are run once.
 
-The executor does it where prompts turn out to be equal at run time (runtime/shared_nodes.py); this says which are
-equal whatever is generated. A generation that samples without a seed is never shared.
+The executor does it where prompts turn out to be equal at run time (runtime/programs/shared_nodes.py); this says which
+are equal whatever is generated. A generation that samples without a seed is never shared.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ramet.lang import ir
+from ramet.lang.graph import ir
 from ramet.lang.passes.paths import Paths, is_repeatable
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ramet.lang import ir
+from ramet.lang.graph import ir
 from ramet.lang.passes.paths import Count, Paths, Point
 from ramet.lang.passes.requests import run_order
 

@@ -14,7 +14,7 @@ from typing import TypeAlias
 
 import msgspec
 
-from ramet.lang import ir
+from ramet.lang.graph import ir
 from ramet.lang.passes.target import Target
 
 NO_LIMIT = 1 << 20  # tokens; a number this large says no more than that it is unknown

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ramet.lang import ir
+from ramet.lang.graph import ir
 from ramet.lang.passes.paths import Item, Opaque, Paths, Point, Trie, interpret
 from ramet.lang.passes.requests import RequestPlan, plan_requests
 from ramet.lang.passes.target import Target

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from ramet.lang import ir
+from ramet.lang.graph import ir
 from ramet.lang.passes.paths import ZERO, Count, Item, Opaque, Paths, Point, SelectPaths
 
 MAX_ORDERS = 50_000  # nodes times orders that are tried; with more, counts that depend on the order have no limit

@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ramet.errors import ConfigError
-from ramet.lang.backend import EngineBackend, choose_backend
+from ramet.lang.backends.backend import EngineBackend, choose_backend
 
 if TYPE_CHECKING:
-    from ramet.lang.ir import AnyNode, Constraint, Role, Tools
+    from ramet.lang.graph.ir import AnyNode, Constraint, Role, Tools
 
 
 class Target(Protocol):
@@ -58,7 +58,7 @@ class TokenizerTarget:
         context_length: int = 1 << 20,
         page_size: int = 1,
     ) -> None:
-        from ramet.runtime.role_marks import RoleMarks
+        from ramet.runtime.text.role_marks import RoleMarks
         from ramet.runtime.types import SamplingParams
 
         self.name = name or type(tokenizer).__name__
@@ -83,7 +83,7 @@ class TokenizerTarget:
 
     def forced_tokens(self, constraint: Constraint) -> list[int] | None:
         """Tokens that every text of this constraint begins with. Compiles it; raises what that raises."""
-        from ramet.runtime.grammar_cache import GrammarCache
+        from ramet.runtime.constraints.grammar_cache import GrammarCache
 
         if self._grammars is None:
             self._grammars = GrammarCache(self._tokenizer)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ramet.errors import ConfigError
-from ramet.kernels.matmul_invariant import matmul_invariant
+from ramet.kernels.layers.matmul_invariant import matmul_invariant
 from ramet.runtime.models.decoder import Decoder
 from ramet.runtime.models.linear import PlainLinear
 

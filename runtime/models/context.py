@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ramet.kernels.attention_decode import DecodeMetadata, attention_decode
-from ramet.kernels.attention_extend import ExtendMetadata, attention_extend
+from ramet.kernels.attention.decode import DecodeMetadata, attention_decode
+from ramet.kernels.attention.extend import ExtendMetadata, attention_extend
 
 
 @dataclass(slots=True)

@@ -14,8 +14,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from ramet.kernels.activation import gelu_tanh_and_mul, silu_and_mul
-from ramet.kernels.norm import fused_add_rms_norm, rms_norm
+from ramet.kernels.layers.activation import gelu_tanh_and_mul, silu_and_mul
+from ramet.kernels.layers.norm import fused_add_rms_norm, rms_norm
 from ramet.runtime.models.config import ModelConfig, Rope
 from ramet.runtime.models.context import ForwardContext
 from ramet.runtime.models.layers import Attention, DecoderLayer, FeedForward, RotaryTable

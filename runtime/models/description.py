@@ -13,8 +13,8 @@ from ramet.runtime.models.config import ModelConfig
 from ramet.runtime.models.generation import GenerationDefaults
 from ramet.runtime.models.gguf_file import GgufFile
 from ramet.runtime.models.json_file import read_json
-from ramet.runtime.tokenizer import Tokenizer
-from ramet.runtime.tokenizer_files import tokenizer_from_folder, tokenizer_from_gguf
+from ramet.runtime.models.tokenizer_files import tokenizer_from_folder, tokenizer_from_gguf
+from ramet.runtime.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True, eq=False)

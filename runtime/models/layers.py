@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ramet.kernels.norm import fused_add_rms_norm, rms_norm
-from ramet.kernels.rope import rope_and_write_kv
+from ramet.kernels.layers.norm import fused_add_rms_norm, rms_norm
+from ramet.kernels.layers.rope import rope_and_write_kv
 from ramet.runtime.models.config import Rope
 from ramet.runtime.models.context import ForwardContext
 from ramet.runtime.models.linear import Linear

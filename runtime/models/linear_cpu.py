@@ -1,10 +1,10 @@
 """Weights in blocks of 32 on the CPU: GGUF's own, or rounded by us, or 16-bit ones; activations stay in fp32.
 
 Up to 64 tokens (32 beside AMX) meet quantised weights with activations rounded to int8 in groups of 32, as in llama.cpp
-(`kernels/block_int8.py`); prompts are bfloat16 products by oneDNN with a dequantised copy in its layout: each where
+(`kernels/cpu/block_int8.py`); prompts are bfloat16 products by oneDNN with a dequantised copy in its layout: each where
 the CPU has such instructions. Where it has none, and for few tokens with 16-bit weights, a product decodes its weights
-in registers (`kernels/block_linear.py`), and is as exact as an fp32 product with the dequantised weights. Rounding is
-confined to a product's inputs (and oneDNN's output): the residual, norms, attention and the KV cache stay in fp32.
+in registers (`kernels/cpu/block_linear.py`), and is as exact as an fp32 product with the dequantised weights. Rounding
+is confined to a product's inputs (and oneDNN's output): the residual, norms, attention and the KV cache stay in fp32.
 Beside AMX, attention of prompts is bfloat16 products, too (`bf16_activations.py`).
 
 SmolLM2 on 1,000 tokens of prose and licence against exact products: int8 has the same best token at 95.9 % of
@@ -22,10 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ramet.errors import ConfigError
-from ramet.kernels import block_int8
-from ramet.kernels.block_linear import FORMATS, block_linear, dequantize, quantize
-from ramet.kernels.cpu_int8 import has_int8_products
-from ramet.kernels.huge_pages import HugePages
+from ramet.kernels.cpu import block_int8
+from ramet.kernels.cpu.block_linear import FORMATS, block_linear, dequantize, quantize
+from ramet.kernels.cpu.huge_pages import HugePages
+from ramet.kernels.cpu.int8 import has_int8_products
 from ramet.runtime.models.linear import Embedding, LinearMethod, PlainEmbedding, PlainLinear
 from ramet.runtime.models.weights import Weights
 

@@ -20,7 +20,7 @@ from ramet.runtime.models.gguf_file import GgufFile
 from ramet.runtime.models.loader_gguf import load_gguf
 from ramet.runtime.models.loader_safetensors import load_safetensors
 from ramet.runtime.models.weights import Weights
-from ramet.runtime.tokenizer import Tokenizer
+from ramet.runtime.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from ramet.runtime.models.decoder import Decoder

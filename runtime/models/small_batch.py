@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from ramet.kernels.activation import silu_and_mul
 from ramet.kernels.card_table import CardTable, Product
-from ramet.kernels.gemv import (
+from ramet.kernels.layers.activation import silu_and_mul
+from ramet.kernels.layers.gemv import (
     GemvConfig,
     gemv_reference,
     gemv_silu_and_mul_reference,

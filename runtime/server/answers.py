@@ -1,6 +1,6 @@
 """The shapes of answers, for the OpenAPI document. Answers are written as plain JSON; tests compare them with these.
 
-Not here: the bodies of requests (`openai_types`, `native_types`, `programs_api`).
+Not here: the bodies of requests (`openai.types`, `native.types`, `programs.routes`).
 """
 
 from __future__ import annotations

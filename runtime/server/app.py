@@ -20,20 +20,23 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from ramet.errors import ConfigError, RametError
-from ramet.runtime.config import EngineConfig
+from ramet.runtime.engine.config import EngineConfig
 from ramet.runtime.models.catalog import TINY_CONTEXT, TINY_MODEL, resolve_model
 from ramet.runtime.models.description import describe_model
-from ramet.runtime.server import native, openai_api, openapi, programs_api
+from ramet.runtime.server import openapi
 from ramet.runtime.server.bounded_tokenizer import BoundedTokenizer
 from ramet.runtime.server.config import ServerConfig
 from ramet.runtime.server.connections import PatientProtocol
 from ramet.runtime.server.direct import Direct, error_response
-from ramet.runtime.server.engine_proxy import EngineProxy
-from ramet.runtime.server.http_limits import Limits
+from ramet.runtime.server.limits import Limits
+from ramet.runtime.server.link.protocol import Hello
+from ramet.runtime.server.link.proxy import EngineProxy
 from ramet.runtime.server.metrics import ServerMetrics
-from ramet.runtime.server.protocol import Hello
+from ramet.runtime.server.native import generate as native
+from ramet.runtime.server.openai import routes as openai_api
+from ramet.runtime.server.programs import routes as programs_api
 from ramet.runtime.server.state import Explain, HttpError, ServerState
-from ramet.runtime.tokenizer import Tokenizer
+from ramet.runtime.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +109,7 @@ def _add_error_handlers(app: FastAPI) -> None:
 def open_tokenizer(model: str | None) -> tuple[str, Tokenizer, int]:
     """The model's name, tokenizer and context in tokens, without its weights. Raises ModelError."""
     if model == TINY_MODEL:
-        from ramet.runtime.byte_tokenizer import ByteTokenizer
+        from ramet.runtime.testing.byte_tokenizer import ByteTokenizer
 
         return TINY_MODEL, ByteTokenizer(), TINY_CONTEXT
     path = resolve_model(model)

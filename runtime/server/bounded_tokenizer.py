@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from ramet.errors import ContextOverflow
-from ramet.runtime.tokenizer import Tokenizer
+from ramet.runtime.text.tokenizer import Tokenizer
 
 _MARGIN = 2  # a normaliser may make a text shorter before it is cut into tokens
 

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ramet.errors import GrammarError, InvalidRequest, RametError
-from ramet.lang.ir import Constraint
-from ramet.runtime.detokenizer import Detokenizer, StopStringScanner
-from ramet.runtime.server.engine_proxy import EngineProxy
-from ramet.runtime.server.protocol import Output, Submit
+from ramet.lang.graph.ir import Constraint
+from ramet.runtime.server.link.protocol import Output, Submit
+from ramet.runtime.server.link.proxy import EngineProxy
 from ramet.runtime.server.sampling_fields import seed_of_choice
 from ramet.runtime.server.state import HttpError
+from ramet.runtime.text.detokenizer import Detokenizer, StopStringScanner
 
 
 @dataclass(frozen=True, slots=True)

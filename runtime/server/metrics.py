@@ -17,8 +17,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
-from ramet.runtime.server.engine_proxy import EngineProxy
-from ramet.runtime.server.protocol import Output
+from ramet.runtime.server.link.protocol import Output
+from ramet.runtime.server.link.proxy import EngineProxy
 
 WINDOW_S = 60.0
 _SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)

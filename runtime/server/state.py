@@ -20,10 +20,10 @@ from ramet.errors import (
     RametError,
     RequestCancelled,
 )
-from ramet.lang.ir import Graph
+from ramet.lang.graph.ir import Graph
 from ramet.runtime.server.config import ServerConfig
-from ramet.runtime.server.engine_proxy import EngineProxy
-from ramet.runtime.tokenizer import Tokenizer
+from ramet.runtime.server.link.proxy import EngineProxy
+from ramet.runtime.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
 LITTLE_BYTES = 1024  # a conversation of so many is rendered and cut into tokens in 0.2 ms

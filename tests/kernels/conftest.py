@@ -177,3 +177,26 @@ def launch_watch(monkeypatch: pytest.MonkeyPatch) -> Iterator[LaunchWatch | None
     watch.patch(monkeypatch, interpreter.GridExecutor)
     yield watch
     assert not watch.faults, sorted(set(watch.faults))
+
+
+@pytest.fixture
+def dots_in_one_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the interpreter's `tl.dot` add each element's products in one order, as a card's does.
+
+    It is a product of numpy otherwise, and some BLAS kernels add in another order for the last rows of a matrix.
+    """
+    if not HAS_TRITON or torch.cuda.is_available():
+        return
+    from triton.runtime import interpreter
+
+    class Numpy:
+        """numpy, but for matrix products."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(np, name)
+
+        @staticmethod
+        def matmul(a: NDArray[Any], b: NDArray[Any], dtype: Any = None) -> NDArray[Any]:
+            return (a[..., :, :, None] * b[..., None, :, :]).sum(axis=-2, dtype=dtype)
+
+    monkeypatch.setattr(interpreter, "np", Numpy())

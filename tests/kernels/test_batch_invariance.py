@@ -8,14 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from ramet.kernels.attention_decode import DecodeMetadata
-from ramet.kernels.attention_decode_triton import attention_decode_triton
-from ramet.kernels.attention_extend import ExtendMetadata
-from ramet.kernels.attention_extend_triton import attention_extend_triton
-from ramet.kernels.attention_plan import FIXED_SPLITS
+from ramet.kernels.attention.decode import DecodeMetadata
+from ramet.kernels.attention.decode_triton import attention_decode_triton
+from ramet.kernels.attention.extend import ExtendMetadata
+from ramet.kernels.attention.extend_triton import attention_extend_triton
+from ramet.kernels.attention.plan import FIXED_SPLITS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+    pytest.mark.usefixtures("dots_in_one_order"),
+]
 ANY_LENGTH = 1 << 20
 
 

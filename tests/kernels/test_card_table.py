@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ramet.errors import ConfigError
-from ramet.kernels.attention_plan import (
+from ramet.kernels.attention.plan import (
     AttentionTiles,
     TileConfig,
     TreeCosts,
@@ -17,7 +17,7 @@ from ramet.kernels.attention_plan import (
     tree_config,
 )
 from ramet.kernels.card_table import CardTable, Product, file_stem, load_card_table
-from ramet.kernels.gemv import GemvConfig
+from ramet.kernels.layers.gemv import GemvConfig
 
 TABLE = CardTable(
     "NVIDIA H100 80GB HBM3",

@@ -16,13 +16,13 @@ import msgspec
 import pytest
 import uvicorn
 
-from ramet.lang.explain_graph import explain_on_server
+from ramet.lang.explain.graph import explain_on_server
 from ramet.runtime.server.app import create_app
 from ramet.runtime.server.config import ServerConfig
-from ramet.runtime.server.engine_process import EngineServer
-from ramet.runtime.server.engine_proxy import EngineProxy
+from ramet.runtime.server.link.process import EngineServer
+from ramet.runtime.server.link.protocol import Command, Hello, Report, command_decoder, report_decoder
+from ramet.runtime.server.link.proxy import EngineProxy
 from ramet.runtime.server.metrics import ServerMetrics
-from ramet.runtime.server.protocol import Command, Hello, Report, command_decoder, report_decoder
 from ramet.runtime.server.state import ServerState
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ramet.cli import main
+from ramet.cli.main import main
 
 Server = Any  # RunningServer of conftest.py
 

@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 from ramet.runtime.server.config import ServerConfig
-from ramet.runtime.server.http_limits import Limits
+from ramet.runtime.server.limits import Limits
 
 Served = Any  # ServedProcess of conftest.py, which importlib mode cannot import by name
 BODY = {"text": "hello", "sampling_params": {"max_new_tokens": 16, "ignore_eos": True}}

@@ -7,9 +7,9 @@ from typing import cast
 
 import pytest
 
-from ramet.runtime.server.engine_proxy import EngineProxy, ProxyCounters
+from ramet.runtime.server.link.protocol import Output
+from ramet.runtime.server.link.proxy import EngineProxy, ProxyCounters
 from ramet.runtime.server.metrics import Histogram, ServerMetrics
-from ramet.runtime.server.protocol import Output
 
 STATS = {
     "num_pages": 100.0,

@@ -13,10 +13,10 @@ import httpx
 import pytest
 
 from ramet.errors import ContextOverflow
-from ramet.runtime.byte_tokenizer import ByteTokenizer
-from ramet.runtime.server import http_limits
+from ramet.runtime.server import limits as http_limits
 from ramet.runtime.server.bounded_tokenizer import BoundedTokenizer
 from ramet.runtime.server.config import ServerConfig
+from ramet.runtime.testing.byte_tokenizer import ByteTokenizer
 
 Server = Any  # RunningServer of conftest.py, which importlib mode cannot import by name
 GREEDY = {"temperature": 0.0, "max_new_tokens": 4, "ignore_eos": True}
@@ -42,7 +42,7 @@ def test_keys_are_hashed_and_every_one_is_compared_in_constant_time(monkeypatch:
         compared.append((a, b))
         return real(a, b)
 
-    monkeypatch.setattr("ramet.runtime.server.http_limits.hmac.compare_digest", compare)
+    monkeypatch.setattr("ramet.runtime.server.limits.hmac.compare_digest", compare)
     config = ServerConfig(api_key=("first", "second", "third"), admin_api_key="admin")
     limits = http_limits.Limits(None, config, None)  # type: ignore[arg-type]  # only its judgement is asked for
     kept = repr(vars(limits)).replace(repr(config), "")

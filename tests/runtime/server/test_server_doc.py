@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from ramet.runtime.server.native_types import GenerateBody, NativeSampling
-from ramet.runtime.server.openai_types import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from ramet.runtime.server.native.types import GenerateBody, NativeSampling
+from ramet.runtime.server.openai.types import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from ramet.runtime.server.openapi import ROUTES
 from ramet.runtime.server.sampling_fields import Strict
 

@@ -15,13 +15,13 @@ import httpx
 import pytest
 
 from ramet.errors import EngineStopped, InvalidRegex
-from ramet.runtime.client import Engine
+from ramet.runtime.engine.engine import Engine
 from ramet.runtime.models.catalog import TINY_MODEL
 from ramet.runtime.models.load import LoadedModel
-from ramet.runtime.server import engine_proxy
-from ramet.runtime.server.engine_process import EngineServer
-from ramet.runtime.server.engine_proxy import EngineProxy
-from ramet.runtime.server.protocol import Submit
+from ramet.runtime.server.link import proxy as engine_proxy
+from ramet.runtime.server.link.process import EngineServer
+from ramet.runtime.server.link.protocol import Submit
+from ramet.runtime.server.link.proxy import EngineProxy
 
 Served = Any  # ServedProcess of conftest.py, which importlib mode cannot import by name
 
@@ -33,7 +33,7 @@ def test_grammars_are_loaded_before_the_first_constraint(
         server = EngineServer(engine, lambda report: None)
         server.prepare_grammars()
         assert server._host.grammars._vocabulary is not None
-        assert not [r for r in caplog.records if r.name == "ramet.runtime.server.engine_process"]
+        assert not [r for r in caplog.records if r.name == "ramet.runtime.server.link.process"]
         failed: Future[Any] = Future()
         failed.set_exception(InvalidRegex("no token writes it"))
         monkeypatch.setattr(server._host.grammars, "get", lambda constraint: failed)

@@ -1,0 +1,79 @@
+"""The interface of a grammar engine, and how to get one by its name."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ramet.errors import ConfigError
+from ramet.grammar.machine.compiler import DeviceTables
+from ramet.grammar.machine.vocabulary import Vocabulary
+from ramet.grammar.service.sources import compile_constraint
+
+
+class BackendGrammar(Protocol):
+    """What every engine's grammar can do: the runtime's `Grammar`."""
+
+    @property
+    def is_closed(self) -> bool: ...
+
+    def fill_mask(self, state: int, row: NDArray[np.int32]) -> None: ...
+
+    def advance(self, state: int, token: int) -> int | None: ...
+
+    def is_accepting(self, state: int) -> bool: ...
+
+    def forced_tokens(self, state: int) -> list[int]: ...
+
+    def shortest_completion(self, state: int) -> list[int]: ...
+
+    def completion_bound(self, state: int) -> int: ...
+
+    def device_tables(self) -> DeviceTables | None: ...
+
+
+class Backend(Protocol):
+    """One engine. `kinds`: the kinds of constraints that it compiles."""
+
+    name: str
+    kinds: frozenset[str]
+
+    def compile(self, kind: str, source: Any, vocabulary: Vocabulary) -> BackendGrammar:
+        """Compile a constraint; JSON without white space. Raises: GrammarError with the engine's own words."""
+
+
+class RametBackend:
+    """Our own engine."""
+
+    name = "ramet"
+    kinds = frozenset(("json_schema", "regex", "cfg", "choice", "substring", "tools"))
+
+    def compile(self, kind: str, source: Any, vocabulary: Vocabulary) -> BackendGrammar:
+        return compile_constraint(kind, source, vocabulary)
+
+
+# name -> (module, class, what to install)
+BACKENDS: Mapping[str, tuple[str, str, str]] = {
+    "ramet": ("ramet.grammar.engines.engine", "RametBackend", "ramet"),
+    "llguidance": ("ramet.grammar.engines.llguidance", "LlguidanceBackend", "llguidance"),
+    "xgrammar": ("ramet.grammar.engines.xgrammar", "XgrammarBackend", "xgrammar"),
+    "outlines": ("ramet.grammar.engines.outlines_core", "OutlinesBackend", "outlines-core"),
+}
+
+
+def load_backend(name: str) -> Backend:
+    """Return the engine of this name. Raises: ConfigError for an unknown name, or a package that is not installed."""
+    if name not in BACKENDS:
+        raise ConfigError(f"grammar_backend is {name!r} but must be one of {', '.join(BACKENDS)}")
+    module, attribute, package = BACKENDS[name]
+    try:
+        backend: Backend = getattr(importlib.import_module(module), attribute)()
+    except ImportError as error:
+        raise ConfigError(
+            f"grammar_backend {name!r} needs a package that is not installed ({error}): pip install {package}"
+        ) from error
+    return backend

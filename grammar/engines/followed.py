@@ -1,0 +1,131 @@
+"""Engines whose matcher is an object that moves, seen as integer states.
+
+A state is a path of tokens. Matchers of recent states are kept; that of an older one is made again from its nearest
+kept ancestor, so the number of matchers does not grow with the number of states.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ramet.errors import GrammarError
+from ramet.grammar.machine import bitmask
+from ramet.grammar.machine.vocabulary import Vocabulary
+
+_CLOSING = b'"]},:)tfn0{[1-'  # bytes that are tried first to close a text, in this order
+_MAX_SEARCHED = 4096
+
+
+class Follower(Protocol):
+    """A matcher of another engine, at one place in a text."""
+
+    def fork(self) -> Follower:
+        """Return a second one at the same place."""
+
+    def accept(self, token: int) -> bool:
+        """Take a token; False where it is refused (the matcher is then not used any more)."""
+
+    def fill(self, row: NDArray[np.int32]) -> None:
+        """Write the mask, end tokens included where the text may end."""
+
+    def forced_tokens(self) -> list[int]:
+        """Tokens that must follow, as far as the engine tells."""
+
+
+class FollowedGrammar:
+    """A grammar of integer states over another engine's matchers. Not thread-safe."""
+
+    is_closed = False
+
+    def __init__(self, start: Follower, vocabulary: Vocabulary, max_kept: int = 128) -> None:
+        self.vocabulary = vocabulary
+        self._start = start
+        self._max_kept = max_kept
+        self._parents: list[tuple[int, int]] = [(-1, -1)]  # state -> (state before, token)
+        self._after: dict[tuple[int, int], int | None] = {}
+        self._kept: OrderedDict[int, Follower] = OrderedDict()
+
+    def fill_mask(self, state: int, row: NDArray[np.int32]) -> None:
+        row[:] = 0
+        self._follower(state).fill(row)
+
+    def advance(self, state: int, token: int) -> int | None:
+        vocabulary = self.vocabulary
+        if token < 0 or token >= len(vocabulary.token_bytes) or token in vocabulary.special_ids:
+            return None
+        key = (state, token)
+        if key not in self._after:
+            follower = self._follower(state).fork()
+            if follower.accept(token):
+                self._after[key] = len(self._parents)
+                self._parents.append(key)
+                self._keep(len(self._parents) - 1, follower)
+            else:
+                self._after[key] = None
+        return self._after[key]
+
+    def is_accepting(self, state: int) -> bool:
+        row = np.zeros(self.vocabulary.num_words, dtype=np.int32)
+        self.fill_mask(state, row)
+        return any(bitmask.is_allowed(row, e) for e in self.vocabulary.eos_ids)
+
+    def forced_tokens(self, state: int) -> list[int]:
+        return self._follower(state).forced_tokens()
+
+    def completion_bound(self, state: int) -> int:
+        """The length itself: not cheap, since these engines do not know it."""
+        return len(self.shortest_completion(state))
+
+    def device_tables(self) -> None:
+        return None
+
+    def shortest_completion(self, state: int) -> list[int]:
+        """A way to the end, not always the shortest: depth first, closing marks before content.
+
+        Raises: GrammarError where none is found soon: these engines do not know the way themselves.
+        """
+        by_bytes = self.vocabulary.tokens_of_bytes
+        closing = [by_bytes[bytes((b,))] for b in _CLOSING if bytes((b,)) in by_bytes]
+        row = np.zeros(self.vocabulary.num_words, dtype=np.int32)
+        stack: list[tuple[int, list[int]]] = [(state, [])]
+        for _ in range(_MAX_SEARCHED):
+            if not stack:
+                break
+            here, way = stack.pop()
+            self.fill_mask(here, row)
+            if any(bitmask.is_allowed(row, e) for e in self.vocabulary.eos_ids):
+                return way
+            tokens = [t for t in closing if bitmask.is_allowed(row, t)]
+            tokens += [t for t in bitmask.unpack(row).tolist()[:16] if t not in tokens]
+            for token in reversed(tokens):
+                following = self.advance(here, token)
+                if following is not None:
+                    stack.append((following, [*way, token]))
+        raise GrammarError("this grammar backend finds no way to close the text; use the backend 'ramet'")
+
+    def _follower(self, state: int) -> Follower:
+        tokens: list[int] = []
+        at = state
+        while at > 0 and at not in self._kept:
+            at, token = self._parents[at]
+            tokens.append(token)
+        if at > 0:
+            self._kept.move_to_end(at)
+        follower = self._start if at == 0 else self._kept[at]
+        if not tokens:
+            return follower
+        follower = follower.fork()
+        for token in reversed(tokens):
+            accepted = follower.accept(token)
+            assert accepted, (state, token)
+        self._keep(state, follower)
+        return follower
+
+    def _keep(self, state: int, follower: Follower) -> None:
+        self._kept[state] = follower
+        if len(self._kept) > self._max_kept:
+            self._kept.popitem(last=False)

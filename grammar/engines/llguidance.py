@@ -1,0 +1,102 @@
+"""llguidance as a grammar engine (https://github.com/guidance-ai/llguidance).
+
+Where a text is forced, its masks allow only the tokens that the tokenizer would write; `advance` takes the others, too.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import llguidance
+import numpy as np
+from numpy.typing import NDArray
+
+from ramet.errors import GrammarError
+from ramet.grammar.engines.followed import FollowedGrammar
+from ramet.grammar.machine.vocabulary import Vocabulary
+
+_COMPACT = {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"}
+
+
+class LlguidanceBackend:
+    name = "llguidance"
+    kinds = frozenset(("json_schema", "regex", "cfg", "choice", "substring"))
+
+    def __init__(self) -> None:
+        self._tokenizers: dict[str, Any] = {}  # LLTokenizer, untyped across versions
+
+    def compile(self, kind: str, source: Any, vocabulary: Vocabulary) -> FollowedGrammar:
+        if kind not in self.kinds:
+            raise GrammarError(f"llguidance does not compile constraints of kind {kind!r}")
+        tokenizer = self._tokenizer(vocabulary)
+        matcher = llguidance.LLMatcher(tokenizer, _grammar(kind, source), log_level=0)
+        if matcher.is_error():
+            raise GrammarError(f"llguidance: {matcher.get_error()}")
+        return FollowedGrammar(_Follower(matcher), vocabulary)
+
+    def _tokenizer(self, vocabulary: Vocabulary) -> Any:
+        found = self._tokenizers.get(vocabulary.key)
+        if found is None:
+            wrapped = llguidance.TokenizerWrapper(_Tokens(vocabulary))
+            found = self._tokenizers[vocabulary.key] = llguidance.LLTokenizer(
+                wrapped, n_vocab=vocabulary.vocab_size, eos_token=list(vocabulary.eos_ids)
+            )
+        return found
+
+
+def _grammar(kind: str, source: Any) -> str:
+    matcher = llguidance.LLMatcher
+    if kind == "json_schema":
+        schema = source if isinstance(source, str) else json.dumps(source)
+        if json.loads(schema) is True:
+            schema = "{}"
+        found = matcher.grammar_from_json_schema(schema, overrides=_COMPACT)
+    elif kind == "regex":
+        found = matcher.grammar_from_regex(source)
+    elif kind == "cfg":
+        found = matcher.grammar_from_lark(source)
+    elif kind == "choice":
+        texts = json.loads(source) if isinstance(source, str) else source
+        found = matcher.grammar_from_lark("start: " + " | ".join(json.dumps(t, ensure_ascii=False) for t in texts))
+    else:
+        chunks = json.dumps({"substring_chars": source}, ensure_ascii=False)
+        found = matcher.grammar_from_lark(f"start: SUB\nSUB: %regex {chunks}")
+    return str(found)
+
+
+class _Tokens:
+    """What llguidance asks of a tokenizer."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self.vocabulary = vocabulary
+        self.eos_token_id = vocabulary.eos_ids[0]
+        self.bos_token_id = None
+        missing = vocabulary.vocab_size - len(vocabulary.token_bytes)
+        texts = [*vocabulary.token_bytes, *([b""] * missing)]
+        self.special_token_ids = sorted({*vocabulary.special_ids, *(i for i, t in enumerate(texts) if not t)})
+        for i in self.special_token_ids:
+            texts[i] = f"<|special_{i}|>".encode()
+        self.tokens = texts
+
+    def __call__(self, text: bytes) -> list[int]:
+        return self.vocabulary.fewest_tokens(text) or []
+
+
+class _Follower:
+    def __init__(self, matcher: Any) -> None:
+        self.matcher = matcher
+
+    def fork(self) -> _Follower:
+        return _Follower(self.matcher.deep_copy())
+
+    def accept(self, token: int) -> bool:
+        return self.matcher.validate_tokens([token]) == 1 and bool(self.matcher.consume_token(token))
+
+    def fill(self, row: NDArray[np.int32]) -> None:
+        self.matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
+        if self.matcher.is_error():
+            raise GrammarError(f"llguidance: {self.matcher.get_error()}")
+
+    def forced_tokens(self) -> list[int]:
+        return list(self.matcher.compute_ff_tokens())

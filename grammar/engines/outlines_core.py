@@ -1,0 +1,118 @@
+"""outlines-core as a grammar engine (https://github.com/dottxt-ai/outlines-core): a regex, indexed for a vocabulary."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import deque
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from outlines_core import Index
+from outlines_core import Vocabulary as OutlinesVocabulary
+from outlines_core.json_schema import build_regex_from_schema
+
+from ramet.errors import GrammarError
+from ramet.grammar.machine import bitmask
+from ramet.grammar.machine.vocabulary import Vocabulary
+
+
+class OutlinesBackend:
+    name = "outlines"
+    kinds = frozenset(("json_schema", "regex", "choice"))
+
+    def __init__(self) -> None:
+        self._vocabularies: dict[str, Any] = {}
+
+    def compile(self, kind: str, source: Any, vocabulary: Vocabulary) -> IndexedGrammar:
+        try:
+            if kind == "json_schema":
+                schema = source if isinstance(source, str) else json.dumps(source)
+                pattern = build_regex_from_schema(schema, whitespace_pattern="")
+            elif kind == "regex":
+                pattern = source
+            elif kind == "choice":
+                texts = json.loads(source) if isinstance(source, str) else source
+                pattern = "|".join(re.escape(t) for t in texts)
+            else:
+                raise GrammarError(f"outlines-core does not compile constraints of kind {kind!r}")
+            index = Index(pattern, self._vocabulary(vocabulary))
+        except (ValueError, TypeError, BaseException) as error:
+            if isinstance(error, GrammarError) or not isinstance(error, Exception | _panic_type()):
+                raise
+            raise GrammarError(f"outlines-core: {error}") from error
+        return IndexedGrammar(index, vocabulary)
+
+    def _vocabulary(self, vocabulary: Vocabulary) -> Any:
+        found = self._vocabularies.get(vocabulary.key)
+        if found is None:
+            ids: dict[bytes, list[int]] = {}
+            for token in vocabulary.content_tokens:
+                ids.setdefault(vocabulary.token_bytes[token], []).append(token)
+            found = self._vocabularies[vocabulary.key] = OutlinesVocabulary(vocabulary.eos_ids[0], ids)
+        return found
+
+
+def _panic_type() -> type[BaseException]:
+    """What its Rust code raises where it gives up."""
+    try:
+        from pyo3_runtime import PanicException  # type: ignore[import-not-found]
+    except ImportError:
+        return Exception
+    return PanicException  # type: ignore[no-any-return]
+
+
+class IndexedGrammar:
+    """An index of states and tokens. Its states, numbered as they are met."""
+
+    is_closed = False
+
+    def __init__(self, index: Any, vocabulary: Vocabulary) -> None:
+        self.index = index
+        self.vocabulary = vocabulary
+        self._states: list[int] = [index.get_initial_state()]
+        self._numbers: dict[int, int] = {self._states[0]: 0}
+
+    def fill_mask(self, state: int, row: NDArray[np.int32]) -> None:
+        allowed = self.index.get_allowed_tokens(self._states[state])
+        row[:] = bitmask.pack(allowed or [], self.vocabulary.vocab_size)
+
+    def advance(self, state: int, token: int) -> int | None:
+        if token in self.vocabulary.special_ids:
+            return None
+        found = self.index.get_next_state(self._states[state], token)
+        if found is None:
+            return None
+        if found not in self._numbers:
+            self._numbers[found] = len(self._states)
+            self._states.append(found)
+        return self._numbers[found]
+
+    def is_accepting(self, state: int) -> bool:
+        return bool(self.index.is_final_state(self._states[state]))
+
+    def forced_tokens(self, state: int) -> list[int]:
+        return []
+
+    def completion_bound(self, state: int) -> int:
+        """The length itself: not cheap, since these engines do not know it."""
+        return len(self.shortest_completion(state))
+
+    def device_tables(self) -> None:
+        return None
+
+    def shortest_completion(self, state: int) -> list[int]:
+        """Breadth first over the index: the fewest tokens. Raises: GrammarError where the vocabulary lacks them."""
+        seen = {state}
+        queue: deque[tuple[int, list[int]]] = deque([(state, [])])
+        while queue:
+            here, way = queue.popleft()
+            if self.is_accepting(here):
+                return way
+            for token in self.index.get_allowed_tokens(self._states[here]) or []:
+                following = self.advance(here, token)
+                if following is not None and following not in seen:
+                    seen.add(following)
+                    queue.append((following, [*way, token]))
+        raise GrammarError("the vocabulary cannot close the text")

@@ -1,0 +1,1 @@
+"""JSON values on the machine: the frames that read them and their tables."""

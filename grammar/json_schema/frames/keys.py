@@ -1,0 +1,319 @@
+"""The keys of objects: which of them a set of object specs can tell apart, and the tables that read them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ramet.grammar.json_schema.algebra import costs, distinct
+from ramet.grammar.json_schema.algebra import specs as object_specs
+from ramet.grammar.json_schema.algebra.values import Exists, Expr, Objects
+from ramet.grammar.json_schema.frames.frames import Json
+from ramet.grammar.json_schema.frames.object_states import Choices, ObjectState, Thread
+from ramet.grammar.json_schema.frames.tables import ANY_CHARS, StringRows, overlay
+from ramet.grammar.machine.automaton import Table, leave
+from ramet.grammar.regular import strings
+from ramet.grammar.regular.plain_trie import plain_trie
+
+MAX_WAYS = 16  # to write a key, that are looked up and not searched
+MAX_COUNT = 1 << 10  # texts that can still follow, beyond which they are not counted
+
+
+class Space:
+    """The keys that a set of specs can tell apart: named keys, then classes of others by the languages they match."""
+
+    def __init__(self, json: Json, specs: tuple[Objects, ...]) -> None:
+        self.json = json
+        self.specs = specs
+        self.number = json.new_number()
+        names: dict[str, None] = {}
+        languages: dict[int, None] = {}
+        for o in specs:
+            names.update(dict.fromkeys(o.table))
+            for rule in o.rules:
+                languages.update(dict.fromkeys(n for n, _ in rule.patterns))
+            for x in o.exists:
+                names.update(dict.fromkeys(sorted(x.names)))
+                languages.update(dict.fromkeys(([] if x.pattern is None else [x.pattern]) + list(x.others)))
+        self.names = list(names)
+        self.index = {k: i for i, k in enumerate(self.names)}
+        self._all_names = frozenset(names)
+        self.languages = list(languages)
+        self._make_signatures()
+        self.num_labels = len(self.names) + len(self.signatures)
+        self._exprs: dict[tuple[int, int], Expr] = {}
+        self.choices_of_threads: dict[tuple[tuple[Thread, ...], int], Choices] = {}
+        self._differs: dict[tuple[int, int, tuple[int, ...], int], bool] = {}
+        self._alive: dict[int, tuple[int, int]] = {}
+        self._tables: dict[object, Table] = {}
+        self._possible: dict[Table, tuple[int, int]] = {}
+        self._master: tuple[bool, StringRows] | None = None
+        self.required = [sum(1 << self.index[k] for k in o.required) for o in specs]
+        self._endings: dict[bytes | int, list[tuple[str, bytes]]] = {}
+        self._noted: set[str] = set()
+        self._names_from: dict[int, int] = {}
+        self._many_ways: list[str] = []
+        self.is_simple = [o.high is None and not (o.dependent or o.exists or o.low) for o in specs]
+        self._states: dict[object, ObjectState] = {}
+        self._counts: dict[int, NDArray[np.int64]] = {}
+        self._room: dict[tuple[int, str], int] = {}
+
+    def _make_signatures(self) -> None:
+        self.dfa = ANY_CHARS
+        self.signatures: list[frozenset[int]] = [frozenset()]
+        if not self.languages:
+            return
+        self.dfa, self.signatures = self.json.expressions.languages.signatures(tuple(self.languages))
+
+    def are_simple(self, threads: tuple[Thread, ...]) -> bool:
+        """Do the keys seen change nothing for these threads but that they may not come again?"""
+        return not self.json.ordered and all(self.is_simple[spec] and not rivals for _, spec, _, rivals in threads)
+
+    def state(
+        self, threads: tuple[Thread, ...], seen: int, extras: frozenset[str], anonymous: int, forgets: bool
+    ) -> ObjectState:
+        key = (threads, seen, extras, anonymous, forgets)
+        found = self._states.get(key)
+        if found is None:
+            found = self._states[key] = ObjectState(self, *key)
+        return found
+
+    def expr(self, spec: int, label: int) -> Expr:
+        found = self._exprs.get((spec, label))
+        if found is None:
+            e, o = self.json.expressions, self.specs[spec]
+            if label < len(self.names):
+                found = object_specs.expr_of_key(e, o, self.names[label])
+            else:
+                found = object_specs.expr_of_signature(e, o, self.signatures[label - len(self.names)])
+            self._exprs[spec, label] = found
+        return found
+
+    def may_differ(self, spec: int, exists: int, rivals: tuple[int, ...], seen: int) -> bool:
+        """Can an object with the names `seen`, like `rivals` so far, become another one? See distinct.py."""
+        key = (spec, exists, rivals, seen)
+        found = self._differs.get(key)
+        if found is None:
+            o = self.specs[spec]
+            o = replace(o, exists=tuple(x for i, x in enumerate(o.exists) if (exists >> i) & 1))
+            present = frozenset(k for i, k in enumerate(self.names) if (seen >> i) & 1)
+            found = self._differs[key] = distinct.object_may_differ(self.json.expressions, o, rivals, present)
+        return found
+
+    def usable(self, spec: int, label: int) -> bool:
+        """Has a key of this label any value?"""
+        return not self.json.expressions.is_empty(self.expr(spec, label))
+
+    def alive(self, spec: int) -> tuple[int, int]:
+        """Labels with values: (bits of names, bits of signatures)."""
+        found = self._alive.get(spec)
+        if found is None:
+            n = len(self.names)
+            o = self.specs[spec]
+            others = sum(1 << i for i in range(len(self.signatures)) if self.usable(spec, n + i))
+            if self.is_simple[spec] and self.is_open(others) and not o.named_only:
+                named = (1 << n) - 1  # a name without values is found when it is read: no text of a key can be stuck
+            else:
+                named = sum(1 << i for i in range(n) if self.usable(spec, i))
+            if o.dependent:  # a key is of no use where those that it requires cannot stand
+                for i in range(n):
+                    needed = sum(1 << self.index[k] for k in costs.closure_of_keys(o, frozenset((self.names[i],))))
+                    if needed & ~named or (o.high is not None and needed.bit_count() > o.high):
+                        named &= ~(1 << i)
+            own = sum(1 << i for i in range(n) if (named >> i) & 1 and self.names[i] in o.table)
+            if o.named_only and not o.exists and o.low <= own.bit_count():
+                named, others = own, 0
+            found = self._alive[spec] = named, others
+        return found
+
+    def may_forget(self, specs: Iterable[int], extras: frozenset[str]) -> bool:
+        """Do these unnamed keys, once read, change nothing but that they may not come again?"""
+        for spec in specs:
+            others = self.alive(spec)[1]
+            if not self.is_simple[spec] or (others and not self.has_room(others, extras)):
+                return False
+        return True
+
+    def note_key(self, key: str, gaps: tuple[tuple[bytes, ...], ...]) -> None:
+        """Make an unnamed key known to `endings`. gaps: for each place before a key, what may stand up to its text."""
+        if key in self._noted:
+            return
+        self._noted.add(key)
+        ways = strings.ways_to_write(key)
+        if len(ways) > MAX_WAYS:
+            self._many_ways.append(key)
+            return
+        quoted = self.json.machine.quoted
+        for written in ways:
+            whole = written + b'"'
+            places: list[tuple[bytes | int, bytes]] = [(written[:i], whole[i:]) for i in range(len(whole))]
+            places.extend((i, gap + whole) for i, texts in enumerate(gaps) for gap in texts)
+            for place, rest in places:
+                if quoted is None or rest in quoted:
+                    self._endings.setdefault(place, []).append((key, rest))
+
+    def endings(self, place: bytes | int, keys: frozenset[str], gaps: tuple[bytes, ...]) -> list[bytes]:
+        """Texts that finish one of these keys, noted before. place: the text of the key so far, or the place before it,
+        where `gaps` may stand up to its text."""
+        out = [rest for key, rest in self._endings.get(place, ()) if key in keys]
+        for key in self._many_ways:
+            if key in keys:
+                whole = [gap + written + b'"' for written in strings.ways_to_write(key) for gap in gaps or (b"",)]
+                if isinstance(place, int):
+                    out.extend(whole)
+                else:
+                    out.extend(w[len(place) :] for w in whole if w.startswith(place))
+        return out
+
+    def names_from(self, byte: int) -> int:
+        """Bits of the names that may begin with this byte of a JSON string, or end with it at once."""
+        found = self._names_from.get(byte)
+        if found is None:
+            ways = [strings.char_sequences(name[0]) if name else [(frozenset(b'"'),)] for name in self.names]
+            found = sum(1 << i for i, way in enumerate(ways) if any(byte in sequence[0] for sequence in way))
+            self._names_from[byte] = found
+        return found
+
+    def in_class(self, x: Exists, label: int) -> bool:
+        if label < len(self.names):
+            return costs.in_class(self.json.expressions, x, self.names[label])
+        matching = self.signatures[label - len(self.names)]
+        return x.pattern in matching if x.pattern is not None else not matching.intersection(x.others)
+
+    def is_open(self, others: int) -> bool:
+        """True where every key that is not named may come, so that no text of a key can be stuck."""
+        return others == (1 << len(self.signatures)) - 1
+
+    def has_room(self, others: int, keys: frozenset[str]) -> bool:
+        """True where, whatever was read of one of these keys, more texts than there are keys can follow: then leaving
+        the keys out leaves no text stuck."""
+        if self.is_open(others):
+            return True
+        most = len(self.names) + len(keys)
+        return all(self._room_at(others, key) > most for key in keys)
+
+    def _room_at(self, others: int, key: str) -> int:
+        """The fewest texts of other keys that can follow some beginning of a key."""
+        found = self._room.get((others, key))
+        if found is None:
+            counts = self._counts_of(others)
+            found, state = int(counts[0]), 0
+            for char in key:
+                state = self.dfa.step(state, ord(char))
+                found = min(found, int(counts[state])) if state >= 0 else 0
+                if not found:
+                    break
+            self._room[others, key] = found
+        return found
+
+    def _counts_of(self, others: int) -> NDArray[np.int64]:
+        """For each state of the automaton of other keys, how many texts lead to an end, up to MAX_COUNT."""
+        found = self._counts.get(others)
+        if found is None:
+            dfa = self.dfa
+            ends = np.array([label >= 0 for label in self._labels(others)], dtype=np.int64)
+            bounds = np.append(np.clip(dfa.starts, 0, 0xD800), 0xD800)  # the lower code points will do
+            sizes = np.bincount(dfa.classes, np.diff(bounds), dfa.num_classes).astype(np.int64)
+            targets = np.array(dfa.transitions, dtype=np.int64).reshape(len(ends), -1)
+            targets[targets < 0] = len(ends)
+            following, found = ends, None
+            while found is None or (following != found).any():
+                found = following
+                following = np.minimum(np.append(found, 0)[targets] @ sizes + ends, MAX_COUNT)
+            self._counts[others] = found
+        return found
+
+    def table(self, named: int, others: int, extras: frozenset[str]) -> Table:
+        """Keys that may come now: exit i for name i, len(names) + s for any other key of signature s.
+
+        Where any other key may come, one table serves all states: the exits of names already seen are dead, and keys
+        seen without a name are not the table's concern. Elsewhere what must not come is cut out, with all that leads
+        only there; what leads to enough else needs no cut.
+        """
+        if self.is_open(others):
+            key: tuple[object, ...] = ("open",)
+        elif not others or self.has_room(others, extras):
+            extras = frozenset()
+            if others and self.has_room(others, self._all_names):
+                named = -1
+            key = (named, others, extras)
+        else:
+            key = (named, others, extras)
+        found = self._tables.get(key)
+        if found is None:
+            if self.is_open(others) or not others:
+                if self._master is None or self._master[0] != bool(others):
+                    self._master = bool(others), self._all_keys(bool(others))
+                rows = self._master[1]
+                if not others:
+                    rows = self._without(rows, [i for i in range(len(self.names)) if not (named >> i) & 1])
+            else:
+                rows = self._some_keys(named, others, extras)
+            found = self._tables[key] = self.json.string_frame(rows, self.num_labels)
+        return found
+
+    @staticmethod
+    def _without(keys: StringRows, gone: list[int]) -> StringRows:
+        rows = keys.rows.copy()
+        strings.drop_exits(rows, np.array([leave(i) for i in gone], dtype=np.int32))
+        return StringRows(rows, keys.byte_class, keys.depths, keys.loop)
+
+    def _some_keys(self, named: int, others: int, extras: frozenset[str]) -> StringRows:
+        """Only these names, and other keys of these signatures, but for those seen."""
+        entries = {k: i if (named >> i) & 1 else -1 for i, k in enumerate(self.names)}
+        content = overlay(
+            strings.json_string_rows(self.dfa, self._labels(others)), {**entries, **dict.fromkeys(extras, -1)}
+        )
+        strings.trim(content.rows)
+        return StringRows.of(content)
+
+    def _labels(self, others: int) -> list[int]:
+        """For each state of the automaton of other keys, the exit of a key that ends there; -1 for signatures not in
+        `others`.
+        """
+        n = len(self.names)
+        return [n + int(a) - 1 if (others >> (int(a) - 1)) & 1 else -1 for a in self.dfa.accepting]
+
+    def possible(self, named: int, others: int, extras: frozenset[str]) -> tuple[int, int]:
+        """Of these labels, those for which there still is a key."""
+        if (
+            not others
+            or self.is_open(others)
+            or (self.has_room(others, extras) and self.has_room(others, self._all_names))
+        ):
+            return named, others
+        table = self.table(named, others, extras)
+        found = self._possible.get(table)
+        if found is None:
+            found = self._possible[table] = self._reachable(table)
+        return found
+
+    def _reachable(self, table: Table) -> tuple[int, int]:
+        """Labels of the exits that can be reached."""
+        seen, level, exits = {0}, [0], set()
+        while level:
+            entries = np.unique(table.rows[level])
+            exits.update(entries[entries < -1].tolist())
+            level = [t for t in entries[entries >= 0].tolist() if t not in seen]
+            seen.update(level)
+        n = len(self.names)
+        here = [label for label in range(self.num_labels) if leave(label) in exits]
+        return sum(1 << i for i in here if i < n), sum(1 << (i - n) for i in here if i >= n)
+
+    def _all_keys(self, with_others: bool) -> StringRows:
+        """The table with every label."""
+        n = len(self.names)
+        entries = {k: i for i, k in enumerate(self.names)}
+        is_any = self.dfa is ANY_CHARS
+        if is_any or not with_others:
+            plain = plain_trie(n if with_others else None, entries)
+            if plain is not None:
+                return StringRows.of_trie(*plain)
+        base: strings.Content | None = None
+        if with_others:
+            base = strings.any_string_content(n) if is_any else strings.json_string_rows(self.dfa, self._labels(-1))
+        content = overlay(base, entries)
+        return StringRows.of(content)

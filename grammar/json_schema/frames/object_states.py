@@ -1,0 +1,254 @@
+"""How far a JSON object has come, wherever it stands: what of it may follow.
+
+A state is the keys seen, and the threads that are still possible. A thread is (tag, spec, what must still exist,
+rivals: constants that the object must not become and is like so far); alternatives of one tag are several threads. Keys
+that a schema names are bits; other keys are remembered by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import combinations
+from typing import TYPE_CHECKING
+
+from ramet.grammar.json_schema.algebra import costs
+from ramet.grammar.json_schema.algebra.values import FALSE, Exists, Expr
+from ramet.grammar.json_schema.frames.lookahead import ObjectEnd
+from ramet.grammar.machine.automaton import Table
+
+if TYPE_CHECKING:
+    from ramet.grammar.json_schema.frames.keys import Space
+
+Thread = tuple[int, int, int, tuple[int, ...]]  # tag, spec (index in the space), bits of what must still exist, rivals
+Choices = tuple[tuple[Expr, ...], list[tuple[Thread, int]]]
+
+
+class ObjectState:
+    """Interned: what may follow is worked out once, for all places of such objects.
+
+    anonymous: keys read within one token's walk, whose names are not known. forgets: unnamed keys may have come, no
+    matter which (see ObjectNode.mask_twin).
+    """
+
+    def __init__(
+        self,
+        space: Space,
+        threads: tuple[Thread, ...],
+        seen: int,
+        extras: frozenset[str],
+        anonymous: int,
+        forgets: bool,
+    ) -> None:
+        self.space = space
+        self.json = space.json
+        self.threads = threads
+        self.seen = seen
+        self.extras = extras
+        self.anonymous = anonymous
+        self.forgets = forgets
+        self.number = space.json.new_number()
+        self.has_extras = forgets or bool(extras)  # unnamed keys came before
+        self.count = seen.bit_count() + len(extras) + anonymous
+        # do the keys seen change nothing but that they may not come again?
+        self.is_simple = space.are_simple(threads)
+        self._alive: tuple[int, int] | None = None
+        self._closing_tags: int | None = None
+        self._end: ObjectEnd | None = None
+        # what the keys seen do not change is kept by all of the space
+        self._choices = space.choices_of_threads if self.is_simple else {}
+        self._ends: dict[tuple[int, str | None], tuple[ObjectEnd, ...]] = {}
+
+    def may_forget(self, extras: frozenset[str]) -> bool:
+        return self.space.may_forget({spec for _, spec, _, _ in self.threads}, extras)
+
+    def needed(self, spec: int, seen: int) -> int:
+        """Bits of the names that must still come."""
+        space = self.space
+        o = space.specs[spec]
+        if not o.dependent:
+            return space.required[spec] & ~seen
+        present = frozenset(k for i, k in enumerate(space.names) if (seen >> i) & 1)
+        keys = costs.closure_of_keys(o, o.required | present)
+        return sum(1 << space.index[k] for k in keys) & ~seen
+
+    def may_finish(self, thread: Thread, seen: int, count: int) -> bool:
+        """Can the object still be completed as this thread wants it?"""
+        _, spec, exists, rivals = thread
+        space, o = self.space, self.space.specs[spec]
+        if rivals and not space.may_differ(spec, exists, rivals, seen):
+            return False
+        if space.is_simple[spec]:
+            return True
+        needed = self.needed(spec, seen)
+        named, others = space.alive(spec)
+        if needed & ~named:
+            return False
+        extra = 0
+        for i, x in enumerate(o.exists):
+            if (exists >> i) & 1:
+                way = self._way_to_exist(spec, x, seen, needed)
+                if way is None:
+                    return False
+                extra += way
+        if o.high is not None and count + needed.bit_count() + extra > o.high:
+            return False
+        return bool(others) or count + (named & ~seen).bit_count() >= o.low
+
+    def _way_to_exist(self, spec: int, x: Exists, seen: int, needed: int) -> int | None:
+        """0: a key that must come anyway can be the witness; 1: another one can; None: no way."""
+        space, e = self.space, self.json.expressions
+        best: int | None = None
+        for label in range(space.num_labels):
+            if label < len(space.names) and (seen >> label) & 1:
+                continue
+            if space.in_class(x, label) and not e.is_empty(e.both(space.expr(spec, label), x.expr)):
+                if label < len(space.names) and (needed >> label) & 1:
+                    return 0
+                best = 1
+        return best
+
+    def branches(self, label: int) -> list[tuple[Thread, Expr]]:
+        """The threads that may read a key of this label, each with what its value must be."""
+        space, e = self.space, self.json.expressions
+        if self.is_simple:
+            values = [(thread, space.expr(thread[1], label)) for thread in self.threads]
+            return [(thread, value) for thread, value in values if not e.is_empty(value)]
+        seen = self.seen | (1 << label) if label < len(space.names) else self.seen
+        count = self.count + 1
+        out: list[tuple[Thread, Expr]] = []
+        for thread in self.threads:
+            tag, spec, exists, rivals = thread
+            expr = space.expr(spec, label)
+            if expr == FALSE or e.is_empty(expr):
+                continue
+            o = space.specs[spec]
+            if self.json.ordered and not self._in_order(spec, label):
+                continue
+            named, others = space.alive(spec)
+            if not (named >> label if label < len(space.names) else others >> (label - len(space.names))) & 1:
+                continue
+            witness = [i for i, x in enumerate(o.exists) if (exists >> i) & 1 and space.in_class(x, label)]
+            for size in range(len(witness) + 1):
+                for chosen in combinations(witness, size):
+                    value, left = expr, exists
+                    for i in chosen:
+                        value = e.both(value, o.exists[i].expr)
+                        left &= ~(1 << i)
+                    for kind, still in self._ways_to_differ(value, rivals, label):
+                        following = (tag, spec, left, still)
+                        if not e.is_empty(kind) and self.may_finish(following, seen, count):
+                            out.append((following, kind))
+        return out
+
+    def _ways_to_differ(
+        self, value: Expr, rivals: tuple[int, ...], label: int
+    ) -> Iterable[tuple[Expr, tuple[int, ...]]]:
+        """The value that a key of this label must have, to become different from some rivals or stay like others."""
+        names, constants = self.space.names, self.json.expressions.constants
+        if not rivals or label >= len(names):  # the names are also those of the rivals
+            return ((value, ()),)
+        return constants.split(value, rivals, lambda r: constants.members(r).get(names[label]))
+
+    def choices(self, label: int) -> Choices:
+        """What the value of a key of this label may be; the threads that may read it, each with the index of that."""
+        found = self._choices.get((self.threads, label))
+        if found is None:
+            branches = self.branches(label)
+            if len(branches) == 1:
+                thread, expr = branches[0]
+                found = (expr,), [(thread, 0)]
+            else:
+                exprs = tuple(dict.fromkeys(e for _, e in branches))
+                found = exprs, [(t, exprs.index(e)) for t, e in branches]
+            self._choices[self.threads, label] = found
+        return found
+
+    def keys_after(self, label: int, key: str | None) -> tuple[int, frozenset[str], int]:
+        """(seen, extras, anonymous) with one more key. key: where the label is no name, and it is known."""
+        if label < len(self.space.names):
+            return self.seen | (1 << label), self.extras, self.anonymous
+        if key is not None:
+            return self.seen, self.extras | {key}, self.anonymous
+        return self.seen, self.extras, self.anonymous + (0 if self.forgets else 1)
+
+    def after(self, label: int, key: str | None, mask: int) -> ObjectState:
+        """The object after a property whose value satisfies the tags in `mask`."""
+        choices = self.choices(label)[1]
+        if len(choices) == 1:
+            threads: tuple[Thread, ...] = (choices[0][0],)
+        else:
+            threads = tuple(sorted({t for t, tag in choices if (mask >> tag) & 1}))
+        return self.space.state(threads, *self.keys_after(label, key), self.forgets)
+
+    def ends(self, label: int, key: str | None) -> tuple[ObjectEnd, ...]:
+        """What follows a property's value that satisfies the tags in 1, 2, ..."""
+        found = self._ends.get((label, key))
+        if found is None:
+            masks = range(1, 1 << len(self.choices(label)[0]))
+            found = self._ends[label, key] = tuple([self.after(label, key, mask).end() for mask in masks])
+        return found
+
+    def _in_order(self, spec: int, label: int) -> bool:
+        """declared_order: after all named keys seen, and not past one that must still come."""
+        if label >= len(self.space.names):
+            return not self.needed(spec, self.seen)
+        behind = (1 << label) - 1
+        return self.seen >> label == 0 and not self.has_extras and not self.needed(spec, self.seen) & behind
+
+    def alive(self) -> tuple[int, int]:
+        """Labels of the keys that may come: (bits of names, bits of signatures)."""
+        if self._alive is None:
+            space = self.space
+            n = len(space.names)
+            named = others = 0
+            if self.is_simple:
+                for _, spec, _, _ in self.threads:
+                    a, b = space.alive(spec)
+                    named |= a
+                    others |= b
+                named &= ~self.seen
+            else:
+                named = sum(1 << i for i in range(n) if not (self.seen >> i) & 1 and self.branches(i))
+                others = sum(1 << i for i in range(len(space.signatures)) if self.branches(n + i))
+            self._alive = space.possible(named, others, self.extras)
+        return self._alive
+
+    def table(self) -> Table:
+        """The table that reads the next key."""
+        return self.space.table(*self.alive(), self.extras)
+
+    def may_close(self, thread: Thread) -> bool:
+        _, spec, exists, rivals = thread
+        if exists or self.needed(spec, self.seen) or self.count < self.space.specs[spec].low:
+            return False
+        members = self.json.expressions.constants.members
+        return not any(len(members(r)) == self.count for r in rivals)
+
+    def closing_tags(self) -> int:
+        """Tags that the object satisfies if it ends here."""
+        mask = self._closing_tags
+        if mask is None:
+            mask = 0
+            for thread in self.threads:
+                if not self.space.required[thread[1]] & ~self.seen if self.is_simple else self.may_close(thread):
+                    mask |= 1 << thread[0]
+            self._closing_tags = mask
+        return mask
+
+    def end(self) -> ObjectEnd:
+        if self._end is None:
+            named, others = self.alive()
+            relevant = self.json.machine.key_starts
+            starts: bytes | None = b""
+            if relevant and self.space.is_open(others):
+                starts = None
+            elif relevant:
+                starts = relevant if others else bytes(b for b in relevant if named & self.space.names_from(b))
+            self._end = ObjectEnd(self.closing_tags(), bool(named or others), starts)
+        return self._end
+
+    def missing(self, thread: Thread, seen: int) -> int:
+        """Keys that must still come, beyond those that are needed by name."""
+        _, spec, _, _ = thread
+        present = self.needed(spec, seen).bit_count() + seen.bit_count() + len(self.extras) + self.anonymous
+        return max(self.space.specs[spec].low - present, 0)

@@ -1,0 +1,1 @@
+"""What the keywords of a schema mean, and what is wrong with a schema."""

@@ -1,0 +1,1 @@
+"""Schema documents, and the patterns and formats in them."""

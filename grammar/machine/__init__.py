@@ -1,0 +1,1 @@
+"""The machine under every grammar: automaton, vocabulary, token masks, matcher."""

@@ -1,0 +1,459 @@
+"""From a constraint and a vocabulary to a compiled grammar: the object that the runtime asks for masks and states."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ramet.errors import GrammarError, GrammarTooLarge
+from ramet.grammar import ir
+from ramet.grammar.deadline import time_limit
+from ramet.grammar.json_schema.algebra.values import Strings
+from ramet.grammar.json_schema.compile import place_schema
+from ramet.grammar.json_schema.frames.tables import number_rows, string_rows
+from ramet.grammar.json_schema.schema import formats
+from ramet.grammar.machine import walker
+from ramet.grammar.machine.automaton import DEAD, LOCAL_BITS, LOCAL_MASK, Machine
+from ramet.grammar.machine.mask_rows import MaskRows
+from ramet.grammar.machine.vocabulary import SLICE_SIZES, TokenTrie, Vocabulary
+from ramet.grammar.regular.numbers import Numbers
+from ramet.grammar.regular.pushdown import Pushdown
+
+MAX_MASK_BYTES = 1 << 26
+_MAX_KEPT = 1 << 15  # answers of each kind that a grammar remembers
+_MAX_KEPT_RUN = 16  # states of a forced run of which what follows is kept: each keeps the rest of the run
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What compiling and running may cost.
+
+    max_time_s: of compiling, and of any one step that a text makes into parts not visited before.
+    max_states: configurations of one grammar, visited or looked at. max_regular_states: states of one terminal or
+    pattern. max_mask_bytes: mask rows that one grammar keeps; the least recently used go first.
+    """
+
+    max_time_s: float = 10.0
+    max_states: int = 4_000_000
+    max_regular_states: int = 20_000
+    max_mask_bytes: int = MAX_MASK_BYTES
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DeviceTables:
+    """A closed automaton: byte_class uint8 [256]; transitions int32 [num_states, num_classes], -1 refused; accepting
+    bool.
+    """
+
+    byte_class: NDArray[np.uint8]
+    transitions: NDArray[np.int32]
+    accepting: NDArray[np.bool_]
+
+
+class CompiledGrammar:
+    """A grammar for one vocabulary; implements `ramet.runtime.types.Grammar`. Thread-safe.
+
+    States are integers, 0 is the start; a state's number is given when it is first reached and never changes. Masks are
+    computed once per state and shared by content.
+    """
+
+    def __init__(
+        self,
+        machine: Machine,
+        start: int,
+        vocabulary: Vocabulary,
+        key: str = "",
+        max_mask_bytes: int = MAX_MASK_BYTES,
+    ) -> None:
+        self.machine = machine
+        self.vocabulary = vocabulary
+        self.key = key
+        self._packed: list[int] = [start]
+        self._state_of: dict[int, int] = {start: 0}
+        self.rows = MaskRows(max_mask_bytes)
+        self.rows.add_state()
+        machine.quoted = vocabulary.quoted
+        machine.key_starts = vocabulary.key_starts
+        machine.reads_past_values = vocabulary.reads_past_values
+        # What was asked before; read without the lock. A decode step leaves nothing in the CPU's caches, and an answer
+        # found here touches far less memory than one worked out.
+        self._after: dict[tuple[int, int], int] = {}
+        self._forced: dict[int, tuple[int, ...]] = {}
+        self._completions: dict[int, list[int]] = {}
+        self._num_completed = 0  # tokens of the completions kept
+        self._lock = threading.RLock()
+        self._scratch = np.zeros(4 + vocabulary.trie.max_depth, dtype=np.int64)
+        self._unsure = np.empty(1 + len(vocabulary.trie.values), dtype=np.int32)  # zeros would be written: 60 µs
+        self._other = np.zeros(2 + vocabulary.trie.max_depth, dtype=np.int64)
+        self._device_tables: DeviceTables | None = None
+
+    # --- states
+
+    @property
+    def unenforced(self) -> list[tuple[str, str, str]]:
+        """(JSON pointer, keyword, reason) of what masks do not ensure; empty unless `on_unsupported` is "validate"."""
+        return list(self.machine.unenforced)
+
+    @property
+    def is_closed(self) -> bool:
+        return self._device_tables is not None
+
+    @property
+    def num_states(self) -> int:
+        """States that have a number."""
+        return len(self._packed)
+
+    def state_number(self, packed: int) -> int:
+        """Number of a configuration of the machine."""
+        found = self._state_of.get(packed)
+        if found is None:
+            with self._lock:
+                found = self._state_of.get(packed)
+                if found is None:
+                    found = len(self._packed)
+                    self._packed.append(packed)
+                    self.rows.add_state()
+                    self._state_of[packed] = found
+        return found
+
+    def advance(self, state: int, token: int) -> int | None:
+        """Return the state after `token`; None where refused. End tokens are not part of the text: always None."""
+        found = self._after.get((state, token))
+        if found is not None:
+            return found
+        vocabulary = self.vocabulary
+        if token < 0 or token >= len(vocabulary.token_bytes) or token in vocabulary.special_ids:
+            return None
+        begin, end = vocabulary.offsets[token], vocabulary.offsets[token + 1]
+        if begin == end:
+            return None
+        with self._lock:
+            packed = self.machine.run(self._packed[state], vocabulary.flat, begin, end, self._scratch)
+        if packed < 0:
+            return None
+        if len(self._after) >= _MAX_KEPT:
+            self._after = {}
+        found = self._after[state, token] = self.state_number(packed)
+        return found
+
+    def advance_bytes(self, state: int, text: bytes) -> int | None:
+        """Return the state after a text, None where refused."""
+        with self._lock:
+            packed = self.machine.run_bytes(self._packed[state], text)
+        return None if packed < 0 else self.state_number(packed)
+
+    def is_accepting(self, state: int) -> bool:
+        with self._lock:
+            return self.machine.accepts(self._packed[state])
+
+    # --- masks
+
+    def fill_mask(self, state: int, row: NDArray[np.int32]) -> None:
+        row[:] = self.mask(state)
+
+    def fill_masks(self, states: list[int], rows: NDArray[np.int32]) -> None:
+        """Write the masks of many states: rows int32 [len(states), W]."""
+        for i, state in enumerate(states):
+            rows[i] = self.mask(state)
+
+    def mask(self, state: int) -> NDArray[np.int32]:
+        """Return the mask row of a state, int32 [W]; shared: not to be written to."""
+        row = self.rows.of_state[state]
+        if row is None:
+            with self._lock:
+                row = self.rows.again(state)
+                if row is None:
+                    machine = self.machine
+                    machine.is_timed = True
+                    try:
+                        with time_limit(machine.max_time_s):
+                            row = self.rows.keep(state, self._compute_mask(self._packed[state]))
+                    finally:
+                        machine.is_timed = False
+        return row
+
+    def _compute_mask(self, packed: int) -> NDArray[np.int32]:
+        local = packed & LOCAL_MASK
+        row, unsure = self._twin_row(self.machine.mask_twin(packed))
+        frame = self.machine.frames[packed >> LOCAL_BITS]
+        refused = frame.refused_prefixes(local) if hasattr(frame, "refused_prefixes") else ()
+        if not refused and not len(unsure):
+            return row
+        row = row.copy()
+        for prefix in refused:
+            for token in self.vocabulary.tokens_with_prefix(prefix):
+                row.view(np.uint32)[token >> 5] &= np.uint32(~(1 << (token & 31)) & 0xFFFFFFFF)
+        for token in unsure:
+            begin, end = self.vocabulary.offsets[token], self.vocabulary.offsets[token + 1]
+            if self.machine.run(packed, self.vocabulary.flat, begin, end, self._scratch) >= 0:
+                row.view(np.uint32)[token >> 5] |= np.uint32(1 << (token & 31))
+        return row
+
+    def _twin_row(self, packed: int) -> tuple[NDArray[np.int32], list[int]]:
+        """(what a walk from a mask twin allows, tokens whose verdict depends on the text within them and before)."""
+        found = self.rows.twin(packed)
+        return self.rows.keep_twin(packed, *self._walked_row(packed)) if found is None else found
+
+    def _walked_row(self, packed: int) -> tuple[NDArray[np.int32], list[int]]:
+        instance, local = packed >> LOCAL_BITS, packed & LOCAL_MASK
+        frame = self.machine.frames[instance]
+        table = frame.table
+        if table.loop >= 0 and table.depths is not None and table.depths[2, local] >= walker.MANY:
+            loop = (instance << LOCAL_BITS) | table.loop
+            alike = frame.loop_twin() if hasattr(frame, "loop_twin") else loop
+            if packed == alike:
+                return self._loop_row(packed)
+            return self._twin_row(alike) if local == table.loop else self._near_loop_row(packed, loop, alike)
+        row, trie = self._first_row(packed)
+        self._walk(packed, trie, row)
+        return row, self._unsure_tokens()
+
+    def _unsure_tokens(self) -> list[int]:
+        count = int(self._unsure[0])
+        unsure: list[int] = self._unsure[1 : 1 + count].tolist() if count else []
+        return unsure
+
+    def _walk(self, packed: int, trie: TokenTrie, row: NDArray[np.int32]) -> None:
+        machine, scratch, unsure = self.machine, self._scratch, self._unsure
+        scratch[0] = 0
+        scratch[3] = packed
+        unsure[0] = 0
+        nodes, values = trie.nodes, trie.values
+        while walker.walk(machine.pool, machine.instances, machine.exits, nodes, values, row, scratch, unsure) >= 0:
+            machine.exit_target(int(scratch[1]), int(scratch[2]))
+
+    def _loop_row(self, packed: int) -> tuple[NDArray[np.int32], list[int]]:
+        """The mask of a state that plain text does not leave: plain tokens, and those whose remainder is accepted."""
+        key = getattr(self.machine.frames[packed >> LOCAL_BITS], "loop_key", None)
+        if key is None:
+            return self._walked_loop(packed)
+        loops = self.vocabulary.loops
+        if key not in loops:
+            loops[key] = self._walked_loop(packed)
+        return loops[key]
+
+    def _walked_loop(self, packed: int) -> tuple[NDArray[np.int32], list[int]]:
+        vocabulary = self.vocabulary
+        row = vocabulary.plain_row(2, vocabulary.slice_sizes[-1]).copy()
+        trie, starts, tokens = vocabulary.remainders
+        bits = np.zeros(len(trie.values) // 32 + 1, dtype=np.int32)
+        self._walk(packed, trie, bits)
+        walker.expand(bits, starts, tokens, row)
+        return row, [t for r in self._unsure_tokens() for t in tokens[starts[r] : starts[r + 1]].tolist()]
+
+    def _near_loop_row(self, packed: int, loop: int, alike: int) -> tuple[NDArray[np.int32], list[int]]:
+        """The mask of a state that differs from a loop of its own frame by single texts only. alike: a state that has
+        the loop's mask."""
+        machine, scratch, unsure, trie = self.machine, self._scratch, self._unsure, self.vocabulary.trie
+        loop_row, unsure_there = self._twin_row(alike)
+        row = loop_row.copy()
+        scratch[0] = 0
+        scratch[3] = packed
+        self._other[0] = loop
+        unsure[0] = 0
+        while (
+            walker.walk_difference(
+                machine.pool,
+                machine.instances,
+                machine.exits,
+                trie.nodes,
+                trie.values,
+                row,
+                scratch,
+                self._other,
+                unsure,
+            )
+            >= 0
+        ):
+            machine.exit_target(int(scratch[1]), int(scratch[2]))
+        # unsure there, and here no more: is decided, too, which does no harm
+        return row, [*dict.fromkeys([*unsure_there, *self._unsure_tokens()])]
+
+    def _first_row(self, packed: int) -> tuple[NDArray[np.int32], TokenTrie]:
+        """(a new row with what is known at once, the tokens that are left to be walked)."""
+        vocabulary, machine = self.vocabulary, self.machine
+        frame, local = machine.frames[packed >> LOCAL_BITS], packed & LOCAL_MASK
+        depths = frame.table.depths
+        if depths is not None:
+            longest = vocabulary.slice_sizes[-1]
+            left = frame.characters_left(local) if hasattr(frame, "characters_left") else None
+            if left is None and depths[2, local] == depths[3, local] > 0:
+                left = int(depths[3, local])
+            if left is not None:
+                # plain tokens that fit are allowed, longer ones refused: only the others are walked
+                return vocabulary.plain_row(2, min(left, longest)).copy(), vocabulary.slice(2, longest)[1]
+            for kind in (2, 1, 0):
+                depth = int(depths[kind, local])
+                if depth >= SLICE_SIZES[0] or depth >= longest:
+                    size = max(n for n in vocabulary.slice_sizes if n <= depth)
+                    row, trie = vocabulary.slice(kind, size)
+                    return row.copy(), trie
+        if machine.accepts(packed):
+            return vocabulary.eos_row.copy(), vocabulary.trie
+        return np.zeros(vocabulary.num_words, dtype=np.int32), vocabulary.trie
+
+    # --- what must follow
+
+    def allowed_tokens(self, state: int) -> NDArray[np.int64]:
+        """Ids of the allowed tokens, ascending."""
+        return np.flatnonzero(np.unpackbits(self.mask(state).view(np.uint8), bitorder="little"))
+
+    def forced_tokens(self, state: int) -> list[int]:
+        """Tokens that must follow because no other token is allowed; stops before the end tokens."""
+        found = self._forced.get(state)
+        if found is not None:
+            return list(found)
+        run: list[int] = []
+        states: list[int] = []
+        while len(run) < 4096:
+            states.append(state)
+            token = self._only_token(state)
+            if token is None:
+                break
+            following = self.advance(state, token)
+            assert following is not None
+            run.append(token)
+            state = following
+        for i, earlier in enumerate(states[:_MAX_KEPT_RUN]):
+            if len(self._forced) >= _MAX_KEPT:
+                self._forced = {}
+            self._forced[earlier] = tuple(run[i:])
+        return run
+
+    def _only_token(self, state: int) -> int | None:
+        """The one token that is allowed, None where there are more, or it ends the text."""
+        row = self.mask(state)
+        words = np.flatnonzero(row)
+        word = int(row[words[0]]) & 0xFFFFFFFF if len(words) == 1 else 0
+        if not word or word & (word - 1):
+            return None
+        token = 32 * int(words[0]) + word.bit_length() - 1
+        return None if token in self.vocabulary.eos_ids else token
+
+    def shortest_completion(self, state: int) -> list[int]:
+        """Few tokens that lead to an accepting state: the fewest that write a shortest text.
+
+        Raises: GrammarError if the vocabulary lacks the bytes.
+        """
+        found = self._completions.get(state)
+        if found is not None:
+            return list(found)
+        with self._lock:
+            text = self.machine.closing_bytes(self._packed[state])
+        tokens = self.vocabulary.fewest_tokens(text)
+        if tokens is None:
+            raise GrammarError(f"the vocabulary cannot write the completion {text!r}")
+        with self._lock:
+            self._num_completed += 1 + len(tokens)
+            if self._num_completed > _MAX_KEPT:
+                self._completions, self._num_completed = {}, 1 + len(tokens)
+            self._completions[state] = tokens
+        return list(tokens)
+
+    def completion_bound(self, state: int) -> int:
+        """No less than len(shortest_completion(state)), and cheap: its bytes."""
+        packed = self._packed[state]
+        found = self.machine.known_closing_length(packed)
+        if found is not None:
+            return found
+        with self._lock:
+            return self.machine.closing_length(packed)
+
+    # --- closing
+
+    def close(self, limit: int = 100_000) -> bool:
+        """Visit every reachable state, up to `limit`; True when closed. Needed for `device_tables`."""
+        if self._device_tables is None:
+            with self._lock:
+                self._device_tables = _close(self, limit)
+        return self.is_closed
+
+    def device_tables(self) -> DeviceTables | None:
+        """The closed automaton as flat tables, None when it is open."""
+        return self._device_tables
+
+
+def _close(grammar: CompiledGrammar, limit: int) -> DeviceTables | None:
+    """Breadth first over all states; None past the limit or where a frame has memory."""
+    machine = grammar.machine
+    wide: list[NDArray[np.int32]] = []
+    state = 0
+    while state < grammar.num_states:
+        if grammar.num_states > limit:
+            return None
+        packed = grammar._packed[state]
+        instance, local = packed >> 32, packed & 0xFFFFFFFF
+        if machine.instances[instance, 4]:
+            return None
+        table = machine.frames[instance].table
+        targets = np.full(table.rows.shape[1], DEAD, dtype=np.int64)
+        row = np.full(256, -1, dtype=np.int32)
+        again: list[int] = []
+        for c, entry in enumerate(table.rows[local].tolist()):
+            if entry >= 0:
+                targets[c] = grammar.state_number((instance << 32) | entry)
+            elif entry < -1:
+                code = -2 - entry
+                if code & 1:
+                    again.append(c)
+                    continue
+                found = machine.exit_target(instance, code >> 1)
+                targets[c] = grammar.state_number(found) if found >= 0 else DEAD
+        row[:] = targets[table.byte_class]
+        for c in again:
+            for byte in np.flatnonzero(table.byte_class == c).tolist():
+                found = machine.step(packed, byte)
+                row[byte] = grammar.state_number(found) if found >= 0 else DEAD
+        wide.append(row)
+        state += 1
+    rows = np.stack(wide)
+    _, first, inverse = np.unique(rows, axis=1, return_index=True, return_inverse=True)
+    accepting = np.array([machine.accepts(p) for p in grammar._packed])
+    return DeviceTables(inverse.reshape(-1).astype(np.uint8), np.ascontiguousarray(rows[:, first]), accepting)
+
+
+def compile_grammar(
+    constraint: ir.Grammar | ir.Node, vocabulary: Vocabulary, *, limits: Limits | None = None
+) -> CompiledGrammar:
+    """Compile a grammar, or one node of it, for a vocabulary.
+
+    Raises: GrammarError and its subclasses: what cannot be compiled, is contradictory (no text at all), or is too
+    large.
+    """
+    limits = limits or Limits()
+    grammar = constraint if isinstance(constraint, ir.Grammar) else ir.Grammar.of(constraint)
+    machine = Machine(limits.max_states, limits.max_time_s)
+    only = grammar.rules.get(grammar.start)
+    with time_limit(limits.max_time_s):
+        if isinstance(only, ir.JsonSchema):
+            start = place_schema(only, machine, limits.max_regular_states)
+        else:
+            start = Pushdown(grammar, machine, limits.max_regular_states).start()
+    if start == DEAD:
+        raise GrammarError("the grammar is contradictory: no text matches it")
+    return CompiledGrammar(machine, start, vocabulary, max_mask_bytes=limits.max_mask_bytes)
+
+
+def warm_up(vocabulary: Vocabulary) -> None:
+    """Make what all grammars share, so that the first request does not wait for it: compiled loops (seconds in a fresh
+    environment, else milliseconds), slices of the vocabulary, tables of string formats and of common numbers. About a
+    second."""
+    vocabulary.warm_up()
+    for name in sorted(formats.KNOWN):
+        of_format = Strings(languages=frozenset(((0, True),)))
+        string_rows(((of_format,),), (("format", name),), Limits().max_regular_states)
+    for integer, low in itertools.product((None, True), (None, Fraction(0), Fraction(1))):
+        number_rows(((Numbers(low, integer=integer),),))
+    grammar = compile_grammar(ir.JsonSchema({"properties": {"a": {"type": "string", "maxLength": 3}}}), vocabulary)
+    grammar.mask(0)
+    in_key = grammar.advance_bytes(0, b'{"')
+    if in_key is not None:
+        grammar.mask(in_key)  # keys without a name, in all grammars
+
+
+__all__ = ["CompiledGrammar", "DeviceTables", "GrammarTooLarge", "Limits", "compile_grammar", "warm_up"]

@@ -1,0 +1,307 @@
+"""One vocabulary's tokens as bytes, and as a trie laid flat for walking.
+
+The trie is stored depth first: a node's subtree is the nodes up to its `skip`. Special tokens and tokens without bytes
+are not in it, so no mask ever allows them (but for the end tokens, which the matcher adds at accepting states).
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import re
+from collections.abc import Hashable, Iterable, Sequence
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ramet.grammar.machine.bitmask import num_words, pack
+from ramet.grammar.machine.walker import count_plain_chars, next_not_deeper
+
+SLICE_SIZES = (4, 8, 16, 32)
+NUM_KINDS = 3
+MAX_PREFIXES = 1 << 16
+_HEAD = 4  # bytes of a text that say how long a token can be there
+
+
+class Vocabulary:
+    """Token ids and their bytes.
+
+    `vocab_size`: the model's (padded) vocabulary, at least len(token_bytes). Ids beyond `token_bytes`, ids in
+    `special_ids` and empty tokens are never allowed; `eos_ids` exactly where the text may end.
+    """
+
+    def __init__(
+        self,
+        token_bytes: Sequence[bytes],
+        eos_ids: Iterable[int],
+        special_ids: Iterable[int] = (),
+        vocab_size: int | None = None,
+    ) -> None:
+        self.token_bytes = list(token_bytes)
+        self.eos_ids = tuple(sorted(set(eos_ids)))
+        self.special_ids = frozenset(special_ids) | frozenset(self.eos_ids)
+        self.vocab_size = max(len(self.token_bytes), vocab_size or 0, *(e + 1 for e in self.eos_ids), 1)
+        self.num_words = num_words(self.vocab_size)
+        # masks of loops that do not depend on the grammar (see CompiledGrammar), with their tokens to be run
+        self.loops: dict[Hashable, tuple[NDArray[np.int32], list[int]]] = {}
+        self._by_prefix: dict[bytes, list[int]] = {}
+        self._plain_rows: dict[tuple[int, int], NDArray[np.int32]] = {}
+        self._rest_tries: dict[tuple[int, int], TokenTrie] = {}
+
+    @cached_property
+    def key(self) -> str:
+        """A digest: equal for vocabularies that give equal masks."""
+        digest = hashlib.sha256(f"{self.vocab_size} {self.eos_ids} {sorted(self.special_ids)} ".encode())
+        for token in self.token_bytes:
+            digest.update(len(token).to_bytes(4, "little"))
+            digest.update(token)
+        return digest.hexdigest()
+
+    @cached_property
+    def content_tokens(self) -> list[int]:
+        """Ids of the tokens that can stand inside a text, in order of their bytes."""
+        ids = [i for i, b in enumerate(self.token_bytes) if b and i not in self.special_ids]
+        ids.sort(key=self.token_bytes.__getitem__)
+        return ids
+
+    @cached_property
+    def trie(self) -> TokenTrie:
+        return TokenTrie(self.flat, *self._sorted_spans, self._sorted_ids)
+
+    @cached_property
+    def _sorted_ids(self) -> NDArray[np.int32]:
+        return np.array(self.content_tokens, dtype=np.int32)
+
+    @cached_property
+    def _sorted_spans(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(first byte in `flat`, length) of the content tokens, in order of their bytes."""
+        offsets = np.array(self.offsets, dtype=np.int64)
+        ids = self._sorted_ids
+        return offsets[ids], offsets[ids + 1] - offsets[ids]
+
+    # --- slices: masks of plain text, and the tokens that a mask of plain text leaves to be walked
+
+    @cached_property
+    def _plain_chars(self) -> NDArray[np.int32]:
+        """int32 [4, tokens in order]: characters of a token that is plain in each kind of slice, 0 where it is not;
+        bytes of plain text (the widest kind) that a token begins with.
+
+        Plain of kind 0: ASCII letters and digits; 1: printable ASCII without the quote and the backslash; 2: also whole
+        characters beyond ASCII.
+        """
+        begins, lengths = self._sorted_spans
+        found: NDArray[np.int32] = count_plain_chars(self.flat, begins, lengths)
+        return found
+
+    def plain_row(self, kind: int, size: int) -> NDArray[np.int32]:
+        """Mask row of the plain tokens of at most `size` characters; shared, not to be written to."""
+        found = self._plain_rows.get((kind, size))
+        if found is None:
+            count = self._plain_chars[kind]
+            found = pack(self._sorted_ids[(count > 0) & (count <= size)], self.vocab_size)
+            self._plain_rows[kind, size] = found
+        return found
+
+    def slice(self, kind: int, size: int) -> tuple[NDArray[np.int32], TokenTrie]:
+        """(mask row of the plain tokens of at most `size` characters, trie of all other tokens). Made once, kept."""
+        trie = self._rest_tries.get((kind, size))
+        if trie is None:
+            count = self._plain_chars[kind]
+            rest = (count == 0) | (count > size)
+            begins, lengths = self._sorted_spans
+            trie = TokenTrie(self.flat, begins[rest], lengths[rest], self._sorted_ids[rest])
+            self._rest_tries[kind, size] = trie
+        return self.plain_row(kind, size), trie
+
+    @cached_property
+    def slice_sizes(self) -> list[int]:
+        """Sizes that are worth a slice, ascending; the last holds every plain token."""
+        longest = int(self._plain_chars[:3].max(initial=1))
+        return [*(n for n in SLICE_SIZES if n < longest), longest]
+
+    @cached_property
+    def remainders(self) -> tuple[TokenTrie, NDArray[np.int32], NDArray[np.int32]]:
+        """What follows the plain text (kind 2) of tokens that are not all plain: (trie of the distinct remainders,
+        their numbers as values; starts int32 [n + 1]; tokens): tokens[starts[r] : starts[r + 1]] end with r."""
+        begins, lengths = self._sorted_spans
+        plain = self._plain_chars[3]
+        which = np.flatnonzero(plain < lengths)
+        texts = [
+            self.flat[b:e].tobytes()
+            for b, e in zip(begins[which] + plain[which], (begins + lengths)[which], strict=True)
+        ]
+        distinct = sorted(set(texts))
+        number = {t: i for i, t in enumerate(distinct)}
+        sizes = np.array([len(t) for t in distinct], dtype=np.int64)
+        flat = np.frombuffer(b"".join(distinct), dtype=np.uint8)
+        trie = TokenTrie(flat, np.cumsum(sizes) - sizes, sizes, np.arange(len(distinct), dtype=np.int32))
+        group = np.array([number[t] for t in texts], dtype=np.int32)
+        starts = np.searchsorted(np.sort(group), np.arange(len(distinct) + 1)).astype(np.int32)
+        return trie, starts, self._sorted_ids[which][np.argsort(group, kind="stable")]
+
+    def warm_up(self) -> None:
+        """Make what is otherwise made when first needed."""
+        _ = self.remainders, self.quoted, self.offsets
+        for size in range(1, self.slice_sizes[-1] + 1):
+            self.plain_row(2, size)
+        for kind in range(NUM_KINDS):
+            for size in self.slice_sizes:
+                self.slice(kind, size)
+
+    @cached_property
+    def flat(self) -> NDArray[np.uint8]:
+        """All tokens' bytes, one after the other; token t is flat[offsets[t] : offsets[t + 1]]."""
+        return np.frombuffer(b"".join(self.token_bytes), dtype=np.uint8)
+
+    @cached_property
+    def offsets(self) -> list[int]:
+        return [0, *np.cumsum([len(b) for b in self.token_bytes]).tolist()]
+
+    @cached_property
+    def tokens_of_bytes(self) -> dict[bytes, int]:
+        """The lowest id of each distinct token text."""
+        out: dict[bytes, int] = {}
+        for i in self.content_tokens:
+            out.setdefault(self.token_bytes[i], i)
+        return out
+
+    @cached_property
+    def quoted(self) -> frozenset[bytes]:
+        """All that a content token begins with and that ends with a quote."""
+        out: set[bytes] = set()
+        for i in self.content_tokens:
+            token = self.token_bytes[i]
+            at = token.find(b'"')
+            while at >= 0:
+                out.add(token[: at + 1])
+                at = token.find(b'"', at + 1)
+        return frozenset(out)
+
+    @cached_property
+    def key_starts(self) -> bytes:
+        """The bytes that some content token has behind a comma and a quote."""
+        return bytes(sorted({m[1][0] for m in re.finditer(rb'(?=, ?"([^\n]))', self._quoting)}))
+
+    @cached_property
+    def reads_past_values(self) -> bool:
+        """Does a content token read on in or behind a JSON value that it has behind a key?"""
+        return bool(re.search(rb'": ?(?:[-0-9tfn].|".|[\[{].*["\]}].)', self._quoting))
+
+    @cached_property
+    def _quoting(self) -> bytes:
+        """The content tokens with a quote, a line each; what is a line's end in them stands as a null byte."""
+        texts = (self.token_bytes[i] for i in self.content_tokens)
+        return b"\n".join(t.replace(b"\n", b"\0") for t in texts if b'"' in t)
+
+    def tokens_with_prefix(self, prefix: bytes) -> list[int]:
+        """Content tokens that begin with these bytes; kept for the texts asked."""
+        found = self._by_prefix.get(prefix)
+        if found is None:
+            if len(self._by_prefix) > MAX_PREFIXES:
+                self._by_prefix.clear()
+            found = self._by_prefix[prefix] = self._find_prefix(prefix)
+        return found
+
+    def _find_prefix(self, prefix: bytes) -> list[int]:
+        ids = self.content_tokens
+        begin = bisect.bisect_left(ids, prefix, key=self.token_bytes.__getitem__)
+        end = begin
+        while end < len(ids) and self.token_bytes[ids[end]].startswith(prefix):
+            end += 1
+        return ids[begin:end]
+
+    def fewest_tokens(self, text: bytes) -> list[int] | None:
+        """The shortest way to write `text` in tokens; None if the vocabulary cannot write it."""
+        best: list[tuple[int, int] | None] = [None] * (len(text) + 1)  # (tokens so far, last token)
+        count = [0] + [1 << 30] * len(text)
+        index, longest = self.tokens_of_bytes, self._longest_by_head
+        for begin in range(len(text)):
+            if count[begin] == 1 << 30:
+                continue
+            limit = longest.get(text[begin : begin + _HEAD], _HEAD)
+            for end in range(begin + 1, min(begin + limit, len(text)) + 1):
+                token = index.get(text[begin:end])
+                if token is not None and count[begin] + 1 < count[end]:
+                    count[end] = count[begin] + 1
+                    best[end] = (begin, token)
+        if count[-1] == 1 << 30:
+            return None
+        out, end = [], len(text)
+        while end:
+            step = best[end]
+            assert step is not None
+            out.append(step[1])
+            end = step[0]
+        return out[::-1]
+
+    @cached_property
+    def _longest_by_head(self) -> dict[bytes, int]:
+        """Bytes of the longest token that begins with these `_HEAD` bytes."""
+        longest: dict[bytes, int] = {}
+        for text in self.tokens_of_bytes:
+            if len(text) >= _HEAD:
+                longest[text[:_HEAD]] = max(longest.get(text[:_HEAD], 0), len(text))
+        return longest
+
+    @cached_property
+    def eos_row(self) -> NDArray[np.int32]:
+        """int32 [W]: only the end tokens."""
+        row = np.zeros(self.num_words, dtype=np.int32)
+        for e in self.eos_ids:
+            row.view(np.uint32)[e >> 5] |= np.uint32(1 << (e & 31))
+        return row
+
+
+class TokenTrie:
+    """A flat trie of texts with values, given in order of their bytes: flat[begins[i] : begins[i] + lengths[i]] has
+    values[i].
+
+    nodes: int32 [num_nodes + 1, 4], depth first: byte, skip (the first node after the subtree), first entry, depth
+    (from 1).
+    Entries are values: node i holds values[first entry of i : first entry of i + 1].
+    """
+
+    def __init__(
+        self, flat: NDArray[np.uint8], begins: NDArray[np.int64], lengths: NDArray[np.int64], values: NDArray[np.int32]
+    ) -> None:
+        common = _common_prefixes(flat, begins, lengths)
+        self.values = values
+        self.max_depth = int(lengths.max(initial=0))
+        self.nodes = _build_nodes(flat, begins, lengths, common)
+
+
+def _common_prefixes(
+    flat: NDArray[np.uint8], begins: NDArray[np.int64], lengths: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Length of the prefix that each text shares with the one before it."""
+    n = len(begins)
+    common = np.zeros(n, dtype=np.int64)
+    alive = np.arange(1, n)
+    depth = 0
+    while len(alive):
+        alive = alive[(lengths[alive] > depth) & (lengths[alive - 1] > depth)]
+        alive = alive[flat[begins[alive] + depth] == flat[begins[alive - 1] + depth]]
+        depth += 1
+        common[alive] = depth
+    return common
+
+
+def _build_nodes(
+    flat: NDArray[np.uint8], begins: NDArray[np.int64], lengths: NDArray[np.int64], common: NDArray[np.int64]
+) -> NDArray[np.int32]:
+    """Lay the new bytes of each text one after the other: that is depth-first order."""
+    fresh = lengths - common
+    num_nodes = int(fresh.sum())
+    owner = np.repeat(np.arange(len(lengths)), fresh)
+    first = np.cumsum(fresh) - fresh
+    depth = common[owner] + 1 + (np.arange(num_nodes) - first[owner])
+    nodes = np.empty((num_nodes + 1, 4), dtype=np.int32)
+    nodes[:num_nodes, 0] = flat[begins[owner] + depth - 1]
+    nodes[:num_nodes, 3] = depth
+    # texts end at the last node laid for them; an equal text has no node of its own and ends where the one before did
+    counts = np.bincount(np.cumsum(fresh) - 1, minlength=num_nodes) if num_nodes else np.zeros(0, dtype=np.int64)
+    nodes[:num_nodes, 2] = np.cumsum(counts) - counts
+    nodes[num_nodes] = (0, num_nodes + 1, len(lengths), 0)
+    next_not_deeper(nodes)
+    return nodes

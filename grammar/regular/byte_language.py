@@ -1,0 +1,151 @@
+"""A whole language as one deterministic byte automaton: what regular sources (regex, choices, substrings) compile to.
+
+It is one frame of the machine, so every state is known from the start and no Python runs per state.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ramet.errors import GrammarError, GrammarTooLarge
+from ramet.grammar import ir
+from ramet.grammar.machine.automaton import Machine, compress_rows, target
+from ramet.grammar.machine.automaton import Table as FrameTable
+from ramet.grammar.machine.compiler import CompiledGrammar, Limits
+from ramet.grammar.machine.vocabulary import Vocabulary
+
+MAX_BYTES = 1 << 29
+
+
+@dataclass(frozen=True, eq=False)
+class ByteAutomaton:
+    """Start state 0; every state leads to an accepting one.
+
+    rows: int32 [num_states, num_classes], -1 refused. byte_class: uint8 [256]. accepting: bool [num_states].
+    """
+
+    rows: NDArray[np.int32]
+    byte_class: NDArray[np.uint8]
+    accepting: NDArray[np.bool_]
+
+    @property
+    def num_states(self) -> int:
+        return len(self.rows)
+
+    @staticmethod
+    def of_table(table: ir.Table) -> ByteAutomaton:
+        rows, byte_class = compress_rows(table.transitions)
+        return ByteAutomaton(rows, byte_class, table.accepting)
+
+    @staticmethod
+    def of_edges(edges: list[dict[int, int]], accepting: list[bool], name: str) -> ByteAutomaton:
+        """Build from each state's edges, byte -> state.
+
+        Raises: GrammarTooLarge naming `name` where the table would take more than 512 MiB.
+        """
+        used = sorted({byte for row in edges for byte in row})
+        byte_class = np.zeros(256, dtype=np.uint8)
+        num_classes = len(used) + (len(used) < 256)  # class 0 is every byte that no edge has, if there is one
+        byte_class[used] = np.arange(num_classes - len(used), num_classes)
+        if 4 * len(edges) * num_classes > MAX_BYTES:
+            raise GrammarTooLarge(
+                f"{name} needs {len(edges):,} states of {num_classes} byte classes; the limit is {MAX_BYTES >> 20} MiB"
+            )
+        rows = np.full((len(edges), num_classes), -1, dtype=np.int32)
+        source = np.repeat(np.arange(len(edges)), [len(row) for row in edges])
+        read = np.fromiter((b for row in edges for b in row), dtype=np.int64, count=len(source))
+        rows[source, byte_class[read]] = np.fromiter(
+            (t for row in edges for t in row.values()), dtype=np.int32, count=len(source)
+        )
+        return ByteAutomaton(rows, byte_class, np.asarray(accepting, dtype=np.bool_))
+
+    @cached_property
+    def table(self) -> ir.Table:
+        """The same as a node, to stand inside a larger grammar."""
+        return ir.Table(np.ascontiguousarray(self.rows[:, self.byte_class]), self.accepting)
+
+    def accepts(self, text: bytes) -> bool:
+        state = 0
+        for byte in text:
+            state = int(self.rows[state, self.byte_class[byte]])
+            if state < 0:
+                return False
+        return bool(self.accepting[state])
+
+
+class _WholeText:
+    """The automaton as a frame; its one exit is the end of the text."""
+
+    def __init__(self, machine: Machine, automaton: ByteAutomaton) -> None:
+        ends = np.where(automaton.accepting, 0, -1).astype(np.int32)
+        self.machine = machine
+        self.automaton = automaton
+        self.distances: NDArray[np.int64] | None = None  # made when first asked for
+        self.steps: dict[int, tuple[int, int]] = {}  # state -> (byte, state) on the way out
+        self.table: FrameTable = machine.table(automaton.rows, automaton.byte_class, 1, ends)
+
+    def resolve(self, exit_index: int) -> int:
+        assert exit_index == 0, exit_index
+        return target(self.machine.done)
+
+    def closing_exit(self, local: int) -> int:
+        return 0
+
+    def closing_way(self, exit_index: int, local: int) -> bytes:
+        """A shortest text from a state to an accepting one."""
+        automaton = self.automaton
+        if self.distances is None:
+            self.distances = _distances(automaton)
+        out = bytearray()
+        while not automaton.accepting[local]:
+            found = self.steps.get(local)
+            if found is None:
+                following = automaton.rows[local][automaton.byte_class[PREFERRED_BYTES]]
+                nearer = (following >= 0) & (self.distances[following] == self.distances[local] - 1)
+                at = int(np.argmax(nearer))
+                found = self.steps[local] = int(PREFERRED_BYTES[at]), int(following[at])
+            out.append(found[0])
+            local = found[1]
+        return bytes(out)
+
+
+# letters, then digits, then other printable ASCII, then the rest
+PREFERRED_BYTES = np.array(
+    list(dict.fromkeys([*range(97, 123), *range(48, 58), *range(32, 127), *range(256)])), dtype=np.int64
+)
+
+
+def _distances(automaton: ByteAutomaton) -> NDArray[np.int64]:
+    """Bytes from each state to the nearest accepting one: breadth first, against the edges."""
+    sources, classes = np.nonzero(automaton.rows >= 0)
+    targets = automaton.rows[sources, classes]
+    order = np.argsort(targets, kind="stable")
+    sources = sources[order]
+    begins = np.searchsorted(targets[order], np.arange(automaton.num_states + 1))
+    distances = np.where(automaton.accepting, 0, -1).astype(np.int64)
+    frontier = np.flatnonzero(automaton.accepting)
+    distance = 0
+    while len(frontier):
+        distance += 1
+        counts = begins[frontier + 1] - begins[frontier]
+        firsts = np.repeat(begins[frontier] - (np.cumsum(counts) - counts), counts)
+        before = sources[firsts + np.arange(counts.sum())]
+        frontier = np.unique(before[distances[before] < 0])
+        distances[frontier] = distance
+    return distances
+
+
+def compile_closed(
+    automaton: ByteAutomaton, vocabulary: Vocabulary, *, limits: Limits | None = None, key: str = ""
+) -> CompiledGrammar:
+    """Return the automaton as a compiled grammar. Raises: GrammarError if no text matches."""
+    if not automaton.accepting.any():
+        raise GrammarError("the grammar is contradictory: no text matches it")
+    limits = limits or Limits()
+    machine = Machine(limits.max_states, limits.max_time_s)
+    frame = machine.add(_WholeText(machine, automaton))
+    return CompiledGrammar(machine, target(frame), vocabulary, key, limits.max_mask_bytes)

@@ -1,0 +1,202 @@
+"""Deterministic automata over code points or bytes, and their boolean algebra.
+
+Results are minimal and trim: every state leads to an accepting one. Not here: how a pattern becomes an automaton
+(languages.py), the machine that masks are made of (automaton.py).
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ramet.errors import GrammarTooLarge
+from ramet.grammar import deadline
+from ramet.grammar.regular.partition import equivalence
+
+BYTE_MAX = 255
+MAX_STATES = 20_000
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Dfa:
+    """A deterministic automaton over the symbols 0..`max_symbol`; state 0 is the start.
+
+    `starts`: ascending first symbols of intervals that cover the alphabet. `classes[i]`: the symbol class of interval
+    i. `transitions[state][class]`: the next state, -1 where refused. Minimal and trim, unless built by hand.
+    `accepting` may
+    hold labels instead of truth: 0 refuses, others tell kinds of acceptance apart (see `product`).
+    """
+
+    max_symbol: int
+    starts: list[int]
+    classes: list[int]
+    num_classes: int
+    transitions: list[list[int]]
+    accepting: list[int]
+    _key: list[tuple[object, ...]] = field(default_factory=list)
+
+    @property
+    def is_empty(self) -> bool:
+        return not any(self.accepting)
+
+    def step(self, state: int, symbol: int) -> int:
+        """Return the next state, -1 where refused."""
+        return self.transitions[state][self.classes[bisect.bisect_right(self.starts, symbol) - 1]]
+
+    def accepts(self, symbols: Iterable[int]) -> bool:
+        state = 0
+        for symbol in symbols:
+            state = self.step(state, symbol)
+            if state < 0:
+                return False
+        return bool(self.accepting[state])
+
+    def key(self) -> tuple[object, ...]:
+        """Equal for equal languages, if both automata are minimal (states are numbered breadth first)."""
+        if not self._key:
+            spans = tuple(
+                tuple(
+                    (start, row[c])
+                    for i, (start, c) in enumerate(zip(self.starts, self.classes, strict=True))
+                    if i == 0 or row[c] != row[self.classes[i - 1]]
+                )
+                for row in self.transitions
+            )
+            self._key.append((self.max_symbol, spans, tuple(self.accepting)))
+        return self._key[0]
+
+
+def byte_table(dfa: Dfa) -> NDArray[np.int32]:
+    """int32 [num_states, 256] of a byte automaton."""
+    assert dfa.max_symbol == BYTE_MAX
+    lengths = np.diff([*dfa.starts, 256])
+    rows = np.asarray(dfa.transitions, dtype=np.int32).reshape(len(dfa.transitions), dfa.num_classes)
+    return np.ascontiguousarray(rows[:, np.repeat(np.asarray(dfa.classes), lengths)])
+
+
+def of_table(transitions: NDArray[np.int32], accepting: NDArray[np.bool_]) -> Dfa:
+    columns, inverse = np.unique(transitions, axis=1, return_inverse=True)
+    inverse = inverse.reshape(-1)
+    starts = [b for b in range(256) if b == 0 or inverse[b] != inverse[b - 1]]
+    classes = [int(inverse[b]) for b in starts]
+    return Dfa(BYTE_MAX, starts, classes, columns.shape[1], columns.tolist(), accepting.tolist())
+
+
+def product(
+    parts: list[Dfa], accept: Callable[[tuple[bool, ...]], int], *, max_states: int = MAX_STATES, name: str = ""
+) -> Dfa:
+    """Run automata side by side; `accept` decides from who accepts (a dead part never does)."""
+    starts, signatures = _merge_classes(parts)
+    first = tuple(0 if d.transitions else -1 for d in parts)
+    index, queue, rows = {first: 0}, [first], []
+    for states in queue:
+        deadline.check(name)
+        row = []
+        for signature in signatures[1]:
+            target = tuple(
+                -1 if s < 0 else d.transitions[s][c] for d, s, c in zip(parts, states, signature, strict=True)
+            )
+            found = index.get(target)
+            if found is None:
+                found = index[target] = len(queue)
+                queue.append(target)
+                if len(queue) > max_states:
+                    raise too_large(name, max_states)
+            row.append(found)
+        rows.append(row)
+    accepting = [
+        accept(tuple(s >= 0 and bool(d.accepting[s]) for d, s in zip(parts, states, strict=True))) for states in queue
+    ]
+    return minimize(Dfa(parts[0].max_symbol, starts, signatures[0], len(signatures[1]), rows, accepting))
+
+
+def intersect(parts: list[Dfa], *, max_states: int = MAX_STATES, name: str = "") -> Dfa:
+    return parts[0] if len(parts) == 1 else product(parts, all, max_states=max_states, name=name)
+
+
+def union(parts: list[Dfa], *, max_states: int = MAX_STATES, name: str = "") -> Dfa:
+    return parts[0] if len(parts) == 1 else product(parts, any, max_states=max_states, name=name)
+
+
+def complement(dfa: Dfa) -> Dfa:
+    """All other symbol sequences."""
+    dead = len(dfa.transitions)
+    rows = [[dead if t < 0 else t for t in row] for row in dfa.transitions]
+    rows.append([dead] * dfa.num_classes)
+    return minimize(
+        Dfa(dfa.max_symbol, dfa.starts, dfa.classes, dfa.num_classes, rows, [*(not a for a in dfa.accepting), True])
+    )
+
+
+def minimize(dfa: Dfa) -> Dfa:
+    """Return the minimal trim automaton, states numbered breadth first. The empty language has one refusing state."""
+    n, k = len(dfa.transitions), dfa.num_classes
+    table = np.asarray(dfa.transitions, dtype=np.int64).reshape(n, k)
+    table = np.vstack([np.where(table < 0, n, table), np.full((1, k), n)])
+    block = equivalence(table, np.append(np.asarray(dfa.accepting, dtype=np.int64), 0))
+    num = int(block.max()) + 1
+    return _renumber(dfa, block, num, table)
+
+
+@lru_cache(maxsize=512)
+def _weights(n: int) -> NDArray[np.int64]:
+    return np.random.default_rng(7).integers(-(2**62), 2**62, size=n, dtype=np.int64)
+
+
+def _renumber(dfa: Dfa, block: NDArray[np.int64], num: int, table: NDArray[np.int64]) -> Dfa:
+    """Keep one state per block, drop the dead one (the sink's block), number breadth first, merge equal classes."""
+    representative = np.zeros(num, dtype=np.int64)
+    representative[block] = np.arange(len(block))
+    rows = block[table[representative]]
+    accepts = np.append(np.asarray(dfa.accepting, dtype=np.int64), 0)[representative]
+    dead = int(block[-1])
+    start = int(block[0])
+    order, seen = [start], {start}
+    lists = rows.tolist()
+    for s in order:
+        for t in lists[s]:
+            if t != dead and t not in seen:
+                seen.add(t)
+                order.append(t)
+    number = np.full(num, -1, dtype=np.int64)
+    number[order] = np.arange(len(order))
+    kept = number[rows[order]]
+    _, first, inverse = np.unique(_weights(len(kept)) @ kept, return_index=True, return_inverse=True)
+    columns, inverse = kept[:, first], inverse.reshape(-1)
+    starts: list[int] = []
+    classes: list[int] = []
+    for first, cls in zip(dfa.starts, dfa.classes, strict=True):
+        c = int(inverse[cls])
+        if not classes or classes[-1] != c:
+            starts.append(first)
+            classes.append(c)
+    return Dfa(dfa.max_symbol, starts, classes, columns.shape[1], columns.tolist(), accepts[order].tolist())
+
+
+def _merge_classes(parts: list[Dfa]) -> tuple[list[int], tuple[list[int], list[tuple[int, ...]]]]:
+    """Common intervals of several automata: (starts, (class of each interval, classes in each part))."""
+    cuts = sorted({s for d in parts for s in d.starts})
+    starts: list[int] = []
+    classes: list[int] = []
+    index: dict[tuple[int, ...], int] = {}
+    positions = [0] * len(parts)
+    for cut in cuts:
+        for i, d in enumerate(parts):
+            while positions[i] + 1 < len(d.starts) and d.starts[positions[i] + 1] <= cut:
+                positions[i] += 1
+        c = index.setdefault(tuple(d.classes[p] for d, p in zip(parts, positions, strict=True)), len(index))
+        if not classes or classes[-1] != c:
+            starts.append(cut)
+            classes.append(c)
+    return starts, (classes, list(index))
+
+
+def too_large(name: str, limit: int) -> GrammarTooLarge:
+    return GrammarTooLarge(
+        f"{name or 'a regular part'} needs more than {limit:,} automaton states; simplify it or raise the limit"
+    )

@@ -1,0 +1,426 @@
+"""JSON numbers under constraints: automata over the texts of a set of numbers.
+
+Constrained numbers are written without exponent: `-?(0|[1-9][0-9]*)(\\.[0-9]+)?`. Every bound, integrality and
+multipleOf is a finite property of such texts, so the sets are regular, exact, and closed under complement. `1.0` is an
+integer and `-0` is zero, as JSON Schema has it. Numbers without any constraint may also have an exponent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import lru_cache
+from typing import Any
+
+from ramet.errors import GrammarTooLarge
+from ramet.grammar import ir
+from ramet.grammar.regular import dfas
+from ramet.grammar.regular import languages as regular
+from ramet.grammar.regular.dfas import Dfa
+
+_DIGIT = ir.Chars(((48, 57),))
+_INTEGER_PART = ir.Choice((ir.text("0"), ir.Sequence((ir.Chars(((49, 57),)), ir.Repeat(_DIGIT)))))
+_FRACTION = ir.Sequence((ir.text("."), ir.Repeat(_DIGIT, 1)))
+_EXPONENT = ir.Sequence((ir.one_of(["e", "E"]), ir.optional(ir.one_of(["+", "-"])), ir.Repeat(_DIGIT, 1)))
+ANY_NUMBER = ir.Sequence((ir.optional(ir.text("-")), _INTEGER_PART, ir.optional(_FRACTION), ir.optional(_EXPONENT)))
+_PLAIN_INTEGER = ir.Sequence((ir.optional(ir.text("-")), _INTEGER_PART))
+PLAIN_NUMBER = ir.Sequence((ir.optional(ir.text("-")), _INTEGER_PART, ir.optional(_FRACTION)))
+
+MAX_STATES = 20_000
+
+
+@dataclass(frozen=True, slots=True)
+class Numbers:
+    """A set of numbers: a conjunction. `finite`, if given, is the set itself and all else is at its default.
+
+    integer: True integers only, False all but integers, None either. multiples: (divisor, must it divide).
+    plain: True texts without a fraction part only, False texts with one (or an exponent) only, None either: the only
+    field that is about texts. In draft 4, 1.0 is no integer.
+    """
+
+    low: Fraction | None = None
+    low_open: bool = False
+    high: Fraction | None = None
+    high_open: bool = False
+    integer: bool | None = None
+    multiples: frozenset[tuple[Fraction, bool]] = frozenset()
+    finite: frozenset[Fraction] | None = None
+    excluded: frozenset[Fraction] = frozenset()
+    plain: bool | None = None
+
+    def contains(self, value: Fraction) -> bool:
+        """Can a text of the set have this value?"""
+        if self.plain and value.denominator != 1:
+            return False
+        if self.finite is not None:
+            return value in self.finite
+        if self.low is not None and (value < self.low or (self.low_open and value == self.low)):
+            return False
+        if self.high is not None and (value > self.high or (self.high_open and value == self.high)):
+            return False
+        if self.integer is not None and (value.denominator == 1) != self.integer:
+            return False
+        return value not in self.excluded and all((value % m == 0) == wanted for m, wanted in self.multiples)
+
+
+ANY = Numbers()
+
+
+def intersect(a: Numbers, b: Numbers) -> Numbers | None:
+    """The numbers in both sets; None where it is seen that there is none."""
+    if a is ANY or a == ANY:
+        return b
+    if b is ANY or b == ANY or a == b:
+        return a
+    if a.plain is not None and b.plain is not None and a.plain != b.plain:
+        return None
+    plain = a.plain if a.plain is not None else b.plain
+    if a.finite is not None or b.finite is not None:
+        if a.finite is None:
+            a, b = b, a
+        assert a.finite is not None
+        kept = frozenset(v for v in a.finite if b.contains(v))
+        return Numbers(finite=kept, plain=plain) if kept else None
+    if a.integer is not None and b.integer is not None and a.integer != b.integer:
+        return None
+    low, low_open = _tighter(a.low, a.low_open, b.low, b.low_open, max)
+    high, high_open = _tighter(a.high, a.high_open, b.high, b.high_open, min)
+    integer = a.integer if a.integer is not None else b.integer
+    multiples, excluded = a.multiples | b.multiples, a.excluded | b.excluded
+    out = Numbers(low, low_open, high, high_open, integer, multiples, None, excluded, plain)
+    return simplify(out)
+
+
+def simplify(numbers: Numbers) -> Numbers | None:
+    """Tighten; a small set becomes finite; None where it is empty."""
+    low, high = numbers.low, numbers.high
+    if numbers.integer:
+        if low is not None:
+            low = Fraction(math.floor(low) + 1) if numbers.low_open else Fraction(math.ceil(low))
+        if high is not None:
+            high = Fraction(math.ceil(high) - 1) if numbers.high_open else Fraction(math.floor(high))
+        numbers = replace(numbers, low=low, low_open=False, high=high, high_open=False)
+    if low is not None and high is not None:
+        if low > high or (low == high and (numbers.low_open or numbers.high_open)):
+            return None
+        if low == high:
+            return Numbers(finite=frozenset((low,)), plain=numbers.plain) if numbers.contains(low) else None
+        if numbers.integer and high - low <= 64:
+            found = frozenset(Fraction(v) for v in range(int(low), int(high) + 1) if numbers.contains(Fraction(v)))
+            if len(found) < high - low + 1 or high - low <= 8:
+                return Numbers(finite=found, plain=numbers.plain) if found else None
+    if len(numbers.multiples) and automaton(numbers).is_empty:
+        return None
+    return numbers
+
+
+def _tighter(
+    a: Fraction | None, a_open: bool, b: Fraction | None, b_open: bool, pick: Callable[[Fraction, Fraction], Fraction]
+) -> tuple[Fraction | None, bool]:
+    if a is None:
+        return b, b_open
+    if b is None:
+        return a, a_open
+    if a == b:
+        return a, a_open or b_open
+    return (a, a_open) if pick(a, b) == a else (b, b_open)
+
+
+def complement(numbers: Numbers) -> list[Numbers]:
+    """All other numbers, as a union."""
+    out = [] if numbers.plain is None else [Numbers(plain=not numbers.plain)]
+    if numbers.finite is not None:
+        return [*out, Numbers(excluded=numbers.finite)]
+    if numbers.low is not None:
+        out.append(Numbers(high=numbers.low, high_open=not numbers.low_open))
+    if numbers.high is not None:
+        out.append(Numbers(low=numbers.high, low_open=not numbers.high_open))
+    if numbers.integer is not None:
+        out.append(Numbers(integer=not numbers.integer))
+    out.extend(Numbers(multiples=frozenset(((m, not wanted),))) for m, wanted in numbers.multiples)
+    if numbers.excluded:
+        out.append(Numbers(finite=numbers.excluded))
+    return out
+
+
+@lru_cache(maxsize=4096)
+def automaton(numbers: Numbers) -> Dfa:
+    """The automaton over bytes of the texts of these numbers.
+
+    Raises: GrammarTooLarge for divisors that need too many states.
+    """
+    if numbers == ANY:
+        return regular.compile_bytes(ANY_NUMBER)
+    if numbers.plain is not None:
+        base, plain = automaton(replace(numbers, plain=None)), regular.compile_bytes(_PLAIN_INTEGER)
+        return dfas.intersect([base, plain if numbers.plain else dfas.complement(plain)])
+    if numbers.finite is not None:
+        return regular.compile_bytes(ir.Choice(tuple(_texts_of(v) for v in sorted(numbers.finite))))
+    base = unexcluded(numbers)
+    if numbers.excluded:
+        base = dfas.intersect([base, dfas.complement(automaton(Numbers(finite=numbers.excluded)))])
+    return base
+
+
+def unexcluded(numbers: Numbers) -> Dfa:
+    """As `automaton`, of texts without exponents, and as if no single numbers were excluded."""
+    return _track(
+        Numbers(numbers.low, numbers.low_open, numbers.high, numbers.high_open, numbers.integer, numbers.multiples)
+    )
+
+
+def divisors_text(numbers: Numbers) -> str:
+    return " and ".join(decimal_text(m) for m, _ in sorted(numbers.multiples))
+
+
+def decimal_text(value: Fraction) -> str:
+    """The shortest text of a number without exponent."""
+    sign, value = ("-", -value) if value < 0 else ("", value)
+    digits = 0
+    denominator = value.denominator
+    while denominator % 10 == 0:
+        denominator //= 10
+        digits += 1
+    while denominator != 1:
+        factor = 2 if denominator % 2 == 0 else 5
+        if denominator % factor:
+            raise ValueError(f"{value} has no finite decimal form")
+        denominator //= factor
+        digits += 1
+    while True:
+        scaled = value * 10**digits
+        if scaled.denominator == 1:
+            break
+        digits += 1
+    text = str(int(scaled)).rjust(digits + 1, "0")
+    text = text[: len(text) - digits] + ("." + text[len(text) - digits :] if digits else "")
+    return sign + (text.rstrip("0").rstrip(".") if "." in text else text)
+
+
+def _texts_of(value: Fraction) -> ir.Node:
+    text = decimal_text(value)
+    zeros = ir.Repeat(ir.text("0"))
+    tail = zeros if "." in text else ir.optional(ir.Sequence((ir.text(".0"), zeros)))
+    sign = ir.optional(ir.text("-")) if value == 0 else ir.EMPTY
+    return ir.Sequence((sign, ir.text(text), tail))
+
+
+# --- ranges and divisors: a product of small trackers, explored from the start --------------------------------------
+
+
+_State = tuple[Any, ...]  # see `_Tracks`: its parts differ in type with the phase
+
+
+class _Bound:
+    """Compares the absolute value of a text with a decimal bound, digit by digit."""
+
+    def __init__(self, bound: Fraction) -> None:
+        text = decimal_text(bound)
+        self.whole, _, self.part = text.partition(".")
+
+    def digit(self, state: tuple[int, int], digit: int) -> tuple[int, int]:
+        """In the integer part: (digits read, comparison so far)."""
+        count, sign = state
+        if count < len(self.whole) and sign == 0:
+            own = int(self.whole[count])
+            sign = (digit > own) - (digit < own)
+        return min(count + 1, len(self.whole) + 1), sign
+
+    def point(self, state: tuple[int, int]) -> tuple[int, int]:
+        """The integer part ended: from now on (fraction digits read, comparison)."""
+        count, sign = state
+        if count < len(self.whole):
+            sign = -1
+        elif count > len(self.whole):
+            sign = 1
+        return 0, sign
+
+    def fraction(self, state: tuple[int, int], digit: int) -> tuple[int, int]:
+        count, sign = state
+        if sign == 0:
+            own = int(self.part[count]) if count < len(self.part) else 0
+            sign = (digit > own) - (digit < own)
+        return (min(count + 1, len(self.part)), sign) if sign == 0 else (0, sign)
+
+    def compare(self, state: tuple[int, int]) -> int:
+        """At the end (after `point`): the comparison."""
+        count, sign = state
+        return -1 if sign == 0 and count < len(self.part) else sign
+
+
+class _Divisor:
+    """Remainder of a text by a divisor p / 10^s = q * 10^k / 10^s, with q not divisible by 10."""
+
+    def __init__(self, divisor: Fraction) -> None:
+        text = decimal_text(divisor)
+        whole, _, part = text.partition(".")
+        self.scale = len(part)
+        number = int(whole + part)
+        self.zeros = 0
+        while number % 10 == 0:
+            number //= 10
+            self.zeros += 1
+        self.q = number
+
+    def push(self, state: tuple[int, int], digit: int) -> tuple[int, int]:
+        """(remainder without the trailing zeros, how many of those, at most `zeros`), one more digit read."""
+        rest, trailing = state
+        if digit == 0:
+            if trailing < self.zeros:
+                return rest, trailing + 1
+            return rest * 10 % self.q, trailing
+        return (rest * 10 ** (trailing + 1) + digit) % self.q, 0
+
+    def divides(self, state: tuple[int, int], pushed: int, broken: bool) -> bool:
+        """`pushed`: fraction digits read so far, at most `scale`; `broken`: a digit beyond them is not zero."""
+        if broken:
+            return False
+        for _ in range(self.scale - pushed):
+            state = self.push(state, 0)
+        return state == (0, self.zeros)  # zero itself is entered with all its zeros, see `start`
+
+    def start(self) -> tuple[int, int]:
+        return 0, self.zeros
+
+
+def _intervals(numbers: Numbers) -> dict[str, tuple[Fraction | None, bool, Fraction | None, bool] | None]:
+    """For each sign, the interval of absolute values; None where none is in range."""
+    low, high = numbers.low, numbers.high
+    positive = (low, numbers.low_open, high, numbers.high_open)
+    negative = (None if high is None else -high, numbers.high_open, None if low is None else -low, numbers.low_open)
+    out: dict[str, tuple[Fraction | None, bool, Fraction | None, bool] | None] = {}
+    for sign, (a, a_open, b, b_open) in (("+", positive), ("-", negative)):
+        if b is not None and (b < 0 or (b == 0 and b_open)):
+            out[sign] = None
+        else:
+            out[sign] = (a, a_open, b, b_open) if a is not None and a >= 0 else (None, False, b, b_open)
+    return out
+
+
+class _Tracks:
+    """The product of the trackers of a set of numbers. Symbols: 0-9, then the point, then the minus.
+
+    A state: (phase, sign, low state, high state, is a fraction digit not zero, per divisor (state, pushed, broken)).
+    """
+
+    first: _State = ("start",)
+
+    def __init__(self, numbers: Numbers) -> None:
+        self.integer = numbers.integer
+        self.sides = {}
+        for sign, interval in _intervals(numbers).items():
+            if interval is not None:
+                low, _, high, _ = interval
+                bounds = None if low is None else _Bound(low), None if high is None else _Bound(high)
+                self.sides[sign] = (interval, *bounds)
+        self.divisors = [(_Divisor(m), wanted) for m, wanted in sorted(numbers.multiples)]
+        bounds_of_all = [b for _, *bounds in self.sides.values() for b in bounds if b is not None]
+        self.alike = _alike_digits(bounds_of_all, bool(self.divisors))
+
+    def after(self, state: _State, symbol: int) -> _State | None:
+        """The state behind a symbol; None where no number goes on so."""
+        phase = state[0]
+        if phase in ("start", "minus"):
+            if symbol == 11:
+                return ("minus",) if phase == "start" and "-" in self.sides else None
+            return self._first_digit("-" if phase == "minus" else "+", symbol) if symbol < 10 else None
+        _, sign, a, b, odd, parts = state
+        _, low, high = self.sides[sign]
+        if symbol == 10:
+            if phase not in ("zero", "int"):
+                return None
+            return ("point", sign, low and low.point(a), high and high.point(b), odd, parts)
+        if symbol == 11 or phase == "zero":
+            return None
+        if phase == "int":
+            moved = tuple((d.push(s, symbol), 0, False) for (d, _), (s, _, _) in zip(self.divisors, parts, strict=True))
+            return ("int", sign, low and low.digit(a, symbol), high and high.digit(b, symbol), odd, moved)
+        pushed = []
+        for (d, _), (s, count, broken) in zip(self.divisors, parts, strict=True):
+            if count < d.scale:
+                pushed.append((d.push(s, symbol), count + 1, broken))
+            else:
+                pushed.append((s, count, broken or symbol != 0))
+        nonzero = self.integer is not None and (odd or symbol != 0)
+        return (
+            "frac",
+            sign,
+            low and low.fraction(a, symbol),
+            high and high.fraction(b, symbol),
+            nonzero,
+            tuple(pushed),
+        )
+
+    def _first_digit(self, sign: str, digit: int) -> _State | None:
+        if sign not in self.sides:
+            return None
+        _, low, high = self.sides[sign]
+        return (
+            "zero" if digit == 0 else "int",
+            sign,
+            None if low is None else low.digit((0, 0), digit),
+            None if high is None else high.digit((0, 0), digit),
+            False,
+            tuple((d.push(d.start(), digit), 0, False) for d, _ in self.divisors),
+        )
+
+    def accepts(self, state: _State) -> bool:
+        """Whether a number that ends in this state is one of the set."""
+        if state[0] in ("start", "minus", "point"):
+            return False
+        phase, sign, a, b, odd, parts = state
+        (_, low_open, _, high_open), low, high = self.sides[sign]
+        if phase in ("zero", "int"):
+            a, b = low and low.point(a), high and high.point(b)
+        if low is not None:
+            c = low.compare(a)
+            if c < 0 or (c == 0 and low_open):
+                return False
+        if high is not None:
+            c = high.compare(b)
+            if c > 0 or (c == 0 and high_open):
+                return False
+        if self.integer is not None and self.integer == bool(odd):
+            return False
+        return all(d.divides(*part) == wanted for (d, wanted), part in zip(self.divisors, parts, strict=True))
+
+
+def _track(numbers: Numbers) -> Dfa:
+    """Explore the product of the trackers."""
+    tracks = _Tracks(numbers)
+    index, queue, rows = {tracks.first: 0}, [tracks.first], []
+    for state in queue:
+        row: list[int] = []
+        for symbol in range(12):
+            if symbol < 10 and tracks.alike[symbol] < symbol:
+                row.append(row[tracks.alike[symbol]])
+                continue
+            found = tracks.after(state, symbol)
+            if found is None:
+                row.append(-1)
+                continue
+            number = index.get(found)
+            if number is None:
+                number = index[found] = len(queue)
+                queue.append(found)
+                if len(queue) > MAX_STATES:
+                    raise GrammarTooLarge(
+                        f"multipleOf {divisors_text(numbers)} needs more than {MAX_STATES:,} automaton states; "
+                        "a divisor with fewer digits would do"
+                    )
+            row.append(number)
+        rows.append([-1, *row])
+    starts = [0, 45, 46, 47, *range(48, 59)]
+    classes = [0, 12, 11, 0, *range(1, 11), 0]
+    return dfas.minimize(Dfa(dfas.BYTE_MAX, starts, classes, 13, rows, [tracks.accepts(s) for s in queue]))
+
+
+def _alike_digits(bounds: list[_Bound], has_divisors: bool) -> list[int]:
+    """For each digit, the least one that means the same wherever it stands: zero and the bounds' own digits stand
+    apart, and what lies between them counts as one."""
+    if has_divisors:
+        return list(range(10))
+    own = {0, *(int(digit) for b in bounds for digit in b.whole + b.part)}
+    return [max(d for d in range(digit + 1) if d in own or d - 1 in own) for digit in range(10)]

@@ -1,0 +1,97 @@
+"""Tables of many strings of plain ASCII, laid as a trie in one compiled pass, alone or over the table of any string.
+
+Not here: texts with escapes or other characters, which `tables.overlay` takes.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from ramet.grammar.machine.automaton import REFUSE, compress_rows, leave
+from ramet.grammar.regular.strings import QUOTE, Wide, any_string_content
+
+
+@cache
+def _any_string_classes() -> tuple[Wide, NDArray[np.uint8]]:
+    """(rows over byte classes, classes) of any_string_content(0)."""
+    return compress_rows(any_string_content(0).rows)
+
+
+def plain_trie(free_exit: int | None, entries: dict[str, int]) -> tuple[Wide, NDArray[np.uint8], int] | None:
+    """As tables.overlay, over byte classes, for texts of plain ASCII; None where some text is not.
+
+    free_exit: None, or any other string leaves through this exit. Returns (rows, byte classes, states between
+    characters).
+    """
+    texts = sorted(entries)
+    joined = "".join(texts)
+    if not joined.isascii() or not joined.isprintable() or '"' in joined or "\\" in joined or "/" in joined:
+        return None
+    flat = np.frombuffer(joined.encode(), dtype=np.uint8)
+    lengths = np.array([len(t) for t in texts], dtype=np.int64)
+    labels = np.array([leave(entries[t]) for t in texts], dtype=np.int32)
+    used = np.flatnonzero(np.bincount(flat, minlength=1))
+    byte_class = np.zeros(256, dtype=np.uint8)
+    if free_exit is None:
+        byte_class[used] = np.arange(1, len(used) + 1)
+        byte_class[QUOTE] = len(used) + 1
+        # one row more than the texts can need; cut below
+        rows = np.full((len(flat) + 1, len(used) + 2), REFUSE, dtype=np.int32)
+        n = _fill_trie(rows, flat, lengths, byte_class[flat], labels, len(used) + 1, -1)
+        return rows[:n], byte_class, 0
+    old, old_class = _any_string_classes()
+    byte_class[:] = old_class
+    width = old.shape[1]
+    byte_class[used] = np.arange(width, width + len(used))
+    columns = np.concatenate([np.arange(width), old_class[used]])
+    rows = np.empty((len(flat) + 1 + len(old), width + len(used)), dtype=np.int32)
+    rows[: len(flat) + 1] = old[0, columns]
+    n = _fill_trie(rows, flat, lengths, byte_class[flat], labels, int(byte_class[QUOTE]), leave(free_exit))
+    below = old[:, columns]
+    rows = rows[: n + len(old)]
+    rows[n:] = np.where(below >= 0, below + n, below)
+    rows[n:][below < -1] = leave(free_exit)
+    _link_base(rows, n)
+    return rows, byte_class, n + 1
+
+
+@njit(cache=True)
+def _fill_trie(rows, flat, lengths, classes, labels, quote, free):  # type: ignore[no-untyped-def]
+    """Lay the texts (sorted) as a trie into `rows`, whose entries that are >= 0 belong to another table: they are kept
+    for `_link_base` as -1000000 - entry. Returns the number of rows used."""
+    width = rows.shape[1]
+    if free != -1:
+        for i in range(len(flat) + 1):
+            for c in range(width):
+                if rows[i, c] >= 0:
+                    rows[i, c] = -1000000 - rows[i, c]
+                elif rows[i, c] < -1:
+                    rows[i, c] = free
+    used = 1
+    at = 0
+    for t in range(len(lengths)):
+        node = 0
+        for k in range(lengths[t]):
+            c = classes[at + k]
+            to = rows[node, c]
+            if to < 0:
+                to = used
+                used += 1
+                rows[node, c] = to
+            node = to
+        rows[node, quote] = labels[t]
+        at += lengths[t]
+    return used
+
+
+@njit(cache=True)
+def _link_base(rows, n):  # type: ignore[no-untyped-def]
+    """Turn kept entries of the other table, whose rows now begin at n, into rows."""
+    for i in range(n):
+        for c in range(rows.shape[1]):
+            if rows[i, c] <= -1000000:
+                rows[i, c] = n + (-1000000 - rows[i, c])

@@ -1,0 +1,476 @@
+"""Context-free grammars on the machine: configurations are sets of threads over a graph-structured stack.
+
+A thread is (leaf, state of the leaf's automaton, stack node). Stack nodes are interned by content, so a configuration
+is the same object whenever the same continuations are open; a call in tail position reuses its caller's node, and left
+recursion closes a cycle within one step, so both kinds of recursion stay finite where the language is regular.
+
+Source: GSS as in Tomita's generalized LR parsing; nullable rules as in Scott and Johnstone's "GLL parsing" (2010).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ramet.errors import GrammarTooLarge, InvalidGrammar
+from ramet.grammar import ir
+from ramet.grammar.machine.automaton import DEAD, REFUSE, Machine, leave, target
+from ramet.grammar.regular import dfas
+from ramet.grammar.regular import languages as regular
+from ramet.grammar.regular.references import inline, recursive_rules
+
+MAX_THREADS = 4096
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Leaf:
+    """A regular part, and the grammar state after it. rows: int32 [n, 256]; cost[q]: bytes to the nearest accepting
+    state.
+    """
+
+    rows: NDArray[np.int32]
+    accepting: list[int]
+    goes_on: list[bool]
+    then: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StackNode:
+    """A rule that was called; `edges`: (grammar state to go on with, caller's node). Identity is content (see
+    `_intern`)."""
+
+    number: int
+    edges: list[tuple[int, StackNode]]
+
+
+Thread = tuple[int, int, int]  # leaf, state, stack node's number
+Parent = StackNode | int  # of an earlier step, or the number of a rule called in this one
+State = tuple[str, int, int, list[int]]  # kind; leaf or rule; what follows a rule; alternatives
+
+
+@dataclass(frozen=True, slots=True)
+class Configuration:
+    """Interned by value."""
+
+    threads: frozenset[Thread]
+    accepts: bool
+
+
+class Pushdown:
+    """A grammar compiled to states: leaf (a regular part), or (alternatives), call (of a rule), return."""
+
+    def __init__(self, grammar: ir.Grammar, machine: Machine, max_regular_states: int = 20_000) -> None:
+        self.grammar = grammar
+        self.machine = machine
+        self.max_regular_states = max_regular_states
+        self.states: list[State] = [("return", 0, 0, [])]
+        self.leaves: list[Leaf] = []
+        self.dfas: dict[ir.Node, tuple[NDArray[np.int32], list[int]]] = {}
+        self.recursive = recursive_rules(grammar)
+        self.rule_state: dict[str, int] = {}
+        self.rule_names: list[str] = []
+        self.rule_index: dict[str, int] = {}
+        self.nodes: list[StackNode] = [StackNode(0, [])]
+        self.node_index: dict[Hashable, StackNode] = {}
+        self.shapes: dict[tuple[frozenset[tuple[int, int]], bool], Shape] = {}
+        self._digests: dict[tuple[int, int], NDArray[np.int64]] = {}
+        self._closures: dict[frozenset[tuple[int, int]], Configuration] = {}
+        self._weights = np.random.default_rng(1)
+        self._compile_rules()
+
+    # --- grammar -> states
+
+    def _compile_rules(self) -> None:
+        pending = [self.grammar.start]
+        while pending:
+            name = pending.pop()
+            if name in self.rule_state:
+                continue
+            if name not in self.grammar.rules:
+                raise InvalidGrammar(f"rule {name!r} is used but not defined")
+            self.rule_state[name] = -1
+            self.rule_state[name] = self._compile(self.grammar.rules[name], 0, pending)
+        self.productive = self._productive()
+
+    @cached_property
+    def costs(self) -> _Costs:
+        return _Costs(self)
+
+    def _add(self, state: State) -> int:
+        self.states.append(state)
+        return len(self.states) - 1
+
+    def _compile(self, node: ir.Node, then: int, pending: list[str]) -> int:
+        if self._is_regular(node):
+            return self._leaf(node, then)
+        match node:
+            case ir.Sequence(parts):
+                for group in reversed(self._group(parts)):
+                    then = self._compile(group, then, pending)
+                return then
+            case ir.Choice(options):
+                plain = tuple(o for o in options if self._is_regular(o))
+                rest = [self._compile(o, then, pending) for o in options if not self._is_regular(o)]
+                if plain:
+                    rest.append(self._leaf(ir.Choice(plain), then))
+                return self._add(("or", 0, 0, rest))
+            case ir.Repeat(item, low, high):
+                if high is None:
+                    targets: list[int] = []
+                    loop = self._add(("or", 0, 0, targets))
+                    targets.extend([self._compile(item, loop, pending), then])
+                    state = loop
+                else:
+                    state = then
+                    for _ in range(high - low):
+                        state = self._add(("or", 0, 0, [self._compile(item, state, pending), then]))
+                for _ in range(low):
+                    state = self._compile(item, state, pending)
+                return state
+            case ir.Reference(rule):
+                if rule not in self.grammar.rules:
+                    raise InvalidGrammar(f"rule {rule!r} is used but not defined")
+                if rule not in self.rule_index:
+                    self.rule_index[rule] = len(self.rule_names)
+                    self.rule_names.append(rule)
+                pending.append(rule)
+                return self._add(("call", self.rule_index[rule], then, []))
+            case _:
+                raise InvalidGrammar(f"{type(node).__name__} cannot stand in a recursive part of a grammar")
+
+    def _group(self, parts: tuple[ir.Node, ...]) -> list[ir.Node]:
+        """Join neighbours that are regular, so that each run of them is one automaton."""
+        out: list[ir.Node] = []
+        run: list[ir.Node] = []
+        for part in parts:
+            if self._is_regular(part):
+                run.append(part)
+                continue
+            if run:
+                out.append(ir.Sequence(tuple(run)))
+                run = []
+            out.append(part)
+        if run:
+            out.append(ir.Sequence(tuple(run)))
+        return out
+
+    def _is_regular(self, node: ir.Node) -> bool:
+        match node:
+            case ir.Sequence(parts) | ir.Choice(parts) | ir.Intersect(parts):
+                return all(self._is_regular(p) for p in parts)
+            case ir.Repeat(item, _, _) | ir.Terminal(item, _) | ir.Complement(item) | ir.Lookahead(item, _):
+                return self._is_regular(item)
+            case ir.Reference(rule):
+                return rule in self.grammar.rules and rule not in self.recursive
+            case ir.JsonSchema():
+                return False
+            case _:
+                return True
+
+    def _leaf(self, node: ir.Node, then: int) -> int:
+        node = inline(node, self.grammar)
+        found = self.dfas.get(node)
+        if found is None:
+            name = node.name if isinstance(node, ir.Terminal) else "a terminal of the grammar"
+            dfa = regular.compile_bytes(node, max_states=self.max_regular_states, name=name)
+            found = self.dfas[node] = (dfas.byte_table(dfa), dfa.accepting)
+        rows, accepting = found
+        if not any(accepting):
+            return self._add(("or", 0, 0, []))
+        self.leaves.append(Leaf(rows, accepting, (rows.max(axis=1) >= 0).tolist(), then))
+        return self._add(("leaf", len(self.leaves) - 1, 0, []))
+
+    def _productive(self) -> list[bool]:
+        """Which states can be finished: the least fixed point."""
+        ok = [False] * len(self.states)
+        ok[0] = True
+        changed = True
+        while changed:
+            changed = False
+            for s, state in enumerate(self.states):
+                if ok[s]:
+                    continue
+                if state[0] == "leaf":
+                    good = ok[self.leaves[state[1]].then]
+                elif state[0] == "call":
+                    good = ok[self.rule_state[self.rule_names[state[1]]]] and ok[state[2]]
+                else:
+                    good = any(ok[t] for t in state[3])
+                if good:
+                    ok[s] = changed = True
+        return ok
+
+    # --- running
+
+    def start(self) -> int:
+        """Return the packed target of the start configuration, DEAD if the language is empty."""
+        root = self.rule_state[self.grammar.start]
+        if not self.productive[root]:
+            return DEAD
+        return self.configuration([(root, self.nodes[0])])
+
+    def configuration(self, entries: list[tuple[int, StackNode]], threads: frozenset[Thread] = frozenset()) -> int:
+        key = frozenset((state, node.number) for state, node in entries)
+        found = self._closures.get(key)
+        if found is None:
+            found = self._closures[key] = _Closure(self, entries).result()
+        if not found.threads and not found.accepts and not threads:
+            return DEAD
+        if threads:
+            found = Configuration(found.threads | threads, found.accepts)
+        if len(found.threads) > MAX_THREADS:
+            raise GrammarTooLarge(f"the grammar is too ambiguous: more than {MAX_THREADS:,} ways are open at once")
+        return target(self.machine.intern(("pushdown", id(self), found), lambda: ConfigurationFrame(self, found)))
+
+    def shape(self, configuration: Configuration) -> Shape:
+        key = frozenset((leaf, q) for leaf, q, _ in configuration.threads), configuration.accepts
+        found = self.shapes.get(key)
+        if found is None:
+            found = self.shapes[key] = Shape(self, *key)
+        return found
+
+    def digest(self, leaf: int, q: int) -> NDArray[np.int64]:
+        """int64 [256]: what this state makes of each byte, weighted; 0 where it refuses."""
+        found = self._digests.get((leaf, q))
+        if found is None:
+            weight = int(self._weights.integers(1, 2**62))
+            found = self._digests[leaf, q] = (self.leaves[leaf].rows[q].astype(np.int64) + 1) * weight
+        return found
+
+    def node(self, key: Hashable, edges: list[tuple[int, StackNode]]) -> StackNode:
+        found = self.node_index.get(key)
+        if found is None:
+            found = self.node_index[key] = StackNode(len(self.nodes), edges)
+            self.nodes.append(found)
+        return found
+
+
+class _Closure:
+    """One step's expansion of grammar states to threads."""
+
+    def __init__(self, owner: Pushdown, entries: list[tuple[int, StackNode]]) -> None:
+        self.owner = owner
+        self.accepts = False
+        self.threads: set[Thread] = set()
+        self.local_edges: dict[int, set[tuple[int, Parent]]] = {}  # rule -> (then, StackNode | rule number)
+        self.local_threads: set[tuple[int, int, Parent]] = set()
+        self.returned: set[int] = set()
+        self.seen: set[tuple[int, Parent]] = set()
+        for state, node in entries:
+            self.visit(state, node)
+
+    def visit(self, state: int, parent: Parent) -> None:
+        """`parent`: a StackNode of earlier steps, or the number of a rule called in this one."""
+        stack: list[tuple[int, Parent]] = [(state, parent)]
+        owner = self.owner
+        while stack:
+            entry = stack.pop()
+            if entry in self.seen or not owner.productive[entry[0]]:
+                continue
+            self.seen.add(entry)
+            state, parent = entry
+            what = owner.states[state]
+            if what[0] == "leaf":
+                leaf_index = what[1]
+                leaf = owner.leaves[leaf_index]
+                if leaf.goes_on[0]:
+                    self.local_threads.add((leaf_index, 0, parent))
+                if leaf.accepting[0]:
+                    stack.append((leaf.then, parent))
+            elif what[0] == "or":
+                stack.extend((t, parent) for t in what[3])
+            elif what[0] == "call":
+                rule, then = what[1], what[2]
+                if then == 0:  # a tail call returns to the caller's caller
+                    stack.append((owner.rule_state[owner.rule_names[rule]], parent))
+                    continue
+                edges = self.local_edges.setdefault(rule, set())
+                if (then, parent) not in edges:
+                    edges.add((then, parent))
+                    if rule in self.returned:
+                        stack.append((then, parent))
+                stack.append((owner.rule_state[owner.rule_names[rule]], rule))
+            elif isinstance(parent, StackNode):
+                if parent.number == 0:
+                    self.accepts = True
+                stack.extend(parent.edges)
+            else:
+                self.returned.add(parent)
+                stack.extend(self.local_edges[parent])
+
+    def result(self) -> Configuration:
+        names = self._name_nodes()
+        for leaf, q, parent in self.local_threads:
+            node = parent if isinstance(parent, StackNode) else names[parent]
+            self.threads.add((leaf, q, node.number))
+        return Configuration(frozenset(self.threads), self.accepts)
+
+    def _name_nodes(self) -> dict[int, StackNode]:
+        """Intern this step's stack nodes by their content; those on a cycle together."""
+        names: dict[int, StackNode] = {}
+        pending = dict(self.local_edges)
+        while pending:
+            ready = [r for r, edges in pending.items() if all(isinstance(p, StackNode) or p in names for _, p in edges)]
+            if not ready:
+                break
+            for rule in ready:
+                edges = [(t, p if isinstance(p, StackNode) else names[p]) for t, p in pending.pop(rule)]
+                names[rule] = self.owner.node((rule, frozenset((t, n.number) for t, n in edges)), edges)
+        if pending:
+            content = frozenset(
+                (
+                    rule,
+                    frozenset(
+                        (t, True, p.number)
+                        if isinstance(p, StackNode)
+                        else (t, p in names, names[p].number if p in names else p)
+                        for t, p in edges
+                    ),
+                )
+                for rule, edges in pending.items()
+            )
+            fresh: dict[int, list[tuple[int, StackNode]]] = {rule: [] for rule in pending}
+            for rule in pending:
+                names[rule] = self.owner.node((rule, content), fresh[rule])
+            for rule, local in pending.items():
+                if names[rule].edges is fresh[rule]:
+                    fresh[rule].extend((t, p if isinstance(p, StackNode) else names[p]) for t, p in local)
+        return names
+
+
+class Shape:
+    """What configurations with the same leaf states have in common, whatever their stacks.
+
+    Bytes that no state tells apart have one exit (equal sums of weighted entries: a coincidence has odds of 2^-60).
+    """
+
+    def __init__(self, owner: Pushdown, states: frozenset[tuple[int, int]], accepts: bool) -> None:
+        self.owner = owner
+        self.states = states
+        digest = np.zeros(256, dtype=np.int64)
+        for leaf, q in states:
+            digest += owner.digest(leaf, q)  # the sums wrap, which is harmless
+        values, first, classes = np.unique(digest, return_index=True, return_inverse=True)
+        self.samples: list[int] = first.tolist()
+        self.end = len(values)
+        row = np.array([[leave(c) if v else REFUSE for c, v in enumerate(values.tolist())]], dtype=np.int32)
+        ends = np.array([self.end], dtype=np.int32) if accepts else None
+        self.table = owner.machine.table(row, classes.reshape(-1).astype(np.uint8), self.end + 1, ends)
+        self._moves: dict[int, dict[tuple[int, int], tuple[int | None, int | None]]] = {}
+
+    def moves(self, exit_index: int) -> dict[tuple[int, int], tuple[int | None, int | None]]:
+        """What becomes of each leaf state: (the next one if it goes on, the grammar state after it if it accepts)."""
+        found = self._moves.get(exit_index)
+        if found is None:
+            byte = self.samples[exit_index]
+            found = self._moves[exit_index] = {}
+            for index, q in self.states:
+                leaf = self.owner.leaves[index]
+                to = int(leaf.rows[q, byte])
+                if to >= 0:
+                    found[index, q] = to if leaf.goes_on[to] else None, leaf.then if leaf.accepting[to] else None
+        return found
+
+
+class ConfigurationFrame:
+    """One configuration as a frame of one state; all that it reads are exits."""
+
+    def __init__(self, owner: Pushdown, configuration: Configuration) -> None:
+        self.owner = owner
+        self.shape = owner.shape(configuration)
+        self.table = self.shape.table
+        self.threads = sorted(configuration.threads)
+
+    def resolve(self, exit_index: int) -> int:
+        owner = self.owner
+        if exit_index == self.shape.end:
+            return target(owner.machine.done)
+        moves = self.shape.moves(exit_index)
+        threads: list[Thread] = []
+        entries: list[tuple[int, StackNode]] = []
+        for leaf, q, number in self.threads:
+            to, then = moves.get((leaf, q), (None, None))
+            if to is not None:
+                threads.append((leaf, to, number))
+            if then is not None:
+                entries.append((then, owner.nodes[number]))
+        return owner.configuration(entries, frozenset(threads)) if threads or entries else DEAD
+
+    def closing_exit(self, local: int) -> int:
+        """The exit of the first byte of a shortest text that finishes one of the threads."""
+        owner = self.owner
+        best: tuple[int, int] | None = None
+        for leaf_index, q, number in self.threads:
+            leaf = owner.leaves[leaf_index]
+            rest = owner.costs.state(leaf.then) + owner.costs.node(owner.nodes[number])
+            for byte in owner.costs.order:
+                to = int(leaf.rows[q, byte])
+                if to >= 0 and (best is None or owner.costs.leaf(leaf_index)[to] + rest < best[0]):
+                    best = (owner.costs.leaf(leaf_index)[to] + rest, byte)
+        assert best is not None
+        return int(self.table.byte_class[best[1]])
+
+
+class _Costs:
+    """Bytes of the shortest texts: from a leaf's state, a grammar state to its return, a stack node to the end."""
+
+    def __init__(self, owner: Pushdown) -> None:
+        self.owner = owner
+        self.order = [*range(97, 123), *range(48, 58), *range(32, 127), *range(256)]
+        self.leaves: dict[int, list[int]] = {}
+        self.nodes: dict[int, int] = {0: 0}
+        self.states = self._states()
+
+    def leaf(self, index: int) -> list[int]:
+        found = self.leaves.get(index)
+        if found is None:
+            leaf = self.owner.leaves[index]
+            cost = np.where(leaf.accepting, 0, _FAR)
+            edges = np.where(leaf.rows >= 0, leaf.rows, len(cost))
+            for _ in range(len(cost)):
+                nearer = np.minimum(cost, np.append(cost, _FAR)[edges].min(axis=1) + 1)
+                if (nearer == cost).all():
+                    break
+                cost = nearer
+            found = self.leaves[index] = cost.tolist()
+        return found
+
+    def state(self, state: int) -> int:
+        return self.states[state]
+
+    def node(self, node: StackNode) -> int:
+        """Breadth over the stack: cycles never make a text shorter."""
+        found = self.nodes.get(node.number)
+        if found is None:
+            self.nodes[node.number] = _FAR
+            found = min((self.states[then] + self.node(parent) for then, parent in node.edges), default=_FAR)
+            self.nodes[node.number] = found
+        return found
+
+    def _states(self) -> list[int]:
+        owner = self.owner
+        cost = [_FAR] * len(owner.states)
+        cost[0] = 0
+        changed = True
+        while changed:
+            changed = False
+            for s, what in enumerate(owner.states):
+                if what[0] == "leaf":
+                    new = self.leaf(what[1])[0] + cost[owner.leaves[what[1]].then]
+                elif what[0] == "call":
+                    new = cost[owner.rule_state[owner.rule_names[what[1]]]] + cost[what[2]]
+                elif what[0] == "or":
+                    new = min((cost[t] for t in what[3]), default=_FAR)
+                else:
+                    continue
+                if new < cost[s]:
+                    cost[s] = new
+                    changed = True
+        return cost
+
+
+_FAR = 1 << 40

@@ -1,0 +1,248 @@
+"""What a constraint enforces, and where and why a text is refused: for people who write schemas and grammars."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from ramet.errors import InvalidSchema, UnsupportedSchema
+from ramet.grammar.ir import JsonOptions
+from ramet.grammar.json_schema.keywords.keywords import Interpreter
+from ramet.grammar.json_schema.keywords.schema_errors import survey
+from ramet.grammar.json_schema.schema import formats
+from ramet.grammar.json_schema.schema.document import DRAFT4, DRAFT7, DRAFT2019, Registry
+from ramet.grammar.machine.compiler import CompiledGrammar
+from ramet.grammar.machine.vocabulary import Vocabulary
+
+_ASSERTIONS = frozenset(
+    [
+        "type",
+        "enum",
+        "const",
+        "minimum",
+        "maximum",
+        "exclusiveMinimum",
+        "exclusiveMaximum",
+        "multipleOf",
+        "minLength",
+        "maxLength",
+        "pattern",
+        "format",
+        "minItems",
+        "maxItems",
+        "uniqueItems",
+        "contains",
+        "minContains",
+        "maxContains",
+        "items",
+        "prefixItems",
+        "additionalItems",
+        "unevaluatedItems",
+        "minProperties",
+        "maxProperties",
+        "required",
+        "properties",
+        "patternProperties",
+        "additionalProperties",
+        "propertyNames",
+        "unevaluatedProperties",
+        "dependentRequired",
+        "dependentSchemas",
+        "dependencies",
+        "allOf",
+        "anyOf",
+        "oneOf",
+        "not",
+        "if",
+        "then",
+        "else",
+        "$ref",
+        "$dynamicRef",
+        "$recursiveRef",
+        "divisibleBy",
+    ]
+)
+_STRUCTURE = frozenset(
+    [
+        "$schema",
+        "$id",
+        "id",
+        "$anchor",
+        "$dynamicAnchor",
+        "$recursiveAnchor",
+        "$defs",
+        "definitions",
+        "$vocabulary",
+        "$comment",
+    ]
+)
+_ANNOTATIONS = frozenset(
+    [
+        "title",
+        "description",
+        "default",
+        "examples",
+        "deprecated",
+        "readOnly",
+        "writeOnly",
+        "contentEncoding",
+        "contentMediaType",
+        "contentSchema",
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Coverage:
+    """What a JSON schema's keywords come to. Places are JSON pointers.
+
+    enforced: keyword -> number of places. problems: (pointer, keyword, reason) of what cannot be enforced.
+    annotations: (pointer, keyword) of what says nothing about values; unknown: keywords of no specification, or of a
+    later one; hidden: those beside a $ref, which drafts up to 7 overlook;
+    unknown_formats: (pointer, format), which the specification treats as annotations.
+    """
+
+    enforced: dict[str, int]
+    problems: list[tuple[str, str, str]]
+    annotations: list[tuple[str, str]]
+    unknown: list[tuple[str, str]]
+    unknown_formats: list[tuple[str, str]]
+    hidden: list[tuple[str, str]]
+
+
+def coverage(schema: Any, options: JsonOptions | None = None) -> Coverage:
+    """Look at every subschema that can matter. Raises: InvalidSchema for what is no schema."""
+    if not isinstance(schema, dict | bool):
+        raise InvalidSchema("a schema must be an object or a boolean", "")
+    options = options or JsonOptions()
+    registry = Registry(schema, options.registry)
+    problems: list[tuple[str, str, str]] = []
+    try:
+        survey(Interpreter(registry, 20_000, only_named=options.mode != "exact"))
+    except UnsupportedSchema as error:
+        problems = error.problems
+    enforced: Counter[str] = Counter()
+    annotations: list[tuple[str, str]] = []
+    unknown: list[tuple[str, str]] = []
+    unknown_formats: list[tuple[str, str]] = []
+    hidden: list[tuple[str, str]] = []
+    refused = {(pointer, keyword) for pointer, keyword, _ in problems}
+    for node in registry.nodes:
+        if not isinstance(node.schema, dict):
+            continue
+        for keyword, value in node.schema.items():
+            place = (node.pointer or "/", keyword)
+            if "$ref" in node.schema and node.draft <= DRAFT7 and keyword in _ASSERTIONS and keyword != "$ref":
+                hidden.append(place)
+            elif keyword == "format" and value not in formats.KNOWN:
+                unknown_formats.append((node.pointer or "/", str(value)))
+            elif _is_assertion(keyword, node.draft):
+                enforced[keyword] += (node.pointer, keyword) not in refused
+            elif keyword in _ANNOTATIONS:
+                annotations.append(place)
+            elif keyword not in _STRUCTURE:
+                unknown.append(place)
+    return Coverage(dict(+enforced), problems, annotations, unknown, unknown_formats, hidden)
+
+
+def _is_assertion(keyword: str, draft: int) -> bool:
+    if keyword in ("extends", "disallow"):
+        return draft == DRAFT4
+    return keyword in _ASSERTIONS and (draft >= DRAFT2019 or not keyword.startswith("unevaluated"))
+
+
+@cache
+def byte_vocabulary() -> Vocabulary:
+    """One token for each byte, and an end token."""
+    return Vocabulary([*(bytes((b,)) for b in range(256)), b""], [256], [256])
+
+
+@dataclass(frozen=True, slots=True)
+class Walk:
+    """How far a text goes. `num_bytes` were accepted; `allowed` says what may stand there instead.
+
+    The text is in the language when all its bytes were accepted and `may_end`.
+    """
+
+    text: bytes
+    num_bytes: int
+    may_end: bool
+    allowed: list[str]
+
+    @property
+    def is_accepted(self) -> bool:
+        return self.num_bytes == len(self.text) and self.may_end
+
+
+def walk(grammar: CompiledGrammar, text: str) -> Walk:
+    """Follow a text byte by byte; `grammar` is compiled for `byte_vocabulary()`."""
+    data = text.encode()
+    state, at = 0, 0
+    while at < len(data):
+        following = grammar.advance(state, data[at])
+        if following is None:
+            break
+        state, at = following, at + 1
+    # a caret points at characters: go back to where the refused one begins
+    begin = at
+    while 0 < begin < len(data) and data[begin] & 0xC0 == 0x80:
+        begin -= 1
+    if begin < at:
+        back = grammar.advance_bytes(0, data[:begin])
+        assert back is not None
+        state, at = back, begin
+    return Walk(data, at, grammar.is_accepting(state), continuations(grammar, state))
+
+
+def continuations(grammar: CompiledGrammar, state: int, limit: int = 12) -> list[str]:
+    """Describe what may follow: sets of characters that lead to the same place, each with the text that it forces."""
+    eos = set(grammar.vocabulary.eos_ids)
+    groups: dict[int, list[int]] = {}
+    for token in grammar.allowed_tokens(state).tolist():
+        if token not in eos:
+            following = grammar.advance(state, token)
+            assert following is not None
+            groups.setdefault(-1 if token >= 0x80 else following, []).append(token)
+    out = []
+    for following, tokens in groups.items():
+        if following == -1:
+            out.append("non-ASCII characters")
+        elif len(tokens) == 1:
+            out.append(repr((bytes(tokens) + _forced(grammar, following)).decode("utf-8", "replace")))
+        else:
+            out.append(_ranges(tokens))
+    if len(out) > limit:
+        out = [*out[: limit - 1], f"and {len(out) - limit + 1} more"]
+    if grammar.is_accepting(state):
+        out.append("the end of the text")
+    return out
+
+
+def _forced(grammar: CompiledGrammar, state: int, limit: int = 40) -> bytes:
+    out = bytearray()
+    while len(out) < limit and not grammar.is_accepting(state):
+        allowed = grammar.allowed_tokens(state).tolist()
+        if len(allowed) != 1:
+            break
+        out.append(allowed[0])
+        following = grammar.advance(state, allowed[0])
+        assert following is not None
+        state = following
+    return bytes(out)
+
+
+def _ranges(tokens: list[int]) -> str:
+    """`[0-9 a-f]` of ascending ASCII codes."""
+    spans: list[list[int]] = []
+    for token in tokens:
+        if spans and token == spans[-1][1] + 1:
+            spans[-1][1] = token
+        else:
+            spans.append([token, token])
+    return "[" + " ".join(_name(a) if a == b else f"{_name(a)}-{_name(b)}" for a, b in spans) + "]"
+
+
+def _name(code: int) -> str:
+    return chr(code) if 0x20 < code < 0x7F else f"\\x{code:02x}"

@@ -1,0 +1,100 @@
+"""Byte automata on disk: the regular part of compiling, which depends on the source alone, is done once per machine.
+
+Only arrays are stored (NumPy's format, never pickles), and what is read is checked, so a damaged or foreign file is
+dropped and compiled again. Writes are atomic; the oldest files go when the folder passes its limit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import tempfile
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+from platformdirs import user_cache_dir
+
+from ramet.grammar.regular.byte_language import ByteAutomaton
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1  # to be raised when a source's automaton changes
+
+
+def default_cache_dir() -> Path:
+    """$RAMET_CACHE_DIR/grammars, or the user's cache folder."""
+    base = os.environ.get("RAMET_CACHE_DIR")
+    return (Path(base) if base else Path(user_cache_dir("ramet"))) / "grammars"
+
+
+class DiskCache:
+    """A folder of automata by key. Safe for several processes; where nothing can be written, all is a miss."""
+
+    def __init__(self, folder: Path, max_bytes: int = 1 << 28) -> None:
+        self.folder = folder
+        self.max_bytes = max_bytes
+
+    def get(self, key: str) -> ByteAutomaton | None:
+        path = self._path(key)
+        try:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+                automaton = ByteAutomaton(stored["rows"], stored["byte_class"], stored["accepting"])
+            _check(automaton)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+            logger.warning("dropping %s, which cannot be read: %s", path, error)
+            with contextlib.suppress(OSError):
+                path.unlink()
+            return None
+        return automaton
+
+    def put(self, key: str, automaton: ByteAutomaton) -> None:
+        temporary: str | None = None
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=self.folder, suffix=".tmp", delete=False) as out:
+                temporary = out.name
+                np.savez_compressed(
+                    out, rows=automaton.rows, byte_class=automaton.byte_class, accepting=automaton.accepting
+                )
+            os.replace(temporary, self._path(key))
+            self._evict()
+        except OSError as error:
+            logger.warning("the grammar cache in %s cannot be written: %s", self.folder, error)
+            if temporary is not None:
+                Path(temporary).unlink(missing_ok=True)
+
+    def _path(self, key: str) -> Path:
+        return self.folder / f"{hashlib.sha256(f'{FORMAT} {key}'.encode()).hexdigest()}.npz"
+
+    def _evict(self) -> None:
+        files = []
+        for path in self.folder.glob("*.npz"):
+            try:
+                files.append((path.stat().st_mtime, path.stat().st_size, path))
+            except FileNotFoundError:  # another process evicts, too
+                continue
+        total = sum(size for _, size, _ in files)
+        for _, size, path in sorted(files):
+            if total <= self.max_bytes:
+                break
+            path.unlink(missing_ok=True)
+            total -= size
+
+
+def _check(automaton: ByteAutomaton) -> None:
+    """Raise ValueError for what is no automaton."""
+    rows, byte_class, accepting = automaton.rows, automaton.byte_class, automaton.accepting
+    if rows.dtype != np.int32 or rows.ndim != 2 or len(rows) == 0:
+        raise ValueError("rows are not int32 [num_states, num_classes]")
+    if byte_class.dtype != np.uint8 or byte_class.shape != (256,) or int(byte_class.max()) >= rows.shape[1]:
+        raise ValueError("byte_class is not uint8 [256], or has a class too many")
+    if accepting.dtype != np.bool_ or accepting.shape != (len(rows),):
+        raise ValueError("accepting is not bool [num_states]")
+    if int(rows.min()) < -1 or int(rows.max()) >= len(rows):
+        raise ValueError("a transition leads out of the automaton")

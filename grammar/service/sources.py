@@ -1,0 +1,163 @@
+"""Every kind of constraint, from its source to a compiled grammar.
+
+    kind          source
+    json_schema   a JSON schema: JSON text, or a dict or bool
+    regex         a pattern of Python's module re
+    cfg           a grammar in Lark's own syntax
+    choice        a JSON list of texts, or a list
+    substring     the text to quote from
+    tools         a tool set (tools/tool_set.py): JSON text, a dict, or a ToolSet
+    structural_tag  free text with values in it (structural_tag.py): JSON text or a dict
+
+A source becomes a `ByteAutomaton` (regular, every state known), a `LinkedText` (text with JSON values in it) or an
+`ir.Grammar`, whatever the vocabulary; then it is compiled for one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from ramet.errors import GrammarError, GrammarTooLarge, InvalidGrammar, InvalidSchema
+from ramet.grammar import ir
+from ramet.grammar.deadline import time_limit
+from ramet.grammar.machine.compiler import CompiledGrammar, Limits, compile_grammar
+from ramet.grammar.machine.vocabulary import Vocabulary
+from ramet.grammar.regular import dfas
+from ramet.grammar.regular import languages as regular
+from ramet.grammar.regular.byte_language import ByteAutomaton, compile_closed
+from ramet.grammar.regular.utf8 import compile_text
+from ramet.grammar.text.cfg import parse_cfg
+from ramet.grammar.text.choices import choices
+from ramet.grammar.text.regex import parse_regex
+from ramet.grammar.text.substring import substring_of
+from ramet.grammar.tools.structural_tag import StructuralTag, structural_text
+from ramet.grammar.tools.text_with_values import LinkedText, compile_linked
+from ramet.grammar.tools.tool_set import ToolSet, tools_text
+
+Kind = Literal["json_schema", "regex", "cfg", "choice", "substring", "tools", "structural_tag"]
+Parsed = ByteAutomaton | LinkedText | ir.Grammar
+
+MAX_SOURCE_BYTES = 16 << 20
+
+
+def compile_constraint(
+    kind: str, source: Any, vocabulary: Vocabulary, *, limits: Limits | None = None, **options: Any
+) -> CompiledGrammar:
+    """Compile a constraint of any kind for a vocabulary.
+
+    `options` by kind: json_schema, the fields of `ir.JsonOptions`; regex, `flags`; cfg, `start` and `max_ignored`;
+    substring, `unit` and `allow_empty`; choice and tools, none.
+    Raises: GrammarError and its subclasses.
+    """
+    return compile_parsed(parse_source(kind, source, limits=limits, **options), vocabulary, limits=limits)
+
+
+def compile_parsed(parsed: Parsed, vocabulary: Vocabulary, *, limits: Limits | None = None) -> CompiledGrammar:
+    """Compile what `parse_source` returned."""
+    limits = limits or Limits()
+    with time_limit(limits.max_time_s):
+        if isinstance(parsed, ByteAutomaton):
+            return compile_closed(parsed, vocabulary, limits=limits)
+        if isinstance(parsed, LinkedText):
+            return compile_linked(parsed, vocabulary, limits=limits)
+        return compile_grammar(parsed, vocabulary, limits=limits)
+
+
+def parse_source(kind: str, source: Any, *, limits: Limits | None = None, **options: Any) -> Parsed:
+    """Return what a source describes, before any vocabulary. Options and errors as in `compile_constraint`."""
+    parse = _PARSERS.get(kind)
+    if parse is None:
+        raise InvalidGrammar(f"there is no constraint of kind {kind!r}; kinds are {', '.join(get_args(Kind))}")
+    if isinstance(source, str) and len(source) > MAX_SOURCE_BYTES:
+        raise GrammarTooLarge(
+            f"the source of the {kind} constraint has {len(source):,} characters; the limit is {MAX_SOURCE_BYTES:,}"
+        )
+    unknown = sorted(set(options) - set(OPTIONS[kind]))
+    if unknown:
+        known = ", ".join(OPTIONS[kind]) or "none"
+        raise InvalidGrammar(f"a {kind} constraint has no option {', '.join(map(repr, unknown))}; it has: {known}")
+    limits = limits or Limits()
+    try:
+        with time_limit(limits.max_time_s):
+            return parse(source, limits, options)
+    except RecursionError as error:
+        raise GrammarTooLarge(f"the source of the {kind} constraint is nested too deeply") from error
+
+
+OPTIONS: Mapping[str, tuple[str, ...]] = {
+    "json_schema": ("mode", "whitespace", "on_unsupported", "registry"),
+    "regex": ("flags",),
+    "cfg": ("start", "max_ignored"),
+    "choice": (),
+    "substring": ("unit", "allow_empty"),
+    "tools": (),
+    "structural_tag": (),
+}
+
+
+def _json_schema(source: Any, limits: Limits, options: dict[str, Any]) -> Parsed:
+    schema = _decoded(source, InvalidSchema, "the schema") if isinstance(source, str) else source
+    return ir.Grammar.of(ir.JsonSchema(schema, ir.JsonOptions(**options)))
+
+
+def _regex(source: Any, limits: Limits, options: dict[str, Any]) -> Parsed:
+    terminal = parse_regex(source, **options)
+    table = compile_text(terminal.item, max_states=limits.max_regular_states, name=terminal.name)
+    return ByteAutomaton.of_table(table)
+
+
+def _cfg(source: Any, limits: Limits, options: dict[str, Any]) -> Parsed:
+    grammar = parse_cfg(source, max_regular_states=limits.max_regular_states, **options)
+    if len(grammar.rules) > 1:
+        return grammar
+    whole = grammar.rules[grammar.start]
+    dfa = regular.compile_bytes(whole, max_states=limits.max_regular_states, name="the grammar")
+    return ByteAutomaton.of_table(ir.Table(dfas.byte_table(dfa), np.asarray(dfa.accepting, dtype=np.bool_)))
+
+
+def _choice(source: Any, limits: Limits, options: dict[str, Any]) -> Parsed:
+    texts = _decoded(source, InvalidGrammar, "the list of choices") if isinstance(source, str) else source
+    if not isinstance(texts, list | tuple):
+        raise InvalidGrammar(f"choices are a list of texts, not {type(texts).__name__}")
+    return choices(texts)
+
+
+def _substring(source: Any, limits: Limits, options: dict[str, Any]) -> Parsed:
+    return substring_of(source, **options)
+
+
+def _tools(source: Any, limits: Limits, options: dict[str, Any]) -> Parsed:
+    if isinstance(source, ToolSet):
+        return tools_text(source)
+    return tools_text(
+        ToolSet.of(_decoded(source, InvalidGrammar, "the tool set") if isinstance(source, str) else source)
+    )
+
+
+def _structural_tag(source: Any, limits: Limits, options: dict[str, Any]) -> Parsed:
+    decoded = _decoded(source, InvalidGrammar, "the structural tag") if isinstance(source, str) else source
+    return structural_text(StructuralTag.of(decoded))
+
+
+def _decoded(source: str, error_type: type[GrammarError], what: str) -> Any:
+    try:
+        return json.loads(source)
+    except json.JSONDecodeError as error:
+        raise error_type(f"{what} is not JSON: {error.msg} at line {error.lineno} column {error.colno}") from error
+    except ValueError as error:  # a number of more digits than Python reads
+        raise error_type(f"{what} cannot be read: {error}") from error
+
+
+_PARSERS: Mapping[str, Callable[[Any, Limits, dict[str, Any]], Parsed]] = {
+    "json_schema": _json_schema,
+    "regex": _regex,
+    "cfg": _cfg,
+    "choice": _choice,
+    "substring": _substring,
+    "tools": _tools,
+    "structural_tag": _structural_tag,
+}

@@ -1,0 +1,86 @@
+"""Compiles the compiled loops ahead, once per machine, so that no constraint's time limit has to pay for it.
+
+By use: small constraints of every kind make each loop compile for just the arrays that it gets. A mark beside the
+compiled code says that it is done, so that other processes load each loop when they first need it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import sys
+from functools import cache
+from pathlib import Path
+
+import llvmlite.binding as llvm
+import numba
+import numpy as np
+
+from ramet.grammar.machine import walker
+from ramet.grammar.machine.compiler import Limits
+from ramet.grammar.machine.vocabulary import Vocabulary
+from ramet.grammar.service.sources import compile_parsed, parse_source
+
+logger = logging.getLogger(__name__)
+
+_SCHEMA = {
+    "type": "object",
+    "properties": {
+        "text": {"type": "string", "maxLength": 9},
+        "pattern": {"type": "string", "pattern": "^[a-z]+$"},
+        "choice": {"enum": ["one", "two"]},
+        "number": {"type": "integer", "minimum": 3},
+        "list": {"type": "array", "items": {"type": "string"}, "maxItems": 3},
+    },
+    "additionalProperties": {"type": "boolean"},
+    "required": ["text"],
+}
+SAMPLES = (
+    ("json_schema", json.dumps(_SCHEMA), rb'{"text":"a","pattern":"b","other":true}'),
+    ("regex", "a[1-9]{1,3}b*", b"a12"),
+    ("cfg", 'start: "(" start ")" | "x"', b"((x"),
+)
+
+
+def are_compiled() -> bool:
+    """True where this machine has compiled the loops."""
+    return _mark().exists()
+
+
+def compile_loops() -> None:
+    """Compile what is not compiled yet: about 4 s on a new machine, else nothing."""
+    if are_compiled():
+        return
+    vocabulary = Vocabulary([bytes((i,)) for i in range(256)], frozenset({0}), frozenset({0}), 256)
+    for kind, source, text in SAMPLES:
+        grammar = compile_parsed(parse_source(kind, source), vocabulary, limits=Limits(max_time_s=600.0))
+        state: int | None = 0
+        for byte in text:
+            assert state is not None
+            grammar.mask(state)
+            state = grammar.advance(state, byte)
+        grammar.completion_bound(0)
+    row = np.zeros(1, dtype=np.int32)
+    row.flags.writeable = False
+    walker.rows_equal(row, row)  # of rows that were interned before
+    try:
+        _mark().touch()
+    except OSError as error:
+        logger.info("the next process will look again whether its loops are compiled: %s", error)
+
+
+def _mark() -> Path:
+    """A file in numba's folder."""
+    return Path(walker.walk.stats.cache_path) / f"ramet-compiled-{_digest()}"
+
+
+@cache
+def _digest() -> str:
+    """Of everything that the compiled code depends on."""
+    digest = hashlib.sha256()
+    for source in sorted(Path(__file__).parents[1].rglob("*.py")):
+        digest.update(source.read_bytes())
+    for version in (numba.__version__, llvm.get_host_cpu_name(), str(sys.implementation.cache_tag)):
+        digest.update(version.encode())
+    return digest.hexdigest()[:16]

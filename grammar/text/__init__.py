@@ -1,0 +1,1 @@
+"""Grammars that people write: regular expressions, Lark, GBNF, choices, substrings."""

@@ -1,0 +1,249 @@
+"""The calls in a text, while it is being written: names, pieces of arguments, and where each call ends.
+
+Bytes may come in any pieces: the events are the same, but for where deltas are cut. White space around the layout's own
+characters may differ, so that unconstrained answers can be read, too; what turns out to be no call is text. Arguments
+are passed on as they were written, never decoded.
+"""
+
+from __future__ import annotations
+
+import codecs
+import re
+from dataclasses import dataclass
+
+from ramet.grammar.tools.formats import NAME_PATTERN, ToolFormat
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class CallStart:
+    index: int
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class ArgumentsDelta:
+    index: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class CallEnd:
+    """`is_complete` False: the text ended, or left the layout, inside the call; its arguments must not be used."""
+
+    index: int
+    is_complete: bool
+
+
+Event = TextDelta | CallStart | ArgumentsDelta | CallEnd
+
+_NAME = re.compile(NAME_PATTERN)
+
+
+class ToolCallReader:
+    """Reads one answer. Owns its state; not for use by two threads."""
+
+    def __init__(self, layout: ToolFormat) -> None:
+        self.layout = layout
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._events: list[Event] = []
+        self._read = self._text
+        self._held = ""  # characters that are text if they turn out to be no call
+        self._ways: list[tuple[str, str]] = []  # (what is left of a layout text, what it leads to)
+        self._name = ""
+        self._index = -1
+        self._depth = 0
+        self._is_string = False
+        self._is_escaped = False
+        self._has_begun = False
+
+    def push(self, data: bytes) -> list[Event]:
+        """Take the next bytes of the answer and return what they settle."""
+        return self._take(self._decoder.decode(data))
+
+    def finish(self) -> list[Event]:
+        """The answer has ended: return what was held back."""
+        events = self._take(self._decoder.decode(b"", final=True))
+        if self._read in (self._arguments, self._after) and not self._is_settled():
+            self._events.append(CallEnd(self._index, is_complete=False))
+        elif self._is_begun():
+            self._index += 1
+            self._events += [CallStart(self._index, self._name), CallEnd(self._index, is_complete=False)]
+        elif self._held and (self._read != self._layout_text or not self._held.strip()):
+            self._say(self._held)  # else it is the beginning of what ends the calls, or parts them
+        self._held = ""
+        self._read = self._text
+        return [*events, *self._drain()]
+
+    def _is_begun(self) -> bool:
+        """The text ended inside a call's layout or name, behind the marker or in what leads to a further call."""
+        if self._read == self._name_character:
+            return True
+        if self._read != self._layout_text or any(then == "text" for _, then in self._ways):
+            return False
+        held, marker = ("".join(text.split()) for text in (self._held, self.layout.marker))
+        is_marked = marker in held or self.layout.marker not in self.layout.separator + self.layout.before_name
+        return bool(held) and is_marked
+
+    def _is_settled(self) -> bool:
+        """Only white space, or nothing, is left of what ends the call."""
+        return self._read == self._after and all(not way.strip() for way, _ in self._ways)
+
+    def _take(self, text: str) -> list[Event]:
+        for c in text:
+            self._read(c)
+        return self._drain()
+
+    def _drain(self) -> list[Event]:
+        out: list[Event] = []
+        for event in self._events:
+            last = out[-1] if out else None
+            if isinstance(event, TextDelta) and isinstance(last, TextDelta):
+                out[-1] = TextDelta(last.text + event.text)
+            elif isinstance(event, ArgumentsDelta) and isinstance(last, ArgumentsDelta) and last.index == event.index:
+                out[-1] = ArgumentsDelta(event.index, last.text + event.text)
+            else:
+                out.append(event)
+        self._events = []
+        return out
+
+    def _say(self, text: str) -> None:
+        self._has_begun = self._has_begun or bool(text.strip())
+        self._events.append(TextDelta(text))
+
+    # --- one method for each place; each reads one character
+
+    def _text(self, c: str) -> None:
+        """Free text; `_held` is the longest end of it that may be the beginning of the marker."""
+        marker = self.layout.marker
+        self._held += c
+        if self.layout.is_only_at_start and self._has_begun:
+            self._say(self._held)
+            self._held = ""
+            return
+        skipped = len(self._held) - len(self._held.lstrip()) if self.layout.is_only_at_start else 0
+        while not marker.startswith(self._held[skipped:]):
+            self._say(self._held[: skipped + 1])
+            self._held = self._held[skipped + 1 :]
+            skipped = 0
+            if self.layout.is_only_at_start and self._has_begun:
+                self._say(self._held)
+                self._held = ""
+                return
+        if self._held[skipped:] == marker:
+            whole = self.layout.begin + self.layout.before_name
+            self._expect([(whole[len(marker) :], "name")])
+
+    def _expect(self, ways: list[tuple[str, str]]) -> None:
+        """Match one of several layout texts next; an empty one is taken only where nothing else goes on."""
+        self._ways = [(way.lstrip(), then) for way, then in ways]
+        self._read = self._layout_text
+        self._arrive()
+
+    def _arrive(self) -> bool:
+        """Go where a layout text leads that has been read to its end."""
+        done = [then for way, then in self._ways if not way]
+        if not done or len(self._ways) > 1:
+            return False
+        self._go(done[0])
+        return True
+
+    def _go(self, then: str) -> None:
+        if then == "name":
+            self._name = ""
+            self._read = self._name_character
+        elif then == "arguments":
+            self._index += 1
+            self._events.append(CallStart(self._index, self._name))
+            self._held = ""
+            self._depth = 0
+            self._is_string = self._is_escaped = False
+            self._read = self._arguments
+        elif then == "next":
+            self._end_call()
+        else:
+            assert then == "text", then
+            self._held = ""
+            self._read = self._text
+
+    def _layout_text(self, c: str) -> None:
+        self._held += c
+        if c.isspace():
+            return
+        kept = [(way[1:].lstrip(), then) for way, then in self._ways if way.startswith(c)]
+        if kept:
+            self._ways = kept
+            self._arrive()
+        else:
+            self._leave()
+
+    def _leave(self) -> None:
+        """What was held is no call: read it again as text, without its first character."""
+        held, self._held = self._held, ""
+        self._read = self._text
+        self._say(held[:1])
+        for c in held[1:]:
+            self._read(c)
+
+    def _name_character(self, c: str) -> None:
+        self._held += c
+        if _NAME.fullmatch(self._name + c):
+            self._name += c
+        elif self._name and self.layout.before_arguments.lstrip().startswith(c):
+            self._expect([(self.layout.before_arguments.lstrip()[1:], "arguments")])
+        elif not (c.isspace() and self._name):
+            self._leave()
+
+    def _arguments(self, c: str) -> None:
+        """One JSON object; it ends where its first brace is closed."""
+        if self._depth == 0 and c.isspace():
+            return
+        self._events.append(ArgumentsDelta(self._index, c))
+        if self._is_string:
+            if self._is_escaped:
+                self._is_escaped = False
+            elif c == "\\":
+                self._is_escaped = True
+            elif c == '"':
+                self._is_string = False
+            return
+        if c == '"':
+            self._is_string = True
+        elif c in "{[":
+            self._depth += 1
+        elif c in "}]":
+            self._depth -= 1
+        if self._depth <= 0:
+            self._ways = [(self.layout.after_arguments.lstrip(), "next")]
+            self._held = ""
+            self._read = self._after
+            if not self._ways[0][0]:
+                self._end_call()
+
+    def _after(self, c: str) -> None:
+        """What ends a call; anything else means that the call is broken."""
+        self._held += c
+        if c.isspace():
+            return
+        way = self._ways[0][0]
+        if not way.startswith(c):
+            self._events.append(CallEnd(self._index, is_complete=False))
+            self._leave()
+            return
+        self._ways = [(way[1:].lstrip(), "next")]
+        if not self._ways[0][0]:
+            self._end_call()
+
+    def _end_call(self) -> None:
+        self._events.append(CallEnd(self._index, is_complete=True))
+        self._held = ""
+        self._has_begun = True
+        more = self.layout.separator + self.layout.before_name
+        if self.layout.end:
+            self._expect([(more, "name"), (self.layout.end, "text")])
+        else:
+            self._expect([(more, "name")])

@@ -1,0 +1,217 @@
+"""Structural tags: free text in which some marks begin a part that must be a JSON value of a schema.
+
+As JSON, in the form of SGLang and vLLM:
+
+    {"type": "structural_tag",
+     "triggers": ["<function="],
+     "structures": [{"begin": "<function=add>", "schema": {...}, "end": "</function>"}]}
+
+or in XGrammar's newer form, of which triggered tags with JSON schemas are understood:
+
+    {"type": "structural_tag",
+     "format": {"type": "triggered_tags", "triggers": [...], "at_least_one": false, "stop_after_first": false,
+                "tags": [{"begin": ..., "content": {"type": "json_schema", "json_schema": {...}}, "end": ...}]}}
+
+Language: text without triggers, then one of the structures whose `begin` starts with the trigger that was written, and
+so on. Source: the semantics are those of XGrammar's documentation of structural tags.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import permutations
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ramet.errors import InvalidGrammar
+from ramet.grammar import ir
+from ramet.grammar.regular.utf8 import text_dfa, utf8_table
+from ramet.grammar.tools.text_with_values import Gap, LinkedText
+
+MAX_TAGS = 1024
+MAX_TRIGGERS = 64
+_FIRST_SURROGATE = 0xD800  # surrogates, which no text contains, stand for what follows a trigger
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Tag:
+    """A constrained part."""
+
+    begin: str
+    schema: ir.JsonSchema
+    end: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StructuralTag:
+    """Which parts may stand in a text. `at_least_one`: one must; `stop_after_first`: the first one ends the text."""
+
+    triggers: tuple[str, ...]
+    tags: tuple[Tag, ...]
+    at_least_one: bool = False
+    stop_after_first: bool = False
+
+    @staticmethod
+    def of(source: Any) -> StructuralTag:  # Any: JSON
+        """Read either form. Raises: InvalidGrammar naming what is wrong."""
+        fields = _fields(source, "a structural tag", {"type", "triggers", "structures", "format"})
+        if fields.get("type", "structural_tag") != "structural_tag":
+            raise InvalidGrammar(f"the type of a structural tag is 'structural_tag', not {fields['type']!r}")
+        if "format" in fields:
+            return _of_format(fields["format"])
+        tags = [
+            _fields(tag, f"structures[{i}]", {"begin", "schema", "end"})
+            for i, tag in enumerate(_list(fields, "structures"))
+        ]
+        return _made(fields, [(tag.get("begin"), tag.get("schema"), tag.get("end")) for tag in tags])
+
+
+def _of_format(source: Any) -> StructuralTag:
+    if not isinstance(source, Mapping) or source.get("type") != "triggered_tags":
+        kind = source.get("type") if isinstance(source, Mapping) else source
+        raise InvalidGrammar(f"the format of a structural tag must be of type 'triggered_tags' here, not {kind!r}")
+    known = {"type", "triggers", "tags", "at_least_one", "stop_after_first"}
+    fields = _fields(source, "the format of a structural tag", known)
+    tags = []
+    for i, given in enumerate(_list(fields, "tags")):
+        tag = _fields(given, f"tags[{i}]", {"type", "begin", "content", "end"})
+        content = tag.get("content")
+        if not isinstance(content, Mapping) or content.get("type") != "json_schema":
+            raise InvalidGrammar(f"the content of tags[{i}] must be of type 'json_schema' here, not {content!r}")
+        tags.append(
+            (
+                tag.get("begin"),
+                _fields(content, "a content", {"type", "json_schema"}).get("json_schema"),
+                tag.get("end"),
+            )
+        )
+    return _made(fields, tags)
+
+
+def _made(fields: Mapping[str, Any], tags: Sequence[tuple[Any, Any, Any]]) -> StructuralTag:  # Any: JSON
+    triggers = _list(fields, "triggers")
+    if not 1 <= len(triggers) <= MAX_TRIGGERS or not 1 <= len(tags) <= MAX_TAGS:
+        raise InvalidGrammar(
+            f"there are {len(triggers):,} triggers and {len(tags):,} tags; "
+            f"1 to {MAX_TRIGGERS} triggers and 1 to {MAX_TAGS:,} tags are possible"
+        )
+    made = []
+    for begin, schema, end in tags:
+        if not isinstance(begin, str) or not isinstance(end, str) or not isinstance(schema, dict | bool):
+            raise InvalidGrammar("a tag has the texts `begin` and `end`, and a JSON schema between them")
+        if not any(isinstance(trigger, str) and begin.startswith(trigger) for trigger in triggers):
+            raise InvalidGrammar(f"no trigger is the beginning of {begin!r}")
+        made.append(Tag(begin, ir.JsonSchema(schema, ir.JsonOptions(whitespace="bounded")), end))
+    for trigger in triggers:
+        if not isinstance(trigger, str) or not trigger or not any(tag.begin.startswith(trigger) for tag in made):
+            raise InvalidGrammar(f"the trigger {trigger!r} begins no tag")
+    for one, other in permutations(triggers, 2):
+        if one in other:
+            raise InvalidGrammar(f"the trigger {one!r} is part of the trigger {other!r}")
+    switches = [fields.get(name, False) for name in ("at_least_one", "stop_after_first")]
+    if not all(isinstance(value, bool) for value in switches):
+        raise InvalidGrammar("at_least_one and stop_after_first are true or false")
+    return StructuralTag(tuple(triggers), tuple(made), *switches)
+
+
+def structural_text(source: StructuralTag) -> LinkedText:
+    """Return the texts that a structural tag allows. Raises: InvalidGrammar where two tags begin alike."""
+    rows, accepting, marked = _free_text(source.triggers)
+    body = _Body()
+    first = body.add_text(rows, accepting & (not source.at_least_one))
+    if source.stop_after_first:
+        behind = body.new(is_end=True)
+    elif source.at_least_one:
+        behind = body.add_text(rows, accepting)
+    else:
+        behind = first
+    for start in {first, behind} - ({behind} if source.stop_after_first else set()):
+        for trigger, state in zip(source.triggers, marked, strict=True):
+            for tag in source.tags:
+                if tag.begin.startswith(trigger):
+                    body.add_tag(start + state, tag, tag.begin[len(trigger) :], behind)
+    return body.text(often=source.triggers[0])
+
+
+def _free_text(triggers: Sequence[str]) -> tuple[NDArray[np.int32], NDArray[np.bool_], list[int]]:
+    """(transitions, accepting, state behind each trigger) of text that ends with the first trigger, or has none."""
+    any_trigger = ir.Choice(tuple(ir.text(trigger) for trigger in triggers))
+    free = ir.Complement(ir.Sequence((ir.ANY_TEXT, any_trigger, ir.ANY_TEXT)))
+    later = ir.Complement(ir.Sequence((ir.ANY_TEXT, any_trigger, ir.ANY_CHAR, ir.ANY_TEXT)))
+    ways: list[ir.Node] = [free]
+    for index, trigger in enumerate(triggers):
+        before = ir.Intersect((ir.Sequence((ir.ANY_TEXT, ir.text(trigger))), later))
+        mark = _FIRST_SURROGATE + index
+        ways.append(ir.Sequence((before, ir.Chars(((mark, mark),)))))
+    dfa = text_dfa(ir.Choice(tuple(ways)), name="free text")
+    table = utf8_table(dfa)
+    marked = [
+        next(s for s in range(len(dfa.transitions)) if dfa.step(s, _FIRST_SURROGATE + index) >= 0)
+        for index in range(len(triggers))
+    ]
+    return table.transitions, table.accepting, marked
+
+
+@dataclass(slots=True, eq=False)
+class _Body:
+    """The automaton, as it is put together."""
+
+    edges: list[dict[int, int]] = field(default_factory=list)
+    accepting: list[bool] = field(default_factory=list)
+    gaps: dict[int, Gap] = field(default_factory=dict)
+
+    def new(self, *, is_end: bool = False) -> int:
+        self.edges.append({})
+        self.accepting.append(is_end)
+        return len(self.edges) - 1
+
+    def add_text(self, rows: NDArray[np.int32], accepting: NDArray[np.bool_]) -> int:
+        """Add a copy of the free text; return its first state."""
+        first = len(self.edges)
+        for row in rows:
+            self.edges.append({byte: first + int(row[byte]) for byte in np.flatnonzero(row >= 0).tolist()})
+        self.accepting += accepting.tolist()
+        return first
+
+    def add_tag(self, state: int, tag: Tag, begin: str, behind: int) -> None:
+        """Add what follows the trigger: the rest of `begin`, a value, `end`."""
+        for byte in begin.encode():
+            if byte not in self.edges[state]:
+                self.edges[state][byte] = self.new()
+            state = self.edges[state][byte]
+        if state in self.gaps:
+            raise InvalidGrammar(f"two tags begin with {tag.begin!r}")
+        after = closing = self.new()
+        data = tag.end.encode()
+        for i, byte in enumerate(data):
+            self.edges[closing][byte] = behind if i == len(data) - 1 else self.new()
+            closing = self.edges[closing][byte]
+        self.gaps[state] = Gap(tag.schema, after if data else behind)
+
+    def text(self, often: str) -> LinkedText:
+        wide = np.full((len(self.edges), 256), -1, dtype=np.int32)
+        for state, edges in enumerate(self.edges):
+            wide[state, list(edges)] = list(edges.values())
+        for state in self.gaps:
+            if self.edges[state]:
+                raise InvalidGrammar("the beginning of one tag begins another; end them apart, as in `<a>` and `<ab>`")
+        return LinkedText(wide, np.asarray(self.accepting, dtype=np.bool_), self.gaps, often=often.encode())
+
+
+def _fields(source: Any, what: str, known: set[str]) -> Mapping[str, Any]:  # Any: JSON
+    if not isinstance(source, Mapping):
+        raise InvalidGrammar(f"{what} must be an object, not {source!r}")
+    wrong = sorted(set(source) - known, key=str)
+    if wrong:
+        raise InvalidGrammar(f"{what} has no field {wrong[0]!r}; its fields are {', '.join(sorted(known))}")
+    return source
+
+
+def _list(fields: Mapping[str, Any], name: str) -> list[Any]:  # Any: JSON
+    value = fields.get(name)
+    if not isinstance(value, list):
+        raise InvalidGrammar(f"the field {name!r} must be a list, not {value!r}")
+    return value

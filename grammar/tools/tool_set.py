@@ -1,0 +1,277 @@
+"""Tool sets: free text until a marker, then calls whose names and arguments are those of the tools.
+
+A set as JSON:
+
+    {"tools": [{"name": "add", "parameters": {...schema...}}],     also {"type": "function", "function": {...}}
+     "format": "hermes",                                           a name in tool_formats.FORMATS, or the fields of one
+     "choice": "auto" | "required" | "none" | {"name": "add"},     default auto
+     "parallel": true,                                             more than one call; or the largest number of calls
+     "answer": {...schema...},                                     what an answer without calls must be; text if absent
+     "json": {"mode": ..., "whitespace": ..., "on_unsupported": ...}}
+
+Language: `auto` answers, or writes text (none where `answer` is given) and then calls; nothing follows the calls.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ramet.errors import InvalidGrammar
+from ramet.grammar import ir
+from ramet.grammar.machine.vocabulary import Vocabulary
+from ramet.grammar.regular.char_classes import category
+from ramet.grammar.regular.utf8 import text_dfa, utf8_table
+from ramet.grammar.tools.formats import NAME_PATTERN, ToolFormat, tool_format
+from ramet.grammar.tools.text_with_values import Gap, LinkedText
+
+MAX_TOOLS = 1024
+MAX_CALLS = 64
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Tool:
+    """A tool's name and the JSON schema of its arguments, which are an object."""
+
+    name: str
+    parameters: Any  # a JSON schema: dict or bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ToolSet:
+    """What may be called, how a call is written, and what else may be said. `only`: the tool that must be called."""
+
+    tools: tuple[Tool, ...]
+    format: ToolFormat
+    choice: Literal["auto", "required", "none"] = "auto"
+    only: str | None = None
+    max_calls: int | None = None
+    answer: Any | None = None  # a JSON schema: dict or bool
+    json_options: ir.JsonOptions = field(default_factory=ir.JsonOptions)
+
+    @staticmethod
+    def of(source: Mapping[str, Any]) -> ToolSet:
+        """Read a set from its JSON form. Raises: InvalidGrammar naming the field that is wrong."""
+        known = {"tools", "format", "choice", "parallel", "answer", "json"}
+        wrong = sorted(set(_mapping(source, "a tool set")) - known)
+        if wrong:
+            raise InvalidGrammar(f"a tool set has no field {wrong[0]!r}; its fields are {', '.join(sorted(known))}")
+        tools = _tools(source.get("tools"))
+        choice, only = _choice(source.get("choice", "auto"), tools)
+        return ToolSet(
+            tools,
+            tool_format(source.get("format", "hermes")),
+            choice,
+            only,
+            1 if only else _max_calls(source.get("parallel", True)),
+            source.get("answer"),
+            _json_options(source.get("json", {})),
+        )
+
+
+def tools_text(tool_set: ToolSet) -> LinkedText:
+    """Return the answers that a tool set allows. Raises: InvalidGrammar where the format is ambiguous."""
+    layout = tool_set.format
+    rows, accepting, values, marked = _head(
+        layout.marker, tool_set.choice, layout.is_only_at_start, tool_set.answer is not None
+    )
+    gaps: dict[int, Gap] = {}
+    names: dict[ir.JsonSchema, str] = {}
+    if tool_set.answer is not None:
+        answer = ir.JsonSchema(tool_set.answer, tool_set.json_options)
+        gaps = {state: Gap(answer, after) for state, after in values.items()}
+        names[answer] = "the answer"
+    if marked is None:
+        return LinkedText(rows, accepting, gaps, names=names)
+    body = _Body(tool_set, len(rows))
+    wide = np.full((len(rows) + len(body.edges), 256), -1, dtype=np.int32)
+    wide[: len(rows)] = rows
+    sources = np.repeat(np.arange(len(rows), len(wide)), [len(edges) for edges in body.edges])
+    wide[sources, [byte for edges in body.edges for byte in edges]] = [t for e in body.edges for t in e.values()]
+    wide[marked] = wide[len(rows)]
+    accepts = np.concatenate([accepting, np.asarray(body.accepting, dtype=np.bool_)])
+    names |= {schema: f"the parameters of tool {name!r}" for name, schema in body.arguments.items()}
+    return LinkedText(wide, accepts, {**gaps, **body.gaps}, often=layout.marker.encode(), names=names)
+
+
+_CALLS, _ANSWER = (
+    0xD800,
+    0xD801,
+)  # surrogates, which no text contains, stand for what follows the marker and for a value
+
+
+@lru_cache(maxsize=256)
+def _head(
+    marker: str, choice: str, is_only_at_start: bool, has_answer: bool
+) -> tuple[NDArray[np.int32], NDArray[np.bool_], dict[int, int], int | None]:
+    """What stands before the calls.
+
+    Returns (transitions, accepting, state where an answer stands -> state behind it, state behind the marker).
+    """
+    first = ir.text(marker)
+    space = ir.Repeat(ir.Chars(category("s", is_ascii=False)))  # the reader of events skips it, too
+    free = ir.Complement(ir.Sequence(((space if is_only_at_start else ir.ANY_TEXT), first, ir.ANY_TEXT)))
+    answer: ir.Node = ir.Chars(((_ANSWER, _ANSWER),)) if has_answer else free
+    before: ir.Node = first
+    if choice == "auto" and not has_answer and not is_only_at_start:
+        twice = ir.Sequence((ir.ANY_TEXT, first, ir.ANY_CHAR, ir.ANY_TEXT))
+        before = ir.Intersect((ir.Sequence((ir.ANY_TEXT, first)), ir.Complement(twice)))
+    calls = ir.Sequence((before, ir.Chars(((_CALLS, _CALLS),))))
+    ways = {"auto": (answer, calls), "required": (calls,), "none": (answer,)}[choice]
+    dfa = text_dfa(ir.Choice(ways), name="free text")
+    table = utf8_table(dfa)
+    values = {s: t for s in range(len(dfa.transitions)) if (t := dfa.step(s, _ANSWER)) >= 0}
+    marked = next((s for s in range(len(dfa.transitions)) if dfa.step(s, _CALLS) >= 0), None)
+    return table.transitions, table.accepting, values, marked
+
+
+class _Body:
+    """What stands behind the marker, as tries of bytes. Its first state is numbered `first`; names are written once."""
+
+    def __init__(self, tool_set: ToolSet, first: int) -> None:
+        self.first = first
+        self.edges: list[dict[int, int]] = [{}]
+        self.accepting = [False]
+        self.gaps: dict[int, Gap] = {}
+        layout = tool_set.format
+        self.arguments = _argument_schemas(tool_set)
+        name = self.spell(first, (layout.begin + layout.before_name)[len(layout.marker) :])
+        count = 1
+        while True:
+            behind = self.new()
+            for tool, schema in self.arguments.items():
+                self.gap(self.spell(name, tool + layout.before_arguments), Gap(schema, behind))
+            end = self.spell(behind, layout.after_arguments)
+            self.accepting[self.spell(end, layout.end) - first] = True
+            again = layout.separator + layout.before_name
+            if tool_set.max_calls is None:
+                self.spell(end, again, name)
+                break
+            if count == tool_set.max_calls:
+                break
+            name = self.spell(end, again)
+            count += 1
+        if any(self.edges[s - first] for s in self.gaps):
+            raise InvalidGrammar("in this tool format the name of one tool and its layout begin those of another")
+
+    def new(self) -> int:
+        self.edges.append({})
+        self.accepting.append(False)
+        return self.first + len(self.edges) - 1
+
+    def spell(self, state: int, text: str, to: int | None = None) -> int:
+        """Add a text from a state, sharing what is there; return where it ends (`to`, if given)."""
+        data = text.encode()
+        for i, byte in enumerate(data):
+            edges = self.edges[state - self.first]
+            if to is not None and i == len(data) - 1:
+                if byte in edges:
+                    raise InvalidGrammar("in this tool format a further call and the end of the calls begin alike")
+                edges[byte] = to
+            elif byte not in edges:
+                edges[byte] = self.new()
+            state = edges[byte]
+        return state
+
+    def gap(self, state: int, gap: Gap) -> None:
+        self.gaps[state] = gap
+
+
+def with_marker_tokens(vocabulary: Vocabulary, texts: Mapping[int, str]) -> Vocabulary:
+    """Return a vocabulary in which special tokens write texts, e.g. `{5: "[TOOL_CALLS]"}`.
+
+    For formats whose marker is a special token, which grammars otherwise never allow. Raises: InvalidGrammar for an id
+    that is not a special token, or ends the text.
+    """
+    token_bytes = list(vocabulary.token_bytes)
+    for token, text in texts.items():
+        if token not in vocabulary.special_ids or token in vocabulary.eos_ids:
+            raise InvalidGrammar(f"token {token} ({text!r}) is not a special token that can stand inside a text")
+        token_bytes.extend([b""] * (token + 1 - len(token_bytes)))
+        token_bytes[token] = text.encode()
+    special = vocabulary.special_ids - set(texts)
+    return Vocabulary(token_bytes, vocabulary.eos_ids, special, vocabulary.vocab_size)
+
+
+def _argument_schemas(tool_set: ToolSet) -> dict[str, ir.JsonSchema]:
+    """Tool -> its arguments; equal schemas are one."""
+    found: dict[str, ir.JsonSchema] = {}
+    out: dict[str, ir.JsonSchema] = {}
+    for tool in tool_set.tools:
+        if tool_set.only is None or tool.name == tool_set.only:
+            key = json.dumps(tool.parameters, sort_keys=True)
+            if key not in found:
+                found[key] = ir.JsonSchema(_of_object(tool.parameters), tool_set.json_options)
+            out[tool.name] = found[key]
+    return out
+
+
+def _of_object(schema: Any) -> Any:
+    """Arguments are an object, whatever else the schema says."""
+    if schema is True:
+        return {"type": "object"}
+    if isinstance(schema, dict) and "type" not in schema and "$ref" not in schema:
+        return {**schema, "type": "object"}
+    return schema
+
+
+def _tools(source: Any) -> tuple[Tool, ...]:
+    if not isinstance(source, list | tuple) or not source:
+        raise InvalidGrammar("the field 'tools' must be a list of at least one tool")
+    if len(source) > MAX_TOOLS:
+        raise InvalidGrammar(f"there are {len(source):,} tools; the limit is {MAX_TOOLS:,}")
+    tools: dict[str, Tool] = {}
+    for i, given in enumerate(source):
+        fields = _mapping(given, f"tools[{i}]")
+        if "function" in fields:
+            fields = _mapping(fields["function"], f"tools[{i}].function")
+        name = fields.get("name")
+        if not isinstance(name, str) or not re.fullmatch(NAME_PATTERN, name):
+            raise InvalidGrammar(f"the name of tools[{i}] is {name!r} but must match {NAME_PATTERN}")
+        if name in tools:
+            raise InvalidGrammar(f"two tools have the name {name!r}")
+        parameters = fields.get("parameters", {"type": "object", "properties": {}, "additionalProperties": False})
+        if not isinstance(parameters, dict | bool):
+            raise InvalidGrammar(f"the parameters of tool {name!r} must be a JSON schema, not {parameters!r}")
+        tools[name] = Tool(name, parameters)
+    return tuple(tools.values())
+
+
+def _choice(source: Any, tools: tuple[Tool, ...]) -> tuple[Literal["auto", "required", "none"], str | None]:
+    if source in ("auto", "required", "none"):
+        return source, None
+    if isinstance(source, dict):
+        name = source.get("name", source.get("function", {}).get("name"))
+        if name not in [t.name for t in tools]:
+            raise InvalidGrammar(f"the choice asks for tool {name!r}; tools are {', '.join(t.name for t in tools)}")
+        return "required", name
+    raise InvalidGrammar(f'the choice is {source!r} but must be "auto", "required", "none" or {{"name": ...}}')
+
+
+def _max_calls(source: Any) -> int | None:
+    if isinstance(source, bool):
+        return None if source else 1
+    if isinstance(source, int) and 1 <= source <= MAX_CALLS:
+        return source
+    raise InvalidGrammar(f"parallel is {source!r} but must be true, false or a number of calls from 1 to {MAX_CALLS:,}")
+
+
+def _json_options(source: Any) -> ir.JsonOptions:
+    fields = _mapping(source, "the field 'json'")
+    wrong = sorted(set(fields) - {"mode", "whitespace", "on_unsupported", "registry"})
+    if wrong:
+        raise InvalidGrammar(f"the field 'json' of a tool set has no option {wrong[0]!r}")
+    return ir.JsonOptions(**fields)
+
+
+def _mapping(source: Any, what: str) -> Mapping[str, Any]:
+    if not isinstance(source, Mapping):
+        raise InvalidGrammar(f"{what} must be an object, not {source!r}")
+    return source

@@ -1,0 +1,1 @@
+"""Attention over the paged cache: decode, extend, and decode over shared prefixes."""

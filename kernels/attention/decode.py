@@ -1,0 +1,129 @@
+"""Attention of one new token a sequence over its paged cache: the decode step.
+
+    out[b, h] = sum_j softmax_j(scale * q[b, h] . k[j, g]) v[j, g]  over kv_len - window <= j < kv_len, g = h // (H / K)
+
+The current token's key and value must already be in the cache. Position j of row b lies in page
+`page_table[rows[b], j // P]`, offset `j % P`, of caches `[N, K, P, D]`. Softmax and sums are in fp32.
+A row with kv_len 0 is padding and gets zeros.
+
+`attention_decode` takes the reference on the CPU; on a GPU `tree_triton` when there is a tree plan and no
+window, else `decode_triton`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ramet.kernels.attention.extend import gather_pages
+from ramet.kernels.attention.plan import AttentionTiles
+from ramet.kernels.cpu import attention_decode as attention_decode_cpu
+
+if TYPE_CHECKING:
+    from ramet.kernels.attention.tree import TreePlan
+
+# Bytes of keys gathered by one call on the CPU: a few rows at a time stay in the last-level cache between copy and use.
+_REFERENCE_GATHER_BYTES = 8 << 20
+
+
+@dataclass(slots=True)
+class DecodeMetadata:
+    """Where the cache of each row of a decode step is. Under a CUDA graph the tensors are static buffers."""
+
+    kv_lens: Tensor  # int32 [B], including the current token; 0 marks padding
+    rows: Tensor  # int32 [B], row of `page_table` of each sequence
+    page_table: Tensor  # int32 [S, max_pages]
+    num_splits: int = 1  # parts that the keys of a row are split into on the GPU; fixed for a captured graph
+    tree: TreePlan | None = None  # shared prefixes read once per group; None reads every row's cache by itself
+    kv_lens_host: list[int] | None = None  # the same lengths on the host: the CPU path needs no copy back
+    # int32 [B * K] zeros, kept by the caller: the last program of a row then merges its splits, without a second kernel
+    merge_counters: Tensor | None = None
+    tiles: AttentionTiles | None = None  # what was measured on this card
+
+
+def attention_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    meta: DecodeMetadata,
+    scale: float,
+    window: int | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Attend from `q [B, H, D]` to `k_cache, v_cache [N, K, P, D]`; returns `[B, H, D]` (`out` when given)."""
+    if attention_decode_cpu.takes(q, k_cache, meta.kv_lens, meta.rows, meta.page_table):
+        return attention_decode_cpu.attention_decode_cpu(
+            q, k_cache, v_cache, meta.kv_lens, meta.rows, meta.page_table, scale, window, out
+        )
+    if not q.is_cuda and q.dtype is not k_cache.dtype:
+        result = attention_decode(q.to(k_cache.dtype), k_cache, v_cache, meta, scale, window)
+        return result.to(q.dtype) if out is None else out.copy_(result)
+    if not q.is_cuda:
+        return attention_decode_reference(q, k_cache, v_cache, meta, scale, window, out)
+    if meta.tree is not None and window is None:
+        from ramet.kernels.attention.tree_triton import attention_tree_triton  # these two import this module
+
+        return attention_tree_triton(q, k_cache, v_cache, meta, meta.tree, scale, out)
+    from ramet.kernels.attention.decode_triton import attention_decode_triton
+
+    return attention_decode_triton(q, k_cache, v_cache, meta, scale, window, out)
+
+
+def attention_decode_reference(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    meta: DecodeMetadata,
+    scale: float,
+    window: int | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Specification of `attention_decode` and its CPU path: whole pages gathered for a few rows at a time.
+
+    Positions of the last page beyond kv_len are read with weight 0, so the caches must hold finite values there.
+    """
+    if out is None:
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    batch, num_heads, head_dim = q.shape
+    _, num_kv_heads, page_size, _ = k_cache.shape
+    group = num_heads // num_kv_heads
+    lens = meta.kv_lens.tolist() if meta.kv_lens_host is None else meta.kv_lens_host
+    firsts = [0 if window is None else max(0, n - window) // page_size for n in lens]  # first page that is read
+    num_pages = [max(1, -(-n // page_size) - first) for n, first in zip(lens, firsts, strict=True)]
+    page_bytes = k_cache[0].numel() * k_cache.element_size()
+    queries = q.view(batch, num_kv_heads, group, head_dim)
+    low = 0
+    while low < batch:
+        high, widest = low + 1, num_pages[low]
+        while high < batch:
+            wider = max(widest, num_pages[high])
+            if wider * (high + 1 - low) * page_bytes > _REFERENCE_GATHER_BYTES:
+                break
+            high, widest = high + 1, wider
+        part = slice(low, high)
+        first = torch.tensor(firsts[part], device=q.device).unsqueeze(1)
+        kv_lens = torch.tensor(lens[part], device=q.device).unsqueeze(1)
+        page_index = first + torch.arange(widest, device=q.device)  # [b, widest]
+        pages = meta.page_table[meta.rows[part].long().unsqueeze(1), page_index.clamp(max=meta.page_table.shape[1] - 1)]
+        pages = torch.where(page_index * page_size < kv_lens, pages, 0)
+        positions = first * page_size + torch.arange(widest * page_size, device=q.device)
+        mask = positions < kv_lens
+        if window is not None:
+            mask &= positions >= kv_lens - window
+        result = F.scaled_dot_product_attention(
+            queries[part],
+            gather_pages(k_cache, pages),
+            gather_pages(v_cache, pages),
+            attn_mask=mask[:, None, None, :].expand(-1, -1, group, -1),
+            scale=scale,
+        )
+        out[part] = result.reshape(high - low, num_heads, head_dim)
+        low = high
+    for b, n in enumerate(lens):
+        if n == 0:
+            out[b] = 0
+    return out

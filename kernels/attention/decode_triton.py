@@ -1,0 +1,365 @@
+# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+"""Triton kernels of `attention_decode`: split-KV flash decoding, and the merge of what the splits found.
+
+A row's keys [start, kv_len) are cut into at most `num_splits` equal parts, each a multiple of BLOCK_N long; start is 0,
+the page of the first key in the window, or the end of a shared prefix that a tree kernel has done. The cut depends on
+the row's own length and on `num_splits`, never on the other rows: with `num_splits` fixed, a row's bits are the same in
+any batch.
+
+Grid (K, num_splits, B); one program attends from the G = H / K heads of one KV head, padded to 16 rows for the matrix
+units, to one part. With one split it writes the result; with more it writes its fp32 part and base-2 log-sum-exp, and
+either the last program of a (row, KV head) to finish merges them (`merge_counters` given) or a second kernel does,
+grid (B, H). The counters must be zero before the first launch and are zero again after each.
+
+To tune on a card: `choose_num_splits` in plan.py; fused merge against the second kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ramet.kernels.attention.decode import DecodeMetadata
+from ramet.kernels.attention.plan import LOG2_E, TileConfig, decode_config, dot_precision
+from ramet.kernels.attention.tile_triton import attend_range
+from ramet.kernels.triton_support import jit, jit_any_value, next_power_of_two, tl
+
+
+@dataclass(frozen=True, slots=True)
+class SharedParts:
+    """What a tree kernel left for the merge: one part per slot, the slots of row b at slot_offsets[b] ..."""
+
+    part: Tensor  # fp32 [max_slots, H, D]
+    lse: Tensor  # fp32 [max_slots, H], base 2
+    slot_offsets: Tensor  # int32 [B + 1]
+    kv_starts: Tensor  # int32 [B], first key that is not in a shared part; a multiple of the page size
+
+
+def attention_decode_triton(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    meta: DecodeMetadata,
+    scale: float,
+    window: int | None = None,
+    out: Tensor | None = None,
+    config: TileConfig | None = None,
+    shared: SharedParts | None = None,
+    before_merge: Callable[[], None] | None = None,
+) -> Tensor:
+    """Launch `attention_decode` on the device of `q`; `config` overrides the table of the card.
+
+    With `shared` each row begins at its kv_start and the shared parts are merged in (no window then). `before_merge`
+    means that they are not written yet: the merge is a kernel of its own, launched after calling it.
+    """
+    if out is None:
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    batch, num_heads, head_dim = q.shape
+    if batch == 0:
+        return out
+    num_kv_heads, page_size = k_cache.shape[1], k_cache.shape[2]
+    group, num_splits = num_heads // num_kv_heads, meta.num_splits
+    if config is None:
+        config = decode_config(head_dim, q.dtype, group, meta.tiles)
+    assert shared is None or window is None
+    to_parts = num_splits > 1 or before_merge is not None
+    fused = to_parts and before_merge is None and meta.merge_counters is not None
+    part, part_lse = split_buffers(q, num_splits) if to_parts else (q, q)
+    has_tree = shared is not None
+    tree = shared or SharedParts(q, q, meta.kv_lens, meta.kv_lens)  # not read
+    block_d, block_g = max(16, next_power_of_two(head_dim)), next_power_of_two(group)
+    _decode_kernel[(num_kv_heads, num_splits, batch)](
+        q,
+        k_cache,
+        v_cache,
+        out,
+        part,
+        part_lse,
+        meta.merge_counters if fused else meta.kv_lens,
+        meta.kv_lens,
+        tree.kv_starts,
+        tree.part,
+        tree.lse,
+        tree.slot_offsets,
+        meta.rows,
+        meta.page_table,
+        scale * LOG2_E,
+        0 if window is None else window,
+        q.stride(0),
+        q.stride(1),
+        out.stride(0),
+        k_cache.stride(0),
+        meta.page_table.stride(0),
+        GROUP=group,
+        HAS_WINDOW=window is not None,
+        HAS_TREE=has_tree,
+        TO_PARTS=to_parts,
+        FUSED_MERGE=fused,
+        HEAD_DIM=head_dim,
+        BLOCK_D=block_d,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_G=block_g,
+        BLOCK_S=max(1, min(16, 8192 // (block_g * block_d))),
+        BLOCK_T=max(1, min(16, 8192 // (config.block_m * block_d))),
+        PAGE_SIZE=page_size,
+        PRECISION=dot_precision(q.dtype),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    if before_merge is not None:
+        before_merge()
+    if to_parts and not fused:
+        _merge_kernel[(batch, num_heads)](
+            out,
+            part,
+            part_lse,
+            meta.kv_lens,
+            tree.kv_starts,
+            tree.part,
+            tree.lse,
+            tree.slot_offsets,
+            0 if window is None else window,
+            num_splits,
+            out.stride(0),
+            HAS_WINDOW=window is not None,
+            HAS_TREE=has_tree,
+            HEAD_DIM=head_dim,
+            BLOCK_D=block_d,
+            BLOCK_N=config.block_n,
+            BLOCK_S=16,
+            PAGE_SIZE=page_size,
+            num_warps=4,
+        )
+    return out
+
+
+def split_buffers(q: Tensor, num_splits: int) -> tuple[Tensor, Tensor]:
+    """Allocate the parts fp32 [B, H, num_splits, D] and their base-2 log-sum-exps fp32 [B, H, num_splits]."""
+    batch, num_heads, head_dim = q.shape
+    part = torch.empty(batch, num_heads, num_splits, head_dim, dtype=torch.float32, device=q.device)
+    return part, torch.empty(batch, num_heads, num_splits, dtype=torch.float32, device=q.device)
+
+
+@jit
+def split_length(length, num_splits, BLOCK_N: tl.constexpr):
+    """Keys of one part of a row with `length` keys: a multiple of BLOCK_N, at least one tile."""
+    return tl.maximum(tl.cdiv(tl.cdiv(length, num_splits), BLOCK_N), 1) * BLOCK_N
+
+
+@jit
+def window_start(kv_len, window, PAGE_SIZE: tl.constexpr):
+    """First position of the page that holds the first key in the window."""
+    return tl.maximum(kv_len - window, 0) // PAGE_SIZE * PAGE_SIZE
+
+
+@jit
+def merge_parts(
+    acc,  # [R, BLOCK_D] fp32
+    row_max,  # [R] fp32, log2 units
+    row_sum,  # [R] fp32
+    part_ptr,  # fp32 [.., HEAD_DIM], first part of this row
+    lse_ptr,
+    count,  # parts to merge
+    head_offsets,  # int [R], parts between this row's and each of its R heads' first part
+    head_mask,  # bool [R]
+    part_stride,  # parts between two parts of a head
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """Fold `count` normalised parts into the running softmax of R heads, BLOCK_S at a time."""
+    offs_d = tl.arange(0, BLOCK_D)
+    for base in range(0, count, BLOCK_S):
+        split = base + tl.arange(0, BLOCK_S)
+        index = head_offsets[:, None] + (split * part_stride)[None, :]
+        mask = head_mask[:, None] & (split < count)[None, :]
+        # .cg: in a fused merge other processors wrote these during this launch, so the first-level cache is no source.
+        lse = tl.load(lse_ptr + index, mask=mask, other=float("-inf"), cache_modifier=".cg")
+        part_mask = mask[:, :, None] & (offs_d < HEAD_DIM)[None, None, :]
+        offsets = index[:, :, None] * HEAD_DIM + offs_d[None, None, :]
+        part = tl.load(part_ptr + offsets, mask=part_mask, other=0.0, cache_modifier=".cg")
+        new_max = tl.maximum(row_max, tl.max(lse, 1))
+        offset = tl.where(new_max == float("-inf"), 0.0, new_max)
+        weights = tl.math.exp2(lse - offset[:, None])
+        rescale = tl.math.exp2(row_max - offset)
+        acc = acc * rescale[:, None] + tl.sum(part * weights[:, :, None], 1)
+        row_sum = row_sum * rescale + tl.sum(weights, 1)
+        row_max = new_max
+    return acc, row_max, row_sum
+
+
+@jit
+def _decode_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    part_ptr,
+    lse_ptr,
+    counters_ptr,
+    kv_lens_ptr,
+    kv_starts_ptr,
+    tree_part_ptr,
+    tree_lse_ptr,
+    slot_offsets_ptr,
+    rows_ptr,
+    page_table_ptr,
+    scale_log2,
+    window,
+    stride_q_row,
+    stride_q_head,
+    stride_out_row,
+    stride_page,
+    stride_table,
+    GROUP: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_TREE: tl.constexpr,
+    TO_PARTS: tl.constexpr,
+    FUSED_MERGE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    kv_head = tl.program_id(0)
+    split, num_splits = tl.program_id(1), tl.num_programs(1)
+    row = tl.program_id(2).to(tl.int64)
+    kv_len = tl.load(kv_lens_ptr + row)
+    table_ptr = page_table_ptr + tl.load(rows_ptr + row).to(tl.int64) * stride_table
+    start = 0
+    if HAS_TREE:
+        start = tl.load(kv_starts_ptr + row)
+    if HAS_WINDOW:
+        start = window_start(kv_len, window, PAGE_SIZE)
+    length = split_length(kv_len - start, num_splits, BLOCK_N)
+    low = start + split * length
+    # Split 0 of an empty row goes on, so that somebody writes its zeros.
+    if (split > 0) & (low >= kv_len):
+        return
+    high = tl.minimum(low + length, kv_len)
+
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_d = tl.arange(0, BLOCK_D)
+    head_mask = offs_m < GROUP
+    row_mask = head_mask[:, None] & (offs_d < HEAD_DIM)[None, :]
+    head = kv_head * GROUP + offs_m
+    q = tl.load(q_ptr + row * stride_q_row + head[:, None] * stride_q_head + offs_d[None, :], mask=row_mask, other=0.0)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+    last_visible = tl.zeros([BLOCK_M], dtype=tl.int32) + (kv_len - 1)
+    k_head_ptr = k_ptr + kv_head * PAGE_SIZE * HEAD_DIM
+    v_head_ptr = v_ptr + kv_head * PAGE_SIZE * HEAD_DIM
+    # Always masked: 16 rows of comparisons cost nothing beside the loads, and a second loop would drain the pipeline.
+    acc, row_max, row_sum = attend_range(
+        q, acc, row_max, row_sum, last_visible, low, high, window, table_ptr, k_head_ptr, v_head_ptr,
+        stride_page, scale_log2, True, HAS_WINDOW, HEAD_DIM, BLOCK_D, BLOCK_N, PAGE_SIZE, PRECISION,
+    )  # fmt: skip
+    num_heads = tl.num_programs(0) * GROUP
+    if not TO_PARTS:
+        if HAS_TREE:
+            first_slot = tl.load(slot_offsets_ptr + row).to(tl.int64)
+            num_slots = tl.load(slot_offsets_ptr + row + 1) - first_slot
+            acc, row_max, row_sum = merge_parts(
+                acc, row_max, row_sum, tree_part_ptr, tree_lse_ptr, num_slots, first_slot * num_heads + head, head_mask,
+                num_heads, HEAD_DIM, BLOCK_D, BLOCK_T,
+            )  # fmt: skip
+        result = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
+        out_offsets = row * stride_out_row + head[:, None] * HEAD_DIM + offs_d[None, :]
+        tl.store(out_ptr + out_offsets, result.to(out_ptr.dtype.element_ty), mask=row_mask)
+    else:
+        result = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
+        part_index = (row * num_heads + head) * num_splits + split
+        tl.store(part_ptr + part_index[:, None] * HEAD_DIM + offs_d[None, :], result, mask=row_mask)
+        lse = tl.where(row_sum == 0.0, float("-inf"), row_max + tl.math.log2(tl.where(row_sum == 0.0, 1.0, row_sum)))
+        tl.store(lse_ptr + part_index, lse, mask=head_mask)
+        if FUSED_MERGE:
+            active = tl.maximum(tl.cdiv(kv_len - start, length), 1)
+            # All threads' stores come before the release, and all threads' loads after the acquire.
+            tl.debug_barrier()
+            counter_ptr = counters_ptr + row * tl.num_programs(0) + kv_head
+            arrived = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")
+            tl.debug_barrier()
+            if arrived == active - 1:
+                tl.store(counter_ptr, 0)
+                offs_g = tl.arange(0, BLOCK_G)
+                group_mask = offs_g < GROUP
+                heads = kv_head * GROUP + offs_g
+                merged, merged_max, merged_sum = merge_parts(
+                    tl.zeros([BLOCK_G, BLOCK_D], dtype=tl.float32),
+                    tl.full([BLOCK_G], float("-inf"), dtype=tl.float32),
+                    tl.zeros([BLOCK_G], dtype=tl.float32),
+                    part_ptr, lse_ptr, active, (row * num_heads + heads) * num_splits, group_mask, 1,
+                    HEAD_DIM, BLOCK_D, BLOCK_S,
+                )  # fmt: skip
+                if HAS_TREE:
+                    first_slot = tl.load(slot_offsets_ptr + row).to(tl.int64)
+                    num_slots = tl.load(slot_offsets_ptr + row + 1) - first_slot
+                    merged, merged_max, merged_sum = merge_parts(
+                        merged, merged_max, merged_sum, tree_part_ptr, tree_lse_ptr, num_slots,
+                        first_slot * num_heads + heads, group_mask, num_heads, HEAD_DIM, BLOCK_D, BLOCK_S,
+                    )  # fmt: skip
+                merged = merged / tl.where(merged_sum == 0.0, 1.0, merged_sum)[:, None]
+                offsets = row * stride_out_row + heads[:, None] * HEAD_DIM + offs_d[None, :]
+                mask = group_mask[:, None] & (offs_d < HEAD_DIM)[None, :]
+                tl.store(out_ptr + offsets, merged.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@jit_any_value("num_splits")
+def _merge_kernel(
+    out_ptr,
+    part_ptr,
+    lse_ptr,
+    kv_lens_ptr,
+    kv_starts_ptr,
+    tree_part_ptr,
+    tree_lse_ptr,
+    slot_offsets_ptr,
+    window,
+    num_splits,
+    stride_out_row,
+    HAS_WINDOW: tl.constexpr,
+    HAS_TREE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    head, num_heads = tl.program_id(1), tl.num_programs(1)
+    kv_len = tl.load(kv_lens_ptr + row)
+    start = 0
+    if HAS_TREE:
+        start = tl.load(kv_starts_ptr + row)
+    if HAS_WINDOW:
+        start = window_start(kv_len, window, PAGE_SIZE)
+    active = tl.maximum(tl.cdiv(kv_len - start, split_length(kv_len - start, num_splits, BLOCK_N)), 1)
+    offs_one = tl.arange(0, 1)
+    offs_d = tl.arange(0, BLOCK_D)
+    acc, row_max, row_sum = merge_parts(
+        tl.zeros([1, BLOCK_D], dtype=tl.float32),
+        tl.full([1], float("-inf"), dtype=tl.float32),
+        tl.zeros([1], dtype=tl.float32),
+        part_ptr, lse_ptr, active, (row * num_heads + head + offs_one) * num_splits, offs_one == 0, 1,
+        HEAD_DIM, BLOCK_D, BLOCK_S,
+    )  # fmt: skip
+    if HAS_TREE:
+        first_slot = tl.load(slot_offsets_ptr + row).to(tl.int64)
+        num_slots = tl.load(slot_offsets_ptr + row + 1) - first_slot
+        acc, row_max, row_sum = merge_parts(
+            acc, row_max, row_sum, tree_part_ptr, tree_lse_ptr, num_slots, first_slot * num_heads + head + offs_one,
+            offs_one == 0, num_heads, HEAD_DIM, BLOCK_D, BLOCK_S,
+        )  # fmt: skip
+    result = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
+    offsets = row * stride_out_row + head * HEAD_DIM + offs_d[None, :]
+    tl.store(out_ptr + offsets, result.to(out_ptr.dtype.element_ty), mask=(offs_d < HEAD_DIM)[None, :])

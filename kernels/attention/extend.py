@@ -1,0 +1,156 @@
+"""Attention of new tokens over everything cached of their sequence: prefill, extend and chunks, causal, paged.
+
+For row b with n = q_len new tokens and kv_len = prefix + n cached positions, token i (position p = kv_len - n + i) gets
+
+    out[i, h] = sum_j softmax_j(scale * q[i, h] . k[j, h // (H / K)]) v[j, h // (H / K)]    over p - window < j <= p
+
+The keys and values of the new tokens must already be in the cache. Position j of a sequence lies in page
+`page_table[row, j // P]`, offset `j % P`, of caches `[N, K, P, D]`. Softmax and sums are in fp32. Tokens before those
+of the first sequence are left alone. Those past the last sequence are padding; on a GPU they are left alone, too.
+
+`attention_extend` takes compiled kernels on the CPU, where q may be bfloat16 beside an fp32 cache, and
+`extend_triton` on a GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ramet.kernels.attention.plan import AttentionTiles
+
+# Query rows of one masked call on the CPU: bounds the mask at 512 x kv_len and lets a call stop at its own last key.
+_REFERENCE_CHUNK = 512
+
+
+@dataclass(slots=True)
+class ExtendMetadata:
+    """Where the new tokens of a step and their caches are. Owned by the step; B rows with T new tokens in all."""
+
+    cu_seqlens_q: Tensor  # int32 [B + 1], new tokens of row b are [cu_seqlens_q[b], cu_seqlens_q[b + 1])
+    kv_lens: Tensor  # int32 [B], prefix + new tokens
+    rows: Tensor  # int32 [B], row of `page_table` of each sequence
+    page_table: Tensor  # int32 [S, max_pages]
+    max_seqlen_q: int  # no less than any; under a CUDA graph a bound for every replay
+    max_kv_len: int
+    # The same lengths on the host, of tokens that begin at 0: the CPU path needs no copy back. None under a CUDA
+    # graph: they change with replays.
+    q_lens_host: list[int] | None = None
+    kv_lens_host: list[int] | None = None
+    tiles: AttentionTiles | None = None  # what was measured on this card
+
+
+def attention_extend(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    meta: ExtendMetadata,
+    scale: float,
+    window: int | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Attend from `q [T, H, D]` to `k_cache, v_cache [N, K, P, D]`; returns `[T, H, D]` (`out` when given)."""
+    if not q.is_cuda:
+        return _attention_extend_host(q, k_cache, v_cache, meta, scale, window, out)
+    from ramet.kernels.attention.extend_triton import attention_extend_triton  # it imports this module
+
+    return attention_extend_triton(q, k_cache, v_cache, meta, scale, window, out)
+
+
+def _attention_extend_host(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    meta: ExtendMetadata,
+    scale: float,
+    window: int | None,
+    out: Tensor | None,
+) -> Tensor:
+    from ramet.kernels.cpu import attention_extend as attention_extend_cpu  # they bring numba: not needed for a GPU
+    from ramet.kernels.cpu import attention_extend_amx
+
+    if out is None:
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    if meta.q_lens_host is not None and meta.kv_lens_host is not None:
+        lens = meta.rows.tolist(), meta.q_lens_host, meta.kv_lens_host
+        if attention_extend_amx.takes(q, k_cache, meta.page_table):
+            run = attention_extend_amx.attention_extend_amx
+            return run(q, k_cache, v_cache, meta.page_table, *lens, scale, window, out)
+        if attention_extend_cpu.takes(q, k_cache, meta.page_table):
+            run = attention_extend_cpu.attention_extend_cpu
+            return run(q, k_cache, v_cache, meta.page_table, *lens, scale, window, out)
+    if q.dtype is not k_cache.dtype:
+        return out.copy_(_attention_extend_host(q.to(k_cache.dtype), k_cache, v_cache, meta, scale, window, None))
+    return attention_extend_reference(q, k_cache, v_cache, meta, scale, window, out)
+
+
+def gather_pages(cache: Tensor, pages: Tensor) -> Tensor:
+    """Copy `pages` (int [..., n]) of `cache [N, K, P, D]` into `[..., K, n * P, D]`, one copy of whole pages."""
+    _, num_kv_heads, page_size, head_dim = cache.shape
+    heads = torch.arange(num_kv_heads, device=cache.device)
+    index = (pages.long() * num_kv_heads).unsqueeze(-2) + heads.unsqueeze(-1)  # [..., K, n]
+    rows = cache.view(-1, page_size * head_dim).index_select(0, index.reshape(-1))
+    return rows.view(*index.shape[:-1], index.shape[-1] * page_size, head_dim)
+
+
+def attention_extend_reference(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    meta: ExtendMetadata,
+    scale: float,
+    window: int | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Specification of `attention_extend`, and what a CPU runs where dtypes are not fp32: fused calls per sequence."""
+    if out is None:
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    page_size = k_cache.shape[2]
+    start = 0 if meta.q_lens_host is not None else int(meta.cu_seqlens_q[0])
+    q_lens = meta.cu_seqlens_q.diff().tolist() if meta.q_lens_host is None else meta.q_lens_host
+    all_kv_lens = meta.kv_lens.tolist() if meta.kv_lens_host is None else meta.kv_lens_host
+    for b, (q_len, kv_len) in enumerate(zip(q_lens, all_kv_lens, strict=True)):
+        if q_len == 0:
+            continue
+        prefix = kv_len - q_len
+        first = 0 if window is None else max(0, prefix - window + 1) // page_size
+        pages = meta.page_table[meta.rows[b], first : -(-kv_len // page_size)]
+        offset = first * page_size
+        keys = gather_pages(k_cache, pages)[:, : kv_len - offset]
+        values = gather_pages(v_cache, pages)[:, : kv_len - offset]
+        tokens = slice(start, start + q_len)
+        out[tokens] = _attend(q[tokens], keys, values, prefix - offset, scale, window)
+        start += q_len
+    out[start:] = 0  # padding
+    return out
+
+
+def _attend(q: Tensor, keys: Tensor, values: Tensor, prefix: int, scale: float, window: int | None) -> Tensor:
+    """Attend causally from `q [n, H, D]`, at positions from `prefix` on, to `keys, values [K, prefix + n, D]`."""
+    q_len, num_heads, head_dim = q.shape
+    num_kv_heads, kv_len = keys.shape[0], keys.shape[1]
+    group = num_heads // num_kv_heads
+    # The query heads of one KV head become the batch dimension, so keys and values are expanded, never copied.
+    queries = q.view(q_len, num_kv_heads, group, head_dim).permute(2, 1, 0, 3)
+    keys, values = keys.expand(group, -1, -1, -1), values.expand(group, -1, -1, -1)
+    if prefix == 0 and (window is None or window >= kv_len):
+        result = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scale)
+        return result.permute(2, 1, 0, 3).reshape(q_len, num_heads, head_dim)
+    parts = []
+    for low in range(0, q_len, _REFERENCE_CHUNK):
+        high = min(low + _REFERENCE_CHUNK, q_len)
+        last = prefix + high  # keys [first, last) are all that these rows can see
+        first = 0 if window is None else max(0, prefix + low - window + 1)
+        query_positions = torch.arange(prefix + low, last, device=q.device).unsqueeze(1)
+        key_positions = torch.arange(first, last, device=q.device)
+        mask = key_positions <= query_positions
+        if window is not None:
+            mask &= key_positions > query_positions - window
+        chunk = F.scaled_dot_product_attention(
+            queries[:, :, low:high], keys[:, :, first:last], values[:, :, first:last], attn_mask=mask, scale=scale
+        )
+        parts.append(chunk.permute(2, 1, 0, 3).reshape(high - low, num_heads, head_dim))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -1,0 +1,260 @@
+"""Token masks of closed automata and the walk of sampled tokens, on the device.
+
+An automaton reads bytes: state' = transitions[state, byte_class[byte]], -1 where the byte is refused. A token is
+allowed in a state when the walk of its bytes is not refused; an end token exactly where the state is accepting; a token
+without bytes (a special token) never. Masks depend on the state alone, so they are built once, when a grammar becomes
+resident, and only one for each class of states that no token can tell apart (`mask_classes`).
+
+Not here: the memory that holds several grammars at once (`arena.py`); the kernels (`mask_triton.py`);
+masks of open automata, which the host computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ramet.kernels.grammar.closing import ClosingTable
+
+NEVER = 0
+END = -1
+
+
+@dataclass(frozen=True, slots=True)
+class AutomatonTables:
+    """A closed automaton as numpy arrays; the start state is 0, and every state can reach an accepting one.
+
+    byte_class: uint8 [256]. transitions: int32 [num_states, num_classes], -1 = refused. accepting: bool [num_states].
+    closing: the ways out, for texts that must end within a budget; None leaves them alone.
+    mask_classes: what the function of this name returns, where it was asked before; None leaves it to the arena.
+    """
+
+    byte_class: NDArray[np.uint8]
+    transitions: NDArray[np.int32]
+    accepting: NDArray[np.bool_]
+    closing: ClosingTable | None = None
+    mask_classes: tuple[NDArray[np.int32], NDArray[np.int32]] | None = None
+
+    @property
+    def num_states(self) -> int:
+        return int(self.transitions.shape[0])
+
+
+@dataclass(frozen=True, slots=True)
+class TokenTable:
+    """The bytes of every token on the device.
+
+    lengths: int32 [V]; 0 (`NEVER`) for tokens that no grammar may write, -1 (`END`) for end tokens.
+    by_position: uint8 [longest, V], so that a step of a walk reads neighbouring tokens together.
+    flat: uint8, all bytes in token order; offsets: int32 [V], so that the walk of one token reads neighbouring bytes.
+    """
+
+    lengths: Tensor
+    by_position: Tensor
+    flat: Tensor
+    offsets: Tensor
+    end_ids: tuple[int, ...]
+
+    @property
+    def vocab_size(self) -> int:
+        return self.lengths.shape[0]
+
+    @property
+    def longest(self) -> int:
+        return self.by_position.shape[0]
+
+    @classmethod
+    def create(
+        cls,
+        token_bytes: Sequence[bytes],
+        end_ids: Iterable[int],
+        special_ids: Iterable[int] = (),
+        vocab_size: int | None = None,
+        device: torch.device | str = "cpu",
+    ) -> TokenTable:
+        """Make the table; ids from len(token_bytes) to vocab_size, special ids and empty tokens are never allowed."""
+        vocab_size = len(token_bytes) if vocab_size is None else vocab_size
+        lengths = np.zeros(vocab_size, dtype=np.int32)
+        lengths[: len(token_bytes)] = [len(piece) for piece in token_bytes]
+        offsets = np.cumsum(lengths, dtype=np.int32) - lengths
+        flat = np.frombuffer(b"".join(token_bytes) or b"\0", dtype=np.uint8).copy()
+        by_position = np.zeros((max(int(lengths.max(initial=0)), 1), vocab_size), dtype=np.uint8)
+        owner = np.repeat(np.arange(vocab_size), lengths)
+        by_position[np.arange(len(owner)) - offsets[owner], owner] = flat[: len(owner)]
+        ends = tuple(sorted(set(end_ids)))
+        lengths[list(special_ids)] = NEVER
+        lengths[list(ends)] = END
+        return cls(
+            lengths=torch.from_numpy(lengths).to(device),
+            by_position=torch.from_numpy(by_position).to(device),
+            flat=torch.from_numpy(flat).to(device),
+            offsets=torch.from_numpy(offsets).to(device),
+            end_ids=ends,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ResidentAutomata:
+    """Tables of all resident automata; states are numbered through. Read by the kernels, written by the arena.
+
+    transitions: int32, flat; the row of state s starts at state_row[s] (int64 [states]) and holds global states or -1.
+    state_grammar: int32 [states], the row of byte_class, or -1 for states that no token leaves.
+    byte_class: uint8 [grammars, 256]. accepting: bool [states]. final_state: the state after an end token.
+    need, closing_token: int32 [states], as in `closing`; need is IMPOSSIBLE where nothing is to be closed.
+    """
+
+    transitions: Tensor
+    state_row: Tensor
+    state_grammar: Tensor
+    byte_class: Tensor
+    accepting: Tensor
+    need: Tensor
+    closing_token: Tensor
+    final_state: int
+
+
+@dataclass(frozen=True, slots=True)
+class Budgets:
+    """Until when texts must be finished.
+
+    positions: int32 [B], the sampled token's index in its sequence. close_at: int32 [S + 1] by slot, tokens that the
+    sequence may have in all (0: no limit). end_token: int32 [S + 1], 1 + the token that ends the text where it may end
+    (0: none may).
+    """
+
+    positions: Tensor
+    close_at: Tensor
+    end_token: Tensor
+
+
+def build_masks(states: Tensor, automata: ResidentAutomata, tokens: TokenTable, out: Tensor) -> None:
+    """Write the packed mask of each state, int32 [n], into `out` int32 [n, W].
+
+    All states belong to automata (none is a state that no token leaves).
+    """
+    if states.is_cuda:
+        from ramet.kernels.grammar.mask_triton import build_masks_triton
+
+        build_masks_triton(states, automata, tokens, out)
+    else:
+        build_masks_reference(states, automata, tokens, out)
+
+
+def advance_states(
+    rows: Tensor,
+    sampled: Tensor,
+    state: Tensor,
+    automata: ResidentAutomata,
+    tokens: TokenTable,
+    budgets: Budgets | None = None,
+) -> None:
+    """Move the state of every slot in `rows` (int32 [B]) past its sampled token (int [B]), in place.
+
+    state: int32 [S + 1]. Slots in states that no token leaves (free, host-masked, final) keep them. After an end token,
+    or a token that is refused, the state is `automata.final_state`.
+    With `budgets`, a token after which too few are left to finish the text, where before it there were enough, is
+    replaced in `sampled` by the first of the shortest completion, or by the end token where the text may end.
+    """
+    if rows.is_cuda:
+        from ramet.kernels.grammar.mask_triton import advance_states_triton
+
+        advance_states_triton(rows, sampled, state, automata, tokens, budgets)
+    else:
+        advance_states_reference(rows, sampled, state, automata, tokens, budgets)
+
+
+def build_masks_reference(states: Tensor, automata: ResidentAutomata, tokens: TokenTable, out: Tensor) -> None:
+    """Specification of `build_masks` and its CPU path."""
+    for index, state in enumerate(states.long().tolist()):
+        byte_class = automata.byte_class[automata.state_grammar[state].long()].long()
+        reached = torch.where(tokens.lengths > 0, state, -1).long()
+        for position in range(tokens.longest):
+            walking = ((tokens.lengths > position) & (reached >= 0)).nonzero().flatten()
+            if len(walking) == 0:
+                break
+            column = byte_class[tokens.by_position[position, walking].long()]
+            reached[walking] = automata.transitions[automata.state_row[reached[walking]] + column].long()
+        allowed = (reached >= 0) | ((tokens.lengths == END) & automata.accepting[state])
+        out[index] = pack_mask(allowed.unsqueeze(0))[0]
+
+
+def advance_states_reference(
+    rows: Tensor,
+    sampled: Tensor,
+    state: Tensor,
+    automata: ResidentAutomata,
+    tokens: TokenTable,
+    budgets: Budgets | None = None,
+) -> None:
+    """Specification of `advance_states` and its CPU path."""
+    for index, (row, token) in enumerate(zip(rows.tolist(), sampled.tolist(), strict=True)):
+        before = int(state[row])
+        if int(automata.state_grammar[before]) < 0:
+            continue
+        after = _walk(before, token, automata, tokens)
+        if budgets is not None and after != automata.final_state and int(budgets.close_at[row]):
+            left = int(budgets.close_at[row]) - int(budgets.positions[index]) - 1
+            need = int(automata.need[before])
+            if int(automata.need[after]) > left and need <= left + 1:
+                forced = int(automata.closing_token[before]) if need else int(budgets.end_token[row]) - 1
+                if forced >= 0:
+                    sampled[index] = forced
+                    after = _walk(before, forced, automata, tokens) if need else automata.final_state
+        state[row] = after
+
+
+def _walk(state: int, token: int, automata: ResidentAutomata, tokens: TokenTable) -> int:
+    """The state after a token; the final one after an end token, or where it is refused."""
+    length, offset = int(tokens.lengths[token]), int(tokens.offsets[token])
+    if length <= 0:
+        return automata.final_state
+    grammar = int(automata.state_grammar[state])
+    for byte in tokens.flat[offset : offset + length].tolist():
+        state = int(automata.transitions[int(automata.state_row[state]) + int(automata.byte_class[grammar, byte])])
+        if state < 0:
+            return automata.final_state
+    return state
+
+
+def pack_mask(allowed: Tensor) -> Tensor:
+    """Return packed words, int32 [B, ceil(V / 32)], of bool [B, V]: bit t % 32 of word t // 32."""
+    num_rows, vocab_size = allowed.shape
+    num_words = -(-vocab_size // 32)
+    padded = torch.zeros((num_rows, num_words * 32), dtype=torch.uint8, device=allowed.device)
+    padded[:, :vocab_size] = allowed
+    weights = (1 << torch.arange(8, device=allowed.device)).to(torch.uint8)
+    packed = (padded.view(num_rows, num_words * 4, 8) * weights).sum(-1, dtype=torch.uint8)
+    return packed.view(torch.int32)
+
+
+def mask_classes(
+    transitions: NDArray[np.int32], accepting: NDArray[np.bool_], depth: int
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Group states whose masks must be equal, because no string of at most `depth` bytes tells them apart.
+
+    Returns (class_of int32 [num_states], representative int32 [num_classes]). Round k splits states by which class of
+    round k - 1 each byte leads to; the accepting flag counts at the state itself alone (end tokens have no bytes).
+    Source: partition refinement, Moore 1956, stopped after `depth` rounds. Signatures are 64-bit sums of random values.
+    """
+    num_states, num_columns = transitions.shape
+    random = np.random.default_rng(0x52414D4554)
+    values = random.integers(0, 2**64, size=num_states + 1, dtype=np.uint64)  # the last one stands for "refused"
+    weights = random.integers(0, 2**64, size=num_columns, dtype=np.uint64) | np.uint64(1)
+    class_of = np.zeros(num_states + 1, dtype=np.int64)
+    class_of[-1] = num_states
+    num_classes = 1
+    for _ in range(depth):
+        signature = (values[class_of[transitions]] * weights).sum(axis=1, dtype=np.uint64)
+        _, refined = np.unique(signature, return_inverse=True)
+        class_of[:-1] = refined
+        refined_count = int(refined.max(initial=0)) + 1
+        if refined_count == num_classes:
+            break
+        num_classes = refined_count
+    _, representative, inverse = np.unique(class_of[:-1] * 2 + accepting, return_index=True, return_inverse=True)
+    return inverse.astype(np.int32), representative.astype(np.int32)

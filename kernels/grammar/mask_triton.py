@@ -1,0 +1,152 @@
+# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+"""The Triton kernels of `mask`.
+
+`_build_kernel`, grid (states, blocks of 1,024 tokens): all tokens of the block walk together, one byte a turn, until
+each is refused or at its end; the program stops when none walks. A tile is [32 words, 32 bits].
+`_advance_kernel`, grid (B): one program walks one sampled token, and another one where that one leaves no way out.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ramet.kernels.grammar.mask import Budgets, ResidentAutomata, TokenTable
+from ramet.kernels.triton_support import cdiv, jit, tl
+
+_WORDS = 32
+
+
+def build_masks_triton(states: Tensor, automata: ResidentAutomata, tokens: TokenTable, out: Tensor) -> None:
+    """Launch the kernel of `build_masks`."""
+    if len(states) == 0:
+        return
+    _build_kernel[(len(states), cdiv(tokens.vocab_size, 32 * _WORDS))](
+        states,
+        automata.transitions,
+        automata.state_row,
+        automata.state_grammar,
+        automata.byte_class,
+        automata.accepting,
+        tokens.lengths,
+        tokens.by_position,
+        out,
+        out.stride(0),
+        tokens.vocab_size,
+        WORDS=_WORDS,
+        num_warps=4,
+    )
+
+
+def advance_states_triton(
+    rows: Tensor,
+    sampled: Tensor,
+    state: Tensor,
+    automata: ResidentAutomata,
+    tokens: TokenTable,
+    budgets: Budgets | None = None,
+) -> None:
+    """Launch the kernel of `advance_states`; may be part of a CUDA graph."""
+    if len(rows) == 0:
+        return
+    _advance_kernel[(len(rows),)](
+        rows,
+        sampled,
+        state,
+        state.stride(0),
+        automata.transitions,
+        automata.state_row,
+        automata.state_grammar,
+        automata.byte_class,
+        tokens.lengths,
+        tokens.flat,
+        tokens.offsets,
+        automata.final_state,
+        automata.need,
+        automata.closing_token,
+        rows if budgets is None else budgets.positions,
+        rows if budgets is None else budgets.close_at,
+        rows if budgets is None else budgets.end_token,
+        0 if budgets is None else budgets.close_at.stride(0),
+        HAS_BUDGETS=budgets is not None,
+        num_warps=1,
+    )
+
+
+@jit
+def _build_kernel(
+    states_ptr, transitions_ptr, state_row_ptr, state_grammar_ptr, byte_class_ptr, accepting_ptr, lengths_ptr,
+    bytes_ptr, out_ptr, out_stride, vocab_size, WORDS: tl.constexpr,
+):  # fmt: skip
+    index = tl.program_id(0).to(tl.int64)
+    word = tl.program_id(1) * WORDS + tl.arange(0, WORDS)
+    bit = tl.arange(0, 32)[None, :]
+    token = word[:, None] * 32 + bit
+    state = tl.load(states_ptr + index)
+    class_ptr = byte_class_ptr + tl.load(state_grammar_ptr + state) * 256
+    is_accepting = tl.load(accepting_ptr + state).to(tl.int32)
+    length = tl.load(lengths_ptr + token, mask=token < vocab_size, other=0)
+    reached = tl.where(length > 0, state, -1)
+    position_ptr = bytes_ptr + token
+    position = state * 0
+    walking = length > 0
+    is_walking = tl.max(tl.max(walking.to(tl.int32), axis=1), axis=0)
+    while is_walking != 0:
+        byte = tl.load(position_ptr, mask=walking, other=0).to(tl.int32)
+        column = tl.load(class_ptr + byte, mask=walking, other=0).to(tl.int32)
+        start = tl.load(state_row_ptr + reached, mask=walking, other=0)
+        following = tl.load(transitions_ptr + start + column, mask=walking, other=-1)
+        reached = tl.where(walking, following, reached)
+        position += 1
+        position_ptr += vocab_size
+        walking = (length > position) & (reached >= 0)
+        is_walking = tl.max(tl.max(walking.to(tl.int32), axis=1), axis=0)
+    allowed = tl.where(length == -1, is_accepting, (reached >= 0).to(tl.int32))
+    words = tl.sum(allowed << bit, axis=1)
+    tl.store(out_ptr + index * out_stride + word, words, mask=word * 32 < vocab_size)
+
+
+@jit
+def _advance_kernel(
+    rows_ptr, sampled_ptr, state_ptr, state_stride, transitions_ptr, state_row_ptr, state_grammar_ptr, byte_class_ptr,
+    lengths_ptr, flat_ptr, offsets_ptr, final_state, need_ptr, closing_ptr, positions_ptr, close_at_ptr, end_token_ptr,
+    column_stride, HAS_BUDGETS: tl.constexpr,
+):  # fmt: skip
+    index = tl.program_id(0)
+    slot = tl.load(rows_ptr + index).to(tl.int64)
+    token = tl.load(sampled_ptr + index)
+    before = tl.load(state_ptr + slot * state_stride)
+    grammar = tl.load(state_grammar_ptr + before)
+    if grammar >= 0:
+        class_ptr = byte_class_ptr + grammar * 256
+        after = walk(before, token, class_ptr, transitions_ptr, state_row_ptr, lengths_ptr, flat_ptr, offsets_ptr)
+        if HAS_BUDGETS:
+            close_at = tl.load(close_at_ptr + slot * column_stride)
+            if (close_at > 0) & (after >= 0):
+                left = close_at - tl.load(positions_ptr + index) - 1
+                need = tl.load(need_ptr + before)
+                if (tl.load(need_ptr + after) > left) & (need <= left + 1):
+                    end_token = tl.load(end_token_ptr + slot * column_stride) - 1
+                    forced = tl.where(need > 0, tl.load(closing_ptr + before), end_token)
+                    if forced >= 0:
+                        tl.store(sampled_ptr + index, forced)
+                        after = after * 0 - 1
+                        if need > 0:
+                            after = walk(
+                                before, forced, class_ptr, transitions_ptr, state_row_ptr, lengths_ptr, flat_ptr,
+                                offsets_ptr,
+                            )  # fmt: skip
+        tl.store(state_ptr + slot * state_stride, tl.where(after >= 0, after, final_state))
+
+
+@jit
+def walk(state, token, class_ptr, transitions_ptr, state_row_ptr, lengths_ptr, flat_ptr, offsets_ptr):
+    """Return the state after a token; -1 after an end token, or where it is refused."""
+    length = tl.load(lengths_ptr + token)
+    byte_ptr = flat_ptr + tl.load(offsets_ptr + token)
+    state = tl.where(length > 0, state, -1)
+    position = length * 0
+    while (position < length) & (state >= 0):
+        column = tl.load(class_ptr + tl.load(byte_ptr + position).to(tl.int32)).to(tl.int32)
+        state = tl.load(transitions_ptr + tl.load(state_row_ptr + state) + column)
+        position += 1
+    return state

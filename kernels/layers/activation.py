@@ -1,0 +1,76 @@
+# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+"""Gated activations of the feed-forward block: act(gate) * up, from one fused [T, 2 * I] product (gate first).
+
+Kernel: one program per row and block of columns; fp32 arithmetic, rounded once on a CPU, too.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ramet.kernels.cpu import pointwise as cpu_pointwise
+from ramet.kernels.triton_support import cdiv, jit, tl
+
+
+def silu_and_mul(gate_up: Tensor) -> Tensor:
+    """Return silu(gate) * up, [T, I], for `gate_up` [T, 2 * I]."""
+    if cpu_pointwise.takes(gate_up):
+        return cpu_pointwise.gated_activation(gate_up, is_gelu=False)
+    return (silu_and_mul_triton if gate_up.is_cuda else silu_and_mul_reference)(gate_up)
+
+
+def gelu_tanh_and_mul(gate_up: Tensor) -> Tensor:
+    """Return gelu(gate) * up, [T, I], with the tanh approximation of gelu, for `gate_up` [T, 2 * I]."""
+    if cpu_pointwise.takes(gate_up):
+        return cpu_pointwise.gated_activation(gate_up, is_gelu=True)
+    return (gelu_tanh_and_mul_triton if gate_up.is_cuda else gelu_tanh_and_mul_reference)(gate_up)
+
+
+def silu_and_mul_reference(gate_up: Tensor) -> Tensor:
+    """Specification of `silu_and_mul` and its CPU path."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
+
+
+def gelu_tanh_and_mul_reference(gate_up: Tensor) -> Tensor:
+    """Specification of `gelu_tanh_and_mul` and its CPU path."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.gelu(gate, approximate="tanh").mul_(up)
+
+
+def silu_and_mul_triton(gate_up: Tensor) -> Tensor:
+    """Launch the kernel of `silu_and_mul`."""
+    return _launch(gate_up, use_gelu=False)
+
+
+def gelu_tanh_and_mul_triton(gate_up: Tensor) -> Tensor:
+    """Launch the kernel of `gelu_tanh_and_mul`."""
+    return _launch(gate_up, use_gelu=True)
+
+
+def _launch(gate_up: Tensor, use_gelu: bool) -> Tensor:
+    num_rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+    out = torch.empty((num_rows, width), dtype=gate_up.dtype, device=gate_up.device)
+    # Few rows need many programs to fill the card; many rows need fewer and longer ones.
+    block = 512 if num_rows <= 64 else 2048
+    if num_rows:
+        grid = (num_rows, cdiv(width, block))
+        _gated_kernel[grid](gate_up, out, gate_up.stride(0), width, USE_GELU=use_gelu, BLOCK=block, num_warps=4)
+    return out
+
+
+@jit
+def _gated_kernel(x_ptr, out_ptr, x_stride, width, USE_GELU: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    gate = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(x_ptr + row * x_stride + width + column, mask=inside, other=0.0).to(tl.float32)
+    if USE_GELU:
+        # gelu(g) = g * sigmoid(2 u) with u = sqrt(2 / pi) * (g + 0.044715 g^3), since 1 + tanh(u) = 2 sigmoid(2 u)
+        activated = gate * tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))
+    else:
+        activated = gate * tl.sigmoid(gate)
+    tl.store(out_ptr + row * width + column, activated * up, mask=inside)

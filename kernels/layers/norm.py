@@ -1,0 +1,119 @@
+# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+"""Root-mean-square norm, alone and fused with the residual add that precedes it.
+
+    y = x / sqrt(mean(x^2) + eps) * weight          (mean over the last axis, in fp32)
+
+Kernel: one program per row, the whole row in registers; sums in fp32.
+
+Not here: Gemma's (1 + weight), which the loader folds into the weight; layer norm with a mean and a bias.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ramet.kernels.cpu import pointwise as cpu_pointwise
+from ramet.kernels.triton_support import jit, next_power_of_two, tl
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
+    """Normalise the last axis of `x` [T, N] by `weight` [N]; computed in fp32, returned in `dtype`, else x's."""
+    if cpu_pointwise.takes(x, weight):
+        return cpu_pointwise.rms_norm(x, weight, eps, dtype or x.dtype)
+    assert dtype is None or dtype is x.dtype, "mixed dtypes are for fp32 weights on a CPU"
+    return (rms_norm_triton if x.is_cuda else rms_norm_reference)(x, weight, eps)
+
+
+def fused_add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """Add `x` to `residual` (both [T, N]) and normalise the sum; return (normed, new_residual).
+
+    The sum is rounded to the residual's dtype first, so that it equals an unfused add followed by `rms_norm`. `normed`
+    is in `dtype`, else the residual's; on a CPU, x and it may be bfloat16 beside an fp32 residual.
+    """
+    if residual.dtype is torch.float32 and cpu_pointwise.takes(x, weight) and residual.is_contiguous():
+        return cpu_pointwise.fused_add_rms_norm(x, residual, weight, eps, dtype or residual.dtype)
+    assert dtype is None or dtype is residual.dtype, "mixed dtypes are for fp32 weights on a CPU"
+    run = fused_add_rms_norm_triton if x.is_cuda else fused_add_rms_norm_reference
+    return run(x, residual, weight, eps)
+
+
+def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Specification of `rms_norm` and its CPU path."""
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def fused_add_rms_norm_reference(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Specification of `fused_add_rms_norm` and its CPU path."""
+    new_residual = x + residual
+    return rms_norm_reference(new_residual, weight, eps), new_residual
+
+
+def rms_norm_triton(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Launch the kernel of `rms_norm`; x may have a row stride, its last axis is contiguous."""
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    rows = x if x.dim() == 2 else x.view(-1, x.shape[-1])
+    _launch(rows, None, weight, out, None, eps)
+    return out
+
+
+def fused_add_rms_norm_triton(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Launch the kernel of `fused_add_rms_norm`."""
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    new_residual = torch.empty_like(out)
+    _launch(x, residual, weight, out, new_residual, eps)
+    return out, new_residual
+
+
+def _launch(
+    x: Tensor, residual: Tensor | None, weight: Tensor, out: Tensor, new_residual: Tensor | None, eps: float
+) -> None:
+    num_rows, width = x.shape
+    if num_rows == 0:
+        return
+    block = next_power_of_two(width)
+    _rms_norm_kernel[(num_rows,)](
+        x,
+        residual,
+        weight,
+        out,
+        new_residual,
+        x.stride(0),
+        0 if residual is None else residual.stride(0),
+        width,
+        eps,
+        HAS_RESIDUAL=residual is not None,
+        BLOCK=block,
+        num_warps=min(max(block // 512, 1), 16),
+    )
+
+
+@jit
+def _rms_norm_kernel(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    out_ptr,
+    sum_ptr,
+    x_stride,
+    residual_stride,
+    width,
+    eps,
+    HAS_RESIDUAL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    value = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0)
+    weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        residual = tl.load(residual_ptr + row * residual_stride + column, mask=inside, other=0.0)
+        value = (value.to(tl.float32) + residual.to(tl.float32)).to(value.dtype)
+        tl.store(sum_ptr + row * width + column, value, mask=inside)
+    value = value.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(value * value, axis=0) / width + eps)
+    tl.store(out_ptr + row * width + column, value * scale * weight, mask=inside)

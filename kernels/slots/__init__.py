@@ -1,0 +1,1 @@
+"""Device tables of running sequences, and copies of their pages."""

@@ -1,0 +1,416 @@
+"""Programs on any endpoint with OpenAI's API: `OpenAI(base_url, api_key, model)`.
+
+Messages go to /chat/completions, plain text to /completions: a request for each generation, with all text before it.
+What such an endpoint can't do is an error that names it and says what can: nothing is left out silently.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Literal, Self
+
+from ramet.errors import DeadlineExceeded, InvalidRequest, NotSupported, RametError, RemoteError
+from ramet.lang.backends.backend import Backend, OnEvent, ProgramOptions, use_backend
+from ramet.lang.backends.http_loop import Deadline, HttpLoop, retry_pause
+from ramet.lang.backends.text_program import Prompt, TextSession, Written, messages_json
+from ramet.lang.graph import ir
+
+_PLAIN = ("temperature", "top_p", "frequency_penalty", "presence_penalty", "seed")
+_EXTENSIONS = ("top_k", "min_p", "repetition_penalty", "min_tokens", "ignore_eos", "stop_token_ids")
+_MAX_STOPS = 4  # of OpenAI's own API
+_WRAPPING_TOKENS = 16  # of {"value": ...} around a value that is no object
+_OURS = "; use Engine or Remote"
+_CONTINUES = (
+    "the endpoint would begin a new message; begin the assistant's message with gen, or say extensions=True where the "
+    "server continues messages, as Ramet, vLLM and SGLang do"
+)
+
+
+class OpenAI:
+    """An endpoint with OpenAI's API. As a context manager it is the default backend of the block.
+
+    `extensions`: the server takes fields beyond OpenAI's (top_k, regex, continue_final_message, ...) by the names that
+    Ramet, vLLM and SGLang share. `select`: how one is chosen: by `logprobs` of the choices (exact; plain text only), by
+    a `sample`d answer that is held to them (no probabilities), or by what the place allows (`auto`).
+    """
+
+    def __init__(
+        self,
+        base_url: str = "https://api.openai.com/v1",
+        api_key: str | None = None,
+        model: str = "default",
+        *,
+        extensions: bool = False,
+        select: Literal["auto", "logprobs", "sample"] = "auto",
+        max_tokens_field: str = "max_tokens",
+        max_connections: int = 64,
+        max_retries: int = 4,
+        timeout_s: float = 120.0,
+        verify: bool = True,
+    ) -> None:
+        if select not in ("auto", "logprobs", "sample"):
+            raise InvalidRequest(f"select is {select!r}, but must be auto, logprobs or sample", param="select")
+        key = api_key if api_key is not None else os.environ.get("OPENAI_API_KEY")
+        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        self.http = HttpLoop(
+            base_url,
+            headers,
+            silence_s=timeout_s,
+            max_retries=max_retries,
+            verify=verify,
+            server="a server with OpenAI's API",
+        )
+        self.model = model
+        self._extensions = extensions
+        self._select = select
+        self._max_tokens_field = max_tokens_field
+        self._max_connections = max_connections
+        self._gate: asyncio.Semaphore | None = None  # made on the loop
+        self._blocks: list[AbstractContextManager[Backend]] = []
+
+    def start(self, options: ProgramOptions, on_event: OnEvent) -> TextSession:
+        return TextSession(self.http, self, options, on_event)
+
+    def close(self) -> None:
+        """End the connections; what still runs is given up. The backend may be used again."""
+        self.http.close()
+        self._gate = None
+
+    def __enter__(self) -> Self:
+        block = use_backend(self)
+        block.__enter__()
+        self._blocks.append(block)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._blocks.pop().__exit__(None, None, None)
+        if not self._blocks:
+            self.close()
+
+    def __repr__(self) -> str:
+        return f"OpenAI({self.http.url!r}, model={self.model!r})"
+
+    # Generations.
+
+    async def write(
+        self,
+        prompt: Prompt,
+        node: ir.Generate,
+        max_tokens: int | None,
+        deadline: Deadline,
+        on_text: Callable[[str], None] | None,
+    ) -> Written:
+        """One request. Raises NotSupported, and what the server's answer means."""
+        path, body = self._place(prompt)
+        body |= self._sampling(node.sampling, max_tokens, is_chat=prompt.is_chat)
+        form = _Form()
+        if node.constraint is not None:
+            form = self._constrain(body, node.constraint, is_chat=prompt.is_chat)
+        stops = node.sampling.stop or ()
+        # A number ends by its pattern; what may follow it is cut off here, where servers take few stop strings.
+        is_cut_here = form.is_wrapped or (form.pattern is not None and len(stops) > _MAX_STOPS)
+        if form.is_wrapped and max_tokens is not None:
+            body[self._max_tokens_field] = max_tokens + _WRAPPING_TOKENS
+        if stops and not is_cut_here:
+            body["stop"] = list(stops)
+        streams = on_text is not None and not is_cut_here
+        async with self._place_free():
+            written = await (
+                self._stream(path, body, deadline, on_text)
+                if streams and on_text is not None
+                else self._ask(path, body, deadline)
+            )
+        return form.read(written, stops if is_cut_here else ())
+
+    def _place(self, prompt: Prompt) -> tuple[str, dict[str, Any]]:
+        """The path, and the body's prompt."""
+        if not prompt.is_chat:
+            return "/completions", {"model": self.model, "prompt": prompt.text}
+        messages, role = messages_json(prompt), prompt.messages[-1][0]
+        if not prompt.is_open:
+            raise NotSupported(f"a generation stands outside of the messages; write it in s.assistant(){_OURS}")
+        if role != "assistant":
+            raise NotSupported(f"an endpoint writes assistant messages only, not a {role} message{_OURS}")
+        if any(one == "tool" for one, _ in prompt.messages) and not self._extensions:
+            raise NotSupported("tool messages need the ids of calls, which a program has not" + _OURS)
+        body: dict[str, Any] = {"model": self.model, "messages": messages}
+        if not prompt.messages[-1][1]:
+            messages.pop()
+            if not messages:
+                raise NotSupported("a chat needs a message before the assistant's; write s.user(...) first")
+        elif self._extensions:
+            body |= {"continue_final_message": True, "add_generation_prompt": False}
+        else:
+            begun = prompt.messages[-1][1]
+            raise NotSupported(f"the assistant's message has begun with {begun[-40:]!r}, but {_CONTINUES}")
+        return "/chat/completions", body
+
+    def _sampling(self, sampling: ir.Sampling, max_tokens: int | None, *, is_chat: bool) -> dict[str, Any]:
+        found = {name: value for name in _PLAIN if (value := getattr(sampling, name)) is not None}
+        more = {name: value for name in _EXTENSIONS if (value := getattr(sampling, name)) is not None}
+        if more and not self._extensions:
+            raise NotSupported(
+                f"{next(iter(more))} is not in OpenAI's API; say extensions=True where the server takes it{_OURS}"
+            )
+        found |= {name: list(value) if isinstance(value, tuple) else value for name, value in more.items()}
+        if sampling.logit_bias:
+            found["logit_bias"] = {str(token): bias for token, bias in sampling.logit_bias}
+        if sampling.logprobs is not None:
+            found |= {"logprobs": True, "top_logprobs": sampling.logprobs} if is_chat else {"logprobs": 0}
+        if max_tokens is not None:
+            found[self._max_tokens_field if is_chat else "max_tokens"] = max_tokens
+        return found
+
+    def _constrain(self, body: dict[str, Any], constraint: ir.Constraint, *, is_chat: bool) -> _Form:
+        """Put the constraint into the body; what comes back tells how to read the answer."""
+        kind, source = constraint.kind, constraint.source
+        if kind in ("substring", "tools"):
+            raise NotSupported(f"an endpoint can't hold text to a constraint of kind {kind!r}{_OURS}")
+        pattern = source if kind == "regex" else None
+        if self._extensions:
+            if kind == "json_schema":
+                if is_chat:
+                    body["response_format"] = _format(json.loads(source))
+                else:
+                    body["json_schema"] = source
+            else:
+                field = {"regex": "regex", "choice": "guided_choice", "cfg": "ebnf"}[kind]
+                body[field] = json.loads(source) if kind == "choice" else source
+            return _Form(pattern=pattern)
+        if kind == "cfg":
+            raise NotSupported(
+                "OpenAI's API takes no grammar; say extensions=True where the server takes `ebnf`" + _OURS
+            )
+        if not is_chat:
+            raise NotSupported(
+                "/completions holds text to nothing; write the generation in s.assistant(), or say extensions=True "
+                f"where the server does{_OURS}"
+            )
+        if kind == "json_schema":
+            schema = json.loads(source)
+            if isinstance(schema, dict) and schema.get("type") == "object":
+                body["response_format"] = _format(schema)
+                return _Form()
+            body["response_format"] = _format(_wrapped(schema))
+            return _Form(is_wrapped=True, is_json=True)
+        if kind == "choice":
+            choices = json.loads(source)
+            body["response_format"] = _format(_wrapped({"type": "string", "enum": choices}))
+            return _Form(is_wrapped=True, choices=tuple(choices))
+        body["response_format"] = _format(_wrapped({"type": "string", "pattern": f"^(?:{source})$"}))
+        return _Form(is_wrapped=True, pattern=pattern)
+
+    # Selections.
+
+    async def choose(self, prompt: Prompt, node: ir.Select, choices: Sequence[str], deadline: Deadline) -> Written:
+        if self._select == "logprobs" and prompt.is_chat:
+            raise NotSupported("an endpoint gives no log-probabilities of a chat's choices; select='sample' takes one")
+        if self._select == "sample" or prompt.is_chat:
+            return await self._sample(prompt, node, choices, deadline)
+        return await self._score(prompt, node, choices, deadline)
+
+    async def _sample(self, prompt: Prompt, node: ir.Select, choices: Sequence[str], deadline: Deadline) -> Written:
+        """Let the model write one of the choices."""
+        constraint: ir.Constraint | None = ir.Constraint("choice", json.dumps(list(choices), ensure_ascii=False))
+        if not prompt.is_chat and not self._extensions:
+            constraint = None  # nothing holds it to them: what it writes is compared
+        # No token is shorter than a byte of UTF-8.
+        limit = max(len(choice.encode()) for choice in choices)
+        sampling = ir.Sampling(temperature=node.temperature, seed=node.seed, max_tokens=limit)
+        asked = ir.Generate(id=node.id, sampling=sampling, constraint=constraint)
+        written = await self.write(prompt, asked, limit, deadline, None)
+        text = written.text.strip()
+        fitting = [c for c in choices if text == c.strip()] or [c for c in choices if text.startswith(c.strip())]
+        if not fitting:
+            raise RemoteError(f"the endpoint was to write one of {list(choices)!r}, but wrote {text[:100]!r}")
+        index = choices.index(max(fitting, key=len))
+        meta = {"index": index, "is_sampled": True}
+        return Written(choices[index], "stop", written.usage, meta, written.first_token_s)
+
+    async def _score(self, prompt: Prompt, node: ir.Select, choices: Sequence[str], deadline: Deadline) -> Written:
+        """Compare the choices' log-probabilities, in one request."""
+        from ramet.runtime.programs import choice_scores
+
+        if node.scorer == "unconditional":
+            raise NotSupported("the scorer 'unconditional' needs token ids, which an endpoint keeps to itself" + _OURS)
+        prompts = [prompt.text + choice for choice in choices]
+        body = {"model": self.model, "prompt": prompts, "max_tokens": 0, "echo": True, "logprobs": 0, "temperature": 0}
+        async with self._place_free():
+            answer = await self.http.request("POST", "/completions", body, deadline=deadline)
+        try:
+            found = sorted(answer["choices"], key=lambda choice: choice["index"])
+            rows = [(row["logprobs"]["tokens"], row["logprobs"]["token_logprobs"]) for row in found]
+            tokens = [list(names) for names, _ in rows]
+            shared = _shared(tokens)
+            values = [[float(value) for value in logprobs[shared:]] for _, logprobs in rows]
+            if len(values) != len(choices):
+                raise ValueError(f"{len(values)} answers to {len(choices)} prompts")
+        except (LookupError, TypeError, ValueError) as error:
+            raise NotSupported(
+                f"the endpoint returns no log-probabilities of a prompt (echo with logprobs): {error}; "
+                "OpenAI(..., select='sample') takes a sampled choice"
+            ) from error
+        ids = {name: number for number, name in enumerate(dict.fromkeys(n for names in tokens for n in names))}
+        tails = [[ids[name] for name in names[shared:]] for names in tokens]
+        scores = choice_scores.scores(node.scorer, tails, values)
+        index = choice_scores.choose(scores, node.temperature, node.seed)
+        meta = {"index": index, "scores": scores, "probs": choice_scores.probabilities(scores)}
+        return Written(choices[index], "stop", _usage(answer), meta)
+
+    # Requests. On the loop.
+
+    def _place_free(self) -> asyncio.Semaphore:
+        if self._gate is None:
+            self._gate = asyncio.Semaphore(self._max_connections)
+        return self._gate
+
+    async def _ask(self, path: str, body: Mapping[str, Any], deadline: Deadline) -> Written:
+        answer = await self.http.request("POST", path, body, deadline=deadline)
+        try:
+            choice = answer["choices"][0]
+            text = choice["message"]["content"] or "" if "message" in choice else choice["text"]
+            refusal = (choice.get("message") or {}).get("refusal")
+            if refusal:
+                raise RemoteError(f"the endpoint refused: {refusal}")
+            return Written(text, choice.get("finish_reason") or "stop", _usage(answer), _logprobs(choice))
+        except (LookupError, TypeError) as error:
+            raise RemoteError(f"{self.http.url}{path} answered {str(answer)[:200]}") from error
+
+    async def _stream(
+        self, path: str, body: Mapping[str, Any], deadline: Deadline, on_text: Callable[[str], None]
+    ) -> Written:
+        """`_ask` with the text as it comes. Begun anew only while none has come."""
+        asked = {**body, "stream": True, "stream_options": {"include_usage": True}}
+        attempt = 0
+        while True:
+            reader = _Chunks(on_text)
+            try:
+                async with asyncio.timeout(deadline.left_s()), self.http.stream("POST", path, asked) as events:
+                    async for event in events:
+                        if event.data == "[DONE]":
+                            break
+                        reader.take(json.loads(event.data))
+                return reader.written()
+            except TimeoutError as error:
+                raise DeadlineExceeded("the program's deadline passed") from error
+            except RametError as error:
+                pause_s = retry_pause(error, attempt)
+                if pause_s is None or reader.texts or attempt == self.http.max_retries or not deadline.allows(pause_s):
+                    raise
+                attempt += 1
+                await asyncio.sleep(pause_s)
+
+
+class _Form:
+    """How the text of an answer is read: as it is, or as the value of {"value": ...}."""
+
+    def __init__(
+        self,
+        *,
+        is_wrapped: bool = False,
+        is_json: bool = False,
+        pattern: str | None = None,
+        choices: tuple[str, ...] = (),
+    ) -> None:
+        self.is_wrapped = is_wrapped
+        self._is_json, self.pattern, self._choices = is_json, pattern, choices
+
+    def read(self, written: Written, stops: Sequence[str]) -> Written:
+        """Raises RemoteError where the endpoint wrote what it was held not to."""
+        text = written.text
+        if self.is_wrapped:
+            try:
+                value = json.loads(text)["value"]
+            except (ValueError, LookupError, TypeError) as error:
+                if written.finish_reason == "length":
+                    return written  # cut: it has no value, and whoever reads it is told so
+                raise RemoteError(
+                    f"the endpoint was to write an object with `value`, but wrote {text[:100]!r}"
+                ) from error
+            text = value if isinstance(value, str) and not self._is_json else ir.value_text(value)
+            if self._is_json and isinstance(value, str):
+                text = json.dumps(value, ensure_ascii=False)
+        if self._choices and text not in self._choices:
+            raise RemoteError(f"the endpoint was to write one of {list(self._choices)!r}, but wrote {text[:100]!r}")
+        if self.is_wrapped and self.pattern is not None and re.fullmatch(self.pattern, text) is None:
+            raise RemoteError(f"the endpoint was to write what matches {self.pattern!r}, but wrote {text[:100]!r}")
+        cuts = [at for stop in stops if (at := text.find(stop)) >= 0]
+        text = text[: min(cuts)] if cuts else text
+        return Written(text, written.finish_reason, written.usage, written.meta, written.first_token_s)
+
+
+class _Chunks:
+    """Collects a streamed answer."""
+
+    def __init__(self, on_text: Callable[[str], None]) -> None:
+        self.texts: list[str] = []
+        self._on_text = on_text
+        self._reason: str | None = None
+        self._usage = ir.Usage()
+        self._logprobs: list[float] = []
+        self._first_s: float | None = None
+
+    def take(self, chunk: Mapping[str, Any]) -> None:
+        if "error" in chunk:
+            error = chunk["error"]
+            raise RemoteError(str(error.get("message", error)) if isinstance(error, dict) else str(error))
+        if chunk.get("usage"):
+            self._usage = _usage(chunk)
+        for choice in chunk.get("choices", ())[:1]:
+            delta = choice.get("delta")
+            text = (delta.get("content") if delta is not None else choice.get("text")) or ""
+            self._reason = choice.get("finish_reason") or self._reason
+            self._logprobs += (_logprobs(choice) or {}).get("logprobs", [])
+            if text:
+                self._first_s = self._first_s or time.monotonic()
+                self.texts.append(text)
+                self._on_text(text)
+
+    def written(self) -> Written:
+        if self._reason is None:
+            raise RemoteError("the answer ended before its last event")
+        meta = {"logprobs": self._logprobs} if self._logprobs else None
+        return Written("".join(self.texts), self._reason, self._usage, meta, self._first_s)
+
+
+def _usage(answer: Mapping[str, Any]) -> ir.Usage:
+    usage = answer.get("usage") or {}
+    details = usage.get("prompt_tokens_details") or {}
+    cached = details.get("cached_tokens") or 0
+    return ir.Usage(usage.get("prompt_tokens") or 0, cached, usage.get("completion_tokens") or 0)
+
+
+def _logprobs(choice: Mapping[str, Any]) -> dict[str, Any] | None:
+    found = choice.get("logprobs")
+    if not found:
+        return None
+    if "content" in found:
+        return {"logprobs": [token["logprob"] for token in found["content"] or ()]}
+    return {"logprobs": [value for value in found.get("token_logprobs") or () if value is not None]}
+
+
+def _shared(rows: Sequence[Sequence[str]]) -> int:
+    """How many tokens all rows begin with; at least one stays for each row."""
+    shortest = min(len(row) for row in rows)
+    found = next((i for i in range(shortest) if len({row[i] for row in rows}) > 1), shortest)
+    return min(found, shortest - 1) if len(rows) > 1 else found
+
+
+def _format(schema: Any) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "value", "schema": schema, "strict": True}}
+
+
+def _wrapped(schema: Any) -> dict[str, Any]:
+    """An object around a schema; definitions stay at the root, where references look for them."""
+    inner = dict(schema) if isinstance(schema, dict) else schema
+    found = {"type": "object", "properties": {"value": inner}, "required": ["value"], "additionalProperties": False}
+    for name in ("$defs", "definitions"):
+        if isinstance(inner, dict) and name in inner:
+            found[name] = inner.pop(name)
+    return found

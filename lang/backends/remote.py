@@ -1,0 +1,435 @@
+"""Programs on a server: `Remote("http://host:port")` sends a program's graph, and its events come back by node.
+
+A program that needs no value in Python costs one round trip in all; one that does, one for each stage. What was lost
+with a connection is asked for again: requests carry keys, parts their place, events their number, so that nothing runs
+twice and nothing is missed. Checks and tools are functions of this process and run here.
+
+Not here: the HTTP client (http_loop.py), the server (runtime/server/programs/routes.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import secrets
+from collections import deque
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import msgspec
+
+from ramet.errors import DeadlineExceeded, EngineStopped, ProgramCancelled, RametError, RemoteError
+from ramet.errors import from_name as error_from_name
+from ramet.lang.backends.backend import Backend, OnEvent, ProgramOptions, use_backend
+from ramet.lang.backends.http_loop import Deadline, Event, HttpLoop, retry_pause
+from ramet.lang.graph import ir
+
+logger = logging.getLogger(__name__)
+
+_PROMPT_TAIL = 200  # characters of the prompt shown in errors; as many as in process
+_ROWS = 1024  # of a batch in one request
+
+
+class Remote:
+    """A server of programs (`ramet serve`). As a context manager it is the default backend of the block.
+
+    `grace_s`: how long the server goes on with a program whose connection broke. `max_connections`: programs sent whole
+    that run at once; one that waits for values in Python is never kept waiting for others. `max_retries`: in a row.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        api_key: str | None = None,
+        grace_s: float = 15.0,
+        max_connections: int = 256,
+        max_retries: int = 4,
+        connect_s: float = 10.0,
+        verify: bool = True,
+    ) -> None:
+        headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+        self.http = HttpLoop(url, headers, connect_s=connect_s, silence_s=45.0, max_retries=max_retries, verify=verify)
+        self.url = self.http.url
+        self.grace_s = grace_s
+        self._max_connections = max_connections
+        self._gate: asyncio.Semaphore | None = None  # made on the loop
+        self._blocks: list[AbstractContextManager[Backend]] = []
+
+    def start(self, options: ProgramOptions, on_event: OnEvent) -> RemoteSession:
+        return RemoteSession(_Program(self, options, [on_event]), 0)
+
+    def start_rows(
+        self, options: ProgramOptions, graph: ir.Graph, rows: Sequence[Mapping[str, Any]], on_events: Sequence[OnEvent]
+    ) -> list[RemoteSession]:
+        """One run of a whole graph for each row of arguments (JSON values), many rows in one request.
+
+        They start when the first of their sessions is finished.
+        """
+        sessions: list[RemoteSession] = []
+        for first in range(0, len(rows), _ROWS):
+            program = _Program(self, options, on_events[first : first + _ROWS])
+            program.rows_of_arguments = list(rows[first : first + _ROWS])
+            sessions += [RemoteSession(program, row, graph) for row in range(len(program.rows))]
+        return sessions
+
+    def explain(self, graph: ir.Graph, program: str = "program") -> dict[str, Any]:  # Any: JSON
+        """What the graph would cost on the server, by its tokenizer; nothing runs. Raises RametError."""
+        body = {"graph": graph, "program": program}
+        found: dict[str, Any] = self.http.wait(self.http.request("POST", "/v1/programs/explain", body))
+        return found
+
+    def close(self) -> None:
+        """End the connections; what still runs is given up. The backend may be used again."""
+        self.http.close()
+        self._gate = None
+
+    def gate(self) -> asyncio.Semaphore:
+        """On the loop."""
+        if self._gate is None:
+            self._gate = asyncio.Semaphore(self._max_connections)
+        return self._gate
+
+    def __enter__(self) -> Self:
+        block = use_backend(self)
+        block.__enter__()
+        self._blocks.append(block)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._blocks.pop().__exit__(None, None, None)
+        if not self._blocks:
+            self.close()
+
+    def __repr__(self) -> str:
+        return f"Remote({self.url!r})"
+
+
+class RemoteSession:
+    """One run on the server. Any thread may call; all work is done on the backend's loop, in the order of the calls."""
+
+    def __init__(self, program: _Program, row: int, whole: ir.Graph | None = None) -> None:
+        """`whole`: the graph of all rows, which nobody will extend."""
+        self._program, self._row = program, row
+        self._whole = whole
+        self._call = program.remote.http.call
+        self._is_complete = False
+        self._index = ir.GraphIndex()
+
+    def extend(self, graph: ir.Graph, *, is_last: bool = False) -> None:
+        if graph.arguments:
+            graph.to_json()  # what is wrong raises here, where the caller is
+        self._index.add(graph)
+        self._is_complete = is_last
+        self._call(self._program.take_part, _Part(graph, is_last))
+
+    def finish(self) -> None:
+        if not self._is_complete:
+            self._is_complete = True
+            if self._whole is not None:
+                self._call(self._program.begin, self._whole)
+            else:
+                self._call(self._program.take_part, _Part(None, is_last=True))
+
+    def cancel(self, nodes: Sequence[int] | None = None) -> None:
+        self._call(self._program.cancel, self._row, None if nodes is None else list(nodes))
+
+    def provide(self, node: int, value: Any = None, error: Exception | None = None) -> None:
+        if error is None and not ir.is_json(value):
+            error = TypeError(
+                f"the tool returned {value!r}, which has no JSON form; return text, numbers, lists, dicts"
+            )
+        self._call(self._program.provide, self._row, node, value, error)
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    graph: ir.Graph | None
+    is_last: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Cancel:
+    row: int
+    nodes: list[int]
+
+
+@dataclass(slots=True)
+class _Row:
+    """One run, as far as it is known here. `received`: characters of each unfinished node's text."""
+
+    on_event: OnEvent
+    unfinished: set[int] = field(default_factory=set)
+    received: dict[int, int] = field(default_factory=dict)
+    texts: dict[int, str] = field(default_factory=dict)
+    asked: set[int] = field(default_factory=set)
+    tool_errors: dict[int, Exception] = field(default_factory=dict)
+    root: Exception | None = None  # what failed first
+    is_cancelled: bool = False
+
+
+class _Program:
+    """One program on the server, all its rows. Everything but the constructor runs on the loop."""
+
+    def __init__(self, remote: Remote, options: ProgramOptions, on_events: Sequence[OnEvent]) -> None:
+        self.remote = remote
+        self.rows = [_Row(on_event) for on_event in on_events]
+        self.rows_of_arguments: list[Mapping[str, Any]] | None = None
+        self._options = options
+        self._deadline = Deadline(options.deadline_s)
+        self._nodes: list[ir.AnyNode] = []
+        self._key = secrets.token_hex(16)
+        self._first: dict[str, Any] | None = None  # the request that starts it
+        self._id: str | None = None
+        self._place = "0"  # of the last event in the server's log
+        self._outbox: deque[_Part | _Cancel] = deque()
+        self._changed = asyncio.Event()
+        self._started = asyncio.Event()
+        self._failure: RametError | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    # What the program says.
+
+    def begin(self, graph: ir.Graph) -> None:
+        """Start all rows, unless they have been."""
+        if self._first is None:
+            self.take_part(_Part(graph, is_last=True))
+
+    def take_part(self, part: _Part) -> None:
+        if part.graph is not None:
+            self._nodes.extend(part.graph.nodes)
+            for row in self.rows:
+                row.unfinished.update(node.id for node in part.graph.nodes)
+        if self._failure is not None:
+            self._fail(self._failure)
+        elif self._first is not None:
+            self._outbox.append(part)
+            self._changed.set()
+        elif part.graph is not None:
+            self._first = self._opening(part.graph, part.is_last)
+            self.remote.http.spawn(self._run(self._can_wait(part)))
+
+    def provide(self, row: int, node: int, value: Any, error: Exception | None) -> None:
+        if error is not None:
+            self.rows[row].tool_errors[node] = error
+        message = None if error is None else str(error) or repr(error)
+        self.remote.http.spawn(self._send("values", {"row": row, "node": node, "value": value, "error": message}))
+
+    def cancel(self, row: int, nodes: list[int] | None) -> None:
+        if nodes is not None:
+            self._outbox.append(_Cancel(row, nodes))
+            self._changed.set()
+            return
+        self.rows[row].is_cancelled = True
+        error = ProgramCancelled("the program was cancelled")
+        if not all(one.is_cancelled for one in self.rows):
+            unfinished = sorted(self.rows[row].unfinished)
+            if unfinished:
+                self._outbox.append(_Cancel(row, unfinished))
+                self._changed.set()
+            self._fail_row(self.rows[row], error)
+            return
+        was_running = self._first is not None and self._failure is None
+        self._fail(error)
+        if was_running:
+            self.remote.http.spawn(self._abandon())
+
+    async def _abandon(self) -> None:
+        """Stop it on the server. Where that can't be reached, the program ends there by itself, after its grace."""
+        with contextlib.suppress(RametError, TimeoutError):
+            await asyncio.wait_for(self._started.wait(), self.remote.grace_s)
+            await self.remote.http.request("DELETE", f"/v1/programs/{self._id}")
+        if self._task is not None:
+            self._task.cancel()
+
+    # What is sent.
+
+    def _opening(self, graph: ir.Graph, is_last: bool) -> dict[str, Any]:  # Any: JSON
+        options = self._options
+        body = {
+            "graph": graph,
+            "stream": True,
+            "open": not is_last,
+            "text_events": options.text_events,
+            "grace_s": self.remote.grace_s,
+            "priority": options.priority,
+            "cache_salt": options.cache_salt,
+            "rows": self.rows_of_arguments,
+            "timeout_s": self._deadline.left_s(),
+            "token_budget": options.token_budget,
+        }
+        return {name: value for name, value in body.items() if value is not None}
+
+    def _can_wait(self, part: _Part) -> bool:
+        """Whether it needs nobody here while it runs: then it may wait for others without others waiting for it."""
+        assert part.graph is not None
+        return part.is_last and not any(isinstance(node, ir.ToolCall) for node in part.graph.nodes)
+
+    async def _run(self, can_wait: bool) -> None:
+        """Follow the program to its end."""
+        self._task = asyncio.current_task()
+        writer = asyncio.ensure_future(self._write())
+        try:
+            async with self.remote.gate() if can_wait else contextlib.nullcontext():
+                await self._read()
+        except asyncio.CancelledError:
+            self._fail(RemoteError(f"the backend was closed while {self._options.program} ran"))
+        except Exception as error:  # whatever it is, those who wait must learn of it
+            self._fail(error if isinstance(error, RametError) else RemoteError(f"{type(error).__name__}: {error}"))
+        finally:
+            writer.cancel()
+
+    async def _write(self) -> None:
+        """Send parts and cancellations in their order; parts that wait go together."""
+        await self._started.wait()
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            while self._outbox:
+                action = self._outbox.popleft()
+                if isinstance(action, _Cancel):
+                    await self._send("cancel", {"row": action.row, "nodes": action.nodes})
+                    continue
+                while self._outbox and isinstance(following := self._outbox[0], _Part):
+                    action = _merged(action, following)
+                    self._outbox.popleft()
+                await self._send("parts", {"graph": action.graph, "open": not action.is_last})
+
+    async def _send(self, what: str, body: Mapping[str, Any]) -> None:
+        path = f"/v1/programs/{self._id}/{what}"
+        try:
+            await self.remote.http.request("POST", path, body, deadline=self._deadline)
+        except RametError as error:
+            if self._failure is None:
+                self._fail(error)
+                self.remote.http.spawn(self._abandon())
+
+    # What comes back.
+
+    async def _read(self) -> None:
+        """Take in events to the end; where the connection breaks, go on with the next one behind the last event."""
+        failures = 0
+        while True:
+            try:
+                async with self._events() as events:
+                    async for event in events:
+                        failures = 0 if event.name == "node" else failures
+                        if self._take(event):
+                            return
+                if self._id is None:
+                    raise RemoteError(f"{self.remote.url} answered without events; is `ramet serve` running there?")
+                raise RemoteError(f"the connection to {self.remote.url} ended before the program did")
+            except RametError as error:
+                pause_s = retry_pause(error, failures)
+                if pause_s is None or failures >= self.remote.http.max_retries:
+                    raise
+                if not self._deadline.allows(pause_s):
+                    raise DeadlineExceeded(f"the program's deadline passed while {self.remote.url} was away") from error
+                failures += 1
+                logger.info("%s: %s; trying again in %.1f s", self._options.program, error, pause_s)
+                await asyncio.sleep(pause_s)
+
+    @contextlib.asynccontextmanager
+    async def _events(self) -> AsyncIterator[AsyncIterator[Event]]:
+        http = self.remote.http
+        if self._id is None:
+            opening = http.stream("POST", "/v1/programs", self._first, headers={"Idempotency-Key": self._key})
+        else:
+            opening = http.stream("GET", f"/v1/programs/{self._id}/events", headers={"Last-Event-ID": self._place})
+        async with opening as events:
+            yield events
+
+    def _take(self, event: Event) -> bool:
+        """True when the program has ended."""
+        data = json.loads(event.data)
+        if event.name == "program":
+            self._id = data["id"]
+            self._started.set()
+        elif event.name == "node":
+            row, offset = data.pop("row"), data.pop("offset", 0)
+            self._take_node(self.rows[row], msgspec.convert(data, ir.NodeEvent), offset)
+            self._place = event.id or self._place
+        elif event.name == "end":
+            for row, outcome in zip(self.rows, data["rows"], strict=True):
+                kind, message = outcome["error_type"] or "EngineStopped", outcome["error"] or "the program has ended"
+                self._fail_row(row, error_from_name(kind, message))
+            self._failure = self._failure or EngineStopped("the program has ended on the server")
+            return True
+        return False
+
+    def _take_node(self, row: _Row, event: ir.NodeEvent, offset: int) -> None:
+        """Hand an event on, unless it came before: a connection that took over repeats some."""
+        if event.node not in row.unfinished:
+            return
+        if event.kind == "text":
+            known = row.received.get(event.node, 0)
+            text = event.text[max(0, known - offset) :]
+            row.received[event.node] = max(known, offset + len(event.text))
+            if text:
+                self._tell(row, msgspec.structs.replace(event, text=text))
+            return
+        if event.kind == "tool":
+            if event.node not in row.asked:
+                row.asked.add(event.node)
+                self._tell(row, event)
+            return
+        row.unfinished.discard(event.node)
+        row.received.pop(event.node, None)
+        row.texts[event.node] = event.text
+        if event.kind == "error":
+            event = _with_cause(event, row.tool_errors)
+            if not isinstance(event.cause, ProgramCancelled):
+                row.root = row.root or event.cause
+            elif event.cause.__cause__ is None:
+                event.cause.__cause__ = row.root
+        self._tell(row, event)
+
+    def _fail(self, error: RametError) -> None:
+        """The whole program is over, here."""
+        self._failure = self._failure or error
+        for row in self.rows:
+            self._fail_row(row, error)
+
+    def _fail_row(self, row: _Row, error: RametError) -> None:
+        for node in sorted(row.unfinished):
+            row.unfinished.discard(node)
+            described = ir.NodeError(type(error).__name__, str(error), self._tail(row, node))
+            name = getattr(self._nodes[node], "name", None)
+            self._tell(row, ir.NodeEvent(node, "error", name, error=described, cause=error))
+
+    def _tail(self, row: _Row, node: int) -> str:
+        """The end of the text that a node continued."""
+        text, at = "", self._nodes[node].parent
+        while at is not None and len(text) < _PROMPT_TAIL:
+            text, at = row.texts.get(at, "") + text, self._nodes[at].parent
+        return text[-_PROMPT_TAIL:]
+
+    def _tell(self, row: _Row, event: ir.NodeEvent) -> None:
+        try:
+            row.on_event(event)
+        except Exception:  # the listener's own fault: other programs share this thread
+            logger.exception("a listener failed at the %s event of node %d", event.kind, event.node)
+
+
+def _merged(first: _Part, second: _Part) -> _Part:
+    if first.graph is None or second.graph is None:
+        return _Part(first.graph or second.graph, first.is_last or second.is_last)
+    arguments = {**first.graph.arguments, **second.graph.arguments}
+    graph = ir.Graph((*first.graph.nodes, *second.graph.nodes), arguments, first.graph.first)
+    return _Part(graph, second.is_last)
+
+
+def _with_cause(event: ir.NodeEvent, tool_errors: Mapping[int, Exception]) -> ir.NodeEvent:
+    """The event with an exception as its cause: the tool's own where one of this process failed."""
+    error = event.error
+    if error is None or event.cause is not None:
+        return event
+    for raised in tool_errors.values():
+        if error.type == "RametError" and error.message == (str(raised) or repr(raised)):
+            described = msgspec.structs.replace(error, type=type(raised).__name__)
+            return msgspec.structs.replace(event, error=described, cause=raised)
+    return msgspec.structs.replace(event, cause=error_from_name(error.type, error.message))

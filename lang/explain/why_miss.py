@@ -1,0 +1,227 @@
+"""`why_miss()`: the first token in which a prompt differs from the nearest cached one, and the source line it is from.
+
+What changes from call to call (a date, a time, an id) at the head of a prompt keeps everything behind it from being
+shared; where the difference looks like one of these, that is said.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ramet.errors import ConfigError, UndefinedVariable
+from ramet.lang.backends.backend import EngineBackend, choose_backend
+from ramet.lang.graph import ir
+from ramet.lang.passes.paths import Opaque, Paths, Pending, Point, interpret
+from ramet.lang.passes.target import Target, target_of
+
+if TYPE_CHECKING:
+    from ramet.lang.graph.run_record import RunRecord
+    from ramet.lang.program.function import Function
+    from ramet.lang.recording.state import State
+
+SHOWN = 60  # characters of context on either side
+_VOLATILE = (
+    ("a date and time", r"\d{4}-\d{2}-\d{2}[T ]\d{2}:\d{2}(?::\d{2}(?:\.\d+)?)?(?:Z|[+-]\d{2}:?\d{2})?"),
+    ("an id (UUID)", r"[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}"),
+    ("a date", r"\d{4}-\d{2}-\d{2}|\d{1,2}[./]\d{1,2}[./]\d{2,4}"),
+    ("a time", r"\d{1,2}:\d{2}(?::\d{2}(?:\.\d+)?)?"),
+    ("a time in seconds", r"\b1\d{9}(?:\d{3})?(?:\.\d+)?\b"),
+    ("an id (hexadecimal)", r"\b(?=[0-9a-fA-F]*\d)[0-9a-fA-F]{8,}\b"),
+    ("a number", r"\b\d{4,}\b"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Miss:
+    """Why one generation's prompt was not all in the cache.
+
+    `num_same` of its `num_prompt` tokens were found there. Behind `before` it reads `text`, the nearest cached prompt
+    `cached_text` (None: nothing in the cache begins like this). `line` wrote the first token that differs. `volatile`:
+    what the difference looks like, or None.
+    """
+
+    node: int
+    name: str | None
+    num_prompt: int
+    num_same: int
+    before: str
+    text: str
+    cached_text: str | None
+    line: str
+    volatile: str | None
+
+    @property
+    def num_missed(self) -> int:
+        return self.num_prompt - self.num_same
+
+    def __str__(self) -> str:
+        what = f"gen {self.name!r}" if self.name else f"node {self.node}"
+        if self.num_missed <= 1:
+            return f"{what}: all of its {self.num_prompt:,} tokens are cached"
+        if not self.num_same and self.cached_text is None:
+            what = f"{what}: none of its {self.num_prompt:,} tokens are cached"
+            return f"{what}; nothing there begins with {self.text!r} ({self.line})"
+        head = f"{what}: {self.num_same:,} of {self.num_prompt:,} tokens are cached; then {self.line} writes"
+        if self.cached_text is None:
+            return f"{head} {self.text!r} behind {self.before!r}, and nothing in the cache goes on from there"
+        found = f"{head} {self.text!r} behind {self.before!r}, where the nearest cached prompt has {self.cached_text!r}"
+        if self.volatile is None:
+            return found
+        return f"{found}. It looks like {self.volatile}: put it behind the {self.num_missed:,} tokens that follow it"
+
+
+def why_miss_program(
+    program: Function, args: Sequence[Any], kwargs: Mapping[str, Any], *, var: str | None = None
+) -> list[Miss]:
+    """See Function.why_miss."""
+    call = program._split(args, kwargs)
+    backend = choose_backend(call.options.get("backend"))
+    target = target_of(backend)
+    trace = program._trace(call, is_symbolic=False)
+    paths = interpret(trace.graph, target)
+    salt = call.options.get("cache_salt", "")
+    found = []
+    for node, prompt in paths.prompts.items():
+        items = prompt.all_items()
+        tokens = [item for item in items if isinstance(item, int)]
+        if len(tokens) < len(items):
+            continue  # it depends on what is generated first
+        differences = _differences(backend, tokens, salt)
+        same = max((one.num_same for one in differences), default=0)
+        name = getattr(trace.graph.nodes[node], "name", None)
+        found.append(_miss(paths, target, node, name, tokens, same, differences, len(tokens)))
+    return _chosen(found, var, program.name)
+
+
+def why_miss_state(state: State, var: str | None = None) -> list[Miss]:
+    """See State.why_miss."""
+    state._run.wait_all(quietly=True)
+    record, backend = state.record, state._run._backend
+    target = target_of(backend)
+    paths = interpret(_as_written(record), target)
+    found = []
+    for node in record.graph.nodes:
+        event = record.events.get(node.id)
+        if not isinstance(node, ir.Generate) or event is None or event.usage is None:
+            continue
+        point = paths.points[node.parent] if node.parent is not None else Point()
+        tokens = _tokens_before(paths, target, point)
+        cached = min(event.usage.cached_tokens, len(tokens))
+        differences = [
+            one for one in _differences(backend, tokens, state._run.options.cache_salt) if one.num_same <= cached
+        ]
+        size = event.usage.prompt_tokens
+        found.append(_miss(paths, target, node.id, node.name, tokens, cached, differences, size))
+    return _chosen(found, var, record.program)
+
+
+def _chosen(found: list[Miss], var: str | None, program: str) -> list[Miss]:
+    if var is not None:
+        found = [miss for miss in found if (miss.name or "").partition("#")[0] == var]
+        if not found:
+            raise UndefinedVariable(f"{program}: no generation {var!r} whose prompt is known", program=program)
+    return sorted(found, key=lambda miss: -miss.num_missed)
+
+
+def _differences(backend: object, tokens: Sequence[int], salt: str) -> list[Any]:  # Any: runtime Differences
+    from ramet.runtime.cache.probe import HasCache
+
+    engine = backend._host.engine if isinstance(backend, EngineBackend) else None
+    if not isinstance(engine, HasCache):
+        raise ConfigError(
+            f"{type(engine or backend).__name__} doesn't tell what is in its cache; use an engine of this process"
+        )
+    return list(engine.differences(tokens, salt))
+
+
+def _as_written(record: RunRecord) -> ir.Graph:
+    """The graph of a run with what was generated as text: every path is known."""
+    nodes: list[ir.AnyNode] = []
+    for node in record.graph.nodes:
+        event = record.events.get(node.id)
+        text = "" if event is None else event.text
+        if isinstance(node, ir.Generate | ir.Select | ir.Text):
+            parts = (text,) if text else ()
+            nodes.append(ir.Text(id=node.id, parent=node.parent, line=node.line, parts=parts))
+        elif isinstance(node, ir.ToolCall | ir.Capture):
+            nodes.append(ir.Text(id=node.id, parent=node.parent, line=node.line, parts=()))
+        else:
+            nodes.append(node)
+    return ir.Graph(tuple(nodes), record.graph.arguments)
+
+
+def _tokens_before(paths: Paths, target: Target, point: Point) -> list[int]:
+    tokens = [item for item in point.all_items() if isinstance(item, int)]
+    return tokens + _encode(target, point.pending, is_start=not tokens)
+
+
+def _encode(target: Target, pending: Sequence[Pending], *, is_start: bool) -> list[int]:
+    from ramet.lang.passes.paths import tokenise
+
+    return [item for item in tokenise(target, pending, is_start=is_start) if not isinstance(item, Opaque)]
+
+
+def _miss(
+    paths: Paths,
+    target: Target,
+    node: int,
+    name: str | None,
+    tokens: list[int],
+    num_same: int,
+    differences: Sequence[Any],  # Any: runtime Differences
+    num_prompt: int,
+) -> Miss:
+    nearest = next((one for one in differences if one.num_same == num_same), None)
+    before = _text(target, tokens[max(0, num_same - SHOWN) : num_same])
+    after = _text(target, tokens[num_same : num_same + SHOWN])
+    cached = None if nearest is None else _text(target, nearest.tokens)
+    volatile = None if cached is None else _volatile(before, after, cached)
+    start = len(_text(target, tokens[:num_same]))
+    return Miss(
+        node,
+        name,
+        num_prompt,
+        num_same,
+        before[-SHOWN:],
+        after[:SHOWN],
+        None if cached is None else cached[:SHOWN],
+        _line_at(paths, node, start),
+        volatile,
+    )
+
+
+def _text(target: Target, tokens: Sequence[int]) -> str:
+    names = {token: text for text, token in target.special_tokens.items()}
+    return b"".join(target.token_bytes[token] or names.get(token, "").encode() for token in tokens).decode(
+        "utf-8", errors="replace"
+    )
+
+
+def _line_at(paths: Paths, node: int, start: int) -> str:
+    """The source line that wrote character `start` of the branch before `node`."""
+    branch: list[int] = []
+    at = paths.graph.nodes[node].parent
+    while at is not None:
+        branch.append(at)
+        at = paths.graph.nodes[at].parent
+    position = 0
+    for one in reversed(branch):
+        position += sum(len(part) for part in paths.texts[one] if isinstance(part, str))
+        if position > start:
+            return paths.graph.nodes[one].line
+    return paths.graph.nodes[node].line
+
+
+def _volatile(before: str, text: str, cached: str) -> str | None:
+    """What the place where two texts part looks like, if both look like it there."""
+    at = len(before)
+    for name, pattern in _VOLATILE:
+        expression = re.compile(pattern)
+        mine = [m for m in expression.finditer(before + text) if m.start() <= at < m.end()]
+        theirs = [m for m in expression.finditer(before + cached) if m.start() <= at < m.end()]
+        if mine and theirs:
+            return f"{name}: {mine[0].group()!r}, there {theirs[0].group()!r}"
+    return None

@@ -1,0 +1,159 @@
+"""A program compiled ahead of time: its whole graph, run again and again with other arguments without its function.
+
+Only where the function needs no generated value, and no argument's value, in Python; what it depends on besides its
+arguments (globals, the clock, chance) is as it was when it was compiled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from ramet.errors import InvalidProgram
+from ramet.lang.backends.backend import Backend, ProgramOptions, TakesRows, choose_backend, deadline
+from ramet.lang.graph import ir
+from ramet.lang.recording.run import Run
+from ramet.lang.recording.state import State
+from ramet.lang.recording.trace import Trace, as_argument
+from ramet.lang.recording.values import Value
+
+if TYPE_CHECKING:
+    from ramet.lang.program.function import Function
+
+
+_ROW_OPTIONS: Mapping[str, Any] = {"timeout_s": None, "token_budget": None, "priority": 0, "cache_salt": ""}
+
+
+class Compiled:
+    """`graph` with the variables of its last state. Arguments given when it was compiled are the defaults of a run.
+
+    `unused`: parameters of the function that the graph doesn't depend on; a run may be given them all the same.
+    """
+
+    def __init__(self, trace: Trace, unused: Iterable[str] = ()) -> None:
+        self.name = trace.program
+        self._unused = frozenset(unused)
+        self.graph = ir.Graph(trace.graph.nodes)
+        self.arguments = tuple(node.name for node in self.graph.nodes if isinstance(node, ir.Argument))
+        self._given = dict(trace.graph.arguments)
+        self._end = trace.state
+
+    def run(self, **kwargs: Any) -> State:
+        """Run the graph and wait for its end. Arguments by name; `backend`, `timeout_s`, `token_budget`, `priority` and
+        `cache_salt` as in Function.run."""
+        state = self.start(**kwargs)
+        state.wait()
+        return state
+
+    async def arun(self, **kwargs: Any) -> State:
+        """`run` for an event loop."""
+        state = self.start(**kwargs)
+        await state
+        return state
+
+    def run_batch(self, rows: Iterable[Mapping[str, Any]], **kwargs: Any) -> list[State]:
+        """Run the graph for every row of arguments, all at once; results in their order.
+
+        A server gets all rows in one request.
+        """
+        states = self._start_rows([{**kwargs, **row} for row in rows])
+        return [state.wait() for state in states]
+
+    def start(
+        self,
+        *,
+        backend: object | None = None,
+        timeout_s: float | None = None,
+        token_budget: int | None = None,
+        priority: int = 0,
+        cache_salt: str = "",
+        **arguments: Any,
+    ) -> State:
+        """Submit the graph, and return its state without waiting. Raises InvalidProgram for missing arguments."""
+        options = self._options(timeout_s, token_budget, priority, cache_salt)
+        state = self._new_state(choose_backend(backend), options, arguments)
+        state._run.finish()
+        return state
+
+    def _start_rows(self, rows: list[dict[str, Any]]) -> list[State]:
+        """`start` for every row; where the backend takes rows, all of those at once that differ in arguments alone."""
+        own = set(self.arguments)
+        common = [{name: value for name, value in row.items() if name not in own} for row in rows]
+        backends = [one.pop("backend", None) for one in common]
+        is_alike = all(one == common[0] for one in common) and all(one is backends[0] for one in backends)
+        backend = choose_backend(backends[0]) if rows else None
+        if not isinstance(backend, TakesRows) or not is_alike or not common[0].keys() <= _ROW_OPTIONS.keys():
+            return [self.start(**row) for row in rows]
+        options = self._options(**{**_ROW_OPTIONS, **common[0]})
+        states = [self._new_state(backend, options, {n: v for n, v in row.items() if n in own}) for row in rows]
+        runs = [state._run for state in states]
+        sessions = backend.start_rows(
+            options, self.graph, [run.arguments for run in runs], [run._on_event for run in runs]
+        )
+        index = ir.GraphIndex()
+        index.add(self.graph)
+        for run, session in zip(runs, sessions, strict=True):
+            run.attach(session, index)
+        for session in sessions:
+            session.finish()
+        return states
+
+    def _options(
+        self, timeout_s: float | None, token_budget: int | None, priority: int, cache_salt: str
+    ) -> ProgramOptions:
+        return ProgramOptions(self.name, deadline(self.name, timeout_s), token_budget, priority, cache_salt)
+
+    def _new_state(self, backend: Backend, options: ProgramOptions, arguments: Mapping[str, Any]) -> State:
+        """A run that holds the whole graph, not submitted yet."""
+        arguments = {**self._given, **{n: v for n, v in arguments.items() if n not in self._unused}}
+        unknown = sorted(set(arguments) - set(self.arguments))
+        missing = [name for name in self.arguments if name not in arguments]
+        if unknown or missing:
+            what = f"has no argument {unknown[0]!r}" if unknown else f"needs argument {missing[0]!r}"
+            way_out = f"it takes {', '.join(self.arguments) or 'none'}"
+            if unknown and unknown[0] in ir.Sampling.__struct_fields__:
+                way_out = f"what it samples with is fixed: give it to compile({unknown[0]}=...)"
+            raise InvalidProgram(f"the compiled {self.name} {what}; {way_out}")
+        run = Run(backend, options)
+        run.nodes = list(self.graph.nodes)
+        run.placeholders = self._end._run.placeholders  # of texts that the function returned
+        for name, value in arguments.items():
+            if not ir.is_json(value):
+                raise InvalidProgram(f"argument {name!r} of {self.name} has no JSON form: {value!r}")
+            run.arguments[name] = as_argument(value)
+        state = State(run, self._end._tip)
+        move = _mover(run)
+        state._variables = {name: move(value) for name, value in self._end._variables.items()}
+        state._returned = move(self._end._returned)
+        return state
+
+
+def compile_function(program: Function, given: Mapping[str, Any]) -> Compiled:
+    """See Function.compile."""
+    trace = program.trace(**given)
+    if trace.stop is not None:
+        raise InvalidProgram(
+            f"{program.name} can't be compiled: {trace.stop.line} needs a value in Python ({trace.stop.why}); "
+            "use run(), which waits for it there",
+            program=program.name,
+            source_line=trace.stop.line,
+        )
+    known = {*given, *trace.specialised, *(node.name for node in trace.graph.nodes if isinstance(node, ir.Argument))}
+    return Compiled(trace, unused=[one.name for one in program.parameters if one.name not in known])
+
+
+def _mover(run: Run) -> Callable[[Any], Any]:
+    """Values of the trace, as values of a run."""
+
+    def move(item: Any) -> Any:
+        if isinstance(item, Value):
+            return Value(run, item._node, item._name, item._output, item._path, item._shape)
+        if isinstance(item, list):
+            return [move(one) for one in item]
+        if type(item) is tuple:
+            return tuple(move(one) for one in item)
+        if isinstance(item, dict):
+            return {key: move(one) for key, one in item.items()}
+        return item
+
+    return move

@@ -1,0 +1,472 @@
+"""`@function`: an ordinary Python function, sync or async, whose first parameter is the program's state.
+
+`run`, `arun`, `run_batch`, `stream` and `astream` execute it; called with a state it becomes a part of that state's
+program. The function runs once per call with what it has; where it needs a generated value in Python, what was recorded
+so far is submitted, and recording goes on from there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import copy_context
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, overload
+
+from ramet.errors import ConfigError, InvalidProgram, InvalidRequest
+from ramet.lang.backends.backend import ProgramOptions, choose_backend, deadline
+from ramet.lang.graph import ir
+from ramet.lang.graph.run_record import Stage
+from ramet.lang.program.own_thread import in_own_thread
+from ramet.lang.program.progress_bar import ProgressBar
+from ramet.lang.program.row_order import in_row_order, row_order
+from ramet.lang.program.stream import Stream
+from ramet.lang.recording.late_prefix import flush_late
+from ramet.lang.recording.primitives import merge_sampling, to_sampling
+from ramet.lang.recording.run import Run
+from ramet.lang.recording.source_lines import line_of
+from ramet.lang.recording.state import State
+from ramet.lang.recording.tool_loop import use_tools
+from ramet.lang.recording.tools import Tool, as_tools, tools_by_name
+from ramet.lang.recording.trace import Trace, TraceStopped, TracingRun, symbolic
+from ramet.lang.recording.values import current_run, plain
+
+if TYPE_CHECKING:
+    from ramet.lang.explain.drawing import Drawing
+    from ramet.lang.explain.explain import Explanation
+    from ramet.lang.explain.why_miss import Miss
+    from ramet.lang.program.compiled import Compiled
+
+_OPTIONS = ("backend", "timeout_s", "token_budget", "priority", "cache_salt", "seed", "stage", "tools")
+_STAGES = ("needed", "always")
+_ORDERS = ("given", "prefix")
+_THREADS = 64  # of run_batch: only programs that wait for a value in Python occupy one
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """One call: the function's own arguments, and what was said about the run."""
+
+    arguments: Mapping[str, Any]
+    options: Mapping[str, Any]
+    sampling: ir.Sampling
+
+
+class Function:
+    """A program. `defaults` are sampling values for all its generations."""
+
+    def __init__(
+        self,
+        body: Callable[..., Any],
+        *,
+        name: str | None = None,
+        defaults: Mapping[str, Any] | None = None,
+        bound: Mapping[str, Any] | None = None,
+        tools: Sequence[Tool | Callable[..., Any]] = (),
+    ) -> None:
+        functools.update_wrapper(self, body)  # sets __name__, __doc__, __wrapped__
+        self.body = body
+        self.name: str = name or str(getattr(body, "__name__", "program"))
+        self.is_async = inspect.iscoroutinefunction(body)
+        if inspect.isgeneratorfunction(body) or inspect.isasyncgenfunction(body):
+            raise InvalidProgram(
+                f"{self.name} has a `yield`, so calling it would run nothing; append to the state, and return values"
+            )
+        self.defaults = dict(defaults or {})
+        self.bound = dict(bound or {})
+        self.tools = as_tools(tools) if tools else ()
+        parameters = list(inspect.signature(body).parameters.values())
+        if not parameters or parameters[0].kind not in (
+            inspect.Parameter.POSITIONAL_ONLY,
+            inspect.Parameter.POSITIONAL_OR_KEYWORD,
+        ):
+            raise InvalidProgram(f"{self.name}: the first parameter of a program is its state: def {self.name}(s, ...)")
+        self.parameters = parameters[1:]
+        self._signature = inspect.Signature(self.parameters)
+        self._sampling = to_sampling(self.defaults)
+
+    def __get__(self, instance: object, owner: type | None = None) -> Function:
+        """A method: the program of this object, whose state is the parameter after `self`."""
+        if instance is None:
+            return self
+        body = self.body.__get__(instance, owner)
+        return Function(body, name=self.name, defaults=self.defaults, bound=self.bound, tools=self.tools)
+
+    def __call__(self, state: State, *args: Any, **kwargs: Any) -> Any:
+        """Run the body as a part of `state`'s program. For a run of its own use `run`."""
+        if not isinstance(state, State):
+            raise TypeError(f"{self.name}(...) takes a state and becomes a part of its program; to run it: .run(...)")
+        bound = self._signature.bind(*args, **{**self.bound, **kwargs})
+        before = state._sampling
+        state._sampling = merge_sampling(self._sampling, before)
+        self._declare_tools(state)
+        if self.is_async:
+            return self._inline(state, bound, before)
+        try:
+            return self.body(state, *bound.args, **bound.kwargs)
+        finally:
+            state._sampling = before
+
+    async def _inline(self, state: State, bound: inspect.BoundArguments, before: ir.Sampling) -> Any:
+        try:
+            return await self.body(state, *bound.args, **bound.kwargs)
+        finally:
+            state._sampling = before
+
+    def bind(self, **arguments: Any) -> Function:
+        """The same program with some arguments given."""
+        unknown = [name for name in arguments if name not in self._signature.parameters]
+        if unknown:
+            raise TypeError(f"{self.name} has no parameter {unknown[0]!r}")
+        return Function(
+            self.body, name=self.name, defaults=self.defaults, bound={**self.bound, **arguments}, tools=self.tools
+        )
+
+    def _declare_tools(self, state: State) -> None:
+        if self.tools:
+            use_tools(state, self.tools, line_of(self.body))
+
+    # Running.
+
+    def run(self, *args: Any, **kwargs: Any) -> State:
+        """Run the program and wait for its end.
+
+        Beside the function's own arguments: `backend`, `timeout_s`, `token_budget`, `priority`, `cache_salt`, `seed`
+        (every generation gets its own, derived from it), `stage` ("needed": submit when a value is needed; "always":
+        after each generation), `tools`, and sampling defaults such as `temperature` and `max_tokens`.
+
+        A failed node raises when its value is read, not here; an exception of the function itself is raised.
+        """
+        if self.is_async:
+            self._refuse_loop()
+            return asyncio.run(self.arun(*args, **kwargs))
+        state = self._new_state(self._split(args, kwargs))
+        with _cancelling(state):
+            self._record(state)
+            state._run.wait_all()
+        return state
+
+    def _refuse_loop(self) -> None:
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            return
+        raise InvalidProgram(f"{self.name} is async and an event loop runs here; use: await {self.name}.arun(...)")
+
+    async def arun(self, *args: Any, **kwargs: Any) -> State:
+        """`run` for an event loop. A sync program records on a thread of its own, since it may wait for a value."""
+        call = self._split(args, kwargs)
+        state = self._new_state(call)
+        with _cancelling(state):
+            if self.is_async:
+                await self._arecord(state)
+            else:
+                await in_own_thread(lambda: self._record(state))
+            await state._run.await_all()
+        return state
+
+    def stream(self, *args: Any, var: str | None = None, **kwargs: Any) -> Stream:
+        """Run the program and iterate over what it generates: text of variable `var`, or else all events.
+
+        The stream's `state` is the program's state. Leaving the iteration early cancels the program.
+        """
+        state = self._new_state(self._split(args, kwargs), keep_events=True)
+        stream = Stream(state, var)
+        work: Callable[[], object] = lambda: stream.run(lambda: self._record(state))  # noqa: E731
+        if self.is_async:
+            work = lambda: stream.run(lambda: asyncio.run(self._arecord(state)))  # noqa: E731
+        threading.Thread(target=copy_context().run, args=(work,), name=f"ramet-{self.name}", daemon=True).start()
+        return stream
+
+    async def astream(self, *args: Any, var: str | None = None, **kwargs: Any) -> AsyncIterator[Any]:
+        """`stream` for an event loop."""
+        state = self._new_state(self._split(args, kwargs), keep_events=True)
+        stream = Stream(state, var)
+        recording: Awaitable[Any]
+        if self.is_async:
+            recording = asyncio.ensure_future(self._arecord(state))
+        else:
+            recording = asyncio.ensure_future(in_own_thread(lambda: self._record(state)))
+        recording.add_done_callback(stream.recorded)
+        async for item in stream:
+            yield item
+
+    @overload
+    def run_batch(
+        self, rows: Iterable[Any], *, generator_style: None = None, progress_bar: bool = False, **kwargs: Any
+    ) -> list[State]: ...
+    @overload
+    def run_batch(
+        self, rows: Iterable[Any], *, generator_style: bool, progress_bar: bool = False, **kwargs: Any
+    ) -> Any: ...
+    def run_batch(
+        self,
+        rows: Iterable[Any],
+        *,
+        generator_style: bool | None = None,
+        progress_bar: bool = False,
+        num_threads: int | None = None,
+        max_live: int = 1024,
+        order: str = "given",
+        **kwargs: Any,
+    ) -> Any:
+        """Run the program for every row: a dict of arguments, a tuple of them, or the only one.
+
+        Rows run together, at most `max_live` at once; results come in the order of the rows, as a list, or one by one
+        as they are ready with `generator_style=True`. One row's error stays in its state. `order="prefix"` starts rows
+        that begin alike next to each other, so that a prefix is computed once though the cache is small; the program is
+        traced for that.
+        """
+        calls = [self._split_row(row, kwargs) for row in rows]
+        if order not in _ORDERS:
+            raise ConfigError(f"order is {order!r}, but must be one of {', '.join(_ORDERS)}")
+        for name, value in (("num_threads", num_threads), ("max_live", max_live)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ConfigError(f"{name} is {value!r}, but must be an integer from 1")
+        starts = list(range(len(calls)))
+        if order == "prefix":
+            starts = row_order(self, [call.arguments for call in calls])
+            calls = [calls[index] for index in starts]
+        states = self._run_calls(calls, progress_bar, num_threads or min(_THREADS, len(calls) or 1), max_live)
+        states = in_row_order(starts, states)
+        return states if generator_style else list(states)
+
+    def _run_calls(self, calls: list[_Call], progress_bar: bool, num_threads: int, max_live: int) -> Iterator[State]:
+        waiting = deque(calls)
+        live: deque[tuple[State, Future[None]]] = deque()
+
+        def record(state: State) -> None:
+            try:
+                if self.is_async:
+                    asyncio.run(self._arecord(state))
+                else:
+                    self._record(state)
+            except Exception as error:  # a row fails alone; reading its state raises this
+                state._run.fail(error)
+
+        with ProgressBar(len(calls), progress_bar, self.name) as advance, ThreadPoolExecutor(num_threads) as pool:
+            try:
+                while waiting or live:
+                    while waiting and len(live) < max_live:
+                        state = self._new_state(waiting.popleft())
+                        live.append((state, pool.submit(copy_context().run, record, state)))
+                    state, recorded = live[0]
+                    recorded.result()
+                    state._run.wait_all(quietly=True)
+                    live.popleft()
+                    advance()
+                    yield state
+            finally:  # left early: nobody will read the rest
+                for state, _ in live:
+                    state._run.cancel()
+
+    # Tracing.
+
+    def trace(self, *args: Any, **kwargs: Any) -> Trace:
+        """Record the program without running it. Arguments may be left out: they stay symbolic.
+
+        Where the function can't work with symbolic arguments (it passes one to something that insists on a plain
+        string, say), it is traced with those given as they are.
+        """
+        call = self._split(args, kwargs, is_partial=True)
+        try:
+            return self._trace(call, is_symbolic=True)
+        except Exception:
+            missing = [p.name for p in self.parameters if p.name not in call.arguments]
+            if missing:
+                raise
+            return self._trace(call, is_symbolic=False)
+
+    def compile(self, **given: Any) -> Compiled:
+        """Trace the program once and keep its graph; `.run(...)` of the result doesn't execute the function again.
+
+        What is `given` are defaults, and where the function needs an argument's value in Python, it must be given; the
+        compiled graph then holds for that value. Raises InvalidProgram where a generated value is needed.
+        """
+        from ramet.lang.program.compiled import compile_function
+
+        return compile_function(self, given)
+
+    def explain(
+        self, *args: Any, rows: Iterable[Any] | None = None, analyze: bool = False, **kwargs: Any
+    ) -> Explanation:
+        """What the program will cost, without running it: prompt, shared and new tokens, a KV bound, what passes found.
+
+        Arguments may be left out; with all of them the counts are exact wherever the text is known. `rows`: of a batch
+        (see run_batch). `analyze`: run it, and say what was measured. `backend` tells how text is tokenised.
+        """
+        from ramet.lang.explain.explain import explain_program
+
+        return explain_program(self, args, kwargs, rows=rows, analyze=analyze)
+
+    def why_miss(self, *args: Any, var: str | None = None, **kwargs: Any) -> list[Miss]:
+        """For every generation whose prompt is known: where it leaves what is cached now. The costliest first."""
+        from ramet.lang.explain.why_miss import why_miss_program
+
+        return why_miss_program(self, args, kwargs, var=var)
+
+    def graph(self, **arguments: Any) -> Drawing:
+        """A picture of the program with what is planned: `.mermaid()`, `.svg()`, `.html()`, `.save("plan.html")`."""
+        from ramet.lang.explain.drawing import draw_program
+
+        return draw_program(self, arguments)
+
+    def _trace(self, call: _Call, *, is_symbolic: bool) -> Trace:
+        run = TracingRun(self.name, call.sampling, call.options.get("seed"))
+        state = State(run)
+        names = [p.name for p in self.parameters if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        arguments = symbolic(run, names, call.arguments) if is_symbolic else dict(call.arguments)
+        stop: Stage | None = None
+        token = current_run.set(run)
+        try:
+            self._declare_tools(state)
+            result = self.body(state, **arguments)
+            state._returned = asyncio.run(result) if self.is_async else result
+            for one in run.held_back:
+                flush_late(one)
+        except TraceStopped as stopped:
+            stop = stopped.stage
+        finally:
+            current_run.reset(token)
+            run.is_recording = False
+        return Trace(self.name, run.report().graph, stop, run.specialised, state)
+
+    # Recording.
+
+    def _new_state(self, call: _Call, *, keep_events: bool = False) -> State:
+        options = call.options
+        stage = options.get("stage", "needed")
+        if stage not in _STAGES:
+            raise ConfigError(f"stage is {stage!r}, but must be one of {', '.join(_STAGES)}")
+        seed = options.get("seed")
+        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+            raise InvalidRequest(f"{self.name}: seed is {seed!r}, but must be an integer, or None", param="seed")
+        run = Run(
+            choose_backend(options.get("backend")),
+            ProgramOptions(
+                program=self.name,
+                deadline_s=deadline(self.name, options.get("timeout_s")),
+                token_budget=options.get("token_budget"),
+                priority=options.get("priority", 0),
+                cache_salt=options.get("cache_salt", ""),
+                text_events=keep_events,
+            ),
+            sampling=call.sampling,
+            seed=seed,
+            stage_always=stage == "always",
+            keep_events=keep_events,
+            tools=tools_by_name(options.get("tools")),
+            call_arguments=call.arguments,
+        )
+        return State(run)
+
+    def _record(self, state: State) -> State:
+        """Run a sync body. What it raises is raised, and the run is cancelled."""
+        run = state._run
+        token = current_run.set(run)
+        try:
+            self._declare_tools(state)
+            state._returned = self.body(state, **run.call_arguments)
+            run.finish()
+        except BaseException:
+            run.is_recording = False
+            run.cancel()
+            raise
+        finally:
+            current_run.reset(token)
+        return state
+
+    async def _arecord(self, state: State) -> State:
+        run = state._run
+        token = current_run.set(run)
+        try:
+            self._declare_tools(state)
+            state._returned = await self.body(state, **run.call_arguments)
+            run.finish()
+        except BaseException:
+            run.is_recording = False
+            run.cancel()
+            raise
+        finally:
+            current_run.reset(token)
+        return state
+
+    # Arguments.
+
+    def _split(self, args: Sequence[Any], kwargs: Mapping[str, Any], *, is_partial: bool = False) -> _Call:
+        """Tell the function's arguments from the run's options; the function's own names win."""
+        own = {name: value for name, value in kwargs.items() if name in self._signature.parameters}
+        rest = {name: value for name, value in kwargs.items() if name not in own}
+        options = {name: rest.pop(name) for name in _OPTIONS if name in rest}
+        sampling = {name: rest.pop(name) for name in ir.Sampling.__struct_fields__ if name in rest}
+        takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in self.parameters)
+        if rest and not takes_any:
+            raise TypeError(f"{self.name} has no parameter {next(iter(rest))!r}, and it is no option of a run either")
+        try:
+            bind = self._signature.bind_partial if is_partial else self._signature.bind
+            bound = bind(*args, **{**self.bound, **own, **rest})
+        except TypeError as error:
+            raise TypeError(f"{self.name}: {error}") from None
+        bound.apply_defaults()
+        arguments: dict[str, Any] = {}
+        for name, value in bound.arguments.items():
+            kind = self._signature.parameters[name].kind
+            if kind is inspect.Parameter.VAR_POSITIONAL:
+                if not value:
+                    continue
+                raise InvalidRequest(f"{self.name}: a program can't take *{name} in a run; pass a list")
+            if kind is inspect.Parameter.VAR_KEYWORD:
+                arguments.update(value)
+            else:
+                arguments[name] = plain(value)  # values of a program around this one
+        return _Call(arguments, options, to_sampling({**self.defaults, **sampling}))
+
+    def _split_row(self, row: Any, kwargs: Mapping[str, Any]) -> _Call:
+        if isinstance(row, Mapping):
+            return self._split((), {**kwargs, **row})
+        return self._split(row if isinstance(row, tuple) else (row,), kwargs)
+
+    def __repr__(self) -> str:
+        return f"<program {self.name}{self._signature}>"
+
+
+@contextmanager
+def _cancelling(state: State) -> Iterator[None]:
+    """Cancel the run where waiting for it is given up: by an interrupt, or a cancelled task."""
+    try:
+        yield
+    except BaseException:
+        state._run.cancel()
+        raise
+
+
+@overload
+def function(body: Callable[..., Any]) -> Function: ...
+@overload
+def function(
+    body: None = None,
+    *,
+    name: str | None = None,
+    tools: Sequence[Tool | Callable[..., Any]] = (),
+    **defaults: Any,
+) -> Callable[[Callable[..., Any]], Function]: ...
+def function(
+    body: Callable[..., Any] | None = None,
+    *,
+    name: str | None = None,
+    tools: Sequence[Tool | Callable[..., Any]] = (),
+    **defaults: Any,
+) -> Function | Callable[[Callable[..., Any]], Function]:
+    """Make a function a program: `@function`, or `@function(temperature=0, max_tokens=64)` with sampling defaults.
+
+    `tools`: declared at the start of every run; see State.call_tools.
+    """
+    if body is not None:
+        return Function(body, name=name, defaults=defaults, tools=tools)
+    return lambda wrapped: Function(wrapped, name=name, defaults=defaults, tools=tools)

@@ -1,0 +1,125 @@
+"""Following a running program: text of one variable as it is generated, or every event."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
+
+from ramet.errors import UndefinedVariable
+from ramet.lang.graph import ir
+from ramet.lang.recording.state import State
+
+_END = object()
+
+
+class Stream:
+    """Iterate (`for`, `async for`): pieces of text of variable `var`, or NodeEvents where `var` is None.
+
+    Ends when the program does; raises what the program's function raised, or the error of the followed variable. An
+    iteration that is left early cancels the program.
+    """
+
+    def __init__(self, state: State, var: str | None) -> None:
+        self.state = state
+        self._var = var
+        self._items: queue.SimpleQueue[Any] = queue.SimpleQueue()  # events, an exception, _END
+        self._wake: Callable[[], object] | None = None
+        self._error: BaseException | None = None
+        self._is_recorded = False
+        state._run.listen(self._on_event)
+
+    def run(self, record: Callable[[], object]) -> None:
+        """Run the program's function on this thread."""
+        try:
+            record()
+        except BaseException as error:
+            self._error = error
+        self._end_recording()
+
+    def recorded(self, task: asyncio.Future[Any]) -> None:
+        """The program's function is done, as a task of an event loop."""
+        self._error = None if task.cancelled() else task.exception()
+        self._end_recording()
+
+    def _end_recording(self) -> None:
+        self._is_recorded = True
+        self._check_end()
+
+    def _on_event(self, event: ir.NodeEvent) -> None:
+        self._put(event)
+        self._check_end()
+
+    def _check_end(self) -> None:
+        if self._is_recorded and (self._error is not None or self.state._run.is_done()):
+            self._put(_END)
+
+    def _put(self, item: object) -> None:
+        self._items.put(item)
+        wake = self._wake
+        if wake is not None:
+            wake()
+
+    def __iter__(self) -> Iterator[Any]:
+        is_over = False
+        try:
+            while True:
+                item = self._items.get()
+                if item is _END:
+                    is_over = True
+                    break
+                yield from self._shown(item)
+        finally:
+            if not is_over:
+                self.state._run.cancel()
+        self._check_whole()
+
+    async def __aiter__(self) -> AsyncIterator[Any]:
+        loop, changed = asyncio.get_running_loop(), asyncio.Event()
+        self._wake = lambda: loop.call_soon_threadsafe(changed.set)
+        is_over = False
+        try:
+            while not is_over:
+                changed.clear()
+                while not self._items.empty():
+                    item = self._items.get_nowait()
+                    if item is _END:
+                        is_over = True
+                        break
+                    for shown in self._shown(item):
+                        yield shown
+                if not is_over:
+                    await changed.wait()
+        finally:
+            self._wake = None
+            if not is_over:
+                self.state._run.cancel()
+        self._check_whole()
+
+    def _check_whole(self) -> None:
+        """At the end: raise what the program raised, or that it never wrote the variable."""
+        if self._error is not None:
+            raise self._error
+        if self._var is not None:
+            names = {getattr(node, "name", None) for node in self.state._run.nodes}
+            known = {ir.variable(name) for name in names if name is not None}
+            if self._var not in known:
+                raise UndefinedVariable(
+                    f"{self.state._program}: no variable {self._var!r} was written; known: "
+                    f"{', '.join(sorted(known)) or 'none'}",
+                    program=self.state._program,
+                )
+
+    def _shown(self, event: ir.NodeEvent) -> Iterator[Any]:
+        if self._var is None:
+            yield event
+            return
+        if event.name is None or ir.variable(event.name) != self._var:
+            return
+        if event.kind == "error":
+            error = self.state._run.error_of(event.node)
+            assert error is not None
+            raise error
+        if event.kind == "text" or isinstance(self.state._run.nodes[event.node], ir.Select | ir.Capture):
+            yield event.text or str(event.value)

@@ -1,0 +1,1 @@
+"""What a running program writes down: its state, values that do not exist yet, forks, roles, generations and tools."""

@@ -1,0 +1,253 @@
+"""What a program appends to its state: `gen`, `select`, and the roles. These are descriptions; nothing runs here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import msgspec
+
+from ramet.errors import InvalidRequest, InvalidSampling
+from ramet.lang.graph.checks import Check
+from ramet.lang.graph.ir import MAX_RETRIES, SCORERS, Constraint, Sampling, sampling_problem
+from ramet.lang.recording.types import OutputType, choice, json_schema, output_type
+from ramet.lang.recording.values import Value, placeholder_for, plain
+
+
+class Expr:
+    """Something that can be appended to a state. Exprs and texts can be added up: `"A: " + gen("a") + "."`."""
+
+    __slots__ = ()
+
+    def __add__(self, other: Appendable) -> Expr:
+        return Chain((self, other))
+
+    def __radd__(self, other: Appendable) -> Expr:
+        return Chain((other, self))
+
+    def __format__(self, spec: str) -> str:
+        if spec:
+            raise ValueError(f"a {type(self).__name__.lower()} takes no format specification: {spec!r}")
+        return placeholder_for(self)
+
+
+Appendable: TypeAlias = "Expr | str | Value | Sequence[Expr | str | Value]"
+
+
+@dataclass(frozen=True, slots=True)
+class Chain(Expr):
+    """One after the other."""
+
+    parts: tuple[Appendable, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Gen(Expr):
+    """A generation. `sampling` holds only what was said here; the run's defaults fill the rest."""
+
+    name: str | None
+    output: OutputType
+    constraint: Constraint | None
+    sampling: Sampling
+    where: tuple[Check | Callable[[Any], object], ...] = ()
+    retries: int = 3
+
+
+@dataclass(frozen=True, slots=True)
+class SelectExpr(Expr):
+    """A selection. Choices may be values of this program."""
+
+    name: str | None
+    choices: tuple[str | Value, ...]
+    scorer: str = "likelihood"
+    temperature: float = 0.0
+    seed: int | None = None
+    return_probs: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RoleExpr(Expr):
+    """One whole message."""
+
+    role: str
+    content: tuple[Appendable, ...] = field(default=())
+
+
+def gen(
+    name: str | None = None,
+    type: object = None,
+    *,
+    max_tokens: int | None = None,
+    min_tokens: int | None = None,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    min_p: float | None = None,
+    frequency_penalty: float | None = None,
+    presence_penalty: float | None = None,
+    repetition_penalty: float | None = None,
+    logit_bias: Mapping[int, float] | None = None,
+    seed: int | None = None,
+    stop: str | Sequence[str] | None = None,
+    stop_token_ids: Sequence[int] | None = None,
+    ignore_eos: bool | None = None,
+    logprobs: int | None = None,
+    regex: str | None = None,
+    cfg: str | None = None,
+    choices: Sequence[str] | None = None,
+    json_schema: Mapping[str, Any] | None = None,
+    substring_of: str | None = None,
+    where: Check | Callable[[Any], object] | Sequence[Check | Callable[[Any], object]] = (),
+    retries: int = 3,
+) -> Gen:
+    """Generate text, or a value of `type`, and keep it as variable `name`.
+
+    Don't end the text before a generation with a space: most tokens begin with theirs, and after one that stands alone
+    a model writes worse, or nothing. `"Answer:" + gen(...)`, not `"Answer: " + gen(...)`.
+
+    `type`: str, int, float, bool, Literal, Enum, datetime, date, a dataclass, TypedDict or pydantic model, `list[...]`,
+    or a JSON schema dict. At most one of `regex`, `cfg` (a Lark grammar), `choices`, `json_schema` and `substring_of`
+    says what the text must match (with `type`: in its place).
+
+    `where`: checks of the value: `length`, `between`, `is_in`, `starts_with`, `ends_with`, `contains`, or any callable,
+    which refuses by returning something false or raising ValueError. A value that fails one is generated anew, up to
+    `retries` times, before CheckFailed is raised; what was refused is in `s.meta(name)["attempts"]`. A callable needs
+    the value in Python, so the program waits for it; the other checks are made in the engine.
+
+    Raises:
+        InvalidSampling: a value outside its range. InvalidRequest: constraints that exclude each other.
+    """
+    # A generated value can be a part of a constraint; it has to be read for that.
+    regex, cfg, choices, json_schema, substring_of = plain((regex, cfg, choices, json_schema, substring_of))
+    wanted = output_type(json_schema if type is None and json_schema is not None else type)
+    constraint = _constraint(wanted.constraint, regex, cfg, choices, json_schema, substring_of)
+    values = {
+        "max_tokens": max_tokens,
+        "min_tokens": min_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+        "frequency_penalty": frequency_penalty,
+        "presence_penalty": presence_penalty,
+        "repetition_penalty": repetition_penalty,
+        "logit_bias": logit_bias,
+        "seed": seed,
+        "stop": stop,
+        "stop_token_ids": stop_token_ids,
+        "ignore_eos": ignore_eos,
+        "logprobs": logprobs,
+    }
+    if constraint is wanted.constraint and wanted.stop:
+        values["max_tokens"] = max_tokens or wanted.max_tokens
+        values["stop"] = (*((stop,) if isinstance(stop, str) else stop or ()), *wanted.stop)
+    checks = tuple(where) if isinstance(where, Sequence) else (where,)
+    for check in checks:
+        if not (isinstance(check, Check) or callable(check)):
+            raise InvalidRequest(f"where has {check!r}, but must have checks such as length(1, 20)", param="where")
+    if isinstance(retries, bool) or not isinstance(retries, int) or not 0 <= retries <= MAX_RETRIES:
+        raise InvalidRequest(f"retries is {retries!r}, but must be in [0, {MAX_RETRIES:,}]", param="retries")
+    return Gen(name, wanted, constraint, to_sampling(values), checks, retries)
+
+
+def select(
+    name: str | None = None,
+    choices: Sequence[str | Value] = (),
+    *,
+    scorer: str = "likelihood",
+    temperature: float = 0.0,
+    seed: int | None = None,
+    return_probs: bool = False,
+) -> SelectExpr:
+    """Append the likeliest of `choices` and keep it as variable `name`; `s.meta(name)["probs"]` sums to one.
+
+    `return_probs`: the value read is the text with `probs`, a dict of choice -> probability: `s[name].probs`.
+
+    Scorers: `likelihood` (exact), `token_normalized`, `greedy`, `unconditional`. With `temperature` above 0 the
+    choice is drawn from the probabilities.
+    """
+    if choices is None or isinstance(choices, str) or not (choices := tuple(choices)):
+        raise InvalidRequest(f"select needs a list of choices, not {choices!r}", param="choices")
+    is_number = isinstance(temperature, int | float) and not isinstance(temperature, bool)
+    if not is_number or not 0 <= temperature <= 100:
+        raise InvalidSampling(f"temperature is {temperature!r}, but must be in [0, 100]", param="temperature")
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+        raise InvalidSampling(f"seed is {seed!r}, but must be an integer, or None", param="seed")
+    if scorer not in SCORERS:
+        raise InvalidRequest(f"scorer is {scorer!r}, but must be one of {', '.join(SCORERS)}", param="scorer")
+    for one in choices:
+        if not isinstance(one, str | Value):
+            raise InvalidRequest(f"a choice is {one!r}, but must be text or a generated value", param="choices")
+    return SelectExpr(name, choices, scorer, temperature, seed, return_probs)
+
+
+def system(*content: Appendable) -> RoleExpr:
+    """A system message."""
+    return RoleExpr("system", content)
+
+
+def user(*content: Appendable) -> RoleExpr:
+    """A user message."""
+    return RoleExpr("user", content)
+
+
+def assistant(*content: Appendable) -> RoleExpr:
+    """An assistant message; usually with a `gen` in it."""
+    return RoleExpr("assistant", content)
+
+
+def to_sampling(values: Mapping[str, Any]) -> Sampling:
+    """Check sampling values by type and range; None means not said. Raises InvalidSampling naming the field."""
+    unknown = [name for name in values if name not in Sampling.__struct_fields__]
+    if unknown:
+        known = ", ".join(Sampling.__struct_fields__)
+        raise InvalidSampling(f"{unknown[0]!r} is no sampling value; known: {known}", param=unknown[0])
+    given = {name: plain(value) for name, value in values.items() if value is not None}
+    if isinstance(given.get("stop"), str):
+        given["stop"] = (given["stop"],)
+    if isinstance(given.get("logit_bias"), Mapping):
+        given["logit_bias"] = tuple(sorted(given["logit_bias"].items()))
+    try:
+        sampling = msgspec.convert(given, Sampling)
+    except msgspec.ValidationError as error:
+        name = str(error).partition("$.")[2].partition("[")[0].strip("`")
+        raise InvalidSampling(f"{name or 'sampling'} is {given.get(name)!r}: {error}", param=name or None) from error
+    problem = sampling_problem(sampling)
+    if problem:
+        raise InvalidSampling(problem, param=problem.split()[0])
+    return sampling
+
+
+def merge_sampling(*layers: Sampling) -> Sampling:
+    """What is said in the first layer that says anything, field by field."""
+    merged = {}
+    for name in Sampling.__struct_fields__:
+        merged[name] = next((value for layer in layers if (value := getattr(layer, name)) is not None), None)
+    return Sampling(**merged)
+
+
+def _constraint(
+    by_type: Constraint | None,
+    regex: str | None,
+    cfg: str | None,
+    choices: Sequence[str] | None,
+    schema: Mapping[str, Any] | None,
+    text: str | None,
+) -> Constraint | None:
+    given: dict[str, Constraint] = {}
+    if regex is not None:
+        given["regex"] = Constraint("regex", regex)
+    if cfg is not None:
+        given["cfg"] = Constraint("cfg", cfg)
+    if choices is not None:
+        if not choices or isinstance(choices, str) or not all(isinstance(c, str) and c for c in choices):
+            raise InvalidRequest(f"choices must be a list of non-empty texts, not {choices!r}", param="choices")
+        given["choices"] = choice(list(choices))
+    if schema is not None:
+        given["json_schema"] = json_schema(schema)
+    if text is not None:
+        given["substring_of"] = Constraint("substring", text)
+    if len(given) > 1:
+        raise InvalidRequest(f"give one of {' and '.join(given)}, not {len(given)}", param=next(iter(given)))
+    return next(iter(given.values()), by_type)

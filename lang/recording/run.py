@@ -1,0 +1,478 @@
+"""One run of a program: records nodes, submits what is recorded when a value is needed, and collects the results.
+
+Shared by all states of the run. The program's own thread records; events come from the backend's threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import ramet.errors
+from ramet.errors import CheckFailed, DeadlineExceeded, InvalidProgram, InvalidRequest, ProgramCancelled, ProgramError
+from ramet.lang.backends.backend import Backend, ProgramOptions, Session
+from ramet.lang.graph import ir
+from ramet.lang.graph.run_record import RunRecord, Stage
+from ramet.lang.recording.source_lines import caller_line
+from ramet.lang.recording.tool_runner import ToolRunner
+from ramet.lang.recording.tools import Tool, to_json
+from ramet.lang.recording.types import OutputType
+from ramet.lang.recording.values import Placeholders, current_run
+
+if TYPE_CHECKING:
+    from ramet.lang.recording.state import State
+
+N = TypeVar("N", bound=ir.AnyNode)
+Listener = Callable[[ir.NodeEvent], None]
+_GRACE_S = 0.5  # that a backend has, past a deadline, to say which nodes it ended
+
+
+class Run:
+    """Records, submits, waits. Owner: the call of a program that made it."""
+
+    def __init__(
+        self,
+        backend: Backend | None,
+        options: ProgramOptions,
+        *,
+        sampling: ir.Sampling = ir.Sampling(),  # noqa: B008 - frozen
+        seed: int | None = None,
+        stage_always: bool = False,
+        keep_events: bool = False,
+        tools: dict[str, Callable[..., Any]] | None = None,
+        call_arguments: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.call_arguments = dict(call_arguments or {})
+        self.options = options
+        self.sampling = sampling
+        self.seed = seed
+        self.stage_always = stage_always
+        self.placeholders = Placeholders()
+        self.parent = current_run.get()
+        self.index = ir.GraphIndex()  # what was submitted
+        self.nodes: list[ir.AnyNode] = []  # what was recorded
+        self.stages: list[Stage] = []
+        self.arguments: dict[str, Any] = {}  # JSON values of Argument nodes
+        self.is_recording = True
+        self.tools: dict[str, Callable[..., Any]] = dict(tools or {})
+        self.loops: dict[int, asyncio.AbstractEventLoop] = {}  # ToolCall nodes whose async tools run there
+        self._backend = backend
+        self._session: Session | None = None
+        self._results: dict[int, ir.NodeEvent] = {}
+        self._converted: dict[int, Any] = {}
+        self._changed = threading.Condition()
+        # Who awaits: by node, so that an event wakes those alone whom it concerns; None: the end of all nodes.
+        self._waiters: dict[int | None, list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]]] = {}
+        self._blocked: list[Callable[[], bool]] = []  # what the threads in `wait` wait for
+        self._listeners: list[Listener] = []
+        self._events: list[ir.NodeEvent] | None = [] if keep_events else None
+        self.attempts: dict[int, list[dict[str, str]]] = {}  # node -> texts refused before it by checks in Python
+        self.held_back: list[State] = []  # with text that waits for the next generation; see late_prefix.py
+        self._runner = ToolRunner()
+        self._failure: Exception | None = None
+
+    # Recording.
+
+    def record(self, kind: Callable[..., N], parent: int | None, **fields: Any) -> N:  # Any: the node's own fields
+        """Append a node and return it."""
+        with self._changed:
+            line = fields.pop("line", None) or caller_line()
+            node = kind(id=len(self.nodes), parent=parent, line=line, **fields)
+            self.nodes.append(node)
+        return node
+
+    @property
+    def lock(self) -> threading.Condition:
+        """Held while several nodes are recorded that belong together."""
+        return self._changed
+
+    def submit(self, *, is_last: bool = False) -> None:
+        """Send what was recorded since the last time. Raises InvalidProgram, or what the backend raises."""
+        with self._changed:
+            first = len(self.index.nodes)
+            if len(self.nodes) == first:
+                return
+            nodes = tuple(self.nodes[first:])
+            names = {node.name for node in nodes if isinstance(node, ir.Argument)}
+            graph = ir.Graph(nodes, {n: v for n, v in self.arguments.items() if n in names}, first)
+            self.index.add(graph)
+        if self._session is None:
+            assert self._backend is not None, "a trace submits nothing"
+            self._session = self._backend.start(self.options, self._on_event)
+        self._session.extend(graph, is_last=is_last)
+
+    def attach(self, session: Session, index: ir.GraphIndex) -> None:
+        """All that was recorded is in `index` (others may share it), and this session has it. For a compiled batch."""
+        self.index = index
+        self._session = session
+        self.is_recording = False
+
+    # Results.
+
+    def result_of(self, node: int) -> ir.NodeEvent | None:
+        """The last event of a node, or None while it has no value yet."""
+        return self._results.get(node)
+
+    def results_text(self, node: int) -> str:
+        """The text of a node that is done."""
+        return self._results[node].text
+
+    def read(self, node: int, output: OutputType, why: str) -> Any:
+        """The value of a node in its Python type; submits and waits. Raises ProgramError."""
+        if node not in self._results:
+            self.need(node, why)
+            self.wait(lambda: node in self._results)
+        return self._value(node, output)
+
+    async def aread(self, node: int, output: OutputType) -> Any:
+        if node not in self._results:
+            self.need(node, "await")
+            await self._await(node, lambda: node in self._results)
+        return self._value(node, output)
+
+    def read_text(self, text: str) -> str:
+        """The text with the value of every placeholder in it."""
+        return "".join(self._render(item) for item in self.placeholders.split(text, self.foreign))
+
+    def _render(self, item: object) -> str:
+        if isinstance(item, str):
+            return item
+        if not isinstance(item, ir.Ref):
+            raise InvalidProgram(f"{item!r} is in a text whose value is needed; append the text to the state first")
+        if item.node not in self._results:
+            self.need(item.node, "a text with this value in it")
+            self.wait(lambda: item.node in self._results)
+        event = self._checked(item.node)
+        value = event.value
+        return ir.render((item,), lambda _: event.text or ir.value_text(value), lambda _: value)
+
+    def foreign(self, key: bytes, index: int) -> object:
+        """What another run's placeholder stands for, as text. Only the runs around this one can be asked."""
+        run = self.parent
+        while run is not None:
+            if run.placeholders.key == key:
+                return run._render(run.placeholders.get(index))
+            run = run.parent
+        raise InvalidProgram("a text holds a value of another program that is not running here; use its .value")
+
+    def _value(self, node: int, output: OutputType) -> Any:
+        event = self._checked(node)
+        if node not in self._converted:
+            try:
+                read = output.from_event
+                self._converted[node] = output.convert(event.value) if read is None else read(event)
+            except Exception as error:  # whatever a type's own validation raises
+                raise self._error(node, f"its text is no {output.wire} of the wanted type: {error}", error) from error
+        return self._converted[node]
+
+    def _checked(self, node: int) -> ir.NodeEvent:
+        event = self._results[node]
+        if event.error is not None:
+            raise self._error(node, event.error.message, event.cause, event.error)
+        return event
+
+    def error_of(self, node: int) -> ProgramError | None:
+        """Why a node failed, or None."""
+        event = self._results.get(node)
+        if event is None or event.error is None:
+            return None
+        return self._error(node, event.error.message, event.cause, event.error)
+
+    def _error(
+        self, node_id: int, message: str, cause: Exception | None, error: ir.NodeError | None = None
+    ) -> ProgramError:
+        node = self.nodes[node_id]
+        name = getattr(node, "name", None)
+        what = f"{type(node).__name__.lower()} {name!r}" if name else type(node).__name__.lower()
+        tail = error.prompt_tail if error else ""
+        if isinstance(node, ir.ToolCall) and error is not None:
+            what, message = f"tool {node.tool!r}", f"{error.type}: {message}"
+        text = f"{self.options.program}: {what} (node {node_id}, {node.line or 'unknown line'}) failed: {message}"
+        if tail:
+            text += f"; the prompt ends with {tail[-60:]!r}"
+        known = getattr(ramet.errors, error.type, None) if error else None
+        kind: type[ProgramError] = ProgramError
+        is_kind = isinstance(known, type) and issubclass(known, ProgramError)
+        if isinstance(known, type) and issubclass(known, ProgramError) and known is not InvalidProgram:
+            kind = known
+        raised = kind(text, program=self.options.program, node=node_id, source_line=node.line or None, prompt_tail=tail)
+        if cause is None and isinstance(known, type) and not is_kind and error is not None:
+            cause = ramet.errors.from_name(error.type, error.message)
+        raised.__cause__ = cause
+        if isinstance(raised, CheckFailed):
+            raised.attempts = tuple(self.attempts_of(node_id))
+        return raised
+
+    def attempts_of(self, node: int) -> list[dict[str, str]]:
+        """The texts of a generation that its checks refused, each with its `text` and the `problem`."""
+        event = self._results.get(node)
+        found: list[dict[str, str]] = (event.meta or {}).get("attempts", []) if event is not None else []
+        return found or self.attempts.get(node, [])
+
+    def need(self, node: int, why: str) -> None:
+        """A value is needed that isn't there: submit what is recorded so far."""
+        if self.is_recording:
+            self.stages.append(Stage(caller_line(), node, why, len(self.nodes)))
+        self.submit()
+
+    # Waiting.
+
+    def event(self, node: int) -> ir.NodeEvent:
+        """The last event of a node; submits and waits. Raises ProgramError where it failed."""
+        self.read_quietly(node)
+        return self._checked(node) if self._results[node].kind == "error" else self._results[node]
+
+    def read_quietly(self, node: int, why: str = "reading") -> None:
+        """Submit, and wait until the node is done or failed."""
+        if node not in self._results:
+            self.need(node, why)
+            self.wait(lambda: node in self._results)
+
+    async def aread_quietly(self, node: int, why: str) -> None:
+        """`read_quietly` for an event loop."""
+        if node not in self._results:
+            self.need(node, why)
+            await self._await(node, lambda: node in self._results)
+
+    def first_done(self, nodes: list[int]) -> int:
+        """The index of the first of these nodes that is done; waits. Raises the first one's error where all fail."""
+
+        def done() -> list[int]:
+            return [i for i, node in enumerate(nodes) if node in self._results and self._results[node].kind == "done"]
+
+        self.need(nodes[0], "the first branch that is done")
+        self.wait(lambda: bool(done()) or all(node in self._results for node in nodes))
+        found = done()
+        if not found:
+            raise self.error_of(nodes[0]) or InvalidProgram("no branch is done")
+        return found[0]
+
+    def wait_all(self, *, quietly: bool = False) -> None:
+        """Submit, and wait until every node is done or failed. `quietly`: a run that failed as a whole is done."""
+        if quietly and self._failure is not None:
+            return
+        self.submit()
+        self.wait(self.is_done)
+
+    def fail(self, error: Exception) -> None:
+        """The program's own function raised: whoever reads this run gets that."""
+        self._failure = error
+        self._wake()
+
+    async def await_all(self) -> None:
+        self.submit()
+        await self._await(None, self.is_done)
+
+    def usage(self) -> ir.Usage:
+        """Tokens of all nodes that are done."""
+        total = ir.Usage()
+        for event in list(self._results.values()):
+            if event.usage is not None:
+                total = total + event.usage
+        return total
+
+    def first_error(self) -> ProgramError | None:
+        """The error that others may follow from, or None. A branch that the program cancelled itself is none."""
+        for event in list(self._results.values()):
+            if event.error is not None and event.error.type != "ProgramCancelled":
+                return self.error_of(event.node)
+        return self._failure if isinstance(self._failure, ProgramError) else None
+
+    def is_done(self) -> bool:
+        """True when every submitted node is done or failed."""
+        return len(self._results) == len(self.index.nodes)
+
+    def wait(self, ready: Callable[[], bool]) -> None:
+        """Block until `ready()`. Raises where the deadline passed and even the failure of all nodes is not it."""
+        while not self._wait_in_time(ready):
+            self._expire(ready)
+
+    def _wait_in_time(self, ready: Callable[[], bool]) -> bool:
+        """Whether it is ready: False where the deadline passed before."""
+        with self._changed:
+            self._blocked.append(ready)
+            try:
+                while not ready():
+                    self._check_alive()
+                    if not self._changed.wait(self._time_left()) and not ready():
+                        return False
+                return True
+            finally:
+                self._blocked.remove(ready)
+
+    async def _await(self, node: int | None, ready: Callable[[], bool]) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            with self._changed:
+                if ready():
+                    return
+                self._check_alive()
+                future: asyncio.Future[None] = loop.create_future()
+                self._waiters.setdefault(node, []).append((loop, future))
+            try:
+                await asyncio.wait_for(future, self._time_left())
+            except TimeoutError:
+                self._expire(ready)
+
+    def _time_left(self) -> float | None:
+        deadline = self.options.deadline_s
+        return None if deadline is None else max(0.0, deadline - time.monotonic()) + _GRACE_S
+
+    def _expire(self, ready: Callable[[], bool]) -> None:
+        """The deadline passed and the backend has not said so: fail here what it has not finished."""
+        with self._changed:
+            late = [node for node in range(len(self.index.nodes)) if node not in self._results]
+        for node in late:  # before the backend is told, which would call them cancelled
+            error = ir.NodeError("DeadlineExceeded", "the deadline passed, and the backend did not answer")
+            self._on_event(ir.NodeEvent(node, "error", error=error))
+        self._runner.cancel()
+        if self._session is not None:
+            self._session.cancel()
+        if not ready():
+            raise DeadlineExceeded(f"{self.options.program}: the deadline passed", program=self.options.program)
+
+    def _check_alive(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def cancel(self, nodes: list[int] | None = None) -> None:
+        """Stop the run, or these nodes and what needs them."""
+        if nodes is not None:
+            self.submit()
+        else:
+            self._failure = self._failure or ProgramCancelled(
+                f"{self.options.program} was cancelled", program=self.options.program
+            )
+            self._runner.cancel()
+        if self._session is not None:
+            self._session.cancel(nodes)
+        self._wake()
+
+    # Events, on the backend's threads.
+
+    def listen(self, listener: Listener) -> None:
+        """Call `listener` for every event from now on; first for those already there, where events are kept."""
+        with self._changed:
+            missed = list(self._events or ())
+            self._listeners.append(listener)
+        for event in missed:
+            listener(event)
+
+    def _on_event(self, event: ir.NodeEvent) -> None:
+        if event.kind == "tool":
+            self._call_tool(event)
+        with self._changed:
+            if event.node in self._results:  # it failed here, when the deadline passed
+                return
+            if event.kind in ("done", "error"):
+                self._results[event.node] = event
+            if self._events is not None:
+                self._events.append(event)
+        try:
+            for listener in self._listeners:
+                listener(event)
+        finally:  # whatever a listener raises: who waits for this event must learn of it
+            if event.kind in ("done", "error"):
+                self._wake(event.node)
+
+    def _wake(self, node: int | None = None) -> None:
+        """Wake who waits for this node, or for the end if this was the last one; None: everybody."""
+        with self._changed:
+            if node is None:
+                waiters = [one for some in self._waiters.values() for one in some]
+                self._waiters.clear()
+            else:
+                waiters = self._waiters.pop(node, [])
+                if self.is_done():
+                    waiters += self._waiters.pop(None, [])
+            # A thread is woken only when it can go on: each event of thousands would cost a switch of threads.
+            if node is None or any(ready() for ready in self._blocked):
+                self._changed.notify_all()
+        for loop, future in waiters:
+            with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody waits there any more
+                loop.call_soon_threadsafe(_resolve, future)
+
+    def _call_tool(self, event: ir.NodeEvent) -> None:
+        name, arguments = event.value["tool"], event.value["arguments"]
+        tool, session = self.tools.get(name), self._session
+        assert session is not None
+
+        def work() -> Any:
+            if tool is None:
+                raise InvalidProgram(f"the program has no tool {name!r}; it has {', '.join(self.tools) or 'none'}")
+            return tool(**(tool.read(arguments) if isinstance(tool, Tool) else arguments))
+
+        def done(result: Any, error: Exception | None) -> None:
+            if error is None:
+                try:
+                    result = to_json(result, name)
+                except InvalidRequest as raised:
+                    error = raised
+            session.provide(event.node, None if error else result, error)
+
+        timeout_s = tool.timeout_s if isinstance(tool, Tool) else None
+        loop = self.loops.get(event.node)
+        if loop is not None and isinstance(tool, Tool) and tool.is_async:
+            self._runner.start_on(loop, name, work, timeout_s, done)
+        else:
+            self._runner.start(name, work, timeout_s, done)
+
+    def finish(self) -> None:
+        """No more nodes will be recorded: send the rest."""
+        from ramet.lang.recording.late_prefix import flush_late
+
+        try:
+            for state in self.held_back:
+                flush_late(state)
+            self.submit(is_last=True)
+        finally:
+            self.is_recording = False
+        if self._session is not None:
+            self._session.finish()
+
+    # Texts.
+
+    def text_of(self, tip: int | None, start: int | None = None) -> str:
+        """The whole text of the branch that ends at `tip`, behind node `start`; waits for it. Raises ProgramError."""
+        ids: list[int] = []
+        while tip is not None and tip != start:
+            ids.append(tip)
+            tip = self.nodes[tip].parent
+        missing = [node for node in ids if node not in self._results]
+        if missing:
+            self.need(missing[-1], "the text so far")
+
+            def is_there() -> bool:
+                while missing and missing[-1] in self._results:
+                    missing.pop()
+                return not missing
+
+            self.wait(is_there)
+        failed = [self._results[node] for node in reversed(ids) if self._results[node].kind == "error"]
+        for event in sorted(failed, key=lambda e: e.error is not None and e.error.type == "ProgramCancelled"):
+            self._checked(event.node)
+        return "".join(self._results[node].text for node in reversed(ids))
+
+    def report(self) -> RunRecord:
+        """What was done so far."""
+        with self._changed:
+            graph = ir.Graph(tuple(self.nodes), dict(self.arguments))
+            attempts = {node.id: tuple(found) for node in self.nodes if (found := self.attempts_of(node.id))}
+            return RunRecord(self.options.program, graph, dict(self._results), tuple(self.stages), attempts)
+
+    def path(self, tip: int | None) -> list[ir.AnyNode]:
+        """The nodes of the branch that ends at `tip`, root first."""
+        found: list[ir.AnyNode] = []
+        while tip is not None:
+            found.append(self.nodes[tip])
+            tip = self.nodes[tip].parent
+        return found[::-1]
+
+
+def _resolve(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)

@@ -1,0 +1,127 @@
+"""Tracing: running a program's function without a model, with symbolic arguments, to get its graph.
+
+An argument put into text becomes an Argument node; where its value is needed in Python (`if`, `len()`, a loop over it),
+the value given is used and the graph holds for that value alone. Needing a generated value ends the trace: what comes
+after is recorded when the program runs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ramet.lang.graph import ir
+from ramet.lang.graph.run_record import Stage
+from ramet.lang.recording.run import Run
+from ramet.lang.recording.source_lines import caller_line
+from ramet.lang.recording.state import State
+from ramet.lang.recording.types import TEXT
+from ramet.lang.recording.values import Value
+
+_NO_EXAMPLE = object()
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """What a trace found.
+
+    `graph`: its `arguments` are those given. `stop`: where and why the first generated value was needed; None: the
+    graph is the whole program. `specialised`: arguments whose value the graph depends on, with the line that needed it.
+    """
+
+    program: str
+    graph: ir.Graph
+    stop: Stage | None
+    specialised: Mapping[str, str]
+    state: State
+
+    @property
+    def is_complete(self) -> bool:
+        return self.stop is None
+
+
+class TraceStopped(BaseException):
+    """A value was needed that a trace doesn't have. Not an Exception: a program's own `except` must not swallow it."""
+
+    def __init__(self, stage: Stage) -> None:
+        super().__init__(f"{stage.line} needs a value ({stage.why})")
+        self.stage = stage
+
+
+class TracingRun(Run):
+    """A run without a backend. `specialised`: argument -> line that needed its value."""
+
+    def __init__(self, program: str, sampling: ir.Sampling, seed: int | None = None) -> None:
+        from ramet.lang.backends.backend import ProgramOptions
+
+        super().__init__(None, ProgramOptions(program=program), sampling=sampling, seed=seed)
+        self.specialised: dict[str, str] = {}
+        self._argument_nodes: dict[str, int] = {}
+
+    def submit(self, *, is_last: bool = False) -> None:
+        """Nothing is sent anywhere."""
+
+    def need(self, node: int, why: str) -> None:
+        raise TraceStopped(Stage(caller_line(), node, why, len(self.nodes)))
+
+    def argument_node(self, name: str, value: Any) -> int:
+        """The node of an argument; recorded when it is first put into text."""
+        if name not in self._argument_nodes:
+            self._argument_nodes[name] = self.record(ir.Argument, None, name=name).id
+            if value is not _NO_EXAMPLE:
+                self.arguments[name] = as_argument(value)
+        return self._argument_nodes[name]
+
+
+class ArgumentValue(Value):
+    """A symbolic argument, with an example value or without."""
+
+    __slots__ = ("_argument", "_example")
+
+    def __init__(self, run: TracingRun, argument: str, example: Any = _NO_EXAMPLE) -> None:
+        super().__init__(run, -1, argument, TEXT)
+        self._argument, self._example = argument, example
+
+    def __format__(self, spec: str) -> str:
+        run = self._tracing_run
+        ref = ir.Ref(run.argument_node(self._argument, self._example), (), spec)
+        return run.placeholders.add(ref, self._argument)
+
+    def _read(self, why: str) -> Any:
+        run = self._tracing_run
+        if self._example is _NO_EXAMPLE:
+            raise TraceStopped(
+                Stage(caller_line(), run.argument_node(self._argument, self._example), why, len(run.nodes))
+            )
+        run.specialised.setdefault(self._argument, f"{caller_line()} ({why})")
+        return self._example
+
+    @property
+    def _is_text(self) -> bool:
+        return self._example is _NO_EXAMPLE or isinstance(self._example, str)
+
+    @property
+    def _tracing_run(self) -> TracingRun:
+        assert isinstance(self._run, TracingRun)
+        return self._run
+
+
+def as_argument(value: Any) -> Any:  # Any: what has a JSON form
+    """What stands for an argument in a graph: its value where JSON is written as an f-string is, else Python's text."""
+    is_same = type(value) in (str, int) or (type(value) is float and math.isfinite(value))
+    return value if is_same else str(value)
+
+
+def symbolic(run: TracingRun, names: list[str], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments for a trace: symbolic where they have a JSON form or no value at all, else as they are."""
+    found: dict[str, Any] = {}
+    for name in names:
+        if name not in given:
+            found[name] = ArgumentValue(run, name)
+        elif ir.is_json(given[name]) and given[name] is not None:
+            found[name] = ArgumentValue(run, name, given[name])
+        else:
+            found[name] = given[name]
+    return found

@@ -1,0 +1,152 @@
+"""Python types of generated values: from a type to a constraint, and from the generated JSON value back to the type.
+
+`str`, `int`, `float`, `bool`, `Literal`, `Enum`, `datetime`, `date` and `time` are written as plain text; as
+JSON: whatever else pydantic understands (dataclasses, TypedDicts, models, `list[...]`, unions) and JSON schema dicts.
+Not here: compiling constraints (the grammar does).
+"""
+
+from __future__ import annotations
+
+import datetime
+import enum
+import json
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args, get_origin
+
+from ramet.errors import InvalidRequest, InvalidSchema
+from ramet.lang.graph.ir import Constraint, NodeEvent
+
+Wire = Literal["str", "int", "float", "bool", "json", "tools"]
+
+_INT = r"-?(?:0|[1-9][0-9]{0,14})"
+# A number in running text ends where the model goes on with something else. Masking everything but digits would keep it
+# writing digits instead; so what may follow is allowed, and a stop string cuts it off.
+_ENDS = (" ", "\n", ",", ";", ":", "!", "?", ")", "]", "}", "%", "'", '"', "/", "*", "=", "|", "<")
+_AFTER_INT = r"(?:[ \n.,;:!?)\]}%'\"/*=|<](?s:.)*)?"
+_AFTER_FLOAT = r"(?:(?:[ \n,;:!?)\]}%'\"/*=|<]|\.[ \n])(?s:.)*)?"
+_YEAR = r"(?:[1-9][0-9]{3}|0[1-9][0-9]{2}|00[1-9][0-9]|000[1-9])"  # Python's dates begin with year 1
+_DATE = (
+    _YEAR + r"-(?:(?:0[13578]|1[02])-(?:0[1-9]|[12][0-9]|3[01])|(?:0[469]|11)-(?:0[1-9]|[12][0-9]|30)"
+    r"|02-(?:0[1-9]|1[0-9]|2[0-8]))"
+)
+_TIME = r"(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9]"
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """The declared fields of a JSON value, so that a field can be put into text without reading the value."""
+
+    schema: Mapping[str, Any]  # a JSON schema
+    root: Mapping[str, Any]
+
+    def child(self, name: str) -> Shape | None:
+        """The field `name`, or None where none of that name is declared."""
+        schema = self.schema
+        while "$ref" in schema:
+            target: Any = self.root
+            for step in str(schema["$ref"]).removeprefix("#/").split("/"):
+                target = target[step.replace("~1", "/").replace("~0", "~")]
+            schema = target
+        found = schema.get("properties", {}).get(name)
+        return Shape(found, self.root) if isinstance(found, Mapping) else None
+
+
+@dataclass(frozen=True, slots=True)
+class OutputType:
+    """How a generated text becomes a value: its form in the graph, its constraint, and the last step in Python."""
+
+    wire: Wire = "str"
+    constraint: Constraint | None = None
+    convert: Callable[[Any], Any] = field(default=lambda value: value)  # JSON value -> value of the type
+    from_event: Callable[[NodeEvent], Any] | None = None  # in its place: what took more than the value to make
+    shape: Shape | None = None
+    stop: tuple[str, ...] = ()  # ends the text, beside what the program says
+    max_tokens: int | None = None  # where the program says nothing
+
+
+class Selected(str):
+    """A selected choice that knows how likely each was: `probs`, choice -> probability."""
+
+    probs: dict[str, float]
+
+
+def _selected(event: NodeEvent) -> Selected:
+    found, meta = Selected(event.value), event.meta or {}
+    found.probs = dict(zip(meta.get("choices", ()), meta.get("probs", ()), strict=True))
+    return found
+
+
+TEXT = OutputType()
+SELECTED = OutputType(from_event=_selected)
+
+
+def output_type(kind: object) -> OutputType:
+    """Return how values of `kind` are generated. Raises InvalidRequest for what isn't a type or a JSON schema."""
+    if kind is None or kind is str:
+        return TEXT
+    if kind is int:
+        return OutputType("int", Constraint("regex", _INT + _AFTER_INT), stop=(".", *_ENDS), max_tokens=20)
+    if kind is float:
+        pattern = _INT + r"(?:\.[0-9]{1,15})?" + _AFTER_FLOAT
+        return OutputType("float", Constraint("regex", pattern), stop=(". ", ".\n", *_ENDS), max_tokens=36)
+    if kind is bool:
+        return OutputType("bool", choice(["true", "false"]))
+    if isinstance(kind, Mapping):
+        return OutputType("json", json_schema(kind), shape=Shape(kind, kind))
+    if get_origin(kind) is Literal:
+        return _one_of({_plain(value): value for value in get_args(kind)})
+    if isinstance(kind, type) and issubclass(kind, enum.Enum):
+        return _one_of({_plain(member.value): member for member in kind})
+    if kind is datetime.datetime:
+        return OutputType("str", Constraint("regex", _DATE + "T" + _TIME), datetime.datetime.fromisoformat)
+    if kind is datetime.date:
+        return OutputType("str", Constraint("regex", _DATE), datetime.date.fromisoformat)
+    if kind is datetime.time:
+        return OutputType("str", Constraint("regex", _TIME), datetime.time.fromisoformat)
+    return _by_pydantic(kind)
+
+
+def choice(texts: list[str]) -> Constraint:
+    """One of these texts."""
+    return Constraint("choice", json.dumps(texts, ensure_ascii=False))
+
+
+def json_schema(schema: Mapping[str, Any]) -> Constraint:
+    """JSON that fits the schema. Fields are written in the schema's order."""
+    try:
+        return Constraint("json_schema", json.dumps(schema, ensure_ascii=False))
+    except (TypeError, ValueError) as error:
+        raise InvalidRequest(f"the JSON schema is not JSON: {error}", param="json_schema") from error
+
+
+def _one_of(values: Mapping[str, Any]) -> OutputType:
+    if not values:
+        raise InvalidRequest("the type has no values to choose from", param="type")
+    return OutputType("str", choice(list(values)), values.__getitem__)
+
+
+def _plain(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _by_pydantic(kind: object) -> OutputType:
+    from pydantic import TypeAdapter
+
+    from ramet.grammar.service.python_types import readable, schema_of
+
+    is_class = isinstance(kind, type) or get_origin(kind) is not None or typing.is_typeddict(kind)
+    if not is_class:
+        raise InvalidRequest(f"type is {kind!r}, but must be a type or a JSON schema dict", param="type")
+    try:
+        schema = schema_of(kind)
+    except InvalidSchema as error:
+        raise InvalidRequest(str(error), param="type") from error
+    adapter: TypeAdapter[Any] = TypeAdapter(readable(kind))
+    return OutputType(
+        "json",
+        json_schema(schema),
+        lambda value: adapter.validate_json(json.dumps(value)),
+        shape=Shape(schema, schema),
+    )

@@ -1,0 +1,1 @@
+"""The `ramet` command: one module a subcommand."""

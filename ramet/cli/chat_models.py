@@ -1,0 +1,251 @@
+"""What `ramet chat` and `ramet bench` talk to: a model in this process, or a server's OpenAI API.
+
+Both say how many tokens were cached. Not here: what is shown of it (`chat`, `bench`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ramet.errors import ConfigError, EngineStopped, InvalidRequest
+
+if TYPE_CHECKING:
+    import httpx
+
+    from ramet.runtime.engine.engine import Engine
+
+Json = dict[str, Any]  # Any: JSON
+Pieces = Generator[tuple[str, str], None, None]  # (reasoning, text) as they come; closing it aborts the request
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How answers are drawn."""
+
+    max_tokens: int = 1024
+    temperature: float = 0.7
+    top_p: float = 0.95
+    seed: int | None = None
+
+
+@dataclass(slots=True)
+class Reply:
+    """One answer while it comes and when it is there. Times in seconds; token counts None where nobody says them."""
+
+    text: str = ""
+    reasoning: str = ""
+    finish_reason: str | None = None
+    prompt_tokens: int | None = None
+    cached_tokens: int | None = None
+    completion_tokens: int | None = None
+    started_s: float = field(default_factory=time.monotonic)
+    first_s: float | None = None  # from the start to the first token
+    total_s: float = 0.0
+    arrivals_s: list[float] = field(default_factory=list)  # since the start, one for each increment
+
+    def note(self) -> None:
+        """Something has come."""
+        self.total_s = time.monotonic() - self.started_s
+        self.arrivals_s.append(self.total_s)
+        if self.first_s is None:
+            self.first_s = self.total_s
+
+
+class ChatModel(Protocol):
+    """`chat` and `complete` fill `reply` while its pieces are taken."""
+
+    name: str
+
+    def chat(self, messages: Sequence[Json], settings: Settings, reply: Reply) -> Pieces: ...
+
+    def complete(self, prompt: str, settings: Settings, reply: Reply) -> Pieces: ...
+
+    def close(self) -> None: ...
+
+
+class LocalModel:
+    """A model in this process. An answer's tokens are kept, so that the next turn computes only what is new."""
+
+    def __init__(self, model: str | None, config: Json, on_stage: Callable[[str], None] | None = None) -> None:
+        from ramet.runtime.engine.engine import Engine
+        from ramet.runtime.server.openai.conversations import Conversations
+
+        self._engine: Engine = Engine(model, on_stage=on_stage, **config)
+        self._conversations = Conversations(self._engine.tokenizer)
+        self.name = model or self._engine.model.name
+
+    def chat(self, messages: Sequence[Json], settings: Settings, reply: Reply) -> Pieces:
+        from ramet.runtime.server.openai.reasoning import ReasoningSplitter, position_after
+
+        prompt = self._conversations.prompt(list(messages))
+        splitter = ReasoningSplitter(position_after(prompt.end))
+        stops = self._engine.chat_template.stop_strings
+        ids: list[int] = []
+        with contextlib.closing(self._stream(prompt.ids, settings, reply, ids, stops)) as pieces:
+            for piece in pieces:
+                yield self._said(reply, *splitter.push(piece))
+        yield self._said(reply, *splitter.finish())
+        if reply.finish_reason == "stop":
+            self._conversations.remember(prompt, {"role": "assistant", "content": reply.text}, ids)
+
+    def complete(self, prompt: str, settings: Settings, reply: Reply) -> Pieces:
+        ids = self._engine.tokenizer.encode(prompt, add_special=True)
+        with contextlib.closing(self._stream(ids, settings, reply, [], ())) as pieces:
+            for piece in pieces:
+                yield self._said(reply, "", piece)
+
+    def _said(self, reply: Reply, reasoning: str, text: str) -> tuple[str, str]:
+        reply.reasoning += reasoning
+        reply.text += text
+        return reasoning, text
+
+    def _stream(
+        self, prompt_ids: list[int], settings: Settings, reply: Reply, ids: list[int], stops: tuple[str, ...]
+    ) -> Generator[str, None, None]:
+        from ramet.runtime.types import SamplingParams
+
+        room = self._engine.context_length - len(prompt_ids)
+        sampling = SamplingParams(
+            max_tokens=max(1, min(settings.max_tokens, room)),
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            seed=settings.seed,
+            stop=stops,
+        )
+        handle = self._engine.submit(prompt_ids, sampling)
+        try:
+            for output in handle:
+                reply.note()
+                ids += output.token_ids
+                reply.prompt_tokens = output.usage.prompt_tokens
+                reply.cached_tokens = output.usage.cached_tokens
+                reply.completion_tokens = output.usage.completion_tokens
+                reply.finish_reason = None if output.finish_reason is None else output.finish_reason.value
+                yield output.text
+        finally:
+            if reply.finish_reason is None:
+                handle.cancel()
+
+    def close(self) -> None:
+        self._engine.shutdown()
+
+
+class RemoteModel:
+    """A server's OpenAI API. Raises ConfigError where there is none at `url`."""
+
+    def __init__(self, url: str, model: str | None, api_key: str | None) -> None:
+        try:
+            import httpx
+        except ImportError as error:
+            raise ConfigError("talking to a server needs httpx: pip install 'ramet[server]'") from error
+        if not url.startswith(("http://", "https://")):
+            raise ConfigError(f"--url is {url!r}, but must be an http:// address")
+        base = url.rstrip("/")
+        headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+        self._http = httpx.Client(
+            base_url=base if base.endswith("/v1") else f"{base}/v1",
+            headers=headers,
+            timeout=httpx.Timeout(600, connect=5),
+            limits=httpx.Limits(max_connections=None),
+        )
+        try:
+            answer = self._http.get("/models")
+        except httpx.TransportError as error:
+            self._http.close()
+            raise ConfigError(f"no server answers at {url}: {error}; is `ramet serve` running?") from error
+        if answer.status_code != 200:
+            self._http.close()
+            raise ConfigError(f"{url} answers {answer.status_code}: {_message(answer.content)}")
+        self.name = model or str(answer.json()["data"][0]["id"])
+
+    def chat(self, messages: Sequence[Json], settings: Settings, reply: Reply) -> Pieces:
+        body = {"messages": list(messages), **self._fields(settings)}
+        for chunk in self._chunks("/chat/completions", body, reply):
+            for choice in chunk["choices"]:
+                reasoning = choice["delta"].get("reasoning_content") or ""
+                text = choice["delta"].get("content") or ""
+                reply.finish_reason = choice.get("finish_reason") or reply.finish_reason
+                if reasoning or text:
+                    reply.note()
+                    reply.reasoning += reasoning
+                    reply.text += text
+                    yield reasoning, text
+
+    def complete(self, prompt: str, settings: Settings, reply: Reply) -> Pieces:
+        for chunk in self._chunks("/completions", {"prompt": prompt, **self._fields(settings)}, reply):
+            for choice in chunk["choices"]:
+                reply.finish_reason = choice.get("finish_reason") or reply.finish_reason
+                reply.note()
+                reply.text += choice["text"]
+                yield "", choice["text"]
+
+    def _fields(self, settings: Settings) -> Json:
+        fields: Json = {
+            "model": self.name,
+            "max_tokens": settings.max_tokens,
+            "temperature": settings.temperature,
+            "top_p": settings.top_p,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        return fields if settings.seed is None else {**fields, "seed": settings.seed}
+
+    def _chunks(self, path: str, body: Json, reply: Reply) -> Iterator[Json]:
+        import httpx
+
+        try:
+            with self._http.stream("POST", path, json=body) as answer:
+                if answer.status_code != 200:
+                    raise InvalidRequest(f"the server answers {answer.status_code}: {_message(answer.read())}")
+                for chunk in _events(answer):
+                    usage = chunk.get("usage")
+                    if usage:
+                        reply.prompt_tokens = usage["prompt_tokens"]
+                        reply.completion_tokens = usage["completion_tokens"]
+                        reply.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
+                    yield chunk
+        except httpx.TransportError as error:
+            raise EngineStopped(f"the server is gone: {error or type(error).__name__}") from error
+
+    def close(self) -> None:
+        self._http.close()
+
+
+def _events(answer: httpx.Response) -> Iterator[Json]:
+    for line in answer.iter_lines():
+        if line.startswith("data: ") and line != "data: [DONE]":
+            chunk: Json = json.loads(line[len("data: ") :])
+            if "error" in chunk:
+                raise EngineStopped(str(chunk["error"].get("message", chunk["error"])))
+            yield chunk
+
+
+def _message(data: bytes) -> str:
+    """What an error's body says, or its beginning."""
+    try:
+        return str(json.loads(data)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return data[:200].decode("utf-8", "replace")
+
+
+def open_model(
+    model: str | None,
+    url: str | None,
+    api_key: str | None,
+    config: Json,
+    on_stage: Callable[[str], None] | None = None,
+) -> ChatModel:
+    """A server's model where there is a `url`, else one in this process.
+
+    config: fields of EngineConfig. on_stage: as in `Engine`.
+    """
+    if url is None:
+        return LocalModel(model, config, on_stage)
+    if config:
+        raise ConfigError(f"--{next(iter(config)).replace('_', '-')} is the server's affair; leave it out with --url")
+    return RemoteModel(url, model, api_key)

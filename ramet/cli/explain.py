@@ -1,0 +1,72 @@
+"""`ramet explain program.py`: what the programs of a file will cost, without running them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from ramet.cli.program import add_program, choose_program, from_json, given_arguments, load_file
+from ramet.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ramet.lang.passes.target import Target
+    from ramet.lang.program.function import Function
+
+
+def add_explain(parser: argparse.ArgumentParser) -> None:
+    add_program(parser)
+    parser.add_argument("--rows", help="a JSON list of rows: explain a batch")
+    parser.add_argument("--model", help="whose tokenizer and chat template (weights are not read); default: bytes")
+    parser.add_argument("--json", action="store_true", help="print plain data")
+    parser.add_argument("--draw", type=Path, metavar="FILE", help="draw the graph as well: .html, .svg or .mmd")
+
+
+def run_explain(arguments: argparse.Namespace) -> int:
+    """Print the explanation. Exit status 1 where the file, its program or the arguments are wrong."""
+    from ramet.lang.explain.explain import explain_program
+
+    names = load_file(arguments.file)
+    program = choose_program(names, arguments.program, arguments.file)
+    given = given_arguments(names, program, arguments)
+    rows = from_json(arguments.rows, "--rows") if arguments.rows else None
+    found = explain_program(program, (), {} if rows else given, rows=rows, target=_target(arguments.model))
+    if arguments.draw is not None:
+        _draw(program, given, _target(arguments.model), arguments.draw)
+    if arguments.json:
+        print(json.dumps(found.to_dict(), indent=2, ensure_ascii=False))
+    else:
+        Console(highlight=False).print(found)
+    return 0
+
+
+def _draw(program: Function, given: dict[str, Any], target: Target, path: Path) -> None:  # Any: the program's own
+    from ramet.lang.explain.drawing import draw_program
+
+    try:
+        draw_program(program, given, target=target).save(path)
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _target(model: str | None) -> Target:
+    from ramet.lang.passes.target import TokenizerTarget
+
+    if model is None:
+        from ramet.runtime.testing.byte_tokenizer import ByteTokenizer
+
+        return TokenizerTarget(ByteTokenizer(), name="bytes")
+    from ramet.runtime.engine.config import EngineConfig
+    from ramet.runtime.models.catalog import resolve_model
+    from ramet.runtime.models.description import describe_model
+
+    described = describe_model(resolve_model(model))
+    return TokenizerTarget(
+        described.tokenizer,
+        name=model,
+        context_length=described.config.max_position_embeddings,
+        page_size=EngineConfig().page_size,
+    )

@@ -1,0 +1,147 @@
+"""The `ramet` command. One function for each subcommand: `add_<name>` declares its arguments, `run_<name>` does it.
+
+A new subcommand is one more line in `_COMMANDS`. Exit status: 0 done, 1 failed with a message, 2 wrong arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from typing import NoReturn
+
+from rich.console import Console
+
+from ramet.cli.bench import add_bench, run_bench
+from ramet.cli.chat import add_chat, run_chat
+from ramet.cli.completion import add_completion, completion_script
+from ramet.cli.doctor import add_doctor, run_doctor
+from ramet.cli.explain import add_explain, run_explain
+from ramet.cli.grammar import add_grammar, run_grammar
+from ramet.cli.run import add_run, run_run
+from ramet.cli.serve import add_serve, run_serve
+from ramet.errors import RametError
+from ramet.runtime.engine.openmp_waits import limit_spinning
+
+Arguments = argparse.Namespace
+_LONGEST_USAGE = 6  # lines
+
+
+@dataclass(frozen=True, slots=True)
+class _Command:
+    name: str
+    summary: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[Arguments], int]
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong where it can be seen: a usage of dozens of flags is left to --help."""
+
+    def error(self, message: str) -> NoReturn:
+        usage = self.format_usage()
+        if usage.count("\n") > _LONGEST_USAGE:
+            usage = ""
+        self.exit(2, f"{usage}{self.prog}: error: {message}\n`{self.prog} --help` lists what it takes\n")
+
+    def refuse(self, unknown: Sequence[str]) -> NoReturn:
+        """End because of arguments that nothing takes, with the flags that may have been meant."""
+        meant = [
+            name
+            for word in unknown
+            if word.startswith("-")
+            for name in difflib.get_close_matches(word.split("=")[0], self._option_string_actions, 1)
+        ]
+        hint = f"; did you mean {' '.join(meant)}?" if meant else ""
+        self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit status."""
+    parser = make_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and hasattr(arguments, "instances") and not any(r.startswith("-") for r in rest):
+        arguments.instances += rest  # argparse stops at an option between the arguments of one list
+    elif rest:
+        arguments.parser.refuse(rest)
+    limit_spinning(os.environ)
+    try:
+        status: int = arguments.run(arguments)
+        sys.stdout.flush()  # whoever read it may have left, which is to be noticed here
+    except RametError as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter's last flush goes there
+        return 1
+    return status
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line."""
+    parser = _Parser(prog="ramet", description="Run LLM programs that share their prefixes.")
+    parser.add_argument("--version", action="version", version=f"ramet {_version()}")
+    commands = parser.add_subparsers(dest="command", metavar="command", required=True)
+    for command in _COMMANDS:
+        sub = commands.add_parser(command.name, help=command.summary, description=command.summary)
+        command.add_arguments(sub)
+        sub.set_defaults(run=command.run, parser=sub)
+    return parser
+
+
+# ---- pull ----
+
+
+def add_pull(parser: argparse.ArgumentParser) -> None:
+    from ramet.runtime.models.catalog import CATALOG, DEFAULT_MODEL
+
+    names = "; ".join(f"{model.name}: {model.title}, {model.num_bytes / 1e6:.0f} MB" for model in CATALOG.values())
+    parser.add_argument("name", nargs="?", default=DEFAULT_MODEL, help=f"a catalogue name or a hub id ({names})")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar; print the path alone")
+
+
+def run_pull(arguments: Arguments) -> int:
+    """Fetch a model into the cache and print its path on stdout."""
+    from ramet.runtime.models.catalog import CATALOG, pull, resolve_model
+
+    if arguments.name in CATALOG:
+        path = pull(arguments.name, show_progress=not arguments.quiet)
+    else:
+        path = resolve_model(arguments.name)
+    print(path)
+    return 0
+
+
+# ---- completion ----
+
+
+def run_completion(arguments: Arguments) -> int:
+    """Print a shell's completion script."""
+    print(completion_script(arguments.shell, make_parser()), end="")
+    return 0
+
+
+def _version() -> str:
+    try:
+        return metadata.version("ramet")
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+_COMMANDS: tuple[_Command, ...] = (
+    _Command("pull", "Fetch a model into the cache.", add_pull, run_pull),
+    _Command("serve", "Serve a model over HTTP.", add_serve, run_serve),
+    _Command("chat", "Talk with a model.", add_chat, run_chat),
+    _Command("bench", "Measure a server or a model.", add_bench, run_bench),
+    _Command("grammar", "Check what a schema or grammar enforces.", add_grammar, run_grammar),
+    _Command("run", "Run a program of a Python file.", add_run, run_run),
+    _Command("explain", "Show what a program will cost.", add_explain, run_explain),
+    _Command("doctor", "Show what Ramet finds on this machine.", add_doctor, run_doctor),
+    _Command("completion", "Print a shell's completion script.", add_completion, run_completion),
+)

@@ -1,0 +1,85 @@
+"""Which cached pages go first: the rank of a node, and a queue that finds the lowest rank in O(log n).
+
+Not here: what may be evicted (unlocked leaves, the radix cache knows) and what eviction does to the tree.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ramet.runtime.cache.radix_cache import RadixNode
+
+# Any: a rank is whatever orders: a number or a tuple of numbers. The lowest is evicted first.
+Rank = Any
+RankFunction = Callable[["RadixNode"], Rank]
+
+
+def next_use_rank(node: RadixNode) -> Rank:
+    """Dead first, then the farthest next use (unknown counts as farthest), then the least recently used.
+
+    With every next use known this is the optimal order. Source: Belady 1966, "A study of replacement algorithms for a
+    virtual-storage computer".
+    """
+    return (not node.is_dead, -node.next_use, node.last_used)
+
+
+def lru_rank(node: RadixNode) -> Rank:
+    """The least recently used first."""
+    return node.last_used
+
+
+class EvictionQueue:
+    """Candidates for eviction by rank.
+
+    A node has at most one valid entry. Entries are lazy: a use raises a node's rank and its entry is corrected when
+    it comes up; whatever may lower a rank (`mark_dead`, a later next use) must `push` again. A locked or inner node
+    may stay in the queue: `pop` drops it, and whoever makes it evictable again pushes it.
+    """
+
+    def __init__(self, rank: RankFunction = next_use_rank) -> None:
+        self._rank = rank
+        self._heap: list[tuple[Rank, int, RadixNode]] = []
+        self._num_pushed = 0
+        self._num_valid = 0
+
+    def __len__(self) -> int:
+        return self._num_valid
+
+    def push(self, node: RadixNode, *, again: bool = False) -> None:
+        """Make `node` a candidate; with `again` also where it is one already (its rank may have fallen)."""
+        if node.eviction_entry:
+            if not again:
+                return
+            self._num_valid -= 1
+        self._num_pushed += 1
+        self._num_valid += 1
+        node.eviction_entry = self._num_pushed
+        heapq.heappush(self._heap, (self._rank(node), self._num_pushed, node))
+        if len(self._heap) > 2 * self._num_valid + 64:
+            self._heap = [entry for entry in self._heap if entry[2].eviction_entry == entry[1]]
+            heapq.heapify(self._heap)
+
+    def discard(self, node: RadixNode) -> None:
+        """Forget `node`, which left the tree."""
+        if node.eviction_entry:
+            node.eviction_entry = 0
+            self._num_valid -= 1
+
+    def pop(self) -> RadixNode | None:
+        """Take the evictable node of lowest rank out of the queue; None where there is none. O(log n) amortised."""
+        while self._heap:
+            rank, entry, node = heapq.heappop(self._heap)
+            if node.eviction_entry != entry:
+                continue
+            node.eviction_entry = 0
+            self._num_valid -= 1
+            if not node.is_evictable:
+                continue
+            if self._rank(node) > rank:
+                self.push(node)
+                continue
+            return node
+        return None

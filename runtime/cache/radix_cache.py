@@ -1,0 +1,480 @@
+"""The radix tree of cached prefixes: the single owner of every cached page. numpy only, no torch.
+
+Matching is by token, storage by page. Every node is a run of tokens that starts at a page border:
+
+    inner node or leaf   a whole number of pages
+    tail (a leaf)        fewer than P tokens in one page; lookups copy from it, nobody shares it
+
+so siblings differ somewhere in their first P tokens. A child whose whole first page matches is found by one dict
+lookup. The child with the longest common part of a page is a neighbour in the sorted list of siblings' first pages.
+With 10,000 siblings the first costs O(1), the second O(log n).
+
+`refs` of a node counts the locks on it and its children that are locked: locking costs O(1) under a locked node.
+
+Not here: sequences, and pages that they own (`scheduler`); which leaf is evicted first (`eviction`).
+Source: RadixAttention, Zheng et al. 2024 (arXiv:2312.07104), section 3.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from ramet.runtime.cache.eviction import EvictionQueue, RankFunction, next_use_rank
+from ramet.runtime.cache.integrity import check_cache
+from ramet.runtime.cache.page_pool import PagePool
+from ramet.runtime.types import TokenIds
+
+_NO_TOKENS: TokenIds = np.empty(0, dtype=np.int32)
+
+
+class RadixNode:
+    """A run of tokens [start, end) of every path through it. Owner: the cache; others hold it and read.
+
+    A locked node keeps its identity and its `end` (a split makes a new parent for the upper part), but an insertion
+    by its only locker may move `end` forward.
+    """
+
+    __slots__ = (
+        "children",
+        "eviction_entry",
+        "is_dead",
+        "key",
+        "keys",
+        "last_used",
+        "next_use",
+        "page_ids",
+        "parent",
+        "refs",
+        "start",
+        "tokens",
+    )
+
+    def __init__(self, parent: RadixNode | None, key: bytes, start: int, tokens: TokenIds, page_ids: list[int]) -> None:
+        self.parent = parent
+        self.key = key  # the first page's tokens, as bytes; of a root: the cache salt
+        self.start = start  # tokens from the root, a multiple of the page size
+        self.tokens = tokens
+        self.page_ids = page_ids
+        self.children: dict[bytes, RadixNode] = {}
+        self.keys: list[bytes] = []  # of the children, sorted
+        self.refs = 0
+        self.last_used = 0
+        self.is_dead = False
+        self.next_use = math.inf
+        self.eviction_entry = 0
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.tokens)
+
+    @property
+    def is_evictable(self) -> bool:
+        """True for an unlocked leaf."""
+        return not self.refs and not self.children and self.parent is not None
+
+    def path(self) -> list[RadixNode]:
+        """Nodes from below the root down to this one."""
+        nodes = []
+        node: RadixNode = self
+        while node.parent is not None:
+            nodes.append(node)
+            node = node.parent
+        return nodes[::-1]
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixMatch:
+    """The longest cached prefix: `num_tokens` tokens in the whole pages `page_ids`, which end where `node` ends.
+
+    `num_tail_tokens` more lie at the start of page `tail_page` (None: no more): a part of a page can be copied, not
+    shared. May be used only until the next eviction, unless `node` is locked; the tail page is never kept by a lock.
+    """
+
+    node: RadixNode
+    page_ids: list[int]
+    num_tokens: int
+    tail_page: int | None
+    num_tail_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Insertion:
+    """`page_ids`: the tree's pages of the inserted tokens, one for one with those given; `node` ends where they end.
+
+    `duplicates`: those of the given pages that the tree does not need, because it has their tokens already. They stay
+    the caller's. A tail that is a duplicate has no page in `page_ids`, and `node` is the one that it would hang from.
+    """
+
+    node: RadixNode
+    page_ids: list[int]
+    duplicates: list[int]
+
+
+class RadixCache:
+    """Cached pages of all namespaces. Not thread-safe: the engine's thread owns it."""
+
+    def __init__(self, pool: PagePool, rank: RankFunction = next_use_rank) -> None:
+        self.pool = pool
+        self.num_cached_pages = 0
+        self.num_evictable_pages = 0  # pages of unlocked nodes
+        self.num_evicted_pages = 0  # counter
+        self._page_size = pool.page_size
+        self._roots: dict[bytes, RadixNode] = {}
+        self._queue = EvictionQueue(rank)
+        self._now = 0
+
+    # --- lookup
+
+    def match(self, tokens: TokenIds, cache_salt: str = "") -> PrefixMatch:
+        """Find the longest cached prefix of `tokens`; it counts as used. May split a node. O(len(tokens))."""
+        self._now += 1
+        node = self._root(cache_salt)
+        page_ids: list[int] = []
+        position, child, num_same = 0, None, 0
+        while True:
+            node.last_used = self._now
+            node.is_dead = False
+            child, num_same = self._descend(node, tokens[position:])
+            if child is None or num_same < len(child.tokens) or len(child.tokens) % self._page_size:
+                break
+            node = child
+            page_ids += node.page_ids
+            position += num_same
+        if child is None:
+            return PrefixMatch(node, page_ids, position, None, 0)
+        child.last_used = self._now
+        num_pages, num_tail = divmod(num_same, self._page_size)
+        tail_page = child.page_ids[num_pages] if num_tail else None
+        if num_pages:
+            node = self._split(child, num_pages)
+            node.is_dead = False
+            page_ids += node.page_ids
+            position += num_pages * self._page_size
+        return PrefixMatch(node, page_ids, position, tail_page, num_tail)
+
+    def match_length(self, tokens: TokenIds, cache_salt: str = "") -> int:
+        """Return how many tokens `match` would find (tail included). Changes nothing."""
+        node = self._roots.get(cache_salt.encode())
+        position = 0
+        while node is not None:
+            child, num_same = self._descend(node, tokens[position:])
+            if child is None:
+                break
+            position += num_same
+            if num_same < len(child.tokens) or len(child.tokens) % self._page_size:
+                break
+            node = child
+        return position
+
+    def _descend(self, node: RadixNode, tokens: TokenIds) -> tuple[RadixNode | None, int]:
+        """Find the child of `node` that shares most of `tokens`, and how many tokens that is (0: None)."""
+        if not node.keys or not len(tokens):
+            return None, 0
+        key = tokens[: self._page_size].tobytes()
+        child = node.children.get(key)
+        if child is not None:
+            return child, _num_common(child.tokens, tokens)
+        child, best = None, 0
+        place = bisect_left(node.keys, key)
+        for neighbour in node.keys[max(place - 1, 0) : place + 1]:
+            num_same = _num_common_bytes(neighbour, key)
+            if num_same > best:
+                child, best = node.children[neighbour], num_same
+        return child, best
+
+    # --- locks
+
+    def root(self, cache_salt: str = "") -> RadixNode:
+        """Return the root of a namespace; it stays while it is locked or has children."""
+        return self._root(cache_salt)
+
+    def lock(self, node: RadixNode) -> None:
+        """Keep `node` and its ancestors from eviction until `unlock`."""
+        node.refs += 1
+        current: RadixNode | None = node
+        while current is not None and current.refs == 1:
+            self.num_evictable_pages -= len(current.page_ids)
+            current = current.parent
+            if current is not None:
+                current.refs += 1
+
+    def unlock(self, node: RadixNode) -> None:
+        """Take back one `lock`. Counts as a use of the whole path."""
+        assert node.refs > 0, "unlocked more often than locked"
+        self._now += 1
+        node.last_used = self._now
+        current: RadixNode | None = node
+        while current is not None:
+            current.refs -= 1
+            if current.refs:
+                break
+            self.num_evictable_pages += len(current.page_ids)
+            current = current.parent
+        self._settle(node)
+
+    # --- insertion
+
+    def insert(self, node: RadixNode, tokens: TokenIds, page_ids: list[int]) -> Insertion:
+        """Add `tokens`, which follow the end of `node`, with their pages; the tree owns those that it lacked.
+
+        `node` is locked by the caller, and no tail (`retake_tail` first). The last page may be partial: it becomes a
+        tail. Returns the tree's pages for all of them; the caller still owns the `duplicates`. O(len(tokens)).
+        """
+        size = self._page_size
+        assert len(node.tokens) % size == 0, "nothing can follow a tail"
+        assert len(page_ids) == -(-len(tokens) // size), (len(page_ids), len(tokens))
+        self._now += 1
+        own: list[int] = []
+        duplicates: list[int] = []
+        num_whole = len(tokens) // size * size
+        given_node = node
+        position = 0
+        while position < num_whole:
+            node.last_used = self._now
+            child = node.children.get(tokens[position : position + size].tobytes())
+            if child is None:
+                new_pages = page_ids[position // size : num_whole // size]
+                node = self._append(node, tokens[position:num_whole], new_pages, in_place=node is given_node)
+                own += new_pages
+                break
+            num_pages = _num_common(child.tokens, tokens[position:num_whole]) // size
+            node = self._split(child, num_pages)
+            given = page_ids[position // size : position // size + num_pages]
+            duplicates += [page for page, kept in zip(given, node.page_ids, strict=True) if page != kept]
+            own += node.page_ids
+            position += num_pages * size
+        node.last_used = self._now
+        if num_whole < len(tokens):
+            tail = self._add_tail(node, tokens[num_whole:], page_ids[-1])
+            if tail is None:
+                duplicates.append(page_ids[-1])
+            else:
+                node = tail
+                own.append(page_ids[-1])
+        return Insertion(node, own, duplicates)
+
+    def share(self, node: RadixNode, tokens: TokenIds, page_ids: list[int]) -> RadixNode | None:
+        """Add what a running sequence has computed after `node`, and move its lock from there to the end of it.
+
+        The sequence keeps using exactly the given pages, so nothing is inserted (None) where the tree has other pages
+        for their beginning. A partial last page becomes a tail that its sequence goes on writing behind these tokens;
+        `retake_tail` takes it back.
+        """
+        size = self._page_size
+        if len(tokens) >= size and tokens[:size].tobytes() in node.children:
+            return None
+        inserted = self.insert(node, tokens, page_ids)
+        if inserted.node is not node:
+            self.lock(inserted.node)
+            self.unlock(node)
+        return inserted.node
+
+    def retake_tail(self, node: RadixNode) -> RadixNode:
+        """Take a tail out of the tree: its page is the caller's again, and so is its one lock, now on the parent."""
+        assert len(node.tokens) % self._page_size
+        assert node.refs == 1
+        assert node.parent is not None
+        parent = node.parent
+        self._remove(node)
+        return parent
+
+    def _append(self, node: RadixNode, tokens: TokenIds, page_ids: list[int], *, in_place: bool) -> RadixNode:
+        """Put new whole pages under `node`, into it where `in_place` and nobody else is at its end."""
+        if in_place and node.parent is not None and not node.children and node.refs <= 1:
+            node.tokens = np.concatenate([node.tokens, tokens])
+            node.page_ids = node.page_ids + page_ids
+            self.num_cached_pages += len(page_ids)
+            if not node.refs:
+                self.num_evictable_pages += len(page_ids)
+            return node
+        return self._add_child(node, tokens.copy(), page_ids)
+
+    def _add_tail(self, node: RadixNode, tokens: TokenIds, page: int) -> RadixNode | None:
+        """Hang a partial page under `node`; None where the tree has its tokens already."""
+        _, num_same = self._descend(node, tokens)
+        return None if num_same == len(tokens) else self._add_child(node, tokens.copy(), [page])
+
+    def _add_child(self, parent: RadixNode, tokens: TokenIds, page_ids: list[int]) -> RadixNode:
+        node = RadixNode(parent, tokens[: self._page_size].tobytes(), parent.end, tokens, page_ids)
+        node.last_used = self._now
+        self.num_cached_pages += len(page_ids)
+        self.num_evictable_pages += len(page_ids)
+        place = bisect_left(parent.keys, node.key)
+        before = parent.children[parent.keys[place - 1]] if place else None
+        parent.keys.insert(place, node.key)
+        parent.children[node.key] = node
+        if before is not None and not before.refs and node.key.startswith(before.key):
+            self._remove(before)  # a tail that the new node repeats
+            self.pool.free(before.page_ids)
+        self._queue.push(node)
+        return node
+
+    def _split(self, node: RadixNode, num_pages: int) -> RadixNode:
+        """Return the node of the first `num_pages` pages of `node`: a new parent of it, unless they are all it has."""
+        if num_pages == len(node.page_ids):
+            return node
+        assert 0 < num_pages < len(node.page_ids)
+        assert node.parent is not None
+        border = num_pages * self._page_size
+        upper = RadixNode(node.parent, node.key, node.start, node.tokens[:border], node.page_ids[:num_pages])
+        upper.last_used, upper.is_dead, upper.next_use = node.last_used, node.is_dead, node.next_use
+        upper.refs = int(node.refs > 0)
+        node.parent.children[node.key] = upper
+        node.parent = upper
+        node.start += border
+        node.tokens = node.tokens[border:]
+        node.page_ids = node.page_ids[num_pages:]
+        node.key = node.tokens[: self._page_size].tobytes()
+        upper.children[node.key] = node
+        upper.keys.append(node.key)
+        return upper
+
+    def _remove(self, node: RadixNode) -> None:
+        """Unlink a leaf; its pages are the caller's to free or keep."""
+        parent = node.parent
+        assert parent is not None
+        assert not node.children
+        self.num_cached_pages -= len(node.page_ids)
+        if not node.refs:
+            self.num_evictable_pages -= len(node.page_ids)
+        del parent.children[node.key]
+        del parent.keys[bisect_left(parent.keys, node.key)]
+        self._queue.discard(node)
+        node.parent = None
+        parent.last_used = max(parent.last_used, node.last_used)  # every use of a node used its whole path
+
+    def _settle(self, node: RadixNode) -> None:
+        """Offer a node that may have become an unlocked leaf for eviction; drop an empty namespace."""
+        if node.refs or node.children:
+            return
+        if node.parent is not None:
+            self._queue.push(node)
+        elif self._roots.get(node.key) is node:
+            del self._roots[node.key]
+
+    def _root(self, cache_salt: str) -> RadixNode:
+        key = cache_salt.encode()
+        node = self._roots.get(key)
+        if node is None:
+            node = self._roots[key] = RadixNode(None, key, 0, _NO_TOKENS, [])
+        return node
+
+    # --- eviction
+
+    def allocate(self, count: int) -> list[int] | None:
+        """Take `count` pages from the pool, evicting what that needs; None (and nothing evicted) where it cannot be."""
+        missing = count - self.pool.num_free
+        if missing > 0:
+            if missing > self.num_evictable_pages:
+                return None
+            self.evict(missing)
+        return self.pool.allocate(count)
+
+    def evict(self, num_pages: int) -> int:
+        """Free up to `num_pages` pages of unlocked nodes, from the end of the leaf of lowest rank. Returns how many."""
+        num_freed = 0
+        while num_freed < num_pages:
+            node = self._queue.pop()
+            if node is None:
+                break
+            count = min(num_pages - num_freed, len(node.page_ids))
+            num_freed += count
+            page_ids = node.page_ids[-count:]
+            parent = node.parent
+            assert parent is not None
+            if count == len(node.page_ids):
+                self._remove(node)
+                self._settle(parent)
+            else:
+                node.page_ids = node.page_ids[:-count]
+                node.tokens = node.tokens[: len(node.page_ids) * self._page_size]
+                self.num_cached_pages -= count
+                self.num_evictable_pages -= count
+                self._queue.push(node)
+            self.pool.free(page_ids)
+        self.num_evicted_pages += num_freed
+        return num_freed
+
+    def flush(self) -> int:
+        """Free every unlocked page. Returns how many."""
+        return self.evict(self.num_evictable_pages)
+
+    def mark_dead(self, tokens: TokenIds, cache_salt: str = "", num_live: int = 0) -> int:
+        """Say that nobody will read `tokens[num_live:]` again: what only this path uses of it is evicted first.
+
+        A later match revives it. Returns the number of pages marked. O(len(tokens)).
+        """
+        num_marked = 0
+        for node in reversed(self._nodes_of(tokens, cache_salt)):
+            if node.start < num_live or any(not child.is_dead for child in node.children.values()):
+                break
+            node.is_dead = True
+            num_marked += len(node.page_ids)
+            if node.is_evictable:
+                self._queue.push(node, again=True)
+        return num_marked
+
+    def set_next_use(self, tokens: TokenIds, next_use: float, cache_salt: str = "") -> int:
+        """Say when `tokens` will be read next, in the caller's own steady unit (steps, seconds); inf: unknown.
+
+        Returns the number of pages that this concerns. O(len(tokens)).
+        """
+        num_pages = 0
+        for node in self._nodes_of(tokens, cache_salt):
+            node.next_use = next_use
+            num_pages += len(node.page_ids)
+            if node.is_evictable:
+                self._queue.push(node, again=True)
+        return num_pages
+
+    def _nodes_of(self, tokens: TokenIds, cache_salt: str) -> list[RadixNode]:
+        """Nodes, top down, whose whole run is part of the path `tokens`."""
+        nodes: list[RadixNode] = []
+        node = self._roots.get(cache_salt.encode())
+        position = 0
+        while node is not None:
+            child, num_same = self._descend(node, tokens[position:])
+            if child is None or num_same < len(child.tokens):
+                break
+            nodes.append(child)
+            position += num_same
+            node = child
+        return nodes
+
+    # --- integrity
+
+    def nodes(self) -> Iterator[RadixNode]:
+        """Every node but the roots."""
+        stack = list(self._roots.values())
+        while stack:
+            node = stack.pop()
+            if node.parent is not None:
+                yield node
+            stack.extend(node.children.values())
+
+    def check_integrity(self, held: Iterable[list[int]] = ()) -> None:
+        """Check that every page is free, or owned by one node, or by one of the sequences that own `held`.
+
+        O(pages + nodes): for tests and for audits while idle.
+
+        Raises:
+            CacheIntegrityError: the first thing found wrong.
+        """
+        check_cache(self, held)
+
+
+def _num_common(a: TokenIds, b: TokenIds) -> int:
+    """Length of the common prefix of two token arrays."""
+    length = min(len(a), len(b))
+    different = a[:length] != b[:length]
+    index = int(different.argmax()) if length else 0
+    return index if length and different[index] else length
+
+
+def _num_common_bytes(a: bytes, b: bytes) -> int:
+    return _num_common(np.frombuffer(a, dtype=np.int32), np.frombuffer(b, dtype=np.int32))

@@ -1,0 +1,1 @@
+"""Grammars of running requests, on the host or on the device."""

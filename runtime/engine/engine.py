@@ -1,0 +1,450 @@
+"""`Engine`: the runtime in this process. One thread runs steps; callers submit from any thread or event loop.
+
+Tokens become text here, incrementally, and stop strings are found here. Not here: programs
+(programs/executor.py), HTTP.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from ramet.errors import EngineStopped, InvalidRequest, RametError, RequestCancelled
+from ramet.runtime.cache.probe import Difference, differences
+from ramet.runtime.engine.compiled_code import OnStage, prepare_compiled_code
+from ramet.runtime.engine.config import EngineConfig
+from ramet.runtime.engine.core import EngineCore, SequenceUpdate
+from ramet.runtime.engine.factory import build_core, load
+from ramet.runtime.engine.handle import RequestHandle, RequestResult
+from ramet.runtime.engine.validation import RequestBorder
+from ramet.runtime.models.load import LoadedModel
+from ramet.runtime.text.detokenizer import Detokenizer, StopStringScanner
+from ramet.runtime.types import (
+    FinishReason,
+    Grammar,
+    Request,
+    RequestOutput,
+    SamplingParams,
+    Sequence,
+    TokenIds,
+    Usage,
+)
+
+logger = logging.getLogger(__name__)
+
+OnOutput = Callable[[RequestOutput], None]
+
+
+@dataclass(slots=True, eq=False)
+class _Stream:
+    """One request on its way out. Owner: the engine's thread."""
+
+    request: Request
+    on_output: OnOutput
+    detokenizer: Detokenizer | None
+    scanner: StopStringScanner | None
+    submitted_s: float
+    num_reported: int = 0
+    first_token_s: float | None = None
+    num_cached: int | None = None
+
+
+class Engine:
+    """A model with its cache and scheduler, in this process.
+
+    `model`: a catalogue name, a directory, a .gguf file, a hub id, or a LoadedModel. `overrides` are fields of
+    EngineConfig. `on_stage` is told where starting takes long for another reason than usual (it compiles, once per
+    machine); without it, the log is. Use it as a context manager, or call `shutdown`.
+
+    Raises:
+        ModelError, ConfigError, OutOfMemory: the model or its cache cannot be made.
+    """
+
+    def __init__(
+        self,
+        model: str | LoadedModel | None = None,
+        config: EngineConfig | None = None,
+        *,
+        on_stage: OnStage | None = None,
+        **overrides: Any,  # fields of EngineConfig, which checks them
+    ) -> None:
+        config = (config or EngineConfig()).changed(overrides)
+        self.config = config
+        self.model = load(model, config)
+        prepare_compiled_code(self.model.decoder.device, on_stage)
+        self.tokenizer = self.model.tokenizer
+        self.chat_template = self.tokenizer.chat_template
+        self._core: EngineCore = build_core(self.model, config)
+        self.context_length = self._core.context_length
+        wanted = config.context_length or self.model.config.max_position_embeddings
+        self.device_grammars = self._core.runner.device_grammars  # for whoever compiles grammars; None: host masks
+        self._streams: dict[Sequence, _Stream] = {}
+        self._by_id: dict[str, Sequence] = {}
+        self._commands: deque[Callable[[], None]] = deque()
+        self._wake = threading.Condition()
+        self._is_stopping = False
+        self._failure: BaseException | None = None
+        self._border = RequestBorder(
+            self.tokenizer,
+            self.model.config.vocab_size,
+            self.context_length,
+            context_limit="--context-length" if self.context_length == wanted else "--num-kv-tokens",
+            default_max_tokens=config.default_max_tokens,
+            seed=config.seed,
+        )
+        if self.model.decoder.device.type == "cpu":
+            from ramet.kernels.cpu.threads import release_threads  # compiles CPU code: not needed for a GPU
+
+            release_threads()  # the engine's thread alone computes from here on
+        self._thread = threading.Thread(target=self._run, name="ramet-engine", daemon=True)
+        atexit.register(self.shutdown)  # a thread that the interpreter kills inside a step aborts the process
+        self._thread.start()
+
+    # -- callers' side -------------------------------------------------------------------------------------------
+
+    def submit(
+        self,
+        prompt: str | list[int] | TokenIds,
+        sampling: SamplingParams | None = None,
+        *,
+        grammar: Grammar | None = None,
+        cache_salt: str = "",
+        program_id: str | None = None,
+        priority: int = 0,
+        deadline_s: float | None = None,
+        score_from: int | None = None,
+        request_id: str | None = None,
+        on_output: OnOutput | None = None,
+        detokenize: bool = True,
+    ) -> RequestHandle:
+        """Queue a request; thread-safe, returns at once.
+
+        deadline_s: seconds from now. score_from: see Request. on_output: called on the engine's thread for every
+        increment, instead of collecting them in the handle. detokenize False: outputs have tokens and no text.
+
+        Raises:
+            InvalidRequest, ContextOverflow, EmptyPrompt, Overloaded, EngineStopped.
+        """
+        request = self._border.make(
+            prompt,
+            sampling or SamplingParams(),
+            grammar=grammar,
+            cache_salt=cache_salt,
+            program_id=program_id,
+            priority=priority,
+            deadline_s=deadline_s,
+            score_from=score_from,
+            request_id=request_id,
+        )
+        handle = RequestHandle(request.request_id, self.abort)
+        stops = request.sampling.stop
+        detokenizer = Detokenizer(self.tokenizer.token_bytes) if detokenize or stops else None
+        stream = _Stream(
+            request,
+            on_output or handle.push,
+            detokenizer,
+            StopStringScanner(stops) if stops else None,
+            request.arrival_s,
+        )
+        if threading.current_thread() is self._thread:
+            self._add(stream)
+        else:
+            self._send(lambda: self._add(stream))
+        return handle
+
+    def generate(
+        self, prompt: str | list[int], sampling: SamplingParams | None = None, **options: Any
+    ) -> RequestResult:
+        """Submit one request and wait for its result. `options` are those of `submit`."""
+        return self.submit(prompt, sampling, **options).result()
+
+    def abort(self, request_id: str) -> None:
+        """Abort a request by its exact id; thread-safe. Its pages are free within one step."""
+        self._send(lambda: self._abort(request_id), quietly=True)
+
+    def mark_dead(self, tokens: list[int], cache_salt: str = "", num_live: int = 0) -> None:
+        """Say that nobody will read `tokens[num_live:]` again: the cache gives up first what only they use.
+
+        Thread-safe, returns at once. A hint: a request that has them all the same finds what is still there.
+        """
+        ids = np.asarray(tokens, dtype=np.int32)
+
+        def mark() -> None:
+            self._core.scheduler.cache.mark_dead(ids, cache_salt, num_live)
+
+        self._send(mark, quietly=True)
+
+    def set_next_use(self, tokens: list[int], next_use: float, cache_salt: str = "") -> None:
+        """Say when `tokens` will be read next, in a unit of the caller's own; infinity takes that back.
+
+        Thread-safe, returns at once. A hint: prefixes without a next use are given up first, then the farthest ones.
+        """
+        ids = np.asarray(tokens, dtype=np.int32)
+
+        def note() -> None:
+            self._core.scheduler.cache.set_next_use(ids, next_use, cache_salt)
+
+        self._send(note, quietly=True)
+
+    def differences(self, tokens: list[int], cache_salt: str = "") -> list[Difference]:
+        """Where cached paths leave `tokens`, the one with the most in common first. For diagnosis (why_miss)."""
+        found: list[Difference] = self._ask(lambda: differences(self._core.scheduler.cache, tokens, cache_salt))
+        return found
+
+    def flush_cache(self) -> int:
+        """Forget every cached prefix that nobody is using; returns how many pages became free."""
+        return int(self._ask(self._core.scheduler.cache.flush))
+
+    def stats(self) -> dict[str, float]:
+        """Counters and gauges: running, waiting, tokens cached and computed, pages free and cached, preemptions."""
+        answer: dict[str, float] = self._ask(self._core.stats)
+        return answer
+
+    def check_integrity(self) -> None:
+        """Compare the page accounting with the tree. Raises CacheIntegrityError: a bug in Ramet."""
+        self._ask(self._core.check_integrity)
+
+    def shutdown(self, timeout_s: float = 30.0) -> None:
+        """Stop the engine's thread; what is in flight gets EngineStopped. Calling it again does nothing."""
+        with self._wake:
+            self._is_stopping = True
+            self._wake.notify_all()
+        atexit.unregister(self.shutdown)
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout_s)
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.shutdown()
+
+    # -- the engine's thread -------------------------------------------------------------------------------------
+
+    def _send(self, command: Callable[[], None], *, quietly: bool = False) -> None:
+        with self._wake:
+            if self._is_stopping or self._failure is not None:
+                if quietly:
+                    return
+                raise EngineStopped(
+                    f"the engine is stopped{f': {self._failure}' if self._failure else ''}; make a new one"
+                )
+            self._commands.append(command)
+            self._wake.notify_all()
+
+    def _ask(self, question: Callable[[], Any]) -> Any:  # Any: whatever the question returns
+        if threading.current_thread() is self._thread:
+            return question()
+        done = threading.Event()
+        answer: list[Any] = []
+        errors: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                answer.append(question())
+            except RametError as error:
+                errors.append(error)
+            finally:
+                done.set()
+
+        self._send(run)
+        while not done.wait(1.0):
+            if not self._thread.is_alive():
+                raise EngineStopped("the engine stopped before it answered")
+        if errors:
+            raise errors[0]
+        return answer[0]
+
+    def _run(self) -> None:
+        try:
+            while self._run_once():
+                pass
+        except Exception as error:  # whatever broke the loop reaches everybody who waits, and the log
+            logger.exception("the engine's loop failed")
+            with self._wake:
+                self._failure = error
+        finally:
+            self._fail_all()
+
+    def _run_once(self) -> bool:
+        """Take in commands, run a step, hand out what it gave. Waits while there is nothing to do; False: stop."""
+        with self._wake:
+            while not (self._commands or self._core.has_work or self._is_stopping):
+                self._wake.wait()
+            if self._is_stopping:
+                return False
+        while self._commands:
+            self._commands.popleft()()
+        if self._core.has_work:
+            updates = self._core.step()
+            for update in updates:
+                self._deliver(update)
+            if not updates and not self._core.is_stepping:
+                with self._wake:  # waiting requests that cannot run yet: look again when something comes, or soon
+                    if not self._commands:
+                        self._wake.wait(0.002)
+        return True
+
+    def _add(self, stream: _Stream) -> None:
+        request = stream.request
+        try:
+            if request.request_id in self._by_id:
+                raise InvalidRequest(f"request id {request.request_id!r} is in use; choose another", param="request_id")
+            sequence = self._core.add(request)
+        except Exception as error:
+            is_refused = isinstance(error, RametError)
+            told = error if is_refused else EngineStopped(f"the engine could not take in the request: {error!r}")
+            usage = Usage(request.num_prompt, 0, 0)
+            self._emit(stream, RequestOutput(request.request_id, "", (), usage, FinishReason.ERROR, error=told))
+            if not is_refused:
+                raise  # a bug: the loop ends, and tells everybody else
+            return
+        self._streams[sequence] = stream
+        self._by_id[request.request_id] = sequence
+
+    def _abort(self, request_id: str) -> None:
+        sequence = self._by_id.get(request_id)
+        if sequence is not None and self._core.abort(request_id):
+            self._end(
+                sequence, self._streams[sequence], "", (), None, RequestCancelled(f"request {request_id} was cancelled")
+            )
+
+    def _deliver(self, update: SequenceUpdate) -> None:
+        """Turn one sequence's new tokens into text and hand it to the caller."""
+        sequence, output = update.sequence, update.output
+        stream = self._streams.get(sequence)
+        if stream is None:
+            return
+        if stream.num_cached is None:
+            stream.num_cached = sequence.num_cached
+        if stream.first_token_s is None and (output.token_ids or sequence.is_finished):
+            stream.first_token_s = time.monotonic()
+        tokens: tuple[int, ...] = output.token_ids
+        stop_match: str | int | None = None
+        if sequence.is_finished:
+            tokens, stop_match = self._without_stop_token(sequence, tokens)
+        text = "" if stream.detokenizer is None else stream.detokenizer.push(tokens)
+        if stream.scanner is not None:
+            text, matched = stream.scanner.push(text)
+            if matched is not None:
+                self._core.finish(sequence, FinishReason.STOP)
+                stop_match = matched
+        if sequence.is_finished:
+            error: Exception | None = None
+            if sequence.finish_reason is FinishReason.ABORT:
+                error = RequestCancelled(f"request {stream.request.request_id} passed its deadline")
+            elif sequence.finish_reason is FinishReason.ERROR:
+                cause = self._core.errors.pop(sequence, None)
+                error = (
+                    cause if isinstance(cause, RametError) else EngineStopped(f"the request's step failed: {cause!r}")
+                )
+                error.__cause__ = None if error is cause else cause
+            if stream.detokenizer is not None and not isinstance(stop_match, str):
+                rest = stream.detokenizer.flush()
+                text += rest if stream.scanner is None else stream.scanner.flush(rest)
+            self._end(sequence, stream, text, tokens, stop_match, error, update)
+            return
+        if text or tokens or output.prompt_logprobs is not None:
+            increment = RequestOutput(
+                stream.request.request_id,
+                text,
+                tokens,
+                self._usage(sequence, stream),
+                logprobs=output.logprobs,
+                top_logprobs=output.top_logprobs,
+                prompt_logprobs=output.prompt_logprobs,
+            )
+            if not self._emit(stream, increment):
+                self._core.finish(sequence, FinishReason.ABORT)
+                del self._streams[sequence]
+                del self._by_id[stream.request.request_id]
+
+    def _end(
+        self,
+        sequence: Sequence,
+        stream: _Stream,
+        text: str,
+        tokens: tuple[int, ...],
+        stop_match: str | int | None,
+        error: Exception | None,
+        update: SequenceUpdate | None = None,
+    ) -> None:
+        del self._streams[sequence]
+        del self._by_id[stream.request.request_id]
+        now_s = time.monotonic()
+        first_s = stream.first_token_s if stream.first_token_s is not None else now_s
+        started_s = sequence.first_scheduled_s if sequence.first_scheduled_s is not None else now_s
+        output = update.output if update is not None else None
+        num = len(tokens)
+        self._emit(
+            stream,
+            RequestOutput(
+                stream.request.request_id,
+                text,
+                tokens,
+                self._usage(sequence, stream),
+                finish_reason=sequence.finish_reason,
+                stop_match=stop_match,
+                logprobs=None if output is None or output.logprobs is None else output.logprobs[:num],
+                top_logprobs=None if output is None or output.top_logprobs is None else output.top_logprobs[:num],
+                prompt_logprobs=None if output is None else output.prompt_logprobs,
+                error=error,
+                timings={
+                    "queue_s": max(started_s - stream.submitted_s, 0.0),
+                    "first_token_s": first_s - stream.submitted_s,
+                    "total_s": now_s - stream.submitted_s,
+                },
+                incomplete=self._core.incomplete.pop(sequence, None),
+            ),
+        )
+
+    def _without_stop_token(
+        self, sequence: Sequence, tokens: tuple[int, ...]
+    ) -> tuple[tuple[int, ...], str | int | None]:
+        if sequence.finish_reason is FinishReason.STOP and tokens and tokens[-1] in sequence.request.stop_ids:
+            return tokens[:-1], tokens[-1]
+        return tokens, None
+
+    def _emit(self, stream: _Stream, output: RequestOutput) -> bool:
+        """Hand an increment to its caller. False where the callback raised: its request ends, nobody else's does."""
+        try:
+            stream.on_output(output)
+        except Exception:  # a caller's code may raise anything; it must not end the loop that serves all
+            logger.exception("on_output of request %s raised; the request is aborted", output.request_id)
+            return False
+        return True
+
+    def _usage(self, sequence: Sequence, stream: _Stream) -> Usage:
+        cached = stream.num_cached if stream.num_cached is not None else 0
+        return Usage(stream.request.num_prompt, cached, len(sequence.output_ids))
+
+    def _fail_all(self) -> None:
+        """Tell everybody who still waits that the engine is gone."""
+        cause = f": {self._failure}" if self._failure is not None else ""
+        error = EngineStopped(f"the engine stopped while the request was in flight{cause}")
+        error.__cause__ = self._failure
+        with self._wake:
+            self._is_stopping = True
+            commands = list(self._commands)
+            self._commands.clear()
+        for command in commands:  # requests that came too late are refused like the others; questions are answered
+            try:
+                command()
+            except Exception:  # what broke the loop, perhaps; the others are to be told all the same
+                logger.exception("a command failed while the engine stopped")
+        for sequence, stream in list(self._streams.items()):
+            usage = self._usage(sequence, stream)
+            self._emit(stream, RequestOutput(stream.request.request_id, "", (), usage, FinishReason.ERROR, error=error))
+        self._streams.clear()
+        self._by_id.clear()

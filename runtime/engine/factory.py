@@ -1,0 +1,288 @@
+"""From a model and a configuration to an engine core: device, dtype, memory, scheduler, graphs."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+import numpy as np
+import torch
+
+from ramet.errors import ConfigError, OutOfMemory
+from ramet.kernels.card_table import CardTable, load_card_table
+from ramet.kernels.grammar.arena import GrammarArena
+from ramet.kernels.grammar.mask import TokenTable
+from ramet.kernels.sampling.logit_edits import EditTables
+from ramet.runtime.cache.page_pool import PagePool
+from ramet.runtime.cache.radix_cache import RadixCache
+from ramet.runtime.constraints.device_grammars import MAX_STATES, MAX_TRANSITIONS, DeviceGrammars
+from ramet.runtime.engine.config import EngineConfig
+from ramet.runtime.engine.core import EngineCore
+from ramet.runtime.models.batch_invariant import apply_batch_invariance
+from ramet.runtime.models.catalog import TINY_MODEL
+from ramet.runtime.models.decoder import Decoder
+from ramet.runtime.models.load import LoadedModel, load_model
+from ramet.runtime.models.small_batch import apply_card_table
+from ramet.runtime.scheduling.config import SchedulerConfig
+from ramet.runtime.scheduling.scheduler import Scheduler
+from ramet.runtime.steps.cuda_graph import GraphKey, MixedKey
+from ramet.runtime.steps.kv_cache import KVCache, bytes_per_token
+from ramet.runtime.steps.logit_edits import NUM_EDIT_ROWS, LogitEdits
+from ramet.runtime.steps.memory import MemoryPlan, StepMemory, lower_fraction, plan_memory, read_cuda_memory
+from ramet.runtime.steps.model_runner import ModelRunner
+from ramet.runtime.steps.slots import RunningSlots
+from ramet.runtime.steps.tree_planner import TreePlanner
+from ramet.runtime.testing.dummy import tiny_model
+from ramet.runtime.types import Batch, Request, SamplingParams, ScheduledSequence, Sequence, Status
+
+logger = logging.getLogger(__name__)
+
+
+def choose_device(name: str) -> torch.device:
+    """Turn a device's name into a device. Raises ConfigError where there is none such."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device is {name!r} but must be auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device is {name!r} but torch sees no CUDA device; use --device cpu, or run `ramet doctor`")
+    return device
+
+
+def load(model: str | LoadedModel | None, config: EngineConfig) -> LoadedModel:
+    """Load a model on the configuration's device; a LoadedModel is taken as it is."""
+    if isinstance(model, LoadedModel):
+        return model
+    if model == TINY_MODEL:
+        return tiny_model()
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    return load_model(model, device=choose_device(config.device), dtype=config.dtype, quantization=config.quantization)
+
+
+def build_core(model: LoadedModel, config: EngineConfig) -> EngineCore:
+    """Size the KV pool by what is left of the memory, and put the parts together."""
+    start_s = time.monotonic()
+    device, dtype = model.decoder.device, model.decoder.dtype
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # of this thread: kernels are launched on the current device
+    wanted = config.context_length or model.config.max_position_embeddings
+    if wanted > model.config.max_position_embeddings:
+        raise ConfigError(
+            f"context_length is {wanted:,} but the model was trained for {model.config.max_position_embeddings:,}; "
+            f"lower --context-length"
+        )
+    decoder = prepare_decoder(model, config, device)
+    arena, tree = make_arena(model, config, device), make_tree_planner(model, config, device)
+    edits = make_edits(model, config, device)
+    page_bytes = bytes_per_token(model.config, dtype) * config.page_size
+    num_pages = None if config.num_kv_tokens is None else -(-config.num_kv_tokens // config.page_size) + 1
+    plan: MemoryPlan | None = None
+    if device.type == "cuda":
+        steps = measure_steps(decoder, config, wanted, arena, edits, tree)
+        plan = plan_memory(
+            read_cuda_memory(device),
+            steps,
+            fraction=config.mem_fraction_static,
+            page_bytes=page_bytes,
+            num_pages=num_pages,
+        )
+        logger.info("memory: %s", plan)
+        num_pages = plan.num_pages
+    elif num_pages is None:
+        num_pages = max(config.kv_cpu_bytes // page_bytes, 2) + 1
+    context = min(wanted, (num_pages - 1) * config.page_size)
+    try:
+        kv_cache = KVCache(model.config, num_pages, config.page_size, device=device, dtype=dtype)
+        pool = PagePool(num_pages, config.page_size)
+        scheduler = Scheduler(scheduler_config(config, context, device), pool, RadixCache(pool))
+        slots = RunningSlots(config.max_running_requests, -(-context // config.page_size), device=device)
+        runner = ModelRunner(
+            decoder,
+            kv_cache,
+            slots,
+            device=device,
+            max_kv_len=context,
+            arena=arena,
+            device_grammars=None if arena is None else make_device_grammars(model),
+            edits=edits,
+            tree=tree,
+            is_deterministic=config.deterministic and device.type == "cuda",
+            tiles=card_table(config, device).tiles if device.type == "cuda" else None,
+        )
+        if device.type == "cuda" and config.cuda_graph:
+            runner.capture_graphs(config.cuda_graph_max_extend)
+            torch.cuda.empty_cache()  # what the captures' first runs left
+    except torch.OutOfMemoryError as error:
+        assert plan is not None
+        raise OutOfMemory(
+            f"the GPU ran out of memory at start; {lower_fraction(config.mem_fraction_static, plan)}"
+        ) from error
+    logger.info(
+        "engine ready in %.1f s: %s %s, KV %.2f GiB for %d tokens, context %d",
+        time.monotonic() - start_s,
+        device,
+        dtype,
+        kv_cache.num_bytes / 2**30,
+        (num_pages - 1) * config.page_size,
+        context,
+    )
+    return EngineCore(
+        scheduler,
+        runner,
+        overlap=config.overlap and device.type == "cuda",
+        vocab_words=-(-model.config.vocab_size // 32),
+        context_length=context,
+    )
+
+
+def make_arena(model: LoadedModel, config: EngineConfig, device: torch.device) -> GrammarArena | None:
+    """Room for closed automata on a GPU. On a CPU the host computes masks: it is the device."""
+    if device.type != "cuda" or not config.grammar_on_device:
+        return None
+    tokenizer = model.tokenizer
+    tokens = TokenTable.create(
+        tokenizer.token_bytes, tokenizer.eos_ids, tokenizer.special_ids, model.config.vocab_size, device
+    )
+    # Room for a few of the largest that are taken; smaller ones share it.
+    return GrammarArena(
+        tokens, config.max_running_requests, max_states=4 * MAX_STATES, max_transitions=4 * MAX_TRANSITIONS
+    )
+
+
+def make_device_grammars(model: LoadedModel) -> DeviceGrammars:
+    tokenizer = model.tokenizer
+    return DeviceGrammars(tokenizer.token_bytes, tokenizer.eos_ids, tokenizer.special_ids)
+
+
+def make_edits(model: LoadedModel, config: EngineConfig, device: torch.device) -> LogitEdits | None:
+    """Room for penalties and biases on a GPU. On a CPU the host edits: it is the device."""
+    if device.type != "cuda":
+        return None
+    rows = min(config.max_running_requests, NUM_EDIT_ROWS)
+    return LogitEdits(EditTables.create(rows, model.config.vocab_size, device))
+
+
+def make_tree_planner(model: LoadedModel, config: EngineConfig, device: torch.device) -> TreePlanner | None:
+    """Tree attention on a GPU; its kernels have no counterpart on a CPU, where nothing is shared by reading once."""
+    if device.type != "cuda" or config.tree_attention == "off" or config.deterministic:
+        return None
+    return TreePlanner(
+        model.config,
+        config.page_size,
+        config.max_running_requests,
+        mode=config.tree_attention,
+        num_sms=torch.cuda.get_device_properties(device).multi_processor_count,
+        device=device,
+        dtype=model.decoder.dtype,
+        costs=card_table(config, device).tree_costs,
+        tiles=card_table(config, device).tiles,
+    )
+
+
+def step_tokens(config: EngineConfig, device: torch.device) -> int:
+    """Tokens of a step, at most."""
+    if config.chunked_prefill_size is not None:
+        return config.chunked_prefill_size
+    return 4096 if device.type == "cuda" else 2048
+
+
+def scheduler_config(config: EngineConfig, context_length: int, device: torch.device) -> SchedulerConfig:
+    """What the scheduler needs of the engine's configuration."""
+    return SchedulerConfig(
+        context_length=context_length,
+        max_running=config.max_running_requests,
+        max_num_tokens_per_step=max(step_tokens(config, device), config.max_running_requests),
+        max_waiting=config.max_queued_requests,
+        reservation_ratio=config.reservation_ratio,
+        prefix_cache=config.radix_cache,
+    )
+
+
+def measure_steps(
+    decoder: Decoder,
+    config: EngineConfig,
+    context_length: int,
+    arena: GrammarArena | None,
+    edits: LogitEdits | None,
+    tree: TreePlanner | None,
+) -> StepMemory:
+    """Measure on a GPU what steps take besides weights and KV, by running the largest of each kind in a small pool.
+
+    Raises:
+        OutOfMemory: not even these fit beside the weights.
+    """
+    device = decoder.device
+    num_tokens = min(step_tokens(config, device), context_length)
+    num_pages = -(-num_tokens // config.page_size) + 1
+    try:
+        kv_cache = KVCache(decoder.config, num_pages, config.page_size, device=device, dtype=decoder.dtype)
+        slots = RunningSlots(config.max_running_requests, -(-context_length // config.page_size), device=device)
+        runner = ModelRunner(
+            decoder,
+            kv_cache,
+            slots,
+            device=device,
+            max_kv_len=context_length,
+            arena=arena,
+            edits=edits,
+            tree=tree,
+            is_deterministic=config.deterministic,
+            tiles=card_table(config, device).tiles,
+        )
+        request = Request("workspace", np.zeros(num_tokens, dtype=np.int32), SamplingParams(), 1)
+        sequence = Sequence(request, page_ids=list(range(1, num_pages)), slot=0, status=Status.RUNNING)
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        item = ScheduledSequence(sequence, 0, num_tokens, samples=True, is_decode=False)
+        runner.launch(Batch(0, (item,), 0, num_tokens)).read()
+        peak = torch.cuda.max_memory_allocated(device) - before
+        graphs = measure_graphs(runner, config) if config.cuda_graph else 0
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(
+            f"a prefill step of {num_tokens:,} tokens does not fit beside the weights; lower --chunked-prefill-size to "
+            f"{max(num_tokens // 4, 256):,}, or --max-running-requests from {config.max_running_requests}"
+        ) from error
+    del runner, kv_cache, slots
+    torch.cuda.empty_cache()
+    # A step that the host edits has every slot's logits in fp32, twice: what sampling needs at most.
+    return StepMemory(peak + 2 * 4 * config.max_running_requests * decoder.config.vocab_size, graphs)
+
+
+@torch.inference_mode()
+def measure_graphs(runner: ModelRunner, config: EngineConfig) -> int:
+    """Bytes of all graphs together: the shared pool, which the largest ones fill, and the driver's part of each."""
+    graphs = runner.make_graphs(config.cuda_graph_max_extend)
+    keys = graphs.keys(with_tree=runner.tree is not None)
+    kinds: dict[object, list[GraphKey | MixedKey]] = {}
+    for key in keys:
+        kinds.setdefault((type(key), key.uses_tree), []).append(key)
+    torch.cuda.empty_cache()
+    before = read_cuda_memory(runner.device)
+    graphs.capture([sizes[0] for sizes in kinds.values()])
+    torch.cuda.empty_cache()
+    between = read_cuda_memory(runner.device)
+    # The first captures also load libraries' kernels, once for all; what a graph itself takes is seen in later ones.
+    others = [sizes[-1] for sizes in kinds.values() if len(sizes) > 1]
+    graphs.capture(others)
+    torch.cuda.empty_cache()
+    after = read_cuda_memory(runner.device)
+    pool = after.reserved - before.reserved
+    each = (after.used_by_others - between.used_by_others) // max(len(others), 1)
+    return pool + max(each, 0) * len(keys)
+
+
+def prepare_decoder(model: LoadedModel, config: EngineConfig, device: torch.device) -> Decoder:
+    """The passes over the finished model that the configuration asks for."""
+    if device.type != "cuda":
+        return model.decoder
+    if config.deterministic:
+        return apply_batch_invariance(model.decoder)
+    return apply_card_table(model.decoder, card_table(config, device))
+
+
+def card_table(config: EngineConfig, device: torch.device) -> CardTable:
+    return load_card_table(torch.cuda.get_device_name(device), config.kernel_table)

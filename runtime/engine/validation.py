@@ -1,0 +1,124 @@
+"""Requests are checked at the border: what a caller gives becomes a Request, or an error that names what is wrong."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import threading
+import time
+
+import numpy as np
+
+from ramet.errors import ContextOverflow, InvalidRequest, InvalidSampling
+from ramet.runtime.text.tokenizer import Tokenizer
+from ramet.runtime.types import MAX_INT32, Grammar, Request, SamplingParams, TokenIds, is_seconds, is_text
+
+
+class RequestBorder:
+    """Makes the requests of one engine: their ids, seeds and limits. Thread-safe.
+
+    `context_limit`: the option that limits the context. `default_max_tokens`: of a request that names none. `seed`: of
+    the seeds drawn for requests that name none.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        vocab_size: int,
+        context_length: int,
+        *,
+        context_limit: str = "--context-length",
+        default_max_tokens: int,
+        seed: int,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._context_length = context_length
+        self._context_limit = context_limit
+        self._default_max_tokens = default_max_tokens
+        self._ids = itertools.count()
+        self._seeds = random.Random(seed)
+        self._seed_lock = threading.Lock()
+
+    def make(
+        self,
+        prompt: str | list[int] | TokenIds,
+        sampling: SamplingParams,
+        *,
+        grammar: Grammar | None = None,
+        cache_salt: str = "",
+        program_id: str | None = None,
+        priority: int = 0,
+        deadline_s: float | None = None,
+        score_from: int | None = None,
+        request_id: str | None = None,
+    ) -> Request:
+        """Check a request at the border. Raises what `submit` raises."""
+        _check_options(cache_salt, program_id, priority, deadline_s, request_id)
+        ids = self._tokenizer.encode(prompt, parse_special=True) if isinstance(prompt, str) else prompt
+        vocab = self._vocab_size
+        try:
+            prompt_ids = np.asarray(ids)
+        except ValueError as error:  # lists of several lengths
+            raise InvalidRequest(f"the prompt must be text or a list of token ids: {error}", param="prompt") from error
+        if prompt_ids.ndim != 1 or (prompt_ids.size and prompt_ids.dtype.kind not in "iu"):
+            raise InvalidRequest("the prompt must be text or one list of token ids (integers)", param="prompt")
+        if prompt_ids.size and not (prompt_ids.min() >= 0 and prompt_ids.max() < vocab):
+            wrong = prompt_ids[(prompt_ids < 0) | (prompt_ids >= vocab)][0]
+            raise InvalidRequest(f"prompt token {wrong} is outside the vocabulary of {vocab:,} tokens", param="prompt")
+        for name, tokens in (("logit_bias", sampling.logit_bias), ("stop_token_ids", sampling.stop_token_ids)):
+            for token in tokens:
+                if token >= vocab:
+                    raise InvalidSampling(f"{name} names token {token}, but the vocabulary has {vocab:,}", param=name)
+        num_prompt = len(prompt_ids)
+        if score_from is not None and not 1 <= score_from <= num_prompt:
+            raise InvalidRequest(f"score_from is {score_from} but must be in [1, {num_prompt}]", param="score_from")
+        room = self._context_length - num_prompt
+        wanted = sampling.max_tokens
+        if score_from is not None:
+            wanted = 0
+        elif wanted is None:
+            wanted = min(self._default_max_tokens, max(room, 1))
+        if wanted > room:
+            raise ContextOverflow(
+                f"prompt has {num_prompt:,} tokens and max_tokens is {wanted:,}, but the context is "
+                f"{self._context_length:,}; shorten the prompt, lower max_tokens, or raise {self._context_limit}",
+                param="max_tokens" if num_prompt < self._context_length else "prompt",
+            )
+        seed = sampling.seed
+        if seed is None:
+            with self._seed_lock:
+                seed = self._seeds.getrandbits(63)
+        eos = frozenset() if sampling.ignore_eos else self._tokenizer.eos_ids
+        now_s = time.monotonic()
+        return Request(
+            request_id=request_id or f"request-{next(self._ids)}",
+            prompt_ids=prompt_ids.astype(np.int32),
+            sampling=sampling,
+            max_tokens=wanted,
+            stop_ids=eos | frozenset(sampling.stop_token_ids),
+            grammar=grammar,
+            cache_salt=cache_salt,
+            program_id=program_id,
+            priority=priority,
+            arrival_s=now_s,
+            deadline_s=None if deadline_s is None else now_s + deadline_s,
+            score_from=score_from,
+            seed=seed,
+        )
+
+
+def _check_options(
+    cache_salt: object, program_id: object, priority: object, deadline_s: object, request_id: object
+) -> None:
+    """What the scheduler computes with, on the engine's thread, where an error would end everybody's requests."""
+
+    def check(ok: bool, name: str, value: object, limit: str) -> None:
+        if not ok:
+            raise InvalidRequest(f"{name} is {value!r}, but must be {limit}", param=name)
+
+    check(is_text(cache_salt), "cache_salt", cache_salt, "text that UTF-8 can write")
+    check(program_id is None or isinstance(program_id, str), "program_id", program_id, "text, or None")
+    check(request_id is None or isinstance(request_id, str), "request_id", request_id, "text, or None")
+    check(type(priority) is int and abs(priority) <= MAX_INT32, "priority", priority, f"an integer up to {MAX_INT32}")
+    check(deadline_s is None or is_seconds(deadline_s), "deadline_s", deadline_s, "a finite number of seconds, or None")

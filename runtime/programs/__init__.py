@@ -1,0 +1,1 @@
+"""Runs the graph of a program inside an engine."""

@@ -1,0 +1,135 @@
+"""The token path of a branch: append-only token ids, and text that waits to be tokenised.
+
+Text is tokenised in runs as long as possible: everything between two borders (a generation, a selection, a fork) is one
+run, wherever the program cut it into pieces. What was generated is never tokenised again, except the end of a token
+that a stop string cut in two. Not here: who runs nodes (executor.py), what a role looks like (chat_template.py).
+"""
+
+from __future__ import annotations
+
+import codecs
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+
+class PathTokenizer(Protocol):
+    """What a path needs of a tokenizer."""
+
+    @property
+    def special_tokens(self) -> dict[str, int]: ...
+
+    @property
+    def token_bytes(self) -> list[bytes]: ...
+
+    def encode(
+        self, text: str, *, add_special: bool = False, parse_special: bool = False, continues: bool = False
+    ) -> list[int]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Some text. In `is_markup` (the chat template's), names of special tokens mean these tokens."""
+
+    text: str
+    is_markup: bool = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Path:
+    """One point of one branch: the `tokens` added here to `parent`'s, and what is `pending` behind them.
+
+    Shared by all branches that go on from here; never changes. `length` counts all tokens up to here.
+    """
+
+    parent: Path | None = None
+    tokens: tuple[int, ...] = ()
+    length: int = 0
+    pending: tuple[Piece, ...] = ()
+
+    def append(self, text: str, *, is_markup: bool = False) -> Path:
+        """Put text behind; it is tokenised later."""
+        if not text:
+            return self
+        return Path(self, (), self.length, (*self.pending, Piece(text, is_markup)))
+
+    def extend(self, tokens: Sequence[int], rest: str = "") -> Path:
+        """Put tokens behind (nothing may be pending), and `rest` as pending text."""
+        assert not self.pending
+        return Path(self, tuple(tokens), self.length + len(tokens), (Piece(rest),) if rest else ())
+
+    def flush(self, encoder: PieceEncoder) -> Path:
+        """Tokenise what is pending."""
+        if not self.pending:
+            return self
+        tokens = encoder.encode(self.pending, is_start=self.length == 0)
+        return Path(self, tuple(tokens), self.length + len(tokens))
+
+    def token_ids(self) -> list[int]:
+        """All tokens from the beginning. O(length)."""
+        chunks: list[tuple[int, ...]] = []
+        at: Path | None = self
+        while at is not None:
+            if at.tokens:
+                chunks.append(at.tokens)
+            at = at.parent
+        return [token for chunk in reversed(chunks) for token in chunk]
+
+
+class PieceEncoder:
+    """Tokenises adjoining pieces as if their text were one, but with special tokens in markup only. Thread-safe."""
+
+    def __init__(self, tokenizer: PathTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._specials = tokenizer.special_tokens
+        names = [re.escape(name) for name in sorted(self._specials, key=len, reverse=True)]
+        self._border = re.compile(f"({'|'.join(names)})") if names else None
+
+    def encode(self, pieces: Sequence[Piece], *, is_start: bool) -> list[int]:
+        """Token ids of the pieces.
+
+        `is_start`: nothing precedes. Then a tokenizer's own opening token is added, unless markup comes first, which
+        brings its own.
+        """
+        tokens: list[int] = []
+        opening = is_start and bool(pieces) and not pieces[0].is_markup
+        for i, run in enumerate(self._runs(pieces)):
+            if isinstance(run, int):
+                tokens.append(run)
+                continue
+            is_first = is_start and i == 0
+            tokens.extend(self._tokenizer.encode(run, add_special=opening and is_first, continues=not is_first))
+        return tokens
+
+    def _runs(self, pieces: Sequence[Piece]) -> list[str | int]:
+        """Special tokens, and the texts between them."""
+        runs: list[str | int] = []
+        for piece in pieces:
+            parts = [piece.text]
+            if piece.is_markup and self._border is not None:
+                parts = self._border.split(piece.text)
+            for i, part in enumerate(parts):
+                if i % 2:
+                    runs.append(self._specials[part])
+                elif part and runs and isinstance(runs[-1], str):
+                    runs[-1] += part
+                elif part:
+                    runs.append(part)
+        return runs
+
+
+def keep_text(token_bytes: Sequence[bytes], tokens: Sequence[int], text: str) -> tuple[list[int], str]:
+    """Split generated `tokens` where their kept `text` ends (a stop string cuts it): whole tokens, remaining text.
+
+    `text` is the beginning of what the tokens decode to, with U+FFFD for bytes that are no UTF-8.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    position = count = end = 0
+    for index, token in enumerate(tokens):
+        position += len(decoder.decode(token_bytes[token]))
+        if position > len(text):
+            break
+        if not decoder.getstate()[0]:  # no character is half there
+            count, end = index + 1, position
+    return list(tokens[:count]), text[end:]

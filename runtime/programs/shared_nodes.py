@@ -1,0 +1,155 @@
+"""Identical requests of one program are run once: the same prompt, the same values, greedy or the same seed.
+
+Stands where the engine stands: a request that surely writes what an earlier one of the program writes gets that one's
+outputs, those already there first. What samples without a seed goes to the engine as it is. Not here: which nodes are
+equal whatever is generated (the language's identical-nodes pass says that before a run).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from ramet.runtime.programs.engine import Handle, ProgramEngine
+from ramet.runtime.types import FinishReason, Grammar, RequestOutput, SamplingParams
+
+OnOutput = Callable[[RequestOutput], None]
+
+
+class SharedRequests:
+    """`submit` of an engine, for one program. Keeps the outputs of repeatable requests as long as the program lives."""
+
+    def __init__(self, engine: ProgramEngine) -> None:
+        self._engine = engine
+        self._known: dict[object, _Shared] = {}
+        self._lock = threading.Lock()
+
+    def submit(
+        self,
+        prompt: list[int],
+        sampling: SamplingParams,
+        *,
+        grammar: Grammar | None = None,
+        score_from: int | None = None,
+        on_output: OnOutput,
+        **options: Any,  # Any: passed on to the engine
+    ) -> Handle:
+        """See ProgramEngine.submit. `options` must be the same for all requests of the program, the deadline apart."""
+
+        def send(deliver: OnOutput) -> Handle:
+            return self._engine.submit(
+                prompt, sampling, grammar=grammar, score_from=score_from, on_output=deliver, **options
+            )
+
+        if score_from is None and not sampling.is_greedy and sampling.seed is None:
+            return send(on_output)
+        key = request_key(prompt, sampling, grammar, score_from)
+        with self._lock:
+            shared = self._known.get(key)
+            is_first = shared is None or shared.is_lost
+            if shared is None or is_first:
+                shared = self._known[key] = _Shared()
+            reader = _Reader(shared, on_output, is_first=is_first)
+            with shared.lock:
+                shared.readers.append(reader)
+        if is_first:
+            try:
+                handle = send(shared.push)
+            except BaseException:
+                with shared.lock:
+                    shared.is_lost = True
+                raise
+            shared.began(handle)
+        else:
+            reader.catch_up()
+        return reader
+
+
+def request_key(prompt: list[int], sampling: SamplingParams, grammar: Grammar | None, score_from: int | None) -> object:
+    """Equal keys: equal outputs. A greedy request's seed doesn't matter."""
+    tokens = hashlib.blake2b(np.asarray(prompt, dtype=np.int32).tobytes(), digest_size=16).digest()
+    values = replace(sampling, seed=None) if sampling.is_greedy or score_from is not None else sampling
+    return tokens, repr(values), None if grammar is None else id(grammar), score_from
+
+
+@dataclass(slots=True, eq=False)
+class _Shared:
+    """One request of the engine and those who read it. Owner: SharedRequests; fields under the lock."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    outputs: list[RequestOutput] = field(default_factory=list)
+    readers: list[_Reader] = field(default_factory=list)
+    handle: Handle | None = None
+    is_lost: bool = False  # it failed, or nobody wanted it any more: not to be read by others
+
+    def push(self, output: RequestOutput) -> None:
+        with self.lock:
+            self.outputs.append(output)
+            if output.finish_reason in (FinishReason.ABORT, FinishReason.ERROR):
+                self.is_lost = True
+            readers = list(self.readers)
+            if output.finish_reason is not None:
+                self.readers.clear()
+        for reader in readers:
+            reader.catch_up()
+
+    def began(self, handle: Handle) -> None:
+        with self.lock:
+            self.handle = handle
+            is_unwanted = self.is_lost
+        if is_unwanted:
+            handle.cancel()
+
+    def leave(self, reader: _Reader) -> None:
+        with self.lock:
+            if reader not in self.readers:
+                return
+            self.readers.remove(reader)
+            is_over = bool(self.outputs) and self.outputs[-1].finish_reason is not None
+            if self.readers or is_over:
+                return
+            self.is_lost = True
+            handle = self.handle
+        if handle is not None:
+            handle.cancel()
+
+
+class _Reader:
+    """One who asked for a shared request. `cancel` leaves it; the request ends when nobody is left."""
+
+    __slots__ = ("_is_busy", "_is_first", "_next", "_on_output", "_shared")
+
+    def __init__(self, shared: _Shared, on_output: OnOutput, *, is_first: bool) -> None:
+        self._shared, self._on_output, self._is_first = shared, on_output, is_first
+        self._next = 0
+        self._is_busy = False
+
+    def cancel(self) -> None:
+        self._shared.leave(self)
+
+    def catch_up(self) -> None:
+        """Deliver what is there, in order; one thread at a time, and not under the lock."""
+        shared = self._shared
+        while True:
+            with shared.lock:
+                if self._is_busy or self._next == len(shared.outputs):
+                    return
+                self._is_busy = True
+                output = shared.outputs[self._next]
+                self._next += 1
+            try:
+                self._on_output(output if self._is_first else _for_free(output))
+            finally:
+                with shared.lock:
+                    self._is_busy = False
+
+
+def _for_free(output: RequestOutput) -> RequestOutput:
+    """The same text and tokens, for which nothing was computed."""
+    usage = output.usage
+    return replace(output, usage=replace(usage, cached_tokens=usage.prompt_tokens, completion_tokens=0))

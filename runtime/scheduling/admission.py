@@ -1,0 +1,140 @@
+"""Requests that wait: the ordered queue, and sharers parked behind the owner of a prefix that is being computed.
+
+A sequence in prefill owns the frontier page of its path: the first page of its prompt that is not in the tree yet. A
+waiting request whose next uncached page is the same one is parked until that owner has computed all that they share,
+so that 64 branches over one new prefix compute it once. The wait is bounded: an owner is running, and running prefills
+advance in order of admission; when it ends for any reason, its sharers wake.
+
+Not here: pages and slots (`scheduler`).
+"""
+
+from __future__ import annotations
+
+from ramet.runtime.cache.radix_cache import PrefixMatch, RadixNode
+from ramet.runtime.scheduling.priority import OrderConfig, ProgramService, Waiting, WaitingQueue
+from ramet.runtime.scheduling.sequence_pages import matchable
+from ramet.runtime.types import Sequence
+
+_Frontier = tuple[RadixNode, bytes]
+
+
+class AdmissionQueue:
+    """Every waiting request, in the queue or parked. Owner: the scheduler."""
+
+    def __init__(self, order: OrderConfig, service: ProgramService, page_size: int) -> None:
+        self._queue = WaitingQueue(order, service)
+        self._waiting: dict[Sequence, Waiting] = {}
+        self._page_size = page_size
+        self._num_added = 0
+        self._frontiers: dict[_Frontier, Sequence] = {}
+        self._frontier_of: dict[Sequence, _Frontier] = {}
+        self._parked: dict[Sequence, list[Waiting]] = {}
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def add(self, sequence: Sequence, queued_s: float, cached_share: float) -> None:
+        self._num_added += 1
+        waiting = Waiting(sequence, queued_s, self._num_added, cached_share)
+        self._waiting[sequence] = waiting
+        self._queue.push(waiting)
+
+    def remove(self, sequence: Sequence) -> bool:
+        """Forget a waiting request. False where it does not wait."""
+        waiting = self._waiting.pop(sequence, None)
+        if waiting is None:
+            return False
+        waiting.is_removed = True
+        return True
+
+    def pop(self) -> Waiting | None:
+        """Take the first in order that is not parked; it still counts as waiting until `remove`."""
+        return self._queue.pop()
+
+    def put_back(self, waiting: Waiting) -> None:
+        self._queue.push(waiting)
+
+    # --- owners of prefixes and their sharers
+
+    def try_park(self, waiting: Waiting, match: PrefixMatch) -> bool:
+        """Park `waiting`, just popped, where a running sequence is computing more of its tokens than `match` has."""
+        sequence = waiting.sequence
+        if not self._frontiers or sequence.num_tokens - match.num_tokens < self._page_size:
+            return False
+        owner = self._frontiers.get((match.node, self._page_after(match.node, sequence)))
+        if owner is None:
+            return False
+        wake_at = min(_num_shared(sequence, owner, match.num_tokens), len(matchable(sequence)))
+        if wake_at <= match.num_tokens + match.num_tail_tokens:
+            return False  # a copy of a partly shared page gives as much
+        waiting.wake_at = wake_at
+        self._parked.setdefault(owner, []).append(waiting)
+        return True
+
+    def wake(self, owner: Sequence, num_tokens: int | None) -> int:
+        """Queue the sharers of `owner` that wait for at most `num_tokens` of its tokens in the tree (None: all).
+
+        Returns how many.
+        """
+        parked = self._parked.get(owner)
+        if not parked:
+            return 0
+        woken = [w for w in parked if num_tokens is None or w.wake_at <= num_tokens]
+        if len(woken) == len(parked):
+            del self._parked[owner]
+        elif woken:
+            self._parked[owner] = [w for w in parked if w.wake_at > (num_tokens or 0)]
+        for waiting in woken:
+            waiting.cached_share = waiting.wake_at / waiting.sequence.num_tokens
+            self._queue.push(waiting)  # which passes over those removed meanwhile
+        return len(woken)
+
+    def set_frontier(self, owner: Sequence, node: RadixNode, end: int) -> None:
+        """Say that `owner`, whose path is in the tree down to `node`, computes its tokens up to `end` next."""
+        self.clear_frontier(owner)
+        if end - node.end >= self._page_size:
+            frontier = (node, self._page_after(node, owner))
+            if self._frontiers.setdefault(frontier, owner) is owner:
+                self._frontier_of[owner] = frontier
+
+    def clear_frontier(self, owner: Sequence) -> None:
+        frontier = self._frontier_of.pop(owner, None)
+        if frontier is not None:
+            del self._frontiers[frontier]
+
+    def _page_after(self, node: RadixNode, sequence: Sequence) -> bytes:
+        return sequence.tokens(node.end, node.end + self._page_size).tobytes()
+
+
+def _num_shared(a: Sequence, b: Sequence, start: int) -> int:
+    """Length of the common prefix of two sequences' tokens, known to be at least `start`."""
+    stop = min(a.num_tokens, b.num_tokens)
+    different = a.tokens(start, stop) != b.tokens(start, stop)
+    return start + (int(different.argmax()) if different.any() else stop - start)
+
+
+class Reservation:
+    """What the first request that does not fit is promised: a start `num_steps` from now at the latest.
+
+    Others may be admitted meanwhile where they end before, or where they leave enough pages for it.
+    Source: EASY backfilling, Lifka 1995, "The ANL/IBM SP scheduling system".
+    """
+
+    def __init__(self, num_missing: int, running: list[tuple[int, int]]) -> None:
+        """num_missing: pages that the first one lacks; running: (steps left at most, pages) of each sequence."""
+        self.num_steps = 0
+        for steps, pages in sorted(running):
+            if num_missing <= 0:
+                break
+            num_missing -= pages
+            self.num_steps = steps
+        self.num_spare_pages = -num_missing
+
+    def admit(self, num_steps: int, num_pages: int) -> bool:
+        """Take a request of `num_steps` steps and `num_pages` pages, which fits now, where that breaks no promise."""
+        if num_steps <= self.num_steps:
+            return True
+        if num_pages > self.num_spare_pages:
+            return False
+        self.num_spare_pages -= num_pages
+        return True

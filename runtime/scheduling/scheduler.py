@@ -1,0 +1,469 @@
+"""The scheduler: which tokens run in the next step, in which pages and slots. A pure state machine, no torch.
+
+    schedule() -> Batch            counts its tokens as computed: everything on the device runs in launch order
+    finish_step(batch, outputs)    reads a step's tokens; may come after the next schedule()
+
+so with overlap a sequence may turn out finished while its next step runs: it is released at once and that row is
+ignored later. Its pages may be reused at once, because the device writes them again only in later steps.
+
+A page is reserved for every token that an admitted sequence may still need (`reservation_ratio` of its max_tokens), so
+running out of memory is waiting in the queue. Only sequences beyond their reservation (ratio < 1) can cause preemption:
+then the newest of the lowest priority goes back to the queue, with its tokens kept and its pages left in the tree.
+
+Not here: the order of the waiting (`priority`), sharers of a prefix in computation (`admission`), stop strings
+(engine).
+"""
+
+from __future__ import annotations
+
+import heapq
+import logging
+import time
+from collections.abc import Callable, Iterable, Set
+from math import ceil
+
+from ramet.errors import ContextOverflow, InvalidRequest, Overloaded
+from ramet.runtime.cache.integrity import require
+from ramet.runtime.cache.page_pool import PagePool
+from ramet.runtime.cache.radix_cache import PrefixMatch, RadixCache
+from ramet.runtime.scheduling.admission import AdmissionQueue, Reservation
+from ramet.runtime.scheduling.config import SchedulerConfig, SchedulerCounters
+from ramet.runtime.scheduling.priority import ProgramService, Waiting
+from ramet.runtime.scheduling.sequence_pages import SequencePages, known_end, matchable
+from ramet.runtime.types import Batch, FinishReason, PageCopy, Request, RowOutput, ScheduledSequence, Sequence, Status
+
+logger = logging.getLogger(__name__)
+
+
+class Scheduler:
+    """Owner of sequences, slots and of every page that is neither free nor in the tree. Not thread-safe."""
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        pool: PagePool,
+        cache: RadixCache,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.config = config
+        self.pool = pool
+        self.cache = cache
+        self.counters = SchedulerCounters()
+        self._clock = clock
+        self._page_size = pool.page_size
+        self._pages = SequencePages(pool, cache, reservation_ratio=config.reservation_ratio, share=config.prefix_cache)
+        self._service = ProgramService()
+        self._waiting = AdmissionQueue(config.order, self._service, pool.page_size)
+        self._sequences: dict[str, Sequence] = {}  # waiting and running, by request id
+        self._queued_s: dict[Sequence, float] = {}
+        self._running: dict[Sequence, None] = {}  # in order of admission
+        self._prefilling: dict[Sequence, None] = {}  # running, with known tokens to compute
+        self._decoding: dict[Sequence, int] = {}  # running, to the num_computed at which no token is missing
+        self._free_slots = list(range(config.max_running))
+        self._deadlines: list[tuple[float, int, Sequence]] = []
+        self._num_deadlines = 0
+        self.held: Set[Sequence] = frozenset()  # whose next step is planned only when the last one's token is known
+        self._may_admit = False  # something changed since admission last came to its end
+        self._copies: list[PageCopy] = []
+        self._finish_interval_s = 0.1  # moving average
+        self._last_finish_s = clock()
+
+    # --- requests
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._sequences)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._sequences) - len(self._running)
+
+    def add(self, request: Request) -> Sequence:
+        """Queue a request.
+
+        Raises:
+            ContextOverflow: it can never fit the context, or the page pool.
+            InvalidRequest: its id is in use.
+            Overloaded: the queue is full.
+        """
+        num_max = request.num_prompt + request.max_tokens if request.score_from is None else request.num_prompt
+        if num_max > self.config.context_length:
+            raise ContextOverflow(
+                f"prompt ({request.num_prompt:,} tokens) and output (up to {request.max_tokens:,}) do not fit the "
+                f"context of {self.config.context_length:,}; shorten the prompt or lower max_tokens",
+                param="max_tokens",
+            )
+        sequence = Sequence(request)
+        num_pages = self._pages.peak(sequence, 1.0)
+        if num_pages > self.pool.num_usable:
+            raise ContextOverflow(
+                f"prompt ({request.num_prompt:,} tokens) and output (up to {request.max_tokens:,}) need {num_pages:,} "
+                f"KV pages of {self._page_size} tokens but the pool has {self.pool.num_usable:,}; shorten the prompt, "
+                f"lower max_tokens or give the pool more memory",
+                param="max_tokens",
+            )
+        if request.request_id in self._sequences:
+            raise InvalidRequest(f"request id {request.request_id!r} is in use", param="request_id")
+        if self.num_waiting >= self.config.max_waiting:
+            retry_s = min(60.0, max(1.0, 0.1 * self.num_waiting * self._finish_interval_s))
+            raise Overloaded(f"{self.num_waiting:,} requests wait already; retry in {retry_s:.0f} s", retry_s)
+        self._sequences[request.request_id] = sequence
+        self._queued_s[sequence] = self._clock()
+        if request.deadline_s is not None:
+            self._num_deadlines += 1
+            heapq.heappush(self._deadlines, (request.deadline_s, self._num_deadlines, sequence))
+        self._enqueue(sequence)
+        return sequence
+
+    def abort(self, request_id: str) -> bool:
+        """Finish a request now; its pages and slot are free when this returns. False where no such id is live."""
+        sequence = self._sequences.get(request_id)
+        if sequence is None:
+            return False
+        self.finish(sequence, FinishReason.ABORT)
+        return True
+
+    def finish(self, sequence: Sequence, reason: FinishReason, num_output_tokens: int | None = None) -> None:
+        """End a live sequence now, keeping its first `num_output_tokens` output tokens (None: all).
+
+        What it computed goes to the cache, except with FinishReason.ERROR: what failed may be anything.
+        """
+        assert not sequence.is_finished, f"{sequence.request.request_id} is finished already"
+        if num_output_tokens is not None:
+            del sequence.output_ids[num_output_tokens:]
+        if sequence.status is Status.RUNNING:
+            self._release(sequence, keep=reason is not FinishReason.ERROR)
+        else:
+            self._waiting.remove(sequence)
+        sequence.status = Status.FINISHED
+        sequence.finish_reason = reason
+        self._service.add(sequence.request.program_id, len(sequence.output_ids))
+        self._finish_interval_s += 0.05 * (self._clock() - self._last_finish_s - self._finish_interval_s)
+        self._last_finish_s = self._clock()
+        del self._sequences[sequence.request.request_id]
+        del self._queued_s[sequence]
+        self.counters.num_finished += 1
+
+    def expire_deadlines(self) -> list[Sequence]:
+        """Abort every sequence whose deadline has passed; returns them. O(1) where none has."""
+        expired = []
+        while self._deadlines and (self._deadlines[0][0] <= self._clock() or self._deadlines[0][2].is_finished):
+            sequence = heapq.heappop(self._deadlines)[2]
+            if not sequence.is_finished:
+                self.finish(sequence, FinishReason.ABORT)
+                expired.append(sequence)
+        return expired
+
+    def fail_running(self) -> list[Sequence]:
+        """End every running sequence with ERROR and empty the cache: a step failed, its pages may hold anything."""
+        failed = list(self._running)
+        for sequence in failed:
+            self.finish(sequence, FinishReason.ERROR)
+        self.cache.flush()
+        return failed
+
+    # --- a step
+
+    def schedule(self) -> Batch | None:
+        """Plan the next step; None where nothing can run now (everything waits for tokens of launched steps)."""
+        self._copies = []
+        self._grow_decoding()
+        decoding = self._decoding
+        budget = self._step_tokens() - len(decoding)
+        extends: list[ScheduledSequence] = []
+        if self._prefilling or self._may_admit:
+            budget = self._plan_extends(extends, budget)
+        items: list[ScheduledSequence] = []
+        held = self.held
+        new, append = tuple.__new__, items.append  # the hot loop: 256 rows in a few tens of microseconds
+        for sequence, limit in decoding.items():
+            start = sequence.num_computed
+            if start < limit and not (held and sequence.num_in_flight and sequence in held):
+                sequence.num_computed = start + 1
+                sequence.num_in_flight += 1
+                append(new(ScheduledSequence, (sequence, start, 1, True, True)))
+        num_decode = len(items)
+        num_tokens = num_decode
+        for item in extends:
+            num_tokens += item.num_tokens
+            self._launch_extend(item)
+        items += extends
+        if not items:
+            return None
+        counters = self.counters
+        counters.num_steps += 1
+        counters.num_decoded_tokens += num_decode
+        counters.num_computed_tokens += num_tokens - num_decode
+        return Batch(counters.num_steps, tuple(items), num_decode, num_tokens, tuple(self._copies))
+
+    def finish_step(self, batch: Batch, outputs: list[RowOutput]) -> list[Sequence]:
+        """Read a step's outputs, one for each item. Returns the sequences that have new tokens or scores.
+
+        A sampling row may bring more than one token where no later step of its sequence is launched: those that the
+        model has not seen are computed next. With none, its last position is computed again.
+        """
+        changed = []
+        for item, output in zip(batch.items, outputs, strict=True):
+            sequence = item.sequence
+            if sequence.status is Status.FINISHED:
+                continue
+            if not item.samples:
+                if sequence.request.score_from is not None:
+                    changed.append(sequence)
+                    self._finish_scores(item)
+                continue
+            changed.append(sequence)
+            sequence.num_in_flight -= 1
+            request, output_ids = sequence.request, sequence.output_ids
+            stop_ids, max_tokens = request.stop_ids, request.max_tokens
+            for token in output.token_ids:
+                output_ids.append(token)
+                if token in stop_ids and len(output_ids) >= request.sampling.min_tokens:
+                    self.finish(sequence, FinishReason.STOP)
+                    break
+                if len(output_ids) >= max_tokens:
+                    self.finish(sequence, FinishReason.LENGTH)
+                    break
+            else:
+                if len(output.token_ids) != 1 or sequence.status is not Status.RUNNING:
+                    self._resume(sequence, len(output.token_ids))
+        return changed
+
+    def _finish_scores(self, item: ScheduledSequence) -> None:
+        if item.start + item.num_tokens >= known_end(item.sequence):
+            self.finish(item.sequence, FinishReason.LENGTH)
+
+    def _resume(self, sequence: Sequence, num_new: int) -> None:
+        """Put a sequence back where it belongs after a step that brought other than one token, or after preemption."""
+        if sequence.status is Status.WAITING:
+            if not sequence.num_in_flight:
+                self._enqueue(sequence)
+            return
+        assert not sequence.num_in_flight, "several tokens, or none, while a later step of the sequence is launched"
+        sequence.num_computed = min(sequence.num_computed, sequence.num_tokens - 1)
+        if sequence.num_tokens - sequence.num_computed > 1 or not num_new:
+            del self._decoding[sequence]
+            self._prefilling[sequence] = None
+
+    # --- decode and extend rows
+
+    def _step_tokens(self) -> int:
+        """Tokens that the next step may have.
+
+        Beside few decode rows, prompts come in small chunks: reading the weights takes so long that a few hundred
+        tokens more cost little, while a large chunk makes every row wait, and new prompts wait for its end. Beside many
+        rows the weights' time is spent anyway, and rows that wait for their prompt cost more.
+        """
+        config = self.config
+        if not self._decoding:
+            return config.max_num_tokens_per_step
+        num_live = min(len(self._sequences), config.max_running)
+        mixed = max(config.min_mixed_tokens, config.mixed_tokens_per_request * num_live)
+        return min(mixed, config.max_num_tokens_per_step)
+
+    def _grow_decoding(self) -> None:
+        """Give every decode row that starts a page one, preempting where there is none."""
+        size = self._page_size
+        at_border = [s for s, limit in self._decoding.items() if not s.num_computed % size and s.num_computed < limit]
+        for sequence in at_border:
+            if sequence.status is Status.RUNNING and len(sequence.page_ids) * size <= sequence.num_computed:
+                self._grow(sequence, 1, planned=())
+
+    def _plan_extends(self, extends: list[ScheduledSequence], budget: int) -> int:
+        """Plan chunks, of running sequences first, then of newly admitted ones. Returns the budget left.
+
+        Sequences that have generated already go before prompts: what they wait for is short.
+        """
+        planned: set[Sequence] = set()
+        for sequence in sorted(self._prefilling, key=lambda s: not s.output_ids):
+            if budget > 0 and sequence in self._prefilling:
+                budget -= self._plan_extend(sequence, budget, planned, extends)
+        return self._plan_admissions(extends, budget, planned) if self._may_admit else budget
+
+    def _plan_admissions(self, extends: list[ScheduledSequence], budget: int, planned: set[Sequence]) -> int:
+        """Admit in order what fits, and plan its first chunks. Returns the budget left."""
+        blocked: list[Waiting] = []
+        reservation: Reservation | None = None
+        num_parked = self.counters.num_parked
+        num_refused = 0
+        while budget > 0 and self._free_slots and num_refused < self.config.max_examined:
+            waiting = self._waiting.pop()
+            if waiting is None:
+                self._may_admit = False
+                break
+            if self._try_admit(waiting, blocked, reservation):
+                budget -= self._plan_extend(waiting.sequence, budget, planned, extends)
+                continue
+            num_refused += 1
+            if blocked and reservation is None:
+                reservation = self._reserve(blocked[0].sequence)
+        for waiting in blocked:
+            self._waiting.put_back(waiting)
+        if not self._free_slots or (blocked and budget > 0 and num_parked == self.counters.num_parked):
+            self._may_admit = False  # looking again helps only when something has changed
+        return budget
+
+    def _plan_extend(
+        self, sequence: Sequence, budget: int, planned: set[Sequence], extends: list[ScheduledSequence]
+    ) -> int:
+        """Plan the next chunk of a sequence's known tokens; chunks end at page borders. Returns its tokens."""
+        size, start, end = self._page_size, sequence.num_computed, known_end(sequence)
+        stop = min(end, start + budget)
+        if stop < end and stop // size * size > start:
+            stop = stop // size * size
+        num_missing = -(-stop // size) - len(sequence.page_ids)
+        if num_missing > 0 and not self._grow(sequence, num_missing, planned):
+            # Only its own preemption (no pages then), or pages lost to quarantine, lead here.
+            stop = len(sequence.page_ids) * size
+            if stop <= start:
+                return 0
+        planned.add(sequence)
+        samples = stop == end and sequence.request.score_from is None
+        extends.append(ScheduledSequence(sequence, start, stop - start, samples, False))
+        return stop - start
+
+    def _launch_extend(self, item: ScheduledSequence) -> None:
+        """Count a planned chunk as computed, and share its pages: later steps may read what this one writes."""
+        sequence = item.sequence
+        sequence.num_computed = item.start + item.num_tokens
+        is_complete = sequence.num_computed == known_end(sequence)
+        self._service.add(sequence.request.program_id, item.num_tokens)
+        self._pages.share(sequence, is_complete=is_complete)
+        node = sequence.node
+        assert node is not None
+        if is_complete:
+            del self._prefilling[sequence]
+            self._waiting.clear_frontier(sequence)
+        elif self.config.prefix_cache:
+            self._waiting.set_frontier(sequence, node, sequence.num_tokens)
+        if self._waiting.wake(sequence, None if is_complete else node.end):
+            self._may_admit = True
+        if item.samples:
+            sequence.num_in_flight += 1
+            self._decoding[sequence] = sequence.request.num_prompt + sequence.request.max_tokens - 1
+
+    # --- admission
+
+    def _enqueue(self, sequence: Sequence) -> None:
+        cached_share = 0.0
+        if self.config.prefix_cache:
+            num_cached = self.cache.match_length(matchable(sequence), sequence.request.cache_salt)
+            cached_share = num_cached / sequence.num_tokens
+        self._waiting.add(sequence, self._queued_s[sequence], cached_share)
+        self._may_admit = True
+
+    def _try_admit(self, waiting: Waiting, blocked: list[Waiting], reservation: Reservation | None) -> bool:
+        """Admit the first in order, or park it, or add it to `blocked`. True where it was admitted."""
+        sequence = waiting.sequence
+        match = self._pages.match(sequence)
+        if self._waiting.try_park(waiting, match):
+            self.counters.num_parked += 1
+            self.cache.unlock(match.node)
+            return False
+        num_needed = self._pages.peak(sequence) - len(match.page_ids)
+        fits = num_needed <= self._pages.num_available
+        if fits and reservation is not None:
+            head = blocked[0]
+            fits = head.num_overtaken < self.config.max_overtakes
+            fits = fits and reservation.admit(self._steps_left(sequence), num_needed)
+            head.num_overtaken += fits
+            self.counters.num_overtakes += fits
+        if not fits:
+            waiting.cached_share = match.num_tokens / sequence.num_tokens
+            blocked.append(waiting)
+            self.cache.unlock(match.node)
+            return False
+        self._admit(sequence, match)
+        return True
+
+    def _reserve(self, head: Sequence) -> Reservation:
+        """Promise a start to the first that does not fit."""
+        num_missing = self._pages.peak(head) - self._pages.num_available
+        running = [(self._steps_left(s), self._pages.peak(s) - s.num_cached // self._page_size) for s in self._running]
+        return Reservation(num_missing, running)
+
+    def _steps_left(self, sequence: Sequence) -> int:
+        """Steps until a sequence ends, at most (while prefills do not wait for each other)."""
+        request = sequence.request
+        num_output = request.max_tokens - len(sequence.output_ids) if request.score_from is None else 0
+        num_known = known_end(sequence) - sequence.num_computed
+        return num_output + ceil(num_known / max(1, self._step_tokens() - len(self._running)))
+
+    def _admit(self, sequence: Sequence, match: PrefixMatch) -> None:
+        self._waiting.remove(sequence)
+        sequence.status = Status.RUNNING
+        sequence.slot = heapq.heappop(self._free_slots)
+        if sequence.first_scheduled_s is None:
+            sequence.first_scheduled_s = self._clock()
+        self._pages.attach(sequence, match)
+        copy = self._pages.copy_tail(sequence, match, self._copies)
+        if copy is not None:
+            self._copies.append(copy)
+        sequence.num_cached = sequence.num_computed
+        self._running[sequence] = None
+        self._prefilling[sequence] = None
+        self.counters.num_admitted += 1
+        self.counters.num_cached_tokens += sequence.num_cached
+        if self.config.prefix_cache:
+            self._waiting.set_frontier(sequence, match.node, sequence.num_tokens)
+
+    # --- pages
+
+    def _grow(self, sequence: Sequence, num_pages: int, planned: Iterable[Sequence]) -> bool:
+        """Give a running sequence pages, preempting for them. False where it was preempted itself."""
+        while not self._pages.take(sequence, num_pages):
+            victim = self._victim(planned)
+            if victim is None:
+                return False
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        return True
+
+    def _victim(self, planned: Iterable[Sequence]) -> Sequence | None:
+        """Choose whom to preempt: the newest of the lowest priority that this step does not extend already."""
+        candidates = [s for s in reversed(self._running) if s.request.score_from is None and s not in planned]
+        return max(candidates, key=lambda s: s.request.priority, default=None)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._release(sequence, keep=True)
+        sequence.status = Status.WAITING
+        sequence.num_computed = 0
+        sequence.num_preemptions += 1
+        self.counters.num_preemptions += 1
+        if not sequence.num_in_flight:  # else once its last token is read
+            self._enqueue(sequence)
+
+    def _release(self, sequence: Sequence, *, keep: bool) -> None:
+        """Take slot and pages from a running sequence; with `keep`, what it computed goes to the tree."""
+        assert sequence.slot is not None
+        self._pages.release(sequence, keep=keep)
+        heapq.heappush(self._free_slots, sequence.slot)
+        sequence.slot = None
+        del self._running[sequence]
+        self._prefilling.pop(sequence, None)
+        self._decoding.pop(sequence, None)
+        self._waiting.clear_frontier(sequence)
+        self._waiting.wake(sequence, None)
+        self._may_admit = True
+
+    # --- integrity
+
+    def check_integrity(self) -> None:
+        """Check pages, slots and reservations. O(pages).
+
+        Raises:
+            CacheIntegrityError: the first thing found wrong.
+        """
+        self._pages.check_integrity(self._running)
+        slots = sorted([*self._free_slots, *(s.slot for s in self._running if s.slot is not None)])
+        require(slots == list(range(self.config.max_running)), "slots are lost or given out twice")
+
+    def quarantine_leaks(self) -> int:
+        """Take pages that nobody owns out of use; returns how many (none, but for a bug). Only while nothing runs."""
+        assert not self._running
+        return self._pages.quarantine_leaks()

@@ -1,0 +1,366 @@
+"""The engine's own process: commands come in on one socket, reports leave on another.
+
+Started by `proxy` as `python -m ramet.runtime.server.link.process`; its settings are one JSON object on
+standard input. It ends on SIGTERM, when its parent is gone, or when its engine's thread has died: then the parent
+starts another.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import msgspec
+import zmq
+
+from ramet.errors import EngineStopped, RametError
+from ramet.lang.graph.ir import Constraint, Graph, NodeEvent
+from ramet.runtime.engine.config import EngineConfig
+from ramet.runtime.engine.engine import Engine
+from ramet.runtime.engine.factory import load
+from ramet.runtime.programs.engine import ProgramLimits
+from ramet.runtime.programs.executor import ProgramExecutor, ProgramHost
+from ramet.runtime.server.link.protocol import (
+    Abort,
+    Answer,
+    Ask,
+    CancelNodes,
+    Command,
+    ErrorInfo,
+    ExtendProgram,
+    Heartbeat,
+    Hello,
+    Output,
+    ProgramEnd,
+    ProgramEvent,
+    ProvideTool,
+    Report,
+    Settings,
+    StartFailed,
+    Starting,
+    StartProgram,
+    Submit,
+    command_decoder,
+)
+from ramet.runtime.types import Grammar, RequestOutput, SamplingParams
+
+logger = logging.getLogger(__name__)
+
+HEARTBEAT_S = 0.5
+
+
+class Sender(threading.Thread):
+    """Owns the report socket. What is put in while a message is on its way leaves together in the next one."""
+
+    def __init__(self, context: zmq.Context[Any], address: str) -> None:
+        super().__init__(name="ramet-sender", daemon=True)
+        self._context = context
+        self._address = address
+        self._queue: queue.SimpleQueue[Report | None] = queue.SimpleQueue()
+
+    def put(self, report: Report) -> None:
+        self._queue.put(report)
+
+    def close(self) -> None:
+        """Send what is left and end."""
+        self._queue.put(None)
+        self.join(5.0)
+
+    def run(self) -> None:
+        socket = self._context.socket(zmq.PUSH)
+        socket.setsockopt(zmq.SNDHWM, 0)  # the reader merges what waits, so messages never pile up for long
+        socket.setsockopt(zmq.LINGER, 1000)
+        socket.connect(self._address)
+        encoder = msgspec.msgpack.Encoder()
+        is_open = True
+        while is_open:
+            first = self._queue.get()
+            reports: list[Report] = []
+            while first is not None:
+                reports.append(first)
+                if len(reports) == 1024 or self._queue.empty():
+                    break
+                first = self._queue.get()
+            is_open = first is not None
+            if reports:
+                socket.send(encoder.encode(reports))
+        socket.close()
+
+
+class EngineServer:
+    """Carries out commands on an engine and reports what comes of them."""
+
+    def __init__(self, engine: Engine, send: Callable[[Report], None]) -> None:
+        self.engine = engine
+        self._send = send
+        self._host = ProgramHost(engine)
+        self._programs: dict[str, ProgramExecutor] = {}
+        self._aborted: set[str] = set()  # while their grammars compile
+        self._compiling: set[str] = set()
+        self._lock = threading.Lock()
+
+    def prepare_grammars(self) -> None:
+        """Load what the first constraint would wait for: the grammars' loops, the vocabulary's tries (0.3 s)."""
+        error = self._host.grammars.get(Constraint("regex", "a")).exception()
+        if error is not None:  # a vocabulary that cannot write it; other constraints may do
+            logger.warning("a first constraint failed: %s", error)
+
+    def carry_out(self, command: Command) -> None:
+        """Start one command. Never raises for what a caller got wrong: that is reported."""
+        if isinstance(command, Submit):
+            self._submit(command)
+        elif isinstance(command, Abort):
+            self._abort(command.id)
+        elif isinstance(command, StartProgram):
+            self._start_program(command)
+        elif isinstance(command, ExtendProgram):
+            self._extend_program(command)
+        elif isinstance(command, CancelNodes):
+            self._cancel_nodes(command)
+        elif isinstance(command, ProvideTool):
+            self._provide(command)
+        else:
+            self._answer(command)
+
+    def _submit(self, command: Submit) -> None:
+        if command.constraint is None:
+            self._submit_compiled(command, None)
+            return
+        with self._lock:
+            self._compiling.add(command.id)
+
+        start_s = time.monotonic()
+
+        def compiled(future: Any) -> None:  # Any: a Future[Grammar]
+            with self._lock:
+                self._compiling.discard(command.id)
+                was_aborted = command.id in self._aborted
+                self._aborted.discard(command.id)
+            if was_aborted:
+                return
+            error = future.exception()
+            if error is not None:
+                self._report_error(command, error)
+            else:
+                self._submit_compiled(command, future.result(), time.monotonic() - start_s)
+
+        self._host.grammars.get(command.constraint).add_done_callback(compiled)
+
+    def _submit_compiled(self, command: Submit, grammar: Grammar | None, grammar_s: float | None = None) -> None:
+        def on_output(output: RequestOutput) -> None:
+            report = _to_report(output)
+            if grammar_s is not None and report.timings is not None:
+                report.timings["grammar_s"] = grammar_s
+            self._send(report)
+
+        try:
+            fields = dict(command.sampling)
+            for name in ("stop", "stop_token_ids"):
+                fields[name] = tuple(fields.get(name) or ())  # type: ignore[arg-type]
+            if "logit_bias" in fields:
+                fields["logit_bias"] = {int(k): v for k, v in fields["logit_bias"].items()}  # type: ignore[attr-defined]
+            self.engine.submit(
+                command.prompt_ids,
+                SamplingParams(**fields),  # type: ignore[arg-type]
+                grammar=grammar,
+                cache_salt=command.cache_salt,
+                priority=command.priority,
+                deadline_s=command.deadline_s,
+                score_from=command.score_from,
+                request_id=command.id,
+                on_output=on_output,
+            )
+        except (RametError, TypeError, ValueError) as error:
+            self._report_error(command, error)
+
+    def _report_error(self, command: Submit, error: BaseException) -> None:
+        num_prompt = len(command.prompt_ids)
+        self._send(Output(command.id, num_prompt, 0, 0, finish_reason="error", error=ErrorInfo.of(error)))
+
+    def _abort(self, request_id: str) -> None:
+        program = self._programs.get(request_id)
+        if program is not None:
+            program.cancel()
+            program.finish()
+            self._end_if_over(request_id)
+            return
+        with self._lock:
+            if request_id in self._compiling:
+                self._aborted.add(request_id)
+                return
+        self.engine.abort(request_id)
+
+    def _start_program(self, command: StartProgram) -> None:
+        def on_event(event: NodeEvent) -> None:
+            self._send(ProgramEvent(command.id, msgspec.structs.replace(event, cause=None)))
+            self._end_if_over(command.id)
+
+        deadline_s = None if command.deadline_s is None else time.monotonic() + command.deadline_s
+        limits = ProgramLimits(
+            command.id,
+            command.cache_salt,
+            command.priority,
+            deadline_s,
+            command.token_budget,
+            text_events=command.text_events,
+        )
+        self._programs[command.id] = self._host.start(on_event, limits)
+        self._extend_program(ExtendProgram(command.id, command.graph, is_last=not command.is_open))
+
+    def _extend_program(self, command: ExtendProgram) -> None:
+        executor = self._programs.get(command.id)
+        if executor is None:
+            return
+        try:
+            if command.graph is not None:
+                executor.extend(Graph.from_json(command.graph))
+            if command.is_last:
+                executor.finish()
+        except RametError as error:
+            self._programs.pop(command.id, None)
+            executor.cancel()
+            self._send(ProgramEnd(command.id, ErrorInfo.of(error)))
+            return
+        self._end_if_over(command.id)
+
+    def _end_if_over(self, program_id: str) -> None:
+        executor = self._programs.get(program_id)
+        if executor is not None and executor.is_over and self._programs.pop(program_id, None) is not None:
+            self._send(ProgramEnd(program_id))
+
+    def _cancel_nodes(self, command: CancelNodes) -> None:
+        program = self._programs.get(command.id)
+        if program is not None:
+            program.cancel(command.nodes)
+
+    def _provide(self, command: ProvideTool) -> None:
+        program = self._programs.get(command.id)
+        if program is not None:
+            error = None if command.error is None else RametError(command.error)
+            program.provide(command.node, msgspec.json.decode(command.value), error)
+
+    def _answer(self, command: Ask) -> None:
+        questions: dict[str, Callable[[], object]] = {
+            "stats": self.engine.stats,
+            "flush_cache": self.engine.flush_cache,
+            "check_integrity": self.engine.check_integrity,
+        }
+
+        def answer() -> None:
+            try:
+                value = msgspec.json.encode(questions[command.what]())
+                self._send(Answer(command.id, value))
+            except RametError as error:
+                self._send(Answer(command.id, error=ErrorInfo.of(error)))
+
+        threading.Thread(target=answer, name=f"ramet-ask-{command.what}", daemon=True).start()
+
+
+def _to_report(output: RequestOutput) -> Output:
+    usage = output.usage
+    return Output(
+        output.request_id,
+        usage.prompt_tokens,
+        usage.cached_tokens,
+        usage.completion_tokens,
+        text=output.text,
+        token_ids=list(output.token_ids),
+        finish_reason=None if output.finish_reason is None else output.finish_reason.value,
+        stop_match=output.stop_match,
+        logprobs=None if output.logprobs is None else list(output.logprobs),
+        top_logprobs=None if output.top_logprobs is None else [list(top) for top in output.top_logprobs],
+        prompt_logprobs=None if output.prompt_logprobs is None else output.prompt_logprobs.tolist(),
+        error=None if output.error is None else ErrorInfo.of(output.error),
+        timings=None if output.timings is None else dict(output.timings),
+        incomplete=output.incomplete,
+    )
+
+
+def _beat(engine: Engine, send: Callable[[Report], None], is_ending: threading.Event) -> None:
+    """Report the engine's counters as long as its thread answers: silence means that it does not."""
+    while not is_ending.wait(HEARTBEAT_S):
+        try:
+            send(Heartbeat(engine.stats()))
+        except EngineStopped:
+            is_ending.set()
+
+
+def serve(settings: Settings) -> int:
+    """Make the engine and carry out commands until told to end. Returns the exit status."""
+    parent = os.getppid() if settings.parent_pid is None else settings.parent_pid
+    is_ending = threading.Event()
+
+    def end(number: int, frame: FrameType | None) -> None:
+        is_ending.set()
+
+    signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    context: zmq.Context[Any] = zmq.Context()
+    sender = Sender(context, settings.reports)
+    sender.start()
+    start_s = time.monotonic()
+    try:
+        config = EngineConfig.from_mapping(settings.config)
+        sender.put(Starting(f"loading the model {settings.model or 'of the catalogue'}"))
+        model = load(settings.model, config)
+        sender.put(Starting("measuring memory, making the KV cache and what runs on the device"))
+        engine = Engine(model, config, on_stage=lambda stage: sender.put(Starting(stage)))
+    except RametError as error:
+        sender.put(StartFailed(ErrorInfo.of(error)))
+        sender.close()
+        return 1
+    server = EngineServer(engine, sender.put)
+    server.prepare_grammars()
+    stats = engine.stats()
+    hello = Hello(
+        pid=os.getpid(),
+        model=engine.model.name,
+        context_length=engine.context_length,
+        vocab_size=engine.model.config.vocab_size,
+        device=str(engine.model.decoder.device),
+        dtype=str(engine.model.decoder.dtype).removeprefix("torch."),
+        num_kv_tokens=int(stats["num_pages"]) * engine.config.page_size,
+        start_s=time.monotonic() - start_s,
+        page_size=engine.config.page_size,
+    )
+    # What lives now lives as long as the process: a full collection over it would hold up steps (41 ms were measured).
+    gc.collect()
+    gc.freeze()
+    sender.put(hello)
+    threading.Thread(target=_beat, args=(engine, sender.put, is_ending), name="ramet-heartbeat", daemon=True).start()
+    commands = context.socket(zmq.PULL)
+    commands.connect(settings.commands)
+    try:
+        while not is_ending.is_set() and os.getppid() == parent:
+            if not commands.poll(200):
+                continue
+            for command in command_decoder.decode(commands.recv()):
+                server.carry_out(command)
+    finally:
+        is_ending.set()
+        engine.shutdown(5.0)
+        sender.close()
+        commands.close(0)
+        context.term()
+    return 0
+
+
+def main() -> None:
+    settings = msgspec.json.decode(sys.stdin.buffer.readline(), type=Settings)
+    logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s engine %(name)s: %(message)s")
+    status = serve(settings)
+    logging.shutdown()
+    os._exit(status)  # nothing is left to be done, and torch's and triton's own endings take half a second and write
+
+
+if __name__ == "__main__":
+    main()

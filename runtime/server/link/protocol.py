@@ -1,0 +1,239 @@
+"""What the HTTP process and the engine process say to each other: msgspec structs, msgpack on the wire.
+
+Not here: the sockets (`process`, `proxy`); HTTP's own shapes (OpenAI's are in `openai.types`).
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias, TypeVar
+
+import msgspec
+
+from ramet import errors
+from ramet.errors import InvalidRequest, Overloaded, RametError
+from ramet.lang.graph.ir import Constraint, NodeEvent
+
+T = TypeVar("T")
+
+
+class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What an engine process is told: addresses of its parent's sockets, the model, fields of EngineConfig."""
+
+    commands: str
+    reports: str
+    model: str | None
+    config: dict[str, Any]  # Any: checked by EngineConfig
+    log_level: str = "INFO"
+    parent_pid: int | None = None  # whose end ends this process; it may be gone before this one has started
+
+
+class Submit(msgspec.Struct, frozen=True, tag="submit", omit_defaults=True):
+    """A request. `sampling`: fields of SamplingParams. `deadline_s`: seconds from its arrival at the engine."""
+
+    id: str
+    prompt_ids: list[int]
+    sampling: dict[str, object]
+    constraint: Constraint | None = None
+    cache_salt: str = ""
+    priority: int = 0
+    deadline_s: float | None = None
+    score_from: int | None = None
+
+
+class Abort(msgspec.Struct, frozen=True, tag="abort"):
+    """End a request or a program, by its exact id."""
+
+    id: str
+
+
+class StartProgram(msgspec.Struct, frozen=True, tag="program", omit_defaults=True):
+    """Run a graph (its JSON form, arguments bound). `is_open`: more parts may come."""
+
+    id: str
+    graph: bytes
+    cache_salt: str = ""
+    priority: int = 0
+    deadline_s: float | None = None
+    token_budget: int | None = None
+    is_open: bool = False
+    text_events: bool = True
+
+
+class ExtendProgram(msgspec.Struct, frozen=True, tag="extend", omit_defaults=True):
+    """The next part of an open program (its JSON form), and whether it was the last. An ended program takes none."""
+
+    id: str
+    graph: bytes | None = None
+    is_last: bool = False
+
+
+class CancelNodes(msgspec.Struct, frozen=True, tag="cancel_nodes"):
+    """Stop these nodes of a program and what needs them."""
+
+    id: str
+    nodes: list[int]
+
+
+class ProvideTool(msgspec.Struct, frozen=True, tag="tool", omit_defaults=True):
+    """The answer to a tool call of a program's node. `value`: JSON; `error`: its message, instead."""
+
+    id: str
+    node: int
+    value: bytes = b"null"
+    error: str | None = None
+
+
+class Ask(msgspec.Struct, frozen=True, tag="ask"):
+    """A question that `Answer` answers. `what`: stats, flush_cache or check_integrity."""
+
+    id: str
+    what: str
+
+
+Command: TypeAlias = Submit | Abort | StartProgram | ExtendProgram | CancelNodes | ProvideTool | Ask
+
+
+class ErrorInfo(msgspec.Struct, frozen=True, omit_defaults=True):
+    """An error on its way to the other process; `kind` is its class in ramet.errors."""
+
+    kind: str
+    message: str
+    param: str | None = None
+    retry_after_s: float | None = None
+
+    @classmethod
+    def of(cls, error: BaseException) -> ErrorInfo:
+        kind = type(error).__name__ if isinstance(error, RametError) else "EngineStopped"
+        param = error.param if isinstance(error, InvalidRequest) else None
+        retry_s = error.retry_after_s if isinstance(error, Overloaded) else None
+        return cls(kind, str(error) or repr(error), param, retry_s)
+
+    def to_exception(self) -> RametError:
+        """The error again, of its own class."""
+        return errors.from_name(self.kind, self.message, param=self.param, retry_after_s=self.retry_after_s)
+
+
+class Output(msgspec.Struct, tag="output", omit_defaults=True):
+    """One increment of a request; the last one has `finish_reason`. `stop_match`: string or token that ended it.
+
+    `logprobs` and `top_logprobs`: one entry for each of `token_ids`. `incomplete`: why a constrained text was cut.
+    """
+
+    id: str
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    text: str = ""
+    token_ids: list[int] = []
+    finish_reason: str | None = None
+    stop_match: str | int | None = None
+    logprobs: list[float] | None = None
+    top_logprobs: list[list[tuple[int, float]]] | None = None
+    prompt_logprobs: list[float] | None = None
+    error: ErrorInfo | None = None
+    timings: dict[str, float] | None = None
+    incomplete: str | None = None
+
+    def absorb(self, later: Output) -> None:
+        """Take in the next increment, so that a slow reader costs no more than one object."""
+        self.text += later.text
+        self.token_ids += later.token_ids
+        self.logprobs = _joined(self.logprobs, later.logprobs)
+        self.top_logprobs = _joined(self.top_logprobs, later.top_logprobs)
+        self.prompt_logprobs = _joined(self.prompt_logprobs, later.prompt_logprobs)
+        self.prompt_tokens, self.cached_tokens = later.prompt_tokens, later.cached_tokens
+        self.completion_tokens = later.completion_tokens
+        self.finish_reason, self.stop_match, self.error = later.finish_reason, later.stop_match, later.error
+        self.incomplete = later.incomplete
+        self.timings = later.timings if later.timings is not None else self.timings
+
+
+def _joined(mine: list[T] | None, more: list[T] | None) -> list[T] | None:
+    if mine is None or more is None:
+        return more if mine is None else mine
+    mine += more
+    return mine
+
+
+class ProgramEvent(msgspec.Struct, frozen=True, tag="event"):
+    """One node's event."""
+
+    id: str
+    event: NodeEvent
+
+
+class ProgramEnd(msgspec.Struct, frozen=True, tag="program_end", omit_defaults=True):
+    """A program is over; `error` where it could not be started."""
+
+    id: str
+    error: ErrorInfo | None = None
+
+
+class Answer(msgspec.Struct, frozen=True, tag="answer", omit_defaults=True):
+    """The answer to an `Ask`: JSON, or an error."""
+
+    id: str
+    value: bytes = b"null"
+    error: ErrorInfo | None = None
+
+
+class Hello(msgspec.Struct, frozen=True, tag="hello"):
+    """The engine is ready."""
+
+    pid: int
+    model: str
+    context_length: int
+    vocab_size: int
+    device: str
+    dtype: str
+    num_kv_tokens: int
+    start_s: float
+    page_size: int = 1
+
+
+class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat"):
+    """Sent every half second by the engine's own thread's answer: `stats` as Engine.stats() has them."""
+
+    stats: dict[str, float]
+
+
+class Starting(msgspec.Struct, frozen=True, tag="starting"):
+    """What the process does before it says Hello."""
+
+    stage: str
+
+
+class StartFailed(msgspec.Struct, frozen=True, tag="start_failed"):
+    """The engine could not be made; the process ends."""
+
+    error: ErrorInfo
+
+
+Report: TypeAlias = Output | ProgramEvent | ProgramEnd | Answer | Hello | Heartbeat | Starting | StartFailed
+
+command_decoder = msgspec.msgpack.Decoder(list[Command])
+report_decoder = msgspec.msgpack.Decoder(list[Report])
+
+__all__ = [
+    "Abort",
+    "Answer",
+    "Ask",
+    "CancelNodes",
+    "Command",
+    "ErrorInfo",
+    "ExtendProgram",
+    "Heartbeat",
+    "Hello",
+    "Output",
+    "ProgramEnd",
+    "ProgramEvent",
+    "ProvideTool",
+    "Report",
+    "Settings",
+    "StartFailed",
+    "StartProgram",
+    "Starting",
+    "Submit",
+    "command_decoder",
+    "report_decoder",
+]

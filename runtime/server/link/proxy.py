@@ -1,0 +1,483 @@
+"""The engine process as the HTTP process sees it: start it, keep it alive, send it work, read what comes back.
+
+One event loop owns a proxy. When the engine process dies, everything in flight gets EngineStopped, and another process
+is started; until it is ready, new work is refused with EngineStopped. Backpressure: what a reader has not taken yet is
+merged into one increment, so a slow reader costs its own request's output and no more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import zmq
+
+from ramet.errors import EngineStopped, InvalidRequest, Overloaded, RametError
+from ramet.runtime.engine.openmp_waits import limit_spinning
+from ramet.runtime.server.link.protocol import (
+    Abort,
+    Answer,
+    Ask,
+    CancelNodes,
+    Command,
+    ErrorInfo,
+    ExtendProgram,
+    Heartbeat,
+    Hello,
+    Output,
+    ProgramEnd,
+    ProgramEvent,
+    ProvideTool,
+    Report,
+    Settings,
+    StartFailed,
+    Starting,
+    StartProgram,
+    Submit,
+    report_decoder,
+)
+from ramet.runtime.server.link.streams import OutputStream, ProgramStream
+
+logger = logging.getLogger(__name__)
+
+_RESTART_PAUSES_S = (0.0, 0.5, 2.0, 5.0, 15.0)  # before the n-th start in a row of engines that did not last
+LASTS_S = 60.0  # an engine that was ready for so long has lasted: what ends it later is no crash loop
+
+
+@dataclass(slots=True)
+class ProxyCounters:
+    """Totals since the start, for metrics. Owner: the proxy."""
+
+    num_starts: int = 0
+    num_crashes: int = 0
+    num_aborts: int = 0
+
+
+@dataclass(slots=True)
+class _State:
+    """What the proxy knows of the process that runs now."""
+
+    hello: Hello | None = None
+    stats: dict[str, float] = field(default_factory=dict)
+    heard_s: float = 0.0  # time.monotonic() of the last heartbeat
+    num_steps: float = -1.0
+    progressed_s: float = 0.0  # when num_steps last changed, or there was nothing to do
+    failure: RametError | None = None  # what this process says keeps it from starting
+    before: RametError | None = None  # why the one before it ended
+    ready_s: float = 0.0
+    stage: str = "the engine process starts"
+    started_s: float = field(default_factory=time.monotonic)
+
+
+class EngineProxy:
+    """Owner of the engine process. Use `start`, then `submit`, `start_program`, `ask`; `stop` at the end."""
+
+    def __init__(
+        self,
+        model: str | None,
+        config: dict[str, Any],
+        *,
+        max_in_flight: int = 10_000,
+        max_engine_failures: int = 5,
+        log_level: str = "INFO",
+    ) -> None:  # Any: fields of EngineConfig, checked in the engine process
+        """`max_engine_failures`: engine processes in a row that may end early; see `wait_given_up`."""
+        self._model = model
+        self._max_failures = max_engine_failures
+        self._config = config
+        self._log_level = log_level
+        self.max_in_flight = max_in_flight
+        self.counters = ProxyCounters()
+        self.on_finish: Callable[[Output], None] | None = None  # of every request, for metrics
+        self.on_gap: Callable[[float], None] | None = None  # seconds between two increments of a request
+        self.on_heartbeat: Callable[[dict[str, float]], None] | None = None
+        self._folder = tempfile.TemporaryDirectory(prefix="ramet-")
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._reports: zmq.Socket[bytes] = self._context.socket(zmq.PULL)
+        self._commands: zmq.Socket[bytes] | None = None
+        self._process: asyncio.subprocess.Process | None = None
+        self._state = _State()
+        self._streams: dict[str, OutputStream] = {}
+        self._programs: dict[str, ProgramStream] = {}
+        self._questions: dict[str, asyncio.Future[bytes]] = {}
+        self._ids = itertools.count()
+        self._ready = asyncio.Event()
+        self._given_up: asyncio.Future[EngineStopped] | None = None
+        self._is_stopping = False
+        self._supervisor: asyncio.Task[None] | None = None
+        self._encoder = msgspec.msgpack.Encoder()
+        self._outbox: list[msgspec.Raw] = []
+
+    # -- life ----------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Start the process and the tasks that serve it; returns before the engine is ready."""
+        loop = asyncio.get_running_loop()
+        self._reports.setsockopt(zmq.RCVHWM, 0)
+        self._reports.bind(f"ipc://{Path(self._folder.name) / 'reports'}")
+        loop.add_reader(int(self._reports.getsockopt(zmq.FD)), self._read)
+        self._given_up = loop.create_future()
+        self._supervisor = asyncio.create_task(self._supervise())
+        self._supervisor.add_done_callback(self._note_supervisors_end)
+
+    async def wait_ready(self, timeout_s: float | None = None) -> Hello:
+        """Wait until the engine is ready. Raises the error that keeps it from starting, or TimeoutError."""
+        await asyncio.wait_for(self._ready.wait(), timeout_s)
+        if self._state.hello is None:
+            raise self._state.before or EngineStopped("the engine did not start")
+        return self._state.hello
+
+    async def wait_given_up(self) -> EngineStopped:
+        """Wait until so many engines in a row have ended early that no other is started; returns what to say."""
+        assert self._given_up is not None
+        return await asyncio.shield(self._given_up)
+
+    async def stop(self, drain_s: float = 0.0) -> None:
+        """Let what is in flight finish, up to a limit, then end the process."""
+        deadline_s = time.monotonic() + drain_s
+        while (self._streams or self._programs) and time.monotonic() < deadline_s:
+            await asyncio.sleep(0.05)
+        self._is_stopping = True
+        await self._end_process()
+        self.fail_in_flight()
+        if self._supervisor is not None:
+            self._supervisor.cancel()
+            await asyncio.gather(self._supervisor, return_exceptions=True)
+            asyncio.get_running_loop().remove_reader(int(self._reports.getsockopt(zmq.FD)))
+        self._context.destroy(linger=0)
+        self._folder.cleanup()
+
+    def kill(self) -> None:
+        """End the process at once; for a signal handler."""
+        self._is_stopping = True
+        if self._process is not None and self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+
+    def fail_in_flight(self) -> None:
+        """Give up what is in flight, because the server shuts down."""
+        self._fail_in_flight(EngineStopped("the server is shutting down"))
+
+    @property
+    def hello(self) -> Hello | None:
+        """The engine's description; None while there is no ready engine."""
+        return self._state.hello
+
+    @property
+    def startup(self) -> dict[str, object]:
+        """How far the engine is: whether it is ready, what it does until then and for how long, and what failed last.
+
+        `attempt`: 1 for the first engine process of this server.
+        """
+        state = self._state
+        if state.hello is not None:
+            return {"ready": True, "stage": "ready", "attempt": self.counters.num_starts, "reason": None}
+        reason = None if state.before is None else str(state.before)
+        seconds = round(time.monotonic() - state.started_s, 1)
+        return {
+            "ready": False,
+            "stage": state.stage,
+            "seconds": seconds,
+            "attempt": self.counters.num_starts,
+            "reason": reason,
+        }
+
+    @property
+    def stats(self) -> dict[str, float]:
+        """The engine's counters at the last heartbeat."""
+        return self._state.stats
+
+    @property
+    def num_in_flight(self) -> int:
+        return len(self._streams) + len(self._programs)
+
+    @property
+    def num_programs(self) -> int:
+        return len(self._programs)
+
+    def health(self, patience_s: float = 20.0) -> str | None:
+        """None where the engine is well; else what is wrong: not ready, silent, or working without progress."""
+        state = self._state
+        now_s = time.monotonic()
+        if state.hello is None:
+            seconds = time.monotonic() - state.started_s
+            doing = f"the engine is starting: {state.stage} ({seconds:.0f} s)"
+            return doing if state.before is None else str(state.before)
+        if now_s - state.heard_s > patience_s:
+            return f"the engine has not answered for {now_s - state.heard_s:.0f} s"
+        if self.num_in_flight and now_s - state.progressed_s > patience_s:
+            return f"the engine has work and made no progress for {now_s - state.progressed_s:.0f} s"
+        return None
+
+    # -- work ----------------------------------------------------------------------------------------------------
+
+    def new_id(self, prefix: str) -> str:
+        """An id that is in use nowhere."""
+        return f"{prefix}-{os.getpid():x}-{next(self._ids)}-{os.urandom(6).hex()}"
+
+    def submit(self, command: Submit, *, is_whole: bool = False) -> OutputStream:
+        """Send a request; `is_whole`: its reader wants all at once.
+
+        Raises: Overloaded, EngineStopped (not ready), InvalidRequest (an id in use).
+        """
+        self._admit(command.id)
+        self._send(command)
+        stream = OutputStream(command.id, self._abort, is_whole=is_whole)
+        self._streams[command.id] = stream
+        return stream
+
+    def start_program(self, command: StartProgram) -> ProgramStream:
+        """Send a program. Raises as `submit`."""
+        self._admit(command.id)
+        self._send(command)
+        stream = ProgramStream(command.id, self._abort)
+        self._programs[command.id] = stream
+        return stream
+
+    def send_to_program(self, command: ExtendProgram | CancelNodes | ProvideTool) -> None:
+        """Send something to a running program. One that has ended takes no notice."""
+        self._send(command)
+
+    def abort(self, request_id: str) -> bool:
+        """Abort by exact id; False where nothing of that id is in flight. Its reader gets RequestCancelled."""
+        if request_id not in self._streams and request_id not in self._programs:
+            return False
+        self.counters.num_aborts += 1
+        self._send(Abort(request_id))
+        return True
+
+    def in_flight(self) -> list[str]:
+        return [*self._streams, *self._programs]
+
+    async def ask(self, what: str, timeout_s: float = 10.0) -> Any:  # Any: JSON
+        """Ask the engine's thread. Raises what the engine raised, TimeoutError, or EngineStopped."""
+        self._check_ready()
+        question = Ask(self.new_id("ask"), what)
+        future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        self._questions[question.id] = future
+        self._send(question)
+        try:
+            return msgspec.json.decode(await asyncio.wait_for(future, timeout_s))
+        finally:
+            self._questions.pop(question.id, None)
+
+    def _check_ready(self) -> None:
+        if self._state.hello is None or self._is_stopping:
+            raise EngineStopped(self.health() or "the server is shutting down")
+
+    def _admit(self, request_id: str) -> None:
+        self._check_ready()
+        if self.num_in_flight >= self.max_in_flight:
+            raise Overloaded(f"{self.num_in_flight:,} requests are in flight already; retry later", 1.0)
+        if request_id in self._streams or request_id in self._programs:
+            raise InvalidRequest(f"request id {request_id!r} is in use; choose another", param="rid")
+
+    def _abort(self, request_id: str) -> None:
+        """A reader left: forget its stream and tell the engine."""
+        if self._streams.pop(request_id, None) is not None or self._programs.pop(request_id, None) is not None:
+            self.counters.num_aborts += 1
+            self._send(Abort(request_id))
+
+    def _send(self, command: Command) -> None:
+        """Encoded here, so that what cannot be encoded fails its own caller."""
+        try:
+            encoded = msgspec.Raw(self._encoder.encode(command))
+        except (OverflowError, TypeError, UnicodeEncodeError) as error:
+            raise InvalidRequest(f"the request holds a value that cannot be sent on: {error}") from error
+        if not self._outbox:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._outbox.append(encoded)
+
+    # -- to and from the engine ----------------------------------------------------------------------------------
+
+    def _flush(self) -> None:
+        """Send all commands of this turn of the event loop in one message."""
+        if not self._outbox or self._commands is None:
+            return
+        try:
+            self._commands.send(self._encoder.encode(self._outbox), zmq.NOBLOCK)
+            self._outbox = []
+        except zmq.Again:  # the engine has not connected yet, or it is gone and `_fail_in_flight` clears the outbox
+            asyncio.get_running_loop().call_later(0.01, self._flush)
+
+    def _read(self) -> None:
+        """Take every report that has come: the descriptor says so once for all of them."""
+        with contextlib.suppress(zmq.Again):
+            while True:
+                for report in report_decoder.decode(self._reports.recv(zmq.NOBLOCK)):
+                    self._take(report)
+
+    def _take(self, report: Report) -> None:
+        if isinstance(report, Output):
+            if report.finish_reason is not None and self.on_finish is not None:
+                self.on_finish(report)
+            stream = self._streams.get(report.id)
+            if stream is not None:
+                if report.finish_reason is not None:
+                    del self._streams[report.id]
+                now_s = time.monotonic()
+                if stream.heard_s is not None and report.token_ids and self.on_gap is not None:
+                    self.on_gap(now_s - stream.heard_s)
+                stream.heard_s = now_s
+                stream.push(report)
+        elif isinstance(report, ProgramEvent | ProgramEnd):
+            program = self._programs.get(report.id)
+            if program is not None:
+                if isinstance(report, ProgramEnd):
+                    del self._programs[report.id]
+                program.push(report)
+        elif isinstance(report, Answer):
+            future = self._questions.get(report.id)
+            if future is not None and not future.done():
+                if report.error is not None:
+                    future.set_exception(report.error.to_exception())
+                else:
+                    future.set_result(report.value)
+        elif isinstance(report, Heartbeat):
+            self._note_heartbeat(report.stats)
+        elif isinstance(report, Hello):
+            now_s = time.monotonic()
+            self._state.hello, self._state.heard_s, self._state.progressed_s = report, now_s, now_s
+            self._state.ready_s = now_s
+            self._ready.set()
+        elif isinstance(report, Starting):
+            self._state.stage, self._state.started_s = report.stage, time.monotonic()
+            logger.info("starting: %s", report.stage)
+        else:
+            assert isinstance(report, StartFailed)
+            self._state.failure = report.error.to_exception()
+
+    def _note_heartbeat(self, stats: dict[str, float]) -> None:
+        state, now_s = self._state, time.monotonic()
+        state.stats, state.heard_s = stats, now_s
+        if self.on_heartbeat is not None:
+            self.on_heartbeat(stats)
+        if stats["num_steps"] != state.num_steps or not (stats["num_running"] or stats["num_waiting"]):
+            state.num_steps, state.progressed_s = stats["num_steps"], now_s
+
+    async def _supervise(self) -> None:
+        """Start the process, wait for its end, tell everybody, start it again."""
+        failures = 0
+        while not self._is_stopping:
+            await asyncio.sleep(_RESTART_PAUSES_S[min(failures, len(_RESTART_PAUSES_S) - 1)])
+            process = await self._start_process()
+            status = await process.wait()
+            await asyncio.sleep(0.05)  # its last reports may be on their way
+            was_ready, ready_s = self._state.hello is not None, self._state.ready_s
+            failure = self._state.failure
+            if self._is_stopping:
+                return
+            lasted = was_ready and time.monotonic() - ready_s >= LASTS_S
+            failures = 0 if lasted else failures + 1
+            self.counters.num_crashes += 1
+            cause = str(failure) if failure is not None else f"it ended with {_spelled(status)}"
+            if failures >= self._max_failures:
+                self._give_up(failures, cause)
+                return
+            logger.error("the engine process ended (%s); starting another", cause)
+            self._state = _State(before=failure or EngineStopped(f"the engine process crashed: {cause}; it restarts"))
+            self._ready = asyncio.Event() if was_ready else self._ready
+            if failure is not None:
+                self._ready.set()  # whoever waits gets the reason
+            self._fail_in_flight(EngineStopped(f"the engine process crashed while this was in flight ({cause})"))
+
+    def _give_up(self, failures: int, cause: str) -> None:
+        error = EngineStopped(
+            f"{failures} engine processes in a row ended within {LASTS_S:.0f} s of being ready or earlier; the last "
+            f"one: {cause}. No other is started. The log above says more; `ramet doctor` checks the machine"
+        )
+        self._start_no_more(error)
+
+    def _note_supervisors_end(self, supervisor: asyncio.Task[None]) -> None:
+        """What it raised (the system starts no process, say) keeps every engine from starting."""
+        error = None if supervisor.cancelled() else supervisor.exception()
+        if error is not None:
+            self._start_no_more(EngineStopped(f"no engine process can be started: {error!r}"))
+
+    def _start_no_more(self, error: EngineStopped) -> None:
+        logger.critical("%s", error)
+        self._state = _State(before=error, stage="given up")
+        self._ready.set()
+        self._fail_in_flight(error)
+        assert self._given_up is not None
+        self._given_up.set_result(error)
+
+    async def _start_process(self) -> asyncio.subprocess.Process:
+        if self._commands is not None:
+            self._commands.close(0)
+        number = self.counters.num_starts
+        self.counters.num_starts += 1
+        folder = Path(self._folder.name)
+        address = f"ipc://{folder / f'commands-{number}'}"
+        self._commands = self._context.socket(zmq.PUSH)
+        self._commands.setsockopt(zmq.SNDHWM, 0)
+        self._commands.setsockopt(zmq.LINGER, 0)
+        self._commands.bind(address)
+        self._outbox.clear()
+        settings = Settings(
+            address, f"ipc://{folder / 'reports'}", self._model, self._config, self._log_level, os.getpid()
+        )
+        environment = dict(os.environ)
+        limit_spinning(environment)
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "ramet.runtime.server.link.process",
+            stdin=asyncio.subprocess.PIPE,
+            env=environment,
+            start_new_session=True,  # a terminal's Ctrl-C is for the server, which decides about its engine
+        )
+        self._process = process
+        assert process.stdin is not None
+        process.stdin.write(msgspec.json.encode(settings) + b"\n")
+        with contextlib.suppress(ConnectionError):  # it died at once: `wait` says so
+            await process.stdin.drain()
+        return process
+
+    async def _end_process(self) -> None:
+        process = self._process
+        if process is None or process.returncode is not None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(signal.SIGTERM)
+        try:
+            await asyncio.wait_for(process.wait(), 10.0)
+        except TimeoutError:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+
+    def _fail_in_flight(self, error: EngineStopped) -> None:
+        info = ErrorInfo.of(error)
+        for stream in list(self._streams.values()):
+            stream.push(Output(stream.id, 0, 0, 0, finish_reason="error", error=info))
+        for program in list(self._programs.values()):
+            program.push(ProgramEnd(program.id, info))
+        for future in self._questions.values():
+            if not future.done():
+                future.set_exception(error)
+        self._streams.clear()
+        self._programs.clear()
+        self._outbox.clear()
+
+
+def _spelled(status: int) -> str:
+    """An exit status in words: a negative one is the signal that ended the process."""
+    if status >= 0:
+        return f"status {status}"
+    with contextlib.suppress(ValueError):
+        name = signal.Signals(-status).name
+        return f"{name}, as the system does when memory runs out" if name == "SIGKILL" else name
+    return f"signal {-status}"

@@ -1,0 +1,281 @@
+"""`POST /generate`: text after texts or token ids, and their log-probabilities. What serves it: `status`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from ramet.errors import GrammarError
+from ramet.runtime.server.choices import merged
+from ramet.runtime.server.link.protocol import Output, Submit
+from ramet.runtime.server.link.streams import OutputStream
+from ramet.runtime.server.metrics import ServerMetrics
+from ramet.runtime.server.native import status as status_api
+from ramet.runtime.server.native.types import MAX_PROMPTS, GenerateBody, NativeSampling
+from ramet.runtime.server.openai.shapes import finite, token_text
+from ramet.runtime.server.openai.types import Json, openapi_body, parse_body
+from ramet.runtime.server.sampling_fields import seed_of_choice
+from ramet.runtime.server.sse import DONE, EventStream, LastEvent, collected, event, json_response
+from ramet.runtime.server.state import HttpError, ServerState
+
+
+def make_router(state: ServerState, metrics: ServerMetrics) -> APIRouter:
+    """All native routes. They raise HttpError and RametError, which the application turns into responses."""
+    router = APIRouter(tags=["native"])
+    endpoint = GenerateEndpoint(state)
+
+    @router.post("/generate", response_model=None, openapi_extra=openapi_body(GenerateBody))
+    async def generate(request: Request) -> Response:
+        """Continue texts or token ids."""
+        return await endpoint(request)
+
+    @router.put("/generate", response_model=None, include_in_schema=False)
+    async def put_generate(request: Request) -> Response:
+        return await endpoint(request)
+
+    router.include_router(status_api.make_router(state, metrics))
+    return router
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One answer that is asked for.
+
+    `field`: the body's field with its constraint. `first_scored`: where the scores of its prompt begin, if asked for.
+    """
+
+    command: Submit
+    field: str | None
+    first_scored: int | None
+
+
+class _Generation:
+    """An item's increments, with errors of its constraint as HTTP errors. Iterate it once; `close` aborts it."""
+
+    def __init__(self, stream: OutputStream, field: str | None) -> None:
+        self._stream = stream
+        self._field = field
+
+    def close(self) -> None:
+        self._stream.close()
+
+    async def __aiter__(self) -> AsyncGenerator[Output, None]:
+        try:
+            async for output in self._stream:
+                yield output
+        except GrammarError as error:
+            raise HttpError(400, f"{self._field}: {error}", param=self._field, code="invalid_grammar") from None
+        finally:
+            self.close()
+
+
+class GenerateEndpoint:
+    """Answers /generate for one server."""
+
+    def __init__(self, state: ServerState) -> None:
+        self._state = state
+
+    async def __call__(self, request: Request) -> Response:
+        body = await parse_body(self._state, request, GenerateBody)
+        salt, size = self._state.cache_salt(request, body.cache_salt), len(await request.body())
+        items = await self._state.compute(size, self._items, body, salt)
+        prompt_logprobs = [await self._scored(item) for item in items]
+        generations = self._submit(items, is_whole=not body.stream)
+        answer = _Answer(self._state, body, items, prompt_logprobs)
+        if body.stream:
+            return EventStream(answer.events(merged(generations)), lambda: _close(generations), DONE)
+        for index, output in await collected(request, merged(generations)):
+            answer.take(index, output)
+        results = [answer.result(index, is_whole=True) for index in range(len(items))]
+        return json_response(results if answer.is_list else results[0])
+
+    def _items(self, body: GenerateBody, salt: str) -> list[Item]:
+        prompts = self._prompts(body)
+        given = body.sampling_params
+        if isinstance(given, list) and len(given) != len(prompts):
+            raise HttpError(
+                400,
+                f"sampling_params has {len(given)} entries for {len(prompts)} prompts",
+                param="sampling_params",
+            )
+        all_sampling = given if isinstance(given, list) else [given] * len(prompts)
+        items: list[Item] = []
+        first_id = body.rid or self._state.proxy.new_id("generate")
+        for ids, sampling in zip(prompts, all_sampling, strict=True):
+            for index in range(sampling.n):
+                request_id = first_id if not items else f"{first_id}-{len(items)}"
+                items.append(self._item(body, ids, sampling, index, request_id, salt))
+        if len(items) > self._state.config.max_in_flight:
+            raise HttpError(400, f"{len(items)} answers are too many for one request", param="sampling_params.n")
+        return items
+
+    def _item(
+        self, body: GenerateBody, ids: list[int], sampling: NativeSampling, index: int, request_id: str, salt: str
+    ) -> Item:
+        fields = sampling.fields(body.top_logprobs_num if body.return_logprob else None)
+        fields["seed"] = seed_of_choice(sampling.sampling_seed, index)
+        name, constraint = sampling.constraint(self._state.config.max_schema_bytes) or (None, None)
+        command = Submit(
+            request_id,
+            ids,
+            fields,
+            constraint,
+            cache_salt=salt,
+            priority=body.priority,
+            deadline_s=body.timeout_s,
+        )
+        scores = body.return_logprob and 0 <= body.logprob_start_len < len(ids)
+        return Item(command, name, body.logprob_start_len if scores else None)
+
+    def _prompts(self, body: GenerateBody) -> list[list[int]]:
+        if (body.text is None) == (body.input_ids is None):
+            raise HttpError(
+                400, "give either text or input_ids", param="text" if body.input_ids is None else "input_ids"
+            )
+        tokenizer = self._state.tokenizer
+        name = "text" if body.text is not None else "input_ids"
+        if body.text is not None:
+            texts = [body.text] if isinstance(body.text, str) else body.text
+            prompts = [tokenizer.encode(text, add_special=True) for text in texts]
+        else:
+            given: list[Any] = body.input_ids or []  # token ids, or lists of them
+            prompts = given if given and isinstance(given[0], list) else [given]
+        if not 1 <= len(prompts) <= MAX_PROMPTS:
+            raise HttpError(
+                400, f"{name} has {len(prompts):,} prompts; at least 1 and at most {MAX_PROMPTS:,}", param=name
+            )
+        size = tokenizer.vocab_size
+        for ids in prompts:
+            wrong = next((token for token in ids if not 0 <= token < size), None)
+            if wrong is not None:
+                raise HttpError(400, f"input_ids has token {wrong}, but the vocabulary has {size:,}", param="input_ids")
+            if not ids:
+                raise HttpError(400, f"{name} has no tokens; give at least one", param=name)
+        return prompts
+
+    async def _scored(self, item: Item) -> list[float | None] | None:
+        """Log-probabilities of the prompt's tokens from `first_scored` on; the very first token has none."""
+        if item.first_scored is None:
+            return None
+        first, command = max(item.first_scored, 1), item.command
+        head: list[float | None] = [None] * (first - item.first_scored)
+        if first >= len(command.prompt_ids):
+            return head
+        scoring = Submit(
+            f"{command.id}-score",
+            command.prompt_ids,
+            {"max_tokens": 1},
+            cache_salt=command.cache_salt,
+            priority=command.priority,
+            deadline_s=command.deadline_s,
+            score_from=first,
+        )
+        output = await self._state.proxy.submit(scoring).collect()
+        return [*head, *(output.prompt_logprobs or ())]
+
+    def _submit(self, items: Sequence[Item], *, is_whole: bool) -> list[_Generation]:
+        generations: list[_Generation] = []
+        try:
+            for item in items:
+                stream = self._state.proxy.submit(item.command, is_whole=is_whole)
+                generations.append(_Generation(stream, item.field))
+        except BaseException:
+            _close(generations)
+            raise
+        return generations
+
+
+def _close(generations: Sequence[_Generation]) -> None:
+    for generation in generations:
+        generation.close()
+
+
+class _Answer:
+    """The answers of one request, whole or in events. Owner: the request's coroutine."""
+
+    def __init__(
+        self,
+        state: ServerState,
+        body: GenerateBody,
+        items: Sequence[Item],
+        prompt_logprobs: Sequence[list[float | None] | None],
+    ) -> None:
+        self._state = state
+        self._body = body
+        self._items = items
+        self._prompt_logprobs = prompt_logprobs
+        self._sums: list[Output | None] = [None] * len(items)
+        self._is_cumulative = body.cumulative or not body.stream
+
+    @property
+    def is_list(self) -> bool:
+        several = isinstance(self._body.text, list) or bool(
+            self._body.input_ids and isinstance(self._body.input_ids[0], list)
+        )
+        return several or len(self._items) > 1
+
+    def take(self, index: int, output: Output) -> None:
+        known = self._sums[index]
+        if known is None or not self._is_cumulative:
+            self._sums[index] = output
+        else:
+            known.absorb(output)
+
+    async def events(self, outputs: AsyncGenerator[tuple[int, Output], None]) -> AsyncGenerator[bytes, None]:
+        """The answers as server-sent events."""
+        num_open = len(self._sums)
+        async with contextlib.aclosing(outputs):
+            async for index, output in outputs:
+                is_first = self._sums[index] is None
+                self.take(index, output)
+                if not (output.text or output.token_ids or output.finish_reason):
+                    continue
+                result = self.result(index, is_whole=is_first or self._is_cumulative)
+                data = event({"index": index, **result} if self.is_list else result)
+                num_open -= output.finish_reason is not None
+                yield data if num_open else LastEvent(data)
+
+    def result(self, index: int, *, is_whole: bool) -> Json:
+        """An answer as SGLang writes it; `is_whole`: with what is said of its prompt."""
+        output = self._sums[index]
+        assert output is not None
+        finish: Json | None = None
+        if output.finish_reason is not None:
+            finish = {"type": output.finish_reason}
+            if output.stop_match is not None:
+                finish["matched"] = output.stop_match
+            if output.incomplete is not None:
+                finish["incomplete"] = output.incomplete
+        meta: Json = {
+            "id": output.id,
+            "finish_reason": finish,
+            "prompt_tokens": output.prompt_tokens,
+            "completion_tokens": output.completion_tokens,
+            "cached_tokens": output.cached_tokens,
+        }
+        if output.timings is not None:
+            meta |= {"e2e_latency": output.timings["total_s"], "queue_time": output.timings["queue_s"]}
+        if self._body.return_logprob:
+            meta |= self._logprobs(index, output, is_whole=is_whole)
+        return {"text": output.text, "output_ids": output.token_ids, "meta_info": meta}
+
+    def _logprobs(self, index: int, output: Output, *, is_whole: bool) -> Json:
+        values, ids = output.logprobs or [], output.token_ids
+        found: Json = {
+            "output_token_logprobs": [self._entry(p, t) for p, t in zip(values, ids, strict=False)],
+            "output_top_logprobs": [[self._entry(p, t) for t, p in top] for top in output.top_logprobs or []],
+        }
+        scores, item = self._prompt_logprobs[index], self._items[index]
+        if is_whole and scores is not None:
+            assert item.first_scored is not None
+            scored = item.command.prompt_ids[item.first_scored :]
+            found["input_token_logprobs"] = [self._entry(p, t) for p, t in zip(scores, scored, strict=True)]
+        return found
+
+    def _entry(self, logprob: float | None, token: int) -> list[float | int | str | None]:
+        text = token_text(self._state.tokenizer, token) if self._body.return_text_in_logprobs else None
+        return [None if logprob is None else finite(logprob), token, text]

@@ -1,0 +1,490 @@
+"""`POST /v1/chat/completions`: from a body to requests, and from their increments to an answer or a stream."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import Response
+
+from ramet.errors import InvalidRequest
+from ramet.lang.graph.ir import Constraint
+from ramet.runtime.server.choices import Choice, FreeReasoning, Job, merged, name_prompt, submit_all
+from ramet.runtime.server.link.protocol import Output
+from ramet.runtime.server.openai.conversations import ChatPrompt, Conversations
+from ramet.runtime.server.openai.reasoning import (
+    CLOSE,
+    OPEN,
+    Position,
+    ReasoningCounter,
+    ReasoningSplitter,
+    position_after,
+)
+from ramet.runtime.server.openai.shapes import chat_logprobs, kept_tokens, usage_of
+from ramet.runtime.server.openai.tool_calls import AnswerReader, ToolStyle, shown_specials, tool_set, tool_style
+from ramet.runtime.server.openai.types import (
+    ChatBody,
+    Json,
+    JsonObjectFormat,
+    JsonSchemaFormat,
+    NamedTool,
+    StructuralTagFormat,
+    check_model,
+    parse_body,
+)
+from ramet.runtime.server.sampling_fields import check_size, compact_json, constraint_of, sampling_fields
+from ramet.runtime.server.sse import DONE, EventStream, LastEvent, collected, event, json_response
+from ramet.runtime.server.state import HttpError, ServerState
+
+_RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a body asks for, ready to run. `style`: None where the answer has no calls."""
+
+    body: ChatBody
+    prompt: ChatPrompt
+    job: Job
+    style: ToolStyle | None
+    position: Position
+
+
+@dataclass(slots=True)
+class Progress:
+    """One choice so far. Owner: the answer's coroutine."""
+
+    reader: AnswerReader
+    counter: ReasoningCounter
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[Json] = field(default_factory=list)  # in a stream: those not sent yet
+    last: Output | None = None
+
+    @property
+    def finish_reason(self) -> str:
+        """`length` wins over calls, and a call that is not complete is none to run."""
+        assert self.last is not None
+        if self.last.finish_reason == "stop" and self.reader.calls and not self.reader.is_cut:
+            return "tool_calls"
+        return self.last.finish_reason or "stop"
+
+
+class ChatEndpoint:
+    """Answers chat completions for one server."""
+
+    def __init__(self, state: ServerState) -> None:
+        self._state = state
+        self._tokenizer = state.tokenizer
+        self.conversations = Conversations(state.tokenizer)
+
+    @cached_property
+    def style(self) -> ToolStyle:
+        """How this model calls tools; the template is asked once."""
+        return tool_style(self._tokenizer.chat_template)
+
+    async def __call__(self, request: Request) -> Response:
+        body = await parse_body(self._state, request, ChatBody)
+        check_model(self._state, body.model)
+        salt = self._state.cache_salt(request, body.cache_salt or "")
+        try:
+            plan = await self._state.compute(len(await request.body()), self._plan, body, salt)
+        except InvalidRequest as error:
+            raise name_prompt(error, "messages") from None
+        num = body.n or 1
+        answer_id, choices = submit_all(self._state.proxy, [(plan.job, index) for index in range(num)], "chatcmpl")
+        answer = _Answer(self, plan, answer_id, choices)
+        if body.stream:
+            return EventStream(answer.events(merged(choices)), answer.close, DONE)
+        for index, output in await collected(request, merged(choices)):
+            answer.take(index, output)
+        return json_response(await answer.whole())
+
+    # -- from a body to requests, on the pool's threads ----------------------------------------------------------
+
+    def _plan(self, body: ChatBody, salt: str) -> Plan:
+        _check_fields(body)
+        max_tokens = _max_tokens(body)
+        logprobs = (body.top_logprobs or 0) if body.logprobs else None
+        sampling = sampling_fields(body, max_tokens=max_tokens, logprobs=logprobs)
+        template = self._tokenizer.chat_template
+        stops = sampling["stop"]
+        assert isinstance(stops, tuple)
+        sampling["stop"] = (*stops, *template.stop_strings)
+        variables = self._variables(body)
+        tools = [tool.plain() for tool in body.tools or ()]
+        asked, style = self._constraint(body, tools)
+        prompt = self._prompt(body, tools, variables, salt, max_tokens)
+        ids, position = prompt.ids, _position(prompt)
+        reasoning = None
+        if asked is not None and position == "before" and self._thinks_by_default(variables):
+            ids = [*ids, *self._tokenizer.encode(f"{OPEN}\n", parse_special=True, continues=True)]
+            position = "inside"
+            prompt.ids = ids
+        if asked is not None and position == "inside":
+            after = tuple(self._tokenizer.encode("\n\n", continues=True))
+            end_id = self._tokenizer.token_id(CLOSE)
+            reasoning = FreeReasoning(CLOSE, end_id, after)
+        field_name, constraint = asked or (None, None)
+        shown = self._shown_bytes if style is not None else self._shown_reasoning_bytes
+        job = Job(
+            ids,
+            sampling,
+            constraint,
+            field_name,
+            salt,
+            body.priority or 0,
+            reasoning,
+            shown,
+            is_whole=not body.stream,
+            prompt_field="messages",
+        )
+        return Plan(body, prompt, job, style, position)
+
+    def _prompt(
+        self, body: ChatBody, tools: list[Json], variables: Mapping[str, Any], salt: str, max_tokens: int | None
+    ) -> ChatPrompt:  # Any: JSON
+        messages = [message.plain() for message in body.messages]
+        adapted, shown_tools = self.style.adapt(messages, tools)
+        is_continued = bool(body.continue_final_message)
+        is_open = body.add_generation_prompt if body.add_generation_prompt is not None else not is_continued
+        context = self._state.context_length
+        room = None if context is None else context - (max_tokens or 1)
+        return self.conversations.prompt(
+            adapted,
+            shown_tools,
+            variables,
+            add_generation_prompt=is_open,
+            continue_final_message=is_continued,
+            salt=salt,
+            appends=body.history != "render",
+            max_prompt_tokens=room,
+        )
+
+    def _variables(self, body: ChatBody) -> Json:
+        variables = dict(body.chat_template_kwargs or {})
+        reserved = sorted(_RESERVED & set(variables))
+        if reserved:
+            raise HttpError(
+                400,
+                f"chat_template_kwargs has {reserved[0]!r}, which has a field of its own",
+                param="chat_template_kwargs",
+            )
+        effort, source = body.reasoning_effort, self._tokenizer.chat_template.source
+        if effort is None:
+            return variables
+        if "reasoning_effort" in source:
+            variables.setdefault("reasoning_effort", effort)
+        elif effort == "none" and "enable_thinking" in source:
+            variables.setdefault("enable_thinking", False)
+        elif not (effort == "none" and CLOSE not in source) and not (effort != "none" and "enable_thinking" in source):
+            raise HttpError(
+                400,
+                f"reasoning_effort is {effort!r}, but the model's chat template knows no such effort",
+                param="reasoning_effort",
+            )
+        return variables
+
+    def _thinks_by_default(self, variables: Mapping[str, Any]) -> bool:  # Any: JSON
+        """The template leaves it to the model to open its reasoning, and the request does not turn that off."""
+        return self._opens_reasoning and variables.get("enable_thinking", True) is not False
+
+    @cached_property
+    def _opens_reasoning(self) -> bool:
+        template = self._tokenizer.chat_template
+        if "enable_thinking" not in template.source:
+            return False
+        with contextlib.suppress(InvalidRequest):
+            unset, on, off = (
+                template.render([{"role": "user", "content": "Hi"}], add_generation_prompt=True, variables=variables)
+                for variables in ({}, {"enable_thinking": True}, {"enable_thinking": False})
+            )
+            return unset == on != off
+        return False
+
+    @cached_property
+    def _shown_bytes(self) -> list[bytes] | None:
+        return self._bytes_with(shown_specials(self.style, self._tokenizer.special_tokens))
+
+    @cached_property
+    def _shown_reasoning_bytes(self) -> list[bytes] | None:
+        return self._bytes_with({})
+
+    def _bytes_with(self, shown: dict[int, str]) -> list[bytes] | None:
+        """Every token's bytes, with those special tokens spelled out that parts of an answer are told by."""
+        shown |= {token: text for text, token in self._tokenizer.special_tokens.items() if text in (OPEN, CLOSE)}
+        if not shown:
+            return None
+        return [
+            shown[token].encode() if token in shown else data for token, data in enumerate(self._tokenizer.token_bytes)
+        ]
+
+    def _constraint(
+        self, body: ChatBody, tools: Sequence[Json]
+    ) -> tuple[tuple[str, Constraint] | None, ToolStyle | None]:
+        """(field and constraint, the style of calls where there may be some)."""
+        limit = self._state.config.max_schema_bytes
+        schema = _schema(body)
+        choice = body.tool_choice or ("auto" if tools else "none")
+        if not tools:
+            if choice not in ("none", "auto"):
+                raise HttpError(400, "tool_choice asks for a call but there are no tools", param="tool_choice")
+            return constraint_of(body, schema, limit, in_order=_is_strict(body), tag=_tag(body)), None
+        asked = constraint_of(body, schema, limit, in_order=_is_strict(body), tag=_tag(body))
+        if choice == "none" and asked is not None:
+            return asked, None
+        if asked is not None and asked[1].kind != "json_schema":
+            raise HttpError(
+                400,
+                f"{asked[0]} constrains the whole answer, so tools cannot be called; use a JSON schema",
+                param=asked[0],
+            )
+        answer = None if asked is None else _decoded(asked)
+        name: str | Json = choice if isinstance(choice, str) else {"name": _named(choice, tools)}
+        parallel = body.parallel_tool_calls is not False
+        in_order = all(tool.function.strict for tool in body.tools or ()) and (asked is None or asked[1].in_order)
+        written = tool_set(self.style, tools, name, parallel=parallel, answer=answer, in_order=in_order)
+        source = compact_json(written)
+        check_size(source, "tools", limit)
+        return ("tools", Constraint("tools", source)), None if choice == "none" else self.style
+
+
+def _check_fields(body: ChatBody) -> None:
+    if body.top_logprobs is not None and not body.logprobs:
+        raise HttpError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
+    if body.stream_options is not None and not body.stream:
+        raise HttpError(400, "stream_options is only allowed with stream: true", param="stream_options")
+
+
+def _max_tokens(body: ChatBody) -> int | None:
+    newer, older = body.max_completion_tokens, body.max_tokens
+    if newer is not None and older is not None and newer != older:
+        raise HttpError(
+            400, f"max_tokens is {older} and max_completion_tokens {newer}; give one of them", param="max_tokens"
+        )
+    return newer if newer is not None else older
+
+
+def _schema(body: ChatBody) -> object:
+    """The JSON schema of response_format, or None."""
+    asked = body.response_format
+    if isinstance(asked, JsonObjectFormat):
+        return {"type": "object"}
+    if isinstance(asked, JsonSchemaFormat):
+        schema = asked.json_schema.json_schema
+        if schema is None:
+            raise HttpError(
+                400, "response_format.json_schema.schema is missing", param="response_format.json_schema.schema"
+            )
+        return schema
+    return None
+
+
+def _tag(body: ChatBody) -> Json | None:
+    """The structural tag of response_format, or None."""
+    asked = body.response_format
+    return asked.model_dump(exclude_none=True) if isinstance(asked, StructuralTagFormat) else None
+
+
+def _is_strict(body: ChatBody) -> bool:
+    asked = body.response_format
+    return isinstance(asked, JsonSchemaFormat) and bool(asked.json_schema.strict)
+
+
+def _decoded(asked: tuple[str, Constraint]) -> object:
+    try:
+        value: object = json.loads(asked[1].source)
+    except ValueError as error:
+        raise HttpError(400, f"{asked[0]} is not JSON: {error}", param=asked[0]) from None
+    return value
+
+
+def _named(choice: NamedTool | str, tools: Sequence[Json]) -> str:
+    assert isinstance(choice, NamedTool)
+    name = choice.function.name
+    names = [tool["function"]["name"] for tool in tools]
+    if name not in names:
+        raise HttpError(400, f"tool_choice names {name!r}; the tools are {', '.join(names)}", param="tool_choice")
+    return name
+
+
+def _position(prompt: ChatPrompt) -> Position:
+    """Where the answer begins; one that is continued is read on as it was begun."""
+    if not prompt.is_continued:
+        return position_after(prompt.end)
+    said = str(prompt.messages[-1]["content"])
+    return "inside" if said.rfind(OPEN) > said.rfind(CLOSE) else "behind"
+
+
+class _Answer:
+    """One answer of one or more choices, whole or in chunks."""
+
+    def __init__(self, endpoint: ChatEndpoint, plan: Plan, answer_id: str, choices: Sequence[Choice]) -> None:
+        self._endpoint = endpoint
+        self._state = endpoint._state
+        self._plan = plan
+        self._id = answer_id
+        self._choices = choices
+        self._created = int(time.time())
+        is_separate = plan.body.separate_reasoning is not False
+        shown = plan.job.shown_bytes or self._state.tokenizer.token_bytes
+        self._progress = [
+            Progress(
+                AnswerReader(ReasoningSplitter(plan.position) if is_separate else None, plan.style),
+                ReasoningCounter(shown, plan.position),
+            )
+            for _ in choices
+        ]
+
+    def close(self) -> None:
+        for choice in self._choices:
+            choice.close()
+
+    def take(self, index: int, output: Output) -> list[Json]:
+        """Take in an increment; returns the deltas that it settles."""
+        progress = self._progress[index]
+        progress.counter.push(output.token_ids)
+        progress.text += output.text
+        progress.token_ids += output.token_ids
+        if output.logprobs is not None:
+            progress.logprobs += chat_logprobs(self._state.tokenizer, output)
+        progress.last = output
+        deltas = progress.reader.push(output.text) if output.text else []
+        return deltas if output.finish_reason is None else deltas + progress.reader.finish()
+
+    async def whole(self) -> Json:
+        """The answer in one piece."""
+        await self._remember(range(len(self._progress)))
+        answer = self._head("chat.completion")
+        answer["choices"] = [self._whole_choice(index, progress) for index, progress in enumerate(self._progress)]
+        answer["usage"] = self._usage()
+        if self._plan.body.return_token_ids:
+            answer["prompt_token_ids"] = self._plan.job.prompt_ids
+        if self._plan.body.metadata is not None:
+            answer["metadata"] = self._plan.body.metadata
+        return answer
+
+    async def events(self, outputs: AsyncGenerator[tuple[int, Output], None]) -> AsyncGenerator[bytes, None]:
+        """The answer as server-sent events."""
+        role = {"role": "assistant", "content": ""}
+        chunks = [self._chunk(index, role, is_first=True) for index in range(len(self._progress))]
+        async with contextlib.aclosing(outputs):
+            async for index, output in outputs:
+                chunks += self._chunks(index, output)
+                if chunks:
+                    yield b"".join(map(event, chunks))
+                    chunks = []
+                if output.finish_reason is not None:
+                    await self._remember([index])
+        options = self._plan.body.stream_options
+        if options is not None and options.include_usage:
+            usage = {**self._head("chat.completion.chunk"), "choices": [], "usage": self._usage()}
+            yield LastEvent(event(usage))
+
+    def _chunks(self, index: int, output: Output) -> list[Json]:
+        """What an increment adds to a stream. Its tokens go with the first delta that they settle."""
+        ids: list[int] | None = output.token_ids
+        chunks = []
+        for delta in self.take(index, output):
+            chunks.append(self._chunk(index, delta, ids))
+            ids = None
+        if output.finish_reason is not None:
+            chunks.append(self._chunk(index, {}, ids, is_last=True))
+        elif ids and self._plan.body.return_token_ids:
+            chunks.append(self._chunk(index, {}, ids))
+        return chunks
+
+    def _head(self, kind: str) -> Json:
+        return {"id": self._id, "object": kind, "created": self._created, "model": self._state.model_name}
+
+    def _chunk(
+        self,
+        index: int,
+        delta: Json,
+        token_ids: list[int] | None = None,
+        *,
+        is_first: bool = False,
+        is_last: bool = False,
+    ) -> Json:
+        progress, body = self._progress[index], self._plan.body
+        choice: Json = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+        if progress.logprobs and not is_first:
+            choice["logprobs"] = {"content": progress.logprobs, "refusal": None}
+            progress.logprobs = []
+        if is_last:
+            choice["finish_reason"] = progress.finish_reason
+            choice["matched_stop"] = progress.last.stop_match if progress.last is not None else None
+            if progress.last is not None and progress.last.incomplete is not None:
+                choice["incomplete"] = progress.last.incomplete
+        if body.return_token_ids and not is_first:
+            choice["token_ids"] = token_ids or []
+        chunk = {**self._head("chat.completion.chunk"), "choices": [choice]}
+        if body.return_token_ids and is_first:
+            chunk["prompt_token_ids"] = self._plan.job.prompt_ids
+        if body.stream_options is not None:
+            if body.stream_options.continuous_usage_stats:
+                chunk["usage"] = self._usage()
+            elif body.stream_options.include_usage:
+                chunk["usage"] = None
+        return chunk
+
+    def _whole_choice(self, index: int, progress: Progress) -> Json:
+        reader, body = progress.reader, self._plan.body
+        assert progress.last is not None
+        message: Json = {
+            "role": "assistant",
+            "content": reader.content if reader.content or not reader.calls else None,
+            "refusal": None,
+        }
+        if reader.reasoning:
+            message["reasoning_content"] = reader.reasoning
+        if reader.calls:
+            message["tool_calls"] = [call.plain() for call in reader.calls]
+        choice: Json = {
+            "index": index,
+            "message": message,
+            "logprobs": {"content": progress.logprobs, "refusal": None} if body.logprobs else None,
+            "finish_reason": progress.finish_reason,
+            "matched_stop": progress.last.stop_match,
+        }
+        if progress.last.incomplete is not None:
+            choice["incomplete"] = progress.last.incomplete
+        return {**choice, "token_ids": progress.token_ids} if body.return_token_ids else choice
+
+    def _usage(self) -> Json:
+        outputs = [progress.last for progress in self._progress if progress.last is not None]
+        if not outputs:  # the first chunk of a stream that reports its usage in every one
+            outputs = [Output(self._id, len(self._plan.job.prompt_ids), 0, 0)]
+        shared = min(outputs, key=lambda output: output.cached_tokens)  # the others may find what this one computed
+        usage = usage_of(outputs, [shared], sum(progress.counter.count for progress in self._progress))
+        prompt = self._plan.prompt
+        if prompt.has_earlier_answer:
+            reason = prompt.miss
+            if reason is None and shared.cached_tokens < prompt.num_reused - 1:
+                reason = "the rest of what was generated is no longer in the cache"
+            usage["history"] = {"reused_tokens": prompt.num_reused, "reason": reason}
+        return usage
+
+    async def _remember(self, indices: Sequence[int]) -> None:
+        for index in indices:
+            progress = self._progress[index]
+            reader = progress.reader
+            if not reader.is_cut and (reader.content or reader.calls):
+                await self._state.off_loop(self._remember_one, progress)
+
+    def _remember_one(self, progress: Progress) -> None:
+        reader, tokenizer = progress.reader, self._state.tokenizer
+        answer: Json = {"role": "assistant", "content": reader.content}
+        if reader.calls:
+            answer["tool_calls"] = [call.plain() for call in reader.calls]
+        adapted, _ = self._endpoint.style.adapt([answer], None)
+        ids = progress.token_ids
+        if progress.last is not None and isinstance(progress.last.stop_match, str):
+            ids = kept_tokens(tokenizer, self._plan.job.shown_bytes or tokenizer.token_bytes, ids, progress.text)
+        self._endpoint.conversations.remember(self._plan.prompt, adapted[0], ids)

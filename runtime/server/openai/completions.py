@@ -1,0 +1,300 @@
+"""`POST /v1/completions`: text after text, for one prompt or several, with echo and scores of the prompt."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field, replace
+
+from fastapi import Request
+from fastapi.responses import Response
+
+from ramet.runtime.server.choices import Job, merged, submit_all
+from ramet.runtime.server.link.protocol import Output, Submit
+from ramet.runtime.server.openai.shapes import finite, token_bytes, token_text, usage_of
+from ramet.runtime.server.openai.types import CompletionBody, Json, check_model, parse_body
+from ramet.runtime.server.sampling_fields import asks_constraint, constraint_of, sampling_fields
+from ramet.runtime.server.sse import DONE, EventStream, LastEvent, collected, event, json_response
+from ramet.runtime.server.state import HttpError, ServerState
+from ramet.runtime.text.detokenizer import Detokenizer
+from ramet.runtime.text.tokenizer import Tokenizer
+
+DEFAULT_MAX_TOKENS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """`text` is what echo gives back, if it is asked for: the caller's own where it was text."""
+
+    ids: list[int]
+    text: str
+
+
+@dataclass(slots=True)
+class Logprobs:
+    """The four lists of `logprobs`. `length`: characters of the answer so far, where the next token begins."""
+
+    tokenizer: Tokenizer
+    length: int = 0
+    entries: list[tuple[str, float | None, dict[str, float] | None, int]] = field(default_factory=list)
+    _detokenizer: Detokenizer | None = None
+
+    def add(
+        self,
+        token_ids: Sequence[int],
+        logprobs: Sequence[float | None],
+        tops: Sequence[Sequence[tuple[int, float]]] | None,
+    ) -> None:
+        self._detokenizer = self._detokenizer or Detokenizer(self.tokenizer.token_bytes)
+        for index, (token, value) in enumerate(zip(token_ids, logprobs, strict=False)):
+            top = None
+            if tops is not None:
+                top = {token_text(self.tokenizer, other): finite(p) for other, p in tops[index]}
+            shown = None if value is None else finite(value)
+            self.entries.append((token_text(self.tokenizer, token), shown, top, self.length))
+            special = "" if self.tokenizer.token_bytes[token] else token_bytes(self.tokenizer, token).decode()
+            self.length += len(self._detokenizer.push([token])) + len(special)
+
+    def take(self) -> Json:
+        """What was added since the last time."""
+        entries, self.entries = self.entries, []
+        return {
+            "tokens": [entry[0] for entry in entries],
+            "token_logprobs": [entry[1] for entry in entries],
+            "top_logprobs": [entry[2] for entry in entries],
+            "text_offset": [entry[3] for entry in entries],
+        }
+
+
+class CompletionEndpoint:
+    """Answers text completions for one server."""
+
+    def __init__(self, state: ServerState) -> None:
+        self._state = state
+
+    async def __call__(self, request: Request) -> Response:
+        state = self._state
+        body = await parse_body(state, request, CompletionBody)
+        check_model(state, body.model)
+        _check_fields(body)
+        num = body.n or 1
+        max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+        sampling = sampling_fields(body, max_tokens=max_tokens or 1, logprobs=body.logprobs)
+        size = len(await request.body())
+        source_size = size if asks_constraint(body) else 0
+        asked = await state.compute(source_size, constraint_of, body, None, state.config.max_schema_bytes)
+        prompts = await state.compute(0 if _has_ids(body) else size, _prompts, state.tokenizer, body)
+        if len(prompts) * num > state.config.max_in_flight:
+            wanted, limit = len(prompts) * num, state.config.max_in_flight
+            message = f"{len(prompts):,} prompts with n={num} want {wanted:,} answers; the limit is {limit:,}"
+            raise HttpError(400, message, param="prompt")
+        salt = state.cache_salt(request, body.cache_salt or "")
+        field_name, constraint = asked or (None, None)
+        shared = Job([], sampling, constraint, field_name, salt, body.priority or 0, is_whole=not body.stream)
+        jobs = [replace(shared, prompt_ids=prompt.ids) for prompt in prompts]
+        answer = _Answer(state, body, prompts, jobs, num, is_generated=max_tokens > 0)
+        if body.stream:
+            return EventStream(answer.events(answer.outputs()), answer.close, DONE)
+        for index, output in await collected(request, answer.outputs()):
+            answer.take(index, output)
+        return json_response(answer.whole())
+
+
+def _check_fields(body: CompletionBody) -> None:
+    if body.best_of is not None and body.best_of != (body.n or 1):
+        raise HttpError(
+            400, f"best_of is {body.best_of}, but only the value of n ({body.n or 1}) is supported", param="best_of"
+        )
+    if body.stream_options is not None and not body.stream:
+        raise HttpError(400, "stream_options is only allowed with stream: true", param="stream_options")
+    if body.echo and body.logprobs:
+        raise HttpError(
+            400,
+            f"logprobs is {body.logprobs}, but with echo it must be 0: alternatives of prompt tokens are not computed",
+            param="logprobs",
+        )
+
+
+def _has_ids(body: CompletionBody) -> bool:
+    """The prompt is token ids that are not needed as text."""
+    return not body.echo and isinstance(body.prompt, list) and not any(isinstance(p, str) for p in body.prompt[:1])
+
+
+def _prompts(tokenizer: Tokenizer, body: CompletionBody) -> list[Prompt]:
+    given = body.prompt
+    if isinstance(given, str):
+        given = [given]
+    elif given and isinstance(given[0], int):
+        given = [given]  # one list of ids becomes a list of one
+    if not given:
+        raise HttpError(400, "prompt is an empty list; give at least one prompt", param="prompt")
+    prompts = []
+    for item in given:
+        if isinstance(item, str):
+            prompts.append(Prompt(tokenizer.encode(item, add_special=True, parse_special=True), item))
+        else:
+            assert isinstance(item, list)
+            size = tokenizer.vocab_size
+            if item and not 0 <= min(item) <= max(item) < size:
+                wrong = next(token for token in item if not 0 <= token < size)
+                raise HttpError(400, f"prompt has token {wrong}, but the vocabulary has {size:,}", param="prompt")
+            prompts.append(Prompt(item, tokenizer.decode(item) if body.echo else ""))
+    return prompts
+
+
+class _Answer:
+    """One answer. Choice i belongs to prompt i // n."""
+
+    def __init__(
+        self,
+        state: ServerState,
+        body: CompletionBody,
+        prompts: Sequence[Prompt],
+        jobs: Sequence[Job],
+        num: int,
+        *,
+        is_generated: bool,
+    ) -> None:
+        self._state = state
+        self._body = body
+        self._prompts = prompts
+        self._num = num
+        self._created = int(time.time())
+        self._jobs = [(job, index) for job in jobs for index in range(num)]
+        self._is_generated = is_generated
+        if is_generated:
+            self._id, self._choices = submit_all(state.proxy, self._jobs, "cmpl")
+        else:
+            self._id, self._choices = state.proxy.new_id("cmpl"), []
+        count = len(prompts) * num
+        self._texts: list[list[str]] = [[] for _ in range(count)]
+        self._ids: list[list[int]] = [[] for _ in range(count)]
+        self._lasts: list[Output | None] = [None] * count
+        self._logprobs = [Logprobs(state.tokenizer) if body.logprobs is not None else None for _ in range(count)]
+
+    def close(self) -> None:
+        for choice in self._choices:
+            choice.close()
+
+    async def outputs(self) -> AsyncGenerator[tuple[int, Output], None]:
+        """Increments; with echo each choice begins with its prompt, scored where log-probabilities are asked for."""
+        try:
+            if self._body.echo:
+                for number, prompt in enumerate(self._prompts):
+                    echoed = await self._echoed(number, prompt)
+                    for index in range(number * self._num, (number + 1) * self._num):
+                        yield index, echoed
+            if self._is_generated:
+                async with contextlib.aclosing(merged(self._choices)) as outputs:
+                    async for item in outputs:
+                        yield item
+                return
+            for index, (job, _) in enumerate(self._jobs):
+                yield index, Output(self._id, len(job.prompt_ids), 0, 0, finish_reason="length")
+        finally:
+            self.close()
+
+    async def _echoed(self, number: int, prompt: Prompt) -> Output:
+        output = Output(self._id, len(prompt.ids), 0, 0, text=prompt.text, token_ids=prompt.ids)
+        if self._body.logprobs is not None and len(prompt.ids) > 1:
+            job = self._jobs[number * self._num][0]
+            command = Submit(
+                f"{self._id}-score-{number}",
+                prompt.ids,
+                {"max_tokens": 1},
+                cache_salt=job.cache_salt,
+                priority=job.priority,
+                score_from=1,
+            )
+            scored = await self._state.proxy.submit(command).collect()
+            output.prompt_logprobs = scored.prompt_logprobs
+        return output
+
+    def take(self, index: int, output: Output) -> None:
+        """Take in an increment of a choice."""
+        self._texts[index].append(output.text)
+        logprobs = self._logprobs[index]
+        is_echo = self._body.echo and self._lasts[index] is None
+        if logprobs is not None and is_echo:
+            logprobs.add(output.token_ids, [None, *(output.prompt_logprobs or ())], None)
+            logprobs.length = len(output.text)
+        elif logprobs is not None:
+            logprobs.add(output.token_ids, output.logprobs or (), output.top_logprobs)
+        if not is_echo:
+            self._ids[index] += output.token_ids
+        self._lasts[index] = output
+
+    def whole(self) -> Json:
+        answer = self._head()
+        answer["choices"] = [self._choice(index, "".join(texts)) for index, texts in enumerate(self._texts)]
+        answer["usage"] = self._usage()
+        if self._body.metadata is not None:
+            answer["metadata"] = self._body.metadata
+        return answer
+
+    async def events(self, outputs: AsyncGenerator[tuple[int, Output], None]) -> AsyncGenerator[bytes, None]:
+        """The answer as server-sent events."""
+        begun, num_open = set[int](), len(self._lasts)
+        async with contextlib.aclosing(outputs):
+            async for index, output in outputs:
+                self.take(index, output)
+                if not (output.text or output.token_ids or output.finish_reason):
+                    continue
+                data = event(self._chunk(index, output.text, is_first=index not in begun))
+                begun.add(index)
+                num_open -= output.finish_reason is not None
+                yield data if num_open else LastEvent(data + self._usage_event())
+
+    def _chunk(self, index: int, text: str, *, is_first: bool) -> Json:
+        chunk = self._head()
+        chunk["choices"] = [self._choice(index, text, has_prompt=is_first)]
+        self._ids[index] = []
+        options = self._body.stream_options
+        if options is not None and options.continuous_usage_stats:
+            chunk["usage"] = self._usage()
+        elif options is not None and options.include_usage:
+            chunk["usage"] = None
+        return chunk
+
+    def _usage_event(self) -> bytes:
+        options = self._body.stream_options
+        if options is None or not options.include_usage:
+            return b""
+        return event({**self._head(), "choices": [], "usage": self._usage()})
+
+    def _head(self) -> Json:
+        return {
+            "id": self._id,
+            "object": "text_completion",
+            "created": self._created,
+            "model": self._state.model_name,
+        }
+
+    def _choice(self, index: int, text: str, *, has_prompt: bool = True) -> Json:
+        last, logprobs = self._lasts[index], self._logprobs[index]
+        assert last is not None
+        choice: Json = {
+            "index": index,
+            "text": text,
+            "logprobs": None if logprobs is None else logprobs.take(),
+            "finish_reason": last.finish_reason,
+        }
+        if last.finish_reason is not None:
+            choice["matched_stop"] = last.stop_match
+        if last.incomplete is not None:
+            choice["incomplete"] = last.incomplete
+        if self._body.return_token_ids:
+            choice["token_ids"] = self._ids[index]
+        if self._body.return_token_ids and has_prompt:
+            choice["prompt_token_ids"] = self._prompts[index // self._num].ids
+        return choice
+
+    def _usage(self) -> Json:
+        outputs = [last for last in self._lasts if last is not None]
+        groups = [
+            [last for last in self._lasts[start : start + self._num] if last is not None]
+            for start in range(0, len(self._lasts), self._num)
+        ]
+        firsts = [min(group, key=lambda output: output.cached_tokens) for group in groups if group]
+        return usage_of(outputs, firsts)

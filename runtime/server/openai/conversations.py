@@ -1,0 +1,249 @@
+"""Conversations that go on from the tokens that were generated, not from their text written anew.
+
+A client sends the whole conversation every time. Rendering it gives other tokens than those that were generated: a
+template may drop earlier reasoning or write calls in its own way, and a text has many tokenisations. So the token path
+of every answer is kept, under what the template makes of the conversation up to that answer; when a conversation comes
+back, it is continued from the path of its longest known part, and only what is new is rendered.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from array import array
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from ramet.errors import InvalidRequest
+from ramet.runtime.text.chat_encoding import encode_marked, render_marked
+from ramet.runtime.text.tokenizer import Tokenizer
+
+Json: TypeAlias = dict[str, Any]  # Any: JSON
+
+MAX_PATHS = 4096
+MAX_TOKENS = 4 << 20  # 16 MiB of token ids
+_MAX_TRIED = 4  # earlier answers of a conversation that are looked up
+
+_MARK = f"RametMark{os.urandom(6).hex()}"  # stands for an answer's content; nobody can send it
+
+
+@dataclass(slots=True)
+class Path:
+    """Prompt and answer as tokens, without what closes the answer. `text`: the answer, to say how another differs."""
+
+    ids: array[int]
+    opening: bytes  # key of the prompt that was answered
+    text: str
+
+
+class PathStore:
+    """The paths used last, bounded in number and tokens. Thread-safe."""
+
+    def __init__(self, max_paths: int = MAX_PATHS, max_tokens: int = MAX_TOKENS) -> None:
+        self._max_paths = max_paths
+        self._max_tokens = max_tokens
+        self._paths: OrderedDict[bytes, Path] = OrderedDict()
+        self._answered: dict[bytes, bytes] = {}  # key of a prompt -> key of its last answer
+        self._num_tokens = 0
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def get(self, key: bytes) -> Path | None:
+        with self._lock:
+            path = self._paths.get(key)
+            if path is not None:
+                self._paths.move_to_end(key)
+            return path
+
+    def answer_to(self, opening: bytes) -> Path | None:
+        """The last answer that was given to a prompt."""
+        with self._lock:
+            return self._paths.get(self._answered.get(opening, b""))
+
+    def put(self, key: bytes, path: Path) -> None:
+        with self._lock:
+            self._remove(key)
+            self._paths[key] = path
+            self._answered[path.opening] = key
+            self._num_tokens += len(path.ids)
+            while len(self._paths) > self._max_paths or self._num_tokens > self._max_tokens:
+                self._remove(next(iter(self._paths)))
+
+    def _remove(self, key: bytes) -> None:
+        path = self._paths.pop(key, None)
+        if path is not None:
+            self._num_tokens -= len(path.ids)
+            if self._answered.get(path.opening) == key:
+                del self._answered[path.opening]
+
+
+@dataclass(slots=True)
+class ChatPrompt:
+    """A rendered conversation. `num_reused`: tokens taken from a path; `miss`: why not more, None: nothing was missed.
+
+    `end`: the last characters of the prompt's text, to see whether reasoning is open.
+    """
+
+    ids: list[int]
+    end: str
+    messages: list[Json]
+    tools: list[Json] | None
+    variables: Mapping[str, Any]  # Any: JSON
+    salt: str
+    has_earlier_answer: bool
+    is_continued: bool = False
+    num_reused: int = 0
+    miss: str | None = None
+    opening: bytes = field(default=b"")
+
+
+class Conversations:
+    """Renders conversations for one tokenizer and template, and remembers their paths. Thread-safe."""
+
+    def __init__(self, tokenizer: Tokenizer, store: PathStore | None = None) -> None:
+        self._tokenizer = tokenizer
+        self._store = PathStore() if store is None else store  # an empty store is false
+
+    def prompt(
+        self,
+        messages: list[Json],
+        tools: list[Json] | None = None,
+        variables: Mapping[str, Any] | None = None,  # Any: JSON
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        salt: str = "",
+        appends: bool = True,
+        max_prompt_tokens: int | None = None,
+    ) -> ChatPrompt:
+        """Token ids of a conversation; `appends`: from an earlier answer's path where there is one.
+
+        `max_prompt_tokens`: a path that would make the prompt longer than this is given up for a rendering.
+        Raises: InvalidRequest as the chat template does.
+        """
+        text = render_marked(
+            self._tokenizer,
+            self._tokenizer.chat_template,
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            tools=tools,
+            continue_final_message=continue_final_message,
+            variables=variables,
+        )
+        earlier = messages[:-1] if continue_final_message else messages
+        has_earlier = any(message["role"] == "assistant" for message in earlier)
+        prompt = ChatPrompt([], text[-64:], messages, tools, variables or {}, salt, has_earlier, continue_final_message)
+        if has_earlier and appends and add_generation_prompt:
+            self._append(prompt, max_prompt_tokens)
+        elif has_earlier:
+            prompt.miss = "the history is rendered anew, as asked"
+        if not prompt.num_reused:
+            prompt.ids = encode_marked(self._tokenizer, text)
+        if not continue_final_message:
+            opening = text if _bare(messages) == messages else self._render(_bare(messages), prompt, is_open=True)
+            prompt.opening = self._key("opening", opening, salt)
+        return prompt
+
+    def remember(self, prompt: ChatPrompt, answer: Json, generated: Sequence[int]) -> None:
+        """Keep the path of an answer: the message that the client will send back, and the tokens that wrote it."""
+        messages = [*prompt.messages, answer]
+        if prompt.is_continued:
+            last = prompt.messages[-1]
+            messages = [*prompt.messages[:-1], {**answer, "content": last["content"] + answer["content"]}]
+        try:
+            closed = self._render(_bare(messages), prompt, is_open=False)
+        except InvalidRequest:  # a template that cannot show this answer will refuse the conversation, too
+            return
+        path = Path(array("i", [*prompt.ids, *generated]), prompt.opening, str(answer["content"]))
+        self._store.put(self._key("closed", closed, prompt.salt), path)
+
+    def _append(self, prompt: ChatPrompt, max_prompt_tokens: int | None) -> None:
+        """Take the longest known path and what is new behind it, or say why there is none."""
+        ends = [i + 1 for i, message in enumerate(prompt.messages) if message["role"] == "assistant"]
+        for count in reversed(ends[-_MAX_TRIED:]):
+            try:
+                closed = self._render(_bare(prompt.messages[:count]), prompt, is_open=False)
+            except InvalidRequest:
+                continue
+            path = self._store.get(self._key("closed", closed, prompt.salt))
+            if path is None:
+                prompt.miss = prompt.miss or self._difference(prompt, count)
+                continue
+            new = self._behind(prompt, count)
+            if new is None:
+                prompt.miss = f"the chat template does not let message {count - 1} be continued by appending"
+                continue
+            ids = [*path.ids, *encode_marked(self._tokenizer, new, continues=True)]
+            if max_prompt_tokens is not None and len(ids) > max_prompt_tokens:
+                prompt.miss = (
+                    f"with all that was generated the prompt has {len(ids):,} tokens, too many for the context"
+                )
+                return
+            prompt.ids, prompt.num_reused = ids, len(path.ids)
+            return
+
+    def _difference(self, prompt: ChatPrompt, count: int) -> str:
+        """Why the answer that ends `messages[:count]` has no path."""
+        index = count - 1
+        try:
+            opening = self._render(_bare(prompt.messages[:index]), prompt, is_open=True)
+        except InvalidRequest:
+            return f"message {index} (assistant) was not generated here, or too long ago"
+        known = self._store.answer_to(self._key("opening", opening, prompt.salt))
+        if known is None:
+            return f"the conversation up to message {index} (assistant) was not seen here, or too long ago"
+        given, sent = known.text, str(prompt.messages[index]["content"])
+        at = next((i for i, (a, b) in enumerate(zip(given, sent, strict=False)) if a != b), min(len(given), len(sent)))
+        if given == sent:
+            return f"message {index} (assistant) has the answer's text, but other tool calls or fields"
+        return f"message {index} (assistant) is not the answer that was given: it differs at character {at}"
+
+    def _behind(self, prompt: ChatPrompt, count: int) -> str | None:
+        """What closes message `count - 1` and all that follows it, however the template writes that message now."""
+        before, last, rest = prompt.messages[: count - 1], prompt.messages[count - 1], prompt.messages[count:]
+        plain = {key: value for key, value in last.items() if key not in ("tool_calls", "reasoning_content")}
+        plain["content"] = _MARK
+        try:
+            closing = _after_mark(self._render([*before, plain], prompt, is_open=False))
+            if last.get("tool_calls"):
+                calls = [*last["tool_calls"][:-1], _marked_call(last["tool_calls"][-1])]
+                plain = {**last, "tool_calls": calls}
+            alone = _after_mark(self._render([*before, plain], prompt, is_open=False))
+            whole = _after_mark(self._render([*before, plain, *rest], prompt, is_open=True))
+        except InvalidRequest:
+            return None
+        if closing is None or alone is None or whole is None or not whole.startswith(alone):
+            return None
+        return closing + whole[len(alone) :]
+
+    def _render(self, messages: Sequence[Json], prompt: ChatPrompt, *, is_open: bool) -> str:
+        return render_marked(
+            self._tokenizer,
+            self._tokenizer.chat_template,
+            messages,
+            add_generation_prompt=is_open,
+            tools=prompt.tools,
+            variables=prompt.variables,
+        )
+
+    def _key(self, kind: str, text: str, salt: str) -> bytes:
+        return hashlib.sha256(f"{kind} {len(salt)} {salt} {text}".encode("utf-8", "surrogatepass")).digest()
+
+
+def _bare(messages: Sequence[Json]) -> list[Json]:
+    """Messages without reasoning: some clients send it back, some do not."""
+    return [{k: v for k, v in message.items() if k != "reasoning_content"} for message in messages]
+
+
+def _after_mark(text: str) -> str | None:
+    at = text.rfind(_MARK)
+    return None if at < 0 else text[at + len(_MARK) :]
+
+
+def _marked_call(call: Json) -> Json:
+    return {**call, "function": {**call["function"], "arguments": {_MARK: _MARK}}}

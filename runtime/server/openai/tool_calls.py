@@ -1,0 +1,123 @@
+"""An answer's text as OpenAI's deltas: reasoning, content, tool calls.
+
+Calls come from the events of the format's reader, never from searching the text. How the model
+writes them: runtime/text/tool_style.py.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ramet.grammar.tools.events import ArgumentsDelta, CallEnd, CallStart, Event, TextDelta, ToolCallReader
+from ramet.runtime.server.openai.reasoning import ReasoningSplitter
+from ramet.runtime.server.openai.types import Json
+from ramet.runtime.text.tool_style import ToolStyle as ToolStyle
+from ramet.runtime.text.tool_style import shown_specials as shown_specials
+from ramet.runtime.text.tool_style import tool_set as tool_set
+from ramet.runtime.text.tool_style import tool_style as tool_style
+
+
+@dataclass(slots=True)
+class Call:
+    """A call of an answer. `arguments` is complete JSON where `is_complete`; else it must not be used."""
+
+    id: str
+    name: str
+    arguments: str = ""
+    is_complete: bool = False
+
+    def plain(self) -> Json:
+        call: Json = {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": self.arguments}}
+        return call if self.is_complete else {**call, "incomplete": True}
+
+
+@dataclass(slots=True)
+class AnswerReader:
+    """One choice's text as deltas of OpenAI's streams; what was read so far is `reasoning`, `content` and `calls`.
+
+    White space between a text and the calls behind it belongs to neither. Owner: the answer's coroutine.
+    """
+
+    splitter: ReasoningSplitter | None
+    style: ToolStyle | None  # None: no calls in this answer
+    reasoning: str = ""
+    content: str = ""
+    calls: list[Call] = field(default_factory=list)
+    _tools: ToolCallReader | None = None
+    _held: str = ""
+
+    def __post_init__(self) -> None:
+        self._tools = None if self.style is None else ToolCallReader(self.style.format)
+
+    def push(self, text: str) -> list[Json]:
+        """The deltas that a piece of text settles."""
+        reasoning, content = ("", text) if self.splitter is None else self.splitter.push(text)
+        return self._taken(reasoning, content)
+
+    def finish(self) -> list[Json]:
+        """The text has ended: what is left."""
+        reasoning, content = ("", "") if self.splitter is None else self.splitter.finish()
+        deltas = self._taken(reasoning, content)
+        if self._tools is not None:
+            deltas += self._read(self._tools.finish())
+        held, self._held = self._held, ""
+        return deltas + (self._said(held) if held and not self.calls else [])
+
+    @property
+    def is_cut(self) -> bool:
+        """A call of this answer is not complete."""
+        return any(not call.is_complete for call in self.calls)
+
+    def _taken(self, reasoning: str, content: str) -> list[Json]:
+        deltas: list[Json] = []
+        if reasoning:
+            self.reasoning += reasoning
+            deltas.append({"reasoning_content": reasoning})
+        if content and self._tools is not None:
+            return deltas + self._read(self._tools.push(content.encode("utf-8", "replace")))
+        return deltas + (self._said(content) if content else [])
+
+    def _read(self, events: Sequence[Event]) -> list[Json]:
+        deltas: list[Json] = []
+        for event in events:
+            if isinstance(event, TextDelta):
+                text = self._held + event.text
+                border = len(text.rstrip())
+                self._held = text[border:]
+                deltas += self._said(text[:border]) if border else []
+            elif isinstance(event, CallStart):
+                self._held = ""
+                assert self.style is not None
+                call = Call(self.style.new_call_id(), event.name)
+                self.calls.append(call)
+                function = {"name": call.name, "arguments": ""}
+                deltas.append(_call_delta(event.index, id=call.id, type="function", function=function))
+            elif isinstance(event, ArgumentsDelta):
+                self.calls[event.index].arguments += event.text
+                deltas.append(_call_delta(event.index, function={"arguments": event.text}))
+            else:
+                deltas += self._ended(event)
+        return deltas
+
+    def _ended(self, event: CallEnd) -> list[Json]:
+        call = self.calls[event.index]
+        call.is_complete = event.is_complete and _is_object(call.arguments)
+        return [] if call.is_complete else [_call_delta(event.index, incomplete=True)]
+
+    def _said(self, text: str) -> list[Json]:
+        self.content += text
+        return [{"content": text}]
+
+
+def _call_delta(index: int, **fields: Any) -> Json:  # Any: JSON
+    return {"tool_calls": [{"index": index, **fields}]}
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except ValueError:
+        return False

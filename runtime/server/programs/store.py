@@ -1,0 +1,320 @@
+"""Programs that run or have ended lately: what happened to them, who follows them, and how one is continued.
+
+A program keeps a log of its events (all but text) and the text of its unfinished nodes. A follower has a place in the
+log, so one that is slow, or comes back after its connection broke, gets everything once, text merged. Not here: HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections import OrderedDict
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from ramet.errors import InvalidProgram, RametError
+from ramet.lang.graph.ir import Argument, Graph, GraphIndex, NodeEvent, ToolCall
+from ramet.runtime.server.link.protocol import CancelNodes, ExtendProgram, ProvideTool, StartProgram
+from ramet.runtime.server.metrics import ServerMetrics
+from ramet.runtime.server.state import HttpError, ServerState
+
+MAX_KEPT = 256  # finished programs that are kept
+
+
+@dataclass(slots=True)
+class Row:
+    """One run. Owner: its program's task."""
+
+    id: str
+    done: list[NodeEvent] = field(default_factory=list)
+    status: str = "running"  # done, failed, cancelled
+    error: str | None = None
+    error_type: str | None = None
+
+    def fail(self, kind: str, message: str) -> None:
+        """Note the first error."""
+        if self.status == "running":
+            self.status, self.error_type, self.error = "failed", kind, message
+
+    def outcome(self) -> dict[str, Any]:  # Any: JSON
+        return {"status": self.status, "error": self.error, "error_type": self.error_type}
+
+    def to_json(self) -> dict[str, Any]:  # Any: JSON
+        values = {e.name: e.value for e in self.done if e.name is not None and e.kind == "done"}
+        return {**self.outcome(), "values": values, "nodes": [event_json(event) for event in self.done]}
+
+
+@dataclass(slots=True, eq=False)
+class Program:
+    """A program and all its rows. Owner: the store.
+
+    `parts`: digest of each part by its first node. `texts`: of unfinished nodes, by (row, node). `grace_s`: how long it
+    runs with nobody attached; None: to its end.
+    """
+
+    id: str
+    owner: str
+    digest: str
+    grace_s: float | None
+    text_events: bool
+    index: GraphIndex
+    is_open: bool
+    rows: list[Row] = field(default_factory=list)
+    parts: dict[int, str] = field(default_factory=dict)
+    log: list[tuple[int, NodeEvent]] = field(default_factory=list)
+    texts: dict[tuple[int, int], str] = field(default_factory=dict)
+    followers: list[asyncio.Event] = field(default_factory=list)
+    tasks: list[asyncio.Task[None]] = field(default_factory=list)
+    num_attached: int = 0
+    giving_up: asyncio.TimerHandle | None = None
+
+    @property
+    def is_over(self) -> bool:
+        return all(task.done() for task in self.tasks)
+
+    @property
+    def status(self) -> str:
+        found = {row.status for row in self.rows}
+        return next(s for s in ("running", "failed", "cancelled", "done") if s in found)
+
+    def to_json(self) -> dict[str, Any]:  # Any: JSON
+        return {"id": self.id, "object": "program", "status": self.status, "rows": [row.to_json() for row in self.rows]}
+
+    def note(self, row: int, event: NodeEvent) -> None:
+        """Take in an event."""
+        if event.kind == "text":
+            key = (row, event.node)
+            self.texts[key] = self.texts.get(key, "") + event.text
+        else:
+            self.texts.pop((row, event.node), None)
+            self.log.append((row, event))
+            self.rows[row].done.append(event)
+            error = event.error
+            # A branch that the program itself cancelled is no failure.
+            if event.kind == "error" and error is not None and error.type != "ProgramCancelled":
+                self.rows[row].fail(error.type, error.message)
+        self.wake()
+
+    def wake(self) -> None:
+        for follower in self.followers:
+            follower.set()
+
+
+def event_json(event: NodeEvent) -> dict[str, Any]:  # Any: JSON
+    found: dict[str, Any] = msgspec.to_builtins(msgspec.structs.replace(event, cause=None))
+    return found
+
+
+class ProgramStore:
+    """One event loop owns it."""
+
+    def __init__(self, state: ServerState, metrics: ServerMetrics) -> None:
+        self._state = state
+        self._metrics = metrics
+        self._programs: OrderedDict[str, Program] = OrderedDict()
+        self._by_key: dict[tuple[str, str], str] = {}
+
+    def get(self, program_id: str, owner: str) -> Program:
+        """Raises HttpError where there is none of this owner's."""
+        program = self._programs.get(program_id)
+        if program is None or program.owner != owner:
+            raise HttpError(
+                404, f"no program {program_id!r}; finished ones are kept only for a while", code="not_found"
+            )
+        return program
+
+    def with_key(self, key: str, owner: str, digest: str) -> Program | None:
+        """The program that a request with this key started. Raises HttpError where that was another request."""
+        program = self._programs.get(self._by_key.get((owner, key), ""))
+        if program is not None and program.digest != digest:
+            raise HttpError(
+                422,
+                f"the idempotency key {key!r} was used with another body; a key stands for one request",
+                code="idempotency_key_reused",
+            )
+        return program
+
+    def start(
+        self,
+        graph: Graph,
+        rows: Sequence[Mapping[str, Any]],  # Any: JSON
+        command: StartProgram,
+        *,
+        owner: str,
+        digest: str,
+        key: str | None,
+        grace_s: float | None,
+    ) -> Program:
+        """Send every row to the engine; `command` has all but ids and graphs.
+
+        Raises HttpError and InvalidProgram before anything has started; Overloaded and EngineStopped.
+        """
+        bound = [_bind(graph, arguments) for arguments in rows]
+        index = GraphIndex()
+        index.add(msgspec.structs.replace(graph, arguments={}))
+        program_id = self._state.proxy.new_id("program")
+        program = Program(program_id, owner, digest, grace_s, command.text_events, index, command.is_open)
+        for number, data in enumerate(bound):
+            row = Row(f"{program.id}/{number}")
+            try:
+                stream = self._state.proxy.start_program(msgspec.structs.replace(command, id=row.id, graph=data))
+            except RametError:
+                for earlier in program.rows:
+                    self._state.proxy.abort(earlier.id)
+                raise
+            program.rows.append(row)
+            program.tasks.append(asyncio.create_task(self._follow(program, number, stream.__aiter__())))
+        self._programs[program.id] = program
+        if key is not None:
+            self._by_key[(owner, key)] = program.id
+        self._forget_old()
+        return program
+
+    def extend(self, program: Program, graph: Graph | None, *, is_open: bool, digest: str) -> None:
+        """Send the next part of an open program; one that was sent before is taken as the same. Raises HttpError."""
+        if graph is not None and program.parts.get(graph.first) == digest:
+            return
+        if not program.is_open or program.is_over:
+            if graph is None and not is_open:
+                return
+            raise HttpError(409, f"program {program.id} takes no more parts", code="program_closed")
+        if graph is not None:
+            data = _bind(graph, {})
+            program.index.add(graph)
+            program.parts[graph.first] = digest
+            self._state.proxy.send_to_program(ExtendProgram(program.rows[0].id, data, is_last=not is_open))
+        elif not is_open:
+            self._state.proxy.send_to_program(ExtendProgram(program.rows[0].id, is_last=True))
+        program.is_open = is_open
+
+    def provide(self, program: Program, row: int, node: int, value: bytes, error: str | None) -> None:
+        """Answer a tool call; a second answer changes nothing. Raises HttpError."""
+        self._check_nodes(program, row, [node])
+        if not isinstance(program.index.nodes[node], ToolCall):
+            raise HttpError(400, f"node {node} is no tool call", param="node")
+        self._state.proxy.send_to_program(ProvideTool(program.rows[row].id, node, value, error))
+
+    def cancel_nodes(self, program: Program, row: int, nodes: Sequence[int]) -> None:
+        """Stop a part of a program. Raises HttpError."""
+        self._check_nodes(program, row, nodes)
+        self._state.proxy.send_to_program(CancelNodes(program.rows[row].id, list(nodes)))
+
+    def _check_nodes(self, program: Program, row: int, nodes: Sequence[int]) -> None:
+        if not 0 <= row < len(program.rows):
+            raise HttpError(400, f"row is {row}, but the program has {len(program.rows)} rows", param="row")
+        total = len(program.index.nodes)
+        wrong = next((node for node in nodes if not 0 <= node < total), None)
+        if wrong is not None:
+            raise HttpError(400, f"there is no node {wrong}; the program has {total} nodes", param="node")
+
+    def cancel(self, program: Program) -> None:
+        """Stop all of it."""
+        program.is_open = False
+        for row in program.rows:
+            if row.status == "running":
+                row.status, row.error_type, row.error = "cancelled", "ProgramCancelled", "the program was cancelled"
+                self._state.proxy.abort(row.id)
+
+    # -- followers -----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def attached(self, program: Program) -> Iterator[None]:
+        """Somebody waits for this program. When the last one has left, it is given up after its grace."""
+        program.num_attached += 1
+        if program.giving_up is not None:
+            program.giving_up.cancel()
+            program.giving_up = None
+        try:
+            yield
+        finally:
+            program.num_attached -= 1
+            if program.num_attached == 0 and program.grace_s is not None and not program.is_over:
+                if program.grace_s == 0:
+                    self.cancel(program)
+                else:
+                    loop = asyncio.get_running_loop()
+                    program.giving_up = loop.call_later(program.grace_s, self.cancel, program)
+
+    async def follow(
+        self, program: Program, after: int, patience_s: float
+    ) -> AsyncGenerator[tuple[int, int, NodeEvent, int] | None, None]:
+        """(place in the log, row, event, where its text begins in the node's text) from the log's entry `after` on.
+
+        Text events have the place of the entry before them. None: nothing happened for `patience_s`.
+        """
+        changed = asyncio.Event()
+        program.followers.append(changed)
+        sent: dict[tuple[int, int], int] = {}
+        try:
+            while True:
+                changed.clear()
+                is_over = program.is_over
+                while after < len(program.log):
+                    row, event = program.log[after]
+                    begun = sent.pop((row, event.node), 0)
+                    is_text = program.text_events and event.finish_reason is not None
+                    if is_text and len(event.text) > begun:
+                        yield after, row, NodeEvent(event.node, "text", event.name, event.text[begun:]), begun
+                    after += 1
+                    yield after, row, event, 0
+                for (row, node), text in list(program.texts.items()):
+                    begun = sent.get((row, node), 0)
+                    if len(text) > begun:
+                        sent[row, node] = len(text)
+                        name = getattr(program.index.nodes[node], "name", None)
+                        yield after, row, NodeEvent(node, "text", name, text[begun:]), begun
+                if is_over:
+                    return
+                if not changed.is_set():
+                    try:
+                        await asyncio.wait_for(changed.wait(), patience_s)
+                    except TimeoutError:
+                        yield None
+        finally:
+            program.followers.remove(changed)
+
+    async def _follow(self, program: Program, number: int, events: AsyncIterator[NodeEvent]) -> None:
+        """Read what one row's engine says."""
+        row = program.rows[number]
+        try:
+            async for event in events:
+                program.note(number, event)
+        except RametError as error:
+            row.fail(type(error).__name__, str(error))
+        if row.status == "running":
+            row.status = "done"
+        self._metrics.note_program(row.status)
+        # Followers are woken when this task is done, and not before.
+        asyncio.get_running_loop().call_soon(program.wake)
+
+    def _forget_old(self) -> None:
+        while len(self._programs) > MAX_KEPT:
+            oldest = next((p for p in self._programs.values() if p.is_over), None)
+            if oldest is None:
+                return
+            del self._programs[oldest.id]
+            self._by_key = {key: found for key, found in self._by_key.items() if found != oldest.id}
+
+
+def digest_of(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def read_graph(value: Mapping[str, Any]) -> Graph:  # Any: JSON
+    """Raises InvalidProgram."""
+    return Graph.from_json(msgspec.json.encode(value))
+
+
+def _bind(graph: Graph, arguments: Mapping[str, Any]) -> bytes:  # Any: JSON
+    names = {node.name for node in graph.nodes if isinstance(node, Argument)}
+    values = {**graph.arguments, **arguments}
+    unknown, unbound = sorted(set(arguments) - names), sorted(names - set(values))
+    if unknown:
+        raise InvalidProgram(f"the graph has no argument {unknown[0]!r}; it has {', '.join(sorted(names)) or 'none'}")
+    if unbound:
+        raise InvalidProgram(f"argument {unbound[0]!r} has no value; give it in arguments or rows")
+    return msgspec.structs.replace(graph, arguments=values).to_json()

@@ -1,0 +1,93 @@
+"""A step that was launched: what the host gave it besides the batch, and its results on their way back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ramet.kernels.sampling.logprobs import compute_logprobs
+from ramet.runtime.steps.inputs import scored_range
+from ramet.runtime.types import Batch, RowOutput
+
+
+@dataclass(slots=True)
+class HostMasks:
+    """Masks that the host computed. words: int32 [R, W], one row for each item that samples; rows: those that mask."""
+
+    rows: list[int]
+    words: NDArray[np.int32]
+
+
+@dataclass(slots=True)
+class Logprobs:
+    """Log-probabilities of the k sampled rows that ask for them; `rows` numbers them among those that sample."""
+
+    rows: list[int]
+    chosen: Tensor  # fp32 [k]
+    top_ids: Tensor  # [k, n]
+    top_values: Tensor  # [k, n]
+    logits: Tensor  # [k, V], the model's own
+
+
+@dataclass(slots=True)
+class LaunchedStep:
+    """A step whose results are on their way to the host. `read` waits for them."""
+
+    batch: Batch
+    tokens: Tensor  # int32 [R], host
+    logprobs: Logprobs | None  # on the host, but for its logits
+    scores: Tensor | None  # fp32 [Q], host
+    event: torch.cuda.Event | None
+
+    def read(self) -> list[RowOutput]:
+        """Wait for the step and return one output an item, in the batch's order."""
+        if self.event is not None:
+            self.event.synchronize()
+        tokens = self.tokens.tolist()
+        items = self.batch.items
+        if self.logprobs is not None or self.scores is not None:
+            return self._read_rows(tokens)
+        if len(tokens) == len(items):
+            return [RowOutput((token,)) for token in tokens]
+        sampled = iter(tokens)
+        return [RowOutput((next(sampled),)) if item.samples else RowOutput() for item in items]
+
+    def logprob(self, row: int, token: int) -> float:
+        """The log-probability of another token than the one that was sampled in a row of those that sample."""
+        assert self.logprobs is not None
+        index = self.logprobs.rows.index(row)
+        logits = self.logprobs.logits[index : index + 1]
+        return float(compute_logprobs(logits, torch.tensor([token], device=logits.device), 0)[0])
+
+    def _read_rows(self, tokens: list[int]) -> list[RowOutput]:
+        logprobs = {} if self.logprobs is None else self._logprobs_by_row(self.logprobs)
+        scores = None if self.scores is None else self.scores.numpy()
+        outputs, row, scored = [], 0, 0
+        for item in self.batch.items:
+            first, last = scored_range(item)
+            part = None
+            if last > first and scores is not None:
+                part = scores[scored : scored + last - first].copy()
+                scored += last - first
+            if not item.samples:
+                outputs.append(RowOutput(prompt_logprobs=part))
+                continue
+            wanted = item.sequence.request.sampling.logprobs
+            if wanted is None:
+                outputs.append(RowOutput((tokens[row],), prompt_logprobs=part))
+            else:
+                chosen, top = logprobs[row]
+                outputs.append(RowOutput((tokens[row],), (chosen,), (top[:wanted],), part))
+            row += 1
+        return outputs
+
+    def _logprobs_by_row(self, found: Logprobs) -> dict[int, tuple[float, tuple[tuple[int, float], ...]]]:
+        tops = [
+            tuple(zip(ids, values, strict=True))
+            for ids, values in zip(found.top_ids.tolist(), found.top_values.tolist(), strict=True)
+        ]
+        return dict(zip(found.rows, zip(found.chosen.tolist(), tops, strict=True), strict=True))

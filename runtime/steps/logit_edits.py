@@ -1,0 +1,86 @@
+"""Which sequence's penalties, bias and minimum length are in which row of the device's edit tables.
+
+A row is filled when its sequence joins a step, and kept up to date by the steps themselves, so that such sequences run
+in overlapped steps and graphs like all others. Where no row is free, the host edits (`host_edits.apply_edits`).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ramet.kernels.sampling.logit_edits import ENDS_TEXT, IN_PROMPT, PARAMETERS, EditTables
+from ramet.kernels.slots.tables import float_bits, scatter_rows
+from ramet.runtime.steps.slots import upload
+from ramet.runtime.types import Sequence
+
+NUM_EDIT_ROWS = 64  # 1.5 MB each at a vocabulary of 128k
+
+
+class LogitEdits:
+    """Owner of the rows. Called by the engine's thread, in the order of the steps."""
+
+    def __init__(self, tables: EditTables) -> None:
+        self.tables = tables
+        self._free = list(range(tables.num_rows, 0, -1))
+        self._rows: dict[Sequence, int] = {}
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def acquire(self, sequence: Sequence) -> bool:
+        """Give the sequence a row, or find that it has one. False where there is none left."""
+        if sequence not in self._rows:
+            if not self._free:
+                return False
+            self._rows[sequence] = self._free.pop()
+        return True
+
+    def row_of(self, sequence: Sequence) -> int:
+        """The sequence's row; 0 where it has none."""
+        return self._rows.get(sequence, 0)
+
+    def release(self, sequence: Sequence) -> None:
+        """Take the row back; steps in flight that still read it run before those of its next owner."""
+        row = self._rows.pop(sequence, None)
+        if row is not None:
+            self._free.append(row)
+
+    def fill(self, sequence: Sequence) -> None:
+        """Write the row of a sequence that joins the next step; all its tokens so far are known."""
+        row = self._rows[sequence]
+        tables, request = self.tables, sequence.request
+        params, vocab_size = request.sampling, tables.words.shape[1]
+        words = np.zeros(vocab_size, dtype=np.int32)
+        if params.repetition_penalty != 1.0:
+            words[sequence.tokens(0, request.num_prompt)] |= IN_PROMPT
+        np.add.at(words, np.asarray(sequence.output_ids, dtype=np.int64), 1)
+        if params.min_tokens:
+            words[sorted(request.stop_ids)] |= np.int32(ENDS_TEXT)
+        values = {
+            "repetition": float_bits(params.repetition_penalty),
+            "frequency": float_bits(params.frequency_penalty),
+            "presence": float_bits(params.presence_penalty),
+            "minimum": request.num_prompt + params.min_tokens,
+        }
+        bias = np.asarray(list(params.logit_bias.values()), dtype=np.float32).view(np.int32)
+        updates = [
+            _triples(row, np.asarray([PARAMETERS[name] for name in values]), np.asarray(list(values.values()))),
+            _triples(row, np.flatnonzero(words), words[words != 0]),
+            _triples(row, np.asarray(list(params.logit_bias), dtype=np.int64), bias),
+        ]
+        parameters, seen, biased = upload(updates, tables.words.device)
+        tables.words[row].zero_()
+        tables.bias[row].zero_()
+        scatter_rows(parameters, tables.parameters)
+        scatter_rows(seen, tables.words)
+        scatter_rows(biased, tables.bias.view(torch.int32))
+
+
+def _triples(row: int, columns: NDArray[np.int64], values: NDArray[np.int32]) -> NDArray[np.int32]:
+    """(row, column, value) as `scatter_rows` takes them."""
+    triples = np.empty((len(columns), 3), dtype=np.int32)
+    triples[:, 0], triples[:, 1], triples[:, 2] = row, columns, values
+    return triples

@@ -1,0 +1,116 @@
+"""Who sits in which slot, and the small updates that carry joins, pages and lengths to the device tables.
+
+The tables themselves are `kernels.step_inputs.SlotTables`. They are never rebuilt: a step sends one list of (row,
+column, value) triples for what changed. Owner: the model runner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ramet.kernels.sampling.sample import split_seed
+from ramet.kernels.slots.tables import COLUMNS, NUM_HEADER_COLUMNS, SlotTables, column_bits
+from ramet.runtime.types import ScheduledSequence, Sequence
+
+_ALIGN = 32  # int32 values: sections start on 128 bytes, so kernels compiled for aligned pointers serve every step
+
+
+class RunningSlots:
+    """Host side of the slot tables: the owner of each slot, and how many of its pages the device knows."""
+
+    def __init__(self, num_slots: int, max_pages: int, *, device: torch.device) -> None:
+        self.tables = SlotTables.create(num_slots, max_pages, device)
+        self.num_slots = num_slots
+        self.owners: list[Sequence | None] = [None] * num_slots
+        self._known_pages = [0] * num_slots
+
+    @property
+    def dummy(self) -> int:
+        return self.num_slots
+
+    def joins(self, item: ScheduledSequence) -> bool:
+        """Whether an extend row is the first of its sequence since admission, so that its slot is filled anew.
+
+        After a preemption a sequence may sit in the same slot with other pages.
+        """
+        slot = item.sequence.slot
+        assert slot is not None
+        return self.owners[slot] is not item.sequence or item.start == item.sequence.num_cached
+
+    def extend_updates(
+        self, items: Seq[ScheduledSequence], grammar_states: Seq[int], edit_rows: Seq[int]
+    ) -> NDArray[np.int32]:
+        """Triples int32 [R, 3] for rows whose prompt is being computed: parameters of joins, new pages, lengths.
+
+        grammar_states: the automaton state that each item's slot starts from (0: unconstrained). edit_rows: its row of
+        the edit tables (0: none).
+        """
+        triples: list[tuple[int, int, int]] = []
+        blocks: list[NDArray[np.int32]] = []
+        for item, state, edit_row in zip(items, grammar_states, edit_rows, strict=True):
+            sequence = item.sequence
+            slot = sequence.slot
+            assert slot is not None
+            if self.joins(item):
+                self.owners[slot] = sequence
+                self._known_pages[slot] = 0
+                triples.extend(_join_triples(sequence, slot, state, edit_row))
+            known, pages = self._known_pages[slot], sequence.page_ids
+            if len(pages) > known:
+                block = np.empty((len(pages) - known, 3), dtype=np.int32)
+                block[:, 0] = slot
+                block[:, 1] = np.arange(known, len(pages), dtype=np.int32) + NUM_HEADER_COLUMNS
+                block[:, 2] = pages[known:]
+                blocks.append(block)
+                self._known_pages[slot] = len(pages)
+            # The commit after sampling adds the row's one: the column counts tokens with KV, as for decode rows.
+            kv_len = item.start + item.num_tokens - (1 if item.samples else 0)
+            triples.append((slot, COLUMNS["kv_len"], kv_len))
+        return np.concatenate([np.asarray(triples, dtype=np.int32), *blocks])
+
+
+def _join_triples(sequence: Sequence, slot: int, state: int, edit_row: int) -> list[tuple[int, int, int]]:
+    request = sequence.request
+    params = request.sampling
+    low, high = split_seed(request.seed)
+    values: dict[str, float] = {
+        "grammar_state": state,
+        "edit_row": edit_row,
+        "temperature": params.temperature,
+        "top_k": params.top_k,
+        "top_p": params.top_p,
+        "min_p": params.min_p,
+        "seed_low": low,
+        "seed_high": high,
+        "error": 0,
+        # Of constrained texts: they are finished within max_tokens, by an end token where one is wanted.
+        "close_at": 0 if request.grammar is None else request.num_prompt + request.max_tokens,
+        "end_token": 1 + min(request.stop_ids) if request.stop_ids else 0,
+    }
+    return [(slot, COLUMNS[name], column_bits(name, value)) for name, value in values.items()]
+
+
+def upload(sections: Seq[NDArray[np.int32]], device: torch.device) -> list[Tensor]:
+    """Copy int32 arrays to the device in one transfer that the host does not wait for; returns one view each.
+
+    To a CPU nothing is copied: what is returned are the arrays, which nobody may change any more.
+    """
+    if device.type == "cpu":
+        return [torch.from_numpy(np.ascontiguousarray(section)) for section in sections]
+    starts, total = [], 0
+    for section in sections:
+        starts.append(total)
+        total += -(-section.size // _ALIGN) * _ALIGN
+    packed = np.zeros(max(total, 1), dtype=np.int32)
+    for start, section in zip(starts, sections, strict=True):
+        packed[start : start + section.size] = section.reshape(-1)
+    tensor = torch.from_numpy(packed).pin_memory().to(device, non_blocking=True)
+    return [
+        tensor[start : start + section.size].view(section.shape)
+        for start, section in zip(starts, sections, strict=True)
+    ]

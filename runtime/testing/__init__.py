@@ -1,0 +1,1 @@
+"""Engines and models for tests: scripted, simulated, tiny, with dummy weights."""

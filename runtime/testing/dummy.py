@@ -1,0 +1,76 @@
+"""`dummy_decoder`: a decoder of a given shape with random weights, made on the device in seconds.
+
+For throughput measurements and tests, where only shapes matter. Not here: anything that speaks.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ramet.runtime.models.catalog import TINY_CONTEXT, TINY_MODEL
+from ramet.runtime.models.config import ModelConfig
+from ramet.runtime.models.decoder import Decoder, build_decoder
+from ramet.runtime.models.generation import GenerationDefaults
+from ramet.runtime.models.load import LoadedModel
+from ramet.runtime.models.weights import Weights, expected_tensors
+from ramet.runtime.testing.byte_tokenizer import ByteTokenizer
+
+
+def dummy_decoder(
+    config: ModelConfig, device: torch.device | str, dtype: torch.dtype = torch.bfloat16, seed: int = 0
+) -> Decoder:
+    """Make a decoder whose weights are drawn on `device`; the same seed and device give the same weights."""
+    return build_decoder(config, dummy_weights(config, torch.device(device), dtype, seed), device=device, dtype=dtype)
+
+
+def dummy_weights(config: ModelConfig, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Weights:
+    """Random tensors under the names that `build_decoder` reads, each drawn when it is asked for.
+
+    A matrix is normal with deviation 1 / sqrt(in_features), so that a product keeps its input's magnitude; matrices
+    that write to the residual are smaller by sqrt(2 L), so that it does not grow with depth. Norms are 1, biases 0.
+    """
+    indices = {name: index for index, name in enumerate(expected_tensors(config))}
+    residual_scale = 1 / math.sqrt(2 * config.num_layers)
+
+    def draw(name: str, shape: tuple[int, ...]) -> Tensor:
+        if name.endswith("norm.weight"):
+            return torch.full(shape, 1.0 - config.norm_offset, device=device, dtype=dtype)
+        if len(shape) == 1:
+            return torch.zeros(shape, device=device, dtype=dtype)
+        deviation = 1 / math.sqrt(shape[1])
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            deviation *= residual_scale
+        generator = torch.Generator(device).manual_seed(seed * 1_000_003 + indices[name])
+        return torch.empty(shape, device=device, dtype=dtype).normal_(0.0, deviation, generator=generator)
+
+    return Weights({name: partial(draw, name, shape) for name, shape in expected_tensors(config).items()})
+
+
+def tiny_model() -> LoadedModel:
+    """Two layers of random weights over bytes, context 2,048: a real model in milliseconds, for tests around it.
+
+    Its name is `tiny-random` wherever a model is named.
+    """
+    tokenizer = ByteTokenizer()
+    config = ModelConfig.from_hf(
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "vocab_size": tokenizer.vocab_size,
+            "hidden_size": 48,
+            "intermediate_size": 80,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": TINY_CONTEXT,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 10000.0,
+            "tie_word_embeddings": False,
+        }
+    )
+    decoder = dummy_decoder(config, "cpu", torch.float32, seed=3)
+    return LoadedModel(TINY_MODEL, decoder, tokenizer, config, GenerationDefaults())

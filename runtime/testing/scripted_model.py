@@ -1,0 +1,471 @@
+"""An engine without a model, for tests of programs: the interface of the real one, answers from a script or a hash.
+
+What it says depends only on the prompt, the sampling values and the script. Prefixes are counted as the real engine
+counts them (a trie of all tokens seen, in order of arrival), grammars are obeyed, stop strings cut, deadlines end
+requests. Its log-probabilities without a script are a true distribution, a function of the context.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ramet.errors import ContextOverflow, EmptyPrompt, EngineStopped
+from ramet.runtime.cache.probe import Difference, trie_differences
+from ramet.runtime.testing.byte_tokenizer import ByteTokenizer
+from ramet.runtime.types import FinishReason, Grammar, RequestOutput, SamplingParams, Usage
+
+Script = Mapping[str, "str | Sequence[str]"] | Sequence[str] | Callable[[str], "str | None"] | None
+
+_TEXT = (
+    "the river light stone garden evening small boat across water quiet bread market old tower green hill walk "
+    "morning music door street window rain bright glass paper summer bridge north harbour slow train open field"
+)
+WORDS = tuple(_TEXT.split())
+MAX_FREE_TOKENS = 24  # of a constrained text nobody scripted, before it is brought to an end
+
+
+@dataclass(frozen=True, slots=True)
+class ScriptedStats:
+    """Counters since the start."""
+
+    num_requests: int = 0
+    num_finished: int = 0
+    num_cancelled: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+
+    @property
+    def computed_tokens(self) -> int:
+        return self.prompt_tokens - self.cached_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class ScriptedResult:
+    """A finished request."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    usage: Usage
+    prompt_logprobs: NDArray[np.float32] | None = None
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    prompt: list[int]
+    sampling: SamplingParams
+    grammar: Grammar | None
+    cache_salt: str
+    deadline_s: float | None  # of time.monotonic()
+    score_from: int | None
+    handle: ScriptedHandle
+    num_cached: int = 0
+    outputs: Iterator[RequestOutput] | None = None
+    arrival_s: float = field(default_factory=time.monotonic)
+
+
+class ScriptedHandle:
+    """One request. Iterate over its outputs, or ask for the whole `result`."""
+
+    def __init__(self, engine: ScriptedEngine, request_id: str, on_output: Callable[[RequestOutput], None] | None):
+        self.request_id = request_id
+        self.is_cancelled = False
+        self._engine = engine
+        self._on_output = on_output
+        self._outputs: queue.SimpleQueue[RequestOutput] = queue.SimpleQueue()
+
+    def cancel(self) -> None:
+        self.is_cancelled = True
+        self._engine.wake()
+
+    def __iter__(self) -> Iterator[RequestOutput]:
+        while True:
+            output = self._outputs.get()
+            yield output
+            if output.finish_reason is not None:
+                return
+
+    def result(self) -> ScriptedResult:
+        """Wait for the end. Raises the request's error."""
+        outputs = list(self)
+        last = outputs[-1]
+        if last.error is not None:
+            raise last.error
+        assert last.finish_reason is not None
+        tokens = tuple(token for output in outputs for token in output.token_ids)
+        scored = [output.prompt_logprobs for output in outputs if output.prompt_logprobs is not None]
+        logprobs = np.concatenate(scored) if scored else None
+        return ScriptedResult("".join(o.text for o in outputs), tokens, last.finish_reason, last.usage, logprobs)
+
+    def deliver(self, output: RequestOutput) -> None:
+        if self._on_output is None:
+            self._outputs.put(output)
+        else:
+            self._on_output(output)
+
+
+class ScriptedEngine:
+    """The scripted engine.
+
+    `script`: text to look for in the prompt -> answer (the text found last counts; of a list of answers each serves
+    once, the last one goes on); or answers in the order of requests; or a function of the prompt. Where it has none,
+    words are drawn by a hash of the prompt. `failures`: text in the prompt -> the error its request ends with.
+    `latency_s`: of one step, in which every running request writes one word.
+    """
+
+    def __init__(
+        self,
+        script: Script = None,
+        *,
+        failures: Mapping[str, Exception] | None = None,
+        latency_s: float = 0.0,
+        context_length: int = 1 << 20,
+    ) -> None:
+        self.tokenizer = ByteTokenizer()
+        self._script = script
+        self._failures = dict(failures or {})
+        self._latency_s = latency_s
+        self.context_length = context_length
+        self._stats = ScriptedStats()
+        self._trie: dict[tuple[int, int], int] = {}
+        self._roots: dict[str, int] = {}
+        self._uses: dict[object, int] = {}
+        self._ids = itertools.count()
+        self._waiting: deque[_Job] = deque()
+        self._running: list[_Job] = []
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._is_stopped = False
+
+    def submit(
+        self,
+        prompt: str | Sequence[int],
+        sampling: SamplingParams | None = None,
+        *,
+        grammar: Grammar | None = None,
+        cache_salt: str = "",
+        program_id: str | None = None,
+        priority: int = 0,
+        deadline_s: float | None = None,
+        score_from: int | None = None,
+        request_id: str | None = None,
+        on_output: Callable[[RequestOutput], None] | None = None,
+    ) -> ScriptedHandle:
+        """Queue a request; see the real engine. Raises EmptyPrompt, ContextOverflow, EngineStopped."""
+        tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if not tokens:
+            raise EmptyPrompt("the prompt has no tokens; give at least one", param="prompt")
+        if len(tokens) >= self.context_length:
+            raise ContextOverflow(f"the prompt has {len(tokens)} tokens but the context is {self.context_length}")
+        handle = ScriptedHandle(self, request_id or f"scripted-{next(self._ids)}", on_output)
+        params = sampling or SamplingParams()
+        with self._changed:
+            if self._is_stopped:
+                raise EngineStopped("the scripted engine was shut down")
+            end_s = None if deadline_s is None else time.monotonic() + deadline_s
+            self._waiting.append(_Job(tokens, params, grammar, cache_salt, end_s, score_from, handle))
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._loop, name="ramet-scripted", daemon=True)
+                self._thread.start()
+            self._changed.notify()
+        return handle
+
+    def stats(self) -> ScriptedStats:
+        with self._changed:
+            return self._stats
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that have not ended."""
+        with self._changed:
+            return len(self._waiting) + len(self._running)
+
+    def differences(self, tokens: Sequence[int], cache_salt: str = "") -> list[Difference]:
+        """Where cached paths leave `tokens`, the one with the most in common first."""
+        return trie_differences(self._trie, self._roots.get(cache_salt), tokens)
+
+    def shutdown(self) -> None:
+        """Stop; what runs ends with EngineStopped."""
+        with self._changed:
+            self._is_stopped = True
+            self._changed.notify()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def __enter__(self) -> ScriptedEngine:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.shutdown()
+
+    def wake(self) -> None:
+        with self._changed:
+            self._changed.notify()
+
+    def logprobs(self, context: Sequence[int]) -> NDArray[np.float64]:
+        """log P(next token | context) [V] of the model without a script."""
+        seed = int.from_bytes(_digest(context, 0)[:8], "little")
+        logits = np.random.default_rng(seed).standard_normal(self.tokenizer.vocab_size) * 2
+        return np.asarray(logits - np.logaddexp.reduce(logits))
+
+    # The step loop, on its own thread.
+
+    def _loop(self) -> None:
+        while True:
+            with self._changed:
+                while not (self._waiting or self._running or self._is_stopped):
+                    self._changed.wait()
+                if self._is_stopped:
+                    jobs = [*self._running, *self._waiting]
+                    self._running, self._waiting = [], deque()
+                else:
+                    jobs = []
+                    self._running.extend(self._waiting)
+                    self._waiting.clear()
+            if self._is_stopped:
+                for job in jobs:
+                    self._end(job, FinishReason.ERROR, EngineStopped("the scripted engine was shut down"))
+                return
+            self._step()
+
+    def _step(self) -> None:
+        for job in self._running:
+            if job.outputs is None:
+                self._admit(job)
+        if self._latency_s:
+            with self._changed:
+                self._changed.wait_for(lambda: self._is_stopped, self._latency_s)
+        running, self._running = self._running, []
+        for job in running:
+            assert job.outputs is not None
+            if job.handle.is_cancelled or (job.deadline_s is not None and time.monotonic() >= job.deadline_s):
+                self._end(job, FinishReason.ABORT, None)
+                continue
+            try:
+                output = next(job.outputs)
+            except Exception as error:  # a script may be a function, which fails alone
+                self._end(job, FinishReason.ERROR, error)
+                continue
+            if output.finish_reason is None:
+                self._running.append(job)
+            else:
+                self._count(job, output)
+            job.handle.deliver(output)
+
+    def _admit(self, job: _Job) -> None:
+        limit = len(job.prompt) - 1 if job.score_from is None else job.score_from - 1
+        job.num_cached = self._match(job.cache_salt, job.prompt, max(limit, 0))
+        # Nothing is predicted from the last token of a text that is scored.
+        self._insert(job.cache_salt, job.prompt if job.score_from is None else job.prompt[:-1])
+        job.outputs = self._produce(job)
+        with self._changed:
+            self._stats = replace(
+                self._stats,
+                num_requests=self._stats.num_requests + 1,
+                prompt_tokens=self._stats.prompt_tokens + len(job.prompt),
+                cached_tokens=self._stats.cached_tokens + job.num_cached,
+            )
+
+    def _end(self, job: _Job, reason: FinishReason, error: Exception | None) -> None:
+        usage = Usage(len(job.prompt), job.num_cached, 0)
+        output = RequestOutput(job.handle.request_id, "", (), usage, reason, error=error)
+        self._count(job, output)
+        job.handle.deliver(output)
+
+    def _count(self, job: _Job, output: RequestOutput) -> None:
+        with self._changed:
+            self._stats = replace(
+                self._stats,
+                num_finished=self._stats.num_finished + 1,
+                num_cancelled=self._stats.num_cancelled + (output.finish_reason is FinishReason.ABORT),
+                completion_tokens=self._stats.completion_tokens + output.usage.completion_tokens,
+            )
+
+    # What a request says.
+
+    def _produce(self, job: _Job) -> Iterator[RequestOutput]:
+        prompt_text = self.tokenizer.decode(job.prompt)
+        usage = Usage(len(job.prompt), job.num_cached, 0)
+        name = job.handle.request_id
+        for needle, error in self._failures.items():
+            if needle in prompt_text:
+                yield RequestOutput(name, "", (), usage, FinishReason.ERROR, error=error)
+                return
+        if job.score_from is not None:
+            scored = self._score(job.prompt, job.score_from)
+            yield RequestOutput(name, "", (), usage, FinishReason.LENGTH, prompt_logprobs=scored)
+            return
+        tokens, text, reason, match = self._write(job, prompt_text)
+        self._insert(job.cache_salt, [*job.prompt, *(tokens if isinstance(match, int) else tokens[:-1])])
+        first_s = time.monotonic() - job.arrival_s
+        sent = sent_text = 0
+        for end in _word_ends(self.tokenizer.token_bytes, tokens):
+            is_last = end == len(tokens)
+            chunk = self.tokenizer.decode(tokens[:end])[: len(text)] if not is_last else text
+            logprobs = self._chosen(job, tokens, sent, end) if job.sampling.logprobs is not None else None
+            yield RequestOutput(
+                name,
+                chunk[sent_text:],
+                tuple(tokens[sent:end]),
+                replace(usage, completion_tokens=end),
+                reason if is_last else None,
+                stop_match=match if is_last else None,
+                logprobs=logprobs,
+                timings={"first_token_s": first_s, "total_s": time.monotonic() - job.arrival_s},
+            )
+            sent, sent_text = end, len(chunk)
+
+    def _write(self, job: _Job, prompt_text: str) -> tuple[list[int], str, FinishReason, str | int | None]:
+        """Tokens, text, why it ended, and the stop string or token that ended it."""
+        sampling = job.sampling
+        limit = sampling.max_tokens or 1 << 16
+        limit = max(1, min(limit, self.context_length - len(job.prompt)))
+        wanted = self._answer(job, prompt_text)
+        if job.grammar is not None:
+            source = self._constrained(job.grammar, wanted, limit, _digest(job.prompt, self._seed(job)))
+        else:
+            source = iter(wanted or self._words(job))
+        stops = {*sampling.stop_token_ids} | (set() if sampling.ignore_eos else set(self.tokenizer.eos_ids))
+        eos = min(self.tokenizer.eos_ids)
+        tokens: list[int] = []
+        for token in itertools.chain(source, itertools.repeat(eos)):
+            if token in stops and len(tokens) < sampling.min_tokens:
+                token = ord(".")
+            tokens.append(token)
+            if token in stops:
+                return tokens[:-1], self.tokenizer.decode(tokens[:-1]), FinishReason.STOP, token
+            if sampling.stop and len(tokens) >= sampling.min_tokens:
+                text = self.tokenizer.decode(tokens)
+                found = [(text.find(stop), stop) for stop in sampling.stop if stop in text]
+                if found:
+                    return tokens, text[: min(found)[0]], FinishReason.STOP, min(found)[1]
+            if len(tokens) == limit:
+                break
+        return tokens, self.tokenizer.decode(tokens), FinishReason.LENGTH, None
+
+    def _answer(self, job: _Job, prompt_text: str) -> list[int] | None:
+        script = self._script
+        if script is None:
+            return None
+        if callable(script):
+            found = script(prompt_text)
+            return None if found is None else self.tokenizer.encode(found)
+        if isinstance(script, Mapping):
+            at, _, key = max(((prompt_text.rfind(key), len(key), key) for key in script), default=(-1, 0, ""))
+            if at < 0:
+                return None
+            answers: str | Sequence[str] = script[key]
+        else:
+            key, answers = "", script
+        if not isinstance(answers, str):
+            use = self._uses.get(key, 0)
+            self._uses[key] = use + 1
+            answers = answers[min(use, len(answers) - 1)]
+        return self.tokenizer.encode(answers)
+
+    def _seed(self, job: _Job) -> int:
+        """Greedy: 0. Else the request's seed, or how many like it came before."""
+        sampling = job.sampling
+        if sampling.is_greedy:
+            return 0
+        if sampling.seed is not None:
+            return sampling.seed + 1
+        key = _digest(job.prompt, 0)
+        self._uses[key] = self._uses.get(key, 0) + 1
+        return self._uses[key]
+
+    def _words(self, job: _Job) -> list[int]:
+        digest = _digest(job.prompt, self._seed(job))
+        words = [WORDS[byte % len(WORDS)] for byte in digest[1 : 4 + digest[0] % 6]]
+        return self.tokenizer.encode(" ".join(words) + ".")
+
+    def _constrained(self, grammar: Grammar, wanted: Sequence[int] | None, limit: int, digest: bytes) -> Iterator[int]:
+        """Tokens that the grammar allows: those wanted as long as it does, else drawn; in time brought to an end."""
+        row = np.zeros((self.tokenizer.vocab_size + 31) // 32, dtype=np.int32)
+        eos = min(self.tokenizer.eos_ids)
+        state: int | None = 0
+        drawn = iter(int(byte) for byte in itertools.cycle(digest))
+        plan = deque(wanted or ())
+        for count in itertools.count():
+            assert state is not None
+            grammar.fill_mask(state, row)
+            bits = np.unpackbits(row.view(np.uint8), bitorder="little")[: self.tokenizer.vocab_size]
+            rest = grammar.shortest_completion(state)
+            if plan and bits[plan[0]] and len(rest) < limit - count:
+                token = plan.popleft()
+            elif rest and (plan or wanted is not None or count >= MAX_FREE_TOKENS or len(rest) >= limit - count - 1):
+                plan.clear()
+                token = rest[0]
+            else:
+                if grammar.is_accepting(state) and (wanted is not None or count >= MAX_FREE_TOKENS or next(drawn) % 2):
+                    return
+                plan.clear()
+                allowed = [int(t) for t in np.flatnonzero(bits) if t != eos]
+                printable = [t for t in allowed if 32 <= t < 127] or allowed
+                if not printable:
+                    return
+                token = printable[next(drawn) * 7919 % len(printable)]
+            yield token
+            state = grammar.advance(state, token)
+
+    def _score(self, prompt: Sequence[int], score_from: int) -> NDArray[np.float32]:
+        """log P of prompt[score_from:]. With a script, what continues its answer is likely, all else is not."""
+        plain = [float(self.logprobs(prompt[:i])[prompt[i]]) for i in range(score_from, len(prompt))]
+        before, tail = self.tokenizer.decode(prompt[:score_from]), self.tokenizer.decode(prompt[score_from:])
+        wanted = self._answer_text(before)
+        if wanted is not None and tail.strip():
+            begun = next((k for k in range(len(wanted), 0, -1) if before.endswith(wanted[:k])), 0)
+            rest = wanted[begun:].strip()
+            if rest and (rest.startswith(tail.strip()) or tail.strip().startswith(rest)):
+                plain = [-0.05] * len(plain)
+        return np.asarray(plain, dtype=np.float32)
+
+    def _answer_text(self, prompt_text: str) -> str | None:
+        script = self._script
+        if callable(script):
+            return script(prompt_text)
+        if isinstance(script, Mapping):
+            at, _, key = max(((prompt_text.rfind(key), len(key), key) for key in script), default=(-1, 0, ""))
+            if at >= 0:
+                answers = script[key]
+                return answers if isinstance(answers, str) else answers[min(self._uses.get(key, 0), len(answers) - 1)]
+        return None
+
+    def _chosen(self, job: _Job, tokens: list[int], start: int, end: int) -> tuple[float, ...]:
+        return tuple(float(self.logprobs([*job.prompt, *tokens[:i]])[tokens[i]]) for i in range(start, end))
+
+    # The prefix trie: (node, token) -> node.
+
+    def _match(self, salt: str, tokens: Sequence[int], limit: int) -> int:
+        at: int | None = self._roots.get(salt)
+        for depth, token in enumerate(tokens[:limit]):
+            at = self._trie.get((at, token)) if at is not None else None
+            if at is None:
+                return depth
+        return min(limit, len(tokens))
+
+    def _insert(self, salt: str, tokens: Sequence[int]) -> None:
+        at = self._roots.setdefault(salt, -1 - len(self._roots))
+        for token in tokens:
+            at = self._trie.setdefault((at, token), len(self._trie))
+
+
+def _digest(tokens: Sequence[int], seed: int) -> bytes:
+    return hashlib.blake2b(np.asarray(tokens, dtype=np.int64).tobytes(), key=str(seed).encode()).digest()
+
+
+def _word_ends(token_bytes: Sequence[bytes], tokens: Sequence[int]) -> list[int]:
+    """Where increments end: before each blank, and at the end; never inside a UTF-8 character."""
+    ends = [i for i, token in enumerate(tokens) if i and token_bytes[token] in (b" ", b"\n")]
+    return [*ends, len(tokens)]

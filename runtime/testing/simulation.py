@@ -1,0 +1,240 @@
+"""An engine around a scheduler without a model, for tests and simulations of scheduling.
+
+A token is a pure function of the path before it, and pages hold hashes of paths: every position that a step reads must
+hold the hash of exactly the reader's path, or an assertion fails. Steps may be collected one behind (`overlap`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ramet.runtime.cache.page_pool import PagePool
+from ramet.runtime.cache.radix_cache import RadixCache
+from ramet.runtime.scheduling.config import SchedulerConfig
+from ramet.runtime.scheduling.scheduler import Scheduler
+from ramet.runtime.types import Batch, FinishReason, Request, RowOutput, SamplingParams, ScheduledSequence, Sequence
+
+VOCAB = 50
+STOP = 0
+
+
+def token_after(path_hash: int) -> int:
+    return (path_hash >> 7) % VOCAB
+
+
+def path_hashes(salt: str, tokens: list[int]) -> list[int]:
+    value, hashes = hash(("root", salt)), []
+    for token in tokens:
+        value = hash((value, token))
+        hashes.append(value)
+    return hashes
+
+
+def expected_output(request: Request) -> list[int]:
+    """What the simulated model generates for a request."""
+    value = path_hashes(request.cache_salt, request.prompt_ids.tolist())[-1]
+    output: list[int] = []
+    while len(output) < request.max_tokens:
+        token = token_after(value)
+        output.append(token)
+        value = hash((value, token))
+        if token in request.stop_ids:
+            break
+    return output
+
+
+@dataclass(slots=True)
+class Slot:
+    """What a device knows of a slot: whose it is, its whole path, and its page table row."""
+
+    sequence: Sequence
+    path: list[int]
+    page_ids: list[int]
+
+
+@dataclass
+class SimulatedEngine:
+    """Drives a scheduler. `burst`: tokens that a sampling row brings, where none of its later steps is launched."""
+
+    scheduler: Scheduler
+    overlap: bool = False
+    burst: int = 1
+    content: dict[tuple[int, int], int] = field(default_factory=dict)
+    slots: dict[int, Slot] = field(default_factory=dict)
+    scores: dict[Sequence, list[int]] = field(default_factory=dict)
+    finished: list[Sequence] = field(default_factory=list)
+    launched: tuple[Batch, list[RowOutput]] | None = None
+    num_computed_tokens: int = 0
+
+    @property
+    def page_size(self) -> int:
+        return self.scheduler.pool.page_size
+
+    def step(self) -> bool:
+        """Schedule, launch and collect once. False where there was nothing to do."""
+        batch = self.scheduler.schedule()
+        self.scheduler.check_integrity()
+        launched = None if batch is None else (batch, self.launch(batch))
+        if self.overlap:
+            self.launched, launched = launched, self.launched
+        if launched is not None:
+            self.collect(*launched)
+        return batch is not None or launched is not None
+
+    def drain(self) -> None:
+        if self.launched is not None:
+            self.collect(*self.launched)
+            self.launched = None
+
+    def run(self, max_steps: int = 10_000) -> int:
+        for num_steps in range(max_steps):
+            if not self.scheduler.has_work and self.launched is None:
+                return num_steps
+            assert self.step(), "work is left, and nothing runs"
+        raise AssertionError("the scheduler does not come to an end")
+
+    def collect(self, batch: Batch, outputs: list[RowOutput]) -> None:
+        changed = self.scheduler.finish_step(batch, outputs)
+        self.scheduler.check_integrity()
+        self.finished += [sequence for sequence in changed if sequence.is_finished]
+
+    def launch(self, batch: Batch) -> list[RowOutput]:
+        size = self.page_size
+        assert batch.num_tokens == sum(item.num_tokens for item in batch.items)
+        assert batch.num_tokens <= self.scheduler.config.max_num_tokens_per_step
+        assert [item.is_decode for item in batch.items] == sorted([i.is_decode for i in batch.items], reverse=True)
+        assert batch.num_decode == sum(item.is_decode for item in batch.items)
+        assert len({item.sequence for item in batch.items}) == len(batch.items)
+        assert all(item.num_tokens >= 1 for item in batch.items)
+        for item in batch.items:
+            assert item.sequence not in self.scheduler.held or item.sequence.num_in_flight <= 1, (
+                "held, and two in flight"
+            )
+        targets = [copy.target for copy in batch.page_copies]
+        assert len(set(targets)) == len(targets)
+        assert not set(targets) & {copy.source for copy in batch.page_copies}, "copies of a step run at once"
+        for copy in batch.page_copies:
+            for offset in range(copy.num_tokens):
+                self.content[copy.target, offset] = self.content[copy.source, offset]
+        paths = [self.path_of(item) for item in batch.items]
+        hashes = [path_hashes(i.sequence.request.cache_salt, p) for i, p in zip(batch.items, paths, strict=True)]
+        for item, values in zip(batch.items, hashes, strict=True):
+            self.check_read(item.sequence, values[: item.start])
+        for item, values in zip(batch.items, hashes, strict=True):
+            for position in range(item.start, item.start + item.num_tokens):
+                page = item.sequence.page_ids[position // size]
+                assert page > 0
+                self.content[page, position % size] = values[position]
+        for item, values in zip(batch.items, hashes, strict=True):
+            self.check_read(item.sequence, values)
+        self.num_computed_tokens += batch.num_tokens
+        return [self.sample(*row) for row in zip(batch.items, paths, hashes, strict=True)]
+
+    def check_read(self, sequence: Sequence, values: list[int]) -> None:
+        size, page_ids = self.page_size, sequence.page_ids
+        for position, value in enumerate(values):
+            where = page_ids[position // size], position % size
+            assert self.content.get(where) == value, f"{sequence.request.request_id} reads foreign KV at {position}"
+
+    def path_of(self, item: ScheduledSequence) -> list[int]:
+        """The tokens [0, start + num_tokens) of a row, its last perhaps known to the device alone."""
+        sequence, stop = item.sequence, item.start + item.num_tokens
+        assert sequence.slot is not None
+        slot = self.slots.get(sequence.slot)
+        if item.is_decode:
+            assert slot is not None
+            assert slot.sequence is sequence
+            assert item.num_tokens == 1
+            assert item.samples
+        else:
+            if slot is None or slot.sequence is not sequence or item.start == sequence.num_cached:
+                slot = self.slots[sequence.slot] = Slot(sequence, [], [])
+            slot.path = sequence.tokens(0, stop).tolist()
+        assert sequence.page_ids[: len(slot.page_ids)] == slot.page_ids, "pages of a running sequence changed"
+        slot.page_ids = list(sequence.page_ids)
+        assert len(slot.path) == stop
+        return list(slot.path)
+
+    def sample(self, item: ScheduledSequence, path: list[int], values: list[int]) -> RowOutput:
+        request = item.sequence.request
+        if request.score_from is not None:
+            assert not item.samples
+            first, last = max(item.start + 1, request.score_from), item.start + item.num_tokens + 1
+            scored = list(range(first, min(last, request.num_prompt)))
+            self.scores.setdefault(item.sequence, []).extend(scored)
+            return RowOutput(prompt_logprobs=np.zeros(len(scored), dtype=np.float32))
+        if not item.samples:
+            return RowOutput()
+        tokens, value = [], values[-1]
+        is_alone = not self.overlap or item.sequence in self.scheduler.held
+        for _ in range(self.burst if is_alone else 1):
+            tokens.append(token_after(value))
+            value = hash((value, tokens[-1]))
+        assert item.sequence.slot is not None
+        self.slots[item.sequence.slot].path += tokens
+        return RowOutput(tuple(tokens))
+
+
+def make_simulation(
+    *,
+    num_pages: int = 64,
+    page_size: int = 4,
+    overlap: bool = False,
+    clock: list[float] | None = None,
+    **config: object,
+) -> SimulatedEngine:
+    """An engine with small limits; `clock[0]` is the time in seconds."""
+    time = clock if clock is not None else [0.0]
+    values = {"context_length": 4096, "max_running": 8, "max_num_tokens_per_step": 16, **config}
+    pool = PagePool(num_pages, page_size)
+    scheduler = Scheduler(SchedulerConfig(**values), pool, RadixCache(pool), lambda: time[0])  # type: ignore[arg-type]
+    return SimulatedEngine(scheduler, overlap)
+
+
+def make_request(
+    request_id: str,
+    prompt: list[int] | range,
+    max_tokens: int = 4,
+    *,
+    stop_ids: tuple[int, ...] = (),
+    cache_salt: str = "",
+    program_id: str | None = None,
+    priority: int = 0,
+    deadline_s: float | None = None,
+    score_from: int | None = None,
+) -> Request:
+    return Request(
+        request_id,
+        np.asarray(list(prompt), dtype=np.int32),
+        SamplingParams(),
+        max_tokens,
+        stop_ids=frozenset(stop_ids),
+        cache_salt=cache_salt,
+        program_id=program_id,
+        priority=priority,
+        deadline_s=deadline_s,
+        score_from=score_from,
+    )
+
+
+def assert_idle_and_whole(engine: SimulatedEngine) -> None:
+    """Nothing runs or waits, and every page is free or cached."""
+    scheduler = engine.scheduler
+    scheduler.check_integrity()
+    assert not scheduler.has_work
+    assert scheduler.num_running == scheduler.num_waiting == 0
+    assert scheduler.pool.num_free + scheduler.cache.num_cached_pages == scheduler.pool.num_total
+    assert scheduler.cache.num_evictable_pages == scheduler.cache.num_cached_pages
+    assert scheduler.pool.num_quarantined == 0
+    assert scheduler.quarantine_leaks() == 0
+
+
+def assert_output_is_right(sequence: Sequence) -> None:
+    """A finished sequence has the model's output, or the beginning of it where it was cut."""
+    expected = expected_output(sequence.request)
+    if sequence.finish_reason in (FinishReason.ABORT, FinishReason.ERROR):
+        assert sequence.output_ids == expected[: len(sequence.output_ids)]
+    elif sequence.request.score_from is None:
+        assert sequence.output_ids == expected

@@ -1,0 +1,1 @@
+"""Tokens and text: tokenizers, detokenizing, chat templates."""

@@ -1,0 +1,119 @@
+"""A conversation as token ids, in which only the chat template itself can write special tokens.
+
+Rendering a conversation to text and parsing that text for special tokens would let a message end its own turn and forge
+the next role, by spelling `<|im_end|>`. Here such a spelling inside a message stays text.
+Source: transformers 5's `sanitize_control_tokens` for the idea of marking what comes from outside.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ramet.runtime.text.chat_template import ChatTemplate, Message, Tool
+from ramet.runtime.text.tokenizer import Tokenizer
+
+# Private-use characters around what comes from outside; they are taken out of the input first.
+_OPEN, _CLOSE = "\uf8f0", "\uf8f1"
+
+
+def encode_chat(
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    messages: Sequence[Message],
+    *,
+    add_generation_prompt: bool,
+    tools: Sequence[Tool] | None = None,
+    continue_final_message: bool = False,
+    variables: Mapping[str, Any] | None = None,
+) -> list[int]:
+    """Token ids of `template.render(...)`; for messages without special spellings, those of that text parsed.
+
+    Raises: InvalidRequest as `render` does.
+    """
+    text = render_marked(
+        tokenizer,
+        template,
+        messages,
+        add_generation_prompt=add_generation_prompt,
+        tools=tools,
+        continue_final_message=continue_final_message,
+        variables=variables,
+    )
+    return encode_marked(tokenizer, text)
+
+
+def render_marked(
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    messages: Sequence[Message],
+    *,
+    add_generation_prompt: bool,
+    tools: Sequence[Tool] | None = None,
+    continue_final_message: bool = False,
+    variables: Mapping[str, Any] | None = None,
+) -> str:
+    """`template.render(...)` with marks around what messages spell like special tokens: for `encode_marked`.
+
+    Raises: InvalidRequest as `render` does.
+    """
+    spelled = _spellings(tokenizer)
+    return template.render(
+        [_marked(message, spelled) for message in messages],
+        add_generation_prompt=add_generation_prompt,
+        tools=None if tools is None else [_marked(tool, spelled) for tool in tools],
+        continue_final_message=continue_final_message,
+        variables=None if variables is None else _marked(variables, spelled),
+    )
+
+
+def encode_marked(tokenizer: Tokenizer, text: str, *, continues: bool = False) -> list[int]:
+    """Token ids of a marked text, or of a piece of one; `continues`: other text comes before it."""
+    if _OPEN not in text and _CLOSE not in text:
+        return tokenizer.encode(text, parse_special=True, continues=continues)
+    spelled = _spellings(tokenizer)
+    # A template may cut a string anywhere: a lone mark is dropped, and the text beside it is not parsed together.
+    pieces = re.split(f"({_OPEN}(?:{spelled.pattern}){_CLOSE})|[{_OPEN}{_CLOSE}]", text)
+    runs: list[str | int] = []
+    for index, piece in enumerate(pieces):
+        if not piece:
+            continue
+        if index % 2:
+            _append_text(runs, piece[1:-1])
+            continue
+        start = 0
+        for match in spelled.finditer(piece):
+            _append_text(runs, piece[start : match.start()])
+            runs.append(tokenizer.special_tokens[match[0]])
+            start = match.end()
+        _append_text(runs, piece[start:])
+    ids: list[int] = []
+    for index, run in enumerate(runs):
+        ids += [run] if isinstance(run, int) else tokenizer.encode(run, continues=continues and index == 0)
+    return ids
+
+
+def _spellings(tokenizer: Tokenizer) -> re.Pattern[str]:
+    names = sorted(tokenizer.special_tokens, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, names)) or "(?!)")  # (?!) never matches
+
+
+def _append_text(runs: list[str | int], text: str) -> None:
+    """Adjoining text is one run, so that it is tokenised as one."""
+    if runs and isinstance(runs[-1], str):
+        runs[-1] += text
+    elif text:
+        runs.append(text)
+
+
+def _marked(value: Any, spelled: re.Pattern[str]) -> Any:
+    """A copy in which every special spelling inside a string stands between marks; keys are left alone."""
+    if isinstance(value, str):
+        plain = value.replace(_OPEN, "").replace(_CLOSE, "")
+        return spelled.sub(lambda match: f"{_OPEN}{match[0]}{_CLOSE}", plain)
+    if isinstance(value, Mapping):
+        return {key: _marked(item, spelled) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_marked(item, spelled) for item in value]
+    return value

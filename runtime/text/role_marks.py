@@ -1,0 +1,157 @@
+"""What stands before and after a chat message's content, and where tools are described: by the model's own template.
+
+A branch only grows, so every mark depends on the roles before it alone. Where a template has no messages for tools'
+results, they stand in a user's message, neighbouring ones in the same; where it doesn't show tools, or they are
+declared late, their description stands in a system message. Each situation is asked once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ramet.errors import InvalidRequest
+from ramet.lang.graph import ir
+from ramet.runtime.text.chat_template import ChatTemplate, RoleText
+
+if TYPE_CHECKING:
+    from ramet.runtime.text.tool_style import ToolStyle
+
+_OPEN_RESULT, _CLOSE_RESULT = "<tool_response>\n", "\n</tool_response>"
+
+
+class Template(Protocol):
+    """The part of ChatTemplate that is used here."""
+
+    stop_strings: tuple[str, ...]
+
+    def role_text(
+        self,
+        previous: Sequence[Mapping[str, Any]],
+        role: str,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> RoleText: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Talk:
+    """A branch's messages so far: their `roles`; `tools` (JSON) where the template shows them.
+
+    `opening`: a description that waits for the first message. `is_in_result`: the last one is a user's message with
+    tools' results, and not closed.
+    """
+
+    roles: tuple[str, ...] = ()
+    tools: str = ""
+    opening: str = ""
+    is_in_result: bool = False
+
+
+class RoleMarks:
+    """A template's marks by the messages before them, so that thousands of branches cost one rendering.
+
+    Contents are taken not to matter. Thread-safe: an entry is computed twice at worst.
+    """
+
+    def __init__(self, template: Template) -> None:
+        self._template = template
+        self._known: dict[tuple[str, tuple[str, ...], str], RoleText | InvalidRequest] = {}
+        self._style: ToolStyle | None = None
+        self.stop_strings = template.stop_strings
+
+    @property
+    def style(self) -> ToolStyle:
+        """The model's way with tools."""
+        if self._style is None:
+            from ramet.runtime.text.tool_style import tool_style  # loads the grammar engine
+
+            assert isinstance(self._template, ChatTemplate)
+            self._style = tool_style(self._template)
+        return self._style
+
+    def text(self, before: Sequence[ir.AnyNode], node: ir.Role | ir.Tools) -> str:
+        """What a node adds to its branch; `before`: the nodes of the branch up to it, root first.
+
+        Raises: InvalidRequest where the template refuses such a message here.
+        """
+        talk = _Talk()
+        for one in before:
+            if isinstance(one, ir.Role | ir.Tools):
+                talk, _ = self._step(talk, one)
+        return self._step(talk, node)[1]
+
+    def _step(self, talk: _Talk, node: ir.Role | ir.Tools) -> tuple[_Talk, str]:
+        if isinstance(node, ir.Tools):
+            return self._declare(talk, node.tools)
+        if node.is_open:
+            return self._open(talk, node.role)
+        if talk.is_in_result:
+            return talk, _CLOSE_RESULT
+        text = self._mark(talk.roles[:-1], talk.roles[-1], talk.tools).after
+        if talk.opening and node.role == "system":
+            return _Talk(talk.roles, talk.tools), f"\n\n{talk.opening}{text}"
+        return talk, text
+
+    def _open(self, talk: _Talk, role: str) -> tuple[_Talk, str]:
+        text = ""
+        is_result = role == "tool" and not self._shows_results(talk)
+        if talk.is_in_result:
+            if is_result:
+                return talk, f"\n{_OPEN_RESULT}"
+            text = self._mark(talk.roles[:-1], "user", talk.tools).after
+            talk = _Talk(talk.roles, talk.tools)
+        if talk.opening and role != "system":
+            described, added = self._describe(talk.roles, talk.opening)
+            talk, text = _Talk((*talk.roles, described), talk.tools), text + added
+        shown = "user" if is_result else role
+        text += self._mark(talk.roles, shown, talk.tools).before + (_OPEN_RESULT if is_result else "")
+        return _Talk((*talk.roles, shown), talk.tools, talk.opening, is_result), text
+
+    def _declare(self, talk: _Talk, tools: str) -> tuple[_Talk, str]:
+        listed = json.loads(tools)
+        if not talk.roles:
+            if self.style.shows_tools:
+                return _Talk((), tools), ""
+            return _Talk((), "", self.style.description(listed)), ""
+        text = ""
+        if talk.is_in_result:
+            text = self._mark(talk.roles[:-1], "user", talk.tools).after
+        role, added = self._describe(talk.roles, self.style.description(listed))
+        return _Talk((*talk.roles, role), talk.tools), text + added
+
+    def _describe(self, roles: tuple[str, ...], description: str) -> tuple[str, str]:
+        """A whole message with a description: of the system, or of the user where the template refuses that."""
+        for role in ("system", "user"):
+            try:
+                mark = self._mark(roles, role, "")
+                self._mark((*roles, role), "user", "")
+            except InvalidRequest:
+                if role == "user":
+                    raise
+                continue
+            return role, f"{mark.before}{description}{mark.after}"
+        raise AssertionError("unreachable")
+
+    def _shows_results(self, talk: _Talk) -> bool:
+        try:
+            self._mark((*talk.roles,), "tool", talk.tools)
+        except InvalidRequest:
+            return False
+        return self.style.shows_results
+
+    def _mark(self, roles: tuple[str, ...], role: str, tools: str) -> RoleText:
+        key = (role, roles, tools)
+        found = self._known.get(key)
+        if found is None:
+            messages = [{"role": one, "content": "x"} for one in roles]
+            try:
+                found = self._template.role_text(messages, role, tools=json.loads(tools) if tools else None)
+            except InvalidRequest as error:
+                found = error
+            self._known[key] = found
+        if isinstance(found, InvalidRequest):
+            raise found
+        return found

@@ -1,0 +1,236 @@
+"""Text to token ids and back, and the exact bytes of every token.
+
+`Tokenizer` is what the rest of Ramet relies on; `SubwordTokenizer` is the real thing (byte-level BPE, or SentencePiece
+with byte fallback, run by the `tokenizers` package); `ByteTokenizer` in its own module serves tests. Files are read in
+`tokenizer_files`. Not here: chat templates, incremental decoding.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+import tokenizers
+
+from ramet.errors import BrokenModelFile, InvalidRequest
+from ramet.runtime.text.chat_template import ChatTemplate
+
+_BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_SPACE_MARK = "▁"  # SentencePiece's visible space
+
+
+class Tokenizer(Protocol):
+    """What the engine, grammars and programs need of a tokenizer.
+
+    `token_bytes[id]`: the bytes that a token stands for; b"" for special tokens and for ids that only pad the model's
+    vocabulary, all of which are in `special_ids`. len(token_bytes) == vocab_size, the width of the model's logits.
+    `special_tokens`: their spellings, padding excepted. `eos_ids`: tokens that end a generation. `chat_template`: the
+    model's own, or a plain default.
+    """
+
+    token_bytes: list[bytes]
+    vocab_size: int
+    special_ids: frozenset[int]
+    eos_ids: frozenset[int]
+    bos_id: int | None
+    pad_id: int | None
+    chat_template: ChatTemplate
+    special_tokens: dict[str, int]
+
+    def encode(
+        self, text: str, *, add_special: bool = False, parse_special: bool = False, continues: bool = False
+    ) -> list[int]:
+        """Token ids of `text`.
+
+        `add_special`: begin with the begin-of-text token where the model wants one (never twice). `parse_special`: the
+        spelling of a special token becomes that token: for a chat template's output. Text from outside is encoded
+        without, so that it cannot forge a role. `continues`: the text follows other text, so a SentencePiece tokenizer
+        must not put a space before it.
+
+        Raises: InvalidRequest for text that UTF-8 cannot write.
+        """
+
+    def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
+        """The text of `ids`, special tokens spelled out or left out; bytes that form no character become U+FFFD."""
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token by its own spelling (`<|im_end|>`), or None."""
+
+
+def half_a_pair(error: UnicodeEncodeError) -> InvalidRequest:
+    """The error of a text that holds half of a surrogate pair."""
+    return InvalidRequest(f"a text is not valid Unicode: it holds {error.object[error.start : error.end]!r} alone")
+
+
+class SubwordTokenizer:
+    """A `Tokenizer` over a `tokenizers.Tokenizer`. Immutable after its birth; safe to use from several threads."""
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        vocab_size: int | None = None,
+        eos_ids: Iterable[int] = (),
+        bos_id: int | None = None,
+        pad_id: int | None = None,
+        add_bos: bool = False,
+        special_ids: Iterable[int] = (),
+        chat_template: ChatTemplate | None = None,
+    ) -> None:
+        """Take over `backend`. `vocab_size`: width of the logits, if larger than the tokenizer's vocabulary."""
+        backend.encode_special_tokens = True
+        backend.no_padding()
+        backend.no_truncation()
+        spec: dict[str, Any] = json.loads(backend.to_str())  # the `tokenizer.json` format
+        added = {item["id"]: item for item in spec.get("added_tokens") or ()}
+        vocabulary: dict[str, int] = backend.get_vocab(with_added_tokens=True)
+        num_tokens = max(vocabulary.values(), default=-1) + 1
+        self.vocab_size = max(num_tokens, vocab_size or 0)
+        special = {token for token, item in added.items() if item["special"]} | set(special_ids)
+        used = set(vocabulary.values())
+        special |= {token for token in range(self.vocab_size) if token not in used}
+        self.special_ids = frozenset(special)
+        self.eos_ids = frozenset(eos_ids)
+        self.bos_id = bos_id
+        self.pad_id = pad_id
+        self.token_bytes = _bytes_of_tokens(spec, vocabulary, added, self.special_ids, self.vocab_size)
+        self._spelling = {token: spelling for spelling, token in vocabulary.items()}
+        self._vocabulary = vocabulary
+        self.special_tokens = {spelling: token for spelling, token in vocabulary.items() if token in special}
+        self._add_bos = add_bos and bos_id is not None
+        self._spec = spec
+        self._has_prefix_space = _has_prefix_space(spec)
+        # Whether special tokens are parsed, and whether a prefix space is added, is state of a backend: one each.
+        self._backends: dict[tuple[bool, bool], tokenizers.Tokenizer] = {(False, False): backend}
+        self._backends_lock = threading.Lock()
+        specials = {"bos_token": bos_id, "pad_token": pad_id, "eos_token": next(iter(eos_ids), None)}
+        self.special_texts = {
+            name: self._spelling.get(token, "") for name, token in specials.items() if token is not None
+        }
+        self.chat_template = chat_template or ChatTemplate.plain(self.special_texts if self._add_bos else {})
+
+    def encode(
+        self, text: str, *, add_special: bool = False, parse_special: bool = False, continues: bool = False
+    ) -> list[int]:
+        backend = self._backend(parse_special, continues and self._has_prefix_space)
+        try:
+            ids: list[int] = backend.encode(text, add_special_tokens=False).ids
+        except UnicodeEncodeError as error:
+            raise half_a_pair(error) from error
+        if add_special and self._add_bos and self.bos_id is not None and (not ids or ids[0] != self.bos_id):
+            ids.insert(0, self.bos_id)
+        return ids
+
+    def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
+        pieces = []
+        for token in ids:
+            if token in self.special_ids:
+                pieces.append(b"" if skip_special else self._spelling.get(token, "").encode())
+            else:
+                pieces.append(self.token_bytes[token])
+        text = b"".join(pieces).decode("utf-8", errors="replace")
+        return text[1:] if self._has_prefix_space and text.startswith(" ") else text
+
+    def token_id(self, token: str) -> int | None:
+        return self._vocabulary.get(token)
+
+    def token_text(self, token: int) -> str:
+        """A token's own spelling, as in the vocabulary; "" for an id that only pads it."""
+        return self._spelling.get(token, "")
+
+    def _backend(self, parse_special: bool, continues: bool) -> tokenizers.Tokenizer:
+        key = (parse_special, continues)
+        found = self._backends.get(key)
+        if found is not None:
+            return found
+        with self._backends_lock:
+            if key not in self._backends:
+                spec = _without_prefix_space(self._spec) if continues else self._spec
+                backend = tokenizers.Tokenizer.from_str(json.dumps(spec))
+                backend.encode_special_tokens = not parse_special
+                self._backends[key] = backend
+            return self._backends[key]
+
+
+def _steps(part: Mapping[str, Any] | None) -> Sequence[Mapping[str, Any]]:
+    """A normalizer, pre-tokenizer or decoder as a list of its steps."""
+    if part is None:
+        return ()
+    if part["type"] != "Sequence":
+        return (part,)
+    return [
+        step
+        for nested in ("normalizers", "pretokenizers", "decoders")
+        for item in part.get(nested, ())
+        for step in _steps(item)
+    ]
+
+
+def _has_prefix_space(spec: Mapping[str, Any]) -> bool:
+    """True for SentencePiece tokenizers that put a space before the text (Llama 2, Mistral)."""
+    return any(
+        step["type"] == "Prepend" and step.get("prepend") == _SPACE_MARK for step in _steps(spec["normalizer"])
+    ) or any(
+        step["type"] == "Metaspace" and step.get("prepend_scheme", "always") != "never"
+        for step in _steps(spec["pre_tokenizer"])
+    )
+
+
+def _without_prefix_space(spec: Mapping[str, Any]) -> dict[str, Any]:
+    copied: dict[str, Any] = dict(spec)
+    kept = [step for step in _steps(spec["normalizer"]) if step["type"] != "Prepend"]
+    copied["normalizer"] = {"type": "Sequence", "normalizers": kept} if kept else None
+    steps = [
+        {**step, "prepend_scheme": "never"} if step["type"] == "Metaspace" else step
+        for step in _steps(spec["pre_tokenizer"])
+    ]
+    copied["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps} if steps else None
+    return copied
+
+
+def byte_alphabet() -> dict[str, int]:
+    """The byte that each printable character of byte-level BPE stands for. Source: GPT-2's `bytes_to_unicode`."""
+    kept = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    alphabet = {chr(byte): byte for byte in kept}
+    others = (byte for byte in range(256) if byte not in set(kept))
+    return alphabet | {chr(256 + index): byte for index, byte in enumerate(others)}
+
+
+def _bytes_of_tokens(
+    spec: Mapping[str, Any],
+    vocabulary: Mapping[str, int],
+    added: Mapping[int, Mapping[str, Any]],
+    special_ids: frozenset[int],
+    vocab_size: int,
+) -> list[bytes]:
+    kinds = {step["type"] for part in ("pre_tokenizer", "decoder") for step in _steps(spec[part])}
+    is_byte_level = "ByteLevel" in kinds
+    if not is_byte_level and "ByteFallback" not in kinds and not spec["model"].get("byte_fallback"):
+        raise BrokenModelFile(
+            f"the tokenizer is neither byte-level BPE nor SentencePiece with byte fallback (its model is a "
+            f"{spec['model'].get('type')}): the bytes of its tokens are not known, so text and grammars would be wrong"
+        )
+    alphabet = byte_alphabet()
+    result = [b""] * vocab_size
+    for spelling, token in vocabulary.items():
+        if token in special_ids:
+            continue
+        if token in added:
+            result[token] = spelling.encode("utf-8", errors="surrogateescape")
+        elif is_byte_level:
+            result[token] = _byte_level_bytes(spelling, alphabet)
+        else:
+            match = _BYTE_PIECE.fullmatch(spelling)
+            text = spelling.replace(_SPACE_MARK, " ")
+            result[token] = bytes([int(match[1], 16)]) if match else text.encode("utf-8", errors="surrogateescape")
+    return result
+
+
+def _byte_level_bytes(spelling: str, alphabet: Mapping[str, int]) -> bytes:
+    try:
+        return bytes([alphabet[character] for character in spelling])
+    except KeyError:  # an added token that was merged into the vocabulary in plain spelling
+        return spelling.encode("utf-8", errors="surrogateescape")

@@ -1,0 +1,296 @@
+"""How a model writes tool calls, asked of its chat template.
+
+It is made to show a call, and the format that reads what it shows is the model's. A template that knows nothing of
+tools gets them as text.
+
+Not here: calls in an answer's text (grammar/tools/events.py), OpenAI's form of them (server/tool_calls.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import re
+import secrets
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from ramet.errors import InvalidGrammar, InvalidRequest
+from ramet.grammar.tools.events import ArgumentsDelta, CallStart, TextDelta, ToolCallReader
+from ramet.grammar.tools.formats import FORMATS, ToolFormat
+from ramet.runtime.text.chat_template import ChatTemplate
+
+logger = logging.getLogger(__name__)
+
+Json: TypeAlias = dict[str, Any]  # Any: JSON
+
+_NAME, _KEY, _RESULT, _CONTENT = "rametprobename", "rametprobekey", "RametProbeResult", "RametProbeContent"
+_ARGUMENTS = re.compile(r'\{\s*"' + _KEY + r'"\s*:\s*1\s*\}')
+_CALL_ID = re.compile(r',"id":"\w+"')
+_USER: Json = {"role": "user", "content": "Hi"}
+_TOOL: Json = {
+    "type": "function",
+    "function": {"name": _NAME, "description": "-", "parameters": {"type": "object", "properties": {}}},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ToolStyle:
+    """A model's way with tools.
+
+    `shows_tools`, `shows_calls`, `shows_results`: the template writes these itself; else they are put into contents.
+    `max_calls`: calls in one answer, None: any number. `id_length`: characters of a call's id, where that is fixed.
+    """
+
+    format: ToolFormat
+    shows_tools: bool
+    shows_calls: bool
+    shows_results: bool
+    max_calls: int | None = None
+    id_length: int | None = None
+
+    @property
+    def format_source(self) -> str | Json:
+        """The format's name, or its fields: as tool sets name it."""
+        for name, known in FORMATS.items():
+            if known == self.format:
+                return name
+        return dataclasses.asdict(self.format)
+
+    def new_call_id(self) -> str:
+        if self.id_length is None:
+            return f"call_{secrets.token_hex(12)}"
+        alphabet = string.ascii_letters + string.digits
+        return "".join(secrets.choice(alphabet) for _ in range(self.id_length))
+
+    def adapt(self, messages: Sequence[Json], tools: Sequence[Json] | None) -> tuple[list[Json], list[Json] | None]:
+        """Messages and tools as this template can show them."""
+        adapted = [self._adapted(message) for message in messages]
+        if not self.shows_results:
+            adapted = _with_results_as_text(adapted)
+        if not tools or self.shows_tools:
+            return adapted, list(tools) if tools else None
+        text = self.description(tools)
+        if adapted and adapted[0]["role"] == "system":
+            first = {**adapted[0], "content": f"{adapted[0]['content']}\n\n{text}".lstrip()}
+            return [first, *adapted[1:]], None
+        return [{"role": "system", "content": text}, *adapted], None
+
+    def _adapted(self, message: Json) -> Json:
+        calls = message.get("tool_calls")
+        if self.shows_calls or not calls:
+            return message
+        plain = {key: value for key, value in message.items() if key != "tool_calls"}
+        text = self.written([(call["function"]["name"], call["function"]["arguments"]) for call in calls])
+        plain["content"] = f"{plain['content']}\n{text}" if plain.get("content") else text
+        return plain
+
+    def written(self, calls: Sequence[tuple[str, str]]) -> str:
+        """Calls (name, JSON text of the arguments) as this model writes them."""
+        layout = self.format
+        one = (
+            layout.before_name + name + layout.before_arguments + given + layout.after_arguments
+            for name, given in calls
+        )
+        return layout.begin + layout.separator.join(one) + layout.end
+
+    def description(self, tools: Sequence[Json]) -> str:
+        """The tools and the way to call them, for templates that don't show them."""
+        listed = "\n".join(json.dumps(tool["function"], ensure_ascii=False, separators=(",", ":")) for tool in tools)
+        example = self.written([("NAME", "ARGUMENTS")])
+        return (
+            "These functions can be called, each given with the JSON schema of its arguments:\n"
+            f"<tools>\n{listed}\n</tools>\n"
+            f"A call is written as below, with the function's name and a JSON object of arguments:\n{example}"
+        )
+
+
+def _with_results_as_text(messages: list[Json]) -> list[Json]:
+    """Results of tools as the user's words; neighbouring ones in one message, for templates whose roles alternate."""
+    out: list[Json] = []
+    is_open = False
+    for message in messages:
+        if message["role"] == "tool":
+            text = f"<tool_response>\n{message['content']}\n</tool_response>"
+            if is_open:
+                out[-1]["content"] += f"\n{text}"
+            else:
+                out.append({"role": "user", "content": text})
+            is_open = True
+        else:
+            out.append(message)
+            is_open = False
+    return out
+
+
+def tool_style(template: ChatTemplate) -> ToolStyle:
+    """Ask a template how its model calls tools."""
+    shown = _rendered(template, [_USER], tools=[_TOOL])
+    shows_tools = shown is not None and _NAME in shown
+    for id_length in (None, 9):
+        answer = _answer(1, id_length)
+        text = _rendered(template, [_USER, answer], tools=[_TOOL])
+        if text is not None:
+            break
+    shows_calls = text is not None and _NAME in text[text.rfind("Hi") :] and _ARGUMENTS.search(text) is not None
+    layout = _format_of(template, text, answer) if shows_calls and text is not None else None
+    if layout is None:
+        layout, shows_calls, id_length = _format_by_family(template.source), False, None
+    result: Json = {"role": "tool", "content": _RESULT, "name": _NAME, "tool_call_id": _call_id(0, id_length)}
+    before: Json = answer if shows_calls else {"role": "assistant", "content": _CONTENT}
+    results = _rendered(template, [_USER, before, result], tools=[_TOOL])
+    two = _rendered(template, [_USER, _answer(2, id_length)], tools=[_TOOL]) if shows_calls else ""
+    return ToolStyle(
+        layout,
+        shows_tools,
+        shows_calls,
+        results is not None and _RESULT in results,
+        1 if two is None else None,
+        id_length,
+    )
+
+
+def _call_id(index: int, length: int | None) -> str:
+    return f"call_{index}" if length is None else str(index).zfill(length)
+
+
+def _answer(num_calls: int, id_length: int | None) -> Json:
+    calls = [
+        {
+            "id": _call_id(index, id_length),
+            "type": "function",
+            "function": {"name": _NAME, "arguments": {_KEY: 1}},
+        }
+        for index in range(num_calls)
+    ]
+    return {"role": "assistant", "content": "", "tool_calls": calls}
+
+
+def _rendered(
+    template: ChatTemplate, messages: Sequence[Json], *, tools: Sequence[Json] | None = None, is_open: bool = False
+) -> str | None:
+    """The template's text, or None where it refuses."""
+    try:
+        return template.render(messages, add_generation_prompt=is_open, tools=tools)
+    except InvalidRequest:
+        return None
+
+
+def _format_of(template: ChatTemplate, text: str, answer: Json) -> ToolFormat | None:
+    """The known format that reads what the template wrote, or one made from it."""
+    compact = re.sub(r"\s", "", text)
+    for layout in FORMATS.values():
+        head = re.sub(r"\s", "", layout.begin + layout.before_name + _NAME + layout.before_arguments)
+        end = re.sub(r"\s", "", layout.after_arguments + layout.end)
+        at = compact.rfind(head)
+        if at < 0:
+            continue
+        rest = _ARGUMENTS.sub("", compact[at + len(head) :], count=1)
+        if _CALL_ID.sub("", rest, count=1).startswith(end):
+            return _as_written(layout, text)
+    return _derived_format(template, text)
+
+
+def _as_written(layout: ToolFormat, text: str) -> ToolFormat:
+    """The format with the white space that the template puts before the first call, as its model has learnt it."""
+    if not layout.begin:
+        return layout
+    begin, name = (r"\s*".join(map(re.escape, "".join(part.split()))) for part in (layout.begin, layout.before_name))
+    found = re.search(rf"({begin}\s*){name}\s*{_NAME}", text)
+    assert found is not None  # it was found without white space
+    return dataclasses.replace(layout, begin=found[1])
+
+
+def _derived_format(template: ChatTemplate, text: str) -> ToolFormat | None:
+    """A format from one written call; the tag before the first brace, or all of it, is the marker."""
+    opened = _rendered(template, [_USER], tools=[_TOOL], is_open=True)
+    plain = _rendered(template, [_USER, {"role": "assistant", "content": _CONTENT}], tools=[_TOOL])
+    arguments = _ARGUMENTS.search(text)
+    if opened is None or plain is None or arguments is None or not text.startswith(opened) or _CONTENT not in plain:
+        return None
+    closing = plain[plain.rindex(_CONTENT) + len(_CONTENT) :]
+    body = text[len(opened) : len(text) - len(closing)]
+    if not text.endswith(closing) or _NAME not in body:
+        return None
+    before, after = body.split(_NAME, 1)
+    arguments = _ARGUMENTS.search(after)
+    if arguments is None:
+        return None
+    tag = before.partition("{")[0].rstrip()
+    try:
+        return ToolFormat(
+            marker=tag or before,
+            before_name=before,
+            before_arguments=after[: arguments.start()],
+            after_arguments=after[arguments.end() :],
+            separator="\n",
+            is_only_at_start=not tag,
+        )
+    except InvalidGrammar as error:
+        logger.warning("the chat template's tool calls cannot be read (%s); tools are described in text", error)
+        return None
+
+
+def _format_by_family(source: str) -> ToolFormat:
+    """For templates without tools: how the family's model card writes calls; Hermes tags where it says nothing."""
+    if "<start_of_turn>" in source:
+        return FORMATS["gemma"]
+    return FORMATS["smollm2" if "SmolLM" in source else "hermes"]
+
+
+def tool_set(
+    style: ToolStyle,
+    tools: Sequence[Json],
+    choice: str | Json,
+    *,
+    parallel: bool,
+    answer: object,
+    in_order: bool = False,
+) -> Json:
+    """A tool set's JSON form (grammar/tools/tool_set.py). `choice` as there. `answer`: a JSON schema, or None for text.
+
+    `in_order`: properties come in their schemas' order.
+    """
+    source: Json = {
+        "tools": [{"name": tool["function"]["name"], "parameters": tool["function"]["parameters"]} for tool in tools],
+        "format": style.format_source,
+        "choice": choice,
+        "parallel": parallel if style.max_calls is None else style.max_calls,
+        "json": {"whitespace": "bounded", "mode": "declared_order" if in_order else "exact"},
+    }
+    return source if answer is None else {**source, "answer": answer}
+
+
+def shown_specials(style: ToolStyle, special_tokens: Mapping[str, int]) -> dict[int, str]:
+    """Special tokens of the tokenizer that write parts of calls, so that they must be seen in the text."""
+    layout = style.format
+    text = "".join((layout.begin, layout.before_name, layout.before_arguments, layout.after_arguments, layout.end))
+    return {token: spelling for spelling, token in special_tokens.items() if spelling and spelling in text}
+
+
+def read_calls(style: ToolStyle, answer: bytes) -> dict[str, object]:
+    """An answer as {"text": what was said beside calls, "calls": [{"name": ..., "arguments": {...}}]}.
+
+    Raises ValueError where a call is cut, or its arguments are no JSON object.
+    """
+    reader = ToolCallReader(style.format)
+    text: list[str] = []
+    calls: list[dict[str, Any]] = []
+    for event in [*reader.push(answer), *reader.finish()]:
+        if isinstance(event, TextDelta):
+            text.append(event.text)
+        elif isinstance(event, CallStart):
+            calls.append({"name": event.name, "arguments": ""})
+        elif isinstance(event, ArgumentsDelta):
+            calls[event.index]["arguments"] += event.text
+        elif not event.is_complete:
+            raise ValueError(f"the call of {calls[event.index]['name']!r} is not complete")
+    for call in calls:
+        arguments = json.loads(call["arguments"])
+        if not isinstance(arguments, dict):
+            raise ValueError(f"the arguments of {call['name']!r} are no JSON object")
+        call["arguments"] = arguments
+    return {"text": "".join(text).strip() if calls else "".join(text), "calls": calls}

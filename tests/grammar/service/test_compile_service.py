@@ -1,0 +1,275 @@
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import CancelledError, Future
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ramet.errors import EngineStopped, GrammarTooLarge, InvalidRegex, InvalidSchema
+from ramet.grammar import CompiledGrammar, Limits, Vocabulary
+from ramet.grammar.service import compile_service as service_module
+from ramet.grammar.service import sources
+from ramet.grammar.service.compile_service import CompileService, ServiceConfig, source_key
+from ramet.grammar.service.disk_cache import DiskCache
+from ramet.grammar.text.choices import choices
+
+# an interrupt may be thrown inside another library's callback, where it is lost with a warning; it is then sent again
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+BYTES = Vocabulary([*(bytes((i,)) for i in range(256)), b"<eos>"], [256], [256])
+OTHER = Vocabulary([*(bytes((i,)) for i in range(256)), b"ab", b"<eos>"], [257], [257])
+# half a million states if let run: far longer than any limit below
+SLOW = "(a|b)*a(a|b){18}"
+PATIENT = Limits(max_regular_states=10_000_000)
+
+
+def config(**fields: Any) -> ServiceConfig:
+    return ServiceConfig(**{"cache_dir": None, "max_memory_bytes": None, "min_disk_time_s": 0.0, **fields})
+
+
+def accepts(grammar: CompiledGrammar, text: str) -> bool:
+    state = grammar.advance_bytes(0, text.encode())
+    return state is not None and grammar.is_accepting(state)
+
+
+def wait_until(condition: Any) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_equal_constraints_are_compiled_once_and_kept() -> None:
+    with CompileService(config()) as service:
+        first = service.compile("regex", "a+", BYTES)
+        assert accepts(first, "aaa")
+        assert service.compile("regex", "a+", BYTES) is first
+        assert service.compile("regex", "a+", OTHER) is not first
+        assert service.compile("regex", "a+", BYTES, flags=2) is not first
+
+
+def test_white_space_of_json_sources_does_not_count() -> None:
+    assert source_key("json_schema", '{"a": [1]}', {}) == source_key("json_schema", {"a": [1]}, {})
+    assert source_key("json_schema", '{"a": 1, "b": 2}', {}) != source_key("json_schema", '{"b": 2, "a": 1}', {})
+    assert source_key("regex", "a", {}) != source_key("substring", "a", {})
+
+
+def test_errors_reach_the_future_and_are_kept() -> None:
+    with CompileService(config()) as service:
+        for _ in range(2):
+            with pytest.raises(InvalidRegex, match="does not parse"):
+                service.compile("regex", "(", BYTES)
+        with pytest.raises(InvalidSchema, match="not JSON"):
+            service.compile("json_schema", "{", BYTES)
+        assert accepts(service.compile("choice", '["x"]', BYTES), "x")
+
+
+def test_a_job_past_its_time_ends_with_a_typed_error_and_the_worker_goes_on() -> None:
+    with CompileService(config(max_time_s=0.3, limits=PATIENT)) as service:
+        begin = time.monotonic()
+        with pytest.raises(GrammarTooLarge, match=r"took longer than 0.3 s, at the pattern '\(a\|b\)"):
+            service.compile("regex", SLOW, BYTES)
+        assert time.monotonic() - begin < 2
+        assert accepts(service.compile("regex", "b", BYTES), "b")
+        assert len(service._workers) == 1
+
+
+def test_a_job_past_its_memory_ends_with_a_typed_error() -> None:
+    with CompileService(config(max_time_s=60, max_memory_bytes=8 << 20, limits=PATIENT)) as service:
+        with pytest.raises(GrammarTooLarge, match="took more than 8,388,608 bytes of memory"):
+            service.compile("regex", SLOW, BYTES)
+        assert accepts(service.compile("regex", "b", BYTES), "b")
+
+
+def test_a_worker_that_does_not_listen_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service_module, "_GRACE_S", 0.2)
+    parse = sources.parse_source
+
+    def deaf(kind: str, source: Any, **options: Any) -> Any:
+        if source == "deaf":
+            time.sleep(1.5)  # one long call, which no interrupt ends
+        return parse(kind, source, **options)
+
+    monkeypatch.setattr(service_module, "parse_source", deaf)
+    with CompileService(config(max_time_s=0.1)) as service:
+        with pytest.raises(GrammarTooLarge):
+            service.compile("regex", "deaf", BYTES)
+        begin = time.monotonic()
+        assert accepts(service.compile("regex", "b", BYTES), "b")
+        assert time.monotonic() - begin < 1.2
+
+
+def test_cancelling_gives_a_job_up_once_nobody_waits() -> None:
+    with CompileService(config(max_time_s=60, limits=PATIENT)) as service:
+        first = service.submit("regex", SLOW, BYTES)
+        second = service.submit("regex", SLOW, BYTES)
+        queued = service.submit("regex", "never", BYTES)
+        assert queued.cancel()
+        assert first.cancel()
+        assert len(service._jobs) == 1
+        assert second.cancel()
+        begin = time.monotonic()
+        assert accepts(service.compile("regex", "b", BYTES), "b")
+        assert time.monotonic() - begin < 5
+        with pytest.raises(CancelledError):
+            second.result()
+        assert not service._jobs
+
+
+def test_many_threads_asking_at_once_get_the_same_grammar() -> None:
+    with CompileService(config(num_workers=2)) as service:
+        futures: list[Future[CompiledGrammar]] = []
+
+        def ask() -> None:
+            for i in range(20):
+                futures.append(service.submit("regex", f"a{{{i}}}", BYTES))
+
+        threads = [threading.Thread(target=ask) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len({id(f.result()) for f in futures}) == 20
+
+
+def test_interrupts_at_any_moment_lose_no_job() -> None:
+    with CompileService(config(num_workers=2)) as service:
+        stop = threading.Event()
+
+        def disturb() -> None:
+            while not stop.is_set():
+                for worker in list(service._workers):
+                    worker.interrupt()
+                time.sleep(0.05)
+
+        disturber = threading.Thread(target=disturb)
+        disturber.start()
+        try:
+            for i in range(150):
+                assert accepts(service.submit("regex", f"a{{{i % 7}}}{i}", BYTES).result(30), "a" * (i % 7) + str(i))
+        finally:
+            stop.set()
+            disturber.join()
+
+
+def test_the_oldest_grammars_make_room() -> None:
+    with CompileService(config(max_grammars=3)) as service:
+        first = service.compile("regex", "x0", BYTES)
+        for i in range(1, 5):
+            service.compile("regex", f"x{i}", BYTES)
+        wait_until(lambda: len(service._cache) == 3)
+        assert service.compile("regex", "x0", BYTES) is not first
+
+
+def test_closing_answers_those_who_wait() -> None:
+    service = CompileService(config(max_time_s=60, limits=PATIENT))
+    future = service.submit("regex", SLOW, BYTES)
+    service.close()
+    with pytest.raises(EngineStopped):
+        future.result(60)
+    with pytest.raises(EngineStopped):
+        service.submit("regex", "a", BYTES)
+
+
+def test_a_finalizer_ends_a_service_whose_lock_is_held_where_it_interrupts() -> None:
+    service = CompileService(ServiceConfig(cache_dir=None))
+    service.compile("choice", ["a", "b"], BYTES)
+    threads = [service._supervisor, *(worker.thread for worker in service._workers)]
+    with service._lock:  # as in the supervisor, when the garbage collector runs there
+        service.abandon()
+    for thread in threads:
+        assert thread is not None
+        thread.join(10)
+        assert not thread.is_alive()
+    with pytest.raises(EngineStopped):
+        service.submit("choice", ["a"], BYTES)
+
+
+def test_regular_sources_are_read_back_from_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind, source in [("regex", "(ab)+"), ("choice", ["abab"]), ("substring", "xabab"), ("cfg", 'start: "ab"+')]:
+        with CompileService(config(cache_dir=tmp_path)) as service:
+            assert accepts(service.compile(kind, source, BYTES), "abab")
+
+    def fail(*_: object, **__: object) -> None:
+        raise AssertionError("parsed again")
+
+    monkeypatch.setattr(service_module, "parse_source", fail)
+    with CompileService(config(cache_dir=tmp_path)) as service:
+        for kind, source in [("regex", "(ab)+"), ("choice", ["abab"]), ("substring", "xabab"), ("cfg", 'start: "ab"+')]:
+            assert accepts(service.compile(kind, source, OTHER), "abab")
+
+
+def test_what_is_quickly_made_is_not_put_on_disk(tmp_path: Path) -> None:
+    with CompileService(config(cache_dir=tmp_path, min_disk_time_s=5.0)) as service:
+        assert accepts(service.compile("regex", "(ab)+", BYTES), "abab")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_file_is_dropped(tmp_path: Path) -> None:
+    cache = DiskCache(tmp_path)
+    cache.put("k", choices(["ab"]))
+    (path,) = tmp_path.iterdir()
+    for content in (b"", b"PK\x03\x04 not a zip", path.read_bytes()[:-30]):
+        path.write_bytes(content)
+        assert cache.get("k") is None
+        assert not path.exists()
+        cache.put("k", choices(["ab"]))
+        found = cache.get("k")
+        assert found is not None
+        assert found.accepts(b"ab")
+
+
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        {"rows": np.full((1, 1), 5, np.int32)},
+        {"rows": np.full((1, 1), -1, np.int64)},
+        {"byte_class": np.full(256, 3, np.uint8)},
+        {"accepting": np.ones(2, np.bool_)},
+        {"accepting": np.array([object()])},
+    ],
+)
+def test_a_file_that_is_no_automaton_is_dropped(tmp_path: Path, arrays: dict[str, Any]) -> None:
+    cache = DiskCache(tmp_path)
+    good = {"rows": np.full((1, 1), -1, np.int32), "byte_class": np.zeros(256, np.uint8), "accepting": np.ones(1, bool)}
+    np.savez(cache._path("k"), **{**good, **arrays})
+    assert cache.get("k") is None
+
+
+def test_the_folder_stays_within_its_limit(tmp_path: Path) -> None:
+    cache = DiskCache(tmp_path, max_bytes=4000)
+    for i in range(20):
+        cache.put(str(i), choices([f"some text {i}"]))
+    assert sum(p.stat().st_size for p in tmp_path.iterdir()) <= 4000
+    assert cache.get("19") is not None
+
+
+def test_a_folder_that_cannot_be_written_is_a_miss(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    cache = DiskCache(tmp_path / "file")
+    cache.put("k", choices(["ab"]))
+    assert cache.get("k") is None
+
+
+def test_masks_of_the_start_and_of_a_marker_are_made_ahead() -> None:
+    with CompileService(config()) as service:
+        grammar = service.compile("tools", {"tools": [{"name": "now"}]}, BYTES)
+        assert grammar.rows.of_state[0] is not None
+        wait_until(lambda: grammar.num_states > 11 and all(row is not None for row in grammar.rows.of_state[:11]))
+
+
+def test_128_tools_compile_in_under_100_ms_when_seen_before() -> None:
+    def tools(first: int) -> dict[str, Any]:
+        parameters = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"enum": ["x", "y"]}}}
+        return {"tools": [{"name": f"tool_{i}", "parameters": parameters} for i in range(first, first + 128)]}
+
+    with CompileService(config()) as service:
+        service.compile("tools", tools(0), BYTES)
+        begin = time.perf_counter()
+        service.compile("tools", tools(0), OTHER)
+        service.compile("tools", tools(0), BYTES)
+        assert time.perf_counter() - begin < 0.1

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from ramet.kernels.attention import decode as module
+from ramet.kernels.attention.decode import DecodeMetadata, attention_decode_reference
+from ramet.kernels.attention.decode_triton import attention_decode_triton
+from ramet.kernels.attention.plan import TileConfig, choose_num_splits
+
+# The `cases` fixture is tests/kernels/conftest.py's AttentionCases: a conftest cannot be imported, hence Any.
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TILE = TileConfig(block_m=16, block_n=16, num_warps=4, num_stages=2)
+
+
+@pytest.mark.parametrize("window", [None, 1, 20])
+@pytest.mark.parametrize("host_lens", [False, True])
+@pytest.mark.parametrize("gather_bytes", [1, 8 << 20])
+def test_reference_equals_the_formula(
+    cases: Any, monkeypatch: pytest.MonkeyPatch, window: int | None, host_lens: bool, gather_bytes: int
+) -> None:
+    monkeypatch.setattr(module, "_REFERENCE_GATHER_BYTES", gather_bytes)
+    lens = [1, 16, 17, 50, 0]
+    k_cache, v_cache, page_table, rows = cases.paged_cache(lens, 2, 24)
+    q = torch.randn(len(lens), 6, 24)
+    out = torch.full_like(q, torch.nan)
+    kv_lens = torch.tensor(lens, dtype=torch.int32)
+    meta = DecodeMetadata(kv_lens, rows, page_table, kv_lens_host=lens if host_lens else None)
+    assert attention_decode_reference(q, k_cache, v_cache, meta, 0.3, window, out) is out
+    for b, n in enumerate(lens[:-1]):
+        expected = cases.naive_attention(q[b], k_cache, v_cache, page_table[rows[b]], n - 1, 0.3, window)
+        torch.testing.assert_close(out[b].double(), expected, rtol=1e-5, atol=1e-5)
+    assert out[-1].eq(0).all(), "padding must get zeros"
+
+
+@pytest.mark.parametrize("window", [None, 1, 9, 40])
+@pytest.mark.parametrize(("num_splits", "fused_merge"), [(1, False), (3, False), (3, True), (5, True)])
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(4, 2, 32), (3, 1, 80)])
+def test_kernel_equals_the_reference(
+    cases: Any,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    fused_merge: bool,
+    num_splits: int,
+    window: int | None,
+) -> None:
+    lens = [1, 50, 0, 100, 16]
+    k_cache, v_cache, page_table, rows = cases.paged_cache(lens, num_kv_heads, head_dim)
+    q = torch.randn(len(lens), num_heads + 2, head_dim)[:, 1:-1]  # strided, as a view of a fused projection is
+    kv_lens = torch.tensor(lens, dtype=torch.int32)
+    expected = attention_decode_reference(q, k_cache, v_cache, DecodeMetadata(kv_lens, rows, page_table), 0.3, window)
+    cases.poison_unused(k_cache, v_cache, page_table, rows, lens)
+    counters = torch.zeros(len(lens) * num_kv_heads, dtype=torch.int32, device=DEVICE) if fused_merge else None
+    meta = DecodeMetadata(
+        kv_lens.to(DEVICE), rows.to(DEVICE), page_table.to(DEVICE), num_splits=num_splits, merge_counters=counters
+    )
+    args = q.to(DEVICE), k_cache.to(DEVICE), v_cache.to(DEVICE)
+    for _ in range(2):  # the counters serve the next launch as well
+        out = torch.full(expected.shape, torch.nan, device=DEVICE)
+        assert attention_decode_triton(*args, meta, 0.3, window, out, TILE) is out
+        torch.testing.assert_close(out.cpu(), expected, rtol=2e-5, atol=2e-5)
+    assert counters is None or counters.eq(0).all()
+
+
+def test_kernel_gives_a_row_the_same_bits_in_any_batch(cases: Any) -> None:
+    lens = [70, 5, 120]
+    k_cache, v_cache, page_table, rows = (x.to(DEVICE) for x in cases.paged_cache(lens, 1, 32))
+    q = torch.randn(3, 2, 32, device=DEVICE)
+    kv_lens = torch.tensor(lens, dtype=torch.int32, device=DEVICE)
+    whole = attention_decode_triton(q, k_cache, v_cache, DecodeMetadata(kv_lens, rows, page_table, 3), 0.2, config=TILE)
+    for b in range(3):
+        meta = DecodeMetadata(kv_lens[b : b + 1], rows[b : b + 1], page_table, 3)
+        alone = attention_decode_triton(q[b : b + 1], k_cache, v_cache, meta, 0.2, config=TILE)
+        assert torch.equal(alone[0], whole[b])
+
+
+def test_splits_fill_the_card_and_stop_at_short_rows() -> None:
+    assert choose_num_splits(256, 8, 16_384, 132) == 1
+    assert choose_num_splits(1, 8, 16_384, 132) * 8 >= 2 * 132
+    assert choose_num_splits(1, 8, 100, 132) == 2
+    assert choose_num_splits(0, 8, 100, 132) >= 1

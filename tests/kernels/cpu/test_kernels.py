@@ -1,0 +1,145 @@
+"""The compiled CPU kernels against the torch references."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from ramet.kernels.attention.decode import DecodeMetadata, attention_decode_reference
+from ramet.kernels.attention.extend import ExtendMetadata, attention_extend, attention_extend_reference
+from ramet.kernels.cpu import attention_decode as attention_decode_cpu
+from ramet.kernels.cpu import attention_extend as attention_extend_cpu
+from ramet.kernels.cpu import pointwise as cpu_pointwise
+from ramet.kernels.layers import activation, norm, rope
+from ramet.kernels.sampling.sample import unpack_mask
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 2e-5) -> None:
+    difference = (actual - expected).abs()
+    assert actual.shape == expected.shape
+    assert difference.max() < tolerance, f"max {difference.max():.2e}, mean {difference.mean():.2e}"
+
+
+@pytest.fixture(params=[1, 2])
+def on_threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Rows shared out among so many threads, however few they are."""
+    monkeypatch.setattr(cpu_pointwise, "_PARALLEL_VALUES", 1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("on_threads")
+@pytest.mark.parametrize(("num_tokens", "size"), [(1, 576), (3, 7), (32, 64), (5, 16)])
+def test_norms_equal_the_references(num_tokens: int, size: int) -> None:
+    x, residual, weight = draw(num_tokens, size), draw(num_tokens, size, seed=1), draw(size, seed=2)
+    assert cpu_pointwise.takes(x)
+    assert_close(cpu_pointwise.rms_norm(x, weight, 1e-5), norm.rms_norm_reference(x, weight, 1e-5))
+    actual = cpu_pointwise.fused_add_rms_norm(x, residual, weight, 1e-5)
+    expected = norm.fused_add_rms_norm_reference(x, residual, weight, 1e-5)
+    assert_close(actual[0], expected[0])
+    assert_close(actual[1], expected[1])
+
+
+@pytest.mark.usefixtures("on_threads")
+@pytest.mark.parametrize(("num_tokens", "size"), [(1, 1536), (3, 5), (8, 48)])
+def test_gated_activations_equal_the_references(num_tokens: int, size: int) -> None:
+    gate_up = draw(num_tokens, 2 * size) * 6
+    gate_up[0, 0], gate_up[0, 1] = 300.0, -300.0  # saturate: no infinity, no NaN
+    scale = float(gate_up.abs().max())
+    silu = activation.silu_and_mul_reference(gate_up)
+    assert_close(cpu_pointwise.gated_activation(gate_up, is_gelu=False), silu, 2e-6 * scale)
+    gelu = activation.gelu_tanh_and_mul_reference(gate_up)
+    assert_close(cpu_pointwise.gated_activation(gate_up, is_gelu=True), gelu, 2e-6 * scale)
+
+
+@pytest.mark.usefixtures("on_threads")
+@pytest.mark.parametrize("head_dim", [64, 20])
+@pytest.mark.parametrize("with_norms", [False, True])
+def test_rope_and_cache_write_equal_the_reference(head_dim: int, with_norms: bool) -> None:
+    num_tokens, num_heads, num_kv_heads, page_size = 5, 6, 2, 4
+    qkv = draw(num_tokens, num_heads + 2 * num_kv_heads, head_dim)
+    q, k, v = torch.split(qkv, [num_heads, num_kv_heads, num_kv_heads], dim=1)
+    angles = draw(50, head_dim // 2, seed=1)
+    positions = torch.tensor([7, 0, 49, 13, 14], dtype=torch.int32)
+    slots = torch.tensor([9, 30, 4, 17, 18], dtype=torch.int32)
+    norms = (draw(head_dim, seed=2), draw(head_dim, seed=3)) if with_norms else (None, None)
+    caches = [[draw(9, num_kv_heads, page_size, head_dim, seed=s) for s in (4, 5)] for _ in range(2)]
+    assert cpu_pointwise.takes_rope(q, k, v, positions, slots, caches[0][0])
+    cos, sin = angles.cos(), angles.sin()
+    where = (cos, sin, positions, slots)
+    actual = cpu_pointwise.rope_and_write_kv(q, k, v, *where, caches[0][0], caches[0][1], norms[0], norms[1], 1e-6)
+    expected = rope.rope_and_write_kv_reference(q, k, v, *where, caches[1][0], caches[1][1], norms[0], norms[1], 1e-6)
+    assert_close(actual, expected)
+    assert_close(caches[0][0], caches[1][0])
+    assert_close(caches[0][1], caches[1][1])
+
+
+@pytest.mark.parametrize("window", [None, 1, 7, 40])
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(9, 3, 64), (4, 4, 16), (8, 1, 128), (2, 1, 48)])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_decode_attention_equals_the_reference(
+    window: int | None, num_heads: int, num_kv_heads: int, head_dim: int, threads: int
+) -> None:
+    lens = [1, 37, 0, 16, 50]
+    table = (1 + torch.randperm(7 * 8, generator=torch.Generator().manual_seed(0))).view(7, 8).to(torch.int32)
+    k_cache, v_cache = draw(57, num_kv_heads, 8, head_dim, seed=1), draw(57, num_kv_heads, 8, head_dim, seed=2)
+    q = draw(len(lens), num_heads, head_dim)
+    rows, kv_lens = torch.tensor([5, 0, 1, 6, 2], dtype=torch.int32), torch.tensor(lens, dtype=torch.int32)
+    assert attention_decode_cpu.takes(q, k_cache, kv_lens, rows, table)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        actual = attention_decode_cpu.attention_decode_cpu(q, k_cache, v_cache, kv_lens, rows, table, 0.3, window, None)
+    finally:
+        torch.set_num_threads(before)
+    meta = DecodeMetadata(kv_lens, rows, table, kv_lens_host=lens)
+    assert_close(actual, attention_decode_reference(q, k_cache, v_cache, meta, 0.3, window))
+
+
+@pytest.mark.parametrize("window", [None, 1, 7, 40])
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(9, 3, 64), (4, 4, 16), (8, 1, 128), (2, 1, 48)])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_extend_attention_equals_the_reference(
+    window: int | None, num_heads: int, num_kv_heads: int, head_dim: int, threads: int
+) -> None:
+    q_lens, kv_lens = [1, 37, 0, 16, 50, 3], [1, 37, 5, 60, 55, 64]
+    table = (1 + torch.randperm(7 * 9, generator=torch.Generator().manual_seed(0))).view(7, 9).to(torch.int32)
+    k_cache, v_cache = draw(64, num_kv_heads, 8, head_dim, seed=1), draw(64, num_kv_heads, 8, head_dim, seed=2)
+    rows = [5, 0, 1, 6, 2, 4]
+    for cache in (k_cache, v_cache):  # what no sequence holds must not be read
+        held = torch.zeros(64, 8, dtype=torch.bool)
+        for row, kv_len in zip(rows, kv_lens, strict=True):
+            for position in range(kv_len):
+                held[table[row, position // 8], position % 8] = True
+        cache.masked_fill_(~held[:, None, :, None], torch.nan)
+    q = draw(sum(q_lens), num_heads + 2, head_dim)[:, 1:-1]  # strided, as a view of a fused projection is
+    starts = torch.tensor([0, *q_lens]).cumsum(0).to(torch.int32)
+    lens = torch.tensor(kv_lens, dtype=torch.int32)
+    meta = ExtendMetadata(starts, lens, torch.tensor(rows, dtype=torch.int32), table, 50, 64, q_lens, kv_lens)
+    assert attention_extend_cpu.takes(q, k_cache, table)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        actual = attention_extend(q, k_cache, v_cache, meta, 0.3, window)
+    finally:
+        torch.set_num_threads(before)
+    assert_close(actual, attention_extend_reference(q, k_cache, v_cache, meta, 0.3, window))
+
+
+@pytest.mark.usefixtures("on_threads")
+@pytest.mark.parametrize(("num_rows", "size"), [(1, 100), (3, 33), (2, 40_000)])
+def test_masked_logits_equal_the_reference(num_rows: int, size: int) -> None:
+    logits, shape = draw(num_rows, size), (num_rows, -(-size // 32))
+    generator = torch.Generator().manual_seed(size)
+    mask = torch.randint(-(2**31), 2**31, shape, generator=generator, dtype=torch.int64).to(torch.int32)
+    expected = logits.masked_fill(~unpack_mask(mask, size), float("-inf"))
+    assert torch.equal(cpu_pointwise.mask_logits(logits, mask), expected)

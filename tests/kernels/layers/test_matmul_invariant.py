@@ -1,0 +1,46 @@
+"""Batch-invariant products: right, and the same bits for a row whatever stands beside it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ramet.kernels.layers.matmul_invariant import matmul_invariant_reference, matmul_invariant_triton
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LOW = torch.bfloat16 if DEVICE == "cuda" else torch.float16
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+    pytest.mark.usefixtures("dots_in_one_order"),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, LOW])
+@pytest.mark.parametrize(("rows", "outputs", "depth"), [(1, 128, 64), (70, 130, 100), (3, 257, 128)])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_products_equal_exact_arithmetic(
+    dtype: torch.dtype, rows: int, outputs: int, depth: int, has_bias: bool
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(rows, depth, device=DEVICE).to(dtype)
+    weight = (torch.randn(outputs, depth, device=DEVICE) / depth**0.5).to(dtype)
+    bias = torch.randn(outputs, device=DEVICE).to(dtype) if has_bias else None
+    exact = matmul_invariant_reference(x.double(), weight.double(), None if bias is None else bias.double())
+    actual = matmul_invariant_triton(x, weight, bias)
+    assert actual.shape == (rows, outputs)
+    error = float((actual.double() - exact).norm() / exact.norm())
+    assert error < (2e-5 if dtype == torch.float32 else 2e-2), error
+
+
+def test_a_row_has_the_same_bits_alone_and_among_others() -> None:
+    torch.manual_seed(1)
+    x, weight = torch.randn(80, 96, device=DEVICE), torch.randn(140, 96, device=DEVICE)
+    together = matmul_invariant_triton(x, weight)
+    order = torch.randperm(80)
+    assert torch.equal(matmul_invariant_triton(x[order], weight), together[order])
+    for row in (0, 63, 64, 79):
+        assert torch.equal(matmul_invariant_triton(x[row : row + 1], weight)[0], together[row])
+
+
+def test_no_rows_give_no_rows() -> None:
+    assert matmul_invariant_triton(torch.zeros(0, 64, device=DEVICE), torch.zeros(8, 64, device=DEVICE)).shape == (0, 8)

@@ -1,0 +1,213 @@
+"""What explain() says, before and after a run, as data and as text, and on the command line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ramet import MockBackend, State, function, gen, select
+from ramet.cli.main import main
+from ramet.errors import InvalidRequest
+
+EXAMPLES = Path(__file__).resolve().parents[3] / "examples" / "programs"
+
+
+@pytest.fixture
+def backend() -> Iterator[MockBackend]:
+    with MockBackend() as mock:
+        yield mock
+    mock.engine.shutdown()
+
+
+@function(max_tokens=10, temperature=0)
+def advise(s: State, place: str, question: str) -> None:
+    s += "You know every place on earth. "
+    s += f"Of {place}: {question} "
+    for branch in s.fork(3):
+        branch += "Think. " + gen("thought")
+    s += gen("answer", regex="[a-z]{1,5}") + select("sure", ["yes", "no"])
+
+
+def reports(found: Any) -> dict[str, Any]:
+    return {one.name: one for one in found.passes}
+
+
+def test_every_pass_has_its_line(backend: MockBackend) -> None:
+    found = advise.explain("Rome", "What to see?")
+    assert list(reports(found)) == [
+        "fold constants",
+        "static prefixes",
+        "identical nodes",
+        "liveness",
+        "kv bound",
+        "fork groups",
+        "forced tokens",
+        "argument motion",
+    ]
+    text = str(found)
+    for one in found.passes:
+        assert one.name in text
+        assert one.text
+
+
+def test_a_plan_as_data_is_json_and_says_what_is_exact(backend: MockBackend) -> None:
+    data = advise.explain("Rome", "What to see?").to_dict()
+    assert json.loads(json.dumps(data)) == data
+    first, *rest = data["nodes"]
+    size = len("You know every place on earth. Of Rome: What to see? Think. ")
+    # The answer's prompt is the beginning of this one; which comes first depends on when its grammar is compiled.
+    assert (first["prompt"], first["written"]) == (size, [0, 10])
+    assert (first["shared"], first["new"]) == ([0, size - 7], [7, size])
+    assert [node["twin"] for node in data["nodes"]] == [None, first["node"], first["node"], None, None]
+    assert rest[0]["new"] == 0
+    assert data["is_complete"] is True
+    assert data["passes"]["identical nodes"]["shared"] == 2
+
+
+def test_two_of_three_equal_branches_are_taken_over(backend: MockBackend) -> None:
+    plan = advise.explain("Rome", "What to see?")
+    state = advise.run("Rome", "What to see?")
+    assert reports(plan)["identical nodes"].text == "2 generations of 4 take over another one's text"
+    assert backend.stats().num_requests == 1 + 1 + 2
+    assert state.usage.computed_tokens <= plan.new.at_most
+
+
+def test_arguments_may_be_left_out(backend: MockBackend) -> None:
+    found = advise.explain()
+    assert found.nodes[0].prompt.at_least == len("You know every place on earth. Of :  Think. ")
+    assert not found.nodes[0].prompt.is_exact
+    motion = reports(found)["argument motion"]
+    assert motion.numbers == {"shared": len("You know every place on earth. Of "), "gain": len(":  Think. ")}
+    assert "'place'" in motion.text
+
+
+def test_the_line_that_forces_a_stage_is_named_with_its_reason(backend: MockBackend) -> None:
+    @function(max_tokens=5)
+    def program(s: State) -> None:
+        s += "Go on? " + gen("more")
+        if s["more"] == "yes":
+            s += "So: " + gen("rest")
+
+    found = program.explain()
+    assert not found.is_complete
+    (stage,) = found.stages
+    assert (stage.value, stage.why) == ("generate 'more'", "==")
+    assert "test_explain.py:" in stage.line
+    assert f"stage  {stage.line} needs generate 'more': ==" in str(found)
+    assert "for the part up to the stage" in reports(found)["kv bound"].text
+
+
+def test_a_value_that_python_needs_makes_the_plan_hold_for_it_alone(backend: MockBackend) -> None:
+    @function(max_tokens=5)
+    def program(s: State, n: int, name: str) -> None:
+        for _ in range(n):
+            s += "Again " + gen("x")
+
+    found = program.trace(n=2)
+    assert list(found.specialised) == ["n"]
+    partial = program.explain(n=2)
+    assert "this value of 'n' alone" in str(partial)
+
+
+def test_a_batch_says_what_its_rows_share_and_a_run_measures_it(backend: MockBackend) -> None:
+    @function(max_tokens=4)
+    def program(s: State, word: str) -> None:
+        s += f"Spell the word: {word}. " + gen("x")
+
+    rows = ["cat", "car", "dog"]
+    found = program.explain(rows=rows)
+    report = reports(found)["prefixes of rows"]
+    assert report.numbers["common"] == len("Spell the word: ")
+    states = program.run_batch(rows)
+    assert sum(state.usage.computed_tokens for state in states) == report.numbers["computed"]
+    assert sum(state.usage.prompt_tokens for state in states) == report.numbers["separate"]
+    assert found.num_rows == 3
+
+
+def test_after_a_run_every_node_has_its_measured_tokens_and_times(backend: MockBackend) -> None:
+    state = advise.run("Rome", "What to see?")
+    found = state.explain()
+    assert [one.name for one in found.measured] == ["thought", "thought", "thought", "answer", "sure"]
+    assert found.usage == state.usage
+    first = found.measured[0]
+    assert first.usage.prompt_tokens == first.usage.computed_tokens > 0
+    assert first.start_s is not None
+    assert first.end_s is not None
+    assert 0 <= first.start_s <= first.end_s
+    assert f"computed {state.usage.computed_tokens:,}" in str(found)
+
+
+def test_analyze_shows_the_plan_and_what_was_measured(backend: MockBackend) -> None:
+    found = advise.explain("Rome", "What to see?", analyze=True)
+    for cost in found.nodes:
+        measured = next(one for one in found.measured if one.node == cost.node)
+        assert measured.usage.prompt_tokens <= cost.prompt.at_most
+    assert "first token" in str(found)
+
+
+def test_a_failed_node_says_why() -> None:
+    with MockBackend(failures={"Bad": ValueError("no such thing")}) as mock:
+
+        @function
+        def program(s: State) -> None:
+            s += "Bad " + gen("x")
+
+        found = program.run().explain()
+    assert found.measured[0].error == "ValueError: no such thing"
+    mock.engine.shutdown()
+
+
+def test_many_branches_are_one_line(backend: MockBackend) -> None:
+    @function(max_tokens=3)
+    def program(s: State) -> None:
+        s += "Count: "
+        for i, branch in enumerate(s.fork(500)):
+            branch += f"{i} " + gen("x", stop=" ")
+
+    text = str(program.explain())
+    assert sum("generate x" in line for line in text.splitlines()) == 1
+    assert " 500 " in text
+
+
+def test_rows_can_not_be_analyzed(backend: MockBackend) -> None:
+    with pytest.raises(InvalidRequest, match=r"explain\(rows=...\) can't analyze"):
+        advise.explain(rows=[("Rome", "What?")], analyze=True)
+    with pytest.raises(InvalidRequest, match="rows is empty"):
+        advise.explain(rows=[])
+
+
+# The command.
+
+
+def test_the_command_explains_a_file_s_example(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", str(EXAMPLES / "rag_shared_documents.py")]) == 0
+    out = capsys.readouterr().out
+    assert "ask" in out
+    assert "fork groups" in out
+
+
+def test_the_command_prints_plain_data(capsys: pytest.CaptureFixture[str]) -> None:
+    file = str(EXAMPLES / "few_shot_classification.py")
+    assert main(["explain", file, "--json", "--arguments", '{"headline": "Rain."}']) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["program"] == "classify"
+    assert data["nodes"][0]["prompt"] == data["nodes"][0]["new"]
+    assert main(["explain", file, "--rows", '["One.", "Two."]', "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["nothing.py"], "nothing.py is no file"),
+        ([str(EXAMPLES / "debate.py"), "--program", "x"], "has no program 'x'"),
+        ([str(EXAMPLES / "debate.py"), "--arguments", "{"], "--arguments is not JSON"),
+    ],
+)
+def test_the_command_says_what_is_wrong(arguments: list[str], problem: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", *arguments]) == 1
+    assert problem in capsys.readouterr().err

@@ -1,0 +1,196 @@
+"""Programs on the real engine with a tiny random model: what is computed, what is shared, what select means."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from numpy.testing import assert_allclose
+
+from ramet import Engine, Function, State, function, gen, select
+from ramet.errors import ContextOverflow, ProgramCancelled, ProgramError
+from ramet.lang.graph.ir import Generate
+from ramet.runtime.models.load import LoadedModel
+from ramet.runtime.types import SamplingParams
+
+PROGRAMS = Path(__file__).resolve().parents[3] / "examples" / "programs"
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_model: LoadedModel) -> Iterator[Engine]:
+    with Engine(tiny_model, num_kv_tokens=1 << 15, max_running_requests=40, chunked_prefill_size=256) as engine:
+        yield engine
+
+
+@pytest.fixture(autouse=True)
+def no_page_is_lost(engine: Engine) -> Iterator[None]:
+    yield
+    deadline = time.monotonic() + 10
+    while engine.stats()["num_running"] and time.monotonic() < deadline:
+        time.sleep(0.005)
+    engine.check_integrity()
+    stats = engine.stats()
+    assert stats["num_free_pages"] + stats["num_evictable_pages"] == stats["num_pages"]
+
+
+def test_a_turn_computes_exactly_the_tokens_that_are_new(engine: Engine) -> None:
+    @function(temperature=0, max_tokens=5, ignore_eos=True)
+    def chat(s: State) -> None:
+        s += "A beginning that nobody else has used."
+        for i in range(4):
+            s += f" Turn {i}:" + gen("x")
+
+    state = chat.run(backend=engine)
+    events = state.record.events
+    usages = [events[n.id].usage for n in state.record.graph.nodes if isinstance(n, Generate)]
+    for usage in usages[1:]:
+        assert usage is not None
+        # The last token of a generation that max_tokens ended has not been computed: it comes with the new text.
+        assert usage.computed_tokens == len(" Turn 0:") + 1
+
+
+def test_after_an_end_token_a_turn_computes_its_own_text_alone(engine: Engine) -> None:
+    @function(temperature=0, max_tokens=5, ignore_eos=True)
+    def chat(s: State) -> None:
+        s += "Another beginning that is used once: "
+        s += gen("first")
+        s += gen("second", regex="abc", ignore_eos=False)  # ends by an end token: everything before it is computed
+        s += " and on" + gen("third")
+
+    state = chat.run(backend=engine)
+    assert state["second"] == "abc"
+    assert state.meta("third")["usage"].computed_tokens == len(" and on")
+
+
+def test_a_value_that_max_tokens_cannot_hold_says_what_it_would_take(engine: Engine) -> None:
+    @function(max_tokens=4)
+    def program(s: State) -> None:
+        s += "A code: " + gen("code", regex="[a-c]{6}") + " and " + gen("digits", regex="[0-9]{3}")
+
+    state = program.run(backend=engine)
+    assert len(state["code"]) == 4
+    assert "takes 6 tokens" in state.meta("code")["incomplete"]
+    assert "incomplete" not in state.meta("digits")
+
+    @function(max_tokens=4)
+    def typed(s: State) -> None:
+        s += "A switch: " + gen("switch", json_schema={"type": "object", "required": ["on"]})
+
+    with pytest.raises(ProgramError, match=r"because it was cut by max_tokens \(4\).*takes 9 tokens"):
+        typed.run(backend=engine)["switch"]
+
+
+def test_thirty_two_branches_compute_their_prefix_once(engine: Engine) -> None:
+    prefix, width = "w" * 300, 32
+
+    @function(temperature=0, max_tokens=4, ignore_eos=True)
+    def program(s: State) -> None:
+        s += prefix
+        branches = s.fork(width)
+        branches += lambda i: f" branch {i:02}"
+        branches += gen("x")
+        branches.join()
+
+    before = engine.stats()["num_computed_tokens"]
+    state = program.run(backend=engine)
+    computed = engine.stats()["num_computed_tokens"] - before
+    assert len(state["x"]) == width
+    # Each branch computes its own ten tokens, and three that it generates.
+    assert computed <= len(prefix) + width * (len(" branch 00") + 4)
+
+
+def test_select_equals_a_brute_force_by_full_forward_passes(tiny_model: LoadedModel, engine: Engine) -> None:
+    choices = ["tea", "teapot", "coffee", "cocoa with milk"]
+
+    @function
+    def program(s: State) -> None:
+        s += "To drink I take "
+        s += select("drink", choices)
+
+    meta = program.run(backend=engine).meta("drink")
+    with Engine(tiny_model, num_kv_tokens=4096, max_running_requests=1, radix_cache=False) as alone:
+        start = len("To drink I take ")
+        expected = []
+        for choice in choices:
+            handle = alone.submit(f"To drink I take {choice}", SamplingParams(max_tokens=1), score_from=start)
+            logprobs = handle.result().prompt_logprobs
+            assert logprobs is not None
+            assert len(logprobs) == len(choice)
+            expected.append(math.exp(math.fsum(logprobs)))
+    assert math.isclose(sum(meta["probs"]), 1.0, abs_tol=1e-12)
+    assert_allclose(meta["probs"], [p / sum(expected) for p in expected], rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "name", ["chain_of_thought", "debate", "rag_shared_documents", "map_reduce_summary", "router", "tree_of_thoughts"]
+)
+def test_examples_give_the_same_tokens_traced_and_staged(name: str, engine: Engine) -> None:
+    spec = importlib.util.spec_from_file_location(f"engine_example_{name}", PROGRAMS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    program = next(
+        f
+        for f in vars(module).values()
+        if isinstance(f, Function) and {p.name for p in f.parameters} == set(module.EXAMPLE)
+    )
+    runs = [program.run(**module.EXAMPLE, backend=engine, seed=3, stage=stage) for stage in ("needed", "always")]
+    assert runs[0].text() == runs[1].text()
+    assert repr(runs[0].variables) == repr(runs[1].variables)
+
+
+def test_a_cancelled_program_leaves_the_engine_idle(engine: Engine) -> None:
+    @function(max_tokens=200, ignore_eos=True)
+    def program(s: State) -> None:
+        branches = s.fork(8)
+        branches += lambda i: f"{i} go on: "
+        branches += gen("x")
+        s._run.submit()
+        time.sleep(0.05)
+        s.cancel()
+
+    assert isinstance(program.run(backend=engine).error(), ProgramCancelled)
+    deadline = time.monotonic() + 5
+    while engine.stats()["num_running"] and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert engine.stats()["num_running"] == 0
+
+
+def test_a_prompt_that_overflows_the_context_fails_its_node_alone(engine: Engine) -> None:
+    @function
+    def program(s: State) -> None:
+        s += "x" * (engine.context_length + 1) + gen("x")
+
+    state = program.run(backend=engine)
+    with pytest.raises(ProgramError) as raised:
+        state["x"]
+    assert isinstance(raised.value.__cause__, ContextOverflow)
+    assert engine.generate("still there", SamplingParams(max_tokens=2)).token_ids
+
+
+def test_the_losers_of_first_of_free_their_pages(engine: Engine) -> None:
+    @function(temperature=0, ignore_eos=True)
+    def program(s: State) -> None:
+        s += "Who is first? "
+        s.first_of("slow: " + gen("x", max_tokens=400), "quick: " + gen("x", max_tokens=2))
+        # Only the winner's branch is left of the program before it goes on.
+        deadline = time.monotonic() + 10
+        while engine.stats()["num_running"] and time.monotonic() < deadline:
+            time.sleep(0.002)
+        stats = engine.stats()
+        s.set_var("idle", stats["num_running"] == 0)
+        s.set_var("whole", stats["num_free_pages"] + stats["num_evictable_pages"] == stats["num_pages"])
+        s += " and on" + gen("y", max_tokens=2)
+
+    state = program.run(backend=engine)
+    assert state["idle"]
+    assert state["whole"]
+    assert state.text().startswith("Who is first? quick: ")
+    assert state.error() is None

@@ -1,0 +1,110 @@
+"""Grammars on a device: closed while they compile, in declared order; what stays open is what was asked for."""
+
+from __future__ import annotations
+
+import gc
+import json
+import threading
+
+import pytest
+
+from ramet.errors import GrammarError
+from ramet.lang.graph.ir import Constraint
+from ramet.runtime.constraints.device_grammars import DeviceGrammars
+from ramet.runtime.constraints.grammar_cache import GrammarCache
+from ramet.runtime.engine.factory import make_device_grammars
+from ramet.runtime.models.load import LoadedModel
+
+OBJECT = {
+    "type": "object",
+    "properties": {"a": {"type": "integer", "minimum": 0, "maximum": 9}, "b": {"enum": ["x", "y"]}},
+    "required": ["a", "b"],
+    "additionalProperties": False,
+}
+TREE = {"$ref": "#/$defs/t", "$defs": {"t": {"type": "array", "items": {"$ref": "#/$defs/t"}}}}
+
+
+@pytest.fixture
+def device(tiny_model: LoadedModel) -> DeviceGrammars:
+    return make_device_grammars(tiny_model)
+
+
+@pytest.fixture
+def cache(tiny_model: LoadedModel, device: DeviceGrammars) -> GrammarCache:
+    return GrammarCache(tiny_model.tokenizer, device)
+
+
+def schema(value: object) -> Constraint:
+    return Constraint("json_schema", json.dumps(value))
+
+
+def accepts(grammar, text: str) -> bool:  # type: ignore[no-untyped-def]
+    state = grammar.advance_bytes(0, text.encode())
+    return state is not None and grammar.is_accepting(state)
+
+
+def test_a_cache_may_be_collected_while_its_service_is_at_work(tiny_model: LoadedModel) -> None:
+    cache = GrammarCache(tiny_model.tokenizer)
+    cache.get(Constraint("regex", "a")).result()
+    service = cache._service
+    assert service is not None
+    done = threading.Event()
+
+    def collect() -> None:
+        nonlocal cache
+        with service._lock:
+            del cache
+            gc.collect()
+        done.set()
+
+    threading.Thread(target=collect, daemon=True).start()
+    assert done.wait(30), "the finalizer waits for a lock that its own thread holds"
+    assert service._supervisor is not None
+    service._supervisor.join(10)
+    assert not service._supervisor.is_alive()
+
+
+def test_a_schema_is_closed_in_declared_order(cache: GrammarCache, device: DeviceGrammars) -> None:
+    grammar = cache.get(schema(OBJECT)).result(timeout=60)
+    assert grammar.is_closed
+    assert accepts(grammar, '{"a":1,"b":"x"}')
+    assert not accepts(grammar, '{"b":"x","a":1}')
+    tables = device.prepare(grammar)
+    assert tables is not None
+    assert tables.closing is not None
+    assert tables.mask_classes is not None
+    assert cache.get(schema(OBJECT)).result(timeout=60) is grammar
+    assert device.prepare(grammar) is tables
+
+
+def test_without_a_device_properties_come_in_any_order(tiny_model: LoadedModel) -> None:
+    cache = GrammarCache(tiny_model.tokenizer)
+    grammar = cache.get(schema(OBJECT)).result(timeout=60)
+    assert not grammar.is_closed
+    assert accepts(grammar, '{"b":"x","a":1}')
+    cache.close()
+
+
+def test_what_cannot_be_closed_is_what_was_asked_for(cache: GrammarCache, device: DeviceGrammars) -> None:
+    grammar = cache.get(schema(TREE)).result(timeout=60)
+    assert not grammar.is_closed
+    assert device.prepare(grammar) is None
+    assert accepts(grammar, "[[],[[]]]")
+    mixed = {"type": "object", "properties": {**OBJECT["properties"], "t": TREE["$defs"]["t"]}, "$defs": TREE["$defs"]}  # type: ignore[dict-item,index]
+    grammar = cache.get(schema(mixed)).result(timeout=60)
+    assert accepts(grammar, '{"t":[[]],"a":1}')
+
+
+def test_closing_is_not_tried_again(
+    cache: GrammarCache, device: DeviceGrammars, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = cache.get(schema(TREE)).result(timeout=60)
+    monkeypatch.setattr(type(first), "close", lambda *args: pytest.fail("closed again"))
+    assert cache.get(schema(TREE)).result(timeout=60) is first
+
+
+def test_patterns_are_closed_and_errors_are_those_of_compiling(cache: GrammarCache) -> None:
+    assert cache.get(Constraint("regex", "[a-z]{2,5}")).result(timeout=60).is_closed
+    with pytest.raises(GrammarError):
+        cache.get(Constraint("regex", "(")).result(timeout=60)
+    cache.close()

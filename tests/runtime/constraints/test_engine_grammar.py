@@ -1,0 +1,305 @@
+"""Constrained sequences in the engine: the same tokens by masks of the host and of the device, closed in time."""
+
+from __future__ import annotations
+
+import re
+import threading
+from typing import Any
+
+import pytest
+import torch
+
+from ramet.grammar import Vocabulary
+from ramet.grammar.service.sources import compile_constraint
+from ramet.kernels.grammar.arena import GrammarArena
+from ramet.kernels.grammar.mask import TokenTable
+from ramet.runtime.engine.core import SequenceUpdate
+from ramet.runtime.engine.engine import Engine
+from ramet.runtime.engine.factory import make_device_grammars
+from ramet.runtime.models.load import LoadedModel
+from ramet.runtime.steps.launched_step import LaunchedStep
+from ramet.runtime.types import Batch, FinishReason, Grammar, SamplingParams
+
+PATTERNS = ["[a-c]{3,8}(xy|z){1,6}", "(yes|no)", '"[^"]{0,20}"', "[0-9]{1,3}(,[0-9]{1,3}){2,5}"]
+
+
+def vocabulary(model: LoadedModel) -> Vocabulary:
+    tokenizer = model.tokenizer
+    return Vocabulary(tokenizer.token_bytes, tokenizer.eos_ids, tokenizer.special_ids, tokenizer.vocab_size)
+
+
+@pytest.fixture(scope="module")
+def grammars(tiny_model: LoadedModel) -> list[Grammar]:
+    compiled = [compile_constraint("regex", pattern, vocabulary(tiny_model)) for pattern in PATTERNS]
+    assert all(grammar.close() for grammar in compiled)
+    return list(compiled)
+
+
+def make_engine(model: LoadedModel, *, on_device: bool) -> Engine:
+    engine = Engine(model, num_kv_tokens=4096, max_running_requests=8)
+    if on_device:
+        tokenizer = model.tokenizer
+        tokens = TokenTable.create(
+            tokenizer.token_bytes, tokenizer.eos_ids, tokenizer.special_ids, tokenizer.vocab_size, "cpu"
+        )
+        runner = engine._core.runner
+        arena = GrammarArena(tokens, 8, max_states=4096, max_transitions=1 << 18, max_mask_rows=512)
+        runner.arena = arena
+        runner.device_grammars = make_device_grammars(model)
+        runner.sampling = runner.tables.sampling(arena.mask_index, arena.mask_rows)
+    return engine
+
+
+def run_all(engine: Engine, grammars: list[Grammar], temperature: float, max_tokens: int = 40) -> list[str]:
+    handles = []
+    for i in range(12):
+        grammar = None if i % 5 == 4 else grammars[i % len(grammars)]
+        sampling = SamplingParams(temperature=temperature, max_tokens=max_tokens, seed=i)
+        handles.append(engine.submit(f"prompt {i % 3}", sampling, grammar=grammar))
+    return [handle.result(timeout_s=60).text for handle in handles]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_host_and_device_automata_give_the_same_tokens(
+    tiny_model: LoadedModel, grammars: list[Grammar], temperature: float
+) -> None:
+    assert all(grammar.is_closed for grammar in grammars)
+    with make_engine(tiny_model, on_device=False) as host, make_engine(tiny_model, on_device=True) as device:
+        expected = run_all(host, grammars, temperature)
+        assert run_all(device, grammars, temperature) == expected
+        device.check_integrity()
+
+
+def test_overlapped_steps_advance_automata_as_synchronous_ones_do(
+    tiny_model: LoadedModel, grammars: list[Grammar]
+) -> None:
+    with make_engine(tiny_model, on_device=True) as sync, make_engine(tiny_model, on_device=True) as overlapped:
+        overlapped._core.overlap = True
+        assert run_all(overlapped, grammars, 1.0) == run_all(sync, grammars, 1.0)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_open_automata_are_masked_by_the_host_beside_those_of_the_device(
+    tiny_model: LoadedModel, grammars: list[Grammar], temperature: float
+) -> None:
+    opened = [compile_constraint("regex", pattern, vocabulary(tiny_model)) for pattern in PATTERNS]
+    mixed = [opened[0], grammars[1], opened[2], grammars[3]]
+    with make_engine(tiny_model, on_device=False) as host, make_engine(tiny_model, on_device=True) as device:
+        device._core.overlap = True
+        expected = run_all(host, mixed, temperature)
+        assert run_all(device, mixed, temperature) == expected
+        assert run_all(device, mixed, temperature) == expected, "in slots that others had"
+        assert not any(grammar.is_closed for grammar in opened)
+        device.check_integrity()
+
+
+def test_the_steps_of_others_overlap_beside_a_few_open_automata(
+    tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = [compile_constraint("regex", PATTERNS[0], vocabulary(tiny_model)) for _ in range(3)]
+    masks: list[Grammar | None] = [None, None, None, opened[0], None, None, None, None]
+
+    def run(engine: Engine) -> list[str]:
+        params = [SamplingParams(temperature=0.0, max_tokens=30, seed=i, ignore_eos=i != 3) for i in range(8)]
+        gate = threading.Event()
+
+        def wait() -> None:
+            gate.wait()
+
+        engine._send(wait)  # all of them begin together
+        handles = [engine.submit(f"p{i}", params[i], grammar=masks[i]) for i in range(8)]
+        gate.set()
+        return [handle.result(timeout_s=60).text for handle in handles]
+
+    with make_engine(tiny_model, on_device=False) as host, make_engine(tiny_model, on_device=True) as device:
+        core = device._core
+        core.overlap = True
+        sizes: list[int] = []
+        launch = core.runner.launch
+
+        def note(batch: Batch, **options: Any) -> LaunchedStep:
+            sizes.append(len(batch.items) if core.is_stepping else 0)
+            return launch(batch, **options)
+
+        monkeypatch.setattr(core.runner, "launch", note)
+        expected = run(host)
+        assert run(device) == expected
+        assert re.fullmatch(PATTERNS[0], expected[3])
+        assert {7, 8} <= set(sizes), (
+            "steps with and without the one that the host masks, launched before the last ended"
+        )
+        device.check_integrity()
+
+
+def test_a_waiting_request_that_the_host_will_mask_costs_the_running_ones_nothing(
+    tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = compile_constraint("regex", PATTERNS[0], vocabulary(tiny_model))
+    with Engine(tiny_model, num_kv_tokens=4096, max_running_requests=1) as engine:
+        core = engine._core
+        core.overlap = True
+        running: list[str] = []  # when a step was not overlapped
+        step_sync = core.step_sync
+
+        def note() -> list[SequenceUpdate]:
+            updates = step_sync()
+            running.extend(update.sequence.request.request_id for update in updates)
+            return updates
+
+        monkeypatch.setattr(core, "step_sync", note)
+        params = SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True)
+        first = engine.submit("x", params, request_id="free")
+        second = engine.submit("x", SamplingParams(max_tokens=40, seed=1), grammar=opened, request_id="masked")
+        assert len(first.result(timeout_s=60).token_ids) == 30
+        assert re.fullmatch(PATTERNS[0], second.result(timeout_s=60).text)
+    assert set(running) == {"masked"}
+
+
+def test_every_finished_text_matches_its_pattern(tiny_model: LoadedModel, grammars: list[Grammar]) -> None:
+    with make_engine(tiny_model, on_device=False) as engine:
+        for seed in range(10):
+            for pattern, grammar in zip(PATTERNS, grammars, strict=True):
+                sampling = SamplingParams(temperature=1.5, max_tokens=60, seed=seed)
+                result = engine.submit("x", sampling, grammar=grammar).result(timeout_s=60)
+                assert re.fullmatch(pattern, result.text), (pattern, result.text)
+                assert result.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
+
+
+@pytest.mark.parametrize("max_tokens", range(9, 16))
+def test_a_small_budget_is_closed_in_time(tiny_model: LoadedModel, grammars: list[Grammar], max_tokens: int) -> None:
+    with make_engine(tiny_model, on_device=False) as engine:
+        for seed in range(6):
+            for pattern, grammar in zip(PATTERNS, grammars, strict=True):
+                sampling = SamplingParams(temperature=1.5, max_tokens=max_tokens, seed=seed)
+                text = engine.submit("x", sampling, grammar=grammar).result(timeout_s=60).text
+                assert re.fullmatch(pattern, text), (pattern, text)
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_a_token_that_closes_a_text_has_its_own_log_probability(
+    tiny_model: LoadedModel, grammars: list[Grammar], on_device: bool
+) -> None:
+    with make_engine(tiny_model, on_device=on_device) as engine:
+        prompt = list(engine.tokenizer.encode("x"))
+        for seed in range(3):
+            for grammar in grammars:
+                sampling = SamplingParams(temperature=1.5, max_tokens=11, seed=seed, logprobs=1)
+                found = engine.submit(prompt, sampling, grammar=grammar).result(timeout_s=60)
+                scored = engine.submit([*prompt, *found.token_ids], score_from=len(prompt)).result(timeout_s=60)
+                assert found.logprobs is not None
+                assert found.top_logprobs is not None
+                assert scored.prompt_logprobs is not None
+                assert found.logprobs == pytest.approx(scored.prompt_logprobs, abs=1e-4)
+                assert len(found.top_logprobs) == len(found.token_ids)
+
+
+def test_a_preempted_constrained_sequence_goes_on_in_its_state(
+    tiny_model: LoadedModel, grammars: list[Grammar]
+) -> None:
+    with make_engine(tiny_model, on_device=True) as roomy:
+        expected = run_all(roomy, grammars, 1.0)
+    with make_engine(tiny_model, on_device=True) as engine:
+        scheduler = engine._core.scheduler
+        step = engine._core.step
+        count = 0
+
+        def preempting() -> list[object]:
+            nonlocal count
+            count += 1
+            if count % 3 == 0:
+                idle = [s for s in scheduler._decoding if not s.num_in_flight]
+                if idle:
+                    scheduler._preempt(idle[-1])
+            return step()  # type: ignore[return-value]
+
+        engine._core.step = preempting  # type: ignore[assignment, method-assign]
+        assert run_all(engine, grammars, 1.0) == expected
+        assert engine.stats()["num_preemptions"] > 3
+        engine.check_integrity()
+
+
+def test_a_torch_device_without_an_arena_masks_on_the_host(tiny_model: LoadedModel, grammars: list[Grammar]) -> None:
+    with make_engine(tiny_model, on_device=False) as engine:
+        assert engine._core.runner.arena is None
+        assert engine._core.runner.device == torch.device("cpu")
+        engine.submit("x", SamplingParams(max_tokens=40, seed=1), grammar=grammars[0]).result(timeout_s=60)
+        assert not engine._core._grammar_states
+        assert not engine._core._on_host
+
+
+@pytest.mark.parametrize("max_tokens", [9, 11, 14])
+def test_the_device_closes_a_small_budget_as_the_host_does(
+    tiny_model: LoadedModel, grammars: list[Grammar], max_tokens: int
+) -> None:
+    with make_engine(tiny_model, on_device=True) as engine:
+        engine._core.overlap = True
+        for seed in range(6):
+            for pattern, grammar in zip(PATTERNS, grammars, strict=True):
+                sampling = SamplingParams(temperature=1.5, max_tokens=max_tokens, seed=seed)
+                result = engine.submit("x", sampling, grammar=grammar).result(timeout_s=60)
+                assert re.fullmatch(pattern, result.text), (pattern, result.text)
+                assert len(result.token_ids) <= max_tokens
+        assert not engine._core._grammar_states
+
+
+def test_a_budget_that_no_text_fits_is_left_alone_on_the_device(
+    tiny_model: LoadedModel, grammars: list[Grammar]
+) -> None:
+    with make_engine(tiny_model, on_device=True) as engine:
+        sampling = SamplingParams(temperature=1.5, max_tokens=2, seed=1)
+        result = engine.submit("x", sampling, grammar=grammars[0]).result(timeout_s=60)
+        assert result.finish_reason is FinishReason.LENGTH
+        assert len(result.token_ids) == 2
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_a_text_that_its_budget_cannot_hold_says_what_it_would_take(
+    tiny_model: LoadedModel, grammars: list[Grammar], on_device: bool
+) -> None:
+    with make_engine(tiny_model, on_device=on_device) as engine:
+        for pattern, grammar in zip(PATTERNS, grammars, strict=True):
+            needed = len(grammar.shortest_completion(0))
+            for max_tokens in {1, needed - 1, needed, needed + 1} - {0}:
+                sampling = SamplingParams(temperature=1.5, max_tokens=max_tokens, seed=1)
+                result = engine.submit("x", sampling, grammar=grammar).result(timeout_s=60)
+                is_whole = re.fullmatch(pattern, result.text) is not None
+                assert (result.incomplete is None) == is_whole, (pattern, max_tokens, result)
+                assert is_whole or result.finish_reason is FinishReason.LENGTH
+                assert result.incomplete is None or f"takes {needed:,} tokens" in result.incomplete
+                assert f"({max_tokens:,})" in (result.incomplete or f"({max_tokens:,})")
+        assert not engine._core.incomplete
+
+
+def test_a_whole_text_that_could_go_on_is_complete(tiny_model: LoadedModel) -> None:
+    grammar = compile_constraint("regex", "a*", vocabulary(tiny_model))
+    with make_engine(tiny_model, on_device=False) as engine:
+        sampling = SamplingParams(max_tokens=3, ignore_eos=True)
+        result = engine.submit("x", sampling, grammar=grammar).result(timeout_s=60)
+        assert result.finish_reason is FinishReason.LENGTH
+        assert result.incomplete is None
+        free = engine.submit("x", SamplingParams(max_tokens=3, ignore_eos=True)).result(timeout_s=60)
+        assert free.incomplete is None
+
+
+def test_a_preempted_sequence_that_ignores_end_tokens_goes_on_past_one(tiny_model: LoadedModel) -> None:
+    grammar = compile_constraint("regex", "ab?", vocabulary(tiny_model))
+    assert grammar.close()
+    with make_engine(tiny_model, on_device=True) as engine:
+        core = engine._core
+        sampling = SamplingParams(temperature=1.0, max_tokens=8, seed=1, ignore_eos=True)
+        step = core.step
+        count = 0
+
+        def preempting() -> list[object]:
+            nonlocal count
+            count += 1
+            idle = [s for s in core.scheduler._decoding if not s.num_in_flight and len(s.output_ids) > 3]
+            if idle and count % 3 == 0:
+                core.scheduler._preempt(idle[-1])
+            return step()  # type: ignore[return-value]
+
+        core.step = preempting  # type: ignore[assignment, method-assign]
+        result = engine.submit("x", sampling, grammar=grammar).result(timeout_s=60)
+        assert len(result.token_ids) == 8
+        assert result.finish_reason is FinishReason.LENGTH
+        assert engine.stats()["num_preemptions"] > 0

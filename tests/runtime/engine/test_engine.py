@@ -1,0 +1,364 @@
+"""The in-process engine as its callers see it: text, streams, stops, cancellation, bad input, failures."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from ramet.errors import (
+    ConfigError,
+    ContextOverflow,
+    EmptyPrompt,
+    EngineStopped,
+    InvalidRequest,
+    InvalidSampling,
+    RequestCancelled,
+)
+from ramet.runtime.engine.engine import Engine
+from ramet.runtime.models.load import LoadedModel
+from ramet.runtime.types import FinishReason, RequestOutput, SamplingParams
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_model: LoadedModel) -> Iterator[Engine]:
+    with Engine(
+        tiny_model, num_kv_tokens=4096, context_length=512, max_running_requests=8, chunked_prefill_size=128
+    ) as engine:
+        yield engine
+
+
+@pytest.fixture(autouse=True)
+def no_page_is_lost(engine: Engine) -> Iterator[None]:
+    yield
+    deadline = time.monotonic() + 10
+    while engine.stats()["num_running"] and time.monotonic() < deadline:
+        time.sleep(0.005)
+    engine.check_integrity()
+    stats = engine.stats()
+    assert stats["num_free_pages"] + stats["num_evictable_pages"] == stats["num_pages"]
+
+
+def test_the_increments_make_up_the_result_and_the_result_is_the_decoded_tokens(engine: Engine) -> None:
+    handle = engine.submit("Grüße, 世界! ", GREEDY)
+    text = "".join(output.text for output in handle)
+    result = handle.result()
+    assert result.text == text
+    assert result.text == engine.tokenizer.decode(result.token_ids, skip_special=True)
+    assert len(result.token_ids) == 20
+    assert result.finish_reason is FinishReason.LENGTH
+    assert result.usage.prompt_tokens == len("Grüße, 世界! ".encode())
+
+
+def test_a_warm_run_reports_its_cached_tokens_and_gives_the_same_text(engine: Engine) -> None:
+    prompt = "a prompt that nobody used before, and of some length"
+    cold, warm = engine.generate(prompt, GREEDY), engine.generate(prompt, GREEDY)
+    assert cold.usage.cached_tokens == 0
+    assert warm.usage.cached_tokens == len(prompt) - 1
+    assert warm.text == cold.text
+
+
+def test_async_iteration_and_await_give_what_the_sync_interface_gives(engine: Engine) -> None:
+    expected = engine.generate("async", GREEDY).text
+
+    async def run() -> tuple[str, list[str]]:
+        text = ""
+        async for output in engine.submit("async", GREEDY):
+            text += output.text
+        results = await asyncio.gather(*(engine.submit("async", GREEDY) for _ in range(3)))
+        return text, [r.text for r in results]
+
+    text, texts = asyncio.run(run())
+    assert [text, *texts] == [expected] * 4
+
+
+def test_many_threads_submit_at_once_and_each_gets_its_own(engine: Engine) -> None:
+    prompts = [f"prompt number {i} " * (1 + i % 3) for i in range(16)]
+    expected = [engine.generate(p, GREEDY).text for p in prompts]
+    got: dict[int, str] = {}
+
+    def work(i: int) -> None:
+        got[i] = engine.generate(prompts[i], GREEDY).text
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [got[i] for i in range(16)] == expected
+
+
+def test_a_stop_string_across_tokens_ends_the_text_before_it(engine: Engine) -> None:
+    whole = engine.generate("stop here", GREEDY).text
+    stop = whole[5:8]
+    first = whole.index(stop)
+    outputs = list(engine.submit("stop here", replace(GREEDY, stop=(stop, "never seen"))))
+    assert "".join(o.text for o in outputs) == whole[:first]
+    assert outputs[-1].finish_reason is FinishReason.STOP
+    assert outputs[-1].stop_match == stop
+
+
+def test_a_stop_token_is_reported_and_is_not_part_of_the_text(engine: Engine) -> None:
+    whole = engine.generate("stop token", GREEDY)
+    token = whole.token_ids[4]
+    result = engine.generate("stop token", replace(GREEDY, stop_token_ids=(token,)))
+    assert result.stop_match == token
+    assert result.token_ids == whole.token_ids[: whole.token_ids.index(token)]
+
+
+def test_cancelling_in_the_middle_raises_and_frees_the_slot(engine: Engine) -> None:
+    handle = engine.submit("cancel me", SamplingParams(temperature=0.0, max_tokens=400, ignore_eos=True))
+    outputs = iter(handle)
+    next(outputs)
+    handle.cancel()
+    with pytest.raises(RequestCancelled, match=handle.request_id):
+        for _ in outputs:
+            pass
+    with pytest.raises(RequestCancelled):
+        handle.result(timeout_s=5)
+    handle.cancel()  # again: nothing happens
+    assert engine.generate("alive", GREEDY).text
+
+
+def test_a_deadline_ends_a_request(engine: Engine) -> None:
+    sampling = SamplingParams(temperature=0.0, max_tokens=400, ignore_eos=True)
+    with pytest.raises(RequestCancelled, match="deadline"):
+        engine.submit("late", sampling, deadline_s=0.02).result(timeout_s=10)
+
+
+def test_result_times_out_and_the_request_goes_on(engine: Engine) -> None:
+    handle = engine.submit("patience", SamplingParams(temperature=0.0, max_tokens=300, ignore_eos=True))
+    with pytest.raises(TimeoutError, match="goes on"):
+        handle.result(timeout_s=0.001)
+    assert len(handle.result(timeout_s=30).token_ids) == 300
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "error", "message"),
+    [
+        ("", {}, EmptyPrompt, "no tokens"),
+        ([], {}, EmptyPrompt, "no tokens"),
+        ([1, 999], {}, InvalidRequest, "999 is outside the vocabulary"),
+        ([-1], {}, InvalidRequest, "-1 is outside"),
+        ([[1]], {}, InvalidRequest, "one list"),
+        (["a"], {}, InvalidRequest, "token ids"),
+        ([1.5], {}, InvalidRequest, "integers"),
+        ([[1], [2, 3]], {}, InvalidRequest, "token ids"),
+        ("x" * 600, {}, ContextOverflow, "600 tokens .* context is 512.* raise --context-length"),
+        ("half \ud83d", {}, InvalidRequest, r"not valid Unicode: it holds '\\ud83d' alone"),
+        ("x" * 500, {"sampling": SamplingParams(max_tokens=100)}, ContextOverflow, "lower max_tokens"),
+        ("x", {"sampling": SamplingParams(logit_bias={999: 1.0})}, InvalidSampling, "logit_bias names token 999"),
+        ("x", {"sampling": SamplingParams(stop_token_ids=(999,))}, InvalidSampling, "stop_token_ids"),
+        ("xyz", {"score_from": 9}, InvalidRequest, r"score_from is 9 but must be in \[1, 3\]"),
+    ],
+)
+def test_bad_requests_are_refused_by_name_and_value(
+    engine: Engine, prompt: object, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        engine.submit(prompt, **options)  # type: ignore[arg-type]
+    assert engine.generate("alive", GREEDY).text
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"temperature": -1},
+        {"temperature": float("nan")},
+        {"top_p": 0},
+        {"top_p": 1.5},
+        {"top_k": -1},
+        {"top_k": 2.5},
+        {"min_p": 2},
+        {"max_tokens": 0},
+        {"max_tokens": True},
+        {"frequency_penalty": 3},
+        {"presence_penalty": -3},
+        {"repetition_penalty": 0},
+        {"min_tokens": -1},
+        {"min_tokens": 200},
+        {"stop": ("",)},
+        {"stop": "text"},
+        {"logprobs": 100},
+        {"logit_bias": {1: 1000.0}},
+        {"seed": 1.5},
+    ],
+)
+def test_sampling_values_outside_their_range_name_the_field(values: dict[str, Any]) -> None:
+    (name,) = values
+    with pytest.raises(InvalidSampling, match=name) as caught:
+        SamplingParams(**values)
+    assert caught.value.param == name
+
+
+def test_an_id_in_use_is_refused_and_the_first_request_goes_on(engine: Engine) -> None:
+    first = engine.submit("first", GREEDY, request_id="same")
+    second = engine.submit("second", GREEDY, request_id="same")
+    with pytest.raises(InvalidRequest, match="'same' is in use"):
+        second.result(timeout_s=10)
+    assert len(first.result(timeout_s=10).token_ids) == 20
+
+
+def test_a_callback_that_raises_ends_its_own_request_only(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
+    def broken(output: RequestOutput) -> None:
+        raise RuntimeError("the caller's own mistake")
+
+    other = engine.submit("other", GREEDY)
+    engine.submit("broken", SamplingParams(temperature=0.0, max_tokens=300, ignore_eos=True), on_output=broken)
+    assert len(other.result(timeout_s=10).token_ids) == 20
+    assert engine.generate("alive", GREEDY).text
+    assert "the caller's own mistake" in caplog.text
+
+
+class BrokenGrammar:
+    """Allows everything for three tokens, then raises."""
+
+    is_closed = False
+
+    def fill_mask(self, state: int, row: NDArray[np.int32]) -> None:
+        if state == 3:
+            raise ValueError("broken on purpose")
+        row[:] = -1
+
+    def advance(self, state: int, token: int) -> int | None:
+        return state + 1
+
+    def is_accepting(self, state: int) -> bool:
+        return True
+
+    def forced_tokens(self, state: int) -> list[int]:
+        return []
+
+    def shortest_completion(self, state: int) -> list[int]:
+        return []
+
+    def completion_bound(self, state: int) -> int:
+        return 0
+
+    def device_tables(self) -> None:
+        return None
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
+def test_a_grammar_that_raises_ends_its_own_request_only(engine: Engine) -> None:
+    other = engine.submit("other", GREEDY)
+    with pytest.raises(EngineStopped, match="broken on purpose"):
+        engine.submit("x", GREEDY, grammar=BrokenGrammar()).result(timeout_s=10)
+    assert len(other.result(timeout_s=10).token_ids) == 20
+
+
+def test_a_step_that_fails_ends_what_ran_in_it_and_the_engine_goes_on(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    runner = engine._core.runner
+    launch = runner.launch
+
+    def broken(*args: object, **options: object) -> object:
+        monkeypatch.setattr(runner, "launch", launch)
+        raise RuntimeError("device lost on purpose")
+
+    monkeypatch.setattr(runner, "launch", broken)
+    with pytest.raises(EngineStopped, match="device lost on purpose"):
+        engine.generate("x", GREEDY)
+    assert engine.generate("alive", GREEDY).text
+    assert "a step failed" in caplog.text
+
+
+def test_a_lost_device_ends_the_engine_and_tells_everybody(
+    tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refused(*args: object, **options: object) -> object:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    engine = Engine(tiny_model, num_kv_tokens=4096)
+    monkeypatch.setattr(engine._core.runner, "launch", refused)
+    monkeypatch.setattr(engine._core.runner, "check_device", refused)
+    handles = [engine.submit(text, GREEDY) for text in ("x", "y")]
+    for handle in handles:
+        with pytest.raises(EngineStopped, match="illegal memory access"):
+            handle.result(timeout_s=10)
+    with pytest.raises(EngineStopped, match="make a new one"):
+        engine.generate("z", GREEDY)
+    assert "the engine's loop failed" in caplog.text
+    engine.shutdown()
+
+
+def test_shutdown_tells_those_in_flight_and_refuses_later_requests(tiny_model: LoadedModel) -> None:
+    engine = Engine(tiny_model, num_kv_tokens=4096)
+    handle = engine.submit("x", SamplingParams(temperature=0.0, max_tokens=500, ignore_eos=True))
+    next(iter(handle))
+    engine.shutdown()
+    engine.shutdown()
+    with pytest.raises(EngineStopped):
+        handle.result(timeout_s=5)
+    with pytest.raises(EngineStopped, match="make a new one"):
+        engine.submit("x")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", ["", "raise RuntimeError('mine')"])
+def test_a_script_may_end_while_its_engine_works(ending: str) -> None:
+    script = (
+        "from ramet import Engine, SamplingParams\n"
+        "engine = Engine('tiny-random', num_threads=1)\n"
+        "handle = engine.submit('abc', SamplingParams(max_tokens=1500, ignore_eos=True))\n"
+        f"next(iter(handle))\n{ending}\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert "terminate" not in done.stderr
+    assert done.returncode == bool(ending), done.stderr
+
+
+def test_an_idle_engine_takes_no_steps_and_no_processor_time(engine: Engine) -> None:
+    engine.generate("x", GREEDY)
+    steps, cpu_s = engine._core.num_steps, time.process_time()
+    time.sleep(0.3)
+    assert engine._core.num_steps == steps
+    assert time.process_time() - cpu_s < 0.1
+
+
+def test_flushing_the_cache_makes_the_next_run_cold(engine: Engine) -> None:
+    engine.generate("flush me please", GREEDY)
+    assert engine.flush_cache() > 0
+    assert engine.generate("flush me please", GREEDY).usage.cached_tokens == 0
+
+
+def test_cache_salts_do_not_share_prefixes(engine: Engine) -> None:
+    prompt = "a secret that timing must not tell"
+    engine.submit(prompt, GREEDY, cache_salt="alice").result()
+    assert engine.submit(prompt, GREEDY, cache_salt="bob").result().usage.cached_tokens == 0
+    assert engine.submit(prompt, GREEDY, cache_salt="alice").result().usage.cached_tokens > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"page_size": 7}, "page_size is 7"),
+        ({"mem_fraction_static": 2.0}, "mem_fraction_static"),
+        ({"no_such_option": 1}, "no_such_option; known are"),
+        ({"device": "gpu"}, "device is 'gpu'"),
+        ({"context_length": 10_000}, "trained for 2,048"),
+    ],
+)
+def test_impossible_configurations_are_named(tiny_model: LoadedModel, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Engine(tiny_model if "device" not in options else None, **options)
+
+
+def test_a_context_that_the_cache_limits_names_the_caches_option(tiny_model: LoadedModel) -> None:
+    overflow = pytest.raises(ContextOverflow, match=r"the context is 128; .* raise --num-kv-tokens")
+    with Engine(tiny_model, num_kv_tokens=128) as engine, overflow:
+        engine.submit("x" * 200)

@@ -1,0 +1,121 @@
+"""Layers that keep bfloat16 between products, on CPUs with AMX: which do, for how many tokens, and how closely."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ramet.runtime.models import linear_cpu
+from ramet.runtime.models.config import ModelConfig
+from ramet.runtime.models.decoder import Decoder, build_decoder
+from ramet.runtime.models.layers import DecoderLayer
+from ramet.runtime.models.linear_cpu import CpuFeatures
+from ramet.runtime.models.weights import Weights, expected_tensors
+from ramet.runtime.testing.bare_cache import BareCache
+from ramet.runtime.testing.dummy import dummy_weights
+
+BASE = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "llama, small heads": {"head_dim": 16},  # no tiles of queries: attention is in fp32
+    "qwen2": {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]},
+    "qwen3": {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "tie_word_embeddings": False},
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "architectures": ["Gemma3ForCausalLM"],
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": 16,
+        "sliding_window": 8,
+        "rope_local_base_freq": 10000.0,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+    },
+}
+# Where there are none, the pass changes nothing: the tests without this mark.
+needs_tiles = pytest.mark.skipif(not CpuFeatures.detect().tiles, reason="this CPU has no tiles of bfloat16")
+
+
+def decoder_of(name: str, quantization: str | None, dtype: torch.dtype = torch.float32) -> Decoder:
+    config = ModelConfig.from_hf({**BASE, **MODELS[name]})
+    drawn = dummy_weights(config, torch.device("cpu"), dtype, seed=1)
+    biases = {
+        key: torch.linspace(-0.5, 0.5, *shape, dtype=dtype)
+        for key, shape in expected_tensors(config).items()
+        if "bias" in key
+    }
+    weights = Weights.from_tensors({key: biases.get(key, drawn[key]) for key in expected_tensors(config)})
+    return build_decoder(config, weights, device="cpu", quantization=quantization)
+
+
+def limits(decoder: Decoder) -> set[int | None]:
+    assert all(isinstance(layer, DecoderLayer) for layer in decoder.layers)
+    return {layer.rounds_above for layer in decoder.layers if isinstance(layer, DecoderLayer)}
+
+
+def logits_of(decoder: Decoder, num_decode: int, chunks: list[int], prefix: int = 40) -> Tensor:
+    """Of one step: rows with 9 tokens that decode one more, then rows with new ones, half of them after `prefix`."""
+    ids = [i * 7 % 96 for i in range(500)]
+    with torch.inference_mode():
+        cache = BareCache(decoder, num_decode + len(chunks), 400)
+        for row in range(num_decode):
+            cache.step([], [(row, ids[row : row + 9])])
+        for i in range(0, len(chunks), 2):
+            cache.step([], [(num_decode + i, ids[:prefix])])
+        decode = [(row, ids[row]) for row in range(num_decode)]
+        return cache.step(decode, [(num_decode + i, ids[i : i + count]) for i, count in enumerate(chunks)])
+
+
+def without_rounding(decoder: Decoder) -> Decoder:
+    for layer in decoder.layers:
+        assert isinstance(layer, DecoderLayer)
+        layer.rounds_above = None
+    return decoder
+
+
+def test_layers_with_fp32_weights_and_cpus_without_tiles_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert limits(decoder_of("llama", None)) == {None}
+    features = CpuFeatures.detect()
+    monkeypatch.setattr(CpuFeatures, "detect", lambda: CpuFeatures(features.bf16, features.int8, tiles=False))
+    assert limits(decoder_of("llama", "int8")) == {None}
+
+
+@needs_tiles
+def test_layers_round_where_all_their_products_do() -> None:
+    assert limits(decoder_of("llama", "int8")) == {linear_cpu._MAX_INT8_TOKENS_BESIDE_TILES}
+    assert limits(decoder_of("llama", None, torch.bfloat16)) == {linear_cpu._MAX_EXACT_TOKENS}
+
+
+@needs_tiles
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("num_decode", "chunks"), [(0, [60]), (3, [50, 1, 17]), (40, []), (5, [300])])
+def test_logits_are_close_to_those_with_fp32_between_the_products(
+    name: str, num_decode: int, chunks: list[int]
+) -> None:
+    rounded = logits_of(decoder_of(name, "int8"), num_decode, chunks)
+    exact = logits_of(without_rounding(decoder_of(name, "int8")), num_decode, chunks)
+    assert rounded.dtype is torch.float32
+    difference = (rounded - exact).abs()
+    assert 0 < float(difference.max()) < 0.08 * float(exact.abs().max()), difference.max()
+    assert float(difference.mean()) < 0.01 * float(exact.abs().max()), difference.mean()
+
+
+@needs_tiles
+def test_steps_of_few_tokens_are_not_touched() -> None:
+    as_built, exact = decoder_of("llama", "int8"), without_rounding(decoder_of("llama", "int8"))
+    assert torch.equal(logits_of(as_built, 3, [20, 5], prefix=30), logits_of(exact, 3, [20, 5], prefix=30))

@@ -1,0 +1,152 @@
+"""The decoder against transformers: the same tiny random weights, the same logits, however the prompt is cut up."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ramet.runtime.models.config import ModelConfig
+from ramet.runtime.models.decoder import Decoder, build_decoder
+from ramet.runtime.testing.bare_cache import BareCache
+from ramet.runtime.testing.dummy import dummy_decoder
+
+TOLERANCE = 1e-4
+NUM_TOKENS = 41
+
+_TINY: dict[str, Any] = {
+    "vocab_size": 131,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,  # large enough that every part of the model shows in the logits
+}
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "rope_theta": 10000.0,
+}
+_GEMMA_LAYERS = ["sliding_attention", "full_attention", "sliding_attention"]
+
+# name: (transformers configuration class, fields beside _TINY)
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama2": ("LlamaConfig", {"num_key_value_heads": 4, "tie_word_embeddings": False}),
+    "llama3": ("LlamaConfig", {"rope_parameters": _LLAMA3_ROPE, "tie_word_embeddings": False}),
+    "llama_biased": ("LlamaConfig", {"attention_bias": True, "mlp_bias": True}),
+    "smollm2": (
+        "LlamaConfig",
+        {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 72, "tie_word_embeddings": True},
+    ),
+    "linear_rope": ("LlamaConfig", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}}),
+    "mistral": ("MistralConfig", {"sliding_window": 11, "head_dim": 16}),
+    "mistral_full": ("MistralConfig", {"sliding_window": None, "num_key_value_heads": 1, "head_dim": 8}),
+    "qwen2": ("Qwen2Config", {"tie_word_embeddings": True}),
+    "qwen2_sliding": ("Qwen2Config", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}),
+    "qwen3": ("Qwen3Config", {"head_dim": 20, "tie_word_embeddings": False}),
+    "qwen3_tied": ("Qwen3Config", {"head_dim": 16, "num_key_value_heads": 1, "tie_word_embeddings": True}),
+    "gemma3": (
+        "Gemma3TextConfig",
+        {"sliding_window": 13, "layer_types": _GEMMA_LAYERS, "head_dim": 16, "query_pre_attn_scalar": 24},
+    ),
+    "gemma3_untied": (
+        "Gemma3TextConfig",
+        {
+            "sliding_window": 5,
+            "layer_types": _GEMMA_LAYERS,
+            "head_dim": 12,
+            "query_pre_attn_scalar": 12,
+            "final_logit_softcapping": 3.0,
+            "tie_word_embeddings": False,
+        },
+    ),
+}
+
+
+class Oracle:
+    """transformers' model, our decoder from the files it saved, and logits of one prompt."""
+
+    def __init__(self, name: str, directory: Path) -> None:
+        class_name, fields = MODELS[name]
+        torch.manual_seed(list(MODELS).index(name))
+        config = getattr(transformers, class_name)(**(_TINY | fields))
+        config._attn_implementation = "eager"
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        with torch.no_grad():
+            for parameter_name, parameter in model.named_parameters():
+                if parameter_name.endswith(("norm.weight", "bias")):  # ones and zeros would hide a missing one
+                    parameter.add_(torch.randn_like(parameter) * 0.3)
+        model.save_pretrained(directory)
+        self.prompt = torch.randint(0, config.vocab_size, (NUM_TOKENS,)).tolist()
+        with torch.no_grad():
+            self.expected: Tensor = model(torch.tensor([self.prompt])).logits[0]
+        self.decoder = load(directory)
+
+
+def load(directory: Path) -> Decoder:
+    config = ModelConfig.from_hf(json.loads((directory / "config.json").read_text()))
+    return build_decoder(config, load_file(directory / "model.safetensors"), device="cpu", dtype=torch.float32)
+
+
+@pytest.fixture(scope="module", params=list(MODELS))
+def oracle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Oracle:
+    return Oracle(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def assert_close(actual: Tensor, expected: Tensor, tolerance: float = TOLERANCE) -> None:
+    difference = (actual.float() - expected.float()).abs()
+    assert float(difference.max()) < tolerance, (
+        f"max {float(difference.max()):.2e}, mean {float(difference.mean()):.2e}"
+    )
+
+
+def test_logits_of_a_whole_prompt_equal_transformers(oracle: Oracle) -> None:
+    cache = BareCache(oracle.decoder, 1, NUM_TOKENS)
+    assert float(oracle.expected.std()) > 0.2, "the oracle's logits are too flat to show a mistake"
+    assert_close(cache.step([], [(0, oracle.prompt)]), oracle.expected)
+
+
+def test_logits_of_a_chunked_prompt_equal_transformers(oracle: Oracle) -> None:
+    cache = BareCache(oracle.decoder, 1, NUM_TOKENS, page_size=4)
+    bounds = [0, 1, 7, 23, 24, NUM_TOKENS]
+    chunks = [oracle.prompt[low:high] for low, high in itertools.pairwise(bounds)]
+    assert_close(torch.cat([cache.step([], [(0, chunk)]) for chunk in chunks]), oracle.expected)
+
+
+def test_logits_token_by_token_equal_transformers(oracle: Oracle) -> None:
+    cache = BareCache(oracle.decoder, 1, NUM_TOKENS, page_size=8)
+    logits = [cache.step([(0, token)], []) for token in oracle.prompt]
+    assert_close(torch.cat(logits), oracle.expected)
+
+
+def test_a_mixed_step_of_decode_and_extend_rows_equals_transformers(oracle: Oracle) -> None:
+    prompt = oracle.prompt
+    cache = BareCache(oracle.decoder, 4, NUM_TOKENS)
+    cache.step([], [(0, prompt[:20]), (1, prompt[:33]), (2, prompt[:9])])
+    logits = cache.step([(1, prompt[33]), (0, prompt[20])], [(3, prompt[:5]), (2, prompt[9:30])])
+    expected = oracle.expected
+    assert_close(logits, torch.cat([expected[33:34], expected[20:21], expected[:5], expected[9:30]]))
+
+
+def test_a_dummy_decoder_keeps_activations_sane(oracle: Oracle) -> None:
+    decoder = dummy_decoder(oracle.decoder.config, "cpu", torch.float32, seed=3)
+    logits = BareCache(decoder, 1, NUM_TOKENS).step([], [(0, oracle.prompt)])
+    assert bool(logits.isfinite().all())
+    assert 0.1 < float(logits.std()) < 10
+    again = dummy_decoder(oracle.decoder.config, "cpu", torch.float32, seed=3)
+    assert torch.equal(BareCache(again, 1, NUM_TOKENS).step([], [(0, oracle.prompt)]), logits)
+    other = dummy_decoder(oracle.decoder.config, "cpu", torch.float32, seed=4)
+    tokens = torch.tensor(oracle.prompt)
+    assert not torch.equal(other.embedding(tokens), decoder.embedding(tokens))

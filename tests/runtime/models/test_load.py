@@ -1,0 +1,80 @@
+"""From a name to a model that runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from ramet.errors import BrokenModelFile, ConfigError, ModelNotFound
+from ramet.runtime.models.load import load_model, open_model, parse_dtype
+from ramet.runtime.text.tokenizer import byte_alphabet
+
+
+def write_model(folder: Path, num_extra_tokens: int = 0, **fields: Any) -> LlamaForCausalLM:
+    """A tiny random Llama of bytes, as a Hugging Face folder."""
+    vocabulary = {character: index for index, character in enumerate(sorted(byte_alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|end|>", *(f"<|extra{i}|>" for i in range(num_extra_tokens))])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 264}
+    config = LlamaConfig(**sizes | heads | {"bos_token_id": None, "eos_token_id": 256} | fields)
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(folder)
+    return model
+
+
+def test_a_folder_becomes_a_model_with_its_tokenizer_and_defaults(tmp_path: Path) -> None:
+    write_model(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [256, 255], "temperature": 0.5}')
+    model = load_model(tmp_path, device="cpu", dtype="float32")
+    assert model.name == str(tmp_path)
+    assert model.decoder.config is model.config
+    assert model.tokenizer.eos_ids == {255, 256}
+    assert model.tokenizer.vocab_size == model.config.vocab_size == 264
+    assert model.generation.temperature == 0.5
+
+
+def test_a_tokenizer_that_is_larger_than_the_embedding_is_refused(tmp_path: Path) -> None:
+    write_model(tmp_path, num_extra_tokens=20)
+    with pytest.raises(BrokenModelFile, match="277 tokens but the model embeds 264"):
+        open_model(tmp_path)
+
+
+def test_an_end_token_outside_the_vocabulary_is_refused(tmp_path: Path) -> None:
+    write_model(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [256, 999]}')
+    with pytest.raises(BrokenModelFile, match=r"\[999\]"):
+        open_model(tmp_path)
+
+
+def test_dtypes_have_names() -> None:
+    assert parse_dtype("bfloat16") is torch.bfloat16
+    assert parse_dtype(torch.float16) is torch.float16
+    assert parse_dtype("auto") == "auto"
+    with pytest.raises(ConfigError, match="int7"):
+        parse_dtype("int7")
+
+
+def test_an_unknown_model_is_refused_before_anything_is_read() -> None:
+    with pytest.raises(ModelNotFound, match="no-such-model"):
+        load_model("no-such-model")
+
+
+@pytest.mark.model
+def test_smollm2_opens_with_everything_that_a_chat_needs(smollm2_path: Path) -> None:
+    files = open_model(smollm2_path)
+    assert files.config.num_layers == 30
+    assert files.config.eos_ids == (2,)
+    text = files.tokenizer.chat_template.render([{"role": "user", "content": "Hi"}], add_generation_prompt=True)
+    ids = files.tokenizer.encode(text, parse_special=True)
+    assert files.tokenizer.decode(ids[:3]) == "<|im_start|>system\n"
+    assert text.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")

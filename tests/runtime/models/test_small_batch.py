@@ -1,0 +1,77 @@
+"""Decoders with small-batch products: the numbers of the plain one, taken only for the batches that a table names."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from ramet.kernels.card_table import CardTable, Product
+from ramet.kernels.layers.gemv import GemvConfig, gemv_reference
+from ramet.runtime.engine.engine import Engine
+from ramet.runtime.models import small_batch
+from ramet.runtime.models.decoder import Decoder
+from ramet.runtime.models.load import LoadedModel
+from ramet.runtime.models.small_batch import FoldedLayer, SmallBatchLinear, apply_card_table
+from ramet.runtime.testing.dummy import tiny_model
+from ramet.runtime.types import SamplingParams
+
+CUT = GemvConfig("dot", 16, 32, 2, 2)
+
+
+def products_of(decoder: Decoder, rows: int, *, is_folded: bool) -> dict[Product, GemvConfig]:
+    found = {}
+    for linear in decoder.linears():
+        gated = is_folded and linear.names[0].endswith("gate_proj.weight")
+        found[Product(rows, linear.out_features // (2 if gated else 1), linear.in_features, gated)] = CUT
+    return found
+
+
+def generate(model: LoadedModel, count: int) -> list[tuple[int, ...]]:
+    with Engine(model, num_kv_tokens=2048, max_running_requests=4) as engine:
+        sampling = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+        handles = [engine.submit(f"prompt {i}", sampling) for i in range(count)]
+        return [tuple(handle.result(timeout_s=60).token_ids) for handle in handles]
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of every product that did not go to the library."""
+    rows: list[int] = []
+
+    def note(x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        rows.append(x.shape[0])
+        return gemv_reference(x, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(small_batch, "gemv_reference", note)
+    return rows
+
+
+def test_products_of_the_table_replace_those_of_the_library(counted: list[int]) -> None:
+    expected = generate(tiny_model(), 3)
+    model = tiny_model()
+    table = CardTable("x", products=products_of(model.decoder, 3, is_folded=False))
+    changed = dataclasses.replace(model, decoder=apply_card_table(model.decoder, table))
+    assert all(isinstance(linear.method, SmallBatchLinear) for linear in changed.decoder.linears())
+    assert generate(changed, 3) == expected
+    assert set(counted) == {3}
+
+
+def test_folded_layers_give_the_same_tokens(counted: list[int]) -> None:
+    expected = generate(tiny_model(), 3)
+    model = tiny_model()
+    folded = products_of(model.decoder, 3, is_folded=True) | products_of(model.decoder, 1, is_folded=True)
+    table = CardTable("x", folded=folded, folded_rows=frozenset({1, 3}))
+    changed = dataclasses.replace(model, decoder=apply_card_table(model.decoder, table))
+    assert all(isinstance(layer, FoldedLayer) for layer in changed.decoder.layers)
+    assert generate(changed, 3) == expected
+    assert set(counted) == {3}
+
+
+def test_a_table_of_other_shapes_changes_nothing() -> None:
+    model = tiny_model()
+    table = CardTable("x", {Product(1, 7, 7): CUT}, {Product(1, 7, 7): CUT}, frozenset({1}))
+    decoder = apply_card_table(model.decoder, table)
+    assert decoder is model.decoder
+    assert not any(isinstance(linear.method, SmallBatchLinear) for linear in decoder.linears())

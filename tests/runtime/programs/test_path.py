@@ -1,0 +1,77 @@
+"""Token paths: one tokenisation of a run of text, special tokens in markup alone, stop strings inside tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path as FilePath
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ramet.runtime.programs.path import Path, Piece, PieceEncoder, keep_text
+from ramet.runtime.testing.byte_tokenizer import ByteTokenizer
+from ramet.runtime.text.tokenizer import Tokenizer
+
+
+def test_a_path_is_append_only_and_shared_by_its_branches() -> None:
+    encoder = PieceEncoder(ByteTokenizer())
+    root = Path().append("ab").flush(encoder)
+    left, right = root.append("c").flush(encoder), root.extend([1, 2], rest="z")
+    assert bytes(root.token_ids()) == b"ab"
+    assert bytes(left.token_ids()) == b"abc"
+    assert right.token_ids() == [97, 98, 1, 2]
+    assert right.append("y").flush(encoder).token_ids() == [97, 98, 1, 2, 122, 121]
+    assert (left.length, right.length) == (3, 4)
+
+
+def test_special_tokens_are_parsed_in_markup_and_not_in_text() -> None:
+    tokenizer = ByteTokenizer()
+    tokens = PieceEncoder(tokenizer).encode([Piece("<|im_start|>u\n", True), Piece("<|im_end|>")], is_start=True)
+    assert tokens[0] == tokenizer.special_tokens["<|im_start|>"]
+    assert bytes(tokens[1:]) == b"u\n<|im_end|>"
+
+
+def test_an_opening_token_is_added_before_text_but_not_before_markup() -> None:
+    tokenizer = ByteTokenizer(add_bos=True)
+    assert PieceEncoder(tokenizer).encode([Piece("a")], is_start=True) == [tokenizer.bos_id, 97]
+    assert PieceEncoder(tokenizer).encode([Piece("a")], is_start=False) == [97]
+    assert PieceEncoder(tokenizer).encode([Piece("a", True)], is_start=True) == [97]
+
+
+@given(
+    st.lists(
+        st.sampled_from([b"a", b"bc", "é".encode()[:1], "é".encode()[1:], b" ", b"\xff", b"b\xf0\x9f"]), max_size=8
+    ),
+    st.integers(0, 12),
+)
+def test_keeping_text_splits_tokens_where_the_text_ends(pieces: list[bytes], cut: int) -> None:
+    whole = b"".join(pieces).decode(errors="replace")
+    text = whole[:cut]
+    kept, rest = keep_text(pieces, list(range(len(pieces))), text)
+    assert b"".join(pieces[i] for i in kept).decode(errors="replace") + rest == text
+    assert kept == list(range(len(kept)))
+    if b"\xef\xbf\xbd" not in text.encode() and text == whole:
+        assert rest == ""
+
+
+@pytest.mark.model
+def test_pieces_of_a_chat_are_tokenised_as_the_whole_rendered_chat(smollm2_path: FilePath) -> None:
+    from ramet.runtime.models.load import open_model
+
+    tokenizer: Tokenizer = open_model(smollm2_path).tokenizer
+    template = tokenizer.chat_template
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "\n\n  Where is it?  "},
+        {"role": "assistant", "content": "There.\n"},
+        {"role": "user", "content": "1234 + 5678 = ?"},
+    ]
+    pieces: list[Piece] = []
+    for i, message in enumerate(messages):
+        pieces.append(Piece(template.opening(messages[:i], message["role"]), True))
+        half = len(message["content"]) // 2
+        pieces += [Piece(message["content"][:half]), Piece(message["content"][half:])]
+        pieces.append(Piece(template.closing(messages[:i], message["role"]), True))
+    pieces.append(Piece(template.opening(messages, "assistant"), True))
+    whole = template.render(messages, add_generation_prompt=True)
+    assert PieceEncoder(tokenizer).encode(pieces, is_start=True) == tokenizer.encode(whole, parse_special=True)

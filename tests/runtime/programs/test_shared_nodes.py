@@ -1,0 +1,179 @@
+"""Identical generations of one program run once: the same tokens, fewer computed; who leaves harms nobody."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from ramet import State, function, gen, select
+from ramet.lang.backends.backend import EngineBackend
+from ramet.runtime.programs.engine import Handle
+from ramet.runtime.programs.executor import ProgramHost
+from ramet.runtime.programs.shared_nodes import SharedRequests, request_key
+from ramet.runtime.testing.scripted_model import ScriptedEngine
+from ramet.runtime.types import FinishReason, RequestOutput, SamplingParams, Usage
+
+
+def run(program: Any, *, share: bool, **kwargs: Any) -> tuple[State, ScriptedEngine]:
+    with ScriptedEngine() as engine:
+        backend = EngineBackend(engine)
+        backend._host = ProgramHost(engine, share_nodes=share)
+        state = program.run(backend=backend, **kwargs)
+        error = state.error()
+        if error is not None:
+            raise error
+        return state, engine
+
+
+@function
+def votes(s: State, temperature: float, seed: int | None = None) -> None:
+    s += "Is the sky blue? "
+    branches = s.fork(4)
+    branches += gen("why", temperature=temperature, seed=seed, max_tokens=20)
+    branches += " So: " + select("answer", ["yes", "no"])
+    branches.join()
+
+
+@pytest.mark.parametrize(("temperature", "seed"), [(0, None), (1, 5), (0, 3)])
+def test_repeatable_branches_are_computed_once_and_read_the_same(temperature: float, seed: int | None) -> None:
+    shared, few = run(votes, share=True, temperature=temperature, seed=seed)
+    alone, many = run(votes, share=False, temperature=temperature, seed=seed)
+    assert shared["why"] == alone["why"]
+    assert shared["answer"] == alone["answer"]
+    assert {n: e.text for n, e in shared.record.events.items()} == {n: e.text for n, e in alone.record.events.items()}
+    assert few.stats().num_requests == 3  # one generation, two choices
+    assert many.stats().num_requests == 12
+    assert few.stats().computed_tokens < many.stats().computed_tokens
+    assert few.stats().completion_tokens * 4 == many.stats().completion_tokens
+    assert shared.usage.computed_tokens == few.stats().computed_tokens
+
+
+def test_what_samples_without_a_seed_is_never_shared() -> None:
+    state, engine = run(votes, share=True, temperature=1.0)
+    assert len(set(state["why"])) > 1
+    assert engine.stats().num_requests >= 4 + 2
+
+
+def test_a_program_s_seed_gives_every_branch_its_own_text() -> None:
+    @function
+    def program(s: State) -> None:
+        s += "A word: "
+        branches = s.fork(3)
+        branches += gen("word", temperature=1)
+        branches.join()
+
+    state, engine = run(program, share=True, seed=4)
+    assert len(set(state["word"])) == 3
+    assert engine.stats().num_requests == 3
+
+
+def test_a_later_twin_gets_the_text_that_is_there() -> None:
+    @function(temperature=0)
+    def program(s: State) -> None:
+        first, second = s.fork(2)
+        first += "Same words. " + gen("x")
+        assert len(first["x"]) > 0  # waits for it
+        second += "Same words. " + gen("x")
+        s.join(first, second)
+
+    state, engine = run(program, share=True)
+    assert state["x"][0] == state["x"][1]
+    assert engine.stats().num_requests == 1
+
+
+class StubEngine:
+    """Collects requests; a test answers them."""
+
+    tokenizer = None
+    context_length = 512
+
+    def __init__(self) -> None:
+        self.requests: list[Callable[[RequestOutput], None]] = []
+        self.cancelled: list[int] = []
+
+    def submit(self, prompt: list[int], sampling: SamplingParams, *, on_output: Any = None, **_: Any) -> Handle:
+        index = len(self.requests)
+        self.requests.append(on_output)
+        cancelled = self.cancelled
+
+        class StubHandle:
+            def cancel(self) -> None:
+                cancelled.append(index)
+
+        return StubHandle()
+
+
+def output(text: str, reason: FinishReason | None = None) -> RequestOutput:
+    return RequestOutput("r", text, (1,), Usage(3, 1, 1), reason)
+
+
+GREEDY = SamplingParams(temperature=0)
+
+
+def test_one_who_leaves_does_not_end_the_request_of_the_others() -> None:
+    engine = StubEngine()
+    requests = SharedRequests(engine)
+    got: list[list[str]] = [[], []]
+    first = requests.submit([1, 2, 3], GREEDY, on_output=lambda o: got[0].append(o.text))
+    second = requests.submit([1, 2, 3], GREEDY, on_output=lambda o: got[1].append(o.text))
+    engine.requests[0](output("a"))
+    first.cancel()
+    engine.requests[0](output("b", FinishReason.STOP))
+    assert engine.cancelled == []
+    assert got == [["a"], ["a", "b"]]
+    second.cancel()
+    assert engine.cancelled == []  # it had ended
+
+
+def test_a_request_that_nobody_wants_any_more_ends_and_is_not_read_by_others() -> None:
+    engine = StubEngine()
+    requests = SharedRequests(engine)
+    readers = [requests.submit([1], GREEDY, on_output=lambda o: None) for _ in range(2)]
+    for reader in readers:
+        reader.cancel()
+    assert engine.cancelled == [0]
+    requests.submit([1], GREEDY, on_output=lambda o: None)
+    assert len(engine.requests) == 2
+
+
+def test_a_failed_request_is_asked_again() -> None:
+    engine = StubEngine()
+    requests = SharedRequests(engine)
+    requests.submit([1], GREEDY, on_output=lambda o: None)
+    engine.requests[0](output("", FinishReason.ERROR))
+    requests.submit([1], GREEDY, on_output=lambda o: None)
+    assert len(engine.requests) == 2
+
+
+def test_outputs_arrive_in_order_from_several_threads() -> None:
+    engine = StubEngine()
+    requests = SharedRequests(engine)
+    got: list[list[str]] = [[] for _ in range(8)]
+    requests.submit([1], GREEDY, on_output=lambda o: got[0].append(o.text))
+    late = [
+        threading.Thread(target=lambda i=i: requests.submit([1], GREEDY, on_output=lambda o: got[i].append(o.text)))
+        for i in range(1, 8)
+    ]
+    for i in range(40):
+        engine.requests[0](output(str(i), FinishReason.STOP if i == 39 else None))
+        if i % 5 == 0 and i // 5 < len(late):
+            late[i // 5].start()
+    for thread in late:
+        thread.join()
+    assert got == [[str(i) for i in range(40)]] * 8
+
+
+def test_keys_tell_requests_apart_that_may_write_different_text() -> None:
+    def key(**values: Any) -> object:
+        return request_key([1, 2], SamplingParams(**values), None, None)
+
+    assert key(temperature=0, seed=1) == key(temperature=0, seed=2)
+    assert key(temperature=1, seed=1) != key(temperature=1, seed=2)
+    assert key(temperature=0, max_tokens=5) != key(temperature=0, max_tokens=6)
+    assert key(temperature=0, stop=("a",)) != key(temperature=0)
+    assert key(temperature=0, logit_bias={1: 2.0}) != key(temperature=0)
+    assert request_key([1, 2], GREEDY, None, None) != request_key([1, 3], GREEDY, None, None)
+    assert request_key([1, 2], GREEDY, None, None) != request_key([1, 2], GREEDY, None, 1)

@@ -1,0 +1,243 @@
+"""The engine in its own process: requests, programs, aborts, crashes, slow readers."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from ramet.errors import EmptyPrompt, EngineStopped, InvalidProgram, InvalidSampling, ModelNotFound, Overloaded
+from ramet.lang.graph.ir import Constraint, Generate, Graph, Sampling, Text
+from ramet.runtime.models.catalog import TINY_MODEL
+from ramet.runtime.server.link.protocol import Heartbeat, Hello, Settings, StartProgram, Submit
+from ramet.runtime.server.link.proxy import EngineProxy
+
+CONFIG = {"num_kv_tokens": 4096, "max_running_requests": 8, "device": "cpu"}
+Scenario = Callable[[EngineProxy], Awaitable[None]]
+
+
+def submit(proxy: EngineProxy, prompt: bytes = b"hello", **more: object) -> Submit:
+    sampling = {"temperature": 0.0, "max_tokens": 20, "ignore_eos": True, **more}
+    return Submit(proxy.new_id("test"), list(prompt), sampling)
+
+
+def run(scenario: Scenario, model: str = TINY_MODEL) -> None:
+    async def main() -> None:
+        proxy = EngineProxy(model, CONFIG, max_in_flight=50)
+        await proxy.start()
+        try:
+            await scenario(proxy)
+        finally:
+            await proxy.stop()
+
+    asyncio.run(asyncio.wait_for(main(), 120))
+
+
+async def settled(proxy: EngineProxy) -> dict[str, float]:
+    """Stats once nothing runs any more; every page is free or cached."""
+    for _ in range(200):
+        stats: dict[str, float] = await proxy.ask("stats")
+        if not stats["num_running"] and not stats["num_waiting"]:
+            await proxy.ask("check_integrity")
+            assert stats["num_free_pages"] + stats["num_evictable_pages"] == stats["num_pages"]
+            return stats
+        await asyncio.sleep(0.02)
+    raise AssertionError("the engine does not come to rest")
+
+
+def test_work_without_progress_turns_health_red_though_the_engine_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = 0.0
+    monkeypatch.setattr("ramet.runtime.server.link.proxy.time.monotonic", lambda: now_s)
+
+    async def scenario() -> None:
+        nonlocal now_s
+        proxy = EngineProxy(TINY_MODEL, CONFIG)
+        proxy._take(Hello(1, "tiny", 2048, 256, "cpu", "float32", 4096, 0.1))
+        stats = {"num_steps": 7.0, "num_running": 1.0, "num_waiting": 3.0}
+        proxy._take(Heartbeat(stats))
+        proxy.submit(submit(proxy))
+        for later_s in (10.0, 20.0):
+            now_s = later_s
+            proxy._take(Heartbeat(stats))
+            assert proxy.health(20.0) is None
+        now_s = 20.5
+        proxy._take(Heartbeat(stats))
+        assert "made no progress for 20 s" in (proxy.health(20.0) or "")
+        proxy._take(Heartbeat({**stats, "num_steps": 8.0}))
+        assert proxy.health(20.0) is None
+        await proxy.stop()
+
+    asyncio.run(scenario())
+
+
+def test_a_tour_of_the_protocol() -> None:
+    async def scenario(proxy: EngineProxy) -> None:
+        hello = await proxy.wait_ready(180)
+        assert (hello.context_length, hello.device) == (2048, "cpu")
+        assert proxy.health() is None
+        environment = Path(f"/proc/{hello.pid}/environ")
+        if environment.exists():  # its threads sleep soon where they wait for others
+            assert re.search(rb"GOMP_SPINCOUNT=\d+|OMP_WAIT_POLICY=", environment.read_bytes())
+
+        whole = await proxy.submit(submit(proxy)).collect()
+        assert len(whole.token_ids) == 20
+        assert (whole.finish_reason, whole.prompt_tokens, whole.completion_tokens) == ("length", 5, 20)
+        again = await proxy.submit(submit(proxy)).collect()
+        assert (again.token_ids, again.cached_tokens) == (whole.token_ids, 4)
+
+        constrained = Submit(
+            proxy.new_id("test"), list(b"x"), {"max_tokens": 40, "seed": 1}, Constraint("regex", "(yes|no){2}")
+        )
+        assert (await proxy.submit(constrained).collect()).text in ("yesyes", "yesno", "noyes", "nono")
+
+        with pytest.raises(EmptyPrompt):
+            await proxy.submit(submit(proxy, b"")).collect()
+        with pytest.raises(InvalidSampling, match="top_p") as caught:
+            await proxy.submit(submit(proxy, top_p=7.0)).collect()
+        assert caught.value.param == "top_p"
+        bad = Submit(proxy.new_id("test"), list(b"x"), {}, Constraint("regex", "(unclosed"))
+        with pytest.raises(ValueError, match="unclosed"):
+            await proxy.submit(bad).collect()
+
+        scored = Submit(proxy.new_id("test"), list(b"hello"), {"temperature": 0.0}, score_from=2)
+        assert len((await proxy.submit(scored).collect()).prompt_logprobs or []) == 3
+
+        stream = proxy.submit(submit(proxy, max_tokens=400))
+        async for _ in stream:
+            break
+        stream.close()
+        cancelled = proxy.submit(submit(proxy, max_tokens=400))
+        assert proxy.abort(cancelled.id)
+        assert not proxy.abort("no such id")
+        await settled(proxy)
+        assert proxy.counters.num_aborts == 2
+        assert await proxy.ask("flush_cache") > 0
+
+    run(scenario)
+
+
+def test_a_program_runs_in_the_engine_process_and_its_events_come_in_order() -> None:
+    async def scenario(proxy: EngineProxy) -> None:
+        await proxy.wait_ready(180)
+        sampling = Sampling(max_tokens=8, temperature=0.0)
+        nodes = (Text(id=0, parts=("Say: ",)), Generate(id=1, parent=0, name="x", sampling=sampling))
+        command = StartProgram(proxy.new_id("program"), Graph(nodes).to_json())
+        events = [event async for event in proxy.start_program(command)]
+        assert [e.node for e in events if e.kind == "done"] == [0, 1]
+        streamed = "".join(e.text for e in events if e.kind == "text")
+        assert streamed == next(e.value for e in events if e.kind == "done" and e.node == 1)
+        with pytest.raises(InvalidProgram):
+            async for _ in proxy.start_program(StartProgram(proxy.new_id("program"), b'{"version": 99}')):
+                pass
+        await settled(proxy)
+
+    run(scenario)
+
+
+def test_a_slow_reader_costs_one_merged_increment() -> None:
+    async def scenario(proxy: EngineProxy) -> None:
+        await proxy.wait_ready(180)
+        stream = proxy.submit(submit(proxy, max_tokens=300))
+        while proxy.num_in_flight:
+            await asyncio.sleep(0.02)
+        increments = [output async for output in stream]
+        assert len(increments) == 1
+        assert len(increments[0].token_ids) == 300
+
+        whole = [output async for output in proxy.submit(submit(proxy, max_tokens=30), is_whole=True)]
+        assert [len(output.token_ids) for output in whole] == [30], "a reader of whole answers was woken before its end"
+
+    run(scenario)
+
+
+def test_the_pages_of_a_request_that_is_given_up_are_free_within_one_step() -> None:
+    """The abort and the question behind it come in one message: no more than the step that runs lies between them."""
+
+    async def scenario(proxy: EngineProxy) -> None:
+        await proxy.wait_ready(180)
+        for _ in range(5):
+            streams = [proxy.submit(submit(proxy, bytes([65 + i]) * 40, max_tokens=1900)) for i in range(4)]
+            await anext(aiter(streams[0]))
+            for stream in streams:
+                stream.close()
+            after = await proxy.ask("stats")
+            assert after["num_running"] == after["num_waiting"] == 0
+            assert after["num_free_pages"] + after["num_evictable_pages"] == after["num_pages"]
+            stream = proxy.submit(submit(proxy, b"counted", max_tokens=1900))
+            outputs = aiter(stream)
+            await anext(outputs)
+            before = await proxy.ask("stats")
+            assert before["num_running"] == 1
+            stream.close()
+            after = await proxy.ask("stats")
+            assert after["num_running"] == 0
+            assert after["num_free_pages"] + after["num_evictable_pages"] == after["num_pages"]
+            await asyncio.sleep(0.05)
+            assert (await proxy.ask("stats"))["num_steps"] - after["num_steps"] <= 1, "steps go on for nobody"
+        await settled(proxy)
+
+    run(scenario)
+
+
+def test_killing_the_engine_fails_what_is_in_flight_and_another_one_takes_over() -> None:
+    async def scenario(proxy: EngineProxy) -> None:
+        hello = await proxy.wait_ready(180)
+        streams = [proxy.submit(submit(proxy, max_tokens=450)) for _ in range(4)]
+        async for _ in streams[0]:
+            os.kill(hello.pid, signal.SIGKILL)
+            break
+        for stream in streams[1:]:
+            with pytest.raises(EngineStopped, match="crashed while this was in flight"):
+                await stream.collect()
+        with pytest.raises(EngineStopped):
+            proxy.submit(submit(proxy))
+        assert proxy.health() is not None
+        second = await proxy.wait_ready(180)
+        assert second.pid != hello.pid
+        assert len((await proxy.submit(submit(proxy)).collect()).token_ids) == 20
+        assert proxy.counters.num_crashes == 1
+        await settled(proxy)
+
+    run(scenario)
+
+
+def test_more_in_flight_than_the_limit_is_refused_with_a_time_to_retry() -> None:
+    async def scenario(proxy: EngineProxy) -> None:
+        await proxy.wait_ready(180)
+        streams = [proxy.submit(submit(proxy, max_tokens=100)) for _ in range(50)]
+        with pytest.raises(Overloaded) as caught:
+            proxy.submit(submit(proxy))
+        assert caught.value.retry_after_s > 0
+        outputs = await asyncio.gather(*(stream.collect() for stream in streams))
+        assert all(len(output.token_ids) == 100 for output in outputs)
+
+    run(scenario)
+
+
+def test_a_model_that_cannot_be_loaded_says_why_to_whoever_waits() -> None:
+    async def scenario(proxy: EngineProxy) -> None:
+        with pytest.raises(ModelNotFound, match="no-such-model"):
+            await proxy.wait_ready(180)
+        assert "no-such-model" in (proxy.health() or "")
+
+    run(scenario, model="no-such-model")
+
+
+def test_an_engine_process_whose_parent_is_gone_ends() -> None:
+    settings = Settings("ipc:///nowhere/commands", "ipc:///nowhere/reports", TINY_MODEL, CONFIG, parent_pid=2**22 - 1)
+    process = subprocess.run(
+        [sys.executable, "-m", "ramet.runtime.server.link.process"],
+        input=msgspec.json.encode(settings) + b"\n",
+        timeout=60,
+        check=False,
+        capture_output=True,
+    )
+    assert process.returncode == 0, process.stderr

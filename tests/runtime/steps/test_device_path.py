@@ -1,0 +1,270 @@
+"""The GPU's way through a step, on a CPU: every kernel is the Triton one, in its interpreter, and graphs are recorded.
+
+A record is what a CUDA graph would be: operations and launches with the arguments and tensors they had when captured.
+It refuses what a graph could not hold (reading a value back, shapes that depend on data), and before a replay its
+intermediate tensors are filled with garbage: between replays their memory is other graphs'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ramet.kernels.cpu import attention_decode as attention_decode_cpu
+from ramet.kernels.cpu import pointwise as cpu_pointwise
+from ramet.kernels.grammar.arena import GrammarArena
+from ramet.kernels.grammar.mask import TokenTable
+from ramet.kernels.layers import activation
+from ramet.kernels.sampling.logit_edits import EditTables
+from ramet.kernels.triton_support import HAS_TRITON
+from ramet.runtime.engine.core import SequenceUpdate
+from ramet.runtime.engine.engine import Engine
+from ramet.runtime.engine.factory import make_device_grammars
+from ramet.runtime.engine.handle import RequestResult
+from ramet.runtime.models.load import LoadedModel
+from ramet.runtime.steps.logit_edits import LogitEdits
+from ramet.runtime.steps.tree_planner import TreePlanner
+from ramet.runtime.types import SamplingParams
+
+pytestmark = [
+    pytest.mark.skipif(not HAS_TRITON or torch.cuda.is_available(), reason="needs Triton's interpreter"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+]
+
+SYNCHRONISING = {
+    "aten::_local_scalar_dense",
+    "aten::nonzero",
+    "aten::masked_select",
+    "aten::_unique2",
+    "aten::item",
+    "aten::equal",
+    "aten::is_pinned",
+}
+
+
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes operations and their results; fails on those that wait for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.calls: list[tuple[Any, Any, Any, Any]] = []  # what runs, its arguments, its result
+        self.in_kernel = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name
+        assert self.in_kernel or name not in SYNCHRONISING, f"{name} inside a capture"
+        if name == "aten::index" or name == "aten::index_put_":
+            indices = [i for i in args[1] if i is not None]
+            assert not any(i.dtype in (torch.bool, torch.uint8) for i in indices), f"{name} by a mask inside a capture"
+        result = func(*args, **(kwargs or {}))
+        if not self.in_kernel:
+            self.calls.append((func, args, kwargs or {}, result))
+        return result
+
+    def launch(self, kernel: Any, args: Any, kwargs: Any, run: Callable[..., Any]) -> Any:
+        self.in_kernel = True
+        try:
+            return run(kernel, *args, **kwargs)
+        finally:
+            self.in_kernel = False
+            self.calls.append((kernel, args, kwargs, None))
+
+
+class Record:
+    """A capture whose replay does the same again to the same tensors."""
+
+    def __call__(self, body: Callable[[], None]) -> Callable[[], None]:
+        from triton.runtime.interpreter import InterpretedFunction
+
+        recorder, run = Recorder(), InterpretedFunction.run
+        with pytest.MonkeyPatch.context() as patch, recorder:
+            patch.setattr(InterpretedFunction, "run", lambda self, *a, **k: recorder.launch(self, a, k, run))
+            body()
+        steps: list[tuple[Any, Any, Any, list[torch.Tensor]]] = []  # the last: what takes the result
+        intermediates: list[torch.Tensor] = []
+        for what, args, kwargs, result in recorder.calls:
+            if isinstance(what, InterpretedFunction):
+                steps.append((what.run, args, kwargs, []))
+            elif what._schema.is_mutable:
+                steps.append((what, args, kwargs, []))
+            elif storages(result).isdisjoint(storages((args, kwargs))):  # no view
+                intermediates += tensors(result)
+                if "empty" not in what._schema.name:
+                    steps.append((what, args, kwargs, tensors(result)))
+
+        def replay() -> None:
+            for tensor in intermediates:
+                tensor.fill_(torch.nan if tensor.is_floating_point() else 113)
+            for what, args, kwargs, targets in steps:
+                result = tensors(what(*args, **kwargs))
+                for target, value in zip(targets, result, strict=False):
+                    target.copy_(value)
+
+        return replay
+
+
+def tensors(value: Any) -> list[torch.Tensor]:
+    """All tensors in a value of nested lists, tuples and dictionaries."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, dict):
+        return tensors(list(value.values()))
+    return [t for part in value for t in tensors(part)] if isinstance(value, list | tuple) else []
+
+
+def storages(value: Any) -> set[int]:
+    return {tensor.untyped_storage()._cdata for tensor in tensors(value)}
+
+
+def test_a_replay_knows_nothing_that_came_after_the_capture() -> None:
+    out, source, factor = torch.zeros(2), torch.ones(2), 3
+
+    def body() -> None:
+        out.copy_(source * factor)
+
+    replay = Record()(body)
+    source.fill_(2.0)
+    factor = 4
+    replay()
+    assert out.tolist() == [6.0, 6.0], "tensors are read again, the host's values are not"
+
+
+@pytest.fixture
+def device_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every public kernel function takes its Triton path, on CPU tensors."""
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: True))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    for module in (cpu_pointwise, attention_decode_cpu, activation):
+        for name in ("takes", "takes_rope"):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, lambda *args, **kwargs: False)
+
+
+def make_engine(model: LoadedModel, *, graphs: bool, num_edits: int = 2) -> Engine:
+    engine = Engine(model, num_kv_tokens=1024, max_running_requests=2, chunked_prefill_size=64, page_size=8)
+    if graphs:
+        runner = engine._core.runner
+        runner._merge_counters = torch.zeros(2 * model.config.num_kv_heads, dtype=torch.int32)
+        runner.num_sms = 4  # few processors: rows of every length are split
+        tokenizer = model.tokenizer
+        tokens = TokenTable.create(
+            tokenizer.token_bytes, tokenizer.eos_ids, tokenizer.special_ids, tokenizer.vocab_size, "cpu"
+        )
+        runner.tree = TreePlanner(
+            model.config, 8, 2, mode="on", num_sms=4, device=torch.device("cpu"), dtype=torch.float32
+        )
+        arena = GrammarArena(tokens, 2, max_states=64, max_transitions=1 << 12, max_mask_rows=32)
+        runner.arena = arena
+        runner.device_grammars = make_device_grammars(model)
+        runner.edits = LogitEdits(EditTables.create(num_edits, tokenizer.vocab_size))
+        runner.sampling = runner.tables.sampling(arena.mask_index, arena.mask_rows, runner.edits.tables)
+        runner.capture_graphs(16, Record())
+        engine._core.overlap = True
+    return engine
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """The names of the kernels that Triton's interpreter ran."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    names: set[str] = set()
+    run = InterpretedFunction.run
+
+    def note(self: Any, *args: Any, **kwargs: Any) -> Any:
+        names.add(self.fn.__name__)
+        return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(InterpretedFunction, "run", note)
+    return names
+
+
+EDITED: list[dict[str, Any]] = [
+    {"frequency_penalty": 0.9, "presence_penalty": 0.3},
+    {"repetition_penalty": 1.4, "logit_bias": {97: 4.0, 98: 4.0}, "logprobs": 2, "temperature": 0.8, "top_p": 0.9},
+    {"min_tokens": 4, "logit_bias": {101: 100.0}, "stop_token_ids": (101,)},
+    {"logprobs": 1},
+]
+
+
+def run_edited(engine: Engine) -> list[RequestResult]:
+    handles = []
+    for i, options in enumerate(EDITED):
+        values: dict[str, Any] = {"temperature": 0.0, "max_tokens": 5, "seed": i, "ignore_eos": True, **options}
+        sampling = SamplingParams(**values)
+        handles.append(engine.submit("ab" * (i + 1), sampling))
+    return [handle.result(timeout_s=300) for handle in handles]
+
+
+@pytest.mark.parametrize("num_edits", [2, 1, 0])
+def test_edited_logits_and_log_probabilities_give_the_tokens_of_the_host(
+    tiny_model: LoadedModel, device_kernels: None, monkeypatch: pytest.MonkeyPatch, num_edits: int
+) -> None:
+    """Without enough rows on the device the host edits those that are left."""
+    with make_engine(tiny_model, graphs=True, num_edits=num_edits) as engine:
+        core = engine._core
+        synchronous: list[int] = []
+        step_sync = core.step_sync
+
+        def note() -> list[SequenceUpdate]:
+            synchronous.append(core.num_steps)
+            return step_sync()
+
+        monkeypatch.setattr(core, "step_sync", note)
+        actual = run_edited(engine)
+        engine.check_integrity()
+        assert core.runner.edits is not None
+        assert core.runner.edits.num_free == num_edits
+    assert bool(synchronous) == (num_edits < 2), "two run at once, so with two rows nothing waits for the host"
+    monkeypatch.undo()
+    with make_engine(tiny_model, graphs=False) as engine:
+        expected = run_edited(engine)
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert ours.token_ids == theirs.token_ids
+        assert (ours.logprobs is None) == (theirs.logprobs is None)
+        if theirs.logprobs is not None:
+            assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-4)
+            assert [[t for t, _ in top] for top in ours.top_logprobs or ()] == [
+                [t for t, _ in top] for top in theirs.top_logprobs or ()
+            ]
+
+
+def run_all(engine: Engine) -> list[list[int]]:
+    handles = []
+    for i, prompt in enumerate(["a prompt", "a prompt longer than sixteen", "a prompt longer than these"]):
+        sampling = SamplingParams(temperature=0.7 * (i % 2), max_tokens=3 + i, seed=i, ignore_eos=True)
+        handles.append(engine.submit(prompt, sampling))
+    return [list(handle.result(timeout_s=120).token_ids) for handle in handles]
+
+
+def test_steps_of_triton_kernels_give_the_tokens_of_the_references(
+    tiny_model: LoadedModel, device_kernels: None, launched: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with make_engine(tiny_model, graphs=True) as engine:
+        actual = run_all(engine)
+        engine.check_integrity()
+        tree = engine._core.runner.tree
+        assert tree is not None
+        assert tree.num_plans > 0
+    monkeypatch.undo()
+    names = [
+        "prepare",
+        "commit",
+        "scatter",
+        "rms_norm",
+        "rope",
+        "gated",
+        "decode",
+        "extend",
+        "tree",
+        "scan",
+        "choose",
+        "advance",
+    ]
+    assert launched >= {f"_{name}_kernel" for name in names}
+    with make_engine(tiny_model, graphs=False) as engine:
+        assert run_all(engine) == actual

@@ -1,0 +1,37 @@
+"""The GPU path at a real model's shapes, on a device of fake tensors: nothing is refused, awaited, or compiled late."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).parents[3] / "benchmarks" / "walk_device.py"
+# The fake device takes CUDA's place in a torch that has none. Where torch has it, a card can be asked: check_gpu.py.
+pytestmark = pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA itself")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--models llama-8b",
+        "--models gemma3-4b --set deterministic=true",
+        "--models smollm2 --set grammar_on_device=false",
+    ],
+)
+def test_an_engine_starts_and_serves_every_kind_of_request(options: str) -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    small = "--set max_running_requests=24 --set cuda_graph_max_extend=64"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(SCRIPT), *options.split(), *small.split()],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert done.stdout.splitlines()[-1] == "nothing found"

@@ -1,0 +1,188 @@
+"""Steps recorded on the CPU: bit for bit those that run eagerly, for every kind of model."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from ramet.kernels.attention.decode import DecodeMetadata
+from ramet.kernels.slots.tables import DecodeInputs
+from ramet.runtime.models.config import ModelConfig
+from ramet.runtime.models.context import ForwardContext
+from ramet.runtime.models.decoder import Decoder, build_decoder
+from ramet.runtime.models.linear_cpu import CpuFeatures
+from ramet.runtime.models.weights import Weights, expected_tensors
+from ramet.runtime.steps.recorded import RecordedSteps
+from ramet.runtime.testing.bare_cache import BareCache
+from ramet.runtime.testing.dummy import dummy_decoder, dummy_weights
+
+BASE = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]},
+    "qwen3": {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "tie_word_embeddings": False},
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "architectures": ["Gemma3ForCausalLM"],
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": 16,
+        "sliding_window": 8,
+        "rope_local_base_freq": 10000.0,
+        "final_logit_softcapping": 30.0,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+    },
+}
+
+
+def decoder_of(name: str, quantization: str) -> Decoder:
+    config = ModelConfig.from_hf({**BASE, **MODELS[name]})
+    drawn = dummy_weights(config, torch.device("cpu"), torch.float32, seed=1)
+    biases = {
+        key: torch.linspace(-0.5, 0.5, *shape) for key, shape in expected_tensors(config).items() if "bias" in key
+    }
+    weights = Weights.from_tensors({key: biases.get(key, drawn[key]) for key in expected_tensors(config)})
+    return build_decoder(config, weights, device="cpu", quantization=quantization)
+
+
+class Both:
+    """The same rows eagerly and recorded, over caches of their own."""
+
+    def __init__(self, decoder: Decoder, num_rows: int) -> None:
+        self.decoder = decoder
+        self.eager, self.cache = (BareCache(decoder, num_rows, 64) for _ in range(2))
+        for row in range(num_rows):
+            prompt = [(7 * row + i) % 90 for i in range(3 + row)]
+            self.eager.step([], [(row, prompt)])
+            self.cache.step([], [(row, prompt)])
+        self.steps = RecordedSteps(decoder, self.context)
+
+    def context(self, rows: torch.Tensor, inputs: DecodeInputs) -> ForwardContext:
+        metadata = DecodeMetadata(inputs.kv_lens, rows, self.cache.page_table)
+        caches = self.cache.kv_caches
+        return ForwardContext(inputs.positions, inputs.kv_slots, rows.numel(), metadata, None, caches, rows.numel())
+
+    def compare(self, rows: list[int]) -> None:
+        step = self.steps.get(len(rows))
+        assert step is not None
+        now = self.cache.context(rows, [])
+        assert now.decode is not None
+        step.rows.copy_(now.decode.rows)
+        step.inputs.kv_lens.copy_(now.decode.kv_lens)
+        step.inputs.positions.copy_(now.positions)
+        step.inputs.kv_slots.copy_(now.kv_slots)
+        step.inputs.token_ids.copy_(torch.tensor([row + 5 for row in rows]))
+        assert torch.equal(step.logits(), self.eager.step([(row, row + 5) for row in rows], []))
+
+    def extend(self, chunks: list[tuple[int, list[int]]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits of all new tokens, recorded, and computed eagerly as rows of a decode step; both [T, V]."""
+        token_ids = torch.tensor([token for _, chunk in chunks for token in chunk], dtype=torch.int32)
+        rows = torch.tensor([row for row, chunk in chunks for _ in chunk], dtype=torch.int32)
+        now = self.cache.context([], [(row, len(chunk)) for row, chunk in chunks])
+        step = self.steps.get_extend(len(rows), 0)
+        assert step is not None
+        recorded = step.hidden(rows, token_ids, now.positions, now.kv_slots)
+        same = self.eager.context([], [(row, len(chunk)) for row, chunk in chunks])
+        same.decode = DecodeMetadata(same.positions + 1, rows, self.eager.page_table)
+        same.num_decode, same.extend = len(rows), None
+        return self.decoder.logits(recorded), self.decoder.logits(self.decoder.forward(token_ids, same))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+@pytest.mark.parametrize("name", MODELS)
+def test_recorded_steps_equal_eager_ones(name: str, quantization: str) -> None:
+    both = Both(decoder_of(name, quantization), 6)
+    for rows in ([0], [1, 4], [0, 1, 2, 3, 4, 5], [5, 3], [2], [3, 1, 0, 2, 4, 5]):
+        both.compare(rows)
+        both.compare(rows)
+
+
+CHUNKS: list[list[tuple[int, list[int]]]] = [
+    [(0, [5])],
+    [(1, [6, 7, 8])],
+    [(2, [9]), (3, [10]), (4, [11, 12, 13, 14]), (0, [15, 16])],
+    [(1, list(range(20, 37))), (5, list(range(40, 55)))],
+    [(4, [17]), (2, [18] * 8)],
+]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+@pytest.mark.parametrize("name", MODELS)
+def test_recorded_new_tokens_equal_eager_rows(name: str, quantization: str) -> None:
+    both = Both(decoder_of(name, quantization), 6)
+    for chunks in CHUNKS:
+        recorded, eager = both.extend(chunks)
+        assert torch.equal(recorded, eager)
+        both.compare([0, 3])
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", MODELS)
+def test_recorded_new_tokens_are_those_of_attention_for_prompts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Exact products: rounded ones turn the last bits of attention into steps of int8.
+    monkeypatch.setattr(CpuFeatures, "detect", lambda: CpuFeatures(bf16=False, int8=False))
+    decoder = decoder_of(name, "int8")
+    both, prompts = Both(decoder, 6), BareCache(decoder, 6, 64)
+    for row in range(6):
+        prompts.step([], [(row, [(7 * row + i) % 90 for i in range(3 + row)])])
+    for chunks in CHUNKS:
+        recorded, _ = both.extend(chunks)
+        torch.testing.assert_close(recorded, prompts.step([], chunks), atol=2e-5, rtol=1e-4)
+
+
+@torch.inference_mode()
+def test_many_new_tokens_and_many_keys_have_no_program() -> None:
+    steps = Both(decoder_of("llama", "int8"), 2).steps
+    assert steps.get_extend(32, 10_000) is not None
+    assert steps.get_extend(33, 10_000) is None
+    assert steps.get_extend(2, 1_000_000) is None
+
+
+@torch.inference_mode()
+def test_sizes_of_steps_with_new_tokens_share_programs() -> None:
+    steps = Both(decoder_of("llama", "int8"), 2).steps
+    assert len({id(steps.get_extend(count, 0)) for count in range(1, 33)}) == 10
+
+
+@torch.inference_mode()
+def test_a_decoder_of_torch_products_has_no_program() -> None:
+    decoder = dummy_decoder(ModelConfig.from_hf(BASE), "cpu", torch.float32)
+    steps = Both(decoder, 2).steps
+    assert steps.get(2) is None
+    assert steps.get_extend(2, 0) is None
+
+
+def test_no_step_imports_torchs_compiler() -> None:
+    """The import takes a second and more, which all that runs would wait for."""
+    code = (
+        "import sys\n"
+        "from ramet.runtime.engine.engine import Engine\n"
+        "from ramet.runtime.testing.dummy import tiny_model\n"
+        "from ramet.runtime.types import SamplingParams\n"
+        "with Engine(tiny_model(), num_kv_tokens=1024) as engine:\n"
+        "    assert engine._core.runner._recorded is not None\n"
+        "    engine.generate('a', SamplingParams(max_tokens=4, ignore_eos=True))\n"
+        "    assert engine._core.runner._recorded._steps\n"
+        "print([name for name in ('torch._dynamo', 'sympy') if name in sys.modules])\n"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
+    assert found.stdout.strip() == "[]", found.stderr

@@ -1,0 +1,131 @@
+"""The scripted engine: scripts, the interface of the real engine, prefix accounting."""
+
+from __future__ import annotations
+
+import math
+import threading
+
+import numpy as np
+import pytest
+
+from ramet.errors import ContextOverflow, EmptyPrompt, EngineStopped
+from ramet.runtime.testing.scripted_model import ScriptedEngine
+from ramet.runtime.types import FinishReason, RequestOutput, SamplingParams
+
+GREEDY = SamplingParams(temperature=0)
+
+
+def test_the_text_found_last_in_the_prompt_decides_the_answer() -> None:
+    with ScriptedEngine({"colour": "red", "size": "big"}) as engine:
+        assert engine.submit("the size? the colour? ").result().text == "red"
+        assert engine.submit("the colour? the size? ").result().text == "big"
+        assert engine.submit("something else").result().text.endswith(".")
+
+
+def test_a_list_of_answers_serves_each_once_and_the_last_one_goes_on() -> None:
+    with ScriptedEngine({"n?": ["1", "2"]}) as engine:
+        assert [engine.submit("n?").result().text for _ in range(3)] == ["1", "2", "2"]
+    with ScriptedEngine(["a", "b"]) as engine:
+        assert [engine.submit("x").result().text for _ in range(2)] == ["a", "b"]
+    with ScriptedEngine(lambda prompt: prompt.upper()) as engine:
+        assert engine.submit("shout").result().text == "SHOUT"
+
+
+def test_greedy_answers_repeat_and_sampled_ones_follow_their_seed() -> None:
+    with ScriptedEngine() as engine:
+        assert engine.submit("p", GREEDY).result().text == engine.submit("p", GREEDY).result().text
+        seeds = [engine.submit("p", SamplingParams(seed=s)).result().text for s in (1, 1, 2, 3)]
+        assert seeds[0] == seeds[1]
+        assert len(set(seeds)) == 3
+        assert len({engine.submit("q").result().text for _ in range(4)}) > 1
+
+
+def test_limits_and_stops_end_a_text_as_the_real_engine_does() -> None:
+    with ScriptedEngine({"say": "one two three"}) as engine:
+        cut = engine.submit("say", SamplingParams(max_tokens=5)).result()
+        assert (cut.text, cut.finish_reason) == ("one t", FinishReason.LENGTH)
+        stopped = engine.submit("say", SamplingParams(stop=("wo", " th"))).result()
+        assert (stopped.text, stopped.finish_reason) == ("one t", FinishReason.STOP)
+        assert bytes(stopped.token_ids) == b"one two"
+        token = engine.submit("say", SamplingParams(stop_token_ids=(ord("w"),))).result()
+        assert (token.text, bytes(token.token_ids)) == ("one t", b"one t")
+        long = engine.submit("say", SamplingParams(ignore_eos=True, max_tokens=20)).result()
+        assert len(long.token_ids) == 20
+
+
+def test_prefixes_are_counted_as_a_radix_cache_counts_them() -> None:
+    with ScriptedEngine({"a" * 10: "bcd"}) as engine:
+        first = engine.submit("a" * 10, GREEDY).result()
+        second = engine.submit("a" * 10 + "bcd" + "x", GREEDY).result()
+        again = engine.submit("a" * 10, GREEDY).result()
+        salted = engine.submit("a" * 10, GREEDY, cache_salt="other").result()
+    assert [r.usage.cached_tokens for r in (first, second, again, salted)] == [0, 13, 9, 0]
+
+
+def test_log_probabilities_are_a_distribution_and_scores_follow_it() -> None:
+    with ScriptedEngine() as engine:
+        assert math.isclose(float(np.exp(engine.logprobs([1, 2])).sum()), 1.0)
+        prompt = engine.tokenizer.encode("abcd")
+        scored = engine.submit(prompt, GREEDY, score_from=2).result()
+        assert scored.prompt_logprobs is not None
+        expected = [engine.logprobs(prompt[:i])[prompt[i]] for i in (2, 3)]
+        np.testing.assert_allclose(scored.prompt_logprobs, expected, rtol=1e-6)
+
+
+def test_failures_deadlines_and_bad_input_end_one_request_alone() -> None:
+    boom = RuntimeError("boom")
+    with ScriptedEngine(failures={"bad": boom}, latency_s=0.02, context_length=50) as engine:
+        with pytest.raises(RuntimeError, match="boom"):
+            engine.submit("a bad one").result()
+        late = engine.submit("slow", deadline_s=0.001).result()
+        assert late.finish_reason is FinishReason.ABORT
+        with pytest.raises(EmptyPrompt):
+            engine.submit("")
+        with pytest.raises(ContextOverflow):
+            engine.submit("x" * 60)
+        assert engine.submit("good").result().finish_reason is FinishReason.STOP
+
+
+def test_a_cancelled_request_ends_within_a_step() -> None:
+    with ScriptedEngine({"x": "a b c d e f g h"}, latency_s=0.01) as engine:
+        handle = engine.submit("x")
+        handle.cancel()
+        assert handle.result().finish_reason is FinishReason.ABORT
+
+
+def test_an_output_callback_may_submit_the_next_request() -> None:
+    texts: list[str] = []
+    done = threading.Event()
+    with ScriptedEngine(["one", "two"]) as engine:
+
+        def on_output(output: RequestOutput) -> None:
+            texts.append(output.text)
+            if output.finish_reason is not None:
+                if len(texts) == 1:
+                    engine.submit("next", on_output=on_output)
+                else:
+                    done.set()
+
+        engine.submit("first", on_output=on_output)
+        assert done.wait(5)
+    assert texts == ["one", "two"]
+
+
+def test_shutting_down_ends_what_runs() -> None:
+    engine = ScriptedEngine({"x": "a b c d e f"}, latency_s=0.05)
+    handle = engine.submit("x")
+    engine.shutdown()
+    with pytest.raises(EngineStopped):
+        handle.result()
+    with pytest.raises(EngineStopped):
+        engine.submit("y")
+
+
+def test_a_script_that_raises_fails_its_request_alone() -> None:
+    def script(prompt: str) -> str:
+        return {"a": "b"}[prompt]
+
+    with ScriptedEngine(script) as engine:
+        with pytest.raises(KeyError):
+            engine.submit("x").result()
+        assert engine.submit("a").result().text == "b"
