@@ -197,6 +197,7 @@ def dots_in_one_order(monkeypatch: pytest.MonkeyPatch) -> None:
 
         @staticmethod
         def matmul(a: NDArray[Any], b: NDArray[Any], dtype: Any = None) -> NDArray[Any]:
-            return (a[..., :, :, None] * b[..., None, :, :]).sum(axis=-2, dtype=dtype)
+            products: NDArray[Any] = a[..., :, :, None] * b[..., None, :, :]
+            return np.sum(products, axis=-2, dtype=dtype)  # type: ignore[no-any-return]
 
     monkeypatch.setattr(interpreter, "np", Numpy())
