@@ -3,12 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-FOLDERS := ramet/*.py lang grammar kernels runtime tests examples benchmarks
+FOLDERS := ramet/*.py lang grammar kernels runtime tests examples benchmarks tools
 
 NPM_TOUR := tests/runtime/server/openai/npm
 NPM_STAMP := $(NPM_TOUR)/node_modules/.package-lock.json
 
-.PHONY: demo test test-all check format bench docs clean
+.PHONY: demo test test-all check house format bench docs clean
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -32,6 +32,9 @@ test: $(STAMP) $(NPM_STAMP)  ## the suite that CI runs
 test-all: $(STAMP) $(NPM_STAMP)  ## also the long and large ones, and the GPU's where there is one
 	$(BIN)/ramet pull smollm2-135m
 	$(BIN)/python -m pytest --timeout 3600
+
+house: $(STAMP)  ## what a reader must hold in mind, measured
+	$(BIN)/python tools/house.py
 
 check: $(STAMP)  ## format, lint, types, tests
 	$(BIN)/ruff format --check $(FOLDERS)

@@ -1,0 +1,32 @@
+"""The public names of `ramet` and where they live: `ramet/__init__.py` loads them from here, type checkers read it."""
+
+from .errors import CheckFailed as CheckFailed
+from .errors import ProgramError as ProgramError
+from .errors import RametError as RametError
+from .lang.backends.backend import Backend as Backend
+from .lang.backends.backend import EngineBackend as EngineBackend
+from .lang.backends.backend import MockBackend as MockBackend
+from .lang.backends.backend import set_default_backend as set_default_backend
+from .lang.backends.backend import use_backend as use_backend
+from .lang.backends.openai import OpenAI as OpenAI
+from .lang.backends.remote import Remote as Remote
+from .lang.graph.checks import between as between
+from .lang.graph.checks import contains as contains
+from .lang.graph.checks import ends_with as ends_with
+from .lang.graph.checks import is_in as is_in
+from .lang.graph.checks import length as length
+from .lang.graph.checks import starts_with as starts_with
+from .lang.program.function import Function as Function
+from .lang.program.function import function as function
+from .lang.recording.primitives import assistant as assistant
+from .lang.recording.primitives import gen as gen
+from .lang.recording.primitives import select as select
+from .lang.recording.primitives import system as system
+from .lang.recording.primitives import user as user
+from .lang.recording.state import State as State
+from .lang.recording.tools import Tool as Tool
+from .lang.recording.tools import tool as tool
+from .lang.recording.values import ToolUse as ToolUse
+from .runtime.engine.config import EngineConfig as EngineConfig
+from .runtime.engine.engine import Engine as Engine
+from .runtime.types import SamplingParams as SamplingParams
