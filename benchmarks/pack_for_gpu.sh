@@ -13,8 +13,8 @@ for_python=${FOR_PYTHON:-3.12}
 part_mib=${PART_MIB:-48}
 cd "$(dirname "$0")/.."
 packages=(
-  annotated-types gguf interegular lark msgspec outlines-core platformdirs pydantic pydantic-core typing-extensions
-  typing-inspection
+  annotated-types gguf lark lazy-loader msgspec outlines-core platformdirs pydantic pydantic-core typing-extensions
+  typing-inspection packaging
   jsonschema jsonschema-specifications referencing rpds-py # of the tests
 )
 platforms=()
