@@ -23,13 +23,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ramet.errors import EmptyPrompt, InvalidSampling
+from ramet.errors import EmptyPrompt
+from ramet.lang.graph.sampling import MAX_INT32 as MAX_INT32
+from ramet.lang.graph.sampling import SamplingParams as SamplingParams
 
 if TYPE_CHECKING:
     from ramet.runtime.cache.radix_cache import RadixNode
 
 TokenIds = NDArray[np.int32]
-MAX_INT32 = 2**31 - 1  # what a step is told about a request is int32
 
 
 class FinishReason(Enum):
@@ -95,93 +96,9 @@ class Grammar(Protocol):
         """The closed automaton as arrays, with the same state numbers; None where it is open."""
 
 
-@dataclass(frozen=True, slots=True)
-class SamplingParams:
-    """How tokens are chosen. Values outside their range raise InvalidSampling naming the field.
-
-    `temperature` 0 is greedy; `top_k` 0, `top_p` 1 and `min_p` 0 are off. `seed` None draws one at submission; with the
-    same seed a request gives the same tokens whatever the batch. `logprobs` None: none; n >= 0: the chosen token's and
-    the n likeliest.
-    """
-
-    max_tokens: int | None = 128
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
-    seed: int | None = None
-    min_tokens: int = 0
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    logprobs: int | None = None
-
-    def __post_init__(self) -> None:
-        def check(ok: bool, name: str, limit: str) -> None:
-            if not ok:
-                raise InvalidSampling(f"{name} is {getattr(self, name)!r} but must be {limit}", param=name)
-
-        check(
-            self.max_tokens is None or (_is_int(self.max_tokens) and self.max_tokens >= 1),
-            "max_tokens",
-            "an integer >= 1, or None",
-        )
-        check(_is_real(self.temperature) and 0 <= self.temperature <= 100, "temperature", "in [0, 100]")
-        check(_is_int(self.top_k) and 0 <= self.top_k <= MAX_INT32, "top_k", f"an integer in [0, {MAX_INT32}] (0: off)")
-        check(_is_real(self.top_p) and 0 < self.top_p <= 1, "top_p", "in (0, 1]")
-        check(_is_real(self.min_p) and 0 <= self.min_p <= 1, "min_p", "in [0, 1]")
-        check(_is_real(self.frequency_penalty) and -2 <= self.frequency_penalty <= 2, "frequency_penalty", "in [-2, 2]")
-        check(_is_real(self.presence_penalty) and -2 <= self.presence_penalty <= 2, "presence_penalty", "in [-2, 2]")
-        check(
-            _is_real(self.repetition_penalty) and 0 < self.repetition_penalty <= 10, "repetition_penalty", "in (0, 10]"
-        )
-        check(self.seed is None or _is_int(self.seed), "seed", "an integer or None")
-        check(_is_int(self.min_tokens) and self.min_tokens >= 0, "min_tokens", "an integer >= 0")
-        check(
-            self.max_tokens is None or self.min_tokens <= self.max_tokens,
-            "min_tokens",
-            f"at most max_tokens ({self.max_tokens})",
-        )
-        check(
-            isinstance(self.stop, tuple) and all(isinstance(s, str) and s for s in self.stop),
-            "stop",
-            "strings that are not empty",
-        )
-        check(all(_is_int(t) and t >= 0 for t in self.stop_token_ids), "stop_token_ids", "token ids >= 0")
-        check(
-            self.logprobs is None or (_is_int(self.logprobs) and 0 <= self.logprobs <= 64),
-            "logprobs",
-            "in [0, 64], or None",
-        )
-        check(
-            all(_is_int(t) and t >= 0 and _is_real(b) and -100 <= b <= 100 for t, b in self.logit_bias.items()),
-            "logit_bias",
-            "a map from token ids >= 0 to values in [-100, 100]",
-        )
-
-    @property
-    def is_greedy(self) -> bool:
-        return self.temperature == 0.0
-
-    @property
-    def edits_logits(self) -> bool:
-        """True where tokens are drawn from other logits than the model's: penalties, biases, a minimum length."""
-        return bool(
-            self.frequency_penalty
-            or self.presence_penalty
-            or self.repetition_penalty != 1.0
-            or self.logit_bias
-            or self.min_tokens
-        )
-
-
 def is_seconds(value: object) -> bool:
     """True for a finite number of seconds."""
-    return _is_real(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def is_text(value: object) -> bool:
@@ -193,14 +110,6 @@ def is_text(value: object) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_real(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,17 +1,145 @@
-"""How tokens are chosen: the graph's form of it, its limits, and what a generation that failed its checks does next."""
+"""How tokens are chosen: the values, their limits, and what a generation that failed its checks does next.
+
+`SamplingParams` goes from every border (a program, HTTP, Python) to the tables that the sampler reads. `Sampling` is
+what a program says of it: the same fields, each of which may be left open. `FIELDS` holds what is true of a field
+wherever it comes from. A new value is a row in each of the three.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import msgspec
 
+from ramet.errors import InvalidSampling
+
+MAX_INT32 = 2**31 - 1  # what a step is told about a request is int32
 RETRY_TEMPERATURE = 0.7  # of what was greedy: it would say the same again
 
 
+@dataclass(frozen=True, slots=True)
+class SamplingField:
+    """What holds for one value: what it is, its range, and its names elsewhere.
+
+    `low`, `high`: the range of a number, `low` itself excluded where `is_open`. `limit`: the range as errors say it.
+    `takes_none`: None is a value of its own in SamplingParams, so a null does not stand for the default.
+    `native`: its name in the body of /generate, where SGLang's is another. `is_openai`: OpenAI's own API has it; the
+    others are extensions of that API.
+    """
+
+    name: str
+    kind: Literal["int", "float", "bool", "texts", "tokens", "biases"]
+    low: float = -math.inf
+    high: float = math.inf
+    limit: str = ""
+    is_open: bool = False
+    takes_none: bool = False
+    native: str | None = None
+    is_openai: bool = False
+
+    def holds(self, value: Any) -> bool:  # Any: whatever a caller gave
+        """Whether a value that is not None is of the right kind and in the range."""
+        if self.kind == "float":
+            return _is_real(value) and self.low <= value <= self.high and not (self.is_open and value == self.low)
+        if self.kind == "int":
+            return _is_int(value) and self.low <= value <= self.high
+        if self.kind == "texts":
+            return isinstance(value, tuple) and all(isinstance(text, str) and text for text in value)
+        if self.kind == "tokens":
+            return all(_is_token(token) for token in value)
+        if self.kind == "biases":
+            pairs = value.items() if isinstance(value, Mapping) else value
+            return all(_is_token(token) and _is_real(bias) and -100 <= bias <= 100 for token, bias in pairs)
+        return isinstance(value, bool)
+
+    def problem(self, value: Any) -> str:  # Any: as above
+        """What an error says of a value that does not hold."""
+        limit = self.limit or f"in {'(' if self.is_open else '['}{self.low}, {self.high}]"
+        return f"{self.name} is {value!r} but must be {limit}"
+
+
+_TABLE = (
+    SamplingField("max_tokens", "int", 1, limit="an integer >= 1, or None", takes_none=True, native="max_new_tokens"),
+    SamplingField("temperature", "float", 0, 100, is_openai=True),
+    SamplingField("top_k", "int", 0, MAX_INT32, f"an integer in [0, {MAX_INT32}] (0: off)"),
+    SamplingField("top_p", "float", 0, 1, is_open=True, is_openai=True),
+    SamplingField("min_p", "float", 0, 1),
+    SamplingField("frequency_penalty", "float", -2, 2, is_openai=True),
+    SamplingField("presence_penalty", "float", -2, 2, is_openai=True),
+    SamplingField("repetition_penalty", "float", 0, 10, is_open=True),
+    SamplingField("logit_bias", "biases", limit="a map from token ids >= 0 to values in [-100, 100]", is_openai=True),
+    SamplingField("seed", "int", limit="an integer or None", takes_none=True, native="sampling_seed", is_openai=True),
+    SamplingField("min_tokens", "int", 0, limit="an integer >= 0", native="min_new_tokens"),
+    SamplingField("stop", "texts", limit="strings that are not empty", is_openai=True),
+    SamplingField("stop_token_ids", "tokens", limit="token ids >= 0"),
+    SamplingField("ignore_eos", "bool", limit="True or False"),
+    SamplingField("logprobs", "int", 0, 64, "in [0, 64], or None", takes_none=True, is_openai=True),
+)
+FIELDS: Mapping[str, SamplingField] = {field.name: field for field in _TABLE}
+
+
+class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
+    """How tokens are chosen. Values outside their range raise InvalidSampling naming the field.
+
+    `temperature` 0 is greedy; `top_k` 0, `top_p` 1 and `min_p` 0 are off. `seed` None draws one at submission; with the
+    same seed a request gives the same tokens whatever the batch. `logprobs` None: none; n >= 0: the chosen token's and
+    the n likeliest. `max_tokens` None: as many as the engine's configuration and the context allow.
+    """
+
+    max_tokens: int | None = 128
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = {}
+    seed: int | None = None
+    min_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, default in _DEFAULTS:
+            value = getattr(self, name)
+            if value is default:  # which holds: requests say little, and this runs for each of them
+                continue
+            field = FIELDS[name]
+            if not (field.takes_none if value is None else field.holds(value)):
+                raise InvalidSampling(field.problem(value), param=name)
+        problem = _too_few_tokens(self.min_tokens, self.max_tokens)
+        if problem is not None:
+            raise InvalidSampling(problem, param="min_tokens")
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    @property
+    def edits_logits(self) -> bool:
+        """True where tokens are drawn from other logits than the model's: penalties, biases, a minimum length."""
+        return bool(
+            self.frequency_penalty
+            or self.presence_penalty
+            or self.repetition_penalty != 1.0
+            or self.logit_bias
+            or self.min_tokens
+        )
+
+
+_DEFAULTS: tuple[tuple[str, object], ...] = tuple(
+    (field.name, field.default) for field in msgspec.structs.fields(SamplingParams)
+)
+
+
 class Sampling(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
-    """How tokens are chosen; None leaves the choice to the engine. Ranges are those of the engine's parameters."""
+    """What a program says of its sampling; None leaves a field open, to the engine in the end. Not checked at birth."""
 
     max_tokens: int | None = None
     min_tokens: int | None = None
@@ -29,37 +157,24 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_f
     ignore_eos: bool | None = None
     logprobs: int | None = None
 
+    def said(self) -> dict[str, Any]:
+        """The fields that are not open, by name."""
+        return {name: value for name in self.__struct_fields__ if (value := getattr(self, name)) is not None}
+
+    def params(self) -> SamplingParams:
+        """The engine's form: open fields have its defaults. Raises InvalidSampling."""
+        said = self.said()
+        if self.logit_bias is not None:
+            said["logit_bias"] = dict(self.logit_bias)
+        return SamplingParams(**said)
+
 
 def sampling_problem(sampling: Sampling) -> str | None:
-    """What is wrong with these values, or None."""
-    limits: Sequence[tuple[str, float, float]] = (
-        ("max_tokens", 1, math.inf),
-        ("min_tokens", 0, math.inf),
-        ("temperature", 0, 100),
-        ("top_k", 0, 2**31 - 1),
-        ("min_p", 0, 1),
-        ("frequency_penalty", -2, 2),
-        ("presence_penalty", -2, 2),
-        ("logprobs", 0, 64),
-    )
-    for name, low, high in limits:
-        value = getattr(sampling, name)
-        if value is not None and not low <= value <= high:
-            limit = f"at least {low}" if high == math.inf else f"in [{low}, {high}]"
-            return f"{name} is {value!r}, but must be {limit}"
-    for name, high in (("top_p", 1), ("repetition_penalty", 10)):
-        value = getattr(sampling, name)
-        if value is not None and not 0 < value <= high:
-            return f"{name} is {value!r}, but must be in (0, {high}]"
-    if sampling.max_tokens is not None and (sampling.min_tokens or 0) > sampling.max_tokens:
-        return f"min_tokens is {sampling.min_tokens}, but max_tokens is {sampling.max_tokens}"
-    if any(not text for text in sampling.stop or ()):
-        return "a stop string is empty"
-    if any(token < 0 for token in sampling.stop_token_ids or ()):
-        return "a stop token id is negative"
-    if any(token < 0 or not -100 <= bias <= 100 for token, bias in sampling.logit_bias or ()):
-        return "logit_bias must map token ids >= 0 to values in [-100, 100]"
-    return None
+    """What is wrong with the fields that are said, or None. The text begins with the field's name."""
+    for name, value in sampling.said().items():
+        if not FIELDS[name].holds(value):
+            return FIELDS[name].problem(value)
+    return _too_few_tokens(sampling.min_tokens or 0, sampling.max_tokens)
 
 
 def retry_sampling(sampling: Sampling, attempt: int) -> Sampling:
@@ -75,3 +190,21 @@ def retry_sampling(sampling: Sampling, attempt: int) -> Sampling:
     elif sampling.seed is not None:
         changes = {"seed": sampling.seed + attempt}
     return msgspec.structs.replace(sampling, **changes)
+
+
+def _too_few_tokens(min_tokens: int, max_tokens: int | None) -> str | None:
+    if max_tokens is None or min_tokens <= max_tokens:
+        return None
+    return f"min_tokens is {min_tokens} but must be at most max_tokens ({max_tokens})"
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_token(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

@@ -69,14 +69,6 @@ class ProgramLimits:
     text_events: bool = True
 
 
-def to_sampling_params(sampling: ir.Sampling) -> SamplingParams:
-    """The engine's form; what the program left open has the engine's defaults."""
-    given = {name: value for name in sampling.__struct_fields__ if (value := getattr(sampling, name)) is not None}
-    if "logit_bias" in given:
-        given["logit_bias"] = dict(given["logit_bias"])
-    return SamplingParams(**given)
-
-
 def usage_of(output: RequestOutput) -> ir.Usage:
     usage = output.usage
     return ir.Usage(usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens)

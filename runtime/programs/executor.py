@@ -10,7 +10,6 @@ thread at a time starts nodes (`_pump`), the lock guards the bookkeeping, and no
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import threading
 import time
@@ -19,6 +18,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from ramet.errors import DeadlineExceeded, InvalidProgram, ProgramCancelled, RametError, RequestCancelled
 from ramet.lang.graph import ir
@@ -446,7 +447,7 @@ class ProgramExecutor:
             run.reserved = min(sampling.max_tokens or self._budget_left, self._budget_left)
             self._budget_left -= run.reserved
             min_tokens = min(sampling.min_tokens, run.reserved)
-            return dataclasses.replace(sampling, max_tokens=run.reserved, min_tokens=min_tokens)
+            return msgspec.structs.replace(sampling, max_tokens=run.reserved, min_tokens=min_tokens)
 
     def submit(
         self,

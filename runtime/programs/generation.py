@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from ramet.errors import CheckFailed
 from ramet.lang.graph import ir
-from ramet.runtime.programs.engine import to_sampling_params, usage_of
+from ramet.runtime.programs.engine import usage_of
 from ramet.runtime.programs.path import Path, keep_text
 from ramet.runtime.types import FinishReason, RequestOutput
 
@@ -30,13 +31,13 @@ class Generation:
 
     def start(self) -> None:
         executor = self._executor
-        sampling = to_sampling_params(ir.retry_sampling(self._node.sampling, len(self._run.attempts)))
+        sampling = ir.retry_sampling(self._node.sampling, len(self._run.attempts)).params()
         room = executor.context_length - self._prompt.length
         if self._node.sampling.max_tokens is None and 0 < room < (sampling.max_tokens or 0):
             # Nobody asked for that many: near the end of the context, what is left is enough.
-            sampling = dataclasses.replace(sampling, max_tokens=room, min_tokens=min(sampling.min_tokens, room))
+            sampling = msgspec.structs.replace(sampling, max_tokens=room, min_tokens=min(sampling.min_tokens, room))
         if executor.marks.stop_strings and executor.is_in_role(self._node):
-            sampling = dataclasses.replace(sampling, stop=(*sampling.stop, *executor.marks.stop_strings))
+            sampling = msgspec.structs.replace(sampling, stop=(*sampling.stop, *executor.marks.stop_strings))
         allowed = executor.reserve(self._run, sampling)
         if allowed is not None:
             executor.submit(self._run, self._prompt.token_ids(), allowed, self._on_output, grammar=self._run.grammar)

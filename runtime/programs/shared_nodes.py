@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from ramet.runtime.programs.engine import Handle, ProgramEngine
@@ -73,7 +74,7 @@ class SharedRequests:
 def request_key(prompt: list[int], sampling: SamplingParams, grammar: Grammar | None, score_from: int | None) -> object:
     """Equal keys: equal outputs. A greedy request's seed doesn't matter."""
     tokens = hashlib.blake2b(np.asarray(prompt, dtype=np.int32).tobytes(), digest_size=16).digest()
-    values = replace(sampling, seed=None) if sampling.is_greedy or score_from is not None else sampling
+    values = msgspec.structs.replace(sampling, seed=None) if sampling.is_greedy or score_from is not None else sampling
     return tokens, repr(values), None if grammar is None else id(grammar), score_from
 
 

@@ -8,9 +8,9 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -103,7 +103,7 @@ def test_a_stop_string_across_tokens_ends_the_text_before_it(engine: Engine) -> 
     whole = engine.generate("stop here", GREEDY).text
     stop = whole[5:8]
     first = whole.index(stop)
-    outputs = list(engine.submit("stop here", replace(GREEDY, stop=(stop, "never seen"))))
+    outputs = list(engine.submit("stop here", msgspec.structs.replace(GREEDY, stop=(stop, "never seen"))))
     assert "".join(o.text for o in outputs) == whole[:first]
     assert outputs[-1].finish_reason is FinishReason.STOP
     assert outputs[-1].stop_match == stop
@@ -112,7 +112,7 @@ def test_a_stop_string_across_tokens_ends_the_text_before_it(engine: Engine) -> 
 def test_a_stop_token_is_reported_and_is_not_part_of_the_text(engine: Engine) -> None:
     whole = engine.generate("stop token", GREEDY)
     token = whole.token_ids[4]
-    result = engine.generate("stop token", replace(GREEDY, stop_token_ids=(token,)))
+    result = engine.generate("stop token", msgspec.structs.replace(GREEDY, stop_token_ids=(token,)))
     assert result.stop_match == token
     assert result.token_ids == whole.token_ids[: whole.token_ids.index(token)]
 
