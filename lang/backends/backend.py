@@ -119,6 +119,7 @@ class EngineBackend:
     def __init__(self, engine: ProgramEngine) -> None:
         from ramet.runtime.programs.executor import ProgramHost
 
+        self.engine = engine
         self._host = ProgramHost(engine)
         self._ids = itertools.count()
         self._tokens: list[Token[Backend | None]] = []
@@ -151,13 +152,14 @@ class MockBackend(EngineBackend):
     requests; or a function of the prompt; without one, words are drawn by a hash of the prompt.
     """
 
+    engine: ScriptedEngine
+
     def __init__(
         self, script: Script = None, *, failures: Mapping[str, Exception] | None = None, latency_s: float = 0.0
     ) -> None:
         from ramet.runtime.testing.scripted_model import ScriptedEngine
 
-        self.engine: ScriptedEngine = ScriptedEngine(script, failures=failures, latency_s=latency_s)
-        super().__init__(self.engine)
+        super().__init__(ScriptedEngine(script, failures=failures, latency_s=latency_s))
 
     def stats(self) -> ScriptedStats:
         """What the engine has counted so far."""

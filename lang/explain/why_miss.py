@@ -7,20 +7,16 @@ shared; where the difference looks like one of these, that is said.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ramet.errors import ConfigError, UndefinedVariable
-from ramet.lang.backends.backend import EngineBackend, choose_backend
+from ramet.lang.backends.backend import Backend, EngineBackend
 from ramet.lang.graph import ir
-from ramet.lang.passes.paths import Opaque, Paths, Pending, Point, interpret
+from ramet.lang.graph.run_record import RunRecord
+from ramet.lang.passes.paths import Opaque, Paths, Pending, Point, interpret, tokenise
 from ramet.lang.passes.target import Target, target_of
-
-if TYPE_CHECKING:
-    from ramet.lang.graph.run_record import RunRecord
-    from ramet.lang.program.function import Function
-    from ramet.lang.recording.state import State
 
 SHOWN = 60  # characters of context on either side
 _VOLATILE = (
@@ -73,33 +69,28 @@ class Miss:
         return f"{found}. It looks like {self.volatile}: put it behind the {self.num_missed:,} tokens that follow it"
 
 
-def why_miss_program(
-    program: Function, args: Sequence[Any], kwargs: Mapping[str, Any], *, var: str | None = None
-) -> list[Miss]:
-    """See Function.why_miss."""
-    call = program._split(args, kwargs)
-    backend = choose_backend(call.options.get("backend"))
+def why_miss_plan(traced: RunRecord, backend: Backend, cache_salt: str, var: str | None = None) -> list[Miss]:
+    """For every generation of a trace whose prompt is known: where it leaves what is cached now. The costliest first.
+
+    `var`: of these generations alone. Raises ConfigError where the backend doesn't tell what it caches.
+    """
     target = target_of(backend)
-    trace = program._trace(call, is_symbolic=False)
-    paths = interpret(trace.graph, target)
-    salt = call.options.get("cache_salt", "")
+    paths = interpret(traced.graph, target)
     found = []
     for node, prompt in paths.prompts.items():
         items = prompt.all_items()
         tokens = [item for item in items if isinstance(item, int)]
         if len(tokens) < len(items):
             continue  # it depends on what is generated first
-        differences = _differences(backend, tokens, salt)
+        differences = _differences(backend, tokens, cache_salt)
         same = max((one.num_same for one in differences), default=0)
-        name = getattr(trace.graph.nodes[node], "name", None)
+        name = getattr(traced.graph.nodes[node], "name", None)
         found.append(_miss(paths, target, node, name, tokens, same, differences, len(tokens)))
-    return _chosen(found, var, program.name)
+    return _chosen(found, var, traced.program)
 
 
-def why_miss_state(state: State, var: str | None = None) -> list[Miss]:
-    """See State.why_miss."""
-    state._run.wait_all(quietly=True)
-    record, backend = state.record, state._run._backend
+def why_miss_run(record: RunRecord, backend: Backend, cache_salt: str, var: str | None = None) -> list[Miss]:
+    """The same for a run that is over: where each prompt left what was cached then."""
     target = target_of(backend)
     paths = interpret(_as_written(record), target)
     found = []
@@ -110,9 +101,7 @@ def why_miss_state(state: State, var: str | None = None) -> list[Miss]:
         point = paths.points[node.parent] if node.parent is not None else Point()
         tokens = _tokens_before(paths, target, point)
         cached = min(event.usage.cached_tokens, len(tokens))
-        differences = [
-            one for one in _differences(backend, tokens, state._run.options.cache_salt) if one.num_same <= cached
-        ]
+        differences = [one for one in _differences(backend, tokens, cache_salt) if one.num_same <= cached]
         size = event.usage.prompt_tokens
         found.append(_miss(paths, target, node.id, node.name, tokens, cached, differences, size))
     return _chosen(found, var, record.program)
@@ -120,16 +109,16 @@ def why_miss_state(state: State, var: str | None = None) -> list[Miss]:
 
 def _chosen(found: list[Miss], var: str | None, program: str) -> list[Miss]:
     if var is not None:
-        found = [miss for miss in found if (miss.name or "").partition("#")[0] == var]
+        found = [miss for miss in found if ir.variable(miss.name or "") == var]
         if not found:
             raise UndefinedVariable(f"{program}: no generation {var!r} whose prompt is known", program=program)
     return sorted(found, key=lambda miss: -miss.num_missed)
 
 
-def _differences(backend: object, tokens: Sequence[int], salt: str) -> list[Any]:  # Any: runtime Differences
-    from ramet.runtime.cache.probe import HasCache
+def _differences(backend: Backend, tokens: Sequence[int], salt: str) -> list[Any]:  # Any: runtime Differences
+    from ramet.runtime.cache.probe import HasCache  # the runtime is loaded where a cache is asked
 
-    engine = backend._host.engine if isinstance(backend, EngineBackend) else None
+    engine = backend.engine if isinstance(backend, EngineBackend) else None
     if not isinstance(engine, HasCache):
         raise ConfigError(
             f"{type(engine or backend).__name__} doesn't tell what is in its cache; use an engine of this process"
@@ -159,8 +148,6 @@ def _tokens_before(paths: Paths, target: Target, point: Point) -> list[int]:
 
 
 def _encode(target: Target, pending: Sequence[Pending], *, is_start: bool) -> list[int]:
-    from ramet.lang.passes.paths import tokenise
-
     return [item for item in tokenise(target, pending, is_start=is_start) if not isinstance(item, Opaque)]
 
 

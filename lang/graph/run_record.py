@@ -1,9 +1,10 @@
-"""What is known of a run of a program: its graph, what happened to each node, and where recording had to stop."""
+"""What is known of a run of a program, or of its trace: its graph, what happened to each node, and where recording
+had to stop for a value."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ramet.lang.graph import ir
 
@@ -22,11 +23,14 @@ class Stage:
 class RunRecord:
     """What a run did: its graph, what happened to each node (by id), and where recording had to stop.
 
-    `attempts`: generation -> the texts that its checks refused (`text`) and why (`problem`).
+    `attempts`: generation -> the texts that its checks refused (`text`) and why (`problem`). `specialised`: arguments
+    of a trace whose value its graph depends on, with the line that needed it. A trace has no events, and at most one
+    stage, with which it ends.
     """
 
     program: str
     graph: ir.Graph
-    events: Mapping[int, ir.NodeEvent]
-    stages: tuple[Stage, ...]
-    attempts: Mapping[int, tuple[dict[str, str], ...]]
+    events: Mapping[int, ir.NodeEvent] = field(default_factory=dict)
+    stages: tuple[Stage, ...] = ()
+    attempts: Mapping[int, tuple[dict[str, str], ...]] = field(default_factory=dict)
+    specialised: Mapping[str, str] = field(default_factory=dict)

@@ -98,7 +98,7 @@ def target_of(backend: object | None = None) -> Target:
         raise ConfigError(
             f"{type(found).__name__} doesn't tell how it tokenises; explain with an engine of this process"
         )
-    engine: Any = found._host.engine
+    engine: Any = found.engine
     config = getattr(engine, "config", None)  # the scripted engine has none, and no pages
     return TokenizerTarget(
         engine.tokenizer,

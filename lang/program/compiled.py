@@ -7,7 +7,7 @@ arguments (globals, the clock, chance) is as it was when it was compiled.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ramet.errors import InvalidProgram
 from ramet.lang.backends.backend import Backend, ProgramOptions, TakesRows, choose_backend, deadline
@@ -17,24 +17,31 @@ from ramet.lang.recording.state import State
 from ramet.lang.recording.trace import Trace, as_argument
 from ramet.lang.recording.values import Value
 
-if TYPE_CHECKING:
-    from ramet.lang.program.function import Function
-
-
 _ROW_OPTIONS: Mapping[str, Any] = {"timeout_s": None, "token_budget": None, "priority": 0, "cache_salt": ""}
 
 
 class Compiled:
     """`graph` with the variables of its last state. Arguments given when it was compiled are the defaults of a run.
 
-    `unused`: parameters of the function that the graph doesn't depend on; a run may be given them all the same.
+    A run may be given parameters that the graph doesn't depend on, too.
     """
 
-    def __init__(self, trace: Trace, unused: Iterable[str] = ()) -> None:
+    def __init__(self, trace: Trace, given: Iterable[str] = (), parameters: Iterable[str] = ()) -> None:
+        """`given`: names of the arguments that the trace was made with; `parameters`: names of all of the function's.
+
+        Raises InvalidProgram where the trace needed a generated value.
+        """
+        if trace.stop is not None:
+            raise InvalidProgram(
+                f"{trace.program} can't be compiled: {trace.stop.line} needs a value in Python ({trace.stop.why}); "
+                "use run(), which waits for it there",
+                program=trace.program,
+                source_line=trace.stop.line,
+            )
         self.name = trace.program
-        self._unused = frozenset(unused)
         self.graph = ir.Graph(trace.graph.nodes)
         self.arguments = tuple(node.name for node in self.graph.nodes if isinstance(node, ir.Argument))
+        self._unused = frozenset(parameters) - {*given, *trace.specialised, *self.arguments}
         self._given = dict(trace.graph.arguments)
         self._end = trace.state
 
@@ -126,20 +133,6 @@ class Compiled:
         state._variables = {name: move(value) for name, value in self._end._variables.items()}
         state._returned = move(self._end._returned)
         return state
-
-
-def compile_function(program: Function, given: Mapping[str, Any]) -> Compiled:
-    """See Function.compile."""
-    trace = program.trace(**given)
-    if trace.stop is not None:
-        raise InvalidProgram(
-            f"{program.name} can't be compiled: {trace.stop.line} needs a value in Python ({trace.stop.why}); "
-            "use run(), which waits for it there",
-            program=program.name,
-            source_line=trace.stop.line,
-        )
-    known = {*given, *trace.specialised, *(node.name for node in trace.graph.nodes if isinstance(node, ir.Argument))}
-    return Compiled(trace, unused=[one.name for one in program.parameters if one.name not in known])
 
 
 def _mover(run: Run) -> Callable[[Any], Any]:

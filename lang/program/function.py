@@ -16,16 +16,22 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterat
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import copy_context
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, overload
+from dataclasses import dataclass, replace
+from typing import Any, overload
 
-from ramet.errors import ConfigError, InvalidProgram, InvalidRequest
+from ramet.errors import ConfigError, InvalidProgram, InvalidRequest, RametError
 from ramet.lang.backends.backend import ProgramOptions, choose_backend, deadline
+from ramet.lang.explain.drawing import Drawing, draw_plan
+from ramet.lang.explain.explanation import Explanation
+from ramet.lang.explain.measured import explain_run
+from ramet.lang.explain.plan import explain_plan, explain_rows
+from ramet.lang.explain.why_miss import Miss, why_miss_plan
 from ramet.lang.graph import ir
-from ramet.lang.graph.run_record import Stage
+from ramet.lang.passes.target import Target, target_of
+from ramet.lang.program.compiled import Compiled
 from ramet.lang.program.own_thread import in_own_thread
 from ramet.lang.program.progress_bar import ProgressBar
-from ramet.lang.program.row_order import in_row_order, row_order
+from ramet.lang.program.row_order import arguments_in_text, in_row_order, row_order
 from ramet.lang.program.stream import Stream
 from ramet.lang.recording.late_prefix import flush_late
 from ramet.lang.recording.primitives import merge_sampling, to_sampling
@@ -36,12 +42,6 @@ from ramet.lang.recording.tool_loop import use_tools
 from ramet.lang.recording.tools import Tool, as_tools, tools_by_name
 from ramet.lang.recording.trace import Trace, TraceStopped, TracingRun, symbolic
 from ramet.lang.recording.values import current_run, plain
-
-if TYPE_CHECKING:
-    from ramet.lang.explain.drawing import Drawing
-    from ramet.lang.explain.explain import Explanation
-    from ramet.lang.explain.why_miss import Miss
-    from ramet.lang.program.compiled import Compiled
 
 _OPTIONS = ("backend", "timeout_s", "token_budget", "priority", "cache_salt", "seed", "stage", "tools")
 _STAGES = ("needed", "always")
@@ -230,12 +230,21 @@ class Function:
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ConfigError(f"{name} is {value!r}, but must be an integer from 1")
         starts = list(range(len(calls)))
-        if order == "prefix":
-            starts = row_order(self, [call.arguments for call in calls])
+        if order == "prefix" and len(calls) > 1:
+            starts = row_order([call.arguments for call in calls], self._argument_order(calls[0].arguments))
             calls = [calls[index] for index in starts]
         states = self._run_calls(calls, progress_bar, num_threads or min(_THREADS, len(calls) or 1), max_live)
         states = in_row_order(starts, states)
         return states if generator_style else list(states)
+
+    def _argument_order(self, row: Mapping[str, Any]) -> list[str]:
+        """Names of arguments: first those that stand in text, in the order in which the program puts them there."""
+        names = [parameter.name for parameter in self.parameters]
+        try:
+            first = arguments_in_text(self.trace(**row).graph)
+        except (RametError, TypeError, ValueError):  # the row's own run will say what is wrong with it
+            return names
+        return [*first, *(name for name in names if name not in first)]
 
     def _run_calls(self, calls: list[_Call], progress_bar: bool, num_threads: int, max_live: int) -> Iterator[State]:
         waiting = deque(calls)
@@ -274,7 +283,9 @@ class Function:
         Where the function can't work with symbolic arguments (it passes one to something that insists on a plain
         string, say), it is traced with those given as they are.
         """
-        call = self._split(args, kwargs, is_partial=True)
+        return self._symbolic_trace(self._split(args, kwargs, is_partial=True))
+
+    def _symbolic_trace(self, call: _Call) -> Trace:
         try:
             return self._trace(call, is_symbolic=True)
         except Exception:
@@ -283,15 +294,34 @@ class Function:
                 raise
             return self._trace(call, is_symbolic=False)
 
+    def _trace(self, call: _Call, *, is_symbolic: bool) -> Trace:
+        run = TracingRun(self.name, call.sampling, call.options.get("seed"))
+        state = State(run)
+        names = [p.name for p in self.parameters if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        arguments = symbolic(run, names, call.arguments) if is_symbolic else dict(call.arguments)
+        token = current_run.set(run)
+        try:
+            self._declare_tools(state)
+            result = self.body(state, **arguments)
+            state._returned = asyncio.run(result) if self.is_async else result
+            for one in run.held_back:
+                flush_late(one)
+        except TraceStopped:
+            pass
+        finally:
+            current_run.reset(token)
+            run.is_recording = False
+        return Trace(run.report(), state)
+
     def compile(self, **given: Any) -> Compiled:
         """Trace the program once and keep its graph; `.run(...)` of the result doesn't execute the function again.
 
         What is `given` are defaults, and where the function needs an argument's value in Python, it must be given; the
         compiled graph then holds for that value. Raises InvalidProgram where a generated value is needed.
         """
-        from ramet.lang.program.compiled import compile_function
+        return Compiled(self.trace(**given), given, [parameter.name for parameter in self.parameters])
 
-        return compile_function(self, given)
+    # What it will cost.
 
     def explain(
         self, *args: Any, rows: Iterable[Any] | None = None, analyze: bool = False, **kwargs: Any
@@ -301,41 +331,64 @@ class Function:
         Arguments may be left out; with all of them the counts are exact wherever the text is known. `rows`: of a batch
         (see run_batch). `analyze`: run it, and say what was measured. `backend` tells how text is tokenised.
         """
-        from ramet.lang.explain.explain import explain_program
+        if not analyze:
+            return self.plan(args, kwargs, rows=rows)
+        if rows is not None:
+            raise InvalidRequest(
+                "explain(rows=...) can't analyze; run the batch, and explain its states", param="analyze"
+            )
+        plan = self.plan(args, kwargs)
+        after = explain_run(self.run(*args, **kwargs).record)
+        return replace(plan, measured=after.measured, stages=after.stages)
 
-        return explain_program(self, args, kwargs, rows=rows, analyze=analyze)
+    def plan(
+        self,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        *,
+        rows: Iterable[Any] | None = None,
+        target: Target | None = None,
+    ) -> Explanation:
+        """`explain`, for a caller that has the arguments in a dictionary, or a tokenizer alone (`target`)."""
+        if rows is not None:
+            calls = [self._split_row(row, kwargs) for row in rows]
+            if not calls:
+                raise InvalidRequest("rows is empty; a batch needs at least one row", param="rows")
+            target = target or target_of(calls[0].options.get("backend"))
+            return explain_rows([self._trace(call, is_symbolic=False).record for call in calls], target)
+        call = self._split(args, kwargs, is_partial=True)
+        record = self._whole_trace(call).record
+        return explain_plan(record, target or target_of(call.options.get("backend")), self._unbound_graph(call))
 
     def why_miss(self, *args: Any, var: str | None = None, **kwargs: Any) -> list[Miss]:
         """For every generation whose prompt is known: where it leaves what is cached now. The costliest first."""
-        from ramet.lang.explain.why_miss import why_miss_program
-
-        return why_miss_program(self, args, kwargs, var=var)
+        call = self._split(args, kwargs)
+        backend = choose_backend(call.options.get("backend"))
+        record = self._trace(call, is_symbolic=False).record
+        return why_miss_plan(record, backend, call.options.get("cache_salt", ""), var)
 
     def graph(self, **arguments: Any) -> Drawing:
         """A picture of the program with what is planned: `.mermaid()`, `.svg()`, `.html()`, `.save("plan.html")`."""
-        from ramet.lang.explain.drawing import draw_program
+        return self.draw(arguments)
 
-        return draw_program(self, arguments)
+    def draw(self, arguments: Mapping[str, Any], *, target: Target | None = None) -> Drawing:
+        """`graph`, for a caller that has the arguments in a dictionary, or a tokenizer alone (`target`)."""
+        call = self._split((), arguments, is_partial=True)
+        record = self._whole_trace(call).record
+        target = target or target_of(call.options.get("backend"))
+        return draw_plan(record, explain_plan(record, target, self._unbound_graph(call)), target)
 
-    def _trace(self, call: _Call, *, is_symbolic: bool) -> Trace:
-        run = TracingRun(self.name, call.sampling, call.options.get("seed"))
-        state = State(run)
-        names = [p.name for p in self.parameters if p.kind is not inspect.Parameter.VAR_KEYWORD]
-        arguments = symbolic(run, names, call.arguments) if is_symbolic else dict(call.arguments)
-        stop: Stage | None = None
-        token = current_run.set(run)
-        try:
-            self._declare_tools(state)
-            result = self.body(state, **arguments)
-            state._returned = asyncio.run(result) if self.is_async else result
-            for one in run.held_back:
-                flush_late(one)
-        except TraceStopped as stopped:
-            stop = stopped.stage
-        finally:
-            current_run.reset(token)
-            run.is_recording = False
-        return Trace(self.name, run.report().graph, stop, run.specialised, state)
+    def _whole_trace(self, call: _Call) -> Trace:
+        """With every argument given, the very nodes that a run records; else arguments stay symbolic."""
+        if all(p.name in call.arguments for p in self.parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)):
+            return self._trace(call, is_symbolic=False)
+        return self._symbolic_trace(call)
+
+    def _unbound_graph(self, call: _Call) -> ir.Graph | None:
+        """The graph of all calls: no argument has its value. None for a program without arguments."""
+        if not call.arguments and not self.parameters:
+            return None
+        return ir.Graph(self._symbolic_trace(call).graph.nodes)
 
     # Recording.
 

@@ -6,44 +6,33 @@ A prefix is then read while it is in the cache, however small that is, and is le
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
-from ramet.errors import RametError
 from ramet.lang.graph import ir
 
-if TYPE_CHECKING:
-    from ramet.lang.program.function import Function
-    from ramet.lang.recording.state import State
+T = TypeVar("T")
 
 
-def row_order(program: Function, rows: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Indices of `rows` (their arguments by name) by what they put into text first. Traces the program once."""
-    if len(rows) < 2:
-        return list(range(len(rows)))
-    names = [parameter.name for parameter in program.parameters]
-    first = _in_text_order(program, rows[0])
-    names = [*first, *(name for name in names if name not in first)]
+def row_order(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[int]:
+    """Indices of `rows` (their arguments by name), sorted by the values of `names`, of which the first counts most."""
     keys = [tuple(_text(row.get(name)) for name in names) for row in rows]
     return sorted(range(len(rows)), key=lambda index: (keys[index], index))
 
 
-def in_row_order(order: Sequence[int], states: Iterable[State]) -> Iterator[State]:
-    """States that come as `order` says, in the order of the rows; each as soon as those before it are there."""
-    early: dict[int, State] = {}
+def in_row_order(order: Sequence[int], results: Iterable[T]) -> Iterator[T]:
+    """Results that come as `order` says, in the order of the rows; each as soon as those before it are there."""
+    early: dict[int, T] = {}
     due = 0
-    for index, state in zip(order, states, strict=True):
-        early[index] = state
+    for index, result in zip(order, results, strict=True):
+        early[index] = result
         while due in early:
             yield early.pop(due)
             due += 1
 
 
-def _in_text_order(program: Function, row: Mapping[str, Any]) -> list[str]:
+def arguments_in_text(graph: ir.Graph) -> list[str]:
     """The arguments that stand in text, in the order in which the program puts them there."""
-    try:
-        nodes = program.trace(**row).graph.nodes
-    except (RametError, TypeError, ValueError):  # the row's own run will say what is wrong with it
-        return []
+    nodes = graph.nodes
     used = (nodes[ref.node] for node in nodes if isinstance(node, ir.Text) for ref in ir.refs(node))
     return list(dict.fromkeys(node.name for node in used if isinstance(node, ir.Argument)))
 

@@ -86,6 +86,12 @@ class Run:
         return node
 
     @property
+    def backend(self) -> Backend:
+        """Where the run's nodes are sent; a trace has none."""
+        assert self._backend is not None, "a trace has no backend"
+        return self._backend
+
+    @property
     def lock(self) -> threading.Condition:
         """Held while several nodes are recorded that belong together."""
         return self._changed
@@ -101,8 +107,7 @@ class Run:
             graph = ir.Graph(nodes, {n: v for n, v in self.arguments.items() if n in names}, first)
             self.index.add(graph)
         if self._session is None:
-            assert self._backend is not None, "a trace submits nothing"
-            self._session = self._backend.start(self.options, self._on_event)
+            self._session = self.backend.start(self.options, self._on_event)
         self._session.extend(graph, is_last=is_last)
 
     def attach(self, session: Session, index: ir.GraphIndex) -> None:

@@ -15,6 +15,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from ramet.errors import InvalidProgram, ProgramError, UndefinedVariable
+from ramet.lang.explain.drawing import Drawing, draw_run
+from ramet.lang.explain.explanation import Explanation
+from ramet.lang.explain.measured import explain_run
+from ramet.lang.explain.why_miss import Miss, why_miss_run
 from ramet.lang.graph import ir
 from ramet.lang.recording.generations import generate, select
 from ramet.lang.recording.late_prefix import LateText, flush_late, hold_late
@@ -25,9 +29,6 @@ from ramet.lang.recording.tools import Tool, as_tools
 from ramet.lang.recording.values import Value, plain
 
 if TYPE_CHECKING:
-    from ramet.lang.explain.drawing import Drawing
-    from ramet.lang.explain.explain import Explanation
-    from ramet.lang.explain.why_miss import Miss
     from ramet.lang.graph.run_record import RunRecord
     from ramet.lang.recording.branches import Branches
     from ramet.lang.recording.run import Run
@@ -438,22 +439,18 @@ class State:
 
     def explain(self) -> Explanation:
         """Measured tokens and times of the run by node, and the lines that forced a stage. Waits for the run to end."""
-        from ramet.lang.explain.explain import explain_record
-
         self._run.wait_all(quietly=True)
-        return explain_record(self.record)
+        return explain_run(self.record)
 
     def why_miss(self, var: str | None = None) -> list[Miss]:
         """For every generation: where its prompt left what was cached, and the line that wrote that. Waits."""
-        from ramet.lang.explain.why_miss import why_miss_state
-
-        return why_miss_state(self, var)
+        self._run.wait_all(quietly=True)
+        return why_miss_run(self.record, self._run.backend, self._run.options.cache_salt, var)
 
     def graph(self) -> Drawing:
         """A picture of the run with what was measured: `.mermaid()`, `.svg()`, `.html()`, `.save("run.svg")`."""
-        from ramet.lang.explain.drawing import draw_state
-
-        return draw_state(self)
+        self._run.wait_all(quietly=True)
+        return draw_run(self.record, self._run.backend)
 
     def error(self) -> ProgramError | None:
         """The first error of the run, or None. Waits for the run to end."""

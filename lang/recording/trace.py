@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from ramet.lang.backends.backend import ProgramOptions
 from ramet.lang.graph import ir
-from ramet.lang.graph.run_record import Stage
+from ramet.lang.graph.run_record import RunRecord, Stage
 from ramet.lang.recording.run import Run
 from ramet.lang.recording.source_lines import caller_line
 from ramet.lang.recording.state import State
@@ -25,17 +26,31 @@ _NO_EXAMPLE = object()
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """What a trace found.
+    """What a trace found: the record of what it wrote down, and the program's state at its end.
 
-    `graph`: its `arguments` are those given. `stop`: where and why the first generated value was needed; None: the
-    graph is the whole program. `specialised`: arguments whose value the graph depends on, with the line that needed it.
+    The graph's `arguments` are those given.
     """
 
-    program: str
-    graph: ir.Graph
-    stop: Stage | None
-    specialised: Mapping[str, str]
+    record: RunRecord
     state: State
+
+    @property
+    def program(self) -> str:
+        return self.record.program
+
+    @property
+    def graph(self) -> ir.Graph:
+        return self.record.graph
+
+    @property
+    def stop(self) -> Stage | None:
+        """Where and why the first generated value was needed; None: the graph is the whole program."""
+        return self.record.stages[0] if self.record.stages else None
+
+    @property
+    def specialised(self) -> Mapping[str, str]:
+        """Arguments whose value the graph depends on, with the line that needed it."""
+        return self.record.specialised
 
     @property
     def is_complete(self) -> bool:
@@ -45,26 +60,29 @@ class Trace:
 class TraceStopped(BaseException):
     """A value was needed that a trace doesn't have. Not an Exception: a program's own `except` must not swallow it."""
 
-    def __init__(self, stage: Stage) -> None:
-        super().__init__(f"{stage.line} needs a value ({stage.why})")
-        self.stage = stage
-
 
 class TracingRun(Run):
-    """A run without a backend. `specialised`: argument -> line that needed its value."""
+    """A run without a backend."""
 
     def __init__(self, program: str, sampling: ir.Sampling, seed: int | None = None) -> None:
-        from ramet.lang.backends.backend import ProgramOptions
-
         super().__init__(None, ProgramOptions(program=program), sampling=sampling, seed=seed)
-        self.specialised: dict[str, str] = {}
+        self._specialised: dict[str, str] = {}
         self._argument_nodes: dict[str, int] = {}
 
     def submit(self, *, is_last: bool = False) -> None:
         """Nothing is sent anywhere."""
 
     def need(self, node: int, why: str) -> None:
-        raise TraceStopped(Stage(caller_line(), node, why, len(self.nodes)))
+        stage = Stage(caller_line(), node, why, len(self.nodes))
+        self.stages.append(stage)
+        raise TraceStopped(f"{stage.line} needs a value ({why})")
+
+    def depend_on(self, argument: str, why: str) -> None:
+        """The program needs the value of an argument in Python: the graph holds for this value alone."""
+        self._specialised.setdefault(argument, f"{caller_line()} ({why})")
+
+    def report(self) -> RunRecord:
+        return replace(super().report(), specialised=dict(self._specialised))
 
     def argument_node(self, name: str, value: Any) -> int:
         """The node of an argument; recorded when it is first put into text."""
@@ -92,10 +110,8 @@ class ArgumentValue(Value):
     def _read(self, why: str) -> Any:
         run = self._tracing_run
         if self._example is _NO_EXAMPLE:
-            raise TraceStopped(
-                Stage(caller_line(), run.argument_node(self._argument, self._example), why, len(run.nodes))
-            )
-        run.specialised.setdefault(self._argument, f"{caller_line()} ({why})")
+            run.need(run.argument_node(self._argument, self._example), why)
+        run.depend_on(self._argument, why)
         return self._example
 
     @property

@@ -27,13 +27,11 @@ def add_explain(parser: argparse.ArgumentParser) -> None:
 
 def run_explain(arguments: argparse.Namespace) -> int:
     """Print the explanation. Exit status 1 where the file, its program or the arguments are wrong."""
-    from ramet.lang.explain.explain import explain_program
-
     names = load_file(arguments.file)
     program = choose_program(names, arguments.program, arguments.file)
     given = given_arguments(names, program, arguments)
     rows = from_json(arguments.rows, "--rows") if arguments.rows else None
-    found = explain_program(program, (), {} if rows else given, rows=rows, target=_target(arguments.model))
+    found = program.plan((), {} if rows else given, rows=rows, target=_target(arguments.model))
     if arguments.draw is not None:
         _draw(program, given, _target(arguments.model), arguments.draw)
     if arguments.json:
@@ -44,10 +42,8 @@ def run_explain(arguments: argparse.Namespace) -> int:
 
 
 def _draw(program: Function, given: dict[str, Any], target: Target, path: Path) -> None:  # Any: the program's own
-    from ramet.lang.explain.drawing import draw_program
-
     try:
-        draw_program(program, given, target=target).save(path)
+        program.draw(given, target=target).save(path)
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror or error}") from error
 

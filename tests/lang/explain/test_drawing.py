@@ -16,8 +16,9 @@ from rich.cells import cell_len
 from ramet import MockBackend, State, function, gen, select
 from ramet.cli.main import main
 from ramet.errors import InvalidRequest
-from ramet.lang.explain.drawing import MAX_BRANCHES, Card, Drawing
-from ramet.lang.explain.drawing_svg import CHARS
+from ramet.lang.explain.cards import MAX_BRANCHES, Card
+from ramet.lang.explain.drawing import Drawing
+from ramet.lang.explain.svg import CHARS
 
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples" / "programs"
 

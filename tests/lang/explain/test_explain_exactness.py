@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from ramet import Engine, Function, State, contains, function, gen, select
 from ramet.lang.backends.backend import EngineBackend
-from ramet.lang.explain.explain import Explanation
+from ramet.lang.explain.explanation import Explanation
 from ramet.lang.graph import ir
 from ramet.runtime.cache.page_pool import PagePool
 from ramet.runtime.models.load import LoadedModel

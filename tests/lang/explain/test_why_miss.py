@@ -110,7 +110,7 @@ def test_a_backend_that_does_not_tell_is_an_error() -> None:
         def __init__(self) -> None:
             super().__init__()
             engine: Any = type("Silent", (), {"tokenizer": self.engine.tokenizer, "context_length": 512})()
-            self._host.engine = engine
+            self.engine = engine
 
     with pytest.raises(ConfigError, match="Silent doesn't tell what is in its cache"):
         support.why_miss("noon", "Where?", backend=Silent())

@@ -6,13 +6,11 @@ No external resources: the page works from a file, without a network. Arrow keys
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from html import escape
-from typing import TYPE_CHECKING
 
-from ramet.lang.explain.drawing_svg import DARK, DARK_HUES, LIGHT, LIGHT_HUES, RULES, to_svg, variables
-
-if TYPE_CHECKING:
-    from ramet.lang.explain.drawing import Drawing
+from ramet.lang.explain.cards import Card
+from ramet.lang.explain.svg import DARK, DARK_HUES, LIGHT, LIGHT_HUES, RULES, to_svg, variables
 
 _STYLE = """
 * { box-sizing: border-box; }
@@ -161,9 +159,9 @@ if (given.has("card") && cards[Number(given.get("card"))]) open(Number(given.get
 """
 
 
-def to_html(drawing: Drawing) -> str:
-    """The page."""
-    cards = json.dumps([card.to_dict() for card in drawing.cards], ensure_ascii=False).replace("<", "\\u003c")
+def to_html(program: str, summary: str, cards: Sequence[Card]) -> str:
+    """The page. `summary`: one line about the whole program."""
+    shown = json.dumps([card.to_dict() for card in cards], ensure_ascii=False).replace("<", "\\u003c")
     hues = "\n".join(f".h{i} {{ --hue: var(--hue{i}); }}" for i in range(len(LIGHT_HUES)))
     light, dark = variables(LIGHT, LIGHT_HUES), variables(DARK, DARK_HUES)
     themes = (
@@ -175,10 +173,10 @@ def to_html(drawing: Drawing) -> str:
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(drawing.program)} · Ramet</title>\n<style>\n{themes}{RULES}{hues}\n{_STYLE}</style></head>\n"
-        f'<body><main id="picture">{to_svg(drawing, is_embedded=True)}</main><aside id="panel"></aside>'
+        f"<title>{escape(program)} · Ramet</title>\n<style>\n{themes}{RULES}{hues}\n{_STYLE}</style></head>\n"
+        f'<body><main id="picture">{to_svg(program, summary, cards, is_embedded=True)}</main><aside id="panel"></aside>'
         '<button title="light or dark" aria-label="light or dark">'
         '<svg width="14" height="14" viewBox="0 0 14 14"><circle cx="7" cy="7" r="6" fill="none" stroke="currentColor" '
         'stroke-width="1.5"/><path d="M7 1a6 6 0 0 1 0 12z" fill="currentColor"/></svg></button>\n'
-        f'<script type="application/json" id="cards">{cards}</script>\n<script>{_SCRIPT}</script></body></html>\n'
+        f'<script type="application/json" id="cards">{shown}</script>\n<script>{_SCRIPT}</script></body></html>\n'
     )

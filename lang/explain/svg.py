@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from html import escape
-from typing import TYPE_CHECKING
 
 from rich.cells import cell_len
 
-if TYPE_CHECKING:
-    from ramet.lang.explain.drawing import Card, Drawing
+from ramet.lang.explain.cards import Card
 
 WIDTH, HEIGHT = 272, 128  # of a card, in pixels
 GAP_X, GAP_Y = 64, 26
@@ -81,25 +80,27 @@ def styles() -> str:
     )
 
 
-def to_svg(drawing: Drawing, *, is_embedded: bool = False) -> str:
-    """The picture. `is_embedded`: in a page that brings the styles."""
-    width = max(LEFT * 2 + drawing.num_columns * (WIDTH + GAP_X) - GAP_X, LEFT * 2 + LEGEND)
-    height = TOP + drawing.num_lanes * (HEIGHT + GAP_Y) - GAP_Y + BOTTOM
+def to_svg(program: str, summary: str, cards: Sequence[Card], *, is_embedded: bool = False) -> str:
+    """The picture. `summary`: one line about the whole program. `is_embedded`: in a page that brings the styles."""
+    num_columns = 1 + max((card.column for card in cards), default=0)
+    num_lanes = 1 + max((card.lane for card in cards), default=0)
+    width = max(LEFT * 2 + num_columns * (WIDTH + GAP_X) - GAP_X, LEFT * 2 + LEGEND)
+    height = TOP + num_lanes * (HEIGHT + GAP_Y) - GAP_Y + BOTTOM
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" class="rm" viewBox="0 0 {width} {height}" width="{width}" '
-        f'height="{height}" role="img" aria-label="graph of {escape(drawing.program, quote=True)}">'
+        f'height="{height}" role="img" aria-label="graph of {escape(program, quote=True)}">'
     ]
     if not is_embedded:
         parts.append(f"<style>{styles()}</style>")
     parts.append('<rect width="100%" height="100%" style="fill: var(--bg)"/>')
-    parts.append(f'<text class="heading" x="{LEFT}" y="44">{escape(drawing.program)}</text>')
-    files = Counter(card.line.rpartition(":")[0] for card in drawing.cards)
+    parts.append(f'<text class="heading" x="{LEFT}" y="44">{escape(program)}</text>')
+    files = Counter(card.line.rpartition(":")[0] for card in cards)
     file = files.most_common(1)[0][0] if files else ""
-    summary = " · ".join(part for part in (file.rpartition("/")[2], drawing.summary) if part)
-    parts.append(f'<text class="summary" x="{LEFT}" y="66">{escape(summary)}</text>')
-    for card in drawing.cards:
-        parts.extend(_edges(card, drawing))
-    parts.extend(_card(card, file) for card in drawing.cards)
+    heading = " · ".join(part for part in (file.rpartition("/")[2], summary) if part)
+    parts.append(f'<text class="summary" x="{LEFT}" y="66">{escape(heading)}</text>')
+    for card in cards:
+        parts.extend(_edges(card, cards))
+    parts.extend(_card(card, file) for card in cards)
     parts.append(_legend(height))
     parts.append("</svg>")
     return "\n".join(parts)
@@ -109,11 +110,11 @@ def _position(card: Card) -> tuple[float, float]:
     return LEFT + card.column * (WIDTH + GAP_X), TOP + card.lane * (HEIGHT + GAP_Y)
 
 
-def _edges(card: Card, drawing: Drawing) -> list[str]:
+def _edges(card: Card, cards: Sequence[Card]) -> list[str]:
     x, y = _position(card)
     found = []
     if card.parent is not None:
-        before = drawing.cards[card.parent]
+        before = cards[card.parent]
         size = (card.cached or 0) if card.kind in ("gen", "select") else 0
         thick = 2 + min(4.0, math.log2(1 + size / 32)) if size else 2.5
         px, py = _position(before)
@@ -121,7 +122,7 @@ def _edges(card: Card, drawing: Drawing) -> list[str]:
         found.append(f'<path class="prefix h{card.hue}" stroke-width="{thick:.1f}" d="{curve}"/>')
     for kind, sources in (("join", card.joins), ("use", card.uses)):
         for source in sources:
-            other = drawing.cards[source]
+            other = cards[source]
             px, py = _position(other)
             curve = _curve(px + WIDTH, py + HEIGHT / 2, x, y + HEIGHT / 2 + (10 if kind == "use" else 4))
             found.append(f'<path class="{kind} h{other.hue}" d="{curve}"/>')

@@ -1,0 +1,239 @@
+"""`explain()` before a run: what a program will cost. EXPLAIN for prompts.
+
+Exact prompt, shared and new tokens wherever the text is known, limits for the rest, a KV bound, and one line for each
+pass. Nothing here runs a model. Not here: what a run did cost (measured.py), the table (explanation.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from ramet.errors import GrammarError
+from ramet.lang.explain.explanation import Explanation, NodeCost, PassReport, stage_reports, sum_counts
+from ramet.lang.graph import ir
+from ramet.lang.graph.run_record import RunRecord
+from ramet.lang.passes.argument_motion import argument_motion, as_written, late_gain
+from ramet.lang.passes.fold import Folded, fold_constants
+from ramet.lang.passes.forced_tokens import forced_tokens
+from ramet.lang.passes.fork_groups import fork_groups
+from ramet.lang.passes.identical_nodes import identical_nodes
+from ramet.lang.passes.kv_bound import KvBound, kv_bound, most_pages
+from ramet.lang.passes.liveness import liveness
+from ramet.lang.passes.paths import ZERO, Count, Paths, interpret
+from ramet.lang.passes.prefixes import BatchPrefixes, batch_prefixes, static_prefixes
+from ramet.lang.passes.requests import RequestPlan, plan_requests
+from ramet.lang.passes.target import Target
+
+
+def explain_plan(traced: RunRecord, target: Target, unbound: ir.Graph | None = None) -> Explanation:
+    """What a program will cost, of which a trace was made. The plan ends where the trace needed a generated value.
+
+    `unbound`: the graph with no argument given, for what all calls share; None where the program takes none.
+    """
+    paths = interpret(traced.graph, target)
+    plan = plan_requests(paths)
+    is_complete = not traced.stages
+    kv = kv_bound(plan, context_length=target.context_length, page_size=target.page_size, is_complete=is_complete)
+    reports = [
+        _fold_report(fold_constants(traced.graph), paths, plan),
+        _prefix_report(paths, plan),
+        _identical_report(paths),
+        _liveness_report(paths),
+        _kv_report(kv),
+        _fork_report(paths),
+        _forced_report(paths, plan, target),
+    ]
+    if unbound is not None:
+        reports.append(_motion_report(unbound, target))
+    return Explanation(
+        traced.program,
+        target.name,
+        tuple(_node_costs(paths, plan)),
+        tuple(reports),
+        stage_reports(traced),
+        traced.specialised,
+        kv,
+        is_complete,
+    )
+
+
+def explain_rows(traced: Sequence[RunRecord], target: Target) -> Explanation:
+    """What a batch will cost, of which every row (one or more) was traced with its arguments given."""
+    batch = batch_prefixes([one.graph for one in traced], target)
+    first = explain_plan(traced[0], target)
+    plans = batch.plans
+    size = target.page_size
+    tokens = sum(plan.kv.at_most for plan in plans) - (batch.separate - batch.computed)
+    if size > 1:
+        tokens = most_pages(plans, size, batch.common) * size
+    kv = KvBound(
+        tokens,
+        tokens // size,
+        batch.computed,
+        first.kv.longest,
+        not any(one.stages for one in traced),
+    )
+    stages = next((stage_reports(one) for one in traced if one.stages), ())
+    gained = 0
+    if any(isinstance(node, ir.Text) and node.moved for one in traced for node in one.graph.nodes):
+        gained = batch_prefixes([as_written(one.graph) for one in traced], target).computed - batch.computed
+    reports = (
+        _batch_report(batch, len(traced), gained),
+        _kv_report(kv),
+        *(p for p in first.passes if p.name != "kv bound"),
+    )
+    return replace(
+        first, passes=reports, stages=stages, specialised={}, kv=kv, is_complete=kv.is_complete, num_rows=len(traced)
+    )
+
+
+def _node_costs(paths: Paths, plan: RequestPlan) -> Iterable[NodeCost]:
+    by_node: dict[int, list[Any]] = {}
+    for request in plan.requests:
+        by_node.setdefault(request.node, []).append(request)
+    for node in paths.graph.nodes:
+        if not isinstance(node, ir.Generate | ir.Select):
+            continue
+        kind, found = type(node).__name__.lower(), by_node.get(node.id, [])
+        twin = paths.twins.get(node.id)
+        if twin is not None:
+            assert isinstance(node, ir.Generate)
+            prompt = paths.prompts[node.id].count
+            if node.checks:
+                prompt = prompt + Count(0, prompt.at_most * node.retries)
+            shared, new, written = prompt, ZERO, ZERO
+            if twin in paths.unordered:  # any of them may be the one that runs
+                new, written = (sum_counts(getattr(r, what) for r in by_node[twin]) for what in ("new", "written"))
+                shared = Count(0, prompt.at_most)
+            yield NodeCost(node.id, kind, node.name, node.line, prompt, shared, new, written, twin)
+            continue
+        prompt, shared, new, written = (
+            sum_counts(getattr(request, what) for request in found) for what in ("prompt", "shared", "new", "written")
+        )
+        yield NodeCost(node.id, kind, node.name, node.line, prompt, shared, new, written)
+
+
+# One line a pass.
+
+
+def _fold_report(folded: Folded, paths: Paths, plan: RequestPlan) -> PassReport:
+    texts = sum(isinstance(node, ir.Text) for node in paths.graph.nodes)
+    left = sum(isinstance(node, ir.Text) for node in folded.graph.nodes)
+    known = plan.kv.at_least
+    bound = f"{_some(folded.num_bound, 'argument')} became text; " if folded.num_bound else ""
+    text = f"{bound}{_some(texts, 'text')} folded to {left:,}, {known:,} tokens known before the run"
+    return PassReport(
+        "fold constants", text, {"arguments": folded.num_bound, "texts": texts, "folded": left, "tokens": known}
+    )
+
+
+def _prefix_report(paths: Paths, plan: RequestPlan) -> PassReport:
+    found = static_prefixes(paths)
+    saved = plan.shared.at_least
+    if not found:
+        return PassReport("static prefixes", "no two requests begin alike", {"prefixes": 0, "saved": saved})
+    best = max(found, key=lambda p: p.num_tokens * (p.num_readers - 1))
+    where = f" (to {best.line})" if best.line else ""
+    text = f"{best.num_tokens:,} tokens{where} are read by {best.num_readers:,} requests and computed once"
+    if len(found) > 1:
+        text += f"; {_some(len(found), 'shared prefix', 'shared prefixes')} in all"
+    return PassReport("static prefixes", text, {"prefixes": len(found), "longest": best.num_tokens, "saved": saved})
+
+
+def _identical_report(paths: Paths) -> PassReport:
+    found = identical_nodes(paths)
+    text = f"{_some(len(found.twins), 'generation')} of {len(paths.prompts)} take over another one's text"
+    if not found.twins:
+        text = "no generation surely writes what another one does"
+    if found.unseeded:
+        text += f"; {len(found.unseeded)} with an equal prompt sample without a seed, so each runs"
+    return PassReport("identical nodes", text, {"shared": len(found.twins), "unseeded": len(found.unseeded)})
+
+
+def _liveness_report(paths: Paths) -> PassReport:
+    found = liveness(paths)
+    early = [s for s in found.segments if found.order and s.last_use != found.order[-1]]
+    size = sum_counts(segment.count for segment in early)
+    again = sum(len(segment.reads) > 1 for segment in found.segments)
+    text = (
+        f"{_some(len(found.segments), 'segment')}, {again} read more than once; "
+        f"{size} tokens are last read before the last request"
+    )
+    numbers = {"segments": len(found.segments), "read_again": again, "dead_early": size.at_most}
+    return PassReport("liveness", text, numbers)
+
+
+def _kv_report(kv: KvBound) -> PassReport:
+    part = "" if kv.is_complete else "; for the part up to the stage below"
+    pages = "" if kv.pages is None or kv.pages == kv.tokens else f" ({_some(kv.pages, 'page')})"
+    text = f"at most {kv.tokens:,} tokens{pages} for the whole program, {kv.longest:,} for one branch{part}"
+    return PassReport("kv bound", text, {"tokens": kv.tokens, "longest": kv.longest})
+
+
+def _fork_report(paths: Paths) -> PassReport:
+    found = fork_groups(paths)
+    if not found:
+        return PassReport("fork groups", "no fork", {"groups": 0, "reads_saved": 0})
+    saved = sum(group.reads_saved for group in found)
+    widths = ", ".join(
+        f"{len(g.branches):,} branches over {g.prefix} tokens" for g in sorted(found, key=lambda g: -g.reads_saved)[:3]
+    )
+    more = f", {len(found) - 3} more" if len(found) > 3 else ""
+    text = f"{widths}{more}: a step that decodes all of them reads {saved:,} positions less"
+    return PassReport("fork groups", text, {"groups": len(found), "reads_saved": saved})
+
+
+def _forced_report(paths: Paths, plan: RequestPlan, target: Target) -> PassReport:
+    try:
+        found = forced_tokens(paths, plan, target)
+    except GrammarError as error:
+        return PassReport("forced tokens", f"a constraint doesn't compile: {error}", {"appended": 0, "at_start": 0})
+    start = sum(found.at_start.values())
+    text = f"{found.appended:,} tokens of text between generations are appended, not decoded"
+    constrained = sum(isinstance(n, ir.Generate) and n.constraint is not None for n in paths.graph.nodes)
+    if constrained:
+        text += (
+            f"; {_some(constrained, 'constrained text')} begin with {start} forced tokens, the rest shows in the run"
+        )
+    return PassReport("forced tokens", text, {"appended": found.appended, "at_start": start})
+
+
+def _motion_report(graph: ir.Graph, target: Target) -> PassReport:
+    """`graph`: with its arguments unbound."""
+    late = late_gain(graph, target)
+    if late is not None:
+        text = (
+            f"{_some(late.num_moved, 'text')} stood late: {late.shared_after:,} tokens are the same in every call; as "
+            f"written {late.shared_before:,}; gained {late.gain:,}"
+        )
+        return PassReport("argument motion", text, {"shared": late.shared_after, "gained": late.gain, "gain": 0})
+    found = argument_motion(interpret(graph, target), target)
+    if not found:
+        return PassReport("argument motion", "no argument stands before text that all calls share", {"gain": 0})
+    best = found[0]
+    text = (
+        f"{best.shared_now:,} tokens are the same in every call; with {best.argument!r} ({best.line}) behind the text "
+        f"that follows it: {best.gain:,} more"
+    )
+    if not best.gain:
+        text = f"{best.shared_now:,} tokens before {best.argument!r} are the same in every call; nothing to gain"
+    return PassReport("argument motion", text, {"shared": best.shared_now, "gain": best.gain})
+
+
+def _batch_report(batch: BatchPrefixes, num_rows: int, gained: int) -> PassReport:
+    saved = batch.separate - batch.computed
+    part = f" ({saved / batch.separate:.0%})" if batch.separate else ""
+    text = (
+        f"all {num_rows} rows begin with the same {batch.common:,} tokens; known text of all rows: {batch.separate:,} "
+        f"tokens, computed {batch.computed:,}, saved {saved:,}{part}"
+    )
+    if gained:
+        text += f"; {gained:,} of them because texts stood late"
+    numbers = {"common": batch.common, "separate": batch.separate, "computed": batch.computed, "gained": gained}
+    return PassReport("prefixes of rows", text, numbers)
+
+
+def _some(count: int, one: str, many: str | None = None) -> str:
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
