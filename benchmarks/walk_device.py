@@ -40,7 +40,7 @@ from ramet.runtime.models.decoder import build_decoder
 from ramet.runtime.models.generation import GenerationDefaults
 from ramet.runtime.models.load import LoadedModel
 from ramet.runtime.models.weights import Weights, expected_tensors
-from ramet.runtime.types import Grammar, Request, SamplingParams
+from ramet.runtime.types import Grammar, Request, SamplingParams, Sequence
 
 QWEN = {
     "architectures": ["Qwen3ForCausalLM"], "hidden_size": 4096, "intermediate_size": 12_288, "num_hidden_layers": 36,
@@ -69,6 +69,7 @@ class Walk:
         self.core, self.device, self.vocabulary = core, device, vocabulary
         self.numbers = np.random.default_rng(0)
         self.num_requests = 0
+        self.sequences: list[Sequence] = []  # of the phase that runs
 
     def add(
         self,
@@ -85,7 +86,8 @@ class Walk:
         prompt = np.concatenate([np.arange(100, 100 + prefix), new]).astype(np.int32)
         params = SamplingParams(**sampling)
         name = f"r{self.num_requests}"
-        self.core.add(Request(name, prompt, params, max_tokens, grammar=grammar, score_from=score_from))
+        request = Request(name, prompt, params, max_tokens, grammar=grammar, score_from=score_from)
+        self.sequences.append(self.core.add(request))
 
     def run(self, name: str) -> None:
         device, core = self.device, self.core
@@ -94,8 +96,10 @@ class Walk:
         while core.has_work:
             core.step()
         core.check_integrity()
-        if core.errors:
-            raise next(iter(core.errors.values()))
+        errors = [sequence.error for sequence in self.sequences if sequence.error is not None]
+        if errors:
+            raise errors[0]
+        self.sequences.clear()
         waits = {what: count for (phase, what), count in device.waits.items() if phase == name}
         print(
             f"    {name:10} {core.num_steps - steps:4d} steps, {device.replays - replays:4d} graphs, "

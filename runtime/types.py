@@ -155,7 +155,7 @@ class Sequence:
     """A running request. Owner: the scheduler; everyone else reads.
 
     `page_ids`: pages in path order. The first `num_shared_pages` belong to the radix tree and are kept by the lock on
-    `node`; the rest belong to this sequence.
+    `node`; the rest belong to this sequence. `error`: why it ended with FinishReason.ERROR.
     """
 
     request: Request
@@ -169,6 +169,7 @@ class Sequence:
     slot: int | None = None
     status: Status = Status.WAITING
     finish_reason: FinishReason | None = None
+    error: Exception | None = None
     num_preemptions: int = 0
     first_scheduled_s: float | None = None
 

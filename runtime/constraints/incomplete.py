@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from ramet.errors import GrammarError
-from ramet.runtime.types import Grammar, Sequence
+from ramet.runtime.types import FinishReason, Grammar, Sequence
 
 
-def why_incomplete(sequence: Sequence, grammar: Grammar, state: int | None) -> str | None:
-    """Say why a text that ended in `state` (None: past its end) is not in the grammar's language; None where it is.
+def why_incomplete(sequence: Sequence) -> str | None:
+    """Say why the text of a sequence that was cut is no text of its grammar; None where it is one, or was not cut.
 
-    Costs as much as finding the grammar's shortest text, once a grammar.
+    Walks through the output once. The first call for a grammar also finds its shortest text.
     """
+    grammar = sequence.request.grammar
+    if grammar is None or sequence.finish_reason is not FinishReason.LENGTH:
+        return None
+    state = state_after(grammar, sequence.output_ids)
     if state is None or grammar.is_accepting(state):
         return None
     limit = sequence.request.max_tokens
@@ -25,7 +29,7 @@ def why_incomplete(sequence: Sequence, grammar: Grammar, state: int | None) -> s
 
 
 def state_after(grammar: Grammar, tokens: list[int]) -> int | None:
-    """The state behind a text, None past an end token."""
+    """The state behind a text; None past an end token, which a request may ignore."""
     state: int | None = 0
     for token in tokens:
         state = None if state is None else grammar.advance(state, token)

@@ -20,6 +20,7 @@ import numpy as np
 
 from ramet.errors import EngineStopped, InvalidRequest, RametError, RequestCancelled
 from ramet.runtime.cache.probe import Difference, differences
+from ramet.runtime.constraints.incomplete import why_incomplete
 from ramet.runtime.engine.compiled_code import OnStage, prepare_compiled_code
 from ramet.runtime.engine.config import EngineConfig
 from ramet.runtime.engine.core import EngineCore, SequenceUpdate
@@ -86,7 +87,7 @@ class Engine:
         self._core: EngineCore = build_core(self.model, config)
         self.context_length = self._core.context_length
         wanted = config.context_length or self.model.config.max_position_embeddings
-        self.device_grammars = self._core.runner.device_grammars  # for whoever compiles grammars; None: host masks
+        self.device_grammars = self._core.grammars.device_grammars  # for whoever compiles grammars; None: host masks
         self._streams: dict[Sequence, _Stream] = {}
         self._by_id: dict[str, Sequence] = {}
         self._commands: deque[Callable[[], None]] = deque()
@@ -345,7 +346,7 @@ class Engine:
             if sequence.finish_reason is FinishReason.ABORT:
                 error = RequestCancelled(f"request {stream.request.request_id} passed its deadline")
             elif sequence.finish_reason is FinishReason.ERROR:
-                cause = self._core.errors.pop(sequence, None)
+                cause = sequence.error
                 error = (
                     cause if isinstance(cause, RametError) else EngineStopped(f"the request's step failed: {cause!r}")
                 )
@@ -405,7 +406,7 @@ class Engine:
                     "first_token_s": first_s - stream.submitted_s,
                     "total_s": now_s - stream.submitted_s,
                 },
-                incomplete=self._core.incomplete.pop(sequence, None),
+                incomplete=why_incomplete(sequence),
             ),
         )
 

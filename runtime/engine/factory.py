@@ -16,6 +16,7 @@ from ramet.kernels.sampling.logit_edits import EditTables
 from ramet.runtime.cache.page_pool import PagePool
 from ramet.runtime.cache.radix_cache import RadixCache
 from ramet.runtime.constraints.device_grammars import MAX_STATES, MAX_TRANSITIONS, DeviceGrammars
+from ramet.runtime.constraints.states import GrammarStates
 from ramet.runtime.engine.config import EngineConfig
 from ramet.runtime.engine.core import EngineCore
 from ramet.runtime.models.batch_invariant import apply_batch_invariance
@@ -106,7 +107,6 @@ def build_core(model: LoadedModel, config: EngineConfig) -> EngineCore:
             device=device,
             max_kv_len=context,
             arena=arena,
-            device_grammars=None if arena is None else make_device_grammars(model),
             edits=edits,
             tree=tree,
             is_deterministic=config.deterministic and device.type == "cuda",
@@ -129,12 +129,14 @@ def build_core(model: LoadedModel, config: EngineConfig) -> EngineCore:
         (num_pages - 1) * config.page_size,
         context,
     )
+    grammars = GrammarStates(
+        model.config.vocab_size,
+        runner.computes_run,
+        arena=arena,
+        device_grammars=None if arena is None else make_device_grammars(model),
+    )
     return EngineCore(
-        scheduler,
-        runner,
-        overlap=config.overlap and device.type == "cuda",
-        vocab_words=-(-model.config.vocab_size // 32),
-        context_length=context,
+        scheduler, runner, grammars, overlap=config.overlap and device.type == "cuda", context_length=context
     )
 
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 import heapq
 import logging
 import time
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Callable, Iterable
 from math import ceil
 
 from ramet.errors import ContextOverflow, InvalidRequest, Overloaded
@@ -62,7 +62,7 @@ class Scheduler:
         self._free_slots = list(range(config.max_running))
         self._deadlines: list[tuple[float, int, Sequence]] = []
         self._num_deadlines = 0
-        self.held: Set[Sequence] = frozenset()  # whose next step is planned only when the last one's token is known
+        self.held: set[Sequence] = set()  # see `hold`; others only read it
         self._may_admit = False  # something changed since admission last came to its end
         self._copies: list[PageCopy] = []
         self._finish_interval_s = 0.1  # moving average
@@ -127,7 +127,19 @@ class Scheduler:
         self.finish(sequence, FinishReason.ABORT)
         return True
 
-    def finish(self, sequence: Sequence, reason: FinishReason, num_output_tokens: int | None = None) -> None:
+    def hold(self, sequence: Sequence) -> None:
+        """From now on plan a live sequence's next step only when its last token is known."""
+        assert not sequence.is_finished, f"{sequence.request.request_id} is finished already"
+        self.held.add(sequence)
+
+    def finish(
+        self,
+        sequence: Sequence,
+        reason: FinishReason,
+        num_output_tokens: int | None = None,
+        *,
+        error: Exception | None = None,
+    ) -> None:
         """End a live sequence now, keeping its first `num_output_tokens` output tokens (None: all).
 
         What it computed goes to the cache, except with FinishReason.ERROR: what failed may be anything.
@@ -140,7 +152,8 @@ class Scheduler:
         else:
             self._waiting.remove(sequence)
         sequence.status = Status.FINISHED
-        sequence.finish_reason = reason
+        sequence.finish_reason, sequence.error = reason, error
+        self.held.discard(sequence)
         self._service.add(sequence.request.program_id, len(sequence.output_ids))
         self._finish_interval_s += 0.05 * (self._clock() - self._last_finish_s - self._finish_interval_s)
         self._last_finish_s = self._clock()
@@ -158,11 +171,11 @@ class Scheduler:
                 expired.append(sequence)
         return expired
 
-    def fail_running(self) -> list[Sequence]:
+    def fail_running(self, error: Exception) -> list[Sequence]:
         """End every running sequence with ERROR and empty the cache: a step failed, its pages may hold anything."""
         failed = list(self._running)
         for sequence in failed:
-            self.finish(sequence, FinishReason.ERROR)
+            self.finish(sequence, FinishReason.ERROR, error=error)
         self.cache.flush()
         return failed
 

@@ -26,7 +26,6 @@ from ramet.kernels.sampling.logprobs import compute_logprobs
 from ramet.kernels.sampling.sample import sample
 from ramet.kernels.slots.copy_pages import copy_pages
 from ramet.kernels.slots.tables import COLUMNS, DecodeInputs, commit_decode, prepare_decode, scatter_rows
-from ramet.runtime.constraints.device_grammars import DeviceGrammars
 from ramet.runtime.models.config import ModelConfig
 from ramet.runtime.models.context import ForwardContext
 from ramet.runtime.models.decoder import Decoder
@@ -66,7 +65,6 @@ class ModelRunner:
         device: torch.device,
         max_kv_len: int,
         arena: GrammarArena | None = None,
-        device_grammars: DeviceGrammars | None = None,
         edits: LogitEdits | None = None,
         tree: TreePlanner | None = None,
         is_deterministic: bool = False,
@@ -84,7 +82,6 @@ class ModelRunner:
         self.slots = slots
         self.tables = slots.tables
         self.arena = arena
-        self.device_grammars = device_grammars
         self.edits = edits
         self.tree = tree
         self.is_deterministic = is_deterministic

@@ -13,6 +13,7 @@ from ramet.grammar import Vocabulary
 from ramet.grammar.service.sources import compile_constraint
 from ramet.kernels.grammar.arena import GrammarArena
 from ramet.kernels.grammar.mask import TokenTable
+from ramet.runtime.constraints.states import GrammarStates
 from ramet.runtime.engine.core import SequenceUpdate
 from ramet.runtime.engine.engine import Engine
 from ramet.runtime.engine.factory import make_device_grammars
@@ -42,10 +43,12 @@ def make_engine(model: LoadedModel, *, on_device: bool) -> Engine:
         tokens = TokenTable.create(
             tokenizer.token_bytes, tokenizer.eos_ids, tokenizer.special_ids, tokenizer.vocab_size, "cpu"
         )
-        runner = engine._core.runner
+        core, runner = engine._core, engine._core.runner
         arena = GrammarArena(tokens, 8, max_states=4096, max_transitions=1 << 18, max_mask_rows=512)
         runner.arena = arena
-        runner.device_grammars = make_device_grammars(model)
+        core.grammars = GrammarStates(
+            tokenizer.vocab_size, runner.computes_run, arena=arena, device_grammars=make_device_grammars(model)
+        )
         runner.sampling = runner.tables.sampling(arena.mask_index, arena.mask_rows)
     return engine
 
@@ -223,8 +226,7 @@ def test_a_torch_device_without_an_arena_masks_on_the_host(tiny_model: LoadedMod
         assert engine._core.runner.arena is None
         assert engine._core.runner.device == torch.device("cpu")
         engine.submit("x", SamplingParams(max_tokens=40, seed=1), grammar=grammars[0]).result(timeout_s=60)
-        assert not engine._core._grammar_states
-        assert not engine._core._on_host
+        assert not engine._core.scheduler.held
 
 
 @pytest.mark.parametrize("max_tokens", [9, 11, 14])
@@ -239,7 +241,7 @@ def test_the_device_closes_a_small_budget_as_the_host_does(
                 result = engine.submit("x", sampling, grammar=grammar).result(timeout_s=60)
                 assert re.fullmatch(pattern, result.text), (pattern, result.text)
                 assert len(result.token_ids) <= max_tokens
-        assert not engine._core._grammar_states
+        assert not engine._core.scheduler.held
 
 
 def test_a_budget_that_no_text_fits_is_left_alone_on_the_device(
@@ -267,7 +269,6 @@ def test_a_text_that_its_budget_cannot_hold_says_what_it_would_take(
                 assert is_whole or result.finish_reason is FinishReason.LENGTH
                 assert result.incomplete is None or f"takes {needed:,} tokens" in result.incomplete
                 assert f"({max_tokens:,})" in (result.incomplete or f"({max_tokens:,})")
-        assert not engine._core.incomplete
 
 
 def test_a_whole_text_that_could_go_on_is_complete(tiny_model: LoadedModel) -> None:

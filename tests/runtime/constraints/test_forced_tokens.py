@@ -12,6 +12,7 @@ import pytest
 from ramet import Engine
 from ramet.grammar import Vocabulary
 from ramet.grammar.service.sources import compile_constraint
+from ramet.runtime.constraints.host_automaton import HostAutomaton
 from ramet.runtime.models.linear_cpu import CpuFeatures
 from ramet.runtime.models.load import LoadedModel
 from ramet.runtime.types import SamplingParams
@@ -40,12 +41,13 @@ def both(engine: Engine, grammar: Any, sampling: SamplingParams) -> tuple[Any, A
     """Results and steps with forced tokens appended, and decoded."""
     found = []
     for appends in (True, False):
-        engine._core.appends_forced = appends
-        engine.flush_cache()
-        before = engine._core.num_steps
-        result = engine.generate("Data: ", sampling, grammar=grammar)
+        with pytest.MonkeyPatch.context() as patch:
+            if not appends:
+                patch.setattr(HostAutomaton, "forced_run", lambda automaton, token: [])
+            engine.flush_cache()
+            before = engine._core.num_steps
+            result = engine.generate("Data: ", sampling, grammar=grammar)
         found.append((result, engine._core.num_steps - before))
-    engine._core.appends_forced = True
     engine.check_integrity()
     (first, steps), (second, steps_decoded) = found
     return first, second, steps, steps_decoded

@@ -11,6 +11,7 @@ import torch
 
 from ramet.runtime.cache.page_pool import PagePool
 from ramet.runtime.cache.radix_cache import RadixCache
+from ramet.runtime.constraints.states import GrammarStates
 from ramet.runtime.engine.config import EngineConfig
 from ramet.runtime.engine.core import EngineCore
 from ramet.runtime.engine.factory import scheduler_config
@@ -74,8 +75,8 @@ def make_core(
     scheduler = Scheduler(scheduler_config(settings, CONTEXT, torch.device("cpu")), pool, RadixCache(pool))
     slots = RunningSlots(running, CONTEXT // 16, device=CPU)
     runner = ModelRunner(decoder, kv_cache, slots, device=CPU, max_kv_len=CONTEXT)
-    words = -(-VOCAB // 32)
-    return EngineCore(scheduler, runner, overlap=overlap, vocab_words=words, context_length=CONTEXT)
+    grammars = GrammarStates(VOCAB, runner.computes_run)
+    return EngineCore(scheduler, runner, grammars, overlap=overlap, context_length=CONTEXT)
 
 
 def prompt(seed: int, length: int) -> list[int]:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -14,7 +16,7 @@ from ramet.runtime.testing.simulation import (
     make_request,
     make_simulation,
 )
-from ramet.runtime.types import Batch, FinishReason, Request, RowOutput, Sequence, Status
+from ramet.runtime.types import Batch, FinishReason, Request, RowOutput, SamplingParams, Sequence, Status
 
 
 def run_all(engine: SimulatedEngine, requests: list[Request]) -> list[Sequence]:
@@ -77,7 +79,7 @@ def test_a_step_may_be_scheduled_before_the_last_one_is_read() -> None:
 
 def test_a_held_sequence_is_in_every_second_step_and_the_others_in_all() -> None:
     scheduler = make_simulation().scheduler
-    scheduler.held = {scheduler.add(make_request("held", range(5), 4))}
+    scheduler.hold(scheduler.add(make_request("held", range(5), 4)))
     scheduler.add(make_request("free", range(50, 55), 6))
     batches, names = [scheduler.schedule()], []
     for _ in range(5):
@@ -289,7 +291,7 @@ def test_a_stop_token_ends_a_sequence_and_what_it_computed_is_cached(overlap: bo
 def test_a_stop_token_before_min_tokens_does_not_end() -> None:
     scheduler = make_simulation().scheduler
     request = make_request("a", range(3), 5, stop_ids=(9,))
-    object.__setattr__(request.sampling, "min_tokens", 2)
+    request = replace(request, sampling=SamplingParams(min_tokens=2))
     sequence = scheduler.add(request)
     for _ in range(2):
         batch = scheduler.schedule()
@@ -353,7 +355,9 @@ def test_a_failed_step_ends_what_runs_and_caches_nothing_of_it() -> None:
     engine = make_simulation(max_running=2)
     sequences = [engine.scheduler.add(make_request(f"r{i}", range(100 * i, 100 * i + 9), 5)) for i in range(3)]
     engine.scheduler.schedule()
-    assert engine.scheduler.fail_running() == sequences[:2]
+    error = RuntimeError("the step")
+    assert engine.scheduler.fail_running(error) == sequences[:2]
+    assert [s.error for s in sequences] == [error, error, None]
     assert engine.scheduler.cache.num_cached_pages == 0
     assert sequences[0].finish_reason is FinishReason.ERROR
     engine.run()

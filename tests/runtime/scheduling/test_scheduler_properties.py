@@ -49,8 +49,7 @@ def drive(engine: SimulatedEngine, rng: random.Random, clock: list[float], num_o
             )
             sequences.append(engine.scheduler.add(request))
             if rng.random() < 0.3:
-                held = {*engine.scheduler.held, sequences[-1]}
-                engine.scheduler.held = {sequence for sequence in held if not sequence.is_finished}
+                engine.scheduler.hold(sequences[-1])
         elif kind < 0.36 and live:
             victim = rng.choice(live)
             assert engine.scheduler.abort(victim.request.request_id)

@@ -21,6 +21,7 @@ from ramet.kernels.grammar.mask import TokenTable
 from ramet.kernels.layers import activation
 from ramet.kernels.sampling.logit_edits import EditTables
 from ramet.kernels.triton_support import HAS_TRITON
+from ramet.runtime.constraints.states import GrammarStates
 from ramet.runtime.engine.core import SequenceUpdate
 from ramet.runtime.engine.engine import Engine
 from ramet.runtime.engine.factory import make_device_grammars
@@ -159,7 +160,9 @@ def make_engine(model: LoadedModel, *, graphs: bool, num_edits: int = 2) -> Engi
         )
         arena = GrammarArena(tokens, 2, max_states=64, max_transitions=1 << 12, max_mask_rows=32)
         runner.arena = arena
-        runner.device_grammars = make_device_grammars(model)
+        engine._core.grammars = GrammarStates(
+            tokenizer.vocab_size, runner.computes_run, arena=arena, device_grammars=make_device_grammars(model)
+        )
         runner.edits = LogitEdits(EditTables.create(num_edits, tokenizer.vocab_size))
         runner.sampling = runner.tables.sampling(arena.mask_index, arena.mask_rows, runner.edits.tables)
         runner.capture_graphs(16, Record())

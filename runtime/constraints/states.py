@@ -1,0 +1,175 @@
+"""Which automaton state every constrained sequence is in, and what that means for a step.
+
+A closed grammar runs on the device: its tables lie in the arena, and steps mask, advance and finish its sequences
+without the host. All other grammars run on the host, where each of their sequences has a `HostAutomaton`.
+
+Steps ask the host's grammars for work in two methods only, `masks` and `advance`. That is where such work can be
+limited.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+import numpy as np
+
+from ramet.errors import GrammarTooLarge
+from ramet.kernels.grammar.arena import FREE_STATE, GrammarArena
+from ramet.runtime.constraints.device_grammars import DeviceGrammars
+from ramet.runtime.constraints.host_automaton import HostAutomaton
+from ramet.runtime.constraints.incomplete import state_after
+from ramet.runtime.steps.launched_step import HostMasks, LaunchedStep
+from ramet.runtime.types import Batch, Grammar, RowOutput, ScheduledSequence, Sequence
+
+logger = logging.getLogger(__name__)
+
+# Whether a row's known tokens are better computed in one step: (their number, rows of the step, the row's KV length).
+ComputesRun = Callable[[int, int, int], bool]
+
+
+class GrammarStates:
+    """The grammar states of one engine's sequences. Called on the engine's thread.
+
+    A grammar that raises ends its own request only: its error waits in `take_failures`.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        computes_run: ComputesRun,
+        *,
+        arena: GrammarArena | None = None,
+        device_grammars: DeviceGrammars | None = None,
+    ) -> None:
+        """`arena` and `device_grammars` belong together; without them the host masks all grammars."""
+        self.device_grammars = device_grammars
+        self._arena = arena
+        self._computes_run = computes_run
+        self._num_words = -(-vocab_size // 32)
+        self._on_host: dict[Sequence, HostAutomaton] = {}
+        self._on_device: dict[Sequence, int] = {}  # to the arena's number of their grammar's state 0
+        self._failures: dict[Sequence, Exception] = {}
+
+    def add(self, sequence: Sequence) -> None:
+        """Take in a new sequence: on the device where its grammar is closed and has room, else on the host."""
+        grammar = sequence.request.grammar
+        if grammar is None:
+            return
+        base = self._acquire(grammar)
+        if base is None:
+            self._on_host[sequence] = HostAutomaton(sequence, grammar)
+        else:
+            self._on_device[sequence] = base
+
+    def release(self, sequence: Sequence) -> None:
+        """Forget a sequence that has ended. Nothing happens where it is not known."""
+        self._on_host.pop(sequence, None)
+        if self._on_device.pop(sequence, None) is not None:
+            assert self._arena is not None
+            assert sequence.request.grammar is not None
+            self._arena.release(sequence.request.grammar)
+
+    def is_on_host(self, sequence: Sequence) -> bool:
+        """True where the host masks the sequence, so that it must know each token before the next step."""
+        return sequence in self._on_host
+
+    def take_failures(self) -> dict[Sequence, Exception]:
+        """The errors of grammars since the last call; their sequences are to be ended."""
+        failures, self._failures = self._failures, {}
+        return failures
+
+    # --- a step
+
+    def masks(self, batch: Batch) -> HostMasks | None:
+        """Masks of the rows that sample; None where the host masks none of them."""
+        if not self._on_host:
+            return None
+        sampled = [item.sequence for item in batch.items if item.samples]
+        rows = [row for row, sequence in enumerate(sampled) if sequence in self._on_host]
+        if not rows:
+            return None
+        words = np.full((len(sampled), self._num_words), -1, dtype=np.int32)
+        for row in rows:
+            try:
+                self._on_host[sampled[row]].fill_mask(words[row])
+            except Exception as error:
+                words[row] = -1
+                self._failures[sampled[row]] = error
+        return HostMasks(rows, words)
+
+    def arena_states(self, items: Iterable[ScheduledSequence]) -> list[int] | None:
+        """The arena's state of each row that joins: where its text so far has led. None where none is constrained."""
+        arena = self._arena
+        if arena is None or not (self._on_device or self._on_host):
+            return None
+        return [self._arena_state(arena, item.sequence) for item in items]
+
+    def advance(
+        self, launched: LaunchedStep, outputs: list[RowOutput]
+    ) -> tuple[list[RowOutput], list[tuple[int, int]]]:
+        """Advance the host's automata by a step's tokens.
+
+        Returns the outputs, in which some tokens are replaced so that their texts can be finished and others are
+        followed by forced ones; and (slot, token) of the replaced ones, which the device must be told.
+        """
+        if not self._on_host:
+            return outputs, []
+        result, replaced = list(outputs), []
+        num_sampled = 0
+        for i, (item, output) in enumerate(zip(launched.batch.items, outputs, strict=True)):
+            sequence, row = item.sequence, num_sampled
+            num_sampled += item.samples
+            automaton = self._on_host.get(sequence)
+            if automaton is None or not output.token_ids or sequence.is_finished:
+                continue
+            (sampled,) = output.token_ids
+            try:
+                token, *run = self._advance(automaton, sampled, len(outputs))
+            except Exception as error:
+                self._failures[sequence] = error
+                continue
+            if token != sampled:
+                logprobs = None if output.logprobs is None else (launched.logprob(row, token),)
+                result[i] = replace(output, token_ids=(token,), logprobs=logprobs)
+                assert sequence.slot is not None
+                replaced.append((sequence.slot, token))
+            if run:
+                result[i] = RowOutput((token, *run))
+        return result, replaced
+
+    def _advance(self, automaton: HostAutomaton, sampled: int, num_rows: int) -> list[int]:
+        """The token that is taken, and the tokens that are appended to it because they must follow.
+
+        A forced run that would gain nothing in a step of `num_rows` is left to decoding, which gives the same tokens.
+        """
+        token = automaton.take(sampled)
+        run = automaton.forced_run(token)
+        if not run or not self._computes_run(len(run), num_rows, automaton.sequence.num_tokens + 1):
+            return [token]
+        automaton.append(run)
+        return [token, *run]
+
+    # --- the device
+
+    def _acquire(self, grammar: Grammar) -> int | None:
+        """The arena's number of the grammar's state 0; None where it is open, or there is no arena or no room in it."""
+        tables = None if self.device_grammars is None else self.device_grammars.prepare(grammar)
+        if self._arena is None or tables is None:
+            return None
+        try:
+            return self._arena.acquire(grammar, tables)
+        except GrammarTooLarge as error:
+            logger.info("the host computes the masks of a grammar: %s", error)
+            return None
+
+    def _arena_state(self, arena: GrammarArena, sequence: Sequence) -> int:
+        if sequence in self._on_host:
+            assert sequence.slot is not None
+            return arena.host_state(sequence.slot)
+        base, grammar = self._on_device.get(sequence), sequence.request.grammar
+        if base is None or grammar is None:
+            return FREE_STATE
+        state = state_after(grammar, sequence.output_ids)  # after a preemption there are some
+        return arena.final_state if state is None else base + state
