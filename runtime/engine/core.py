@@ -65,7 +65,10 @@ class EngineCore:
 
     def abort(self, request_id: str) -> bool:
         """Finish a request now, by its exact id; its pages are free when this returns. False where there is none."""
-        return self.scheduler.abort(request_id)
+        sequence = self.scheduler.abort(request_id)
+        if sequence is not None:
+            self._release(sequence)
+        return sequence is not None
 
     def finish(self, sequence: Sequence, reason: FinishReason, num_output_tokens: int | None = None) -> None:
         """End a sequence for a reason that only text shows (a stop string), keeping its first output tokens."""

@@ -119,13 +119,12 @@ class Scheduler:
         self._enqueue(sequence)
         return sequence
 
-    def abort(self, request_id: str) -> bool:
-        """Finish a request now; its pages and slot are free when this returns. False where no such id is live."""
+    def abort(self, request_id: str) -> Sequence | None:
+        """Finish a request now; its pages and slot are free when this returns. None where no such id is live."""
         sequence = self._sequences.get(request_id)
-        if sequence is None:
-            return False
-        self.finish(sequence, FinishReason.ABORT)
-        return True
+        if sequence is not None:
+            self.finish(sequence, FinishReason.ABORT)
+        return sequence
 
     def hold(self, sequence: Sequence) -> None:
         """From now on plan a live sequence's next step only when its last token is known."""

@@ -36,7 +36,7 @@ def grammars(tiny_model: LoadedModel) -> list[Grammar]:
     return list(compiled)
 
 
-def make_engine(model: LoadedModel, *, on_device: bool) -> Engine:
+def make_engine(model: LoadedModel, *, on_device: bool, max_grammars: int = 256) -> Engine:
     engine = Engine(model, num_kv_tokens=4096, max_running_requests=8)
     if on_device:
         tokenizer = model.tokenizer
@@ -44,7 +44,8 @@ def make_engine(model: LoadedModel, *, on_device: bool) -> Engine:
             tokenizer.token_bytes, tokenizer.eos_ids, tokenizer.special_ids, tokenizer.vocab_size, "cpu"
         )
         core, runner = engine._core, engine._core.runner
-        arena = GrammarArena(tokens, 8, max_states=4096, max_transitions=1 << 18, max_mask_rows=512)
+        limits = {"max_states": 4096, "max_transitions": 1 << 18, "max_mask_rows": 512, "max_grammars": max_grammars}
+        arena = GrammarArena(tokens, 8, **limits)
         runner.arena = arena
         core.grammars = GrammarStates(
             tokenizer.vocab_size, runner.computes_run, arena=arena, device_grammars=make_device_grammars(model)
@@ -304,3 +305,18 @@ def test_a_preempted_sequence_that_ignores_end_tokens_goes_on_past_one(tiny_mode
         assert len(result.token_ids) == 8
         assert result.finish_reason is FinishReason.LENGTH
         assert engine.stats()["num_preemptions"] > 0
+
+
+def test_an_aborted_sequence_leaves_its_grammars_place_on_the_device(
+    tiny_model: LoadedModel, grammars: list[Grammar], caplog: pytest.LogCaptureFixture
+) -> None:
+    first, second = grammars[:2]
+    with make_engine(tiny_model, on_device=True, max_grammars=1) as engine, caplog.at_level("INFO"):
+        started = threading.Event()
+        handle = engine.submit(
+            "x", SamplingParams(max_tokens=400, ignore_eos=True), grammar=first, on_output=lambda output: started.set()
+        )
+        assert started.wait(60)
+        handle.cancel()
+        engine.submit("x", SamplingParams(max_tokens=40), grammar=second).result(timeout_s=60)
+        assert "the host computes the masks" not in caplog.text

@@ -1,0 +1,129 @@
+"""One automaton walked by the host: texts stay finishable, and forced tokens are known."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ramet.grammar import Vocabulary
+from ramet.grammar.service.sources import compile_constraint
+from ramet.runtime.constraints.host_automaton import HostAutomaton
+from ramet.runtime.constraints.states import GrammarStates
+from ramet.runtime.testing.byte_tokenizer import ByteTokenizer
+from ramet.runtime.types import Batch, Grammar, Request, SamplingParams, ScheduledSequence, Sequence
+
+TOKENIZER = ByteTokenizer()
+END = min(TOKENIZER.eos_ids)
+
+
+def compiled(pattern: str) -> Grammar:
+    words = Vocabulary(TOKENIZER.token_bytes, TOKENIZER.eos_ids, TOKENIZER.special_ids, TOKENIZER.vocab_size)
+    return compile_constraint("regex", pattern, words)
+
+
+def automaton(pattern: str, max_tokens: int, stop_ids: frozenset[int] = TOKENIZER.eos_ids) -> HostAutomaton:
+    grammar = compiled(pattern)
+    prompt = np.zeros(3, dtype=np.int32)
+    request = Request("r", prompt, SamplingParams(), max_tokens, stop_ids=stop_ids, grammar=grammar)
+    return HostAutomaton(Sequence(request), grammar)
+
+
+def write(walked: HostAutomaton, text: str) -> str:
+    """The text that is kept where a model wants to write `text`."""
+    kept = b""
+    for wanted in text.encode():
+        token = walked.take(wanted)
+        walked.sequence.output_ids.append(token)
+        kept += TOKENIZER.token_bytes[token]
+    return kept.decode()
+
+
+def test_a_token_that_leaves_no_room_is_replaced_by_the_way_to_the_end() -> None:
+    assert write(automaton("a{1,9}xyz", max_tokens=9), "aaaaaxyz") == "aaaaaxyz"
+    assert write(automaton("a{1,9}xyz", max_tokens=6), "aaaaaa") == "aaaxyz"
+
+
+def test_a_whole_text_that_any_token_would_break_is_ended() -> None:
+    walked = automaton("a(bcdef)?", max_tokens=4)
+    assert walked.take(ord("a")) == ord("a")
+    walked.sequence.output_ids.append(ord("a"))
+    assert walked.take(ord("b")) == END
+
+
+def test_a_text_that_cannot_be_finished_is_left_alone_from_then_on() -> None:
+    walked = automaton("a{1,9}xyz", max_tokens=3)
+    assert write(walked, "aaa") == "aaa"
+    assert not walked.can_finish
+
+
+def test_an_end_token_does_not_move_the_automaton() -> None:
+    walked = automaton("ab?", max_tokens=9)
+    walked.take(ord("a"))
+    state = walked.state
+    assert walked.take(END) == END
+    assert walked.state == state
+
+
+def test_past_an_ignored_end_token_everything_is_allowed() -> None:
+    walked = automaton("ab?", max_tokens=9, stop_ids=frozenset())
+    walked.take(ord("a"))
+    walked.take(END)
+    row = np.full(9, -1, dtype=np.int32)
+    walked.fill_mask(row)
+    assert (row == -1).all()
+    assert walked.forced_run(END) == []
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "stop_ids", "run"),
+    [
+        (20, TOKENIZER.eos_ids, "bcdef"),
+        (4, TOKENIZER.eos_ids, "bcd"),
+        (20, frozenset(b"d"), "bcd"),
+        (1, frozenset(), ""),
+    ],
+)
+def test_a_forced_run_ends_with_the_budget_and_with_a_stop_token(
+    max_tokens: int, stop_ids: frozenset[int], run: str
+) -> None:
+    walked = automaton("(ab|b)cdef", max_tokens, stop_ids)
+    walked.can_finish = False  # nothing is replaced
+    walked.take(ord("a"))
+    assert bytes(walked.forced_run(ord("a"))).decode() == run
+
+
+def test_a_run_that_was_appended_has_been_walked() -> None:
+    walked = automaton("abc(d|e)", max_tokens=20)
+    walked.take(ord("a"))
+    walked.append(walked.forced_run(ord("a")))
+    assert walked.state is not None
+    assert walked.grammar.advance(walked.state, ord("d")) is not None
+
+
+class Raises:
+    """A grammar that fails when it is asked for a mask."""
+
+    def fill_mask(self, state: int, row: object) -> None:
+        raise ValueError("broken on purpose")
+
+
+def test_a_grammar_that_raises_leaves_the_masks_of_others_alone() -> None:
+    states = GrammarStates(TOKENIZER.vocab_size, lambda *args: False)
+    sequences = [automaton("ab", 5).sequence for _ in range(3)]
+    broken: Any = Raises()
+    sequences[1] = Sequence(replace(sequences[1].request, grammar=broken))
+    for sequence in sequences[:2]:
+        states.add(sequence)
+    items = tuple(ScheduledSequence(sequence, 0, 3, samples=True, is_decode=False) for sequence in sequences)
+    masks = states.masks(Batch(1, items, 0, 9))
+    assert masks is not None
+    assert masks.rows == [0, 1]
+    allowed = [np.flatnonzero(np.unpackbits(row.view(np.uint8), bitorder="little")) for row in masks.words]
+    assert allowed[0].tolist() == [ord("a")]
+    assert len(allowed[1]) == len(allowed[2]) == 32 * masks.words.shape[1]
+    assert list(states.take_failures()) == [sequences[1]]
+    assert not states.take_failures()
+    assert states.arena_states(items) is None
