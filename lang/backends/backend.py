@@ -5,80 +5,21 @@ Not here: other machines (remote.py) and other engines (openai.py).
 
 from __future__ import annotations
 
-import itertools
-import math
 import threading
-import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar, Token
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, Self, TypeAlias, cast, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, Self, cast, runtime_checkable
 
-from ramet.errors import ConfigError, InvalidRequest
-from ramet.lang.graph.ir import Graph, NodeEvent, is_json
+from ramet.errors import ConfigError
+from ramet.lang.graph.ir import Graph
+from ramet.lang.graph.options import ProgramOptions
+from ramet.lang.graph.run import OnEvent
 
 if TYPE_CHECKING:
     from ramet.runtime.programs.engine import ProgramEngine
     from ramet.runtime.testing.scripted_model import Script, ScriptedEngine, ScriptedStats
-
-MAX_PRIORITY = 2**31 - 1
-MAX_TIMEOUT_S = 1e9  # threads can't wait for any number of seconds
-
-OnEvent: TypeAlias = Callable[[NodeEvent], None]
-
-
-@dataclass(frozen=True, slots=True)
-class ProgramOptions:
-    """What holds for a whole run of a program.
-
-    `deadline_s`: seconds of time.monotonic(). Lower `priority` runs first. `token_budget`: tokens that all generations
-    together may write. `cache_salt`: prefixes are shared only with runs of the same salt. `text_events`: report text as
-    it is generated, not only when a node is done.
-
-    Raises:
-        InvalidRequest: a value that no runtime can work with.
-    """
-
-    program: str = "program"
-    deadline_s: float | None = None
-    token_budget: int | None = None
-    priority: int = 0
-    cache_salt: str = ""
-    text_events: bool = False
-
-    def __post_init__(self) -> None:
-        def check(ok: bool, name: str, limit: str) -> None:
-            if not ok:
-                value = getattr(self, name)
-                raise InvalidRequest(f"{self.program}: {name} is {value!r}, but must be {limit}", param=name)
-
-        check(
-            _is_int(self.priority) and abs(self.priority) <= MAX_PRIORITY,
-            "priority",
-            f"an integer up to {MAX_PRIORITY}",
-        )
-        check(isinstance(self.cache_salt, str) and is_json(self.cache_salt), "cache_salt", "text that UTF-8 can write")
-        budget = self.token_budget
-        check(budget is None or (_is_int(budget) and budget >= 1), "token_budget", "an integer from 1, or None")
-
-
-def deadline(program: str, timeout_s: float | None) -> float | None:
-    """The moment of time.monotonic() at which a run's time is over. Raises InvalidRequest."""
-    if timeout_s is None:
-        return None
-    is_number = isinstance(timeout_s, int | float) and not isinstance(timeout_s, bool)
-    if not is_number or not math.isfinite(timeout_s) or timeout_s > MAX_TIMEOUT_S:
-        raise InvalidRequest(
-            f"{program}: timeout_s is {timeout_s!r}, but must be seconds up to {MAX_TIMEOUT_S:,.0f}, or None",
-            param="timeout_s",
-        )
-    return time.monotonic() + timeout_s
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 class Session(Protocol):
@@ -121,21 +62,10 @@ class EngineBackend:
 
         self.engine = engine
         self._host = ProgramHost(engine)
-        self._ids = itertools.count()
         self._tokens: list[Token[Backend | None]] = []
 
     def start(self, options: ProgramOptions, on_event: OnEvent) -> Session:
-        from ramet.runtime.programs.engine import ProgramLimits
-
-        limits = ProgramLimits(
-            program_id=f"{options.program}-{next(self._ids)}",
-            cache_salt=options.cache_salt,
-            priority=options.priority,
-            deadline_s=options.deadline_s,
-            token_budget=options.token_budget,
-            text_events=options.text_events,
-        )
-        return self._host.start(on_event, limits)
+        return self._host.start(options, on_event)
 
     def __enter__(self) -> Self:
         self._tokens.append(_scoped.set(self))

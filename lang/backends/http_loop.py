@@ -11,7 +11,6 @@ import contextlib
 import json
 import random
 import threading
-import time
 import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from dataclasses import dataclass
@@ -22,7 +21,6 @@ import msgspec
 from ramet.errors import (
     ConfigError,
     ContextOverflow,
-    DeadlineExceeded,
     EngineStopped,
     GrammarError,
     InvalidProgram,
@@ -33,6 +31,7 @@ from ramet.errors import (
     RequestCancelled,
     from_name,
 )
+from ramet.lang.graph.options import Deadline
 
 if TYPE_CHECKING:
     import httpx
@@ -174,7 +173,7 @@ class HttpLoop:
                 async with asyncio.timeout(deadline.left_s()):
                     return await send(self._here().client)
             except TimeoutError as error:
-                raise DeadlineExceeded("the program's deadline passed") from error
+                raise Deadline.error() from error
             except (RametError, self._httpx.TransportError) as error:
                 found = error if isinstance(error, RametError) else self.unreachable(error)
                 pause_s = retry_pause(found, attempt)
@@ -245,20 +244,6 @@ class _Running:
         self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join()
         self.loop.close()
-
-
-@dataclass(frozen=True, slots=True)
-class Deadline:
-    """`at_s`: of time.monotonic(); None: none."""
-
-    at_s: float | None
-
-    def left_s(self) -> float | None:
-        return None if self.at_s is None else max(0.0, self.at_s - time.monotonic())
-
-    def allows(self, pause_s: float) -> bool:
-        left_s = self.left_s()
-        return left_s is None or pause_s < left_s
 
 
 def encoded(body: object) -> bytes | None:

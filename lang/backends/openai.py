@@ -13,13 +13,16 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any, Literal, Self
 
-from ramet.errors import DeadlineExceeded, InvalidRequest, NotSupported, RametError, RemoteError
-from ramet.lang.backends.backend import Backend, OnEvent, ProgramOptions, use_backend
-from ramet.lang.backends.http_loop import Deadline, HttpLoop, retry_pause
-from ramet.lang.backends.text_program import Prompt, TextSession, Written, messages_json
+from ramet.errors import InvalidRequest, NotSupported, RametError, RemoteError
+from ramet.lang.backends.backend import Backend, use_backend
+from ramet.lang.backends.http_loop import HttpLoop, retry_pause
+from ramet.lang.backends.text_program import Prompt, TextSession, messages_json
 from ramet.lang.graph import ir
+from ramet.lang.graph.options import Deadline, ProgramOptions
+from ramet.lang.graph.run import NodeResult, OnEvent
 
 _PLAIN = ("temperature", "top_p", "frequency_penalty", "presence_penalty", "seed")
 _EXTENSIONS = ("top_k", "min_p", "repetition_penalty", "min_tokens", "ignore_eos", "stop_token_ids")
@@ -99,16 +102,12 @@ class OpenAI:
     # Generations.
 
     async def write(
-        self,
-        prompt: Prompt,
-        node: ir.Generate,
-        max_tokens: int | None,
-        deadline: Deadline,
-        on_text: Callable[[str], None] | None,
-    ) -> Written:
+        self, prompt: Prompt, node: ir.Generate, deadline: Deadline, on_text: Callable[[str], None] | None
+    ) -> NodeResult:
         """One request. Raises NotSupported, and what the server's answer means."""
         path, body = self._place(prompt)
-        body |= self._sampling(node.sampling, max_tokens, is_chat=prompt.is_chat)
+        max_tokens = node.sampling.max_tokens
+        body |= self._sampling(node.sampling, is_chat=prompt.is_chat)
         form = _Form()
         if node.constraint is not None:
             form = self._constrain(body, node.constraint, is_chat=prompt.is_chat)
@@ -151,7 +150,7 @@ class OpenAI:
             raise NotSupported(f"the assistant's message has begun with {begun[-40:]!r}, but {_CONTINUES}")
         return "/chat/completions", body
 
-    def _sampling(self, sampling: ir.Sampling, max_tokens: int | None, *, is_chat: bool) -> dict[str, Any]:
+    def _sampling(self, sampling: ir.Sampling, *, is_chat: bool) -> dict[str, Any]:
         found = {name: value for name in _PLAIN if (value := getattr(sampling, name)) is not None}
         more = {name: value for name in _EXTENSIONS if (value := getattr(sampling, name)) is not None}
         if more and not self._extensions:
@@ -163,8 +162,8 @@ class OpenAI:
             found["logit_bias"] = {str(token): bias for token, bias in sampling.logit_bias}
         if sampling.logprobs is not None:
             found |= {"logprobs": True, "top_logprobs": sampling.logprobs} if is_chat else {"logprobs": 0}
-        if max_tokens is not None:
-            found[self._max_tokens_field if is_chat else "max_tokens"] = max_tokens
+        if sampling.max_tokens is not None:
+            found[self._max_tokens_field if is_chat else "max_tokens"] = sampling.max_tokens
         return found
 
     def _constrain(self, body: dict[str, Any], constraint: ir.Constraint, *, is_chat: bool) -> _Form:
@@ -208,14 +207,14 @@ class OpenAI:
 
     # Selections.
 
-    async def choose(self, prompt: Prompt, node: ir.Select, choices: Sequence[str], deadline: Deadline) -> Written:
+    async def choose(self, prompt: Prompt, node: ir.Select, choices: Sequence[str], deadline: Deadline) -> NodeResult:
         if self._select == "logprobs" and prompt.is_chat:
             raise NotSupported("an endpoint gives no log-probabilities of a chat's choices; select='sample' takes one")
         if self._select == "sample" or prompt.is_chat:
             return await self._sample(prompt, node, choices, deadline)
         return await self._score(prompt, node, choices, deadline)
 
-    async def _sample(self, prompt: Prompt, node: ir.Select, choices: Sequence[str], deadline: Deadline) -> Written:
+    async def _sample(self, prompt: Prompt, node: ir.Select, choices: Sequence[str], deadline: Deadline) -> NodeResult:
         """Let the model write one of the choices."""
         constraint: ir.Constraint | None = ir.Constraint("choice", json.dumps(list(choices), ensure_ascii=False))
         if not prompt.is_chat and not self._extensions:
@@ -224,16 +223,16 @@ class OpenAI:
         limit = max(len(choice.encode()) for choice in choices)
         sampling = ir.Sampling(temperature=node.temperature, seed=node.seed, max_tokens=limit)
         asked = ir.Generate(id=node.id, sampling=sampling, constraint=constraint)
-        written = await self.write(prompt, asked, limit, deadline, None)
+        written = await self.write(prompt, asked, deadline, None)
         text = written.text.strip()
         fitting = [c for c in choices if text == c.strip()] or [c for c in choices if text.startswith(c.strip())]
         if not fitting:
             raise RemoteError(f"the endpoint was to write one of {list(choices)!r}, but wrote {text[:100]!r}")
         index = choices.index(max(fitting, key=len))
         meta = {"index": index, "is_sampled": True}
-        return Written(choices[index], "stop", written.usage, meta, written.first_token_s)
+        return replace(written, text=choices[index], meta=meta)
 
-    async def _score(self, prompt: Prompt, node: ir.Select, choices: Sequence[str], deadline: Deadline) -> Written:
+    async def _score(self, prompt: Prompt, node: ir.Select, choices: Sequence[str], deadline: Deadline) -> NodeResult:
         """Compare the choices' log-probabilities, in one request."""
         from ramet.runtime.programs import choice_scores
 
@@ -261,7 +260,7 @@ class OpenAI:
         scores = choice_scores.scores(node.scorer, tails, values)
         index = choice_scores.choose(scores, node.temperature, node.seed)
         meta = {"index": index, "scores": scores, "probs": choice_scores.probabilities(scores)}
-        return Written(choices[index], "stop", _usage(answer), meta)
+        return NodeResult(choices[index], usage=_usage(answer), meta=meta)
 
     # Requests. On the loop.
 
@@ -270,7 +269,7 @@ class OpenAI:
             self._gate = asyncio.Semaphore(self._max_connections)
         return self._gate
 
-    async def _ask(self, path: str, body: Mapping[str, Any], deadline: Deadline) -> Written:
+    async def _ask(self, path: str, body: Mapping[str, Any], deadline: Deadline) -> NodeResult:
         answer = await self.http.request("POST", path, body, deadline=deadline)
         try:
             choice = answer["choices"][0]
@@ -278,13 +277,14 @@ class OpenAI:
             refusal = (choice.get("message") or {}).get("refusal")
             if refusal:
                 raise RemoteError(f"the endpoint refused: {refusal}")
-            return Written(text, choice.get("finish_reason") or "stop", _usage(answer), _logprobs(choice))
+            reason = choice.get("finish_reason") or "stop"
+            return NodeResult(text, usage=_usage(answer), finish_reason=reason, meta=_logprobs(choice))
         except (LookupError, TypeError) as error:
             raise RemoteError(f"{self.http.url}{path} answered {str(answer)[:200]}") from error
 
     async def _stream(
         self, path: str, body: Mapping[str, Any], deadline: Deadline, on_text: Callable[[str], None]
-    ) -> Written:
+    ) -> NodeResult:
         """`_ask` with the text as it comes. Begun anew only while none has come."""
         asked = {**body, "stream": True, "stream_options": {"include_usage": True}}
         attempt = 0
@@ -298,7 +298,7 @@ class OpenAI:
                         reader.take(json.loads(event.data))
                 return reader.written()
             except TimeoutError as error:
-                raise DeadlineExceeded("the program's deadline passed") from error
+                raise Deadline.error() from error
             except RametError as error:
                 pause_s = retry_pause(error, attempt)
                 if pause_s is None or reader.texts or attempt == self.http.max_retries or not deadline.allows(pause_s):
@@ -321,7 +321,7 @@ class _Form:
         self.is_wrapped = is_wrapped
         self._is_json, self.pattern, self._choices = is_json, pattern, choices
 
-    def read(self, written: Written, stops: Sequence[str]) -> Written:
+    def read(self, written: NodeResult, stops: Sequence[str]) -> NodeResult:
         """Raises RemoteError where the endpoint wrote what it was held not to."""
         text = written.text
         if self.is_wrapped:
@@ -342,7 +342,7 @@ class _Form:
             raise RemoteError(f"the endpoint was to write what matches {self.pattern!r}, but wrote {text[:100]!r}")
         cuts = [at for stop in stops if (at := text.find(stop)) >= 0]
         text = text[: min(cuts)] if cuts else text
-        return Written(text, written.finish_reason, written.usage, written.meta, written.first_token_s)
+        return replace(written, text=text)
 
 
 class _Chunks:
@@ -372,11 +372,12 @@ class _Chunks:
                 self.texts.append(text)
                 self._on_text(text)
 
-    def written(self) -> Written:
+    def written(self) -> NodeResult:
         if self._reason is None:
             raise RemoteError("the answer ended before its last event")
         meta = {"logprobs": self._logprobs} if self._logprobs else None
-        return Written("".join(self.texts), self._reason, self._usage, meta, self._first_s)
+        text = "".join(self.texts)
+        return NodeResult(text, usage=self._usage, finish_reason=self._reason, meta=meta, first_token_s=self._first_s)
 
 
 def _usage(answer: Mapping[str, Any]) -> ir.Usage:

@@ -24,9 +24,11 @@ import msgspec
 
 from ramet.errors import DeadlineExceeded, EngineStopped, ProgramCancelled, RametError, RemoteError
 from ramet.errors import from_name as error_from_name
-from ramet.lang.backends.backend import Backend, OnEvent, ProgramOptions, use_backend
-from ramet.lang.backends.http_loop import Deadline, Event, HttpLoop, retry_pause
+from ramet.lang.backends.backend import Backend, use_backend
+from ramet.lang.backends.http_loop import Event, HttpLoop, retry_pause
 from ramet.lang.graph import ir
+from ramet.lang.graph.options import Deadline, ProgramOptions
+from ramet.lang.graph.run import OnEvent
 
 logger = logging.getLogger(__name__)
 

@@ -281,8 +281,14 @@ class GraphIndex:
         self.arguments: dict[str, int] = {}  # name -> node
         self._named: list[int | None] = []  # nearest node with a name, the node itself included, on its branch
 
-    def add(self, graph: Graph) -> None:
-        """Check one part and append it; nothing is appended where it is wrong. Raises InvalidProgram."""
+    def add(self, graph: Graph, *, is_bound: bool = False) -> None:
+        """Check one part and append it; nothing is appended where it is wrong. Raises InvalidProgram.
+
+        `is_bound`: every argument must have its value, because the graph is to be run.
+        """
+        unbound = [n.name for n in graph.nodes if isinstance(n, Argument) and n.name not in graph.arguments]
+        if is_bound and unbound:
+            raise InvalidProgram(f"argument {unbound[0]!r} has no value; give it when the graph is run")
         if graph.version != VERSION:
             raise InvalidProgram(f"the graph has version {graph.version}, but this Ramet reads version {VERSION}")
         if graph.first != len(self.nodes):

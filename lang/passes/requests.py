@@ -10,12 +10,15 @@ not worth waiting for, and is computed again unless it happens to be there.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from ramet.lang.graph import ir
+from ramet.lang.graph.options import ProgramOptions
+from ramet.lang.graph.run import GraphRun, NodeResult, NodeRun
 from ramet.lang.passes.paths import ZERO, Count, Item, Opaque, Paths, Point, SelectPaths
 
+_NOTHING = NodeResult()
 MAX_ORDERS = 50_000  # nodes times orders that are tried; with more, counts that depend on the order have no limit
 
 
@@ -368,47 +371,30 @@ class _Planner:
                 before = position
 
 
-def run_order(graph: ir.Graph, late: Sequence[int] = ()) -> Iterable[ir.AnyNode]:
+def run_order(graph: ir.Graph, late: Sequence[int] = ()) -> Iterator[ir.AnyNode]:
     """Nodes in the order in which the executor starts them, if generations end in the order in which they began.
 
     `late`: nodes that begin when nothing else can, the first ones first.
     """
-    rank = {node: i for i, node in enumerate(late)}
-    waiting: list[int] = []
-    users: dict[int, list[int]] = {}
-    missing: dict[int, int] = {}
-    ready: deque[int] = deque()
-    for node in graph.nodes:
-        needs = ir.dependencies(node)
-        missing[node.id] = len(needs)
-        for used in needs:
-            users.setdefault(used, []).append(node.id)
-        if not needs:
-            ready.append(node.id)
-    running: deque[int] = deque()
-    while ready or running or waiting:
-        if ready or running:
-            at = ready.popleft() if ready else running.popleft()
-            if at in rank and missing[at] == 0:
-                waiting.append(at)
-                missing[at] = -2  # all is there but its grammar
-                continue
+    held = dict.fromkeys(late)
+    run = GraphRun(ProgramOptions(), is_held=lambda node: node.id in held)
+    run.extend(graph)
+    running: deque[NodeRun] = deque()
+    while True:
+        started = run.take_ready()
+        if started is not None:
+            yield started.node
+            if isinstance(started.node, ir.Generate | ir.Select | ir.ToolCall):
+                running.append(started)
+            else:
+                run.done(started, _NOTHING)
+        elif running:
+            run.done(running.popleft(), _NOTHING)
         else:
-            waiting.sort(key=lambda node: rank[node])
-            at = waiting.pop(0)
-            missing[at] = 0
-        node = graph.nodes[at]
-        if isinstance(node, ir.Generate | ir.Select | ir.ToolCall) and missing[at] == 0:
-            missing[at] = -1  # begun: its users wait for its end
-            running.append(at)
-            yield node
-            continue
-        if missing[at] == 0:
-            yield node
-        for user in users.get(at, ()):
-            missing[user] -= 1
-            if missing[user] == 0:
-                ready.append(user)
+            first = next((node for node in held if run.nodes[node].needs_release_alone), None)
+            if first is None:
+                return
+            run.release(run.nodes[first])
 
 
 def _num_pages(num_tokens: int, page_size: int) -> int:

@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ramet.errors import InvalidProgram
-from ramet.lang.backends.backend import Backend, ProgramOptions, TakesRows, choose_backend, deadline
+from ramet.lang.backends.backend import Backend, TakesRows, choose_backend
 from ramet.lang.graph import ir
+from ramet.lang.graph.options import ProgramOptions, deadline
 from ramet.lang.recording.run import Run
 from ramet.lang.recording.state import State
 from ramet.lang.recording.trace import Trace, as_argument

@@ -20,13 +20,14 @@ from dataclasses import dataclass, replace
 from typing import Any, overload
 
 from ramet.errors import ConfigError, InvalidProgram, InvalidRequest, RametError
-from ramet.lang.backends.backend import ProgramOptions, choose_backend, deadline
+from ramet.lang.backends.backend import choose_backend
 from ramet.lang.explain.drawing import Drawing, draw_plan
 from ramet.lang.explain.explanation import Explanation
 from ramet.lang.explain.measured import explain_run
 from ramet.lang.explain.plan import explain_plan, explain_rows
 from ramet.lang.explain.why_miss import Miss, why_miss_plan
 from ramet.lang.graph import ir
+from ramet.lang.graph.options import ProgramOptions, deadline
 from ramet.lang.passes.target import Target, target_of
 from ramet.lang.program.compiled import Compiled
 from ramet.lang.program.own_thread import in_own_thread

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ramet.lang.backends.backend import ProgramOptions
 from ramet.lang.graph import ir
+from ramet.lang.graph.options import ProgramOptions
 from ramet.lang.graph.run_record import RunRecord, Stage
 from ramet.lang.recording.run import Run
 from ramet.lang.recording.source_lines import caller_line

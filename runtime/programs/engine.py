@@ -1,14 +1,19 @@
-"""What a program needs of an engine, and what holds for a whole program."""
+"""What programs need of an engine, and what one node asks of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from ramet.lang.graph import ir
-from ramet.runtime.programs.path import PathTokenizer
+from ramet.lang.graph.run import NodeResult
+from ramet.runtime.programs.path import Path, PathTokenizer, PieceEncoder
+from ramet.runtime.text.role_marks import RoleMarks
 from ramet.runtime.types import Grammar, RequestOutput, SamplingParams
+
+if TYPE_CHECKING:
+    from ramet.runtime.constraints.device_grammars import DeviceGrammars  # loads torch
 
 
 class ProgramTokenizer(PathTokenizer, Protocol):
@@ -53,20 +58,51 @@ class ProgramEngine(Protocol):
     ) -> Handle: ...
 
 
+@runtime_checkable
+class HasDeviceGrammars(Protocol):
+    """An engine whose automata may run on its device; None: they run on the host."""
+
+    @property
+    def device_grammars(self) -> DeviceGrammars | None: ...
+
+
 @dataclass(frozen=True, slots=True)
-class ProgramLimits:
-    """What holds for a whole program. `deadline_s`: seconds of time.monotonic(). Lower `priority` runs first.
+class ProgramModel:
+    """What nodes must know of an engine's model. `marks`: what its chat template writes around messages."""
 
-    `token_budget`: all its generations together write no more tokens than this. `text_events`: report text as it is
-    generated, and not only when a node is done; costs some microseconds a token on the engine's thread.
-    """
+    tokenizer: ProgramTokenizer
+    encoder: PieceEncoder
+    marks: RoleMarks
+    context_length: int
 
-    program_id: str | None = None
-    cache_salt: str = ""
-    priority: int = 0
-    deadline_s: float | None = None
-    token_budget: int | None = None
-    text_events: bool = True
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """One request of a node. With `score_from`, the prompt's tokens from there on are scored; nothing is written."""
+
+    prompt: list[int]
+    sampling: SamplingParams
+    score_from: int | None = None
+
+
+class Work(Protocol):
+    """What a node asks of the engine, and what comes of the answers. Made anew for each try of the node."""
+
+    @property
+    def requests(self) -> Sequence[EngineRequest]:
+        """Submitted all at once; of a node without any, the result is known."""
+
+    def take(self, index: int, output: RequestOutput) -> None:
+        """Take in an output of request `index`; those of one request come in order."""
+
+    def result(self) -> NodeResult:
+        """What the node wrote, when the last output of every request is there."""
+
+    def path(self) -> Path:
+        """The branch with what the node wrote."""
+
+    def read(self, text: str) -> ir.JsonValue:
+        """The value of what the node wrote. Raises ValueError where it has none."""
 
 
 def usage_of(output: RequestOutput) -> ir.Usage:

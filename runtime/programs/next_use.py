@@ -8,13 +8,12 @@ Time is counted in requests that the host's programs have ended. A hint, never n
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from collections.abc import Callable, Sequence
+from typing import Protocol, runtime_checkable
 
 from ramet.lang.graph import ir
-
-if TYPE_CHECKING:
-    from ramet.runtime.programs.executor import NodeRun
+from ramet.lang.graph.run import NodeRun
+from ramet.runtime.programs.path import Path
 
 MAX_EXAMINED = 64  # nodes looked at for one answer: this runs on the engine's thread
 MAX_HINTS = 256  # of one program at a time
@@ -32,8 +31,9 @@ class TakesNextUse(Protocol):
 class NextUses:
     """The hints of one program. Owner: its executor, which calls it under its lock."""
 
-    def __init__(self, runs: Sequence[NodeRun]) -> None:
-        self._runs = runs
+    def __init__(self, runs: Sequence[NodeRun], path_of: Callable[[int], Path]) -> None:
+        """`runs`: of all nodes so far, by id; they grow and change as the program runs."""
+        self._runs, self._path_of = runs, path_of
         self._children: dict[int, list[int]] = {}
         self._hinted: dict[int, Hint] = {}  # node whose path is hinted
 
@@ -41,19 +41,19 @@ class NextUses:
         if node.parent is not None and not isinstance(node, ir.Join | ir.Capture):
             self._children.setdefault(node.parent, []).append(node.id)
 
-    def released(self, run: NodeRun, now: float) -> list[Hint]:
+    def released(self, node: int, now: float) -> list[Hint]:
         """What changes when a node's sequence has ended: hints for its path, and for those that it branched from."""
         found: list[Hint] = []
-        if any(self._is_over(node) for node in self._hinted):
+        if any(self._is_over(one) for one in self._hinted):
             found = self.clear()
-            self._hinted = {node: hint for node, hint in self._hinted.items() if not self._is_over(node)}
+            self._hinted = {one: hint for one, hint in self._hinted.items() if not self._is_over(one)}
             found += self._hinted.values()
-        at: int | None = run.node.id
+        at: int | None = node
         for _ in range(MAX_EXAMINED):
             if at is None or len(self._hinted) >= MAX_HINTS:
                 break
             waiting = None if at in self._hinted else self._waiting_below(at)
-            tokens = self._runs[at].path.token_ids() if waiting is not None else []
+            tokens = self._path_of(at).token_ids() if waiting is not None else []
             if waiting is not None and tokens:
                 hint = (tokens, now + self._num_before(waiting))
                 self._hinted[at] = hint

@@ -24,10 +24,10 @@ import zmq
 
 from ramet.errors import EngineStopped, RametError
 from ramet.lang.graph.ir import Constraint, Graph, NodeEvent
+from ramet.lang.graph.options import ProgramOptions
 from ramet.runtime.engine.config import EngineConfig
 from ramet.runtime.engine.engine import Engine
 from ramet.runtime.engine.factory import load
-from ramet.runtime.programs.engine import ProgramLimits
 from ramet.runtime.programs.executor import ProgramExecutor, ProgramHost
 from ramet.runtime.server.link.protocol import (
     Abort,
@@ -205,15 +205,14 @@ class EngineServer:
             self._end_if_over(command.id)
 
         deadline_s = None if command.deadline_s is None else time.monotonic() + command.deadline_s
-        limits = ProgramLimits(
-            command.id,
-            command.cache_salt,
-            command.priority,
-            deadline_s,
-            command.token_budget,
+        options = ProgramOptions(
+            deadline_s=deadline_s,
+            token_budget=command.token_budget,
+            priority=command.priority,
+            cache_salt=command.cache_salt,
             text_events=command.text_events,
         )
-        self._programs[command.id] = self._host.start(on_event, limits)
+        self._programs[command.id] = self._host.start(options, on_event, command.id)
         self._extend_program(ExtendProgram(command.id, command.graph, is_last=not command.is_open))
 
     def _extend_program(self, command: ExtendProgram) -> None:

@@ -13,9 +13,11 @@ from typing import Any, Literal
 
 import pytest
 
-from ramet import Engine, OpenAI, State, function, gen, select
+from ramet import Engine, MockBackend, OpenAI, State, function, gen, select
 from ramet.errors import CheckFailed, DeadlineExceeded, NotSupported, Overloaded, ProgramCancelled, RemoteError
 from ramet.lang.graph.checks import length
+from ramet.lang.graph.ir import Graph, NodeEvent, Ref, Text, ToolCall
+from ramet.lang.graph.options import ProgramOptions
 from ramet.runtime.models.load import LoadedModel
 
 Answer = Callable[[str, dict[str, Any]], Any]
@@ -435,6 +437,62 @@ def test_checks_are_tried_again_and_failures_cancel_the_rest() -> None:
         assert "bad prompt" in str(state.error())
         with pytest.raises(ProgramCancelled, match="cancelled because node"):
             assert state["x"]
+
+
+def test_tries_are_drawn_anew_and_a_checked_text_streams_when_it_stays() -> None:
+    texts = iter(["no", "a longer one"])
+
+    @function(temperature=0)
+    def program(s: State) -> None:
+        s += "Say: " + gen("x", where=length(5), retries=2)
+
+    with Endpoint(lambda path, body: next(texts)) as endpoint, OpenAI(endpoint.url) as backend:
+        assert "".join(program.stream(var="x", backend=backend)) == "a longer one"
+    first, second = (body for _, body in endpoint.asked)
+    assert first["temperature"] == 0, "greedy"
+    assert second["temperature"] > 0, "greedy again would say the same again"
+
+
+def test_a_tools_error_is_reported_as_in_process() -> None:
+    def call(backend: Any) -> Any:
+        options = ProgramOptions(program="p")
+        ended: dict[int, NodeEvent] = {}
+        is_over = threading.Event()
+
+        def on_event(event: NodeEvent) -> None:
+            if event.kind == "tool":
+                session.provide(0, error=ValueError("no luck"))
+            else:
+                ended[event.node] = event
+                is_over.set()
+
+        session = backend.start(options, on_event)
+        session.extend(Graph((ToolCall(id=0, tool="broken", arguments=("{}",), on_error="report"),)))
+        assert is_over.wait(5)
+        return ended[0].value, ended[0].meta
+
+    with Endpoint(saying("x")) as endpoint, OpenAI(endpoint.url) as there, MockBackend() as here:
+        assert call(there) == call(here)
+
+
+def test_closing_the_backend_ends_programs_that_wait_for_a_tool() -> None:
+    ended: dict[int, NodeEvent] = {}
+    is_asked = threading.Event()
+
+    def on_event(event: NodeEvent) -> None:
+        if event.kind == "tool":
+            is_asked.set()
+        else:
+            ended[event.node] = event
+
+    with Endpoint(saying("x")) as endpoint:
+        backend = OpenAI(endpoint.url)
+        session = backend.start(ProgramOptions(), on_event)
+        session.extend(Graph((ToolCall(id=0, tool="t", arguments=("{}",)), Text(id=1, parts=(Ref(0),)))))
+        assert is_asked.wait(5)
+        backend.http.close(patience_s=0.1)
+    assert {type(event.cause) for event in ended.values()} == {ProgramCancelled}
+    assert sorted(ended) == [0, 1]
 
 
 def test_batches_streams_and_event_loops_work() -> None:

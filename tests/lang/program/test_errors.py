@@ -19,8 +19,10 @@ from ramet.errors import (
     RametError,
     UndefinedVariable,
 )
-from ramet.lang.backends.backend import OnEvent, ProgramOptions, as_backend
+from ramet.lang.backends.backend import as_backend
 from ramet.lang.graph import ir
+from ramet.lang.graph.options import ProgramOptions
+from ramet.lang.graph.run import OnEvent
 from ramet.lang.recording.state import State as ProgramState
 from ramet.runtime.models.load import LoadedModel
 

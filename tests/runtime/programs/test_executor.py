@@ -28,7 +28,7 @@ from ramet.lang.graph.ir import (
     Text,
     ToolCall,
 )
-from ramet.runtime.programs.engine import ProgramLimits
+from ramet.lang.graph.options import ProgramOptions
 from ramet.runtime.programs.executor import ProgramHost
 from ramet.runtime.testing.scripted_model import ScriptedEngine
 from ramet.runtime.types import SamplingParams
@@ -44,7 +44,7 @@ class Program:
         self.events: list[NodeEvent] = []
         self.ended: dict[int, NodeEvent] = {}
         self._changed = threading.Condition()
-        self.executor = ProgramHost(engine).start(self.on_event, ProgramLimits(**limits))
+        self.executor = ProgramHost(engine).start(ProgramOptions(**{"text_events": True, **limits}), self.on_event)
         self.num_nodes = 0
 
     def on_event(self, event: NodeEvent) -> None:

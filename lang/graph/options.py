@@ -1,0 +1,89 @@
+"""What holds for a whole run of a program: its name, its priority, its limits, and its deadline."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+from ramet.errors import DeadlineExceeded, InvalidRequest
+from ramet.lang.graph.ir import is_json
+
+MAX_PRIORITY = 2**31 - 1
+MAX_TIMEOUT_S = 1e9  # threads can't wait for any number of seconds
+
+
+@dataclass(frozen=True, slots=True)
+class ProgramOptions:
+    """What holds for a whole run of a program.
+
+    `deadline_s`: seconds of time.monotonic(). Lower `priority` runs first. `token_budget`: tokens that all generations
+    together may write. `cache_salt`: prefixes are shared only with runs of the same salt. `text_events`: report text as
+    it is generated, and not only when a node is done; this costs some microseconds a token on the engine's thread.
+
+    Raises:
+        InvalidRequest: a value that no runtime can work with.
+    """
+
+    program: str = "program"
+    deadline_s: float | None = None
+    token_budget: int | None = None
+    priority: int = 0
+    cache_salt: str = ""
+    text_events: bool = False
+
+    def __post_init__(self) -> None:
+        def check(ok: bool, name: str, limit: str) -> None:
+            if not ok:
+                value = getattr(self, name)
+                raise InvalidRequest(f"{self.program}: {name} is {value!r}, but must be {limit}", param=name)
+
+        check(
+            _is_int(self.priority) and abs(self.priority) <= MAX_PRIORITY,
+            "priority",
+            f"an integer up to {MAX_PRIORITY}",
+        )
+        check(isinstance(self.cache_salt, str) and is_json(self.cache_salt), "cache_salt", "text that UTF-8 can write")
+        budget = self.token_budget
+        check(budget is None or (_is_int(budget) and budget >= 1), "token_budget", "an integer from 1, or None")
+
+
+def deadline(program: str, timeout_s: float | None) -> float | None:
+    """The moment of time.monotonic() at which a run's time is over. Raises InvalidRequest."""
+    if timeout_s is None:
+        return None
+    is_number = isinstance(timeout_s, int | float) and not isinstance(timeout_s, bool)
+    if not is_number or not math.isfinite(timeout_s) or timeout_s > MAX_TIMEOUT_S:
+        raise InvalidRequest(
+            f"{program}: timeout_s is {timeout_s!r}, but must be seconds up to {MAX_TIMEOUT_S:,.0f}, or None",
+            param="timeout_s",
+        )
+    return time.monotonic() + timeout_s
+
+
+@dataclass(frozen=True, slots=True)
+class Deadline:
+    """When the time of a program, or of a request, is over. `at_s`: of time.monotonic(); None: it never is."""
+
+    at_s: float | None
+
+    def left_s(self) -> float | None:
+        return None if self.at_s is None else max(0.0, self.at_s - time.monotonic())
+
+    def allows(self, pause_s: float) -> bool:
+        """True where the deadline comes after a pause of so many seconds."""
+        left_s = self.left_s()
+        return left_s is None or pause_s < left_s
+
+    @property
+    def has_passed(self) -> bool:
+        return self.left_s() == 0.0
+
+    @staticmethod
+    def error() -> DeadlineExceeded:
+        """What a node fails with when the deadline has passed."""
+        return DeadlineExceeded("the program's deadline passed")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,0 +1,425 @@
+"""One run of a graph: which node is ready, what a failure does, what a budget means, and what the caller is told.
+
+`GraphRun` is a state machine without threads. Whoever drives it takes the nodes that are ready, works on them, and says
+what came of each; the run answers with events and with the nodes that are ready next. Three things drive it: the
+executor of the runtime (runtime/programs/executor.py), the runner for endpoints that write text
+(lang/backends/text_program.py), and the simulation of the passes (lang/passes/requests.py).
+
+Not here: tokens, requests, threads. A driver with several threads holds its own lock around each call.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeAlias
+
+from ramet.errors import CheckFailed, ProgramCancelled, RametError
+from ramet.lang.graph import ir
+from ramet.lang.graph.options import Deadline, ProgramOptions
+
+logger = logging.getLogger(__name__)
+
+PROMPT_TAIL = 200  # characters of the prompt shown in errors
+
+OnEvent: TypeAlias = Callable[[ir.NodeEvent], None]
+Mark: TypeAlias = Callable[[Sequence[ir.AnyNode], ir.Role | ir.Tools], str]
+
+
+@dataclass(frozen=True, slots=True)
+class NodeResult:
+    """What came of a node: the `text` that it adds to its branch, its JSON `value`, and what its event says besides.
+
+    `value_text`: what a template shows for the value; None: the text. `first_token_s`: of time.monotonic().
+    """
+
+    text: str = ""
+    value: ir.JsonValue = None
+    value_text: str | None = None
+    usage: ir.Usage | None = None
+    finish_reason: str | None = None
+    meta: dict[str, Any] | None = None  # Any: JSON
+    error: ir.NodeError | None = None  # why the text has no value, though the node is done
+    first_token_s: float | None = None
+    queue_s: float | None = None  # how long the request waited
+
+
+@dataclass(slots=True, eq=False)
+class NodeRun:
+    """One node of a run. Its GraphRun owns it; a driver reads it.
+
+    `missing`: what the node still waits for: dependencies that are not over, and its release if it `is_held`.
+    `reserved`: tokens of the budget that it holds. `attempts`: texts that its checks refused, and `spent` their tokens.
+    """
+
+    node: ir.AnyNode
+    missing: int = 0
+    is_held: bool = False
+    users: list[NodeRun] = field(default_factory=list)
+    status: Literal["waiting", "ready", "running", "done", "failed"] = "waiting"
+    text: str = ""
+    value: ir.JsonValue = None
+    value_text: str = ""
+    error: Exception | None = None
+    reserved: int = 0
+    attempts: list[dict[str, str]] = field(default_factory=list)
+    spent: ir.Usage = field(default_factory=ir.Usage)
+    start_s: float = 0.0
+
+    @property
+    def is_over(self) -> bool:
+        return self.status in ("done", "failed")
+
+    @property
+    def needs_release_alone(self) -> bool:
+        """True when the node is held, and nothing else is missing."""
+        return self.is_held and self.missing == 1
+
+
+class GraphRun:
+    """The state of one run. `nodes[i]` is the run of node i."""
+
+    def __init__(
+        self,
+        options: ProgramOptions,
+        on_event: OnEvent | None = None,
+        *,
+        mark: Mark | None = None,
+        is_held: Callable[[ir.AnyNode], bool] | None = None,
+    ) -> None:
+        """Make a run without nodes; `extend` adds them.
+
+        `on_event` must be quick; what it raises is logged. `mark` says what a message's border looks like, given the
+        nodes before it on its branch. `is_held`: nodes that wait for `release`, too.
+        """
+        self.nodes: list[NodeRun] = []
+        self.options = options
+        self.deadline = Deadline(options.deadline_s)
+        self.start_s = time.monotonic()
+        self._on_event, self._mark, self._is_held = on_event, mark, is_held
+        self._arguments: dict[str, ir.JsonValue] = {}
+        self._ready: deque[NodeRun] = deque()
+        self._stopped: list[NodeRun] = []
+        self._num_over = 0
+        self._is_cancelled = False
+        self._budget_left = options.token_budget
+        self._num_reserved = 0  # nodes that hold a part of the budget
+        self._over_budget: deque[NodeRun] = deque()
+
+    @property
+    def is_over(self) -> bool:
+        """True when every node so far is done or failed."""
+        return self._num_over == len(self.nodes)
+
+    # What the driver asks for.
+
+    def extend(self, graph: ir.Graph) -> list[NodeRun]:
+        """Add a part that GraphIndex has checked, and return its nodes. Those that need nothing are ready."""
+        self._arguments.update(graph.arguments)
+        added = [NodeRun(node) for node in graph.nodes]
+        for run in added:
+            self._add(run)
+        return added
+
+    def take_ready(self) -> NodeRun | None:
+        """The next node to work on, which runs from now on, or None."""
+        while self._ready:
+            run = self._ready.popleft()
+            if not run.is_over:
+                run.status = "running"
+                run.start_s = run.start_s or time.monotonic()
+                return run
+        return None
+
+    def take_stopped(self) -> list[NodeRun]:
+        """Nodes that failed while they ran, each once: what was begun for them is to be ended."""
+        stopped, self._stopped = self._stopped, []
+        return stopped
+
+    def evaluate(self, run: NodeRun) -> NodeResult | None:
+        """Work out a node that needs neither a model nor the caller; of a tool's call, ask the caller for it.
+
+        None: the result comes from elsewhere. Changes nothing. Raises what goes wrong, which fails the node.
+        """
+        node = run.node
+        if isinstance(node, ir.Text):
+            return NodeResult(self.render(node.parts))
+        if isinstance(node, ir.Argument):
+            value = self._arguments[node.name]
+            return NodeResult(value=value, value_text=ir.value_text(value))
+        if isinstance(node, ir.Role | ir.Tools):
+            assert self._mark is not None
+            return NodeResult(self._mark(self.path(node.parent), node))
+        if isinstance(node, ir.Capture):
+            text = self._text_up_to(node.parent, start=node.start)
+            return NodeResult(value=text, value_text=text)
+        if isinstance(node, ir.ToolCall):
+            arguments = ir.parse_value("json", self.render(node.arguments))
+            self._emit(run, "tool", value={"tool": node.tool, "arguments": arguments})
+            return None
+        return NodeResult() if isinstance(node, ir.Fork | ir.Join) else None
+
+    def render(self, template: ir.Template) -> str:
+        return ir.render(template, lambda i: self.nodes[i].value_text, lambda i: self.nodes[i].value)
+
+    def path(self, tip: int | None) -> list[ir.AnyNode]:
+        """The nodes of the branch that ends at `tip`, root first."""
+        found: list[ir.AnyNode] = []
+        while tip is not None:
+            found.append(self.nodes[tip].node)
+            tip = self.nodes[tip].node.parent
+        return found[::-1]
+
+    # What the driver reports.
+
+    def tells_text(self, run: NodeRun) -> bool:
+        """True where the caller wants generated text as it comes. What checks may refuse is held back."""
+        return self.options.text_events and isinstance(run.node, ir.Generate) and not run.node.checks
+
+    def say(self, run: NodeRun, text: str) -> None:
+        """Report more generated text, if the caller wants it."""
+        if self.tells_text(run):
+            self._emit(run, "text", text=text)
+
+    def judge(
+        self, run: NodeRun, result: NodeResult, read: Callable[[str], ir.JsonValue] | None = None
+    ) -> NodeResult | None:
+        """Read the value of what a model wrote, and check it. The result to be `done` with, or None: it was refused.
+
+        A refused node is ready for its next try, or has failed where its tries are used up. `read`: how the value is
+        read, where it is not that of the text alone.
+        """
+        node = run.node
+        if run.is_over or not isinstance(node, ir.Generate):
+            return result
+        value, problem = _value(node, result, read)
+        wrong = None
+        if node.checks:
+            wrong = problem.message if problem is not None else None
+            wrong = wrong or next((found for check in node.checks if (found := check.problem(value))), None)
+        usage = run.spent + (result.usage or ir.Usage())
+        if wrong is not None:
+            self._refuse(run, node, result, wrong)
+            return None
+        meta = dict(result.meta or {})
+        if node.checks:
+            meta["attempts"] = run.attempts
+            if result.text and self.options.text_events:
+                self._emit(run, "text", text=result.text)
+        return replace(result, value=value, usage=usage, meta=meta or None, error=problem)
+
+    def done(self, run: NodeRun, result: NodeResult) -> None:
+        """Mark a node done, tell the caller, and make ready what waited for it alone."""
+        if run.is_over:
+            return
+        run.status = "done"
+        self._num_over += 1
+        run.text, run.value = result.text, result.value
+        run.value_text = result.text if result.value_text is None else result.value_text
+        self._refund(run, result.usage.completion_tokens - run.spent.completion_tokens if result.usage else 0)
+        self._emit_done(run, result)
+        users, run.users = run.users, []
+        for user in users:
+            self._satisfy(user)
+
+    def failed(self, run: NodeRun, error: Exception) -> None:
+        """Fail a node and all that needs it, and cancel the rest of the program."""
+        if run.is_over:
+            return
+        self._fail_all([run], error)
+        if not isinstance(error, ProgramCancelled):
+            line = f" ({run.node.line})" if run.node.line else ""
+            sibling = ProgramCancelled(f"cancelled because node {run.node.id}{line} failed: {error}")
+            sibling.__cause__ = error
+            self._fail_all(self.nodes, sibling)
+
+    def cancel(self, nodes: Sequence[int] | None = None) -> None:
+        """Stop these nodes and all that need them; None: the whole program, with the parts that are still to come."""
+        reason = ProgramCancelled("the program was cancelled" if nodes is None else "this branch was cancelled")
+        self._is_cancelled = self._is_cancelled or nodes is None
+        self._fail_all(self.nodes if nodes is None else [self.nodes[i] for i in nodes], reason)
+
+    def provide(self, node: int, value: ir.JsonValue = None, error: Exception | None = None) -> None:
+        """Take in the result of a tool. An error fails the node, or is its value where the call is to report it."""
+        run = self.nodes[node]
+        if error is None:
+            self.done(run, NodeResult(value=value, value_text=ir.value_text(value)))
+        elif isinstance(run.node, ir.ToolCall) and run.node.on_error == "report":
+            reported = {"error": f"{type(error).__name__}: {error}"}
+            self.done(run, NodeResult(value=reported, value_text=ir.value_text(reported), meta=dict(reported)))
+        else:
+            self.failed(run, error)
+
+    def release(self, run: NodeRun) -> None:
+        """A node that was held is not any more."""
+        if run.is_held:
+            run.is_held = False
+            self._satisfy(run)
+
+    def reserve(self, run: NodeRun, wanted: int | None) -> bool:
+        """Take a generation's part of the budget, up to `wanted` tokens: `run.reserved`, 0 where there is no budget.
+
+        False: nothing is left now; the node is ready again when another one gives some back.
+
+        Raises:
+            RametError: nothing is left, and nobody will give anything back.
+        """
+        if self._budget_left is None:
+            return True
+        if self._budget_left <= 0:
+            if not self._num_reserved:
+                raise RametError(f"the program's token budget of {self.options.token_budget} is used up")
+            run.status = "ready"
+            self._over_budget.append(run)
+            return False
+        run.reserved = min(wanted or self._budget_left, self._budget_left)
+        self._budget_left -= run.reserved
+        self._num_reserved += 1
+        return True
+
+    # The rules.
+
+    def _add(self, run: NodeRun) -> None:
+        self.nodes.append(run)
+        if self._is_cancelled:
+            self._fail_all([run], ProgramCancelled("the program was cancelled"))
+            return
+        for used in ir.dependencies(run.node):
+            other = self.nodes[used]
+            if other.status == "failed" and not isinstance(run.node, ir.Join):
+                assert other.error is not None
+                self._fail_all([run], other.error)
+                return
+            if not other.is_over:
+                other.users.append(run)
+                run.missing += 1
+        if self._is_held is not None and self._is_held(run.node):
+            run.is_held = True
+            run.missing += 1
+        if run.missing == 0:
+            self._make_ready(run)
+
+    def _make_ready(self, run: NodeRun) -> None:
+        run.status = "ready"
+        self._ready.append(run)
+
+    def _satisfy(self, run: NodeRun) -> None:
+        run.missing -= 1
+        if run.missing == 0 and run.status == "waiting":
+            self._make_ready(run)
+
+    def _fail_all(self, runs: Sequence[NodeRun], error: Exception) -> None:
+        """Fail these nodes, and all that need them; a join needs its branches to be over, not to be done."""
+        stack = [run for run in reversed(runs) if not run.is_over]
+        while stack:
+            run = stack.pop()
+            if run.is_over:
+                continue
+            if run.status == "running":
+                self._stopped.append(run)
+            run.status, run.error = "failed", error
+            self._num_over += 1
+            self._refund(run, 0)
+            self._emit_error(run, error)
+            users, run.users = run.users, []
+            for user in users:
+                if isinstance(user.node, ir.Join):
+                    self._satisfy(user)
+                else:
+                    stack.append(user)
+
+    def _refuse(self, run: NodeRun, node: ir.Generate, result: NodeResult, problem: str) -> None:
+        """A text failed its checks: try again, or fail."""
+        usage = result.usage or ir.Usage()
+        run.attempts.append({"text": result.text, "problem": problem})
+        run.spent = run.spent + usage
+        if len(run.attempts) <= node.retries:
+            self._refund(run, usage.completion_tokens)
+            self._make_ready(run)
+            return
+        times = "once" if not node.retries else f"{len(run.attempts)} times"
+        error = CheckFailed(
+            f"it failed its `where` checks {times}; the last text was {result.text[:200]!r}: {problem}; loosen the "
+            f"checks, or raise retries ({node.retries})"
+        )
+        error.attempts = tuple(run.attempts)
+        self.failed(run, error)
+
+    def _refund(self, run: NodeRun, num_used: int) -> None:
+        """Give back what a node did not write; those that were put off try again."""
+        if run.reserved and self._budget_left is not None:
+            self._budget_left += run.reserved - num_used
+            self._num_reserved -= 1
+            run.reserved = 0
+            self._ready.extend(self._over_budget)
+            self._over_budget.clear()
+
+    # Events.
+
+    def _emit_done(self, run: NodeRun, result: NodeResult) -> None:
+        if self._on_event is None:
+            return
+        now = time.monotonic()
+        timings = {"start_s": (run.start_s or now) - self.start_s, "end_s": now - self.start_s}
+        if result.first_token_s is not None:
+            timings["first_token_s"] = result.first_token_s - self.start_s
+        if result.queue_s is not None:
+            timings["queue_s"] = result.queue_s
+        self._emit(
+            run,
+            "done",
+            text=result.text,
+            value=result.value,
+            usage=result.usage,
+            finish_reason=result.finish_reason,
+            meta=result.meta,
+            timings=timings,
+            error=result.error,
+        )
+
+    def _emit_error(self, run: NodeRun, error: Exception) -> None:
+        if self._on_event is None:
+            return
+        tail = self._text_up_to(run.node.parent, limit=PROMPT_TAIL)
+        described = ir.NodeError(type(error).__name__, str(error) or repr(error), tail)
+        meta = {"attempts": run.attempts} if run.attempts else None
+        usage = run.spent if run.attempts else None
+        self._emit(run, "error", error=described, cause=error, meta=meta, usage=usage)
+
+    def _emit(self, run: NodeRun, kind: Any, **fields: Any) -> None:  # Any: fields of NodeEvent
+        if self._on_event is None:
+            return
+        event = ir.NodeEvent(run.node.id, kind, name=getattr(run.node, "name", None), **fields)
+        try:
+            self._on_event(event)
+        except Exception:  # the listener's own fault: it must not end the thread, which may be the engine's
+            logger.exception("a listener failed at the %s event of node %d", kind, run.node.id)
+
+    def _text_up_to(self, tip: int | None, *, limit: int | None = None, start: int | None = None) -> str:
+        """The text of a branch behind node `start`, or about its last `limit` characters."""
+        parts: list[str] = []
+        size = 0
+        while tip is not None and tip != start and (limit is None or size < limit):
+            parts.append(self.nodes[tip].text)
+            size += len(parts[-1])
+            tip = self.nodes[tip].node.parent
+        text = "".join(reversed(parts))
+        return text if limit is None else text[-limit:]
+
+
+def _value(
+    node: ir.Generate, result: NodeResult, read: Callable[[str], ir.JsonValue] | None
+) -> tuple[ir.JsonValue, ir.NodeError | None]:
+    """The value of a generated text, or why it has none."""
+    try:
+        return read(result.text) if read is not None else ir.parse_value(node.type, result.text), None
+    except ValueError as bad:
+        why = (result.meta or {}).get("incomplete")
+        why = why or ("it was cut by max_tokens" if result.finish_reason == "length" else "")
+        because = f" because {why}" if why else ""
+        return None, ir.NodeError(
+            "InvalidValue", f"not a value of type {node.type}{because}: {result.text[:200]!r} ({bad})"
+        )
