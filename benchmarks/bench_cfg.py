@@ -26,7 +26,7 @@ from rich.table import Table
 
 from ramet.grammar import Matcher, Vocabulary, compile_constraint
 from ramet.grammar.engines import FollowedGrammar, load_backend
-from ramet.grammar.machine.compiler import warm_up
+from ramet.grammar.service.warm_up import warm_up
 
 JSON_GRAMMAR = r"""
 start: value

@@ -37,7 +37,7 @@ from rich.table import Table
 from ramet.errors import GrammarError
 from ramet.grammar import Matcher, Vocabulary, compile_constraint
 from ramet.grammar.engines import FollowedGrammar, load_backend
-from ramet.grammar.machine.compiler import warm_up as make_ready
+from ramet.grammar.service.warm_up import warm_up as make_ready
 from ramet.runtime.models.catalog import pull
 from ramet.runtime.models.load import open_model
 

@@ -28,11 +28,11 @@ from bench_grammar import machine, tokenizer_of
 from json_line import print_record
 
 from ramet.grammar import CompiledGrammar, Vocabulary, compile_constraint
-from ramet.grammar.machine.compiler import warm_up
+from ramet.grammar.service.warm_up import warm_up
 
 FIRST = (
     "import time;b=time.perf_counter();"
-    "from ramet.grammar import Vocabulary, compile_constraint;from ramet.grammar.machine.compiler import warm_up;"
+    "from ramet.grammar import Vocabulary, compile_constraint;from ramet.grammar.service.warm_up import warm_up;"
     "v=Vocabulary([*(bytes((i,)) for i in range(256)), b'<eos>'],[256],[256]);warm_up(v);"
     "compile_constraint('json_schema',{'type':'object'},v).mask(0);print(time.perf_counter()-b)"
 )

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ramet.grammar import Matcher, Vocabulary, compile_grammar
 from ramet.grammar.ir import JsonOptions, JsonSchema
-from ramet.grammar.machine.compiler import warm_up
+from ramet.grammar.service.warm_up import warm_up
 
 
 class Tok(Protocol):

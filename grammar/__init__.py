@@ -6,22 +6,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ramet.grammar.machine.compiler import CompiledGrammar as CompiledGrammar
-    from ramet.grammar.machine.compiler import DeviceTables as DeviceTables
-    from ramet.grammar.machine.compiler import Limits as Limits
-    from ramet.grammar.machine.compiler import compile_grammar as compile_grammar
+    from ramet.grammar.machine.automaton import Limits as Limits
+    from ramet.grammar.machine.compiled_grammar import CompiledGrammar as CompiledGrammar
+    from ramet.grammar.machine.compiled_grammar import DeviceTables as DeviceTables
     from ramet.grammar.machine.matcher import Matcher as Matcher
     from ramet.grammar.machine.vocabulary import Vocabulary as Vocabulary
     from ramet.grammar.service.sources import compile_constraint as compile_constraint
+    from ramet.grammar.service.sources import compile_grammar as compile_grammar
 
 _HOMES = {
-    "CompiledGrammar": "ramet.grammar.machine.compiler",
-    "DeviceTables": "ramet.grammar.machine.compiler",
-    "Limits": "ramet.grammar.machine.compiler",
+    "CompiledGrammar": "ramet.grammar.machine.compiled_grammar",
+    "DeviceTables": "ramet.grammar.machine.compiled_grammar",
+    "Limits": "ramet.grammar.machine.automaton",
     "Matcher": "ramet.grammar.machine.matcher",
     "Vocabulary": "ramet.grammar.machine.vocabulary",
     "compile_constraint": "ramet.grammar.service.sources",
-    "compile_grammar": "ramet.grammar.machine.compiler",
+    "compile_grammar": "ramet.grammar.service.sources",
 }
 
 __all__ = [

@@ -50,6 +50,11 @@ class time_limit:
             _limit.reset(self._token)
 
 
+def is_set() -> bool:
+    """Does this thread work under a limit?"""
+    return _limit.get() is not None
+
+
 def check(name: str = "") -> None:
     """Raises: OutOfTime past the limit, naming what was worked on (a JSON pointer, or a pattern). About 0.1 µs."""
     limit = _limit.get()

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ramet.errors import ConfigError
-from ramet.grammar.machine.compiler import DeviceTables
+from ramet.grammar.machine.compiled_grammar import DeviceTables
 from ramet.grammar.machine.vocabulary import Vocabulary
 from ramet.grammar.service.sources import compile_constraint
 

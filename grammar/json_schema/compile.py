@@ -1,71 +1,113 @@
-"""A JSON schema to its place on a machine."""
+"""JSON schemas to their places on a machine."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
 from ramet.errors import GrammarError, GrammarTooLarge, InvalidSchema
 from ramet.grammar import ir
-from ramet.grammar.json_schema.algebra.values import Const, Values
-from ramet.grammar.json_schema.frames.frames import Context, Json
-from ramet.grammar.json_schema.frames.objects import prepare
+from ramet.grammar.json_schema.algebra.expressions import Expressions
+from ramet.grammar.json_schema.algebra.languages import Languages
+from ramet.grammar.json_schema.algebra.values import Expr, Values
+from ramet.grammar.json_schema.frames.arrays import open_array
+from ramet.grammar.json_schema.frames.compilation import Compilation, Opener, TextContext
+from ramet.grammar.json_schema.frames.objects import open_object, prepare
+from ramet.grammar.json_schema.frames.scalars import open_literal, open_number, open_string
+from ramet.grammar.json_schema.frames.tables import ARRAY, LITERALS, NUMBER, OBJECT, STRING
 from ramet.grammar.json_schema.keywords.keywords import Interpreter
 from ramet.grammar.json_schema.keywords.schema_errors import survey
 from ramet.grammar.json_schema.keywords.strict import check_strict
-from ramet.grammar.json_schema.schema.document import Registry
-from ramet.grammar.machine.automaton import Machine, target
+from ramet.grammar.json_schema.schema.document import Document, Registry, SchemaNode
+from ramet.grammar.machine.automaton import Machine
+from ramet.grammar.machine.compiled_grammar import Problem
+from ramet.grammar.machine.frame import target
 
-WARM_NODES = 64  # schemas read at once; larger schemas are read further as they are visited
+WARM_NODES = 64  # nodes worked out at once; larger schemas are worked out further as they are visited
 
-
-class RootContext:
-    """The value is the whole text."""
-
-    number = 0
-    remembers = False
-    is_anonymous = False
-    is_for_masks = False
-
-    def __init__(self, machine: Machine) -> None:
-        self.machine = machine
-
-    def resume(self, mask: int, value: Const | None) -> int:
-        return target(self.machine.done)
-
-    def rest(self, tag: int) -> int:
-        return 0
-
-    def mask_twin(self) -> Context:
-        return self
+OPENERS: Mapping[int, Opener] = {
+    OBJECT: open_object,
+    ARRAY: open_array,
+    STRING: open_string,
+    NUMBER: open_number,
+    **{kind: partial(open_literal, kind) for kind in LITERALS},
+}
 
 
-def place_schema(source: ir.JsonSchema, machine: Machine, max_states: int, context: Context | None = None) -> int:
-    """Return the target at the start of the schema's values.
+class Schemas:
+    """JSON schemas with the same options, read into one set of expressions.
+
+    unenforced: what masks will not ensure.
+    """
+
+    def __init__(self, options: ir.JsonOptions, max_states: int) -> None:
+        self.options = options
+        self.unenforced: list[Problem] = []
+        self._max_states = max_states
+        self._is_lenient = options.on_unsupported == "validate"
+        self._is_exact = options.mode == "exact"
+        languages = Languages(max_states)
+        self.expressions = Expressions(languages, self._interpret, self._interpret_not, lenient=self._is_lenient)
+        self._interpreters: list[Interpreter] = []
+        self._owners: dict[Document, Interpreter] = {}
+
+    def read(self, schema: Any) -> tuple[Expr, list[SchemaNode]]:  # Any: JSON
+        """Return a schema's expression, and those of its nodes that are worth to be worked out first.
+
+        Raises: InvalidSchema, UnsupportedSchema, GrammarTooLarge.
+        """
+        if not isinstance(schema, dict | bool):
+            raise InvalidSchema("a schema must be an object or a boolean", "")
+        registry = Registry(schema, self.options.registry)
+        interpreter = Interpreter(
+            registry,
+            self._max_states,
+            only_named=not self._is_exact,
+            lenient=self._is_lenient,
+            expressions=self.expressions,
+        )
+        self._interpreters.append(interpreter)
+        self.unenforced += survey(interpreter)
+        if self.options.mode == "strict":
+            check_strict(registry.root)
+        return self.expressions.of_schema(registry.root), registry.nodes[:WARM_NODES]
+
+    def compilation(self, machine: Machine) -> Compilation:
+        """Return what places them on a machine."""
+        is_spaced = self.options.whitespace == "bounded"
+        return Compilation(machine, self.expressions, OPENERS, spaced=is_spaced, ordered=not self._is_exact)
+
+    def _interpret(self, node: SchemaNode) -> Values:
+        return self._owner(node).interpret(node)
+
+    def _interpret_not(self, node: SchemaNode) -> Values:
+        return self._owner(node).interpret_not(node)
+
+    def _owner(self, node: SchemaNode) -> Interpreter:
+        found = self._owners.get(node.document)
+        if found is None:
+            found = next(i for i in reversed(self._interpreters) if i.registry.has(node))
+            self._owners[node.document] = found
+        return found
+
+
+def place_schema(source: ir.JsonSchema, machine: Machine) -> tuple[int, list[Problem]]:
+    """Return the target at the start of the schema's values, and what masks will not ensure.
 
     Raises: InvalidSchema, UnsupportedSchema, GrammarTooLarge; GrammarError where no value satisfies the schema.
     """
-    if not isinstance(source.schema, dict | bool):
-        raise InvalidSchema("a schema must be an object or a boolean", "")
-    options = source.options
-    registry = Registry(source.schema, options.registry)
-    lenient = options.on_unsupported == "validate"
-    interpreter = Interpreter(registry, max_states, only_named=options.mode != "exact", lenient=lenient)
     try:
-        return _place(source, machine, interpreter, context)
+        schemas = Schemas(source.options, machine.limits.max_regular_states)
+        root, nodes = schemas.read(source.schema)
+        expressions = schemas.expressions
+        if expressions.is_empty(root):
+            raise GrammarError("the schema is contradictory: no JSON value satisfies it")
+        compilation = schemas.compilation(machine)
+        for node in nodes:
+            objects = expressions.values(expressions.of_schema(node)).objects
+            if len(objects) == 1 and not expressions.values_are_empty(Values(objects=objects)):
+                prepare(compilation, objects[0])
+        return compilation.value((root,), TextContext(target(machine.done), 0), 2), schemas.unenforced
     except RecursionError as error:
         raise GrammarTooLarge("schemas are nested too deeply to be combined") from error
-
-
-def _place(source: ir.JsonSchema, machine: Machine, interpreter: Interpreter, context: Context | None) -> int:
-    options, registry = source.options, interpreter.registry
-    machine.unenforced.extend(survey(interpreter))
-    if options.mode == "strict":
-        check_strict(registry.root)
-    expressions = interpreter.expressions
-    root = expressions.of_schema(registry.root)
-    if expressions.is_empty(root):
-        raise GrammarError("the schema is contradictory: no JSON value satisfies it")
-    json = Json(machine, expressions, spaced=options.whitespace == "bounded", ordered=options.mode != "exact")
-    for node in registry.nodes[:WARM_NODES]:
-        objects = expressions.values(expressions.of_schema(node)).objects
-        if len(objects) == 1 and not expressions.values_are_empty(Values(objects=objects)):
-            prepare(json, objects[0])
-    return json.value((root,), context or RootContext(machine), 2)

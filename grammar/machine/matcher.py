@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from ramet.grammar.machine.compiler import CompiledGrammar
+from ramet.grammar.machine.compiled_grammar import CompiledGrammar
 
 
 class Matcher:

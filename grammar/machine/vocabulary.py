@@ -43,11 +43,11 @@ class Vocabulary:
         self.special_ids = frozenset(special_ids) | frozenset(self.eos_ids)
         self.vocab_size = max(len(self.token_bytes), vocab_size or 0, *(e + 1 for e in self.eos_ids), 1)
         self.num_words = num_words(self.vocab_size)
-        # masks of loops that do not depend on the grammar (see CompiledGrammar), with their tokens to be run
+        # masks of loop states that are the same in all grammars, by Frame.loop_key, with the tokens that must be run
         self.loops: dict[Hashable, tuple[NDArray[np.int32], list[int]]] = {}
         self._by_prefix: dict[bytes, list[int]] = {}
         self._plain_rows: dict[tuple[int, int], NDArray[np.int32]] = {}
-        self._rest_tries: dict[tuple[int, int], TokenTrie] = {}
+        self._rest_tries: dict[tuple[int, int], TextTrie] = {}
 
     @cached_property
     def key(self) -> str:
@@ -66,8 +66,8 @@ class Vocabulary:
         return ids
 
     @cached_property
-    def trie(self) -> TokenTrie:
-        return TokenTrie(self.flat, *self._sorted_spans, self._sorted_ids)
+    def trie(self) -> TextTrie:
+        return TextTrie(self.flat, *self._sorted_spans, self._sorted_ids)
 
     @cached_property
     def _sorted_ids(self) -> NDArray[np.int32]:
@@ -103,14 +103,14 @@ class Vocabulary:
             self._plain_rows[kind, size] = found
         return found
 
-    def slice(self, kind: int, size: int) -> tuple[NDArray[np.int32], TokenTrie]:
+    def slice(self, kind: int, size: int) -> tuple[NDArray[np.int32], TextTrie]:
         """(mask row of the plain tokens of at most `size` characters, trie of all other tokens). Made once, kept."""
         trie = self._rest_tries.get((kind, size))
         if trie is None:
             count = self._plain_chars[kind]
             rest = (count == 0) | (count > size)
             begins, lengths = self._sorted_spans
-            trie = TokenTrie(self.flat, begins[rest], lengths[rest], self._sorted_ids[rest])
+            trie = TextTrie(self.flat, begins[rest], lengths[rest], self._sorted_ids[rest])
             self._rest_tries[kind, size] = trie
         return self.plain_row(kind, size), trie
 
@@ -121,7 +121,7 @@ class Vocabulary:
         return [*(n for n in SLICE_SIZES if n < longest), longest]
 
     @cached_property
-    def remainders(self) -> tuple[TokenTrie, NDArray[np.int32], NDArray[np.int32]]:
+    def remainders(self) -> tuple[TextTrie, NDArray[np.int32], NDArray[np.int32]]:
         """What follows the plain text (kind 2) of tokens that are not all plain: (trie of the distinct remainders,
         their numbers as values; starts int32 [n + 1]; tokens): tokens[starts[r] : starts[r + 1]] end with r."""
         begins, lengths = self._sorted_spans
@@ -135,7 +135,7 @@ class Vocabulary:
         number = {t: i for i, t in enumerate(distinct)}
         sizes = np.array([len(t) for t in distinct], dtype=np.int64)
         flat = np.frombuffer(b"".join(distinct), dtype=np.uint8)
-        trie = TokenTrie(flat, np.cumsum(sizes) - sizes, sizes, np.arange(len(distinct), dtype=np.int32))
+        trie = TextTrie(flat, np.cumsum(sizes) - sizes, sizes, np.arange(len(distinct), dtype=np.int32))
         group = np.array([number[t] for t in texts], dtype=np.int32)
         starts = np.searchsorted(np.sort(group), np.arange(len(distinct) + 1)).astype(np.int32)
         return trie, starts, self._sorted_ids[which][np.argsort(group, kind="stable")]
@@ -253,7 +253,7 @@ class Vocabulary:
         return row
 
 
-class TokenTrie:
+class TextTrie:
     """A flat trie of texts with values, given in order of their bytes: flat[begins[i] : begins[i] + lengths[i]] has
     values[i].
 

@@ -11,11 +11,11 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from ramet.errors import GrammarError, GrammarTooLarge
+from ramet.errors import GrammarTooLarge
 from ramet.grammar import ir
-from ramet.grammar.machine.automaton import Machine, compress_rows, target
-from ramet.grammar.machine.automaton import Table as FrameTable
-from ramet.grammar.machine.compiler import CompiledGrammar, Limits
+from ramet.grammar.machine.automaton import Limits, Machine
+from ramet.grammar.machine.compiled_grammar import CompiledGrammar
+from ramet.grammar.machine.frame import DEAD, Frame, compress_rows, target
 from ramet.grammar.machine.vocabulary import Vocabulary
 
 MAX_BYTES = 1 << 29
@@ -77,7 +77,7 @@ class ByteAutomaton:
         return bool(self.accepting[state])
 
 
-class _WholeText:
+class _WholeText(Frame):
     """The automaton as a frame; its one exit is the end of the text."""
 
     def __init__(self, machine: Machine, automaton: ByteAutomaton) -> None:
@@ -86,7 +86,7 @@ class _WholeText:
         self.automaton = automaton
         self.distances: NDArray[np.int64] | None = None  # made when first asked for
         self.steps: dict[int, tuple[int, int]] = {}  # state -> (byte, state) on the way out
-        self.table: FrameTable = machine.table(automaton.rows, automaton.byte_class, 1, ends)
+        self.table = machine.table(automaton.rows, automaton.byte_class, 1, ends)
 
     def resolve(self, exit_index: int) -> int:
         assert exit_index == 0, exit_index
@@ -95,7 +95,7 @@ class _WholeText:
     def closing_exit(self, local: int) -> int:
         return 0
 
-    def closing_way(self, exit_index: int, local: int) -> bytes:
+    def closing_way(self, local: int, exit_index: int) -> bytes:
         """A shortest text from a state to an accepting one."""
         automaton = self.automaton
         if self.distances is None:
@@ -139,13 +139,8 @@ def _distances(automaton: ByteAutomaton) -> NDArray[np.int64]:
     return distances
 
 
-def compile_closed(
-    automaton: ByteAutomaton, vocabulary: Vocabulary, *, limits: Limits | None = None, key: str = ""
-) -> CompiledGrammar:
+def compile_automaton(automaton: ByteAutomaton, vocabulary: Vocabulary, limits: Limits) -> CompiledGrammar:
     """Return the automaton as a compiled grammar. Raises: GrammarError if no text matches."""
-    if not automaton.accepting.any():
-        raise GrammarError("the grammar is contradictory: no text matches it")
-    limits = limits or Limits()
-    machine = Machine(limits.max_states, limits.max_time_s)
-    frame = machine.add(_WholeText(machine, automaton))
-    return CompiledGrammar(machine, target(frame), vocabulary, key, limits.max_mask_bytes)
+    machine = Machine(vocabulary, limits)
+    start = target(machine.add(_WholeText(machine, automaton))) if automaton.accepting.any() else DEAD
+    return CompiledGrammar(machine, start)

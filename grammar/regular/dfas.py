@@ -1,7 +1,7 @@
 """Deterministic automata over code points or bytes, and their boolean algebra.
 
 Results are minimal and trim: every state leads to an accepting one. Not here: how a pattern becomes an automaton
-(languages.py), the machine that masks are made of (automaton.py).
+(languages.py), the machine that masks are made of (grammar/machine).
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from fractions import Fraction
 from functools import lru_cache
 from typing import Any
@@ -424,3 +425,10 @@ def _alike_digits(bounds: list[_Bound], has_divisors: bool) -> list[int]:
         return list(range(10))
     own = {0, *(int(digit) for b in bounds for digit in b.whole + b.part)}
     return [max(d for d in range(digit + 1) if d in own or d - 1 in own) for digit in range(10)]
+
+
+def fraction(value: float | int) -> Fraction:
+    """The decimal number that a JSON number's text wrote; all those that no float can hold are one (Python's inf)."""
+    if isinstance(value, float) and math.isinf(value):
+        return Fraction(int(math.copysign(1, value)) << 1024)
+    return Fraction(value) if isinstance(value, int) else Fraction(Decimal(repr(value)))

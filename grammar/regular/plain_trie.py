@@ -11,7 +11,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from ramet.grammar.machine.automaton import REFUSE, compress_rows, leave
+from ramet.grammar.machine.frame import REFUSE, compress_rows, leave
 from ramet.grammar.regular.strings import QUOTE, Wide, any_string_content
 
 

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from ramet.errors import GrammarTooLarge, InvalidGrammar
 from ramet.grammar import ir
-from ramet.grammar.machine.automaton import DEAD, REFUSE, Machine, leave, target
+from ramet.grammar.machine.automaton import Machine
+from ramet.grammar.machine.frame import DEAD, REFUSE, Frame, leave, target
 from ramet.grammar.regular import dfas
 from ramet.grammar.regular import languages as regular
 from ramet.grammar.regular.references import inline, recursive_rules
@@ -63,10 +64,9 @@ class Configuration:
 class Pushdown:
     """A grammar compiled to states: leaf (a regular part), or (alternatives), call (of a rule), return."""
 
-    def __init__(self, grammar: ir.Grammar, machine: Machine, max_regular_states: int = 20_000) -> None:
+    def __init__(self, grammar: ir.Grammar, machine: Machine) -> None:
         self.grammar = grammar
         self.machine = machine
-        self.max_regular_states = max_regular_states
         self.states: list[State] = [("return", 0, 0, [])]
         self.leaves: list[Leaf] = []
         self.dfas: dict[ir.Node, tuple[NDArray[np.int32], list[int]]] = {}
@@ -76,8 +76,9 @@ class Pushdown:
         self.rule_index: dict[str, int] = {}
         self.nodes: list[StackNode] = [StackNode(0, [])]
         self.node_index: dict[Hashable, StackNode] = {}
-        self.shapes: dict[tuple[frozenset[tuple[int, int]], bool], Shape] = {}
+        self.readings: dict[tuple[frozenset[tuple[int, int]], bool], Reading] = {}
         self._digests: dict[tuple[int, int], NDArray[np.int64]] = {}
+        self._instances: dict[Configuration, int] = {}
         self._closures: dict[frozenset[tuple[int, int]], Configuration] = {}
         self._weights = np.random.default_rng(1)
         self._compile_rules()
@@ -176,7 +177,7 @@ class Pushdown:
         found = self.dfas.get(node)
         if found is None:
             name = node.name if isinstance(node, ir.Terminal) else "a terminal of the grammar"
-            dfa = regular.compile_bytes(node, max_states=self.max_regular_states, name=name)
+            dfa = regular.compile_bytes(node, max_states=self.machine.limits.max_regular_states, name=name)
             found = self.dfas[node] = (dfas.byte_table(dfa), dfa.accepting)
         rows, accepting = found
         if not any(accepting):
@@ -224,13 +225,16 @@ class Pushdown:
             found = Configuration(found.threads | threads, found.accepts)
         if len(found.threads) > MAX_THREADS:
             raise GrammarTooLarge(f"the grammar is too ambiguous: more than {MAX_THREADS:,} ways are open at once")
-        return target(self.machine.intern(("pushdown", id(self), found), lambda: ConfigurationFrame(self, found)))
+        instance = self._instances.get(found)
+        if instance is None:
+            instance = self._instances[found] = self.machine.add(ConfigurationFrame(self, found))
+        return target(instance)
 
-    def shape(self, configuration: Configuration) -> Shape:
+    def reading(self, configuration: Configuration) -> Reading:
         key = frozenset((leaf, q) for leaf, q, _ in configuration.threads), configuration.accepts
-        found = self.shapes.get(key)
+        found = self.readings.get(key)
         if found is None:
-            found = self.shapes[key] = Shape(self, *key)
+            found = self.readings[key] = Reading(self, *key)
         return found
 
     def digest(self, leaf: int, q: int) -> NDArray[np.int64]:
@@ -342,8 +346,8 @@ class _Closure:
         return names
 
 
-class Shape:
-    """What configurations with the same leaf states have in common, whatever their stacks.
+class Reading:
+    """The table that configurations with the same leaf states share, whatever their stacks.
 
     Bytes that no state tells apart have one exit (equal sums of weighted entries: a coincidence has odds of 2^-60).
     """
@@ -376,20 +380,20 @@ class Shape:
         return found
 
 
-class ConfigurationFrame:
+class ConfigurationFrame(Frame):
     """One configuration as a frame of one state; all that it reads are exits."""
 
     def __init__(self, owner: Pushdown, configuration: Configuration) -> None:
         self.owner = owner
-        self.shape = owner.shape(configuration)
-        self.table = self.shape.table
+        self.reading = owner.reading(configuration)
+        self.table = self.reading.table
         self.threads = sorted(configuration.threads)
 
     def resolve(self, exit_index: int) -> int:
         owner = self.owner
-        if exit_index == self.shape.end:
+        if exit_index == self.reading.end:
             return target(owner.machine.done)
-        moves = self.shape.moves(exit_index)
+        moves = self.reading.moves(exit_index)
         threads: list[Thread] = []
         entries: list[tuple[int, StackNode]] = []
         for leaf, q, number in self.threads:

@@ -5,7 +5,7 @@ a short escape, as \\uXXXX with hex digits of either case, and as a surrogate pa
 as itself (but for `"`, `\\` and, if wanted, `/`, which take a backslash), except in a string without any constraint,
 where every escape that JSON knows is read, single surrogates included.
 
-All tables are "wide": int32 [num_states, 256], entries as in automaton.py; the closing quote leaves through an exit.
+All tables are "wide": int32 [num_states, 256], entries as in frame.py; the closing quote leaves through an exit.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from ramet.grammar import ir
-from ramet.grammar.machine.automaton import REFUSE, leave
+from ramet.grammar.machine.frame import REFUSE, leave
 from ramet.grammar.regular.dfas import Dfa
 from ramet.grammar.regular.languages import utf8_sequences
 

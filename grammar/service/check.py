@@ -13,7 +13,7 @@ from ramet.grammar.json_schema.keywords.keywords import Interpreter
 from ramet.grammar.json_schema.keywords.schema_errors import survey
 from ramet.grammar.json_schema.schema import formats
 from ramet.grammar.json_schema.schema.document import DRAFT4, DRAFT7, DRAFT2019, Registry
-from ramet.grammar.machine.compiler import CompiledGrammar
+from ramet.grammar.machine.compiled_grammar import CompiledGrammar
 from ramet.grammar.machine.vocabulary import Vocabulary
 
 _ASSERTIONS = frozenset(

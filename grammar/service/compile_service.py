@@ -26,13 +26,14 @@ from typing import Any
 
 from ramet.errors import EngineStopped, GrammarError, GrammarTooLarge
 from ramet.grammar.deadline import OutOfTime, time_limit
-from ramet.grammar.machine.compiler import CompiledGrammar, Limits
+from ramet.grammar.machine.automaton import Limits
+from ramet.grammar.machine.compiled_grammar import CompiledGrammar
 from ramet.grammar.machine.vocabulary import Vocabulary
 from ramet.grammar.regular.byte_language import ByteAutomaton
 from ramet.grammar.service.disk_cache import DiskCache, default_cache_dir
 from ramet.grammar.service.sources import Parsed, compile_parsed, parse_source
 from ramet.grammar.service.warm_up import compile_loops
-from ramet.grammar.tools.text_with_values import LinkedText
+from ramet.grammar.tools.text_with_values import TextWithValues
 
 logger = logging.getLogger(__name__)
 
@@ -378,7 +379,7 @@ class _Worker:
         # compiled code may turn an interrupt into an error of its own, or lose it: such a result is not to be trusted
         if num_interrupts == self.num_interrupts:
             self._report(job, parsed, result)
-            if isinstance(parsed, LinkedText) and isinstance(result, CompiledGrammar):
+            if isinstance(parsed, TextWithValues) and isinstance(result, CompiledGrammar):
                 _make_masks(result, parsed.often)
 
     def _report(self, job: _Job, parsed: Parsed | None, result: CompiledGrammar | BaseException) -> None:
@@ -456,10 +457,7 @@ def _whereabouts(frame: FrameType | None) -> str:
 
 
 def _bytes_of(grammar: CompiledGrammar | GrammarError) -> int:
-    if isinstance(grammar, GrammarError):
-        return 0
-    machine = grammar.machine
-    return machine.pool.nbytes + machine.exits.nbytes + machine.instances.nbytes + grammar.rows.num_bytes
+    return 0 if isinstance(grammar, GrammarError) else grammar.num_bytes
 
 
 def _resident_bytes() -> int:

@@ -9,7 +9,7 @@
     tools         a tool set (tools/tool_set.py): JSON text, a dict, or a ToolSet
     structural_tag  free text with values in it (structural_tag.py): JSON text or a dict
 
-A source becomes a `ByteAutomaton` (regular, every state known), a `LinkedText` (text with JSON values in it) or an
+A source becomes a `ByteAutomaton` (regular, every state known), a `TextWithValues` (text with JSON values in it) or an
 `ir.Grammar`, whatever the vocabulary; then it is compiled for one.
 """
 
@@ -24,22 +24,25 @@ import numpy as np
 from ramet.errors import GrammarError, GrammarTooLarge, InvalidGrammar, InvalidSchema
 from ramet.grammar import ir
 from ramet.grammar.deadline import time_limit
-from ramet.grammar.machine.compiler import CompiledGrammar, Limits, compile_grammar
+from ramet.grammar.json_schema.compile import place_schema
+from ramet.grammar.machine.automaton import Limits, Machine
+from ramet.grammar.machine.compiled_grammar import CompiledGrammar
 from ramet.grammar.machine.vocabulary import Vocabulary
 from ramet.grammar.regular import dfas
 from ramet.grammar.regular import languages as regular
-from ramet.grammar.regular.byte_language import ByteAutomaton, compile_closed
+from ramet.grammar.regular.byte_language import ByteAutomaton, compile_automaton
+from ramet.grammar.regular.pushdown import Pushdown
 from ramet.grammar.regular.utf8 import compile_text
 from ramet.grammar.text.cfg import parse_cfg
 from ramet.grammar.text.choices import choices
 from ramet.grammar.text.regex import parse_regex
 from ramet.grammar.text.substring import substring_of
 from ramet.grammar.tools.structural_tag import StructuralTag, structural_text
-from ramet.grammar.tools.text_with_values import LinkedText, compile_linked
+from ramet.grammar.tools.text_with_values import TextWithValues, compile_with_values
 from ramet.grammar.tools.tool_set import ToolSet, tools_text
 
 Kind = Literal["json_schema", "regex", "cfg", "choice", "substring", "tools", "structural_tag"]
-Parsed = ByteAutomaton | LinkedText | ir.Grammar
+Parsed = ByteAutomaton | TextWithValues | ir.Grammar
 
 MAX_SOURCE_BYTES = 16 << 20
 
@@ -61,10 +64,28 @@ def compile_parsed(parsed: Parsed, vocabulary: Vocabulary, *, limits: Limits | N
     limits = limits or Limits()
     with time_limit(limits.max_time_s):
         if isinstance(parsed, ByteAutomaton):
-            return compile_closed(parsed, vocabulary, limits=limits)
-        if isinstance(parsed, LinkedText):
-            return compile_linked(parsed, vocabulary, limits=limits)
+            return compile_automaton(parsed, vocabulary, limits)
+        if isinstance(parsed, TextWithValues):
+            return compile_with_values(parsed, vocabulary, limits)
         return compile_grammar(parsed, vocabulary, limits=limits)
+
+
+def compile_grammar(
+    constraint: ir.Grammar | ir.Node, vocabulary: Vocabulary, *, limits: Limits | None = None
+) -> CompiledGrammar:
+    """Compile a grammar, or one node of it, for a vocabulary.
+
+    Raises: GrammarError and its subclasses: what cannot be compiled, is contradictory (no text at all), or is too
+    large.
+    """
+    limits = limits or Limits()
+    grammar = constraint if isinstance(constraint, ir.Grammar) else ir.Grammar.of(constraint)
+    machine = Machine(vocabulary, limits)
+    only = grammar.rules.get(grammar.start)
+    with time_limit(limits.max_time_s):
+        if isinstance(only, ir.JsonSchema):
+            return CompiledGrammar(machine, *place_schema(only, machine))
+        return CompiledGrammar(machine, Pushdown(grammar, machine).start())
 
 
 def parse_source(kind: str, source: Any, *, limits: Limits | None = None, **options: Any) -> Parsed:

@@ -1,15 +1,18 @@
-"""Compiles the compiled loops ahead, once per machine, so that no constraint's time limit has to pay for it.
+"""What is made ahead, so that no request waits for it: compiled loops once per computer, and what the grammars of a
+vocabulary share once per process.
 
-By use: small constraints of every kind make each loop compile for just the arrays that it gets. A mark beside the
-compiled code says that it is done, so that other processes load each loop when they first need it.
+The loops are compiled by use: small constraints of every kind make each loop compile for just the arrays that it gets.
+A mark beside the compiled code says that it is done, so that other processes load each loop when they first need it.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import sys
+from fractions import Fraction
 from functools import cache
 from pathlib import Path
 
@@ -17,10 +20,15 @@ import llvmlite.binding as llvm
 import numba
 import numpy as np
 
+from ramet.grammar import ir
+from ramet.grammar.json_schema.algebra.values import Strings
+from ramet.grammar.json_schema.frames.tables import number_rows, string_rows
+from ramet.grammar.json_schema.schema import formats
 from ramet.grammar.machine import walker
-from ramet.grammar.machine.compiler import Limits
+from ramet.grammar.machine.automaton import Limits
 from ramet.grammar.machine.vocabulary import Vocabulary
-from ramet.grammar.service.sources import compile_parsed, parse_source
+from ramet.grammar.regular.numbers import Numbers
+from ramet.grammar.service.sources import compile_grammar, compile_parsed, parse_source
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +76,24 @@ def compile_loops() -> None:
         _mark().touch()
     except OSError as error:
         logger.info("the next process will look again whether its loops are compiled: %s", error)
+
+
+def warm_up(vocabulary: Vocabulary) -> None:
+    """Make what all grammars of a vocabulary share, so that the first request does not wait for it: compiled loops
+    (seconds in a fresh environment, else milliseconds), slices of the vocabulary, tables of string formats and of
+    common numbers. About a second."""
+    vocabulary.warm_up()
+    for name in sorted(formats.KNOWN):
+        of_format = Strings(languages=frozenset(((0, True),)))
+        string_rows(((of_format,),), (("format", name),), Limits().max_regular_states)
+    for integer, low in itertools.product((None, True), (None, Fraction(0), Fraction(1))):
+        number_rows(((Numbers(low, integer=integer),),))
+    schema = {"properties": {"a": {"type": "string", "maxLength": 3}}}
+    grammar = compile_grammar(ir.JsonSchema(schema), vocabulary)
+    grammar.mask(0)
+    in_key = grammar.advance_bytes(0, b'{"')
+    if in_key is not None:
+        grammar.mask(in_key)  # keys without a name, in all grammars
 
 
 def _mark() -> Path:

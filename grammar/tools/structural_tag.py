@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from ramet.errors import InvalidGrammar
 from ramet.grammar import ir
 from ramet.grammar.regular.utf8 import text_dfa, utf8_table
-from ramet.grammar.tools.text_with_values import Gap, LinkedText
+from ramet.grammar.tools.text_with_values import Gap, TextWithValues
 
 MAX_TAGS = 1024
 MAX_TRIGGERS = 64
@@ -117,7 +117,7 @@ def _made(fields: Mapping[str, Any], tags: Sequence[tuple[Any, Any, Any]]) -> St
     return StructuralTag(tuple(triggers), tuple(made), *switches)
 
 
-def structural_text(source: StructuralTag) -> LinkedText:
+def structural_text(source: StructuralTag) -> TextWithValues:
     """Return the texts that a structural tag allows. Raises: InvalidGrammar where two tags begin alike."""
     rows, accepting, marked = _free_text(source.triggers)
     body = _Body()
@@ -191,14 +191,14 @@ class _Body:
             closing = self.edges[closing][byte]
         self.gaps[state] = Gap(tag.schema, after if data else behind)
 
-    def text(self, often: str) -> LinkedText:
+    def text(self, often: str) -> TextWithValues:
         wide = np.full((len(self.edges), 256), -1, dtype=np.int32)
         for state, edges in enumerate(self.edges):
             wide[state, list(edges)] = list(edges.values())
         for state in self.gaps:
             if self.edges[state]:
                 raise InvalidGrammar("the beginning of one tag begins another; end them apart, as in `<a>` and `<ab>`")
-        return LinkedText(wide, np.asarray(self.accepting, dtype=np.bool_), self.gaps, often=often.encode())
+        return TextWithValues(wide, np.asarray(self.accepting, dtype=np.bool_), self.gaps, often=often.encode())
 
 
 def _fields(source: Any, what: str, known: set[str]) -> Mapping[str, Any]:  # Any: JSON

@@ -1,7 +1,8 @@
-"""Regular text with JSON values in it (tool calls): one table whose gaps lead into the schemas' frames and back.
+"""Text with JSON values in it (tool calls): one table for the text, with gaps where the values stand.
 
-Where a value may begin is decided by the text before it, so that no stack and no set of threads is needed: free text,
-markers and names run as one table, and all schemas share one machine, so that what they have in common is there once.
+The text before a place decides whether a value begins there. So free text, markers and names are one frame; each gap is
+an exit of it, which leads into the frames of a schema, and after the value back into the text. All schemas share one
+machine, so that what they have in common is there once.
 """
 
 from __future__ import annotations
@@ -12,36 +13,31 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from ramet.errors import GrammarError, InvalidGrammar, InvalidSchema, UnsupportedSchema
+from ramet.errors import GrammarError, InvalidGrammar, UnsupportedSchema
 from ramet.grammar import ir
-from ramet.grammar.json_schema.algebra.expressions import Expressions
-from ramet.grammar.json_schema.algebra.values import Const, Expr
-from ramet.grammar.json_schema.compile import WARM_NODES
-from ramet.grammar.json_schema.frames.frames import Context, Json
-from ramet.grammar.json_schema.keywords.keywords import Interpreter
-from ramet.grammar.json_schema.keywords.schema_errors import survey
-from ramet.grammar.json_schema.keywords.strict import check_strict
-from ramet.grammar.json_schema.schema.document import Document, Registry, SchemaNode
-from ramet.grammar.machine.automaton import REFUSE, Machine, compress_rows, leave, target
-from ramet.grammar.machine.automaton import Table as FrameTable
-from ramet.grammar.machine.compiler import CompiledGrammar, Limits
+from ramet.grammar.json_schema.algebra.values import Expr
+from ramet.grammar.json_schema.compile import Schemas
+from ramet.grammar.json_schema.frames.compilation import Compilation, TextContext
+from ramet.grammar.json_schema.frames.tables import VALUE_STARTS
+from ramet.grammar.machine.automaton import Limits, Machine
+from ramet.grammar.machine.compiled_grammar import CompiledGrammar, Problem
+from ramet.grammar.machine.frame import REFUSE, Frame, compress_rows, leave, target
 from ramet.grammar.machine.vocabulary import Vocabulary
 from ramet.grammar.regular.byte_language import PREFERRED_BYTES
 
-_VALUE_STARTS = b'{["-0123456789tfn'
 _DONE = 0  # the frame's first exit; exit 1 + i is gap i
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Gap:
-    """A value of `schema` in the text, and the state behind it."""
+    """A place in the text where a value of `schema` stands; the text goes on in the state `after`."""
 
     schema: ir.JsonSchema
     after: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class LinkedText:
+class TextWithValues:
     """A deterministic byte automaton with start state 0; in the states of `gaps` a JSON value stands.
 
     transitions: int32 [num_states, 256], -1 refused. accepting: bool [num_states]. Every state leads to an accepting
@@ -56,38 +52,34 @@ class LinkedText:
     names: dict[ir.JsonSchema, str] = field(default_factory=dict)
 
 
-def compile_linked(
-    text: LinkedText, vocabulary: Vocabulary, *, limits: Limits | None = None, key: str = ""
-) -> CompiledGrammar:
+def compile_with_values(text: TextWithValues, vocabulary: Vocabulary, limits: Limits) -> CompiledGrammar:
     """Compile a text with values in it.
 
     Raises: InvalidGrammar where a value and a text may begin alike; UnsupportedSchema with the problems of all schemas;
     InvalidSchema, GrammarError, GrammarTooLarge.
     """
-    limits = limits or Limits()
-    machine = Machine(limits.max_states, limits.max_time_s)
-    schemas = list(dict.fromkeys(gap.schema for gap in text.gaps.values()))
-    json, roots = _place_all(schemas, text.names, machine, limits.max_regular_states)
-    frame = _TextFrame(machine, text, json, roots)
-    return CompiledGrammar(machine, target(frame.instance), vocabulary, key, limits.max_mask_bytes)
+    machine = Machine(vocabulary, limits)
+    compilation, roots, unenforced = _place_all(text, machine)
+    frame = _AroundValues(machine, text, compilation, roots)
+    return CompiledGrammar(machine, target(frame.instance), unenforced)
 
 
-class _TextFrame:
-    """The text, as one frame; the gaps are exits."""
+class _AroundValues(Frame):
+    """The text around the values, as one frame; the gaps are exits."""
 
     def __init__(
         self,
         machine: Machine,
-        text: LinkedText,
-        json: Json | None,
+        text: TextWithValues,
+        compilation: Compilation | None,
         roots: dict[ir.JsonSchema, Expr],
     ) -> None:
         self.machine = machine
-        self.json = json
+        self.compilation = compilation
         self.roots = roots
         self.gaps = list(text.gaps.values())
         rows = text.transitions.copy()
-        values = np.ix_(list(text.gaps), list(_VALUE_STARTS))
+        values = np.ix_(list(text.gaps), list(VALUE_STARTS))
         if (rows[values] != REFUSE).any():
             raise InvalidGrammar(
                 "a JSON value and a text can begin alike in the same place; put a text before the value that tells "
@@ -103,24 +95,25 @@ class _TextFrame:
             self.is_way_out[state] = self.is_way_out[state] or self.exits[state] == 1 + i
         self.steps: dict[int, tuple[int, int]] = {}  # state -> (byte, state) on the way out
         ends = np.where(text.accepting, _DONE, REFUSE).astype(np.int32)
-        self.table: FrameTable = machine.table(compressed, byte_class, 1 + len(self.gaps), ends)
+        self.table = machine.table(compressed, byte_class, 1 + len(self.gaps), ends)
         self.instance = machine.add(self)
 
     def _cost_of(self, schema: ir.JsonSchema) -> int:
-        assert self.json is not None
-        return self.json.expressions.cost(self.roots[schema])
+        assert self.compilation is not None
+        return self.compilation.expressions.cost(self.roots[schema])
 
     def resolve(self, exit_index: int) -> int:
         if exit_index == _DONE:
             return target(self.machine.done)
         gap = self.gaps[exit_index - 1]
-        assert self.json is not None
-        return self.json.value((self.roots[gap.schema],), _BehindGap(self, gap.after, self.json.new_number()), 2)
+        assert self.compilation is not None
+        context = TextContext(target(self.instance, gap.after), self.costs[gap.after])
+        return self.compilation.value((self.roots[gap.schema],), context, 2)
 
     def closing_exit(self, local: int) -> int:
         return self.exits[local]
 
-    def closing_way(self, exit_index: int, local: int) -> bytes:
+    def closing_way(self, local: int, exit_index: int) -> bytes:
         """The text from a state to where its exit is taken."""
         out = bytearray()
         while not self.is_way_out[local]:
@@ -138,30 +131,8 @@ class _TextFrame:
         return bytes(out)
 
 
-class _BehindGap:
-    """Context of a value: the text goes on."""
-
-    remembers = False
-    is_anonymous = False
-    is_for_masks = False
-
-    def __init__(self, frame: _TextFrame, after: int, number: int) -> None:
-        self.frame = frame
-        self.after = after
-        self.number = number
-
-    def resume(self, mask: int, value: Const | None) -> int:
-        return target(self.frame.instance, self.after)
-
-    def rest(self, tag: int) -> int:
-        return self.frame.costs[self.after]
-
-    def mask_twin(self) -> Context:
-        return self
-
-
 def _ways_out(
-    text: LinkedText, rows: NDArray[np.int32], cost_of: Callable[[ir.JsonSchema], int]
+    text: TextWithValues, rows: NDArray[np.int32], cost_of: Callable[[ir.JsonSchema], int]
 ) -> tuple[list[int], list[int]]:
     """For each state, about the bytes to the end, and the first exit on the way there (Dijkstra from the ends).
 
@@ -172,7 +143,7 @@ def _ways_out(
     sources, classes = np.nonzero(rows >= 0)
     for pair in np.unique(rows[sources, classes] * np.int64(n) + sources).tolist():
         before[pair // n].append(pair % n)
-    values: dict[int, list[tuple[int, int, int]]] = {}  # state behind a value -> (state before it, its cost, exit)
+    values: dict[int, list[tuple[int, int, int]]] = {}  # state after a value -> (state before it, its cost, exit)
     for i, (state, gap) in enumerate(text.gaps.items()):
         values.setdefault(gap.after, []).append((state, cost_of(gap.schema), 1 + i))
     costs = [-1] * n
@@ -192,56 +163,30 @@ def _ways_out(
 
 
 def _place_all(
-    schemas: list[ir.JsonSchema], names: dict[ir.JsonSchema, str], machine: Machine, max_states: int
-) -> tuple[Json | None, dict[ir.JsonSchema, Expr]]:
-    """Read all schemas into one set of expressions. Raises with the problems of all of them, and the schema's name."""
-    if not schemas:
-        return None, {}
-    options = schemas[0].options
-    if any(s.options != options for s in schemas):
+    text: TextWithValues, machine: Machine
+) -> tuple[Compilation | None, dict[ir.JsonSchema, Expr], list[Problem]]:
+    """Read all schemas: (what places them, None without schemas; their expressions; what masks will not ensure).
+
+    Raises with the problems of all of them, and the schema's name.
+    """
+    sources = list(dict.fromkeys(gap.schema for gap in text.gaps.values()))
+    if not sources:
+        return None, {}, []
+    options = sources[0].options
+    if any(s.options != options for s in sources):
         raise InvalidGrammar("the JSON schemas of one grammar must have the same options")
-    interpreters: list[Interpreter] = []
-    owners: dict[Document, Interpreter] = {}
-
-    def owner(node: SchemaNode) -> Interpreter:
-        found = owners.get(node.document)
-        if found is None:
-            found = owners[node.document] = next(i for i in reversed(interpreters) if i.registry.has(node))
-        return found
-
-    expressions: Expressions | None = None
+    schemas = Schemas(options, machine.limits.max_regular_states)
+    expressions = schemas.expressions
     roots: dict[ir.JsonSchema, Expr] = {}
-    problems: list[tuple[str, str, str]] = []
-
-    def place(schema: ir.JsonSchema) -> None:
-        nonlocal expressions
-        if not isinstance(schema.schema, dict | bool):
-            raise InvalidSchema("a schema must be an object or a boolean", "")
-        registry = Registry(schema.schema, options.registry)
-        lenient = options.on_unsupported == "validate"
-        interpreter = Interpreter(registry, max_states, only_named=options.mode != "exact", lenient=lenient)
-        if expressions is None:
-            expressions = Expressions(
-                interpreter.languages,
-                lambda node: owner(node).interpret(node),
-                lambda node: owner(node).interpret_not(node),
-                lenient=lenient,
-            )
-        interpreter.expressions, interpreter.languages = expressions, expressions.languages
-        interpreters.append(interpreter)
-        machine.unenforced.extend(survey(interpreter))
-        if options.mode == "strict":
-            check_strict(registry.root)
-        roots[schema] = expressions.of_schema(registry.root)
-        if expressions.is_empty(roots[schema]):
-            raise GrammarError(f"a schema is contradictory: no JSON value satisfies {str(schema.schema)[:200]}")
-        for node in registry.nodes[:WARM_NODES]:
-            expressions.values(expressions.of_schema(node))
-
-    for schema in schemas:
-        name = names.get(schema)
+    problems: list[Problem] = []
+    for source in sources:
+        name = text.names.get(source)
         try:
-            place(schema)
+            roots[source], nodes = schemas.read(source.schema)
+            if expressions.is_empty(roots[source]):
+                raise GrammarError(f"a schema is contradictory: no JSON value satisfies {str(source.schema)[:200]}")
+            for node in nodes:
+                expressions.values(expressions.of_schema(node))
         except UnsupportedSchema as error:
             problems.extend((p, k, f"{reason} ({name})" if name else reason) for p, k, reason in error.problems)
         except GrammarError as error:
@@ -250,6 +195,4 @@ def _place_all(
             raise
     if problems:
         raise UnsupportedSchema(problems)
-    assert expressions is not None
-    json = Json(machine, expressions, spaced=options.whitespace == "bounded", ordered=options.mode != "exact")
-    return json, roots
+    return schemas.compilation(machine), roots, schemas.unenforced

@@ -30,7 +30,7 @@ from ramet.grammar.machine.vocabulary import Vocabulary
 from ramet.grammar.regular.char_classes import category
 from ramet.grammar.regular.utf8 import text_dfa, utf8_table
 from ramet.grammar.tools.formats import NAME_PATTERN, ToolFormat, tool_format
-from ramet.grammar.tools.text_with_values import Gap, LinkedText
+from ramet.grammar.tools.text_with_values import Gap, TextWithValues
 
 MAX_TOOLS = 1024
 MAX_CALLS = 64
@@ -76,7 +76,7 @@ class ToolSet:
         )
 
 
-def tools_text(tool_set: ToolSet) -> LinkedText:
+def tools_text(tool_set: ToolSet) -> TextWithValues:
     """Return the answers that a tool set allows. Raises: InvalidGrammar where the format is ambiguous."""
     layout = tool_set.format
     rows, accepting, values, marked = _head(
@@ -89,7 +89,7 @@ def tools_text(tool_set: ToolSet) -> LinkedText:
         gaps = {state: Gap(answer, after) for state, after in values.items()}
         names[answer] = "the answer"
     if marked is None:
-        return LinkedText(rows, accepting, gaps, names=names)
+        return TextWithValues(rows, accepting, gaps, names=names)
     body = _Body(tool_set, len(rows))
     wide = np.full((len(rows) + len(body.edges), 256), -1, dtype=np.int32)
     wide[: len(rows)] = rows
@@ -98,7 +98,7 @@ def tools_text(tool_set: ToolSet) -> LinkedText:
     wide[marked] = wide[len(rows)]
     accepts = np.concatenate([accepting, np.asarray(body.accepting, dtype=np.bool_)])
     names |= {schema: f"the parameters of tool {name!r}" for name, schema in body.arguments.items()}
-    return LinkedText(wide, accepts, {**gaps, **body.gaps}, often=layout.marker.encode(), names=names)
+    return TextWithValues(wide, accepts, {**gaps, **body.gaps}, often=layout.marker.encode(), names=names)
 
 
 _CALLS, _ANSWER = (

@@ -6,36 +6,39 @@ from dataclasses import replace
 
 from ramet.grammar.json_schema.algebra import costs, distinct, specs
 from ramet.grammar.json_schema.algebra.values import Arrays, Const, Expr
-from ramet.grammar.json_schema.frames.frames import Context, Json
-from ramet.grammar.json_schema.frames.lookahead import MAX_TAGS, ArrayEnd, before_end, behind
-from ramet.grammar.json_schema.frames.punctuation import CLOSE, GO_ON, next_item_rows, open_array_rows
-from ramet.grammar.machine.automaton import CONCRETE, DEAD, target
+from ramet.grammar.json_schema.frames.compilation import Compilation, Context
+from ramet.grammar.json_schema.frames.lookahead import MAX_TAGS, ArrayEnd, EndsContext, before_end
+from ramet.grammar.json_schema.frames.tables import CLOSE, GO_ON, next_item_rows, open_array_rows
+from ramet.grammar.machine.frame import DEAD, NEEDS_RUN, Frame, FrameTable, target
 
-# tag, spec, items found of each `contains`, constants that the array must not become and is like so far
-Thread = tuple[int, Arrays, tuple[int, ...], tuple[int, ...]]
-Choices = tuple[tuple[Expr, ...], list[tuple[Thread, int]]]
+# a spec that an array may still satisfy: tag, spec, items found of each `contains`, rivals (constants that the array
+# must not become, and which it equals so far)
+ArrayThread = tuple[int, Arrays, tuple[int, ...], tuple[int, ...]]
+ArrayChoices = tuple[tuple[Expr, ...], list[tuple[ArrayThread, int]]]
 Items = tuple[int, ...]  # their numbers (see distinct.py)
 
 
 class ArrayState:
-    """How far an array has come, wherever it stands. Interned: what may follow is worked out once.
+    """How far an array has come, wherever it stands: what may follow is worked out once for all places.
 
-    index: items read, no further than any thread can tell; seen: numbers of those that must not come again.
+    threads: the specs that the array may still satisfy. index: items read, up to where no thread tells positions apart;
+    seen: numbers of the items that must not come again.
     """
 
-    def __init__(self, json: Json, threads: tuple[Thread, ...], index: int, seen: frozenset[int]) -> None:
-        self.json = json
+    def __init__(
+        self, compilation: Compilation, threads: tuple[ArrayThread, ...], index: int, seen: frozenset[int]
+    ) -> None:
+        self.compilation = compilation
         self.threads = threads
         self.index = index
         self.seen = seen
-        self.number = json.new_number()
         self.compares = any(spec.unique or spec.repeats for _, spec, _, _ in threads)
-        self._choices: Choices | None = None
+        self._choices: ArrayChoices | None = None
         self._is_free: bool | None = None
         self._end: ArrayEnd | None = None
         self._ends: tuple[ArrayEnd, ...] | None = None
 
-    def choices(self) -> Choices:
+    def choices(self) -> ArrayChoices:
         """What the next item may be; the threads that may read it, each with the index of that."""
         if self._choices is None:
             branches = self._branches()
@@ -43,9 +46,9 @@ class ArrayState:
             self._choices = exprs, [(t, exprs.index(e)) for t, e in branches]
         return self._choices
 
-    def _branches(self) -> list[tuple[Thread, Expr]]:
-        e, index = self.json.expressions, self.index
-        out: list[tuple[Thread, Expr]] = []
+    def _branches(self) -> list[tuple[ArrayThread, Expr]]:
+        e, index = self.compilation.expressions, self.index
+        out: list[tuple[ArrayThread, Expr]] = []
         for thread in self.threads:
             tag, spec, counts, rivals = thread
             if not rivals and spec.is_plain:  # as below, with nothing to compare or to count
@@ -63,13 +66,13 @@ class ArrayState:
 
     def _item_of(self, rival: int) -> int | None:
         """The item of a constant in the place of the next one."""
-        items = self.json.expressions.constants.items(rival)
+        items = self.compilation.expressions.constants.items(rival)
         return items[self.index] if self.index < len(items) else None
 
-    def may_finish(self, thread: Thread, index: int) -> bool:
+    def may_finish(self, thread: ArrayThread, index: int) -> bool:
         """Can the array still be completed as this thread wants it?"""
         _, spec, counts, rivals = thread
-        e = self.json.expressions
+        e = self.compilation.expressions
         if rivals:
             return distinct.array_may_differ(e, spec, rivals, index, counts)
         return distinct.may_fill(e, spec, index, counts, self.seen)
@@ -81,19 +84,19 @@ class ArrayState:
         return self._is_free
 
     def _find_is_free(self) -> bool:
-        e = self.json.expressions
+        e = self.compilation.expressions
         if any(rivals or (spec.repeats and not distinct.is_endless(e, spec)) for _, spec, _, rivals in self.threads):
             return False
         exprs = {x for _, spec, _, _ in self.threads if spec.unique for x in (*spec.prefix[self.index :], spec.rest)}
         return all(distinct.is_free(e, x) for x in exprs)
 
-    def may_close(self, thread: Thread) -> bool:
+    def may_close(self, thread: ArrayThread) -> bool:
         _, spec, counts, rivals = thread
         if spec.repeats or not specs.may_close(spec, self.index, counts):
             return False
         if not rivals:
             return True
-        items = self.json.expressions.constants.items
+        items = self.compilation.expressions.constants.items
         return not any(len(items(r)) == self.index for r in rivals)
 
     def closing_tags(self) -> int:
@@ -106,7 +109,7 @@ class ArrayState:
 
     def end(self) -> ArrayEnd:
         if self._end is None:
-            plainest = self.json.expressions.plainest
+            plainest = self.compilation.expressions.plainest
             self._end = ArrayEnd(self.closing_tags(), tuple(dict.fromkeys([plainest(e) for e in self.choices()[0]])))
         return self._end
 
@@ -120,61 +123,54 @@ class ArrayState:
     def after(self, mask: int, seen: frozenset[int]) -> ArrayState:
         """The array after an item that satisfies the tags in `mask`."""
         threads = tuple(dict.fromkeys([t for t, tag in self.choices()[1] if (mask >> tag) & 1]))
-        index = min(self.index + 1, max([_last_index(self.json, t) for t in threads], default=0))
+        index = min(self.index + 1, max([self._last_index(t) for t in threads], default=0))
         if threads == self.threads and index == self.index and seen == self.seen:
             return self
-        return array_state(self.json, threads, index, seen)
+        return self.compilation.once(ArrayState, threads, index, seen)
 
-
-def array_state(json: Json, threads: tuple[Thread, ...], index: int, seen: frozenset[int]) -> ArrayState:
-    states: dict[object, ArrayState] = json.array_states
-    key = (threads, index, seen)
-    found = states.get(key)
-    if found is None:
-        found = states[key] = ArrayState(json, threads, index, seen)
-    return found
-
-
-def _last_index(json: Json, thread: Thread) -> int:
-    """From this index on a thread cannot tell positions apart."""
-    _, spec, _, rivals = thread
-    last = specs.last_index(spec)
-    return max(last, *(len(json.expressions.constants.items(r)) + 1 for r in rivals)) if rivals else last
+    def _last_index(self, thread: ArrayThread) -> int:
+        """From this index on a thread cannot tell positions apart."""
+        _, spec, _, rivals = thread
+        items = self.compilation.expressions.constants.items
+        last = specs.last_index(spec)
+        return max(last, *(len(items(r)) + 1 for r in rivals)) if rivals else last
 
 
 class ArrayNode:
-    """An array under way in its place. `anonymous`: how many of the items that must not come again are not known;
-    `items`: all items, where the context asks for the value; None also where some are not known.
+    """An array under way in its place.
+
+    anonymous: how many of the items that must not come again are not known. items: all items, where the context asks
+    for the value; None also where some are not known.
     """
 
-    def __init__(self, state: ArrayState, anonymous: int, context: Context, items: Items | None) -> None:
-        self.json = state.json
+    def __init__(
+        self, compilation: Compilation, state: ArrayState, anonymous: int, context: Context, items: Items | None
+    ) -> None:
+        self.compilation = compilation
         self.state = state
         self.anonymous = anonymous
         self.context = context
         self.items = items
-        self.number = state.json.new_number()
-        self._item_context: ItemContext | None = None
 
     def mask_twin(self) -> ArrayNode:
         """The same in the context's twin."""
         context = self.context.mask_twin()
         if context is self.context and self.items is None:
             return self
-        return array_node(self.state, self.anonymous, context, None)
+        return self.compilation.once(ArrayNode, self.state, self.anonymous, context, None)
 
     def close(self) -> int:
         mask = self.state.closing_tags()
         if not mask:
             return DEAD
         if self.items is None:
-            return CONCRETE if self.context.is_anonymous else self.context.resume(mask, None)
+            return NEEDS_RUN if self.context.is_anonymous else self.context.resume(mask, None)
         return self.context.resume(mask, ("array", self.items))
 
-    def cost(self, thread: Thread, index: int) -> int:
+    def cost(self, thread: ArrayThread, index: int) -> int:
         """About the bytes that this thread still has to write, to the end of the text."""
         tag, spec, counts, rivals = thread
-        e = self.json.expressions
+        e = self.compilation.expressions
         total = 1 + self.context.rest(tag)
         if spec.repeats or any(len(e.constants.items(r)) == index for r in rivals):  # more must come
             total += 1000
@@ -185,23 +181,19 @@ class ArrayNode:
         return total + sum(known) + (missing - len(known)) * (known[-1] if known else 0)
 
     def item_context(self) -> ItemContext:
-        if self._item_context is None:
-            self._item_context = ItemContext(self)
-        return self._item_context
+        return self.compilation.once(ItemContext, self)
 
     def item(self, local: int) -> int:
         exprs, _ = self.state.choices()
-        return self.json.value(exprs, self.item_context(), local) if exprs else DEAD
+        return self.compilation.value(exprs, self.item_context(), local) if exprs else DEAD
 
 
-class ItemContext:
+class ItemContext(Context):
     """After an item."""
 
-    is_for_masks = False
-
-    def __init__(self, node: ArrayNode) -> None:
+    def __init__(self, compilation: Compilation, node: ArrayNode) -> None:
+        self.compilation = compilation
         self.node = node
-        self.number = node.json.new_number()
         state = node.state
         self.remembers = state.compares or node.items is not None
         # where some text can be stuck because of what came before, an item must be known to go on
@@ -217,7 +209,7 @@ class ItemContext:
         node, state = self.node, self.node.state
         if state.compares or len(state.choices()[0]) > MAX_TAGS:
             return node.mask_twin().item_context()
-        return behind(node.json, state.ends(), node.context.mask_twin())
+        return self.compilation.once(EndsContext, state.ends(), node.context.mask_twin())
 
     def rest(self, tag: int) -> int:
         state = self.node.state
@@ -230,62 +222,50 @@ class ItemContext:
             anonymous += int(state.compares)
             items = None
         elif self.remembers:
-            number = node.json.expressions.constants.number(value)
+            number = self.compilation.expressions.constants.number(value)
             seen = seen | {number} if state.compares else seen
             items = None if items is None else (*items, number)
-        following = array_node(state.after(mask, seen), anonymous, node.context, items)
-        return target(before_item(NextFrame, following))
+        following = self.compilation.once(ArrayNode, state.after(mask, seen), anonymous, node.context, items)
+        return target(self.compilation.frame(ArrayNextFrame, following))
 
 
-def array_node(state: ArrayState, anonymous: int, context: Context, items: Items | None) -> ArrayNode:
-    nodes: dict[object, ArrayNode] = state.json.array_nodes
-    key = (state.number, anonymous, context.number, items)
-    found = nodes.get(key)
-    if found is None:
-        found = nodes[key] = ArrayNode(state, anonymous, context, items)
-    return found
-
-
-def open_array(json: Json, exprs: tuple[Expr, ...], context: Context) -> int:
-    """Target after `[` of a value that is one of `exprs`, each a tag."""
-    opened: dict[object, ArrayState] = json.opened_arrays
-    if exprs not in opened:
-        opened[exprs] = array_state(json, _threads(json, exprs), 0, frozenset())
-    state = opened[exprs]
+def open_array(compilation: Compilation, exprs: tuple[Expr, ...], context: Context) -> int:
+    """Target after the opening bracket."""
+    state = compilation.once(_opened, exprs)
     if not state.threads:
         return DEAD
     if context.is_for_masks:
-        return before_end(json, state.end(), context, is_open=True)
-    return target(before_item(OpenFrame, array_node(state, 0, context, () if context.remembers else None)))
+        return before_end(compilation, state.end(), context, is_open=True)
+    node = compilation.once(ArrayNode, state, 0, context, () if context.remembers else None)
+    return target(compilation.frame(ArrayStartFrame, node))
 
 
-def _threads(json: Json, exprs: tuple[Expr, ...]) -> tuple[Thread, ...]:
-    out: list[Thread] = []
+def _opened(compilation: Compilation, exprs: tuple[Expr, ...]) -> ArrayState:
+    threads: list[ArrayThread] = []
     for tag, expr in enumerate(exprs):
-        for a in specs.arrays_of(json.expressions, expr):
+        for a in specs.arrays_of(compilation.expressions, expr):
             whole = replace(a, excluded=frozenset()) if a.excluded else a
-            out.append((tag, whole, (0,) * len(a.contains), tuple(sorted(a.excluded))))
-    return tuple(out)
+            threads.append((tag, whole, (0,) * len(a.contains), tuple(sorted(a.excluded))))
+    return compilation.once(ArrayState, tuple(threads), 0, frozenset[int]())
 
 
-def before_item(kind: type[OpenFrame], node: ArrayNode) -> int:
-    """The instance where an item may begin."""
-    return node.json.machine.intern((kind, node.number), lambda: kind(node))
-
-
-class OpenFrame:
+class ArrayStartFrame(Frame):
     """Right after `[`."""
 
-    def __init__(self, node: ArrayNode) -> None:
+    def __init__(self, compilation: Compilation, node: ArrayNode) -> None:
+        self.compilation = compilation
         self.node = node
-        self.table = node.json.constant_table(open_array_rows, (True, True), 2)
+        self.table = self.make_table()
+
+    def make_table(self) -> FrameTable:
+        return self.compilation.constant_table(open_array_rows, (True, True), 2)
 
     def mask_twin(self, local: int) -> int:
         node = self.node
         inner = node.item_context().mask_twin()
-        exprs = tuple(map(node.json.expressions.plainest, node.state.choices()[0]))
+        exprs = tuple(map(self.compilation.expressions.plainest, node.state.choices()[0]))
         end = ArrayEnd(node.state.closing_tags(), exprs)
-        return before_end(node.json, end, node.context.mask_twin(), is_open=True, inner=inner)
+        return before_end(self.compilation, end, node.context.mask_twin(), is_open=True, inner=inner)
 
     def resolve(self, exit_index: int) -> int:
         return self.node.close() if exit_index == CLOSE else self.node.item(2)
@@ -296,16 +276,15 @@ class OpenFrame:
         return CLOSE if min(costs)[1] == 0 else GO_ON
 
 
-class NextFrame(OpenFrame):
+class ArrayNextFrame(ArrayStartFrame):
     """After an item: `]` or a comma."""
 
-    def __init__(self, node: ArrayNode) -> None:
-        self.node = node
-        self.table = node.json.constant_table(next_item_rows, (True, True), 2)
+    def make_table(self) -> FrameTable:
+        return self.compilation.constant_table(next_item_rows, (True, True), 2)
 
     def mask_twin(self, local: int) -> int:
         node = self.node
-        return before_end(node.json, node.state.end(), node.context.mask_twin(), is_open=False)
+        return before_end(self.compilation, node.state.end(), node.context.mask_twin(), is_open=False)
 
     def resolve(self, exit_index: int) -> int:
         return self.node.close() if exit_index == CLOSE else self.node.item(1)

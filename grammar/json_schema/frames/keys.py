@@ -11,24 +11,27 @@ from numpy.typing import NDArray
 from ramet.grammar.json_schema.algebra import costs, distinct
 from ramet.grammar.json_schema.algebra import specs as object_specs
 from ramet.grammar.json_schema.algebra.values import Exists, Expr, Objects
-from ramet.grammar.json_schema.frames.frames import Json
-from ramet.grammar.json_schema.frames.object_states import Choices, ObjectState, Thread
+from ramet.grammar.json_schema.frames.compilation import Compilation
 from ramet.grammar.json_schema.frames.tables import ANY_CHARS, StringRows, overlay
-from ramet.grammar.machine.automaton import Table, leave
+from ramet.grammar.machine.frame import FrameTable, leave
 from ramet.grammar.regular import strings
 from ramet.grammar.regular.plain_trie import plain_trie
 
 MAX_WAYS = 16  # to write a key, that are looked up and not searched
 MAX_COUNT = 1 << 10  # texts that can still follow, beyond which they are not counted
 
+# a spec that an object may still satisfy: tag, spec (index in the space), bits of what must still exist, rivals
+ObjectThread = tuple[int, int, int, tuple[int, ...]]
+# what a key's value may be, and the threads that may read it, each with the index of its expression
+ObjectChoices = tuple[tuple[Expr, ...], list[tuple[ObjectThread, int]]]
+
 
 class Space:
     """The keys that a set of specs can tell apart: named keys, then classes of others by the languages they match."""
 
-    def __init__(self, json: Json, specs: tuple[Objects, ...]) -> None:
-        self.json = json
+    def __init__(self, compilation: Compilation, specs: tuple[Objects, ...]) -> None:
+        self.compilation = compilation
         self.specs = specs
-        self.number = json.new_number()
         names: dict[str, None] = {}
         languages: dict[int, None] = {}
         for o in specs:
@@ -45,11 +48,11 @@ class Space:
         self._make_signatures()
         self.num_labels = len(self.names) + len(self.signatures)
         self._exprs: dict[tuple[int, int], Expr] = {}
-        self.choices_of_threads: dict[tuple[tuple[Thread, ...], int], Choices] = {}
+        self.choices_of_threads: dict[tuple[tuple[ObjectThread, ...], int], ObjectChoices] = {}
         self._differs: dict[tuple[int, int, tuple[int, ...], int], bool] = {}
         self._alive: dict[int, tuple[int, int]] = {}
-        self._tables: dict[object, Table] = {}
-        self._possible: dict[Table, tuple[int, int]] = {}
+        self._tables: dict[object, FrameTable] = {}
+        self._possible: dict[FrameTable, tuple[int, int]] = {}
         self._master: tuple[bool, StringRows] | None = None
         self.required = [sum(1 << self.index[k] for k in o.required) for o in specs]
         self._endings: dict[bytes | int, list[tuple[str, bytes]]] = {}
@@ -57,7 +60,6 @@ class Space:
         self._names_from: dict[int, int] = {}
         self._many_ways: list[str] = []
         self.is_simple = [o.high is None and not (o.dependent or o.exists or o.low) for o in specs]
-        self._states: dict[object, ObjectState] = {}
         self._counts: dict[int, NDArray[np.int64]] = {}
         self._room: dict[tuple[int, str], int] = {}
 
@@ -66,25 +68,18 @@ class Space:
         self.signatures: list[frozenset[int]] = [frozenset()]
         if not self.languages:
             return
-        self.dfa, self.signatures = self.json.expressions.languages.signatures(tuple(self.languages))
+        self.dfa, self.signatures = self.compilation.expressions.languages.signatures(tuple(self.languages))
 
-    def are_simple(self, threads: tuple[Thread, ...]) -> bool:
+    def are_simple(self, threads: tuple[ObjectThread, ...]) -> bool:
         """Do the keys seen change nothing for these threads but that they may not come again?"""
-        return not self.json.ordered and all(self.is_simple[spec] and not rivals for _, spec, _, rivals in threads)
-
-    def state(
-        self, threads: tuple[Thread, ...], seen: int, extras: frozenset[str], anonymous: int, forgets: bool
-    ) -> ObjectState:
-        key = (threads, seen, extras, anonymous, forgets)
-        found = self._states.get(key)
-        if found is None:
-            found = self._states[key] = ObjectState(self, *key)
-        return found
+        return not self.compilation.ordered and all(
+            self.is_simple[spec] and not rivals for _, spec, _, rivals in threads
+        )
 
     def expr(self, spec: int, label: int) -> Expr:
         found = self._exprs.get((spec, label))
         if found is None:
-            e, o = self.json.expressions, self.specs[spec]
+            e, o = self.compilation.expressions, self.specs[spec]
             if label < len(self.names):
                 found = object_specs.expr_of_key(e, o, self.names[label])
             else:
@@ -100,12 +95,12 @@ class Space:
             o = self.specs[spec]
             o = replace(o, exists=tuple(x for i, x in enumerate(o.exists) if (exists >> i) & 1))
             present = frozenset(k for i, k in enumerate(self.names) if (seen >> i) & 1)
-            found = self._differs[key] = distinct.object_may_differ(self.json.expressions, o, rivals, present)
+            found = self._differs[key] = distinct.object_may_differ(self.compilation.expressions, o, rivals, present)
         return found
 
     def usable(self, spec: int, label: int) -> bool:
         """Has a key of this label any value?"""
-        return not self.json.expressions.is_empty(self.expr(spec, label))
+        return not self.compilation.expressions.is_empty(self.expr(spec, label))
 
     def alive(self, spec: int) -> tuple[int, int]:
         """Labels with values: (bits of names, bits of signatures)."""
@@ -146,13 +141,13 @@ class Space:
         if len(ways) > MAX_WAYS:
             self._many_ways.append(key)
             return
-        quoted = self.json.machine.quoted
+        quoted = self.compilation.machine.vocabulary.quoted
         for written in ways:
             whole = written + b'"'
             places: list[tuple[bytes | int, bytes]] = [(written[:i], whole[i:]) for i in range(len(whole))]
             places.extend((i, gap + whole) for i, texts in enumerate(gaps) for gap in texts)
             for place, rest in places:
-                if quoted is None or rest in quoted:
+                if rest in quoted:
                     self._endings.setdefault(place, []).append((key, rest))
 
     def endings(self, place: bytes | int, keys: frozenset[str], gaps: tuple[bytes, ...]) -> list[bytes]:
@@ -179,7 +174,7 @@ class Space:
 
     def in_class(self, x: Exists, label: int) -> bool:
         if label < len(self.names):
-            return costs.in_class(self.json.expressions, x, self.names[label])
+            return costs.in_class(self.compilation.expressions, x, self.names[label])
         matching = self.signatures[label - len(self.names)]
         return x.pattern in matching if x.pattern is not None else not matching.intersection(x.others)
 
@@ -226,7 +221,7 @@ class Space:
             self._counts[others] = found
         return found
 
-    def table(self, named: int, others: int, extras: frozenset[str]) -> Table:
+    def table(self, named: int, others: int, extras: frozenset[str]) -> FrameTable:
         """Keys that may come now: exit i for name i, len(names) + s for any other key of signature s.
 
         Where any other key may come, one table serves all states: the exits of names already seen are dead, and keys
@@ -252,7 +247,7 @@ class Space:
                     rows = self._without(rows, [i for i in range(len(self.names)) if not (named >> i) & 1])
             else:
                 rows = self._some_keys(named, others, extras)
-            found = self._tables[key] = self.json.string_frame(rows, self.num_labels)
+            found = self._tables[key] = self.compilation.string_table(rows, self.num_labels)
         return found
 
     @staticmethod
@@ -291,7 +286,7 @@ class Space:
             found = self._possible[table] = self._reachable(table)
         return found
 
-    def _reachable(self, table: Table) -> tuple[int, int]:
+    def _reachable(self, table: FrameTable) -> tuple[int, int]:
         """Labels of the exits that can be reached."""
         seen, level, exits = {0}, [0], set()
         while level:

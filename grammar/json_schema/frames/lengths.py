@@ -9,20 +9,18 @@ from __future__ import annotations
 
 import bisect
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ramet.errors import GrammarTooLarge
 from ramet.grammar import deadline
+from ramet.grammar.json_schema.algebra.languages import Languages
 from ramet.grammar.json_schema.algebra.values import Strings
 from ramet.grammar.json_schema.frames.tables import StringRows
-from ramet.grammar.machine.automaton import REFUSE, compress_rows, leave, sample_bytes
+from ramet.grammar.machine.frame import REFUSE, compress_rows, leave, sample_bytes
 from ramet.grammar.regular import dfas, strings
-
-if TYPE_CHECKING:
-    from ramet.grammar.json_schema.algebra.languages import Languages
 
 MAX_PRODUCT = 1500  # states of languages times lengths up to which one table of all is made
 MAX_CONTENT = 512  # states between characters in one table of layers

@@ -1,52 +1,49 @@
-"""How far a JSON object has come, wherever it stands: what of it may follow.
+"""How far a JSON object has come, wherever it stands: which keys may follow, and whether it may end.
 
-A state is the keys seen, and the threads that are still possible. A thread is (tag, spec, what must still exist,
-rivals: constants that the object must not become and is like so far); alternatives of one tag are several threads. Keys
-that a schema names are bits; other keys are remembered by name.
+A state consists of the keys that came and of the *threads*, the specs that the object may still satisfy. A thread also
+holds which `exists` of its spec no key satisfied yet, and its rivals: the constants that the object must not become,
+and which it equals so far. A tag with several specs has several threads. A key that some spec names is a bit; other
+keys, the unnamed ones, are remembered by their texts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import combinations
-from typing import TYPE_CHECKING
 
 from ramet.grammar.json_schema.algebra import costs
 from ramet.grammar.json_schema.algebra.values import FALSE, Exists, Expr
+from ramet.grammar.json_schema.frames.compilation import Compilation
+from ramet.grammar.json_schema.frames.keys import ObjectChoices, ObjectThread, Space
 from ramet.grammar.json_schema.frames.lookahead import ObjectEnd
-from ramet.grammar.machine.automaton import Table
-
-if TYPE_CHECKING:
-    from ramet.grammar.json_schema.frames.keys import Space
-
-Thread = tuple[int, int, int, tuple[int, ...]]  # tag, spec (index in the space), bits of what must still exist, rivals
-Choices = tuple[tuple[Expr, ...], list[tuple[Thread, int]]]
+from ramet.grammar.machine.frame import FrameTable
 
 
 class ObjectState:
-    """Interned: what may follow is worked out once, for all places of such objects.
+    """What may follow is worked out once for all places of objects that have come as far.
 
-    anonymous: keys read within one token's walk, whose names are not known. forgets: unnamed keys may have come, no
-    matter which (see ObjectNode.mask_twin).
+    threads: the specs that the object may still satisfy. seen: bits of the named keys that came; extras: the unnamed
+    ones. anonymous: how many unnamed keys a walk over the vocabulary read, so that their names are not known. forgets:
+    unnamed keys may have come, no matter which (see ObjectNode.mask_twin).
     """
 
     def __init__(
         self,
+        compilation: Compilation,
         space: Space,
-        threads: tuple[Thread, ...],
+        threads: tuple[ObjectThread, ...],
         seen: int,
         extras: frozenset[str],
         anonymous: int,
         forgets: bool,
     ) -> None:
         self.space = space
-        self.json = space.json
+        self.compilation = compilation
         self.threads = threads
         self.seen = seen
         self.extras = extras
         self.anonymous = anonymous
         self.forgets = forgets
-        self.number = space.json.new_number()
         self.has_extras = forgets or bool(extras)  # unnamed keys came before
         self.count = seen.bit_count() + len(extras) + anonymous
         # do the keys seen change nothing but that they may not come again?
@@ -54,6 +51,7 @@ class ObjectState:
         self._alive: tuple[int, int] | None = None
         self._closing_tags: int | None = None
         self._end: ObjectEnd | None = None
+        self._table: FrameTable | None = None
         # what the keys seen do not change is kept by all of the space
         self._choices = space.choices_of_threads if self.is_simple else {}
         self._ends: dict[tuple[int, str | None], tuple[ObjectEnd, ...]] = {}
@@ -71,7 +69,7 @@ class ObjectState:
         keys = costs.closure_of_keys(o, o.required | present)
         return sum(1 << space.index[k] for k in keys) & ~seen
 
-    def may_finish(self, thread: Thread, seen: int, count: int) -> bool:
+    def may_finish(self, thread: ObjectThread, seen: int, count: int) -> bool:
         """Can the object still be completed as this thread wants it?"""
         _, spec, exists, rivals = thread
         space, o = self.space, self.space.specs[spec]
@@ -96,7 +94,7 @@ class ObjectState:
 
     def _way_to_exist(self, spec: int, x: Exists, seen: int, needed: int) -> int | None:
         """0: a key that must come anyway can be the witness; 1: another one can; None: no way."""
-        space, e = self.space, self.json.expressions
+        space, e = self.space, self.compilation.expressions
         best: int | None = None
         for label in range(space.num_labels):
             if label < len(space.names) and (seen >> label) & 1:
@@ -107,22 +105,22 @@ class ObjectState:
                 best = 1
         return best
 
-    def branches(self, label: int) -> list[tuple[Thread, Expr]]:
+    def branches(self, label: int) -> list[tuple[ObjectThread, Expr]]:
         """The threads that may read a key of this label, each with what its value must be."""
-        space, e = self.space, self.json.expressions
+        space, e = self.space, self.compilation.expressions
         if self.is_simple:
             values = [(thread, space.expr(thread[1], label)) for thread in self.threads]
             return [(thread, value) for thread, value in values if not e.is_empty(value)]
         seen = self.seen | (1 << label) if label < len(space.names) else self.seen
         count = self.count + 1
-        out: list[tuple[Thread, Expr]] = []
+        out: list[tuple[ObjectThread, Expr]] = []
         for thread in self.threads:
             tag, spec, exists, rivals = thread
             expr = space.expr(spec, label)
             if expr == FALSE or e.is_empty(expr):
                 continue
             o = space.specs[spec]
-            if self.json.ordered and not self._in_order(spec, label):
+            if self.compilation.ordered and not self._in_order(spec, label):
                 continue
             named, others = space.alive(spec)
             if not (named >> label if label < len(space.names) else others >> (label - len(space.names))) & 1:
@@ -144,12 +142,12 @@ class ObjectState:
         self, value: Expr, rivals: tuple[int, ...], label: int
     ) -> Iterable[tuple[Expr, tuple[int, ...]]]:
         """The value that a key of this label must have, to become different from some rivals or stay like others."""
-        names, constants = self.space.names, self.json.expressions.constants
+        names, constants = self.space.names, self.compilation.expressions.constants
         if not rivals or label >= len(names):  # the names are also those of the rivals
             return ((value, ()),)
         return constants.split(value, rivals, lambda r: constants.members(r).get(names[label]))
 
-    def choices(self, label: int) -> Choices:
+    def choices(self, label: int) -> ObjectChoices:
         """What the value of a key of this label may be; the threads that may read it, each with the index of that."""
         found = self._choices.get((self.threads, label))
         if found is None:
@@ -175,10 +173,11 @@ class ObjectState:
         """The object after a property whose value satisfies the tags in `mask`."""
         choices = self.choices(label)[1]
         if len(choices) == 1:
-            threads: tuple[Thread, ...] = (choices[0][0],)
+            threads: tuple[ObjectThread, ...] = (choices[0][0],)
         else:
             threads = tuple(sorted({t for t, tag in choices if (mask >> tag) & 1}))
-        return self.space.state(threads, *self.keys_after(label, key), self.forgets)
+        seen, extras, anonymous = self.keys_after(label, key)
+        return self.compilation.once(ObjectState, self.space, threads, seen, extras, anonymous, self.forgets)
 
     def ends(self, label: int, key: str | None) -> tuple[ObjectEnd, ...]:
         """What follows a property's value that satisfies the tags in 1, 2, ..."""
@@ -192,8 +191,8 @@ class ObjectState:
         """declared_order: after all named keys seen, and not past one that must still come."""
         if label >= len(self.space.names):
             return not self.needed(spec, self.seen)
-        behind = (1 << label) - 1
-        return self.seen >> label == 0 and not self.has_extras and not self.needed(spec, self.seen) & behind
+        earlier = (1 << label) - 1
+        return self.seen >> label == 0 and not self.has_extras and not self.needed(spec, self.seen) & earlier
 
     def alive(self) -> tuple[int, int]:
         """Labels of the keys that may come: (bits of names, bits of signatures)."""
@@ -213,15 +212,17 @@ class ObjectState:
             self._alive = space.possible(named, others, self.extras)
         return self._alive
 
-    def table(self) -> Table:
+    def table(self) -> FrameTable:
         """The table that reads the next key."""
-        return self.space.table(*self.alive(), self.extras)
+        if self._table is None:
+            self._table = self.space.table(*self.alive(), self.extras)
+        return self._table
 
-    def may_close(self, thread: Thread) -> bool:
+    def may_close(self, thread: ObjectThread) -> bool:
         _, spec, exists, rivals = thread
         if exists or self.needed(spec, self.seen) or self.count < self.space.specs[spec].low:
             return False
-        members = self.json.expressions.constants.members
+        members = self.compilation.expressions.constants.members
         return not any(len(members(r)) == self.count for r in rivals)
 
     def closing_tags(self) -> int:
@@ -238,7 +239,7 @@ class ObjectState:
     def end(self) -> ObjectEnd:
         if self._end is None:
             named, others = self.alive()
-            relevant = self.json.machine.key_starts
+            relevant = self.compilation.machine.vocabulary.key_starts
             starts: bytes | None = b""
             if relevant and self.space.is_open(others):
                 starts = None
@@ -247,7 +248,7 @@ class ObjectState:
             self._end = ObjectEnd(self.closing_tags(), bool(named or others), starts)
         return self._end
 
-    def missing(self, thread: Thread, seen: int) -> int:
+    def missing(self, thread: ObjectThread, seen: int) -> int:
         """Keys that must still come, beyond those that are needed by name."""
         _, spec, _, _ = thread
         present = self.needed(spec, seen).bit_count() + seen.bit_count() + len(self.extras) + self.anonymous

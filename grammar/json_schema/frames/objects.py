@@ -1,33 +1,81 @@
-"""JSON objects on the machine: any order of keys, each at most once, several alternatives at a time.
+"""JSON objects on the machine: keys in any order, each at most once, several alternatives at a time.
 
-An object under way is a node: how far it has come (see object_states.py), and where it stands.
+An object under way is a node: how far it has come (see object_states.py), and its context.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+
 from ramet.grammar.json_schema.algebra import distinct, specs
 from ramet.grammar.json_schema.algebra import values as v
-from ramet.grammar.json_schema.algebra.values import Const, Expr
-from ramet.grammar.json_schema.frames.frames import Context, Json
-from ramet.grammar.json_schema.frames.key_frames import KeyFrame, MemoryKeyFrame, mask_keys
-from ramet.grammar.json_schema.frames.keys import Space
-from ramet.grammar.json_schema.frames.lookahead import MAX_TAGS, before_end, behind
-from ramet.grammar.json_schema.frames.object_states import ObjectState, Thread
-from ramet.grammar.json_schema.frames.punctuation import CLOSE, GO_ON, next_key_rows, open_object_rows
-from ramet.grammar.machine.automaton import CONCRETE, DEAD, Table, target
+from ramet.grammar.json_schema.algebra.values import TRUE, Const, Expr
+from ramet.grammar.json_schema.frames.compilation import Compilation, Context
+from ramet.grammar.json_schema.frames.keys import ObjectThread, Space
+from ramet.grammar.json_schema.frames.lookahead import (
+    MAX_TAGS,
+    EndsContext,
+    MaskFrame,
+    Somewhere,
+    any_key_table,
+    before_end,
+)
+from ramet.grammar.json_schema.frames.object_states import ObjectState
+from ramet.grammar.json_schema.frames.tables import CLOSE, GO_ON, next_key_rows, open_object_rows
+from ramet.grammar.machine.frame import DEAD, NEEDS_RUN, Frame, FrameTable, path_to_exit, target
 
 Content = frozenset[tuple[str, int]]  # keys and numbers of their values (see distinct.py)
+Place = tuple[tuple[Expr, ...], Context]  # what a value must be, and where it stands
+
+# likely ones first; a control character only by an escape
+_KEY_BYTES = bytes(dict.fromkeys([*b"abcdefghijklmnopqrstuvwxyz0123456789_-. ", *range(0x23, 0x5C), *range(256)]))
+
+
+def prepare(compilation: Compilation, spec: v.Objects) -> None:
+    """Make what objects of this spec alone will need first; not for patterns, whose automata may take long."""
+    if spec.rules or spec.exists:
+        return
+    space = compilation.once(Space, (spec,))
+    space.table(*space.alive(0), frozenset())
+
+
+def open_object(compilation: Compilation, exprs: tuple[Expr, ...], context: Context) -> int:
+    """Target after the opening brace."""
+    state = compilation.once(_opened, exprs)
+    if state is None:
+        return DEAD
+    if context.is_for_masks:
+        return before_end(compilation, state.end(), context, is_open=True)
+    content: Content | None = frozenset() if context.remembers else None
+    return target(compilation.frame(ObjectStartFrame, compilation.once(ObjectNode, state, context, content), False))
+
+
+def _opened(compilation: Compilation, exprs: tuple[Expr, ...]) -> ObjectState | None:
+    e = compilation.expressions
+    pairs = [(tag, o) for tag, x in enumerate(exprs) for o in specs.objects_of(e, x)]
+    if not pairs:
+        return None
+    whole = {o: distinct.without_excluded(e, o) if o.excluded else o for _, o in pairs}
+    bases = tuple(dict.fromkeys(whole.values()))
+    position = {o: i for i, o in enumerate(bases)}
+    threads = tuple(
+        sorted({(tag, position[whole[o]], (1 << len(o.exists)) - 1, tuple(sorted(o.excluded))) for tag, o in pairs})
+    )
+    return compilation.once(ObjectState, compilation.once(Space, bases), threads, 0, frozenset[str](), 0, False)
 
 
 class ObjectNode:
-    """An object under way in its place. Interned: `number` identifies it."""
+    """An object under way in its place.
 
-    def __init__(self, state: ObjectState, context: Context, content: Content | None) -> None:
-        self.json = state.json
+    content: what it holds, where the context asks for the value; None also where some of it is not known.
+    """
+
+    def __init__(self, compilation: Compilation, state: ObjectState, context: Context, content: Content | None) -> None:
+        self.compilation = compilation
         self.state = state
         self.context = context
-        self.content = content  # where the context asks for the value; None also where some of it is not known
-        self.number = state.json.new_number()
+        self.content = content
         self._twins: list[ObjectNode | None] = [None, None]
         self._mask_keys: list[int | None] = [None, None]
 
@@ -40,36 +88,40 @@ class ObjectNode:
         return found
 
     def mask_keys(self, is_committed: bool) -> int:
-        """The instance where masks of a key's text are walked (see there): what is around the object is not known.
-        is_committed: some of the text has been read, so that keys that came are refused by that text."""
+        """The instance where masks of a key's text are made (see MaskKeyFrame): nothing is known of what surrounds the
+        object. is_committed: some of the text was read before, so that keys that came are refused by that text."""
         found = self._mask_keys[is_committed]
         if found is None:
             state = self.state
-            node = self._in(self.json.somewhere, forgets=state.is_simple or bool(state.extras))
-            found = self._mask_keys[is_committed] = mask_keys(node, is_committed or not state.has_extras)
+            node = self._in(self.compilation.once(Somewhere), forgets=state.is_simple or bool(state.extras))
+            is_shared = is_committed or not state.has_extras
+            found = self._mask_keys[is_committed] = self.compilation.frame(MaskKeyFrame, node, is_shared)
         return found
 
     def _in(self, context: Context, forgets: bool) -> ObjectNode:
         state = self.state
         if (forgets or state.forgets) and state.may_forget(state.extras):
-            return object_node(state.space.state(state.threads, state.seen, frozenset(), 0, True), context)
-        if context is self.context and self.content is None:
+            state = self.compilation.once(
+                ObjectState, state.space, state.threads, state.seen, frozenset[str](), 0, True
+            )
+        elif context is self.context and self.content is None:
             return self
-        return object_node(state, context)
+        return self.compilation.once(ObjectNode, state, context, None)
 
     def close(self) -> int:
+        """Target after the closing brace."""
         mask = self.state.closing_tags()
         if not mask:
             return DEAD
         if self.content is None:
-            return CONCRETE if self.context.is_anonymous else self.context.resume(mask, None)
+            return NEEDS_RUN if self.context.is_anonymous else self.context.resume(mask, None)
         return self.context.resume(mask, ("object", self.content))
 
-    def cost(self, thread: Thread, seen: int) -> int:
+    def cost(self, thread: ObjectThread, seen: int) -> int:
         """About the bytes that this thread still has to write, to the end of the text."""
         tag, spec, exists, rivals = thread
         state = self.state
-        space, e = state.space, self.json.expressions
+        space, e = state.space, self.compilation.expressions
         needed = state.needed(spec, seen)
         total = 1 + self.context.rest(tag)
         total += sum(20 + 2 * e.cost(x.expr) for i, x in enumerate(space.specs[spec].exists) if (exists >> i) & 1)
@@ -81,53 +133,39 @@ class ObjectNode:
             total += 1000
         return total + 1000 * state.missing(thread, seen)
 
-    def key(self) -> int:
-        """Target inside the next key, after its opening quote."""
+    def key(self, is_shared: bool) -> int:
+        """Target inside the next key, after its opening quote.
+
+        is_shared: for masks, where unnamed keys are not compared with those that came.
+        """
         state = self.state
         named, others = state.alive()
         if not named and not others:
             return DEAD
         if state.anonymous and others and not state.space.is_open(others):
-            return CONCRETE  # whether a text of this key can be finished depends on the keys that are not known
-        kind = MemoryKeyFrame if others else KeyFrame
-        return target(self.json.machine.intern(("key", self.number), lambda: kind(self)))
-
-    def any_key(self) -> int:
-        """As `key`, but for masks only: unnamed keys are not compared with those seen."""
-        key = self.key()
-        frame = self.json.machine.frames[key >> 32]
-        return target(frame.shared()) if isinstance(frame, MemoryKeyFrame) else key
+            return NEEDS_RUN  # whether a text of this key can be finished depends on the keys that are not known
+        return target(self.compilation.frame(KeyFrame, self, is_shared and bool(others), b""))
 
     def follow(self, label: int, key: str | None) -> int:
         """Target after a key (its name is given where the label is no name and it is known)."""
-        context = self.property_context(label, key)
-        return self.json.value(context.exprs, context, 0) if context.exprs else DEAD
-
-    def property_context(self, label: int, key: str | None) -> PropertyContext:
-        contexts = self.json.property_contexts
-        found: PropertyContext | None = contexts.get((self.number, label, key))
-        if found is None:
-            found = contexts[self.number, label, key] = PropertyContext(self, label, key)
-        return found
+        context = self.compilation.once(PropertyContext, self, label, key)
+        return self.compilation.value(context.exprs, context, 0) if context.exprs else DEAD
 
 
-class PropertyContext:
+class PropertyContext(Context):
     """After a property's value."""
 
-    is_anonymous = False
-    is_for_masks = False
-
-    def __init__(self, node: ObjectNode, label: int, key: str | None) -> None:
+    def __init__(self, compilation: Compilation, node: ObjectNode, label: int, key: str | None) -> None:
+        self.compilation = compilation
         self.node = node
         self.label = label
         self.key = key
-        self.number = node.json.new_number()
         self.remembers = node.content is not None
         self.exprs, self.branches = node.state.choices(label)
         self.seen, self.extras, self.anonymous = node.state.keys_after(label, key)
         self._twin: Context | None = None
         if self.extras is not node.state.extras and key is not None:
-            node.state.space.note_key(key, NextFrame.gaps)
+            node.state.space.note_key(key, ObjectNextFrame.gaps)
 
     def mask_twin(self) -> Context:
         if self._twin is None:
@@ -137,19 +175,18 @@ class PropertyContext:
     def _make_twin(self) -> Context:
         node, state = self.node, self.node.state
         if not self.anonymous and len(self.exprs) <= MAX_TAGS:
-            return behind(node.json, state.ends(self.label, self.key), node.context.mask_twin())
+            return self.compilation.once(EndsContext, state.ends(self.label, self.key), node.context.mask_twin())
         twin = node.mask_twin(forgets=state.forgets or (bool(self.extras) and state.may_forget(self.extras)))
         key = None if twin.state.forgets else self.key
-        return self if twin is node else twin.property_context(self.label, key)
+        return self if twin is node else self.compilation.once(PropertyContext, twin, self.label, key)
 
     def rest(self, tag: int) -> int:
         return min(self.node.cost(t, self.seen) for t, i in self.branches if i == tag)
 
     def resume(self, mask: int, value: Const | None) -> int:
-        following = object_node(
-            self.node.state.after(self.label, self.key, mask), self.node.context, self._content(value)
-        )
-        return target(before_key(NextFrame, following))
+        state = self.node.state.after(self.label, self.key, mask)
+        following = self.compilation.once(ObjectNode, state, self.node.context, self._content(value))
+        return target(self.compilation.frame(ObjectNextFrame, following, False))
 
     def _content(self, value: Const | None) -> Content | None:
         """What the object holds after this value."""
@@ -157,95 +194,38 @@ class PropertyContext:
         key = names[self.label] if self.label < len(names) else self.key
         if node.content is None or key is None or value is None:
             return None
-        return node.content | {(key, node.json.expressions.constants.number(value))}
+        return node.content | {(key, self.compilation.expressions.constants.number(value))}
 
 
-def object_node(state: ObjectState, context: Context, content: Content | None = None) -> ObjectNode:
-    nodes: dict[object, ObjectNode] = state.json.object_nodes
-    key = (state.number, context.number, content)
-    found = nodes.get(key)
-    if found is None:
-        found = nodes[key] = ObjectNode(state, context, content)
-    return found
+class ObjectStartFrame(Frame):
+    """Right after `{`.
 
-
-def space_of(json: Json, specs: tuple[v.Objects, ...]) -> Space:
-    found: Space | None = json.spaces.get(specs)
-    if found is None:
-        found = json.spaces[specs] = Space(json, specs)
-    return found
-
-
-def prepare(json: Json, spec: v.Objects) -> None:
-    """Make what objects of this spec alone will need first; not for patterns, whose automata may take long."""
-    if spec.rules or spec.exists:
-        return
-    space = space_of(json, (spec,))
-    space.table(*space.alive(0), frozenset())
-
-
-def open_object(json: Json, exprs: tuple[Expr, ...], context: Context) -> int:
-    """Target after `{` of a value that is one of `exprs`, each a tag."""
-    opened: dict[object, ObjectState | None] = json.opened_objects
-    if exprs not in opened:
-        opened[exprs] = _opened(json, exprs)
-    state = opened[exprs]
-    if state is None:
-        return DEAD
-    if context.is_for_masks:
-        return before_end(json, state.end(), context, is_open=True)
-    return target(before_key(OpenFrame, object_node(state, context, frozenset() if context.remembers else None)))
-
-
-def _opened(json: Json, exprs: tuple[Expr, ...]) -> ObjectState | None:
-    e = json.expressions
-    pairs = [(tag, o) for tag, x in enumerate(exprs) for o in specs.objects_of(e, x)]
-    if not pairs:
-        return None
-    if len(pairs) == 1 and not pairs[0][1].excluded:
-        tag, o = pairs[0]
-        return space_of(json, (o,)).state(((tag, 0, (1 << len(o.exists)) - 1, ()),), 0, frozenset(), 0, False)
-    whole = {o: distinct.without_excluded(e, o) if o.excluded else o for _, o in pairs}
-    bases = tuple(dict.fromkeys(whole.values()))
-    position = {o: i for i, o in enumerate(bases)}
-    threads = tuple(
-        sorted({(tag, position[whole[o]], (1 << len(o.exists)) - 1, tuple(sorted(o.excluded))) for tag, o in pairs})
-    )
-    return space_of(json, bases).state(threads, 0, frozenset(), 0, False)
-
-
-def before_key(kind: type[OpenFrame], node: ObjectNode, is_shared: bool = False) -> int:
-    """The instance before a key. Where unnamed keys were read, masks from here are walked in a shared copy of it, which
-    takes any unnamed key; `refused_prefixes` then takes those away that came before."""
-    return node.json.machine.intern((kind, node.number, is_shared), lambda: kind(node, is_shared))
-
-
-class OpenFrame:
-    """Right after `{`."""
+    is_shared: where unnamed keys came before, masks are made in a copy of the frame that takes any unnamed key;
+    `refused_prefixes` then takes away those that came.
+    """
 
     gaps: tuple[tuple[bytes, ...], ...] = ((b'"',),)  # for each local state, what may stand up to a key's text
 
-    def __init__(self, node: ObjectNode, is_shared: bool) -> None:
+    def __init__(self, compilation: Compilation, node: ObjectNode, is_shared: bool) -> None:
+        self.compilation = compilation
         self.node = node
         self.is_shared = is_shared
         self.table = self.make_table()
 
-    def make_table(self) -> Table:
-        return self.node.json.constant_table(open_object_rows, (True, True), 2)
+    def make_table(self) -> FrameTable:
+        return self.compilation.constant_table(open_object_rows, (True, True), 2)
 
     def resolve(self, exit_index: int) -> int:
-        if exit_index == CLOSE:
-            return self.node.close()
-        return self.node.any_key() if self.is_shared else self.node.key()
+        return self.node.close() if exit_index == CLOSE else self.node.key(self.is_shared)
 
     def mask_twin(self, local: int) -> int:
         node = self.node.mask_twin(forgets=bool(self.node.state.extras))
-        return target(before_key(type(self), node, self.is_shared or node.state.has_extras), local)
+        return target(self.compilation.frame(type(self), node, self.is_shared or node.state.has_extras), local)
 
-    def refused_prefixes(self, local: int) -> list[bytes]:
-        """Texts that may not follow here: those that would finish an unnamed key for the second time."""
+    def refused_prefixes(self, local: int) -> Sequence[bytes]:
+        """Those that would finish an unnamed key for the second time."""
         extras = self.node.state.extras
-        return self.node.state.space.endings(local, extras, self.gaps[local]) if extras else []
+        return self.node.state.space.endings(local, extras, self.gaps[local]) if extras else ()
 
     def closing_exit(self, local: int) -> int:
         node = self.node
@@ -256,7 +236,7 @@ class OpenFrame:
         return CLOSE if min(costs)[1] == 0 else GO_ON
 
 
-class NextFrame(OpenFrame):
+class ObjectNextFrame(ObjectStartFrame):
     """After a property: `}` or a comma and the next key."""
 
     gaps = ((b',"', b', "'), (b'"', b' "'), (b'"',))
@@ -265,9 +245,168 @@ class NextFrame(OpenFrame):
         node = self.node
         if local or node.state.anonymous:
             return super().mask_twin(local)
-        return before_end(node.json, node.state.end(), node.context.mask_twin(), is_open=False)
+        return before_end(self.compilation, node.state.end(), node.context.mask_twin(), is_open=False)
 
-    def make_table(self) -> Table:
-        json = self.node.json
+    def make_table(self) -> FrameTable:
         may_go_on = any(self.node.state.alive())
-        return json.constant_table(next_key_rows, (json.spaced, may_go_on, True), 2)
+        return self.compilation.constant_table(next_key_rows, (self.compilation.spaced, may_go_on, True), 2)
+
+
+# --- the text of a key
+
+
+class KeyFrame(Frame):
+    """The text of a key and its closing quote: exit i is name i, further exits are the signatures of unnamed keys.
+
+    Where unnamed keys may come, the frame has memory, since an unnamed key is known by its text. The frame as entered
+    (is_committed False) serves masks that read a key's whole text within one token. When a token ends inside the key,
+    the state stands in a copy that knows the text so far.
+    """
+
+    def __init__(self, compilation: Compilation, node: ObjectNode, is_committed: bool, text: bytes) -> None:
+        self.compilation = compilation
+        self.node = node
+        self.is_committed = is_committed
+        self.text = text
+        self.has_memory = bool(node.state.alive()[1])
+        self.table = node.state.table()
+        self.num_names = len(node.state.space.names)
+
+    def resolve(self, exit_index: int) -> int:
+        node, state = self.node, self.node.state
+        if exit_index < self.num_names:
+            return DEAD if (state.seen >> exit_index) & 1 else node.follow(exit_index, None)
+        if state.anonymous or (state.has_extras and not self.is_committed):
+            return NEEDS_RUN
+        if not state.space.is_open(state.alive()[1]):  # whether a further key can be finished may depend on this one
+            return NEEDS_RUN
+        return node.mask_twin(forgets=True).follow(exit_index, None)
+
+    def resolve_text(self, exit_index: int, text: bytes, last: bytes) -> int:
+        if exit_index < self.num_names:
+            return self.resolve(exit_index)
+        key = json.loads(b'"' + text + b'"')
+        return DEAD if key in self.node.state.extras else self.node.follow(exit_index, key)
+
+    def remember(self, text: bytes) -> int:
+        return self.compilation.frame(KeyFrame, self.node, True, text)
+
+    def mask_twin(self, local: int) -> int:
+        return target(self.node.mask_keys(self.is_committed), local)
+
+    def refused_prefixes(self, local: int) -> Sequence[bytes]:
+        """Those that would finish an unnamed key for the second time."""
+        extras = self.node.state.extras
+        return self.node.state.space.endings(self.text, extras, ()) if extras and self.has_memory else ()
+
+    def closing_exit(self, local: int) -> int:
+        """A key that some thread needs, if the text read so far allows one; the thread with the least to do first."""
+        node, state = self.node, self.node.state
+        named, others = state.alive()
+        ways = []
+        for label in range(state.space.num_labels):
+            n = self.num_names
+            if not ((named >> label) & 1 if label < n else (others >> (label - n)) & 1):
+                continue
+            way = self.closing_way(local, label)
+            if way is None:
+                continue
+            seen = state.seen | (1 << label) if label < n else state.seen
+            for t, e in state.branches(label):
+                cost = node.cost(t, seen) + self.compilation.expressions.cost(e)
+                if label >= n and state.missing(t, seen):
+                    cost -= 1000  # a key without a name counts, too
+                ways.append((cost + len(way), label))
+        return min(ways)[1]
+
+    def closing_way(self, local: int, exit_index: int) -> bytes | None:
+        """A short way to an exit that makes a key which is not there yet."""
+        extras = self.node.state.extras
+        if exit_index < self.num_names or not extras:
+            return path_to_exit(self.table, exit_index, local)
+        rows, byte_class = self.table.rows, self.table.byte_class
+        level = [(local, b"")]
+        for _ in range(len(extras) + self.table.num_states + 1):
+            following = []
+            for state, text in level:
+                way = path_to_exit(self.table, exit_index, state)
+                if way is not None and json.loads(b'"' + self.text + text + way) not in extras:
+                    return text + way
+                for byte in _KEY_BYTES:
+                    to = int(rows[state, byte_class[byte]])
+                    if to >= 0:
+                        following.append((to, text + bytes((byte,))))
+            level = following[: 4 * len(extras) + 4]
+        return None
+
+
+class MaskKeyFrame(MaskFrame):
+    """Keys for masks only: nothing is known of what surrounds the object, so that the few tokens that end it are run.
+
+    is_shared: unnamed keys are not compared with those that came.
+    """
+
+    def __init__(self, compilation: Compilation, node: ObjectNode, is_shared: bool) -> None:
+        self.compilation = compilation
+        self.node = node
+        self.is_shared = is_shared
+        self.table = node.state.table()
+        self._loop_twin: int | None = None
+
+    def resolve(self, exit_index: int) -> int:
+        state = self.node.state
+        if exit_index < len(state.space.names):
+            if (state.seen >> exit_index) & 1:
+                return DEAD
+        elif state.anonymous or (state.has_extras and not self.is_shared):
+            return NEEDS_RUN
+        exprs, context = self._place(exit_index)
+        return self.compilation.value(exprs, context, 0) if exprs else DEAD
+
+    def _place(self, label: int) -> Place:
+        """The value of a key."""
+        node = self.node
+        plainest = self.compilation.expressions.plainest
+        if self.compilation.machine.vocabulary.reads_past_values:
+            context = self.compilation.once(PropertyContext, node, label, None)
+            if not context.anonymous:
+                return tuple(map(plainest, context.exprs)), context.mask_twin()
+        return tuple(dict.fromkeys(map(plainest, node.state.choices(label)[0]))), self.compilation.once(Somewhere)
+
+    def loop_twin(self) -> int | None:
+        """The loop state of unnamed keys whose values have the same places."""
+        if self._loop_twin is None:
+            self._loop_twin = self._find_loop_twin()
+        return self._loop_twin
+
+    def _find_loop_twin(self) -> int:
+        state, space = self.node.state, self.node.state.space
+        if state.anonymous or not self.is_shared:
+            return target(self.compilation.frame(MaskKeyFrame, self.node, self.is_shared), self.table.loop)
+        places = tuple([self._place(label) for label in range(len(space.names), space.num_labels)])
+        if space.languages:
+            return target(
+                self.compilation.frame(UnnamedKeyFrame, self.table, len(space.names), places), self.table.loop
+            )
+        table = self.compilation.once(any_key_table)
+        return target(self.compilation.frame(UnnamedKeyFrame, table, 0, places), table.loop)
+
+
+class UnnamedKeyFrame(MaskFrame):
+    """Unnamed keys for masks only, so that objects whose named keys differ share the mask of the loop state.
+
+    places: of the values, for the exits from `first` on; those before are of names, which the loop does not lead to.
+    """
+
+    def __init__(self, compilation: Compilation, table: FrameTable, first: int, places: tuple[Place, ...]) -> None:
+        self.compilation = compilation
+        self.table = table
+        self.first = first
+        self.places = places
+        # where any value may follow any key, all grammars with these options have the same mask
+        is_any = table is compilation.once(any_key_table) and places == (((TRUE,), compilation.once(Somewhere)),)
+        self.loop_key = ("any key", compilation.spaced, compilation.ordered) if is_any else None
+
+    def resolve(self, exit_index: int) -> int:
+        exprs, context = self.places[exit_index - self.first]
+        return self.compilation.value(exprs, context, 0) if exprs else DEAD

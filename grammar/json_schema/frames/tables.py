@@ -1,5 +1,5 @@
-"""Tables of JSON's scalars and punctuation, before they are on a machine: the same for all compilations, so they are
-kept.
+"""The tables of JSON's scalars and punctuation before they are put on a machine. They are the same for all
+compilations, so they are kept.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ramet.grammar import deadline, ir
 from ramet.grammar.json_schema.algebra.languages import Languages
 from ramet.grammar.json_schema.algebra.values import Strings
 from ramet.grammar.machine import walker
-from ramet.grammar.machine.automaton import REFUSE, compress_rows, leave
+from ramet.grammar.machine.frame import REFUSE, compress_rows, leave
 from ramet.grammar.regular import dfas, strings
 from ramet.grammar.regular import numbers as numeric
 from ramet.grammar.regular.dfas import Dfa
@@ -27,6 +27,7 @@ FEW_NUMBERS, MANY_NUMBERS = 8, 4096  # single numbers between which they are not
 CHUNK = 64  # characters that one table of a counted string holds
 OBJECT, ARRAY, STRING, NUMBER, TRUE, FALSE, NULL = range(7)  # kinds of value: exits of the table that dispatches
 LITERALS = {TRUE: b"rue", FALSE: b"alse", NULL: b"ull"}
+GO_ON, CLOSE = 0, 1  # exits of the tables between values: a key or an item follows; the object or array ends
 VALUE_STARTS = b'{["-0123456789tfn'
 ANY_CHARS = Dfa(ir.MAX_CODE_POINT, [0], [0], 1, [[0]], [True])
 _WORD = np.array([b for b in range(0x30, 0x7B) if chr(b).isalnum()])
@@ -57,6 +58,50 @@ def dispatch_rows(spaced: bool, kinds: int) -> NDArray[np.int32]:
                 rows[state, byte] = leave(NUMBER, again=True)
     if spaced:
         rows[1, ord(" ")] = 2
+    return rows
+
+
+@cache
+def open_object_rows(may_go_on: bool, may_close: bool) -> NDArray[np.int32]:
+    rows = np.full((1, 256), REFUSE, dtype=np.int32)
+    if may_go_on:
+        rows[0, ord('"')] = leave(GO_ON)
+    if may_close:
+        rows[0, ord("}")] = leave(CLOSE)
+    return rows
+
+
+@cache
+def next_key_rows(spaced: bool, may_go_on: bool, may_close: bool) -> NDArray[np.int32]:
+    rows = np.full((3, 256), REFUSE, dtype=np.int32)
+    if may_close:
+        rows[0, ord("}")] = leave(CLOSE)
+    if may_go_on:
+        rows[0, ord(",")] = 1
+        rows[1:, ord('"')] = leave(GO_ON)
+        if spaced:
+            rows[1, ord(" ")] = 2
+    return rows
+
+
+@cache
+def open_array_rows(may_go_on: bool, may_close: bool) -> NDArray[np.int32]:
+    rows = np.full((1, 256), REFUSE, dtype=np.int32)
+    if may_go_on:
+        for byte in VALUE_STARTS:
+            rows[0, byte] = leave(GO_ON, again=True)
+    if may_close:
+        rows[0, ord("]")] = leave(CLOSE)
+    return rows
+
+
+@cache
+def next_item_rows(may_go_on: bool, may_close: bool) -> NDArray[np.int32]:
+    rows = np.full((1, 256), REFUSE, dtype=np.int32)
+    if may_go_on:
+        rows[0, ord(",")] = leave(GO_ON)
+    if may_close:
+        rows[0, ord("]")] = leave(CLOSE)
     return rows
 
 
@@ -94,7 +139,7 @@ def compressed_rows(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StringRows:
-    """The table of a string's content before it is on a machine; see Table for depths and loop."""
+    """The table of a string's content before it is on a machine; see FrameTable for depths and loop."""
 
     rows: NDArray[np.int32]
     byte_class: NDArray[np.uint8]

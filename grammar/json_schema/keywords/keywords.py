@@ -6,9 +6,7 @@ list, `exclusiveMinimum` as a boolean, what stands beside `$ref`).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
-from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
@@ -23,7 +21,7 @@ from ramet.grammar.json_schema.schema.document import DRAFT4, DRAFT7, DRAFT2019,
 from ramet.grammar.json_schema.schema.pattern import UnsupportedPattern
 from ramet.grammar.regular import dfas
 from ramet.grammar.regular import numbers as numeric
-from ramet.grammar.regular.numbers import Numbers
+from ramet.grammar.regular.numbers import Numbers, fraction
 
 TYPES = ("null", "boolean", "number", "integer", "string", "object", "array")
 _ANY_OBJECTS, _ANY_ARRAYS, _ANY_STRINGS = (v.ANY_OBJECTS,), (v.ANY_ARRAYS,), (v.ANY_STRINGS,)
@@ -39,14 +37,25 @@ class Interpreter:
     """Reads schema nodes as values.
 
     only_named: see values.Objects.named_only. lenient: what cannot be enforced is left out instead of refused.
+    expressions: shared by several schemas, whose owner sends each node to its interpreter; None: of this one alone.
     """
 
-    def __init__(self, registry: Registry, max_states: int, *, only_named: bool = False, lenient: bool = False) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        max_states: int,
+        *,
+        only_named: bool = False,
+        lenient: bool = False,
+        expressions: Expressions | None = None,
+    ) -> None:
         self.registry = registry
         self.only_named = only_named
         self.lenient = lenient
-        self.languages = Languages(max_states)
-        self.expressions = Expressions(self.languages, self.interpret, self.interpret_not, lenient=lenient)
+        if expressions is None:
+            expressions = Expressions(Languages(max_states), self.interpret, self.interpret_not, lenient=lenient)
+        self.expressions = expressions
+        self.languages = expressions.languages
 
     def child(self, node: SchemaNode, schema: Any, suffix: str) -> SchemaNode:
         return self.registry.child(node, schema, suffix)
@@ -430,13 +439,6 @@ class Interpreter:
 from ramet.grammar.json_schema.keywords.unevaluated import is_tracking, tracked  # noqa: E402
 
 _INTEGERS = {plain: Numbers(integer=True, plain=plain) for plain in (None, True)}
-
-
-def fraction(value: float | int) -> Fraction:
-    """The decimal number that a JSON number's text wrote; all those that no float can hold are one (Python's inf)."""
-    if isinstance(value, float) and math.isinf(value):
-        return Fraction(int(math.copysign(1, value)) << 1024)
-    return Fraction(value) if isinstance(value, int) else Fraction(Decimal(repr(value)))
 
 
 def _fraction(schema: dict[str, Any], key: str) -> Fraction | None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ramet.grammar import CompiledGrammar, Vocabulary, compile_constraint, ir
-from ramet.grammar.machine.compiler import Limits, compile_grammar
+from ramet.grammar import CompiledGrammar, Limits, Vocabulary, compile_constraint, compile_grammar, ir
 from ramet.grammar.machine.mask_rows import MaskRows
 
 BYTES = Vocabulary([*(bytes((i,)) for i in range(256)), b"<eos>"], [256], [256])

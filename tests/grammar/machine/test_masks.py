@@ -15,7 +15,7 @@ from ramet.grammar.ir import JsonOptions, JsonSchema
 from ramet.grammar.json_schema.frames import arrays, objects
 from ramet.grammar.json_schema.frames.arrays import ItemContext
 from ramet.grammar.machine import bitmask
-from ramet.grammar.machine.automaton import REFUSE
+from ramet.grammar.machine.frame import REFUSE
 
 PIECES = ["{", "}", "[", "]", '"', ":", ",", "a", "b", "/", "1", "é", "\\/", " "]
 EOS = 256 + 1000
@@ -131,8 +131,10 @@ def test_what_may_follow_in_an_object_or_array_is_worked_out_once_for_all_its_pl
     for text in (b'{"a":[{"a":1', b'{"b":[{"a":1'):
         assert grammar.advance_bytes(0, text) is not None
     frames = grammar.machine.frames
-    inner = [f.node for f in frames if isinstance(f, objects.OpenFrame) and isinstance(f.node.context, ItemContext)]
-    for nodes in ([f.node for f in frames if isinstance(f, arrays.OpenFrame)], inner):
+    inner = [
+        f.node for f in frames if isinstance(f, objects.ObjectStartFrame) and isinstance(f.node.context, ItemContext)
+    ]
+    for nodes in ([f.node for f in frames if isinstance(f, arrays.ArrayStartFrame)], inner):
         assert len(nodes) == 2
         assert nodes[0].state is nodes[1].state
 
@@ -143,7 +145,7 @@ def test_kinds_of_value_that_cannot_stand_somewhere_are_no_exits_to_be_resolved(
     for text, starts in ((b"", b'"[{-0123456789tfn'), (b'{"a":', b"-0123456789"), (b'{"b":', b"[n")):
         state = grammar.advance_bytes(0, text)
         assert state is not None
-        instance, local = divmod(grammar._packed[state], 1 << 32)
+        instance, local = divmod(grammar.packed(state), 1 << 32)
         table = grammar.machine.frames[instance].table
         assert np.flatnonzero(table.rows[local, table.byte_class] != REFUSE).tolist() == sorted(starts)
 

@@ -15,7 +15,7 @@ from ramet.grammar import Vocabulary, compile_grammar, ir
 from ramet.grammar.ir import JsonSchema
 from ramet.grammar.json_schema.schema import formats, pattern
 from ramet.grammar.machine import bitmask, walker
-from ramet.grammar.machine.vocabulary import TokenTrie
+from ramet.grammar.machine.vocabulary import TextTrie
 from ramet.grammar.regular import languages as regular
 from ramet.grammar.regular import numbers as numeric
 from ramet.grammar.regular.numbers import Numbers
@@ -98,7 +98,7 @@ def test_the_trie_holds_every_text(texts: list[bytes]) -> None:
     texts.sort()
     flat = np.frombuffer(b"".join(texts), dtype=np.uint8)
     lengths = np.array([len(t) for t in texts], dtype=np.int64)
-    trie = TokenTrie(flat, np.cumsum(lengths) - lengths, lengths, np.arange(len(texts), dtype=np.int32))
+    trie = TextTrie(flat, np.cumsum(lengths) - lengths, lengths, np.arange(len(texts), dtype=np.int32))
     path: list[int] = []
     found: dict[int, bytes] = {}
     for i, (byte, skip, first, depth) in enumerate(trie.nodes[:-1].tolist()):
@@ -124,7 +124,7 @@ def test_the_loops_in_python_give_what_the_compiled_ones_give() -> None:
             row = np.zeros(vocabulary.num_words, dtype=np.int32)
             scratch = np.zeros(8 + trie.max_depth, dtype=np.int64)
             unsure = np.zeros(1 + len(trie.values), dtype=np.int32)
-            scratch[3] = grammar._packed[state]
+            scratch[3] = grammar.packed(state)
             arguments = (trie.nodes, trie.values, row, scratch, unsure)
             while loop(machine.pool, machine.instances, machine.exits, *arguments) >= 0:
                 machine.exit_target(int(scratch[1]), int(scratch[2]))

@@ -7,8 +7,7 @@ import random
 from fractions import Fraction
 
 from ramet.grammar.json_schema.frames.tables import number_rows
-from ramet.grammar.json_schema.keywords.keywords import fraction
-from ramet.grammar.regular.numbers import ANY, Numbers
+from ramet.grammar.regular.numbers import ANY, Numbers, fraction
 
 
 def tags_of(specs: tuple[tuple[Numbers, ...], ...], text: str) -> int:

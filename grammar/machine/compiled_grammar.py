@@ -1,53 +1,33 @@
-"""From a constraint and a vocabulary to a compiled grammar: the object that the runtime asks for masks and states."""
+"""A grammar compiled for one vocabulary: the object that the runtime asks for masks and states."""
 
 from __future__ import annotations
 
-import itertools
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ramet.errors import GrammarError, GrammarTooLarge
-from ramet.grammar import ir
+from ramet.errors import GrammarError
 from ramet.grammar.deadline import time_limit
-from ramet.grammar.json_schema.algebra.values import Strings
-from ramet.grammar.json_schema.compile import place_schema
-from ramet.grammar.json_schema.frames.tables import number_rows, string_rows
-from ramet.grammar.json_schema.schema import formats
 from ramet.grammar.machine import walker
-from ramet.grammar.machine.automaton import DEAD, LOCAL_BITS, LOCAL_MASK, Machine
+from ramet.grammar.machine.automaton import Machine
+from ramet.grammar.machine.frame import DEAD, LOCAL_BITS, LOCAL_MASK, target
 from ramet.grammar.machine.mask_rows import MaskRows
-from ramet.grammar.machine.vocabulary import SLICE_SIZES, TokenTrie, Vocabulary
-from ramet.grammar.regular.numbers import Numbers
-from ramet.grammar.regular.pushdown import Pushdown
+from ramet.grammar.machine.vocabulary import SLICE_SIZES, TextTrie
 
-MAX_MASK_BYTES = 1 << 26
 _MAX_KEPT = 1 << 15  # answers of each kind that a grammar remembers
 _MAX_KEPT_RUN = 16  # states of a forced run of which what follows is kept: each keeps the rest of the run
 
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What compiling and running may cost.
-
-    max_time_s: of compiling, and of any one step that a text makes into parts not visited before.
-    max_states: configurations of one grammar, visited or looked at. max_regular_states: states of one terminal or
-    pattern. max_mask_bytes: mask rows that one grammar keeps; the least recently used go first.
-    """
-
-    max_time_s: float = 10.0
-    max_states: int = 4_000_000
-    max_regular_states: int = 20_000
-    max_mask_bytes: int = MAX_MASK_BYTES
+Problem = tuple[str, str, str]
+"""(JSON pointer, keyword, reason) of what masks do not ensure."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DeviceTables:
-    """A closed automaton: byte_class uint8 [256]; transitions int32 [num_states, num_classes], -1 refused; accepting
-    bool.
+    """All states of a grammar: byte_class uint8 [256]; transitions int32 [num_states, num_classes], -1 refused;
+    accepting bool [num_states].
     """
 
     byte_class: NDArray[np.uint8]
@@ -56,30 +36,25 @@ class DeviceTables:
 
 
 class CompiledGrammar:
-    """A grammar for one vocabulary; implements `ramet.runtime.types.Grammar`. Thread-safe.
+    """A machine and the state where texts begin; implements `ramet.runtime.types.Grammar`. Thread-safe.
+
+    Raises: GrammarError where `start` is DEAD: no text matches.
 
     States are integers, 0 is the start; a state's number is given when it is first reached and never changes. Masks are
     computed once per state and shared by content.
     """
 
-    def __init__(
-        self,
-        machine: Machine,
-        start: int,
-        vocabulary: Vocabulary,
-        key: str = "",
-        max_mask_bytes: int = MAX_MASK_BYTES,
-    ) -> None:
+    def __init__(self, machine: Machine, start: int, unenforced: Sequence[Problem] = ()) -> None:
+        if start == DEAD:
+            raise GrammarError("the grammar is contradictory: no text matches it")
         self.machine = machine
-        self.vocabulary = vocabulary
-        self.key = key
+        self.vocabulary = vocabulary = machine.vocabulary
+        self.unenforced = list(unenforced)
+        """What masks do not ensure; empty unless `on_unsupported` is "validate"."""
         self._packed: list[int] = [start]
         self._state_of: dict[int, int] = {start: 0}
-        self.rows = MaskRows(max_mask_bytes)
+        self.rows = MaskRows(machine.limits.max_mask_bytes)
         self.rows.add_state()
-        machine.quoted = vocabulary.quoted
-        machine.key_starts = vocabulary.key_starts
-        machine.reads_past_values = vocabulary.reads_past_values
         # What was asked before; read without the lock. A decode step leaves nothing in the CPU's caches, and an answer
         # found here touches far less memory than one worked out.
         self._after: dict[tuple[int, int], int] = {}
@@ -95,11 +70,6 @@ class CompiledGrammar:
     # --- states
 
     @property
-    def unenforced(self) -> list[tuple[str, str, str]]:
-        """(JSON pointer, keyword, reason) of what masks do not ensure; empty unless `on_unsupported` is "validate"."""
-        return list(self.machine.unenforced)
-
-    @property
     def is_closed(self) -> bool:
         return self._device_tables is not None
 
@@ -108,8 +78,17 @@ class CompiledGrammar:
         """States that have a number."""
         return len(self._packed)
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the tables and of the masks kept."""
+        return self.machine.num_bytes + self.rows.num_bytes
+
+    def packed(self, state: int) -> int:
+        """The machine's configuration of a state."""
+        return self._packed[state]
+
     def state_number(self, packed: int) -> int:
-        """Number of a configuration of the machine."""
+        """The state of a configuration of the machine."""
         found = self._state_of.get(packed)
         if found is None:
             with self._lock:
@@ -168,20 +147,14 @@ class CompiledGrammar:
             with self._lock:
                 row = self.rows.again(state)
                 if row is None:
-                    machine = self.machine
-                    machine.is_timed = True
-                    try:
-                        with time_limit(machine.max_time_s):
-                            row = self.rows.keep(state, self._compute_mask(self._packed[state]))
-                    finally:
-                        machine.is_timed = False
+                    with time_limit(self.machine.limits.max_time_s):
+                        row = self.rows.keep(state, self._compute_mask(self._packed[state]))
         return row
 
     def _compute_mask(self, packed: int) -> NDArray[np.int32]:
         local = packed & LOCAL_MASK
         row, unsure = self._twin_row(self.machine.mask_twin(packed))
-        frame = self.machine.frames[packed >> LOCAL_BITS]
-        refused = frame.refused_prefixes(local) if hasattr(frame, "refused_prefixes") else ()
+        refused = self.machine.frames[packed >> LOCAL_BITS].refused_prefixes(local)
         if not refused and not len(unsure):
             return row
         row = row.copy()
@@ -204,8 +177,9 @@ class CompiledGrammar:
         frame = self.machine.frames[instance]
         table = frame.table
         if table.loop >= 0 and table.depths is not None and table.depths[2, local] >= walker.MANY:
-            loop = (instance << LOCAL_BITS) | table.loop
-            alike = frame.loop_twin() if hasattr(frame, "loop_twin") else loop
+            loop = target(instance, table.loop)
+            found = frame.loop_twin()
+            alike = loop if found is None else found
             if packed == alike:
                 return self._loop_row(packed)
             return self._twin_row(alike) if local == table.loop else self._near_loop_row(packed, loop, alike)
@@ -218,7 +192,7 @@ class CompiledGrammar:
         unsure: list[int] = self._unsure[1 : 1 + count].tolist() if count else []
         return unsure
 
-    def _walk(self, packed: int, trie: TokenTrie, row: NDArray[np.int32]) -> None:
+    def _walk(self, packed: int, trie: TextTrie, row: NDArray[np.int32]) -> None:
         machine, scratch, unsure = self.machine, self._scratch, self._unsure
         scratch[0] = 0
         scratch[3] = packed
@@ -229,7 +203,7 @@ class CompiledGrammar:
 
     def _loop_row(self, packed: int) -> tuple[NDArray[np.int32], list[int]]:
         """The mask of a state that plain text does not leave: plain tokens, and those whose remainder is accepted."""
-        key = getattr(self.machine.frames[packed >> LOCAL_BITS], "loop_key", None)
+        key = self.machine.frames[packed >> LOCAL_BITS].loop_key
         if key is None:
             return self._walked_loop(packed)
         loops = self.vocabulary.loops
@@ -274,14 +248,14 @@ class CompiledGrammar:
         # unsure there, and here no more: is decided, too, which does no harm
         return row, [*dict.fromkeys([*unsure_there, *self._unsure_tokens()])]
 
-    def _first_row(self, packed: int) -> tuple[NDArray[np.int32], TokenTrie]:
+    def _first_row(self, packed: int) -> tuple[NDArray[np.int32], TextTrie]:
         """(a new row with what is known at once, the tokens that are left to be walked)."""
         vocabulary, machine = self.vocabulary, self.machine
         frame, local = machine.frames[packed >> LOCAL_BITS], packed & LOCAL_MASK
         depths = frame.table.depths
         if depths is not None:
             longest = vocabulary.slice_sizes[-1]
-            left = frame.characters_left(local) if hasattr(frame, "characters_left") else None
+            left = frame.characters_left(local)
             if left is None and depths[2, local] == depths[3, local] > 0:
                 left = int(depths[3, local])
             if left is not None:
@@ -370,90 +344,47 @@ class CompiledGrammar:
         """Visit every reachable state, up to `limit`; True when closed. Needed for `device_tables`."""
         if self._device_tables is None:
             with self._lock:
-                self._device_tables = _close(self, limit)
+                self._device_tables = self._visit_all(limit)
         return self.is_closed
 
     def device_tables(self) -> DeviceTables | None:
         """The closed automaton as flat tables, None when it is open."""
         return self._device_tables
 
-
-def _close(grammar: CompiledGrammar, limit: int) -> DeviceTables | None:
-    """Breadth first over all states; None past the limit or where a frame has memory."""
-    machine = grammar.machine
-    wide: list[NDArray[np.int32]] = []
-    state = 0
-    while state < grammar.num_states:
-        if grammar.num_states > limit:
-            return None
-        packed = grammar._packed[state]
-        instance, local = packed >> 32, packed & 0xFFFFFFFF
-        if machine.instances[instance, 4]:
-            return None
-        table = machine.frames[instance].table
-        targets = np.full(table.rows.shape[1], DEAD, dtype=np.int64)
-        row = np.full(256, -1, dtype=np.int32)
-        again: list[int] = []
-        for c, entry in enumerate(table.rows[local].tolist()):
-            if entry >= 0:
-                targets[c] = grammar.state_number((instance << 32) | entry)
-            elif entry < -1:
-                code = -2 - entry
-                if code & 1:
-                    again.append(c)
-                    continue
-                found = machine.exit_target(instance, code >> 1)
-                targets[c] = grammar.state_number(found) if found >= 0 else DEAD
-        row[:] = targets[table.byte_class]
-        for c in again:
-            for byte in np.flatnonzero(table.byte_class == c).tolist():
-                found = machine.step(packed, byte)
-                row[byte] = grammar.state_number(found) if found >= 0 else DEAD
-        wide.append(row)
-        state += 1
-    rows = np.stack(wide)
-    _, first, inverse = np.unique(rows, axis=1, return_index=True, return_inverse=True)
-    accepting = np.array([machine.accepts(p) for p in grammar._packed])
-    return DeviceTables(inverse.reshape(-1).astype(np.uint8), np.ascontiguousarray(rows[:, first]), accepting)
-
-
-def compile_grammar(
-    constraint: ir.Grammar | ir.Node, vocabulary: Vocabulary, *, limits: Limits | None = None
-) -> CompiledGrammar:
-    """Compile a grammar, or one node of it, for a vocabulary.
-
-    Raises: GrammarError and its subclasses: what cannot be compiled, is contradictory (no text at all), or is too
-    large.
-    """
-    limits = limits or Limits()
-    grammar = constraint if isinstance(constraint, ir.Grammar) else ir.Grammar.of(constraint)
-    machine = Machine(limits.max_states, limits.max_time_s)
-    only = grammar.rules.get(grammar.start)
-    with time_limit(limits.max_time_s):
-        if isinstance(only, ir.JsonSchema):
-            start = place_schema(only, machine, limits.max_regular_states)
-        else:
-            start = Pushdown(grammar, machine, limits.max_regular_states).start()
-    if start == DEAD:
-        raise GrammarError("the grammar is contradictory: no text matches it")
-    return CompiledGrammar(machine, start, vocabulary, max_mask_bytes=limits.max_mask_bytes)
-
-
-def warm_up(vocabulary: Vocabulary) -> None:
-    """Make what all grammars share, so that the first request does not wait for it: compiled loops (seconds in a fresh
-    environment, else milliseconds), slices of the vocabulary, tables of string formats and of common numbers. About a
-    second."""
-    vocabulary.warm_up()
-    for name in sorted(formats.KNOWN):
-        of_format = Strings(languages=frozenset(((0, True),)))
-        string_rows(((of_format,),), (("format", name),), Limits().max_regular_states)
-    for integer, low in itertools.product((None, True), (None, Fraction(0), Fraction(1))):
-        number_rows(((Numbers(low, integer=integer),),))
-    grammar = compile_grammar(ir.JsonSchema({"properties": {"a": {"type": "string", "maxLength": 3}}}), vocabulary)
-    grammar.mask(0)
-    in_key = grammar.advance_bytes(0, b'{"')
-    if in_key is not None:
-        grammar.mask(in_key)  # keys without a name, in all grammars
-
-
-__all__ = ["CompiledGrammar", "DeviceTables", "GrammarTooLarge", "Limits", "compile_grammar", "warm_up"]
+    def _visit_all(self, limit: int) -> DeviceTables | None:
+        """Breadth first over all states; None past the limit or where a frame has memory."""
+        machine = self.machine
+        wide: list[NDArray[np.int32]] = []
+        state = 0
+        while state < self.num_states:
+            if self.num_states > limit:
+                return None
+            packed = self._packed[state]
+            instance, local = packed >> LOCAL_BITS, packed & LOCAL_MASK
+            if machine.frames[instance].has_memory:
+                return None
+            table = machine.frames[instance].table
+            targets = np.full(table.rows.shape[1], DEAD, dtype=np.int64)
+            row = np.full(256, -1, dtype=np.int32)
+            again: list[int] = []
+            for c, entry in enumerate(table.rows[local].tolist()):
+                if entry >= 0:
+                    targets[c] = self.state_number(target(instance, entry))
+                elif entry < -1:
+                    code = -2 - entry
+                    if code & 1:
+                        again.append(c)
+                        continue
+                    found = machine.exit_target(instance, code >> 1)
+                    targets[c] = self.state_number(found) if found >= 0 else DEAD
+            row[:] = targets[table.byte_class]
+            for c in again:
+                for byte in np.flatnonzero(table.byte_class == c).tolist():
+                    found = machine.step(packed, byte)
+                    row[byte] = self.state_number(found) if found >= 0 else DEAD
+            wide.append(row)
+            state += 1
+        rows = np.stack(wide)
+        _, first, inverse = np.unique(rows, axis=1, return_index=True, return_inverse=True)
+        accepting = np.array([machine.accepts(p) for p in self._packed])
+        return DeviceTables(inverse.reshape(-1).astype(np.uint8), np.ascontiguousarray(rows[:, first]), accepting)

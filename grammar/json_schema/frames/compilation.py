@@ -1,0 +1,193 @@
+"""One compilation of JSON schemas: what its frames share, and how a value begins.
+
+A value can be one of several expressions (`anyOf` and its kin). They are followed side by side, each as a *tag*: bit
+`t` of a mask stands for expression `t`. When the value ends, its context gets the mask of the tags that the value
+satisfies, which is never 0, and goes on with the alternatives that these tags still allow. So there is one
+configuration, whatever the number of alternatives.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, TypeVarTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ramet.grammar.json_schema.algebra import costs
+from ramet.grammar.json_schema.algebra.expressions import Expressions
+from ramet.grammar.json_schema.algebra.values import INFINITE, Const, Expr, Values
+from ramet.grammar.json_schema.frames.tables import (
+    ARRAY,
+    FALSE,
+    NULL,
+    NUMBER,
+    OBJECT,
+    STRING,
+    TRUE,
+    StringRows,
+    compressed_rows,
+    dispatch_rows,
+)
+from ramet.grammar.machine.automaton import Machine
+from ramet.grammar.machine.frame import Frame, FrameTable, target
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
+
+class Context(ABC):
+    """What follows a value in its place.
+
+    remembers: `resume` must be told which value it was, since what may follow depends on it.
+    is_anonymous: remembers, but does not know some earlier value, as a walk over the vocabulary read it.
+    is_for_masks: stands for many places, so that masks made there are shared; no text ever gets there (lookahead.py).
+    """
+
+    remembers: bool = False
+    is_anonymous: bool = False
+    is_for_masks: bool = False
+
+    @abstractmethod
+    def resume(self, mask: int, value: Const | None) -> int:
+        """Return the target after a value that satisfies the tags in `mask`; value: None where it is not known."""
+
+    @abstractmethod
+    def rest(self, tag: int) -> int:
+        """About the bytes that must follow a value that satisfies this tag, to the end of the text."""
+
+    def mask_twin(self) -> Context:
+        """The context that gives the values in it the same masks (see Frame.mask_twin); itself where there is no
+        other."""
+        return self
+
+    def least_rest(self, mask: int) -> int:
+        """The least `rest` of the tags in `mask`."""
+        return min(self.rest(tag) for tag in range(mask.bit_length()) if (mask >> tag) & 1)
+
+
+class TextContext(Context):
+    """The text around all JSON goes on at the target `after`, with about `num_bytes` bytes to its end."""
+
+    def __init__(self, after: int, num_bytes: int) -> None:
+        self.after = after
+        self.num_bytes = num_bytes
+
+    def resume(self, mask: int, value: Const | None) -> int:
+        return self.after
+
+    def rest(self, tag: int) -> int:
+        return self.num_bytes
+
+
+Opener = Callable[["Compilation", tuple[Expr, ...], Context], int]
+"""Returns the target after the first byte of a value (before it, for a number) that is one of the expressions."""
+
+
+class Compilation:
+    """What is compiled together for one machine: one schema, or several in one text.
+
+    openers: for each kind of value, how it begins. spaced, ordered: whether a space may follow commas and colons, and
+    whether properties come in declared order (see ir.JsonOptions).
+    """
+
+    def __init__(
+        self,
+        machine: Machine,
+        expressions: Expressions,
+        openers: Mapping[int, Opener],
+        *,
+        spaced: bool,
+        ordered: bool,
+    ) -> None:
+        self.machine = machine
+        self.expressions = expressions
+        self.openers = openers
+        self.spaced = spaced
+        self.ordered = ordered
+        self._made: dict[tuple[object, ...], Any] = {}  # Any: a key's first item says what it gives
+
+    def once(self, make: Callable[[Compilation, *Ts], T], *arguments: *Ts) -> T:
+        """Return make(self, *arguments), which is made when first asked for, and the same object ever after.
+
+        So whatever is made here can be compared, and be an argument in its turn, by identity.
+        """
+        key = (make, *arguments)
+        found: T | None = self._made.get(key)
+        if found is None:
+            if key in self._made:
+                return found  # type: ignore[return-value]  # what was made is None
+            found = self._made[key] = make(self, *arguments)
+        return found
+
+    def frame(self, make: Callable[[Compilation, *Ts], Frame], *arguments: *Ts) -> int:
+        """As `once`, for frames: return the frame's instance."""
+        key = (make, *arguments)
+        found: int | None = self._made.get(key)
+        if found is None:
+            found = self._made[key] = self.machine.add(make(self, *arguments))
+        return found
+
+    def value(self, exprs: tuple[Expr, ...], context: Context, local: int) -> int:
+        """Target at a value: local 0 before its colon, 1 where a space may stand, 2 at its first byte."""
+        return target(self.frame(ValueFrame, exprs, context), local)
+
+    def constant_table(
+        self, make: Callable[..., NDArray[np.int32]], arguments: tuple[object, ...], num_exits: int
+    ) -> FrameTable:
+        """The table whose wide rows are make(*arguments), which do not depend on the schema."""
+        return self.once(_constant_table, make, arguments, num_exits)
+
+    def string_table(self, rows: StringRows, num_exits: int) -> FrameTable:
+        """Put the table of a string's content on the machine, each time anew."""
+        return self.machine.table(rows.rows, rows.byte_class, num_exits, None, rows.depths, rows.loop)
+
+
+def _constant_table(
+    compilation: Compilation,
+    make: Callable[..., NDArray[np.int32]],
+    arguments: tuple[object, ...],
+    num_exits: int,
+) -> FrameTable:
+    rows, byte_class = compressed_rows(make, arguments)
+    return compilation.machine.table(rows, byte_class, num_exits, None)
+
+
+class ValueFrame(Frame):
+    """The first byte of a value decides its kind, and the kind is the exit."""
+
+    def __init__(self, compilation: Compilation, exprs: tuple[Expr, ...], context: Context) -> None:
+        self.compilation = compilation
+        kinds = 0
+        for e in exprs:
+            kinds |= compilation.expressions.kinds(e)
+        self.table = compilation.constant_table(dispatch_rows, (compilation.spaced, kinds), 7)
+        self.exprs = exprs
+        self.context = context
+
+    def resolve(self, exit_index: int) -> int:
+        return self.compilation.openers[exit_index](self.compilation, self.exprs, self.context)
+
+    def mask_twin(self, local: int) -> int:
+        exprs = tuple(map(self.compilation.expressions.plainest, self.exprs))
+        return self.compilation.value(exprs, self.context.mask_twin(), local)
+
+    def closing_exit(self, local: int) -> int:
+        """The kind of value that is shortest to finish, with all that follows."""
+        expressions, machine = self.compilation.expressions, self.compilation.machine
+        own = self.compilation.frame(ValueFrame, self.exprs, self.context)
+        ways: list[tuple[int, int]] = []
+        for tag, a in enumerate(map(expressions.values, self.exprs)):
+            cheapest = {
+                NULL: 4 if a.null else INFINITE,
+                TRUE: 4 if a.booleans & 2 else INFINITE,
+                FALSE: 5 if a.booleans & 1 else INFINITE,
+                NUMBER: 3 if a.numbers else INFINITE,
+                STRING: costs.of_values(expressions, Values(strings=a.strings)) if a.strings else INFINITE,
+                ARRAY: min((costs.of_array(expressions, r) for r in a.arrays), default=INFINITE),
+                OBJECT: min((costs.of_object(expressions, o) for o in a.objects), default=INFINITE),
+            }
+            rest = self.context.rest(tag)
+            ways.extend((cost + rest, kind) for kind, cost in cheapest.items() if cost < INFINITE)
+        return next(kind for _, kind in sorted(ways) if machine.exit_target(own, kind) >= 0)

@@ -1,0 +1,305 @@
+"""Strings, numbers, true, false and null on the machine."""
+
+from __future__ import annotations
+
+import json
+from abc import abstractmethod
+from dataclasses import replace
+
+import numpy as np
+
+from ramet.grammar.json_schema.algebra import values as v
+from ramet.grammar.json_schema.algebra.values import Const, Expr, Strings, Values
+from ramet.grammar.json_schema.frames.compilation import Compilation, Context
+from ramet.grammar.json_schema.frames.lengths import BoundedStrings, Layers, bounded_strings
+from ramet.grammar.json_schema.frames.lookahead import Somewhere, UnreadFrame
+from ramet.grammar.json_schema.frames.tables import (
+    CHUNK,
+    FALSE,
+    LITERALS,
+    NULL,
+    TRUE,
+    counted_string,
+    free_string,
+    literal_rows,
+    number_rows,
+    renumbered,
+    string_rows,
+)
+from ramet.grammar.machine.frame import (
+    DEAD,
+    LOCAL_BITS,
+    LOCAL_MASK,
+    NEEDS_RUN,
+    Frame,
+    FrameTable,
+    path_to_exit,
+    target,
+)
+from ramet.grammar.regular.numbers import Numbers, fraction
+
+TaggedStrings = tuple[tuple[Strings, ...], ...]  # for each tag, the strings that satisfy it: one of these specs
+TaggedNumbers = tuple[tuple[Numbers, ...], ...]
+TableOfMasks = tuple[FrameTable, tuple[int, ...]]  # a table, and for each of its exits the mask of the tags satisfied
+
+_ANY: TaggedStrings = ((v.ANY_STRINGS,),)
+
+
+def open_string(compilation: Compilation, exprs: tuple[Expr, ...], context: Context) -> int:
+    """Target after the opening quote."""
+    if isinstance(context, Somewhere):  # hardly any token begins before such a string and reads on in it
+        return target(compilation.frame(UnreadFrame))
+    return _string(compilation, tuple([compilation.expressions.values(e).strings for e in exprs]), context)
+
+
+def open_number(compilation: Compilation, exprs: tuple[Expr, ...], context: Context) -> int:
+    """Target before the first byte."""
+    specs: TaggedNumbers = tuple([compilation.expressions.values(e).numbers for e in exprs])
+    if compilation.ordered and len(specs) == 1:  # with several tags, which of them hold must be known
+        specs = (tuple(_as_models_write(n) for n in specs[0]),)
+    return target(compilation.frame(NumberFrame, specs, context, b""))
+
+
+def open_literal(kind: int, compilation: Compilation, exprs: tuple[Expr, ...], context: Context) -> int:
+    """Target after the first letter of true, false or null."""
+    mask = sum(1 << i for i, e in enumerate(exprs) if _allows(compilation.expressions.values(e), kind))
+    return target(compilation.frame(LiteralFrame, kind, mask, context))
+
+
+def _allows(a: Values, kind: int) -> bool:
+    return a.null if kind == NULL else bool(a.booleans & (2 if kind == TRUE else 1))
+
+
+def _as_models_write(numbers: Numbers) -> Numbers:
+    """Integers without a fraction part."""
+    is_free = numbers.integer and numbers.plain is None and numbers.finite is None
+    return replace(numbers, plain=True) if is_free else numbers
+
+
+class LiteralFrame(Frame):
+    """The rest of true, false or null."""
+
+    def __init__(self, compilation: Compilation, kind: int, mask: int, context: Context) -> None:
+        self.compilation = compilation
+        self.kind = kind
+        self.table = compilation.constant_table(literal_rows, (LITERALS[kind],), 1)
+        self.value = {TRUE: ("bool", True), FALSE: ("bool", False), NULL: ("null", None)}[kind]
+        self.mask = mask
+        self.context = context
+
+    def resolve(self, exit_index: int) -> int:
+        return self.context.resume(self.mask, self.value)
+
+    def mask_twin(self, local: int) -> int:
+        return target(self.compilation.frame(LiteralFrame, self.kind, self.mask, self.context.mask_twin()), local)
+
+    def closing_exit(self, local: int) -> int:
+        return 0
+
+
+class TextFrame(Frame):
+    """The text of a string or a number, or a part of it.
+
+    masks: of each exit that ends the value, the tags that the value then satisfies. Exits beyond those of `masks` go on
+    in the next part. Where the context remembers values, the frame has memory and its parts hand the text on.
+    """
+
+    def __init__(self, compilation: Compilation, table: TableOfMasks, context: Context, text: bytes) -> None:
+        self.compilation = compilation
+        self.table, self.masks = table
+        self.context = context
+        self.has_memory = context.remembers
+        self.text = text
+
+    @abstractmethod
+    def moved(self, context: Context, text: bytes) -> int:
+        """Return the instance of the same frame in this context, with this text read in it."""
+
+    def next_part(self, exit_index: int) -> int:
+        """Return the target of an exit that does not end the value."""
+        raise AssertionError(f"{self} is not a part")
+
+    def read(self, text: bytes) -> Const:
+        """The value that was written."""
+        return ("string", json.loads(b'"' + text + b'"'))
+
+    def resolve(self, exit_index: int) -> int:
+        if exit_index >= len(self.masks):
+            return self.next_part(exit_index)
+        if self.context.is_anonymous:
+            return NEEDS_RUN
+        return self.context.resume(self.masks[exit_index], None)
+
+    def resolve_text(self, exit_index: int, text: bytes, last: bytes) -> int:
+        if exit_index < len(self.masks):
+            return self.context.resume(self.masks[exit_index], self.read(text))
+        part = self.next_part(exit_index)
+        frame = self.compilation.machine.frames[part >> LOCAL_BITS]
+        return target(frame.remember(text + last), part & LOCAL_MASK)
+
+    def remember(self, text: bytes) -> int:
+        return self.moved(self.context, text)
+
+    def mask_twin(self, local: int) -> int:
+        return target(self.moved(self.context.mask_twin(), b""), local)
+
+    def closing_exit(self, local: int) -> int:
+        ways = []
+        for exit_index, mask in enumerate(self.masks):
+            way = path_to_exit(self.table, exit_index, local)
+            if way is not None:
+                ways.append((len(way) + self.context.least_rest(mask), exit_index))
+        return min(ways)[1]
+
+
+class NumberFrame(TextFrame):
+    """A number."""
+
+    def __init__(self, compilation: Compilation, specs: TaggedNumbers, context: Context, text: bytes) -> None:
+        super().__init__(compilation, compilation.once(_number_table, specs), context, text)
+        self.specs = specs
+
+    def moved(self, context: Context, text: bytes) -> int:
+        return self.compilation.frame(NumberFrame, self.specs, context, text)
+
+    def read(self, text: bytes) -> Const:
+        return ("number", fraction(json.loads(text)))
+
+
+def _number_table(compilation: Compilation, specs: TaggedNumbers) -> TableOfMasks:
+    rows, byte_class, ends, masks = number_rows(specs)
+    return compilation.machine.table(rows, byte_class, max(len(masks), 1), ends), masks
+
+
+# --- strings
+
+
+def _string(compilation: Compilation, specs: TaggedStrings, context: Context) -> int:
+    """Target after the opening quote of a string, in one of three forms: of a counted number of any characters, cut
+    into layers because lengths and languages meet, or in one table."""
+    if len(specs) == 1 and len(specs[0]) == 1:
+        s = specs[0][0]
+        if s is not v.ANY_STRINGS and s != v.ANY_STRINGS and not (s.languages or s.excluded) and s.finite is None:
+            return _counted(compilation, s.low, s.high, context)
+    bounded = compilation.once(_bounded_strings, specs)
+    if bounded is not None:
+        return _layer(compilation, bounded, 0, 0, context) if bounded.is_alive(0, 0) else DEAD
+    return target(compilation.frame(StringFrame, specs, context, b""))
+
+
+class StringFrame(TextFrame):
+    """A string in one table."""
+
+    def __init__(self, compilation: Compilation, specs: TaggedStrings, context: Context, text: bytes) -> None:
+        super().__init__(compilation, compilation.once(_string_table, specs), context, text)
+        self.specs = specs
+
+    def moved(self, context: Context, text: bytes) -> int:
+        return self.compilation.frame(StringFrame, self.specs, context, text)
+
+
+def _string_table(compilation: Compilation, specs: TaggedStrings) -> TableOfMasks:
+    if specs == _ANY:
+        return compilation.string_table(free_string(), 1), (1,)
+    languages = compilation.expressions.languages
+    used = sorted({n for tag in specs for s in tag for n, _ in s.languages})
+    sources = tuple(languages.sources[n] for n in used)
+    index = {n: i for i, n in enumerate(used)}
+    rows, masks = string_rows(renumbered(specs, index), sources, languages.max_states)
+    return compilation.string_table(rows, max(len(masks), 1)), masks
+
+
+def _counted(compilation: Compilation, low: int, high: int | None, context: Context) -> int:
+    """Target inside a string that takes low..high more characters, of which nothing else is asked."""
+    if low > 0:
+        n = min(low, CHUNK)
+        rest = (low - n, None if high is None else high - n)
+        table = compilation.once(_chunk_table, False, False)
+    elif high is None:
+        return _string(compilation, _ANY, context)
+    elif high > CHUNK:
+        n, rest = CHUNK, (0, high - CHUNK)
+        table = compilation.once(_chunk_table, True, False)
+    else:
+        n, rest = high, (0, 0)
+        table = compilation.once(_chunk_table, True, True)
+    return target(compilation.frame(CountFrame, table, rest, context, b""), CHUNK - n)
+
+
+def _chunk_table(compilation: Compilation, closable: bool, last: bool) -> FrameTable:
+    return compilation.string_table(counted_string(closable, last), 2)
+
+
+class CountFrame(TextFrame):
+    """Up to CHUNK characters of a string; exit 1 goes on with `rest`, the characters (at least, at most) after them."""
+
+    def __init__(
+        self, compilation: Compilation, table: FrameTable, rest: tuple[int, int | None], context: Context, text: bytes
+    ) -> None:
+        super().__init__(compilation, (table, (1,)), context, text)
+        self.rest = rest
+
+    def moved(self, context: Context, text: bytes) -> int:
+        return self.compilation.frame(CountFrame, self.table, self.rest, context, text)
+
+    def next_part(self, exit_index: int) -> int:
+        return _counted(self.compilation, *self.rest, self.context)
+
+    def characters_left(self, local: int) -> int | None:
+        if local > CHUNK:
+            return None
+        return CHUNK - local + (1 << 20 if self.rest[1] is None else self.rest[1])
+
+    def closing_exit(self, local: int) -> int:
+        return 0 if path_to_exit(self.table, 0, local) is not None else 1
+
+
+def _bounded_strings(compilation: Compilation, specs: TaggedStrings) -> BoundedStrings | None:
+    return bounded_strings(specs, compilation.expressions.languages)
+
+
+def _layer(compilation: Compilation, strings: BoundedStrings, position: int, state: int, context: Context) -> int:
+    """Target inside a string, `position` characters after its beginning."""
+    position = min(position, strings.last)
+    return target(compilation.frame(LayersFrame, strings, position, context, b""), state)
+
+
+def _layers_table(compilation: Compilation, layers: Layers) -> TableOfMasks:
+    return compilation.string_table(layers.rows, layers.num_exits), layers.masks
+
+
+class LayersFrame(TextFrame):
+    """Some characters of a string whose length and language are both limited: see lengths.py."""
+
+    def __init__(
+        self, compilation: Compilation, strings: BoundedStrings, position: int, context: Context, text: bytes
+    ) -> None:
+        self.layers = strings.layers(position)
+        super().__init__(compilation, compilation.once(_layers_table, self.layers), context, text)
+        self.strings = strings
+        self.position = position
+
+    def moved(self, context: Context, text: bytes) -> int:
+        return self.compilation.frame(LayersFrame, self.strings, self.position, context, text)
+
+    def next_part(self, exit_index: int) -> int:
+        position = self.position + self.layers.num_layers
+        return _layer(self.compilation, self.strings, position, exit_index - len(self.masks), self.context)
+
+    def closing_exit(self, local: int) -> int:
+        return self._closing(local)[1]
+
+    def closing_way(self, local: int, exit_index: int) -> bytes:
+        way, found = self._closing(local)
+        assert found == exit_index
+        return way
+
+    def _closing(self, local: int) -> tuple[bytes, int]:
+        """The shortest way to an end, as far as it leads through this table, and the exit that it takes."""
+        costs = [self.context.least_rest(mask) for mask in self.masks]
+        if self.table.num_exits > len(self.masks):
+            # its quote and what follows are to be written then, too: else to go on would look cheaper than to end
+            rest = 1 + min(self.context.rest(tag) for tag in self.strings.tags)
+            following = self.strings.distances(self.position + self.layers.num_layers)
+            costs += (following.astype(np.int64) + rest).tolist()
+        return self.layers.way_out(local, tuple(costs))

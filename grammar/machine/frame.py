@@ -1,0 +1,230 @@
+"""Frames, which the machine is made of, and their tables.
+
+A frame reads one stretch of a text: a number, the content of a string, the keys of an object. It has a *table* of local
+states, which all frames that read alike share, and *exits*, by which the text leaves the frame. Each exit leads to a
+*target*: a local state of another frame. Not here: the machine that holds the frames and runs texts through them
+(automaton.py).
+
+A table entry is one of
+    a local state (>= 0)               the byte is read, and the text stays in the frame
+    REFUSE                             the byte may not come here
+    leave(exit)                        the byte is read, and the text leaves through the exit
+    leave(exit, again=True)            the text leaves through the exit, and the target reads the byte
+A target is target(instance, local): instance << 32 | local, where `instance` is the machine's number of a frame; or
+one of DEAD, NEEDS_RUN and (in the machine only) UNKNOWN, which are negative.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ramet.grammar import deadline
+from ramet.grammar.machine.walker import column_digests
+
+REFUSE = -1
+DEAD = -1  # target of an exit that must not be taken: no text can be finished that way
+UNKNOWN = -2  # target of an exit that no text has taken yet
+NEEDS_RUN = -3  # target of an exit that leads elsewhere for different texts: tokens that take it are run one by one
+LOCAL_BITS = 32
+LOCAL_MASK = (1 << LOCAL_BITS) - 1
+
+
+def leave(exit_index: int, again: bool = False) -> int:
+    """Table entry that leaves through an exit; `again`: the target reads the byte."""
+    return -2 - (2 * exit_index + int(again))
+
+
+def target(instance: int, local: int = 0) -> int:
+    """Pack a target."""
+    return (instance << LOCAL_BITS) | local
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FrameTable:
+    """The local states of a frame, in one machine's pool.
+
+    rows: int32 [num_states, num_classes] entries as in the module's docstring; byte_class: uint8 [256].
+    end_exits[local]: the exit taken where the text ends in this state; -1 where it may not end. None: nowhere.
+    offset, class_offset: where the rows and the class map begin in the pool.
+    depths: int32 [4, num_states], for the content of strings: plain characters that may follow, see walker.safe_depths.
+    loop: a state that every plain character leads back to (kind 2, see Vocabulary), -1 where there is none.
+    """
+
+    rows: NDArray[np.int32]
+    byte_class: NDArray[np.uint8]
+    num_exits: int
+    end_exits: NDArray[np.int32] | None
+    offset: int = -1
+    class_offset: int = -1
+    depths: NDArray[np.int32] | None = None
+    loop: int = -1
+    # shortest way to each exit: exit -> {local: bytes}; filled by `path_to_exit`
+    paths: dict[int, list[bytes | None]] = field(default_factory=dict)
+
+    num_states: int = 0
+    width: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "num_states", len(self.rows))
+        object.__setattr__(self, "width", self.rows.shape[1])
+
+
+class Frame(ABC):
+    """One stretch of a text, in one context: how it is read, and what may follow.
+
+    All that the machine asks of a frame. The answers must never change, since they are kept. A method with a default is
+    for frames that need more than the default says. `local` is a state of the frame's table.
+
+    table: the states, and what each byte does in them.
+    has_memory: the targets of exits depend on the text that was read in the frame. A walk over the vocabulary, which
+    does not know that text, asks `resolve`; a run over bytes that really come asks `resolve_text`.
+    text: of a frame with memory, what was read in it before this instance; `remember` gives the instance for more text.
+    loop_key: names the mask of the table's loop state, for frames of different grammars that all have the same one (see
+    Vocabulary.loops); None where the mask belongs to this grammar alone.
+    """
+
+    table: FrameTable
+    has_memory: bool = False
+    text: bytes = b""
+    loop_key: Hashable | None = None
+
+    # --- where exits lead
+
+    @abstractmethod
+    def resolve(self, exit_index: int) -> int:
+        """Return the target of an exit: target(instance, local), DEAD or NEEDS_RUN."""
+
+    def resolve_text(self, exit_index: int, text: bytes, last: bytes) -> int:
+        """Return the target of an exit of a frame with memory: target(instance, local) or DEAD.
+
+        text: all that was read in the frame. last: the byte that left it, empty where the target reads that byte.
+        """
+        raise AssertionError(f"{self} has no memory")
+
+    def remember(self, text: bytes) -> int:
+        """Return the instance of this frame with memory in which `text` was read, from its beginning on."""
+        raise AssertionError(f"{self} has no memory")
+
+    # --- how to finish a text
+
+    @abstractmethod
+    def closing_exit(self, local: int) -> int:
+        """Return the exit that leads to the end of the text the shortest way, as far as the frame can tell; never one
+        whose target is DEAD."""
+
+    def closing_way(self, local: int, exit_index: int) -> bytes | None:
+        """Return a short text from a state to an exit, with the byte that leaves if the frame reads it; None where
+        there is none. Asked for the exit that `closing_exit` chose."""
+        return path_to_exit(self.table, exit_index, local)
+
+    # --- masks
+
+    def mask_twin(self, local: int) -> int | None:
+        """Return another state, target(instance, local), that has the same mask as this one, but for tokens that
+        `refused_prefixes` takes away and those that need a run; None where there is no such state.
+
+        States that differ only in texts read before, in the frame or around it, name one twin: so one walk over the
+        vocabulary serves all of them.
+        """
+        return None
+
+    def refused_prefixes(self, local: int) -> Sequence[bytes]:
+        """Return texts that may not follow here, though the twin of this state takes them."""
+        return ()
+
+    def loop_twin(self) -> int | None:
+        """Return the state that has the mask of the table's loop state; None where that is the loop state itself."""
+        return None
+
+    def characters_left(self, local: int) -> int | None:
+        """Return how many more characters of any kind the frame takes before it must be left; None where that is not
+        known, or the state stands inside a character."""
+        return None
+
+
+def leaves_unread(table: FrameTable, local: int, exit_index: int) -> bool:
+    """Can an exit be taken in this state without reading a byte?"""
+    if table.end_exits is not None and int(table.end_exits[local]) == exit_index:
+        return True
+    return bool((table.rows[local] == leave(exit_index, again=True)).any())
+
+
+def path_to_exit(table: FrameTable, exit_index: int, local: int) -> bytes | None:
+    """A shortest byte string from `local` to an exit, the leaving byte included if the frame reads it; None if there is
+    none.
+    """
+    found = table.paths.get(exit_index)
+    if found is None:
+        found = table.paths[exit_index] = _paths_to_exit(table, exit_index)
+    return found[local]
+
+
+def _paths_to_exit(table: FrameTable, exit_index: int) -> list[bytes | None]:
+    """Breadth first, backwards from the exit; printable ASCII is preferred."""
+    n = table.num_states
+    sample = sample_bytes(table.byte_class, table.rows.shape[1])
+    out: list[bytes | None] = [None] * n
+    own = leave(exit_index)
+    frontier: list[int] = []
+    if table.end_exits is not None:
+        frontier.extend(np.flatnonzero(table.end_exits == exit_index).tolist())
+    frontier.extend(np.flatnonzero((table.rows == leave(exit_index, again=True)).any(axis=1)).tolist())
+    for s in frontier:
+        out[s] = b""
+    direct_rows, direct_classes = np.nonzero(table.rows == own)
+    direct: list[int] = []
+    for s, c in zip(direct_rows.tolist(), direct_classes.tolist(), strict=True):
+        if out[s] is None and sample[c] is not None:
+            out[s] = bytes((sample[c],))  # type: ignore[arg-type]
+            direct.append(s)
+    sources, classes = np.nonzero(table.rows >= 0)
+    before: dict[int, list[tuple[int, int]]] = {}
+    for s, c in zip(sources.tolist(), classes.tolist(), strict=True):
+        before.setdefault(int(table.rows[s, c]), []).append((s, c))
+    pending = [frontier, direct]
+    while pending:
+        level = pending.pop(0)
+        following: list[int] = []
+        deadline.check()
+        for t in level:
+            for s, c in before.get(t, ()):
+                if out[s] is None and sample[c] is not None:
+                    out[s] = bytes((sample[c],)) + (out[t] or b"")  # type: ignore[arg-type]
+                    following.append(s)
+        if following or pending:
+            if pending:
+                pending[0] = following + pending[0]
+            else:
+                pending.append(following)
+    return out
+
+
+def sample_bytes(byte_class: NDArray[np.uint8], num_classes: int) -> list[int | None]:
+    """One byte of each class, letters before digits before the rest."""
+    order = [*range(97, 123), *range(48, 58), *range(32, 127), *range(256)]
+    out: list[int | None] = [None] * num_classes
+    for b in order:
+        c = int(byte_class[b])
+        if out[c] is None:
+            out[c] = b
+    return out
+
+
+def compress_rows(wide: NDArray[np.int32]) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
+    """Turn int32 [n, 256] into rows over byte classes and the class map."""
+    weights = _WEIGHTS[: len(wide)] if len(wide) <= len(_WEIGHTS) else _weights(len(wide))
+    digest = column_digests(wide, weights)  # equal columns have equal digests; the sums wrap, which is harmless
+    _, first, inverse = np.unique(digest, return_index=True, return_inverse=True)
+    return np.ascontiguousarray(wide[:, first]), inverse.reshape(-1).astype(np.uint8)
+
+
+def _weights(n: int) -> NDArray[np.int64]:
+    return np.random.default_rng(1).integers(-(2**62), 2**62, size=n, dtype=np.int64)
+
+
+_WEIGHTS = _weights(4096)
