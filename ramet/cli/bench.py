@@ -1,7 +1,7 @@
-"""`ramet bench`: a closed loop against a server, or a model in this process, and what came of it in one table.
+"""`ramet bench`: measure a server, or a model in this process, and print one table.
 
-`--concurrency` clients each send one prompt after the other: text that all share, then text of their own. The larger
-benchmarks with open loops and recorded workloads are the repository's benchmarks/ folder.
+`--concurrency` clients each send one prompt after another (a closed loop). A prompt begins with text that all prompts
+share and goes on with text of its own. Open loops and recorded workloads are in the repository's benchmarks/ folder.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _WORDS = (
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What is sent. Words are roughly tokens; the table shows how many tokens they were."""
+    """The prompts to send, measured in words. A word is roughly a token; the table shows the exact counts."""
 
     num_requests: int
     concurrency: int
@@ -87,7 +87,7 @@ def run_bench(arguments: argparse.Namespace) -> int:
 
 
 def prompts_of(load: Load) -> list[str]:
-    """The same prompts for the same load."""
+    """Write the prompts of a load. The same load always gives the same prompts."""
     drawn, known = random.Random(load.seed), _WORDS.split()
 
     def words(count: int) -> str:
@@ -152,7 +152,7 @@ def _spread(seconds: Sequence[float]) -> dict[str, float] | None:
 
 
 def table_of(found: dict[str, Any]) -> Table:
-    """The figures for people."""
+    """Lay the figures out as a table."""
     table = Table(title=f"{found['model']}: {found['requests']} requests, {found['concurrency']} at a time")
     for name in ("", "p50", "p95", "max"):
         table.add_column(name, justify="left" if not name else "right")

@@ -1,6 +1,6 @@
 """`ramet chat`: talk with a model, in this process or on a server.
 
-In a terminal it is a conversation; what comes through a pipe is one message, or with --turns one a line.
+In a terminal this is a conversation. Input from a pipe is one message, or one message a line with --turns.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class Chat:
         self._reset()
 
     def converse(self, lines: Iterator[str]) -> None:
-        """Take messages and commands until there are no more."""
+        """Read messages and commands until the input ends."""
         for line in lines:
             if not line.strip():
                 continue
@@ -108,7 +108,7 @@ class Chat:
                 return
 
     def ask(self, text: str) -> Reply:
-        """Send a message and print the answer as it comes. Ctrl-C ends the answer; what was said stays."""
+        """Send a message and print the answer as it comes. Ctrl-C ends it and keeps its text so far."""
         if not text:
             raise InvalidRequest("there is no message: write one, or pipe it in")
         self.messages.append({"role": "user", "content": text})
@@ -219,7 +219,7 @@ class Chat:
 
 
 def figures(reply: Reply) -> str:
-    """Tokens, what of them was cached, and speed, in one line."""
+    """Give the number of tokens, how many were cached, and the speed, in one line."""
     parts = []
     if reply.prompt_tokens is not None:
         cached = "" if reply.cached_tokens is None else f" ({reply.cached_tokens:,} cached)"
@@ -236,7 +236,7 @@ def figures(reply: Reply) -> str:
 
 
 def _typed_lines() -> Iterator[str]:
-    """What is typed at the prompt, with history and editing where readline is there."""
+    """Yield the lines typed at the prompt; with history and editing where readline is installed."""
     with contextlib.suppress(ImportError):
         import readline
 

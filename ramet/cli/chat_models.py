@@ -1,6 +1,6 @@
 """What `ramet chat` and `ramet bench` talk to: a model in this process, or a server's OpenAI API.
 
-Both say how many tokens were cached. Not here: what is shown of it (`chat`, `bench`).
+Both report how many tokens were cached. Not here: how answers are shown (`chat`, `bench`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Pieces = Generator[tuple[str, str], None, None]  # (reasoning, text) as they com
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How answers are drawn."""
+    """The sampling values of every answer."""
 
     max_tokens: int = 1024
     temperature: float = 0.7
@@ -35,7 +35,8 @@ class Settings:
 
 @dataclass(slots=True)
 class Reply:
-    """One answer while it comes and when it is there. Times in seconds; token counts None where nobody says them."""
+    """One answer, while it arrives and afterwards. Times are in seconds. A token count is None where
+    the server does not report it."""
 
     text: str = ""
     reasoning: str = ""
@@ -49,7 +50,7 @@ class Reply:
     arrivals_s: list[float] = field(default_factory=list)  # since the start, one for each increment
 
     def note(self) -> None:
-        """Something has come."""
+        """Note the time at which the first token and the latest one arrived."""
         self.total_s = time.monotonic() - self.started_s
         self.arrivals_s.append(self.total_s)
         if self.first_s is None:
@@ -57,7 +58,7 @@ class Reply:
 
 
 class ChatModel(Protocol):
-    """`chat` and `complete` fill `reply` while its pieces are taken."""
+    """A model to talk to. `chat` and `complete` yield pieces of text and fill in `reply` as the pieces are read."""
 
     name: str
 
@@ -69,7 +70,7 @@ class ChatModel(Protocol):
 
 
 class LocalModel:
-    """A model in this process. An answer's tokens are kept, so that the next turn computes only what is new."""
+    """A model in this process. It keeps an answer's tokens, so that the next turn computes only the new tokens."""
 
     def __init__(self, model: str | None, config: Json, on_stage: Callable[[str], None] | None = None) -> None:
         from ramet.runtime.engine.engine import Engine
@@ -136,7 +137,7 @@ class LocalModel:
 
 
 class RemoteModel:
-    """A server's OpenAI API. Raises ConfigError where there is none at `url`."""
+    """A server with OpenAI's API. Raises ConfigError if no such server answers at `url`."""
 
     def __init__(self, url: str, model: str | None, api_key: str | None) -> None:
         try:
@@ -226,7 +227,7 @@ def _events(answer: httpx.Response) -> Iterator[Json]:
 
 
 def _message(data: bytes) -> str:
-    """What an error's body says, or its beginning."""
+    """Return the message in an error's body, or the beginning of the body where it has none."""
     try:
         return str(json.loads(data)["error"]["message"])
     except (ValueError, KeyError, TypeError):
@@ -240,7 +241,7 @@ def open_model(
     config: Json,
     on_stage: Callable[[str], None] | None = None,
 ) -> ChatModel:
-    """A server's model where there is a `url`, else one in this process.
+    """Open the server at `url`, or without a `url` a model in this process.
 
     config: fields of EngineConfig. on_stage: as in `Engine`.
     """

@@ -1,6 +1,6 @@
 """`ramet completion SHELL`: a script that completes commands, flags, their values and model names.
 
-Made from the parsers themselves, so that it knows every flag. Not here: completion of paths, which is the shell's own.
+It is made from the parsers themselves, so it knows every flag. Paths are completed by the shell itself.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _flags(parser: argparse.ArgumentParser) -> list[str]:
 
 
 def _values(parser: argparse.ArgumentParser) -> dict[str, list[str]]:
-    """Flag -> what it may be, where that is a list."""
+    """Map each flag that has a list of choices to these choices."""
     return {
         name: [str(choice) for choice in action.choices]
         for action in _visible(parser)
@@ -56,7 +56,7 @@ def _values(parser: argparse.ArgumentParser) -> dict[str, list[str]]:
 
 
 def _words(parser: argparse.ArgumentParser) -> list[str]:
-    """What may stand without a flag: a list of words, or the models of the catalogue."""
+    """List what may be given without a flag: words, or the names of the catalogue's models."""
     from ramet.runtime.models.catalog import CATALOG
 
     words: list[str] = []

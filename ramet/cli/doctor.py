@@ -1,4 +1,4 @@
-"""`ramet doctor`: what is here, what is missing, and what to do about it."""
+"""`ramet doctor`: report what this machine has, what is missing, and how to get it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _MARKS = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "problem": "[bold red
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that was looked at. `advice`: what to do about it; "" where nothing is to be done.
+    """The result of one check. `advice` says what to do about it; "" where nothing needs to be done.
 
     `problem`: Ramet cannot run. `note`: it can, but something is missing or slow.
     """
@@ -204,7 +204,7 @@ def _models() -> Iterator[Finding]:
 
 
 def _available_memory_bytes() -> int | None:
-    """Memory that can be had without swapping; None where the system does not tell (not Linux)."""
+    """Return the memory available without swapping, in bytes; None where the system does not report it (not Linux)."""
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             fields = dict(line.split(":", 1) for line in file)

@@ -1,7 +1,7 @@
-"""Flags from configuration dataclasses: a field is a flag, its metadata's `help` the help.
+"""Make command-line flags of configuration dataclasses: one flag a field, with its metadata's `help` as help text.
 
-The flag of `max_body_bytes` is `--max-body-bytes`. Where SGLang has another name for the same thing, that name works,
-too. Only what was given comes back, so that the dataclass alone knows the defaults.
+The flag of `max_body_bytes` is `--max-body-bytes`. Where SGLang has another name for the same thing, that name works
+too. Only flags that were given are returned, so that the defaults stand in the dataclass alone.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def add_flags(parser: argparse.ArgumentParser, config: type, title: str) -> None
 
 
 def given_values(arguments: argparse.Namespace, config: type) -> dict[str, Any]:  # Any: the fields' own types
-    """What the command line said about the dataclass's fields; nothing for those it left out."""
+    """Return the fields that the command line gave, and leave out the others."""
     found = {}
     for field in fields(config):
         value = getattr(arguments, field.name, None)
@@ -66,7 +66,7 @@ _METAVARS = {int: "N", float: "X"}
 
 
 def _shape(hint: Any) -> tuple[type, bool, tuple[str, ...] | None]:  # Any: a type expression
-    """A field's element type, whether it is a tuple, and what it may be."""
+    """Return a field's element type, whether it is a tuple, and its choices."""
     origin = get_origin(hint)
     if origin in (Union, types.UnionType):
         (hint,) = (part for part in get_args(hint) if part is not type(None))

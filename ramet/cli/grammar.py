@@ -1,4 +1,4 @@
-"""`ramet grammar check`: what a schema or grammar enforces, what it costs, and where instances are refused."""
+"""`ramet grammar check`: report what a schema or grammar enforces, what it costs, and where it refuses an instance."""
 
 from __future__ import annotations
 

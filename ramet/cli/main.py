@@ -40,7 +40,7 @@ class _Command:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong where it can be seen: a usage of dozens of flags is left to --help."""
+    """Puts the error where it is seen: a usage text of dozens of flags would hide it, so --help alone prints that."""
 
     def error(self, message: str) -> NoReturn:
         usage = self.format_usage()
@@ -49,7 +49,7 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{usage}{self.prog}: error: {message}\n`{self.prog} --help` lists what it takes\n")
 
     def refuse(self, unknown: Sequence[str]) -> NoReturn:
-        """End because of arguments that nothing takes, with the flags that may have been meant."""
+        """Exit because of unknown arguments; the message suggests the flags with similar names."""
         meant = [
             name
             for word in unknown

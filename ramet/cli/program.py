@@ -1,4 +1,4 @@
-"""What `ramet run` and `ramet explain` share: the programs of a Python file, and arguments from the command line."""
+"""Find the programs of a Python file and read their arguments: for `ramet run` and `ramet explain`."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def load_file(file: Path) -> dict[str, Any]:  # Any: whatever the file defines
 
 
 def choose_program(names: dict[str, Any], wanted: str | None, file: Path) -> Function:
-    """The program that was asked for, or the file's only one, or the one that its EXAMPLE fits."""
+    """Return the named program; without a name the file's only one, or the one whose parameters match EXAMPLE."""
     from ramet.lang.program.function import Function
 
     found = {name: value for name, value in names.items() if isinstance(value, Function)}
@@ -79,7 +79,7 @@ def choose_program(names: dict[str, Any], wanted: str | None, file: Path) -> Fun
 def given_arguments(
     names: dict[str, Any], program: Function, arguments: argparse.Namespace
 ) -> dict[str, Any]:  # Any: arguments of the program
-    """Those of the command line; where it has none, the file's EXAMPLE where that fits."""
+    """Return the arguments of the command line; if there are none, the file's EXAMPLE where it fits the program."""
     if not arguments.arguments and not arguments.arg:
         return _example(names, program)
     found = from_json(arguments.arguments, "--arguments") if arguments.arguments else {}
@@ -100,7 +100,7 @@ def given_arguments(
 
 
 def check_complete(program: Function, given: dict[str, Any]) -> None:
-    """Raises InvalidRequest naming what is missing."""
+    """Raise InvalidRequest that names the missing arguments."""
     missing = [
         p.name
         for p in program.parameters

@@ -65,7 +65,7 @@ def run_run(arguments: argparse.Namespace) -> int:
 def _backend(
     arguments: argparse.Namespace, names: dict[str, Any]
 ) -> AbstractContextManager[Any] | None:  # Any: what the file defines; engines and backends
-    """None: what the file itself has set, or the default model's engine."""
+    """Choose the backend. None stands for the one that the file has set, or else the default model's engine."""
     if arguments.backend is not None:
         from ramet.lang.backends.remote import Remote
 
@@ -163,7 +163,7 @@ def _report(state: State, seconds: float, *, as_json: bool) -> None:
 
 
 def _plain(value: Any) -> Any:  # Any: a value of any type, and JSON
-    """The value as JSON; what has no JSON form as its `repr`."""
+    """Return the value in JSON types; a value that has no JSON form as its `repr`."""
     import msgspec
 
     try:

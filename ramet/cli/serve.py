@@ -1,4 +1,4 @@
-"""`ramet serve`: its flags, its keys from the environment, and what it says once it is ready."""
+"""`ramet serve`: its flags, the API keys from the environment, and the line that it prints when it is ready."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def run_serve(arguments: argparse.Namespace) -> int:
 
 
 def _environment() -> dict[str, object]:
-    """Keys from the environment."""
+    """Read the API keys from the environment."""
     found: dict[str, object] = {}
     keys = tuple(key.strip() for key in os.environ.get(KEYS_VARIABLE, "").split(",") if key.strip())
     if keys:
@@ -87,7 +87,7 @@ def _raise_file_limit() -> None:
 
 
 def _announce(hello: Hello, address: str, config: ServerConfig, seconds: float) -> None:
-    """Say what is served, on stderr: a terminal's reader looks here first."""
+    """Print what is served on stderr, where somebody at a terminal looks first."""
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     name = config.served_model_name or hello.model
     key = "$RAMET_API_KEY" if config.api_key else "none"
