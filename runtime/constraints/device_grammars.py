@@ -1,7 +1,8 @@
-"""Which grammars run on the device: closed automata, with all that the host can prepare of them off the step loop.
+"""Which grammars run on the device, and the tables that they need there.
 
-`close` visits every state of a grammar (bounded), `prepare` finds its ways out and which states share a mask. Both are
-called by whoever compiles; the engine then only copies. Grammars that stay open, or are too large, keep host masks.
+Only a closed automaton can: one whose states are all known. `close` visits them, up to a limit; `prepare` finds for
+each state the way to the end of the text, and which states share a mask. Whoever compiles a grammar calls `close` on a
+thread of its own, so that the engine's thread only has to copy the tables. All other grammars are masked by the host.
 """
 
 from __future__ import annotations
@@ -11,11 +12,14 @@ import threading
 import time
 import weakref
 from collections.abc import Iterable, Sequence
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING
 
 from ramet.kernels.grammar.closing import TokenTrie, closing_table
 from ramet.kernels.grammar.mask import AutomatonTables, mask_classes
 from ramet.runtime.types import Grammar
+
+if TYPE_CHECKING:
+    from ramet.grammar import CompiledGrammar
 
 logger = logging.getLogger(__name__)
 
@@ -23,15 +27,8 @@ MAX_STATES = 60_000
 MAX_TRANSITIONS = 4_000_000
 
 
-@runtime_checkable
-class Closable(Protocol):
-    """A grammar whose states can all be visited."""
-
-    def close(self, limit: int = ...) -> bool: ...
-
-
 class DeviceGrammars:
-    """Prepares grammars of one vocabulary for an arena. Thread-safe; keeps what it prepared as long as the grammar."""
+    """Prepares grammars of one vocabulary for an arena. Thread-safe; keeps tables as long as their grammar."""
 
     def __init__(self, token_bytes: Sequence[bytes], end_ids: Iterable[int], special_ids: Iterable[int]) -> None:
         self._token_bytes = token_bytes
@@ -39,16 +36,15 @@ class DeviceGrammars:
         self._longest = max(map(len, token_bytes), default=1)
         self._trie: TokenTrie | None = None
         self._prepared: weakref.WeakKeyDictionary[Grammar, AutomatonTables] = weakref.WeakKeyDictionary()
-        self._open: weakref.WeakSet[Grammar] = weakref.WeakSet()  # those that could not be closed: not tried again
+        self._open: weakref.WeakSet[Grammar] = weakref.WeakSet()  # could not be closed: not tried again
         self._lock = threading.Lock()
 
-    def close(self, grammar: Grammar) -> bool:
-        """Try to close a grammar within the limits, and prepare it; True where it can run on the device."""
+    def close(self, grammar: CompiledGrammar) -> bool:
+        """Try to close a grammar within the limits, and prepare it. True where it can run on the device."""
         if grammar in self._open:
             return False
         start_s = time.monotonic()
-        if not grammar.is_closed and isinstance(grammar, Closable):
-            grammar.close(MAX_STATES)
+        grammar.close(MAX_STATES)
         tables = self.prepare(grammar)
         if tables is None:
             self._open.add(grammar)
@@ -56,7 +52,7 @@ class DeviceGrammars:
         return tables is not None
 
     def prepare(self, grammar: Grammar) -> AutomatonTables | None:
-        """The tables of a closed grammar with its ways out and classes of masks; None where it is open or too large."""
+        """A closed grammar's tables, with ways to the end and classes of masks; None where it is open or too large."""
         with self._lock:
             found = self._prepared.get(grammar)
             if found is not None:

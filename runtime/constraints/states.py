@@ -11,22 +11,32 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ramet.errors import GrammarTooLarge
 from ramet.kernels.grammar.arena import FREE_STATE, GrammarArena
 from ramet.runtime.constraints.device_grammars import DeviceGrammars
 from ramet.runtime.constraints.host_automaton import HostAutomaton
 from ramet.runtime.constraints.incomplete import state_after
-from ramet.runtime.steps.launched_step import HostMasks, LaunchedStep
 from ramet.runtime.types import Batch, Grammar, RowOutput, ScheduledSequence, Sequence
 
 logger = logging.getLogger(__name__)
 
 # Whether a row's known tokens are better computed in one step: (their number, rows of the step, the row's KV length).
 ComputesRun = Callable[[int, int, int], bool]
+# The log-probability of a token that was not sampled: (the row among those that sample, the token).
+LogprobOf = Callable[[int, int], float]
+
+
+@dataclass(slots=True)
+class HostMasks:
+    """Masks that the host computed. words: int32 [R, W], one row for each item that samples; rows: those that mask."""
+
+    rows: list[int]
+    words: NDArray[np.int32]
 
 
 class GrammarStates:
@@ -107,7 +117,7 @@ class GrammarStates:
         return [self._arena_state(arena, item.sequence) for item in items]
 
     def advance(
-        self, launched: LaunchedStep, outputs: list[RowOutput]
+        self, batch: Batch, outputs: list[RowOutput], logprob_of: LogprobOf
     ) -> tuple[list[RowOutput], list[tuple[int, int]]]:
         """Advance the host's automata by a step's tokens.
 
@@ -118,7 +128,7 @@ class GrammarStates:
             return outputs, []
         result, replaced = list(outputs), []
         num_sampled = 0
-        for i, (item, output) in enumerate(zip(launched.batch.items, outputs, strict=True)):
+        for i, (item, output) in enumerate(zip(batch.items, outputs, strict=True)):
             sequence, row = item.sequence, num_sampled
             num_sampled += item.samples
             automaton = self._on_host.get(sequence)
@@ -131,7 +141,7 @@ class GrammarStates:
                 self._failures[sequence] = error
                 continue
             if token != sampled:
-                logprobs = None if output.logprobs is None else (launched.logprob(row, token),)
+                logprobs = None if output.logprobs is None else (logprob_of(row, token),)
                 result[i] = replace(output, token_ids=(token,), logprobs=logprobs)
                 assert sequence.slot is not None
                 replaced.append((sequence.slot, token))

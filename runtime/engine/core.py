@@ -141,15 +141,15 @@ class EngineCore:
 
     def collect(self, launched: LaunchedStep) -> list[SequenceUpdate]:
         """Wait for a launched step, advance its sequences, and return those that were not finished before."""
-        items = launched.batch.items
-        was_live = [not item.sequence.is_finished for item in items]
-        outputs, replaced = self.grammars.advance(launched, launched.read())
+        batch = launched.batch
+        was_live = [not item.sequence.is_finished for item in batch.items]
+        outputs, replaced = self.grammars.advance(batch, launched.read(), launched.logprob)
         if replaced:
             self.runner.override_tokens(replaced)
-        self.scheduler.finish_step(launched.batch, outputs)
+        self.scheduler.finish_step(batch, outputs)
         return [
             SequenceUpdate(item.sequence, output)
-            for item, output, live in zip(items, outputs, was_live, strict=True)
+            for item, output, live in zip(batch.items, outputs, was_live, strict=True)
             if live and (output.token_ids or output.prompt_logprobs is not None or item.sequence.is_finished)
         ]
 

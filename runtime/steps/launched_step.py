@@ -1,12 +1,10 @@
-"""A step that was launched: what the host gave it besides the batch, and its results on their way back."""
+"""A step that was launched, and its results on their way back to the host."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ramet.kernels.sampling.logprobs import compute_logprobs
@@ -15,16 +13,8 @@ from ramet.runtime.types import Batch, RowOutput
 
 
 @dataclass(slots=True)
-class HostMasks:
-    """Masks that the host computed. words: int32 [R, W], one row for each item that samples; rows: those that mask."""
-
-    rows: list[int]
-    words: NDArray[np.int32]
-
-
-@dataclass(slots=True)
-class Logprobs:
-    """Log-probabilities of the k sampled rows that ask for them; `rows` numbers them among those that sample."""
+class StepLogprobs:
+    """Log-probabilities of the k rows that ask for them; `rows` are their numbers among the rows that sample."""
 
     rows: list[int]
     chosen: Tensor  # fp32 [k]
@@ -39,12 +29,12 @@ class LaunchedStep:
 
     batch: Batch
     tokens: Tensor  # int32 [R], host
-    logprobs: Logprobs | None  # on the host, but for its logits
+    logprobs: StepLogprobs | None  # on the host, but for its logits
     scores: Tensor | None  # fp32 [Q], host
     event: torch.cuda.Event | None
 
     def read(self) -> list[RowOutput]:
-        """Wait for the step and return one output an item, in the batch's order."""
+        """Wait for the step, and return one output for each item of the batch."""
         if self.event is not None:
             self.event.synchronize()
         tokens = self.tokens.tolist()
@@ -57,7 +47,7 @@ class LaunchedStep:
         return [RowOutput((next(sampled),)) if item.samples else RowOutput() for item in items]
 
     def logprob(self, row: int, token: int) -> float:
-        """The log-probability of another token than the one that was sampled in a row of those that sample."""
+        """The log-probability of a token that was not sampled. `row` is a number among the rows that sample."""
         assert self.logprobs is not None
         index = self.logprobs.rows.index(row)
         logits = self.logprobs.logits[index : index + 1]
@@ -85,7 +75,7 @@ class LaunchedStep:
             row += 1
         return outputs
 
-    def _logprobs_by_row(self, found: Logprobs) -> dict[int, tuple[float, tuple[tuple[int, float], ...]]]:
+    def _logprobs_by_row(self, found: StepLogprobs) -> dict[int, tuple[float, tuple[tuple[int, float], ...]]]:
         tops = [
             tuple(zip(ids, values, strict=True))
             for ids, values in zip(found.top_ids.tolist(), found.top_values.tolist(), strict=True)

@@ -26,6 +26,7 @@ from ramet.kernels.sampling.logprobs import compute_logprobs
 from ramet.kernels.sampling.sample import sample
 from ramet.kernels.slots.copy_pages import copy_pages
 from ramet.kernels.slots.tables import COLUMNS, DecodeInputs, commit_decode, prepare_decode, scatter_rows
+from ramet.runtime.constraints.states import HostMasks
 from ramet.runtime.models.config import ModelConfig
 from ramet.runtime.models.context import ForwardContext
 from ramet.runtime.models.decoder import Decoder
@@ -40,7 +41,7 @@ from ramet.runtime.steps.inputs import (
     upload_extend,
 )
 from ramet.runtime.steps.kv_cache import KVCache
-from ramet.runtime.steps.launched_step import HostMasks, LaunchedStep, Logprobs
+from ramet.runtime.steps.launched_step import LaunchedStep, StepLogprobs
 from ramet.runtime.steps.logit_edits import LogitEdits
 from ramet.runtime.steps.slots import RunningSlots, upload
 from ramet.runtime.steps.tree_planner import TreePlanner
@@ -297,13 +298,13 @@ class ModelRunner:
         index, words = upload([chosen, masks.words[masks.rows]], self.device)
         arena.set_host_masks(index, words)
 
-    def _logprobs_of_graph(self, batch: Batch, tokens: Tensor) -> Logprobs | None:
+    def _logprobs_of_graph(self, batch: Batch, tokens: Tensor) -> StepLogprobs | None:
         """As `_logprobs`, after a graph, from the hidden states that it kept."""
         return self._logprobs(batch, self._hidden, tokens, self.decoder.logits)
 
     def _logprobs(
         self, batch: Batch, source: Tensor | None, tokens: Tensor, logits_of: Callable[[Tensor], Tensor] | None = None
-    ) -> Logprobs | None:
+    ) -> StepLogprobs | None:
         """Log-probabilities of the rows that ask for them. source: logits [R, V], or what `logits_of` makes them of."""
         sampled = [item.sequence.request.sampling.logprobs for item in batch.items if item.samples]
         rows = [row for row, wanted in enumerate(sampled) if wanted is not None]
@@ -315,7 +316,7 @@ class ModelRunner:
             logits = logits_of(logits)
         most = max(wanted or 0 for wanted in sampled)
         chosen, values, ids = compute_logprobs(logits, tokens.index_select(0, index), most)
-        return Logprobs(rows, chosen, ids, values, logits)
+        return StepLogprobs(rows, chosen, ids, values, logits)
 
     def _tree_plan(self, batch: Batch) -> TreePlan | None:
         return None if self.tree is None else self.tree.update(batch.items[: batch.num_decode])
@@ -458,7 +459,7 @@ class ModelRunner:
         self,
         batch: Batch,
         tokens: Tensor,
-        logprobs: Logprobs | None = None,
+        logprobs: StepLogprobs | None = None,
         scores: Tensor | None = None,
     ) -> LaunchedStep:
         is_cuda = self.device.type == "cuda"
