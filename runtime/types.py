@@ -18,7 +18,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,9 +26,6 @@ from numpy.typing import NDArray
 from ramet.errors import EmptyPrompt
 from ramet.lang.graph.sampling import MAX_INT32 as MAX_INT32
 from ramet.lang.graph.sampling import SamplingParams as SamplingParams
-
-if TYPE_CHECKING:
-    from ramet.runtime.cache.radix_cache import RadixNode
 
 TokenIds = NDArray[np.int32]
 
@@ -154,8 +151,8 @@ class Request:
 class Sequence:
     """A running request. Owner: the scheduler; everyone else reads.
 
-    `page_ids`: pages in path order. The first `num_shared_pages` belong to the radix tree and are kept by the lock on
-    `node`; the rest belong to this sequence. `error`: why it ended with FinishReason.ERROR.
+    `page_ids`: pages in path order. The first `num_shared_pages` belong to the radix tree, where a lock keeps them; the
+    rest belong to this sequence. `error`: why it ended with FinishReason.ERROR.
     """
 
     request: Request
@@ -165,7 +162,6 @@ class Sequence:
     num_in_flight: int = 0
     page_ids: list[int] = field(default_factory=list)
     num_shared_pages: int = 0
-    node: RadixNode | None = None
     slot: int | None = None
     status: Status = Status.WAITING
     finish_reason: FinishReason | None = None

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from ramet.runtime.cache.radix_cache import RadixNode
+from ramet.runtime.cache.node import RadixNode
 
 # Any: a rank is whatever orders: a number or a tuple of numbers. The lowest is evicted first.
 Rank = Any
-RankFunction = Callable[["RadixNode"], Rank]
+RankFunction = Callable[[RadixNode], Rank]
 
 
 def next_use_rank(node: RadixNode) -> Rank:

@@ -1,18 +1,18 @@
-"""Checks of the radix cache's accounting, for tests and for audits while idle. They raise and change nothing."""
+"""Checks of the radix cache's accounting. They raise and change nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 from ramet.errors import CacheIntegrityError
+from ramet.runtime.cache.node import RadixNode
+from ramet.runtime.cache.radix_cache import RadixCache
 
-if TYPE_CHECKING:
-    from ramet.runtime.cache.radix_cache import RadixCache, RadixNode
 
-
-def check_cache(cache: RadixCache, held: Iterable[list[int]]) -> None:
+def check_cache(cache: RadixCache, held: Iterable[list[int]] = ()) -> None:
     """Check that every page is free, or owned by one node, or by one of the sequences that own `held`.
+
+    O(pages + nodes): for tests and for audits while idle.
 
     Raises:
         CacheIntegrityError: the first thing found wrong.

@@ -1,7 +1,7 @@
 """The pool of KV pages: which page ids are free. Plain Python; the tensors behind the ids are not known here.
 
 Not here: who owns a page that is not free. That is a node of the radix cache or one sequence (`radix_cache`,
-`scheduler`), and their `check_integrity` compares the three.
+`scheduler`); `integrity.check_cache` compares the three.
 """
 
 from __future__ import annotations

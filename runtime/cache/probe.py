@@ -11,7 +11,8 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from ramet.runtime.cache.radix_cache import RadixCache, RadixNode
+from ramet.runtime.cache.node import RadixNode
+from ramet.runtime.cache.radix_cache import RadixCache
 
 MAX_TOKENS = 64  # of a continuation that are shown
 

@@ -11,80 +11,25 @@ With 10,000 siblings the first costs O(1), the second O(log n).
 
 `refs` of a node counts the locks on it and its children that are locked: locking costs O(1) under a locked node.
 
-Not here: sequences, and pages that they own (`scheduler`); which leaf is evicted first (`eviction`).
+Not here: sequences, and pages that they own (`scheduler`); which leaf is evicted first (`eviction`); whether
+the books balance (`integrity`).
 Source: RadixAttention, Zheng et al. 2024 (arXiv:2312.07104), section 3.
 """
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from ramet.runtime.cache.eviction import EvictionQueue, RankFunction, next_use_rank
-from ramet.runtime.cache.integrity import check_cache
+from ramet.runtime.cache.node import RadixNode
 from ramet.runtime.cache.page_pool import PagePool
 from ramet.runtime.types import TokenIds
 
 _NO_TOKENS: TokenIds = np.empty(0, dtype=np.int32)
-
-
-class RadixNode:
-    """A run of tokens [start, end) of every path through it. Owner: the cache; others hold it and read.
-
-    A locked node keeps its identity and its `end` (a split makes a new parent for the upper part), but an insertion
-    by its only locker may move `end` forward.
-    """
-
-    __slots__ = (
-        "children",
-        "eviction_entry",
-        "is_dead",
-        "key",
-        "keys",
-        "last_used",
-        "next_use",
-        "page_ids",
-        "parent",
-        "refs",
-        "start",
-        "tokens",
-    )
-
-    def __init__(self, parent: RadixNode | None, key: bytes, start: int, tokens: TokenIds, page_ids: list[int]) -> None:
-        self.parent = parent
-        self.key = key  # the first page's tokens, as bytes; of a root: the cache salt
-        self.start = start  # tokens from the root, a multiple of the page size
-        self.tokens = tokens
-        self.page_ids = page_ids
-        self.children: dict[bytes, RadixNode] = {}
-        self.keys: list[bytes] = []  # of the children, sorted
-        self.refs = 0
-        self.last_used = 0
-        self.is_dead = False
-        self.next_use = math.inf
-        self.eviction_entry = 0
-
-    @property
-    def end(self) -> int:
-        return self.start + len(self.tokens)
-
-    @property
-    def is_evictable(self) -> bool:
-        """True for an unlocked leaf."""
-        return not self.refs and not self.children and self.parent is not None
-
-    def path(self) -> list[RadixNode]:
-        """Nodes from below the root down to this one."""
-        nodes = []
-        node: RadixNode = self
-        while node.parent is not None:
-            nodes.append(node)
-            node = node.parent
-        return nodes[::-1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +78,7 @@ class RadixCache:
     def match(self, tokens: TokenIds, cache_salt: str = "") -> PrefixMatch:
         """Find the longest cached prefix of `tokens`; it counts as used. May split a node. O(len(tokens))."""
         self._now += 1
-        node = self._root(cache_salt)
+        node = self.root(cache_salt)
         page_ids: list[int] = []
         position, child, num_same = 0, None, 0
         while True:
@@ -191,7 +136,11 @@ class RadixCache:
 
     def root(self, cache_salt: str = "") -> RadixNode:
         """Return the root of a namespace; it stays while it is locked or has children."""
-        return self._root(cache_salt)
+        key = cache_salt.encode()
+        node = self._roots.get(key)
+        if node is None:
+            node = self._roots[key] = RadixNode(None, key, 0, _NO_TOKENS, [])
+        return node
 
     def lock(self, node: RadixNode) -> None:
         """Keep `node` and its ancestors from eviction until `unlock`."""
@@ -357,13 +306,6 @@ class RadixCache:
         elif self._roots.get(node.key) is node:
             del self._roots[node.key]
 
-    def _root(self, cache_salt: str) -> RadixNode:
-        key = cache_salt.encode()
-        node = self._roots.get(key)
-        if node is None:
-            node = self._roots[key] = RadixNode(None, key, 0, _NO_TOKENS, [])
-        return node
-
     # --- eviction
 
     def allocate(self, count: int) -> list[int] | None:
@@ -446,7 +388,7 @@ class RadixCache:
             node = child
         return nodes
 
-    # --- integrity
+    # --- for checks and diagnosis
 
     def nodes(self) -> Iterator[RadixNode]:
         """Every node but the roots."""
@@ -456,16 +398,6 @@ class RadixCache:
             if node.parent is not None:
                 yield node
             stack.extend(node.children.values())
-
-    def check_integrity(self, held: Iterable[list[int]] = ()) -> None:
-        """Check that every page is free, or owned by one node, or by one of the sequences that own `held`.
-
-        O(pages + nodes): for tests and for audits while idle.
-
-        Raises:
-            CacheIntegrityError: the first thing found wrong.
-        """
-        check_cache(self, held)
 
 
 def _num_common(a: TokenIds, b: TokenIds) -> int:

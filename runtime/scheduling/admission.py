@@ -10,7 +10,8 @@ Not here: pages and slots (`scheduler`).
 
 from __future__ import annotations
 
-from ramet.runtime.cache.radix_cache import PrefixMatch, RadixNode
+from ramet.runtime.cache.node import RadixNode
+from ramet.runtime.cache.radix_cache import PrefixMatch
 from ramet.runtime.scheduling.priority import OrderConfig, ProgramService, Waiting, WaitingQueue
 from ramet.runtime.scheduling.sequence_pages import matchable
 from ramet.runtime.types import Sequence

@@ -344,9 +344,7 @@ class Scheduler:
         sequence.num_computed = item.start + item.num_tokens
         is_complete = sequence.num_computed == known_end(sequence)
         self._service.add(sequence.request.program_id, item.num_tokens)
-        self._pages.share(sequence, is_complete=is_complete)
-        node = sequence.node
-        assert node is not None
+        node = self._pages.share(sequence, is_complete=is_complete)
         if is_complete:
             del self._prefilling[sequence]
             self._waiting.clear_frontier(sequence)

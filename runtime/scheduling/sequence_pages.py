@@ -1,7 +1,7 @@
 """Pages of running sequences: reserved, taken, shared with the tree, copied, given back.
 
-A sequence's pages in path order: the first `num_shared_pages` belong to the tree and are kept by the lock on its node,
-the others belong to the sequence. Its page ids never change while it runs: devices hold copies of them.
+A sequence's pages in path order: the first `num_shared_pages` belong to the tree and are kept by a lock on the node
+where they end, the others belong to the sequence. Its page ids never change while it runs: devices hold copies of them.
 
 Not here: which sequence gets pages, and who is preempted for them (`scheduler`).
 """
@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from math import ceil
 
-from ramet.runtime.cache.integrity import require
+from ramet.runtime.cache.integrity import check_cache, require
+from ramet.runtime.cache.node import RadixNode
 from ramet.runtime.cache.page_pool import PagePool
 from ramet.runtime.cache.radix_cache import PrefixMatch, RadixCache
 from ramet.runtime.types import PageCopy, Sequence, TokenIds
@@ -27,6 +28,7 @@ class SequencePages:
         self._ratio = reservation_ratio
         self._is_sharing = share
         self._num_reserved = 0  # pages that running sequences may still take
+        self._nodes: dict[Sequence, RadixNode] = {}  # that each running sequence has locked
 
     @property
     def num_available(self) -> int:
@@ -59,7 +61,7 @@ class SequencePages:
 
     def attach(self, sequence: Sequence, match: PrefixMatch) -> None:
         """Start a sequence on its (locked) match, and reserve its pages."""
-        sequence.node = match.node
+        self._nodes[sequence] = match.node
         sequence.page_ids = match.page_ids
         sequence.num_shared_pages = len(match.page_ids)
         sequence.num_computed = match.num_tokens
@@ -100,47 +102,51 @@ class SequencePages:
         sequence.page_ids += page_ids
         return True
 
-    def share(self, sequence: Sequence, *, is_complete: bool) -> None:
+    def share(self, sequence: Sequence, *, is_complete: bool) -> RadixNode:
         """Move computed pages of a running sequence to the tree: whole ones, and the partial last where `is_complete`.
 
-        Only known tokens may have been computed.
+        Only known tokens may have been computed. Returns the node where the tree's part of the sequence ends.
         """
+        node = self._nodes[sequence]
         if not self._is_sharing:
-            return
-        self._retake_tail(sequence)
+            return node
+        node = self._retake_tail(sequence)
         size, first = self._page_size, sequence.num_shared_pages
         stop = sequence.num_computed if is_complete else sequence.num_computed // size * size
-        assert sequence.node is not None
         if stop > first * size:
             page_ids = sequence.page_ids[first : -(-stop // size)]
-            node = self.cache.share(sequence.node, sequence.tokens(first * size, stop), page_ids)
-            if node is not None:
-                sequence.node = node
+            shared = self.cache.share(node, sequence.tokens(first * size, stop), page_ids)
+            if shared is not None:
+                node = self._nodes[sequence] = shared
                 sequence.num_shared_pages = -(-node.end // size)
+        return node
 
     def release(self, sequence: Sequence, *, keep: bool) -> None:
         """Take all pages from a sequence; with `keep` the tree gets what was computed of its known tokens."""
-        assert sequence.node is not None
         self._num_reserved -= self.outstanding(sequence)
-        self._retake_tail(sequence)
+        node = self._retake_tail(sequence)
         size, page_ids, first = self._page_size, sequence.page_ids, sequence.num_shared_pages
         num_valid = min(sequence.num_computed, sequence.num_tokens)
         kept = first
         if keep and self._is_sharing and num_valid > first * size:
             kept = -(-num_valid // size)
             tokens = sequence.tokens(first * size, num_valid)
-            self.pool.free(self.cache.insert(sequence.node, tokens, page_ids[first:kept]).duplicates)
+            self.pool.free(self.cache.insert(node, tokens, page_ids[first:kept]).duplicates)
         self.pool.free(page_ids[kept:])
-        self.cache.unlock(sequence.node)
-        sequence.page_ids, sequence.num_shared_pages, sequence.node = [], 0, None
+        self.cache.unlock(node)
+        del self._nodes[sequence]
+        sequence.page_ids, sequence.num_shared_pages = [], 0
 
-    def _retake_tail(self, sequence: Sequence) -> None:
-        """Take back the partial page that was lent to the tree while its sequence goes on writing it."""
-        node = sequence.node
-        assert node is not None
+    def _retake_tail(self, sequence: Sequence) -> RadixNode:
+        """Take back the partial page that was lent to the tree while its sequence goes on writing it.
+
+        Returns the node that is locked now.
+        """
+        node = self._nodes[sequence]
         if len(node.tokens) % self._page_size:
-            sequence.node = self.cache.retake_tail(node)
+            node = self._nodes[sequence] = self.cache.retake_tail(node)
             sequence.num_shared_pages -= 1
+        return node
 
     def quarantine_leaks(self) -> int:
         """Take pages that are neither free nor in the tree out of use while nothing runs. O(pages)."""
@@ -157,14 +163,14 @@ class SequencePages:
             CacheIntegrityError: the first thing found wrong.
         """
         running = list(running)
-        self.cache.check_integrity([s.page_ids[s.num_shared_pages :] for s in running])
+        check_cache(self.cache, [s.page_ids[s.num_shared_pages :] for s in running])
         for sequence in running:
-            name, node = sequence.request.request_id, sequence.node
-            assert node is not None
+            name, node = sequence.request.request_id, self._nodes[sequence]
             shared = [page for part in node.path() for page in part.page_ids]
             require(shared == sequence.page_ids[: sequence.num_shared_pages], f"{name}: not the pages of its node")
             require(node.refs > 0, f"{name}: its node is not locked")
             require(len(sequence.page_ids) * self._page_size >= sequence.num_computed, f"{name}: too few pages")
+        require(self._nodes.keys() == set(running), "a node is locked for a sequence that does not run")
         num_reserved = sum(self.outstanding(sequence) for sequence in running)
         require(num_reserved == self._num_reserved, f"{num_reserved} pages reserved, {self._num_reserved} counted")
 

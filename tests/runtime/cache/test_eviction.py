@@ -3,7 +3,7 @@ import random
 import numpy as np
 
 from ramet.runtime.cache.eviction import EvictionQueue, lru_rank
-from ramet.runtime.cache.radix_cache import RadixNode
+from ramet.runtime.cache.node import RadixNode
 from ramet.runtime.types import TokenIds
 
 NONE: TokenIds = np.empty(0, dtype=np.int32)

@@ -12,8 +12,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from ramet.errors import CacheIntegrityError
 from ramet.runtime.cache.eviction import lru_rank
+from ramet.runtime.cache.integrity import check_cache
+from ramet.runtime.cache.node import RadixNode
 from ramet.runtime.cache.page_pool import PagePool
-from ramet.runtime.cache.radix_cache import PrefixMatch, RadixCache, RadixNode
+from ramet.runtime.cache.radix_cache import PrefixMatch, RadixCache
 from ramet.runtime.types import TokenIds
 
 P = 4
@@ -37,7 +39,7 @@ def put(cache: RadixCache, tokens: TokenIds, cache_salt: str = "") -> list[int]:
     inserted = cache.insert(match.node, tokens[match.num_tokens :], page_ids)
     cache.pool.free(inserted.duplicates)
     cache.unlock(match.node)
-    cache.check_integrity()
+    check_cache(cache)
     return match.page_ids + inserted.page_ids
 
 
@@ -65,7 +67,7 @@ def test_a_match_may_end_inside_a_page_inside_a_run() -> None:
     match = cache.match(ids(0, 1, 2, 3, 4, 5, 77))
     assert match.page_ids == pages[:1]
     assert (match.tail_page, match.num_tail_tokens) == (pages[1], 2)
-    cache.check_integrity()
+    check_cache(cache)
 
 
 def test_siblings_that_differ_in_their_last_token_share_the_page_by_copy() -> None:
@@ -80,7 +82,7 @@ def test_the_longest_common_part_is_found_among_many_siblings() -> None:
     prefix = list(range(8))
     for i in range(10_000):
         put_quick(cache, ids(*prefix, 10, 11, i // 100, i))
-    cache.check_integrity()
+    check_cache(cache)
     assert found(cache.match(ids(*prefix, 10, 11, 37, 3_712, 5))) == (12, 0)
     assert found(cache.match(ids(*prefix, 10, 11, 37, 99_999))) == (8, 3)
     assert found(cache.match(ids(*prefix, 10, 11, 1_000, 0))) == (8, 2)
@@ -108,7 +110,7 @@ def test_inserting_what_is_there_returns_the_given_pages_as_duplicates() -> None
     assert inserted.page_ids == pages[:2]
     pool.free(given)
     cache.unlock(root)
-    cache.check_integrity()
+    check_cache(cache)
 
 
 def test_a_longer_tail_replaces_the_shorter_one_that_it_repeats() -> None:
@@ -226,10 +228,10 @@ def test_a_running_sequence_shares_what_it_has_and_goes_on_in_its_last_page() ->
     assert (match.page_ids, match.tail_page, match.num_tail_tokens) == (pages[:1], pages[1], 2)
     node = cache.retake_tail(tail)
     assert node.end == 4
-    cache.check_integrity([pages[1:]])
+    check_cache(cache, [pages[1:]])
     assert cache.insert(node, ids(4, 5, 6, 7), pages[1:]).duplicates == []
     cache.unlock(node)
-    cache.check_integrity()
+    check_cache(cache)
     assert cache.match_length(ids(*range(8))) == 8
 
 
@@ -241,7 +243,7 @@ def test_a_running_sequence_keeps_its_own_pages_where_the_tree_has_others() -> N
     pages = pool.allocate(1)
     assert pages is not None
     assert cache.share(root, ids(0, 1, 2, 3), pages) is None
-    cache.check_integrity([pages])
+    check_cache(cache, [pages])
 
 
 def test_a_node_that_others_lock_is_not_extended() -> None:
@@ -278,7 +280,7 @@ def test_broken_accounting_is_reported(damage: str) -> None:
     elif damage == "refs":
         node.refs = 1
     with pytest.raises(CacheIntegrityError):
-        cache.check_integrity()
+        check_cache(cache)
 
 
 # --- against a model
@@ -411,7 +413,7 @@ class TreeAgainstModel(RuleBasedStateMachine):
 
     @invariant()
     def every_page_has_one_owner(self) -> None:
-        self.cache.check_integrity([path.page_ids[path.num_shared :] for path in self.running])
+        check_cache(self.cache, [path.page_ids[path.num_shared :] for path in self.running])
         for path in self.running:
             shared = [page for node in path.node.path() for page in node.page_ids]
             assert shared == path.page_ids[: path.num_shared]
@@ -422,7 +424,7 @@ class TreeAgainstModel(RuleBasedStateMachine):
             self.take_back(path)
             self.pool.free(path.page_ids[path.num_shared :])
             self.cache.unlock(path.node)
-        self.cache.check_integrity()
+        check_cache(self.cache)
         assert self.pool.num_free + self.cache.num_cached_pages == self.pool.num_total
         assert self.cache.num_evictable_pages == self.cache.num_cached_pages
         self.cache.flush()
