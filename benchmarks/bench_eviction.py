@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ramet import Function, State, function, gen
-from ramet.lang.backends.backend import EngineBackend
+from ramet.lang.backends.in_process import EngineBackend
 from ramet.runtime.cache.eviction import lru_rank, next_use_rank
 from ramet.runtime.cache.page_pool import PagePool
 from ramet.runtime.cache.radix_cache import RadixCache

@@ -39,7 +39,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ramet import Engine, Function, OpenAI, Remote, State
-from ramet.lang.backends.backend import EngineBackend
+from ramet.lang.backends.in_process import EngineBackend
 from ramet.runtime.types import Grammar, RequestOutput, SamplingParams
 
 

@@ -3,12 +3,12 @@
 from .errors import CheckFailed as CheckFailed
 from .errors import ProgramError as ProgramError
 from .errors import RametError as RametError
-from .lang.backends.backend import Backend as Backend
-from .lang.backends.backend import EngineBackend as EngineBackend
-from .lang.backends.backend import MockBackend as MockBackend
-from .lang.backends.backend import set_default_backend as set_default_backend
-from .lang.backends.backend import use_backend as use_backend
+from .lang.backends.default import set_default_backend as set_default_backend
+from .lang.backends.default import use_backend as use_backend
+from .lang.backends.in_process import EngineBackend as EngineBackend
+from .lang.backends.in_process import MockBackend as MockBackend
 from .lang.backends.openai import OpenAI as OpenAI
+from .lang.backends.protocol import Backend as Backend
 from .lang.backends.remote import Remote as Remote
 from .lang.graph.checks import between as between
 from .lang.graph.checks import contains as contains

@@ -12,15 +12,14 @@ import os
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from ramet.errors import InvalidRequest, NotSupported, RametError, RemoteError
-from ramet.lang.backends.backend import Backend, use_backend
 from ramet.lang.backends.http_loop import HttpLoop, retry_pause
+from ramet.lang.backends.protocol import BlockBackend
 from ramet.lang.backends.text_program import Prompt, TextSession, messages_json
-from ramet.lang.graph import ir
+from ramet.lang.graph import choice_scores, ir
 from ramet.lang.graph.options import Deadline, ProgramOptions
 from ramet.lang.graph.run import NodeResult, OnEvent
 
@@ -35,7 +34,7 @@ _CONTINUES = (
 )
 
 
-class OpenAI:
+class OpenAI(BlockBackend):
     """An endpoint with OpenAI's API. As a context manager it is the default backend of the block.
 
     `extensions`: the server takes fields beyond OpenAI's (top_k, regex, continue_final_message, ...) by the names that
@@ -57,6 +56,7 @@ class OpenAI:
         timeout_s: float = 120.0,
         verify: bool = True,
     ) -> None:
+        super().__init__()
         if select not in ("auto", "logprobs", "sample"):
             raise InvalidRequest(f"select is {select!r}, but must be auto, logprobs or sample", param="select")
         key = api_key if api_key is not None else os.environ.get("OPENAI_API_KEY")
@@ -75,7 +75,6 @@ class OpenAI:
         self._max_tokens_field = max_tokens_field
         self._max_connections = max_connections
         self._gate: asyncio.Semaphore | None = None  # made on the loop
-        self._blocks: list[AbstractContextManager[Backend]] = []
 
     def start(self, options: ProgramOptions, on_event: OnEvent) -> TextSession:
         return TextSession(self.http, self, options, on_event)
@@ -84,17 +83,6 @@ class OpenAI:
         """End the connections; what still runs is given up. The backend may be used again."""
         self.http.close()
         self._gate = None
-
-    def __enter__(self) -> Self:
-        block = use_backend(self)
-        block.__enter__()
-        self._blocks.append(block)
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._blocks.pop().__exit__(None, None, None)
-        if not self._blocks:
-            self.close()
 
     def __repr__(self) -> str:
         return f"OpenAI({self.http.url!r}, model={self.model!r})"
@@ -234,8 +222,6 @@ class OpenAI:
 
     async def _score(self, prompt: Prompt, node: ir.Select, choices: Sequence[str], deadline: Deadline) -> NodeResult:
         """Compare the choices' log-probabilities, in one request."""
-        from ramet.runtime.programs import choice_scores
-
         if node.scorer == "unconditional":
             raise NotSupported("the scorer 'unconditional' needs token ids, which an endpoint keeps to itself" + _OURS)
         prompts = [prompt.text + choice for choice in choices]

@@ -16,16 +16,15 @@ import logging
 import secrets
 from collections import deque
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any
 
 import msgspec
 
 from ramet.errors import DeadlineExceeded, EngineStopped, ProgramCancelled, RametError, RemoteError
 from ramet.errors import from_name as error_from_name
-from ramet.lang.backends.backend import Backend, use_backend
 from ramet.lang.backends.http_loop import Event, HttpLoop, retry_pause
+from ramet.lang.backends.protocol import BlockBackend
 from ramet.lang.graph import ir
 from ramet.lang.graph.options import Deadline, ProgramOptions
 from ramet.lang.graph.run import OnEvent
@@ -36,7 +35,7 @@ _PROMPT_TAIL = 200  # characters of the prompt shown in errors; as many as in pr
 _ROWS = 1024  # of a batch in one request
 
 
-class Remote:
+class Remote(BlockBackend):
     """A server of programs (`ramet serve`). As a context manager it is the default backend of the block.
 
     `grace_s`: how long the server goes on with a program whose connection broke. `max_connections`: programs sent whole
@@ -54,13 +53,13 @@ class Remote:
         connect_s: float = 10.0,
         verify: bool = True,
     ) -> None:
+        super().__init__()
         headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         self.http = HttpLoop(url, headers, connect_s=connect_s, silence_s=45.0, max_retries=max_retries, verify=verify)
         self.url = self.http.url
         self.grace_s = grace_s
         self._max_connections = max_connections
         self._gate: asyncio.Semaphore | None = None  # made on the loop
-        self._blocks: list[AbstractContextManager[Backend]] = []
 
     def start(self, options: ProgramOptions, on_event: OnEvent) -> RemoteSession:
         return RemoteSession(_Program(self, options, [on_event]), 0)
@@ -95,17 +94,6 @@ class Remote:
         if self._gate is None:
             self._gate = asyncio.Semaphore(self._max_connections)
         return self._gate
-
-    def __enter__(self) -> Self:
-        block = use_backend(self)
-        block.__enter__()
-        self._blocks.append(block)
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._blocks.pop().__exit__(None, None, None)
-        if not self._blocks:
-            self.close()
 
     def __repr__(self) -> str:
         return f"Remote({self.url!r})"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ramet.errors import ConfigError, InvalidRequest
-from ramet.lang.backends.backend import Backend
+from ramet.lang.backends.protocol import Backend
 from ramet.lang.explain.cards import Card, cards_of
 from ramet.lang.explain.explanation import Explanation
 from ramet.lang.explain.html import to_html

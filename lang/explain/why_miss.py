@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ramet.errors import ConfigError, UndefinedVariable
-from ramet.lang.backends.backend import Backend, EngineBackend
+from ramet.lang.backends.in_process import EngineBackend
+from ramet.lang.backends.protocol import Backend
 from ramet.lang.graph import ir
 from ramet.lang.graph.run_record import RunRecord
 from ramet.lang.passes.paths import Opaque, Paths, Pending, Point, interpret, tokenise

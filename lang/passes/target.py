@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ramet.errors import ConfigError
-from ramet.lang.backends.backend import EngineBackend, choose_backend
+from ramet.lang.backends.default import choose_backend
+from ramet.lang.backends.in_process import EngineBackend
 
 if TYPE_CHECKING:
     from ramet.lang.graph.ir import AnyNode, Constraint, Role, Tools

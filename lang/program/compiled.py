@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ramet.errors import InvalidProgram
-from ramet.lang.backends.backend import Backend, TakesRows, choose_backend
+from ramet.lang.backends.default import choose_backend
+from ramet.lang.backends.protocol import Backend, TakesRows
 from ramet.lang.graph import ir
 from ramet.lang.graph.options import ProgramOptions, deadline
 from ramet.lang.recording.run import Run

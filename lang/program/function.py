@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from typing import Any, overload
 
 from ramet.errors import ConfigError, InvalidProgram, InvalidRequest, RametError
-from ramet.lang.backends.backend import choose_backend
+from ramet.lang.backends.default import choose_backend
 from ramet.lang.explain.drawing import Drawing, draw_plan
 from ramet.lang.explain.explanation import Explanation
 from ramet.lang.explain.measured import explain_run

@@ -73,7 +73,7 @@ def _backend(
             raise InvalidRequest(f"--backend is {arguments.backend!r}, but must be an http:// address", param="backend")
         return Remote(arguments.backend, api_key=os.environ.get(KEY_VARIABLE))
     if arguments.mock:
-        from ramet.lang.backends.backend import MockBackend
+        from ramet.lang.backends.in_process import MockBackend
 
         return MockBackend(names.get("SCRIPT"))
     if arguments.model is not None:

@@ -34,6 +34,7 @@ class Handle(Protocol):
     def cancel(self) -> object: ...
 
 
+@runtime_checkable
 class ProgramEngine(Protocol):
     """The part of an engine that programs use."""
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ramet.errors import InvalidProgram, InvalidRequest
-from ramet.lang.graph import ir
+from ramet.lang.graph import choice_scores, ir
 from ramet.lang.graph.run import NodeResult
-from ramet.runtime.programs import choice_scores
 from ramet.runtime.programs.engine import EngineRequest, ProgramModel, usage_of
 from ramet.runtime.programs.path import Path, Piece
 from ramet.runtime.types import RequestOutput, SamplingParams

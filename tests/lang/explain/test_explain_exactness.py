@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ramet import Engine, Function, State, contains, function, gen, select
-from ramet.lang.backends.backend import EngineBackend
+from ramet.lang.backends.in_process import EngineBackend
 from ramet.lang.explain.explanation import Explanation
 from ramet.lang.graph import ir
 from ramet.runtime.cache.page_pool import PagePool

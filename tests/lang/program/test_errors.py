@@ -19,7 +19,7 @@ from ramet.errors import (
     RametError,
     UndefinedVariable,
 )
-from ramet.lang.backends.backend import as_backend
+from ramet.lang.backends.default import as_backend
 from ramet.lang.graph import ir
 from ramet.lang.graph.options import ProgramOptions
 from ramet.lang.graph.run import OnEvent

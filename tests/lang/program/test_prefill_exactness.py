@@ -18,7 +18,7 @@ import pytest
 
 from ramet import Engine, Function
 from ramet.errors import CheckFailed
-from ramet.lang.backends.backend import EngineBackend
+from ramet.lang.backends.in_process import EngineBackend
 from ramet.runtime.models.load import LoadedModel
 from ramet.runtime.types import RequestOutput, SamplingParams
 

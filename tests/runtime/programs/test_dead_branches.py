@@ -10,7 +10,7 @@ import pytest
 
 from ramet import Engine, MockBackend, State, function, gen
 from ramet.errors import ConfigError
-from ramet.lang.backends.backend import EngineBackend
+from ramet.lang.backends.in_process import EngineBackend
 from ramet.runtime.models.load import LoadedModel
 from ramet.runtime.programs.dead_branches import TakesHints, dead_branches
 from ramet.runtime.programs.path import Path

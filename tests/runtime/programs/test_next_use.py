@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from ramet import Engine, MockBackend, State, function, gen
-from ramet.lang.backends.backend import EngineBackend
+from ramet.lang.backends.in_process import EngineBackend
 from ramet.runtime.models.load import LoadedModel
 from ramet.runtime.programs.next_use import TakesNextUse
 

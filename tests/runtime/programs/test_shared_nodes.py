@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from ramet import State, function, gen, select
-from ramet.lang.backends.backend import EngineBackend
+from ramet.lang.backends.in_process import EngineBackend
 from ramet.runtime.programs.engine import Handle
 from ramet.runtime.programs.executor import ProgramHost
 from ramet.runtime.programs.shared_nodes import SharedRequests, request_key

@@ -7,7 +7,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ramet.runtime.programs.choice_scores import choose, probabilities, scores
+from ramet.lang.graph.choice_scores import choose, probabilities, scores
 
 TOKENS = [[1], [1, 2], [3, 4, 5]]
 LOGPROBS = [[-1.0], [-1.0, -0.1], [-2.0, -0.01, -0.01]]

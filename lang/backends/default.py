@@ -1,0 +1,76 @@
+"""Which backend a program runs on: the one given, that of the block, the default one, or the default model's engine."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ramet.errors import ConfigError
+from ramet.lang.backends.in_process import EngineBackend, default_model, is_engine
+from ramet.lang.backends.protocol import Backend, block_backend
+from ramet.lang.backends.remote import Remote
+
+
+class _Default:
+    """The one thing that the process shares: the backend of programs that name none, made at first use."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.backend: Backend | None = None
+        self.known: weakref.WeakKeyDictionary[Any, Backend] = weakref.WeakKeyDictionary()  # by engine
+        self.remote: dict[str, Backend] = {}  # by address
+
+
+_default = _Default()
+
+
+def set_default_backend(backend: object | None) -> None:
+    """Set the backend (or engine) of programs that name none; None: back to the default model's engine."""
+    found = None if backend is None else as_backend(backend)
+    with _default.lock:
+        _default.backend = found
+
+
+@contextmanager
+def use_backend(backend: object) -> Iterator[Backend]:
+    """Make this backend (or engine) the default one inside of a block."""
+    found = as_backend(backend)
+    token = block_backend.set(found)
+    try:
+        yield found
+    finally:
+        block_backend.reset(token)
+
+
+def as_backend(given: object) -> Backend:
+    """A backend as it is, an engine or a server's address as a backend. Raises ConfigError for anything else."""
+    if isinstance(given, Backend):
+        return given
+    if isinstance(given, str) and given.startswith(("http://", "https://")):
+        with _default.lock:
+            return _default.remote.setdefault(given, Remote(given))
+    if is_engine(given):
+        with _default.lock:
+            found = _default.known.get(given)
+            if found is None:
+                found = _default.known[given] = EngineBackend(given)
+        return found
+    raise ConfigError(
+        f"backend is {given!r}, but must be an Engine, a Backend such as MockBackend, or a server's http:// address"
+    )
+
+
+def choose_backend(given: object | None = None) -> Backend:
+    """The backend of a call: the one given, else the block's, else the default, else the default model's engine."""
+    if given is not None:
+        return as_backend(given)
+    of_block = block_backend.get()
+    if of_block is not None:
+        return of_block
+    with _default.lock:
+        if _default.backend is None:
+            _default.backend = default_model()
+        return _default.backend

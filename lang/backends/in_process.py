@@ -1,0 +1,63 @@
+"""Programs on an engine of this process, and on a script instead of one. The runtime is loaded when it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, TypeGuard
+
+from ramet.lang.backends.protocol import BlockBackend, Session
+from ramet.lang.graph.options import ProgramOptions
+from ramet.lang.graph.run import OnEvent
+
+if TYPE_CHECKING:
+    from ramet.runtime.programs.engine import ProgramEngine
+    from ramet.runtime.testing.scripted_model import Script, ScriptedEngine, ScriptedStats
+
+
+class EngineBackend(BlockBackend):
+    """An engine of this process. As a context manager it is the default backend of the block."""
+
+    def __init__(self, engine: ProgramEngine) -> None:
+        from ramet.runtime.programs.executor import ProgramHost  # programs on servers need no runtime
+
+        super().__init__()
+        self.engine = engine
+        self._host = ProgramHost(engine)
+
+    def start(self, options: ProgramOptions, on_event: OnEvent) -> Session:
+        return self._host.start(options, on_event)
+
+
+class MockBackend(EngineBackend):
+    """A backend without a model, for tests: answers from a script, in milliseconds.
+
+    `script`: text to look for in the prompt -> answer or list of answers; or a list of answers in the order of the
+    requests; or a function of the prompt; without one, words are drawn by a hash of the prompt.
+    """
+
+    engine: ScriptedEngine
+
+    def __init__(
+        self, script: Script = None, *, failures: Mapping[str, Exception] | None = None, latency_s: float = 0.0
+    ) -> None:
+        from ramet.runtime.testing.scripted_model import ScriptedEngine  # as above
+
+        super().__init__(ScriptedEngine(script, failures=failures, latency_s=latency_s))
+
+    def stats(self) -> ScriptedStats:
+        """What the engine has counted so far."""
+        return self.engine.stats()
+
+
+def is_engine(given: object) -> TypeGuard[ProgramEngine]:
+    """Whether programs can run on it as it is."""
+    from ramet.runtime.programs.engine import ProgramEngine  # as above
+
+    return isinstance(given, ProgramEngine)
+
+
+def default_model() -> EngineBackend:
+    """A new engine with the default model."""
+    from ramet.runtime.engine.engine import Engine  # loads torch
+
+    return EngineBackend(Engine())

@@ -1,0 +1,68 @@
+"""What the language knows of a runtime: `Backend` starts a program, and its `Session` runs it.
+
+Not here: the backends themselves (in_process.py, remote.py, openai.py), and which one a program gets (default.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextvars import ContextVar, Token
+from typing import Any, Protocol, Self, runtime_checkable
+
+from ramet.lang.graph.ir import Graph
+from ramet.lang.graph.options import ProgramOptions
+from ramet.lang.graph.run import OnEvent
+
+
+class Session(Protocol):
+    """One running program."""
+
+    def extend(self, graph: Graph, *, is_last: bool = False) -> None:
+        """Send the next part. `is_last`: `finish` follows at once. Raises InvalidProgram."""
+
+    def cancel(self, nodes: Sequence[int] | None = None) -> None:
+        """Stop these nodes and what needs them; None: everything."""
+
+    def provide(self, node: int, value: Any = None, error: Exception | None = None) -> None:
+        """Answer a tool call that an event asked for."""
+
+    def finish(self) -> None:
+        """No more parts will come: the program ends when its last node does."""
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """Runs programs. `on_event` may be called on any thread."""
+
+    def start(self, options: ProgramOptions, on_event: OnEvent) -> Session: ...
+
+
+@runtime_checkable
+class TakesRows(Protocol):
+    """A backend that takes the rows of a compiled batch together. The rows start when their sessions are finished."""
+
+    def start_rows(
+        self, options: ProgramOptions, graph: Graph, rows: Sequence[Mapping[str, Any]], on_events: Sequence[OnEvent]
+    ) -> Sequence[Session]: ...
+
+
+block_backend: ContextVar[Backend | None] = ContextVar("ramet_backend", default=None)  # of the innermost block
+
+
+class BlockBackend(Backend):
+    """A backend that is a context manager: the default backend of the programs inside of the block."""
+
+    def __init__(self) -> None:
+        self._blocks: list[Token[Backend | None]] = []
+
+    def close(self) -> None:
+        """Give up what the backend holds; called when its last block ends. It may be used again."""
+
+    def __enter__(self) -> Self:
+        self._blocks.append(block_backend.set(self))
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        block_backend.reset(self._blocks.pop())
+        if not self._blocks:
+            self.close()
