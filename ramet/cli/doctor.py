@@ -83,7 +83,9 @@ def _software() -> Iterator[Finding]:
         else:
             yield Finding(package, found)
     yield Finding("triton", version("triton") or "not installed")  # whether it is needed, the devices say
-    missing = [name for name in ("fastapi", "uvicorn", "pyzmq", "httpx", "prometheus-client") if version(name) is None]
+    missing = [
+        name for name in ("starlette", "uvicorn", "pyzmq", "httpx", "prometheus-client") if version(name) is None
+    ]
     if missing:
         advice = "`ramet serve` needs them: pip install 'ramet[server]'"
         yield Finding("server", f"missing: {', '.join(missing)}", "note", advice)

@@ -1,4 +1,4 @@
-"""The application: endpoints, errors in one shape, and the life of the engine process."""
+"""The application with all its endpoints, and the server around it: its socket, its signals, its engine's life."""
 
 from __future__ import annotations
 
@@ -13,29 +13,27 @@ from types import FrameType
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
-from starlette.exceptions import HTTPException
+from starlette.applications import Starlette
 from starlette.middleware.cors import CORSMiddleware
 
 from ramet.errors import ConfigError, RametError
 from ramet.runtime.engine.config import EngineConfig
 from ramet.runtime.models.catalog import TINY_CONTEXT, TINY_MODEL, resolve_model
 from ramet.runtime.models.description import describe_model
-from ramet.runtime.server import openapi
 from ramet.runtime.server.bounded_tokenizer import BoundedTokenizer
 from ramet.runtime.server.config import ServerConfig
 from ramet.runtime.server.connections import PatientProtocol
-from ramet.runtime.server.direct import Direct, error_response
-from ramet.runtime.server.limits import Limits
+from ramet.runtime.server.limits import HttpLimits
 from ramet.runtime.server.link.protocol import Hello
 from ramet.runtime.server.link.proxy import EngineProxy
 from ramet.runtime.server.metrics import ServerMetrics
-from ramet.runtime.server.native import generate as native
-from ramet.runtime.server.openai import routes as openai_api
-from ramet.runtime.server.programs import routes as programs_api
-from ramet.runtime.server.state import Explain, HttpError, ServerState
+from ramet.runtime.server.native.generate import generate_endpoints
+from ramet.runtime.server.native.status import status_endpoints
+from ramet.runtime.server.openai.routes import openai_endpoints
+from ramet.runtime.server.openapi import description_endpoints
+from ramet.runtime.server.programs.routes import program_endpoints
+from ramet.runtime.server.routing import make_app
+from ramet.runtime.server.served_model import Explain, ServedModel
 from ramet.runtime.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -47,63 +45,28 @@ KEEP_ALIVE_S = (
 LAST_WORDS_S = 0.5  # for writing errors to those in flight when a second signal ends the server
 
 
-def create_app(state: ServerState, metrics: ServerMetrics) -> FastAPI:
+def create_app(served: ServedModel, metrics: ServerMetrics) -> Starlette:
     """Make the application over a proxy that its lifespan starts and stops."""
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        await state.proxy.start()
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        await served.proxy.start()
         yield
-        await state.proxy.stop(state.config.drain_s)
-        state.pool.shutdown(wait=False, cancel_futures=True)
+        await served.proxy.stop(served.config.drain_s)
+        served.pool.shutdown(wait=False, cancel_futures=True)
 
-    app = FastAPI(title="Ramet", version="0.1.0", lifespan=lifespan, redoc_url=None)
-    app.state.server = state
-    routers = (
-        openai_api.make_router(state),
-        native.make_router(state, metrics),
-        programs_api.make_router(state, metrics),
-    )
-    for router in routers:
-        app.include_router(router)
-    openapi.install(app)
-    _add_error_handlers(app)
-    app.add_middleware(Direct, routers=routers)
-    if state.config.cors_allow_origin:
-        app.add_middleware(
-            CORSMiddleware, allow_origins=list(state.config.cors_allow_origin), allow_methods=["*"], allow_headers=["*"]
-        )
-    app.add_middleware(Limits, config=state.config, metrics=metrics)
+    endpoints = [
+        *openai_endpoints(served),
+        *generate_endpoints(served),
+        *status_endpoints(served, metrics),
+        *program_endpoints(served, metrics),
+    ]
+    app = make_app([*endpoints, *description_endpoints(endpoints)], served, lifespan)
+    if served.config.cors_allow_origin:
+        origins = list(served.config.cors_allow_origin)
+        app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
+    app.add_middleware(HttpLimits, config=served.config, metrics=metrics)
     return app
-
-
-def _add_error_handlers(app: FastAPI) -> None:
-    async def ours(request: Request, error: Exception) -> Response:
-        return error_response(error)
-
-    async def validation(request: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, RequestValidationError)
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"] if part != "body")
-        message = f"{where or 'the body'}: {first['msg']}"
-        return HttpError(400, message, param=where or None).response()
-
-    async def http(request: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, HTTPException)
-        place = f"{request.method} {request.url.path}"
-        if error.status_code == 404:
-            return HttpError(404, f"{place} is not here; GET /docs shows what is", code="not_found").response()
-        if error.status_code == 405:
-            message = f"{place} is not here, though {request.url.path} is; GET /docs shows its methods"
-            return HttpError(405, message, code="method_not_allowed").response()
-        return HttpError(error.status_code, str(error.detail)).response()
-
-    app.add_exception_handler(HttpError, ours)
-    app.add_exception_handler(RametError, ours)
-    app.add_exception_handler(UnicodeEncodeError, ours)
-    app.add_exception_handler(RequestValidationError, validation)
-    app.add_exception_handler(HTTPException, http)
-    app.add_exception_handler(Exception, ours)
 
 
 def open_tokenizer(model: str | None) -> tuple[str, Tokenizer, int]:
@@ -124,7 +87,7 @@ def make_server(
     *,
     log_level: str = "INFO",
     explain: Explain | None = None,
-) -> tuple[FastAPI, ServerState]:  # Any: EngineConfig's fields
+) -> tuple[Starlette, ServedModel]:  # Any: EngineConfig's fields
     """Everything but the socket. Raises ModelError and ConfigError before anything is started."""
     wanted = EngineConfig.from_mapping(engine).context_length
     name, tokenizer, context_length = open_tokenizer(model)
@@ -137,9 +100,10 @@ def make_server(
     )
     metrics = ServerMetrics(proxy, compat=config.compat_metrics)
     tokenizer = BoundedTokenizer(tokenizer, wanted or context_length)
-    state = ServerState(config, proxy, tokenizer, config.served_model_name or name, time.time(), explain)
-    state.configured_context_length = wanted or context_length
-    return create_app(state, metrics), state
+    served = ServedModel(
+        config, proxy, tokenizer, config.served_model_name or name, time.time(), explain, wanted or context_length
+    )
+    return create_app(served, metrics), served
 
 
 class Server(uvicorn.Server):
@@ -150,10 +114,10 @@ class Server(uvicorn.Server):
     because nobody but its operator can help.
     """
 
-    def __init__(self, config: uvicorn.Config, state: ServerState, on_ready: OnReady | None = None) -> None:
+    def __init__(self, config: uvicorn.Config, served: ServedModel, on_ready: OnReady | None = None) -> None:
         super().__init__(config)
         self.failure: RametError | None = None
-        self._state = state
+        self._served = served
         self._on_ready = on_ready
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -163,7 +127,7 @@ class Server(uvicorn.Server):
 
     async def _wait_ready(self) -> None:
         try:
-            hello = await self._state.proxy.wait_ready()
+            hello = await self._served.proxy.wait_ready()
         except RametError as error:
             self.failure = error
             self.should_exit = True
@@ -173,22 +137,22 @@ class Server(uvicorn.Server):
             self._on_ready(hello, f"http://{f'[{host}]' if ':' in host else host}:{port}")
 
     async def _wait_given_up(self) -> None:
-        self.failure = await self._state.proxy.wait_given_up()
+        self.failure = await self._served.proxy.wait_given_up()
         self.should_exit = True
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.should_exit:
             self.force_exit = True
-            self._state.proxy.kill()
+            self._served.proxy.kill()
         self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         for task in self._tasks:
             task.cancel()
-        asyncio.get_running_loop().call_later(self._state.config.drain_s, self._state.proxy.fail_in_flight)
+        asyncio.get_running_loop().call_later(self._served.config.drain_s, self._served.proxy.fail_in_flight)
         await super().shutdown(sockets)
         if self.force_exit:
-            self._state.proxy.fail_in_flight()
+            self._served.proxy.fail_in_flight()
             if self.server_state.tasks:
                 await asyncio.wait(self.server_state.tasks, timeout=LAST_WORDS_S)
 
@@ -220,7 +184,7 @@ def serve(
 ) -> None:  # Any: EngineConfig's fields
     """Serve until told to end. Raises ConfigError and ModelError; those of the engine process as well."""
     with bind(config) as listener:
-        app, state = make_server(model, engine, config, log_level=log_level, explain=explain)
+        app, served = make_server(model, engine, config, log_level=log_level, explain=explain)
         settings = uvicorn.Config(
             app,
             http=PatientProtocol,
@@ -231,7 +195,7 @@ def serve(
             timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=int(config.drain_s) + 1,
         )
-        server = Server(settings, state, on_ready)
+        server = Server(settings, served, on_ready)
         # What lives now lives as long as the process: full collections over it took a tenth of the time of requests.
         gc.collect()
         gc.freeze()

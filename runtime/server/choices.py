@@ -14,10 +14,10 @@ from typing import Protocol
 
 from ramet.errors import GrammarError, InvalidRequest, RametError
 from ramet.lang.graph.ir import Constraint
+from ramet.runtime.server.errors import HttpError
 from ramet.runtime.server.link.protocol import Output, Submit
 from ramet.runtime.server.link.proxy import EngineProxy
 from ramet.runtime.server.sampling_fields import seed_of_choice
-from ramet.runtime.server.state import HttpError
 from ramet.runtime.text.detokenizer import Detokenizer, StopStringScanner
 
 
@@ -69,7 +69,7 @@ class Increments(Protocol):
     def close(self) -> None: ...
 
 
-class Choice:
+class ChoiceStream:
     """One choice's increments. Iterate it once; `close` aborts what is in flight.
 
     The first request is sent at birth. Raises there: Overloaded, EngineStopped; while iterating: HttpError, RametError.
@@ -227,16 +227,16 @@ async def _pump(index: int, choice: Increments, queue: asyncio.Queue[tuple[int, 
         await queue.put((index, error))
 
 
-def submit_all(proxy: EngineProxy, jobs: Sequence[tuple[Job, int]], prefix: str) -> tuple[str, list[Choice]]:
+def submit_all(proxy: EngineProxy, jobs: Sequence[tuple[Job, int]], prefix: str) -> tuple[str, list[ChoiceStream]]:
     """Send one request for each (job, seed offset). Returns (id of the answer, its choices).
 
     Raises: as `EngineProxy.submit`, with nothing left in flight.
     """
     answer_id = proxy.new_id(prefix)
-    choices: list[Choice] = []
+    choices: list[ChoiceStream] = []
     try:
         for number, (job, index) in enumerate(jobs):
-            choices.append(Choice(proxy, answer_id if number == 0 else f"{answer_id}-{number}", job, index))
+            choices.append(ChoiceStream(proxy, answer_id if number == 0 else f"{answer_id}-{number}", job, index))
     except BaseException:
         for choice in choices:
             choice.close()

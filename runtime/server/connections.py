@@ -1,7 +1,7 @@
 """What a connection may cost before its request has arrived: a bound on the time that a request's head may take.
 
 uvicorn waits for a head without limit, so that sockets that never finish one (half-open, or meant to exhaust files)
-stay for ever. Bodies are bounded in http_limits; idle connections after an answer by uvicorn's own keep-alive timer.
+stay for ever. Bodies are bounded in `limits`; idle connections after an answer by uvicorn's own keep-alive timer.
 """
 
 from __future__ import annotations

@@ -10,19 +10,13 @@ import hashlib
 import hmac
 import logging
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any, TypeAlias
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ramet.errors import EngineStopped
 from ramet.runtime.server.config import ServerConfig
+from ramet.runtime.server.errors import HttpError
 from ramet.runtime.server.metrics import ServerMetrics
-from ramet.runtime.server.state import HttpError
-
-Message: TypeAlias = MutableMapping[str, Any]  # ASGI's own types
-Scope: TypeAlias = MutableMapping[str, Any]
-Receive: TypeAlias = Callable[[], Awaitable[Message]]
-Send: TypeAlias = Callable[[Message], Awaitable[None]]
-App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 logger = logging.getLogger(__name__)
 
@@ -33,10 +27,10 @@ OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/docs", "/openapi.json
 ADMIN_PATHS = frozenset({"/flush_cache", "/abort_request"})
 
 
-class Limits:
+class HttpLimits:
     """Middleware. `scope["state"]["api_key_digest"]` names the key for those who isolate by it."""
 
-    def __init__(self, app: App, config: ServerConfig, metrics: ServerMetrics) -> None:
+    def __init__(self, app: ASGIApp, config: ServerConfig, metrics: ServerMetrics) -> None:
         self._app = app
         self._config = config
         self._metrics = metrics
@@ -57,13 +51,13 @@ class Limits:
                 self._metrics.note_response(status)
             await send(message)
 
-        limited = _LimitedBody(receive, counted, self._config.max_body_bytes, keeps_text=self._config.log_prompts)
+        limited = _LimitedBody(receive, self._config.max_body_bytes, keeps_text=self._config.log_prompts)
         try:
-            refusal = self._refusal(scope)
+            refusal = self.refusal(scope)
             if refusal is not None:
                 await _answer(refusal, counted)
             else:
-                await self._app(scope, limited.receive, limited.send)
+                await self._app(scope, limited.receive, counted)
         except asyncio.CancelledError:  # the server ends without waiting for this answer
             if status:
                 raise
@@ -71,7 +65,7 @@ class Limits:
         finally:
             _log(scope, status, time.monotonic() - start_s, limited.text)
 
-    def _refusal(self, scope: Scope) -> HttpError | None:
+    def refusal(self, scope: Scope) -> HttpError | None:
         """Why this request is not let in, by its head alone."""
         headers = dict(scope["headers"])
         length = headers.get(b"content-length", b"0")
@@ -98,21 +92,14 @@ class Limits:
         return None
 
 
-class BodyRefused(Exception):
-    """The body grew past the limit while it was read, or stopped coming."""
-
-
 class _LimitedBody:
-    """Reads a body as long as it is small enough and keeps coming. Once it is not, the answer becomes a 413 or 408."""
+    """Reads a body as long as it is small enough and keeps coming; after that, reading it raises HttpError."""
 
-    def __init__(self, receive: Receive, send: Send, limit: int, *, keeps_text: bool) -> None:
+    def __init__(self, receive: Receive, limit: int, *, keeps_text: bool) -> None:
         self._receive = receive
-        self._send = send
         self._limit = limit
         self._size = 0
         self._is_whole = False
-        self._refusal: HttpError | None = None
-        self._has_answered = False
         self._kept: bytearray | None = bytearray() if keeps_text else None
 
     @property
@@ -127,27 +114,16 @@ class _LimitedBody:
             async with asyncio.timeout(BODY_TIMEOUT_S):
                 message = await self._receive()
         except TimeoutError:
-            raise self._refused(_too_slow()) from None
+            raise _too_slow() from None
         if message["type"] == "http.request":
             body = message.get("body", b"")
             self._size += len(body)
             self._is_whole = not message.get("more_body", False)
             if self._size > self._limit:
-                raise self._refused(_too_large(self._limit))
+                raise _too_large(self._limit)
             if self._kept is not None:
                 self._kept += body[: MAX_LOGGED_BYTES - len(self._kept)]
         return message
-
-    def _refused(self, refusal: HttpError) -> BodyRefused:
-        self._refusal = refusal
-        return BodyRefused(str(refusal))
-
-    async def send(self, message: Message) -> None:
-        if self._refusal is None:
-            await self._send(message)
-        elif not self._has_answered:
-            self._has_answered = True
-            await _answer(self._refusal, self._send)
 
 
 def _log(scope: Scope, status: int, seconds: float, text: str | None) -> None:

@@ -1,7 +1,7 @@
 """The fields that /v1/chat/completions and /v1/completions share: how tokens are chosen, and what a text must match.
 
 Names are OpenAI's, then SGLang's and vLLM's where those two agree with themselves. A field with no effect here is not
-declared, so that it is refused by name; `openai.types.REFUSED` says why for the known ones.
+declared, so that it is refused by name; `validation.REFUSED` says why for the known ones.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pydantic_core import PydanticCustomError
 from ramet.errors import InvalidGrammar
 from ramet.grammar.text.gbnf import is_gbnf, lark_of_gbnf
 from ramet.lang.graph.ir import Constraint
-from ramet.runtime.server.state import HttpError
+from ramet.runtime.server.errors import HttpError
 from ramet.runtime.types import MAX_INT32, SamplingParams
 
 MAX_STOPS = 16

@@ -23,7 +23,7 @@ from ramet.runtime.server.link.process import EngineServer
 from ramet.runtime.server.link.protocol import Command, Hello, Report, command_decoder, report_decoder
 from ramet.runtime.server.link.proxy import EngineProxy
 from ramet.runtime.server.metrics import ServerMetrics
-from ramet.runtime.server.state import ServerState
+from ramet.runtime.server.served_model import ServedModel
 
 
 class LocalProxy(EngineProxy):
@@ -77,10 +77,10 @@ def serve_engine(engine: Any, **config: Any) -> Iterator[Served]:  # Any: an eng
     listener.bind(("127.0.0.1", 0))
     port = listener.getsockname()[1]
     proxy = LocalProxy(engine)
-    state = ServerState(
+    served = ServedModel(
         ServerConfig(port=port, drain_s=0.0, **config), proxy, engine.tokenizer, "test", 0.0, explain_on_server
     )
-    app = create_app(state, ServerMetrics(proxy))
+    app = create_app(served, ServerMetrics(proxy))
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
     server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
     loops: list[asyncio.AbstractEventLoop] = []

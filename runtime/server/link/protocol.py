@@ -1,6 +1,6 @@
 """What the HTTP process and the engine process say to each other: msgspec structs, msgpack on the wire.
 
-Not here: the sockets (`process`, `proxy`); HTTP's own shapes (OpenAI's are in `openai.types`).
+Not here: the sockets (`process`, `proxy`); HTTP's own shapes (OpenAI's are in `openai.bodies` and `openai.answers`).
 """
 
 from __future__ import annotations

@@ -1,44 +1,75 @@
-"""`POST /generate`: text after texts or token ids, and their log-probabilities. What serves it: `status`."""
+"""`POST /generate`: text after texts or token ids, and their log-probabilities."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal, cast
 
-from fastapi import APIRouter, Request, Response
+from msgspec import UNSET, UnsetType
+from starlette.requests import Request
+from starlette.responses import Response
 
 from ramet.errors import GrammarError
 from ramet.runtime.server.choices import merged
+from ramet.runtime.server.errors import HttpError
 from ramet.runtime.server.link.protocol import Output, Submit
 from ramet.runtime.server.link.streams import OutputStream
-from ramet.runtime.server.metrics import ServerMetrics
-from ramet.runtime.server.native import status as status_api
-from ramet.runtime.server.native.types import MAX_PROMPTS, GenerateBody, NativeSampling
-from ramet.runtime.server.openai.shapes import finite, token_text
-from ramet.runtime.server.openai.types import Json, openapi_body, parse_body
+from ramet.runtime.server.logprobs import finite, token_text
+from ramet.runtime.server.native.bodies import MAX_PROMPTS, GenerateBody, NativeSampling
+from ramet.runtime.server.responses import DONE, AnswerStruct, EventStream, LastEvent, collected, event
+from ramet.runtime.server.routing import Endpoint
 from ramet.runtime.server.sampling_fields import seed_of_choice
-from ramet.runtime.server.sse import DONE, EventStream, LastEvent, collected, event, json_response
-from ramet.runtime.server.state import HttpError, ServerState
+from ramet.runtime.server.served_model import ServedModel
+
+FinishType = Literal["stop", "length", "abort", "error"]
+Scored = tuple[float | None, int, str | None]  # log-probability, token, its text where that is asked for
 
 
-def make_router(state: ServerState, metrics: ServerMetrics) -> APIRouter:
-    """All native routes. They raise HttpError and RametError, which the application turns into responses."""
-    router = APIRouter(tags=["native"])
-    endpoint = GenerateEndpoint(state)
+class GeneratedFinish(AnswerStruct):
+    type: FinishType
+    matched: str | int | UnsetType = UNSET
+    incomplete: str | UnsetType = UNSET
 
-    @router.post("/generate", response_model=None, openapi_extra=openapi_body(GenerateBody))
-    async def generate(request: Request) -> Response:
-        """Continue texts or token ids."""
-        return await endpoint(request)
 
-    @router.put("/generate", response_model=None, include_in_schema=False)
-    async def put_generate(request: Request) -> Response:
-        return await endpoint(request)
+class GeneratedMeta(AnswerStruct):
+    """Times in seconds. `input_token_logprobs`: of the prompt from `logprob_start_len` on."""
 
-    router.include_router(status_api.make_router(state, metrics))
-    return router
+    id: str
+    finish_reason: GeneratedFinish | None
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    e2e_latency: float | UnsetType = UNSET
+    queue_time: float | UnsetType = UNSET
+    output_token_logprobs: list[Scored] | UnsetType = UNSET
+    output_top_logprobs: list[list[Scored]] | UnsetType = UNSET
+    input_token_logprobs: list[Scored] | UnsetType = UNSET
+
+
+class Generated(AnswerStruct, kw_only=True):
+    """`index`: which of several answers an event of a stream belongs to."""
+
+    index: int | UnsetType = UNSET
+    text: str
+    output_ids: list[int]
+    meta_info: GeneratedMeta
+
+
+def generate_endpoints(served: ServedModel) -> list[Endpoint]:
+    """The row of /generate, and of its second name."""
+    post = Endpoint(
+        "POST",
+        "/generate",
+        GenerateEndpoint(served).answer,
+        body=GenerateBody,
+        answer=Generated | list[Generated],
+        errors=(429, 503),
+        has_stream=True,
+        tag="native",
+    )
+    return [post, replace(post, method="PUT", is_listed=False)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +84,7 @@ class Item:
     first_scored: int | None
 
 
-class _Generation:
+class ItemStream:
     """An item's increments, with errors of its constraint as HTTP errors. Iterate it once; `close` aborts it."""
 
     def __init__(self, stream: OutputStream, field: str | None) -> None:
@@ -76,22 +107,22 @@ class _Generation:
 class GenerateEndpoint:
     """Answers /generate for one server."""
 
-    def __init__(self, state: ServerState) -> None:
-        self._state = state
+    def __init__(self, served: ServedModel) -> None:
+        self._served = served
 
-    async def __call__(self, request: Request) -> Response:
-        body = await parse_body(self._state, request, GenerateBody)
-        salt, size = self._state.cache_salt(request, body.cache_salt), len(await request.body())
-        items = await self._state.compute(size, self._items, body, salt)
+    async def answer(self, request: Request, body: GenerateBody) -> Response | Generated | list[Generated]:
+        """Continue texts or token ids."""
+        salt, size = self._served.cache_salt(request, body.cache_salt), len(await request.body())
+        items = await self._served.compute(size, self._items, body, salt)
         prompt_logprobs = [await self._scored(item) for item in items]
         generations = self._submit(items, is_whole=not body.stream)
-        answer = _Answer(self._state, body, items, prompt_logprobs)
+        answer = GenerateAnswer(self._served, body, items, prompt_logprobs)
         if body.stream:
             return EventStream(answer.events(merged(generations)), lambda: _close(generations), DONE)
         for index, output in await collected(request, merged(generations)):
             answer.take(index, output)
         results = [answer.result(index, is_whole=True) for index in range(len(items))]
-        return json_response(results if answer.is_list else results[0])
+        return results if answer.is_list else results[0]
 
     def _items(self, body: GenerateBody, salt: str) -> list[Item]:
         prompts = self._prompts(body)
@@ -104,12 +135,12 @@ class GenerateEndpoint:
             )
         all_sampling = given if isinstance(given, list) else [given] * len(prompts)
         items: list[Item] = []
-        first_id = body.rid or self._state.proxy.new_id("generate")
+        first_id = body.rid or self._served.proxy.new_id("generate")
         for ids, sampling in zip(prompts, all_sampling, strict=True):
             for index in range(sampling.n):
                 request_id = first_id if not items else f"{first_id}-{len(items)}"
                 items.append(self._item(body, ids, sampling, index, request_id, salt))
-        if len(items) > self._state.config.max_in_flight:
+        if len(items) > self._served.config.max_in_flight:
             raise HttpError(400, f"{len(items)} answers are too many for one request", param="sampling_params.n")
         return items
 
@@ -118,7 +149,7 @@ class GenerateEndpoint:
     ) -> Item:
         fields = sampling.fields(body.top_logprobs_num if body.return_logprob else None)
         fields["seed"] = seed_of_choice(sampling.sampling_seed, index)
-        name, constraint = sampling.constraint(self._state.config.max_schema_bytes) or (None, None)
+        name, constraint = sampling.constraint(self._served.config.max_schema_bytes) or (None, None)
         command = Submit(
             request_id,
             ids,
@@ -136,7 +167,7 @@ class GenerateEndpoint:
             raise HttpError(
                 400, "give either text or input_ids", param="text" if body.input_ids is None else "input_ids"
             )
-        tokenizer = self._state.tokenizer
+        tokenizer = self._served.tokenizer
         name = "text" if body.text is not None else "input_ids"
         if body.text is not None:
             texts = [body.text] if isinstance(body.text, str) else body.text
@@ -174,37 +205,37 @@ class GenerateEndpoint:
             deadline_s=command.deadline_s,
             score_from=first,
         )
-        output = await self._state.proxy.submit(scoring).collect()
+        output = await self._served.proxy.submit(scoring).collect()
         return [*head, *(output.prompt_logprobs or ())]
 
-    def _submit(self, items: Sequence[Item], *, is_whole: bool) -> list[_Generation]:
-        generations: list[_Generation] = []
+    def _submit(self, items: Sequence[Item], *, is_whole: bool) -> list[ItemStream]:
+        generations: list[ItemStream] = []
         try:
             for item in items:
-                stream = self._state.proxy.submit(item.command, is_whole=is_whole)
-                generations.append(_Generation(stream, item.field))
+                stream = self._served.proxy.submit(item.command, is_whole=is_whole)
+                generations.append(ItemStream(stream, item.field))
         except BaseException:
             _close(generations)
             raise
         return generations
 
 
-def _close(generations: Sequence[_Generation]) -> None:
+def _close(generations: Sequence[ItemStream]) -> None:
     for generation in generations:
         generation.close()
 
 
-class _Answer:
+class GenerateAnswer:
     """The answers of one request, whole or in events. Owner: the request's coroutine."""
 
     def __init__(
         self,
-        state: ServerState,
+        served: ServedModel,
         body: GenerateBody,
         items: Sequence[Item],
         prompt_logprobs: Sequence[list[float | None] | None],
     ) -> None:
-        self._state = state
+        self._served = served
         self._body = body
         self._items = items
         self._prompt_logprobs = prompt_logprobs
@@ -235,47 +266,49 @@ class _Answer:
                 if not (output.text or output.token_ids or output.finish_reason):
                     continue
                 result = self.result(index, is_whole=is_first or self._is_cumulative)
-                data = event({"index": index, **result} if self.is_list else result)
+                if self.is_list:
+                    result.index = index
+                data = event(result)
                 num_open -= output.finish_reason is not None
                 yield data if num_open else LastEvent(data)
 
-    def result(self, index: int, *, is_whole: bool) -> Json:
+    def result(self, index: int, *, is_whole: bool) -> Generated:
         """An answer as SGLang writes it; `is_whole`: with what is said of its prompt."""
         output = self._sums[index]
         assert output is not None
-        finish: Json | None = None
-        if output.finish_reason is not None:
-            finish = {"type": output.finish_reason}
-            if output.stop_match is not None:
-                finish["matched"] = output.stop_match
-            if output.incomplete is not None:
-                finish["incomplete"] = output.incomplete
-        meta: Json = {
-            "id": output.id,
-            "finish_reason": finish,
-            "prompt_tokens": output.prompt_tokens,
-            "completion_tokens": output.completion_tokens,
-            "cached_tokens": output.cached_tokens,
-        }
+        meta = GeneratedMeta(
+            id=output.id,
+            finish_reason=_finish(output),
+            prompt_tokens=output.prompt_tokens,
+            completion_tokens=output.completion_tokens,
+            cached_tokens=output.cached_tokens,
+        )
         if output.timings is not None:
-            meta |= {"e2e_latency": output.timings["total_s"], "queue_time": output.timings["queue_s"]}
+            meta.e2e_latency, meta.queue_time = output.timings["total_s"], output.timings["queue_s"]
         if self._body.return_logprob:
-            meta |= self._logprobs(index, output, is_whole=is_whole)
-        return {"text": output.text, "output_ids": output.token_ids, "meta_info": meta}
+            self._add_logprobs(meta, index, output, is_whole=is_whole)
+        return Generated(text=output.text, output_ids=output.token_ids, meta_info=meta)
 
-    def _logprobs(self, index: int, output: Output, *, is_whole: bool) -> Json:
+    def _add_logprobs(self, meta: GeneratedMeta, index: int, output: Output, *, is_whole: bool) -> None:
         values, ids = output.logprobs or [], output.token_ids
-        found: Json = {
-            "output_token_logprobs": [self._entry(p, t) for p, t in zip(values, ids, strict=False)],
-            "output_top_logprobs": [[self._entry(p, t) for t, p in top] for top in output.top_logprobs or []],
-        }
+        meta.output_token_logprobs = [self._entry(p, t) for p, t in zip(values, ids, strict=False)]
+        meta.output_top_logprobs = [[self._entry(p, t) for t, p in top] for top in output.top_logprobs or []]
         scores, item = self._prompt_logprobs[index], self._items[index]
         if is_whole and scores is not None:
             assert item.first_scored is not None
             scored = item.command.prompt_ids[item.first_scored :]
-            found["input_token_logprobs"] = [self._entry(p, t) for p, t in zip(scores, scored, strict=True)]
-        return found
+            meta.input_token_logprobs = [self._entry(p, t) for p, t in zip(scores, scored, strict=True)]
 
-    def _entry(self, logprob: float | None, token: int) -> list[float | int | str | None]:
-        text = token_text(self._state.tokenizer, token) if self._body.return_text_in_logprobs else None
-        return [None if logprob is None else finite(logprob), token, text]
+    def _entry(self, logprob: float | None, token: int) -> Scored:
+        text = token_text(self._served.tokenizer, token) if self._body.return_text_in_logprobs else None
+        return None if logprob is None else finite(logprob), token, text
+
+
+def _finish(output: Output) -> GeneratedFinish | None:
+    if output.finish_reason is None:
+        return None
+    return GeneratedFinish(
+        type=cast(FinishType, output.finish_reason),
+        matched=UNSET if output.stop_match is None else output.stop_match,
+        incomplete=UNSET if output.incomplete is None else output.incomplete,
+    )

@@ -4,113 +4,162 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import msgspec
-from fastapi import APIRouter, Request, Response
+from msgspec import UNSET, Meta, UnsetType
+from starlette.requests import Request
+from starlette.responses import Response
 
+from ramet.runtime.server.errors import HttpError
 from ramet.runtime.server.link.protocol import Submit
 from ramet.runtime.server.metrics import ServerMetrics
-from ramet.runtime.server.native.types import AbortBody
-from ramet.runtime.server.openai.types import openapi_body, parse_body
-from ramet.runtime.server.sse import json_response
-from ramet.runtime.server.state import HttpError, ServerState
+from ramet.runtime.server.native.bodies import AbortBody
+from ramet.runtime.server.openapi import VERSION
+from ramet.runtime.server.responses import AnswerStruct, json_response
+from ramet.runtime.server.routing import Endpoint
+from ramet.runtime.server.served_model import ServedModel
 
 
-def make_router(state: ServerState, metrics: ServerMetrics) -> APIRouter:
-    router = APIRouter(tags=["server"])
-    _add_health(router, state)
-    _add_descriptions(router, state)
-    _add_administration(router, state)
-
-    @router.get("/metrics")
-    async def prometheus() -> Response:
-        """Prometheus' text format."""
-        return Response(metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
-
-    return router
+class Health(AnswerStruct):
+    status: Literal["ok", "unhealthy"]
+    reason: str | None
 
 
-def _add_health(router: APIRouter, state: ServerState) -> None:
-    @router.get("/health")
-    async def health() -> Response:
+class Readiness(AnswerStruct):
+    """`stage`: what the engine does until it is ready, `seconds` so far; `reason`: why the process before it ended."""
+
+    ready: bool
+    stage: str
+    attempt: int
+    reason: str | None
+    seconds: float | UnsetType = UNSET
+
+
+class HealthGenerate(AnswerStruct):
+    status: Literal["ok"]
+    seconds: float
+
+
+class ModelInfo(AnswerStruct):
+    model_path: str
+    served_model_name: str
+    context_length: int
+    vocab_size: int
+    is_generation: Literal[True]
+    has_chat_template: bool
+
+
+class ServerInfo(AnswerStruct):
+    """`server`: its configuration, without keys. `engine`: null while it starts. `stats`: the engine's counters."""
+
+    version: str
+    server: dict[str, Any]  # Any: the fields' own types
+    engine: dict[str, Any] | None  # Any: the fields of Hello
+    stats: dict[str, float]
+    in_flight: int
+    uptime_s: float
+
+
+class FlushedCache(AnswerStruct):
+    freed_pages: int
+
+
+class Aborted(AnswerStruct):
+    aborted: Annotated[list[str], Meta(description="ids of the requests that were ended")]
+
+
+class StatusEndpoints:
+    """What operators and load balancers ask of a server."""
+
+    def __init__(self, served: ServedModel, metrics: ServerMetrics) -> None:
+        self._served = served
+        self._metrics = metrics
+
+    async def health(self, request: Request) -> Response:
         """200 while the engine answers and makes progress; 503 with the reason otherwise."""
-        wrong = state.proxy.health(state.config.health_patience_s)
-        status = "ok" if wrong is None else "unhealthy"
-        return json_response({"status": status, "reason": wrong}, 200 if wrong is None else 503)
+        wrong = self._served.proxy.health(self._served.config.health_patience_s)
+        answer = Health(status="ok" if wrong is None else "unhealthy", reason=wrong)
+        return json_response(answer, 200 if wrong is None else 503)
 
-    @router.get("/ready")
-    async def ready() -> Response:
+    async def ready(self, request: Request) -> Response:
         """200 once the engine takes requests; until then what it does, for how long, and what failed before."""
-        startup = state.proxy.startup
-        return json_response(startup, 200 if startup["ready"] else 503)
+        answer = msgspec.convert(self._served.proxy.startup, Readiness)
+        return json_response(answer, 200 if answer.ready else 503)
 
-    @router.get("/health_generate")
-    async def health_generate() -> Response:
+    async def health_generate(self, request: Request) -> HealthGenerate:
         """Generate one token, whatever it is."""
-        start_s = time.monotonic()
-        command = Submit(
-            state.proxy.new_id("health"), [1], {"max_tokens": 1, "ignore_eos": True}, priority=-1_000, deadline_s=20.0
-        )
-        await state.proxy.submit(command).collect()
-        return json_response({"status": "ok", "seconds": round(time.monotonic() - start_s, 4)})
+        proxy, start_s = self._served.proxy, time.monotonic()
+        sampling: dict[str, object] = {"max_tokens": 1, "ignore_eos": True}
+        await proxy.submit(Submit(proxy.new_id("health"), [1], sampling, priority=-1_000, deadline_s=20.0)).collect()
+        return HealthGenerate(status="ok", seconds=round(time.monotonic() - start_s, 4))
 
-
-def _add_descriptions(router: APIRouter, state: ServerState) -> None:
-    async def model_info() -> Response:
+    async def model_info(self, request: Request) -> ModelInfo:
         """The model; 503 until it is loaded."""
-        hello = state.proxy.hello
+        hello = self._served.proxy.hello
         if hello is None:
-            raise HttpError(503, state.proxy.health() or "the engine is starting", kind="server_error")
-        return json_response(
-            {
-                "model_path": hello.model,
-                "served_model_name": state.model_name,
-                "context_length": hello.context_length,
-                "vocab_size": hello.vocab_size,
-                "is_generation": True,
-                "has_chat_template": state.tokenizer.chat_template is not None,
-            }
+            reason = self._served.proxy.health() or "the engine is starting"
+            raise HttpError(503, reason, kind="server_error")
+        return ModelInfo(
+            model_path=hello.model,
+            served_model_name=self._served.name,
+            context_length=hello.context_length,
+            vocab_size=hello.vocab_size,
+            is_generation=True,
+            has_chat_template=self._served.tokenizer.chat_template is not None,
         )
 
-    async def server_info() -> Response:
+    async def server_info(self, request: Request) -> ServerInfo:
         """The configuration, without keys, and the engine's counters."""
-        hello = state.proxy.hello
-        return json_response(
-            {
-                "version": "0.1.0",
-                "server": _shown_config(state),
-                "engine": None if hello is None else msgspec.to_builtins(hello),
-                "stats": state.proxy.stats,
-                "in_flight": state.proxy.num_in_flight,
-                "uptime_s": round(time.time() - state.started_s, 1),
-            }
+        proxy = self._served.proxy
+        return ServerInfo(
+            version=VERSION,
+            server=_shown_config(self._served),
+            engine=None if proxy.hello is None else msgspec.to_builtins(proxy.hello),
+            stats=proxy.stats,
+            in_flight=proxy.num_in_flight,
+            uptime_s=round(time.time() - self._served.started_s, 1),
         )
 
-    for path, answer in (("model_info", model_info), ("server_info", server_info)):
-        router.add_api_route(f"/get_{path}", answer, methods=["GET"], response_model=None)
-        router.add_api_route(f"/{path}", answer, methods=["GET"], response_model=None, include_in_schema=False)
+    async def flush_cache(self, request: Request) -> FlushedCache:
+        """Forget cached prefixes that nobody uses; running requests keep theirs."""
+        return FlushedCache(freed_pages=await self._served.proxy.ask("flush_cache"))
+
+    async def abort_request(self, request: Request, body: AbortBody) -> Aborted:
+        """Abort one request by its exact id, or all."""
+        if not body.abort_all and not body.rid:
+            raise HttpError(400, "give the rid of a request, or abort_all", param="rid")
+        proxy = self._served.proxy
+        wanted = proxy.in_flight() if body.abort_all else [body.rid or ""]
+        return Aborted(aborted=[rid for rid in wanted if proxy.abort(rid)])
+
+    async def metrics(self, request: Request) -> Response:
+        """Prometheus' text format."""
+        return Response(self._metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-def _shown_config(state: ServerState) -> dict[str, Any]:  # Any: the fields' own types
+def _shown_config(served: ServedModel) -> dict[str, Any]:  # Any: the fields' own types
     """The server's configuration without its keys."""
-    fields = dataclasses.asdict(state.config)
+    fields = dataclasses.asdict(served.config)
     return {name: value for name, value in fields.items() if "api_key" not in name or isinstance(value, bool)}
 
 
-def _add_administration(router: APIRouter, state: ServerState) -> None:
-    async def flush_cache() -> Response:
-        """Forget cached prefixes that nobody uses; running requests keep theirs."""
-        return json_response({"freed_pages": await state.proxy.ask("flush_cache")})
-
-    router.add_api_route("/flush_cache", flush_cache, methods=["POST"], response_model=None)
-    router.add_api_route("/flush_cache", flush_cache, methods=["GET"], response_model=None, include_in_schema=False)
-
-    @router.post("/abort_request", response_model=None, openapi_extra=openapi_body(AbortBody))
-    async def abort_request(request: Request) -> Response:
-        """Abort one request by its exact id, or all."""
-        body = await parse_body(state, request, AbortBody)
-        if not body.abort_all and not body.rid:
-            raise HttpError(400, "give the rid of a request, or abort_all", param="rid")
-        wanted = state.proxy.in_flight() if body.abort_all else [body.rid or ""]
-        return json_response({"aborted": [rid for rid in wanted if state.proxy.abort(rid)]})
+def status_endpoints(served: ServedModel, metrics: ServerMetrics) -> list[Endpoint]:
+    """The rows of all that is asked of the server itself."""
+    status = StatusEndpoints(served, metrics)
+    model_info = Endpoint("GET", "/get_model_info", status.model_info, answer=ModelInfo, errors=(503,))
+    server_info = Endpoint("GET", "/get_server_info", status.server_info, answer=ServerInfo)
+    flush_cache = Endpoint("POST", "/flush_cache", status.flush_cache, answer=FlushedCache, errors=(503,))
+    return [
+        Endpoint("GET", "/health", status.health, answer=Health, others={503: Health}),
+        Endpoint("GET", "/ready", status.ready, answer=Readiness, others={503: Readiness}),
+        Endpoint("GET", "/health_generate", status.health_generate, answer=HealthGenerate, errors=(429, 503)),
+        model_info,
+        dataclasses.replace(model_info, path="/model_info", is_listed=False),
+        server_info,
+        dataclasses.replace(server_info, path="/server_info", is_listed=False),
+        flush_cache,
+        dataclasses.replace(flush_cache, method="GET", is_listed=False),
+        Endpoint("POST", "/abort_request", status.abort_request, body=AbortBody, answer=Aborted),
+        Endpoint("GET", "/metrics", status.metrics, media_type="text/plain", errors=(401,)),
+    ]

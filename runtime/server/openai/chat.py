@@ -5,18 +5,40 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
-from fastapi import Request
-from fastapi.responses import Response
+from msgspec import UNSET
+from starlette.requests import Request
+from starlette.responses import Response
 
 from ramet.errors import InvalidRequest
 from ramet.lang.graph.ir import Constraint
-from ramet.runtime.server.choices import Choice, FreeReasoning, Job, merged, name_prompt, submit_all
+from ramet.runtime.server.choices import ChoiceStream, FreeReasoning, Job, merged, name_prompt, submit_all
+from ramet.runtime.server.errors import HttpError
 from ramet.runtime.server.link.protocol import Output
+from ramet.runtime.server.openai.answers import (
+    AnswerMessage,
+    ChatChoice,
+    ChatCompletion,
+    ChatLogprob,
+    ChatLogprobs,
+    FinishName,
+    HistoryUsage,
+    TokenUsage,
+    chat_logprobs,
+    usage_of,
+)
+from ramet.runtime.server.openai.bodies import (
+    ChatBody,
+    Json,
+    JsonObjectFormat,
+    JsonSchemaFormat,
+    NamedTool,
+    StructuralTagFormat,
+)
 from ramet.runtime.server.openai.conversations import ChatPrompt, Conversations
 from ramet.runtime.server.openai.reasoning import (
     CLOSE,
@@ -26,21 +48,13 @@ from ramet.runtime.server.openai.reasoning import (
     ReasoningSplitter,
     position_after,
 )
-from ramet.runtime.server.openai.shapes import chat_logprobs, kept_tokens, usage_of
-from ramet.runtime.server.openai.tool_calls import AnswerReader, ToolStyle, shown_specials, tool_set, tool_style
-from ramet.runtime.server.openai.types import (
-    ChatBody,
-    Json,
-    JsonObjectFormat,
-    JsonSchemaFormat,
-    NamedTool,
-    StructuralTagFormat,
-    check_model,
-    parse_body,
-)
+from ramet.runtime.server.openai.tool_calls import AnswerReader
+from ramet.runtime.server.responses import DONE, EventStream, LastEvent, collected, event
 from ramet.runtime.server.sampling_fields import check_size, compact_json, constraint_of, sampling_fields
-from ramet.runtime.server.sse import DONE, EventStream, LastEvent, collected, event, json_response
-from ramet.runtime.server.state import HttpError, ServerState
+from ramet.runtime.server.served_model import ServedModel
+from ramet.runtime.text.detokenizer import count_kept_tokens
+from ramet.runtime.text.tokenizer import Tokenizer
+from ramet.runtime.text.tool_style import ToolStyle, shown_specials, tool_set, tool_style
 
 _RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
 
@@ -64,47 +78,52 @@ class Progress:
     counter: ReasoningCounter
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
-    logprobs: list[Json] = field(default_factory=list)  # in a stream: those not sent yet
+    logprobs: list[ChatLogprob] = field(default_factory=list)  # in a stream: those not sent yet
     last: Output | None = None
 
     @property
-    def finish_reason(self) -> str:
+    def finish_reason(self) -> FinishName:
         """`length` wins over calls, and a call that is not complete is none to run."""
         assert self.last is not None
         if self.last.finish_reason == "stop" and self.reader.calls and not self.reader.is_cut:
             return "tool_calls"
-        return self.last.finish_reason or "stop"
+        return cast(FinishName, self.last.finish_reason or "stop")
 
 
 class ChatEndpoint:
     """Answers chat completions for one server."""
 
-    def __init__(self, state: ServerState) -> None:
-        self._state = state
-        self._tokenizer = state.tokenizer
-        self.conversations = Conversations(state.tokenizer)
+    def __init__(self, served: ServedModel) -> None:
+        self._served = served
+        self._tokenizer = served.tokenizer
+        self.conversations = Conversations(served.tokenizer)
 
     @cached_property
     def style(self) -> ToolStyle:
         """How this model calls tools; the template is asked once."""
         return tool_style(self._tokenizer.chat_template)
 
-    async def __call__(self, request: Request) -> Response:
-        body = await parse_body(self._state, request, ChatBody)
-        check_model(self._state, body.model)
-        salt = self._state.cache_salt(request, body.cache_salt or "")
+    async def answer(self, request: Request, body: ChatBody) -> Response | ChatCompletion:
+        """Answer a conversation; with `stream` as server-sent events."""
+        self._served.check_name(body.model)
+        salt = self._served.cache_salt(request, body.cache_salt or "")
         try:
-            plan = await self._state.compute(len(await request.body()), self._plan, body, salt)
+            plan = await self._served.compute(len(await request.body()), self._plan, body, salt)
         except InvalidRequest as error:
             raise name_prompt(error, "messages") from None
         num = body.n or 1
-        answer_id, choices = submit_all(self._state.proxy, [(plan.job, index) for index in range(num)], "chatcmpl")
-        answer = _Answer(self, plan, answer_id, choices)
+        answer_id, choices = submit_all(self._served.proxy, [(plan.job, index) for index in range(num)], "chatcmpl")
+        answer = ChatAnswer(self._served, plan, answer_id, choices, self.remember)
         if body.stream:
             return EventStream(answer.events(merged(choices)), answer.close, DONE)
         for index, output in await collected(request, merged(choices)):
             answer.take(index, output)
-        return json_response(await answer.whole())
+        return await answer.whole()
+
+    def remember(self, prompt: ChatPrompt, message: Json, ids: Sequence[int]) -> None:
+        """Keep the tokens of an answer, so that the conversation can go on from them. Runs on the pool."""
+        adapted, _ = self.style.adapt([message], None)
+        self.conversations.remember(prompt, adapted[0], ids)
 
     # -- from a body to requests, on the pool's threads ----------------------------------------------------------
 
@@ -154,7 +173,7 @@ class ChatEndpoint:
         adapted, shown_tools = self.style.adapt(messages, tools)
         is_continued = bool(body.continue_final_message)
         is_open = body.add_generation_prompt if body.add_generation_prompt is not None else not is_continued
-        context = self._state.context_length
+        context = self._served.context_length
         room = None if context is None else context - (max_tokens or 1)
         return self.conversations.prompt(
             adapted,
@@ -229,7 +248,7 @@ class ChatEndpoint:
         self, body: ChatBody, tools: Sequence[Json]
     ) -> tuple[tuple[str, Constraint] | None, ToolStyle | None]:
         """(field and constraint, the style of calls where there may be some)."""
-        limit = self._state.config.max_schema_bytes
+        limit = self._served.config.max_schema_bytes
         schema = _schema(body)
         choice = body.tool_choice or ("auto" if tools else "none")
         if not tools:
@@ -322,18 +341,26 @@ def _position(prompt: ChatPrompt) -> Position:
     return "inside" if said.rfind(OPEN) > said.rfind(CLOSE) else "behind"
 
 
-class _Answer:
+class ChatAnswer:
     """One answer of one or more choices, whole or in chunks."""
 
-    def __init__(self, endpoint: ChatEndpoint, plan: Plan, answer_id: str, choices: Sequence[Choice]) -> None:
-        self._endpoint = endpoint
-        self._state = endpoint._state
+    def __init__(
+        self,
+        served: ServedModel,
+        plan: Plan,
+        answer_id: str,
+        choices: Sequence[ChoiceStream],
+        remember: Callable[[ChatPrompt, Json, Sequence[int]], None],
+    ) -> None:
+        """`remember`: keeps an answer's message and tokens for the conversation that goes on from them."""
+        self._served = served
         self._plan = plan
         self._id = answer_id
         self._choices = choices
+        self._keep = remember
         self._created = int(time.time())
         is_separate = plan.body.separate_reasoning is not False
-        shown = plan.job.shown_bytes or self._state.tokenizer.token_bytes
+        shown = plan.job.shown_bytes or served.tokenizer.token_bytes
         self._progress = [
             Progress(
                 AnswerReader(ReasoningSplitter(plan.position) if is_separate else None, plan.style),
@@ -353,22 +380,25 @@ class _Answer:
         progress.text += output.text
         progress.token_ids += output.token_ids
         if output.logprobs is not None:
-            progress.logprobs += chat_logprobs(self._state.tokenizer, output)
+            progress.logprobs += chat_logprobs(self._served.tokenizer, output)
         progress.last = output
         deltas = progress.reader.push(output.text) if output.text else []
         return deltas if output.finish_reason is None else deltas + progress.reader.finish()
 
-    async def whole(self) -> Json:
+    async def whole(self) -> ChatCompletion:
         """The answer in one piece."""
         await self._remember(range(len(self._progress)))
-        answer = self._head("chat.completion")
-        answer["choices"] = [self._whole_choice(index, progress) for index, progress in enumerate(self._progress)]
-        answer["usage"] = self._usage()
-        if self._plan.body.return_token_ids:
-            answer["prompt_token_ids"] = self._plan.job.prompt_ids
-        if self._plan.body.metadata is not None:
-            answer["metadata"] = self._plan.body.metadata
-        return answer
+        body = self._plan.body
+        return ChatCompletion(
+            id=self._id,
+            object="chat.completion",
+            created=self._created,
+            model=self._served.name,
+            choices=[self._whole_choice(index, progress) for index, progress in enumerate(self._progress)],
+            usage=self._usage(),
+            prompt_token_ids=self._plan.job.prompt_ids if body.return_token_ids else UNSET,
+            metadata=UNSET if body.metadata is None else body.metadata,
+        )
 
     async def events(self, outputs: AsyncGenerator[tuple[int, Output], None]) -> AsyncGenerator[bytes, None]:
         """The answer as server-sent events."""
@@ -384,7 +414,7 @@ class _Answer:
                     await self._remember([index])
         options = self._plan.body.stream_options
         if options is not None and options.include_usage:
-            usage = {**self._head("chat.completion.chunk"), "choices": [], "usage": self._usage()}
+            usage = {**self._head(), "choices": [], "usage": self._usage()}
             yield LastEvent(event(usage))
 
     def _chunks(self, index: int, output: Output) -> list[Json]:
@@ -400,8 +430,14 @@ class _Answer:
             chunks.append(self._chunk(index, {}, ids))
         return chunks
 
-    def _head(self, kind: str) -> Json:
-        return {"id": self._id, "object": kind, "created": self._created, "model": self._state.model_name}
+    def _head(self) -> Json:
+        """The fields that every chunk of a stream begins with."""
+        return {
+            "id": self._id,
+            "object": "chat.completion.chunk",
+            "created": self._created,
+            "model": self._served.name,
+        }
 
     def _chunk(
         self,
@@ -415,7 +451,7 @@ class _Answer:
         progress, body = self._progress[index], self._plan.body
         choice: Json = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
         if progress.logprobs and not is_first:
-            choice["logprobs"] = {"content": progress.logprobs, "refusal": None}
+            choice["logprobs"] = ChatLogprobs(content=progress.logprobs, refusal=None)
             progress.logprobs = []
         if is_last:
             choice["finish_reason"] = progress.finish_reason
@@ -424,7 +460,7 @@ class _Answer:
                 choice["incomplete"] = progress.last.incomplete
         if body.return_token_ids and not is_first:
             choice["token_ids"] = token_ids or []
-        chunk = {**self._head("chat.completion.chunk"), "choices": [choice]}
+        chunk: Json = {**self._head(), "choices": [choice]}
         if body.return_token_ids and is_first:
             chunk["prompt_token_ids"] = self._plan.job.prompt_ids
         if body.stream_options is not None:
@@ -434,30 +470,27 @@ class _Answer:
                 chunk["usage"] = None
         return chunk
 
-    def _whole_choice(self, index: int, progress: Progress) -> Json:
+    def _whole_choice(self, index: int, progress: Progress) -> ChatChoice:
         reader, body = progress.reader, self._plan.body
         assert progress.last is not None
-        message: Json = {
-            "role": "assistant",
-            "content": reader.content if reader.content or not reader.calls else None,
-            "refusal": None,
-        }
-        if reader.reasoning:
-            message["reasoning_content"] = reader.reasoning
-        if reader.calls:
-            message["tool_calls"] = [call.plain() for call in reader.calls]
-        choice: Json = {
-            "index": index,
-            "message": message,
-            "logprobs": {"content": progress.logprobs, "refusal": None} if body.logprobs else None,
-            "finish_reason": progress.finish_reason,
-            "matched_stop": progress.last.stop_match,
-        }
-        if progress.last.incomplete is not None:
-            choice["incomplete"] = progress.last.incomplete
-        return {**choice, "token_ids": progress.token_ids} if body.return_token_ids else choice
+        message = AnswerMessage(
+            role="assistant",
+            content=reader.content if reader.content or not reader.calls else None,
+            refusal=None,
+            reasoning_content=reader.reasoning or UNSET,
+            tool_calls=[call.answered() for call in reader.calls] or UNSET,
+        )
+        return ChatChoice(
+            index=index,
+            message=message,
+            logprobs=ChatLogprobs(content=progress.logprobs, refusal=None) if body.logprobs else None,
+            finish_reason=progress.finish_reason,
+            matched_stop=progress.last.stop_match,
+            incomplete=UNSET if progress.last.incomplete is None else progress.last.incomplete,
+            token_ids=progress.token_ids if body.return_token_ids else UNSET,
+        )
 
-    def _usage(self) -> Json:
+    def _usage(self) -> TokenUsage:
         outputs = [progress.last for progress in self._progress if progress.last is not None]
         if not outputs:  # the first chunk of a stream that reports its usage in every one
             outputs = [Output(self._id, len(self._plan.job.prompt_ids), 0, 0)]
@@ -468,7 +501,7 @@ class _Answer:
             reason = prompt.miss
             if reason is None and shared.cached_tokens < prompt.num_reused - 1:
                 reason = "the rest of what was generated is no longer in the cache"
-            usage["history"] = {"reused_tokens": prompt.num_reused, "reason": reason}
+            usage.history = HistoryUsage(reused_tokens=prompt.num_reused, reason=reason)
         return usage
 
     async def _remember(self, indices: Sequence[int]) -> None:
@@ -476,15 +509,26 @@ class _Answer:
             progress = self._progress[index]
             reader = progress.reader
             if not reader.is_cut and (reader.content or reader.calls):
-                await self._state.off_loop(self._remember_one, progress)
+                await self._served.off_loop(self._remember_one, progress)
 
     def _remember_one(self, progress: Progress) -> None:
-        reader, tokenizer = progress.reader, self._state.tokenizer
+        reader, tokenizer = progress.reader, self._served.tokenizer
         answer: Json = {"role": "assistant", "content": reader.content}
         if reader.calls:
             answer["tool_calls"] = [call.plain() for call in reader.calls]
-        adapted, _ = self._endpoint.style.adapt([answer], None)
         ids = progress.token_ids
         if progress.last is not None and isinstance(progress.last.stop_match, str):
             ids = kept_tokens(tokenizer, self._plan.job.shown_bytes or tokenizer.token_bytes, ids, progress.text)
-        self._endpoint.conversations.remember(self._plan.prompt, adapted[0], ids)
+        self._keep(self._plan.prompt, answer, ids)
+
+
+def kept_tokens(tokenizer: Tokenizer, data: Sequence[bytes], token_ids: Sequence[int], text: str) -> list[int]:
+    """The tokens of `text`, the beginning of what `token_ids` say: a stop string may have cut the last ones.
+
+    `data`: the bytes of each token.
+    """
+    num_kept = count_kept_tokens(data, token_ids, text)
+    kept = list(token_ids[:num_kept])
+    said = b"".join(data[token] for token in kept)
+    rest = text.encode()[len(said) :].decode("utf-8", "ignore")
+    return kept + (tokenizer.encode(rest, continues=True) if rest else [])

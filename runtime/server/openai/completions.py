@@ -6,17 +6,31 @@ import contextlib
 import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import cast
 
-from fastapi import Request
-from fastapi.responses import Response
+import msgspec
+from msgspec import UNSET, UnsetType
+from starlette.requests import Request
+from starlette.responses import Response
 
 from ramet.runtime.server.choices import Job, merged, submit_all
+from ramet.runtime.server.errors import HttpError
 from ramet.runtime.server.link.protocol import Output, Submit
-from ramet.runtime.server.openai.shapes import finite, token_bytes, token_text, usage_of
-from ramet.runtime.server.openai.types import CompletionBody, Json, check_model, parse_body
+from ramet.runtime.server.logprobs import finite, token_bytes, token_text
+from ramet.runtime.server.openai.answers import (
+    Completion,
+    CompletionChoice,
+    CompletionChunk,
+    CompletionChunkChoice,
+    CompletionLogprobs,
+    FinishName,
+    TokenUsage,
+    usage_of,
+)
+from ramet.runtime.server.openai.bodies import CompletionBody
+from ramet.runtime.server.responses import DONE, EventStream, LastEvent, collected, event
 from ramet.runtime.server.sampling_fields import asks_constraint, constraint_of, sampling_fields
-from ramet.runtime.server.sse import DONE, EventStream, LastEvent, collected, event, json_response
-from ramet.runtime.server.state import HttpError, ServerState
+from ramet.runtime.server.served_model import ServedModel
 from ramet.runtime.text.detokenizer import Detokenizer
 from ramet.runtime.text.tokenizer import Tokenizer
 
@@ -24,7 +38,7 @@ DEFAULT_MAX_TOKENS = 16
 
 
 @dataclass(frozen=True, slots=True)
-class Prompt:
+class CompletionPrompt:
     """`text` is what echo gives back, if it is asked for: the caller's own where it was text."""
 
     ids: list[int]
@@ -32,7 +46,7 @@ class Prompt:
 
 
 @dataclass(slots=True)
-class Logprobs:
+class LogprobLists:
     """The four lists of `logprobs`. `length`: characters of the answer so far, where the next token begins."""
 
     tokenizer: Tokenizer
@@ -56,49 +70,49 @@ class Logprobs:
             special = "" if self.tokenizer.token_bytes[token] else token_bytes(self.tokenizer, token).decode()
             self.length += len(self._detokenizer.push([token])) + len(special)
 
-    def take(self) -> Json:
+    def take(self) -> CompletionLogprobs:
         """What was added since the last time."""
         entries, self.entries = self.entries, []
-        return {
-            "tokens": [entry[0] for entry in entries],
-            "token_logprobs": [entry[1] for entry in entries],
-            "top_logprobs": [entry[2] for entry in entries],
-            "text_offset": [entry[3] for entry in entries],
-        }
+        return CompletionLogprobs(
+            tokens=[entry[0] for entry in entries],
+            token_logprobs=[entry[1] for entry in entries],
+            top_logprobs=[entry[2] for entry in entries],
+            text_offset=[entry[3] for entry in entries],
+        )
 
 
 class CompletionEndpoint:
     """Answers text completions for one server."""
 
-    def __init__(self, state: ServerState) -> None:
-        self._state = state
+    def __init__(self, served: ServedModel) -> None:
+        self._served = served
 
-    async def __call__(self, request: Request) -> Response:
-        state = self._state
-        body = await parse_body(state, request, CompletionBody)
-        check_model(state, body.model)
+    async def answer(self, request: Request, body: CompletionBody) -> Response | Completion:
+        """Continue one text or several."""
+        served = self._served
+        served.check_name(body.model)
         _check_fields(body)
         num = body.n or 1
         max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
         sampling = sampling_fields(body, max_tokens=max_tokens or 1, logprobs=body.logprobs)
         size = len(await request.body())
         source_size = size if asks_constraint(body) else 0
-        asked = await state.compute(source_size, constraint_of, body, None, state.config.max_schema_bytes)
-        prompts = await state.compute(0 if _has_ids(body) else size, _prompts, state.tokenizer, body)
-        if len(prompts) * num > state.config.max_in_flight:
-            wanted, limit = len(prompts) * num, state.config.max_in_flight
+        asked = await served.compute(source_size, constraint_of, body, None, served.config.max_schema_bytes)
+        prompts = await served.compute(0 if _has_ids(body) else size, _prompts, served.tokenizer, body)
+        if len(prompts) * num > served.config.max_in_flight:
+            wanted, limit = len(prompts) * num, served.config.max_in_flight
             message = f"{len(prompts):,} prompts with n={num} want {wanted:,} answers; the limit is {limit:,}"
             raise HttpError(400, message, param="prompt")
-        salt = state.cache_salt(request, body.cache_salt or "")
+        salt = served.cache_salt(request, body.cache_salt or "")
         field_name, constraint = asked or (None, None)
         shared = Job([], sampling, constraint, field_name, salt, body.priority or 0, is_whole=not body.stream)
         jobs = [replace(shared, prompt_ids=prompt.ids) for prompt in prompts]
-        answer = _Answer(state, body, prompts, jobs, num, is_generated=max_tokens > 0)
+        answer = CompletionAnswer(served, body, prompts, jobs, num, is_generated=max_tokens > 0)
         if body.stream:
             return EventStream(answer.events(answer.outputs()), answer.close, DONE)
         for index, output in await collected(request, answer.outputs()):
             answer.take(index, output)
-        return json_response(answer.whole())
+        return answer.whole()
 
 
 def _check_fields(body: CompletionBody) -> None:
@@ -121,7 +135,7 @@ def _has_ids(body: CompletionBody) -> bool:
     return not body.echo and isinstance(body.prompt, list) and not any(isinstance(p, str) for p in body.prompt[:1])
 
 
-def _prompts(tokenizer: Tokenizer, body: CompletionBody) -> list[Prompt]:
+def _prompts(tokenizer: Tokenizer, body: CompletionBody) -> list[CompletionPrompt]:
     given = body.prompt
     if isinstance(given, str):
         given = [given]
@@ -132,31 +146,31 @@ def _prompts(tokenizer: Tokenizer, body: CompletionBody) -> list[Prompt]:
     prompts = []
     for item in given:
         if isinstance(item, str):
-            prompts.append(Prompt(tokenizer.encode(item, add_special=True, parse_special=True), item))
+            prompts.append(CompletionPrompt(tokenizer.encode(item, add_special=True, parse_special=True), item))
         else:
             assert isinstance(item, list)
             size = tokenizer.vocab_size
             if item and not 0 <= min(item) <= max(item) < size:
                 wrong = next(token for token in item if not 0 <= token < size)
                 raise HttpError(400, f"prompt has token {wrong}, but the vocabulary has {size:,}", param="prompt")
-            prompts.append(Prompt(item, tokenizer.decode(item) if body.echo else ""))
+            prompts.append(CompletionPrompt(item, tokenizer.decode(item) if body.echo else ""))
     return prompts
 
 
-class _Answer:
+class CompletionAnswer:
     """One answer. Choice i belongs to prompt i // n."""
 
     def __init__(
         self,
-        state: ServerState,
+        served: ServedModel,
         body: CompletionBody,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[CompletionPrompt],
         jobs: Sequence[Job],
         num: int,
         *,
         is_generated: bool,
     ) -> None:
-        self._state = state
+        self._served = served
         self._body = body
         self._prompts = prompts
         self._num = num
@@ -164,14 +178,14 @@ class _Answer:
         self._jobs = [(job, index) for job in jobs for index in range(num)]
         self._is_generated = is_generated
         if is_generated:
-            self._id, self._choices = submit_all(state.proxy, self._jobs, "cmpl")
+            self._id, self._choices = submit_all(served.proxy, self._jobs, "cmpl")
         else:
-            self._id, self._choices = state.proxy.new_id("cmpl"), []
+            self._id, self._choices = served.proxy.new_id("cmpl"), []
         count = len(prompts) * num
         self._texts: list[list[str]] = [[] for _ in range(count)]
         self._ids: list[list[int]] = [[] for _ in range(count)]
         self._lasts: list[Output | None] = [None] * count
-        self._logprobs = [Logprobs(state.tokenizer) if body.logprobs is not None else None for _ in range(count)]
+        self._logprobs = [LogprobLists(served.tokenizer) if body.logprobs is not None else None for _ in range(count)]
 
     def close(self) -> None:
         for choice in self._choices:
@@ -195,7 +209,7 @@ class _Answer:
         finally:
             self.close()
 
-    async def _echoed(self, number: int, prompt: Prompt) -> Output:
+    async def _echoed(self, number: int, prompt: CompletionPrompt) -> Output:
         output = Output(self._id, len(prompt.ids), 0, 0, text=prompt.text, token_ids=prompt.ids)
         if self._body.logprobs is not None and len(prompt.ids) > 1:
             job = self._jobs[number * self._num][0]
@@ -207,7 +221,7 @@ class _Answer:
                 priority=job.priority,
                 score_from=1,
             )
-            scored = await self._state.proxy.submit(command).collect()
+            scored = await self._served.proxy.submit(command).collect()
             output.prompt_logprobs = scored.prompt_logprobs
         return output
 
@@ -225,13 +239,18 @@ class _Answer:
             self._ids[index] += output.token_ids
         self._lasts[index] = output
 
-    def whole(self) -> Json:
-        answer = self._head()
-        answer["choices"] = [self._choice(index, "".join(texts)) for index, texts in enumerate(self._texts)]
-        answer["usage"] = self._usage()
-        if self._body.metadata is not None:
-            answer["metadata"] = self._body.metadata
-        return answer
+    def whole(self) -> Completion:
+        """The answer in one piece."""
+        metadata = self._body.metadata
+        return Completion(
+            id=self._id,
+            object="text_completion",
+            created=self._created,
+            model=self._served.name,
+            choices=[self._whole_choice(index, "".join(texts)) for index, texts in enumerate(self._texts)],
+            usage=self._usage(),
+            metadata=UNSET if metadata is None else metadata,
+        )
 
     async def events(self, outputs: AsyncGenerator[tuple[int, Output], None]) -> AsyncGenerator[bytes, None]:
         """The answer as server-sent events."""
@@ -246,51 +265,54 @@ class _Answer:
                 num_open -= output.finish_reason is not None
                 yield data if num_open else LastEvent(data + self._usage_event())
 
-    def _chunk(self, index: int, text: str, *, is_first: bool) -> Json:
-        chunk = self._head()
-        chunk["choices"] = [self._choice(index, text, has_prompt=is_first)]
-        self._ids[index] = []
+    def _chunk(self, index: int, text: str, *, is_first: bool) -> CompletionChunk:
         options = self._body.stream_options
+        usage: TokenUsage | UnsetType | None = UNSET
         if options is not None and options.continuous_usage_stats:
-            chunk["usage"] = self._usage()
+            usage = self._usage()
         elif options is not None and options.include_usage:
-            chunk["usage"] = None
+            usage = None
+        chunk = self._event([self._choice(index, text, has_prompt=is_first)], usage)
+        self._ids[index] = []
         return chunk
 
     def _usage_event(self) -> bytes:
         options = self._body.stream_options
         if options is None or not options.include_usage:
             return b""
-        return event({**self._head(), "choices": [], "usage": self._usage()})
+        return event(self._event([], self._usage()))
 
-    def _head(self) -> Json:
-        return {
-            "id": self._id,
-            "object": "text_completion",
-            "created": self._created,
-            "model": self._state.model_name,
-        }
+    def _event(self, choices: list[CompletionChunkChoice], usage: TokenUsage | UnsetType | None) -> CompletionChunk:
+        return CompletionChunk(
+            id=self._id,
+            object="text_completion",
+            created=self._created,
+            model=self._served.name,
+            choices=choices,
+            usage=usage,
+        )
 
-    def _choice(self, index: int, text: str, *, has_prompt: bool = True) -> Json:
+    def _choice(self, index: int, text: str, *, has_prompt: bool = True) -> CompletionChunkChoice:
         last, logprobs = self._lasts[index], self._logprobs[index]
         assert last is not None
-        choice: Json = {
-            "index": index,
-            "text": text,
-            "logprobs": None if logprobs is None else logprobs.take(),
-            "finish_reason": last.finish_reason,
-        }
-        if last.finish_reason is not None:
-            choice["matched_stop"] = last.stop_match
-        if last.incomplete is not None:
-            choice["incomplete"] = last.incomplete
-        if self._body.return_token_ids:
-            choice["token_ids"] = self._ids[index]
-        if self._body.return_token_ids and has_prompt:
-            choice["prompt_token_ids"] = self._prompts[index // self._num].ids
-        return choice
+        has_ids = bool(self._body.return_token_ids)
+        return CompletionChunkChoice(
+            index=index,
+            text=text,
+            logprobs=None if logprobs is None else logprobs.take(),
+            finish_reason=cast(FinishName | None, last.finish_reason),
+            matched_stop=UNSET if last.finish_reason is None else last.stop_match,
+            incomplete=UNSET if last.incomplete is None else last.incomplete,
+            token_ids=self._ids[index] if has_ids else UNSET,
+            prompt_token_ids=self._prompts[index // self._num].ids if has_ids and has_prompt else UNSET,
+        )
 
-    def _usage(self) -> Json:
+    def _whole_choice(self, index: int, text: str) -> CompletionChoice:
+        choice = self._choice(index, text)
+        assert choice.finish_reason is not None
+        return CompletionChoice(**msgspec.structs.asdict(choice))
+
+    def _usage(self) -> TokenUsage:
         outputs = [last for last in self._lasts if last is not None]
         groups = [
             [last for last in self._lasts[start : start + self._num] if last is not None]

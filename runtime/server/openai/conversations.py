@@ -31,7 +31,7 @@ _MARK = f"RametMark{os.urandom(6).hex()}"  # stands for an answer's content; nob
 
 
 @dataclass(slots=True)
-class Path:
+class TokenPath:
     """Prompt and answer as tokens, without what closes the answer. `text`: the answer, to say how another differs."""
 
     ids: array[int]
@@ -45,7 +45,7 @@ class PathStore:
     def __init__(self, max_paths: int = MAX_PATHS, max_tokens: int = MAX_TOKENS) -> None:
         self._max_paths = max_paths
         self._max_tokens = max_tokens
-        self._paths: OrderedDict[bytes, Path] = OrderedDict()
+        self._paths: OrderedDict[bytes, TokenPath] = OrderedDict()
         self._answered: dict[bytes, bytes] = {}  # key of a prompt -> key of its last answer
         self._num_tokens = 0
         self._lock = threading.Lock()
@@ -53,19 +53,19 @@ class PathStore:
     def __len__(self) -> int:
         return len(self._paths)
 
-    def get(self, key: bytes) -> Path | None:
+    def get(self, key: bytes) -> TokenPath | None:
         with self._lock:
             path = self._paths.get(key)
             if path is not None:
                 self._paths.move_to_end(key)
             return path
 
-    def answer_to(self, opening: bytes) -> Path | None:
+    def answer_to(self, opening: bytes) -> TokenPath | None:
         """The last answer that was given to a prompt."""
         with self._lock:
             return self._paths.get(self._answered.get(opening, b""))
 
-    def put(self, key: bytes, path: Path) -> None:
+    def put(self, key: bytes, path: TokenPath) -> None:
         with self._lock:
             self._remove(key)
             self._paths[key] = path
@@ -159,7 +159,7 @@ class Conversations:
             closed = self._render(_bare(messages), prompt, is_open=False)
         except InvalidRequest:  # a template that cannot show this answer will refuse the conversation, too
             return
-        path = Path(array("i", [*prompt.ids, *generated]), prompt.opening, str(answer["content"]))
+        path = TokenPath(array("i", [*prompt.ids, *generated]), prompt.opening, str(answer["content"]))
         self._store.put(self._key("closed", closed, prompt.salt), path)
 
     def _append(self, prompt: ChatPrompt, max_prompt_tokens: int | None) -> None:

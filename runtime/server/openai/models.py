@@ -2,53 +2,83 @@
 
 from __future__ import annotations
 
-from fastapi import Request
-from fastapi.responses import Response
+from typing import Literal
 
+from starlette.requests import Request
+
+from ramet.runtime.server.errors import HttpError
+from ramet.runtime.server.openai.bodies import DetokenizeBody, TokenizeBody
 from ramet.runtime.server.openai.chat import ChatEndpoint
-from ramet.runtime.server.openai.types import DetokenizeBody, Json, TokenizeBody, check_model, parse_body
-from ramet.runtime.server.sse import json_response
-from ramet.runtime.server.state import HttpError, ServerState
+from ramet.runtime.server.responses import AnswerStruct
+from ramet.runtime.server.served_model import ServedModel
 from ramet.runtime.text.chat_encoding import encode_chat
+
+
+class ModelCard(AnswerStruct):
+    """`max_model_len`: the context in tokens."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    root: str
+    parent: None
+    max_model_len: int | None
+
+
+class ModelList(AnswerStruct):
+    object: Literal["list"]
+    data: list[ModelCard]
+
+
+class TokenIds(AnswerStruct):
+    tokens: list[int]
+    count: int
+    max_model_len: int | None
+
+
+class DecodedText(AnswerStruct):
+    text: str
 
 
 class ModelEndpoints:
     """What is known of the one model, and its tokenizer."""
 
-    def __init__(self, state: ServerState, chat: ChatEndpoint) -> None:
-        self._state = state
+    def __init__(self, served: ServedModel, chat: ChatEndpoint) -> None:
+        self._served = served
         self._chat = chat
 
-    async def models(self) -> Response:
-        """The models that can be named in requests: one."""
-        return json_response({"object": "list", "data": [self._card()]})
+    async def models(self, request: Request) -> ModelList:
+        """The served model."""
+        return ModelList(object="list", data=[self._card()])
 
-    async def model(self, model_id: str) -> Response:
-        check_model(self._state, model_id)
-        return json_response(self._card())
+    async def model(self, request: Request) -> ModelCard:
+        """The served model, by its name."""
+        self._served.check_name(request.path_params["model_id"])
+        return self._card()
 
-    async def tokenize(self, request: Request) -> Response:
-        body = await parse_body(self._state, request, TokenizeBody)
-        check_model(self._state, body.model)
+    async def tokenize(self, request: Request, body: TokenizeBody) -> TokenIds:
+        """Token ids of a text, or of a conversation as the model gets it."""
+        self._served.check_name(body.model)
         if (body.prompt is None) == (body.messages is None):
             raise HttpError(400, "give either prompt or messages", param="prompt")
-        for name in ("tools", "chat_template_kwargs"):
-            if getattr(body, name) is not None and body.messages is None:
+        for name, value in (("tools", body.tools), ("chat_template_kwargs", body.chat_template_kwargs)):
+            if value is not None and body.messages is None:
                 raise HttpError(400, f"{name} is only allowed with messages", param=name)
-        tokens = await self._state.off_loop(self._tokens, body)
-        return json_response({"tokens": tokens, "count": len(tokens), "max_model_len": self._state.context_length})
+        tokens = await self._served.off_loop(self._tokens, body)
+        return TokenIds(tokens=tokens, count=len(tokens), max_model_len=self._served.context_length)
 
-    async def detokenize(self, request: Request) -> Response:
-        body = await parse_body(self._state, request, DetokenizeBody)
-        check_model(self._state, body.model)
-        size = self._state.tokenizer.vocab_size
+    async def detokenize(self, request: Request, body: DetokenizeBody) -> DecodedText:
+        """The text of token ids."""
+        self._served.check_name(body.model)
+        size = self._served.tokenizer.vocab_size
         wrong = next((token for token in body.tokens if not 0 <= token < size), None)
         if wrong is not None:
             raise HttpError(400, f"token {wrong} is outside the vocabulary of {size:,} tokens", param="tokens")
-        return json_response({"text": await self._state.off_loop(self._state.tokenizer.decode, body.tokens)})
+        return DecodedText(text=await self._served.off_loop(self._served.tokenizer.decode, body.tokens))
 
     def _tokens(self, body: TokenizeBody) -> list[int]:
-        tokenizer = self._state.tokenizer
+        tokenizer = self._served.tokenizer
         if body.prompt is not None:
             return tokenizer.encode(body.prompt, add_special=body.add_special_tokens, parse_special=True)
         messages = [message.plain() for message in body.messages or ()]
@@ -62,13 +92,13 @@ class ModelEndpoints:
             variables=body.chat_template_kwargs,
         )
 
-    def _card(self) -> Json:
-        return {
-            "id": self._state.model_name,
-            "object": "model",
-            "created": int(self._state.started_s),
-            "owned_by": "ramet",
-            "root": self._state.model_name,
-            "parent": None,
-            "max_model_len": self._state.context_length,
-        }
+    def _card(self) -> ModelCard:
+        return ModelCard(
+            id=self._served.name,
+            object="model",
+            created=int(self._served.started_s),
+            owned_by="ramet",
+            root=self._served.name,
+            parent=None,
+            max_model_len=self._served.context_length,
+        )

@@ -24,54 +24,54 @@ def position_after(prompt: str) -> Position:
     return "behind" if end.endswith(CLOSE) else "before"
 
 
-class _State(Enum):
+class _Part(Enum):
     START = 0  # white space, or the beginning of the opening tag
     REASONING = 1
     AFTER = 2  # white space behind the closing tag
     CONTENT = 3
 
 
-_STATES = {"before": _State.START, "inside": _State.REASONING, "behind": _State.CONTENT}
+_FIRST_PARTS = {"before": _Part.START, "inside": _Part.REASONING, "behind": _Part.CONTENT}
 
 
 class ReasoningSplitter:
     """Reads one answer. `push` and `finish` return (reasoning, content) that have become certain."""
 
-    __slots__ = ("_has_reasoning", "_held", "_state")
+    __slots__ = ("_has_reasoning", "_held", "_part")
 
     def __init__(self, position: Position = "before") -> None:
-        self._state = _STATES[position]
+        self._part = _FIRST_PARTS[position]
         self._held = ""
         self._has_reasoning = False
 
     @property
     def is_reasoning(self) -> bool:
-        return self._state is _State.REASONING
+        return self._part is _Part.REASONING
 
     @property
     def is_undecided(self) -> bool:
         """Nothing but white space and the beginning of a tag has come."""
-        return self._state is _State.START
+        return self._part is _Part.START
 
     def push(self, text: str) -> tuple[str, str]:
-        if self._state is _State.CONTENT:
+        if self._part is _Part.CONTENT:
             return "", text
         reasoning = ""
         held = self._held + text
-        if self._state is _State.START:
+        if self._part is _Part.START:
             begun = held.lstrip()
             if len(begun) < len(OPEN) and OPEN.startswith(begun):
                 self._held = held
                 return "", ""
             if not begun.startswith(OPEN):
-                self._state, self._held = _State.CONTENT, ""
+                self._part, self._held = _Part.CONTENT, ""
                 return "", held
-            self._state, held = _State.REASONING, begun[len(OPEN) :]
-        if self._state is _State.REASONING:
+            self._part, held = _Part.REASONING, begun[len(OPEN) :]
+        if self._part is _Part.REASONING:
             before, tag, held = held.partition(CLOSE)
             if tag:
                 reasoning = before.rstrip()
-                self._state = _State.AFTER
+                self._part = _Part.AFTER
             else:
                 border = len(before[: len(before) - _overlap(before)].rstrip())
                 reasoning, held = before[:border], before[border:]
@@ -79,10 +79,10 @@ class ReasoningSplitter:
                 reasoning = reasoning.lstrip()
                 self._has_reasoning = bool(reasoning)
                 held = held if self._has_reasoning or tag else held.lstrip()
-        if self._state is _State.AFTER:
+        if self._part is _Part.AFTER:
             held = held.lstrip()
             if held:
-                self._state, self._held = _State.CONTENT, ""
+                self._part, self._held = _Part.CONTENT, ""
                 return reasoning, held
         self._held = held
         return reasoning, ""
@@ -90,7 +90,7 @@ class ReasoningSplitter:
     def finish(self) -> tuple[str, str]:
         """The answer has ended: what was held back."""
         held, self._held = self._held, ""
-        return (held, "") if self._state is _State.REASONING else ("", held)
+        return (held, "") if self._part is _Part.REASONING else ("", held)
 
 
 def _overlap(text: str) -> int:

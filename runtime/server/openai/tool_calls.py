@@ -11,17 +11,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
+from msgspec import UNSET
+
 from ramet.grammar.tools.events import ArgumentsDelta, CallEnd, CallStart, Event, TextDelta, ToolCallReader
+from ramet.runtime.server.openai.answers import AnsweredCall, CalledFunction
 from ramet.runtime.server.openai.reasoning import ReasoningSplitter
-from ramet.runtime.server.openai.types import Json
-from ramet.runtime.text.tool_style import ToolStyle as ToolStyle
-from ramet.runtime.text.tool_style import shown_specials as shown_specials
-from ramet.runtime.text.tool_style import tool_set as tool_set
-from ramet.runtime.text.tool_style import tool_style as tool_style
+from ramet.runtime.server.responses import Json
+from ramet.runtime.text.tool_style import ToolStyle
 
 
 @dataclass(slots=True)
-class Call:
+class WrittenCall:
     """A call of an answer. `arguments` is complete JSON where `is_complete`; else it must not be used."""
 
     id: str
@@ -29,9 +30,17 @@ class Call:
     arguments: str = ""
     is_complete: bool = False
 
+    def answered(self) -> AnsweredCall:
+        """The call as a part of an answer."""
+        function = CalledFunction(name=self.name, arguments=self.arguments)
+        return AnsweredCall(
+            id=self.id, type="function", function=function, incomplete=UNSET if self.is_complete else True
+        )
+
     def plain(self) -> Json:
-        call: Json = {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": self.arguments}}
-        return call if self.is_complete else {**call, "incomplete": True}
+        """The call as JSON, as a client sends it back in the history."""
+        call: Json = msgspec.to_builtins(self.answered())
+        return call
 
 
 @dataclass(slots=True)
@@ -45,7 +54,7 @@ class AnswerReader:
     style: ToolStyle | None  # None: no calls in this answer
     reasoning: str = ""
     content: str = ""
-    calls: list[Call] = field(default_factory=list)
+    calls: list[WrittenCall] = field(default_factory=list)
     _tools: ToolCallReader | None = None
     _held: str = ""
 
@@ -91,7 +100,7 @@ class AnswerReader:
             elif isinstance(event, CallStart):
                 self._held = ""
                 assert self.style is not None
-                call = Call(self.style.new_call_id(), event.name)
+                call = WrittenCall(self.style.new_call_id(), event.name)
                 self.calls.append(call)
                 function = {"name": call.name, "arguments": ""}
                 deltas.append(_call_delta(event.index, id=call.id, type="function", function=function))

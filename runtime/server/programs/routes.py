@@ -21,27 +21,33 @@ from contextlib import aclosing
 from typing import Any
 
 import msgspec
-from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+from starlette.requests import Request
+from starlette.responses import Response
 
 from ramet.lang.graph.ir import Graph, ToolCall
-from ramet.runtime.server.disconnect import until_disconnect
+from ramet.runtime.server.errors import HttpError
 from ramet.runtime.server.link.protocol import StartProgram
 from ramet.runtime.server.metrics import ServerMetrics
-from ramet.runtime.server.programs.store import Program, ProgramStore, digest_of, event_json, read_graph
-from ramet.runtime.server.sse import EventStream
-from ramet.runtime.server.state import HttpError, ServerState
+from ramet.runtime.server.programs.store import (
+    ProgramStatus,
+    ProgramStore,
+    StoredProgram,
+    digest_of,
+    event_json,
+    read_graph,
+)
+from ramet.runtime.server.responses import EventStream, event, json_response, until_disconnect
+from ramet.runtime.server.routing import Endpoint, Handler
+from ramet.runtime.server.sampling_fields import Strict
+from ramet.runtime.server.served_model import ServedModel, key_digest
 
 MAX_ROWS = 4096
+_TAG = "programs"
 PING_S = 15.0  # a stream without events says that it is still there this often
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class ProgramBody(_Body):
+class ProgramBody(Strict):
     """`graph`: its JSON form. `arguments` for one run, or `rows` for one run each. `stream`: events over SSE.
 
     `open`: more parts will come. `timeout_s`: deadline of each run. `token_budget`: tokens that each run may generate.
@@ -63,7 +69,7 @@ class ProgramBody(_Body):
     token_budget: int | None = Field(default=None, gt=0, le=2**62)
 
 
-class ExplainBody(_Body):
+class ExplainBody(Strict):
     """`program`: a name for it."""
 
     graph: dict[str, Any]  # Any: JSON
@@ -71,14 +77,14 @@ class ExplainBody(_Body):
     program: str = Field(default="program", max_length=200)
 
 
-class PartBody(_Body):
+class PartBody(Strict):
     """`graph`: nodes from the program's next id on; null where none are left. `open`: still more parts will come."""
 
     graph: dict[str, Any] | None = None  # Any: JSON
     open: bool = False
 
 
-class ValueBody(_Body):
+class ValueBody(Strict):
     """The `value` of tool call `node`, or the `error` that it ended with."""
 
     node: int
@@ -87,112 +93,124 @@ class ValueBody(_Body):
     error: str | None = None
 
 
-class CancelBody(_Body):
+class CancelBody(Strict):
     """What needs these nodes is stopped as well."""
 
     nodes: list[int] = Field(min_length=1)
     row: int = 0
 
 
-def make_router(state: ServerState, metrics: ServerMetrics) -> APIRouter:
-    router = APIRouter()
-    store = ProgramStore(state, metrics)
+class ProgramEndpoints:
+    """Starts programs, shows them, feeds them and stops them."""
 
-    @router.post("/v1/programs", response_model=None)
-    async def run(body: ProgramBody, request: Request) -> Response:
-        program = _start(state, store, body, request)
+    def __init__(self, served: ServedModel, metrics: ServerMetrics) -> None:
+        self._served = served
+        self._store = ProgramStore(served, metrics)
+
+    async def run(self, request: Request, body: ProgramBody) -> Response | ProgramStatus:
+        """Run a graph once, or once for each row of arguments."""
+        program = self._start(body, request)
         if body.detach:
-            return JSONResponse({"id": program.id, "object": "program", "status": program.status}, 202)
+            return json_response(program.summary(), 202)
         if body.stream:
-            return _event_stream(store, program, 0)
-        with store.attached(program):
+            return self._event_stream(program, 0)
+        with self._store.attached(program):
             await until_disconnect(request.receive, _ended(program))
-        return JSONResponse(program.to_json())
+        return program.described()
 
-    @router.post("/v1/programs/explain")
-    async def explain(body: ExplainBody) -> Response:
-        if state.explain is None:
+    async def explain(self, request: Request, body: ExplainBody) -> Response:
+        """What a program would cost; nothing runs."""
+        served = self._served
+        if served.explain is None:
             raise HttpError(501, "this server was started without the planner; explain in process", code="no_planner")
         graph = read_graph(body.graph)
         graph = msgspec.structs.replace(graph, arguments={**graph.arguments, **body.arguments})
-        hello = state.proxy.hello
+        hello = served.proxy.hello
         limits = {} if hello is None else {"context_length": hello.context_length, "page_size": hello.page_size}
-        return JSONResponse(
-            await state.off_loop(state.explain, graph, body.program, state.tokenizer, state.model_name, limits)
-        )
+        plan = await served.off_loop(served.explain, graph, body.program, served.tokenizer, served.name, limits)
+        return json_response(plan)
 
-    @router.get("/v1/programs/{program_id}")
-    async def show(program_id: str, request: Request) -> Response:
-        return JSONResponse(store.get(program_id, _owner(request)).to_json())
+    async def show(self, request: Request) -> ProgramStatus:
+        """What a program has done so far."""
+        return self._program(request).described()
 
-    @router.get("/v1/programs/{program_id}/events", response_model=None)
-    async def events(program_id: str, request: Request) -> Response:
+    async def events(self, request: Request) -> Response:
+        """A program's events, from the one after `Last-Event-ID` on."""
         after = request.headers.get("last-event-id", "0")
         if not (after.isascii() and after.isdigit()):
             raise HttpError(400, f"Last-Event-ID is {after!r}, but must be the id of an event", param="Last-Event-ID")
-        return _event_stream(store, store.get(program_id, _owner(request)), int(after))
+        return self._event_stream(self._program(request), int(after))
 
-    @router.post("/v1/programs/{program_id}/parts")
-    async def extend(program_id: str, body: PartBody, request: Request) -> Response:
-        program = store.get(program_id, _owner(request))
+    async def extend(self, request: Request, body: PartBody) -> ProgramStatus:
+        """Send the next part of a program that was left open."""
+        program = self._program(request)
         graph = None if body.graph is None else read_graph(body.graph)
         digest = "" if body.graph is None else digest_of(msgspec.json.encode(body.graph))
-        store.extend(program, graph, is_open=body.open, digest=digest)
-        return JSONResponse({"id": program.id, "status": program.status})
+        self._store.extend(program, graph, is_open=body.open, digest=digest)
+        return ProgramStatus(id=program.id, status=program.status)
 
-    @router.post("/v1/programs/{program_id}/values")
-    async def provide(program_id: str, body: ValueBody, request: Request) -> Response:
-        program = store.get(program_id, _owner(request))
-        store.provide(program, body.row, body.node, msgspec.json.encode(body.value), body.error)
-        return JSONResponse({"id": program.id, "status": program.status})
+    async def provide(self, request: Request, body: ValueBody) -> ProgramStatus:
+        """Answer a tool call of a program."""
+        program = self._program(request)
+        self._store.provide(program, body.row, body.node, msgspec.json.encode(body.value), body.error)
+        return ProgramStatus(id=program.id, status=program.status)
 
-    @router.post("/v1/programs/{program_id}/cancel")
-    async def cancel_nodes(program_id: str, body: CancelBody, request: Request) -> Response:
-        program = store.get(program_id, _owner(request))
-        store.cancel_nodes(program, body.row, body.nodes)
-        return JSONResponse({"id": program.id, "status": program.status})
+    async def cancel_nodes(self, request: Request, body: CancelBody) -> ProgramStatus:
+        """Stop some nodes of a program, and what needs them."""
+        program = self._program(request)
+        self._store.cancel_nodes(program, body.row, body.nodes)
+        return ProgramStatus(id=program.id, status=program.status)
 
-    @router.delete("/v1/programs/{program_id}")
-    async def cancel(program_id: str, request: Request) -> Response:
-        program = store.get(program_id, _owner(request))
-        store.cancel(program)
-        return JSONResponse({"id": program.id, "object": "program", "status": program.status})
+    async def cancel(self, request: Request) -> ProgramStatus:
+        """Stop all of a program; its pages are free within one step."""
+        program = self._program(request)
+        self._store.cancel(program)
+        return program.summary()
 
-    return router
+    def _program(self, request: Request) -> StoredProgram:
+        return self._store.get(request.path_params["program_id"], key_digest(request))
 
-
-def _owner(request: Request) -> str:
-    return getattr(request.state, "api_key_digest", "")
-
-
-def _start(state: ServerState, store: ProgramStore, body: ProgramBody, request: Request) -> Program:
-    """The program that this request starts, or has started before. Raises HttpError."""
-    key, owner = request.headers.get("idempotency-key"), _owner(request)
-    digest = digest_of(body.model_dump_json().encode())
-    known = None if key is None else store.with_key(key, owner, digest)
-    if known is not None:
-        return known
-    rows = body.rows if body.rows is not None else [body.arguments]
-    if not rows:
-        raise HttpError(400, "rows is empty: give arguments for at least one run", param="rows")
-    if body.open and body.rows is not None:
-        raise HttpError(
-            400, "a program with rows can't be left open: send it whole, or one program a row", param="open"
+    def _start(self, body: ProgramBody, request: Request) -> StoredProgram:
+        """The program that this request starts, or has started before. Raises HttpError."""
+        key, owner = request.headers.get("idempotency-key"), key_digest(request)
+        digest = digest_of(body.model_dump_json().encode())
+        known = None if key is None else self._store.with_key(key, owner, digest)
+        if known is not None:
+            return known
+        rows = body.rows if body.rows is not None else [body.arguments]
+        if not rows:
+            raise HttpError(400, "rows is empty: give arguments for at least one run", param="rows")
+        if body.open and body.rows is not None:
+            raise HttpError(
+                400, "a program with rows can't be left open: send it whole, or one program a row", param="open"
+            )
+        graph = read_graph(body.graph)
+        _check_reachable(body, graph)
+        command = StartProgram(
+            id="",
+            graph=b"",
+            cache_salt=self._served.cache_salt(request, body.cache_salt),
+            priority=body.priority,
+            deadline_s=body.timeout_s,
+            token_budget=body.token_budget,
+            is_open=body.open,
+            text_events=body.text_events,
         )
-    graph = read_graph(body.graph)
-    _check_reachable(body, graph)
-    command = StartProgram(
-        id="",
-        graph=b"",
-        cache_salt=state.cache_salt(request, body.cache_salt),
-        priority=body.priority,
-        deadline_s=body.timeout_s,
-        token_budget=body.token_budget,
-        is_open=body.open,
-        text_events=body.text_events,
-    )
-    grace_s = None if body.detach else body.grace_s
-    return store.start(graph, rows, command, owner=owner, digest=digest, key=key, grace_s=grace_s)
+        grace_s = None if body.detach else body.grace_s
+        return self._store.start(graph, rows, command, owner=owner, digest=digest, key=key, grace_s=grace_s)
+
+    def _event_stream(self, program: StoredProgram, after: int) -> EventStream:
+        attachment = self._store.attached(program)
+        attachment.__enter__()
+        is_closed = False
+
+        def close() -> None:
+            nonlocal is_closed
+            if not is_closed:
+                is_closed = True
+                attachment.__exit__(None, None, None)
+
+        return EventStream(_events(self._store, program, after, close), close)
 
 
 def _check_reachable(body: ProgramBody, graph: Graph) -> None:
@@ -206,47 +224,69 @@ def _check_reachable(body: ProgramBody, graph: Graph) -> None:
         raise HttpError(400, f"the program calls tools and waits for their values: {way}", param="stream")
 
 
-async def _ended(program: Program) -> None:
+async def _ended(program: StoredProgram) -> None:
     await asyncio.gather(*program.tasks)
 
 
-def _event_stream(store: ProgramStore, program: Program, after: int) -> EventStream:
-    attachment = store.attached(program)
-    attachment.__enter__()
-    is_closed = False
-
-    def close() -> None:
-        nonlocal is_closed
-        if not is_closed:
-            is_closed = True
-            attachment.__exit__(None, None, None)
-
-    return EventStream(_events(store, program, after, close), close)
-
-
 async def _events(
-    store: ProgramStore, program: Program, after: int, close: Callable[[], None]
+    store: ProgramStore, program: StoredProgram, after: int, close: Callable[[], None]
 ) -> AsyncGenerator[bytes, None]:
     """What has happened, then what happens."""
     try:
-        yield _sse("program", {"id": program.id, "rows": len(program.rows)})
+        yield event({"id": program.id, "rows": len(program.rows)}, "program")
         async with aclosing(store.follow(program, after, PING_S)) as events:
             async for found in events:
                 if found is None:
                     yield b": still here\n\n"
                     continue
-                place, row, event, begun = found
-                data = {"row": row, **event_json(event)}
-                if event.kind == "text":
-                    yield _sse("node", {**data, "offset": begun})
+                place, row, happened, begun = found
+                data = {"row": row, **event_json(happened)}
+                if happened.kind == "text":
+                    yield event({**data, "offset": begun}, "node")
                 else:
-                    yield _sse("node", data, place)
+                    yield event(data, "node", place)
         rows = [row.outcome() for row in program.rows]
-        yield _sse("end", {"id": program.id, "status": program.status, "rows": rows})
+        yield event({"id": program.id, "status": program.status, "rows": rows}, "end")
     finally:
         close()
 
 
-def _sse(kind: str, data: object, place: int | None = None) -> bytes:
-    name = b"" if place is None else b"id: %d\n" % place
-    return name + b"event: " + kind.encode() + b"\ndata: " + msgspec.json.encode(data) + b"\n\n"
+def program_endpoints(served: ServedModel, metrics: ServerMetrics) -> list[Endpoint]:
+    """The rows of all endpoints under /v1/programs."""
+    programs = ProgramEndpoints(served, metrics)
+    path = "/v1/programs/{program_id}"
+    return [
+        Endpoint(
+            "POST",
+            "/v1/programs",
+            programs.run,
+            body=ProgramBody,
+            answer=ProgramStatus,
+            others={202: ProgramStatus},
+            errors=(422, 429, 503),
+            has_stream=True,
+            tag=_TAG,
+        ),
+        Endpoint(
+            "POST",
+            "/v1/programs/explain",
+            programs.explain,
+            body=ExplainBody,
+            answer=dict[str, Any],  # Any: JSON, as `ramet explain --json` prints it
+            errors=(501,),
+            tag=_TAG,
+        ),
+        Endpoint("GET", path, programs.show, answer=ProgramStatus, errors=(404,), tag=_TAG),
+        Endpoint("DELETE", path, programs.cancel, answer=ProgramStatus, errors=(404,), tag=_TAG),
+        Endpoint("GET", f"{path}/events", programs.events, has_stream=True, errors=(400, 404), tag=_TAG),
+        _feeding(f"{path}/parts", programs.extend, PartBody, 422),
+        _feeding(f"{path}/values", programs.provide, ValueBody),
+        _feeding(f"{path}/cancel", programs.cancel_nodes, CancelBody),
+    ]
+
+
+def _feeding(path: str, handler: Handler, body: type[Strict], *errors: int) -> Endpoint:
+    """The row of an endpoint that sends something to a running program."""
+    return Endpoint(
+        "POST", path, handler, body=body, answer=ProgramStatus, errors=(404, 409, 429, 503, *errors), tag=_TAG
+    )

@@ -12,17 +12,39 @@ from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 from ramet.errors import InvalidProgram, RametError
 from ramet.lang.graph.ir import Argument, Graph, GraphIndex, NodeEvent, ToolCall
+from ramet.runtime.server.errors import HttpError
 from ramet.runtime.server.link.protocol import CancelNodes, ExtendProgram, ProvideTool, StartProgram
 from ramet.runtime.server.metrics import ServerMetrics
-from ramet.runtime.server.state import HttpError, ServerState
+from ramet.runtime.server.responses import AnswerStruct
+from ramet.runtime.server.served_model import ServedModel
 
 MAX_KEPT = 256  # finished programs that are kept
+
+
+class RowStatus(AnswerStruct):
+    """What one run has done so far: generated values by name, and every finished node's event."""
+
+    status: str
+    error: str | None
+    error_type: str | None
+    values: dict[str, Any]  # Any: JSON
+    nodes: list[dict[str, Any]]  # Any: JSON
+
+
+class ProgramStatus(AnswerStruct, kw_only=True):
+    """`rows`: where they are asked for, what each run has done so far."""
+
+    id: str
+    object: Literal["program"] | UnsetType = UNSET
+    status: str
+    rows: list[RowStatus] | UnsetType = UNSET
 
 
 @dataclass(slots=True)
@@ -43,13 +65,16 @@ class Row:
     def outcome(self) -> dict[str, Any]:  # Any: JSON
         return {"status": self.status, "error": self.error, "error_type": self.error_type}
 
-    def to_json(self) -> dict[str, Any]:  # Any: JSON
-        values = {e.name: e.value for e in self.done if e.name is not None and e.kind == "done"}
-        return {**self.outcome(), "values": values, "nodes": [event_json(event) for event in self.done]}
+    def described(self) -> RowStatus:
+        return RowStatus(
+            **self.outcome(),
+            values={e.name: e.value for e in self.done if e.name is not None and e.kind == "done"},
+            nodes=[event_json(event) for event in self.done],
+        )
 
 
 @dataclass(slots=True, eq=False)
-class Program:
+class StoredProgram:
     """A program and all its rows. Owner: the store.
 
     `parts`: digest of each part by its first node. `texts`: of unfinished nodes, by (row, node). `grace_s`: how long it
@@ -81,8 +106,14 @@ class Program:
         found = {row.status for row in self.rows}
         return next(s for s in ("running", "failed", "cancelled", "done") if s in found)
 
-    def to_json(self) -> dict[str, Any]:  # Any: JSON
-        return {"id": self.id, "object": "program", "status": self.status, "rows": [row.to_json() for row in self.rows]}
+    def summary(self) -> ProgramStatus:
+        return ProgramStatus(id=self.id, object="program", status=self.status)
+
+    def described(self) -> ProgramStatus:
+        """All that the program has done so far."""
+        return ProgramStatus(
+            id=self.id, object="program", status=self.status, rows=[row.described() for row in self.rows]
+        )
 
     def note(self, row: int, event: NodeEvent) -> None:
         """Take in an event."""
@@ -112,13 +143,13 @@ def event_json(event: NodeEvent) -> dict[str, Any]:  # Any: JSON
 class ProgramStore:
     """One event loop owns it."""
 
-    def __init__(self, state: ServerState, metrics: ServerMetrics) -> None:
-        self._state = state
+    def __init__(self, served: ServedModel, metrics: ServerMetrics) -> None:
+        self._served = served
         self._metrics = metrics
-        self._programs: OrderedDict[str, Program] = OrderedDict()
+        self._programs: OrderedDict[str, StoredProgram] = OrderedDict()
         self._by_key: dict[tuple[str, str], str] = {}
 
-    def get(self, program_id: str, owner: str) -> Program:
+    def get(self, program_id: str, owner: str) -> StoredProgram:
         """Raises HttpError where there is none of this owner's."""
         program = self._programs.get(program_id)
         if program is None or program.owner != owner:
@@ -127,7 +158,7 @@ class ProgramStore:
             )
         return program
 
-    def with_key(self, key: str, owner: str, digest: str) -> Program | None:
+    def with_key(self, key: str, owner: str, digest: str) -> StoredProgram | None:
         """The program that a request with this key started. Raises HttpError where that was another request."""
         program = self._programs.get(self._by_key.get((owner, key), ""))
         if program is not None and program.digest != digest:
@@ -148,7 +179,7 @@ class ProgramStore:
         digest: str,
         key: str | None,
         grace_s: float | None,
-    ) -> Program:
+    ) -> StoredProgram:
         """Send every row to the engine; `command` has all but ids and graphs.
 
         Raises HttpError and InvalidProgram before anything has started; Overloaded and EngineStopped.
@@ -156,15 +187,15 @@ class ProgramStore:
         bound = [_bind(graph, arguments) for arguments in rows]
         index = GraphIndex()
         index.add(msgspec.structs.replace(graph, arguments={}))
-        program_id = self._state.proxy.new_id("program")
-        program = Program(program_id, owner, digest, grace_s, command.text_events, index, command.is_open)
+        program_id = self._served.proxy.new_id("program")
+        program = StoredProgram(program_id, owner, digest, grace_s, command.text_events, index, command.is_open)
         for number, data in enumerate(bound):
             row = Row(f"{program.id}/{number}")
             try:
-                stream = self._state.proxy.start_program(msgspec.structs.replace(command, id=row.id, graph=data))
+                stream = self._served.proxy.start_program(msgspec.structs.replace(command, id=row.id, graph=data))
             except RametError:
                 for earlier in program.rows:
-                    self._state.proxy.abort(earlier.id)
+                    self._served.proxy.abort(earlier.id)
                 raise
             program.rows.append(row)
             program.tasks.append(asyncio.create_task(self._follow(program, number, stream.__aiter__())))
@@ -174,7 +205,7 @@ class ProgramStore:
         self._forget_old()
         return program
 
-    def extend(self, program: Program, graph: Graph | None, *, is_open: bool, digest: str) -> None:
+    def extend(self, program: StoredProgram, graph: Graph | None, *, is_open: bool, digest: str) -> None:
         """Send the next part of an open program; one that was sent before is taken as the same. Raises HttpError."""
         if graph is not None and program.parts.get(graph.first) == digest:
             return
@@ -186,24 +217,24 @@ class ProgramStore:
             data = _bind(graph, {})
             program.index.add(graph)
             program.parts[graph.first] = digest
-            self._state.proxy.send_to_program(ExtendProgram(program.rows[0].id, data, is_last=not is_open))
+            self._served.proxy.send_to_program(ExtendProgram(program.rows[0].id, data, is_last=not is_open))
         elif not is_open:
-            self._state.proxy.send_to_program(ExtendProgram(program.rows[0].id, is_last=True))
+            self._served.proxy.send_to_program(ExtendProgram(program.rows[0].id, is_last=True))
         program.is_open = is_open
 
-    def provide(self, program: Program, row: int, node: int, value: bytes, error: str | None) -> None:
+    def provide(self, program: StoredProgram, row: int, node: int, value: bytes, error: str | None) -> None:
         """Answer a tool call; a second answer changes nothing. Raises HttpError."""
         self._check_nodes(program, row, [node])
         if not isinstance(program.index.nodes[node], ToolCall):
             raise HttpError(400, f"node {node} is no tool call", param="node")
-        self._state.proxy.send_to_program(ProvideTool(program.rows[row].id, node, value, error))
+        self._served.proxy.send_to_program(ProvideTool(program.rows[row].id, node, value, error))
 
-    def cancel_nodes(self, program: Program, row: int, nodes: Sequence[int]) -> None:
+    def cancel_nodes(self, program: StoredProgram, row: int, nodes: Sequence[int]) -> None:
         """Stop a part of a program. Raises HttpError."""
         self._check_nodes(program, row, nodes)
-        self._state.proxy.send_to_program(CancelNodes(program.rows[row].id, list(nodes)))
+        self._served.proxy.send_to_program(CancelNodes(program.rows[row].id, list(nodes)))
 
-    def _check_nodes(self, program: Program, row: int, nodes: Sequence[int]) -> None:
+    def _check_nodes(self, program: StoredProgram, row: int, nodes: Sequence[int]) -> None:
         if not 0 <= row < len(program.rows):
             raise HttpError(400, f"row is {row}, but the program has {len(program.rows)} rows", param="row")
         total = len(program.index.nodes)
@@ -211,18 +242,18 @@ class ProgramStore:
         if wrong is not None:
             raise HttpError(400, f"there is no node {wrong}; the program has {total} nodes", param="node")
 
-    def cancel(self, program: Program) -> None:
+    def cancel(self, program: StoredProgram) -> None:
         """Stop all of it."""
         program.is_open = False
         for row in program.rows:
             if row.status == "running":
                 row.status, row.error_type, row.error = "cancelled", "ProgramCancelled", "the program was cancelled"
-                self._state.proxy.abort(row.id)
+                self._served.proxy.abort(row.id)
 
     # -- followers -----------------------------------------------------------------------------------------------
 
     @contextmanager
-    def attached(self, program: Program) -> Iterator[None]:
+    def attached(self, program: StoredProgram) -> Iterator[None]:
         """Somebody waits for this program. When the last one has left, it is given up after its grace."""
         program.num_attached += 1
         if program.giving_up is not None:
@@ -240,7 +271,7 @@ class ProgramStore:
                     program.giving_up = loop.call_later(program.grace_s, self.cancel, program)
 
     async def follow(
-        self, program: Program, after: int, patience_s: float
+        self, program: StoredProgram, after: int, patience_s: float
     ) -> AsyncGenerator[tuple[int, int, NodeEvent, int] | None, None]:
         """(place in the log, row, event, where its text begins in the node's text) from the log's entry `after` on.
 
@@ -277,7 +308,7 @@ class ProgramStore:
         finally:
             program.followers.remove(changed)
 
-    async def _follow(self, program: Program, number: int, events: AsyncIterator[NodeEvent]) -> None:
+    async def _follow(self, program: StoredProgram, number: int, events: AsyncIterator[NodeEvent]) -> None:
         """Read what one row's engine says."""
         row = program.rows[number]
         try:

@@ -23,7 +23,7 @@ import uvicorn
 from ramet.runtime.models.catalog import TINY_MODEL
 from ramet.runtime.server.app import make_server
 from ramet.runtime.server.config import ServerConfig
-from ramet.runtime.server.state import ServerState
+from ramet.runtime.server.served_model import ServedModel
 
 ENGINE = {"num_kv_tokens": 4096, "max_running_requests": 8, "device": "cpu"}
 
@@ -31,7 +31,7 @@ ENGINE = {"num_kv_tokens": 4096, "max_running_requests": 8, "device": "cpu"}
 @dataclass
 class RunningServer:
     url: str
-    state: ServerState
+    served: ServedModel
     client: httpx.Client
 
 
@@ -41,7 +41,7 @@ def run_server(model: str = TINY_MODEL, engine: dict[str, Any] | None = None, **
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     settings = ServerConfig(port=port, drain_s=config.pop("drain_s", 0.0), **config)
-    app, state = make_server(model, {**ENGINE, **(engine or {})}, settings)
+    app, served = make_server(model, {**ENGINE, **(engine or {})}, settings)
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="warning"))
     server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
 
@@ -62,7 +62,7 @@ def run_server(model: str = TINY_MODEL, engine: dict[str, Any] | None = None, **
                 thread.join(0.1)
             else:
                 raise AssertionError("the server does not become ready")
-            yield RunningServer(url, state, client)
+            yield RunningServer(url, served, client)
     finally:
         server.should_exit = True
         thread.join(30)

@@ -21,7 +21,6 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from ramet.lang.explain.graph import explain_on_server
-from ramet.runtime.server.openapi import ROUTES
 
 Server = Any  # RunningServer of conftest.py
 CHECKS = (
@@ -34,6 +33,33 @@ CHECKS = (
 )
 
 
+ROUTES = (
+    "post /v1/chat/completions",
+    "post /v1/completions",
+    "post /v1/tokenize",
+    "post /v1/detokenize",
+    "get /v1/models",
+    "get /v1/models/{model_id}",
+    "post /generate",
+    "get /health",
+    "get /ready",
+    "get /health_generate",
+    "get /get_model_info",
+    "get /get_server_info",
+    "post /flush_cache",
+    "post /abort_request",
+    "get /metrics",
+    "post /v1/programs",
+    "post /v1/programs/explain",
+    "get /v1/programs/{program_id}",
+    "delete /v1/programs/{program_id}",
+    "get /v1/programs/{program_id}/events",
+    "post /v1/programs/{program_id}/parts",
+    "post /v1/programs/{program_id}/values",
+    "post /v1/programs/{program_id}/cancel",
+)
+
+
 @pytest.fixture(scope="module")
 def document(server: Server) -> Any:
     return server.client.get("/openapi.json").json()
@@ -41,7 +67,7 @@ def document(server: Server) -> Any:
 
 @pytest.fixture(scope="module")
 def api(server: Server) -> Any:
-    server.state.explain = explain_on_server  # as `ramet serve` does
+    server.served.explain = explain_on_server  # as `ramet serve` does
     return schemathesis.openapi.from_url(f"{server.url}/openapi.json")
 
 

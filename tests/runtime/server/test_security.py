@@ -44,13 +44,13 @@ def test_keys_are_hashed_and_every_one_is_compared_in_constant_time(monkeypatch:
 
     monkeypatch.setattr("ramet.runtime.server.limits.hmac.compare_digest", compare)
     config = ServerConfig(api_key=("first", "second", "third"), admin_api_key="admin")
-    limits = http_limits.Limits(None, config, None)  # type: ignore[arg-type]  # only its judgement is asked for
+    limits = http_limits.HttpLimits(None, config, None)  # type: ignore[arg-type]  # only its judgement is asked for
     kept = repr(vars(limits)).replace(repr(config), "")
     assert not [key for key in ("first", "second", "third") if repr(key) in kept], "a key is kept as it is"
     for key, is_let_in in (("first", True), ("third", True), ("fourth", False), ("", False), ("admin", False)):
         compared.clear()
         headers = [(b"authorization", f"Bearer {key}".encode())]
-        refusal = limits._refusal({"path": "/generate", "headers": headers})
+        refusal = limits.refusal({"path": "/generate", "headers": headers})
         assert (refusal is None) == is_let_in
         assert len(compared) == 3, "how many keys were compared says which one it was"
         assert all(len(a) == len(b) == 64 for a, b in compared)

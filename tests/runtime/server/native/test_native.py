@@ -194,7 +194,7 @@ def test_unknown_paths_and_methods_have_the_same_error_shape(server: Server) -> 
 
 
 def test_a_client_that_leaves_in_the_middle_frees_its_pages(server: Server) -> None:
-    before = server.state.proxy.counters.num_aborts
+    before = server.served.proxy.counters.num_aborts
     with server.client.stream(
         "POST",
         "/generate",
@@ -203,11 +203,11 @@ def test_a_client_that_leaves_in_the_middle_frees_its_pages(server: Server) -> N
         next(response.iter_bytes())
     stats = settled(server)
     assert stats["num_free_pages"] + stats["num_evictable_pages"] == stats["num_pages"]
-    assert server.state.proxy.counters.num_aborts == before + 1
+    assert server.served.proxy.counters.num_aborts == before + 1
 
 
 def test_a_client_that_leaves_before_a_whole_answer_frees_its_pages(server: Server) -> None:
-    before = server.state.proxy.counters.num_aborts
+    before = server.served.proxy.counters.num_aborts
     body = json.dumps({"text": "leaving", "sampling_params": {**GREEDY, "max_new_tokens": 480}}).encode()
     host, port = server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as raw:
@@ -216,7 +216,7 @@ def test_a_client_that_leaves_before_a_whole_answer_frees_its_pages(server: Serv
         raw.sendall(head.encode() + body)
         time.sleep(0.02)
     settled(server)
-    assert server.state.proxy.counters.num_aborts == before + 1
+    assert server.served.proxy.counters.num_aborts == before + 1
 
 
 def test_abort_takes_exact_ids_only(server: Server) -> None:

@@ -13,15 +13,13 @@ from typing import Any, cast
 
 import httpx
 import pytest
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse
 
-from ramet.errors import RametError
 from ramet.runtime.server.config import ServerConfig
 from ramet.runtime.server.link.protocol import Output, Submit
 from ramet.runtime.server.link.proxy import EngineProxy
-from ramet.runtime.server.openai.routes import make_router
-from ramet.runtime.server.state import HttpError, ServerState
+from ramet.runtime.server.openai.routes import openai_endpoints
+from ramet.runtime.server.routing import make_app
+from ramet.runtime.server.served_model import ServedModel
 from ramet.runtime.testing.byte_tokenizer import ByteTokenizer
 from ramet.runtime.text.chat_template import ChatTemplate
 from ramet.runtime.text.tokenizer import Tokenizer
@@ -120,15 +118,8 @@ class Client:
         if template is not None:
             self.tokenizer.chat_template = ChatTemplate(template)
         proxy = cast(EngineProxy, self.engine)
-        self.state = ServerState(ServerConfig(**config), proxy, self.tokenizer, "fake", time.time())
-        self.app = FastAPI()
-        self.app.include_router(make_router(self.state))
-
-        async def failed(request: Request, error: Exception) -> JSONResponse:
-            return HttpError.of(error).response()
-
-        self.app.add_exception_handler(HttpError, failed)
-        self.app.add_exception_handler(RametError, failed)
+        self.served = ServedModel(ServerConfig(**config), proxy, self.tokenizer, "fake", time.time())
+        self.app = make_app(openai_endpoints(self.served), self.served)
 
     def request(self, path: str, body: Any, method: str = "POST") -> httpx.Response:
         async def send() -> httpx.Response:

@@ -134,5 +134,5 @@ def test_a_stream_says_a_prompt_s_ids_once_a_choice(client: Client, read_events:
 
 def test_a_long_prompt_of_ids_waits_for_no_thread(client: Client) -> None:
     client.engine.says("ok")
-    client.state.pool.shutdown()
+    client.served.pool.shutdown()
     assert client.request(PATH, {"prompt": [97] * 2000}).status_code == 200

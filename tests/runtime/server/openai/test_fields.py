@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from ramet.runtime.server.native.types import GenerateBody, NativeSampling
-from ramet.runtime.server.openai.types import REFUSED, ChatBody, CompletionBody
+from ramet.runtime.server.native.bodies import GenerateBody, NativeSampling
+from ramet.runtime.server.openai.bodies import ChatBody, CompletionBody
 from ramet.runtime.server.sampling_fields import Strict
+from ramet.runtime.server.validation import REFUSED
 
 Client = Any  # of conftest.py
 Json = dict[str, Any]

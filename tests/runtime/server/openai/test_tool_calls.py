@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from ramet.grammar.tools.events import ToolCallReader
 from ramet.grammar.tools.formats import FORMATS
 from ramet.runtime.server.openai.reasoning import ReasoningSplitter
-from ramet.runtime.server.openai.tool_calls import AnswerReader, tool_style
+from ramet.runtime.server.openai.tool_calls import AnswerReader
 from ramet.runtime.text.chat_template import ChatTemplate
+from ramet.runtime.text.tool_style import tool_style
 
 Client = Any  # of conftest.py
 TOOLS = [

@@ -1,6 +1,6 @@
 """Bodies of the native endpoints. Names are SGLang's where they mean the same; what has no effect here is refused.
 
-Not here: what all bodies share, and how one that is wrong becomes an error (`openai.types`).
+Not here: what all bodies share, and how one that is wrong becomes an error (`validation`).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from pydantic import Field
 
 from ramet.errors import InvalidSampling
 from ramet.lang.graph.ir import Constraint
+from ramet.runtime.server.errors import HttpError
 from ramet.runtime.server.sampling_fields import (
     MAX_CHOICES,
     MAX_STOPS,
@@ -20,7 +21,6 @@ from ramet.runtime.server.sampling_fields import (
     logit_bias,
     one_constraint,
 )
-from ramet.runtime.server.state import HttpError
 from ramet.runtime.types import MAX_INT32, SamplingParams
 
 MAX_PROMPTS = 1024

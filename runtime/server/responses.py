@@ -1,25 +1,44 @@
-"""Server-sent events, and the rule that nobody generates for a client that has left."""
+"""How answers leave: JSON, or server-sent events, and no longer than somebody waits for them."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any, TypeVar
 
 import msgspec
-from fastapi import Request
-from fastapi.responses import Response
+from starlette.requests import Request
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from ramet.errors import RequestCancelled
-from ramet.runtime.server.direct import error_response
-from ramet.runtime.server.disconnect import until_disconnect
-from ramet.runtime.server.state import HttpError
+from ramet.runtime.server.errors import HttpError, error_response
 
 T = TypeVar("T")
+Json = dict[str, Any]  # Any: JSON
 _encoder = msgspec.json.Encoder()
 
-DONE = b"data: [DONE]\n\n"
+DONE = b"data: [DONE]\n\n"  # the last event of OpenAI's and SGLang's streams
+
+
+class AnswerStruct(msgspec.Struct, forbid_unknown_fields=True):
+    """Base of every answer's struct. It is what is encoded, and what the OpenAPI document is made of.
+
+    A field that may be absent from an answer has the default UNSET. Every other field is always there.
+    """
+
+
+def json_response(answer: Any, status: int = 200) -> Response:  # Any: a struct, or JSON
+    return Response(_encoder.encode(answer), status, media_type="application/json")
+
+
+def event(data: Any, name: str | None = None, event_id: int | None = None) -> bytes:  # Any: a struct, or JSON
+    """One server-sent event."""
+    head = b"" if event_id is None else b"id: %d\n" % event_id
+    if name is not None:
+        head += b"event: " + name.encode() + b"\n"
+    return head + b"data: " + _encoder.encode(data) + b"\n\n"
 
 
 class LastEvent(bytes):
@@ -28,19 +47,10 @@ class LastEvent(bytes):
     __slots__ = ()
 
 
-def event(value: Any) -> bytes:  # Any: JSON
-    return b"data: " + _encoder.encode(value) + b"\n\n"
-
-
-def json_response(value: Any, status: int = 200) -> Response:  # Any: JSON
-    return Response(_encoder.encode(value), status, media_type="application/json")
-
-
 class EventStream(Response):
     """Sends the events of a generator, which is closed at once when the client leaves.
 
-    The head leaves with the first event, so that what is wrong with a request is an HTTP error. From there on an error
-    is one more event.
+    The head leaves with the first event, so that an error before it is an HTTP error. A later error is one more event.
     """
 
     media_type = "text/event-stream"
@@ -95,3 +105,35 @@ async def collected(request: Request, items: AsyncGenerator[T, None]) -> list[T]
             return [item async for item in items]
 
     return await until_disconnect(request.receive, collect())
+
+
+async def until_disconnect(receive: Receive, answer: Coroutine[Any, Any, T]) -> T:
+    """Wait for `answer`; when the client leaves first, it is cancelled and RequestCancelled raised.
+
+    The answer runs in the caller's own task, and one more waits for the client's end: tasks are what a request costs.
+    """
+    me, is_left, is_over = asyncio.current_task(), False, False
+    assert me is not None
+
+    def leave(gone: asyncio.Future[None]) -> None:
+        nonlocal is_left
+        if not is_over and not gone.cancelled():
+            is_left = True
+            me.cancel()
+
+    gone = asyncio.ensure_future(_gone(receive))
+    gone.add_done_callback(leave)
+    try:
+        return await answer
+    except asyncio.CancelledError:
+        if not is_left or me.uncancel() > 0:  # somebody else ends this task
+            raise
+        raise RequestCancelled("the client closed the connection") from None
+    finally:
+        is_over = True
+        gone.cancel()
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,25 @@
+"""Log-probabilities and tokens as answers show them."""
+
+from __future__ import annotations
+
+from ramet.runtime.text.tokenizer import Tokenizer
+
+_LOWEST = -9999.0  # what OpenAI gives for a probability of zero; JSON has no infinity
+
+
+def finite(logprob: float) -> float:
+    return max(logprob, _LOWEST)
+
+
+def token_bytes(tokenizer: Tokenizer, token: int) -> bytes:
+    """A token's bytes; a special token's spelling."""
+    return tokenizer.token_bytes[token] or tokenizer.decode([token]).encode()
+
+
+def token_text(tokenizer: Tokenizer, token: int) -> str:
+    r"""A token as text; bytes that are no text as OpenAI writes them: `bytes:\xe2\x82`."""
+    data = token_bytes(tokenizer, token)
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)

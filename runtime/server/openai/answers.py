@@ -1,0 +1,192 @@
+"""The answers of OpenAI's API as structs: whole answers, and the parts that they share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Annotated, Literal
+
+from msgspec import UNSET, Meta, UnsetType
+
+from ramet.runtime.server.link.protocol import Output
+from ramet.runtime.server.logprobs import finite, token_bytes, token_text
+from ramet.runtime.server.responses import AnswerStruct
+from ramet.runtime.text.tokenizer import Tokenizer
+
+Count = Annotated[int, Meta(ge=0)]
+FinishName = Literal["stop", "length", "tool_calls", "abort", "error"]
+
+
+class PromptTokensDetails(AnswerStruct):
+    cached_tokens: Annotated[
+        int, Meta(ge=0, description="tokens of the prompt that were not computed again; 0 means none")
+    ]
+
+
+class CompletionTokensDetails(AnswerStruct):
+    reasoning_tokens: Count
+
+
+class HistoryUsage(AnswerStruct):
+    """How much of a conversation went on from the tokens that were generated; `reason`: why not more."""
+
+    reused_tokens: Count
+    reason: str | None
+
+
+class TokenUsage(AnswerStruct):
+    """`history` is there where the conversation holds earlier answers."""
+
+    prompt_tokens: Count
+    completion_tokens: Count
+    total_tokens: Count
+    prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails
+    history: HistoryUsage | UnsetType = UNSET
+
+
+class TokenLogprob(AnswerStruct):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatLogprob(TokenLogprob):
+    top_logprobs: list[TokenLogprob]
+
+
+class ChatLogprobs(AnswerStruct):
+    content: list[ChatLogprob]
+    refusal: None
+
+
+class CalledFunction(AnswerStruct):
+    name: str
+    arguments: Annotated[str, Meta(description="JSON text; not to be used where the call is incomplete")]
+
+
+class AnsweredCall(AnswerStruct):
+    """`incomplete`: the answer was cut inside this call, so that it must not be run."""
+
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+    incomplete: Literal[True] | UnsetType = UNSET
+
+
+class AnswerMessage(AnswerStruct):
+    role: Literal["assistant"]
+    content: str | None
+    refusal: None
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[AnsweredCall] | UnsetType = UNSET
+
+
+class ChatChoice(AnswerStruct):
+    """`matched_stop`: the stop string or stop token that ended the answer. `incomplete`: what a constrained answer that
+    `max_tokens` cut would have needed.
+    """
+
+    index: int
+    message: AnswerMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishName
+    matched_stop: str | int | None
+    incomplete: str | UnsetType = UNSET
+    token_ids: list[int] | UnsetType = UNSET
+
+
+class ChatCompletion(AnswerStruct):
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: TokenUsage
+    prompt_token_ids: list[int] | UnsetType = UNSET
+    metadata: dict[str, str] | UnsetType = UNSET
+
+
+class CompletionLogprobs(AnswerStruct):
+    """One entry a token in each list. `text_offset`: where the token begins in the text."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class CompletionChunkChoice(AnswerStruct, kw_only=True):
+    """What a chunk of a stream adds to one choice; `finish_reason` and `matched_stop` are in the last chunk."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: FinishName | None
+    matched_stop: str | int | UnsetType | None = UNSET
+    incomplete: str | UnsetType = UNSET
+    token_ids: list[int] | UnsetType = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET
+
+
+class CompletionChoice(CompletionChunkChoice, kw_only=True):
+    """One choice of a whole answer."""
+
+    finish_reason: FinishName
+
+
+class CompletionChunk(AnswerStruct):
+    """One event of a stream. `usage` is null where only the last chunk has it."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionChunkChoice]
+    usage: TokenUsage | UnsetType | None = UNSET
+
+
+class Completion(AnswerStruct):
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: TokenUsage
+    metadata: dict[str, str] | UnsetType = UNSET
+
+
+def usage_of(outputs: Iterable[Output], prompts: Iterable[Output], reasoning_tokens: int = 0) -> TokenUsage:
+    """Token counts. `outputs`: the last increment of every choice; `prompts`: of one choice of each prompt.
+
+    Choices of one prompt share it, so it counts once.
+    """
+    firsts = list(prompts)
+    num_prompt = sum(output.prompt_tokens for output in firsts)
+    num_completion = sum(output.completion_tokens for output in outputs)
+    return TokenUsage(
+        prompt_tokens=num_prompt,
+        completion_tokens=num_completion,
+        total_tokens=num_prompt + num_completion,
+        prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(output.cached_tokens for output in firsts)),
+        completion_tokens_details=CompletionTokensDetails(reasoning_tokens=reasoning_tokens),
+    )
+
+
+def chat_logprobs(tokenizer: Tokenizer, output: Output) -> list[ChatLogprob]:
+    """An increment's entries of `logprobs.content`: one for each token that has a log-probability."""
+    tops = output.top_logprobs or [[]] * len(output.token_ids)
+    return [
+        ChatLogprob(
+            token=token_text(tokenizer, token),
+            logprob=finite(value),
+            bytes=list(token_bytes(tokenizer, token)),
+            top_logprobs=[_token_logprob(tokenizer, other, p) for other, p in top],
+        )
+        for token, value, top in zip(output.token_ids, output.logprobs or (), tops, strict=False)
+    ]
+
+
+def _token_logprob(tokenizer: Tokenizer, token: int, logprob: float) -> TokenLogprob:
+    return TokenLogprob(
+        token=token_text(tokenizer, token), logprob=finite(logprob), bytes=list(token_bytes(tokenizer, token))
+    )

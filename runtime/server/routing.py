@@ -1,0 +1,105 @@
+"""One row for each endpoint: where it is, what it takes and answers, what can go wrong, and who handles it.
+
+Starlette's routes are made of these rows, bodies are read as they say, and the OpenAPI document (`openapi`) lists them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import Lifespan, Receive, Scope, Send
+
+from ramet.runtime.server.errors import HttpError, error_response
+from ramet.runtime.server.responses import json_response
+from ramet.runtime.server.sampling_fields import Strict
+from ramet.runtime.server.served_model import ServedModel
+from ramet.runtime.server.validation import read_body
+
+# It gets the request and, where the row names one, the body. It returns a response, or the struct to answer with 200.
+Handler = Callable[..., Awaitable[Any]]  # Any: a Response, or what msgspec encodes
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """A row of the table of endpoints.
+
+    The document describes it by its handler's docstring. `answer`: the type of what 200 says; None where that is no
+    JSON. `others`: types of answers with other statuses. `errors`: statuses of errors beside those that its key and its
+    body may have. `media_type`: of an answer that is no JSON. `has_stream`: 200 may be server-sent events.
+    `is_listed`: the document has it; second names of endpoints are left out.
+    """
+
+    method: str
+    path: str
+    handler: Handler
+    body: type[Strict] | None = None
+    answer: Any = None  # Any: a type that msgspec knows
+    others: Mapping[int, Any] = field(default_factory=dict)
+    errors: tuple[int, ...] = ()
+    media_type: str | None = None
+    has_stream: bool = False
+    is_listed: bool = True
+    tag: str = "server"
+
+    @property
+    def about(self) -> str:
+        return inspect.getdoc(self.handler) or ""
+
+
+class _Application:
+    """An endpoint as ASGI wants it: the body is read, the answer is encoded, and what is raised becomes an answer."""
+
+    def __init__(self, endpoint: Endpoint, served: ServedModel) -> None:
+        self._endpoint = endpoint
+        self._served = served
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            response = await self._response(Request(scope, receive))
+        except Exception as error:
+            response = error_response(error)
+        await response(scope, receive, send)
+
+    async def _response(self, request: Request) -> Response:
+        endpoint = self._endpoint
+        if endpoint.body is None:
+            answer = await endpoint.handler(request)
+        else:
+            answer = await endpoint.handler(request, await read_body(self._served, request, endpoint.body))
+        return answer if isinstance(answer, Response) else json_response(answer)
+
+
+class _ExactRoute(Route):
+    """A route that answers the methods it is given. Starlette would add HEAD to GET, and start streams for it."""
+
+    def __init__(self, path: str, application: _Application, method: str) -> None:
+        super().__init__(path, application, methods=[method])
+        self.methods = {method}
+
+
+def make_app(
+    endpoints: Sequence[Endpoint], served: ServedModel, lifespan: Lifespan[Starlette] | None = None
+) -> Starlette:
+    """The application of these endpoints, in this order."""
+    routes = [_ExactRoute(endpoint.path, _Application(endpoint, served), endpoint.method) for endpoint in endpoints]
+    return Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: _no_route})
+
+
+async def _no_route(request: Request, error: Exception) -> Response:
+    """The answer where Starlette finds no route for a path, or none for its method."""
+    assert isinstance(error, HTTPException)
+    place = f"{request.method} {request.url.path}"
+    if error.status_code == 404:
+        return HttpError(404, f"{place} is not here; GET /docs shows what is", code="not_found").response()
+    if error.status_code == 405:
+        message = f"{place} is not here, though {request.url.path} is; GET /docs shows its methods"
+        return HttpError(405, message, code="method_not_allowed").response()
+    return HttpError(error.status_code, str(error.detail)).response()

@@ -1,0 +1,76 @@
+"""The model that a server serves, and what every endpoint needs of it: engine, tokenizer, limits, threads."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from starlette.requests import Request
+
+from ramet.lang.graph.ir import Graph
+from ramet.runtime.server.config import ServerConfig
+from ramet.runtime.server.errors import HttpError
+from ramet.runtime.server.link.proxy import EngineProxy
+from ramet.runtime.text.tokenizer import Tokenizer
+
+T = TypeVar("T")
+LITTLE_BYTES = 1024  # a conversation of so many is rendered and cut into tokens in 0.2 ms
+
+# The plan of a graph as JSON: (graph, the program's name, tokenizer, the model's name, context length). Only the
+# language can make it, so whoever starts the server hands the function in.
+Explain = Callable[[Graph, str, Tokenizer, str, Mapping[str, int]], dict[str, Any]]  # Any: JSON
+
+
+@dataclass(slots=True)
+class ServedModel:
+    """One model on one server. `pool`: threads for tokenising and rendering, so that the event loop never waits.
+
+    `configured_context_length`: the context that the engine will have once it has started.
+    """
+
+    config: ServerConfig
+    proxy: EngineProxy
+    tokenizer: Tokenizer
+    name: str
+    started_s: float  # time.time()
+    explain: Explain | None = None
+    configured_context_length: int | None = None
+    pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, thread_name_prefix="ramet-text"))
+
+    @property
+    def context_length(self) -> int | None:
+        """Tokens of prompt and answer together; known before the engine has started."""
+        hello = self.proxy.hello
+        return self.configured_context_length if hello is None else hello.context_length
+
+    def check_name(self, name: str | None) -> None:
+        """Raises HttpError (404) for the name of another model."""
+        if name not in (None, "default", self.name):
+            raise HttpError(
+                404,
+                f"the model {name!r} does not exist here; this server serves {self.name!r}",
+                param="model",
+                code="model_not_found",
+            )
+
+    async def off_loop(self, work: Callable[..., T], *args: Any) -> T:  # Any: the work's own arguments
+        """Run CPU work (tokenising, templates, schema checks) on the pool."""
+        return await asyncio.get_running_loop().run_in_executor(self.pool, work, *args)
+
+    async def compute(self, size: int, work: Callable[..., T], *args: Any) -> T:  # Any: the work's own arguments
+        """Run CPU work on `size` bytes of input: on the pool, unless they are so few that a thread costs more."""
+        return work(*args) if size <= LITTLE_BYTES else await self.off_loop(work, *args)
+
+    def cache_salt(self, request: Request, asked: str) -> str:
+        """The salt of a request: what it asks for, and its key where keys are isolated."""
+        key = key_digest(request) if self.config.isolate_cache_by_key else ""
+        return f"{key}/{asked}" if key else asked
+
+
+def key_digest(request: Request) -> str:
+    """Names the key that the request was let in with; empty where the server has no keys."""
+    digest: str = request.scope.get("state", {}).get("api_key_digest", "")
+    return digest

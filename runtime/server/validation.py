@@ -1,0 +1,175 @@
+"""Reads a request's body, and says of one that is wrong which field is wrong and why.
+
+Bodies are strict: nothing is converted, and every field that is not declared is refused by its name. Not here: the
+bodies themselves (`bodies` of each API).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import pydantic
+from starlette.requests import Request
+
+from ramet.runtime.server.errors import HttpError
+from ramet.runtime.server.sampling_fields import Strict
+from ramet.runtime.server.served_model import ServedModel
+
+# Why known fields of OpenAI, SGLang and vLLM are refused. What is in neither list is refused as unknown.
+REFUSED: Mapping[str, str] = {
+    "add_special_tokens": "the chat template, or the tokenizer's own rule, decides it",
+    "allowed_token_ids": "use a constraint, or logit_bias",
+    "audio": "answers are text",
+    "bad_words": "use logit_bias, or a constraint",
+    "best_of": "use n",
+    "chat_template": "the model's own template is used",
+    "custom_labels": "use metadata",
+    "custom_logit_processor": "no code is taken from requests",
+    "custom_params": "no code is taken from requests",
+    "documents": "put them into messages",
+    "extra_key": "use cache_salt",
+    "function_call": "it is deprecated; use tool_choice",
+    "functions": "it is deprecated; use tools",
+    "guided_decoding_backend": "there is one grammar engine",
+    "guided_whitespace_pattern": "white space is as docs/grammar.md says",
+    "image_data": "the model reads text",
+    "audio_data": "the model reads text",
+    "video_data": "the model reads text",
+    "include_stop_str_in_output": "a stop string never belongs to the answer; it is in matched_stop",
+    "input_embeds": "use input_ids",
+    "input_ids": "use /v1/completions or /generate for token ids",
+    "length_penalty": "there is no beam search",
+    "logits_processors": "no code is taken from requests",
+    "lora_path": "adapters are not supported",
+    "max_thinking_tokens": "reasoning has no limit of its own",
+    "modify_logits": "no code is taken from requests",
+    "prediction": "predicted outputs are not supported",
+    "prompt_logprobs": "use /v1/completions with echo and logprobs",
+    "request_id": "the answer's id is the request's",
+    "return_cached_tokens_details": "cached tokens are always in usage",
+    "return_hidden_states": "hidden states are not returned",
+    "return_meta_info": "use /generate",
+    "return_prompt_token_ids": "return_token_ids gives them, too",
+    "rid": "the answer's id is the request's",
+    "session_id": "conversations are recognised by their messages",
+    "session_params": "conversations are recognised by their messages",
+    "spaces_between_special_tokens": "special tokens are never text",
+    "stop_regex": "use stop, or a regex constraint",
+    "stream_interval": "tokens come as they are made; what a slow reader has not taken is merged",
+    "suffix": "the model does not fill in the middle",
+    "token_ids_logprob": "use top_logprobs_num",
+    "truncate_prompt_tokens": "prompts are never cut",
+    "verbosity": "it is not supported",
+    "web_search_options": "there is no web search",
+}
+_PART_TYPES = frozenset({"image_url", "video_url", "audio_url", "input_audio", "input_image", "file", "thinking"})
+
+Body = TypeVar("Body", bound=Strict)
+
+
+async def read_body(served: ServedModel, request: Request, model: type[Body]) -> Body:
+    """Read and check a body; large ones off the event loop. Raises HttpError naming the field."""
+    data = await request.body()
+    try:
+        if len(data) > 1 << 16:
+            return await served.off_loop(model.model_validate_json, data)
+        return model.model_validate_json(data)
+    except pydantic.ValidationError as error:
+        raise error_of(error, data) from None
+
+
+def error_of(error: pydantic.ValidationError, data: bytes) -> HttpError:
+    """The HTTP form of what is wrong with a body: its most specific complaint."""
+    problems = error.errors(include_url=False, include_context=False)
+    if problems[0]["type"] == "json_invalid":
+        return HttpError(400, f"the body is not JSON: {problems[0]['msg']}", code="invalid_json")
+    body = _decoded(data)
+    found = []
+    for problem in problems:
+        path = _real_path(problem["loc"], body, is_missing=problem["type"] == "missing")
+        is_type = bool(path) and path[-1] == "type"
+        found.append((len(path), is_type, path, problem))
+    _, is_type, path, problem = max(found, key=lambda item: item[:2])
+    name = _spelled(path)
+    kind, given = problem["type"], problem.get("input")
+    if kind == "extra_forbidden":
+        reason = REFUSED.get(str(path[-1]))
+        if reason is not None:
+            return HttpError(400, f"{name} is not supported: {reason}", param=name, code="unsupported_parameter")
+        return HttpError(400, f"{name} is not a field of this request", param=name, code="unknown_parameter")
+    if kind == "missing":
+        return HttpError(400, f"{name} is missing", param=name, code="missing_required_parameter")
+    if is_type and isinstance(given, str) and given in _PART_TYPES:
+        parent = _spelled(path[:-1])
+        return HttpError(
+            400,
+            f"{parent} is a part of type {given!r}; this model reads text",
+            param=parent,
+            code="unsupported_content",
+        )
+    if not path:
+        return HttpError(400, "the body must be a JSON object", code="invalid_type")
+    texts = {p["msg"] for d, _, where, p in found if where == path}
+    message = f"{name}: {' or: '.join(sorted(texts))}; it is {_shown(given)}"
+    return HttpError(400, message, param=name, code="invalid_value")
+
+
+def _decoded(data: bytes) -> object:
+    """The body as a value. It is JSON already, for pydantic read it."""
+    value: object = pydantic.TypeAdapter(Any).validate_json(data)
+    return value
+
+
+def _real_path(loc: Sequence[int | str], body: object, *, is_missing: bool) -> list[int | str]:
+    """The part of pydantic's path that is in the body; its names of union members and the like are not."""
+    path: list[int | str] = []
+    value = body
+    for index, part in enumerate(loc):
+        if _has(value, part):
+            value = value[part]  # type: ignore[index]
+        elif not (is_missing and index == len(loc) - 1):
+            continue
+        path.append(part)
+    return path
+
+
+def _has(value: object, part: int | str) -> bool:
+    if isinstance(value, list):
+        return isinstance(part, int) and part < len(value)
+    return isinstance(value, dict) and part in value
+
+
+def _spelled(path: Sequence[int | str]) -> str:
+    text = ""
+    for part in path:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+    return text
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def body_schema(model: type[Strict]) -> dict[str, Any]:  # Any: JSON
+    """The JSON schema of a body, without references."""
+    schema = model.model_json_schema(mode="validation")
+    definitions = schema.pop("$defs", {})
+    inlined: dict[str, Any] = _inlined(schema, definitions)
+    return inlined
+
+
+def _inlined(value: Any, definitions: Mapping[str, Any]) -> Any:  # Any: JSON
+    if isinstance(value, dict):
+        reference = value.get("$ref")
+        if isinstance(reference, str):
+            return _inlined(definitions[reference.rsplit("/", 1)[-1]], definitions)
+        return {
+            key: _inlined(item, definitions)
+            for key, item in value.items()
+            if not (key == "discriminator" and "mapping" in item)
+        }
+    if isinstance(value, list):
+        return [_inlined(item, definitions) for item in value]
+    return value
