@@ -59,6 +59,7 @@ class TokenizerTarget:
         context_length: int = 1 << 20,
         page_size: int = 1,
     ) -> None:
+        from ramet.runtime.programs.grammars import ProgramGrammars
         from ramet.runtime.text.role_marks import RoleMarks
         from ramet.runtime.types import SamplingParams
 
@@ -72,7 +73,7 @@ class TokenizerTarget:
         self._tokenizer = tokenizer
         self._marks = RoleMarks(tokenizer.chat_template)
         self.stop_strings = self._marks.stop_strings
-        self._grammars: Any = None  # runtime.grammar_cache.GrammarCache, made when a constraint is first asked for
+        self._grammars = ProgramGrammars(tokenizer, self._marks)
 
     def encode(self, text: str, *, add_special: bool, continues: bool) -> list[int]:
         found: list[int] = self._tokenizer.encode(text, add_special=add_special, continues=continues)
@@ -84,12 +85,7 @@ class TokenizerTarget:
 
     def forced_tokens(self, constraint: Constraint) -> list[int] | None:
         """Tokens that every text of this constraint begins with. Compiles it; raises what that raises."""
-        from ramet.runtime.constraints.grammar_cache import GrammarCache
-
-        if self._grammars is None:
-            self._grammars = GrammarCache(self._tokenizer)
-        found: list[int] = self._grammars.get(constraint).result().forced_tokens(0)
-        return found
+        return self._grammars.get(constraint).result().forced_tokens(0)
 
 
 def target_of(backend: object | None = None) -> Target:

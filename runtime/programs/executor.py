@@ -24,10 +24,10 @@ from ramet.errors import RametError, RequestCancelled
 from ramet.lang.graph import ir
 from ramet.lang.graph.options import Deadline, ProgramOptions
 from ramet.lang.graph.run import GraphRun, NodeResult, NodeRun, OnEvent
-from ramet.runtime.constraints.grammar_cache import GrammarCache
 from ramet.runtime.programs.dead_branches import TakesHints, dead_branches
 from ramet.runtime.programs.engine import Handle, HasDeviceGrammars, ProgramEngine, ProgramModel, Work
 from ramet.runtime.programs.generation import Generation
+from ramet.runtime.programs.grammars import ProgramGrammars
 from ramet.runtime.programs.next_use import Hint, NextUses, TakesNextUse
 from ramet.runtime.programs.path import Path, PieceEncoder
 from ramet.runtime.programs.selection import Selection
@@ -55,7 +55,7 @@ class ProgramHost:
         marks = RoleMarks(tokenizer.chat_template)
         self.model = ProgramModel(tokenizer, PieceEncoder(tokenizer), marks, engine.context_length)
         on_device = engine.device_grammars if isinstance(engine, HasDeviceGrammars) else None
-        self.grammars = GrammarCache(tokenizer, on_device)
+        self.grammars = ProgramGrammars(tokenizer, marks, on_device)
         self._numbers = itertools.count()
 
     def start(self, options: ProgramOptions, on_event: OnEvent, program_id: str | None = None) -> ProgramExecutor:

@@ -10,6 +10,7 @@ from ramet.lang.graph import ir
 from ramet.lang.graph.run import NodeResult
 from ramet.runtime.programs.engine import EngineRequest, ProgramModel, usage_of
 from ramet.runtime.programs.path import Path, keep_text
+from ramet.runtime.text.tool_style import read_calls, shown_specials
 from ramet.runtime.types import RequestOutput
 
 
@@ -73,8 +74,6 @@ class Generation:
 
     def _tool_calls(self) -> dict[str, object]:
         """What the model said and called. Special tokens that write parts of calls count with their spelling."""
-        from ramet.runtime.text.tool_style import read_calls, shown_specials  # loads the grammar engine
-
         style, tokenizer = self._model.marks.style, self._model.tokenizer
         shown = shown_specials(style, tokenizer.special_tokens)
         spelled = (shown[t].encode() if t in shown else tokenizer.token_bytes[t] for t in self._tokens)

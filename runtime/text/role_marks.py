@@ -8,32 +8,16 @@ declared late, their description stands in a system message. Each situation is a
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from functools import cached_property
 
 from ramet.errors import InvalidRequest
 from ramet.lang.graph import ir
 from ramet.runtime.text.chat_template import ChatTemplate, RoleText
-
-if TYPE_CHECKING:
-    from ramet.runtime.text.tool_style import ToolStyle
+from ramet.runtime.text.tool_style import ToolStyle, tool_style
 
 _OPEN_RESULT, _CLOSE_RESULT = "<tool_response>\n", "\n</tool_response>"
-
-
-class Template(Protocol):
-    """The part of ChatTemplate that is used here."""
-
-    stop_strings: tuple[str, ...]
-
-    def role_text(
-        self,
-        previous: Sequence[Mapping[str, Any]],
-        role: str,
-        *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-    ) -> RoleText: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,21 +40,15 @@ class RoleMarks:
     Contents are taken not to matter. Thread-safe: an entry is computed twice at worst.
     """
 
-    def __init__(self, template: Template) -> None:
+    def __init__(self, template: ChatTemplate) -> None:
         self._template = template
         self._known: dict[tuple[str, tuple[str, ...], str], RoleText | InvalidRequest] = {}
-        self._style: ToolStyle | None = None
         self.stop_strings = template.stop_strings
 
-    @property
+    @cached_property
     def style(self) -> ToolStyle:
         """The model's way with tools."""
-        if self._style is None:
-            from ramet.runtime.text.tool_style import tool_style  # loads the grammar engine
-
-            assert isinstance(self._template, ChatTemplate)
-            self._style = tool_style(self._template)
-        return self._style
+        return tool_style(self._template)
 
     def text(self, before: Sequence[ir.AnyNode], node: ir.Role | ir.Tools) -> str:
         """What a node adds to its branch; `before`: the nodes of the branch up to it, root first.

@@ -68,7 +68,8 @@ import json
 from numba.core import event
 from ramet import Engine, SamplingParams
 from ramet.lang.graph.ir import Constraint
-from ramet.runtime.constraints.grammar_cache import GrammarCache
+from ramet.runtime.programs.grammars import ProgramGrammars
+from ramet.runtime.text.role_marks import RoleMarks
 
 stages, passes = [], []
 
@@ -81,7 +82,7 @@ schema = {"type": "object", "properties": {"name": {"type": "string", "pattern":
           "required": ["name", "kind"]}
 with Engine(on_stage=stages.append, num_kv_tokens=4096, num_threads=1) as engine:
     event.register("numba:run_pass", Listener())
-    grammars = GrammarCache(engine.tokenizer)
+    grammars = ProgramGrammars(engine.tokenizer, RoleMarks(engine.chat_template))
     sampling = SamplingParams(max_tokens=12, temperature=0.0)
     engine.generate("word " * 300, sampling)
     for handle in [engine.submit(f"{i} is", sampling) for i in range(9)]:

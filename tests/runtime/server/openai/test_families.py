@@ -12,10 +12,11 @@ import pytest
 from ramet.grammar import Matcher
 from ramet.grammar.tools.formats import FORMATS
 from ramet.lang.graph.ir import Constraint
-from ramet.runtime.constraints.grammar_cache import GrammarCache
+from ramet.runtime.programs.grammars import ProgramGrammars
 from ramet.runtime.server.openai.tool_calls import AnswerReader
 from ramet.runtime.testing.byte_tokenizer import ByteTokenizer
 from ramet.runtime.text.chat_template import ChatTemplate
+from ramet.runtime.text.role_marks import RoleMarks
 from ramet.runtime.text.tool_style import ToolStyle, tool_set, tool_style
 
 Client = Any  # of conftest.py
@@ -75,7 +76,8 @@ def written_by(template: ChatTemplate, style: ToolStyle, num_calls: int) -> str:
 def accepted(style: ToolStyle, text: bytes, choice: str = "auto") -> int:
     """How many bytes of a text the grammar of a request with these tools takes; one more where it may end there."""
     source = tool_set(style, TOOLS, choice, parallel=True, answer=None)
-    cache = GrammarCache(ByteTokenizer())
+    tokenizer = ByteTokenizer()
+    cache = ProgramGrammars(tokenizer, RoleMarks(tokenizer.chat_template))
     matcher = Matcher(cache.get(Constraint("tools", json.dumps(source))).result(60))
     for index, byte in enumerate(text):
         if not allows(matcher, byte):
@@ -164,7 +166,7 @@ def test_a_marker_that_is_a_special_token_can_be_written_and_no_other_one() -> N
     tokenizer = MarkedTokenizer()
     style = tool_style(tokenizer.chat_template)
     source = json.dumps(tool_set(style, TOOLS, "auto", parallel=True, answer=None))
-    cache = GrammarCache(tokenizer)
+    cache = ProgramGrammars(tokenizer, RoleMarks(tokenizer.chat_template))
     matcher = Matcher(cache.get(Constraint("tools", source)).result(60))
     marker = tokenizer.special_tokens["[TOOL_CALLS]"]
     assert allows(matcher, marker)

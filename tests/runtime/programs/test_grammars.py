@@ -1,4 +1,4 @@
-"""Grammars on a device: closed while they compile, in declared order; what stays open is what was asked for."""
+"""Grammars of programs. With a device they are closed while they compile, in declared order, where that can be done."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import pytest
 from ramet.errors import GrammarError
 from ramet.lang.graph.ir import Constraint
 from ramet.runtime.constraints.device_grammars import DeviceGrammars
-from ramet.runtime.constraints.grammar_cache import GrammarCache
 from ramet.runtime.engine.factory import make_device_grammars
 from ramet.runtime.models.load import LoadedModel
+from ramet.runtime.programs.grammars import ProgramGrammars
+from ramet.runtime.text.role_marks import RoleMarks
 
 OBJECT = {
     "type": "object",
@@ -24,14 +25,18 @@ OBJECT = {
 TREE = {"$ref": "#/$defs/t", "$defs": {"t": {"type": "array", "items": {"$ref": "#/$defs/t"}}}}
 
 
+def grammars_of(model: LoadedModel, device: DeviceGrammars | None = None) -> ProgramGrammars:
+    return ProgramGrammars(model.tokenizer, RoleMarks(model.tokenizer.chat_template), device)
+
+
 @pytest.fixture
 def device(tiny_model: LoadedModel) -> DeviceGrammars:
     return make_device_grammars(tiny_model)
 
 
 @pytest.fixture
-def cache(tiny_model: LoadedModel, device: DeviceGrammars) -> GrammarCache:
-    return GrammarCache(tiny_model.tokenizer, device)
+def cache(tiny_model: LoadedModel, device: DeviceGrammars) -> ProgramGrammars:
+    return grammars_of(tiny_model, device)
 
 
 def schema(value: object) -> Constraint:
@@ -44,7 +49,7 @@ def accepts(grammar, text: str) -> bool:  # type: ignore[no-untyped-def]
 
 
 def test_a_cache_may_be_collected_while_its_service_is_at_work(tiny_model: LoadedModel) -> None:
-    cache = GrammarCache(tiny_model.tokenizer)
+    cache = grammars_of(tiny_model)
     cache.get(Constraint("regex", "a")).result()
     service = cache._service
     assert service is not None
@@ -64,7 +69,7 @@ def test_a_cache_may_be_collected_while_its_service_is_at_work(tiny_model: Loade
     assert not service._supervisor.is_alive()
 
 
-def test_a_schema_is_closed_in_declared_order(cache: GrammarCache, device: DeviceGrammars) -> None:
+def test_a_schema_is_closed_in_declared_order(cache: ProgramGrammars, device: DeviceGrammars) -> None:
     grammar = cache.get(schema(OBJECT)).result(timeout=60)
     assert grammar.is_closed
     assert accepts(grammar, '{"a":1,"b":"x"}')
@@ -78,14 +83,14 @@ def test_a_schema_is_closed_in_declared_order(cache: GrammarCache, device: Devic
 
 
 def test_without_a_device_properties_come_in_any_order(tiny_model: LoadedModel) -> None:
-    cache = GrammarCache(tiny_model.tokenizer)
+    cache = grammars_of(tiny_model)
     grammar = cache.get(schema(OBJECT)).result(timeout=60)
     assert not grammar.is_closed
     assert accepts(grammar, '{"b":"x","a":1}')
     cache.close()
 
 
-def test_what_cannot_be_closed_is_what_was_asked_for(cache: GrammarCache, device: DeviceGrammars) -> None:
+def test_what_cannot_be_closed_is_what_was_asked_for(cache: ProgramGrammars, device: DeviceGrammars) -> None:
     grammar = cache.get(schema(TREE)).result(timeout=60)
     assert not grammar.is_closed
     assert device.prepare(grammar) is None
@@ -96,14 +101,14 @@ def test_what_cannot_be_closed_is_what_was_asked_for(cache: GrammarCache, device
 
 
 def test_closing_is_not_tried_again(
-    cache: GrammarCache, device: DeviceGrammars, monkeypatch: pytest.MonkeyPatch
+    cache: ProgramGrammars, device: DeviceGrammars, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = cache.get(schema(TREE)).result(timeout=60)
     monkeypatch.setattr(type(first), "close", lambda *args: pytest.fail("closed again"))
     assert cache.get(schema(TREE)).result(timeout=60) is first
 
 
-def test_patterns_are_closed_and_errors_are_those_of_compiling(cache: GrammarCache) -> None:
+def test_patterns_are_closed_and_errors_are_those_of_compiling(cache: ProgramGrammars) -> None:
     assert cache.get(Constraint("regex", "[a-z]{2,5}")).result(timeout=60).is_closed
     with pytest.raises(GrammarError):
         cache.get(Constraint("regex", "(")).result(timeout=60)

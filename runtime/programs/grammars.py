@@ -1,0 +1,131 @@
+"""The constraints of programs, compiled for one tokenizer by the grammar engine's compile service."""
+
+from __future__ import annotations
+
+import json
+import threading
+import weakref
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from ramet.lang.graph.ir import Constraint
+from ramet.runtime.programs.engine import ProgramTokenizer
+from ramet.runtime.text.role_marks import RoleMarks
+from ramet.runtime.text.tool_style import shown_specials
+
+if TYPE_CHECKING:  # these load numba or torch
+    from ramet.grammar import CompiledGrammar, Vocabulary
+    from ramet.grammar.service.compile_service import CompileService
+    from ramet.runtime.constraints.device_grammars import DeviceGrammars
+
+
+class ProgramGrammars:
+    """Compiles constraints for one tokenizer; the compile service keeps them and limits their cost. Thread-safe.
+
+    The first constraint loads the grammar engine, which needs numba, and starts the service. With `device`, a grammar
+    is closed before its future is done, if it can be closed; JSON schemas are then written in declared order, because
+    any order has too many states.
+    """
+
+    def __init__(self, tokenizer: ProgramTokenizer, marks: RoleMarks, device: DeviceGrammars | None = None) -> None:
+        """`marks`: of the tokenizer's chat template; they know how the model writes tool calls."""
+        self._tokenizer = tokenizer
+        self._marks = marks
+        self._device = device
+        self._lock = threading.Lock()
+        self._service: CompileService | None = None
+        self._closing: ThreadPoolExecutor | None = None
+
+    def get(self, constraint: Constraint) -> Future[CompiledGrammar]:
+        """Return the grammar's future at once. It raises GrammarError and its subclasses."""
+        with self._lock:
+            service = self._service or self._start_service()
+            if constraint.kind == "tools":
+                return service.submit("tools", self._tool_set(constraint.source), self._tool_vocabulary)
+            options = {"mode": "declared_order"} if constraint.in_order else {}
+            if self._device is None:
+                return service.submit(constraint.kind, constraint.source, self._vocabulary, **options)
+            return self._closed(service, self._device, constraint, options)
+
+    def close(self) -> None:
+        """Give up what is being compiled, and end the service's threads."""
+        with self._lock:
+            if self._closing is not None:
+                self._closing.shutdown(wait=False, cancel_futures=True)
+            if self._service is not None:
+                self._service.close()
+
+    def _start_service(self) -> CompileService:
+        from ramet.grammar.service.compile_service import CompileService  # loads numba
+
+        self._service = CompileService()
+        weakref.finalize(self, self._service.abandon).atexit = False
+        return self._service
+
+    @cached_property
+    def _vocabulary(self) -> Vocabulary:
+        from ramet.grammar import Vocabulary  # loads numba
+
+        tokenizer = self._tokenizer
+        return Vocabulary(tokenizer.token_bytes, tokenizer.eos_ids, tokenizer.special_ids, tokenizer.vocab_size)
+
+    @cached_property
+    def _tool_vocabulary(self) -> Vocabulary:
+        """The vocabulary in which the special tokens that write parts of tool calls can be written."""
+        from ramet.grammar.tools.tool_set import with_marker_tokens  # loads numba
+
+        shown = shown_specials(self._marks.style, self._tokenizer.special_tokens)
+        return with_marker_tokens(self._vocabulary, shown) if shown else self._vocabulary
+
+    def _tool_set(self, source: str) -> str:
+        """A tool set that names no format gets that of the model's chat template."""
+        found = json.loads(source)
+        if not isinstance(found, dict) or "format" in found:
+            return source
+        style = self._marks.style
+        parallel = found.get("parallel", True) if style.max_calls is None else style.max_calls
+        return json.dumps({**found, "format": style.format_source, "parallel": parallel}, ensure_ascii=False)
+
+    def _closed(
+        self, service: CompileService, device: DeviceGrammars, constraint: Constraint, options: dict[str, str]
+    ) -> Future[CompiledGrammar]:
+        """Compile in declared order and close, on a thread beside the service's.
+
+        What cannot be closed is compiled once more, as it was asked for.
+        """
+        if self._closing is None:
+            self._closing = ThreadPoolExecutor(1, "ramet-close")
+        closing, vocabulary, kind, source = self._closing, self._vocabulary, constraint.kind, constraint.source
+        ordered = {"mode": "declared_order"} if kind == "json_schema" else options
+        compiled = service.submit(kind, source, vocabulary, **ordered)
+        answer: Future[CompiledGrammar] = Future()
+
+        def settle(found: Future[CompiledGrammar]) -> None:
+            if found.cancelled() or not answer.set_running_or_notify_cancel():
+                return
+            error = found.exception()
+            if error is None:
+                answer.set_result(found.result())
+            else:
+                answer.set_exception(error)
+
+        def close(found: Future[CompiledGrammar]) -> None:
+            if answer.cancelled():
+                return
+            if found.exception() is None and not device.close(found.result()) and ordered != options:
+                service.submit(kind, source, vocabulary, **options).add_done_callback(settle)
+            else:
+                settle(found)
+
+        def close_later(found: Future[CompiledGrammar]) -> None:
+            if found.cancelled():
+                return
+            try:
+                closing.submit(close, found)
+            except RuntimeError:  # `close` was called meanwhile
+                settle(found)
+
+        answer.add_done_callback(lambda done: compiled.cancel() if done.cancelled() else None)
+        compiled.add_done_callback(close_later)
+        return answer
