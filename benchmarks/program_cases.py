@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ramet import Function, State, function, gen, select
-from ramet.lang.recording.primitives import Gen
+from ramet.lang.recording.generations import Gen
 
 TOKENS = 12
 

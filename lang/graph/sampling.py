@@ -161,6 +161,10 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_f
         """The fields that are not open, by name."""
         return {name: value for name in self.__struct_fields__ if (value := getattr(self, name)) is not None}
 
+    def filled(self, defaults: Sampling) -> Sampling:
+        """These values, and in the open fields those of `defaults`."""
+        return Sampling(**{**defaults.said(), **self.said()})
+
     def params(self) -> SamplingParams:
         """The engine's form: open fields have its defaults. Raises InvalidSampling."""
         said = self.said()

@@ -6,7 +6,7 @@ arguments (globals, the clock, chance) is as it was when it was compiled.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ramet.errors import InvalidProgram
@@ -14,10 +14,11 @@ from ramet.lang.backends.default import choose_backend
 from ramet.lang.backends.protocol import Backend, TakesRows
 from ramet.lang.graph import ir
 from ramet.lang.graph.options import ProgramOptions, deadline
+from ramet.lang.recording.recorder import Recorder
 from ramet.lang.recording.run import Run
 from ramet.lang.recording.state import State
 from ramet.lang.recording.trace import Trace, as_argument
-from ramet.lang.recording.values import Value
+from ramet.lang.recording.values import NodeSource, Value, source_of
 
 _ROW_OPTIONS: Mapping[str, Any] = {"timeout_s": None, "token_budget": None, "priority": 0, "cache_salt": ""}
 
@@ -45,7 +46,7 @@ class Compiled:
         self.arguments = tuple(node.name for node in self.graph.nodes if isinstance(node, ir.Argument))
         self._unused = frozenset(parameters) - {*given, *trace.specialised, *self.arguments}
         self._given = dict(trace.graph.arguments)
-        self._end = trace.state
+        self._end = trace.state.recorder
 
     def run(self, **kwargs: Any) -> State:
         """Run the graph and wait for its end. Arguments by name; `backend`, `timeout_s`, `token_budget`, `priority` and
@@ -81,7 +82,7 @@ class Compiled:
         """Submit the graph, and return its state without waiting. Raises InvalidProgram for missing arguments."""
         options = self._options(timeout_s, token_budget, priority, cache_salt)
         state = self._new_state(choose_backend(backend), options, arguments)
-        state._run.finish()
+        state.recorder.run.finish()
         return state
 
     def _start_rows(self, rows: list[dict[str, Any]]) -> list[State]:
@@ -95,9 +96,9 @@ class Compiled:
             return [self.start(**row) for row in rows]
         options = self._options(**{**_ROW_OPTIONS, **common[0]})
         states = [self._new_state(backend, options, {n: v for n, v in row.items() if n in own}) for row in rows]
-        runs = [state._run for state in states]
+        runs = [state.recorder.run for state in states]
         sessions = backend.start_rows(
-            options, self.graph, [run.arguments for run in runs], [run._on_event for run in runs]
+            options, self.graph, [run.arguments for run in runs], [run.on_event for run in runs]
         )
         index = ir.GraphIndex()
         index.add(self.graph)
@@ -123,32 +124,25 @@ class Compiled:
             if unknown and unknown[0] in ir.Sampling.__struct_fields__:
                 way_out = f"what it samples with is fixed: give it to compile({unknown[0]}=...)"
             raise InvalidProgram(f"the compiled {self.name} {what}; {way_out}")
-        run = Run(backend, options)
-        run.nodes = list(self.graph.nodes)
-        run.placeholders = self._end._run.placeholders  # of texts that the function returned
         for name, value in arguments.items():
             if not ir.is_json(value):
                 raise InvalidProgram(f"argument {name!r} of {self.name} has no JSON form: {value!r}")
-            run.arguments[name] = as_argument(value)
-        state = State(run, self._end._tip)
-        move = _mover(run)
-        state._variables = {name: move(value) for name, value in self._end._variables.items()}
-        state._returned = move(self._end._returned)
-        return state
+        given = {name: as_argument(value) for name, value in arguments.items()}
+        traced = self._end.run
+        run = Run(backend, options, graph=ir.Graph(self.graph.nodes, given), placeholders=traced.placeholders)
+        run.returned = _moved(traced.returned, run)
+        return State(Recorder(run, self._end.tip, variables=_moved(self._end.variables, run)))
 
 
-def _mover(run: Run) -> Callable[[Any], Any]:
+def _moved(item: Any, run: Run) -> Any:  # Any: whatever a program returns, or keeps as a variable
     """Values of the trace, as values of a run."""
-
-    def move(item: Any) -> Any:
-        if isinstance(item, Value):
-            return Value(run, item._node, item._name, item._output, item._path, item._shape)
-        if isinstance(item, list):
-            return [move(one) for one in item]
-        if type(item) is tuple:
-            return tuple(move(one) for one in item)
-        if isinstance(item, dict):
-            return {key: move(one) for key, one in item.items()}
-        return item
-
-    return move
+    if isinstance(item, Value):
+        source = source_of(item)
+        return Value(source.of_run(run)) if isinstance(source, NodeSource) else item
+    if isinstance(item, list):
+        return [_moved(one, run) for one in item]
+    if type(item) is tuple:
+        return tuple(_moved(one, run) for one in item)
+    if isinstance(item, dict):
+        return {key: _moved(one, run) for key, one in item.items()}
+    return item

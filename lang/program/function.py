@@ -12,9 +12,9 @@ import functools
 import inspect
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from contextvars import copy_context
 from dataclasses import dataclass, replace
 from typing import Any, overload
@@ -34,15 +34,14 @@ from ramet.lang.program.own_thread import in_own_thread
 from ramet.lang.program.progress_bar import ProgressBar
 from ramet.lang.program.row_order import arguments_in_text, in_row_order, row_order
 from ramet.lang.program.stream import Stream
-from ramet.lang.recording.late_prefix import flush_late
-from ramet.lang.recording.primitives import merge_sampling, to_sampling
+from ramet.lang.recording.primitives import to_sampling
+from ramet.lang.recording.recorder import Recorder
 from ramet.lang.recording.run import Run
 from ramet.lang.recording.source_lines import line_of
 from ramet.lang.recording.state import State
-from ramet.lang.recording.tool_loop import use_tools
 from ramet.lang.recording.tools import Tool, as_tools, tools_by_name
 from ramet.lang.recording.trace import Trace, TraceStopped, TracingRun, symbolic
-from ramet.lang.recording.values import current_run, plain
+from ramet.lang.recording.values import plain
 
 _OPTIONS = ("backend", "timeout_s", "token_budget", "priority", "cache_salt", "seed", "stage", "tools")
 _STAGES = ("needed", "always")
@@ -104,21 +103,16 @@ class Function:
         if not isinstance(state, State):
             raise TypeError(f"{self.name}(...) takes a state and becomes a part of its program; to run it: .run(...)")
         bound = self._signature.bind(*args, **{**self.bound, **kwargs})
-        before = state._sampling
-        state._sampling = merge_sampling(self._sampling, before)
-        self._declare_tools(state)
-        if self.is_async:
-            return self._inline(state, bound, before)
-        try:
+        with ExitStack() as scope:
+            scope.enter_context(state.recorder.default_sampling(self._sampling))
+            self._declare_tools(state)
+            if self.is_async:
+                return self._inline(state, bound, scope.pop_all())
             return self.body(state, *bound.args, **bound.kwargs)
-        finally:
-            state._sampling = before
 
-    async def _inline(self, state: State, bound: inspect.BoundArguments, before: ir.Sampling) -> Any:
-        try:
+    async def _inline(self, state: State, bound: inspect.BoundArguments, scope: ExitStack) -> Any:
+        with scope:
             return await self.body(state, *bound.args, **bound.kwargs)
-        finally:
-            state._sampling = before
 
     def bind(self, **arguments: Any) -> Function:
         """The same program with some arguments given."""
@@ -131,7 +125,7 @@ class Function:
 
     def _declare_tools(self, state: State) -> None:
         if self.tools:
-            use_tools(state, self.tools, line_of(self.body))
+            state.recorder.use_tools(self.tools, line_of(self.body))
 
     # Running.
 
@@ -147,10 +141,11 @@ class Function:
         if self.is_async:
             self._refuse_loop()
             return asyncio.run(self.arun(*args, **kwargs))
-        state = self._new_state(self._split(args, kwargs))
+        call = self._split(args, kwargs)
+        state = self._new_state(call)
         with _cancelling(state):
-            self._record(state)
-            state._run.wait_all()
+            self._record(state, call)
+            state.wait()
         return state
 
     def _refuse_loop(self) -> None:
@@ -166,10 +161,10 @@ class Function:
         state = self._new_state(call)
         with _cancelling(state):
             if self.is_async:
-                await self._arecord(state)
+                await self._arecord(state, call)
             else:
-                await in_own_thread(lambda: self._record(state))
-            await state._run.await_all()
+                await in_own_thread(lambda: self._record(state, call))
+            await state
         return state
 
     def stream(self, *args: Any, var: str | None = None, **kwargs: Any) -> Stream:
@@ -177,23 +172,25 @@ class Function:
 
         The stream's `state` is the program's state. Leaving the iteration early cancels the program.
         """
-        state = self._new_state(self._split(args, kwargs), keep_events=True)
+        call = self._split(args, kwargs)
+        state = self._new_state(call, keep_events=True)
         stream = Stream(state, var)
-        work: Callable[[], object] = lambda: stream.run(lambda: self._record(state))  # noqa: E731
-        if self.is_async:
-            work = lambda: stream.run(lambda: asyncio.run(self._arecord(state)))  # noqa: E731
+
+        def work() -> None:
+            stream.run(lambda: asyncio.run(self._arecord(state, call)) if self.is_async else self._record(state, call))
+
         threading.Thread(target=copy_context().run, args=(work,), name=f"ramet-{self.name}", daemon=True).start()
         return stream
 
     async def astream(self, *args: Any, var: str | None = None, **kwargs: Any) -> AsyncIterator[Any]:
         """`stream` for an event loop."""
-        state = self._new_state(self._split(args, kwargs), keep_events=True)
+        call = self._split(args, kwargs)
+        state = self._new_state(call, keep_events=True)
         stream = Stream(state, var)
-        recording: Awaitable[Any]
         if self.is_async:
-            recording = asyncio.ensure_future(self._arecord(state))
+            recording = asyncio.ensure_future(self._arecord(state, call))
         else:
-            recording = asyncio.ensure_future(in_own_thread(lambda: self._record(state)))
+            recording = asyncio.ensure_future(in_own_thread(lambda: self._record(state, call)))
         recording.add_done_callback(stream.recorded)
         async for item in stream:
             yield item
@@ -251,30 +248,31 @@ class Function:
         waiting = deque(calls)
         live: deque[tuple[State, Future[None]]] = deque()
 
-        def record(state: State) -> None:
+        def record(state: State, call: _Call) -> None:
             try:
                 if self.is_async:
-                    asyncio.run(self._arecord(state))
+                    asyncio.run(self._arecord(state, call))
                 else:
-                    self._record(state)
+                    self._record(state, call)
             except Exception as error:  # a row fails alone; reading its state raises this
-                state._run.fail(error)
+                state.recorder.run.fail(error)
 
         with ProgressBar(len(calls), progress_bar, self.name) as advance, ThreadPoolExecutor(num_threads) as pool:
             try:
                 while waiting or live:
                     while waiting and len(live) < max_live:
-                        state = self._new_state(waiting.popleft())
-                        live.append((state, pool.submit(copy_context().run, record, state)))
+                        call = waiting.popleft()
+                        state = self._new_state(call)
+                        live.append((state, pool.submit(copy_context().run, record, state, call)))
                     state, recorded = live[0]
                     recorded.result()
-                    state._run.wait_all(quietly=True)
+                    state.recorder.run.wait_all(quietly=True)
                     live.popleft()
                     advance()
                     yield state
             finally:  # left early: nobody will read the rest
                 for state, _ in live:
-                    state._run.cancel()
+                    state.cancel()
 
     # Tracing.
 
@@ -296,22 +294,14 @@ class Function:
             return self._trace(call, is_symbolic=False)
 
     def _trace(self, call: _Call, *, is_symbolic: bool) -> Trace:
-        run = TracingRun(self.name, call.sampling, call.options.get("seed"))
-        state = State(run)
+        run = TracingRun(self.name, call.options.get("seed"))
+        state = State(Recorder(run, sampling=call.sampling))
         names = [p.name for p in self.parameters if p.kind is not inspect.Parameter.VAR_KEYWORD]
         arguments = symbolic(run, names, call.arguments) if is_symbolic else dict(call.arguments)
-        token = current_run.set(run)
-        try:
+        with suppress(TraceStopped), run.recording():
             self._declare_tools(state)
             result = self.body(state, **arguments)
-            state._returned = asyncio.run(result) if self.is_async else result
-            for one in run.held_back:
-                flush_late(one)
-        except TraceStopped:
-            pass
-        finally:
-            current_run.reset(token)
-            run.is_recording = False
+            run.returned = asyncio.run(result) if self.is_async else result
         return Trace(run.report(), state)
 
     def compile(self, **given: Any) -> Compiled:
@@ -411,45 +401,25 @@ class Function:
                 cache_salt=options.get("cache_salt", ""),
                 text_events=keep_events,
             ),
-            sampling=call.sampling,
             seed=seed,
             stage_always=stage == "always",
             keep_events=keep_events,
             tools=tools_by_name(options.get("tools")),
-            call_arguments=call.arguments,
         )
-        return State(run)
+        return State(Recorder(run, sampling=call.sampling))
 
-    def _record(self, state: State) -> State:
+    def _record(self, state: State, call: _Call) -> None:
         """Run a sync body. What it raises is raised, and the run is cancelled."""
-        run = state._run
-        token = current_run.set(run)
-        try:
+        run = state.recorder.run
+        with run.recording():
             self._declare_tools(state)
-            state._returned = self.body(state, **run.call_arguments)
-            run.finish()
-        except BaseException:
-            run.is_recording = False
-            run.cancel()
-            raise
-        finally:
-            current_run.reset(token)
-        return state
+            run.returned = self.body(state, **call.arguments)
 
-    async def _arecord(self, state: State) -> State:
-        run = state._run
-        token = current_run.set(run)
-        try:
+    async def _arecord(self, state: State, call: _Call) -> None:
+        run = state.recorder.run
+        with run.recording():
             self._declare_tools(state)
-            state._returned = await self.body(state, **run.call_arguments)
-            run.finish()
-        except BaseException:
-            run.is_recording = False
-            run.cancel()
-            raise
-        finally:
-            current_run.reset(token)
-        return state
+            run.returned = await self.body(state, **call.arguments)
 
     # Arguments.
 
@@ -496,7 +466,7 @@ def _cancelling(state: State) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        state._run.cancel()
+        state.cancel()
         raise
 
 

@@ -23,12 +23,13 @@ class Stream:
 
     def __init__(self, state: State, var: str | None) -> None:
         self.state = state
+        self._run = state.recorder.run
         self._var = var
         self._items: queue.SimpleQueue[Any] = queue.SimpleQueue()  # events, an exception, _END
         self._wake: Callable[[], object] | None = None
         self._error: BaseException | None = None
         self._is_recorded = False
-        state._run.listen(self._on_event)
+        self._run.listen(self._on_event)
 
     def run(self, record: Callable[[], object]) -> None:
         """Run the program's function on this thread."""
@@ -52,7 +53,7 @@ class Stream:
         self._check_end()
 
     def _check_end(self) -> None:
-        if self._is_recorded and (self._error is not None or self.state._run.is_done()):
+        if self._is_recorded and (self._error is not None or self._run.is_done()):
             self._put(_END)
 
     def _put(self, item: object) -> None:
@@ -72,7 +73,7 @@ class Stream:
                 yield from self._shown(item)
         finally:
             if not is_over:
-                self.state._run.cancel()
+                self._run.cancel()
         self._check_whole()
 
     async def __aiter__(self) -> AsyncIterator[Any]:
@@ -94,7 +95,7 @@ class Stream:
         finally:
             self._wake = None
             if not is_over:
-                self.state._run.cancel()
+                self._run.cancel()
         self._check_whole()
 
     def _check_whole(self) -> None:
@@ -102,13 +103,13 @@ class Stream:
         if self._error is not None:
             raise self._error
         if self._var is not None:
-            names = {getattr(node, "name", None) for node in self.state._run.nodes}
+            names = {getattr(node, "name", None) for node in self._run.nodes}
             known = {ir.variable(name) for name in names if name is not None}
             if self._var not in known:
                 raise UndefinedVariable(
-                    f"{self.state._program}: no variable {self._var!r} was written; known: "
+                    f"{self._run.options.program}: no variable {self._var!r} was written; known: "
                     f"{', '.join(sorted(known)) or 'none'}",
-                    program=self.state._program,
+                    program=self._run.options.program,
                 )
 
     def _shown(self, event: ir.NodeEvent) -> Iterator[Any]:
@@ -118,8 +119,8 @@ class Stream:
         if event.name is None or ir.variable(event.name) != self._var:
             return
         if event.kind == "error":
-            error = self.state._run.error_of(event.node)
+            error = self._run.error_of(event.node)
             assert error is not None
             raise error
-        if event.kind == "text" or isinstance(self.state._run.nodes[event.node], ir.Select | ir.Capture):
+        if event.kind == "text" or isinstance(self._run.nodes[event.node], ir.Select | ir.Capture):
             yield event.text or str(event.value)

@@ -1,4 +1,4 @@
-"""Recording generations and selections on a branch: their sampling values, their seeds, and checks in Python.
+"""Generations and selections: their descriptions, and how they are recorded, with seeds and checks in Python.
 
 A check that is data (lang/graph/checks.py) travels with the graph, and its retries happen in the engine. Any other
 callable runs here: the program waits for the value and, where the callable refuses it, records another generation from
@@ -7,100 +7,126 @@ the same place.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
 
 from ramet.errors import CheckFailed
 from ramet.lang.graph import ir
-from ramet.lang.recording.primitives import Gen, SelectExpr, merge_sampling
-from ramet.lang.recording.types import SELECTED, TEXT
-from ramet.lang.recording.values import Value
-
-if TYPE_CHECKING:
-    from ramet.lang.recording.state import State
+from ramet.lang.recording.recorder import Expr, Recorder
+from ramet.lang.recording.types import SELECTED, TEXT, OutputType
+from ramet.lang.recording.values import NodeSource, Value
 
 
-def generate(state: State, item: Gen) -> Value:
-    """Append a generation, and return its value; waits where a check is Python. Raises CheckFailed."""
-    sampling = _sampling_of(state, item)
-    declared = [check for check in item.where if isinstance(check, ir.Check)]
-    if len(declared) == len(item.where):
-        return _record(state, item, sampling, tuple(declared), item.retries if declared else 0)
-    tip, attempts = state._tip, list[dict[str, str]]()
-    while True:
-        state._tip = tip
-        value = _record(state, item, ir.retry_sampling(sampling, len(attempts)))
-        state._run.attempts[value._node] = attempts
-        problem = _problem(value, item.where)
-        if problem is None:
-            return value
-        attempts.append({"text": state._run.results_text(value._node), "problem": problem})
-        if len(attempts) > item.retries:
-            raise _failed(state, item, value, attempts)
+@dataclass(frozen=True, slots=True)
+class Gen(Expr):
+    """A generation. `sampling` holds only what was said here; the run's defaults fill the rest."""
+
+    name: str | None
+    output: OutputType
+    constraint: ir.Constraint | None
+    sampling: ir.Sampling
+    where: tuple[ir.Check | Callable[[Any], object], ...] = ()
+    retries: int = 3
+
+    def record(self, recorder: Recorder) -> NodeSource:
+        """Append the generation; waits where a check is Python. Raises CheckFailed."""
+        sampling = self.sampling.filled(recorder.sampling)
+        seed = recorder.seed_of_place()
+        if sampling.seed is None and seed is not None:
+            sampling = msgspec.structs.replace(sampling, seed=seed)
+        declared = tuple(check for check in self.where if isinstance(check, ir.Check))
+        if len(declared) == len(self.where):
+            return self._record_once(recorder, sampling, declared, self.retries if declared else 0)
+        tip, attempts = recorder.tip, list[dict[str, str]]()
+        while True:
+            recorder.go_back(tip)
+            source = self._record_once(recorder, ir.retry_sampling(sampling, len(attempts)))
+            recorder.run.note_attempts(source.node, attempts)
+            problem = _problem(source, self.where)
+            if problem is None:
+                return source
+            event = recorder.run.result_of(source.node)
+            attempts.append({"text": event.text if event is not None else "", "problem": problem})
+            if len(attempts) > self.retries:
+                raise self._failed(source, attempts)
+
+    def _record_once(
+        self, recorder: Recorder, sampling: ir.Sampling, checks: tuple[ir.Check, ...] = (), retries: int = 0
+    ) -> NodeSource:
+        node = recorder.add(
+            ir.Generate,
+            name=recorder.node_name(self.name),
+            sampling=sampling,
+            constraint=self.constraint,
+            checks=checks,
+            retries=retries,
+            type=self.output.wire,
+        )
+        return _kept(recorder, NodeSource(recorder.run, node, self.name, self.output))
+
+    def _failed(self, source: NodeSource, attempts: list[dict[str, str]]) -> CheckFailed:
+        run, last = source.run, attempts[-1]
+        node, program = run.nodes[source.node], run.options.program
+        times = "once" if len(attempts) == 1 else f"{len(attempts)} times"
+        tail = "" if node.parent is None else run.text_of(node.parent)[-200:]
+        error = CheckFailed(
+            f"{program}: {self.name or 'a value'} (node {node.id}, {node.line}) failed its `where` checks {times}; "
+            f"the last text was {last['text'][:200]!r}: {last['problem']}; loosen the checks, or raise retries "
+            f"({self.retries})",
+            program=program,
+            node=node.id,
+            source_line=node.line,
+            prompt_tail=tail,
+        )
+        error.attempts = tuple(attempts)
+        return error
 
 
-def _record(
-    state: State, item: Gen, sampling: ir.Sampling, checks: tuple[ir.Check, ...] = (), retries: int = 0
-) -> Value:
-    node = state._add(
-        ir.Generate,
-        name=state._unique(item.name),
-        sampling=sampling,
-        constraint=item.constraint,
-        checks=checks,
-        retries=retries,
-        type=item.output.wire,
-    )
-    return _named(state, Value(state._run, node, item.name, item.output))
+@dataclass(frozen=True, slots=True)
+class SelectExpr(Expr):
+    """A selection. Choices may be values of this program."""
+
+    name: str | None
+    choices: tuple[str | Value, ...]
+    scorer: str = "likelihood"
+    temperature: float = 0.0
+    seed: int | None = None
+    return_probs: bool = False
+
+    def record(self, recorder: Recorder) -> NodeSource:
+        """Append the selection."""
+        is_drawn = self.temperature > 0 and self.seed is None
+        node = recorder.add(
+            ir.Select,
+            name=recorder.node_name(self.name),
+            choices=tuple(recorder.template(choice) for choice in self.choices),
+            scorer=self.scorer,
+            temperature=float(self.temperature),
+            seed=recorder.seed_of_place() if is_drawn else self.seed,
+        )
+        return _kept(recorder, NodeSource(recorder.run, node, self.name, SELECTED if self.return_probs else TEXT))
 
 
-def select(state: State, item: SelectExpr) -> Value:
-    """Append a selection, and return its value."""
-    is_drawn = item.temperature > 0 and item.seed is None
-    node = state._add(
-        ir.Select,
-        name=state._unique(item.name),
-        choices=tuple(state._template(choice) for choice in item.choices),
-        scorer=item.scorer,
-        temperature=float(item.temperature),
-        seed=_seed_of_place(state) if is_drawn else item.seed,
-    )
-    return _named(state, Value(state._run, node, item.name, SELECTED if item.return_probs else TEXT))
+def _kept(recorder: Recorder, source: NodeSource) -> NodeSource:
+    """Keep a value as the variable that it is named."""
+    if source.name is not None:
+        recorder.variables[source.name] = Value(source)
+    if recorder.run.stage_always:
+        recorder.run.read_quietly(source.node)
+    return source
 
 
-def _named(state: State, value: Value) -> Value:
-    if value._name is not None:
-        state._variables[value._name] = value
-    if state._run.stage_always:
-        state._run.read_quietly(value._node)
-    return value
-
-
-def _sampling_of(state: State, item: Gen) -> ir.Sampling:
-    sampling = merge_sampling(item.sampling, state._sampling)
-    seed = _seed_of_place(state)
-    return sampling if sampling.seed is not None else merge_sampling(ir.Sampling(seed=seed), sampling)
-
-
-def _seed_of_place(state: State) -> int | None:
-    """Of every place in the program its own, however it is cut into stages. None where the run has no seed."""
-    state._num_generated += 1
-    if state._run.seed is None:
-        return None
-    place = f"{state._run.seed}:{state._key}:{state._num_generated}".encode()
-    return int.from_bytes(hashlib.blake2b(place, digest_size=4).digest(), "big")
-
-
-def _problem(value: Value, checks: Sequence[ir.Check | Callable[[Any], object]]) -> str | None:  # Any: the value's type
+def _problem(source: NodeSource, checks: Sequence[ir.Check | Callable[[Any], object]]) -> str | None:  # Any: its type
     """What is wrong with a value, or None. Waits for it. A check may refuse by ValueError or AssertionError, too."""
-    run, node = value._run, value._node
-    run.read_quietly(node, "where")
-    event = run.result_of(node)
+    source.run.read_quietly(source.node, "where")
+    event = source.run.result_of(source.node)
     assert event is not None
     if event.kind == "done" and event.error is not None:
         return event.error.message
-    found = value._read("where")
+    found = source.read("where")
     for check in checks:
         if isinstance(check, ir.Check):
             problem = check.problem(event.value)
@@ -114,22 +140,3 @@ def _problem(value: Value, checks: Sequence[ir.Check | Callable[[Any], object]])
         if not is_fine:
             return f"{found!r} is refused by {getattr(check, '__name__', repr(check))}"
     return None
-
-
-def _failed(state: State, item: Gen, value: Value, attempts: list[dict[str, str]]) -> CheckFailed:
-    run = state._run
-    line, last = run.nodes[value._node].line, attempts[-1]
-    times = "once" if len(attempts) == 1 else f"{len(attempts)} times"
-    parent = run.nodes[value._node].parent
-    tail = "" if parent is None else run.text_of(parent)[-200:]
-    error = CheckFailed(
-        f"{state._program}: {item.name or 'a value'} (node {value._node}, {line}) failed its `where` checks {times}; "
-        f"the last text was {last['text'][:200]!r}: {last['problem']}; loosen the checks, or raise retries "
-        f"({item.retries})",
-        program=state._program,
-        node=value._node,
-        source_line=line,
-        prompt_tail=tail,
-    )
-    error.attempts = tuple(attempts)
-    return error

@@ -3,75 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any
 
 import msgspec
 
 from ramet.errors import InvalidRequest, InvalidSampling
 from ramet.lang.graph.checks import Check
 from ramet.lang.graph.ir import MAX_RETRIES, SCORERS, Constraint, Sampling, sampling_problem
-from ramet.lang.recording.types import OutputType, choice, json_schema, output_type
-from ramet.lang.recording.values import Value, placeholder_for, plain
-
-
-class Expr:
-    """Something that can be appended to a state. Exprs and texts can be added up: `"A: " + gen("a") + "."`."""
-
-    __slots__ = ()
-
-    def __add__(self, other: Appendable) -> Expr:
-        return Chain((self, other))
-
-    def __radd__(self, other: Appendable) -> Expr:
-        return Chain((other, self))
-
-    def __format__(self, spec: str) -> str:
-        if spec:
-            raise ValueError(f"a {type(self).__name__.lower()} takes no format specification: {spec!r}")
-        return placeholder_for(self)
-
-
-Appendable: TypeAlias = "Expr | str | Value | Sequence[Expr | str | Value]"
-
-
-@dataclass(frozen=True, slots=True)
-class Chain(Expr):
-    """One after the other."""
-
-    parts: tuple[Appendable, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Gen(Expr):
-    """A generation. `sampling` holds only what was said here; the run's defaults fill the rest."""
-
-    name: str | None
-    output: OutputType
-    constraint: Constraint | None
-    sampling: Sampling
-    where: tuple[Check | Callable[[Any], object], ...] = ()
-    retries: int = 3
-
-
-@dataclass(frozen=True, slots=True)
-class SelectExpr(Expr):
-    """A selection. Choices may be values of this program."""
-
-    name: str | None
-    choices: tuple[str | Value, ...]
-    scorer: str = "likelihood"
-    temperature: float = 0.0
-    seed: int | None = None
-    return_probs: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class RoleExpr(Expr):
-    """One whole message."""
-
-    role: str
-    content: tuple[Appendable, ...] = field(default=())
+from ramet.lang.recording.generations import Gen, SelectExpr
+from ramet.lang.recording.recorder import Appendable, RoleExpr
+from ramet.lang.recording.types import choice, json_schema, output_type
+from ramet.lang.recording.values import Value, plain
 
 
 def gen(
@@ -217,14 +159,6 @@ def to_sampling(values: Mapping[str, Any]) -> Sampling:
     if problem:
         raise InvalidSampling(problem, param=problem.split()[0])
     return sampling
-
-
-def merge_sampling(*layers: Sampling) -> Sampling:
-    """What is said in the first layer that says anything, field by field."""
-    merged = {}
-    for name in Sampling.__struct_fields__:
-        merged[name] = next((value for layer in layers if (value := getattr(layer, name)) is not None), None)
-    return Sampling(**merged)
 
 
 def _constraint(

@@ -6,29 +6,27 @@ Shared by all states of the run. The program's own thread records; events come f
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import threading
 import time
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from types import MappingProxyType
+from typing import Any
 
 import ramet.errors
-from ramet.errors import CheckFailed, DeadlineExceeded, InvalidProgram, InvalidRequest, ProgramCancelled, ProgramError
+from ramet.errors import CheckFailed, DeadlineExceeded, InvalidProgram, ProgramCancelled, ProgramError
 from ramet.lang.backends.protocol import Backend, Session
 from ramet.lang.graph import ir
 from ramet.lang.graph.options import ProgramOptions
 from ramet.lang.graph.run_record import RunRecord, Stage
+from ramet.lang.recording.placeholders import Placeholders
 from ramet.lang.recording.source_lines import caller_line
 from ramet.lang.recording.tool_runner import ToolRunner
-from ramet.lang.recording.tools import Tool, to_json
 from ramet.lang.recording.types import OutputType
-from ramet.lang.recording.values import Placeholders, current_run
 
-if TYPE_CHECKING:
-    from ramet.lang.recording.state import State
-
-N = TypeVar("N", bound=ir.AnyNode)
 Listener = Callable[[ir.NodeEvent], None]
+current_run: ContextVar[Run | None] = ContextVar("ramet_current_run", default=None)
 _GRACE_S = 0.5  # that a backend has, past a deadline, to say which nodes it ended
 
 
@@ -40,27 +38,26 @@ class Run:
         backend: Backend | None,
         options: ProgramOptions,
         *,
-        sampling: ir.Sampling = ir.Sampling(),  # noqa: B008 - frozen
         seed: int | None = None,
         stage_always: bool = False,
         keep_events: bool = False,
-        tools: dict[str, Callable[..., Any]] | None = None,
-        call_arguments: Mapping[str, Any] | None = None,
+        tools: Mapping[str, Callable[..., Any]] = MappingProxyType({}),
+        graph: ir.Graph | None = None,
+        placeholders: Placeholders | None = None,
     ) -> None:
-        self.call_arguments = dict(call_arguments or {})
+        """`graph`: recorded before, with its arguments; then `placeholders` are those of texts made with it."""
         self.options = options
-        self.sampling = sampling
         self.seed = seed
         self.stage_always = stage_always
-        self.placeholders = Placeholders()
+        self.placeholders = placeholders or Placeholders()
         self.parent = current_run.get()
         self.index = ir.GraphIndex()  # what was submitted
-        self.nodes: list[ir.AnyNode] = []  # what was recorded
+        self.nodes: list[ir.AnyNode] = list(graph.nodes) if graph else []  # what was recorded
         self.stages: list[Stage] = []
-        self.arguments: dict[str, Any] = {}  # JSON values of Argument nodes
+        self.arguments: dict[str, Any] = dict(graph.arguments) if graph else {}  # JSON values of Argument nodes
         self.is_recording = True
-        self.tools: dict[str, Callable[..., Any]] = dict(tools or {})
-        self.loops: dict[int, asyncio.AbstractEventLoop] = {}  # ToolCall nodes whose async tools run there
+        self.returned: Any = None  # what the program's function returned, its values not read
+        self.tools = ToolRunner(tools)
         self._backend = backend
         self._session: Session | None = None
         self._results: dict[int, ir.NodeEvent] = {}
@@ -71,31 +68,54 @@ class Run:
         self._blocked: list[Callable[[], bool]] = []  # what the threads in `wait` wait for
         self._listeners: list[Listener] = []
         self._events: list[ir.NodeEvent] | None = [] if keep_events else None
-        self.attempts: dict[int, list[dict[str, str]]] = {}  # node -> texts refused before it by checks in Python
-        self.held_back: list[State] = []  # with text that waits for the next generation; see late_prefix.py
-        self._runner = ToolRunner()
-        self._failure: Exception | None = None
+        self._attempts: dict[int, list[dict[str, str]]] = {}  # node -> texts refused before it by checks in Python
+        self._held_back: list[Callable[[], None]] = []  # each records what a branch holds back
+        self.failure: Exception | None = None  # what ended the run as a whole
 
     # Recording.
 
-    def record(self, kind: Callable[..., N], parent: int | None, **fields: Any) -> N:  # Any: the node's own fields
-        """Append a node and return it."""
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """In the block the program's function runs, and the run is recorded. An error in the block ends the run."""
+        token = current_run.set(self)
+        try:
+            yield
+            self.finish()
+        except BaseException:
+            self.is_recording = False
+            self.cancel()
+            raise
+        finally:
+            current_run.reset(token)
+
+    def record(
+        self, kind: Callable[..., ir.AnyNode], parent: int | None, line: str | None = None, **fields: Any
+    ) -> int:  # Any: the node's own fields
+        """Append a node, and return its id. `line`: None: that of the program which is being executed."""
         with self._changed:
-            line = fields.pop("line", None) or caller_line()
-            node = kind(id=len(self.nodes), parent=parent, line=line, **fields)
-            self.nodes.append(node)
+            node = len(self.nodes)
+            self.nodes.append(kind(id=node, parent=parent, line=line or caller_line(), **fields))
         return node
+
+    def record_fork(self, parent: int | None, width: int) -> list[int]:
+        """Append the Fork nodes of all branches of one fork, and return their ids."""
+        line = caller_line()
+        with self._changed:
+            group = len(self.nodes)
+            for index in range(width):
+                fork = ir.Fork(id=group + index, parent=parent, line=line, group=group, index=index, width=width)
+                self.nodes.append(fork)
+        return list(range(group, group + width))
+
+    def before_end(self, record: Callable[[], None]) -> None:
+        """Call `record` before the run ends: a branch holds something back."""
+        self._held_back.append(record)
 
     @property
     def backend(self) -> Backend:
         """Where the run's nodes are sent; a trace has none."""
         assert self._backend is not None, "a trace has no backend"
         return self._backend
-
-    @property
-    def lock(self) -> threading.Condition:
-        """Held while several nodes are recorded that belong together."""
-        return self._changed
 
     def submit(self, *, is_last: bool = False) -> None:
         """Send what was recorded since the last time. Raises InvalidProgram, or what the backend raises."""
@@ -108,7 +128,7 @@ class Run:
             graph = ir.Graph(nodes, {n: v for n, v in self.arguments.items() if n in names}, first)
             self.index.add(graph)
         if self._session is None:
-            self._session = self.backend.start(self.options, self._on_event)
+            self._session = self.backend.start(self.options, self.on_event)
         self._session.extend(graph, is_last=is_last)
 
     def attach(self, session: Session, index: ir.GraphIndex) -> None:
@@ -122,10 +142,6 @@ class Run:
     def result_of(self, node: int) -> ir.NodeEvent | None:
         """The last event of a node, or None while it has no value yet."""
         return self._results.get(node)
-
-    def results_text(self, node: int) -> str:
-        """The text of a node that is done."""
-        return self._results[node].text
 
     def read(self, node: int, output: OutputType, why: str) -> Any:
         """The value of a node in its Python type; submits and waits. Raises ProgramError."""
@@ -142,9 +158,13 @@ class Run:
 
     def read_text(self, text: str) -> str:
         """The text with the value of every placeholder in it."""
-        return "".join(self._render(item) for item in self.placeholders.split(text, self.foreign))
+        return "".join(self._text_of_item(item) for item in self.placeholders.split(text, self.foreign))
 
-    def _render(self, item: object) -> str:
+    def read_placeholder(self, index: int) -> str:
+        """The text with which a placeholder of this run is replaced."""
+        return self._text_of_item(self.placeholders.get(index))
+
+    def _text_of_item(self, item: object) -> str:
         if isinstance(item, str):
             return item
         if not isinstance(item, ir.Ref):
@@ -161,7 +181,7 @@ class Run:
         run = self.parent
         while run is not None:
             if run.placeholders.key == key:
-                return run._render(run.placeholders.get(index))
+                return run.read_placeholder(index)
             run = run.parent
         raise InvalidProgram("a text holds a value of another program that is not running here; use its .value")
 
@@ -213,11 +233,15 @@ class Run:
             raised.attempts = tuple(self.attempts_of(node_id))
         return raised
 
+    def note_attempts(self, node: int, attempts: list[dict[str, str]]) -> None:
+        """Checks in Python refused these texts before the generation `node` was recorded; the list may grow."""
+        self._attempts[node] = attempts
+
     def attempts_of(self, node: int) -> list[dict[str, str]]:
         """The texts of a generation that its checks refused, each with its `text` and the `problem`."""
         event = self._results.get(node)
         found: list[dict[str, str]] = (event.meta or {}).get("attempts", []) if event is not None else []
-        return found or self.attempts.get(node, [])
+        return found or self._attempts.get(node, [])
 
     def need(self, node: int, why: str) -> None:
         """A value is needed that isn't there: submit what is recorded so far."""
@@ -259,14 +283,14 @@ class Run:
 
     def wait_all(self, *, quietly: bool = False) -> None:
         """Submit, and wait until every node is done or failed. `quietly`: a run that failed as a whole is done."""
-        if quietly and self._failure is not None:
+        if quietly and self.failure is not None:
             return
         self.submit()
         self.wait(self.is_done)
 
     def fail(self, error: Exception) -> None:
         """The program's own function raised: whoever reads this run gets that."""
-        self._failure = error
+        self.failure = error
         self._wake()
 
     async def await_all(self) -> None:
@@ -286,7 +310,7 @@ class Run:
         for event in list(self._results.values()):
             if event.error is not None and event.error.type != "ProgramCancelled":
                 return self.error_of(event.node)
-        return self._failure if isinstance(self._failure, ProgramError) else None
+        return self.failure if isinstance(self.failure, ProgramError) else None
 
     def is_done(self) -> bool:
         """True when every submitted node is done or failed."""
@@ -334,26 +358,26 @@ class Run:
             late = [node for node in range(len(self.index.nodes)) if node not in self._results]
         for node in late:  # before the backend is told, which would call them cancelled
             error = ir.NodeError("DeadlineExceeded", "the deadline passed, and the backend did not answer")
-            self._on_event(ir.NodeEvent(node, "error", error=error))
-        self._runner.cancel()
+            self.on_event(ir.NodeEvent(node, "error", error=error))
+        self.tools.cancel()
         if self._session is not None:
             self._session.cancel()
         if not ready():
             raise DeadlineExceeded(f"{self.options.program}: the deadline passed", program=self.options.program)
 
     def _check_alive(self) -> None:
-        if self._failure is not None:
-            raise self._failure
+        if self.failure is not None:
+            raise self.failure
 
     def cancel(self, nodes: list[int] | None = None) -> None:
         """Stop the run, or these nodes and what needs them."""
         if nodes is not None:
             self.submit()
         else:
-            self._failure = self._failure or ProgramCancelled(
+            self.failure = self.failure or ProgramCancelled(
                 f"{self.options.program} was cancelled", program=self.options.program
             )
-            self._runner.cancel()
+            self.tools.cancel()
         if self._session is not None:
             self._session.cancel(nodes)
         self._wake()
@@ -368,7 +392,8 @@ class Run:
         for event in missed:
             listener(event)
 
-    def _on_event(self, event: ir.NodeEvent) -> None:
+    def on_event(self, event: ir.NodeEvent) -> None:
+        """Something happened to a node. Backends call this."""
         if event.kind == "tool":
             self._call_tool(event)
         with self._changed:
@@ -399,41 +424,23 @@ class Run:
             if node is None or any(ready() for ready in self._blocked):
                 self._changed.notify_all()
         for loop, future in waiters:
-            with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody waits there any more
+            with suppress(RuntimeError):  # the loop is closed, and nobody waits there any more
                 loop.call_soon_threadsafe(_resolve, future)
 
     def _call_tool(self, event: ir.NodeEvent) -> None:
-        name, arguments = event.value["tool"], event.value["arguments"]
-        tool, session = self.tools.get(name), self._session
+        session = self._session
         assert session is not None
 
-        def work() -> Any:
-            if tool is None:
-                raise InvalidProgram(f"the program has no tool {name!r}; it has {', '.join(self.tools) or 'none'}")
-            return tool(**(tool.read(arguments) if isinstance(tool, Tool) else arguments))
-
         def done(result: Any, error: Exception | None) -> None:
-            if error is None:
-                try:
-                    result = to_json(result, name)
-                except InvalidRequest as raised:
-                    error = raised
-            session.provide(event.node, None if error else result, error)
+            session.provide(event.node, result, error)
 
-        timeout_s = tool.timeout_s if isinstance(tool, Tool) else None
-        loop = self.loops.get(event.node)
-        if loop is not None and isinstance(tool, Tool) and tool.is_async:
-            self._runner.start_on(loop, name, work, timeout_s, done)
-        else:
-            self._runner.start(name, work, timeout_s, done)
+        self.tools.call(event.node, event.value["tool"], event.value["arguments"], done)
 
     def finish(self) -> None:
         """No more nodes will be recorded: send the rest."""
-        from ramet.lang.recording.late_prefix import flush_late
-
         try:
-            for state in self.held_back:
-                flush_late(state)
+            for record in self._held_back:
+                record()
             self.submit(is_last=True)
         finally:
             self.is_recording = False
@@ -477,6 +484,37 @@ class Run:
             found.append(self.nodes[tip])
             tip = self.nodes[tip].parent
         return found[::-1]
+
+    def messages_of(self, tip: int | None) -> list[dict[str, str]]:
+        """The messages of the branch that ends at `tip`; text outside of roles has the role `text`. Waits for them."""
+        self.text_of(tip)
+        found: list[dict[str, str]] = []
+        is_inside = False
+        for node in self.path(tip):
+            if isinstance(node, ir.Role):
+                is_inside = node.is_open
+                if is_inside:
+                    found.append({"role": node.role, "content": ""})
+                continue
+            event = self.result_of(node.id)
+            text = event.text if event is not None else ""
+            if text and not is_inside and (not found or found[-1]["role"] != "text"):
+                found.append({"role": "text", "content": ""})
+            if text:
+                found[-1]["content"] += text
+        return found
+
+    def meta_of(self, node: int) -> dict[str, Any]:
+        """What is known of a node that has a value: `text`, `usage`, `timings`, and more by kind. Waits for it."""
+        event = self.event(node)
+        return {
+            "text": event.text,
+            "usage": event.usage,
+            "finish_reason": event.finish_reason,
+            "timings": event.timings or {},
+            **({"attempts": attempts} if (attempts := self._attempts.get(node)) is not None else {}),
+            **(event.meta or {}),
+        }
 
 
 def _resolve(future: asyncio.Future[None]) -> None:

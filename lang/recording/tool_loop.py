@@ -7,23 +7,21 @@ generator that yields the node it needs next, so that one thread can drive the l
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from ramet.errors import InvalidProgram, InvalidRequest, ProgramCancelled
 from ramet.lang.graph import ir
-from ramet.lang.recording.generations import generate
-from ramet.lang.recording.primitives import Gen, merge_sampling, to_sampling
-from ramet.lang.recording.tools import Tool, as_tools, declared
+from ramet.lang.recording.generations import Gen
+from ramet.lang.recording.primitives import to_sampling
+from ramet.lang.recording.recorder import Recorder
+from ramet.lang.recording.run import Run
+from ramet.lang.recording.tools import Tool, as_tools
 from ramet.lang.recording.types import OutputType, Shape
-from ramet.lang.recording.values import ToolUse, Value
-
-if TYPE_CHECKING:
-    import asyncio
-
-    from ramet.lang.recording.state import State
+from ramet.lang.recording.values import NodeSource, ToolUse, Value
 
 MAX_TOKENS = 512  # of one message where the program says nothing: arguments that are cut are of no use
 WHY = "which tools the model calls"
@@ -57,7 +55,7 @@ class LoopOptions:
 
 
 def loop_options(
-    state: State,
+    recorder: Recorder,
     tools: Sequence[Tool | Callable[..., Any]] | None,
     *,
     max_steps: int = 8,
@@ -69,88 +67,72 @@ def loop_options(
     **sampling: Any,  # Any: sampling values, which are checked
 ) -> LoopOptions:
     """What State.call_tools was told, checked. Raises InvalidProgram, InvalidRequest, InvalidSampling."""
-    found = state._tools if tools is None else as_tools(tools)
+    found = recorder.tools if tools is None else as_tools(tools)
     if not found:
-        raise InvalidProgram("call_tools has no tools; give them, or declare them first", program=state._program)
+        raise InvalidProgram("call_tools has no tools; give them, or declare them first", program=recorder.program)
     unknown = [one for one in sampling if one not in ir.Sampling.__struct_fields__]
     if unknown:
         raise TypeError(f"call_tools has no parameter {unknown[0]!r}")
     values = to_sampling(sampling)
-    if merge_sampling(values, state._sampling).max_tokens is None:
-        values = merge_sampling(ir.Sampling(max_tokens=MAX_TOKENS), values)
+    if values.filled(recorder.sampling).max_tokens is None:
+        values = values.filled(ir.Sampling(max_tokens=MAX_TOKENS))
     return LoopOptions(found, max_steps, name, calls, choice, parallel, on_error, values)
 
 
-def use_tools(state: State, tools: tuple[Tool, ...], line: str | None = None) -> None:
-    """Declare tools on a branch, so that the model is told of them. Nothing happens where it has just these already."""
-    if state._tools == tools:
-        return
-    if state._role is not None:
-        raise InvalidProgram(
-            f"tools are declared inside of a {state._role} message; declare them between messages, best before all",
-            program=state._program,
-        )
-    known = state._run.tools
-    for tool in tools:
-        if known.setdefault(tool.name, tool) != tool:
-            raise InvalidProgram(f"the program has another tool of the name {tool.name!r}", program=state._program)
-    state._add(ir.Tools, tools=declared(tools), line=line)
-    state._tools = tools
-
-
-def tool_loop(state: State, options: LoopOptions) -> Generator[int, None, Value]:
+def tool_loop(recorder: Recorder, options: LoopOptions) -> Generator[int, None, Value]:
     """The steps of one branch; yields the generation that it needs, and goes on when that is done."""
-    if state._role is not None:
+    if recorder.role is not None:
         raise InvalidProgram(
-            f"call_tools writes messages of its own, but a {state._role} message is open; end that one first",
-            program=state._program,
+            f"call_tools writes messages of its own, but a {recorder.role} message is open; end that one first",
+            program=recorder.program,
         )
-    use_tools(state, options.tools)
+    recorder.use_tools(options.tools)
     uses: list[ToolUse] = []
-    last: list[ToolUse] = []
+    called: list[int] = []  # ToolCall nodes of the last step
     for step in range(options.max_steps + 1):
         choice = options.choice if step == 0 else "auto" if step < options.max_steps else "none"
-        item = Gen(options.name, ANSWER, _constraint(options, choice), options.sampling)
-        with state.assistant():
-            value = generate(state, item)
-        yield value._node
-        _raise_failure(last)
-        calls = value._read(WHY)["calls"]
+        with recorder.message("assistant"):
+            message = Gen(options.name, ANSWER, _constraint(options, choice), options.sampling).record(recorder)
+        yield message.node
+        _raise_failure(recorder.run, called)
+        calls = message.read(WHY)["calls"]
         if not calls:
             break
-        last = _record_calls(state, options, value, calls)
-        uses += last
-    answer = value._child("text")
-    assert answer is not None
-    state._variables[options.name] = answer
-    state._variables[options.calls] = uses
+        called = _record_calls(recorder, options, message.node, calls)
+        uses += [
+            ToolUse(call["name"], call["arguments"], Value(NodeSource(recorder.run, node, call["name"])))
+            for call, node in zip(calls, called, strict=True)
+        ]
+    text = message.child("text")
+    assert text is not None
+    answer = Value(text)
+    recorder.variables[options.name] = answer
+    recorder.variables[options.calls] = uses
     return answer
 
 
-def _raise_failure(uses: Sequence[ToolUse]) -> None:
+def _raise_failure(run: Run, nodes: Sequence[int]) -> None:
     """Raise a tool's error itself, not that of the generation which needed its result."""
-    for use in uses:
-        error = use.result._run.error_of(use.result._node)
+    for node in nodes:
+        error = run.error_of(node)
         if error is not None and not isinstance(error, ProgramCancelled):
             raise error
 
 
-def _record_calls(state: State, options: LoopOptions, value: Value, calls: Sequence[dict[str, Any]]) -> list[ToolUse]:
-    run, tip = state._run, state._tip
+def _record_calls(recorder: Recorder, options: LoopOptions, message: int, calls: Sequence[dict[str, Any]]) -> list[int]:
+    """Record the calls of a message, which run at once, and a message with the result of each. Returns their nodes."""
+    run, tip = recorder.run, recorder.tip
     nodes = []
     for index, call in enumerate(calls):
-        arguments = (ir.Ref(value._node, ("calls", index, "arguments")),)
+        arguments = (ir.Ref(message, ("calls", index, "arguments")),)
         node = run.record(ir.ToolCall, tip, tool=call["name"], arguments=arguments, on_error=options.on_error)
         if options.loop is not None:
-            run.loops[node.id] = options.loop
-        nodes.append(node.id)
-    for node_id in nodes:
-        with state.tool():
-            state._add(ir.Text, parts=(ir.Ref(node_id),))
-    return [
-        ToolUse(call["name"], call["arguments"], Value(run, node, call["name"]))
-        for call, node in zip(calls, nodes, strict=True)
-    ]
+            run.tools.use_loop(node, options.loop)
+        nodes.append(node)
+    for node in nodes:
+        with recorder.message("tool"):
+            recorder.add(ir.Text, parts=(ir.Ref(node),))
+    return nodes
 
 
 def _constraint(options: LoopOptions, choice: str) -> ir.Constraint:
@@ -165,17 +147,14 @@ def _constraint(options: LoopOptions, choice: str) -> ir.Constraint:
     return ir.Constraint("tools", json.dumps(source, ensure_ascii=False))
 
 
-def drive(loops: Sequence[tuple[State, Generator[int, None, Value]]]) -> list[Value]:
+def drive(run: Run, loops: Sequence[Generator[int, None, Value]]) -> list[Value]:
     """Run the loops of several branches of one program on this thread, each as far as it can go."""
-    if not loops:
-        return []
-    run = loops[0][0]._run
     answers: dict[int, Value] = {}
     waiting: dict[int, int] = {}  # loop -> node
 
     def advance(index: int) -> None:
         try:
-            waiting[index] = next(loops[index][1])
+            waiting[index] = next(loops[index])
         except StopIteration as end:
             waiting.pop(index, None)
             answers[index] = end.value
@@ -193,11 +172,11 @@ def drive(loops: Sequence[tuple[State, Generator[int, None, Value]]]) -> list[Va
     return [answers[index] for index in range(len(loops))]
 
 
-async def adrive(state: State, loop: Generator[int, None, Value]) -> Value:
+async def adrive(run: Run, loop: Generator[int, None, Value]) -> Value:
     """Run one branch's loop on an event loop."""
     try:
         while True:
-            await state._run.aread_quietly(next(loop), WHY)
+            await run.aread_quietly(next(loop), WHY)
     except StopIteration as end:
         found: Value = end.value
         return found

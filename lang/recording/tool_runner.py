@@ -9,31 +9,71 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import Future
 from typing import Any
+
+from ramet.errors import InvalidProgram, InvalidRequest
+from ramet.lang.recording.tools import Tool, to_json
 
 MAX_CALLS = 32  # at once, of one program
 OnDone = Callable[[Any, Exception | None], None]  # Any: what the tool returned
 
 
 class ToolRunner:
-    """Owner: one run of a program."""
+    """The tools of one run of a program, by name, and the calls of them. Owner: the run.
 
-    def __init__(self) -> None:
+    `tools`: those that the run was given; `add` adds those that the program declares.
+    """
+
+    def __init__(self, tools: Mapping[str, Callable[..., Any]]) -> None:
+        self._tools = dict(tools)
+        self._loops: dict[int, asyncio.AbstractEventLoop] = {}  # ToolCall nodes whose async tools run there
         self._lock = threading.Lock()
         self._waiting: deque[_Call] = deque()
         self._num_running = 0
         self._tasks: set[Future[Any]] = set()
 
-    def start(self, name: str, work: Callable[[], Any], timeout_s: float | None, done: OnDone) -> None:
+    def add(self, tool: Tool) -> bool:
+        """Make a tool known. False where another one has its name."""
+        return self._tools.setdefault(tool.name, tool) == tool
+
+    def use_loop(self, node: int, loop: asyncio.AbstractEventLoop) -> None:
+        """The tool of this ToolCall node runs on `loop`, where it is async."""
+        self._loops[node] = loop
+
+    def call(self, node: int, name: str, arguments: Mapping[str, Any], done: OnDone) -> None:
+        """Call a tool for a ToolCall node. `done` gets its result as JSON, or the error."""
+        tool = self._tools.get(name)
+
+        def work() -> Any:
+            if tool is None:
+                raise InvalidProgram(f"the program has no tool {name!r}; it has {', '.join(self._tools) or 'none'}")
+            return tool(**(tool.read(arguments) if isinstance(tool, Tool) else arguments))
+
+        def ended(result: Any, error: Exception | None) -> None:
+            if error is None:
+                try:
+                    result = to_json(result, name)
+                except InvalidRequest as raised:
+                    error = raised
+            done(None if error else result, error)
+
+        timeout_s = tool.timeout_s if isinstance(tool, Tool) else None
+        loop = self._loops.get(node)
+        if loop is not None and isinstance(tool, Tool) and tool.is_async:
+            self._start_on(loop, name, work, timeout_s, ended)
+        else:
+            self._start(name, work, timeout_s, ended)
+
+    def _start(self, name: str, work: Callable[[], Any], timeout_s: float | None, done: OnDone) -> None:
         """Call `work` on a thread; where it returns a coroutine, that runs there, too. `done` gets result or error."""
         call = _Call(name, work, timeout_s, done)
         with self._lock:
             self._waiting.append(call)
         self._next()
 
-    def start_on(
+    def _start_on(
         self,
         loop: asyncio.AbstractEventLoop,
         name: str,

@@ -18,8 +18,7 @@ from ramet.lang.graph.run_record import RunRecord, Stage
 from ramet.lang.recording.run import Run
 from ramet.lang.recording.source_lines import caller_line
 from ramet.lang.recording.state import State
-from ramet.lang.recording.types import TEXT
-from ramet.lang.recording.values import Value
+from ramet.lang.recording.values import Source, Value
 
 _NO_EXAMPLE = object()
 
@@ -64,8 +63,8 @@ class TraceStopped(BaseException):
 class TracingRun(Run):
     """A run without a backend."""
 
-    def __init__(self, program: str, sampling: ir.Sampling, seed: int | None = None) -> None:
-        super().__init__(None, ProgramOptions(program=program), sampling=sampling, seed=seed)
+    def __init__(self, program: str, seed: int | None = None) -> None:
+        super().__init__(None, ProgramOptions(program=program), seed=seed)
         self._specialised: dict[str, str] = {}
         self._argument_nodes: dict[str, int] = {}
 
@@ -87,41 +86,45 @@ class TracingRun(Run):
     def argument_node(self, name: str, value: Any) -> int:
         """The node of an argument; recorded when it is first put into text."""
         if name not in self._argument_nodes:
-            self._argument_nodes[name] = self.record(ir.Argument, None, name=name).id
+            self._argument_nodes[name] = self.record(ir.Argument, None, name=name)
             if value is not _NO_EXAMPLE:
                 self.arguments[name] = as_argument(value)
         return self._argument_nodes[name]
 
 
-class ArgumentValue(Value):
+class ArgumentSource(Source):
     """A symbolic argument, with an example value or without."""
 
-    __slots__ = ("_argument", "_example")
+    __slots__ = ("_argument", "_example", "_run")
 
     def __init__(self, run: TracingRun, argument: str, example: Any = _NO_EXAMPLE) -> None:
-        super().__init__(run, -1, argument, TEXT)
-        self._argument, self._example = argument, example
-
-    def __format__(self, spec: str) -> str:
-        run = self._tracing_run
-        ref = ir.Ref(run.argument_node(self._argument, self._example), (), spec)
-        return run.placeholders.add(ref, self._argument)
-
-    def _read(self, why: str) -> Any:
-        run = self._tracing_run
-        if self._example is _NO_EXAMPLE:
-            run.need(run.argument_node(self._argument, self._example), why)
-        run.depend_on(self._argument, why)
-        return self._example
+        self._run, self._argument, self._example = run, argument, example
 
     @property
-    def _is_text(self) -> bool:
+    def node(self) -> int:
+        return self._run.argument_node(self._argument, self._example)
+
+    @property
+    def is_text(self) -> bool:
         return self._example is _NO_EXAMPLE or isinstance(self._example, str)
 
-    @property
-    def _tracing_run(self) -> TracingRun:
-        assert isinstance(self._run, TracingRun)
-        return self._run
+    def format(self, spec: str) -> str:
+        return self._run.placeholders.add(ir.Ref(self.node, (), spec), self._argument)
+
+    def child(self, name: str) -> None:
+        return None
+
+    def read(self, why: str) -> Any:
+        if self._example is _NO_EXAMPLE:
+            self._run.need(self.node, why)
+        self._run.depend_on(self._argument, why)
+        return self._example
+
+    async def aread(self) -> Any:
+        return self.read("await")
+
+    def shown(self) -> str:
+        return self.format("!r")
 
 
 def as_argument(value: Any) -> Any:  # Any: what has a JSON form
@@ -135,9 +138,9 @@ def symbolic(run: TracingRun, names: list[str], given: Mapping[str, Any]) -> dic
     found: dict[str, Any] = {}
     for name in names:
         if name not in given:
-            found[name] = ArgumentValue(run, name)
+            found[name] = Value(ArgumentSource(run, name))
         elif ir.is_json(given[name]) and given[name] is not None:
-            found[name] = ArgumentValue(run, name, given[name])
+            found[name] = Value(ArgumentSource(run, name, given[name]))
         else:
             found[name] = given[name]
     return found

@@ -1,38 +1,20 @@
 """Values that do not exist yet. Putting one into text records a data edge; anything else reads it.
 
-`f"Dear {s['name']}"` must give a Python string at once, so formatting a value inserts a *placeholder*: a short run of
-private-use characters that stands for the value until the text is appended to a state. Everything that needs the value
-itself (comparing, measuring, converting with `str()` or `int()`, iterating, its attributes) submits what is recorded so
-far and waits.
+Everything that needs the value itself (comparing, measuring, converting with `str()` or `int()`, iterating, its
+attributes) submits what is recorded so far and waits. In an f-string a value stands as a placeholder (placeholders.py).
 """
 
 from __future__ import annotations
 
-import re
-import secrets
-from collections.abc import Callable, Generator, Iterator
-from contextvars import ContextVar
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
-from itertools import count
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
-from ramet.errors import InvalidProgram
 from ramet.lang.graph.ir import Ref
+from ramet.lang.recording.placeholders import has_placeholder
+from ramet.lang.recording.run import Run, current_run
 from ramet.lang.recording.types import TEXT, OutputType, Shape
-
-if TYPE_CHECKING:
-    from ramet.lang.recording.run import Run
-
-T = TypeVar("T")
-
-# One placeholder: START, eight digits to the base 256 (four of the run's key, four of the index), a label for whoever
-# sees it where it should not be (printed, in a file's name), END. The characters but for the label are of Unicode's
-# Supplementary Private Use Area-A, which text does not use; the key makes a chance match impossible.
-_START, _END, _ZERO = "\U000f0000", "\U000f0001", 0xF0100
-PLACEHOLDER = re.compile(f"{_START}([\U000f0100-\U000f01ff]{{8}})[^{_END}]*{_END}")
-_CUT = re.compile(f"{_START}([\U000f0100-\U000f01ff]{{2,4}})")  # its beginning, with a part of the key
-
-current_run: ContextVar[Run | None] = ContextVar("ramet_current_run", default=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,63 +26,50 @@ class ToolUse:
     result: Any  # a Value while the program runs
 
 
-class Placeholders:
-    """The placeholders of one run. `key` tells them from other runs'."""
+class Source(ABC):
+    """Where a value comes from.
 
-    def __init__(self) -> None:
-        self.key = secrets.token_bytes(4)
-        self._items: dict[int, object] = {}
-        self._indices = count()  # a program may put values into text on several threads
-
-    def add(self, item: object, label: str) -> str:
-        index = next(self._indices)
-        self._items[index] = item
-        digits = self.key + index.to_bytes(4, "big")
-        return _START + "".join(chr(_ZERO + byte) for byte in digits) + f"‹{label}›" + _END
-
-    def split(self, text: str, foreign: Callable[[bytes, int], object]) -> list[object]:
-        """Cut text into strings and the items that its placeholders stand for; `foreign`: those of another run."""
-        if _START not in text:
-            return [text] if text else []
-        found: list[object] = []
-        for i, piece in enumerate(PLACEHOLDER.split(text)):
-            if i % 2 == 0:
-                if piece:
-                    found.append(self._whole(piece))
-                continue
-            digits = bytes(ord(char) - _ZERO for char in piece)
-            index = int.from_bytes(digits[4:], "big")
-            found.append(self._items[index] if digits[:4] == self.key else foreign(digits[:4], index))
-        return found
-
-    def _whole(self, text: str) -> str:
-        """Text without placeholders. Raises InvalidProgram where one of this run's was cut."""
-        for digits in _CUT.findall(text) if _START in text else ():
-            if self.key.startswith(bytes(ord(char) - _ZERO for char in digits)):
-                raise InvalidProgram(
-                    "a text was cut within a generated value that stands in it; read the value first: str(s[...])"
-                )
-        return text
-
-    def get(self, index: int) -> object:
-        return self._items[index]
-
-
-def placeholder_for(item: object) -> str:
-    """A placeholder of the run whose program is being executed. Raises RuntimeError outside of a program."""
-    run = current_run.get()
-    if run is None:
-        raise RuntimeError(f"{item!r} can only be put into text inside of a running program")
-    return run.placeholders.add(item, type(item).__name__.lower())
-
-
-class Value:
-    """The value of a node of a running program, or of a field of it.
-
-    `await value`, `value.value` and `str(value)` read it (blocking, but for `await`); f-strings do not.
+    It is apart from Value because the attributes of a Value are those of the value that it stands for.
     """
 
-    __slots__ = ("_name", "_node", "_output", "_path", "_run", "_shape")
+    __slots__ = ()
+
+    @property
+    @abstractmethod
+    def node(self) -> int:
+        """The node that has the value, or the whole of it."""
+
+    @property
+    @abstractmethod
+    def is_text(self) -> bool: ...
+
+    @abstractmethod
+    def format(self, spec: str) -> str:
+        """A placeholder for the value; `spec` as in an f-string."""
+
+    @abstractmethod
+    def child(self, name: str) -> Source | None:
+        """A field of the value, where one is declared."""
+
+    @abstractmethod
+    def read(self, why: str) -> Any:  # Any: a value of the program's type
+        """The value itself. Waits for it; raises ProgramError where there is none."""
+
+    @abstractmethod
+    async def aread(self) -> Any:
+        """`read` for an event loop."""
+
+    @abstractmethod
+    def shown(self) -> str:
+        """What repr() of the value is."""
+
+
+class NodeSource(Source):
+    """A node of a running program, or a field of its value."""
+
+    __slots__ = ("_output", "_path", "_shape", "name", "node", "run")
+
+    node: int
 
     def __init__(
         self,
@@ -111,42 +80,80 @@ class Value:
         path: tuple[str, ...] = (),
         shape: Shape | None = None,
     ) -> None:
-        self._run, self._node, self._name, self._output, self._path = run, node, name, output, path
+        self.run, self.name, self.node, self._output, self._path = run, name, node, output, path
         self._shape = shape if path else output.shape
+
+    @property
+    def is_text(self) -> bool:
+        if self._path:
+            return self._shape is not None and self._shape.schema.get("type") == "string"
+        return self._output is TEXT or self._output.wire == "str"
+
+    def of_run(self, run: Run) -> NodeSource:
+        """The same in another run of the same graph."""
+        return NodeSource(run, self.node, self.name, self._output, self._path, self._shape)
+
+    def child(self, name: str) -> NodeSource | None:
+        shape = None if self._shape is None else self._shape.child(name)
+        if shape is None:
+            return None
+        return NodeSource(self.run, self.node, self.name, self._output, (*self._path, name), shape)
+
+    def format(self, spec: str) -> str:
+        label = ".".join((self.name or "value", *self._path))
+        return self.run.placeholders.add(Ref(self.node, self._path, spec), label)
+
+    def read(self, why: str) -> Any:
+        return self._follow(self.run.read(self.node, self._output, why))
+
+    async def aread(self) -> Any:
+        return self._follow(await self.run.aread(self.node, self._output))
+
+    def _follow(self, value: Any) -> Any:
+        for step in self._path:
+            value = value[step] if isinstance(value, dict) else getattr(value, step)
+        return value
+
+    def shown(self) -> str:
+        if self.run.is_recording:
+            return self.format("!r")
+        path = "".join(f".{step}" for step in self._path)
+        done = self.run.result_of(self.node)
+        shown = "not read" if done is None or done.error else repr(done.value)[:60]
+        return f"<value {self.name or 'unnamed'}{path} of node {self.node}: {shown}>"
+
+
+class Value:
+    """A value of a running program, which may not exist yet.
+
+    `await value`, `value.value` and `str(value)` read it (blocking, but for `await`); f-strings do not.
+    """
+
+    __slots__ = ("_source",)
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
 
     # Data edges.
 
     def __format__(self, spec: str) -> str:
-        label = ".".join((self._name or "value", *self._path))
-        return self._run.placeholders.add(Ref(self._node, self._path, spec), label)
+        return self._source.format(spec)
 
     def __add__(self, other: Any) -> Any:  # Any: whatever the value's type gives
-        return f"{self}{other}" if self._is_text and isinstance(other, str | Value) else self._read("+") + other
+        return f"{self}{other}" if self._source.is_text and isinstance(other, str | Value) else self._read("+") + other
 
     def __radd__(self, other: Any) -> Any:
-        return f"{other}{self}" if self._is_text and isinstance(other, str) else other + self._read("+")
+        return f"{other}{self}" if self._source.is_text and isinstance(other, str) else other + self._read("+")
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
-        child = self._child(name)
-        return child if child is not None else getattr(self._read(f".{name}"), name)
+        child = self._source.child(name)
+        return Value(child) if child is not None else getattr(self._read(f".{name}"), name)
 
     def __getitem__(self, key: Any) -> Any:
-        child = self._child(key) if isinstance(key, str) else None
-        return child if child is not None else self._read(f"[{key!r}]")[key]
-
-    def _child(self, name: str) -> Value | None:
-        shape = None if self._shape is None else self._shape.child(name)
-        if shape is None:
-            return None
-        return Value(self._run, self._node, self._name, self._output, (*self._path, name), shape)
-
-    @property
-    def _is_text(self) -> bool:
-        if self._path:
-            return self._shape is not None and self._shape.schema.get("type") == "string"
-        return self._output is TEXT or self._output.wire == "str"
+        child = self._source.child(key) if isinstance(key, str) else None
+        return Value(child) if child is not None else self._read(f"[{key!r}]")[key]
 
     # Reading.
 
@@ -156,27 +163,14 @@ class Value:
         return self._read(".value")
 
     def _read(self, why: str) -> Any:  # Any: a value of the program's type
-        return self._follow(self._run.read(self._node, self._output, why))
-
-    def _follow(self, value: Any) -> Any:
-        for step in self._path:
-            value = value[step] if isinstance(value, dict) else getattr(value, step)
-        return value
+        return self._source.read(why)
 
     def __await__(self) -> Generator[Any, None, Any]:
-        async def wait() -> Any:
-            return self._follow(await self._run.aread(self._node, self._output))
-
-        return wait().__await__()
+        return self._source.aread().__await__()
 
     def __repr__(self) -> str:
         """While the program runs a placeholder, too: so a list of values in an f-string is a list of their values."""
-        if self._run.is_recording:
-            return self.__format__("!r")
-        path = "".join(f".{step}" for step in self._path)
-        done = self._run.result_of(self._node)
-        shown = "not read" if done is None or done.error else repr(done.value)[:60]
-        return f"<value {self._name or 'unnamed'}{path} of node {self._node}: {shown}>"
+        return self._source.shown()
 
     def __str__(self) -> str:
         return str(self._read("str()"))
@@ -272,6 +266,19 @@ class Value:
         return other % self._read("%")
 
 
+def source_of(value: Value) -> Source:
+    """Where a value comes from. Not an attribute: a Value has only those of what it stands for."""
+    return value._source
+
+
+def placeholder_for(item: object) -> str:
+    """A placeholder of the run whose program is being executed. Raises RuntimeError outside of a program."""
+    run = current_run.get()
+    if run is None:
+        raise RuntimeError(f"{item!r} can only be put into text inside of a running program")
+    return run.placeholders.add(item, type(item).__name__.lower())
+
+
 def plain(item: Any, run: Run | None = None) -> Any:  # Any: values inside lists, tuples, dicts and texts, of any kind
     """Read every value in `item`: values themselves, in lists, tuples and dicts, and as placeholders in text.
 
@@ -279,7 +286,7 @@ def plain(item: Any, run: Run | None = None) -> Any:  # Any: values inside lists
     """
     if isinstance(item, Value):
         return item.value
-    if isinstance(item, str) and _START in item:
+    if isinstance(item, str) and has_placeholder(item):
         run = run or current_run.get()
         return item if run is None else run.read_text(item)
     if isinstance(item, list):

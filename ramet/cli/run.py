@@ -113,7 +113,7 @@ class _Screen:
     def _print(self, number: int, event: ir.NodeEvent) -> None:
         from ramet.lang.graph import ir
 
-        node = self._state._run.nodes[number]
+        node = self._state.recorder.run.nodes[number]
         if isinstance(node, ir.Fork):
             self._line(f"── branch {node.index + 1} of {node.width} ──")
         elif isinstance(node, ir.Role):

@@ -322,7 +322,7 @@ def execute(s: State, program: Sequence[Step], known: list[Any], words: Sequence
             for branch in branches:
                 execute(branch, what, list(known), words)
             branches.join()
-        elif kind == "message" and s._role is None:
+        elif kind == "message" and s.recorder.role is None:
             with s.user():
                 execute(s, what, known, words)
 

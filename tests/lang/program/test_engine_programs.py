@@ -152,7 +152,7 @@ def test_a_cancelled_program_leaves_the_engine_idle(engine: Engine) -> None:
         branches = s.fork(8)
         branches += lambda i: f"{i} go on: "
         branches += gen("x")
-        s._run.submit()
+        s.recorder.run.submit()
         time.sleep(0.05)
         s.cancel()
 

@@ -130,7 +130,7 @@ def test_an_argument_without_a_json_form_is_named_before_anything_is_sent(backen
 
 def add_tool_call(s: ProgramState, tool: str) -> int:
     """A call of a tool at this place of the program."""
-    return s._add(ir.ToolCall, tool=tool, arguments=('{"city": "Oslo"}',), name="weather")
+    return s.recorder.add(ir.ToolCall, tool=tool, arguments=('{"city": "Oslo"}',), name="weather")
 
 
 def test_a_failing_tool_is_the_cause_and_its_siblings_are_cancelled(backend: Any) -> None:
@@ -278,7 +278,7 @@ def test_an_exception_of_the_program_itself_cancels_what_it_started(backend: Any
     def program(s: State) -> None:
         branches = s.fork(3)
         branches += gen("x")
-        s._run.submit()
+        s.recorder.run.submit()
         raise ZeroDivisionError("of the program")
 
     with pytest.raises(ZeroDivisionError):

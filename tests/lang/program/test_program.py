@@ -613,7 +613,7 @@ def test_an_exception_of_the_function_is_raised_and_the_run_cancelled() -> None:
     @function
     def program(s: State) -> None:
         s += "long? " + gen("long")
-        s._run.submit()
+        s.recorder.run.submit()
         raise ZeroDivisionError("mine")
 
     slow = MockBackend({"long?": "a b c d e f g h i j"}, latency_s=0.02)
@@ -653,7 +653,7 @@ def test_a_cancelled_branch_ends_alone(backend: MockBackend) -> None:
         a, b = s.fork(2)
         a += "a name? " + gen("x")
         b += "b name? " + gen("x")
-        s._run.submit()
+        s.recorder.run.submit()
         b.cancel()
         return str(a["x"])
 
@@ -918,7 +918,7 @@ def test_a_listener_that_fails_breaks_nothing_but_itself(
 ) -> None:
     @function
     def program(s: State) -> None:
-        s._run.listen(lambda event: 1 / 0)  # type: ignore[arg-type]
+        s.recorder.run.listen(lambda event: 1 / 0)  # type: ignore[arg-type]
         s += "name? " + gen("name")
 
     with caplog.at_level("CRITICAL"):

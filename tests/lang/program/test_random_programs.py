@@ -124,7 +124,7 @@ def execute(s: State, program: Sequence[Step], known: list[Any], may_read: bool,
         elif kind == "first of" and may_read:  # of one: which of several is first depends on time
             s.first_of("> " + gen("g"))
             known.append(s["g"])
-        elif kind == "tools" and may_read and s._role is None:
+        elif kind == "tools" and may_read and s.recorder.role is None:
             known.append(s.call_tools([double], max_steps=2, max_tokens=60, temperature=what))
         elif kind == "sub-program":
             known.append(part(s, what, known, may_read, depth + 1))
@@ -136,7 +136,7 @@ def execute(s: State, program: Sequence[Step], known: list[Any], may_read: bool,
                 branch["last"] = branch.get("g", "none")
             branches.join(mode="append" if depth else "gather")
         elif kind == "message":
-            if s._role is None:
+            if s.recorder.role is None:
                 with s.user():
                     execute(s, what, known, may_read, depth + 1)
         elif kind == "if" and known and may_read and len(str(known[-1])) % 2 == 0:

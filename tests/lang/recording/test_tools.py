@@ -226,7 +226,7 @@ def test_a_failing_tool_ends_the_program_with_its_place_and_its_cause() -> None:
     assert found is not None
     assert found.node == error.node
     story = next(n for n in states[0].record.graph.nodes if isinstance(n, Generate) and n.name == "story")
-    assert isinstance(states[0]._run.error_of(story.id), ProgramCancelled)
+    assert isinstance(states[0].recorder.run.error_of(story.id), ProgramCancelled)
     assert slow.engine.submit("still there").result().text
 
 

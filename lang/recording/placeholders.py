@@ -1,0 +1,68 @@
+"""Placeholders: what stands in a Python string for a value that does not exist yet.
+
+`f"Dear {s['name']}"` must give a string at once, so formatting a value inserts a short run of private-use characters,
+which stands for the value until the text is appended to a branch.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Callable
+from itertools import count
+
+from ramet.errors import InvalidProgram
+
+# One placeholder: START, eight digits to the base 256 (four of the run's key, four of the index), a label for whoever
+# sees it where it should not be (printed, in a file's name), END. The characters but for the label are of Unicode's
+# Supplementary Private Use Area-A, which text does not use; the key makes a chance match impossible.
+_START, _END, _ZERO = "\U000f0000", "\U000f0001", 0xF0100
+PLACEHOLDER = re.compile(f"{_START}([\U000f0100-\U000f01ff]{{8}})[^{_END}]*{_END}")
+_CUT = re.compile(f"{_START}([\U000f0100-\U000f01ff]{{2,4}})")  # its beginning, with a part of the key
+
+
+def has_placeholder(text: str) -> bool:
+    """True where something in the text stands for a value, or for a description such as `gen(...)`."""
+    return _START in text
+
+
+class Placeholders:
+    """The placeholders of one run. `key` tells them from other runs'."""
+
+    def __init__(self) -> None:
+        self.key = secrets.token_bytes(4)
+        self._items: dict[int, object] = {}
+        self._indices = count()  # a program may put values into text on several threads
+
+    def add(self, item: object, label: str) -> str:
+        index = next(self._indices)
+        self._items[index] = item
+        digits = self.key + index.to_bytes(4, "big")
+        return _START + "".join(chr(_ZERO + byte) for byte in digits) + f"‹{label}›" + _END
+
+    def split(self, text: str, foreign: Callable[[bytes, int], object]) -> list[object]:
+        """Cut text into strings and the items that its placeholders stand for; `foreign`: those of another run."""
+        if _START not in text:
+            return [text] if text else []
+        found: list[object] = []
+        for i, piece in enumerate(PLACEHOLDER.split(text)):
+            if i % 2 == 0:
+                if piece:
+                    found.append(self._whole(piece))
+                continue
+            digits = bytes(ord(char) - _ZERO for char in piece)
+            index = int.from_bytes(digits[4:], "big")
+            found.append(self._items[index] if digits[:4] == self.key else foreign(digits[:4], index))
+        return found
+
+    def _whole(self, text: str) -> str:
+        """Text without placeholders. Raises InvalidProgram where one of this run's was cut."""
+        for digits in _CUT.findall(text) if _START in text else ():
+            if self.key.startswith(bytes(ord(char) - _ZERO for char in digits)):
+                raise InvalidProgram(
+                    "a text was cut within a generated value that stands in it; read the value first: str(s[...])"
+                )
+        return text
+
+    def get(self, index: int) -> object:
+        return self._items[index]

@@ -1,0 +1,405 @@
+"""The recorder of one branch: writes down, as nodes of the run's graph, what a program appends to the branch.
+
+`Recorder` is what all that appends is written against; what users see of it is State (state.py), which only delegates.
+`Expr` is a description that can be appended (`gen(...)`, a message): it writes itself down on a recorder.
+
+A branch is a few fields and a dictionary: tens of thousands may live at once. Not here: running (run.py), what a
+generation is (generations.py), tool calls (tool_loop.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from ramet.errors import InvalidProgram, RametError
+from ramet.lang.graph import ir
+from ramet.lang.recording.run import Run
+from ramet.lang.recording.source_lines import caller_line
+from ramet.lang.recording.tools import Tool, declared
+from ramet.lang.recording.values import NodeSource, Value, placeholder_for
+
+
+class Expr:
+    """Something that can be appended to a state. Exprs and texts can be added up: `"A: " + gen("a") + "."`."""
+
+    __slots__ = ()
+
+    def record(self, recorder: Recorder) -> object:
+        """Write this down at the end of a branch. Every kind of Expr has its own."""
+        raise NotImplementedError
+
+    def __add__(self, other: Appendable) -> Expr:
+        return Chain((self, other))
+
+    def __radd__(self, other: Appendable) -> Expr:
+        return Chain((other, self))
+
+    def __format__(self, spec: str) -> str:
+        if spec:
+            raise ValueError(f"a {type(self).__name__.lower()} takes no format specification: {spec!r}")
+        return placeholder_for(self)
+
+
+Appendable: TypeAlias = "Expr | str | Value | Sequence[Expr | str | Value]"
+
+
+@dataclass(frozen=True, slots=True)
+class Chain(Expr):
+    """One after the other."""
+
+    parts: tuple[Appendable, ...]
+
+    def record(self, recorder: Recorder) -> None:
+        for part in self.parts:
+            recorder.append(part)
+
+
+@dataclass(frozen=True, slots=True)
+class RoleExpr(Expr):
+    """One whole message."""
+
+    role: str
+    content: tuple[Appendable, ...] = field(default=())
+
+    def record(self, recorder: Recorder) -> None:
+        with recorder.message(self.role):
+            for part in self.content:
+                recorder.append(part)
+
+
+@dataclass(slots=True)
+class LateText:
+    """Text that is held back. `num_jumped`: texts that were appended after it. Owner: its recorder."""
+
+    parts: ir.Template
+    line: str
+    num_jumped: int = 0
+
+
+class Recorder:
+    """Writes one branch down. Owner: the branch's State.
+
+    `tip`: its last node. `place`: where in the program it was forked: (which fork, which branch of it), ...; () is the
+    program's own branch. `variables`: name -> Value, or whatever the program set; `counts`: name -> how often it was
+    written on this branch. `role`: of the message that is open.
+    `sampling`: what its generations have in the fields that they leave open. `tools`: those that it declared.
+    """
+
+    __slots__ = (
+        "_late",
+        "_num_forks",
+        "_num_generated",
+        "counts",
+        "place",
+        "role",
+        "run",
+        "sampling",
+        "tip",
+        "tools",
+        "variables",
+    )
+
+    def __init__(
+        self,
+        run: Run,
+        tip: int | None = None,
+        *,
+        sampling: ir.Sampling = ir.Sampling(),  # noqa: B008 - frozen
+        variables: dict[str, Any] | None = None,
+        origin: Recorder | None = None,
+        place: tuple[int, ...] = (),
+    ) -> None:
+        """`origin`: the branch that this one was forked from; it goes on with all that was written there."""
+        self.run = run
+        self.tip = tip
+        self.place = place
+        self.variables: dict[str, Any] = variables if variables is not None else {}
+        self.sampling = sampling
+        self.role: str | None = None
+        self.tools: tuple[Tool, ...] = ()
+        self.counts: dict[str, int] = {}
+        self._late: tuple[LateText, ...] = ()
+        self._num_forks = 0
+        self._num_generated = 0
+        if origin is not None:
+            self.sampling = origin.sampling
+            self._go_on_as(origin)
+
+    def _go_on_as(self, other: Recorder) -> None:
+        self.variables = dict(other.variables)
+        self.counts = dict(other.counts)
+        self.role = other.role
+        self.tools = other.tools
+
+    @property
+    def program(self) -> str:
+        """The name of the program."""
+        return self.run.options.program
+
+    # Writing.
+
+    def append(self, item: Appendable) -> None:
+        """Append text, a value, a description (`gen`, ...), or several of them."""
+        if isinstance(item, str):
+            self._append_text(item)
+        elif isinstance(item, Value):
+            self._append_text(format(item))
+        elif isinstance(item, Expr):
+            item.record(self)
+        elif isinstance(item, Sequence):
+            for part in item:
+                self.append(part)
+        else:
+            raise TypeError(
+                f"can't append {item!r} to a program's state; append text (an f-string, say), gen(...), select(...), "
+                "a role, or a generated value"
+            )
+
+    def _append_text(self, text: str) -> None:
+        parts: list[ir.Part] = []
+        for item in self._split(text):
+            if isinstance(item, Expr):
+                self.add_text(parts)
+                parts = []
+                item.record(self)
+            else:
+                parts.append(item)
+        self.add_text(parts)
+
+    def _split(self, text: str) -> list[ir.Part | Expr]:
+        return self.run.placeholders.split(text, self.run.foreign)  # type: ignore[return-value]  # these are put in
+
+    def add_text(self, parts: Sequence[ir.Part]) -> None:
+        """Append a text of these parts; nothing where there are none."""
+        if parts:
+            self.add(ir.Text, parts=tuple(parts))
+            for late in self._late:
+                late.num_jumped += 1
+
+    def go_back(self, tip: int | None) -> None:
+        """Go on behind the node `tip` of this branch, as if nothing had been written since."""
+        self.tip = tip
+
+    def add(self, kind: Callable[..., ir.AnyNode], **fields: Any) -> int:  # Any: the node's own fields
+        """Append a node of this kind, and return its id. Raises InvalidProgram where the program has ended."""
+        if not self.run.is_recording:
+            raise InvalidProgram("the program has ended; nothing can be appended to its state", program=self.program)
+        if self._late and kind is not ir.Text:
+            self.record_late()
+        self.tip = self.run.record(kind, self.tip, **fields)
+        return self.tip
+
+    def template(self, text: str | Value) -> ir.Template:
+        """A choice as the graph has it. Raises InvalidProgram where it holds a description."""
+        parts: list[ir.Part] = []
+        for part in self._split(format(text)):
+            if isinstance(part, Expr):
+                raise InvalidProgram(f"a choice can't hold another description: {text!r}", program=self.program)
+            parts.append(part)
+        return tuple(parts)
+
+    # Late texts. One is held back, and recorded right before the next node that reads the branch. So the order of a
+    # branch's text depends on what is appended to it alone, not on where the program waits for a value.
+
+    def hold_late(self, item: Appendable, prefix: str) -> None:
+        """Append text that may stand behind the text that follows it. Raises InvalidProgram for anything but text."""
+        if prefix != "late":
+            raise InvalidProgram(f'prefix is {prefix!r}, but must be "late"', program=self.program)
+        if not isinstance(item, str | Value):
+            raise InvalidProgram(f"only text can stand late, not {item!r}", program=self.program)
+        if not self.run.is_recording:
+            raise InvalidProgram("the program has ended; nothing can be appended to its state", program=self.program)
+        parts: list[ir.Part] = []
+        for part in self._split(format(item)):
+            if isinstance(part, Expr):
+                raise InvalidProgram("only text can stand late; append the generation by itself", program=self.program)
+            parts.append(part)
+        if parts:
+            if not self._late:
+                self.run.before_end(self.record_late)
+            self._late = (*self._late, LateText(tuple(parts), caller_line()))
+
+    def record_late(self) -> None:
+        """Record the text that is held back; it stands here now."""
+        late, self._late = self._late, ()
+        for one in late:
+            self.add(ir.Text, parts=one.parts, moved=one.num_jumped, line=one.line)
+
+    # Messages.
+
+    @contextmanager
+    def message(self, role: str) -> Iterator[None]:
+        """What is appended in the block is one message."""
+        self.open_message(role)
+        try:
+            yield
+        except BaseException as error:
+            self.close_message(error)
+            raise
+        self.close_message()
+
+    def open_message(self, role: str) -> None:
+        """Begin a message. Raises InvalidProgram inside of another one."""
+        if self.role is not None:
+            if self._role_is_inherited():
+                self.close_message()  # a branch that was forked inside of a message, and now begins the next one
+            else:
+                article = "an" if self.role == "assistant" else "a"
+                raise InvalidProgram(
+                    f"the {role} message begins inside of {article} {self.role} message; end that one first",
+                    program=self.program,
+                )
+        self.add(ir.Role, role=role, is_open=True)
+        self.role = role
+
+    def close_message(self, error: BaseException | None = None) -> None:
+        """End the message, where one is open; also where the program's own error leaves it, which may be caught."""
+        if self.role is None or not (error is None or isinstance(error, Exception)):
+            return
+        try:
+            self.add(ir.Role, role=self.role, is_open=False)
+        except RametError:
+            if error is None:
+                raise  # else the run may be over; the error in the block is the one to be seen
+        else:
+            self.role = None
+
+    def _role_is_inherited(self) -> bool:
+        tip = self.tip
+        while tip is not None:
+            node = self.run.nodes[tip]
+            if isinstance(node, ir.Role):
+                return False
+            if isinstance(node, ir.Fork):
+                return True
+            tip = node.parent
+        return False
+
+    def use_tools(self, tools: tuple[Tool, ...], line: str | None = None) -> None:
+        """Declare tools, so that the model is told of them. Nothing happens where it has just these already."""
+        if self.tools == tools:
+            return
+        if self.role is not None:
+            raise InvalidProgram(
+                f"tools are declared inside of a {self.role} message; declare them between messages, best before all",
+                program=self.program,
+            )
+        for tool in tools:
+            if not self.run.tools.add(tool):
+                raise InvalidProgram(f"the program has another tool of the name {tool.name!r}", program=self.program)
+        self.add(ir.Tools, tools=declared(tools), line=line)
+        self.tools = tools
+
+    # Variables.
+
+    def node_name(self, name: str | None) -> str | None:
+        """The name of a node that writes a variable: written again it is `name#2`; reading gives the latest."""
+        if name is None:
+            return None
+        if not isinstance(name, str) or not name or "#" in name:
+            raise InvalidProgram(
+                f"a variable is named {name!r}; use a text that isn't empty and has no '#'", program=self.program
+            )
+        count = self.counts[name] = self.counts.get(name, 0) + 1
+        return name if count == 1 else f"{name}#{count}"
+
+    @contextmanager
+    def capture(self, name: str) -> Iterator[None]:
+        """What is appended in the block becomes the variable `name`."""
+        self.record_late()
+        start = self.tip
+        yield
+        node = self.add(ir.Capture, name=self.node_name(name), start=start)
+        self.variables[name] = Value(NodeSource(self.run, node, name))
+
+    @contextmanager
+    def default_sampling(self, sampling: ir.Sampling) -> Iterator[None]:
+        """In the block, generations have these values in the fields that they leave open."""
+        before = self.sampling
+        self.sampling = sampling.filled(before)
+        try:
+            yield
+        finally:
+            self.sampling = before
+
+    def seed_of_place(self) -> int | None:
+        """The next generation's own seed, the same in every run of this seed, however the program is cut into stages.
+
+        None where the run has no seed.
+        """
+        self._num_generated += 1
+        if self.run.seed is None:
+            return None
+        place = f"{self.run.seed}:{self.place}:{self._num_generated}".encode()
+        return int.from_bytes(hashlib.blake2b(place, digest_size=4).digest(), "big")
+
+    # Branches.
+
+    def fork(self, width: int) -> list[Recorder]:
+        """Split into branches that go on from here. This one goes on as well."""
+        if not isinstance(width, int) or width < 1:
+            raise InvalidProgram(f"fork({width!r}): a fork needs at least one branch", program=self.program)
+        if not self.run.is_recording:
+            raise InvalidProgram("the program has ended; its state can't be forked", program=self.program)
+        self.record_late()
+        self._num_forks += 1
+        tips = self.run.record_fork(self.tip, width)
+        return [
+            Recorder(self.run, tip, origin=self, place=(*self.place, self._num_forks, index))
+            for index, tip in enumerate(tips)
+        ]
+
+    def join(self, branches: Sequence[Recorder], mode: str) -> None:
+        """Every variable that the branches wrote becomes a list here; with `mode="append"` their texts are appended."""
+        if mode not in ("gather", "append"):
+            raise InvalidProgram(f'join mode is {mode!r}, but must be "gather" or "append"')
+        if not branches:
+            raise InvalidProgram("join needs at least one branch")
+        if any(branch.run is not self.run for branch in branches):
+            raise InvalidProgram("join takes branches of the same program")
+        lists: dict[str, list[Any]] = {}
+        for branch in branches:
+            branch.record_late()
+            for name, value in branch.written_since(self).items():
+                lists.setdefault(name, []).append(value)
+        self.variables.update(lists)
+        self.add(ir.Join, branches=tuple(dict.fromkeys(one.tip for one in branches if one.tip is not None)))
+        if mode == "append":
+            for branch in branches:
+                start = branch.own_nodes()[0] if branch.place else None
+                self.add_text((ir.Ref(self.run.record(ir.Capture, branch.tip, start=start)),))
+
+    def written_since(self, other: Recorder) -> dict[str, Any]:
+        """The variables that were written here, and not on the branch that this one was forked from."""
+        before = other.variables
+        return {
+            name: value for name, value in self.variables.items() if name not in before or before[name] is not value
+        }
+
+    def adopt(self, branch: Recorder) -> None:
+        """Go on as if everything on `branch` had been written here, where nothing was written since the fork."""
+        forks = [node.parent for node in branch.run.path(branch.tip) if isinstance(node, ir.Fork)]
+        if branch.run is not self.run or self.tip not in forks:
+            raise InvalidProgram("a state can only go on as one of its own branches, and only from where it was forked")
+        branch.record_late()
+        self.tip = branch.tip
+        self._go_on_as(branch)
+
+    def own_nodes(self) -> list[int]:
+        """The nodes of this branch since it was forked, its Fork first."""
+        found, tip = [], self.tip
+        while tip is not None:
+            found.append(tip)
+            node = self.run.nodes[tip]
+            if isinstance(node, ir.Fork):
+                break
+            tip = node.parent
+        return found[::-1]
+
+    def cancel(self) -> None:
+        """Stop what this branch was generating, and all that needs it; on the program's own branch everything."""
+        self.run.cancel(self.own_nodes() if self.place else None)
