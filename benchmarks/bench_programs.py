@@ -40,7 +40,7 @@ from rich.table import Table
 
 from ramet import Engine, Function, OpenAI, Remote, State
 from ramet.lang.backends.in_process import EngineBackend
-from ramet.runtime.types import Grammar, RequestOutput, SamplingParams
+from ramet.runtime.types import Grammar, RequestOptions, RequestOutput, SamplingParams
 
 
 class SeparateRequests:
@@ -55,18 +55,13 @@ class SeparateRequests:
         self,
         prompt: list[int],
         sampling: SamplingParams,
+        options: RequestOptions,
         *,
         grammar: Grammar | None = None,
-        cache_salt: str = "",
-        program_id: str | None = None,
-        priority: int = 0,
-        deadline_s: float | None = None,
-        score_from: int | None = None,
         on_output: Callable[[RequestOutput], None] | None = None,
     ) -> Any:  # Any: a handle
         tokens = self.tokenizer.encode(self.tokenizer.decode(prompt), parse_special=True)
-        if score_from is not None:
-            score_from = min(score_from, len(tokens) - 1)
+        score_from = None if options.score_from is None else min(options.score_from, len(tokens) - 1)
         return self._engine.submit(tokens, sampling, on_output=on_output, score_from=score_from)
 
 

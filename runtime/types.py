@@ -20,10 +20,11 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, NamedTuple, Protocol
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from ramet.errors import EmptyPrompt
+from ramet.errors import EmptyPrompt, InvalidRequest
 from ramet.lang.graph.sampling import MAX_INT32 as MAX_INT32
 from ramet.lang.graph.sampling import SamplingParams as SamplingParams
 
@@ -93,12 +94,49 @@ class Grammar(Protocol):
         """The closed automaton as arrays, with the same state numbers; None where it is open."""
 
 
-def is_seconds(value: object) -> bool:
-    """True for a finite number of seconds."""
+class RequestOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+    """What a request may say besides its prompt and its sampling. A wrong value raises InvalidRequest naming the field.
+
+    `cache_salt`: requests share cached prefixes only with requests of the same salt. `program_id`: the program that it
+    belongs to. Lower `priority` values run first. `deadline_s`: seconds from its submission until it is given up.
+    `score_from`: generate nothing, and return the log-probabilities of `prompt_ids[score_from:]`.
+    """
+
+    cache_salt: str = ""
+    program_id: str | None = None
+    priority: int = 0
+    deadline_s: float | None = None
+    score_from: int | None = None
+
+    def __post_init__(self) -> None:
+        # The scheduler computes with these on the engine's thread, where an error would end everybody's requests.
+        if not _is_text(self.cache_salt):
+            raise wrong_option("cache_salt", self.cache_salt, "text that UTF-8 can write")
+        if self.program_id is not None and not isinstance(self.program_id, str):
+            raise wrong_option("program_id", self.program_id, "text, or None")
+        if type(self.priority) is not int or abs(self.priority) > MAX_INT32:
+            raise wrong_option("priority", self.priority, f"an integer up to {MAX_INT32}")
+        if self.deadline_s is not None and not _is_seconds(self.deadline_s):
+            raise wrong_option("deadline_s", self.deadline_s, "a finite number of seconds, or None")
+
+
+def changed_options(options: RequestOptions | None, changes: dict[str, Any]) -> RequestOptions:
+    """The options with these fields changed. Raises InvalidRequest, and TypeError for an unknown field."""
+    if options is None:
+        return RequestOptions(**changes)
+    return msgspec.structs.replace(options, **changes) if changes else options
+
+
+def wrong_option(name: str, value: object, limit: str) -> InvalidRequest:
+    """The error of an option with a wrong value."""
+    return InvalidRequest(f"{name} is {value!r}, but must be {limit}", param=name)
+
+
+def _is_seconds(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def is_text(value: object) -> bool:
+def _is_text(value: object) -> bool:
     """True for text that UTF-8 can write: with no half of a surrogate pair."""
     if not isinstance(value, str):
         return False

@@ -33,11 +33,13 @@ from ramet.runtime.types import (
     FinishReason,
     Grammar,
     Request,
+    RequestOptions,
     RequestOutput,
     SamplingParams,
     Sequence,
     TokenIds,
     Usage,
+    changed_options,
 )
 
 logger = logging.getLogger(__name__)
@@ -116,21 +118,19 @@ class Engine:
         self,
         prompt: str | list[int] | TokenIds,
         sampling: SamplingParams | None = None,
+        options: RequestOptions | None = None,
         *,
         grammar: Grammar | None = None,
-        cache_salt: str = "",
-        program_id: str | None = None,
-        priority: int = 0,
-        deadline_s: float | None = None,
-        score_from: int | None = None,
         request_id: str | None = None,
         on_output: OnOutput | None = None,
         detokenize: bool = True,
+        **changes: Any,  # fields of RequestOptions, which checks them
     ) -> RequestHandle:
         """Queue a request; thread-safe, returns at once.
 
-        deadline_s: seconds from now. score_from: see Request. on_output: called on the engine's thread for every
-        increment, instead of collecting them in the handle. detokenize False: outputs have tokens and no text.
+        The fields of `options` may be given by name: `submit(prompt, deadline_s=2)`. on_output: called on the engine's
+        thread for every increment, instead of collecting them in the handle. detokenize False: outputs have tokens and
+        no text.
 
         Raises:
             InvalidRequest, ContextOverflow, EmptyPrompt, Overloaded, EngineStopped.
@@ -138,12 +138,8 @@ class Engine:
         request = self._border.make(
             prompt,
             sampling or SamplingParams(),
+            changed_options(options, changes),
             grammar=grammar,
-            cache_salt=cache_salt,
-            program_id=program_id,
-            priority=priority,
-            deadline_s=deadline_s,
-            score_from=score_from,
             request_id=request_id,
         )
         handle = RequestHandle(request.request_id, self.abort)

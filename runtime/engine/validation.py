@@ -11,7 +11,7 @@ import numpy as np
 
 from ramet.errors import ContextOverflow, InvalidRequest, InvalidSampling
 from ramet.runtime.text.tokenizer import Tokenizer
-from ramet.runtime.types import MAX_INT32, Grammar, Request, SamplingParams, TokenIds, is_seconds, is_text
+from ramet.runtime.types import Grammar, Request, RequestOptions, SamplingParams, TokenIds, wrong_option
 
 
 class RequestBorder:
@@ -44,17 +44,14 @@ class RequestBorder:
         self,
         prompt: str | list[int] | TokenIds,
         sampling: SamplingParams,
+        options: RequestOptions,
         *,
         grammar: Grammar | None = None,
-        cache_salt: str = "",
-        program_id: str | None = None,
-        priority: int = 0,
-        deadline_s: float | None = None,
-        score_from: int | None = None,
         request_id: str | None = None,
     ) -> Request:
         """Check a request at the border. Raises what `submit` raises."""
-        _check_options(cache_salt, program_id, priority, deadline_s, request_id)
+        if request_id is not None and not isinstance(request_id, str):
+            raise wrong_option("request_id", request_id, "text, or None")
         ids = self._tokenizer.encode(prompt, parse_special=True) if isinstance(prompt, str) else prompt
         vocab = self._vocab_size
         try:
@@ -71,6 +68,7 @@ class RequestBorder:
                 if token >= vocab:
                     raise InvalidSampling(f"{name} names token {token}, but the vocabulary has {vocab:,}", param=name)
         num_prompt = len(prompt_ids)
+        score_from = options.score_from
         if score_from is not None and not 1 <= score_from <= num_prompt:
             raise InvalidRequest(f"score_from is {score_from} but must be in [1, {num_prompt}]", param="score_from")
         room = self._context_length - num_prompt
@@ -98,27 +96,11 @@ class RequestBorder:
             max_tokens=wanted,
             stop_ids=eos | frozenset(sampling.stop_token_ids),
             grammar=grammar,
-            cache_salt=cache_salt,
-            program_id=program_id,
-            priority=priority,
+            cache_salt=options.cache_salt,
+            program_id=options.program_id,
+            priority=options.priority,
             arrival_s=now_s,
-            deadline_s=None if deadline_s is None else now_s + deadline_s,
+            deadline_s=None if options.deadline_s is None else now_s + options.deadline_s,
             score_from=score_from,
             seed=seed,
         )
-
-
-def _check_options(
-    cache_salt: object, program_id: object, priority: object, deadline_s: object, request_id: object
-) -> None:
-    """What the scheduler computes with, on the engine's thread, where an error would end everybody's requests."""
-
-    def check(ok: bool, name: str, value: object, limit: str) -> None:
-        if not ok:
-            raise InvalidRequest(f"{name} is {value!r}, but must be {limit}", param=name)
-
-    check(is_text(cache_salt), "cache_salt", cache_salt, "text that UTF-8 can write")
-    check(program_id is None or isinstance(program_id, str), "program_id", program_id, "text, or None")
-    check(request_id is None or isinstance(request_id, str), "request_id", request_id, "text, or None")
-    check(type(priority) is int and abs(priority) <= MAX_INT32, "priority", priority, f"an integer up to {MAX_INT32}")
-    check(deadline_s is None or is_seconds(deadline_s), "deadline_s", deadline_s, "a finite number of seconds, or None")

@@ -10,7 +10,7 @@ from ramet.lang.graph import ir
 from ramet.lang.graph.run import NodeResult
 from ramet.runtime.programs.path import Path, PathTokenizer, PieceEncoder
 from ramet.runtime.text.role_marks import RoleMarks
-from ramet.runtime.types import Grammar, RequestOutput, SamplingParams
+from ramet.runtime.types import Grammar, RequestOptions, RequestOutput, SamplingParams
 
 if TYPE_CHECKING:
     from ramet.runtime.constraints.device_grammars import DeviceGrammars  # loads torch
@@ -48,13 +48,9 @@ class ProgramEngine(Protocol):
         self,
         prompt: list[int],
         sampling: SamplingParams,
+        options: RequestOptions,
         *,
         grammar: Grammar | None = None,
-        cache_salt: str = "",
-        program_id: str | None = None,
-        priority: int = 0,
-        deadline_s: float | None = None,
-        score_from: int | None = None,
         on_output: Callable[[RequestOutput], None] | None = None,
     ) -> Handle: ...
 

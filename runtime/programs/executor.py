@@ -33,7 +33,7 @@ from ramet.runtime.programs.path import Path, PieceEncoder
 from ramet.runtime.programs.selection import Selection
 from ramet.runtime.programs.shared_nodes import SharedRequests
 from ramet.runtime.text.role_marks import RoleMarks
-from ramet.runtime.types import FinishReason, Grammar, RequestOutput, SamplingParams
+from ramet.runtime.types import FinishReason, Grammar, RequestOptions, RequestOutput, SamplingParams
 
 if TYPE_CHECKING:
     from ramet.grammar import CompiledGrammar
@@ -231,12 +231,14 @@ class ProgramExecutor:
         handle = self._engine.submit(
             request.prompt,
             sampling,
+            RequestOptions(
+                cache_salt=self._options.cache_salt,
+                program_id=self._program_id,
+                priority=self._options.priority,
+                deadline_s=left_s,
+                score_from=request.score_from,
+            ),
             grammar=self._grammars.get(run.node.id),
-            cache_salt=self._options.cache_salt,
-            program_id=self._program_id,
-            priority=self._options.priority,
-            deadline_s=left_s,
-            score_from=request.score_from,
             on_output=lambda output: self._take_in(run, at, index, output),
         )
         with self._lock:

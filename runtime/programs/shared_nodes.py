@@ -11,13 +11,12 @@ import hashlib
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import msgspec
 import numpy as np
 
 from ramet.runtime.programs.engine import Handle, ProgramEngine
-from ramet.runtime.types import FinishReason, Grammar, RequestOutput, SamplingParams
+from ramet.runtime.types import FinishReason, Grammar, RequestOptions, RequestOutput, SamplingParams
 
 OnOutput = Callable[[RequestOutput], None]
 
@@ -34,19 +33,17 @@ class SharedRequests:
         self,
         prompt: list[int],
         sampling: SamplingParams,
+        options: RequestOptions,
         *,
         grammar: Grammar | None = None,
-        score_from: int | None = None,
         on_output: OnOutput,
-        **options: Any,  # Any: passed on to the engine
     ) -> Handle:
-        """See ProgramEngine.submit. `options` must be the same for all requests of the program, the deadline apart."""
+        """See ProgramEngine.submit. In one program, `options` differ in their deadline and in `score_from` alone."""
 
         def send(deliver: OnOutput) -> Handle:
-            return self._engine.submit(
-                prompt, sampling, grammar=grammar, score_from=score_from, on_output=deliver, **options
-            )
+            return self._engine.submit(prompt, sampling, options, grammar=grammar, on_output=deliver)
 
+        score_from = options.score_from
         if score_from is None and not sampling.is_greedy and sampling.seed is None:
             return send(on_output)
         key = request_key(prompt, sampling, grammar, score_from)

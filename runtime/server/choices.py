@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+from msgspec.structs import replace
 
 from ramet.errors import GrammarError, InvalidRequest, RametError
 from ramet.lang.graph.ir import Constraint
@@ -19,6 +21,7 @@ from ramet.runtime.server.link.protocol import Output, Submit
 from ramet.runtime.server.link.proxy import EngineProxy
 from ramet.runtime.server.sampling_fields import seed_of_choice
 from ramet.runtime.text.detokenizer import Detokenizer, StopStringScanner
+from ramet.runtime.types import RequestOptions, SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +46,10 @@ class Job:
     """
 
     prompt_ids: list[int]
-    sampling: Mapping[str, object]
+    sampling: SamplingParams
     constraint: Constraint | None = None
     constraint_field: str | None = None
-    cache_salt: str = ""
-    priority: int = 0
+    options: RequestOptions = RequestOptions()  # noqa: RUF009 - frozen
     reasoning: FreeReasoning | None = None
     shown_bytes: Sequence[bytes] | None = None
     is_whole: bool = False
@@ -79,10 +81,7 @@ class ChoiceStream:
         self._proxy = proxy
         self._job = job
         self._id = request_id
-        self._sampling = dict(job.sampling)
-        seed = self._sampling.get("seed")
-        if isinstance(seed, int):
-            self._sampling["seed"] = seed_of_choice(seed, index)
+        self._sampling = replace(job.sampling, seed=seed_of_choice(job.sampling.seed, index))
         self._text = None if job.shown_bytes is None else _ShownText(job)
         if job.reasoning is None:
             self._stream = self._submit(self._id, job.prompt_ids, self._sampling, job.constraint)
@@ -90,11 +89,11 @@ class ChoiceStream:
             self._stream = self._submit(self._id, job.prompt_ids, _free(self._sampling, job.reasoning), None)
 
     def _submit(
-        self, request_id: str, ids: list[int], sampling: Mapping[str, object], constraint: Constraint | None
+        self, request_id: str, ids: list[int], sampling: SamplingParams, constraint: Constraint | None
     ) -> AsyncIterator[Output]:
         job = self._job
         stream = self._proxy.submit(
-            Submit(request_id, ids, dict(sampling), constraint, cache_salt=job.cache_salt, priority=job.priority),
+            Submit(request_id, ids, sampling, constraint, job.options),
             is_whole=job.is_whole,
         )
         self._end = stream.close
@@ -139,17 +138,19 @@ class ChoiceStream:
         end_ids = [] if reasoning.end_id is None else [reasoning.end_id]
         after = [*end_ids, *reasoning.after_ids]
         used = output.completion_tokens + len(reasoning.after_ids)
-        left = self._sampling["max_tokens"]
+        left = self._sampling.max_tokens
         output.finish_reason = output.stop_match = None
         yield output
         between = Output(self._id, output.prompt_tokens, output.cached_tokens, used, reasoning.end, after)
-        if isinstance(left, int) and left <= used:
+        if left is not None and left <= used:
             between.finish_reason = "length"
         yield between
         if between.finish_reason is None:
-            sampling = dict(self._sampling)
-            sampling["max_tokens"] = left - used if isinstance(left, int) else None
-            sampling["min_tokens"] = max(_int(sampling.get("min_tokens")) - used, 0)
+            sampling = replace(
+                self._sampling,
+                max_tokens=None if left is None else left - used,
+                min_tokens=max(self._sampling.min_tokens - used, 0),
+            )
             prompt = [*self._job.prompt_ids, *ids, *after]
             self._stream = self._submit(f"{self._id}-answer", prompt, sampling, self._job.constraint)
             async for later in self._stream:
@@ -158,16 +159,11 @@ class ChoiceStream:
                 yield later
 
 
-def _free(sampling: Mapping[str, object], reasoning: FreeReasoning) -> dict[str, object]:
+def _free(sampling: SamplingParams, reasoning: FreeReasoning) -> SamplingParams:
     """Sampling that also stops at the end of the reasoning."""
-    name, end = ("stop", reasoning.end) if reasoning.end_id is None else ("stop_token_ids", reasoning.end_id)
-    given = sampling.get(name, ())
-    assert isinstance(given, tuple)
-    return {**sampling, name: (*given, end)}
-
-
-def _int(value: object) -> int:
-    return value if isinstance(value, int) else 0
+    if reasoning.end_id is None:
+        return replace(sampling, stop=(*sampling.stop, reasoning.end))
+    return replace(sampling, stop_token_ids=(*sampling.stop_token_ids, reasoning.end_id))
 
 
 class _ShownText:
@@ -175,8 +171,7 @@ class _ShownText:
 
     def __init__(self, job: Job) -> None:
         assert job.shown_bytes is not None
-        stops = job.sampling.get("stop", ())
-        assert isinstance(stops, tuple)
+        stops = job.sampling.stop
         self._detokenizer = Detokenizer(job.shown_bytes)
         self._scanner = StopStringScanner(stops) if stops else None
 

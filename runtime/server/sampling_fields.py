@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+import msgspec
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
 from pydantic_core import PydanticCustomError
 
 from ramet.errors import InvalidGrammar
 from ramet.grammar.text.gbnf import is_gbnf, lark_of_gbnf
 from ramet.lang.graph.ir import Constraint
+from ramet.lang.graph.sampling import FIELDS, SamplingField
 from ramet.runtime.server.errors import HttpError
 from ramet.runtime.types import MAX_INT32, SamplingParams
 
@@ -43,6 +45,77 @@ class Strict(BaseModel):
     """Base of every request model: no conversions between types, no unknown fields."""
 
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+
+
+def _json_type(field: SamplingField) -> Any:  # Any: a type, or Annotated with what pydantic checks of it
+    """How a body writes a value. Ranges of floats are left to SamplingParams, whose errors name them, too."""
+    if field.name == "top_k":
+        return Annotated[int, Field(ge=-1, le=MAX_INT32, description="0 or -1: off")]
+    if field.name == "seed":
+        return Annotated[int, Field(ge=-(2**63), le=2**63 - 1, description="choice i is drawn with seed + i")]
+    if field.kind == "int":
+        return Annotated[int, Field(ge=int(field.low), le=int(min(field.high, MAX_INT32)))]
+    types = {
+        "float": float,
+        "bool": bool,
+        "texts": Annotated[str | list[str], Field(max_length=10_000)],
+        "tokens": Annotated[list[int], Field(max_length=1024)],
+        "biases": Annotated[dict[str, float], Field(max_length=4096)],
+    }
+    return types[field.kind]
+
+
+def _values_model(name: str, fields: Mapping[str, SamplingField], *, null_is_default: bool) -> Any:  # Any: see below
+    """A body's fields for sampling. `null_is_default`: null stands for the default of every field."""
+    defaults = {field.name: field.default for field in msgspec.structs.fields(SamplingParams)}
+    declared: dict[str, Any] = {}  # Any: what pydantic takes as the definition of a field
+    for spelled, field in fields.items():
+        is_plain = field.kind in ("int", "float", "bool")
+        takes_null = null_is_default or field.takes_none or not is_plain
+        default = defaults[field.name] if is_plain and not null_is_default else None
+        declared[spelled] = (_json_type(field) | None if takes_null else _json_type(field), default)
+    return create_model(name, __base__=Strict, **declared)
+
+
+# What is asked for elsewhere in a body is left out: max_tokens has another default in each of OpenAI's endpoints, and
+# log-probabilities have other names everywhere.
+OPENAI_VALUES = {field.name: field for field in FIELDS.values() if field.name not in ("max_tokens", "logprobs")}
+NATIVE_VALUES = {field.native or field.name: field for field in FIELDS.values() if field.name != "logprobs"}
+
+if TYPE_CHECKING:  # a type checker cannot know fields that come from a table; they are read by `given_values` alone
+    OpenAiValues = Strict
+    NativeValues = Strict
+else:
+    OpenAiValues = _values_model("OpenAiValues", OPENAI_VALUES, null_is_default=True)
+    NativeValues = _values_model("NativeValues", NATIVE_VALUES, null_is_default=False)
+
+
+def given_values(body: Strict, fields: Mapping[str, SamplingField], where: str = "") -> dict[str, Any]:
+    """The fields of SamplingParams that a body asks for, by their names there. `where`: the path to its fields.
+
+    Raises: HttpError for a value that has no form in SamplingParams.
+    """
+    given: dict[str, Any] = {}  # Any: each field has its own type
+    for spelled, field in fields.items():
+        value = getattr(body, spelled)
+        if value is not None:
+            given[field.name] = _engine_value(field, value, where + spelled)
+        elif field.takes_none:
+            given[field.name] = None
+    return given
+
+
+def _engine_value(field: SamplingField, value: Any, name: str) -> Any:  # Any: as above
+    if field.name == "top_k":
+        return max(value, 0)
+    if field.kind == "texts":
+        texts = (value,) if isinstance(value, str) else tuple(value)
+        if len(texts) > MAX_STOPS:
+            raise HttpError(400, f"stop has {len(texts)} strings; the limit is {MAX_STOPS}", param=name)
+        return texts
+    if field.kind == "tokens":
+        return tuple(value)
+    return _logit_bias(value, name) if field.kind == "biases" else value
 
 
 class StreamOptions(Strict):
@@ -75,7 +148,7 @@ class StructuredOutputs(Strict):
         ]
 
 
-class SamplingFields(Strict):
+class SamplingFields(OpenAiValues):
     """Sampling, constraints, and what only names or labels a request. `null` stands for the default throughout.
 
     Defaults are OpenAI's (temperature 1, top_p 1), not those of the model's generation_config.json.
@@ -84,19 +157,6 @@ class SamplingFields(Strict):
     """
 
     model: str | None = Field(default=None, description="the served model's name; null or `default` stands for it")
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = Field(default=None, ge=-1, le=MAX_INT32, description="0 or -1: off")
-    min_p: float | None = None
-    frequency_penalty: float | None = None
-    presence_penalty: float | None = None
-    repetition_penalty: float | None = None
-    min_tokens: int | None = Field(default=None, ge=0, le=MAX_INT32)
-    seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1, description="choice i is drawn with seed + i")
-    stop: str | list[str] | None = Field(default=None, max_length=10_000)
-    stop_token_ids: list[int] | None = Field(default=None, max_length=1024)
-    ignore_eos: bool | None = None
-    logit_bias: dict[str, float] | None = Field(default=None, max_length=4096)
     n: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -130,35 +190,12 @@ class SamplingFields(Strict):
     return_hidden_states: OnlyFalse | None = None
 
 
-def sampling_fields(body: SamplingFields, *, max_tokens: int | None, logprobs: int | None) -> dict[str, object]:
-    """The fields of SamplingParams that a body asks for; choice i changes `seed` alone.
+def sampling_params(body: SamplingFields, *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+    """What a body asks for; choice i changes `seed` alone.
 
     Raises: InvalidSampling naming the field whose value is out of range; HttpError.
     """
-    stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
-    if len(stops) > MAX_STOPS:
-        raise HttpError(400, f"stop has {len(stops)} strings; the limit is {MAX_STOPS}", param="stop")
-    given: dict[str, object] = {
-        "max_tokens": max_tokens,
-        "temperature": body.temperature,
-        "top_k": None if body.top_k is None else max(body.top_k, 0),
-        "top_p": body.top_p,
-        "min_p": body.min_p,
-        "frequency_penalty": body.frequency_penalty,
-        "presence_penalty": body.presence_penalty,
-        "repetition_penalty": body.repetition_penalty,
-        "min_tokens": body.min_tokens,
-        "seed": body.seed,
-        "ignore_eos": body.ignore_eos,
-        "logprobs": logprobs,
-    }
-    fields = {name: value for name, value in given.items() if value is not None}
-    fields["max_tokens"] = max_tokens
-    fields["stop"] = tuple(stops)
-    fields["stop_token_ids"] = tuple(body.stop_token_ids or ())
-    fields["logit_bias"] = logit_bias(body.logit_bias or {}, "logit_bias")
-    SamplingParams(**fields)  # type: ignore[arg-type]  # only checks: the engine makes its own
-    return fields
+    return SamplingParams(max_tokens=max_tokens, logprobs=logprobs, **given_values(body, OPENAI_VALUES))
 
 
 def seed_of_choice(seed: int | None, index: int) -> int | None:
@@ -166,7 +203,7 @@ def seed_of_choice(seed: int | None, index: int) -> int | None:
     return None if seed is None else (seed + index + 2**63) % 2**64 - 2**63
 
 
-def logit_bias(given: Mapping[str, float], name: str) -> dict[int, float]:
+def _logit_bias(given: Mapping[str, float], name: str) -> dict[int, float]:
     """Token ids and what is added to their logits. Raises HttpError for the field `name`."""
     bias = {}
     for token, value in given.items():

@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +23,15 @@ from numpy.typing import NDArray
 from ramet.errors import ContextOverflow, EmptyPrompt, EngineStopped
 from ramet.runtime.cache.probe import Difference, trie_differences
 from ramet.runtime.testing.byte_tokenizer import ByteTokenizer
-from ramet.runtime.types import FinishReason, Grammar, RequestOutput, SamplingParams, Usage
+from ramet.runtime.types import (
+    FinishReason,
+    Grammar,
+    RequestOptions,
+    RequestOutput,
+    SamplingParams,
+    Usage,
+    changed_options,
+)
 
 Script = Mapping[str, "str | Sequence[str]"] | Sequence[str] | Callable[[str], "str | None"] | None
 
@@ -65,10 +74,9 @@ class ScriptedResult:
 class _Job:
     prompt: list[int]
     sampling: SamplingParams
+    options: RequestOptions
     grammar: Grammar | None
-    cache_salt: str
     deadline_s: float | None  # of time.monotonic()
-    score_from: int | None
     handle: ScriptedHandle
     num_cached: int = 0
     outputs: Iterator[RequestOutput] | None = None
@@ -152,15 +160,12 @@ class ScriptedEngine:
         self,
         prompt: str | Sequence[int],
         sampling: SamplingParams | None = None,
+        options: RequestOptions | None = None,
         *,
         grammar: Grammar | None = None,
-        cache_salt: str = "",
-        program_id: str | None = None,
-        priority: int = 0,
-        deadline_s: float | None = None,
-        score_from: int | None = None,
         request_id: str | None = None,
         on_output: Callable[[RequestOutput], None] | None = None,
+        **changes: Any,  # fields of RequestOptions, which checks them
     ) -> ScriptedHandle:
         """Queue a request; see the real engine. Raises EmptyPrompt, ContextOverflow, EngineStopped."""
         tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
@@ -169,12 +174,12 @@ class ScriptedEngine:
         if len(tokens) >= self.context_length:
             raise ContextOverflow(f"the prompt has {len(tokens)} tokens but the context is {self.context_length}")
         handle = ScriptedHandle(self, request_id or f"scripted-{next(self._ids)}", on_output)
-        params = sampling or SamplingParams()
+        params, options = sampling or SamplingParams(), changed_options(options, changes)
         with self._changed:
             if self._is_stopped:
                 raise EngineStopped("the scripted engine was shut down")
-            end_s = None if deadline_s is None else time.monotonic() + deadline_s
-            self._waiting.append(_Job(tokens, params, grammar, cache_salt, end_s, score_from, handle))
+            end_s = None if options.deadline_s is None else time.monotonic() + options.deadline_s
+            self._waiting.append(_Job(tokens, params, options, grammar, end_s, handle))
             if self._thread is None:
                 self._thread = threading.Thread(target=self._loop, name="ramet-scripted", daemon=True)
                 self._thread.start()
@@ -264,10 +269,10 @@ class ScriptedEngine:
             job.handle.deliver(output)
 
     def _admit(self, job: _Job) -> None:
-        limit = len(job.prompt) - 1 if job.score_from is None else job.score_from - 1
-        job.num_cached = self._match(job.cache_salt, job.prompt, max(limit, 0))
+        limit = len(job.prompt) - 1 if job.options.score_from is None else job.options.score_from - 1
+        job.num_cached = self._match(job.options.cache_salt, job.prompt, max(limit, 0))
         # Nothing is predicted from the last token of a text that is scored.
-        self._insert(job.cache_salt, job.prompt if job.score_from is None else job.prompt[:-1])
+        self._insert(job.options.cache_salt, job.prompt if job.options.score_from is None else job.prompt[:-1])
         job.outputs = self._produce(job)
         with self._changed:
             self._stats = replace(
@@ -302,12 +307,12 @@ class ScriptedEngine:
             if needle in prompt_text:
                 yield RequestOutput(name, "", (), usage, FinishReason.ERROR, error=error)
                 return
-        if job.score_from is not None:
-            scored = self._score(job.prompt, job.score_from)
+        if job.options.score_from is not None:
+            scored = self._score(job.prompt, job.options.score_from)
             yield RequestOutput(name, "", (), usage, FinishReason.LENGTH, prompt_logprobs=scored)
             return
         tokens, text, reason, match = self._write(job, prompt_text)
-        self._insert(job.cache_salt, [*job.prompt, *(tokens if isinstance(match, int) else tokens[:-1])])
+        self._insert(job.options.cache_salt, [*job.prompt, *(tokens if isinstance(match, int) else tokens[:-1])])
         first_s = time.monotonic() - job.arrival_s
         sent = sent_text = 0
         for end in _word_ends(self.tokenizer.token_bytes, tokens):

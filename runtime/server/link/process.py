@@ -51,7 +51,7 @@ from ramet.runtime.server.link.protocol import (
     Submit,
     command_decoder,
 )
-from ramet.runtime.types import Grammar, RequestOutput, SamplingParams
+from ramet.runtime.types import Grammar, RequestOutput
 
 logger = logging.getLogger(__name__)
 
@@ -163,23 +163,15 @@ class EngineServer:
             self._send(report)
 
         try:
-            fields = dict(command.sampling)
-            for name in ("stop", "stop_token_ids"):
-                fields[name] = tuple(fields.get(name) or ())  # type: ignore[arg-type]
-            if "logit_bias" in fields:
-                fields["logit_bias"] = {int(k): v for k, v in fields["logit_bias"].items()}  # type: ignore[attr-defined]
             self.engine.submit(
                 command.prompt_ids,
-                SamplingParams(**fields),  # type: ignore[arg-type]
+                command.sampling,
+                command.options,
                 grammar=grammar,
-                cache_salt=command.cache_salt,
-                priority=command.priority,
-                deadline_s=command.deadline_s,
-                score_from=command.score_from,
                 request_id=command.id,
                 on_output=on_output,
             )
-        except (RametError, TypeError, ValueError) as error:
+        except RametError as error:
             self._report_error(command, error)
 
     def _report_error(self, command: Submit, error: BaseException) -> None:

@@ -12,6 +12,7 @@ import msgspec
 from ramet import errors
 from ramet.errors import InvalidRequest, Overloaded, RametError
 from ramet.lang.graph.ir import Constraint, NodeEvent
+from ramet.runtime.types import RequestOptions, SamplingParams
 
 T = TypeVar("T")
 
@@ -28,16 +29,13 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Submit(msgspec.Struct, frozen=True, tag="submit", omit_defaults=True):
-    """A request. `sampling`: fields of SamplingParams. `deadline_s`: seconds from its arrival at the engine."""
+    """A request; its deadline counts from its arrival at the engine."""
 
     id: str
     prompt_ids: list[int]
-    sampling: dict[str, object]
+    sampling: SamplingParams
     constraint: Constraint | None = None
-    cache_salt: str = ""
-    priority: int = 0
-    deadline_s: float | None = None
-    score_from: int | None = None
+    options: RequestOptions = RequestOptions()
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):

@@ -11,40 +11,27 @@ from pydantic import Field
 
 from ramet.errors import InvalidSampling
 from ramet.lang.graph.ir import Constraint
+from ramet.lang.graph.sampling import FIELDS
 from ramet.runtime.server.errors import HttpError
 from ramet.runtime.server.sampling_fields import (
     MAX_CHOICES,
-    MAX_STOPS,
+    NATIVE_VALUES,
+    NativeValues,
     OnlyFalse,
     OnlyTrue,
     Strict,
-    logit_bias,
+    given_values,
     one_constraint,
 )
 from ramet.runtime.types import MAX_INT32, SamplingParams
 
 MAX_PROMPTS = 1024
-_NAMES = {"max_tokens": "max_new_tokens", "min_tokens": "min_new_tokens", "seed": "sampling_seed"}
 
 
-class NativeSampling(Strict):
+class NativeSampling(NativeValues):
     """How tokens are chosen, and what the text must match. Defaults are these, whatever the model's files say."""
 
-    max_new_tokens: int | None = Field(default=128, ge=1, le=MAX_INT32, description="null: to the end of the context")
-    min_new_tokens: int = Field(default=0, ge=0, le=MAX_INT32)
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = Field(default=-1, ge=-1, le=MAX_INT32, description="0 or -1: off")
-    min_p: float = 0.0
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
-    repetition_penalty: float = 1.0
     n: int = Field(default=1, ge=1, le=MAX_CHOICES, description="answers; number i is drawn with sampling_seed + i")
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = Field(default=None, max_length=1024)
-    ignore_eos: bool = False
-    logit_bias: dict[str, float] | None = Field(default=None, max_length=4096)
-    sampling_seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
     json_schema: str | dict[str, Any] | bool | None = None  # Any: JSON
     regex: str | None = None
     cfg: str | None = Field(default=None, description="a grammar in Lark's syntax")
@@ -54,38 +41,15 @@ class NativeSampling(Strict):
     spaces_between_special_tokens: bool | None = Field(default=None, description="special tokens are never text")
     no_stop_trim: OnlyFalse = Field(default=False, description="a stop string never belongs to the text")
 
-    def fields(self, num_logprobs: int | None) -> dict[str, object]:
-        """Fields of SamplingParams. Raises HttpError naming the field whose value is out of range."""
-        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        if len(stops) > MAX_STOPS:
-            raise HttpError(
-                400, f"stop has {len(stops)} strings; the limit is {MAX_STOPS}", param="sampling_params.stop"
-            )
-        fields: dict[str, object] = {
-            "max_tokens": self.max_new_tokens,
-            "min_tokens": self.min_new_tokens,
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "top_k": max(self.top_k, 0),
-            "min_p": self.min_p,
-            "frequency_penalty": self.frequency_penalty,
-            "presence_penalty": self.presence_penalty,
-            "repetition_penalty": self.repetition_penalty,
-            "stop": tuple(stops),
-            "stop_token_ids": tuple(self.stop_token_ids or ()),
-            "ignore_eos": self.ignore_eos,
-            "logit_bias": logit_bias(self.logit_bias or {}, "sampling_params.logit_bias"),
-            "seed": self.sampling_seed,
-            "logprobs": num_logprobs,
-        }
+    def params(self, num_logprobs: int | None) -> SamplingParams:
+        """What the engine is asked for. Raises HttpError naming the field whose value is out of range."""
         try:
-            SamplingParams(**fields)  # type: ignore[arg-type]  # only checks: the engine makes its own
+            return SamplingParams(logprobs=num_logprobs, **given_values(self, NATIVE_VALUES, "sampling_params."))
         except InvalidSampling as error:
             theirs = error.param or ""
-            ours = _NAMES.get(theirs, theirs)
+            ours = FIELDS[theirs].native or theirs
             message = str(error).replace(theirs, ours)
             raise HttpError(400, message, param=f"sampling_params.{ours}", code="invalid_value") from None
-        return fields
 
     def constraint(self, limit_bytes: int) -> tuple[str, Constraint] | None:
         """(field, constraint) of what the text must match. Raises HttpError where there are several, or it is large."""

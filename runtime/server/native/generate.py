@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
+import msgspec
 from msgspec import UNSET, UnsetType
 from starlette.requests import Request
 from starlette.responses import Response
@@ -22,6 +23,7 @@ from ramet.runtime.server.responses import DONE, AnswerStruct, EventStream, Last
 from ramet.runtime.server.routing import Endpoint
 from ramet.runtime.server.sampling_fields import seed_of_choice
 from ramet.runtime.server.served_model import ServedModel
+from ramet.runtime.types import RequestOptions, SamplingParams
 
 FinishType = Literal["stop", "length", "abort", "error"]
 Scored = tuple[float | None, int, str | None]  # log-probability, token, its text where that is asked for
@@ -147,17 +149,15 @@ class GenerateEndpoint:
     def _item(
         self, body: GenerateBody, ids: list[int], sampling: NativeSampling, index: int, request_id: str, salt: str
     ) -> Item:
-        fields = sampling.fields(body.top_logprobs_num if body.return_logprob else None)
-        fields["seed"] = seed_of_choice(sampling.sampling_seed, index)
+        params = sampling.params(body.top_logprobs_num if body.return_logprob else None)
+        params = msgspec.structs.replace(params, seed=seed_of_choice(params.seed, index))
         name, constraint = sampling.constraint(self._served.config.max_schema_bytes) or (None, None)
         command = Submit(
             request_id,
             ids,
-            fields,
+            params,
             constraint,
-            cache_salt=salt,
-            priority=body.priority,
-            deadline_s=body.timeout_s,
+            RequestOptions(cache_salt=salt, priority=body.priority, deadline_s=body.timeout_s),
         )
         scores = body.return_logprob and 0 <= body.logprob_start_len < len(ids)
         return Item(command, name, body.logprob_start_len if scores else None)
@@ -199,11 +199,8 @@ class GenerateEndpoint:
         scoring = Submit(
             f"{command.id}-score",
             command.prompt_ids,
-            {"max_tokens": 1},
-            cache_salt=command.cache_salt,
-            priority=command.priority,
-            deadline_s=command.deadline_s,
-            score_from=first,
+            SamplingParams(max_tokens=1),
+            options=msgspec.structs.replace(command.options, score_from=first),
         )
         output = await self._served.proxy.submit(scoring).collect()
         return [*head, *(output.prompt_logprobs or ())]

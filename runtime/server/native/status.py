@@ -19,6 +19,7 @@ from ramet.runtime.server.openapi import VERSION
 from ramet.runtime.server.responses import AnswerStruct, json_response
 from ramet.runtime.server.routing import Endpoint
 from ramet.runtime.server.served_model import ServedModel
+from ramet.runtime.types import RequestOptions, SamplingParams
 
 
 class Health(AnswerStruct):
@@ -90,8 +91,11 @@ class StatusEndpoints:
     async def health_generate(self, request: Request) -> HealthGenerate:
         """Generate one token, whatever it is."""
         proxy, start_s = self._served.proxy, time.monotonic()
-        sampling: dict[str, object] = {"max_tokens": 1, "ignore_eos": True}
-        await proxy.submit(Submit(proxy.new_id("health"), [1], sampling, priority=-1_000, deadline_s=20.0)).collect()
+        sampling, options = (
+            SamplingParams(max_tokens=1, ignore_eos=True),
+            RequestOptions(priority=-1_000, deadline_s=20.0),
+        )
+        await proxy.submit(Submit(proxy.new_id("health"), [1], sampling, options=options)).collect()
         return HealthGenerate(status="ok", seconds=round(time.monotonic() - start_s, 4))
 
     async def model_info(self, request: Request) -> ModelInfo:

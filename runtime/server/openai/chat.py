@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, cast
 
+import msgspec
 from msgspec import UNSET
 from starlette.requests import Request
 from starlette.responses import Response
@@ -50,11 +51,12 @@ from ramet.runtime.server.openai.reasoning import (
 )
 from ramet.runtime.server.openai.tool_calls import AnswerReader
 from ramet.runtime.server.responses import DONE, EventStream, LastEvent, collected, event
-from ramet.runtime.server.sampling_fields import check_size, compact_json, constraint_of, sampling_fields
+from ramet.runtime.server.sampling_fields import check_size, compact_json, constraint_of, sampling_params
 from ramet.runtime.server.served_model import ServedModel
 from ramet.runtime.text.detokenizer import count_kept_tokens
 from ramet.runtime.text.tokenizer import Tokenizer
 from ramet.runtime.text.tool_style import ToolStyle, shown_specials, tool_set, tool_style
+from ramet.runtime.types import RequestOptions
 
 _RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
 
@@ -131,11 +133,9 @@ class ChatEndpoint:
         _check_fields(body)
         max_tokens = _max_tokens(body)
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        sampling = sampling_fields(body, max_tokens=max_tokens, logprobs=logprobs)
-        template = self._tokenizer.chat_template
-        stops = sampling["stop"]
-        assert isinstance(stops, tuple)
-        sampling["stop"] = (*stops, *template.stop_strings)
+        sampling = sampling_params(body, max_tokens=max_tokens, logprobs=logprobs)
+        stops = (*sampling.stop, *self._tokenizer.chat_template.stop_strings)
+        sampling = msgspec.structs.replace(sampling, stop=stops)
         variables = self._variables(body)
         tools = [tool.plain() for tool in body.tools or ()]
         asked, style = self._constraint(body, tools)
@@ -157,8 +157,7 @@ class ChatEndpoint:
             sampling,
             constraint,
             field_name,
-            salt,
-            body.priority or 0,
+            RequestOptions(cache_salt=salt, priority=body.priority or 0),
             reasoning,
             shown,
             is_whole=not body.stream,

@@ -29,10 +29,11 @@ from ramet.runtime.server.openai.answers import (
 )
 from ramet.runtime.server.openai.bodies import CompletionBody
 from ramet.runtime.server.responses import DONE, EventStream, LastEvent, collected, event
-from ramet.runtime.server.sampling_fields import asks_constraint, constraint_of, sampling_fields
+from ramet.runtime.server.sampling_fields import asks_constraint, constraint_of, sampling_params
 from ramet.runtime.server.served_model import ServedModel
 from ramet.runtime.text.detokenizer import Detokenizer
 from ramet.runtime.text.tokenizer import Tokenizer
+from ramet.runtime.types import RequestOptions, SamplingParams
 
 DEFAULT_MAX_TOKENS = 16
 
@@ -94,7 +95,7 @@ class CompletionEndpoint:
         _check_fields(body)
         num = body.n or 1
         max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
-        sampling = sampling_fields(body, max_tokens=max_tokens or 1, logprobs=body.logprobs)
+        sampling = sampling_params(body, max_tokens=max_tokens or 1, logprobs=body.logprobs)
         size = len(await request.body())
         source_size = size if asks_constraint(body) else 0
         asked = await served.compute(source_size, constraint_of, body, None, served.config.max_schema_bytes)
@@ -105,7 +106,8 @@ class CompletionEndpoint:
             raise HttpError(400, message, param="prompt")
         salt = served.cache_salt(request, body.cache_salt or "")
         field_name, constraint = asked or (None, None)
-        shared = Job([], sampling, constraint, field_name, salt, body.priority or 0, is_whole=not body.stream)
+        options = RequestOptions(cache_salt=salt, priority=body.priority or 0)
+        shared = Job([], sampling, constraint, field_name, options, is_whole=not body.stream)
         jobs = [replace(shared, prompt_ids=prompt.ids) for prompt in prompts]
         answer = CompletionAnswer(served, body, prompts, jobs, num, is_generated=max_tokens > 0)
         if body.stream:
@@ -216,10 +218,8 @@ class CompletionAnswer:
             command = Submit(
                 f"{self._id}-score-{number}",
                 prompt.ids,
-                {"max_tokens": 1},
-                cache_salt=job.cache_salt,
-                priority=job.priority,
-                score_from=1,
+                SamplingParams(max_tokens=1),
+                options=msgspec.structs.replace(job.options, score_from=1),
             )
             scored = await self._served.proxy.submit(command).collect()
             output.prompt_logprobs = scored.prompt_logprobs

@@ -31,6 +31,7 @@ from ramet.errors import (
 from ramet.lang.graph.ir import Graph, Text
 from ramet.runtime.models.load import LoadedModel
 from ramet.runtime.testing.scripted_model import ScriptedEngine, ScriptedHandle
+from ramet.runtime.types import RequestOptions, SamplingParams
 
 PROGRAMS = sorted((Path(__file__).resolve().parents[3] / "examples" / "programs").glob("*.py"))
 Serve = Callable[..., AbstractContextManager[Any]]
@@ -65,9 +66,15 @@ class RecordingEngine(ScriptedEngine):
         super().__enter__()
         return self
 
-    def submit(self, prompt: str | Sequence[int], *args: Any, **kwargs: Any) -> ScriptedHandle:
-        self.prompts.append((tuple(prompt), kwargs.get("score_from")))
-        return super().submit(prompt, *args, **kwargs)
+    def submit(
+        self,
+        prompt: str | Sequence[int],
+        sampling: SamplingParams | None = None,
+        options: RequestOptions | None = None,
+        **more: Any,
+    ) -> ScriptedHandle:
+        self.prompts.append((tuple(prompt), None if options is None else options.score_from))
+        return super().submit(prompt, sampling, options, **more)
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ import pytest
 from ramet import Function, MockBackend, State, use_backend
 from ramet.lang.graph.ir import Generate, Select
 from ramet.runtime.testing.scripted_model import ScriptedEngine, ScriptedHandle
+from ramet.runtime.types import RequestOptions, SamplingParams
 
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
 PROGRAMS = sorted((EXAMPLES / "programs").glob("*.py"))
@@ -45,10 +46,16 @@ def program_of(module: ModuleType) -> Function:
 class RecordingEngine(ScriptedEngine):
     """Remembers the tokens of every prompt."""
 
-    def submit(self, prompt: str | Sequence[int], *args: Any, **kwargs: Any) -> ScriptedHandle:
+    def submit(
+        self,
+        prompt: str | Sequence[int],
+        sampling: SamplingParams | None = None,
+        options: RequestOptions | None = None,
+        **more: Any,
+    ) -> ScriptedHandle:
         self.prompts: list[tuple[Any, ...]] = getattr(self, "prompts", [])
-        self.prompts.append((tuple(prompt), kwargs.get("score_from")))
-        return super().submit(prompt, *args, **kwargs)
+        self.prompts.append((tuple(prompt), None if options is None else options.score_from))
+        return super().submit(prompt, sampling, options, **more)
 
 
 def run(module: ModuleType, **options: Any) -> tuple[State, RecordingEngine]:

@@ -20,7 +20,7 @@ from ramet import Engine, Function
 from ramet.errors import CheckFailed
 from ramet.lang.backends.in_process import EngineBackend
 from ramet.runtime.models.load import LoadedModel
-from ramet.runtime.types import RequestOutput, SamplingParams
+from ramet.runtime.types import RequestOptions, RequestOutput, SamplingParams
 
 PROGRAMS = sorted((Path(__file__).resolve().parents[3] / "examples" / "programs").glob("*.py"))
 
@@ -42,13 +42,14 @@ class Oracle:
         self,
         prompt: list[int],
         sampling: SamplingParams,
+        options: RequestOptions,
         *,
         on_output: Callable[[RequestOutput], None] | None = None,
         **kwargs: Any,
     ) -> Any:
         assert on_output is not None
         tokens, generated = tuple(prompt), list[int]()
-        is_scored = kwargs.get("score_from") is not None
+        is_scored = options.score_from is not None
         with self._lock:
             new = len(tokens) - min(self._longest(tokens), len(tokens) - 1)
             if is_scored:
@@ -69,7 +70,7 @@ class Oracle:
                         self._known.append((*tokens, *(generated if has_end else generated[:-1])))
             on_output(output)
 
-        return self._engine.submit(prompt, sampling, on_output=take, **kwargs)
+        return self._engine.submit(prompt, sampling, options, on_output=take, **kwargs)
 
     def _longest(self, tokens: Sequence[int]) -> int:
         """How many of these tokens some known sequence begins with."""

@@ -19,6 +19,7 @@ from ramet.lang.graph.ir import Graph
 from ramet.lang.program.compiled import Compiled
 from ramet.runtime.models.load import LoadedModel
 from ramet.runtime.testing.scripted_model import ScriptedEngine, ScriptedHandle
+from ramet.runtime.types import RequestOptions, SamplingParams
 
 Step = tuple[str, Any]
 
@@ -156,11 +157,18 @@ class RecordingEngine(ScriptedEngine):
         super().__init__()
         self.prompts: Counter[tuple[tuple[int, ...], int | None]] = Counter()
 
-    def submit(self, prompt: str | Sequence[int], *args: Any, **kwargs: Any) -> ScriptedHandle:
+    def submit(
+        self,
+        prompt: str | Sequence[int],
+        sampling: SamplingParams | None = None,
+        options: RequestOptions | None = None,
+        **more: Any,
+    ) -> ScriptedHandle:
+        assert options is not None
         self.prompts[
-            tuple(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt), kwargs["score_from"]
+            tuple(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt), options.score_from
         ] += 1
-        return super().submit(prompt, *args, **kwargs)
+        return super().submit(prompt, sampling, options, **more)
 
 
 @function(max_tokens=12)

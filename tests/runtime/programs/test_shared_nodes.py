@@ -14,7 +14,7 @@ from ramet.runtime.programs.engine import Handle
 from ramet.runtime.programs.executor import ProgramHost
 from ramet.runtime.programs.shared_nodes import SharedRequests, request_key
 from ramet.runtime.testing.scripted_model import ScriptedEngine
-from ramet.runtime.types import FinishReason, RequestOutput, SamplingParams, Usage
+from ramet.runtime.types import FinishReason, RequestOptions, RequestOutput, SamplingParams, Usage
 
 
 def run(program: Any, *, share: bool, **kwargs: Any) -> tuple[State, ScriptedEngine]:
@@ -94,7 +94,9 @@ class StubEngine:
         self.requests: list[Callable[[RequestOutput], None]] = []
         self.cancelled: list[int] = []
 
-    def submit(self, prompt: list[int], sampling: SamplingParams, *, on_output: Any = None, **_: Any) -> Handle:
+    def submit(
+        self, prompt: list[int], sampling: SamplingParams, options: Any, *, on_output: Any = None, **_: Any
+    ) -> Handle:
         index = len(self.requests)
         self.requests.append(on_output)
         cancelled = self.cancelled
@@ -110,15 +112,15 @@ def output(text: str, reason: FinishReason | None = None) -> RequestOutput:
     return RequestOutput("r", text, (1,), Usage(3, 1, 1), reason)
 
 
-GREEDY = SamplingParams(temperature=0)
+GREEDY, PLAIN = SamplingParams(temperature=0), RequestOptions()
 
 
 def test_one_who_leaves_does_not_end_the_request_of_the_others() -> None:
     engine = StubEngine()
     requests = SharedRequests(engine)
     got: list[list[str]] = [[], []]
-    first = requests.submit([1, 2, 3], GREEDY, on_output=lambda o: got[0].append(o.text))
-    second = requests.submit([1, 2, 3], GREEDY, on_output=lambda o: got[1].append(o.text))
+    first = requests.submit([1, 2, 3], GREEDY, PLAIN, on_output=lambda o: got[0].append(o.text))
+    second = requests.submit([1, 2, 3], GREEDY, PLAIN, on_output=lambda o: got[1].append(o.text))
     engine.requests[0](output("a"))
     first.cancel()
     engine.requests[0](output("b", FinishReason.STOP))
@@ -131,20 +133,20 @@ def test_one_who_leaves_does_not_end_the_request_of_the_others() -> None:
 def test_a_request_that_nobody_wants_any_more_ends_and_is_not_read_by_others() -> None:
     engine = StubEngine()
     requests = SharedRequests(engine)
-    readers = [requests.submit([1], GREEDY, on_output=lambda o: None) for _ in range(2)]
+    readers = [requests.submit([1], GREEDY, PLAIN, on_output=lambda o: None) for _ in range(2)]
     for reader in readers:
         reader.cancel()
     assert engine.cancelled == [0]
-    requests.submit([1], GREEDY, on_output=lambda o: None)
+    requests.submit([1], GREEDY, PLAIN, on_output=lambda o: None)
     assert len(engine.requests) == 2
 
 
 def test_a_failed_request_is_asked_again() -> None:
     engine = StubEngine()
     requests = SharedRequests(engine)
-    requests.submit([1], GREEDY, on_output=lambda o: None)
+    requests.submit([1], GREEDY, PLAIN, on_output=lambda o: None)
     engine.requests[0](output("", FinishReason.ERROR))
-    requests.submit([1], GREEDY, on_output=lambda o: None)
+    requests.submit([1], GREEDY, PLAIN, on_output=lambda o: None)
     assert len(engine.requests) == 2
 
 
@@ -152,9 +154,11 @@ def test_outputs_arrive_in_order_from_several_threads() -> None:
     engine = StubEngine()
     requests = SharedRequests(engine)
     got: list[list[str]] = [[] for _ in range(8)]
-    requests.submit([1], GREEDY, on_output=lambda o: got[0].append(o.text))
+    requests.submit([1], GREEDY, PLAIN, on_output=lambda o: got[0].append(o.text))
     late = [
-        threading.Thread(target=lambda i=i: requests.submit([1], GREEDY, on_output=lambda o: got[i].append(o.text)))
+        threading.Thread(
+            target=lambda i=i: requests.submit([1], GREEDY, PLAIN, on_output=lambda o: got[i].append(o.text))
+        )
         for i in range(1, 8)
     ]
     for i in range(40):

@@ -22,6 +22,7 @@ from ramet.runtime.server.link import proxy as engine_proxy
 from ramet.runtime.server.link.process import EngineServer
 from ramet.runtime.server.link.protocol import Submit
 from ramet.runtime.server.link.proxy import EngineProxy
+from ramet.runtime.types import SamplingParams
 
 Served = Any  # ServedProcess of conftest.py, which importlib mode cannot import by name
 
@@ -92,7 +93,7 @@ def test_engines_that_never_come_up_are_given_up_with_the_reason(monkeypatch: py
             with pytest.raises(EngineStopped, match="3 engine processes in a row"):
                 await proxy.wait_ready(1)
             with pytest.raises(EngineStopped, match="3 engine processes in a row"):
-                proxy.submit(Submit("x", [1], {}))
+                proxy.submit(Submit("x", [1], SamplingParams()))
             assert proxy.startup["stage"] == "given up"
             assert proxy.counters.num_starts == proxy.counters.num_crashes == 3
         finally:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -19,14 +20,15 @@ from ramet.lang.graph.ir import Constraint, Generate, Graph, Sampling, Text
 from ramet.runtime.models.catalog import TINY_MODEL
 from ramet.runtime.server.link.protocol import Heartbeat, Hello, Settings, StartProgram, Submit
 from ramet.runtime.server.link.proxy import EngineProxy
+from ramet.runtime.types import RequestOptions, SamplingParams
 
 CONFIG = {"num_kv_tokens": 4096, "max_running_requests": 8, "device": "cpu"}
 Scenario = Callable[[EngineProxy], Awaitable[None]]
 
 
 def submit(proxy: EngineProxy, prompt: bytes = b"hello", **more: object) -> Submit:
-    sampling = {"temperature": 0.0, "max_tokens": 20, "ignore_eos": True, **more}
-    return Submit(proxy.new_id("test"), list(prompt), sampling)
+    sampling: dict[str, Any] = {"temperature": 0.0, "max_tokens": 20, "ignore_eos": True, **more}
+    return Submit(proxy.new_id("test"), list(prompt), SamplingParams(**sampling))
 
 
 def run(scenario: Scenario, model: str = TINY_MODEL) -> None:
@@ -94,20 +96,25 @@ def test_a_tour_of_the_protocol() -> None:
         assert (again.token_ids, again.cached_tokens) == (whole.token_ids, 4)
 
         constrained = Submit(
-            proxy.new_id("test"), list(b"x"), {"max_tokens": 40, "seed": 1}, Constraint("regex", "(yes|no){2}")
+            proxy.new_id("test"),
+            list(b"x"),
+            SamplingParams(max_tokens=40, seed=1),
+            Constraint("regex", "(yes|no){2}"),
         )
         assert (await proxy.submit(constrained).collect()).text in ("yesyes", "yesno", "noyes", "nono")
 
         with pytest.raises(EmptyPrompt):
             await proxy.submit(submit(proxy, b"")).collect()
-        with pytest.raises(InvalidSampling, match="top_p") as caught:
-            await proxy.submit(submit(proxy, top_p=7.0)).collect()
-        assert caught.value.param == "top_p"
-        bad = Submit(proxy.new_id("test"), list(b"x"), {}, Constraint("regex", "(unclosed"))
+        with pytest.raises(InvalidSampling, match="logit_bias names token 999") as caught:
+            await proxy.submit(submit(proxy, logit_bias={999: 1.0})).collect()
+        assert caught.value.param == "logit_bias"
+        bad = Submit(proxy.new_id("test"), list(b"x"), SamplingParams(), Constraint("regex", "(unclosed"))
         with pytest.raises(ValueError, match="unclosed"):
             await proxy.submit(bad).collect()
 
-        scored = Submit(proxy.new_id("test"), list(b"hello"), {"temperature": 0.0}, score_from=2)
+        scored = Submit(
+            proxy.new_id("test"), list(b"hello"), SamplingParams(temperature=0.0), options=RequestOptions(score_from=2)
+        )
         assert len((await proxy.submit(scored).collect()).prompt_logprobs or []) == 3
 
         stream = proxy.submit(submit(proxy, max_tokens=400))

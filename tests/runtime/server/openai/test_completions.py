@@ -18,7 +18,7 @@ def test_a_prompt_is_text_or_tokens_one_or_several(client: Client, prompt: Any, 
     client.engine.says("ok")
     answer = client.request(PATH, {"prompt": prompt, "n": 2, "seed": 4}).json()
     assert [command.prompt_ids for command in client.engine.submitted] == [i for i in ids for _ in range(2)]
-    assert [command.sampling["seed"] for command in client.engine.submitted] == [4, 5] * len(ids)
+    assert [command.sampling.seed for command in client.engine.submitted] == [4, 5] * len(ids)
     assert [choice["index"] for choice in answer["choices"]] == list(range(2 * len(ids)))
     assert answer["usage"]["prompt_tokens"] == sum(map(len, ids))
     assert answer["usage"]["completion_tokens"] == 3 * 2 * len(ids)
@@ -33,7 +33,7 @@ def test_echo_alone_scores_the_prompt_and_generates_nothing(client: Client, repl
     client.engine.script = script
     answer = client.request(PATH, {"prompt": "h\u00e9", "echo": True, "logprobs": 0, "max_tokens": 0}).json()
     (command,) = client.engine.submitted
-    assert command.score_from == 1
+    assert command.options.score_from == 1
     (choice,) = answer["choices"]
     assert (choice["text"], choice["finish_reason"]) == ("h\u00e9", "length")
     assert choice["logprobs"]["token_logprobs"] == [None, -1.0, -9999.0]

@@ -163,7 +163,7 @@ def outcome(client: Client, path: str, fields: Json) -> tuple[Json, str]:
     client.engine.says("<think>a</think>b")
     response = client.request(path, {**BODIES[path], **fields})
     assert response.status_code == 200, response.text
-    asked = [(c.prompt_ids, c.sampling, c.constraint, c.priority, c.cache_salt) for c in client.engine.submitted]
+    asked = [(c.prompt_ids, c.sampling, c.constraint, c.options) for c in client.engine.submitted]
     body = response.text
     if response.headers["content-type"] == "application/json":
         answer = response.json()

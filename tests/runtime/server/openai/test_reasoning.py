@@ -116,13 +116,13 @@ def test_a_constrained_answer_may_reason_first(make_client: Any, replay: Any) ->
     schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}}}
     answer = client.chat(response_format=schema, max_tokens=100)
     free, constrained = client.engine.submitted
-    assert (free.constraint, free.sampling["stop"]) == (None, ("</think>",))
+    assert (free.constraint, free.sampling.stop) == (None, ("</think>",))
     assert bytes(free.prompt_ids[-8:]) == b"<think>\n"
     assert constrained.constraint.kind == "json_schema"
     thought = b"hm, hm\n</think>\n\n"
     assert bytes(constrained.prompt_ids[len(free.prompt_ids) :]) == thought
     assert constrained.prompt_ids[: len(free.prompt_ids)] == free.prompt_ids
-    assert constrained.sampling["max_tokens"] == 100 - len(thought) - 1  # and the end token
+    assert constrained.sampling.max_tokens == 100 - len(thought) - 1  # and the end token
     message = answer["choices"][0]["message"]
     assert message["content"] == '{"a":1}'
     assert message["reasoning_content"] == "hm, hm"

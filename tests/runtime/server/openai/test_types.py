@@ -10,6 +10,7 @@ import pytest
 from ramet.runtime.server.openai.bodies import ChatBody, CompletionBody, TokenizeBody
 from ramet.runtime.server.sampling_fields import Strict
 from ramet.runtime.server.validation import REFUSED, body_schema
+from ramet.runtime.types import RequestOptions, SamplingParams
 
 CHAT = "/v1/chat/completions"
 USER = {"role": "user", "content": "Hi"}
@@ -137,7 +138,14 @@ def test_labels_and_cache_marks_never_reach_the_prompt(client: Client) -> None:
 
 def test_sampling_fields_reach_the_engine(client: Client) -> None:
     client.engine.says("ok")
-    fields = {"top_k": 5, "min_p": 0.1, "min_tokens": 2, "repetition_penalty": 1.1, "ignore_eos": True, "seed": 7}
+    fields: dict[str, Any] = {
+        "top_k": 5,
+        "min_p": 0.1,
+        "min_tokens": 2,
+        "repetition_penalty": 1.1,
+        "ignore_eos": True,
+        "seed": 7,
+    }
     client.chat(
         **fields,
         stop="x",
@@ -148,19 +156,15 @@ def test_sampling_fields_reach_the_engine(client: Client) -> None:
         cache_salt="s",
     )
     command = client.engine.submitted[-1]
-    assert command.sampling == {
-        **fields,
-        "max_tokens": 9,
-        "stop": ("x",),
-        "stop_token_ids": (3,),
-        "logit_bias": {5: -1.5},
-    }
-    assert (command.priority, command.cache_salt) == (3, "s")
+    assert command.sampling == SamplingParams(
+        **fields, max_tokens=9, stop=("x",), stop_token_ids=(3,), logit_bias={5: -1.5}
+    )
+    assert command.options == RequestOptions(priority=3, cache_salt="s")
     client.chat()
     defaults = client.engine.submitted[-1].sampling
-    assert not {"temperature", "top_p"} & set(defaults)  # OpenAI's defaults are the engine's
+    assert (defaults.temperature, defaults.top_p) == (1.0, 1.0)  # OpenAI's defaults are the engine's
     client.chat(top_k=-1)
-    assert client.engine.submitted[-1].sampling["top_k"] == 0
+    assert client.engine.submitted[-1].sampling.top_k == 0
 
 
 @pytest.mark.parametrize(
