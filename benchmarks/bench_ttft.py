@@ -26,6 +26,8 @@ from pathlib import Path
 import httpx
 from json_line import commit, print_record
 
+from ramet.lang.backends.sse import DONE, events_of
+
 SENTENCE = "You are a careful assistant who answers every question about the river and its old mill in few words. "
 SYSTEM = SENTENCE * 24  # 21 tokens each with SmolLM2's tokenizer
 
@@ -60,14 +62,11 @@ def first_token_ms(client: httpx.Client, model: str, system: str, question: str)
     with client.stream("POST", "/v1/chat/completions", json={"model": model, "messages": messages, **options}) as found:
         if found.status_code != 200:
             raise SystemExit(f"status {found.status_code}: {found.read().decode()}")
-        for line in found.iter_lines():
-            if not line.startswith("data: {"):
-                continue
-            event = json.loads(line.removeprefix("data: "))
-            if first_s is None and event["choices"] and event["choices"][0]["delta"].get("content"):
+        for chunk in (json.loads(event.data) for event in events_of(found.iter_bytes()) if event.data != DONE):
+            if first_s is None and chunk["choices"] and chunk["choices"][0]["delta"].get("content"):
                 first_s = time.perf_counter()
-            if event.get("usage"):
-                cached = event["usage"]["prompt_tokens_details"]["cached_tokens"]
+            if chunk.get("usage"):
+                cached = chunk["usage"]["prompt_tokens_details"]["cached_tokens"]
     if first_s is None:
         raise SystemExit("the answer had no text")
     return 1000 * (first_s - start_s), cached

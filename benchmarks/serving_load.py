@@ -19,6 +19,7 @@ import httptools
 import msgspec
 from workloads import Chain
 
+from ramet.lang.backends.sse import DONE, EventReader
 from ramet.runtime.engine.engine import Engine
 from ramet.runtime.types import RequestOutput, SamplingParams
 
@@ -115,7 +116,8 @@ class _Connection(asyncio.Protocol):
         self._parser: Any = None  # Any: httptools has no types
         self._sample: Sample | None = None
         self._done: asyncio.Future[None] | None = None
-        self._rest = b""
+        self._events = EventReader()
+        self._error_body = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport, self.is_open = cast(asyncio.Transport, transport), True
@@ -129,7 +131,7 @@ class _Connection(asyncio.Protocol):
 
     async def send(self, request: bytes, sample: Sample) -> None:
         self._parser = httptools.HttpResponseParser(self)
-        self._sample, self._rest = sample, b""
+        self._sample, self._events, self._error_body = sample, EventReader(), b""
         self._done = asyncio.get_running_loop().create_future()
         assert self._transport is not None
         sample.sent_s = time.perf_counter()
@@ -144,12 +146,13 @@ class _Connection(asyncio.Protocol):
 
     def on_body(self, body: bytes) -> None:
         assert self._sample is not None
-        lines = (self._rest + body).split(b"\n")
-        self._rest = lines.pop()
+        if self._parser.get_status_code() != 200:
+            self._error_body += body
+            return
         now_s, has_text = time.perf_counter(), False
-        for line in lines:
-            if line.startswith(b"data: {"):
-                has_text |= self._take(_decoder.decode(memoryview(line)[6:]))
+        for event in self._events.push(body):
+            if event.data != DONE:
+                has_text |= self._take(_decoder.decode(event.data))
         if has_text:
             self._sample.note_increment(now_s)
 
@@ -173,7 +176,7 @@ class _Connection(asyncio.Protocol):
         assert self._done is not None
         status = self._parser.get_status_code()
         if status != 200:
-            self._sample.error = f"status {status}: {self._rest.decode(errors='replace')[:200]}"
+            self._sample.error = f"status {status}: {self._error_body.decode(errors='replace')[:200]}"
         self._sample.total_s = time.perf_counter() - self._sample.sent_s
         if not self._done.done():
             self._done.set_result(None)

@@ -13,7 +13,6 @@ import random
 import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -31,6 +30,7 @@ from ramet.errors import (
     RequestCancelled,
     from_name,
 )
+from ramet.lang.backends.sse import EventReader, ServerSentEvent
 from ramet.lang.graph.options import Deadline
 
 if TYPE_CHECKING:
@@ -39,15 +39,6 @@ if TYPE_CHECKING:
 _PAUSES_S = (0.1, 0.3, 1.0, 3.0, 5.0)  # before the n-th repetition, where the server doesn't say
 _MAX_PAUSE_S = 60.0  # a server that asks for more is taken at its word by nobody
 _RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
-
-
-@dataclass(frozen=True, slots=True)
-class Event:
-    """A server-sent event: its name, its data, and its id where it has one."""
-
-    name: str
-    data: str
-    id: str | None = None
 
 
 class HttpLoop:
@@ -150,7 +141,7 @@ class HttpLoop:
     @contextlib.asynccontextmanager
     async def stream(
         self, method: str, path: str, body: object = None, *, headers: Mapping[str, str] | None = None
-    ) -> AsyncIterator[AsyncIterator[Event]]:
+    ) -> AsyncIterator[AsyncIterator[ServerSentEvent]]:
         """The events of an answer. Not repeated: only the caller knows where to go on. Raises RametError."""
         client = self._here().client
         content = encoded(body) if method == "POST" else None
@@ -262,7 +253,7 @@ def retry_pause(error: RametError, attempt: int) -> float | None:
 
 def error_of(status: int, content: bytes, headers: Mapping[str, str], url: str) -> RametError:
     """A server's refusal as the error that it is in process: by our header, else by status and code."""
-    message, param, code = _refusal(content)
+    message, param, code = refusal_of(content)
     message = message or f"the server answered {status}: {content[:200].decode(errors='replace')!r}"
     retry_after_s = _seconds(headers.get("retry-after"))
     name = headers.get("x-ramet-error")
@@ -287,7 +278,7 @@ def error_of(status: int, content: bytes, headers: Mapping[str, str], url: str) 
     return RemoteError(f"{message} (status {status} of {url})", status)
 
 
-def _refusal(content: bytes) -> tuple[str, str | None, str | None]:
+def refusal_of(content: bytes) -> tuple[str, str | None, str | None]:
     """(message, param, code) of a body in OpenAI's shape; empty where it has another."""
     try:
         error = json.loads(content)["error"]
@@ -306,19 +297,8 @@ def _seconds(text: str | None) -> float | None:
         return None
 
 
-async def _events(chunks: AsyncIterator[bytes]) -> AsyncIterator[Event]:
-    """Cut a body into events. By bytes: JSON may hold characters that `splitlines` takes for the end of a line."""
-    rest = b""
-    async for chunk in chunks:
-        rest = (rest + chunk).replace(b"\r\n", b"\n")
-        *blocks, rest = rest.split(b"\n\n")
-        for block in blocks:
-            fields: dict[str, str] = {}
-            for line in block.split(b"\n"):
-                name, _, value = line.decode().partition(":")
-                if name == "data" and "data" in fields:
-                    value = fields["data"] + "\n" + value.removeprefix(" ")
-                if name:
-                    fields[name] = value.removeprefix(" ")
-            if "data" in fields:
-                yield Event(fields.get("event", "message"), fields["data"], fields.get("id"))
+async def _events(pieces: AsyncIterator[bytes]) -> AsyncIterator[ServerSentEvent]:
+    reader = EventReader()
+    async for piece in pieces:
+        for event in reader.push(piece):
+            yield event

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from ramet.errors import InvalidRequest, NotSupported, RametError, RemoteError
 from ramet.lang.backends.http_loop import HttpLoop, retry_pause
 from ramet.lang.backends.protocol import BlockBackend
+from ramet.lang.backends.sse import DONE
 from ramet.lang.backends.text_program import Prompt, TextSession, messages_json
 from ramet.lang.graph import choice_scores, ir
 from ramet.lang.graph.options import Deadline, ProgramOptions
@@ -279,7 +280,7 @@ class OpenAI(BlockBackend):
             try:
                 async with asyncio.timeout(deadline.left_s()), self.http.stream("POST", path, asked) as events:
                     async for event in events:
-                        if event.data == "[DONE]":
+                        if event.data == DONE:
                             break
                         reader.take(json.loads(event.data))
                 return reader.written()

@@ -23,8 +23,9 @@ import msgspec
 
 from ramet.errors import DeadlineExceeded, EngineStopped, ProgramCancelled, RametError, RemoteError
 from ramet.errors import from_name as error_from_name
-from ramet.lang.backends.http_loop import Event, HttpLoop, retry_pause
+from ramet.lang.backends.http_loop import HttpLoop, retry_pause
 from ramet.lang.backends.protocol import BlockBackend
+from ramet.lang.backends.sse import ServerSentEvent
 from ramet.lang.graph import ir
 from ramet.lang.graph.options import Deadline, ProgramOptions
 from ramet.lang.graph.run import OnEvent
@@ -324,7 +325,7 @@ class _Program:
                 await asyncio.sleep(pause_s)
 
     @contextlib.asynccontextmanager
-    async def _events(self) -> AsyncIterator[AsyncIterator[Event]]:
+    async def _events(self) -> AsyncIterator[AsyncIterator[ServerSentEvent]]:
         http = self.remote.http
         if self._id is None:
             opening = http.stream("POST", "/v1/programs", self._first, headers={"Idempotency-Key": self._key})
@@ -333,7 +334,7 @@ class _Program:
         async with opening as events:
             yield events
 
-    def _take(self, event: Event) -> bool:
+    def _take(self, event: ServerSentEvent) -> bool:
         """True when the program has ended."""
         data = json.loads(event.data)
         if event.name == "program":

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ramet.errors import ConfigError, EngineStopped, InvalidRequest
+from ramet.lang.backends.http_loop import refusal_of
+from ramet.lang.backends.sse import DONE, events_of
 
 if TYPE_CHECKING:
     import httpx
@@ -203,7 +205,7 @@ class RemoteModel:
             with self._http.stream("POST", path, json=body) as answer:
                 if answer.status_code != 200:
                     raise InvalidRequest(f"the server answers {answer.status_code}: {_message(answer.read())}")
-                for chunk in _events(answer):
+                for chunk in _chunks_of(answer):
                     usage = chunk.get("usage")
                     if usage:
                         reply.prompt_tokens = usage["prompt_tokens"]
@@ -217,21 +219,20 @@ class RemoteModel:
         self._http.close()
 
 
-def _events(answer: httpx.Response) -> Iterator[Json]:
-    for line in answer.iter_lines():
-        if line.startswith("data: ") and line != "data: [DONE]":
-            chunk: Json = json.loads(line[len("data: ") :])
-            if "error" in chunk:
-                raise EngineStopped(str(chunk["error"].get("message", chunk["error"])))
-            yield chunk
+def _chunks_of(answer: httpx.Response) -> Iterator[Json]:
+    """The JSON of every event of a stream. Raises EngineStopped for an event that is an error."""
+    for event in events_of(answer.iter_bytes()):
+        if event.data == DONE:
+            continue
+        chunk: Json = json.loads(event.data)
+        if "error" in chunk:
+            raise EngineStopped(str(chunk["error"].get("message", chunk["error"])))
+        yield chunk
 
 
-def _message(data: bytes) -> str:
-    """Return the message in an error's body, or the beginning of the body where it has none."""
-    try:
-        return str(json.loads(data)["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return data[:200].decode("utf-8", "replace")
+def _message(content: bytes) -> str:
+    """What an error's body says, or its beginning."""
+    return refusal_of(content)[0] or content[:200].decode("utf-8", "replace")
 
 
 def open_model(
