@@ -40,6 +40,7 @@ class Gen(Expr):
         declared = tuple(check for check in self.where if isinstance(check, ir.Check))
         if len(declared) == len(self.where):
             return self._record_once(recorder, sampling, declared, self.retries if declared else 0)
+        recorder.record_late()  # before the place to which a refused value goes back
         tip, attempts = recorder.tip, list[dict[str, str]]()
         while True:
             recorder.go_back(tip)

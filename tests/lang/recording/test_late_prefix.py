@@ -32,6 +32,16 @@ def test_late_text_stands_before_the_next_generation() -> None:
     assert plain.startswith(f"You are a clerk. Question: Why?\n{RULES}")
 
 
+def test_late_text_stays_where_a_check_in_python_refuses_what_was_generated() -> None:
+    @function(max_tokens=4)
+    def program(s: State) -> None:
+        s.append("[late]", prefix="late")
+        s += "body:" + gen("x", where=lambda text: text == "two")
+
+    with use_backend(MockBackend(["one", "two"])):
+        assert program.run().text() == "body:[late]two"
+
+
 @pytest.mark.parametrize("stage", ["needed", "always"])
 def test_where_late_text_stands_does_not_depend_on_stages(stage: str) -> None:
     seen: list[str] = []
