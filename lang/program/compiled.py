@@ -6,7 +6,7 @@ arguments (globals, the clock, chance) is as it was when it was compiled.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from ramet.errors import InvalidProgram
@@ -17,8 +17,8 @@ from ramet.lang.graph.options import ProgramOptions, deadline
 from ramet.lang.recording.recorder import Recorder
 from ramet.lang.recording.run import Run
 from ramet.lang.recording.state import State
-from ramet.lang.recording.trace import Trace, as_argument
-from ramet.lang.recording.values import NodeSource, Value, source_of
+from ramet.lang.recording.trace import ArgumentSource, Trace, as_argument
+from ramet.lang.recording.values import NodeSource, Source, Value, source_of
 
 _ROW_OPTIONS: Mapping[str, Any] = {"timeout_s": None, "token_budget": None, "priority": 0, "cache_salt": ""}
 
@@ -43,10 +43,16 @@ class Compiled:
             )
         self.name = trace.program
         self.graph = ir.Graph(trace.graph.nodes)
-        self.arguments = tuple(node.name for node in self.graph.nodes if isinstance(node, ir.Argument))
-        self._unused = frozenset(parameters) - {*given, *trace.specialised, *self.arguments}
-        self._given = dict(trace.graph.arguments)
         self._end = trace.state.recorder
+        kept = [
+            one for one in _sources([self._end.run.returned, self._end.variables]) if isinstance(one, ArgumentSource)
+        ]
+        in_text = [node.name for node in self.graph.nodes if isinstance(node, ir.Argument)]
+        returned = [one.argument for one in kept if one.argument not in trace.specialised]
+        self.arguments = tuple(dict.fromkeys([*in_text, *returned]))
+        self._unused = frozenset(parameters) - {*given, *trace.specialised, *self.arguments}
+        self._kept = {one.argument: example for one in kept for example in one.examples}
+        self._given = {**{n: v for n, v in self._kept.items() if n in returned}, **trace.graph.arguments}
 
     def run(self, **kwargs: Any) -> State:
         """Run the graph and wait for its end. Arguments by name; `backend`, `timeout_s`, `token_budget`, `priority` and
@@ -115,7 +121,8 @@ class Compiled:
 
     def _new_state(self, backend: Backend, options: ProgramOptions, arguments: Mapping[str, Any]) -> State:
         """A run that holds the whole graph, not submitted yet."""
-        arguments = {**self._given, **{n: v for n, v in arguments.items() if n not in self._unused}}
+        own = {name: value for name, value in arguments.items() if name not in self._unused}
+        arguments = {**self._given, **own}
         unknown = sorted(set(arguments) - set(self.arguments))
         missing = [name for name in self.arguments if name not in arguments]
         if unknown or missing:
@@ -128,21 +135,35 @@ class Compiled:
             if not ir.is_json(value):
                 raise InvalidProgram(f"argument {name!r} of {self.name} has no JSON form: {value!r}")
         given = {name: as_argument(value) for name, value in arguments.items()}
-        traced = self._end.run
+        traced, values = self._end.run, {**self._kept, **own}
         run = Run(backend, options, graph=ir.Graph(self.graph.nodes, given), placeholders=traced.placeholders)
-        run.returned = _moved(traced.returned, run)
-        return State(Recorder(run, self._end.tip, variables=_moved(self._end.variables, run)))
+        run.returned = _moved(traced.returned, run, values)
+        return State(Recorder(run, self._end.tip, variables=_moved(self._end.variables, run, values)))
 
 
-def _moved(item: Any, run: Run) -> Any:  # Any: whatever a program returns, or keeps as a variable
-    """Values of the trace, as values of a run."""
+def _moved(item: Any, run: Run, arguments: Mapping[str, Any]) -> Any:  # Any: what a program returns, or keeps
+    """Values of the trace, as values of a run with these arguments."""
     if isinstance(item, Value):
         source = source_of(item)
+        if isinstance(source, ArgumentSource):
+            return arguments[source.argument]
         return Value(source.of_run(run)) if isinstance(source, NodeSource) else item
     if isinstance(item, list):
-        return [_moved(one, run) for one in item]
+        return [_moved(one, run, arguments) for one in item]
     if type(item) is tuple:
-        return tuple(_moved(one, run) for one in item)
+        return tuple(_moved(one, run, arguments) for one in item)
     if isinstance(item, dict):
-        return {key: _moved(one, run) for key, one in item.items()}
+        return {key: _moved(one, run, arguments) for key, one in item.items()}
     return item
+
+
+def _sources(item: Any) -> Iterator[Source]:
+    """Where the values in lists, tuples and dictionaries come from."""
+    if isinstance(item, Value):
+        yield source_of(item)
+    elif isinstance(item, list) or type(item) is tuple:
+        for one in item:
+            yield from _sources(one)
+    elif isinstance(item, dict):
+        for one in item.values():
+            yield from _sources(one)

@@ -20,8 +20,6 @@ from ramet.lang.recording.source_lines import caller_line
 from ramet.lang.recording.state import State
 from ramet.lang.recording.values import Source, Value
 
-_NO_EXAMPLE = object()
-
 
 @dataclass(frozen=True, slots=True)
 class Trace:
@@ -83,42 +81,42 @@ class TracingRun(Run):
     def report(self) -> RunRecord:
         return replace(super().report(), specialised=dict(self._specialised))
 
-    def argument_node(self, name: str, value: Any) -> int:
-        """The node of an argument; recorded when it is first put into text."""
+    def argument_node(self, name: str, *examples: Any) -> int:
+        """The node of an argument; recorded when it is first put into text. `examples`: its value, where it has one."""
         if name not in self._argument_nodes:
             self._argument_nodes[name] = self.record(ir.Argument, None, name=name)
-            if value is not _NO_EXAMPLE:
-                self.arguments[name] = as_argument(value)
+            if examples:
+                self.arguments[name] = as_argument(*examples)
         return self._argument_nodes[name]
 
 
 class ArgumentSource(Source):
-    """A symbolic argument, with an example value or without."""
+    """A symbolic argument. `examples`: the value that the trace was given, or nothing."""
 
-    __slots__ = ("_argument", "_example", "_run")
+    __slots__ = ("_run", "argument", "examples")
 
-    def __init__(self, run: TracingRun, argument: str, example: Any = _NO_EXAMPLE) -> None:
-        self._run, self._argument, self._example = run, argument, example
+    def __init__(self, run: TracingRun, argument: str, *examples: Any) -> None:
+        self._run, self.argument, self.examples = run, argument, examples
 
     @property
     def node(self) -> int:
-        return self._run.argument_node(self._argument, self._example)
+        return self._run.argument_node(self.argument, *self.examples)
 
     @property
     def is_text(self) -> bool:
-        return self._example is _NO_EXAMPLE or isinstance(self._example, str)
+        return all(isinstance(example, str) for example in self.examples)
 
     def format(self, spec: str) -> str:
-        return self._run.placeholders.add(ir.Ref(self.node, (), spec), self._argument)
+        return self._run.placeholders.add(ir.Ref(self.node, (), spec), self.argument)
 
     def child(self, name: str) -> None:
         return None
 
     def read(self, why: str) -> Any:
-        if self._example is _NO_EXAMPLE:
+        if not self.examples:
             self._run.need(self.node, why)
-        self._run.depend_on(self._argument, why)
-        return self._example
+        self._run.depend_on(self.argument, why)
+        return self.examples[0]
 
     async def aread(self) -> Any:
         return self.read("await")

@@ -46,6 +46,23 @@ def test_the_function_is_executed_once_for_all_runs_of_a_compiled_program(backen
     assert asyncio.run(compiled.arun(city="Bern")).text().startswith("03 days in Bern: ")
 
 
+def test_arguments_that_a_compiled_program_returns_or_keeps_are_those_of_each_run(backend: MockBackend) -> None:
+    @function(max_tokens=4)
+    def program(s: State, city: str, tags: list[str], note: str = "none") -> Any:
+        s += f"About {city}: " + gen("x")
+        s.set_var("kept", [city, note])
+        return city, {"tags": tags}
+
+    compiled = program.compile(tags=["a"])
+    first, second = compiled.run(city="Rome"), compiled.run(city="Oslo", tags=["b", "c"], note="new")
+    assert first.result == ("Rome", {"tags": ["a"]})
+    assert first["kept"] == ["Rome", "none"]
+    assert second.result == program.run(city="Oslo", tags=["b", "c"]).result == ("Oslo", {"tags": ["b", "c"]})
+    assert second["kept"] == ["Oslo", "new"]
+    with pytest.raises(InvalidProgram, match="needs argument 'tags'"):
+        program.compile().run(city="Rome")
+
+
 def test_a_program_that_needs_a_value_in_python_is_not_compiled_and_the_line_is_named() -> None:
     @function
     def program(s: State, n: int) -> None:
