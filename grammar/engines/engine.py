@@ -36,7 +36,7 @@ class BackendGrammar(Protocol):
     def device_tables(self) -> DeviceTables | None: ...
 
 
-class Backend(Protocol):
+class GrammarBackend(Protocol):
     """One engine. `kinds`: the kinds of constraints that it compiles."""
 
     name: str
@@ -65,13 +65,13 @@ BACKENDS: Mapping[str, tuple[str, str, str]] = {
 }
 
 
-def load_backend(name: str) -> Backend:
+def load_backend(name: str) -> GrammarBackend:
     """Return the engine of this name. Raises: ConfigError for an unknown name, or a package that is not installed."""
     if name not in BACKENDS:
         raise ConfigError(f"grammar_backend is {name!r} but must be one of {', '.join(BACKENDS)}")
     module, attribute, package = BACKENDS[name]
     try:
-        backend: Backend = getattr(importlib.import_module(module), attribute)()
+        backend: GrammarBackend = getattr(importlib.import_module(module), attribute)()
     except ImportError as error:
         raise ConfigError(
             f"grammar_backend {name!r} needs a package that is not installed ({error}): pip install {package}"

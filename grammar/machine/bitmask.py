@@ -13,11 +13,6 @@ def num_words(vocab_size: int) -> int:
     return (vocab_size + 31) // 32
 
 
-def empty_rows(num_rows: int, vocab_size: int) -> NDArray[np.int32]:
-    """int32 [num_rows, W], nothing allowed."""
-    return np.zeros((num_rows, num_words(vocab_size)), dtype=np.int32)
-
-
 def is_allowed(row: NDArray[np.int32], token: int) -> bool:
     return bool((int(row[token >> 5]) >> (token & 31)) & 1)
 

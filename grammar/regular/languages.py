@@ -20,7 +20,7 @@ from ramet.grammar.regular.dfas import BYTE_MAX, MAX_STATES, Dfa, complement, in
 
 def compile_chars(node: ir.Node, *, max_states: int = MAX_STATES, name: str = "") -> Dfa:
     """Return the automaton over code points of a regular node (no Bytes that are not UTF-8, no Table)."""
-    return _Builder(ir.MAX_CODE_POINT, max_states, name).build(node)
+    return RegularCompiler(ir.MAX_CODE_POINT, max_states, name).build(node)
 
 
 def compile_bytes(node: ir.Node, *, max_states: int = MAX_STATES, name: str = "") -> Dfa:
@@ -28,7 +28,7 @@ def compile_bytes(node: ir.Node, *, max_states: int = MAX_STATES, name: str = ""
 
     Raises: GrammarTooLarge naming `name` past `max_states`.
     """
-    return _Builder(BYTE_MAX, max_states, name).build(node)
+    return RegularCompiler(BYTE_MAX, max_states, name).build(node)
 
 
 _Conjunction = frozenset[int]
@@ -37,7 +37,7 @@ _TRUE_END = 0  # leaf 0: the end of the input
 _FALSE: _Formula = frozenset()
 
 
-class _Builder:
+class RegularCompiler:
     """Compiles one node. Leaves: 0 is the end; (ranges, next state) reads a symbol; (dfa, state, next) runs a part."""
 
     def __init__(self, max_symbol: int, max_states: int, name: str) -> None:
@@ -121,7 +121,7 @@ class _Builder:
                 raise InvalidGrammar(f"{type(node).__name__} cannot stand inside a regular part")
 
     def _part(self, node: ir.Node) -> Dfa:
-        return _Builder(self.max_symbol, self.max_states, self.name).build(node)
+        return RegularCompiler(self.max_symbol, self.max_states, self.name).build(node)
 
     def _chars(self, ranges: ir.Ranges, then: int) -> int:
         if self.max_symbol != BYTE_MAX:

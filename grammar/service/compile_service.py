@@ -25,11 +25,15 @@ from types import FrameType
 from typing import Any
 
 from ramet.errors import EngineStopped, GrammarError, GrammarTooLarge
+from ramet.grammar import ir
 from ramet.grammar.deadline import OutOfTime, time_limit
+from ramet.grammar.json_schema.algebra.expressions import Expressions
+from ramet.grammar.json_schema.schema.document import SchemaNode
 from ramet.grammar.machine.automaton import Limits
 from ramet.grammar.machine.compiled_grammar import CompiledGrammar
 from ramet.grammar.machine.vocabulary import Vocabulary
 from ramet.grammar.regular.byte_language import ByteAutomaton
+from ramet.grammar.regular.languages import RegularCompiler
 from ramet.grammar.service.disk_cache import DiskCache, default_cache_dir
 from ramet.grammar.service.sources import Parsed, compile_parsed, parse_source
 from ramet.grammar.service.warm_up import compile_loops
@@ -446,12 +450,11 @@ def _whereabouts(frame: FrameType | None) -> str:
     """What the innermost frame that can tell is working on: a schema's pointer, or a terminal's name."""
     while frame is not None:
         for owner in (frame.f_locals.get("node"), frame.f_locals.get("self")):
-            pointer = getattr(owner, "pointer", None)
-            if isinstance(pointer, str):
-                return f", at {pointer or '/'}"
-            name = getattr(owner, "name", None)
-            if isinstance(name, str) and name:
-                return f", at {name}"
+            match owner:
+                case SchemaNode(pointer=place) | Expressions(pointer=place):
+                    return f", at {place or '/'}"
+                case ir.Terminal(name=name) | RegularCompiler(name=name) if name:
+                    return f", at {name}"
         frame = frame.f_back
     return ""
 

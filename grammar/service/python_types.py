@@ -75,7 +75,8 @@ def readable(kind: Any) -> Any:
         return Annotated[changed]
     if isinstance(kind, types.UnionType):
         return typing.Union[changed]  # noqa: UP007
-    return kind.copy_with(changed) if hasattr(kind, "copy_with") else get_origin(kind)[changed]
+    origin: Any = get_origin(kind)  # Any: a generic class
+    return origin[changed] if isinstance(kind, types.GenericAlias) else kind.copy_with(changed)
 
 
 def _close(schema: Any) -> Any:  # any JSON value

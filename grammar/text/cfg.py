@@ -139,7 +139,7 @@ class _Reader:
         if operator == "?":
             return ir.optional(item)
         low, high = int(counts[0]), int(counts[-1])
-        line = getattr(counts[0], "line", None)
+        line = counts[0].line if isinstance(counts[0], Token) else None
         if high < low:
             self.fail(f"~{low}..{high} asks for at least {low} and at most {high}", line)
         if high > MAX_COUNT:

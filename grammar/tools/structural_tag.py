@@ -19,7 +19,7 @@ so on. Source: the semantics are those of XGrammar's documentation of structural
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import permutations
 from typing import Any
 
@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from ramet.errors import InvalidGrammar
 from ramet.grammar import ir
 from ramet.grammar.regular.utf8 import text_dfa, utf8_table
-from ramet.grammar.tools.text_with_values import Gap, TextWithValues
+from ramet.grammar.tools.text_with_values import Gap, TextBuilder, TextWithValues
 
 MAX_TAGS = 1024
 MAX_TRIGGERS = 64
@@ -120,24 +120,37 @@ def _made(fields: Mapping[str, Any], tags: Sequence[tuple[Any, Any, Any]]) -> St
 def structural_text(source: StructuralTag) -> TextWithValues:
     """Return the texts that a structural tag allows. Raises: InvalidGrammar where two tags begin alike."""
     rows, accepting, marked = _free_text(source.triggers)
-    body = _Body()
-    first = body.add_text(rows, accepting & (not source.at_least_one))
+    builder = TextBuilder()
+    first = builder.add(rows, accepting & (not source.at_least_one))
     if source.stop_after_first:
-        behind = body.new(is_end=True)
+        later = builder.new(is_end=True)
     elif source.at_least_one:
-        behind = body.add_text(rows, accepting)
+        later = builder.add(rows, accepting)
     else:
-        behind = first
-    for start in {first, behind} - ({behind} if source.stop_after_first else set()):
+        later = first
+    for start in {first} if source.stop_after_first else {first, later}:
         for trigger, state in zip(source.triggers, marked, strict=True):
             for tag in source.tags:
                 if tag.begin.startswith(trigger):
-                    body.add_tag(start + state, tag, tag.begin[len(trigger) :], behind)
-    return body.text(often=source.triggers[0])
+                    _add_tag(builder, builder.spell(start + state, tag.begin[len(trigger) :]), tag, later)
+    if builder.is_ambiguous:
+        raise InvalidGrammar("the beginning of one tag begins another; end them apart, as in `<a>` and `<ab>`")
+    return builder.build(often=source.triggers[0])
+
+
+def _add_tag(builder: TextBuilder, state: int, tag: Tag, later: int) -> None:
+    """Add a tag's value, which begins in a state, and its end, which leads to the state `later`."""
+    if state in builder.gaps:
+        raise InvalidGrammar(f"two tags begin with {tag.begin!r}")
+    after = later
+    if tag.end:
+        after = builder.new()
+        builder.lead(after, tag.end, later)
+    builder.gaps[state] = Gap(tag.schema, after)
 
 
 def _free_text(triggers: Sequence[str]) -> tuple[NDArray[np.int32], NDArray[np.bool_], list[int]]:
-    """(transitions, accepting, state behind each trigger) of text that ends with the first trigger, or has none."""
+    """(transitions, accepting, state after each trigger) of text that ends with the first trigger, or has none."""
     any_trigger = ir.Choice(tuple(ir.text(trigger) for trigger in triggers))
     free = ir.Complement(ir.Sequence((ir.ANY_TEXT, any_trigger, ir.ANY_TEXT)))
     later = ir.Complement(ir.Sequence((ir.ANY_TEXT, any_trigger, ir.ANY_CHAR, ir.ANY_TEXT)))
@@ -153,52 +166,6 @@ def _free_text(triggers: Sequence[str]) -> tuple[NDArray[np.int32], NDArray[np.b
         for index in range(len(triggers))
     ]
     return table.transitions, table.accepting, marked
-
-
-@dataclass(slots=True, eq=False)
-class _Body:
-    """The automaton, as it is put together."""
-
-    edges: list[dict[int, int]] = field(default_factory=list)
-    accepting: list[bool] = field(default_factory=list)
-    gaps: dict[int, Gap] = field(default_factory=dict)
-
-    def new(self, *, is_end: bool = False) -> int:
-        self.edges.append({})
-        self.accepting.append(is_end)
-        return len(self.edges) - 1
-
-    def add_text(self, rows: NDArray[np.int32], accepting: NDArray[np.bool_]) -> int:
-        """Add a copy of the free text; return its first state."""
-        first = len(self.edges)
-        for row in rows:
-            self.edges.append({byte: first + int(row[byte]) for byte in np.flatnonzero(row >= 0).tolist()})
-        self.accepting += accepting.tolist()
-        return first
-
-    def add_tag(self, state: int, tag: Tag, begin: str, behind: int) -> None:
-        """Add what follows the trigger: the rest of `begin`, a value, `end`."""
-        for byte in begin.encode():
-            if byte not in self.edges[state]:
-                self.edges[state][byte] = self.new()
-            state = self.edges[state][byte]
-        if state in self.gaps:
-            raise InvalidGrammar(f"two tags begin with {tag.begin!r}")
-        after = closing = self.new()
-        data = tag.end.encode()
-        for i, byte in enumerate(data):
-            self.edges[closing][byte] = behind if i == len(data) - 1 else self.new()
-            closing = self.edges[closing][byte]
-        self.gaps[state] = Gap(tag.schema, after if data else behind)
-
-    def text(self, often: str) -> TextWithValues:
-        wide = np.full((len(self.edges), 256), -1, dtype=np.int32)
-        for state, edges in enumerate(self.edges):
-            wide[state, list(edges)] = list(edges.values())
-        for state in self.gaps:
-            if self.edges[state]:
-                raise InvalidGrammar("the beginning of one tag begins another; end them apart, as in `<a>` and `<ab>`")
-        return TextWithValues(wide, np.asarray(self.accepting, dtype=np.bool_), self.gaps, often=often.encode())
 
 
 def _fields(source: Any, what: str, known: set[str]) -> Mapping[str, Any]:  # Any: JSON

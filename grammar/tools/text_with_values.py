@@ -7,7 +7,7 @@ machine, so that what they have in common is there once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -50,6 +50,69 @@ class TextWithValues:
     gaps: dict[int, Gap]
     often: bytes = b""
     names: dict[ir.JsonSchema, str] = field(default_factory=dict)
+
+
+class TextBuilder:
+    """A text with values as it is put together: copies of automata, texts that lead on from their states, and gaps."""
+
+    def __init__(self) -> None:
+        self.gaps: dict[int, Gap] = {}
+        self._accepting: list[bool] = []
+        self._edges: dict[int, dict[int, int]] = {}  # state -> {byte: state}, besides those of the copies
+        self._copies: list[tuple[int, NDArray[np.int32]]] = []  # first state, transitions
+
+    def new(self, *, is_end: bool = False) -> int:
+        """Add a state. is_end: the text may end there."""
+        self._accepting.append(is_end)
+        return len(self._accepting) - 1
+
+    def add(self, transitions: NDArray[np.int32], accepting: NDArray[np.bool_]) -> int:
+        """Add a copy of an automaton; return its first state."""
+        first = len(self._accepting)
+        self._copies.append((first, transitions))
+        self._accepting += accepting.tolist()
+        return first
+
+    def spell(self, state: int, text: str) -> int:
+        """Add a text from a state, sharing what was spelled from there before; return the state where it ends."""
+        return self._spell(state, text.encode())
+
+    def _spell(self, state: int, data: bytes) -> int:
+        for byte in data:
+            edges = self._edges.setdefault(state, {})
+            if byte not in edges:
+                edges[byte] = self.new()
+            state = edges[byte]
+        return state
+
+    def lead(self, state: int, text: str, to: int) -> bool:
+        """Add a text, not empty, that leads from a state to the state `to`; False where another text begins alike."""
+        data = text.encode()
+        edges = self._edges.setdefault(self._spell(state, data[:-1]), {})
+        if data[-1] in edges:
+            return False
+        edges[data[-1]] = to
+        return True
+
+    def end_at(self, state: int) -> None:
+        """Let the text end in a state."""
+        self._accepting[state] = True
+
+    @property
+    def is_ambiguous(self) -> bool:
+        """May a text that was spelled go on where a value stands?"""
+        return any(self._edges.get(state) for state in self.gaps)
+
+    def build(self, *, often: str = "", names: Mapping[ir.JsonSchema, str] | None = None) -> TextWithValues:
+        """Return the text; `often` and `names` as there."""
+        wide = np.full((len(self._accepting), 256), -1, dtype=np.int32)
+        for first, transitions in self._copies:
+            wide[first : first + len(transitions)] = np.where(transitions >= 0, transitions + first, -1)
+        edges = [(state, byte, to) for state, own in self._edges.items() for byte, to in own.items()]
+        states, read, targets = np.array(edges, dtype=np.int64).reshape(-1, 3).T
+        wide[states, read] = targets
+        accepting = np.asarray(self._accepting, dtype=np.bool_)
+        return TextWithValues(wide, accepting, self.gaps, often.encode(), dict(names or {}))
 
 
 def compile_with_values(text: TextWithValues, vocabulary: Vocabulary, limits: Limits) -> CompiledGrammar:

@@ -30,14 +30,14 @@ from ramet.grammar.machine.vocabulary import Vocabulary
 from ramet.grammar.regular.char_classes import category
 from ramet.grammar.regular.utf8 import text_dfa, utf8_table
 from ramet.grammar.tools.formats import NAME_PATTERN, ToolFormat, tool_format
-from ramet.grammar.tools.text_with_values import Gap, TextWithValues
+from ramet.grammar.tools.text_with_values import Gap, TextBuilder, TextWithValues
 
 MAX_TOOLS = 1024
 MAX_CALLS = 64
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Tool:
+class ToolSignature:
     """A tool's name and the JSON schema of its arguments, which are an object."""
 
     name: str
@@ -48,7 +48,7 @@ class Tool:
 class ToolSet:
     """What may be called, how a call is written, and what else may be said. `only`: the tool that must be called."""
 
-    tools: tuple[Tool, ...]
+    tools: tuple[ToolSignature, ...]
     format: ToolFormat
     choice: Literal["auto", "required", "none"] = "auto"
     only: str | None = None
@@ -82,29 +82,23 @@ def tools_text(tool_set: ToolSet) -> TextWithValues:
     rows, accepting, values, marked = _head(
         layout.marker, tool_set.choice, layout.is_only_at_start, tool_set.answer is not None
     )
-    gaps: dict[int, Gap] = {}
+    builder = TextBuilder()
+    builder.add(rows, accepting)
     names: dict[ir.JsonSchema, str] = {}
     if tool_set.answer is not None:
         answer = ir.JsonSchema(tool_set.answer, tool_set.json_options)
-        gaps = {state: Gap(answer, after) for state, after in values.items()}
+        builder.gaps.update({state: Gap(answer, after) for state, after in values.items()})
         names[answer] = "the answer"
     if marked is None:
-        return TextWithValues(rows, accepting, gaps, names=names)
-    body = _Body(tool_set, len(rows))
-    wide = np.full((len(rows) + len(body.edges), 256), -1, dtype=np.int32)
-    wide[: len(rows)] = rows
-    sources = np.repeat(np.arange(len(rows), len(wide)), [len(edges) for edges in body.edges])
-    wide[sources, [byte for edges in body.edges for byte in edges]] = [t for e in body.edges for t in e.values()]
-    wide[marked] = wide[len(rows)]
-    accepts = np.concatenate([accepting, np.asarray(body.accepting, dtype=np.bool_)])
-    names |= {schema: f"the parameters of tool {name!r}" for name, schema in body.arguments.items()}
-    return TextWithValues(wide, accepts, {**gaps, **body.gaps}, often=layout.marker.encode(), names=names)
+        return builder.build(names=names)
+    schemas = _argument_schemas(tool_set)
+    _add_calls(builder, marked, tool_set, schemas)
+    names |= {schema: f"the parameters of tool {name!r}" for name, schema in schemas.items()}
+    return builder.build(often=layout.marker, names=names)
 
 
-_CALLS, _ANSWER = (
-    0xD800,
-    0xD801,
-)  # surrogates, which no text contains, stand for what follows the marker and for a value
+# surrogates, which no text contains, stand for what follows the marker and for a value
+_CALLS, _ANSWER = 0xD800, 0xD801
 
 
 @lru_cache(maxsize=256)
@@ -113,7 +107,7 @@ def _head(
 ) -> tuple[NDArray[np.int32], NDArray[np.bool_], dict[int, int], int | None]:
     """What stands before the calls.
 
-    Returns (transitions, accepting, state where an answer stands -> state behind it, state behind the marker).
+    Returns (transitions, accepting, state where an answer stands -> state after it, state after the marker).
     """
     first = ir.text(marker)
     space = ir.Repeat(ir.Chars(category("s", is_ascii=False)))  # the reader of events skips it, too
@@ -132,56 +126,29 @@ def _head(
     return table.transitions, table.accepting, values, marked
 
 
-class _Body:
-    """What stands behind the marker, as tries of bytes. Its first state is numbered `first`; names are written once."""
-
-    def __init__(self, tool_set: ToolSet, first: int) -> None:
-        self.first = first
-        self.edges: list[dict[int, int]] = [{}]
-        self.accepting = [False]
-        self.gaps: dict[int, Gap] = {}
-        layout = tool_set.format
-        self.arguments = _argument_schemas(tool_set)
-        name = self.spell(first, (layout.begin + layout.before_name)[len(layout.marker) :])
-        count = 1
-        while True:
-            behind = self.new()
-            for tool, schema in self.arguments.items():
-                self.gap(self.spell(name, tool + layout.before_arguments), Gap(schema, behind))
-            end = self.spell(behind, layout.after_arguments)
-            self.accepting[self.spell(end, layout.end) - first] = True
-            again = layout.separator + layout.before_name
-            if tool_set.max_calls is None:
-                self.spell(end, again, name)
-                break
-            if count == tool_set.max_calls:
-                break
-            name = self.spell(end, again)
-            count += 1
-        if any(self.edges[s - first] for s in self.gaps):
-            raise InvalidGrammar("in this tool format the name of one tool and its layout begin those of another")
-
-    def new(self) -> int:
-        self.edges.append({})
-        self.accepting.append(False)
-        return self.first + len(self.edges) - 1
-
-    def spell(self, state: int, text: str, to: int | None = None) -> int:
-        """Add a text from a state, sharing what is there; return where it ends (`to`, if given)."""
-        data = text.encode()
-        for i, byte in enumerate(data):
-            edges = self.edges[state - self.first]
-            if to is not None and i == len(data) - 1:
-                if byte in edges:
-                    raise InvalidGrammar("in this tool format a further call and the end of the calls begin alike")
-                edges[byte] = to
-            elif byte not in edges:
-                edges[byte] = self.new()
-            state = edges[byte]
-        return state
-
-    def gap(self, state: int, gap: Gap) -> None:
-        self.gaps[state] = gap
+def _add_calls(builder: TextBuilder, marked: int, tool_set: ToolSet, schemas: Mapping[str, ir.JsonSchema]) -> None:
+    """Add what follows the marker, which ends in the state `marked`. The names of tools are spelled once, not anew for
+    each further call, unless the number of calls is limited."""
+    layout = tool_set.format
+    name = builder.spell(marked, (layout.begin + layout.before_name)[len(layout.marker) :])
+    count = 1
+    while True:
+        after_value = builder.new()
+        for tool, schema in schemas.items():
+            builder.gaps[builder.spell(name, tool + layout.before_arguments)] = Gap(schema, after_value)
+        end = builder.spell(after_value, layout.after_arguments)
+        builder.end_at(builder.spell(end, layout.end))
+        again = layout.separator + layout.before_name
+        if tool_set.max_calls is None:
+            if not builder.lead(end, again, name):
+                raise InvalidGrammar("in this tool format a further call and the end of the calls begin alike")
+            break
+        if count == tool_set.max_calls:
+            break
+        name = builder.spell(end, again)
+        count += 1
+    if builder.is_ambiguous:
+        raise InvalidGrammar("in this tool format the name of one tool and its layout begin those of another")
 
 
 def with_marker_tokens(vocabulary: Vocabulary, texts: Mapping[int, str]) -> Vocabulary:
@@ -201,7 +168,7 @@ def with_marker_tokens(vocabulary: Vocabulary, texts: Mapping[int, str]) -> Voca
 
 
 def _argument_schemas(tool_set: ToolSet) -> dict[str, ir.JsonSchema]:
-    """Tool -> its arguments; equal schemas are one."""
+    """Name of a tool -> the schema of its arguments; equal schemas are one."""
     found: dict[str, ir.JsonSchema] = {}
     out: dict[str, ir.JsonSchema] = {}
     for tool in tool_set.tools:
@@ -222,12 +189,12 @@ def _of_object(schema: Any) -> Any:
     return schema
 
 
-def _tools(source: Any) -> tuple[Tool, ...]:
+def _tools(source: Any) -> tuple[ToolSignature, ...]:
     if not isinstance(source, list | tuple) or not source:
         raise InvalidGrammar("the field 'tools' must be a list of at least one tool")
     if len(source) > MAX_TOOLS:
         raise InvalidGrammar(f"there are {len(source):,} tools; the limit is {MAX_TOOLS:,}")
-    tools: dict[str, Tool] = {}
+    tools: dict[str, ToolSignature] = {}
     for i, given in enumerate(source):
         fields = _mapping(given, f"tools[{i}]")
         if "function" in fields:
@@ -240,11 +207,11 @@ def _tools(source: Any) -> tuple[Tool, ...]:
         parameters = fields.get("parameters", {"type": "object", "properties": {}, "additionalProperties": False})
         if not isinstance(parameters, dict | bool):
             raise InvalidGrammar(f"the parameters of tool {name!r} must be a JSON schema, not {parameters!r}")
-        tools[name] = Tool(name, parameters)
+        tools[name] = ToolSignature(name, parameters)
     return tuple(tools.values())
 
 
-def _choice(source: Any, tools: tuple[Tool, ...]) -> tuple[Literal["auto", "required", "none"], str | None]:
+def _choice(source: Any, tools: tuple[ToolSignature, ...]) -> tuple[Literal["auto", "required", "none"], str | None]:
     if source in ("auto", "required", "none"):
         return source, None
     if isinstance(source, dict):
