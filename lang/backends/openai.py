@@ -21,8 +21,9 @@ from ramet.lang.backends.protocol import BlockBackend
 from ramet.lang.backends.sse import DONE
 from ramet.lang.backends.text_program import Prompt, TextSession, messages_json
 from ramet.lang.graph import choice_scores, ir
+from ramet.lang.graph.events import NodeResult
 from ramet.lang.graph.options import Deadline, ProgramOptions
-from ramet.lang.graph.run import NodeResult, OnEvent
+from ramet.lang.graph.run import OnEvent
 
 _PLAIN = ("temperature", "top_p", "frequency_penalty", "presence_penalty", "seed")
 _EXTENSIONS = ("top_k", "min_p", "repetition_penalty", "min_tokens", "ignore_eos", "stop_token_ids")

@@ -258,7 +258,7 @@ class _Program:
     def _can_wait(self, part: _Part) -> bool:
         """Whether it needs nobody here while it runs: then it may wait for others without others waiting for it."""
         assert part.graph is not None
-        return part.is_last and not any(isinstance(node, ir.ToolCall) for node in part.graph.nodes)
+        return part.is_last and all(node.run_by != "caller" for node in part.graph.nodes)
 
     async def _run(self, can_wait: bool) -> None:
         """Follow the program to its end."""
@@ -389,7 +389,7 @@ class _Program:
         for node in sorted(row.unfinished):
             row.unfinished.discard(node)
             described = ir.NodeError(type(error).__name__, str(error), self._tail(row, node))
-            name = getattr(self._nodes[node], "name", None)
+            name = self._nodes[node].label
             self._tell(row, ir.NodeEvent(node, "error", name, error=described, cause=error))
 
     def _tail(self, row: _Row, node: int) -> str:

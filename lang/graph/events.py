@@ -1,7 +1,8 @@
-"""What a running program tells: one event for each thing that happens to a node."""
+"""What a running program tells: one event for each thing that happens to a node, and what came of a node."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import msgspec
@@ -57,3 +58,21 @@ class NodeEvent(msgspec.Struct, frozen=True, omit_defaults=True):
 
     def to_json(self) -> bytes:
         return msgspec.json.encode(msgspec.structs.replace(self, cause=None))
+
+
+@dataclass(frozen=True, slots=True)
+class NodeResult:
+    """What came of a node: the `text` that it adds to its branch, its JSON `value`, and what its event says besides.
+
+    `value_text`: what a template shows for the value; None: the text. `first_token_s`: of time.monotonic().
+    """
+
+    text: str = ""
+    value: Any = None  # JSON
+    value_text: str | None = None
+    usage: Usage | None = None
+    finish_reason: str | None = None
+    meta: dict[str, Any] | None = None  # Any: JSON
+    error: NodeError | None = None  # why the text has no value, though the node is done
+    first_token_s: float | None = None
+    queue_s: float | None = None  # how long the request waited

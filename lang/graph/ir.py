@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Literal, TypeAlias
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar, Literal, Protocol, Self, TypeAlias
 
 import msgspec
 
@@ -22,6 +22,7 @@ from ramet.lang.graph.checks import Check as Check
 from ramet.lang.graph.checks import check_problem
 from ramet.lang.graph.events import NodeError as NodeError
 from ramet.lang.graph.events import NodeEvent as NodeEvent
+from ramet.lang.graph.events import NodeResult as NodeResult
 from ramet.lang.graph.events import Usage as Usage
 from ramet.lang.graph.sampling import Sampling as Sampling
 from ramet.lang.graph.sampling import retry_sampling as retry_sampling
@@ -62,12 +63,63 @@ class Constraint(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown
     in_order: bool = False
 
 
+class Scope(Protocol):
+    """What a node may ask of the run that it is part of. All that the node needs is done."""
+
+    def render(self, template: Template) -> str: ...
+
+    def argument(self, name: str) -> JsonValue: ...
+
+    def text_behind(self, start: int | None, tip: int | None) -> str:
+        """The text of the branch that ends at `tip`, behind node `start` (None: from its beginning)."""
+
+    def mark(self, node: Role | Tools) -> str:
+        """What the model's chat template writes there."""
+
+
 class Node(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True, kw_only=True, tag_field="kind"):
-    """What all nodes have. `line` is `file:line` of the source that recorded it."""
+    """What all nodes have, and what holds of a kind of nodes that says nothing else.
+
+    A new kind is a class here and a member of AnyNode; passes and runtimes ask a node, not for its class, wherever the
+    answer is one of those below. `line` is `file:line` of the source that recorded it.
+    """
 
     id: int
     parent: int | None = None
     line: str = ""
+
+    # Who works the node out: whoever runs the graph, with `evaluate`; a model; the caller, whom `evaluate` says what
+    # it is asked for.
+    run_by: ClassVar[Literal["runner", "model", "caller"]] = "runner"
+    has_value: ClassVar[bool] = False  # which other nodes may use
+    takes_failures: ClassVar[bool] = False  # runs when the nodes that it needs are over, though they failed
+    is_markup: ClassVar[bool] = False  # its text is the chat template's: names of special tokens mean these tokens
+    is_border: ClassVar[bool] = False  # texts before and behind it are tokenised apart
+
+    @property
+    def label(self) -> str | None:
+        """The name of the variable or argument, of kinds that have one."""
+        return getattr(self, "name", None)
+
+    def templates(self) -> tuple[Template, ...]:
+        """Its texts with values of other nodes in them."""
+        return ()
+
+    def joined(self) -> tuple[int, ...]:
+        """Nodes that it needs besides its parent and those whose values it uses."""
+        return ()
+
+    def changed(self, template: Callable[[Template], Template], node: Callable[[int], int]) -> Self:
+        """The same node, each of its templates and each id of another node in its own fields replaced."""
+        return self
+
+    def problem(self, before: GraphIndex) -> str | None:
+        """What is wrong with the node behind those in `before`, or None."""
+        return None
+
+    def evaluate(self, scope: Scope) -> NodeResult:
+        """What comes of a node that no model runs. Raises what goes wrong, which fails the node."""
+        return NodeResult()
 
 
 class Text(Node, frozen=True, tag="text"):
@@ -79,11 +131,37 @@ class Text(Node, frozen=True, tag="text"):
     parts: Template
     moved: int = 0
 
+    def templates(self) -> tuple[Template, ...]:
+        return (self.parts,)
+
+    def changed(self, template: Callable[[Template], Template], node: Callable[[int], int]) -> Self:
+        return msgspec.structs.replace(self, parts=template(self.parts))
+
+    def problem(self, before: GraphIndex) -> str | None:
+        left, at = self.moved, self.parent
+        while left > 0 and at is not None and isinstance(above := before.nodes[at], Text):
+            left, at = left - (not above.moved), above.parent
+        return f"is moved behind {self.moved} texts, which don't stand right before it" if left else None
+
+    def evaluate(self, scope: Scope) -> NodeResult:
+        return NodeResult(scope.render(self.parts))
+
 
 class Argument(Node, frozen=True, tag="argument"):
     """A value given when the graph is run. It stands in no branch: texts refer to it."""
 
     name: str
+
+    has_value = True
+
+    def problem(self, before: GraphIndex) -> str | None:
+        if self.parent is not None:
+            return "is an argument and can't have a parent"
+        return f"declares argument {self.name!r} a second time" if self.name in before.arguments else None
+
+    def evaluate(self, scope: Scope) -> NodeResult:
+        value = scope.argument(self.name)
+        return NodeResult(value=value, value_text=value_text(value))
 
 
 class Generate(Node, frozen=True, tag="generate"):
@@ -101,6 +179,21 @@ class Generate(Node, frozen=True, tag="generate"):
     retries: int = 0
     type: Literal["str", "int", "float", "bool", "json", "tools"] = "str"
 
+    run_by = "model"
+    has_value = True
+    is_border = True
+
+    def problem(self, before: GraphIndex) -> str | None:
+        problem = sampling_problem(self.sampling)
+        if problem:
+            return f"has bad sampling: {problem}"
+        problem = next((found for check in self.checks if (found := check_problem(check))), None)
+        if problem:
+            return f"has a bad check: {problem}"
+        if not 0 <= self.retries <= MAX_RETRIES:
+            return f"may be tried {self.retries:,} times more; retries must be in [0, {MAX_RETRIES:,}]"
+        return None
+
 
 class Select(Node, frozen=True, tag="select"):
     """The likeliest of `choices` by `scorer`, or one drawn from their probabilities where `temperature` > 0."""
@@ -111,6 +204,27 @@ class Select(Node, frozen=True, tag="select"):
     temperature: float = 0.0
     seed: int | None = None
 
+    run_by = "model"
+    has_value = True
+    is_border = True
+
+    def templates(self) -> tuple[Template, ...]:
+        return self.choices
+
+    def changed(self, template: Callable[[Template], Template], node: Callable[[int], int]) -> Self:
+        return msgspec.structs.replace(self, choices=tuple(template(choice) for choice in self.choices))
+
+    def problem(self, before: GraphIndex) -> str | None:
+        if not self.choices:
+            return "selects from no choices"
+        if any(not choice or choice == ("",) for choice in self.choices):
+            return "has an empty choice"
+        if len(set(self.choices)) < len(self.choices):
+            return "has the same choice twice"
+        if not (math.isfinite(self.temperature) and 0 <= self.temperature <= 100):
+            return f"has bad sampling: temperature is {self.temperature}, but must be in [0, 100]"
+        return None
+
 
 class Fork(Node, frozen=True, tag="fork"):
     """The start of branch `index` of `width`. All of one fork have the same parent and `group`, the first one's id."""
@@ -119,11 +233,34 @@ class Fork(Node, frozen=True, tag="fork"):
     index: int
     width: int
 
+    is_border = True
+
+    def changed(self, template: Callable[[Template], Template], node: Callable[[int], int]) -> Self:
+        return msgspec.structs.replace(self, group=node(self.group))
+
+    def problem(self, before: GraphIndex) -> str | None:
+        if self.width < 1:
+            return f"forks into {self.width} branches; at least one is needed"
+        if not 0 <= self.index < self.width:
+            return f"is branch {self.index} of a fork of {self.width}"
+        return None
+
 
 class Join(Node, frozen=True, tag="join"):
     """Done when all `branches` (their last nodes) are. Adds no text, and holds nothing up that doesn't use them."""
 
     branches: tuple[int, ...]
+
+    takes_failures = True
+
+    def joined(self) -> tuple[int, ...]:
+        return self.branches
+
+    def changed(self, template: Callable[[Template], Template], node: Callable[[int], int]) -> Self:
+        return msgspec.structs.replace(self, branches=tuple(dict.fromkeys(map(node, self.branches))))
+
+    def problem(self, before: GraphIndex) -> str | None:
+        return None if self.branches else "joins no branches"
 
 
 class Role(Node, frozen=True, tag="role"):
@@ -131,6 +268,14 @@ class Role(Node, frozen=True, tag="role"):
 
     role: str
     is_open: bool
+
+    is_markup = True
+
+    def problem(self, before: GraphIndex) -> str | None:
+        return None if self.role in ROLES else f"has role {self.role!r}; roles are {', '.join(ROLES)}"
+
+    def evaluate(self, scope: Scope) -> NodeResult:
+        return NodeResult(scope.mark(self))
 
 
 class Tools(Node, frozen=True, tag="tools"):
@@ -140,6 +285,16 @@ class Tools(Node, frozen=True, tag="tools"):
     """
 
     tools: str
+
+    is_markup = True
+
+    def problem(self, before: GraphIndex) -> str | None:
+        if _is_tool_list(self.tools):
+            return None
+        return f"declares tools that are no JSON list of functions with a name: {self.tools[:80]!r}"
+
+    def evaluate(self, scope: Scope) -> NodeResult:
+        return NodeResult(scope.mark(self))
 
 
 class ToolCall(Node, frozen=True, tag="tool_call"):
@@ -153,12 +308,41 @@ class ToolCall(Node, frozen=True, tag="tool_call"):
     name: str | None = None
     on_error: Literal["raise", "report"] = "raise"
 
+    run_by = "caller"
+    has_value = True
+
+    def templates(self) -> tuple[Template, ...]:
+        return (self.arguments,)
+
+    def changed(self, template: Callable[[Template], Template], node: Callable[[int], int]) -> Self:
+        return msgspec.structs.replace(self, arguments=template(self.arguments))
+
+    def evaluate(self, scope: Scope) -> NodeResult:
+        return NodeResult(value={"tool": self.tool, "arguments": parse_value("json", scope.render(self.arguments))})
+
 
 class Capture(Node, frozen=True, tag="capture"):
     """The text of this branch after node `start` (None: from its beginning), as a value."""
 
     name: str | None = None
     start: int | None = None
+
+    has_value = True
+
+    def changed(self, template: Callable[[Template], Template], node: Callable[[int], int]) -> Self:
+        return self if self.start is None else msgspec.structs.replace(self, start=node(self.start))
+
+    def problem(self, before: GraphIndex) -> str | None:
+        above = self.parent
+        while self.start is not None and above is not None and above > self.start:
+            above = before.nodes[above].parent
+        if self.start is None or above == self.start:
+            return None
+        return f"captures from node {self.start}, which is not on its branch"
+
+    def evaluate(self, scope: Scope) -> NodeResult:
+        text = scope.text_behind(self.start, self.parent)
+        return NodeResult(value=text, value_text=text)
 
 
 AnyNode: TypeAlias = Text | Argument | Generate | Select | Fork | Join | Role | Tools | ToolCall | Capture
@@ -204,14 +388,7 @@ class _Head(msgspec.Struct):
 
 def refs(node: AnyNode) -> Iterator[Ref]:
     """The data edges of a node."""
-    templates: Iterable[Template] = ()
-    if isinstance(node, Text):
-        templates = (node.parts,)
-    elif isinstance(node, Select):
-        templates = node.choices
-    elif isinstance(node, ToolCall):
-        templates = (node.arguments,)
-    for template in templates:
+    for template in node.templates():
         for part in template:
             if not isinstance(part, str):
                 yield part
@@ -221,13 +398,8 @@ def dependencies(node: AnyNode) -> list[int]:
     """Ids that must be done before `node` can run: its parent, the values it uses, the branches it joins."""
     found = [] if node.parent is None else [node.parent]
     found.extend(ref.node for ref in refs(node))
-    if isinstance(node, Join):
-        found.extend(node.branches)
+    found.extend(node.joined())
     return found
-
-
-def has_value(node: AnyNode) -> bool:
-    return isinstance(node, Argument | Generate | Select | ToolCall | Capture)
 
 
 def variable(name: str) -> str:
@@ -335,74 +507,20 @@ class GraphIndex:
 
     def _check(self, node: AnyNode) -> None:
         for ref in refs(node):
-            if not has_value(self.nodes[ref.node]):
+            if not self.nodes[ref.node].has_value:
                 raise _wrong(node, f"uses the value of node {ref.node}, but a {_kind(self.nodes[ref.node])} has none")
         if node.parent is not None and isinstance(self.nodes[node.parent], Argument):
             raise _wrong(node, f"stands behind node {node.parent}, but an argument is in no branch")
+        problem = node.problem(self)
+        if problem is not None:
+            raise _wrong(node, problem)
         if isinstance(node, Argument):
-            if node.parent is not None:
-                raise _wrong(node, "is an argument and can't have a parent")
-            if node.name in self.arguments:
-                raise _wrong(node, f"declares argument {node.name!r} a second time")
             self.arguments[node.name] = node.id
-        elif isinstance(node, Generate):
-            self._check_generate(node)
-        elif isinstance(node, Select):
-            self._check_select(node)
-        elif isinstance(node, Fork):
-            if node.width < 1:
-                raise _wrong(node, f"forks into {node.width} branches; at least one is needed")
-            if not 0 <= node.index < node.width:
-                raise _wrong(node, f"is branch {node.index} of a fork of {node.width}")
-        elif isinstance(node, Join) and not node.branches:
-            raise _wrong(node, "joins no branches")
-        elif isinstance(node, Text) and node.moved:
-            self._check_moved(node)
-        elif isinstance(node, Role) and node.role not in ROLES:
-            raise _wrong(node, f"has role {node.role!r}; roles are {', '.join(ROLES)}")
-        elif isinstance(node, Tools) and not _is_tool_list(node.tools):
-            raise _wrong(node, f"declares tools that are no JSON list of functions with a name: {node.tools[:80]!r}")
-        elif isinstance(node, Capture) and node.start is not None:
-            self._check_capture(node, node.start)
         self._named.append(self._check_name(node))
-
-    def _check_moved(self, node: Text) -> None:
-        left, at = node.moved, node.parent
-        while left > 0 and at is not None and isinstance(above := self.nodes[at], Text):
-            left, at = left - (not above.moved), above.parent
-        if left:
-            raise _wrong(node, f"is moved behind {node.moved} texts, which don't stand right before it")
-
-    def _check_generate(self, node: Generate) -> None:
-        problem = sampling_problem(node.sampling)
-        if problem:
-            raise _wrong(node, f"has bad sampling: {problem}")
-        problem = next((found for check in node.checks if (found := check_problem(check))), None)
-        if problem:
-            raise _wrong(node, f"has a bad check: {problem}")
-        if not 0 <= node.retries <= MAX_RETRIES:
-            raise _wrong(node, f"may be tried {node.retries:,} times more; retries must be in [0, {MAX_RETRIES:,}]")
-
-    def _check_select(self, node: Select) -> None:
-        if not node.choices:
-            raise _wrong(node, "selects from no choices")
-        if any(not choice or choice == ("",) for choice in node.choices):
-            raise _wrong(node, "has an empty choice")
-        if len(set(node.choices)) < len(node.choices):
-            raise _wrong(node, "has the same choice twice")
-        if not (math.isfinite(node.temperature) and 0 <= node.temperature <= 100):
-            raise _wrong(node, f"has bad sampling: temperature is {node.temperature}, but must be in [0, 100]")
-
-    def _check_capture(self, node: Capture, start: int) -> None:
-        above = node.parent
-        while above is not None and above > start:
-            above = self.nodes[above].parent
-        if above != start:
-            raise _wrong(node, f"captures from node {start}, which is not on its branch")
 
     def _check_name(self, node: AnyNode) -> int | None:
         above = None if node.parent is None else self._named[node.parent]
-        name = getattr(node, "name", None)
+        name = node.label
         if name is None or isinstance(node, Argument):
             return above
         if not name:
@@ -410,7 +528,7 @@ class GraphIndex:
         step = above
         while step is not None:
             other = self.nodes[step]
-            if getattr(other, "name", None) == name:
+            if other.label == name:
                 raise _wrong(node, f"writes variable {name!r}, which node {step} on the same branch already wrote")
             step = None if other.parent is None else self._named[other.parent]
         return node.id

@@ -29,24 +29,6 @@ OnEvent: TypeAlias = Callable[[ir.NodeEvent], None]
 Mark: TypeAlias = Callable[[Sequence[ir.AnyNode], ir.Role | ir.Tools], str]
 
 
-@dataclass(frozen=True, slots=True)
-class NodeResult:
-    """What came of a node: the `text` that it adds to its branch, its JSON `value`, and what its event says besides.
-
-    `value_text`: what a template shows for the value; None: the text. `first_token_s`: of time.monotonic().
-    """
-
-    text: str = ""
-    value: ir.JsonValue = None
-    value_text: str | None = None
-    usage: ir.Usage | None = None
-    finish_reason: str | None = None
-    meta: dict[str, Any] | None = None  # Any: JSON
-    error: ir.NodeError | None = None  # why the text has no value, though the node is done
-    first_token_s: float | None = None
-    queue_s: float | None = None  # how long the request waited
-
-
 @dataclass(slots=True, eq=False)
 class NodeRun:
     """One node of a run. Its GraphRun owns it; a driver reads it.
@@ -139,31 +121,33 @@ class GraphRun:
         stopped, self._stopped = self._stopped, []
         return stopped
 
-    def evaluate(self, run: NodeRun) -> NodeResult | None:
+    def evaluate(self, run: NodeRun) -> ir.NodeResult | None:
         """Work out a node that needs neither a model nor the caller; of a tool's call, ask the caller for it.
 
         None: the result comes from elsewhere. Changes nothing. Raises what goes wrong, which fails the node.
         """
-        node = run.node
-        if isinstance(node, ir.Text):
-            return NodeResult(self.render(node.parts))
-        if isinstance(node, ir.Argument):
-            value = self._arguments[node.name]
-            return NodeResult(value=value, value_text=ir.value_text(value))
-        if isinstance(node, ir.Role | ir.Tools):
-            assert self._mark is not None
-            return NodeResult(self._mark(self.path(node.parent), node))
-        if isinstance(node, ir.Capture):
-            text = self._text_up_to(node.parent, start=node.start)
-            return NodeResult(value=text, value_text=text)
-        if isinstance(node, ir.ToolCall):
-            arguments = ir.parse_value("json", self.render(node.arguments))
-            self._emit(run, "tool", value={"tool": node.tool, "arguments": arguments})
+        if run.node.run_by == "model":
             return None
-        return NodeResult() if isinstance(node, ir.Fork | ir.Join) else None
+        result = run.node.evaluate(self)
+        if run.node.run_by == "caller":
+            self._emit(run, "tool", value=result.value)
+            return None
+        return result
+
+    # What a node asks for: see ir.Scope.
 
     def render(self, template: ir.Template) -> str:
         return ir.render(template, lambda i: self.nodes[i].value_text, lambda i: self.nodes[i].value)
+
+    def argument(self, name: str) -> ir.JsonValue:
+        return self._arguments[name]
+
+    def mark(self, node: ir.Role | ir.Tools) -> str:
+        assert self._mark is not None
+        return self._mark(self.path(node.parent), node)
+
+    def text_behind(self, start: int | None, tip: int | None) -> str:
+        return self._text_up_to(tip, start=start)
 
     def path(self, tip: int | None) -> list[ir.AnyNode]:
         """The nodes of the branch that ends at `tip`, root first."""
@@ -185,8 +169,8 @@ class GraphRun:
             self._emit(run, "text", text=text)
 
     def judge(
-        self, run: NodeRun, result: NodeResult, read: Callable[[str], ir.JsonValue] | None = None
-    ) -> NodeResult | None:
+        self, run: NodeRun, result: ir.NodeResult, read: Callable[[str], ir.JsonValue] | None = None
+    ) -> ir.NodeResult | None:
         """Read the value of what a model wrote, and check it. The result to be `done` with, or None: it was refused.
 
         A refused node is ready for its next try, or has failed where its tries are used up. `read`: how the value is
@@ -211,7 +195,7 @@ class GraphRun:
                 self._emit(run, "text", text=result.text)
         return replace(result, value=value, usage=usage, meta=meta or None, error=problem)
 
-    def done(self, run: NodeRun, result: NodeResult) -> None:
+    def done(self, run: NodeRun, result: ir.NodeResult) -> None:
         """Mark a node done, tell the caller, and make ready what waited for it alone."""
         if run.is_over:
             return
@@ -246,10 +230,10 @@ class GraphRun:
         """Take in the result of a tool. An error fails the node, or is its value where the call is to report it."""
         run = self.nodes[node]
         if error is None:
-            self.done(run, NodeResult(value=value, value_text=ir.value_text(value)))
+            self.done(run, ir.NodeResult(value=value, value_text=ir.value_text(value)))
         elif isinstance(run.node, ir.ToolCall) and run.node.on_error == "report":
             reported = {"error": f"{type(error).__name__}: {error}"}
-            self.done(run, NodeResult(value=reported, value_text=ir.value_text(reported), meta=dict(reported)))
+            self.done(run, ir.NodeResult(value=reported, value_text=ir.value_text(reported), meta=dict(reported)))
         else:
             self.failed(run, error)
 
@@ -289,7 +273,7 @@ class GraphRun:
             return
         for used in ir.dependencies(run.node):
             other = self.nodes[used]
-            if other.status == "failed" and not isinstance(run.node, ir.Join):
+            if other.status == "failed" and not run.node.takes_failures:
                 assert other.error is not None
                 self._fail_all([run], other.error)
                 return
@@ -312,7 +296,7 @@ class GraphRun:
             self._make_ready(run)
 
     def _fail_all(self, runs: Sequence[NodeRun], error: Exception) -> None:
-        """Fail these nodes, and all that need them; a join needs its branches to be over, not to be done."""
+        """Fail these nodes, and all that need them to be done; for a join it is enough that they are over."""
         stack = [run for run in reversed(runs) if not run.is_over]
         while stack:
             run = stack.pop()
@@ -326,12 +310,12 @@ class GraphRun:
             self._emit_error(run, error)
             users, run.users = run.users, []
             for user in users:
-                if isinstance(user.node, ir.Join):
+                if user.node.takes_failures:
                     self._satisfy(user)
                 else:
                     stack.append(user)
 
-    def _refuse(self, run: NodeRun, node: ir.Generate, result: NodeResult, problem: str) -> None:
+    def _refuse(self, run: NodeRun, node: ir.Generate, result: ir.NodeResult, problem: str) -> None:
         """A text failed its checks: try again, or fail."""
         usage = result.usage or ir.Usage()
         run.attempts.append({"text": result.text, "problem": problem})
@@ -359,7 +343,7 @@ class GraphRun:
 
     # Events.
 
-    def _emit_done(self, run: NodeRun, result: NodeResult) -> None:
+    def _emit_done(self, run: NodeRun, result: ir.NodeResult) -> None:
         if self._on_event is None:
             return
         now = time.monotonic()
@@ -392,7 +376,7 @@ class GraphRun:
     def _emit(self, run: NodeRun, kind: Any, **fields: Any) -> None:  # Any: fields of NodeEvent
         if self._on_event is None:
             return
-        event = ir.NodeEvent(run.node.id, kind, name=getattr(run.node, "name", None), **fields)
+        event = ir.NodeEvent(run.node.id, kind, name=run.node.label, **fields)
         try:
             self._on_event(event)
         except Exception:  # the listener's own fault: it must not end the thread, which may be the engine's
@@ -411,7 +395,7 @@ class GraphRun:
 
 
 def _value(
-    node: ir.Generate, result: NodeResult, read: Callable[[str], ir.JsonValue] | None
+    node: ir.Generate, result: ir.NodeResult, read: Callable[[str], ir.JsonValue] | None
 ) -> tuple[ir.JsonValue, ir.NodeError | None]:
     """The value of a generated text, or why it has none."""
     try:

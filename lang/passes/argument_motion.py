@@ -87,11 +87,7 @@ def late_gain(graph: ir.Graph, target: Target) -> LateGain | None:
 
 def _shared(graph: ir.Graph, target: Target) -> int:
     paths = interpret(graph, target)
-    found = (
-        _motion(paths, node, target)
-        for node in graph.nodes
-        if isinstance(node, ir.Generate | ir.Select) and node.parent
-    )
+    found = (_motion(paths, node, target) for node in graph.nodes if node.run_by == "model" and node.parent)
     return max((motion.shared_now for motion in found if motion is not None), default=0)
 
 
@@ -100,7 +96,7 @@ def argument_motion(paths: Paths, target: Target) -> list[Motion]:
     nodes = paths.graph.nodes
     best: dict[str, Motion] = {}
     for node in nodes:
-        if not isinstance(node, ir.Generate | ir.Select) or node.parent is None:
+        if node.run_by != "model" or node.parent is None:
             continue
         motion = _motion(paths, node, target)
         if motion is not None and (motion.argument not in best or motion.gain > best[motion.argument].gain):
@@ -119,9 +115,9 @@ def _motion(paths: Paths, user: ir.AnyNode, target: Target) -> Motion | None:
     before: list[str] = []
     after: list[str] = []
     for node in reversed(branch):
-        if isinstance(node, ir.Generate | ir.Select):
+        if node.run_by == "model":
             return None  # the first generation of this path has its own report
-        if isinstance(node, ir.Role | ir.Tools):
+        if node.is_markup:
             mark = "".join(part for part in paths.texts[node.id] if isinstance(part, str))
             (before if argument is None else after).append(mark)
         for part in node.parts if isinstance(node, ir.Text) else ():

@@ -70,8 +70,7 @@ def _pinned(graph: ir.Graph) -> set[int]:
     for node in graph.nodes:
         if isinstance(node, ir.Capture) and node.start is not None:
             found.add(node.start)
-        elif isinstance(node, ir.Join):
-            found.update(node.branches)
+        found.update(node.joined())
     return found
 
 
@@ -88,12 +87,7 @@ def _bind(node: ir.AnyNode, bound: dict[int, ir.JsonValue]) -> ir.AnyNode:
                 parts.append(part)
         return _merged(tuple(parts))
 
-    if isinstance(node, ir.Text):
-        return msgspec.structs.replace(node, parts=fold(node.parts))
-    if isinstance(node, ir.Select):
-        return msgspec.structs.replace(node, choices=tuple(fold(choice) for choice in node.choices))
-    assert isinstance(node, ir.ToolCall)
-    return msgspec.structs.replace(node, arguments=fold(node.arguments))
+    return node.changed(fold, lambda other: other)
 
 
 def _text_of(ref: ir.Ref, value: ir.JsonValue) -> str:
@@ -111,20 +105,9 @@ def _merged(parts: ir.Template) -> ir.Template:
 
 
 def _renumbered(node: ir.AnyNode, new_id: dict[int, int]) -> ir.AnyNode:
-    changes: dict[str, object] = {"id": new_id[node.id], "parent": None if node.parent is None else new_id[node.parent]}
-    if isinstance(node, ir.Text):
-        changes["parts"] = _moved(node.parts, new_id)
-    elif isinstance(node, ir.Select):
-        changes["choices"] = tuple(_moved(choice, new_id) for choice in node.choices)
-    elif isinstance(node, ir.ToolCall):
-        changes["arguments"] = _moved(node.arguments, new_id)
-    elif isinstance(node, ir.Fork):
-        changes["group"] = new_id[node.group]
-    elif isinstance(node, ir.Join):
-        changes["branches"] = tuple(dict.fromkeys(new_id[branch] for branch in node.branches))
-    elif isinstance(node, ir.Capture) and node.start is not None:
-        changes["start"] = new_id[node.start]
-    return msgspec.structs.replace(node, **changes)
+    changed = node.changed(lambda template: _moved(template, new_id), new_id.__getitem__)
+    parent = None if node.parent is None else new_id[node.parent]
+    return msgspec.structs.replace(changed, id=new_id[node.id], parent=parent)
 
 
 def _moved(template: ir.Template, new_id: dict[int, int]) -> ir.Template:

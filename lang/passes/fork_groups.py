@@ -38,7 +38,7 @@ def fork_groups(paths: Paths) -> list[ForkGroup]:
     fork_above = _forks_above(paths.graph)
     writing: dict[int, set[int]] = {}  # fork node -> innermost forks below it (or itself) that generate
     for node in nodes:
-        if isinstance(node, ir.Generate | ir.Select) and node.id not in paths.twins:
+        if node.run_by == "model" and node.id not in paths.twins:
             inner = at = fork_above[node.id]
             while at is not None and inner is not None:
                 writing.setdefault(at, set()).add(inner)

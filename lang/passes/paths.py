@@ -7,6 +7,7 @@ Paths of one `Trie` can be compared: two are equal where their positions are.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -192,7 +193,7 @@ class _Interpreter:
     def run(self) -> Paths:
         for node in self._graph.nodes:
             before = Point() if node.parent is None else self._found.points[node.parent]
-            if node.parent is not None and (node.parent in self._found.joined or isinstance(node, ir.Join)):
+            if node.parent is not None and (node.parent in self._found.joined or node.joined()):
                 self._found.joined.add(node.id)
             point, text = self._visit(node, before)
             self._found.points.append(point)
@@ -200,6 +201,7 @@ class _Interpreter:
         return self._found
 
     def _visit(self, node: ir.AnyNode, before: Point) -> tuple[Point, tuple[TextPart, ...]]:
+        """The point behind a node, and the text that it adds."""
         if isinstance(node, ir.Text):
             parts = self._render(node.parts)
             return self._append(before, node.id, parts), parts
@@ -210,15 +212,13 @@ class _Interpreter:
             return self._generate(node, self._flush(before))
         if isinstance(node, ir.Select):
             return self._select(node, before)
-        if isinstance(node, ir.Fork):
-            return self._flush(before), ()
         if isinstance(node, ir.Argument):
             self._argument(node)
-        elif isinstance(node, ir.ToolCall):
-            self._value_parts[node.id] = Unknown(("tool", self._row, node.id), None)
         elif isinstance(node, ir.Capture):
             self._capture(node)
-        return before, ()
+        elif node.has_value:
+            self._value_parts[node.id] = Unknown(("value", self._row, node.id), None)
+        return self._flush(before) if node.is_border else before, ()
 
     # Values.
 
@@ -425,8 +425,6 @@ def _has_prefixes(paths: Sequence[tuple[Item, ...]]) -> bool:
 def _longest_choice(constraint: ir.Constraint | None) -> int | None:
     if constraint is None or constraint.kind != "choice":
         return None
-    import json
-
     return max(len(str(text).encode()) for text in json.loads(constraint.source))
 
 

@@ -15,10 +15,10 @@ from dataclasses import dataclass, field, replace
 
 from ramet.lang.graph import ir
 from ramet.lang.graph.options import ProgramOptions
-from ramet.lang.graph.run import GraphRun, NodeResult, NodeRun
+from ramet.lang.graph.run import GraphRun, NodeRun
 from ramet.lang.passes.paths import ZERO, Count, Item, Opaque, Paths, Point, SelectPaths
 
-_NOTHING = NodeResult()
+_NOTHING = ir.NodeResult()
 MAX_ORDERS = 50_000  # nodes times orders that are tried; with more, counts that depend on the order have no limit
 
 
@@ -132,7 +132,7 @@ def _unordered(paths: Paths) -> list[int]:
     found = []
     for node in paths.graph.nodes:
         is_constrained = isinstance(node, ir.Generate) and node.constraint is not None
-        if isinstance(node, ir.Generate | ir.Select) and (is_constrained or node.id in paths.joined):
+        if node.run_by == "model" and (is_constrained or node.id in paths.joined):
             found.append(node.id)
     return found
 
@@ -384,7 +384,7 @@ def run_order(graph: ir.Graph, late: Sequence[int] = ()) -> Iterator[ir.AnyNode]
         started = run.take_ready()
         if started is not None:
             yield started.node
-            if isinstance(started.node, ir.Generate | ir.Select | ir.ToolCall):
+            if started.node.run_by != "runner":
                 running.append(started)
             else:
                 run.done(started, _NOTHING)

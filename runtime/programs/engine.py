@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from ramet.lang.graph import ir
-from ramet.lang.graph.run import NodeResult
 from ramet.runtime.programs.path import Path, PathTokenizer, PieceEncoder
 from ramet.runtime.text.role_marks import RoleMarks
 from ramet.runtime.types import Grammar, RequestOptions, RequestOutput, SamplingParams
@@ -92,7 +91,7 @@ class Work(Protocol):
     def take(self, index: int, output: RequestOutput) -> None:
         """Take in an output of request `index`; those of one request come in order."""
 
-    def result(self) -> NodeResult:
+    def result(self) -> ir.NodeResult:
         """What the node wrote, when the last output of every request is there."""
 
     def path(self) -> Path:

@@ -23,7 +23,7 @@ import msgspec
 from ramet.errors import RametError, RequestCancelled
 from ramet.lang.graph import ir
 from ramet.lang.graph.options import Deadline, ProgramOptions
-from ramet.lang.graph.run import GraphRun, NodeResult, NodeRun, OnEvent
+from ramet.lang.graph.run import GraphRun, NodeRun, OnEvent
 from ramet.runtime.programs.dead_branches import TakesHints, dead_branches
 from ramet.runtime.programs.engine import Handle, HasDeviceGrammars, ProgramEngine, ProgramModel, Work
 from ramet.runtime.programs.generation import Generation
@@ -171,18 +171,16 @@ class ProgramExecutor:
     def _start(self, run: NodeRun) -> None:
         """Start a node. It fails alone, whatever is raised; who reads it gets that as the cause."""
         try:
-            if isinstance(run.node, ir.Generate):
-                self._ask_engine(run, self._generation(run, run.node))
-            elif isinstance(run.node, ir.Select):
-                texts = [self._graph.render(choice) for choice in run.node.choices]
-                self._ask_engine(run, Selection(run.node, texts, self._model, self._path_before(run)))
-            elif (result := self._graph.evaluate(run)) is not None:
-                path = self._path_before(run).append(result.text, is_markup=isinstance(run.node, ir.Role | ir.Tools))
-                self._done(run, result, path.flush(self._model.encoder) if isinstance(run.node, ir.Fork) else path)
+            result = self._graph.evaluate(run)
+            if result is not None:
+                path = self._path_before(run).append(result.text, is_markup=run.node.is_markup)
+                self._done(run, result, path.flush(self._model.encoder) if run.node.is_border else path)
+            elif run.node.run_by == "model":
+                self._ask_engine(run, self._work(run))
         except Exception as error:
             self._failed(run, error)
 
-    def _done(self, run: NodeRun, result: NodeResult, path: Path) -> None:
+    def _done(self, run: NodeRun, result: ir.NodeResult, path: Path) -> None:
         with self._lock:
             if not run.is_over:
                 self._paths[run.node.id] = path
@@ -200,11 +198,19 @@ class ProgramExecutor:
 
     # Requests.
 
-    def _generation(self, run: NodeRun, node: ir.Generate) -> Generation:
+    def _work(self, run: NodeRun) -> Work:
+        """What a node asks of the model, by its kind."""
+        node, before = run.node, self._path_before(run)
+        if isinstance(node, ir.Generate):
+            return Generation(node, len(run.attempts), self._model, before, self._stops(node))
+        assert isinstance(node, ir.Select)
+        return Selection(node, [self._graph.render(choice) for choice in node.choices], self._model, before)
+
+    def _stops(self, node: ir.Generate) -> tuple[str, ...]:
+        """What ends a text besides its own stop strings: inside of a message, what the chat template ends it with."""
         stops = self._model.marks.stop_strings
         roles = [one for one in self._graph.path(node.parent) if isinstance(one, ir.Role)] if stops else []
-        is_in_role = bool(roles) and roles[-1].is_open
-        return Generation(node, len(run.attempts), self._model, self._path_before(run), stops if is_in_role else ())
+        return stops if roles and roles[-1].is_open else ()
 
     def _ask_engine(self, run: NodeRun, work: Work) -> None:
         requests = work.requests

@@ -7,7 +7,6 @@ import time
 import msgspec
 
 from ramet.lang.graph import ir
-from ramet.lang.graph.run import NodeResult
 from ramet.runtime.programs.engine import EngineRequest, ProgramModel, usage_of
 from ramet.runtime.programs.path import Path, keep_text
 from ramet.runtime.text.tool_style import read_calls, shown_specials
@@ -44,7 +43,7 @@ class Generation:
         self._logprobs.extend(output.logprobs or ())
         self._last = output
 
-    def result(self) -> NodeResult:
+    def result(self) -> ir.NodeResult:
         output = self._last
         assert output is not None
         assert output.finish_reason is not None
@@ -53,7 +52,7 @@ class Generation:
             meta["incomplete"] = output.incomplete
         timings = output.timings or {}
         first_token_s, queue_s = timings.get("first_token_s"), timings.get("queue_s")
-        return NodeResult(
+        return ir.NodeResult(
             "".join(self._texts),
             usage=usage_of(output),
             finish_reason=output.finish_reason.value,

@@ -79,7 +79,7 @@ class NextUses:
                 run = self._runs[child]
                 if run.status == "waiting":
                     return run
-                if run.status == "done" and not isinstance(run.node, ir.Generate | ir.Select | ir.Fork):
+                if run.status == "done" and not run.node.is_border:
                     stack.append(child)
         return None
 
@@ -91,5 +91,5 @@ class NextUses:
                 if used not in seen and not self._runs[used].is_over:
                     seen.add(used)
                     stack.append(used)
-                    count += isinstance(self._runs[used].node, ir.Generate | ir.Select)
+                    count += self._runs[used].node.run_by == "model"
         return count

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from ramet.errors import InvalidProgram, InvalidRequest
 from ramet.lang.graph import choice_scores, ir
-from ramet.lang.graph.run import NodeResult
 from ramet.runtime.programs.engine import EngineRequest, ProgramModel, usage_of
 from ramet.runtime.programs.path import Path, Piece
 from ramet.runtime.types import RequestOutput, SamplingParams
@@ -63,7 +62,7 @@ class Selection:
         if output.finish_reason is not None:
             self._usages.append(usage_of(output))
 
-    def result(self) -> NodeResult:
+    def result(self) -> ir.NodeResult:
         node, count = self._node, len(self._texts)
         values = choice_scores.scores(node.scorer, self._tails, self._rows[:count], self._rows[count:])
         self._chosen = choice_scores.choose(values, node.temperature, node.seed)
@@ -74,7 +73,7 @@ class Selection:
             "scores": values,
             "probs": choice_scores.probabilities(values),
         }
-        return NodeResult(text, value=text, usage=sum(self._usages, ir.Usage()), meta=meta)
+        return ir.NodeResult(text, value=text, usage=sum(self._usages, ir.Usage()), meta=meta)
 
     def path(self) -> Path:
         tokens = self._tokens[self._chosen]

@@ -13,7 +13,7 @@ from ramet.errors import CheckFailed, ProgramCancelled, RametError
 from ramet.lang.graph import ir
 from ramet.lang.graph.checks import length
 from ramet.lang.graph.options import ProgramOptions
-from ramet.lang.graph.run import GraphRun, NodeResult, NodeRun
+from ramet.lang.graph.run import GraphRun, NodeRun
 
 
 class Driven:
@@ -33,7 +33,7 @@ class Driven:
             yield run
 
     def done(self, node: int, text: str = "", num_tokens: int = 0) -> None:
-        self.run.done(self.run.nodes[node], NodeResult(text, usage=ir.Usage(0, 0, num_tokens)))
+        self.run.done(self.run.nodes[node], ir.NodeResult(text, usage=ir.Usage(0, 0, num_tokens)))
 
     def told(self) -> list[tuple[int, str]]:
         return [(event.node, event.kind) for event in self.events]
@@ -124,11 +124,11 @@ def test_a_text_that_fails_its_checks_is_tried_again_and_its_tokens_count() -> N
     driven = Driven(*gens(1, checks=(length(3),), retries=1), token_budget=10, text_events=True)
     (run,) = driven.take()
     assert driven.run.reserve(run, 9)
-    assert driven.run.judge(run, NodeResult("no", usage=ir.Usage(5, 0, 4))) is None
+    assert driven.run.judge(run, ir.NodeResult("no", usage=ir.Usage(5, 0, 4))) is None
     assert driven.started() == [0]
     assert driven.run.reserve(run, 9)
     assert run.reserved == 6
-    result = driven.run.judge(run, NodeResult("yes", usage=ir.Usage(5, 5, 2)))
+    result = driven.run.judge(run, ir.NodeResult("yes", usage=ir.Usage(5, 5, 2)))
     assert result is not None
     driven.run.done(run, result)
     said, done = driven.events
@@ -142,7 +142,7 @@ def test_a_text_that_fails_its_checks_is_tried_again_and_its_tokens_count() -> N
 def test_tries_that_are_used_up_fail_the_node_with_all_its_texts() -> None:
     driven = Driven(*gens(1, checks=(length(3),)))
     (run,) = driven.take()
-    assert driven.run.judge(run, NodeResult("no", usage=ir.Usage(5, 0, 4))) is None
+    assert driven.run.judge(run, ir.NodeResult("no", usage=ir.Usage(5, 0, 4))) is None
     (event,) = driven.events
     assert isinstance(event.cause, CheckFailed)
     assert event.usage == ir.Usage(5, 0, 4)
@@ -157,7 +157,7 @@ def test_a_tools_error_fails_its_node_or_is_its_value() -> None:
     assert driven.events[0].value == {"tool": "t", "arguments": {}}
     driven.run.provide(0, error=ValueError("broken"))
     (text,) = driven.take()
-    assert driven.run.evaluate(text) == NodeResult('{"error":"ValueError: broken"}')
+    assert driven.run.evaluate(text) == ir.NodeResult('{"error":"ValueError: broken"}')
     driven.run.provide(1, error=ValueError("broken"))
     assert isinstance(driven.run.nodes[1].error, ValueError)
 
@@ -168,7 +168,7 @@ def test_a_listener_that_raises_ends_nothing() -> None:
 
     run = GraphRun(ProgramOptions(), listener)
     (node,) = run.extend(ir.Graph((ir.Text(id=0, parts=()),)))
-    run.done(node, NodeResult())
+    run.done(node, ir.NodeResult())
     assert run.is_over
 
 
@@ -194,6 +194,6 @@ def test_every_node_ends_once_whatever_fails_and_in_whatever_order_nodes_end(dat
         if data.draw(st.integers(0, 5)) == 0:
             driven.run.failed(one, RametError("boom"))
         else:
-            driven.run.done(one, NodeResult())
+            driven.run.done(one, ir.NodeResult())
     assert driven.run.is_over
     assert sorted(event.node for event in driven.events) == list(range(len(nodes)))
