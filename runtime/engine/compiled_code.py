@@ -1,4 +1,4 @@
-"""What runs compiled on the CPU is compiled here, before the first request; a machine keeps the result on disk."""
+"""Compile what the CPU runs as machine code before the first request. A machine keeps the result on disk."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 import torch
 
+from ramet.grammar.service import warm_up
+
 logger = logging.getLogger(__name__)
 
 OnStage = Callable[[str], None]
@@ -15,12 +17,10 @@ STAGE = "compiling for this CPU, once per machine"
 
 
 def prepare_compiled_code(device: torch.device, on_stage: OnStage | None) -> None:
-    """Load the CPU's kernels, and compile them and the grammars' loops where this machine has not yet.
+    """Load the CPU's kernels and the grammars' loops, and compile those that this machine does not have yet.
 
-    on_stage is told when something has to be compiled, which takes about 15 s; without it, the log is.
+    Compiling takes about 15 s. `on_stage` is told when it begins; without one, the log is.
     """
-    from ramet.grammar.service import warm_up
-
     start_s = time.monotonic()
     is_told = False
 
@@ -31,7 +31,7 @@ def prepare_compiled_code(device: torch.device, on_stage: OnStage | None) -> Non
             (on_stage or logger.warning)(STAGE)
 
     if device.type == "cpu":
-        from ramet.kernels.cpu.functions import load_functions  # needs numba: not for a GPU
+        from ramet.kernels.cpu.functions import load_functions  # an engine on a GPU runs none of them
 
         load_functions(tell)
     if not warm_up.are_compiled():
