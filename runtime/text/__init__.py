@@ -1,1 +1,1 @@
-"""Tokens and text: tokenizers, detokenizing, chat templates."""
+"""Tokens and text: tokenizers, detokenizing, chat templates, what roles and tool calls write."""

@@ -1,7 +1,8 @@
 """A conversation as token ids, in which only the chat template itself can write special tokens.
 
-Rendering a conversation to text and parsing that text for special tokens would let a message end its own turn and forge
-the next role, by spelling `<|im_end|>`. Here such a spelling inside a message stays text.
+A conversation is rendered to text, and that text is parsed for special tokens. A message that spells `<|im_end|>` could
+so end its own turn and forge the next one. Therefore such spellings are put between marks before rendering, and marked
+spellings are encoded as text.
 Source: transformers 5's `sanitize_control_tokens` for the idea of marking what comes from outside.
 """
 
@@ -11,10 +12,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ramet.runtime.text.chat_template import ChatTemplate, Message, Tool
+from ramet.runtime.text.chat_template import ChatTemplate, Message, ToolSchema
 from ramet.runtime.text.tokenizer import Tokenizer
 
-# Private-use characters around what comes from outside; they are taken out of the input first.
+# The marks: private-use characters, which are first taken out of what comes from outside.
 _OPEN, _CLOSE = "\uf8f0", "\uf8f1"
 
 
@@ -24,14 +25,11 @@ def encode_chat(
     messages: Sequence[Message],
     *,
     add_generation_prompt: bool,
-    tools: Sequence[Tool] | None = None,
+    tools: Sequence[ToolSchema] | None = None,
     continue_final_message: bool = False,
     variables: Mapping[str, Any] | None = None,
 ) -> list[int]:
-    """Token ids of `template.render(...)`; for messages without special spellings, those of that text parsed.
-
-    Raises: InvalidRequest as `render` does.
-    """
+    """Token ids of `template.render(...)`; messages cannot write special tokens. Raises what `render` raises."""
     text = render_marked(
         tokenizer,
         template,
@@ -50,14 +48,11 @@ def render_marked(
     messages: Sequence[Message],
     *,
     add_generation_prompt: bool,
-    tools: Sequence[Tool] | None = None,
+    tools: Sequence[ToolSchema] | None = None,
     continue_final_message: bool = False,
     variables: Mapping[str, Any] | None = None,
 ) -> str:
-    """`template.render(...)` with marks around what messages spell like special tokens: for `encode_marked`.
-
-    Raises: InvalidRequest as `render` does.
-    """
+    """`template.render(...)` with marks, for `encode_marked`. Raises what `render` raises."""
     spelled = _spellings(tokenizer)
     return template.render(
         [_marked(message, spelled) for message in messages],
@@ -69,11 +64,11 @@ def render_marked(
 
 
 def encode_marked(tokenizer: Tokenizer, text: str, *, continues: bool = False) -> list[int]:
-    """Token ids of a marked text, or of a piece of one; `continues`: other text comes before it."""
+    """Token ids of a marked text, or of a piece of one. `continues`: it follows other text."""
     if _OPEN not in text and _CLOSE not in text:
         return tokenizer.encode(text, parse_special=True, continues=continues)
     spelled = _spellings(tokenizer)
-    # A template may cut a string anywhere: a lone mark is dropped, and the text beside it is not parsed together.
+    # A template may cut a string anywhere. A mark that lost its partner is dropped, and still parts the text around it.
     pieces = re.split(f"({_OPEN}(?:{spelled.pattern}){_CLOSE})|[{_OPEN}{_CLOSE}]", text)
     runs: list[str | int] = []
     for index, piece in enumerate(pieces):
@@ -100,7 +95,7 @@ def _spellings(tokenizer: Tokenizer) -> re.Pattern[str]:
 
 
 def _append_text(runs: list[str | int], text: str) -> None:
-    """Adjoining text is one run, so that it is tokenised as one."""
+    """Add text to the last run if that is text, too: what adjoins is tokenised together."""
     if runs and isinstance(runs[-1], str):
         runs[-1] += text
     elif text:
@@ -108,7 +103,7 @@ def _append_text(runs: list[str | int], text: str) -> None:
 
 
 def _marked(value: Any, spelled: re.Pattern[str]) -> Any:
-    """A copy in which every special spelling inside a string stands between marks; keys are left alone."""
+    """A copy of a JSON value in which special spellings stand between marks; keys of objects are left alone."""
     if isinstance(value, str):
         plain = value.replace(_OPEN, "").replace(_CLOSE, "")
         return spelled.sub(lambda match: f"{_OPEN}{match[0]}{_CLOSE}", plain)

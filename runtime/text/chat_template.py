@@ -1,11 +1,11 @@
-"""The model's own chat template: whole conversations, and the piece that one more message adds.
+"""The model's own chat template: the text of a conversation, and the text that one message adds to it.
 
-`render` gives what transformers' `apply_chat_template` gives. A program grows a conversation piece by piece, and its
-tokens are only ever appended to: `role_text` says what to append when a role opens and closes, and `message_delta` what
-a finished message adds. Some templates change what they wrote before (Qwen3 drops the reasoning of earlier turns);
-`message_delta` refuses there and says where, `role_text` keeps going: the text between two messages is still right.
+`render` gives what transformers' `apply_chat_template` gives. A program, however, appends to its conversation piece by
+piece: `role_text` says what to append when a message opens and when it closes. Some templates write an earlier message
+differently once others follow it (Qwen3 drops the reasoning of earlier turns). What a program has appended stays as it
+is, and the text between two messages is right all the same.
 
-Templates come from strangers: they run in Jinja's sandbox, on plain JSON data only.
+Templates come from strangers: they run in Jinja's sandbox, on plain JSON values only.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from ramet.errors import BrokenModelFile, InvalidRequest
 
 Message = Mapping[str, Any]  # {"role": ..., "content": ...} and what a template reads besides, such as tool_calls
-Tool = Mapping[str, Any]  # a JSON schema as in OpenAI's API
+ToolSchema = Mapping[str, Any]  # {"type": "function", "function": ...} as in OpenAI's API
 
-# For models that bring no template (base models). The turns are plain text; `stop_strings` ends one.
+# For models without a template (base models). The turns are plain text; a stop string ends one.
 PLAIN_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "### {{ message['role'] | capitalize }}:\n{{ message['content'] }}\n\n"
@@ -35,27 +35,13 @@ PLAIN_TEMPLATE = (
 )
 _PLAIN_STOPS = ("\n\n### ",)
 
-# Stand for contents while the text around them is looked for. Words, so that a template's trim keeps them whole.
+# Stand for contents while the text around them is looked for. They are words, so that trimming keeps them whole.
 _MARK, _NEW_MARK = "RametMarkPrevious", "RametMarkNew"
-_EXCERPT = 60  # characters
-
-
-class TemplateRewritesHistory(InvalidRequest):
-    """One more message changes the text of earlier ones, so that the conversation can't be continued by appending.
-
-    `position`: index of the first character that differs; `message_index`: the message in whose text it lies, or None
-    when it lies before the first.
-    """
-
-    def __init__(self, message: str, position: int, message_index: int | None) -> None:
-        super().__init__(message, param="messages")
-        self.position = position
-        self.message_index = message_index
 
 
 @dataclass(frozen=True, slots=True)
 class RoleText:
-    """What to append before a message's content and after it."""
+    """What a message adds to a conversation before its content and after it."""
 
     before: str
     after: str
@@ -64,7 +50,7 @@ class RoleText:
 class ChatTemplate:
     """A compiled template. Thread-safe.
 
-    `stop_strings`: strings that end an assistant turn where no token does (the plain default only).
+    `stop_strings`: end an assistant's turn where no token does, which is so for the plain default only.
     """
 
     def __init__(
@@ -75,10 +61,10 @@ class ChatTemplate:
         tool_source: str | None = None,
         stop_strings: tuple[str, ...] = (),
     ) -> None:
-        """Compile `source`. `special_texts`: `bos_token`, `eos_token`, ... as the template may name them.
+        """Compile `source`.
 
-        `tool_source`: the template to use when tools are given, where a model has two.
-        Raises: BrokenModelFile for a template that does not parse.
+        `special_texts`: what the template may name, such as `bos_token`. `tool_source`: the template for conversations
+        with tools, where a model has two. Raises: BrokenModelFile for a template that does not parse.
         """
         self.source = source
         self.stop_strings = stop_strings
@@ -96,7 +82,7 @@ class ChatTemplate:
         messages: Sequence[Message],
         *,
         add_generation_prompt: bool,
-        tools: Sequence[Tool] | None = None,
+        tools: Sequence[ToolSchema] | None = None,
         continue_final_message: bool = False,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
@@ -117,46 +103,22 @@ class ChatTemplate:
             )
         return self._render_open(plain, tools, variables)
 
-    def message_delta(
-        self,
-        previous: Sequence[Message],
-        messages: Sequence[Message],
-        *,
-        add_generation_prompt: bool = False,
-        tools: Sequence[Tool] | None = None,
-        variables: Mapping[str, Any] | None = None,
-    ) -> str:
-        """The text that `messages` adds after `previous`: render(previous) + delta == render(previous + messages).
-
-        Raises: TemplateRewritesHistory where that is not so, saying which message changed; InvalidRequest.
-        """
-        whole = self.render(
-            [*previous, *messages], add_generation_prompt=add_generation_prompt, tools=tools, variables=variables
-        )
-        if not previous:
-            return whole
-        before = self.render(previous, add_generation_prompt=False, tools=tools, variables=variables)
-        if whole.startswith(before):
-            return whole[len(before) :]
-        position = next(
-            (i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), min(len(before), len(whole))
-        )
-        raise self._rewritten(previous, before, whole, position, tools, variables)
-
     def role_text(
         self,
         previous: Sequence[Message],
         role: str,
         *,
-        tools: Sequence[Tool] | None = None,
+        tools: Sequence[ToolSchema] | None = None,
         variables: Mapping[str, Any] | None = None,
     ) -> RoleText:
-        """What to append when `role` opens after `previous`, and when it closes.
+        """What to append when a message of `role` opens after the messages `previous`, and when it closes.
 
-        What was appended for `previous` stays as it is. The assistant's opening is the generation prompt. Where a
-        template shows a message only together with the next one (Gemma puts the system message at the head of the first
-        user turn), a user message is taken to follow. Contents go between the two as they are; a template that trims
-        them would trim. Raises: InvalidRequest when the template has no such role here, or cannot be appended to.
+        The assistant's opening is the generation prompt. Some templates show a message only together with the next one
+        (Gemma puts the system message at the head of the first user turn); then a user message is taken to follow. The
+        content goes between the two texts as it is, even where the template would trim it.
+
+        Raises: InvalidRequest where the template refuses or drops such a message here, or writes the end of the last
+        message differently once this one follows.
         """
         shown = [_plain_message(message, index) for index, message in enumerate(previous)]
         new = {"role": role, "content": _NEW_MARK}
@@ -164,7 +126,7 @@ class ChatTemplate:
         if shown:
             shown[-1]["content"] = _MARK
             alone = self._render(shown, False, tools, variables)
-            # Not shown alone: then nothing was appended after its content, and the next opening brings what is due.
+            # Where it is not shown alone, nothing was appended after its content; the next opening does that.
             close = alone[alone.rindex(_MARK) + len(_MARK) :] if _MARK in alone else ""
         whole = self._render([*shown, new], False, tools, variables)
         if _NEW_MARK not in whole and role != "user":
@@ -176,20 +138,12 @@ class ChatTemplate:
             raise InvalidRequest(f"the chat template does not show a {role} message here", param="messages")
         before = self._between(shown, close, whole[: whole.rindex(_NEW_MARK)], role)
         if role == "assistant" and shown:
-            # Beyond a message's own opening the prompt may hold more, such as an empty block of reasoning.
+            # The generation prompt may hold more than a message's opening, such as an empty block of reasoning.
             before = self._between(shown, close, self._render(shown, True, tools, variables), role) or before
         return RoleText(before, after)
 
-    def opening(self, messages: Sequence[Message], role: str) -> str:
-        """`role_text(messages, role).before`."""
-        return self.role_text(messages, role).before
-
-    def closing(self, messages: Sequence[Message], role: str) -> str:
-        """`role_text(messages, role).after`; `messages` are those before the one that closes."""
-        return self.role_text(messages, role).after
-
     def _between(self, shown: list[dict[str, Any]], close: str, text: str, role: str) -> str:
-        """The new message's opening: what `text` has after the last shown message and its `close`."""
+        """The opening of a new message: what `text` has behind the last message of `shown` and its `close`."""
         if not shown:
             return text
         last = shown[-1]["role"]
@@ -208,7 +162,7 @@ class ChatTemplate:
         self,
         messages: list[dict[str, Any]],
         add_generation_prompt: bool,
-        tools: Sequence[Tool] | None,
+        tools: Sequence[ToolSchema] | None,
         variables: Mapping[str, Any] | None,
     ) -> str:
         template = self._tool_template if tools else self._template
@@ -232,7 +186,7 @@ class ChatTemplate:
             ) from error
 
     def _render_open(
-        self, messages: list[dict[str, Any]], tools: Sequence[Tool] | None, variables: Mapping[str, Any] | None
+        self, messages: list[dict[str, Any]], tools: Sequence[ToolSchema] | None, variables: Mapping[str, Any] | None
     ) -> str:
         content = messages[-1].get("content")
         if not isinstance(content, str) or not content:
@@ -245,33 +199,6 @@ class ChatTemplate:
                 "the chat template does not show the last message, so it can't be continued", param="messages"
             )
         return text[:at]
-
-    def _rewritten(
-        self,
-        previous: Sequence[Message],
-        before: str,
-        whole: str,
-        position: int,
-        tools: Sequence[Tool] | None,
-        variables: Mapping[str, Any] | None,
-    ) -> TemplateRewritesHistory:
-        index = None
-        for count in range(1, len(previous) + 1):
-            try:
-                end = len(self.render(previous[:count], add_generation_prompt=False, tools=tools, variables=variables))
-            except InvalidRequest:  # a template may refuse half a conversation
-                continue
-            if position < end:
-                index = count - 1
-                break
-        where = "before the first message" if index is None else f"in message {index} ({previous[index].get('role')})"
-        old, new = (text[position : position + _EXCERPT] for text in (before, whole))
-        return TemplateRewritesHistory(
-            f"the chat template rewrites what it wrote before: with the new messages the text changes {where}, at "
-            f"character {position}, from {old!r} to {new!r}; render the whole conversation anew",
-            position,
-            index,
-        )
 
 
 def _plain_message(message: Message, index: int) -> dict[str, Any]:

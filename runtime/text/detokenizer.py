@@ -1,7 +1,7 @@
-"""Token ids to text as they come, and stop strings in that text.
+"""Turn token ids into text as they come, and find stop strings in that text.
 
-Both work on the bytes and characters that arrive, never on the text so far: a token costs its own length. Bytes of a
-character that is not complete yet are held back, and so is text that may turn out to begin a stop string.
+A token costs time for its own bytes, not for the text so far. The bytes of an incomplete character are held back, and
+so is text that may turn out to be the beginning of a stop string.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 
 
 class Detokenizer:
-    """Incremental UTF-8 decoding. The concatenated output equals decoding all bytes at once with U+FFFD for errors."""
+    """Decodes UTF-8 piece by piece; the pieces together equal decoding all bytes at once, with U+FFFD for errors."""
 
     __slots__ = ("_decoder", "_token_bytes")
 
@@ -20,30 +20,30 @@ class Detokenizer:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_ids: Iterable[int]) -> str:
-        """The text that these tokens complete; special tokens have none."""
+        """The text that these tokens complete. Special tokens have no text."""
         token_bytes = self._token_bytes
         return self._decoder.decode(b"".join([token_bytes[token] for token in token_ids]))
 
     def flush(self) -> str:
-        """What is held back at the end: "" or U+FFFD for a character that was cut off. The next push starts anew."""
+        """The end of the text: U+FFFD where a character was cut off, else "". The next push begins a new text."""
         rest = self._decoder.decode(b"", final=True)
         self._decoder.reset()
         return rest
 
 
 class StopStringScanner:
-    """Looks for stop strings in a stream of text and holds back what may become one.
+    """Looks for stop strings in a stream of text, and holds back text that may become one.
 
-    The stop string that is complete first wins; of several that end at the same character, the longest. How the text is
-    cut into pieces makes no difference. After a match nothing more is given out. `matched`: that string;
-    `num_kept`: characters given out so far, which is where the stop string begins once there is a match.
-    Source: Knuth-Morris-Pratt, run for each stop string.
+    The stop string that is complete first matches; of several that end with the same character, the longest. How the
+    text is cut into pieces makes no difference. After a match no more text is given out. `matched`: the stop string
+    that matched. `num_kept`: characters given out so far; after a match, where the stop string begins. Source:
+    Knuth-Morris-Pratt, run for each stop string.
     """
 
     __slots__ = ("_failures", "_held", "_lengths", "_stops", "matched", "num_kept")
 
     def __init__(self, stops: Iterable[str]) -> None:
-        """`stops`: non-empty strings. The end tokens of a model are not its business."""
+        """`stops`: strings that are not empty. Raises ValueError for an empty one."""
         self._stops = tuple(stops)
         if not all(self._stops):
             raise ValueError("a stop string is empty")
@@ -54,7 +54,7 @@ class StopStringScanner:
         self.num_kept = 0
 
     def push(self, text: str) -> tuple[str, str | None]:
-        """(text that is safe to give out, the stop string that is complete now, if any)."""
+        """Take in text. Returns the text that can be given out now, and the stop string that matched, if any."""
         if self.matched is not None:
             return "", self.matched
         for position, character in enumerate(text):
@@ -76,7 +76,7 @@ class StopStringScanner:
         return self._give(known[:border], known[border:]), None
 
     def flush(self, text: str = "") -> str:
-        """The end of the stream: what `text` adds, and what was held back ("" after a match)."""
+        """Take in the last text. Returns it with what was held back, up to a stop string in it; "" after a match."""
         safe, matched = self.push(text)
         return safe if matched is not None else safe + self._give(self._held, "")
 
@@ -100,9 +100,9 @@ def _failure_table(pattern: str) -> list[int]:
 
 
 def count_kept_tokens(token_bytes: Sequence[bytes], token_ids: Sequence[int], text: str) -> int:
-    """How many tokens lie wholly inside `text`, a prefix of what they decode to.
+    """How many of the first tokens lie wholly inside `text`, which is a prefix of their decoded text.
 
-    A token that is cut does not count, nor do special tokens behind the last character.
+    A token that `text` cuts does not count, nor do special tokens behind its last character.
     """
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     position = kept = 0
@@ -110,7 +110,9 @@ def count_kept_tokens(token_bytes: Sequence[bytes], token_ids: Sequence[int], te
         if not token_bytes[token]:
             continue
         position += len(decoder.decode(token_bytes[token]))
-        if position + bool(decoder.getstate()[0]) > len(text):  # with the character whose other bytes are to come
+        if position + bool(decoder.getstate()[0]) > len(
+            text
+        ):  # counting the character whose last bytes are still to come
             break
         kept = index + 1
     return kept

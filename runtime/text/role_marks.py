@@ -1,8 +1,9 @@
-"""What stands before and after a chat message's content, and where tools are described: by the model's own template.
+"""What a program's roles and tools write into a branch, as the model's chat template writes them.
 
-A branch only grows, so every mark depends on the roles before it alone. Where a template has no messages for tools'
-results, they stand in a user's message, neighbouring ones in the same; where it doesn't show tools, or they are
-declared late, their description stands in a system message. Each situation is asked once.
+A branch only grows, so what a message writes depends only on the roles before it; the template is asked once for each
+such sequence of roles. Where a template has no messages for the results of tools, results are written into a user's
+message, neighbouring results into the same one. Where it does not show tools, or they are declared after the first
+message, their description is written into a message of its own.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ _OPEN_RESULT, _CLOSE_RESULT = "<tool_response>\n", "\n</tool_response>"
 
 @dataclass(frozen=True, slots=True)
 class _Talk:
-    """A branch's messages so far: their `roles`; `tools` (JSON) where the template shows them.
+    """A branch's messages so far.
 
-    `opening`: a description that waits for the first message. `is_in_result`: the last one is a user's message with
-    tools' results, and not closed.
+    `roles`: one for each message. `tools`: those that the template shows, as JSON. `opening`: a description of tools
+    that is still to be written, into the first message. `is_in_result`: the last message is a user's with results of
+    tools, and is not closed yet.
     """
 
     roles: tuple[str, ...] = ()
@@ -35,9 +37,10 @@ class _Talk:
 
 
 class RoleMarks:
-    """A template's marks by the messages before them, so that thousands of branches cost one rendering.
+    """What one chat template writes before and after contents. Thread-safe: at worst a mark is computed twice.
 
-    Contents are taken not to matter. Thread-safe: an entry is computed twice at worst.
+    Marks are kept by the roles before them, so that thousands of branches cost one rendering. It is assumed that a mark
+    does not depend on the contents of messages.
     """
 
     def __init__(self, template: ChatTemplate) -> None:
@@ -47,11 +50,11 @@ class RoleMarks:
 
     @cached_property
     def style(self) -> ToolStyle:
-        """The model's way with tools."""
+        """How the model calls tools."""
         return tool_style(self._template)
 
     def text(self, before: Sequence[ir.AnyNode], node: ir.Role | ir.Tools) -> str:
-        """What a node adds to its branch; `before`: the nodes of the branch up to it, root first.
+        """The text that a node adds to its branch. `before`: the nodes of the branch before it, root first.
 
         Raises: InvalidRequest where the template refuses such a message here.
         """
@@ -101,7 +104,7 @@ class RoleMarks:
         return _Talk((*talk.roles, role), talk.tools), text + added
 
     def _describe(self, roles: tuple[str, ...], description: str) -> tuple[str, str]:
-        """A whole message with a description: of the system, or of the user where the template refuses that."""
+        """The role and text of a message that describes tools: the user's where the template refuses the system's."""
         for role in ("system", "user"):
             try:
                 mark = self._mark(roles, role, "")
@@ -115,7 +118,7 @@ class RoleMarks:
 
     def _shows_results(self, talk: _Talk) -> bool:
         try:
-            self._mark((*talk.roles,), "tool", talk.tools)
+            self._mark(talk.roles, "tool", talk.tools)
         except InvalidRequest:
             return False
         return self.style.shows_results

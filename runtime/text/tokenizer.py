@@ -1,8 +1,8 @@
 """Text to token ids and back, and the exact bytes of every token.
 
-`Tokenizer` is what the rest of Ramet relies on; `SubwordTokenizer` is the real thing (byte-level BPE, or SentencePiece
-with byte fallback, run by the `tokenizers` package); `ByteTokenizer` in its own module serves tests. Files are read in
-`tokenizer_files`. Not here: chat templates, incremental decoding.
+`Tokenizer` is the protocol that the rest of Ramet relies on. `SubwordTokenizer` implements it for models: byte-level
+BPE, or SentencePiece with byte fallback, run by the `tokenizers` package. Not here: reading a model's files
+(models/tokenizer_files.py), a tokenizer for tests (testing/byte_tokenizer.py), incremental decoding (detokenizer.py).
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _SPACE_MARK = "▁"  # SentencePiece's visible space
 class Tokenizer(Protocol):
     """What the engine, grammars and programs need of a tokenizer.
 
-    `token_bytes[id]`: the bytes that a token stands for; b"" for special tokens and for ids that only pad the model's
-    vocabulary, all of which are in `special_ids`. len(token_bytes) == vocab_size, the width of the model's logits.
-    `special_tokens`: their spellings, padding excepted. `eos_ids`: tokens that end a generation. `chat_template`: the
-    model's own, or a plain default.
+    `token_bytes[id]`: the bytes that a token stands for. They are empty for special tokens and for ids that only pad
+    the model's vocabulary; all of these are in `special_ids`. `vocab_size`: len(token_bytes), the width of the model's
+    logits. `special_tokens`: the ids of special tokens by their spellings, padding excepted. `eos_ids`: tokens that end
+    a generation. `chat_template`: the model's own, or a plain default.
     """
 
     token_bytes: list[bytes]
@@ -45,19 +45,19 @@ class Tokenizer(Protocol):
     ) -> list[int]:
         """Token ids of `text`.
 
-        `add_special`: begin with the begin-of-text token where the model wants one (never twice). `parse_special`: the
-        spelling of a special token becomes that token: for a chat template's output. Text from outside is encoded
-        without, so that it cannot forge a role. `continues`: the text follows other text, so a SentencePiece tokenizer
-        must not put a space before it.
+        `add_special`: begin with the begin-of-text token where the model wants one, but never twice. `parse_special`:
+        the spelling of a special token becomes that token, which is meant for the text of a chat template; text from
+        outside must not be parsed, or it could forge a role. `continues`: the text follows other text, so a
+        SentencePiece tokenizer must not put a space before it.
 
         Raises: InvalidRequest for text that UTF-8 cannot write.
         """
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
-        """The text of `ids`, special tokens spelled out or left out; bytes that form no character become U+FFFD."""
+        """The text of `ids`; bytes that form no character become U+FFFD. `skip_special`: leave special tokens out."""
 
     def token_id(self, token: str) -> int | None:
-        """The id of a token by its own spelling (`<|im_end|>`), or None."""
+        """The id of a token by its spelling in the vocabulary (`<|im_end|>`); None where there is no such token."""
 
 
 def half_a_pair(error: UnicodeEncodeError) -> InvalidRequest:
@@ -80,7 +80,7 @@ class SubwordTokenizer:
         special_ids: Iterable[int] = (),
         chat_template: ChatTemplate | None = None,
     ) -> None:
-        """Take over `backend`. `vocab_size`: width of the logits, if larger than the tokenizer's vocabulary."""
+        """Take over `backend`. `vocab_size`: the width of the logits, where it is larger than the vocabulary."""
         backend.encode_special_tokens = True
         backend.no_padding()
         backend.no_truncation()
@@ -103,7 +103,7 @@ class SubwordTokenizer:
         self._add_bos = add_bos and bos_id is not None
         self._spec = spec
         self._has_prefix_space = _has_prefix_space(spec)
-        # Whether special tokens are parsed, and whether a prefix space is added, is state of a backend: one each.
+        # A backend either parses special tokens or does not, and adds a prefix space or does not: one for each case.
         self._backends: dict[tuple[bool, bool], tokenizers.Tokenizer] = {(False, False): backend}
         self._backends_lock = threading.Lock()
         specials = {"bos_token": bos_id, "pad_token": pad_id, "eos_token": next(iter(eos_ids), None)}
@@ -138,7 +138,7 @@ class SubwordTokenizer:
         return self._vocabulary.get(token)
 
     def token_text(self, token: int) -> str:
-        """A token's own spelling, as in the vocabulary; "" for an id that only pads it."""
+        """A token's spelling in the vocabulary; "" for an id that only pads it."""
         return self._spelling.get(token, "")
 
     def _backend(self, parse_special: bool, continues: bool) -> tokenizers.Tokenizer:
@@ -156,7 +156,7 @@ class SubwordTokenizer:
 
 
 def _steps(part: Mapping[str, Any] | None) -> Sequence[Mapping[str, Any]]:
-    """A normalizer, pre-tokenizer or decoder as a list of its steps."""
+    """The steps of a normalizer, pre-tokenizer or decoder, nested ones included."""
     if part is None:
         return ()
     if part["type"] != "Sequence":

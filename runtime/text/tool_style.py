@@ -1,9 +1,10 @@
-"""How a model writes tool calls, asked of its chat template.
+"""How a model writes tool calls, found out from its chat template.
 
-It is made to show a call, and the format that reads what it shows is the model's. A template that knows nothing of
-tools gets them as text.
+The template is given a conversation with a call, and the known format that can read what it writes is the model's.
+Where none can, a format is made from what it writes. A template that knows nothing of tools gets them described in
+text.
 
-Not here: calls in an answer's text (grammar/tools/events.py), OpenAI's form of them (server/tool_calls.py).
+Not here: reading calls as their text comes (grammar/tools/events.py), OpenAI's form of them (server/openai).
 """
 
 from __future__ import annotations
@@ -39,10 +40,11 @@ _TOOL: Json = {
 
 @dataclass(frozen=True, slots=True)
 class ToolStyle:
-    """A model's way with tools.
+    """How a model is told of tools, calls them and gets their results.
 
-    `shows_tools`, `shows_calls`, `shows_results`: the template writes these itself; else they are put into contents.
-    `max_calls`: calls in one answer, None: any number. `id_length`: characters of a call's id, where that is fixed.
+    `shows_tools`, `shows_calls`, `shows_results`: the template writes these itself; else they are written into the
+    contents of messages. `max_calls`: the most calls in one answer; None: any number. `id_length`: the characters of a
+    call's id; None: any number.
     """
 
     format: ToolFormat
@@ -54,7 +56,7 @@ class ToolStyle:
 
     @property
     def format_source(self) -> str | Json:
-        """The format's name, or its fields: as tool sets name it."""
+        """The format as tool sets name it: by its name where it has one, else by its fields."""
         for name, known in FORMATS.items():
             if known == self.format:
                 return name
@@ -67,7 +69,7 @@ class ToolStyle:
         return "".join(secrets.choice(alphabet) for _ in range(self.id_length))
 
     def adapt(self, messages: Sequence[Json], tools: Sequence[Json] | None) -> tuple[list[Json], list[Json] | None]:
-        """Messages and tools as this template can show them."""
+        """Messages and tools in the form that this template can show."""
         adapted = [self._adapted(message) for message in messages]
         if not self.shows_results:
             adapted = _with_results_as_text(adapted)
@@ -89,7 +91,7 @@ class ToolStyle:
         return plain
 
     def written(self, calls: Sequence[tuple[str, str]]) -> str:
-        """Calls (name, JSON text of the arguments) as this model writes them."""
+        """The text of some calls, (name, arguments as JSON text) each, as this model writes it."""
         layout = self.format
         one = (
             layout.before_name + name + layout.before_arguments + given + layout.after_arguments
@@ -98,7 +100,7 @@ class ToolStyle:
         return layout.begin + layout.separator.join(one) + layout.end
 
     def description(self, tools: Sequence[Json]) -> str:
-        """The tools and the way to call them, for templates that don't show them."""
+        """A text that tells the model of tools and how to call them, for templates that do not show tools."""
         listed = "\n".join(json.dumps(tool["function"], ensure_ascii=False, separators=(",", ":")) for tool in tools)
         example = self.written([("NAME", "ARGUMENTS")])
         return (
@@ -109,7 +111,7 @@ class ToolStyle:
 
 
 def _with_results_as_text(messages: list[Json]) -> list[Json]:
-    """Results of tools as the user's words; neighbouring ones in one message, for templates whose roles alternate."""
+    """Write results of tools into user messages, neighbouring ones into the same one: roles may have to alternate."""
     out: list[Json] = []
     is_open = False
     for message in messages:
@@ -127,7 +129,7 @@ def _with_results_as_text(messages: list[Json]) -> list[Json]:
 
 
 def tool_style(template: ChatTemplate) -> ToolStyle:
-    """Ask a template how its model calls tools."""
+    """Find out from a template how its model calls tools. Renders it several times."""
     shown = _rendered(template, [_USER], tools=[_TOOL])
     shows_tools = shown is not None and _NAME in shown
     for id_length in (None, 9):
@@ -172,7 +174,7 @@ def _answer(num_calls: int, id_length: int | None) -> Json:
 def _rendered(
     template: ChatTemplate, messages: Sequence[Json], *, tools: Sequence[Json] | None = None, is_open: bool = False
 ) -> str | None:
-    """The template's text, or None where it refuses."""
+    """The template's text; None where it refuses the conversation."""
     try:
         return template.render(messages, add_generation_prompt=is_open, tools=tools)
     except InvalidRequest:
@@ -180,7 +182,7 @@ def _rendered(
 
 
 def _format_of(template: ChatTemplate, text: str, answer: Json) -> ToolFormat | None:
-    """The known format that reads what the template wrote, or one made from it."""
+    """The known format that can read what the template wrote, or one made from that; None where neither is possible."""
     compact = re.sub(r"\s", "", text)
     for layout in FORMATS.values():
         head = re.sub(r"\s", "", layout.begin + layout.before_name + _NAME + layout.before_arguments)
@@ -195,7 +197,7 @@ def _format_of(template: ChatTemplate, text: str, answer: Json) -> ToolFormat | 
 
 
 def _as_written(layout: ToolFormat, text: str) -> ToolFormat:
-    """The format with the white space that the template puts before the first call, as its model has learnt it."""
+    """The format, with the white space that the template writes before the first call: the model has learnt that."""
     if not layout.begin:
         return layout
     begin, name = (r"\s*".join(map(re.escape, "".join(part.split()))) for part in (layout.begin, layout.before_name))
@@ -205,7 +207,7 @@ def _as_written(layout: ToolFormat, text: str) -> ToolFormat:
 
 
 def _derived_format(template: ChatTemplate, text: str) -> ToolFormat | None:
-    """A format from one written call; the tag before the first brace, or all of it, is the marker."""
+    """A format made from one written call. Its marker is the text before the first brace, or before the name."""
     opened = _rendered(template, [_USER], tools=[_TOOL], is_open=True)
     plain = _rendered(template, [_USER, {"role": "assistant", "content": _CONTENT}], tools=[_TOOL])
     arguments = _ARGUMENTS.search(text)
@@ -235,7 +237,7 @@ def _derived_format(template: ChatTemplate, text: str) -> ToolFormat | None:
 
 
 def _format_by_family(source: str) -> ToolFormat:
-    """For templates without tools: how the family's model card writes calls; Hermes tags where it says nothing."""
+    """The format for a template without tools: that of the family's model card, or Hermes tags where it has none."""
     if "<start_of_turn>" in source:
         return FORMATS["gemma"]
     return FORMATS["smollm2" if "SmolLM" in source else "hermes"]
@@ -250,9 +252,10 @@ def tool_set(
     answer: object,
     in_order: bool = False,
 ) -> Json:
-    """A tool set's JSON form (grammar/tools/tool_set.py). `choice` as there. `answer`: a JSON schema, or None for text.
+    """A tool set in JSON, whose fields grammar/tools/tool_set.py describes.
 
-    `in_order`: properties come in their schemas' order.
+    `choice`: as there. `answer`: the JSON schema of an answer without calls; None: any text. `in_order`: properties
+    come in the order of their schemas.
     """
     source: Json = {
         "tools": [{"name": tool["function"]["name"], "parameters": tool["function"]["parameters"]} for tool in tools],
@@ -265,16 +268,16 @@ def tool_set(
 
 
 def shown_specials(style: ToolStyle, special_tokens: Mapping[str, int]) -> dict[int, str]:
-    """Special tokens of the tokenizer that write parts of calls, so that they must be seen in the text."""
+    """The special tokens that write parts of calls, with their spellings: they count as text of the answer."""
     layout = style.format
     text = "".join((layout.begin, layout.before_name, layout.before_arguments, layout.after_arguments, layout.end))
     return {token: spelling for spelling, token in special_tokens.items() if spelling and spelling in text}
 
 
 def read_calls(style: ToolStyle, answer: bytes) -> dict[str, object]:
-    """An answer as {"text": what was said beside calls, "calls": [{"name": ..., "arguments": {...}}]}.
+    """Read an answer as {"text": what is said beside calls, "calls": [{"name": ..., "arguments": {...}}]}.
 
-    Raises ValueError where a call is cut, or its arguments are no JSON object.
+    Raises ValueError where a call is cut off, or its arguments are no JSON object.
     """
     reader = ToolCallReader(style.format)
     text: list[str] = []

@@ -68,10 +68,11 @@ def test_pieces_of_a_chat_are_tokenised_as_the_whole_rendered_chat(smollm2_path:
     ]
     pieces: list[Piece] = []
     for i, message in enumerate(messages):
-        pieces.append(Piece(template.opening(messages[:i], message["role"]), True))
+        role = template.role_text(messages[:i], message["role"])
+        pieces.append(Piece(role.before, True))
         half = len(message["content"]) // 2
         pieces += [Piece(message["content"][:half]), Piece(message["content"][half:])]
-        pieces.append(Piece(template.closing(messages[:i], message["role"]), True))
-    pieces.append(Piece(template.opening(messages, "assistant"), True))
+        pieces.append(Piece(role.after, True))
+    pieces.append(Piece(template.role_text(messages, "assistant").before, True))
     whole = template.render(messages, add_generation_prompt=True)
     assert PieceEncoder(tokenizer).encode(pieces, is_start=True) == tokenizer.encode(whole, parse_special=True)

@@ -6,13 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from ramet.errors import BrokenModelFile, InvalidRequest
 from ramet.runtime.models.load import open_model
-from ramet.runtime.text.chat_template import ChatTemplate, TemplateRewritesHistory
+from ramet.runtime.text.chat_template import ChatTemplate
 
 CHATML = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
@@ -103,7 +101,7 @@ def test_assistant_opens_with_the_generation_prompt(name: str) -> None:
     chat = template(name)
     talk = TALK[1:2]
     whole = chat.render(talk, add_generation_prompt=True)
-    assert whole == chat.render(talk, add_generation_prompt=False) + chat.opening(talk, "assistant")
+    assert whole == chat.render(talk, add_generation_prompt=False) + chat.role_text(talk, "assistant").before
 
 
 def test_generation_prompt_with_an_empty_block_of_reasoning_is_kept() -> None:
@@ -112,34 +110,19 @@ def test_generation_prompt_with_an_empty_block_of_reasoning_is_kept() -> None:
     assert role.after == "<|im_end|>\n"
 
 
-@pytest.mark.parametrize("name", ALL)
-@given(split=st.integers(1, 4))
-def test_message_delta_completes_the_earlier_text(name: str, split: int) -> None:
-    chat = template(name)
-    before = chat.render(TALK[:split], add_generation_prompt=False)
-    delta = chat.message_delta(TALK[:split], TALK[split:], add_generation_prompt=True)
-    assert before + delta == chat.render(TALK, add_generation_prompt=True)
-
-
-def test_a_template_that_rewrites_history_says_where_but_roles_can_still_be_appended() -> None:
-    chat = template("qwen3")
+def test_a_role_can_be_appended_where_the_template_rewrites_earlier_turns() -> None:
     talk = [
         {"role": "user", "content": "2+2?"},
         {"role": "assistant", "content": "<think>\neasy\n</think>\n\n4"},
     ]
-    after = [{"role": "user", "content": "3+3?"}]
-    with pytest.raises(TemplateRewritesHistory, match=r"message 1 \(assistant\)") as caught:
-        chat.message_delta(talk, after)
-    assert caught.value.message_index == 1
-    assert caught.value.position == len("<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n")
-    assert chat.role_text(talk, "user").before == "<|im_start|>user\n"
+    assert template("qwen3").role_text(talk, "user").before == "<|im_start|>user\n"
 
 
 def test_contents_are_appended_as_they_are_even_where_the_template_trims_history() -> None:
     chat = template("llama3")
     talk = [{"role": "user", "content": "  spaced  "}]
-    assert chat.closing([], "user") == "<|eot_id|>"
-    assert chat.opening(talk, "assistant") == "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    assert chat.role_text([], "user").after == "<|eot_id|>"
+    assert chat.role_text(talk, "assistant").before == "<|start_header_id|>assistant<|end_header_id|>\n\n"
 
 
 def test_the_templates_own_refusal_reaches_the_caller() -> None:
