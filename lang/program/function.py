@@ -255,7 +255,7 @@ class Function:
                 else:
                     self._record(state, call)
             except Exception as error:  # a row fails alone; reading its state raises this
-                state.recorder.run.fail(error)
+                state.recorder.run.outcomes.fail(error)
 
         with ProgressBar(len(calls), progress_bar, self.name) as advance, ThreadPoolExecutor(num_threads) as pool:
             try:

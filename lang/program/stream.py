@@ -29,7 +29,7 @@ class Stream:
         self._wake: Callable[[], object] | None = None
         self._error: BaseException | None = None
         self._is_recorded = False
-        self._run.listen(self._on_event)
+        self._run.outcomes.listen(self._on_event)
 
     def run(self, record: Callable[[], object]) -> None:
         """Run the program's function on this thread."""

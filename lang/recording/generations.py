@@ -49,7 +49,7 @@ class Gen(Expr):
             problem = _problem(source, self.where)
             if problem is None:
                 return source
-            event = recorder.run.result_of(source.node)
+            event = recorder.run.outcomes.get(source.node)
             attempts.append({"text": event.text if event is not None else "", "problem": problem})
             if len(attempts) > self.retries:
                 raise self._failed(source, attempts)
@@ -123,7 +123,7 @@ def _kept(recorder: Recorder, source: NodeSource) -> NodeSource:
 def _problem(source: NodeSource, checks: Sequence[ir.Check | Callable[[Any], object]]) -> str | None:  # Any: its type
     """What is wrong with a value, or None. Waits for it. A check may refuse by ValueError or AssertionError, too."""
     source.run.read_quietly(source.node, "where")
-    event = source.run.result_of(source.node)
+    event = source.run.outcomes.get(source.node)
     assert event is not None
     if event.kind == "done" and event.error is not None:
         return event.error.message

@@ -5,11 +5,10 @@ Shared by all states of the run. The program's own thread records; events come f
 
 from __future__ import annotations
 
-import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from contextvars import ContextVar
 from types import MappingProxyType
 from typing import Any
@@ -20,12 +19,12 @@ from ramet.lang.backends.protocol import Backend, Session
 from ramet.lang.graph import ir
 from ramet.lang.graph.options import ProgramOptions
 from ramet.lang.graph.run_record import RunRecord, Stage
+from ramet.lang.recording.outcomes import Outcomes
 from ramet.lang.recording.placeholders import Placeholders
 from ramet.lang.recording.source_lines import caller_line
 from ramet.lang.recording.tool_runner import ToolRunner
 from ramet.lang.recording.types import OutputType
 
-Listener = Callable[[ir.NodeEvent], None]
 current_run: ContextVar[Run | None] = ContextVar("ramet_current_run", default=None)
 _GRACE_S = 0.5  # that a backend has, past a deadline, to say which nodes it ended
 
@@ -60,17 +59,11 @@ class Run:
         self.tools = ToolRunner(tools)
         self._backend = backend
         self._session: Session | None = None
-        self._results: dict[int, ir.NodeEvent] = {}
-        self._converted: dict[int, Any] = {}
-        self._changed = threading.Condition()
-        # Who awaits: by node, so that an event wakes those alone whom it concerns; None: the end of all nodes.
-        self._waiters: dict[int | None, list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]]] = {}
-        self._blocked: list[Callable[[], bool]] = []  # what the threads in `wait` wait for
-        self._listeners: list[Listener] = []
-        self._events: list[ir.NodeEvent] | None = [] if keep_events else None
+        self.outcomes = Outcomes(keep_events=keep_events)
+        self._lock = threading.Lock()  # of what is recorded and submitted
+        self._converted: dict[int, Any] = {}  # node -> its value in its Python type
         self._attempts: dict[int, list[dict[str, str]]] = {}  # node -> texts refused before it by checks in Python
         self._held_back: list[Callable[[], None]] = []  # each records what a branch holds back
-        self.failure: Exception | None = None  # what ended the run as a whole
 
     # Recording.
 
@@ -92,7 +85,7 @@ class Run:
         self, kind: Callable[..., ir.AnyNode], parent: int | None, line: str | None = None, **fields: Any
     ) -> int:  # Any: the node's own fields
         """Append a node, and return its id. `line`: None: that of the program which is being executed."""
-        with self._changed:
+        with self._lock:
             node = len(self.nodes)
             self.nodes.append(kind(id=node, parent=parent, line=line or caller_line(), **fields))
         return node
@@ -100,7 +93,7 @@ class Run:
     def record_fork(self, parent: int | None, width: int) -> list[int]:
         """Append the Fork nodes of all branches of one fork, and return their ids."""
         line = caller_line()
-        with self._changed:
+        with self._lock:
             group = len(self.nodes)
             for index in range(width):
                 fork = ir.Fork(id=group + index, parent=parent, line=line, group=group, index=index, width=width)
@@ -119,7 +112,7 @@ class Run:
 
     def submit(self, *, is_last: bool = False) -> None:
         """Send what was recorded since the last time. Raises InvalidProgram, or what the backend raises."""
-        with self._changed:
+        with self._lock:
             first = len(self.index.nodes)
             if len(self.nodes) == first:
                 return
@@ -137,23 +130,16 @@ class Run:
         self._session = session
         self.is_recording = False
 
-    # Results.
-
-    def result_of(self, node: int) -> ir.NodeEvent | None:
-        """The last event of a node, or None while it has no value yet."""
-        return self._results.get(node)
+    # Reading.
 
     def read(self, node: int, output: OutputType, why: str) -> Any:
         """The value of a node in its Python type; submits and waits. Raises ProgramError."""
-        if node not in self._results:
-            self.need(node, why)
-            self.wait(lambda: node in self._results)
+        self.read_quietly(node, why)
         return self._value(node, output)
 
     async def aread(self, node: int, output: OutputType) -> Any:
-        if node not in self._results:
-            self.need(node, "await")
-            await self._await(node, lambda: node in self._results)
+        """`read` for an event loop."""
+        await self.aread_quietly(node, "await")
         return self._value(node, output)
 
     def read_text(self, text: str) -> str:
@@ -169,9 +155,7 @@ class Run:
             return item
         if not isinstance(item, ir.Ref):
             raise InvalidProgram(f"{item!r} is in a text whose value is needed; append the text to the state first")
-        if item.node not in self._results:
-            self.need(item.node, "a text with this value in it")
-            self.wait(lambda: item.node in self._results)
+        self.read_quietly(item.node, "a text with this value in it")
         event = self._checked(item.node)
         value = event.value
         return ir.render((item,), lambda _: event.text or ir.value_text(value), lambda _: value)
@@ -196,14 +180,14 @@ class Run:
         return self._converted[node]
 
     def _checked(self, node: int) -> ir.NodeEvent:
-        event = self._results[node]
+        event = self.outcomes[node]
         if event.error is not None:
             raise self._error(node, event.error.message, event.cause, event.error)
         return event
 
     def error_of(self, node: int) -> ProgramError | None:
         """Why a node failed, or None."""
-        event = self._results.get(node)
+        event = self.outcomes.get(node)
         if event is None or event.error is None:
             return None
         return self._error(node, event.error.message, event.cause, event.error)
@@ -239,7 +223,7 @@ class Run:
 
     def attempts_of(self, node: int) -> list[dict[str, str]]:
         """The texts of a generation that its checks refused, each with its `text` and the `problem`."""
-        event = self._results.get(node)
+        event = self.outcomes.get(node)
         found: list[dict[str, str]] = (event.meta or {}).get("attempts", []) if event is not None else []
         return found or self._attempts.get(node, [])
 
@@ -254,28 +238,28 @@ class Run:
     def event(self, node: int) -> ir.NodeEvent:
         """The last event of a node; submits and waits. Raises ProgramError where it failed."""
         self.read_quietly(node)
-        return self._checked(node) if self._results[node].kind == "error" else self._results[node]
+        return self._checked(node) if self.outcomes[node].kind == "error" else self.outcomes[node]
 
     def read_quietly(self, node: int, why: str = "reading") -> None:
         """Submit, and wait until the node is done or failed."""
-        if node not in self._results:
+        if node not in self.outcomes:
             self.need(node, why)
-            self.wait(lambda: node in self._results)
+            self.wait(lambda: node in self.outcomes)
 
     async def aread_quietly(self, node: int, why: str) -> None:
         """`read_quietly` for an event loop."""
-        if node not in self._results:
+        if node not in self.outcomes:
             self.need(node, why)
-            await self._await(node, lambda: node in self._results)
+            await self._until(lambda: node in self.outcomes, node)
 
     def first_done(self, nodes: list[int]) -> int:
         """The index of the first of these nodes that is done; waits. Raises the first one's error where all fail."""
 
         def done() -> list[int]:
-            return [i for i, node in enumerate(nodes) if node in self._results and self._results[node].kind == "done"]
+            return [i for i, node in enumerate(nodes) if node in self.outcomes and self.outcomes[node].kind == "done"]
 
         self.need(nodes[0], "the first branch that is done")
-        self.wait(lambda: bool(done()) or all(node in self._results for node in nodes))
+        self.wait(lambda: bool(done()) or all(node in self.outcomes for node in nodes))
         found = done()
         if not found:
             raise self.error_of(nodes[0]) or InvalidProgram("no branch is done")
@@ -283,70 +267,43 @@ class Run:
 
     def wait_all(self, *, quietly: bool = False) -> None:
         """Submit, and wait until every node is done or failed. `quietly`: a run that failed as a whole is done."""
-        if quietly and self.failure is not None:
+        if quietly and self.outcomes.failure is not None:
             return
         self.submit()
         self.wait(self.is_done)
 
-    def fail(self, error: Exception) -> None:
-        """The program's own function raised: whoever reads this run gets that."""
-        self.failure = error
-        self._wake()
-
     async def await_all(self) -> None:
         self.submit()
-        await self._await(None, self.is_done)
+        await self._until(self.is_done)
 
     def usage(self) -> ir.Usage:
         """Tokens of all nodes that are done."""
         total = ir.Usage()
-        for event in list(self._results.values()):
+        for event in self.outcomes.copy().values():
             if event.usage is not None:
                 total = total + event.usage
         return total
 
     def first_error(self) -> ProgramError | None:
         """The error that others may follow from, or None. A branch that the program cancelled itself is none."""
-        for event in list(self._results.values()):
+        for event in self.outcomes.copy().values():
             if event.error is not None and event.error.type != "ProgramCancelled":
                 return self.error_of(event.node)
-        return self.failure if isinstance(self.failure, ProgramError) else None
+        failure = self.outcomes.failure
+        return failure if isinstance(failure, ProgramError) else None
 
     def is_done(self) -> bool:
         """True when every submitted node is done or failed."""
-        return len(self._results) == len(self.index.nodes)
+        return len(self.outcomes) == len(self.index.nodes)
 
     def wait(self, ready: Callable[[], bool]) -> None:
         """Block until `ready()`. Raises where the deadline passed and even the failure of all nodes is not it."""
-        while not self._wait_in_time(ready):
+        while not self.outcomes.wait(ready, self._time_left):
             self._expire(ready)
 
-    def _wait_in_time(self, ready: Callable[[], bool]) -> bool:
-        """Whether it is ready: False where the deadline passed before."""
-        with self._changed:
-            self._blocked.append(ready)
-            try:
-                while not ready():
-                    self._check_alive()
-                    if not self._changed.wait(self._time_left()) and not ready():
-                        return False
-                return True
-            finally:
-                self._blocked.remove(ready)
-
-    async def _await(self, node: int | None, ready: Callable[[], bool]) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            with self._changed:
-                if ready():
-                    return
-                self._check_alive()
-                future: asyncio.Future[None] = loop.create_future()
-                self._waiters.setdefault(node, []).append((loop, future))
-            try:
-                await asyncio.wait_for(future, self._time_left())
-            except TimeoutError:
-                self._expire(ready)
+    async def _until(self, ready: Callable[[], bool], node: int | None = None) -> None:
+        while not await self.outcomes.until(ready, self._time_left, node):
+            self._expire(ready)
 
     def _time_left(self) -> float | None:
         deadline = self.options.deadline_s
@@ -354,8 +311,8 @@ class Run:
 
     def _expire(self, ready: Callable[[], bool]) -> None:
         """The deadline passed and the backend has not said so: fail here what it has not finished."""
-        with self._changed:
-            late = [node for node in range(len(self.index.nodes)) if node not in self._results]
+        with self._lock:
+            late = [node for node in range(len(self.index.nodes)) if node not in self.outcomes]
         for node in late:  # before the backend is told, which would call them cancelled
             error = ir.NodeError("DeadlineExceeded", "the deadline passed, and the backend did not answer")
             self.on_event(ir.NodeEvent(node, "error", error=error))
@@ -365,67 +322,25 @@ class Run:
         if not ready():
             raise DeadlineExceeded(f"{self.options.program}: the deadline passed", program=self.options.program)
 
-    def _check_alive(self) -> None:
-        if self.failure is not None:
-            raise self.failure
-
     def cancel(self, nodes: list[int] | None = None) -> None:
         """Stop the run, or these nodes and what needs them."""
         if nodes is not None:
             self.submit()
         else:
-            self.failure = self.failure or ProgramCancelled(
-                f"{self.options.program} was cancelled", program=self.options.program
-            )
+            cancelled = ProgramCancelled(f"{self.options.program} was cancelled", program=self.options.program)
+            self.outcomes.fail(self.outcomes.failure or cancelled)
             self.tools.cancel()
         if self._session is not None:
             self._session.cancel(nodes)
-        self._wake()
+        self.outcomes.wake_all()
 
     # Events, on the backend's threads.
-
-    def listen(self, listener: Listener) -> None:
-        """Call `listener` for every event from now on; first for those already there, where events are kept."""
-        with self._changed:
-            missed = list(self._events or ())
-            self._listeners.append(listener)
-        for event in missed:
-            listener(event)
 
     def on_event(self, event: ir.NodeEvent) -> None:
         """Something happened to a node. Backends call this."""
         if event.kind == "tool":
             self._call_tool(event)
-        with self._changed:
-            if event.node in self._results:  # it failed here, when the deadline passed
-                return
-            if event.kind in ("done", "error"):
-                self._results[event.node] = event
-            if self._events is not None:
-                self._events.append(event)
-        try:
-            for listener in self._listeners:
-                listener(event)
-        finally:  # whatever a listener raises: who waits for this event must learn of it
-            if event.kind in ("done", "error"):
-                self._wake(event.node)
-
-    def _wake(self, node: int | None = None) -> None:
-        """Wake who waits for this node, or for the end if this was the last one; None: everybody."""
-        with self._changed:
-            if node is None:
-                waiters = [one for some in self._waiters.values() for one in some]
-                self._waiters.clear()
-            else:
-                waiters = self._waiters.pop(node, [])
-                if self.is_done():
-                    waiters += self._waiters.pop(None, [])
-            # A thread is woken only when it can go on: each event of thousands would cost a switch of threads.
-            if node is None or any(ready() for ready in self._blocked):
-                self._changed.notify_all()
-        for loop, future in waiters:
-            with suppress(RuntimeError):  # the loop is closed, and nobody waits there any more
-                loop.call_soon_threadsafe(_resolve, future)
+        self.outcomes.put(event)
 
     def _call_tool(self, event: ir.NodeEvent) -> None:
         session = self._session
@@ -455,27 +370,27 @@ class Run:
         while tip is not None and tip != start:
             ids.append(tip)
             tip = self.nodes[tip].parent
-        missing = [node for node in ids if node not in self._results]
+        missing = [node for node in ids if node not in self.outcomes]
         if missing:
             self.need(missing[-1], "the text so far")
 
             def is_there() -> bool:
-                while missing and missing[-1] in self._results:
+                while missing and missing[-1] in self.outcomes:
                     missing.pop()
                 return not missing
 
             self.wait(is_there)
-        failed = [self._results[node] for node in reversed(ids) if self._results[node].kind == "error"]
+        failed = [self.outcomes[node] for node in reversed(ids) if self.outcomes[node].kind == "error"]
         for event in sorted(failed, key=lambda e: e.error is not None and e.error.type == "ProgramCancelled"):
             self._checked(event.node)
-        return "".join(self._results[node].text for node in reversed(ids))
+        return "".join(self.outcomes[node].text for node in reversed(ids))
 
     def report(self) -> RunRecord:
         """What was done so far."""
-        with self._changed:
+        with self._lock:
             graph = ir.Graph(tuple(self.nodes), dict(self.arguments))
             attempts = {node.id: tuple(found) for node in self.nodes if (found := self.attempts_of(node.id))}
-            return RunRecord(self.options.program, graph, dict(self._results), tuple(self.stages), attempts)
+            return RunRecord(self.options.program, graph, self.outcomes.copy(), tuple(self.stages), attempts)
 
     def path(self, tip: int | None) -> list[ir.AnyNode]:
         """The nodes of the branch that ends at `tip`, root first."""
@@ -496,7 +411,7 @@ class Run:
                 if is_inside:
                     found.append({"role": node.role, "content": ""})
                 continue
-            event = self.result_of(node.id)
+            event = self.outcomes.get(node.id)
             text = event.text if event is not None else ""
             if text and not is_inside and (not found or found[-1]["role"] != "text"):
                 found.append({"role": "text", "content": ""})
@@ -515,8 +430,3 @@ class Run:
             **({"attempts": attempts} if (attempts := self._attempts.get(node)) is not None else {}),
             **(event.meta or {}),
         }
-
-
-def _resolve(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)

@@ -162,10 +162,10 @@ def drive(run: Run, loops: Sequence[Generator[int, None, Value]]) -> list[Value]
     for index in range(len(loops)):
         advance(index)
     while waiting:
-        ready = [index for index, node in waiting.items() if run.result_of(node) is not None]
+        ready = [index for index, node in waiting.items() if run.outcomes.get(node) is not None]
         if not ready:
             run.need(next(iter(waiting.values())), WHY)
-            run.wait(lambda: any(run.result_of(node) is not None for node in waiting.values()))
+            run.wait(lambda: any(run.outcomes.get(node) is not None for node in waiting.values()))
             continue
         for index in ready:
             advance(index)

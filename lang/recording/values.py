@@ -118,7 +118,7 @@ class NodeSource(Source):
         if self.run.is_recording:
             return self.format("!r")
         path = "".join(f".{step}" for step in self._path)
-        done = self.run.result_of(self.node)
+        done = self.run.outcomes.get(self.node)
         shown = "not read" if done is None or done.error else repr(done.value)[:60]
         return f"<value {self.name or 'unnamed'}{path} of node {self.node}: {shown}>"
 

@@ -552,7 +552,9 @@ def test_a_closed_backend_ends_its_programs_and_works_again(tiny: Engine, serve:
         stream = endless.stream(backend=remote)
         next(iter(stream))
         remote.close()
-        assert isinstance(stream.state.error() or stream.state.recorder.run.failure, ProgramError | ProgramCancelled)
+        assert isinstance(
+            stream.state.error() or stream.state.recorder.run.outcomes.failure, ProgramError | ProgramCancelled
+        )
         short = chat.run("Ann", backend=remote, turns=1)
         assert short.error() is None
         remote.close()

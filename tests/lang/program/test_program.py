@@ -918,7 +918,7 @@ def test_a_listener_that_fails_breaks_nothing_but_itself(
 ) -> None:
     @function
     def program(s: State) -> None:
-        s.recorder.run.listen(lambda event: 1 / 0)  # type: ignore[arg-type]
+        s.recorder.run.outcomes.listen(lambda event: 1 / 0)  # type: ignore[arg-type]
         s += "name? " + gen("name")
 
     with caplog.at_level("CRITICAL"):
