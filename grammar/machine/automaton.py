@@ -295,7 +295,7 @@ class Machine:
         return self._closing_lengths.get(packed)
 
     def _closing_step(self, packed: int) -> tuple[bytes, int]:
-        """The shortest way out of the frame on top, and the state behind it; remembered, as texts end alike."""
+        """The shortest way out of the frame in which a state stands, and the state after it; kept."""
         found = self._closing_steps.get(packed)
         if found is None:
             found = self._closing_steps[packed] = self._find_closing_step(packed)

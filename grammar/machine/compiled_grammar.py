@@ -11,11 +11,10 @@ from numpy.typing import NDArray
 
 from ramet.errors import GrammarError
 from ramet.grammar.deadline import time_limit
-from ramet.grammar.machine import walker
 from ramet.grammar.machine.automaton import Machine
 from ramet.grammar.machine.frame import DEAD, LOCAL_BITS, LOCAL_MASK, target
 from ramet.grammar.machine.mask_rows import MaskRows
-from ramet.grammar.machine.vocabulary import SLICE_SIZES, TextTrie
+from ramet.grammar.machine.masks import MaskMaker
 
 _MAX_KEPT = 1 << 15  # answers of each kind that a grammar remembers
 _MAX_KEPT_RUN = 16  # states of a forced run of which what follows is kept: each keeps the rest of the run
@@ -48,7 +47,7 @@ class CompiledGrammar:
         if start == DEAD:
             raise GrammarError("the grammar is contradictory: no text matches it")
         self.machine = machine
-        self.vocabulary = vocabulary = machine.vocabulary
+        self.vocabulary = machine.vocabulary
         self.unenforced = list(unenforced)
         """What masks do not ensure; empty unless `on_unsupported` is "validate"."""
         self._packed: list[int] = [start]
@@ -62,9 +61,8 @@ class CompiledGrammar:
         self._completions: dict[int, list[int]] = {}
         self._num_completed = 0  # tokens of the completions kept
         self._lock = threading.RLock()
-        self._scratch = np.zeros(4 + vocabulary.trie.max_depth, dtype=np.int64)
-        self._unsure = np.empty(1 + len(vocabulary.trie.values), dtype=np.int32)  # zeros would be written: 60 µs
-        self._other = np.zeros(2 + vocabulary.trie.max_depth, dtype=np.int64)
+        self._masks = MaskMaker(machine, self.rows)
+        self._scratch = np.zeros(4, dtype=np.int64)
         self._device_tables: DeviceTables | None = None
 
     # --- states
@@ -148,128 +146,8 @@ class CompiledGrammar:
                 row = self.rows.again(state)
                 if row is None:
                     with time_limit(self.machine.limits.max_time_s):
-                        row = self.rows.keep(state, self._compute_mask(self._packed[state]))
+                        row = self.rows.keep(state, self._masks.make(self._packed[state]))
         return row
-
-    def _compute_mask(self, packed: int) -> NDArray[np.int32]:
-        local = packed & LOCAL_MASK
-        row, unsure = self._twin_row(self.machine.mask_twin(packed))
-        refused = self.machine.frames[packed >> LOCAL_BITS].refused_prefixes(local)
-        if not refused and not len(unsure):
-            return row
-        row = row.copy()
-        for prefix in refused:
-            for token in self.vocabulary.tokens_with_prefix(prefix):
-                row.view(np.uint32)[token >> 5] &= np.uint32(~(1 << (token & 31)) & 0xFFFFFFFF)
-        for token in unsure:
-            begin, end = self.vocabulary.offsets[token], self.vocabulary.offsets[token + 1]
-            if self.machine.run(packed, self.vocabulary.flat, begin, end, self._scratch) >= 0:
-                row.view(np.uint32)[token >> 5] |= np.uint32(1 << (token & 31))
-        return row
-
-    def _twin_row(self, packed: int) -> tuple[NDArray[np.int32], list[int]]:
-        """(what a walk from a mask twin allows, tokens whose verdict depends on the text within them and before)."""
-        found = self.rows.twin(packed)
-        return self.rows.keep_twin(packed, *self._walked_row(packed)) if found is None else found
-
-    def _walked_row(self, packed: int) -> tuple[NDArray[np.int32], list[int]]:
-        instance, local = packed >> LOCAL_BITS, packed & LOCAL_MASK
-        frame = self.machine.frames[instance]
-        table = frame.table
-        if table.loop >= 0 and table.depths is not None and table.depths[2, local] >= walker.MANY:
-            loop = target(instance, table.loop)
-            found = frame.loop_twin()
-            alike = loop if found is None else found
-            if packed == alike:
-                return self._loop_row(packed)
-            return self._twin_row(alike) if local == table.loop else self._near_loop_row(packed, loop, alike)
-        row, trie = self._first_row(packed)
-        self._walk(packed, trie, row)
-        return row, self._unsure_tokens()
-
-    def _unsure_tokens(self) -> list[int]:
-        count = int(self._unsure[0])
-        unsure: list[int] = self._unsure[1 : 1 + count].tolist() if count else []
-        return unsure
-
-    def _walk(self, packed: int, trie: TextTrie, row: NDArray[np.int32]) -> None:
-        machine, scratch, unsure = self.machine, self._scratch, self._unsure
-        scratch[0] = 0
-        scratch[3] = packed
-        unsure[0] = 0
-        nodes, values = trie.nodes, trie.values
-        while walker.walk(machine.pool, machine.instances, machine.exits, nodes, values, row, scratch, unsure) >= 0:
-            machine.exit_target(int(scratch[1]), int(scratch[2]))
-
-    def _loop_row(self, packed: int) -> tuple[NDArray[np.int32], list[int]]:
-        """The mask of a state that plain text does not leave: plain tokens, and those whose remainder is accepted."""
-        key = self.machine.frames[packed >> LOCAL_BITS].loop_key
-        if key is None:
-            return self._walked_loop(packed)
-        loops = self.vocabulary.loops
-        if key not in loops:
-            loops[key] = self._walked_loop(packed)
-        return loops[key]
-
-    def _walked_loop(self, packed: int) -> tuple[NDArray[np.int32], list[int]]:
-        vocabulary = self.vocabulary
-        row = vocabulary.plain_row(2, vocabulary.slice_sizes[-1]).copy()
-        trie, starts, tokens = vocabulary.remainders
-        bits = np.zeros(len(trie.values) // 32 + 1, dtype=np.int32)
-        self._walk(packed, trie, bits)
-        walker.expand(bits, starts, tokens, row)
-        return row, [t for r in self._unsure_tokens() for t in tokens[starts[r] : starts[r + 1]].tolist()]
-
-    def _near_loop_row(self, packed: int, loop: int, alike: int) -> tuple[NDArray[np.int32], list[int]]:
-        """The mask of a state that differs from a loop of its own frame by single texts only. alike: a state that has
-        the loop's mask."""
-        machine, scratch, unsure, trie = self.machine, self._scratch, self._unsure, self.vocabulary.trie
-        loop_row, unsure_there = self._twin_row(alike)
-        row = loop_row.copy()
-        scratch[0] = 0
-        scratch[3] = packed
-        self._other[0] = loop
-        unsure[0] = 0
-        while (
-            walker.walk_difference(
-                machine.pool,
-                machine.instances,
-                machine.exits,
-                trie.nodes,
-                trie.values,
-                row,
-                scratch,
-                self._other,
-                unsure,
-            )
-            >= 0
-        ):
-            machine.exit_target(int(scratch[1]), int(scratch[2]))
-        # unsure there, and here no more: is decided, too, which does no harm
-        return row, [*dict.fromkeys([*unsure_there, *self._unsure_tokens()])]
-
-    def _first_row(self, packed: int) -> tuple[NDArray[np.int32], TextTrie]:
-        """(a new row with what is known at once, the tokens that are left to be walked)."""
-        vocabulary, machine = self.vocabulary, self.machine
-        frame, local = machine.frames[packed >> LOCAL_BITS], packed & LOCAL_MASK
-        depths = frame.table.depths
-        if depths is not None:
-            longest = vocabulary.slice_sizes[-1]
-            left = frame.characters_left(local)
-            if left is None and depths[2, local] == depths[3, local] > 0:
-                left = int(depths[3, local])
-            if left is not None:
-                # plain tokens that fit are allowed, longer ones refused: only the others are walked
-                return vocabulary.plain_row(2, min(left, longest)).copy(), vocabulary.slice(2, longest)[1]
-            for kind in (2, 1, 0):
-                depth = int(depths[kind, local])
-                if depth >= SLICE_SIZES[0] or depth >= longest:
-                    size = max(n for n in vocabulary.slice_sizes if n <= depth)
-                    row, trie = vocabulary.slice(kind, size)
-                    return row.copy(), trie
-        if machine.accepts(packed):
-            return vocabulary.eos_row.copy(), vocabulary.trie
-        return np.zeros(vocabulary.num_words, dtype=np.int32), vocabulary.trie
 
     # --- what must follow
 

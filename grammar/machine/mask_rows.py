@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ramet.grammar.machine.walker import row_digest, rows_equal
 
 Row = NDArray[np.int32]
-Walked = tuple[Row, list[int]]  # what a walk allows; tokens that a run must decide
+Walked = tuple[Row, list[int]]  # the tokens that a walk allows, the tokens that must be run
 
 
 @dataclass(slots=True)

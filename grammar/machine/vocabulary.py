@@ -180,12 +180,12 @@ class Vocabulary:
 
     @cached_property
     def key_starts(self) -> bytes:
-        """The bytes that some content token has behind a comma and a quote."""
+        """The bytes that some content token has after a comma and a quote."""
         return bytes(sorted({m[1][0] for m in re.finditer(rb'(?=, ?"([^\n]))', self._quoting)}))
 
     @cached_property
     def reads_past_values(self) -> bool:
-        """Does a content token read on in or behind a JSON value that it has behind a key?"""
+        """Does some content token hold the end of a key, its value or the beginning of it, and more text after that?"""
         return bool(re.search(rb'": ?(?:[-0-9tfn].|".|[\[{].*["\]}].)', self._quoting))
 
     @cached_property

@@ -321,7 +321,7 @@ class _Tracks:
         self.alike = _alike_digits(bounds_of_all, bool(self.divisors))
 
     def after(self, state: _State, symbol: int) -> _State | None:
-        """The state behind a symbol; None where no number goes on so."""
+        """The state after a symbol; None where no number goes on so."""
         phase = state[0]
         if phase in ("start", "minus"):
             if symbol == 11:

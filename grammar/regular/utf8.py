@@ -154,7 +154,7 @@ class _ClassTree:
     """The UTF-8 tree of the classes of code points, equal subtrees shared; -1 stands for refused.
 
     one: class of each ASCII code point. last [n, 64]: distinct rows of classes for a last byte; middle [m, 64]: rows of
-    `last` numbers; first [k, 64]: rows of `middle` numbers. lead_*: subtree behind each lead byte.
+    `last` numbers; first [k, 64]: rows of `middle` numbers. lead_*: subtree after each lead byte.
     """
 
     def __init__(self, dfa: Dfa) -> None:

@@ -189,7 +189,7 @@ class _Reader:
             self.fail(_first_line(error) or "the terminal cannot be read", line, cause=error)
 
     def pattern(self, pattern: Pattern, name: str, line: int | None) -> ir.Node:
-        """The terminal and what is ignored behind it, as one table."""
+        """The terminal and what is ignored after it, as one table."""
         key = (type(pattern) is PatternStr, pattern.value, frozenset(pattern.flags))
         found = self.terminals.get(repr(key))
         if found is None:

@@ -85,7 +85,7 @@ class _Translation:
         return "\n".join(f"{self._name(name)}: {' '.join(parts)}" for name, parts in rules.items()) + "\n"
 
     def _add(self, body: list[str], kind: str, text: str, at: int) -> None:
-        """Put the next token of a rule in Lark's syntax behind the others."""
+        """Append the next token of a rule, in Lark's syntax."""
         if kind == "name":
             body.append(self._name(text))
         elif kind == "literal":

@@ -72,7 +72,7 @@ def parse_regex(pattern: str, flags: int = 0, *, is_lexeme: bool = False, name: 
 
 
 class _Converter:
-    """One pattern's items -> nodes. Each method returns the node and what may stand behind it."""
+    """One pattern's items -> nodes. Each method returns the node and what may follow it."""
 
     def __init__(self, pattern: str, is_lexeme: bool) -> None:
         self.pattern = pattern
@@ -274,7 +274,7 @@ def _joined(parts: list[ir.Node]) -> ir.Node:
 
 
 def _end_of_lazy(items: list[_Item]) -> int | None:
-    """Where the part ends that a lazy repeat makes as short as possible: behind the last item that is not optional."""
+    """Where the part ends that a lazy repeat makes as short as possible: after the last item that is not optional."""
     if not any(op is sre.MIN_REPEAT for op, _ in items):
         return None
     stop = len(items)
@@ -316,16 +316,16 @@ def _ends_in(node: ir.Node, ranges: ir.Ranges) -> tuple[ir.Node, ir.Node] | None
             return ir.Sequence((before, one[0])), ir.EMPTY if low == 0 or one[1] == ir.EMPTY else ir.NOTHING
         case ir.Sequence(parts):
             ways: list[ir.Node] = []
-            behind: tuple[ir.Node, ...] = ()
+            after: tuple[ir.Node, ...] = ()
             for i in reversed(range(len(parts))):
                 part = _ends_in(parts[i], ranges)
                 if part is None:
                     return None
-                ways.append(ir.Sequence((*parts[:i], part[0], *behind)))
-                behind = (part[1], *behind)
+                ways.append(ir.Sequence((*parts[:i], part[0], *after)))
+                after = (part[1], *after)
                 if part[1] == ir.NOTHING:
                     return ir.Choice(tuple(ways)), ir.NOTHING
-            return ir.Choice(tuple(ways)), ir.Sequence(tuple(b for b in behind if b != ir.EMPTY))
+            return ir.Choice(tuple(ways)), ir.Sequence(tuple(b for b in after if b != ir.EMPTY))
     return None
 
 

@@ -80,7 +80,7 @@ class ToolCallReader:
         return [*events, *self._drain()]
 
     def _is_begun(self) -> bool:
-        """The text ended inside a call's layout or name, behind the marker or in what leads to a further call."""
+        """The text ended inside a call's layout or name, after the marker or in what leads to a further call."""
         if self._read == self._name_character:
             return True
         if self._read != self._layout_text or any(then == "text" for _, then in self._ways):

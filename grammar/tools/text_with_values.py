@@ -58,19 +58,21 @@ class TextBuilder:
     def __init__(self) -> None:
         self.gaps: dict[int, Gap] = {}
         self._accepting: list[bool] = []
-        self._edges: dict[int, dict[int, int]] = {}  # state -> {byte: state}, besides those of the copies
+        self._edges: list[dict[int, int]] = []  # of each state, byte -> state, besides those of the copies
         self._copies: list[tuple[int, NDArray[np.int32]]] = []  # first state, transitions
 
     def new(self, *, is_end: bool = False) -> int:
         """Add a state. is_end: the text may end there."""
         self._accepting.append(is_end)
-        return len(self._accepting) - 1
+        self._edges.append({})
+        return len(self._edges) - 1
 
     def add(self, transitions: NDArray[np.int32], accepting: NDArray[np.bool_]) -> int:
         """Add a copy of an automaton; return its first state."""
-        first = len(self._accepting)
+        first = len(self._edges)
         self._copies.append((first, transitions))
         self._accepting += accepting.tolist()
+        self._edges += [{} for _ in transitions]
         return first
 
     def spell(self, state: int, text: str) -> int:
@@ -79,7 +81,7 @@ class TextBuilder:
 
     def _spell(self, state: int, data: bytes) -> int:
         for byte in data:
-            edges = self._edges.setdefault(state, {})
+            edges = self._edges[state]
             if byte not in edges:
                 edges[byte] = self.new()
             state = edges[byte]
@@ -88,7 +90,7 @@ class TextBuilder:
     def lead(self, state: int, text: str, to: int) -> bool:
         """Add a text, not empty, that leads from a state to the state `to`; False where another text begins alike."""
         data = text.encode()
-        edges = self._edges.setdefault(self._spell(state, data[:-1]), {})
+        edges = self._edges[self._spell(state, data[:-1])]
         if data[-1] in edges:
             return False
         edges[data[-1]] = to
@@ -101,16 +103,16 @@ class TextBuilder:
     @property
     def is_ambiguous(self) -> bool:
         """May a text that was spelled go on where a value stands?"""
-        return any(self._edges.get(state) for state in self.gaps)
+        return any(self._edges[state] for state in self.gaps)
 
     def build(self, *, often: str = "", names: Mapping[ir.JsonSchema, str] | None = None) -> TextWithValues:
         """Return the text; `often` and `names` as there."""
         wide = np.full((len(self._accepting), 256), -1, dtype=np.int32)
         for first, transitions in self._copies:
             wide[first : first + len(transitions)] = np.where(transitions >= 0, transitions + first, -1)
-        edges = [(state, byte, to) for state, own in self._edges.items() for byte, to in own.items()]
-        states, read, targets = np.array(edges, dtype=np.int64).reshape(-1, 3).T
-        wide[states, read] = targets
+        states = np.repeat(np.arange(len(wide)), [len(edges) for edges in self._edges])
+        read = np.array([byte for edges in self._edges for byte in edges], dtype=np.int64)
+        wide[states, read] = [to for edges in self._edges for to in edges.values()]
         accepting = np.asarray(self._accepting, dtype=np.bool_)
         return TextWithValues(wide, accepting, self.gaps, often.encode(), dict(names or {}))
 

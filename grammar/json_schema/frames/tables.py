@@ -275,7 +275,7 @@ def _many_numbers(
     written = [(numeric.decimal_text(x), masks[x]) for x in sorted(values)]
     if 0 in values:
         written.append(("-0", masks[Fraction(0)]))
-    # a state: (indices of texts and characters read of them: behind the text its zeros; state of `dfa`, -1 for none)
+    # a state: (indices of texts and characters read of them, with zeros after the text; state of `dfa`, -1 for none)
     first = (tuple((i, 0) for i in range(len(written))), -1 if dfa is None else 0)
     index, queue = {first: 0}, [first]
     other = np.full((0, 256), REFUSE, dtype=np.int32) if dfa is None else dfas.byte_table(dfa)
