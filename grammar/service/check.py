@@ -64,6 +64,9 @@ _ASSERTIONS = frozenset(
         "divisibleBy",
     ]
 )
+_NEW = frozenset(
+    ["unevaluatedProperties", "unevaluatedItems", "minContains", "maxContains", "$dynamicRef", "$recursiveRef"]
+)
 _STRUCTURE = frozenset(
     [
         "$schema",
@@ -134,11 +137,12 @@ def coverage(schema: Any, options: JsonOptions | None = None) -> Coverage:
             continue
         for keyword, value in node.schema.items():
             place = (node.pointer or "/", keyword)
-            if "$ref" in node.schema and node.draft <= DRAFT7 and keyword in _ASSERTIONS and keyword != "$ref":
+            is_assertion = _is_assertion(keyword, node.draft)
+            if is_assertion and "$ref" in node.schema and node.draft <= DRAFT7 and keyword != "$ref":
                 hidden.append(place)
-            elif keyword == "format" and value not in formats.KNOWN:
+            elif keyword == "format" and not (isinstance(value, str) and value in formats.KNOWN):
                 unknown_formats.append((node.pointer or "/", str(value)))
-            elif _is_assertion(keyword, node.draft):
+            elif is_assertion:
                 enforced[keyword] += (node.pointer, keyword) not in refused
             elif keyword in _ANNOTATIONS:
                 annotations.append(place)
@@ -150,7 +154,7 @@ def coverage(schema: Any, options: JsonOptions | None = None) -> Coverage:
 def _is_assertion(keyword: str, draft: int) -> bool:
     if keyword in ("extends", "disallow"):
         return draft == DRAFT4
-    return keyword in _ASSERTIONS and (draft >= DRAFT2019 or not keyword.startswith("unevaluated"))
+    return keyword in _ASSERTIONS and (draft >= DRAFT2019 or keyword not in _NEW)
 
 
 @cache

@@ -31,6 +31,28 @@ def test_coverage_knows_what_a_draft_overlooks() -> None:
     assert coverage(beside).enforced == {"$ref": 1, "properties": 1, "maxLength": 1}
 
 
+DRAFT_4, DRAFT_7 = "http://json-schema.org/draft-04/schema#", "http://json-schema.org/draft-07/schema#"
+
+
+@pytest.mark.parametrize("keyword", ["minContains", "maxContains", "$dynamicRef", "$recursiveRef", "unevaluatedItems"])
+def test_coverage_does_not_count_a_keyword_of_a_later_draft_as_enforced(keyword: str) -> None:
+    schema: dict[str, object] = {keyword: "#" if keyword.startswith("$") else 1}
+    old = coverage({"$schema": DRAFT_7, **schema})
+    assert old.enforced == {}
+    assert old.unknown == [("/", keyword)]
+
+
+def test_coverage_knows_that_a_reference_hides_draft_3_keywords_beside_it() -> None:
+    beside = {"$ref": "#/definitions/s", "disallow": "null", "extends": {}}
+    found = coverage({"$schema": DRAFT_4, "definitions": {"s": {}}, "items": beside})
+    assert found.hidden == [("/items", "disallow"), ("/items", "extends")]
+
+
+@pytest.mark.parametrize("value", [[], {}, 1, None])
+def test_coverage_reads_a_format_that_is_no_string_as_unknown(value: object) -> None:
+    assert coverage({"format": value}).unknown_formats == [("/", str(value))]
+
+
 def test_coverage_lists_all_problems_and_does_not_count_them_as_enforced() -> None:
     found = coverage({"properties": {"a": {"pattern": "(?<=a)b"}, "b": {"pattern": "(a)\\1"}, "c": {"pattern": "c"}}})
     assert [p for p, _, _ in found.problems] == ["/properties/a", "/properties/b"]
