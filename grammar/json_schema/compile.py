@@ -8,18 +8,16 @@ from typing import Any
 
 from ramet.errors import GrammarError, GrammarTooLarge, InvalidSchema
 from ramet.grammar import ir
-from ramet.grammar.json_schema.algebra.expressions import Expressions
-from ramet.grammar.json_schema.algebra.languages import Languages
 from ramet.grammar.json_schema.algebra.values import Expr, Values
 from ramet.grammar.json_schema.frames.arrays import open_array
 from ramet.grammar.json_schema.frames.compilation import Compilation, Opener, TextContext
 from ramet.grammar.json_schema.frames.objects import open_object, prepare
 from ramet.grammar.json_schema.frames.scalars import open_literal, open_number, open_string
 from ramet.grammar.json_schema.frames.tables import ARRAY, LITERALS, NUMBER, OBJECT, STRING
-from ramet.grammar.json_schema.keywords.keywords import Interpreter
+from ramet.grammar.json_schema.keywords.keywords import SUBSCHEMAS, Interpreter
 from ramet.grammar.json_schema.keywords.schema_errors import survey
 from ramet.grammar.json_schema.keywords.strict import check_strict
-from ramet.grammar.json_schema.schema.document import Document, Registry, SchemaNode
+from ramet.grammar.json_schema.schema.document import Registry, SchemaNode
 from ramet.grammar.machine.automaton import Machine
 from ramet.grammar.machine.compiled_grammar import Problem
 from ramet.grammar.machine.frame import target
@@ -44,13 +42,10 @@ class Schemas:
     def __init__(self, options: ir.JsonOptions, max_states: int) -> None:
         self.options = options
         self.unenforced: list[Problem] = []
-        self._max_states = max_states
-        self._is_lenient = options.on_unsupported == "validate"
         self._is_exact = options.mode == "exact"
-        languages = Languages(max_states)
-        self.expressions = Expressions(languages, self._interpret, self._interpret_not, lenient=self._is_lenient)
-        self._interpreters: list[Interpreter] = []
-        self._owners: dict[Document, Interpreter] = {}
+        lenient = options.on_unsupported == "validate"
+        self._interpreter = Interpreter(max_states, only_named=not self._is_exact, lenient=lenient)
+        self.expressions = self._interpreter.expressions
 
     def read(self, schema: Any) -> tuple[Expr, list[SchemaNode]]:  # Any: JSON
         """Return a schema's expression, and those of its nodes that are worth to be worked out first.
@@ -59,16 +54,8 @@ class Schemas:
         """
         if not isinstance(schema, dict | bool):
             raise InvalidSchema("a schema must be an object or a boolean", "")
-        registry = Registry(schema, self.options.registry)
-        interpreter = Interpreter(
-            registry,
-            self._max_states,
-            only_named=not self._is_exact,
-            lenient=self._is_lenient,
-            expressions=self.expressions,
-        )
-        self._interpreters.append(interpreter)
-        self.unenforced += survey(interpreter)
+        registry = Registry(schema, self.options.registry, SUBSCHEMAS)
+        self.unenforced += survey(self._interpreter, registry.root)
         if self.options.mode == "strict":
             check_strict(registry.root)
         return self.expressions.of_schema(registry.root), registry.nodes[:WARM_NODES]
@@ -77,19 +64,6 @@ class Schemas:
         """Return what places them on a machine."""
         is_spaced = self.options.whitespace == "bounded"
         return Compilation(machine, self.expressions, OPENERS, spaced=is_spaced, ordered=not self._is_exact)
-
-    def _interpret(self, node: SchemaNode) -> Values:
-        return self._owner(node).interpret(node)
-
-    def _interpret_not(self, node: SchemaNode) -> Values:
-        return self._owner(node).interpret_not(node)
-
-    def _owner(self, node: SchemaNode) -> Interpreter:
-        found = self._owners.get(node.document)
-        if found is None:
-            found = next(i for i in reversed(self._interpreters) if i.registry.has(node))
-            self._owners[node.document] = found
-        return found
 
 
 def place_schema(source: ir.JsonSchema, machine: Machine) -> tuple[int, list[Problem]]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ramet.errors import InvalidSchema, UnsupportedSchema
 from ramet.grammar.ir import JsonOptions
-from ramet.grammar.json_schema.keywords.keywords import Interpreter
+from ramet.grammar.json_schema.keywords.keywords import SUBSCHEMAS, Interpreter
 from ramet.grammar.json_schema.keywords.schema_errors import survey
 from ramet.grammar.json_schema.schema import formats
 from ramet.grammar.json_schema.schema.document import DRAFT4, DRAFT7, DRAFT2019, Registry
@@ -120,10 +120,10 @@ def coverage(schema: Any, options: JsonOptions | None = None) -> Coverage:
     if not isinstance(schema, dict | bool):
         raise InvalidSchema("a schema must be an object or a boolean", "")
     options = options or JsonOptions()
-    registry = Registry(schema, options.registry)
+    registry = Registry(schema, options.registry, SUBSCHEMAS)
     problems: list[tuple[str, str, str]] = []
     try:
-        survey(Interpreter(registry, 20_000, only_named=options.mode != "exact"))
+        survey(Interpreter(20_000, only_named=options.mode != "exact"), registry.root)
     except UnsupportedSchema as error:
         problems = error.problems
     enforced: Counter[str] = Counter()

@@ -1,23 +1,22 @@
-"""What values cost: about the bytes of the shortest one, INFINITE where a set has none, one kind of value at a time.
+"""What the shortest value of a set costs: about its length in bytes, INFINITE where the set has no value.
 
-`Expressions.cost` asks these for an expression, and remembers; they ask it for the parts. Not here: the fixed point.
+So a cost says two things: whether a set is empty, and which way on is the shortest when a text must be brought to an
+end. Here a set is taken apart into its specs. The costs of their parts come from `Expressions.cost`, which remembers
+them and knows what to do about a schema that contains itself.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from ramet.errors import UnsupportedSchema
 from ramet.grammar.json_schema.algebra import distinct, specs
-from ramet.grammar.json_schema.algebra.values import FALSE, INFINITE, Arrays, Exists, Objects, Values
-
-if TYPE_CHECKING:
-    from ramet.grammar.json_schema.algebra.expressions import Expressions
+from ramet.grammar.json_schema.algebra.expressions import Expressions
+from ramet.grammar.json_schema.algebra.values import INFINITE, Arrays, Exists, Expr, Objects, Values
 
 
 def of_values(e: Expressions, a: Values) -> int:
-    """About the bytes of the shortest value of all kinds."""
+    """Return the cost of the shortest value of all kinds."""
     if a.null or a.booleans or a.numbers:
         return 4
     if a.strings:
@@ -31,9 +30,9 @@ def of_values(e: Expressions, a: Values) -> int:
 
 
 def of_object(e: Expressions, o: Objects) -> int:
-    """About the bytes of the shortest object of one spec."""
+    """Return the cost of the shortest object of one spec."""
     total = 2
-    needed = closure_of_keys(o, o.required)
+    needed = specs.closure_of_keys(o, o.required)
     if o.high is not None and max(o.low, len(needed)) > o.high:
         return INFINITE
     for k in needed:
@@ -42,9 +41,9 @@ def of_object(e: Expressions, o: Objects) -> int:
             return INFINITE
         total += len(k) + 4 + c
     if o.low > len(needed):
-        if not other_keys_possible(e, o):
+        if not specs.other_keys_possible(e, o):
             able = {k for k, value in o.properties if k in needed or not e.is_empty(value)}
-            usable = sum(1 for k in able if closure_of_keys(o, frozenset((k,))) <= able)
+            usable = sum(1 for k in able if specs.closure_of_keys(o, frozenset((k,))) <= able)
             if usable < o.low:
                 return INFINITE
         total += 8 * (o.low - len(needed))
@@ -57,24 +56,9 @@ def of_object(e: Expressions, o: Objects) -> int:
     return total
 
 
-def other_keys_possible(e: Expressions, o: Objects) -> bool:
-    """Can a key that is not declared have a value?"""
-    if o.default == FALSE:
-        return False
-    numbers = o.languages
-    if not numbers:
-        return not e.is_empty(o.default)
-    for matching in e.languages.signatures(numbers)[1]:
-        if not e.is_empty(specs.expr_of_signature(e, o, matching)):
-            few = e.languages.few_of_signature(numbers, matching)
-            if few is None or not few <= o.table.keys():
-                return True
-    return False
-
-
 def _may_exist(e: Expressions, o: Objects, x: Exists) -> bool:
     for k, value in o.properties:
-        if in_class(e, x, k) and not e.is_empty(e.both(value, x.expr)):
+        if specs.in_class(e, x, k) and not e.is_empty(e.both(value, x.expr)):
             return True
     matching = {x.pattern} if x.pattern is not None else set()
     others = [n for rule in o.rules for n, _ in rule.patterns if n not in matching and n not in x.others]
@@ -86,29 +70,8 @@ def _may_exist(e: Expressions, o: Objects, x: Exists) -> bool:
     return False
 
 
-def in_class(e: Expressions, x: Exists, key: str) -> bool:
-    """Whether a key is one of those of which one must have a value of `x`."""
-    if key in x.names:
-        return False
-    if x.pattern is not None:
-        return e.languages.accepts(x.pattern, key)
-    return not any(e.languages.accepts(n, key) for n in x.others)
-
-
-def closure_of_keys(o: Objects, keys: frozenset[str]) -> frozenset[str]:
-    """All keys that must stand in an object that has these."""
-    if not o.dependent:
-        return keys
-    needed = set(keys)
-    while True:
-        more = {r for k, needs in o.dependent if k in needed for r in needs} - needed
-        if not more:
-            return frozenset(needed)
-        needed |= more
-
-
 def of_array(e: Expressions, a: Arrays) -> int:
-    """About the bytes of the shortest array of one spec.
+    """Return the cost of the shortest array of one spec.
 
     Raises: UnsupportedSchema where equal items and `contains` may get into each other's way.
     """
@@ -137,8 +100,11 @@ def of_array(e: Expressions, a: Arrays) -> int:
 
 
 def of_witness(e: Expressions, a: Arrays) -> int:
-    """More than the bytes of an item that some `contains` asks for: so that to write one always looks better than
-    to write another item first. Such an item is also none of which there must not be more."""
+    """Return a cost for an item that some `contains` asks for, high enough that any such item costs less.
+
+    So a text that must end soon is never better off with another item first. An item that a further `contains` forbids
+    is not counted.
+    """
     found = 0
     for c in a.contains:
         if c.low:
@@ -149,3 +115,15 @@ def of_witness(e: Expressions, a: Arrays) -> int:
             cost = e.cost(value)
             found = max(found, cost if cost < INFINITE else 0)
     return 10 + min(2 * found, 1 << 40)
+
+
+def objects_of(e: Expressions, expr: Expr) -> tuple[Objects, ...]:
+    """Return the specs of the objects in an expression, without those that have no values. It must not be empty."""
+    a = e.values(expr)
+    return a.objects if a.is_one_spec else tuple(o for o in a.objects if of_object(e, o) < INFINITE)
+
+
+def arrays_of(e: Expressions, expr: Expr) -> tuple[Arrays, ...]:
+    """Do as `objects_of`, for arrays."""
+    a = e.values(expr)
+    return a.arrays if a.is_one_spec else tuple(r for r in a.arrays if of_array(e, r) < INFINITE)

@@ -1,122 +1,35 @@
-"""Items that must differ: constants taken out of what an expression allows, and whether enough values are left.
+"""Values that must differ: from values that are excluded, or from the other items of an array.
 
-Constants are what was read, as hashable values: ("string", text), ("number", Fraction), ("bool", b), ("null", None),
-("array", numbers of the items), ("object", {(key, number of its value)}). `Constants` numbers them.
+Three questions, for a spec as a whole and for an array or object that is half read:
+
+- Is there a value that is none of these constants? `{"type": "array", "not": {"const": [1, 2]}}` after `[1,`: the next
+  item must not be 2 if it is the last one. The constants that the text has been like so far are its *rivals*
+  (`object_may_differ`, `array_may_differ`).
+- What may the next item be, compared with those before it? With `uniqueItems` none of them. In the negation of
+  `uniqueItems`, where some two items must be equal, one of them sooner or later (`compared`, `can_repeat`).
+- Are there enough values left? Three items that differ cannot all be in `{"enum": [1, 2]}`; and before a second item
+  that must be 1, the first one must not be 1 (`may_fill`, `spoilers`). To see this, small sets are written out as lists
+  of constants (`all_of`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from fractions import Fraction
 from itertools import chain
 from math import ceil, lcm
-from typing import TYPE_CHECKING, Any
 
 from ramet.grammar import deadline
-from ramet.grammar.json_schema.algebra import costs, specs
-from ramet.grammar.json_schema.algebra import values as v
+from ramet.grammar.json_schema.algebra import specs
+from ramet.grammar.json_schema.algebra.expressions import Expressions
 from ramet.grammar.json_schema.algebra.languages import few_texts, has_few_texts
-from ramet.grammar.json_schema.algebra.values import FALSE, TRUE, Arrays, Const, Expr, Objects, Strings, Values
+from ramet.grammar.json_schema.algebra.specs import Counts
+from ramet.grammar.json_schema.algebra.values import INFINITE, Arrays, Expr, Objects, Strings, Values
 from ramet.grammar.regular import numbers as numeric
 from ramet.grammar.regular.numbers import Numbers
 
-if TYPE_CHECKING:
-    from ramet.grammar.json_schema.algebra.expressions import Expressions
-
 MANY = 1 << 14  # values: more are not told apart from infinitely many
-
-
-class Constants:
-    """All constants met, numbered; and the expressions of single ones."""
-
-    def __init__(self, expressions: Expressions) -> None:
-        self.expressions = expressions
-        self.all: list[Const] = []
-        self._index: dict[Const, int] = {}
-        self._exprs: dict[int, Expr] = {}
-        self._members: dict[int, dict[str, int]] = {}
-
-    def number(self, const: Const) -> int:
-        found = self._index.get(const)
-        if found is None:
-            found = self._index[const] = len(self.all)
-            self.all.append(const)
-        return found
-
-    def members(self, number: int) -> dict[str, int]:
-        """Key -> number of its value, of an object."""
-        found = self._members.get(number)
-        if found is None:
-            found = self._members[number] = dict(self.all[number][1])
-        return found
-
-    def items(self, number: int) -> tuple[int, ...]:
-        """Numbers of the items of an array."""
-        items: tuple[int, ...] = self.all[number][1]
-        return items
-
-    def expr(self, number: int) -> Expr:
-        """Exactly this value."""
-        found = self._exprs.get(number)
-        if found is None:
-            found = self._exprs[number] = self.expressions.of_values(self._values(number))
-        return found
-
-    def _values(self, number: int) -> Values:
-        kind, value = self.all[number]
-        match kind:
-            case "string":
-                return Values(strings=(Strings(finite=frozenset((value,))),))
-            case "number":
-                return Values(numbers=(Numbers(finite=frozenset((value,))),))
-            case "bool":
-                return Values(booleans=2 if value else 1)
-            case "array":
-                items = tuple(map(self.expr, value))
-                return Values(arrays=(Arrays(items, FALSE, len(items), len(items)),))
-            case "object":
-                properties = tuple((k, self.expr(n)) for k, n in sorted(value))
-                return Values(objects=(Objects(properties, FALSE, required=frozenset(k for k, _ in value)),))
-            case _:
-                return Values(null=True)
-
-    def all_but(self, numbers: Iterable[int]) -> Values:
-        """All values but these."""
-        of_kind: dict[str, set[Any]] = {k: set() for k in ("string", "number", "bool", "null", "array", "object")}
-        for n in numbers:
-            kind, value = self.all[n]
-            of_kind[kind].add(n if kind in ("array", "object") else value)
-        texts, fractions = frozenset(of_kind["string"]), frozenset(of_kind["number"])
-        objects, arrays = frozenset(of_kind["object"]), frozenset(of_kind["array"])
-        return Values(
-            not of_kind["null"],
-            3 & ~sum(2 if b else 1 for b in of_kind["bool"]),
-            (Numbers(excluded=fractions) if fractions else numeric.ANY,),
-            (Strings(excluded=texts) if texts else v.ANY_STRINGS,),
-            (Objects(excluded=objects) if objects else v.ANY_OBJECTS,),
-            (Arrays(excluded=arrays) if arrays else v.ANY_ARRAYS,),
-        )
-
-    def without(self, expr: Expr, numbers: Collection[int]) -> Expr:
-        """The values of an expression but these."""
-        if not numbers:
-            return expr
-        return self.expressions.both(expr, self.expressions.of_values(self.all_but(numbers)))
-
-    def split(
-        self, expr: Expr, rivals: tuple[int, ...], part: Callable[[int], int | None]
-    ) -> Iterator[tuple[Expr, tuple[int, ...]]]:
-        """The ways that a value in `expr` can continue or end the likeness to `rivals`, of each of which `part` is the
-        value in this place: (what the value must be, the rivals that are still alike)."""
-        alike: dict[int, list[int]] = {}
-        for r in rivals:
-            p = part(r)
-            if p is not None:
-                alike.setdefault(p, []).append(r)
-        yield self.without(expr, alike.keys()), ()
-        for p, still in alike.items():
-            yield self.expressions.both(expr, self.expr(p)), tuple(still)
 
 
 # --- is there another value than these?
@@ -125,18 +38,21 @@ class Constants:
 def object_may_differ(
     e: Expressions, o: Objects, rivals: tuple[int, ...], present: frozenset[str] = frozenset()
 ) -> bool:
-    """Can an object with the keys `present`, so far like each of `rivals`, become one in `o` that is none of them?"""
-    o = with_few_keys(e, o)
-    if o.high is None and not o.exists and costs.other_keys_possible(e, o):
-        return costs.of_object(e, _decided(o, present, frozenset())) < v.INFINITE
+    """Tell whether an object can become one in `o` that is none of `rivals`.
+
+    present: the keys that it has. Their values are good, and are those that each rival has.
+    """
+    o = specs.with_few_keys(e, o)
+    if o.high is None and not o.exists and specs.other_keys_possible(e, o):
+        return _has_objects(e, specs.decided(o, present, frozenset()))
     members = e.constants.members
     names = dict.fromkeys([*o.table, *(k for r in rivals for k in members(r))])
     order = [k for k in names if k not in present and not e.is_empty(specs.expr_of_key(e, o, k))]
 
     def is_possible(chosen: frozenset[str], absent: frozenset[str], extra: int = 0) -> bool:
-        spec = _decided(o, present, absent)
+        spec = specs.decided(o, present, absent)
         low = max(spec.low, len(present | chosen) + extra)
-        return costs.of_object(e, replace(spec, required=spec.required | chosen, low=low)) < v.INFINITE
+        return _has_objects(e, replace(spec, required=spec.required | chosen, low=low))
 
     def search(at: int, alike: tuple[int, ...], chosen: frozenset[str], absent: frozenset[str]) -> bool:
         deadline.check()
@@ -145,7 +61,7 @@ def object_may_differ(
         if not alike:
             return is_possible(chosen, absent)
         if at == len(order):
-            return costs.other_keys_possible(e, o) and is_possible(chosen, absent, 1)
+            return specs.other_keys_possible(e, o) and is_possible(chosen, absent, 1)
         key = order[at]
         with_key = chosen | {key}
         if is_possible(with_key, absent):
@@ -159,40 +75,17 @@ def object_may_differ(
     return search(0, rivals, frozenset(), frozenset())
 
 
-def without_excluded(e: Expressions, o: Objects) -> Objects:
-    """The spec without its `excluded`, all keys of those declared."""
-    names = {k: None for n in sorted(o.excluded) for k in sorted(e.constants.members(n))}
-    return replace(_declaring(e, o, names), excluded=frozenset())
-
-
-def with_few_keys(e: Expressions, o: Objects) -> Objects:
-    """The same, the keys of languages that have few texts declared."""
-    numbers = o.languages
-    few = e.languages.few_of_signature
-    names = {k: None for s in e.languages.signatures(numbers)[1] for k in few(numbers, s) or ()} if numbers else {}
-    return _declaring(e, o, names)
-
-
-def _declaring(e: Expressions, o: Objects, names: Iterable[str]) -> Objects:
-    missing = [k for k in names if k not in o.table]
-    if not missing:
-        return o
-    return replace(o, properties=o.properties + tuple((k, specs.expr_of_key(e, o, k)) for k in missing))
-
-
-def _decided(o: Objects, present: frozenset[str], absent: frozenset[str]) -> Objects:
-    """The spec, for objects that have some keys, whose values are good, and never get others."""
-    properties = tuple((k, TRUE if k in present else FALSE if k in absent else x) for k, x in o.properties)
-    missing = (present | absent) - o.table.keys()
-    properties += tuple((k, TRUE if k in present else FALSE) for k in sorted(missing))
-    exists = tuple(x._replace(names=x.names | present) for x in o.exists)
-    return replace(o, properties=properties, required=o.required | present, exists=exists, excluded=frozenset())
+def _has_objects(e: Expressions, o: Objects) -> bool:
+    return e.cost_of(Values(objects=(o,))) < INFINITE
 
 
 def array_may_differ(
-    e: Expressions, a: Arrays, rivals: tuple[int, ...], index: int = 0, counts: tuple[int, ...] | None = None
+    e: Expressions, a: Arrays, rivals: tuple[int, ...], index: int = 0, counts: Counts | None = None
 ) -> bool:
-    """Can an array with `index` items, so far like each of `rivals`, become one in `a` that is none of them?"""
+    """Tell whether an array can become one in `a` that is none of `rivals`.
+
+    index: how many items it has; each rival begins with these. counts: of the `contains` so far (see specs.py).
+    """
     deadline.check()
     items = e.constants.items
 
@@ -220,10 +113,12 @@ def array_may_differ(
 
 
 def compared(
-    e: Expressions, a: Arrays, index: int, counts: tuple[int, ...], value: Expr, seen: frozenset[int]
+    e: Expressions, a: Arrays, index: int, counts: Counts, value: Expr, seen: frozenset[int]
 ) -> list[tuple[Expr, Arrays]]:
-    """What the item at `index`, in `value`, must be, compared with the items before it; and the spec from then on.
-    counts: those of `contains` after the item."""
+    """Return the ways to read the item at `index`: what it must be, and the spec for the items after it.
+
+    value: what the item must be, whatever stands before it. counts: those after the item. seen: the items before it.
+    """
     constants = e.constants
     if a.unique:
         return [(constants.without(value, seen | spoilers(e, a, index, counts, seen)), a)]
@@ -238,18 +133,18 @@ def compared(
 
 
 def can_repeat(e: Expressions, a: Arrays) -> bool:
-    """Can an array have two equal items?"""
+    """Tell whether an array of this spec can have two equal items."""
     return _may_repeat(e, _later(e, a, 0))
 
 
 def _may_repeat(e: Expressions, later: list[Expr], seen: Collection[int] = ()) -> bool:
-    """Can an item to come equal one of `seen`, or another one to come?"""
+    """Tell whether one of the items to come can equal one of `seen`, or another item to come."""
     known = [e.constants.expr(n) for n in seen]
     return any(not e.is_empty(e.both(x, y)) for i, x in enumerate(later) for y in (*later[:i], *known))
 
 
 def _later(e: Expressions, a: Arrays, index: int) -> list[Expr]:
-    """What the items from `index` on may be; of many alike, two."""
+    """What the items from `index` on may be. Where many positions are alike, two stand for them."""
     out: list[Expr] = []
     last = max(len(a.prefix), index) + 2
     for i in range(index, last if a.high is None else min(a.high, last)):
@@ -263,8 +158,11 @@ def _later(e: Expressions, a: Arrays, index: int) -> list[Expr]:
 # --- are there enough values?
 
 
-def may_fill(e: Expressions, a: Arrays, index: int, counts: tuple[int, ...], used: Collection[int]) -> bool:
-    """Can an array with `index` items, among them `used`, be completed?"""
+def may_fill(e: Expressions, a: Arrays, index: int, counts: Counts, used: Collection[int]) -> bool:
+    """Tell whether an array can be completed that has `index` items.
+
+    counts: of `contains` so far. used: the items that must not come again, those among the first `index` or more.
+    """
     if a.contains and specs.items_needed(e, a, index, counts) is None:
         return False
     if not a.unique or a.low <= index:
@@ -277,22 +175,22 @@ def may_fill(e: Expressions, a: Arrays, index: int, counts: tuple[int, ...], use
 
 
 def few_choices(e: Expressions, a: Arrays, index: int, enough: int) -> list[list[int]]:
-    """The values of each item that must still come, where they are fewer than `enough`."""
+    """Return the values that each item may have which must still come; without the items that have `enough` or more."""
     lists = []
     enough = min(enough, MANY)
     for expr in a.prefix[index : a.low]:
-        found = listed(e, expr, enough)
+        found = e.listed(expr, enough)
         if found is not None:
             lists.append(found)
     rest = a.low - max(len(a.prefix), index)
-    found = listed(e, a.rest, enough) if rest > 0 else None
+    found = e.listed(a.rest, enough) if rest > 0 else None
     if found is not None:
         lists.extend([found] * min(rest, len(found) + 1))  # one more than there are values shows that they run out
     return lists
 
 
 def _may_match(lists: list[list[int]], taken: set[int]) -> bool:
-    """Can one value be taken from each list, all different and none of `taken`? (Augmenting paths.)"""
+    """Tell whether one value can be taken from each list, all different and none of `taken` (augmenting paths)."""
     owner: dict[int, int] = {}
 
     def place(i: int, tried: set[int]) -> bool:
@@ -313,8 +211,8 @@ def _may_match(lists: list[list[int]], taken: set[int]) -> bool:
     return all(place(i, set()) for i in range(len(lists)))
 
 
-def spoilers(e: Expressions, a: Arrays, index: int, counts: tuple[int, ...], used: frozenset[int]) -> set[int]:
-    """Values that the item at `index` must not have, for then too few would be left for those after it."""
+def spoilers(e: Expressions, a: Arrays, index: int, counts: Counts, used: frozenset[int]) -> set[int]:
+    """Return the values that the item at `index` must not have, because too few would be left for those after it."""
     if a.low <= index + 1:
         return set()
     candidates = {n for found in few_choices(e, a, index + 1, a.low - index + len(used)) for n in found}
@@ -322,35 +220,21 @@ def spoilers(e: Expressions, a: Arrays, index: int, counts: tuple[int, ...], use
 
 
 def is_free(e: Expressions, expr: Expr) -> bool:
-    """True where no text can be stuck because of what came before: whatever is like it so far can go on to differ."""
+    """Tell whether any beginning of a value can be completed so that it differs from whatever came before it."""
     a = e.values(expr)
     return (
         all(s.finite is None and s.high is None and not s.languages for s in a.strings)
         and all(replace(n, excluded=frozenset()) == numeric.ANY for n in a.numbers)
         and all(
-            o.high is None and not o.exists and costs.other_keys_possible(e, with_few_keys(e, o)) for o in a.objects
+            o.high is None and not o.exists and specs.other_keys_possible(e, specs.with_few_keys(e, o))
+            for o in a.objects
         )
         and all(not (r.contains or r.unique) and is_endless(e, r) for r in a.arrays)
     )
 
 
-def listed(e: Expressions, expr: Expr, enough: int) -> list[int] | None:
-    """All values; None where there are `enough` of them, or more."""
-    limit, found = e.listed.get(expr, (0, None))
-    if found is not None or limit >= enough:
-        return found
-    if expr in e.listing:
-        return None  # it can hold itself, over and over
-    e.listing.add(expr)
-    try:
-        found = _listed(e, e.values(expr), enough)
-    finally:
-        e.listing.discard(expr)
-    e.listed[expr] = enough, found
-    return found
-
-
-def _listed(e: Expressions, a: Values, enough: int) -> list[int] | None:
+def all_of(e: Expressions, a: Values, enough: int) -> list[int] | None:
+    """Return all values of a set, as numbers of constants; None where there are `enough` of them, or more."""
     number = e.constants.number
     out: dict[int, None] = {}
     if a.null:
@@ -406,26 +290,26 @@ def _listed_strings(e: Expressions, s: Strings, enough: int) -> list[int] | None
 
 
 def _listed_objects(e: Expressions, o: Objects, enough: int) -> list[int] | None:
-    if costs.of_object(e, o) >= v.INFINITE:
+    if not _has_objects(e, o):
         return []
-    o = with_few_keys(e, o)
-    if (o.high is None or len(costs.closure_of_keys(o, o.required)) < o.high) and costs.other_keys_possible(e, o):
+    o = specs.with_few_keys(e, o)
+    if (o.high is None or len(specs.closure_of_keys(o, o.required)) < o.high) and specs.other_keys_possible(e, o):
         return None
     partial: list[dict[str, int]] = [{}]
     absent: list[frozenset[str]] = [frozenset()]
     for key, expr in o.properties:
         if e.is_empty(expr):
             continue
-        values = listed(e, expr, enough)
+        values = e.listed(expr, enough)
         following: list[tuple[dict[str, int], frozenset[str]]] = []
         for members, without in zip(partial, absent, strict=True):
             deadline.check()
             chosen = frozenset(members)
-            if costs.of_object(e, _decided(o, chosen | {key}, without)) < v.INFINITE:
+            if _has_objects(e, specs.decided(o, chosen | {key}, without)):
                 if values is None:
                     return None
                 following.extend(({**members, key: n}, without) for n in values)
-            if key not in o.required and costs.of_object(e, _decided(o, chosen, without | {key})) < v.INFINITE:
+            if key not in o.required and _has_objects(e, specs.decided(o, chosen, without | {key})):
                 following.append((members, without | {key}))
             if len(following) >= enough + len(o.excluded) and not o.exists:
                 return None  # each can be completed
@@ -436,7 +320,7 @@ def _listed_objects(e: Expressions, o: Objects, enough: int) -> list[int] | None
 
 
 def _listed_arrays(e: Expressions, a: Arrays, enough: int) -> list[int] | None:
-    if costs.of_array(e, a) >= v.INFINITE:
+    if e.cost_of(Values(arrays=(a,))) >= INFINITE:
         return []
     if not a.unique and is_endless(e, a, enough):
         return None
@@ -453,7 +337,7 @@ def _listed_arrays(e: Expressions, a: Arrays, enough: int) -> list[int] | None:
                 value = e.constants.without(choice, items) if a.unique else choice
                 if e.is_empty(value) or not may_fill(e, a, index + 1, after, items):
                     continue
-                values = listed(e, value, enough)
+                values = e.listed(value, enough)
                 if values is None:
                     return None
                 following.update(
@@ -467,7 +351,7 @@ def _listed_arrays(e: Expressions, a: Arrays, enough: int) -> list[int] | None:
 
 
 def is_endless(e: Expressions, a: Arrays, enough: int | None = None) -> bool:
-    """May more and more items come, `enough` of them at least?"""
+    """Tell whether more and more items may come; with `enough`, whether that many may."""
     if a.high is not None and (enough is None or a.high - max(a.low, len(a.prefix)) < enough):
         return False
     return not any(map(e.is_empty, (*a.prefix, a.rest)))

@@ -1,18 +1,27 @@
-"""Expressions: conjunctions of schemas, negations and value sets, interned; their values; which of them are empty.
+"""Expressions: sets of JSON values that are referred to by number and worked out when they are first needed.
 
-An expression is a number: 0 is anything, 1 is nothing. Its values are computed when first needed, so a schema's unused
-parts cost nothing. Emptiness is the least fixed point of "has a finite value", so a schema that needs itself is empty.
+An expression is a conjunction of *atoms*. An atom is a schema (the values that it accepts), the negation of an
+expression, or a `Values`. Equal conjunctions have the same number; 0 is the set of all values, 1 is the empty set:
+
+    {"properties": {"a": {"allOf": [A, {"not": B}]}}}     the value of "a" is one expression with the atom of the schema
+                                                          {"allOf": ...}; once its values are asked for, it is read as
+                                                          the intersection of A and the complement of B
+
+So a part of a schema that no text reaches costs nothing, and a schema may contain itself. But a schema that needs
+itself has no values, `{"type": "object", "required": ["a"], "properties": {"a": {"$ref": "#"}}}`: only infinite values
+would do. A set therefore counts as empty unless a finite value of it was found (the least fixed point).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple, NoReturn, Protocol
 
 from ramet.errors import GrammarTooLarge, InvalidSchema
 from ramet.grammar import deadline
-from ramet.grammar.json_schema.algebra import costs, distinct, specs
 from ramet.grammar.json_schema.algebra import values as v
+from ramet.grammar.json_schema.algebra.constants import Constants
 from ramet.grammar.json_schema.algebra.languages import Languages
 from ramet.grammar.json_schema.algebra.values import FALSE, INFINITE, TRUE, Arrays, Expr, Objects, Strings, Values
 from ramet.grammar.json_schema.schema.document import SchemaNode
@@ -21,66 +30,101 @@ from ramet.grammar.regular import numbers as numeric
 MAX_SPECS = 1000
 
 
+class SchemaReader(Protocol):
+    """Knows what schemas mean."""
+
+    def interpret(self, node: SchemaNode) -> Values:
+        """Return the values that a schema object accepts."""
+
+    def interpret_not(self, node: SchemaNode) -> Values:
+        """Return the values that a schema object refuses."""
+
+    def is_scalar(self, node: SchemaNode) -> bool:
+        """Tell whether the keywords show that `interpret` is cheap: it reads no other schema, and compares no objects
+        or arrays."""
+
+    def surely_has_values(self, node: SchemaNode) -> bool:
+        """Tell whether the keywords show at once that the schema accepts some value."""
+
+
+class Operations(NamedTuple):
+    """The functions that look into specs. They ask the expressions of a spec's parts about those."""
+
+    both_objects: Callable[[Expressions, Objects, Objects], Objects | None]
+    both_arrays: Callable[[Expressions, Arrays, Arrays], Arrays | None]
+    not_objects: Callable[[Expressions, Objects], list[Objects]]
+    not_arrays: Callable[[Expressions, Arrays], list[Arrays]]
+    cost: Callable[[Expressions, Values], int]
+    all_of: Callable[[Expressions, Values, int], list[int] | None]
+
+
+class _Not(NamedTuple):
+    """An atom: all values that are not in the expression."""
+
+    expr: Expr
+
+
+_Atom = SchemaNode | _Not | Values
+
+
 class _NotYet(Exception):
     """A question about a schema whose own meaning is just being worked out."""
 
 
 class Expressions:
-    """Owner of all expressions of one compilation. `interpret` gives the values of a schema node, `interpret_not` all
-    others.
+    """All expressions of one compilation, and what is known about them.
+
+    lenient: a set that cannot be described is taken as the set of all values.
     """
 
     def __init__(
-        self,
-        languages: Languages,
-        interpret: Callable[[SchemaNode], Values],
-        interpret_not: Callable[[SchemaNode], Values],
-        *,
-        lenient: bool = False,
+        self, languages: Languages, reader: SchemaReader, operations: Operations, *, lenient: bool = False
     ) -> None:
         self.languages = languages
-        self.interpret = interpret
-        self.interpret_not = interpret_not
-        self.lenient = lenient  # what cannot be described is taken as anything
-        self._atoms: list[tuple[str, object]] = []
-        self._atom_index: dict[tuple[str, object], int] = {}
-        self.contents: list[tuple[int, ...]] = [(), (-1,)]
+        self.lenient = lenient
+        self.constants = Constants(self.of_values, self.both)
+        self._reader = reader
+        self._operations = operations
+        self._both_objects = partial(operations.both_objects, self)
+        self._both_arrays = partial(operations.both_arrays, self)
+        self._atoms: list[_Atom] = []
+        self._atom_index: dict[_Atom, int] = {}
+        self._contents: list[tuple[int, ...]] = [(), (-1,)]  # for each expression, its atoms
         self._index: dict[tuple[int, ...], Expr] = {(): TRUE, (-1,): FALSE}
         self._of_node: dict[SchemaNode, Expr] = {}
         self._kinds: dict[Expr, int] = {}
         self._conjunctions: dict[tuple[Expr, Expr], Expr] = {}
         self._values: dict[Expr, Values] = {TRUE: v.ANY, FALSE: v.NONE}
         self._atom_values: dict[int, Values] = {}
-        self._open: list[int] = []
+        self._open: list[int] = []  # atoms whose values are being worked out, the innermost last
         self._costs: dict[Expr, int] = {TRUE: 1, FALSE: INFINITE}
         self._in_progress: set[Expr] = set()
         self._asked_at = 0  # atoms opened before this depth were opened by whoever asks about emptiness
-        self._tainted = False
+        self._tainted = False  # the cost being worked out rests on that of an expression in progress
         self._scalar: dict[Expr, bool] = {TRUE: False, FALSE: True}
         self._plainest: dict[Expr, Expr] = {}
         self._same_values: dict[Values, Expr] = {}
-        self.constants = distinct.Constants(self)
-        self.listed: dict[Expr, tuple[int, list[int] | None]] = {}  # owned by distinct.listed
-        self.listing: set[Expr] = set()
+        self._listed: dict[Expr, tuple[int, list[int] | None]] = {}
+        self._listing: set[Expr] = set()
 
     # --- making
 
-    def _atom(self, kind: str, content: object) -> Expr:
-        key = (kind, content)
-        found = self._atom_index.get(key)
+    def _of_atom(self, atom: _Atom) -> Expr:
+        found = self._atom_index.get(atom)
         if found is None:
-            found = self._atom_index[key] = len(self._atoms)
-            self._atoms.append(key)
+            found = self._atom_index[atom] = len(self._atoms)
+            self._atoms.append(atom)
         return self._of((found,))
 
     def _of(self, atoms: tuple[int, ...]) -> Expr:
         found = self._index.get(atoms)
         if found is None:
-            found = self._index[atoms] = len(self.contents)
-            self.contents.append(atoms)
+            found = self._index[atoms] = len(self._contents)
+            self._contents.append(atoms)
         return found
 
     def of_schema(self, node: SchemaNode) -> Expr:
+        """Return the expression of the values that a schema accepts."""
         found = self._of_node.get(node)
         if found is None:
             found = self._of_node[node] = self._of_schema(node)
@@ -91,23 +135,31 @@ class Expressions:
             return TRUE
         if node.schema is False:
             return FALSE
-        return self._atom("schema", node)
+        return self._of_atom(node)
 
     def of_values(self, values: Values) -> Expr:
+        """Return the expression of a set that is known."""
         if values == v.ANY:
             return TRUE
-        return FALSE if values.is_empty else self._atom("values", values)
+        return FALSE if values.is_empty else self._of_atom(values)
 
     def negate(self, expr: Expr) -> Expr:
+        """Return the expression of all other values."""
         if expr <= FALSE:
             return FALSE - expr
-        atoms = self.contents[expr]
-        if len(atoms) == 1 and self._atoms[atoms[0]][0] == "not":
-            return self._atoms[atoms[0]][1]  # type: ignore[return-value]
-        return self._atom("not", expr)
+        atoms = self._contents[expr]
+        if len(atoms) == 1:
+            atom = self._atoms[atoms[0]]
+            if isinstance(atom, _Not):
+                return atom.expr
+        return self._of_atom(_Not(expr))
+
+    def is_conjunction(self, expr: Expr) -> bool:
+        """Tell whether an expression has several atoms, so that it may be empty though none of them is."""
+        return len(self._contents[expr]) > 1
 
     def both(self, a: Expr, b: Expr) -> Expr:
-        """The conjunction."""
+        """Return the expression of the values in both."""
         if a == b or b == TRUE:
             return a
         if a == TRUE:
@@ -117,14 +169,14 @@ class Expressions:
         key = (a, b) if a < b else (b, a)
         found = self._conjunctions.get(key)
         if found is None:
-            found = self._of(tuple(sorted({*self.contents[a], *self.contents[b]})))
+            found = self._of(tuple(sorted({*self._contents[a], *self._contents[b]})))
             if found not in (a, b) and (self.is_scalar(a) or self.is_scalar(b)):
                 found = self._simpler(a, b, found)
             self._conjunctions[key] = found
         return found
 
     def _simpler(self, a: Expr, b: Expr, whole: Expr) -> Expr:
-        """The conjunction `whole` of a and b, one of them scalar, in a form that shows when it is empty or no news."""
+        """Return the conjunction `whole` of a and b, or a simpler expression of the same set. One of them is scalar."""
         asked_at, self._asked_at = self._asked_at, len(self._open)
         try:
             found = self.intersect(self.values(a), self.values(b))
@@ -140,7 +192,7 @@ class Expressions:
         return self.of_values(found) if self.is_scalar(a) and self.is_scalar(b) else whole
 
     def plainest(self, expr: Expr) -> Expr:
-        """One of the expressions with the same values, the same for all of them; itself where that is not plain."""
+        """Return one expression for all that have the same values, where that is cheap to see; else `expr` itself."""
         found = self._plainest.get(expr)
         if found is None:
             found = expr if not self.is_scalar(expr) else self._same_values.setdefault(self.values(expr), expr)
@@ -148,93 +200,82 @@ class Expressions:
         return found
 
     def is_scalar(self, expr: Expr) -> bool:
-        """True where the values are known to be plain, so that comparing them now is cheap and cannot recurse."""
+        """Tell whether no object and no array is compared in it, so that its values can be worked out at any time."""
         found = self._scalar.get(expr)
         if found is None:
-            found = all(self._is_scalar_atom(a) for a in self.contents[expr])
+            found = all(self._is_scalar_atom(a) for a in self._contents[expr])
             self._scalar[expr] = found
         return found
 
-    def _is_scalar_atom(self, atom: int) -> bool:
-        kind, content = self._atoms[atom]
-        if kind == "not":
-            return self.is_scalar(content)  # type: ignore[arg-type]
-        if kind == "values":
-            assert isinstance(content, Values)
-            return all(s is v.ANY_OBJECTS for s in content.objects) and all(s is v.ANY_ARRAYS for s in content.arrays)
-        schema = content.schema  # type: ignore[attr-defined]
-        if not isinstance(schema, dict) or _NESTING & schema.keys():
-            return False
-        if "const" in schema:
-            return not isinstance(schema["const"], dict | list)
-        if isinstance(schema.get("enum"), list):
-            return not any(isinstance(x, dict | list) for x in schema["enum"])
-        return isinstance(schema.get("type"), str) and schema["type"] not in ("object", "array")
+    def _is_scalar_atom(self, index: int) -> bool:
+        atom = self._atoms[index]
+        if isinstance(atom, SchemaNode):
+            return self._reader.is_scalar(atom)
+        if isinstance(atom, _Not):
+            return self.is_scalar(atom.expr)
+        return all(s is v.ANY_OBJECTS for s in atom.objects) and all(s is v.ANY_ARRAYS for s in atom.arrays)
 
     # --- values
 
     def values(self, expr: Expr) -> Values:
-        """The set of values.
+        """Return the set of values.
 
         Raises: InvalidSchema where a schema's meaning depends on itself without any nesting (a cycle of references).
         """
         found = self._values.get(expr)
         if found is None:
             found = v.ANY
-            for atom in self.contents[expr]:
+            for atom in self._contents[expr]:
                 found = self.intersect(found, self._values_of_atom(atom))
             self._values[expr] = found
         return found
 
-    def _values_of_atom(self, atom: int) -> Values:
-        found = self._atom_values.get(atom)
+    def _values_of_atom(self, index: int) -> Values:
+        found = self._atom_values.get(index)
         if found is None:
-            kind, content = self._atoms[atom]
-            if atom in self._open:
-                if self._open.index(atom) < self._asked_at:
-                    raise _NotYet
-                node = next(
-                    self._atoms[a][1] for a in self._open[self._open.index(atom) :] if self._atoms[a][0] == "schema"
-                )
-                pointer = node.pointer  # type: ignore[attr-defined]
-                raise InvalidSchema(f"{pointer or '/'}: the schema refers to itself without an end", pointer)
+            if index in self._open:
+                self._refuse_cycle(self._open.index(index))
             if len(self._open) > 150:
                 raise GrammarTooLarge("schemas refer to each other more than 150 levels deep")
-            self._open.append(atom)
+            atom = self._atoms[index]
+            self._open.append(index)
             try:
-                if kind == "schema":
-                    found = self.interpret(content)  # type: ignore[arg-type]
-                elif kind == "not":
-                    found = self._values_of_not(content)  # type: ignore[arg-type]
+                if isinstance(atom, SchemaNode):
+                    found = self._reader.interpret(atom)
                 else:
-                    found = content  # type: ignore[assignment]
+                    found = self._values_of_not(atom.expr) if isinstance(atom, _Not) else atom
             except GrammarTooLarge as error:
-                if kind == "schema" and error.pointer is None:  # the innermost schema that was being read
-                    place = str(content.pointer)  # type: ignore[attr-defined]
-                    error.args = (f"{place or '/'}: {error.args[0]}",)
-                    error.pointer = place
+                if isinstance(atom, SchemaNode) and error.pointer is None:  # the innermost schema that was being read
+                    error.args = (f"{atom.pointer or '/'}: {error.args[0]}",)
+                    error.pointer = atom.pointer
                 raise
             finally:
                 self._open.pop()
-            assert isinstance(found, Values)
-            self._atom_values[atom] = found
+            self._atom_values[index] = found
         return found
+
+    def _refuse_cycle(self, depth: int) -> NoReturn:
+        """Raise for the open atom at `depth`, whose values are needed to work out themselves."""
+        if depth < self._asked_at:
+            raise _NotYet
+        cycle = [self._atoms[i] for i in self._open[depth:]]
+        negated = [self._atoms[i] for a in cycle if isinstance(a, _Not) for i in self._contents[a.expr]]
+        pointer = next((a.pointer for a in (*cycle, *negated) if isinstance(a, SchemaNode)), "")
+        raise InvalidSchema(f"{pointer or '/'}: the schema refers to itself without an end", pointer)
 
     def _values_of_not(self, expr: Expr) -> Values:
         """Not a conjunction: not the first, or not the second, ..."""
         parts = []
-        for atom in self.contents[expr]:
-            kind, content = self._atoms[atom]
-            if kind == "schema":
-                parts.append(self.interpret_not(content))  # type: ignore[arg-type]
-            elif kind == "not":
-                parts.append(self.values(content))  # type: ignore[arg-type]
+        for index in self._contents[expr]:
+            atom = self._atoms[index]
+            if isinstance(atom, SchemaNode):
+                parts.append(self._reader.interpret_not(atom))
             else:
-                parts.append(self.complement(content))  # type: ignore[arg-type]
+                parts.append(self.values(atom.expr) if isinstance(atom, _Not) else self.complement(atom))
         return v.unite(parts)
 
     def kinds(self, expr: Expr) -> int:
-        """Bits of the kinds of value there are: 0 object, 1 array, 2 string, 3 number, 4 true, 5 false, 6 null."""
+        """Return the kinds of value as bits: 0 object, 1 array, 2 string, 3 number, 4 true, 5 false, 6 null."""
         found = self._kinds.get(expr)
         if found is None:
             a = self.values(expr)
@@ -246,6 +287,7 @@ class Expressions:
     # --- algebra
 
     def intersect(self, a: Values, b: Values) -> Values:
+        """Return the values in both sets."""
         if a is v.ANY or a == b:
             return b
         if b is v.ANY:
@@ -257,17 +299,15 @@ class Expressions:
             a.booleans & b.booleans,
             v.product(a.numbers, b.numbers, numeric.intersect) if a.numbers and b.numbers else (),
             v.product(a.strings, b.strings, self.both_strings) if a.strings and b.strings else (),
-            v.product(a.objects, b.objects, partial(specs.both_objects, self)) if a.objects and b.objects else (),
-            v.product(a.arrays, b.arrays, partial(specs.both_arrays, self)) if a.arrays and b.arrays else (),
+            v.product(a.objects, b.objects, self._both_objects) if a.objects and b.objects else (),
+            v.product(a.arrays, b.arrays, self._both_arrays) if a.arrays and b.arrays else (),
         )
 
     @property
     def pointer(self) -> str:
-        """Where the schema stands that is just being read."""
-        for atom in reversed(self._open):
-            if self._atoms[atom][0] == "schema":
-                return str(self._atoms[atom][1].pointer)  # type: ignore[attr-defined]
-        return ""
+        """The JSON pointer of the schema that is being read, the innermost one."""
+        atoms = (self._atoms[i] for i in reversed(self._open))
+        return next((a.pointer for a in atoms if isinstance(a, SchemaNode)), "")
 
     def _check_size(self, a: Values, b: Values) -> None:
         size = max(len(a.objects) * len(b.objects), len(a.arrays) * len(b.arrays), len(a.strings) * len(b.strings))
@@ -275,7 +315,7 @@ class Expressions:
             raise GrammarTooLarge(f"combining alternatives needs more than {MAX_SPECS:,} cases")
 
     def complement(self, a: Values) -> Values:
-        """All other values."""
+        """Return all other values."""
         numbers: tuple[numeric.Numbers, ...] = (numeric.ANY,)
         for n in a.numbers:
             numbers = v.product(numbers, tuple(numeric.complement(n)), numeric.intersect)
@@ -285,17 +325,18 @@ class Expressions:
             strings = v.product(strings, others, self.both_strings)
         objects: tuple[Objects, ...] = (v.ANY_OBJECTS,)
         for o in a.objects:
-            other = tuple(specs.not_objects(self, o))
+            other = tuple(self._operations.not_objects(self, o))
             self._check_size(Values(objects=objects), Values(objects=other))
-            objects = v.product(objects, other, partial(specs.both_objects, self))
+            objects = v.product(objects, other, self._both_objects)
         arrays: tuple[Arrays, ...] = (v.ANY_ARRAYS,)
         for r in a.arrays:
-            rest = tuple(specs.not_arrays(self, r))
+            rest = tuple(self._operations.not_arrays(self, r))
             self._check_size(Values(arrays=arrays), Values(arrays=rest))
-            arrays = v.product(arrays, rest, partial(specs.both_arrays, self))
+            arrays = v.product(arrays, rest, self._both_arrays)
         return Values(not a.null, 3 & ~a.booleans, numbers, strings, objects, arrays)
 
     def both_strings(self, a: Strings, b: Strings) -> Strings | None:
+        """Return the strings in both specs; None where there is none."""
         if a is v.ANY_STRINGS or b is v.ANY_STRINGS:
             return b if a is v.ANY_STRINGS else a
         if a.finite is not None or b.finite is not None:
@@ -313,7 +354,7 @@ class Expressions:
     # --- emptiness
 
     def is_empty(self, expr: Expr) -> bool:
-        """True where no value is in the set. Asked while schemas are being read, False may mean: not known yet."""
+        """Tell whether no value is in the set. While schemas are being read, False may mean: it is not known yet."""
         found = self._costs.get(expr)
         if found is None:
             if self._is_plain(expr):
@@ -325,25 +366,29 @@ class Expressions:
         return found >= INFINITE
 
     def _is_plain(self, expr: Expr) -> bool:
-        """True where a schema's keywords show at once that it has values; so that its values need not be worked out."""
-        atoms = self.contents[expr]
-        if len(atoms) != 1 or self._atoms[atoms[0]][0] != "schema":
+        """One schema that surely has values; so that these need not be worked out."""
+        atoms = self._contents[expr]
+        if len(atoms) != 1:
             return False
-        schema = self._atoms[atoms[0]][1].schema  # type: ignore[attr-defined]
-        return isinstance(schema, dict) and not _MAY_EMPTY & schema.keys()
+        atom = self._atoms[atoms[0]]
+        return isinstance(atom, SchemaNode) and self._reader.surely_has_values(atom)
 
     def values_are_empty(self, a: Values) -> bool:
-        """As `is_empty`, for values."""
+        """Do as `is_empty`, for a set that is given by its values."""
         asked_at, self._asked_at = self._asked_at, len(self._open)
         try:
-            return a.is_empty or costs.of_values(self, a) >= INFINITE
+            return a.is_empty or self.cost_of(a) >= INFINITE
         except _NotYet:
             return False
         finally:
             self._asked_at = asked_at
 
+    def cost_of(self, a: Values) -> int:
+        """Return about how many bytes the shortest value of a set has; INFINITE where it has none."""
+        return self._operations.cost(self, a)
+
     def cost(self, expr: Expr) -> int:
-        """About the bytes of the shortest value; INFINITE where there is none."""
+        """Do as `cost_of`, for an expression, and remember."""
         found = self._costs.get(expr)
         if found is not None:
             return found
@@ -356,7 +401,7 @@ class Expressions:
         asked_at, self._asked_at = self._asked_at, len(self._open)
         self._in_progress.add(expr)
         try:
-            found = costs.of_values(self, self.values(expr))
+            found = self.cost_of(self.values(expr))
         finally:
             self._in_progress.discard(expr)
             self._asked_at = asked_at
@@ -366,17 +411,22 @@ class Expressions:
         self._tainted = outer or (self._tainted and found >= INFINITE)
         return found
 
+    # --- all values of a small set
 
-# keywords that can leave a schema without any value, alone or together
-_MAY_EMPTY = {
-    "enum", "const", "required", "allOf", "anyOf", "oneOf", "not", "if", "$ref", "$dynamicRef", "$recursiveRef",
-    "extends", "disallow", "dependentSchemas", "dependencies", "pattern", "minLength", "maximum", "exclusiveMaximum",
-    "multipleOf", "divisibleBy", "minItems", "contains", "minProperties", "unevaluatedProperties", "unevaluatedItems",
-}  # fmt: skip
-_NESTING = {
-    "$ref", "allOf", "anyOf", "oneOf", "not", "if", "$dynamicRef", "$recursiveRef", "properties", "items", "required",
-    "additionalProperties", "patternProperties", "dependencies", "dependentSchemas", "contains", "prefixItems",
-}  # fmt: skip
+    def listed(self, expr: Expr, enough: int) -> list[int] | None:
+        """Return all values, as numbers of constants; None where there are `enough` of them, or more."""
+        limit, found = self._listed.get(expr, (0, None))
+        if found is not None or limit >= enough:
+            return found
+        if expr in self._listing:
+            return None  # a value that can contain itself: there is no end of them
+        self._listing.add(expr)
+        try:
+            found = self._operations.all_of(self, self.values(expr), enough)
+        finally:
+            self._listing.discard(expr)
+        self._listed[expr] = enough, found
+        return found
 
 
 def _not_strings(s: Strings) -> list[Strings]:

@@ -1,70 +1,105 @@
-"""Algebra of object and array specs: and, not, and what a key or an item must be."""
+"""The algebra of specs of objects and of arrays: and, not, and what a spec asks of one key or of one item.
+
+A spec is a conjunction (see values.py). The intersection of two specs is one spec again; the complement of a spec is a
+union of several, one for each thing that it asks:
+
+    not {"required": ["a"], "maxProperties": 3}     objects without the key "a", and objects with 4 keys or more
+    not {"items": {"type": "integer"}}              arrays of which some item is no integer: a `Contains`
+
+All functions take the `Expressions` that the parts of a spec belong to as `e`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 from ramet.grammar import deadline
-from ramet.grammar.json_schema.algebra import costs, distinct
 from ramet.grammar.json_schema.algebra import values as v
-from ramet.grammar.json_schema.algebra.values import (
-    FALSE,
-    INFINITE,
-    TRUE,
-    Arrays,
-    Contains,
-    Exists,
-    Expr,
-    Objects,
-    Rule,
-)
+from ramet.grammar.json_schema.algebra.expressions import Expressions
+from ramet.grammar.json_schema.algebra.values import FALSE, TRUE, Arrays, Contains, Exists, Expr, Objects, Rule
 
-if TYPE_CHECKING:
-    from ramet.grammar.json_schema.algebra.expressions import Expressions
+# --- one key of an object
 
 
-def expr_of_key(expressions: Expressions, o: Objects, key: str) -> Expr:
-    """Expression of the value of a key, declared or not."""
+def expr_of_key(e: Expressions, o: Objects, key: str) -> Expr:
+    """Return what the value of a key must be, whether the key is declared or not."""
     found = o.table.get(key)
-    return _undeclared(expressions, o, lambda n: expressions.languages.accepts(n, key)) if found is None else found
+    return _undeclared(e, o, lambda n: e.languages.accepts(n, key)) if found is None else found
 
 
-def _undeclared(expressions: Expressions, o: Objects, matches: Callable[[int], bool]) -> Expr:
+def expr_of_signature(e: Expressions, o: Objects, matching: frozenset[int]) -> Expr:
+    """Return what the value of a key must be that is not declared and that matches these languages and no others."""
+    return _undeclared(e, o, matching.__contains__)
+
+
+def _undeclared(e: Expressions, o: Objects, matches: Callable[[int], bool]) -> Expr:
     expr = o.default
     for rule in o.rules:
         hit = False
-        for number, e in rule.patterns:
+        for number, of_pattern in rule.patterns:
             if matches(number):
                 hit = True
-                expr = expressions.both(expr, e)
+                expr = e.both(expr, of_pattern)
         if not hit:
-            expr = expressions.both(expr, rule.additional)
+            expr = e.both(expr, rule.additional)
     return expr
 
 
-def expr_of_signature(expressions: Expressions, o: Objects, matching: frozenset[int]) -> Expr:
-    """Expression of the value of an undeclared key that matches exactly these languages."""
-    return _undeclared(expressions, o, matching.__contains__)
+def closure_of_keys(o: Objects, keys: frozenset[str]) -> frozenset[str]:
+    """Return all keys that must stand in an object that has these: those that they require, and so on."""
+    if not o.dependent:
+        return keys
+    needed = set(keys)
+    while True:
+        more = {r for k, needs in o.dependent if k in needed for r in needs} - needed
+        if not more:
+            return frozenset(needed)
+        needed |= more
 
 
-def both_objects(expressions: Expressions, a: Objects, b: Objects) -> Objects | None:
-    """The objects in both; None where it is seen that there is none."""
+def other_keys_possible(e: Expressions, o: Objects) -> bool:
+    """Tell whether an object may have a key that is not declared."""
+    if o.default == FALSE:
+        return False
+    numbers = o.languages
+    if not numbers:
+        return not e.is_empty(o.default)
+    for matching in e.languages.signatures(numbers)[1]:
+        if not e.is_empty(expr_of_signature(e, o, matching)):
+            few = e.languages.few_of_signature(numbers, matching)
+            if few is None or not few <= o.table.keys():
+                return True
+    return False
+
+
+def in_class(e: Expressions, x: Exists, key: str) -> bool:
+    """Tell whether a key is one of those that an `Exists` is about."""
+    if key in x.names:
+        return False
+    if x.pattern is not None:
+        return e.languages.accepts(x.pattern, key)
+    return not any(e.languages.accepts(n, key) for n in x.others)
+
+
+# --- objects
+
+
+def both_objects(e: Expressions, a: Objects, b: Objects) -> Objects | None:
+    """Return the objects in both specs; None where it is seen that there is none."""
     if a is v.ANY_OBJECTS or b is v.ANY_OBJECTS:
         return b if a is v.ANY_OBJECTS else a
     names = dict.fromkeys([*a.table, *b.table])
-    properties = tuple(
-        (k, expressions.both(expr_of_key(expressions, a, k), expr_of_key(expressions, b, k))) for k in names
-    )
+    properties = tuple((k, e.both(expr_of_key(e, a, k), expr_of_key(e, b, k))) for k in names)
     high = a.high if b.high is None else b.high if a.high is None else min(a.high, b.high)
     dependent = dict(a.dependent)
     for k, needs in b.dependent:
         dependent[k] = dependent.get(k, frozenset()) | needs
     return tidy_objects(
-        expressions,
+        e,
         Objects(
             properties,
-            expressions.both(a.default, b.default),
+            e.both(a.default, b.default),
             tuple(dict.fromkeys(a.rules + b.rules)),
             a.required | b.required,
             max(a.low, b.low),
@@ -77,44 +112,44 @@ def both_objects(expressions: Expressions, a: Objects, b: Objects) -> Objects | 
     )
 
 
-def tidy_objects(expressions: Expressions, o: Objects) -> Objects | None:
-    """Declare all keys that are named anywhere; None where it is seen that there is no such object."""
+def tidy_objects(e: Expressions, o: Objects) -> Objects | None:
+    """Declare all keys that the spec names anywhere; None where it is seen that there is no such object."""
     low = max(o.low, len(o.required))
     if o.high is not None and low > o.high:
         return None
     if o.low and o.rules:  # so that what counts keys knows where they run out
-        o = distinct.with_few_keys(expressions, o)
+        o = with_few_keys(e, o)
     named = set(o.required)
     for k, needs in o.dependent:
         named.add(k)
         named |= needs
     missing = sorted(named - o.table.keys())
-    properties = o.properties + tuple((k, expr_of_key(expressions, o, k)) for k in missing)
+    properties = o.properties + tuple((k, expr_of_key(e, o, k)) for k in missing)
     table = dict(properties)
     for k in o.required:
-        e = table[k]
-        if e == FALSE or (len(expressions.contents[e]) > 1 and expressions.is_empty(e)):
+        expr = table[k]
+        if expr == FALSE or (e.is_conjunction(expr) and e.is_empty(expr)):
             return None
     default, rules = o.default, o.rules
     if default == FALSE:
         rules = ()
-    if default == FALSE and any(e == FALSE for _, e in properties):
-        properties = tuple((k, e) for k, e in properties if e != FALSE or k in named)
-    if default == FALSE and low > sum(e != FALSE for _, e in properties):
+    if default == FALSE and any(expr == FALSE for _, expr in properties):
+        properties = tuple((k, expr) for k, expr in properties if expr != FALSE or k in named)
+    if default == FALSE and low > sum(expr != FALSE for _, expr in properties):
         return None
     low = o.low if o.low > len(o.required) else 0
     return Objects(properties, default, rules, o.required, low, o.high, o.dependent, o.exists, o.named_only, o.excluded)
 
 
-def not_objects(expressions: Expressions, o: Objects) -> list[Objects]:
-    """All other objects, as a union."""
+def not_objects(e: Expressions, o: Objects) -> list[Objects]:
+    """Return all other objects, as a union of specs."""
     out = []
-    for k, e in o.properties:
-        if e != TRUE and k in o.required:
-            out.append(Objects(((k, expressions.negate(e)),), required=frozenset((k,))))
+    for k, expr in o.properties:
+        if expr != TRUE and k in o.required:
+            out.append(Objects(((k, e.negate(expr)),), required=frozenset((k,))))
             out.append(Objects(((k, FALSE),)))
-        elif e != TRUE:
-            out.append(Objects(((k, expressions.negate(e)),), required=frozenset((k,))))
+        elif expr != TRUE:
+            out.append(Objects(((k, e.negate(expr)),), required=frozenset((k,))))
         elif k in o.required:
             out.append(Objects(((k, FALSE),)))
     if o.low:
@@ -125,23 +160,22 @@ def not_objects(expressions: Expressions, o: Objects) -> list[Objects]:
         out.extend(Objects(((k, TRUE), (r, FALSE)), required=frozenset((k,))) for r in sorted(needs) if r != k)
     names = frozenset(o.table)
     if o.default != TRUE:
-        out.append(Objects(exists=(Exists(None, (), names, expressions.negate(o.default)),)))
+        out.append(Objects(exists=(Exists(None, (), names, e.negate(o.default)),)))
     for rule in o.rules:
-        for number, e in rule.patterns:
-            if e != TRUE:
-                out.append(Objects(exists=(Exists(number, (), names, expressions.negate(e)),)))
+        for number, expr in rule.patterns:
+            if expr != TRUE:
+                out.append(Objects(exists=(Exists(number, (), names, e.negate(expr)),)))
         if rule.additional != TRUE:
             others = tuple(n for n, _ in rule.patterns)
-            out.append(Objects(exists=(Exists(None, others, names, expressions.negate(rule.additional)),)))
-    out.extend(_not_exists(expressions, x) for x in o.exists)
-    constants = expressions.constants
-    out.extend(s for n in sorted(o.excluded) for s in expressions.values(constants.expr(n)).objects)
+            out.append(Objects(exists=(Exists(None, others, names, e.negate(rule.additional)),)))
+    out.extend(_not_exists(e, x) for x in o.exists)
+    out.extend(s for n in sorted(o.excluded) for s in e.values(e.constants.expr(n)).objects)
     return out
 
 
-def _not_exists(expressions: Expressions, x: Exists) -> Objects:
+def _not_exists(e: Expressions, x: Exists) -> Objects:
     free = tuple((k, TRUE) for k in sorted(x.names))
-    other = expressions.negate(x.expr)
+    other = e.negate(x.expr)
     if x.pattern is None and not x.others:
         return Objects(free, other)
     if x.pattern is None:
@@ -149,34 +183,58 @@ def _not_exists(expressions: Expressions, x: Exists) -> Objects:
     return Objects(free, rules=(Rule(((x.pattern, other),), TRUE),))
 
 
-def objects_of(expressions: Expressions, expr: Expr) -> tuple[Objects, ...]:
-    """The specs of the objects in an expression that is not empty, but for specs without values."""
-    a = expressions.values(expr)
-    return a.objects if a.is_one_spec else tuple(o for o in a.objects if costs.of_object(expressions, o) < INFINITE)
+# --- the same objects, with other keys declared
 
 
-def arrays_of(expressions: Expressions, expr: Expr) -> tuple[Arrays, ...]:
-    """As `objects_of`, for arrays."""
-    a = expressions.values(expr)
-    return a.arrays if a.is_one_spec else tuple(r for r in a.arrays if costs.of_array(expressions, r) < INFINITE)
+def with_few_keys(e: Expressions, o: Objects) -> Objects:
+    """Declare the keys of the spec's languages that have few texts: `^[ab]$` becomes the keys "a" and "b"."""
+    numbers = o.languages
+    few = e.languages.few_of_signature
+    names = {k: None for s in e.languages.signatures(numbers)[1] for k in few(numbers, s) or ()} if numbers else {}
+    return _declaring(e, o, names)
+
+
+def without_excluded(e: Expressions, o: Objects) -> Objects:
+    """Let the spec exclude no constants, but declare all keys that they have."""
+    names = {k: None for n in sorted(o.excluded) for k in sorted(e.constants.members(n))}
+    return replace(_declaring(e, o, names), excluded=frozenset())
+
+
+def _declaring(e: Expressions, o: Objects, names: Iterable[str]) -> Objects:
+    missing = [k for k in names if k not in o.table]
+    if not missing:
+        return o
+    return replace(o, properties=o.properties + tuple((k, expr_of_key(e, o, k)) for k in missing))
+
+
+def decided(o: Objects, present: frozenset[str], absent: frozenset[str]) -> Objects:
+    """Return the spec for objects of which some keys are decided: `present` have good values, `absent` never come."""
+    properties = tuple((k, TRUE if k in present else FALSE if k in absent else x) for k, x in o.properties)
+    missing = (present | absent) - o.table.keys()
+    properties += tuple((k, TRUE if k in present else FALSE) for k in sorted(missing))
+    exists = tuple(x._replace(names=x.names | present) for x in o.exists)
+    return replace(o, properties=properties, required=o.required | present, exists=exists, excluded=frozenset())
+
+
+# --- arrays
 
 
 def item(a: Arrays, index: int) -> Expr:
-    """Expression of the item at an index."""
+    """Return what the item at an index must be."""
     return a.prefix[index] if index < len(a.prefix) else a.rest
 
 
-def both_arrays(expressions: Expressions, a: Arrays, b: Arrays) -> Arrays | None:
-    """The arrays in both; None where it is seen that there is none."""
+def both_arrays(e: Expressions, a: Arrays, b: Arrays) -> Arrays | None:
+    """Return the arrays in both specs; None where it is seen that there is none."""
     if a is v.ANY_ARRAYS or b is v.ANY_ARRAYS:
         return b if a is v.ANY_ARRAYS else a
     n = max(len(a.prefix), len(b.prefix))
     high = a.high if b.high is None else b.high if a.high is None else min(a.high, b.high)
     return tidy_arrays(
-        expressions,
+        e,
         Arrays(
-            tuple(expressions.both(item(a, i), item(b, i)) for i in range(n)),
-            expressions.both(a.rest, b.rest),
+            tuple(e.both(item(a, i), item(b, i)) for i in range(n)),
+            e.both(a.rest, b.rest),
             max(a.low, b.low),
             high,
             tuple(dict.fromkeys(a.contains + b.contains)),
@@ -187,8 +245,8 @@ def both_arrays(expressions: Expressions, a: Arrays, b: Arrays) -> Arrays | None
     )
 
 
-def tidy_arrays(expressions: Expressions, a: Arrays) -> Arrays | None:
-    """Tighten the bounds; None where it is seen that there is no such array."""
+def tidy_arrays(e: Expressions, a: Arrays) -> Arrays | None:
+    """Tighten the bounds on the number of items; None where it is seen that there is no such array."""
     high = a.high
     if a.rest == FALSE:
         high = len(a.prefix) if high is None else min(high, len(a.prefix))
@@ -199,8 +257,8 @@ def tidy_arrays(expressions: Expressions, a: Arrays) -> Arrays | None:
     if (high is not None and low > high) or (a.unique and a.repeats):
         return None
     for i in range(min(low, len(a.prefix) + 1)):
-        e = item(a, i)
-        if len(expressions.contents[e]) > 1 and expressions.is_empty(e):
+        expr = item(a, i)
+        if e.is_conjunction(expr) and e.is_empty(expr):
             return None
     prefix = a.prefix if high is None else a.prefix[:high]
     rest = FALSE if high is not None and len(prefix) >= high else a.rest
@@ -208,16 +266,16 @@ def tidy_arrays(expressions: Expressions, a: Arrays) -> Arrays | None:
     return Arrays(prefix, rest, low, high, contains, a.unique, a.repeats, a.excluded)
 
 
-def not_arrays(expressions: Expressions, a: Arrays) -> list[Arrays]:
-    """All other arrays, as a union."""
+def not_arrays(e: Expressions, a: Arrays) -> list[Arrays]:
+    """Return all other arrays, as a union of specs."""
     out = []
-    for i, e in enumerate(a.prefix):
-        if e != TRUE:
-            out.append(Arrays((*([TRUE] * i), expressions.negate(e)), low=i + 1))
+    for i, expr in enumerate(a.prefix):
+        if expr != TRUE:
+            out.append(Arrays((*([TRUE] * i), e.negate(expr)), low=i + 1))
     if a.rest == FALSE:
         out.append(Arrays(low=len(a.prefix) + 1))
     elif a.rest != TRUE:
-        out.append(Arrays(contains=(Contains(len(a.prefix), expressions.negate(a.rest), 1, None),)))
+        out.append(Arrays(contains=(Contains(len(a.prefix), e.negate(a.rest), 1, None),)))
     if a.low:
         out.append(Arrays(high=a.low - 1))
     if a.high is not None:
@@ -227,25 +285,29 @@ def not_arrays(expressions: Expressions, a: Arrays) -> list[Arrays]:
             out.append(Arrays(contains=(Contains(c.start, c.expr, 0, c.low - 1),)))
         if c.high is not None:
             out.append(Arrays(contains=(Contains(c.start, c.expr, c.high + 1, None),)))
-    constants = expressions.constants
-    out.extend(s for n in sorted(a.excluded) for s in expressions.values(constants.expr(n)).arrays)
+    out.extend(s for n in sorted(a.excluded) for s in e.values(e.constants.expr(n)).arrays)
     if a.unique:
-        out.append(Arrays() if expressions.lenient else Arrays(repeats=True))
+        out.append(Arrays() if e.lenient else Arrays(repeats=True))
     if a.repeats:
         out.append(Arrays(unique=True))
-    return [t for t in (tidy_arrays(expressions, x) for x in out) if t is not None]
+    return [t for t in (tidy_arrays(e, x) for x in out) if t is not None]
 
 
-Counts = tuple[int, ...]  # for each `contains` of a spec, the matching items so far, no further than matters
+# --- an array that is read item by item
+
+Counts = tuple[int, ...]  # for each `contains` of a spec, how many items matched it, no further than matters
 
 
 def last_index(a: Arrays) -> int:
-    """From this index on all positions of an array are alike."""
+    """Return the index from which on all positions of an array are alike."""
     return max(len(a.prefix), a.low, a.high or 0, *[c.start for c in a.contains])
 
 
-def item_choices(expressions: Expressions, a: Arrays, index: int, counts: Counts) -> list[tuple[Expr, Counts]]:
-    """The ways to read one more item: what it must be, and the counts after it. Empty past the last item."""
+def item_choices(e: Expressions, a: Arrays, index: int, counts: Counts) -> list[tuple[Expr, Counts]]:
+    """Return the ways to read the item at `index`: what it must be, and the counts after it. Empty past the last item.
+
+    An item may match a `contains` or not, and both may lead to a good array: then there are two ways.
+    """
     if a.high is not None and index >= a.high:
         return []
     value = item(a, index)
@@ -256,21 +318,25 @@ def item_choices(expressions: Expressions, a: Arrays, index: int, counts: Counts
         elif c.high is None:
             ways = [(c.expr, count + 1), (TRUE, count)]
         else:
-            ways = [(expressions.negate(c.expr), count)]
+            ways = [(e.negate(c.expr), count)]
             if count < c.high:
                 ways.append((c.expr, count + 1))
-        out = [(expressions.both(v, e), (*done, n)) for v, done in out for e, n in ways]
-    return [(v, done) for v, done in out if not expressions.is_empty(v)]
+        out = [(e.both(expr, x), (*done, n)) for expr, done in out for x, n in ways]
+    return [(expr, done) for expr, done in out if not e.is_empty(expr)]
 
 
 def may_close(a: Arrays, index: int, counts: Counts) -> bool:
+    """Tell whether an array with `index` items may end, as far as lengths and `contains` go."""
     if index < a.low or not a.contains:
         return index >= a.low
     return all(c.low <= n for c, n in zip(a.contains, counts, strict=True))
 
 
-def items_needed(expressions: Expressions, a: Arrays, index: int, counts: Counts) -> int | None:
-    """The fewest further items after which the array may end; None where it never may. Breadth first over counts."""
+def items_needed(e: Expressions, a: Arrays, index: int, counts: Counts) -> int | None:
+    """Return how many items must still come at least before the array may end; None where it never may.
+
+    Searches breadth first over (index, counts).
+    """
     if may_close(a, index, counts):
         return 0
     last = last_index(a)
@@ -282,7 +348,7 @@ def items_needed(expressions: Expressions, a: Arrays, index: int, counts: Counts
         following = set()
         for i, n in level:
             deadline.check()
-            for _, after in item_choices(expressions, a, i, n):
+            for _, after in item_choices(e, a, i, n):
                 if may_close(a, i + 1, after):
                     return steps
                 following.add((min(i + 1, last), after))

@@ -15,7 +15,7 @@ from ramet.grammar.machine.frame import DEAD, NEEDS_RUN, Frame, FrameTable, targ
 # must not become, and which it equals so far)
 ArrayThread = tuple[int, Arrays, tuple[int, ...], tuple[int, ...]]
 ArrayChoices = tuple[tuple[Expr, ...], list[tuple[ArrayThread, int]]]
-Items = tuple[int, ...]  # their numbers (see distinct.py)
+Items = tuple[int, ...]  # their numbers (see constants.py)
 
 
 class ArrayState:
@@ -243,7 +243,7 @@ def open_array(compilation: Compilation, exprs: tuple[Expr, ...], context: Conte
 def _opened(compilation: Compilation, exprs: tuple[Expr, ...]) -> ArrayState:
     threads: list[ArrayThread] = []
     for tag, expr in enumerate(exprs):
-        for a in specs.arrays_of(compilation.expressions, expr):
+        for a in costs.arrays_of(compilation.expressions, expr):
             whole = replace(a, excluded=frozenset()) if a.excluded else a
             threads.append((tag, whole, (0,) * len(a.contains), tuple(sorted(a.excluded))))
     return compilation.once(ArrayState, tuple(threads), 0, frozenset[int]())

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from ramet.grammar.json_schema.algebra import costs, distinct
+from ramet.grammar.json_schema.algebra import distinct
 from ramet.grammar.json_schema.algebra import specs as object_specs
 from ramet.grammar.json_schema.algebra.values import Exists, Expr, Objects
 from ramet.grammar.json_schema.frames.compilation import Compilation
@@ -115,7 +115,9 @@ class Space:
                 named = sum(1 << i for i in range(n) if self.usable(spec, i))
             if o.dependent:  # a key is of no use where those that it requires cannot stand
                 for i in range(n):
-                    needed = sum(1 << self.index[k] for k in costs.closure_of_keys(o, frozenset((self.names[i],))))
+                    needed = sum(
+                        1 << self.index[k] for k in object_specs.closure_of_keys(o, frozenset((self.names[i],)))
+                    )
                     if needed & ~named or (o.high is not None and needed.bit_count() > o.high):
                         named &= ~(1 << i)
             own = sum(1 << i for i in range(n) if (named >> i) & 1 and self.names[i] in o.table)
@@ -174,7 +176,7 @@ class Space:
 
     def in_class(self, x: Exists, label: int) -> bool:
         if label < len(self.names):
-            return costs.in_class(self.compilation.expressions, x, self.names[label])
+            return object_specs.in_class(self.compilation.expressions, x, self.names[label])
         matching = self.signatures[label - len(self.names)]
         return x.pattern in matching if x.pattern is not None else not matching.intersection(x.others)
 

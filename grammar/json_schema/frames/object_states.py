@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import combinations
 
-from ramet.grammar.json_schema.algebra import costs
+from ramet.grammar.json_schema.algebra import specs
 from ramet.grammar.json_schema.algebra.values import FALSE, Exists, Expr
 from ramet.grammar.json_schema.frames.compilation import Compilation
 from ramet.grammar.json_schema.frames.keys import ObjectChoices, ObjectThread, Space
@@ -66,7 +66,7 @@ class ObjectState:
         if not o.dependent:
             return space.required[spec] & ~seen
         present = frozenset(k for i, k in enumerate(space.names) if (seen >> i) & 1)
-        keys = costs.closure_of_keys(o, o.required | present)
+        keys = specs.closure_of_keys(o, o.required | present)
         return sum(1 << space.index[k] for k in keys) & ~seen
 
     def may_finish(self, thread: ObjectThread, seen: int, count: int) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from ramet.grammar.json_schema.algebra import distinct, specs
+from ramet.grammar.json_schema.algebra import costs, specs
 from ramet.grammar.json_schema.algebra import values as v
 from ramet.grammar.json_schema.algebra.values import TRUE, Const, Expr
 from ramet.grammar.json_schema.frames.compilation import Compilation, Context
@@ -25,7 +25,7 @@ from ramet.grammar.json_schema.frames.object_states import ObjectState
 from ramet.grammar.json_schema.frames.tables import CLOSE, GO_ON, next_key_rows, open_object_rows
 from ramet.grammar.machine.frame import DEAD, NEEDS_RUN, Frame, FrameTable, path_to_exit, target
 
-Content = frozenset[tuple[str, int]]  # keys and numbers of their values (see distinct.py)
+Content = frozenset[tuple[str, int]]  # keys and numbers of their values (see constants.py)
 Place = tuple[tuple[Expr, ...], Context]  # what a value must be, and where it stands
 
 # likely ones first; a control character only by an escape
@@ -53,10 +53,10 @@ def open_object(compilation: Compilation, exprs: tuple[Expr, ...], context: Cont
 
 def _opened(compilation: Compilation, exprs: tuple[Expr, ...]) -> ObjectState | None:
     e = compilation.expressions
-    pairs = [(tag, o) for tag, x in enumerate(exprs) for o in specs.objects_of(e, x)]
+    pairs = [(tag, o) for tag, x in enumerate(exprs) for o in costs.objects_of(e, x)]
     if not pairs:
         return None
-    whole = {o: distinct.without_excluded(e, o) if o.excluded else o for _, o in pairs}
+    whole = {o: specs.without_excluded(e, o) if o.excluded else o for _, o in pairs}
     bases = tuple(dict.fromkeys(whole.values()))
     position = {o: i for i, o in enumerate(bases)}
     threads = tuple(

@@ -11,13 +11,13 @@ from fractions import Fraction
 from typing import Any
 
 from ramet.errors import InvalidSchema
-from ramet.grammar.json_schema.algebra import specs
+from ramet.grammar.json_schema.algebra import costs, distinct, specs
 from ramet.grammar.json_schema.algebra import values as v
-from ramet.grammar.json_schema.algebra.expressions import Expressions
+from ramet.grammar.json_schema.algebra.expressions import Expressions, Operations
 from ramet.grammar.json_schema.algebra.languages import Languages
 from ramet.grammar.json_schema.algebra.values import FALSE, TRUE, Arrays, Contains, Expr, Objects, Rule, Strings, Values
 from ramet.grammar.json_schema.schema import formats, pattern
-from ramet.grammar.json_schema.schema.document import DRAFT4, DRAFT7, DRAFT2019, Registry, SchemaNode, escape
+from ramet.grammar.json_schema.schema.document import DRAFT4, DRAFT7, DRAFT2019, SchemaNode, Subschemas, escape
 from ramet.grammar.json_schema.schema.pattern import UnsupportedPattern
 from ramet.grammar.regular import dfas
 from ramet.grammar.regular import numbers as numeric
@@ -33,32 +33,54 @@ _ARRAY_KEYS = ("items", "prefixItems", "additionalItems", "minItems", "maxItems"
 _COMBINING = ("allOf", "anyOf", "oneOf", "not", "if", "dependentSchemas", "dependencies", "extends", "disallow")
 
 
+# keywords whose value is a schema, a list of schemas, or a map of schemas
+_DIRECT = ("additionalProperties", "additionalItems", "propertyNames", "contains", "not", "if", "then", "else", "items",
+           "unevaluatedProperties", "unevaluatedItems", "contentSchema", "allOf", "anyOf", "oneOf",
+           "prefixItems")  # fmt: skip
+_MAPS = ("properties", "patternProperties", "definitions", "$defs", "dependentSchemas", "dependencies")
+SUBSCHEMAS = {**dict.fromkeys(_DIRECT, Subschemas.DIRECT), **dict.fromkeys(_MAPS, Subschemas.NAMED)}
+# keywords that can leave a schema without any value, alone or together
+_MAY_EMPTY = {
+    "enum", "const", "required", "allOf", "anyOf", "oneOf", "not", "if", "$ref", "$dynamicRef", "$recursiveRef",
+    "extends", "disallow", "dependentSchemas", "dependencies", "pattern", "minLength", "maximum", "exclusiveMaximum",
+    "multipleOf", "divisibleBy", "minItems", "contains", "minProperties", "unevaluatedProperties", "unevaluatedItems",
+}  # fmt: skip
+_NESTING = {
+    "$ref", "allOf", "anyOf", "oneOf", "not", "if", "$dynamicRef", "$recursiveRef", "properties", "items", "required",
+    "additionalProperties", "patternProperties", "dependencies", "dependentSchemas", "contains", "prefixItems",
+}  # fmt: skip
+_OPERATIONS = Operations(
+    specs.both_objects, specs.both_arrays, specs.not_objects, specs.not_arrays, costs.of_values, distinct.all_of
+)
+
+
 class Interpreter:
     """Reads schema nodes as values.
 
     only_named: see values.Objects.named_only. lenient: what cannot be enforced is left out instead of refused.
-    expressions: shared by several schemas, whose owner sends each node to its interpreter; None: of this one alone.
     """
 
-    def __init__(
-        self,
-        registry: Registry,
-        max_states: int,
-        *,
-        only_named: bool = False,
-        lenient: bool = False,
-        expressions: Expressions | None = None,
-    ) -> None:
-        self.registry = registry
+    def __init__(self, max_states: int, *, only_named: bool = False, lenient: bool = False) -> None:
         self.only_named = only_named
         self.lenient = lenient
-        if expressions is None:
-            expressions = Expressions(Languages(max_states), self.interpret, self.interpret_not, lenient=lenient)
-        self.expressions = expressions
-        self.languages = expressions.languages
+        self.languages = Languages(max_states)
+        self.expressions = Expressions(self.languages, self, _OPERATIONS, lenient=lenient)
+
+    def is_scalar(self, node: SchemaNode) -> bool:
+        schema = node.schema
+        if not isinstance(schema, dict) or _NESTING & schema.keys():
+            return False
+        if "const" in schema:
+            return not isinstance(schema["const"], dict | list)
+        if isinstance(schema.get("enum"), list):
+            return not any(isinstance(x, dict | list) for x in schema["enum"])
+        return isinstance(schema.get("type"), str) and schema["type"] not in ("object", "array")
+
+    def surely_has_values(self, node: SchemaNode) -> bool:
+        return isinstance(node.schema, dict) and not _MAY_EMPTY & node.schema.keys()
 
     def child(self, node: SchemaNode, schema: Any, suffix: str) -> SchemaNode:
-        return self.registry.child(node, schema, suffix)
+        return node.registry.child(node, schema, suffix)
 
     def expr(self, node: SchemaNode, schema: Any, suffix: str) -> Expr:
         if schema is True or schema is False:
@@ -90,8 +112,8 @@ class Interpreter:
     def target(self, node: SchemaNode, key: str) -> SchemaNode:
         """The node that a reference leads to."""
         if key == "$ref":
-            return self.registry.resolve(node, node.schema[key], key)
-        return self.registry.resolve_dynamic(node, "#" if key == "$recursiveRef" else node.schema[key], key)
+            return node.registry.resolve(node, node.schema[key], key)
+        return node.registry.resolve_dynamic(node, "#" if key == "$recursiveRef" else node.schema[key], key)
 
     # --- the keywords that look at one value by its type
 

@@ -100,14 +100,14 @@ MAX_VALUE_DEPTH = 100
 Problem = tuple[str, str, str]  # JSON pointer, keyword, reason
 
 
-def survey(interpreter: Interpreter) -> list[Problem]:
-    """Look at every schema that can matter, and report all that is wrong at once.
+def survey(interpreter: Interpreter, root: SchemaNode) -> list[Problem]:
+    """Look at every schema under a root that can matter, and report all that is wrong at once.
 
     Returns what cannot be enforced, where the interpreter is lenient.
     Raises: InvalidSchema for the first malformed keyword; UnsupportedSchema with all that cannot be enforced.
     """
     problems: list[tuple[str, str, str]] = []
-    stack, seen = [interpreter.registry.root], {interpreter.registry.root.number}
+    stack, seen = [root], {root}
     while stack:
         node = stack.pop()
         deadline.check(node.pointer or "/")
@@ -117,8 +117,8 @@ def survey(interpreter: Interpreter) -> list[Problem]:
         _check_values(node)
         _check_patterns(interpreter, node, problems)
         for child in reversed(list(_children(interpreter, node))):  # so that problems come in the schema's order
-            if child.number not in seen:
-                seen.add(child.number)
+            if child not in seen:
+                seen.add(child)
                 stack.append(child)
     if problems and not interpreter.lenient:
         raise UnsupportedSchema(problems)

@@ -1,13 +1,15 @@
-"""Schema documents: dialects, identifiers, references. Every schema object met becomes a numbered node.
+"""Schema documents: which draft a schema is written in, what it is called, and where its references lead.
 
-References lead into the document, or into documents of a registry that the caller gives; nothing is ever fetched.
+A *node* is one schema object in its place. A reference leads to a place in the same document, or in another document
+that the caller gives by its URI; nothing is ever fetched.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from enum import Enum
+from typing import Any, NamedTuple
 from urllib.parse import unquote, urldefrag, urljoin
 
 from ramet.errors import InvalidSchema
@@ -24,21 +26,23 @@ _DIALECTS = {
     "json-schema.org/draft/2020-12/schema": DRAFT2020,
     "json-schema.org/schema": DRAFT2020,
 }
-# keywords whose value is a schema, a list of schemas, or a map of schemas
-_ONE = ("additionalProperties", "additionalItems", "propertyNames", "contains", "not", "if", "then", "else", "items",
-        "unevaluatedProperties", "unevaluatedItems", "contentSchema")  # fmt: skip
-_LISTS = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
-_MAPS = ("properties", "patternProperties", "definitions", "$defs", "dependentSchemas", "dependencies")
-_NESTING = frozenset((*_ONE, *_LISTS, *_MAPS))
 MAX_DEPTH = 500
+Scope = tuple[tuple[str, str], ...]  # (dynamic anchor, the outermost resource on the way here that has it)
+
+
+class Subschemas(Enum):
+    """How schemas stand in the value of a keyword."""
+
+    DIRECT = "the value is a schema, or a list of schemas"
+    NAMED = "the value is an object whose values are schemas"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SchemaNode:
-    """One schema object in its place, as met in one dynamic scope.
+    """One schema in its place, as it was reached through one dynamic scope.
 
-    base: the URI that references are resolved against (without fragment). scope: for each dynamic anchor, the outermost
-    resource on the way here that has it.
+    number: its index in `registry.nodes`. base: the URI, without fragment, that its references are relative to.
+    children: nodes of subschemas that were asked for, by `id` of the subschema. Only the registry makes nodes.
     """
 
     number: int
@@ -47,30 +51,49 @@ class SchemaNode:
     pointer: str
     draft: int
     document: Document
-    scope: tuple[tuple[str, str], ...] = ()
-    children: dict[int, SchemaNode] = field(default_factory=dict)  # by identity of the schema
+    scope: Scope
+    registry: Registry
+    children: dict[int, SchemaNode] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
 class Document:
-    """One resource tree: identifiers found by a walk over all places where schemas stand."""
+    """One JSON document that holds schemas. base: the URI under which it was loaded."""
 
-    def __init__(self, root: Any, base: str, draft: int) -> None:
-        self.root = root
-        self.base = base
-        self.draft = draft
+    root: Any  # a JSON schema
+    base: str
+    draft: int
+
+    @property
+    def place(self) -> Place:
+        """The place of the whole document."""
+        return Place(self.root, self.base, "", self.draft, self)
+
+
+class Place(NamedTuple):
+    """Where a reference may lead: a JSON value in a document, and what identifiers on the way to it said."""
+
+    schema: Any  # any JSON value: whether it is a schema is looked at when a node is made
+    base: str
+    pointer: str
+    draft: int
+    document: Document
 
 
 class Registry:
-    """All documents of one compilation, and the nodes made of them."""
+    """One schema with all documents that its references lead to, and the nodes made of them.
 
-    def __init__(self, root: Any, extra: Mapping[str, Any]) -> None:
+    extra: the other documents, by URI. subschemas: the keywords that hold schemas; identifiers are looked for in these.
+    """
+
+    def __init__(self, root: Any, extra: Mapping[str, Any], subschemas: Mapping[str, Subschemas]) -> None:
         self.extra = {urldefrag(uri)[0]: schema for uri, schema in extra.items()}
+        self._subschemas = subschemas
         self.nodes: list[SchemaNode] = []
         self._by_place: dict[tuple[object, ...], SchemaNode] = {}
-        # absolute URI (with anchor as fragment) -> (schema, base, pointer, draft, document)
-        self._places: dict[str, tuple[Any, str, str, int, Document]] = {}
+        self._places: dict[str, Place] = {}  # by absolute URI, with an anchor as its fragment
         # base -> dynamic anchor -> place; "" stands for $recursiveAnchor
-        self._dynamic: dict[str, dict[str, tuple[Any, str, str, int, Document]]] = {}
+        self._dynamic: dict[str, dict[str, Place]] = {}
         self._loaded: set[str] = set()
         self._bases: dict[int, tuple[str, int]] = {}
         self.root = self._load(root, "")
@@ -81,13 +104,9 @@ class Registry:
         self._loaded.add(base)
         self._scan(document)
         base, draft = self._context(schema, base, draft)
-        return self.node(schema, base, draft, "", document, self._extend((), base))
+        return self._node(Place(schema, base, "", draft, document), self._extend((), base))
 
-    def has(self, node: SchemaNode) -> bool:
-        """True for a node that this registry has made."""
-        return node.number < len(self.nodes) and self.nodes[node.number] is node
-
-    def _extend(self, scope: tuple[tuple[str, str], ...], base: str) -> tuple[tuple[str, str], ...]:
+    def _extend(self, scope: Scope, base: str) -> Scope:
         """The dynamic scope inside a resource entered from `scope`."""
         here = self._dynamic.get(base)
         if not here:
@@ -101,27 +120,28 @@ class Registry:
 
     def _scan(self, document: Document) -> None:
         """Walk all subschemas once: note bases, identifiers and anchors."""
-        self._places.setdefault(document.base, (document.root, document.base, "", document.draft, document))
-        stack: list[tuple[Any, str, str, int, int]] = [(document.root, document.base, "", document.draft, 0)]
+        self._places.setdefault(document.base, document.place)
+        stack = [(document.place, 0)]
         while stack:
-            schema, base, pointer, draft, depth = stack.pop()
+            (schema, base, pointer, draft, _), depth = stack.pop()
             deadline.check(pointer or "/")
             if not isinstance(schema, dict):
                 continue
             if depth > MAX_DEPTH:
                 raise InvalidSchema(f"schemas are nested deeper than {MAX_DEPTH} at {pointer[:200]}", pointer)
             base, draft = self._identify(schema, base, pointer, draft, document)
-            for key in schema.keys() & _NESTING:
+            for key in [k for k in schema if k in self._subschemas]:
                 value = schema[key]
                 where = f"{pointer}/{key}"
                 if isinstance(value, list):
-                    stack.extend((v, base, f"{where}/{i}", draft, depth + 1) for i, v in enumerate(value))
+                    inside = [(v, f"{where}/{i}") for i, v in enumerate(value)]
                 elif not isinstance(value, dict):
                     continue
-                elif key in _MAPS:
-                    stack.extend((v, base, f"{where}/{escape(k)}", draft, depth + 1) for k, v in value.items())
+                elif self._subschemas[key] is Subschemas.NAMED:
+                    inside = [(v, f"{where}/{escape(k)}") for k, v in value.items()]
                 else:
-                    stack.append((value, base, where, draft, depth + 1))
+                    inside = [(value, where)]
+                stack.extend((Place(v, base, at, draft, document), depth + 1) for v, at in inside)
 
     def _identify(
         self, schema: dict[str, Any], base: str, pointer: str, draft: int, document: Document
@@ -133,33 +153,25 @@ class Registry:
         if isinstance(name, str) and not hides:
             uri, fragment = urldefrag(_join(base, name))
             if fragment and draft <= DRAFT7:
-                self._places.setdefault(f"{uri}#{fragment}", (schema, base, pointer, draft, document))
+                self._places.setdefault(f"{uri}#{fragment}", Place(schema, base, pointer, draft, document))
             if uri != base:
                 base = uri
-                self._places.setdefault(uri, (schema, base, pointer, draft, document))
+                self._places.setdefault(uri, Place(schema, base, pointer, draft, document))
         self._bases[id(schema)] = (base, draft)
         if draft >= DRAFT2019:
+            place = Place(schema, base, pointer, draft, document)
             for key in ("$anchor", "$dynamicAnchor"):
                 anchor = schema.get(key)
                 if isinstance(anchor, str):
-                    place = (schema, base, pointer, draft, document)
                     self._places.setdefault(f"{base}#{anchor}", place)
                     if key == "$dynamicAnchor":
                         self._dynamic.setdefault(base, {}).setdefault(anchor, place)
             if schema.get("$recursiveAnchor") is True:
-                self._dynamic.setdefault(base, {}).setdefault("", (schema, base, pointer, draft, document))
+                self._dynamic.setdefault(base, {}).setdefault("", place)
         return base, draft
 
-    def node(
-        self,
-        schema: Any,
-        base: str,
-        draft: int,
-        pointer: str,
-        document: Document,
-        scope: tuple[tuple[str, str], ...] = (),
-    ) -> SchemaNode:
-        """The node of a schema in its place."""
+    def _node(self, place: Place, scope: Scope) -> SchemaNode:
+        schema, base, pointer, draft, document = place
         key = (id(schema if isinstance(schema, dict) else document), pointer, scope)
         found = self._by_place.get(key)
         if found is None:
@@ -167,21 +179,21 @@ class Registry:
                 raise InvalidSchema(
                     f"{pointer or '/'}: a schema must be an object or a boolean, not {_kind(schema)}", pointer
                 )
-            found = SchemaNode(len(self.nodes), schema, base, pointer, draft, document, scope)
+            found = SchemaNode(len(self.nodes), schema, base, pointer, draft, document, scope, self)
             self.nodes.append(found)
             self._by_place[key] = found
         return found
 
     def child(self, node: SchemaNode, schema: Any, suffix: str) -> SchemaNode:
-        """The node of a subschema of `node`."""
+        """Return the node of a subschema of `node`. suffix: the JSON pointer that leads from one to the other."""
         if not isinstance(schema, dict):  # true and false are one object wherever they stand
-            return self.node(schema, node.base, node.draft, node.pointer + suffix, node.document, node.scope)
+            return self._node(Place(schema, node.base, node.pointer + suffix, node.draft, node.document), node.scope)
         found = node.children.get(id(schema))
         if found is None:
+            pointer = node.pointer + suffix
             base, draft = self._context(schema, node.base, node.draft)
             scope = node.scope if base == node.base else self._extend(node.scope, base)
-            found = self.node(schema, base, draft, node.pointer + suffix, node.document, scope)
-            node.children[id(schema)] = found
+            found = node.children[id(schema)] = self._node(Place(schema, base, pointer, draft, node.document), scope)
         return found
 
     # --- references
@@ -199,28 +211,24 @@ class Registry:
                 node.pointer,
             )
         if not fragment:
-            found_at: tuple[Any, str, str, int, Document] | None = place
+            found_at: Place | None = place
         elif fragment.startswith("/"):
             tokens = [unquote(t).replace("~1", "/").replace("~0", "~") for t in fragment[1:].split("/")]
             found_at = self._descend(place, tokens)
-            document = place[4]
-            if found_at is None and document.root is not place[0]:
+            if found_at is None and place.document.root is not place.schema:
                 # an `id` that was meant as a name, not as a new base: pointers are then meant for the whole document
-                found_at = self._descend((document.root, document.base, "", document.draft, document), tokens)
+                found_at = self._descend(place.document.place, tokens)
         else:
-            found_at = self._places.get(f"{uri}#{fragment}") or self._places.get(f"{place[1]}#{fragment}")
+            found_at = self._places.get(f"{uri}#{fragment}") or self._places.get(f"{place.base}#{fragment}")
         if found_at is None:
             raise InvalidSchema(f"{node.pointer or '/'}: {keyword} {reference!r} leads nowhere", node.pointer)
         return self._enter(node, found_at)
 
-    def _enter(self, node: SchemaNode, place: tuple[Any, str, str, int, Document]) -> SchemaNode:
-        schema, base, pointer, draft, document = place
-        base, draft = self._context(schema, base, draft)
-        return self.node(schema, base, draft, pointer, document, self._extend(node.scope, base))
+    def _enter(self, node: SchemaNode, place: Place) -> SchemaNode:
+        base, draft = self._context(place.schema, place.base, place.draft)
+        return self._node(place._replace(base=base, draft=draft), self._extend(node.scope, base))
 
-    def _descend(
-        self, place: tuple[Any, str, str, int, Document], tokens: list[str]
-    ) -> tuple[Any, str, str, int, Document] | None:
+    def _descend(self, place: Place, tokens: list[str]) -> Place | None:
         schema, base, pointer, draft, document = place
         base, draft = self._context(schema, base, draft)
         for key in tokens:
@@ -232,9 +240,9 @@ class Registry:
                 return None
             pointer += "/" + escape(key)
             base, draft = self._context(schema, base, draft)
-        return schema, base, pointer, draft, document
+        return Place(schema, base, pointer, draft, document)
 
-    def _find(self, uri: str, draft: int) -> tuple[Any, str, str, int, Document] | None:
+    def _find(self, uri: str, draft: int) -> Place | None:
         found = self._places.get(uri)
         if found is None and uri not in self._loaded and uri in self.extra:
             self._load(self.extra[uri], uri, draft)  # without `$schema`, what refers to it decides
@@ -251,7 +259,7 @@ class Registry:
         found = self.resolve(node, reference, keyword)
         name = reference.partition("#")[2]
         # only where the reference itself leads to a dynamic anchor does the scope count
-        if name in self._dynamic.get(found.base, {}) and self._dynamic[found.base][name][0] is found.schema:
+        if name in self._dynamic.get(found.base, {}) and self._dynamic[found.base][name].schema is found.schema:
             outermost = dict(node.scope).get(name)
             if outermost is not None:
                 return self._enter(node, self._dynamic[outermost][name])

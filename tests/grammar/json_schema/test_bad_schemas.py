@@ -252,6 +252,7 @@ def test_texts_that_are_no_schema_are_refused_by_type(text: str) -> None:
         {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}},
         {"allOf": [{"$ref": "#"}]},
         {"not": {"$ref": "#"}},
+        {"not": {"$ref": "#/$defs/a"}, "$defs": {"a": {"$ref": "#/$defs/a"}}},
         {"$ref": "http://[::1"},
         {"$ref": "#/%zz"},
         {"$ref": "#/title", "title": "x"},
