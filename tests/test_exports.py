@@ -30,7 +30,7 @@ def test_importing_ramet_and_its_language_loads_no_torch() -> None:
 
 def test_the_process_that_speaks_http_loads_neither_torch_nor_a_compiler() -> None:
     code = (
-        "import sys; import ramet.runtime.server.app, ramet.lang.explain.graph, ramet.cli.main; "
+        "import sys; import ramet.runtime.server.app, ramet.lang.explain.plan, ramet.cli.main; "
         "heavy = {'torch', 'triton', 'transformers', 'numba'} & set(sys.modules); assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -16,6 +16,7 @@ from ramet.lang.passes.paths import Paths
 
 MAX_BRANCHES = 12  # of one fork that are drawn; of more, the first ones and how many there are besides
 HUES = 8
+_WORDS = {ir.Generate: "gen", ir.Select: "select", ir.ToolCall: "tool"}  # on cards that end with what was asked for
 
 
 @dataclass(slots=True)
@@ -117,7 +118,7 @@ class _Cards:
             self._card_of[node.id] = None
             if parent in self._hidden:
                 self._hidden[node.id] = more = self._hidden[parent]
-                self._cards[more].num_requests += isinstance(node, ir.Generate | ir.Select)
+                self._cards[more].num_requests += node.run_by == "model"
             return
         if isinstance(node, ir.Fork):
             self._fork(node)
@@ -143,10 +144,10 @@ class _Cards:
                 continue
             if not self._is_above(source, card.id):
                 card.uses.append(source)
-        if isinstance(node, ir.Generate | ir.Select | ir.ToolCall):
-            self._close(card, node)
-        else:
+        if node.run_by == "runner":
             card.prompt += self._texts[node.id]
+        else:
+            self._close(card, node)
 
     def _fork(self, node: ir.Fork) -> None:
         above = None if node.parent is None else self._card_of[node.parent]
@@ -196,9 +197,9 @@ class _Cards:
             at = self._cards[at].parent
         return False
 
-    def _close(self, card: Card, node: ir.Generate | ir.Select | ir.ToolCall) -> None:
-        card.kind = {"Generate": "gen", "Select": "select", "ToolCall": "tool"}[type(node).__name__]
-        card.name = ir.variable(node.name or "") or (node.tool if isinstance(node, ir.ToolCall) else "")
+    def _close(self, card: Card, node: ir.AnyNode) -> None:
+        card.kind = _WORDS.get(type(node), node.kind_name)
+        card.name = ir.variable(node.label or "") or (node.tool if isinstance(node, ir.ToolCall) else "")
         card.line, card.is_open = node.line, False
         event = self._events.get(node.id)
         if event is not None:

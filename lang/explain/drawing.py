@@ -68,8 +68,7 @@ def draw_run(record: RunRecord, backend: Backend) -> Drawing:
     paths: Paths | None = None
     with suppress(ConfigError):  # a backend elsewhere: the picture does without the tokens of prefixes
         paths = interpret(record.graph, target_of(backend))
-    texts = [_text_of(record, node) for node in record.graph.nodes]
-    cards = cards_of(record.graph, texts, paths, {}, record.events)
+    cards = cards_of(record.graph, _texts(record), paths, {}, record.events)
     usage = sum((e.usage for e in record.events.values() if e.usage is not None), ir.Usage())
     end_s = max((e.timings.get("end_s", 0.0) for e in record.events.values() if e.timings), default=0.0)
     summary = (
@@ -86,31 +85,31 @@ def _plan_summary(plan: Explanation) -> str:
 def _templates(graph: ir.Graph) -> list[str]:
     """The text of every node, with names in the place of values."""
 
-    def name(ref: ir.Ref) -> str:
+    def value(ref: ir.Ref) -> str:
         node = graph.nodes[ref.node]
         if isinstance(node, ir.Argument) and node.name in graph.arguments:
-            value = graph.arguments[node.name]
-            return ir.render((ref,), lambda _: ir.value_text(value), lambda _: value)
+            given = graph.arguments[node.name]
+            return ir.render((ref,), lambda _: ir.value_text(given), lambda _: given)
         steps = "".join(f".{step}" for step in ref.path)
-        return f"⟨{getattr(node, 'name', None) or f'node {ref.node}'}{steps}⟩"
+        return f"⟨{node.label or f'node {ref.node}'}{steps}⟩"
 
-    return [
-        "".join(part if isinstance(part, str) else name(part) for part in node.parts)
-        if isinstance(node, ir.Text)
-        else _role_text(node)
-        for node in graph.nodes
-    ]
+    def text(node: ir.AnyNode) -> str:
+        parts = [part for template in node.templates() for part in template] if node.run_by == "runner" else []
+        return "".join(part if isinstance(part, str) else value(part) for part in parts)
+
+    return [_border(node) if isinstance(node, ir.Role) else text(node) for node in graph.nodes]
 
 
-def _role_text(node: ir.AnyNode) -> str:
-    """A message's border as a reader wants to see it, not as the template writes it."""
-    if not isinstance(node, ir.Role):
-        return ""
+def _border(node: ir.Role) -> str:
+    """A message's border as a reader wants to see it, not as the chat template writes it."""
     return f"{node.role}: " if node.is_open else "\n"
 
 
-def _text_of(record: RunRecord, node: ir.AnyNode) -> str:
-    event = record.events.get(node.id)
-    if isinstance(node, ir.Role):
-        return _role_text(node)
-    return event.text if event is not None else ""
+def _texts(record: RunRecord) -> list[str]:
+    """The text of every node of a run."""
+
+    def text(node: ir.AnyNode) -> str:
+        event = record.events.get(node.id)
+        return event.text if event is not None else ""
+
+    return [_border(node) if isinstance(node, ir.Role) else text(node) for node in record.graph.nodes]

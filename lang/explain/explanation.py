@@ -73,9 +73,7 @@ def stage_reports(record: RunRecord) -> tuple[StageReport, ...]:
 
 def _value_name(graph: ir.Graph, node: int) -> str:
     found = graph.nodes[node]
-    name = getattr(found, "name", None)
-    what = type(found).__name__.lower()
-    return f"{what} {name!r}" if name else f"{what} (node {node})"
+    return f"{found.kind_name} {found.label!r}" if found.label else f"{found.kind_name} (node {node})"
 
 
 @dataclass(frozen=True, slots=True)

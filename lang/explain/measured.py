@@ -20,13 +20,13 @@ def explain_run(record: RunRecord) -> Explanation:
 
 
 def _measure(node: ir.AnyNode, event: ir.NodeEvent | None) -> Measured | None:
-    if not isinstance(node, ir.Generate | ir.Select | ir.ToolCall) or event is None:
+    if node.run_by == "runner" or event is None:
         return None
     times = event.timings or {}
     return Measured(
         node.id,
-        type(node).__name__.lower(),
-        node.name,
+        node.kind_name,
+        node.label,
         node.line,
         event.usage or ir.Usage(),
         times.get("start_s"),

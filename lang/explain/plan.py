@@ -6,7 +6,7 @@ pass. Nothing here runs a model. Not here: what a run did cost (measured.py), th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +24,7 @@ from ramet.lang.passes.liveness import liveness
 from ramet.lang.passes.paths import ZERO, Count, Paths, interpret
 from ramet.lang.passes.prefixes import BatchPrefixes, batch_prefixes, static_prefixes
 from ramet.lang.passes.requests import RequestPlan, plan_requests
-from ramet.lang.passes.target import Target
+from ramet.lang.passes.target import Target, TokenizerTarget
 
 
 def explain_plan(traced: RunRecord, target: Target, unbound: ir.Graph | None = None) -> Explanation:
@@ -89,14 +89,28 @@ def explain_rows(traced: Sequence[RunRecord], target: Target) -> Explanation:
     )
 
 
+def explain_on_server(
+    graph: ir.Graph, program: str, tokenizer: Any, model: str, limits: Mapping[str, int]
+) -> dict[str, Any]:  # Any: a runtime's Tokenizer; JSON
+    """The plan of a graph without its function, by a server's own tokenizer (`POST /v1/programs/explain`).
+
+    It is exact where the graph's arguments are given; a staged program's later parts can't be in it. `limits`: of the
+    server's engine, as a Target has them. Raises InvalidProgram.
+    """
+    ir.GraphIndex().add(graph)
+    unbound = ir.Graph(graph.nodes) if any(isinstance(node, ir.Argument) for node in graph.nodes) else None
+    target = TokenizerTarget(tokenizer, name=model, **limits)
+    return explain_plan(RunRecord(program, graph), target, unbound).to_dict()
+
+
 def _node_costs(paths: Paths, plan: RequestPlan) -> Iterable[NodeCost]:
     by_node: dict[int, list[Any]] = {}
     for request in plan.requests:
         by_node.setdefault(request.node, []).append(request)
     for node in paths.graph.nodes:
-        if not isinstance(node, ir.Generate | ir.Select):
+        if node.run_by != "model":
             continue
-        kind, found = type(node).__name__.lower(), by_node.get(node.id, [])
+        kind, found = node.kind_name, by_node.get(node.id, [])
         twin = paths.twins.get(node.id)
         if twin is not None:
             assert isinstance(node, ir.Generate)
@@ -107,12 +121,12 @@ def _node_costs(paths: Paths, plan: RequestPlan) -> Iterable[NodeCost]:
             if twin in paths.unordered:  # any of them may be the one that runs
                 new, written = (sum_counts(getattr(r, what) for r in by_node[twin]) for what in ("new", "written"))
                 shared = Count(0, prompt.at_most)
-            yield NodeCost(node.id, kind, node.name, node.line, prompt, shared, new, written, twin)
+            yield NodeCost(node.id, kind, node.label, node.line, prompt, shared, new, written, twin)
             continue
         prompt, shared, new, written = (
             sum_counts(getattr(request, what) for request in found) for what in ("prompt", "shared", "new", "written")
         )
-        yield NodeCost(node.id, kind, node.name, node.line, prompt, shared, new, written)
+        yield NodeCost(node.id, kind, node.label, node.line, prompt, shared, new, written)
 
 
 # One line a pass.

@@ -85,7 +85,7 @@ def why_miss_plan(traced: RunRecord, backend: Backend, cache_salt: str, var: str
             continue  # it depends on what is generated first
         differences = _differences(backend, tokens, cache_salt)
         same = max((one.num_same for one in differences), default=0)
-        name = getattr(traced.graph.nodes[node], "name", None)
+        name = traced.graph.nodes[node].label
         found.append(_miss(paths, target, node, name, tokens, same, differences, len(tokens)))
     return _chosen(found, var, traced.program)
 

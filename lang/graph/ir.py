@@ -97,6 +97,11 @@ class Node(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_field
     is_border: ClassVar[bool] = False  # texts before and behind it are tokenised apart
 
     @property
+    def kind_name(self) -> str:
+        """The word for its kind in messages and tables."""
+        return type(self).__name__.lower()
+
+    @property
     def label(self) -> str | None:
         """The name of the variable or argument, of kinds that have one."""
         return getattr(self, "name", None)
@@ -508,7 +513,9 @@ class GraphIndex:
     def _check(self, node: AnyNode) -> None:
         for ref in refs(node):
             if not self.nodes[ref.node].has_value:
-                raise _wrong(node, f"uses the value of node {ref.node}, but a {_kind(self.nodes[ref.node])} has none")
+                raise _wrong(
+                    node, f"uses the value of node {ref.node}, but a {self.nodes[ref.node].kind_name} has none"
+                )
         if node.parent is not None and isinstance(self.nodes[node.parent], Argument):
             raise _wrong(node, f"stands behind node {node.parent}, but an argument is in no branch")
         problem = node.problem(self)
@@ -568,13 +575,11 @@ def _is_tool_list(source: str) -> bool:
         return False
 
 
-def _kind(node: AnyNode) -> str:
-    return type(node).__name__.lower()
-
-
 def _wrong(node: AnyNode, problem: str) -> InvalidProgram:
     where = f" ({node.line})" if node.line else ""
-    return InvalidProgram(f"{_kind(node)} node {node.id}{where} {problem}", node=node.id, source_line=node.line or None)
+    return InvalidProgram(
+        f"{node.kind_name} node {node.id}{where} {problem}", node=node.id, source_line=node.line or None
+    )
 
 
 def is_json(value: object) -> bool:

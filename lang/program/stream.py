@@ -103,8 +103,7 @@ class Stream:
         if self._error is not None:
             raise self._error
         if self._var is not None:
-            names = {getattr(node, "name", None) for node in self._run.nodes}
-            known = {ir.variable(name) for name in names if name is not None}
+            known = {ir.variable(node.label) for node in self._run.nodes if node.label is not None}
             if self._var not in known:
                 raise UndefinedVariable(
                     f"{self._run.options.program}: no variable {self._var!r} was written; known: "

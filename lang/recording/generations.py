@@ -15,8 +15,8 @@ import msgspec
 
 from ramet.errors import CheckFailed
 from ramet.lang.graph import ir
+from ramet.lang.recording.output_types import SELECTED, TEXT, OutputType
 from ramet.lang.recording.recorder import Expr, Recorder
-from ramet.lang.recording.types import SELECTED, TEXT, OutputType
 from ramet.lang.recording.values import NodeSource, Value
 
 

@@ -11,8 +11,8 @@ from ramet.errors import InvalidRequest, InvalidSampling
 from ramet.lang.graph.checks import Check
 from ramet.lang.graph.ir import MAX_RETRIES, SCORERS, Constraint, Sampling, sampling_problem
 from ramet.lang.recording.generations import Gen, SelectExpr
+from ramet.lang.recording.output_types import choice, json_schema, output_type
 from ramet.lang.recording.recorder import Appendable, RoleExpr
-from ramet.lang.recording.types import choice, json_schema, output_type
 from ramet.lang.recording.values import Value, plain
 
 

@@ -20,10 +20,10 @@ from ramet.lang.graph import ir
 from ramet.lang.graph.options import ProgramOptions
 from ramet.lang.graph.run_record import RunRecord, Stage
 from ramet.lang.recording.outcomes import Outcomes
+from ramet.lang.recording.output_types import OutputType
 from ramet.lang.recording.placeholders import Placeholders
 from ramet.lang.recording.source_lines import caller_line
 from ramet.lang.recording.tool_runner import ToolRunner
-from ramet.lang.recording.types import OutputType
 
 current_run: ContextVar[Run | None] = ContextVar("ramet_current_run", default=None)
 _GRACE_S = 0.5  # that a backend has, past a deadline, to say which nodes it ended
@@ -196,8 +196,7 @@ class Run:
         self, node_id: int, message: str, cause: Exception | None, error: ir.NodeError | None = None
     ) -> ProgramError:
         node = self.nodes[node_id]
-        name = getattr(node, "name", None)
-        what = f"{type(node).__name__.lower()} {name!r}" if name else type(node).__name__.lower()
+        what = f"{node.kind_name} {node.label!r}" if node.label else node.kind_name
         tail = error.prompt_tail if error else ""
         if isinstance(node, ir.ToolCall) and error is not None:
             what, message = f"tool {node.tool!r}", f"{error.type}: {message}"

@@ -16,11 +16,11 @@ from typing import Any, Literal
 from ramet.errors import InvalidProgram, InvalidRequest, ProgramCancelled
 from ramet.lang.graph import ir
 from ramet.lang.recording.generations import Gen
+from ramet.lang.recording.output_types import OutputType, Shape
 from ramet.lang.recording.primitives import to_sampling
 from ramet.lang.recording.recorder import Recorder
 from ramet.lang.recording.run import Run
 from ramet.lang.recording.tools import Tool, as_tools
-from ramet.lang.recording.types import OutputType, Shape
 from ramet.lang.recording.values import NodeSource, ToolUse, Value
 
 MAX_TOKENS = 512  # of one message where the program says nothing: arguments that are cut are of no use

@@ -41,7 +41,7 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
 
 def run_serve(arguments: argparse.Namespace) -> int:
     """Serve until told to end: SIGTERM or Ctrl-C drains, a second one ends at once."""
-    from ramet.lang.explain.graph import explain_on_server
+    from ramet.lang.explain.plan import explain_on_server
     from ramet.runtime.engine.config import EngineConfig
     from ramet.runtime.server.app import serve
     from ramet.runtime.server.config import ServerConfig

@@ -16,7 +16,7 @@ import msgspec
 import pytest
 import uvicorn
 
-from ramet.lang.explain.graph import explain_on_server
+from ramet.lang.explain.plan import explain_on_server
 from ramet.runtime.server.app import create_app
 from ramet.runtime.server.config import ServerConfig
 from ramet.runtime.server.link.process import EngineServer

@@ -20,7 +20,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from ramet.lang.explain.graph import explain_on_server
+from ramet.lang.explain.plan import explain_on_server
 
 Server = Any  # RunningServer of conftest.py
 CHECKS = (
