@@ -113,10 +113,15 @@ class ProgramGrammars:
         def close(found: Future[CompiledGrammar]) -> None:
             if answer.cancelled():
                 return
-            if found.exception() is None and not device.close(found.result()) and ordered != options:
-                service.submit(kind, source, vocabulary, **options).add_done_callback(settle)
-            else:
+            try:
+                is_kept = found.exception() is not None or device.close(found.result()) or ordered == options
+            except Exception as error:  # whoever waits for the grammar must hear of it
+                answer.set_exception(error)
+                return
+            if is_kept:
                 settle(found)
+            else:
+                service.submit(kind, source, vocabulary, **options).add_done_callback(settle)
 
         def close_later(found: Future[CompiledGrammar]) -> None:
             if found.cancelled():

@@ -113,3 +113,14 @@ def test_patterns_are_closed_and_errors_are_those_of_compiling(cache: ProgramGra
     with pytest.raises(GrammarError):
         cache.get(Constraint("regex", "(")).result(timeout=60)
     cache.close()
+
+
+def test_a_grammar_that_fails_while_it_is_closed_fails_its_future(
+    cache: ProgramGrammars, device: DeviceGrammars, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(grammar: object) -> bool:
+        raise MemoryError("closing")
+
+    monkeypatch.setattr(device, "close", fail)
+    with pytest.raises(MemoryError, match="closing"):
+        cache.get(Constraint("regex", "[a-z]{2,6}")).result(timeout=60)
