@@ -18,7 +18,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import msgspec
 import numpy as np
@@ -27,6 +27,9 @@ from numpy.typing import NDArray
 from ramet.errors import EmptyPrompt, InvalidRequest
 from ramet.lang.graph.sampling import MAX_INT32 as MAX_INT32
 from ramet.lang.graph.sampling import SamplingParams as SamplingParams
+
+if TYPE_CHECKING:
+    from ramet.grammar import DeviceTables  # loads numba
 
 TokenIds = NDArray[np.int32]
 
@@ -44,19 +47,6 @@ class Status(Enum):
     WAITING = "waiting"
     RUNNING = "running"
     FINISHED = "finished"
-
-
-class DeviceTables(Protocol):
-    """A closed automaton: byte_class uint8 [256]; transitions int32 [num_states, num_classes], -1 refused."""
-
-    @property
-    def byte_class(self) -> NDArray[np.uint8]: ...
-
-    @property
-    def transitions(self) -> NDArray[np.int32]: ...
-
-    @property
-    def accepting(self) -> NDArray[np.bool_]: ...
 
 
 class Grammar(Protocol):
