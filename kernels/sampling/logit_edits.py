@@ -1,8 +1,8 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
-"""Penalties, biases and minimum lengths on the device, for the slots that have them.
+"""Penalties, biases and minimum lengths: what they do to logits, and tables of them on the device.
 
 Logits x of the next token become, in this order, in fp32 (repetition: Keskar et al. 2019, arXiv:1909.05858; the other
-penalties: OpenAI's API reference):
+penalties: OpenAI's API reference; the order: vLLM's):
 
     bias         x + bias
     minimum      -inf for the tokens that would end the text, at positions below the minimum length
@@ -10,9 +10,10 @@ penalties: OpenAI's API reference):
     frequency    x - f * (how often the token was generated)
     presence     x - p where it was generated
 
-A slot's edits are a row of these tables; row 0 stands for none, and costs nothing. The edited logits are a row of their
-own, which the sampler reads instead of the model's. Not here: which slot has which row
-(`runtime/steps/logit_edits.py`).
+`edit_logits_reference` is the specification of every form: the kernel, and the host's edits, which touch a few tokens
+instead of the whole vocabulary. A slot's edits are a row of the tables; row 0 stands for none, and costs nothing. The
+edited logits are a row of their own, which the sampler reads instead of the model's. Not here: which edits a request
+has, which slot has which row, and the host (`runtime/steps/logit_edits.py`).
 """
 
 from __future__ import annotations
@@ -73,6 +74,16 @@ class EditTables:
         return self.words.shape[0] - 1
 
 
+def penalize_repetition(x: Tensor, repetition: float) -> Tensor:
+    """Return the logits of tokens that are in the prompt or the output, fp32."""
+    return torch.where(x > 0, x / repetition, x * repetition)
+
+
+def penalize_generated(x: Tensor, counts: Tensor, frequency: float, presence: float) -> Tensor:
+    """Return the logits of tokens that were generated `counts` times each (at least once), fp32."""
+    return x - (frequency * counts + presence)
+
+
 def edit_logits(logits: Tensor, tables: EditTables, rows: Tensor, positions: Tensor) -> None:
     """Write the edited logits of those rows of `logits` [B, V] whose slots have edits to `tables.edited`.
 
@@ -87,7 +98,7 @@ def count_tokens(tables: EditTables, rows: Tensor, tokens: Tensor) -> None:
 
 
 def edit_logits_reference(logits: Tensor, tables: EditTables, rows: Tensor, positions: Tensor) -> None:
-    """Specification of `edit_logits`."""
+    """Specification of `edit_logits`, and of all edits."""
     for index, slot in enumerate(rows.tolist()):
         row = int(tables.slot_row[slot])
         if row == 0:
@@ -99,8 +110,8 @@ def edit_logits_reference(logits: Tensor, tables: EditTables, rows: Tensor, posi
         if int(positions[index]) < int(parameters[PARAMETERS["minimum"]]):
             x = x.masked_fill(words < 0, float("-inf"))
         seen = (words & (IN_PROMPT | _COUNT)) != 0
-        x = torch.where(seen, torch.where(x > 0, x / repetition, x * repetition), x)
-        tables.edited[row] = torch.where(counts > 0, x - (frequency * counts + presence), x)
+        x = torch.where(seen, penalize_repetition(x, repetition), x)
+        tables.edited[row] = torch.where(counts > 0, penalize_generated(x, counts, frequency, presence), x)
 
 
 def count_tokens_reference(tables: EditTables, rows: Tensor, tokens: Tensor) -> None:

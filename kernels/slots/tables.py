@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -44,6 +44,7 @@ COLUMNS = {
     "edit_row": 12,
 }
 FLOAT_COLUMNS = frozenset({"temperature", "top_p", "min_p"})
+_SAMPLING_COLUMNS = tuple(field.name for field in fields(SamplingTables) if field.name in COLUMNS)
 
 
 def column_bits(name: str, value: float) -> int:
@@ -108,13 +109,7 @@ class SlotTables:
         if mask_index is not None and mask_rows is not None:
             grammar = GrammarTables(self.grammar_state, mask_index, mask_rows)
         return SamplingTables(
-            temperature=self.column("temperature"),
-            top_k=self.column("top_k"),
-            top_p=self.column("top_p"),
-            min_p=self.column("min_p"),
-            seed_low=self.column("seed_low"),
-            seed_high=self.column("seed_high"),
-            error=self.column("error"),
+            **{name: self.column(name) for name in _SAMPLING_COLUMNS},
             grammar=grammar,
             edits=None if edits is None else edits.of_slots(self.column("edit_row")),
         )

@@ -24,9 +24,9 @@ from ramet.lang.graph import choice_scores, ir
 from ramet.lang.graph.events import NodeResult
 from ramet.lang.graph.options import Deadline, ProgramOptions
 from ramet.lang.graph.run import OnEvent
+from ramet.lang.graph.sampling import FIELDS
 
-_PLAIN = ("temperature", "top_p", "frequency_penalty", "presence_penalty", "seed")
-_EXTENSIONS = ("top_k", "min_p", "repetition_penalty", "min_tokens", "ignore_eos", "stop_token_ids")
+_OTHER_FORM = frozenset({"max_tokens", "stop", "logit_bias", "logprobs"})  # all others are sent as a program says them
 _MAX_STOPS = 4  # of OpenAI's own API
 _WRAPPING_TOKENS = 16  # of {"value": ...} around a value that is no object
 _OURS = "; use Engine or Remote"
@@ -141,13 +141,12 @@ class OpenAI(BlockBackend):
         return "/chat/completions", body
 
     def _sampling(self, sampling: ir.Sampling, *, is_chat: bool) -> dict[str, Any]:
-        found = {name: value for name in _PLAIN if (value := getattr(sampling, name)) is not None}
-        more = {name: value for name in _EXTENSIONS if (value := getattr(sampling, name)) is not None}
+        found = {name: value for name, value in sampling.said().items() if name not in _OTHER_FORM}
+        more = [name for name in found if not FIELDS[name].is_openai]
         if more and not self._extensions:
             raise NotSupported(
-                f"{next(iter(more))} is not in OpenAI's API; say extensions=True where the server takes it{_OURS}"
+                f"{more[0]} is not in OpenAI's API; say extensions=True where the server takes it{_OURS}"
             )
-        found |= {name: list(value) if isinstance(value, tuple) else value for name, value in more.items()}
         if sampling.logit_bias:
             found["logit_bias"] = {str(token): bias for token, bias in sampling.logit_bias}
         if sampling.logprobs is not None:

@@ -1,21 +1,60 @@
-"""Which sequence's penalties, bias and minimum length are in which row of the device's edit tables.
+"""The penalties, biases and minimum lengths of sequences: in rows of the device's edit tables, or by the host.
 
 A row is filled when its sequence joins a step, and kept up to date by the steps themselves, so that such sequences run
-in overlapped steps and graphs like all others. Where no row is free, the host edits (`host_edits.apply_edits`).
+in overlapped steps and graphs like all others. On a CPU, and where no row is free, the host edits: that needs the
+sequence's tokens on the host, so a step with such rows is not overlapped. Not here: what an edit does to a logit
+(`kernels/sampling/logit_edits.py`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from ramet.kernels.sampling.logit_edits import ENDS_TEXT, IN_PROMPT, PARAMETERS, EditTables
+from ramet.kernels.sampling.logit_edits import (
+    ENDS_TEXT,
+    IN_PROMPT,
+    PARAMETERS,
+    EditTables,
+    penalize_generated,
+    penalize_repetition,
+)
 from ramet.kernels.slots.tables import float_bits, scatter_rows
 from ramet.runtime.steps.slots import upload
 from ramet.runtime.types import Sequence
 
 NUM_EDIT_ROWS = 64  # 1.5 MB each at a vocabulary of 128k
+
+
+def apply_edits(logits: Tensor, sequences: Seq[Sequence | None]) -> Tensor:
+    """Return fp32 logits [R, V] with the edits that `sequences` (one a row, or None) ask for; the input stays as it is.
+
+    This is `edit_logits_reference` for the tokens that a sequence's edits touch, never the whole vocabulary.
+    """
+    edited = logits.float().clone() if logits.dtype == torch.float32 else logits.float()
+    for row, sequence in enumerate(sequences):
+        if sequence is None:
+            continue
+        params = sequence.request.sampling
+        line = edited[row]
+        if params.logit_bias:
+            ids = torch.tensor(list(params.logit_bias), device=line.device)
+            line[ids] += torch.tensor(list(params.logit_bias.values()), device=line.device)
+        if len(sequence.output_ids) < params.min_tokens and sequence.request.stop_ids:
+            line[torch.tensor(sorted(sequence.request.stop_ids), device=line.device)] = -torch.inf
+        if params.repetition_penalty != 1.0:
+            seen = torch.from_numpy(np.unique(sequence.tokens(0, sequence.num_tokens)).astype(np.int64)).to(line.device)
+            line[seen] = penalize_repetition(line[seen], params.repetition_penalty)
+        if (params.frequency_penalty or params.presence_penalty) and sequence.output_ids:
+            ids_np, counts_np = np.unique(np.asarray(sequence.output_ids, dtype=np.int64), return_counts=True)
+            ids = torch.from_numpy(ids_np).to(line.device)
+            counts = torch.from_numpy(counts_np.astype(np.float32)).to(line.device)
+            line[ids] = penalize_generated(line[ids], counts, params.frequency_penalty, params.presence_penalty)
+    return edited
 
 
 class LogitEdits:

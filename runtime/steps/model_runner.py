@@ -31,7 +31,6 @@ from ramet.runtime.models.config import ModelConfig
 from ramet.runtime.models.context import ForwardContext
 from ramet.runtime.models.decoder import Decoder
 from ramet.runtime.steps.cuda_graph import Capture, DecodeBuffers, GraphKey, MixedBuffers, MixedKey, StepGraphs
-from ramet.runtime.steps.host_edits import apply_edits
 from ramet.runtime.steps.inputs import (
     ExtendArrays,
     ExtendInputs,
@@ -42,7 +41,7 @@ from ramet.runtime.steps.inputs import (
 )
 from ramet.runtime.steps.kv_cache import KVCache
 from ramet.runtime.steps.launched_step import LaunchedStep, StepLogprobs
-from ramet.runtime.steps.logit_edits import LogitEdits
+from ramet.runtime.steps.logit_edits import LogitEdits, apply_edits
 from ramet.runtime.steps.slots import RunningSlots, upload
 from ramet.runtime.steps.tree_planner import TreePlanner
 from ramet.runtime.types import Batch, Sequence

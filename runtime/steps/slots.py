@@ -15,8 +15,10 @@ from torch import Tensor
 
 from ramet.kernels.sampling.sample import split_seed
 from ramet.kernels.slots.tables import COLUMNS, NUM_HEADER_COLUMNS, SlotTables, column_bits
+from ramet.lang.graph.sampling import FIELDS
 from ramet.runtime.types import ScheduledSequence, Sequence
 
+_SAMPLING_COLUMNS = tuple(name for name in COLUMNS if name in FIELDS)  # what the sampler reads of SamplingParams
 _ALIGN = 32  # int32 values: sections start on 128 bytes, so kernels compiled for aligned pointers serve every step
 
 
@@ -81,10 +83,7 @@ def _join_triples(sequence: Sequence, slot: int, state: int, edit_row: int) -> l
     values: dict[str, float] = {
         "grammar_state": state,
         "edit_row": edit_row,
-        "temperature": params.temperature,
-        "top_k": params.top_k,
-        "top_p": params.top_p,
-        "min_p": params.min_p,
+        **{name: getattr(params, name) for name in _SAMPLING_COLUMNS},
         "seed_low": low,
         "seed_high": high,
         "error": 0,

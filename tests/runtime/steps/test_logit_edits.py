@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from ramet.kernels.sampling.logit_edits import EditTables, edit_logits_reference
-from ramet.runtime.steps.host_edits import apply_edits
-from ramet.runtime.steps.logit_edits import LogitEdits
+from ramet.runtime.steps.logit_edits import LogitEdits, apply_edits
 from ramet.runtime.types import Request, SamplingParams, Sequence
 
 VOCAB = 50
