@@ -26,7 +26,7 @@ from ramet.runtime.server.connections import PatientProtocol
 from ramet.runtime.server.limits import HttpLimits
 from ramet.runtime.server.link.protocol import Hello
 from ramet.runtime.server.link.proxy import EngineProxy
-from ramet.runtime.server.metrics import ServerMetrics
+from ramet.runtime.server.metrics import RequestCollector, ServerMetrics
 from ramet.runtime.server.native.generate import generate_endpoints
 from ramet.runtime.server.native.status import status_endpoints
 from ramet.runtime.server.openai.routes import openai_endpoints
@@ -34,6 +34,7 @@ from ramet.runtime.server.openapi import description_endpoints
 from ramet.runtime.server.programs.routes import program_endpoints
 from ramet.runtime.server.routing import make_app
 from ramet.runtime.server.served_model import Explain, ServedModel
+from ramet.runtime.testing.byte_tokenizer import ByteTokenizer
 from ramet.runtime.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -59,21 +60,19 @@ def create_app(served: ServedModel, metrics: ServerMetrics) -> Starlette:
         *openai_endpoints(served),
         *generate_endpoints(served),
         *status_endpoints(served, metrics),
-        *program_endpoints(served, metrics),
+        *program_endpoints(served, metrics.requests),
     ]
     app = make_app([*endpoints, *description_endpoints(endpoints)], served, lifespan)
     if served.config.cors_allow_origin:
         origins = list(served.config.cors_allow_origin)
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
-    app.add_middleware(HttpLimits, config=served.config, metrics=metrics)
+    app.add_middleware(HttpLimits, config=served.config, requests=metrics.requests)
     return app
 
 
 def open_tokenizer(model: str | None) -> tuple[str, Tokenizer, int]:
     """The model's name, tokenizer and context in tokens, without its weights. Raises ModelError."""
     if model == TINY_MODEL:
-        from ramet.runtime.testing.byte_tokenizer import ByteTokenizer
-
         return TINY_MODEL, ByteTokenizer(), TINY_CONTEXT
     path = resolve_model(model)
     described = describe_model(path)
@@ -91,14 +90,16 @@ def make_server(
     """Everything but the socket. Raises ModelError and ConfigError before anything is started."""
     wanted = EngineConfig.from_mapping(engine).context_length
     name, tokenizer, context_length = open_tokenizer(model)
+    requests = RequestCollector(compat=config.compat_metrics)
     proxy = EngineProxy(
         model,
         engine,
         max_in_flight=config.max_in_flight,
         max_engine_failures=config.max_engine_failures,
         log_level=log_level,
+        watcher=requests,
     )
-    metrics = ServerMetrics(proxy, compat=config.compat_metrics)
+    metrics = ServerMetrics(proxy, requests)
     tokenizer = BoundedTokenizer(tokenizer, wanted or context_length)
     served = ServedModel(
         config, proxy, tokenizer, config.served_model_name or name, time.time(), explain, wanted or context_length

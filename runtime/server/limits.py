@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ramet.errors import EngineStopped
 from ramet.runtime.server.config import ServerConfig
 from ramet.runtime.server.errors import HttpError
-from ramet.runtime.server.metrics import ServerMetrics
+from ramet.runtime.server.metrics import RequestCollector
 
 logger = logging.getLogger(__name__)
 
@@ -30,10 +30,10 @@ ADMIN_PATHS = frozenset({"/flush_cache", "/abort_request"})
 class HttpLimits:
     """Middleware. `scope["state"]["api_key_digest"]` names the key for those who isolate by it."""
 
-    def __init__(self, app: ASGIApp, config: ServerConfig, metrics: ServerMetrics) -> None:
+    def __init__(self, app: ASGIApp, config: ServerConfig, requests: RequestCollector) -> None:
         self._app = app
         self._config = config
-        self._metrics = metrics
+        self._requests = requests
         self._keys = [_digest(key.encode()) for key in config.api_key]
         self._admin_key = None if config.admin_api_key is None else _digest(config.admin_api_key.encode())
 
@@ -48,7 +48,7 @@ class HttpLimits:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                self._metrics.note_response(status)
+                self._requests.note_response(status)
             await send(message)
 
         limited = _LimitedBody(receive, self._config.max_body_bytes, keeps_text=self._config.log_prompts)

@@ -53,16 +53,13 @@ class Histogram:
             yield HistogramMetricFamily(name, self.text, buckets=buckets, sum_value=self._sum)
 
 
-class EngineCollector(Collector):
-    """Gauges and counters that the engine counts itself, as of its last heartbeat."""
+class CacheHitRate:
+    """The share of prompt tokens that came from the cache within the last minute, from the engine's counters."""
 
-    def __init__(self, proxy: EngineProxy, *, compat: bool) -> None:
-        self._proxy = proxy
-        self._compat = compat
+    def __init__(self) -> None:
         self._window: deque[tuple[float, float, float]] = deque()  # time, cached tokens, computed tokens
 
     def note_heartbeat(self, stats: dict[str, float]) -> None:
-        """Remember the token counters, for the hit rate of the last minute."""
         now_s, cached, computed = time.monotonic(), stats["num_cached_tokens"], stats["num_computed_tokens"]
         if self._window and self._window[-1][1] + self._window[-1][2] > cached + computed:
             self._window.clear()  # another engine process counts from zero
@@ -71,13 +68,22 @@ class EngineCollector(Collector):
             self._window.popleft()
 
     @property
-    def hit_rate(self) -> float:
-        """Cached share of the prompt tokens of the last minute; 0 where there were none."""
+    def value(self) -> float:
+        """0 where there were no prompt tokens."""
         if len(self._window) < 2:
             return 0.0
         cached = self._window[-1][1] - self._window[0][1]
         computed = self._window[-1][2] - self._window[0][2]
         return cached / (cached + computed) if cached + computed > 0 else 0.0
+
+
+class EngineCollector(Collector):
+    """Gauges and counters that the engine counts itself, as of its last heartbeat."""
+
+    def __init__(self, proxy: EngineProxy, hit_rate: CacheHitRate, *, compat: bool) -> None:
+        self._proxy = proxy
+        self._hit_rate = hit_rate
+        self._compat = compat
 
     def collect(self) -> Iterator[Family]:
         stats, counters = self._proxy.stats, self._proxy.counters
@@ -107,7 +113,7 @@ class EngineCollector(Collector):
         )
         yield gauge("ramet_kv_usage_ratio", "share of the pages that running sequences hold", usage)
         yield gauge(
-            "ramet_prefix_cache_hit_ratio", "cached share of the prompt tokens of the last minute", self.hit_rate
+            "ramet_prefix_cache_hit_ratio", "cached share of the prompt tokens of the last minute", self._hit_rate.value
         )
         yield counter("ramet_prefix_cache_hit_tokens", "prompt tokens taken from the cache", cached)
         yield counter("ramet_prefix_cache_query_tokens", "prompt tokens looked up in the cache", cached + computed)
@@ -119,7 +125,7 @@ class EngineCollector(Collector):
             "num_running_reqs": ("sequences that run", running),
             "num_queue_reqs": ("sequences that wait", waiting),
             "token_usage": ("share of the pages that running sequences hold", usage),
-            "cache_hit_rate": ("cached share of the prompt tokens of the last minute", self.hit_rate),
+            "cache_hit_rate": ("cached share of the prompt tokens of the last minute", self._hit_rate.value),
         }
         for name, (text, value) in same.items():
             yield gauge(f"sglang_{name}", text, value)
@@ -144,15 +150,18 @@ class EngineCollector(Collector):
 
 
 class RequestCollector(Collector):
-    """What the server counts of requests, programs and responses."""
+    """What the HTTP process counts of requests, programs and responses; a proxy's `Watcher`."""
 
-    def __init__(self, *, compat: bool) -> None:
+    def __init__(self, *, compat: bool = False) -> None:
+        self.compat = compat
+        self.hit_rate = CacheHitRate()
+
         def histogram(text: str, bounds: Sequence[float], name: str, *others: str) -> Histogram:
             return Histogram(text, bounds, f"ramet_{name}", *(others if compat else ()))
 
         name = "time_to_first_token_seconds"
-        self.first_token = histogram("arrival to first token", _SECONDS, name, f"sglang:{name}", f"vllm:{name}")
-        self.first_token.names = (*self.first_token.names, f"sglang_{name}")
+        spelled = (f"ramet_{name}", f"sglang_{name}", *((f"sglang:{name}", f"vllm:{name}") if compat else ()))
+        self.first_token = Histogram("arrival to first token", _SECONDS, *spelled)
         name = "inter_token_latency_seconds"
         text = "gap between two increments of an answer"
         self.gap = histogram(text, _GAP_SECONDS, name, f"sglang:{name}", f"vllm:{name}")
@@ -174,7 +183,6 @@ class RequestCollector(Collector):
         self.output_tokens = histogram(
             "generated tokens by request", _TOKENS, "request_generation_tokens", "vllm:request_generation_tokens"
         )
-        self._compat = compat
         self.num_prompt_tokens = 0
         self.num_output_tokens = 0
         self.by_reason: Tally[str] = Tally()
@@ -186,60 +194,62 @@ class RequestCollector(Collector):
             yield from histogram.collect()
         yield from self.prompt_tokens.collect()
         yield from self.output_tokens.collect()
-        for prefix in ("ramet_", "sglang:", "vllm:") if self._compat else ("ramet_",):
+        for prefix in ("ramet_", "sglang:", "vllm:") if self.compat else ("ramet_",):
             yield counter(f"{prefix}prompt_tokens", "prompt tokens of ended requests", self.num_prompt_tokens)
             text = "generated tokens of ended requests"
             yield counter(f"{prefix}generation_tokens", text, self.num_output_tokens)
         yield labelled("ramet_requests", "ended requests by reason", "reason", self.by_reason)
         yield labelled("ramet_http_responses", "responses by status", "status", self.by_status)
         yield labelled("ramet_programs", "ended programs by outcome", "outcome", self.by_outcome)
-        if self._compat:
+        if self.compat:
             yield counter("sglang:num_requests", "ended requests", self.by_reason.total())
             yield labelled("vllm:request_success", "ended requests by reason", "finished_reason", self.by_reason)
+
+    def note_finish(self, output: Output) -> None:
+        """Count a request's last increment."""
+        self.by_reason[output.finish_reason or "unknown"] += 1
+        self.num_prompt_tokens += output.prompt_tokens
+        self.num_output_tokens += output.completion_tokens
+        timings = output.timings
+        if timings is None or not output.completion_tokens:
+            return
+        self.prompt_tokens.observe(output.prompt_tokens)
+        self.output_tokens.observe(output.completion_tokens)
+        self.first_token.observe(timings["first_token_s"])
+        self.queue.observe(timings["queue_s"])
+        self.total.observe(timings["total_s"])
+        if "grammar_s" in timings:
+            self.grammar.observe(timings["grammar_s"])
+        if output.completion_tokens > 1:
+            rest_s = timings["total_s"] - timings["first_token_s"]
+            self.per_token.observe(rest_s / (output.completion_tokens - 1))
+
+    def note_gap(self, seconds: float) -> None:
+        self.gap.observe(seconds)
+
+    def note_heartbeat(self, stats: dict[str, float]) -> None:
+        self.hit_rate.note_heartbeat(stats)
+
+    def note_response(self, status: int) -> None:
+        self.by_status[str(status)] += 1
+
+    def note_program(self, outcome: str) -> None:
+        self.by_outcome[outcome] += 1
 
 
 class ServerMetrics:
     """All metrics of one server, in a registry of its own."""
 
-    def __init__(self, proxy: EngineProxy, *, compat: bool = False) -> None:
-        self.registry = CollectorRegistry()
-        self.engine = EngineCollector(proxy, compat=compat)
-        self._requests = RequestCollector(compat=compat)
-        self.registry.register(self.engine)
-        self.registry.register(self._requests)
-        proxy.on_finish = self.note_finish
-        proxy.on_gap = self._requests.gap.observe
-        proxy.on_heartbeat = self.engine.note_heartbeat
-
-    def note_finish(self, output: Output) -> None:
-        """Count a request's last increment."""
-        counts = self._requests
-        counts.by_reason[output.finish_reason or "unknown"] += 1
-        counts.num_prompt_tokens += output.prompt_tokens
-        counts.num_output_tokens += output.completion_tokens
-        timings = output.timings
-        if timings is None or not output.completion_tokens:
-            return
-        counts.prompt_tokens.observe(output.prompt_tokens)
-        counts.output_tokens.observe(output.completion_tokens)
-        counts.first_token.observe(timings["first_token_s"])
-        counts.queue.observe(timings["queue_s"])
-        counts.total.observe(timings["total_s"])
-        if "grammar_s" in timings:
-            counts.grammar.observe(timings["grammar_s"])
-        if output.completion_tokens > 1:
-            rest_s = timings["total_s"] - timings["first_token_s"]
-            counts.per_token.observe(rest_s / (output.completion_tokens - 1))
-
-    def note_response(self, status: int) -> None:
-        self._requests.by_status[str(status)] += 1
-
-    def note_program(self, outcome: str) -> None:
-        self._requests.by_outcome[outcome] += 1
+    def __init__(self, proxy: EngineProxy, requests: RequestCollector) -> None:
+        """`requests`: what the proxy has as its watcher."""
+        self.requests = requests
+        self._registry = CollectorRegistry()
+        self._registry.register(EngineCollector(proxy, requests.hit_rate, compat=requests.compat))
+        self._registry.register(requests)
 
     def exposition(self) -> bytes:
         """The text that Prometheus reads."""
-        return generate_latest(self.registry)
+        return generate_latest(self._registry)
 
 
 def gauge(name: str, text: str, value: float) -> GaugeMetricFamily:

@@ -32,6 +32,7 @@ _ERRORS = {
     413: "the body is too large",
     422: "the key was used for another request",
     429: "too many requests; Retry-After says when to come again",
+    499: "the request passed its own `timeout_s`",
     501: "not on this server",
     503: "the engine is not there; Retry-After says when to come again",
 }

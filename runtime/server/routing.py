@@ -19,10 +19,10 @@ from starlette.types import Lifespan, Receive, Scope, Send
 
 from ramet.runtime.server.errors import HttpError, error_response
 from ramet.runtime.server.responses import json_response
-from ramet.runtime.server.sampling_fields import Strict
 from ramet.runtime.server.served_model import ServedModel
-from ramet.runtime.server.validation import read_body
+from ramet.runtime.server.validation import Strict, parsed
 
+LARGE_BYTES = 1 << 16  # a body of more is checked on another thread
 # It gets the request and, where the row names one, the body. It returns a response, or the struct to answer with 200.
 Handler = Callable[..., Awaitable[Any]]  # Any: a Response, or what msgspec encodes
 
@@ -73,7 +73,10 @@ class _Application:
         if endpoint.body is None:
             answer = await endpoint.handler(request)
         else:
-            answer = await endpoint.handler(request, await read_body(self._served, request, endpoint.body))
+            data = await request.body()
+            is_large = len(data) > LARGE_BYTES
+            body = await self._served.off_loop(parsed, endpoint.body, data) if is_large else parsed(endpoint.body, data)
+            answer = await endpoint.handler(request, body)
         return answer if isinstance(answer, Response) else json_response(answer)
 
 

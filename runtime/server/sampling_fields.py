@@ -11,14 +11,14 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
-from pydantic_core import PydanticCustomError
+from pydantic import Field, create_model
 
 from ramet.errors import InvalidGrammar
 from ramet.grammar.text.gbnf import is_gbnf, lark_of_gbnf
 from ramet.lang.graph.ir import Constraint
 from ramet.lang.graph.sampling import FIELDS, SamplingField
 from ramet.runtime.server.errors import HttpError
+from ramet.runtime.server.validation import OnlyFalse, OnlyTrue, Strict
 from ramet.runtime.types import MAX_INT32, SamplingParams
 
 MAX_STOPS = 16
@@ -28,23 +28,6 @@ MAX_TOP_LOGPROBS = 20
 # `ebnf`: GBNF or Lark's syntax, told apart by their looks; what comes of it is a `cfg`
 Kind = Literal["json_schema", "regex", "cfg", "choice", "ebnf", "structural_tag"]
 Asked = tuple[str, Kind, object]  # field, kind, source (None: not asked for)
-
-
-def _boolean(value: object) -> object:
-    """`Literal[True]` alone takes 1 and 1.0, which equal it."""
-    if not isinstance(value, bool):
-        raise PydanticCustomError("bool_type", "Input should be a valid boolean")
-    return value
-
-
-OnlyTrue = Annotated[Literal[True], BeforeValidator(_boolean)]
-OnlyFalse = Annotated[Literal[False], BeforeValidator(_boolean)]
-
-
-class Strict(BaseModel):
-    """Base of every request model: no conversions between types, no unknown fields."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
 
 
 def _json_type(field: SamplingField) -> Any:  # Any: a type, or Annotated with what pydantic checks of it

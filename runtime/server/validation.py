@@ -1,4 +1,4 @@
-"""Reads a request's body, and says of one that is wrong which field is wrong and why.
+"""Checks a request's body, and says of one that is wrong which field is wrong and why.
 
 Bodies are strict: nothing is converted, and every field that is not declared is refused by its name. Not here: the
 bodies themselves (`bodies` of each API).
@@ -7,14 +7,13 @@ bodies themselves (`bodies` of each API).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
-from starlette.requests import Request
+from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic_core import PydanticCustomError
 
 from ramet.runtime.server.errors import HttpError
-from ramet.runtime.server.sampling_fields import Strict
-from ramet.runtime.server.served_model import ServedModel
 
 # Why known fields of OpenAI, SGLang and vLLM are refused. What is in neither list is refused as unknown.
 REFUSED: Mapping[str, str] = {
@@ -65,15 +64,30 @@ REFUSED: Mapping[str, str] = {
 }
 _PART_TYPES = frozenset({"image_url", "video_url", "audio_url", "input_audio", "input_image", "file", "thinking"})
 
+
+def _boolean(value: object) -> object:
+    """`Literal[True]` alone takes 1 and 1.0, which equal it."""
+    if not isinstance(value, bool):
+        raise PydanticCustomError("bool_type", "Input should be a valid boolean")
+    return value
+
+
+OnlyTrue = Annotated[Literal[True], BeforeValidator(_boolean)]
+OnlyFalse = Annotated[Literal[False], BeforeValidator(_boolean)]
+
+
+class Strict(BaseModel):
+    """Base of every request model: no conversions between types, no unknown fields."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+
+
 Body = TypeVar("Body", bound=Strict)
 
 
-async def read_body(served: ServedModel, request: Request, model: type[Body]) -> Body:
-    """Read and check a body; large ones off the event loop. Raises HttpError naming the field."""
-    data = await request.body()
+def parsed(model: type[Body], data: bytes) -> Body:
+    """The body that `data` is. Raises HttpError naming the field that is wrong."""
     try:
-        if len(data) > 1 << 16:
-            return await served.off_loop(model.model_validate_json, data)
         return model.model_validate_json(data)
     except pydantic.ValidationError as error:
         raise error_of(error, data) from None

@@ -22,7 +22,7 @@ from ramet.runtime.server.config import ServerConfig
 from ramet.runtime.server.link.process import EngineServer
 from ramet.runtime.server.link.protocol import Command, Hello, Report, command_decoder, report_decoder
 from ramet.runtime.server.link.proxy import EngineProxy
-from ramet.runtime.server.metrics import ServerMetrics
+from ramet.runtime.server.metrics import RequestCollector, ServerMetrics
 from ramet.runtime.server.served_model import ServedModel
 
 
@@ -80,7 +80,7 @@ def serve_engine(engine: Any, **config: Any) -> Iterator[Served]:  # Any: an eng
     served = ServedModel(
         ServerConfig(port=port, drain_s=0.0, **config), proxy, engine.tokenizer, "test", 0.0, explain_on_server
     )
-    app = create_app(served, ServerMetrics(proxy))
+    app = create_app(served, ServerMetrics(proxy, RequestCollector()))
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
     server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
     loops: list[asyncio.AbstractEventLoop] = []

@@ -16,10 +16,9 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 import zmq
@@ -65,6 +64,19 @@ class ProxyCounters:
     num_aborts: int = 0
 
 
+class Watcher(Protocol):
+    """Who counts what a proxy hears; called on its event loop."""
+
+    def note_finish(self, output: Output) -> None:
+        """The last increment of a request."""
+
+    def note_gap(self, seconds: float) -> None:
+        """The time between two increments of a request."""
+
+    def note_heartbeat(self, stats: dict[str, float]) -> None:
+        """The engine's counters."""
+
+
 @dataclass(slots=True)
 class _State:
     """What the proxy knows of the process that runs now."""
@@ -92,6 +104,7 @@ class EngineProxy:
         max_in_flight: int = 10_000,
         max_engine_failures: int = 5,
         log_level: str = "INFO",
+        watcher: Watcher | None = None,
     ) -> None:  # Any: fields of EngineConfig, checked in the engine process
         """`max_engine_failures`: engine processes in a row that may end early; see `wait_given_up`."""
         self._model = model
@@ -100,9 +113,7 @@ class EngineProxy:
         self._log_level = log_level
         self.max_in_flight = max_in_flight
         self.counters = ProxyCounters()
-        self.on_finish: Callable[[Output], None] | None = None  # of every request, for metrics
-        self.on_gap: Callable[[float], None] | None = None  # seconds between two increments of a request
-        self.on_heartbeat: Callable[[dict[str, float]], None] | None = None
+        self._watcher = watcher
         self._folder = tempfile.TemporaryDirectory(prefix="ramet-")
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._reports: zmq.Socket[bytes] = self._context.socket(zmq.PULL)
@@ -321,15 +332,15 @@ class EngineProxy:
 
     def _take(self, report: Report) -> None:
         if isinstance(report, Output):
-            if report.finish_reason is not None and self.on_finish is not None:
-                self.on_finish(report)
+            if report.finish_reason is not None and self._watcher is not None:
+                self._watcher.note_finish(report)
             stream = self._streams.get(report.id)
             if stream is not None:
                 if report.finish_reason is not None:
                     del self._streams[report.id]
                 now_s = time.monotonic()
-                if stream.heard_s is not None and report.token_ids and self.on_gap is not None:
-                    self.on_gap(now_s - stream.heard_s)
+                if stream.heard_s is not None and report.token_ids and self._watcher is not None:
+                    self._watcher.note_gap(now_s - stream.heard_s)
                 stream.heard_s = now_s
                 stream.push(report)
         elif isinstance(report, ProgramEvent | ProgramEnd):
@@ -362,8 +373,8 @@ class EngineProxy:
     def _note_heartbeat(self, stats: dict[str, float]) -> None:
         state, now_s = self._state, time.monotonic()
         state.stats, state.heard_s = stats, now_s
-        if self.on_heartbeat is not None:
-            self.on_heartbeat(stats)
+        if self._watcher is not None:
+            self._watcher.note_heartbeat(stats)
         if stats["num_steps"] != state.num_steps or not (stats["num_running"] or stats["num_waiting"]):
             state.num_steps, state.progressed_s = stats["num_steps"], now_s
 

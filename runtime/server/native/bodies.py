@@ -13,16 +13,8 @@ from ramet.errors import InvalidSampling
 from ramet.lang.graph.ir import Constraint
 from ramet.lang.graph.sampling import FIELDS
 from ramet.runtime.server.errors import HttpError
-from ramet.runtime.server.sampling_fields import (
-    MAX_CHOICES,
-    NATIVE_VALUES,
-    NativeValues,
-    OnlyFalse,
-    OnlyTrue,
-    Strict,
-    given_values,
-    one_constraint,
-)
+from ramet.runtime.server.sampling_fields import MAX_CHOICES, NATIVE_VALUES, NativeValues, given_values, one_constraint
+from ramet.runtime.server.validation import OnlyFalse, OnlyTrue, Strict
 from ramet.runtime.types import MAX_INT32, SamplingParams
 
 MAX_PROMPTS = 1024

@@ -67,7 +67,7 @@ def generate_endpoints(served: ServedModel) -> list[Endpoint]:
         GenerateEndpoint(served).answer,
         body=GenerateBody,
         answer=Generated | list[Generated],
-        errors=(429, 503),
+        errors=(429, 499, 503),
         has_stream=True,
         tag="native",
     )

@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from ramet.runtime.server.sampling_fields import MAX_TOP_LOGPROBS, OnlyTrue, SamplingFields, Strict
+from ramet.runtime.server.sampling_fields import MAX_TOP_LOGPROBS, SamplingFields
+from ramet.runtime.server.validation import OnlyTrue, Strict
 from ramet.runtime.types import MAX_INT32
 
 Json = dict[str, Any]  # Any: JSON

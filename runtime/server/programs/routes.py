@@ -28,7 +28,7 @@ from starlette.responses import Response
 from ramet.lang.graph.ir import Graph, ToolCall
 from ramet.runtime.server.errors import HttpError
 from ramet.runtime.server.link.protocol import StartProgram
-from ramet.runtime.server.metrics import ServerMetrics
+from ramet.runtime.server.metrics import RequestCollector
 from ramet.runtime.server.programs.store import (
     ProgramStatus,
     ProgramStore,
@@ -39,8 +39,8 @@ from ramet.runtime.server.programs.store import (
 )
 from ramet.runtime.server.responses import EventStream, event, json_response, until_disconnect
 from ramet.runtime.server.routing import Endpoint, Handler
-from ramet.runtime.server.sampling_fields import Strict
 from ramet.runtime.server.served_model import ServedModel, key_digest
+from ramet.runtime.server.validation import Strict
 
 MAX_ROWS = 4096
 _TAG = "programs"
@@ -103,9 +103,9 @@ class CancelBody(Strict):
 class ProgramEndpoints:
     """Starts programs, shows them, feeds them and stops them."""
 
-    def __init__(self, served: ServedModel, metrics: ServerMetrics) -> None:
+    def __init__(self, served: ServedModel, requests: RequestCollector) -> None:
         self._served = served
-        self._store = ProgramStore(served, metrics)
+        self._store = ProgramStore(served, requests)
 
     async def run(self, request: Request, body: ProgramBody) -> Response | ProgramStatus:
         """Run a graph once, or once for each row of arguments."""
@@ -251,9 +251,9 @@ async def _events(
         close()
 
 
-def program_endpoints(served: ServedModel, metrics: ServerMetrics) -> list[Endpoint]:
+def program_endpoints(served: ServedModel, requests: RequestCollector) -> list[Endpoint]:
     """The rows of all endpoints under /v1/programs."""
-    programs = ProgramEndpoints(served, metrics)
+    programs = ProgramEndpoints(served, requests)
     path = "/v1/programs/{program_id}"
     return [
         Endpoint(

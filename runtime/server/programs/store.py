@@ -21,7 +21,7 @@ from ramet.errors import InvalidProgram, RametError
 from ramet.lang.graph.ir import Argument, Graph, GraphIndex, NodeEvent, ToolCall
 from ramet.runtime.server.errors import HttpError
 from ramet.runtime.server.link.protocol import CancelNodes, ExtendProgram, ProvideTool, StartProgram
-from ramet.runtime.server.metrics import ServerMetrics
+from ramet.runtime.server.metrics import RequestCollector
 from ramet.runtime.server.responses import AnswerStruct
 from ramet.runtime.server.served_model import ServedModel
 
@@ -143,9 +143,9 @@ def event_json(event: NodeEvent) -> dict[str, Any]:  # Any: JSON
 class ProgramStore:
     """One event loop owns it."""
 
-    def __init__(self, served: ServedModel, metrics: ServerMetrics) -> None:
+    def __init__(self, served: ServedModel, requests: RequestCollector) -> None:
         self._served = served
-        self._metrics = metrics
+        self._requests = requests
         self._programs: OrderedDict[str, StoredProgram] = OrderedDict()
         self._by_key: dict[tuple[str, str], str] = {}
 
@@ -318,7 +318,7 @@ class ProgramStore:
             row.fail(type(error).__name__, str(error))
         if row.status == "running":
             row.status = "done"
-        self._metrics.note_program(row.status)
+        self._requests.note_program(row.status)
         # Followers are woken when this task is done, and not before.
         asyncio.get_running_loop().call_soon(program.wake)
 

@@ -9,7 +9,7 @@ import pytest
 
 from ramet.runtime.server.link.protocol import Output
 from ramet.runtime.server.link.proxy import EngineProxy, ProxyCounters
-from ramet.runtime.server.metrics import Histogram, ServerMetrics
+from ramet.runtime.server.metrics import Histogram, RequestCollector, ServerMetrics
 
 STATS = {
     "num_pages": 100.0,
@@ -39,7 +39,7 @@ class FakeProxy:
 
 def make(*, compat: bool = False) -> tuple[FakeProxy, ServerMetrics]:
     proxy = FakeProxy()
-    return proxy, ServerMetrics(cast(EngineProxy, proxy), compat=compat)
+    return proxy, ServerMetrics(cast(EngineProxy, proxy), RequestCollector(compat=compat))
 
 
 def names(metrics: ServerMetrics) -> set[str]:
@@ -70,7 +70,7 @@ def test_the_five_names_of_deployment_guides_are_always_there() -> None:
 
 def test_the_spellings_of_sglang_and_vllm_come_with_a_flag_and_say_the_same() -> None:
     _, metrics = make(compat=True)
-    metrics.note_finish(finished())
+    metrics.requests.note_finish(finished())
     shown = names(metrics)
     assert {f"sglang:{name}" for name in GUIDE_NAMES} <= shown
     pairs = {
@@ -97,8 +97,10 @@ def test_the_spellings_of_sglang_and_vllm_come_with_a_flag_and_say_the_same() ->
 
 def test_a_finished_request_is_counted_once_in_every_histogram() -> None:
     _, metrics = make()
-    metrics.note_finish(finished(timings={"queue_s": 0.5, "first_token_s": 1.5, "total_s": 3.5, "grammar_s": 0.25}))
-    metrics.note_finish(finished(finish_reason="error", completion_tokens=0))
+    metrics.requests.note_finish(
+        finished(timings={"queue_s": 0.5, "first_token_s": 1.5, "total_s": 3.5, "grammar_s": 0.25})
+    )
+    metrics.requests.note_finish(finished(finish_reason="error", completion_tokens=0))
     assert value(metrics, "ramet_queue_time_seconds_sum") == 0.5
     assert value(metrics, "ramet_time_to_first_token_seconds_count") == 1
     assert value(metrics, "ramet_time_per_output_token_seconds_sum") == 0.5
@@ -123,25 +125,25 @@ def test_the_hit_rate_is_that_of_the_last_minute_and_survives_another_engine(mon
     _, metrics = make()
     now_s = 0.0
     monkeypatch.setattr("ramet.runtime.server.metrics.time.monotonic", lambda: now_s)
-    collector = metrics.engine
+    hit_rate = metrics.requests.hit_rate
 
     def beat(cached: float, computed: float) -> None:
-        collector.note_heartbeat({**STATS, "num_cached_tokens": cached, "num_computed_tokens": computed})
+        metrics.requests.note_heartbeat({**STATS, "num_cached_tokens": cached, "num_computed_tokens": computed})
 
     beat(0, 0)
     now_s = 1.0
     beat(900, 100)
-    assert collector.hit_rate == pytest.approx(0.9)
+    assert hit_rate.value == pytest.approx(0.9)
     now_s = 2.0
     beat(900, 101)  # a probe of one token
-    assert collector.hit_rate == pytest.approx(900 / 1001)
+    assert hit_rate.value == pytest.approx(900 / 1001)
     now_s = 90.0
     beat(900, 101)
     now_s = 91.0
     beat(900, 101)
-    assert collector.hit_rate == 0.0, "nothing was asked for in the last minute"
+    assert hit_rate.value == 0.0, "nothing was asked for in the last minute"
     now_s = 92.0
     beat(0, 0)
     now_s = 93.0
     beat(10, 30)  # another engine process counts from zero
-    assert collector.hit_rate == pytest.approx(0.25)
+    assert hit_rate.value == pytest.approx(0.25)

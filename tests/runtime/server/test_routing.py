@@ -17,8 +17,8 @@ from ramet.runtime.server.config import ServerConfig
 from ramet.runtime.server.link.proxy import EngineProxy
 from ramet.runtime.server.responses import AnswerStruct
 from ramet.runtime.server.routing import Endpoint, make_app
-from ramet.runtime.server.sampling_fields import Strict
 from ramet.runtime.server.served_model import ServedModel
+from ramet.runtime.server.validation import Strict
 from ramet.runtime.testing.byte_tokenizer import ByteTokenizer
 
 

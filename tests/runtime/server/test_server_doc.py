@@ -10,7 +10,7 @@ import pytest
 
 from ramet.runtime.server.native.bodies import GenerateBody, NativeSampling
 from ramet.runtime.server.openai.bodies import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
-from ramet.runtime.server.sampling_fields import Strict
+from ramet.runtime.server.validation import Strict
 
 Server = Any  # RunningServer of conftest.py
 ROOT = Path(__file__).resolve().parents[3]

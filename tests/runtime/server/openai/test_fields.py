@@ -12,8 +12,7 @@ import pytest
 
 from ramet.runtime.server.native.bodies import GenerateBody, NativeSampling
 from ramet.runtime.server.openai.bodies import ChatBody, CompletionBody
-from ramet.runtime.server.sampling_fields import Strict
-from ramet.runtime.server.validation import REFUSED
+from ramet.runtime.server.validation import REFUSED, Strict
 
 Client = Any  # of conftest.py
 Json = dict[str, Any]

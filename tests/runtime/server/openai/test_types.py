@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from ramet.runtime.server.openai.bodies import ChatBody, CompletionBody, TokenizeBody
-from ramet.runtime.server.sampling_fields import Strict
-from ramet.runtime.server.validation import REFUSED, body_schema
+from ramet.runtime.server.validation import REFUSED, Strict, body_schema
 from ramet.runtime.types import RequestOptions, SamplingParams
 
 CHAT = "/v1/chat/completions"
