@@ -1,8 +1,10 @@
-"""Context-free grammars on the machine: configurations are sets of threads over a graph-structured stack.
+"""Context-free grammars on the machine: sets of threads over a graph-structured stack.
 
-A thread is (leaf, state of the leaf's automaton, stack node). Stack nodes are interned by content, so a configuration
-is the same object whenever the same continuations are open; a call in tail position reuses its caller's node, and left
-recursion closes a cycle within one step, so both kinds of recursion stay finite where the language is regular.
+A *thread* is one way to read the text so far: (leaf, state of the leaf's automaton, stack node), which is the regular
+part that is being read, and the rules that were called to get there. A *configuration* is the set of all threads. Stack
+nodes are interned by content, so a configuration is the same object whenever the same may follow. A call in tail
+position reuses its caller's node, and left recursion makes a cycle of nodes within one step. So both kinds of recursion
+stay finite where the language is regular.
 
 Source: GSS as in Tomita's generalized LR parsing; nullable rules as in Scott and Johnstone's "GLL parsing" (2010).
 """
@@ -29,9 +31,8 @@ MAX_THREADS = 4096
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Leaf:
-    """A regular part, and the grammar state after it. rows: int32 [n, 256]; cost[q]: bytes to the nearest accepting
-    state.
-    """
+    """A regular part. rows: int32 [n, 256], -1 refused; goes_on[q]: more bytes may come; then: the grammar state after
+    it."""
 
     rows: NDArray[np.int32]
     accepting: list[int]
@@ -41,8 +42,8 @@ class Leaf:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StackNode:
-    """A rule that was called; `edges`: (grammar state to go on with, caller's node). Identity is content (see
-    `_intern`)."""
+    """A rule that was called; `edges`: (grammar state to go on with, caller's node). Made once for each content by
+    Pushdown.node."""
 
     number: int
     edges: list[tuple[int, StackNode]]
@@ -55,14 +56,15 @@ State = tuple[str, int, int, list[int]]  # kind; leaf or rule; what follows a ru
 
 @dataclass(frozen=True, slots=True)
 class Configuration:
-    """Interned by value."""
+    """All ways to read the text so far. accepts: it may end here."""
 
     threads: frozenset[Thread]
     accepts: bool
 
 
 class Pushdown:
-    """A grammar compiled to states: leaf (a regular part), or (alternatives), call (of a rule), return."""
+    """A grammar compiled to states, which read a regular part (leaf), go on in one of several states (or), call a rule
+    (call), or return from one (return)."""
 
     def __init__(self, grammar: ir.Grammar, machine: Machine) -> None:
         self.grammar = grammar
@@ -254,7 +256,7 @@ class Pushdown:
 
 
 class _Closure:
-    """One step's expansion of grammar states to threads."""
+    """The threads that grammar states come to before the next byte is read."""
 
     def __init__(self, owner: Pushdown, entries: list[tuple[int, StackNode]]) -> None:
         self.owner = owner
@@ -381,7 +383,7 @@ class Reading:
 
 
 class ConfigurationFrame(Frame):
-    """One configuration as a frame of one state; all that it reads are exits."""
+    """A configuration as a frame with one state, in which each class of bytes is an exit."""
 
     def __init__(self, owner: Pushdown, configuration: Configuration) -> None:
         self.owner = owner

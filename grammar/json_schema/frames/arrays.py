@@ -39,7 +39,7 @@ class ArrayState:
         self._ends: tuple[ArrayEnd, ...] | None = None
 
     def choices(self) -> ArrayChoices:
-        """What the next item may be; the threads that may read it, each with the index of that."""
+        """(what the next item may be, the threads that may read it, each with the index of its expression)."""
         if self._choices is None:
             branches = self._branches()
             exprs = tuple(dict.fromkeys([e for _, e in branches]))
@@ -65,7 +65,7 @@ class ArrayState:
         return out
 
     def _item_of(self, rival: int) -> int | None:
-        """The item of a constant in the place of the next one."""
+        """The item that a rival has in the place of the next one; None where it has none."""
         items = self.compilation.expressions.constants.items(rival)
         return items[self.index] if self.index < len(items) else None
 
@@ -78,7 +78,7 @@ class ArrayState:
         return distinct.may_fill(e, spec, index, counts, self.seen)
 
     def is_free(self) -> bool:
-        """Can no item from here on be stuck because of those before it?"""
+        """True where no item from here on can be stuck because of those before it."""
         if self._is_free is None:
             self._is_free = self._find_is_free()
         return self._is_free
@@ -114,7 +114,7 @@ class ArrayState:
         return self._end
 
     def ends(self) -> tuple[ArrayEnd, ...]:
-        """What follows an item that satisfies the tags in 1, 2, ..."""
+        """At index mask - 1: what follows an item that satisfies the tags in `mask`."""
         if self._ends is None:
             masks = range(1, 1 << len(self.choices()[0]))
             self._ends = tuple([self.after(mask, self.seen).end() for mask in masks])
@@ -153,7 +153,7 @@ class ArrayNode:
         self.items = items
 
     def mask_twin(self) -> ArrayNode:
-        """The same in the context's twin."""
+        """The same array in the twin of its context."""
         context = self.context.mask_twin()
         if context is self.context and self.items is None:
             return self

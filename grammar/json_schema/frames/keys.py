@@ -1,4 +1,4 @@
-"""The keys of objects: which of them a set of object specs can tell apart, and the tables that read them."""
+"""The keys of objects: which keys the specs of an object treat alike, and the tables that read a key."""
 
 from __future__ import annotations
 
@@ -26,8 +26,13 @@ ObjectThread = tuple[int, int, int, tuple[int, ...]]
 ObjectChoices = tuple[tuple[Expr, ...], list[tuple[ObjectThread, int]]]
 
 
-class Space:
-    """The keys that a set of specs can tell apart: named keys, then classes of others by the languages they match."""
+class KeySpace:
+    """The keys of objects that satisfy some of `specs`, by *label*: keys of one label are treated alike.
+
+    A key that some spec names is a label of its own: label i is names[i]. All other keys are *unnamed*; they are told
+    apart by their *signature*, the set of the specs' patterns that they match: label len(names) + s is signatures[s]. A
+    set of labels is given as bits of names (`named`) and bits of signatures (`others`).
+    """
 
     def __init__(self, compilation: Compilation, specs: tuple[Objects, ...]) -> None:
         self.compilation = compilation
@@ -71,7 +76,7 @@ class Space:
         self.dfa, self.signatures = self.compilation.expressions.languages.signatures(tuple(self.languages))
 
     def are_simple(self, threads: tuple[ObjectThread, ...]) -> bool:
-        """Do the keys seen change nothing for these threads but that they may not come again?"""
+        """True where keys that came change nothing for these threads, but that they may not come again."""
         return not self.compilation.ordered and all(
             self.is_simple[spec] and not rivals for _, spec, _, rivals in threads
         )
@@ -88,7 +93,7 @@ class Space:
         return found
 
     def may_differ(self, spec: int, exists: int, rivals: tuple[int, ...], seen: int) -> bool:
-        """Can an object with the names `seen`, like `rivals` so far, become another one? See distinct.py."""
+        """Can an object with the names `seen`, equal to `rivals` so far, become different from all of them?"""
         key = (spec, exists, rivals, seen)
         found = self._differs.get(key)
         if found is None:
@@ -99,11 +104,11 @@ class Space:
         return found
 
     def usable(self, spec: int, label: int) -> bool:
-        """Has a key of this label any value?"""
+        """Is there a value for a key of this label?"""
         return not self.compilation.expressions.is_empty(self.expr(spec, label))
 
     def alive(self, spec: int) -> tuple[int, int]:
-        """Labels with values: (bits of names, bits of signatures)."""
+        """The labels that keys of an object of this spec may have: (bits of names, bits of signatures)."""
         found = self._alive.get(spec)
         if found is None:
             n = len(self.names)
@@ -127,7 +132,7 @@ class Space:
         return found
 
     def may_forget(self, specs: Iterable[int], extras: frozenset[str]) -> bool:
-        """Do these unnamed keys, once read, change nothing but that they may not come again?"""
+        """True where these unnamed keys change nothing once they came, but that they may not come again."""
         for spec in specs:
             others = self.alive(spec)[1]
             if not self.is_simple[spec] or (others and not self.has_room(others, extras)):
@@ -153,8 +158,11 @@ class Space:
                     self._endings.setdefault(place, []).append((key, rest))
 
     def endings(self, place: bytes | int, keys: frozenset[str], gaps: tuple[bytes, ...]) -> list[bytes]:
-        """Texts that finish one of these keys, noted before. place: the text of the key so far, or the place before it,
-        where `gaps` may stand up to its text."""
+        """Texts that finish one of these keys, which `note_key` was told.
+
+        place: the text of the key so far; or the number of the place before a key, where one of `gaps` stands up to its
+        text.
+        """
         out = [rest for key, rest in self._endings.get(place, ()) if key in keys]
         for key in self._many_ways:
             if key in keys:
@@ -181,19 +189,19 @@ class Space:
         return x.pattern in matching if x.pattern is not None else not matching.intersection(x.others)
 
     def is_open(self, others: int) -> bool:
-        """True where every key that is not named may come, so that no text of a key can be stuck."""
+        """True where every unnamed key may come, so that no text of a key can be stuck."""
         return others == (1 << len(self.signatures)) - 1
 
     def has_room(self, others: int, keys: frozenset[str]) -> bool:
-        """True where, whatever was read of one of these keys, more texts than there are keys can follow: then leaving
-        the keys out leaves no text stuck."""
+        """True where every beginning of one of these keys can be completed to more keys than could have come before, so
+        that no text is stuck because of those that came."""
         if self.is_open(others):
             return True
         most = len(self.names) + len(keys)
         return all(self._room_at(others, key) > most for key in keys)
 
     def _room_at(self, others: int, key: str) -> int:
-        """The fewest texts of other keys that can follow some beginning of a key."""
+        """Of all beginnings of a key, the fewest unnamed keys that one can be completed to."""
         found = self._room.get((others, key))
         if found is None:
             counts = self._counts_of(others)
@@ -207,7 +215,7 @@ class Space:
         return found
 
     def _counts_of(self, others: int) -> NDArray[np.int64]:
-        """For each state of the automaton of other keys, how many texts lead to an end, up to MAX_COUNT."""
+        """For each state of the automaton of unnamed keys, how many texts lead to an end, up to MAX_COUNT."""
         found = self._counts.get(others)
         if found is None:
             dfa = self.dfa
@@ -224,11 +232,11 @@ class Space:
         return found
 
     def table(self, named: int, others: int, extras: frozenset[str]) -> FrameTable:
-        """Keys that may come now: exit i for name i, len(names) + s for any other key of signature s.
+        """The table that reads a key of these labels but for the unnamed keys `extras`; its exits are the labels.
 
-        Where any other key may come, one table serves all states: the exits of names already seen are dead, and keys
-        seen without a name are not the table's concern. Elsewhere what must not come is cut out, with all that leads
-        only there; what leads to enough else needs no cut.
+        Where any unnamed key may come, one table serves all states of an object: its frames make the exits of names
+        that came DEAD, and compare unnamed keys with those that came. Elsewhere the table itself refuses the keys that
+        may not come, and every text that leads only to such keys; with room, no unnamed key needs to be refused.
         """
         if self.is_open(others):
             key: tuple[object, ...] = ("open",)
@@ -259,7 +267,7 @@ class Space:
         return StringRows(rows, keys.byte_class, keys.depths, keys.loop)
 
     def _some_keys(self, named: int, others: int, extras: frozenset[str]) -> StringRows:
-        """Only these names, and other keys of these signatures, but for those seen."""
+        """The table of these names, and of the unnamed keys of these signatures but for `extras`."""
         entries = {k: i if (named >> i) & 1 else -1 for i, k in enumerate(self.names)}
         content = overlay(
             strings.json_string_rows(self.dfa, self._labels(others)), {**entries, **dict.fromkeys(extras, -1)}
@@ -268,14 +276,14 @@ class Space:
         return StringRows.of(content)
 
     def _labels(self, others: int) -> list[int]:
-        """For each state of the automaton of other keys, the exit of a key that ends there; -1 for signatures not in
+        """For each state of the automaton of unnamed keys, the exit of a key that ends there; -1 for signatures not in
         `others`.
         """
         n = len(self.names)
         return [n + int(a) - 1 if (others >> (int(a) - 1)) & 1 else -1 for a in self.dfa.accepting]
 
     def possible(self, named: int, others: int, extras: frozenset[str]) -> tuple[int, int]:
-        """Of these labels, those for which there still is a key."""
+        """Those of these labels that still have a key, when `extras` came."""
         if (
             not others
             or self.is_open(others)

@@ -1,8 +1,8 @@
-"""Strings whose length and language are both limited, without the product of the two.
+"""Strings whose length and language are both limited, without one automaton of both.
 
-The automaton of the languages alone is laid out in layers, one for each character read; a table holds a few layers, and
-the next one is made when a text gets there. Far from every limit all tables are the same one. So `maxLength: 65535`
-beside a pattern costs what the pattern costs.
+The automaton of the languages alone is laid out in *layers*: layer i is its states after i characters. A table holds a
+few layers, and the next table is made when a text gets there. Where no limit is near, all tables are one and the same.
+So `maxLength: 65535` beside a pattern costs what the pattern costs.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _INFINITE = 1 << 30
 
 
 class Condition(NamedTuple):
-    """A tag that a text of low..high characters satisfies."""
+    """A text of low..high characters satisfies this tag."""
 
     tag: int
     low: int
@@ -73,7 +73,7 @@ class Layers:
 
 
 def _ahead(entries: NDArray[np.int32], costs: NDArray[np.int64], exit_costs: tuple[int, ...]) -> NDArray[np.int64]:
-    """What lies beyond table entries: infinite where refused."""
+    """For each table entry, the cost of what it leads to; infinite where it refuses."""
     known = np.concatenate([costs, [_INFINITE], exit_costs])
     return known[
         np.where(entries >= REFUSE, np.where(entries >= 0, entries, len(costs)), len(costs) + 1 + (-2 - entries) // 2)

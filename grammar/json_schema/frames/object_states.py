@@ -14,7 +14,7 @@ from itertools import combinations
 from ramet.grammar.json_schema.algebra import specs
 from ramet.grammar.json_schema.algebra.values import FALSE, Exists, Expr
 from ramet.grammar.json_schema.frames.compilation import Compilation
-from ramet.grammar.json_schema.frames.keys import ObjectChoices, ObjectThread, Space
+from ramet.grammar.json_schema.frames.keys import KeySpace, ObjectChoices, ObjectThread
 from ramet.grammar.json_schema.frames.lookahead import ObjectEnd
 from ramet.grammar.machine.frame import FrameTable
 
@@ -30,7 +30,7 @@ class ObjectState:
     def __init__(
         self,
         compilation: Compilation,
-        space: Space,
+        space: KeySpace,
         threads: tuple[ObjectThread, ...],
         seen: int,
         extras: frozenset[str],
@@ -148,7 +148,8 @@ class ObjectState:
         return constants.split(value, rivals, lambda r: constants.members(r).get(names[label]))
 
     def choices(self, label: int) -> ObjectChoices:
-        """What the value of a key of this label may be; the threads that may read it, each with the index of that."""
+        """(what the value of a key of this label may be, the threads that may read it, each with the index of its
+        expression)."""
         found = self._choices.get((self.threads, label))
         if found is None:
             branches = self.branches(label)
@@ -180,7 +181,7 @@ class ObjectState:
         return self.compilation.once(ObjectState, self.space, threads, seen, extras, anonymous, self.forgets)
 
     def ends(self, label: int, key: str | None) -> tuple[ObjectEnd, ...]:
-        """What follows a property's value that satisfies the tags in 1, 2, ..."""
+        """At index mask - 1: what follows a property's value that satisfies the tags in `mask`."""
         found = self._ends.get((label, key))
         if found is None:
             masks = range(1, 1 << len(self.choices(label)[0]))

@@ -12,7 +12,7 @@ from ramet.grammar.json_schema.algebra import costs, specs
 from ramet.grammar.json_schema.algebra import values as v
 from ramet.grammar.json_schema.algebra.values import TRUE, Const, Expr
 from ramet.grammar.json_schema.frames.compilation import Compilation, Context
-from ramet.grammar.json_schema.frames.keys import ObjectThread, Space
+from ramet.grammar.json_schema.frames.keys import KeySpace, ObjectThread
 from ramet.grammar.json_schema.frames.lookahead import (
     MAX_TAGS,
     EndsContext,
@@ -36,7 +36,7 @@ def prepare(compilation: Compilation, spec: v.Objects) -> None:
     """Make what objects of this spec alone will need first; not for patterns, whose automata may take long."""
     if spec.rules or spec.exists:
         return
-    space = compilation.once(Space, (spec,))
+    space = compilation.once(KeySpace, (spec,))
     space.table(*space.alive(0), frozenset())
 
 
@@ -62,7 +62,7 @@ def _opened(compilation: Compilation, exprs: tuple[Expr, ...]) -> ObjectState | 
     threads = tuple(
         sorted({(tag, position[whole[o]], (1 << len(o.exists)) - 1, tuple(sorted(o.excluded))) for tag, o in pairs})
     )
-    return compilation.once(ObjectState, compilation.once(Space, bases), threads, 0, frozenset[str](), 0, False)
+    return compilation.once(ObjectState, compilation.once(KeySpace, bases), threads, 0, frozenset[str](), 0, False)
 
 
 class ObjectNode:
