@@ -12,8 +12,9 @@ import os
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Literal
+
+import msgspec
 
 from ramet.errors import InvalidRequest, NotSupported, RametError, RemoteError
 from ramet.lang.backends.http_loop import HttpLoop, retry_pause
@@ -219,7 +220,7 @@ class OpenAI(BlockBackend):
             raise RemoteError(f"the endpoint was to write one of {list(choices)!r}, but wrote {text[:100]!r}")
         index = choices.index(max(fitting, key=len))
         meta = {"index": index, "is_sampled": True}
-        return replace(written, text=choices[index], meta=meta)
+        return msgspec.structs.replace(written, text=choices[index], meta=meta)
 
     async def _score(self, prompt: Prompt, node: ir.Select, choices: Sequence[str], deadline: Deadline) -> NodeResult:
         """Compare the choices' log-probabilities, in one request."""
@@ -329,7 +330,7 @@ class _Form:
             raise RemoteError(f"the endpoint was to write what matches {self.pattern!r}, but wrote {text[:100]!r}")
         cuts = [at for stop in stops if (at := text.find(stop)) >= 0]
         text = text[: min(cuts)] if cuts else text
-        return replace(written, text=text)
+        return msgspec.structs.replace(written, text=text)
 
 
 class _Chunks:

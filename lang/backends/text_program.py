@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import msgspec
@@ -159,7 +159,7 @@ class _TextProgram:
     async def _select(self, run: NodeRun, node: ir.Select) -> None:
         choices = [self._graph.render(choice) for choice in node.choices]
         chosen = await self._writer.choose(self._prompt(node), node, choices, self._graph.deadline)
-        self._graph.done(run, replace(chosen, value=chosen.text, finish_reason=None))
+        self._graph.done(run, msgspec.structs.replace(chosen, value=chosen.text, finish_reason=None))
 
     def _prompt(self, node: ir.AnyNode) -> Prompt:
         """What precedes a node, as an endpoint takes it. Raises NotSupported where it has no such form."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import msgspec
@@ -60,8 +59,7 @@ class NodeEvent(msgspec.Struct, frozen=True, omit_defaults=True):
         return msgspec.json.encode(msgspec.structs.replace(self, cause=None))
 
 
-@dataclass(frozen=True, slots=True)
-class NodeResult:
+class NodeResult(msgspec.Struct, frozen=True):
     """What came of a node: the `text` that it adds to its branch, its JSON `value`, and what its event says besides.
 
     `value_text`: what a template shows for the value; None: the text. `first_token_s`: of time.monotonic().

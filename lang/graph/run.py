@@ -14,8 +14,10 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
+
+import msgspec
 
 from ramet.errors import CheckFailed, ProgramCancelled, RametError
 from ramet.lang.graph import ir
@@ -193,7 +195,7 @@ class GraphRun:
             meta["attempts"] = run.attempts
             if result.text and self.options.text_events:
                 self._emit(run, "text", text=result.text)
-        return replace(result, value=value, usage=usage, meta=meta or None, error=problem)
+        return msgspec.structs.replace(result, value=value, usage=usage, meta=meta or None, error=problem)
 
     def done(self, run: NodeRun, result: ir.NodeResult) -> None:
         """Mark a node done, tell the caller, and make ready what waited for it alone."""
