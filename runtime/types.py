@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ramet.errors import EmptyPrompt, InvalidRequest
+from ramet.lang.graph.events import Usage as Usage
 from ramet.lang.graph.sampling import MAX_INT32 as MAX_INT32
 from ramet.lang.graph.sampling import SamplingParams as SamplingParams
 
@@ -265,15 +266,6 @@ class RowOutput:
     logprobs: tuple[float, ...] | None = None
     top_logprobs: tuple[tuple[tuple[int, float], ...], ...] | None = None
     prompt_logprobs: NDArray[np.float32] | None = None
-
-
-@dataclass(slots=True)
-class Usage:
-    """Token counts of one request: `prompt = cached + computed` of the prompt; `completion` generated."""
-
-    prompt_tokens: int
-    cached_tokens: int
-    completion_tokens: int
 
 
 @dataclass(slots=True)

@@ -11,6 +11,7 @@ from ramet.lang.graph.run import OnEvent
 
 if TYPE_CHECKING:
     from ramet.runtime.programs.engine import ProgramEngine
+    from ramet.runtime.programs.target import TokenizerTarget
     from ramet.runtime.testing.scripted_model import Script, ScriptedEngine, ScriptedStats
 
 
@@ -26,6 +27,12 @@ class EngineBackend(BlockBackend):
 
     def start(self, options: ProgramOptions, on_event: OnEvent) -> Session:
         return self._host.start(options, on_event)
+
+    def target(self) -> TokenizerTarget:
+        """What passes ask of the engine before a run: its tokens and its limits."""
+        from ramet.runtime.programs.target import target_of_engine  # as above
+
+        return target_of_engine(self.engine)
 
 
 class MockBackend(EngineBackend):

@@ -28,11 +28,10 @@ from ramet.lang.backends.protocol import BlockBackend
 from ramet.lang.backends.sse import ServerSentEvent
 from ramet.lang.graph import ir
 from ramet.lang.graph.options import Deadline, ProgramOptions
-from ramet.lang.graph.run import OnEvent
+from ramet.lang.graph.run import PROMPT_TAIL, OnEvent
 
 logger = logging.getLogger(__name__)
 
-_PROMPT_TAIL = 200  # characters of the prompt shown in errors; as many as in process
 _ROWS = 1024  # of a batch in one request
 
 
@@ -395,9 +394,9 @@ class _Program:
     def _tail(self, row: _Row, node: int) -> str:
         """The end of the text that a node continued."""
         text, at = "", self._nodes[node].parent
-        while at is not None and len(text) < _PROMPT_TAIL:
+        while at is not None and len(text) < PROMPT_TAIL:
             text, at = row.texts.get(at, "") + text, self._nodes[at].parent
-        return text[-_PROMPT_TAIL:]
+        return text[-PROMPT_TAIL:]
 
     def _tell(self, row: _Row, event: ir.NodeEvent) -> None:
         try:

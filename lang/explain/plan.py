@@ -6,7 +6,7 @@ pass. Nothing here runs a model. Not here: what a run did cost (measured.py), th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +24,7 @@ from ramet.lang.passes.liveness import liveness
 from ramet.lang.passes.paths import ZERO, Count, Paths, interpret
 from ramet.lang.passes.prefixes import BatchPrefixes, batch_prefixes, static_prefixes
 from ramet.lang.passes.requests import RequestPlan, plan_requests
-from ramet.lang.passes.target import Target, TokenizerTarget
+from ramet.lang.passes.target import Target
 
 
 def explain_plan(traced: RunRecord, target: Target, unbound: ir.Graph | None = None) -> Explanation:
@@ -89,17 +89,13 @@ def explain_rows(traced: Sequence[RunRecord], target: Target) -> Explanation:
     )
 
 
-def explain_on_server(
-    graph: ir.Graph, program: str, tokenizer: Any, model: str, limits: Mapping[str, int]
-) -> dict[str, Any]:  # Any: a runtime's Tokenizer; JSON
-    """The plan of a graph without its function, by a server's own tokenizer (`POST /v1/programs/explain`).
+def explain_on_server(graph: ir.Graph, program: str, target: Target) -> dict[str, Any]:  # Any: JSON
+    """The plan as plain data, by a server's own tokenizer: exact where the graph's arguments are given.
 
-    It is exact where the graph's arguments are given; a staged program's later parts can't be in it. `limits`: of the
-    server's engine, as a Target has them. Raises InvalidProgram.
+    A staged program's later parts can't be in it. Raises InvalidProgram.
     """
     ir.GraphIndex().add(graph)
     unbound = ir.Graph(graph.nodes) if any(isinstance(node, ir.Argument) for node in graph.nodes) else None
-    target = TokenizerTarget(tokenizer, name=model, **limits)
     return explain_plan(RunRecord(program, graph), target, unbound).to_dict()
 
 

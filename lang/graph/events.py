@@ -8,7 +8,10 @@ import msgspec
 
 
 class Usage(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Tokens of one node: `prompt_tokens` of its branch so far, of which `cached_tokens` were not computed again."""
+    """Tokens of a request, or of a node's requests together: of the `prompt_tokens`, `cached_tokens` were not computed.
+
+    `completion_tokens`: generated ones.
+    """
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -16,7 +19,7 @@ class Usage(msgspec.Struct, frozen=True, omit_defaults=True):
 
     @property
     def computed_tokens(self) -> int:
-        """Prompt tokens whose keys and values were computed for this node."""
+        """Prompt tokens whose keys and values were computed."""
         return self.prompt_tokens - self.cached_tokens
 
     def __add__(self, other: Usage) -> Usage:

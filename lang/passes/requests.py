@@ -23,7 +23,7 @@ MAX_ORDERS = 50_000  # nodes times orders that are tried; with more, counts that
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class PlannedRequest:
     """One request: of a generation, or of one `choice` of a selection (`part` "alone": without its prompt).
 
     `prompt` == `shared` + `new` where all are exact.
@@ -64,10 +64,10 @@ class RequestPlan:
     `kv`: tokens whose keys and values exist after the run, if nothing were evicted: each shared one counts once.
     """
 
-    requests: list[Request] = field(default_factory=list)
+    requests: list[PlannedRequest] = field(default_factory=list)
     kv: Count = ZERO
 
-    def of(self, node: int) -> list[Request]:
+    def of(self, node: int) -> list[PlannedRequest]:
         return [request for request in self.requests if request.node == node]
 
     @property
@@ -122,7 +122,7 @@ def _alone_order(graph: ir.Graph, node: int) -> list[ir.AnyNode]:
     return [one for one in run_order(graph) if one.id in needed]
 
 
-def _at_any_time(request: Request) -> Request:
+def _at_any_time(request: PlannedRequest) -> PlannedRequest:
     prompt = request.prompt
     return replace(request, new=Count(0, prompt.at_most), shared=Count(0, prompt.at_most))
 
@@ -137,7 +137,7 @@ def _unordered(paths: Paths) -> list[int]:
     return found
 
 
-def _either(a: Request, b: Request) -> Request:
+def _either(a: PlannedRequest, b: PlannedRequest) -> PlannedRequest:
     return replace(a, shared=_hull(a.shared, b.shared), new=_hull(a.new, b.new))
 
 
@@ -228,7 +228,7 @@ class _Planner:
         for index, choice, size in own:
             if self._is_scored((choice.position, size)):
                 count = choice.count if is_sure else Count(0, choice.count.at_most)
-                self._plan.requests.append(Request(node.id, index, "", count, count, ZERO, 0, ZERO, ZERO))
+                self._plan.requests.append(PlannedRequest(node.id, index, "", count, count, ZERO, 0, ZERO, ZERO))
             else:
                 self._request(node.id, index, choice, ZERO, keep=size + 1, is_sure=is_sure)
         self._cache(
@@ -251,7 +251,7 @@ class _Planner:
         if self._may_repeat and not is_known:
             # A choice with a value in it may turn out to be this one.
             new, shared = Count(0, size.at_most), Count(0, size.at_most)
-        self._plan.requests.append(Request(node, index, "alone", size, shared, new, None, ZERO, ZERO))
+        self._plan.requests.append(PlannedRequest(node, index, "alone", size, shared, new, None, ZERO, ZERO))
         if not is_known:
             self._plan.kv = self._plan.kv + size
 
@@ -279,7 +279,9 @@ class _Planner:
         if not is_sure:
             new, shared, count = Count(0, new.at_most), Count(0, count.at_most), Count(0, count.at_most)
         count, shared, new = (one.capped(self._paths.context_length) for one in (count, shared, new))
-        self._plan.requests.append(Request(node, choice, "", count, shared, new, missing.num_added, unread, written))
+        self._plan.requests.append(
+            PlannedRequest(node, choice, "", count, shared, new, missing.num_added, unread, written)
+        )
         self._cache(prompt, node, but_last=keep > 1)
 
     def _missing(self, node: int, prompt: Point, keep: int) -> _Missing:

@@ -49,7 +49,7 @@ def _draw(program: Function, given: dict[str, Any], target: Target, path: Path) 
 
 
 def _target(model: str | None) -> Target:
-    from ramet.lang.passes.target import TokenizerTarget
+    from ramet.runtime.programs.target import TokenizerTarget
 
     if model is None:
         from ramet.runtime.testing.byte_tokenizer import ByteTokenizer

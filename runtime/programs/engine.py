@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from ramet.lang.graph import ir
 from ramet.runtime.programs.path import Path, PathTokenizer, PieceEncoder
+from ramet.runtime.text.chat_template import ChatTemplate
 from ramet.runtime.text.role_marks import RoleMarks
 from ramet.runtime.types import Grammar, RequestOptions, RequestOutput, SamplingParams
 
@@ -27,6 +28,9 @@ class ProgramTokenizer(PathTokenizer, Protocol):
 
     @property
     def vocab_size(self) -> int: ...
+
+    @property
+    def chat_template(self) -> ChatTemplate: ...
 
 
 class Handle(Protocol):
@@ -99,8 +103,3 @@ class Work(Protocol):
 
     def read(self, text: str) -> ir.JsonValue:
         """The value of what the node wrote. Raises ValueError where it has none."""
-
-
-def usage_of(output: RequestOutput) -> ir.Usage:
-    usage = output.usage
-    return ir.Usage(usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens)

@@ -7,7 +7,7 @@ import time
 import msgspec
 
 from ramet.lang.graph import ir
-from ramet.runtime.programs.engine import EngineRequest, ProgramModel, usage_of
+from ramet.runtime.programs.engine import EngineRequest, ProgramModel
 from ramet.runtime.programs.path import Path, keep_text
 from ramet.runtime.text.tool_style import read_calls, shown_specials
 from ramet.runtime.types import RequestOutput
@@ -54,7 +54,7 @@ class Generation:
         first_token_s, queue_s = timings.get("first_token_s"), timings.get("queue_s")
         return ir.NodeResult(
             "".join(self._texts),
-            usage=usage_of(output),
+            usage=output.usage,
             finish_reason=output.finish_reason.value,
             meta=meta or None,
             first_token_s=None if first_token_s is None else self._start_s + float(first_token_s),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ramet.errors import InvalidProgram, InvalidRequest
 from ramet.lang.graph import choice_scores, ir
-from ramet.runtime.programs.engine import EngineRequest, ProgramModel, usage_of
+from ramet.runtime.programs.engine import EngineRequest, ProgramModel
 from ramet.runtime.programs.path import Path, Piece
 from ramet.runtime.types import RequestOutput, SamplingParams
 
@@ -60,7 +60,7 @@ class Selection:
         if output.prompt_logprobs is not None:
             self._rows[self._row_of[index]].extend(float(value) for value in output.prompt_logprobs)
         if output.finish_reason is not None:
-            self._usages.append(usage_of(output))
+            self._usages.append(output.usage)
 
     def result(self) -> ir.NodeResult:
         node, count = self._node, len(self._texts)

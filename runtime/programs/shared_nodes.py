@@ -150,4 +150,4 @@ class _Reader:
 def _for_free(output: RequestOutput) -> RequestOutput:
     """The same text and tokens, for which nothing was computed."""
     usage = output.usage
-    return replace(output, usage=replace(usage, cached_tokens=usage.prompt_tokens, completion_tokens=0))
+    return replace(output, usage=msgspec.structs.replace(usage, cached_tokens=usage.prompt_tokens, completion_tokens=0))

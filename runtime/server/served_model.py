@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from starlette.requests import Request
 
 from ramet.lang.graph.ir import Graph
+from ramet.runtime.programs.target import TokenizerTarget
 from ramet.runtime.server.config import ServerConfig
 from ramet.runtime.server.errors import HttpError
 from ramet.runtime.server.link.proxy import EngineProxy
@@ -19,9 +20,9 @@ from ramet.runtime.text.tokenizer import Tokenizer
 T = TypeVar("T")
 LITTLE_BYTES = 1024  # a conversation of so many is rendered and cut into tokens in 0.2 ms
 
-# The plan of a graph as JSON: (graph, the program's name, tokenizer, the model's name, context length). Only the
-# language can make it, so whoever starts the server hands the function in.
-Explain = Callable[[Graph, str, Tokenizer, str, Mapping[str, int]], dict[str, Any]]  # Any: JSON
+# The plan of a graph as JSON: (graph, the program's name, what tells tokens and limits). Only the language can make it,
+# so whoever starts the server hands the function in.
+Explain = Callable[[Graph, str, TokenizerTarget], dict[str, Any]]  # Any: JSON
 
 
 @dataclass(slots=True)

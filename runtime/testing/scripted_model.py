@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -323,7 +324,7 @@ class ScriptedEngine:
                 name,
                 chunk[sent_text:],
                 tuple(tokens[sent:end]),
-                replace(usage, completion_tokens=end),
+                msgspec.structs.replace(usage, completion_tokens=end),
                 reason if is_last else None,
                 stop_match=match if is_last else None,
                 logprobs=logprobs,

@@ -26,6 +26,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ramet.lang.graph.ir import Graph, ToolCall
+from ramet.runtime.programs.target import TokenizerTarget
 from ramet.runtime.server.errors import HttpError
 from ramet.runtime.server.link.protocol import StartProgram
 from ramet.runtime.server.metrics import RequestCollector
@@ -120,15 +121,18 @@ class ProgramEndpoints:
 
     async def explain(self, request: Request, body: ExplainBody) -> Response:
         """What a program would cost; nothing runs."""
-        served = self._served
-        if served.explain is None:
+        served, explain = self._served, self._served.explain
+        if explain is None:
             raise HttpError(501, "this server was started without the planner; explain in process", code="no_planner")
         graph = read_graph(body.graph)
         graph = msgspec.structs.replace(graph, arguments={**graph.arguments, **body.arguments})
         hello = served.proxy.hello
         limits = {} if hello is None else {"context_length": hello.context_length, "page_size": hello.page_size}
-        plan = await served.off_loop(served.explain, graph, body.program, served.tokenizer, served.name, limits)
-        return json_response(plan)
+
+        def plan() -> dict[str, Any]:  # Any: JSON
+            return explain(graph, body.program, TokenizerTarget(served.tokenizer, name=served.name, **limits))
+
+        return json_response(await served.off_loop(plan))
 
     async def show(self, request: Request) -> ProgramStatus:
         """What a program has done so far."""

@@ -20,7 +20,8 @@ from ramet.lang.passes.liveness import liveness
 from ramet.lang.passes.paths import Count, Opaque, Paths, interpret
 from ramet.lang.passes.prefixes import batch_prefixes, static_prefixes
 from ramet.lang.passes.requests import plan_requests, run_order
-from ramet.lang.passes.target import TokenizerTarget, target_of
+from ramet.lang.passes.target import target_of
+from ramet.runtime.programs.target import TokenizerTarget
 from ramet.runtime.testing.byte_tokenizer import ByteTokenizer
 
 TARGET = TokenizerTarget(ByteTokenizer())

@@ -1,0 +1,54 @@
+"""What the language's passes ask of a runtime before a run (lang/passes/target.py), answered by a tokenizer alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol, runtime_checkable
+
+from ramet.lang.graph.ir import AnyNode, Constraint, Role, Tools
+from ramet.runtime.engine.config import EngineConfig
+from ramet.runtime.programs.engine import ProgramEngine, ProgramTokenizer
+from ramet.runtime.programs.grammars import ProgramGrammars
+from ramet.runtime.text.role_marks import RoleMarks
+from ramet.runtime.types import SamplingParams
+
+
+@runtime_checkable
+class HasPages(Protocol):
+    """An engine whose cache holds pages of tokens."""
+
+    @property
+    def config(self) -> EngineConfig: ...
+
+
+class TokenizerTarget:
+    """A tokenizer with its chat template, and limits: no weights, no engine."""
+
+    def __init__(
+        self, tokenizer: ProgramTokenizer, *, name: str = "", context_length: int = 1 << 20, page_size: int = 1
+    ) -> None:
+        self.name = name or type(tokenizer).__name__
+        self.context_length = context_length
+        self.page_size = page_size
+        self.default_max_tokens = SamplingParams().max_tokens or context_length
+        self.token_bytes: Sequence[bytes] = tokenizer.token_bytes
+        self.max_token_bytes = max(len(token) for token in self.token_bytes)
+        self.special_tokens: Mapping[str, int] = tokenizer.special_tokens
+        self._tokenizer = tokenizer
+        self._marks = RoleMarks(tokenizer.chat_template)
+        self.stop_strings = self._marks.stop_strings
+        self._grammars = ProgramGrammars(tokenizer, self._marks)
+
+    def encode(self, text: str, *, add_special: bool, continues: bool) -> list[int]:
+        return self._tokenizer.encode(text, add_special=add_special, continues=continues)
+
+    def mark(self, before: Sequence[AnyNode], node: Role | Tools) -> str:
+        return self._marks.text(before, node)
+
+    def forced_tokens(self, constraint: Constraint) -> list[int] | None:
+        return self._grammars.get(constraint).result().forced_tokens(0)
+
+
+def target_of_engine(engine: ProgramEngine) -> TokenizerTarget:
+    page_size = engine.config.page_size if isinstance(engine, HasPages) else 1
+    return TokenizerTarget(engine.tokenizer, context_length=engine.context_length, page_size=page_size)
