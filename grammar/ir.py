@@ -1,10 +1,11 @@
 """The intermediate grammar: how any source (regex, Lark, choices, tools, JSON schema) describes a language.
 
-A `Grammar` is a set of named rules and a start rule; a rule's body is a `Node`. A language is a set of byte strings.
+A grammar is `NamedRules`: named rules, and the rule to start from; a rule's body is a `Node`. A language is a set of
+byte strings.
 
     Bytes(b"...")                      exactly these bytes (they need not be UTF-8)
     Chars(((97, 122), (48, 57)))       one code point out of inclusive ranges, written in UTF-8
-    Sequence((a, b, ...))              one after the other; Sequence(()) is the empty string
+    Concatenation((a, b, ...))         one after the other; Concatenation(()) is the empty string
     Choice((a, b, ...))                any of them, no order and no priority; Choice(()) is the empty language
     Repeat(a, low, high | None)        low to high times; None: any number
     Lookahead(a, is_negative)          the rest of the surrounding Terminal must (not) start with a; no width
@@ -20,7 +21,7 @@ removed, so that a mask never leads to a dead end. A part without recursion beco
 runs on a stack of configurations, which grows as it is visited.
 
 A regular expression is a Terminal; priorities and greediness do not exist here. Lark's `%ignore` is to be written into
-the rules by the source. Python's `Grammar.of(node)` wraps a grammar without named rules.
+the rules by the source. `NamedRules.of(node)` wraps a grammar without named rules.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class Chars:
 
 
 @dataclass(frozen=True, slots=True)
-class Sequence:
+class Concatenation:
     parts: tuple[Node, ...]
 
 
@@ -149,7 +150,7 @@ class JsonSchema:
 Node = (
     Bytes
     | Chars
-    | Sequence
+    | Concatenation
     | Choice
     | Repeat
     | Lookahead
@@ -163,19 +164,19 @@ Node = (
 
 
 @dataclass(frozen=True, slots=True)
-class Grammar:
-    """Named rules and where to start."""
+class NamedRules:
+    """A grammar: named rules, and the rule to start from."""
 
     rules: Mapping[str, Node]
     start: str = "start"
 
     @staticmethod
-    def of(node: Node) -> Grammar:
+    def of(node: Node) -> NamedRules:
         """Wrap one node as a grammar without other rules."""
-        return Grammar({"start": node})
+        return NamedRules({"start": node})
 
 
-EMPTY = Sequence(())
+EMPTY = Concatenation(())
 NOTHING = Choice(())
 ANY_CHAR = Chars(((0, 0xD7FF), (0xE000, MAX_CODE_POINT)))
 ANY_TEXT = Repeat(ANY_CHAR)

@@ -89,7 +89,7 @@ class RegularCompiler:
                 return then
             case ir.Chars(ranges):
                 return self._chars(ranges, then)
-            case ir.Sequence(parts):
+            case ir.Concatenation(parts):
                 for part in reversed(parts):
                     then = self.compile(part, then)
                 return then
@@ -99,7 +99,7 @@ class RegularCompiler:
                 return self._repeat(item, low, high, then)
             case ir.Lookahead(item, is_negative):
                 self.has_and = True
-                starts = self._part(ir.Sequence((item, ir.Repeat(_AnySymbol()))))  # type: ignore[arg-type]
+                starts = self._part(ir.Concatenation((item, ir.Repeat(_AnySymbol()))))  # type: ignore[arg-type]
                 return self._state("and", [self._run(complement(starts) if is_negative else starts, 0), then])
             case ir.Intersect(parts):
                 return self._run(
@@ -328,7 +328,7 @@ def _has_lookahead(node: ir.Node) -> bool:
     match node:
         case ir.Lookahead():
             return True
-        case ir.Sequence(parts) | ir.Choice(parts):
+        case ir.Concatenation(parts) | ir.Choice(parts):
             return any(_has_lookahead(p) for p in parts)
         case ir.Repeat(item, _, _):
             return _has_lookahead(item)

@@ -22,12 +22,14 @@ from ramet.grammar.regular import languages as regular
 from ramet.grammar.regular.dfas import Dfa
 
 _DIGIT = ir.Chars(((48, 57),))
-_INTEGER_PART = ir.Choice((ir.text("0"), ir.Sequence((ir.Chars(((49, 57),)), ir.Repeat(_DIGIT)))))
-_FRACTION = ir.Sequence((ir.text("."), ir.Repeat(_DIGIT, 1)))
-_EXPONENT = ir.Sequence((ir.one_of(["e", "E"]), ir.optional(ir.one_of(["+", "-"])), ir.Repeat(_DIGIT, 1)))
-ANY_NUMBER = ir.Sequence((ir.optional(ir.text("-")), _INTEGER_PART, ir.optional(_FRACTION), ir.optional(_EXPONENT)))
-_PLAIN_INTEGER = ir.Sequence((ir.optional(ir.text("-")), _INTEGER_PART))
-PLAIN_NUMBER = ir.Sequence((ir.optional(ir.text("-")), _INTEGER_PART, ir.optional(_FRACTION)))
+_INTEGER_PART = ir.Choice((ir.text("0"), ir.Concatenation((ir.Chars(((49, 57),)), ir.Repeat(_DIGIT)))))
+_FRACTION = ir.Concatenation((ir.text("."), ir.Repeat(_DIGIT, 1)))
+_EXPONENT = ir.Concatenation((ir.one_of(["e", "E"]), ir.optional(ir.one_of(["+", "-"])), ir.Repeat(_DIGIT, 1)))
+ANY_NUMBER = ir.Concatenation(
+    (ir.optional(ir.text("-")), _INTEGER_PART, ir.optional(_FRACTION), ir.optional(_EXPONENT))
+)
+_PLAIN_INTEGER = ir.Concatenation((ir.optional(ir.text("-")), _INTEGER_PART))
+PLAIN_NUMBER = ir.Concatenation((ir.optional(ir.text("-")), _INTEGER_PART, ir.optional(_FRACTION)))
 
 MAX_STATES = 20_000
 
@@ -203,9 +205,9 @@ def decimal_text(value: Fraction) -> str:
 def _texts_of(value: Fraction) -> ir.Node:
     text = decimal_text(value)
     zeros = ir.Repeat(ir.text("0"))
-    tail = zeros if "." in text else ir.optional(ir.Sequence((ir.text(".0"), zeros)))
+    tail = zeros if "." in text else ir.optional(ir.Concatenation((ir.text(".0"), zeros)))
     sign = ir.optional(ir.text("-")) if value == 0 else ir.EMPTY
-    return ir.Sequence((sign, ir.text(text), tail))
+    return ir.Concatenation((sign, ir.text(text), tail))
 
 
 # --- ranges and divisors: a product of small trackers, explored from the start --------------------------------------

@@ -66,7 +66,7 @@ class Pushdown:
     """A grammar compiled to states, which read a regular part (leaf), go on in one of several states (or), call a rule
     (call), or return from one (return)."""
 
-    def __init__(self, grammar: ir.Grammar, machine: Machine) -> None:
+    def __init__(self, grammar: ir.NamedRules, machine: Machine) -> None:
         self.grammar = grammar
         self.machine = machine
         self.states: list[State] = [("return", 0, 0, [])]
@@ -111,7 +111,7 @@ class Pushdown:
         if self._is_regular(node):
             return self._leaf(node, then)
         match node:
-            case ir.Sequence(parts):
+            case ir.Concatenation(parts):
                 for group in reversed(self._group(parts)):
                     then = self._compile(group, then, pending)
                 return then
@@ -154,16 +154,16 @@ class Pushdown:
                 run.append(part)
                 continue
             if run:
-                out.append(ir.Sequence(tuple(run)))
+                out.append(ir.Concatenation(tuple(run)))
                 run = []
             out.append(part)
         if run:
-            out.append(ir.Sequence(tuple(run)))
+            out.append(ir.Concatenation(tuple(run)))
         return out
 
     def _is_regular(self, node: ir.Node) -> bool:
         match node:
-            case ir.Sequence(parts) | ir.Choice(parts) | ir.Intersect(parts):
+            case ir.Concatenation(parts) | ir.Choice(parts) | ir.Intersect(parts):
                 return all(self._is_regular(p) for p in parts)
             case ir.Repeat(item, _, _) | ir.Terminal(item, _) | ir.Complement(item) | ir.Lookahead(item, _):
                 return self._is_regular(item)

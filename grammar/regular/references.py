@@ -5,13 +5,13 @@ from __future__ import annotations
 from ramet.grammar import ir
 
 
-def inline(node: ir.Node, grammar: ir.Grammar) -> ir.Node:
+def inline(node: ir.Node, grammar: ir.NamedRules) -> ir.Node:
     """Replace references by the rules they name (which must not be recursive)."""
     match node:
         case ir.Reference(rule):
             return inline(grammar.rules[rule], grammar)
-        case ir.Sequence(parts):
-            return ir.Sequence(tuple(inline(p, grammar) for p in parts))
+        case ir.Concatenation(parts):
+            return ir.Concatenation(tuple(inline(p, grammar) for p in parts))
         case ir.Choice(parts):
             return ir.Choice(tuple(inline(p, grammar) for p in parts))
         case ir.Intersect(parts):
@@ -33,7 +33,7 @@ def references(node: ir.Node) -> set[str]:
     match node:
         case ir.Reference(rule):
             return {rule}
-        case ir.Sequence(parts) | ir.Choice(parts) | ir.Intersect(parts):
+        case ir.Concatenation(parts) | ir.Choice(parts) | ir.Intersect(parts):
             return set().union(*(references(p) for p in parts)) if parts else set()
         case ir.Repeat(item, _, _) | ir.Terminal(item, _) | ir.Complement(item) | ir.Lookahead(item, _):
             return references(item)
@@ -43,7 +43,7 @@ def references(node: ir.Node) -> set[str]:
             return set()
 
 
-def recursive_rules(grammar: ir.Grammar) -> frozenset[str]:
+def recursive_rules(grammar: ir.NamedRules) -> frozenset[str]:
     """Rules that are not regular by inlining: on a cycle of references, or reaching one, or holding a JSON schema."""
     uses = {name: references(node) for name, node in grammar.rules.items()}
     plain: set[str] = set()

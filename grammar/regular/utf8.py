@@ -46,7 +46,7 @@ def _collect(node: ir.Node, sets: dict[ir.Ranges, None]) -> None:
                 sets[((ord(c), ord(c)),)] = None
         case ir.Chars(ranges):
             sets[ranges] = None
-        case ir.Sequence(parts) | ir.Choice(parts) | ir.Intersect(parts):
+        case ir.Concatenation(parts) | ir.Choice(parts) | ir.Intersect(parts):
             for part in parts:
                 _collect(part, sets)
         case ir.Repeat(item, _, _) | ir.Lookahead(item, _) | ir.Terminal(item, _):
@@ -83,11 +83,11 @@ def _renamed(node: ir.Node, by_set: dict[ir.Ranges, ir.Ranges]) -> ir.Node:
     """The node with atoms for code points."""
     match node:
         case ir.Bytes(value):
-            return ir.Sequence(tuple(ir.Chars(by_set[((ord(c), ord(c)),)]) for c in value.decode()))
+            return ir.Concatenation(tuple(ir.Chars(by_set[((ord(c), ord(c)),)]) for c in value.decode()))
         case ir.Chars(ranges):
             return ir.Chars(by_set[ranges])
-        case ir.Sequence(parts):
-            return ir.Sequence(tuple(_renamed(p, by_set) for p in parts))
+        case ir.Concatenation(parts):
+            return ir.Concatenation(tuple(_renamed(p, by_set) for p in parts))
         case ir.Choice(parts):
             return ir.Choice(tuple(_renamed(p, by_set) for p in parts))
         case ir.Intersect(parts):

@@ -10,7 +10,7 @@
     structural_tag  free text with values in it (structural_tag.py): JSON text or a dict
 
 A source becomes a `ByteAutomaton` (regular, every state known), a `TextWithValues` (text with JSON values in it) or an
-`ir.Grammar`, whatever the vocabulary; then it is compiled for one.
+`ir.NamedRules`, whatever the vocabulary; then it is compiled for one.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from ramet.grammar.tools.text_with_values import TextWithValues, compile_with_va
 from ramet.grammar.tools.tool_set import ToolSet, tools_text
 
 Kind = Literal["json_schema", "regex", "cfg", "choice", "substring", "tools", "structural_tag"]
-Parsed = ByteAutomaton | TextWithValues | ir.Grammar
+Parsed = ByteAutomaton | TextWithValues | ir.NamedRules
 
 MAX_SOURCE_BYTES = 16 << 20
 
@@ -71,7 +71,7 @@ def compile_parsed(parsed: Parsed, vocabulary: Vocabulary, *, limits: Limits | N
 
 
 def compile_grammar(
-    constraint: ir.Grammar | ir.Node, vocabulary: Vocabulary, *, limits: Limits | None = None
+    constraint: ir.NamedRules | ir.Node, vocabulary: Vocabulary, *, limits: Limits | None = None
 ) -> CompiledGrammar:
     """Compile a grammar, or one node of it, for a vocabulary.
 
@@ -79,7 +79,7 @@ def compile_grammar(
     large.
     """
     limits = limits or Limits()
-    grammar = constraint if isinstance(constraint, ir.Grammar) else ir.Grammar.of(constraint)
+    grammar = constraint if isinstance(constraint, ir.NamedRules) else ir.NamedRules.of(constraint)
     machine = Machine(vocabulary, limits)
     only = grammar.rules.get(grammar.start)
     with time_limit(limits.max_time_s):
@@ -122,7 +122,7 @@ OPTIONS: Mapping[str, tuple[str, ...]] = {
 
 def _json_schema(source: Any, limits: Limits, options: dict[str, Any]) -> Parsed:
     schema = _decoded(source, InvalidSchema, "the schema") if isinstance(source, str) else source
-    return ir.Grammar.of(ir.JsonSchema(schema, ir.JsonOptions(**options)))
+    return ir.NamedRules.of(ir.JsonSchema(schema, ir.JsonOptions(**options)))
 
 
 def _regex(source: Any, limits: Limits, options: dict[str, Any]) -> Parsed:

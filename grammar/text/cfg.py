@@ -46,7 +46,7 @@ def parse_cfg(
     start: str = "start",
     max_ignored: int | None = None,
     max_regular_states: int = dfas.MAX_STATES,
-) -> ir.Grammar:
+) -> ir.NamedRules:
     """Return the grammar that `source`, in Lark's syntax, describes; one rule without references if it is regular.
 
     `max_ignored`: characters that `%ignore` allows in one place (a model may otherwise write white space without end).
@@ -75,7 +75,7 @@ class _Reader:
         self.ignored: ir.Node = ir.EMPTY
         self.rule = ""
 
-    def read(self) -> ir.Grammar:
+    def read(self) -> ir.NamedRules:
         definitions = self._load()
         self.templates: dict[str, _Template] = {n: (tuple(p), t) for n, p, t, _ in definitions.rule_defs}
         self.terminal_trees = {name: tree for name, (tree, _) in definitions.term_defs}
@@ -88,13 +88,13 @@ class _Reader:
             if self.max_ignored is not None:
                 any_number = ir.Intersect((any_number, ir.Repeat(ir.ANY_CHAR, 0, self.max_ignored)))
             self.ignored = self._table(any_number, "%ignore")
-        begin = ir.Sequence((self.ignored, self.reference(self.start, ())))
+        begin = ir.Concatenation((self.ignored, self.reference(self.start, ())))
         while self.pending:
             self.rule, tree, values = self.pending.pop()
             self.rules[self.rule] = self.node(tree, values)
         name = "the start"  # a blank: no rule of Lark's can have this name
-        whole = ir.Grammar({**self.rules, name: begin}, name)
-        return ir.Grammar.of(inline(begin, whole)) if name in _regular_rules(whole.rules) else whole
+        whole = ir.NamedRules({**self.rules, name: begin}, name)
+        return ir.NamedRules.of(inline(begin, whole)) if name in _regular_rules(whole.rules) else whole
 
     def _load(self) -> Any:
         try:
@@ -118,7 +118,7 @@ class _Reader:
         if tree.data == "expansions":
             return ir.Choice(tuple(self.node(c, values) for c in children))
         if tree.data == "expansion":
-            return ir.Sequence(tuple(self.node(c, values) for c in children))
+            return ir.Concatenation(tuple(self.node(c, values) for c in children))
         if tree.data in ("alias", "value"):
             return self.node(children[0], values)
         if tree.data == "maybe":
@@ -202,7 +202,7 @@ class _Reader:
             if isinstance(item, ir.Table) and bool(item.accepting[0]):
                 self.fail(f"{name} matches the empty text; make it optional in the rules instead", line)
             if self.ignored != ir.EMPTY:
-                item = self._table(ir.Sequence((item, self.ignored)), name)
+                item = self._table(ir.Concatenation((item, self.ignored)), name)
             found = self.terminals[repr(key)] = item
         return found
 
@@ -299,7 +299,7 @@ def _references(node: ir.Node) -> set[str]:
     match node:
         case ir.Reference(rule):
             return {rule}
-        case ir.Sequence(parts) | ir.Choice(parts):
+        case ir.Concatenation(parts) | ir.Choice(parts):
             return set().union(*map(_references, parts)) if parts else set()
         case ir.Repeat(item, _, _):
             return _references(item)
@@ -310,7 +310,7 @@ def _size(node: ir.Node, sizes: Mapping[str, int]) -> int:
     match node:
         case ir.Reference(rule):
             return sizes[rule]
-        case ir.Sequence(parts) | ir.Choice(parts):
+        case ir.Concatenation(parts) | ir.Choice(parts):
             return 1 + sum(_size(p, sizes) for p in parts)
         case ir.Repeat(item, low, high):
             return 1 + _size(item, sizes) * max(1, low if high is None else high)

@@ -31,7 +31,7 @@ _CATEGORIES = {
 }
 _NO_BYTE_AFTER = ir.Lookahead(ir.ANY_CHAR, is_negative=True)
 _LAST_NEWLINE = ir.Lookahead(
-    ir.Choice((ir.Chars(chars.NOT_NEWLINE), ir.Sequence((ir.Chars(chars.NEWLINE), ir.ANY_CHAR)))), is_negative=True
+    ir.Choice((ir.Chars(chars.NOT_NEWLINE), ir.Concatenation((ir.Chars(chars.NEWLINE), ir.ANY_CHAR)))), is_negative=True
 )
 _LINE_END = ir.Lookahead(ir.Chars(chars.NOT_NEWLINE), is_negative=True)
 
@@ -270,7 +270,7 @@ def _flattened(items: list[_Item]) -> list[_Item]:
 
 
 def _joined(parts: list[ir.Node]) -> ir.Node:
-    return parts[0] if len(parts) == 1 else ir.Sequence(tuple(parts))
+    return parts[0] if len(parts) == 1 else ir.Concatenation(tuple(parts))
 
 
 def _end_of_lazy(items: list[_Item]) -> int | None:
@@ -286,7 +286,7 @@ def _end_of_lazy(items: list[_Item]) -> int | None:
 def _shortest(node: ir.Node) -> ir.Node:
     """The texts of `node` of which no shorter beginning is one."""
     closed = ir.Terminal(node)  # so that lookaheads see no further than the node
-    return ir.Intersect((closed, ir.Complement(ir.Sequence((closed, ir.ANY_CHAR, ir.ANY_TEXT)))))
+    return ir.Intersect((closed, ir.Complement(ir.Concatenation((closed, ir.ANY_CHAR, ir.ANY_TEXT)))))
 
 
 def _ends_in(node: ir.Node, ranges: ir.Ranges) -> tuple[ir.Node, ir.Node] | None:
@@ -313,19 +313,19 @@ def _ends_in(node: ir.Node, ranges: ir.Ranges) -> tuple[ir.Node, ir.Node] | None
             least = 0 if one[1] == ir.EMPTY else max(low - 1, 0)
             most = None if high is None else max(high - 1, least)
             before = ir.Repeat(item, least, most)
-            return ir.Sequence((before, one[0])), ir.EMPTY if low == 0 or one[1] == ir.EMPTY else ir.NOTHING
-        case ir.Sequence(parts):
+            return ir.Concatenation((before, one[0])), ir.EMPTY if low == 0 or one[1] == ir.EMPTY else ir.NOTHING
+        case ir.Concatenation(parts):
             ways: list[ir.Node] = []
             after: tuple[ir.Node, ...] = ()
             for i in reversed(range(len(parts))):
                 part = _ends_in(parts[i], ranges)
                 if part is None:
                     return None
-                ways.append(ir.Sequence((*parts[:i], part[0], *after)))
+                ways.append(ir.Concatenation((*parts[:i], part[0], *after)))
                 after = (part[1], *after)
                 if part[1] == ir.NOTHING:
                     return ir.Choice(tuple(ways)), ir.NOTHING
-            return ir.Choice(tuple(ways)), ir.Sequence(tuple(b for b in after if b != ir.EMPTY))
+            return ir.Choice(tuple(ways)), ir.Concatenation(tuple(b for b in after if b != ir.EMPTY))
     return None
 
 

@@ -152,13 +152,13 @@ def _add_tag(builder: TextBuilder, state: int, tag: Tag, later: int) -> None:
 def _free_text(triggers: Sequence[str]) -> tuple[NDArray[np.int32], NDArray[np.bool_], list[int]]:
     """(transitions, accepting, state after each trigger) of text that ends with the first trigger, or has none."""
     any_trigger = ir.Choice(tuple(ir.text(trigger) for trigger in triggers))
-    free = ir.Complement(ir.Sequence((ir.ANY_TEXT, any_trigger, ir.ANY_TEXT)))
-    later = ir.Complement(ir.Sequence((ir.ANY_TEXT, any_trigger, ir.ANY_CHAR, ir.ANY_TEXT)))
+    free = ir.Complement(ir.Concatenation((ir.ANY_TEXT, any_trigger, ir.ANY_TEXT)))
+    later = ir.Complement(ir.Concatenation((ir.ANY_TEXT, any_trigger, ir.ANY_CHAR, ir.ANY_TEXT)))
     ways: list[ir.Node] = [free]
     for index, trigger in enumerate(triggers):
-        before = ir.Intersect((ir.Sequence((ir.ANY_TEXT, ir.text(trigger))), later))
+        before = ir.Intersect((ir.Concatenation((ir.ANY_TEXT, ir.text(trigger))), later))
         mark = _FIRST_SURROGATE + index
-        ways.append(ir.Sequence((before, ir.Chars(((mark, mark),)))))
+        ways.append(ir.Concatenation((before, ir.Chars(((mark, mark),)))))
     dfa = text_dfa(ir.Choice(tuple(ways)), name="free text")
     table = utf8_table(dfa)
     marked = [

@@ -111,13 +111,13 @@ def _head(
     """
     first = ir.text(marker)
     space = ir.Repeat(ir.Chars(category("s", is_ascii=False)))  # the reader of events skips it, too
-    free = ir.Complement(ir.Sequence(((space if is_only_at_start else ir.ANY_TEXT), first, ir.ANY_TEXT)))
+    free = ir.Complement(ir.Concatenation(((space if is_only_at_start else ir.ANY_TEXT), first, ir.ANY_TEXT)))
     answer: ir.Node = ir.Chars(((_ANSWER, _ANSWER),)) if has_answer else free
     before: ir.Node = first
     if choice == "auto" and not has_answer and not is_only_at_start:
-        twice = ir.Sequence((ir.ANY_TEXT, first, ir.ANY_CHAR, ir.ANY_TEXT))
-        before = ir.Intersect((ir.Sequence((ir.ANY_TEXT, first)), ir.Complement(twice)))
-    calls = ir.Sequence((before, ir.Chars(((_CALLS, _CALLS),))))
+        twice = ir.Concatenation((ir.ANY_TEXT, first, ir.ANY_CHAR, ir.ANY_TEXT))
+        before = ir.Intersect((ir.Concatenation((ir.ANY_TEXT, first)), ir.Complement(twice)))
+    calls = ir.Concatenation((before, ir.Chars(((_CALLS, _CALLS),))))
     ways = {"auto": (answer, calls), "required": (calls,), "none": (answer,)}[choice]
     dfa = text_dfa(ir.Choice(ways), name="free text")
     table = utf8_table(dfa)

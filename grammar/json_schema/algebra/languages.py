@@ -200,7 +200,7 @@ def _surely_not_empty(node: ir.Node) -> bool:
     match node:
         case ir.Chars(ranges):
             return any(low < 0xD800 or high > 0xDFFF for low, high in ranges)
-        case ir.Sequence(parts):
+        case ir.Concatenation(parts):
             return all(_surely_not_empty(p) for p in parts)
         case ir.Choice(options):
             return bool(options) and all(_surely_not_empty(o) for o in options)

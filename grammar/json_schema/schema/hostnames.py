@@ -55,4 +55,4 @@ def idn_hostname() -> ir.Node:
     arabic_indic = _right_to_left("\\u0660-\\u0669")  # not to be mixed with other digits
     wide = search(f"^(?:{_LEFT_TO_RIGHT}|{_right_to_left('0-9')}|{arabic_indic})$")
     label = ir.Choice((search(f"^(?:{_ASCII})$"), ir.Intersect((wide, ir.Repeat(ir.ANY_CHAR, 1, 16)))))
-    return ir.Sequence((label, ir.Repeat(ir.Sequence((search(f"^{_DOT}$"), label)))))
+    return ir.Concatenation((label, ir.Repeat(ir.Concatenation((search(f"^{_DOT}$"), label)))))

@@ -80,24 +80,24 @@ def _branches(node: ir.Node) -> list[ir.Node]:
     """Split alternatives at the top, so that each is anchored for itself."""
     if isinstance(node, ir.Choice):
         return [b for o in node.options for b in _branches(o)]
-    if isinstance(node, ir.Sequence) and node.parts:
+    if isinstance(node, ir.Concatenation) and node.parts:
         parts = list(node.parts)
         for at in (0, len(parts) - 1):
             part = parts[at]
             if isinstance(part, ir.Repeat) and (part.low, part.high) == (0, 1) and _has_anchor(part):
                 part = ir.Choice((part.item, ir.EMPTY))
-            if isinstance(part, ir.Sequence):
-                return _branches(ir.Sequence((*parts[:at], *part.parts, *parts[at + 1 :])))
+            if isinstance(part, ir.Concatenation):
+                return _branches(ir.Concatenation((*parts[:at], *part.parts, *parts[at + 1 :])))
             if isinstance(part, ir.Choice) and _has_anchor(part):
                 out = []
                 for option in part.options:
-                    out.extend(_branches(ir.Sequence((*parts[:at], option, *parts[at + 1 :]))))
+                    out.extend(_branches(ir.Concatenation((*parts[:at], option, *parts[at + 1 :]))))
                 return out
     return [node]
 
 
 def _around(node: ir.Node) -> ir.Node:
-    parts: list[_Part] = list(node.parts) if isinstance(node, ir.Sequence) else [node]
+    parts: list[_Part] = list(node.parts) if isinstance(node, ir.Concatenation) else [node]
     starts = ends = False
     while parts and parts[0] is _START:
         starts = True
@@ -111,14 +111,14 @@ def _around(node: ir.Node) -> ir.Node:
     whole.extend(inner)
     if not ends:
         whole.append(ir.ANY_TEXT)
-    return ir.Sequence(tuple(whole))
+    return ir.Concatenation(tuple(whole))
 
 
 def _has_anchor(node: _Part) -> bool:
     match node:
         case _Anchor():
             return True
-        case ir.Sequence(parts) | ir.Choice(parts):
+        case ir.Concatenation(parts) | ir.Choice(parts):
             return any(_has_anchor(p) for p in parts)
         case ir.Repeat(item, _, _):
             return _has_anchor(item)
@@ -133,8 +133,8 @@ def _resolve(node: _Part, at_start: bool) -> ir.Node:
             if is_start:
                 raise UnsupportedPattern("an anchor ^ that is not at the start of an alternative")
             return ir.Lookahead(ir.ANY_CHAR, is_negative=True)
-        case ir.Sequence(parts):
-            return ir.Sequence(tuple(_resolve(p, False) for p in parts))
+        case ir.Concatenation(parts):
+            return ir.Concatenation(tuple(_resolve(p, False) for p in parts))
         case ir.Choice(parts):
             return ir.Choice(tuple(_resolve(p, False) for p in parts))
         case ir.Repeat(item, low, high):
@@ -148,10 +148,10 @@ def _resolve(node: _Part, at_start: bool) -> ir.Node:
 def _lookahead(item: ir.Node, at_start: bool) -> ir.Node:
     branches = []
     for branch in _branches(item):
-        parts: list[_Part] = list(branch.parts) if isinstance(branch, ir.Sequence) else [branch]
+        parts: list[_Part] = list(branch.parts) if isinstance(branch, ir.Concatenation) else [branch]
         while at_start and parts and parts[0] is _START:
             parts.pop(0)
-        branches.append(ir.Sequence(tuple(_resolve(p, False) for p in parts)))
+        branches.append(ir.Concatenation(tuple(_resolve(p, False) for p in parts)))
     return ir.Choice(tuple(branches))
 
 
@@ -201,7 +201,7 @@ class _Parser:
             atom = self.atom()
             if atom is not None:
                 parts.append(self.quantified(atom))
-        return ir.Sequence(tuple(parts))  # type: ignore[arg-type]  # anchors are resolved by `search`
+        return ir.Concatenation(tuple(parts))  # type: ignore[arg-type]  # anchors are resolved by `search`
 
     def quantified(self, atom: _Part) -> _Part:
         low, high = 1, 1
