@@ -11,10 +11,8 @@ import asyncio
 import functools
 import inspect
 import threading
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from contextvars import copy_context
 from dataclasses import dataclass, replace
 from typing import Any, overload
@@ -29,10 +27,10 @@ from ramet.lang.explain.why_miss import Miss, why_miss_plan
 from ramet.lang.graph import ir
 from ramet.lang.graph.options import ProgramOptions, deadline
 from ramet.lang.passes.target import Target, target_of
+from ramet.lang.program.batch import arguments_in_text, in_row_order, row_order, run_rows
 from ramet.lang.program.compiled import Compiled
 from ramet.lang.program.own_thread import in_own_thread
 from ramet.lang.program.progress_bar import ProgressBar
-from ramet.lang.program.row_order import arguments_in_text, in_row_order, row_order
 from ramet.lang.program.stream import Stream
 from ramet.lang.recording.primitives import to_sampling
 from ramet.lang.recording.recorder import Recorder
@@ -46,7 +44,6 @@ from ramet.lang.recording.values import plain
 _OPTIONS = ("backend", "timeout_s", "token_budget", "priority", "cache_salt", "seed", "stage", "tools")
 _STAGES = ("needed", "always")
 _ORDERS = ("given", "prefix")
-_THREADS = 64  # of run_batch: only programs that wait for a value in Python occupy one
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +174,7 @@ class Function:
         stream = Stream(state, var)
 
         def work() -> None:
-            stream.run(lambda: asyncio.run(self._arecord(state, call)) if self.is_async else self._record(state, call))
+            stream.run(lambda: self._record(state, call))
 
         threading.Thread(target=copy_context().run, args=(work,), name=f"ramet-{self.name}", daemon=True).start()
         return stream
@@ -231,8 +228,7 @@ class Function:
         if order == "prefix" and len(calls) > 1:
             starts = row_order([call.arguments for call in calls], self._argument_order(calls[0].arguments))
             calls = [calls[index] for index in starts]
-        states = self._run_calls(calls, progress_bar, num_threads or min(_THREADS, len(calls) or 1), max_live)
-        states = in_row_order(starts, states)
+        states = in_row_order(starts, self._run_calls(calls, progress_bar, num_threads, max_live))
         return states if generator_style else list(states)
 
     def _argument_order(self, row: Mapping[str, Any]) -> list[str]:
@@ -244,35 +240,14 @@ class Function:
             return names
         return [*first, *(name for name in names if name not in first)]
 
-    def _run_calls(self, calls: list[_Call], progress_bar: bool, num_threads: int, max_live: int) -> Iterator[State]:
-        waiting = deque(calls)
-        live: deque[tuple[State, Future[None]]] = deque()
-
-        def record(state: State, call: _Call) -> None:
-            try:
-                if self.is_async:
-                    asyncio.run(self._arecord(state, call))
-                else:
-                    self._record(state, call)
-            except Exception as error:  # a row fails alone; reading its state raises this
-                state.recorder.run.outcomes.fail(error)
-
-        with ProgressBar(len(calls), progress_bar, self.name) as advance, ThreadPoolExecutor(num_threads) as pool:
-            try:
-                while waiting or live:
-                    while waiting and len(live) < max_live:
-                        call = waiting.popleft()
-                        state = self._new_state(call)
-                        live.append((state, pool.submit(copy_context().run, record, state, call)))
-                    state, recorded = live[0]
-                    recorded.result()
-                    state.recorder.run.wait_all(quietly=True)
-                    live.popleft()
-                    advance()
-                    yield state
-            finally:  # left early: nobody will read the rest
-                for state, _ in live:
-                    state.cancel()
+    def _run_calls(
+        self, calls: list[_Call], progress_bar: bool, num_threads: int | None, max_live: int
+    ) -> Iterator[State]:
+        states = run_rows(calls, self._new_state, self._record, num_threads=num_threads, max_live=max_live)
+        with ProgressBar(len(calls), progress_bar, self.name) as advance, closing(states):
+            for state in states:
+                advance()
+                yield state
 
     # Tracing.
 
@@ -298,10 +273,8 @@ class Function:
         state = State(Recorder(run, sampling=call.sampling))
         names = [p.name for p in self.parameters if p.kind is not inspect.Parameter.VAR_KEYWORD]
         arguments = symbolic(run, names, call.arguments) if is_symbolic else dict(call.arguments)
-        with suppress(TraceStopped), run.recording():
-            self._declare_tools(state)
-            result = self.body(state, **arguments)
-            run.returned = asyncio.run(result) if self.is_async else result
+        with suppress(TraceStopped):
+            self._record(state, replace(call, arguments=arguments))
         return Trace(run.report(), state)
 
     def compile(self, **given: Any) -> Compiled:
@@ -409,13 +382,15 @@ class Function:
         return State(Recorder(run, sampling=call.sampling))
 
     def _record(self, state: State, call: _Call) -> None:
-        """Run a sync body. What it raises is raised, and the run is cancelled."""
+        """Run the body on this thread. What it raises is raised, and the run is cancelled."""
         run = state.recorder.run
         with run.recording():
             self._declare_tools(state)
-            run.returned = self.body(state, **call.arguments)
+            result = self.body(state, **call.arguments)
+            run.returned = asyncio.run(result) if self.is_async else result
 
     async def _arecord(self, state: State, call: _Call) -> None:
+        """Run an async body on the event loop that runs here."""
         run = state.recorder.run
         with run.recording():
             self._declare_tools(state)
