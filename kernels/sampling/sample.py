@@ -20,6 +20,7 @@ Source of Gumbel-max: Gumbel 1954; of accepting or raising a pivot instead of so
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -51,6 +52,11 @@ class GrammarTables:
     mask_rows: Tensor
 
 
+# The sampling values that the sampler reads for each slot, as a slot has them that takes the largest logit. What is a
+# float here is an fp32 column of the slot tables, the others are int32.
+GREEDY_SLOT: Mapping[str, float] = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingTables:
     """How each slot samples; one entry per slot and one for the dummy slot (the last). Changed in place by their owner.
@@ -72,9 +78,13 @@ class SamplingTables:
     @classmethod
     def create(cls, num_slots: int, device: torch.device | str = "cpu") -> SamplingTables:
         """Make tables whose slots are all greedy."""
-        floats = [torch.full((num_slots + 1,), value, device=device) for value in (0.0, 1.0, 0.0)]
-        integers = [torch.zeros(num_slots + 1, dtype=torch.int32, device=device) for _ in range(4)]
-        return cls(floats[0], integers[0], floats[1], floats[2], integers[1], integers[2], integers[3])
+        values = {**GREEDY_SLOT, "seed_low": 0, "seed_high": 0, "error": 0}
+
+        def column(value: float) -> Tensor:
+            dtype = torch.float32 if isinstance(value, float) else torch.int32
+            return torch.full((num_slots + 1,), value, dtype=dtype, device=device)
+
+        return cls(**{name: column(value) for name, value in values.items()}, grammar=None, edits=None)
 
 
 def split_seed(seed: int) -> tuple[int, int]:

@@ -4,8 +4,8 @@
 A running sequence owns a slot: one row of an int32 arena. One arena means that a join, a leave or a new page is a few
 (row, column, value) triples, written by one launch whatever they touch. Floats are stored as their bits.
 
-    columns   0 last_token   1 kv_len   2 grammar_state   3 temperature   4 top_k   5 top_p   6 min_p   7 seed_low
-              8 seed_high    9 error   10 close_at   11 end_token   12 edit_row   13..15 unused   16.. page table
+    columns   0 last_token   1 kv_len   2 grammar_state   3.. what the sampler reads (`sample.GREEDY_SLOT`)   then
+              seed_low, seed_high, error, close_at, end_token, edit_row   ..15 unused   16.. page table
     rows      0..S-1 slots; S the dummy slot that padded batch rows point to: kv_len 0, page 0, greedy
 
 kv_len counts the tokens whose KV is in the cache. In a decode step the row's `last_token` gets position kv_len.
@@ -22,29 +22,21 @@ from torch import Tensor
 
 from ramet.kernels.grammar.mask import Budgets
 from ramet.kernels.sampling.logit_edits import EditTables
-from ramet.kernels.sampling.sample import GrammarTables, SamplingTables
+from ramet.kernels.sampling.sample import GREEDY_SLOT, GrammarTables, SamplingTables
 from ramet.kernels.triton_support import cdiv, jit_any_value, tl
 
 _BLOCK = 128
 
 NUM_HEADER_COLUMNS = 16  # 64 bytes: one row's scalars are one cache line
-COLUMNS = {
-    "last_token": 0,
-    "kv_len": 1,
-    "grammar_state": 2,
-    "temperature": 3,
-    "top_k": 4,
-    "top_p": 5,
-    "min_p": 6,
-    "seed_low": 7,
-    "seed_high": 8,
-    "error": 9,
-    "close_at": 10,
-    "end_token": 11,
-    "edit_row": 12,
-}
-FLOAT_COLUMNS = frozenset({"temperature", "top_p", "min_p"})
+_NAMES = (
+    *("last_token", "kv_len", "grammar_state"),
+    *GREEDY_SLOT,
+    *("seed_low", "seed_high", "error", "close_at", "end_token", "edit_row"),
+)
+COLUMNS = {name: index for index, name in enumerate(_NAMES)}
+FLOAT_COLUMNS = frozenset(name for name, value in GREEDY_SLOT.items() if isinstance(value, float))
 _SAMPLING_COLUMNS = tuple(field.name for field in fields(SamplingTables) if field.name in COLUMNS)
+assert len(COLUMNS) <= NUM_HEADER_COLUMNS
 
 
 def column_bits(name: str, value: float) -> int:
@@ -68,7 +60,8 @@ class SlotTables:
     def create(cls, num_slots: int, max_pages: int, device: torch.device | str = "cpu") -> SlotTables:
         """Make empty tables: every slot greedy, unconstrained, without tokens."""
         arena = torch.zeros(num_slots + 1, NUM_HEADER_COLUMNS + max_pages, dtype=torch.int32, device=device)
-        arena[:, COLUMNS["top_p"]] = column_bits("top_p", 1.0)
+        for name, value in GREEDY_SLOT.items():
+            arena[:, COLUMNS[name]] = column_bits(name, value)
         return cls(arena)
 
     def column(self, name: str) -> Tensor:

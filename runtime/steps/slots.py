@@ -13,12 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ramet.kernels.sampling.sample import split_seed
+from ramet.kernels.sampling.sample import GREEDY_SLOT, split_seed
 from ramet.kernels.slots.tables import COLUMNS, NUM_HEADER_COLUMNS, SlotTables, column_bits
-from ramet.lang.graph.sampling import FIELDS
 from ramet.runtime.types import ScheduledSequence, Sequence
 
-_SAMPLING_COLUMNS = tuple(name for name in COLUMNS if name in FIELDS)  # what the sampler reads of SamplingParams
 _ALIGN = 32  # int32 values: sections start on 128 bytes, so kernels compiled for aligned pointers serve every step
 
 
@@ -83,7 +81,7 @@ def _join_triples(sequence: Sequence, slot: int, state: int, edit_row: int) -> l
     values: dict[str, float] = {
         "grammar_state": state,
         "edit_row": edit_row,
-        **{name: getattr(params, name) for name in _SAMPLING_COLUMNS},
+        **{name: getattr(params, name) for name in GREEDY_SLOT},
         "seed_low": low,
         "seed_high": high,
         "error": 0,
