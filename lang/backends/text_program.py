@@ -165,7 +165,7 @@ class _TextProgram:
         """What precedes a node, as an endpoint takes it. Raises NotSupported where it has no such form."""
         messages: list[tuple[str, str]] = []
         plain, is_open = "", False
-        for one in self._graph.path(node.parent):
+        for one in self._graph.branch(node.parent):
             if isinstance(one, ir.Role):
                 is_open = one.is_open
                 if is_open:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Protocol, Self, TypeAlias
 
 import msgspec
@@ -407,6 +407,26 @@ def dependencies(node: AnyNode) -> list[int]:
     return found
 
 
+def branch(nodes: Sequence[AnyNode], tip: int | None, start: int | None = None) -> list[AnyNode]:
+    """The nodes of the branch that ends at `tip`, root first; with `start`, those behind it."""
+    found: list[AnyNode] = []
+    while tip is not None and tip != start:
+        found.append(nodes[tip])
+        tip = nodes[tip].parent
+    return found[::-1]
+
+
+def is_in_message(nodes: Sequence[AnyNode], node: AnyNode) -> bool:
+    """Whether a node stands inside of a chat message, which is open there."""
+    at = node.parent
+    while at is not None:
+        above = nodes[at]
+        if isinstance(above, Role):
+            return above.is_open
+        at = above.parent
+    return False
+
+
 def variable(name: str) -> str:
     """The program's name of a variable: a name written twice on one branch is `name`, then `name#2`, ..."""
     return name.partition("#")[0]
@@ -484,14 +504,6 @@ class GraphIndex:
             del self.nodes[before:], self._named[before:]
             self.arguments = arguments
             raise
-
-    def path(self, tip: int | None) -> list[AnyNode]:
-        """The nodes of the branch that ends at `tip`, root first."""
-        found: list[AnyNode] = []
-        while tip is not None:
-            found.append(self.nodes[tip])
-            tip = self.nodes[tip].parent
-        return found[::-1]
 
     def _check_order(self, graph: Graph) -> None:
         total = graph.first + len(graph.nodes)

@@ -80,6 +80,7 @@ class GraphRun:
         nodes before it on its branch. `is_held`: nodes that wait for `release`, too.
         """
         self.nodes: list[NodeRun] = []
+        self._graph_nodes: list[ir.AnyNode] = []
         self.options = options
         self.deadline = Deadline(options.deadline_s)
         self.start_s = time.monotonic()
@@ -146,18 +147,14 @@ class GraphRun:
 
     def mark(self, node: ir.Role | ir.Tools) -> str:
         assert self._mark is not None
-        return self._mark(self.path(node.parent), node)
+        return self._mark(self.branch(node.parent), node)
 
     def text_behind(self, start: int | None, tip: int | None) -> str:
         return self._text_up_to(tip, start=start)
 
-    def path(self, tip: int | None) -> list[ir.AnyNode]:
+    def branch(self, tip: int | None) -> list[ir.AnyNode]:
         """The nodes of the branch that ends at `tip`, root first."""
-        found: list[ir.AnyNode] = []
-        while tip is not None:
-            found.append(self.nodes[tip].node)
-            tip = self.nodes[tip].node.parent
-        return found[::-1]
+        return ir.branch(self._graph_nodes, tip)
 
     # What the driver reports.
 
@@ -270,6 +267,7 @@ class GraphRun:
 
     def _add(self, run: NodeRun) -> None:
         self.nodes.append(run)
+        self._graph_nodes.append(run.node)
         if self._is_cancelled:
             self._fail_all([run], ProgramCancelled("the program was cancelled"))
             return

@@ -106,15 +106,10 @@ def argument_motion(paths: Paths, target: Target) -> list[Motion]:
 
 def _motion(paths: Paths, user: ir.AnyNode, target: Target) -> Motion | None:
     nodes = paths.graph.nodes
-    branch: list[ir.AnyNode] = []
-    at = user.parent
-    while at is not None:
-        branch.append(nodes[at])
-        at = nodes[at].parent
     argument = line = None
     before: list[str] = []
     after: list[str] = []
-    for node in reversed(branch):
+    for node in ir.branch(nodes, user.parent):
         if node.run_by == "model":
             return None  # the first generation of this path has its own report
         if node.is_markup:

@@ -1,8 +1,8 @@
-"""Segment tokenisation: the token path of every node as far as it is known before a run.
+"""Segment tokenisation: the tokens of every branch, as far as they are known before a run.
 
-The executor's own rules, followed without a model: text between two borders (a generation, a selection, a fork) is
-tokenised as one run. What only a run can tell becomes an `Opaque` item with bounds; everything else is token ids.
-Paths of one `Trie` can be compared: two are equal where their positions are.
+Follows the executor's rules without a model: the text between two borders (a generation, a selection, a fork) is
+tokenised in one piece. Tokens that only a run can tell are one `Opaque` item with limits; all others are token ids. Two
+paths in the same `Trie` are equal exactly where they have the same position.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import msgspec
 from ramet.lang.graph import ir
 from ramet.lang.passes.target import Target
 
-NO_LIMIT = 1 << 20  # tokens; a number this large says no more than that it is unknown
+NO_LIMIT = 1 << 20  # tokens; a limit this large means that there is none
 
 
 @dataclass(frozen=True, slots=True)
 class Count:
-    """A number of tokens between two limits, both of them reached at worst."""
+    """A number of tokens that is known by its limits; it may be equal to either of them."""
 
     at_least: int
     at_most: int
@@ -61,8 +61,8 @@ class Unknown:
 class Opaque:
     """Tokens that only a run can tell. Equal keys: equal tokens.
 
-    `is_text`: text with a value in it, which may begin as other text does. `unread`: of a text that the model wrote or
-    chose: tokens at its end without keys and values, which come with the next request.
+    `is_text`: they stand for text with a value in it, which may begin with the same tokens as other text. `unread`: how
+    many tokens at the end of a text of the model have no keys and values yet; the next request computes them.
     """
 
     key: Hashable
@@ -135,9 +135,9 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class SelectPaths:
-    """`before`: what stands tokenised before a selection. `choices`: a point behind each choice, or None: unknown text.
+    """The branch around a selection: `before` it, and behind each of its `choices`.
 
-    `num_shared`: tokens that all choices begin with, pending text before them included.
+    `num_shared`: tokens that all choices begin with; text that was pending before the selection counts.
     """
 
     before: Point
@@ -149,9 +149,9 @@ class SelectPaths:
 class Paths:
     """What `interpret` found. Owner: it; read-only afterwards.
 
-    `points[i]`: behind node i. `prompts`: what a Generate node reads. `selections`: the same of a Select node.
-    `twins`: a Generate node that surely writes what an earlier one does -> that node. `unordered`: nodes that have
-    twins, any of which may be the first to run. `joined`: nodes at or behind a join on their branch.
+    `points[i]`: behind node i. `prompts`: what a Generate node reads. `selections`: what a Select node reads.
+    `twins`: a Generate node that is sure to write the text of an earlier one -> that earlier node. `unordered`: nodes
+    with twins, where the run decides which of them runs first. `joined`: joins, and nodes behind one on their branch.
     """
 
     graph: ir.Graph
@@ -233,12 +233,8 @@ class _Interpreter:
         self._value_parts[node] = ir.value_text(value)
 
     def _capture(self, node: ir.Capture) -> None:
-        parts: list[tuple[TextPart, ...]] = []
-        at = node.parent
-        while at is not None and at != node.start:
-            parts.append(self._found.texts[at])
-            at = self._graph.nodes[at].parent
-        whole = [part for piece in reversed(parts) for part in piece]
+        behind = ir.branch(self._graph.nodes, node.parent, node.start)
+        whole = [part for one in behind for part in self._found.texts[one.id]]
         if all(isinstance(part, str) for part in whole):
             self._know(node.id, "".join(map(str, whole)))
             return
@@ -276,19 +272,14 @@ class _Interpreter:
         return Point(before, (), (), before.position, before.count, (*before.pending, *added), node)
 
     def _mark(self, node: ir.Role | ir.Tools) -> str:
-        path: list[ir.AnyNode] = []
-        at = node.parent
-        while at is not None:
-            path.append(self._graph.nodes[at])
-            at = self._graph.nodes[at].parent
-        return self._target.mark(path[::-1], node)
+        return self._target.mark(ir.branch(self._graph.nodes, node.parent), node)
 
     def _generate(self, node: ir.Generate, prompt: Point) -> tuple[Point, tuple[TextPart, ...]]:
         self._found.prompts[node.id] = prompt
         name = node.id
         if is_repeatable(node):
             checks = msgspec.json.encode((node.checks, node.retries))
-            key = (prompt.position, node.sampling, node.constraint, checks, self._is_in_role(node))
+            key = (prompt.position, node.sampling, node.constraint, checks, ir.is_in_message(self._graph.nodes, node))
             name = self._classes.setdefault(key, node.id)
             if name != node.id:
                 self._found.twins[node.id] = name
@@ -300,21 +291,12 @@ class _Interpreter:
         text = Unknown(("text", self._row, name), most_bytes)
         self._value_parts[node.id] = text
         point = self._extend(prompt, (tokens,), node.id)
-        has_stop = node.sampling.stop or (self._target.stop_strings and self._is_in_role(node))
+        has_stop = node.sampling.stop or (self._target.stop_strings and ir.is_in_message(self._graph.nodes, node))
         if has_stop and self._target.max_token_bytes > 1:
             # A stop string may end inside of a token: what is left of that token is tokenised with what follows.
             rest = Unknown(("rest", self._row, name), self._target.max_token_bytes - 1)
             point = Point(point, (), (), point.position, point.count, (Pending(rest, False, node.id),), node.id)
         return point, (text,)
-
-    def _is_in_role(self, node: ir.AnyNode) -> bool:
-        at = node.parent
-        while at is not None:
-            one = self._graph.nodes[at]
-            if isinstance(one, ir.Role):
-                return one.is_open
-            at = one.parent
-        return False
 
     def _select(self, node: ir.Select, before: Point) -> tuple[Point, tuple[TextPart, ...]]:
         rendered = [self._render(choice) for choice in node.choices]

@@ -1,10 +1,10 @@
-"""What a run will ask of the engine: every request with its prompt, what the cache holds of it, and what is new.
+"""What a run will ask of the engine: each request with its prompt, what the cache holds of it, and what is computed.
 
-Follows the executor: nodes in the order in which they become ready, an empty cache at the start, one request for a
-generation and one for each choice of a selection. Known tokens that an earlier request of this run had are shared, so
-is what a generation wrote on the way. Text that a model happens to write like another branch's is not counted. What a
-request has in common with one that may run at the same time is sure to be shared where that is a page or more: less is
-not worth waiting for, and is computed again unless it happens to be there.
+`plan_requests` simulates the executor. Nodes start in the order in which they become ready, the cache is empty at the
+start, a generation makes one request, and a selection makes one for each choice. A token is shared if an earlier
+request of the run has read or written it. Two requests that may run at the same time are sure to share what fills a
+page or more: for less, the engine lets neither of them wait for the other, so both may compute it. Branches on which
+the model happens to write the same text are not taken to share it.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from ramet.lang.graph.run import GraphRun, NodeRun
 from ramet.lang.passes.paths import ZERO, Count, Item, Opaque, Paths, Point, SelectPaths
 
 _NOTHING = ir.NodeResult()
-MAX_ORDERS = 50_000  # nodes times orders that are tried; with more, counts that depend on the order have no limit
+MAX_ORDERS = 50_000  # nodes times orders that are simulated; above it, counts that depend on the order are unlimited
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedRequest:
-    """One request: of a generation, or of one `choice` of a selection (`part` "alone": without its prompt).
+    """One request: of a generation, or of one `choice` of a selection (`part` "alone": the choice without its prompt).
 
     `prompt` == `shared` + `new` where all are exact.
-    `added`: exact tokens of known text behind the last thing that the model wrote; what a turn adds to its branch.
-    `unread`: tokens at the end of what was written or chosen before, which are computed with it; `new` counts them.
-    `tries`: how often it may be made, as its checks refuse; the most of every count is that of all tries.
+    `added`: how many tokens of known text stand behind the last text of the model; None: that is not known.
+    `unread`: tokens at the end of an earlier text of the model whose keys this request computes; `new` counts them.
+    `tries`: how often the request may be made because checks refuse its text; upper limits hold for all tries together.
     """
 
     node: int
@@ -44,9 +44,10 @@ class PlannedRequest:
     tries: int = 1
 
     def pages(self, page_size: int) -> int:
-        """The most pages that its tokens take beside those that were there; with pages of one token, the tokens.
+        """The most pages that the request takes besides those that were there before; with pages of one token, tokens.
 
-        Whole pages are shared. The rest of a path is a copy of its own, though others have the same tokens.
+        Whole pages are shared. Behind the last whole one, a path has a page of its own, though others have the same
+        tokens.
         """
         retries = self.tries - 1
         prompt, written, new = (self.prompt.at_most // self.tries, self.written.at_most // self.tries, self.new.at_most)
@@ -61,7 +62,7 @@ class PlannedRequest:
 class RequestPlan:
     """All requests in their order. Owner: `plan_requests`; read-only afterwards.
 
-    `kv`: tokens whose keys and values exist after the run, if nothing were evicted: each shared one counts once.
+    `kv`: tokens whose keys and values exist after the run if nothing was evicted; a shared token counts once.
     """
 
     requests: list[PlannedRequest] = field(default_factory=list)
@@ -90,8 +91,9 @@ class RequestPlan:
 def plan_requests(paths: Paths, *, share_nodes: bool = True) -> RequestPlan:
     """Simulate the run of one graph. `share_nodes`: generations that surely write the same are asked for once.
 
-    A constrained generation begins when its grammar is compiled, a node behind a join when the branches are done: at
-    once, or after all others, in any order. Counts that depend on that have both limits.
+    Some nodes start at a moment that only the run knows: a constrained generation when its grammar is compiled, a node
+    behind a join when the last branch is done. Each of them is simulated as the first and as the last one, and counts
+    that differ become limits.
     """
     plan = _Planner(paths, share_nodes).run(run_order(paths.graph))
     unordered = _unordered(paths)
@@ -113,13 +115,20 @@ def plan_requests(paths: Paths, *, share_nodes: bool = True) -> RequestPlan:
 
 
 def _alone_order(graph: ir.Graph, node: int) -> list[ir.AnyNode]:
-    needed, stack = set(), [node]
+    needed = {node, *_needed(graph, node)}
+    return [one for one in run_order(graph) if one.id in needed]
+
+
+def _needed(graph: ir.Graph, node: int) -> set[int]:
+    """All nodes that are done before `node` can run."""
+    found: set[int] = set()
+    stack = list(ir.dependencies(graph.nodes[node]))
     while stack:
         at = stack.pop()
-        if at not in needed:
-            needed.add(at)
+        if at not in found:
+            found.add(at)
             stack.extend(ir.dependencies(graph.nodes[at]))
-    return [one for one in run_order(graph) if one.id in needed]
+    return found
 
 
 def _at_any_time(request: PlannedRequest) -> PlannedRequest:
@@ -152,7 +161,7 @@ def _is_known(selection: SelectPaths) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Missing:
-    """`num_added`: how many known tokens `new` is, None where a part of it is unknown."""
+    """What the cache lacks of a prompt. `num_added`: how many known tokens `new` is; None: a part of it is unknown."""
 
     new: Count
     cached: Count
@@ -341,16 +350,9 @@ class _Planner:
         return unsure if is_waited_for() else unsure + owned
 
     def _done_before(self, node: int) -> set[int | None]:
-        found = self._needs.get(node)
-        if found is None:
-            found = self._needs[node] = {None}
-            stack = list(ir.dependencies(self._paths.graph.nodes[node]))
-            while stack:
-                at = stack.pop()
-                if at not in found:
-                    found.add(at)
-                    stack.extend(ir.dependencies(self._paths.graph.nodes[at]))
-        return found
+        if node not in self._needs:
+            self._needs[node] = {None, *_needed(self._paths.graph, node)}
+        return self._needs[node]
 
     def _cache(self, point: Point, node: int, *, is_counted: bool = True, but_last: bool = False) -> None:
         """`but_last`: the last token is not read. `is_counted` False: its tokens are others', but for the last one."""

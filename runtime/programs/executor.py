@@ -202,15 +202,10 @@ class ProgramExecutor:
         """What a node asks of the model, by its kind."""
         node, before = run.node, self._path_before(run)
         if isinstance(node, ir.Generate):
-            return Generation(node, len(run.attempts), self._model, before, self._stops(node))
+            is_in_message = ir.is_in_message(self._index.nodes, node)
+            return Generation(node, len(run.attempts), self._model, before, is_in_message=is_in_message)
         assert isinstance(node, ir.Select)
         return Selection(node, [self._graph.render(choice) for choice in node.choices], self._model, before)
-
-    def _stops(self, node: ir.Generate) -> tuple[str, ...]:
-        """What ends a text besides its own stop strings: inside of a message, what the chat template ends it with."""
-        stops = self._model.marks.stop_strings
-        roles = [one for one in self._graph.path(node.parent) if isinstance(one, ir.Role)] if stops else []
-        return stops if roles and roles[-1].is_open else ()
 
     def _ask_engine(self, run: NodeRun, work: Work) -> None:
         requests = work.requests

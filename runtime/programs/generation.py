@@ -16,8 +16,10 @@ from ramet.runtime.types import RequestOutput
 class Generation:
     """One try of a generation: one request. See engine.Work."""
 
-    def __init__(self, node: ir.Generate, attempt: int, model: ProgramModel, before: Path, stops: tuple[str, ...]):
-        """`attempt` counts from 0. `stops`: strings that end the text besides those of the node."""
+    def __init__(
+        self, node: ir.Generate, attempt: int, model: ProgramModel, before: Path, *, is_in_message: bool
+    ) -> None:
+        """`attempt` counts from 0. Inside of a message, what ends one in the chat template ends the text, too."""
         self._node, self._model = node, model
         self._start_s = time.monotonic()
         self._texts: list[str] = []
@@ -33,8 +35,8 @@ class Generation:
         if node.sampling.max_tokens is None and 0 < room < (sampling.max_tokens or 0):
             # Nobody asked for that many: near the end of the context, what is left is enough.
             sampling = msgspec.structs.replace(sampling, max_tokens=room, min_tokens=min(sampling.min_tokens, room))
-        if stops:
-            sampling = msgspec.structs.replace(sampling, stop=(*sampling.stop, *stops))
+        if is_in_message and model.marks.stop_strings:
+            sampling = msgspec.structs.replace(sampling, stop=(*sampling.stop, *model.marks.stop_strings))
         self.requests = [EngineRequest(prompt.token_ids(), sampling)]
 
     def take(self, index: int, output: RequestOutput) -> None:

@@ -28,6 +28,7 @@ from ramet.lang.graph.ir import (
     Text,
     ToolCall,
     Usage,
+    branch,
     dependencies,
     parse_value,
     render,
@@ -187,7 +188,7 @@ def test_a_refused_part_leaves_the_index_as_it_was() -> None:
     with pytest.raises(InvalidProgram):
         index.add(Graph((Text(id=1, parent=0, parts=("a",)), Generate(id=2, parent=1, name="x")), first=1))
     index.add(Graph((Text(id=1, parent=0, parts=("a",)), Generate(id=2, parent=1, name="y")), first=1))
-    assert [node.id for node in index.path(2)] == [0, 1, 2]
+    assert [node.id for node in branch(index.nodes, 2)] == [0, 1, 2]
 
 
 def test_a_template_inserts_text_fields_and_formatted_values() -> None:
