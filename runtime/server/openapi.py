@@ -12,11 +12,9 @@ from starlette.responses import HTMLResponse, Response
 
 from ramet.runtime.server.errors import Error
 from ramet.runtime.server.limits import OPEN_PATHS
-from ramet.runtime.server.responses import json_response
+from ramet.runtime.server.responses import Json, json_response
 from ramet.runtime.server.routing import Endpoint
 from ramet.runtime.server.validation import body_schema
-
-Json = dict[str, Any]  # Any: JSON
 
 VERSION = "0.1.0"
 _ABOUT = (

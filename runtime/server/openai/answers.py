@@ -9,7 +9,7 @@ from msgspec import UNSET, Meta, UnsetType
 
 from ramet.runtime.server.link.protocol import Output
 from ramet.runtime.server.logprobs import finite, token_bytes, token_text
-from ramet.runtime.server.responses import AnswerStruct
+from ramet.runtime.server.responses import AnswerStruct, Json
 from ramet.runtime.text.tokenizer import Tokenizer
 
 Count = Annotated[int, Meta(ge=0)]
@@ -104,6 +104,30 @@ class ChatCompletion(AnswerStruct):
     usage: TokenUsage
     prompt_token_ids: list[int] | UnsetType = UNSET
     metadata: dict[str, str] | UnsetType = UNSET
+
+
+class ChatChunkChoice(AnswerStruct):
+    """What a chunk of a stream adds to one choice; `finish_reason` and `matched_stop` are in the last chunk."""
+
+    index: int
+    delta: Json
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishName | None
+    matched_stop: str | int | UnsetType | None = UNSET
+    incomplete: str | UnsetType = UNSET
+    token_ids: list[int] | UnsetType = UNSET
+
+
+class ChatChunk(AnswerStruct):
+    """One event of a stream. `usage` is null where only the last chunk has it."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    prompt_token_ids: list[int] | UnsetType = UNSET
+    usage: TokenUsage | UnsetType | None = UNSET
 
 
 class CompletionLogprobs(AnswerStruct):

@@ -5,15 +5,14 @@ Not here: sampling and constraint fields (`sampling_fields`), answers (`answers`
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
+from ramet.runtime.server.responses import Json
 from ramet.runtime.server.sampling_fields import MAX_TOP_LOGPROBS, SamplingFields
 from ramet.runtime.server.validation import OnlyTrue, Strict
 from ramet.runtime.types import MAX_INT32
-
-Json = dict[str, Any]  # Any: JSON
 
 
 class TextPart(Strict):

@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any, cast
 
 import msgspec
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -23,6 +23,8 @@ from ramet.runtime.server.link.protocol import Output
 from ramet.runtime.server.openai.answers import (
     AnswerMessage,
     ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
     ChatCompletion,
     ChatLogprob,
     ChatLogprobs,
@@ -34,7 +36,6 @@ from ramet.runtime.server.openai.answers import (
 )
 from ramet.runtime.server.openai.bodies import (
     ChatBody,
-    Json,
     JsonObjectFormat,
     JsonSchemaFormat,
     NamedTool,
@@ -50,7 +51,7 @@ from ramet.runtime.server.openai.reasoning import (
     position_after,
 )
 from ramet.runtime.server.openai.tool_calls import AnswerReader
-from ramet.runtime.server.responses import DONE, EventStream, LastEvent, collected, event
+from ramet.runtime.server.responses import DONE, EventStream, Json, LastEvent, collected, event
 from ramet.runtime.server.sampling_fields import check_size, compact_json, constraint_of, sampling_params
 from ramet.runtime.server.served_model import ServedModel
 from ramet.runtime.text.detokenizer import count_kept_tokens
@@ -413,10 +414,9 @@ class ChatAnswer:
                     await self._remember([index])
         options = self._plan.body.stream_options
         if options is not None and options.include_usage:
-            usage = {**self._head(), "choices": [], "usage": self._usage()}
-            yield LastEvent(event(usage))
+            yield LastEvent(event(self._event([], usage=self._usage())))
 
-    def _chunks(self, index: int, output: Output) -> list[Json]:
+    def _chunks(self, index: int, output: Output) -> list[ChatChunk]:
         """What an increment adds to a stream. Its tokens go with the first delta that they settle."""
         ids: list[int] | None = output.token_ids
         chunks = []
@@ -429,14 +429,21 @@ class ChatAnswer:
             chunks.append(self._chunk(index, {}, ids))
         return chunks
 
-    def _head(self) -> Json:
-        """The fields that every chunk of a stream begins with."""
-        return {
-            "id": self._id,
-            "object": "chat.completion.chunk",
-            "created": self._created,
-            "model": self._served.name,
-        }
+    def _event(
+        self,
+        choices: list[ChatChunkChoice],
+        prompt_token_ids: list[int] | UnsetType = UNSET,
+        usage: TokenUsage | UnsetType | None = UNSET,
+    ) -> ChatChunk:
+        return ChatChunk(
+            self._id,
+            "chat.completion.chunk",
+            self._created,
+            self._served.name,
+            choices,
+            prompt_token_ids,
+            usage,
+        )
 
     def _chunk(
         self,
@@ -446,28 +453,27 @@ class ChatAnswer:
         *,
         is_first: bool = False,
         is_last: bool = False,
-    ) -> Json:
+    ) -> ChatChunk:
         progress, body = self._progress[index], self._plan.body
-        choice: Json = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+        choice = ChatChunkChoice(index, delta, None, None)
         if progress.logprobs and not is_first:
-            choice["logprobs"] = ChatLogprobs(content=progress.logprobs, refusal=None)
+            choice.logprobs = ChatLogprobs(content=progress.logprobs, refusal=None)
             progress.logprobs = []
         if is_last:
-            choice["finish_reason"] = progress.finish_reason
-            choice["matched_stop"] = progress.last.stop_match if progress.last is not None else None
+            choice.finish_reason = progress.finish_reason
+            choice.matched_stop = progress.last.stop_match if progress.last is not None else None
             if progress.last is not None and progress.last.incomplete is not None:
-                choice["incomplete"] = progress.last.incomplete
+                choice.incomplete = progress.last.incomplete
         if body.return_token_ids and not is_first:
-            choice["token_ids"] = token_ids or []
-        chunk: Json = {**self._head(), "choices": [choice]}
-        if body.return_token_ids and is_first:
-            chunk["prompt_token_ids"] = self._plan.job.prompt_ids
+            choice.token_ids = token_ids or []
+        usage: TokenUsage | UnsetType | None = UNSET
         if body.stream_options is not None:
             if body.stream_options.continuous_usage_stats:
-                chunk["usage"] = self._usage()
+                usage = self._usage()
             elif body.stream_options.include_usage:
-                chunk["usage"] = None
-        return chunk
+                usage = None
+        has_prompt = body.return_token_ids and is_first
+        return self._event([choice], self._plan.job.prompt_ids if has_prompt else UNSET, usage)
 
     def _whole_choice(self, index: int, progress: Progress) -> ChatChoice:
         reader, body = progress.reader, self._plan.body

@@ -16,7 +16,7 @@ with the same Idempotency-Key gets the same program instead of another run. Repe
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
@@ -115,8 +115,11 @@ class ProgramEndpoints:
             return json_response(program.summary(), 202)
         if body.stream:
             return self._event_stream(program, 0)
-        with self._store.attached(program):
+        self._store.attach(program)
+        try:
             await until_disconnect(request.receive, _ended(program))
+        finally:
+            self._store.detach(program)
         return program.described()
 
     async def explain(self, request: Request, body: ExplainBody) -> Response:
@@ -204,17 +207,8 @@ class ProgramEndpoints:
         return self._store.start(graph, rows, command, owner=owner, digest=digest, key=key, grace_s=grace_s)
 
     def _event_stream(self, program: StoredProgram, after: int) -> EventStream:
-        attachment = self._store.attached(program)
-        attachment.__enter__()
-        is_closed = False
-
-        def close() -> None:
-            nonlocal is_closed
-            if not is_closed:
-                is_closed = True
-                attachment.__exit__(None, None, None)
-
-        return EventStream(_events(self._store, program, after, close), close)
+        self._store.attach(program)
+        return EventStream(_events(self._store, program, after), lambda: self._store.detach(program))
 
 
 def _check_reachable(body: ProgramBody, graph: Graph) -> None:
@@ -232,27 +226,22 @@ async def _ended(program: StoredProgram) -> None:
     await asyncio.gather(*program.tasks)
 
 
-async def _events(
-    store: ProgramStore, program: StoredProgram, after: int, close: Callable[[], None]
-) -> AsyncGenerator[bytes, None]:
+async def _events(store: ProgramStore, program: StoredProgram, after: int) -> AsyncGenerator[bytes, None]:
     """What has happened, then what happens."""
-    try:
-        yield event({"id": program.id, "rows": len(program.rows)}, "program")
-        async with aclosing(store.follow(program, after, PING_S)) as events:
-            async for found in events:
-                if found is None:
-                    yield b": still here\n\n"
-                    continue
-                place, row, happened, begun = found
-                data = {"row": row, **event_json(happened)}
-                if happened.kind == "text":
-                    yield event({**data, "offset": begun}, "node")
-                else:
-                    yield event(data, "node", place)
-        rows = [row.outcome() for row in program.rows]
-        yield event({"id": program.id, "status": program.status, "rows": rows}, "end")
-    finally:
-        close()
+    yield event({"id": program.id, "rows": len(program.rows)}, "program")
+    async with aclosing(store.follow(program, after, PING_S)) as events:
+        async for found in events:
+            if found is None:
+                yield b": still here\n\n"
+                continue
+            place, row, happened, begun = found
+            data = {"row": row, **event_json(happened)}
+            if happened.kind == "text":
+                yield event({**data, "offset": begun}, "node")
+            else:
+                yield event(data, "node", place)
+    rows = [row.outcome() for row in program.rows]
+    yield event({"id": program.id, "status": program.status, "rows": rows}, "end")
 
 
 def program_endpoints(served: ServedModel, requests: RequestCollector) -> list[Endpoint]:

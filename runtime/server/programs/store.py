@@ -9,8 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -252,23 +251,22 @@ class ProgramStore:
 
     # -- followers -----------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def attached(self, program: StoredProgram) -> Iterator[None]:
-        """Somebody waits for this program. When the last one has left, it is given up after its grace."""
+    def attach(self, program: StoredProgram) -> None:
+        """Somebody waits for this program, until `detach` is called."""
         program.num_attached += 1
         if program.giving_up is not None:
             program.giving_up.cancel()
             program.giving_up = None
-        try:
-            yield
-        finally:
-            program.num_attached -= 1
-            if program.num_attached == 0 and program.grace_s is not None and not program.is_over:
-                if program.grace_s == 0:
-                    self.cancel(program)
-                else:
-                    loop = asyncio.get_running_loop()
-                    program.giving_up = loop.call_later(program.grace_s, self.cancel, program)
+
+    def detach(self, program: StoredProgram) -> None:
+        """Somebody waits no longer. When the last one has left, the program is given up after its grace."""
+        program.num_attached -= 1
+        if program.num_attached or program.grace_s is None or program.is_over:
+            return
+        if program.grace_s == 0:
+            self.cancel(program)
+        else:
+            program.giving_up = asyncio.get_running_loop().call_later(program.grace_s, self.cancel, program)
 
     async def follow(
         self, program: StoredProgram, after: int, patience_s: float
@@ -296,7 +294,7 @@ class ProgramStore:
                     begun = sent.get((row, node), 0)
                     if len(text) > begun:
                         sent[row, node] = len(text)
-                        name = getattr(program.index.nodes[node], "name", None)
+                        name = program.index.nodes[node].label
                         yield after, row, NodeEvent(node, "text", name, text[begun:]), begun
                 if is_over:
                     return

@@ -121,3 +121,9 @@ def test_operation_ids_are_unique_and_references_lead_somewhere(document: Any) -
     assert len(set(ids)) == len(ids)
     named = set(re.findall(r"#/components/schemas/(\w+)", json.dumps(document)))
     assert named <= set(document["components"]["schemas"])
+
+
+def test_a_request_that_passes_its_own_deadline_gets_a_status_of_the_document(server: Server, document: Any) -> None:
+    answer = server.client.post("/generate", json={"text": "a", "timeout_s": 1e-300})
+    assert answer.status_code == 499
+    assert "499" in document["paths"]["/generate"]["post"]["responses"]
