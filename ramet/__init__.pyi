@@ -24,9 +24,9 @@ from .lang.recording.primitives import select as select
 from .lang.recording.primitives import system as system
 from .lang.recording.primitives import user as user
 from .lang.recording.state import State as State
-from .lang.recording.tools import Tool as Tool
-from .lang.recording.tools import tool as tool
-from .lang.recording.values import ToolUse as ToolUse
+from .lang.running.tools import Tool as Tool
+from .lang.running.tools import tool as tool
+from .lang.running.values import ToolUse as ToolUse
 from .runtime.engine.config import EngineConfig as EngineConfig
 from .runtime.engine.engine import Engine as Engine
 from .runtime.types import SamplingParams as SamplingParams

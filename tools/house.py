@@ -22,7 +22,7 @@ from pathlib import Path
 FOLDERS = ("lang", "grammar", "kernels", "runtime")
 # The rooms of each folder, lowest first: a room imports rooms that stand before it, never one behind it.
 ROOMS = {
-    "lang": "graph backends passes explain recording program",
+    "lang": "graph backends passes explain running recording program",
     "grammar": "ir deadline machine regular text json_schema tools service engines",
     "grammar.json_schema": "schema algebra keywords frames compile",
     "kernels": "triton_support attention layers sampling grammar slots card_table cpu",

@@ -173,6 +173,28 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_f
         return SamplingParams(**said)
 
 
+def to_sampling(values: Mapping[str, Any]) -> Sampling:  # Any: whatever a caller gave
+    """Check sampling values by type and range; None means not said. Raises InvalidSampling naming the field."""
+    unknown = [name for name in values if name not in Sampling.__struct_fields__]
+    if unknown:
+        known = ", ".join(Sampling.__struct_fields__)
+        raise InvalidSampling(f"{unknown[0]!r} is no sampling value; known: {known}", param=unknown[0])
+    given = {name: value for name, value in values.items() if value is not None}
+    if isinstance(given.get("stop"), str):
+        given["stop"] = (given["stop"],)
+    if isinstance(given.get("logit_bias"), Mapping):
+        given["logit_bias"] = tuple(sorted(given["logit_bias"].items()))
+    try:
+        sampling = msgspec.convert(given, Sampling)
+    except msgspec.ValidationError as error:
+        name = str(error).partition("$.")[2].partition("[")[0].strip("`")
+        raise InvalidSampling(f"{name or 'sampling'} is {given.get(name)!r}: {error}", param=name or None) from error
+    problem = sampling_problem(sampling)
+    if problem:
+        raise InvalidSampling(problem, param=problem.split()[0])
+    return sampling
+
+
 def sampling_problem(sampling: Sampling) -> str | None:
     """What is wrong with the fields that are said, or None. The text begins with the field's name."""
     for name, value in sampling.said().items():

@@ -14,11 +14,11 @@ from ramet.lang.backends.default import choose_backend
 from ramet.lang.backends.protocol import Backend, TakesRows
 from ramet.lang.graph import ir
 from ramet.lang.graph.options import ProgramOptions, deadline
+from ramet.lang.program.trace import ArgumentSource, Trace, as_argument
 from ramet.lang.recording.recorder import Recorder
-from ramet.lang.recording.run import Run
 from ramet.lang.recording.state import State
-from ramet.lang.recording.trace import ArgumentSource, Trace, as_argument
-from ramet.lang.recording.values import NodeSource, Source, Value, source_of
+from ramet.lang.running.run import Run
+from ramet.lang.running.values import NodeSource, Source, Value, source_of
 
 _ROW_OPTIONS: Mapping[str, Any] = {"timeout_s": None, "token_budget": None, "priority": 0, "cache_salt": ""}
 

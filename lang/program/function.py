@@ -26,20 +26,20 @@ from ramet.lang.explain.plan import explain_plan, explain_rows
 from ramet.lang.explain.why_miss import Miss, why_miss_plan
 from ramet.lang.graph import ir
 from ramet.lang.graph.options import ProgramOptions, deadline
+from ramet.lang.graph.sampling import to_sampling
 from ramet.lang.passes.target import Target, target_of
 from ramet.lang.program.batch import arguments_in_text, in_row_order, row_order, run_rows
 from ramet.lang.program.compiled import Compiled
 from ramet.lang.program.own_thread import in_own_thread
 from ramet.lang.program.progress_bar import ProgressBar
 from ramet.lang.program.stream import Stream
-from ramet.lang.recording.primitives import to_sampling
+from ramet.lang.program.trace import Trace, TraceStopped, TracingRun, symbolic
 from ramet.lang.recording.recorder import Recorder
-from ramet.lang.recording.run import Run
-from ramet.lang.recording.source_lines import line_of
 from ramet.lang.recording.state import State
-from ramet.lang.recording.tools import Tool, as_tools, tools_by_name
-from ramet.lang.recording.trace import Trace, TraceStopped, TracingRun, symbolic
-from ramet.lang.recording.values import plain
+from ramet.lang.running.run import Run
+from ramet.lang.running.source_lines import line_of
+from ramet.lang.running.tools import Tool, as_tools, tools_by_name
+from ramet.lang.running.values import plain
 
 _OPTIONS = ("backend", "timeout_s", "token_budget", "priority", "cache_salt", "seed", "stage", "tools")
 _STAGES = ("needed", "always")
@@ -86,7 +86,7 @@ class Function:
             raise InvalidProgram(f"{self.name}: the first parameter of a program is its state: def {self.name}(s, ...)")
         self.parameters = parameters[1:]
         self._signature = inspect.Signature(self.parameters)
-        self._sampling = to_sampling(self.defaults)
+        self._sampling = to_sampling(plain(self.defaults))
 
     def __get__(self, instance: object, owner: type | None = None) -> Function:
         """A method: the program of this object, whose state is the parameter after `self`."""
@@ -424,7 +424,7 @@ class Function:
                 arguments.update(value)
             else:
                 arguments[name] = plain(value)  # values of a program around this one
-        return _Call(arguments, options, to_sampling({**self.defaults, **sampling}))
+        return _Call(arguments, options, to_sampling(plain({**self.defaults, **sampling})))
 
     def _split_row(self, row: Any, kwargs: Mapping[str, Any]) -> _Call:
         if isinstance(row, Mapping):

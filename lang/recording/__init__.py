@@ -1,1 +1,1 @@
-"""What a running program writes down: its state, values that do not exist yet, forks, roles, generations and tools."""
+"""What a program appends to its state, and how it is written down: forks, roles, generations, tool calls."""

@@ -15,9 +15,9 @@ import msgspec
 
 from ramet.errors import CheckFailed
 from ramet.lang.graph import ir
-from ramet.lang.recording.output_types import SELECTED, TEXT, OutputType
 from ramet.lang.recording.recorder import Expr, Recorder
-from ramet.lang.recording.values import NodeSource, Value
+from ramet.lang.running.output_types import SELECTED, TEXT, OutputType
+from ramet.lang.running.values import NodeSource, Value
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import msgspec
-
 from ramet.errors import InvalidRequest, InvalidSampling
 from ramet.lang.graph.checks import Check
-from ramet.lang.graph.ir import MAX_RETRIES, SCORERS, Constraint, Sampling, sampling_problem
+from ramet.lang.graph.ir import MAX_RETRIES, SCORERS, Constraint
+from ramet.lang.graph.sampling import to_sampling
 from ramet.lang.recording.generations import Gen, SelectExpr
-from ramet.lang.recording.output_types import choice, json_schema, output_type
 from ramet.lang.recording.recorder import Appendable, RoleExpr
-from ramet.lang.recording.values import Value, plain
+from ramet.lang.running.output_types import choice, json_schema, output_type
+from ramet.lang.running.values import Value, plain
 
 
 def gen(
@@ -90,7 +89,8 @@ def gen(
             raise InvalidRequest(f"where has {check!r}, but must have checks such as length(1, 20)", param="where")
     if isinstance(retries, bool) or not isinstance(retries, int) or not 0 <= retries <= MAX_RETRIES:
         raise InvalidRequest(f"retries is {retries!r}, but must be in [0, {MAX_RETRIES:,}]", param="retries")
-    return Gen(name, wanted, constraint, to_sampling(values), checks, retries)
+    said = {name: plain(value) for name, value in values.items() if value is not None}
+    return Gen(name, wanted, constraint, to_sampling(said), checks, retries)
 
 
 def select(
@@ -137,28 +137,6 @@ def user(*content: Appendable) -> RoleExpr:
 def assistant(*content: Appendable) -> RoleExpr:
     """An assistant message; usually with a `gen` in it."""
     return RoleExpr("assistant", content)
-
-
-def to_sampling(values: Mapping[str, Any]) -> Sampling:
-    """Check sampling values by type and range; None means not said. Raises InvalidSampling naming the field."""
-    unknown = [name for name in values if name not in Sampling.__struct_fields__]
-    if unknown:
-        known = ", ".join(Sampling.__struct_fields__)
-        raise InvalidSampling(f"{unknown[0]!r} is no sampling value; known: {known}", param=unknown[0])
-    given = {name: plain(value) for name, value in values.items() if value is not None}
-    if isinstance(given.get("stop"), str):
-        given["stop"] = (given["stop"],)
-    if isinstance(given.get("logit_bias"), Mapping):
-        given["logit_bias"] = tuple(sorted(given["logit_bias"].items()))
-    try:
-        sampling = msgspec.convert(given, Sampling)
-    except msgspec.ValidationError as error:
-        name = str(error).partition("$.")[2].partition("[")[0].strip("`")
-        raise InvalidSampling(f"{name or 'sampling'} is {given.get(name)!r}: {error}", param=name or None) from error
-    problem = sampling_problem(sampling)
-    if problem:
-        raise InvalidSampling(problem, param=problem.split()[0])
-    return sampling
 
 
 def _constraint(

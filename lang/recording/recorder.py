@@ -17,10 +17,10 @@ from typing import Any, TypeAlias
 
 from ramet.errors import InvalidProgram, RametError
 from ramet.lang.graph import ir
-from ramet.lang.recording.run import Run
-from ramet.lang.recording.source_lines import caller_line
-from ramet.lang.recording.tools import Tool, declared
-from ramet.lang.recording.values import NodeSource, Value, placeholder_for
+from ramet.lang.running.run import Run
+from ramet.lang.running.source_lines import caller_line
+from ramet.lang.running.tools import Tool, declared
+from ramet.lang.running.values import NodeSource, Value, placeholder_for
 
 
 class Expr:

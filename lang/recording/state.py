@@ -22,10 +22,10 @@ from ramet.lang.explain.why_miss import Miss, why_miss_run
 from ramet.lang.graph import ir
 from ramet.lang.graph.run_record import RunRecord
 from ramet.lang.recording.recorder import Appendable, Recorder, RoleExpr
-from ramet.lang.recording.run import Run
 from ramet.lang.recording.tool_loop import adrive, drive, loop_options, tool_loop
-from ramet.lang.recording.tools import Tool, as_tools
-from ramet.lang.recording.values import Value, plain, source_of
+from ramet.lang.running.run import Run
+from ramet.lang.running.tools import Tool, as_tools
+from ramet.lang.running.values import Value, plain, source_of
 
 
 class State:

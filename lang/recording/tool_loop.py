@@ -15,13 +15,13 @@ from typing import Any, Literal
 
 from ramet.errors import InvalidProgram, InvalidRequest, ProgramCancelled
 from ramet.lang.graph import ir
+from ramet.lang.graph.sampling import to_sampling
 from ramet.lang.recording.generations import Gen
-from ramet.lang.recording.output_types import OutputType, Shape
-from ramet.lang.recording.primitives import to_sampling
 from ramet.lang.recording.recorder import Recorder
-from ramet.lang.recording.run import Run
-from ramet.lang.recording.tools import Tool, as_tools
-from ramet.lang.recording.values import NodeSource, ToolUse, Value
+from ramet.lang.running.output_types import OutputType, Shape
+from ramet.lang.running.run import Run
+from ramet.lang.running.tools import Tool, as_tools
+from ramet.lang.running.values import NodeSource, ToolUse, Value, plain
 
 MAX_TOKENS = 512  # of one message where the program says nothing: arguments that are cut are of no use
 WHY = "which tools the model calls"
@@ -73,7 +73,7 @@ def loop_options(
     unknown = [one for one in sampling if one not in ir.Sampling.__struct_fields__]
     if unknown:
         raise TypeError(f"call_tools has no parameter {unknown[0]!r}")
-    values = to_sampling(sampling)
+    values = to_sampling(plain(sampling))
     if values.filled(recorder.sampling).max_tokens is None:
         values = values.filled(ir.Sampling(max_tokens=MAX_TOKENS))
     return LoopOptions(found, max_steps, name, calls, choice, parallel, on_error, values)

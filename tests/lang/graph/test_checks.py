@@ -25,7 +25,7 @@ from ramet import (
 )
 from ramet.errors import InvalidProgram, InvalidRequest, ProgramCancelled, ProgramError
 from ramet.lang.graph.ir import Check, Generate, Graph
-from ramet.lang.recording.output_types import Selected
+from ramet.lang.running.output_types import Selected
 
 
 @pytest.fixture(autouse=True)

@@ -19,11 +19,11 @@ from ramet.lang.backends.protocol import Backend, Session
 from ramet.lang.graph import ir
 from ramet.lang.graph.options import ProgramOptions
 from ramet.lang.graph.run_record import RunRecord, Stage
-from ramet.lang.recording.outcomes import Outcomes
-from ramet.lang.recording.output_types import OutputType
-from ramet.lang.recording.placeholders import Placeholders
-from ramet.lang.recording.source_lines import caller_line
-from ramet.lang.recording.tool_runner import ToolRunner
+from ramet.lang.running.outcomes import Outcomes
+from ramet.lang.running.output_types import OutputType
+from ramet.lang.running.placeholders import Placeholders
+from ramet.lang.running.source_lines import caller_line
+from ramet.lang.running.tool_runner import ToolRunner
 
 current_run: ContextVar[Run | None] = ContextVar("ramet_current_run", default=None)
 _GRACE_S = 0.5  # that a backend has, past a deadline, to say which nodes it ended

@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field
 
 from ramet import MockBackend, State, function, gen
 from ramet.errors import InvalidRequest, ProgramError
-from ramet.lang.recording.output_types import OutputType, output_type
+from ramet.lang.running.output_types import OutputType, output_type
 
 
 class Colour(Enum):

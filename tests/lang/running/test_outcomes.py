@@ -9,7 +9,7 @@ import pytest
 
 from ramet.errors import ProgramCancelled
 from ramet.lang.graph.ir import NodeEvent
-from ramet.lang.recording.outcomes import Outcomes
+from ramet.lang.running.outcomes import Outcomes
 
 
 def no_limit() -> None:

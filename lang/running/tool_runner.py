@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from ramet.errors import InvalidProgram, InvalidRequest
-from ramet.lang.recording.tools import Tool, to_json
+from ramet.lang.running.tools import Tool, to_json
 
 MAX_CALLS = 32  # at once, of one program
 OnDone = Callable[[Any, Exception | None], None]  # Any: what the tool returned

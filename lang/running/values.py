@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ramet.lang.graph.ir import Ref
-from ramet.lang.recording.output_types import TEXT, OutputType, Shape
-from ramet.lang.recording.placeholders import has_placeholder
-from ramet.lang.recording.run import Run, current_run
+from ramet.lang.running.output_types import TEXT, OutputType, Shape
+from ramet.lang.running.placeholders import has_placeholder
+from ramet.lang.running.run import Run, current_run
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,10 +15,10 @@ from typing import Any
 from ramet.lang.graph import ir
 from ramet.lang.graph.options import ProgramOptions
 from ramet.lang.graph.run_record import RunRecord, Stage
-from ramet.lang.recording.run import Run
-from ramet.lang.recording.source_lines import caller_line
 from ramet.lang.recording.state import State
-from ramet.lang.recording.values import Source, Value
+from ramet.lang.running.run import Run
+from ramet.lang.running.source_lines import caller_line
+from ramet.lang.running.values import Source, Value
 
 
 @dataclass(frozen=True, slots=True)
