@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from ramet.grammar.machine.automaton import Limits as Limits
     from ramet.grammar.machine.compiled_grammar import CompiledGrammar as CompiledGrammar
     from ramet.grammar.machine.compiled_grammar import DeviceTables as DeviceTables
-    from ramet.grammar.machine.matcher import Matcher as Matcher
+    from ramet.grammar.machine.compiled_grammar import Matcher as Matcher
     from ramet.grammar.machine.vocabulary import Vocabulary as Vocabulary
     from ramet.grammar.service.sources import compile_constraint as compile_constraint
     from ramet.grammar.service.sources import compile_grammar as compile_grammar
@@ -18,7 +18,7 @@ _HOMES = {
     "CompiledGrammar": "ramet.grammar.machine.compiled_grammar",
     "DeviceTables": "ramet.grammar.machine.compiled_grammar",
     "Limits": "ramet.grammar.machine.automaton",
-    "Matcher": "ramet.grammar.machine.matcher",
+    "Matcher": "ramet.grammar.machine.compiled_grammar",
     "Vocabulary": "ramet.grammar.machine.vocabulary",
     "compile_constraint": "ramet.grammar.service.sources",
     "compile_grammar": "ramet.grammar.service.sources",

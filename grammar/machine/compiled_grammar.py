@@ -1,4 +1,4 @@
-"""A grammar compiled for one vocabulary: the object that the runtime asks for masks and states."""
+"""A grammar compiled for one vocabulary, which the runtime asks for masks and states; and a cursor over it."""
 
 from __future__ import annotations
 
@@ -266,3 +266,50 @@ class CompiledGrammar:
         _, first, inverse = np.unique(rows, axis=1, return_index=True, return_inverse=True)
         accepting = np.array([machine.accepts(p) for p in self._packed])
         return DeviceTables(inverse.reshape(-1).astype(np.uint8), np.ascontiguousarray(rows[:, first]), accepting)
+
+
+class Matcher:
+    """Follows one text. The state is an integer, so a copy or a fork costs nothing (`fork`)."""
+
+    __slots__ = ("_history", "grammar", "state")
+
+    def __init__(self, grammar: CompiledGrammar, state: int = 0) -> None:
+        self.grammar = grammar
+        self.state = state
+        self._history: list[int] = []
+
+    def mask(self) -> NDArray[np.int32]:
+        """int32 [W]; shared, not to be written to."""
+        return self.grammar.mask(self.state)
+
+    def advance(self, token: int) -> bool:
+        """Take a token; False, and nothing changes, where it is refused."""
+        following = self.grammar.advance(self.state, token)
+        if following is None:
+            return False
+        self._history.append(self.state)
+        self.state = following
+        return True
+
+    def rollback(self, num_tokens: int) -> None:
+        """Undo the last tokens. Raises ValueError if fewer were taken."""
+        if num_tokens < 0 or num_tokens > len(self._history):
+            raise ValueError(f"cannot undo {num_tokens} tokens: {len(self._history)} were taken")
+        if num_tokens:
+            self.state = self._history[-num_tokens]
+            del self._history[-num_tokens:]
+
+    def reset(self) -> None:
+        """Go back to before the first token."""
+        self.rollback(len(self._history))
+
+    def fork(self) -> Matcher:
+        """A second cursor at the same place, without history."""
+        return Matcher(self.grammar, self.state)
+
+    @property
+    def is_accepting(self) -> bool:
+        return self.grammar.is_accepting(self.state)
+
+    def forced_tokens(self) -> list[int]:
+        return self.grammar.forced_tokens(self.state)

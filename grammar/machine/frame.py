@@ -30,6 +30,8 @@ REFUSE = -1
 DEAD = -1  # target of an exit that must not be taken: no text can be finished that way
 UNKNOWN = -2  # target of an exit that no text has taken yet
 NEEDS_RUN = -3  # target of an exit that leads elsewhere for different texts: tokens that take it are run one by one
+# with which bytes a text is closed: letters, then digits, then other printable ASCII, then the rest
+PREFERRED_BYTES = tuple(dict.fromkeys([*range(97, 123), *range(48, 58), *range(32, 127), *range(256)]))
 LOCAL_BITS = 32
 LOCAL_MASK = (1 << LOCAL_BITS) - 1
 
@@ -205,10 +207,9 @@ def _paths_to_exit(table: FrameTable, exit_index: int) -> list[bytes | None]:
 
 
 def sample_bytes(byte_class: NDArray[np.uint8], num_classes: int) -> list[int | None]:
-    """One byte of each class, letters before digits before the rest."""
-    order = [*range(97, 123), *range(48, 58), *range(32, 127), *range(256)]
+    """One byte of each class, the preferred one."""
     out: list[int | None] = [None] * num_classes
-    for b in order:
+    for b in PREFERRED_BYTES:
         c = int(byte_class[b])
         if out[c] is None:
             out[c] = b

@@ -15,10 +15,11 @@ from ramet.errors import GrammarTooLarge
 from ramet.grammar import ir
 from ramet.grammar.machine.automaton import Limits, Machine
 from ramet.grammar.machine.compiled_grammar import CompiledGrammar
-from ramet.grammar.machine.frame import DEAD, Frame, compress_rows, target
+from ramet.grammar.machine.frame import DEAD, PREFERRED_BYTES, Frame, compress_rows, target
 from ramet.grammar.machine.vocabulary import Vocabulary
 
 MAX_BYTES = 1 << 29
+_PREFERRED = np.array(PREFERRED_BYTES)
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,19 +105,13 @@ class _WholeText(Frame):
         while not automaton.accepting[local]:
             found = self.steps.get(local)
             if found is None:
-                following = automaton.rows[local][automaton.byte_class[PREFERRED_BYTES]]
+                following = automaton.rows[local][automaton.byte_class[_PREFERRED]]
                 nearer = (following >= 0) & (self.distances[following] == self.distances[local] - 1)
                 at = int(np.argmax(nearer))
-                found = self.steps[local] = int(PREFERRED_BYTES[at]), int(following[at])
+                found = self.steps[local] = PREFERRED_BYTES[at], int(following[at])
             out.append(found[0])
             local = found[1]
         return bytes(out)
-
-
-# letters, then digits, then other printable ASCII, then the rest
-PREFERRED_BYTES = np.array(
-    list(dict.fromkeys([*range(97, 123), *range(48, 58), *range(32, 127), *range(256)])), dtype=np.int64
-)
 
 
 def _distances(automaton: ByteAutomaton) -> NDArray[np.int64]:

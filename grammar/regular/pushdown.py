@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from ramet.errors import GrammarTooLarge, InvalidGrammar
 from ramet.grammar import ir
 from ramet.grammar.machine.automaton import Machine
-from ramet.grammar.machine.frame import DEAD, REFUSE, Frame, leave, target
+from ramet.grammar.machine.frame import DEAD, PREFERRED_BYTES, REFUSE, Frame, leave, target
 from ramet.grammar.regular import dfas
 from ramet.grammar.regular import languages as regular
 from ramet.grammar.regular.references import inline, recursive_rules
@@ -413,7 +413,7 @@ class ConfigurationFrame(Frame):
         for leaf_index, q, number in self.threads:
             leaf = owner.leaves[leaf_index]
             rest = owner.costs.state(leaf.then) + owner.costs.node(owner.nodes[number])
-            for byte in owner.costs.order:
+            for byte in PREFERRED_BYTES:
                 to = int(leaf.rows[q, byte])
                 if to >= 0 and (best is None or owner.costs.leaf(leaf_index)[to] + rest < best[0]):
                     best = (owner.costs.leaf(leaf_index)[to] + rest, byte)
@@ -426,7 +426,6 @@ class _Costs:
 
     def __init__(self, owner: Pushdown) -> None:
         self.owner = owner
-        self.order = [*range(97, 123), *range(48, 58), *range(32, 127), *range(256)]
         self.leaves: dict[int, list[int]] = {}
         self.nodes: dict[int, int] = {0: 0}
         self.states = self._states()

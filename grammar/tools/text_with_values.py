@@ -21,9 +21,8 @@ from ramet.grammar.json_schema.frames.compilation import Compilation, TextContex
 from ramet.grammar.json_schema.frames.tables import VALUE_STARTS
 from ramet.grammar.machine.automaton import Limits, Machine
 from ramet.grammar.machine.compiled_grammar import CompiledGrammar, Problem
-from ramet.grammar.machine.frame import REFUSE, Frame, compress_rows, leave, target
+from ramet.grammar.machine.frame import PREFERRED_BYTES, REFUSE, Frame, compress_rows, leave, target
 from ramet.grammar.machine.vocabulary import Vocabulary
-from ramet.grammar.regular.byte_language import PREFERRED_BYTES
 
 _DONE = 0  # the frame's first exit; exit 1 + i is gap i
 
@@ -184,10 +183,10 @@ class _AroundValues(Frame):
         while not self.is_way_out[local]:
             found = self.steps.get(local)
             if found is None:
-                following = self.transitions[local][PREFERRED_BYTES]
+                following = self.transitions[local].tolist()
                 found = next(
                     (byte, to)
-                    for byte, to in zip(PREFERRED_BYTES.tolist(), following.tolist(), strict=True)
+                    for byte, to in ((b, following[b]) for b in PREFERRED_BYTES)
                     if to >= 0 and self.costs[to] == self.costs[local] - 1 and self.exits[to] == exit_index
                 )
                 self.steps[local] = found

@@ -115,7 +115,7 @@ def test_a_start_that_is_dead_and_too_many_frames_are_errors() -> None:
 
 def test_the_machine_loads_no_source_of_constraints() -> None:
     code = (
-        "import sys, ramet.grammar.machine.matcher; "
+        "import sys, ramet.grammar.machine.compiled_grammar; "
         "rooms = {'.'.join(m.split('.')[:3]) for m in sys.modules if m.startswith('ramet.grammar.')}; "
         "assert rooms == {'ramet.grammar.machine', 'ramet.grammar.deadline'}, rooms"
     )
