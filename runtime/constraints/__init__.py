@@ -1,1 +1,1 @@
-"""Grammars of running requests, on the host or on the device."""
+"""Which automaton state every constrained sequence is in, on the host or on the device."""

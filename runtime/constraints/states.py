@@ -3,8 +3,9 @@
 A closed grammar runs on the device: its tables lie in the arena, and steps mask, advance and finish its sequences
 without the host. All other grammars run on the host, where each of their sequences has a `HostAutomaton`.
 
-Steps ask the host's grammars for work in two methods only, `masks` and `advance`. That is where such work can be
-limited.
+Steps ask the host's grammars for work in two methods only, `masks` and `advance`: that is where such work can be
+limited. Beside them, a text's tokens are walked once where its sequence joins again after a preemption
+(`arena_states`), and where max_tokens cut it (`why_incomplete`).
 """
 
 from __future__ import annotations

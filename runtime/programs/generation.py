@@ -9,7 +9,6 @@ import msgspec
 from ramet.lang.graph import ir
 from ramet.runtime.programs.engine import EngineRequest, ProgramModel
 from ramet.runtime.programs.path import Path, keep_text
-from ramet.runtime.text.tool_style import read_calls, shown_specials
 from ramet.runtime.types import RequestOutput
 
 
@@ -76,6 +75,6 @@ class Generation:
     def _tool_calls(self) -> dict[str, object]:
         """What the model said and called. Special tokens that write parts of calls count with their spelling."""
         style, tokenizer = self._model.marks.style, self._model.tokenizer
-        shown = shown_specials(style, tokenizer.special_tokens)
+        shown = style.shown_specials(tokenizer.special_tokens)
         spelled = (shown[t].encode() if t in shown else tokenizer.token_bytes[t] for t in self._tokens)
-        return read_calls(style, b"".join(spelled))
+        return style.read_calls(b"".join(spelled))

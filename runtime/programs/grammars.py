@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 from ramet.lang.graph.ir import Constraint
 from ramet.runtime.programs.engine import ProgramTokenizer
 from ramet.runtime.text.role_marks import RoleMarks
-from ramet.runtime.text.tool_style import shown_specials
 
 if TYPE_CHECKING:  # these load numba or torch
     from ramet.grammar import CompiledGrammar, Vocabulary
@@ -75,7 +74,7 @@ class ProgramGrammars:
         """The vocabulary in which the special tokens that write parts of tool calls can be written."""
         from ramet.grammar.tools.tool_set import with_marker_tokens  # loads numba
 
-        shown = shown_specials(self._marks.style, self._tokenizer.special_tokens)
+        shown = self._marks.style.shown_specials(self._tokenizer.special_tokens)
         return with_marker_tokens(self._vocabulary, shown) if shown else self._vocabulary
 
     def _tool_set(self, source: str) -> str:

@@ -12,39 +12,15 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ramet.runtime.text.chat_template import ChatTemplate, Message, ToolSchema
+from ramet.runtime.text.chat_template import Message, ToolSchema
 from ramet.runtime.text.tokenizer import Tokenizer
 
 # The marks: private-use characters, which are first taken out of what comes from outside.
 _OPEN, _CLOSE = "\uf8f0", "\uf8f1"
 
 
-def encode_chat(
-    tokenizer: Tokenizer,
-    template: ChatTemplate,
-    messages: Sequence[Message],
-    *,
-    add_generation_prompt: bool,
-    tools: Sequence[ToolSchema] | None = None,
-    continue_final_message: bool = False,
-    variables: Mapping[str, Any] | None = None,
-) -> list[int]:
-    """Token ids of `template.render(...)`; messages cannot write special tokens. Raises what `render` raises."""
-    text = render_marked(
-        tokenizer,
-        template,
-        messages,
-        add_generation_prompt=add_generation_prompt,
-        tools=tools,
-        continue_final_message=continue_final_message,
-        variables=variables,
-    )
-    return encode_marked(tokenizer, text)
-
-
 def render_marked(
     tokenizer: Tokenizer,
-    template: ChatTemplate,
     messages: Sequence[Message],
     *,
     add_generation_prompt: bool,
@@ -52,9 +28,12 @@ def render_marked(
     continue_final_message: bool = False,
     variables: Mapping[str, Any] | None = None,
 ) -> str:
-    """`template.render(...)` with marks, for `encode_marked`. Raises what `render` raises."""
+    """The text of a conversation by the tokenizer's chat template, with marks: for `encode_marked`.
+
+    Parameters and errors are those of `ChatTemplate.render`.
+    """
     spelled = _spellings(tokenizer)
-    return template.render(
+    return tokenizer.chat_template.render(
         [_marked(message, spelled) for message in messages],
         add_generation_prompt=add_generation_prompt,
         tools=None if tools is None else [_marked(tool, spelled) for tool in tools],

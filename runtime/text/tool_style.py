@@ -109,6 +109,61 @@ class ToolStyle:
             f"A call is written as below, with the function's name and a JSON object of arguments:\n{example}"
         )
 
+    def tool_set(
+        self,
+        tools: Sequence[Json],
+        choice: str | Json,
+        *,
+        parallel: bool,
+        answer: object,
+        in_order: bool = False,
+    ) -> Json:
+        """A tool set in JSON, whose fields grammar/tools/tool_set.py describes.
+
+        `choice`: as there. `answer`: the JSON schema of an answer without calls; None: any text. `in_order`: properties
+        come in the order of their schemas.
+        """
+        source: Json = {
+            "tools": [
+                {"name": tool["function"]["name"], "parameters": tool["function"]["parameters"]} for tool in tools
+            ],
+            "format": self.format_source,
+            "choice": choice,
+            "parallel": parallel if self.max_calls is None else self.max_calls,
+            "json": {"whitespace": "bounded", "mode": "declared_order" if in_order else "exact"},
+        }
+        return source if answer is None else {**source, "answer": answer}
+
+    def shown_specials(self, special_tokens: Mapping[str, int]) -> dict[int, str]:
+        """The special tokens that write parts of calls, with their spellings: they count as text of the answer."""
+        layout = self.format
+        text = "".join((layout.begin, layout.before_name, layout.before_arguments, layout.after_arguments, layout.end))
+        return {token: spelling for spelling, token in special_tokens.items() if spelling and spelling in text}
+
+    def read_calls(self, answer: bytes) -> dict[str, object]:
+        """Read an answer as {"text": what is said beside calls, "calls": [{"name": ..., "arguments": {...}}]}.
+
+        Raises ValueError where a call is cut off, or its arguments are no JSON object.
+        """
+        reader = ToolCallReader(self.format)
+        text: list[str] = []
+        calls: list[dict[str, Any]] = []
+        for event in [*reader.push(answer), *reader.finish()]:
+            if isinstance(event, TextDelta):
+                text.append(event.text)
+            elif isinstance(event, CallStart):
+                calls.append({"name": event.name, "arguments": ""})
+            elif isinstance(event, ArgumentsDelta):
+                calls[event.index]["arguments"] += event.text
+            elif not event.is_complete:
+                raise ValueError(f"the call of {calls[event.index]['name']!r} is not complete")
+        for call in calls:
+            arguments = json.loads(call["arguments"])
+            if not isinstance(arguments, dict):
+                raise ValueError(f"the arguments of {call['name']!r} are no JSON object")
+            call["arguments"] = arguments
+        return {"text": "".join(text).strip() if calls else "".join(text), "calls": calls}
+
 
 def _with_results_as_text(messages: list[Json]) -> list[Json]:
     """Write results of tools into user messages, neighbouring ones into the same one: roles may have to alternate."""
@@ -241,59 +296,3 @@ def _format_by_family(source: str) -> ToolFormat:
     if "<start_of_turn>" in source:
         return FORMATS["gemma"]
     return FORMATS["smollm2" if "SmolLM" in source else "hermes"]
-
-
-def tool_set(
-    style: ToolStyle,
-    tools: Sequence[Json],
-    choice: str | Json,
-    *,
-    parallel: bool,
-    answer: object,
-    in_order: bool = False,
-) -> Json:
-    """A tool set in JSON, whose fields grammar/tools/tool_set.py describes.
-
-    `choice`: as there. `answer`: the JSON schema of an answer without calls; None: any text. `in_order`: properties
-    come in the order of their schemas.
-    """
-    source: Json = {
-        "tools": [{"name": tool["function"]["name"], "parameters": tool["function"]["parameters"]} for tool in tools],
-        "format": style.format_source,
-        "choice": choice,
-        "parallel": parallel if style.max_calls is None else style.max_calls,
-        "json": {"whitespace": "bounded", "mode": "declared_order" if in_order else "exact"},
-    }
-    return source if answer is None else {**source, "answer": answer}
-
-
-def shown_specials(style: ToolStyle, special_tokens: Mapping[str, int]) -> dict[int, str]:
-    """The special tokens that write parts of calls, with their spellings: they count as text of the answer."""
-    layout = style.format
-    text = "".join((layout.begin, layout.before_name, layout.before_arguments, layout.after_arguments, layout.end))
-    return {token: spelling for spelling, token in special_tokens.items() if spelling and spelling in text}
-
-
-def read_calls(style: ToolStyle, answer: bytes) -> dict[str, object]:
-    """Read an answer as {"text": what is said beside calls, "calls": [{"name": ..., "arguments": {...}}]}.
-
-    Raises ValueError where a call is cut off, or its arguments are no JSON object.
-    """
-    reader = ToolCallReader(style.format)
-    text: list[str] = []
-    calls: list[dict[str, Any]] = []
-    for event in [*reader.push(answer), *reader.finish()]:
-        if isinstance(event, TextDelta):
-            text.append(event.text)
-        elif isinstance(event, CallStart):
-            calls.append({"name": event.name, "arguments": ""})
-        elif isinstance(event, ArgumentsDelta):
-            calls[event.index]["arguments"] += event.text
-        elif not event.is_complete:
-            raise ValueError(f"the call of {calls[event.index]['name']!r} is not complete")
-    for call in calls:
-        arguments = json.loads(call["arguments"])
-        if not isinstance(arguments, dict):
-            raise ValueError(f"the arguments of {call['name']!r} are no JSON object")
-        call["arguments"] = arguments
-    return {"text": "".join(text).strip() if calls else "".join(text), "calls": calls}

@@ -56,7 +56,7 @@ from ramet.runtime.server.sampling_fields import check_size, compact_json, const
 from ramet.runtime.server.served_model import ServedModel
 from ramet.runtime.text.detokenizer import count_kept_tokens
 from ramet.runtime.text.tokenizer import Tokenizer
-from ramet.runtime.text.tool_style import ToolStyle, shown_specials, tool_set, tool_style
+from ramet.runtime.text.tool_style import ToolStyle, tool_style
 from ramet.runtime.types import RequestOptions
 
 _RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
@@ -229,7 +229,7 @@ class ChatEndpoint:
 
     @cached_property
     def _shown_bytes(self) -> list[bytes] | None:
-        return self._bytes_with(shown_specials(self.style, self._tokenizer.special_tokens))
+        return self._bytes_with(self.style.shown_specials(self._tokenizer.special_tokens))
 
     @cached_property
     def _shown_reasoning_bytes(self) -> list[bytes] | None:
@@ -268,7 +268,7 @@ class ChatEndpoint:
         name: str | Json = choice if isinstance(choice, str) else {"name": _named(choice, tools)}
         parallel = body.parallel_tool_calls is not False
         in_order = all(tool.function.strict for tool in body.tools or ()) and (asked is None or asked[1].in_order)
-        written = tool_set(self.style, tools, name, parallel=parallel, answer=answer, in_order=in_order)
+        written = self.style.tool_set(tools, name, parallel=parallel, answer=answer, in_order=in_order)
         source = compact_json(written)
         check_size(source, "tools", limit)
         return ("tools", Constraint("tools", source)), None if choice == "none" else self.style

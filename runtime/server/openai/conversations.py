@@ -128,7 +128,6 @@ class Conversations:
         """
         text = render_marked(
             self._tokenizer,
-            self._tokenizer.chat_template,
             messages,
             add_generation_prompt=add_generation_prompt,
             tools=tools,
@@ -224,7 +223,6 @@ class Conversations:
     def _render(self, messages: Sequence[Json], prompt: ChatPrompt, *, is_open: bool) -> str:
         return render_marked(
             self._tokenizer,
-            self._tokenizer.chat_template,
             messages,
             add_generation_prompt=is_open,
             tools=prompt.tools,

@@ -11,7 +11,7 @@ from ramet.runtime.server.openai.bodies import DetokenizeBody, TokenizeBody
 from ramet.runtime.server.openai.chat import ChatEndpoint
 from ramet.runtime.server.responses import AnswerStruct
 from ramet.runtime.server.served_model import ServedModel
-from ramet.runtime.text.chat_encoding import encode_chat
+from ramet.runtime.text.chat_encoding import encode_marked, render_marked
 
 
 class ModelCard(AnswerStruct):
@@ -83,14 +83,14 @@ class ModelEndpoints:
             return tokenizer.encode(body.prompt, add_special=body.add_special_tokens, parse_special=True)
         messages = [message.plain() for message in body.messages or ()]
         adapted, tools = self._chat.style.adapt(messages, [tool.plain() for tool in body.tools or ()])
-        return encode_chat(
+        text = render_marked(
             tokenizer,
-            tokenizer.chat_template,
             adapted,
             add_generation_prompt=body.add_generation_prompt,
             tools=tools,
             variables=body.chat_template_kwargs,
         )
+        return encode_marked(tokenizer, text)
 
     def _card(self) -> ModelCard:
         return ModelCard(

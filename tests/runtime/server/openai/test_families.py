@@ -17,7 +17,7 @@ from ramet.runtime.server.openai.tool_calls import AnswerReader
 from ramet.runtime.testing.byte_tokenizer import ByteTokenizer
 from ramet.runtime.text.chat_template import ChatTemplate
 from ramet.runtime.text.role_marks import RoleMarks
-from ramet.runtime.text.tool_style import ToolStyle, tool_set, tool_style
+from ramet.runtime.text.tool_style import ToolStyle, tool_style
 
 Client = Any  # of conftest.py
 Json = dict[str, Any]
@@ -75,7 +75,7 @@ def written_by(template: ChatTemplate, style: ToolStyle, num_calls: int) -> str:
 
 def accepted(style: ToolStyle, text: bytes, choice: str = "auto") -> int:
     """How many bytes of a text the grammar of a request with these tools takes; one more where it may end there."""
-    source = tool_set(style, TOOLS, choice, parallel=True, answer=None)
+    source = style.tool_set(TOOLS, choice, parallel=True, answer=None)
     tokenizer = ByteTokenizer()
     cache = ProgramGrammars(tokenizer, RoleMarks(tokenizer.chat_template))
     matcher = Matcher(cache.get(Constraint("tools", json.dumps(source))).result(60))
@@ -165,7 +165,7 @@ class MarkedTokenizer(ByteTokenizer):
 def test_a_marker_that_is_a_special_token_can_be_written_and_no_other_one() -> None:
     tokenizer = MarkedTokenizer()
     style = tool_style(tokenizer.chat_template)
-    source = json.dumps(tool_set(style, TOOLS, "auto", parallel=True, answer=None))
+    source = json.dumps(style.tool_set(TOOLS, "auto", parallel=True, answer=None))
     cache = ProgramGrammars(tokenizer, RoleMarks(tokenizer.chat_template))
     matcher = Matcher(cache.get(Constraint("tools", source)).result(60))
     marker = tokenizer.special_tokens["[TOOL_CALLS]"]
