@@ -37,8 +37,8 @@ from ramet.grammar.service.sources import compile_constraint
 from ramet.runtime.engine.config import EngineConfig
 from ramet.runtime.engine.engine import Engine
 from ramet.runtime.engine.handle import RequestHandle
+from ramet.runtime.models.build import build_decoder
 from ramet.runtime.models.config import smollm2_135m
-from ramet.runtime.models.decoder import build_decoder
 from ramet.runtime.models.generation import GenerationDefaults
 from ramet.runtime.models.load import LoadedModel, load_model, open_model
 from ramet.runtime.testing.dummy import dummy_weights

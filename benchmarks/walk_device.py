@@ -35,8 +35,8 @@ from ramet.grammar.service.sources import compile_constraint
 from ramet.runtime.engine.config import EngineConfig
 from ramet.runtime.engine.core import EngineCore
 from ramet.runtime.engine.factory import build_core
+from ramet.runtime.models.build import build_decoder
 from ramet.runtime.models.config import ModelConfig, llama_3_1_8b, smollm2_135m
-from ramet.runtime.models.decoder import build_decoder
 from ramet.runtime.models.generation import GenerationDefaults
 from ramet.runtime.models.load import LoadedModel
 from ramet.runtime.models.weights import Weights, expected_tensors

@@ -6,14 +6,13 @@ The current token's key and value must already be in the cache. Position j of ro
 `page_table[rows[b], j // P]`, offset `j % P`, of caches `[N, K, P, D]`. Softmax and sums are in fp32.
 A row with kv_len 0 is padding and gets zeros.
 
-`attention_decode` takes the reference on the CPU; on a GPU `tree_triton` when there is a tree plan and no
-window, else `decode_triton`.
+The kernels are in `decode_triton.py`, and in `tree_triton.py` for rows that share prefixes; compiled for the CPU:
+`cpu/attention_decode.py`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -21,10 +20,7 @@ from torch import Tensor
 
 from ramet.kernels.attention.extend import gather_pages
 from ramet.kernels.attention.plan import AttentionTiles
-from ramet.kernels.cpu import attention_decode as attention_decode_cpu
-
-if TYPE_CHECKING:
-    from ramet.kernels.attention.tree import TreePlan
+from ramet.kernels.attention.tree import TreePlan
 
 # Bytes of keys gathered by one call on the CPU: a few rows at a time stay in the last-level cache between copy and use.
 _REFERENCE_GATHER_BYTES = 8 << 20
@@ -45,34 +41,6 @@ class DecodeMetadata:
     tiles: AttentionTiles | None = None  # what was measured on this card
 
 
-def attention_decode(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    meta: DecodeMetadata,
-    scale: float,
-    window: int | None = None,
-    out: Tensor | None = None,
-) -> Tensor:
-    """Attend from `q [B, H, D]` to `k_cache, v_cache [N, K, P, D]`; returns `[B, H, D]` (`out` when given)."""
-    if attention_decode_cpu.takes(q, k_cache, meta.kv_lens, meta.rows, meta.page_table):
-        return attention_decode_cpu.attention_decode_cpu(
-            q, k_cache, v_cache, meta.kv_lens, meta.rows, meta.page_table, scale, window, out
-        )
-    if not q.is_cuda and q.dtype is not k_cache.dtype:
-        result = attention_decode(q.to(k_cache.dtype), k_cache, v_cache, meta, scale, window)
-        return result.to(q.dtype) if out is None else out.copy_(result)
-    if not q.is_cuda:
-        return attention_decode_reference(q, k_cache, v_cache, meta, scale, window, out)
-    if meta.tree is not None and window is None:
-        from ramet.kernels.attention.tree_triton import attention_tree_triton  # these two import this module
-
-        return attention_tree_triton(q, k_cache, v_cache, meta, meta.tree, scale, out)
-    from ramet.kernels.attention.decode_triton import attention_decode_triton
-
-    return attention_decode_triton(q, k_cache, v_cache, meta, scale, window, out)
-
-
 def attention_decode_reference(
     q: Tensor,
     k_cache: Tensor,
@@ -82,9 +50,10 @@ def attention_decode_reference(
     window: int | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Specification of `attention_decode` and its CPU path: whole pages gathered for a few rows at a time.
+    """Attend from `q [B, H, D]` to `k_cache, v_cache [N, K, P, D]`; returns `[B, H, D]` (`out` when given).
 
-    Positions of the last page beyond kv_len are read with weight 0, so the caches must hold finite values there.
+    Gathers whole pages, of a few rows at a time. Positions of the last page beyond kv_len are read with weight 0, so
+    the caches must hold finite values there.
     """
     if out is None:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)

@@ -8,8 +8,7 @@ The keys and values of the new tokens must already be in the cache. Position j o
 `page_table[row, j // P]`, offset `j % P`, of caches `[N, K, P, D]`. Softmax and sums are in fp32. Tokens before those
 of the first sequence are left alone. Those past the last sequence are padding; on a GPU they are left alone, too.
 
-`attention_extend` takes compiled kernels on the CPU, where q may be bfloat16 beside an fp32 cache, and
-`extend_triton` on a GPU.
+The kernel is in `extend_triton.py`; compiled for the CPU: `cpu/attention_extend.py`.
 """
 
 from __future__ import annotations
@@ -43,50 +42,6 @@ class ExtendMetadata:
     tiles: AttentionTiles | None = None  # what was measured on this card
 
 
-def attention_extend(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    meta: ExtendMetadata,
-    scale: float,
-    window: int | None = None,
-    out: Tensor | None = None,
-) -> Tensor:
-    """Attend from `q [T, H, D]` to `k_cache, v_cache [N, K, P, D]`; returns `[T, H, D]` (`out` when given)."""
-    if not q.is_cuda:
-        return _attention_extend_host(q, k_cache, v_cache, meta, scale, window, out)
-    from ramet.kernels.attention.extend_triton import attention_extend_triton  # it imports this module
-
-    return attention_extend_triton(q, k_cache, v_cache, meta, scale, window, out)
-
-
-def _attention_extend_host(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    meta: ExtendMetadata,
-    scale: float,
-    window: int | None,
-    out: Tensor | None,
-) -> Tensor:
-    from ramet.kernels.cpu import attention_extend as attention_extend_cpu  # they bring numba: not needed for a GPU
-    from ramet.kernels.cpu import attention_extend_amx
-
-    if out is None:
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    if meta.q_lens_host is not None and meta.kv_lens_host is not None:
-        lens = meta.rows.tolist(), meta.q_lens_host, meta.kv_lens_host
-        if attention_extend_amx.takes(q, k_cache, meta.page_table):
-            run = attention_extend_amx.attention_extend_amx
-            return run(q, k_cache, v_cache, meta.page_table, *lens, scale, window, out)
-        if attention_extend_cpu.takes(q, k_cache, meta.page_table):
-            run = attention_extend_cpu.attention_extend_cpu
-            return run(q, k_cache, v_cache, meta.page_table, *lens, scale, window, out)
-    if q.dtype is not k_cache.dtype:
-        return out.copy_(_attention_extend_host(q.to(k_cache.dtype), k_cache, v_cache, meta, scale, window, None))
-    return attention_extend_reference(q, k_cache, v_cache, meta, scale, window, out)
-
-
 def gather_pages(cache: Tensor, pages: Tensor) -> Tensor:
     """Copy `pages` (int [..., n]) of `cache [N, K, P, D]` into `[..., K, n * P, D]`, one copy of whole pages."""
     _, num_kv_heads, page_size, head_dim = cache.shape
@@ -105,7 +60,7 @@ def attention_extend_reference(
     window: int | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Specification of `attention_extend`, and what a CPU runs where dtypes are not fp32: fused calls per sequence."""
+    """Attend from `q [T, H, D]` to `k_cache, v_cache [N, K, P, D]`; returns `[T, H, D]` (`out` when given)."""
     if out is None:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
     page_size = k_cache.shape[2]

@@ -2,7 +2,7 @@
 
 Two passes per (row, heads): scores of every cached position, softmax, then the weighted sum of values. Heads of one KV
 head go together when there is work enough for all threads (each page is then read once for all of them), singly
-otherwise. The specification is `attention_decode_reference`.
+otherwise.
 """
 
 from __future__ import annotations
@@ -14,44 +14,35 @@ import torch
 from numba import carray
 from torch import Tensor
 
+from ramet.kernels.attention.decode import DecodeMetadata
 from ramet.kernels.cpu import vectors as v
 from ramet.kernels.cpu.pointwise import exp32
-from ramet.kernels.cpu.program import empty
+from ramet.kernels.cpu.program import Stream
 from ramet.kernels.cpu.threads import Kernel, bits_float, float_bits, inner, num_threads, thread_count, thread_index
 from ramet.kernels.cpu.vectors import float32_at, int32_at
 
 
-def takes(q: Tensor, k_cache: Tensor, kv_lens: Tensor, rows: Tensor, page_table: Tensor) -> bool:
-    """True where `attention_decode_cpu` applies."""
-    return (
-        q.dtype is torch.float32
-        and q.device.type == "cpu"
-        and q.shape[2] % v.LANES == 0
-        and k_cache.dtype is torch.float32
-        and k_cache.is_contiguous()
-        and kv_lens.dtype is rows.dtype is page_table.dtype is torch.int32
-        and page_table.stride(1) == 1
-    )
-
-
-def attention_decode_cpu(
+def attention_decode(
+    stream: Stream,
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    kv_lens: Tensor,
-    rows: Tensor,
-    page_table: Tensor,
+    meta: DecodeMetadata,
     scale: float,
-    window: int | None,
-    out: Tensor | None,
+    window: int | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """As `attention_decode`, its metadata spelt out; kv_lens and rows are read where they lie, int32 [B]."""
+    """As `attention_decode_reference`, in fp32, for heads that fill vectors; lengths are read where they lie."""
+    kv_lens, rows, page_table = meta.kv_lens, meta.rows, meta.page_table
+    assert q.dtype is k_cache.dtype is torch.float32, (q.dtype, k_cache.dtype)
+    assert kv_lens.dtype is rows.dtype is page_table.dtype is torch.int32
     q = q.contiguous()
     if out is None:
-        out = empty(q.shape)
+        out = stream.empty(q.shape)
     assert out.is_contiguous()
     batch, num_heads, head_dim = q.shape
-    _kernel(
+    stream.launch(
+        _kernel,
         q.data_ptr(),
         k_cache.data_ptr(),
         v_cache.data_ptr(),

@@ -18,6 +18,7 @@ import torch
 from numba import carray
 from torch import Tensor
 
+from ramet.kernels.attention.extend import ExtendMetadata
 from ramet.kernels.cpu import vectors as v
 from ramet.kernels.cpu.pointwise import exp32
 from ramet.kernels.cpu.threads import (
@@ -32,39 +33,28 @@ from ramet.kernels.cpu.threads import (
 from ramet.kernels.cpu.vectors import KEYS, ROWS, float32_at, int32_at
 
 
-def takes(q: Tensor, k_cache: Tensor, page_table: Tensor) -> bool:
-    """True where `attention_extend_cpu` applies."""
-    return (
-        q.dtype is torch.float32
-        and q.device.type == "cpu"
-        and q.shape[2] % v.LANES == 0
-        and k_cache.dtype is torch.float32
-        and k_cache.is_contiguous()
-        and page_table.dtype is torch.int32
-        and page_table.stride(1) == 1
-    )
-
-
-def attention_extend_cpu(
+def attention_extend(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    page_table: Tensor,
-    rows: list[int],
-    q_lens: list[int],
-    kv_lens: list[int],
+    meta: ExtendMetadata,
     scale: float,
-    window: int | None,
-    out: Tensor,
+    window: int | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """As `attention_extend`, its metadata spelt out: row of `page_table`, new and all tokens of each sequence."""
+    """As `attention_extend_reference`, for heads of whole vectors; the host knows the lengths."""
+    assert meta.q_lens_host is not None
+    assert meta.kv_lens_host is not None
+    page_table = meta.page_table
     q = q.contiguous()
+    if out is None:
+        out = torch.empty_like(q)
     assert out.is_contiguous()
     _, num_heads, head_dim = q.shape
     _, num_kv_heads, page_size, _ = k_cache.shape
     threads = thread_count()
     start = 0
-    for row, q_len, kv_len in zip(rows, q_lens, kv_lens, strict=True):
+    for row, q_len, kv_len in zip(meta.rows.tolist(), meta.q_lens_host, meta.kv_lens_host, strict=True):
         if q_len == 0:
             continue
         prefix = kv_len - q_len

@@ -12,6 +12,7 @@ kernel takes 13.1; 16 after 1,000: 0.27 and 0.52. Half of it is the softmax.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,8 @@ import torch
 from numba import carray
 from torch import Tensor
 
+from ramet.kernels.attention.decode import DecodeMetadata
+from ramet.kernels.attention.extend import ExtendMetadata
 from ramet.kernels.cpu import amx
 from ramet.kernels.cpu.threads import (
     Kernel,
@@ -30,40 +33,70 @@ from ramet.kernels.cpu.threads import (
     thread_index,
 )
 from ramet.kernels.cpu.vectors import LANES, float32_at, int32_at
+from ramet.kernels.ops import Ops
 
 _ROWS = _KEYS = amx.TILE  # query rows of an item, keys of a packed block
 _PANEL = 256  # keys between two looks at the softmax: scores, weights and results stay in the first-level cache
 _HIDDEN, _LEAST = np.float32(-1e30), np.float32(-1e20)  # a score that weighs nothing; the largest before any
 
 
-def takes(q: Tensor, k_cache: Tensor, page_table: Tensor) -> bool:
-    """True where `attention_extend_amx` applies."""
-    return (
-        q.dtype is torch.bfloat16
-        and q.device.type == "cpu"
-        and q.shape[2] % amx.TILE == 0
-        and k_cache.dtype is torch.float32
-        and k_cache.is_contiguous()
-        and page_table.dtype is torch.int32
-        and page_table.stride(1) == 1
-        and amx.has_tiles()
-    )
+def with_bf16_queries(ops: Ops) -> Ops:
+    """The same ops, whose attention also takes queries in bfloat16 over an fp32 cache, and answers in bfloat16.
+
+    New tokens attend in tiles; what tiles do not fit, and rows that decode beside new tokens, attend in fp32.
+    """
+
+    def decode(
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        meta: DecodeMetadata,
+        scale: float,
+        window: int | None,
+        out: Tensor | None,
+    ) -> Tensor:
+        if q.dtype is torch.float32:
+            return ops.attention_decode(q, k_cache, v_cache, meta, scale, window, out)
+        return _rounded(ops.attention_decode(q.float(), k_cache, v_cache, meta, scale, window, None), out)
+
+    def extend(
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        meta: ExtendMetadata,
+        scale: float,
+        window: int | None,
+        out: Tensor | None,
+    ) -> Tensor:
+        if q.dtype is torch.float32:
+            return ops.attention_extend(q, k_cache, v_cache, meta, scale, window, out)
+        if amx.has_tiles() and q.shape[2] % amx.TILE == 0 and meta.q_lens_host is not None:
+            return attention_extend(q, k_cache, v_cache, meta, scale, window, out)
+        return _rounded(ops.attention_extend(q.float(), k_cache, v_cache, meta, scale, window, None), out)
+
+    return dataclasses.replace(ops, attention_decode=decode, attention_extend=extend)
 
 
-def attention_extend_amx(
+def _rounded(result: Tensor, out: Tensor | None) -> Tensor:
+    return result.to(torch.bfloat16) if out is None else out.copy_(result)
+
+
+def attention_extend(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    page_table: Tensor,
-    rows: list[int],
-    q_lens: list[int],
-    kv_lens: list[int],
+    meta: ExtendMetadata,
     scale: float,
-    window: int | None,
-    out: Tensor,
+    window: int | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """As `attention_extend`, its metadata spelt out: row of `page_table`, new and all tokens of each sequence."""
+    """As `attention_extend_reference`, for heads of whole tiles; the host knows the lengths."""
+    assert meta.q_lens_host is not None
+    assert meta.kv_lens_host is not None
+    page_table = meta.page_table
     q = q.contiguous()
+    if out is None:
+        out = torch.empty_like(q)
     assert out.is_contiguous()
     assert out.dtype is torch.bfloat16
     _, num_heads, head_dim = q.shape
@@ -73,7 +106,7 @@ def attention_extend_amx(
     row_bytes = 2 * head_dim + 4 * _PANEL + 2 * _PANEL + 4 * (LANES + head_dim) + 4
     scratch = torch.empty(threads * _ROWS * row_bytes, dtype=torch.uint8)
     start = 0
-    for row, q_len, kv_len in zip(rows, q_lens, kv_lens, strict=True):
+    for row, q_len, kv_len in zip(meta.rows.tolist(), meta.q_lens_host, meta.kv_lens_host, strict=True):
         if q_len == 0:
             continue
         # The panel of the first key that any row sees.

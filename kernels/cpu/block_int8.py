@@ -17,7 +17,7 @@ from torch import Tensor
 from ramet.kernels.cpu import int8 as cpu_int8
 from ramet.kernels.cpu import vectors as v
 from ramet.kernels.cpu.block_linear import FORMATS, dequantize
-from ramet.kernels.cpu.program import empty
+from ramet.kernels.cpu.program import Stream
 from ramet.kernels.cpu.threads import Kernel, barrier, inner, num_threads, thread_count, thread_index
 
 # Bits of a code.
@@ -54,15 +54,16 @@ def pack(blocks: Tensor, block_format: str, num_rows: int) -> Tensor:
     return torch.cat((*heads, packed), dim=-1).contiguous()
 
 
-def block_int8_linear(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
+def block_int8_linear(stream: Stream, x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return fp32 [T, num_rows] for x fp32 [T, K], plus bias [num_rows]; any number of tokens."""
     num_tokens = x.shape[0]
     tiles, num_blocks, block_bytes = packed.shape
     x = x.contiguous()
     padded = num_tokens if num_tokens <= 2 else -(-num_tokens // 4) * 4
-    workspace = empty((padded, num_blocks * cpu_int8.TOKEN_BLOCK_BYTES // 4))  # rounded activations
-    out = empty((padded, tiles * v.LANES))
-    _kernel(
+    workspace = stream.empty((padded, num_blocks * cpu_int8.TOKEN_BLOCK_BYTES // 4))  # rounded activations
+    out = stream.empty((padded, tiles * v.LANES))
+    stream.launch(
+        _kernel,
         packed.data_ptr(),
         x.data_ptr(),
         workspace.data_ptr(),

@@ -18,24 +18,27 @@ from numba import carray, njit
 from torch import Tensor
 
 from ramet.kernels.cpu import vectors as v
-from ramet.kernels.cpu.program import empty
+from ramet.kernels.cpu.program import Stream
 from ramet.kernels.cpu.threads import Kernel, inner, num_threads, thread_count, thread_index
 
 # Format (GGML's names): (code in the kernel, bytes of a block of 32 weights)
 FORMATS = {"Q4_1": (0, 20), "Q8_0": (1, 34), "BF16": (2, 64), "Q4_0": (3, 18)}
 
 
-def block_linear(x: Tensor, blocks: Tensor, block_format: str, num_rows: int, bias: Tensor | None = None) -> Tensor:
+def block_linear(
+    stream: Stream, x: Tensor, blocks: Tensor, block_format: str, num_rows: int, bias: Tensor | None = None
+) -> Tensor:
     """Return fp32 [T, num_rows] for x fp32 [T, K] on the CPU.
 
     blocks: uint8 [num_rows, K / 32 * bytes per block] (bfloat16 [num_rows, K] for BF16), contiguous.
     """
     num_tokens, num_columns = x.shape
     x = x.contiguous()
-    out = empty((num_tokens, num_rows))
+    out = stream.empty((num_tokens, num_rows))
     code, _ = FORMATS[block_format]
     addresses = blocks.data_ptr(), x.data_ptr(), out.data_ptr(), 0 if bias is None else bias.data_ptr()
-    _kernel(*addresses, num_tokens, num_rows, num_columns // v.BLOCK, code, threads=thread_count())
+    sizes = num_tokens, num_rows, num_columns // v.BLOCK
+    stream.launch(_kernel, *addresses, *sizes, code, threads=thread_count())
     return out
 
 

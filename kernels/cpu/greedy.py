@@ -1,12 +1,12 @@
 """Greedy tokens on the CPU, compiled: each row's largest allowed logit in one pass over the row and its mask.
 
-As `sample.sample_reference` chooses them, which takes a dozen torch calls, and a copy of the logits for a masked row.
-Not here: rows that draw, and rows whose largest logit is not an ordinary number.
+As `sample_reference` chooses them, which takes a dozen torch calls, and a copy of the logits for a masked row. `sample`
+leaves to it rows that draw, and rows whose largest logit is not an ordinary number.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,22 +15,36 @@ from numba import carray, types
 from numba.core import cgutils
 from torch import Tensor
 
-from ramet.kernels.cpu import pointwise as cpu_pointwise
+from ramet.kernels.cpu.pointwise import mask_logits
 from ramet.kernels.cpu.threads import Kernel, bits_float, float_bits, inner, num_threads, thread_count, thread_index
 from ramet.kernels.cpu.vectors import float32_at, int32_at, intrinsic
-
-if TYPE_CHECKING:
-    from ramet.kernels.sampling.sample import SamplingTables
+from ramet.kernels.sampling.sample import GREEDY_TEMPERATURE, SamplingTables, sample_reference
 
 _LOWEST = -(2**31)
 _INFINITY = 0x7F800000  # its bits, and its key
 _PART = 1024  # logits: the largest one is looked for again in its part alone
 
 
-def takes(logits: Tensor, tables: SamplingTables, rows: Tensor, mask: Tensor | None) -> bool:
-    """True where `greedy_tokens` may be asked."""
-    is_plain = tables.grammar is None and tables.edits is None and rows.dtype is torch.int32 and rows.is_contiguous()
-    return is_plain and cpu_pointwise.takes_logits(logits) and (mask is None or mask.is_contiguous())
+def sample(
+    logits: Tensor,
+    tables: SamplingTables,
+    rows: Tensor,
+    positions: Tensor,
+    mask: Tensor | None = None,
+    out: Tensor | None = None,
+    vocab_size: int | None = None,
+) -> Tensor:
+    """As `sample_reference`."""
+    size = logits.shape[1] if vocab_size is None else vocab_size
+    takes_mask = logits.dtype is torch.float32 and (mask is None or mask.is_contiguous()) and tables.edits is None
+    is_plain = tables.grammar is None and rows.dtype is torch.int32 and rows.is_contiguous()
+    if takes_mask and is_plain and logits.is_contiguous():
+        tokens = greedy_tokens(logits, tables, rows, mask, size, GREEDY_TEMPERATURE)
+        if tokens is not None:
+            return tokens if out is None else out.copy_(tokens)
+    if takes_mask and mask is not None and logits[:, :size].is_contiguous():
+        logits, mask = mask_logits(logits[:, :size], mask), None
+    return sample_reference(logits, tables, rows, positions, mask, out, size)
 
 
 def greedy_tokens(

@@ -2,8 +2,8 @@
 
 At batch 1 a torch call costs 2 to 5 us and these ops are two to ten calls each, once or more per layer; here each is
 one call of about 2 us, and one pass over memory. Same results as the torch references in `norm.py`, `activation.py` and
-`rope.py`, which dispatch to this module where `takes` says so. Arithmetic is in fp32; what goes into products and
-comes out of them may be bfloat16, while weights, residual and caches are fp32. Not here: other dtypes.
+`rope.py`. Arithmetic is in fp32; what goes into products and comes out of them may be bfloat16, while weights, residual
+and caches are fp32. Tensors are contiguous. Not here: other dtypes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from numba import carray
 from torch import Tensor
 
 from ramet.kernels.cpu.bf16 import narrow, uint16_at, widen
-from ramet.kernels.cpu.program import empty
+from ramet.kernels.cpu.program import Stream
 from ramet.kernels.cpu.threads import (
     Kernel,
     bits_float,
@@ -32,20 +32,6 @@ from ramet.kernels.cpu.vectors import float32_at, int32_at
 _PARALLEL_VALUES = 65_536
 
 
-_DTYPES = torch.float32, torch.bfloat16
-
-
-def takes(x: Tensor, weight: Tensor | None = None) -> bool:
-    """True for a tensor that these functions handle, with such a weight."""
-    has_weight = weight is None or weight.dtype is torch.float32
-    return x.dtype in _DTYPES and x.device.type == "cpu" and x.is_contiguous() and has_weight
-
-
-def takes_logits(logits: Tensor) -> bool:
-    """True for logits that `mask_logits` handles: those in fp32."""
-    return logits.dtype is torch.float32 and takes(logits)
-
-
 def _threads(x: Tensor) -> int:
     return thread_count() if x.numel() >= _PARALLEL_VALUES else 1
 
@@ -55,34 +41,38 @@ def _kinds(*tensors: Tensor) -> int:
     return sum((tensor.dtype is torch.bfloat16) << i for i, tensor in enumerate(tensors))
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype = torch.float32) -> Tensor:
-    """As `norm.rms_norm`, for x [T, N] or any shape whose last axis is N."""
-    out = empty(x.shape, dtype)
+def rms_norm(stream: Stream, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
+    """As `norm.rms_norm_reference`, for x [T, N] or any shape whose last axis is N."""
+    x = x.contiguous()
+    out = stream.empty(x.shape, dtype or x.dtype)
     size = x.shape[-1]
     addresses = x.data_ptr(), 0, weight.data_ptr(), out.data_ptr(), 0
     sizes = x.numel() // size, size, float_bits(eps), _kinds(x, out)
-    _rms_norm_kernel(*addresses, *sizes, threads=_threads(x))
+    stream.launch(_rms_norm_kernel, *addresses, *sizes, threads=_threads(x))
     return out
 
 
 def fused_add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, dtype: torch.dtype = torch.float32
+    stream: Stream, x: Tensor, residual: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
-    """As `norm.fused_add_rms_norm`; both inputs contiguous."""
-    out, total = empty(x.shape, dtype), empty(x.shape)
+    """As `norm.fused_add_rms_norm_reference`; the residual is in fp32."""
+    x, residual = x.contiguous(), residual.contiguous()
+    out, total = stream.empty(x.shape, dtype or residual.dtype), stream.empty(x.shape)
     size = x.shape[-1]
     addresses = x.data_ptr(), residual.data_ptr(), weight.data_ptr(), out.data_ptr(), total.data_ptr()
     sizes = x.numel() // size, size, float_bits(eps), _kinds(x, out)
-    _rms_norm_kernel(*addresses, *sizes, threads=_threads(x))
+    stream.launch(_rms_norm_kernel, *addresses, *sizes, threads=_threads(x))
     return out, total
 
 
-def gated_activation(gate_up: Tensor, is_gelu: bool) -> Tensor:
-    """As `activation.silu_and_mul`, or `gelu_tanh_and_mul`, for gate_up [T, 2 * I]."""
+def gated_activation(stream: Stream, gate_up: Tensor, *, is_gelu: bool) -> Tensor:
+    """As `activation.silu_and_mul_reference`, or `gelu_tanh_and_mul_reference`, for gate_up [T, 2 * I]."""
+    gate_up = gate_up.contiguous()
     num_rows, double = gate_up.shape
-    out = empty((num_rows, double // 2), gate_up.dtype)
+    out = stream.empty((num_rows, double // 2), gate_up.dtype)
     addresses = gate_up.data_ptr(), out.data_ptr()
-    _gated_kernel(*addresses, num_rows, double // 2, int(is_gelu), _kinds(out), threads=_threads(gate_up))
+    sizes = num_rows, double // 2, int(is_gelu), _kinds(out)
+    stream.launch(_gated_kernel, *addresses, *sizes, threads=_threads(gate_up))
     return out
 
 
@@ -96,6 +86,7 @@ def mask_logits(logits: Tensor, mask: Tensor) -> Tensor:
 
 
 def rope_and_write_kv(
+    stream: Stream,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -105,14 +96,18 @@ def rope_and_write_kv(
     kv_slots: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    q_norm_weight: Tensor | None,
-    k_norm_weight: Tensor | None,
-    eps: float,
+    q_norm_weight: Tensor | None = None,
+    k_norm_weight: Tensor | None = None,
+    eps: float = 1e-6,
 ) -> Tensor:
-    """As `rope.rope_and_write_kv`; positions int32, heads contiguous in their token, caches contiguous."""
+    """As `rope.rope_and_write_kv_reference`; positions int32, heads contiguous in their token, caches contiguous."""
     num_tokens, num_heads, head_dim = q.shape
-    out = empty((num_tokens, num_heads, head_dim), q.dtype)
-    _rope_kernel(
+    assert positions.dtype is kv_slots.dtype is torch.int32, (positions.dtype, kv_slots.dtype)
+    assert k_cache.dtype is torch.float32, k_cache.dtype
+    assert all(x.stride(2) == 1 and x.stride(1) == head_dim for x in (q, k, v)), "heads of a token lie side by side"
+    out = stream.empty((num_tokens, num_heads, head_dim), q.dtype)
+    stream.launch(
+        _rope_kernel,
         q.data_ptr(),
         k.data_ptr(),
         v.data_ptr(),
@@ -138,21 +133,6 @@ def rope_and_write_kv(
         threads=_threads(q),
     )
     return out
-
-
-def takes_rope(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, kv_slots: Tensor, k_cache: Tensor) -> bool:
-    """True where `rope_and_write_kv` of this module applies."""
-    head_dim = q.shape[2]
-    return (
-        q.dtype in _DTYPES
-        and q.device.type == "cpu"
-        and positions.dtype is torch.int32
-        and kv_slots.dtype is torch.int32
-        and k_cache.dtype is torch.float32
-        and k_cache.is_contiguous()
-        and q.stride(2) == k.stride(2) == v.stride(2) == 1
-        and q.stride(1) == k.stride(1) == v.stride(1) == head_dim
-    )
 
 
 # ---- Compiled part: addresses and sizes are integers ----

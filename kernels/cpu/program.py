@@ -1,18 +1,18 @@
 """Many kernels as one parallel region: what a CUDA graph is to a GPU.
 
 At small batches a decode step of a small model is some hundred kernels of a few microseconds, and calling each from
-Python costs as much again. `Program.record` runs a function in which kernels only note their arguments, `run` then
-walks that list on all threads, with a barrier between two kernels. As with a CUDA graph, addresses and shapes are those
-of the recording: inputs are static tensors that the caller writes before each run. A torch operation that computes
-anything cannot be recorded, and is refused rather than lost.
+Python costs as much again. Kernels of one model go through its `Stream`. `Stream.record` runs a function in which they
+only note their arguments; the `Program` that it returns walks that list on all threads, with a barrier between two
+kernels. As with a CUDA graph, addresses and shapes are those of the recording: inputs are static tensors that the
+caller writes before each run. A torch operation that computes anything cannot be recorded: it is refused, not lost.
 """
 
 from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,12 +24,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ramet.kernels.cpu.threads import Kernel, barrier, parallel, recording, thread_count
+from ramet.kernels.cpu.threads import Kernel, barrier, parallel, thread_count
 from ramet.kernels.cpu.vectors import intrinsic
-
-
-class NotRecordableError(Exception):
-    """A function computes something outside kernels, so it has to run as it is."""
+from ramet.kernels.ops import NotRecordableError
 
 
 class Pool:
@@ -57,53 +54,61 @@ class Pool:
 
 
 class Program:
-    """Recorded kernel calls."""
+    """Recorded kernel calls. `result` is what the recorded function returned, and holds until a program of the same
+    pool runs."""
 
-    def __init__(self, pool: Pool) -> None:
-        self._pool = pool  # whose memory the calls use
-        self._calls: list[tuple[Kernel, NDArray[np.int64]]] = []
-        self._table = np.zeros(0, np.int64)
-        self._arguments = np.zeros(2, np.int64)
-
-    @classmethod
-    def record(cls, function: Callable[[], Tensor], pool: Pool) -> tuple[Program, Tensor]:
-        """Run `function` without its kernels; returns the program and the tensor that it fills.
-
-        What the calls read and write must outlive the program, except what `empty` gave. The result holds until the
-        next run of any program of this pool. Raises: NotRecordableError.
-        """
-        program = cls(pool)
-        with _recording(program, pool), _ViewsOnly():  # type: ignore[no-untyped-call]
-            result = function()
-        table = [(kernel.address, arguments.ctypes.data) for kernel, arguments in program._calls]
-        program._table = np.array(table, np.int64).reshape(-1)
-        program._arguments = np.array([program._table.ctypes.data, len(table)], np.int64)
-        return program, _unowned(result)
+    def __init__(self, calls: Sequence[tuple[Kernel, NDArray[np.int64]]], result: Tensor, pool: Pool) -> None:
+        self.result = _unowned(result)
+        self._kept = calls, pool  # the arguments, and the memory that they point to
+        self._table = np.array([(kernel.address, a.ctypes.data) for kernel, a in calls], np.int64).reshape(-1)
+        self._arguments = np.array([self._table.ctypes.data, len(calls)], np.int64)
 
     def run(self) -> None:
         """Make the calls, on torch's threads."""
         parallel(_walk.address, self._arguments, thread_count())
 
 
-def empty(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-    """A tensor on the CPU for a kernel's result: in fp32, from the pool while a program is being recorded."""
-    pool: Pool | None = getattr(recording, "pool", None)
-    return torch.empty(shape, dtype=dtype) if pool is None or dtype is not torch.float32 else pool.empty(shape)
+class Stream(threading.local):
+    """The way of a model's kernels to the CPU: they run at once, unless the calling thread records them.
+
+    Each thread has a state of its own, so two engines may share a model.
+    """
+
+    _calls: list[tuple[Kernel, NDArray[np.int64]]] | None = None
+    _pool: Pool | None = None
+
+    def launch(self, kernel: Kernel, *arguments: int, threads: int) -> None:
+        """Call a kernel, or note the call."""
+        if self._calls is None:
+            kernel(*arguments, threads=threads)
+        else:
+            self._calls.append((kernel, np.array(arguments, np.int64)))
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+        """A tensor for a kernel's result: in fp32, from the pool while the calling thread records."""
+        if self._pool is None or dtype is not torch.float32:
+            return torch.empty(shape, dtype=dtype)
+        return self._pool.empty(shape)
+
+    def record(self, function: Callable[[], Tensor], pool: Pool) -> Program:
+        """Run `function` without its kernels, and return them as a program.
+
+        What the calls read and write must outlive the program, except what `empty` gave. Raises: NotRecordableError.
+        """
+        calls = self._calls = []
+        self._pool = pool
+        try:
+            with _ViewsOnly():  # type: ignore[no-untyped-call]
+                result = function()
+        finally:
+            self._calls = self._pool = None
+        return Program(calls, result, pool)
 
 
 def _unowned(tensor: Tensor) -> Tensor:
     """The same memory, which stays free for others: the largest result would be kept once a program."""
     values = (ctypes.c_float * tensor.numel()).from_address(tensor.data_ptr())
     return torch.from_numpy(np.ctypeslib.as_array(values)).view(tensor.shape)
-
-
-@contextmanager
-def _recording(program: Program, pool: Pool) -> Iterator[None]:
-    recording.record, recording.pool = lambda *call: program._calls.append(call), pool
-    try:
-        yield
-    finally:
-        recording.record = recording.pool = None
 
 
 class _ViewsOnly(TorchDispatchMode):  # type: ignore[no-untyped-call]

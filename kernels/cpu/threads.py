@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -85,10 +84,6 @@ def inner(function: Function) -> Function:
     return njit(nogil=True, fastmath=_REORDER, error_model="numpy", **options)(function)  # type: ignore[no-any-return]
 
 
-# Of the calling thread: `record(kernel, arguments)` where calls are noted instead of made (see `program`).
-recording = threading.local()
-
-
 class Kernel:
     """A function int64* -> None that runs on many threads, compiled when it is first called."""
 
@@ -100,12 +95,7 @@ class Kernel:
 
     def __call__(self, *arguments: int, threads: int) -> None:
         """Run on `threads` threads at once, all with the same arguments (addresses, sizes, `float_bits`)."""
-        packed = np.array(arguments, np.int64)
-        record = getattr(recording, "record", None)
-        if record is None:
-            parallel(self.address, packed, threads)
-        else:
-            record(self, packed)
+        parallel(self.address, np.array(arguments, np.int64), threads)
 
     @property
     def address(self) -> int:

@@ -10,43 +10,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ramet.kernels.cpu import pointwise as cpu_pointwise
 from ramet.kernels.triton_support import cdiv, jit, tl
 
 
-def silu_and_mul(gate_up: Tensor) -> Tensor:
-    """Return silu(gate) * up, [T, I], for `gate_up` [T, 2 * I]."""
-    if cpu_pointwise.takes(gate_up):
-        return cpu_pointwise.gated_activation(gate_up, is_gelu=False)
-    return (silu_and_mul_triton if gate_up.is_cuda else silu_and_mul_reference)(gate_up)
-
-
-def gelu_tanh_and_mul(gate_up: Tensor) -> Tensor:
-    """Return gelu(gate) * up, [T, I], with the tanh approximation of gelu, for `gate_up` [T, 2 * I]."""
-    if cpu_pointwise.takes(gate_up):
-        return cpu_pointwise.gated_activation(gate_up, is_gelu=True)
-    return (gelu_tanh_and_mul_triton if gate_up.is_cuda else gelu_tanh_and_mul_reference)(gate_up)
-
-
 def silu_and_mul_reference(gate_up: Tensor) -> Tensor:
-    """Specification of `silu_and_mul` and its CPU path."""
+    """Return silu(gate) * up, [T, I], for `gate_up` [T, 2 * I]."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate).mul_(up)
 
 
 def gelu_tanh_and_mul_reference(gate_up: Tensor) -> Tensor:
-    """Specification of `gelu_tanh_and_mul` and its CPU path."""
+    """Return gelu(gate) * up, [T, I], with the tanh approximation of gelu, for `gate_up` [T, 2 * I]."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.gelu(gate, approximate="tanh").mul_(up)
 
 
 def silu_and_mul_triton(gate_up: Tensor) -> Tensor:
-    """Launch the kernel of `silu_and_mul`."""
+    """Launch the kernel of `silu_and_mul_reference`."""
     return _launch(gate_up, use_gelu=False)
 
 
 def gelu_tanh_and_mul_triton(gate_up: Tensor) -> Tensor:
-    """Launch the kernel of `gelu_tanh_and_mul`."""
+    """Launch the kernel of `gelu_tanh_and_mul_reference`."""
     return _launch(gate_up, use_gelu=True)
 
 

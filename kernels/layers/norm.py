@@ -14,54 +14,40 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ramet.kernels.cpu import pointwise as cpu_pointwise
 from ramet.kernels.triton_support import jit, next_power_of_two, tl
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
+def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
     """Normalise the last axis of `x` [T, N] by `weight` [N]; computed in fp32, returned in `dtype`, else x's."""
-    if cpu_pointwise.takes(x, weight):
-        return cpu_pointwise.rms_norm(x, weight, eps, dtype or x.dtype)
-    assert dtype is None or dtype is x.dtype, "mixed dtypes are for fp32 weights on a CPU"
-    return (rms_norm_triton if x.is_cuda else rms_norm_reference)(x, weight, eps)
+    return F.rms_norm(x.to(weight.dtype), weight.shape, weight, eps).to(dtype or x.dtype)
 
 
-def fused_add_rms_norm(
+def fused_add_rms_norm_reference(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
     """Add `x` to `residual` (both [T, N]) and normalise the sum; return (normed, new_residual).
 
-    The sum is rounded to the residual's dtype first, so that it equals an unfused add followed by `rms_norm`. `normed`
-    is in `dtype`, else the residual's; on a CPU, x and it may be bfloat16 beside an fp32 residual.
+    The sum is rounded to the residual's dtype first, so that it equals an unfused add followed by a norm. `normed` is
+    in `dtype`, else the residual's.
     """
-    if residual.dtype is torch.float32 and cpu_pointwise.takes(x, weight) and residual.is_contiguous():
-        return cpu_pointwise.fused_add_rms_norm(x, residual, weight, eps, dtype or residual.dtype)
-    assert dtype is None or dtype is residual.dtype, "mixed dtypes are for fp32 weights on a CPU"
-    run = fused_add_rms_norm_triton if x.is_cuda else fused_add_rms_norm_reference
-    return run(x, residual, weight, eps)
+    new_residual = (x + residual).to(residual.dtype)
+    return rms_norm_reference(new_residual, weight, eps, dtype), new_residual
 
 
-def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Specification of `rms_norm` and its CPU path."""
-    return F.rms_norm(x, weight.shape, weight, eps)
-
-
-def fused_add_rms_norm_reference(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Specification of `fused_add_rms_norm` and its CPU path."""
-    new_residual = x + residual
-    return rms_norm_reference(new_residual, weight, eps), new_residual
-
-
-def rms_norm_triton(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Launch the kernel of `rms_norm`; x may have a row stride, its last axis is contiguous."""
+def rms_norm_triton(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
+    """Launch the kernel of `rms_norm_reference`; x may have a row stride, its last axis is contiguous."""
+    assert dtype is None or dtype is x.dtype, "a GPU computes in one dtype"
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rows = x if x.dim() == 2 else x.view(-1, x.shape[-1])
     _launch(rows, None, weight, out, None, eps)
     return out
 
 
-def fused_add_rms_norm_triton(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Launch the kernel of `fused_add_rms_norm`."""
+def fused_add_rms_norm_triton(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """Launch the kernel of `fused_add_rms_norm_reference`."""
+    assert dtype is None or dtype is residual.dtype, "a GPU computes in one dtype"
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     new_residual = torch.empty_like(out)
     _launch(x, residual, weight, out, new_residual, eps)

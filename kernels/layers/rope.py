@@ -17,14 +17,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ramet.kernels.cpu import pointwise as cpu_pointwise
 from ramet.kernels.layers.norm import rms_norm_reference
 from ramet.kernels.triton_support import cdiv, jit, next_power_of_two, tl
 
 _HEADS_PER_PROGRAM = 8
 
 
-def rope_and_write_kv(
+def rope_and_write_kv_reference(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -45,29 +44,6 @@ def rope_and_write_kv(
     k_cache, v_cache: [N, K, P, D], changed in place. q_norm_weight, k_norm_weight: [D], applied before the rotation.
     Padded tokens carry slot 0: page 0 is nobody's, so what lies there is undefined.
     """
-    if cpu_pointwise.takes_rope(q, k, v, positions, kv_slots, k_cache):
-        return cpu_pointwise.rope_and_write_kv(
-            q, k, v, cos, sin, positions, kv_slots, k_cache, v_cache, q_norm_weight, k_norm_weight, eps
-        )
-    run = rope_and_write_kv_triton if q.is_cuda else rope_and_write_kv_reference
-    return run(q, k, v, cos, sin, positions, kv_slots, k_cache, v_cache, q_norm_weight, k_norm_weight, eps)
-
-
-def rope_and_write_kv_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    positions: Tensor,
-    kv_slots: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    q_norm_weight: Tensor | None = None,
-    k_norm_weight: Tensor | None = None,
-    eps: float = 1e-6,
-) -> Tensor:
-    """Specification of `rope_and_write_kv` and its CPU path."""
     if q_norm_weight is not None:
         q = rms_norm_reference(q, q_norm_weight, eps)
     if k_norm_weight is not None:
@@ -109,7 +85,7 @@ def rope_and_write_kv_triton(
     k_norm_weight: Tensor | None = None,
     eps: float = 1e-6,
 ) -> Tensor:
-    """Launch the kernel of `rope_and_write_kv`. Both caches have the same strides and a contiguous last axis."""
+    """Launch the kernel of `rope_and_write_kv_reference`; both caches have the same strides."""
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads, page_size = k.shape[1], k_cache.shape[2]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)

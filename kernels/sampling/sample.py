@@ -14,7 +14,8 @@ equal logits (bf16 logits tie often). top_k = 1 is greedy. The token is argmax(x
 Gumbel noise from a hash of (seed, position, token id): the same whatever the batch, its padding, or the filters.
 NaN logits count as -inf. A row without any finite logit gives token 0 and sets its slot's error flag.
 
-The kernels are in `sample_triton.py`; eager functions for penalties, biases and log-probabilities in `logprobs.py`.
+The kernels are in `sample_triton.py`; greedy rows compiled for the CPU in `cpu/greedy.py`. Not here: penalties and
+biases (`logit_edits.py`), log-probabilities (`logprobs.py`).
 Source of Gumbel-max: Gumbel 1954; of accepting or raising a pivot instead of sorting: FlashInfer's sampling kernels.
 """
 
@@ -26,13 +27,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ramet.kernels.cpu import greedy as sampling_cpu
-from ramet.kernels.cpu import pointwise as cpu_pointwise
 from ramet.kernels.sampling.logit_edits import EditTables, edit_logits_reference
 
 _NEGATIVE_INFINITY = float("-inf")
 _LARGEST_LOGIT = 1e30
-_GREEDY_TEMPERATURE = 1e-5  # below it noise is lost in the rounding of x, and 1 / temperature may overflow
+GREEDY_TEMPERATURE = 1e-5  # below it noise is lost in the rounding of x, and 1 / temperature may overflow
 _GOLDEN = 0x9E3779B9
 _SECOND_KEY = 0x85EBCA6B
 _UNIFORM_STEP = 2.0**-31
@@ -92,7 +91,7 @@ def split_seed(seed: int) -> tuple[int, int]:
     return _signed32(seed), _signed32(seed >> 32)
 
 
-def sample(
+def sample_reference(
     logits: Tensor,
     tables: SamplingTables,
     rows: Tensor,
@@ -107,28 +106,6 @@ def sample(
     counter. mask: int32 [B, W], applied besides the slots' grammar masks. out: int32 or int64 [B].
     vocab_size: columns from here on are padding (default: none).
     """
-    if logits.is_cuda:
-        from ramet.kernels.sampling.sample_triton import sample_triton
-
-        return sample_triton(logits, tables, rows, positions, mask, out, vocab_size)
-    if sampling_cpu.takes(logits, tables, rows, mask):
-        size = logits.shape[1] if vocab_size is None else vocab_size
-        tokens = sampling_cpu.greedy_tokens(logits, tables, rows, mask, size, _GREEDY_TEMPERATURE)
-        if tokens is not None:
-            return tokens if out is None else out.copy_(tokens)
-    return sample_reference(logits, tables, rows, positions, mask, out, vocab_size)
-
-
-def sample_reference(
-    logits: Tensor,
-    tables: SamplingTables,
-    rows: Tensor,
-    positions: Tensor,
-    mask: Tensor | None = None,
-    out: Tensor | None = None,
-    vocab_size: int | None = None,
-) -> Tensor:
-    """Specification of `sample`, and its CPU path where `cpu.greedy` has none."""
     vocab_size = logits.shape[1] if vocab_size is None else vocab_size
     slots = rows.long()
     if tables.edits is not None:
@@ -142,7 +119,7 @@ def sample_reference(
         token = token.masked_fill(is_empty, 0)
         tables.error[slots[is_empty]] = 1
     temperature, top_k = tables.temperature[slots], tables.top_k[slots]
-    is_random = (temperature > _GREEDY_TEMPERATURE) & (top_k != 1) & (value > _NEGATIVE_INFINITY)
+    is_random = (temperature > GREEDY_TEMPERATURE) & (top_k != 1) & (value > _NEGATIVE_INFINITY)
     for row in is_random.nonzero().flatten().tolist():
         slot = slots[row]
         scaled = logits[row].float() * (1.0 / temperature[row])
@@ -202,9 +179,7 @@ def _edited_logits(logits: Tensor, edits: EditTables, rows: Tensor, positions: T
 
 
 def _masked_logits(logits: Tensor, grammar: GrammarTables | None, slots: Tensor, mask: Tensor | None) -> Tensor:
-    if mask is not None and cpu_pointwise.takes_logits(logits) and mask.is_contiguous():
-        logits = cpu_pointwise.mask_logits(logits, mask)
-    elif mask is not None:
+    if mask is not None:
         logits = logits.masked_fill(~unpack_mask(mask, logits.shape[1]), _NEGATIVE_INFINITY)
     if grammar is not None:
         states = grammar.state[slots]

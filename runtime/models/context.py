@@ -1,17 +1,16 @@
 """`ForwardContext`: what one forward pass needs to know besides token ids: positions, cache slots, attention plans.
 
-The engine fills one per step; the decoder only reads it. No torch operation here but the attention itself.
+The runner fills one per step; the decoder only reads it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from ramet.kernels.attention.decode import DecodeMetadata, attention_decode
-from ramet.kernels.attention.extend import ExtendMetadata, attention_extend
+from ramet.kernels.attention.decode import DecodeMetadata
+from ramet.kernels.attention.extend import ExtendMetadata
 
 
 @dataclass(slots=True)
@@ -35,17 +34,3 @@ class ForwardContext:
     def __post_init__(self) -> None:
         assert (self.decode is None) == (self.num_decode == 0), "decode metadata exactly where there are decode rows"
         assert self.decode is not None or self.extend is not None, "a step without tokens"
-
-    def attend(self, layer: int, q: Tensor, scale: float, window: int | None) -> Tensor:
-        """Attend from `q` [T, H, D] over the cache of `layer`, which already holds this step's keys and values."""
-        k_cache, v_cache = self.kv_caches[layer]
-        if self.extend is None:
-            assert self.decode is not None
-            return attention_decode(q, k_cache, v_cache, self.decode, scale, window)
-        if self.decode is None:
-            return attention_extend(q, k_cache, v_cache, self.extend, scale, window)
-        out = torch.empty_like(q)
-        num_decode, start = self.num_decode, self.extend_start
-        attention_decode(q[:num_decode], k_cache, v_cache, self.decode, scale, window, out[:num_decode])
-        attention_extend(q[start:], k_cache, v_cache, self.extend, scale, window, out[start:])
-        return out

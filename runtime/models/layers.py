@@ -13,8 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ramet.kernels.layers.norm import fused_add_rms_norm, rms_norm
-from ramet.kernels.layers.rope import rope_and_write_kv
+from ramet.kernels.ops import Ops
 from ramet.runtime.models.config import Rope
 from ramet.runtime.models.context import ForwardContext
 from ramet.runtime.models.linear import Linear
@@ -39,6 +38,7 @@ class RotaryTable:
 class Attention:
     """Self-attention of one layer over the paged cache."""
 
+    ops: Ops
     layer: int
     qkv: Linear
     o: Linear
@@ -61,7 +61,7 @@ class Attention:
         heads = qkv.view(-1, self.num_heads + 2 * self.num_kv_heads, self.head_dim)
         q, k, v = torch.split(heads, [self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
         k_cache, v_cache = context.kv_caches[self.layer]
-        q = rope_and_write_kv(
+        q = self.ops.rope_and_write_kv(
             q,
             k,
             v,
@@ -75,8 +75,23 @@ class Attention:
             self.k_norm,
             self.eps,
         )
-        out = context.attend(self.layer, q, self.scale, self.window)
-        return out.view(-1, self.num_heads * self.head_dim)
+        return self.over_cache(q, context).view(-1, self.num_heads * self.head_dim)
+
+    def over_cache(self, q: Tensor, context: ForwardContext) -> Tensor:
+        """Attend from `q` [T, H, D] over the layer's cache, which already holds this step's keys and values."""
+        ops, scale, window = self.ops, self.scale, self.window
+        caches, decode, extend = context.kv_caches[self.layer], context.decode, context.extend
+        if decode is not None and extend is None:
+            return ops.attention_decode(q, *caches, decode, scale, window, None)
+        if decode is None:
+            assert extend is not None
+            return ops.attention_extend(q, *caches, extend, scale, window, None)
+        assert extend is not None
+        out = torch.empty_like(q)
+        num_decode, start = context.num_decode, context.extend_start
+        ops.attention_decode(q[:num_decode], *caches, decode, scale, window, out[:num_decode])
+        ops.attention_extend(q[start:], *caches, extend, scale, window, out[start:])
+        return out
 
 
 @dataclass(slots=True, eq=False)
@@ -96,9 +111,9 @@ class DecoderLayer:
     """Attention and feed-forward with their norms (weights [hidden]).
 
     `attention_out_norm`, `feed_forward_out_norm`: Gemma 3 also normalises what a block adds to the residual.
-    `rounds_above`: with more tokens than this, products and attention get and give bfloat16 beside an fp32 residual.
     """
 
+    ops: Ops
     attention: Attention
     feed_forward: FeedForward
     attention_norm: Tensor
@@ -106,21 +121,24 @@ class DecoderLayer:
     attention_out_norm: Tensor | None
     feed_forward_out_norm: Tensor | None
     eps: float
-    rounds_above: int | None = None
 
-    def __call__(self, x: Tensor, residual: Tensor | None, context: ForwardContext) -> tuple[Tensor, Tensor]:
-        """Run the layer; the layer's input is `x + residual` and so is its output. All [T, hidden]."""
-        eps = self.eps
-        dtype = None if self.rounds_above is None or x.shape[0] <= self.rounds_above else torch.bfloat16
+    def __call__(
+        self, x: Tensor, residual: Tensor | None, context: ForwardContext, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Run the layer; the layer's input is `x + residual` and so is its output. All [T, hidden].
+
+        dtype: of what products and attention get and give; None for that of the residual.
+        """
+        ops, eps = self.ops, self.eps
         if residual is None:
-            normed, residual = rms_norm(x, self.attention_norm, eps, dtype), x
+            normed, residual = ops.rms_norm(x, self.attention_norm, eps, dtype), x
         else:
-            normed, residual = fused_add_rms_norm(x, residual, self.attention_norm, eps, dtype)
+            normed, residual = ops.fused_add_rms_norm(x, residual, self.attention_norm, eps, dtype)
         x = self.attention(normed, context)
         if self.attention_out_norm is not None:
-            x = rms_norm(x, self.attention_out_norm, eps, residual.dtype)
-        normed, residual = fused_add_rms_norm(x, residual, self.feed_forward_norm, eps, dtype)
+            x = ops.rms_norm(x, self.attention_out_norm, eps, residual.dtype)
+        normed, residual = ops.fused_add_rms_norm(x, residual, self.feed_forward_norm, eps, dtype)
         x = self.feed_forward(normed)
         if self.feed_forward_out_norm is not None:
-            x = rms_norm(x, self.feed_forward_out_norm, eps, residual.dtype)
+            x = ops.rms_norm(x, self.feed_forward_out_norm, eps, residual.dtype)
         return x, residual

@@ -1,11 +1,10 @@
 """Weights in blocks of 32 on the CPU: GGUF's own, or rounded by us, or 16-bit ones; activations stay in fp32.
 
-Up to 64 tokens (32 beside AMX) meet quantised weights with activations rounded to int8 in groups of 32, as in llama.cpp
+Up to 64 tokens meet quantised weights with activations rounded to int8 in groups of 32, as in llama.cpp
 (`kernels/cpu/block_int8.py`); prompts are bfloat16 products by oneDNN with a dequantised copy in its layout: each where
 the CPU has such instructions. Where it has none, and for few tokens with 16-bit weights, a product decodes its weights
 in registers (`kernels/cpu/block_linear.py`), and is as exact as an fp32 product with the dequantised weights. Rounding
 is confined to a product's inputs (and oneDNN's output): the residual, norms, attention and the KV cache stay in fp32.
-Beside AMX, attention of prompts is bfloat16 products, too (`bf16_activations.py`).
 
 SmolLM2 on 1,000 tokens of prose and licence against exact products: int8 has the same best token at 95.9 % of
 positions (KL 0.0036, perplexity 33.3), bfloat16 at 96.5 % (0.0010, 33.4; exact 33.4). CPU time of a step at batch 1 on
@@ -26,30 +25,27 @@ from ramet.kernels.cpu import block_int8
 from ramet.kernels.cpu.block_linear import FORMATS, block_linear, dequantize, quantize
 from ramet.kernels.cpu.huge_pages import HugePages
 from ramet.kernels.cpu.int8 import has_int8_products
+from ramet.kernels.cpu.program import Stream
 from ramet.runtime.models.linear import Embedding, LinearMethod, PlainEmbedding, PlainLinear
 from ramet.runtime.models.weights import Weights
 
 _MAX_EXACT_TOKENS = 4  # above, a bfloat16 product is faster
 _MAX_INT8_TOKENS = 64  # above, bfloat16 is about as fast and rounds less
-_MAX_INT8_TOKENS_BESIDE_TILES = (
-    32  # with AMX, products of 48 tokens take a third less time in bfloat16, of 16 a sixth more
-)
 QUANTIZATIONS = {"int8": "Q8_0", "int4": "Q4_1", "gguf": None}
 
 
 @dataclass(frozen=True, slots=True)
 class CpuFeatures:
-    """What the CPU multiplies natively: bfloat16 (by oneDNN), groups of bytes, tiles of bfloat16 (AMX)."""
+    """What the CPU multiplies natively: bfloat16 (by oneDNN), and groups of bytes."""
 
     bf16: bool
     int8: bool
-    tiles: bool = False
 
     @classmethod
     def detect(cls) -> CpuFeatures:
         """Ask this machine."""
         bf16 = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and torch.cpu._is_avx512_bf16_supported()
-        return cls(bf16, has_int8_products(), bf16 and torch.cpu._is_amx_tile_supported())
+        return cls(bf16, has_int8_products())
 
 
 # x fp32 [T, K], bias fp32 [N] or None -> fp32 [T, N]; those in bfloat16 take and give bfloat16, too
@@ -74,21 +70,23 @@ class BlockLinear:
 class ExactProduct:
     """Blocks as the file has them, decoded in registers."""
 
+    stream: Stream
     blocks: Tensor
     block_format: str
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return block_linear(x, self.blocks, self.block_format, self.blocks.shape[0], bias)
+        return block_linear(self.stream, x, self.blocks, self.block_format, self.blocks.shape[0], bias)
 
 
 @dataclass(slots=True, eq=False)
 class Int8Product:
     """Blocks laid out for integer instructions (see `block_int8.pack`)."""
 
+    stream: Stream
     packed: Tensor
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return block_int8.block_int8_linear(x, self.packed, bias)
+        return block_int8.block_int8_linear(self.stream, x, self.packed, bias)
 
 
 @dataclass(slots=True, eq=False)
@@ -143,6 +141,7 @@ class BlockStorage:
     block_format: str | None
     must_be_quantized: bool  # refuse matrices that the file doesn't hold in blocks we know
     features: CpuFeatures
+    stream: Stream
     device: torch.device
     dtype: torch.dtype
     memory: HugePages = field(default_factory=HugePages)  # of what every decode step reads
@@ -177,7 +176,7 @@ class BlockStorage:
         if weight.shape[1] % 32 or is_original:
             return weight.float().contiguous()
         block_format = self.block_format or "BF16"
-        return ExactProduct(quantize(weight, block_format), block_format)
+        return ExactProduct(self.stream, quantize(weight, block_format), block_format)
 
     def _stored_blocks(self, names: Sequence[str]) -> ExactProduct | None:
         if not isinstance(self.weights, Weights):
@@ -188,7 +187,7 @@ class BlockStorage:
         if formats or block_format not in FORMATS or block_format == "BF16":
             return None
         rows = torch.cat([torch.from_numpy(tensor.rows.copy()) for tensor in tensors if tensor is not None])
-        return ExactProduct(rows, block_format)
+        return ExactProduct(self.stream, rows, block_format)
 
     def _is_quantized(self, name: str) -> bool:
         return isinstance(self.weights, Weights) and self.weights.quantized(name) is not None
@@ -202,20 +201,21 @@ class BlockStorage:
         elif features.bf16:
             many = OneDnnProduct.pack(dequantize(blocks, block_format).to(torch.bfloat16))
         if features.int8 and block_int8.takes(block_format, blocks.shape[0]):
-            few = Int8Product(self.memory.move(block_int8.pack(blocks, block_format, blocks.shape[0])))
-            max_few = _MAX_INT8_TOKENS_BESIDE_TILES if features.tiles else _MAX_INT8_TOKENS
-            return BlockLinear(block_format, few, max_few, many or few)
+            few = Int8Product(self.stream, self.memory.move(block_int8.pack(blocks, block_format, blocks.shape[0])))
+            return BlockLinear(block_format, few, _MAX_INT8_TOKENS, many or few)
         return BlockLinear(block_format, exact, _MAX_EXACT_TOKENS, many or exact)
 
 
 def block_storage(
-    weights: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype | str, quantization: str | None
+    weights: Mapping[str, Tensor],
+    device: torch.device,
+    dtype: torch.dtype | str,
+    quantization: str | None,
+    stream: Stream,
 ) -> BlockStorage:
     """Check what was asked for. Raises: ConfigError."""
     if quantization is not None and quantization not in QUANTIZATIONS:
         raise ConfigError(f"quantization is {quantization!r} but must be one of {', '.join(QUANTIZATIONS)}, or None")
-    if device.type != "cpu":
-        raise ConfigError(f"quantization {quantization!r} runs on the CPU only; leave it out on {device.type}")
     if dtype not in ("auto", torch.float32):
         raise ConfigError(f"quantization {quantization!r} computes in float32; dtype is {dtype}, make it auto")
     return BlockStorage(
@@ -223,6 +223,7 @@ def block_storage(
         None if quantization is None else QUANTIZATIONS[quantization],
         quantization == "gguf",
         CpuFeatures.detect(),
+        stream,
         device,
         torch.float32,
     )

@@ -76,7 +76,7 @@ def load_model(
     `dtype` and `quantization`: as in `build_decoder`. Raises: ModelNotFound, DownloadFailed, BrokenModelFile,
     UnsupportedArchitecture, ConfigError.
     """
-    from ramet.runtime.models.decoder import build_decoder
+    from ramet.runtime.models.build import build_decoder
 
     start_s = time.monotonic()
     name = os.fspath(name_or_path) if name_or_path is not None else None

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ramet.kernels.card_table import CardTable, Product
-from ramet.kernels.layers.activation import silu_and_mul
 from ramet.kernels.layers.gemv import (
     GemvConfig,
     gemv_reference,
@@ -93,7 +92,7 @@ def folded(layer: DecoderLayer, table: CardTable) -> DecoderLayer | FoldedLayer:
     linears = (attention.qkv, attention.o, feed_forward.gate_up, feed_forward.down)
     if layer.attention_out_norm is not None or layer.feed_forward_out_norm is not None:
         return layer
-    if feed_forward.activation is not silu_and_mul or feed_forward.gate_up.bias is not None:
+    if feed_forward.activation is not layer.ops.silu_and_mul or feed_forward.gate_up.bias is not None:
         return layer
     if not all(isinstance(linear.method, PlainLinear | SmallBatchLinear) for linear in linears):
         return layer

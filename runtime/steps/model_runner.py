@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,7 +22,6 @@ from ramet.kernels.grammar.arena import FREE_STATE, GrammarArena
 from ramet.kernels.grammar.mask import advance_states
 from ramet.kernels.sampling.logit_edits import count_tokens
 from ramet.kernels.sampling.logprobs import compute_logprobs
-from ramet.kernels.sampling.sample import sample
 from ramet.kernels.slots.copy_pages import copy_pages
 from ramet.kernels.slots.tables import COLUMNS, DecodeInputs, commit_decode, prepare_decode, scatter_rows
 from ramet.runtime.constraints.states import HostMasks
@@ -42,12 +40,10 @@ from ramet.runtime.steps.inputs import (
 from ramet.runtime.steps.kv_cache import KVCache
 from ramet.runtime.steps.launched_step import LaunchedStep, StepLogprobs
 from ramet.runtime.steps.logit_edits import LogitEdits, apply_edits
+from ramet.runtime.steps.recorded import RecordedSteps
 from ramet.runtime.steps.slots import RunningSlots, upload
 from ramet.runtime.steps.tree_planner import TreePlanner
 from ramet.runtime.types import Batch, Sequence
-
-if TYPE_CHECKING:
-    from ramet.runtime.steps.recorded import RecordedSteps
 
 _SCORE_ROWS = 512  # logits rows of one part of a scoring chunk: bounds the [rows, V] fp32 workspace
 _ANY_LENGTH = 1 << 20  # as the longest of a launch: attention takes the tile of long prompts
@@ -96,11 +92,8 @@ class ModelRunner:
         self.page_size = kv_cache.page_size
         self.graphs: StepGraphs | None = None
         self._hidden: Tensor | None = None  # [max_samples, hidden]: the last graph's, of the rows that it sampled
-        self._recorded: RecordedSteps | None = None
-        if device.type == "cpu":
-            from ramet.runtime.steps.recorded import RecordedSteps  # needs numba: not for a GPU
-
-            self._recorded = RecordedSteps(decoder, self._recorded_context)
+        make_record = decoder.ops.make_record
+        self._recorded = None if make_record is None else RecordedSteps(decoder, make_record(), self._recorded_context)
         num_counters = slots.num_slots * self.model.num_kv_heads
         self._merge_counters = torch.zeros(num_counters, dtype=torch.int32, device=device) if is_cuda else None
         self.num_sms = torch.cuda.get_device_properties(device).multi_processor_count if is_cuda else 1
@@ -196,7 +189,7 @@ class ModelRunner:
             slots = torch.full((rows,), self.slots.dummy, dtype=torch.int32, device=self.device)
             logits = torch.zeros((rows, self.model.vocab_size), dtype=self.decoder.dtype, device=self.device)
             mask = torch.full((rows, -(-self.model.vocab_size // 32)), -1, dtype=torch.int32, device=self.device)
-            sample(logits, self.sampling, slots, torch.zeros_like(slots), mask)
+            self.decoder.ops.sample(logits, self.sampling, slots, torch.zeros_like(slots), mask, None)
 
     def _replay_mixed(self, batch: Batch, arrays: ExtendArrays) -> Tensor | None:
         """Run a step with extend rows as a graph, sampling included; None where there is none for its size."""
@@ -233,7 +226,7 @@ class ModelRunner:
         hidden = self.decoder.forward(part("token_ids"), context)
         logits = self.decoder.logits(self._keep(hidden.index_select(0, part("sample_index"))))
         slots = part("sample_rows")
-        sample(logits, self.sampling, slots, part("sample_positions"), None, buffers.tokens)
+        self.decoder.ops.sample(logits, self.sampling, slots, part("sample_positions"), None, buffers.tokens)
         self._commit(slots, buffers.tokens, part("sample_positions"))
 
     def _decode_body(self, key: GraphKey, buffers: DecodeBuffers) -> None:
@@ -244,7 +237,7 @@ class ModelRunner:
         decode = self._graph_metadata(inputs, buffers.rows, uses_tree=key.uses_tree)
         context = self._context(inputs.positions, inputs.kv_slots, key.bucket, decode)
         logits = self.decoder.logits(self._keep(self.decoder.forward(inputs.token_ids, context)))
-        sample(logits, self.sampling, buffers.rows, inputs.kv_lens, None, buffers.tokens)
+        self.decoder.ops.sample(logits, self.sampling, buffers.rows, inputs.kv_lens, None, buffers.tokens)
         self._commit(buffers.rows, buffers.tokens, inputs.kv_lens)
 
     def _keep(self, hidden: Tensor) -> Tensor:
@@ -337,7 +330,7 @@ class ModelRunner:
             logits = apply_edits(raw, [s if self.is_edited_by_host(s) else None for s in sequences])
         mask = None if masks is None else upload([masks.words], self.device)[0]
         tokens = torch.empty(slots.numel(), dtype=torch.int32, device=self.device)
-        sample(logits, self.sampling, slots, positions, mask, tokens)
+        self.decoder.ops.sample(logits, self.sampling, slots, positions, mask, tokens)
         self._commit(slots, tokens, positions)
         return tokens
 

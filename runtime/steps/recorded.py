@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ramet.kernels.cpu.program import NotRecordableError, Pool, Program
+from ramet.kernels.ops import NotRecordableError, Record, Recording
 from ramet.kernels.slots.tables import DecodeInputs
 from ramet.runtime.models.context import ForwardContext
 from ramet.runtime.models.decoder import Decoder
@@ -36,14 +36,13 @@ class RecordedStep:
     inputs: DecodeInputs
     decoder: Decoder
     embeddings: Tensor  # [B, hidden]
-    program: Program
-    result: Tensor  # [B, V] before a cap, or [B, hidden]
+    recording: Recording
 
     def run(self) -> Tensor:
-        """Run the step; returns `result`, which the next step may write again."""
+        """Run the step; returns [B, V] before a cap, or [B, hidden], which the next step may write again."""
         self.embeddings.copy_(self.decoder.embedding(self.inputs.token_ids))
-        self.program.run()
-        return self.result
+        self.recording.run()
+        return self.recording.result
 
     def hidden(self, rows: Tensor, token_ids: Tensor, positions: Tensor, kv_slots: Tensor) -> Tensor:
         """Run a step that ends in hidden states on T <= B tokens, int32 [T] each; returns [T, hidden], as above.
@@ -64,12 +63,17 @@ class RecordedStep:
 
 
 class RecordedSteps:
-    """Programs of one decoder. `make_context(rows, inputs)`: what the decoder reads besides the embeddings."""
+    """Programs of one decoder.
 
-    def __init__(self, decoder: Decoder, make_context: Callable[[Tensor, DecodeInputs], ForwardContext]) -> None:
+    record: of the decoder's ops. `make_context(rows, inputs)`: what the decoder reads besides the embeddings.
+    """
+
+    def __init__(
+        self, decoder: Decoder, record: Record, make_context: Callable[[Tensor, DecodeInputs], ForwardContext]
+    ) -> None:
         self._decoder = decoder
+        self._record_kernels = record
         self._make_context = make_context
-        self._pool = Pool()
         self._steps: dict[tuple[int, bool], RecordedStep | None] = {}
 
     def get(self, batch_size: int, *, has_logits: bool = True) -> RecordedStep | None:
@@ -101,8 +105,8 @@ class RecordedSteps:
             return decoder.output(hidden) if has_logits else hidden
 
         try:
-            program, result = Program.record(step, self._pool)
+            recording = self._record_kernels(step)
         except NotRecordableError as error:
             logger.debug("steps of %d tokens run eagerly: they need %s", batch_size, error)
             return None
-        return RecordedStep(rows, inputs, decoder, embeddings, program, result)
+        return RecordedStep(rows, inputs, decoder, embeddings, recording)

@@ -11,9 +11,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ramet.kernels.ops import Ops
+from ramet.runtime.models.build import build_decoder
 from ramet.runtime.models.catalog import TINY_CONTEXT, TINY_MODEL
 from ramet.runtime.models.config import ModelConfig
-from ramet.runtime.models.decoder import Decoder, build_decoder
+from ramet.runtime.models.decoder import Decoder
 from ramet.runtime.models.generation import GenerationDefaults
 from ramet.runtime.models.load import LoadedModel
 from ramet.runtime.models.weights import Weights, expected_tensors
@@ -21,10 +23,18 @@ from ramet.runtime.testing.byte_tokenizer import ByteTokenizer
 
 
 def dummy_decoder(
-    config: ModelConfig, device: torch.device | str, dtype: torch.dtype = torch.bfloat16, seed: int = 0
+    config: ModelConfig,
+    device: torch.device | str,
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
+    ops: Ops | None = None,
 ) -> Decoder:
-    """Make a decoder whose weights are drawn on `device`; the same seed and device give the same weights."""
-    return build_decoder(config, dummy_weights(config, torch.device(device), dtype, seed), device=device, dtype=dtype)
+    """Make a decoder whose weights are drawn on `device`; the same seed and device give the same weights.
+
+    ops: None for those of the device.
+    """
+    weights = dummy_weights(config, torch.device(device), dtype, seed)
+    return build_decoder(config, weights, device=device, dtype=dtype, ops=ops)
 
 
 def dummy_weights(config: ModelConfig, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Weights:
@@ -50,10 +60,10 @@ def dummy_weights(config: ModelConfig, device: torch.device, dtype: torch.dtype,
     return Weights({name: partial(draw, name, shape) for name, shape in expected_tensors(config).items()})
 
 
-def tiny_model() -> LoadedModel:
+def tiny_model(ops: Ops | None = None) -> LoadedModel:
     """Two layers of random weights over bytes, context 2,048: a real model in milliseconds, for tests around it.
 
-    Its name is `tiny-random` wherever a model is named.
+    Its name is `tiny-random` wherever a model is named. ops: None for the CPU's.
     """
     tokenizer = ByteTokenizer()
     config = ModelConfig.from_hf(
@@ -72,5 +82,5 @@ def tiny_model() -> LoadedModel:
             "tie_word_embeddings": False,
         }
     )
-    decoder = dummy_decoder(config, "cpu", torch.float32, seed=3)
+    decoder = dummy_decoder(config, "cpu", torch.float32, seed=3, ops=ops)
     return LoadedModel(TINY_MODEL, decoder, tokenizer, config, GenerationDefaults())

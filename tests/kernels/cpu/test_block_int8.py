@@ -8,8 +8,11 @@ import torch
 from ramet.kernels.cpu.block_int8 import block_int8_linear, block_int8_linear_reference, pack, takes
 from ramet.kernels.cpu.block_linear import block_linear_reference, quantize
 from ramet.kernels.cpu.int8 import has_int8_products
+from ramet.kernels.cpu.program import Stream
 
 pytestmark = pytest.mark.skipif(not has_int8_products(), reason="this CPU has no AVX512-VNNI")
+
+STREAM = Stream()
 
 
 def draw(*shape: int, seed: int) -> torch.Tensor:
@@ -32,7 +35,7 @@ def test_products_equal_the_reference(block_format: str, num_tokens: int, thread
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        actual = block_int8_linear(x, pack(blocks, block_format, 48))
+        actual = block_int8_linear(STREAM, x, pack(blocks, block_format, 48))
     finally:
         torch.set_num_threads(before)
     expected = block_int8_linear_reference(x, blocks, block_format, 48)
@@ -42,15 +45,15 @@ def test_products_equal_the_reference(block_format: str, num_tokens: int, thread
 
 def test_a_token_has_the_same_product_alone_and_in_groups_of_every_size() -> None:
     packed, x = pack(quantize(draw(48, 96, seed=0), "Q4_1"), "Q4_1", 48), draw(21, 96, seed=1)
-    alone = torch.cat([block_int8_linear(row[None], packed) for row in x])
+    alone = torch.cat([block_int8_linear(STREAM, row[None], packed) for row in x])
     for num_tokens in (2, 3, 7, 8, 9, 13, 21):
-        assert torch.equal(block_int8_linear(x[:num_tokens], packed), alone[:num_tokens]), num_tokens
+        assert torch.equal(block_int8_linear(STREAM, x[:num_tokens], packed), alone[:num_tokens]), num_tokens
 
 
 def test_what_rounding_costs() -> None:
     blocks, x = quantize(draw(64, 576, seed=0), "Q4_1"), draw(8, 576, seed=1)
     exact = block_linear_reference(x, blocks, "Q4_1", 64)
-    difference = block_int8_linear(x, pack(blocks, "Q4_1", 64)) - exact
+    difference = block_int8_linear(STREAM, x, pack(blocks, "Q4_1", 64)) - exact
     assert 0 < float(difference.pow(2).mean().sqrt() / exact.pow(2).mean().sqrt()) < 0.01
 
 
@@ -60,7 +63,7 @@ def test_zeros_outliers_and_rows_of_many_scales() -> None:
     x[1, 3], x[2] = 1e20, 1e-20
     x[3] = draw(64, seed=2) * torch.logspace(-6, 6, 64)
     actual, expected = (
-        block_int8_linear(x, pack(blocks, "Q4_1", 16)),
+        block_int8_linear(STREAM, x, pack(blocks, "Q4_1", 16)),
         block_int8_linear_reference(x, blocks, "Q4_1", 16),
     )
     assert torch.equal(actual[0], torch.zeros(16))

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from ramet.kernels.cpu import greedy as sampling_cpu
+from ramet.kernels.cpu.greedy import greedy_tokens, sample
 from ramet.kernels.sampling.logit_edits import PARAMETERS, EditTables
-from ramet.kernels.sampling.sample import SamplingTables, sample, sample_reference
+from ramet.kernels.sampling.sample import SamplingTables, sample_reference
 from ramet.kernels.slots.tables import SlotTables, float_bits
 
 ODD = [math.nan, -math.nan, math.inf, -math.inf, 0.0, -0.0, -3e38, 3e38, 1e-45, -1e-45]
@@ -34,7 +34,6 @@ def test_greedy_tokens_equal_the_reference(share: float | None, num_rows: int, s
     mask = None if share is None else draw_mask(num_rows, size, share)
     rows = torch.arange(num_rows, dtype=torch.int32).flip(0)
     actual, expected = SlotTables.create(num_rows, 3).sampling(), SlotTables.create(num_rows, 3).sampling()
-    assert sampling_cpu.takes(logits, actual, rows, mask)
     for vocab_size in (size, max(size - 7, 1)):
         tokens = sample(logits, actual, rows, rows, mask, vocab_size=vocab_size)
         assert torch.equal(tokens, sample_reference(logits, expected, rows, rows, mask, vocab_size=vocab_size))
@@ -45,9 +44,9 @@ def test_rows_that_draw_are_left_to_the_reference() -> None:
     logits, tables = torch.randn(3, 50), SlotTables.create(3, 1).sampling()
     rows = torch.arange(3, dtype=torch.int32)
     tables.temperature[1] = 0.7
-    assert sampling_cpu.greedy_tokens(logits, tables, rows, None, 50, 1e-5) is None
+    assert greedy_tokens(logits, tables, rows, None, 50, 1e-5) is None
     tables.top_k[1] = 1
-    tokens = sampling_cpu.greedy_tokens(logits, tables, rows, None, 50, 1e-5)
+    tokens = greedy_tokens(logits, tables, rows, None, 50, 1e-5)
     assert tokens is not None
     assert tokens.tolist() == logits.argmax(-1).tolist()
 
@@ -57,7 +56,7 @@ def test_a_largest_logit_that_is_no_ordinary_number_is_left_to_the_reference(lar
     logits = torch.full((1, 70), -1.0)
     logits[0, 40] = large
     rows = torch.zeros(1, dtype=torch.int32)
-    assert sampling_cpu.greedy_tokens(logits, SlotTables.create(1, 1).sampling(), rows, None, 70, 1e-5) is None
+    assert greedy_tokens(logits, SlotTables.create(1, 1).sampling(), rows, None, 70, 1e-5) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -9,12 +11,15 @@ import torch
 from torch import Tensor
 
 from ramet.kernels.attention.decode import DecodeMetadata, attention_decode_reference
-from ramet.kernels.attention.extend import ExtendMetadata, attention_extend, attention_extend_reference
-from ramet.kernels.cpu import attention_decode as attention_decode_cpu
-from ramet.kernels.cpu import attention_extend as attention_extend_cpu
+from ramet.kernels.attention.extend import ExtendMetadata, attention_extend_reference
 from ramet.kernels.cpu import pointwise as cpu_pointwise
+from ramet.kernels.cpu.ops import cpu_ops
+from ramet.kernels.cpu.program import Stream
 from ramet.kernels.layers import activation, norm, rope
+from ramet.kernels.ops import REFERENCE
 from ramet.kernels.sampling.sample import unpack_mask
+
+OPS = cpu_ops(Stream(), torch.float32, head_dim=64)
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -41,9 +46,8 @@ def on_threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(("num_tokens", "size"), [(1, 576), (3, 7), (32, 64), (5, 16)])
 def test_norms_equal_the_references(num_tokens: int, size: int) -> None:
     x, residual, weight = draw(num_tokens, size), draw(num_tokens, size, seed=1), draw(size, seed=2)
-    assert cpu_pointwise.takes(x)
-    assert_close(cpu_pointwise.rms_norm(x, weight, 1e-5), norm.rms_norm_reference(x, weight, 1e-5))
-    actual = cpu_pointwise.fused_add_rms_norm(x, residual, weight, 1e-5)
+    assert_close(OPS.rms_norm(x, weight, 1e-5, None), norm.rms_norm_reference(x, weight, 1e-5))
+    actual = OPS.fused_add_rms_norm(x, residual, weight, 1e-5, None)
     expected = norm.fused_add_rms_norm_reference(x, residual, weight, 1e-5)
     assert_close(actual[0], expected[0])
     assert_close(actual[1], expected[1])
@@ -56,9 +60,9 @@ def test_gated_activations_equal_the_references(num_tokens: int, size: int) -> N
     gate_up[0, 0], gate_up[0, 1] = 300.0, -300.0  # saturate: no infinity, no NaN
     scale = float(gate_up.abs().max())
     silu = activation.silu_and_mul_reference(gate_up)
-    assert_close(cpu_pointwise.gated_activation(gate_up, is_gelu=False), silu, 2e-6 * scale)
+    assert_close(OPS.silu_and_mul(gate_up), silu, 2e-6 * scale)
     gelu = activation.gelu_tanh_and_mul_reference(gate_up)
-    assert_close(cpu_pointwise.gated_activation(gate_up, is_gelu=True), gelu, 2e-6 * scale)
+    assert_close(OPS.gelu_tanh_and_mul(gate_up), gelu, 2e-6 * scale)
 
 
 @pytest.mark.usefixtures("on_threads")
@@ -73,10 +77,9 @@ def test_rope_and_cache_write_equal_the_reference(head_dim: int, with_norms: boo
     slots = torch.tensor([9, 30, 4, 17, 18], dtype=torch.int32)
     norms = (draw(head_dim, seed=2), draw(head_dim, seed=3)) if with_norms else (None, None)
     caches = [[draw(9, num_kv_heads, page_size, head_dim, seed=s) for s in (4, 5)] for _ in range(2)]
-    assert cpu_pointwise.takes_rope(q, k, v, positions, slots, caches[0][0])
     cos, sin = angles.cos(), angles.sin()
     where = (cos, sin, positions, slots)
-    actual = cpu_pointwise.rope_and_write_kv(q, k, v, *where, caches[0][0], caches[0][1], norms[0], norms[1], 1e-6)
+    actual = OPS.rope_and_write_kv(q, k, v, *where, caches[0][0], caches[0][1], norms[0], norms[1], 1e-6)
     expected = rope.rope_and_write_kv_reference(q, k, v, *where, caches[1][0], caches[1][1], norms[0], norms[1], 1e-6)
     assert_close(actual, expected)
     assert_close(caches[0][0], caches[1][0])
@@ -94,14 +97,13 @@ def test_decode_attention_equals_the_reference(
     k_cache, v_cache = draw(57, num_kv_heads, 8, head_dim, seed=1), draw(57, num_kv_heads, 8, head_dim, seed=2)
     q = draw(len(lens), num_heads, head_dim)
     rows, kv_lens = torch.tensor([5, 0, 1, 6, 2], dtype=torch.int32), torch.tensor(lens, dtype=torch.int32)
-    assert attention_decode_cpu.takes(q, k_cache, kv_lens, rows, table)
+    meta = DecodeMetadata(kv_lens, rows, table, kv_lens_host=lens)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        actual = attention_decode_cpu.attention_decode_cpu(q, k_cache, v_cache, kv_lens, rows, table, 0.3, window, None)
+        actual = OPS.attention_decode(q, k_cache, v_cache, meta, 0.3, window, None)
     finally:
         torch.set_num_threads(before)
-    meta = DecodeMetadata(kv_lens, rows, table, kv_lens_host=lens)
     assert_close(actual, attention_decode_reference(q, k_cache, v_cache, meta, 0.3, window))
 
 
@@ -125,11 +127,10 @@ def test_extend_attention_equals_the_reference(
     starts = torch.tensor([0, *q_lens]).cumsum(0).to(torch.int32)
     lens = torch.tensor(kv_lens, dtype=torch.int32)
     meta = ExtendMetadata(starts, lens, torch.tensor(rows, dtype=torch.int32), table, 50, 64, q_lens, kv_lens)
-    assert attention_extend_cpu.takes(q, k_cache, table)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        actual = attention_extend(q, k_cache, v_cache, meta, 0.3, window)
+        actual = OPS.attention_extend(q, k_cache, v_cache, meta, 0.3, window, None)
     finally:
         torch.set_num_threads(before)
     assert_close(actual, attention_extend_reference(q, k_cache, v_cache, meta, 0.3, window))
@@ -143,3 +144,25 @@ def test_masked_logits_equal_the_reference(num_rows: int, size: int) -> None:
     mask = torch.randint(-(2**31), 2**31, shape, generator=generator, dtype=torch.int64).to(torch.int32)
     expected = logits.masked_fill(~unpack_mask(mask, size), float("-inf"))
     assert torch.equal(cpu_pointwise.mask_logits(logits, mask), expected)
+
+
+def test_what_is_not_compiled_is_the_reference() -> None:
+    assert cpu_ops(Stream(), torch.float16, head_dim=64).rms_norm is REFERENCE.rms_norm
+    assert cpu_ops(Stream(), torch.bfloat16, head_dim=64).attention_decode is REFERENCE.attention_decode
+    small = cpu_ops(Stream(), torch.float32, head_dim=20)
+    assert small.attention_decode is REFERENCE.attention_decode
+    assert small.rms_norm is not REFERENCE.rms_norm
+    assert OPS.attention_decode is not REFERENCE.attention_decode
+
+
+def test_only_compiled_code_brings_numba() -> None:
+    """A GPU's process does without: numba's import takes half a second."""
+    code = (
+        "import sys, pkgutil, importlib, ramet.kernels, ramet.runtime.models.build, ramet.runtime.steps.model_runner\n"
+        "for module in pkgutil.walk_packages(ramet.kernels.__path__, 'ramet.kernels.'):\n"
+        "    if not module.name.startswith('ramet.kernels.cpu'):\n"
+        "        importlib.import_module(module.name)\n"
+        "print([name for name in sys.modules if name == 'numba' or name.startswith('ramet.kernels.cpu.')])\n"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
+    assert found.stdout.strip() == "[]", found.stderr

@@ -21,7 +21,7 @@ from ramet.kernels.grammar.mask import (
     pack_mask,
 )
 from ramet.kernels.grammar.mask_triton import advance_states_triton, build_masks_triton
-from ramet.kernels.sampling.sample import SamplingTables, sample, unpack_mask
+from ramet.kernels.sampling.sample import SamplingTables, sample_reference, unpack_mask
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOKENS = [b"a", b"b", b"ab", b"ba", b"aab", b"", b"", b"abababababababababab", b"\xff", b"c", b"bb"]
@@ -132,7 +132,7 @@ def test_a_constrained_row_writes_only_the_language() -> None:
         logits = torch.zeros(2, 40, device=DEVICE)
         logits[0, END] = step * 0.2 - 4.0
         position = torch.full((2,), step, dtype=torch.int32, device=DEVICE)
-        token = sample(logits, masked, rows, position)
+        token = sample_reference(logits, masked, rows, position)
         advance_states_reference(rows, token, state, arena.automata, arena.tokens)
         if token[0] == END:
             break
@@ -141,7 +141,7 @@ def test_a_constrained_row_writes_only_the_language() -> None:
     assert text.replace(b"ab", b"") == b""
     assert state[0] == arena.final_state
     assert state[1] == FREE_STATE
-    assert sample(logits, masked, rows, position)[0] == END
+    assert sample_reference(logits, masked, rows, position)[0] == END
 
 
 def test_states_of_one_class_have_equal_masks_and_few_classes_are_kept() -> None:

@@ -12,7 +12,6 @@ from ramet.kernels.sampling.sample import (
     GrammarTables,
     SamplingTables,
     gumbel_noise_reference,
-    sample,
     sample_reference,
     split_seed,
     unpack_mask,
@@ -60,7 +59,7 @@ def expected_keep(x: torch.Tensor, top_k: int, top_p: float, min_p: float) -> se
 
 def test_greedy_takes_the_lowest_index_of_equal_logits() -> None:
     logits = torch.tensor([[0.0, 3.0, 3.0, 1.0], [2.0, 2.0, 2.0, 2.0]])
-    token = sample(logits, make_tables(2), torch.tensor([0, 1]), torch.zeros(2, dtype=torch.int32))
+    token = sample_reference(logits, make_tables(2), torch.tensor([0, 1]), torch.zeros(2, dtype=torch.int32))
     assert token.tolist() == [1, 0]
     assert token.dtype == torch.int32
 
@@ -74,7 +73,7 @@ def test_sampled_tokens_are_those_the_filters_keep_and_no_others(top_k: int, top
     tables = make_tables(1, temperature=0.8, top_k=top_k, top_p=top_p, min_p=min_p)
     keep = expected_keep(logits[0] / 0.8, top_k, top_p, min_p)
     num_draws = 3000
-    tokens = sample(
+    tokens = sample_reference(
         logits.expand(num_draws, -1), tables, torch.zeros(num_draws, dtype=torch.int32), torch.arange(num_draws)
     )
     seen = set(tokens.tolist())
@@ -93,10 +92,12 @@ def test_the_result_depends_on_seed_position_and_logits_alone() -> None:
     logits = torch.randn(6, 100)
     tables = make_tables(8, temperature=1.0, top_p=0.95, seed_low=torch.arange(8), seed_high=7)
     rows, positions = torch.tensor([3, 1, 0, 7, 2, 5]), torch.tensor([9, 9, 100, 5, 4, 77])
-    together = sample(logits, tables, rows, positions)
+    together = sample_reference(logits, tables, rows, positions)
     padded = torch.cat((logits, torch.full((6, 28), 50.0)), 1)
     for row in range(6):
-        alone = sample(padded[row : row + 1], tables, rows[row : row + 1], positions[row : row + 1], vocab_size=100)
+        alone = sample_reference(
+            padded[row : row + 1], tables, rows[row : row + 1], positions[row : row + 1], vocab_size=100
+        )
         assert alone.item() == together[row].item()
 
 
@@ -106,7 +107,7 @@ def test_masked_and_padded_tokens_never_win() -> None:
     allowed[:, 40] = True
     tables = make_tables(3, temperature=[0.0, 1.0, 2.0], top_p=[1.0, 1.0, 0.5], top_k=[0, 50, 0])
     for position in range(50):
-        token = sample(
+        token = sample_reference(
             logits, tables, torch.arange(3), torch.full((3,), position), mask=pack_mask(allowed), vocab_size=64
         )
         assert allowed[torch.arange(3), token.long()].all()
@@ -120,7 +121,7 @@ def test_grammar_rows_and_free_rows_mix() -> None:
     mask_index = torch.tensor([0, 0, 0, 0, 0, 1], dtype=torch.int32)
     tables = dataclasses.replace(make_tables(3), grammar=GrammarTables(state, mask_index, pack_mask(allowed)))
     logits = torch.randn(3, 40)
-    token = sample(logits, tables, torch.tensor([0, 1, 2]), torch.zeros(3, dtype=torch.int32))
+    token = sample_reference(logits, tables, torch.tensor([0, 1, 2]), torch.zeros(3, dtype=torch.int32))
     assert token.tolist() == [int(logits[0].argmax()), 33, int(logits[2].argmax())]
 
 
@@ -130,7 +131,7 @@ def test_rows_without_a_finite_logit_are_flagged_and_defined() -> None:
         [[nan, nan, nan], [-infinity] * 3, [nan, 1.0, 0.0], [0.0, infinity, infinity], [0.0, 1.0, nan]]
     )
     tables = make_tables(5, temperature=[1.0, 0.0, 0.0, 1.0, 1.0], top_p=[0.9, 1.0, 1.0, 1.0, 0.1])
-    token = sample(logits, tables, torch.arange(5), torch.arange(5))
+    token = sample_reference(logits, tables, torch.arange(5), torch.arange(5))
     assert token.tolist()[:3] == [0, 0, 1]
     assert token[3] in (1, 2)
     assert token[4] == 1

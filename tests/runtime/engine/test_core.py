@@ -15,8 +15,9 @@ from ramet.runtime.constraints.states import GrammarStates
 from ramet.runtime.engine.config import EngineConfig
 from ramet.runtime.engine.core import EngineCore
 from ramet.runtime.engine.factory import scheduler_config
+from ramet.runtime.models.build import build_decoder
 from ramet.runtime.models.config import ModelConfig
-from ramet.runtime.models.decoder import Decoder, build_decoder
+from ramet.runtime.models.decoder import Decoder
 from ramet.runtime.models.linear_cpu import CpuFeatures
 from ramet.runtime.scheduling.scheduler import Scheduler
 from ramet.runtime.steps.kv_cache import KVCache

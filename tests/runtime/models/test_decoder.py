@@ -13,8 +13,9 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ramet.runtime.models.build import build_decoder
 from ramet.runtime.models.config import ModelConfig
-from ramet.runtime.models.decoder import Decoder, build_decoder
+from ramet.runtime.models.decoder import Decoder
 from ramet.runtime.testing.bare_cache import BareCache
 from ramet.runtime.testing.dummy import dummy_decoder
 

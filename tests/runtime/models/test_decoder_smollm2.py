@@ -10,7 +10,8 @@ import transformers
 from torch import Tensor
 
 from ramet.errors import ConfigError
-from ramet.runtime.models.decoder import Decoder, build_decoder
+from ramet.runtime.models.build import build_decoder
+from ramet.runtime.models.decoder import Decoder
 from ramet.runtime.models.linear import PlainLinear
 from ramet.runtime.models.linear_cpu import BlockLinear, CpuFeatures
 from ramet.runtime.models.load import ModelFiles, open_model

@@ -14,11 +14,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ramet.kernels.cpu import attention_decode as attention_decode_cpu
-from ramet.kernels.cpu import pointwise as cpu_pointwise
 from ramet.kernels.grammar.arena import GrammarArena
 from ramet.kernels.grammar.mask import TokenTable
-from ramet.kernels.layers import activation
+from ramet.kernels.ops import TRITON
 from ramet.kernels.sampling.logit_edits import EditTables
 from ramet.kernels.triton_support import HAS_TRITON
 from ramet.runtime.constraints.states import GrammarStates
@@ -29,6 +27,7 @@ from ramet.runtime.engine.handle import RequestResult
 from ramet.runtime.models.load import LoadedModel
 from ramet.runtime.steps.logit_edits import LogitEdits
 from ramet.runtime.steps.tree_planner import TreePlanner
+from ramet.runtime.testing.dummy import tiny_model as make_tiny_model
 from ramet.runtime.types import SamplingParams
 
 pytestmark = [
@@ -136,13 +135,15 @@ def test_a_replay_knows_nothing_that_came_after_the_capture() -> None:
 
 @pytest.fixture
 def device_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every public kernel function takes its Triton path, on CPU tensors."""
+    """Kernel functions that look at their tensors' device take their Triton path, on CPU tensors."""
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: True))
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
-    for module in (cpu_pointwise, attention_decode_cpu, activation):
-        for name in ("takes", "takes_rope"):
-            if hasattr(module, name):
-                monkeypatch.setattr(module, name, lambda *args, **kwargs: False)
+
+
+@pytest.fixture(scope="module")
+def triton_model() -> LoadedModel:
+    """The tiny model, whose ops are the Triton kernels."""
+    return make_tiny_model(TRITON)
 
 
 def make_engine(model: LoadedModel, *, graphs: bool, num_edits: int = 2) -> Engine:
@@ -205,10 +206,14 @@ def run_edited(engine: Engine) -> list[RequestResult]:
 
 @pytest.mark.parametrize("num_edits", [2, 1, 0])
 def test_edited_logits_and_log_probabilities_give_the_tokens_of_the_host(
-    tiny_model: LoadedModel, device_kernels: None, monkeypatch: pytest.MonkeyPatch, num_edits: int
+    tiny_model: LoadedModel,
+    triton_model: LoadedModel,
+    device_kernels: None,
+    monkeypatch: pytest.MonkeyPatch,
+    num_edits: int,
 ) -> None:
     """Without enough rows on the device the host edits those that are left."""
-    with make_engine(tiny_model, graphs=True, num_edits=num_edits) as engine:
+    with make_engine(triton_model, graphs=True, num_edits=num_edits) as engine:
         core = engine._core
         synchronous: list[int] = []
         step_sync = core.step_sync
@@ -245,9 +250,13 @@ def run_all(engine: Engine) -> list[list[int]]:
 
 
 def test_steps_of_triton_kernels_give_the_tokens_of_the_references(
-    tiny_model: LoadedModel, device_kernels: None, launched: set[str], monkeypatch: pytest.MonkeyPatch
+    tiny_model: LoadedModel,
+    triton_model: LoadedModel,
+    device_kernels: None,
+    launched: set[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with make_engine(tiny_model, graphs=True) as engine:
+    with make_engine(triton_model, graphs=True) as engine:
         actual = run_all(engine)
         engine.check_integrity()
         tree = engine._core.runner.tree

@@ -11,9 +11,10 @@ import torch
 
 from ramet.kernels.attention.decode import DecodeMetadata
 from ramet.kernels.slots.tables import DecodeInputs
+from ramet.runtime.models.build import build_decoder
 from ramet.runtime.models.config import ModelConfig
 from ramet.runtime.models.context import ForwardContext
-from ramet.runtime.models.decoder import Decoder, build_decoder
+from ramet.runtime.models.decoder import Decoder
 from ramet.runtime.models.linear_cpu import CpuFeatures
 from ramet.runtime.models.weights import Weights, expected_tensors
 from ramet.runtime.steps.recorded import RecordedSteps
@@ -72,7 +73,8 @@ class Both:
             prompt = [(7 * row + i) % 90 for i in range(3 + row)]
             self.eager.step([], [(row, prompt)])
             self.cache.step([], [(row, prompt)])
-        self.steps = RecordedSteps(decoder, self.context)
+        assert decoder.ops.make_record is not None
+        self.steps = RecordedSteps(decoder, decoder.ops.make_record(), self.context)
 
     def context(self, rows: torch.Tensor, inputs: DecodeInputs) -> ForwardContext:
         metadata = DecodeMetadata(inputs.kv_lens, rows, self.cache.page_table)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from ramet.runtime.models import linear_cpu
+from ramet.runtime.models import amx
+from ramet.runtime.models.build import build_decoder
 from ramet.runtime.models.config import ModelConfig
-from ramet.runtime.models.decoder import Decoder, build_decoder
-from ramet.runtime.models.layers import DecoderLayer
+from ramet.runtime.models.decoder import Decoder
 from ramet.runtime.models.linear_cpu import CpuFeatures
 from ramet.runtime.models.weights import Weights, expected_tensors
 from ramet.runtime.testing.bare_cache import BareCache
@@ -47,8 +48,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
     },
 }
-# Where there are none, the pass changes nothing: the tests without this mark.
-needs_tiles = pytest.mark.skipif(not CpuFeatures.detect().tiles, reason="this CPU has no tiles of bfloat16")
+needs_bf16 = pytest.mark.skipif(not CpuFeatures.detect().bf16, reason="products of this CPU do not round to bfloat16")
 
 
 def decoder_of(name: str, quantization: str | None, dtype: torch.dtype = torch.float32) -> Decoder:
@@ -60,12 +60,13 @@ def decoder_of(name: str, quantization: str | None, dtype: torch.dtype = torch.f
         if "bias" in key
     }
     weights = Weights.from_tensors({key: biases.get(key, drawn[key]) for key in expected_tensors(config)})
-    return build_decoder(config, weights, device="cpu", quantization=quantization)
+    with pytest.MonkeyPatch.context() as patch:  # as on a CPU without tiles
+        patch.setattr(amx, "has_tiles", lambda: False)
+        return build_decoder(config, weights, device="cpu", quantization=quantization)
 
 
 def limits(decoder: Decoder) -> set[int | None]:
-    assert all(isinstance(layer, DecoderLayer) for layer in decoder.layers)
-    return {layer.rounds_above for layer in decoder.layers if isinstance(layer, DecoderLayer)}
+    return {layer.above if isinstance(layer, amx.RoundingLayer) else None for layer in decoder.layers}
 
 
 def logits_of(decoder: Decoder, num_decode: int, chunks: list[int], prefix: int = 40) -> Tensor:
@@ -81,41 +82,41 @@ def logits_of(decoder: Decoder, num_decode: int, chunks: list[int], prefix: int 
         return cache.step(decode, [(num_decode + i, ids[i : i + count]) for i, count in enumerate(chunks)])
 
 
-def without_rounding(decoder: Decoder) -> Decoder:
-    for layer in decoder.layers:
-        assert isinstance(layer, DecoderLayer)
-        layer.rounds_above = None
-    return decoder
+def with_plain_layers(decoder: Decoder) -> Decoder:
+    """The same products, with fp32 between them."""
+    layers = [layer.plain if isinstance(layer, amx.RoundingLayer) else layer for layer in decoder.layers]
+    return dataclasses.replace(decoder, layers=layers)
 
 
-def test_layers_with_fp32_weights_and_cpus_without_tiles_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert limits(decoder_of("llama", None)) == {None}
-    features = CpuFeatures.detect()
-    monkeypatch.setattr(CpuFeatures, "detect", lambda: CpuFeatures(features.bf16, features.int8, tiles=False))
+def test_layers_with_fp32_weights_and_cpus_without_tiles_are_left_alone() -> None:
+    assert limits(amx.round_layers(decoder_of("llama", None))) == {None}
     assert limits(decoder_of("llama", "int8")) == {None}
 
 
-@needs_tiles
+@needs_bf16
 def test_layers_round_where_all_their_products_do() -> None:
-    assert limits(decoder_of("llama", "int8")) == {linear_cpu._MAX_INT8_TOKENS_BESIDE_TILES}
-    assert limits(decoder_of("llama", None, torch.bfloat16)) == {linear_cpu._MAX_EXACT_TOKENS}
+    limit = amx.MAX_INT8_TOKENS if CpuFeatures.detect().int8 else 4
+    assert limits(amx.round_layers(decoder_of("llama", "int8"))) == {limit}
+    assert limits(amx.round_layers(decoder_of("llama", None, torch.bfloat16))) == {4}
 
 
-@needs_tiles
+@needs_bf16
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(("num_decode", "chunks"), [(0, [60]), (3, [50, 1, 17]), (40, []), (5, [300])])
 def test_logits_are_close_to_those_with_fp32_between_the_products(
     name: str, num_decode: int, chunks: list[int]
 ) -> None:
-    rounded = logits_of(decoder_of(name, "int8"), num_decode, chunks)
-    exact = logits_of(without_rounding(decoder_of(name, "int8")), num_decode, chunks)
+    decoder = amx.round_layers(decoder_of(name, "int8"))
+    rounded = logits_of(decoder, num_decode, chunks)
+    exact = logits_of(with_plain_layers(decoder), num_decode, chunks)
     assert rounded.dtype is torch.float32
     difference = (rounded - exact).abs()
     assert 0 < float(difference.max()) < 0.08 * float(exact.abs().max()), difference.max()
     assert float(difference.mean()) < 0.01 * float(exact.abs().max()), difference.mean()
 
 
-@needs_tiles
+@needs_bf16
 def test_steps_of_few_tokens_are_not_touched() -> None:
-    as_built, exact = decoder_of("llama", "int8"), without_rounding(decoder_of("llama", "int8"))
-    assert torch.equal(logits_of(as_built, 3, [20, 5], prefix=30), logits_of(exact, 3, [20, 5], prefix=30))
+    decoder = amx.round_layers(decoder_of("llama", "int8"))
+    plain = with_plain_layers(decoder)
+    assert torch.equal(logits_of(decoder, 3, [20, 5], prefix=30), logits_of(plain, 3, [20, 5], prefix=30))

@@ -1,0 +1,70 @@
+"""`cpu_ops`: the compiled ops of a model on the CPU."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ramet.kernels.attention.extend import ExtendMetadata, attention_extend_reference
+from ramet.kernels.cpu.attention_decode import attention_decode
+from ramet.kernels.cpu.attention_extend import attention_extend
+from ramet.kernels.cpu.greedy import sample
+from ramet.kernels.cpu.pointwise import fused_add_rms_norm, gated_activation, rms_norm, rope_and_write_kv
+from ramet.kernels.cpu.program import Pool, Program, Stream
+from ramet.kernels.cpu.vectors import LANES
+from ramet.kernels.ops import REFERENCE, Ops, Record
+
+
+def cpu_ops(stream: Stream, dtype: torch.dtype, head_dim: int) -> Ops:
+    """The ops of a model whose weights, residual and caches are in `dtype`: what is not compiled is the reference.
+
+    Compiled are those of fp32, attention where heads fill vectors, and activations in bfloat16. Products of the same
+    model that are to be recorded take the same `stream`.
+    """
+    if dtype not in (torch.float32, torch.bfloat16):
+        return dataclasses.replace(REFERENCE, sample=sample)
+    ops = dataclasses.replace(
+        REFERENCE,
+        silu_and_mul=partial(gated_activation, stream, is_gelu=False),
+        gelu_tanh_and_mul=partial(gated_activation, stream, is_gelu=True),
+        sample=sample,
+    )
+    if dtype is not torch.float32:
+        return ops
+    ops = dataclasses.replace(
+        ops,
+        rms_norm=partial(rms_norm, stream),
+        fused_add_rms_norm=partial(fused_add_rms_norm, stream),
+        rope_and_write_kv=partial(rope_and_write_kv, stream),
+        make_record=lambda: _record_into(stream, Pool()),
+    )
+    if head_dim % LANES:
+        return ops
+    return dataclasses.replace(
+        ops, attention_decode=partial(attention_decode, stream), attention_extend=_attention_extend
+    )
+
+
+def _record_into(stream: Stream, pool: Pool) -> Record:
+    def record(function: Callable[[], Tensor]) -> Program:
+        return stream.record(function, pool)
+
+    return record
+
+
+def _attention_extend(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    meta: ExtendMetadata,
+    scale: float,
+    window: int | None,
+    out: Tensor | None,
+) -> Tensor:
+    """Inside a graph, which has no lengths on the host, the reference."""
+    is_known = meta.q_lens_host is not None and meta.kv_lens_host is not None
+    return (attention_extend if is_known else attention_extend_reference)(q, k_cache, v_cache, meta, scale, window, out)

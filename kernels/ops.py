@@ -1,0 +1,128 @@
+"""`Ops`: what a decoder and its steps call on their device, chosen once, when the model is loaded.
+
+Every op has a torch reference, which is its specification. `REFERENCE` are these; `TRITON` are their kernels for GPUs.
+Compiled ones for the CPU are made by `cpu/ops.py`, which alone brings numba, so that a GPU's process does without.
+Not here: ops that have no compiled form for the CPU. They look at their tensors' device (`slots/`, `grammar/`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ramet.kernels.attention.decode import DecodeMetadata, attention_decode_reference
+from ramet.kernels.attention.decode_triton import attention_decode_triton
+from ramet.kernels.attention.extend import ExtendMetadata, attention_extend_reference
+from ramet.kernels.attention.extend_triton import attention_extend_triton
+from ramet.kernels.attention.tree_triton import attention_tree_triton
+from ramet.kernels.layers.activation import (
+    gelu_tanh_and_mul_reference,
+    gelu_tanh_and_mul_triton,
+    silu_and_mul_reference,
+    silu_and_mul_triton,
+)
+from ramet.kernels.layers.norm import (
+    fused_add_rms_norm_reference,
+    fused_add_rms_norm_triton,
+    rms_norm_reference,
+    rms_norm_triton,
+)
+from ramet.kernels.layers.rope import rope_and_write_kv_reference, rope_and_write_kv_triton
+from ramet.kernels.sampling.sample import SamplingTables, sample_reference
+from ramet.kernels.sampling.sample_triton import sample_triton
+
+
+class NotRecordableError(Exception):
+    """A function computes something outside kernels, so it has to run as it is."""
+
+
+class Recording(Protocol):
+    """What a function launched, to be launched again on the same memory; each run writes `result`."""
+
+    @property
+    def result(self) -> Tensor: ...
+
+    def run(self) -> None: ...
+
+
+# Notes the kernels of a function without running them. Raises: NotRecordableError.
+Record = Callable[[Callable[[], Tensor]], Recording]
+
+DecodeAttention = Callable[[Tensor, Tensor, Tensor, DecodeMetadata, float, int | None, Tensor | None], Tensor]
+ExtendAttention = Callable[[Tensor, Tensor, Tensor, ExtendMetadata, float, int | None, Tensor | None], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Ops:
+    """The ops of one device and dtype. Arguments and results: the reference of each (`REFERENCE`).
+
+    rms_norm, fused_add_rms_norm: their last argument is the dtype of the result, None for that of the input.
+    make_record: makes what records steps, each with memory of its own; None where steps are not recorded.
+    """
+
+    rms_norm: Callable[[Tensor, Tensor, float, torch.dtype | None], Tensor]
+    fused_add_rms_norm: Callable[[Tensor, Tensor, Tensor, float, torch.dtype | None], tuple[Tensor, Tensor]]
+    silu_and_mul: Callable[[Tensor], Tensor]
+    gelu_tanh_and_mul: Callable[[Tensor], Tensor]
+    rope_and_write_kv: Callable[
+        [
+            Tensor,
+            Tensor,
+            Tensor,
+            Tensor,
+            Tensor,
+            Tensor,
+            Tensor,
+            Tensor,
+            Tensor,
+            Tensor | None,
+            Tensor | None,
+            float,
+        ],
+        Tensor,
+    ]
+    attention_decode: DecodeAttention
+    attention_extend: ExtendAttention
+    sample: Callable[[Tensor, SamplingTables, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
+    make_record: Callable[[], Record] | None = None
+
+
+def _attention_decode_triton(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    meta: DecodeMetadata,
+    scale: float,
+    window: int | None,
+    out: Tensor | None,
+) -> Tensor:
+    """Read shared prefixes once a group where there is a plan for that, and no window."""
+    if meta.tree is not None and window is None:
+        return attention_tree_triton(q, k_cache, v_cache, meta, meta.tree, scale, out)
+    return attention_decode_triton(q, k_cache, v_cache, meta, scale, window, out)
+
+
+REFERENCE = Ops(
+    rms_norm_reference,
+    fused_add_rms_norm_reference,
+    silu_and_mul_reference,
+    gelu_tanh_and_mul_reference,
+    rope_and_write_kv_reference,
+    attention_decode_reference,
+    attention_extend_reference,
+    sample_reference,
+)
+TRITON = Ops(
+    rms_norm_triton,
+    fused_add_rms_norm_triton,
+    silu_and_mul_triton,
+    gelu_tanh_and_mul_triton,
+    rope_and_write_kv_triton,
+    _attention_decode_triton,
+    attention_extend_triton,
+    sample_triton,
+)

@@ -1,0 +1,66 @@
+"""A pass over a finished decoder: on CPUs with AMX, layers whose products round to bfloat16 keep its results so.
+
+Norms, rotations and gated activations then read and write bfloat16 around the products, which saves converting to fp32
+and back, and attention of new tokens multiplies bfloat16 tiles. The residual, the KV cache, softmax and sums stay in
+fp32. Steps of few tokens, whose products don't round to bfloat16, and models with fp32 weights are as before.
+
+CPU time of 1,000 new tokens of SmolLM2-135M, one thread of an Intel Xeon (Emerald Rapids): 421 ms with this
+pass, 848 ms without. Whole engine, wall time on two threads: 252 and 439 ms.
+
+All that knows of AMX is this module, `kernels/cpu/amx.py` and `kernels/cpu/attention_extend_amx.py` (two names in
+`threads.MODULES`); `build.py` calls the pass.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ramet.kernels.cpu.amx import has_tiles
+from ramet.kernels.cpu.attention_extend_amx import with_bf16_queries
+from ramet.runtime.models.context import ForwardContext
+from ramet.runtime.models.decoder import Decoder, Layer
+from ramet.runtime.models.layers import DecoderLayer
+from ramet.runtime.models.linear_cpu import Bf16Product, BlockLinear, Int8Product, OneDnnProduct
+
+MAX_INT8_TOKENS = 32  # with AMX, products of 48 tokens take a third less time in bfloat16, of 16 a sixth more
+
+
+@dataclass(slots=True, eq=False)
+class RoundingLayer:
+    """A decoder layer whose products and attention get and give bfloat16 where a step has more than `above` tokens."""
+
+    plain: DecoderLayer
+    above: int
+
+    def __call__(self, x: Tensor, residual: Tensor | None, context: ForwardContext) -> tuple[Tensor, Tensor | None]:
+        return self.plain(x, residual, context, None if x.shape[0] <= self.above else torch.bfloat16)
+
+
+def apply_tiles(decoder: Decoder) -> Decoder:
+    """Return a decoder that rounds between products; the given one on a CPU without tiles."""
+    return round_layers(decoder) if has_tiles() else decoder
+
+
+def round_layers(decoder: Decoder) -> Decoder:
+    """Return a decoder whose layers round where all their products do, on any CPU."""
+    for linear in decoder.linears():
+        method = linear.method
+        if isinstance(method, BlockLinear) and isinstance(method.few, Int8Product) and method.many is not method.few:
+            linear.method = dataclasses.replace(method, max_few=MAX_INT8_TOKENS)
+    return dataclasses.replace(decoder, layers=[_rounding(layer) for layer in decoder.layers])
+
+
+def _rounding(layer: Layer) -> Layer:
+    assert isinstance(layer, DecoderLayer), "passes over products come before those over layers"
+    attention, feed_forward = layer.attention, layer.feed_forward
+    linears = attention.qkv, attention.o, feed_forward.gate_up, feed_forward.down
+    methods = [linear.method for linear in linears if isinstance(linear.method, BlockLinear)]
+    if len(methods) < len(linears) or not all(isinstance(m.many, Bf16Product | OneDnnProduct) for m in methods):
+        return layer
+    ops = with_bf16_queries(layer.ops)
+    plain = dataclasses.replace(layer, ops=ops, attention=dataclasses.replace(attention, ops=ops))
+    return RoundingLayer(plain, max(method.max_few for method in methods))

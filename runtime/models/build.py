@@ -1,0 +1,148 @@
+"""`build_decoder`: from weights to a decoder whose ops and products are those of its device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ramet.errors import ConfigError
+from ramet.kernels.ops import REFERENCE, TRITON, Ops
+from ramet.runtime.models.config import ModelConfig, Rope
+from ramet.runtime.models.decoder import Decoder
+from ramet.runtime.models.layers import Attention, DecoderLayer, FeedForward, RotaryTable
+from ramet.runtime.models.linear import Linear, PlainStorage, Storage
+
+
+def build_decoder(
+    config: ModelConfig,
+    weights: Mapping[str, Tensor],
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype | Literal["auto"] = "auto",
+    quantization: str | None = None,
+    ops: Ops | None = None,
+) -> Decoder:
+    """Make a decoder from tensors under Hugging Face names (see `weights.py`).
+
+    dtype "auto" is bfloat16 on a GPU. On a CPU it is float32 with weights held as the file has them (GGUF blocks or 16
+    bits), which is both the fastest and the most faithful (see `linear_cpu.py`). quantization (CPU): "int8" or "int4"
+    rounds weights to blocks of 32; "gguf" insists on the file's own blocks. ops: None for those of the device.
+    Raises: ConfigError.
+    """
+    device = torch.device(device)
+    if device.type == "cpu":
+        return _build_on_cpu(config, weights, device, dtype, quantization, ops)
+    if quantization is not None:
+        raise ConfigError(f"quantization {quantization!r} runs on the CPU only; leave it out on {device.type}")
+    storage = PlainStorage(weights, device, torch.bfloat16 if dtype == "auto" else dtype)
+    return _Builder(config, storage, ops or (TRITON if device.type == "cuda" else REFERENCE)).build()
+
+
+def _build_on_cpu(
+    config: ModelConfig,
+    weights: Mapping[str, Tensor],
+    device: torch.device,
+    dtype: torch.dtype | Literal["auto"],
+    quantization: str | None,
+    ops: Ops | None,
+) -> Decoder:
+    """The one place where a model meets the code that is compiled for the CPU."""
+    # These bring numba, which takes half a second: not for a GPU.
+    from ramet.kernels.cpu.ops import cpu_ops
+    from ramet.kernels.cpu.program import Stream
+    from ramet.runtime.models.amx import apply_tiles
+    from ramet.runtime.models.linear_cpu import block_storage
+
+    stream = Stream()
+    storage: Storage
+    if quantization is not None or dtype == "auto":
+        storage = block_storage(weights, device, dtype, quantization, stream)
+    else:
+        storage = PlainStorage(weights, device, dtype)
+    decoder = _Builder(config, storage, ops or cpu_ops(stream, storage.dtype, config.head_dim)).build()
+    return apply_tiles(decoder) if ops is None else decoder
+
+
+@dataclass(slots=True)
+class _Builder:
+    config: ModelConfig
+    storage: Storage
+    ops: Ops
+    rotary_tables: dict[Rope, RotaryTable] = field(default_factory=dict)
+
+    def build(self) -> Decoder:
+        config, storage = self.config, self.storage
+        embedding, tied = storage.embedding("model.embed_tokens.weight", config.embedding_scale)
+        name = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+        head = tied if config.tie_word_embeddings else storage.matrix([name])
+        return Decoder(
+            config=config,
+            ops=self.ops,
+            device=storage.device,
+            dtype=storage.dtype,
+            embedding=embedding,
+            layers=[self.layer(index) for index in range(config.num_layers)],
+            final_norm=self.norm("model.norm"),
+            output=Linear((name,), head, None, config.hidden_size, config.vocab_size),
+        )
+
+    def layer(self, index: int) -> DecoderLayer:
+        config, prefix = self.config, f"model.layers.{index}."
+        inner, hidden = config.intermediate_size, config.hidden_size
+        gemma = config.feed_forward_norms
+        mlp = prefix + "mlp."
+        activations = {"silu": self.ops.silu_and_mul, "gelu_tanh": self.ops.gelu_tanh_and_mul}
+        return DecoderLayer(
+            ops=self.ops,
+            attention=self.attention(index, prefix + "self_attn."),
+            feed_forward=FeedForward(
+                self.linear([mlp + "gate_proj", mlp + "up_proj"], hidden, 2 * inner, config.mlp_bias),
+                self.linear([mlp + "down_proj"], inner, hidden, config.mlp_bias),
+                activations[config.activation],
+            ),
+            attention_norm=self.norm(prefix + "input_layernorm"),
+            # Gemma calls this norm by another name, and gives Llama's name for it to another norm.
+            feed_forward_norm=self.norm(prefix + ("pre_feedforward" if gemma else "post_attention") + "_layernorm"),
+            attention_out_norm=self.norm(prefix + "post_attention_layernorm") if gemma else None,
+            feed_forward_out_norm=self.norm(prefix + "post_feedforward_layernorm") if gemma else None,
+            eps=config.rms_norm_eps,
+        )
+
+    def attention(self, index: int, prefix: str) -> Attention:
+        config = self.config
+        query, key_value = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        parts = [prefix + part for part in ("q_proj", "k_proj", "v_proj")]
+        return Attention(
+            ops=self.ops,
+            layer=index,
+            qkv=self.linear(parts, config.hidden_size, query + 2 * key_value, config.qkv_bias),
+            o=self.linear([prefix + "o_proj"], query, config.hidden_size, config.o_bias),
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            rotary=self.rotary(config.layer_rope(index)),
+            scale=config.attention_scale,
+            window=config.window(index),
+            q_norm=self.norm(prefix + "q_norm") if config.qk_norm else None,
+            k_norm=self.norm(prefix + "k_norm") if config.qk_norm else None,
+            eps=config.rms_norm_eps,
+        )
+
+    def rotary(self, rope: Rope) -> RotaryTable:
+        if rope not in self.rotary_tables:
+            config = self.config
+            table = RotaryTable.build(rope, config.head_dim, config.max_position_embeddings, self.storage.device)
+            self.rotary_tables[rope] = table
+        return self.rotary_tables[rope]
+
+    def linear(self, parts: list[str], in_features: int, out_features: int, has_bias: bool) -> Linear:
+        names = tuple(f"{part}.weight" for part in parts)
+        bias = torch.cat([self.storage.vector(f"{part}.bias") for part in parts]) if has_bias else None
+        return Linear(names, self.storage.matrix(names), bias, in_features, out_features)
+
+    def norm(self, name: str) -> Tensor:
+        return self.storage.vector(f"{name}.weight", self.config.norm_offset)
