@@ -32,6 +32,7 @@ from ramet.runtime.engine.engine import Engine
 from ramet.runtime.models.config import llama_3_1_8b
 from ramet.runtime.models.generation import GenerationDefaults
 from ramet.runtime.models.load import LoadedModel
+from ramet.runtime.steps.model_runner import ModelRunner
 from ramet.runtime.steps.tree_planner import TreePlanner
 from ramet.runtime.testing.dummy import dummy_decoder
 
@@ -111,11 +112,12 @@ def make_engine() -> Engine:
         {"device": "cpu", "context_length": CONTEXT, "num_kv_tokens": 500_000, "chunked_prefill_size": 512}
     )
     engine = Engine(model, config)
-    core, runner = engine._core, engine._core.runner
-    device = torch.device("cpu")
-    costs = {"mode": "auto", "num_sms": 132, "device": device, "dtype": torch.bfloat16}
-    runner.tree = TreePlanner(llama_3_1_8b(), config.page_size, config.max_running_requests, **costs)  # type: ignore[arg-type]
-    runner.capture_graphs(512, nothing)
+    core, given = engine._core, engine._core.runner
+    costs = {"mode": "auto", "num_sms": 132, "device": given.device, "dtype": torch.bfloat16}
+    tree = TreePlanner(llama_3_1_8b(), config.page_size, config.max_running_requests, **costs)  # type: ignore[arg-type]
+    parts = decoder, given.kv_cache, given.slots
+    core.runner = ModelRunner(*parts, device=given.device, max_kv_len=given.max_kv_len, tree=tree)
+    core.runner.capture_graphs(512, nothing)
     core.overlap = True
     return engine
 

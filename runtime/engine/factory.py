@@ -257,7 +257,7 @@ def measure_steps(
 @torch.inference_mode()
 def measure_graphs(runner: ModelRunner, config: EngineConfig) -> int:
     """Bytes of all graphs together: the shared pool, which the largest ones fill, and the driver's part of each."""
-    graphs = runner.make_graphs(config.cuda_graph_max_extend)
+    graphs = runner.make_graphs(config.cuda_graph_max_extend).graphs
     keys = graphs.keys(with_tree=runner.tree is not None)
     kinds: dict[object, list[GraphKey | MixedKey]] = {}
     for key in keys:

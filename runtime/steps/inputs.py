@@ -8,16 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, fields
+from operator import attrgetter
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ramet.kernels.attention.extend import ExtendMetadata
-from ramet.kernels.slots.tables import scatter_rows
+from ramet.kernels.slots.tables import SlotTables, scatter_rows
 from ramet.runtime.steps.slots import RunningSlots, upload
-from ramet.runtime.types import Batch, ScheduledSequence, TokenIds
+from ramet.runtime.types import Batch, ScheduledSequence, Sequence, TokenIds
 
 
 @dataclass(slots=True)
@@ -43,34 +43,59 @@ class ExtendArrays:
     score_index: NDArray[np.int32]
     score_targets: NDArray[np.int32]
 
+    @property
+    def q_lens(self) -> NDArray[np.int32]:
+        """New tokens of each row, [E]."""
+        return np.diff(self.cu_seqlens)
+
+
+@dataclass(slots=True)
+class Step:
+    """What the host knows of a step before anything is sent.
+
+    extend: its rows with new tokens; None where all decode. masks: int32 [R, W], one row for each that samples, where
+    the sampler is given the host's masks. edited: of the rows that sample, the sequences whose logits the host edits,
+    None between them; None where there are none.
+    """
+
+    batch: Batch
+    page_size: int
+    extend: ExtendArrays | None
+    masks: NDArray[np.int32] | None
+    edited: list[Sequence | None] | None
+
+    @property
+    def decode_rows(self) -> NDArray[np.int32]:
+        """The slot of each decode row, [B]."""
+        items = self.batch.items[: self.batch.num_decode]
+        return np.fromiter((item.sequence.slot for item in items), dtype=np.int32, count=len(items))
+
+    @property
+    def new_pages(self) -> NDArray[np.int32]:
+        """The page that each decode row begins in this step, or 0, [B]."""
+        items = self.batch.items[: self.batch.num_decode]
+        return np.fromiter((_page_begun(item, self.page_size) for item in items), dtype=np.int32, count=len(items))
+
+
+def _page_begun(item: ScheduledSequence, page_size: int) -> int:
+    return 0 if item.start % page_size else item.sequence.page_ids[item.start // page_size]
+
 
 @dataclass(slots=True)
 class ExtendInputs:
-    """`ExtendArrays` on the device; score_index and score_targets are None where nothing is scored."""
+    """`ExtendArrays` on the device, but for the updates."""
 
     token_ids: Tensor
     positions: Tensor
     kv_slots: Tensor
-    metadata: ExtendMetadata
+    cu_seqlens: Tensor
+    kv_lens: Tensor
+    rows: Tensor
     sample_index: Tensor
     sample_rows: Tensor
     sample_positions: Tensor
-    score_index: Tensor | None
-    score_targets: Tensor | None
-
-
-def new_pages_of(items: tuple[ScheduledSequence, ...], page_size: int) -> NDArray[np.int32]:
-    """The page that each decode row starts in this step, or 0."""
-    return np.fromiter(
-        (0 if item.start % page_size else item.sequence.page_ids[item.start // page_size] for item in items),
-        dtype=np.int32,
-        count=len(items),
-    )
-
-
-def decode_rows_of(items: tuple[ScheduledSequence, ...]) -> NDArray[np.int32]:
-    """The slot of each decode row."""
-    return np.fromiter((item.sequence.slot for item in items), dtype=np.int32, count=len(items))
+    score_index: Tensor
+    score_targets: Tensor
 
 
 def scored_range(item: ScheduledSequence) -> tuple[int, int]:
@@ -137,31 +162,9 @@ def gather_extend(
     )
 
 
-def upload_extend(arrays: ExtendArrays, slots: RunningSlots, device: torch.device) -> ExtendInputs:
+def upload_extend(arrays: ExtendArrays, tables: SlotTables, device: torch.device) -> ExtendInputs:
     """Send the rows to the device in one transfer, and write their updates to the slot tables."""
-    parts = upload([getattr(arrays, f.name) for f in fields(arrays)], device)
-    named = dict(zip((f.name for f in fields(arrays)), parts, strict=True))
-    scatter_rows(named["updates"], slots.tables.arena)
-    q_lens, kv_lens = np.diff(arrays.cu_seqlens).tolist(), arrays.kv_lens.tolist()
-    metadata = ExtendMetadata(
-        cu_seqlens_q=named["cu_seqlens"],
-        kv_lens=named["kv_lens"],
-        rows=named["rows"],
-        page_table=slots.tables.page_table,
-        max_seqlen_q=max(q_lens),
-        max_kv_len=max(kv_lens),
-        q_lens_host=q_lens,
-        kv_lens_host=kv_lens,
-    )
-    has_scores = len(arrays.score_index) > 0
-    return ExtendInputs(
-        token_ids=named["token_ids"],
-        positions=named["positions"],
-        kv_slots=named["kv_slots"],
-        metadata=metadata,
-        sample_index=named["sample_index"],
-        sample_rows=named["sample_rows"],
-        sample_positions=named["sample_positions"],
-        score_index=named["score_index"] if has_scores else None,
-        score_targets=named["score_targets"] if has_scores else None,
-    )
+    names = [field.name for field in fields(ExtendArrays)]
+    sent = dict(zip(names, upload(attrgetter(*names)(arrays), device), strict=True))
+    scatter_rows(sent.pop("updates"), tables.arena)
+    return ExtendInputs(**sent)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ramet.kernels.sampling.logprobs import compute_logprobs
 from ramet.runtime.steps.inputs import scored_range
+from ramet.runtime.steps.sampler import Sampled
+from ramet.runtime.steps.slots import upload
 from ramet.runtime.types import Batch, RowOutput
 
 
@@ -22,6 +25,19 @@ class StepLogprobs:
     top_values: Tensor  # [k, n]
     logits: Tensor  # [k, V], the model's own
 
+    @classmethod
+    def of(cls, batch: Batch, sampled: Sampled) -> StepLogprobs | None:
+        """Those of the rows that ask for them; None where none does."""
+        wanted = [item.sequence.request.sampling.logprobs for item in batch.items if item.samples]
+        rows = [row for row, count in enumerate(wanted) if count is not None]
+        if not rows:
+            return None
+        (index,) = upload([np.asarray(rows, dtype=np.int32)], sampled.tokens.device)
+        logits = sampled.logits_of(index)
+        most = max(count or 0 for count in wanted)
+        chosen, values, ids = compute_logprobs(logits, sampled.tokens.index_select(0, index), most)
+        return cls(rows, chosen, ids, values, logits)
+
 
 @dataclass(slots=True)
 class LaunchedStep:
@@ -32,6 +48,19 @@ class LaunchedStep:
     logprobs: StepLogprobs | None  # on the host, but for its logits
     scores: Tensor | None  # fp32 [Q], host
     event: torch.cuda.Event | None
+
+    @classmethod
+    def start(cls, batch: Batch, sampled: Sampled, logprobs: StepLogprobs | None) -> LaunchedStep:
+        """Send a step's results to the host, without waiting for them."""
+        if logprobs is not None:
+            parts = [_to_host(part) for part in (logprobs.chosen, logprobs.top_ids, logprobs.top_values)]
+            logprobs = replace(logprobs, chosen=parts[0], top_ids=parts[1], top_values=parts[2])
+        tokens, scores = sampled.tokens, sampled.scores
+        on_host = _to_host(tokens), logprobs, None if scores is None else _to_host(scores)
+        event = torch.cuda.Event() if tokens.device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        if event is not None:
+            event.record()
+        return cls(batch, *on_host, event)
 
     def read(self) -> list[RowOutput]:
         """Wait for the step, and return one output for each item of the batch."""
@@ -81,3 +110,11 @@ class LaunchedStep:
             for ids, values in zip(found.top_ids.tolist(), found.top_values.tolist(), strict=True)
         ]
         return dict(zip(found.rows, zip(found.chosen.tolist(), tops, strict=True), strict=True))
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    """The same on the host: a GPU's copy is on its way."""
+    if tensor.device.type != "cuda":
+        return tensor
+    target = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return target.copy_(tensor, non_blocking=True)

@@ -12,13 +12,19 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ramet.kernels.ops import NotRecordableError, Record, Recording
-from ramet.kernels.slots.tables import DecodeInputs
+from ramet.kernels.slots.tables import DecodeInputs, prepare_decode
 from ramet.runtime.models.context import ForwardContext
 from ramet.runtime.models.decoder import Decoder
+from ramet.runtime.steps.attention_plans import AttentionPlans
+from ramet.runtime.steps.eager import EagerSteps
+from ramet.runtime.steps.inputs import ExtendArrays, Step
+from ramet.runtime.steps.sampler import Sampled, Sampler
+from ramet.runtime.steps.slots import RunningSlots
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +68,7 @@ class RecordedStep:
         return self.decoder.capped(self.run())
 
 
-class RecordedSteps:
+class Recordings:
     """Programs of one decoder.
 
     record: of the decoder's ops. `make_context(rows, inputs)`: what the decoder reads besides the embeddings.
@@ -110,3 +116,64 @@ class RecordedSteps:
             logger.debug("steps of %d tokens run eagerly: they need %s", batch_size, error)
             return None
         return RecordedStep(rows, inputs, decoder, embeddings, recording)
+
+
+class RecordedSteps:
+    """Runs steps of few tokens as programs."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        slots: RunningSlots,
+        plans: AttentionPlans,
+        sampler: Sampler,
+        page_size: int,
+        eager: EagerSteps,
+        record: Record,
+    ) -> None:
+        self._tables = slots.tables
+        self._plans = plans
+        self._sampler = sampler
+        self._page_size = page_size
+        self._eager = eager
+        self.recordings = Recordings(decoder, record, self._context)
+
+    def run(self, step: Step) -> Sampled | None:
+        """Run a step whose size has a program; None where it has to run eagerly."""
+        return self._run_decode(step) if step.extend is None else self._run_extend(step, step.extend)
+
+    def computes_run(self, num_tokens: int, num_rows: int, kv_len: int) -> bool:
+        """Whether known tokens of a row gain by being computed in one step (see `ModelRunner`).
+
+        A step that is recorded always gains. One that runs eagerly costs more than decode steps, and delays all other
+        rows.
+        """
+        if num_tokens > num_rows // 3 or self.recordings.get(num_rows) is None:
+            return True
+        num_keys = (num_tokens + 1) * (kv_len + num_tokens)
+        return self.recordings.get_extend(num_rows + num_tokens, num_keys) is not None
+
+    def _run_decode(self, step: Step) -> Sampled | None:
+        recorded = self.recordings.get(step.batch.num_decode)
+        if recorded is None:
+            return None
+        tables = self._tables
+        recorded.rows.copy_(torch.from_numpy(step.decode_rows))
+        columns = tables.last_token, tables.kv_len, tables.page_table
+        new_pages = torch.from_numpy(step.new_pages)
+        prepare_decode(recorded.rows, new_pages, *columns, self._page_size, recorded.inputs)
+        return self._sampler.sample(step, recorded.logits(), recorded.rows, recorded.inputs.kv_lens)
+
+    def _run_extend(self, step: Step, arrays: ExtendArrays) -> Sampled | None:
+        q_lens, num_decode = arrays.q_lens, step.batch.num_decode
+        num_tokens = num_decode + len(arrays.token_ids)
+        recorded = self.recordings.get_extend(num_tokens, int(q_lens @ arrays.kv_lens))
+        if recorded is None:
+            return None
+        sent = self._eager.send(step, arrays)
+        rows = torch.from_numpy(np.concatenate([step.decode_rows, np.repeat(arrays.rows, q_lens)]))
+        hidden = recorded.hidden(rows, sent.token_ids, sent.positions, sent.kv_slots)
+        return self._sampler.sample_extend(step, hidden, sent.extend)
+
+    def _context(self, rows: Tensor, inputs: DecodeInputs) -> ForwardContext:
+        return self._plans.context(inputs.positions, inputs.kv_slots, self._plans.decode(rows, inputs.kv_lens))

@@ -19,6 +19,7 @@ from ramet.runtime.engine.engine import Engine
 from ramet.runtime.engine.factory import make_device_grammars
 from ramet.runtime.models.load import LoadedModel
 from ramet.runtime.steps.launched_step import LaunchedStep
+from ramet.runtime.steps.model_runner import ModelRunner
 from ramet.runtime.types import Batch, FinishReason, Grammar, SamplingParams
 
 PATTERNS = ["[a-c]{3,8}(xy|z){1,6}", "(yes|no)", '"[^"]{0,20}"', "[0-9]{1,3}(,[0-9]{1,3}){2,5}"]
@@ -43,14 +44,14 @@ def make_engine(model: LoadedModel, *, on_device: bool, max_grammars: int = 256)
         tokens = TokenTable.create(
             tokenizer.token_bytes, tokenizer.eos_ids, tokenizer.special_ids, tokenizer.vocab_size, "cpu"
         )
-        core, runner = engine._core, engine._core.runner
+        core, given = engine._core, engine._core.runner
         limits = {"max_states": 4096, "max_transitions": 1 << 18, "max_mask_rows": 512, "max_grammars": max_grammars}
         arena = GrammarArena(tokens, 8, **limits)
-        runner.arena = arena
+        parts = model.decoder, given.kv_cache, given.slots
+        runner = core.runner = ModelRunner(*parts, device=given.device, max_kv_len=given.max_kv_len, arena=arena)
         core.grammars = GrammarStates(
             tokenizer.vocab_size, runner.computes_run, arena=arena, device_grammars=make_device_grammars(model)
         )
-        runner.sampling = runner.tables.sampling(arena.mask_index, arena.mask_rows)
     return engine
 
 

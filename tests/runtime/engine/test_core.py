@@ -268,7 +268,7 @@ def test_scores_equal_the_log_probabilities_of_a_full_forward_pass(decoder: Deco
 def test_scoring_a_long_prompt_never_holds_logits_for_all_of_it(
     decoder: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ramet.runtime.steps.model_runner._SCORE_ROWS", 16)
+    monkeypatch.setattr("ramet.runtime.steps.sampler._SCORE_ROWS", 16)
     core = make_core(decoder, chunk=200)
     logits, rows = Decoder.logits, []
 

@@ -71,9 +71,9 @@ def test_graphs_give_the_tokens_of_eager_steps(tiny_model: LoadedModel, overlap:
 def test_prompts_too_long_for_a_graph_run_eagerly(tiny_model: LoadedModel) -> None:
     capture = Rerun()
     with make_engine(tiny_model, None) as eager, make_engine(tiny_model, capture, max_extend=16) as graphs:
-        graphs_of = graphs._core.runner.graphs
-        assert graphs_of is not None
-        assert graphs_of.mixed_tokens == [16]
+        graphed = graphs._core.runner.graphed
+        assert graphed is not None
+        assert graphed.graphs.mixed_tokens == [16]
         assert run_all(graphs) == run_all(eager)
 
 

@@ -26,6 +26,7 @@ from ramet.runtime.engine.factory import make_device_grammars
 from ramet.runtime.engine.handle import RequestResult
 from ramet.runtime.models.load import LoadedModel
 from ramet.runtime.steps.logit_edits import LogitEdits
+from ramet.runtime.steps.model_runner import ModelRunner
 from ramet.runtime.steps.tree_planner import TreePlanner
 from ramet.runtime.testing.dummy import tiny_model as make_tiny_model
 from ramet.runtime.types import SamplingParams
@@ -149,23 +150,25 @@ def triton_model() -> LoadedModel:
 def make_engine(model: LoadedModel, *, graphs: bool, num_edits: int = 2) -> Engine:
     engine = Engine(model, num_kv_tokens=1024, max_running_requests=2, chunked_prefill_size=64, page_size=8)
     if graphs:
-        runner = engine._core.runner
-        runner._merge_counters = torch.zeros(2 * model.config.num_kv_heads, dtype=torch.int32)
-        runner.num_sms = 4  # few processors: rows of every length are split
-        tokenizer = model.tokenizer
+        tokenizer, given = model.tokenizer, engine._core.runner
         tokens = TokenTable.create(
             tokenizer.token_bytes, tokenizer.eos_ids, tokenizer.special_ids, tokenizer.vocab_size, "cpu"
         )
-        runner.tree = TreePlanner(
-            model.config, 8, 2, mode="on", num_sms=4, device=torch.device("cpu"), dtype=torch.float32
-        )
         arena = GrammarArena(tokens, 2, max_states=64, max_transitions=1 << 12, max_mask_rows=32)
-        runner.arena = arena
+        runner = engine._core.runner = ModelRunner(
+            model.decoder,
+            given.kv_cache,
+            given.slots,
+            device=given.device,
+            max_kv_len=given.max_kv_len,
+            arena=arena,
+            edits=LogitEdits(EditTables.create(num_edits, tokenizer.vocab_size)),
+            tree=TreePlanner(model.config, 8, 2, mode="on", num_sms=4, device=given.device, dtype=torch.float32),
+            num_sms=4,  # few processors: rows of every length are split
+        )
         engine._core.grammars = GrammarStates(
             tokenizer.vocab_size, runner.computes_run, arena=arena, device_grammars=make_device_grammars(model)
         )
-        runner.edits = LogitEdits(EditTables.create(num_edits, tokenizer.vocab_size))
-        runner.sampling = runner.tables.sampling(arena.mask_index, arena.mask_rows, runner.edits.tables)
         runner.capture_graphs(16, Record())
         engine._core.overlap = True
     return engine

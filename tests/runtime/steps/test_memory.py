@@ -109,7 +109,9 @@ def test_graphs_cost_their_shared_pool_and_what_each_adds(with_tree: bool, monke
 
     monkeypatch.setattr(factory, "read_cuda_memory", read)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    runner = SimpleNamespace(device=None, tree=object() if with_tree else None, make_graphs=lambda max_extend: graphs)
+    runner = SimpleNamespace(
+        device=None, tree=object() if with_tree else None, make_graphs=lambda max_extend: SimpleNamespace(graphs=graphs)
+    )
     size = factory.measure_graphs(cast(ModelRunner, runner), EngineConfig())
     largest_pool = (1064 if with_tree else 64) << 20
     assert size == largest_pool + (3 << 20) * len(graphs.keys(with_tree=with_tree))

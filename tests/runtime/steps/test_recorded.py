@@ -17,7 +17,7 @@ from ramet.runtime.models.context import ForwardContext
 from ramet.runtime.models.decoder import Decoder
 from ramet.runtime.models.linear_cpu import CpuFeatures
 from ramet.runtime.models.weights import Weights, expected_tensors
-from ramet.runtime.steps.recorded import RecordedSteps
+from ramet.runtime.steps.recorded import Recordings
 from ramet.runtime.testing.bare_cache import BareCache
 from ramet.runtime.testing.dummy import dummy_decoder, dummy_weights
 
@@ -74,7 +74,7 @@ class Both:
             self.eager.step([], [(row, prompt)])
             self.cache.step([], [(row, prompt)])
         assert decoder.ops.make_record is not None
-        self.steps = RecordedSteps(decoder, decoder.ops.make_record(), self.context)
+        self.steps = Recordings(decoder, decoder.ops.make_record(), self.context)
 
     def context(self, rows: torch.Tensor, inputs: DecodeInputs) -> ForwardContext:
         metadata = DecodeMetadata(inputs.kv_lens, rows, self.cache.page_table)
@@ -181,9 +181,9 @@ def test_no_step_imports_torchs_compiler() -> None:
         "from ramet.runtime.testing.dummy import tiny_model\n"
         "from ramet.runtime.types import SamplingParams\n"
         "with Engine(tiny_model(), num_kv_tokens=1024) as engine:\n"
-        "    assert engine._core.runner._recorded is not None\n"
+        "    assert engine._core.runner.recorded is not None\n"
         "    engine.generate('a', SamplingParams(max_tokens=4, ignore_eos=True))\n"
-        "    assert engine._core.runner._recorded._steps\n"
+        "    assert engine._core.runner.recorded.recordings._steps\n"
         "print([name for name in ('torch._dynamo', 'sympy') if name in sys.modules])\n"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)

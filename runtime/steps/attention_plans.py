@@ -1,0 +1,127 @@
+"""What attention is told of a step: where the keys of each row lie, how they are split, which prefixes are shared.
+
+Plans are made once a step, or once a graph; the layers of the decoder run them. The kernels and their tiles are in
+`kernels/attention/`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ramet.kernels.attention.decode import DecodeMetadata
+from ramet.kernels.attention.extend import ExtendMetadata
+from ramet.kernels.attention.plan import FIXED_SPLITS, PROGRAMS_PER_SM, AttentionTiles, choose_num_splits
+from ramet.kernels.attention.tree import TreePlan
+from ramet.runtime.models.config import ModelConfig
+from ramet.runtime.models.context import ForwardContext
+from ramet.runtime.steps.inputs import ExtendArrays, ExtendInputs
+from ramet.runtime.steps.kv_cache import KVCache
+from ramet.runtime.steps.slots import RunningSlots
+from ramet.runtime.steps.tree_planner import TreePlanner
+from ramet.runtime.types import Batch
+
+_ANY_LENGTH = 1 << 20  # as the longest of a launch: attention takes the tile of long prompts
+
+
+class AttentionPlans:
+    """Makes the plans of one engine's steps, over its KV pages and slots."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        kv_cache: KVCache,
+        slots: RunningSlots,
+        *,
+        max_kv_len: int,
+        num_sms: int | None,
+        tree: TreePlanner | None,
+        is_deterministic: bool,
+        tiles: AttentionTiles | None,
+    ) -> None:
+        """num_sms: processors of the GPU, None on a CPU. is_deterministic: a row's bits must not depend on others.
+
+        tiles: what was measured on this card.
+        """
+        assert tree is None or not is_deterministic, "what a group shares changes the order of summation"
+        self.tree = tree
+        self._model = model
+        self._kv_cache = kv_cache
+        self._page_table = slots.tables.page_table
+        self._max_kv_len = max_kv_len
+        self._num_sms = num_sms or 1
+        self._is_deterministic = is_deterministic
+        self._tiles = tiles
+        self._merge_counters: Tensor | None = None
+        if num_sms is not None:
+            num_counters = slots.num_slots * model.num_kv_heads
+            self._merge_counters = torch.zeros(num_counters, dtype=torch.int32, device=kv_cache.storage.device)
+
+    def tree_of(self, batch: Batch) -> TreePlan | None:
+        """The plan for prefixes that the decode rows of a batch share; None where plain attention is as fast."""
+        return None if self.tree is None else self.tree.update(batch.items[: batch.num_decode])
+
+    def decode(
+        self, rows: Tensor, kv_lens: Tensor, tree: TreePlan | None = None, kv_lens_host: list[int] | None = None
+    ) -> DecodeMetadata:
+        """The plan of decode rows, int32 [B] each, whose lengths may be known on the device alone."""
+        return DecodeMetadata(
+            kv_lens,
+            rows,
+            self._page_table,
+            self._num_splits(rows.numel()),
+            tree,
+            kv_lens_host,
+            self._merge_counters,
+            self._tiles,
+        )
+
+    def extend(self, sent: ExtendInputs, arrays: ExtendArrays) -> ExtendMetadata:
+        """The plan of rows with new tokens."""
+        q_lens, kv_lens = arrays.q_lens.tolist(), arrays.kv_lens.tolist()
+        return ExtendMetadata(
+            cu_seqlens_q=sent.cu_seqlens,
+            kv_lens=sent.kv_lens,
+            rows=sent.rows,
+            page_table=self._page_table,
+            max_seqlen_q=_ANY_LENGTH if self._is_deterministic else max(q_lens),
+            max_kv_len=max(kv_lens),
+            q_lens_host=q_lens,
+            kv_lens_host=kv_lens,
+            tiles=self._tiles,
+        )
+
+    def extend_in_graph(self, cu_seqlens: Tensor, kv_lens: Tensor, rows: Tensor, num_tokens: int) -> ExtendMetadata:
+        """The plan of every replay of a graph that holds `num_tokens` tokens."""
+        return ExtendMetadata(
+            cu_seqlens_q=cu_seqlens,
+            kv_lens=kv_lens,
+            rows=rows,
+            page_table=self._page_table,
+            max_seqlen_q=_ANY_LENGTH if self._is_deterministic else num_tokens,
+            max_kv_len=self._max_kv_len,
+            tiles=self._tiles,
+        )
+
+    def context(
+        self,
+        positions: Tensor,
+        kv_slots: Tensor,
+        decode: DecodeMetadata | None,
+        extend: ExtendMetadata | None = None,
+        extend_start: int | None = None,
+    ) -> ForwardContext:
+        """What the decoder reads of a step besides its tokens. extend_start: None where decode rows end."""
+        num_decode = 0 if decode is None else decode.rows.numel()
+        start = num_decode if extend_start is None else extend_start
+        return ForwardContext(positions, kv_slots, num_decode, decode, extend, self._kv_cache.layers, start)
+
+    def _num_splits(self, batch: int) -> int:
+        """Parts of a row's keys. By the padded batch, so that a row is split alike in graphs and eager steps."""
+        if self._is_deterministic:
+            return FIXED_SPLITS
+        programs, model = PROGRAMS_PER_SM, self._model
+        if self._tiles is not None and self._tiles.fit(model.head_dim, self._kv_cache.storage.dtype):
+            programs = self._tiles.decode_programs or programs
+        padded = 1 << (batch - 1).bit_length()
+        return choose_num_splits(padded, model.num_kv_heads, self._max_kv_len, self._num_sms, programs)

@@ -1,0 +1,107 @@
+"""Steps that replay a CUDA graph, sampling included: those that only decode, or have few new tokens besides.
+
+Graphs are captured at start, and kept by `cuda_graph.StepGraphs`. Not here: steps whose logits the host looks at before
+a token is chosen, scores, long prompts.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ramet.kernels.attention.tree import TreePlan
+from ramet.kernels.slots.tables import SlotTables, prepare_decode, scatter_rows
+from ramet.runtime.models.decoder import Decoder
+from ramet.runtime.steps.attention_plans import AttentionPlans
+from ramet.runtime.steps.cuda_graph import Capture, DecodeBuffers, GraphKey, MixedBuffers, MixedKey, StepGraphs
+from ramet.runtime.steps.inputs import ExtendArrays, Step
+from ramet.runtime.steps.sampler import Sampled, Sampler
+from ramet.runtime.steps.slots import RunningSlots, upload
+
+
+class GraphedSteps:
+    """Captures steps from the embedding to the slots' new states, and replays them."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        slots: RunningSlots,
+        plans: AttentionPlans,
+        sampler: Sampler,
+        page_size: int,
+        *,
+        max_extend: int,
+        capture: Capture | None = None,
+    ) -> None:
+        """max_extend: tokens of a step with prompts that a graph may hold; 0 for decode graphs alone."""
+        self._decoder = decoder
+        self._tables: SlotTables = slots.tables
+        self._plans = plans
+        self._sampler = sampler
+        self._page_size = page_size
+        bodies, device = (self._decode_body, self._mixed_body), decoder.device
+        self.graphs = StepGraphs(*bodies, slots.num_slots, slots.dummy, device, max_extend=max_extend, capture=capture)
+        # Of the rows that the last graph sampled: log-probabilities are made of them, outside of it.
+        shape = self.graphs.max_samples, decoder.config.hidden_size
+        self._hidden = torch.empty(shape, dtype=decoder.dtype, device=device)
+
+    def run(self, step: Step) -> Sampled | None:
+        """Replay the graph of a step; None where there is none for it."""
+        if step.masks is not None or step.edited is not None:
+            return None
+        tokens = self._replay_decode(step) if step.extend is None else self._replay_mixed(step, step.extend)
+        if tokens is None:
+            return None
+        if tokens.device.type != "cuda":
+            tokens = tokens.clone()  # the next replay writes them again; to a GPU's host they are copied before
+        return Sampled(tokens, lambda rows: self._decoder.logits(self._hidden.index_select(0, rows)))
+
+    def _replay_decode(self, step: Step) -> Tensor:
+        uses_tree = self._plans.tree_of(step.batch) is not None
+        return self.graphs.replay(step.decode_rows, step.new_pages, uses_tree=uses_tree)
+
+    def _replay_mixed(self, step: Step, arrays: ExtendArrays) -> Tensor | None:
+        if len(arrays.score_index):
+            return None
+        num_decode = step.batch.num_decode
+        uses_tree = num_decode > 1 and self._plans.tree_of(step.batch) is not None
+        key = self.graphs.mixed_key(num_decode, len(arrays.token_ids), len(arrays.rows), uses_tree=uses_tree)
+        if key is None:
+            return None
+        (updates,) = upload([arrays.updates], self._decoder.device)
+        scatter_rows(updates, self._tables.arena)
+        return self.graphs.replay_mixed(key, step.decode_rows, step.new_pages, arrays)
+
+    def _decode_body(self, key: GraphKey, buffers: DecodeBuffers) -> None:
+        """A step of decode rows and padding."""
+        tables, inputs = self._tables, buffers.inputs
+        columns = tables.last_token, tables.kv_len, tables.page_table
+        prepare_decode(buffers.rows, buffers.new_pages, *columns, self._page_size, inputs)
+        decode = self._plans.decode(buffers.rows, inputs.kv_lens, self._shared(uses_tree=key.uses_tree))
+        context = self._plans.context(inputs.positions, inputs.kv_slots, decode)
+        logits = self._decoder.logits(self._keep(self._decoder.forward(inputs.token_ids, context)))
+        self._sampler.choose(logits, buffers.rows, inputs.kv_lens, None, buffers.tokens)
+
+    def _mixed_body(self, key: MixedKey, buffers: MixedBuffers) -> None:
+        """A step of decode rows, new tokens and padding."""
+        tables, part = self._tables, buffers.part
+        decode = None
+        if key.num_decode:
+            rows, inputs = part("rows"), buffers.inputs
+            columns = tables.last_token, tables.kv_len, tables.page_table
+            prepare_decode(rows, part("new_pages"), *columns, self._page_size, inputs, fills_padding=False)
+            decode = self._plans.decode(rows, inputs.kv_lens, self._shared(uses_tree=key.uses_tree))
+        where = part("cu_seqlens"), part("kv_lens"), part("extend_rows")
+        extend = self._plans.extend_in_graph(*where, key.num_tokens)
+        context = self._plans.context(part("positions"), part("kv_slots"), decode, extend, extend_start=0)
+        hidden = self._decoder.forward(part("token_ids"), context)
+        logits = self._decoder.logits(self._keep(hidden.index_select(0, part("sample_index"))))
+        self._sampler.choose(logits, part("sample_rows"), part("sample_positions"), None, buffers.tokens)
+
+    def _shared(self, *, uses_tree: bool) -> TreePlan | None:
+        """The buffers of the plan for shared prefixes, which later plans are written into."""
+        return self._plans.tree.plan if uses_tree and self._plans.tree is not None else None
+
+    def _keep(self, hidden: Tensor) -> Tensor:
+        self._hidden[: hidden.shape[0]].copy_(hidden)
+        return hidden

@@ -1,0 +1,101 @@
+"""From a step's hidden states to its tokens: logits, edits and masks of the host, choice, and what slots keep of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ramet.kernels.grammar.arena import GrammarArena
+from ramet.kernels.grammar.mask import advance_states
+from ramet.kernels.sampling.logit_edits import count_tokens
+from ramet.kernels.sampling.logprobs import compute_logprobs
+from ramet.kernels.slots.tables import SlotTables, commit_decode
+from ramet.runtime.models.decoder import Decoder
+
+from ramet.runtime.steps.inputs import ExtendInputs, Step
+from ramet.runtime.steps.logit_edits import LogitEdits, apply_edits
+from ramet.runtime.steps.slots import upload
+
+_SCORE_ROWS = 512  # logits rows of one part of a scoring chunk: bounds the [rows, V] fp32 workspace
+
+
+@dataclass(slots=True)
+class Sampled:
+    """What a step gave, on the device. tokens: int32 [R] of the rows that sample. scores: fp32 [Q] that were asked for.
+
+    logits_of: makes the model's own logits of some of the R rows, by their numbers, until the next step.
+    """
+
+    tokens: Tensor
+    logits_of: Callable[[Tensor], Tensor]
+    scores: Tensor | None = None
+
+
+class Sampler:
+    """Chooses tokens, and commits them to the slots."""
+
+    def __init__(
+        self, decoder: Decoder, tables: SlotTables, arena: GrammarArena | None, edits: LogitEdits | None
+    ) -> None:
+        self._decoder = decoder
+        self._tables = tables
+        self._arena = arena
+        self._sampling = tables.sampling(
+            None if arena is None else arena.mask_index,
+            None if arena is None else arena.mask_rows,
+            None if edits is None else edits.tables,
+        )
+
+    def choose(self, logits: Tensor, slots: Tensor, positions: Tensor, mask: Tensor | None, out: Tensor) -> None:
+        """Choose a token for each row into `out`, and commit it: may be part of a CUDA graph."""
+        self._decoder.ops.sample(logits, self._sampling, slots, positions, mask, out)
+        self._commit(slots, out, positions)
+
+    def sample(self, step: Step, logits: Tensor, slots: Tensor, positions: Tensor) -> Sampled:
+        """Sample the rows of a step from their logits [R, V]; the host's edits and masks come first."""
+        edited = apply_edits(logits, step.edited) if step.edited is not None else logits
+        mask = None if step.masks is None else upload([step.masks], logits.device)[0]
+        tokens = torch.empty(slots.numel(), dtype=torch.int32, device=logits.device)
+        self.choose(edited, slots, positions, mask, tokens)
+        return Sampled(tokens, lambda rows: logits.index_select(0, rows))
+
+    def sample_extend(self, step: Step, hidden: Tensor, sent: ExtendInputs) -> Sampled:
+        """Score what was asked for, and sample the rows that sample, from the hidden states of a step's tokens."""
+        decoder, scores = self._decoder, self._score(hidden, sent)
+        if sent.sample_rows.numel() == 0:
+            return Sampled(sent.sample_rows, decoder.logits, scores)
+        logits = decoder.logits(hidden.index_select(0, sent.sample_index))
+        sampled = self.sample(step, logits, sent.sample_rows, sent.sample_positions)
+        sampled.scores = scores
+        return sampled
+
+    def warm_up_masks(self, num_rows: int, dummy_slot: int) -> None:
+        """Compile what samples beside masks of the host, which no graph has."""
+        device, vocab_size = self._decoder.device, self._decoder.config.vocab_size
+        slots = torch.full((num_rows,), dummy_slot, dtype=torch.int32, device=device)
+        logits = torch.zeros((num_rows, vocab_size), dtype=self._decoder.dtype, device=device)
+        mask = torch.full((num_rows, -(-vocab_size // 32)), -1, dtype=torch.int32, device=device)
+        self._decoder.ops.sample(logits, self._sampling, slots, torch.zeros_like(slots), mask, None)
+
+    def _commit(self, slots: Tensor, tokens: Tensor, positions: Tensor) -> None:
+        """Advance the slots' automata, which may replace a token to close a text; store and count the tokens."""
+        tables, arena = self._tables, self._arena
+        if arena is not None:
+            budgets = tables.budgets(positions)
+            advance_states(slots, tokens, tables.grammar_state, arena.automata, arena.tokens, budgets)
+        if self._sampling.edits is not None:
+            count_tokens(self._sampling.edits, slots, tokens)
+        commit_decode(slots, tokens, tables.last_token, tables.kv_len)
+
+    def _score(self, hidden: Tensor, sent: ExtendInputs) -> Tensor | None:
+        if not sent.score_index.numel():
+            return None
+        parts = []
+        for low in range(0, sent.score_index.numel(), _SCORE_ROWS):
+            index = sent.score_index[low : low + _SCORE_ROWS]
+            logits = self._decoder.logits(hidden.index_select(0, index))
+            parts.append(compute_logprobs(logits, sent.score_targets[low : low + _SCORE_ROWS], 0)[0])
+        return torch.cat(parts)
