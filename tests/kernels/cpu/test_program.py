@@ -11,6 +11,7 @@ from torch import Tensor
 from ramet.kernels.cpu.block_linear import block_linear, quantize
 from ramet.kernels.cpu.ops import cpu_ops
 from ramet.kernels.cpu.program import Pool, Stream
+from ramet.kernels.cpu.threads import release_threads
 from ramet.kernels.ops import NotRecordableError
 
 WIDTH = 64
@@ -66,8 +67,12 @@ def test_a_thread_that_records_leaves_others_alone() -> None:
     expected = chain(x.clone())
     found: list[Tensor] = []
 
+    def compute() -> None:
+        found.append(chain(x.clone()))
+        release_threads()
+
     def step() -> Tensor:
-        other = threading.Thread(target=lambda: found.append(chain(x.clone())))
+        other = threading.Thread(target=compute)
         other.start()
         other.join()
         return chain(x)
