@@ -14,7 +14,6 @@ from ramet.kernels.sampling.logit_edits import count_tokens
 from ramet.kernels.sampling.logprobs import compute_logprobs
 from ramet.kernels.slots.tables import SlotTables, commit_decode
 from ramet.runtime.models.decoder import Decoder
-
 from ramet.runtime.steps.inputs import ExtendInputs, Step
 from ramet.runtime.steps.logit_edits import LogitEdits, apply_edits
 from ramet.runtime.steps.slots import upload
