@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ramet.lang.graph import ir
 from ramet.lang.passes.paths import Count, Paths, Point
 from ramet.lang.passes.requests import run_order
 
@@ -52,16 +51,10 @@ def liveness(paths: Paths) -> Liveness:
     point_of: dict[int, Point] = {}
     order: list[int] = []
     for node in run_order(paths.graph):
-        if isinstance(node, ir.Generate):
-            if node.id in paths.twins:
-                continue
-            tips = [paths.points[node.id], paths.prompts[node.id]]
-        elif isinstance(node, ir.Select):
-            tips = [paths.points[node.id], paths.selections[node.id].before]
-        else:
+        if node.run_by != "model" or node.id in paths.twins:
             continue
         order.append(node.id)
-        for key, point in _segments(tips[0], paths):
+        for key, point in _segments(paths.points[node.id]):
             reads.setdefault(key, []).append(node.id)
             point_of.setdefault(key, point)
     found = []
@@ -74,6 +67,6 @@ def liveness(paths: Paths) -> Liveness:
     return Liveness(tuple(found), tuple(order))
 
 
-def _segments(tip: Point, paths: Paths) -> list[tuple[int, Point]]:
+def _segments(tip: Point) -> list[tuple[int, Point]]:
     """The points of a path that hold tokens, by the position at their end: equal on branches that share them."""
     return [(point.position, point) for point in tip.chain() if point.items]

@@ -24,11 +24,10 @@ from ramet.errors import RametError, RequestCancelled
 from ramet.lang.graph import ir
 from ramet.lang.graph.options import Deadline, ProgramOptions
 from ramet.lang.graph.run import GraphRun, NodeRun, OnEvent
-from ramet.runtime.programs.dead_branches import TakesHints, dead_branches
+from ramet.runtime.programs.cache_hints import CacheHints
 from ramet.runtime.programs.engine import Handle, HasDeviceGrammars, ProgramEngine, ProgramModel, Work
 from ramet.runtime.programs.generation import Generation
 from ramet.runtime.programs.grammars import ProgramGrammars
-from ramet.runtime.programs.next_use import Hint, NextUses, TakesNextUse
 from ramet.runtime.programs.path import Path, PieceEncoder
 from ramet.runtime.programs.selection import Selection
 from ramet.runtime.programs.shared_nodes import SharedRequests
@@ -92,13 +91,10 @@ class ProgramExecutor:
         self._paths: dict[int, Path] = {}  # read where a node is done
         self._grammars: dict[int, Grammar] = {}
         self._at_engine: dict[int, _AtEngine] = {}
-        self._released: list[int] = []  # nodes whose sequences have ended, not yet hinted at
-        self._next_uses = None
-        if isinstance(host.engine, TakesNextUse):
-            self._next_uses = NextUses(self._graph.nodes, self._path_of)
+        self._hints = CacheHints(host.engine, options.cache_salt, self._graph.nodes, self._path_of)
         self._is_pumping = False
         self._is_complete = False
-        self._is_let_go = False
+        self._has_told_end = False  # to the cache
         self._lock = threading.RLock()
 
     def extend(self, graph: ir.Graph, *, is_last: bool = False) -> None:
@@ -109,9 +105,8 @@ class ProgramExecutor:
         with self._lock:
             self._index.add(graph, is_bound=True)
             added = self._graph.extend(graph)
-            if self._next_uses is not None:
-                for run in added:
-                    self._next_uses.added(run.node)
+            for run in added:
+                self._hints.added(run.node)
         for run in added:
             self._ask_for_grammar(run)
         self._pump()
@@ -138,13 +133,21 @@ class ProgramExecutor:
         """No more parts will come."""
         with self._lock:
             self._is_complete = True
-        self._let_go()
+        self._tell_end()
 
     @property
     def is_over(self) -> bool:
         """True when no more parts will come, and every node is done or failed."""
         with self._lock:
             return self._is_complete and self._graph.is_over
+
+    def _tell_end(self) -> None:
+        """When the program is over: tell the cache, once."""
+        with self._lock:
+            if not self.is_over or self._has_told_end:
+                return
+            self._has_told_end = True
+        self._hints.program_ended()
 
     # Starting nodes. One thread at a time, without the lock.
 
@@ -165,8 +168,10 @@ class ProgramExecutor:
                 handle.cancel()
             if run is not None:
                 self._start(run)
-        self._hint_next_uses()
-        self._let_go()
+        with self._lock:
+            hints = [] if self._has_told_end else self._hints.take(self._host.num_ended)
+        self._hints.give(hints)
+        self._tell_end()
 
     def _start(self, run: NodeRun) -> None:
         """Start a node. It fails alone, whatever is raised; who reads it gets that as the cause."""
@@ -298,7 +303,7 @@ class ProgramExecutor:
             if judged is None or run.is_over:
                 return
             self._host.count_ended()
-            self._released.append(run.node.id)
+            self._hints.ended(run.node.id)
             self._done(run, judged, path)
 
     def _take_handles(self, run: NodeRun) -> list[Handle]:
@@ -324,36 +329,6 @@ class ProgramExecutor:
             self._pump()
 
         self._host.grammars.get(run.node.constraint).add_done_callback(on_grammar)
-
-    # Hints to the cache.
-
-    def _hint_next_uses(self) -> None:
-        """Tell the cache which prefixes will be read again, though nothing holds them."""
-        with self._lock:
-            released, self._released = self._released, []
-            if self._next_uses is None or self._is_let_go:
-                return
-            hints = [hint for node in released for hint in self._next_uses.released(node, self._host.num_ended)]
-        self._give_hints(hints)
-
-    def _let_go(self) -> None:
-        """When the program is over: tell the cache which branches nobody will read again."""
-        with self._lock:
-            if not self.is_over or self._is_let_go:
-                return
-            self._is_let_go = True
-            hints = [] if self._next_uses is None else self._next_uses.clear()
-        self._give_hints(hints)
-        engine = self._host.engine
-        if isinstance(engine, TakesHints):
-            for tokens, num_live in dead_branches(self._index.nodes, self._path_of):
-                engine.mark_dead(tokens, self._options.cache_salt, num_live)
-
-    def _give_hints(self, hints: Sequence[Hint]) -> None:
-        engine = self._host.engine
-        if isinstance(engine, TakesNextUse):
-            for tokens, when in hints:
-                engine.set_next_use(tokens, when, self._options.cache_salt)
 
 
 def _has_grammar(node: ir.AnyNode) -> bool:

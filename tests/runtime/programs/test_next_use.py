@@ -11,7 +11,7 @@ import pytest
 from ramet import Engine, MockBackend, State, function, gen
 from ramet.lang.backends.in_process import EngineBackend
 from ramet.runtime.models.load import LoadedModel
-from ramet.runtime.programs.next_use import TakesNextUse
+from ramet.runtime.programs.cache_hints import TakesNextUse
 
 
 @pytest.fixture

@@ -1,0 +1,162 @@
+"""What a program tells the cache: which tokens it will read again, and which nobody will. No result depends on it.
+
+*Next use*: a branch whose next generation waits for another branch, a join or a tool has its prefix in the cache alone,
+because no sequence holds it. The graph says that it will be read, and how many requests come before. The cache keeps
+it in favour of tokens without a later use. Time is counted in requests that the host's programs have ended.
+
+*Dead branches*: what the program went on with to its end may be the beginning of the next one (a conversation); a
+branch that was joined, judged or given up is not.
+
+Not here: what the cache does with a hint.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol, runtime_checkable
+
+from ramet.lang.graph import ir
+from ramet.lang.graph.run import NodeRun
+from ramet.runtime.programs.path import Path
+
+MAX_EXAMINED = 64  # nodes looked at for one answer: this runs on the engine's thread
+MAX_HINTS = 256  # next uses of one program at a time
+MAX_DEAD_TOKENS = 1 << 20  # of one program: the hints are made on the engine's thread
+
+NextUse = tuple[list[int], float]  # tokens, and the time at which they are read next; inf: never
+
+
+@runtime_checkable
+class TakesNextUse(Protocol):
+    """An engine that wants to know what is read again."""
+
+    def set_next_use(self, tokens: list[int], next_use: float, cache_salt: str = "") -> None: ...
+
+
+@runtime_checkable
+class TakesDead(Protocol):
+    """An engine that wants to know what nobody reads again."""
+
+    def mark_dead(self, tokens: list[int], cache_salt: str = "", num_live: int = 0) -> None: ...
+
+
+class CacheHints:
+    """The hints of one program. Its executor calls `added`, `ended` and `take` under its lock, the others without."""
+
+    def __init__(
+        self, engine: object, cache_salt: str, runs: Sequence[NodeRun], path_of: Callable[[int], Path]
+    ) -> None:
+        """`runs`: of all nodes so far, by id; they grow and change as the program runs."""
+        self._next_use = engine if isinstance(engine, TakesNextUse) else None
+        self._dead = engine if isinstance(engine, TakesDead) else None
+        self._salt, self._runs, self._path_of = cache_salt, runs, path_of
+        self._children: dict[int, list[int]] = {}
+        self._ended: list[int] = []
+        self._hinted: dict[int, NextUse] = {}  # node whose path is hinted
+
+    def added(self, node: ir.AnyNode) -> None:
+        """The program has one more node."""
+        if self._next_use is not None and node.parent is not None and not isinstance(node, ir.Join | ir.Capture):
+            self._children.setdefault(node.parent, []).append(node.id)
+
+    def ended(self, node: int) -> None:
+        """No sequence holds the path of this node any more."""
+        if self._next_use is not None:
+            self._ended.append(node)
+
+    def take(self, now: float) -> list[NextUse]:
+        """What has changed since the last time, for `give`."""
+        ended, self._ended = self._ended, []
+        return [hint for node in ended for hint in self._changes(node, now)]
+
+    def give(self, hints: Sequence[NextUse]) -> None:
+        """Tell the engine."""
+        if self._next_use is not None:
+            for tokens, when in hints:
+                self._next_use.set_next_use(tokens, when, self._salt)
+
+    def program_ended(self) -> None:
+        """Take back every next use, and tell the engine which branches are dead. The last call."""
+        self.give(self._none())
+        if self._dead is not None:
+            nodes = [run.node for run in self._runs]
+            for tokens, num_live in dead_branches(nodes, self._path_of):
+                self._dead.mark_dead(tokens, self._salt, num_live)
+
+    def _changes(self, node: int, now: float) -> list[NextUse]:
+        """Next uses of a node's path, and of those that it branched from."""
+        found: list[NextUse] = []
+        if any(self._is_over(one) for one in self._hinted):
+            found = self._none()
+            self._hinted = {one: hint for one, hint in self._hinted.items() if not self._is_over(one)}
+            found += self._hinted.values()
+        at: int | None = node
+        for _ in range(MAX_EXAMINED):
+            if at is None or len(self._hinted) >= MAX_HINTS:
+                break
+            waiting = None if at in self._hinted else self._waiting_below(at)
+            tokens = self._path_of(at).token_ids() if waiting is not None else []
+            if waiting is not None and tokens:
+                hint = (tokens, now + self._num_before(waiting))
+                self._hinted[at] = hint
+                found.append(hint)
+            at = self._runs[at].node.parent
+        return found
+
+    def _none(self) -> list[NextUse]:
+        """Hints that take back all of those given."""
+        return [(tokens, math.inf) for tokens, _ in self._hinted.values()]
+
+    def _is_over(self, node: int) -> bool:
+        """Nothing waits behind a hinted node any more."""
+        return self._waiting_below(node) is None
+
+    def _waiting_below(self, node: int) -> NodeRun | None:
+        """A node behind `node` that waits for something else than `node`, with nothing running in between."""
+        stack = [node]
+        for _ in range(MAX_EXAMINED):
+            if not stack:
+                return None
+            for child in self._children.get(stack.pop(), ())[:MAX_EXAMINED]:
+                run = self._runs[child]
+                if run.status == "waiting":
+                    return run
+                if run.status == "done" and not run.node.is_border:
+                    stack.append(child)
+        return None
+
+    def _num_before(self, waiting: NodeRun) -> int:
+        """How many requests must end before a node can run, as far as it was looked."""
+        count, stack, seen = 1, [waiting.node.id], {waiting.node.id}
+        while stack and len(seen) < MAX_EXAMINED:
+            for used in ir.dependencies(self._runs[stack.pop()].node):
+                if used not in seen and not self._runs[used].is_over:
+                    seen.add(used)
+                    stack.append(used)
+                    count += self._runs[used].node.run_by == "model"
+        return count
+
+
+def dead_branches(nodes: Sequence[ir.AnyNode], path_of: Callable[[int], Path]) -> Iterator[tuple[list[int], int]]:
+    """The tokens of every branch that is dead, and how many of them are not: those before it left the main one."""
+    main: set[int] = set()
+    at = nodes[-1].id if nodes else None
+    while at is not None:
+        main.add(at)
+        at = nodes[at].parent
+    inner = {node.parent for node in nodes}
+    left = MAX_DEAD_TOKENS
+    for node in nodes:
+        if node.id in inner or node.id in main or node.parent is None:
+            continue
+        at = node.id
+        while at is not None and at not in main:
+            at = nodes[at].parent
+        num_live = 0 if at is None else path_of(at).length
+        tokens = path_of(node.id).token_ids()
+        left -= len(tokens)
+        if left < 0:
+            return
+        if len(tokens) > num_live:
+            yield tokens, num_live
