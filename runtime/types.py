@@ -110,12 +110,9 @@ class RequestOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         if self.deadline_s is not None and not _is_seconds(self.deadline_s):
             raise wrong_option("deadline_s", self.deadline_s, "a finite number of seconds, or None")
 
-
-def changed_options(options: RequestOptions | None, changes: dict[str, Any]) -> RequestOptions:
-    """The options with these fields changed. Raises InvalidRequest, and TypeError for an unknown field."""
-    if options is None:
-        return RequestOptions(**changes)
-    return msgspec.structs.replace(options, **changes) if changes else options
+    def changed(self, values: dict[str, Any]) -> RequestOptions:  # Any: checked as at birth
+        """A copy with other values. Raises InvalidRequest, and TypeError for an unknown field."""
+        return msgspec.structs.replace(self, **values) if values else self
 
 
 def wrong_option(name: str, value: object, limit: str) -> InvalidRequest:
@@ -136,6 +133,9 @@ def _is_text(value: object) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+NO_OPTIONS = RequestOptions()
 
 
 @dataclass(frozen=True, slots=True, eq=False)

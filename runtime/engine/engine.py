@@ -30,6 +30,7 @@ from ramet.runtime.engine.validation import RequestBorder
 from ramet.runtime.models.load import LoadedModel
 from ramet.runtime.text.detokenizer import Detokenizer, StopStringScanner
 from ramet.runtime.types import (
+    NO_OPTIONS,
     FinishReason,
     Grammar,
     Request,
@@ -39,7 +40,6 @@ from ramet.runtime.types import (
     Sequence,
     TokenIds,
     Usage,
-    changed_options,
 )
 
 logger = logging.getLogger(__name__)
@@ -118,7 +118,7 @@ class Engine:
         self,
         prompt: str | list[int] | TokenIds,
         sampling: SamplingParams | None = None,
-        options: RequestOptions | None = None,
+        options: RequestOptions = NO_OPTIONS,
         *,
         grammar: Grammar | None = None,
         request_id: str | None = None,
@@ -138,7 +138,7 @@ class Engine:
         request = self._border.make(
             prompt,
             sampling or SamplingParams(),
-            changed_options(options, changes),
+            options.changed(changes),
             grammar=grammar,
             request_id=request_id,
         )

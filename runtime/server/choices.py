@@ -21,7 +21,7 @@ from ramet.runtime.server.link.protocol import Output, Submit
 from ramet.runtime.server.link.proxy import EngineProxy
 from ramet.runtime.server.sampling_fields import seed_of_choice
 from ramet.runtime.text.detokenizer import Detokenizer, StopStringScanner
-from ramet.runtime.types import RequestOptions, SamplingParams
+from ramet.runtime.types import NO_OPTIONS, RequestOptions, SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class Job:
     sampling: SamplingParams
     constraint: Constraint | None = None
     constraint_field: str | None = None
-    options: RequestOptions = RequestOptions()  # noqa: RUF009 - frozen
+    options: RequestOptions = NO_OPTIONS
     reasoning: FreeReasoning | None = None
     shown_bytes: Sequence[bytes] | None = None
     is_whole: bool = False

@@ -25,13 +25,13 @@ from ramet.errors import ContextOverflow, EmptyPrompt, EngineStopped
 from ramet.runtime.cache.probe import Difference, trie_differences
 from ramet.runtime.testing.byte_tokenizer import ByteTokenizer
 from ramet.runtime.types import (
+    NO_OPTIONS,
     FinishReason,
     Grammar,
     RequestOptions,
     RequestOutput,
     SamplingParams,
     Usage,
-    changed_options,
 )
 
 Script = Mapping[str, "str | Sequence[str]"] | Sequence[str] | Callable[[str], "str | None"] | None
@@ -161,7 +161,7 @@ class ScriptedEngine:
         self,
         prompt: str | Sequence[int],
         sampling: SamplingParams | None = None,
-        options: RequestOptions | None = None,
+        options: RequestOptions = NO_OPTIONS,
         *,
         grammar: Grammar | None = None,
         request_id: str | None = None,
@@ -175,7 +175,7 @@ class ScriptedEngine:
         if len(tokens) >= self.context_length:
             raise ContextOverflow(f"the prompt has {len(tokens)} tokens but the context is {self.context_length}")
         handle = ScriptedHandle(self, request_id or f"scripted-{next(self._ids)}", on_output)
-        params, options = sampling or SamplingParams(), changed_options(options, changes)
+        params, options = sampling or SamplingParams(), options.changed(changes)
         with self._changed:
             if self._is_stopped:
                 raise EngineStopped("the scripted engine was shut down")

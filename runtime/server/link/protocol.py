@@ -12,7 +12,7 @@ import msgspec
 from ramet import errors
 from ramet.errors import InvalidRequest, Overloaded, RametError
 from ramet.lang.graph.ir import Constraint, NodeEvent
-from ramet.runtime.types import RequestOptions, SamplingParams
+from ramet.runtime.types import NO_OPTIONS, RequestOptions, SamplingParams
 
 T = TypeVar("T")
 
@@ -35,7 +35,7 @@ class Submit(msgspec.Struct, frozen=True, tag="submit", omit_defaults=True):
     prompt_ids: list[int]
     sampling: SamplingParams
     constraint: Constraint | None = None
-    options: RequestOptions = RequestOptions()
+    options: RequestOptions = NO_OPTIONS
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):

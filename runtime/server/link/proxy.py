@@ -338,11 +338,9 @@ class EngineProxy:
             if stream is not None:
                 if report.finish_reason is not None:
                     del self._streams[report.id]
-                now_s = time.monotonic()
-                if stream.heard_s is not None and report.token_ids and self._watcher is not None:
-                    self._watcher.note_gap(now_s - stream.heard_s)
-                stream.heard_s = now_s
-                stream.push(report)
+                gap_s = stream.push(report)
+                if gap_s is not None and report.token_ids and self._watcher is not None:
+                    self._watcher.note_gap(gap_s)
         elif isinstance(report, ProgramEvent | ProgramEnd):
             program = self._programs.get(report.id)
             if program is not None:

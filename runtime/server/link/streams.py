@@ -6,6 +6,7 @@ Backpressure: what a reader has not taken yet is merged into one increment, so a
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 
@@ -28,15 +29,20 @@ class OutputStream:
         self._pending: Output | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._is_over = False
-        self.heard_s: float | None = None  # time.monotonic() of the last increment
+        self._heard_s: float | None = None  # time.monotonic() of the last increment
 
-    def push(self, output: Output) -> None:
+    def push(self, output: Output) -> float | None:
+        """Take in an increment; returns the seconds since the one before, None for the first."""
+        now_s = time.monotonic()
+        gap_s = None if self._heard_s is None else now_s - self._heard_s
+        self._heard_s = now_s
         if self._pending is None:
             self._pending = output
         else:
             self._pending.absorb(output)
         if self._waiter is not None and not self._waiter.done() and self._is_due(self._pending):
             self._waiter.set_result(None)
+        return gap_s
 
     def _is_due(self, pending: Output) -> bool:
         return not self._is_whole or pending.finish_reason is not None

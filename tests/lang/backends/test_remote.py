@@ -31,7 +31,7 @@ from ramet.errors import (
 from ramet.lang.graph.ir import Graph, Text
 from ramet.runtime.models.load import LoadedModel
 from ramet.runtime.testing.scripted_model import ScriptedEngine, ScriptedHandle
-from ramet.runtime.types import RequestOptions, SamplingParams
+from ramet.runtime.types import NO_OPTIONS, RequestOptions, SamplingParams
 
 PROGRAMS = sorted((Path(__file__).resolve().parents[3] / "examples" / "programs").glob("*.py"))
 Serve = Callable[..., AbstractContextManager[Any]]
@@ -70,10 +70,10 @@ class RecordingEngine(ScriptedEngine):
         self,
         prompt: str | Sequence[int],
         sampling: SamplingParams | None = None,
-        options: RequestOptions | None = None,
+        options: RequestOptions = NO_OPTIONS,
         **more: Any,
     ) -> ScriptedHandle:
-        self.prompts.append((tuple(prompt), None if options is None else options.score_from))
+        self.prompts.append((tuple(prompt), options.score_from))
         return super().submit(prompt, sampling, options, **more)
 
 

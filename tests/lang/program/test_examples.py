@@ -16,7 +16,7 @@ import pytest
 from ramet import Function, MockBackend, State, use_backend
 from ramet.lang.graph.ir import Generate, Select
 from ramet.runtime.testing.scripted_model import ScriptedEngine, ScriptedHandle
-from ramet.runtime.types import RequestOptions, SamplingParams
+from ramet.runtime.types import NO_OPTIONS, RequestOptions, SamplingParams
 
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
 PROGRAMS = sorted((EXAMPLES / "programs").glob("*.py"))
@@ -50,11 +50,11 @@ class RecordingEngine(ScriptedEngine):
         self,
         prompt: str | Sequence[int],
         sampling: SamplingParams | None = None,
-        options: RequestOptions | None = None,
+        options: RequestOptions = NO_OPTIONS,
         **more: Any,
     ) -> ScriptedHandle:
         self.prompts: list[tuple[Any, ...]] = getattr(self, "prompts", [])
-        self.prompts.append((tuple(prompt), None if options is None else options.score_from))
+        self.prompts.append((tuple(prompt), options.score_from))
         return super().submit(prompt, sampling, options, **more)
 
 

@@ -19,7 +19,7 @@ from ramet.lang.graph.ir import Graph
 from ramet.lang.program.compiled import Compiled
 from ramet.runtime.models.load import LoadedModel
 from ramet.runtime.testing.scripted_model import ScriptedEngine, ScriptedHandle
-from ramet.runtime.types import RequestOptions, SamplingParams
+from ramet.runtime.types import NO_OPTIONS, RequestOptions, SamplingParams
 
 Step = tuple[str, Any]
 
@@ -161,10 +161,9 @@ class RecordingEngine(ScriptedEngine):
         self,
         prompt: str | Sequence[int],
         sampling: SamplingParams | None = None,
-        options: RequestOptions | None = None,
+        options: RequestOptions = NO_OPTIONS,
         **more: Any,
     ) -> ScriptedHandle:
-        assert options is not None
         self.prompts[
             tuple(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt), options.score_from
         ] += 1

@@ -26,7 +26,7 @@ from ramet.errors import (
 )
 from ramet.runtime.engine.engine import Engine
 from ramet.runtime.models.load import LoadedModel
-from ramet.runtime.types import FinishReason, RequestOutput, SamplingParams
+from ramet.runtime.types import FinishReason, RequestOptions, RequestOutput, SamplingParams
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
 
@@ -161,6 +161,15 @@ def test_result_times_out_and_the_request_goes_on(engine: Engine) -> None:
         ("x", {"sampling": SamplingParams(logit_bias={999: 1.0})}, InvalidSampling, "logit_bias names token 999"),
         ("x", {"sampling": SamplingParams(stop_token_ids=(999,))}, InvalidSampling, "stop_token_ids"),
         ("xyz", {"score_from": 9}, InvalidRequest, r"score_from is 9 but must be in \[1, 3\]"),
+        ("x", {"priority": "high"}, InvalidRequest, "priority is 'high', but must be an integer up to 2147483647"),
+        ("x", {"priority": True}, InvalidRequest, "priority is True"),
+        ("x", {"priority": 2**31}, InvalidRequest, "priority is 2147483648"),
+        ("x", {"cache_salt": "\ud83d"}, InvalidRequest, "but must be text that UTF-8 can write"),
+        ("x", {"cache_salt": None}, InvalidRequest, "cache_salt is None"),
+        ("x", {"program_id": 3}, InvalidRequest, "program_id is 3, but must be text, or None"),
+        ("x", {"request_id": 3}, InvalidRequest, "request_id is 3, but must be text, or None"),
+        ("x", {"deadline_s": float("nan")}, InvalidRequest, "deadline_s is nan, but must be a finite number"),
+        ("x", {"deadline_sec": 1.0}, TypeError, "deadline_sec"),
     ],
 )
 def test_bad_requests_are_refused_by_name_and_value(
@@ -334,6 +343,16 @@ def test_flushing_the_cache_makes_the_next_run_cold(engine: Engine) -> None:
     engine.generate("flush me please", GREEDY)
     assert engine.flush_cache() > 0
     assert engine.generate("flush me please", GREEDY).usage.cached_tokens == 0
+
+
+def test_options_may_come_as_one_struct_or_by_name(engine: Engine) -> None:
+    options = RequestOptions(cache_salt="carol", priority=3)
+    engine.submit("a prompt for the cache", GREEDY, options).result()
+    warm = engine.submit("a prompt for the cache", GREEDY, cache_salt="carol").result()
+    assert warm.usage.cached_tokens > 0
+    other = engine.submit("a prompt for the cache", GREEDY, options, cache_salt="dave").result()
+    assert other.usage.cached_tokens == 0, "a name given beside the struct changes that field"
+    assert options == RequestOptions(cache_salt="carol", priority=3)
 
 
 def test_cache_salts_do_not_share_prefixes(engine: Engine) -> None:
