@@ -11,7 +11,6 @@ sent before. Nothing here runs anything.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Protocol, Self, TypeAlias
 
@@ -226,9 +225,8 @@ class Select(Node, frozen=True, tag="select"):
             return "has an empty choice"
         if len(set(self.choices)) < len(self.choices):
             return "has the same choice twice"
-        if not (math.isfinite(self.temperature) and 0 <= self.temperature <= 100):
-            return f"has bad sampling: temperature is {self.temperature}, but must be in [0, 100]"
-        return None
+        problem = sampling_problem(Sampling(temperature=self.temperature))
+        return problem and f"has bad sampling: {problem}"
 
 
 class Fork(Node, frozen=True, tag="fork"):

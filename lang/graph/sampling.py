@@ -60,6 +60,11 @@ class SamplingField:
         limit = self.limit or f"in {'(' if self.is_open else '['}{self.low}, {self.high}]"
         return f"{self.name} is {value!r} but must be {limit}"
 
+    def check(self, value: Any) -> None:  # Any: as above
+        """Raises InvalidSampling where a value that is not None does not hold."""
+        if not self.holds(value):
+            raise InvalidSampling(self.problem(value), param=self.name)
+
 
 _TABLE = (
     SamplingField("max_tokens", "int", 1, limit="an integer >= 1, or None", takes_none=True, native="max_new_tokens"),

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ramet.errors import InvalidRequest, InvalidSampling
+from ramet.errors import InvalidRequest
 from ramet.lang.graph.checks import Check
 from ramet.lang.graph.ir import MAX_RETRIES, SCORERS, Constraint
-from ramet.lang.graph.sampling import to_sampling
+from ramet.lang.graph.sampling import FIELDS, to_sampling
 from ramet.lang.recording.generations import Gen, SelectExpr
 from ramet.lang.recording.recorder import Appendable, RoleExpr
 from ramet.lang.running.output_types import choice, json_schema, output_type
@@ -111,11 +111,9 @@ def select(
     """
     if choices is None or isinstance(choices, str) or not (choices := tuple(choices)):
         raise InvalidRequest(f"select needs a list of choices, not {choices!r}", param="choices")
-    is_number = isinstance(temperature, int | float) and not isinstance(temperature, bool)
-    if not is_number or not 0 <= temperature <= 100:
-        raise InvalidSampling(f"temperature is {temperature!r}, but must be in [0, 100]", param="temperature")
-    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
-        raise InvalidSampling(f"seed is {seed!r}, but must be an integer, or None", param="seed")
+    FIELDS["temperature"].check(temperature)
+    if seed is not None:
+        FIELDS["seed"].check(seed)
     if scorer not in SCORERS:
         raise InvalidRequest(f"scorer is {scorer!r}, but must be one of {', '.join(SCORERS)}", param="scorer")
     for one in choices:
