@@ -10,9 +10,10 @@ generation is (generations.py), tool calls (tool_loop.py).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 from ramet.errors import InvalidProgram, RametError
@@ -108,32 +109,24 @@ class Recorder:
         run: Run,
         tip: int | None = None,
         *,
-        sampling: ir.Sampling = ir.Sampling(),  # noqa: B008 - frozen
-        variables: dict[str, Any] | None = None,
-        origin: Recorder | None = None,
         place: tuple[int, ...] = (),
+        variables: Mapping[str, Any] = MappingProxyType({}),
+        counts: Mapping[str, int] = MappingProxyType({}),
+        role: str | None = None,
+        tools: tuple[Tool, ...] = (),
+        sampling: ir.Sampling = ir.Sampling(),  # noqa: B008 - frozen
     ) -> None:
-        """`origin`: the branch that this one was forked from; it goes on with all that was written there."""
         self.run = run
         self.tip = tip
         self.place = place
-        self.variables: dict[str, Any] = variables if variables is not None else {}
+        self.variables = dict(variables)
+        self.counts = dict(counts)
+        self.role = role
+        self.tools = tools
         self.sampling = sampling
-        self.role: str | None = None
-        self.tools: tuple[Tool, ...] = ()
-        self.counts: dict[str, int] = {}
         self._late: tuple[LateText, ...] = ()
         self._num_forks = 0
         self._num_generated = 0
-        if origin is not None:
-            self.sampling = origin.sampling
-            self._go_on_as(origin)
-
-    def _go_on_as(self, other: Recorder) -> None:
-        self.variables = dict(other.variables)
-        self.counts = dict(other.counts)
-        self.role = other.role
-        self.tools = other.tools
 
     @property
     def program(self) -> str:
@@ -347,10 +340,18 @@ class Recorder:
             raise InvalidProgram("the program has ended; its state can't be forked", program=self.program)
         self.record_late()
         self._num_forks += 1
-        tips = self.run.record_fork(self.tip, width)
         return [
-            Recorder(self.run, tip, origin=self, place=(*self.place, self._num_forks, index))
-            for index, tip in enumerate(tips)
+            Recorder(
+                self.run,
+                tip,
+                place=(*self.place, self._num_forks, index),
+                variables=self.variables,
+                counts=self.counts,
+                role=self.role,
+                tools=self.tools,
+                sampling=self.sampling,
+            )
+            for index, tip in enumerate(self.run.record_fork(self.tip, width))
         ]
 
     def join(self, branches: Sequence[Recorder], mode: str) -> None:
@@ -387,7 +388,10 @@ class Recorder:
             raise InvalidProgram("a state can only go on as one of its own branches, and only from where it was forked")
         branch.record_late()
         self.tip = branch.tip
-        self._go_on_as(branch)
+        self.variables = dict(branch.variables)
+        self.counts = dict(branch.counts)
+        self.role = branch.role
+        self.tools = branch.tools
 
     def own_nodes(self) -> list[int]:
         """The nodes of this branch since it was forked, its Fork first."""
