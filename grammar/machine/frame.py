@@ -87,7 +87,7 @@ class Frame(ABC):
     does not know that text, asks `resolve`; a run over bytes that really come asks `resolve_text`.
     text: of a frame with memory, what was read in it before this instance; `remember` gives the instance for more text.
     loop_key: names the mask of the table's loop state, for frames of different grammars that all have the same one (see
-    Vocabulary.loops); None where the mask belongs to this grammar alone.
+    Vocabulary.loop); None where the mask belongs to this grammar alone.
     """
 
     table: FrameTable

@@ -96,10 +96,7 @@ class MaskMaker:
         key = self.machine.frames[packed >> LOCAL_BITS].loop_key
         if key is None:
             return self._walked_loop(packed)
-        loops = self.vocabulary.loops
-        if key not in loops:
-            loops[key] = self._walked_loop(packed)
-        return loops[key]
+        return self.vocabulary.loop(key, lambda: self._walked_loop(packed))
 
     def _walked_loop(self, packed: int) -> Walked:
         """All plain tokens are allowed; another token is allowed where the rest of it after its plain text is."""

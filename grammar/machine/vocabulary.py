@@ -9,7 +9,7 @@ from __future__ import annotations
 import bisect
 import hashlib
 import re
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -43,8 +43,7 @@ class Vocabulary:
         self.special_ids = frozenset(special_ids) | frozenset(self.eos_ids)
         self.vocab_size = max(len(self.token_bytes), vocab_size or 0, *(e + 1 for e in self.eos_ids), 1)
         self.num_words = num_words(self.vocab_size)
-        # masks of loop states that are the same in all grammars, by Frame.loop_key, with the tokens that must be run
-        self.loops: dict[Hashable, tuple[NDArray[np.int32], list[int]]] = {}
+        self._loops: dict[Hashable, tuple[NDArray[np.int32], list[int]]] = {}
         self._by_prefix: dict[bytes, list[int]] = {}
         self._plain_rows: dict[tuple[int, int], NDArray[np.int32]] = {}
         self._rest_tries: dict[tuple[int, int], TextTrie] = {}
@@ -193,6 +192,18 @@ class Vocabulary:
         """The content tokens with a quote, a line each; what is a line's end in them stands as a null byte."""
         texts = (self.token_bytes[i] for i in self.content_tokens)
         return b"\n".join(t.replace(b"\n", b"\0") for t in texts if b'"' in t)
+
+    def loop(
+        self, key: Hashable, make: Callable[[], tuple[NDArray[np.int32], list[int]]]
+    ) -> tuple[NDArray[np.int32], list[int]]:
+        """The mask of a loop state that is the same in all grammars, and the tokens that must be run from there.
+
+        key: see Frame.loop_key. make: gives them when they are first asked for.
+        """
+        found = self._loops.get(key)
+        if found is None:
+            found = self._loops[key] = make()
+        return found
 
     def tokens_with_prefix(self, prefix: bytes) -> list[int]:
         """Content tokens that begin with these bytes; kept for the texts asked."""

@@ -146,7 +146,7 @@ def _add_tag(builder: TextBuilder, state: int, tag: Tag, later: int) -> None:
     if tag.end:
         after = builder.new()
         builder.lead(after, tag.end, later)
-    builder.gaps[state] = Gap(tag.schema, after)
+    builder.put(state, Gap(tag.schema, after))
 
 
 def _free_text(triggers: Sequence[str]) -> tuple[NDArray[np.int32], NDArray[np.bool_], list[int]]:

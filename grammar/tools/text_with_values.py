@@ -95,6 +95,10 @@ class TextBuilder:
         edges[data[-1]] = to
         return True
 
+    def put(self, state: int, gap: Gap) -> None:
+        """Let a value stand where the text comes to a state."""
+        self.gaps[state] = gap
+
     def end_at(self, state: int) -> None:
         """Let the text end in a state."""
         self._accepting[state] = True

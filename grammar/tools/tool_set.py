@@ -87,7 +87,8 @@ def tools_text(tool_set: ToolSet) -> TextWithValues:
     names: dict[ir.JsonSchema, str] = {}
     if tool_set.answer is not None:
         answer = ir.JsonSchema(tool_set.answer, tool_set.json_options)
-        builder.gaps.update({state: Gap(answer, after) for state, after in values.items()})
+        for state, after in values.items():
+            builder.put(state, Gap(answer, after))
         names[answer] = "the answer"
     if marked is None:
         return builder.build(names=names)
@@ -135,7 +136,7 @@ def _add_calls(builder: TextBuilder, marked: int, tool_set: ToolSet, schemas: Ma
     while True:
         after_value = builder.new()
         for tool, schema in schemas.items():
-            builder.gaps[builder.spell(name, tool + layout.before_arguments)] = Gap(schema, after_value)
+            builder.put(builder.spell(name, tool + layout.before_arguments), Gap(schema, after_value))
         end = builder.spell(after_value, layout.after_arguments)
         builder.end_at(builder.spell(end, layout.end))
         again = layout.separator + layout.before_name
