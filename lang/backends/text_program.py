@@ -145,10 +145,9 @@ class _TextProgram:
         if node.type == "tools":
             raise NotSupported("this endpoint can't constrain text to tool calls; use Engine or Remote")
         prompt = self._prompt(node)
-        sampling = ir.retry_sampling(node.sampling, len(run.attempts))
-        if not self._graph.reserve(run, sampling.max_tokens):
+        sampling = self._graph.within_budget(run, ir.retry_sampling(node.sampling, len(run.attempts)))
+        if sampling is None:
             return
-        sampling = msgspec.structs.replace(sampling, max_tokens=run.reserved or sampling.max_tokens)
         asked = msgspec.structs.replace(node, sampling=sampling)
         on_text = (lambda text: self._graph.say(run, text)) if self._graph.tells_text(run) else None
         written = await self._writer.write(prompt, asked, self._graph.deadline, on_text)

@@ -90,9 +90,10 @@ def explain_rows(traced: Sequence[RunRecord], target: Target) -> Explanation:
 
 
 def explain_on_server(graph: ir.Graph, program: str, target: Target) -> dict[str, Any]:  # Any: JSON
-    """The plan as plain data, by a server's own tokenizer: exact where the graph's arguments are given.
+    """The plan of a graph without its function, by a server's own tokenizer (`POST /v1/programs/explain`).
 
-    A staged program's later parts can't be in it. Raises InvalidProgram.
+    It is exact where the graph's arguments are given; a staged program's later parts can't be in it. Raises
+    InvalidProgram.
     """
     ir.GraphIndex().add(graph)
     unbound = ir.Graph(graph.nodes) if any(isinstance(node, ir.Argument) for node in graph.nodes) else None

@@ -79,16 +79,17 @@ class Scope(Protocol):
 class Node(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True, kw_only=True, tag_field="kind"):
     """What all nodes have, and what holds of a kind of nodes that says nothing else.
 
-    A new kind is a class here and a member of AnyNode; passes and runtimes ask a node, not for its class, wherever the
-    answer is one of those below. `line` is `file:line` of the source that recorded it.
+    A new kind is a class here and a member of AnyNode. Passes and runtimes look at what a node says of itself below,
+    and at its class only where they do something that one kind alone needs. `line` is `file:line` of the source that
+    recorded it.
     """
 
     id: int
     parent: int | None = None
     line: str = ""
 
-    # Who works the node out: whoever runs the graph, with `evaluate`; a model; the caller, whom `evaluate` says what
-    # it is asked for.
+    # Who gives the result: whoever runs the graph, by `evaluate`; a model; or the caller of the program, who is asked
+    # for it with what `evaluate` returns.
     run_by: ClassVar[Literal["runner", "model", "caller"]] = "runner"
     has_value: ClassVar[bool] = False  # which other nodes may use
     takes_failures: ClassVar[bool] = False  # runs when the nodes that it needs are over, though they failed
@@ -122,7 +123,7 @@ class Node(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_field
         return None
 
     def evaluate(self, scope: Scope) -> NodeResult:
-        """What comes of a node that no model runs. Raises what goes wrong, which fails the node."""
+        """What comes of a node that no model runs. Whatever it raises fails the node."""
         return NodeResult()
 
 

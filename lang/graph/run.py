@@ -15,18 +15,20 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import msgspec
 
 from ramet.errors import CheckFailed, ProgramCancelled, RametError
 from ramet.lang.graph import ir
 from ramet.lang.graph.options import Deadline, ProgramOptions
+from ramet.lang.graph.sampling import Sampling, SamplingParams
 
 logger = logging.getLogger(__name__)
 
 PROMPT_TAIL = 200  # characters of the prompt shown in errors
 
+S = TypeVar("S", Sampling, SamplingParams)
 OnEvent: TypeAlias = Callable[[ir.NodeEvent], None]
 Mark: TypeAlias = Callable[[Sequence[ir.AnyNode], ir.Role | ir.Tools], str]
 
@@ -77,7 +79,7 @@ class GraphRun:
         """Make a run without nodes; `extend` adds them.
 
         `on_event` must be quick; what it raises is logged. `mark` says what a message's border looks like, given the
-        nodes before it on its branch. `is_held`: nodes that wait for `release`, too.
+        nodes before it on its branch. A node for which `is_held` is true waits for `release`, too.
         """
         self.nodes: list[NodeRun] = []
         self._graph_nodes: list[ir.AnyNode] = []
@@ -125,9 +127,9 @@ class GraphRun:
         return stopped
 
     def evaluate(self, run: NodeRun) -> ir.NodeResult | None:
-        """Work out a node that needs neither a model nor the caller; of a tool's call, ask the caller for it.
+        """Work out a node, or ask the caller for the result of a tool's call.
 
-        None: the result comes from elsewhere. Changes nothing. Raises what goes wrong, which fails the node.
+        None: a model or the caller gives the result. Raises whatever goes wrong; the driver reports it with `failed`.
         """
         if run.node.run_by == "model":
             return None
@@ -242,26 +244,27 @@ class GraphRun:
             run.is_held = False
             self._satisfy(run)
 
-    def reserve(self, run: NodeRun, wanted: int | None) -> bool:
-        """Take a generation's part of the budget, up to `wanted` tokens: `run.reserved`, 0 where there is no budget.
+    def within_budget(self, run: NodeRun, sampling: S) -> S | None:
+        """The sampling of a generation with no more tokens than the budget leaves; the node holds them until it ends.
 
-        False: nothing is left now; the node is ready again when another one gives some back.
+        None: nothing is left now, and the node is ready again when another one gives some back.
 
         Raises:
             RametError: nothing is left, and nobody will give anything back.
         """
         if self._budget_left is None:
-            return True
+            return sampling
         if self._budget_left <= 0:
             if not self._num_reserved:
                 raise RametError(f"the program's token budget of {self.options.token_budget} is used up")
             run.status = "ready"
             self._over_budget.append(run)
-            return False
-        run.reserved = min(wanted or self._budget_left, self._budget_left)
+            return None
+        run.reserved = min(sampling.max_tokens or self._budget_left, self._budget_left)
         self._budget_left -= run.reserved
         self._num_reserved += 1
-        return True
+        min_tokens = None if sampling.min_tokens is None else min(sampling.min_tokens, run.reserved)
+        return msgspec.structs.replace(sampling, max_tokens=run.reserved, min_tokens=min_tokens)
 
     # The rules.
 

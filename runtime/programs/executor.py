@@ -18,8 +18,6 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 from ramet.errors import RametError, RequestCancelled
 from ramet.lang.graph import ir
 from ramet.lang.graph.options import Deadline, ProgramOptions
@@ -228,7 +226,8 @@ class ProgramExecutor:
         request = at.work.requests[index]
         sampling: SamplingParams | None = request.sampling
         if request.score_from is None:
-            sampling = self._within_budget(run, request.sampling)
+            with self._lock:
+                sampling = self._graph.within_budget(run, request.sampling)
         if sampling is None:
             return
         left_s = self._graph.deadline.left_s()
@@ -252,16 +251,6 @@ class ProgramExecutor:
                 at.handles.append(handle)
                 return
         handle.cancel()
-
-    def _within_budget(self, run: NodeRun, sampling: SamplingParams) -> SamplingParams | None:
-        """With the tokens that the budget leaves; None where the node is put off."""
-        with self._lock:
-            if not self._graph.reserve(run, sampling.max_tokens):
-                return None
-            if not run.reserved:
-                return sampling
-            min_tokens = min(sampling.min_tokens, run.reserved)
-            return msgspec.structs.replace(sampling, max_tokens=run.reserved, min_tokens=min_tokens)
 
     def _take_in(self, run: NodeRun, at: _AtEngine, index: int, output: RequestOutput) -> None:
         """An output, on the engine's thread, which nothing that goes wrong in a program may break."""

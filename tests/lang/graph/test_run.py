@@ -101,33 +101,44 @@ def test_what_is_held_starts_when_it_is_released_and_the_rest_is_there() -> None
     assert driven.started() == [1]
 
 
+def limit(driven: Driven, run: NodeRun, max_tokens: int | None) -> int | None:
+    """Tokens that a generation may write within the budget."""
+    found = driven.run.within_budget(run, ir.Sampling(max_tokens=max_tokens))
+    return None if found is None else found.max_tokens
+
+
 def test_a_budget_puts_generations_off_until_others_give_some_back() -> None:
     driven = Driven(*gens(3), token_budget=10)
     first, second, third = driven.take()
-    assert driven.run.reserve(first, 8)
-    assert driven.run.reserve(second, 8)
-    assert not driven.run.reserve(third, 8)
-    assert (first.reserved, second.reserved) == (8, 2)
+    assert limit(driven, first, 8) == 8
+    assert limit(driven, second, 8) == 2
+    assert limit(driven, third, 8) is None
     driven.done(0, num_tokens=3)
     assert driven.started() == [2]
-    assert driven.run.reserve(third, None)
-    assert third.reserved == 5
+    assert limit(driven, third, None) == 5
     driven.done(1, num_tokens=2)
     driven.done(2, num_tokens=5)
     driven.run.extend(ir.Graph((ir.Generate(id=3),), first=3))
     (last,) = driven.take()
     with pytest.raises(RametError, match="token budget of 10 is used up"):
-        driven.run.reserve(last, 1)
+        limit(driven, last, 1)
+
+
+def test_a_budget_lowers_the_fewest_tokens_too_and_none_leaves_sampling_as_it_is() -> None:
+    sampling = ir.Sampling(max_tokens=9, min_tokens=6)
+    for budget, expected in ((4, ir.Sampling(max_tokens=4, min_tokens=4)), (None, sampling)):
+        driven = Driven(*gens(1), token_budget=budget)
+        (run,) = driven.take()
+        assert driven.run.within_budget(run, sampling) == expected
 
 
 def test_a_text_that_fails_its_checks_is_tried_again_and_its_tokens_count() -> None:
     driven = Driven(*gens(1, checks=(length(3),), retries=1), token_budget=10, text_events=True)
     (run,) = driven.take()
-    assert driven.run.reserve(run, 9)
+    assert limit(driven, run, 9) == 9
     assert driven.run.judge(run, ir.NodeResult("no", usage=ir.Usage(5, 0, 4))) is None
     assert driven.started() == [0]
-    assert driven.run.reserve(run, 9)
-    assert run.reserved == 6
+    assert limit(driven, run, 9) == 6
     result = driven.run.judge(run, ir.NodeResult("yes", usage=ir.Usage(5, 5, 2)))
     assert result is not None
     driven.run.done(run, result)
