@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from msgspec.structs import replace
 
@@ -61,14 +60,6 @@ def name_prompt(error: InvalidRequest, field: str) -> InvalidRequest:
     if error.param == "prompt":
         error.param = field
     return error
-
-
-class Increments(Protocol):
-    """What `merged` merges: increments to iterate once, and how to abort them."""
-
-    def __aiter__(self) -> AsyncGenerator[Output, None]: ...
-
-    def close(self) -> None: ...
 
 
 class ChoiceStream:
@@ -185,7 +176,7 @@ class _ShownText:
         return self._scanner.flush(text) if is_last else self._scanner.push(text)[0]
 
 
-async def merged(choices: Sequence[Increments]) -> AsyncGenerator[tuple[int, Output], None]:
+async def merged(choices: Sequence[ChoiceStream]) -> AsyncGenerator[tuple[int, Output], None]:
     """(index, increment) of all choices as they come; closes them all at the end, or when one of them fails.
 
     A slow reader holds at most a few increments here: the rest waits, merged, where it comes from.
@@ -207,13 +198,12 @@ async def merged(choices: Sequence[Increments]) -> AsyncGenerator[tuple[int, Out
             num_left -= item.finish_reason is not None
             yield index, item
     finally:
-        for choice in choices:
-            choice.close()
+        close_all(choices)
         for task in tasks:
             task.cancel()
 
 
-async def _pump(index: int, choice: Increments, queue: asyncio.Queue[tuple[int, Output | Exception]]) -> None:
+async def _pump(index: int, choice: ChoiceStream, queue: asyncio.Queue[tuple[int, Output | Exception]]) -> None:
     try:
         async with contextlib.aclosing(aiter(choice)) as outputs:
             async for output in outputs:
@@ -222,18 +212,33 @@ async def _pump(index: int, choice: Increments, queue: asyncio.Queue[tuple[int, 
         await queue.put((index, error))
 
 
-def submit_all(proxy: EngineProxy, jobs: Sequence[tuple[Job, int]], prefix: str) -> tuple[str, list[ChoiceStream]]:
-    """Send one request for each (job, seed offset). Returns (id of the answer, its choices).
-
-    Raises: as `EngineProxy.submit`, with nothing left in flight.
-    """
-    answer_id = proxy.new_id(prefix)
+def submit_all(proxy: EngineProxy, jobs: Sequence[tuple[Job, int]], answer_id: str) -> list[ChoiceStream]:
+    """Send one request for each (job, seed offset). Raises: as `EngineProxy.submit`, with nothing left in flight."""
     choices: list[ChoiceStream] = []
     try:
         for number, (job, index) in enumerate(jobs):
-            choices.append(ChoiceStream(proxy, answer_id if number == 0 else f"{answer_id}-{number}", job, index))
+            choices.append(ChoiceStream(proxy, choice_id(answer_id, number), job, index))
     except BaseException:
-        for choice in choices:
-            choice.close()
+        close_all(choices)
         raise
-    return answer_id, choices
+    return choices
+
+
+def close_all(choices: Sequence[ChoiceStream]) -> None:
+    """Abort what is in flight."""
+    for choice in choices:
+        choice.close()
+
+
+def choice_id(answer_id: str, number: int) -> str:
+    """The engine's id of an answer's choice; the first choice has the answer's own."""
+    return answer_id if number == 0 else f"{answer_id}-{number}"
+
+
+async def prompt_logprobs(proxy: EngineProxy, request_id: str, job: Job, first: int) -> list[float]:
+    """Log-probabilities of a job's prompt tokens from number `first` on, which is at least 1; nothing is generated."""
+    options = replace(job.options, score_from=first)
+    output = await proxy.submit(
+        Submit(request_id, job.prompt_ids, SamplingParams(max_tokens=1), None, options)
+    ).collect()
+    return output.prompt_logprobs or []

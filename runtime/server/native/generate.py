@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal, cast
 
-import msgspec
 from msgspec import UNSET, UnsetType
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ramet.errors import GrammarError
-from ramet.runtime.server.choices import merged
+from ramet.runtime.server.choices import Job, choice_id, close_all, merged, prompt_logprobs, submit_all
 from ramet.runtime.server.errors import HttpError
-from ramet.runtime.server.link.protocol import Output, Submit
-from ramet.runtime.server.link.streams import OutputStream
+from ramet.runtime.server.link.protocol import Output
 from ramet.runtime.server.logprobs import finite, token_text
-from ramet.runtime.server.native.bodies import MAX_PROMPTS, GenerateBody, NativeSampling
+from ramet.runtime.server.native.bodies import MAX_PROMPTS, GenerateBody
 from ramet.runtime.server.responses import DONE, AnswerStruct, EventStream, LastEvent, collected, event
 from ramet.runtime.server.routing import Endpoint
-from ramet.runtime.server.sampling_fields import seed_of_choice
 from ramet.runtime.server.served_model import ServedModel
-from ramet.runtime.types import RequestOptions, SamplingParams
+from ramet.runtime.types import RequestOptions
 
 FinishType = Literal["stop", "length", "abort", "error"]
 Scored = tuple[float | None, int, str | None]  # log-probability, token, its text where that is asked for
@@ -74,38 +70,6 @@ def generate_endpoints(served: ServedModel) -> list[Endpoint]:
     return [post, replace(post, method="PUT", is_listed=False)]
 
 
-@dataclass(frozen=True, slots=True)
-class Item:
-    """One answer that is asked for.
-
-    `field`: the body's field with its constraint. `first_scored`: where the scores of its prompt begin, if asked for.
-    """
-
-    command: Submit
-    field: str | None
-    first_scored: int | None
-
-
-class ItemStream:
-    """An item's increments, with errors of its constraint as HTTP errors. Iterate it once; `close` aborts it."""
-
-    def __init__(self, stream: OutputStream, field: str | None) -> None:
-        self._stream = stream
-        self._field = field
-
-    def close(self) -> None:
-        self._stream.close()
-
-    async def __aiter__(self) -> AsyncGenerator[Output, None]:
-        try:
-            async for output in self._stream:
-                yield output
-        except GrammarError as error:
-            raise HttpError(400, f"{self._field}: {error}", param=self._field, code="invalid_grammar") from None
-        finally:
-            self.close()
-
-
 class GenerateEndpoint:
     """Answers /generate for one server."""
 
@@ -114,19 +78,21 @@ class GenerateEndpoint:
 
     async def answer(self, request: Request, body: GenerateBody) -> Response | Generated | list[Generated]:
         """Continue texts or token ids."""
-        salt, size = self._served.cache_salt(request, body.cache_salt), len(await request.body())
-        items = await self._served.compute(size, self._items, body, salt)
-        prompt_logprobs = [await self._scored(item) for item in items]
-        generations = self._submit(items, is_whole=not body.stream)
-        answer = GenerateAnswer(self._served, body, items, prompt_logprobs)
+        proxy, salt = self._served.proxy, self._served.cache_salt(request, body.cache_salt)
+        jobs = await self._served.compute(len(await request.body()), self._jobs, body, salt)
+        answer_id = body.rid or proxy.new_id("generate")
+        scores = [await self._scored(body, job, choice_id(answer_id, n)) for n, (job, _) in enumerate(jobs)]
+        choices = submit_all(proxy, jobs, answer_id)
+        answer = GenerateAnswer(self._served, body, [job.prompt_ids for job, _ in jobs], scores)
         if body.stream:
-            return EventStream(answer.events(merged(generations)), lambda: _close(generations), DONE)
-        for index, output in await collected(request, merged(generations)):
+            return EventStream(answer.events(merged(choices)), lambda: close_all(choices), DONE)
+        for index, output in await collected(request, merged(choices)):
             answer.take(index, output)
-        results = [answer.result(index, is_whole=True) for index in range(len(items))]
+        results = [answer.result(index, is_whole=True) for index in range(len(jobs))]
         return results if answer.is_list else results[0]
 
-    def _items(self, body: GenerateBody, salt: str) -> list[Item]:
+    def _jobs(self, body: GenerateBody, salt: str) -> list[tuple[Job, int]]:
+        """(job, seed offset) of every answer that is asked for."""
         prompts = self._prompts(body)
         given = body.sampling_params
         if isinstance(given, list) and len(given) != len(prompts):
@@ -136,31 +102,16 @@ class GenerateEndpoint:
                 param="sampling_params",
             )
         all_sampling = given if isinstance(given, list) else [given] * len(prompts)
-        items: list[Item] = []
-        first_id = body.rid or self._served.proxy.new_id("generate")
+        options = RequestOptions(cache_salt=salt, priority=body.priority, deadline_s=body.timeout_s)
+        jobs: list[tuple[Job, int]] = []
         for ids, sampling in zip(prompts, all_sampling, strict=True):
-            for index in range(sampling.n):
-                request_id = first_id if not items else f"{first_id}-{len(items)}"
-                items.append(self._item(body, ids, sampling, index, request_id, salt))
-        if len(items) > self._served.config.max_in_flight:
-            raise HttpError(400, f"{len(items)} answers are too many for one request", param="sampling_params.n")
-        return items
-
-    def _item(
-        self, body: GenerateBody, ids: list[int], sampling: NativeSampling, index: int, request_id: str, salt: str
-    ) -> Item:
-        params = sampling.params(body.top_logprobs_num if body.return_logprob else None)
-        params = msgspec.structs.replace(params, seed=seed_of_choice(params.seed, index))
-        name, constraint = sampling.constraint(self._served.config.max_schema_bytes) or (None, None)
-        command = Submit(
-            request_id,
-            ids,
-            params,
-            constraint,
-            RequestOptions(cache_salt=salt, priority=body.priority, deadline_s=body.timeout_s),
-        )
-        scores = body.return_logprob and 0 <= body.logprob_start_len < len(ids)
-        return Item(command, name, body.logprob_start_len if scores else None)
+            params = sampling.params(body.top_logprobs_num if body.return_logprob else None)
+            field, constraint = sampling.constraint(self._served.config.max_schema_bytes) or (None, None)
+            job = Job(ids, params, constraint, field, options, is_whole=not body.stream)
+            jobs += [(job, index) for index in range(sampling.n)]
+        if len(jobs) > self._served.config.max_in_flight:
+            raise HttpError(400, f"{len(jobs)} answers are too many for one request", param="sampling_params.n")
+        return jobs
 
     def _prompts(self, body: GenerateBody) -> list[list[int]]:
         if (body.text is None) == (body.input_ids is None):
@@ -188,38 +139,19 @@ class GenerateEndpoint:
                 raise HttpError(400, f"{name} has no tokens; give at least one", param=name)
         return prompts
 
-    async def _scored(self, item: Item) -> list[float | None] | None:
-        """Log-probabilities of the prompt's tokens from `first_scored` on; the very first token has none."""
-        if item.first_scored is None:
+    async def _scored(self, body: GenerateBody, job: Job, request_id: str) -> list[float | None] | None:
+        """Log-probabilities of the prompt's tokens from `logprob_start_len` on, where they are asked for.
+
+        The very first token has none.
+        """
+        start, count = body.logprob_start_len, len(job.prompt_ids)
+        if not (body.return_logprob and 0 <= start < count):
             return None
-        first, command = max(item.first_scored, 1), item.command
-        head: list[float | None] = [None] * (first - item.first_scored)
-        if first >= len(command.prompt_ids):
+        first = max(start, 1)
+        head: list[float | None] = [None] * (first - start)
+        if first >= count:
             return head
-        scoring = Submit(
-            f"{command.id}-score",
-            command.prompt_ids,
-            SamplingParams(max_tokens=1),
-            options=msgspec.structs.replace(command.options, score_from=first),
-        )
-        output = await self._served.proxy.submit(scoring).collect()
-        return [*head, *(output.prompt_logprobs or ())]
-
-    def _submit(self, items: Sequence[Item], *, is_whole: bool) -> list[ItemStream]:
-        generations: list[ItemStream] = []
-        try:
-            for item in items:
-                stream = self._served.proxy.submit(item.command, is_whole=is_whole)
-                generations.append(ItemStream(stream, item.field))
-        except BaseException:
-            _close(generations)
-            raise
-        return generations
-
-
-def _close(generations: Sequence[ItemStream]) -> None:
-    for generation in generations:
-        generation.close()
+        return [*head, *await prompt_logprobs(self._served.proxy, f"{request_id}-score", job, first)]
 
 
 class GenerateAnswer:
@@ -229,14 +161,15 @@ class GenerateAnswer:
         self,
         served: ServedModel,
         body: GenerateBody,
-        items: Sequence[Item],
+        prompts: Sequence[list[int]],
         prompt_logprobs: Sequence[list[float | None] | None],
     ) -> None:
+        """`prompts` and `prompt_logprobs`: of each answer; None where no scores are asked for."""
         self._served = served
         self._body = body
-        self._items = items
+        self._prompts = prompts
         self._prompt_logprobs = prompt_logprobs
-        self._sums: list[Output | None] = [None] * len(items)
+        self._sums: list[Output | None] = [None] * len(prompts)
         self._is_cumulative = body.cumulative or not body.stream
 
     @property
@@ -244,7 +177,7 @@ class GenerateAnswer:
         several = isinstance(self._body.text, list) or bool(
             self._body.input_ids and isinstance(self._body.input_ids[0], list)
         )
-        return several or len(self._items) > 1
+        return several or len(self._prompts) > 1
 
     def take(self, index: int, output: Output) -> None:
         known = self._sums[index]
@@ -290,10 +223,9 @@ class GenerateAnswer:
         values, ids = output.logprobs or [], output.token_ids
         meta.output_token_logprobs = [self._entry(p, t) for p, t in zip(values, ids, strict=False)]
         meta.output_top_logprobs = [[self._entry(p, t) for t, p in top] for top in output.top_logprobs or []]
-        scores, item = self._prompt_logprobs[index], self._items[index]
+        scores = self._prompt_logprobs[index]
         if is_whole and scores is not None:
-            assert item.first_scored is not None
-            scored = item.command.prompt_ids[item.first_scored :]
+            scored = self._prompts[index][self._body.logprob_start_len :]
             meta.input_token_logprobs = [self._entry(p, t) for p, t in zip(scores, scored, strict=True)]
 
     def _entry(self, logprob: float | None, token: int) -> Scored:

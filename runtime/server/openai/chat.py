@@ -17,7 +17,7 @@ from starlette.responses import Response
 
 from ramet.errors import InvalidRequest
 from ramet.lang.graph.ir import Constraint
-from ramet.runtime.server.choices import ChoiceStream, FreeReasoning, Job, merged, name_prompt, submit_all
+from ramet.runtime.server.choices import ChoiceStream, FreeReasoning, Job, close_all, merged, name_prompt, submit_all
 from ramet.runtime.server.errors import HttpError
 from ramet.runtime.server.link.protocol import Output
 from ramet.runtime.server.openai.answers import (
@@ -115,7 +115,8 @@ class ChatEndpoint:
         except InvalidRequest as error:
             raise name_prompt(error, "messages") from None
         num = body.n or 1
-        answer_id, choices = submit_all(self._served.proxy, [(plan.job, index) for index in range(num)], "chatcmpl")
+        answer_id = self._served.proxy.new_id("chatcmpl")
+        choices = submit_all(self._served.proxy, [(plan.job, index) for index in range(num)], answer_id)
         answer = ChatAnswer(self._served, plan, answer_id, choices, self.remember)
         if body.stream:
             return EventStream(answer.events(merged(choices)), answer.close, DONE)
@@ -370,8 +371,7 @@ class ChatAnswer:
         ]
 
     def close(self) -> None:
-        for choice in self._choices:
-            choice.close()
+        close_all(self._choices)
 
     def take(self, index: int, output: Output) -> list[Json]:
         """Take in an increment; returns the deltas that it settles."""

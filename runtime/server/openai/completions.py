@@ -13,9 +13,9 @@ from msgspec import UNSET, UnsetType
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ramet.runtime.server.choices import Job, merged, submit_all
+from ramet.runtime.server.choices import Job, close_all, merged, prompt_logprobs, submit_all
 from ramet.runtime.server.errors import HttpError
-from ramet.runtime.server.link.protocol import Output, Submit
+from ramet.runtime.server.link.protocol import Output
 from ramet.runtime.server.logprobs import finite, token_bytes, token_text
 from ramet.runtime.server.openai.answers import (
     Completion,
@@ -33,7 +33,7 @@ from ramet.runtime.server.sampling_fields import asks_constraint, constraint_of,
 from ramet.runtime.server.served_model import ServedModel
 from ramet.runtime.text.detokenizer import Detokenizer
 from ramet.runtime.text.tokenizer import Tokenizer
-from ramet.runtime.types import RequestOptions, SamplingParams
+from ramet.runtime.types import RequestOptions
 
 DEFAULT_MAX_TOKENS = 16
 
@@ -179,10 +179,8 @@ class CompletionAnswer:
         self._created = int(time.time())
         self._jobs = [(job, index) for job in jobs for index in range(num)]
         self._is_generated = is_generated
-        if is_generated:
-            self._id, self._choices = submit_all(served.proxy, self._jobs, "cmpl")
-        else:
-            self._id, self._choices = served.proxy.new_id("cmpl"), []
+        self._id = served.proxy.new_id("cmpl")
+        self._choices = submit_all(served.proxy, self._jobs, self._id) if is_generated else []
         count = len(prompts) * num
         self._texts: list[list[str]] = [[] for _ in range(count)]
         self._ids: list[list[int]] = [[] for _ in range(count)]
@@ -190,8 +188,7 @@ class CompletionAnswer:
         self._logprobs = [LogprobLists(served.tokenizer) if body.logprobs is not None else None for _ in range(count)]
 
     def close(self) -> None:
-        for choice in self._choices:
-            choice.close()
+        close_all(self._choices)
 
     async def outputs(self) -> AsyncGenerator[tuple[int, Output], None]:
         """Increments; with echo each choice begins with its prompt, scored where log-probabilities are asked for."""
@@ -215,14 +212,8 @@ class CompletionAnswer:
         output = Output(self._id, len(prompt.ids), 0, 0, text=prompt.text, token_ids=prompt.ids)
         if self._body.logprobs is not None and len(prompt.ids) > 1:
             job = self._jobs[number * self._num][0]
-            command = Submit(
-                f"{self._id}-score-{number}",
-                prompt.ids,
-                SamplingParams(max_tokens=1),
-                options=msgspec.structs.replace(job.options, score_from=1),
-            )
-            scored = await self._served.proxy.submit(command).collect()
-            output.prompt_logprobs = scored.prompt_logprobs
+            request_id = f"{self._id}-score-{number}"
+            output.prompt_logprobs = await prompt_logprobs(self._served.proxy, request_id, job, 1)
         return output
 
     def take(self, index: int, output: Output) -> None:
