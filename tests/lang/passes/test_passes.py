@@ -203,7 +203,8 @@ def test_rows_that_begin_alike_are_put_next_to_each_other() -> None:
         s += f"Read this: {document}. {question} " + gen("answer")
 
     rows = [("cat", "Who?"), ("dog", "Who?"), ("cat", "Why?"), ("dog", "Why?")]
-    graphs = [program._trace(program._split(row, {}), is_symbolic=False).graph for row in rows]
+    with MockBackend() as backend:
+        graphs = [program.run(*row, backend=backend).record.graph for row in rows]
     found = batch_prefixes(graphs, TARGET)
     assert found.common == len("Read this: ")
     assert found.order == (0, 2, 1, 3)
