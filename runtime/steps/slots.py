@@ -78,10 +78,9 @@ def _join_triples(sequence: Sequence, slot: int, state: int, edit_row: int) -> l
     request = sequence.request
     params = request.sampling
     low, high = split_seed(request.seed)
-    values: dict[str, float] = {
+    values = {
         "grammar_state": state,
         "edit_row": edit_row,
-        **{name: getattr(params, name) for name in GREEDY_SLOT},
         "seed_low": low,
         "seed_high": high,
         "error": 0,
@@ -89,7 +88,9 @@ def _join_triples(sequence: Sequence, slot: int, state: int, edit_row: int) -> l
         "close_at": 0 if request.grammar is None else request.num_prompt + request.max_tokens,
         "end_token": 1 + min(request.stop_ids) if request.stop_ids else 0,
     }
-    return [(slot, COLUMNS[name], column_bits(name, value)) for name, value in values.items()]
+    triples = [(slot, COLUMNS[name], value) for name, value in values.items()]
+    triples += [(slot, COLUMNS[name], column_bits(name, getattr(params, name))) for name in GREEDY_SLOT]
+    return triples
 
 
 def upload(sections: Seq[NDArray[np.int32]], device: torch.device) -> list[Tensor]:
