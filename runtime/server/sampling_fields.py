@@ -1,7 +1,8 @@
-"""The fields that /v1/chat/completions and /v1/completions share: how tokens are chosen, and what a text must match.
+"""What bodies say of how tokens are chosen, read off the table of sampling values, and of what a text must match.
 
-Names are OpenAI's, then SGLang's and vLLM's where those two agree with themselves. A field with no effect here is not
-declared, so that it is refused by name; `validation.REFUSED` says why for the known ones.
+`SamplingFields` is what /v1/chat/completions and /v1/completions share; /generate takes the values alone. Names are
+OpenAI's, then SGLang's and vLLM's where those two agree with themselves. A field with no effect here is not declared,
+so that it is refused by name; `validation.REFUSED` says why for the known ones.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ def _json_type(field: SamplingField) -> Any:  # Any: a type, or Annotated with w
     """How a body writes a value. Ranges of floats are left to SamplingParams, whose errors name them, too."""
     if field.name == "top_k":
         return Annotated[int, Field(ge=-1, le=MAX_INT32, description="0 or -1: off")]
+    if field.name == "max_tokens":
+        return Annotated[int, Field(ge=1, le=MAX_INT32, description="null: to the end of the context")]
     if field.name == "seed":
         return Annotated[int, Field(ge=-(2**63), le=2**63 - 1, description="choice i is drawn with seed + i")]
     if field.kind == "int":

@@ -75,7 +75,7 @@ class GenerateBody(Strict):
     )
     return_logprob: bool = False
     logprob_start_len: int = Field(default=-1, ge=-1, le=MAX_INT32)
-    top_logprobs_num: int = Field(default=0, ge=0, le=64)
+    top_logprobs_num: int = Field(default=0, ge=0, le=int(FIELDS["logprobs"].high))
     return_text_in_logprobs: bool = False
     priority: int = Field(default=0, ge=-100, le=2**31 - 1, description="lower values run first")
     cache_salt: str = Field(default="", max_length=200)
