@@ -1,6 +1,7 @@
-"""One run of a program: records nodes, submits what is recorded when a value is needed, and collects the results.
+"""One run of a program: records nodes, submits what is recorded when a value is needed, and reads what came of it.
 
-Shared by all states of the run. The program's own thread records; events come from the backend's threads.
+All branches of the program share the run. The program's own threads record; events come from the backend's threads.
+Not here: who waits for which event (outcomes.py), how a branch is written down (lang/recording).
 """
 
 from __future__ import annotations
@@ -30,7 +31,11 @@ _GRACE_S = 0.5  # that a backend has, past a deadline, to say which nodes it end
 
 
 class Run:
-    """Records, submits, waits. Owner: the call of a program that made it."""
+    """The nodes of one run, and what is known of them. Owner: the call of a program that made it.
+
+    `nodes`: what is recorded; `index`: what of it is submitted. `stages`: where a value was needed. `parent`: the run
+    of the program around this one, if it was started inside of another.
+    """
 
     def __init__(
         self,
@@ -44,7 +49,11 @@ class Run:
         graph: ir.Graph | None = None,
         placeholders: Placeholders | None = None,
     ) -> None:
-        """`graph`: recorded before, with its arguments; then `placeholders` are those of texts made with it."""
+        """`stage_always`: wait after each generation. `keep_events`: for listeners that come later.
+
+        `graph`: nodes that were recorded before (of a compiled program), with its arguments; `placeholders`: those that
+        stand in texts which were made then.
+        """
         self.options = options
         self.seed = seed
         self.stage_always = stage_always

@@ -41,7 +41,8 @@ class Source(ABC):
 
     @property
     @abstractmethod
-    def is_text(self) -> bool: ...
+    def is_text(self) -> bool:
+        """True where the value is a text: adding another text to it makes a text, and reads nothing."""
 
     @abstractmethod
     def format(self, spec: str) -> str:
@@ -61,7 +62,7 @@ class Source(ABC):
 
     @abstractmethod
     def shown(self) -> str:
-        """What repr() of the value is."""
+        """What `repr()` of the value returns."""
 
 
 class NodeSource(Source):
