@@ -2,7 +2,8 @@
 
 Only a closed automaton can: one whose states are all known. `close` visits them, up to a limit; `prepare` finds for
 each state the way to the end of the text, and which states share a mask. Whoever compiles a grammar calls `close` on a
-thread of its own, so that the engine's thread only has to copy the tables. All other grammars are masked by the host.
+thread of its own, so that the engine's thread only has to copy the tables (`acquire`). All other grammars are masked by
+the host.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import weakref
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from ramet.errors import GrammarTooLarge
+from ramet.kernels.grammar.arena import GrammarArena
 from ramet.kernels.grammar.closing import TokenTrie, closing_table
 from ramet.kernels.grammar.mask import AutomatonTables, mask_classes
 from ramet.runtime.types import Grammar
@@ -28,9 +31,16 @@ MAX_TRANSITIONS = 4_000_000
 
 
 class DeviceGrammars:
-    """Prepares grammars of one vocabulary for an arena. Thread-safe; keeps tables as long as their grammar."""
+    """The grammars of one vocabulary for one arena. Keeps tables as long as their grammar.
 
-    def __init__(self, token_bytes: Sequence[bytes], end_ids: Iterable[int], special_ids: Iterable[int]) -> None:
+    `close` and `prepare` may be called on any thread. The arena, and with it `acquire` and `release`, belongs to the
+    engine's thread.
+    """
+
+    def __init__(
+        self, arena: GrammarArena, token_bytes: Sequence[bytes], end_ids: Iterable[int], special_ids: Iterable[int]
+    ) -> None:
+        self.arena = arena
         self._token_bytes = token_bytes
         self._never = frozenset(end_ids) | frozenset(special_ids)
         self._longest = max(map(len, token_bytes), default=1)
@@ -50,6 +60,24 @@ class DeviceGrammars:
             self._open.add(grammar)
         logger.debug("closing a grammar: %s, %.3f s", tables is not None, time.monotonic() - start_s)
         return tables is not None
+
+    def acquire(self, grammar: Grammar) -> int | None:
+        """Copy a grammar to the device, or find it there, for one more sequence. `release` it in the end.
+
+        Returns the arena's number of the grammar's state 0; None where the grammar is not closed, or has no room.
+        """
+        tables = self.prepare(grammar)
+        if tables is None:
+            return None
+        try:
+            return self.arena.acquire(grammar, tables)
+        except GrammarTooLarge as error:
+            logger.info("the host computes the masks of a grammar: %s", error)
+            return None
+
+    def release(self, grammar: Grammar) -> None:
+        """A sequence needs the grammar no more."""
+        self.arena.release(grammar)
 
     def prepare(self, grammar: Grammar) -> AutomatonTables | None:
         """A closed grammar's tables, with ways to the end and classes of masks; None where it is open or too large."""

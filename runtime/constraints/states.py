@@ -10,21 +10,17 @@ limited. Beside them, a text's tokens are walked once where its sequence joins a
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ramet.errors import GrammarTooLarge
 from ramet.kernels.grammar.arena import FREE_STATE, GrammarArena
 from ramet.runtime.constraints.device_grammars import DeviceGrammars
 from ramet.runtime.constraints.host_automaton import HostAutomaton
 from ramet.runtime.constraints.incomplete import state_after
-from ramet.runtime.types import Batch, Grammar, RowOutput, ScheduledSequence, Sequence
-
-logger = logging.getLogger(__name__)
+from ramet.runtime.types import Batch, RowOutput, ScheduledSequence, Sequence
 
 # Whether a row's known tokens are better computed in one step: (their number, rows of the step, the row's KV length).
 ComputesRun = Callable[[int, int, int], bool]
@@ -46,17 +42,9 @@ class GrammarStates:
     A grammar that raises ends its own request only: its error waits in `take_failures`.
     """
 
-    def __init__(
-        self,
-        vocab_size: int,
-        computes_run: ComputesRun,
-        *,
-        arena: GrammarArena | None = None,
-        device_grammars: DeviceGrammars | None = None,
-    ) -> None:
-        """`arena` and `device_grammars` belong together; without them the host masks all grammars."""
-        self.device_grammars = device_grammars
-        self._arena = arena
+    def __init__(self, vocab_size: int, computes_run: ComputesRun, device: DeviceGrammars | None = None) -> None:
+        """Without `device`, the host masks all grammars."""
+        self.device = device
         self._computes_run = computes_run
         self._num_words = -(-vocab_size // 32)
         self._on_host: dict[Sequence, HostAutomaton] = {}
@@ -68,7 +56,7 @@ class GrammarStates:
         grammar = sequence.request.grammar
         if grammar is None:
             return
-        base = self._acquire(grammar)
+        base = None if self.device is None else self.device.acquire(grammar)
         if base is None:
             self._on_host[sequence] = HostAutomaton(sequence, grammar)
         else:
@@ -78,9 +66,9 @@ class GrammarStates:
         """Forget a sequence that has ended. Nothing happens where it is not known."""
         self._on_host.pop(sequence, None)
         if self._on_device.pop(sequence, None) is not None:
-            assert self._arena is not None
+            assert self.device is not None
             assert sequence.request.grammar is not None
-            self._arena.release(sequence.request.grammar)
+            self.device.release(sequence.request.grammar)
 
     def is_on_host(self, sequence: Sequence) -> bool:
         """True where the host masks the sequence, so that it must know each token before the next step."""
@@ -112,10 +100,9 @@ class GrammarStates:
 
     def arena_states(self, items: Iterable[ScheduledSequence]) -> list[int] | None:
         """The arena's state of each row that joins: where its text so far has led. None where none is constrained."""
-        arena = self._arena
-        if arena is None or not (self._on_device or self._on_host):
+        if self.device is None or not (self._on_device or self._on_host):
             return None
-        return [self._arena_state(arena, item.sequence) for item in items]
+        return [self._arena_state(self.device.arena, item.sequence) for item in items]
 
     def advance(
         self, batch: Batch, outputs: list[RowOutput], logprob_of: LogprobOf
@@ -161,19 +148,6 @@ class GrammarStates:
             return [token]
         automaton.append(run)
         return [token, *run]
-
-    # --- the device
-
-    def _acquire(self, grammar: Grammar) -> int | None:
-        """The arena's number of the grammar's state 0; None where it is open, or there is no arena or no room in it."""
-        tables = None if self.device_grammars is None else self.device_grammars.prepare(grammar)
-        if self._arena is None or tables is None:
-            return None
-        try:
-            return self._arena.acquire(grammar, tables)
-        except GrammarTooLarge as error:
-            logger.info("the host computes the masks of a grammar: %s", error)
-            return None
 
     def _arena_state(self, arena: GrammarArena, sequence: Sequence) -> int:
         if sequence in self._on_host:

@@ -89,7 +89,7 @@ class Engine:
         self._core: EngineCore = build_core(self.model, config)
         self.context_length = self._core.context_length
         wanted = config.context_length or self.model.config.max_position_embeddings
-        self.device_grammars = self._core.grammars.device_grammars  # for whoever compiles grammars; None: host masks
+        self.device_grammars = self._core.grammars.device  # for whoever compiles grammars; None: host masks
         self._streams: dict[Sequence, _Stream] = {}
         self._by_id: dict[str, Sequence] = {}
         self._commands: deque[Callable[[], None]] = deque()

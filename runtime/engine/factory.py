@@ -129,12 +129,8 @@ def build_core(model: LoadedModel, config: EngineConfig) -> EngineCore:
         (num_pages - 1) * config.page_size,
         context,
     )
-    grammars = GrammarStates(
-        model.config.vocab_size,
-        runner.computes_run,
-        arena=arena,
-        device_grammars=None if arena is None else make_device_grammars(model),
-    )
+    on_device = None if arena is None else make_device_grammars(model, arena)
+    grammars = GrammarStates(model.config.vocab_size, runner.computes_run, on_device)
     return EngineCore(
         scheduler, runner, grammars, overlap=config.overlap and device.type == "cuda", context_length=context
     )
@@ -154,9 +150,9 @@ def make_arena(model: LoadedModel, config: EngineConfig, device: torch.device) -
     )
 
 
-def make_device_grammars(model: LoadedModel) -> DeviceGrammars:
+def make_device_grammars(model: LoadedModel, arena: GrammarArena) -> DeviceGrammars:
     tokenizer = model.tokenizer
-    return DeviceGrammars(tokenizer.token_bytes, tokenizer.eos_ids, tokenizer.special_ids)
+    return DeviceGrammars(arena, tokenizer.token_bytes, tokenizer.eos_ids, tokenizer.special_ids)
 
 
 def make_edits(model: LoadedModel, config: EngineConfig, device: torch.device) -> LogitEdits | None:

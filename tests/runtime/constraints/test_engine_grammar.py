@@ -49,9 +49,8 @@ def make_engine(model: LoadedModel, *, on_device: bool, max_grammars: int = 256)
         arena = GrammarArena(tokens, 8, **limits)
         parts = model.decoder, given.kv_cache, given.slots
         runner = core.runner = ModelRunner(*parts, device=given.device, max_kv_len=given.max_kv_len, arena=arena)
-        core.grammars = GrammarStates(
-            tokenizer.vocab_size, runner.computes_run, arena=arena, device_grammars=make_device_grammars(model)
-        )
+        device_grammars = make_device_grammars(model, arena)
+        core.grammars = GrammarStates(tokenizer.vocab_size, runner.computes_run, device_grammars)
     return engine
 
 

@@ -9,6 +9,8 @@ import threading
 import pytest
 
 from ramet.errors import GrammarError
+from ramet.kernels.grammar.arena import GrammarArena
+from ramet.kernels.grammar.mask import TokenTable
 from ramet.lang.graph.ir import Constraint
 from ramet.runtime.constraints.device_grammars import DeviceGrammars
 from ramet.runtime.engine.factory import make_device_grammars
@@ -31,7 +33,11 @@ def grammars_of(model: LoadedModel, device: DeviceGrammars | None = None) -> Pro
 
 @pytest.fixture
 def device(tiny_model: LoadedModel) -> DeviceGrammars:
-    return make_device_grammars(tiny_model)
+    tokenizer = tiny_model.tokenizer
+    tokens = TokenTable.create(
+        tokenizer.token_bytes, tokenizer.eos_ids, tokenizer.special_ids, tokenizer.vocab_size, "cpu"
+    )
+    return make_device_grammars(tiny_model, GrammarArena(tokens, 2, max_states=64, max_transitions=1 << 12))
 
 
 @pytest.fixture

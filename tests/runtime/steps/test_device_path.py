@@ -166,9 +166,8 @@ def make_engine(model: LoadedModel, *, graphs: bool, num_edits: int = 2) -> Engi
             tree=TreePlanner(model.config, 8, 2, mode="on", num_sms=4, device=given.device, dtype=torch.float32),
             num_sms=4,  # few processors: rows of every length are split
         )
-        engine._core.grammars = GrammarStates(
-            tokenizer.vocab_size, runner.computes_run, arena=arena, device_grammars=make_device_grammars(model)
-        )
+        device_grammars = make_device_grammars(model, arena)
+        engine._core.grammars = GrammarStates(tokenizer.vocab_size, runner.computes_run, device_grammars)
         runner.capture_graphs(16, Record())
         engine._core.overlap = True
     return engine
