@@ -24,6 +24,7 @@ from ramet.lang.graph.events import NodeEvent as NodeEvent
 from ramet.lang.graph.events import NodeResult as NodeResult
 from ramet.lang.graph.events import Usage as Usage
 from ramet.lang.graph.sampling import Sampling as Sampling
+from ramet.lang.graph.sampling import is_repeatable as is_repeatable
 from ramet.lang.graph.sampling import retry_sampling as retry_sampling
 from ramet.lang.graph.sampling import sampling_problem as sampling_problem
 

@@ -208,6 +208,11 @@ def sampling_problem(sampling: Sampling) -> str | None:
     return _too_few_tokens(sampling.min_tokens or 0, sampling.max_tokens)
 
 
+def is_repeatable(sampling: Sampling | SamplingParams) -> bool:
+    """True where the same prompt surely gives the same text again: sampling is greedy, or has a seed."""
+    return sampling.temperature == 0 or sampling.top_k == 1 or sampling.seed is not None
+
+
 def retry_sampling(sampling: Sampling, attempt: int) -> Sampling:
     """The values of try number `attempt` (0: the first) of a generation whose value was refused so often.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ramet.lang.graph import ir
-from ramet.lang.passes.paths import Paths, is_repeatable
+from ramet.lang.passes.paths import Paths
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ def identical_nodes(paths: Paths) -> IdenticalNodes:
     seen: dict[object, int] = {}
     unseeded = []
     for node in paths.graph.nodes:
-        if isinstance(node, ir.Generate) and not is_repeatable(node):
+        if isinstance(node, ir.Generate) and not ir.is_repeatable(node.sampling):
             key = (paths.prompts[node.id].position, node.sampling, node.constraint)
             if seen.setdefault(key, node.id) != node.id:
                 unseeded.append(node.id)

@@ -175,12 +175,6 @@ def interpret(graph: ir.Graph, target: Target, trie: Trie | None = None, row: in
     return _Interpreter(graph, target, trie if trie is not None else Trie(), row).run()
 
 
-def is_repeatable(node: ir.Generate) -> bool:
-    """True where the same prompt gives the same text again: it is greedy, or has a seed."""
-    sampling = node.sampling
-    return sampling.temperature == 0 or sampling.top_k == 1 or sampling.seed is not None
-
-
 class _Interpreter:
     def __init__(self, graph: ir.Graph, target: Target, trie: Trie, row: int) -> None:
         self._graph, self._target, self._row = graph, target, row
@@ -277,7 +271,7 @@ class _Interpreter:
     def _generate(self, node: ir.Generate, prompt: Point) -> tuple[Point, tuple[TextPart, ...]]:
         self._found.prompts[node.id] = prompt
         name = node.id
-        if is_repeatable(node):
+        if ir.is_repeatable(node.sampling):
             checks = msgspec.json.encode((node.checks, node.retries))
             key = (prompt.position, node.sampling, node.constraint, checks, ir.is_in_message(self._graph.nodes, node))
             name = self._classes.setdefault(key, node.id)

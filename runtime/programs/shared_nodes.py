@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 import msgspec
 import numpy as np
 
+from ramet.lang.graph.sampling import is_repeatable
 from ramet.runtime.programs.engine import Handle, ProgramEngine
 from ramet.runtime.types import FinishReason, Grammar, RequestOptions, RequestOutput, SamplingParams
 
@@ -44,7 +45,7 @@ class SharedRequests:
             return self._engine.submit(prompt, sampling, options, grammar=grammar, on_output=deliver)
 
         score_from = options.score_from
-        if score_from is None and not sampling.is_greedy and sampling.seed is None:
+        if score_from is None and not is_repeatable(sampling):
             return send(on_output)
         key = request_key(prompt, sampling, grammar, score_from)
         with self._lock:

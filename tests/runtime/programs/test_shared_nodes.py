@@ -51,6 +51,22 @@ def test_repeatable_branches_are_computed_once_and_read_the_same(temperature: fl
     assert shared.usage.computed_tokens == few.stats().computed_tokens
 
 
+def test_the_likeliest_token_alone_is_greedy_too_as_the_plan_says() -> None:
+    @function(top_k=1, max_tokens=8)
+    def program(s: State) -> None:
+        s += "A word: "
+        branches = s.fork(3)
+        branches += gen("word")
+        branches.join()
+
+    state, engine = run(program, share=True)
+    with ScriptedEngine() as other:
+        plan = program.explain(backend=other)
+    assert engine.stats().num_requests == 1
+    usages = [state.meta("word")["branches"][i]["usage"] for i in range(3)]
+    assert [usage.computed_tokens for usage in usages] == [node.new.at_most for node in plan.nodes] == [8, 0, 0]
+
+
 def test_what_samples_without_a_seed_is_never_shared() -> None:
     state, engine = run(votes, share=True, temperature=1.0)
     assert len(set(state["why"])) > 1
