@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from ramet.errors import GrammarError, GrammarTooLarge, InvalidSchema
+from ramet.errors import GrammarError, GrammarTooLarge
 from ramet.grammar import ir
 from ramet.grammar.json_schema.algebra.values import Expr, Values
 from ramet.grammar.json_schema.frames.arrays import open_array
@@ -14,10 +14,11 @@ from ramet.grammar.json_schema.frames.compilation import Compilation, Opener, Te
 from ramet.grammar.json_schema.frames.objects import open_object, prepare
 from ramet.grammar.json_schema.frames.scalars import open_literal, open_number, open_string
 from ramet.grammar.json_schema.frames.tables import ARRAY, LITERALS, NUMBER, OBJECT, STRING
-from ramet.grammar.json_schema.keywords.keywords import SUBSCHEMAS, Interpreter
+from ramet.grammar.json_schema.keywords.interpreter import Interpreter
 from ramet.grammar.json_schema.keywords.schema_errors import survey
 from ramet.grammar.json_schema.keywords.strict import check_strict
-from ramet.grammar.json_schema.schema.document import Registry, SchemaNode
+from ramet.grammar.json_schema.keywords.table import KEYWORDS
+from ramet.grammar.json_schema.schema.document import SchemaNode
 from ramet.grammar.machine.automaton import Machine
 from ramet.grammar.machine.compiled_grammar import Problem
 from ramet.grammar.machine.frame import target
@@ -44,7 +45,7 @@ class Schemas:
         self.unenforced: list[Problem] = []
         self._is_exact = options.mode == "exact"
         lenient = options.on_unsupported == "validate"
-        self._interpreter = Interpreter(max_states, only_named=not self._is_exact, lenient=lenient)
+        self._interpreter = Interpreter(KEYWORDS, max_states, only_named=not self._is_exact, lenient=lenient)
         self.expressions = self._interpreter.expressions
 
     def read(self, schema: Any) -> tuple[Expr, list[SchemaNode]]:  # Any: JSON
@@ -52,13 +53,11 @@ class Schemas:
 
         Raises: InvalidSchema, UnsupportedSchema, GrammarTooLarge.
         """
-        if not isinstance(schema, dict | bool):
-            raise InvalidSchema("a schema must be an object or a boolean", "")
-        registry = Registry(schema, self.options.registry, SUBSCHEMAS)
-        self.unenforced += survey(self._interpreter, registry.root)
+        root = self._interpreter.open(schema, self.options.registry)
+        self.unenforced += survey(self._interpreter, root)
         if self.options.mode == "strict":
-            check_strict(registry.root)
-        return self.expressions.of_schema(registry.root), registry.nodes[:WARM_NODES]
+            check_strict(root)
+        return self.expressions.of_schema(root), root.registry.nodes[:WARM_NODES]
 
     def compilation(self, machine: Machine) -> Compilation:
         """Return what places them on a machine."""

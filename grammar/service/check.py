@@ -7,94 +7,14 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from ramet.errors import InvalidSchema, UnsupportedSchema
+from ramet.errors import UnsupportedSchema
 from ramet.grammar.ir import JsonOptions
-from ramet.grammar.json_schema.keywords.keywords import SUBSCHEMAS, Interpreter
+from ramet.grammar.json_schema.keywords.interpreter import Interpreter, Role, hides_others
 from ramet.grammar.json_schema.keywords.schema_errors import survey
+from ramet.grammar.json_schema.keywords.table import KEYWORDS
 from ramet.grammar.json_schema.schema import formats
-from ramet.grammar.json_schema.schema.document import DRAFT4, DRAFT7, DRAFT2019, Registry
 from ramet.grammar.machine.compiled_grammar import CompiledGrammar
 from ramet.grammar.machine.vocabulary import Vocabulary
-
-_ASSERTIONS = frozenset(
-    [
-        "type",
-        "enum",
-        "const",
-        "minimum",
-        "maximum",
-        "exclusiveMinimum",
-        "exclusiveMaximum",
-        "multipleOf",
-        "minLength",
-        "maxLength",
-        "pattern",
-        "format",
-        "minItems",
-        "maxItems",
-        "uniqueItems",
-        "contains",
-        "minContains",
-        "maxContains",
-        "items",
-        "prefixItems",
-        "additionalItems",
-        "unevaluatedItems",
-        "minProperties",
-        "maxProperties",
-        "required",
-        "properties",
-        "patternProperties",
-        "additionalProperties",
-        "propertyNames",
-        "unevaluatedProperties",
-        "dependentRequired",
-        "dependentSchemas",
-        "dependencies",
-        "allOf",
-        "anyOf",
-        "oneOf",
-        "not",
-        "if",
-        "then",
-        "else",
-        "$ref",
-        "$dynamicRef",
-        "$recursiveRef",
-        "divisibleBy",
-    ]
-)
-_NEW = frozenset(
-    ["unevaluatedProperties", "unevaluatedItems", "minContains", "maxContains", "$dynamicRef", "$recursiveRef"]
-)
-_STRUCTURE = frozenset(
-    [
-        "$schema",
-        "$id",
-        "id",
-        "$anchor",
-        "$dynamicAnchor",
-        "$recursiveAnchor",
-        "$defs",
-        "definitions",
-        "$vocabulary",
-        "$comment",
-    ]
-)
-_ANNOTATIONS = frozenset(
-    [
-        "title",
-        "description",
-        "default",
-        "examples",
-        "deprecated",
-        "readOnly",
-        "writeOnly",
-        "contentEncoding",
-        "contentMediaType",
-        "contentSchema",
-    ]
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,13 +37,12 @@ class Coverage:
 
 def coverage(schema: Any, options: JsonOptions | None = None) -> Coverage:
     """Look at every subschema that can matter. Raises: InvalidSchema for what is no schema."""
-    if not isinstance(schema, dict | bool):
-        raise InvalidSchema("a schema must be an object or a boolean", "")
     options = options or JsonOptions()
-    registry = Registry(schema, options.registry, SUBSCHEMAS)
+    interpreter = Interpreter(KEYWORDS, 20_000, only_named=options.mode != "exact")
+    root = interpreter.open(schema, options.registry)
     problems: list[tuple[str, str, str]] = []
     try:
-        survey(Interpreter(20_000, only_named=options.mode != "exact"), registry.root)
+        survey(interpreter, root)
     except UnsupportedSchema as error:
         problems = error.problems
     enforced: Counter[str] = Counter()
@@ -132,29 +51,25 @@ def coverage(schema: Any, options: JsonOptions | None = None) -> Coverage:
     unknown_formats: list[tuple[str, str]] = []
     hidden: list[tuple[str, str]] = []
     refused = {(pointer, keyword) for pointer, keyword, _ in problems}
-    for node in registry.nodes:
+    for node in root.registry.nodes:
         if not isinstance(node.schema, dict):
             continue
-        for keyword, value in node.schema.items():
-            place = (node.pointer or "/", keyword)
-            is_assertion = _is_assertion(keyword, node.draft)
-            if is_assertion and "$ref" in node.schema and node.draft <= DRAFT7 and keyword != "$ref":
-                hidden.append(place)
-            elif keyword == "format" and not (isinstance(value, str) and value in formats.KNOWN):
-                unknown_formats.append((node.pointer or "/", str(value)))
-            elif is_assertion:
-                enforced[keyword] += (node.pointer, keyword) not in refused
-            elif keyword in _ANNOTATIONS:
-                annotations.append(place)
-            elif keyword not in _STRUCTURE:
+        for name, value in node.schema.items():
+            place = (node.pointer or "/", name)
+            keyword = KEYWORDS.rows.get(name)
+            if keyword is None or not keyword.is_known(node.draft):
                 unknown.append(place)
+            elif keyword.role is Role.ANNOTATION:
+                annotations.append(place)
+            elif keyword.role is Role.STRUCTURE:
+                continue
+            elif name != "$ref" and hides_others(node):
+                hidden.append(place)
+            elif name == "format" and not (isinstance(value, str) and value in formats.KNOWN):
+                unknown_formats.append((node.pointer or "/", str(value)))
+            else:
+                enforced[name] += (node.pointer, name) not in refused
     return Coverage(dict(+enforced), problems, annotations, unknown, unknown_formats, hidden)
-
-
-def _is_assertion(keyword: str, draft: int) -> bool:
-    if keyword in ("extends", "disallow"):
-        return draft == DRAFT4
-    return keyword in _ASSERTIONS and (draft >= DRAFT2019 or keyword not in _NEW)
 
 
 @cache

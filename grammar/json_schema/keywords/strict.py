@@ -8,12 +8,13 @@ from __future__ import annotations
 from typing import Any
 
 from ramet.errors import InvalidSchema
+from ramet.grammar.json_schema.keywords.narrowing import mapping
+from ramet.grammar.json_schema.keywords.table import KEYWORDS
 from ramet.grammar.json_schema.schema.document import SchemaNode, escape
 
 MAX_DEPTH = 10
 MAX_PROPERTIES = 5000
-_REFUSED = ("allOf", "not", "dependentRequired", "dependentSchemas", "if", "then", "else", "patternProperties",
-            "unevaluatedProperties", "propertyNames", "minProperties", "maxProperties", "oneOf")  # fmt: skip
+_REFUSED = sorted((k.strict_rank, name) for name, k in KEYWORDS.rows.items() if k.strict_rank)
 
 
 def check_strict(root: SchemaNode) -> None:
@@ -30,14 +31,14 @@ def _check(schema: Any, pointer: str, depth: int, count: list[int]) -> None:  # 
         return
     if depth > MAX_DEPTH:
         raise InvalidSchema(f"strict mode: {pointer}: nested deeper than {MAX_DEPTH}", pointer)
-    for key in _REFUSED:
+    for _, key in _REFUSED:
         if key in schema:
             raise InvalidSchema(f"strict mode: {pointer or '/'}: {key} is not permitted", f"{pointer}/{key}")
     types = schema.get("type")
     if types == "object" or (isinstance(types, list) and "object" in types) or "properties" in schema:
         _check_object(schema, pointer, count)
     for key in ("properties", "$defs", "definitions"):
-        for name, child in schema.get(key, {}).items():
+        for name, child in mapping(schema, key).items():
             _check(child, f"{pointer}/{key}/{escape(name)}", depth + (key == "properties"), count)
     _check(schema.get("items"), f"{pointer}/items", depth + 1, count)
     for i, child in enumerate(schema.get("anyOf", ())):
@@ -49,7 +50,8 @@ def _check_object(schema: dict[str, Any], pointer: str, count: list[int]) -> Non
     if schema.get("additionalProperties") is not False:
         raise InvalidSchema(f"strict mode: {where}: additionalProperties must be false", pointer)
     properties = schema.get("properties", {})
-    missing = [k for k in properties if k not in schema.get("required", ())]
+    required = schema.get("required")
+    missing = [k for k in properties if not isinstance(required, list) or k not in required]
     if missing:
         raise InvalidSchema(
             f"strict mode: {where}: required must name every property; it lacks {missing[0]!r}", pointer

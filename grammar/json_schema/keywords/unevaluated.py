@@ -1,125 +1,85 @@
-"""`unevaluatedProperties` and `unevaluatedItems`: which parts of a value other keywords have looked at.
+"""`unevaluatedProperties` and `unevaluatedItems`: schemas for those parts of a value that no other keyword looked at.
 
-That depends on which subschemas hold, so a schema is split into alternatives, each with its own answer: for `anyOf`
-every set of branches that may hold, for `oneOf` each branch alone, and so on. Only done where one of the two keywords
-asks.
+Which parts were looked at (the specification says: evaluated) depends on which subschemas hold. So where one of the two
+keywords asks, a schema is split into alternatives, each of which has one answer. With
+
+    {"properties": {"a": {}}, "anyOf": [{"properties": {"b": {"type": "null"}}}, {"properties": {"c": {}}}]}
+
+the keys "a", "b", "c" were looked at in objects that satisfy both branches, "a" and "b" where only the first one holds,
+and "a" and "c" where only the second one does. The functions here are the columns `looks`, `track` and `close` of the
+table.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ramet.errors import GrammarTooLarge
 from ramet.grammar.json_schema.algebra import specs
 from ramet.grammar.json_schema.algebra import values as v
-from ramet.grammar.json_schema.algebra.values import FALSE, TRUE, Arrays, Expr, Objects, Rule, Values
-from ramet.grammar.json_schema.schema.document import DRAFT2019, DRAFT2020, SchemaNode, escape
-
-if TYPE_CHECKING:
-    from ramet.grammar.json_schema.keywords.keywords import Interpreter
+from ramet.grammar.json_schema.algebra.values import TRUE, Arrays, Objects, Rule
+from ramet.grammar.json_schema.keywords import narrowing
+from ramet.grammar.json_schema.keywords.interpreter import NOTHING, Alternative, Interpreter, Looked
+from ramet.grammar.json_schema.schema.document import DRAFT2020, SchemaNode
 
 MAX_ALTERNATIVES = 512
 
 
-@dataclass(frozen=True, slots=True)
-class Looked:
-    """What was looked at: keys by name and by language, or all; the first `items`, those in `contains`, or all."""
-
-    names: frozenset[str] = frozenset()
-    languages: frozenset[int] = frozenset()
-    all_names: bool = False
-    items: int = 0
-    contains: frozenset[Expr] = frozenset()
-    all_items: bool = False
-
-    def __or__(self, other: Looked) -> Looked:
-        return Looked(
-            self.names | other.names,
-            self.languages | other.languages,
-            self.all_names or other.all_names,
-            max(self.items, other.items),
-            self.contains | other.contains,
-            self.all_items or other.all_items,
-        )
+# --- what a keyword looks at by itself
 
 
-NOTHING = Looked()
-Alternative = tuple[Values, Looked]
+def look_at_names(i: Interpreter, node: SchemaNode, name: str) -> Looked:
+    return Looked(names=frozenset(node.schema[name]))
 
 
-def is_tracking(node: SchemaNode) -> bool:
-    """Does the schema ask what was looked at?"""
-    return node.draft >= DRAFT2019 and any(
-        node.schema.get(key, True) not in (True, {}) for key in ("unevaluatedProperties", "unevaluatedItems")
-    )
+def look_at_languages(i: Interpreter, node: SchemaNode, name: str) -> Looked:
+    return Looked(languages=frozenset(i.languages.add("pattern", p) for p in node.schema[name]))
 
 
-def tracked(interpreter: Interpreter, node: SchemaNode) -> list[Alternative]:
-    """The schema's values as a union, each part with what was looked at.
-
-    Raises: GrammarTooLarge past MAX_ALTERNATIVES.
-    """
-    schema = node.schema
-    if not isinstance(schema, dict):
-        return [(v.ANY if schema else v.NONE, NOTHING)]
-    found = [(interpreter.own(node), _own_look(interpreter, node))]
-    for key in ("$ref", "$dynamicRef", "$recursiveRef"):
-        if key in schema:
-            found = _both(interpreter, node, found, tracked(interpreter, interpreter.target(node, key)))
-    for i, s in enumerate(schema.get("allOf", ())):
-        found = _both(interpreter, node, found, _child(interpreter, node, s, f"/allOf/{i}"))
-    if "anyOf" in schema:
-        found = _any_of(interpreter, node, found)
-    if "oneOf" in schema:
-        found = _one_of(interpreter, node, found)
-    if "not" in schema:
-        refused = interpreter.refused(interpreter.expr(node, schema["not"], "/not"))
-        found = _both(interpreter, node, found, [(refused, NOTHING)])
-    if "if" in schema:
-        found = _conditional(interpreter, node, found)
-    for name, s in schema.get("dependentSchemas", {}).items():
-        without = v.ANY._replace(objects=(Objects(((name, FALSE),)),))
-        within = Values(objects=(Objects(((name, TRUE),), required=frozenset((name,))),))
-        then = _child(interpreter, node, s, f"/dependentSchemas/{escape(name)}")
-        options = [(without, NOTHING), *_both(interpreter, node, [(within, NOTHING)], then)]
-        found = _both(interpreter, node, found, options)
-    return [_apply(interpreter, node, a, looked) for a, looked in found]
+def look_at_all_names(i: Interpreter, node: SchemaNode, name: str) -> Looked:
+    return Looked(all_names=True)
 
 
-def _child(interpreter: Interpreter, node: SchemaNode, schema: Any, suffix: str) -> list[Alternative]:
-    return tracked(interpreter, interpreter.child(node, schema, suffix))
+def look_at_prefix(i: Interpreter, node: SchemaNode, name: str) -> Looked:
+    return Looked(items=len(node.schema[name]))
 
 
-def _own_look(interpreter: Interpreter, node: SchemaNode) -> Looked:
-    schema = node.schema
-    languages = frozenset(interpreter.languages.add("pattern", p) for p in schema.get("patternProperties", {}))
-    prefix = schema.get("prefixItems", ())
-    contains: frozenset[Expr] = frozenset()
-    if "contains" in schema and node.draft >= DRAFT2020:
-        contains = frozenset((interpreter.expr(node, schema["contains"], "/contains"),))
-    items = schema.get("items")
-    if isinstance(items, list):
-        return Looked(
-            frozenset(schema.get("properties", ())), languages, "additionalProperties" in schema,
-            len(items), contains, "additionalItems" in schema,
-        )  # fmt: skip
-    return Looked(
-        frozenset(schema.get("properties", ())), languages, "additionalProperties" in schema,
-        len(prefix), contains, "items" in schema,
-    )  # fmt: skip
+def look_at_items(i: Interpreter, node: SchemaNode, name: str) -> Looked:
+    value = node.schema[name]
+    return Looked(items=len(value)) if isinstance(value, list) else Looked(all_items=True)
 
 
-def _both(
-    interpreter: Interpreter, node: SchemaNode, left: Iterable[Alternative], right: list[Alternative]
-) -> list[Alternative]:
-    out: dict[Looked, list[Values]] = {}
+def look_at_additional_items(i: Interpreter, node: SchemaNode, name: str) -> Looked:
+    return Looked(all_items=narrowing.has_old_prefix(node))
+
+
+def look_at_contained(i: Interpreter, node: SchemaNode, name: str) -> Looked:
+    if node.draft < DRAFT2020:
+        return NOTHING
+    return Looked(contains=frozenset((i.expr(node, node.schema[name], "/contains"),)))
+
+
+# --- alternatives
+
+
+def _child(i: Interpreter, node: SchemaNode, schema: Any, suffix: str) -> list[Alternative]:
+    return i.tracked(i.child(node, schema, suffix))
+
+
+def _fails(i: Interpreter, node: SchemaNode, schema: Any, suffix: str) -> list[Alternative]:
+    """The values that a subschema refuses: then it has looked at nothing."""
+    return [(i.refused(i.expr(node, schema, suffix)), NOTHING)]
+
+
+def _both(i: Interpreter, left: Iterable[Alternative], right: list[Alternative]) -> list[Alternative]:
+    """The values in both; what either has looked at was looked at."""
+    out: dict[Looked, list[v.Values]] = {}
     count = 0
     for a, look_a in left:
         for b, look_b in right:
-            both = interpreter.expressions.intersect(a, b)
-            if not interpreter.expressions.values_are_empty(both):
+            both = i.expressions.intersect(a, b)
+            if not i.expressions.values_are_empty(both):
                 out.setdefault(look_a | look_b, []).append(both)
                 count += 1
                 if count > MAX_ALTERNATIVES:
@@ -127,65 +87,90 @@ def _both(
     return [(v.unite(parts), looked) for looked, parts in out.items()]
 
 
-def _any_of(interpreter: Interpreter, node: SchemaNode, found: list[Alternative]) -> list[Alternative]:
-    branches = node.schema["anyOf"]
-    none: list[Alternative] = found
-    some: list[Alternative] = []
-    for i, s in enumerate(branches):
-        holds = _child(interpreter, node, s, f"/anyOf/{i}")
-        fails = [(interpreter.refused(interpreter.expr(node, s, f"/anyOf/{i}")), NOTHING)]
-        some = [
-            *_both(interpreter, node, some, holds),
-            *_both(interpreter, node, some, fails),
-            *_both(interpreter, node, none, holds),
-        ]
-        none = _both(interpreter, node, none, fails)
+def track_referred(i: Interpreter, node: SchemaNode, name: str, found: list[Alternative]) -> list[Alternative]:
+    follow = i.table.rows[name].target
+    assert follow is not None
+    return _both(i, found, i.tracked(follow(node)))
+
+
+def track_all_of(i: Interpreter, node: SchemaNode, name: str, found: list[Alternative]) -> list[Alternative]:
+    for at, s in enumerate(node.schema[name]):
+        found = _both(i, found, _child(i, node, s, f"/{name}/{at}"))
+    return found
+
+
+def track_any_of(i: Interpreter, node: SchemaNode, name: str, found: list[Alternative]) -> list[Alternative]:
+    """Every set of branches that may hold together."""
+    none, some = found, list[Alternative]()
+    for at, s in enumerate(node.schema[name]):
+        holds = _child(i, node, s, f"/{name}/{at}")
+        fails = _fails(i, node, s, f"/{name}/{at}")
+        some = [*_both(i, some, holds), *_both(i, some, fails), *_both(i, none, holds)]
+        none = _both(i, none, fails)
     return some
 
 
-def _one_of(interpreter: Interpreter, node: SchemaNode, found: list[Alternative]) -> list[Alternative]:
+def track_one_of(i: Interpreter, node: SchemaNode, name: str, found: list[Alternative]) -> list[Alternative]:
+    """Each branch alone."""
+    branches = node.schema[name]
+    fails = [_fails(i, node, s, f"/{name}/{at}") for at, s in enumerate(branches)]
     out: list[Alternative] = []
-    branches = node.schema["oneOf"]
-    refused = [interpreter.refused(interpreter.expr(node, s, f"/oneOf/{i}")) for i, s in enumerate(branches)]
-    for i, s in enumerate(branches):
-        part = _both(interpreter, node, found, _child(interpreter, node, s, f"/oneOf/{i}"))
-        for j, other in enumerate(refused):
-            if i != j:
-                part = _both(interpreter, node, part, [(other, NOTHING)])
+    for at, s in enumerate(branches):
+        part = _both(i, found, _child(i, node, s, f"/{name}/{at}"))
+        for other in (*fails[:at], *fails[at + 1 :]):
+            part = _both(i, part, other)
         out.extend(part)
     return out
 
 
-def _conditional(interpreter: Interpreter, node: SchemaNode, found: list[Alternative]) -> list[Alternative]:
+def track_not(i: Interpreter, node: SchemaNode, name: str, found: list[Alternative]) -> list[Alternative]:
+    return _both(i, found, _fails(i, node, node.schema[name], f"/{name}"))
+
+
+def track_if(i: Interpreter, node: SchemaNode, name: str, found: list[Alternative]) -> list[Alternative]:
     schema = node.schema
-    yes = _both(interpreter, node, found, _child(interpreter, node, schema["if"], "/if"))
-    no = _both(interpreter, node, found, [(interpreter.refused(interpreter.expr(node, schema["if"], "/if")), NOTHING)])
+    yes = _both(i, found, _child(i, node, schema["if"], "/if"))
+    no = _both(i, found, _fails(i, node, schema["if"], "/if"))
     if "then" in schema:
-        yes = _both(interpreter, node, yes, _child(interpreter, node, schema["then"], "/then"))
+        yes = _both(i, yes, _child(i, node, schema["then"], "/then"))
     if "else" in schema:
-        no = _both(interpreter, node, no, _child(interpreter, node, schema["else"], "/else"))
+        no = _both(i, no, _child(i, node, schema["else"], "/else"))
     return [*yes, *no]
 
 
-def _apply(interpreter: Interpreter, node: SchemaNode, a: Values, looked: Looked) -> Alternative:
-    """Put the two keywords on what was not looked at; after that, all was."""
-    schema, expressions = node.schema, interpreter.expressions
-    if "unevaluatedProperties" in schema and node.draft >= DRAFT2019:
-        rest = interpreter.expr(node, schema["unevaluatedProperties"], "/unevaluatedProperties")
-        if not looked.all_names and rest != TRUE:
-            names = tuple((k, TRUE) for k in sorted(looked.names))
-            languages = tuple((n, TRUE) for n in sorted(looked.languages))
-            # a named key may also match a language; its expression is TRUE either way
-            spec = Objects(names, rules=(Rule(languages, rest),)) if languages else Objects(names, rest)
-            a = expressions.intersect(a, v.ANY._replace(objects=(spec,)))
-        looked = looked | Looked(all_names=True)
-    if "unevaluatedItems" in schema and node.draft >= DRAFT2019:
-        rest = interpreter.expr(node, schema["unevaluatedItems"], "/unevaluatedItems")
-        if not looked.all_items and rest != TRUE:
-            for e in sorted(looked.contains):
-                rest = expressions.negate(expressions.both(expressions.negate(rest), expressions.negate(e)))
-            spec_items = specs.tidy_arrays(expressions, Arrays((TRUE,) * looked.items, rest))
-            assert spec_items is not None
-            a = expressions.intersect(a, v.ANY._replace(arrays=(spec_items,)))
-        looked = looked | Looked(all_items=True)
-    return a, looked
+def track_dependent(i: Interpreter, node: SchemaNode, name: str, found: list[Alternative]) -> list[Alternative]:
+    for key, s, suffix in narrowing.dependent(node, name):
+        then = _child(i, node, s, suffix)
+        present = _both(i, [(narrowing.with_key(key), NOTHING)], then)
+        found = _both(i, found, [(narrowing.without_key(key), NOTHING), *present])
+    return found
+
+
+# --- the two keywords
+
+
+def close_objects(i: Interpreter, node: SchemaNode, name: str, found: Alternative) -> Alternative:
+    """Put the schema on all keys that were not looked at; after that, all were."""
+    a, looked = found
+    rest = i.expr(node, node.schema[name], f"/{name}")
+    if not looked.all_names and rest != TRUE:
+        names = tuple((k, TRUE) for k in sorted(looked.names))
+        languages = tuple((n, TRUE) for n in sorted(looked.languages))
+        # a named key may also match a language; its expression is TRUE either way
+        spec = Objects(names, rules=(Rule(languages, rest),)) if languages else Objects(names, rest)
+        a = i.expressions.intersect(a, v.ANY._replace(objects=(spec,)))
+    return a, looked | Looked(all_names=True)
+
+
+def close_arrays(i: Interpreter, node: SchemaNode, name: str, found: Alternative) -> Alternative:
+    """Put the schema on all items that were not looked at; after that, all were."""
+    a, looked = found
+    e = i.expressions
+    rest = i.expr(node, node.schema[name], f"/{name}")
+    if not looked.all_items and rest != TRUE:
+        for contained in sorted(looked.contains):
+            rest = e.negate(e.both(e.negate(rest), e.negate(contained)))
+        spec = specs.tidy_arrays(e, Arrays((TRUE,) * looked.items, rest))
+        assert spec is not None
+        a = e.intersect(a, v.ANY._replace(arrays=(spec,)))
+    return a, looked | Looked(all_items=True)

@@ -12,8 +12,8 @@ import pytest
 
 from ramet.errors import GrammarError, GrammarTooLarge, InvalidSchema, RametError
 from ramet.grammar import Limits, Vocabulary, compile_grammar
-from ramet.grammar.ir import JsonSchema
-from ramet.grammar.json_schema.keywords.schema_errors import _SHAPES
+from ramet.grammar.ir import JsonOptions, JsonSchema
+from ramet.grammar.json_schema.keywords.table import KEYWORDS
 from ramet.grammar.service.compile_service import CompileService, ServiceConfig
 from ramet.grammar.service.sources import compile_constraint
 
@@ -198,15 +198,10 @@ WRONG: list[Any] = [
 ]
 
 
-OTHERS = [
-    *("format", "$id", "id", "$anchor", "$schema", "$defs", "definitions", "dependencies", "contentSchema", "const"),
-    *("unevaluatedProperties", "unevaluatedItems", "extends", "disallow", "$recursiveRef", "$recursiveAnchor"),
-    *("$dynamicAnchor", "$vocabulary", "title"),
-]
 DRAFT_4, DRAFT_2020 = "http://json-schema.org/draft-04/schema#", "https://json-schema.org/draft/2020-12/schema"
 
 
-@pytest.mark.parametrize("keyword", sorted([*_SHAPES, *OTHERS]))
+@pytest.mark.parametrize("keyword", sorted(KEYWORDS.rows))
 @pytest.mark.parametrize("dialect", [DRAFT_4, DRAFT_2020])
 def test_keywords_of_a_wrong_type_end_in_a_typed_error_or_mean_nothing(keyword: str, dialect: str) -> None:
     for value in WRONG:
@@ -318,3 +313,10 @@ def test_an_error_of_time_is_not_kept() -> None:
         with pytest.raises(GrammarTooLarge, match=r"took longer than 0\.05 s"):
             service.compile("json_schema", schema, BYTES)
         assert not service._cache
+
+
+@pytest.mark.parametrize("broken", [{"$defs": []}, {"definitions": "x"}, {"required": True}])
+def test_strict_mode_reads_past_what_is_malformed_and_not_its_concern(broken: dict[str, Any]) -> None:
+    schema = {"type": "object", "additionalProperties": False, "properties": {}, **broken}
+    grammar = compile_grammar(JsonSchema(schema, JsonOptions(mode="strict")), BYTES)
+    assert grammar.advance_bytes(0, b"{}") is not None
