@@ -136,8 +136,9 @@ class ChatEndpoint:
         max_tokens = _max_tokens(body)
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         sampling = sampling_params(body, max_tokens=max_tokens, logprobs=logprobs)
-        stops = (*sampling.stop, *self._tokenizer.chat_template.stop_strings)
-        sampling = msgspec.structs.replace(sampling, stop=stops)
+        template_stops = self._tokenizer.chat_template.stop_strings
+        if template_stops:
+            sampling = msgspec.structs.replace(sampling, stop=(*sampling.stop, *template_stops))
         variables = self._variables(body)
         tools = [tool.plain() for tool in body.tools or ()]
         asked, style = self._constraint(body, tools)
