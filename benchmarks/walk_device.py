@@ -37,6 +37,7 @@ from ramet.runtime.engine.core import EngineCore
 from ramet.runtime.engine.factory import build_core
 from ramet.runtime.models.build import build_decoder
 from ramet.runtime.models.config import ModelConfig, llama_3_1_8b, smollm2_135m
+from ramet.runtime.models.config_hf import config_from_hf
 from ramet.runtime.models.generation import GenerationDefaults
 from ramet.runtime.models.load import LoadedModel
 from ramet.runtime.models.weights import Weights, expected_tensors
@@ -56,8 +57,8 @@ GEMMA = {
 MODELS: dict[str, Callable[[], ModelConfig]] = {
     "llama-8b": llama_3_1_8b,
     "smollm2": smollm2_135m,
-    "qwen3-8b": lambda: ModelConfig.from_hf(QWEN),
-    "gemma3-4b": lambda: ModelConfig.from_hf(GEMMA),
+    "qwen3-8b": lambda: config_from_hf(QWEN),
+    "gemma3-4b": lambda: config_from_hf(GEMMA),
 }
 LAYERS = 2  # of every kind that a model has; the others launch the same
 

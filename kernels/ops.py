@@ -1,7 +1,8 @@
 """`Ops`: what a decoder and its steps call on their device, chosen once, when the model is loaded.
 
 Every op has a torch reference, which is its specification. `REFERENCE` are these; `TRITON` are their kernels for GPUs.
-Compiled ones for the CPU are made by `cpu/ops.py`, which alone brings numba, so that a GPU's process does without.
+Compiled ones for the CPU are made by `cpu/ops.py`, which brings numba and is therefore not imported here: a GPU's
+process does without.
 Not here: ops that have no compiled form for the CPU. They look at their tensors' device (`slots/`, `grammar/`).
 """
 

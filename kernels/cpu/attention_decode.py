@@ -17,13 +17,13 @@ from torch import Tensor
 from ramet.kernels.attention.decode import DecodeMetadata
 from ramet.kernels.cpu import vectors as v
 from ramet.kernels.cpu.pointwise import exp32
-from ramet.kernels.cpu.program import Stream
+from ramet.kernels.cpu.program import KernelStream
 from ramet.kernels.cpu.threads import Kernel, bits_float, float_bits, inner, num_threads, thread_count, thread_index
 from ramet.kernels.cpu.vectors import float32_at, int32_at
 
 
 def attention_decode(
-    stream: Stream,
+    stream: KernelStream,
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,

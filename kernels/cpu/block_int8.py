@@ -17,7 +17,7 @@ from torch import Tensor
 from ramet.kernels.cpu import int8 as cpu_int8
 from ramet.kernels.cpu import vectors as v
 from ramet.kernels.cpu.block_linear import FORMATS, dequantize
-from ramet.kernels.cpu.program import Stream
+from ramet.kernels.cpu.program import KernelStream
 from ramet.kernels.cpu.threads import Kernel, barrier, inner, num_threads, thread_count, thread_index
 
 # Bits of a code.
@@ -54,7 +54,7 @@ def pack(blocks: Tensor, block_format: str, num_rows: int) -> Tensor:
     return torch.cat((*heads, packed), dim=-1).contiguous()
 
 
-def block_int8_linear(stream: Stream, x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
+def block_int8_linear(stream: KernelStream, x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return fp32 [T, num_rows] for x fp32 [T, K], plus bias [num_rows]; any number of tokens."""
     num_tokens = x.shape[0]
     tiles, num_blocks, block_bytes = packed.shape

@@ -18,7 +18,7 @@ from numba import carray, njit
 from torch import Tensor
 
 from ramet.kernels.cpu import vectors as v
-from ramet.kernels.cpu.program import Stream
+from ramet.kernels.cpu.program import KernelStream
 from ramet.kernels.cpu.threads import Kernel, inner, num_threads, thread_count, thread_index
 
 # Format (GGML's names): (code in the kernel, bytes of a block of 32 weights)
@@ -26,7 +26,7 @@ FORMATS = {"Q4_1": (0, 20), "Q8_0": (1, 34), "BF16": (2, 64), "Q4_0": (3, 18)}
 
 
 def block_linear(
-    stream: Stream, x: Tensor, blocks: Tensor, block_format: str, num_rows: int, bias: Tensor | None = None
+    stream: KernelStream, x: Tensor, blocks: Tensor, block_format: str, num_rows: int, bias: Tensor | None = None
 ) -> Tensor:
     """Return fp32 [T, num_rows] for x fp32 [T, K] on the CPU.
 

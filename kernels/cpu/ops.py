@@ -14,12 +14,12 @@ from ramet.kernels.cpu.attention_decode import attention_decode
 from ramet.kernels.cpu.attention_extend import attention_extend
 from ramet.kernels.cpu.greedy import sample
 from ramet.kernels.cpu.pointwise import fused_add_rms_norm, gated_activation, rms_norm, rope_and_write_kv
-from ramet.kernels.cpu.program import Pool, Program, Stream
+from ramet.kernels.cpu.program import KernelStream, Pool, Program
 from ramet.kernels.cpu.vectors import LANES
 from ramet.kernels.ops import REFERENCE, Ops, Record
 
 
-def cpu_ops(stream: Stream, dtype: torch.dtype, head_dim: int) -> Ops:
+def cpu_ops(stream: KernelStream, dtype: torch.dtype, head_dim: int) -> Ops:
     """The ops of a model whose weights, residual and caches are in `dtype`: what is not compiled is the reference.
 
     Compiled are those of fp32, attention where heads fill vectors, and activations in bfloat16. Products of the same
@@ -49,7 +49,7 @@ def cpu_ops(stream: Stream, dtype: torch.dtype, head_dim: int) -> Ops:
     )
 
 
-def _record_into(stream: Stream, pool: Pool) -> Record:
+def _record_into(stream: KernelStream, pool: Pool) -> Record:
     def record(function: Callable[[], Tensor]) -> Program:
         return stream.record(function, pool)
 

@@ -16,7 +16,7 @@ from numba import carray
 from torch import Tensor
 
 from ramet.kernels.cpu.bf16 import narrow, uint16_at, widen
-from ramet.kernels.cpu.program import Stream
+from ramet.kernels.cpu.program import KernelStream
 from ramet.kernels.cpu.threads import (
     Kernel,
     bits_float,
@@ -41,7 +41,7 @@ def _kinds(*tensors: Tensor) -> int:
     return sum((tensor.dtype is torch.bfloat16) << i for i, tensor in enumerate(tensors))
 
 
-def rms_norm(stream: Stream, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
+def rms_norm(stream: KernelStream, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
     """As `norm.rms_norm_reference`, for x [T, N] or any shape whose last axis is N."""
     x = x.contiguous()
     out = stream.empty(x.shape, dtype or x.dtype)
@@ -53,7 +53,7 @@ def rms_norm(stream: Stream, x: Tensor, weight: Tensor, eps: float, dtype: torch
 
 
 def fused_add_rms_norm(
-    stream: Stream, x: Tensor, residual: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None
+    stream: KernelStream, x: Tensor, residual: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
     """As `norm.fused_add_rms_norm_reference`; the residual is in fp32."""
     x, residual = x.contiguous(), residual.contiguous()
@@ -65,7 +65,7 @@ def fused_add_rms_norm(
     return out, total
 
 
-def gated_activation(stream: Stream, gate_up: Tensor, *, is_gelu: bool) -> Tensor:
+def gated_activation(stream: KernelStream, gate_up: Tensor, *, is_gelu: bool) -> Tensor:
     """As `activation.silu_and_mul_reference`, or `gelu_tanh_and_mul_reference`, for gate_up [T, 2 * I]."""
     gate_up = gate_up.contiguous()
     num_rows, double = gate_up.shape
@@ -86,7 +86,7 @@ def mask_logits(logits: Tensor, mask: Tensor) -> Tensor:
 
 
 def rope_and_write_kv(
-    stream: Stream,
+    stream: KernelStream,
     q: Tensor,
     k: Tensor,
     v: Tensor,

@@ -1,8 +1,8 @@
 """Many kernels as one parallel region: what a CUDA graph is to a GPU.
 
 At small batches a decode step of a small model is some hundred kernels of a few microseconds, and calling each from
-Python costs as much again. Kernels of one model go through its `Stream`. `Stream.record` runs a function in which they
-only note their arguments; the `Program` that it returns walks that list on all threads, with a barrier between two
+Python costs as much again. Kernels of one model go through its `KernelStream`, whose `record` runs a function in which
+they only note their arguments. The `Program` that it returns walks that list on all threads, with a barrier between two
 kernels. As with a CUDA graph, addresses and shapes are those of the recording: inputs are static tensors that the
 caller writes before each run. A torch operation that computes anything cannot be recorded: it is refused, not lost.
 """
@@ -68,7 +68,7 @@ class Program:
         parallel(_walk.address, self._arguments, thread_count())
 
 
-class Stream(threading.local):
+class KernelStream(threading.local):
     """The way of a model's kernels to the CPU: they run at once, unless the calling thread records them.
 
     Each thread has a state of its own, so two engines may share a model.

@@ -28,12 +28,15 @@ from ramet.kernels.grammar.closing import IMPOSSIBLE
 from ramet.kernels.grammar.mask import (
     END,
     AutomatonTables,
+    Budgets,
     ResidentAutomata,
     TokenTable,
-    build_masks,
+    advance_states_reference,
+    build_masks_reference,
     mask_classes,
     pack_mask,
 )
+from ramet.kernels.grammar.mask_triton import advance_states_triton, build_masks_triton
 from ramet.kernels.sampling.sample import GrammarTables
 
 FREE_STATE = 0
@@ -97,6 +100,11 @@ class GrammarArena:
         self._free_grammar_rows = list(range(max_grammars - 1, -1, -1))
         self._rows = _RowTable(num_special, max_mask_rows)
         self._resident: OrderedDict[Hashable, ResidentGrammar] = OrderedDict()  # least recently used first
+
+    def advance(self, rows: Tensor, sampled: Tensor, state: Tensor, budgets: Budgets | None = None) -> None:
+        """Do `advance_states_reference` for the slots `rows`; may be part of a CUDA graph."""
+        run = advance_states_triton if rows.is_cuda else advance_states_reference
+        run(rows, sampled, state, self.automata, self.tokens, budgets)
 
     def warm_up(self) -> None:
         """Compile what the first grammar needs, by the smallest one there is; it leaves nothing behind."""
@@ -217,7 +225,9 @@ class GrammarArena:
         for start in range(0, len(representative), _ROWS_PER_LAUNCH):
             part = representative[start : start + _ROWS_PER_LAUNCH].astype(np.int32) + np.int32(resident.base)
             built = torch.empty((len(part), num_words), dtype=torch.int32, device=device)
-            build_masks(torch.from_numpy(part).to(device), self.automata, self.tokens, built)
+            states = torch.from_numpy(part).to(device)
+            build_masks = build_masks_triton if states.is_cuda else build_masks_reference
+            build_masks(states, self.automata, self.tokens, built)
             row_of_class[start : start + len(part)] = self._intern(resident, built, weights)
         rows = torch.from_numpy(row_of_class[class_of]).to(device)
         self.mask_index[resident.base : resident.base + resident.num_states] = rows

@@ -5,7 +5,7 @@ For each state: the canonical completion is a shortest text to an accepting stat
     need[s]  = fewest tokens that write it      token[s] = the first of them      (0 and none where s accepts)
 
 need is found from accepting states outwards: 1 + the least need of the states after the tokens that begin the way.
-Runs on the host, once a grammar, compiled and without the interpreter's lock. Used by `mask.advance_states`.
+Runs on the host, once a grammar, compiled and without the interpreter's lock. Used by `GrammarArena.advance`.
 """
 
 from __future__ import annotations

@@ -132,44 +132,11 @@ class Budgets:
     end_token: Tensor
 
 
-def build_masks(states: Tensor, automata: ResidentAutomata, tokens: TokenTable, out: Tensor) -> None:
+def build_masks_reference(states: Tensor, automata: ResidentAutomata, tokens: TokenTable, out: Tensor) -> None:
     """Write the packed mask of each state, int32 [n], into `out` int32 [n, W].
 
     All states belong to automata (none is a state that no token leaves).
     """
-    if states.is_cuda:
-        from ramet.kernels.grammar.mask_triton import build_masks_triton
-
-        build_masks_triton(states, automata, tokens, out)
-    else:
-        build_masks_reference(states, automata, tokens, out)
-
-
-def advance_states(
-    rows: Tensor,
-    sampled: Tensor,
-    state: Tensor,
-    automata: ResidentAutomata,
-    tokens: TokenTable,
-    budgets: Budgets | None = None,
-) -> None:
-    """Move the state of every slot in `rows` (int32 [B]) past its sampled token (int [B]), in place.
-
-    state: int32 [S + 1]. Slots in states that no token leaves (free, host-masked, final) keep them. After an end token,
-    or a token that is refused, the state is `automata.final_state`.
-    With `budgets`, a token after which too few are left to finish the text, where before it there were enough, is
-    replaced in `sampled` by the first of the shortest completion, or by the end token where the text may end.
-    """
-    if rows.is_cuda:
-        from ramet.kernels.grammar.mask_triton import advance_states_triton
-
-        advance_states_triton(rows, sampled, state, automata, tokens, budgets)
-    else:
-        advance_states_reference(rows, sampled, state, automata, tokens, budgets)
-
-
-def build_masks_reference(states: Tensor, automata: ResidentAutomata, tokens: TokenTable, out: Tensor) -> None:
-    """Specification of `build_masks` and its CPU path."""
     for index, state in enumerate(states.long().tolist()):
         byte_class = automata.byte_class[automata.state_grammar[state].long()].long()
         reached = torch.where(tokens.lengths > 0, state, -1).long()
@@ -191,7 +158,13 @@ def advance_states_reference(
     tokens: TokenTable,
     budgets: Budgets | None = None,
 ) -> None:
-    """Specification of `advance_states` and its CPU path."""
+    """Move the state of every slot in `rows` (int32 [B]) past its sampled token (int [B]), in place.
+
+    state: int32 [S + 1]. Slots in states that no token leaves (free, host-masked, final) keep them. After an end token,
+    or a token that is refused, the state is `automata.final_state`.
+    With `budgets`, a token after which too few are left to finish the text, where before it there were enough, is
+    replaced in `sampled` by the first of the shortest completion, or by the end token where the text may end.
+    """
     for index, (row, token) in enumerate(zip(rows.tolist(), sampled.tolist(), strict=True)):
         before = int(state[row])
         if int(automata.state_grammar[before]) < 0:

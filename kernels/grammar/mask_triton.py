@@ -17,7 +17,7 @@ _WORDS = 32
 
 
 def build_masks_triton(states: Tensor, automata: ResidentAutomata, tokens: TokenTable, out: Tensor) -> None:
-    """Launch the kernel of `build_masks`."""
+    """Launch the kernel of `build_masks_reference`."""
     if len(states) == 0:
         return
     _build_kernel[(len(states), cdiv(tokens.vocab_size, 32 * _WORDS))](
@@ -45,7 +45,7 @@ def advance_states_triton(
     tokens: TokenTable,
     budgets: Budgets | None = None,
 ) -> None:
-    """Launch the kernel of `advance_states`; may be part of a CUDA graph."""
+    """Launch the kernel of `advance_states_reference`; may be part of a CUDA graph."""
     if len(rows) == 0:
         return
     _advance_kernel[(len(rows),)](

@@ -43,7 +43,7 @@ class GemvConfig:
     early_launch: bool = False
 
 
-def gemv(
+def gemv_reference(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
@@ -55,25 +55,6 @@ def gemv(
 
     norm_weight: [K], RMS norm of x where given. residual: [B, N].
     """
-    run = gemv_triton if x.is_cuda else gemv_reference
-    return run(x, weight, bias, residual, norm_weight, eps)
-
-
-def gemv_silu_and_mul(x: Tensor, weight: Tensor, norm_weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
-    """Return silu(gate) * up, [B, N / 2], where (gate, up) = norm(x) @ weight.T; weight [N, K], gate's rows first."""
-    run = gemv_silu_and_mul_triton if x.is_cuda else gemv_silu_and_mul_reference
-    return run(x, weight, norm_weight, eps)
-
-
-def gemv_reference(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    norm_weight: Tensor | None = None,
-    eps: float = 1e-6,
-) -> Tensor:
-    """Specification of `gemv` and its CPU path."""
     if norm_weight is not None:
         x = rms_norm_reference(x, norm_weight, eps)
     y = F.linear(x, weight, bias)
@@ -83,7 +64,7 @@ def gemv_reference(
 def gemv_silu_and_mul_reference(
     x: Tensor, weight: Tensor, norm_weight: Tensor | None = None, eps: float = 1e-6
 ) -> Tensor:
-    """Specification of `gemv_silu_and_mul` and its CPU path."""
+    """Return silu(gate) * up, [B, N / 2], where (gate, up) = norm(x) @ weight.T; weight [N, K], gate's rows first."""
     return silu_and_mul_reference(gemv_reference(x, weight, norm_weight=norm_weight, eps=eps))
 
 
@@ -103,7 +84,7 @@ def gemv_triton(
     eps: float = 1e-6,
     config: GemvConfig | None = None,
 ) -> Tensor:
-    """Launch the kernel of `gemv`."""
+    """Launch the kernel of `gemv_reference`."""
     config = config or choose_config(x.shape[0], weight.shape[0], x.shape[1], is_gated=False)
     return _launch(x, weight, bias, residual, norm_weight, eps, weight.shape[0], False, config)
 
@@ -115,7 +96,7 @@ def gemv_silu_and_mul_triton(
     eps: float = 1e-6,
     config: GemvConfig | None = None,
 ) -> Tensor:
-    """Launch the kernel of `gemv_silu_and_mul`."""
+    """Launch the kernel of `gemv_silu_and_mul_reference`."""
     num_outputs = weight.shape[0] // 2
     config = config or choose_config(x.shape[0], num_outputs, x.shape[1], is_gated=True)
     return _launch(x, weight, None, None, norm_weight, eps, num_outputs, True, config)

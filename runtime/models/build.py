@@ -53,11 +53,11 @@ def _build_on_cpu(
     """The one place where a model meets the code that is compiled for the CPU."""
     # These bring numba, which takes half a second: not for a GPU.
     from ramet.kernels.cpu.ops import cpu_ops
-    from ramet.kernels.cpu.program import Stream
+    from ramet.kernels.cpu.program import KernelStream
     from ramet.runtime.models.amx import apply_tiles
     from ramet.runtime.models.linear_cpu import block_storage
 
-    stream = Stream()
+    stream = KernelStream()
     storage: Storage
     if quantization is not None or dtype == "auto":
         storage = block_storage(weights, device, dtype, quantization, stream)

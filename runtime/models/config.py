@@ -1,7 +1,8 @@
-"""`ModelConfig`: what the decoder needs to know about a model, read from a Hugging Face config or from GGUF metadata.
+"""`ModelConfig`: what the decoder needs to know about a model.
 
 One flat, frozen description for every supported architecture, so that the decoder has no per-model branches: what
-differs between models is a field here. No torch. Not here: weights, tokenizers, sampling defaults.
+differs between models is a field here. No torch. Not here: how it is read (`config_hf.py`, `config_gguf.py`), what the
+families are (`families.py`), weights, tokenizers, sampling defaults.
 Source for field meanings and defaults: transformers 4.57 and 5.x model configurations; llama.cpp's GGUF key names.
 """
 
@@ -10,30 +11,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ramet.errors import BrokenModelFile, UnsupportedArchitecture
-
-if TYPE_CHECKING:
-    from ramet.runtime.models.gguf_file import GgufFile
+from ramet.errors import BrokenModelFile
 
 Activation = Literal["silu", "gelu_tanh"]
 RopeKind = Literal["linear", "llama3", "divisors"]
 Fields = Mapping[str, Any]  # parsed JSON: values of any type
-
-# Hugging Face's class names; the values are our names, also used for `model_type` and by GGUF.
-HF_CLASSES = {
-    "LlamaForCausalLM": "llama",
-    "MistralForCausalLM": "mistral",
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen3ForCausalLM": "qwen3",
-    "Gemma3ForCausalLM": "gemma3",
-    "Gemma3ForConditionalGeneration": "gemma3",
-}
-GGUF_ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma3")
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,34 +141,6 @@ class ModelConfig:
     def kv_bytes_per_token_bf16(self) -> int:
         """Bytes of K and V of one token over all layers at two bytes a value."""
         return 2 * 2 * self.num_layers * self.num_kv_heads * self.head_dim
-
-    @classmethod
-    def from_hf(cls, config: Fields) -> ModelConfig:
-        """Read a parsed `config.json` (transformers 4.x and 5.x layouts; of a multimodal Gemma 3 the text part).
-
-        Raises: UnsupportedArchitecture; BrokenModelFile naming a missing or wrong field.
-        """
-        from ramet.runtime.models.config_hf import config_from_hf
-
-        return config_from_hf(config)
-
-    @classmethod
-    def from_gguf(cls, file: GgufFile) -> ModelConfig:
-        """Read GGUF metadata; what it leaves out (biases, tied embeddings, vocabulary size) is read off the tensors.
-
-        Raises: UnsupportedArchitecture; BrokenModelFile naming a missing key.
-        """
-        from ramet.runtime.models.config_gguf import config_from_gguf
-
-        return config_from_gguf(file)
-
-
-def unsupported_architecture(found: str) -> UnsupportedArchitecture:
-    """The error for an architecture that the decoder does not implement."""
-    return UnsupportedArchitecture(
-        f"the architecture {found} is not supported; supported are {', '.join(HF_CLASSES)} "
-        f"(GGUF: {', '.join(GGUF_ARCHITECTURES)})"
-    )
 
 
 def token_ids(value: object) -> tuple[int, ...]:

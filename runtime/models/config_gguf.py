@@ -11,23 +11,24 @@ from typing import TYPE_CHECKING, Any
 
 from ramet.errors import BrokenModelFile, UnsupportedArchitecture
 from ramet.runtime.models.config import (
-    GGUF_ARCHITECTURES,
     ModelConfig,
     Rope,
     RopeScaling,
-    unsupported_architecture,
 )
+from ramet.runtime.models.families import family_of_gguf
 
 if TYPE_CHECKING:
     from ramet.runtime.models.gguf_file import GgufEntry, GgufFile
 
 
 def config_from_gguf(file: GgufFile) -> ModelConfig:
-    """`ModelConfig.from_gguf`."""
+    """Read GGUF metadata; what it leaves out (biases, tied embeddings, vocabulary size) is read off the tensors.
+
+    Raises: UnsupportedArchitecture; BrokenModelFile naming a missing key.
+    """
     read = file.metadata.get
-    architecture = read("general.architecture")
-    if architecture not in GGUF_ARCHITECTURES:
-        raise unsupported_architecture(f"{architecture!r} of this GGUF file")
+    family = family_of_gguf(read("general.architecture"))
+    architecture = family.name
     tensors = file.tensors
 
     def value(key: str, default: Any = None) -> Any:  # metadata value
@@ -42,7 +43,7 @@ def config_from_gguf(file: GgufFile) -> ModelConfig:
         raise BrokenModelFile("the GGUF file lacks the tensor token_embd.weight")
     hidden_size, num_layers, num_heads = value("embedding_length"), value("block_count"), value("attention.head_count")
     head_dim = value("attention.key_length", hidden_size // num_heads)
-    is_gemma = architecture == "gemma3"
+    is_gemma = family.is_gemma
     window = read(f"{architecture}.attention.sliding_window")
     pattern = _gguf_sliding_layers(read(f"{architecture}.attention.sliding_window_pattern"), num_layers, is_gemma)
     rope = _gguf_rope(value, tensors, 1_000_000.0 if is_gemma else 10_000.0)

@@ -1,6 +1,6 @@
 """Read a `ModelConfig` from a Hugging Face `config.json`, in the layouts of transformers 4.x and 5.x.
 
-Source for defaults and meanings: transformers' configuration classes of each model.
+Source for meanings: transformers' configuration classes of each model. Not here: a family's defaults (`families.py`).
 """
 
 from __future__ import annotations
@@ -11,49 +11,15 @@ from typing import Any
 
 from ramet.errors import BrokenModelFile, UnsupportedArchitecture
 from ramet.runtime.models.config import (
-    HF_CLASSES,
     Activation,
     Fields,
     ModelConfig,
     Rope,
     RopeScaling,
     token_ids,
-    unsupported_architecture,
 )
+from ramet.runtime.models.families import Family, family_of_hf
 
-# Values that config.json may leave out. Source: the defaults of transformers' configuration classes.
-_LLAMA_DEFAULTS: dict[str, Any] = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "bos_token_id": 1}
-_LLAMA_DEFAULTS |= {"eos_token_id": 2, "rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": False}
-_QWEN_DEFAULTS: dict[str, Any] = {"max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "rope_theta": 10000.0}
-_QWEN_DEFAULTS |= {"hidden_act": "silu", "tie_word_embeddings": False}
-_GEMMA3_DEFAULTS: dict[str, Any] = {
-    "vocab_size": 262_208,
-    "hidden_size": 2304,
-    "intermediate_size": 9216,
-    "num_hidden_layers": 26,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 256,
-    "hidden_act": "gelu_pytorch_tanh",
-    "max_position_embeddings": 131_072,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": True,
-    "sliding_window": 4096,
-    "query_pre_attn_scalar": 256,
-    "rope_theta": 1_000_000.0,
-    "rope_local_base_freq": 10_000.0,
-    "bos_token_id": 2,
-    "eos_token_id": 1,
-    "pad_token_id": 0,
-}
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": _LLAMA_DEFAULTS,
-    "mistral": _LLAMA_DEFAULTS | {"max_position_embeddings": 131_072, "num_key_value_heads": 8, "sliding_window": 4096},
-    "qwen2": _QWEN_DEFAULTS,
-    "qwen3": _QWEN_DEFAULTS | {"head_dim": 128},
-    "gemma3": _GEMMA3_DEFAULTS,
-}
-_HF_MODEL_TYPES = {name: name for name in _DEFAULTS} | {"gemma3_text": "gemma3"}
 _ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
     "swish": "silu",
@@ -62,23 +28,14 @@ _ACTIVATIONS: dict[str, Activation] = {
 }
 
 
-def _architecture(config: Fields) -> str:
-    classes = config.get("architectures") or []
-    if classes:
-        for name in classes:
-            if name in HF_CLASSES:
-                return HF_CLASSES[name]
-        raise unsupported_architecture(repr(", ".join(map(str, classes))))
-    model_type = config.get("model_type")
-    if isinstance(model_type, str) and model_type in _HF_MODEL_TYPES:
-        return _HF_MODEL_TYPES[model_type]
-    raise unsupported_architecture(repr(model_type))
-
-
 def config_from_hf(config: Fields) -> ModelConfig:
-    """`ModelConfig.from_hf`."""
-    architecture = _architecture(config)
-    fields: dict[str, Any] = dict(_DEFAULTS[architecture])
+    """Read a parsed `config.json` (transformers 4.x and 5.x layouts; of a multimodal Gemma 3 the text part).
+
+    Raises: UnsupportedArchitecture; BrokenModelFile naming a missing or wrong field.
+    """
+    family = family_of_hf(config)
+    architecture = family.name
+    fields: dict[str, Any] = dict(family.defaults)
     fields |= {key: value for key, value in config.items() if value is not None and key != "text_config"}
     fields |= {key: value for key, value in (config.get("text_config") or {}).items() if value is not None}
     # An explicit null means "no window" (Mistral), so it must win over the default.
@@ -101,9 +58,9 @@ def config_from_hf(config: Fields) -> ModelConfig:
         raise UnsupportedArchitecture("attn_logit_softcapping is not supported (Gemma 2); use a Gemma 3 model")
     num_layers, num_heads, hidden_size = need("num_hidden_layers"), need("num_attention_heads"), need("hidden_size")
     head_dim = fields.get("head_dim") or hidden_size // num_heads
-    rope, local_rope = _hf_ropes(fields, architecture)
-    window, sliding_layers = _hf_windows(fields, architecture, num_layers)
-    is_gemma = architecture == "gemma3"
+    rope, local_rope = _hf_ropes(fields, family)
+    window, sliding_layers = _hf_windows(fields, family, num_layers)
+    is_gemma = family.is_gemma
     bias = bool(fields.get("attention_bias", False))
     activation = fields.get("hidden_activation") or need("hidden_act")
     if activation not in _ACTIVATIONS:
@@ -127,10 +84,10 @@ def config_from_hf(config: Fields) -> ModelConfig:
         sliding_window=window,
         sliding_layers=sliding_layers,
         tie_word_embeddings=bool(need("tie_word_embeddings")),
-        qkv_bias=True if architecture == "qwen2" else bias,
-        o_bias=False if architecture == "qwen2" else bias,
+        qkv_bias=bias if family.qkv_bias is None else family.qkv_bias,
+        o_bias=bias if family.o_bias is None else family.o_bias,
         mlp_bias=bool(fields.get("mlp_bias", False)),
-        qk_norm=architecture in ("qwen3", "gemma3"),
+        qk_norm=family.qk_norm,
         activation=_ACTIVATIONS[activation],
         embedding_scale=math.sqrt(hidden_size) if is_gemma else 1.0,
         norm_offset=1.0 if is_gemma else 0.0,
@@ -142,7 +99,7 @@ def config_from_hf(config: Fields) -> ModelConfig:
     )
 
 
-def _hf_ropes(fields: Fields, architecture: str) -> tuple[Rope, Rope]:
+def _hf_ropes(fields: Fields, family: Family) -> tuple[Rope, Rope]:
     """(rope of full-attention layers, rope of sliding layers)."""
     theta = float(fields["rope_theta"])
     # transformers 5 writes `rope_parameters`, either flat or one dictionary for each kind of layer.
@@ -154,7 +111,7 @@ def _hf_ropes(fields: Fields, architecture: str) -> tuple[Rope, Rope]:
             per_kind["sliding_attention"] or {}, local_theta, fields
         )
     rope = _rope(parameters, theta, fields)
-    if architecture == "gemma3":  # long-context scaling is for the global layers alone
+    if family.is_gemma:  # long-context scaling is for the global layers alone
         return rope, Rope(float(fields["rope_local_base_freq"]))
     return rope, rope
 
@@ -183,22 +140,22 @@ def _rope(parameters: Fields, default_theta: float, fields: Fields) -> Rope:
     raise UnsupportedArchitecture(f"rope scaling of type {kind!r} is not supported; supported: default, linear, llama3")
 
 
-def _hf_windows(fields: Fields, architecture: str, num_layers: int) -> tuple[int | None, tuple[bool, ...]]:
+def _hf_windows(fields: Fields, family: Family, num_layers: int) -> tuple[int | None, tuple[bool, ...]]:
     """(window, which layers slide)."""
     window = fields.get("sliding_window")
-    if architecture == "llama" or (architecture in ("qwen2", "qwen3") and not fields.get("use_sliding_window")):
+    if window is None or family.sliding == "none":
         return None, ()
-    if window is None:
+    if family.sliding == "optional" and not fields.get("use_sliding_window"):
         return None, ()
+    if family.sliding == "all":  # transformers' Mistral ignores layer_types, too
+        return window, (True,) * num_layers
     layer_types = fields.get("layer_types")
-    if layer_types and architecture != "mistral":  # transformers' Mistral ignores layer_types, too
+    if layer_types:
         unknown = sorted(set(layer_types) - {"full_attention", "sliding_attention"})
         if unknown:
             raise UnsupportedArchitecture(f"layer types {', '.join(unknown)} are not supported")
         return window, tuple(kind == "sliding_attention" for kind in layer_types)
-    if architecture == "mistral":
-        return window, (True,) * num_layers
-    if architecture == "gemma3":
+    if family.sliding == "pattern":
         pattern = int(fields.get("sliding_window_pattern") or fields.get("_sliding_window_pattern") or 6)
         return window, tuple((layer + 1) % pattern != 0 for layer in range(num_layers))
     first = int(fields.get("max_window_layers", 28))

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from ramet.errors import BrokenModelFile, UnsupportedArchitecture
 from ramet.runtime.models.config import ModelConfig
+from ramet.runtime.models.config_gguf import config_from_gguf
+from ramet.runtime.models.config_hf import config_from_hf
 from ramet.runtime.models.generation import GenerationDefaults
 from ramet.runtime.models.gguf_file import GgufFile
 from ramet.runtime.models.json_file import read_json
@@ -53,7 +55,7 @@ def load_hf_config(folder: Path) -> ModelConfig:
     path = folder / "config.json"
     fields = read_json(path)
     try:
-        return ModelConfig.from_hf(fields)
+        return config_from_hf(fields)
     except UnsupportedArchitecture:
         raise
     except (TypeError, ValueError, AttributeError) as error:  # includes BrokenModelFile; others: a wrong type of value
@@ -66,7 +68,7 @@ def load_gguf_config(file: GgufFile) -> ModelConfig:
     if num_parts > 1:
         raise BrokenModelFile(f"{file.path} is one of {num_parts} parts; join them with llama.cpp's gguf-split --merge")
     try:
-        return ModelConfig.from_gguf(file)
+        return config_from_gguf(file)
     except UnsupportedArchitecture:
         raise
     except (TypeError, ValueError) as error:  # includes BrokenModelFile; others: a value of an unexpected type

@@ -25,7 +25,7 @@ from ramet.kernels.cpu import block_int8
 from ramet.kernels.cpu.block_linear import FORMATS, block_linear, dequantize, quantize
 from ramet.kernels.cpu.huge_pages import HugePages
 from ramet.kernels.cpu.int8 import has_int8_products
-from ramet.kernels.cpu.program import Stream
+from ramet.kernels.cpu.program import KernelStream
 from ramet.runtime.models.linear import Embedding, LinearMethod, PlainEmbedding, PlainLinear
 from ramet.runtime.models.weights import Weights
 
@@ -70,7 +70,7 @@ class BlockLinear:
 class ExactProduct:
     """Blocks as the file has them, decoded in registers."""
 
-    stream: Stream
+    stream: KernelStream
     blocks: Tensor
     block_format: str
 
@@ -82,7 +82,7 @@ class ExactProduct:
 class Int8Product:
     """Blocks laid out for integer instructions (see `block_int8.pack`)."""
 
-    stream: Stream
+    stream: KernelStream
     packed: Tensor
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -141,7 +141,7 @@ class BlockStorage:
     block_format: str | None
     must_be_quantized: bool  # refuse matrices that the file doesn't hold in blocks we know
     features: CpuFeatures
-    stream: Stream
+    stream: KernelStream
     device: torch.device
     dtype: torch.dtype
     memory: HugePages = field(default_factory=HugePages)  # of what every decode step reads
@@ -211,7 +211,7 @@ def block_storage(
     device: torch.device,
     dtype: torch.dtype | str,
     quantization: str | None,
-    stream: Stream,
+    stream: KernelStream,
 ) -> BlockStorage:
     """Check what was asked for. Raises: ConfigError."""
     if quantization is not None and quantization not in QUANTIZATIONS:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ramet.errors import BrokenModelFile
 from ramet.runtime.models.config import ModelConfig
+from ramet.runtime.models.families import family_named
 from ramet.runtime.models.gguf_file import GgufEntry, GgufFile
 from ramet.runtime.models.weights import GgufTensor, Weights, check_names, check_shapes
 
@@ -95,7 +96,7 @@ def _hf_name(name: str, layer_names: dict[str, str]) -> str:
 
 def _interleaved_heads(config: ModelConfig, name: str) -> int:
     """Number of heads whose rows llama.cpp interleaved; 0 where it left the order alone."""
-    if config.architecture not in ("llama", "mistral"):
+    if not family_named(config.architecture).interleaves_heads:
         return 0
     if ".self_attn.q_proj." in name:
         return config.num_heads

@@ -124,14 +124,14 @@ def product(
     eps: float = 1e-6,
     config: GemvConfig | None = None,
 ) -> Tensor:
-    """`kernels.gemv.gemv` cut as `config` says."""
+    """`gemv_reference`; on a GPU its kernel, cut as `config` says."""
     if x.is_cuda:
         return gemv_triton(x, weight, bias, residual, norm_weight, eps, config)
     return gemv_reference(x, weight, bias, residual, norm_weight, eps)
 
 
 def gated_product(x: Tensor, weight: Tensor, norm_weight: Tensor, eps: float, config: GemvConfig) -> Tensor:
-    """`kernels.gemv.gemv_silu_and_mul` cut as `config` says."""
+    """`gemv_silu_and_mul_reference`; on a GPU its kernel, cut as `config` says."""
     if x.is_cuda:
         return gemv_silu_and_mul_triton(x, weight, norm_weight, eps, config)
     return gemv_silu_and_mul_reference(x, weight, norm_weight, eps)

@@ -40,7 +40,7 @@ def decode_buckets(max_batch: int) -> list[int]:
     return [*(size for size in sizes if size < max_batch), max_batch]
 
 
-class Capture(Protocol):
+class GraphCapture(Protocol):
     """Records what a function launches; the result launches it again, on the same addresses."""
 
     def __call__(self, body: Callable[[], None]) -> Callable[[], None]: ...
@@ -191,7 +191,7 @@ class StepGraphs:
         device: torch.device,
         *,
         max_extend: int,
-        capture: Capture | None = None,
+        capture: GraphCapture | None = None,
     ) -> None:
         """max_extend: tokens of a step with prompts that a graph may hold; 0 for decode graphs alone."""
         self.buckets = decode_buckets(max_batch)
@@ -220,7 +220,7 @@ class StepGraphs:
         return keys
 
     def capture(self, keys: Sequence[GraphKey | MixedKey]) -> None:
-        """Capture these graphs now."""
+        """GraphCapture these graphs now."""
         start_s = time.monotonic()
         for key in keys:
             if isinstance(key, MixedKey):

@@ -13,7 +13,7 @@ from ramet.kernels.attention.tree import TreePlan
 from ramet.kernels.slots.tables import SlotTables, prepare_decode, scatter_rows
 from ramet.runtime.models.decoder import Decoder
 from ramet.runtime.steps.attention_plans import AttentionPlans
-from ramet.runtime.steps.cuda_graph import Capture, DecodeBuffers, GraphKey, MixedBuffers, MixedKey, StepGraphs
+from ramet.runtime.steps.cuda_graph import DecodeBuffers, GraphCapture, GraphKey, MixedBuffers, MixedKey, StepGraphs
 from ramet.runtime.steps.inputs import ExtendArrays, Step
 from ramet.runtime.steps.sampler import Sampled, Sampler
 from ramet.runtime.steps.slots import RunningSlots, upload
@@ -31,7 +31,7 @@ class GraphedSteps:
         page_size: int,
         *,
         max_extend: int,
-        capture: Capture | None = None,
+        capture: GraphCapture | None = None,
     ) -> None:
         """max_extend: tokens of a step with prompts that a graph may hold; 0 for decode graphs alone."""
         self._decoder = decoder

@@ -24,7 +24,7 @@ from ramet.kernels.slots.tables import COLUMNS, scatter_rows
 from ramet.runtime.constraints.states import HostMasks
 from ramet.runtime.models.decoder import Decoder
 from ramet.runtime.steps.attention_plans import AttentionPlans
-from ramet.runtime.steps.cuda_graph import Capture
+from ramet.runtime.steps.cuda_graph import GraphCapture
 from ramet.runtime.steps.eager import EagerSteps
 from ramet.runtime.steps.graphed import GraphedSteps
 from ramet.runtime.steps.inputs import ExtendArrays, Step, gather_extend
@@ -184,14 +184,14 @@ class ModelRunner:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def make_graphs(self, max_extend: int = 0, capture: Capture | None = None) -> GraphedSteps:
+    def make_graphs(self, max_extend: int = 0, capture: GraphCapture | None = None) -> GraphedSteps:
         """Graphs of decode steps and of steps with at most `max_extend` new tokens; none is captured yet."""
         parts = self.decoder, self.slots, self._plans, self._sampler, self.kv_cache.page_size
         return GraphedSteps(*parts, max_extend=max_extend, capture=capture)
 
     @torch.inference_mode()
-    def capture_graphs(self, max_extend: int = 0, capture: Capture | None = None) -> None:
-        """Capture all graphs, and use them from now on; the slot tables must be idle.
+    def capture_graphs(self, max_extend: int = 0, capture: GraphCapture | None = None) -> None:
+        """GraphCapture all graphs, and use them from now on; the slot tables must be idle.
 
         Also compiles the kernels that no graph has.
         """

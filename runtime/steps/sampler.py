@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ramet.kernels.grammar.arena import GrammarArena
-from ramet.kernels.grammar.mask import advance_states
 from ramet.kernels.sampling.logit_edits import count_tokens
 from ramet.kernels.sampling.logprobs import compute_logprobs
 from ramet.kernels.slots.tables import SlotTables, commit_decode
@@ -83,8 +82,7 @@ class Sampler:
         """Advance the slots' automata, which may replace a token to close a text; store and count the tokens."""
         tables, arena = self._tables, self._arena
         if arena is not None:
-            budgets = tables.budgets(positions)
-            advance_states(slots, tokens, tables.grammar_state, arena.automata, arena.tokens, budgets)
+            arena.advance(slots, tokens, tables.grammar_state, tables.budgets(positions))
         if self._sampling.edits is not None:
             count_tokens(self._sampling.edits, slots, tokens)
         commit_decode(slots, tokens, tables.last_token, tables.kv_len)

@@ -15,6 +15,7 @@ from ramet.kernels.ops import Ops
 from ramet.runtime.models.build import build_decoder
 from ramet.runtime.models.catalog import TINY_CONTEXT, TINY_MODEL
 from ramet.runtime.models.config import ModelConfig
+from ramet.runtime.models.config_hf import config_from_hf
 from ramet.runtime.models.decoder import Decoder
 from ramet.runtime.models.generation import GenerationDefaults
 from ramet.runtime.models.load import LoadedModel
@@ -66,7 +67,7 @@ def tiny_model(ops: Ops | None = None) -> LoadedModel:
     Its name is `tiny-random` wherever a model is named. ops: None for the CPU's.
     """
     tokenizer = ByteTokenizer()
-    config = ModelConfig.from_hf(
+    config = config_from_hf(
         {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",

@@ -13,10 +13,10 @@ from ramet.kernels.attention.extend import ExtendMetadata, attention_extend_refe
 from ramet.kernels.cpu import amx
 from ramet.kernels.cpu.attention_extend_amx import with_bf16_queries
 from ramet.kernels.cpu.ops import cpu_ops
-from ramet.kernels.cpu.program import Stream
+from ramet.kernels.cpu.program import KernelStream
 
 BF16 = torch.bfloat16
-OPS = with_bf16_queries(cpu_ops(Stream(), torch.float32, head_dim=64))
+OPS = with_bf16_queries(cpu_ops(KernelStream(), torch.float32, head_dim=64))
 # The kernel is these instructions, which no other CPU can run; that those are left to others is tested everywhere.
 needs_tiles = pytest.mark.skipif(not amx.has_tiles(), reason="this CPU has no tiles of bfloat16")
 

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from ramet.kernels.cpu import pointwise as cpu_pointwise
 from ramet.kernels.cpu.ops import cpu_ops
-from ramet.kernels.cpu.program import Stream
+from ramet.kernels.cpu.program import KernelStream
 from ramet.kernels.layers import activation, norm, rope
 
 BF16 = torch.bfloat16
-OPS = cpu_ops(Stream(), torch.float32, head_dim=64)
+OPS = cpu_ops(KernelStream(), torch.float32, head_dim=64)
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:

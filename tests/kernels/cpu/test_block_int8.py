@@ -8,11 +8,11 @@ import torch
 from ramet.kernels.cpu.block_int8 import block_int8_linear, block_int8_linear_reference, pack, takes
 from ramet.kernels.cpu.block_linear import block_linear_reference, quantize
 from ramet.kernels.cpu.int8 import has_int8_products
-from ramet.kernels.cpu.program import Stream
+from ramet.kernels.cpu.program import KernelStream
 
 pytestmark = pytest.mark.skipif(not has_int8_products(), reason="this CPU has no AVX512-VNNI")
 
-STREAM = Stream()
+STREAM = KernelStream()
 
 
 def draw(*shape: int, seed: int) -> torch.Tensor:

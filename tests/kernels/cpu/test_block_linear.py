@@ -8,7 +8,7 @@ import torch
 from gguf import GGMLQuantizationType, quants
 
 from ramet.kernels.cpu.block_linear import FORMATS, block_linear, block_linear_reference, dequantize, quantize
-from ramet.kernels.cpu.program import Stream
+from ramet.kernels.cpu.program import KernelStream
 
 
 def blocks_of(weight: torch.Tensor, block_format: str) -> torch.Tensor:
@@ -27,7 +27,7 @@ def test_products_equal_the_reference(block_format: str, num_tokens: int, thread
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        actual = block_linear(Stream(), x, blocks, block_format, 37, bias)
+        actual = block_linear(KernelStream(), x, blocks, block_format, 37, bias)
     finally:
         torch.set_num_threads(before)
     expected = block_linear_reference(x, blocks, block_format, 37, bias)

@@ -14,12 +14,12 @@ from ramet.kernels.attention.decode import DecodeMetadata, attention_decode_refe
 from ramet.kernels.attention.extend import ExtendMetadata, attention_extend_reference
 from ramet.kernels.cpu import pointwise as cpu_pointwise
 from ramet.kernels.cpu.ops import cpu_ops
-from ramet.kernels.cpu.program import Stream
+from ramet.kernels.cpu.program import KernelStream
 from ramet.kernels.layers import activation, norm, rope
 from ramet.kernels.ops import REFERENCE
 from ramet.kernels.sampling.sample import unpack_mask
 
-OPS = cpu_ops(Stream(), torch.float32, head_dim=64)
+OPS = cpu_ops(KernelStream(), torch.float32, head_dim=64)
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -147,9 +147,9 @@ def test_masked_logits_equal_the_reference(num_rows: int, size: int) -> None:
 
 
 def test_what_is_not_compiled_is_the_reference() -> None:
-    assert cpu_ops(Stream(), torch.float16, head_dim=64).rms_norm is REFERENCE.rms_norm
-    assert cpu_ops(Stream(), torch.bfloat16, head_dim=64).attention_decode is REFERENCE.attention_decode
-    small = cpu_ops(Stream(), torch.float32, head_dim=20)
+    assert cpu_ops(KernelStream(), torch.float16, head_dim=64).rms_norm is REFERENCE.rms_norm
+    assert cpu_ops(KernelStream(), torch.bfloat16, head_dim=64).attention_decode is REFERENCE.attention_decode
+    small = cpu_ops(KernelStream(), torch.float32, head_dim=20)
     assert small.attention_decode is REFERENCE.attention_decode
     assert small.rms_norm is not REFERENCE.rms_norm
     assert OPS.attention_decode is not REFERENCE.attention_decode

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from ramet.kernels.cpu.block_linear import block_linear, quantize
 from ramet.kernels.cpu.ops import cpu_ops
-from ramet.kernels.cpu.program import Pool, Stream
+from ramet.kernels.cpu.program import KernelStream, Pool
 from ramet.kernels.cpu.threads import release_threads
 from ramet.kernels.ops import NotRecordableError
 
 WIDTH = 64
-STREAM = Stream()
+STREAM = KernelStream()
 OPS = cpu_ops(STREAM, torch.float32, head_dim=16)
 WEIGHTS = quantize(torch.randn(2 * WIDTH, WIDTH, generator=torch.Generator().manual_seed(0)), "Q8_0")
 SCALE, BIAS = torch.linspace(0.5, 1.5, WIDTH), torch.linspace(-1, 1, 2 * WIDTH)

@@ -16,7 +16,7 @@ from ramet.runtime.engine.config import EngineConfig
 from ramet.runtime.engine.core import EngineCore
 from ramet.runtime.engine.factory import scheduler_config
 from ramet.runtime.models.build import build_decoder
-from ramet.runtime.models.config import ModelConfig
+from ramet.runtime.models.config_hf import config_from_hf
 from ramet.runtime.models.decoder import Decoder
 from ramet.runtime.models.linear_cpu import CpuFeatures
 from ramet.runtime.scheduling.scheduler import Scheduler
@@ -36,7 +36,7 @@ CONTEXT = 256
 def decoder(request: pytest.FixtureRequest) -> Decoder:
     """With products of torch's, or with exact ones of ours, whose small steps are recorded programs."""
     is_recorded = request.param == "recorded"
-    config = ModelConfig.from_hf(
+    config = config_from_hf(
         {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ramet.runtime.models import amx
 from ramet.runtime.models.build import build_decoder
-from ramet.runtime.models.config import ModelConfig
+from ramet.runtime.models.config_hf import config_from_hf
 from ramet.runtime.models.decoder import Decoder
 from ramet.runtime.models.linear_cpu import CpuFeatures
 from ramet.runtime.models.weights import Weights, expected_tensors
@@ -52,7 +52,7 @@ needs_bf16 = pytest.mark.skipif(not CpuFeatures.detect().bf16, reason="products 
 
 
 def decoder_of(name: str, quantization: str | None, dtype: torch.dtype = torch.float32) -> Decoder:
-    config = ModelConfig.from_hf({**BASE, **MODELS[name]})
+    config = config_from_hf({**BASE, **MODELS[name]})
     drawn = dummy_weights(config, torch.device("cpu"), dtype, seed=1)
     biases = {
         key: torch.linspace(-0.5, 0.5, *shape, dtype=dtype)

@@ -14,6 +14,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ramet.errors import BrokenModelFile, UnsupportedArchitecture
 from ramet.runtime.models.config import ModelConfig, Rope, RopeScaling, llama_3_1_8b, smollm2_135m
+from ramet.runtime.models.config_hf import config_from_hf
 from ramet.runtime.models.weights import expected_tensors
 
 SIZES: dict[str, Any] = {
@@ -40,8 +41,8 @@ def llama(**fields: Any) -> dict[str, Any]:
 def test_transformers_5_and_4_layouts_of_llama_3_give_the_same_configuration() -> None:
     old = llama(rope_theta=500000.0, rope_scaling=LLAMA3_ROPE)
     new = llama(rope_parameters={"rope_theta": 500000.0, **LLAMA3_ROPE})
-    assert ModelConfig.from_hf(old) == ModelConfig.from_hf(new)
-    assert ModelConfig.from_hf(old).rope == llama_3_1_8b().rope
+    assert config_from_hf(old) == config_from_hf(new)
+    assert config_from_hf(old).rope == llama_3_1_8b().rope
 
 
 def test_transformers_5_and_4_layouts_of_gemma_3_give_the_same_configuration() -> None:
@@ -60,8 +61,8 @@ def test_transformers_5_and_4_layouts_of_gemma_3_give_the_same_configuration() -
         },
         "layer_types": kinds,
     }
-    assert ModelConfig.from_hf(old) == ModelConfig.from_hf(new)
-    config = ModelConfig.from_hf(new)
+    assert config_from_hf(old) == config_from_hf(new)
+    config = config_from_hf(new)
     assert config.rope == Rope(1e6, RopeScaling("linear", factor=8.0))
     assert config.local_rope == Rope(1e4)
     assert [config.window(layer) for layer in range(7)] == [8, 8, 8, 8, 8, None, 8]
@@ -83,7 +84,7 @@ def test_configurations_written_by_transformers_are_read_back(
     config_class: Any, name: str, fields: dict[str, Any]
 ) -> None:
     theirs = config_class(**SIZES, **fields)
-    ours = ModelConfig.from_hf(theirs.to_dict() | {"architectures": [name]})
+    ours = config_from_hf(theirs.to_dict() | {"architectures": [name]})
     assert ours.head_dim == (getattr(theirs, "head_dim", None) or 16)
     assert ours.num_kv_heads == 2
     assert ours.tie_word_embeddings == theirs.tie_word_embeddings
@@ -104,21 +105,21 @@ def test_configurations_written_by_transformers_are_read_back(
 def test_text_part_of_a_multimodal_gemma_uses_the_defaults_that_its_config_leaves_out() -> None:
     text = {"model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34}
     text |= {"sliding_window": 1024, "rope_scaling": {"factor": 8.0, "rope_type": "linear"}}
-    config = ModelConfig.from_hf({"architectures": ["Gemma3ForConditionalGeneration"], "text_config": text})
+    config = config_from_hf({"architectures": ["Gemma3ForConditionalGeneration"], "text_config": text})
     assert (config.num_heads, config.num_kv_heads, config.head_dim, config.vocab_size) == (8, 4, 256, 262_208)
     assert (config.sliding_window, config.embedding_scale, config.norm_offset) == (1024, 2560**0.5, 1.0)
 
 
 def test_a_null_sliding_window_means_full_attention() -> None:
     fields = {"architectures": ["MistralForCausalLM"], **SIZES}
-    assert ModelConfig.from_hf(fields | {"sliding_window": None}).window(0) is None
-    assert ModelConfig.from_hf(fields).window(0) == 4096
+    assert config_from_hf(fields | {"sliding_window": None}).window(0) is None
+    assert config_from_hf(fields).window(0) == 4096
 
 
 @pytest.mark.parametrize("architecture", [["MambaForCausalLM"], ["LlamaForSequenceClassification"], []])
 def test_an_unknown_architecture_names_those_supported(architecture: list[str]) -> None:
     with pytest.raises(UnsupportedArchitecture, match=r"LlamaForCausalLM.*Qwen3ForCausalLM.*Gemma3ForCausalLM"):
-        ModelConfig.from_hf({"architectures": architecture, "model_type": "mamba"})
+        config_from_hf({"architectures": architecture, "model_type": "mamba"})
 
 
 @pytest.mark.parametrize(
@@ -132,7 +133,7 @@ def test_an_unknown_architecture_names_those_supported(architecture: list[str]) 
 )
 def test_what_the_decoder_cannot_do_is_refused_by_name(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(UnsupportedArchitecture, match=message):
-        ModelConfig.from_hf(llama(**fields))
+        config_from_hf(llama(**fields))
 
 
 @pytest.mark.parametrize(
@@ -147,14 +148,14 @@ def test_what_the_decoder_cannot_do_is_refused_by_name(fields: dict[str, Any], m
 )
 def test_impossible_values_are_a_broken_file(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(BrokenModelFile, match=message):
-        ModelConfig.from_hf(llama(**fields))
+        config_from_hf(llama(**fields))
 
 
 def test_a_missing_field_is_named() -> None:
     fields = llama()
     del fields["intermediate_size"]
     with pytest.raises(BrokenModelFile, match="intermediate_size"):
-        ModelConfig.from_hf(fields)
+        config_from_hf(fields)
 
 
 @pytest.mark.parametrize("kind", ["linear", "llama3"])
@@ -163,7 +164,7 @@ def test_scaled_frequencies_equal_those_of_transformers(kind: str) -> None:
     theirs, _ = ROPE_INIT_FUNCTIONS[kind](
         LlamaConfig(**SIZES, head_dim=128, rope_parameters=parameters), torch.device("cpu")
     )
-    rope = ModelConfig.from_hf(llama(head_dim=128, rope_parameters=parameters)).rope
+    rope = config_from_hf(llama(head_dim=128, rope_parameters=parameters)).rope
     np.testing.assert_allclose(rope.inverse_frequencies(128), theirs.numpy(), rtol=1e-5)
 
 

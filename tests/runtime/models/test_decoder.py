@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ramet.runtime.models.build import build_decoder
-from ramet.runtime.models.config import ModelConfig
+from ramet.runtime.models.config_hf import config_from_hf
 from ramet.runtime.models.decoder import Decoder
 from ramet.runtime.testing.bare_cache import BareCache
 from ramet.runtime.testing.dummy import dummy_decoder
@@ -97,7 +97,7 @@ class Oracle:
 
 
 def load(directory: Path) -> Decoder:
-    config = ModelConfig.from_hf(json.loads((directory / "config.json").read_text()))
+    config = config_from_hf(json.loads((directory / "config.json").read_text()))
     return build_decoder(config, load_file(directory / "model.safetensors"), device="cpu", dtype=torch.float32)
 
 

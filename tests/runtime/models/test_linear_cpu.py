@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from ramet.errors import ConfigError
 from ramet.kernels.cpu.block_linear import dequantize, quantize
-from ramet.kernels.cpu.program import Stream
+from ramet.kernels.cpu.program import KernelStream
 from ramet.runtime.models.linear import PlainEmbedding, PlainLinear
 from ramet.runtime.models.linear_cpu import (
     Bf16Product,
@@ -34,7 +34,7 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def storage(block_format: str | None, features: CpuFeatures, weight: torch.Tensor) -> BlockStorage:
     weights = Weights.from_tensors({"a": weight[:20], "b": weight[20:]})
-    return BlockStorage(weights, block_format, False, features, Stream(), CPU, torch.float32)
+    return BlockStorage(weights, block_format, False, features, KernelStream(), CPU, torch.float32)
 
 
 @pytest.mark.parametrize("block_format", ["Q8_0", "Q4_1", "BF16"])
@@ -105,4 +105,4 @@ def test_widths_that_are_no_multiple_of_a_block_stay_in_fp32() -> None:
 def test_gguf_blocks_are_insisted_on_where_asked() -> None:
     weights = Weights.from_tensors({"a": draw(4, 32)})
     with pytest.raises(ConfigError, match="a is not stored in blocks of type Q4_1, Q8_0, Q4_0"):
-        block_storage(weights, CPU, "auto", "gguf", Stream()).matrix(["a"])
+        block_storage(weights, CPU, "auto", "gguf", KernelStream()).matrix(["a"])

@@ -12,7 +12,7 @@ import torch
 from ramet.kernels.attention.decode import DecodeMetadata
 from ramet.kernels.slots.tables import DecodeInputs
 from ramet.runtime.models.build import build_decoder
-from ramet.runtime.models.config import ModelConfig
+from ramet.runtime.models.config_hf import config_from_hf
 from ramet.runtime.models.context import ForwardContext
 from ramet.runtime.models.decoder import Decoder
 from ramet.runtime.models.linear_cpu import CpuFeatures
@@ -54,7 +54,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def decoder_of(name: str, quantization: str) -> Decoder:
-    config = ModelConfig.from_hf({**BASE, **MODELS[name]})
+    config = config_from_hf({**BASE, **MODELS[name]})
     drawn = dummy_weights(config, torch.device("cpu"), torch.float32, seed=1)
     biases = {
         key: torch.linspace(-0.5, 0.5, *shape) for key, shape in expected_tensors(config).items() if "bias" in key
@@ -167,7 +167,7 @@ def test_sizes_of_steps_with_new_tokens_share_programs() -> None:
 
 @torch.inference_mode()
 def test_a_decoder_of_torch_products_has_no_program() -> None:
-    decoder = dummy_decoder(ModelConfig.from_hf(BASE), "cpu", torch.float32)
+    decoder = dummy_decoder(config_from_hf(BASE), "cpu", torch.float32)
     steps = Both(decoder, 2).steps
     assert steps.get(2) is None
     assert steps.get_extend(2, 0) is None

@@ -1,0 +1,131 @@
+"""The families of models that the decoder serves, a row each: what their files leave unsaid, or say in their own way.
+
+A family whose layers are made of what the decoder has is added by a row here. Not here: tokenizers, chat templates.
+Source for the defaults: transformers' configuration classes of each model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ramet.errors import UnsupportedArchitecture
+
+# Which layers attend to a window alone: those that `config.json` lists, all where it has a window, or none. "optional":
+# those from `max_window_layers` on, where `use_sliding_window` says so. "pattern": all but every n-th.
+Sliding = Literal["none", "all", "optional", "pattern"]
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """`name`: its `model_type`, and its architecture in GGUF files.
+
+    hf_classes: the names under `architectures` in `config.json`. model_types: other values of `model_type`. defaults:
+    values that `config.json` may leave out. qkv_bias, o_bias: None where `attention_bias` says it. qk_norm: q and k are
+    normalised, each head. is_gemma: scaled embeddings, norms of 1 + weight around both blocks, gelu, an attention scale
+    of its own, and another rotary base for sliding layers. interleaves_heads: llama.cpp's converter interleaves the
+    rotary halves of q and k.
+    """
+
+    name: str
+    hf_classes: tuple[str, ...]
+    model_types: tuple[str, ...] = ()
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # JSON values
+    qkv_bias: bool | None = None
+    o_bias: bool | None = None
+    qk_norm: bool = False
+    sliding: Sliding = "none"
+    is_gemma: bool = False
+    interleaves_heads: bool = False
+
+
+_LLAMA: dict[str, Any] = {
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+}
+_QWEN: dict[str, Any] = {
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+}
+_GEMMA3: dict[str, Any] = {
+    "vocab_size": 262_208,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "hidden_act": "gelu_pytorch_tanh",
+    "max_position_embeddings": 131_072,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+    "sliding_window": 4096,
+    "query_pre_attn_scalar": 256,
+    "rope_theta": 1_000_000.0,
+    "rope_local_base_freq": 10_000.0,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+_MISTRAL = _LLAMA | {"max_position_embeddings": 131_072, "num_key_value_heads": 8, "sliding_window": 4096}
+
+FAMILIES = (
+    Family("llama", ("LlamaForCausalLM",), defaults=_LLAMA, interleaves_heads=True),
+    Family("mistral", ("MistralForCausalLM",), defaults=_MISTRAL, sliding="all", interleaves_heads=True),
+    Family("qwen2", ("Qwen2ForCausalLM",), defaults=_QWEN, qkv_bias=True, o_bias=False, sliding="optional"),
+    Family("qwen3", ("Qwen3ForCausalLM",), defaults=_QWEN | {"head_dim": 128}, qk_norm=True, sliding="optional"),
+    Family(
+        "gemma3",
+        ("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"),
+        ("gemma3_text",),
+        _GEMMA3,
+        qk_norm=True,
+        sliding="pattern",
+        is_gemma=True,
+    ),
+)
+_BY_NAME = {family.name: family for family in FAMILIES}
+_BY_CLASS = {name: family for family in FAMILIES for name in family.hf_classes}
+_BY_MODEL_TYPE = {name: family for family in FAMILIES for name in (family.name, *family.model_types)}
+
+
+def family_of_hf(config: Mapping[str, Any]) -> Family:
+    """The family of a parsed `config.json`. Raises: UnsupportedArchitecture."""
+    classes = config.get("architectures") or []
+    if classes:
+        for name in classes:
+            if name in _BY_CLASS:
+                return _BY_CLASS[name]
+        raise _unsupported(repr(", ".join(map(str, classes))))
+    model_type = config.get("model_type")
+    if isinstance(model_type, str) and model_type in _BY_MODEL_TYPE:
+        return _BY_MODEL_TYPE[model_type]
+    raise _unsupported(repr(model_type))
+
+
+def family_of_gguf(architecture: object) -> Family:
+    """The family of a GGUF file, by its `general.architecture`. Raises: UnsupportedArchitecture."""
+    if isinstance(architecture, str) and architecture in _BY_NAME:
+        return _BY_NAME[architecture]
+    raise _unsupported(f"{architecture!r} of this GGUF file")
+
+
+def family_named(name: str) -> Family:
+    """The family whose name is `ModelConfig.architecture`."""
+    return _BY_NAME[name]
+
+
+def _unsupported(found: str) -> UnsupportedArchitecture:
+    """The error for an architecture that the decoder does not implement."""
+    return UnsupportedArchitecture(
+        f"the architecture {found} is not supported; supported are {', '.join(_BY_CLASS)} (GGUF: {', '.join(_BY_NAME)})"
+    )
