@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from ramet import State, function, gen, select
-from ramet.lang.backends.in_process import EngineBackend
 from ramet.runtime.programs.engine import Handle
 from ramet.runtime.programs.executor import ProgramHost
 from ramet.runtime.programs.shared_nodes import SharedRequests, request_key
@@ -19,9 +18,7 @@ from ramet.runtime.types import FinishReason, RequestOptions, RequestOutput, Sam
 
 def run(program: Any, *, share: bool, **kwargs: Any) -> tuple[State, ScriptedEngine]:
     with ScriptedEngine() as engine:
-        backend = EngineBackend(engine)
-        backend._host = ProgramHost(engine, share_nodes=share)
-        state = program.run(backend=backend, **kwargs)
+        state = program.run(backend=ProgramHost(engine, share_nodes=share), **kwargs)
         error = state.error()
         if error is not None:
             raise error
