@@ -174,11 +174,12 @@ class EngineCore:
 
     def _fail_grammars(self) -> list[SequenceUpdate]:
         """End the sequences whose grammars raised in this step."""
-        failures = self.grammars.take_failures()
-        live = [sequence for sequence in failures if not sequence.is_finished]
-        for sequence in live:
-            self.scheduler.finish(sequence, FinishReason.ERROR, error=failures[sequence])
-        return [SequenceUpdate(sequence, RowOutput()) for sequence in live]
+        updates = []
+        for sequence, error in self.grammars.take_failures().items():
+            if not sequence.is_finished:
+                self.scheduler.finish(sequence, FinishReason.ERROR, error=error)
+                updates.append(SequenceUpdate(sequence, RowOutput()))
+        return updates
 
     def _release(self, sequence: Sequence) -> None:
         """Give back what a sequence that has ended held. Calling it again does nothing."""
