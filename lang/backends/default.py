@@ -11,7 +11,6 @@ from typing import Any
 from ramet.errors import ConfigError
 from ramet.lang.backends.in_process import EngineBackend, default_model, is_engine
 from ramet.lang.backends.protocol import Backend, block_backend
-from ramet.lang.backends.remote import Remote
 
 
 class _Default:
@@ -50,6 +49,8 @@ def as_backend(given: object) -> Backend:
     if isinstance(given, Backend):
         return given
     if isinstance(given, str) and given.startswith(("http://", "https://")):
+        from ramet.lang.backends.remote import Remote  # it brings asyncio's and TLS's modules: not needed in process
+
         with _default.lock:
             return _default.remote.setdefault(given, Remote(given))
     if is_engine(given):

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, TypeGuard
 
 from ramet.lang.backends.protocol import BlockBackend, Session
+from ramet.lang.graph.events import OnEvent
 from ramet.lang.graph.options import ProgramOptions
-from ramet.lang.graph.run import OnEvent
 
 if TYPE_CHECKING:
     from ramet.runtime.programs.engine import ProgramEngine

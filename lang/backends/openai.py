@@ -22,9 +22,8 @@ from ramet.lang.backends.protocol import BlockBackend
 from ramet.lang.backends.sse import DONE
 from ramet.lang.backends.text_program import Prompt, TextSession, messages_json
 from ramet.lang.graph import choice_scores, ir
-from ramet.lang.graph.events import NodeResult
+from ramet.lang.graph.events import NodeResult, OnEvent
 from ramet.lang.graph.options import Deadline, ProgramOptions
-from ramet.lang.graph.run import OnEvent
 from ramet.lang.graph.sampling import FIELDS
 
 _OTHER_FORM = frozenset({"max_tokens", "stop", "logit_bias", "logprobs"})  # all others are sent as a program says them

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from contextvars import ContextVar, Token
 from typing import Any, Protocol, Self, runtime_checkable
 
+from ramet.lang.graph.events import OnEvent
 from ramet.lang.graph.ir import Graph
 from ramet.lang.graph.options import ProgramOptions
-from ramet.lang.graph.run import OnEvent
 
 
 class Session(Protocol):

@@ -27,8 +27,9 @@ from ramet.lang.backends.http_loop import HttpLoop, retry_pause
 from ramet.lang.backends.protocol import BlockBackend
 from ramet.lang.backends.sse import ServerSentEvent
 from ramet.lang.graph import ir
+from ramet.lang.graph.events import OnEvent
 from ramet.lang.graph.options import Deadline, ProgramOptions
-from ramet.lang.graph.run import PROMPT_TAIL, OnEvent
+from ramet.lang.graph.run import PROMPT_TAIL
 
 logger = logging.getLogger(__name__)
 

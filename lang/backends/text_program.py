@@ -16,9 +16,9 @@ import msgspec
 from ramet.errors import NotSupported, ProgramCancelled
 from ramet.lang.backends.http_loop import HttpLoop
 from ramet.lang.graph import ir
-from ramet.lang.graph.events import NodeResult
+from ramet.lang.graph.events import NodeResult, OnEvent
 from ramet.lang.graph.options import Deadline, ProgramOptions
-from ramet.lang.graph.run import GraphRun, NodeRun, OnEvent
+from ramet.lang.graph.run import GraphRun, NodeRun
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias
 
 import msgspec
 
@@ -60,6 +61,9 @@ class NodeEvent(msgspec.Struct, frozen=True, omit_defaults=True):
 
     def to_json(self) -> bytes:
         return msgspec.json.encode(msgspec.structs.replace(self, cause=None))
+
+
+OnEvent: TypeAlias = Callable[[NodeEvent], None]
 
 
 class NodeResult(msgspec.Struct, frozen=True):

@@ -21,6 +21,7 @@ import msgspec
 
 from ramet.errors import CheckFailed, ProgramCancelled, RametError
 from ramet.lang.graph import ir
+from ramet.lang.graph.events import OnEvent
 from ramet.lang.graph.options import Deadline, ProgramOptions
 from ramet.lang.graph.sampling import Sampling, SamplingParams
 
@@ -29,7 +30,6 @@ logger = logging.getLogger(__name__)
 PROMPT_TAIL = 200  # characters of the prompt shown in errors
 
 S = TypeVar("S", Sampling, SamplingParams)
-OnEvent: TypeAlias = Callable[[ir.NodeEvent], None]
 Mark: TypeAlias = Callable[[Sequence[ir.AnyNode], ir.Role | ir.Tools], str]
 
 

@@ -138,9 +138,7 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unk
         )
 
 
-_DEFAULTS: tuple[tuple[str, object], ...] = tuple(
-    (field.name, field.default) for field in msgspec.structs.fields(SamplingParams)
-)
+_DEFAULTS = tuple(zip(SamplingParams.__struct_fields__, SamplingParams.__struct_defaults__, strict=True))
 
 
 class Sampling(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):

@@ -18,12 +18,8 @@ from dataclasses import dataclass, replace
 from typing import Any, overload
 
 from ramet.errors import ConfigError, InvalidProgram, InvalidRequest, RametError
+from ramet.lang import explain as explanations
 from ramet.lang.backends.default import choose_backend
-from ramet.lang.explain.drawing import Drawing, draw_plan
-from ramet.lang.explain.explanation import Explanation
-from ramet.lang.explain.measured import explain_run
-from ramet.lang.explain.plan import explain_plan, explain_rows
-from ramet.lang.explain.why_miss import Miss, why_miss_plan
 from ramet.lang.graph import ir
 from ramet.lang.graph.options import ProgramOptions, deadline
 from ramet.lang.graph.sampling import to_sampling
@@ -289,7 +285,7 @@ class Function:
 
     def explain(
         self, *args: Any, rows: Iterable[Any] | None = None, analyze: bool = False, **kwargs: Any
-    ) -> Explanation:
+    ) -> explanations.Explanation:
         """What the program will cost, without running it: prompt, shared and new tokens, a KV bound, what passes found.
 
         Arguments may be left out; with all of them the counts are exact wherever the text is known. `rows`: of a batch
@@ -302,7 +298,7 @@ class Function:
                 "explain(rows=...) can't analyze; run the batch, and explain its states", param="analyze"
             )
         plan = self.plan(args, kwargs)
-        after = explain_run(self.run(*args, **kwargs).record)
+        after = explanations.explain_run(self.run(*args, **kwargs).record)
         return replace(plan, measured=after.measured, stages=after.stages)
 
     def plan(
@@ -312,35 +308,39 @@ class Function:
         *,
         rows: Iterable[Any] | None = None,
         target: Target | None = None,
-    ) -> Explanation:
+    ) -> explanations.Explanation:
         """`explain`, for a caller that has the arguments in a dictionary, or a tokenizer alone (`target`)."""
         if rows is not None:
             calls = [self._split_row(row, kwargs) for row in rows]
             if not calls:
                 raise InvalidRequest("rows is empty; a batch needs at least one row", param="rows")
             target = target or target_of(calls[0].options.get("backend"))
-            return explain_rows([self._trace(call, is_symbolic=False).record for call in calls], target)
+            return explanations.explain_rows([self._trace(call, is_symbolic=False).record for call in calls], target)
         call = self._split(args, kwargs, is_partial=True)
         record = self._whole_trace(call).record
-        return explain_plan(record, target or target_of(call.options.get("backend")), self._unbound_graph(call))
+        return explanations.explain_plan(
+            record, target or target_of(call.options.get("backend")), self._unbound_graph(call)
+        )
 
-    def why_miss(self, *args: Any, var: str | None = None, **kwargs: Any) -> list[Miss]:
+    def why_miss(self, *args: Any, var: str | None = None, **kwargs: Any) -> list[explanations.Miss]:
         """For every generation whose prompt is known: where it leaves what is cached now. The costliest first."""
         call = self._split(args, kwargs)
         backend = choose_backend(call.options.get("backend"))
         record = self._trace(call, is_symbolic=False).record
-        return why_miss_plan(record, backend, call.options.get("cache_salt", ""), var)
+        return explanations.why_miss_plan(record, backend, call.options.get("cache_salt", ""), var)
 
-    def graph(self, **arguments: Any) -> Drawing:
+    def graph(self, **arguments: Any) -> explanations.Drawing:
         """A picture of the program with what is planned: `.mermaid()`, `.svg()`, `.html()`, `.save("plan.html")`."""
         return self.draw(arguments)
 
-    def draw(self, arguments: Mapping[str, Any], *, target: Target | None = None) -> Drawing:
+    def draw(self, arguments: Mapping[str, Any], *, target: Target | None = None) -> explanations.Drawing:
         """`graph`, for a caller that has the arguments in a dictionary, or a tokenizer alone (`target`)."""
         call = self._split((), arguments, is_partial=True)
         record = self._whole_trace(call).record
         target = target or target_of(call.options.get("backend"))
-        return draw_plan(record, explain_plan(record, target, self._unbound_graph(call)), target)
+        return explanations.draw_plan(
+            record, explanations.explain_plan(record, target, self._unbound_graph(call)), target
+        )
 
     def _whole_trace(self, call: _Call) -> Trace:
         """With every argument given, the very nodes that a run records; else arguments stay symbolic."""

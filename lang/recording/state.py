@@ -15,10 +15,7 @@ from dataclasses import replace
 from typing import Any, Literal, overload
 
 from ramet.errors import InvalidProgram, ProgramError, UndefinedVariable
-from ramet.lang.explain.drawing import Drawing, draw_run
-from ramet.lang.explain.explanation import Explanation
-from ramet.lang.explain.measured import explain_run
-from ramet.lang.explain.why_miss import Miss, why_miss_run
+from ramet.lang import explain as explanations
 from ramet.lang.graph import ir
 from ramet.lang.graph.run_record import RunRecord
 from ramet.lang.recording.recorder import Appendable, Recorder, RoleExpr
@@ -278,19 +275,19 @@ class State:
         """The graph of the whole run, what happened to each node, and where recording stopped for a value."""
         return self.recorder.run.report()
 
-    def explain(self) -> Explanation:
+    def explain(self) -> explanations.Explanation:
         """Measured tokens and times of the run by node, and the lines that forced a stage. Waits for the run to end."""
-        return explain_run(self._ended().report())
+        return explanations.explain_run(self._ended().report())
 
-    def why_miss(self, var: str | None = None) -> list[Miss]:
+    def why_miss(self, var: str | None = None) -> list[explanations.Miss]:
         """For every generation: where its prompt left what was cached, and the line that wrote that. Waits."""
         run = self._ended()
-        return why_miss_run(run.report(), run.backend, run.options.cache_salt, var)
+        return explanations.why_miss_run(run.report(), run.backend, run.options.cache_salt, var)
 
-    def graph(self) -> Drawing:
+    def graph(self) -> explanations.Drawing:
         """A picture of the run with what was measured: `.mermaid()`, `.svg()`, `.html()`, `.save("run.svg")`."""
         run = self._ended()
-        return draw_run(run.report(), run.backend)
+        return explanations.draw_run(run.report(), run.backend)
 
     def _ended(self) -> Run:
         self.recorder.run.wait_all(quietly=True)

@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 from ramet.errors import RametError, RequestCancelled
 from ramet.lang.graph import ir
+from ramet.lang.graph.events import OnEvent
 from ramet.lang.graph.options import Deadline, ProgramOptions
-from ramet.lang.graph.run import GraphRun, NodeRun, OnEvent
+from ramet.lang.graph.run import GraphRun, NodeRun
 from ramet.runtime.programs.cache_hints import CacheHints
 from ramet.runtime.programs.engine import Handle, HasDeviceGrammars, ProgramEngine, ProgramModel, Work
 from ramet.runtime.programs.generation import Generation

@@ -21,8 +21,8 @@ from ramet.errors import (
 )
 from ramet.lang.backends.default import as_backend
 from ramet.lang.graph import ir
+from ramet.lang.graph.events import OnEvent
 from ramet.lang.graph.options import ProgramOptions
-from ramet.lang.graph.run import OnEvent
 from ramet.lang.recording.state import State as ProgramState
 from ramet.runtime.models.load import LoadedModel
 

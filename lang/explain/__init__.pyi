@@ -1,0 +1,13 @@
+"""What programs and servers ask of this room; `__init__.py` loads it from here."""
+
+from .drawing import Drawing as Drawing
+from .drawing import draw_plan as draw_plan
+from .drawing import draw_run as draw_run
+from .explanation import Explanation as Explanation
+from .measured import explain_run as explain_run
+from .plan import explain_on_server as explain_on_server
+from .plan import explain_plan as explain_plan
+from .plan import explain_rows as explain_rows
+from .why_miss import Miss as Miss
+from .why_miss import why_miss_plan as why_miss_plan
+from .why_miss import why_miss_run as why_miss_run
