@@ -92,8 +92,8 @@ class Keyword:
     may_empty: it can leave a schema without any value, alone or with other keywords.
     strict_rank: its place among the keywords that strict mode refuses, the first of which is reported; 0 if permitted.
 
-    narrow: takes those values away that the keyword forbids, by a look at the value itself. A function that stands in
-    several rows, one after the other, reads their keywords together and is called once. combine: does so by other
+    narrow: takes those values away that the keyword forbids, by a look at the value itself. read_together: `narrow` is
+    called once for all keywords in whose rows it stands, and reads them together. combine: takes values away by other
     schemas, and comes after all `narrow`. refuse: the values that `combine` takes away, in parts; by default worked out
     from what it leaves. track: as `combine`, where evaluated parts matter; by default it evaluates none.
     target: the schema that the keyword refers to. looks: the parts of a value that it evaluates by itself.
@@ -108,6 +108,7 @@ class Keyword:
     may_empty: bool = False
     strict_rank: int = 0
     narrow: Narrow | None = None
+    read_together: bool = False
     combine: Narrow | None = None
     refuse: Refuse | None = None
     track: Track | None = None
@@ -243,7 +244,7 @@ class Interpreter:
         """The values that the keywords accept which look at the value itself."""
         found, last = v.ANY, None
         for name, keyword in standing:
-            if keyword.narrow is not None and keyword.narrow is not last:
+            if keyword.narrow is not None and not (keyword.read_together and keyword.narrow is last):
                 found, last = keyword.narrow(self, node, name, found), keyword.narrow
         return self._tidy(found)
 

@@ -90,14 +90,17 @@ KEYWORDS = Table({
     "pattern": Keyword(form=_STRING, narrow=n.pattern_of, may_empty=True),
     "format": Keyword(narrow=n.format_of),
     # objects
-    "properties": Keyword(form=_SCHEMA_MAP, subschemas=_NAMED, narrow=n.members, looks=u.look_at_names),
+    "properties": Keyword(
+        form=_SCHEMA_MAP, subschemas=_NAMED, narrow=n.members, read_together=True, looks=u.look_at_names
+    ),
     "patternProperties": Keyword(
-        form=_SCHEMA_MAP, subschemas=_NAMED, strict_rank=8, narrow=n.members, looks=u.look_at_languages
+        form=_SCHEMA_MAP, subschemas=_NAMED, strict_rank=8,
+        narrow=n.members, read_together=True, looks=u.look_at_languages,
     ),
     "additionalProperties": Keyword(
-        form=_SCHEMA, subschemas=_DIRECT, narrow=n.members, looks=u.look_at_all_names
+        form=_SCHEMA, subschemas=_DIRECT, narrow=n.members, read_together=True, looks=u.look_at_all_names
     ),
-    "required": Keyword(form=_NAMES, may_empty=True, narrow=n.members),
+    "required": Keyword(form=_NAMES, may_empty=True, narrow=n.members, read_together=True),
     "minProperties": Keyword(form=_COUNT, may_empty=True, strict_rank=11, narrow=n.min_properties),
     "maxProperties": Keyword(form=_COUNT, strict_rank=12, narrow=n.max_properties),
     "dependentRequired": Keyword(form=_MAP_OF_NAMES, strict_rank=3, narrow=n.dependent_required),
@@ -161,7 +164,7 @@ KEYWORDS = Table({
     ),
     "dependencies": Keyword(
         subschemas=_NAMED, may_empty=True, narrow=n.dependent_required,
-        combine=n.dependent_schemas, refuse=n.not_dependent_schemas, track=u.track_dependent,
+        combine=n.dependent_schemas, refuse=n.not_dependent_schemas,
     ),
     "unevaluatedProperties": Keyword(
         first_draft=DRAFT2019, subschemas=_DIRECT, may_empty=True, strict_rank=9, close=u.close_objects

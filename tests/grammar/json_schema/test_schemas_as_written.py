@@ -15,6 +15,25 @@ BYTES = Vocabulary([*(bytes((i,)) for i in range(256)), b""], [256])
 DRAFT_4, DRAFT_7 = "http://json-schema.org/draft-04/schema#", "http://json-schema.org/draft-07/schema#"
 
 CASES: list[tuple[str, Any, list[Any], list[Any]]] = [
+    ("two divisors", {"multipleOf": 2, "divisibleBy": 3}, [6, 0], [2, 3]),
+    (
+        "two kinds of dependencies",
+        {"dependentRequired": {"a": ["b"]}, "dependencies": {"b": ["c"]}},
+        [{"c": 1}, {"a": 1, "b": 1, "c": 1}],
+        [{"a": 1}, {"a": 1, "b": 1}, {"b": 1}],
+    ),
+    (
+        "dependencies beside unevaluated",
+        {"unevaluatedProperties": False, "properties": {"a": {}, "b": {}}, "dependencies": {"a": {"required": ["b"]}}},
+        [{"a": 1, "b": 1}, {"b": 1}],
+        [{"a": 1}, {"c": 1}],
+    ),
+    (
+        "a type that is a schema",
+        {"$schema": DRAFT_4, "type": ["string", {"type": "integer", "minimum": 5}], "maximum": 7},
+        ["a", 6],
+        [3, 8, None],
+    ),
     (
         "maxItems big",
         {"type": "array", "maxItems": 100000, "minItems": 2, "items": {"type": "integer"}},
