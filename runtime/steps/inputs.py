@@ -73,12 +73,9 @@ class Step:
     @property
     def new_pages(self) -> NDArray[np.int32]:
         """The page that each decode row begins in this step, or 0, [B]."""
-        items = self.batch.items[: self.batch.num_decode]
-        return np.fromiter((_page_begun(item, self.page_size) for item in items), dtype=np.int32, count=len(items))
-
-
-def _page_begun(item: ScheduledSequence, page_size: int) -> int:
-    return 0 if item.start % page_size else item.sequence.page_ids[item.start // page_size]
+        items, size = self.batch.items[: self.batch.num_decode], self.page_size
+        begun = (0 if item.start % size else item.sequence.page_ids[item.start // size] for item in items)
+        return np.fromiter(begun, dtype=np.int32, count=len(items))
 
 
 @dataclass(slots=True)
