@@ -1,8 +1,20 @@
-"""Sets of JSON values as unions of conjunctions, type by type: what a schema means, in a form closed under and, or,
-not.
+"""Sets of JSON values: what a schema means.
 
-A `Values` holds, for each JSON type, a union of specs; a spec is a conjunction. Subschemas of objects and arrays stay
-*expressions* (numbers that `expressions.Expressions` gives out), so recursion costs nothing here.
+A set is a `Values`. It has a list of *specs* for each JSON type, and a value is in the set if it is in one of the specs
+of its type. A spec is a conjunction: all that it says must hold. The union, the intersection and the complement of such
+sets can be written in the same form.
+
+    {"type": "string", "minLength": 2}          Values(strings=(Strings(low=2),))
+    {"type": ["null", "boolean"]}               Values(null=True, booleans=3)
+    {"enum": [1, "a"]}                          Values(numbers=(Numbers(finite={1}),), strings=(Strings(finite={"a"}),))
+    {"minItems": 1}                             ANY, but with arrays=(Arrays(low=1),)
+    {"anyOf": [{"minItems": 3}, {"maxItems": 1}], "type": "array"}
+                                                Values(arrays=(Arrays(low=3), Arrays(high=1)))
+
+What stands inside of an object or an array is not written out. It is an *expression*: the number of a set, given out by
+`Expressions` (expressions.py). So a schema that contains itself is no problem here; if its own number is 2:
+
+    {"type": "array", "items": {"$ref": "#"}}   Values(arrays=(Arrays(rest=2),))
 """
 
 from __future__ import annotations
@@ -17,15 +29,17 @@ from ramet.grammar.regular.numbers import Numbers
 
 _T = TypeVar("_T")
 
-TRUE, FALSE = 0, 1  # expressions: anything, nothing
 Expr = int
-Const = tuple[str, Any]  # a value that was read, see distinct.py
-INFINITE = 1 << 60  # a cost that nothing has
+TRUE, FALSE = 0, 1  # the expressions of all values and of none
+Const = tuple[str, Any]  # one JSON value, see constants.py
+INFINITE = 1 << 60  # the cost of a set without values, see costs.py
 
 
 class Strings(NamedTuple):
-    """A conjunction on strings. `languages`: (number of a language, must it hold). `finite`, if given, is the set
-    itself.
+    """Strings of `low` to `high` characters.
+
+    languages: (number of a language, whether the string must be in it or must not); see languages.py. excluded: strings
+    that are left out. finite: if given, exactly these strings, and all other fields are at their defaults.
     """
 
     low: int = 0
@@ -39,14 +53,21 @@ ANY_STRINGS = Strings()
 
 
 class Rule(NamedTuple):
-    """For a key that is not declared: all `patterns` (language, expression) that match; `additional` if none does."""
+    """`patternProperties` with `additionalProperties`, for keys that are not declared.
+
+    The value of a key is in the expressions of all `patterns` (language, expression) whose language has the key. It is
+    in `additional` if there is no such pattern.
+    """
 
     patterns: tuple[tuple[int, Expr], ...]
     additional: Expr
 
 
 class Exists(NamedTuple):
-    """Some key has a value in `expr`: a key matched by `pattern`, or by none of `others`, and not one of `names`."""
+    """Some key has a value in `expr`. It comes from negation: `not {"additionalProperties": A}`.
+
+    The key is none of `names`. With a `pattern`, it is in that language; else it is in none of the languages `others`.
+    """
 
     pattern: int | None
     others: tuple[int, ...]
@@ -56,12 +77,13 @@ class Exists(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Objects:
-    """A conjunction on objects.
+    """Objects that satisfy all of this.
 
-    properties: declared key -> expression of its value (all that applies). default and rules: keys not declared.
-    low, high: number of keys. dependent: (key, keys that it requires). exists: see Exists.
+    properties: the declared keys, each with the expression of its value. It says all that applies to the key: no rule
+    does in addition. default, rules: what the values of all other keys must be; `default` and every rule hold.
+    required: keys that must stand. low, high: the number of keys. dependent: (key, keys that it requires).
+    exists: see there. excluded: objects that are left out, as numbers of constants (see constants.py).
     named_only: in declared order, keys that no schema names are not written, though they would be valid.
-    excluded: numbers of constants (see distinct.py) that are left out.
     """
 
     properties: tuple[tuple[str, Expr], ...] = ()
@@ -81,7 +103,7 @@ class Objects:
 
     @property
     def languages(self) -> tuple[int, ...]:
-        """Those that the rules tell keys apart by."""
+        """Return the languages that the rules tell keys apart by."""
         return tuple(dict.fromkeys(n for rule in self.rules for n, _ in rule.patterns))
 
 
@@ -89,7 +111,7 @@ ANY_OBJECTS = Objects()
 
 
 class Contains(NamedTuple):
-    """Between `low` and `high` items from index `start` on are in `expr`."""
+    """Among the items from index `start` on, at least `low` and at most `high` are in `expr`."""
 
     start: int
     expr: Expr
@@ -99,8 +121,11 @@ class Contains(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Arrays:
-    """A conjunction on arrays: `prefix` items, then `rest` for all others; not the constants `excluded`. unique: no two
-    items are equal; repeats: some two are.
+    """Arrays that satisfy all of this.
+
+    prefix: what the first items must be, one by one. rest: what each item after them must be. low, high: the number of
+    items. contains: see there. unique: no two items are equal. repeats: some two items are equal.
+    excluded: arrays that are left out, as numbers of constants (see constants.py).
     """
 
     prefix: tuple[Expr, ...] = ()
@@ -114,7 +139,7 @@ class Arrays:
 
     @property
     def is_plain(self) -> bool:
-        """Nothing is asked of the items but what each of them is, and how many there are."""
+        """Tell whether items can be read one by one: only what each one is matters, and how many there are."""
         return not (self.contains or self.unique or self.repeats or self.excluded)
 
 
@@ -122,7 +147,7 @@ ANY_ARRAYS = Arrays()
 
 
 class Values(NamedTuple):
-    """A set of JSON values. booleans: bit 0 false, bit 1 true."""
+    """A set of JSON values: for each type, those in one of the specs. booleans: bit 0 is for false, bit 1 for true."""
 
     null: bool = False
     booleans: int = 0
@@ -137,7 +162,7 @@ class Values(NamedTuple):
 
     @property
     def is_one_spec(self) -> bool:
-        """One spec of objects or of arrays is all there is: so it has values where the whole set has."""
+        """Tell whether one spec of objects or of arrays is all there is, so that it is empty where the set is empty."""
         return len(self.objects) + len(self.arrays) == 1 and not (
             self.null or self.booleans or self.numbers or self.strings
         )
@@ -148,7 +173,7 @@ NONE = Values()
 
 
 def unite(parts: Iterable[Values]) -> Values:
-    """The union; a spec that allows all of its type absorbs the others."""
+    """Return the union. A spec that allows all values of its type absorbs the others."""
     null, booleans = False, 0
     numbers: dict[Numbers, None] = {}
     strings: dict[Strings, None] = {}
@@ -192,7 +217,11 @@ def _merge_strings(found: dict[Strings, None]) -> tuple[Strings, ...]:
 
 
 def product(left: tuple[_T, ...], right: tuple[_T, ...], both: Callable[[_T, _T], _T | None]) -> tuple[_T, ...]:
-    """All pairs that are not empty, each once. Where a side's spec comes out unchanged it stands for all its pairs."""
+    """Return the intersection of two unions of specs of one type: the intersections of all pairs that are not empty.
+
+    both: the intersection of two specs; None where it is empty. A spec that comes out unchanged from one of its pairs
+    stands for all of them: the other intersections are parts of it.
+    """
     if len(left) == 1 and len(right) == 1:
         c = left[0] if left[0] == right[0] else both(left[0], right[0])
         return () if c is None else (c,)
