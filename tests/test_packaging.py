@@ -1,6 +1,6 @@
-"""The packages, the links and the rule of dependency between folders, compared with what is on disk."""
+"""The packages, the links and the order of the rooms, compared with what is on disk."""
 
-import ast
+import importlib.util
 import tomllib
 from pathlib import Path
 
@@ -9,16 +9,6 @@ from setuptools import find_packages
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("grammar", "kernels", "lang", "runtime")
-
-# folder -> what it may import of ours ("ramet.errors" is free to all)
-ALLOWED = {
-    "grammar": {"grammar"},
-    "kernels": {"kernels"},
-    "runtime": {"runtime", "grammar", "kernels", "lang.graph"},
-    "lang": {"lang"},
-}
-# the places where the language reaches its in-process runtime, and types become schemas: imports inside functions only
-LAZY_BORDER = {"lang": ("runtime.", "grammar.service.python_types.")}
 
 
 def packages_on_disk() -> set[str]:
@@ -47,39 +37,14 @@ def test_every_python_file_stands_in_a_package() -> None:
             assert (file.parent / "__init__.py").exists(), file
 
 
-def ramet_imports(tree: ast.AST) -> list[tuple[str, bool]]:
-    """(module below `ramet.`, whether the import stands inside a function or under TYPE_CHECKING)."""
-    found: list[tuple[str, bool]] = []
-
-    def visit(node: ast.AST, lazy: bool) -> None:
-        if isinstance(node, ast.Import):
-            found.extend((a.name.removeprefix("ramet."), lazy) for a in node.names if a.name.startswith("ramet."))
-        elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("ramet"):
-            # `from ramet.lang.graph import ir` may import a module or a name of one: "lang.graph.ir" serves for both
-            found.extend((f"{node.module}.{a.name}".removeprefix("ramet."), lazy) for a in node.names)
-        inside = lazy or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-        inside = inside or (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test))
-        for child in ast.iter_child_nodes(node):
-            visit(child, inside)
-
-    visit(tree, False)
-    return found
-
-
-def test_folders_import_only_what_the_rule_of_dependency_allows() -> None:
-    wrong = []
-    for folder in FOLDERS:
-        for file in (ROOT / folder).rglob("*.py"):
-            for module, lazy in ramet_imports(ast.parse(file.read_text())):
-                if module.split(".")[0] == "errors":
-                    continue
-                top = module.split(".")[0]
-                allowed = top in ALLOWED[folder] or any(
-                    module == a or module.startswith(a + ".") for a in ALLOWED[folder] if "." in a
-                )
-                if not allowed and not (lazy and f"{module}.".startswith(LAZY_BORDER.get(folder, ()))):
-                    wrong.append(f"{file.relative_to(ROOT)} imports ramet.{module}")
-    assert not wrong, wrong
+def test_nothing_that_makes_the_house_hard_to_read_came_back(capsys: pytest.CaptureFixture[str]) -> None:
+    """Rooms import downwards, no circles, no name for two things, nothing unused: see tools/house.py."""
+    spec = importlib.util.spec_from_file_location("house", ROOT / "tools" / "house.py")
+    assert spec is not None
+    assert spec.loader is not None
+    house = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(house)
+    assert house.main(["--check"]) == 0, capsys.readouterr().out
 
 
 def test_nothing_is_called_todo_and_no_tests_are_skipped_without_a_reason() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ramet.errors import UnsupportedSchema
 from ramet.grammar.ir import JsonOptions
-from ramet.grammar.json_schema.keywords.interpreter import Interpreter, Role, hides_others
+from ramet.grammar.json_schema.keywords.interpreter import Interpreter, KeywordRole, hides_others
 from ramet.grammar.json_schema.keywords.schema_errors import survey
 from ramet.grammar.json_schema.keywords.table import KEYWORDS
 from ramet.grammar.json_schema.schema import formats
@@ -59,9 +59,9 @@ def coverage(schema: Any, options: JsonOptions | None = None) -> Coverage:
             keyword = KEYWORDS.rows.get(name)
             if keyword is None or not keyword.is_known(node.draft):
                 unknown.append(place)
-            elif keyword.role is Role.ANNOTATION:
+            elif keyword.role is KeywordRole.ANNOTATION:
                 annotations.append(place)
-            elif keyword.role is Role.STRUCTURE:
+            elif keyword.role is KeywordRole.STRUCTURE:
                 continue
             elif name != "$ref" and hides_others(node):
                 hidden.append(place)

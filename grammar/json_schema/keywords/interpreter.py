@@ -60,7 +60,7 @@ NOTHING = Looked()
 Alternative = tuple[Values, Looked]  # some of the values of a schema, all with the same parts evaluated
 
 
-class Role(Enum):
+class KeywordRole(Enum):
     """What a keyword is for."""
 
     ASSERTION = "it says which values are valid"
@@ -100,7 +100,7 @@ class Keyword:
     close: puts the schema in its value on all parts that nothing has evaluated.
     """
 
-    role: Role = Role.ASSERTION
+    role: KeywordRole = KeywordRole.ASSERTION
     form: Form | None = None
     first_draft: int = DRAFT4
     last_draft: int = DRAFT2020
@@ -121,7 +121,7 @@ class Keyword:
         return self.first_draft <= draft <= self.last_draft
 
 
-class Table:
+class KeywordTable:
     """The rows of all keywords, by name, and what follows from them.
 
     order: of the assertions. forms: of those that have one. subschemas: how schemas stand in a keyword's value;
@@ -131,7 +131,7 @@ class Table:
 
     def __init__(self, rows: Mapping[str, Keyword]) -> None:
         self.rows = rows
-        assertions = {name: k for name, k in rows.items() if k.role is Role.ASSERTION}
+        assertions = {name: k for name, k in rows.items() if k.role is KeywordRole.ASSERTION}
         self.order = {name: at for at, name in enumerate(assertions)}
         self.forms = {name: k.form for name, k in rows.items() if k.form is not None}
         self.subschemas = {name: k.subschemas for name, k in rows.items() if k.subschemas is not None}
@@ -148,7 +148,9 @@ class Interpreter:
     refused.
     """
 
-    def __init__(self, table: Table, max_states: int, *, only_named: bool = False, lenient: bool = False) -> None:
+    def __init__(
+        self, table: KeywordTable, max_states: int, *, only_named: bool = False, lenient: bool = False
+    ) -> None:
         self.table = table
         self.only_named = only_named
         self.lenient = lenient

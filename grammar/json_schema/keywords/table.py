@@ -12,7 +12,7 @@ from typing import Any
 
 from ramet.grammar.json_schema.keywords import narrowing as n
 from ramet.grammar.json_schema.keywords import unevaluated as u
-from ramet.grammar.json_schema.keywords.interpreter import Form, Keyword, Role, Table
+from ramet.grammar.json_schema.keywords.interpreter import Form, Keyword, KeywordRole, KeywordTable
 from ramet.grammar.json_schema.schema.document import DRAFT4, DRAFT2019, SchemaNode, Subschemas
 
 # --- forms
@@ -74,9 +74,9 @@ def _recursive_ref(node: SchemaNode) -> SchemaNode:
 # --- the table
 
 _DIRECT, _NAMED = Subschemas.DIRECT, Subschemas.NAMED
-_STRUCTURE, _ANNOTATION = Keyword(role=Role.STRUCTURE), Keyword(role=Role.ANNOTATION)
+_STRUCTURE, _ANNOTATION = Keyword(role=KeywordRole.STRUCTURE), Keyword(role=KeywordRole.ANNOTATION)
 
-KEYWORDS = Table({
+KEYWORDS = KeywordTable({
     # numbers, strings
     "type": Keyword(form=_TYPE, narrow=n.of_type, combine=n.of_type_with_schemas),
     "minimum": Keyword(form=_NUMBER, narrow=n.minimum),
@@ -177,8 +177,8 @@ KEYWORDS = Table({
     "$anchor": _STRUCTURE,
     "$dynamicAnchor": _STRUCTURE,
     "$recursiveAnchor": _STRUCTURE,
-    "$defs": Keyword(role=Role.STRUCTURE, subschemas=_NAMED),
-    "definitions": Keyword(role=Role.STRUCTURE, subschemas=_NAMED),
+    "$defs": Keyword(role=KeywordRole.STRUCTURE, subschemas=_NAMED),
+    "definitions": Keyword(role=KeywordRole.STRUCTURE, subschemas=_NAMED),
     "$vocabulary": _STRUCTURE,
     "$comment": _STRUCTURE,
     "title": _ANNOTATION,
@@ -190,5 +190,5 @@ KEYWORDS = Table({
     "writeOnly": _ANNOTATION,
     "contentEncoding": _ANNOTATION,
     "contentMediaType": _ANNOTATION,
-    "contentSchema": Keyword(role=Role.ANNOTATION, subschemas=_DIRECT),
+    "contentSchema": Keyword(role=KeywordRole.ANNOTATION, subschemas=_DIRECT),
 })  # fmt: skip
