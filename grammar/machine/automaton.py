@@ -1,11 +1,12 @@
-"""The machine under every grammar: a pushdown automaton over bytes that grows as texts run through it.
+"""The machine under every grammar: a pushdown automaton over bytes that is built while texts run through it.
 
-The machine holds frames (see frame.py) and numbers them; a frame's number is its *instance*. A configuration of the
-machine, called *packed* here, is one integer: instance << 32 | local state. There is no stack, since a frame knows what
-surrounds it: the text goes on at the target of the exit by which it leaves the frame.
+The machine holds frames (see frame.py) and numbers them. The number of a frame is its *instance*. A configuration of
+the machine, called *packed* here, is one integer: instance << 32 | local state. For example, 5 << 32 | 3 is local state
+3 of frame 5. There is no stack, because each frame knows its context: when the text leaves a frame by an exit, it
+continues at the target of that exit.
 
-The machine asks a frame for the target of an exit when a text first takes the exit, and never again. So Python works
-once for each frame and exit; for each byte, compiled loops work (walker.py).
+The machine asks a frame for the target of an exit once, when a text first takes that exit. So Python runs once for each
+frame and exit, and compiled loops run for each byte (walker.py).
 """
 
 from __future__ import annotations
@@ -38,11 +39,12 @@ INSTANCE_FIELDS = 5  # table offset, number of classes, class map offset, exit o
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What compiling and running may cost.
+    """Limits on the cost of compiling and running a grammar.
 
-    max_time_s: of compiling, and of any one step that a text makes into parts not visited before.
+    max_time_s: seconds for compiling, and for each step that a text makes into parts not visited before.
     max_states: configurations of one grammar, visited or looked at. max_regular_states: states of one terminal or
-    pattern. max_mask_bytes: mask rows that one grammar keeps; the least recently used go first.
+    pattern.
+    max_mask_bytes: bytes of the mask rows that one grammar keeps; the least recently used rows are dropped first.
     """
 
     max_time_s: float = 10.0
@@ -65,7 +67,7 @@ class Done(Frame):
 
 
 class Machine:
-    """Tables, instances and the targets of their exits. Not thread-safe: its owner locks.
+    """All tables, all instances, and the targets of their exits. Not thread-safe: the owner locks.
 
     pool: int32, all tables and class maps. instances: int64 [capacity, 5]. exits: int64, targets of all instances.
     """
@@ -101,7 +103,7 @@ class Machine:
         depths: NDArray[np.int32] | None = None,
         loop: int = -1,
     ) -> FrameTable:
-        """Put a table into the pool."""
+        """Copy a table into the pool and return it."""
         key = byte_class.tobytes()
         class_offset = self.class_maps.get(key)
         if class_offset is None:
@@ -122,7 +124,7 @@ class Machine:
         return begin
 
     def add(self, frame: Frame) -> int:
-        """Add a frame, whose exits are not resolved yet; return its instance."""
+        """Add a frame and return its instance. Its exits are resolved later."""
         table = frame.table
         index = len(self.frames)
         if index == len(self.instances):
@@ -143,14 +145,14 @@ class Machine:
         return index
 
     def mask_twin(self, packed: int) -> int:
-        """Return the state whose mask is made in place of this one's: see Frame.mask_twin."""
+        """Return the state whose mask is used for this state: see Frame.mask_twin."""
         found = self.frames[packed >> LOCAL_BITS].mask_twin(packed & LOCAL_MASK)
         return packed if found is None else found
 
     # --- states
 
     def exit_target(self, instance: int, exit_index: int) -> int:
-        """Return the target of an exit, resolved now if it was not."""
+        """Return the target of an exit; resolve it first if no text has taken it yet."""
         at = self.exit_offsets[instance] + exit_index
         found = int(self.exits[at])
         if found == UNKNOWN:
@@ -160,7 +162,10 @@ class Machine:
         return found
 
     def _resolve(self, instance: int, exit_index: int) -> int:
-        """Raises: GrammarTooLarge where that takes too long or nests too deeply."""
+        """Ask the frame for the target of an exit, and keep it.
+
+        Raises: GrammarTooLarge if that takes too long or nests too deeply.
+        """
         try:
             if deadline.is_set():  # by the mask that is being made: 1.6 µs less an exit
                 return self.frames[instance].resolve(exit_index)
@@ -170,7 +175,7 @@ class Machine:
             raise GrammarTooLarge("parts of the grammar are nested too deeply to be combined") from error
 
     def step(self, packed: int, byte: int) -> int:
-        """Return the target after one byte, DEAD where refused; not for frames with memory (see `run`)."""
+        """Return the target after one byte, DEAD if the byte is refused. Not for frames with memory (see `run`)."""
         instance, local = packed >> LOCAL_BITS, packed & LOCAL_MASK
         while True:
             table = self.frames[instance].table
@@ -188,7 +193,10 @@ class Machine:
             instance, local = found >> LOCAL_BITS, found & LOCAL_MASK
 
     def run(self, packed: int, text: NDArray[np.uint8], begin: int, end: int, scratch: NDArray[np.int64]) -> int:
-        """Return the target after the committed bytes text[begin:end], DEAD where refused. scratch: int64 [>= 4]."""
+        """Return the target after the committed bytes text[begin:end], DEAD if they are refused.
+
+        scratch: int64 [>= 4].
+        """
         scratch[0] = begin
         scratch[1] = packed
         while True:
@@ -216,11 +224,11 @@ class Machine:
                     return packed
 
     def run_bytes(self, packed: int, text: bytes) -> int:
-        """`run` over a text of its own."""
+        """Do as `run`, for a whole text."""
         return self.run(packed, np.frombuffer(text, dtype=np.uint8), 0, len(text), np.zeros(4, dtype=np.int64))
 
     def _run_memory(self, packed: int, text: bytes) -> tuple[int, int]:
-        """Run a frame with memory until it is left or the text ends; returns (target, bytes read)."""
+        """Run a frame with memory until the text leaves it or ends; return (target, number of bytes read)."""
         instance, local = packed >> LOCAL_BITS, packed & LOCAL_MASK
         frame = self.frames[instance]
         rows, byte_class = frame.table.rows, frame.table.byte_class
@@ -238,7 +246,7 @@ class Machine:
         return target(frame.remember(frame.text + text[:position]), local), position
 
     def accepts(self, packed: int) -> bool:
-        """May the text end here?"""
+        """Tell whether the text may end here."""
         while True:
             instance, local = packed >> LOCAL_BITS, packed & LOCAL_MASK
             if instance == self.done:
@@ -253,7 +261,7 @@ class Machine:
     # --- closing a text
 
     def closing_bytes(self, packed: int, limit: int = 1 << 20) -> bytes:
-        """A short text that leads from here to the end.
+        """Return a short text that completes the text from here.
 
         Raises: GrammarTooLarge past `limit` bytes.
         """
@@ -267,7 +275,7 @@ class Machine:
         return bytes(out)
 
     def closing_length(self, packed: int, limit: int = 1 << 20) -> int:
-        """Bytes of `closing_bytes`. Cheap after the first call: what follows a frame is remembered with it.
+        """Return the number of bytes of `closing_bytes`. Cheap after the first call: each frame's answer is kept.
 
         Raises: GrammarTooLarge past `limit` bytes.
         """
@@ -291,11 +299,11 @@ class Machine:
         return length
 
     def known_closing_length(self, packed: int) -> int | None:
-        """`closing_length` where it was asked before. May be called without the owner's lock."""
+        """Return `closing_length` if it was asked for before, else None. May be called without the owner's lock."""
         return self._closing_lengths.get(packed)
 
     def _closing_step(self, packed: int) -> tuple[bytes, int]:
-        """The shortest way out of the frame in which a state stands, and the state after it; kept."""
+        """Return the shortest way out of a state's frame, and the state after it. The answer is kept."""
         found = self._closing_steps.get(packed)
         if found is None:
             found = self._closing_steps[packed] = self._find_closing_step(packed)

@@ -1,4 +1,4 @@
-"""Packed token masks: bit t % 32 of int32 word t // 32 is 1 where token t is allowed."""
+"""Token masks packed into bits: bit t % 32 of int32 word t // 32 is 1 if token t is allowed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 
 def num_words(vocab_size: int) -> int:
-    """Words of one mask row."""
+    """Return the number of words of one mask row."""
     return (vocab_size + 31) // 32
 
 
@@ -18,12 +18,12 @@ def is_allowed(row: NDArray[np.int32], token: int) -> bool:
 
 
 def pack(tokens: Iterable[int], vocab_size: int) -> NDArray[np.int32]:
-    """int32 [W] with these tokens allowed."""
+    """Return the mask row, int32 [W], that allows these tokens."""
     flags = np.zeros(num_words(vocab_size) * 32, dtype=np.uint8)
     flags[np.fromiter(tokens, dtype=np.int64)] = 1
     return np.packbits(flags, bitorder="little").view("<i4").astype(np.int32, copy=False)
 
 
 def unpack(row: NDArray[np.int32]) -> NDArray[np.int64]:
-    """Allowed token ids, ascending."""
+    """Return the ids of the allowed tokens, ascending."""
     return np.flatnonzero(np.unpackbits(row.astype("<i4", copy=False).view(np.uint8), bitorder="little"))

@@ -1,4 +1,4 @@
-"""A grammar compiled for one vocabulary, which the runtime asks for masks and states; and a cursor over it."""
+"""A grammar compiled for one vocabulary, and a cursor over it. The runtime asks it for masks and states."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from ramet.grammar.machine.frame import DEAD, LOCAL_BITS, LOCAL_MASK, target
 from ramet.grammar.machine.mask_rows import MaskRows
 from ramet.grammar.machine.masks import MaskMaker
 
-_MAX_KEPT = 1 << 15  # answers of each kind that a grammar remembers
-_MAX_KEPT_RUN = 16  # states of a forced run of which what follows is kept: each keeps the rest of the run
+_MAX_KEPT = 1 << 15  # number of answers of each kind that a grammar keeps
+_MAX_KEPT_RUN = 16  # states of a forced run whose answer is kept; each keeps the rest of the run
 
 Problem = tuple[str, str, str]
 """(JSON pointer, keyword, reason) of what masks do not ensure."""
@@ -25,8 +25,9 @@ Problem = tuple[str, str, str]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DeviceTables:
-    """All states of a grammar: byte_class uint8 [256]; transitions int32 [num_states, num_classes], -1 refused;
-    accepting bool [num_states].
+    """All states of a grammar as flat tables, for a device.
+
+    byte_class: uint8 [256]. transitions: int32 [num_states, num_classes], -1 refused. accepting: bool [num_states].
     """
 
     byte_class: NDArray[np.uint8]
@@ -35,12 +36,12 @@ class DeviceTables:
 
 
 class CompiledGrammar:
-    """A machine and the state where texts begin; implements `ramet.runtime.types.Grammar`. Thread-safe.
+    """A machine and the state in which texts begin. Implements `ramet.runtime.types.Grammar`. Thread-safe.
 
-    Raises: GrammarError where `start` is DEAD: no text matches.
+    A state is an integer, and 0 is the start. A state gets its number when it is first reached, and keeps it. Masks are
+    computed once per state; states with equal masks share one row.
 
-    States are integers, 0 is the start; a state's number is given when it is first reached and never changes. Masks are
-    computed once per state and shared by content.
+    Raises: GrammarError if `start` is DEAD, so that no text matches.
     """
 
     def __init__(self, machine: Machine, start: int, unenforced: Sequence[Problem] = ()) -> None:
@@ -54,12 +55,12 @@ class CompiledGrammar:
         self._state_of: dict[int, int] = {start: 0}
         self.rows = MaskRows(machine.limits.max_mask_bytes)
         self.rows.add_state()
-        # What was asked before; read without the lock. A decode step leaves nothing in the CPU's caches, and an answer
-        # found here touches far less memory than one worked out.
+        # Answers to earlier questions, read without the lock. A decode step evicts the CPU's caches, and a lookup here
+        # touches far less memory than computing the answer again.
         self._after: dict[tuple[int, int], int] = {}
         self._forced: dict[int, tuple[int, ...]] = {}
         self._completions: dict[int, list[int]] = {}
-        self._num_completed = 0  # tokens of the completions kept
+        self._num_completed = 0  # number of tokens in the completions kept
         self._lock = threading.RLock()
         self._masks = MaskMaker(machine, self.rows)
         self._scratch = np.zeros(4, dtype=np.int64)
@@ -73,20 +74,20 @@ class CompiledGrammar:
 
     @property
     def num_states(self) -> int:
-        """States that have a number."""
+        """Number of states reached so far."""
         return len(self._packed)
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the tables and of the masks kept."""
+        """Number of bytes of the tables and of the masks kept."""
         return self.machine.num_bytes + self.rows.num_bytes
 
     def packed(self, state: int) -> int:
-        """The machine's configuration of a state."""
+        """Return the machine's configuration of a state."""
         return self._packed[state]
 
     def state_number(self, packed: int) -> int:
-        """The state of a configuration of the machine."""
+        """Return the state of a configuration of the machine."""
         found = self._state_of.get(packed)
         if found is None:
             with self._lock:
@@ -99,7 +100,10 @@ class CompiledGrammar:
         return found
 
     def advance(self, state: int, token: int) -> int | None:
-        """Return the state after `token`; None where refused. End tokens are not part of the text: always None."""
+        """Return the state after `token`; None if it is refused.
+
+        End tokens are not part of the text: the answer is always None.
+        """
         found = self._after.get((state, token))
         if found is not None:
             return found
@@ -119,7 +123,7 @@ class CompiledGrammar:
         return found
 
     def advance_bytes(self, state: int, text: bytes) -> int | None:
-        """Return the state after a text, None where refused."""
+        """Return the state after a text; None if it is refused."""
         with self._lock:
             packed = self.machine.run_bytes(self._packed[state], text)
         return None if packed < 0 else self.state_number(packed)
@@ -139,7 +143,7 @@ class CompiledGrammar:
             rows[i] = self.mask(state)
 
     def mask(self, state: int) -> NDArray[np.int32]:
-        """Return the mask row of a state, int32 [W]; shared: not to be written to."""
+        """Return the mask row of a state, int32 [W]. The row is shared: do not write to it."""
         row = self.rows.of_state[state]
         if row is None:
             with self._lock:
@@ -152,11 +156,11 @@ class CompiledGrammar:
     # --- what must follow
 
     def allowed_tokens(self, state: int) -> NDArray[np.int64]:
-        """Ids of the allowed tokens, ascending."""
+        """Return the ids of the allowed tokens, ascending."""
         return np.flatnonzero(np.unpackbits(self.mask(state).view(np.uint8), bitorder="little"))
 
     def forced_tokens(self, state: int) -> list[int]:
-        """Tokens that must follow because no other token is allowed; stops before the end tokens."""
+        """Return the tokens that must follow, because no other token is allowed. Stops before the end tokens."""
         found = self._forced.get(state)
         if found is not None:
             return list(found)
@@ -178,7 +182,7 @@ class CompiledGrammar:
         return run
 
     def _only_token(self, state: int) -> int | None:
-        """The one token that is allowed, None where there are more, or it ends the text."""
+        """Return the only token that is allowed; None if several are allowed, or if it is an end token."""
         row = self.mask(state)
         words = np.flatnonzero(row)
         word = int(row[words[0]]) & 0xFFFFFFFF if len(words) == 1 else 0
@@ -188,9 +192,9 @@ class CompiledGrammar:
         return None if token in self.vocabulary.eos_ids else token
 
     def shortest_completion(self, state: int) -> list[int]:
-        """Few tokens that lead to an accepting state: the fewest that write a shortest text.
+        """Return the tokens of a shortest text that leads to an accepting state, as few tokens as can write it.
 
-        Raises: GrammarError if the vocabulary lacks the bytes.
+        Raises: GrammarError if the vocabulary cannot write the text.
         """
         found = self._completions.get(state)
         if found is not None:
@@ -208,7 +212,7 @@ class CompiledGrammar:
         return list(tokens)
 
     def completion_bound(self, state: int) -> int:
-        """No less than len(shortest_completion(state)), and cheap: its bytes."""
+        """Return an upper bound of len(shortest_completion(state)): its number of bytes. Much cheaper."""
         packed = self._packed[state]
         found = self.machine.known_closing_length(packed)
         if found is not None:
@@ -219,18 +223,18 @@ class CompiledGrammar:
     # --- closing
 
     def close(self, limit: int = 100_000) -> bool:
-        """Visit every reachable state, up to `limit`; True when closed. Needed for `device_tables`."""
+        """Visit every reachable state, up to `limit`; return True if all were visited. `device_tables` needs that."""
         if self._device_tables is None:
             with self._lock:
                 self._device_tables = self._visit_all(limit)
         return self.is_closed
 
     def device_tables(self) -> DeviceTables | None:
-        """The closed automaton as flat tables, None when it is open."""
+        """Return the automaton as flat tables; None if it is not closed (see `close`)."""
         return self._device_tables
 
     def _visit_all(self, limit: int) -> DeviceTables | None:
-        """Breadth first over all states; None past the limit or where a frame has memory."""
+        """Visit all states breadth first; return None past the limit or if a frame has memory."""
         machine = self.machine
         wide: list[NDArray[np.int32]] = []
         state = 0
@@ -269,7 +273,7 @@ class CompiledGrammar:
 
 
 class Matcher:
-    """Follows one text. The state is an integer, so a copy or a fork costs nothing (`fork`)."""
+    """Follows one text. The state is an integer, so `fork` costs nothing."""
 
     __slots__ = ("_history", "grammar", "state")
 
@@ -279,11 +283,11 @@ class Matcher:
         self._history: list[int] = []
 
     def mask(self) -> NDArray[np.int32]:
-        """int32 [W]; shared, not to be written to."""
+        """Return the mask of the current state, int32 [W]. It is shared: do not write to it."""
         return self.grammar.mask(self.state)
 
     def advance(self, token: int) -> bool:
-        """Take a token; False, and nothing changes, where it is refused."""
+        """Take a token; return False and change nothing if it is refused."""
         following = self.grammar.advance(self.state, token)
         if following is None:
             return False
@@ -292,7 +296,10 @@ class Matcher:
         return True
 
     def rollback(self, num_tokens: int) -> None:
-        """Undo the last tokens. Raises ValueError if fewer were taken."""
+        """Undo the last tokens.
+
+        Raises: ValueError if fewer were taken.
+        """
         if num_tokens < 0 or num_tokens > len(self._history):
             raise ValueError(f"cannot undo {num_tokens} tokens: {len(self._history)} were taken")
         if num_tokens:
@@ -300,11 +307,11 @@ class Matcher:
             del self._history[-num_tokens:]
 
     def reset(self) -> None:
-        """Go back to before the first token."""
+        """Return to the state before the first token."""
         self.rollback(len(self._history))
 
     def fork(self) -> Matcher:
-        """A second cursor at the same place, without history."""
+        """Return a second cursor in the same state, without history."""
         return Matcher(self.grammar, self.state)
 
     @property

@@ -1,17 +1,21 @@
-"""Frames, which the machine is made of, and their tables.
+"""Frames, the parts that the machine is made of, and their tables.
 
 A frame reads one stretch of a text: a number, the content of a string, the keys of an object. It has a *table* of local
-states, which all frames that read alike share, and *exits*, by which the text leaves the frame. Each exit leads to a
-*target*: a local state of another frame. Not here: the machine that holds the frames and runs texts through them
-(automaton.py).
+states, which is shared by all frames that read in the same way. It has *exits*, by which the text leaves the frame.
+Each exit leads to a *target*: a local state of another frame. The machine that holds the frames and runs texts through
+them is in automaton.py.
 
 A table entry is one of
     a local state (>= 0)               the byte is read, and the text stays in the frame
-    REFUSE                             the byte may not come here
+    REFUSE                             the byte is not allowed here
     leave(exit)                        the byte is read, and the text leaves through the exit
     leave(exit, again=True)            the text leaves through the exit, and the target reads the byte
-A target is target(instance, local): instance << 32 | local, where `instance` is the machine's number of a frame; or
-one of DEAD, NEEDS_RUN and (in the machine only) UNKNOWN, which are negative.
+
+In the frame of a number, for example, a digit leads to a local state, and a comma leaves with again=True: the array or
+object around the number reads the comma.
+
+A target is target(instance, local): instance << 32 | local, where `instance` is the machine's number of a frame. The
+other targets are negative: DEAD, NEEDS_RUN and (in the machine only) UNKNOWN.
 """
 
 from __future__ import annotations
@@ -30,31 +34,33 @@ REFUSE = -1
 DEAD = -1  # target of an exit that must not be taken: no text can be finished that way
 UNKNOWN = -2  # target of an exit that no text has taken yet
 NEEDS_RUN = -3  # target of an exit that leads elsewhere for different texts: tokens that take it are run one by one
-# with which bytes a text is closed: letters, then digits, then other printable ASCII, then the rest
+# the order of bytes in which a closing text is chosen: letters, digits, other printable ASCII, the rest
 PREFERRED_BYTES = tuple(dict.fromkeys([*range(97, 123), *range(48, 58), *range(32, 127), *range(256)]))
 LOCAL_BITS = 32
 LOCAL_MASK = (1 << LOCAL_BITS) - 1
 
 
 def leave(exit_index: int, again: bool = False) -> int:
-    """Table entry that leaves through an exit; `again`: the target reads the byte."""
+    """Return the table entry that leaves through an exit. again: the target reads the byte."""
     return -2 - (2 * exit_index + int(again))
 
 
 def target(instance: int, local: int = 0) -> int:
-    """Pack a target."""
+    """Pack an instance and a local state into a target."""
     return (instance << LOCAL_BITS) | local
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FrameTable:
-    """The local states of a frame, in one machine's pool.
+    """The local states of a frame, in the pool of one machine.
 
-    rows: int32 [num_states, num_classes] entries as in the module's docstring; byte_class: uint8 [256].
-    end_exits[local]: the exit taken where the text ends in this state; -1 where it may not end. None: nowhere.
+    rows: int32 [num_states, num_classes], entries as in the module's docstring. byte_class: uint8 [256].
+    end_exits: for each state, the exit taken if the text ends there, -1 if it may not end. None: it may end in no
+    state.
     offset, class_offset: where the rows and the class map begin in the pool.
-    depths: int32 [4, num_states], for the content of strings: plain characters that may follow, see walker.safe_depths.
-    loop: a state that every plain character leads back to (kind 2, see Vocabulary), -1 where there is none.
+    depths: int32 [4, num_states], for the content of strings: how many plain characters may follow
+    (walker.safe_depths).
+    loop: a state that every plain character (kind 2, see Vocabulary) leads back to, -1 if there is none.
     """
 
     rows: NDArray[np.int32]
@@ -65,7 +71,7 @@ class FrameTable:
     class_offset: int = -1
     depths: NDArray[np.int32] | None = None
     loop: int = -1
-    # shortest way to each exit: exit -> {local: bytes}; filled by `path_to_exit`
+    # the shortest way to each exit: exit -> {local: bytes}; filled by `path_to_exit`
     paths: dict[int, list[bytes | None]] = field(default_factory=dict)
 
     num_states: int = 0
@@ -77,17 +83,18 @@ class FrameTable:
 
 
 class Frame(ABC):
-    """One stretch of a text, in one context: how it is read, and what may follow.
+    """One stretch of a text in one context: how it is read, and what may follow it.
 
-    All that the machine asks of a frame. The answers must never change, since they are kept. A method with a default is
-    for frames that need more than the default says. `local` is a state of the frame's table.
+    This is all that the machine asks of a frame. The machine keeps the answers, so they must never change. A frame
+    overrides a method if the default is not enough for it. `local` is a state of the frame's table.
 
     table: the states, and what each byte does in them.
-    has_memory: the targets of exits depend on the text that was read in the frame. A walk over the vocabulary, which
-    does not know that text, asks `resolve`; a run over bytes that really come asks `resolve_text`.
-    text: of a frame with memory, what was read in it before this instance; `remember` gives the instance for more text.
-    loop_key: names the mask of the table's loop state, for frames of different grammars that all have the same one (see
-    Vocabulary.loop); None where the mask belongs to this grammar alone.
+    has_memory: the targets of the exits depend on the text that was read in the frame. A walk over the vocabulary does
+    not know that text and asks `resolve`. A run over committed bytes knows it and asks `resolve_text`.
+    text: in a frame with memory, the text that was read before this instance. `remember` gives the instance for a
+    longer text.
+    loop_key: equal for frames, also of different grammars, whose tables have the same mask in the loop state (see
+    Vocabulary.loop). None if the mask belongs to this grammar alone.
     """
 
     table: FrameTable
@@ -104,61 +111,67 @@ class Frame(ABC):
     def resolve_text(self, exit_index: int, text: bytes, last: bytes) -> int:
         """Return the target of an exit of a frame with memory: target(instance, local) or DEAD.
 
-        text: all that was read in the frame. last: the byte that left it, empty where the target reads that byte.
+        text: all that was read in the frame. last: the byte that left it; empty if the target reads that byte.
         """
         raise AssertionError(f"{self} has no memory")
 
     def remember(self, text: bytes) -> int:
-        """Return the instance of this frame with memory in which `text` was read, from its beginning on."""
+        """Return the instance of this frame with memory in which `text` was read since its beginning."""
         raise AssertionError(f"{self} has no memory")
 
     # --- how to finish a text
 
     @abstractmethod
     def closing_exit(self, local: int) -> int:
-        """Return the exit that leads to the end of the text the shortest way, as far as the frame can tell; never one
-        whose target is DEAD."""
+        """Return the exit on the shortest way to the end of the text, as the frame estimates it. Its target is not
+        DEAD.
+        """
 
     def closing_way(self, local: int, exit_index: int) -> bytes | None:
-        """Return a short text from a state to an exit, with the byte that leaves if the frame reads it; None where
-        there is none. Asked for the exit that `closing_exit` chose."""
+        """Return a short text from a state to an exit; None if there is none.
+
+        It includes the leaving byte if the frame reads it. Called with the exit that `closing_exit` chose.
+        """
         return path_to_exit(self.table, exit_index, local)
 
     # --- masks
 
     def mask_twin(self, local: int) -> int | None:
-        """Return another state, target(instance, local), that has the same mask as this one, but for tokens that
-        `refused_prefixes` takes away and those that need a run; None where there is no such state.
+        """Return the state, target(instance, local), whose mask is used for this state; None if there is no such state.
 
-        States that differ only in texts read before, in the frame or around it, name one twin: so one walk over the
-        vocabulary serves all of them.
+        The two masks may differ only in tokens that `refused_prefixes` removes and in tokens that need a run. States
+        that differ only in earlier text, in the frame or around it, have the same twin. So one walk over the vocabulary
+        serves all of them.
         """
         return None
 
     def refused_prefixes(self, local: int) -> Sequence[bytes]:
-        """Return texts that may not follow here, though the twin of this state takes them."""
+        """Return the texts that the twin of this state accepts but that may not follow here."""
         return ()
 
     def loop_twin(self) -> int | None:
-        """Return the state that has the mask of the table's loop state; None where that is the loop state itself."""
+        """Return the state that has the mask of the table's loop state; None if that is the loop state itself."""
         return None
 
     def characters_left(self, local: int) -> int | None:
-        """Return how many more characters of any kind the frame takes before it must be left; None where that is not
-        known, or the state stands inside a character."""
+        """Return how many more characters of any kind may follow before the text must leave the frame.
+
+        None if that is not known, or if the state is inside a character.
+        """
         return None
 
 
 def leaves_unread(table: FrameTable, local: int, exit_index: int) -> bool:
-    """Can an exit be taken in this state without reading a byte?"""
+    """Tell whether an exit can be taken in this state without reading a byte."""
     if table.end_exits is not None and int(table.end_exits[local]) == exit_index:
         return True
     return bool((table.rows[local] == leave(exit_index, again=True)).any())
 
 
 def path_to_exit(table: FrameTable, exit_index: int, local: int) -> bytes | None:
-    """A shortest byte string from `local` to an exit, the leaving byte included if the frame reads it; None if there is
-    none.
+    """Return a shortest byte string from `local` to an exit; None if there is none.
+
+    It includes the leaving byte if the frame reads it.
     """
     found = table.paths.get(exit_index)
     if found is None:
@@ -167,7 +180,7 @@ def path_to_exit(table: FrameTable, exit_index: int, local: int) -> bytes | None
 
 
 def _paths_to_exit(table: FrameTable, exit_index: int) -> list[bytes | None]:
-    """Breadth first, backwards from the exit; printable ASCII is preferred."""
+    """Search breadth first, backwards from the exit. Prefers printable ASCII."""
     n = table.num_states
     sample = sample_bytes(table.byte_class, table.rows.shape[1])
     out: list[bytes | None] = [None] * n
@@ -207,7 +220,7 @@ def _paths_to_exit(table: FrameTable, exit_index: int) -> list[bytes | None]:
 
 
 def sample_bytes(byte_class: NDArray[np.uint8], num_classes: int) -> list[int | None]:
-    """One byte of each class, the preferred one."""
+    """Return one byte of each class, the preferred one."""
     out: list[int | None] = [None] * num_classes
     for b in PREFERRED_BYTES:
         c = int(byte_class[b])
@@ -217,7 +230,7 @@ def sample_bytes(byte_class: NDArray[np.uint8], num_classes: int) -> list[int | 
 
 
 def compress_rows(wide: NDArray[np.int32]) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
-    """Turn int32 [n, 256] into rows over byte classes and the class map."""
+    """Turn int32 [n, 256] into rows over byte classes, and return them with the class map."""
     weights = _WEIGHTS[: len(wide)] if len(wide) <= len(_WEIGHTS) else _weights(len(wide))
     digest = column_digests(wide, weights)  # equal columns have equal digests; the sums wrap, which is harmless
     _, first, inverse = np.unique(digest, return_index=True, return_inverse=True)

@@ -1,7 +1,8 @@
-"""The mask rows of one grammar: one copy of each content, within a budget.
+"""The mask rows of one grammar. Each distinct row is stored once, within a budget of bytes.
 
-A row that nobody asked for while half the budget was filled anew is given up (two generations: an LRU that costs
-nothing when a row is found). Whoever still holds such a row may go on reading it.
+There are two generations of rows. When the young one fills half the budget, the old one is dropped and the young one
+becomes the old. A row that is used again moves to the young generation. This is an approximate LRU that costs nothing
+when a row is found. A caller that still holds a dropped row may go on reading it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from ramet.grammar.machine.walker import row_digest, rows_equal
 
 Row = NDArray[np.int32]
-Walked = tuple[Row, list[int]]  # the tokens that a walk allows, the tokens that must be run
+Walked = tuple[Row, list[int]]  # (the tokens that a walk allows, the tokens that must be run)
 
 
 @dataclass(slots=True)
@@ -28,9 +29,9 @@ class _Generation:
 
 
 class MaskRows:
-    """Owned by a CompiledGrammar, which locks; only `of_state` is read without the lock.
+    """Owned by a CompiledGrammar, which locks. Only `of_state` is read without the lock.
 
-    of_state: the row of each state, None where it is not known (or was given up).
+    of_state: the row of each state; None if it is not known, or was dropped.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -43,30 +44,30 @@ class MaskRows:
 
     @property
     def num_rows(self) -> int:
-        """Distinct rows held."""
+        """Number of distinct rows held."""
         return len(self._young.distinct.keys() | self._old.distinct.keys())
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the rows held; at most `max_bytes`, and one row."""
+        """Number of bytes of the rows held: at most `max_bytes` and one row."""
         return self._young.num_bytes + self._old.num_bytes
 
     def add_state(self) -> None:
         self.of_state.append(None)
 
     def again(self, state: int) -> Row | None:
-        """The row of a state from the older generation, kept from now on."""
+        """Return the row of a state from the old generation, and move it to the young one."""
         row = self._older[state] if state < len(self._older) else None
         return None if row is None else self.keep(state, row)
 
     def keep(self, state: int, row: Row) -> Row:
-        """Note the row of a state; `row` comes from `intern`, or from an older generation."""
+        """Set the row of a state. `row` comes from `intern` or from the old generation."""
         row = self.intern(row)
         self.of_state[state] = row
         return row
 
     def twin(self, packed: int) -> Walked | None:
-        """What was walked from a mask twin."""
+        """Return the result of the walk from a mask twin; None if it is not kept."""
         found = self._young.of_twin.get(packed)
         if found is None:
             found = self._old.of_twin.get(packed)
@@ -80,7 +81,7 @@ class MaskRows:
         return found
 
     def intern(self, row: Row) -> Row:
-        """The one copy of a row's content, not to be written to."""
+        """Return the one stored copy of a row. Do not write to it."""
         young = self._young
         if id(row) in young.by_id:
             return row
@@ -92,7 +93,7 @@ class MaskRows:
         if known is not None and rows_equal(known, row):
             row = known
         row.flags.writeable = False
-        young.distinct[digest] = row  # of two contents with one digest, the later one
+        young.distinct[digest] = row  # if two contents have one digest, the later one
         young.by_id[id(row)] = row
         young.num_bytes += row.nbytes
         if young.num_bytes > self.max_bytes // 2:
@@ -100,7 +101,7 @@ class MaskRows:
         return row
 
     def _age(self) -> None:
-        """The young become the old; the old are given up."""
+        """Drop the old generation; the young one becomes the old."""
         self.num_evicted += len(self._old.distinct)
         self._old, self._young = self._young, _Generation({}, {}, {})
         self._older, self.of_state = self.of_state, [None] * len(self.of_state)

@@ -1,15 +1,15 @@
-"""How a token mask is made: texts of the vocabulary's trie are walked through the machine, as few as will do.
+"""Makes token masks: walks the texts of the vocabulary's trie through the machine, as few of them as possible.
 
-A walk from a state gives the tokens that it allows, and those that must be run one by one from the state itself, since
-their verdict depends on more text than the walk knows (NEEDS_RUN). What saves walking:
+A walk from a state finds two sets of tokens: those that are allowed, and those that must be run one by one. A token
+must be run if the answer depends on earlier text, which the walk does not know (NEEDS_RUN). These rules save walking:
 
-- A state with a mask twin (Frame.mask_twin) takes the walk of its twin, which many states share.
-- In the content of a string, *plain* tokens, which hold no quote, backslash or control character, are allowed or
-  refused by their number of characters, so that only the other tokens are walked.
-- In a loop state, which plain text does not leave, a token is allowed where the rest after its plain text is allowed,
-  and many tokens have the same rest.
-- A state beside a loop state in its frame (as in a string that may become a named key) has the mask of the loop but for
-  few tokens, so that only what differs is walked.
+- A state with a mask twin (Frame.mask_twin) uses the walk of its twin, which many states share.
+- A *plain* token holds no quote, backslash or control character. In the content of a string, the number of its
+  characters decides whether it is allowed, so only the other tokens are walked.
+- Plain text does not leave a loop state. So a token is allowed in a loop state if the rest after its plain text is
+  allowed. Many tokens have the same rest, which is walked once.
+- Another state in the frame of a loop state, as in a string that may become a named key, has almost the same mask as
+  the loop state. So only the tokens that differ are walked.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ramet.grammar.machine.vocabulary import SLICE_SIZES, TextTrie
 class MaskMaker:
     """Makes the masks of one machine's configurations. Owned by a CompiledGrammar, which locks.
 
-    rows: where walks are kept.
+    rows: keeps the results of walks.
     """
 
     def __init__(self, machine: Machine, rows: MaskRows) -> None:
@@ -34,11 +34,11 @@ class MaskMaker:
         self.vocabulary = vocabulary = machine.vocabulary
         self.rows = rows
         self._scratch = np.zeros(4 + vocabulary.trie.max_depth, dtype=np.int64)
-        self._unsure = np.empty(1 + len(vocabulary.trie.values), dtype=np.int32)  # zeros would be written: 60 µs
+        self._unsure = np.empty(1 + len(vocabulary.trie.values), dtype=np.int32)  # np.zeros would write it all: 60 µs
         self._other = np.zeros(2 + vocabulary.trie.max_depth, dtype=np.int64)
 
     def make(self, packed: int) -> Row:
-        """Return the mask row of a configuration, int32 [W]; it may be shared."""
+        """Return the mask row of a configuration, int32 [W]. It may be shared."""
         local = packed & LOCAL_MASK
         row, unsure = self._twin_row(self.machine.mask_twin(packed))
         refused = self.machine.frames[packed >> LOCAL_BITS].refused_prefixes(local)
@@ -55,12 +55,12 @@ class MaskMaker:
         return row
 
     def _twin_row(self, packed: int) -> Walked:
-        """What a walk from a state finds that is its own mask twin."""
+        """Return the result of a walk from a state that is its own mask twin."""
         found = self.rows.twin(packed)
         return self.rows.keep_twin(packed, *self._walked_row(packed)) if found is None else found
 
     def _walked_row(self, packed: int) -> Walked:
-        """Choose among the ways of the module's docstring."""
+        """Choose among the rules of the module's docstring."""
         instance, local = packed >> LOCAL_BITS, packed & LOCAL_MASK
         frame = self.machine.frames[instance]
         table = frame.table
@@ -76,7 +76,7 @@ class MaskMaker:
         return row, self._unsure_tokens()
 
     def _unsure_tokens(self) -> list[int]:
-        """The tokens that must be run, as the last walk found."""
+        """Return the tokens that must be run, from the last walk."""
         count = int(self._unsure[0])
         unsure: list[int] = self._unsure[1 : 1 + count].tolist() if count else []
         return unsure
@@ -92,14 +92,14 @@ class MaskMaker:
             machine.exit_target(int(scratch[1]), int(scratch[2]))
 
     def _loop_row(self, packed: int) -> Walked:
-        """For a loop state."""
+        """Return the walk of a loop state; shared between grammars if the frame has a `loop_key`."""
         key = self.machine.frames[packed >> LOCAL_BITS].loop_key
         if key is None:
             return self._walked_loop(packed)
         return self.vocabulary.loop(key, lambda: self._walked_loop(packed))
 
     def _walked_loop(self, packed: int) -> Walked:
-        """All plain tokens are allowed; another token is allowed where the rest of it after its plain text is."""
+        """Allow all plain tokens, and each other token if the rest after its plain text is allowed."""
         vocabulary = self.vocabulary
         row = vocabulary.plain_row(2, vocabulary.slice_sizes[-1]).copy()
         trie, starts, tokens = vocabulary.remainders
@@ -109,7 +109,7 @@ class MaskMaker:
         return row, [t for r in self._unsure_tokens() for t in tokens[starts[r] : starts[r + 1]].tolist()]
 
     def _near_loop_row(self, packed: int, loop: int, alike: int) -> Walked:
-        """For a state beside the loop state `loop` of its frame, whose mask the state `alike` has."""
+        """Walk what differs between a state and the loop state of its frame. `alike` has the mask of `loop`."""
         machine, scratch, unsure, trie = self.machine, self._scratch, self._unsure, self.vocabulary.trie
         loop_row, unsure_there = self._twin_row(alike)
         row = loop_row.copy()
@@ -132,11 +132,11 @@ class MaskMaker:
             >= 0
         ):
             machine.exit_target(int(scratch[1]), int(scratch[2]))
-        # a token that needs a run from the loop only is run from here, too, which does no harm
+        # a token that needs a run only from the loop state is also run from here: that is correct, though not needed
         return row, [*dict.fromkeys([*unsure_there, *self._unsure_tokens()])]
 
     def _first_row(self, packed: int) -> tuple[Row, TextTrie]:
-        """(a new row of the tokens that are known to be allowed, the tokens that must be walked)."""
+        """Return (a new row of the tokens that are known to be allowed, the trie of the tokens that must be walked)."""
         vocabulary, machine = self.vocabulary, self.machine
         frame, local = machine.frames[packed >> LOCAL_BITS], packed & LOCAL_MASK
         depths = frame.table.depths
@@ -146,7 +146,7 @@ class MaskMaker:
             if left is None and depths[2, local] == depths[3, local] > 0:
                 left = int(depths[3, local])
             if left is not None:
-                # plain tokens that fit are allowed, longer ones refused: only the others are walked
+                # plain tokens that are short enough are allowed, longer ones are refused: only the others are walked
                 return vocabulary.plain_row(2, min(left, longest)).copy(), vocabulary.slice(2, longest)[1]
             for kind in (2, 1, 0):
                 depth = int(depths[kind, local])

@@ -1,7 +1,7 @@
-"""One vocabulary's tokens as bytes, and as a trie laid flat for walking.
+"""The tokens of one vocabulary as bytes, and as a trie in a flat array.
 
-The trie is stored depth first: a node's subtree is the nodes up to its `skip`. Special tokens and tokens without bytes
-are not in it, so no mask ever allows them (but for the end tokens, which the matcher adds at accepting states).
+The trie is stored depth first: the subtree of a node is the nodes up to its `skip`. Special tokens and empty tokens are
+not in it, so no mask allows them. End tokens are the exception: masks allow them in accepting states.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from ramet.grammar.machine.walker import count_plain_chars, next_not_deeper
 SLICE_SIZES = (4, 8, 16, 32)
 NUM_KINDS = 3
 MAX_PREFIXES = 1 << 16
-_HEAD = 4  # bytes of a text that say how long a token can be there
+_HEAD = 4  # bytes of a text by which the longest token that may start there is looked up
 
 
 class Vocabulary:
     """Token ids and their bytes.
 
-    `vocab_size`: the model's (padded) vocabulary, at least len(token_bytes). Ids beyond `token_bytes`, ids in
-    `special_ids` and empty tokens are never allowed; `eos_ids` exactly where the text may end.
+    vocab_size: size of the model's (padded) vocabulary, at least len(token_bytes). Ids beyond `token_bytes`, ids in
+    `special_ids` and empty tokens are never allowed. `eos_ids` are allowed exactly where the text may end.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Vocabulary:
 
     @cached_property
     def key(self) -> str:
-        """A digest: equal for vocabularies that give equal masks."""
+        """A digest. Vocabularies with equal digests give equal masks."""
         digest = hashlib.sha256(f"{self.vocab_size} {self.eos_ids} {sorted(self.special_ids)} ".encode())
         for token in self.token_bytes:
             digest.update(len(token).to_bytes(4, "little"))
@@ -59,7 +59,7 @@ class Vocabulary:
 
     @cached_property
     def content_tokens(self) -> list[int]:
-        """Ids of the tokens that can stand inside a text, in order of their bytes."""
+        """Ids of the tokens that can be part of a text, ordered by their bytes."""
         ids = [i for i, b in enumerate(self.token_bytes) if b and i not in self.special_ids]
         ids.sort(key=self.token_bytes.__getitem__)
         return ids
@@ -74,27 +74,27 @@ class Vocabulary:
 
     @cached_property
     def _sorted_spans(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """(first byte in `flat`, length) of the content tokens, in order of their bytes."""
+        """(first byte in `flat`, length) of the content tokens, ordered by their bytes."""
         offsets = np.array(self.offsets, dtype=np.int64)
         ids = self._sorted_ids
         return offsets[ids], offsets[ids + 1] - offsets[ids]
 
-    # --- slices: masks of plain text, and the tokens that a mask of plain text leaves to be walked
+    # --- slices: masks of the plain tokens, and tries of the tokens that are still to be walked
 
     @cached_property
     def _plain_chars(self) -> NDArray[np.int32]:
-        """int32 [4, tokens in order]: characters of a token that is plain in each kind of slice, 0 where it is not;
-        bytes of plain text (the widest kind) that a token begins with.
+        """int32 [4, number of content tokens]. Rows 0-2: the characters of a token that is plain of that kind, else 0.
+        Row 3: how many bytes of plain text (kind 2) a token begins with.
 
-        Plain of kind 0: ASCII letters and digits; 1: printable ASCII without the quote and the backslash; 2: also whole
-        characters beyond ASCII.
+        Plain of kind 0: ASCII letters and digits. Kind 1: printable ASCII except the quote and the backslash. Kind 2:
+        as kind 1, and whole characters beyond ASCII.
         """
         begins, lengths = self._sorted_spans
         found: NDArray[np.int32] = count_plain_chars(self.flat, begins, lengths)
         return found
 
     def plain_row(self, kind: int, size: int) -> NDArray[np.int32]:
-        """Mask row of the plain tokens of at most `size` characters; shared, not to be written to."""
+        """Return the mask row of the plain tokens of at most `size` characters. It is shared: do not write to it."""
         found = self._plain_rows.get((kind, size))
         if found is None:
             count = self._plain_chars[kind]
@@ -103,7 +103,10 @@ class Vocabulary:
         return found
 
     def slice(self, kind: int, size: int) -> tuple[NDArray[np.int32], TextTrie]:
-        """(mask row of the plain tokens of at most `size` characters, trie of all other tokens). Made once, kept."""
+        """Return (mask row of the plain tokens of at most `size` characters, trie of all other tokens).
+
+        Made once and kept.
+        """
         trie = self._rest_tries.get((kind, size))
         if trie is None:
             count = self._plain_chars[kind]
@@ -115,14 +118,17 @@ class Vocabulary:
 
     @cached_property
     def slice_sizes(self) -> list[int]:
-        """Sizes that are worth a slice, ascending; the last holds every plain token."""
+        """The sizes for which slices are made, ascending. The last one covers every plain token."""
         longest = int(self._plain_chars[:3].max(initial=1))
         return [*(n for n in SLICE_SIZES if n < longest), longest]
 
     @cached_property
     def remainders(self) -> tuple[TextTrie, NDArray[np.int32], NDArray[np.int32]]:
-        """What follows the plain text (kind 2) of tokens that are not all plain: (trie of the distinct remainders,
-        their numbers as values; starts int32 [n + 1]; tokens): tokens[starts[r] : starts[r + 1]] end with r."""
+        """The distinct remainders of tokens: what follows the plain text (kind 2) at their beginning.
+
+        Returns (trie of the remainders with their numbers as values, starts int32 [n + 1], tokens). The tokens with
+        remainder r are tokens[starts[r] : starts[r + 1]]. For example, `abc"` and `x"` have the remainder `"`.
+        """
         begins, lengths = self._sorted_spans
         plain = self._plain_chars[3]
         which = np.flatnonzero(plain < lengths)
@@ -140,7 +146,7 @@ class Vocabulary:
         return trie, starts, self._sorted_ids[which][np.argsort(group, kind="stable")]
 
     def warm_up(self) -> None:
-        """Make what is otherwise made when first needed."""
+        """Make everything that is otherwise made when it is first needed."""
         _ = self.remainders, self.quoted, self.offsets
         for size in range(1, self.slice_sizes[-1] + 1):
             self.plain_row(2, size)
@@ -150,7 +156,7 @@ class Vocabulary:
 
     @cached_property
     def flat(self) -> NDArray[np.uint8]:
-        """All tokens' bytes, one after the other; token t is flat[offsets[t] : offsets[t + 1]]."""
+        """The bytes of all tokens, one after the other. Token t is flat[offsets[t] : offsets[t + 1]]."""
         return np.frombuffer(b"".join(self.token_bytes), dtype=np.uint8)
 
     @cached_property
@@ -167,7 +173,7 @@ class Vocabulary:
 
     @cached_property
     def quoted(self) -> frozenset[bytes]:
-        """All that a content token begins with and that ends with a quote."""
+        """All beginnings of content tokens that end with a quote."""
         out: set[bytes] = set()
         for i in self.content_tokens:
             token = self.token_bytes[i]
@@ -179,26 +185,26 @@ class Vocabulary:
 
     @cached_property
     def key_starts(self) -> bytes:
-        """The bytes that some content token has after a comma and a quote."""
+        """The bytes that follow a comma and a quote in some content token."""
         return bytes(sorted({m[1][0] for m in re.finditer(rb'(?=, ?"([^\n]))', self._quoting)}))
 
     @cached_property
     def reads_past_values(self) -> bool:
-        """Does some content token hold the end of a key, its value or the beginning of it, and more text after that?"""
+        """Tell whether a content token holds the end of a key, a value (or its beginning), and more text after that."""
         return bool(re.search(rb'": ?(?:[-0-9tfn].|".|[\[{].*["\]}].)', self._quoting))
 
     @cached_property
     def _quoting(self) -> bytes:
-        """The content tokens with a quote, a line each; what is a line's end in them stands as a null byte."""
+        """The content tokens that hold a quote, one per line. A line end inside a token is replaced by a null byte."""
         texts = (self.token_bytes[i] for i in self.content_tokens)
         return b"\n".join(t.replace(b"\n", b"\0") for t in texts if b'"' in t)
 
     def loop(
         self, key: Hashable, make: Callable[[], tuple[NDArray[np.int32], list[int]]]
     ) -> tuple[NDArray[np.int32], list[int]]:
-        """The mask of a loop state that is the same in all grammars, and the tokens that must be run from there.
+        """Return the mask of a loop state that is the same in all grammars, and the tokens that must be run from there.
 
-        key: see Frame.loop_key. make: gives them when they are first asked for.
+        key: see Frame.loop_key. make: computes both when they are first asked for.
         """
         found = self._loops.get(key)
         if found is None:
@@ -206,7 +212,7 @@ class Vocabulary:
         return found
 
     def tokens_with_prefix(self, prefix: bytes) -> list[int]:
-        """Content tokens that begin with these bytes; kept for the texts asked."""
+        """Return the content tokens that begin with these bytes. Answers are kept."""
         found = self._by_prefix.get(prefix)
         if found is None:
             if len(self._by_prefix) > MAX_PREFIXES:
@@ -223,7 +229,7 @@ class Vocabulary:
         return ids[begin:end]
 
     def fewest_tokens(self, text: bytes) -> list[int] | None:
-        """The shortest way to write `text` in tokens; None if the vocabulary cannot write it."""
+        """Return the fewest tokens that write `text`; None if the vocabulary cannot write it."""
         best: list[tuple[int, int] | None] = [None] * (len(text) + 1)  # (tokens so far, last token)
         count = [0] + [1 << 30] * len(text)
         index, longest = self.tokens_of_bytes, self._longest_by_head
@@ -248,7 +254,7 @@ class Vocabulary:
 
     @cached_property
     def _longest_by_head(self) -> dict[bytes, int]:
-        """Bytes of the longest token that begins with these `_HEAD` bytes."""
+        """For each first `_HEAD` bytes, the number of bytes of the longest token that begins with them."""
         longest: dict[bytes, int] = {}
         for text in self.tokens_of_bytes:
             if len(text) >= _HEAD:
@@ -257,7 +263,7 @@ class Vocabulary:
 
     @cached_property
     def eos_row(self) -> NDArray[np.int32]:
-        """int32 [W]: only the end tokens."""
+        """The mask row that allows only the end tokens, int32 [W]."""
         row = np.zeros(self.num_words, dtype=np.int32)
         for e in self.eos_ids:
             row.view(np.uint32)[e >> 5] |= np.uint32(1 << (e & 31))
@@ -265,12 +271,11 @@ class Vocabulary:
 
 
 class TextTrie:
-    """A flat trie of texts with values, given in order of their bytes: flat[begins[i] : begins[i] + lengths[i]] has
-    values[i].
+    """A trie of texts with values, in a flat array. The texts are given in the order of their bytes: the text
+    flat[begins[i] : begins[i] + lengths[i]] has the value values[i].
 
-    nodes: int32 [num_nodes + 1, 4], depth first: byte, skip (the first node after the subtree), first entry, depth
-    (from 1).
-    Entries are values: node i holds values[first entry of i : first entry of i + 1].
+    nodes: int32 [num_nodes + 1, 4], depth first. Columns: byte, skip (the first node after the subtree), first entry,
+    depth (from 1). The values of node i are values[first entry of i : first entry of i + 1].
     """
 
     def __init__(
@@ -285,7 +290,7 @@ class TextTrie:
 def _common_prefixes(
     flat: NDArray[np.uint8], begins: NDArray[np.int64], lengths: NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    """Length of the prefix that each text shares with the one before it."""
+    """Return the length of the prefix that each text shares with the text before it."""
     n = len(begins)
     common = np.zeros(n, dtype=np.int64)
     alive = np.arange(1, n)
@@ -301,7 +306,7 @@ def _common_prefixes(
 def _build_nodes(
     flat: NDArray[np.uint8], begins: NDArray[np.int64], lengths: NDArray[np.int64], common: NDArray[np.int64]
 ) -> NDArray[np.int32]:
-    """Lay the new bytes of each text one after the other: that is depth-first order."""
+    """Lay out the new bytes of each text one after the other: that is depth-first order."""
     fresh = lengths - common
     num_nodes = int(fresh.sum())
     owner = np.repeat(np.arange(len(lengths)), fresh)
@@ -310,7 +315,7 @@ def _build_nodes(
     nodes = np.empty((num_nodes + 1, 4), dtype=np.int32)
     nodes[:num_nodes, 0] = flat[begins[owner] + depth - 1]
     nodes[:num_nodes, 3] = depth
-    # texts end at the last node laid for them; an equal text has no node of its own and ends where the one before did
+    # a text ends at its last node; a text equal to the one before has no node of its own and ends at the same node
     counts = np.bincount(np.cumsum(fresh) - 1, minlength=num_nodes) if num_nodes else np.zeros(0, dtype=np.int64)
     nodes[:num_nodes, 2] = np.cumsum(counts) - counts
     nodes[num_nodes] = (0, num_nodes + 1, len(lengths), 0)

@@ -1,8 +1,8 @@
-"""The compiled loops: token masks by one walk of the vocabulary's trie, and runs over bytes.
+"""The compiled loops: one makes a token mask by a walk over the vocabulary's trie, one runs a state over bytes.
 
-Each loop is written once, in the subset of Python that numba compiles; `use_numba=False` runs the same source slowly,
-for tests. The caches lie beside this file (numba's `cache=True`), so only the first import in a fresh environment
-compiles.
+Each loop is written once, in the subset of Python that numba compiles. For tests, `use_numba=False` runs the same
+source slowly. numba keeps the compiled code beside this file (`cache=True`), so only the first import in a fresh
+environment compiles.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-MANY = 1 << 20  # a depth (see `safe_depths`) that no token exceeds
+MANY = 1 << 20  # a depth (see `safe_depths`) larger than any token
 
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
@@ -27,11 +27,12 @@ def _walk(
     scratch: Int64,
     unsure: Int32,
 ) -> int:
-    """Set in `row` the bit of each value whose text is accepted from a state; resumable.
+    """Set the bit in `row` of each value whose text is accepted from a state. Resumable.
 
-    scratch: int64 [3 + max_depth + 1]: next node, instance and exit that must be resolved, then the stack of packed
-    states (stack[0] is the state to start from). unsure: int32; element 0 counts values that need a step-by-step run,
-    which follow. Returns -1 when finished, else the index in `exits` to resolve before calling again.
+    scratch: int64 [3 + max_depth + 1]: the next node, the instance and the exit to resolve, then the stack of packed
+    states (stack[0] is the state to start from). unsure: int32; element 0 is the number of values that need a
+    step-by-step run, and these values follow. Returns -1 when finished, else the index in `exits` that must be resolved
+    before the next call.
     """
     num_nodes = nodes.shape[0] - 1
     i = scratch[0]
@@ -82,8 +83,8 @@ def _walk(
 
 
 def _step(pool: Int32, instances: Int64, exits: Int64, packed: int, byte: int, scratch: Int64) -> int:
-    """One byte from a packed state: the packed state after it, -1, -3, or -2 with the exit to resolve in
-    scratch[1:3].
+    """Return the packed state after one byte: -1 if refused, -3 if it needs a run, -2 if an exit must be resolved,
+    which is then in scratch[1:3].
     """
     instance = packed >> 32
     local = packed & 0xFFFFFFFF
@@ -117,10 +118,10 @@ def _walk_difference(
     other: Int64,
     unsure: Int32,
 ) -> int:
-    """Turn in `row` the mask of one state into that of another; resumable, as `walk`.
+    """Change `row` from the mask of one state to the mask of another. Resumable, as `walk`.
 
-    scratch: as for `walk`, its stack for the state wanted; other: int64 [max_depth + 1], the stack of the state
-    whose mask `row` holds. Subtrees in which both states are the same are left alone.
+    scratch: as for `walk`; its stack is for the state whose mask is wanted. other: int64 [max_depth + 1], the stack of
+    the state whose mask `row` holds. Subtrees in which both states become the same are skipped.
     """
     num_nodes = nodes.shape[0] - 1
     i = scratch[0]
@@ -158,7 +159,7 @@ def _walk_difference(
 
 
 def _expand(bits: Int32, starts: Int32, tokens: Int32, row: Int32) -> None:
-    """Set in `row` the bit of each token of the groups in `bits`; tokens[starts[g] : starts[g + 1]] are group g's."""
+    """Set the bit in `row` of each token of the groups in `bits`. Group g is tokens[starts[g] : starts[g + 1]]."""
     num_groups = len(starts) - 1
     for w in range(len(bits)):
         if bits[w] == 0:
@@ -171,7 +172,10 @@ def _expand(bits: Int32, starts: Int32, tokens: Int32, row: Int32) -> None:
 
 
 def _row_digest(row: Int32) -> int:
-    """A number that equal rows share, and different ones very likely do not. Four lanes, so that products overlap."""
+    """Return a number that is equal for equal rows, and very likely different for others.
+
+    It has four lanes, so that the products overlap in time.
+    """
     a, b, c, d = 1, 2, 3, 4
     n = len(row) & ~3
     for i in range(0, n, 4):
@@ -192,10 +196,10 @@ def _rows_equal(a: Int32, b: Int32) -> bool:
 
 
 def _run(pool: Int32, instances: Int64, exits: Int64, text: NDArray[np.uint8], end: int, scratch: Int64) -> int:
-    """Run a state over bytes; resumable. scratch: position, packed state, instance and exit to resolve.
+    """Run a state over bytes. Resumable. scratch: position, packed state, instance and exit to resolve.
 
-    Returns 0 when the text is read (the state is in scratch[1]), 4 when it is and the state stands at the start of a
-    frame with memory, 1 when refused, 2 when an exit must be resolved, 3 when a byte is to be read in such a frame.
+    Returns 0: the text is read, and the state is in scratch[1]. 1: refused. 2: an exit must be resolved. 3: the next
+    byte is in a frame with memory. 4: as 0, but the state is at the start of a frame with memory.
     """
     i = scratch[0]
     packed = scratch[1]
@@ -241,7 +245,7 @@ def _run(pool: Int32, instances: Int64, exits: Int64, text: NDArray[np.uint8], e
 
 
 def _next_not_deeper(nodes: Int32) -> None:
-    """Fill column 1: for each node of a trie laid depth first, the next one that is not deeper."""
+    """Fill column 1: for each node of a depth-first trie, the next node that is not deeper."""
     n = nodes.shape[0] - 1
     nearest = np.full(4096, n, dtype=np.int64)
     used = 1
@@ -258,10 +262,11 @@ def _next_not_deeper(nodes: Int32) -> None:
 
 
 def _count_plain_chars(flat: NDArray[np.uint8], begins: Int64, lengths: Int64) -> Int32:
-    """int32 [4, n]: characters of each text if all are plain of kind 0, 1, 2, else 0; bytes before the first that is
-    not.
+    """Return int32 [4, n]. Rows 0-2: the number of characters of a text that is plain of that kind, else 0. Row 3: the
+    number of bytes before the first character that is not plain.
 
-    Plain 0: ASCII letters and digits; 1: printable ASCII but `"` and a backslash; 2: characters beyond ASCII, too.
+    Plain of kind 0: ASCII letters and digits. Kind 1: printable ASCII except `"` and the backslash. Kind 2: also
+    characters beyond ASCII.
     """
     n = begins.shape[0]
     out = np.zeros((4, n), dtype=np.int32)
@@ -322,12 +327,13 @@ def _count_plain_chars(flat: NDArray[np.uint8], begins: Int64, lengths: Int64) -
 
 
 def _safe_depths(rows: Int32, num_content: int, safe: Int64, word: Int64, beyond: Int64, depths: Int32) -> None:
-    """Fill depths int32 [4, num_rows]: how many plain characters can be read from a state, whatever they are (see
-    Vocabulary).
+    """Fill depths, int32 [4, num_rows]: how many plain characters a state accepts, whatever they are.
+
+    Rows 0-2: for plain characters of kinds 0-2 (see Vocabulary). Row 3: the most characters of kind 2 that any text can
+    have from there, MANY if there is no bound. States from num_content on are inside a character and get 0.
 
     rows: entries over byte classes. safe, word: the classes of plain ASCII, and of letters and digits. beyond[q]: the
-    state after any other character, -1 refused, -2 not known. Rows 0-2: kinds 0-2. Row 3: the most characters of kind 2
-    that any text can have, MANY where there is no bound. States from num_content on stand inside a character and get 0.
+    state after any other character, -1 if refused, -2 if not known.
     """
     many = MANY
     for kind in range(3):
@@ -383,12 +389,12 @@ def _safe_depths(rows: Int32, num_content: int, safe: Int64, word: Int64, beyond
             if best > depths[3, q]:
                 depths[3, q] = best
                 changed = True
-    if changed:  # a longer cycle, or very long texts: no bound is claimed
+    if changed:  # a longer cycle, or very long texts: not bounded
         depths[3, :num_content] = many
 
 
 def _column_digests(wide: Int32, weights: Int64) -> Int64:
-    """For each column, the weighted sum of its entries."""
+    """Return, for each column, the weighted sum of its entries."""
     out = np.zeros(wide.shape[1], dtype=np.int64)
     for i in range(wide.shape[0]):
         w = weights[i]
