@@ -62,7 +62,7 @@ class Ops:
     """The ops of one device and dtype. Arguments and results: the reference of each (`REFERENCE`).
 
     rms_norm, fused_add_rms_norm: their last argument is the dtype of the result, None for that of the input.
-    make_record: makes what records steps, each with memory of its own; None where steps are not recorded.
+    make_record: makes what records steps, each with memory of its own; None if steps are not recorded.
     """
 
     rms_norm: Callable[[Tensor, Tensor, float, torch.dtype | None], Tensor]

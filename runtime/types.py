@@ -64,10 +64,10 @@ class Grammar(Protocol):
         """Write the token mask of `state`: bit `t % 32` of word `t // 32` is 1 where token t is allowed."""
 
     def advance(self, state: int, token: int) -> int | None:
-        """Return the state after `token`, or None where it is refused."""
+        """Return the state after `token`, or None if it is refused."""
 
     def is_accepting(self, state: int) -> bool:
-        """True where the text may end here."""
+        """True if the text may end here."""
 
     def forced_tokens(self, state: int) -> list[int]:
         """Tokens that must follow, where one tokenisation is the only one a model could write; else empty."""
@@ -82,7 +82,7 @@ class Grammar(Protocol):
         """By identity: the device holds one copy of a grammar, shared by its sequences."""
 
     def device_tables(self) -> DeviceTables | None:
-        """The closed automaton as arrays, with the same state numbers; None where it is open."""
+        """The closed automaton as arrays, with the same state numbers; None if it is open."""
 
 
 class RequestOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -273,7 +273,7 @@ class RequestOutput:
     """One increment of a request's output. The last one has `finish_reason`; `usage` is always right so far.
 
     `stop_match`: the stop string or stop token that ended it. `error`: set with FinishReason.ERROR or ABORT.
-    `incomplete`: with FinishReason.LENGTH, why a constrained text is no whole one; None where it is.
+    `incomplete`: with FinishReason.LENGTH, why a constrained text is no whole one; None if it is.
     """
 
     request_id: str

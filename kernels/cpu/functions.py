@@ -44,7 +44,7 @@ def functions() -> Iterator[Any]:  # Any: kernels, and what `compiled` returned
 
 
 def load(function: Any) -> bool:  # Any: as above
-    """Make a function ready to be called. True where it had to be compiled."""
+    """Make a function ready to be called. True if it had to be compiled."""
     if isinstance(function, Kernel):
         return not function.is_loaded and bool(function.address) and not function.was_on_disk
     misses = sum(function.stats.cache_misses.values())

@@ -50,7 +50,7 @@ def sample(
 def greedy_tokens(
     logits: Tensor, tables: SamplingTables, rows: Tensor, mask: Tensor | None, vocab_size: int, greedy_below: float
 ) -> Tensor | None:
-    """Tokens int32 [B] of rows that are all greedy; None where one is not, or has no finite logit, or NaN.
+    """Tokens int32 [B] of rows that are all greedy; None if one is not, or has no finite logit, or NaN.
 
     greedy_below: the temperature up to which a row is greedy.
     """
@@ -81,7 +81,7 @@ def greedy_tokens(
 
 @intrinsic
 def _largest_key(typing_context: Any, logits: Any, words: Any, num_words: Any) -> Any:
-    """The largest key of 32 * num_words logits of which those have their bit in `words`, 0 where all have; addresses.
+    """The largest key of 32 * num_words logits of which those have their bit in `words`, 0 if all have; addresses.
 
     A key is a float's bits as an integer in the order of floats; NaN is above infinity, or below its negative.
     """

@@ -114,7 +114,7 @@ class Kernel:
 
     @property
     def was_on_disk(self) -> bool:
-        """True where an earlier process had compiled it; known once `address` is."""
+        """True if an earlier process had compiled it; known once `address` is."""
         return bool(self._compiled.cache_hits)
 
 

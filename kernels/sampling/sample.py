@@ -147,7 +147,7 @@ def gumbel_noise_reference(seed_low: int, seed_high: int, position: int, tokens:
 
 
 def _filter_threshold(scaled: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor | None:
-    """Return the value from which on the filters keep tokens, or None where they keep all; `scaled` is fp32 [V]."""
+    """Return the value from which on the filters keep tokens, or None if they keep all; `scaled` is fp32 [V]."""
     threshold = None
     if 0 < top_k < len(scaled):
         threshold = scaled.topk(top_k).values[-1]
@@ -192,7 +192,7 @@ def _masked_logits(logits: Tensor, grammar: GrammarTables | None, slots: Tensor,
 
 
 def unpack_mask(mask: Tensor, vocab_size: int) -> Tensor:
-    """Return bool [B, vocab_size], True where allowed, of packed int32 [B, W]."""
+    """Return bool [B, vocab_size], True if allowed, of packed int32 [B, W]."""
     bits = torch.arange(8, device=mask.device)
     table = (torch.arange(256, device=mask.device).unsqueeze(1) >> bits) & 1
     flags = table.bool()[mask.contiguous().view(torch.uint8).int()]

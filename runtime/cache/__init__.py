@@ -1,1 +1,1 @@
-"""KV pages and who owns them: the pool, the radix tree, eviction, integrity."""
+"""KV pages and their owners: the pool, the radix tree, eviction, integrity checks."""

@@ -1,6 +1,6 @@
-"""Which cached pages go first: the rank of a node, and a queue that finds the lowest rank in O(log n).
+"""The order of eviction: the rank of a node, and a queue that finds the node of lowest rank in O(log n).
 
-Not here: what may be evicted (unlocked leaves, the radix cache knows) and what eviction does to the tree.
+Not here: the rule that only unlocked leaves may be evicted, and the changes to the tree (`radix_cache`).
 """
 
 from __future__ import annotations
@@ -11,31 +11,31 @@ from typing import Any
 
 from ramet.runtime.cache.node import RadixNode
 
-# Any: a rank is whatever orders: a number or a tuple of numbers. The lowest is evicted first.
+# Any: a rank is any ordered value, a number or a tuple of numbers. The node of lowest rank is evicted first.
 Rank = Any
 RankFunction = Callable[[RadixNode], Rank]
 
 
 def next_use_rank(node: RadixNode) -> Rank:
-    """Dead first, then the farthest next use (unknown counts as farthest), then the least recently used.
+    """Rank dead nodes first, then the farthest next use (unknown counts as farthest), then the least recently used.
 
-    With every next use known this is the optimal order. Source: Belady 1966, "A study of replacement algorithms for a
+    The order is optimal if every next use is known. Source: Belady 1966, "A study of replacement algorithms for a
     virtual-storage computer".
     """
     return (not node.is_dead, -node.next_use, node.last_used)
 
 
 def lru_rank(node: RadixNode) -> Rank:
-    """The least recently used first."""
+    """Rank the least recently used node first."""
     return node.last_used
 
 
 class EvictionQueue:
-    """Candidates for eviction by rank.
+    """Candidates for eviction, ordered by rank.
 
-    A node has at most one valid entry. Entries are lazy: a use raises a node's rank and its entry is corrected when
-    it comes up; whatever may lower a rank (`mark_dead`, a later next use) must `push` again. A locked or inner node
-    may stay in the queue: `pop` drops it, and whoever makes it evictable again pushes it.
+    A node has at most one valid entry. Entries are lazy: a use raises a node's rank, and `pop` corrects its entry. A
+    caller that may lower a rank (`mark_dead`, a later next use) must `push` the node again. A locked or inner node may
+    stay in the queue: `pop` drops it, and the caller that makes it evictable again must push it.
     """
 
     def __init__(self, rank: RankFunction = next_use_rank) -> None:
@@ -48,7 +48,7 @@ class EvictionQueue:
         return self._num_valid
 
     def push(self, node: RadixNode, *, again: bool = False) -> None:
-        """Make `node` a candidate; with `again` also where it is one already (its rank may have fallen)."""
+        """Make `node` a candidate. With `again`, renew an existing entry, because the rank may have fallen."""
         if node.eviction_entry:
             if not again:
                 return
@@ -62,13 +62,13 @@ class EvictionQueue:
             heapq.heapify(self._heap)
 
     def discard(self, node: RadixNode) -> None:
-        """Forget `node`, which left the tree."""
+        """Remove a node that has left the tree."""
         if node.eviction_entry:
             node.eviction_entry = 0
             self._num_valid -= 1
 
     def pop(self) -> RadixNode | None:
-        """Take the evictable node of lowest rank out of the queue; None where there is none. O(log n) amortised."""
+        """Take the evictable node of lowest rank, or return None if there is none. O(log n) amortised."""
         while self._heap:
             rank, entry, node = heapq.heappop(self._heap)
             if node.eviction_entry != entry:

@@ -10,12 +10,12 @@ from ramet.runtime.cache.radix_cache import RadixCache
 
 
 def check_cache(cache: RadixCache, held: Iterable[list[int]] = ()) -> None:
-    """Check that every page is free, or owned by one node, or by one of the sequences that own `held`.
+    """Check that every page is free, owned by one node, or in one of the lists `held`, the pages owned by sequences.
 
     O(pages + nodes): for tests and for audits while idle.
 
     Raises:
-        CacheIntegrityError: the first thing found wrong.
+        CacheIntegrityError: describes the first violation found.
     """
     cache.pool.check_integrity()
     owner: dict[int, str] = {}

@@ -1,6 +1,6 @@
 """One node of the radix tree: a run of cached tokens, the pages that hold their KV, and its place in the tree.
 
-Not here: what may be done to a node. The radix cache links, splits and locks nodes; the eviction queue orders them.
+Not here: operations on nodes. The radix cache links, splits and locks nodes; the eviction queue orders them.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from ramet.runtime.types import TokenIds
 
 
 class RadixNode:
-    """A run of tokens [start, end) of every path through it. Owner: the cache; others hold it and read.
+    """The tokens [start, end) of every path through this node. Owner: the cache; others only read.
 
-    A locked node keeps its identity and its `end` (a split makes a new parent for the upper part), but an insertion
-    by its only locker may move `end` forward.
+    A locked node keeps its identity and its `end`: a split makes a new parent for the first part. Only an insertion
+    by the single holder of its lock may move `end` forward.
     """
 
     __slots__ = (
@@ -39,7 +39,7 @@ class RadixNode:
         self.tokens = tokens
         self.page_ids = page_ids
         self.children: dict[bytes, RadixNode] = {}
-        self.keys: list[bytes] = []  # of the children, sorted
+        self.keys: list[bytes] = []  # keys of the children, sorted
         self.refs = 0
         self.last_used = 0
         self.is_dead = False

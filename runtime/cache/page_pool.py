@@ -1,7 +1,7 @@
-"""The pool of KV pages: which page ids are free. Plain Python; the tensors behind the ids are not known here.
+"""The pool of KV pages: it knows which page ids are free. Plain Python, without tensors.
 
-Not here: who owns a page that is not free. That is a node of the radix cache or one sequence (`radix_cache`,
-`scheduler`); `integrity.check_cache` compares the three.
+Not here: the owner of a page that is not free. That is a node of the radix cache (`radix_cache`) or one sequence
+(`scheduler`). `integrity.check_cache` compares the three.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ _USED, _FREE, _QUARANTINED = 0, 1, 2
 
 
 class PagePool:
-    """Page ids 1..num_pages-1 of `page_size` token positions each; page 0 is the dummy page and is never handed out.
+    """Page ids 1..num_pages-1, each for `page_size` token positions. Page 0 is the dummy page and is never allocated.
 
-    A page whose accounting is broken (freed twice) is quarantined: counted, logged, and never handed out again.
+    A page with broken accounting (freed twice) is quarantined: counted, logged, and never allocated again.
     """
 
     def __init__(self, num_pages: int, page_size: int) -> None:
@@ -42,7 +42,7 @@ class PagePool:
         return self.num_total - self.num_quarantined
 
     def allocate(self, count: int) -> list[int] | None:
-        """Take `count` free pages, all or none. None where there are not enough. O(count)."""
+        """Take `count` free pages, or return None if there are fewer. O(count)."""
         stack, state = self._stack, self._state
         if count > len(stack):
             return None
@@ -70,7 +70,7 @@ class PagePool:
                 self.quarantine(page)
 
     def quarantine(self, page: int) -> None:
-        """Take a page out of use for good, because nobody can say who owns it. O(num_free), and a bug elsewhere."""
+        """Take a page out of use for good, because its owner is unknown: a bug elsewhere. O(num_free)."""
         if self._state[page] == _QUARANTINED:
             return
         if self._state[page] == _FREE:

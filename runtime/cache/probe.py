@@ -1,4 +1,4 @@
-"""Where cached paths leave a path of tokens, and how they go on: to say why a prompt was not in the cache.
+"""Find the positions where cached paths differ from a prompt, to explain why the prompt was not in the cache.
 
 Reads the tree and changes nothing, not even the order of eviction. For diagnosis: O(children along the path).
 """
@@ -14,12 +14,12 @@ import numpy as np
 from ramet.runtime.cache.node import RadixNode
 from ramet.runtime.cache.radix_cache import RadixCache
 
-MAX_TOKENS = 64  # of a continuation that are shown
+MAX_TOKENS = 64  # maximum length of a continuation that is shown
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """A cached path has `num_same` tokens in common with the one asked for, and `tokens` behind them."""
+    """A cached path that has its first `num_same` tokens in common with the prompt, and continues with `tokens`."""
 
     num_same: int
     tokens: tuple[int, ...]
@@ -27,13 +27,13 @@ class Difference:
 
 @runtime_checkable
 class HasCache(Protocol):
-    """An engine whose cache can be asked."""
+    """An engine that can compare a prompt with its cache."""
 
     def differences(self, tokens: Sequence[int], cache_salt: str = "") -> list[Difference]: ...
 
 
 def differences(cache: RadixCache, tokens: Sequence[int], cache_salt: str = "") -> list[Difference]:
-    """Every cached path that leaves `tokens`, the one with the most in common first."""
+    """Return every cached path that differs from `tokens`, the one with the longest common prefix first."""
     wanted = np.asarray(tokens, dtype=np.int32)
     found: list[Difference] = []
     node: RadixNode | None = cache.root(cache_salt)
@@ -56,7 +56,7 @@ def differences(cache: RadixCache, tokens: Sequence[int], cache_salt: str = "") 
 
 
 def trie_differences(edges: Mapping[tuple[int, int], int], root: int | None, tokens: Sequence[int]) -> list[Difference]:
-    """The same of a trie with an edge a token: (node, token) -> node."""
+    """As `differences`, for a trie with one token per edge: (node, token) -> node."""
     children: dict[int, list[tuple[int, int]]] = {}
     for (node, token), below in list(edges.items()):
         children.setdefault(node, []).append((token, below))

@@ -1,18 +1,18 @@
 """The radix tree of cached prefixes: the single owner of every cached page. numpy only, no torch.
 
-Matching is by token, storage by page. Every node is a run of tokens that starts at a page border:
+Matching is by token, storage by page. Every node holds a run of tokens that starts at a page border:
 
     inner node or leaf   a whole number of pages
-    tail (a leaf)        fewer than P tokens in one page; lookups copy from it, nobody shares it
+    tail (a leaf)        fewer than P tokens in one page; lookups copy from it, no sequence shares it
 
-so siblings differ somewhere in their first P tokens. A child whose whole first page matches is found by one dict
-lookup. The child with the longest common part of a page is a neighbour in the sorted list of siblings' first pages.
-With 10,000 siblings the first costs O(1), the second O(log n).
+Siblings therefore differ within their first P tokens. A dict finds the child whose whole first page matches, in O(1).
+The child with the longest partial match is a neighbour in the sorted list of the siblings' first pages, so it is found
+in O(log n) for n siblings.
 
-`refs` of a node counts the locks on it and its children that are locked: locking costs O(1) under a locked node.
+A node's `refs` counts the locks on the node and its locked children. Locking a node below a locked one is O(1).
 
-Not here: sequences, and pages that they own (`scheduler`); which leaf is evicted first (`eviction`); whether
-the books balance (`integrity`).
+Not here: sequences and the pages that they own (`scheduler`), the order of eviction (`eviction`), checks of the
+accounting (`integrity`).
 Source: RadixAttention, Zheng et al. 2024 (arXiv:2312.07104), section 3.
 """
 
@@ -34,10 +34,11 @@ _NO_TOKENS: TokenIds = np.empty(0, dtype=np.int32)
 
 @dataclass(frozen=True, slots=True)
 class PrefixMatch:
-    """The longest cached prefix: `num_tokens` tokens in the whole pages `page_ids`, which end where `node` ends.
+    """The longest cached prefix: `num_tokens` tokens in the full pages `page_ids`, which end where `node` ends.
 
-    `num_tail_tokens` more lie at the start of page `tail_page` (None: no more): a part of a page can be copied, not
-    shared. May be used only until the next eviction, unless `node` is locked; the tail page is never kept by a lock.
+    `num_tail_tokens` more tokens lie at the start of page `tail_page` (None: there are none). A partly matching page
+    can be copied, not shared. The result is valid until the next eviction. A lock on `node` keeps `page_ids` valid,
+    but never the tail page.
     """
 
     node: RadixNode
@@ -49,10 +50,11 @@ class PrefixMatch:
 
 @dataclass(frozen=True, slots=True)
 class Insertion:
-    """`page_ids`: the tree's pages of the inserted tokens, one for one with those given; `node` ends where they end.
+    """The result of an insertion.
 
-    `duplicates`: those of the given pages that the tree does not need, because it has their tokens already. They stay
-    the caller's. A tail that is a duplicate has no page in `page_ids`, and `node` is the one that it would hang from.
+    `page_ids`: the tree's pages of the inserted tokens, in the order of the given pages. `node` ends where they end.
+    `duplicates`: given pages whose tokens the tree already had; the caller still owns them. A duplicate tail has no
+    page in `page_ids`, and `node` is then the node that would be its parent.
     """
 
     node: RadixNode
@@ -61,7 +63,7 @@ class Insertion:
 
 
 class RadixCache:
-    """Cached pages of all namespaces. Not thread-safe: the engine's thread owns it."""
+    """The cached pages of all namespaces (cache salts). Not thread-safe: the engine's thread owns it."""
 
     def __init__(self, pool: PagePool, rank: RankFunction = next_use_rank) -> None:
         self.pool = pool
@@ -76,7 +78,7 @@ class RadixCache:
     # --- lookup
 
     def match(self, tokens: TokenIds, cache_salt: str = "") -> PrefixMatch:
-        """Find the longest cached prefix of `tokens`; it counts as used. May split a node. O(len(tokens))."""
+        """Find the longest cached prefix of `tokens`, and mark it as used. May split a node. O(len(tokens))."""
         self._now += 1
         node = self.root(cache_salt)
         page_ids: list[int] = []
@@ -103,7 +105,7 @@ class RadixCache:
         return PrefixMatch(node, page_ids, position, tail_page, num_tail)
 
     def match_length(self, tokens: TokenIds, cache_salt: str = "") -> int:
-        """Return how many tokens `match` would find (tail included). Changes nothing."""
+        """Return the number of tokens that `match` would find, tail included. Changes nothing."""
         node = self._roots.get(cache_salt.encode())
         position = 0
         while node is not None:
@@ -117,7 +119,7 @@ class RadixCache:
         return position
 
     def _descend(self, node: RadixNode, tokens: TokenIds) -> tuple[RadixNode | None, int]:
-        """Find the child of `node` that shares most of `tokens`, and how many tokens that is (0: None)."""
+        """Find the child of `node` with the longest common prefix with `tokens`, and its length (0: None)."""
         if not node.keys or not len(tokens):
             return None, 0
         key = tokens[: self._page_size].tobytes()
@@ -135,7 +137,7 @@ class RadixCache:
     # --- locks
 
     def root(self, cache_salt: str = "") -> RadixNode:
-        """Return the root of a namespace; it stays while it is locked or has children."""
+        """Return the root of a namespace. A root exists while it is locked or has children."""
         key = cache_salt.encode()
         node = self._roots.get(key)
         if node is None:
@@ -169,10 +171,10 @@ class RadixCache:
     # --- insertion
 
     def insert(self, node: RadixNode, tokens: TokenIds, page_ids: list[int]) -> Insertion:
-        """Add `tokens`, which follow the end of `node`, with their pages; the tree owns those that it lacked.
+        """Add `tokens`, which follow the end of `node`, with their pages. The tree takes the pages of new tokens.
 
-        `node` is locked by the caller, and no tail (`retake_tail` first). The last page may be partial: it becomes a
-        tail. Returns the tree's pages for all of them; the caller still owns the `duplicates`. O(len(tokens)).
+        The caller must have locked `node`, which must not be a tail (`retake_tail` first). A partial last page becomes
+        a tail. The caller still owns the result's `duplicates`. O(len(tokens)).
         """
         size = self._page_size
         assert len(node.tokens) % size == 0, "nothing can follow a tail"
@@ -208,11 +210,11 @@ class RadixCache:
         return Insertion(node, own, duplicates)
 
     def share(self, node: RadixNode, tokens: TokenIds, page_ids: list[int]) -> RadixNode | None:
-        """Add what a running sequence has computed after `node`, and move its lock from there to the end of it.
+        """Add the tokens that a running sequence computed after `node`, and move its lock to their end.
 
-        The sequence keeps using exactly the given pages, so nothing is inserted (None) where the tree has other pages
-        for their beginning. A partial last page becomes a tail that its sequence goes on writing behind these tokens;
-        `retake_tail` takes it back.
+        The sequence must keep exactly the given pages. If the tree already has other pages for their first tokens,
+        nothing is inserted and the result is None. A partial last page becomes a tail, in which the sequence goes on
+        writing after these tokens; `retake_tail` takes it back.
         """
         size = self._page_size
         if len(tokens) >= size and tokens[:size].tobytes() in node.children:
@@ -224,7 +226,7 @@ class RadixCache:
         return inserted.node
 
     def retake_tail(self, node: RadixNode) -> RadixNode:
-        """Take a tail out of the tree: its page is the caller's again, and so is its one lock, now on the parent."""
+        """Remove a tail from the tree. Its page is the caller's again. Its single lock moves to the parent."""
         assert len(node.tokens) % self._page_size
         assert node.refs == 1
         assert node.parent is not None
@@ -233,7 +235,7 @@ class RadixCache:
         return parent
 
     def _append(self, node: RadixNode, tokens: TokenIds, page_ids: list[int], *, in_place: bool) -> RadixNode:
-        """Put new whole pages under `node`, into it where `in_place` and nobody else is at its end."""
+        """Add new full pages after `node`; with `in_place`, extend the node itself if nothing else uses its end."""
         if in_place and node.parent is not None and not node.children and node.refs <= 1:
             node.tokens = np.concatenate([node.tokens, tokens])
             node.page_ids = node.page_ids + page_ids
@@ -244,7 +246,7 @@ class RadixCache:
         return self._add_child(node, tokens.copy(), page_ids)
 
     def _add_tail(self, node: RadixNode, tokens: TokenIds, page: int) -> RadixNode | None:
-        """Hang a partial page under `node`; None where the tree has its tokens already."""
+        """Add a partial page as a child of `node`. Returns None if the tree already has its tokens."""
         _, num_same = self._descend(node, tokens)
         return None if num_same == len(tokens) else self._add_child(node, tokens.copy(), [page])
 
@@ -264,7 +266,7 @@ class RadixCache:
         return node
 
     def _split(self, node: RadixNode, num_pages: int) -> RadixNode:
-        """Return the node of the first `num_pages` pages of `node`: a new parent of it, unless they are all it has."""
+        """Split `node` after `num_pages` pages and return the new parent, or `node` itself if it has no more pages."""
         if num_pages == len(node.page_ids):
             return node
         assert 0 < num_pages < len(node.page_ids)
@@ -284,7 +286,7 @@ class RadixCache:
         return upper
 
     def _remove(self, node: RadixNode) -> None:
-        """Unlink a leaf; its pages are the caller's to free or keep."""
+        """Unlink a leaf. The caller then owns its pages."""
         parent = node.parent
         assert parent is not None
         assert not node.children
@@ -298,7 +300,7 @@ class RadixCache:
         parent.last_used = max(parent.last_used, node.last_used)  # every use of a node used its whole path
 
     def _settle(self, node: RadixNode) -> None:
-        """Offer a node that may have become an unlocked leaf for eviction; drop an empty namespace."""
+        """Queue a node for eviction if it has become an unlocked leaf. Drops an empty namespace."""
         if node.refs or node.children:
             return
         if node.parent is not None:
@@ -309,7 +311,7 @@ class RadixCache:
     # --- eviction
 
     def allocate(self, count: int) -> list[int] | None:
-        """Take `count` pages from the pool, evicting what that needs; None (and nothing evicted) where it cannot be."""
+        """Take `count` pages, evicting if needed. Returns None, and evicts nothing, if too few can be freed."""
         missing = count - self.pool.num_free
         if missing > 0:
             if missing > self.num_evictable_pages:
@@ -318,7 +320,7 @@ class RadixCache:
         return self.pool.allocate(count)
 
     def evict(self, num_pages: int) -> int:
-        """Free up to `num_pages` pages of unlocked nodes, from the end of the leaf of lowest rank. Returns how many."""
+        """Free up to `num_pages` unlocked pages, from the end of the leaf of lowest rank. Returns their number."""
         num_freed = 0
         while num_freed < num_pages:
             node = self._queue.pop()
@@ -343,13 +345,13 @@ class RadixCache:
         return num_freed
 
     def flush(self) -> int:
-        """Free every unlocked page. Returns how many."""
+        """Free every unlocked page. Returns their number."""
         return self.evict(self.num_evictable_pages)
 
     def mark_dead(self, tokens: TokenIds, cache_salt: str = "", num_live: int = 0) -> int:
-        """Say that nobody will read `tokens[num_live:]` again: what only this path uses of it is evicted first.
+        """Mark `tokens[num_live:]` as dead: the pages that only this path uses are evicted first.
 
-        A later match revives it. Returns the number of pages marked. O(len(tokens)).
+        A later match revives them. Returns the number of pages marked. O(len(tokens)).
         """
         num_marked = 0
         for node in reversed(self._nodes_of(tokens, cache_salt)):
@@ -362,9 +364,9 @@ class RadixCache:
         return num_marked
 
     def set_next_use(self, tokens: TokenIds, next_use: float, cache_salt: str = "") -> int:
-        """Say when `tokens` will be read next, in the caller's own steady unit (steps, seconds); inf: unknown.
+        """Set the time of the next use of `tokens`, in any monotonic unit (steps, seconds); inf: unknown.
 
-        Returns the number of pages that this concerns. O(len(tokens)).
+        Returns the number of pages affected. O(len(tokens)).
         """
         num_pages = 0
         for node in self._nodes_of(tokens, cache_salt):
@@ -375,7 +377,7 @@ class RadixCache:
         return num_pages
 
     def _nodes_of(self, tokens: TokenIds, cache_salt: str) -> list[RadixNode]:
-        """Nodes, top down, whose whole run is part of the path `tokens`."""
+        """Nodes on the path `tokens`, from the top, that lie entirely within it."""
         nodes: list[RadixNode] = []
         node = self._roots.get(cache_salt.encode())
         position = 0
@@ -391,7 +393,7 @@ class RadixCache:
     # --- for checks and diagnosis
 
     def nodes(self) -> Iterator[RadixNode]:
-        """Every node but the roots."""
+        """All nodes except the roots."""
         stack = list(self._roots.values())
         while stack:
             node = stack.pop()

@@ -64,7 +64,7 @@ class EngineCore:
         return sequence
 
     def abort(self, request_id: str) -> bool:
-        """Finish a request now, by its exact id; its pages are free when this returns. False where there is none."""
+        """Finish a request now, by its exact id; its pages are free when this returns. False if there is none."""
         sequence = self.scheduler.abort(request_id)
         if sequence is not None:
             self._release(sequence)

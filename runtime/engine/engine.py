@@ -414,7 +414,7 @@ class Engine:
         return tokens, None
 
     def _emit(self, stream: _Stream, output: RequestOutput) -> bool:
-        """Hand an increment to its caller. False where the callback raised: its request ends, nobody else's does."""
+        """Hand an increment to its caller. False if the callback raised: its request ends, nobody else's does."""
         try:
             stream.on_output(output)
         except Exception:  # a caller's code may raise anything; it must not end the loop that serves all

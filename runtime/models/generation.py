@@ -13,7 +13,7 @@ from ramet.runtime.models.json_file import read_json
 
 @dataclass(frozen=True, slots=True)
 class GenerationDefaults:
-    """What the model's authors recommend; None where they say nothing. Requests override it.
+    """What the model's authors recommend; None if they say nothing. Requests override it.
 
     `eos_ids` are the file's alone; the tokenizer's `eos_ids` include them.
     """

@@ -95,7 +95,7 @@ def _hf_name(name: str, layer_names: dict[str, str]) -> str:
 
 
 def _interleaved_heads(config: ModelConfig, name: str) -> int:
-    """Number of heads whose rows llama.cpp interleaved; 0 where it left the order alone."""
+    """Number of heads whose rows llama.cpp interleaved; 0 if it left the order alone."""
     if not family_named(config.architecture).interleaves_heads:
         return 0
     if ".self_attn.q_proj." in name:

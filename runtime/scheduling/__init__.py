@@ -1,1 +1,1 @@
-"""Which tokens run in the next step. No torch."""
+"""The scheduler chooses the tokens of the next step. No torch."""

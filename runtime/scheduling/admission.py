@@ -1,9 +1,10 @@
-"""Requests that wait: the ordered queue, and sharers parked behind the owner of a prefix that is being computed.
+"""Waiting requests: an ordered queue, and requests parked until a running sequence has computed their shared prefix.
 
 A sequence in prefill owns the frontier page of its path: the first page of its prompt that is not in the tree yet. A
-waiting request whose next uncached page is the same one is parked until that owner has computed all that they share,
-so that 64 branches over one new prefix compute it once. The wait is bounded: an owner is running, and running prefills
-advance in order of admission; when it ends for any reason, its sharers wake.
+waiting request with the same next uncached page is a sharer of that owner. It is parked until the owner has computed
+all tokens that the two have in common, so 64 branches over one new prefix compute the prefix once.
+The wait is bounded: an owner is running, and running prefills advance in order of admission. When an owner ends for any
+reason, its sharers are queued again.
 
 Not here: pages and slots (`scheduler`).
 """
@@ -20,7 +21,7 @@ _Frontier = tuple[RadixNode, bytes]
 
 
 class AdmissionQueue:
-    """Every waiting request, in the queue or parked. Owner: the scheduler."""
+    """All waiting requests, queued or parked. Owner: the scheduler."""
 
     def __init__(self, order: OrderConfig, service: ProgramService, page_size: int) -> None:
         self._queue = WaitingQueue(order, service)
@@ -41,7 +42,7 @@ class AdmissionQueue:
         self._queue.push(waiting)
 
     def remove(self, sequence: Sequence) -> bool:
-        """Forget a waiting request. False where it does not wait."""
+        """Remove a waiting request. Returns False if the request is not waiting."""
         waiting = self._waiting.pop(sequence, None)
         if waiting is None:
             return False
@@ -49,7 +50,7 @@ class AdmissionQueue:
         return True
 
     def pop(self) -> Waiting | None:
-        """Take the first in order that is not parked; it still counts as waiting until `remove`."""
+        """Take the first queued request. It counts as waiting until `remove`. Parked requests are not in the queue."""
         return self._queue.pop()
 
     def put_back(self, waiting: Waiting) -> None:
@@ -58,7 +59,7 @@ class AdmissionQueue:
     # --- owners of prefixes and their sharers
 
     def try_park(self, waiting: Waiting, match: PrefixMatch) -> bool:
-        """Park `waiting`, just popped, where a running sequence is computing more of its tokens than `match` has."""
+        """Park a popped request if a running sequence is computing more of its tokens than `match` has found."""
         sequence = waiting.sequence
         if not self._frontiers or sequence.num_tokens - match.num_tokens < self._page_size:
             return False
@@ -67,7 +68,7 @@ class AdmissionQueue:
             return False
         wake_at = min(_num_shared(sequence, owner, match.num_tokens), len(matchable(sequence)))
         if wake_at <= match.num_tokens + match.num_tail_tokens:
-            return False  # a copy of a partly shared page gives as much
+            return False  # copying the partly shared page saves as many tokens
         waiting.wake_at = wake_at
         self._parked.setdefault(owner, []).append(waiting)
         return True
@@ -75,7 +76,7 @@ class AdmissionQueue:
     def wake(self, owner: Sequence, num_tokens: int | None) -> int:
         """Queue the sharers of `owner` that wait for at most `num_tokens` of its tokens in the tree (None: all).
 
-        Returns how many.
+        Returns the number of sharers that were queued.
         """
         parked = self._parked.get(owner)
         if not parked:
@@ -87,11 +88,11 @@ class AdmissionQueue:
             self._parked[owner] = [w for w in parked if w.wake_at > (num_tokens or 0)]
         for waiting in woken:
             waiting.cached_share = waiting.wake_at / waiting.sequence.num_tokens
-            self._queue.push(waiting)  # which passes over those removed meanwhile
+            self._queue.push(waiting)  # the queue ignores requests that were removed meanwhile
         return len(woken)
 
     def set_frontier(self, owner: Sequence, node: RadixNode, end: int) -> None:
-        """Say that `owner`, whose path is in the tree down to `node`, computes its tokens up to `end` next."""
+        """Record that `owner` computes its tokens up to `end` next. Its path is in the tree down to `node`."""
         self.clear_frontier(owner)
         if end - node.end >= self._page_size:
             frontier = (node, self._page_after(node, owner))
@@ -115,14 +116,14 @@ def _num_shared(a: Sequence, b: Sequence, start: int) -> int:
 
 
 class Reservation:
-    """What the first request that does not fit is promised: a start `num_steps` from now at the latest.
+    """A promise to the first request that does not fit: it starts `num_steps` steps from now at the latest.
 
-    Others may be admitted meanwhile where they end before, or where they leave enough pages for it.
+    Another request may be admitted meanwhile if it ends before then, or if it leaves enough pages for the first one.
     Source: EASY backfilling, Lifka 1995, "The ANL/IBM SP scheduling system".
     """
 
     def __init__(self, num_missing: int, running: list[tuple[int, int]]) -> None:
-        """num_missing: pages that the first one lacks; running: (steps left at most, pages) of each sequence."""
+        """num_missing: pages that the first request lacks. running: (maximum steps left, pages) of each sequence."""
         self.num_steps = 0
         for steps, pages in sorted(running):
             if num_missing <= 0:
@@ -132,7 +133,10 @@ class Reservation:
         self.num_spare_pages = -num_missing
 
     def admit(self, num_steps: int, num_pages: int) -> bool:
-        """Take a request of `num_steps` steps and `num_pages` pages, which fits now, where that breaks no promise."""
+        """Admit a request of `num_steps` steps and `num_pages` pages unless that breaks the promise.
+
+        The caller has checked that the request fits now.
+        """
         if num_steps <= self.num_steps:
             return True
         if num_pages > self.num_spare_pages:

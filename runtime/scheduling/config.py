@@ -1,4 +1,4 @@
-"""What the scheduler is told, and what it counts."""
+"""The scheduler's limits and its counters."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from ramet.runtime.scheduling.priority import OrderConfig
 class SchedulerConfig:
     """Limits of a step and of the queue.
 
-    `max_num_tokens_per_step`: decode rows and prefill chunks together. A step that has both is smaller: it has room for
-    `mixed_tokens_per_request` tokens of each live request, and for `min_mixed_tokens`. `reservation_ratio`: part of a
-    request's max_tokens that its admission reserves pages for; below 1 memory is over-committed. `max_overtakes`:
-    requests that may be admitted past a first one that does not fit. `max_examined`: requests looked at in vain in one
-    step.
+    `max_num_tokens_per_step` counts decode rows and prefill chunks together. A step that has both is smaller: it has
+    `mixed_tokens_per_request` tokens for each live request, but at least `min_mixed_tokens`.
+    `reservation_ratio`: admission reserves pages for this part of a request's max_tokens; below 1, memory is
+    over-committed. `max_overtakes`: number of later requests that may be admitted before the first waiting request if
+    that one does not fit. `max_examined`: number of requests that may fail to fit before a step stops admitting.
     """
 
     context_length: int
@@ -40,8 +40,8 @@ class SchedulerConfig:
 class SchedulerCounters:
     """Totals since the start. Owner: the scheduler.
 
-    `num_cached_tokens` and `num_computed_tokens`: known tokens whose KV was found in the cache at admission, and
-    prefilled; decode rows count in `num_decoded_tokens`.
+    `num_cached_tokens`: tokens whose KV was found in the cache at admission. `num_computed_tokens`: tokens that were
+    prefilled. `num_decoded_tokens`: tokens computed by decode rows.
     """
 
     num_steps: int = 0

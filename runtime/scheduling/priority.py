@@ -1,12 +1,12 @@
-"""Who runs next: the waiting queue and the order in it.
+"""The waiting queue and its order.
 
-A request's key is a time in seconds, and the lowest goes first:
+A request's key is a time in seconds. The request with the lowest key goes first:
 
     key = arrival + priority * priority_step + service penalty of its program - credit for its cached prefix
 
-Penalty and credit are bounded, so nobody is overtaken by a request that arrived more than
-`priority difference * priority_step + max_penalty + max_credit` after it: hot prefixes cannot starve cold requests.
-Between programs the one that has had least service goes first.
+Penalty and credit are bounded. A request is therefore never overtaken by one that arrived more than
+`priority difference * priority_step + max_penalty + max_credit` later, so cached prefixes cannot starve other requests.
+Among programs, the one that has received the least service goes first.
 Source: least attained service for programs, Luo et al. 2025, "Autellix" (arXiv:2502.13965), section 4; the bounded
 credit is ours.
 
@@ -24,7 +24,7 @@ from ramet.runtime.types import Sequence
 
 @dataclass(frozen=True, slots=True)
 class OrderConfig:
-    """Weights of the waiting order; all in seconds, `service_scale` in tokens."""
+    """Weights of the waiting order, in seconds; `service_scale` is in tokens."""
 
     max_credit_s: float = 2.0
     max_penalty_s: float = 2.0
@@ -34,10 +34,11 @@ class OrderConfig:
 
 @dataclass(slots=True, eq=False)
 class Waiting:
-    """A place in the queue. Owner: the scheduler. `is_removed`: admitted or aborted.
+    """A waiting request. Owner: the scheduler.
 
-    `cached_share`: part of its tokens that the cache held when last looked; `wake_at`: while parked, the tokens that
-    its owner must have in the tree; `num_overtaken`: requests admitted past it while it was first and did not fit.
+    `is_removed`: it was admitted or aborted. `cached_share`: the part of its tokens that was in the cache at the last
+    lookup. `wake_at`: the number of the owner's tokens that must be in the tree before this parked request wakes.
+    `num_overtaken`: number of requests admitted before it while it was first and did not fit.
     """
 
     sequence: Sequence
@@ -51,7 +52,7 @@ class Waiting:
 
 
 class ProgramService:
-    """Tokens computed for each program, remembered for the programs used last. Owner: the scheduler."""
+    """Tokens computed for each program. Only the `max_programs` most recently used are kept. Owner: the scheduler."""
 
     def __init__(self, max_programs: int = 4096) -> None:
         self._tokens: OrderedDict[str, int] = OrderedDict()
@@ -70,7 +71,7 @@ class ProgramService:
 
 
 class WaitingQueue:
-    """Waiting requests by key. Push and pop O(log n); removal O(1), lazily."""
+    """Waiting requests ordered by key. Push and pop are O(log n). Removal is lazy and O(1)."""
 
     def __init__(self, config: OrderConfig, service: ProgramService) -> None:
         self._config = config
@@ -78,7 +79,7 @@ class WaitingQueue:
         self._heap: list[tuple[float, int, Waiting]] = []
 
     def key_of(self, waiting: Waiting) -> float:
-        """Compute the key as things are now."""
+        """Compute the request's current key."""
         config, request = self._config, waiting.sequence.request
         attained = self._service.attained(request.program_id)
         penalty = config.max_penalty_s * attained / (attained + config.service_scale)
@@ -90,7 +91,7 @@ class WaitingQueue:
         heapq.heappush(self._heap, (waiting.key, waiting.number, waiting))
 
     def pop(self) -> Waiting | None:
-        """Take the first; None where nobody waits. A key that rose meanwhile is corrected on the way."""
+        """Take the first request, or None if the queue is empty. Keys that rose since the push are corrected first."""
         while self._heap:
             key, _, waiting = heapq.heappop(self._heap)
             if waiting.is_removed or key != waiting.key:

@@ -1,17 +1,18 @@
-"""The scheduler: which tokens run in the next step, in which pages and slots. A pure state machine, no torch.
+"""The scheduler chooses the tokens of the next step, their pages and their slots. A pure state machine, no torch.
 
     schedule() -> Batch            counts its tokens as computed: everything on the device runs in launch order
     finish_step(batch, outputs)    reads a step's tokens; may come after the next schedule()
 
-so with overlap a sequence may turn out finished while its next step runs: it is released at once and that row is
-ignored later. Its pages may be reused at once, because the device writes them again only in later steps.
+With overlap, the host may learn that a sequence is finished while the sequence's next step runs. The scheduler releases
+the sequence at once and ignores that row later. Its pages may be reused at once, because later steps write them only
+after the running step.
 
-A page is reserved for every token that an admitted sequence may still need (`reservation_ratio` of its max_tokens), so
-running out of memory is waiting in the queue. Only sequences beyond their reservation (ratio < 1) can cause preemption:
-then the newest of the lowest priority goes back to the queue, with its tokens kept and its pages left in the tree.
+Admission reserves pages for the tokens that a sequence may still generate (`reservation_ratio` of its max_tokens). A
+request that finds too few pages waits in the queue. With a ratio below 1 a sequence may grow beyond its reservation;
+only then can preemption happen. It chooses the newest sequence of the lowest priority, which returns to the queue: its
+tokens are kept and its pages stay in the tree.
 
-Not here: the order of the waiting (`priority`), sharers of a prefix in computation (`admission`), stop strings
-(engine).
+Not here: the order of the queue (`priority`), parked sharers of a prefix (`admission`), stop strings (engine).
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 
 class Scheduler:
-    """Owner of sequences, slots and of every page that is neither free nor in the tree. Not thread-safe."""
+    """Owns the sequences, the slots, and every page that is neither free nor in the tree. Not thread-safe."""
 
     def __init__(
         self,
@@ -58,12 +59,12 @@ class Scheduler:
         self._queued_s: dict[Sequence, float] = {}
         self._running: dict[Sequence, None] = {}  # in order of admission
         self._prefilling: dict[Sequence, None] = {}  # running, with known tokens to compute
-        self._decoding: dict[Sequence, int] = {}  # running, to the num_computed at which no token is missing
+        self._decoding: dict[Sequence, int] = {}  # running -> the num_computed at which it has all its tokens
         self._free_slots = list(range(config.max_running))
         self._deadlines: list[tuple[float, int, Sequence]] = []
         self._num_deadlines = 0
         self.held: set[Sequence] = set()  # see `hold`; others only read it
-        self._may_admit = False  # something changed since admission last came to its end
+        self._may_admit = False  # something changed since admission last examined the queue
         self._copies: list[PageCopy] = []
         self._finish_interval_s = 0.1  # moving average
         self._last_finish_s = clock()
@@ -86,8 +87,8 @@ class Scheduler:
         """Queue a request.
 
         Raises:
-            ContextOverflow: it can never fit the context, or the page pool.
-            InvalidRequest: its id is in use.
+            ContextOverflow: the request can never fit the context or the page pool.
+            InvalidRequest: the request's id is in use.
             Overloaded: the queue is full.
         """
         num_max = request.num_prompt + request.max_tokens if request.score_from is None else request.num_prompt
@@ -120,14 +121,14 @@ class Scheduler:
         return sequence
 
     def abort(self, request_id: str) -> Sequence | None:
-        """Finish a request now; its pages and slot are free when this returns. None where no such id is live."""
+        """Finish a request now. Its pages and slot are free on return. Returns None if no such id is live."""
         sequence = self._sequences.get(request_id)
         if sequence is not None:
             self.finish(sequence, FinishReason.ABORT)
         return sequence
 
     def hold(self, sequence: Sequence) -> None:
-        """From now on plan a live sequence's next step only when its last token is known."""
+        """From now on, plan a step of this live sequence only once the host knows its last token."""
         assert not sequence.is_finished, f"{sequence.request.request_id} is finished already"
         self.held.add(sequence)
 
@@ -141,7 +142,7 @@ class Scheduler:
     ) -> None:
         """End a live sequence now, keeping its first `num_output_tokens` output tokens (None: all).
 
-        What it computed goes to the cache, except with FinishReason.ERROR: what failed may be anything.
+        Its computed pages go to the cache, except with FinishReason.ERROR: after an error their content is unknown.
         """
         assert not sequence.is_finished, f"{sequence.request.request_id} is finished already"
         if num_output_tokens is not None:
@@ -161,7 +162,7 @@ class Scheduler:
         self.counters.num_finished += 1
 
     def expire_deadlines(self) -> list[Sequence]:
-        """Abort every sequence whose deadline has passed; returns them. O(1) where none has."""
+        """Abort and return every sequence whose deadline has passed. O(1) if there is none."""
         expired = []
         while self._deadlines and (self._deadlines[0][0] <= self._clock() or self._deadlines[0][2].is_finished):
             sequence = heapq.heappop(self._deadlines)[2]
@@ -171,7 +172,7 @@ class Scheduler:
         return expired
 
     def fail_running(self, error: Exception) -> list[Sequence]:
-        """End every running sequence with ERROR and empty the cache: a step failed, its pages may hold anything."""
+        """End every running sequence with ERROR and empty the cache: the failed step may have corrupted any page."""
         failed = list(self._running)
         for sequence in failed:
             self.finish(sequence, FinishReason.ERROR, error=error)
@@ -181,7 +182,7 @@ class Scheduler:
     # --- a step
 
     def schedule(self) -> Batch | None:
-        """Plan the next step; None where nothing can run now (everything waits for tokens of launched steps)."""
+        """Plan the next step. Returns None if every sequence waits for tokens of launched steps."""
         self._copies = []
         self._grow_decoding()
         decoding = self._decoding
@@ -215,8 +216,8 @@ class Scheduler:
     def finish_step(self, batch: Batch, outputs: list[RowOutput]) -> list[Sequence]:
         """Read a step's outputs, one for each item. Returns the sequences that have new tokens or scores.
 
-        A sampling row may bring more than one token where no later step of its sequence is launched: those that the
-        model has not seen are computed next. With none, its last position is computed again.
+        A sampling row may yield several tokens if no later step of its sequence is launched; the next step computes
+        their KV. If it yields no token, its last position is computed again.
         """
         changed = []
         for item, output in zip(batch.items, outputs, strict=True):
@@ -250,7 +251,7 @@ class Scheduler:
             self.finish(item.sequence, FinishReason.LENGTH)
 
     def _resume(self, sequence: Sequence, num_new: int) -> None:
-        """Put a sequence back where it belongs after a step that brought other than one token, or after preemption."""
+        """Choose a sequence's next state after a preemption, or after a step that did not yield exactly one token."""
         if sequence.status is Status.WAITING:
             if not sequence.num_in_flight:
                 self._enqueue(sequence)
@@ -264,11 +265,11 @@ class Scheduler:
     # --- decode and extend rows
 
     def _step_tokens(self) -> int:
-        """Tokens that the next step may have.
+        """Maximum number of tokens in the next step.
 
-        Beside few decode rows, prompts come in small chunks: reading the weights takes so long that a few hundred
-        tokens more cost little, while a large chunk makes every row wait, and new prompts wait for its end. Beside many
-        rows the weights' time is spent anyway, and rows that wait for their prompt cost more.
+        With few decode rows, prompts run in small chunks. Reading the weights dominates such a step, so a few hundred
+        more tokens cost little, while a large chunk would delay every row and every new prompt. With many rows, larger
+        chunks are better: each step is long anyway, and requests that wait for their prompt cost more.
         """
         config = self.config
         if not self._decoding:
@@ -278,7 +279,7 @@ class Scheduler:
         return min(mixed, config.max_num_tokens_per_step)
 
     def _grow_decoding(self) -> None:
-        """Give every decode row that starts a page one, preempting where there is none."""
+        """Give a page to every decode row that starts one. Preempts a sequence if no page is left."""
         size = self._page_size
         at_border = [s for s, limit in self._decoding.items() if not s.num_computed % size and s.num_computed < limit]
         for sequence in at_border:
@@ -286,9 +287,9 @@ class Scheduler:
                 self._grow(sequence, 1, planned=())
 
     def _plan_extends(self, extends: list[ScheduledSequence], budget: int) -> int:
-        """Plan chunks, of running sequences first, then of newly admitted ones. Returns the budget left.
+        """Plan chunks of running sequences first, then of newly admitted ones. Returns the remaining token budget.
 
-        Sequences that have generated already go before prompts: what they wait for is short.
+        Sequences that have generated tokens go before prompts, because their chunks are short.
         """
         planned: set[Sequence] = set()
         for sequence in sorted(self._prefilling, key=lambda s: not s.output_ids):
@@ -297,7 +298,7 @@ class Scheduler:
         return self._plan_admissions(extends, budget, planned) if self._may_admit else budget
 
     def _plan_admissions(self, extends: list[ScheduledSequence], budget: int, planned: set[Sequence]) -> int:
-        """Admit in order what fits, and plan its first chunks. Returns the budget left."""
+        """Admit waiting requests that fit, in order, and plan their first chunks. Returns the remaining budget."""
         blocked: list[Waiting] = []
         reservation: Reservation | None = None
         num_parked = self.counters.num_parked
@@ -316,20 +317,20 @@ class Scheduler:
         for waiting in blocked:
             self._waiting.put_back(waiting)
         if not self._free_slots or (blocked and budget > 0 and num_parked == self.counters.num_parked):
-            self._may_admit = False  # looking again helps only when something has changed
+            self._may_admit = False  # examine the queue again only after something has changed
         return budget
 
     def _plan_extend(
         self, sequence: Sequence, budget: int, planned: set[Sequence], extends: list[ScheduledSequence]
     ) -> int:
-        """Plan the next chunk of a sequence's known tokens; chunks end at page borders. Returns its tokens."""
+        """Plan the next chunk of a sequence's known tokens. Chunks end at page borders. Returns the chunk's length."""
         size, start, end = self._page_size, sequence.num_computed, known_end(sequence)
         stop = min(end, start + budget)
         if stop < end and stop // size * size > start:
             stop = stop // size * size
         num_missing = -(-stop // size) - len(sequence.page_ids)
         if num_missing > 0 and not self._grow(sequence, num_missing, planned):
-            # Only its own preemption (no pages then), or pages lost to quarantine, lead here.
+            # Reached only if the sequence itself was preempted (it has no pages then), or pages were quarantined.
             stop = len(sequence.page_ids) * size
             if stop <= start:
                 return 0
@@ -339,7 +340,7 @@ class Scheduler:
         return stop - start
 
     def _launch_extend(self, item: ScheduledSequence) -> None:
-        """Count a planned chunk as computed, and share its pages: later steps may read what this one writes."""
+        """Count a planned chunk as computed and share its pages: later steps may read the KV that this step writes."""
         sequence = item.sequence
         sequence.num_computed = item.start + item.num_tokens
         is_complete = sequence.num_computed == known_end(sequence)
@@ -367,7 +368,7 @@ class Scheduler:
         self._may_admit = True
 
     def _try_admit(self, waiting: Waiting, blocked: list[Waiting], reservation: Reservation | None) -> bool:
-        """Admit the first in order, or park it, or add it to `blocked`. True where it was admitted."""
+        """Admit the first waiting request, park it, or add it to `blocked`. Returns True if it was admitted."""
         sequence = waiting.sequence
         match = self._pages.match(sequence)
         if self._waiting.try_park(waiting, match):
@@ -391,13 +392,13 @@ class Scheduler:
         return True
 
     def _reserve(self, head: Sequence) -> Reservation:
-        """Promise a start to the first that does not fit."""
+        """Reserve a start for the first request that does not fit."""
         num_missing = self._pages.peak(head) - self._pages.num_available
         running = [(self._steps_left(s), self._pages.peak(s) - s.num_cached // self._page_size) for s in self._running]
         return Reservation(num_missing, running)
 
     def _steps_left(self, sequence: Sequence) -> int:
-        """Steps until a sequence ends, at most (while prefills do not wait for each other)."""
+        """Maximum number of steps until a sequence ends, assuming that prefills do not wait for each other."""
         request = sequence.request
         num_output = request.max_tokens - len(sequence.output_ids) if request.score_from is None else 0
         num_known = known_end(sequence) - sequence.num_computed
@@ -424,7 +425,7 @@ class Scheduler:
     # --- pages
 
     def _grow(self, sequence: Sequence, num_pages: int, planned: Iterable[Sequence]) -> bool:
-        """Give a running sequence pages, preempting for them. False where it was preempted itself."""
+        """Give pages to a running sequence; preempts others if needed. Returns False if it was preempted itself."""
         while not self._pages.take(sequence, num_pages):
             victim = self._victim(planned)
             if victim is None:
@@ -435,7 +436,7 @@ class Scheduler:
         return True
 
     def _victim(self, planned: Iterable[Sequence]) -> Sequence | None:
-        """Choose whom to preempt: the newest of the lowest priority that this step does not extend already."""
+        """Choose the sequence to preempt: the newest of the lowest priority that is not in `planned`."""
         candidates = [s for s in reversed(self._running) if s.request.score_from is None and s not in planned]
         return max(candidates, key=lambda s: s.request.priority, default=None)
 
@@ -445,11 +446,11 @@ class Scheduler:
         sequence.num_computed = 0
         sequence.num_preemptions += 1
         self.counters.num_preemptions += 1
-        if not sequence.num_in_flight:  # else once its last token is read
+        if not sequence.num_in_flight:  # otherwise it is queued once its last token is read
             self._enqueue(sequence)
 
     def _release(self, sequence: Sequence, *, keep: bool) -> None:
-        """Take slot and pages from a running sequence; with `keep`, what it computed goes to the tree."""
+        """Take the slot and the pages from a running sequence. With `keep`, its computed pages go to the tree."""
         assert sequence.slot is not None
         self._pages.release(sequence, keep=keep)
         heapq.heappush(self._free_slots, sequence.slot)
@@ -467,13 +468,13 @@ class Scheduler:
         """Check pages, slots and reservations. O(pages).
 
         Raises:
-            CacheIntegrityError: the first thing found wrong.
+            CacheIntegrityError: describes the first violation found.
         """
         self._pages.check_integrity(self._running)
         slots = sorted([*self._free_slots, *(s.slot for s in self._running if s.slot is not None)])
         require(slots == list(range(self.config.max_running)), "slots are lost or given out twice")
 
     def quarantine_leaks(self) -> int:
-        """Take pages that nobody owns out of use; returns how many (none, but for a bug). Only while nothing runs."""
+        """Quarantine pages without an owner, and return their number (0 unless there is a bug). Only while idle."""
         assert not self._running
         return self._pages.quarantine_leaks()

@@ -1,9 +1,10 @@
-"""Pages of running sequences: reserved, taken, shared with the tree, copied, given back.
+"""Pages of running sequences: reserve, take, share with the tree, copy, release.
 
-A sequence's pages in path order: the first `num_shared_pages` belong to the tree and are kept by a lock on the node
-where they end, the others belong to the sequence. Its page ids never change while it runs: devices hold copies of them.
+A sequence lists its pages in path order. The first `num_shared_pages` belong to the tree; a lock on the node where they
+end keeps them from eviction. The other pages belong to the sequence. Page ids never change while the sequence runs,
+because devices hold copies of them.
 
-Not here: which sequence gets pages, and who is preempted for them (`scheduler`).
+Not here: the choice of the sequence that gets pages or is preempted (`scheduler`).
 """
 
 from __future__ import annotations
@@ -28,15 +29,15 @@ class SequencePages:
         self._ratio = reservation_ratio
         self._is_sharing = share
         self._num_reserved = 0  # pages that running sequences may still take
-        self._nodes: dict[Sequence, RadixNode] = {}  # that each running sequence has locked
+        self._nodes: dict[Sequence, RadixNode] = {}  # the node locked by each running sequence
 
     @property
     def num_available(self) -> int:
-        """Pages that may be promised: free or evictable, and reserved for nobody."""
+        """Pages that may be reserved: free or evictable, and not reserved yet."""
         return self.pool.num_free + self.cache.num_evictable_pages - self._num_reserved
 
     def peak(self, sequence: Sequence, ratio: float | None = None) -> int:
-        """Pages that are reserved for a sequence. The last token's KV is never computed."""
+        """Number of pages to reserve for a sequence. The last token needs no page: its KV is never computed."""
         request = sequence.request
         if request.score_from is not None:
             return -(-known_end(sequence) // self._page_size)
@@ -46,11 +47,11 @@ class SequencePages:
         return -(-(request.num_prompt + num_output - 1) // self._page_size)
 
     def outstanding(self, sequence: Sequence) -> int:
-        """Pages of its reservation that a running sequence has not taken yet."""
+        """Number of reserved pages that a running sequence has not taken yet."""
         return max(0, self.peak(sequence) - len(sequence.page_ids))
 
     def match(self, sequence: Sequence) -> PrefixMatch:
-        """Find what the tree has of a waiting sequence, and lock it: `attach` or unlock its node afterwards."""
+        """Find and lock the cached prefix of a waiting sequence. The caller must `attach` it or unlock its node."""
         cache_salt = sequence.request.cache_salt
         if self._is_sharing:
             match = self.cache.match(matchable(sequence), cache_salt)
@@ -60,7 +61,7 @@ class SequencePages:
         return match
 
     def attach(self, sequence: Sequence, match: PrefixMatch) -> None:
-        """Start a sequence on its (locked) match, and reserve its pages."""
+        """Give a sequence the pages of its locked match, and reserve the others."""
         self._nodes[sequence] = match.node
         sequence.page_ids = match.page_ids
         sequence.num_shared_pages = len(match.page_ids)
@@ -68,10 +69,11 @@ class SequencePages:
         self._num_reserved += self.outstanding(sequence)
 
     def copy_tail(self, sequence: Sequence, match: PrefixMatch, earlier: Iterable[PageCopy]) -> PageCopy | None:
-        """Take over the partly shared page of `match` by a copy; `earlier`: the copies of this step so far.
+        """Plan a copy of the partly shared page of `match`. `earlier`: the copies already planned for this step.
 
-        All copies of a step run at once, so no page may be the target of one and the source of another: a source that
-        was evicted meanwhile is not given out as a target (as anything else it may: steps run after their copies).
+        All copies of a step run at once, so no page may be the target of one and the source of another. A source page
+        that was evicted meanwhile is therefore not used as a target. Any other use is safe: the step runs after its
+        copies.
         """
         if match.tail_page is None:
             return None
@@ -88,9 +90,9 @@ class SequencePages:
         return PageCopy(match.tail_page, target[0], match.num_tail_tokens)
 
     def take(self, sequence: Sequence, num_pages: int) -> bool:
-        """Give a running sequence pages; False, and nothing done, where there are not enough.
+        """Give pages to a running sequence. Returns False and changes nothing if there are not enough.
 
-        Pages beyond its reservation come only from what is reserved for nobody.
+        Pages beyond its reservation come only from unreserved pages.
         """
         reserved = min(num_pages, self.outstanding(sequence))
         if num_pages > reserved and num_pages - reserved > self.num_available:
@@ -103,9 +105,9 @@ class SequencePages:
         return True
 
     def share(self, sequence: Sequence, *, is_complete: bool) -> RadixNode:
-        """Move computed pages of a running sequence to the tree: whole ones, and the partial last where `is_complete`.
+        """Move the full computed pages of a running sequence to the tree; with `is_complete` the partial last one too.
 
-        Only known tokens may have been computed. Returns the node where the tree's part of the sequence ends.
+        All computed tokens must be known. Returns the node where the tree's part of the sequence ends.
         """
         node = self._nodes[sequence]
         if not self._is_sharing:
@@ -122,7 +124,7 @@ class SequencePages:
         return node
 
     def release(self, sequence: Sequence, *, keep: bool) -> None:
-        """Take all pages from a sequence; with `keep` the tree gets what was computed of its known tokens."""
+        """Take all pages from a sequence. With `keep`, the tree gets the computed pages of its known tokens."""
         self._num_reserved -= self.outstanding(sequence)
         node = self._retake_tail(sequence)
         size, page_ids, first = self._page_size, sequence.page_ids, sequence.num_shared_pages
@@ -138,7 +140,7 @@ class SequencePages:
         sequence.page_ids, sequence.num_shared_pages = [], 0
 
     def _retake_tail(self, sequence: Sequence) -> RadixNode:
-        """Take back the partial page that was lent to the tree while its sequence goes on writing it.
+        """Take the partial last page back from the tree, because the sequence goes on writing it.
 
         Returns the node that is locked now.
         """
@@ -149,7 +151,7 @@ class SequencePages:
         return node
 
     def quarantine_leaks(self) -> int:
-        """Take pages that are neither free nor in the tree out of use while nothing runs. O(pages)."""
+        """Quarantine pages that are neither free nor in the tree. Only while nothing runs. O(pages)."""
         owned = {page for node in self.cache.nodes() for page in node.page_ids}
         leaked = self.pool.used_pages() - owned
         for page in leaked:
@@ -157,10 +159,10 @@ class SequencePages:
         return len(leaked)
 
     def check_integrity(self, running: Iterable[Sequence]) -> None:
-        """Check that every page is free, or in the tree once, or with one of the `running` sequences. O(pages).
+        """Check that every page is free, or once in the tree, or owned by one of the `running` sequences. O(pages).
 
         Raises:
-            CacheIntegrityError: the first thing found wrong.
+            CacheIntegrityError: describes the first violation found.
         """
         running = list(running)
         check_cache(self.cache, [s.page_ids[s.num_shared_pages :] for s in running])
@@ -176,7 +178,7 @@ class SequencePages:
 
 
 def known_end(sequence: Sequence) -> int:
-    """Known tokens to compute: all, and of a scoring request all that predict a scored one (at least one)."""
+    """Number of known tokens to compute; for a scoring request, only those that predict a scored token (at least 1)."""
     request = sequence.request
     if request.score_from is None:
         return sequence.num_tokens
@@ -184,6 +186,6 @@ def known_end(sequence: Sequence) -> int:
 
 
 def matchable(sequence: Sequence) -> TokenIds:
-    """Tokens that may come from the cache: something must be computed to sample, or every scored position."""
+    """Tokens that may come from the cache. The last token, or every scored position, must be computed."""
     request = sequence.request
     return sequence.tokens(0, sequence.num_tokens - 1 if request.score_from is None else request.score_from - 1)

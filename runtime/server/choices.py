@@ -40,7 +40,7 @@ class Job:
     """What every choice of an answer shares.
 
     `constraint_field`: the body's field that asks for the constraint. `shown_bytes`: bytes of each token, where special
-    tokens are to be seen in the text (markers of tool calls); None where the engine's own text will do.
+    tokens are to be seen in the text (markers of tool calls); None if the engine's own text will do.
     `is_whole`: nobody reads before the end. `prompt_field`: the body's field that the prompt was made of.
     """
 

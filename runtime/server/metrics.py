@@ -69,7 +69,7 @@ class CacheHitRate:
 
     @property
     def value(self) -> float:
-        """0 where there were no prompt tokens."""
+        """0 if there were no prompt tokens."""
         if len(self._window) < 2:
             return 0.0
         cached = self._window[-1][1] - self._window[0][1]

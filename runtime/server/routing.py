@@ -31,7 +31,7 @@ Handler = Callable[..., Awaitable[Any]]  # Any: a Response, or what msgspec enco
 class Endpoint:
     """A row of the table of endpoints.
 
-    The document describes it by its handler's docstring. `answer`: the type of what 200 says; None where that is no
+    The document describes it by its handler's docstring. `answer`: the type of what 200 says; None if that is no
     JSON. `others`: types of answers with other statuses. `errors`: statuses of errors beside those that its key and its
     body may have. `media_type`: of an answer that is no JSON. `has_stream`: 200 may be server-sent events.
     `is_listed`: the document has it; second names of endpoints are left out.

@@ -58,7 +58,7 @@ class AttentionPlans:
             self._merge_counters = torch.zeros(num_counters, dtype=torch.int32, device=kv_cache.storage.device)
 
     def tree_of(self, batch: Batch) -> TreePlan | None:
-        """The plan for prefixes that the decode rows of a batch share; None where plain attention is as fast."""
+        """The plan for prefixes that the decode rows of a batch share; None if plain attention is as fast."""
         return None if self.tree is None else self.tree.update(batch.items[: batch.num_decode])
 
     def decode(

@@ -46,7 +46,7 @@ class GraphedSteps:
         self._hidden = torch.empty(shape, dtype=decoder.dtype, device=device)
 
     def run(self, step: Step) -> Sampled | None:
-        """Replay the graph of a step; None where there is none for it."""
+        """Replay the graph of a step; None if there is none for it."""
         if step.masks is not None or step.edited is not None:
             return None
         tokens = self._replay_decode(step) if step.extend is None else self._replay_mixed(step, step.extend)

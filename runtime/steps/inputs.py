@@ -53,9 +53,9 @@ class ExtendArrays:
 class Step:
     """What the host knows of a step before anything is sent.
 
-    extend: its rows with new tokens; None where all decode. masks: int32 [R, W], one row for each that samples, where
+    extend: its rows with new tokens; None if all decode. masks: int32 [R, W], one row for each that samples, where
     the sampler is given the host's masks. edited: of the rows that sample, the sequences whose logits the host edits,
-    None between them; None where there are none.
+    None between them; None if there are none.
     """
 
     batch: Batch

@@ -27,7 +27,7 @@ class StepLogprobs:
 
     @classmethod
     def of(cls, batch: Batch, sampled: Sampled) -> StepLogprobs | None:
-        """Those of the rows that ask for them; None where none does."""
+        """Those of the rows that ask for them; None if none does."""
         wanted = [item.sequence.request.sampling.logprobs for item in batch.items if item.samples]
         rows = [row for row, count in enumerate(wanted) if count is not None]
         if not rows:

@@ -70,7 +70,7 @@ class LogitEdits:
         return len(self._free)
 
     def acquire(self, sequence: Sequence) -> bool:
-        """Give the sequence a row, or find that it has one. False where there is none left."""
+        """Give the sequence a row, or find that it has one. False if there is none left."""
         if sequence not in self._rows:
             if not self._free:
                 return False
@@ -78,7 +78,7 @@ class LogitEdits:
         return True
 
     def row_of(self, sequence: Sequence) -> int:
-        """The sequence's row; 0 where it has none."""
+        """The sequence's row; 0 if it has none."""
         return self._rows.get(sequence, 0)
 
     def release(self, sequence: Sequence) -> None:

@@ -1,7 +1,7 @@
 """One step on the device: inputs, the way to run it, and the copy of what was sampled back to the host.
 
 `launch` never waits for the device (where the device is a GPU); `LaunchedStep.read` does, one step later. There are
-three ways to run a step, each a strategy with a method `run(step)` that answers None where the step is not for it:
+three ways to run a step, each a strategy with a method `run(step)` that answers None if the step is not for it:
 
     GraphedSteps    a GPU: replays a CUDA graph          RecordedSteps    a CPU: runs a recorded program
     EagerSteps      any device, any step: op by op

@@ -83,14 +83,14 @@ class Recordings:
         self._steps: dict[tuple[int, bool], RecordedStep | None] = {}
 
     def get(self, batch_size: int, *, has_logits: bool = True) -> RecordedStep | None:
-        """The program of this size; None where the step has to run eagerly."""
+        """The program of this size; None if the step has to run eagerly."""
         key = batch_size, has_logits
         if key not in self._steps:
             self._steps[key] = self._record(batch_size, has_logits)
         return self._steps[key]
 
     def get_extend(self, num_tokens: int, num_keys: int) -> RecordedStep | None:
-        """A program for a step with new tokens, up to hidden states; None where it should run eagerly.
+        """A program for a step with new tokens, up to hidden states; None if it should run eagerly.
 
         num_tokens: of all rows. num_keys: that new tokens see, summed over the tokens.
         """
@@ -139,7 +139,7 @@ class RecordedSteps:
         self.recordings = Recordings(decoder, record, self._context)
 
     def run(self, step: Step) -> Sampled | None:
-        """Run a step whose size has a program; None where it has to run eagerly."""
+        """Run a step whose size has a program; None if it has to run eagerly."""
         return self._run_decode(step) if step.extend is None else self._run_extend(step, step.extend)
 
     def computes_run(self, num_tokens: int, num_rows: int, kv_len: int) -> bool:

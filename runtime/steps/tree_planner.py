@@ -60,7 +60,7 @@ class TreePlanner:
         self.num_plans = 0
 
     def update(self, items: tuple[ScheduledSequence, ...]) -> TreePlan | None:
-        """Return the plan for these decode rows, in this order; None where plain attention is as fast."""
+        """Return the plan for these decode rows, in this order; None if plain attention is as fast."""
         rows = tuple([item.sequence.page_ids for item in items])
         if rows != self._rows:
             self._rows = rows

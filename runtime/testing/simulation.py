@@ -73,7 +73,7 @@ class SimulatedEngine:
         return self.scheduler.pool.page_size
 
     def step(self) -> bool:
-        """Schedule, launch and collect once. False where there was nothing to do."""
+        """Schedule, launch and collect once. False if there was nothing to do."""
         batch = self.scheduler.schedule()
         self.scheduler.check_integrity()
         launched = None if batch is None else (batch, self.launch(batch))

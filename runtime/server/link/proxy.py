@@ -219,7 +219,7 @@ class EngineProxy:
         return len(self._programs)
 
     def health(self, patience_s: float = 20.0) -> str | None:
-        """None where the engine is well; else what is wrong: not ready, silent, or working without progress."""
+        """None if the engine is well; else what is wrong: not ready, silent, or working without progress."""
         state = self._state
         now_s = time.monotonic()
         if state.hello is None:
@@ -262,7 +262,7 @@ class EngineProxy:
         self._send(command)
 
     def abort(self, request_id: str) -> bool:
-        """Abort by exact id; False where nothing of that id is in flight. Its reader gets RequestCancelled."""
+        """Abort by exact id; False if nothing of that id is in flight. Its reader gets RequestCancelled."""
         if request_id not in self._streams and request_id not in self._programs:
             return False
         self.counters.num_aborts += 1

@@ -164,7 +164,7 @@ class GenerateAnswer:
         prompts: Sequence[list[int]],
         prompt_logprobs: Sequence[list[float | None] | None],
     ) -> None:
-        """`prompts` and `prompt_logprobs`: of each answer; None where no scores are asked for."""
+        """`prompts` and `prompt_logprobs`: of each answer; None if no scores are asked for."""
         self._served = served
         self._body = body
         self._prompts = prompts

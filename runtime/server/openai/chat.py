@@ -64,7 +64,7 @@ _RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt"
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a body asks for, ready to run. `style`: None where the answer has no calls."""
+    """What a body asks for, ready to run. `style`: None if the answer has no calls."""
 
     body: ChatBody
     prompt: ChatPrompt
