@@ -1,6 +1,6 @@
-"""What attention is told of a step: where the keys of each row lie, how they are split, which prefixes are shared.
+"""Attention plans of a step: the location of each row's keys, their splits, and shared prefixes.
 
-Plans are made once a step, or once a graph; the layers of the decoder run them. The kernels and their tiles are in
+A plan is made once for each step or graph, and every layer of the decoder runs it. The kernels and their tiles are in
 `kernels/attention/`.
 """
 
@@ -41,7 +41,7 @@ class AttentionPlans:
     ) -> None:
         """num_sms: processors of the GPU, None on a CPU. is_deterministic: a row's bits must not depend on others.
 
-        tiles: what was measured on this card.
+        tiles: attention tiles measured on this GPU.
         """
         assert tree is None or not is_deterministic, "what a group shares changes the order of summation"
         self.tree = tree
@@ -64,7 +64,7 @@ class AttentionPlans:
     def decode(
         self, rows: Tensor, kv_lens: Tensor, tree: TreePlan | None = None, kv_lens_host: list[int] | None = None
     ) -> DecodeMetadata:
-        """The plan of decode rows, int32 [B] each, whose lengths may be known on the device alone."""
+        """The plan of decode rows. rows, kv_lens: int32 [B]; the host may not know the lengths."""
         return DecodeMetadata(
             kv_lens,
             rows,
@@ -111,13 +111,13 @@ class AttentionPlans:
         extend: ExtendMetadata | None = None,
         extend_start: int | None = None,
     ) -> ForwardContext:
-        """What the decoder reads of a step besides its tokens. extend_start: None where decode rows end."""
+        """The decoder's context of a step. extend_start: index of the first extend token; None: after decode rows."""
         num_decode = 0 if decode is None else decode.rows.numel()
         start = num_decode if extend_start is None else extend_start
         return ForwardContext(positions, kv_slots, num_decode, decode, extend, self._kv_cache.layers, start)
 
     def _num_splits(self, batch: int) -> int:
-        """Parts of a row's keys. By the padded batch, so that a row is split alike in graphs and eager steps."""
+        """Number of splits of a row's keys. `batch` includes padding, so graphs and eager steps split a row alike."""
         if self._is_deterministic:
             return FIXED_SPLITS
         programs, model = PROGRAMS_PER_SM, self._model

@@ -1,9 +1,10 @@
-"""Steps as CUDA graphs: decode steps one a batch bucket, and steps with short prompts, one a pair of buckets.
+"""Steps as CUDA graphs: one for each batch bucket of decode steps, one for each pair of buckets with short prompts.
 
-A decode graph goes from the embedding to the sampled token and the new lengths; a replay costs the host one copy of
-`[2, bucket]` integers (slots, pages begun) and one launch. A mixed graph holds a bucket of tokens, those of its decode
-rows and new ones right behind; all its integers are one copied block. Buffers are static; the graphs share one memory
-pool, as no two of them run at once. Not here: long prompts, scores and rows that the host must edit; they run eagerly.
+A decode graph covers everything from the embedding to the sampled token and the new lengths. A replay costs the host
+one copy of `[2, bucket]` integers (slots, new pages) and one launch. A mixed graph holds a bucket of tokens: those of
+its decode rows, directly followed by the new ones. Its integers are copied as one block. Buffers are static. The graphs
+share one memory pool, because no two of them run at once. Not here: long prompts, scores and rows that the host must
+edit; these run eagerly.
 """
 
 from __future__ import annotations
@@ -35,13 +36,13 @@ _MAX_EXTENDS = 64  # sequences that have new tokens in a mixed graph
 
 
 def decode_buckets(max_batch: int) -> list[int]:
-    """Batch sizes that get a graph: dense where steps are cheap, never more than an eighth too large."""
+    """Batch sizes that get a graph: dense for small batches, and padding large ones by at most an eighth."""
     sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, 257, 32), *range(320, max_batch + 1, 64)]
     return [*(size for size in sizes if size < max_batch), max_batch]
 
 
 class GraphCapture(Protocol):
-    """Records what a function launches; the result launches it again, on the same addresses."""
+    """Records the kernels that a function launches. The result launches them again, on the same addresses."""
 
     def __call__(self, body: Callable[[], None]) -> Callable[[], None]: ...
 
@@ -72,7 +73,7 @@ class CudaCapture:
 
 @contextmanager
 def no_garbage_collection() -> Iterator[None]:
-    """Collect nothing within: among what goes then may be another engine's graphs, and a capture refuses their end."""
+    """Disable garbage collection inside: it may destroy another engine's graphs, which is an error during a capture."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -84,7 +85,7 @@ def no_garbage_collection() -> Iterator[None]:
 
 @dataclass(slots=True)
 class DecodeBuffers:
-    """Static tensors of one bucket: `step_input` int32 [2, B] (slots, pages begun), and what the step writes."""
+    """Static tensors of one bucket: `step_input` int32 [2, B] (slots, new pages), and the step's outputs."""
 
     step_input: Tensor
     inputs: DecodeInputs
@@ -113,7 +114,7 @@ class MixedKey:
 
     @property
     def num_extends(self) -> int:
-        """Sequences that the new tokens may belong to."""
+        """Maximum number of sequences with new tokens."""
         return min(self.num_tokens, _MAX_EXTENDS)
 
     @property
@@ -129,8 +130,8 @@ class MixedBuffers:
 
         tokens    [0, n) decode rows, filled in by the step    [n, n + new) prompts    [n + new, T) padding
 
-    The first B tokens go to decode attention, which leaves something for padded rows in [n, B), and all T to the
-    attention of prompts, which begins at cu_seqlens[0] = n and writes what is right there.
+    Decode attention runs on the first B tokens, and its results in [n, B) are meaningless. The attention of prompts
+    then runs on tokens from cu_seqlens[0] = n on, and overwrites these results.
     """
 
     def __init__(self, key: MixedKey, dummy_slot: int, device: torch.device) -> None:
@@ -157,9 +158,9 @@ class MixedBuffers:
         return self.block[self.sections[name]]
 
     def pack(self, values: dict[str, NDArray[np.int32]], num_decode: int = 0) -> NDArray[np.int32]:
-        """Return the block with `values` at the heads of their sections, those of new tokens behind `num_decode`.
+        """Return the block with `values` at the start of their sections; those of new tokens start at `num_decode`.
 
-        cu_seqlens is padded by its last value.
+        cu_seqlens is padded with its last value.
         """
         packed = np.zeros(self.block.shape[0], dtype=np.int32)
         for name, filler in self._padding.items():
@@ -180,7 +181,7 @@ MixedBody = Callable[[MixedKey, MixedBuffers], None]
 
 
 class StepGraphs:
-    """Captures bodies for each key when it is first needed, or ahead of time by `capture`."""
+    """Captures the graph of each key when it is first needed, or ahead of time by `capture`."""
 
     def __init__(
         self,
@@ -193,7 +194,7 @@ class StepGraphs:
         max_extend: int,
         capture: GraphCapture | None = None,
     ) -> None:
-        """max_extend: tokens of a step with prompts that a graph may hold; 0 for decode graphs alone."""
+        """max_extend: maximum tokens of a captured step with prompts; 0 captures decode graphs only."""
         self.buckets = decode_buckets(max_batch)
         self.mixed_rows = [*(n for n in MIXED_ROWS if n < max_batch), max_batch]
         self.mixed_tokens = [n for n in MIXED_TOKENS if n <= max_extend]
@@ -206,7 +207,7 @@ class StepGraphs:
 
     @property
     def max_samples(self) -> int:
-        """Rows that a graph samples, padding included, at most."""
+        """Maximum number of rows that a graph samples, padding included."""
         return self.buckets[-1] + (_MAX_EXTENDS if self.mixed_tokens else 0)
 
     def keys(self, *, with_tree: bool) -> list[GraphKey | MixedKey]:
@@ -220,7 +221,7 @@ class StepGraphs:
         return keys
 
     def capture(self, keys: Sequence[GraphKey | MixedKey]) -> None:
-        """GraphCapture these graphs now."""
+        """Capture these graphs now."""
         start_s = time.monotonic()
         for key in keys:
             if isinstance(key, MixedKey):
@@ -230,7 +231,7 @@ class StepGraphs:
         logger.info("captured %d graphs in %.1f s", len(keys), time.monotonic() - start_s)
 
     def replay(self, rows: NDArray[np.int32], new_pages: NDArray[np.int32], *, uses_tree: bool) -> Tensor:
-        """Run the decode step of these rows; returns the sampled tokens int32 [B]."""
+        """Run the decode step of these rows. Returns the sampled tokens, int32 [B]."""
         count = len(rows)
         key = GraphKey(self.buckets[bisect.bisect_left(self.buckets, count)], uses_tree)
         run, buffers = self._decode_graph(key)
@@ -243,7 +244,7 @@ class StepGraphs:
         return buffers.tokens[:count]
 
     def mixed_key(self, num_decode: int, num_new: int, num_extends: int, *, uses_tree: bool) -> MixedKey | None:
-        """The graph for `num_decode` rows and `num_new` tokens of `num_extends` prompts; None: it must run eagerly."""
+        """The graph for `num_decode` rows and `num_new` tokens of `num_extends` prompts; None: run the step eagerly."""
         num_tokens = num_decode + num_new
         if not self.mixed_tokens or num_tokens > self.mixed_tokens[-1]:
             return None
@@ -255,7 +256,7 @@ class StepGraphs:
     def replay_mixed(
         self, key: MixedKey, rows: NDArray[np.int32], new_pages: NDArray[np.int32], arrays: ExtendArrays
     ) -> Tensor:
-        """Run a mixed step whose slot-table updates are sent already; returns the sampled tokens int32 [R]."""
+        """Run a mixed step whose slot-table updates were already sent. Returns the sampled tokens, int32 [R]."""
         run, buffers = self._mixed_graph(key)
         packed = buffers.pack(
             {
@@ -278,7 +279,7 @@ class StepGraphs:
         return buffers.tokens[: len(arrays.sample_index)]
 
     def _send(self, packed: NDArray[np.int32], target: Tensor) -> None:
-        """Copy to a static buffer in stream order; the pinned source is kept by torch until the copy is done."""
+        """Copy to a static buffer in stream order. Torch keeps the pinned source until the copy is done."""
         source = torch.from_numpy(packed)
         target.copy_(source.pin_memory() if target.is_cuda else source, non_blocking=True)
 

@@ -1,4 +1,4 @@
-"""Steps that run op by op: any step can."""
+"""Eager steps: any step can run op by op."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ramet.runtime.steps.slots import RunningSlots, upload
 
 @dataclass(slots=True)
 class SentStep:
-    """A step with new tokens on the device; token_ids, positions, kv_slots: int32 [T], decode rows first."""
+    """A step with new tokens, on the device. token_ids, positions, kv_slots: int32 [T], decode rows first."""
 
     token_ids: Tensor
     positions: Tensor
@@ -66,7 +66,7 @@ class EagerSteps:
         )
 
     def _send_decode(self, step: Step) -> tuple[DecodeInputs, DecodeMetadata]:
-        """Send the decode rows; the device finds their tokens and positions in the slot tables."""
+        """Send the decode rows. The device reads their tokens and positions from the slot tables."""
         device, tables, batch = self._decoder.device, self._slots.tables, step.batch
         rows, new_pages = upload([step.decode_rows, step.new_pages], device)
         inputs = DecodeInputs.create(batch.num_decode, device)

@@ -1,7 +1,7 @@
-"""Steps that replay a CUDA graph, sampling included: those that only decode, or have few new tokens besides.
+"""Steps that replay a CUDA graph, sampling included: decode steps, and decode steps with few new prompt tokens.
 
-Graphs are captured at start, and kept by `cuda_graph.StepGraphs`. Not here: steps whose logits the host looks at before
-a token is chosen, scores, long prompts.
+Graphs are captured at start and owned by `cuda_graph.StepGraphs`. Not here: long prompts, scores, and steps whose
+logits the host must edit or mask before a token is chosen.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class GraphedSteps:
         max_extend: int,
         capture: GraphCapture | None = None,
     ) -> None:
-        """max_extend: tokens of a step with prompts that a graph may hold; 0 for decode graphs alone."""
+        """max_extend: maximum tokens of a captured step with prompts; 0 captures decode graphs only."""
         self._decoder = decoder
         self._tables: SlotTables = slots.tables
         self._plans = plans
@@ -46,7 +46,7 @@ class GraphedSteps:
         self._hidden = torch.empty(shape, dtype=decoder.dtype, device=device)
 
     def run(self, step: Step) -> Sampled | None:
-        """Replay the graph of a step; None if there is none for it."""
+        """Replay the graph of a step. Returns None if no graph fits."""
         if step.masks is not None or step.edited is not None:
             return None
         tokens = self._replay_decode(step) if step.extend is None else self._replay_mixed(step, step.extend)
@@ -99,7 +99,7 @@ class GraphedSteps:
         self._sampler.choose(logits, part("sample_rows"), part("sample_positions"), None, buffers.tokens)
 
     def _shared(self, *, uses_tree: bool) -> TreePlan | None:
-        """The buffers of the plan for shared prefixes, which later plans are written into."""
+        """The plan for shared prefixes whose buffers later plans overwrite."""
         return self._plans.tree.plan if uses_tree and self._plans.tree is not None else None
 
     def _keep(self, hidden: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""From a batch of the scheduler to the device tensors of one step.
+"""Turn a batch of the scheduler into the device tensors of one step.
 
-Token order in a step: decode rows first, one token each, then the extend rows' new tokens. Tokens of decode rows are
-not known to the host (the step that samples them may still run): kernels fetch them from the slot tables.
+Token order in a step: decode rows first, one token each, then the extend rows' new tokens. The host does not know the
+tokens of decode rows, because the step that samples them may still run: kernels read them from the slot tables.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from ramet.runtime.types import Batch, ScheduledSequence, Sequence, TokenIds
 
 @dataclass(slots=True)
 class ExtendArrays:
-    """A step's extend rows on the host, int32 arrays; which rows of the whole step are sampled or scored.
+    """A step's extend rows, and the rows of the whole step that are sampled or scored: int32 arrays on the host.
 
-    token_ids, positions, kv_slots [T_extend]; cu_seqlens [E + 1]; kv_lens, rows [E]. updates [U, 3]: what joins, pages
-    and lengths change in the slot tables. sample_index [R]: rows of the step's hidden states that are sampled, decode
-    rows included; sample_rows [R]: their slots; sample_positions [R]: the position of the new token.
-    score_index, score_targets [Q]: hidden states and next tokens of scoring requests.
+    token_ids, positions, kv_slots [T_extend]; cu_seqlens [E + 1]; kv_lens, rows [E]. updates [U, 3]: changes of the
+    slot tables (new sequences, pages, lengths). sample_index [R]: indices of the hidden states that are sampled, decode
+    rows included; sample_rows [R]: their slots; sample_positions [R]: the positions of the new tokens.
+    score_index, score_targets [Q]: indices of the hidden states of scored positions, and the next tokens.
     """
 
     token_ids: NDArray[np.int32]
@@ -45,17 +45,17 @@ class ExtendArrays:
 
     @property
     def q_lens(self) -> NDArray[np.int32]:
-        """New tokens of each row, [E]."""
+        """Number of new tokens of each row, [E]."""
         return np.diff(self.cu_seqlens)
 
 
 @dataclass(slots=True)
 class Step:
-    """What the host knows of a step before anything is sent.
+    """A step on the host, before anything is sent to the device.
 
-    extend: its rows with new tokens; None if all decode. masks: int32 [R, W], one row for each that samples, where
-    the sampler is given the host's masks. edited: of the rows that sample, the sequences whose logits the host edits,
-    None between them; None if there are none.
+    extend: the rows with new tokens; None if all rows decode. masks: int32 [R, W], one for each sampling row, if the
+    host masks some. edited: one entry for each sampling row, the sequence if the host edits its logits, else None;
+    `edited` itself is None if the host edits no row.
     """
 
     batch: Batch
@@ -80,7 +80,7 @@ class Step:
 
 @dataclass(slots=True)
 class ExtendInputs:
-    """`ExtendArrays` on the device, but for the updates."""
+    """`ExtendArrays` on the device, without the updates."""
 
     token_ids: Tensor
     positions: Tensor
@@ -96,7 +96,7 @@ class ExtendInputs:
 
 
 def scored_range(item: ScheduledSequence) -> tuple[int, int]:
-    """Token positions [first, last) whose log-probabilities this item yields: position p is predicted by p - 1."""
+    """Token positions [first, last) that this item scores. The token at position p is predicted at p - 1."""
     request = item.sequence.request
     if request.score_from is None:
         return 0, 0
@@ -107,7 +107,7 @@ def scored_range(item: ScheduledSequence) -> tuple[int, int]:
 def gather_extend(
     batch: Batch, slots: RunningSlots, grammar_states: Seq[int], edit_rows: Seq[int], page_size: int
 ) -> ExtendArrays:
-    """Gather the extend rows of `batch`; their joins, pages and lengths count as known to the device from now on.
+    """Gather the extend rows of `batch`. From now on their updates count as known to the device.
 
     grammar_states, edit_rows: each extend row's automaton state, and its row of the edit tables.
     """

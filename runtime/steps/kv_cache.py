@@ -1,7 +1,7 @@
 """The device memory of the KV pages.
 
-Page 0 is nobody's: padded rows of a step write there. Not here: who owns a page (page_pool, radix_cache), how many fit
-(memory).
+Page 0 has no owner: padded rows of a step write there. Not here: the owners of pages (page_pool, radix_cache), the
+number of pages that fit (memory).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class KVCache:
 
 
 def _zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """As torch.zeros. On the CPU the system gives zeros when a page is first touched: 1 s less to start with 2 GiB."""
+    """As torch.zeros. On a CPU the system provides zeroed memory at first access: 2 GiB start 1 s faster."""
     if device.type != "cpu":
         return torch.zeros(shape, device=device, dtype=dtype)
     num_bytes = math.prod(shape) * dtype.itemsize
@@ -55,5 +55,5 @@ _ALIGNMENT = 64  # bytes of a vector: one that crosses cache lines takes two loa
 
 
 def bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
-    """Bytes of keys and values that one token position takes in all layers."""
+    """Bytes of the keys and values of one token position in all layers."""
     return config.num_layers * 2 * config.num_kv_heads * config.head_dim * dtype.itemsize

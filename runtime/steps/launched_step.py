@@ -1,4 +1,4 @@
-"""A step that was launched, and its results on their way back to the host."""
+"""A launched step, and the copy of its results to the host."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ramet.runtime.types import Batch, RowOutput
 
 @dataclass(slots=True)
 class StepLogprobs:
-    """Log-probabilities of the k rows that ask for them; `rows` are their numbers among the rows that sample."""
+    """Log-probabilities of the k rows that request them. `rows`: their indices among the sampling rows."""
 
     rows: list[int]
     chosen: Tensor  # fp32 [k]
@@ -27,7 +27,7 @@ class StepLogprobs:
 
     @classmethod
     def of(cls, batch: Batch, sampled: Sampled) -> StepLogprobs | None:
-        """Those of the rows that ask for them; None if none does."""
+        """Compute them for the rows that request them; None if no row does."""
         wanted = [item.sequence.request.sampling.logprobs for item in batch.items if item.samples]
         rows = [row for row, count in enumerate(wanted) if count is not None]
         if not rows:
@@ -41,7 +41,7 @@ class StepLogprobs:
 
 @dataclass(slots=True)
 class LaunchedStep:
-    """A step whose results are on their way to the host. `read` waits for them."""
+    """A step whose results are being copied to the host. `read` waits for them."""
 
     batch: Batch
     tokens: Tensor  # int32 [R], host
@@ -51,7 +51,7 @@ class LaunchedStep:
 
     @classmethod
     def start(cls, batch: Batch, sampled: Sampled, logprobs: StepLogprobs | None) -> LaunchedStep:
-        """Send a step's results to the host, without waiting for them."""
+        """Start the copy of a step's results to the host, without waiting."""
         if logprobs is not None:
             parts = [_to_host(part) for part in (logprobs.chosen, logprobs.top_ids, logprobs.top_values)]
             logprobs = replace(logprobs, chosen=parts[0], top_ids=parts[1], top_values=parts[2])
@@ -76,7 +76,7 @@ class LaunchedStep:
         return [RowOutput((next(sampled),)) if item.samples else RowOutput() for item in items]
 
     def logprob(self, row: int, token: int) -> float:
-        """The log-probability of a token that was not sampled. `row` is a number among the rows that sample."""
+        """The log-probability of a token that was not sampled. `row`: an index among the sampling rows."""
         assert self.logprobs is not None
         index = self.logprobs.rows.index(row)
         logits = self.logprobs.logits[index : index + 1]
@@ -113,7 +113,7 @@ class LaunchedStep:
 
 
 def _to_host(tensor: Tensor) -> Tensor:
-    """The same on the host: a GPU's copy is on its way."""
+    """Return the tensor on the host. The copy from a GPU may still be running."""
     if tensor.device.type != "cuda":
         return tensor
     target = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)

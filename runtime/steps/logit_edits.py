@@ -1,8 +1,8 @@
-"""The penalties, biases and minimum lengths of sequences: in rows of the device's edit tables, or by the host.
+"""The penalties, biases and minimum lengths of sequences, applied by the device's edit tables or by the host.
 
-A row is filled when its sequence joins a step, and kept up to date by the steps themselves, so that such sequences run
-in overlapped steps and graphs like all others. On a CPU, and where no row is free, the host edits: that needs the
-sequence's tokens on the host, so a step with such rows is not overlapped. Not here: what an edit does to a logit
+A sequence gets a row of the edit tables when it joins a step. The steps themselves keep the row up to date, so such
+sequences run in overlapped steps and graphs like all others. On a CPU, or if no row is free, the host edits the logits.
+It needs the sequence's tokens for that, so a step with such rows is not overlapped. Not here: the formula of an edit
 (`kernels/sampling/logit_edits.py`).
 """
 
@@ -31,9 +31,9 @@ NUM_EDIT_ROWS = 64  # 1.5 MB each at a vocabulary of 128k
 
 
 def apply_edits(logits: Tensor, sequences: Seq[Sequence | None]) -> Tensor:
-    """Return fp32 logits [R, V] with the edits that `sequences` (one a row, or None) ask for; the input stays as it is.
+    """Return edited fp32 logits [R, V]; the input is not changed. `sequences`: one for each row, None: no edits.
 
-    This is `edit_logits_reference` for the tokens that a sequence's edits touch, never the whole vocabulary.
+    Computes `edit_logits_reference` for the tokens that a sequence's edits touch, never for the whole vocabulary.
     """
     edited = logits.float().clone() if logits.dtype == torch.float32 else logits.float()
     for row, sequence in enumerate(sequences):
@@ -58,7 +58,7 @@ def apply_edits(logits: Tensor, sequences: Seq[Sequence | None]) -> Tensor:
 
 
 class LogitEdits:
-    """Owner of the rows. Called by the engine's thread, in the order of the steps."""
+    """Owns the rows of the edit tables. Called by the engine's thread, in the order of the steps."""
 
     def __init__(self, tables: EditTables) -> None:
         self.tables = tables
@@ -70,7 +70,7 @@ class LogitEdits:
         return len(self._free)
 
     def acquire(self, sequence: Sequence) -> bool:
-        """Give the sequence a row, or find that it has one. False if there is none left."""
+        """Give the sequence a row unless it has one. Returns False if no row is left."""
         if sequence not in self._rows:
             if not self._free:
                 return False
@@ -82,13 +82,13 @@ class LogitEdits:
         return self._rows.get(sequence, 0)
 
     def release(self, sequence: Sequence) -> None:
-        """Take the row back; steps in flight that still read it run before those of its next owner."""
+        """Take the row back. This is safe: steps in flight that read it run before steps of its next owner."""
         row = self._rows.pop(sequence, None)
         if row is not None:
             self._free.append(row)
 
     def fill(self, sequence: Sequence) -> None:
-        """Write the row of a sequence that joins the next step; all its tokens so far are known."""
+        """Write the row of a sequence that joins the next step. All its tokens so far must be known."""
         row = self._rows[sequence]
         tables, request = self.tables, sequence.request
         params, vocab_size = request.sampling, tables.words.shape[1]

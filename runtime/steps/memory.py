@@ -1,7 +1,7 @@
-"""How a GPU's memory is shared out at start: weights, graphs, workspace, and what is left for KV pages.
+"""Divide a GPU's memory at start: weights, graphs and workspace first, the rest for KV pages.
 
-Arithmetic on numbers that were read or measured; `MemoryReader` reads them, so that tests need no card. Not here:
-measuring a step's peak (`factory.py`), the pool itself (`kv_cache.py`).
+This is arithmetic on numbers that a `MemoryReader` read or that were measured, so tests need no GPU. Not here:
+measuring a step's peak (`factory.py`), the KV pages themselves (`kv_cache.py`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _GIB = 2**30
 
 @dataclass(frozen=True, slots=True)
 class MemoryReading:
-    """Bytes of a device: all, free, and what torch's allocator has reserved and given out."""
+    """Bytes of a device: total, free, reserved by torch's allocator, and allocated by it."""
 
     total: int
     free: int
@@ -29,7 +29,7 @@ class MemoryReading:
 
     @property
     def used_by_others(self) -> int:
-        """Other processes, and the driver's own."""
+        """Bytes used by other processes and by the driver."""
         return self.total - self.free - self.reserved
 
 
@@ -52,7 +52,7 @@ class StepMemory:
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """Who gets how many bytes of `total`."""
+    """The parts of `total`, in bytes."""
 
     total: int
     weights: int
@@ -78,12 +78,12 @@ class MemoryPlan:
 def plan_memory(
     reading: MemoryReading, steps: StepMemory, *, fraction: float, page_bytes: int, num_pages: int | None = None
 ) -> MemoryPlan:
-    """Share out a device whose only tensors are the weights.
+    """Divide the memory of a device whose only tensors are the weights.
 
-    fraction: of the whole memory, for weights, KV, graphs and workspace together (others included). num_pages: what was
-    asked for, page 0 included; None takes all there is room for.
+    fraction: the part of the whole memory for weights, KV, graphs, workspace and other processes together.
+    num_pages: the requested number, page 0 included; None takes as many as fit.
     Raises:
-        OutOfMemory: it does not fit; names the flag and a value that would.
+        OutOfMemory: the plan does not fit. The message names the flag and a value that fits.
     """
     fixed = reading.used_by_others + reading.allocated + steps.graphs + steps.workspace
     parts = (
@@ -120,7 +120,7 @@ def plan_memory(
 
 
 def lower_fraction(fraction: float, plan: MemoryPlan) -> str:
-    """What to say when a device ran out of memory at start although the plan was kept: leave twice the steps' share."""
+    """The advice when a device ran out of memory at start despite the plan: leave twice the steps' share free."""
     lower = fraction - max((plan.graphs + plan.workspace) / plan.total, 0.02)
     if lower < 0.1:
         return f"the plan was: {plan}; free memory on the GPU, or lower --max-running-requests"

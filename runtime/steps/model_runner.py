@@ -1,7 +1,7 @@
-"""One step on the device: inputs, the way to run it, and the copy of what was sampled back to the host.
+"""Run one step on the device: send its inputs, choose how to run it, and copy the sampled tokens back to the host.
 
-`launch` never waits for the device (where the device is a GPU); `LaunchedStep.read` does, one step later. There are
-three ways to run a step, each a strategy with a method `run(step)` that answers None if the step is not for it:
+On a GPU, `launch` never waits for the device; `LaunchedStep.read` does, one step later. There are three ways to run a
+step. Each is a strategy with a method `run(step)`, which returns None if the strategy cannot run the step:
 
     GraphedSteps    a GPU: replays a CUDA graph          RecordedSteps    a CPU: runs a recorded program
     EagerSteps      any device, any step: op by op
@@ -42,7 +42,7 @@ class Strategy(Protocol):
     """One way to run steps."""
 
     def run(self, step: Step) -> Sampled | None:
-        """Launch a step, sampling included; None, and nothing done, where it has to run another way."""
+        """Launch a step, sampling included. Returns None and does nothing if this strategy cannot run it."""
 
 
 class ModelRunner:
@@ -65,7 +65,8 @@ class ModelRunner:
     ) -> None:
         """is_deterministic: a row's bits must not depend on the other rows; `decoder` has batch-invariant products.
 
-        tiles: of attention, measured on this card. num_sms: processors that attention is split for; None for the GPU's.
+        tiles: attention tiles measured on this GPU. num_sms: number of processors among which attention is split; None
+        for the GPU's own.
         """
         if device.type == "cuda" and num_sms is None:
             num_sms = torch.cuda.get_device_properties(device).multi_processor_count
@@ -107,10 +108,11 @@ class ModelRunner:
     ) -> LaunchedStep:
         """Start one step.
 
-        masks: of rows whose grammars the host masks; None: there are none. With an arena these rows' slots must be in
-        the states that select what the host writes. grammar_states: the arena's state of each extend row, for those
-        that join; None: all are unconstrained. has_host_edits, has_logprobs: some sequences' logits are edited by the
-        host, which must know their tokens so far; some want log-probabilities. Without them nobody looks.
+        masks: the masks of rows that the host masks; None if there are none. With an arena, these rows' slots must be
+        in the states that select the host's masks. grammar_states: the arena's state of each extend row, used by rows
+        that join; None if all are unconstrained. has_host_edits: the host may have to edit logits of some sequences,
+        whose tokens so far it must know. has_logprobs: some sequences request log-probabilities. If a flag is False,
+        no row is examined for it.
         """
         self.use_device()
         self._copy_pages(batch)
@@ -129,7 +131,7 @@ class ModelRunner:
     def _gather(
         self, batch: Batch, masks: HostMasks | None, grammar_states: Seq[int] | None, *, has_host_edits: bool
     ) -> Step:
-        """What the host knows of a step."""
+        """Gather the host's view of a step."""
         words = None if masks is None else masks.words
         if masks is not None and self.arena is not None:
             self._send_masks(self.arena, batch, masks)
@@ -143,7 +145,7 @@ class ModelRunner:
         return Step(batch, self.kv_cache.page_size, extend, words, edited)
 
     def _gather_extend(self, batch: Batch, grammar_states: Seq[int] | None) -> ExtendArrays:
-        """The extend rows; edit tables of those that join are filled."""
+        """Gather the extend rows, and fill the edit-table rows of sequences that join."""
         items = batch.items[batch.num_decode :]
         edit_rows = [0] * len(items)
         if self.edits is not None:
@@ -155,13 +157,13 @@ class ModelRunner:
         return gather_extend(batch, self.slots, states, edit_rows, self.kv_cache.page_size)
 
     def _is_edited_by_host(self, sequence: Sequence) -> bool:
-        """Whether a sequence's logits are edited, and it has no row of the device's edit tables."""
+        """Return True if a sequence's logits are edited and it has no row of the device's edit tables."""
         if not sequence.request.sampling.edits_logits:
             return False
         return self.edits is None or self.edits.row_of(sequence) == 0
 
     def _send_masks(self, arena: GrammarArena, batch: Batch, masks: HostMasks) -> None:
-        """Put the host's masks where the sampler finds them by these rows' states."""
+        """Write the host's masks to the arena, at the places that these rows' states select."""
         slots = [item.sequence.slot for item in batch.items if item.samples]
         chosen = np.asarray([slots[row] for row in masks.rows], dtype=np.int32)
         index, words = upload([chosen, masks.words[masks.rows]], self.device)
@@ -175,25 +177,25 @@ class ModelRunner:
         copy_pages(self.kv_cache.storage, source, target, num_tokens)
 
     def use_device(self) -> None:
-        """Make the device this thread's current one: Triton launches there."""
+        """Make the device current in this thread: Triton launches on the current device."""
         if self.device.type == "cuda" and self.device.index is not None:
             torch.cuda.set_device(self.device)
 
     def check_device(self) -> None:
-        """Wait for the device; raises where it is lost: after an illegal access CUDA refuses everything, for good."""
+        """Wait for the device. Raises if it is lost: after an illegal access every later CUDA call fails."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
     def make_graphs(self, max_extend: int = 0, capture: GraphCapture | None = None) -> GraphedSteps:
-        """Graphs of decode steps and of steps with at most `max_extend` new tokens; none is captured yet."""
+        """Make the graphs of decode steps and of steps with at most `max_extend` tokens. None is captured yet."""
         parts = self.decoder, self.slots, self._plans, self._sampler, self.kv_cache.page_size
         return GraphedSteps(*parts, max_extend=max_extend, capture=capture)
 
     @torch.inference_mode()
     def capture_graphs(self, max_extend: int = 0, capture: GraphCapture | None = None) -> None:
-        """GraphCapture all graphs, and use them from now on; the slot tables must be idle.
+        """Capture all graphs and use them from now on. The slot tables must be idle.
 
-        Also compiles the kernels that no graph has.
+        Also compiles the kernels that no graph contains.
         """
         self.graphed = self.make_graphs(max_extend, capture)
         self.graphed.graphs.capture(self.graphed.graphs.keys(with_tree=self.tree is not None))
@@ -207,14 +209,15 @@ class ModelRunner:
             self._sampler.warm_up_masks(num_rows, self.slots.dummy)
 
     def computes_run(self, num_tokens: int, num_rows: int, kv_len: int) -> bool:
-        """Whether a row's known tokens should be computed in one step, instead of as many decode steps.
+        """Return True if a row's known tokens should be computed in one step instead of one decode step per token.
 
-        num_rows: of the step. kv_len: of the row, with the token before them, whose KV is missing, too.
+        num_rows: rows of the step. kv_len: the row's KV length, with the token before the known ones, whose KV is
+        also still missing.
         """
         return self.recorded is None or self.recorded.computes_run(num_tokens, num_rows, kv_len)
 
     def override_tokens(self, tokens: Seq[tuple[int, int]]) -> None:
-        """Replace the last token of slots, (slot, token) each, before their next step is launched."""
+        """Replace the last token of slots before their next step is launched. tokens: pairs (slot, token)."""
         column = COLUMNS["last_token"]
         triples = np.asarray([(slot, column, token) for slot, token in tokens], dtype=np.int32)
         (updates,) = upload([triples], self.device)

@@ -1,9 +1,9 @@
-"""Steps of few tokens on a CPU as recorded programs, one a size: what CUDA graphs are to a GPU.
+"""Recorded programs for steps of few tokens on a CPU, one for each size: the counterpart of a GPU's CUDA graphs.
 
-Recorded when a size first comes up, which costs about as much as the step itself. New tokens of a prompt count as
-decode rows of one sequence: in each layer the keys of all are written before the first attends, and the KV length of
-each says which of them it sees. A decoder whose products are not all kernels of ours (weights in fp32, batches that a
-library multiplies) has no program and runs eagerly.
+A program is recorded when its size first occurs, which costs about as much as the step itself. New tokens of a prompt
+run as decode rows of one sequence: each layer writes the keys of all of them before any row attends, and each row's KV
+length limits the keys that it sees. A decoder whose products do not all run on Ramet's kernels (fp32 weights, batches
+that a library multiplies) has no program and runs eagerly.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _MAX_PRODUCTS = 6000 * 576  # of numbers of queries and keys, in a layer
 
 @dataclass(slots=True, eq=False)
 class RecordedStep:
-    """A step of one size. The caller fills `rows` and `inputs`, then runs it."""
+    """A recorded step of one size. The caller fills `rows` and `inputs`, then runs it."""
 
     rows: Tensor  # int32 [B], slots
     inputs: DecodeInputs
@@ -45,15 +45,15 @@ class RecordedStep:
     recording: Recording
 
     def run(self) -> Tensor:
-        """Run the step; returns [B, V] before a cap, or [B, hidden], which the next step may write again."""
+        """Run the step. Returns logits [B, V] before the softcap, or [B, hidden]. The next step may overwrite them."""
         self.embeddings.copy_(self.decoder.embedding(self.inputs.token_ids))
         self.recording.run()
         return self.recording.result
 
     def hidden(self, rows: Tensor, token_ids: Tensor, positions: Tensor, kv_slots: Tensor) -> Tensor:
-        """Run a step that ends in hidden states on T <= B tokens, int32 [T] each; returns [T, hidden], as above.
+        """Run a step that ends in hidden states, on T <= B tokens (arguments int32 [T]). Returns [T, hidden].
 
-        A sequence's tokens are those that follow its cache.
+        Each sequence's tokens must directly follow its cached ones. The next step may overwrite the result.
         """
         count, inputs = rows.numel(), self.inputs
         parts = (rows, token_ids, positions, kv_slots, positions + 1)
@@ -64,14 +64,14 @@ class RecordedStep:
         return self.run()[:count]
 
     def logits(self) -> Tensor:
-        """Run a step that ends in logits; returns [B, V], which the next step may write again."""
+        """Run a step that ends in logits. Returns [B, V], which the next step may overwrite."""
         return self.decoder.capped(self.run())
 
 
 class Recordings:
     """Programs of one decoder.
 
-    record: of the decoder's ops. `make_context(rows, inputs)`: what the decoder reads besides the embeddings.
+    record: the recorder of the decoder's ops. `make_context(rows, inputs)`: makes the decoder's `ForwardContext`.
     """
 
     def __init__(
@@ -83,16 +83,16 @@ class Recordings:
         self._steps: dict[tuple[int, bool], RecordedStep | None] = {}
 
     def get(self, batch_size: int, *, has_logits: bool = True) -> RecordedStep | None:
-        """The program of this size; None if the step has to run eagerly."""
+        """Return the program of this size, or None if the step must run eagerly."""
         key = batch_size, has_logits
         if key not in self._steps:
             self._steps[key] = self._record(batch_size, has_logits)
         return self._steps[key]
 
     def get_extend(self, num_tokens: int, num_keys: int) -> RecordedStep | None:
-        """A program for a step with new tokens, up to hidden states; None if it should run eagerly.
+        """Return a program that ends in hidden states for a step with new tokens, or None if it should run eagerly.
 
-        num_tokens: of all rows. num_keys: that new tokens see, summed over the tokens.
+        num_tokens: tokens of all rows. num_keys: the number of keys that a new token sees, summed over the new tokens.
         """
         config = self._decoder.config
         if num_tokens > _MAX_TOKENS or num_keys * config.num_heads * config.head_dim > _MAX_PRODUCTS:
@@ -139,14 +139,13 @@ class RecordedSteps:
         self.recordings = Recordings(decoder, record, self._context)
 
     def run(self, step: Step) -> Sampled | None:
-        """Run a step whose size has a program; None if it has to run eagerly."""
+        """Run a step if its size has a program; otherwise return None: it must run eagerly."""
         return self._run_decode(step) if step.extend is None else self._run_extend(step, step.extend)
 
     def computes_run(self, num_tokens: int, num_rows: int, kv_len: int) -> bool:
-        """Whether known tokens of a row gain by being computed in one step (see `ModelRunner`).
+        """Return True if computing a row's known tokens in one step is faster (see `ModelRunner`).
 
-        A step that is recorded always gains. One that runs eagerly costs more than decode steps, and delays all other
-        rows.
+        A recorded step is always faster. An eager step costs more than decode steps, and delays all other rows.
         """
         if num_tokens > num_rows // 3 or self.recordings.get(num_rows) is None:
             return True

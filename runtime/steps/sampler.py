@@ -1,4 +1,4 @@
-"""From a step's hidden states to its tokens: logits, edits and masks of the host, choice, and what slots keep of it."""
+"""Turn a step's hidden states into tokens: compute logits, apply the host's edits and masks, sample, update slots."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _SCORE_ROWS = 512  # logits rows of one part of a scoring chunk: bounds the [row
 
 @dataclass(slots=True)
 class Sampled:
-    """What a step gave, on the device. tokens: int32 [R] of the rows that sample. scores: fp32 [Q] that were asked for.
+    """A step's results on the device. tokens: int32 [R], one for each sampling row. scores: fp32 [Q], if requested.
 
-    logits_of: makes the model's own logits of some of the R rows, by their numbers, until the next step.
+    logits_of: returns the model's unedited logits of some of the R rows, by their indices. Valid until the next step.
     """
 
     tokens: Tensor
@@ -33,7 +33,7 @@ class Sampled:
 
 
 class Sampler:
-    """Chooses tokens, and commits them to the slots."""
+    """Samples tokens and stores them in the slots."""
 
     def __init__(
         self, decoder: Decoder, tables: SlotTables, arena: GrammarArena | None, edits: LogitEdits | None
@@ -48,12 +48,12 @@ class Sampler:
         )
 
     def choose(self, logits: Tensor, slots: Tensor, positions: Tensor, mask: Tensor | None, out: Tensor) -> None:
-        """Choose a token for each row into `out`, and commit it: may be part of a CUDA graph."""
+        """Sample a token for each row into `out`, and store it in the row's slot. May be part of a CUDA graph."""
         self._decoder.ops.sample(logits, self._sampling, slots, positions, mask, out)
         self._commit(slots, out, positions)
 
     def sample(self, step: Step, logits: Tensor, slots: Tensor, positions: Tensor) -> Sampled:
-        """Sample the rows of a step from their logits [R, V]; the host's edits and masks come first."""
+        """Apply the host's edits and masks to a step's logits [R, V], and sample its rows."""
         edited = apply_edits(logits, step.edited) if step.edited is not None else logits
         mask = None if step.masks is None else upload([step.masks], logits.device)[0]
         tokens = torch.empty(slots.numel(), dtype=torch.int32, device=logits.device)
@@ -61,7 +61,7 @@ class Sampler:
         return Sampled(tokens, lambda rows: logits.index_select(0, rows))
 
     def sample_extend(self, step: Step, hidden: Tensor, sent: ExtendInputs) -> Sampled:
-        """Score what was asked for, and sample the rows that sample, from the hidden states of a step's tokens."""
+        """Compute the requested scores and sample the sampling rows, from the hidden states of a step's tokens."""
         decoder, scores = self._decoder, self._score(hidden, sent)
         if sent.sample_rows.numel() == 0:
             return Sampled(sent.sample_rows, decoder.logits, scores)
@@ -71,7 +71,7 @@ class Sampler:
         return sampled
 
     def warm_up_masks(self, num_rows: int, dummy_slot: int) -> None:
-        """Compile what samples beside masks of the host, which no graph has."""
+        """Compile the kernels that sample with the host's masks: no graph contains them."""
         device, vocab_size = self._decoder.device, self._decoder.config.vocab_size
         slots = torch.full((num_rows,), dummy_slot, dtype=torch.int32, device=device)
         logits = torch.zeros((num_rows, vocab_size), dtype=self._decoder.dtype, device=device)
@@ -79,7 +79,7 @@ class Sampler:
         self._decoder.ops.sample(logits, self._sampling, slots, torch.zeros_like(slots), mask, None)
 
     def _commit(self, slots: Tensor, tokens: Tensor, positions: Tensor) -> None:
-        """Advance the slots' automata, which may replace a token to close a text; store and count the tokens."""
+        """Advance the slots' automata, which may replace a token to close a text, then store and count the tokens."""
         tables, arena = self._tables, self._arena
         if arena is not None:
             arena.advance(slots, tokens, tables.grammar_state, tables.budgets(positions))

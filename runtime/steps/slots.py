@@ -1,7 +1,7 @@
-"""Who sits in which slot, and the small updates that carry joins, pages and lengths to the device tables.
+"""The host's view of the slots, and the updates that send new sequences, pages and lengths to the device tables.
 
-The tables themselves are `kernels.step_inputs.SlotTables`. They are never rebuilt: a step sends one list of (row,
-column, value) triples for what changed. Owner: the model runner.
+The tables themselves are `kernels.slots.tables.SlotTables`. They are never rebuilt: a step sends one list of changes,
+each a triple (row, column, value). Owner: the model runner.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _ALIGN = 32  # int32 values: sections start on 128 bytes, so kernels compiled fo
 
 
 class RunningSlots:
-    """Host side of the slot tables: the owner of each slot, and how many of its pages the device knows."""
+    """Host side of the slot tables: the owner of each slot, and the number of its pages that the device knows."""
 
     def __init__(self, num_slots: int, max_pages: int, *, device: torch.device) -> None:
         self.tables = SlotTables.create(num_slots, max_pages, device)
@@ -34,9 +34,9 @@ class RunningSlots:
         return self.num_slots
 
     def joins(self, item: ScheduledSequence) -> bool:
-        """Whether an extend row is the first of its sequence since admission, so that its slot is filled anew.
+        """Return True if an extend row is its sequence's first since admission. Its slot must then be filled anew.
 
-        After a preemption a sequence may sit in the same slot with other pages.
+        After a preemption a sequence may get the same slot with other pages.
         """
         slot = item.sequence.slot
         assert slot is not None
@@ -45,10 +45,10 @@ class RunningSlots:
     def extend_updates(
         self, items: Seq[ScheduledSequence], grammar_states: Seq[int], edit_rows: Seq[int]
     ) -> NDArray[np.int32]:
-        """Triples int32 [R, 3] for rows whose prompt is being computed: parameters of joins, new pages, lengths.
+        """Triples int32 [R, 3] for extend rows: parameters of sequences that join, new pages, lengths.
 
-        grammar_states: the automaton state that each item's slot starts from (0: unconstrained). edit_rows: its row of
-        the edit tables (0: none).
+        grammar_states: the automaton state in which each item's slot starts (0: unconstrained). edit_rows: each item's
+        row of the edit tables (0: none).
         """
         triples: list[tuple[int, int, int]] = []
         blocks: list[NDArray[np.int32]] = []
@@ -94,9 +94,9 @@ def _join_triples(sequence: Sequence, slot: int, state: int, edit_row: int) -> l
 
 
 def upload(sections: Seq[NDArray[np.int32]], device: torch.device) -> list[Tensor]:
-    """Copy int32 arrays to the device in one transfer that the host does not wait for; returns one view each.
+    """Copy int32 arrays to the device in one asynchronous transfer. Returns one view for each array.
 
-    To a CPU nothing is copied: what is returned are the arrays, which nobody may change any more.
+    On a CPU nothing is copied: the result shares the arrays' memory, so nobody may change them afterwards.
     """
     if device.type == "cpu":
         return [torch.from_numpy(np.ascontiguousarray(section)) for section in sections]

@@ -1,7 +1,7 @@
-"""When decode steps read shared prefixes once a group: which plan serves the rows that decode now.
+"""Plan tree attention, which reads a prefix shared by a group of decode rows once.
 
-The plan changes only when the rows change; what the rows generate makes their suffixes longer and needs no new plan.
-Not here: the kernels and the arithmetic of plans (`kernels.attention_tree`), the cost model (`kernels.attention_plan`).
+The plan changes only when the rows change: generated tokens make the rows' suffixes longer and need no new plan.
+Not here: the kernels and the arithmetic of plans (`kernels.attention.tree`), the cost model (`kernels.attention.plan`).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class TreePlanner:
         costs: TreeCosts | None = None,
         tiles: AttentionTiles | None = None,
     ) -> None:
-        """costs, tiles: what was measured on this card; None takes cautious ones."""
+        """costs, tiles: measured on this GPU; None takes cautious defaults."""
         self._group = model.num_heads // model.num_kv_heads
         self._num_kv_heads = model.num_kv_heads
         self._page_size = page_size
@@ -60,7 +60,7 @@ class TreePlanner:
         self.num_plans = 0
 
     def update(self, items: tuple[ScheduledSequence, ...]) -> TreePlan | None:
-        """Return the plan for these decode rows, in this order; None if plain attention is as fast."""
+        """Return the plan for these decode rows in this order, or None if plain attention is as fast."""
         rows = tuple([item.sequence.page_ids for item in items])
         if rows != self._rows:
             self._rows = rows
@@ -98,7 +98,7 @@ class TreePlanner:
         return True
 
     def _shared_pages(self, items: tuple[ScheduledSequence, ...]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        """Pages [B, W] that the radix tree owns, zero beyond a row's own, and lengths [B] that cover no more."""
+        """Pages [B, W] of each row that the radix tree owns, padded with 0, and the KV lengths [B] within them."""
         known, self._pages = self._pages, {}
         counts = [item.sequence.num_shared_pages for item in items]
         pages = np.zeros((len(items), max(counts, default=0)), dtype=np.int32)
