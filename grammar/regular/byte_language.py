@@ -1,6 +1,6 @@
-"""A whole language as one deterministic byte automaton: what regular sources (regex, choices, substrings) compile to.
+"""A whole language as one deterministic byte automaton. Regular sources (regex, choices, substrings) compile to this.
 
-It is one frame of the machine, so every state is known from the start and no Python runs per state.
+The automaton is one frame of the machine, so all states are known from the start and no Python runs per state.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _PREFERRED = np.array(PREFERRED_BYTES)
 
 @dataclass(frozen=True, eq=False)
 class ByteAutomaton:
-    """Start state 0; every state leads to an accepting one.
+    """A deterministic automaton over bytes. State 0 is the start, and every state leads to an accepting one.
 
     rows: int32 [num_states, num_classes], -1 refused. byte_class: uint8 [256]. accepting: bool [num_states].
     """
@@ -44,13 +44,13 @@ class ByteAutomaton:
 
     @staticmethod
     def of_edges(edges: list[dict[int, int]], accepting: list[bool], name: str) -> ByteAutomaton:
-        """Build from each state's edges, byte -> state.
+        """Build the automaton from the edges of each state, byte -> state.
 
-        Raises: GrammarTooLarge naming `name` where the table would take more than 512 MiB.
+        Raises: GrammarTooLarge naming `name` if the table would take more than 512 MiB.
         """
         used = sorted({byte for row in edges for byte in row})
         byte_class = np.zeros(256, dtype=np.uint8)
-        num_classes = len(used) + (len(used) < 256)  # class 0 is every byte that no edge has, if there is one
+        num_classes = len(used) + (len(used) < 256)  # class 0: all bytes that are on no edge
         byte_class[used] = np.arange(num_classes - len(used), num_classes)
         if 4 * len(edges) * num_classes > MAX_BYTES:
             raise GrammarTooLarge(
@@ -66,7 +66,7 @@ class ByteAutomaton:
 
     @cached_property
     def table(self) -> ir.Table:
-        """The same as a node, to stand inside a larger grammar."""
+        """Return the automaton as a node, for use inside a larger grammar."""
         return ir.Table(np.ascontiguousarray(self.rows[:, self.byte_class]), self.accepting)
 
     def accepts(self, text: bytes) -> bool:
@@ -79,14 +79,14 @@ class ByteAutomaton:
 
 
 class _WholeText(Frame):
-    """The automaton as a frame; its one exit is the end of the text."""
+    """The automaton as a frame. Its one exit is the end of the text."""
 
     def __init__(self, machine: Machine, automaton: ByteAutomaton) -> None:
         ends = np.where(automaton.accepting, 0, -1).astype(np.int32)
         self.machine = machine
         self.automaton = automaton
-        self.distances: NDArray[np.int64] | None = None  # made when first asked for
-        self.steps: dict[int, tuple[int, int]] = {}  # state -> (byte, state) on the way out
+        self.distances: NDArray[np.int64] | None = None  # computed when first asked for
+        self.steps: dict[int, tuple[int, int]] = {}  # state -> (byte, next state) on the way to the end
         self.table = machine.table(automaton.rows, automaton.byte_class, 1, ends)
 
     def resolve(self, exit_index: int) -> int:
@@ -97,7 +97,7 @@ class _WholeText(Frame):
         return 0
 
     def closing_way(self, local: int, exit_index: int) -> bytes:
-        """A shortest text from a state to an accepting one."""
+        """Return a shortest text from a state to an accepting one."""
         automaton = self.automaton
         if self.distances is None:
             self.distances = _distances(automaton)
@@ -115,7 +115,7 @@ class _WholeText(Frame):
 
 
 def _distances(automaton: ByteAutomaton) -> NDArray[np.int64]:
-    """Bytes from each state to the nearest accepting one: breadth first, against the edges."""
+    """Return the number of bytes from each state to the nearest accepting one. Breadth first, against the edges."""
     sources, classes = np.nonzero(automaton.rows >= 0)
     targets = automaton.rows[sources, classes]
     order = np.argsort(targets, kind="stable")

@@ -1,6 +1,6 @@
-"""Sets of code points as Python's `re` sees them: \\d \\w \\s, and what matches a character when case is ignored.
+r"""Sets of code points as Python's `re` defines them: \d \w \s, and the characters that are equal when case is ignored.
 
-Sets are `ir.Ranges`. Surrogates are in no set: they have no UTF-8 form.
+Sets are `ir.Ranges`. No set holds surrogates, because they have no UTF-8 form.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ NOT_NEWLINE: Ranges = ((0, 9), (11, 0xD7FF), (0xE000, 0x10FFFF))
 
 @cache
 def category(letter: str, is_ascii: bool) -> Ranges:
-    """The set of `\\d`, `\\w` or `\\s` (and of `\\D`, `\\W`, `\\S`)."""
+    r"""Return the set of `\d`, `\w` or `\s` (or of `\D`, `\W`, `\S`)."""
     if letter.isupper():
         return complement(category(letter.lower(), is_ascii))
     pattern = re.compile(rf"\{letter}+", re.ASCII if is_ascii else 0)
@@ -32,12 +32,12 @@ def category(letter: str, is_ascii: bool) -> Ranges:
 
 
 def complement(ranges: Ranges) -> Ranges:
-    """All code points not in `ranges`, surrogates left out."""
+    """Return all code points that are not in `ranges`, except surrogates."""
     return intersect(complement_ranges(ranges), EVERYTHING)
 
 
 def intersect(a: Ranges, b: Ranges) -> Ranges:
-    """Code points in both."""
+    """Return the code points in both sets."""
     out: list[tuple[int, int]] = []
     i = j = 0
     while i < len(a) and j < len(b):
@@ -52,7 +52,7 @@ def intersect(a: Ranges, b: Ranges) -> Ranges:
 
 
 def ignore_case(ranges: Ranges, is_ascii: bool) -> Ranges:
-    """`ranges` and what equals one of them when case is ignored, as `re.IGNORECASE` has it."""
+    """Return `ranges` and all characters that `re.IGNORECASE` treats as equal to one of them."""
     table = _case_table(is_ascii)
     cased = _cased(is_ascii)
     out = list(ranges)
@@ -75,14 +75,14 @@ def _cased(is_ascii: bool) -> list[int]:
 
 @cache
 def _case_table(is_ascii: bool) -> dict[int, tuple[int, ...]]:
-    """Code point -> all that match it when case is ignored; only those that match more than themselves."""
+    """Code point -> all code points equal to it when case is ignored, for those that equal more than themselves."""
     if is_ascii:
         pairs = [(c, c + 32) for c in range(ord("A"), ord("Z") + 1)]
         return {c: pair for pair in pairs for c in pair}
     lowered: dict[int, set[int]] = {}
     for first, last in ((0, 0xD7FF), (0xE000, 0x10FFFF)):
         text = _characters(first, last)
-        # two letters have no simple lower case of their own in a text: one becomes two, the other depends on its place
+        # two letters have no simple lower case: one becomes two characters, the other depends on its position
         lower = text.replace("İ", "i").replace("Σ", "σ").lower()
         codes, lower_codes = (np.frombuffer(t.encode("utf-32-le"), dtype="<u4") for t in (text, lower))
         for at in np.flatnonzero(codes != lower_codes).tolist():

@@ -1,7 +1,7 @@
-"""Deterministic automata over code points or bytes, and their boolean algebra.
+"""Deterministic automata over code points or bytes, and the boolean operations on them.
 
-Results are minimal and trim: every state leads to an accepting one. Not here: how a pattern becomes an automaton
-(languages.py), the machine that masks are made of (grammar/machine).
+Results are minimal and trim: they have as few states as possible, and every state leads to an accepting one.
+languages.py turns patterns into such automata; grammar/machine makes masks of them.
 """
 
 from __future__ import annotations
@@ -24,12 +24,14 @@ MAX_STATES = 20_000
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Dfa:
-    """A deterministic automaton over the symbols 0..`max_symbol`; state 0 is the start.
+    """A deterministic automaton over the symbols 0..`max_symbol`. State 0 is the start.
 
-    `starts`: ascending first symbols of intervals that cover the alphabet. `classes[i]`: the symbol class of interval
-    i. `transitions[state][class]`: the next state, -1 where refused. Minimal and trim, unless built by hand.
-    `accepting` may
-    hold labels instead of truth: 0 refuses, others tell kinds of acceptance apart (see `product`).
+    starts: the first symbols of intervals that cover the alphabet, ascending. classes[i]: the symbol class of interval
+    i. transitions[state][class]: the next state, -1 if refused. accepting: truth values, or labels: 0 refuses, and
+    other labels distinguish kinds of acceptance (see `product`). Minimal and trim, unless built by hand.
+
+    [0-9]* over code points: Dfa(ir.MAX_CODE_POINT, starts=[0, 48, 58], classes=[0, 1, 0], num_classes=2,
+    transitions=[[-1, 0]], accepting=[True]).
     """
 
     max_symbol: int
@@ -45,7 +47,7 @@ class Dfa:
         return not any(self.accepting)
 
     def step(self, state: int, symbol: int) -> int:
-        """Return the next state, -1 where refused."""
+        """Return the next state, -1 if the symbol is refused."""
         return self.transitions[state][self.classes[bisect.bisect_right(self.starts, symbol) - 1]]
 
     def accepts(self, symbols: Iterable[int]) -> bool:
@@ -57,7 +59,7 @@ class Dfa:
         return bool(self.accepting[state])
 
     def key(self) -> tuple[object, ...]:
-        """Equal for equal languages, if both automata are minimal (states are numbered breadth first)."""
+        """Return a key that is equal for minimal automata of equal languages. (States are numbered breadth first.)"""
         if not self._key:
             spans = tuple(
                 tuple(
@@ -72,7 +74,7 @@ class Dfa:
 
 
 def byte_table(dfa: Dfa) -> NDArray[np.int32]:
-    """int32 [num_states, 256] of a byte automaton."""
+    """Return the table of a byte automaton, int32 [num_states, 256]."""
     assert dfa.max_symbol == BYTE_MAX
     lengths = np.diff([*dfa.starts, 256])
     rows = np.asarray(dfa.transitions, dtype=np.int32).reshape(len(dfa.transitions), dfa.num_classes)
@@ -90,7 +92,10 @@ def of_table(transitions: NDArray[np.int32], accepting: NDArray[np.bool_]) -> Df
 def product(
     parts: list[Dfa], accept: Callable[[tuple[bool, ...]], int], *, max_states: int = MAX_STATES, name: str = ""
 ) -> Dfa:
-    """Run automata side by side; `accept` decides from who accepts (a dead part never does)."""
+    """Run automata side by side. `accept` gets which of them accept, and returns the label of the combined state.
+
+    A part that has refused never accepts again.
+    """
     starts, signatures = _merge_classes(parts)
     first = tuple(0 if d.transitions else -1 for d in parts)
     index, queue, rows = {first: 0}, [first], []
@@ -124,7 +129,7 @@ def union(parts: list[Dfa], *, max_states: int = MAX_STATES, name: str = "") -> 
 
 
 def complement(dfa: Dfa) -> Dfa:
-    """All other symbol sequences."""
+    """Return the automaton of all other symbol sequences."""
     dead = len(dfa.transitions)
     rows = [[dead if t < 0 else t for t in row] for row in dfa.transitions]
     rows.append([dead] * dfa.num_classes)
@@ -134,7 +139,10 @@ def complement(dfa: Dfa) -> Dfa:
 
 
 def minimize(dfa: Dfa) -> Dfa:
-    """Return the minimal trim automaton, states numbered breadth first. The empty language has one refusing state."""
+    """Return the minimal trim automaton, with states numbered breadth first.
+
+    The automaton of the empty language has one state, which refuses everything.
+    """
     n, k = len(dfa.transitions), dfa.num_classes
     table = np.asarray(dfa.transitions, dtype=np.int64).reshape(n, k)
     table = np.vstack([np.where(table < 0, n, table), np.full((1, k), n)])
@@ -149,7 +157,7 @@ def _weights(n: int) -> NDArray[np.int64]:
 
 
 def _renumber(dfa: Dfa, block: NDArray[np.int64], num: int, table: NDArray[np.int64]) -> Dfa:
-    """Keep one state per block, drop the dead one (the sink's block), number breadth first, merge equal classes."""
+    """Keep one state per block, drop the block of the sink, number states breadth first, and merge equal classes."""
     representative = np.zeros(num, dtype=np.int64)
     representative[block] = np.arange(len(block))
     rows = block[table[representative]]
@@ -179,7 +187,7 @@ def _renumber(dfa: Dfa, block: NDArray[np.int64], num: int, table: NDArray[np.in
 
 
 def _merge_classes(parts: list[Dfa]) -> tuple[list[int], tuple[list[int], list[tuple[int, ...]]]]:
-    """Common intervals of several automata: (starts, (class of each interval, classes in each part))."""
+    """Return the common intervals of several automata: (starts, (class of each interval, classes in each part))."""
     cuts = sorted({s for d in parts for s in d.starts})
     starts: list[int] = []
     classes: list[int] = []

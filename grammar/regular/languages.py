@@ -1,10 +1,12 @@
-"""Regular languages: from IR nodes to deterministic automata, over code points or over bytes.
+"""Turns IR nodes of regular languages into deterministic automata, over code points or over bytes.
 
-A node is compiled in continuation style ("this, and then that") to an alternating automaton whose only conjunctions
-come from lookaheads; it is made deterministic by sets of conjunctions of positions. Without lookaheads these are the
-usual subsets. Automata are minimal and trim: every state leads to an accepting one.
+A node is compiled in continuation style ("read this, then go to that state"). The result is an alternating automaton:
+it has "or" states and "and" states, and only lookaheads make "and" states. It is made deterministic by tracking sets of
+conjunctions of positions. Without lookaheads, these are the usual sets of states. The results are minimal and trim:
+every state leads to an accepting one.
 
-Not here: the automata and their algebra (dfas.py), escapes of JSON strings (strings.py), recursion (pushdown.py).
+The automata and their boolean operations are in dfas.py, the escapes of JSON strings in strings.py, recursion in
+pushdown.py.
 """
 
 from __future__ import annotations
@@ -19,7 +21,10 @@ from ramet.grammar.regular.dfas import BYTE_MAX, MAX_STATES, Dfa, complement, in
 
 
 def compile_chars(node: ir.Node, *, max_states: int = MAX_STATES, name: str = "") -> Dfa:
-    """Return the automaton over code points of a regular node (no Bytes that are not UTF-8, no Table)."""
+    """Return the automaton over code points of a regular node.
+
+    The node must not hold a Table, nor Bytes that are not UTF-8.
+    """
     return RegularCompiler(ir.MAX_CODE_POINT, max_states, name).build(node)
 
 
@@ -38,7 +43,7 @@ _FALSE: _Formula = frozenset()
 
 
 class RegularCompiler:
-    """Compiles one node. Leaves: 0 is the end; (ranges, next state) reads a symbol; (dfa, state, next) runs a part."""
+    """Compiles one node. Leaf 0 is the end; (ranges, next state) reads a symbol; (dfa, state, next) runs a part."""
 
     def __init__(self, max_symbol: int, max_states: int, name: str) -> None:
         self.max_symbol = max_symbol
@@ -48,7 +53,7 @@ class RegularCompiler:
         self.states: list[tuple[str, list[int]]] = [("leaf", [0])]
         self.leaves: list[tuple[ir.Ranges, int] | tuple[Dfa, int, int]] = [((), 0)]
         self.run_leaves: dict[tuple[int, int, int], int] = {}
-        self.dfas: list[Dfa] = []  # keeps automata alive, so that id() is a key
+        self.dfas: list[Dfa] = []  # keeps the automata alive, because their id() is a key
         self.closures: dict[int, _Formula] = {}
         self.has_and = False
 
@@ -80,7 +85,7 @@ class RegularCompiler:
         return self._state("leaf", [self._run_leaf(dfa, 0, then)])
 
     def compile(self, node: ir.Node, then: int) -> int:
-        """Return the state that reads `node` and goes on with `then`."""
+        """Return the state that reads `node` and continues in state `then`."""
         match node:
             case ir.Bytes(value):
                 symbols = value if self.max_symbol == BYTE_MAX else [ord(c) for c in value.decode()]
@@ -155,7 +160,7 @@ class RegularCompiler:
     # --- determinisation
 
     def closure(self, state: int) -> _Formula:
-        """Which leaves stand at a state: a set of conjunctions."""
+        """Return the leaves that a state reaches without reading a symbol, as a set of conjunctions."""
         found = self.closures.get(state)
         if found is None:
             found = self._and_closure(state, frozenset()) if self.has_and else self._or_closure(state)
@@ -181,7 +186,7 @@ class RegularCompiler:
         return frozenset(out)
 
     def _and_closure(self, state: int, pending: frozenset[int]) -> _Formula:
-        """Least fixed point: a state met again on its own way adds nothing."""
+        """Compute the least fixed point: a state that is reached again from itself adds nothing."""
         if state in pending:
             return _FALSE
         pending |= {state}
@@ -204,12 +209,13 @@ class RegularCompiler:
         entry = self.leaves[leaf]
         if leaf == _TRUE_END:
             return True
-        # a part followed by the end accepts where the part does; otherwise the closure holds what follows
+        # a part followed by the end accepts exactly when the part does; else the closure holds what follows the part
         return len(entry) == 3 and entry[2] == 0 and bool(entry[0].accepting[entry[1]])
 
     def _alphabet(self) -> tuple[list[int], list[int], list[int]]:
-        """(starts, class of each interval, one symbol of each class); intervals that no leaf tells apart are one
-        class.
+        """Return (starts, class of each interval, one symbol of each class).
+
+        Intervals that all leaves treat alike are one class.
         """
         cuts = {0}
         dfas: dict[int, Dfa] = {}
@@ -312,11 +318,11 @@ class RegularCompiler:
 
 @dataclass(frozen=True, slots=True)
 class _AnySymbol:
-    """Any one symbol of the alphabet at hand (for what follows a lookahead)."""
+    """Any one symbol of the alphabet in use. Stands for the text that follows a lookahead."""
 
 
 def _absorb(conjunctions: Iterable[_Conjunction]) -> _Formula:
-    """Drop a conjunction that contains another: a or (a and b) is a."""
+    """Drop each conjunction that contains another: a or (a and b) is a."""
     kept: list[_Conjunction] = []
     for c in sorted(set(conjunctions), key=len):
         if not any(k <= c for k in kept):
@@ -337,8 +343,9 @@ def _has_lookahead(node: ir.Node) -> bool:
 
 
 def utf8_sequences(ranges: ir.Ranges) -> list[tuple[tuple[int, int], ...]]:
-    """Split ranges of code points into sequences of byte ranges; surrogates are left out.
+    """Split ranges of code points into sequences of byte ranges. Surrogates are left out.
 
+    U+0080 to U+07FF, for example, is the sequence (C2..DF, 80..BF).
     Source: the method of Russ Cox's RE2 (utf8 ranges split at lengths and at continuation boundaries).
     """
     out: list[tuple[tuple[int, int], ...]] = []
@@ -350,7 +357,7 @@ def utf8_sequences(ranges: ir.Ranges) -> list[tuple[tuple[int, int], ...]]:
 
 
 def _split_utf8(low: int, high: int, out: list[tuple[tuple[int, int], ...]]) -> None:
-    """`low` and `high` have the same encoded length."""
+    """Split low..high, whose encoded forms have the same length."""
     first, last = chr(low).encode(), chr(high).encode()
     for i in range(1, len(first)):
         mask = (1 << (6 * i)) - 1

@@ -1,8 +1,8 @@
-"""JSON numbers under constraints: automata over the texts of a set of numbers.
+r"""JSON numbers under constraints: automata that read the texts of a set of numbers.
 
-Constrained numbers are written without exponent: `-?(0|[1-9][0-9]*)(\\.[0-9]+)?`. Every bound, integrality and
-multipleOf is a finite property of such texts, so the sets are regular, exact, and closed under complement. `1.0` is an
-integer and `-0` is zero, as JSON Schema has it. Numbers without any constraint may also have an exponent.
+Constrained numbers are written without exponent: `-?(0|[1-9][0-9]*)(\.[0-9]+)?`. A finite automaton can check every
+bound, integrality and multipleOf on such texts. So the sets are regular, exact, and closed under complement. As in JSON
+Schema, `1.0` is an integer and `-0` is zero. Numbers without any constraint may also have an exponent.
 """
 
 from __future__ import annotations
@@ -36,11 +36,12 @@ MAX_STATES = 20_000
 
 @dataclass(frozen=True, slots=True)
 class Numbers:
-    """A set of numbers: a conjunction. `finite`, if given, is the set itself and all else is at its default.
+    """A set of numbers. All conditions must hold. If `finite` is given, it is the set, and all other fields are at
+    defaults.
 
-    integer: True integers only, False all but integers, None either. multiples: (divisor, must it divide).
-    plain: True texts without a fraction part only, False texts with one (or an exponent) only, None either: the only
-    field that is about texts. In draft 4, 1.0 is no integer.
+    integer: True: integers only; False: no integers; None: both. multiples: (divisor, must it divide). plain: True:
+    only texts without a fraction part; False: only texts with one (or with an exponent); None: both. This is the only
+    field about texts: in draft 4, 1.0 is not an integer.
     """
 
     low: Fraction | None = None
@@ -54,7 +55,7 @@ class Numbers:
     plain: bool | None = None
 
     def contains(self, value: Fraction) -> bool:
-        """Can a text of the set have this value?"""
+        """Tell whether some text of the set has this value."""
         if self.plain and value.denominator != 1:
             return False
         if self.finite is not None:
@@ -72,7 +73,7 @@ ANY = Numbers()
 
 
 def intersect(a: Numbers, b: Numbers) -> Numbers | None:
-    """The numbers in both sets; None where it is seen that there is none."""
+    """Return the numbers in both sets; None if the result is seen to be empty."""
     if a is ANY or a == ANY:
         return b
     if b is ANY or b == ANY or a == b:
@@ -97,7 +98,7 @@ def intersect(a: Numbers, b: Numbers) -> Numbers | None:
 
 
 def simplify(numbers: Numbers) -> Numbers | None:
-    """Tighten; a small set becomes finite; None where it is empty."""
+    """Tighten the bounds, and list the values of a small set; None if the set is empty."""
     low, high = numbers.low, numbers.high
     if numbers.integer:
         if low is not None:
@@ -132,7 +133,7 @@ def _tighter(
 
 
 def complement(numbers: Numbers) -> list[Numbers]:
-    """All other numbers, as a union."""
+    """Return all other numbers, as a union."""
     out = [] if numbers.plain is None else [Numbers(plain=not numbers.plain)]
     if numbers.finite is not None:
         return [*out, Numbers(excluded=numbers.finite)]
@@ -150,7 +151,7 @@ def complement(numbers: Numbers) -> list[Numbers]:
 
 @lru_cache(maxsize=4096)
 def automaton(numbers: Numbers) -> Dfa:
-    """The automaton over bytes of the texts of these numbers.
+    """Return the automaton over bytes of the texts of these numbers.
 
     Raises: GrammarTooLarge for divisors that need too many states.
     """
@@ -168,7 +169,7 @@ def automaton(numbers: Numbers) -> Dfa:
 
 
 def unexcluded(numbers: Numbers) -> Dfa:
-    """As `automaton`, of texts without exponents, and as if no single numbers were excluded."""
+    """Do as `automaton`, but without exponents, and with the single excluded numbers put back."""
     return _track(
         Numbers(numbers.low, numbers.low_open, numbers.high, numbers.high_open, numbers.integer, numbers.multiples)
     )
@@ -179,7 +180,7 @@ def divisors_text(numbers: Numbers) -> str:
 
 
 def decimal_text(value: Fraction) -> str:
-    """The shortest text of a number without exponent."""
+    """Return the shortest text of a number without exponent."""
     sign, value = ("-", -value) if value < 0 else ("", value)
     digits = 0
     denominator = value.denominator
@@ -213,7 +214,7 @@ def _texts_of(value: Fraction) -> ir.Node:
 # --- ranges and divisors: a product of small trackers, explored from the start --------------------------------------
 
 
-_State = tuple[Any, ...]  # see `_Tracks`: its parts differ in type with the phase
+_State = tuple[Any, ...]  # see `_Tracks`: the types of its parts depend on the phase
 
 
 class _Bound:
@@ -224,7 +225,7 @@ class _Bound:
         self.whole, _, self.part = text.partition(".")
 
     def digit(self, state: tuple[int, int], digit: int) -> tuple[int, int]:
-        """In the integer part: (digits read, comparison so far)."""
+        """Return the state after a digit of the integer part: (digits read, comparison so far)."""
         count, sign = state
         if count < len(self.whole) and sign == 0:
             own = int(self.whole[count])
@@ -232,7 +233,7 @@ class _Bound:
         return min(count + 1, len(self.whole) + 1), sign
 
     def point(self, state: tuple[int, int]) -> tuple[int, int]:
-        """The integer part ended: from now on (fraction digits read, comparison)."""
+        """Return the state after the integer part: (fraction digits read, comparison so far)."""
         count, sign = state
         if count < len(self.whole):
             sign = -1
@@ -248,13 +249,13 @@ class _Bound:
         return (min(count + 1, len(self.part)), sign) if sign == 0 else (0, sign)
 
     def compare(self, state: tuple[int, int]) -> int:
-        """At the end (after `point`): the comparison."""
+        """Return the result of the comparison at the end of the text. Called after `point`."""
         count, sign = state
         return -1 if sign == 0 and count < len(self.part) else sign
 
 
 class _Divisor:
-    """Remainder of a text by a divisor p / 10^s = q * 10^k / 10^s, with q not divisible by 10."""
+    """The remainder of a text by a divisor p / 10^s = q * 10^k / 10^s, where q is not divisible by 10."""
 
     def __init__(self, divisor: Fraction) -> None:
         text = decimal_text(divisor)
@@ -268,7 +269,10 @@ class _Divisor:
         self.q = number
 
     def push(self, state: tuple[int, int], digit: int) -> tuple[int, int]:
-        """(remainder without the trailing zeros, how many of those, at most `zeros`), one more digit read."""
+        """Return the state after one more digit.
+
+        A state: (remainder without its trailing zeros, number of those zeros, at most `zeros`).
+        """
         rest, trailing = state
         if digit == 0:
             if trailing < self.zeros:
@@ -277,19 +281,22 @@ class _Divisor:
         return (rest * 10 ** (trailing + 1) + digit) % self.q, 0
 
     def divides(self, state: tuple[int, int], pushed: int, broken: bool) -> bool:
-        """`pushed`: fraction digits read so far, at most `scale`; `broken`: a digit beyond them is not zero."""
+        """Tell whether the number read so far is a multiple of the divisor.
+
+        pushed: fraction digits read so far, at most `scale`. broken: a later digit is not zero.
+        """
         if broken:
             return False
         for _ in range(self.scale - pushed):
             state = self.push(state, 0)
-        return state == (0, self.zeros)  # zero itself is entered with all its zeros, see `start`
+        return state == (0, self.zeros)  # the number zero starts with all its zeros, see `start`
 
     def start(self) -> tuple[int, int]:
         return 0, self.zeros
 
 
 def _intervals(numbers: Numbers) -> dict[str, tuple[Fraction | None, bool, Fraction | None, bool] | None]:
-    """For each sign, the interval of absolute values; None where none is in range."""
+    """Return the interval of absolute values for each sign; None if no number with that sign is in range."""
     low, high = numbers.low, numbers.high
     positive = (low, numbers.low_open, high, numbers.high_open)
     negative = (None if high is None else -high, numbers.high_open, None if low is None else -low, numbers.low_open)
@@ -303,9 +310,9 @@ def _intervals(numbers: Numbers) -> dict[str, tuple[Fraction | None, bool, Fract
 
 
 class _Tracks:
-    """The product of the trackers of a set of numbers. Symbols: 0-9, then the point, then the minus.
+    """The product of all trackers of a set of numbers. Symbols: 0-9 are digits, then the point, then the minus.
 
-    A state: (phase, sign, low state, high state, is a fraction digit not zero, per divisor (state, pushed, broken)).
+    A state: (phase, sign, low state, high state, is a fraction digit not zero, (state, pushed, broken) per divisor).
     """
 
     first: _State = ("start",)
@@ -323,7 +330,7 @@ class _Tracks:
         self.alike = _alike_digits(bounds_of_all, bool(self.divisors))
 
     def after(self, state: _State, symbol: int) -> _State | None:
-        """The state after a symbol; None where no number goes on so."""
+        """Return the state after a symbol; None if no number of the set continues with it."""
         phase = state[0]
         if phase in ("start", "minus"):
             if symbol == 11:
@@ -370,7 +377,7 @@ class _Tracks:
         )
 
     def accepts(self, state: _State) -> bool:
-        """Whether a number that ends in this state is one of the set."""
+        """Tell whether a number that ends in this state is in the set."""
         if state[0] in ("start", "minus", "point"):
             return False
         phase, sign, a, b, odd, parts = state
@@ -391,7 +398,7 @@ class _Tracks:
 
 
 def _track(numbers: Numbers) -> Dfa:
-    """Explore the product of the trackers."""
+    """Build the automaton: explore the product of the trackers from the start."""
     tracks = _Tracks(numbers)
     index, queue, rows = {tracks.first: 0}, [tracks.first], []
     for state in queue:
@@ -421,8 +428,10 @@ def _track(numbers: Numbers) -> Dfa:
 
 
 def _alike_digits(bounds: list[_Bound], has_divisors: bool) -> list[int]:
-    """For each digit, the least one that means the same wherever it stands: zero and the bounds' own digits stand
-    apart, and what lies between them counts as one."""
+    """Return for each digit the smallest digit that all trackers treat like it.
+
+    Zero and the digits of the bounds stay separate. The digits between them are alike.
+    """
     if has_divisors:
         return list(range(10))
     own = {0, *(int(digit) for b in bounds for digit in b.whole + b.part)}
@@ -430,7 +439,7 @@ def _alike_digits(bounds: list[_Bound], has_divisors: bool) -> list[int]:
 
 
 def fraction(value: float | int) -> Fraction:
-    """The decimal number that a JSON number's text wrote; all those that no float can hold are one (Python's inf)."""
+    """Return the decimal number that the text of a JSON number had. Numbers too large for a float are Python's inf."""
     if isinstance(value, float) and math.isinf(value):
         return Fraction(int(math.copysign(1, value)) << 1024)
     return Fraction(value) if isinstance(value, int) else Fraction(Decimal(repr(value)))

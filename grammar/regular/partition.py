@@ -1,4 +1,4 @@
-"""Which states of a deterministic automaton are equivalent: Hopcroft's algorithm, compiled.
+"""Finds the equivalent states of a deterministic automaton: Hopcroft's algorithm, compiled.
 
 Source: J. E. Hopcroft, "An n log n algorithm for minimizing states in a finite automaton" (1971); the partition is kept
 as in A. Valmari, "Fast brief practical DFA minimization" (2012).
@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 
 
 def equivalence(targets: NDArray[np.int64], kinds: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the block of each state, numbered from 0: states of one block accept the same texts.
+    """Return the block of each state, numbered from 0. The states of a block accept the same texts.
 
-    targets: int64 [n, k], complete (no refusals: they lead to a state of their own). kinds: what each state is by
-    itself. O(n k log n).
+    targets: int64 [n, k], complete: a refusal leads to a sink state. kinds: states of different kinds are never
+    equivalent. O(n k log n).
     """
     n, k = targets.shape
     block = np.unique(kinds, return_inverse=True)[1].reshape(-1).astype(np.int64)
@@ -26,10 +26,13 @@ def equivalence(targets: NDArray[np.int64], kinds: NDArray[np.int64]) -> NDArray
     return _refine(block, np.argsort(block), sources % n, begins, k)  # type: ignore[no-any-return]
 
 
-# Sorting, copies of slices and the like stay outside, or are loops: numba took 6 s instead of 1 to compile this.
+# Sorting and slice copies stay outside, or are written as loops: with them numba took 6 s to compile this, not 1.
 @njit(cache=True)
 def _refine(block, elements, sources, begins, num_classes):  # type: ignore[no-untyped-def]
-    """elements: the states by block; elements[first[b]:end[b]] are those of block b, marked ones first."""
+    """Split the blocks until the states of each are equivalent.
+
+    elements: the states, ordered by block. elements[first[b]:end[b]] are the states of block b, marked ones first.
+    """
     n = len(block)
     num_blocks = block[elements[n - 1]] + 1
     place = np.empty(n, dtype=np.int64)

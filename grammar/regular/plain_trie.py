@@ -1,6 +1,7 @@
-"""Tables of many strings of plain ASCII, laid as a trie in one compiled pass, alone or over the table of any string.
+"""Builds the table of many plain ASCII strings as a trie, in one compiled pass: alone, or on top of the table of any
+string.
 
-Not here: texts with escapes or other characters, which `tables.overlay` takes.
+Texts with escapes or other characters are not handled here, but in `tables.overlay`.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ from ramet.grammar.regular.strings import QUOTE, Wide, any_string_content
 
 @cache
 def _any_string_classes() -> tuple[Wide, NDArray[np.uint8]]:
-    """(rows over byte classes, classes) of any_string_content(0)."""
+    """Return any_string_content(0) as (rows over byte classes, byte classes)."""
     return compress_rows(any_string_content(0).rows)
 
 
 def plain_trie(free_exit: int | None, entries: dict[str, int]) -> tuple[Wide, NDArray[np.uint8], int] | None:
-    """As tables.overlay, over byte classes, for texts of plain ASCII; None where some text is not.
+    """Do as tables.overlay, over byte classes, for plain ASCII texts; None if some text is not plain ASCII.
 
-    free_exit: None, or any other string leaves through this exit. Returns (rows, byte classes, states between
-    characters).
+    free_exit: the exit of all strings that are no entry; None: no other string is allowed. Returns (rows, byte classes,
+    number of states between characters).
     """
     texts = sorted(entries)
     joined = "".join(texts)
@@ -39,7 +40,7 @@ def plain_trie(free_exit: int | None, entries: dict[str, int]) -> tuple[Wide, ND
     if free_exit is None:
         byte_class[used] = np.arange(1, len(used) + 1)
         byte_class[QUOTE] = len(used) + 1
-        # one row more than the texts can need; cut below
+        # one row more than the texts can need; shortened below
         rows = np.full((len(flat) + 1, len(used) + 2), REFUSE, dtype=np.int32)
         n = _fill_trie(rows, flat, lengths, byte_class[flat], labels, len(used) + 1, -1)
         return rows[:n], byte_class, 0
@@ -61,8 +62,10 @@ def plain_trie(free_exit: int | None, entries: dict[str, int]) -> tuple[Wide, ND
 
 @njit(cache=True)
 def _fill_trie(rows, flat, lengths, classes, labels, quote, free):  # type: ignore[no-untyped-def]
-    """Lay the texts (sorted) as a trie into `rows`, whose entries that are >= 0 belong to another table: they are kept
-    for `_link_base` as -1000000 - entry. Returns the number of rows used."""
+    """Lay out the sorted texts as a trie in `rows`; return the number of rows used.
+
+    Entries of `rows` that are >= 0 belong to the other table. They are kept as -1000000 - entry, for `_link_base`.
+    """
     width = rows.shape[1]
     if free != -1:
         for i in range(len(flat) + 1):
@@ -90,7 +93,7 @@ def _fill_trie(rows, flat, lengths, classes, labels, quote, free):  # type: igno
 
 @njit(cache=True)
 def _link_base(rows, n):  # type: ignore[no-untyped-def]
-    """Turn kept entries of the other table, whose rows now begin at n, into rows."""
+    """Turn the kept entries of the other table into rows. Its rows now begin at n."""
     for i in range(n):
         for c in range(rows.shape[1]):
             if rows[i, c] <= -1000000:

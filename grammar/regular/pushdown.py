@@ -1,10 +1,12 @@
-"""Context-free grammars on the machine: sets of threads over a graph-structured stack.
+"""Context-free grammars on the machine: sets of threads over a graph-structured stack (GSS).
 
-A *thread* is one way to read the text so far: (leaf, state of the leaf's automaton, stack node), which is the regular
-part that is being read, and the rules that were called to get there. A *configuration* is the set of all threads. Stack
-nodes are interned by content, so a configuration is the same object whenever the same may follow. A call in tail
-position reuses its caller's node, and left recursion makes a cycle of nodes within one step. So both kinds of recursion
-stay finite where the language is regular.
+A *thread* is one way to read the text so far: (leaf, state of the leaf's automaton, stack node). The leaf is the
+regular part that is being read. The stack node holds the rules that were called to get there. A *configuration* is the
+set of all threads. Stack nodes with equal content are one object, so configurations are equal exactly when they hold
+the same threads.
+
+Two rules keep recursion finite if the language is regular. A call in tail position reuses the stack node of its caller.
+Left recursion makes a cycle of stack nodes within one step.
 
 Source: GSS as in Tomita's generalized LR parsing; nullable rules as in Scott and Johnstone's "GLL parsing" (2010).
 """
@@ -31,8 +33,11 @@ MAX_THREADS = 4096
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Leaf:
-    """A regular part. rows: int32 [n, 256], -1 refused; goes_on[q]: more bytes may come; then: the grammar state after
-    it."""
+    """A regular part of a grammar.
+
+    rows: int32 [n, 256], -1 refused. goes_on[q]: more bytes may follow in state q.
+    then: the grammar state after the part.
+    """
 
     rows: NDArray[np.int32]
     accepting: list[int]
@@ -42,29 +47,34 @@ class Leaf:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StackNode:
-    """A rule that was called; `edges`: (grammar state to go on with, caller's node). Made once for each content by
-    Pushdown.node."""
+    """A rule that was called. Pushdown.node makes one node for each content.
+
+    edges: (grammar state after the rule, stack node of the caller).
+    """
 
     number: int
     edges: list[tuple[int, StackNode]]
 
 
-Thread = tuple[int, int, int]  # leaf, state, stack node's number
-Parent = StackNode | int  # of an earlier step, or the number of a rule called in this one
-State = tuple[str, int, int, list[int]]  # kind; leaf or rule; what follows a rule; alternatives
+Thread = tuple[int, int, int]  # leaf, state, number of the stack node
+Parent = StackNode | int  # a stack node of an earlier step, or the number of a rule called in this step
+State = tuple[str, int, int, list[int]]  # kind; leaf or rule; state after a rule; alternatives
 
 
 @dataclass(frozen=True, slots=True)
 class Configuration:
-    """All ways to read the text so far. accepts: it may end here."""
+    """All ways to read the text so far. accepts: the text may end here."""
 
     threads: frozenset[Thread]
     accepts: bool
 
 
 class Pushdown:
-    """A grammar compiled to states, which read a regular part (leaf), go on in one of several states (or), call a rule
-    (call), or return from one (return)."""
+    """A grammar compiled to states of four kinds.
+
+    A state reads a leaf and continues (leaf), continues in one of several states (or), calls a rule (call), or returns
+    from a rule (return).
+    """
 
     def __init__(self, grammar: ir.NamedRules, machine: Machine) -> None:
         self.grammar = grammar
@@ -146,7 +156,7 @@ class Pushdown:
                 raise InvalidGrammar(f"{type(node).__name__} cannot stand in a recursive part of a grammar")
 
     def _group(self, parts: tuple[ir.Node, ...]) -> list[ir.Node]:
-        """Join neighbours that are regular, so that each run of them is one automaton."""
+        """Join neighbouring regular parts, so that each group is one automaton."""
         out: list[ir.Node] = []
         run: list[ir.Node] = []
         for part in parts:
@@ -188,7 +198,7 @@ class Pushdown:
         return self._add(("leaf", len(self.leaves) - 1, 0, []))
 
     def _productive(self) -> list[bool]:
-        """Which states can be finished: the least fixed point."""
+        """Return for each state whether some text leads from it to the end of its rule: the least fixed point."""
         ok = [False] * len(self.states)
         ok[0] = True
         changed = True
@@ -240,7 +250,7 @@ class Pushdown:
         return found
 
     def digest(self, leaf: int, q: int) -> NDArray[np.int64]:
-        """int64 [256]: what this state makes of each byte, weighted; 0 where it refuses."""
+        """Return int64 [256]: a weighted digest of the result of each byte in this state of a leaf, 0 if refused."""
         found = self._digests.get((leaf, q))
         if found is None:
             weight = int(self._weights.integers(1, 2**62))
@@ -256,7 +266,7 @@ class Pushdown:
 
 
 class _Closure:
-    """The threads that grammar states come to before the next byte is read."""
+    """Collects the threads that grammar states reach before the next byte is read."""
 
     def __init__(self, owner: Pushdown, entries: list[tuple[int, StackNode]]) -> None:
         self.owner = owner
@@ -270,7 +280,7 @@ class _Closure:
             self.visit(state, node)
 
     def visit(self, state: int, parent: Parent) -> None:
-        """`parent`: a StackNode of earlier steps, or the number of a rule called in this one."""
+        """Follow a grammar state. parent: a stack node of an earlier step, or the number of a rule called now."""
         stack: list[tuple[int, Parent]] = [(state, parent)]
         owner = self.owner
         while stack:
@@ -291,7 +301,7 @@ class _Closure:
                 stack.extend((t, parent) for t in what[3])
             elif what[0] == "call":
                 rule, then = what[1], what[2]
-                if then == 0:  # a tail call returns to the caller's caller
+                if then == 0:  # a tail call: return to the caller of the caller
                     stack.append((owner.rule_state[owner.rule_names[rule]], parent))
                     continue
                 edges = self.local_edges.setdefault(rule, set())
@@ -316,7 +326,7 @@ class _Closure:
         return Configuration(frozenset(self.threads), self.accepts)
 
     def _name_nodes(self) -> dict[int, StackNode]:
-        """Intern this step's stack nodes by their content; those on a cycle together."""
+        """Intern the stack nodes of this step by their content. Nodes on a cycle are interned together."""
         names: dict[int, StackNode] = {}
         pending = dict(self.local_edges)
         while pending:
@@ -349,9 +359,10 @@ class _Closure:
 
 
 class Reading:
-    """The table that configurations with the same leaf states share, whatever their stacks.
+    """The table shared by all configurations that have the same leaf states, whatever their stacks.
 
-    Bytes that no state tells apart have one exit (equal sums of weighted entries: a coincidence has odds of 2^-60).
+    Bytes that all leaf states treat alike have one exit. They are found by equal digests; two different bytes have
+    equal digests with probability 2^-60.
     """
 
     def __init__(self, owner: Pushdown, states: frozenset[tuple[int, int]], accepts: bool) -> None:
@@ -369,7 +380,10 @@ class Reading:
         self._moves: dict[int, dict[tuple[int, int], tuple[int | None, int | None]]] = {}
 
     def moves(self, exit_index: int) -> dict[tuple[int, int], tuple[int | None, int | None]]:
-        """What becomes of each leaf state: (the next one if it goes on, the grammar state after it if it accepts)."""
+        """Return the result of an exit for each leaf state.
+
+        A result: (next state if more may follow, grammar state after the leaf if the leaf accepts).
+        """
         found = self._moves.get(exit_index)
         if found is None:
             byte = self.samples[exit_index]
@@ -383,7 +397,7 @@ class Reading:
 
 
 class ConfigurationFrame(Frame):
-    """A configuration as a frame with one state, in which each class of bytes is an exit."""
+    """A configuration as a frame. It has one state, and each class of bytes is an exit."""
 
     def __init__(self, owner: Pushdown, configuration: Configuration) -> None:
         self.owner = owner
@@ -407,7 +421,7 @@ class ConfigurationFrame(Frame):
         return owner.configuration(entries, frozenset(threads)) if threads or entries else DEAD
 
     def closing_exit(self, local: int) -> int:
-        """The exit of the first byte of a shortest text that finishes one of the threads."""
+        """Return the exit of the first byte of a shortest text that completes one of the threads."""
         owner = self.owner
         best: tuple[int, int] | None = None
         for leaf_index, q, number in self.threads:
@@ -422,7 +436,11 @@ class ConfigurationFrame(Frame):
 
 
 class _Costs:
-    """Bytes of the shortest texts: from a leaf's state, a grammar state to its return, a stack node to the end."""
+    """Costs, in bytes of shortest texts.
+
+    They are from a leaf's state, from a grammar state to the end of its rule, and from a stack node to the end of the
+    text.
+    """
 
     def __init__(self, owner: Pushdown) -> None:
         self.owner = owner
@@ -448,7 +466,7 @@ class _Costs:
         return self.states[state]
 
     def node(self, node: StackNode) -> int:
-        """Breadth over the stack: cycles never make a text shorter."""
+        """Return the cost from a stack node to the end. Breadth first: a cycle never makes a text shorter."""
         found = self.nodes.get(node.number)
         if found is None:
             self.nodes[node.number] = _FAR

@@ -1,4 +1,4 @@
-"""Which rules of a grammar refer to which, and rules in place of their names."""
+"""Which rules of a grammar refer to which others, and how to replace references by the rules themselves."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from ramet.grammar import ir
 
 
 def inline(node: ir.Node, grammar: ir.NamedRules) -> ir.Node:
-    """Replace references by the rules they name (which must not be recursive)."""
+    """Replace each reference by the rule that it names. The rules must not be recursive."""
     match node:
         case ir.Reference(rule):
             return inline(grammar.rules[rule], grammar)
@@ -29,7 +29,7 @@ def inline(node: ir.Node, grammar: ir.NamedRules) -> ir.Node:
 
 
 def references(node: ir.Node) -> set[str]:
-    """Names of the rules that a node refers to."""
+    """Return the names of the rules that a node refers to."""
     match node:
         case ir.Reference(rule):
             return {rule}
@@ -38,13 +38,16 @@ def references(node: ir.Node) -> set[str]:
         case ir.Repeat(item, _, _) | ir.Terminal(item, _) | ir.Complement(item) | ir.Lookahead(item, _):
             return references(item)
         case ir.JsonSchema():
-            return {""}  # not regular: no rule has this name, see `recursive_rules`
+            return {""}  # marks the node as not regular: no rule has this name, see `recursive_rules`
         case _:
             return set()
 
 
 def recursive_rules(grammar: ir.NamedRules) -> frozenset[str]:
-    """Rules that are not regular by inlining: on a cycle of references, or reaching one, or holding a JSON schema."""
+    """Return the rules that inlining does not make regular.
+
+    These are the rules on a cycle of references, those that refer to such a rule, and those that hold a JSON schema.
+    """
     uses = {name: references(node) for name, node in grammar.rules.items()}
     plain: set[str] = set()
     changed = True

@@ -1,11 +1,11 @@
-"""JSON strings: tables that read a string's content up to and with its closing quote.
+r"""JSON strings: tables that read the content of a string and its closing quote.
 
-A language of code points (dfas.Dfa) is composed with the ways to write a code point in JSON: as itself in UTF-8, as
-a short escape, as \\uXXXX with hex digits of either case, and as a surrogate pair. Printable ASCII is only ever written
-as itself (but for `"`, `\\` and, if wanted, `/`, which take a backslash), except in a string without any constraint,
-where every escape that JSON knows is read, single surrogates included.
+A table is made from a language of code points (dfas.Dfa) and from the ways in which JSON can write a code point: as
+itself in UTF-8, as a short escape (`\n`), as \uXXXX with hex digits of either case, and as a surrogate pair. Printable
+ASCII is only written as itself, except for `"`, `\` and optionally `/`, which take a backslash. A string without any
+constraint is different: it may use every escape that JSON knows, also single surrogates.
 
-All tables are "wide": int32 [num_states, 256], entries as in frame.py; the closing quote leaves through an exit.
+All tables are "wide": int32 [num_states, 256], with entries as in frame.py. The closing quote leaves through an exit.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from ramet.grammar.regular.languages import utf8_sequences
 
 Wide = NDArray[np.int32]
 
-_Way = tuple[tuple[frozenset[int], ...], int]  # byte sets to read, and the state after them
+_Way = tuple[tuple[frozenset[int], ...], int]  # (byte sets to read, state after them)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Content:
-    """A string table. rows: wide; its first `num_content` states stand between characters.
+    """The table of a string's content. rows: wide; the first `num_content` states are between characters.
 
-    beyond[q]: the state after any one character beyond ASCII, -1 refused, -2 where it depends on the character.
+    beyond[q]: the state after any one character beyond ASCII; -1 refused, -2 if it depends on the character.
     """
 
     rows: Wide
@@ -45,7 +45,7 @@ QUOTE, BACKSLASH = 0x22, 0x5C
 _HEX = {n: [ord(c) for c in {f"{n:x}", f"{n:X}"}] for n in range(16)}
 _SHORT = {"b": 8, "f": 12, "n": 10, "r": 13, "t": 9, '"': 34, "\\": 92, "/": 47}
 
-# rows of the block that reads one code point beyond ASCII and goes on with t
+# rows of the block that reads one code point beyond ASCII and continues in state t
 _T1, _T2, _T3, _E0, _ED, _F0, _F4, _X1, _X2, _X3, _XD, _S1, _S2, _S3, _S4, _S5, _S6 = range(17)
 _BLOCK_ROWS = 17
 _FINAL = 1 << 20
@@ -61,7 +61,7 @@ def _set_hex(row: Wide, nibbles: range | list[int], value: int) -> None:
 
 @cache
 def _block() -> Wide:
-    """int32 [17, 256]: entries are rows of the block, or _FINAL."""
+    """Return int32 [17, 256]: the entries are rows of the block, or _FINAL."""
     b = np.full((_BLOCK_ROWS, 256), REFUSE, dtype=np.int32)
     b[_T1, 0x80:0xC0] = _FINAL
     b[_T2, 0x80:0xC0] = _T1
@@ -85,7 +85,7 @@ def _block() -> Wide:
 
 
 def _lead_bytes(rows: Wide, which: NDArray[np.int64], base: NDArray[np.int64]) -> None:
-    """Let `rows[which]` enter the blocks that begin at `base` by the lead bytes of UTF-8."""
+    """Connect `rows[which]` by the lead bytes of UTF-8 to the blocks that begin at `base`."""
     for low, high, row in (
         (0xC2, 0xDF, _T1),
         (0xE0, 0xE0, _E0),
@@ -100,7 +100,10 @@ def _lead_bytes(rows: Wide, which: NDArray[np.int64], base: NDArray[np.int64]) -
 
 
 def char_columns(dfa: Dfa) -> tuple[NDArray[np.int64], NDArray[np.int64] | None]:
-    """(targets of ASCII [n, 128], the one target of all else [n]); the second is None where code points differ."""
+    """Return (targets of ASCII [n, 128], the common target of all other code points [n]).
+
+    The second is None if code points beyond ASCII have different targets.
+    """
     n = len(dfa.transitions)
     table = np.asarray(dfa.transitions, dtype=np.int64).reshape(n, dfa.num_classes)
     starts = np.asarray(dfa.starts)
@@ -114,11 +117,11 @@ def char_columns(dfa: Dfa) -> tuple[NDArray[np.int64], NDArray[np.int64] | None]
 
 
 def json_string_rows(dfa: Dfa, labels: list[int]) -> Content:
-    """Return the table of a language of code points; `labels[q]`: the exit of the closing quote in state q, -1 for
-    none.
+    """Return the table of a language of code points.
 
-    States 0..n-1 are the automaton's own; those between bytes of one code point follow. Start is 0. Trimmed: every
-    state leads to an exit, if the automaton is trim; refuses all where it is empty.
+    labels[q]: the exit of the closing quote in state q, -1 for none. States 0..n-1 are those of the automaton, and 0 is
+    the start. The states between the bytes of one code point follow. If the automaton is trim, every state leads to an
+    exit. If the language is empty, the table refuses every byte.
     """
     ascii_targets, beyond = char_columns(dfa)
     n = len(ascii_targets)
@@ -147,7 +150,7 @@ def json_string_rows(dfa: Dfa, labels: list[int]) -> Content:
 
 
 def _own_rows(rows: Wide, n: int, ascii_targets: NDArray[np.int64], labels: list[int]) -> None:
-    """Fill the rows of states and their escapes, as far as ASCII goes."""
+    """Fill the ASCII part of the rows of states and their escapes."""
     rows[:n, 0x20:0x80] = ascii_targets[:, 0x20:]
     rows[:n, QUOTE] = [leave(x) if x >= 0 else REFUSE for x in labels]
     rows[:n, BACKSLASH] = n + np.arange(n) * _ESCAPE_ROWS
@@ -166,7 +169,7 @@ def _own_rows(rows: Wide, n: int, ascii_targets: NDArray[np.int64], labels: list
 
 
 def _general_rows(dfa: Dfa, labels: list[int], ascii_targets: NDArray[np.int64]) -> Wide:
-    """As json_string_rows, for automata that tell code points beyond ASCII apart."""
+    """Do as json_string_rows, for automata in which code points beyond ASCII have different targets."""
     n = len(labels)
     own = np.full((n * (1 + _ESCAPE_ROWS), 256), REFUSE, dtype=np.int32)
     _own_rows(own, n, ascii_targets, labels)
@@ -198,21 +201,21 @@ def _general_rows(dfa: Dfa, labels: list[int], ascii_targets: NDArray[np.int64])
     return trim(np.vstack([own, *extra]))
 
 
-_ENTRIES = 4  # of a reader: at a character, and after `\\u`, `\\u0` and `\\u00`
+_ENTRIES = 4  # entry rows of a reader: at a character, and after `\\u`, `\\u0` and `\\u00`
 
 
 @lru_cache(maxsize=256)
 def _reader(groups: tuple[ir.Ranges, ...]) -> Wide:
-    """The rows that read one code point beyond ASCII, however it is written: entries are 0 refused, 1 + its group, or
-    1 + len(groups) + the next row. After the entry rows each row stands behind those that it leads to.
+    r"""Return the rows that read one code point beyond ASCII, in every way to write it.
 
-    What leads from an entry after `\\u` to the next one is left to the caller.
+    Entries: 0 refused; 1 + its group; or 1 + len(groups) + the next row. The entry rows come first, and every other row
+    comes after the rows that it leads to. The caller connects the entry rows after `\u` to each other.
     """
     rows: list[Wide] = [np.zeros(256, dtype=np.int32) for _ in range(_ENTRIES)]
     index: dict[frozenset[_Way], int] = {}
 
     def state_of(suffixes: frozenset[_Way]) -> int:
-        """The entry that leads to the row that reads any of these sequences of byte sets."""
+        """Return the entry that leads to the row for these sequences of byte sets."""
         done = [t for s, t in suffixes if not s]
         if done:
             return done[0]
@@ -242,7 +245,7 @@ def _reader(groups: tuple[ir.Ranges, ...]) -> Wide:
 
 
 def _by_byte(ways: Iterable[_Way]) -> dict[int, set[_Way]]:
-    """What may follow each first byte."""
+    """Return what may follow each first byte."""
     out: dict[int, set[_Way]] = {}
     for sequence, t in ways:
         for byte in sequence[0]:
@@ -265,7 +268,7 @@ def _raw_sequences(ranges: ir.Ranges) -> list[tuple[frozenset[int], ...]]:
 
 
 def _escape_sequences(ranges: ir.Ranges) -> list[tuple[frozenset[int], ...]]:
-    """What may follow `\\u` for these code points (all beyond ASCII)."""
+    r"""Return the sequences that may follow `\u` for these code points, all of them beyond ASCII."""
     out: list[tuple[frozenset[int], ...]] = []
     middle = (frozenset((BACKSLASH,)), frozenset((ord("u"),)))
     for low, high in ranges:
@@ -290,7 +293,7 @@ def _escape_sequences(ranges: ir.Ranges) -> list[tuple[frozenset[int], ...]]:
 
 
 def _hex_sequences(low: int, high: int, digits: int) -> list[tuple[frozenset[int], ...]]:
-    """Sequences of sets of hex digits that write exactly the numbers low..high."""
+    """Return sequences of sets of hex digits that write exactly the numbers low..high."""
     if digits == 0:
         return [()]
     shift = 4 * (digits - 1)
@@ -313,7 +316,7 @@ def _hex_sequences(low: int, high: int, digits: int) -> list[tuple[frozenset[int
 
 
 def char_sequences(char: str) -> list[tuple[frozenset[int], ...]]:
-    """The ways to write one code point inside a JSON string: sequences of sets of bytes."""
+    """Return the ways to write one code point inside a JSON string, as sequences of byte sets."""
     code = ord(char)
     if char in '"\\':
         return [(frozenset((BACKSLASH,)), frozenset((code,)))]
@@ -335,9 +338,9 @@ def char_sequences(char: str) -> list[tuple[frozenset[int], ...]]:
 
 @cache
 def free_string_rows() -> Content:
-    """Any JSON string, all escapes; exit 0 at the closing quote. State 0 is between characters.
+    """Return the table of any JSON string, with all escapes. The closing quote leaves through exit 0.
 
-    Rows: 0 content, 1 after a backslash, 2-5 four hex digits, 6-12 the tails of UTF-8.
+    Rows: 0 the content, between characters; 1 after a backslash; 2-5 four hex digits; 6-12 the tails of UTF-8.
     """
     rows = np.full((13, 256), REFUSE, dtype=np.int32)
     rows[0, 0x20:0x80] = 0
@@ -356,10 +359,11 @@ def free_string_rows() -> Content:
 
 @lru_cache(maxsize=256)
 def counted_rows(num_chars: int, closable: bool, last: bool) -> Content:
-    """Strings of up to `num_chars` more characters: state i has read i of them.
+    """Return the table of strings of up to `num_chars` more characters. State i has read i of them.
 
-    closable: the quote (exit 0) may come after any number; else only states matter. last: nothing follows state
-    num_chars; otherwise reading the last character leaves through exit 1.
+    closable: the quote (exit 0) may come after any number of characters; else only after `num_chars`, and only with
+    `last`.
+    last: nothing may follow state num_chars; else the last character leaves through exit 1.
     """
     n = num_chars + 1
     chain = [[i + 1] for i in range(num_chars)] + [[-1]]
@@ -367,11 +371,11 @@ def counted_rows(num_chars: int, closable: bool, last: bool) -> Content:
     labels = [0 if closable else -1] * n
     if last:
         return json_string_rows(dfa, labels if closable else [*([-1] * num_chars), 0])
-    labels[num_chars] = 0  # keeps the rows that lead there; replaced by the exit below
+    labels[num_chars] = 0  # keeps the rows that lead there alive; replaced by the exit below
     content = json_string_rows(dfa, labels)
     rows = content.rows.copy()
     rows[rows == num_chars] = leave(1)
-    # the last character leaves: what stands beyond it is not known here
+    # the last character leaves through exit 1: this table does not know what follows
     beyond = np.where(content.beyond == num_chars, -2, content.beyond)
     return Content(rows, n, beyond)
 
@@ -399,7 +403,7 @@ def _alive_rows(rows, alive):  # type: ignore[no-untyped-def]
 
 
 def trim(rows: Wide) -> Wide:
-    """Refuse, in place, what leads to states from which no exit is reached."""
+    """Refuse, in place, every entry that leads to a state from which no exit is reached."""
     alive = np.zeros(len(rows), dtype=np.bool_)
     _alive_rows(rows, alive)
     return rows
@@ -418,7 +422,7 @@ def _drop(rows, gone):  # type: ignore[no-untyped-def]
 
 
 def drop_exits(rows: Wide, gone: NDArray[np.int32]) -> None:
-    """Refuse, in place, these entries and all that leads only to them."""
+    """Refuse, in place, these exits and all entries that lead only to them."""
     if len(gone):
         _drop(rows, gone)
         trim(rows)
@@ -426,13 +430,16 @@ def drop_exits(rows: Wide, gone: NDArray[np.int32]) -> None:
 
 @lru_cache(maxsize=4096)
 def any_string_content(exit_index: int) -> Content:
-    """Any string, written as constrained strings are; the quote leaves through this exit."""
+    """Return the table of any string, written as constrained strings are. The quote leaves through this exit."""
     return json_string_rows(Dfa(ir.MAX_CODE_POINT, [0], [0], 1, [[0]], [True]), [exit_index])
 
 
 @lru_cache(maxsize=4096)
 def ways_to_write(text: str) -> list[bytes]:
-    """All the ways to write a short text inside a constrained string; for long texts beyond ASCII the raw way alone."""
+    """Return all ways to write a short text inside a constrained string.
+
+    If there are more than 4,096, return only two: the text in UTF-8, and the text in ASCII.
+    """
     out = [b""]
     for char in text:
         ways = [w for s in char_sequences(char) for w in _spell(s)]

@@ -1,7 +1,7 @@
-"""Regular texts -> byte automata, by way of an automaton over classes of code points.
+r"""Regular texts to byte automata, by way of an automaton over classes of code points.
 
-Large classes (`\\w` has 734 ranges) make byte automata with hundreds of states; building them from the automaton over
-code points takes a small table lookup per state, while determinising byte sequences would take seconds.
+A large class (`\w` has 734 ranges) makes a byte automaton with hundreds of states. To determinise byte sequences
+directly would take seconds. From the automaton over code points, each state takes one small table lookup.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def compile_text(node: ir.Node, *, max_states: int = MAX_STATES, name: str = "")
 
 
 def text_dfa(node: ir.Node, *, max_states: int = MAX_STATES, name: str = "") -> Dfa:
-    """As `compile_text`, over code points; made in the time that few classes take."""
+    """Do as `compile_text`, over code points. Fast, because it works on few classes of code points."""
     sets: dict[ir.Ranges, None] = {}
     _collect(node, sets)
     starts, ids = _atoms(list(sets))
@@ -39,7 +39,7 @@ def text_dfa(node: ir.Node, *, max_states: int = MAX_STATES, name: str = "") -> 
 
 
 def _collect(node: ir.Node, sets: dict[ir.Ranges, None]) -> None:
-    """Add every set of code points that the node tells apart."""
+    """Add every set of code points that the node distinguishes."""
     match node:
         case ir.Bytes(value):
             for c in value.decode():
@@ -59,7 +59,7 @@ def _collect(node: ir.Node, sets: dict[ir.Ranges, None]) -> None:
 
 
 def _atoms(sets: list[ir.Ranges]) -> tuple[list[int], list[int]]:
-    """(first code point, atom) of each interval; code points in one atom are in the same sets."""
+    """Return (first code point, atom) of each interval. The code points of an atom are in the same sets."""
     cuts = np.unique([0, *(c for ranges in sets for low, high in ranges for c in (low, high + 1))])
     cuts = cuts[cuts <= ir.MAX_CODE_POINT]
     member = np.zeros((len(sets), len(cuts) + 1), dtype=np.int8)
@@ -80,7 +80,7 @@ def _id_ranges(ranges: ir.Ranges, starts: list[int], ids: list[int]) -> ir.Range
 
 
 def _renamed(node: ir.Node, by_set: dict[ir.Ranges, ir.Ranges]) -> ir.Node:
-    """The node with atoms for code points."""
+    """Return the node with atoms in place of code points."""
     match node:
         case ir.Bytes(value):
             return ir.Concatenation(tuple(ir.Chars(by_set[((ord(c), ord(c)),)]) for c in value.decode()))
@@ -96,7 +96,7 @@ def _renamed(node: ir.Node, by_set: dict[ir.Ranges, ir.Ranges]) -> ir.Node:
             return ir.Repeat(_renamed(item, by_set), low, high)
         case ir.Lookahead(item, is_negative):
             return ir.Lookahead(_renamed(item, by_set), is_negative)
-        case ir.Complement(item):  # within all texts; atoms that no text has (surrogates) are no part of it
+        case ir.Complement(item):  # within all texts: surrogates are in none
             any_text = ir.Repeat(ir.Chars(by_set[ir.ANY_CHAR.ranges]))
             return ir.Intersect((any_text, ir.Complement(_renamed(item, by_set))))
         case ir.Terminal(item, name):
@@ -107,7 +107,7 @@ def _renamed(node: ir.Node, by_set: dict[ir.Ranges, ir.Ranges]) -> ir.Node:
 def utf8_table(dfa: Dfa, *, max_states: int = 1_000_000, name: str = "") -> ir.Table:
     """Return the deterministic byte automaton of a trim automaton over code points.
 
-    States of `dfa` keep their numbers; those inside a character follow.
+    The states of `dfa` keep their numbers, and the states inside a character follow.
     Raises: GrammarTooLarge naming `name` past `max_states`.
     """
     planes = _ClassTree(dfa)
@@ -118,7 +118,7 @@ def utf8_table(dfa: Dfa, *, max_states: int = 1_000_000, name: str = "") -> ir.T
     inner: list[NDArray[np.int32]] = []
 
     def add(targets: NDArray[np.int32]) -> NDArray[np.int32]:
-        """Number the states that read one more byte of the 64: targets int32 [n, 64] -> int32 [n]."""
+        """Number the states that read one more byte, of 64 possible ones: targets int32 [n, 64] -> int32 [n]."""
         out = np.full(len(targets), -1, dtype=np.int32)
         for i in np.flatnonzero((targets >= 0).any(axis=1)).tolist():
             key = targets[i].tobytes()
@@ -151,10 +151,11 @@ def utf8_table(dfa: Dfa, *, max_states: int = 1_000_000, name: str = "") -> ir.T
 
 
 class _ClassTree:
-    """The UTF-8 tree of the classes of code points, equal subtrees shared; -1 stands for refused.
+    """The tree of UTF-8 bytes that leads to the class of a code point. Equal subtrees are shared; -1 stands for
+    refused.
 
-    one: class of each ASCII code point. last [n, 64]: distinct rows of classes for a last byte; middle [m, 64]: rows of
-    `last` numbers; first [k, 64]: rows of `middle` numbers. lead_*: subtree after each lead byte.
+    one: the class of each ASCII code point. last [n, 64]: distinct rows of classes for a last byte. middle [m, 64]:
+    rows of numbers of `last`. first [k, 64]: rows of numbers of `middle`. lead_*: the subtree after each lead byte.
     """
 
     def __init__(self, dfa: Dfa) -> None:
@@ -169,7 +170,7 @@ class _ClassTree:
             return np.where((code_points < 0xD800) | (code_points > 0xDFFF), found, -1).astype(np.int32)
 
         self.one = class_of(np.arange(0x80))
-        # of the 17,408 blocks of 64 code points, all but those with a border inside are of one class
+        # each of the 17,408 blocks of 64 code points is of one class, unless a border between classes is inside
         firsts = np.arange(0, 0x110000, 64)
         number = class_of(firsts)
         number[:2] = -1  # ASCII is read as one byte
@@ -181,16 +182,16 @@ class _ClassTree:
         number[mixed] = np.where(mixed_number < 0, -1, len(whole) + mixed_number)
         self.last = np.vstack([np.repeat(whole.astype(np.int32)[:, None], 64, axis=1), rows])
         self.lead_two = number[2:32].copy()  # C2..DF
-        number[:32] = -1  # E0 has no longer forms of what two bytes say
+        number[:32] = -1  # E0: no overlong forms of two-byte characters
         self.middle, number_middle = _distinct(number.reshape(-1, 64))
         self.lead_three = number_middle[:16]
-        planes = np.full((5, 64), -1, dtype=np.int32)  # F0..F4 lead to 64 middles each; F0's first 16 are shorter forms
+        planes = np.full((5, 64), -1, dtype=np.int32)  # F0..F4: 64 middles each; the first 16 would be overlong
         planes.reshape(-1)[16:272] = number_middle[16:272]
         self.first, self.lead_four = _distinct(planes)
 
 
 def _distinct(rows: NDArray[np.int32]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Distinct rows and the number of each row's; -1 for a row of -1 only."""
+    """Return the distinct rows and the number of each row's copy; -1 for a row that is -1 throughout."""
     keys = np.ascontiguousarray(rows).view(np.dtype((np.void, rows.shape[1] * rows.itemsize))).reshape(-1)
     _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
     distinct = rows[first]
