@@ -1,1 +1,1 @@
-"""JSON schema -> a place on the machine."""
+"""Compiles JSON schemas to frames of the machine."""

@@ -1,4 +1,4 @@
-"""JSON schemas to their places on a machine."""
+"""Places JSON schemas on a machine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ramet.grammar.machine.automaton import Machine
 from ramet.grammar.machine.compiled_grammar import Problem
 from ramet.grammar.machine.frame import target
 
-WARM_NODES = 64  # nodes worked out at once; larger schemas are worked out further as they are visited
+WARM_NODES = 64  # nodes prepared at once; the rest of a larger schema is prepared when a text reaches it
 
 OPENERS: Mapping[int, Opener] = {
     OBJECT: open_object,
@@ -37,7 +37,7 @@ OPENERS: Mapping[int, Opener] = {
 class Schemas:
     """JSON schemas with the same options, read into one set of expressions.
 
-    unenforced: what masks will not ensure.
+    unenforced: the problems that masks will not prevent.
     """
 
     def __init__(self, options: ir.JsonOptions, max_states: int) -> None:
@@ -49,7 +49,7 @@ class Schemas:
         self.expressions = self._interpreter.expressions
 
     def read(self, schema: Any) -> tuple[Expr, list[SchemaNode]]:  # Any: JSON
-        """Return a schema's expression, and those of its nodes that are worth to be worked out first.
+        """Return the expression of a schema, and those of its nodes that should be prepared first.
 
         Raises: InvalidSchema, UnsupportedSchema, GrammarTooLarge.
         """
@@ -60,15 +60,15 @@ class Schemas:
         return self.expressions.of_schema(root), root.registry.nodes[:WARM_NODES]
 
     def compilation(self, machine: Machine) -> Compilation:
-        """Return what places them on a machine."""
+        """Return the compilation that places these schemas on a machine."""
         is_spaced = self.options.whitespace == "bounded"
         return Compilation(machine, self.expressions, OPENERS, spaced=is_spaced, ordered=not self._is_exact)
 
 
 def place_schema(source: ir.JsonSchema, machine: Machine) -> tuple[int, list[Problem]]:
-    """Return the target at the start of the schema's values, and what masks will not ensure.
+    """Return the target at the start of the schema's values, and the problems that masks will not prevent.
 
-    Raises: InvalidSchema, UnsupportedSchema, GrammarTooLarge; GrammarError where no value satisfies the schema.
+    Raises: InvalidSchema, UnsupportedSchema, GrammarTooLarge; GrammarError if no value satisfies the schema.
     """
     try:
         schemas = Schemas(source.options, machine.limits.max_regular_states)

@@ -1,1 +1,1 @@
-"""JSON values on the machine: the frames that read them and their tables."""
+"""The frames that read JSON values, and their tables."""

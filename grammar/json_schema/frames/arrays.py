@@ -1,4 +1,4 @@
-"""JSON arrays on the machine: positions, counts of `contains`, items that must differ."""
+"""JSON arrays on the machine: positions, counts of `contains`, and items that must differ."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from ramet.grammar.json_schema.frames.lookahead import MAX_TAGS, ArrayEnd, EndsC
 from ramet.grammar.json_schema.frames.tables import CLOSE, GO_ON, next_item_rows, open_array_rows
 from ramet.grammar.machine.frame import DEAD, NEEDS_RUN, Frame, FrameTable, target
 
-# a spec that an array may still satisfy: tag, spec, items found of each `contains`, rivals (constants that the array
-# must not become, and which it equals so far)
+# a spec that an array may still satisfy: tag, spec, number of items found for each `contains`, rivals (constants
+# that the array must not become, and that it equals so far)
 ArrayThread = tuple[int, Arrays, tuple[int, ...], tuple[int, ...]]
 ArrayChoices = tuple[tuple[Expr, ...], list[tuple[ArrayThread, int]]]
-Items = tuple[int, ...]  # their numbers (see constants.py)
+Items = tuple[int, ...]  # numbers of the items (see constants.py)
 
 
 class ArrayState:
-    """How far an array has come, wherever it stands: what may follow is worked out once for all places.
+    """How much of an array was read, apart from its place. So what may follow is computed once for all places.
 
-    threads: the specs that the array may still satisfy. index: items read, up to where no thread tells positions apart;
-    seen: numbers of the items that must not come again.
+    threads: the specs that the array may still satisfy. index: number of items read, counted until no thread
+    distinguishes positions. seen: numbers of the items that must not come again.
     """
 
     def __init__(
@@ -39,7 +39,10 @@ class ArrayState:
         self._ends: tuple[ArrayEnd, ...] | None = None
 
     def choices(self) -> ArrayChoices:
-        """(what the next item may be, the threads that may read it, each with the index of its expression)."""
+        """Return (the expressions of the next item, the threads that may read it).
+
+        Each thread has the index of its expression.
+        """
         if self._choices is None:
             branches = self._branches()
             exprs = tuple(dict.fromkeys([e for _, e in branches]))
@@ -51,7 +54,7 @@ class ArrayState:
         out: list[tuple[ArrayThread, Expr]] = []
         for thread in self.threads:
             tag, spec, counts, rivals = thread
-            if not rivals and spec.is_plain:  # as below, with nothing to compare or to count
+            if not rivals and spec.is_plain:  # as below, but there is nothing to compare or to count
                 value = specs.item(spec, index)
                 if (spec.high is None or index < spec.high) and not e.is_empty(value):
                     out.append((thread, value))
@@ -65,12 +68,12 @@ class ArrayState:
         return out
 
     def _item_of(self, rival: int) -> int | None:
-        """The item that a rival has in the place of the next one; None where it has none."""
+        """Return the item of a rival at the index of the next item; None if it has none."""
         items = self.compilation.expressions.constants.items(rival)
         return items[self.index] if self.index < len(items) else None
 
     def may_finish(self, thread: ArrayThread, index: int) -> bool:
-        """Can the array still be completed as this thread wants it?"""
+        """Tell whether the array can still be completed to satisfy this thread."""
         _, spec, counts, rivals = thread
         e = self.compilation.expressions
         if rivals:
@@ -78,7 +81,7 @@ class ArrayState:
         return distinct.may_fill(e, spec, index, counts, self.seen)
 
     def is_free(self) -> bool:
-        """True where no item from here on can be stuck because of those before it."""
+        """Tell whether every text of the items to come can be completed, whatever items came before."""
         if self._is_free is None:
             self._is_free = self._find_is_free()
         return self._is_free
@@ -100,7 +103,7 @@ class ArrayState:
         return not any(len(items(r)) == self.index for r in rivals)
 
     def closing_tags(self) -> int:
-        """Tags that the array satisfies if it ends here."""
+        """Return the tags that the array satisfies if it ends here."""
         mask = 0
         for thread in self.threads:
             if self.may_close(thread):
@@ -114,14 +117,14 @@ class ArrayState:
         return self._end
 
     def ends(self) -> tuple[ArrayEnd, ...]:
-        """At index mask - 1: what follows an item that satisfies the tags in `mask`."""
+        """Return, at index mask - 1, what may follow an item that satisfies the tags in `mask`."""
         if self._ends is None:
             masks = range(1, 1 << len(self.choices()[0]))
             self._ends = tuple([self.after(mask, self.seen).end() for mask in masks])
         return self._ends
 
     def after(self, mask: int, seen: frozenset[int]) -> ArrayState:
-        """The array after an item that satisfies the tags in `mask`."""
+        """Return the array after an item that satisfies the tags in `mask`."""
         threads = tuple(dict.fromkeys([t for t, tag in self.choices()[1] if (mask >> tag) & 1]))
         index = min(self.index + 1, max([self._last_index(t) for t in threads], default=0))
         if threads == self.threads and index == self.index and seen == self.seen:
@@ -129,7 +132,7 @@ class ArrayState:
         return self.compilation.once(ArrayState, threads, index, seen)
 
     def _last_index(self, thread: ArrayThread) -> int:
-        """From this index on a thread cannot tell positions apart."""
+        """Return the index from which on a thread treats all positions alike."""
         _, spec, _, rivals = thread
         items = self.compilation.expressions.constants.items
         last = specs.last_index(spec)
@@ -137,10 +140,10 @@ class ArrayState:
 
 
 class ArrayNode:
-    """An array under way in its place.
+    """An array that is being read, in its place.
 
-    anonymous: how many of the items that must not come again are not known. items: all items, where the context asks
-    for the value; None also where some are not known.
+    anonymous: how many of the items that must not come again are not known. items: all items so far, if the context
+    asks for the value. None if it does not, or if some are not known.
     """
 
     def __init__(
@@ -153,7 +156,7 @@ class ArrayNode:
         self.items = items
 
     def mask_twin(self) -> ArrayNode:
-        """The same array in the twin of its context."""
+        """Return the same array in the twin of its context."""
         context = self.context.mask_twin()
         if context is self.context and self.items is None:
             return self
@@ -168,11 +171,11 @@ class ArrayNode:
         return self.context.resume(mask, ("array", self.items))
 
     def cost(self, thread: ArrayThread, index: int) -> int:
-        """About the bytes that this thread still has to write, to the end of the text."""
+        """Estimate the bytes that this thread still has to write, to the end of the text."""
         tag, spec, counts, rivals = thread
         e = self.compilation.expressions
         total = 1 + self.context.rest(tag)
-        if spec.repeats or any(len(e.constants.items(r)) == index for r in rivals):  # more must come
+        if spec.repeats or any(len(e.constants.items(r)) == index for r in rivals):  # more items must come
             total += 1000
         if spec.contains:
             return total + costs.of_witness(e, spec) * (specs.items_needed(e, spec, index, counts) or 0)
@@ -189,14 +192,14 @@ class ArrayNode:
 
 
 class ItemContext(Context):
-    """After an item."""
+    """The context of an item."""
 
     def __init__(self, compilation: Compilation, node: ArrayNode) -> None:
         self.compilation = compilation
         self.node = node
         state = node.state
         self.remembers = state.compares or node.items is not None
-        # where some text can be stuck because of what came before, an item must be known to go on
+        # if earlier items can make it impossible to complete a text, the text can only continue after a known item
         self.is_anonymous = state.compares and (node.anonymous > 0 or not state.is_free())
         self._twin: Context | None = None
 
@@ -230,7 +233,7 @@ class ItemContext(Context):
 
 
 def open_array(compilation: Compilation, exprs: tuple[Expr, ...], context: Context) -> int:
-    """Target after the opening bracket."""
+    """Return the target after the opening bracket."""
     state = compilation.once(_opened, exprs)
     if not state.threads:
         return DEAD
@@ -250,7 +253,7 @@ def _opened(compilation: Compilation, exprs: tuple[Expr, ...]) -> ArrayState:
 
 
 class ArrayStartFrame(Frame):
-    """Right after `[`."""
+    """The place right after `[`."""
 
     def __init__(self, compilation: Compilation, node: ArrayNode) -> None:
         self.compilation = compilation
@@ -277,7 +280,7 @@ class ArrayStartFrame(Frame):
 
 
 class ArrayNextFrame(ArrayStartFrame):
-    """After an item: `]` or a comma."""
+    """The place after an item: `]` or a comma."""
 
     def make_table(self) -> FrameTable:
         return self.compilation.constant_table(next_item_rows, (True, True), 2)

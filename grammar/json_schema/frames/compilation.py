@@ -1,9 +1,11 @@
-"""One compilation of JSON schemas: what its frames share, and how a value begins.
+"""One compilation of JSON schemas: the objects that its frames share, and the frame at the beginning of a value.
 
-A value can be one of several expressions (`anyOf` and its kin). They are followed side by side, each as a *tag*: bit
-`t` of a mask stands for expression `t`. When the value ends, its context gets the mask of the tags that the value
-satisfies, which is never 0, and goes on with the alternatives that these tags still allow. So there is one
-configuration, whatever the number of alternatives.
+A value may have to satisfy one of several expressions, for example because of `anyOf`. They are followed side by side.
+Each expression is a *tag*: bit `t` of a mask stands for expression `t`. When the value ends, its context gets the mask
+of the tags that the value satisfies. The mask is never 0. The context then goes on with the alternatives that these
+tags still allow. So there is one configuration, however many alternatives there are.
+
+For {"anyOf": [{"type": "integer"}, {"type": "number"}]}, the value 1 has the mask 0b11, and 1.5 has 0b10.
 """
 
 from __future__ import annotations
@@ -38,11 +40,11 @@ Ts = TypeVarTuple("Ts")
 
 
 class Context(ABC):
-    """What follows a value in its place.
+    """The surroundings of a value: decides what follows it.
 
-    remembers: `resume` must be told which value it was, since what may follow depends on it.
-    is_anonymous: remembers, but does not know some earlier value, as a walk over the vocabulary read it.
-    is_for_masks: stands for many places, so that masks made there are shared; no text ever gets there (lookahead.py).
+    remembers: `resume` must get the value itself, because what may follow depends on it.
+    is_anonymous: it remembers, but an earlier value was read by a walk over the vocabulary and is not known.
+    is_for_masks: it stands for many places that share their masks. No text ever gets there (lookahead.py).
     """
 
     remembers: bool = False
@@ -51,24 +53,25 @@ class Context(ABC):
 
     @abstractmethod
     def resume(self, mask: int, value: Const | None) -> int:
-        """Return the target after a value that satisfies the tags in `mask`; value: None where it is not known."""
+        """Return the target after a value that satisfies the tags in `mask`. value: None if it is not known."""
 
     @abstractmethod
     def rest(self, tag: int) -> int:
-        """About the bytes that must follow a value that satisfies this tag, to the end of the text."""
+        """Estimate the bytes that must follow a value that satisfies this tag, to the end of the text."""
 
     def mask_twin(self) -> Context:
-        """The context that gives the values in it the same masks (see Frame.mask_twin); itself where there is no
-        other."""
+        """Return the context in which values have the same masks as here (see Frame.mask_twin); itself if there is no
+        other.
+        """
         return self
 
     def least_rest(self, mask: int) -> int:
-        """The least `rest` of the tags in `mask`."""
+        """Return the least `rest` of the tags in `mask`."""
         return min(self.rest(tag) for tag in range(mask.bit_length()) if (mask >> tag) & 1)
 
 
 class TextContext(Context):
-    """The text around all JSON goes on at the target `after`, with about `num_bytes` bytes to its end."""
+    """The text around all JSON. It continues at the target `after`, with about `num_bytes` bytes left to its end."""
 
     def __init__(self, after: int, num_bytes: int) -> None:
         self.after = after
@@ -86,10 +89,10 @@ Opener = Callable[["Compilation", tuple[Expr, ...], Context], int]
 
 
 class Compilation:
-    """What is compiled together for one machine: one schema, or several in one text.
+    """All schemas that are compiled together for one machine: one, or several in one text.
 
-    openers: for each kind of value, how it begins. spaced, ordered: whether a space may follow commas and colons, and
-    whether properties come in declared order (see ir.JsonOptions).
+    openers: for each kind of value, the function that makes its first frame. spaced, ordered: whether a space may
+    follow commas and colons, and whether properties come in declared order (see ir.JsonOptions).
     """
 
     def __init__(
@@ -106,23 +109,23 @@ class Compilation:
         self.openers = openers
         self.spaced = spaced
         self.ordered = ordered
-        self._made: dict[tuple[object, ...], Any] = {}  # Any: a key's first item says what it gives
+        self._made: dict[tuple[object, ...], Any] = {}  # Any: the first item of a key says what type its value has
 
     def once(self, make: Callable[[Compilation, *Ts], T], *arguments: *Ts) -> T:
-        """Return make(self, *arguments), which is made when first asked for, and the same object ever after.
+        """Return make(self, *arguments). It is called once; later calls with equal arguments return the same object.
 
-        So whatever is made here can be compared, and be an argument in its turn, by identity.
+        So the results can be compared by identity, and can be arguments themselves.
         """
         key = (make, *arguments)
         found: T | None = self._made.get(key)
         if found is None:
             if key in self._made:
-                return found  # type: ignore[return-value]  # what was made is None
+                return found  # type: ignore[return-value]  # `make` returned None
             found = self._made[key] = make(self, *arguments)
         return found
 
     def frame(self, make: Callable[[Compilation, *Ts], Frame], *arguments: *Ts) -> int:
-        """As `once`, for frames: return the frame's instance."""
+        """Do as `once` for a frame, and return its instance."""
         key = (make, *arguments)
         found: int | None = self._made.get(key)
         if found is None:
@@ -130,17 +133,17 @@ class Compilation:
         return found
 
     def value(self, exprs: tuple[Expr, ...], context: Context, local: int) -> int:
-        """Target at a value: local 0 before its colon, 1 where a space may stand, 2 at its first byte."""
+        """Return the target at a value: local 0 is before its colon, 1 where a space may stand, 2 at its first byte."""
         return target(self.frame(ValueFrame, exprs, context), local)
 
     def constant_table(
         self, make: Callable[..., NDArray[np.int32]], arguments: tuple[object, ...], num_exits: int
     ) -> FrameTable:
-        """The table whose wide rows are make(*arguments), which do not depend on the schema."""
+        """Return the table whose wide rows are make(*arguments). The rows must not depend on the schema."""
         return self.once(_constant_table, make, arguments, num_exits)
 
     def string_table(self, rows: StringRows, num_exits: int) -> FrameTable:
-        """Put the table of a string's content on the machine, each time anew."""
+        """Put the table of a string's content on the machine. Each call makes a new table."""
         return self.machine.table(rows.rows, rows.byte_class, num_exits, None, rows.depths, rows.loop)
 
 
@@ -155,7 +158,7 @@ def _constant_table(
 
 
 class ValueFrame(Frame):
-    """The first byte of a value decides its kind, and the kind is the exit."""
+    """The first byte of a value. It decides the kind of value, and the kind is the exit."""
 
     def __init__(self, compilation: Compilation, exprs: tuple[Expr, ...], context: Context) -> None:
         self.compilation = compilation
@@ -174,7 +177,7 @@ class ValueFrame(Frame):
         return self.compilation.value(exprs, self.context.mask_twin(), local)
 
     def closing_exit(self, local: int) -> int:
-        """The kind of value that is shortest to finish, with all that follows."""
+        """Return the kind of value that is shortest to write, together with all that follows."""
         expressions, machine = self.compilation.expressions, self.compilation.machine
         own = self.compilation.frame(ValueFrame, self.exprs, self.context)
         ways: list[tuple[int, int]] = []

@@ -1,4 +1,4 @@
-"""The keys of objects: which keys the specs of an object treat alike, and the tables that read a key."""
+"""The keys of objects: groups of keys that all specs of an object treat alike, and the tables that read a key."""
 
 from __future__ import annotations
 
@@ -17,21 +17,24 @@ from ramet.grammar.machine.frame import FrameTable, leave
 from ramet.grammar.regular import strings
 from ramet.grammar.regular.plain_trie import plain_trie
 
-MAX_WAYS = 16  # to write a key, that are looked up and not searched
-MAX_COUNT = 1 << 10  # texts that can still follow, beyond which they are not counted
+MAX_WAYS = 16  # ways to write a key, up to which its endings are stored; with more, they are searched
+MAX_COUNT = 1 << 10  # texts that can still follow; counting stops here
 
 # a spec that an object may still satisfy: tag, spec (index in the space), bits of what must still exist, rivals
 ObjectThread = tuple[int, int, int, tuple[int, ...]]
-# what a key's value may be, and the threads that may read it, each with the index of its expression
+# the expressions of a key's value, and the threads that may read it, each with the index of its expression
 ObjectChoices = tuple[tuple[Expr, ...], list[tuple[ObjectThread, int]]]
 
 
 class KeySpace:
-    """The keys of objects that satisfy some of `specs`, by *label*: keys of one label are treated alike.
+    """The keys of objects that satisfy some of `specs`, grouped by *label*. All keys of a label are treated alike.
 
-    A key that some spec names is a label of its own: label i is names[i]. All other keys are *unnamed*; they are told
-    apart by their *signature*, the set of the specs' patterns that they match: label len(names) + s is signatures[s]. A
-    set of labels is given as bits of names (`named`) and bits of signatures (`others`).
+    A *named* key, which some spec names, has its own label: label i is names[i]. All other keys are *unnamed*. Their
+    label depends on their *signature*, the set of the specs' patterns that they match: label len(names) + s is
+    signatures[s]. A set of labels is given as bits of names (`named`) and bits of signatures (`others`).
+
+    With {"properties": {"a": {}}, "patternProperties": {"^x": {}}}, "a" is label 0. Keys that begin with x share a
+    label, and all other keys share another.
     """
 
     def __init__(self, compilation: Compilation, specs: tuple[Objects, ...]) -> None:
@@ -76,7 +79,7 @@ class KeySpace:
         self.dfa, self.signatures = self.compilation.expressions.languages.signatures(tuple(self.languages))
 
     def are_simple(self, threads: tuple[ObjectThread, ...]) -> bool:
-        """True where keys that came change nothing for these threads, but that they may not come again."""
+        """Tell whether the only effect of earlier keys on these threads is that they may not come again."""
         return not self.compilation.ordered and all(
             self.is_simple[spec] and not rivals for _, spec, _, rivals in threads
         )
@@ -93,7 +96,9 @@ class KeySpace:
         return found
 
     def may_differ(self, spec: int, exists: int, rivals: tuple[int, ...], seen: int) -> bool:
-        """Can an object with the names `seen`, equal to `rivals` so far, become different from all of them?"""
+        """Tell whether an object with the names `seen` that equals `rivals` so far can become different from all of
+        them.
+        """
         key = (spec, exists, rivals, seen)
         found = self._differs.get(key)
         if found is None:
@@ -104,21 +109,21 @@ class KeySpace:
         return found
 
     def usable(self, spec: int, label: int) -> bool:
-        """Is there a value for a key of this label?"""
+        """Tell whether there is a value for a key of this label."""
         return not self.compilation.expressions.is_empty(self.expr(spec, label))
 
     def alive(self, spec: int) -> tuple[int, int]:
-        """The labels that keys of an object of this spec may have: (bits of names, bits of signatures)."""
+        """Return the labels that keys of an object of this spec may have: (bits of names, bits of signatures)."""
         found = self._alive.get(spec)
         if found is None:
             n = len(self.names)
             o = self.specs[spec]
             others = sum(1 << i for i in range(len(self.signatures)) if self.usable(spec, n + i))
             if self.is_simple[spec] and self.is_open(others) and not o.named_only:
-                named = (1 << n) - 1  # a name without values is found when it is read: no text of a key can be stuck
+                named = (1 << n) - 1  # names without a value are found when they are read: no key can be stuck
             else:
                 named = sum(1 << i for i in range(n) if self.usable(spec, i))
-            if o.dependent:  # a key is of no use where those that it requires cannot stand
+            if o.dependent:  # a key is of no use if the keys that it requires cannot come
                 for i in range(n):
                     needed = sum(
                         1 << self.index[k] for k in object_specs.closure_of_keys(o, frozenset((self.names[i],)))
@@ -132,7 +137,7 @@ class KeySpace:
         return found
 
     def may_forget(self, specs: Iterable[int], extras: frozenset[str]) -> bool:
-        """True where these unnamed keys change nothing once they came, but that they may not come again."""
+        """Tell whether the only effect of these unnamed keys, once they came, is that they may not come again."""
         for spec in specs:
             others = self.alive(spec)[1]
             if not self.is_simple[spec] or (others and not self.has_room(others, extras)):
@@ -140,7 +145,9 @@ class KeySpace:
         return True
 
     def note_key(self, key: str, gaps: tuple[tuple[bytes, ...], ...]) -> None:
-        """Make an unnamed key known to `endings`. gaps: for each place before a key, what may stand up to its text."""
+        """Make an unnamed key known to `endings`. gaps: for each place before a key, the texts that may stand before
+        the key.
+        """
         if key in self._noted:
             return
         self._noted.add(key)
@@ -158,10 +165,10 @@ class KeySpace:
                     self._endings.setdefault(place, []).append((key, rest))
 
     def endings(self, place: bytes | int, keys: frozenset[str], gaps: tuple[bytes, ...]) -> list[bytes]:
-        """Texts that finish one of these keys, which `note_key` was told.
+        """Return the texts that complete one of these keys. `note_key` must know the keys.
 
-        place: the text of the key so far; or the number of the place before a key, where one of `gaps` stands up to its
-        text.
+        place: the text of the key so far; or the number of a place before a key, where one of `gaps` stands before the
+        key.
         """
         out = [rest for key, rest in self._endings.get(place, ()) if key in keys]
         for key in self._many_ways:
@@ -174,7 +181,9 @@ class KeySpace:
         return out
 
     def names_from(self, byte: int) -> int:
-        """Bits of the names that may begin with this byte of a JSON string, or end with it at once."""
+        """Return bits of the names whose text in JSON begins with this byte. (The empty name begins with its closing
+        quote.)
+        """
         found = self._names_from.get(byte)
         if found is None:
             ways = [strings.char_sequences(name[0]) if name else [(frozenset(b'"'),)] for name in self.names]
@@ -189,19 +198,21 @@ class KeySpace:
         return x.pattern in matching if x.pattern is not None else not matching.intersection(x.others)
 
     def is_open(self, others: int) -> bool:
-        """True where every unnamed key may come, so that no text of a key can be stuck."""
+        """Tell whether every unnamed key may come, so that every text of a key can be completed."""
         return others == (1 << len(self.signatures)) - 1
 
     def has_room(self, others: int, keys: frozenset[str]) -> bool:
-        """True where every beginning of one of these keys can be completed to more keys than could have come before, so
-        that no text is stuck because of those that came."""
+        """Tell whether keys that came before can never make it impossible to complete a key.
+
+        That is so if every beginning of one of `keys` can be completed to more keys than can have come before.
+        """
         if self.is_open(others):
             return True
         most = len(self.names) + len(keys)
         return all(self._room_at(others, key) > most for key in keys)
 
     def _room_at(self, others: int, key: str) -> int:
-        """Of all beginnings of a key, the fewest unnamed keys that one can be completed to."""
+        """Return the least number of unnamed keys to which a beginning of `key` can be completed."""
         found = self._room.get((others, key))
         if found is None:
             counts = self._counts_of(others)
@@ -215,12 +226,12 @@ class KeySpace:
         return found
 
     def _counts_of(self, others: int) -> NDArray[np.int64]:
-        """For each state of the automaton of unnamed keys, how many texts lead to an end, up to MAX_COUNT."""
+        """Return, for each state of the automaton of unnamed keys, how many texts lead to an end, up to MAX_COUNT."""
         found = self._counts.get(others)
         if found is None:
             dfa = self.dfa
             ends = np.array([label >= 0 for label in self._labels(others)], dtype=np.int64)
-            bounds = np.append(np.clip(dfa.starts, 0, 0xD800), 0xD800)  # the lower code points will do
+            bounds = np.append(np.clip(dfa.starts, 0, 0xD800), 0xD800)  # those below the surrogates are enough
             sizes = np.bincount(dfa.classes, np.diff(bounds), dfa.num_classes).astype(np.int64)
             targets = np.array(dfa.transitions, dtype=np.int64).reshape(len(ends), -1)
             targets[targets < 0] = len(ends)
@@ -232,11 +243,13 @@ class KeySpace:
         return found
 
     def table(self, named: int, others: int, extras: frozenset[str]) -> FrameTable:
-        """The table that reads a key of these labels but for the unnamed keys `extras`; its exits are the labels.
+        """Return the table that reads a key of these labels, except the unnamed keys `extras`. Its exits are the
+        labels.
 
-        Where any unnamed key may come, one table serves all states of an object: its frames make the exits of names
-        that came DEAD, and compare unnamed keys with those that came. Elsewhere the table itself refuses the keys that
-        may not come, and every text that leads only to such keys; with room, no unnamed key needs to be refused.
+        If any unnamed key may come, one table serves all states of an object: its frames make the exits of names that
+        came DEAD, and compare unnamed keys with those that came. Otherwise the table itself refuses the keys that may
+        not come, and every text that leads only to such keys. If there is room (see `has_room`), it need not refuse
+        unnamed keys that came.
         """
         if self.is_open(others):
             key: tuple[object, ...] = ("open",)
@@ -267,7 +280,7 @@ class KeySpace:
         return StringRows(rows, keys.byte_class, keys.depths, keys.loop)
 
     def _some_keys(self, named: int, others: int, extras: frozenset[str]) -> StringRows:
-        """The table of these names, and of the unnamed keys of these signatures but for `extras`."""
+        """Return the table of these names, and of the unnamed keys of these signatures except `extras`."""
         entries = {k: i if (named >> i) & 1 else -1 for i, k in enumerate(self.names)}
         content = overlay(
             strings.json_string_rows(self.dfa, self._labels(others)), {**entries, **dict.fromkeys(extras, -1)}
@@ -276,14 +289,15 @@ class KeySpace:
         return StringRows.of(content)
 
     def _labels(self, others: int) -> list[int]:
-        """For each state of the automaton of unnamed keys, the exit of a key that ends there; -1 for signatures not in
-        `others`.
+        """Return the exit of a key that ends in each state of the automaton of unnamed keys.
+
+        -1: the signature of such a key is not in `others`.
         """
         n = len(self.names)
         return [n + int(a) - 1 if (others >> (int(a) - 1)) & 1 else -1 for a in self.dfa.accepting]
 
     def possible(self, named: int, others: int, extras: frozenset[str]) -> tuple[int, int]:
-        """Those of these labels that still have a key, when `extras` came."""
+        """Return those of these labels that still have a key after `extras` came."""
         if (
             not others
             or self.is_open(others)
@@ -297,7 +311,7 @@ class KeySpace:
         return found
 
     def _reachable(self, table: FrameTable) -> tuple[int, int]:
-        """Labels of the exits that can be reached."""
+        """Return the labels of the exits that can be reached."""
         seen, level, exits = {0}, [0], set()
         while level:
             entries = np.unique(table.rows[level])
@@ -309,7 +323,7 @@ class KeySpace:
         return sum(1 << i for i in here if i < n), sum(1 << (i - n) for i in here if i >= n)
 
     def _all_keys(self, with_others: bool) -> StringRows:
-        """The table with every label."""
+        """Return the table with every label."""
         n = len(self.names)
         entries = {k: i for i, k in enumerate(self.names)}
         is_any = self.dfa is ANY_CHARS

@@ -1,8 +1,8 @@
-"""Strings whose length and language are both limited, without one automaton of both.
+"""Strings whose length and language are both limited, without one automaton for both.
 
-The automaton of the languages alone is laid out in *layers*: layer i is its states after i characters. A table holds a
-few layers, and the next table is made when a text gets there. Where no limit is near, all tables are one and the same.
-So `maxLength: 65535` beside a pattern costs what the pattern costs.
+The automaton of the languages alone is unrolled into *layers*: layer i holds its states after i characters. A table
+holds a few layers, and the next table is made when a text gets there. If no limit of length is near, all tables are the
+same one. So `maxLength: 65535` beside a pattern costs only what the pattern costs.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from ramet.grammar.json_schema.frames.tables import StringRows
 from ramet.grammar.machine.frame import REFUSE, compress_rows, leave, sample_bytes
 from ramet.grammar.regular import dfas, strings
 
-MAX_PRODUCT = 1500  # states of languages times lengths up to which one table of all is made
+MAX_PRODUCT = 1500  # up to this number of states (of the languages, times lengths), all is one table
 MAX_CONTENT = 512  # states between characters in one table of layers
-MAX_STATES = 2000  # of the languages together, from which on one table is made if it can be
-MAX_DISTANCES = 1 << 26  # entries of the distances kept
+MAX_STATES = 2000  # states of the languages together; with more, one table is made if possible
+MAX_DISTANCES = 1 << 26  # number of distances kept
 
 _INFINITE = 1 << 30
 
 
 class Condition(NamedTuple):
-    """A text of low..high characters satisfies this tag."""
+    """A tag is satisfied by a text of low..high characters."""
 
     tag: int
     low: int
@@ -40,10 +40,10 @@ class Condition(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Layers:
-    """Layers [position, position + num_layers) of a text, or all from `position` on.
+    """The layers [position, position + num_layers) of a text, or all from `position` on.
 
-    rows: content states of layer i stand at [i * n, (i + 1) * n). masks: tags of the first exits; exit len(masks) + q
-    goes on in state q of the layer after the last one.
+    rows: the content states of layer i are at [i * n, (i + 1) * n). masks: the tags of the first exits. Exit len(masks)
+    + q continues in state q of the layer after the last one.
     """
 
     rows: StringRows
@@ -53,7 +53,10 @@ class Layers:
     _costs: dict[tuple[int, ...], NDArray[np.int64]] = field(default_factory=dict)
 
     def way_out(self, state: int, exit_costs: tuple[int, ...]) -> tuple[bytes, int]:
-        """The cheapest way out of the table, counting a byte and what follows each exit: (its bytes, the exit)."""
+        """Return the cheapest way out of the table: (its bytes, the exit).
+
+        The cost of a way is the number of its bytes and the cost of what follows its exit.
+        """
         rows = self.rows.rows
         costs = self._costs.get(exit_costs)
         if costs is None:
@@ -73,7 +76,7 @@ class Layers:
 
 
 def _ahead(entries: NDArray[np.int32], costs: NDArray[np.int64], exit_costs: tuple[int, ...]) -> NDArray[np.int64]:
-    """For each table entry, the cost of what it leads to; infinite where it refuses."""
+    """Return, for each table entry, the cost from where it leads; infinite for a refusal."""
     known = np.concatenate([costs, [_INFINITE], exit_costs])
     return known[
         np.where(entries >= REFUSE, np.where(entries >= 0, entries, len(costs)), len(costs) + 1 + (-2 - entries) // 2)
@@ -81,7 +84,7 @@ def _ahead(entries: NDArray[np.int32], costs: NDArray[np.int64], exit_costs: tup
 
 
 def _cheapest(rows: NDArray[np.int32], exit_costs: tuple[int, ...]) -> NDArray[np.int64]:
-    """Bytes from each row to an exit, with what follows it."""
+    """Return the cost from each row: the bytes to an exit, and what follows the exit."""
     costs = np.full(len(rows), _INFINITE, dtype=np.int64)
     while True:
         following = np.minimum(_ahead(rows, costs, exit_costs).min(axis=1) + 1, _INFINITE)
@@ -91,9 +94,10 @@ def _cheapest(rows: NDArray[np.int32], exit_costs: tuple[int, ...]) -> NDArray[n
 
 
 class BoundedStrings:
-    """The strings of several tags: an automaton without lengths, and the lengths at which its states count.
+    """The strings of several tags: an automaton without lengths, and for each of its states the lengths that are
+    accepted.
 
-    Raises: GrammarTooLarge where the languages together, or the lengths, are too large.
+    Raises: GrammarTooLarge if the languages together, or the lengths, are too large.
     """
 
     def __init__(self, specs: tuple[tuple[Strings, ...], ...], languages: Languages) -> None:
@@ -126,7 +130,7 @@ class BoundedStrings:
         self._cache: dict[bytes, Layers] = {}
 
     def mask(self, state: int, position: int) -> int:
-        """Tags satisfied by a text that ends in a state after `position` characters."""
+        """Return the tags satisfied by a text that ends in a state after `position` characters."""
         out = 0
         for tag, low, high in self.labels[self.accepting[state]]:
             if position >= low and (high is None or position <= high):
@@ -134,7 +138,7 @@ class BoundedStrings:
         return out
 
     def _masks(self, position: int) -> NDArray[np.int64]:
-        """`mask` of all states."""
+        """Return `mask` for all states."""
         by_label = np.zeros(len(self.labels), dtype=object)
         for i, conditions in enumerate(self.labels):
             for tag, low, high in conditions:
@@ -143,8 +147,10 @@ class BoundedStrings:
         return by_label[self.accepting]  # type: ignore[no-any-return]
 
     def _measure(self, bounds: list[int], name: str) -> tuple[list[int], list[NDArray[np.int32]]]:
-        """For each position, the least number of characters to an end from each state: (positions where it changes,
-        ascending; the distances from there on)."""
+        """Compute the least number of characters to an end from each state, for each position.
+
+        Returns (positions where it changes, ascending; the distances from each of them on).
+        """
         table = np.array(self.dfa.transitions, dtype=np.int64).reshape(self.num_states, -1)
         targets = np.where(table < 0, self.num_states, table)
 
@@ -177,14 +183,14 @@ class BoundedStrings:
         return starts[::-1], kept[::-1]
 
     def distances(self, position: int) -> NDArray[np.int32]:
-        """Characters to the nearest end from each state, `position` characters into the text."""
+        """Return the number of characters from each state to the nearest end, `position` characters into the text."""
         return self._distances[max(bisect.bisect_right(self._starts, position) - 1, 0)]
 
     def is_alive(self, position: int, state: int) -> bool:
         return bool(self.distances(position)[state] < _INFINITE)
 
     def layers(self, position: int) -> Layers:
-        """The layers from a position on; equal ones are one object."""
+        """Return the layers from a position on. Equal layers are one object."""
         if position >= self.last:
             return self._kept(np.stack([self._masks(self.last)]), np.stack([self.distances(self.last)] * 2), True)
         n = self.num_layers
@@ -215,7 +221,7 @@ class BoundedStrings:
             else:
                 following = own if is_tail else own + (i + 1) * n
             inner = count * n + i * num_inner + np.arange(num_inner)
-            # what an entry becomes: content states of the next layer, inner states of this one, refusals
+            # an entry becomes a content state of the next layer, an inner state of this layer, or a refusal
             becomes = np.concatenate([np.where(alive[i + 1], following, REFUSE), inner, [REFUSE]])
             layer = becomes[np.where(self.rows >= 0, self.rows, n + num_inner)]
             layer[:n, quote] = ends[i]
@@ -229,7 +235,7 @@ class BoundedStrings:
 
 
 def bounded_strings(specs: tuple[tuple[Strings, ...], ...], languages: Languages) -> BoundedStrings | None:
-    """The strings of several tags; None where one table of all lengths will do."""
+    """Return the strings of several tags; None if one table of all lengths is small enough."""
     spans = [(s, *languages.bounds(s)) for group in specs for s in group]
     if all(not low and high is None for _, low, high in spans):
         return None

@@ -1,12 +1,15 @@
-"""What follows a value as far as masks look at it, so that values in different places share their masks.
+"""The text after a value, described only as far as masks read it, so that values in different places share masks.
 
-After a value come closing brackets, a comma, and the next key or item. A token that ends a value seldom reads further
-than the first byte of that key or item. So a mask depends on little of what surrounds the value: on which brackets may
-close, and on how the next key or item may begin. A value whose surroundings agree in that has one *mask twin* (see
-Frame.mask_twin), which stands in a context of this module: masks are made there, once. The few tokens that read further
-are run one by one from the value itself.
+After a value come closing brackets, a comma, and the next key or item. A token that ends a value rarely reads past the
+first byte of that key or item. So a mask depends on little of the surroundings: which brackets may close, and how the
+next key or item may begin. Values whose surroundings agree in this have one *mask twin* (see Frame.mask_twin). The twin
+has a context of this module, and its mask is made once. The few tokens that read further are run one by one from the
+value itself.
 
-No text ever stands in these frames and contexts.
+For example, the strings of {"type": "object", "additionalProperties": {"type": "string"}} have the same twin, whatever
+keys came before: after each of them, the object may end or go on with any key.
+
+No text ever gets to these frames and contexts.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from ramet.grammar.json_schema.frames.tables import (
 )
 from ramet.grammar.machine.frame import NEEDS_RUN, Frame, FrameTable, target
 
-MAX_TAGS = 2  # a value with more tags has a twin of its own: 2 ** tags sets of them would have to be looked at
+MAX_TAGS = 2  # a value with more tags is its own twin: otherwise 2 ** tags sets of tags would have to be compared
 
 
 class MaskFrame(Frame):
@@ -47,7 +50,7 @@ class MaskContext(Context):
 
 
 class Somewhere(MaskContext):
-    """Nothing is known of what follows: tokens that end the value are run."""
+    """A context of which nothing is known. Tokens that end the value are run."""
 
     def __init__(self, compilation: Compilation) -> None:
         pass
@@ -57,7 +60,7 @@ class Somewhere(MaskContext):
 
 
 class UnreadFrame(MaskFrame):
-    """A text into which masks do not look: tokens that read on in it are run."""
+    """A text that masks do not read. Tokens that continue into it are run."""
 
     def __init__(self, compilation: Compilation) -> None:
         self.table = compilation.constant_table(unread_rows, (), 1)
@@ -67,10 +70,10 @@ class UnreadFrame(MaskFrame):
 
 
 class KeyStartFrame(MaskFrame):
-    """A key of which masks look at the first byte only.
+    """A key of which masks read only the first byte.
 
-    starts: the bytes with which it may begin, of those that any token has after a comma and a quote; None where it may
-    be any text.
+    starts: the bytes with which the key may begin, among those that follow a comma and a quote in some token. None: the
+    key may be any text.
     """
 
     def __init__(self, compilation: Compilation, starts: bytes | None) -> None:
@@ -85,13 +88,16 @@ class KeyStartFrame(MaskFrame):
 
 
 def any_key_table(compilation: Compilation) -> FrameTable:
-    """The table of keys that may be any text; it has one exit."""
+    """Return the table of keys that may be any text. It has one exit."""
     return compilation.string_table(any_key_rows(), 1)
 
 
 class ObjectEnd(NamedTuple):
-    """What may follow in an object. tags: those that it satisfies if it ends here, 0 where it may not; may_go_on: a key
-    may come; starts: how that key may begin, see KeyStartFrame."""
+    """What may follow in an object.
+
+    tags: the tags that the object satisfies if it ends here, 0 if it may not end. may_go_on: a further key may follow.
+    starts: how that key may begin, see KeyStartFrame.
+    """
 
     tags: int
     may_go_on: bool
@@ -99,8 +105,11 @@ class ObjectEnd(NamedTuple):
 
 
 class ArrayEnd(NamedTuple):
-    """What may follow in an array. tags: those that it satisfies if it ends here, 0 where it may not; item: what the
-    next item must be."""
+    """What may follow in an array.
+
+    tags: the tags that the array satisfies if it ends here, 0 if it may not end. item: the expressions of the next
+    item.
+    """
 
     tags: int
     item: tuple[Expr, ...]
@@ -110,7 +119,8 @@ End = ObjectEnd | ArrayEnd
 
 
 class EndsContext(MaskContext):
-    """Of a value, only what follows in its object or array is known, and what follows that.
+    """The context of a value that knows only what may follow in the object or array around it, and the context of
+    those.
 
     ends[mask - 1]: what follows a value that satisfies the tags in `mask`. outer: the context of the object or array.
     """
@@ -127,17 +137,17 @@ class EndsContext(MaskContext):
 def before_end(
     compilation: Compilation, end: End, outer: Context, *, is_open: bool, inner: Context | None = None
 ) -> int:
-    """Target where an object or array may end.
+    """Return the target at a place where an object or array may end.
 
-    is_open: right after its opening bracket, else after a property or an item. inner: the context of the next item;
-    left out, nothing is known of what follows the item.
+    is_open: the place is right after the opening bracket, not after a property or an item. inner: the context of the
+    next item; by default, nothing is known of what follows the item.
     """
     inner = inner or compilation.once(Somewhere)
     return target(compilation.frame(EndFrame, end, outer, is_open, inner))
 
 
 class EndFrame(MaskFrame):
-    """The bracket that closes an object or array, or what leads to its next key or item."""
+    """The bracket that closes an object or array, or the comma before its next key or item."""
 
     def __init__(self, compilation: Compilation, end: End, outer: Context, is_open: bool, inner: Context) -> None:
         self.compilation = compilation

@@ -1,9 +1,10 @@
-"""How far a JSON object has come, wherever it stands: which keys may follow, and whether it may end.
+"""How much of a JSON object was read, apart from its place: which keys may follow, and whether it may end.
 
-A state consists of the keys that came and of the *threads*, the specs that the object may still satisfy. A thread also
-holds which `exists` of its spec no key satisfied yet, and its rivals: the constants that the object must not become,
-and which it equals so far. A tag with several specs has several threads. A key that some spec names is a bit; other
-keys, the unnamed ones, are remembered by their texts.
+A state consists of the keys that came and of the *threads*. A thread is a spec that the object may still satisfy. It
+also holds the `exists` conditions of its spec that no key has satisfied yet. And it holds its rivals: the constants
+that the object must not become, and that it equals so far. A tag with several specs has several threads.
+
+A *named* key, which some spec names, is stored as a bit. An *unnamed* key is stored as its text.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from ramet.grammar.machine.frame import FrameTable
 
 
 class ObjectState:
-    """What may follow is worked out once for all places of objects that have come as far.
+    """The state of an object. What may follow is computed once for all objects in the same state.
 
-    threads: the specs that the object may still satisfy. seen: bits of the named keys that came; extras: the unnamed
-    ones. anonymous: how many unnamed keys a walk over the vocabulary read, so that their names are not known. forgets:
-    unnamed keys may have come, no matter which (see ObjectNode.mask_twin).
+    threads: the specs that the object may still satisfy. seen: bits of the named keys that came. extras: the unnamed
+    keys that came. anonymous: how many unnamed keys were read by a walk over the vocabulary, so that their texts are
+    not known. forgets: unnamed keys may have come, but the state does not hold them (see ObjectNode.mask_twin).
     """
 
     def __init__(
@@ -46,13 +47,13 @@ class ObjectState:
         self.forgets = forgets
         self.has_extras = forgets or bool(extras)  # unnamed keys came before
         self.count = seen.bit_count() + len(extras) + anonymous
-        # do the keys seen change nothing but that they may not come again?
+        # True: the only effect of the keys seen is that they may not come again
         self.is_simple = space.are_simple(threads)
         self._alive: tuple[int, int] | None = None
         self._closing_tags: int | None = None
         self._end: ObjectEnd | None = None
         self._table: FrameTable | None = None
-        # what the keys seen do not change is kept by all of the space
+        # answers that do not depend on the keys seen are shared by all states of the space
         self._choices = space.choices_of_threads if self.is_simple else {}
         self._ends: dict[tuple[int, str | None], tuple[ObjectEnd, ...]] = {}
 
@@ -60,7 +61,7 @@ class ObjectState:
         return self.space.may_forget({spec for _, spec, _, _ in self.threads}, extras)
 
     def needed(self, spec: int, seen: int) -> int:
-        """Bits of the names that must still come."""
+        """Return bits of the named keys that must still come."""
         space = self.space
         o = space.specs[spec]
         if not o.dependent:
@@ -70,7 +71,7 @@ class ObjectState:
         return sum(1 << space.index[k] for k in keys) & ~seen
 
     def may_finish(self, thread: ObjectThread, seen: int, count: int) -> bool:
-        """Can the object still be completed as this thread wants it?"""
+        """Tell whether the object can still be completed to satisfy this thread."""
         _, spec, exists, rivals = thread
         space, o = self.space, self.space.specs[spec]
         if rivals and not space.may_differ(spec, exists, rivals, seen):
@@ -93,7 +94,10 @@ class ObjectState:
         return bool(others) or count + (named & ~seen).bit_count() >= o.low
 
     def _way_to_exist(self, spec: int, x: Exists, seen: int, needed: int) -> int | None:
-        """0: a key that must come anyway can be the witness; 1: another one can; None: no way."""
+        """Return how many extra keys an `exists` needs; None if no key can satisfy it.
+
+        0: a key that must come anyway can satisfy it. 1: another key can.
+        """
         space, e = self.space, self.compilation.expressions
         best: int | None = None
         for label in range(space.num_labels):
@@ -106,7 +110,7 @@ class ObjectState:
         return best
 
     def branches(self, label: int) -> list[tuple[ObjectThread, Expr]]:
-        """The threads that may read a key of this label, each with what its value must be."""
+        """Return the threads that may read a key of this label, each with the expression of its value."""
         space, e = self.space, self.compilation.expressions
         if self.is_simple:
             values = [(thread, space.expr(thread[1], label)) for thread in self.threads]
@@ -141,15 +145,19 @@ class ObjectState:
     def _ways_to_differ(
         self, value: Expr, rivals: tuple[int, ...], label: int
     ) -> Iterable[tuple[Expr, tuple[int, ...]]]:
-        """The value that a key of this label must have, to become different from some rivals or stay like others."""
+        """Yield what the value of a key of this label must be, to become different from some rivals or stay like the
+        others.
+        """
         names, constants = self.space.names, self.compilation.expressions.constants
-        if not rivals or label >= len(names):  # the names are also those of the rivals
+        if not rivals or label >= len(names):  # the keys of the rivals are among the names
             return ((value, ()),)
         return constants.split(value, rivals, lambda r: constants.members(r).get(names[label]))
 
     def choices(self, label: int) -> ObjectChoices:
-        """(what the value of a key of this label may be, the threads that may read it, each with the index of its
-        expression)."""
+        """Return (the expressions of the value of a key of this label, the threads that may read it).
+
+        Each thread has the index of its expression.
+        """
         found = self._choices.get((self.threads, label))
         if found is None:
             branches = self.branches(label)
@@ -163,7 +171,9 @@ class ObjectState:
         return found
 
     def keys_after(self, label: int, key: str | None) -> tuple[int, frozenset[str], int]:
-        """(seen, extras, anonymous) with one more key. key: where the label is no name, and it is known."""
+        """Return (seen, extras, anonymous) after one more key. key: the text of an unnamed key, None if it is not
+        known.
+        """
         if label < len(self.space.names):
             return self.seen | (1 << label), self.extras, self.anonymous
         if key is not None:
@@ -171,7 +181,7 @@ class ObjectState:
         return self.seen, self.extras, self.anonymous + (0 if self.forgets else 1)
 
     def after(self, label: int, key: str | None, mask: int) -> ObjectState:
-        """The object after a property whose value satisfies the tags in `mask`."""
+        """Return the object after a property whose value satisfies the tags in `mask`."""
         choices = self.choices(label)[1]
         if len(choices) == 1:
             threads: tuple[ObjectThread, ...] = (choices[0][0],)
@@ -181,7 +191,7 @@ class ObjectState:
         return self.compilation.once(ObjectState, self.space, threads, seen, extras, anonymous, self.forgets)
 
     def ends(self, label: int, key: str | None) -> tuple[ObjectEnd, ...]:
-        """At index mask - 1: what follows a property's value that satisfies the tags in `mask`."""
+        """Return, at index mask - 1, what may follow a property's value that satisfies the tags in `mask`."""
         found = self._ends.get((label, key))
         if found is None:
             masks = range(1, 1 << len(self.choices(label)[0]))
@@ -189,14 +199,16 @@ class ObjectState:
         return found
 
     def _in_order(self, spec: int, label: int) -> bool:
-        """declared_order: after all named keys seen, and not past one that must still come."""
+        """Tell whether declared_order allows a key: it comes after all named keys seen, and skips no key that must
+        come.
+        """
         if label >= len(self.space.names):
             return not self.needed(spec, self.seen)
         earlier = (1 << label) - 1
         return self.seen >> label == 0 and not self.has_extras and not self.needed(spec, self.seen) & earlier
 
     def alive(self) -> tuple[int, int]:
-        """Labels of the keys that may come: (bits of names, bits of signatures)."""
+        """Return the labels of the keys that may come: (bits of names, bits of signatures)."""
         if self._alive is None:
             space = self.space
             n = len(space.names)
@@ -214,7 +226,7 @@ class ObjectState:
         return self._alive
 
     def table(self) -> FrameTable:
-        """The table that reads the next key."""
+        """Return the table that reads the next key."""
         if self._table is None:
             self._table = self.space.table(*self.alive(), self.extras)
         return self._table
@@ -227,7 +239,7 @@ class ObjectState:
         return not any(len(members(r)) == self.count for r in rivals)
 
     def closing_tags(self) -> int:
-        """Tags that the object satisfies if it ends here."""
+        """Return the tags that the object satisfies if it ends here."""
         mask = self._closing_tags
         if mask is None:
             mask = 0
@@ -250,7 +262,7 @@ class ObjectState:
         return self._end
 
     def missing(self, thread: ObjectThread, seen: int) -> int:
-        """Keys that must still come, beyond those that are needed by name."""
+        """Return how many keys must still come, beyond those that are needed by name."""
         _, spec, _, _ = thread
         present = self.needed(spec, seen).bit_count() + seen.bit_count() + len(self.extras) + self.anonymous
         return max(self.space.specs[spec].low - present, 0)

@@ -1,6 +1,7 @@
-"""JSON objects on the machine: keys in any order, each at most once, several alternatives at a time.
+"""JSON objects on the machine. Keys come in any order, each at most once, and several alternatives are followed at a
+time.
 
-An object under way is a node: how far it has come (see object_states.py), and its context.
+An object that is being read is a node: its state (see object_states.py) and its context.
 """
 
 from __future__ import annotations
@@ -25,15 +26,15 @@ from ramet.grammar.json_schema.frames.object_states import ObjectState
 from ramet.grammar.json_schema.frames.tables import CLOSE, GO_ON, next_key_rows, open_object_rows
 from ramet.grammar.machine.frame import DEAD, NEEDS_RUN, Frame, FrameTable, path_to_exit, target
 
-Content = frozenset[tuple[str, int]]  # keys and numbers of their values (see constants.py)
-Place = tuple[tuple[Expr, ...], Context]  # what a value must be, and where it stands
+Content = frozenset[tuple[str, int]]  # keys, each with the number of its value (see constants.py)
+Place = tuple[tuple[Expr, ...], Context]  # the expressions of a value, and its context
 
 # likely ones first; a control character only by an escape
 _KEY_BYTES = bytes(dict.fromkeys([*b"abcdefghijklmnopqrstuvwxyz0123456789_-. ", *range(0x23, 0x5C), *range(256)]))
 
 
 def prepare(compilation: Compilation, spec: v.Objects) -> None:
-    """Make what objects of this spec alone will need first; not for patterns, whose automata may take long."""
+    """Make what objects of this spec alone will need first. Skips specs with patterns: their automata may take long."""
     if spec.rules or spec.exists:
         return
     space = compilation.once(KeySpace, (spec,))
@@ -41,7 +42,7 @@ def prepare(compilation: Compilation, spec: v.Objects) -> None:
 
 
 def open_object(compilation: Compilation, exprs: tuple[Expr, ...], context: Context) -> int:
-    """Target after the opening brace."""
+    """Return the target after the opening brace."""
     state = compilation.once(_opened, exprs)
     if state is None:
         return DEAD
@@ -66,9 +67,10 @@ def _opened(compilation: Compilation, exprs: tuple[Expr, ...]) -> ObjectState | 
 
 
 class ObjectNode:
-    """An object under way in its place.
+    """An object that is being read, in its place.
 
-    content: what it holds, where the context asks for the value; None also where some of it is not known.
+    content: the properties read so far, if the context asks for the value. None if it does not, or if some are not
+    known.
     """
 
     def __init__(self, compilation: Compilation, state: ObjectState, context: Context, content: Content | None) -> None:
@@ -80,16 +82,21 @@ class ObjectNode:
         self._mask_keys: list[int | None] = [None, None]
 
     def mask_twin(self, forgets: bool) -> ObjectNode:
-        """The same in the context's twin. forgets: also without the unnamed keys that came, where they change nothing
-        but that they may not come again."""
+        """Return the same object in the twin of its context.
+
+        forgets: also without the unnamed keys read so far, if their only effect is that they may not come again.
+        """
         found = self._twins[forgets]
         if found is None:
             found = self._twins[forgets] = self._in(self.context.mask_twin(), forgets)
         return found
 
     def mask_keys(self, is_committed: bool) -> int:
-        """The instance where masks of a key's text are made (see MaskKeyFrame): nothing is known of what surrounds the
-        object. is_committed: some of the text was read before, so that keys that came are refused by that text."""
+        """Return the instance in which the masks of a key's text are made (see MaskKeyFrame). It knows nothing of the
+        surroundings.
+
+        is_committed: some of the key's text was read before. That text then decides which earlier keys are refused.
+        """
         found = self._mask_keys[is_committed]
         if found is None:
             state = self.state
@@ -109,7 +116,7 @@ class ObjectNode:
         return self.compilation.once(ObjectNode, state, context, None)
 
     def close(self) -> int:
-        """Target after the closing brace."""
+        """Return the target after the closing brace."""
         mask = self.state.closing_tags()
         if not mask:
             return DEAD
@@ -118,7 +125,7 @@ class ObjectNode:
         return self.context.resume(mask, ("object", self.content))
 
     def cost(self, thread: ObjectThread, seen: int) -> int:
-        """About the bytes that this thread still has to write, to the end of the text."""
+        """Estimate the bytes that this thread still has to write, to the end of the text."""
         tag, spec, exists, rivals = thread
         state = self.state
         space, e = state.space, self.compilation.expressions
@@ -129,31 +136,31 @@ class ObjectNode:
             if (needed >> i) & 1:
                 total += len(space.names[i]) + 4 + e.cost(space.expr(spec, i))
         members, count = e.constants.members, seen.bit_count()
-        if any(len(members(r)) == count for r in rivals):  # more must come, so that it differs
+        if any(len(members(r)) == count for r in rivals):  # more keys must come, to differ from a rival
             total += 1000
         return total + 1000 * state.missing(thread, seen)
 
     def key(self, is_shared: bool) -> int:
-        """Target inside the next key, after its opening quote.
+        """Return the target inside the next key, after its opening quote.
 
-        is_shared: for masks, where unnamed keys are not compared with those that came.
+        is_shared: for masks; unnamed keys are not compared with earlier keys.
         """
         state = self.state
         named, others = state.alive()
         if not named and not others:
             return DEAD
         if state.anonymous and others and not state.space.is_open(others):
-            return NEEDS_RUN  # whether a text of this key can be finished depends on the keys that are not known
+            return NEEDS_RUN  # keys that are not known decide whether a text of this key can be completed
         return target(self.compilation.frame(KeyFrame, self, is_shared and bool(others), b""))
 
     def follow(self, label: int, key: str | None) -> int:
-        """Target after a key (its name is given where the label is no name and it is known)."""
+        """Return the target after a key. key: the text of an unnamed key, None if it is not known."""
         context = self.compilation.once(PropertyContext, self, label, key)
         return self.compilation.value(context.exprs, context, 0) if context.exprs else DEAD
 
 
 class PropertyContext(Context):
-    """After a property's value."""
+    """The context of a property's value."""
 
     def __init__(self, compilation: Compilation, node: ObjectNode, label: int, key: str | None) -> None:
         self.compilation = compilation
@@ -189,7 +196,7 @@ class PropertyContext(Context):
         return target(self.compilation.frame(ObjectNextFrame, following, False))
 
     def _content(self, value: Const | None) -> Content | None:
-        """What the object holds after this value."""
+        """Return the properties of the object after this value; None if they are not known."""
         node, names = self.node, self.node.state.space.names
         key = names[self.label] if self.label < len(names) else self.key
         if node.content is None or key is None or value is None:
@@ -198,13 +205,13 @@ class PropertyContext(Context):
 
 
 class ObjectStartFrame(Frame):
-    """Right after `{`.
+    """The place right after `{`.
 
-    is_shared: where unnamed keys came before, masks are made in a copy of the frame that takes any unnamed key;
-    `refused_prefixes` then takes away those that came.
+    is_shared: masks are made in a copy of the frame that accepts every unnamed key, also one that came before.
+    `refused_prefixes` then removes the keys that came.
     """
 
-    gaps: tuple[tuple[bytes, ...], ...] = ((b'"',),)  # for each local state, what may stand up to a key's text
+    gaps: tuple[tuple[bytes, ...], ...] = ((b'"',),)  # for each local state, what may stand before a key
 
     def __init__(self, compilation: Compilation, node: ObjectNode, is_shared: bool) -> None:
         self.compilation = compilation
@@ -223,7 +230,7 @@ class ObjectStartFrame(Frame):
         return target(self.compilation.frame(type(self), node, self.is_shared or node.state.has_extras), local)
 
     def refused_prefixes(self, local: int) -> Sequence[bytes]:
-        """Those that would finish an unnamed key for the second time."""
+        """Return the texts that would complete an unnamed key that came before."""
         extras = self.node.state.extras
         return self.node.state.space.endings(local, extras, self.gaps[local]) if extras else ()
 
@@ -237,7 +244,7 @@ class ObjectStartFrame(Frame):
 
 
 class ObjectNextFrame(ObjectStartFrame):
-    """After a property: `}` or a comma and the next key."""
+    """The place after a property: `}` or a comma and the next key."""
 
     gaps = ((b',"', b', "'), (b'"', b' "'), (b'"',))
 
@@ -256,11 +263,11 @@ class ObjectNextFrame(ObjectStartFrame):
 
 
 class KeyFrame(Frame):
-    """The text of a key and its closing quote: exit i is name i, further exits are the signatures of unnamed keys.
+    """The text of a key and its closing quote. Exit i is name i; the further exits are the signatures of unnamed keys.
 
-    Where unnamed keys may come, the frame has memory, since an unnamed key is known by its text. The frame as entered
-    (is_committed False) serves masks that read a key's whole text within one token. When a token ends inside the key,
-    the state stands in a copy that knows the text so far.
+    If unnamed keys may come, the frame has memory, because an unnamed key is identified by its text. The frame in which
+    a key begins (is_committed False) serves masks that read the whole text of a key in one token. If a token ends
+    inside the key, the text goes on in a copy of the frame that knows the text so far.
     """
 
     def __init__(self, compilation: Compilation, node: ObjectNode, is_committed: bool, text: bytes) -> None:
@@ -278,7 +285,7 @@ class KeyFrame(Frame):
             return DEAD if (state.seen >> exit_index) & 1 else node.follow(exit_index, None)
         if state.anonymous or (state.has_extras and not self.is_committed):
             return NEEDS_RUN
-        if not state.space.is_open(state.alive()[1]):  # whether a further key can be finished may depend on this one
+        if not state.space.is_open(state.alive()[1]):  # this key may decide whether a further key can be completed
             return NEEDS_RUN
         return node.mask_twin(forgets=True).follow(exit_index, None)
 
@@ -295,12 +302,14 @@ class KeyFrame(Frame):
         return target(self.node.mask_keys(self.is_committed), local)
 
     def refused_prefixes(self, local: int) -> Sequence[bytes]:
-        """Those that would finish an unnamed key for the second time."""
+        """Return the texts that would complete an unnamed key that came before."""
         extras = self.node.state.extras
         return self.node.state.space.endings(self.text, extras, ()) if extras and self.has_memory else ()
 
     def closing_exit(self, local: int) -> int:
-        """A key that some thread needs, if the text read so far allows one; the thread with the least to do first."""
+        """Return a key that some thread needs, if the text so far allows one. The thread with the least cost comes
+        first.
+        """
         node, state = self.node, self.node.state
         named, others = state.alive()
         ways = []
@@ -315,12 +324,12 @@ class KeyFrame(Frame):
             for t, e in state.branches(label):
                 cost = node.cost(t, seen) + self.compilation.expressions.cost(e)
                 if label >= n and state.missing(t, seen):
-                    cost -= 1000  # a key without a name counts, too
+                    cost -= 1000  # an unnamed key also counts towards the missing keys
                 ways.append((cost + len(way), label))
         return min(ways)[1]
 
     def closing_way(self, local: int, exit_index: int) -> bytes | None:
-        """A short way to an exit that makes a key which is not there yet."""
+        """Return a short text to an exit that makes a key that did not come before."""
         extras = self.node.state.extras
         if exit_index < self.num_names or not extras:
             return path_to_exit(self.table, exit_index, local)
@@ -341,9 +350,10 @@ class KeyFrame(Frame):
 
 
 class MaskKeyFrame(MaskFrame):
-    """Keys for masks only: nothing is known of what surrounds the object, so that the few tokens that end it are run.
+    """Keys, for masks only. The frame knows nothing of what surrounds the object, so the few tokens that end the object
+    are run.
 
-    is_shared: unnamed keys are not compared with those that came.
+    is_shared: unnamed keys are not compared with earlier keys.
     """
 
     def __init__(self, compilation: Compilation, node: ObjectNode, is_shared: bool) -> None:
@@ -364,7 +374,7 @@ class MaskKeyFrame(MaskFrame):
         return self.compilation.value(exprs, context, 0) if exprs else DEAD
 
     def _place(self, label: int) -> Place:
-        """The value of a key."""
+        """Return the expressions and the context of a key's value."""
         node = self.node
         plainest = self.compilation.expressions.plainest
         if self.compilation.machine.vocabulary.reads_past_values:
@@ -374,7 +384,7 @@ class MaskKeyFrame(MaskFrame):
         return tuple(dict.fromkeys(map(plainest, node.state.choices(label)[0]))), self.compilation.once(Somewhere)
 
     def loop_twin(self) -> int | None:
-        """The loop state of unnamed keys whose values have the same places."""
+        """Return the loop state of the frame of unnamed keys whose values have the same places."""
         if self._loop_twin is None:
             self._loop_twin = self._find_loop_twin()
         return self._loop_twin
@@ -393,9 +403,10 @@ class MaskKeyFrame(MaskFrame):
 
 
 class UnnamedKeyFrame(MaskFrame):
-    """Unnamed keys for masks only, so that objects whose named keys differ share the mask of the loop state.
+    """Unnamed keys, for masks only. Objects with different named keys share the mask of its loop state.
 
-    places: of the values, for the exits from `first` on; those before are of names, which the loop does not lead to.
+    places: the places of the values, for the exits from `first` on. The exits before `first` are named keys, which the
+    loop state never reaches.
     """
 
     def __init__(self, compilation: Compilation, table: FrameTable, first: int, places: tuple[Place, ...]) -> None:
@@ -403,7 +414,7 @@ class UnnamedKeyFrame(MaskFrame):
         self.table = table
         self.first = first
         self.places = places
-        # where any value may follow any key, all grammars with these options have the same mask
+        # if any value may follow any key, all grammars with these options have the same mask
         is_any = table is compilation.once(any_key_table) and places == (((TRUE,), compilation.once(Somewhere)),)
         self.loop_key = ("any key", compilation.spaced, compilation.ordered) if is_any else None
 

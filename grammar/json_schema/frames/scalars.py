@@ -38,30 +38,30 @@ from ramet.grammar.machine.frame import (
 )
 from ramet.grammar.regular.numbers import Numbers, fraction
 
-TaggedStrings = tuple[tuple[Strings, ...], ...]  # for each tag, the strings that satisfy it: one of these specs
+TaggedStrings = tuple[tuple[Strings, ...], ...]  # for each tag, its specs: one of them must hold
 TaggedNumbers = tuple[tuple[Numbers, ...], ...]
-TableOfMasks = tuple[FrameTable, tuple[int, ...]]  # a table, and for each of its exits the mask of the tags satisfied
+TableOfMasks = tuple[FrameTable, tuple[int, ...]]  # a table, and for each exit the mask of the tags that are satisfied
 
 _ANY: TaggedStrings = ((v.ANY_STRINGS,),)
 
 
 def open_string(compilation: Compilation, exprs: tuple[Expr, ...], context: Context) -> int:
-    """Target after the opening quote."""
-    if isinstance(context, Somewhere):  # hardly any token begins before such a string and reads on in it
+    """Return the target after the opening quote."""
+    if isinstance(context, Somewhere):  # hardly any token begins before such a string and continues in it
         return target(compilation.frame(UnreadFrame))
     return _string(compilation, tuple([compilation.expressions.values(e).strings for e in exprs]), context)
 
 
 def open_number(compilation: Compilation, exprs: tuple[Expr, ...], context: Context) -> int:
-    """Target before the first byte."""
+    """Return the target before the first byte."""
     specs: TaggedNumbers = tuple([compilation.expressions.values(e).numbers for e in exprs])
-    if compilation.ordered and len(specs) == 1:  # with several tags, which of them hold must be known
+    if compilation.ordered and len(specs) == 1:  # with several tags, it must be known which of them are satisfied
         specs = (tuple(_as_models_write(n) for n in specs[0]),)
     return target(compilation.frame(NumberFrame, specs, context, b""))
 
 
 def open_literal(kind: int, compilation: Compilation, exprs: tuple[Expr, ...], context: Context) -> int:
-    """Target after the first letter of true, false or null."""
+    """Return the target after the first letter of true, false or null."""
     mask = sum(1 << i for i, e in enumerate(exprs) if _allows(compilation.expressions.values(e), kind))
     return target(compilation.frame(LiteralFrame, kind, mask, context))
 
@@ -71,7 +71,7 @@ def _allows(a: Values, kind: int) -> bool:
 
 
 def _as_models_write(numbers: Numbers) -> Numbers:
-    """Integers without a fraction part."""
+    """Let integers have no fraction part."""
     is_free = numbers.integer and numbers.plain is None and numbers.finite is None
     return replace(numbers, plain=True) if is_free else numbers
 
@@ -100,8 +100,8 @@ class LiteralFrame(Frame):
 class TextFrame(Frame):
     """The text of a string or a number, or a part of it.
 
-    masks: of each exit that ends the value, the tags that the value then satisfies. Exits beyond those of `masks` go on
-    in the next part. Where the context remembers values, the frame has memory and its parts hand the text on.
+    masks: for each exit that ends the value, the tags that the value then satisfies. The exits after those continue in
+    the next part. If the context remembers values, the frame has memory, and its parts pass the text on.
     """
 
     def __init__(self, compilation: Compilation, table: TableOfMasks, context: Context, text: bytes) -> None:
@@ -113,14 +113,14 @@ class TextFrame(Frame):
 
     @abstractmethod
     def moved(self, context: Context, text: bytes) -> int:
-        """Return the instance of the same frame in this context, with this text read in it."""
+        """Return the instance of the same frame in this context after this text."""
 
     def next_part(self, exit_index: int) -> int:
         """Return the target of an exit that does not end the value."""
         raise AssertionError(f"{self} is not a part")
 
     def read(self, text: bytes) -> Const:
-        """The value that was written."""
+        """Return the value that a text stands for."""
         return ("string", json.loads(b'"' + text + b'"'))
 
     def resolve(self, exit_index: int) -> int:
@@ -175,8 +175,10 @@ def _number_table(compilation: Compilation, specs: TaggedNumbers) -> TableOfMask
 
 
 def _string(compilation: Compilation, specs: TaggedStrings, context: Context) -> int:
-    """Target after the opening quote of a string, in one of three forms: of a counted number of any characters, cut
-    into layers because lengths and languages meet, or in one table."""
+    """Return the target after the opening quote of a string, in one of three forms.
+
+    A counted number of any characters; layers, if the length and the language are both limited; or one table.
+    """
     if len(specs) == 1 and len(specs[0]) == 1:
         s = specs[0][0]
         if s is not v.ANY_STRINGS and s != v.ANY_STRINGS and not (s.languages or s.excluded) and s.finite is None:
@@ -210,7 +212,7 @@ def _string_table(compilation: Compilation, specs: TaggedStrings) -> TableOfMask
 
 
 def _counted(compilation: Compilation, low: int, high: int | None, context: Context) -> int:
-    """Target inside a string that takes low..high more characters, of which nothing else is asked."""
+    """Return the target inside a string that takes low..high more characters, with no other condition."""
     if low > 0:
         n = min(low, CHUNK)
         rest = (low - n, None if high is None else high - n)
@@ -231,7 +233,7 @@ def _chunk_table(compilation: Compilation, closable: bool, last: bool) -> FrameT
 
 
 class CountFrame(TextFrame):
-    """Up to CHUNK characters of a string; exit 1 goes on with `rest`, the characters (at least, at most) after them."""
+    """Up to CHUNK characters of a string. Exit 1 goes on with `rest`: (at least, at most) so many more characters."""
 
     def __init__(
         self, compilation: Compilation, table: FrameTable, rest: tuple[int, int | None], context: Context, text: bytes
@@ -259,7 +261,7 @@ def _bounded_strings(compilation: Compilation, specs: TaggedStrings) -> BoundedS
 
 
 def _layer(compilation: Compilation, strings: BoundedStrings, position: int, state: int, context: Context) -> int:
-    """Target inside a string, `position` characters after its beginning."""
+    """Return the target inside a string, `position` characters after its beginning."""
     position = min(position, strings.last)
     return target(compilation.frame(LayersFrame, strings, position, context, b""), state)
 
@@ -295,10 +297,10 @@ class LayersFrame(TextFrame):
         return way
 
     def _closing(self, local: int) -> tuple[bytes, int]:
-        """The shortest way to an end, as far as it leads through this table, and the exit that it takes."""
+        """Return the shortest way to an end, up to the end of this table, and the exit that it takes."""
         costs = [self.context.least_rest(mask) for mask in self.masks]
         if self.table.num_exits > len(self.masks):
-            # its quote and what follows are to be written then, too: else to go on would look cheaper than to end
+            # the cost also counts the quote and what follows; otherwise continuing would look cheaper than ending
             rest = 1 + min(self.context.rest(tag) for tag in self.strings.tags)
             following = self.strings.distances(self.position + self.layers.num_layers)
             costs += (following.astype(np.int64) + rest).tolist()

@@ -1,5 +1,6 @@
-"""The tables of JSON's scalars and punctuation before they are put on a machine. They are the same for all
-compilations, so they are kept.
+"""The tables of JSON's scalars and punctuation, before they are put on a machine.
+
+They are the same in all compilations, so they are kept for the life of the process.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from ramet.grammar.regular.dfas import Dfa
 from ramet.grammar.regular.numbers import Numbers
 from ramet.grammar.regular.plain_trie import plain_trie
 
-FEW_NUMBERS, MANY_NUMBERS = 8, 4096  # single numbers between which they are not made automata one by one
+FEW_NUMBERS, MANY_NUMBERS = 8, 4096  # with so many single values, they share a walk
 CHUNK = 64  # characters that one table of a counted string holds
-OBJECT, ARRAY, STRING, NUMBER, TRUE, FALSE, NULL = range(7)  # kinds of value: exits of the table that dispatches
+OBJECT, ARRAY, STRING, NUMBER, TRUE, FALSE, NULL = range(7)  # kinds of value: the exits of `dispatch_rows`
 LITERALS = {TRUE: b"rue", FALSE: b"alse", NULL: b"ull"}
 GO_ON, CLOSE = 0, 1  # exits of the tables between values: a key or an item follows; the object or array ends
 VALUE_STARTS = b'{["-0123456789tfn'
@@ -36,9 +37,10 @@ _PLAIN = np.array([b for b in range(0x20, 0x7F) if b not in b'"\\'])
 
 @cache
 def dispatch_rows(spaced: bool, kinds: int) -> NDArray[np.int32]:
-    """States: 0 before the colon, 1 where one space may stand, 2 at the value's first byte. Exits: by kind of value.
+    """Return the rows that read the beginning of a value. The exits are the kinds of value.
 
-    kinds: bits of those that may stand here.
+    States: 0 before the colon, 1 where one space may stand, 2 at the value's first byte. kinds: bits of the kinds that
+    may stand here.
     """
     rows = np.full((3, 256), REFUSE, dtype=np.int32)
     rows[0, ord(":")] = 1
@@ -139,7 +141,7 @@ def compressed_rows(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StringRows:
-    """The table of a string's content before it is on a machine; see FrameTable for depths and loop."""
+    """The table of a string's content, before it is put on a machine. For depths and loop see FrameTable."""
 
     rows: NDArray[np.int32]
     byte_class: NDArray[np.uint8]
@@ -160,7 +162,7 @@ class StringRows:
             safe = np.unique(byte_class[_PLAIN]).astype(np.int64)
             word = np.unique(byte_class[_WORD]).astype(np.int64)
             walker.safe_depths(rows, num_content, safe, word, beyond, depths)
-            # a trie over any string ends with the rows of any string; elsewhere the start may be the loop
+            # a trie over any string ends with the rows of any string; in other tables, the start may be the loop
             for q in {0, num_content - 1}:
                 if beyond[q] == q and (rows[q, safe] == q).all():
                     loop = q
@@ -168,7 +170,9 @@ class StringRows:
 
     @staticmethod
     def of_trie(rows: NDArray[np.int32], byte_class: NDArray[np.uint8], num_content: int) -> StringRows:
-        """As `compressed`, for what `plain_trie` gives: over any string all plain text may follow everywhere."""
+        """Do as `compressed`, for the result of `plain_trie`. Over any string, all plain text may follow in every
+        state.
+        """
         depths = np.zeros((4, len(rows)), dtype=np.int32)
         depths[:, :num_content] = walker.MANY
         return StringRows(rows, byte_class, depths, num_content - 1)
@@ -185,7 +189,7 @@ def counted_string(closable: bool, last: bool) -> StringRows:
 
 
 def renumbered(specs: tuple[tuple[Strings, ...], ...], number: dict[int, int]) -> tuple[tuple[Strings, ...], ...]:
-    """The specs with other numbers for their languages."""
+    """Return the specs with new numbers for their languages."""
     if not number:
         return specs
     return tuple(
@@ -198,7 +202,7 @@ def renumbered(specs: tuple[tuple[Strings, ...], ...], number: dict[int, int]) -
 def string_rows(
     specs: tuple[tuple[Strings, ...], ...], sources: tuple[tuple[str, str], ...], max_states: int
 ) -> tuple[StringRows, tuple[int, ...]]:
-    """(rows, mask of tags of each exit). sources: (kind, source) of the languages; the specs name them by index."""
+    """Return (rows, mask of tags of each exit). sources: (kind, source) of the languages; specs name them by index."""
     languages = Languages(max_states)
     specs = renumbered(specs, {i: languages.add(*source) for i, source in enumerate(sources)})
     entries: dict[str, int] = {}
@@ -236,7 +240,7 @@ def string_rows(
 def number_rows(
     specs: tuple[tuple[Numbers, ...], ...],
 ) -> tuple[NDArray[np.int32], NDArray[np.uint8], NDArray[np.int32], tuple[int, ...]]:
-    """(rows, byte classes, exit where the number may end, mask of tags of each exit)."""
+    """Return (rows, byte classes, exit of each state where the number may end, mask of tags of each exit)."""
     values = {v for tag in specs for n in tag for v in (*(n.finite or ()), *n.excluded)}
     if FEW_NUMBERS < len(values) <= MANY_NUMBERS and all(n.plain is None for tag in specs for n in tag):
         wide, ends, masks = _many_numbers(specs, values)
@@ -252,7 +256,7 @@ def number_rows(
 
 
 def _leave_at(wide: NDArray[np.int32], ends: NDArray[np.int32]) -> None:
-    """Let what is no more of a number end it, where it may end."""
+    """Let each byte that does not continue the number leave, in the states where the number may end."""
     for state in np.flatnonzero(ends >= 0).tolist():
         row = wide[state]
         row[row < 0] = leave(int(ends[state]), again=True)
@@ -261,8 +265,11 @@ def _leave_at(wide: NDArray[np.int32], ends: NDArray[np.int32]) -> None:
 def _many_numbers(
     specs: tuple[tuple[Numbers, ...], ...], values: set[Fraction]
 ) -> tuple[NDArray[np.int32], NDArray[np.int32], tuple[int, ...]]:
-    """(rows, exits where the number may end, masks of tags) where many single `values` are named: those are told apart
-    by one walk over their digits, beside an automaton of all other numbers."""
+    """Do as number_rows, for specs that name many single `values`.
+
+    One walk over their digits distinguishes them, beside one automaton of all other numbers. Returns (rows, exits where
+    the number may end, masks of tags).
+    """
     bases = [[n for n in tag if n.finite is None] for tag in specs]
     parts = [[numeric.unexcluded(n) if n.excluded else numeric.automaton(n) for n in b] for b in bases]
     dfa, known = _tagged([dfas.union(p) if p else None for p in parts]) if any(parts) else (None, [0])
@@ -275,7 +282,8 @@ def _many_numbers(
     written = [(numeric.decimal_text(x), masks[x]) for x in sorted(values)]
     if 0 in values:
         written.append(("-0", masks[Fraction(0)]))
-    # a state: (indices of texts and characters read of them, with zeros after the text; state of `dfa`, -1 for none)
+    # a state: (indices of texts, and how many characters of them are read, with zeros after the text; state of `dfa`,
+    # -1 for none)
     first = (tuple((i, 0) for i in range(len(written))), -1 if dfa is None else 0)
     index, queue = {first: 0}, [first]
     other = np.full((0, 256), REFUSE, dtype=np.int32) if dfa is None else dfas.byte_table(dfa)
@@ -316,7 +324,7 @@ def _many_numbers(
 
 
 def _tagged(parts: list[Dfa | None]) -> tuple[Dfa, list[int]]:
-    """One automaton whose `accepting` numbers the masks of the parts that accept; and those masks, first 0."""
+    """Return one automaton that accepts with the number of a mask of tags, and the list of these masks, 0 first."""
     present = [(i, d) for i, d in enumerate(parts) if d is not None]
     masks = {0: 0}
 
@@ -332,13 +340,14 @@ def _tagged(parts: list[Dfa | None]) -> tuple[Dfa, list[int]]:
 
 
 def overlay(base: strings.Content | None, entries: dict[str, int]) -> strings.Content:
-    """A string table in which single strings have exits of their own (-1: refused), all others those of `base`.
+    """Return a string table in which single strings have exits of their own. All other strings have those of `base`.
 
-    base: start 0; None: no other string. The result may need trimming.
+    entries: the exit of each single string, -1: refused. base: start 0; None: no other string is allowed. The result
+    may need trimming.
     """
     if not entries and base is not None:
         return base
-    own: list[int] = [0 if base is not None else -1]  # for each new row, the row of `base` it extends (-1: none)
+    own: list[int] = [0 if base is not None else -1]  # for each new row, the row of `base` that it extends (-1: none)
     edges: list[tuple[int, int, int]] = []  # (new row, byte, entry)
     children: list[dict[int, int]] = [{}]
     old = None if base is None else base.rows
@@ -365,7 +374,7 @@ def overlay(base: strings.Content | None, entries: dict[str, int]) -> strings.Co
     table = np.array(sources, dtype=np.int64).reshape(-1, 3)
     rows[table[:, 0], table[:, 1]] = table[:, 2]
     if base is not None:
-        # a row with a way of its own beyond ASCII leads elsewhere after some characters, though never to a refusal
+        # a row with its own target beyond ASCII leads to another state after some characters, but never to a refusal
         other = np.unique(table[(table[:, 1] >= 0x80), 0])
         beyond[other] = np.where(beyond[other] >= 0, beyond[other], -2)
     return strings.Content(rows.astype(np.int32, copy=False), num_content, beyond)
@@ -374,7 +383,7 @@ def overlay(base: strings.Content | None, entries: dict[str, int]) -> strings.Co
 def _descend(
     char: str, node: int, base: NDArray[np.int32] | None, own: list[int], children: list[dict[int, int]]
 ) -> int:
-    """Follow one code point from a trie node, by all ways to write it; they meet again in one node."""
+    """Follow one code point from a trie node, in all ways to write it. They all end in one node."""
     if char.isascii() and char >= " " and char not in '"\\/\x7f':
         byte = ord(char)
         found = children[node].get(byte)
@@ -387,7 +396,7 @@ def _descend(
         return found
     end: int | None = None
     ways = strings.char_sequences(char)
-    # the last byte of each way leads to the same node: find it if another string made it, else make it
+    # the last byte of each way leads to the same node: reuse it if another string made it, else make it
     for way in ways:
         at: int | None = node
         for step in way:
