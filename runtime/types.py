@@ -1,7 +1,7 @@
-"""The nouns of the runtime: requests, sequences, batches and what comes back. Plain Python and numpy, no torch.
+"""The types of the runtime: requests, sequences, batches and outputs. Plain Python and numpy, no torch.
 
-Not here: who changes them. A `Request` never changes. A `Sequence` is changed by the scheduler alone. A `Batch` is
-frozen: the scheduler makes it, the model runner reads it, the scheduler gets it back with its outputs.
+A `Request` never changes. Only the scheduler changes a `Sequence`. A `Batch` is frozen: the scheduler makes it, the
+model runner reads it, and the scheduler gets it back with its outputs.
 
 One sequence's tokens, with `num_prompt = len(request.prompt_ids)`:
 
@@ -51,46 +51,46 @@ class Status(Enum):
 
 
 class Grammar(Protocol):
-    """What the runtime needs of a compiled grammar. States are small integers; state 0 is the start.
+    """The runtime's interface to a compiled grammar. States are small integers; state 0 is the start.
 
-    A state is a pure function of the tokens committed so far, so preemption and fork keep an integer and no more.
+    A state is a pure function of the tokens committed so far, so preemption and fork keep only an integer.
     """
 
     @property
     def is_closed(self) -> bool:
-        """True when every reachable state is known, so that `device_tables` can be resident on a device."""
+        """True if every reachable state is known, so `device_tables` can be kept on a device."""
 
     def fill_mask(self, state: int, row: NDArray[np.int32]) -> None:
-        """Write the token mask of `state`: bit `t % 32` of word `t // 32` is 1 where token t is allowed."""
+        """Write the token mask of `state`: bit `t % 32` of word `t // 32` is 1 if token t is allowed."""
 
     def advance(self, state: int, token: int) -> int | None:
-        """Return the state after `token`, or None if it is refused."""
+        """Return the state after `token`, or None if the grammar refuses the token."""
 
     def is_accepting(self, state: int) -> bool:
         """True if the text may end here."""
 
     def forced_tokens(self, state: int) -> list[int]:
-        """Tokens that must follow, where one tokenisation is the only one a model could write; else empty."""
+        """Tokens that must follow, if a model could write the forced text in only one tokenisation; else empty."""
 
     def shortest_completion(self, state: int) -> list[int]:
-        """The fewest tokens that lead to an accepting state."""
+        """The shortest list of tokens that leads to an accepting state."""
 
     def completion_bound(self, state: int) -> int:
-        """No less than the length of `shortest_completion`, and cheap: asked after every token."""
+        """An upper bound of the length of `shortest_completion`. Must be cheap: it is called after every token."""
 
     def __hash__(self) -> int:
         """By identity: the device holds one copy of a grammar, shared by its sequences."""
 
     def device_tables(self) -> DeviceTables | None:
-        """The closed automaton as arrays, with the same state numbers; None if it is open."""
+        """The closed automaton as arrays, with the same state numbers; None if the grammar is not closed."""
 
 
 class RequestOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
-    """What a request may say besides its prompt and its sampling. A wrong value raises InvalidRequest naming the field.
+    """Options of a request, besides prompt and sampling. A wrong value raises InvalidRequest naming the field.
 
-    `cache_salt`: requests share cached prefixes only with requests of the same salt. `program_id`: the program that it
-    belongs to. Lower `priority` values run first. `deadline_s`: seconds from its submission until it is given up.
-    `score_from`: generate nothing, and return the log-probabilities of `prompt_ids[score_from:]`.
+    `cache_salt`: requests share cached prefixes only with requests of the same salt. `program_id`: the program that the
+    request belongs to. Lower `priority` values run first. `deadline_s`: seconds from submission until the request is
+    aborted. `score_from`: generate nothing, and return the log-probabilities of `prompt_ids[score_from:]`.
     """
 
     cache_salt: str = ""
@@ -111,12 +111,12 @@ class RequestOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             raise wrong_option("deadline_s", self.deadline_s, "a finite number of seconds, or None")
 
     def changed(self, values: dict[str, Any]) -> RequestOptions:  # Any: checked as at birth
-        """A copy with other values. Raises InvalidRequest, and TypeError for an unknown field."""
+        """Return a copy with other values. Raises InvalidRequest, and TypeError for an unknown field."""
         return msgspec.structs.replace(self, **values) if values else self
 
 
 def wrong_option(name: str, value: object, limit: str) -> InvalidRequest:
-    """The error of an option with a wrong value."""
+    """Return the error for an option with a wrong value."""
     return InvalidRequest(f"{name} is {value!r}, but must be {limit}", param=name)
 
 
@@ -125,7 +125,7 @@ def _is_seconds(value: object) -> bool:
 
 
 def _is_text(value: object) -> bool:
-    """True for text that UTF-8 can write: with no half of a surrogate pair."""
+    """True for text that UTF-8 can encode: it has no lone surrogate."""
     if not isinstance(value, str):
         return False
     try:
@@ -140,13 +140,13 @@ NO_OPTIONS = RequestOptions()
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Request:
-    """What somebody asked for; never changes.
+    """A checked request. It never changes.
 
     `stop_ids`: tokens that end the sequence (end of text unless ignored, and `stop_token_ids`).
     `cache_salt`: requests share cached prefixes only with requests of the same salt.
-    `score_from`: when set, nothing is generated: the log-probabilities of `prompt_ids[score_from:]` are returned.
+    `score_from`: if set, nothing is generated; the log-probabilities of `prompt_ids[score_from:]` are returned.
     `arrival_s`, `deadline_s`: seconds of time.monotonic(). Lower `priority` values run first.
-    `num_prompt + max_tokens` never exceeds the context: the border that makes requests checks it.
+    `num_prompt + max_tokens` never exceeds the context: `engine/validation.py`, which makes requests, checks it.
     """
 
     request_id: str
@@ -178,10 +178,10 @@ class Request:
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """A running request. Owner: the scheduler; everyone else reads.
+    """A live request and its progress. Owner: the scheduler; all others only read.
 
-    `page_ids`: pages in path order. The first `num_shared_pages` belong to the radix tree, where a lock keeps them; the
-    rest belong to this sequence. `error`: why it ended with FinishReason.ERROR.
+    `page_ids`: pages in path order. The first `num_shared_pages` belong to the radix tree, where a lock keeps them from
+    eviction; the others belong to this sequence. `error`: the cause of FinishReason.ERROR.
     """
 
     request: Request
@@ -200,7 +200,7 @@ class Sequence:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens known to the host: the prompt and what was read of the output."""
+        """Number of tokens known to the host: the prompt, and the output tokens read so far."""
         return len(self.request.prompt_ids) + len(self.output_ids)
 
     @property
@@ -219,10 +219,10 @@ class Sequence:
 class ScheduledSequence(NamedTuple):
     """One sequence's share of a step: compute KV for positions [start, start + num_tokens).
 
-    A named tuple, because every row of every step makes one: 0.14 µs where a frozen dataclass takes 0.64 µs.
+    A named tuple, because every row of every step makes one: it takes 0.14 µs, a frozen dataclass 0.64 µs.
 
-    A decode row has `num_tokens == 1`, `samples` and `is_decode` (its token may exist on the device only).
-    `samples`: the step's last position of this row yields a token.
+    A decode row has `num_tokens == 1`, `samples` and `is_decode`; possibly only the device knows its token.
+    `samples`: the row's last position in this step yields a token.
     """
 
     sequence: Sequence
@@ -252,13 +252,15 @@ class Batch:
     page_copies: tuple[PageCopy, ...] = ()
 
 
-# The four values that every token of every row makes (RowOutput, Usage, RequestOutput, the engine's SequenceUpdate) are
-# not frozen: a frozen dataclass sets each field by a call, which was 0.5 of the host's 1.4 ms a step of 256 rows.
+# Four types have one instance for each token of each row: RowOutput, Usage, RequestOutput, and the engine's
+# SequenceUpdate. They are not frozen: a frozen dataclass sets each field by a call, which took 0.5 of the host's 1.4 ms
+# in a step of 256 rows.
 @dataclass(slots=True)
 class RowOutput:
-    """What a step gave one item: the sampled tokens (1..k; none where the item does not sample).
+    """A step's output for one item: the sampled tokens (1..k, or none if the item does not sample).
 
-    `logprobs[i]` is the log-probability of `token_ids[i]`, `top_logprobs[i]` the likeliest (token, log-probability).
+    `logprobs[i]` is the log-probability of `token_ids[i]`; `top_logprobs[i]` has the most likely tokens as pairs
+    (token, log-probability).
     For a scoring request `prompt_logprobs` holds one value for each scored position of this chunk.
     """
 
@@ -270,10 +272,10 @@ class RowOutput:
 
 @dataclass(slots=True)
 class RequestOutput:
-    """One increment of a request's output. The last one has `finish_reason`; `usage` is always right so far.
+    """One increment of a request's output. The last one has `finish_reason`; `usage` counts all tokens so far.
 
-    `stop_match`: the stop string or stop token that ended it. `error`: set with FinishReason.ERROR or ABORT.
-    `incomplete`: with FinishReason.LENGTH, why a constrained text is no whole one; None if it is.
+    `stop_match`: the stop string or stop token that ended the request. `error`: set with FinishReason.ERROR or ABORT.
+    `incomplete`: with FinishReason.LENGTH, the reason why a constrained text is incomplete; None if it is complete.
     """
 
     request_id: str

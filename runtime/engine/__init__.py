@@ -1,1 +1,1 @@
-"""The engine: its loop, its threads and callers, and how one is made."""
+"""The engine: its loop, its thread, the interface for callers, and its construction."""

@@ -1,4 +1,4 @@
-"""Compile what the CPU runs as machine code before the first request. A machine keeps the result on disk."""
+"""Compile the CPU's machine code before the first request. The result is cached on the machine's disk."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ STAGE = "compiling for this CPU, once per machine"
 
 
 def prepare_compiled_code(device: torch.device, on_stage: OnStage | None) -> None:
-    """Load the CPU's kernels and the grammars' loops, and compile those that this machine does not have yet.
+    """Load the CPU kernels and the grammars' loops, and compile those that are not on this machine's disk yet.
 
-    Compiling takes about 15 s. `on_stage` is told when it begins; without one, the log is.
+    Compiling takes about 15 s. `on_stage` is called when it begins; without one, a log line is written.
     """
     start_s = time.monotonic()
     is_told = False

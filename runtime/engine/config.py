@@ -1,4 +1,4 @@
-"""What the engine can be told: one frozen dataclass, whose fields are also the command line's flags."""
+"""The engine's configuration: one frozen dataclass, whose fields are also the command line's flags."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def _doc(default: Any, text: str) -> Any:  # Any: what dataclasses.field returns
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """How the engine runs; each field carries its help text. Unknown or impossible values raise ConfigError."""
+    """The engine's configuration. Each field has its help text. Unknown or impossible values raise ConfigError."""
 
     device: str = _doc("auto", "where the model runs: auto, cpu, cuda, cuda:1")
     dtype: str = _doc("auto", "auto, float32, bfloat16 or float16")
@@ -86,11 +86,11 @@ class EngineConfig:
 
     @classmethod
     def from_mapping(cls, values: dict[str, object]) -> EngineConfig:
-        """Make a configuration of named values. Raises ConfigError naming unknown keys and those there are."""
+        """Make a configuration from named values. Raises ConfigError naming the unknown keys and all known ones."""
         return cls().changed(values)
 
     def changed(self, values: dict[str, object]) -> EngineConfig:
-        """Return a copy with other values. Raises ConfigError naming unknown keys and those there are."""
+        """Return a copy with other values. Raises ConfigError naming the unknown keys and all known ones."""
         known = {f.name for f in fields(self)}
         unknown = sorted(set(values) - known)
         if unknown:

@@ -1,9 +1,9 @@
 """The engine loop: `schedule -> launch -> collect`, and two orders of these three calls.
 
 `step_sync` collects a step before the next one is scheduled. `step_overlap` schedules and launches step t + 1 while
-step t runs on the device, and only then collects step t; a sequence whose tokens the host must see between two steps is
-then in every second step. Both orders give the same tokens. Not here: grammars (constraints/states.py), threads, text
-and callers (engine.py).
+step t runs on the device, and only then collects step t. If the host must see a sequence's token before its next step,
+the sequence takes part only in every second step. Both orders give the same tokens. Not here: grammars
+(constraints/states.py), threads, text and callers (engine.py).
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _MAX_HELD = 0.25  # of the running sequences; with more, overlapped steps would 
 
 @dataclass(slots=True)  # one a token: see RowOutput
 class SequenceUpdate:
-    """What a step changed for one sequence: its new tokens, and whether it is finished (`sequence.finish_reason`)."""
+    """A step's result for one sequence: its new tokens. `sequence.finish_reason` says whether it is finished."""
 
     sequence: Sequence
     output: RowOutput
 
 
 class EngineCore:
-    """One thread's engine: add and abort requests between steps, and call `step` while there is work."""
+    """The engine of one thread: add and abort requests between steps, and call `step` while there is work."""
 
     def __init__(
         self,
@@ -49,12 +49,12 @@ class EngineCore:
         self.context_length = context_length
         self.num_steps = 0
         self._in_flight: LaunchedStep | None = None
-        self._with_logprobs: set[Sequence] = set()  # steps look for such rows only while there are any
+        self._with_logprobs: set[Sequence] = set()  # steps look for such rows only if there are any
 
     # --- requests
 
     def add(self, request: Request) -> Sequence:
-        """Queue a request. Raises what Scheduler.add raises: the request alone fails."""
+        """Queue a request. Raises the errors of `Scheduler.add`; only this request fails."""
         sequence = self.scheduler.add(request)
         if request.grammar is not None:
             self.runner.use_device()
@@ -64,14 +64,14 @@ class EngineCore:
         return sequence
 
     def abort(self, request_id: str) -> bool:
-        """Finish a request now, by its exact id; its pages are free when this returns. False if there is none."""
+        """Finish the request with this exact id. Its pages are free on return. Returns False if there is none."""
         sequence = self.scheduler.abort(request_id)
         if sequence is not None:
             self._release(sequence)
         return sequence is not None
 
     def finish(self, sequence: Sequence, reason: FinishReason, num_output_tokens: int | None = None) -> None:
-        """End a sequence for a reason that only text shows (a stop string), keeping its first output tokens."""
+        """End a sequence for a reason found in its text (a stop string), keeping its first output tokens."""
         if not sequence.is_finished:
             self.scheduler.finish(sequence, reason, num_output_tokens)
         self._release(sequence)
@@ -88,10 +88,10 @@ class EngineCore:
     # --- steps
 
     def step(self) -> list[SequenceUpdate]:
-        """Run one step in whichever order fits, and return what changed.
+        """Run one step, synchronous or overlapped, and return its updates.
 
-        A step that raises ends the running sequences (FinishReason.ERROR); the engine and the waiting requests go on.
-        Where the device is lost, so that no step can succeed any more, its error is raised.
+        If a step raises, the running sequences end with FinishReason.ERROR; the engine and the waiting requests go on.
+        If the device is lost, so no step can succeed any more, the error is raised.
         """
         updates = [SequenceUpdate(s, RowOutput()) for s in self.scheduler.expire_deadlines()]
         try:
@@ -125,7 +125,7 @@ class EngineCore:
         return [] if launched is None else self.collect(launched)
 
     def launch(self, batch: Batch) -> LaunchedStep:
-        """Start a step on the device, with what the host knows of its rows."""
+        """Start a step on the device, with the host's masks, grammar states and edits."""
         self.num_steps += 1
         extends = batch.items[batch.num_decode :]
         for item in extends:
@@ -140,7 +140,7 @@ class EngineCore:
         )
 
     def collect(self, launched: LaunchedStep) -> list[SequenceUpdate]:
-        """Wait for a launched step, advance its sequences, and return those that were not finished before."""
+        """Wait for a launched step, advance its sequences, and return updates of those that were not yet finished."""
         batch = launched.batch
         was_live = [not item.sequence.is_finished for item in batch.items]
         outputs, replaced = self.grammars.advance(batch, launched.read(), launched.logprob)
@@ -154,10 +154,11 @@ class EngineCore:
         ]
 
     def _needs_host(self, item: ScheduledSequence) -> bool:
-        """Whether the host must know a joining sequence's tokens before each of its steps.
+        """Return True if the host must know a joining sequence's tokens before each of its steps.
 
-        It must where it masks the sequence, or edits its logits because the device has no row left for the edits. It
-        always edits the logits that it masks: it may replace a token, which the device would have counted already.
+        It must if it masks the sequence, or if it edits the logits because no row of the device's edit tables is left.
+        If it masks a sequence it also edits the sequence's logits: the host may replace a token that the device would
+        already have counted.
         """
         sequence, edits = item.sequence, self.runner.edits
         is_masked = self.grammars.is_on_host(sequence)
@@ -166,7 +167,7 @@ class EngineCore:
         return is_masked and item.samples
 
     def _fail_running(self, error: Exception) -> list[SequenceUpdate]:
-        """End what was running when a step raised. Raises where the device is lost."""
+        """End the sequences that were running when a step raised. Raises if the device is lost."""
         self._in_flight = None
         self.runner.check_device()
         logger.error("a step failed; what ran in it ends, the engine goes on", exc_info=error)
@@ -182,7 +183,7 @@ class EngineCore:
         return updates
 
     def _release(self, sequence: Sequence) -> None:
-        """Give back what a sequence that has ended held. Calling it again does nothing."""
+        """Release the resources of a sequence that has ended. Calling it again does nothing."""
         self._with_logprobs.discard(sequence)
         self.grammars.release(sequence)
         if self.runner.edits is not None:
@@ -191,7 +192,7 @@ class EngineCore:
     # --- diagnosis
 
     def check_integrity(self) -> None:
-        """Compare page accounting with the tree. Raises CacheIntegrityError."""
+        """Compare the page accounting with the tree. Raises CacheIntegrityError."""
         self.scheduler.check_integrity()
 
     def stats(self) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """`Engine`: the runtime in this process. One thread runs steps; callers submit from any thread or event loop.
 
-Tokens become text here, incrementally, and stop strings are found here. Not here: programs
-(programs/executor.py), HTTP.
+This module decodes tokens to text incrementally and finds stop strings. Not here: programs (programs/executor.py),
+HTTP.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ OnOutput = Callable[[RequestOutput], None]
 
 @dataclass(slots=True, eq=False)
 class _Stream:
-    """One request on its way out. Owner: the engine's thread."""
+    """The output side of one request. Owner: the engine's thread."""
 
     request: Request
     on_output: OnOutput
@@ -65,8 +65,8 @@ class Engine:
     """A model with its cache and scheduler, in this process.
 
     `model`: a catalogue name, a directory, a .gguf file, a hub id, or a LoadedModel. `overrides` are fields of
-    EngineConfig. `on_stage` is told where starting takes long for another reason than usual (it compiles, once per
-    machine); without it, the log is. Use it as a context manager, or call `shutdown`.
+    EngineConfig. `on_stage` is called if the start is unusually slow because code is compiled (once per machine);
+    without it, a log line is written. Use the engine as a context manager, or call `shutdown`.
 
     Raises:
         ModelError, ConfigError, OutOfMemory: the model or its cache cannot be made.
@@ -89,7 +89,7 @@ class Engine:
         self._core: EngineCore = build_core(self.model, config)
         self.context_length = self._core.context_length
         wanted = config.context_length or self.model.config.max_position_embeddings
-        self.device_grammars = self._core.grammars.device  # for whoever compiles grammars; None: host masks
+        self.device_grammars = self._core.grammars.device  # for callers that compile grammars; None: the host masks
         self._streams: dict[Sequence, _Stream] = {}
         self._by_id: dict[str, Sequence] = {}
         self._commands: deque[Callable[[], None]] = deque()
@@ -126,11 +126,10 @@ class Engine:
         detokenize: bool = True,
         **changes: Any,  # fields of RequestOptions, which checks them
     ) -> RequestHandle:
-        """Queue a request; thread-safe, returns at once.
+        """Queue a request. Thread-safe; returns at once.
 
         The fields of `options` may be given by name: `submit(prompt, deadline_s=2)`. on_output: called on the engine's
-        thread for every increment, instead of collecting them in the handle. detokenize False: outputs have tokens and
-        no text.
+        thread for every increment; the handle then collects none. detokenize=False: outputs have tokens and no text.
 
         Raises:
             InvalidRequest, ContextOverflow, EmptyPrompt, Overloaded, EngineStopped.
@@ -165,13 +164,13 @@ class Engine:
         return self.submit(prompt, sampling, **options).result()
 
     def abort(self, request_id: str) -> None:
-        """Abort a request by its exact id; thread-safe. Its pages are free within one step."""
+        """Abort the request with this exact id. Thread-safe. Its pages are free within one step."""
         self._send(lambda: self._abort(request_id), quietly=True)
 
     def mark_dead(self, tokens: list[int], cache_salt: str = "", num_live: int = 0) -> None:
-        """Say that nobody will read `tokens[num_live:]` again: the cache gives up first what only they use.
+        """Mark `tokens[num_live:]` as dead: the cache evicts the pages that only this path uses first.
 
-        Thread-safe, returns at once. A hint: a request that has them all the same finds what is still there.
+        Thread-safe; returns at once. This is a hint: a later request with these tokens uses the pages not yet evicted.
         """
         ids = np.asarray(tokens, dtype=np.int32)
 
@@ -181,9 +180,9 @@ class Engine:
         self._send(mark, quietly=True)
 
     def set_next_use(self, tokens: list[int], next_use: float, cache_salt: str = "") -> None:
-        """Say when `tokens` will be read next, in a unit of the caller's own; infinity takes that back.
+        """Set the time of the next use of `tokens`, in a unit of the caller's choice; infinity means unknown.
 
-        Thread-safe, returns at once. A hint: prefixes without a next use are given up first, then the farthest ones.
+        Thread-safe; returns at once. This is a hint: prefixes without a next use are evicted first, then the farthest.
         """
         ids = np.asarray(tokens, dtype=np.int32)
 
@@ -193,12 +192,12 @@ class Engine:
         self._send(note, quietly=True)
 
     def differences(self, tokens: list[int], cache_salt: str = "") -> list[Difference]:
-        """Where cached paths leave `tokens`, the one with the most in common first. For diagnosis (why_miss)."""
+        """Cached paths that differ from `tokens`, the longest common prefix first. For diagnosis (why_miss)."""
         found: list[Difference] = self._ask(lambda: differences(self._core.scheduler.cache, tokens, cache_salt))
         return found
 
     def flush_cache(self) -> int:
-        """Forget every cached prefix that nobody is using; returns how many pages became free."""
+        """Drop every cached prefix that is not in use. Returns the number of pages freed."""
         return int(self._ask(self._core.scheduler.cache.flush))
 
     def stats(self) -> dict[str, float]:
@@ -207,11 +206,11 @@ class Engine:
         return answer
 
     def check_integrity(self) -> None:
-        """Compare the page accounting with the tree. Raises CacheIntegrityError: a bug in Ramet."""
+        """Compare the page accounting with the tree. Raises CacheIntegrityError, which means a bug in Ramet."""
         self._ask(self._core.check_integrity)
 
     def shutdown(self, timeout_s: float = 30.0) -> None:
-        """Stop the engine's thread; what is in flight gets EngineStopped. Calling it again does nothing."""
+        """Stop the engine's thread. Requests in flight end with EngineStopped. Calling it again does nothing."""
         with self._wake:
             self._is_stopping = True
             self._wake.notify_all()
@@ -267,7 +266,7 @@ class Engine:
         try:
             while self._run_once():
                 pass
-        except Exception as error:  # whatever broke the loop reaches everybody who waits, and the log
+        except Exception as error:  # any error of the loop is reported to all waiting callers and to the log
             logger.exception("the engine's loop failed")
             with self._wake:
                 self._failure = error
@@ -275,7 +274,7 @@ class Engine:
             self._fail_all()
 
     def _run_once(self) -> bool:
-        """Take in commands, run a step, hand out what it gave. Waits while there is nothing to do; False: stop."""
+        """Run pending commands and one step, and deliver its outputs. Waits if there is no work. False: stop."""
         with self._wake:
             while not (self._commands or self._core.has_work or self._is_stopping):
                 self._wake.wait()
@@ -288,7 +287,7 @@ class Engine:
             for update in updates:
                 self._deliver(update)
             if not updates and not self._core.is_stepping:
-                with self._wake:  # waiting requests that cannot run yet: look again when something comes, or soon
+                with self._wake:  # waiting requests cannot run yet: try again at the next command, or soon
                     if not self._commands:
                         self._wake.wait(0.002)
         return True
@@ -305,7 +304,7 @@ class Engine:
             usage = Usage(request.num_prompt, 0, 0)
             self._emit(stream, RequestOutput(request.request_id, "", (), usage, FinishReason.ERROR, error=told))
             if not is_refused:
-                raise  # a bug: the loop ends, and tells everybody else
+                raise  # a bug: the loop ends and fails all other requests
             return
         self._streams[sequence] = stream
         self._by_id[request.request_id] = sequence
@@ -318,7 +317,7 @@ class Engine:
             )
 
     def _deliver(self, update: SequenceUpdate) -> None:
-        """Turn one sequence's new tokens into text and hand it to the caller."""
+        """Decode one sequence's new tokens to text and pass it to the caller."""
         sequence, output = update.sequence, update.output
         stream = self._streams.get(sequence)
         if stream is None:
@@ -414,7 +413,7 @@ class Engine:
         return tokens, None
 
     def _emit(self, stream: _Stream, output: RequestOutput) -> bool:
-        """Hand an increment to its caller. False if the callback raised: its request ends, nobody else's does."""
+        """Pass an increment to its caller. Returns False if the callback raised: then only its own request ends."""
         try:
             stream.on_output(output)
         except Exception:  # a caller's code may raise anything; it must not end the loop that serves all
@@ -427,7 +426,7 @@ class Engine:
         return Usage(stream.request.num_prompt, cached, len(sequence.output_ids))
 
     def _fail_all(self) -> None:
-        """Tell everybody who still waits that the engine is gone."""
+        """End all remaining requests: the engine has stopped."""
         cause = f": {self._failure}" if self._failure is not None else ""
         error = EngineStopped(f"the engine stopped while the request was in flight{cause}")
         error.__cause__ = self._failure
@@ -435,10 +434,10 @@ class Engine:
             self._is_stopping = True
             commands = list(self._commands)
             self._commands.clear()
-        for command in commands:  # requests that came too late are refused like the others; questions are answered
+        for command in commands:  # late requests are refused like the others; questions are answered
             try:
                 command()
-            except Exception:  # what broke the loop, perhaps; the others are to be told all the same
+            except Exception:  # perhaps the command that broke the loop; the others must still be told
                 logger.exception("a command failed while the engine stopped")
         for sequence, stream in list(self._streams.items()):
             usage = self._usage(sequence, stream)

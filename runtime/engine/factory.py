@@ -1,4 +1,4 @@
-"""From a model and a configuration to an engine core: device, dtype, memory, scheduler, graphs."""
+"""Build an engine core from a model and a configuration: device, dtype, memory, scheduler, graphs."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 
 def choose_device(name: str) -> torch.device:
-    """Turn a device's name into a device. Raises ConfigError where there is none such."""
+    """Return the device of this name. Raises ConfigError if the machine does not have it."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -53,7 +53,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def load(model: str | LoadedModel | None, config: EngineConfig) -> LoadedModel:
-    """Load a model on the configuration's device; a LoadedModel is taken as it is."""
+    """Load a model on the configuration's device. A LoadedModel is returned unchanged."""
     if isinstance(model, LoadedModel):
         return model
     if model == TINY_MODEL:
@@ -64,7 +64,7 @@ def load(model: str | LoadedModel | None, config: EngineConfig) -> LoadedModel:
 
 
 def build_core(model: LoadedModel, config: EngineConfig) -> EngineCore:
-    """Size the KV pool by what is left of the memory, and put the parts together."""
+    """Size the KV pool by the remaining memory, and assemble the engine core."""
     start_s = time.monotonic()
     device, dtype = model.decoder.device, model.decoder.dtype
     if device.type == "cuda" and device.index is not None:
@@ -137,14 +137,14 @@ def build_core(model: LoadedModel, config: EngineConfig) -> EngineCore:
 
 
 def make_arena(model: LoadedModel, config: EngineConfig, device: torch.device) -> GrammarArena | None:
-    """Room for closed automata on a GPU. On a CPU the host computes masks: it is the device."""
+    """Make the arena of closed automata on a GPU. On a CPU the result is None: the host computes the masks."""
     if device.type != "cuda" or not config.grammar_on_device:
         return None
     tokenizer = model.tokenizer
     tokens = TokenTable.create(
         tokenizer.token_bytes, tokenizer.eos_ids, tokenizer.special_ids, model.config.vocab_size, device
     )
-    # Room for a few of the largest that are taken; smaller ones share it.
+    # Room for a few automata of the largest accepted size; smaller ones share it.
     return GrammarArena(
         tokens, config.max_running_requests, max_states=4 * MAX_STATES, max_transitions=4 * MAX_TRANSITIONS
     )
@@ -156,7 +156,7 @@ def make_device_grammars(model: LoadedModel, arena: GrammarArena) -> DeviceGramm
 
 
 def make_edits(model: LoadedModel, config: EngineConfig, device: torch.device) -> LogitEdits | None:
-    """Room for penalties and biases on a GPU. On a CPU the host edits: it is the device."""
+    """Make the tables of penalties and biases on a GPU. On a CPU the result is None: the host edits the logits."""
     if device.type != "cuda":
         return None
     rows = min(config.max_running_requests, NUM_EDIT_ROWS)
@@ -164,7 +164,7 @@ def make_edits(model: LoadedModel, config: EngineConfig, device: torch.device) -
 
 
 def make_tree_planner(model: LoadedModel, config: EngineConfig, device: torch.device) -> TreePlanner | None:
-    """Tree attention on a GPU; its kernels have no counterpart on a CPU, where nothing is shared by reading once."""
+    """Make the planner of tree attention on a GPU. On a CPU the result is None: tree attention has no CPU kernels."""
     if device.type != "cuda" or config.tree_attention == "off" or config.deterministic:
         return None
     return TreePlanner(
@@ -181,14 +181,14 @@ def make_tree_planner(model: LoadedModel, config: EngineConfig, device: torch.de
 
 
 def step_tokens(config: EngineConfig, device: torch.device) -> int:
-    """Tokens of a step, at most."""
+    """Maximum number of tokens in a step."""
     if config.chunked_prefill_size is not None:
         return config.chunked_prefill_size
     return 4096 if device.type == "cuda" else 2048
 
 
 def scheduler_config(config: EngineConfig, context_length: int, device: torch.device) -> SchedulerConfig:
-    """What the scheduler needs of the engine's configuration."""
+    """Return the scheduler's part of the engine's configuration."""
     return SchedulerConfig(
         context_length=context_length,
         max_running=config.max_running_requests,
@@ -207,10 +207,10 @@ def measure_steps(
     edits: LogitEdits | None,
     tree: TreePlanner | None,
 ) -> StepMemory:
-    """Measure on a GPU what steps take besides weights and KV, by running the largest of each kind in a small pool.
+    """Measure a GPU's memory for steps, besides weights and KV: run the largest step of each kind in a small pool.
 
     Raises:
-        OutOfMemory: not even these fit beside the weights.
+        OutOfMemory: these steps do not fit beside the weights.
     """
     device = decoder.device
     num_tokens = min(step_tokens(config, device), context_length)
@@ -246,13 +246,13 @@ def measure_steps(
         ) from error
     del runner, kv_cache, slots
     torch.cuda.empty_cache()
-    # A step that the host edits has every slot's logits in fp32, twice: what sampling needs at most.
+    # Sampling needs most memory in a step that the host edits: every slot's logits in fp32, twice.
     return StepMemory(peak + 2 * 4 * config.max_running_requests * decoder.config.vocab_size, graphs)
 
 
 @torch.inference_mode()
 def measure_graphs(runner: ModelRunner, config: EngineConfig) -> int:
-    """Bytes of all graphs together: the shared pool, which the largest ones fill, and the driver's part of each."""
+    """Bytes of all graphs together: the shared pool, which the largest graphs fill, and the driver's part of each."""
     graphs = runner.make_graphs(config.cuda_graph_max_extend).graphs
     keys = graphs.keys(with_tree=runner.tree is not None)
     kinds: dict[object, list[GraphKey | MixedKey]] = {}
@@ -263,7 +263,7 @@ def measure_graphs(runner: ModelRunner, config: EngineConfig) -> int:
     graphs.capture([sizes[0] for sizes in kinds.values()])
     torch.cuda.empty_cache()
     between = read_cuda_memory(runner.device)
-    # The first captures also load libraries' kernels, once for all; what a graph itself takes is seen in later ones.
+    # The first captures also load libraries' kernels, which happens once; later captures show the size of a graph.
     others = [sizes[-1] for sizes in kinds.values() if len(sizes) > 1]
     graphs.capture(others)
     torch.cuda.empty_cache()
@@ -274,7 +274,7 @@ def measure_graphs(runner: ModelRunner, config: EngineConfig) -> int:
 
 
 def prepare_decoder(model: LoadedModel, config: EngineConfig, device: torch.device) -> Decoder:
-    """The passes over the finished model that the configuration asks for."""
+    """Apply the passes that the configuration requires to the finished model."""
     if device.type != "cuda":
         return model.decoder
     if config.deterministic:

@@ -1,4 +1,4 @@
-"""A request's output as its caller sees it: increments as they come, or all of them at the end."""
+"""The caller's handle of a request: it yields increments as they arrive, or the whole result at the end."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from ramet.runtime.types import FinishReason, RequestOutput, Usage
 
 @dataclass(frozen=True, slots=True)
 class RequestResult:
-    """A finished request. `logprobs` and `top_logprobs` are as long as `token_ids` where they were asked for.
+    """A finished request. If requested, `logprobs` and `top_logprobs` are as long as `token_ids`.
 
-    `incomplete`: why a constrained text that `max_tokens` cut is no whole one.
+    `incomplete`: the reason why a constrained text that `max_tokens` cut off is incomplete.
     """
 
     text: str
@@ -33,7 +33,7 @@ class RequestResult:
 
 
 class RequestHandle:
-    """One request's output as it comes: iterate it (`for`, `async for`), or wait for all of it (`result`, `await`)."""
+    """One request's output: iterate over increments (`for`, `async for`), or wait for all (`result`, `await`)."""
 
     def __init__(self, request_id: str, cancel: Callable[[str], None]) -> None:
         self.request_id = request_id
@@ -43,7 +43,7 @@ class RequestHandle:
         self._waiters: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
 
     def push(self, output: RequestOutput) -> None:
-        """Called by the engine for every increment."""
+        """Add an increment. Called by the engine."""
         with self._changed:
             self._outputs.append(output)
             waiters, self._waiters = self._waiters, []
@@ -53,7 +53,7 @@ class RequestHandle:
                 loop.call_soon_threadsafe(_resolve, future)
 
     def cancel(self) -> None:
-        """Abort the request; its pages are free within one step. Nothing happens when it is finished already."""
+        """Abort the request. Its pages are free within one step. Does nothing if the request is finished."""
         self._cancel(self.request_id)
 
     def __iter__(self) -> Iterator[RequestOutput]:
@@ -82,7 +82,7 @@ class RequestHandle:
                 return
 
     def result(self, timeout_s: float | None = None) -> RequestResult:
-        """Wait for the end. Raises the request's error, RequestCancelled, or TimeoutError (the request goes on)."""
+        """Wait for the result. Raises the request's error, RequestCancelled, or TimeoutError (the request goes on)."""
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         with self._changed:
             while not self._outputs or self._outputs[-1].finish_reason is None:

@@ -1,7 +1,7 @@
 """Limit how long a CPU thread spins while it waits for other threads. OpenMP reads the limit when torch loads it.
 
-GNU's OpenMP spins 300,000 times, which is tens of milliseconds. Where another process wants the core (a server and its
-clients do), the thread that everybody waits for cannot run meanwhile, and every barrier costs a time slice.
+GNU's OpenMP spins 300,000 times, which is tens of milliseconds. If other processes need the cores (a server and its
+clients do), spinning threads keep the awaited thread from running, and every barrier costs a time slice.
 """
 
 from __future__ import annotations
@@ -13,6 +13,6 @@ _CHOSEN_BY = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")  # whoever sets one of these 
 
 
 def limit_spinning(environment: MutableMapping[str, str]) -> None:
-    """Let the threads of a process with this environment sleep soon, unless its user has decided otherwise."""
+    """Set the spin limit in a process's environment, unless its user has chosen a limit or policy."""
     if not any(name in environment for name in _CHOSEN_BY):
         environment["GOMP_SPINCOUNT"] = str(SPIN_COUNT)

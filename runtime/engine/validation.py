@@ -1,4 +1,4 @@
-"""Requests are checked at the border: what a caller gives becomes a Request, or an error that names what is wrong."""
+"""Check requests: turn a caller's arguments into a Request, or raise an error that names the wrong argument."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from ramet.runtime.types import Grammar, Request, RequestOptions, SamplingParams
 class RequestBorder:
     """Makes the requests of one engine: their ids, seeds and limits. Thread-safe.
 
-    `context_limit`: the option that limits the context. `default_max_tokens`: of a request that names none. `seed`: of
-    the seeds drawn for requests that name none.
+    `context_limit`: name of the option that limits the context. `default_max_tokens`: for requests without max_tokens.
+    `seed`: seed of the generator that draws seeds for requests without one.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class RequestBorder:
         grammar: Grammar | None = None,
         request_id: str | None = None,
     ) -> Request:
-        """Check a request at the border. Raises what `submit` raises."""
+        """Check the arguments and make a request. Raises the errors of `Engine.submit`."""
         if request_id is not None and not isinstance(request_id, str):
             raise wrong_option("request_id", request_id, "text, or None")
         ids = self._tokenizer.encode(prompt, parse_special=True) if isinstance(prompt, str) else prompt

@@ -1,13 +1,13 @@
-"""A pass over a finished decoder: on CPUs with AMX, layers whose products round to bfloat16 keep its results so.
+"""A pass over a finished decoder: on CPUs with AMX, layers with bfloat16 products keep their results in bfloat16.
 
-Norms, rotations and gated activations then read and write bfloat16 around the products, which saves converting to fp32
-and back, and attention of new tokens multiplies bfloat16 tiles. The residual, the KV cache, softmax and sums stay in
-fp32. Steps of few tokens, whose products don't round to bfloat16, and models with fp32 weights are as before.
+Norms, rotations and gated activations then read and write bfloat16 around the products, which saves conversions to
+fp32 and back. Attention of new tokens multiplies bfloat16 tiles. The residual, the KV cache, softmax and sums stay in
+fp32. Steps of few tokens (their products do not round to bfloat16) and models with fp32 weights are unchanged.
 
 CPU time of 1,000 new tokens of SmolLM2-135M, one thread of an Intel Xeon (Emerald Rapids): 421 ms with this
 pass, 848 ms without. Whole engine, wall time on two threads: 252 and 439 ms.
 
-All that knows of AMX is this module, `kernels/cpu/amx.py` and `kernels/cpu/attention_extend_amx.py` (two names in
+AMX is used only by this module, `kernels/cpu/amx.py` and `kernels/cpu/attention_extend_amx.py` (two names in
 `threads.MODULES`); `build.py` calls the pass.
 """
 
@@ -26,12 +26,12 @@ from ramet.runtime.models.decoder import Decoder, Layer
 from ramet.runtime.models.layers import DecoderLayer
 from ramet.runtime.models.linear_cpu import Bf16Product, BlockLinear, Int8Product, OneDnnProduct
 
-MAX_INT8_TOKENS = 32  # with AMX, products of 48 tokens take a third less time in bfloat16, of 16 a sixth more
+MAX_INT8_TOKENS = 32  # with AMX, bfloat16 products take a third less time for 48 tokens, but a sixth more for 16
 
 
 @dataclass(slots=True, eq=False)
 class RoundingLayer:
-    """A decoder layer whose products and attention get and give bfloat16 where a step has more than `above` tokens."""
+    """A decoder layer whose products and attention read and write bfloat16 if a step has more than `above` tokens."""
 
     plain: DecoderLayer
     above: int
@@ -41,12 +41,12 @@ class RoundingLayer:
 
 
 def apply_tiles(decoder: Decoder) -> Decoder:
-    """Return a decoder that rounds between products; the given one on a CPU without tiles."""
+    """Return a decoder that rounds between products. On a CPU without AMX, return the given decoder."""
     return round_layers(decoder) if has_tiles() else decoder
 
 
 def round_layers(decoder: Decoder) -> Decoder:
-    """Return a decoder whose layers round where all their products do, on any CPU."""
+    """Return a decoder in which every layer rounds if all its products do, on any CPU."""
     for linear in decoder.linears():
         method = linear.method
         if isinstance(method, BlockLinear) and isinstance(method.few, Int8Product) and method.many is not method.few:

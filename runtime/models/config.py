@@ -1,8 +1,8 @@
-"""`ModelConfig`: what the decoder needs to know about a model.
+"""`ModelConfig`: the decoder's description of a model.
 
-One flat, frozen description for every supported architecture, so that the decoder has no per-model branches: what
-differs between models is a field here. No torch. Not here: how it is read (`config_hf.py`, `config_gguf.py`), what the
-families are (`families.py`), weights, tokenizers, sampling defaults.
+One flat, frozen description serves every supported architecture. Each difference between models is a field, so the
+decoder has no per-model branches. No torch. Not here: reading configurations (`config_hf.py`, `config_gguf.py`), model
+families (`families.py`), weights, tokenizers, sampling defaults.
 Source for field meanings and defaults: transformers 4.57 and 5.x model configurations; llama.cpp's GGUF key names.
 """
 
@@ -25,10 +25,11 @@ Fields = Mapping[str, Any]  # parsed JSON: values of any type
 
 @dataclass(frozen=True, slots=True)
 class RopeScaling:
-    """How rotary frequencies are slowed down to reach a longer context.
+    """A reduction of the rotary frequencies for a longer context.
 
-    linear: every frequency divided by `factor`. llama3: low frequencies divided by `factor`, high ones kept, a ramp
-    between (Llama 3.1). divisors: one divisor for each of the D/2 frequencies (GGUF's `rope_freqs.weight`).
+    linear: every frequency is divided by `factor`. llama3: low frequencies are divided by `factor`, high ones are kept,
+    with a ramp between them (Llama 3.1). divisors: one divisor for each of the D/2 frequencies (GGUF's
+    `rope_freqs.weight`).
     """
 
     kind: RopeKind
@@ -139,7 +140,7 @@ class ModelConfig:
 
     @property
     def kv_bytes_per_token_bf16(self) -> int:
-        """Bytes of K and V of one token over all layers at two bytes a value."""
+        """Bytes of one token's K and V in all layers, with two bytes per value."""
         return 2 * 2 * self.num_layers * self.num_kv_heads * self.head_dim
 
 

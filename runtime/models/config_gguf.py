@@ -1,6 +1,6 @@
 """Read a `ModelConfig` from a GGUF file's metadata and tensor list.
 
-Source for key names and rules that the metadata leaves out: llama.cpp's model loader and converter.
+Source for the key names, and for rules that the metadata does not state: llama.cpp's model loader and converter.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def config_from_gguf(file: GgufFile) -> ModelConfig:
-    """Read GGUF metadata; what it leaves out (biases, tied embeddings, vocabulary size) is read off the tensors.
+    """Read GGUF metadata. Missing facts (biases, tied embeddings, vocabulary size) are derived from the tensors.
 
     Raises: UnsupportedArchitecture; BrokenModelFile naming a missing key.
     """

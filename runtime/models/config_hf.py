@@ -29,7 +29,7 @@ _ACTIVATIONS: dict[str, Activation] = {
 
 
 def config_from_hf(config: Fields) -> ModelConfig:
-    """Read a parsed `config.json` (transformers 4.x and 5.x layouts; of a multimodal Gemma 3 the text part).
+    """Read a parsed `config.json` in the layout of transformers 4.x or 5.x. Of multimodal Gemma 3, read the text part.
 
     Raises: UnsupportedArchitecture; BrokenModelFile naming a missing or wrong field.
     """
@@ -111,7 +111,7 @@ def _hf_ropes(fields: Fields, family: Family) -> tuple[Rope, Rope]:
             per_kind["sliding_attention"] or {}, local_theta, fields
         )
     rope = _rope(parameters, theta, fields)
-    if family.is_gemma:  # long-context scaling is for the global layers alone
+    if family.is_gemma:  # long-context scaling applies only to the global layers
         return rope, Rope(float(fields["rope_local_base_freq"]))
     return rope, rope
 
@@ -141,7 +141,7 @@ def _rope(parameters: Fields, default_theta: float, fields: Fields) -> Rope:
 
 
 def _hf_windows(fields: Fields, family: Family, num_layers: int) -> tuple[int | None, tuple[bool, ...]]:
-    """(window, which layers slide)."""
+    """(window, for each layer whether it slides)."""
     window = fields.get("sliding_window")
     if window is None or family.sliding == "none":
         return None, ()

@@ -1,6 +1,6 @@
-"""`ForwardContext`: what one forward pass needs to know besides token ids: positions, cache slots, attention plans.
+"""`ForwardContext`: the inputs of a forward pass besides token ids: positions, cache slots, attention plans.
 
-The runner fills one per step; the decoder only reads it.
+The model runner makes one for each step; the decoder only reads it.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from ramet.kernels.attention.extend import ExtendMetadata
 class ForwardContext:
     """One step. Tokens [0, num_decode) are decode rows, one token each; [extend_start, T) are extend rows.
 
-    Padded decode rows may overlap extend rows, whose attention then begins at the token that `extend` says and has the
-    last word.
+    Padded decode rows may overlap extend rows. Extend attention then begins at the token that `extend` names, and
+    overwrites their results.
     positions, kv_slots: int32 [T]. kv_caches: (k, v) of each layer, [N, K, P, D] in the model's dtype. `decode` is None
     exactly when `num_decode` is 0; `extend` is None exactly when there is no other token.
     """

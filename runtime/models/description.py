@@ -1,6 +1,6 @@
-"""What a model's files say besides its weights: configuration, tokenizer and generation defaults.
+"""A model's files without the weights: configuration, tokenizer and generation defaults.
 
-Servers and planners read these; no torch. Not here: the weights (`load.py`).
+For servers and planners; no torch. Not here: the weights (`load.py`).
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def load_hf_config(folder: Path) -> ModelConfig:
         return config_from_hf(fields)
     except UnsupportedArchitecture:
         raise
-    except (TypeError, ValueError, AttributeError) as error:  # includes BrokenModelFile; others: a wrong type of value
+    except (TypeError, ValueError, AttributeError) as error:  # includes BrokenModelFile; others: a value of the wrong type
         raise BrokenModelFile(f"{path}: {error}") from error
 
 
@@ -71,12 +71,12 @@ def load_gguf_config(file: GgufFile) -> ModelConfig:
         return config_from_gguf(file)
     except UnsupportedArchitecture:
         raise
-    except (TypeError, ValueError) as error:  # includes BrokenModelFile; others: a value of an unexpected type
+    except (TypeError, ValueError) as error:  # includes BrokenModelFile; the others mean a value of the wrong type
         raise BrokenModelFile(f"{file.path}: {error}") from error
 
 
 def _check_token_ids(path: Path, config: ModelConfig, tokenizer: Tokenizer) -> None:
-    """A tokenizer that knows more tokens than the model has embeddings reads past them."""
+    """Check that every token of the tokenizer has an embedding; otherwise a look-up would read past the table."""
     if tokenizer.vocab_size > config.vocab_size:
         raise BrokenModelFile(
             f"{path}: the tokenizer has {tokenizer.vocab_size:,} tokens but the model embeds {config.vocab_size:,}"

@@ -1,6 +1,6 @@
-"""The families of models that the decoder serves, a row each: what their files leave unsaid, or say in their own way.
+"""The model families that the decoder serves, one row each: facts that their files omit or state differently.
 
-A family whose layers are made of what the decoder has is added by a row here. Not here: tokenizers, chat templates.
+A new family is one more row, if the decoder has all parts of its layers. Not here: tokenizers, chat templates.
 Source for the defaults: transformers' configuration classes of each model.
 """
 
@@ -12,20 +12,20 @@ from typing import Any, Literal
 
 from ramet.errors import UnsupportedArchitecture
 
-# Which layers attend to a window alone: those that `config.json` lists, all where it has a window, or none. "optional":
-# those from `max_window_layers` on, where `use_sliding_window` says so. "pattern": all but every n-th.
+# The layers that attend only to a window: those that `config.json` lists; all, if it has a window; or none. "optional":
+# those from `max_window_layers` on, if `use_sliding_window` is true. "pattern": all but every n-th.
 Sliding = Literal["none", "all", "optional", "pattern"]
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """`name`: its `model_type`, and its architecture in GGUF files.
+    """A model family. `name`: its `model_type`, and its architecture in GGUF files.
 
     hf_classes: the names under `architectures` in `config.json`. model_types: other values of `model_type`. defaults:
-    values that `config.json` may leave out. qkv_bias, o_bias: None where `attention_bias` says it. qk_norm: q and k are
-    normalised, each head. is_gemma: scaled embeddings, norms of 1 + weight around both blocks, gelu, an attention scale
-    of its own, and another rotary base for sliding layers. interleaves_heads: llama.cpp's converter interleaves the
-    rotary halves of q and k.
+    values that `config.json` may leave out. qkv_bias, o_bias: None if `attention_bias` decides. qk_norm: q and k are
+    normalised in each head. is_gemma: scaled embeddings, norms of 1 + weight around both blocks, gelu, its own
+    attention scale, and another rotary base for sliding layers. interleaves_heads: llama.cpp's converter interleaves
+    the rotary halves of q and k.
     """
 
     name: str

@@ -13,9 +13,9 @@ from ramet.runtime.models.json_file import read_json
 
 @dataclass(frozen=True, slots=True)
 class GenerationDefaults:
-    """What the model's authors recommend; None if they say nothing. Requests override it.
+    """The values that the model's authors recommend; None if the file has no value. Requests override them.
 
-    `eos_ids` are the file's alone; the tokenizer's `eos_ids` include them.
+    `eos_ids`: only those of the file; the tokenizer's `eos_ids` include them.
     """
 
     temperature: float | None = None
@@ -27,7 +27,7 @@ class GenerationDefaults:
 
     @classmethod
     def from_folder(cls, folder: Path) -> GenerationDefaults:
-        """Read the folder's file; without one, no defaults. `do_sample: false` means temperature 0.
+        """Read the folder's file. Without the file there are no defaults. `do_sample: false` means temperature 0.
 
         Raises: BrokenModelFile.
         """
@@ -46,7 +46,7 @@ class GenerationDefaults:
             eos_ids = token_ids(fields.get("eos_token_id"))
         except ValueError as error:
             raise BrokenModelFile(f"{path}: eos_token_id is {fields.get('eos_token_id')!r}") from error
-        # Files of base models often say do_sample: false by leaving it out; only an explicit false is a wish.
+        # Files of base models often leave out do_sample, whose default is false; only an explicit false counts here.
         greedy = fields.get("do_sample") is False
         return cls(
             temperature=0.0 if greedy else number("temperature"),

@@ -1,8 +1,8 @@
-"""Parse a GGUF file: metadata and where each tensor lies. Memory-mapped; tensor bytes are not touched.
+"""Parse a GGUF file: the metadata and the location of each tensor. Memory-mapped; tensor bytes are not read.
 
-The `gguf` package's reader takes 2.3 s for SmolLM2 and 9.8 s for Gemma 3 270M, nearly all of it in building one array
-view for each of the vocabulary's strings; this one reads the same values straight from the mapping. Dequantising stays
-with the `gguf` package. Little-endian files of version 2 and 3.
+The `gguf` package's reader takes 2.3 s for SmolLM2 and 9.8 s for Gemma 3 270M, because it builds one array view for
+each string of the vocabulary. This parser reads the same values directly from the mapping. The `gguf` package still
+dequantises. Supports little-endian files of version 2 and 3.
 Source: the GGUF specification (ggml/docs/gguf.md).
 """
 
@@ -54,7 +54,7 @@ class GgufEntry:
         plain = _PLAIN.get(self.kind.name)
         if plain is not None:
             return self.stored.view(plain).astype(np.float32, copy=True).reshape(self.shape)
-        # The package works on sixteen rows at a time, which is slow for short rows; a long row is one vector operation.
+        # The package handles sixteen rows at a time, which is slow for short rows; a long row is one vector operation.
         block_size, type_size = gguf.GGML_QUANT_SIZES[self.kind]
         values = np.empty(self.stored.size // type_size * block_size, dtype=np.float32)
         for start in range(0, self.stored.size, _CHUNK_BLOCKS * type_size):
@@ -67,8 +67,8 @@ class GgufEntry:
 class GgufFile:
     """An open GGUF file: `metadata` by key (arrays as lists) and `tensors` by name.
 
-    The mapping lives as long as an entry of it does.
-    Raises: BrokenModelFile for a file that is no GGUF, truncated or damaged.
+    The mapping lives as long as any of its entries.
+    Raises: BrokenModelFile if the file is not GGUF, truncated or damaged.
     """
 
     def __init__(self, path: Path) -> None:

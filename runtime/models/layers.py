@@ -1,8 +1,8 @@
 """The parts of a decoder layer: rotary tables, attention, feed-forward, and the layer itself.
 
-Per layer and step these launch: norm, qkv product, rope + cache write, attention, o product, add + norm, gate-up
-product, activation, down product. The residual travels beside the branch output, so that every add is fused into the
-norm that follows it. Everything can be captured in a CUDA graph: no host synchronisation, no shape taken from data.
+Each layer launches in each step: norm, qkv product, rope + cache write, attention, o product, add + norm, gate-up
+product, activation, down product. The residual is passed beside the branch output, so every add is fused into the norm
+that follows it. All of it can be captured in a CUDA graph: no host synchronisation, no data-dependent shapes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class RotaryTable:
 
     @classmethod
     def build(cls, rope: Rope, head_dim: int, max_positions: int, device: torch.device) -> RotaryTable:
-        """Compute the table; angles in fp64, since fp32 loses 0.004 rad at position 100,000."""
+        """Compute the table. Angles are in fp64, because fp32 loses 0.004 rad at position 100,000."""
         inverse = torch.from_numpy(rope.inverse_frequencies(head_dim)).to(device)
         angles = torch.outer(torch.arange(max_positions, device=device, dtype=torch.float64), inverse)
         return cls(angles.cos().float(), angles.sin().float())
@@ -57,7 +57,7 @@ class Attention:
         return self.o(self.attend(self.qkv(x), context))
 
     def attend(self, qkv: Tensor, context: ForwardContext) -> Tensor:
-        """What lies between the products: qkv [T, (H + 2 K) * D] to heads' outputs [T, H * D]."""
+        """The part between the products: from qkv [T, (H + 2 K) * D] to the heads' outputs [T, H * D]."""
         heads = qkv.view(-1, self.num_heads + 2 * self.num_kv_heads, self.head_dim)
         q, k, v = torch.split(heads, [self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
         k_cache, v_cache = context.kv_caches[self.layer]
@@ -110,7 +110,7 @@ class FeedForward:
 class DecoderLayer:
     """Attention and feed-forward with their norms (weights [hidden]).
 
-    `attention_out_norm`, `feed_forward_out_norm`: Gemma 3 also normalises what a block adds to the residual.
+    `attention_out_norm`, `feed_forward_out_norm`: Gemma 3 also normalises a block's output before it is added.
     """
 
     ops: Ops
@@ -125,9 +125,9 @@ class DecoderLayer:
     def __call__(
         self, x: Tensor, residual: Tensor | None, context: ForwardContext, dtype: torch.dtype | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Run the layer; the layer's input is `x + residual` and so is its output. All [T, hidden].
+        """Run the layer. Its input is `x + residual`, and its output is the sum of the two results. All [T, hidden].
 
-        dtype: of what products and attention get and give; None for that of the residual.
+        dtype: dtype of the inputs and outputs of products and attention; None takes the residual's.
         """
         ops, eps = self.ops, self.eps
         if residual is None:

@@ -1,7 +1,7 @@
-"""Linear layers: `Linear` is the layer, a `LinearMethod` is how its product is computed. Token embeddings likewise.
+"""Linear layers and token embeddings. `Linear` is the layer; its `LinearMethod` computes the product.
 
-A layer never asks which method it has: quantisation, adapters and tensor parallelism replace `Linear.method` in a pass
-over a finished decoder (`for linear in decoder.linears(): ...`). A `Storage` chooses the first methods, while weights
+A layer does not depend on its method: quantisation, adapters and tensor parallelism replace `Linear.method` in a pass
+over a finished decoder (`for linear in decoder.linears(): ...`). A `Storage` chooses the first methods when the weights
 are read. Not here: weights in blocks on the CPU (`linear_cpu.py`).
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 class LinearMethod(Protocol):
-    """How `x @ weight.T` is computed."""
+    """A way to compute `x @ weight.T`."""
 
     def apply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Return [T, out_features] for x [T, in_features], in x's dtype."""
@@ -35,7 +35,7 @@ class PlainLinear:
 
 @dataclass(slots=True, eq=False)
 class Linear:
-    """A linear layer. `names`: the checkpoint matrices that it stacks by output rows. bias: [out_features] or None."""
+    """A linear layer. `names`: the checkpoint matrices stacked in it by output rows. bias: [out_features] or None."""
 
     names: tuple[str, ...]
     method: LinearMethod
@@ -76,7 +76,7 @@ class Storage(Protocol):
         """The product with the matrices `names`, stacked by output rows."""
 
     def embedding(self, name: str, scale: float) -> tuple[Embedding, LinearMethod]:
-        """Look-up in the token table and the product with it (for tied output layers), in the same memory."""
+        """The look-up in the token table, and the product with it (for tied output layers), on the same memory."""
 
 
 @dataclass(slots=True, eq=False)

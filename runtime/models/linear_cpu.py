@@ -1,10 +1,10 @@
-"""Weights in blocks of 32 on the CPU: GGUF's own, or rounded by us, or 16-bit ones; activations stay in fp32.
+"""Products on the CPU with weights in blocks of 32: a GGUF file's blocks, blocks rounded by Ramet, or 16-bit weights.
 
-Up to 64 tokens meet quantised weights with activations rounded to int8 in groups of 32, as in llama.cpp
-(`kernels/cpu/block_int8.py`); prompts are bfloat16 products by oneDNN with a dequantised copy in its layout: each where
-the CPU has such instructions. Where it has none, and for few tokens with 16-bit weights, a product decodes its weights
-in registers (`kernels/cpu/block_linear.py`), and is as exact as an fp32 product with the dequantised weights. Rounding
-is confined to a product's inputs (and oneDNN's output): the residual, norms, attention and the KV cache stay in fp32.
+Quantised weights have two fast products, if the CPU has the instructions. For up to 64 tokens, activations are rounded
+to int8 in groups of 32, as in llama.cpp (`kernels/cpu/block_int8.py`). For prompts, oneDNN computes bfloat16 products
+with a dequantised copy in its own layout. On other CPUs, and for few tokens with 16-bit weights, a product decodes its
+weights in registers (`kernels/cpu/block_linear.py`); it is as exact as an fp32 product with the dequantised weights.
+Only a product's inputs (and oneDNN's output) are rounded: the residual, norms, attention and the KV cache stay in fp32.
 
 SmolLM2 on 1,000 tokens of prose and licence against exact products: int8 has the same best token at 95.9 % of
 positions (KL 0.0036, perplexity 33.3), bfloat16 at 96.5 % (0.0010, 33.4; exact 33.4). CPU time of a step at batch 1 on
@@ -36,25 +36,25 @@ QUANTIZATIONS = {"int8": "Q8_0", "int4": "Q4_1", "gguf": None}
 
 @dataclass(frozen=True, slots=True)
 class CpuFeatures:
-    """What the CPU multiplies natively: bfloat16 (by oneDNN), and groups of bytes."""
+    """The CPU's native multiplications: bfloat16 (by oneDNN), and groups of bytes."""
 
     bf16: bool
     int8: bool
 
     @classmethod
     def detect(cls) -> CpuFeatures:
-        """Ask this machine."""
+        """Detect the features of this machine."""
         bf16 = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and torch.cpu._is_avx512_bf16_supported()
         return cls(bf16, has_int8_products())
 
 
-# x fp32 [T, K], bias fp32 [N] or None -> fp32 [T, N]; those in bfloat16 take and give bfloat16, too
+# x fp32 [T, K], bias fp32 [N] or None -> fp32 [T, N]; bfloat16 products also accept and return bfloat16
 Product = Callable[[Tensor, Tensor | None], Tensor]
 
 
 @dataclass(slots=True, eq=False)
 class BlockLinear:
-    """A product with weights in blocks: `few` computes up to `max_few` tokens in fp32, `many` all others."""
+    """A product with weights in blocks: `few` computes up to `max_few` tokens in fp32, `many` computes more."""
 
     block_format: str
     few: Product
@@ -68,7 +68,7 @@ class BlockLinear:
 
 @dataclass(slots=True, eq=False)
 class ExactProduct:
-    """Blocks as the file has them, decoded in registers."""
+    """The file's own blocks, decoded in registers."""
 
     stream: KernelStream
     blocks: Tensor
@@ -107,7 +107,7 @@ class OneDnnProduct:
 
     @classmethod
     def pack(cls, weight: Tensor) -> OneDnnProduct:
-        """Reorder a bfloat16 [N, K]; the layout serves every number of tokens."""
+        """Reorder a bfloat16 matrix [N, K]. The layout serves every number of tokens."""
         return cls(torch.ops.mkldnn._reorder_linear_weight(weight, None))
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -122,7 +122,7 @@ def _finish(out: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
 
 @dataclass(slots=True, eq=False)
 class BlockEmbedding:
-    """Rows of a token table in blocks, dequantised when they are looked up."""
+    """A token table in blocks. Its rows are dequantised at look-up."""
 
     blocks: Tensor
     block_format: str
@@ -135,16 +135,16 @@ class BlockEmbedding:
 
 @dataclass(slots=True, eq=False)
 class BlockStorage:
-    """Weights in `block_format`, or, where that is None, as the file has them. Vectors and activations are fp32."""
+    """Holds weights in `block_format`, or as stored in the file if that is None. Vectors and activations are fp32."""
 
     weights: Mapping[str, Tensor]
     block_format: str | None
-    must_be_quantized: bool  # refuse matrices that the file doesn't hold in blocks we know
+    must_be_quantized: bool  # refuse matrices that the file does not hold in a supported block format
     features: CpuFeatures
     stream: KernelStream
     device: torch.device
     dtype: torch.dtype
-    memory: HugePages = field(default_factory=HugePages)  # of what every decode step reads
+    memory: HugePages = field(default_factory=HugePages)  # memory of the weights that every decode step reads
 
     def vector(self, name: str, offset: float = 0.0) -> Tensor:
         return self.weights[name].float() + offset
@@ -160,7 +160,7 @@ class BlockStorage:
         return BlockEmbedding(held.blocks, held.block_format, scale), self._product(held)
 
     def _hold(self, names: Sequence[str]) -> ExactProduct | Tensor:
-        """Blocks where that is possible, else fp32."""
+        """The matrices in blocks if possible, else in fp32."""
         if self.block_format is None:
             stored = self._stored_blocks(names)
             if stored is not None:
@@ -193,7 +193,7 @@ class BlockStorage:
         return isinstance(self.weights, Weights) and self.weights.quantized(name) is not None
 
     def _product(self, exact: ExactProduct) -> BlockLinear:
-        """The fastest products of this CPU; the blocks themselves are let go where none of them reads them."""
+        """The fastest products on this CPU. The blocks are freed if no product reads them."""
         blocks, block_format, features = exact.blocks, exact.block_format, self.features
         many: Product | None = None
         if features.bf16 and block_format == "BF16":
@@ -213,7 +213,7 @@ def block_storage(
     quantization: str | None,
     stream: KernelStream,
 ) -> BlockStorage:
-    """Check what was asked for. Raises: ConfigError."""
+    """Check the requested dtype and quantisation, and make the storage. Raises: ConfigError."""
     if quantization is not None and quantization not in QUANTIZATIONS:
         raise ConfigError(f"quantization is {quantization!r} but must be one of {', '.join(QUANTIZATIONS)}, or None")
     if dtype not in ("auto", torch.float32):

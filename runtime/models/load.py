@@ -1,4 +1,4 @@
-"""`load_model`: from a model's name to everything the engine needs of it."""
+"""`load_model`: from a model's name to the decoder, the tokenizer and the configuration that the engine needs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ModelFiles:
-    """A model's files, opened and checked; weights are read on access."""
+    """A model's files, opened and checked. Weights are read on access."""
 
     path: Path
     config: ModelConfig
@@ -43,7 +43,7 @@ class ModelFiles:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoadedModel:
-    """A model that is ready to run. `name`: what it was asked for by."""
+    """A model that is ready to run. `name`: the name or path under which it was requested."""
 
     name: str
     decoder: Decoder
@@ -89,7 +89,7 @@ def load_model(
 
 
 def parse_dtype(dtype: torch.dtype | str) -> torch.dtype | Literal["auto"]:
-    """A dtype by its name; `auto` is left to `build_decoder`. Raises: ConfigError."""
+    """Return the dtype of this name. `auto` is returned as it is, for `build_decoder`. Raises: ConfigError."""
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype == "auto":

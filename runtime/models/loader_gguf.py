@@ -1,8 +1,8 @@
 """Load a GGUF file's tensors as `Weights` under their Hugging Face names.
 
-Tensors are memory-mapped; a floating-point tensor is dequantised to float32 on access, and quantised matrices can be
-had as they lie in the file (`Weights.quantized`). llama.cpp's converter changes two things that are undone here: it
-interleaves the two rotary halves of q and k in Llama and Mistral, and it adds 1 to Gemma's norm weights.
+Tensors are memory-mapped. Access returns float32; `Weights.quantized` returns a quantised matrix as stored in the file.
+llama.cpp's converter makes two changes that are undone here: it interleaves the two rotary halves of q and k in Llama
+and Mistral, and it adds 1 to Gemma's norm weights.
 Source: llama.cpp's convert_hf_to_gguf; the GGUF specification.
 """
 
@@ -56,7 +56,7 @@ _FLOAT_TYPES = ("F32", "F16", "BF16", "F64")
 
 
 def load_gguf(file: GgufFile, config: ModelConfig) -> Weights:
-    """Map the file's tensors; names and shapes are checked now, bytes are read on access.
+    """Map the file's tensors. Names and shapes are checked now; bytes are read on access.
 
     Raises: BrokenModelFile naming the tensors that are missing, unknown, of a wrong shape or an unknown type.
     """
@@ -85,7 +85,7 @@ def load_gguf(file: GgufFile, config: ModelConfig) -> Weights:
 
 
 def _hf_name(name: str, layer_names: dict[str, str]) -> str:
-    """The Hugging Face name; an unknown tensor keeps its own, and the check of names reports it."""
+    """The Hugging Face name. An unknown tensor keeps its own name, so the check of names reports it."""
     if name in _GLOBAL_NAMES:
         return _GLOBAL_NAMES[name]
     match = _LAYER.fullmatch(name)
@@ -95,7 +95,7 @@ def _hf_name(name: str, layer_names: dict[str, str]) -> str:
 
 
 def _interleaved_heads(config: ModelConfig, name: str) -> int:
-    """Number of heads whose rows llama.cpp interleaved; 0 if it left the order alone."""
+    """Number of heads whose rows llama.cpp interleaved; 0 if it kept the order."""
     if not family_named(config.architecture).interleaves_heads:
         return 0
     if ".self_attn.q_proj." in name:

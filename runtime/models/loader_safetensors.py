@@ -20,9 +20,9 @@ from ramet.runtime.models.weights import Weights, check_names, check_shapes
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 
-# What checkpoints carry and the decoder does not read.
+# Checkpoint tensors that the decoder does not read.
 _IGNORED_SUFFIXES = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias")
-# Multimodal Gemma 3: the text model's prefixes (transformers 4 and 5), and what belongs to images.
+# Multimodal Gemma 3: the text model's prefixes (transformers 4 and 5), and those of the image parts.
 _TEXT_PREFIXES = (
     ("language_model.model.", "model."),
     ("model.language_model.", "model."),
@@ -37,7 +37,7 @@ _IMAGE_PREFIXES = (
 
 
 def load_safetensors(folder: Path, config: ModelConfig) -> Weights:
-    """Open the folder's weights; names, shapes and completeness are checked now, bytes are read on access.
+    """Open the folder's weights. Names, shapes and completeness are checked now; bytes are read on access.
 
     Raises: BrokenModelFile naming the tensors that are missing, unknown or of a wrong shape.
     """
@@ -71,7 +71,7 @@ def _read(path: Path, name: str) -> Tensor:
 
 
 def _weight_files(folder: Path) -> dict[Path, Iterable[str] | None]:
-    """Files and the tensors that the index promises in each (None: whatever is there)."""
+    """The weight files, and the tensors that the index lists for each (None: there is no index)."""
     index = folder / _INDEX
     if not index.is_file():
         if (folder / _SINGLE).is_file():
@@ -96,7 +96,7 @@ def _weight_files(folder: Path) -> dict[Path, Iterable[str] | None]:
 
 
 def _text_model_name(name: str) -> str | None:
-    """Our name of a stored tensor; None for those that the text model does not read."""
+    """Ramet's name for a stored tensor; None if the text model does not read it."""
     if name.startswith(_IMAGE_PREFIXES) or name.endswith(_IGNORED_SUFFIXES):
         return None
     for prefix, replacement in _TEXT_PREFIXES:

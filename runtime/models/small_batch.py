@@ -1,8 +1,8 @@
-"""A pass over a finished decoder: products of small batches by the kernels that were measured to be faster.
+"""A pass over a finished decoder: small batches use the product kernels that were measured to be faster.
 
-`apply_card_table` replaces the methods of linear layers, and for the batches that the table folds, layers: norm,
-activation and residual then belong to the products. Batches that the table does not name stay with the library. Not
-here: what is faster (`kernels.card_table`), quantised weights, which have methods of their own.
+`apply_card_table` replaces the methods of linear layers. For batch sizes that the table folds it replaces whole layers:
+norm, activation and residual are then fused into the products. Batch sizes that are not in the table stay with the
+library. Not here: the measurements (`kernels.card_table`), quantised weights, which have their own methods.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ramet.runtime.models.linear import Linear, PlainLinear
 
 @dataclass(slots=True, eq=False)
 class SmallBatchLinear:
-    """A dense product; `configs`: how to cut it, by rows. Other batches are the library's."""
+    """A dense product. `configs`: the kernel configuration by number of rows; the library computes all others."""
 
     weight: Tensor
     configs: Mapping[int, GemvConfig]
@@ -44,9 +44,9 @@ class SmallBatchLinear:
 
 @dataclass(slots=True, eq=False)
 class FoldedLayer:
-    """A decoder layer whose norms, activation and adds belong to its products, for batches in `configs`.
+    """A decoder layer whose norms, activation and adds are fused into its products, for batch sizes in `configs`.
 
-    Its output is then `(x, None)`: the residual is added already. configs: by rows, of qkv, o, gate_up, down.
+    Its output is then `(x, None)`: x includes the residual. configs: those of qkv, o, gate_up, down by number of rows.
     """
 
     plain: DecoderLayer
@@ -66,7 +66,7 @@ class FoldedLayer:
 
 
 def apply_card_table(decoder: Decoder, table: CardTable) -> Decoder:
-    """Return a decoder that computes what the table names by its kernels; weights are shared with the given one."""
+    """Return a decoder that uses the table's kernels. It shares its weights with the given decoder."""
     for linear in decoder.linears():
         configs = configs_of(linear, table.products)
         if configs and isinstance(linear.method, PlainLinear):
@@ -78,7 +78,7 @@ def apply_card_table(decoder: Decoder, table: CardTable) -> Decoder:
 
 
 def configs_of(linear: Linear, products: Mapping[Product, GemvConfig]) -> dict[int, GemvConfig]:
-    """What the table has for a layer, by rows."""
+    """The table's configurations for a layer, by number of rows."""
     return {
         p.rows: config
         for p, config in products.items()
@@ -87,7 +87,7 @@ def configs_of(linear: Linear, products: Mapping[Product, GemvConfig]) -> dict[i
 
 
 def folded(layer: DecoderLayer, table: CardTable) -> DecoderLayer | FoldedLayer:
-    """The layer with folded products where the table has all four of some batch; else the layer."""
+    """The layer with folded products if the table has all four for some batch size; else the layer itself."""
     attention, feed_forward = layer.attention, layer.feed_forward
     linears = (attention.qkv, attention.o, feed_forward.gate_up, feed_forward.down)
     if layer.attention_out_norm is not None or layer.feed_forward_out_norm is not None:
@@ -124,14 +124,14 @@ def product(
     eps: float = 1e-6,
     config: GemvConfig | None = None,
 ) -> Tensor:
-    """`gemv_reference`; on a GPU its kernel, cut as `config` says."""
+    """Compute `gemv_reference`; on a GPU by its kernel with this `config`."""
     if x.is_cuda:
         return gemv_triton(x, weight, bias, residual, norm_weight, eps, config)
     return gemv_reference(x, weight, bias, residual, norm_weight, eps)
 
 
 def gated_product(x: Tensor, weight: Tensor, norm_weight: Tensor, eps: float, config: GemvConfig) -> Tensor:
-    """`gemv_silu_and_mul_reference`; on a GPU its kernel, cut as `config` says."""
+    """Compute `gemv_silu_and_mul_reference`; on a GPU by its kernel with this `config`."""
     if x.is_cuda:
         return gemv_silu_and_mul_triton(x, weight, norm_weight, eps, config)
     return gemv_silu_and_mul_reference(x, weight, norm_weight, eps)

@@ -1,8 +1,8 @@
 """Build a tokenizer from a Hugging Face folder or from GGUF metadata. Nothing in the files is executed.
 
 A GGUF file has no `tokenizer.json`, only the vocabulary, merges or scores, token types, and the name of the rule that
-splits text before the merges. The tokenizer is rebuilt from these; an unknown rule is an error, because a wrong split
-gives worse output without a sign.
+splits text before the merges. The tokenizer is rebuilt from these. An unknown rule is an error, because a wrong split
+would silently give worse output.
 Source: llama.cpp's vocabulary loader for the names and their rules; each model's tokenizer.json for the patterns.
 """
 
@@ -33,7 +33,7 @@ _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 def tokenizer_from_folder(folder: Path, config: ModelConfig, *, eos_ids: Iterable[int] = ()) -> SubwordTokenizer:
     """Read `tokenizer.json`, `tokenizer_config.json` and the chat template (`chat_template.jinja` wins).
 
-    `eos_ids`: further end tokens (generation_config's). Raises: BrokenModelFile.
+    `eos_ids`: additional end tokens (from generation_config). Raises: BrokenModelFile.
     """
     path = folder / "tokenizer.json"
     if not path.is_file():
@@ -123,9 +123,9 @@ _SPLITS = {
 }
 _DIGIT_BY_DIGIT = {"smollm"}
 _NFC = {"qwen2", "deepseek-r1-qwen"}
-# Here a piece that is a token is taken whole, even where the merges do not lead to it.
+# With these rules a piece that is a token is taken whole, even if the merges do not produce it.
 _WHOLE_TOKENS_FIRST = {"llama-bpe", "llama3", "llama-v3", "tekken"}
-# End-of-turn tokens by spelling: many files name only one end token, and chat models end a turn with another.
+# End-of-turn tokens by spelling: many files name only one end token, but chat models end a turn with another.
 _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>")
 
 
@@ -243,7 +243,7 @@ def _sentencepiece_backend(file: GgufFile, tokens: list[str], types: list[int]) 
 def _merges_from_scores(
     tokens: list[str], types: list[int], scores: list[float], vocabulary: Mapping[str, int]
 ) -> list[tuple[str, str]]:
-    """SentencePiece joins the neighbours whose union scores best: every split of a token, best token first."""
+    """List every split of a token, best token first: SentencePiece joins the neighbours whose union scores best."""
     ranked: list[tuple[float, int, str, str]] = []
     normal = {token for token, type_ in zip(tokens, types, strict=True) if type_ == 1}
     for token in normal:

@@ -1,4 +1,4 @@
-"""`Weights`: a model's tensors by their Hugging Face names, read when they are asked for.
+"""`Weights`: a model's tensors by their Hugging Face names, read on access.
 
 The convention between loaders and the decoder:
 - names as in a Hugging Face checkpoint of the text model: `model.embed_tokens.weight`,
@@ -24,7 +24,7 @@ from ramet.runtime.models.config import ModelConfig
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GgufTensor:
-    """A quantised matrix as it lies in the file, with the rows in Hugging Face order.
+    """A quantised matrix as stored in the file, but with the rows in Hugging Face order.
 
     `rows`: uint8 [num_rows, bytes per row]; each row is a run of blocks of the type `quantization` (GGML's name, such
     as `Q4_1` or `Q8_0`). `shape`: (num_rows, num_columns) of the matrix, that is (out features, in features).
@@ -36,7 +36,7 @@ class GgufTensor:
 
 
 class Weights(Mapping[str, Tensor]):
-    """Tensors by name. Every access reads (and dequantises) anew: keep what you need, drop the rest."""
+    """Tensors by name. Every access reads (and dequantises) again, so callers keep the tensors that they need."""
 
     def __init__(
         self,
@@ -48,7 +48,7 @@ class Weights(Mapping[str, Tensor]):
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Weights:
-        """Wrap tensors that are in memory already."""
+        """Wrap tensors that are already in memory."""
         return cls({name: partial(tensors.__getitem__, name) for name in tensors})
 
     def __getitem__(self, name: str) -> Tensor:
@@ -61,7 +61,7 @@ class Weights(Mapping[str, Tensor]):
         return len(self._readers)
 
     def quantized(self, name: str) -> GgufTensor | None:
-        """The matrix as quantised in the file; None when it is stored in a floating-point type or not there."""
+        """The quantised matrix as stored in the file; None if it is missing or stored in a floating-point type."""
         reader = self._quantized.get(name)
         return None if reader is None else reader()
 
@@ -100,7 +100,7 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def check_names(config: ModelConfig, names: Iterable[str], source: Path) -> None:
-    """Raise BrokenModelFile naming what `source` lacks, and what it has beyond `expected_tensors`."""
+    """Raise BrokenModelFile naming the tensors that `source` lacks, or has in addition to `expected_tensors`."""
     expected, found = expected_tensors(config), set(names)
     missing = [name for name in expected if name not in found]
     unknown = sorted(found - expected.keys())
@@ -114,7 +114,7 @@ def check_names(config: ModelConfig, names: Iterable[str], source: Path) -> None
 
 
 def check_shapes(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], source: Path) -> None:
-    """Raise BrokenModelFile naming the tensors whose shape is not the configuration's."""
+    """Raise BrokenModelFile naming the tensors whose shape differs from the configuration's."""
     expected = expected_tensors(config)
     wrong = [
         f"{name} is {list(shape)} but must be {list(expected[name])}"

@@ -15,9 +15,9 @@ from ramet.runtime.models.decoder import Decoder
 
 
 class BareCache:
-    """`num_rows` sequences of at most `max_tokens`; their pages lie shuffled in one pool. Page 0 is the dummy page.
+    """A cache of `num_rows` sequences of at most `max_tokens`. Page 0 is the dummy page; the others are shuffled.
 
-    `kv_lens[row]` counts the row's cached positions; set it lower to go back.
+    `kv_lens[row]` counts the row's cached positions. Set it to a lower value to go back.
     """
 
     def __init__(self, decoder: Decoder, num_rows: int, max_tokens: int, page_size: int = 16, seed: int = 0) -> None:
@@ -31,14 +31,14 @@ class BareCache:
             return torch.zeros(shape, dtype=decoder.dtype, device=decoder.device)
 
         self.kv_caches = [(cache(), cache()) for _ in range(config.num_layers)]
-        # Shuffled, so that nothing can rely on pages being neighbours.
+        # Shuffled, so no code can rely on a sequence's pages being adjacent.
         order = 1 + torch.randperm(num_pages - 1, generator=torch.Generator().manual_seed(seed))
         self.page_table = order.view(num_rows, pages_per_row).to(torch.int32)
         self.kv_lens = [0] * num_rows
         self.decoder = decoder
 
     def context(self, decode_rows: list[int], extend: list[tuple[int, int]]) -> ForwardContext:
-        """The context of a step: one token for each decode row, then n tokens for each (row, n); advances the rows."""
+        """The context of a step: one token for each decode row, then n tokens for each (row, n). Advances the rows."""
         positions: list[int] = []
         slots: list[int] = []
         for row, num_tokens in [(row, 1) for row in decode_rows] + extend:
@@ -71,7 +71,7 @@ class BareCache:
         )
 
     def step(self, decode: list[tuple[int, int]], extend: list[tuple[int, list[int]]]) -> Tensor:
-        """Run one step and return the logits of all its tokens; decode: (row, token), extend: (row, tokens)."""
+        """Run one step and return the logits of all its tokens. decode: pairs (row, token). extend: (row, tokens)."""
         tokens = [token for _, token in decode] + [token for _, chunk in extend for token in chunk]
         context = self.context([row for row, _ in decode], [(row, len(chunk)) for row, chunk in extend])
         token_ids = torch.tensor(tokens, dtype=torch.int32, device=self.decoder.device)

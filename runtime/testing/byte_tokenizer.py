@@ -1,6 +1,6 @@
-"""A tokenizer whose tokens are bytes: ships with Ramet, for tests of programs and for the scripted model.
+"""A tokenizer whose tokens are bytes, for tests of programs and for the scripted model.
 
-Ids 0 to 255 are the bytes; then come an end of text, ChatML's two marks, and a begin of text.
+Ids 0 to 255 are the bytes. Four special tokens follow: end of text, ChatML's two marks, begin of text.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _TEMPLATE = (
 class ByteTokenizer:
     """A `Tokenizer` (see tokenizer.py) of 256 bytes and a few special tokens.
 
-    `vocab_size`: pads the vocabulary up to the width of a model's logits. `add_bos`: `encode(add_special=True)` begins
+    `vocab_size`: pads the vocabulary to the width of a model's logits. `add_bos`: `encode(add_special=True)` starts
     with `<|begin|>`.
     """
 

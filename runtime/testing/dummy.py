@@ -1,6 +1,6 @@
 """`dummy_decoder`: a decoder of a given shape with random weights, made on the device in seconds.
 
-For throughput measurements and tests, where only shapes matter. Not here: anything that speaks.
+For throughput measurements and tests in which only shapes matter. Its output is meaningless.
 """
 
 from __future__ import annotations
@@ -30,19 +30,20 @@ def dummy_decoder(
     seed: int = 0,
     ops: Ops | None = None,
 ) -> Decoder:
-    """Make a decoder whose weights are drawn on `device`; the same seed and device give the same weights.
+    """Make a decoder with random weights on `device`. The same seed and device give the same weights.
 
-    ops: None for those of the device.
+    ops: None takes the device's ops.
     """
     weights = dummy_weights(config, torch.device(device), dtype, seed)
     return build_decoder(config, weights, device=device, dtype=dtype, ops=ops)
 
 
 def dummy_weights(config: ModelConfig, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Weights:
-    """Random tensors under the names that `build_decoder` reads, each drawn when it is asked for.
+    """Random tensors under the names that `build_decoder` reads. Each tensor is drawn on access.
 
-    A matrix is normal with deviation 1 / sqrt(in_features), so that a product keeps its input's magnitude; matrices
-    that write to the residual are smaller by sqrt(2 L), so that it does not grow with depth. Norms are 1, biases 0.
+    Matrices are normal with standard deviation 1 / sqrt(in_features), so a product keeps its input's magnitude.
+    Matrices that write to the residual are smaller by sqrt(2 L), so the residual does not grow with depth. Norms are 1,
+    biases 0.
     """
     indices = {name: index for index, name in enumerate(expected_tensors(config))}
     residual_scale = 1 / math.sqrt(2 * config.num_layers)
@@ -62,9 +63,9 @@ def dummy_weights(config: ModelConfig, device: torch.device, dtype: torch.dtype,
 
 
 def tiny_model(ops: Ops | None = None) -> LoadedModel:
-    """Two layers of random weights over bytes, context 2,048: a real model in milliseconds, for tests around it.
+    """Make a two-layer model over bytes with random weights and a context of 2,048. For tests; takes milliseconds.
 
-    Its name is `tiny-random` wherever a model is named. ops: None for the CPU's.
+    Its model name is `tiny-random`. ops: None takes the CPU's ops.
     """
     tokenizer = ByteTokenizer()
     config = config_from_hf(

@@ -1,8 +1,8 @@
-"""An engine without a model, for tests of programs: the interface of the real one, answers from a script or a hash.
+"""An engine without a model, for tests of programs. It has the real engine's interface; a script or a hash answers.
 
-What it says depends only on the prompt, the sampling values and the script. Prefixes are counted as the real engine
-counts them (a trie of all tokens seen, in order of arrival), grammars are obeyed, stop strings cut, deadlines end
-requests. Its log-probabilities without a script are a true distribution, a function of the context.
+An answer depends only on the prompt, the sampling values and the script. Cached prefixes are counted as in the real
+engine (a trie of all tokens seen, in order of arrival). Grammars, stop strings and deadlines work. Without a script the
+log-probabilities are a true distribution, a function of the context.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _TEXT = (
     "morning music door street window rain bright glass paper summer bridge north harbour slow train open field"
 )
 WORDS = tuple(_TEXT.split())
-MAX_FREE_TOKENS = 24  # of a constrained text nobody scripted, before it is brought to an end
+MAX_FREE_TOKENS = 24  # length at which an unscripted constrained text is brought to its end
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,7 @@ class _Job:
 
 
 class ScriptedHandle:
-    """One request. Iterate over its outputs, or ask for the whole `result`."""
+    """One request. Iterate over its outputs, or wait for the whole `result`."""
 
     def __init__(self, engine: ScriptedEngine, request_id: str, on_output: Callable[[RequestOutput], None] | None):
         self.request_id = request_id
@@ -106,7 +106,7 @@ class ScriptedHandle:
                 return
 
     def result(self) -> ScriptedResult:
-        """Wait for the end. Raises the request's error."""
+        """Wait for the result. Raises the request's error."""
         outputs = list(self)
         last = outputs[-1]
         if last.error is not None:
@@ -127,10 +127,10 @@ class ScriptedHandle:
 class ScriptedEngine:
     """The scripted engine.
 
-    `script`: text to look for in the prompt -> answer (the text found last counts; of a list of answers each serves
-    once, the last one goes on); or answers in the order of requests; or a function of the prompt. Where it has none,
-    words are drawn by a hash of the prompt. `failures`: text in the prompt -> the error its request ends with.
-    `latency_s`: of one step, in which every running request writes one word.
+    `script` is one of three: a mapping from a text in the prompt to the answer (the text that occurs last counts; each
+    answer of a list is used once, and the last one repeats), a list of answers in the order of requests, or a function
+    of the prompt. Without a scripted answer, a hash of the prompt draws words. `failures`: maps a text in the prompt to
+    the error of its request. `latency_s`: time of one step, in which every running request writes one word.
     """
 
     def __init__(
@@ -168,7 +168,7 @@ class ScriptedEngine:
         on_output: Callable[[RequestOutput], None] | None = None,
         **changes: Any,  # fields of RequestOptions, which checks them
     ) -> ScriptedHandle:
-        """Queue a request; see the real engine. Raises EmptyPrompt, ContextOverflow, EngineStopped."""
+        """Queue a request, as `Engine.submit`. Raises EmptyPrompt, ContextOverflow, EngineStopped."""
         tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         if not tokens:
             raise EmptyPrompt("the prompt has no tokens; give at least one", param="prompt")
@@ -193,16 +193,16 @@ class ScriptedEngine:
 
     @property
     def num_waiting(self) -> int:
-        """Requests that have not ended."""
+        """Number of requests that have not ended."""
         with self._changed:
             return len(self._waiting) + len(self._running)
 
     def differences(self, tokens: Sequence[int], cache_salt: str = "") -> list[Difference]:
-        """Where cached paths leave `tokens`, the one with the most in common first."""
+        """Cached paths that differ from `tokens`, the longest common prefix first."""
         return trie_differences(self._trie, self._roots.get(cache_salt), tokens)
 
     def shutdown(self) -> None:
-        """Stop; what runs ends with EngineStopped."""
+        """Stop the engine. Running requests end with EngineStopped."""
         with self._changed:
             self._is_stopped = True
             self._changed.notify()
@@ -260,7 +260,7 @@ class ScriptedEngine:
                 continue
             try:
                 output = next(job.outputs)
-            except Exception as error:  # a script may be a function, which fails alone
+            except Exception as error:  # a script may be a function: if it raises, only its request fails
                 self._end(job, FinishReason.ERROR, error)
                 continue
             if output.finish_reason is None:
@@ -333,7 +333,7 @@ class ScriptedEngine:
             sent, sent_text = end, len(chunk)
 
     def _write(self, job: _Job, prompt_text: str) -> tuple[list[int], str, FinishReason, str | int | None]:
-        """Tokens, text, why it ended, and the stop string or token that ended it."""
+        """Tokens, text, finish reason, and the stop string or token that ended the text."""
         sampling = job.sampling
         limit = sampling.max_tokens or 1 << 16
         limit = max(1, min(limit, self.context_length - len(job.prompt)))
@@ -381,7 +381,7 @@ class ScriptedEngine:
         return self.tokenizer.encode(answers)
 
     def _seed(self, job: _Job) -> int:
-        """Greedy: 0. Else the request's seed, or how many like it came before."""
+        """0 for greedy sampling. Otherwise the request's seed + 1, or the number of requests with this prompt."""
         sampling = job.sampling
         if sampling.is_greedy:
             return 0
@@ -397,7 +397,7 @@ class ScriptedEngine:
         return self.tokenizer.encode(" ".join(words) + ".")
 
     def _constrained(self, grammar: Grammar, wanted: Sequence[int] | None, limit: int, digest: bytes) -> Iterator[int]:
-        """Tokens that the grammar allows: those wanted as long as it does, else drawn; in time brought to an end."""
+        """Tokens that the grammar allows: the wanted ones while it allows them, then drawn ones; ends in time."""
         row = np.zeros((self.tokenizer.vocab_size + 31) // 32, dtype=np.int32)
         eos = min(self.tokenizer.eos_ids)
         state: int | None = 0
@@ -426,7 +426,7 @@ class ScriptedEngine:
             state = grammar.advance(state, token)
 
     def _score(self, prompt: Sequence[int], score_from: int) -> NDArray[np.float32]:
-        """log P of prompt[score_from:]. With a script, what continues its answer is likely, all else is not."""
+        """log P of prompt[score_from:]. With a script, only tokens that continue its answer are likely."""
         plain = [float(self.logprobs(prompt[:i])[prompt[i]]) for i in range(score_from, len(prompt))]
         before, tail = self.tokenizer.decode(prompt[:score_from]), self.tokenizer.decode(prompt[score_from:])
         wanted = self._answer_text(before)
@@ -472,6 +472,6 @@ def _digest(tokens: Sequence[int], seed: int) -> bytes:
 
 
 def _word_ends(token_bytes: Sequence[bytes], tokens: Sequence[int]) -> list[int]:
-    """Where increments end: before each blank, and at the end; never inside a UTF-8 character."""
+    """Positions where increments end: before each space and at the end, never inside a UTF-8 character."""
     ends = [i for i, token in enumerate(tokens) if i and token_bytes[token] in (b" ", b"\n")]
     return [*ends, len(tokens)]

@@ -1,7 +1,8 @@
 """An engine around a scheduler without a model, for tests and simulations of scheduling.
 
-A token is a pure function of the path before it, and pages hold hashes of paths: every position that a step reads must
-hold the hash of exactly the reader's path, or an assertion fails. Steps may be collected one behind (`overlap`).
+A token is a pure function of the path before it, and pages hold hashes of paths. Every position that a step reads must
+hold the hash of the reader's own path; otherwise an assertion fails. With `overlap`, a step is collected after the next
+one is launched.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def path_hashes(salt: str, tokens: list[int]) -> list[int]:
 
 
 def expected_output(request: Request) -> list[int]:
-    """What the simulated model generates for a request."""
+    """Return the tokens that the simulated model generates for a request."""
     value = path_hashes(request.cache_salt, request.prompt_ids.tolist())[-1]
     output: list[int] = []
     while len(output) < request.max_tokens:
@@ -47,7 +48,7 @@ def expected_output(request: Request) -> list[int]:
 
 @dataclass(slots=True)
 class Slot:
-    """What a device knows of a slot: whose it is, its whole path, and its page table row."""
+    """The device's view of a slot: its sequence, its whole path, and its page table row."""
 
     sequence: Sequence
     path: list[int]
@@ -56,7 +57,7 @@ class Slot:
 
 @dataclass
 class SimulatedEngine:
-    """Drives a scheduler. `burst`: tokens that a sampling row brings, where none of its later steps is launched."""
+    """Drives a scheduler. `burst`: number of tokens that a sampling row yields if no later step of it is launched."""
 
     scheduler: Scheduler
     overlap: bool = False
@@ -73,7 +74,7 @@ class SimulatedEngine:
         return self.scheduler.pool.page_size
 
     def step(self) -> bool:
-        """Schedule, launch and collect once. False if there was nothing to do."""
+        """Schedule, launch and collect once. Returns False if there was nothing to do."""
         batch = self.scheduler.schedule()
         self.scheduler.check_integrity()
         launched = None if batch is None else (batch, self.launch(batch))
@@ -139,7 +140,7 @@ class SimulatedEngine:
             assert self.content.get(where) == value, f"{sequence.request.request_id} reads foreign KV at {position}"
 
     def path_of(self, item: ScheduledSequence) -> list[int]:
-        """The tokens [0, start + num_tokens) of a row, its last perhaps known to the device alone."""
+        """The tokens [0, start + num_tokens) of a row. Possibly only the device knows the last one."""
         sequence, stop = item.sequence, item.start + item.num_tokens
         assert sequence.slot is not None
         slot = self.slots.get(sequence.slot)
@@ -185,7 +186,7 @@ def make_simulation(
     clock: list[float] | None = None,
     **config: object,
 ) -> SimulatedEngine:
-    """An engine with small limits; `clock[0]` is the time in seconds."""
+    """Make an engine with small limits. `clock[0]` is the time in seconds."""
     time = clock if clock is not None else [0.0]
     values = {"context_length": 4096, "max_running": 8, "max_num_tokens_per_step": 16, **config}
     pool = PagePool(num_pages, page_size)
@@ -220,7 +221,7 @@ def make_request(
 
 
 def assert_idle_and_whole(engine: SimulatedEngine) -> None:
-    """Nothing runs or waits, and every page is free or cached."""
+    """Assert that nothing runs or waits, and that every page is free or cached."""
     scheduler = engine.scheduler
     scheduler.check_integrity()
     assert not scheduler.has_work
@@ -232,7 +233,7 @@ def assert_idle_and_whole(engine: SimulatedEngine) -> None:
 
 
 def assert_output_is_right(sequence: Sequence) -> None:
-    """A finished sequence has the model's output, or the beginning of it where it was cut."""
+    """Assert that a finished sequence has the model's output, or the beginning of it if it was cut off."""
     expected = expected_output(sequence.request)
     if sequence.finish_reason in (FinishReason.ABORT, FinishReason.ERROR):
         assert sequence.output_ids == expected[: len(sequence.output_ids)]
