@@ -58,7 +58,7 @@ def load_hf_config(folder: Path) -> ModelConfig:
         return config_from_hf(fields)
     except UnsupportedArchitecture:
         raise
-    except (TypeError, ValueError, AttributeError) as error:  # includes BrokenModelFile; others: a value of the wrong type
+    except (TypeError, ValueError, AttributeError) as error:  # includes BrokenModelFile; others: wrong types
         raise BrokenModelFile(f"{path}: {error}") from error
 
 
