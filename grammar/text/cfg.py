@@ -1,14 +1,14 @@
-"""Grammars in Lark's own syntax -> IR. Lark reads the grammar; this module walks its rules.
+"""Grammars in Lark's own syntax -> IR. Lark reads the grammar, and this module walks its rules.
 
 Understood: rules and terminals with all EBNF operators, `~n..m`, strings and regexps with flags, ranges, templates,
-aliases, `?rule` and `!rule` and priorities (they shape trees, not languages), `%ignore`, `%override`, `%extend`, and
-`%import` of Lark's own grammars (common, python, unicode, lark): other files are never read. Any recursion, also left
-recursion.
+`%ignore`, `%override`, `%extend`, and all recursion, left recursion included. `%import` works for Lark's own grammars
+(common, python, unicode, lark); other files are never read. Aliases, `?rule`, `!rule` and priorities are accepted and
+have no effect, because they change trees and not languages.
 
-There is no lexer in front: a text belongs to the language when some way of cutting it into terminals fits the rules, as
-in Lark's Earley parser. So where a keyword may touch a name, `ifx` can be `if x`; write the space into the rules if it
-matters. A terminal with a lazy repeat ends at the first place where it can. What a terminal's regexp sees ends with
-the terminal: negative lookaheads look no further; positive ones, `^` and `$` are refused.
+There is no separate lexer. A text belongs to the language if some way to cut it into terminals fits the rules, as in
+Lark's Earley parser. So if a keyword may touch a name, `ifx` is also read as `if x`; write the space into the rules if
+it matters. A terminal with a lazy repeat ends at the first possible place. The regexp of a terminal sees only the
+terminal: negative lookaheads see nothing after it, and positive lookaheads, `^` and `$` are refused.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ MAX_RULES = 20_000
 MAX_SIZE = 200_000
 
 _FLAGS = {"i": re.IGNORECASE, "m": re.MULTILINE, "s": re.DOTALL, "x": re.VERBOSE, "l": re.LOCALE, "u": re.UNICODE}
-_Template = tuple[tuple[str, ...], Any]  # parameters, lark's tree (untyped there)
+_Template = tuple[tuple[str, ...], Any]  # parameters, Lark's tree (untyped in Lark)
 
 
 def parse_cfg(
@@ -47,10 +47,11 @@ def parse_cfg(
     max_ignored: int | None = None,
     max_regular_states: int = dfas.MAX_STATES,
 ) -> ir.NamedRules:
-    """Return the grammar that `source`, in Lark's syntax, describes; one rule without references if it is regular.
+    """Return the grammar that `source` describes in Lark's syntax. A regular grammar is one rule without references.
 
-    `max_ignored`: characters that `%ignore` allows in one place (a model may otherwise write white space without end).
-    Raises: InvalidGrammar with the line of what is wrong; GrammarTooLarge for counts above 10,000 or templates that
+    max_ignored: how many characters `%ignore` allows in one place. Without a limit, a model may write white space
+    forever.
+    Raises: InvalidGrammar with the line of the error; GrammarTooLarge for counts above 10,000 or for templates that
     expand without end.
     """
     if not isinstance(source, str):
@@ -61,7 +62,7 @@ def parse_cfg(
 
 
 class _Reader:
-    """One grammar's definitions -> nodes."""
+    """Turns the definitions of one grammar into nodes."""
 
     def __init__(self, source: str, start: str, max_ignored: int | None, max_regular_states: int) -> None:
         self.source = source
@@ -69,7 +70,7 @@ class _Reader:
         self.max_ignored = max_ignored
         self.max_regular_states = max_regular_states
         self.rules: dict[str, ir.Node] = {}
-        self.pending: list[tuple[str, Any, Mapping[str, ir.Node]]] = []  # rule, lark's tree, values of the parameters
+        self.pending: list[tuple[str, Any, Mapping[str, ir.Node]]] = []  # rule, Lark's tree, values of the parameters
         self.terminals: dict[str, ir.Node] = {}
         self.argument_numbers: dict[ir.Node, int] = {}  # equal arguments of templates have equal numbers
         self.ignored: ir.Node = ir.EMPTY
@@ -92,7 +93,7 @@ class _Reader:
         while self.pending:
             self.rule, tree, values = self.pending.pop()
             self.rules[self.rule] = self.node(tree, values)
-        name = "the start"  # a blank: no rule of Lark's can have this name
+        name = "the start"  # the blank makes sure that no rule in Lark has this name
         whole = ir.NamedRules({**self.rules, name: begin}, name)
         return ir.NamedRules.of(inline(begin, whole)) if name in _regular_rules(whole.rules) else whole
 
@@ -109,7 +110,7 @@ class _Reader:
     # --- rules
 
     def node(self, tree: Any, values: Mapping[str, ir.Node]) -> ir.Node:
-        """The node of a part of a rule; `tree` is a lark Tree, Token or Symbol."""
+        """Return the node of a part of a rule. `tree` is a lark Tree, Token or Symbol."""
         if isinstance(tree, Terminal):
             return values[tree.name] if tree.name in values else self.terminal(tree.name)
         if isinstance(tree, NonTerminal):
@@ -147,7 +148,7 @@ class _Reader:
         return ir.Repeat(item, low, high)
 
     def reference(self, name: str, arguments: tuple[ir.Node, ...]) -> ir.Node:
-        """A rule, or a template with its arguments, which is then a rule of its own."""
+        """Return a reference to a rule. A template with its arguments becomes a rule of its own."""
         if name not in self.templates:
             self.fail(f"{name!r} is used as a template but is a parameter", self.line_of(self.rule))
         parameters, tree = self.templates[name]
@@ -160,7 +161,7 @@ class _Reader:
                 raise GrammarTooLarge(
                     self.located(f"the grammar has more than {MAX_RULES:,} rules", self.line_of(name))
                 )
-            self.rules[key] = ir.NOTHING  # replaced when its turn comes
+            self.rules[key] = ir.NOTHING  # replaced when `pending` is processed
             self.pending.append((key, tree, dict(zip(parameters, arguments, strict=True))))
         return ir.Reference(key)
 
@@ -189,7 +190,7 @@ class _Reader:
             self.fail(_first_line(error) or "the terminal cannot be read", line, cause=error)
 
     def pattern(self, pattern: Pattern, name: str, line: int | None) -> ir.Node:
-        """The terminal and what is ignored after it, as one table."""
+        """Return a terminal, together with what is ignored after it, as one table."""
         key = (type(pattern) is PatternStr, pattern.value, frozenset(pattern.flags))
         found = self.terminals.get(repr(key))
         if found is None:
@@ -213,7 +214,7 @@ class _Reader:
     # --- errors
 
     def line_of(self, name: str) -> int | None:
-        """Line where a rule or terminal is defined or imported."""
+        """Return the line in which a rule or terminal is defined or imported."""
         plain = re.escape(name.split("{")[0])
         for pattern in (rf"(?m)^\s*[!?]*{plain}\s*(?:\.-?\d+)?\s*[:{{]", rf"(?m)^.*\b{plain}\b"):
             found = re.search(pattern, self.source)
@@ -227,7 +228,7 @@ class _Reader:
         return None
 
     def fail_by_name(self, error: Exception) -> NoReturn:
-        """Raise for one of Lark's errors that has no line: the names that it mentions lead there."""
+        """Raise for an error of Lark's that has no line. The line is found by the names in its message."""
         message = str(error)
         if isinstance(error, lark.exceptions.LarkError):
             at = re.search(r"at line (\d+)(?:,)? column (\d+)", message)
@@ -245,7 +246,7 @@ class _Reader:
         raise InvalidGrammar(self.located(message, line, column)) from cause
 
     def located(self, message: str, line: int | None, column: int | None = None) -> str:
-        """The message with the user's own line under it."""
+        """Return the message with the user's own line under it."""
         lines = self.source.splitlines()
         if line is None or not 1 <= line <= len(lines):
             return f"the grammar: {message}"
@@ -255,7 +256,7 @@ class _Reader:
 
 @lru_cache(maxsize=1024)
 def _terminal_node(is_text: bool, value: str, flags: frozenset[str], max_states: int, name: str) -> ir.Node:
-    """A terminal without what is ignored; tables are kept, since compiling them is what takes time."""
+    """Return a terminal without what is ignored after it. Tables are kept, because compiling them takes long."""
     if is_text and not flags:
         return ir.Bytes(value.encode())
     bits = 0
@@ -266,7 +267,7 @@ def _terminal_node(is_text: bool, value: str, flags: frozenset[str], max_states:
 
 
 def _only_larks_own(base_path: str | None, grammar_path: str) -> tuple[Any, str]:
-    """Lark's import loader, for Lark's own grammars only: a user's grammar must not read files."""
+    """Import Lark's own grammars, and no others: a user's grammar must not read files."""
     try:
         found: tuple[Any, str] = stdlib_loader(base_path, grammar_path)
         return found
@@ -278,9 +279,9 @@ def _only_larks_own(base_path: str | None, grammar_path: str) -> tuple[Any, str]
 
 
 def _regular_rules(rules: Mapping[str, ir.Node]) -> set[str]:
-    """Names of the rules without recursion, which are written out where they are used.
+    """Return the names of the rules without recursion, which are inlined.
 
-    Raises: GrammarTooLarge for those that would double again and again.
+    Raises: GrammarTooLarge for rules whose size doubles again and again.
     """
     sizes: dict[str, int] = {}
     waiting = dict(rules)

@@ -1,4 +1,4 @@
-"""One of a list of texts, as the minimal acyclic automaton."""
+"""One of a list of texts, as a minimal acyclic automaton."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from ramet.grammar.regular.byte_language import ByteAutomaton
 
 
 def choices(texts: Iterable[str]) -> ByteAutomaton:
-    """Return the automaton of exactly these texts; equal ones count once.
+    """Return the automaton of exactly these texts. Equal texts count once.
 
-    Equal endings are shared, so long lists stay small. Raises: InvalidGrammar for no texts, or one that is not a str.
+    Equal endings are shared, so long lists stay small.
+    Raises: InvalidGrammar if there is no text, or one is not a str.
     """
     given = list(texts)
     for text in given:

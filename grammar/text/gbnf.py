@@ -1,12 +1,12 @@
-r"""Grammars in GBNF, the notation of llama.cpp that SGLang's `ebnf` and XGrammar take, too -> Lark's syntax.
+r"""Grammars in GBNF -> Lark's syntax. GBNF is the notation of llama.cpp; SGLang's `ebnf` and XGrammar take it, too.
 
-    root  ::= "yes" | list            a rule; `root` is the first one to apply
+    root  ::= "yes" | list            a rule; `root` is the start
     list  ::= "[" item ("," item)* "]"
     item  ::= [a-z]+ | [^\n\x41]{1,3} | .
 
 Understood: literals and classes with the escapes `\n \r \t \" \\ \] \[ \- \^ \/ \xNN \uNNNN \UNNNNNNNN`, groups, `|`,
-`* + ? {m} {m,} {m,n}`, `#` comments. A rule goes on until the next `name ::=`, over any lines. Not understood, and so
-refused: lookaheads, XGrammar's TagDispatch, tokens in `<>`.
+`* + ? {m} {m,} {m,n}`, `#` comments. A rule ends at the next `name ::=` and may take several lines. Refused:
+lookaheads, XGrammar's TagDispatch, tokens in `<>`.
 Source: the notation is described in llama.cpp's grammars/README.md.
 """
 
@@ -32,12 +32,15 @@ _PLAIN = {"n": "\n", "r": "\r", "t": "\t"} | {c: c for c in "\"'\\[]-^/"}
 
 
 def is_gbnf(source: str) -> bool:
-    """Whether a grammar has rules written with `::=`; Lark's have `:`."""
+    """Tell whether a grammar has rules written with `::=`. Lark writes them with `:`."""
     return _RULE.search(source) is not None
 
 
 def lark_of_gbnf(source: str) -> str:
-    """Return the grammar in Lark's syntax; `root` becomes `start`. Raises: InvalidGrammar with the line."""
+    """Return the grammar in Lark's syntax. `root` becomes `start`.
+
+    Raises: InvalidGrammar with the line.
+    """
     return _Translation(source).written()
 
 
@@ -103,7 +106,7 @@ class _Translation:
             body.append(text)
 
     def _bind(self, body: list[str]) -> None:
-        """Make a repeat one group with what it repeats, so that another repeat may follow."""
+        """Put the last item and its repeat into one group, so that another repeat may follow."""
         count = body.pop()
         start = len(body) - 1
         if body[start] == ")":
@@ -129,14 +132,14 @@ class _Translation:
             body.append(f"({item}{count})")
 
     def _count(self, text: str, at: int) -> str:
-        """`{m,n}` as `~m..n`; `{m,}` as `~m..`."""
+        """Write `{m,n}` as `~m..n`, and `{m,}` as `~m..`."""
         low, comma, high = (part.strip() for part in text[1:-1].partition(","))
         if comma and high and int(high) < int(low):
             raise self._error(at, f"{text} counts from {low} to {high}")
         return f"~{low}..{high if comma else low}"
 
     def _set(self, text: str, at: int) -> str:
-        r"""`[^a-z\n]` as a regexp of Lark's."""
+        r"""Write a class, such as `[^a-z\n]`, as a regexp of Lark's."""
         inner = text[1:-1]
         negated = inner.startswith("^") and len(inner) > 1
         written, ranged = "", False
@@ -166,7 +169,7 @@ class _Translation:
         return _ESCAPE.sub(plain, text)
 
     def _name(self, name: str) -> str:
-        """A rule's name as Lark allows it: small letters, digits, underscores."""
+        """Return a rule's name in the form that Lark allows: small letters, digits, underscores."""
         if name not in self._names:
             plain = base = "g_" + re.sub(r"[^a-z0-9_]", "_", name.lower())
             number = 1
@@ -183,12 +186,12 @@ class _Translation:
 
 
 def _spelled(text: str, quote: str) -> str:
-    """A literal's inside, for Lark: nothing but printable ASCII."""
+    """Return the inside of a literal for Lark, in printable ASCII."""
     return "".join(f"\\{c}" if c in (quote, "\\") else c if " " <= c <= "~" else f"\\U{ord(c):08x}" for c in text)
 
 
 def _escaped(c: str) -> str:
-    """A character inside a class of a regexp between slashes."""
+    """Return a character as it is written in a class of a regexp between slashes."""
     if " " <= c <= "~":
         return c if c.isalnum() else f"\\{c}"
     return f"\\U{ord(c):08x}"

@@ -1,10 +1,12 @@
-"""Python `re` patterns -> IR. A text is in the language exactly when `re.fullmatch(pattern, text)` matches.
+r"""Python `re` patterns -> IR. A text is in the language exactly if `re.fullmatch(pattern, text)` matches.
 
-Understood: literals, classes, `\\d \\w \\s` (Unicode unless re.ASCII), groups, alternation, repetition (lazy or not:
-the same texts), flags `i m s x a u` (also scoped), lookaheads, lookbehinds of one character, `^ $ \\A \\Z \\b \\B`
-where what stands before decides them. Refused with InvalidRegex, by name and position: longer lookbehinds,
-backreferences, conditionals, atomic groups, possessive repeats. Only texts that UTF-8 can write belong to a language: a
-surrogate never matches. `\\B` matches the empty text, as it does in Python from 3.14 on.
+Understood: literals, classes, `\d \w \s` (Unicode unless re.ASCII), groups, alternation, repetition (a lazy repeat has
+the same texts as a greedy one), flags `i m s x a u` (also scoped), lookaheads, lookbehinds of one character, and `^ $
+\A \Z \b \B` if the text before them decides whether they match. Refused with InvalidRegex, by name and position: longer
+lookbehinds, backreferences, conditionals, atomic groups, possessive repeats.
+
+A language holds only texts that UTF-8 can write: a surrogate never matches. `\B` matches the empty text, as in Python
+from 3.14 on.
 """
 
 from __future__ import annotations
@@ -45,9 +47,9 @@ _Item = tuple[Any, Any]  # (opcode, argument) as re's parser gives them: the arg
 def parse_regex(pattern: str, flags: int = 0, *, is_lexeme: bool = False, name: str = "") -> ir.Terminal:
     """Return the terminal whose texts are the full matches of `pattern`.
 
-    `flags`: of module `re`. `is_lexeme`: the pattern describes a word inside a longer text, as a lexer would find it: a
-    lazy repeat stops at the first place where what follows it matches (alternatives have no order); a negative
-    lookahead sees no further than the word; anchors and positive lookaheads, which would have to, are refused.
+    flags: of module `re`. is_lexeme: the pattern describes a word inside a longer text, as for a lexer. Then a lazy
+    repeat stops at the first place where the rest of the pattern matches (alternatives have no order). A negative
+    lookahead sees only the word. Anchors and positive lookaheads would have to see more, and are refused.
     Raises: InvalidRegex naming the construct and its position; GrammarTooLarge for a count above 100,000.
     """
     if not isinstance(pattern, str):
@@ -72,14 +74,17 @@ def parse_regex(pattern: str, flags: int = 0, *, is_lexeme: bool = False, name: 
 
 
 class _Converter:
-    """One pattern's items -> nodes. Each method returns the node and what may follow it."""
+    """Turns the items of one pattern into nodes.
+
+    The methods return the node, and what may stand before the position after it.
+    """
 
     def __init__(self, pattern: str, is_lexeme: bool) -> None:
         self.pattern = pattern
         self.is_lexeme = is_lexeme
 
     def sequence(self, items: list[_Item], flags: int, before: _Before, *, at_end: bool) -> tuple[ir.Node, _Before]:
-        """`at_end`: nothing follows these items but the end of the text."""
+        """Return the node of a list of items. at_end: only the end of the text follows these items."""
         items = _flattened(items)
         parts: list[ir.Node] = []
         entry = before
@@ -134,7 +139,7 @@ class _Converter:
         items = list(inner)
         is_once = most is not None and most <= 1
         entry = before
-        while True:  # what stands before an iteration is what stood before the repeat, or an iteration
+        while True:  # before an iteration stands what stood before the repeat, or another iteration
             node, after = self.sequence(items, flags, entry, at_end=at_end and is_once)
             if is_once or after <= entry:
                 break
@@ -144,7 +149,7 @@ class _Converter:
         return ir.Repeat(node, low, most), after | before if low == 0 else after
 
     def characters(self, op: Any, argument: Any, flags: int) -> ir.Ranges:
-        """The set of one character's item."""
+        """Return the set of characters of an item that matches one character."""
         is_ascii = bool(flags & re.ASCII)
         if op is sre.ANY:
             return chars.EVERYTHING if flags & re.DOTALL else chars.NOT_NEWLINE
@@ -207,14 +212,14 @@ class _Converter:
     def boundary(self, is_boundary: bool, flags: int, before: _Before, *, at_end: bool) -> ir.Node:
         name = r"\b" if is_boundary else r"\B"
         after_word = self.decided(before, {_WORD}, name) == ir.EMPTY
-        needs_word = after_word != is_boundary  # what must follow
+        needs_word = after_word != is_boundary  # whether a word character must follow
         if at_end:
             return ir.NOTHING if needs_word else ir.EMPTY
         word = ir.Chars(chars.category("w", bool(flags & re.ASCII)))
         return ir.Lookahead(word, is_negative=not needs_word)
 
     def decided(self, before: _Before, wanted: set[str], name: str) -> ir.Node:
-        """EMPTY where all that may stand before is wanted, NOTHING where none is; refused in between."""
+        """Return EMPTY if everything that may stand before is wanted, NOTHING if none of it is. Refuse other cases."""
         if before <= wanted:
             return ir.EMPTY
         if not before & wanted:
@@ -229,7 +234,7 @@ class _Converter:
         return ir.Lookahead(node, is_negative)
 
     def lookbehind(self, op: Any, argument: Any, flags: int, node: ir.Node, entry: _Before) -> ir.Node:
-        """Keep those texts of `node` that end in (or not in) one character of a set."""
+        """Return the texts of `node` whose last character is in a set (or is not in it)."""
         is_negative = op is sre.ASSERT_NOT
         token = "(?<!" if is_negative else "(?<="
         inner = _flattened(list(argument[1]))
@@ -259,7 +264,7 @@ class _Converter:
 
 
 def _flattened(items: list[_Item]) -> list[_Item]:
-    """Items with the content of groups that set no flags in place of the group."""
+    """Return the items with each group that sets no flags replaced by its content."""
     out: list[_Item] = []
     for op, argument in items:
         if op is sre.SUBPATTERN and not argument[1] and not argument[2]:
@@ -274,7 +279,9 @@ def _joined(parts: list[ir.Node]) -> ir.Node:
 
 
 def _end_of_lazy(items: list[_Item]) -> int | None:
-    """Where the part ends that a lazy repeat makes as short as possible: after the last item that is not optional."""
+    """Return the end of the part that a lazy repeat makes as short as possible: after its last item that is not
+    optional.
+    """
     if not any(op is sre.MIN_REPEAT for op, _ in items):
         return None
     stop = len(items)
@@ -284,13 +291,16 @@ def _end_of_lazy(items: list[_Item]) -> int | None:
 
 
 def _shortest(node: ir.Node) -> ir.Node:
-    """The texts of `node` of which no shorter beginning is one."""
-    closed = ir.Terminal(node)  # so that lookaheads see no further than the node
+    """Return the texts of `node` that have no shorter beginning in `node`."""
+    closed = ir.Terminal(node)  # so that lookaheads see only the node
     return ir.Intersect((closed, ir.Complement(ir.Concatenation((closed, ir.ANY_CHAR, ir.ANY_TEXT)))))
 
 
 def _ends_in(node: ir.Node, ranges: ir.Ranges) -> tuple[ir.Node, ir.Node] | None:
-    """(the texts of `node` whose last character is in `ranges`, its empty text: a node without width, or NOTHING)."""
+    """Return the texts of `node` whose last character is in `ranges`, and its empty text.
+
+    The empty text is a node without width, or NOTHING.
+    """
     match node:
         case ir.Bytes(value):
             last = ord(value.decode()[-1])
@@ -346,7 +356,7 @@ _LEXEME = re.compile(
 
 
 def _constructs(pattern: str) -> Iterable[tuple[int, str]]:
-    """(position, token) of what may be refused; comments of verbose patterns are not told apart."""
+    """Yield (position, token) of each construct that may be refused, also in the comments of verbose patterns."""
     for m in _LEXEME.finditer(pattern):
         if m.lastgroup in ("backreference", "possessive"):
             yield m.start(), m.lastgroup

@@ -1,4 +1,4 @@
-"""Passages of a given text: quotations that are really there, as a suffix automaton.
+"""Passages of a given text, as a suffix automaton: a model can quote only what is in the text.
 
 Source: A. Blumer et al., "The smallest automaton recognizing the subwords of a text" (1985), built online.
 """
@@ -18,8 +18,9 @@ Unit = Literal["characters", "words"]
 def substring_of(text: str, *, unit: Unit = "characters", allow_empty: bool = False) -> ByteAutomaton:
     """Return the automaton of the passages of `text`.
 
-    unit: "characters" begins and ends anywhere between two characters; "words" begins where a word (a run of anything
-    but white space) begins and ends where one ends. States: about two a unit.
+    unit: with "characters", a passage begins and ends between any two characters. With "words", it begins at the
+    beginning of a word (a run of characters other than white space) and ends at the end of one. About two states per
+    unit.
     Raises: InvalidGrammar if there is no passage.
     """
     if not isinstance(text, str):
@@ -50,7 +51,7 @@ def substring_of(text: str, *, unit: Unit = "characters", allow_empty: bool = Fa
 
 
 def _suffix_automaton(symbols: Sequence[str]) -> list[dict[str, int]]:
-    """Edges of each state; all states are reached by substrings, and each substring reaches one."""
+    """Return the edges of each state. Each substring leads to one state, and each state is reached by a substring."""
     edges: list[dict[str, int]] = [{}]
     link, length = [-1], [0]
     last = 0
@@ -83,12 +84,12 @@ def _suffix_automaton(symbols: Sequence[str]) -> list[dict[str, int]]:
 def _over_bytes(symbol_edges: list[dict[str, int]], is_end: list[bool], name: str) -> ByteAutomaton:
     """Spell the symbols in bytes.
 
-    A place is the state arrived at, if any, and the symbols under way with what is left of them; it is both only where
-    a word is the beginning of another ("a", "an").
+    A place is (the state reached or None, the symbols being read with the rest of each). Both parts are present only if
+    one word is the beginning of another, such as "a" and "an".
     """
     spelled = [[(symbol.encode(), t) for symbol, t in row.items()] for row in symbol_edges]
     index: dict[Hashable, int] = {}
-    places: list[tuple[int | None, list[tuple[bytes, int]]]] = []  # the state arrived at, symbols under way
+    places: list[tuple[int | None, list[tuple[bytes, int]]]] = []  # the state reached, symbols being read
     edges: list[dict[int, int]] = []
 
     def place(arrived: int | None, under_way: list[tuple[bytes, int]]) -> int:
