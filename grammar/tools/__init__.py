@@ -1,1 +1,1 @@
-"""Tool calls: sets of tools, how models write calls, and the calls in a text as it comes."""
+"""Tool calls: sets of tools, the formats in which models write calls, and a reader of the calls in a streamed text."""

@@ -1,8 +1,8 @@
-"""The calls in a text, while it is being written: names, pieces of arguments, and where each call ends.
+"""Reads the calls in a text while it is written: names, pieces of arguments, and the end of each call.
 
-Bytes may come in any pieces: the events are the same, but for where deltas are cut. White space around the layout's own
-characters may differ, so that unconstrained answers can be read, too; what turns out to be no call is text. Arguments
-are passed on as they were written, never decoded.
+Bytes may come in any pieces. The events are the same, except for the places where deltas are cut. White space around
+the characters of the layout may differ, so that unconstrained answers can be read, too. A text that looks like a call
+and is not one becomes text. Arguments are passed on as they were written, never decoded.
 """
 
 from __future__ import annotations
@@ -33,7 +33,10 @@ class ArgumentsDelta:
 
 @dataclass(frozen=True, slots=True)
 class CallEnd:
-    """`is_complete` False: the text ended, or left the layout, inside the call; its arguments must not be used."""
+    """The end of a call.
+
+    is_complete False: the text ended, or left the layout, inside the call. Its arguments must not be used.
+    """
 
     index: int
     is_complete: bool
@@ -45,15 +48,15 @@ _NAME = re.compile(NAME_PATTERN)
 
 
 class ToolCallReader:
-    """Reads one answer. Owns its state; not for use by two threads."""
+    """Reads one answer. It owns its state, and must not be used by two threads."""
 
     def __init__(self, layout: ToolFormat) -> None:
         self.layout = layout
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._events: list[Event] = []
         self._read = self._text
-        self._held = ""  # characters that are text if they turn out to be no call
-        self._ways: list[tuple[str, str]] = []  # (what is left of a layout text, what it leads to)
+        self._held = ""  # characters that become text if they do not begin a call
+        self._ways: list[tuple[str, str]] = []  # (rest of a layout text, what follows it)
         self._name = ""
         self._index = -1
         self._depth = 0
@@ -62,11 +65,11 @@ class ToolCallReader:
         self._has_begun = False
 
     def push(self, data: bytes) -> list[Event]:
-        """Take the next bytes of the answer and return what they settle."""
+        """Take the next bytes of the answer, and return the events that are now certain."""
         return self._take(self._decoder.decode(data))
 
     def finish(self) -> list[Event]:
-        """The answer has ended: return what was held back."""
+        """End the answer, and return the events that were held back."""
         events = self._take(self._decoder.decode(b"", final=True))
         if self._read in (self._arguments, self._after) and not self._is_settled():
             self._events.append(CallEnd(self._index, is_complete=False))
@@ -74,13 +77,16 @@ class ToolCallReader:
             self._index += 1
             self._events += [CallStart(self._index, self._name), CallEnd(self._index, is_complete=False)]
         elif self._held and (self._read != self._layout_text or not self._held.strip()):
-            self._say(self._held)  # else it is the beginning of what ends the calls, or parts them
+            self._say(self._held)  # else it begins the text that ends or separates the calls
         self._held = ""
         self._read = self._text
         return [*events, *self._drain()]
 
     def _is_begun(self) -> bool:
-        """The text ended inside a call's layout or name, after the marker or in what leads to a further call."""
+        """Tell whether the text ended inside the layout or name of a call.
+
+        That is after the marker, or after the separator of a further call.
+        """
         if self._read == self._name_character:
             return True
         if self._read != self._layout_text or any(then == "text" for _, then in self._ways):
@@ -90,7 +96,7 @@ class ToolCallReader:
         return bool(held) and is_marked
 
     def _is_settled(self) -> bool:
-        """Only white space, or nothing, is left of what ends the call."""
+        """Tell whether only white space, or nothing, is left of the text that ends the call."""
         return self._read == self._after and all(not way.strip() for way, _ in self._ways)
 
     def _take(self, text: str) -> list[Event]:
@@ -118,7 +124,7 @@ class ToolCallReader:
     # --- one method for each place; each reads one character
 
     def _text(self, c: str) -> None:
-        """Free text; `_held` is the longest end of it that may be the beginning of the marker."""
+        """Read free text. `_held` is its longest ending that may be the beginning of the marker."""
         marker = self.layout.marker
         self._held += c
         if self.layout.is_only_at_start and self._has_begun:
@@ -139,13 +145,13 @@ class ToolCallReader:
             self._expect([(whole[len(marker) :], "name")])
 
     def _expect(self, ways: list[tuple[str, str]]) -> None:
-        """Match one of several layout texts next; an empty one is taken only where nothing else goes on."""
+        """Match one of several layout texts next. An empty one is taken only if none of the others matches."""
         self._ways = [(way.lstrip(), then) for way, then in ways]
         self._read = self._layout_text
         self._arrive()
 
     def _arrive(self) -> bool:
-        """Go where a layout text leads that has been read to its end."""
+        """Continue after a layout text that has been read to its end."""
         done = [then for way, then in self._ways if not way]
         if not done or len(self._ways) > 1:
             return False
@@ -182,7 +188,7 @@ class ToolCallReader:
             self._leave()
 
     def _leave(self) -> None:
-        """What was held is no call: read it again as text, without its first character."""
+        """Take back what was held: it is not a call. Read it again as text, without its first character."""
         held, self._held = self._held, ""
         self._read = self._text
         self._say(held[:1])
@@ -199,7 +205,7 @@ class ToolCallReader:
             self._leave()
 
     def _arguments(self, c: str) -> None:
-        """One JSON object; it ends where its first brace is closed."""
+        """Read one JSON object. It ends with the brace that closes its first one."""
         if self._depth == 0 and c.isspace():
             return
         self._events.append(ArgumentsDelta(self._index, c))
@@ -225,7 +231,7 @@ class ToolCallReader:
                 self._end_call()
 
     def _after(self, c: str) -> None:
-        """What ends a call; anything else means that the call is broken."""
+        """Read the text that ends a call. Anything else means that the call is broken."""
         self._held += c
         if c.isspace():
             return

@@ -1,8 +1,8 @@
-"""How models write tool calls, as data: what stands before, between and after names and arguments.
+"""The formats in which models write tool calls, as data: the texts before, between and after names and arguments.
 
     begin  before_name NAME before_arguments ARGUMENTS after_arguments  (separator before_name ... )*  end
 
-`marker` is the beginning of `begin + before_name` that free text must not contain: where it appears, a call begins.
+`marker` is the beginning of `begin + before_name`. Free text must not contain it: where it appears, a call begins.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ NAME_PATTERN = r"[A-Za-z0-9_.:/-]{1,128}"
 
 @dataclass(frozen=True, slots=True)
 class ToolFormat:
-    """Texts around a call. `is_only_at_start`: calls stand at the start of the answer or nowhere."""
+    """The texts around a call. is_only_at_start: calls stand only at the start of the answer."""
 
     marker: str
     before_name: str
@@ -102,7 +102,10 @@ FORMATS: Mapping[str, ToolFormat] = {
 
 
 def tool_format(source: str | Mapping[str, Any] | ToolFormat) -> ToolFormat:
-    """Return a format by its name, from its fields, or as it is. Raises: InvalidGrammar."""
+    """Return a format, given by its name, by its fields, or as a ToolFormat.
+
+    Raises: InvalidGrammar.
+    """
     if isinstance(source, ToolFormat):
         return source
     if isinstance(source, str):

@@ -1,4 +1,4 @@
-"""Structural tags: free text in which some marks begin a part that must be a JSON value of a schema.
+"""Structural tags: free text in which certain marks begin a JSON value of a schema.
 
 As JSON, in the form of SGLang and vLLM:
 
@@ -12,8 +12,9 @@ or in XGrammar's newer form, of which triggered tags with JSON schemas are under
      "format": {"type": "triggered_tags", "triggers": [...], "at_least_one": false, "stop_after_first": false,
                 "tags": [{"begin": ..., "content": {"type": "json_schema", "json_schema": {...}}, "end": ...}]}}
 
-Language: text without triggers, then one of the structures whose `begin` starts with the trigger that was written, and
-so on. Source: the semantics are those of XGrammar's documentation of structural tags.
+The language: text without triggers, then a trigger and the rest of one of the structures whose `begin` starts with it,
+then again text without triggers, and so on.
+Source: the semantics are those of XGrammar's documentation of structural tags.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from ramet.grammar.tools.text_with_values import Gap, TextBuilder, TextWithValue
 
 MAX_TAGS = 1024
 MAX_TRIGGERS = 64
-_FIRST_SURROGATE = 0xD800  # surrogates, which no text contains, stand for what follows a trigger
+_FIRST_SURROGATE = 0xD800  # surrogates, which are in no text, stand for what follows a trigger
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,7 +48,9 @@ class Tag:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StructuralTag:
-    """Which parts may stand in a text. `at_least_one`: one must; `stop_after_first`: the first one ends the text."""
+    """The parts that may stand in a text. at_least_one: one part must come. stop_after_first: the first one ends the
+    text.
+    """
 
     triggers: tuple[str, ...]
     tags: tuple[Tag, ...]
@@ -56,7 +59,10 @@ class StructuralTag:
 
     @staticmethod
     def of(source: Any) -> StructuralTag:  # Any: JSON
-        """Read either form. Raises: InvalidGrammar naming what is wrong."""
+        """Read either form.
+
+        Raises: InvalidGrammar naming the error.
+        """
         fields = _fields(source, "a structural tag", {"type", "triggers", "structures", "format"})
         if fields.get("type", "structural_tag") != "structural_tag":
             raise InvalidGrammar(f"the type of a structural tag is 'structural_tag', not {fields['type']!r}")
@@ -118,7 +124,10 @@ def _made(fields: Mapping[str, Any], tags: Sequence[tuple[Any, Any, Any]]) -> St
 
 
 def structural_text(source: StructuralTag) -> TextWithValues:
-    """Return the texts that a structural tag allows. Raises: InvalidGrammar where two tags begin alike."""
+    """Return the texts that a structural tag allows.
+
+    Raises: InvalidGrammar if two tags have the same beginning.
+    """
     rows, accepting, marked = _free_text(source.triggers)
     builder = TextBuilder()
     first = builder.add(rows, accepting & (not source.at_least_one))
@@ -139,7 +148,7 @@ def structural_text(source: StructuralTag) -> TextWithValues:
 
 
 def _add_tag(builder: TextBuilder, state: int, tag: Tag, later: int) -> None:
-    """Add a tag's value, which begins in a state, and its end, which leads to the state `later`."""
+    """Add the value of a tag, which begins in `state`, and the tag's end, which leads to the state `later`."""
     if state in builder.gaps:
         raise InvalidGrammar(f"two tags begin with {tag.begin!r}")
     after = later
@@ -150,7 +159,10 @@ def _add_tag(builder: TextBuilder, state: int, tag: Tag, later: int) -> None:
 
 
 def _free_text(triggers: Sequence[str]) -> tuple[NDArray[np.int32], NDArray[np.bool_], list[int]]:
-    """(transitions, accepting, state after each trigger) of text that ends with the first trigger, or has none."""
+    """Return the automaton of text that ends with its first trigger, or has none.
+
+    Returns (transitions, accepting, state after each trigger).
+    """
     any_trigger = ir.Choice(tuple(ir.text(trigger) for trigger in triggers))
     free = ir.Complement(ir.Concatenation((ir.ANY_TEXT, any_trigger, ir.ANY_TEXT)))
     later = ir.Complement(ir.Concatenation((ir.ANY_TEXT, any_trigger, ir.ANY_CHAR, ir.ANY_TEXT)))

@@ -1,8 +1,8 @@
-"""Text with JSON values in it (tool calls): one table for the text, with gaps where the values stand.
+"""Text with JSON values in it, such as tool calls: one table for the text, with gaps for the values.
 
-The text before a place decides whether a value begins there. So free text, markers and names are one frame; each gap is
-an exit of it, which leads into the frames of a schema, and after the value back into the text. All schemas share one
-machine, so that what they have in common is there once.
+The text before a place decides whether a value begins there. So free text, markers and names are one frame. Each gap is
+an exit of that frame: it leads into the frames of a schema, and from the end of the value back into the text. All
+schemas share one machine, so their common parts are stored once.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _DONE = 0  # the frame's first exit; exit 1 + i is gap i
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Gap:
-    """A place in the text where a value of `schema` stands; the text goes on in the state `after`."""
+    """A place in the text for a value of `schema`. The text continues in the state `after`."""
 
     schema: ir.JsonSchema
     after: int
@@ -37,11 +37,11 @@ class Gap:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TextWithValues:
-    """A deterministic byte automaton with start state 0; in the states of `gaps` a JSON value stands.
+    """A deterministic byte automaton with start state 0. In the states of `gaps`, a JSON value follows.
 
     transitions: int32 [num_states, 256], -1 refused. accepting: bool [num_states]. Every state leads to an accepting
-    one. All schemas have the same options. often: a text whose states are met again and again, so that their masks are
-    worth making ahead. names: of schemas, for messages.
+    one. All schemas have the same options. often: a text whose states occur often, so that their masks are made ahead.
+    names: of schemas, for messages.
     """
 
     transitions: NDArray[np.int32]
@@ -52,12 +52,12 @@ class TextWithValues:
 
 
 class TextBuilder:
-    """A text with values as it is put together: copies of automata, texts that lead on from their states, and gaps."""
+    """Builds a text with values from copies of automata, texts that continue from their states, and gaps."""
 
     def __init__(self) -> None:
         self.gaps: dict[int, Gap] = {}
         self._accepting: list[bool] = []
-        self._edges: list[dict[int, int]] = []  # of each state, byte -> state, besides those of the copies
+        self._edges: list[dict[int, int]] = []  # for each state, byte -> state, beside the edges of the copies
         self._copies: list[tuple[int, NDArray[np.int32]]] = []  # first state, transitions
 
     def new(self, *, is_end: bool = False) -> int:
@@ -75,7 +75,7 @@ class TextBuilder:
         return first
 
     def spell(self, state: int, text: str) -> int:
-        """Add a text from a state, sharing what was spelled from there before; return the state where it ends."""
+        """Add a text from a state; return the state where it ends. Shares what was spelled from there before."""
         return self._spell(state, text.encode())
 
     def _spell(self, state: int, data: bytes) -> int:
@@ -87,7 +87,7 @@ class TextBuilder:
         return state
 
     def lead(self, state: int, text: str, to: int) -> bool:
-        """Add a text, not empty, that leads from a state to the state `to`; False where another text begins alike."""
+        """Add a text, not empty, from a state to the state `to`; return False if another text begins alike."""
         data = text.encode()
         edges = self._edges[self._spell(state, data[:-1])]
         if data[-1] in edges:
@@ -96,20 +96,20 @@ class TextBuilder:
         return True
 
     def put(self, state: int, gap: Gap) -> None:
-        """Let a value stand where the text comes to a state."""
+        """Place a gap in a state: a value follows there."""
         self.gaps[state] = gap
 
     def end_at(self, state: int) -> None:
-        """Let the text end in a state."""
+        """Allow the text to end in a state."""
         self._accepting[state] = True
 
     @property
     def is_ambiguous(self) -> bool:
-        """May a text that was spelled go on where a value stands?"""
+        """Tell whether a spelled text can continue in a state in which a value stands."""
         return any(self._edges[state] for state in self.gaps)
 
     def build(self, *, often: str = "", names: Mapping[ir.JsonSchema, str] | None = None) -> TextWithValues:
-        """Return the text; `often` and `names` as there."""
+        """Return the text. For `often` and `names` see TextWithValues."""
         wide = np.full((len(self._accepting), 256), -1, dtype=np.int32)
         for first, transitions in self._copies:
             wide[first : first + len(transitions)] = np.where(transitions >= 0, transitions + first, -1)
@@ -123,8 +123,8 @@ class TextBuilder:
 def compile_with_values(text: TextWithValues, vocabulary: Vocabulary, limits: Limits) -> CompiledGrammar:
     """Compile a text with values in it.
 
-    Raises: InvalidGrammar where a value and a text may begin alike; UnsupportedSchema with the problems of all schemas;
-    InvalidSchema, GrammarError, GrammarTooLarge.
+    Raises: InvalidGrammar if a value and a text can have the same beginning; UnsupportedSchema with the problems of all
+    schemas; InvalidSchema, GrammarError, GrammarTooLarge.
     """
     machine = Machine(vocabulary, limits)
     compilation, roots, unenforced = _place_all(text, machine)
@@ -133,7 +133,7 @@ def compile_with_values(text: TextWithValues, vocabulary: Vocabulary, limits: Li
 
 
 class _AroundValues(Frame):
-    """The text around the values, as one frame; the gaps are exits."""
+    """The text around the values, as one frame. Its exits are the gaps and the end."""
 
     def __init__(
         self,
@@ -161,7 +161,7 @@ class _AroundValues(Frame):
         self.is_way_out = text.accepting.tolist()
         for i, state in enumerate(text.gaps):
             self.is_way_out[state] = self.is_way_out[state] or self.exits[state] == 1 + i
-        self.steps: dict[int, tuple[int, int]] = {}  # state -> (byte, state) on the way out
+        self.steps: dict[int, tuple[int, int]] = {}  # state -> (byte, next state) on the way out
         ends = np.where(text.accepting, _DONE, REFUSE).astype(np.int32)
         self.table = machine.table(compressed, byte_class, 1 + len(self.gaps), ends)
         self.instance = machine.add(self)
@@ -182,7 +182,7 @@ class _AroundValues(Frame):
         return self.exits[local]
 
     def closing_way(self, local: int, exit_index: int) -> bytes:
-        """The text from a state to where its exit is taken."""
+        """Return the text from a state to the place where its exit is taken."""
         out = bytearray()
         while not self.is_way_out[local]:
             found = self.steps.get(local)
@@ -202,9 +202,9 @@ class _AroundValues(Frame):
 def _ways_out(
     text: TextWithValues, rows: NDArray[np.int32], cost_of: Callable[[ir.JsonSchema], int]
 ) -> tuple[list[int], list[int]]:
-    """For each state, about the bytes to the end, and the first exit on the way there (Dijkstra from the ends).
+    """Estimate for each state the bytes to the end, and find the first exit on the way there (Dijkstra from the ends).
 
-    rows: the text's transitions over byte classes, where entries below 0 are no transitions.
+    rows: the transitions of the text over byte classes; entries below 0 are not transitions.
     """
     n = len(text.accepting)
     before: list[list[int]] = [[] for _ in range(n)]  # target -> sources, a byte away
@@ -233,9 +233,9 @@ def _ways_out(
 def _place_all(
     text: TextWithValues, machine: Machine
 ) -> tuple[Compilation | None, dict[ir.JsonSchema, Expr], list[Problem]]:
-    """Read all schemas: (what places them, None without schemas; their expressions; what masks will not ensure).
+    """Read all schemas; return (compilation, their expressions, what masks will not prevent).
 
-    Raises with the problems of all of them, and the schema's name.
+    The compilation places them; it is None if there is no schema. Raises with the problems of all schemas, by name.
     """
     sources = list(dict.fromkeys(gap.schema for gap in text.gaps.values()))
     if not sources:

@@ -1,15 +1,16 @@
-"""Tool sets: free text until a marker, then calls whose names and arguments are those of the tools.
+"""Tool sets: free text until a marker, then calls with the names and arguments of the tools.
 
 A set as JSON:
 
     {"tools": [{"name": "add", "parameters": {...schema...}}],     also {"type": "function", "function": {...}}
-     "format": "hermes",                                           a name in tool_formats.FORMATS, or the fields of one
+     "format": "hermes",                                           a name in formats.FORMATS, or the fields of one
      "choice": "auto" | "required" | "none" | {"name": "add"},     default auto
      "parallel": true,                                             more than one call; or the largest number of calls
      "answer": {...schema...},                                     what an answer without calls must be; text if absent
      "json": {"mode": ..., "whitespace": ..., "on_unsupported": ...}}
 
-Language: `auto` answers, or writes text (none where `answer` is given) and then calls; nothing follows the calls.
+The language of `auto`: an answer without calls; or text (empty if `answer` is given) and then calls. Nothing follows
+the calls.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class ToolSignature:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ToolSet:
-    """What may be called, how a call is written, and what else may be said. `only`: the tool that must be called."""
+    """The tools that may be called, the format of calls, and what else may be written. only: the tool to be called."""
 
     tools: tuple[ToolSignature, ...]
     format: ToolFormat
@@ -58,7 +59,10 @@ class ToolSet:
 
     @staticmethod
     def of(source: Mapping[str, Any]) -> ToolSet:
-        """Read a set from its JSON form. Raises: InvalidGrammar naming the field that is wrong."""
+        """Read a set from its JSON form.
+
+        Raises: InvalidGrammar naming the field that is wrong.
+        """
         known = {"tools", "format", "choice", "parallel", "answer", "json"}
         wrong = sorted(set(_mapping(source, "a tool set")) - known)
         if wrong:
@@ -77,7 +81,10 @@ class ToolSet:
 
 
 def tools_text(tool_set: ToolSet) -> TextWithValues:
-    """Return the answers that a tool set allows. Raises: InvalidGrammar where the format is ambiguous."""
+    """Return the answers that a tool set allows.
+
+    Raises: InvalidGrammar if the format is ambiguous.
+    """
     layout = tool_set.format
     rows, accepting, values, marked = _head(
         layout.marker, tool_set.choice, layout.is_only_at_start, tool_set.answer is not None
@@ -98,7 +105,7 @@ def tools_text(tool_set: ToolSet) -> TextWithValues:
     return builder.build(often=layout.marker, names=names)
 
 
-# surrogates, which no text contains, stand for what follows the marker and for a value
+# surrogates, which are in no text, stand for what follows the marker and for a value
 _CALLS, _ANSWER = 0xD800, 0xD801
 
 
@@ -106,9 +113,9 @@ _CALLS, _ANSWER = 0xD800, 0xD801
 def _head(
     marker: str, choice: str, is_only_at_start: bool, has_answer: bool
 ) -> tuple[NDArray[np.int32], NDArray[np.bool_], dict[int, int], int | None]:
-    """What stands before the calls.
+    """Return the automaton of the text before the calls.
 
-    Returns (transitions, accepting, state where an answer stands -> state after it, state after the marker).
+    Returns (transitions, accepting, state before an answer -> state after it, state after the marker).
     """
     first = ir.text(marker)
     space = ir.Repeat(ir.Chars(category("s", is_ascii=False)))  # the reader of events skips it, too
@@ -128,8 +135,10 @@ def _head(
 
 
 def _add_calls(builder: TextBuilder, marked: int, tool_set: ToolSet, schemas: Mapping[str, ir.JsonSchema]) -> None:
-    """Add what follows the marker, which ends in the state `marked`. The names of tools are spelled once, not anew for
-    each further call, unless the number of calls is limited."""
+    """Add what follows the marker, which ends in the state `marked`.
+
+    The names of the tools are spelled once for all calls, unless the number of calls is limited.
+    """
     layout = tool_set.format
     name = builder.spell(marked, (layout.begin + layout.before_name)[len(layout.marker) :])
     count = 1
@@ -155,8 +164,8 @@ def _add_calls(builder: TextBuilder, marked: int, tool_set: ToolSet, schemas: Ma
 def with_marker_tokens(vocabulary: Vocabulary, texts: Mapping[int, str]) -> Vocabulary:
     """Return a vocabulary in which special tokens write texts, e.g. `{5: "[TOOL_CALLS]"}`.
 
-    For formats whose marker is a special token, which grammars otherwise never allow. Raises: InvalidGrammar for an id
-    that is not a special token, or ends the text.
+    For formats whose marker is a special token: grammars do not allow special tokens otherwise.
+    Raises: InvalidGrammar for an id that is not a special token, or that ends the text.
     """
     token_bytes = list(vocabulary.token_bytes)
     for token, text in texts.items():
@@ -169,7 +178,7 @@ def with_marker_tokens(vocabulary: Vocabulary, texts: Mapping[int, str]) -> Voca
 
 
 def _argument_schemas(tool_set: ToolSet) -> dict[str, ir.JsonSchema]:
-    """Name of a tool -> the schema of its arguments; equal schemas are one."""
+    """Return the schema of each tool's arguments, by the tool's name. Equal schemas are one object."""
     found: dict[str, ir.JsonSchema] = {}
     out: dict[str, ir.JsonSchema] = {}
     for tool in tool_set.tools:
@@ -182,7 +191,7 @@ def _argument_schemas(tool_set: ToolSet) -> dict[str, ir.JsonSchema]:
 
 
 def _of_object(schema: Any) -> Any:
-    """Arguments are an object, whatever else the schema says."""
+    """Return the schema limited to objects: arguments are an object, whatever else the schema says."""
     if schema is True:
         return {"type": "object"}
     if isinstance(schema, dict) and "type" not in schema and "$ref" not in schema:
