@@ -1,4 +1,4 @@
-"""Grammar engines behind one interface: ours, and others for comparison and choice."""
+"""Grammar engines behind one interface: Ramet's own, and others to choose from and to compare with."""
 
 from ramet.grammar.engines.engine import BACKENDS, GrammarBackend, load_backend
 from ramet.grammar.engines.followed import FollowedGrammar, Follower

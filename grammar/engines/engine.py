@@ -1,4 +1,4 @@
-"""The interface of a grammar engine, and how to get one by its name."""
+"""The interface of a grammar engine, and a function that loads an engine by its name."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ramet.grammar.service.sources import compile_constraint
 
 
 class BackendGrammar(Protocol):
-    """What every engine's grammar can do: the runtime's `Grammar`."""
+    """A grammar of any engine: the runtime's `Grammar`."""
 
     @property
     def is_closed(self) -> bool: ...
@@ -37,17 +37,20 @@ class BackendGrammar(Protocol):
 
 
 class GrammarBackend(Protocol):
-    """One engine. `kinds`: the kinds of constraints that it compiles."""
+    """One engine. kinds: the kinds of constraints that it compiles."""
 
     name: str
     kinds: frozenset[str]
 
     def compile(self, kind: str, source: Any, vocabulary: Vocabulary) -> BackendGrammar:
-        """Compile a constraint; JSON without white space. Raises: GrammarError with the engine's own words."""
+        """Compile a constraint. JSON is written without white space.
+
+        Raises: GrammarError with the engine's own message.
+        """
 
 
 class RametBackend:
-    """Our own engine."""
+    """Ramet's own engine."""
 
     name = "ramet"
     kinds = frozenset(("json_schema", "regex", "cfg", "choice", "substring", "tools"))
@@ -56,7 +59,7 @@ class RametBackend:
         return compile_constraint(kind, source, vocabulary)
 
 
-# name -> (module, class, what to install)
+# name -> (module, class, package to install)
 BACKENDS: Mapping[str, tuple[str, str, str]] = {
     "ramet": ("ramet.grammar.engines.engine", "RametBackend", "ramet"),
     "llguidance": ("ramet.grammar.engines.llguidance", "LlguidanceBackend", "llguidance"),
@@ -66,7 +69,10 @@ BACKENDS: Mapping[str, tuple[str, str, str]] = {
 
 
 def load_backend(name: str) -> GrammarBackend:
-    """Return the engine of this name. Raises: ConfigError for an unknown name, or a package that is not installed."""
+    """Return the engine with this name.
+
+    Raises: ConfigError for an unknown name, or a package that is not installed.
+    """
     if name not in BACKENDS:
         raise ConfigError(f"grammar_backend is {name!r} but must be one of {', '.join(BACKENDS)}")
     module, attribute, package = BACKENDS[name]

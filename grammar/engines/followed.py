@@ -1,7 +1,7 @@
-"""Engines whose matcher is an object that moves, seen as integer states.
+"""Integer states over engines whose matcher is a mutable object.
 
-A state is a path of tokens. Matchers of recent states are kept; that of an older one is made again from its nearest
-kept ancestor, so the number of matchers does not grow with the number of states.
+A state is a path of tokens. The matchers of recent states are kept. The matcher of an older state is rebuilt from the
+nearest ancestor whose matcher is kept, so the number of matchers does not grow with the number of states.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ramet.errors import GrammarError
 from ramet.grammar.machine import bitmask
 from ramet.grammar.machine.vocabulary import Vocabulary
 
-_CLOSING = b'"]},:)tfn0{[1-'  # bytes that are tried first to close a text, in this order
+_CLOSING = b'"]},:)tfn0{[1-'  # bytes that are tried first to complete a text, in this order
 _MAX_SEARCHED = 4096
 
 
@@ -24,20 +24,20 @@ class Follower(Protocol):
     """A matcher of another engine, at one place in a text."""
 
     def fork(self) -> Follower:
-        """Return a second one at the same place."""
+        """Return a second matcher at the same place."""
 
     def accept(self, token: int) -> bool:
-        """Take a token; False where it is refused (the matcher is then not used any more)."""
+        """Take a token; return False if it is refused. A matcher that refused a token is not used again."""
 
     def fill(self, row: NDArray[np.int32]) -> None:
-        """Write the mask, end tokens included where the text may end."""
+        """Write the mask. It includes the end tokens if the text may end."""
 
     def forced_tokens(self) -> list[int]:
-        """Tokens that must follow, as far as the engine tells."""
+        """Return the tokens that must follow, if the engine knows them."""
 
 
 class FollowedGrammar:
-    """A grammar of integer states over another engine's matchers. Not thread-safe."""
+    """A grammar with integer states over the matchers of another engine. Not thread-safe."""
 
     is_closed = False
 
@@ -77,16 +77,16 @@ class FollowedGrammar:
         return self._follower(state).forced_tokens()
 
     def completion_bound(self, state: int) -> int:
-        """The length itself: not cheap, since these engines do not know it."""
+        """Return the length of the completion itself. Not cheap: these engines know no bound."""
         return len(self.shortest_completion(state))
 
     def device_tables(self) -> None:
         return None
 
     def shortest_completion(self, state: int) -> list[int]:
-        """A way to the end, not always the shortest: depth first, closing marks before content.
+        """Return some completion, not always the shortest. Searches depth first: closing marks before content.
 
-        Raises: GrammarError where none is found soon: these engines do not know the way themselves.
+        Raises: GrammarError if none is found soon. These engines do not know the way themselves.
         """
         by_bytes = self.vocabulary.tokens_of_bytes
         closing = [by_bytes[bytes((b,))] for b in _CLOSING if bytes((b,)) in by_bytes]

@@ -1,6 +1,6 @@
 """llguidance as a grammar engine (https://github.com/guidance-ai/llguidance).
 
-Where a text is forced, its masks allow only the tokens that the tokenizer would write; `advance` takes the others, too.
+If a text is forced, its masks allow only the tokens that the tokenizer would write. `advance` also accepts the others.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _grammar(kind: str, source: Any) -> str:
 
 
 class _Tokens:
-    """What llguidance asks of a tokenizer."""
+    """The interface of a tokenizer that llguidance uses."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self.vocabulary = vocabulary

@@ -55,7 +55,7 @@ class OutlinesBackend:
 
 
 def _panic_type() -> type[BaseException]:
-    """What its Rust code raises where it gives up."""
+    """Return the exception that its Rust code raises if it gives up."""
     try:
         from pyo3_runtime import PanicException  # type: ignore[import-not-found]
     except ImportError:
@@ -64,7 +64,7 @@ def _panic_type() -> type[BaseException]:
 
 
 class IndexedGrammar:
-    """An index of states and tokens. Its states, numbered as they are met."""
+    """A grammar over an index of states and tokens. States are numbered in the order in which they are reached."""
 
     is_closed = False
 
@@ -96,14 +96,17 @@ class IndexedGrammar:
         return []
 
     def completion_bound(self, state: int) -> int:
-        """The length itself: not cheap, since these engines do not know it."""
+        """Return the length of the completion itself. Not cheap: this engine knows no bound."""
         return len(self.shortest_completion(state))
 
     def device_tables(self) -> None:
         return None
 
     def shortest_completion(self, state: int) -> list[int]:
-        """Breadth first over the index: the fewest tokens. Raises: GrammarError where the vocabulary lacks them."""
+        """Return the fewest tokens to an end. Searches the index breadth first.
+
+        Raises: GrammarError if the vocabulary cannot write a completion.
+        """
         seen = {state}
         queue: deque[tuple[int, list[int]]] = deque([(state, [])])
         while queue:

@@ -16,7 +16,10 @@ from ramet.grammar.machine.vocabulary import Vocabulary
 
 
 class XgrammarBackend:
-    """`strict_mode` False reads a schema as the specification says; True (xgrammar's default) closes open objects."""
+    """xgrammar's compiler.
+
+    strict_mode: False reads a schema as the specification says; True (xgrammar's default) closes open objects.
+    """
 
     name = "xgrammar"
     kinds = frozenset(("json_schema", "regex", "choice"))
@@ -53,7 +56,7 @@ class XgrammarBackend:
             info = xgrammar.TokenizerInfo(
                 texts, xgrammar.VocabType.RAW, vocab_size=vocabulary.vocab_size, stop_token_ids=list(vocabulary.eos_ids)
             )
-            # its own cache is off: times are those of compiling
+            # its own cache is off, so that measured times are those of compiling
             found = self._compilers[vocabulary.key] = xgrammar.GrammarCompiler(
                 info, max_threads=self.max_threads, cache_enabled=False
             )

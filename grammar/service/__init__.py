@@ -1,1 +1,1 @@
-"""Compiling for others: every kind of source, on worker threads, with limits and caches."""
+"""The compile service: every kind of source, on worker threads, with limits and caches."""

@@ -1,4 +1,4 @@
-"""What a constraint enforces, and where and why a text is refused: for people who write schemas and grammars."""
+"""For people who write schemas and grammars: what a constraint enforces, and where and why it refuses a text."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ from ramet.grammar.machine.vocabulary import Vocabulary
 
 @dataclass(frozen=True, slots=True)
 class Coverage:
-    """What a JSON schema's keywords come to. Places are JSON pointers.
+    """The effect of each keyword of a JSON schema. Places are JSON pointers.
 
-    enforced: keyword -> number of places. problems: (pointer, keyword, reason) of what cannot be enforced.
-    annotations: (pointer, keyword) of what says nothing about values; unknown: keywords of no specification, or of a
-    later one; hidden: those beside a $ref, which drafts up to 7 overlook;
-    unknown_formats: (pointer, format), which the specification treats as annotations.
+    enforced: keyword -> number of places. problems: (pointer, keyword, reason) of keywords that cannot be enforced.
+    annotations: (pointer, keyword) of keywords that say nothing about values.
+    unknown: keywords of no specification, or of a later one.
+    hidden: keywords beside a $ref, which drafts up to 7 ignore.
+    unknown_formats: (pointer, format); the specification treats these as annotations.
     """
 
     enforced: dict[str, int]
@@ -36,7 +37,10 @@ class Coverage:
 
 
 def coverage(schema: Any, options: JsonOptions | None = None) -> Coverage:
-    """Look at every subschema that can matter. Raises: InvalidSchema for what is no schema."""
+    """Look at every subschema that can matter.
+
+    Raises: InvalidSchema if it is not a schema.
+    """
     options = options or JsonOptions()
     interpreter = Interpreter(KEYWORDS, 20_000, only_named=options.mode != "exact")
     root = interpreter.open(schema, options.registry)
@@ -74,15 +78,15 @@ def coverage(schema: Any, options: JsonOptions | None = None) -> Coverage:
 
 @cache
 def byte_vocabulary() -> Vocabulary:
-    """One token for each byte, and an end token."""
+    """Return a vocabulary with one token for each byte, and an end token."""
     return Vocabulary([*(bytes((b,)) for b in range(256)), b""], [256], [256])
 
 
 @dataclass(frozen=True, slots=True)
 class Walk:
-    """How far a text goes. `num_bytes` were accepted; `allowed` says what may stand there instead.
+    """How much of a text is accepted: `num_bytes` bytes. `allowed` describes what may follow them instead.
 
-    The text is in the language when all its bytes were accepted and `may_end`.
+    The text is in the language if all its bytes were accepted and `may_end`.
     """
 
     text: bytes
@@ -96,7 +100,7 @@ class Walk:
 
 
 def walk(grammar: CompiledGrammar, text: str) -> Walk:
-    """Follow a text byte by byte; `grammar` is compiled for `byte_vocabulary()`."""
+    """Follow a text byte by byte. `grammar` must be compiled for `byte_vocabulary()`."""
     data = text.encode()
     state, at = 0, 0
     while at < len(data):
@@ -104,7 +108,7 @@ def walk(grammar: CompiledGrammar, text: str) -> Walk:
         if following is None:
             break
         state, at = following, at + 1
-    # a caret points at characters: go back to where the refused one begins
+    # a caret points at characters: go back to the first byte of the refused one
     begin = at
     while 0 < begin < len(data) and data[begin] & 0xC0 == 0x80:
         begin -= 1
@@ -153,7 +157,7 @@ def _forced(grammar: CompiledGrammar, state: int, limit: int = 40) -> bytes:
 
 
 def _ranges(tokens: list[int]) -> str:
-    """`[0-9 a-f]` of ascending ASCII codes."""
+    """Return ascending ASCII codes as ranges, such as `[0-9 a-f]`."""
     spans: list[list[int]] = []
     for token in tokens:
         if spans and token == spans[-1][1] + 1:

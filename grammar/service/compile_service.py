@@ -1,8 +1,9 @@
-"""Compiling off the step loop: worker threads, limits on time, states and memory, and caches.
+"""Compiles grammars outside the step loop: worker threads, limits on time, states and memory, and caches.
 
-A job that passes its time or memory limit ends with GrammarTooLarge, naming what was being worked on; its worker is
-interrupted and goes on with the next job, or is replaced if it does not listen (a long call into compiled code).
-Grammars are kept by (source, options, vocabulary), least recently used out first; what is regular is kept on disk, too.
+A job that passes its time or memory limit ends with GrammarTooLarge, which names the part that was being compiled. Its
+worker is interrupted and takes the next job. A worker that does not react to the interrupt (in a long call into
+compiled code) is replaced. Grammars are kept by (source, options, vocabulary), and the least recently used are dropped
+first. Regular grammars are also kept on disk.
 """
 
 from __future__ import annotations
@@ -43,16 +44,16 @@ logger = logging.getLogger(__name__)
 
 _INTERVAL_S = 0.05
 _GRACE_S = 2.0
-_SLACK_S = 0.2  # a compilation that keeps its time limit itself can say more of what took it
+_SLACK_S = 0.2  # added to a deadline: the compilation's own time limit comes first, and its message says more
 
 
 @dataclass(frozen=True, slots=True)
 class ServiceConfig:
-    """What compiling may cost.
+    """Limits on the cost of compiling, and of the caches.
 
-    max_time_s: of one job, from when it starts. max_memory_bytes: growth of the whole process while a job runs; None:
-    not watched. max_cache_bytes: tables and masks of the grammars in memory. cache_dir: None keeps nothing on disk;
-    min_disk_time_s: what is made faster is not put there.
+    max_time_s: of one job, from its start. max_memory_bytes: growth of the whole process while a job runs; None: not
+    watched. max_cache_bytes: tables and masks of the grammars in memory. cache_dir: None keeps nothing on disk.
+    min_disk_time_s: only what took at least this long is kept on disk.
     """
 
     num_workers: int = 1
@@ -67,7 +68,7 @@ class ServiceConfig:
 
 @dataclass(slots=True, eq=False)
 class _Job:
-    """One source being compiled for all who asked for it. Owned by the service, under its lock."""
+    """One source that is being compiled for all who asked for it. Owned by the service, under its lock."""
 
     key: tuple[str, str]
     kind: str
@@ -86,17 +87,17 @@ class _Interrupted(BaseException):
 
 
 class CompileService:
-    """Compiles constraints on threads of its own. Thread-safe; `close` it, or use it in a `with` statement.
+    """Compiles constraints on its own threads. Thread-safe. `close` it, or use it in a `with` statement.
 
-    A supervisor hands jobs to workers and watches the limits. Workers take none of the service's locks: an interrupt,
-    which may come between any two bytecodes, must not find them holding one.
+    A supervisor assigns jobs to workers and watches the limits. Workers take no lock of the service: an interrupt may
+    come between any two bytecodes, and must not find a worker that holds a lock.
     """
 
     def __init__(self, config: ServiceConfig | None = None) -> None:
         self.config = config or ServiceConfig()
         self.disk = None if self.config.cache_dir is None else DiskCache(self.config.cache_dir)
         self._lock = threading.Lock()
-        self._news: queue.SimpleQueue[_News | None] = queue.SimpleQueue()  # None: look again
+        self._news: queue.SimpleQueue[_News | None] = queue.SimpleQueue()  # None: check again
         self._jobs: dict[tuple[str, str], _Job] = {}
         self._pending: deque[_Job] = deque()
         self._cache: OrderedDict[tuple[str, str], CompiledGrammar | GrammarError] = OrderedDict()
@@ -107,9 +108,10 @@ class CompileService:
         self._is_abandoned = False
 
     def submit(self, kind: str, source: Any, vocabulary: Vocabulary, **options: Any) -> Future[CompiledGrammar]:
-        """Return the grammar's future at once; kinds, sources and options are those of `compile_constraint`.
+        """Return the future of a grammar at once. Kinds, sources and options are those of `compile_constraint`.
 
-        The future raises GrammarError and its subclasses. Cancelling it gives the job up once nobody else waits for it.
+        The future raises GrammarError and its subclasses. If it is cancelled and nobody else waits for the job, the job
+        is given up.
         """
         key = (source_key(kind, source, options), vocabulary.key)
         future: Future[CompiledGrammar] = Future()
@@ -127,7 +129,7 @@ class CompileService:
                 self._jobs[key] = job
                 self._pending.append(job)
                 if self._supervisor is None:
-                    atexit.register(self.close)  # a thread that the interpreter kills inside compiled code aborts it
+                    atexit.register(self.close)  # a thread killed in compiled code aborts the process
                     self._supervisor = threading.Thread(target=self._supervise, name="ramet-compile", daemon=True)
                     self._supervisor.start()
                 self._news.put(None)
@@ -136,7 +138,7 @@ class CompileService:
         return future
 
     def compile(self, kind: str, source: Any, vocabulary: Vocabulary, **options: Any) -> CompiledGrammar:
-        """As `submit`, and wait."""
+        """Do as `submit`, and wait for the result."""
         return self.submit(kind, source, vocabulary, **options).result()
 
     def close(self) -> None:
@@ -147,7 +149,7 @@ class CompileService:
                 thread.join(_GRACE_S)
 
     def abandon(self) -> None:
-        """As `close`, without waiting or taking a lock: for finalizers, which may interrupt any thread anywhere."""
+        """Do as `close`, but wait for nothing and take no lock. For finalizers, which interrupt any thread anywhere."""
         self._is_abandoned = True
         self._news.put(None)
 
@@ -180,7 +182,7 @@ class CompileService:
                 self._finish(job, _Interrupted())
 
     def _finish(self, job: _Job, result: CompiledGrammar | BaseException) -> list[_Answer]:
-        """Mark a job as done; the caller gives the answers once it has let go of the lock."""
+        """Mark a job as done. The caller gives the answers after it has released the lock."""
         job.is_done = True
         if self._jobs.get(job.key) is job:
             del self._jobs[job.key]
@@ -191,7 +193,7 @@ class CompileService:
         return [(future, result) for future in waiting]
 
     def _supervise(self) -> None:
-        """Hand out jobs, take results, watch the limits. Sleeps while nothing happens."""
+        """Assign jobs, take results, watch the limits. Sleeps while nothing happens."""
         while True:
             if self._is_abandoned:
                 self._end()
@@ -230,7 +232,7 @@ class CompileService:
             idle.assign(job)
 
     def _pause(self) -> float | None:
-        """Seconds until something must be looked at without news."""
+        """Return the seconds until the next check if no news arrives; None: only news matter."""
         busy = [w.assigned for w in self._workers if not w.is_idle and w.assigned is not None]
         if not busy:
             return _INTERVAL_S if self._pending else None
@@ -240,7 +242,7 @@ class CompileService:
         return max(pause, _INTERVAL_S / 10)
 
     def _take(self, job: _Job, parsed: Parsed | None, result: CompiledGrammar | BaseException) -> list[_Answer]:
-        """A worker has done a job."""
+        """Take the result of a job from a worker."""
         if parsed is not None:
             self._parsed[job.key[0]] = parsed
             while len(self._parsed) > self.config.max_grammars:
@@ -274,7 +276,7 @@ class CompileService:
                 continue
             if job.is_done:
                 if now >= worker.interrupted_at + _INTERVAL_S:
-                    worker.interrupt()  # the last one was lost: thrown inside a callback that lets nothing out
+                    worker.interrupt()  # the last interrupt was lost in a callback that swallows exceptions
                 continue
             if now >= job.deadline:
                 what = f"took longer than {self.config.max_time_s:g} s"
@@ -294,7 +296,9 @@ _News = tuple[_Job, Parsed | None, CompiledGrammar | BaseException]
 
 
 class _Worker:
-    """One thread. The supervisor writes `assigned`, the thread writes `finished`; so an interrupt can lose neither."""
+    """One thread. The supervisor alone writes `assigned`, the thread alone writes `finished`: an interrupt loses
+    neither.
+    """
 
     def __init__(self, config: ServiceConfig, disk: DiskCache | None, news: queue.SimpleQueue[_News | None]) -> None:
         self.limits = replace(config.limits, max_time_s=min(config.limits.max_time_s, config.max_time_s))
@@ -316,7 +320,7 @@ class _Worker:
         return self._is_warm and self.assigned is self.finished
 
     def is_lost(self, now: float) -> bool:
-        """True for one that has ended, or was interrupted and did not listen (it ends by itself, later)."""
+        """Tell whether the thread has ended, or was interrupted and did not react (it ends by itself later)."""
         job = self.assigned
         if not self.thread.is_alive():
             return True
@@ -335,7 +339,7 @@ class _Worker:
         self._wake.put(None)
 
     def interrupt(self) -> None:
-        """Throw _Interrupted into the thread; it takes effect between two of its bytecodes."""
+        """Throw _Interrupted into the thread. It takes effect between two bytecodes of the thread."""
         self.num_interrupts += 1
         self.interrupted_at = time.monotonic()
         ident = ctypes.c_ulong(self.thread.ident or 0)
@@ -343,19 +347,21 @@ class _Worker:
 
     def _main(self) -> None:
         try:
-            compile_loops()  # before any job's time counts
-        except Exception:  # it may still do the jobs
+            compile_loops()  # before the time of any job counts
+        except Exception:  # the worker may still do its jobs
             logger.exception("the grammars' loops could not be compiled ahead")
         self._is_warm = True
         self.news.put(None)
         while not self._is_stopped:
             try:
                 self._loop()
-            except _Interrupted:  # thrown while the one before was being handled
+            except _Interrupted:  # thrown while the previous one was handled
                 continue
 
     def _loop(self) -> None:
-        """Interrupts may come anywhere, also late: what is assigned and not finished is begun again if it counts."""
+        """Do the assigned jobs. An interrupt may come at any time. An unfinished job is begun again if it is still
+        wanted.
+        """
         while not self._is_stopped:
             try:
                 job = self.assigned
@@ -375,12 +381,12 @@ class _Worker:
             with time_limit(self.limits.max_time_s):
                 parsed = job.parsed or self._parse(job)
                 compiled = compile_parsed(parsed, job.vocabulary, limits=self.limits)
-                compiled.mask(0)  # so that the first step does not wait for it, nor for the way out
+                compiled.mask(0)  # so that the first step waits for neither of them
                 compiled.completion_bound(0)
             result: CompiledGrammar | BaseException = compiled
-        except Exception as error:  # whatever it is, those who wait must hear of it
+        except Exception as error:  # any error must reach those who wait
             result = error
-        # compiled code may turn an interrupt into an error of its own, or lose it: such a result is not to be trusted
+        # compiled code may lose an interrupt or turn it into another error: drop the result of an interrupted job
         if num_interrupts == self.num_interrupts:
             self._report(job, parsed, result)
             if isinstance(parsed, TextWithValues) and isinstance(result, CompiledGrammar):
@@ -405,22 +411,22 @@ class _Worker:
 
 
 def source_key(kind: str, source: Any, options: dict[str, Any]) -> str:
-    """A digest: equal for sources that say the same in the same way; white space of JSON does not count."""
+    """Return a digest that is equal for equal sources with equal options. White space in JSON does not count."""
     if kind in ("json_schema", "choice", "tools"):
         if isinstance(source, str):
-            # what is no JSON stays text; compiling says what is wrong with it
+            # invalid JSON stays text; compiling reports the error
             with contextlib.suppress(ValueError, RecursionError):
                 source = json.loads(source)
         try:
             source = json.dumps(source, separators=(",", ":"), ensure_ascii=False)
         except (TypeError, ValueError, RecursionError):
-            source = f"object {id(source)}"  # no JSON: equal to itself only
+            source = f"object {id(source)}"  # not JSON: equal only to itself
     content = json.dumps([kind, str(source), sorted(options.items())], default=repr)
     return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _make_masks(grammar: CompiledGrammar, text: bytes) -> None:
-    """Make the masks along a text ahead; most of the work is done without the interpreter's lock."""
+    """Make the masks along a text ahead. Most of the work is done without the interpreter's lock."""
     state: int | None = 0
     for byte in text:
         assert state is not None
@@ -431,13 +437,13 @@ def _make_masks(grammar: CompiledGrammar, text: bytes) -> None:
 
 
 def _answer_all(answers: list[_Answer]) -> None:
-    """Without the lock: callbacks of futures may submit again."""
+    """Set the futures. Call it without the lock: callbacks of futures may submit again."""
     for future, result in answers:
         _answer(future, result)
 
 
 def _answer(future: Future[CompiledGrammar], result: CompiledGrammar | BaseException) -> None:
-    """Set a future that its owner may be cancelling at the same time."""
+    """Set a future, which its owner may cancel at the same time."""
     if not future.set_running_or_notify_cancel():
         return
     if isinstance(result, BaseException):
@@ -447,7 +453,7 @@ def _answer(future: Future[CompiledGrammar], result: CompiledGrammar | BaseExcep
 
 
 def _whereabouts(frame: FrameType | None) -> str:
-    """What the innermost frame that can tell is working on: a schema's pointer, or a terminal's name."""
+    """Return the part that a worker is compiling: a schema's pointer, or a terminal's name."""
     while frame is not None:
         for owner in (frame.f_locals.get("node"), frame.f_locals.get("self")):
             match owner:
@@ -464,7 +470,7 @@ def _bytes_of(grammar: CompiledGrammar | GrammarError) -> int:
 
 
 def _resident_bytes() -> int:
-    """Resident memory of the process; 0 where the system does not tell."""
+    """Return the resident memory of the process; 0 if the system does not tell."""
     try:
         with open("/proc/self/statm") as statm:
             return int(statm.read().split()[1]) * 4096

@@ -1,7 +1,7 @@
-"""Byte automata on disk: the regular part of compiling, which depends on the source alone, is done once per machine.
+"""Byte automata on disk. The regular part of compiling depends only on the source, so it is done once per computer.
 
-Only arrays are stored (NumPy's format, never pickles), and what is read is checked, so a damaged or foreign file is
-dropped and compiled again. Writes are atomic; the oldest files go when the folder passes its limit.
+Only arrays are stored (NumPy's format, never pickles). Files are checked when they are read: a damaged or foreign file
+is deleted and compiled again. Writes are atomic. If the folder passes its limit, the oldest files are deleted.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from ramet.grammar.regular.byte_language import ByteAutomaton
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1  # to be raised when a source's automaton changes
+FORMAT = 1  # increase it when the automaton of some source changes
 
 
 def default_cache_dir() -> Path:
-    """$RAMET_CACHE_DIR/grammars, or the user's cache folder."""
+    """Return $RAMET_CACHE_DIR/grammars, or the user's cache folder."""
     base = os.environ.get("RAMET_CACHE_DIR")
     return (Path(base) if base else Path(user_cache_dir("ramet"))) / "grammars"
 
 
 class DiskCache:
-    """A folder of automata by key. Safe for several processes; where nothing can be written, all is a miss."""
+    """A folder of automata by key. Several processes may use it. If nothing can be written, every look-up is a miss."""
 
     def __init__(self, folder: Path, max_bytes: int = 1 << 28) -> None:
         self.folder = folder
@@ -77,7 +77,7 @@ class DiskCache:
         for path in self.folder.glob("*.npz"):
             try:
                 files.append((path.stat().st_mtime, path.stat().st_size, path))
-            except FileNotFoundError:  # another process evicts, too
+            except FileNotFoundError:  # another process also evicts
                 continue
         total = sum(size for _, size, _ in files)
         for _, size, path in sorted(files):
@@ -88,7 +88,7 @@ class DiskCache:
 
 
 def _check(automaton: ByteAutomaton) -> None:
-    """Raise ValueError for what is no automaton."""
+    """Raise ValueError if the arrays are not an automaton."""
     rows, byte_class, accepting = automaton.rows, automaton.byte_class, automaton.accepting
     if rows.dtype != np.int32 or rows.ndim != 2 or len(rows) == 0:
         raise ValueError("rows are not int32 [num_states, num_classes]")

@@ -1,8 +1,8 @@
-"""Python types -> JSON schemas: what pydantic understands, with objects closed.
+"""Python types -> JSON schemas: all types that pydantic understands. Objects are closed.
 
-Models, dataclasses, TypedDicts, Literal, Enum, unions, Optional, list, dict, tuple, set, Annotated constraints,
-datetime and its kin, UUID; Decimal as a number; recursive types become `$ref`. A pure function: equal types give equal
-schemas.
+Understood: models, dataclasses, TypedDicts, Literal, Enum, unions, Optional, list, dict, tuple, set, Annotated
+constraints, datetime and related types, UUID. Decimal becomes a number. Recursive types become `$ref`. Equal types give
+equal schemas.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from ramet.errors import InvalidSchema
 def schema_of(kind: Any, *, is_closed: bool = True) -> dict[str, Any]:
     """Return the JSON schema of a type's values, as pydantic reads them.
 
-    `is_closed`: an object that lists its properties has no others (a class says all its fields), unless the type itself
-    allows them (`extra="allow"`). Raises: InvalidSchema for what is not a type, or has no JSON form.
+    is_closed: an object that lists its properties has no others, unless the type itself allows them (`extra="allow"`).
+    Raises: InvalidSchema for a value that is not a type, or a type that has no JSON form.
     """
     from pydantic import PydanticUserError, TypeAdapter
     from pydantic.errors import PydanticInvalidForJsonSchema, PydanticSchemaGenerationError
@@ -29,7 +29,7 @@ def schema_of(kind: Any, *, is_closed: bool = True) -> dict[str, Any]:
 
     class Generator(GenerateJsonSchema):
         def decimal_schema(self, schema: Any) -> dict[str, Any]:
-            """A number; pydantic also allows any string, most of which are no decimals."""
+            """Return the schema of a number. pydantic also allows any string, and most strings are not decimals."""
             places = schema.get("decimal_places")
             found = super().decimal_schema(schema)
             number = next(option for option in found.get("anyOf", [found]) if option.get("type") == "number")
@@ -49,7 +49,10 @@ def schema_of(kind: Any, *, is_closed: bool = True) -> dict[str, Any]:
 
 
 def readable(kind: Any) -> Any:
-    """Return the type with each `typing.TypedDict` (pydantic reads it from Python 3.12 on) replaced by an equal one."""
+    """Return the type with each `typing.TypedDict` replaced by an equal one that pydantic can read.
+
+    pydantic reads `typing.TypedDict` itself only from Python 3.12 on.
+    """
     if sys.version_info >= (3, 12):
         return kind
     if typing.is_typeddict(kind) and type(kind).__module__ == "typing":
@@ -59,7 +62,7 @@ def readable(kind: Any) -> Any:
         fields = {}
         for name, hint in hints.items():
             marker = typing.Required if name in kind.__required_keys__ else typing.NotRequired
-            # the class does not see markers in annotations that are strings, so the markers themselves decide
+            # the class misses markers in annotations that are strings, so the markers themselves are read
             while get_origin(hint) in (typing.Required, typing.NotRequired):
                 marker = get_origin(hint)
                 (hint,) = get_args(hint)
@@ -85,7 +88,7 @@ def _close(schema: Any) -> Any:  # any JSON value
     if not isinstance(schema, dict):
         return schema
     out = {
-        # names of properties and the values of enum, const and default are no schemas
+        # names of properties and the values of enum, const and default are not schemas
         key: {k: _close(v) for k, v in value.items()}
         if key in ("properties", "$defs")
         else value

@@ -1,16 +1,16 @@
 """Every kind of constraint, from its source to a compiled grammar.
 
-    kind          source
-    json_schema   a JSON schema: JSON text, or a dict or bool
-    regex         a pattern of Python's module re
-    cfg           a grammar in Lark's own syntax
-    choice        a JSON list of texts, or a list
-    substring     the text to quote from
-    tools         a tool set (tools/tool_set.py): JSON text, a dict, or a ToolSet
-    structural_tag  free text with values in it (structural_tag.py): JSON text or a dict
+    kind            source
+    json_schema     a JSON schema: JSON text, or a dict or bool
+    regex           a pattern of Python's module re
+    cfg             a grammar in Lark's own syntax
+    choice          a JSON list of texts, or a list
+    substring       the text to quote from
+    tools           a tool set (tools/tool_set.py): JSON text, a dict, or a ToolSet
+    structural_tag  free text with values in it (tools/structural_tag.py): JSON text or a dict
 
-A source becomes a `ByteAutomaton` (regular, every state known), a `TextWithValues` (text with JSON values in it) or an
-`ir.NamedRules`, whatever the vocabulary; then it is compiled for one.
+A source is parsed without a vocabulary. The result is a `ByteAutomaton` (regular, every state known), a
+`TextWithValues` (text with JSON values in it) or an `ir.NamedRules`. Then it is compiled for a vocabulary.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def compile_constraint(
 ) -> CompiledGrammar:
     """Compile a constraint of any kind for a vocabulary.
 
-    `options` by kind: json_schema, the fields of `ir.JsonOptions`; regex, `flags`; cfg, `start` and `max_ignored`;
-    substring, `unit` and `allow_empty`; choice and tools, none.
+    options: json_schema takes the fields of `ir.JsonOptions`; regex `flags`; cfg `start` and `max_ignored`; substring
+    `unit` and `allow_empty`; choice, tools and structural_tag none.
     Raises: GrammarError and its subclasses.
     """
     return compile_parsed(parse_source(kind, source, limits=limits, **options), vocabulary, limits=limits)
@@ -75,8 +75,7 @@ def compile_grammar(
 ) -> CompiledGrammar:
     """Compile a grammar, or one node of it, for a vocabulary.
 
-    Raises: GrammarError and its subclasses: what cannot be compiled, is contradictory (no text at all), or is too
-    large.
+    Raises: GrammarError and its subclasses if the grammar cannot be compiled, has no text at all, or is too large.
     """
     limits = limits or Limits()
     grammar = constraint if isinstance(constraint, ir.NamedRules) else ir.NamedRules.of(constraint)
@@ -89,7 +88,7 @@ def compile_grammar(
 
 
 def parse_source(kind: str, source: Any, *, limits: Limits | None = None, **options: Any) -> Parsed:
-    """Return what a source describes, before any vocabulary. Options and errors as in `compile_constraint`."""
+    """Parse a source, without a vocabulary. Options and errors as in `compile_constraint`."""
     parse = _PARSERS.get(kind)
     if parse is None:
         raise InvalidGrammar(f"there is no constraint of kind {kind!r}; kinds are {', '.join(get_args(Kind))}")
@@ -169,7 +168,7 @@ def _decoded(source: str, error_type: type[GrammarError], what: str) -> Any:
         return json.loads(source)
     except json.JSONDecodeError as error:
         raise error_type(f"{what} is not JSON: {error.msg} at line {error.lineno} column {error.colno}") from error
-    except ValueError as error:  # a number of more digits than Python reads
+    except ValueError as error:  # a number with more digits than Python reads
         raise error_type(f"{what} cannot be read: {error}") from error
 
 

@@ -1,8 +1,8 @@
-"""What is made ahead, so that no request waits for it: compiled loops once per computer, and what the grammars of a
-vocabulary share once per process.
+"""Prepares what would otherwise make a request wait.
 
-The loops are compiled by use: small constraints of every kind make each loop compile for just the arrays that it gets.
-A mark beside the compiled code says that it is done, so that other processes load each loop when they first need it.
+Loops are compiled once per computer, and what all grammars of a vocabulary share is made once per process. A loop is
+compiled by calling it: small constraints of every kind call each loop with the types of arrays that it gets later. A
+mark beside the compiled code says that this is done. Other processes then load each loop when they first need it.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ SAMPLES = (
 
 
 def are_compiled() -> bool:
-    """True where this machine has compiled the loops."""
+    """Tell whether the loops were compiled on this computer."""
     return _mark().exists()
 
 
 def compile_loops() -> None:
-    """Compile what is not compiled yet: about 4 s on a new machine, else nothing."""
+    """Compile the loops that are not compiled yet: about 4 s on a new computer, else nothing."""
     if are_compiled():
         return
     vocabulary = Vocabulary([bytes((i,)) for i in range(256)], frozenset({0}), frozenset({0}), 256)
@@ -71,7 +71,7 @@ def compile_loops() -> None:
         grammar.completion_bound(0)
     row = np.zeros(1, dtype=np.int32)
     row.flags.writeable = False
-    walker.rows_equal(row, row)  # of rows that were interned before
+    walker.rows_equal(row, row)  # as for rows that were interned before
     try:
         _mark().touch()
     except OSError as error:
@@ -79,9 +79,11 @@ def compile_loops() -> None:
 
 
 def warm_up(vocabulary: Vocabulary) -> None:
-    """Make what all grammars of a vocabulary share, so that the first request does not wait for it: compiled loops
-    (seconds in a fresh environment, else milliseconds), slices of the vocabulary, tables of string formats and of
-    common numbers. About a second."""
+    """Make what all grammars of a vocabulary share, so that the first request does not wait for it. About a second.
+
+    These are compiled loops (seconds in a fresh environment, else milliseconds), slices of the vocabulary, and the
+    tables of string formats and of common numbers.
+    """
     vocabulary.warm_up()
     for name in sorted(formats.KNOWN):
         of_format = Strings(languages=frozenset(((0, True),)))
@@ -93,17 +95,17 @@ def warm_up(vocabulary: Vocabulary) -> None:
     grammar.mask(0)
     in_key = grammar.advance_bytes(0, b'{"')
     if in_key is not None:
-        grammar.mask(in_key)  # keys without a name, in all grammars
+        grammar.mask(in_key)  # unnamed keys, in all grammars
 
 
 def _mark() -> Path:
-    """A file in numba's folder."""
+    """Return the path of the mark, in numba's folder."""
     return Path(walker.walk.stats.cache_path) / f"ramet-compiled-{_digest()}"
 
 
 @cache
 def _digest() -> str:
-    """Of everything that the compiled code depends on."""
+    """Return a digest of everything that the compiled code depends on."""
     digest = hashlib.sha256()
     for source in sorted(Path(__file__).parents[1].rglob("*.py")):
         digest.update(source.read_bytes())
