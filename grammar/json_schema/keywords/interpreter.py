@@ -19,7 +19,7 @@ from ramet.grammar.json_schema.algebra import costs, distinct, specs
 from ramet.grammar.json_schema.algebra import values as v
 from ramet.grammar.json_schema.algebra.expressions import Expressions, Operations
 from ramet.grammar.json_schema.algebra.languages import Languages
-from ramet.grammar.json_schema.algebra.values import FALSE, TRUE, Expr, Values
+from ramet.grammar.json_schema.algebra.values import FALSE, TRUE, Expr, Strings, Values
 from ramet.grammar.json_schema.schema.document import DRAFT4, DRAFT7, DRAFT2020, Registry, SchemaNode, Subschemas
 from ramet.grammar.json_schema.schema.pattern import UnsupportedPattern
 from ramet.grammar.regular import numbers as numeric
@@ -125,8 +125,8 @@ class KeywordTable:
     """The rows of all keywords, by name, and what follows from them.
 
     order: of the assertions. forms: of those that have one. subschemas: how schemas stand in a keyword's value;
-    applied: the same for assertions alone. references: the keywords that refer to a schema. reading_others: those that
-    do either. may_empty: see there.
+    applied: the same for assertions alone. references: the rows of those that refer to a schema. reading_others: those
+    that do either. may_empty, closing: those with `may_empty`, and with `close`.
     """
 
     def __init__(self, rows: Mapping[str, Keyword]) -> None:
@@ -136,9 +136,10 @@ class KeywordTable:
         self.forms = {name: k.form for name, k in rows.items() if k.form is not None}
         self.subschemas = {name: k.subschemas for name, k in rows.items() if k.subschemas is not None}
         self.applied = {name: kind for name, kind in self.subschemas.items() if name in assertions}
-        self.references = frozenset(name for name, k in rows.items() if k.target is not None)
-        self.reading_others = self.references | self.applied.keys()
+        self.references = {name: k for name, k in rows.items() if k.target is not None}
+        self.reading_others = frozenset((*self.references, *self.applied))
         self.may_empty = frozenset(name for name, k in rows.items() if k.may_empty)
+        self.closing = frozenset(name for name, k in rows.items() if k.close is not None)
 
 
 class Interpreter:
@@ -246,8 +247,9 @@ class Interpreter:
         """The values that the keywords accept which look at the value itself."""
         found, last = v.ANY, None
         for name, keyword in standing:
-            if keyword.narrow is not None and not (keyword.read_together and keyword.narrow is last):
-                found, last = keyword.narrow(self, node, name, found), keyword.narrow
+            narrow = keyword.narrow
+            if narrow is not None and not (keyword.read_together and narrow is last):
+                found, last = narrow(self, node, name, found), narrow
         return self._tidy(found)
 
     def _tidy(self, a: Values) -> Values:
@@ -258,11 +260,16 @@ class Interpreter:
         return Values(
             a.null,
             a.booleans,
-            _present([_tidy_numbers(n) for n in a.numbers]),
-            tuple([v.ANY_STRINGS if s == v.ANY_STRINGS else s for s in a.strings if not self.languages.is_empty(s)]),
-            _present([o if o is v.ANY_OBJECTS else specs.tidy_objects(e, o) for o in a.objects]),
-            _present([r if r is v.ANY_ARRAYS else specs.tidy_arrays(e, r) for r in a.arrays]),
+            a.numbers and _present([_tidy_numbers(n) for n in a.numbers]),
+            a.strings and _present([self._tidy_strings(s) for s in a.strings]),
+            a.objects and _present([o if o is v.ANY_OBJECTS else specs.tidy_objects(e, o) for o in a.objects]),
+            a.arrays and _present([r if r is v.ANY_ARRAYS else specs.tidy_arrays(e, r) for r in a.arrays]),
         )
+
+    def _tidy_strings(self, s: Strings) -> Strings | None:
+        if s == v.ANY_STRINGS:
+            return v.ANY_STRINGS
+        return None if self.languages.is_empty(s) else s
 
     def is_scalar(self, node: SchemaNode) -> bool:
         """See SchemaReader in expressions.py."""
@@ -283,6 +290,8 @@ class Interpreter:
 
     def _is_tracking(self, node: SchemaNode, standing: list[tuple[str, Keyword]]) -> bool:
         """Does the schema object ask what was evaluated?"""
+        if self.table.closing.isdisjoint(node.schema):
+            return False
         return any(k.close is not None and node.schema[name] not in (True, {}) for name, k in standing)
 
     def tracked(self, node: SchemaNode) -> list[Alternative]:

@@ -57,6 +57,8 @@ def of_type(i: Interpreter, node: SchemaNode, name: str, found: Values) -> Value
 
 def of_type_with_schemas(i: Interpreter, node: SchemaNode, name: str, found: Values) -> Values:
     """Draft 3: a type may be a schema."""
+    if node.draft != DRAFT4:
+        return found
     types = _types(node)
     if not _has_schemas(node, types):
         return found
@@ -114,7 +116,8 @@ def on_numbers(narrow: Callable[[Interpreter, SchemaNode, str, Numbers], Numbers
     def of_values(i: Interpreter, node: SchemaNode, name: str, found: Values) -> Values:
         if not found.numbers:
             return found
-        return found._replace(numbers=tuple([narrow(i, node, name, n) for n in found.numbers]))
+        narrowed = tuple([narrow(i, node, name, n) for n in found.numbers])
+        return Values(found.null, found.booleans, narrowed, found.strings, found.objects, found.arrays)
 
     return of_values
 
@@ -159,7 +162,8 @@ def on_strings(narrow: Callable[[Interpreter, SchemaNode, str, Strings], Strings
     def of_values(i: Interpreter, node: SchemaNode, name: str, found: Values) -> Values:
         if not found.strings:
             return found
-        return found._replace(strings=tuple([narrow(i, node, name, s) for s in found.strings]))
+        narrowed = tuple([narrow(i, node, name, s) for s in found.strings])
+        return Values(found.null, found.booleans, found.numbers, narrowed, found.objects, found.arrays)
 
     return of_values
 
@@ -208,8 +212,8 @@ def on_objects(narrow: Callable[[Interpreter, SchemaNode, str, Objects], Objects
     def of_values(i: Interpreter, node: SchemaNode, name: str, found: Values) -> Values:
         if not found.objects:
             return found
-        narrowed = [narrow(i, node, name, o) for o in found.objects]
-        return found._replace(objects=tuple([o for o in narrowed if o is not None]))
+        narrowed = tuple([n for o in found.objects if (n := narrow(i, node, name, o)) is not None])
+        return Values(found.null, found.booleans, found.numbers, found.strings, narrowed, found.arrays)
 
     return of_values
 
@@ -234,13 +238,17 @@ def members(i: Interpreter, node: SchemaNode, name: str, o: Objects) -> Objects:
     rest = i.expr(node, schema.get("additionalProperties", True), "/additionalProperties")
     if len(patterns) < len(mapping(schema, "patternProperties")):
         rest = TRUE  # a key that matches a pattern left out might be any
-    return replace(
-        o,
-        properties=tuple(declared),
-        default=TRUE if patterns else rest,
-        rules=(Rule(patterns, rest),) if patterns else (),
-        required=frozenset(required),
-        named_only=i.only_named and bool(declared) and "additionalProperties" not in schema,
+    return Objects(
+        tuple(declared),
+        TRUE if patterns else rest,
+        (Rule(patterns, rest),) if patterns else (),
+        frozenset(required),
+        o.low,
+        o.high,
+        o.dependent,
+        o.exists,
+        i.only_named and bool(declared) and "additionalProperties" not in schema,
+        o.excluded,
     )
 
 
@@ -297,7 +305,8 @@ def on_arrays(narrow: Callable[[Interpreter, SchemaNode, str, Arrays], Arrays]) 
     def of_values(i: Interpreter, node: SchemaNode, name: str, found: Values) -> Values:
         if not found.arrays:
             return found
-        return found._replace(arrays=tuple([narrow(i, node, name, a) for a in found.arrays]))
+        narrowed = tuple([narrow(i, node, name, a) for a in found.arrays])
+        return Values(found.null, found.booleans, found.numbers, found.strings, found.objects, narrowed)
 
     return of_values
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
 from ramet.errors import GrammarTooLarge, InvalidRegex, InvalidSchema, UnsupportedSchema
 from ramet.grammar import deadline
@@ -32,7 +31,7 @@ def survey(interpreter: Interpreter, root: SchemaNode) -> list[Problem]:
         _check_forms(interpreter, node)
         _check_values(node)
         _check_patterns(interpreter, node, problems)
-        for child in reversed(list(_children(interpreter, node))):  # so that problems come in the schema's order
+        for child in reversed(_children(interpreter, node)):  # so that problems come in the schema's order
             if child not in seen:
                 seen.add(child)
                 stack.append(child)
@@ -78,27 +77,25 @@ def _check_patterns(interpreter: Interpreter, node: SchemaNode, problems: list[t
             raise InvalidSchema(f"{node.pointer or '/'}: {error}", node.pointer) from error
 
 
-def _children(interpreter: Interpreter, node: SchemaNode) -> Iterable[SchemaNode]:
+def _children(interpreter: Interpreter, node: SchemaNode) -> list[SchemaNode]:
     """The schemas that a schema object refers to, and those in it."""
-    table, schema = interpreter.table, node.schema
-    if not table.references.isdisjoint(schema):
-        for _, keyword in interpreter.standing(node):
-            if keyword.target is not None:
-                yield keyword.target(node)
+    table, schema, child = interpreter.table, node.schema, node.registry.child
+    found = []
+    for name, keyword in table.references.items():
+        if name in schema and keyword.target is not None and keyword.is_known(node.draft):
+            found.append(keyword.target(node))
     if hides_others(node):
-        return
+        return found
     for name, value in schema.items():
         kind = table.applied.get(name)
         if kind is None:
             continue
         if isinstance(value, list):
-            for i, s in enumerate(value):
-                yield interpreter.child(node, s, f"/{name}/{i}")
+            found += [child(node, s, f"/{name}/{i}") for i, s in enumerate(value)]
         elif not isinstance(value, dict):
             continue
         elif kind is Subschemas.NAMED:
-            for key, s in value.items():
-                if isinstance(s, dict):
-                    yield interpreter.child(node, s, f"/{name}/{escape(key)}")
+            found += [child(node, s, f"/{name}/{escape(key)}") for key, s in value.items() if isinstance(s, dict)]
         else:
-            yield interpreter.child(node, value, f"/{name}")
+            found.append(child(node, value, f"/{name}"))
+    return found

@@ -104,7 +104,7 @@ class Registry:
         self._loaded.add(base)
         self._scan(document)
         base, draft = self._context(schema, base, draft)
-        return self._node(Place(schema, base, "", draft, document), self._extend((), base))
+        return self._node(schema, base, "", draft, document, self._extend((), base))
 
     def _extend(self, scope: Scope, base: str) -> Scope:
         """The dynamic scope inside a resource entered from `scope`."""
@@ -121,27 +121,29 @@ class Registry:
     def _scan(self, document: Document) -> None:
         """Walk all subschemas once: note bases, identifiers and anchors."""
         self._places.setdefault(document.base, document.place)
-        stack = [(document.place, 0)]
+        stack: list[tuple[Any, str, str, int, int]] = [(document.root, document.base, "", document.draft, 0)]
+        subschemas = self._subschemas
         while stack:
-            (schema, base, pointer, draft, _), depth = stack.pop()
+            schema, base, pointer, draft, depth = stack.pop()
             deadline.check(pointer or "/")
             if not isinstance(schema, dict):
                 continue
             if depth > MAX_DEPTH:
                 raise InvalidSchema(f"schemas are nested deeper than {MAX_DEPTH} at {pointer[:200]}", pointer)
             base, draft = self._identify(schema, base, pointer, draft, document)
-            for key in [k for k in schema if k in self._subschemas]:
-                value = schema[key]
+            for key, value in schema.items():
+                kind = subschemas.get(key)
+                if kind is None:
+                    continue
                 where = f"{pointer}/{key}"
                 if isinstance(value, list):
-                    inside = [(v, f"{where}/{i}") for i, v in enumerate(value)]
+                    stack += [(v, base, f"{where}/{i}", draft, depth + 1) for i, v in enumerate(value)]
                 elif not isinstance(value, dict):
                     continue
-                elif self._subschemas[key] is Subschemas.NAMED:
-                    inside = [(v, f"{where}/{escape(k)}") for k, v in value.items()]
+                elif kind is Subschemas.NAMED:
+                    stack += [(v, base, f"{where}/{escape(k)}", draft, depth + 1) for k, v in value.items()]
                 else:
-                    inside = [(value, where)]
-                stack.extend((Place(v, base, at, draft, document), depth + 1) for v, at in inside)
+                    stack.append((value, base, where, draft, depth + 1))
 
     def _identify(
         self, schema: dict[str, Any], base: str, pointer: str, draft: int, document: Document
@@ -159,19 +161,18 @@ class Registry:
                 self._places.setdefault(uri, Place(schema, base, pointer, draft, document))
         self._bases[id(schema)] = (base, draft)
         if draft >= DRAFT2019:
-            place = Place(schema, base, pointer, draft, document)
             for key in ("$anchor", "$dynamicAnchor"):
                 anchor = schema.get(key)
                 if isinstance(anchor, str):
+                    place = Place(schema, base, pointer, draft, document)
                     self._places.setdefault(f"{base}#{anchor}", place)
                     if key == "$dynamicAnchor":
                         self._dynamic.setdefault(base, {}).setdefault(anchor, place)
             if schema.get("$recursiveAnchor") is True:
-                self._dynamic.setdefault(base, {}).setdefault("", place)
+                self._dynamic.setdefault(base, {}).setdefault("", Place(schema, base, pointer, draft, document))
         return base, draft
 
-    def _node(self, place: Place, scope: Scope) -> SchemaNode:
-        schema, base, pointer, draft, document = place
+    def _node(self, schema: Any, base: str, pointer: str, draft: int, document: Document, scope: Scope) -> SchemaNode:
         key = (id(schema if isinstance(schema, dict) else document), pointer, scope)
         found = self._by_place.get(key)
         if found is None:
@@ -187,13 +188,13 @@ class Registry:
     def child(self, node: SchemaNode, schema: Any, suffix: str) -> SchemaNode:
         """Return the node of a subschema of `node`. suffix: the JSON pointer that leads from one to the other."""
         if not isinstance(schema, dict):  # true and false are one object wherever they stand
-            return self._node(Place(schema, node.base, node.pointer + suffix, node.draft, node.document), node.scope)
+            return self._node(schema, node.base, node.pointer + suffix, node.draft, node.document, node.scope)
         found = node.children.get(id(schema))
         if found is None:
             pointer = node.pointer + suffix
             base, draft = self._context(schema, node.base, node.draft)
             scope = node.scope if base == node.base else self._extend(node.scope, base)
-            found = node.children[id(schema)] = self._node(Place(schema, base, pointer, draft, node.document), scope)
+            found = node.children[id(schema)] = self._node(schema, base, pointer, draft, node.document, scope)
         return found
 
     # --- references
@@ -225,8 +226,9 @@ class Registry:
         return self._enter(node, found_at)
 
     def _enter(self, node: SchemaNode, place: Place) -> SchemaNode:
-        base, draft = self._context(place.schema, place.base, place.draft)
-        return self._node(place._replace(base=base, draft=draft), self._extend(node.scope, base))
+        schema, base, pointer, draft, document = place
+        base, draft = self._context(schema, base, draft)
+        return self._node(schema, base, pointer, draft, document, self._extend(node.scope, base))
 
     def _descend(self, place: Place, tokens: list[str]) -> Place | None:
         schema, base, pointer, draft, document = place
