@@ -1,7 +1,7 @@
-"""Schema documents: which draft a schema is written in, what it is called, and where its references lead.
+"""Schema documents: the draft that a schema is written in, its identifiers, and the targets of its references.
 
 A *node* is one schema object in its place. A reference leads to a place in the same document, or in another document
-that the caller gives by its URI; nothing is ever fetched.
+that the caller gives by its URI. Nothing is ever fetched.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ _DIALECTS = {
     "json-schema.org/schema": DRAFT2020,
 }
 MAX_DEPTH = 500
-Scope = tuple[tuple[str, str], ...]  # (dynamic anchor, the outermost resource on the way here that has it)
+Scope = tuple[tuple[str, str], ...]  # (dynamic anchor, the outermost resource with that anchor on the way here)
 
 
 class Subschemas(Enum):
-    """How schemas stand in the value of a keyword."""
+    """The form in which the value of a keyword holds schemas."""
 
     DIRECT = "the value is a schema, or a list of schemas"
     NAMED = "the value is an object whose values are schemas"
@@ -39,10 +39,10 @@ class Subschemas(Enum):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SchemaNode:
-    """One schema in its place, as it was reached through one dynamic scope.
+    """One schema in its place, reached through one dynamic scope.
 
     number: its index in `registry.nodes`. base: the URI, without fragment, that its references are relative to.
-    children: nodes of subschemas that were asked for, by `id` of the subschema. Only the registry makes nodes.
+    children: the nodes of its subschemas, made when asked for, by `id` of the subschema. Only the registry makes nodes.
     """
 
     number: int
@@ -58,7 +58,7 @@ class SchemaNode:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Document:
-    """One JSON document that holds schemas. base: the URI under which it was loaded."""
+    """One JSON document that holds schemas. base: the URI by which it was loaded."""
 
     root: Any  # a JSON schema
     base: str
@@ -66,14 +66,14 @@ class Document:
 
     @property
     def place(self) -> Place:
-        """The place of the whole document."""
+        """Return the place of the whole document."""
         return Place(self.root, self.base, "", self.draft, self)
 
 
 class Place(NamedTuple):
-    """Where a reference may lead: a JSON value in a document, and what identifiers on the way to it said."""
+    """A possible target of a reference: a JSON value in a document, and the identifiers on the way to it."""
 
-    schema: Any  # any JSON value: whether it is a schema is looked at when a node is made
+    schema: Any  # any JSON value: making a node checks that it is a schema
     base: str
     pointer: str
     draft: int
@@ -83,7 +83,8 @@ class Place(NamedTuple):
 class Registry:
     """One schema with all documents that its references lead to, and the nodes made of them.
 
-    extra: the other documents, by URI. subschemas: the keywords that hold schemas; identifiers are looked for in these.
+    extra: the other documents, by URI. subschemas: the keywords that hold schemas. Identifiers are searched in these
+    only.
     """
 
     def __init__(self, root: Any, extra: Mapping[str, Any], subschemas: Mapping[str, Subschemas]) -> None:
@@ -91,7 +92,7 @@ class Registry:
         self._subschemas = subschemas
         self.nodes: list[SchemaNode] = []
         self._by_place: dict[tuple[object, ...], SchemaNode] = {}
-        self._places: dict[str, Place] = {}  # by absolute URI, with an anchor as its fragment
+        self._places: dict[str, Place] = {}  # by absolute URI; the fragment is an anchor
         # base -> dynamic anchor -> place; "" stands for $recursiveAnchor
         self._dynamic: dict[str, dict[str, Place]] = {}
         self._loaded: set[str] = set()
@@ -107,7 +108,7 @@ class Registry:
         return self._node(schema, base, "", draft, document, self._extend((), base))
 
     def _extend(self, scope: Scope, base: str) -> Scope:
-        """The dynamic scope inside a resource entered from `scope`."""
+        """Return the dynamic scope inside a resource that is entered from `scope`."""
         here = self._dynamic.get(base)
         if not here:
             return scope
@@ -119,7 +120,7 @@ class Registry:
         return found or (base, draft)
 
     def _scan(self, document: Document) -> None:
-        """Walk all subschemas once: note bases, identifiers and anchors."""
+        """Walk all subschemas once, and record bases, identifiers and anchors."""
         self._places.setdefault(document.base, document.place)
         stack: list[tuple[Any, str, str, int, int]] = [(document.root, document.base, "", document.draft, 0)]
         subschemas = self._subschemas
@@ -186,8 +187,8 @@ class Registry:
         return found
 
     def child(self, node: SchemaNode, schema: Any, suffix: str) -> SchemaNode:
-        """Return the node of a subschema of `node`. suffix: the JSON pointer that leads from one to the other."""
-        if not isinstance(schema, dict):  # true and false are one object wherever they stand
+        """Return the node of a subschema of `node`. suffix: the JSON pointer from `node` to the subschema."""
+        if not isinstance(schema, dict):  # true and false are the same object in every place
             return self._node(schema, node.base, node.pointer + suffix, node.draft, node.document, node.scope)
         found = node.children.get(id(schema))
         if found is None:
@@ -217,7 +218,7 @@ class Registry:
             tokens = [unquote(t).replace("~1", "/").replace("~0", "~") for t in fragment[1:].split("/")]
             found_at = self._descend(place, tokens)
             if found_at is None and place.document.root is not place.schema:
-                # an `id` that was meant as a name, not as a new base: pointers are then meant for the whole document
+                # an `id` that was meant as a name, not as a new base: pointers are then relative to the whole document
                 found_at = self._descend(place.document.place, tokens)
         else:
             found_at = self._places.get(f"{uri}#{fragment}") or self._places.get(f"{place.base}#{fragment}")
@@ -247,7 +248,7 @@ class Registry:
     def _find(self, uri: str, draft: int) -> Place | None:
         found = self._places.get(uri)
         if found is None and uri not in self._loaded and uri in self.extra:
-            self._load(self.extra[uri], uri, draft)  # without `$schema`, what refers to it decides
+            self._load(self.extra[uri], uri, draft)  # without `$schema`, it has the draft of the referring schema
             found = self._places.get(uri)
         if found is None and uri not in self._loaded:
             meta = _metaschema(uri)
@@ -257,10 +258,10 @@ class Registry:
         return found
 
     def resolve_dynamic(self, node: SchemaNode, reference: str, keyword: str) -> SchemaNode:
-        """Return the node that a dynamic (or recursive) reference leads to, met in the scope of `node`."""
+        """Return the node that a dynamic (or recursive) reference leads to from the scope of `node`."""
         found = self.resolve(node, reference, keyword)
         name = reference.partition("#")[2]
-        # only where the reference itself leads to a dynamic anchor does the scope count
+        # the scope counts only if the reference itself leads to a dynamic anchor
         if name in self._dynamic.get(found.base, {}) and self._dynamic[found.base][name].schema is found.schema:
             outermost = dict(node.scope).get(name)
             if outermost is not None:
@@ -269,7 +270,7 @@ class Registry:
 
 
 def dialect(schema: Any, default: int) -> int:
-    """The draft that `$schema` names; unknown ones count as `default`."""
+    """Return the draft that `$schema` names; `default` if it is unknown."""
     name = schema.get("$schema") if isinstance(schema, dict) else None
     if not isinstance(name, str):
         return default
@@ -277,7 +278,7 @@ def dialect(schema: Any, default: int) -> int:
 
 
 def escape(token: str) -> str:
-    """A key as a part of a JSON pointer."""
+    """Return a key as a part of a JSON pointer."""
     return token.replace("~", "~0").replace("/", "~1")
 
 
@@ -295,7 +296,7 @@ def _kind(value: Any) -> str:
 
 
 def _metaschema(uri: str) -> Any | None:
-    """The draft metaschemas are known to everyone, when the package that ships them is installed."""
+    """Return a metaschema of a draft, if the package that ships them is installed."""
     if "json-schema.org/draft" not in uri:
         return None
     try:

@@ -1,10 +1,11 @@
-"""String formats as regular languages, each by its RFC. Formats that are not here are annotations and enforce nothing.
+"""String formats as regular languages, each by its RFC. Other formats are annotations and enforce nothing.
 
-Where the RFC allows what common validators refuse, the language is the narrower one, so that whatever is written passes
-both: no year 0000 and no leap seconds (RFC 3339); no reserved operators, and prefixes below 1000, in `uri-template`
-(RFC 6570); a lower-case `v` in the rare future IP literals of URIs; no zero before another digit in
-`relative-json-pointer`; in `regex` what ECMA-262 and Python both read, groups nested at most three deep. What encoded
-labels (`xn--`) of a `hostname` mean is not looked at; for `idn-hostname` see hostnames.py.
+Common validators refuse some texts that the RFCs allow. The languages here are narrower, so that every text passes
+both. These are left out: the year 0000 and leap seconds (RFC 3339); reserved operators, and prefixes of 1000 or more,
+in `uri-template` (RFC 6570); an upper-case `V` in the rare future IP literals of URIs; a zero before another digit in
+`relative-json-pointer`; regular expressions in `regex` that ECMA-262 and Python do not both read, or with groups nested
+more than three deep. The content of encoded labels (`xn--`) of a `hostname` is not checked. For `idn-hostname` see
+hostnames.py.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ _IDN_EMAIL = f"{_IDN_ATEXT}+(?:\\.{_IDN_ATEXT}+)*@{_IDN_HOST}"
 
 
 def _uri(extra: str, private: str, *, relative: bool) -> str:
-    """RFC 3986 appendix A (RFC 3987 section 2.2 with the wider character sets)."""
+    """RFC 3986 appendix A (RFC 3987 section 2.2 with the larger character sets)."""
     unreserved = f"0-9A-Za-z._~{extra}\\-"
     escape = "%[0-9A-Fa-f]{2}"
     pchar = f"(?:[{unreserved}!$&'()*+,;=:@]|{escape})"
@@ -78,11 +79,11 @@ def _uri_template() -> str:
 
 
 def _regex() -> str:
-    """Well-formed regular expressions, groups nested at most three deep."""
+    """Well-formed regular expressions with groups nested at most three deep."""
     escape = "\\\\(?:[dDwWsSnrtfv]|[!-/:-@\\[-`{-~]|x[0-9A-Fa-f]{2}|u[0-9A-CE-Fa-ce-f][0-9A-Fa-f]{3})"
-    # a regular language has no general way to compare the two ends of a range
+    # a regular language cannot compare the two ends of a range in general
     spans = "|".join(f"{a}-[{a}-{z}]|[{a}-{z}]-{z}" for a, z in ("09", "az", "AZ", "19")) + "|0-[0-9]|a-f|A-F"
-    # what Python warns of inside a class (a second set within it) is left out
+    # a second set inside a class is left out, because Python warns of it
     item = f"(?:{spans}|[^\\\\\\[\\]^&~|-]|{escape})"
     klass = f"\\[\\^?-?{item}+-?\\]"
     atom = f"(?:[^\\\\()\\[\\]{{}}*+?|^$.]|\\.|{escape}|{klass})"
@@ -117,7 +118,7 @@ _PATTERNS = {
     "relative-json-pointer": "(?:0|[1-9]+0?)(?:#|(?:/(?:[^/~]|~[01])*)*)",
     "regex": _regex(),
 }
-_PATTERNS["ip-address"] = _PATTERNS["ipv4"]  # draft 3's names
+_PATTERNS["ip-address"] = _PATTERNS["ipv4"]  # names in draft 3
 _PATTERNS["host-name"] = _PATTERNS["hostname"]
 
 KNOWN = frozenset((*_PATTERNS, "idn-hostname"))
@@ -128,5 +129,5 @@ MAX_LENGTHS = {"hostname": 253, "host-name": 253, "idn-hostname": hostnames.MAX_
 
 @cache
 def format_node(name: str) -> ir.Node:
-    """Return the language of a known format, over code points; without its MAX_LENGTHS."""
+    """Return the language of a known format, over code points, without its limit of MAX_LENGTHS."""
     return hostnames.idn_hostname() if name == "idn-hostname" else search(f"^(?:{_PATTERNS[name]})$")

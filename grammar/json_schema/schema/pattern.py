@@ -1,7 +1,7 @@
 """Regular expressions of JSON Schema (ECMA-262 with the u flag, leniently) to IR nodes over code points.
 
-A pattern is searched for, not matched whole: `search` wraps it so that anything may stand around what is not anchored.
-Refused by name: back references, lookbehind, word boundaries, anchors in places that depend on what came before.
+A pattern is searched for, not matched whole. So `search` allows any text around it, except where it is anchored.
+Refused by name: back references, lookbehind, word boundaries, and anchors in places that depend on the text before.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ _LINE_ENDS: ir.Ranges = ((10, 10), (13, 13), (0x2028, 0x2029))
 _CONTROL = {"n": 10, "r": 13, "t": 9, "f": 12, "v": 11, "0": 0, "a": 7, "e": 27}
 MAX_REPEAT = 1_000_000
 MAX_DEPTH = 100
-MIN_COUNT = 100  # repetitions of one class that are counted apart
+MIN_COUNT = 100  # from this count on, repetitions of one class are counted without states
 _COUNTED = re.compile(r"\^(\.|\\[dDsSwW]|\[(?:[^\]\\]|\\.)+\])\{([0-9]{1,9})(?:(,)([0-9]{0,9}))?\}\$")
 
 
 class UnsupportedPattern(InvalidRegex):
-    """A pattern that is valid but not enforced; the message names the construct."""
+    """A pattern that is valid but cannot be enforced. The message names the construct."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +62,9 @@ def search(pattern: str) -> ir.Node:
 
 
 def without_count(source: str) -> tuple[str, tuple[int, int | None]] | tuple[str]:
-    """Split a pattern that is one character class repeated, and no more, into the class and the count.
+    """Split a pattern that is only one repeated character class into the class and the count.
 
-    `^[a-z]{1,5000}$` is `^[a-z]*$` in strings of 1..5000 characters, and those cost nothing to count (see lengths.py).
+    `^[a-z]{1,5000}$` is `^[a-z]*$` in strings of 1..5000 characters, and these are counted at no cost (see lengths.py).
     """
     found = _COUNTED.fullmatch(source)
     if found is None:
@@ -77,7 +77,7 @@ def without_count(source: str) -> tuple[str, tuple[int, int | None]] | tuple[str
 
 
 def _branches(node: ir.Node) -> list[ir.Node]:
-    """Split alternatives at the top, so that each is anchored for itself."""
+    """Split alternatives at the top level, so that each has its own anchors."""
     if isinstance(node, ir.Choice):
         return [b for o in node.options for b in _branches(o)]
     if isinstance(node, ir.Concatenation) and node.parts:
@@ -127,7 +127,7 @@ def _has_anchor(node: _Part) -> bool:
 
 
 def _resolve(node: _Part, at_start: bool) -> ir.Node:
-    """Turn anchors inside into lookaheads, or refuse them."""
+    """Turn the anchors inside a part into lookaheads, or refuse them."""
     match node:
         case _Anchor(is_start):
             if is_start:
@@ -227,7 +227,7 @@ class _Parser:
         return ir.Repeat(atom, low, high)
 
     def braces(self) -> tuple[int, int | None] | None:
-        """{n}, {n,}, {n,m}; anything else is a literal brace."""
+        """Read {n}, {n,} or {n,m}. Anything else is a literal brace."""
         end = self.text.find("}", self.at)
         low, comma, high = self.text[self.at + 1 : end].partition(",") if end > 0 else ("", "", "")
         if not (low.isascii() and low.isdigit()) or (high and not (high.isascii() and high.isdigit())):
@@ -342,7 +342,7 @@ class _Parser:
         return ir.Chars(self.folded(self.class_escape()))
 
     def class_escape(self) -> list[tuple[int, int]]:
-        """After a backslash: the ranges that the escape stands for."""
+        """Return the ranges of an escape inside a class, after its backslash."""
         c = self.peek()
         if not c:
             raise self.error("a backslash at the end")
@@ -463,7 +463,10 @@ _LONG_NAMES = {
 
 @cache
 def unicode_property(name: str) -> ir.Ranges | None:
-    """Code points of a general category (by short or long name) and a few binary properties; None if unknown."""
+    """Return the code points of a general category (by short or long name) or of one of a few binary properties.
+
+    None if the property is unknown.
+    """
     if name == "Any":
         return ((0, ir.MAX_CODE_POINT),)
     if name == "ASCII":
