@@ -1,1 +1,1 @@
-"""Sets of JSON values: and, or, not, which of them are empty, and what their shortest value costs."""
+"""Sets of JSON values: and, or, not, which sets are empty, and the cost of their shortest values."""

@@ -1,10 +1,11 @@
-"""Single JSON values, numbered: what an array or an object must not repeat, or must not become.
+"""Single JSON values with numbers: the values that an array or object must not repeat, or must not become.
 
-A constant is a JSON value as a hashable pair, its kind first. The items of an array and the values of an object are
-numbers of other constants. So equal values have equal pairs, whatever the order of keys and the spelling of numbers:
+A constant is a JSON value as a hashable pair, whose first part is the kind. The items of an array and the values of an
+object are numbers of other constants. So equal values have equal pairs, whatever the order of keys and the spelling of
+numbers:
 
-    1.0             ("number", Fraction(1))            say number 0
-    true            ("bool", True)                     say number 1
+    1.0             ("number", Fraction(1))            for example number 0
+    true            ("bool", True)                     for example number 1
     [1, true]       ("array", (0, 1))
     {"a": 1}        ("object", frozenset({("a", 0)}))
 """
@@ -21,9 +22,9 @@ from ramet.grammar.regular.numbers import Numbers
 
 
 class Constants:
-    """All constants of one compilation by number, and the expressions of single ones.
+    """All constants of one compilation by number, and the expressions of single constants.
 
-    of_values, both: make expressions (see Expressions).
+    of_values, both: functions that make expressions (see Expressions).
     """
 
     def __init__(self, of_values: Callable[[Values], Expr], both: Callable[[Expr, Expr], Expr]) -> None:
@@ -35,7 +36,7 @@ class Constants:
         self._members: dict[int, dict[str, int]] = {}
 
     def number(self, const: Const) -> int:
-        """Return the number of a constant; a new one for a constant that was not met yet."""
+        """Return the number of a constant. A new constant gets a new number."""
         found = self._index.get(const)
         if found is None:
             found = self._index[const] = len(self._all)
@@ -80,7 +81,7 @@ class Constants:
                 return Values(null=True)
 
     def all_but(self, numbers: Iterable[int]) -> Values:
-        """Return all values but these."""
+        """Return all values except these."""
         of_kind: dict[str, set[Any]] = {k: set() for k in ("string", "number", "bool", "null", "array", "object")}
         for n in numbers:
             kind, value = self._all[n]
@@ -97,18 +98,18 @@ class Constants:
         )
 
     def without(self, expr: Expr, numbers: Collection[int]) -> Expr:
-        """Return the values of an expression but these."""
+        """Return the values of an expression except these."""
         return self._both(expr, self._of_values(self.all_but(numbers))) if numbers else expr
 
     def split(
         self, expr: Expr, rivals: tuple[int, ...], part: Callable[[int], int | None]
     ) -> Iterator[tuple[Expr, tuple[int, ...]]]:
-        """Yield the ways that one item of an array, or one value of an object, can compare with that of `rivals`.
+        """Yield the ways in which one item of an array, or one value of an object, compares with those of `rivals`.
 
-        The whole has been like each of the rivals so far. `part` returns the number of a rival's value in this place.
-        Yields pairs: an expression of the value here, and the rivals that the whole is still like if it has that value.
-        With the rivals [1, 2] and [1, 3] and the second item an integer: (any integer but 2 and 3, no rival),
-        (2, the first), (3, the second).
+        So far, the whole equals each rival. `part` returns the number of a rival's value in this place.
+        Yields pairs: an expression of the value here, and the rivals that the whole still equals if it has that value.
+        With the rivals [1, 2] and [1, 3] and an integer as the second item: (any integer but 2 and 3, no rival), (2,
+        the first), (3, the second).
         """
         alike: dict[int, list[int]] = {}
         for r in rivals:

@@ -1,8 +1,10 @@
-"""What the shortest value of a set costs: about its length in bytes, INFINITE where the set has no value.
+"""The cost of a set: about the length of its shortest value in bytes, or INFINITE if the set has no value.
 
-So a cost says two things: whether a set is empty, and which way on is the shortest when a text must be brought to an
-end. Here a set is taken apart into its specs. The costs of their parts come from `Expressions.cost`, which remembers
-them and knows what to do about a schema that contains itself.
+So a cost tells whether a set is empty, and which way is the shortest when a text must be completed. Here a set is taken
+apart into its specs. The costs of their parts come from `Expressions.cost`, which remembers them and handles schemas
+that contain themselves.
+
+{"type": "string", "minLength": 2} costs about 4: its shortest values have two characters and two quotes.
 """
 
 from __future__ import annotations
@@ -62,7 +64,7 @@ def _may_exist(e: Expressions, o: Objects, x: Exists) -> bool:
             return True
     matching = {x.pattern} if x.pattern is not None else set()
     others = [n for rule in o.rules for n, _ in rule.patterns if n not in matching and n not in x.others]
-    # the key matches what it must; other patterns may or may not match it: try none, then each one
+    # the key matches its pattern; other patterns may also match it: try none of them, then each one
     for extra in (None, *others):
         found = frozenset(matching if extra is None else {*matching, extra})
         if not e.is_empty(e.both(specs.expr_of_signature(e, o, found), x.expr)):
@@ -73,7 +75,7 @@ def _may_exist(e: Expressions, o: Objects, x: Exists) -> bool:
 def of_array(e: Expressions, a: Arrays) -> int:
     """Return the cost of the shortest array of one spec.
 
-    Raises: UnsupportedSchema where equal items and `contains` may get into each other's way.
+    Raises: UnsupportedSchema if equal items and `contains` may conflict.
     """
     if a.repeats and not distinct.can_repeat(e, a):
         return INFINITE
@@ -100,10 +102,10 @@ def of_array(e: Expressions, a: Arrays) -> int:
 
 
 def of_witness(e: Expressions, a: Arrays) -> int:
-    """Return a cost for an item that some `contains` asks for, high enough that any such item costs less.
+    """Return a cost for an item that some `contains` needs: higher than the cost of any such item.
 
-    So a text that must end soon is never better off with another item first. An item that a further `contains` forbids
-    is not counted.
+    So writing another item first never looks cheaper to a text that must end soon. An item that another `contains`
+    forbids is not counted.
     """
     found = 0
     for c in a.contains:
@@ -124,6 +126,6 @@ def objects_of(e: Expressions, expr: Expr) -> tuple[Objects, ...]:
 
 
 def arrays_of(e: Expressions, expr: Expr) -> tuple[Arrays, ...]:
-    """Do as `objects_of`, for arrays."""
+    """Return the specs of the arrays in an expression, as `objects_of` does for objects."""
     a = e.values(expr)
     return a.arrays if a.is_one_spec else tuple(r for r in a.arrays if of_array(e, r) < INFINITE)

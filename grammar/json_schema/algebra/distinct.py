@@ -1,15 +1,16 @@
-"""Values that must differ: from values that are excluded, or from the other items of an array.
+"""Values that must differ: from excluded values, or from the other items of an array.
 
-Three questions, for a spec as a whole and for an array or object that is half read:
+There are three questions, for a spec as a whole and for an array or object that is half read:
 
 - Is there a value that is none of these constants? `{"type": "array", "not": {"const": [1, 2]}}` after `[1,`: the next
-  item must not be 2 if it is the last one. The constants that the text has been like so far are its *rivals*
+  item must not be 2 if it is the last one. The constants that the text equals so far are its *rivals*
   (`object_may_differ`, `array_may_differ`).
-- What may the next item be, compared with those before it? With `uniqueItems` none of them. In the negation of
-  `uniqueItems`, where some two items must be equal, one of them sooner or later (`compared`, `can_repeat`).
-- Are there enough values left? Three items that differ cannot all be in `{"enum": [1, 2]}`; and before a second item
-  that must be 1, the first one must not be 1 (`may_fill`, `spoilers`). To see this, small sets are written out as lists
-  of constants (`all_of`).
+- What may the next item be, compared with those before it? With `uniqueItems`, it must equal none of them. In the
+  negation of `uniqueItems`, some two items must be equal, so sooner or later an item must equal an earlier one
+  (`compared`, `can_repeat`).
+- Are there enough values left? Three different items cannot all be in `{"enum": [1, 2]}`. And if the second item must
+  be 1, the first one must not be 1 (`may_fill`, `spoilers`). To answer this, small sets are written out as lists of
+  constants (`all_of`).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from ramet.grammar.json_schema.algebra.values import INFINITE, Arrays, Expr, Obj
 from ramet.grammar.regular import numbers as numeric
 from ramet.grammar.regular.numbers import Numbers
 
-MANY = 1 << 14  # values: more are not told apart from infinitely many
+MANY = 1 << 14  # values; more of them count as infinitely many
 
 
 # --- is there another value than these?
@@ -40,7 +41,7 @@ def object_may_differ(
 ) -> bool:
     """Tell whether an object can become one in `o` that is none of `rivals`.
 
-    present: the keys that it has. Their values are good, and are those that each rival has.
+    present: the keys that the object has. Their values satisfy `o`, and are equal in each rival.
     """
     o = specs.with_few_keys(e, o)
     if o.high is None and not o.exists and specs.other_keys_possible(e, o):
@@ -84,7 +85,8 @@ def array_may_differ(
 ) -> bool:
     """Tell whether an array can become one in `a` that is none of `rivals`.
 
-    index: how many items it has; each rival begins with these. counts: of the `contains` so far (see specs.py).
+    index: the number of items that it has; each rival begins with these items. counts: of the `contains` so far (see
+    specs.py).
     """
     deadline.check()
     items = e.constants.items
@@ -95,7 +97,7 @@ def array_may_differ(
     counts = (0,) * len(a.contains) if counts is None else counts
     if specs.may_close(a, index, counts) and not a.repeats and not any(len(items(r)) == index for r in rivals):
         return True
-    before = frozenset(items(rivals[0])[:index])  # what all have in common
+    before = frozenset(items(rivals[0])[:index])  # the items that all rivals have in common
     for choice, after in specs.item_choices(e, a, index, counts):
         for value, rest in compared(e, a, index, after, choice, before):
             for kind, still in e.constants.split(value, rivals, item_of):
@@ -115,7 +117,7 @@ def array_may_differ(
 def compared(
     e: Expressions, a: Arrays, index: int, counts: Counts, value: Expr, seen: frozenset[int]
 ) -> list[tuple[Expr, Arrays]]:
-    """Return the ways to read the item at `index`: what it must be, and the spec for the items after it.
+    """Return the ways to read the item at `index`: pairs of what it must be, and the spec for the items after it.
 
     value: what the item must be, whatever stands before it. counts: those after the item. seen: the items before it.
     """
@@ -129,7 +131,7 @@ def compared(
     new, later = constants.without(value, seen), _later(e, a, index + 1)
     if _may_repeat(e, later, seen):
         return [(new, a), *again]
-    return [*((e.both(new, x), a) for x in dict.fromkeys(later)), *again]  # then it is this item that comes again
+    return [*((e.both(new, x), a) for x in dict.fromkeys(later)), *again]  # then this is the item that comes again
 
 
 def can_repeat(e: Expressions, a: Arrays) -> bool:
@@ -144,7 +146,7 @@ def _may_repeat(e: Expressions, later: list[Expr], seen: Collection[int] = ()) -
 
 
 def _later(e: Expressions, a: Arrays, index: int) -> list[Expr]:
-    """What the items from `index` on may be. Where many positions are alike, two stand for them."""
+    """Return what the items from `index` on may be. If many positions are alike, two of them stand for all."""
     out: list[Expr] = []
     last = max(len(a.prefix), index) + 2
     for i in range(index, last if a.high is None else min(a.high, last)):
@@ -159,9 +161,9 @@ def _later(e: Expressions, a: Arrays, index: int) -> list[Expr]:
 
 
 def may_fill(e: Expressions, a: Arrays, index: int, counts: Counts, used: Collection[int]) -> bool:
-    """Tell whether an array can be completed that has `index` items.
+    """Tell whether an array that has `index` items can be completed.
 
-    counts: of `contains` so far. used: the items that must not come again, those among the first `index` or more.
+    counts: of `contains` so far. used: the items that must not come again, among the first `index` or more.
     """
     if a.contains and specs.items_needed(e, a, index, counts) is None:
         return False
@@ -175,7 +177,7 @@ def may_fill(e: Expressions, a: Arrays, index: int, counts: Counts, used: Collec
 
 
 def few_choices(e: Expressions, a: Arrays, index: int, enough: int) -> list[list[int]]:
-    """Return the values that each item may have which must still come; without the items that have `enough` or more."""
+    """Return the values of each item that must still come, without the items that have `enough` or more values."""
     lists = []
     enough = min(enough, MANY)
     for expr in a.prefix[index : a.low]:
@@ -185,12 +187,12 @@ def few_choices(e: Expressions, a: Arrays, index: int, enough: int) -> list[list
     rest = a.low - max(len(a.prefix), index)
     found = e.listed(a.rest, enough) if rest > 0 else None
     if found is not None:
-        lists.extend([found] * min(rest, len(found) + 1))  # one more than there are values shows that they run out
+        lists.extend([found] * min(rest, len(found) + 1))  # with one list more than values, the values run out
     return lists
 
 
 def _may_match(lists: list[list[int]], taken: set[int]) -> bool:
-    """Tell whether one value can be taken from each list, all different and none of `taken` (augmenting paths)."""
+    """Tell whether one value can be taken from each list, all different and none in `taken` (augmenting paths)."""
     owner: dict[int, int] = {}
 
     def place(i: int, tried: set[int]) -> bool:
@@ -220,7 +222,7 @@ def spoilers(e: Expressions, a: Arrays, index: int, counts: Counts, used: frozen
 
 
 def is_free(e: Expressions, expr: Expr) -> bool:
-    """Tell whether any beginning of a value can be completed so that it differs from whatever came before it."""
+    """Tell whether every beginning of a value can be completed to a value that differs from all earlier values."""
     a = e.values(expr)
     return (
         all(s.finite is None and s.high is None and not s.languages for s in a.strings)
@@ -234,7 +236,7 @@ def is_free(e: Expressions, expr: Expr) -> bool:
 
 
 def all_of(e: Expressions, a: Values, enough: int) -> list[int] | None:
-    """Return all values of a set, as numbers of constants; None where there are `enough` of them, or more."""
+    """Return all values of a set, as numbers of constants; None if there are `enough` of them or more."""
     number = e.constants.number
     out: dict[int, None] = {}
     if a.null:
@@ -351,7 +353,7 @@ def _listed_arrays(e: Expressions, a: Arrays, enough: int) -> list[int] | None:
 
 
 def is_endless(e: Expressions, a: Arrays, enough: int | None = None) -> bool:
-    """Tell whether more and more items may come; with `enough`, whether that many may."""
+    """Tell whether any number of items may follow; with `enough`, whether that many may."""
     if a.high is not None and (enough is None or a.high - max(a.low, len(a.prefix)) < enough):
         return False
     return not any(map(e.is_empty, (*a.prefix, a.rest)))

@@ -1,5 +1,6 @@
-"""Regular languages on the code points of strings: patterns, formats, lengths; their automata, made once per
-process.
+"""Regular languages on the code points of strings: patterns, formats, lengths.
+
+Their automata are made once per process.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Languages:
-    """Regular languages on strings, by number; automata are made when needed and shared by all compilations."""
+    """Regular languages on strings, by number. Automata are made when needed, and all compilations share them."""
 
     def __init__(self, max_states: int) -> None:
         self.max_states = max_states
@@ -33,7 +34,7 @@ class Languages:
         self._signatures: dict[tuple[int, ...], tuple[Dfa, list[frozenset[int]]]] = {}
 
     def add(self, kind: str, source: str) -> int:
-        """Number of a language.
+        """Return the number of a language.
 
         Raises: InvalidRegex if its source does not parse.
         """
@@ -45,7 +46,7 @@ class Languages:
         return found
 
     def add_automaton(self, name: str, dfa: Dfa) -> int:
-        """Number of a language that is only known as an automaton over code points."""
+        """Return the number of a language that is given only by its automaton over code points."""
         key = (name, repr(dfa.key()))
         found = self._index.get(key)
         if found is None:
@@ -65,7 +66,7 @@ class Languages:
         return found
 
     def signatures(self, numbers: tuple[int, ...]) -> tuple[Dfa, list[frozenset[int]]]:
-        """Which of these languages a text can match at once: (automaton whose label is 1 + index, the sets)."""
+        """Return which of these languages a text can match at once: (automaton whose label is 1 + index, the sets)."""
         found = self._signatures.get(numbers)
         if found is None:
             sets: dict[frozenset[int], int] = {}
@@ -79,7 +80,7 @@ class Languages:
         return found
 
     def few_of_signature(self, numbers: tuple[int, ...], matching: frozenset[int]) -> frozenset[str] | None:
-        """The texts that match exactly these of the languages; None where they are FEW or more."""
+        """Return the texts that match exactly these of the languages; None if they are FEW or more."""
         found = self._few.get((numbers, matching))
         if found is None:
             dfa, sets = self.signatures(numbers)
@@ -101,7 +102,7 @@ class Languages:
         return all(self.accepts(n, text) == wanted for n, wanted in spec.languages)
 
     def base(self, spec: Strings) -> Dfa:
-        """The automaton of a spec's lengths and languages (not of `excluded`)."""
+        """Return the automaton of a spec's lengths and languages, without `excluded`."""
         key = (spec.low, spec.high, spec.languages)
         found = self._conjunctions.get(key)
         if found is None:
@@ -114,14 +115,14 @@ class Languages:
             parts.sort(key=lambda d: len(d.transitions))
             if spec.low or spec.high is not None or not parts:
                 parts.append(length_automaton(spec.low, spec.high))
-            for part in parts:  # one by one: what comes between is minimal
+            for part in parts:  # one by one, so that each result in between is minimal
                 found = part if found is None else dfas.intersect([found, part], max_states=self.max_states, name=name)
             assert found is not None
             self._conjunctions[key] = found
         return found
 
     def bounds(self, spec: Strings) -> tuple[int, int | None]:
-        """Characters that a text has at least, and at most: the spec's own, and what its formats ask of any text."""
+        """Return the least and the largest number of characters of a text, by the spec and by its formats."""
         high = spec.high
         for number, wanted in spec.languages:
             kind, source = self.sources[number]
@@ -131,7 +132,9 @@ class Languages:
         return spec.low, high
 
     def whole(self, spec: Strings) -> Dfa:
-        """The automaton of a spec, with its own lengths, but not those of `bounds`."""
+        """Return the automaton of a spec, with the spec's own lengths, but without the limits of its formats
+        (`bounds`).
+        """
         if spec.finite is not None:
             return _finite(spec.finite)
         base = self.base(spec)
@@ -140,12 +143,12 @@ class Languages:
         return dfas.intersect([base, dfas.complement(_finite(spec.excluded))], max_states=self.max_states)
 
     def describe(self, specs: Iterable[Iterable[Strings]]) -> str:
-        """The languages that specs name, for messages."""
+        """Return the languages that specs name, for messages."""
         found = dict.fromkeys(n for group in specs for s in group for n, _ in sorted(s.languages))
         return " and ".join(self.name(n) for n in found) or "a string's length"
 
     def is_empty(self, spec: Strings) -> bool:
-        """Whether no string is in the set."""
+        """Tell whether no string is in the set."""
         if spec.finite is not None:
             return not spec.finite
         low, high = self.bounds(spec)
@@ -167,19 +170,19 @@ class Languages:
 
 @lru_cache(maxsize=2048)
 def language_node(kind: str, source: str) -> ir.Node:
-    """The texts that a "pattern" is found in, or those of a "format"."""
+    """Return the texts in which a "pattern" is found, or the texts of a "format"."""
     return formats.format_node(source) if kind == "format" else pattern.search(source)
 
 
 @lru_cache(maxsize=2048)
 def automaton(kind: str, source: str, max_states: int) -> Dfa:
-    """Its automaton over code points; kept."""
+    """Return the automaton of a language over code points. The result is kept."""
     name = f"{kind} {source[:100]!r}"
     return _writable(regular.compile_chars(language_node(kind, source), max_states=max_states, name=name))
 
 
 def _writable(dfa: Dfa) -> Dfa:
-    """Without texts that have single surrogates, which UTF-8 cannot write."""
+    """Return the automaton without texts that have single surrogates, which UTF-8 cannot write."""
     inside, outside = set[int](), set[int]()
     for i, start in enumerate(dfa.starts):
         end = dfa.starts[i + 1] - 1 if i + 1 < len(dfa.starts) else ir.MAX_CODE_POINT
@@ -196,7 +199,7 @@ def _is_plain(kind: str, source: str) -> bool:
 
 
 def _surely_not_empty(node: ir.Node) -> bool:
-    """True where syntax alone shows that a text matches (no lookaheads, no empty classes)."""
+    """Tell whether the syntax alone shows that some text matches (no lookaheads, no empty classes)."""
     match node:
         case ir.Chars(ranges):
             return any(low < 0xD800 or high > 0xDFFF for low, high in ranges)
@@ -213,7 +216,7 @@ def _surely_not_empty(node: ir.Node) -> bool:
 
 
 def _has_length(dfa: Dfa, low: int, high: int | None) -> bool:
-    """Is there a text of low..high characters? Steps over the states that texts of each length reach."""
+    """Tell whether there is a text of low..high characters. Steps over the states that texts of each length reach."""
     states = {0} if dfa.transitions else set[int]()
     last = low + len(dfa.transitions) if high is None else high
     for length in range(last + 1):
@@ -230,8 +233,10 @@ def _has_length(dfa: Dfa, low: int, high: int | None) -> bool:
 
 
 def few_texts(dfa: Dfa, low: int, high: int | None, limit: int) -> Iterable[str]:
-    """Texts of the language with low..high characters, shortest first, up to `limit`; enough to see whether a finite
-    set covers it."""
+    """Return texts of the language with low..high characters, shortest first, up to `limit`.
+
+    These are enough to see whether a finite set covers the language.
+    """
     useful = _useful_states(dfa)
     level: list[tuple[int, str]] = [(0, "")]
     following: list[tuple[int, str]]
@@ -254,7 +259,9 @@ def few_texts(dfa: Dfa, low: int, high: int | None, limit: int) -> Iterable[str]
 
 
 def has_few_texts(dfa: Dfa, low: int, high: int | None, enough: int) -> bool:
-    """Are there fewer than `enough` texts of low..high characters? Counts the ways to each state, length by length."""
+    """Tell whether there are fewer than `enough` texts of low..high characters. Counts the ways to each state by
+    length.
+    """
     sizes = [0] * dfa.num_classes
     for i, start in enumerate(dfa.starts):
         sizes[dfa.classes[i]] += (dfa.starts[i + 1] if i + 1 < len(dfa.starts) else ir.MAX_CODE_POINT + 1) - start
@@ -264,7 +271,7 @@ def has_few_texts(dfa: Dfa, low: int, high: int | None, enough: int) -> bool:
     while ways and (high is None or length <= high):
         deadline.check()
         if high is None and length > low + len(dfa.transitions):
-            return False  # a way around: without end
+            return False  # a cycle: infinitely many texts
         if length >= low:
             total += sum(n for state, n in ways.items() if dfa.accepting[state])
             if total >= enough:
@@ -279,7 +286,7 @@ def has_few_texts(dfa: Dfa, low: int, high: int | None, enough: int) -> bool:
 
 
 def _useful_states(dfa: Dfa) -> set[int]:
-    """Those from which a text can be finished."""
+    """Return the states from which a text can be completed."""
     before: dict[int, list[int]] = {}
     for state, row in enumerate(dfa.transitions):
         for to in row:
@@ -295,12 +302,12 @@ def _useful_states(dfa: Dfa) -> set[int]:
 
 
 def _finite(texts: frozenset[str]) -> Dfa:
-    """Exactly these texts; those with single surrogates, which UTF-8 cannot write, are left out."""
+    """Return the automaton of these texts, without those that have single surrogates, which UTF-8 cannot write."""
     return regular.compile_chars(ir.one_of(sorted(t for t in texts if not _SURROGATE.search(t))))
 
 
 def length_automaton(low: int, high: int | None) -> Dfa:
-    """Strings of low..high code points."""
+    """Return the automaton of strings of low..high code points."""
     n = (low if high is None else high) + 1
     rows = [[i + 1] for i in range(n - 1)] + [[n - 1 if high is None else -1]]
     return Dfa(ir.MAX_CODE_POINT, [0], [0], 1, rows, [i >= low for i in range(n)])

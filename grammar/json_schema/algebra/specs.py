@@ -1,7 +1,7 @@
-"""The algebra of specs of objects and of arrays: and, not, and what a spec asks of one key or of one item.
+"""The algebra of specs of objects and of arrays: and, not, and the conditions of a spec on one key or one item.
 
-A spec is a conjunction (see values.py). The intersection of two specs is one spec again; the complement of a spec is a
-union of several, one for each thing that it asks:
+A spec is a conjunction (see values.py). The intersection of two specs is one spec. The complement of a spec is a union
+of several specs, one for each condition:
 
     not {"required": ["a"], "maxProperties": 3}     objects without the key "a", and objects with 4 keys or more
     not {"items": {"type": "integer"}}              arrays of which some item is no integer: a `Contains`
@@ -23,13 +23,13 @@ from ramet.grammar.json_schema.algebra.values import FALSE, TRUE, Arrays, Contai
 
 
 def expr_of_key(e: Expressions, o: Objects, key: str) -> Expr:
-    """Return what the value of a key must be, whether the key is declared or not."""
+    """Return what the value of a key must be. The key may be declared or not."""
     found = o.table.get(key)
     return _undeclared(e, o, lambda n: e.languages.accepts(n, key)) if found is None else found
 
 
 def expr_of_signature(e: Expressions, o: Objects, matching: frozenset[int]) -> Expr:
-    """Return what the value of a key must be that is not declared and that matches these languages and no others."""
+    """Return what the value of an undeclared key must be that matches these languages and no others."""
     return _undeclared(e, o, matching.__contains__)
 
 
@@ -47,7 +47,7 @@ def _undeclared(e: Expressions, o: Objects, matches: Callable[[int], bool]) -> E
 
 
 def closure_of_keys(o: Objects, keys: frozenset[str]) -> frozenset[str]:
-    """Return all keys that must stand in an object that has these: those that they require, and so on."""
+    """Return all keys that an object with these keys must have: those that they require, and so on."""
     if not o.dependent:
         return keys
     needed = set(keys)
@@ -74,7 +74,7 @@ def other_keys_possible(e: Expressions, o: Objects) -> bool:
 
 
 def in_class(e: Expressions, x: Exists, key: str) -> bool:
-    """Tell whether a key is one of those that an `Exists` is about."""
+    """Tell whether an `Exists` is about a key."""
     if key in x.names:
         return False
     if x.pattern is not None:
@@ -86,7 +86,7 @@ def in_class(e: Expressions, x: Exists, key: str) -> bool:
 
 
 def both_objects(e: Expressions, a: Objects, b: Objects) -> Objects | None:
-    """Return the objects in both specs; None where it is seen that there is none."""
+    """Return the objects in both specs; None if the result is seen to be empty."""
     if a is v.ANY_OBJECTS or b is v.ANY_OBJECTS:
         return b if a is v.ANY_OBJECTS else a
     names = dict.fromkeys([*a.table, *b.table])
@@ -113,11 +113,11 @@ def both_objects(e: Expressions, a: Objects, b: Objects) -> Objects | None:
 
 
 def tidy_objects(e: Expressions, o: Objects) -> Objects | None:
-    """Declare all keys that the spec names anywhere; None where it is seen that there is no such object."""
+    """Declare all keys that the spec names anywhere; None if the spec is seen to be empty."""
     low = max(o.low, len(o.required))
     if o.high is not None and low > o.high:
         return None
-    if o.low and o.rules:  # so that what counts keys knows where they run out
+    if o.low and o.rules:  # so that a count of keys knows how many there can be
         o = with_few_keys(e, o)
     named = set(o.required)
     for k, needs in o.dependent:
@@ -195,7 +195,7 @@ def with_few_keys(e: Expressions, o: Objects) -> Objects:
 
 
 def without_excluded(e: Expressions, o: Objects) -> Objects:
-    """Let the spec exclude no constants, but declare all keys that they have."""
+    """Return the spec without excluded constants, but with all their keys declared."""
     names = {k: None for n in sorted(o.excluded) for k in sorted(e.constants.members(n))}
     return replace(_declaring(e, o, names), excluded=frozenset())
 
@@ -208,7 +208,7 @@ def _declaring(e: Expressions, o: Objects, names: Iterable[str]) -> Objects:
 
 
 def decided(o: Objects, present: frozenset[str], absent: frozenset[str]) -> Objects:
-    """Return the spec for objects of which some keys are decided: `present` have good values, `absent` never come."""
+    """Return the spec for objects of which some keys are decided: `present` have valid values, `absent` never come."""
     properties = tuple((k, TRUE if k in present else FALSE if k in absent else x) for k, x in o.properties)
     missing = (present | absent) - o.table.keys()
     properties += tuple((k, TRUE if k in present else FALSE) for k in sorted(missing))
@@ -225,7 +225,7 @@ def item(a: Arrays, index: int) -> Expr:
 
 
 def both_arrays(e: Expressions, a: Arrays, b: Arrays) -> Arrays | None:
-    """Return the arrays in both specs; None where it is seen that there is none."""
+    """Return the arrays in both specs; None if the result is seen to be empty."""
     if a is v.ANY_ARRAYS or b is v.ANY_ARRAYS:
         return b if a is v.ANY_ARRAYS else a
     n = max(len(a.prefix), len(b.prefix))
@@ -246,7 +246,7 @@ def both_arrays(e: Expressions, a: Arrays, b: Arrays) -> Arrays | None:
 
 
 def tidy_arrays(e: Expressions, a: Arrays) -> Arrays | None:
-    """Tighten the bounds on the number of items; None where it is seen that there is no such array."""
+    """Tighten the limits on the number of items; None if the spec is seen to be empty."""
     high = a.high
     if a.rest == FALSE:
         high = len(a.prefix) if high is None else min(high, len(a.prefix))
@@ -295,7 +295,7 @@ def not_arrays(e: Expressions, a: Arrays) -> list[Arrays]:
 
 # --- an array that is read item by item
 
-Counts = tuple[int, ...]  # for each `contains` of a spec, how many items matched it, no further than matters
+Counts = tuple[int, ...]  # for each `contains` of a spec, how many items matched it; counted only while it matters
 
 
 def last_index(a: Arrays) -> int:
@@ -304,9 +304,10 @@ def last_index(a: Arrays) -> int:
 
 
 def item_choices(e: Expressions, a: Arrays, index: int, counts: Counts) -> list[tuple[Expr, Counts]]:
-    """Return the ways to read the item at `index`: what it must be, and the counts after it. Empty past the last item.
+    """Return the ways to read the item at `index`: pairs of what it must be, and the counts after it. Empty past the
+    last item.
 
-    An item may match a `contains` or not, and both may lead to a good array: then there are two ways.
+    An item may match a `contains` or not, and both may lead to a valid array: then there are two ways.
     """
     if a.high is not None and index >= a.high:
         return []
@@ -326,14 +327,14 @@ def item_choices(e: Expressions, a: Arrays, index: int, counts: Counts) -> list[
 
 
 def may_close(a: Arrays, index: int, counts: Counts) -> bool:
-    """Tell whether an array with `index` items may end, as far as lengths and `contains` go."""
+    """Tell whether an array with `index` items may end by the limits of its length and `contains`."""
     if index < a.low or not a.contains:
         return index >= a.low
     return all(c.low <= n for c, n in zip(a.contains, counts, strict=True))
 
 
 def items_needed(e: Expressions, a: Arrays, index: int, counts: Counts) -> int | None:
-    """Return how many items must still come at least before the array may end; None where it never may.
+    """Return the least number of items that must still come before the array may end; None if it never may.
 
     Searches breadth first over (index, counts).
     """
