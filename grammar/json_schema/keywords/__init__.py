@@ -1,1 +1,1 @@
-"""What the keywords of a schema mean, and what is wrong with a schema."""
+"""The meaning of the keywords of a schema, and the errors in a schema."""

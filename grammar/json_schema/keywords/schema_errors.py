@@ -1,4 +1,4 @@
-"""A look at a whole schema before it is compiled: malformed keywords, broken references, what cannot be enforced."""
+"""Checks a whole schema before it is compiled: malformed keywords, broken references, unenforceable keywords."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Problem = tuple[str, str, str]  # JSON pointer, keyword, reason
 
 
 def survey(interpreter: Interpreter, root: SchemaNode) -> list[Problem]:
-    """Look at every schema under a root that can matter, and report all that is wrong at once.
+    """Look at every schema under a root that can matter, and report all errors at once.
 
-    Returns what cannot be enforced, where the interpreter is lenient.
-    Raises: InvalidSchema for the first malformed keyword; UnsupportedSchema with all that cannot be enforced.
+    Returns the problems that cannot be enforced, if the interpreter is lenient.
+    Raises: InvalidSchema for the first malformed keyword; UnsupportedSchema with all problems that cannot be enforced.
     """
     problems: list[tuple[str, str, str]] = []
     stack, seen = [root], {root}
@@ -31,7 +31,7 @@ def survey(interpreter: Interpreter, root: SchemaNode) -> list[Problem]:
         _check_forms(interpreter, node)
         _check_values(node)
         _check_patterns(interpreter, node, problems)
-        for child in reversed(_children(interpreter, node)):  # so that problems come in the schema's order
+        for child in reversed(_children(interpreter, node)):  # so that problems come in the order of the schema
             if child not in seen:
                 seen.add(child)
                 stack.append(child)
@@ -50,7 +50,7 @@ def _check_forms(interpreter: Interpreter, node: SchemaNode) -> None:
 
 
 def _check_values(node: SchemaNode) -> None:
-    """Values in `enum` and `const` must be JSON, and no deeper than recursion can follow."""
+    """Check that the values in `enum` and `const` are JSON, and not nested too deeply for recursion."""
     for key in ("enum", "const"):
         stack = [(node.schema.get(key), 0)]
         while stack:
@@ -78,7 +78,7 @@ def _check_patterns(interpreter: Interpreter, node: SchemaNode, problems: list[t
 
 
 def _children(interpreter: Interpreter, node: SchemaNode) -> list[SchemaNode]:
-    """The schemas that a schema object refers to, and those in it."""
+    """Return the schemas that a schema object refers to, and those in it."""
     table, schema, child = interpreter.table, node.schema, node.registry.child
     found = []
     for name, keyword in table.references.items():

@@ -1,4 +1,4 @@
-"""OpenAI's rules for structured outputs: what a schema must and must not say in strict mode.
+"""OpenAI's rules for structured outputs: what a schema must say, and must not say, in strict mode.
 
 Source: OpenAI, "Structured model outputs", section "Supported schemas".
 """

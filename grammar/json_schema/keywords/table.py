@@ -1,7 +1,7 @@
-"""The table of JSON-schema keywords: all that is known about each of them, a row for each.
+"""The table of JSON-schema keywords, with a row for each keyword.
 
-Rows stand in the order in which keywords narrow a set of values. What the columns mean is said at `Keyword`, in
-interpreter.py. A keyword that is in no row means nothing.
+Rows stand in the order in which keywords narrow a set of values. The columns are explained at `Keyword` in
+interpreter.py. A keyword without a row has no meaning.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ KEYWORDS = KeywordTable({
         first_draft=DRAFT2019, subschemas=_DIRECT, may_empty=True, strict_rank=9, close=u.close_objects
     ),
     "unevaluatedItems": Keyword(first_draft=DRAFT2019, subschemas=_DIRECT, may_empty=True, close=u.close_arrays),
-    # the rest; what identifiers mean is in document.py
+    # the rest; document.py reads identifiers
     "$schema": _STRUCTURE,
     "$id": _STRUCTURE,
     "id": _STRUCTURE,

@@ -1,12 +1,12 @@
-"""`unevaluatedProperties` and `unevaluatedItems`: schemas for those parts of a value that no other keyword looked at.
+"""`unevaluatedProperties` and `unevaluatedItems`: schemas for the parts of a value that no other keyword looked at.
 
-Which parts were looked at (the specification says: evaluated) depends on which subschemas hold. So where one of the two
-keywords asks, a schema is split into alternatives, each of which has one answer. With
+The subschemas that hold decide which parts were looked at (the specification says: evaluated). So if one of the two
+keywords is present, a schema is split into alternatives, and each of them has one answer. With
 
     {"properties": {"a": {}}, "anyOf": [{"properties": {"b": {"type": "null"}}}, {"properties": {"c": {}}}]}
 
-the keys "a", "b", "c" were looked at in objects that satisfy both branches, "a" and "b" where only the first one holds,
-and "a" and "c" where only the second one does. The functions here are the columns `looks`, `track` and `close` of the
+an object that satisfies both branches had "a", "b" and "c" looked at. If only the first one holds, it is "a" and "b",
+and if only the second one holds, "a" and "c". The functions here are the columns `looks`, `track` and `close` of the
 table.
 """
 
@@ -68,12 +68,12 @@ def _child(i: Interpreter, node: SchemaNode, schema: Any, suffix: str) -> list[A
 
 
 def _fails(i: Interpreter, node: SchemaNode, schema: Any, suffix: str) -> list[Alternative]:
-    """The values that a subschema refuses: then it has looked at nothing."""
+    """Return the values that a subschema refuses. It has looked at nothing in them."""
     return [(i.refused(i.expr(node, schema, suffix)), NOTHING)]
 
 
 def _both(i: Interpreter, left: Iterable[Alternative], right: list[Alternative]) -> list[Alternative]:
-    """The values in both; what either has looked at was looked at."""
+    """Return the values in both. A part was looked at if either side has looked at it."""
     out: dict[Looked, list[v.Values]] = {}
     count = 0
     for a, look_a in left:
@@ -100,7 +100,7 @@ def track_all_of(i: Interpreter, node: SchemaNode, name: str, found: list[Altern
 
 
 def track_any_of(i: Interpreter, node: SchemaNode, name: str, found: list[Alternative]) -> list[Alternative]:
-    """Every set of branches that may hold together."""
+    """Return an alternative for every set of branches that may hold together."""
     none, some = found, list[Alternative]()
     for at, s in enumerate(node.schema[name]):
         holds = _child(i, node, s, f"/{name}/{at}")
@@ -111,7 +111,7 @@ def track_any_of(i: Interpreter, node: SchemaNode, name: str, found: list[Altern
 
 
 def track_one_of(i: Interpreter, node: SchemaNode, name: str, found: list[Alternative]) -> list[Alternative]:
-    """Each branch alone."""
+    """Return an alternative for each branch alone."""
     branches = node.schema[name]
     fails = [_fails(i, node, s, f"/{name}/{at}") for at, s in enumerate(branches)]
     out: list[Alternative] = []
@@ -150,7 +150,7 @@ def track_dependent(i: Interpreter, node: SchemaNode, name: str, found: list[Alt
 
 
 def close_objects(i: Interpreter, node: SchemaNode, name: str, found: Alternative) -> Alternative:
-    """Put the schema on all keys that were not looked at; after that, all were."""
+    """Apply the schema to all keys that were not looked at. After that, all keys were looked at."""
     a, looked = found
     rest = i.expr(node, node.schema[name], f"/{name}")
     if not looked.all_names and rest != TRUE:
@@ -163,7 +163,7 @@ def close_objects(i: Interpreter, node: SchemaNode, name: str, found: Alternativ
 
 
 def close_arrays(i: Interpreter, node: SchemaNode, name: str, found: Alternative) -> Alternative:
-    """Put the schema on all items that were not looked at; after that, all were."""
+    """Apply the schema to all items that were not looked at. After that, all items were looked at."""
     a, looked = found
     e = i.expressions
     rest = i.expr(node, node.schema[name], f"/{name}")
