@@ -77,8 +77,9 @@ def description_endpoints(endpoints: Sequence[Endpoint]) -> list[Endpoint]:
         return HTMLResponse(_PAGE)
 
     return [
-        Endpoint("GET", "/openapi.json", document, is_listed=False),
-        Endpoint("GET", "/docs", page, is_listed=False),
+        Endpoint(method, path, handler, is_listed=False)
+        for path, handler in (("/openapi.json", document), ("/docs", page))
+        for method in ("GET", "HEAD")
     ]
 
 

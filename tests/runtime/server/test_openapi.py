@@ -104,6 +104,13 @@ def test_the_same_with_many_cases(api: Any, route: str) -> None:
     visit(api, route, 400)
 
 
+@pytest.mark.parametrize("path", ["/openapi.json", "/docs"])
+def test_head_asks_whether_the_document_is_there(server: Server, path: str) -> None:
+    answer = server.client.head(path)
+    assert (answer.status_code, answer.content) == (200, b"")
+    assert answer.headers["content-type"] == server.client.get(path).headers["content-type"]
+
+
 def test_every_route_is_in_the_document_with_its_errors(document: Any) -> None:
     found = {f"{method} {path}" for path, operations in document["paths"].items() for method in operations}
     assert found == set(ROUTES)
