@@ -1,15 +1,15 @@
-"""Expressions: sets of JSON values that are referred to by number and worked out when they are first needed.
+"""Expressions: sets of JSON values with numbers. A set is worked out when its values are first needed.
 
 An expression is a conjunction of *atoms*. An atom is a schema (the values that it accepts), the negation of an
-expression, or a `Values`. Equal conjunctions have the same number; 0 is the set of all values, 1 is the empty set:
+expression, or a `Values`. Equal conjunctions have the same number. 0 is the set of all values, 1 is the empty set:
 
     {"properties": {"a": {"allOf": [A, {"not": B}]}}}     the value of "a" is one expression with the atom of the schema
                                                           {"allOf": ...}; once its values are asked for, it is read as
                                                           the intersection of A and the complement of B
 
-So a part of a schema that no text reaches costs nothing, and a schema may contain itself. But a schema that needs
-itself has no values, `{"type": "object", "required": ["a"], "properties": {"a": {"$ref": "#"}}}`: only infinite values
-would do. A set therefore counts as empty unless a finite value of it was found (the least fixed point).
+So a part of a schema that no text reaches costs nothing, and a schema may contain itself. But a schema that requires
+itself has no values, because they would be infinite: `{"type": "object", "required": ["a"], "properties": {"a":
+{"$ref": "#"}}}`. So a set counts as empty until a finite value of it is found (the least fixed point).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MAX_SPECS = 1000
 
 
 class SchemaReader(Protocol):
-    """Knows what schemas mean."""
+    """Reads the meaning of schemas."""
 
     def interpret(self, node: SchemaNode) -> Values:
         """Return the values that a schema object accepts."""
@@ -40,15 +40,17 @@ class SchemaReader(Protocol):
         """Return the values that a schema object refuses."""
 
     def is_scalar(self, node: SchemaNode) -> bool:
-        """Tell whether the keywords show that `interpret` is cheap: it reads no other schema, and compares no objects
-        or arrays."""
+        """Tell from the keywords whether `interpret` is cheap.
+
+        If so, it reads no other schema and compares no objects or arrays.
+        """
 
     def surely_has_values(self, node: SchemaNode) -> bool:
         """Tell whether the keywords show at once that the schema accepts some value."""
 
 
 class Operations(NamedTuple):
-    """The functions that look into specs. They ask the expressions of a spec's parts about those."""
+    """The functions that look into specs. They ask the expressions about the parts of a spec."""
 
     both_objects: Callable[[Expressions, Objects, Objects], Objects | None]
     both_arrays: Callable[[Expressions, Arrays, Arrays], Arrays | None]
@@ -68,13 +70,13 @@ _Atom = SchemaNode | _Not | Values
 
 
 class _NotYet(Exception):
-    """A question about a schema whose own meaning is just being worked out."""
+    """Raised by a question about a schema whose own meaning is still being worked out."""
 
 
 class Expressions:
-    """All expressions of one compilation, and what is known about them.
+    """All expressions of one compilation, and the answers about them.
 
-    lenient: a set that cannot be described is taken as the set of all values.
+    lenient: a set that cannot be described is replaced by the set of all values.
     """
 
     def __init__(
@@ -99,8 +101,8 @@ class Expressions:
         self._open: list[int] = []  # atoms whose values are being worked out, the innermost last
         self._costs: dict[Expr, int] = {TRUE: 1, FALSE: INFINITE}
         self._in_progress: set[Expr] = set()
-        self._asked_at = 0  # atoms opened before this depth were opened by whoever asks about emptiness
-        self._tainted = False  # the cost being worked out rests on that of an expression in progress
+        self._asked_at = 0  # atoms opened before this depth belong to the caller that asks about emptiness
+        self._tainted = False  # the cost being worked out depends on an unfinished cost
         self._scalar: dict[Expr, bool] = {TRUE: False, FALSE: True}
         self._plainest: dict[Expr, Expr] = {}
         self._same_values: dict[Values, Expr] = {}
@@ -138,7 +140,7 @@ class Expressions:
         return self._of_atom(node)
 
     def of_values(self, values: Values) -> Expr:
-        """Return the expression of a set that is known."""
+        """Return the expression of a known set."""
         if values == v.ANY:
             return TRUE
         return FALSE if values.is_empty else self._of_atom(values)
@@ -155,7 +157,7 @@ class Expressions:
         return self._of_atom(_Not(expr))
 
     def is_conjunction(self, expr: Expr) -> bool:
-        """Tell whether an expression has several atoms, so that it may be empty though none of them is."""
+        """Tell whether an expression has several atoms. It may then be empty although none of its atoms is."""
         return len(self._contents[expr]) > 1
 
     def both(self, a: Expr, b: Expr) -> Expr:
@@ -192,7 +194,9 @@ class Expressions:
         return self.of_values(found) if self.is_scalar(a) and self.is_scalar(b) else whole
 
     def plainest(self, expr: Expr) -> Expr:
-        """Return one expression for all that have the same values, where that is cheap to see; else `expr` itself."""
+        """Return the same expression for all expressions with the same values, if that is cheap to see; else `expr`
+        itself.
+        """
         found = self._plainest.get(expr)
         if found is None:
             found = expr if not self.is_scalar(expr) else self._same_values.setdefault(self.values(expr), expr)
@@ -200,7 +204,9 @@ class Expressions:
         return found
 
     def is_scalar(self, expr: Expr) -> bool:
-        """Tell whether no object and no array is compared in it, so that its values can be worked out at any time."""
+        """Tell whether no object and no array is compared in the expression. Its values can then be worked out at any
+        time.
+        """
         found = self._scalar.get(expr)
         if found is None:
             found = all(self._is_scalar_atom(a) for a in self._contents[expr])
@@ -220,7 +226,7 @@ class Expressions:
     def values(self, expr: Expr) -> Values:
         """Return the set of values.
 
-        Raises: InvalidSchema where a schema's meaning depends on itself without any nesting (a cycle of references).
+        Raises: InvalidSchema if a schema's meaning depends on itself without any nesting (a cycle of references).
         """
         found = self._values.get(expr)
         if found is None:
@@ -264,7 +270,7 @@ class Expressions:
         raise InvalidSchema(f"{pointer or '/'}: the schema refers to itself without an end", pointer)
 
     def _values_of_not(self, expr: Expr) -> Values:
-        """Not a conjunction: not the first, or not the second, ..."""
+        """Return the complement of a conjunction: not the first atom, or not the second, and so on."""
         parts = []
         for index in self._contents[expr]:
             atom = self._atoms[index]
@@ -354,7 +360,9 @@ class Expressions:
     # --- emptiness
 
     def is_empty(self, expr: Expr) -> bool:
-        """Tell whether no value is in the set. While schemas are being read, False may mean: it is not known yet."""
+        """Tell whether no value is in the set. While schemas are being read, False may also mean that it is not known
+        yet.
+        """
         found = self._costs.get(expr)
         if found is None:
             if self._is_plain(expr):
@@ -366,7 +374,7 @@ class Expressions:
         return found >= INFINITE
 
     def _is_plain(self, expr: Expr) -> bool:
-        """One schema that surely has values; so that these need not be worked out."""
+        """Tell whether an expression is one schema that surely has values, so that they need not be worked out."""
         atoms = self._contents[expr]
         if len(atoms) != 1:
             return False
@@ -374,7 +382,7 @@ class Expressions:
         return isinstance(atom, SchemaNode) and self._reader.surely_has_values(atom)
 
     def values_are_empty(self, a: Values) -> bool:
-        """Do as `is_empty`, for a set that is given by its values."""
+        """Do as `is_empty`, for a set given by its values."""
         asked_at, self._asked_at = self._asked_at, len(self._open)
         try:
             return a.is_empty or self.cost_of(a) >= INFINITE
@@ -384,11 +392,11 @@ class Expressions:
             self._asked_at = asked_at
 
     def cost_of(self, a: Values) -> int:
-        """Return about how many bytes the shortest value of a set has; INFINITE where it has none."""
+        """Estimate the bytes of the shortest value of a set; INFINITE if it has none."""
         return self._operations.cost(self, a)
 
     def cost(self, expr: Expr) -> int:
-        """Do as `cost_of`, for an expression, and remember."""
+        """Do as `cost_of`, for an expression, and keep the answer."""
         found = self._costs.get(expr)
         if found is not None:
             return found
@@ -405,7 +413,7 @@ class Expressions:
         finally:
             self._in_progress.discard(expr)
             self._asked_at = asked_at
-        # an answer "empty" that rests on a question still open holds only for the outermost question
+        # an answer "empty" that depends on an open question holds only for the outermost question
         if found < INFINITE or not self._tainted or not self._in_progress:
             self._costs[expr] = found
         self._tainted = outer or (self._tainted and found >= INFINITE)
@@ -414,12 +422,12 @@ class Expressions:
     # --- all values of a small set
 
     def listed(self, expr: Expr, enough: int) -> list[int] | None:
-        """Return all values, as numbers of constants; None where there are `enough` of them, or more."""
+        """Return all values, as numbers of constants; None if there are `enough` of them or more."""
         limit, found = self._listed.get(expr, (0, None))
         if found is not None or limit >= enough:
             return found
         if expr in self._listing:
-            return None  # a value that can contain itself: there is no end of them
+            return None  # a value that can contain itself: there are infinitely many
         self._listing.add(expr)
         try:
             found = self._operations.all_of(self, self.values(expr), enough)

@@ -1,8 +1,8 @@
-"""Sets of JSON values: what a schema means.
+"""Sets of JSON values: the meaning of a schema.
 
 A set is a `Values`. It has a list of *specs* for each JSON type, and a value is in the set if it is in one of the specs
-of its type. A spec is a conjunction: all that it says must hold. The union, the intersection and the complement of such
-sets can be written in the same form.
+of its type. A spec is a conjunction: all its conditions must hold. The union, the intersection and the complement of
+such sets have the same form.
 
     {"type": "string", "minLength": 2}          Values(strings=(Strings(low=2),))
     {"type": ["null", "boolean"]}               Values(null=True, booleans=3)
@@ -11,8 +11,8 @@ sets can be written in the same form.
     {"anyOf": [{"minItems": 3}, {"maxItems": 1}], "type": "array"}
                                                 Values(arrays=(Arrays(low=3), Arrays(high=1)))
 
-What stands inside of an object or an array is not written out. It is an *expression*: the number of a set, given out by
-`Expressions` (expressions.py). So a schema that contains itself is no problem here; if its own number is 2:
+The sets of the values inside an object or array are not written out. They are *expressions*: numbers of sets, given out
+by `Expressions` (expressions.py). So a schema may contain itself. If the number of this schema is 2:
 
     {"type": "array", "items": {"$ref": "#"}}   Values(arrays=(Arrays(rest=2),))
 """
@@ -38,8 +38,9 @@ INFINITE = 1 << 60  # the cost of a set without values, see costs.py
 class Strings(NamedTuple):
     """Strings of `low` to `high` characters.
 
-    languages: (number of a language, whether the string must be in it or must not); see languages.py. excluded: strings
-    that are left out. finite: if given, exactly these strings, and all other fields are at their defaults.
+    languages: pairs of a language's number, and whether the string must or must not be in it; see languages.py.
+    excluded: strings that are left out. finite: if given, exactly these strings, and all other fields have their
+    defaults.
     """
 
     low: int = 0
@@ -55,8 +56,8 @@ ANY_STRINGS = Strings()
 class Rule(NamedTuple):
     """`patternProperties` with `additionalProperties`, for keys that are not declared.
 
-    The value of a key is in the expressions of all `patterns` (language, expression) whose language has the key. It is
-    in `additional` if there is no such pattern.
+    patterns: pairs of a language and an expression. The value of a key is in the expression of each language that holds
+    the key. If no language holds the key, its value is in `additional`.
     """
 
     patterns: tuple[tuple[int, Expr], ...]
@@ -64,9 +65,10 @@ class Rule(NamedTuple):
 
 
 class Exists(NamedTuple):
-    """Some key has a value in `expr`. It comes from negation: `not {"additionalProperties": A}`.
+    """A condition that comes from negation, such as `not {"additionalProperties": A}`: some key has a value in `expr`.
 
-    The key is none of `names`. With a `pattern`, it is in that language; else it is in none of the languages `others`.
+    The key is none of `names`. With a `pattern`, the key is in that language; without, it is in none of the languages
+    `others`.
     """
 
     pattern: int | None
@@ -77,13 +79,13 @@ class Exists(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Objects:
-    """Objects that satisfy all of this.
+    """Objects that satisfy all of these conditions.
 
-    properties: the declared keys, each with the expression of its value. It says all that applies to the key: no rule
-    does in addition. default, rules: what the values of all other keys must be; `default` and every rule hold.
-    required: keys that must stand. low, high: the number of keys. dependent: (key, keys that it requires).
-    exists: see there. excluded: objects that are left out, as numbers of constants (see constants.py).
-    named_only: in declared order, keys that no schema names are not written, though they would be valid.
+    properties: the declared keys, each with the expression of its value. No rule applies to them in addition. default,
+    rules: what the values of all other keys must be; `default` and every rule must hold.
+    required: keys that must be present. low, high: the number of keys. dependent: (key, keys that it requires). exists:
+    see Exists. excluded: objects that are left out, as numbers of constants (see constants.py).
+    named_only: in declared order, keys that no schema names are not written, although they would be valid.
     """
 
     properties: tuple[tuple[str, Expr], ...] = ()
@@ -103,7 +105,7 @@ class Objects:
 
     @property
     def languages(self) -> tuple[int, ...]:
-        """Return the languages that the rules tell keys apart by."""
+        """Return the languages by which the rules distinguish keys."""
         return tuple(dict.fromkeys(n for rule in self.rules for n, _ in rule.patterns))
 
 
@@ -111,7 +113,7 @@ ANY_OBJECTS = Objects()
 
 
 class Contains(NamedTuple):
-    """Among the items from index `start` on, at least `low` and at most `high` are in `expr`."""
+    """At least `low` and at most `high` of the items from index `start` on are in `expr`."""
 
     start: int
     expr: Expr
@@ -121,11 +123,11 @@ class Contains(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Arrays:
-    """Arrays that satisfy all of this.
+    """Arrays that satisfy all of these conditions.
 
     prefix: what the first items must be, one by one. rest: what each item after them must be. low, high: the number of
-    items. contains: see there. unique: no two items are equal. repeats: some two items are equal.
-    excluded: arrays that are left out, as numbers of constants (see constants.py).
+    items. contains: see Contains. unique: no two items are equal. repeats: some two items are equal. excluded: arrays
+    that are left out, as numbers of constants (see constants.py).
     """
 
     prefix: tuple[Expr, ...] = ()
@@ -139,7 +141,7 @@ class Arrays:
 
     @property
     def is_plain(self) -> bool:
-        """Tell whether items can be read one by one: only what each one is matters, and how many there are."""
+        """Tell whether items can be read one by one: only the value of each item and the number of items matter."""
         return not (self.contains or self.unique or self.repeats or self.excluded)
 
 
@@ -147,7 +149,7 @@ ANY_ARRAYS = Arrays()
 
 
 class Values(NamedTuple):
-    """A set of JSON values: for each type, those in one of the specs. booleans: bit 0 is for false, bit 1 for true."""
+    """A set of JSON values: for each type, the values in one of the specs. booleans: bit 0 is false, bit 1 is true."""
 
     null: bool = False
     booleans: int = 0
@@ -162,7 +164,7 @@ class Values(NamedTuple):
 
     @property
     def is_one_spec(self) -> bool:
-        """Tell whether one spec of objects or of arrays is all there is, so that it is empty where the set is empty."""
+        """Tell whether the set is exactly one spec of objects or of arrays. It is then empty if the set is empty."""
         return len(self.objects) + len(self.arrays) == 1 and not (
             self.null or self.booleans or self.numbers or self.strings
         )
@@ -219,8 +221,8 @@ def _merge_strings(found: dict[Strings, None]) -> tuple[Strings, ...]:
 def product(left: tuple[_T, ...], right: tuple[_T, ...], both: Callable[[_T, _T], _T | None]) -> tuple[_T, ...]:
     """Return the intersection of two unions of specs of one type: the intersections of all pairs that are not empty.
 
-    both: the intersection of two specs; None where it is empty. A spec that comes out unchanged from one of its pairs
-    stands for all of them: the other intersections are parts of it.
+    both: the intersection of two specs; None if it is empty. If a pair gives back one of its specs unchanged, that
+    result stands for all pairs of the spec, because the other intersections are parts of it.
     """
     if len(left) == 1 and len(right) == 1:
         c = left[0] if left[0] == right[0] else both(left[0], right[0])
