@@ -1,10 +1,10 @@
-"""What a schema object means: the set of all values, narrowed by one keyword after the other.
+"""The meaning of a schema object: the set of all values, narrowed by one keyword after the other.
 
     {"type": "array", "minItems": 2}      all values -> all arrays -> arrays of two items or more
 
-Every keyword is a row of the table in table.py, a `Keyword`. The `Interpreter` here knows hardly a keyword by name:
-`$ref`, which hides all others in drafts up to 7, and those whose values alone show that a schema is scalar. Keywords of
-all drafts are read wherever they stand, unless their row says which drafts know them.
+Every keyword is a row of the table in table.py, a `Keyword`. The `Interpreter` itself knows few keywords by name:
+`$ref`, which hides all others in drafts up to 7, and the keywords whose values alone show that a schema is scalar.
+Keywords of all drafts are read in every schema, unless their row limits the drafts.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ _OPERATIONS = Operations(
 
 @dataclass(frozen=True, slots=True)
 class Looked:
-    """The parts of a value that keywords have evaluated; `unevaluatedProperties` and its kin are about all others.
+    """The parts of a value that keywords have evaluated. `unevaluatedProperties` and `unevaluatedItems` apply to all
+    others.
 
     Of an object: the keys `names`, those in `languages` (by number), or all keys. Of an array: the first `items` items,
     those in an expression of `contains`, or all items.
@@ -61,7 +62,7 @@ Alternative = tuple[Values, Looked]  # some of the values of a schema, all with 
 
 
 class KeywordRole(Enum):
-    """What a keyword is for."""
+    """The purpose of a keyword."""
 
     ASSERTION = "it says which values are valid"
     STRUCTURE = "it names, describes or holds schemas"
@@ -69,7 +70,7 @@ class KeywordRole(Enum):
 
 
 class Form(NamedTuple):
-    """What the value of a keyword must be. `name` completes the sentence "must be ..."."""
+    """The form that the value of a keyword must have. `name` completes the sentence "must be ..."."""
 
     name: str
     is_good: Callable[[Any], bool]  # Any: JSON
@@ -87,17 +88,17 @@ Close = Callable[["Interpreter", SchemaNode, str, Alternative], Alternative]
 class Keyword:
     """All that is known about a keyword.
 
-    role: what it is for. form: what its value must be; None where any value will do, or where reading it finds errors.
-    first_draft, last_draft: the drafts that know it. subschemas: how schemas stand in its value, if they do.
-    may_empty: it can leave a schema without any value, alone or with other keywords.
-    strict_rank: its place among the keywords that strict mode refuses, the first of which is reported; 0 if permitted.
+    role: its purpose. form: the form of its value; None if any value will do, or if reading the value finds the errors.
+    first_draft, last_draft: the drafts that know it. subschemas: how its value holds schemas, if it does. may_empty: it
+    can leave a schema without any value, alone or with other keywords. strict_rank: its place among the keywords that
+    strict mode refuses, the first of which is reported; 0 if it is permitted.
 
-    narrow: takes those values away that the keyword forbids, by a look at the value itself. read_together: `narrow` is
-    called once for all keywords in whose rows it stands, and reads them together. combine: takes values away by other
-    schemas, and comes after all `narrow`. refuse: the values that `combine` takes away, in parts; by default worked out
-    from what it leaves. track: as `combine`, where evaluated parts matter; by default it evaluates none.
-    target: the schema that the keyword refers to. looks: the parts of a value that it evaluates by itself.
-    close: puts the schema in its value on all parts that nothing has evaluated.
+    narrow: removes the values that the keyword forbids; looks at the value itself. read_together: `narrow` is called
+    once for all keywords that have it in their rows, and reads them together. combine: removes values by means of other
+    schemas; called after all `narrow`. refuse: the values that `combine` removes, in parts; by default worked out from
+    what it leaves. track: as `combine`, if evaluated parts matter; by default it evaluates none. target: the schema
+    that the keyword refers to. looks: the parts of a value that it evaluates by itself. close: applies the schema in
+    its value to all parts that nothing has evaluated.
     """
 
     role: KeywordRole = KeywordRole.ASSERTION
@@ -122,11 +123,11 @@ class Keyword:
 
 
 class KeywordTable:
-    """The rows of all keywords, by name, and what follows from them.
+    """The rows of all keywords, by name, and lists made from them.
 
-    order: of the assertions. forms: of those that have one. subschemas: how schemas stand in a keyword's value;
-    applied: the same for assertions alone. references: the rows of those that refer to a schema. reading_others: those
-    that do either. may_empty, closing: those with `may_empty`, and with `close`.
+    order: the order of the assertions. forms: of the keywords that have one. subschemas: how a keyword's value holds
+    schemas; applied: the same for assertions alone. references: the keywords that refer to a schema. reading_others:
+    the keywords that hold schemas or refer to one. may_empty: see Keyword.
     """
 
     def __init__(self, rows: Mapping[str, Keyword]) -> None:
@@ -145,8 +146,7 @@ class KeywordTable:
 class Interpreter:
     """Reads schema objects as sets of values.
 
-    only_named: see Objects.named_only. lenient: what cannot be enforced is left out instead of
-    refused.
+    only_named: see Objects.named_only. lenient: keywords that cannot be enforced are left out instead of refused.
     """
 
     def __init__(
@@ -193,9 +193,9 @@ class Interpreter:
         return self.expressions.values(self.expressions.negate(expr))
 
     def is_enforced(self, source: str) -> bool:
-        """Tell whether a pattern is enforced; False only where lenient reading leaves it out.
+        """Tell whether a pattern is enforced; False only if it cannot be and reading is lenient.
 
-        Raises: UnsupportedPattern for such a pattern otherwise.
+        Raises: UnsupportedPattern if it cannot be enforced and reading is not lenient.
         """
         try:
             self.languages.add("pattern", source)
@@ -244,7 +244,7 @@ class Interpreter:
         return v.unite(parts)
 
     def _own(self, node: SchemaNode, standing: list[tuple[str, Keyword]]) -> Values:
-        """The values that the keywords accept which look at the value itself."""
+        """Return the values accepted by the keywords that look at the value itself."""
         found, last = v.ANY, None
         for name, keyword in standing:
             narrow = keyword.narrow
@@ -253,7 +253,7 @@ class Interpreter:
         return self._tidy(found)
 
     def _tidy(self, a: Values) -> Values:
-        """The same values without specs that are seen to have none, each spec in its usual form."""
+        """Return the same values without the specs that are seen to be empty, and each spec in its usual form."""
         if a is v.ANY:
             return a
         e = self.expressions
@@ -289,15 +289,15 @@ class Interpreter:
     # --- which parts of a value were evaluated
 
     def _is_tracking(self, node: SchemaNode, standing: list[tuple[str, Keyword]]) -> bool:
-        """Does the schema object ask what was evaluated?"""
+        """Tell whether the schema object asks which parts were evaluated."""
         if self.table.closing.isdisjoint(node.schema):
             return False
         return any(k.close is not None and node.schema[name] not in (True, {}) for name, k in standing)
 
     def tracked(self, node: SchemaNode) -> list[Alternative]:
-        """Return a schema's values as a union, each part with what was evaluated in it.
+        """Return a schema's values as a union of alternatives, each with its evaluated parts.
 
-        Raises: GrammarTooLarge where there are too many alternatives.
+        Raises: GrammarTooLarge if there are too many alternatives.
         """
         if not isinstance(node.schema, dict):
             return [(v.ANY if node.schema else v.NONE, NOTHING)]

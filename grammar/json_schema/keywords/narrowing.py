@@ -1,8 +1,9 @@
-"""What each keyword forbids: functions that narrow a set of values, for the rows of the table.
+"""The effect of each keyword: functions that narrow a set of values, for the rows of the table.
 
-The functions for `narrow` get one spec and return it with what the keyword says added, or None where nothing is left.
-`on_numbers` and its kin make them functions of a whole set: values of other types always pass. Those for `combine` get
-the set as a whole. All get the interpreter, the schema object, and the name of the keyword in it.
+A function for `narrow` gets one spec. It returns the spec with the keyword's condition added, or None if nothing is
+left. `on_numbers` and its siblings turn it into a function of a whole set, in which values of other types always pass.
+A function for `combine` gets the whole set. All functions get the interpreter, the schema object, and the name of the
+keyword in it.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ TYPES = tuple(name for name in _KINDS if name != "any")
 
 
 def mapping(schema: dict[str, Any], name: str) -> dict[str, Any]:
-    """Return the value of a keyword if it is an object; else an empty one."""
+    """Return the value of a keyword if it is an object, else an empty object."""
     found = schema.get(name)
     return found if isinstance(found, dict) else {}
 
@@ -93,7 +94,7 @@ def const(i: Interpreter, node: SchemaNode, name: str, found: Values) -> Values:
 
 
 def _constant(i: Interpreter, value: Any) -> Values:
-    """Exactly this value. The keys of an object keep their order, which `declared_order` follows."""
+    """Return exactly this value. The keys of an object keep their order, which `declared_order` follows."""
     if value is None:
         return Values(null=True)
     if isinstance(value, bool):
@@ -183,7 +184,7 @@ def _with_length(s: Strings, low: int, high: int | None) -> Strings:
 
 
 def _least(a: int | None, b: int | None) -> int | None:
-    """The smaller of two limits; None stands for no limit."""
+    """Return the smaller of two limits. None stands for no limit."""
     return a if b is None else b if a is None else min(a, b)
 
 
@@ -220,7 +221,7 @@ def on_objects(narrow: Callable[[Interpreter, SchemaNode, str, Objects], Objects
 
 @on_objects
 def members(i: Interpreter, node: SchemaNode, name: str, o: Objects) -> Objects:
-    """`properties`, `patternProperties`, `additionalProperties` and `required` together: they are read as one."""
+    """Read `properties`, `patternProperties`, `additionalProperties` and `required` together."""
     schema = node.schema
     patterns = _patterns(i, node)
     declared, required = [], set[str]()
@@ -237,7 +238,7 @@ def members(i: Interpreter, node: SchemaNode, name: str, o: Objects) -> Objects:
         required.update(schema["required"])
     rest = i.expr(node, schema.get("additionalProperties", True), "/additionalProperties")
     if len(patterns) < len(mapping(schema, "patternProperties")):
-        rest = TRUE  # a key that matches a pattern left out might be any
+        rest = TRUE  # if a pattern is left out, any key might match it
     return Objects(
         tuple(declared),
         TRUE if patterns else rest,
@@ -312,7 +313,7 @@ def on_arrays(narrow: Callable[[Interpreter, SchemaNode, str, Arrays], Arrays]) 
 
 
 def has_old_prefix(node: SchemaNode) -> bool:
-    """Tell whether `items` is a list: in drafts up to 2019-09 it stands for `prefixItems`."""
+    """Tell whether `items` is a list. In drafts up to 2019-09 this stands for `prefixItems`."""
     return "prefixItems" not in node.schema and isinstance(node.schema.get("items"), list)
 
 
@@ -394,7 +395,7 @@ def not_all_of(i: Interpreter, node: SchemaNode, name: str) -> Iterable[Values]:
 
 
 def _listed(node: SchemaNode, name: str) -> list[tuple[Any, str]]:
-    """The schemas of a keyword that takes a list, or (draft 3) one alone; each with its pointer."""
+    """Return the schemas of a keyword that takes a list, or (draft 3) one schema; each with its pointer."""
     value = node.schema[name]
     return [(s, f"/{name}/{at}") for at, s in enumerate(value if isinstance(value, list) else [value])]
 
@@ -415,7 +416,7 @@ def _none_of(i: Interpreter, branches: list[Expr]) -> Values:
 
 
 def one_of(i: Interpreter, node: SchemaNode, name: str, found: Values) -> Values:
-    """Values in one branch and in no other. Branches that cannot meet need no complement."""
+    """Keep the values in one branch and in no other. Disjoint branches need no complement."""
     branches = i.exprs(node, name)
     both, out = i.expressions.intersect, []
     parts = [both(found, i.expressions.values(e)) for e in branches]
@@ -437,7 +438,7 @@ def _may_meet(i: Interpreter, a: Values, b: Values) -> bool:
 
 
 def not_one_of(i: Interpreter, node: SchemaNode, name: str) -> Iterable[Values]:
-    """Values in no branch, or in two."""
+    """Return the values in no branch, or in two."""
     branches = i.exprs(node, name)
     yield _none_of(i, branches)
     values = [i.expressions.values(e) for e in branches]
@@ -457,7 +458,7 @@ def not_not(i: Interpreter, node: SchemaNode, name: str) -> Iterable[Values]:
 
 
 def disallow(i: Interpreter, node: SchemaNode, name: str, found: Values) -> Values:
-    """Draft 3: `type`, negated."""
+    """Draft 3: the negation of `type`."""
     for kind, suffix in _listed(node, name):
         other = {"type": kind} if isinstance(kind, str) else kind
         found = i.expressions.intersect(found, i.refused(i.expr(node, other, suffix)))
@@ -512,5 +513,5 @@ def with_key(key: str) -> Values:
 
 
 def without_key(key: str) -> Values:
-    """Return all values but the objects that have a key."""
+    """Return all values except the objects that have a key."""
     return v.ANY._replace(objects=(Objects(((key, FALSE),)),))
