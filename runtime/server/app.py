@@ -1,4 +1,4 @@
-"""The application with all its endpoints, and the server around it: its socket, its signals, its engine's life."""
+"""The application with all its endpoints, and the server that runs it: socket, signals, engine start and end."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ OnReady = Callable[[Hello, str], None]  # the engine's description and the serve
 KEEP_ALIVE_S = (
     75  # longer than the 60 s of nginx and most load balancers, so that they close first and no request is lost
 )
-LAST_WORDS_S = 0.5  # for writing errors to those in flight when a second signal ends the server
+LAST_WORDS_S = 0.5  # time for sending errors to requests in flight after a second signal
 
 
 def create_app(served: ServedModel, metrics: ServerMetrics) -> Starlette:
-    """Make the application over a proxy that its lifespan starts and stops."""
+    """Make the application. Its lifespan starts and stops the proxy."""
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -71,7 +71,7 @@ def create_app(served: ServedModel, metrics: ServerMetrics) -> Starlette:
 
 
 def open_tokenizer(model: str | None) -> tuple[str, Tokenizer, int]:
-    """The model's name, tokenizer and context in tokens, without its weights. Raises ModelError."""
+    """Return a model's name, tokenizer and context in tokens, without loading weights. Raises ModelError."""
     if model == TINY_MODEL:
         return TINY_MODEL, ByteTokenizer(), TINY_CONTEXT
     path = resolve_model(model)
@@ -87,7 +87,7 @@ def make_server(
     log_level: str = "INFO",
     explain: Explain | None = None,
 ) -> tuple[Starlette, ServedModel]:  # Any: EngineConfig's fields
-    """Everything but the socket. Raises ModelError and ConfigError before anything is started."""
+    """Make the whole server except its socket. Raises ModelError and ConfigError before anything is started."""
     wanted = EngineConfig.from_mapping(engine).context_length
     name, tokenizer, context_length = open_tokenizer(model)
     requests = RequestCollector(compat=config.compat_metrics)
@@ -108,11 +108,11 @@ def make_server(
 
 
 class Server(uvicorn.Server):
-    """Ends in order on the first SIGTERM or Ctrl-C, at once on the second.
+    """A server that shuts down gracefully on the first SIGTERM or Ctrl-C, and at once on the second.
 
-    In order: no new connection; what is in flight has `drain_s` to finish, then gets an error. At once: it gets the
-    error now. `failure` is what kept the engine from starting at all, or ends it again and again: then the server ends,
-    because nobody but its operator can help.
+    A graceful shutdown accepts no new connection; requests in flight have `drain_s` to finish, then they get an error.
+    On the second signal they get the error at once. `failure`: the error that keeps the engine from starting, or ends
+    it repeatedly. The server then ends, because only its operator can help.
     """
 
     def __init__(self, config: uvicorn.Config, served: ServedModel, on_ready: OnReady | None = None) -> None:
@@ -159,7 +159,7 @@ class Server(uvicorn.Server):
 
 
 def bind(config: ServerConfig) -> socket.socket:
-    """Take the port before anything is loaded. Raises ConfigError saying what is wrong with it."""
+    """Bind the port before anything is loaded. Raises ConfigError with the reason if that fails."""
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     listener = socket.socket(family)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -183,7 +183,7 @@ def serve(
     on_ready: OnReady | None = None,
     explain: Explain | None = None,
 ) -> None:  # Any: EngineConfig's fields
-    """Serve until told to end. Raises ConfigError and ModelError; those of the engine process as well."""
+    """Serve until a signal ends the server. Raises ConfigError and ModelError, also those of the engine process."""
     with bind(config) as listener:
         app, served = make_server(model, engine, config, log_level=log_level, explain=explain)
         settings = uvicorn.Config(
@@ -197,12 +197,12 @@ def serve(
             timeout_graceful_shutdown=int(config.drain_s) + 1,
         )
         server = Server(settings, served, on_ready)
-        # What lives now lives as long as the process: full collections over it took a tenth of the time of requests.
+        # Objects that exist now live as long as the process. Full collections over them took a tenth of request time.
         gc.collect()
         gc.freeze()
         try:
             server.run([listener])
         finally:
-            gc.unfreeze()  # or else extension modules say at the end that their objects leak
+            gc.unfreeze()  # otherwise extension modules report leaked objects at exit
     if server.failure is not None:
         raise server.failure

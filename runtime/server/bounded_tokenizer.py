@@ -1,6 +1,6 @@
-"""A tokenizer that refuses text which cannot fit the context, before it spends seconds on it.
+"""A tokenizer that refuses a text that cannot fit the context, before it spends seconds on encoding it.
 
-Encoding takes about 1.5 us a byte, so a body of 32 MB would keep a thread for 46 s; two of them, all threads there are.
+Encoding takes about 1.5 us per byte, so a body of 32 MB would occupy a thread for 46 s, and two would occupy them all.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from collections.abc import Iterable
 from ramet.errors import ContextOverflow
 from ramet.runtime.text.tokenizer import Tokenizer
 
-_MARGIN = 2  # a normaliser may make a text shorter before it is cut into tokens
+_MARGIN = 2  # a normaliser may shorten a text before it is tokenised
 
 
 class BoundedTokenizer:
-    """The `Tokenizer` of a server: another one's, for texts that the context may hold."""
+    """A server's `Tokenizer`: wraps another one, and encodes only texts that may fit the context."""
 
     def __init__(self, tokenizer: Tokenizer, context_length: int) -> None:
         self._tokenizer = tokenizer
@@ -34,7 +34,7 @@ class BoundedTokenizer:
     def encode(
         self, text: str, *, add_special: bool = False, parse_special: bool = False, continues: bool = False
     ) -> list[int]:
-        """As the other one's. Raises ContextOverflow for a text that has more tokens than the context, however cut."""
+        """As the wrapped one. Raises ContextOverflow if every tokenisation of the text is longer than the context."""
         if len(text) > self.max_bytes or (4 * len(text) > self.max_bytes and len(text.encode()) > self.max_bytes):
             raise ContextOverflow(
                 f"a text of {len(text):,} characters cannot fit the context of {self._context_length:,} tokens; "

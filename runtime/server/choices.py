@@ -1,7 +1,7 @@
-"""The choices of one answer: requests to the engine, one or two for each choice, and their increments merged.
+"""The choices of one answer: one or two engine requests for each choice, and the merge of their increments.
 
-A choice whose text is constrained and begins with reasoning takes two requests: free text up to the end of the
-reasoning, then the constrained rest, which continues from the cache.
+A choice with a constraint and reasoning takes two requests: unconstrained text up to the end of the reasoning, then
+the constrained rest, which continues from the cache.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from ramet.runtime.types import NO_OPTIONS, RequestOptions, SamplingParams
 
 @dataclass(frozen=True, slots=True)
 class FreeReasoning:
-    """Reasoning that comes before a constrained text; the prompt has opened it.
+    """Reasoning before a constrained text. The prompt has opened it.
 
-    `end`: the text that ends it; `end_id`: that text as one token, if there is one; `after_ids`: what is put behind it.
+    `end`: the text that ends it. `end_id`: this text as one token, if there is one. `after_ids`: tokens appended to it.
     """
 
     end: str
@@ -37,11 +37,11 @@ class FreeReasoning:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What every choice of an answer shares.
+    """The parts of a request that all choices of an answer share.
 
-    `constraint_field`: the body's field that asks for the constraint. `shown_bytes`: bytes of each token, where special
-    tokens are to be seen in the text (markers of tool calls); None if the engine's own text will do.
-    `is_whole`: nobody reads before the end. `prompt_field`: the body's field that the prompt was made of.
+    `constraint_field`: the body's field with the constraint. `shown_bytes`: the bytes of each token, if special tokens
+    (markers of tool calls) must appear in the text; None if the engine's own text suffices. `is_whole`: the reader
+    wants only the complete output. `prompt_field`: the body's field with the prompt.
     """
 
     prompt_ids: list[int]
@@ -56,16 +56,17 @@ class Job:
 
 
 def name_prompt(error: InvalidRequest, field: str) -> InvalidRequest:
-    """The error, with the name that the body has for the prompt."""
+    """The error with the body's name for the prompt."""
     if error.param == "prompt":
         error.param = field
     return error
 
 
 class ChoiceStream:
-    """One choice's increments. Iterate it once; `close` aborts what is in flight.
+    """One choice's increments. Iterate over it once; `close` aborts its requests in flight.
 
-    The first request is sent at birth. Raises there: Overloaded, EngineStopped; while iterating: HttpError, RametError.
+    The constructor sends the first request and raises Overloaded or EngineStopped. Iteration raises HttpError or
+    RametError.
     """
 
     def __init__(self, proxy: EngineProxy, request_id: str, job: Job, index: int = 0) -> None:
@@ -153,14 +154,14 @@ class ChoiceStream:
 
 
 def _free(sampling: SamplingParams, reasoning: FreeReasoning) -> SamplingParams:
-    """Sampling that also stops at the end of the reasoning."""
+    """Sampling parameters that also stop at the end of the reasoning."""
     if reasoning.end_id is None:
         return replace(sampling, stop=(*sampling.stop, reasoning.end))
     return replace(sampling, stop_token_ids=(*sampling.stop_token_ids, reasoning.end_id))
 
 
 class _ShownText:
-    """The text of increments with some special tokens spelled out, stop strings cut off as the engine does."""
+    """The text of increments with some special tokens spelled out. Stop strings are cut off as in the engine."""
 
     def __init__(self, job: Job) -> None:
         assert job.shown_bytes is not None
@@ -179,9 +180,9 @@ class _ShownText:
 
 
 async def merged(choices: Sequence[ChoiceStream]) -> AsyncGenerator[tuple[int, Output], None]:
-    """(index, increment) of all choices as they come; closes them all at the end, or when one of them fails.
+    """Yield (index, increment) of all choices as they arrive. Closes all choices at the end, or if one of them fails.
 
-    A slow reader holds at most a few increments here: the rest waits, merged, where it comes from.
+    For a slow reader at most a few increments wait here; the others are merged in their streams.
     """
     tasks: list[asyncio.Task[None]] = []
     try:
@@ -233,12 +234,12 @@ def close_all(choices: Sequence[ChoiceStream]) -> None:
 
 
 def choice_id(answer_id: str, number: int) -> str:
-    """The engine's id of an answer's choice; the first choice has the answer's own."""
+    """The engine's id of an answer's choice. The first choice has the answer's own id."""
     return answer_id if number == 0 else f"{answer_id}-{number}"
 
 
 async def prompt_logprobs(proxy: EngineProxy, request_id: str, job: Job, first: int) -> list[float]:
-    """Log-probabilities of a job's prompt tokens from number `first` on, which is at least 1; nothing is generated."""
+    """Log-probabilities of a job's prompt tokens from index `first` >= 1 on. Nothing is generated."""
     options = replace(job.options, score_from=first)
     output = await proxy.submit(
         Submit(request_id, job.prompt_ids, SamplingParams(max_tokens=1), None, options)

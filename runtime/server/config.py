@@ -1,4 +1,4 @@
-"""What the server can be told; its fields and EngineConfig's are the flags of `ramet serve`."""
+"""The server's configuration. Its fields and those of EngineConfig are the flags of `ramet serve`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What a connection may cost before its request has arrived: a bound on the time that a request's head may take.
+"""A limit on the time in which a connection must send its request's head.
 
-uvicorn waits for a head without limit, so that sockets that never finish one (half-open, or meant to exhaust files)
-stay for ever. Bodies are bounded in `limits`; idle connections after an answer by uvicorn's own keep-alive timer.
+uvicorn waits for a head without limit, so sockets that never complete one (half-open, or opened to exhaust file
+descriptors) would stay for ever. `limits` bounds bodies; uvicorn's keep-alive timer bounds idle connections.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ HEAD_TIMEOUT_S = 75.0
 
 
 class PatientProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]  # h11's or httptools', whichever is there
-    """uvicorn's protocol, which closes a connection that does not complete a request's head in time."""
+    """uvicorn's protocol, extended to close a connection that does not complete a request's head in time."""
 
     head_timeout_s = HEAD_TIMEOUT_S
 

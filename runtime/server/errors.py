@@ -1,4 +1,4 @@
-"""Errors in OpenAI's shape: what a client is answered for each exception, as a struct and as a response."""
+"""Errors in OpenAI's shape: the answer to a client for each exception, as a struct and as a response."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ErrorKind = Literal["invalid_request_error", "authentication_error", "rate_limit
 
 
 class ErrorFields(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`param`: the request's field that is wrong, where there is one. `code`: for programs to tell errors apart."""
+    """`param`: the wrong field of the request, if there is one. `code`: identifies the error for programs."""
 
     message: str
     type: str
@@ -34,7 +34,7 @@ class ErrorFields(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Error(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The body of every answer that is an error."""
+    """The body of every error answer."""
 
     error: ErrorFields
 
@@ -53,7 +53,7 @@ class HttpError(Exception):
         retry_after_s: float | None = None,
         error_class: str | None = None,
     ) -> None:
-        """`error_class`: of ramet.errors. It is sent as a header, since the body's shape is OpenAI's."""
+        """`error_class`: a class name of ramet.errors. It is sent as a header, because the body has OpenAI's shape."""
         super().__init__(message)
         if status == 400 and param is not None and code is None:
             code = "invalid_value"
@@ -70,7 +70,7 @@ class HttpError(Exception):
 
     @classmethod
     def of(cls, error: Exception) -> HttpError:
-        """The HTTP form of any exception; one that nobody expected is an internal error."""
+        """The HTTP form of any exception. An unexpected one is an internal error."""
         if isinstance(error, HttpError):
             return error
         if isinstance(error, RametError):
@@ -102,7 +102,7 @@ class HttpError(Exception):
 
 
 def error_response(error: Exception) -> Response:
-    """What a request is answered that raised this; what nobody expected is logged."""
+    """The answer to a request that raised this exception. An unexpected exception is logged."""
     if not isinstance(error, HttpError | RametError | UnicodeEncodeError):
         logger.error("a request failed", exc_info=error)
     return HttpError.of(error).response()

@@ -1,6 +1,6 @@
-"""What every request passes first: its key, bounds on its body, a count and a log line of its answer.
+"""The middleware of every request: it checks the key, bounds the body, and counts and logs the answer.
 
-Plain ASGI, no buffering. The log has no prompts unless `log_prompts` asks for them, and never keys.
+Plain ASGI, no buffering. The log contains prompts only with `log_prompts`, and never keys.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from ramet.runtime.server.metrics import RequestCollector
 
 logger = logging.getLogger(__name__)
 
-BODY_TIMEOUT_S = 75.0  # between two pieces of a body
+BODY_TIMEOUT_S = 75.0  # maximum time between two pieces of a body
 MAX_LOGGED_BYTES = 16 << 10
-QUIET_PATHS = frozenset({"/health", "/ready", "/metrics"})  # asked every few seconds; logged for DEBUG alone
+QUIET_PATHS = frozenset({"/health", "/ready", "/metrics"})  # requested every few seconds; logged only at DEBUG
 OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/docs", "/openapi.json"})
 ADMIN_PATHS = frozenset({"/flush_cache", "/abort_request"})
 
 
 class HttpLimits:
-    """Middleware. `scope["state"]["api_key_digest"]` names the key for those who isolate by it."""
+    """The middleware. It puts a digest of the key into `scope["state"]["api_key_digest"]`, for isolation by key."""
 
     def __init__(self, app: ASGIApp, config: ServerConfig, requests: RequestCollector) -> None:
         self._app = app
@@ -66,7 +66,7 @@ class HttpLimits:
             _log(scope, status, time.monotonic() - start_s, limited.text)
 
     def refusal(self, scope: Scope) -> HttpError | None:
-        """Why this request is not let in, by its head alone."""
+        """The error of a request that is refused by its head alone; None if it may pass."""
         headers = dict(scope["headers"])
         length = headers.get(b"content-length", b"0")
         if not length.isdigit() or int(length) > self._config.max_body_bytes:
@@ -93,7 +93,7 @@ class HttpLimits:
 
 
 class _LimitedBody:
-    """Reads a body as long as it is small enough and keeps coming; after that, reading it raises HttpError."""
+    """Reads a body. Raises HttpError if the body is too large or arrives too slowly."""
 
     def __init__(self, receive: Receive, limit: int, *, keeps_text: bool) -> None:
         self._receive = receive
@@ -104,7 +104,7 @@ class _LimitedBody:
 
     @property
     def text(self) -> str | None:
-        """The beginning of the body, where it is kept for the log."""
+        """The beginning of the body, if it is kept for the log."""
         return None if self._kept is None else bytes(self._kept).decode("utf-8", "backslashreplace")
 
     async def receive(self) -> Message:
@@ -143,7 +143,7 @@ def _too_slow() -> HttpError:
 
 
 def _bearer(header: bytes) -> bytes:
-    """The key of an Authorization header; the scheme's name may be in any case (RFC 9110, section 11.1)."""
+    """The key in an Authorization header. The scheme's name is case-insensitive (RFC 9110, section 11.1)."""
     scheme, _, key = header.partition(b" ")
     return key.strip() if scheme.lower() == b"bearer" else header.strip()
 

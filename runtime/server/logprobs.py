@@ -1,10 +1,10 @@
-"""Log-probabilities and tokens as answers show them."""
+"""The form of log-probabilities and tokens in answers."""
 
 from __future__ import annotations
 
 from ramet.runtime.text.tokenizer import Tokenizer
 
-_LOWEST = -9999.0  # what OpenAI gives for a probability of zero; JSON has no infinity
+_LOWEST = -9999.0  # OpenAI's value for a probability of zero; JSON has no infinity
 
 
 def finite(logprob: float) -> float:
@@ -12,12 +12,12 @@ def finite(logprob: float) -> float:
 
 
 def token_bytes(tokenizer: Tokenizer, token: int) -> bytes:
-    """A token's bytes; a special token's spelling."""
+    """A token's bytes; for a special token, its spelling."""
     return tokenizer.token_bytes[token] or tokenizer.decode([token]).encode()
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> str:
-    r"""A token as text; bytes that are no text as OpenAI writes them: `bytes:\xe2\x82`."""
+    r"""A token as text. Bytes that are not valid text are written in OpenAI's form: `bytes:\xe2\x82`."""
     data = token_bytes(tokenizer, token)
     try:
         return data.decode()

@@ -1,8 +1,8 @@
-"""What `/metrics` says: Prometheus metrics of the engine's heartbeats and of the requests that end.
+"""The Prometheus metrics of `/metrics`, from the engine's heartbeats and from finished requests.
 
-Names of our own (`ramet_...`), five that deployment guides of SGLang look for (`sglang_...`), and on request the
-spellings of SGLang (`sglang:...`) and vLLM (`vllm:...`). Hit rates come from token counters; the gauge is over the last
-minute. One event loop counts, and answers the scrapes.
+Metrics have Ramet's names (`ramet_...`). Five also have the names in SGLang's deployment guides (`sglang_...`), and an
+option adds the names of SGLang (`sglang:...`) and vLLM (`vllm:...`). Hit rates come from token counters; the gauge
+covers the last minute. One event loop counts and answers scrapes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Family = GaugeMetricFamily | CounterMetricFamily | HistogramMetricFamily
 
 
 class Histogram:
-    """Counts by bucket, shown under every name that somebody knows it by. An observation costs under a microsecond."""
+    """Counts by bucket, exported under each of its names. An observation costs less than a microsecond."""
 
     __slots__ = ("_bounds", "_counts", "_sum", "names", "text")
 
@@ -41,7 +41,7 @@ class Histogram:
         self._sum = 0.0
 
     def observe(self, value: float) -> None:
-        self._counts[bisect_left(self._bounds, value)] += 1  # a bound belongs to its bucket
+        self._counts[bisect_left(self._bounds, value)] += 1  # a bucket includes its upper bound
         self._sum += value
 
     def collect(self) -> Iterator[HistogramMetricFamily]:
@@ -62,14 +62,14 @@ class CacheHitRate:
     def note_heartbeat(self, stats: dict[str, float]) -> None:
         now_s, cached, computed = time.monotonic(), stats["num_cached_tokens"], stats["num_computed_tokens"]
         if self._window and self._window[-1][1] + self._window[-1][2] > cached + computed:
-            self._window.clear()  # another engine process counts from zero
+            self._window.clear()  # a new engine process counts from zero
         self._window.append((now_s, cached, computed))
         while len(self._window) > 1 and self._window[1][0] <= now_s - WINDOW_S:
             self._window.popleft()
 
     @property
     def value(self) -> float:
-        """0 if there were no prompt tokens."""
+        """The hit rate; 0 if there were no prompt tokens."""
         if len(self._window) < 2:
             return 0.0
         cached = self._window[-1][1] - self._window[0][1]
@@ -78,7 +78,7 @@ class CacheHitRate:
 
 
 class EngineCollector(Collector):
-    """Gauges and counters that the engine counts itself, as of its last heartbeat."""
+    """The engine's own gauges and counters, as of its last heartbeat."""
 
     def __init__(self, proxy: EngineProxy, hit_rate: CacheHitRate, *, compat: bool) -> None:
         self._proxy = proxy
@@ -150,7 +150,7 @@ class EngineCollector(Collector):
 
 
 class RequestCollector(Collector):
-    """What the HTTP process counts of requests, programs and responses; a proxy's `Watcher`."""
+    """The HTTP process's counts of requests, programs and responses. It is a proxy's `Watcher`."""
 
     def __init__(self, *, compat: bool = False) -> None:
         self.compat = compat
@@ -241,14 +241,14 @@ class ServerMetrics:
     """All metrics of one server, in a registry of its own."""
 
     def __init__(self, proxy: EngineProxy, requests: RequestCollector) -> None:
-        """`requests`: what the proxy has as its watcher."""
+        """`requests`: the proxy's watcher."""
         self.requests = requests
         self._registry = CollectorRegistry()
         self._registry.register(EngineCollector(proxy, requests.hit_rate, compat=requests.compat))
         self._registry.register(requests)
 
     def exposition(self) -> bytes:
-        """The text that Prometheus reads."""
+        """The metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
 

@@ -35,7 +35,7 @@ _ERRORS = {
     503: "the engine is not there; Retry-After says when to come again",
 }
 _OF_A_BODY = (400, 408, 413)
-# One event of a stream. `data` is JSON, or [DONE] at the end; `event` and `id` are there for programs alone.
+# One event of a stream. `data` is JSON, or [DONE] at the end. Only programs have `event` and `id`.
 _EVENT: Json = {
     "type": "object",
     "required": ["data"],
@@ -63,17 +63,17 @@ SwaggerUIBundle({
 
 
 def description_endpoints(endpoints: Sequence[Endpoint]) -> list[Endpoint]:
-    """The two endpoints that describe all others: the document as JSON, and as a page."""
+    """The two endpoints that describe all others: the document as JSON and as a page."""
     found: list[Json] = []
 
     async def document(request: Request) -> Response:
-        """This document."""
-        if not found:  # it takes a tenth of a second, which few servers ever need
+        """Return this document."""
+        if not found:  # takes a tenth of a second, so it is made at the first request
             found.append(openapi_document(endpoints))
         return json_response(found[0])
 
     async def page(request: Request) -> Response:
-        """This document in a browser."""
+        """Show this document in a browser."""
         return HTMLResponse(_PAGE)
 
     return [
@@ -84,7 +84,7 @@ def description_endpoints(endpoints: Sequence[Endpoint]) -> list[Endpoint]:
 
 
 def openapi_document(endpoints: Sequence[Endpoint]) -> Json:
-    """The document of all endpoints that are listed."""
+    """The document of all listed endpoints."""
     listed = [endpoint for endpoint in endpoints if endpoint.is_listed]
     types = [answer for endpoint in listed for answer in _answers(endpoint).values()]
     schemas, components = msgspec.json.schema_components([Error, *types], ref_template="#/components/schemas/{name}")
@@ -145,7 +145,7 @@ def _responses(endpoint: Endpoint, by_status: dict[int, Json], error: Json) -> J
 
 
 def _error_statuses(endpoint: Endpoint) -> set[int]:
-    """What its key and its body may be refused with, and what its row names."""
+    """Statuses of errors: those of key and body, and those that the endpoint's row lists."""
     found = set(endpoint.errors)
     if endpoint.path not in OPEN_PATHS:
         found.add(401)

@@ -1,4 +1,4 @@
-"""How answers leave: JSON, or server-sent events, and no longer than somebody waits for them."""
+"""Send answers as JSON or as server-sent events, and stop when the client leaves."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ DONE = b"data: [DONE]\n\n"  # the last event of OpenAI's and SGLang's streams
 
 
 class AnswerStruct(msgspec.Struct, forbid_unknown_fields=True):
-    """Base of every answer's struct. It is what is encoded, and what the OpenAPI document is made of.
+    """Base of every answer's struct. The answer's JSON and its schema in the OpenAPI document come from the struct.
 
-    A field that may be absent from an answer has the default UNSET. Every other field is always there.
+    A field that may be absent from an answer has the default UNSET. Every other field is always present.
     """
 
 
@@ -42,21 +42,21 @@ def event(data: Any, name: str | None = None, event_id: int | None = None) -> by
 
 
 class LastEvent(bytes):
-    """An event that only the end of the stream follows: both leave together, so that the client has them sooner."""
+    """The last event of a stream. It is sent together with the stream's end, so the client gets both sooner."""
 
     __slots__ = ()
 
 
 class EventStream(Response):
-    """Sends the events of a generator, which is closed at once when the client leaves.
+    """Sends the events of a generator. The generator is closed as soon as the client leaves.
 
-    The head leaves with the first event, so that an error before it is an HTTP error. A later error is one more event.
+    The head is sent with the first event, so an earlier error is an HTTP error. A later error is sent as an event.
     """
 
     media_type = "text/event-stream"
 
     def __init__(self, events: AsyncGenerator[bytes, None], close: Callable[[], None], end: bytes = b"") -> None:
-        """`close`: aborts what the events come from; a generator that never ran cannot do that itself. `end`: sent
+        """`close`: aborts the source of the events, because a generator that never ran cannot do it. `end`: bytes sent
         after the last event."""
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
@@ -71,7 +71,7 @@ class EventStream(Response):
             with contextlib.suppress(RequestCancelled):
                 await until_disconnect(receive, self._send_all(scope, receive, send))
         finally:
-            # A client may leave while an event is being sent: then the generator is not running, and nobody ends it.
+            # A client may leave while an event is being sent. The generator is not running then and cannot end itself.
             self._close()
             await self._events.aclose()
 
@@ -98,7 +98,7 @@ class EventStream(Response):
 
 
 async def collected(request: Request, items: AsyncGenerator[T, None]) -> list[T]:
-    """All items; where the client leaves first, the generator is closed and RequestCancelled is raised."""
+    """Collect all items. If the client leaves first, the generator is closed and RequestCancelled is raised."""
 
     async def collect() -> list[T]:
         async with contextlib.aclosing(items):
@@ -108,9 +108,9 @@ async def collected(request: Request, items: AsyncGenerator[T, None]) -> list[T]
 
 
 async def until_disconnect(receive: Receive, answer: Coroutine[Any, Any, T]) -> T:
-    """Wait for `answer`; when the client leaves first, it is cancelled and RequestCancelled raised.
+    """Wait for `answer`. If the client leaves first, the answer is cancelled and RequestCancelled is raised.
 
-    The answer runs in the caller's own task, and one more waits for the client's end: tasks are what a request costs.
+    The answer runs in the caller's task, and one more task waits for the client to leave: tasks are a request's cost.
     """
     me, is_left, is_over = asyncio.current_task(), False, False
     assert me is not None
@@ -126,7 +126,7 @@ async def until_disconnect(receive: Receive, answer: Coroutine[Any, Any, T]) -> 
     try:
         return await answer
     except asyncio.CancelledError:
-        if not is_left or me.uncancel() > 0:  # somebody else ends this task
+        if not is_left or me.uncancel() > 0:  # another caller has cancelled this task
             raise
         raise RequestCancelled("the client closed the connection") from None
     finally:

@@ -1,6 +1,6 @@
-"""One row for each endpoint: where it is, what it takes and answers, what can go wrong, and who handles it.
+"""The table of endpoints. A row has the path, the body and answer types, the possible errors, and the handler.
 
-Starlette's routes are made of these rows, bodies are read as they say, and the OpenAPI document (`openapi`) lists them.
+The rows define Starlette's routes, the parsing of bodies, and the OpenAPI document (`openapi`).
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from ramet.runtime.server.responses import json_response
 from ramet.runtime.server.served_model import ServedModel
 from ramet.runtime.server.validation import Strict, parsed
 
-LARGE_BYTES = 1 << 16  # a body of more is checked on another thread
-# It gets the request and, where the row names one, the body. It returns a response, or the struct to answer with 200.
+LARGE_BYTES = 1 << 16  # a larger body is checked on another thread
+# It gets the request, and the body if the row has a body type. It returns a response, or the struct of a 200 answer.
 Handler = Callable[..., Awaitable[Any]]  # Any: a Response, or what msgspec encodes
 
 
@@ -31,10 +31,10 @@ Handler = Callable[..., Awaitable[Any]]  # Any: a Response, or what msgspec enco
 class Endpoint:
     """A row of the table of endpoints.
 
-    The document describes it by its handler's docstring. `answer`: the type of what 200 says; None if that is no
-    JSON. `others`: types of answers with other statuses. `errors`: statuses of errors beside those that its key and its
-    body may have. `media_type`: of an answer that is no JSON. `has_stream`: 200 may be server-sent events.
-    `is_listed`: the document has it; second names of endpoints are left out.
+    Its description in the OpenAPI document is the handler's docstring. `answer`: the type of a 200 answer; None if that
+    is not JSON. `others`: types of answers with other statuses. `errors`: statuses of errors besides those of key and
+    body. `media_type`: the type of an answer that is not JSON. `has_stream`: a 200 answer may be server-sent events.
+    `is_listed`: the document contains it; second names of endpoints are left out.
     """
 
     method: str
@@ -55,7 +55,7 @@ class Endpoint:
 
 
 class _Application:
-    """An endpoint as ASGI wants it: the body is read, the answer is encoded, and what is raised becomes an answer."""
+    """The ASGI application of an endpoint: reads the body, encodes the answer, and turns exceptions into answers."""
 
     def __init__(self, endpoint: Endpoint, served: ServedModel) -> None:
         self._endpoint = endpoint
@@ -81,7 +81,7 @@ class _Application:
 
 
 class _ExactRoute(Route):
-    """A route that answers the methods it is given. Starlette would add HEAD to GET, and start streams for it."""
+    """A route that answers only the given methods. Starlette would add HEAD to GET, and start streams for it."""
 
     def __init__(self, path: str, application: _Application, method: str) -> None:
         super().__init__(path, application, methods=[method])
@@ -91,13 +91,13 @@ class _ExactRoute(Route):
 def make_app(
     endpoints: Sequence[Endpoint], served: ServedModel, lifespan: Lifespan[Starlette] | None = None
 ) -> Starlette:
-    """The application of these endpoints, in this order."""
+    """Make the application of these endpoints, in this order."""
     routes = [_ExactRoute(endpoint.path, _Application(endpoint, served), endpoint.method) for endpoint in endpoints]
     return Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: _no_route})
 
 
 async def _no_route(request: Request, error: Exception) -> Response:
-    """The answer where Starlette finds no route for a path, or none for its method."""
+    """The answer if Starlette finds no route for a path or for its method."""
     assert isinstance(error, HTTPException)
     place = f"{request.method} {request.url.path}"
     if error.status_code == 404:

@@ -1,8 +1,8 @@
-"""What bodies say of how tokens are chosen, read off the table of sampling values, and of what a text must match.
+"""The fields of request bodies for sampling (made from the table of sampling values) and for constraints.
 
-`SamplingFields` is what /v1/chat/completions and /v1/completions share; /generate takes the values alone. Names are
-OpenAI's, then SGLang's and vLLM's where those two agree with themselves. A field with no effect here is not declared,
-so that it is refused by name; `validation.REFUSED` says why for the known ones.
+/v1/chat/completions and /v1/completions share `SamplingFields`; /generate uses only the sampling values. Names are
+OpenAI's, then those on which SGLang and vLLM agree. A field without effect in Ramet is not declared, so it is refused
+by name; `validation.REFUSED` has the reason for the known ones.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ MAX_STOPS = 16
 MAX_CHOICES = 128
 MAX_TOP_LOGPROBS = 20
 
-# `ebnf`: GBNF or Lark's syntax, told apart by their looks; what comes of it is a `cfg`
+# `ebnf`: GBNF or Lark, recognised by its syntax; the resulting constraint is a `cfg`
 Kind = Literal["json_schema", "regex", "cfg", "choice", "ebnf", "structural_tag"]
-Asked = tuple[str, Kind, object]  # field, kind, source (None: not asked for)
+Asked = tuple[str, Kind, object]  # field, kind, source (None: not requested)
 
 
 def _json_type(field: SamplingField) -> Any:  # Any: a type, or Annotated with what pydantic checks of it
-    """How a body writes a value. Ranges of floats are left to SamplingParams, whose errors name them, too."""
+    """The type of a value in a body. SamplingParams checks the ranges of floats, and its errors name them."""
     if field.name == "top_k":
         return Annotated[int, Field(ge=-1, le=MAX_INT32, description="0 or -1: off")]
     if field.name == "max_tokens":
@@ -52,7 +52,7 @@ def _json_type(field: SamplingField) -> Any:  # Any: a type, or Annotated with w
 
 
 def _values_model(name: str, fields: Mapping[str, SamplingField], *, null_is_default: bool) -> Any:  # Any: see below
-    """A body's fields for sampling. `null_is_default`: null stands for the default of every field."""
+    """A body's sampling fields. `null_is_default`: null means the default in every field."""
     defaults = {field.name: field.default for field in msgspec.structs.fields(SamplingParams)}
     declared: dict[str, Any] = {}  # Any: what pydantic takes as the definition of a field
     for spelled, field in fields.items():
@@ -77,9 +77,9 @@ else:
 
 
 def given_values(body: Strict, fields: Mapping[str, SamplingField], where: str = "") -> dict[str, Any]:
-    """The fields of SamplingParams that a body asks for, by their names there. `where`: the path to its fields.
+    """The values that a body sets, by the names of their SamplingParams fields. `where`: the path to the body's fields.
 
-    Raises: HttpError for a value that has no form in SamplingParams.
+    Raises: HttpError for a value that SamplingParams cannot represent.
     """
     given: dict[str, Any] = {}  # Any: each field has its own type
     for spelled, field in fields.items():
@@ -105,7 +105,7 @@ def _engine_value(field: SamplingField, value: Any, name: str) -> Any:  # Any: a
 
 
 class StreamOptions(Strict):
-    """`include_usage`: a last chunk with the usage. `continuous_usage_stats`: the usage so far in every chunk."""
+    """`include_usage`: the last chunk has the usage. `continuous_usage_stats`: every chunk has the usage so far."""
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
@@ -113,7 +113,7 @@ class StreamOptions(Strict):
 
 
 class StructuredOutputs(Strict):
-    """vLLM's name for one constraint in an object of its own."""
+    """vLLM's form of a constraint: an object of its own."""
 
     json_schema: str | dict[str, Any] | bool | None = Field(default=None, alias="json")  # Any: JSON
     regex: str | None = None
@@ -135,11 +135,11 @@ class StructuredOutputs(Strict):
 
 
 class SamplingFields(OpenAiValues):
-    """Sampling, constraints, and what only names or labels a request. `null` stands for the default throughout.
+    """Sampling, constraints, and labels of a request. `null` means the default in every field.
 
     Defaults are OpenAI's (temperature 1, top_p 1), not those of the model's generation_config.json.
     `user`, `safety_identifier` and `prompt_cache_key` are accepted as labels: they change neither prompt nor answer
-    (prefixes are cached whatever the key; `cache_salt` keeps them apart). `metadata` comes back in the answer.
+    (prefixes are cached for every key; `cache_salt` separates them). The answer returns `metadata`.
     """
 
     model: str | None = Field(default=None, description="the served model's name; null or `default` stands for it")
@@ -177,7 +177,7 @@ class SamplingFields(OpenAiValues):
 
 
 def sampling_params(body: SamplingFields, *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
-    """What a body asks for; choice i changes `seed` alone.
+    """The sampling parameters of a body. Choice i changes only `seed`.
 
     Raises: InvalidSampling naming the field whose value is out of range; HttpError.
     """
@@ -185,12 +185,12 @@ def sampling_params(body: SamplingFields, *, max_tokens: int | None, logprobs: i
 
 
 def seed_of_choice(seed: int | None, index: int) -> int | None:
-    """`seed + index`, around the end of 64 bits; None stays None."""
+    """`seed + index`, wrapped to 64 bits; None stays None."""
     return None if seed is None else (seed + index + 2**63) % 2**64 - 2**63
 
 
 def _logit_bias(given: Mapping[str, float], name: str) -> dict[int, float]:
-    """Token ids and what is added to their logits. Raises HttpError for the field `name`."""
+    """The biases by token id. Raises HttpError for the field `name`."""
     bias = {}
     for token, value in given.items():
         if not (token.isascii() and token.isdigit() and len(token) < 10):
@@ -200,17 +200,17 @@ def _logit_bias(given: Mapping[str, float], name: str) -> dict[int, float]:
 
 
 def asks_constraint(body: SamplingFields) -> bool:
-    """Whether a field of its own asks for a constraint."""
+    """Return True if one of the constraint fields is set."""
     return any(source is not None for _, _, source in _asked(body))
 
 
 def constraint_of(
     body: SamplingFields, schema: object, limit_bytes: int, *, in_order: bool = False, tag: object = None
 ) -> tuple[str, Constraint] | None:
-    """(the field that asks for it, the one constraint of a body). `schema`: that of its response_format, or None.
+    """Return (field, constraint) of a body's only constraint. `schema`: the schema in response_format, or None.
 
-    `in_order`: that schema's properties come in its order. `tag`: a structural tag in response_format.
-    Raises: HttpError where several fields ask for one, its source is too large, or it is GBNF with a mistake.
+    `in_order`: the properties come in the schema's order. `tag`: the structural tag in response_format, or None.
+    Raises: HttpError if several fields set a constraint, the source is too large, or a GBNF source has a mistake.
     """
     formats: list[Asked] = [("response_format", "json_schema", schema), ("response_format", "structural_tag", tag)]
     found = one_constraint(formats + _asked(body), limit_bytes)
@@ -235,7 +235,7 @@ def _asked(body: SamplingFields) -> list[Asked]:
 
 
 def one_constraint(asked: Sequence[Asked], limit_bytes: int) -> tuple[str, Constraint] | None:
-    """The one of (field, kind, source) that has a source, as a constraint. Raises HttpError as `constraint_of`."""
+    """The only one of (field, kind, source) that has a source, as a constraint. Raises HttpError as `constraint_of`."""
     given = [(name, kind, source) for name, kind, source in asked if source is not None]
     if not given:
         return None
@@ -254,7 +254,7 @@ def one_constraint(asked: Sequence[Asked], limit_bytes: int) -> tuple[str, Const
 
 
 def check_size(source: str, name: str, limit_bytes: int) -> None:
-    """Raises HttpError where a constraint's source is larger than the server allows."""
+    """Raise HttpError if a constraint's source is larger than the server allows."""
     size = len(source.encode("utf-8", "surrogatepass"))
     if size > limit_bytes:
         raise HttpError(
@@ -266,5 +266,5 @@ def check_size(source: str, name: str, limit_bytes: int) -> None:
 
 
 def compact_json(value: object) -> str:
-    """JSON without spaces; keys keep their order, which is the order in which properties are written."""
+    """JSON without spaces. Keys keep their order, because properties are generated in this order."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))

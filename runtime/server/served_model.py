@@ -1,4 +1,4 @@
-"""The model that a server serves, and what every endpoint needs of it: engine, tokenizer, limits, threads."""
+"""The served model, with everything that endpoints need: engine, tokenizer, limits, threads."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from ramet.runtime.server.link.proxy import EngineProxy
 from ramet.runtime.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
-LITTLE_BYTES = 1024  # a conversation of so many is rendered and cut into tokens in 0.2 ms
+LITTLE_BYTES = 1024  # a conversation of this size is rendered and tokenised in 0.2 ms
 
-# The plan of a graph as JSON: (graph, the program's name, what tells tokens and limits). Only the language can make it,
-# so whoever starts the server hands the function in.
+# The plan of a graph as JSON: (graph, the program's name, tokenizer and limits). Only the language can make it, so the
+# caller that starts the server passes the function.
 Explain = Callable[[Graph, str, TokenizerTarget], dict[str, Any]]  # Any: JSON
 
 
 @dataclass(slots=True)
 class ServedModel:
-    """One model on one server. `pool`: threads for tokenising and rendering, so that the event loop never waits.
+    """One model on one server. `pool`: threads for tokenising and rendering, so the event loop never blocks.
 
-    `configured_context_length`: the context that the engine will have once it has started.
+    `configured_context_length`: the context that the engine will have after its start.
     """
 
     config: ServerConfig
@@ -43,12 +43,12 @@ class ServedModel:
 
     @property
     def context_length(self) -> int | None:
-        """Tokens of prompt and answer together; known before the engine has started."""
+        """Maximum tokens of prompt and answer together. Known before the engine has started."""
         hello = self.proxy.hello
         return self.configured_context_length if hello is None else hello.context_length
 
     def check_name(self, name: str | None) -> None:
-        """Raises HttpError (404) for the name of another model."""
+        """Raise HttpError (404) for the name of another model."""
         if name not in (None, "default", self.name):
             raise HttpError(
                 404,
@@ -62,16 +62,16 @@ class ServedModel:
         return await asyncio.get_running_loop().run_in_executor(self.pool, work, *args)
 
     async def compute(self, size: int, work: Callable[..., T], *args: Any) -> T:  # Any: the work's own arguments
-        """Run CPU work on `size` bytes of input: on the pool, unless they are so few that a thread costs more."""
+        """Run CPU work on `size` bytes of input, on the pool unless the input is so small that a thread costs more."""
         return work(*args) if size <= LITTLE_BYTES else await self.off_loop(work, *args)
 
     def cache_salt(self, request: Request, asked: str) -> str:
-        """The salt of a request: what it asks for, and its key where keys are isolated."""
+        """The salt of a request: its requested salt, combined with its key if keys are isolated."""
         key = key_digest(request) if self.config.isolate_cache_by_key else ""
         return f"{key}/{asked}" if key else asked
 
 
 def key_digest(request: Request) -> str:
-    """Names the key that the request was let in with; empty where the server has no keys."""
+    """A digest of the request's API key; empty if the server has no keys."""
     digest: str = request.scope.get("state", {}).get("api_key_digest", "")
     return digest

@@ -1,7 +1,7 @@
-"""Checks a request's body, and says of one that is wrong which field is wrong and why.
+"""Check request bodies. The error for a wrong body names the wrong field and the reason.
 
-Bodies are strict: nothing is converted, and every field that is not declared is refused by its name. Not here: the
-bodies themselves (`bodies` of each API).
+Bodies are strict: values are not converted, and every undeclared field is refused by name. Not here: the bodies
+themselves (`bodies` of each API).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pydantic_core import PydanticCustomError
 
 from ramet.runtime.server.errors import HttpError
 
-# Why known fields of OpenAI, SGLang and vLLM are refused. What is in neither list is refused as unknown.
+# Reasons why known fields of OpenAI, SGLang and vLLM are refused. A field in neither list is refused as unknown.
 REFUSED: Mapping[str, str] = {
     "add_special_tokens": "the chat template, or the tokenizer's own rule, decides it",
     "allowed_token_ids": "use a constraint, or logit_bias",
@@ -66,7 +66,7 @@ _PART_TYPES = frozenset({"image_url", "video_url", "audio_url", "input_audio", "
 
 
 def _boolean(value: object) -> object:
-    """`Literal[True]` alone takes 1 and 1.0, which equal it."""
+    """Refuse values that are not booleans: `Literal[True]` by itself accepts 1 and 1.0, which equal it."""
     if not isinstance(value, bool):
         raise PydanticCustomError("bool_type", "Input should be a valid boolean")
     return value
@@ -86,7 +86,7 @@ Body = TypeVar("Body", bound=Strict)
 
 
 def parsed(model: type[Body], data: bytes) -> Body:
-    """The body that `data` is. Raises HttpError naming the field that is wrong."""
+    """Parse a body. Raises HttpError naming the wrong field."""
     try:
         return model.model_validate_json(data)
     except pydantic.ValidationError as error:
@@ -94,7 +94,7 @@ def parsed(model: type[Body], data: bytes) -> Body:
 
 
 def error_of(error: pydantic.ValidationError, data: bytes) -> HttpError:
-    """The HTTP form of what is wrong with a body: its most specific complaint."""
+    """The HTTP form of a validation error: its most specific complaint."""
     problems = error.errors(include_url=False, include_context=False)
     if problems[0]["type"] == "json_invalid":
         return HttpError(400, f"the body is not JSON: {problems[0]['msg']}", code="invalid_json")
@@ -130,13 +130,13 @@ def error_of(error: pydantic.ValidationError, data: bytes) -> HttpError:
 
 
 def _decoded(data: bytes) -> object:
-    """The body as a value. It is JSON already, for pydantic read it."""
+    """The body as a value. It is valid JSON, because pydantic has read it."""
     value: object = pydantic.TypeAdapter(Any).validate_json(data)
     return value
 
 
 def _real_path(loc: Sequence[int | str], body: object, *, is_missing: bool) -> list[int | str]:
-    """The part of pydantic's path that is in the body; its names of union members and the like are not."""
+    """The part of pydantic's path that exists in the body, without the names of union members and the like."""
     path: list[int | str] = []
     value = body
     for index, part in enumerate(loc):

@@ -1,1 +1,1 @@
-"""The engine in its own process, and how the HTTP process talks to it."""
+"""The engine process, and its communication with the HTTP process."""

@@ -1,8 +1,8 @@
-"""The engine's own process: commands come in on one socket, reports leave on another.
+"""The engine process. It receives commands on one socket and sends reports on another.
 
-Started by `proxy` as `python -m ramet.runtime.server.link.process`; its settings are one JSON object on
-standard input. It ends on SIGTERM, when its parent is gone, or when its engine's thread has died: then the parent
-starts another.
+`proxy` starts it as `python -m ramet.runtime.server.link.process` and writes its settings, one JSON object, to its
+standard input. It ends on SIGTERM, when its parent is gone, or when its engine's thread has died; in the last case the
+parent starts a new one.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ HEARTBEAT_S = 0.5
 
 
 class Sender(threading.Thread):
-    """Owns the report socket. What is put in while a message is on its way leaves together in the next one."""
+    """Owns the report socket. Reports that arrive while a message is being sent go together into the next message."""
 
     def __init__(self, context: zmq.Context[Any], address: str) -> None:
         super().__init__(name="ramet-sender", daemon=True)
@@ -71,7 +71,7 @@ class Sender(threading.Thread):
         self._queue.put(report)
 
     def close(self) -> None:
-        """Send what is left and end."""
+        """Send the remaining reports and end the thread."""
         self._queue.put(None)
         self.join(5.0)
 
@@ -97,7 +97,7 @@ class Sender(threading.Thread):
 
 
 class EngineServer:
-    """Carries out commands on an engine and reports what comes of them."""
+    """Carries out commands on an engine and reports their results."""
 
     def __init__(self, engine: Engine, send: Callable[[Report], None]) -> None:
         self.engine = engine
@@ -109,13 +109,13 @@ class EngineServer:
         self._lock = threading.Lock()
 
     def prepare_grammars(self) -> None:
-        """Load what the first constraint would wait for: the grammars' loops, the vocabulary's tries (0.3 s)."""
+        """Load the grammars' loops and the vocabulary's tries (0.3 s), so the first constraint need not wait."""
         error = self._host.grammars.get(Constraint("regex", "a")).exception()
         if error is not None:  # a vocabulary that cannot write it; other constraints may do
             logger.warning("a first constraint failed: %s", error)
 
     def carry_out(self, command: Command) -> None:
-        """Start one command. Never raises for what a caller got wrong: that is reported."""
+        """Start one command. A caller's mistake is reported, never raised."""
         if isinstance(command, Submit):
             self._submit(command)
         elif isinstance(command, Abort):
@@ -277,7 +277,7 @@ def _to_report(output: RequestOutput) -> Output:
 
 
 def _beat(engine: Engine, send: Callable[[Report], None], is_ending: threading.Event) -> None:
-    """Report the engine's counters as long as its thread answers: silence means that it does not."""
+    """Report the engine's counters while its thread answers. No report means that the thread does not answer."""
     while not is_ending.wait(HEARTBEAT_S):
         try:
             send(Heartbeat(engine.stats()))
@@ -286,7 +286,7 @@ def _beat(engine: Engine, send: Callable[[Report], None], is_ending: threading.E
 
 
 def serve(settings: Settings) -> int:
-    """Make the engine and carry out commands until told to end. Returns the exit status."""
+    """Make the engine and carry out commands until the process must end. Returns the exit status."""
     parent = os.getppid() if settings.parent_pid is None else settings.parent_pid
     is_ending = threading.Event()
 
@@ -323,7 +323,7 @@ def serve(settings: Settings) -> int:
         start_s=time.monotonic() - start_s,
         page_size=engine.config.page_size,
     )
-    # What lives now lives as long as the process: a full collection over it would hold up steps (41 ms were measured).
+    # Objects that exist now live as long as the process. A full collection over them would delay steps (by 41 ms).
     gc.collect()
     gc.freeze()
     sender.put(hello)

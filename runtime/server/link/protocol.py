@@ -1,6 +1,6 @@
-"""What the HTTP process and the engine process say to each other: msgspec structs, msgpack on the wire.
+"""The messages between the HTTP process and the engine process: msgspec structs, msgpack on the wire.
 
-Not here: the sockets (`process`, `proxy`); HTTP's own shapes (OpenAI's are in `openai.bodies` and `openai.answers`).
+Not here: the sockets (`process`, `proxy`), the types of HTTP bodies (OpenAI's: `openai.bodies`, `openai.answers`).
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ T = TypeVar("T")
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What an engine process is told: addresses of its parent's sockets, the model, fields of EngineConfig."""
+    """The settings of an engine process: the addresses of its parent's sockets, the model, fields of EngineConfig."""
 
     commands: str
     reports: str
     model: str | None
     config: dict[str, Any]  # Any: checked by EngineConfig
     log_level: str = "INFO"
-    parent_pid: int | None = None  # whose end ends this process; it may be gone before this one has started
+    parent_pid: int | None = None  # this process ends with its parent, which may be gone before it has started
 
 
 class Submit(msgspec.Struct, frozen=True, tag="submit", omit_defaults=True):
-    """A request; its deadline counts from its arrival at the engine."""
+    """A request. Its deadline counts from its arrival at the engine."""
 
     id: str
     prompt_ids: list[int]
@@ -58,7 +58,7 @@ class StartProgram(msgspec.Struct, frozen=True, tag="program", omit_defaults=Tru
 
 
 class ExtendProgram(msgspec.Struct, frozen=True, tag="extend", omit_defaults=True):
-    """The next part of an open program (its JSON form), and whether it was the last. An ended program takes none."""
+    """The next part of an open program (its JSON form), and whether it is the last one. Ignored by an ended program."""
 
     id: str
     graph: bytes | None = None
@@ -66,14 +66,14 @@ class ExtendProgram(msgspec.Struct, frozen=True, tag="extend", omit_defaults=Tru
 
 
 class CancelNodes(msgspec.Struct, frozen=True, tag="cancel_nodes"):
-    """Stop these nodes of a program and what needs them."""
+    """Cancel these nodes of a program and all nodes that depend on them."""
 
     id: str
     nodes: list[int]
 
 
 class ProvideTool(msgspec.Struct, frozen=True, tag="tool", omit_defaults=True):
-    """The answer to a tool call of a program's node. `value`: JSON; `error`: its message, instead."""
+    """The answer to a tool call of a program's node. `value`: JSON. `error`: the message of a failed call instead."""
 
     id: str
     node: int
@@ -82,7 +82,7 @@ class ProvideTool(msgspec.Struct, frozen=True, tag="tool", omit_defaults=True):
 
 
 class Ask(msgspec.Struct, frozen=True, tag="ask"):
-    """A question that `Answer` answers. `what`: stats, flush_cache or check_integrity."""
+    """A question to the engine; the reply is an `Answer`. `what`: stats, flush_cache or check_integrity."""
 
     id: str
     what: str
@@ -92,7 +92,7 @@ Command: TypeAlias = Submit | Abort | StartProgram | ExtendProgram | CancelNodes
 
 
 class ErrorInfo(msgspec.Struct, frozen=True, omit_defaults=True):
-    """An error on its way to the other process; `kind` is its class in ramet.errors."""
+    """An error in a message. `kind`: its class in ramet.errors."""
 
     kind: str
     message: str
@@ -107,14 +107,14 @@ class ErrorInfo(msgspec.Struct, frozen=True, omit_defaults=True):
         return cls(kind, str(error) or repr(error), param, retry_s)
 
     def to_exception(self) -> RametError:
-        """The error again, of its own class."""
+        """Return the error as an exception of its class."""
         return errors.from_name(self.kind, self.message, param=self.param, retry_after_s=self.retry_after_s)
 
 
 class Output(msgspec.Struct, tag="output", omit_defaults=True):
-    """One increment of a request; the last one has `finish_reason`. `stop_match`: string or token that ended it.
+    """One increment of a request. The last one has `finish_reason`. `stop_match`: the string or token that ended it.
 
-    `logprobs` and `top_logprobs`: one entry for each of `token_ids`. `incomplete`: why a constrained text was cut.
+    `logprobs`, `top_logprobs`: one entry for each of `token_ids`. `incomplete`: why a constrained text is incomplete.
     """
 
     id: str
@@ -133,7 +133,7 @@ class Output(msgspec.Struct, tag="output", omit_defaults=True):
     incomplete: str | None = None
 
     def absorb(self, later: Output) -> None:
-        """Take in the next increment, so that a slow reader costs no more than one object."""
+        """Merge the next increment into this one, so a slow reader holds only one object."""
         self.text += later.text
         self.token_ids += later.token_ids
         self.logprobs = _joined(self.logprobs, later.logprobs)
@@ -161,7 +161,7 @@ class ProgramEvent(msgspec.Struct, frozen=True, tag="event"):
 
 
 class ProgramEnd(msgspec.Struct, frozen=True, tag="program_end", omit_defaults=True):
-    """A program is over; `error` where it could not be started."""
+    """A program has ended. `error`: why it could not be started."""
 
     id: str
     error: ErrorInfo | None = None
@@ -190,19 +190,19 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
 
 
 class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat"):
-    """Sent every half second by the engine's own thread's answer: `stats` as Engine.stats() has them."""
+    """Sent every half second if the engine's thread answers. `stats`: those of `Engine.stats()`."""
 
     stats: dict[str, float]
 
 
 class Starting(msgspec.Struct, frozen=True, tag="starting"):
-    """What the process does before it says Hello."""
+    """The current stage of the process before it sends Hello."""
 
     stage: str
 
 
 class StartFailed(msgspec.Struct, frozen=True, tag="start_failed"):
-    """The engine could not be made; the process ends."""
+    """The engine could not be made. The process ends."""
 
     error: ErrorInfo
 

@@ -1,8 +1,8 @@
-"""The engine process as the HTTP process sees it: start it, keep it alive, send it work, read what comes back.
+"""The HTTP process's side of the engine process: start it, keep it alive, send commands, read reports.
 
-One event loop owns a proxy. When the engine process dies, everything in flight gets EngineStopped, and another process
-is started; until it is ready, new work is refused with EngineStopped. Backpressure: what a reader has not taken yet is
-merged into one increment, so a slow reader costs its own request's output and no more.
+One event loop owns a proxy. If the engine process dies, everything in flight ends with EngineStopped, and a new process
+is started. Until it is ready, new work is refused with EngineStopped. Backpressure: increments that a reader has not
+taken yet are merged into one, so a slow reader holds at most its own request's output.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ from ramet.runtime.server.link.streams import OutputStream, ProgramStream
 
 logger = logging.getLogger(__name__)
 
-_RESTART_PAUSES_S = (0.0, 0.5, 2.0, 5.0, 15.0)  # before the n-th start in a row of engines that did not last
-LASTS_S = 60.0  # an engine that was ready for so long has lasted: what ends it later is no crash loop
+_RESTART_PAUSES_S = (0.0, 0.5, 2.0, 5.0, 15.0)  # pause before the n-th restart in a row after early ends
+LASTS_S = 60.0  # an engine that was ready for this long did not end early: its end is no crash loop
 
 
 @dataclass(slots=True)
@@ -65,36 +65,36 @@ class ProxyCounters:
 
 
 class Watcher(Protocol):
-    """Who counts what a proxy hears; called on its event loop."""
+    """Counts a proxy's reports. Called on the proxy's event loop."""
 
     def note_finish(self, output: Output) -> None:
-        """The last increment of a request."""
+        """Count the last increment of a request."""
 
     def note_gap(self, seconds: float) -> None:
-        """The time between two increments of a request."""
+        """Record the time between two increments of a request."""
 
     def note_heartbeat(self, stats: dict[str, float]) -> None:
-        """The engine's counters."""
+        """Record the engine's counters."""
 
 
 @dataclass(slots=True)
 class _State:
-    """What the proxy knows of the process that runs now."""
+    """The proxy's view of the current engine process."""
 
     hello: Hello | None = None
     stats: dict[str, float] = field(default_factory=dict)
     heard_s: float = 0.0  # time.monotonic() of the last heartbeat
     num_steps: float = -1.0
-    progressed_s: float = 0.0  # when num_steps last changed, or there was nothing to do
-    failure: RametError | None = None  # what this process says keeps it from starting
-    before: RametError | None = None  # why the one before it ended
+    progressed_s: float = 0.0  # time when num_steps last changed or the engine was idle
+    failure: RametError | None = None  # the error that keeps this process from starting
+    before: RametError | None = None  # the error that ended the process before it
     ready_s: float = 0.0
     stage: str = "the engine process starts"
     started_s: float = field(default_factory=time.monotonic)
 
 
 class EngineProxy:
-    """Owner of the engine process. Use `start`, then `submit`, `start_program`, `ask`; `stop` at the end."""
+    """Owns the engine process. Call `start`, then `submit`, `start_program` or `ask`, and `stop` at the end."""
 
     def __init__(
         self,
@@ -106,7 +106,7 @@ class EngineProxy:
         log_level: str = "INFO",
         watcher: Watcher | None = None,
     ) -> None:  # Any: fields of EngineConfig, checked in the engine process
-        """`max_engine_failures`: engine processes in a row that may end early; see `wait_given_up`."""
+        """`max_engine_failures`: number of engine processes in a row that may end early; see `wait_given_up`."""
         self._model = model
         self._max_failures = max_engine_failures
         self._config = config
@@ -134,7 +134,7 @@ class EngineProxy:
     # -- life ----------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Start the process and the tasks that serve it; returns before the engine is ready."""
+        """Start the process and the proxy's tasks. Returns before the engine is ready."""
         loop = asyncio.get_running_loop()
         self._reports.setsockopt(zmq.RCVHWM, 0)
         self._reports.bind(f"ipc://{Path(self._folder.name) / 'reports'}")
@@ -151,12 +151,12 @@ class EngineProxy:
         return self._state.hello
 
     async def wait_given_up(self) -> EngineStopped:
-        """Wait until so many engines in a row have ended early that no other is started; returns what to say."""
+        """Wait until so many engines in a row have ended early that no other is started. Returns the error."""
         assert self._given_up is not None
         return await asyncio.shield(self._given_up)
 
     async def stop(self, drain_s: float = 0.0) -> None:
-        """Let what is in flight finish, up to a limit, then end the process."""
+        """Wait up to `drain_s` for requests in flight, then end the process."""
         deadline_s = time.monotonic() + drain_s
         while (self._streams or self._programs) and time.monotonic() < deadline_s:
             await asyncio.sleep(0.05)
@@ -171,24 +171,24 @@ class EngineProxy:
         self._folder.cleanup()
 
     def kill(self) -> None:
-        """End the process at once; for a signal handler."""
+        """End the process at once. For signal handlers."""
         self._is_stopping = True
         if self._process is not None and self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()
 
     def fail_in_flight(self) -> None:
-        """Give up what is in flight, because the server shuts down."""
+        """End everything in flight with an error, because the server shuts down."""
         self._fail_in_flight(EngineStopped("the server is shutting down"))
 
     @property
     def hello(self) -> Hello | None:
-        """The engine's description; None while there is no ready engine."""
+        """The engine's description; None while no engine is ready."""
         return self._state.hello
 
     @property
     def startup(self) -> dict[str, object]:
-        """How far the engine is: whether it is ready, what it does until then and for how long, and what failed last.
+        """The state of the engine's start: whether it is ready, the stage and its duration, and the last failure.
 
         `attempt`: 1 for the first engine process of this server.
         """
@@ -219,7 +219,7 @@ class EngineProxy:
         return len(self._programs)
 
     def health(self, patience_s: float = 20.0) -> str | None:
-        """None if the engine is well; else what is wrong: not ready, silent, or working without progress."""
+        """None if the engine is healthy; otherwise the problem: not ready, silent, or working without progress."""
         state = self._state
         now_s = time.monotonic()
         if state.hello is None:
@@ -235,13 +235,13 @@ class EngineProxy:
     # -- work ----------------------------------------------------------------------------------------------------
 
     def new_id(self, prefix: str) -> str:
-        """An id that is in use nowhere."""
+        """Return a new unique id."""
         return f"{prefix}-{os.getpid():x}-{next(self._ids)}-{os.urandom(6).hex()}"
 
     def submit(self, command: Submit, *, is_whole: bool = False) -> OutputStream:
-        """Send a request; `is_whole`: its reader wants all at once.
+        """Send a request. `is_whole`: the reader wants only the complete output.
 
-        Raises: Overloaded, EngineStopped (not ready), InvalidRequest (an id in use).
+        Raises: Overloaded, EngineStopped (not ready), InvalidRequest (the id is in use).
         """
         self._admit(command.id)
         self._send(command)
@@ -250,7 +250,7 @@ class EngineProxy:
         return stream
 
     def start_program(self, command: StartProgram) -> ProgramStream:
-        """Send a program. Raises as `submit`."""
+        """Send a program. Raises the errors of `submit`."""
         self._admit(command.id)
         self._send(command)
         stream = ProgramStream(command.id, self._abort)
@@ -258,11 +258,11 @@ class EngineProxy:
         return stream
 
     def send_to_program(self, command: ExtendProgram | CancelNodes | ProvideTool) -> None:
-        """Send something to a running program. One that has ended takes no notice."""
+        """Send a command to a running program. It has no effect if the program has ended."""
         self._send(command)
 
     def abort(self, request_id: str) -> bool:
-        """Abort by exact id; False if nothing of that id is in flight. Its reader gets RequestCancelled."""
+        """Abort by exact id. Its reader gets RequestCancelled. Returns False if this id is not in flight."""
         if request_id not in self._streams and request_id not in self._programs:
             return False
         self.counters.num_aborts += 1
@@ -273,7 +273,7 @@ class EngineProxy:
         return [*self._streams, *self._programs]
 
     async def ask(self, what: str, timeout_s: float = 10.0) -> Any:  # Any: JSON
-        """Ask the engine's thread. Raises what the engine raised, TimeoutError, or EngineStopped."""
+        """Ask the engine's thread. Raises the engine's error, TimeoutError, or EngineStopped."""
         self._check_ready()
         question = Ask(self.new_id("ask"), what)
         future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
@@ -296,13 +296,13 @@ class EngineProxy:
             raise InvalidRequest(f"request id {request_id!r} is in use; choose another", param="rid")
 
     def _abort(self, request_id: str) -> None:
-        """A reader left: forget its stream and tell the engine."""
+        """Remove the stream of a reader that left, and abort its request in the engine."""
         if self._streams.pop(request_id, None) is not None or self._programs.pop(request_id, None) is not None:
             self.counters.num_aborts += 1
             self._send(Abort(request_id))
 
     def _send(self, command: Command) -> None:
-        """Encoded here, so that what cannot be encoded fails its own caller."""
+        """Queue a command. It is encoded here, so an encoding error is raised to its own caller."""
         try:
             encoded = msgspec.Raw(self._encoder.encode(command))
         except (OverflowError, TypeError, UnicodeEncodeError) as error:
@@ -320,11 +320,11 @@ class EngineProxy:
         try:
             self._commands.send(self._encoder.encode(self._outbox), zmq.NOBLOCK)
             self._outbox = []
-        except zmq.Again:  # the engine has not connected yet, or it is gone and `_fail_in_flight` clears the outbox
+        except zmq.Again:  # the engine has not connected yet, or it is gone, and `_fail_in_flight` clears the outbox
             asyncio.get_running_loop().call_later(0.01, self._flush)
 
     def _read(self) -> None:
-        """Take every report that has come: the descriptor says so once for all of them."""
+        """Take all pending reports: the file descriptor signals only once for all of them."""
         with contextlib.suppress(zmq.Again):
             while True:
                 for report in report_decoder.decode(self._reports.recv(zmq.NOBLOCK)):
@@ -377,7 +377,7 @@ class EngineProxy:
             state.num_steps, state.progressed_s = stats["num_steps"], now_s
 
     async def _supervise(self) -> None:
-        """Start the process, wait for its end, tell everybody, start it again."""
+        """Start the process, wait for its end, fail everything in flight, and start it again."""
         failures = 0
         while not self._is_stopping:
             await asyncio.sleep(_RESTART_PAUSES_S[min(failures, len(_RESTART_PAUSES_S) - 1)])
@@ -399,7 +399,7 @@ class EngineProxy:
             self._state = _State(before=failure or EngineStopped(f"the engine process crashed: {cause}; it restarts"))
             self._ready = asyncio.Event() if was_ready else self._ready
             if failure is not None:
-                self._ready.set()  # whoever waits gets the reason
+                self._ready.set()  # all waiting callers get the reason
             self._fail_in_flight(EngineStopped(f"the engine process crashed while this was in flight ({cause})"))
 
     def _give_up(self, failures: int, cause: str) -> None:
@@ -410,7 +410,7 @@ class EngineProxy:
         self._start_no_more(error)
 
     def _note_supervisors_end(self, supervisor: asyncio.Task[None]) -> None:
-        """What it raised (the system starts no process, say) keeps every engine from starting."""
+        """Record the supervisor's error, for example that the system cannot start a process: no engine can start."""
         error = None if supervisor.cancelled() else supervisor.exception()
         if error is not None:
             self._start_no_more(EngineStopped(f"no engine process can be started: {error!r}"))
@@ -446,12 +446,12 @@ class EngineProxy:
             "ramet.runtime.server.link.process",
             stdin=asyncio.subprocess.PIPE,
             env=environment,
-            start_new_session=True,  # a terminal's Ctrl-C is for the server, which decides about its engine
+            start_new_session=True,  # a terminal's Ctrl-C goes to the server alone, which then ends its engine
         )
         self._process = process
         assert process.stdin is not None
         process.stdin.write(msgspec.json.encode(settings) + b"\n")
-        with contextlib.suppress(ConnectionError):  # it died at once: `wait` says so
+        with contextlib.suppress(ConnectionError):  # it died at once: `wait` reports it
             await process.stdin.drain()
         return process
 

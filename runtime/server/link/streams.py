@@ -1,6 +1,6 @@
-"""What comes back from the engine process for one request or program, as its reader takes it.
+"""The streams through which readers take the output of one request or program from the engine process.
 
-Backpressure: what a reader has not taken yet is merged into one increment, so a slow reader costs its own output once.
+Backpressure: increments that a reader has not taken yet are merged into one, so a slow reader holds its output once.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from ramet.runtime.server.link.protocol import Output, ProgramEnd, ProgramEvent
 
 
 class OutputStream:
-    """One request's increments. Iterate it; leave the iteration early, or call `close`, and the request is aborted.
+    """One request's increments. Iterate over them. Leaving the iteration early, or `close`, aborts the request.
 
-    `is_whole`: the reader wants all of it at once, and is not woken for less.
+    `is_whole`: the reader wants only the complete output, and is woken only once.
     """
 
     def __init__(self, request_id: str, abort: Callable[[str], None], *, is_whole: bool = False) -> None:
@@ -32,7 +32,7 @@ class OutputStream:
         self._heard_s: float | None = None  # time.monotonic() of the last increment
 
     def push(self, output: Output) -> float | None:
-        """Take in an increment; returns the seconds since the one before, None for the first."""
+        """Add an increment. Returns the seconds since the previous one, None for the first."""
         now_s = time.monotonic()
         gap_s = None if self._heard_s is None else now_s - self._heard_s
         self._heard_s = now_s
@@ -70,7 +70,7 @@ class OutputStream:
             self.close()
 
     async def collect(self) -> Output:
-        """Wait for the end and return everything as one increment. Raises the request's error."""
+        """Wait for the end and return the whole output as one increment. Raises the request's error."""
         whole: Output | None = None
         async for output in self:
             if whole is None:
@@ -82,7 +82,7 @@ class OutputStream:
 
 
 class ProgramStream:
-    """A running program's events, in order. Leave the iteration early, or call `close`, and it is cancelled."""
+    """A running program's events, in order. Leaving the iteration early, or `close`, cancels the program."""
 
     def __init__(self, program_id: str, abort: Callable[[str], None]) -> None:
         self.id = program_id

@@ -1,6 +1,6 @@
-"""Bodies of the native endpoints. Names are SGLang's where they mean the same; what has no effect here is refused.
+"""Bodies of the native endpoints. A field with SGLang's meaning has SGLang's name. A field without effect is refused.
 
-Not here: what all bodies share, and how one that is wrong becomes an error (`validation`).
+Not here: the base of all bodies, and errors for wrong bodies (`validation`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MAX_PROMPTS = 1024
 
 
 class NativeSampling(NativeValues):
-    """How tokens are chosen, and what the text must match. Defaults are these, whatever the model's files say."""
+    """Sampling values and constraints. The defaults are those below; the model's generation_config.json is ignored."""
 
     n: int = Field(default=1, ge=1, le=MAX_CHOICES, description="answers; number i is drawn with sampling_seed + i")
     json_schema: str | dict[str, Any] | bool | None = None  # Any: JSON
@@ -34,7 +34,7 @@ class NativeSampling(NativeValues):
     no_stop_trim: OnlyFalse = Field(default=False, description="a stop string never belongs to the text")
 
     def params(self, num_logprobs: int | None) -> SamplingParams:
-        """What the engine is asked for. Raises HttpError naming the field whose value is out of range."""
+        """The engine's sampling parameters. Raises HttpError naming the field whose value is out of range."""
         try:
             return SamplingParams(logprobs=num_logprobs, **given_values(self, NATIVE_VALUES, "sampling_params."))
         except InvalidSampling as error:
@@ -44,7 +44,7 @@ class NativeSampling(NativeValues):
             raise HttpError(400, message, param=f"sampling_params.{ours}", code="invalid_value") from None
 
     def constraint(self, limit_bytes: int) -> tuple[str, Constraint] | None:
-        """(field, constraint) of what the text must match. Raises HttpError where there are several, or it is large."""
+        """(field, constraint), or None. Raises HttpError if there are several, or if the source is too large."""
         return one_constraint(
             [
                 ("sampling_params.json_schema", "json_schema", self.json_schema),
@@ -58,11 +58,11 @@ class NativeSampling(NativeValues):
 
 
 class GenerateBody(Strict):
-    """`text` or `input_ids`, one or several; several answers (`n` counts) come as a list, or in events with an `index`.
+    """`text` or `input_ids`, one or several. Several answers (also by `n`) are a list, or events with an `index`.
 
-    `stream`: events; each holds all that was generated so far, as SGLang's do, or with `cumulative` false what is new.
-    `return_logprob`: of generated tokens, with `top_logprobs_num` likeliest ones each, and of the prompt's tokens from
-    `logprob_start_len` on (-1: none of them). `timeout_s`: seconds until the request is given up.
+    `stream`: server-sent events. Each has the whole output so far, as in SGLang; with `cumulative` false, only the new
+    part. `return_logprob`: log-probabilities of generated tokens, each with the `top_logprobs_num` most likely tokens,
+    and of the prompt's tokens from `logprob_start_len` on (-1: none). `timeout_s`: seconds until the request is ended.
     """
 
     text: str | list[str] | None = None

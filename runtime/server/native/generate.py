@@ -1,4 +1,4 @@
-"""`POST /generate`: text after texts or token ids, and their log-probabilities."""
+"""`POST /generate`: continue texts or token ids, and return log-probabilities."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ramet.runtime.server.served_model import ServedModel
 from ramet.runtime.types import RequestOptions
 
 FinishType = Literal["stop", "length", "abort", "error"]
-Scored = tuple[float | None, int, str | None]  # log-probability, token, its text where that is asked for
+Scored = tuple[float | None, int, str | None]  # log-probability, token, its text if requested
 
 
 class GeneratedFinish(AnswerStruct):
@@ -32,7 +32,7 @@ class GeneratedFinish(AnswerStruct):
 
 
 class GeneratedMeta(AnswerStruct):
-    """Times in seconds. `input_token_logprobs`: of the prompt from `logprob_start_len` on."""
+    """Times are in seconds. `input_token_logprobs`: of the prompt's tokens from `logprob_start_len` on."""
 
     id: str
     finish_reason: GeneratedFinish | None
@@ -47,7 +47,7 @@ class GeneratedMeta(AnswerStruct):
 
 
 class Generated(AnswerStruct, kw_only=True):
-    """`index`: which of several answers an event of a stream belongs to."""
+    """`index`: the number of the answer that this stream event belongs to, if there are several."""
 
     index: int | UnsetType = UNSET
     text: str
@@ -56,7 +56,7 @@ class Generated(AnswerStruct, kw_only=True):
 
 
 def generate_endpoints(served: ServedModel) -> list[Endpoint]:
-    """The row of /generate, and of its second name."""
+    """The endpoint /generate, and the same under its second name."""
     post = Endpoint(
         "POST",
         "/generate",
@@ -92,7 +92,7 @@ class GenerateEndpoint:
         return results if answer.is_list else results[0]
 
     def _jobs(self, body: GenerateBody, salt: str) -> list[tuple[Job, int]]:
-        """(job, seed offset) of every answer that is asked for."""
+        """(job, seed offset) of every requested answer."""
         prompts = self._prompts(body)
         given = body.sampling_params
         if isinstance(given, list) and len(given) != len(prompts):
@@ -140,9 +140,9 @@ class GenerateEndpoint:
         return prompts
 
     async def _scored(self, body: GenerateBody, job: Job, request_id: str) -> list[float | None] | None:
-        """Log-probabilities of the prompt's tokens from `logprob_start_len` on, where they are asked for.
+        """Log-probabilities of the prompt's tokens from `logprob_start_len` on, if requested.
 
-        The very first token has none.
+        The prompt's first token has none.
         """
         start, count = body.logprob_start_len, len(job.prompt_ids)
         if not (body.return_logprob and 0 <= start < count):
@@ -164,7 +164,7 @@ class GenerateAnswer:
         prompts: Sequence[list[int]],
         prompt_logprobs: Sequence[list[float | None] | None],
     ) -> None:
-        """`prompts` and `prompt_logprobs`: of each answer; None if no scores are asked for."""
+        """`prompts` and `prompt_logprobs`: one entry for each answer; None if no scores are requested."""
         self._served = served
         self._body = body
         self._prompts = prompts
@@ -203,7 +203,7 @@ class GenerateAnswer:
                 yield data if num_open else LastEvent(data)
 
     def result(self, index: int, *, is_whole: bool) -> Generated:
-        """An answer as SGLang writes it; `is_whole`: with what is said of its prompt."""
+        """An answer in SGLang's form. `is_whole`: include the fields about its prompt."""
         output = self._sums[index]
         assert output is not None
         meta = GeneratedMeta(

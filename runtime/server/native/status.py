@@ -1,4 +1,4 @@
-"""Health, what is known of model and server, the cache, aborts, metrics."""
+"""Endpoints for health, model and server information, the cache, aborts and metrics."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Health(AnswerStruct):
 
 
 class Readiness(AnswerStruct):
-    """`stage`: what the engine does until it is ready, `seconds` so far; `reason`: why the process before it ended."""
+    """`stage`: the current stage of the engine's start. `seconds`: its duration so far. `reason`: the last failure."""
 
     ready: bool
     stage: str
@@ -71,7 +71,7 @@ class Aborted(AnswerStruct):
 
 
 class StatusEndpoints:
-    """What operators and load balancers ask of a server."""
+    """Endpoints for operators and load balancers."""
 
     def __init__(self, served: ServedModel, metrics: ServerMetrics) -> None:
         self._served = served
@@ -84,12 +84,12 @@ class StatusEndpoints:
         return json_response(answer, 200 if wrong is None else 503)
 
     async def ready(self, request: Request) -> Response:
-        """200 once the engine takes requests; until then what it does, for how long, and what failed before."""
+        """200 once the engine takes requests; until then 503 with the stage, its duration and the last failure."""
         answer = msgspec.convert(self._served.proxy.startup, Readiness)
         return json_response(answer, 200 if answer.ready else 503)
 
     async def health_generate(self, request: Request) -> HealthGenerate:
-        """Generate one token, whatever it is."""
+        """Generate one token, to check that generation works."""
         proxy, start_s = self._served.proxy, time.monotonic()
         sampling, options = (
             SamplingParams(max_tokens=1, ignore_eos=True),
@@ -99,7 +99,7 @@ class StatusEndpoints:
         return HealthGenerate(status="ok", seconds=round(time.monotonic() - start_s, 4))
 
     async def model_info(self, request: Request) -> ModelInfo:
-        """The model; 503 until it is loaded."""
+        """Describe the model; 503 until it is loaded."""
         hello = self._served.proxy.hello
         if hello is None:
             reason = self._served.proxy.health() or "the engine is starting"
@@ -114,7 +114,7 @@ class StatusEndpoints:
         )
 
     async def server_info(self, request: Request) -> ServerInfo:
-        """The configuration, without keys, and the engine's counters."""
+        """Return the configuration, without keys, and the engine's counters."""
         proxy = self._served.proxy
         return ServerInfo(
             version=VERSION,
@@ -126,11 +126,11 @@ class StatusEndpoints:
         )
 
     async def flush_cache(self, request: Request) -> FlushedCache:
-        """Forget cached prefixes that nobody uses; running requests keep theirs."""
+        """Drop cached prefixes that are not in use; running requests keep theirs."""
         return FlushedCache(freed_pages=await self._served.proxy.ask("flush_cache"))
 
     async def abort_request(self, request: Request, body: AbortBody) -> Aborted:
-        """Abort one request by its exact id, or all."""
+        """Abort one request by its exact id, or all requests."""
         if not body.abort_all and not body.rid:
             raise HttpError(400, "give the rid of a request, or abort_all", param="rid")
         proxy = self._served.proxy
@@ -138,7 +138,7 @@ class StatusEndpoints:
         return Aborted(aborted=[rid for rid in wanted if proxy.abort(rid)])
 
     async def metrics(self, request: Request) -> Response:
-        """Prometheus' text format."""
+        """Return the metrics in Prometheus' text format."""
         return Response(self._metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
@@ -149,7 +149,7 @@ def _shown_config(served: ServedModel) -> dict[str, Any]:  # Any: the fields' ow
 
 
 def status_endpoints(served: ServedModel, metrics: ServerMetrics) -> list[Endpoint]:
-    """The rows of all that is asked of the server itself."""
+    """The endpoints about the server itself."""
     status = StatusEndpoints(served, metrics)
     model_info = Endpoint("GET", "/get_model_info", status.model_info, answer=ModelInfo, errors=(503,))
     server_info = Endpoint("GET", "/get_server_info", status.server_info, answer=ServerInfo)

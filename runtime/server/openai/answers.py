@@ -1,4 +1,4 @@
-"""The answers of OpenAI's API as structs: whole answers, and the parts that they share."""
+"""The answers of OpenAI's API as structs: whole answers, stream events, and their common parts."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ class CompletionTokensDetails(AnswerStruct):
 
 
 class HistoryUsage(AnswerStruct):
-    """How much of a conversation went on from the tokens that were generated; `reason`: why not more."""
+    """The part of a conversation that continued from generated tokens. `reason`: why it was not longer."""
 
     reused_tokens: Count
     reason: str | None
 
 
 class TokenUsage(AnswerStruct):
-    """`history` is there where the conversation holds earlier answers."""
+    """`history`: present if the conversation contains earlier answers."""
 
     prompt_tokens: Count
     completion_tokens: Count
@@ -65,7 +65,7 @@ class CalledFunction(AnswerStruct):
 
 
 class AnsweredCall(AnswerStruct):
-    """`incomplete`: the answer was cut inside this call, so that it must not be run."""
+    """`incomplete`: the answer was cut off inside this call, so the call must not be run."""
 
     id: str
     type: Literal["function"]
@@ -82,8 +82,8 @@ class AnswerMessage(AnswerStruct):
 
 
 class ChatChoice(AnswerStruct):
-    """`matched_stop`: the stop string or stop token that ended the answer. `incomplete`: what a constrained answer that
-    `max_tokens` cut would have needed.
+    """`matched_stop`: the stop string or stop token that ended the answer. `incomplete`: what is missing from a
+    constrained answer that `max_tokens` cut off.
     """
 
     index: int
@@ -107,7 +107,7 @@ class ChatCompletion(AnswerStruct):
 
 
 class ChatChunkChoice(AnswerStruct):
-    """What a chunk of a stream adds to one choice; `finish_reason` and `matched_stop` are in the last chunk."""
+    """A chunk's addition to one choice. The last chunk has `finish_reason` and `matched_stop`."""
 
     index: int
     delta: Json
@@ -119,7 +119,7 @@ class ChatChunkChoice(AnswerStruct):
 
 
 class ChatChunk(AnswerStruct):
-    """One event of a stream. `usage` is null where only the last chunk has it."""
+    """One event of a stream. `usage` is null if only the last chunk has it."""
 
     id: str
     object: Literal["chat.completion.chunk"]
@@ -131,7 +131,7 @@ class ChatChunk(AnswerStruct):
 
 
 class CompletionLogprobs(AnswerStruct):
-    """One entry a token in each list. `text_offset`: where the token begins in the text."""
+    """Each list has one entry for each token. `text_offset`: the token's offset in the text."""
 
     tokens: list[str]
     token_logprobs: list[float | None]
@@ -140,7 +140,7 @@ class CompletionLogprobs(AnswerStruct):
 
 
 class CompletionChunkChoice(AnswerStruct, kw_only=True):
-    """What a chunk of a stream adds to one choice; `finish_reason` and `matched_stop` are in the last chunk."""
+    """A chunk's addition to one choice. The last chunk has `finish_reason` and `matched_stop`."""
 
     index: int
     text: str
@@ -159,7 +159,7 @@ class CompletionChoice(CompletionChunkChoice, kw_only=True):
 
 
 class CompletionChunk(AnswerStruct):
-    """One event of a stream. `usage` is null where only the last chunk has it."""
+    """One event of a stream. `usage` is null if only the last chunk has it."""
 
     id: str
     object: Literal["text_completion"]
@@ -180,9 +180,9 @@ class Completion(AnswerStruct):
 
 
 def usage_of(outputs: Iterable[Output], prompts: Iterable[Output], reasoning_tokens: int = 0) -> TokenUsage:
-    """Token counts. `outputs`: the last increment of every choice; `prompts`: of one choice of each prompt.
+    """Token counts. `outputs`: the last increment of every choice. `prompts`: that of one choice for each prompt.
 
-    Choices of one prompt share it, so it counts once.
+    The choices of a prompt share it, so its tokens count once.
     """
     firsts = list(prompts)
     num_prompt = sum(output.prompt_tokens for output in firsts)
@@ -197,7 +197,7 @@ def usage_of(outputs: Iterable[Output], prompts: Iterable[Output], reasoning_tok
 
 
 def chat_logprobs(tokenizer: Tokenizer, output: Output) -> list[ChatLogprob]:
-    """An increment's entries of `logprobs.content`: one for each token that has a log-probability."""
+    """An increment's entries of `logprobs.content`: one for each token with a log-probability."""
     tops = output.top_logprobs or [[]] * len(output.token_ids)
     return [
         ChatLogprob(

@@ -1,4 +1,4 @@
-"""The bodies of requests that OpenAI's API defines.
+"""The request bodies of OpenAI's API.
 
 Not here: sampling and constraint fields (`sampling_fields`), answers (`answers`).
 """
@@ -16,7 +16,7 @@ from ramet.runtime.types import MAX_INT32
 
 
 class TextPart(Strict):
-    """A part of a message's content. `cache_control`: accepted for clients that mark caching; prefixes always are."""
+    """A part of a message's content. `cache_control` is accepted and ignored: prefixes are always cached."""
 
     type: Literal["text"]
     text: str
@@ -29,7 +29,7 @@ class PastFunction(Strict):
 
 
 class PastCall(Strict):
-    """A call in the history. `index` and `incomplete` are what streams and cut calls carry; the prompt has neither."""
+    """A call in the history. `index` (from streams) and `incomplete` (from cut-off calls) do not go into the prompt."""
 
     id: str | None = None
     type: Literal["function"] = "function"
@@ -39,7 +39,7 @@ class PastCall(Strict):
 
 
 class ChatMessage(Strict):
-    """One message. `refusal`, `annotations`, `audio` and `function_call` are there to echo an answer: null or empty."""
+    """One message. `refusal`, `annotations`, `audio`, `function_call`: null or empty, so an answer can be sent back."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart] | None = None
@@ -53,7 +53,7 @@ class ChatMessage(Strict):
     function_call: None = None
 
     def plain(self) -> Json:
-        """The message as chat templates read it: fields that are set, `developer` as `system`, content as text."""
+        """The message in the form of chat templates: only set fields, `developer` as `system`, content as text."""
         message: Json = {"role": "system" if self.role == "developer" else self.role, "content": self.text}
         for field in ("name", "tool_call_id", "reasoning_content"):
             value = getattr(self, field)
@@ -67,14 +67,14 @@ class ChatMessage(Strict):
 
     @property
     def text(self) -> str:
-        """The content; a message without one is empty."""
+        """The content as text; empty if the message has none."""
         if isinstance(self.content, list):
             return "".join(part.text for part in self.content)
         return self.content or ""
 
 
 class FunctionDefinition(Strict):
-    """`strict`: where all tools say so, properties come in their schema's order; arguments match it in any case."""
+    """`strict`: if set for all tools, properties come in their schema's order. Arguments always match the schema."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.:/-]{1,128}$")
     description: str | None = None
@@ -87,7 +87,7 @@ class ToolDefinition(Strict):
     function: FunctionDefinition
 
     def plain(self) -> Json:
-        """The tool as chat templates read it: always in this order, so that the prompt stays the same."""
+        """The tool in the form of chat templates. The order of its fields is fixed, so the prompt stays the same."""
         function: Json = {"name": self.function.name}
         if self.function.description is not None:
             function["description"] = self.function.description
@@ -113,9 +113,9 @@ class JsonObjectFormat(Strict):
 
 
 class SchemaFormat(Strict):
-    """`name` and `description` are labels. The schema is enforced whatever `strict` says.
+    """`name` and `description` are labels. The schema is enforced with or without `strict`.
 
-    `strict`: properties come in the schema's order, and no others than those it names; without it in any order.
+    `strict`: properties come in the schema's order, and only those that it names; without `strict`, in any order.
     """
 
     name: str = Field(max_length=256)
@@ -130,7 +130,7 @@ class JsonSchemaFormat(Strict):
 
 
 class StructuralTagFormat(Strict):
-    """`structures` and `triggers` as in SGLang and vLLM, or XGrammar's `format` of triggered tags."""
+    """Either `structures` and `triggers` as in SGLang and vLLM, or XGrammar's `format` of triggered tags."""
 
     type: Literal["structural_tag"]
     structures: list[Json] | None = None
@@ -146,10 +146,10 @@ ResponseFormat = Annotated[
 class ChatBody(SamplingFields):
     """`POST /v1/chat/completions`. `max_completion_tokens` is the newer name of `max_tokens`.
 
-    `history`: `append` continues an earlier answer of this server from the tokens that were generated, even where the
-    chat template would now write it differently (without its reasoning); `render` renders the history anew.
-    `separate_reasoning`: false leaves `<think>` parts in the content. `reasoning_effort`: given to templates that read
-    it; `none` turns off what a template calls enable_thinking. What a template reads neither way is refused.
+    `history`: `append` continues an earlier answer of this server from its generated tokens, even if the chat template
+    would now write the answer differently (without its reasoning); `render` renders the whole history again.
+    `separate_reasoning`: false leaves `<think>` parts in the content. `reasoning_effort`: passed to templates that read
+    it; `none` turns off a template's enable_thinking. It is refused if the template reads neither.
     """
 
     messages: list[ChatMessage] = Field(min_length=1)
@@ -172,10 +172,10 @@ class ChatBody(SamplingFields):
 
 
 class CompletionBody(SamplingFields):
-    """`POST /v1/completions`. Special tokens spelled in a text prompt are those tokens: the caller writes all of it.
+    """`POST /v1/completions`. The spelling of a special token in a text prompt becomes that token.
 
-    `logprobs`: that many of the likeliest tokens beside the chosen one; with `echo`, 0 only (prompt tokens are scored,
-    their alternatives are not).
+    `logprobs`: the number of most likely tokens besides the chosen one. With `echo` it must be 0: prompt tokens are
+    scored without alternatives.
     """
 
     # Ids first: where texts are tried before them, each id is an error to collect, which took longer than all the rest.

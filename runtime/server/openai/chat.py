@@ -1,4 +1,4 @@
-"""`POST /v1/chat/completions`: from a body to requests, and from their increments to an answer or a stream."""
+"""`POST /v1/chat/completions`: turn a body into engine requests, and their increments into an answer or a stream."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ _RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt"
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a body asks for, ready to run. `style`: None if the answer has no calls."""
+    """The engine requests of a body, ready to run. `style`: the tool call format; None if the answer has no calls."""
 
     body: ChatBody
     prompt: ChatPrompt
@@ -75,7 +75,7 @@ class Plan:
 
 @dataclass(slots=True)
 class Progress:
-    """One choice so far. Owner: the answer's coroutine."""
+    """The state of one choice. Owner: the answer's coroutine."""
 
     reader: AnswerReader
     counter: ReasoningCounter
@@ -86,7 +86,7 @@ class Progress:
 
     @property
     def finish_reason(self) -> FinishName:
-        """`length` wins over calls, and a call that is not complete is none to run."""
+        """`length` takes precedence over calls, because an incomplete call must not be run."""
         assert self.last is not None
         if self.last.finish_reason == "stop" and self.reader.calls and not self.reader.is_cut:
             return "tool_calls"
@@ -103,7 +103,7 @@ class ChatEndpoint:
 
     @cached_property
     def style(self) -> ToolStyle:
-        """How this model calls tools; the template is asked once."""
+        """This model's tool call format. It is derived from the chat template once."""
         return tool_style(self._tokenizer.chat_template)
 
     async def answer(self, request: Request, body: ChatBody) -> Response | ChatCompletion:
@@ -125,7 +125,7 @@ class ChatEndpoint:
         return await answer.whole()
 
     def remember(self, prompt: ChatPrompt, message: Json, ids: Sequence[int]) -> None:
-        """Keep the tokens of an answer, so that the conversation can go on from them. Runs on the pool."""
+        """Keep the tokens of an answer, so the conversation can continue from them. Runs on the pool."""
         adapted, _ = self.style.adapt([message], None)
         self.conversations.remember(prompt, adapted[0], ids)
 
@@ -213,7 +213,7 @@ class ChatEndpoint:
         return variables
 
     def _thinks_by_default(self, variables: Mapping[str, Any]) -> bool:  # Any: JSON
-        """The template leaves it to the model to open its reasoning, and the request does not turn that off."""
+        """True if the template lets the model open its reasoning and the request does not turn reasoning off."""
         return self._opens_reasoning and variables.get("enable_thinking", True) is not False
 
     @cached_property
@@ -238,7 +238,7 @@ class ChatEndpoint:
         return self._bytes_with({})
 
     def _bytes_with(self, shown: dict[int, str]) -> list[bytes] | None:
-        """Every token's bytes, with those special tokens spelled out that parts of an answer are told by."""
+        """Every token's bytes. Special tokens that separate the parts of an answer are spelled out."""
         shown |= {token: text for text, token in self._tokenizer.special_tokens.items() if text in (OPEN, CLOSE)}
         if not shown:
             return None
@@ -249,7 +249,7 @@ class ChatEndpoint:
     def _constraint(
         self, body: ChatBody, tools: Sequence[Json]
     ) -> tuple[tuple[str, Constraint] | None, ToolStyle | None]:
-        """(field and constraint, the style of calls where there may be some)."""
+        """(field and constraint, the tool call format if the answer may have calls)."""
         limit = self._served.config.max_schema_bytes
         schema = _schema(body)
         choice = body.tool_choice or ("auto" if tools else "none")
@@ -336,7 +336,7 @@ def _named(choice: NamedTool | str, tools: Sequence[Json]) -> str:
 
 
 def _position(prompt: ChatPrompt) -> Position:
-    """Where the answer begins; one that is continued is read on as it was begun."""
+    """The answer's start relative to the reasoning. A continued answer resumes at its old position."""
     if not prompt.is_continued:
         return position_after(prompt.end)
     said = str(prompt.messages[-1]["content"])
@@ -354,7 +354,7 @@ class ChatAnswer:
         choices: Sequence[ChoiceStream],
         remember: Callable[[ChatPrompt, Json, Sequence[int]], None],
     ) -> None:
-        """`remember`: keeps an answer's message and tokens for the conversation that goes on from them."""
+        """`remember`: keeps an answer's message and tokens, so the conversation can continue from them."""
         self._served = served
         self._plan = plan
         self._id = answer_id
@@ -375,7 +375,7 @@ class ChatAnswer:
         close_all(self._choices)
 
     def take(self, index: int, output: Output) -> list[Json]:
-        """Take in an increment; returns the deltas that it settles."""
+        """Add an increment. Returns the deltas that are certain now."""
         progress = self._progress[index]
         progress.counter.push(output.token_ids)
         progress.text += output.text
@@ -387,7 +387,7 @@ class ChatAnswer:
         return deltas if output.finish_reason is None else deltas + progress.reader.finish()
 
     async def whole(self) -> ChatCompletion:
-        """The answer in one piece."""
+        """The whole answer."""
         await self._remember(range(len(self._progress)))
         body = self._plan.body
         return ChatCompletion(
@@ -418,7 +418,7 @@ class ChatAnswer:
             yield LastEvent(event(self._event([], usage=self._usage())))
 
     def _chunks(self, index: int, output: Output) -> list[ChatChunk]:
-        """What an increment adds to a stream. Its tokens go with the first delta that they settle."""
+        """The chunks that an increment adds to a stream. Its tokens belong to the first delta that they complete."""
         ids: list[int] | None = output.token_ids
         chunks = []
         for delta in self.take(index, output):
@@ -529,7 +529,7 @@ class ChatAnswer:
 
 
 def kept_tokens(tokenizer: Tokenizer, data: Sequence[bytes], token_ids: Sequence[int], text: str) -> list[int]:
-    """The tokens of `text`, the beginning of what `token_ids` say: a stop string may have cut the last ones.
+    """The tokens of `text`, a prefix of the text of `token_ids`: a stop string may have cut off the last ones.
 
     `data`: the bytes of each token.
     """

@@ -1,4 +1,4 @@
-"""`POST /v1/completions`: text after text, for one prompt or several, with echo and scores of the prompt."""
+"""`POST /v1/completions`: continue one prompt or several, with echo and scores of the prompt."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ DEFAULT_MAX_TOKENS = 16
 
 @dataclass(frozen=True, slots=True)
 class CompletionPrompt:
-    """`text` is what echo gives back, if it is asked for: the caller's own where it was text."""
+    """A prompt. `text`: the text that `echo` returns, if requested: the caller's own if the prompt was text."""
 
     ids: list[int]
     text: str
@@ -48,7 +48,7 @@ class CompletionPrompt:
 
 @dataclass(slots=True)
 class LogprobLists:
-    """The four lists of `logprobs`. `length`: characters of the answer so far, where the next token begins."""
+    """The four lists of `logprobs`. `length`: characters of the answer so far, the offset of the next token."""
 
     tokenizer: Tokenizer
     length: int = 0
@@ -72,7 +72,7 @@ class LogprobLists:
             self.length += len(self._detokenizer.push([token])) + len(special)
 
     def take(self) -> CompletionLogprobs:
-        """What was added since the last time."""
+        """Return the entries added since the last call."""
         entries, self.entries = self.entries, []
         return CompletionLogprobs(
             tokens=[entry[0] for entry in entries],
@@ -133,7 +133,7 @@ def _check_fields(body: CompletionBody) -> None:
 
 
 def _has_ids(body: CompletionBody) -> bool:
-    """The prompt is token ids that are not needed as text."""
+    """True if the prompt is token ids whose text is not needed."""
     return not body.echo and isinstance(body.prompt, list) and not any(isinstance(p, str) for p in body.prompt[:1])
 
 
@@ -191,7 +191,7 @@ class CompletionAnswer:
         close_all(self._choices)
 
     async def outputs(self) -> AsyncGenerator[tuple[int, Output], None]:
-        """Increments; with echo each choice begins with its prompt, scored where log-probabilities are asked for."""
+        """Yield increments. With echo each choice starts with its prompt, scored if log-probabilities are requested."""
         try:
             if self._body.echo:
                 for number, prompt in enumerate(self._prompts):
@@ -217,7 +217,7 @@ class CompletionAnswer:
         return output
 
     def take(self, index: int, output: Output) -> None:
-        """Take in an increment of a choice."""
+        """Add an increment of a choice."""
         self._texts[index].append(output.text)
         logprobs = self._logprobs[index]
         is_echo = self._body.echo and self._lasts[index] is None
@@ -231,7 +231,7 @@ class CompletionAnswer:
         self._lasts[index] = output
 
     def whole(self) -> Completion:
-        """The answer in one piece."""
+        """The whole answer."""
         metadata = self._body.metadata
         return Completion(
             id=self._id,

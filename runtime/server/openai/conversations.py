@@ -1,9 +1,9 @@
-"""Conversations that go on from the tokens that were generated, not from their text written anew.
+"""Conversations that continue from the generated tokens instead of a new rendering of their text.
 
-A client sends the whole conversation every time. Rendering it gives other tokens than those that were generated: a
-template may drop earlier reasoning or write calls in its own way, and a text has many tokenisations. So the token path
-of every answer is kept, under what the template makes of the conversation up to that answer; when a conversation comes
-back, it is continued from the path of its longest known part, and only what is new is rendered.
+A client sends the whole conversation every time. Its rendering may give other tokens than those that were generated: a
+template may drop earlier reasoning or write calls differently, and a text has many tokenisations. Therefore the token
+path of every answer is kept; its key is the rendering of the conversation up to that answer. The next request continues
+from the path of the longest known part of its conversation, and only the new messages are rendered.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ Json: TypeAlias = dict[str, Any]  # Any: JSON
 
 MAX_PATHS = 4096
 MAX_TOKENS = 4 << 20  # 16 MiB of token ids
-_MAX_TRIED = 4  # earlier answers of a conversation that are looked up
+_MAX_TRIED = 4  # number of earlier answers of a conversation that are looked up
 
-_MARK = f"RametMark{os.urandom(6).hex()}"  # stands for an answer's content; nobody can send it
+_MARK = f"RametMark{os.urandom(6).hex()}"  # stands for an answer's content; random, so no client can send it
 
 
 @dataclass(slots=True)
 class TokenPath:
-    """Prompt and answer as tokens, without what closes the answer. `text`: the answer, to say how another differs."""
+    """Prompt and answer as tokens, without the answer's closing tokens. `text`: the answer, to explain differences."""
 
     ids: array[int]
     opening: bytes  # key of the prompt that was answered
@@ -40,7 +40,7 @@ class TokenPath:
 
 
 class PathStore:
-    """The paths used last, bounded in number and tokens. Thread-safe."""
+    """The most recently used paths, bounded in number and tokens. Thread-safe."""
 
     def __init__(self, max_paths: int = MAX_PATHS, max_tokens: int = MAX_TOKENS) -> None:
         self._max_paths = max_paths
@@ -61,7 +61,7 @@ class PathStore:
             return path
 
     def answer_to(self, opening: bytes) -> TokenPath | None:
-        """The last answer that was given to a prompt."""
+        """The last answer to a prompt."""
         with self._lock:
             return self._paths.get(self._answered.get(opening, b""))
 
@@ -84,9 +84,9 @@ class PathStore:
 
 @dataclass(slots=True)
 class ChatPrompt:
-    """A rendered conversation. `num_reused`: tokens taken from a path; `miss`: why not more, None: nothing was missed.
+    """A rendered conversation. `num_reused`: tokens taken from a path. `miss`: why there were not more, or None.
 
-    `end`: the last characters of the prompt's text, to see whether reasoning is open.
+    `end`: the last characters of the prompt's text. They show whether reasoning is open.
     """
 
     ids: list[int]
@@ -121,10 +121,10 @@ class Conversations:
         appends: bool = True,
         max_prompt_tokens: int | None = None,
     ) -> ChatPrompt:
-        """Token ids of a conversation; `appends`: from an earlier answer's path where there is one.
+        """Token ids of a conversation. `appends`: continue an earlier answer's path if there is one.
 
-        `max_prompt_tokens`: a path that would make the prompt longer than this is given up for a rendering.
-        Raises: InvalidRequest as the chat template does.
+        `max_prompt_tokens`: if a path would make the prompt longer than this, the conversation is rendered instead.
+        Raises: InvalidRequest, as the chat template does.
         """
         text = render_marked(
             self._tokenizer,
@@ -149,7 +149,7 @@ class Conversations:
         return prompt
 
     def remember(self, prompt: ChatPrompt, answer: Json, generated: Sequence[int]) -> None:
-        """Keep the path of an answer: the message that the client will send back, and the tokens that wrote it."""
+        """Keep the path of an answer: the message that the client will send back, and its generated tokens."""
         messages = [*prompt.messages, answer]
         if prompt.is_continued:
             last = prompt.messages[-1]
@@ -162,7 +162,7 @@ class Conversations:
         self._store.put(self._key("closed", closed, prompt.salt), path)
 
     def _append(self, prompt: ChatPrompt, max_prompt_tokens: int | None) -> None:
-        """Take the longest known path and what is new behind it, or say why there is none."""
+        """Use the longest known path and render the messages after it, or record why there is no path."""
         ends = [i + 1 for i, message in enumerate(prompt.messages) if message["role"] == "assistant"]
         for count in reversed(ends[-_MAX_TRIED:]):
             try:
@@ -187,7 +187,7 @@ class Conversations:
             return
 
     def _difference(self, prompt: ChatPrompt, count: int) -> str:
-        """Why the answer that ends `messages[:count]` has no path."""
+        """The reason why the answer at the end of `messages[:count]` has no path."""
         index = count - 1
         try:
             opening = self._render(_bare(prompt.messages[:index]), prompt, is_open=True)
@@ -203,7 +203,7 @@ class Conversations:
         return f"message {index} (assistant) is not the answer that was given: it differs at character {at}"
 
     def _behind(self, prompt: ChatPrompt, count: int) -> str | None:
-        """What closes message `count - 1` and all that follows it, however the template writes that message now."""
+        """The rendering of everything after the content of message `count - 1`, whatever the template makes of that."""
         before, last, rest = prompt.messages[: count - 1], prompt.messages[count - 1], prompt.messages[count:]
         plain = {key: value for key, value in last.items() if key not in ("tool_calls", "reasoning_content")}
         plain["content"] = _MARK
@@ -234,7 +234,7 @@ class Conversations:
 
 
 def _bare(messages: Sequence[Json]) -> list[Json]:
-    """Messages without reasoning: some clients send it back, some do not."""
+    """The messages without reasoning, because only some clients send it back."""
     return [{k: v for k, v in message.items() if k != "reasoning_content"} for message in messages]
 
 

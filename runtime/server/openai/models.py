@@ -42,23 +42,23 @@ class DecodedText(AnswerStruct):
 
 
 class ModelEndpoints:
-    """What is known of the one model, and its tokenizer."""
+    """Endpoints for the served model and its tokenizer."""
 
     def __init__(self, served: ServedModel, chat: ChatEndpoint) -> None:
         self._served = served
         self._chat = chat
 
     async def models(self, request: Request) -> ModelList:
-        """The served model."""
+        """List the served model."""
         return ModelList(object="list", data=[self._card()])
 
     async def model(self, request: Request) -> ModelCard:
-        """The served model, by its name."""
+        """Describe the served model, by its name."""
         self._served.check_name(request.path_params["model_id"])
         return self._card()
 
     async def tokenize(self, request: Request, body: TokenizeBody) -> TokenIds:
-        """Token ids of a text, or of a conversation as the model gets it."""
+        """Return the token ids of a text, or of a conversation rendered by the chat template."""
         self._served.check_name(body.model)
         if (body.prompt is None) == (body.messages is None):
             raise HttpError(400, "give either prompt or messages", param="prompt")
@@ -69,7 +69,7 @@ class ModelEndpoints:
         return TokenIds(tokens=tokens, count=len(tokens), max_model_len=self._served.context_length)
 
     async def detokenize(self, request: Request, body: DetokenizeBody) -> DecodedText:
-        """The text of token ids."""
+        """Return the text of token ids."""
         self._served.check_name(body.model)
         size = self._served.tokenizer.vocab_size
         wrong = next((token for token in body.tokens if not 0 <= token < size), None)

@@ -1,6 +1,6 @@
-"""Reasoning parts, `<think> ... </think>` before the answer: told apart from it while the text comes in, and counted.
+"""Separate reasoning, `<think> ... </think>` before the answer, from the answer's streamed text, and count its tokens.
 
-Text may come in any pieces; the result is the same. White space around the tags belongs to neither part.
+The result does not depend on how the text is cut into pieces. White space around the tags belongs to neither part.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Position = Literal["before", "inside", "behind"]
 
 
 def position_after(prompt: str) -> Position:
-    """Where an answer begins that follows this prompt: before any reasoning, inside it, or behind it."""
+    """The start of the answer after this prompt: before any reasoning, inside it, or after it."""
     end = prompt.rstrip()
     if end.endswith(OPEN):
         return "inside"
@@ -27,7 +27,7 @@ def position_after(prompt: str) -> Position:
 class _Part(Enum):
     START = 0  # white space, or the beginning of the opening tag
     REASONING = 1
-    AFTER = 2  # white space behind the closing tag
+    AFTER = 2  # white space after the closing tag
     CONTENT = 3
 
 
@@ -35,7 +35,7 @@ _FIRST_PARTS = {"before": _Part.START, "inside": _Part.REASONING, "behind": _Par
 
 
 class ReasoningSplitter:
-    """Reads one answer. `push` and `finish` return (reasoning, content) that have become certain."""
+    """Reads one answer. `push` and `finish` return the (reasoning, content) that is certain by then."""
 
     __slots__ = ("_has_reasoning", "_held", "_part")
 
@@ -50,7 +50,7 @@ class ReasoningSplitter:
 
     @property
     def is_undecided(self) -> bool:
-        """Nothing but white space and the beginning of a tag has come."""
+        """True while the text is only white space and the beginning of a tag."""
         return self._part is _Part.START
 
     def push(self, text: str) -> tuple[str, str]:
@@ -88,18 +88,18 @@ class ReasoningSplitter:
         return reasoning, ""
 
     def finish(self) -> tuple[str, str]:
-        """The answer has ended: what was held back."""
+        """Return the text held back, after the end of the answer."""
         held, self._held = self._held, ""
         return (held, "") if self._part is _Part.REASONING else ("", held)
 
 
 def _overlap(text: str) -> int:
-    """Length of the longest end of `text` that begins the closing tag."""
+    """Length of the longest suffix of `text` that is a prefix of the closing tag."""
     return next((n for n in range(min(len(CLOSE), len(text)), 0, -1) if text.endswith(CLOSE[:n])), 0)
 
 
 class ReasoningCounter:
-    """Counts the tokens of an answer's reasoning, tags included, however its tokens come in."""
+    """Counts the tokens of an answer's reasoning, tags included. Tokens may arrive in any groups."""
 
     __slots__ = ("_detokenizer", "_is_over", "_num_undecided", "_splitter", "count")
 

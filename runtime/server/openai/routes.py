@@ -14,10 +14,10 @@ _TAG = "OpenAI"
 
 
 def openai_endpoints(served: ServedModel) -> list[Endpoint]:
-    """The rows of all endpoints under /v1 but programs."""
+    """The endpoints under /v1, except programs."""
     chat = ChatEndpoint(served)
     models = ModelEndpoints(served, chat)
-    served.pool.submit(lambda: chat.style)  # asking the template takes most of a second: not in the first request
+    served.pool.submit(lambda: chat.style)  # takes most of a second: not in the first request
     return [
         Endpoint(
             "POST",

@@ -1,7 +1,7 @@
-"""An answer's text as OpenAI's deltas: reasoning, content, tool calls.
+"""Turn an answer's text into OpenAI's deltas: reasoning, content, tool calls.
 
-Calls come from the events of the format's reader, never from searching the text. How the model
-writes them: runtime/text/tool_style.py.
+Calls come from the events of the format's reader, never from a search in the text. Not here: the formats in which
+models write calls (runtime/text/tool_style.py).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ramet.runtime.text.tool_style import ToolStyle
 
 @dataclass(slots=True)
 class WrittenCall:
-    """A call of an answer. `arguments` is complete JSON where `is_complete`; else it must not be used."""
+    """A call of an answer. If `is_complete`, `arguments` is complete JSON; otherwise it must not be used."""
 
     id: str
     name: str
@@ -31,23 +31,23 @@ class WrittenCall:
     is_complete: bool = False
 
     def answered(self) -> AnsweredCall:
-        """The call as a part of an answer."""
+        """The call in the form of an answer."""
         function = CalledFunction(name=self.name, arguments=self.arguments)
         return AnsweredCall(
             id=self.id, type="function", function=function, incomplete=UNSET if self.is_complete else True
         )
 
     def plain(self) -> Json:
-        """The call as JSON, as a client sends it back in the history."""
+        """The call as JSON, in the form in which a client sends it back in the history."""
         call: Json = msgspec.to_builtins(self.answered())
         return call
 
 
 @dataclass(slots=True)
 class AnswerReader:
-    """One choice's text as deltas of OpenAI's streams; what was read so far is `reasoning`, `content` and `calls`.
+    """Turns one choice's text into deltas of OpenAI's streams. `reasoning`, `content`, `calls`: the text read so far.
 
-    White space between a text and the calls behind it belongs to neither. Owner: the answer's coroutine.
+    White space between a text and the calls after it belongs to neither. Owner: the answer's coroutine.
     """
 
     splitter: ReasoningSplitter | None
@@ -62,12 +62,12 @@ class AnswerReader:
         self._tools = None if self.style is None else ToolCallReader(self.style.format)
 
     def push(self, text: str) -> list[Json]:
-        """The deltas that a piece of text settles."""
+        """Add a piece of text. Returns the deltas that are certain now."""
         reasoning, content = ("", text) if self.splitter is None else self.splitter.push(text)
         return self._taken(reasoning, content)
 
     def finish(self) -> list[Json]:
-        """The text has ended: what is left."""
+        """Return the remaining deltas after the end of the text."""
         reasoning, content = ("", "") if self.splitter is None else self.splitter.finish()
         deltas = self._taken(reasoning, content)
         if self._tools is not None:
@@ -77,7 +77,7 @@ class AnswerReader:
 
     @property
     def is_cut(self) -> bool:
-        """A call of this answer is not complete."""
+        """True if a call of this answer is incomplete."""
         return any(not call.is_complete for call in self.calls)
 
     def _taken(self, reasoning: str, content: str) -> list[Json]:

@@ -1,16 +1,16 @@
-"""Programs over HTTP: a graph comes in once and runs inside the engine; its events come back by node.
+"""Programs over HTTP: a client sends a graph once, it runs inside the engine, and events report each node.
 
     POST   /v1/programs              a graph with its arguments, or with rows of arguments
-    POST   /v1/programs/explain      what it would cost; nothing runs
-    GET    /v1/programs/{id}         what it has done so far
+    POST   /v1/programs/explain      the plan and its cost; nothing runs
+    GET    /v1/programs/{id}         its results so far
     GET    /v1/programs/{id}/events  its events over SSE, from `Last-Event-ID` on
-    POST   /v1/programs/{id}/parts   the next part of a program that was left open
+    POST   /v1/programs/{id}/parts   the next part of an open program
     POST   /v1/programs/{id}/values  the answer to a tool call
-    POST   /v1/programs/{id}/cancel  stop some of its nodes
-    DELETE /v1/programs/{id}         stop all of it; its pages are free within one step
+    POST   /v1/programs/{id}/cancel  cancel some of its nodes
+    DELETE /v1/programs/{id}         cancel the whole program; its pages are free within one step
 
-A finished program is kept for a while, so that a client that lost its connection can ask again, and a request repeated
-with the same Idempotency-Key gets the same program instead of another run. Repeated parts and answers change nothing.
+A finished program is kept for a while, so a client that lost its connection can ask again. A repeated request with the
+same Idempotency-Key gets the same program instead of a second run. Repeated parts and answers change nothing.
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ from ramet.runtime.server.validation import Strict
 
 MAX_ROWS = 4096
 _TAG = "programs"
-PING_S = 15.0  # a stream without events says that it is still there this often
+PING_S = 15.0  # interval of keep-alive pings in a stream without events
 
 
 class ProgramBody(Strict):
-    """`graph`: its JSON form. `arguments` for one run, or `rows` for one run each. `stream`: events over SSE.
+    """`graph`: its JSON form. `arguments`: for one run. `rows`: arguments of one run each. `stream`: events over SSE.
 
-    `open`: more parts will come. `timeout_s`: deadline of each run. `token_budget`: tokens that each run may generate.
-    `grace_s`: how long the program goes on when nobody reads it any more. With `detach` the answer comes at once, and
-    the program goes on to its end whoever reads it. `text_events`: report text as it is generated, too.
+    `open`: more parts will come. `timeout_s`: deadline of each run. `token_budget`: maximum generated tokens of each
+    run. `grace_s`: seconds until a program without a reader is cancelled. With `detach` the answer comes at once, and
+    the program runs to its end even without a reader. `text_events`: also report text while it is generated.
     """
 
     graph: dict[str, Any]  # Any: JSON; checked by the graph's own reader
@@ -71,7 +71,7 @@ class ProgramBody(Strict):
 
 
 class ExplainBody(Strict):
-    """`program`: a name for it."""
+    """`program`: a name for the program."""
 
     graph: dict[str, Any]  # Any: JSON
     arguments: dict[str, Any] = Field(default_factory=dict)
@@ -79,14 +79,14 @@ class ExplainBody(Strict):
 
 
 class PartBody(Strict):
-    """`graph`: nodes from the program's next id on; null where none are left. `open`: still more parts will come."""
+    """`graph`: nodes, starting with the program's next id; null if none are left. `open`: more parts will come."""
 
     graph: dict[str, Any] | None = None  # Any: JSON
     open: bool = False
 
 
 class ValueBody(Strict):
-    """The `value` of tool call `node`, or the `error` that it ended with."""
+    """The `value` of the tool call `node`, or the `error` with which it failed."""
 
     node: int
     row: int = 0
@@ -95,14 +95,14 @@ class ValueBody(Strict):
 
 
 class CancelBody(Strict):
-    """What needs these nodes is stopped as well."""
+    """The nodes to cancel. Nodes that depend on them are cancelled as well."""
 
     nodes: list[int] = Field(min_length=1)
     row: int = 0
 
 
 class ProgramEndpoints:
-    """Starts programs, shows them, feeds them and stops them."""
+    """Starts, shows, extends and cancels programs, and takes answers to their tool calls."""
 
     def __init__(self, served: ServedModel, requests: RequestCollector) -> None:
         self._served = served
@@ -123,7 +123,7 @@ class ProgramEndpoints:
         return program.described()
 
     async def explain(self, request: Request, body: ExplainBody) -> Response:
-        """What a program would cost; nothing runs."""
+        """Estimate the cost of a program; nothing runs."""
         served, explain = self._served, self._served.explain
         if explain is None:
             raise HttpError(501, "this server was started without the planner; explain in process", code="no_planner")
@@ -138,18 +138,18 @@ class ProgramEndpoints:
         return json_response(await served.off_loop(plan))
 
     async def show(self, request: Request) -> ProgramStatus:
-        """What a program has done so far."""
+        """Return the results of a program so far."""
         return self._program(request).described()
 
     async def events(self, request: Request) -> Response:
-        """A program's events, from the one after `Last-Event-ID` on."""
+        """Stream a program's events, starting after `Last-Event-ID`."""
         after = request.headers.get("last-event-id", "0")
         if not (after.isascii() and after.isdigit()):
             raise HttpError(400, f"Last-Event-ID is {after!r}, but must be the id of an event", param="Last-Event-ID")
         return self._event_stream(self._program(request), int(after))
 
     async def extend(self, request: Request, body: PartBody) -> ProgramStatus:
-        """Send the next part of a program that was left open."""
+        """Send the next part of an open program."""
         program = self._program(request)
         graph = None if body.graph is None else read_graph(body.graph)
         digest = "" if body.graph is None else digest_of(msgspec.json.encode(body.graph))
@@ -163,13 +163,13 @@ class ProgramEndpoints:
         return ProgramStatus(id=program.id, status=program.status)
 
     async def cancel_nodes(self, request: Request, body: CancelBody) -> ProgramStatus:
-        """Stop some nodes of a program, and what needs them."""
+        """Cancel some nodes of a program, and all nodes that depend on them."""
         program = self._program(request)
         self._store.cancel_nodes(program, body.row, body.nodes)
         return ProgramStatus(id=program.id, status=program.status)
 
     async def cancel(self, request: Request) -> ProgramStatus:
-        """Stop all of a program; its pages are free within one step."""
+        """Cancel a whole program. Its pages are free within one step."""
         program = self._program(request)
         self._store.cancel(program)
         return program.summary()
@@ -178,7 +178,7 @@ class ProgramEndpoints:
         return self._store.get(request.path_params["program_id"], key_digest(request))
 
     def _start(self, body: ProgramBody, request: Request) -> StoredProgram:
-        """The program that this request starts, or has started before. Raises HttpError."""
+        """Start the program of this request, or return the one that an equal request started. Raises HttpError."""
         key, owner = request.headers.get("idempotency-key"), key_digest(request)
         digest = digest_of(body.model_dump_json().encode())
         known = None if key is None else self._store.with_key(key, owner, digest)
@@ -212,7 +212,10 @@ class ProgramEndpoints:
 
 
 def _check_reachable(body: ProgramBody, graph: Graph) -> None:
-    """What waits for its caller has to tell its id first. Raises HttpError for what would wait for ever."""
+    """Check that a program which waits for its caller also tells the caller its id first, by a stream or `detach`.
+
+    Raises HttpError for a program that would wait for ever.
+    """
     if body.stream or body.detach:
         return
     way = "ask for stream or detach, so that its id is known before its end"
@@ -227,7 +230,7 @@ async def _ended(program: StoredProgram) -> None:
 
 
 async def _events(store: ProgramStore, program: StoredProgram, after: int) -> AsyncGenerator[bytes, None]:
-    """What has happened, then what happens."""
+    """Past events, then new ones as they happen."""
     yield event({"id": program.id, "rows": len(program.rows)}, "program")
     async with aclosing(store.follow(program, after, PING_S)) as events:
         async for found in events:
@@ -245,7 +248,7 @@ async def _events(store: ProgramStore, program: StoredProgram, after: int) -> As
 
 
 def program_endpoints(served: ServedModel, requests: RequestCollector) -> list[Endpoint]:
-    """The rows of all endpoints under /v1/programs."""
+    """The endpoints under /v1/programs."""
     programs = ProgramEndpoints(served, requests)
     path = "/v1/programs/{program_id}"
     return [
@@ -279,7 +282,7 @@ def program_endpoints(served: ServedModel, requests: RequestCollector) -> list[E
 
 
 def _feeding(path: str, handler: Handler, body: type[Strict], *errors: int) -> Endpoint:
-    """The row of an endpoint that sends something to a running program."""
+    """An endpoint that sends something to a running program."""
     return Endpoint(
         "POST", path, handler, body=body, answer=ProgramStatus, errors=(404, 409, 429, 503, *errors), tag=_TAG
     )

@@ -1,7 +1,7 @@
-"""Programs that run or have ended lately: what happened to them, who follows them, and how one is continued.
+"""Running and recently finished programs: their events, their followers, and their continuation.
 
-A program keeps a log of its events (all but text) and the text of its unfinished nodes. A follower has a place in the
-log, so one that is slow, or comes back after its connection broke, gets everything once, text merged. Not here: HTTP.
+A program keeps a log of its events (all but text), and the text of its unfinished nodes. Each follower has a position
+in the log. A slow follower, or one that reconnects, therefore gets every event once, with text merged. Not here: HTTP.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MAX_KEPT = 256  # finished programs that are kept
 
 
 class RowStatus(AnswerStruct):
-    """What one run has done so far: generated values by name, and every finished node's event."""
+    """The results of one run so far: generated values by name, and every finished node's event."""
 
     status: str
     error: str | None
@@ -38,7 +38,7 @@ class RowStatus(AnswerStruct):
 
 
 class ProgramStatus(AnswerStruct, kw_only=True):
-    """`rows`: where they are asked for, what each run has done so far."""
+    """`rows`: the results of each run so far, if requested."""
 
     id: str
     object: Literal["program"] | UnsetType = UNSET
@@ -57,7 +57,7 @@ class Row:
     error_type: str | None = None
 
     def fail(self, kind: str, message: str) -> None:
-        """Note the first error."""
+        """Record an error, unless there is one already."""
         if self.status == "running":
             self.status, self.error_type, self.error = "failed", kind, message
 
@@ -76,8 +76,8 @@ class Row:
 class StoredProgram:
     """A program and all its rows. Owner: the store.
 
-    `parts`: digest of each part by its first node. `texts`: of unfinished nodes, by (row, node). `grace_s`: how long it
-    runs with nobody attached; None: to its end.
+    `parts`: digest of each part by its first node. `texts`: texts of unfinished nodes by (row, node). `grace_s`:
+    seconds that it runs without a follower; None: to its end.
     """
 
     id: str
@@ -109,13 +109,13 @@ class StoredProgram:
         return ProgramStatus(id=self.id, object="program", status=self.status)
 
     def described(self) -> ProgramStatus:
-        """All that the program has done so far."""
+        """The program's results so far."""
         return ProgramStatus(
             id=self.id, object="program", status=self.status, rows=[row.described() for row in self.rows]
         )
 
     def note(self, row: int, event: NodeEvent) -> None:
-        """Take in an event."""
+        """Record an event."""
         if event.kind == "text":
             key = (row, event.node)
             self.texts[key] = self.texts.get(key, "") + event.text
@@ -124,7 +124,7 @@ class StoredProgram:
             self.log.append((row, event))
             self.rows[row].done.append(event)
             error = event.error
-            # A branch that the program itself cancelled is no failure.
+            # A branch that the program itself cancelled has not failed.
             if event.kind == "error" and error is not None and error.type != "ProgramCancelled":
                 self.rows[row].fail(error.type, error.message)
         self.wake()
@@ -140,7 +140,7 @@ def event_json(event: NodeEvent) -> dict[str, Any]:  # Any: JSON
 
 
 class ProgramStore:
-    """One event loop owns it."""
+    """The programs of one server. Owner: one event loop."""
 
     def __init__(self, served: ServedModel, requests: RequestCollector) -> None:
         self._served = served
@@ -149,7 +149,7 @@ class ProgramStore:
         self._by_key: dict[tuple[str, str], str] = {}
 
     def get(self, program_id: str, owner: str) -> StoredProgram:
-        """Raises HttpError where there is none of this owner's."""
+        """Return a program. Raises HttpError if this owner has no program with this id."""
         program = self._programs.get(program_id)
         if program is None or program.owner != owner:
             raise HttpError(
@@ -158,7 +158,7 @@ class ProgramStore:
         return program
 
     def with_key(self, key: str, owner: str, digest: str) -> StoredProgram | None:
-        """The program that a request with this key started. Raises HttpError where that was another request."""
+        """The program that a request with this key started. Raises HttpError if that request was a different one."""
         program = self._programs.get(self._by_key.get((owner, key), ""))
         if program is not None and program.digest != digest:
             raise HttpError(
@@ -179,9 +179,9 @@ class ProgramStore:
         key: str | None,
         grace_s: float | None,
     ) -> StoredProgram:
-        """Send every row to the engine; `command` has all but ids and graphs.
+        """Send every row to the engine. `command`: everything except ids and graphs.
 
-        Raises HttpError and InvalidProgram before anything has started; Overloaded and EngineStopped.
+        Raises HttpError and InvalidProgram before anything has started. Also raises Overloaded and EngineStopped.
         """
         bound = [_bind(graph, arguments) for arguments in rows]
         index = GraphIndex()
@@ -205,7 +205,7 @@ class ProgramStore:
         return program
 
     def extend(self, program: StoredProgram, graph: Graph | None, *, is_open: bool, digest: str) -> None:
-        """Send the next part of an open program; one that was sent before is taken as the same. Raises HttpError."""
+        """Send the next part of an open program. A part that was sent before changes nothing. Raises HttpError."""
         if graph is not None and program.parts.get(graph.first) == digest:
             return
         if not program.is_open or program.is_over:
@@ -222,14 +222,14 @@ class ProgramStore:
         program.is_open = is_open
 
     def provide(self, program: StoredProgram, row: int, node: int, value: bytes, error: str | None) -> None:
-        """Answer a tool call; a second answer changes nothing. Raises HttpError."""
+        """Answer a tool call. A second answer changes nothing. Raises HttpError."""
         self._check_nodes(program, row, [node])
         if not isinstance(program.index.nodes[node], ToolCall):
             raise HttpError(400, f"node {node} is no tool call", param="node")
         self._served.proxy.send_to_program(ProvideTool(program.rows[row].id, node, value, error))
 
     def cancel_nodes(self, program: StoredProgram, row: int, nodes: Sequence[int]) -> None:
-        """Stop a part of a program. Raises HttpError."""
+        """Cancel nodes of a program. Raises HttpError."""
         self._check_nodes(program, row, nodes)
         self._served.proxy.send_to_program(CancelNodes(program.rows[row].id, list(nodes)))
 
@@ -242,7 +242,7 @@ class ProgramStore:
             raise HttpError(400, f"there is no node {wrong}; the program has {total} nodes", param="node")
 
     def cancel(self, program: StoredProgram) -> None:
-        """Stop all of it."""
+        """Cancel a whole program."""
         program.is_open = False
         for row in program.rows:
             if row.status == "running":
@@ -252,14 +252,14 @@ class ProgramStore:
     # -- followers -----------------------------------------------------------------------------------------------
 
     def attach(self, program: StoredProgram) -> None:
-        """Somebody waits for this program, until `detach` is called."""
+        """Count a follower of this program, until `detach` is called."""
         program.num_attached += 1
         if program.giving_up is not None:
             program.giving_up.cancel()
             program.giving_up = None
 
     def detach(self, program: StoredProgram) -> None:
-        """Somebody waits no longer. When the last one has left, the program is given up after its grace."""
+        """Count a follower less. After the last one has left, the program is cancelled when its grace is over."""
         program.num_attached -= 1
         if program.num_attached or program.grace_s is None or program.is_over:
             return
@@ -271,9 +271,9 @@ class ProgramStore:
     async def follow(
         self, program: StoredProgram, after: int, patience_s: float
     ) -> AsyncGenerator[tuple[int, int, NodeEvent, int] | None, None]:
-        """(place in the log, row, event, where its text begins in the node's text) from the log's entry `after` on.
+        """Yield (log position, row, event, offset of its text in the node's text) for entries after `after`.
 
-        Text events have the place of the entry before them. None: nothing happened for `patience_s`.
+        A text event has the position of the entry before it. Yields None if nothing happened for `patience_s`.
         """
         changed = asyncio.Event()
         program.followers.append(changed)
@@ -307,7 +307,7 @@ class ProgramStore:
             program.followers.remove(changed)
 
     async def _follow(self, program: StoredProgram, number: int, events: AsyncIterator[NodeEvent]) -> None:
-        """Read what one row's engine says."""
+        """Read the engine's events of one row."""
         row = program.rows[number]
         try:
             async for event in events:
@@ -334,7 +334,7 @@ def digest_of(data: bytes) -> str:
 
 
 def read_graph(value: Mapping[str, Any]) -> Graph:  # Any: JSON
-    """Raises InvalidProgram."""
+    """Parse a graph. Raises InvalidProgram."""
     return Graph.from_json(msgspec.json.encode(value))
 
 
