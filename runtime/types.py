@@ -109,6 +109,8 @@ class RequestOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             raise wrong_option("priority", self.priority, f"an integer up to {MAX_INT32}")
         if self.deadline_s is not None and not _is_seconds(self.deadline_s):
             raise wrong_option("deadline_s", self.deadline_s, "a finite number of seconds, or None")
+        if self.score_from is not None and type(self.score_from) is not int:
+            raise wrong_option("score_from", self.score_from, "an integer, or None")
 
     def changed(self, values: dict[str, Any]) -> RequestOptions:  # Any: checked as at birth
         """Return a copy with other values. Raises InvalidRequest, and TypeError for an unknown field."""

@@ -8,7 +8,7 @@ wherever it comes from. A new value is a row in each of the three.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -49,10 +49,12 @@ class SamplingField:
         if self.kind == "texts":
             return isinstance(value, tuple) and all(isinstance(text, str) and text for text in value)
         if self.kind == "tokens":
-            return all(_is_token(token) for token in value)
+            return isinstance(value, Collection) and all(_is_token(token) for token in value)
         if self.kind == "biases":
-            pairs = value.items() if isinstance(value, Mapping) else value
-            return all(_is_token(token) and _is_real(bias) and -100 <= bias <= 100 for token, bias in pairs)
+            if not isinstance(value, Mapping):  # a graph has pairs, which can be hashed
+                pairs = value if isinstance(value, tuple) else ("no pairs",)
+                return all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs) and self.holds(dict(pairs))
+            return all(_is_token(token) and _is_real(bias) and -100 <= bias <= 100 for token, bias in value.items())
         return isinstance(value, bool)
 
     def problem(self, value: Any) -> str:  # Any: as above

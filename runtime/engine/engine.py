@@ -40,6 +40,7 @@ from ramet.runtime.types import (
     Sequence,
     TokenIds,
     Usage,
+    wrong_option,
 )
 
 logger = logging.getLogger(__name__)
@@ -134,6 +135,8 @@ class Engine:
         Raises:
             InvalidRequest, ContextOverflow, EmptyPrompt, Overloaded, EngineStopped.
         """
+        if on_output is not None and not callable(on_output):
+            raise wrong_option("on_output", on_output, "a function of one output, or None")
         request = self._border.make(
             prompt,
             sampling or SamplingParams(),

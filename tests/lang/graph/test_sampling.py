@@ -19,11 +19,11 @@ VALUES: dict[str, tuple[list[Any], list[Any]]] = {  # field: what is taken, what
     "frequency_penalty": ([-2, 2], [-2.1, 2.1]),
     "presence_penalty": ([-2, 2], [-2.1, 2.1]),
     "repetition_penalty": ([0.1, 10], [0, 10.1]),
-    "logit_bias": ([{}, {0: -100, 5: 100.0}], [{-1: 0}, {1: 101}, {1: "x"}, {"1": 1}]),
+    "logit_bias": ([{}, {0: -100, 5: 100.0}], [{-1: 0}, {1: 101}, {1: "x"}, {"1": 1}, "x", [1], 3]),
     "seed": ([None, -(2**63), 2**63], [1.5, True, "x"]),
     "min_tokens": ([0, 128], [-1, 129, 1.5]),
     "stop": ([(), ("a", "b")], [("",), ["a"], "a", (1,)]),
-    "stop_token_ids": ([(), (0, 7)], [(-1,), (1.5,), (True,)]),
+    "stop_token_ids": ([(), (0, 7)], [(-1,), (1.5,), (True,), 5]),
     "ignore_eos": ([True, False], [None, 1, "x"]),
     "logprobs": ([None, 0, 64], [-1, 65, 1.5]),
 }
