@@ -30,8 +30,7 @@ class Dfa:
     i. transitions[state][class]: the next state, -1 if refused. accepting: truth values, or labels: 0 refuses, and
     other labels distinguish kinds of acceptance (see `product`). Minimal and trim, unless built by hand.
 
-    [0-9]* over code points: Dfa(ir.MAX_CODE_POINT, starts=[0, 48, 58], classes=[0, 1, 0], num_classes=2,
-    transitions=[[-1, 0]], accepting=[True]).
+    [0-9]* over code points: starts=[0, 48, 58], classes=[0, 1, 0], num_classes=2, transitions=[[-1, 0]], accepting=[1].
     """
 
     max_symbol: int

@@ -3,9 +3,13 @@
 A value may have to satisfy one of several expressions, for example because of `anyOf`. They are followed side by side.
 Each expression is a *tag*: bit `t` of a mask stands for expression `t`. When the value ends, its context gets the mask
 of the tags that the value satisfies. The mask is never 0. The context then goes on with the alternatives that these
-tags still allow. So there is one configuration, however many alternatives there are.
+tags still allow. So there is one configuration, however many alternatives there are. With
 
-For {"anyOf": [{"type": "integer"}, {"type": "number"}]}, the value 1 has the mask 0b11, and 1.5 has 0b10.
+    {"anyOf": [{"properties": {"a": {"type": "integer"}}},
+               {"properties": {"a": {"type": "number"}}, "required": ["b"]}]}
+
+the value of "a" has two tags. 1 satisfies both (mask 0b11), and the object may end. 1.5 satisfies only the second one
+(mask 0b10), and a key "b" must follow.
 """
 
 from __future__ import annotations

@@ -33,8 +33,8 @@ class KeySpace:
     label depends on their *signature*, the set of the specs' patterns that they match: label len(names) + s is
     signatures[s]. A set of labels is given as bits of names (`named`) and bits of signatures (`others`).
 
-    With {"properties": {"a": {}}, "patternProperties": {"^x": {}}}, "a" is label 0. Keys that begin with x share a
-    label, and all other keys share another.
+    With {"properties": {"a": {}}, "patternProperties": {"^x": {"type": "null"}}}, the key "a" is label 0. All keys that
+    begin with x share one label, and all other keys share another.
     """
 
     def __init__(self, compilation: Compilation, specs: tuple[Objects, ...]) -> None:
