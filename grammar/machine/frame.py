@@ -31,9 +31,9 @@ from ramet.grammar import deadline
 from ramet.grammar.machine.walker import column_digests
 
 REFUSE = -1
-DEAD = -1  # target of an exit that must not be taken: no text can be finished that way
+DEAD = -1  # target of an exit that must not be taken: no text can be completed after it
 UNKNOWN = -2  # target of an exit that no text has taken yet
-NEEDS_RUN = -3  # target of an exit that leads elsewhere for different texts: tokens that take it are run one by one
+NEEDS_RUN = -3  # target of an exit that depends on the text read before: tokens that take it are run one by one
 # the order of bytes in which a closing text is chosen: letters, digits, other printable ASCII, the rest
 PREFERRED_BYTES = tuple(dict.fromkeys([*range(97, 123), *range(48, 58), *range(32, 127), *range(256)]))
 LOCAL_BITS = 32
@@ -123,9 +123,7 @@ class Frame(ABC):
 
     @abstractmethod
     def closing_exit(self, local: int) -> int:
-        """Return the exit on the shortest way to the end of the text, as the frame estimates it. Its target is not
-        DEAD.
-        """
+        """Return the exit on the shortest way to the end of the text, by the frame's estimate. It is never DEAD."""
 
     def closing_way(self, local: int, exit_index: int) -> bytes | None:
         """Return a short text from a state to an exit; None if there is none.

@@ -127,7 +127,7 @@ class KeywordTable:
 
     order: the order of the assertions. forms: of the keywords that have one. subschemas: how a keyword's value holds
     schemas; applied: the same for assertions alone. references: the keywords that refer to a schema. reading_others:
-    the keywords that hold schemas or refer to one. may_empty: see Keyword.
+    the keywords that hold schemas or refer to one. may_empty, closing: the keywords with `may_empty`, and with `close`.
     """
 
     def __init__(self, rows: Mapping[str, Keyword]) -> None:
