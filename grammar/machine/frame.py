@@ -123,7 +123,7 @@ class Frame(ABC):
 
     @abstractmethod
     def closing_exit(self, local: int) -> int:
-        """Return the exit on the shortest way to the end of the text, by the frame's estimate. It is never DEAD."""
+        """Return the exit on the shortest way to the end of the text, by estimate. Its target is never DEAD."""
 
     def closing_way(self, local: int, exit_index: int) -> bytes | None:
         """Return a short text from a state to an exit; None if there is none.

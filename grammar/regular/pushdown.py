@@ -2,8 +2,7 @@
 
 A *thread* is one way to read the text so far: (leaf, state of the leaf's automaton, stack node). The leaf is the
 regular part that is being read. The stack node holds the rules that were called to get there. A *configuration* is the
-set of all threads. Stack nodes with equal content are one object, so configurations are equal exactly when they hold
-the same threads.
+set of all threads. Stack nodes with equal content are one object, and so are configurations with equal threads.
 
 Two rules keep recursion finite if the language is regular. A call in tail position reuses the stack node of its caller.
 Left recursion makes a cycle of stack nodes within one step.
@@ -436,10 +435,10 @@ class ConfigurationFrame(Frame):
 
 
 class _Costs:
-    """Costs, in bytes of shortest texts.
+    """The bytes of shortest texts from three places.
 
-    They are from a leaf's state, from a grammar state to the end of its rule, and from a stack node to the end of the
-    text.
+    From a leaf's state to the end of the leaf, from a grammar state to the end of its rule, from a stack node to the
+    end.
     """
 
     def __init__(self, owner: Pushdown) -> None:
