@@ -1,8 +1,8 @@
-"""What was measured on a card, as a file: products that beat the library's, tiles and tree attention's rates.
+"""A file of measurements on one GPU model (card): products faster than the library's, tiles, rates of tree attention.
 
-The timing scripts write such a file (`benchmarks/fit_table.py`); an engine reads one, by its path, or the one in
-`tables/` that has the name of its card. Without a file nothing is assumed: products are the library's, tiles
-and the cost model have their defaults (`attention/plan.py`).
+A timing script writes such a file (`benchmarks/fit_table.py`). An engine reads the file at a given path, or the file in
+`tables/` with its card's name. Without a file the library computes all products, and tiles and the cost model have
+their defaults (`attention/plan.py`).
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Product:
 
 @dataclass(frozen=True, slots=True)
 class CardTable:
-    """`products`: those that are faster here than in the library. `folded_rows`: batches for which whole layers with
-    norm, activation and residual folded into the products are; their products are in `folded`."""
+    """`products`: products that are faster than the library's. `folded_rows`: batch sizes for which whole layers are
+    faster with norm, activation and residual folded into the products; these products are in `folded`."""
 
     card: str
     products: Mapping[Product, GemvConfig] = field(default_factory=dict)
@@ -45,7 +45,7 @@ class CardTable:
     tiles: AttentionTiles | None = None
 
     def to_json(self) -> str:
-        """The file's text."""
+        """Return the file's text."""
 
         def listed(products: Mapping[Product, GemvConfig]) -> list[list[Any]]:
             return [[*dataclasses.astuple(p), *dataclasses.astuple(c)] for p, c in products.items()]
@@ -64,10 +64,10 @@ class CardTable:
 
 
 def load_card_table(card: str, path: str | Path | None = None) -> CardTable:
-    """Read the table of a card; an empty one where none was measured.
+    """Read the table of a card. Returns an empty table if the card was not measured.
 
     Raises:
-        ConfigError: `path` is no such file, or a file has what no table has.
+        ConfigError: `path` is not a table, or the file has unknown entries.
     """
     source = _FOLDER / f"{file_stem(card)}.json" if path is None else Path(path)
     if not source.is_file():

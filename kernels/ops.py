@@ -1,9 +1,9 @@
-"""`Ops`: what a decoder and its steps call on their device, chosen once, when the model is loaded.
+"""`Ops`: the device operations of a decoder and its steps, chosen once when the model is loaded.
 
-Every op has a torch reference, which is its specification. `REFERENCE` are these; `TRITON` are their kernels for GPUs.
-Compiled ones for the CPU are made by `cpu/ops.py`, which brings numba and is therefore not imported here: a GPU's
-process does without.
-Not here: ops that have no compiled form for the CPU. They look at their tensors' device (`slots/`, `grammar/`).
+Every op has a torch reference, which is its specification. `REFERENCE` holds the references, `TRITON` the GPU kernels.
+`cpu/ops.py` makes the ops that are compiled for the CPU. It is not imported here, because it imports numba, which a
+process on a GPU does not need.
+Not here: ops without a compiled form for the CPU, which choose by their tensors' device (`slots/`, `grammar/`).
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from ramet.kernels.sampling.sample_triton import sample_triton
 
 
 class NotRecordableError(Exception):
-    """A function computes something outside kernels, so it has to run as it is."""
+    """A function computes something outside the recorded kernels, so it must run eagerly."""
 
 
 class Recording(Protocol):
-    """What a function launched, to be launched again on the same memory; each run writes `result`."""
+    """The recorded kernels of a function. `run` launches them again on the same memory and writes `result`."""
 
     @property
     def result(self) -> Tensor: ...
@@ -50,7 +50,7 @@ class Recording(Protocol):
     def run(self) -> None: ...
 
 
-# Notes the kernels of a function without running them. Raises: NotRecordableError.
+# Records the kernels of a function without running them. Raises: NotRecordableError.
 Record = Callable[[Callable[[], Tensor]], Recording]
 
 DecodeAttention = Callable[[Tensor, Tensor, Tensor, DecodeMetadata, float, int | None, Tensor | None], Tensor]
@@ -59,10 +59,10 @@ ExtendAttention = Callable[[Tensor, Tensor, Tensor, ExtendMetadata, float, int |
 
 @dataclass(frozen=True, slots=True)
 class Ops:
-    """The ops of one device and dtype. Arguments and results: the reference of each (`REFERENCE`).
+    """The ops of one device and dtype. Arguments and results are those of each op's reference (`REFERENCE`).
 
-    rms_norm, fused_add_rms_norm: their last argument is the dtype of the result, None for that of the input.
-    make_record: makes what records steps, each with memory of its own; None if steps are not recorded.
+    rms_norm, fused_add_rms_norm: the last argument is the dtype of the result, None for the input's.
+    make_record: makes a recorder of steps with its own memory; None if steps are not recorded.
     """
 
     rms_norm: Callable[[Tensor, Tensor, float, torch.dtype | None], Tensor]
@@ -101,7 +101,7 @@ def _attention_decode_triton(
     window: int | None,
     out: Tensor | None,
 ) -> Tensor:
-    """Read shared prefixes once a group where there is a plan for that, and no window."""
+    """Read shared prefixes once per group if there is a tree plan and no window."""
     if meta.tree is not None and window is None:
         return attention_tree_triton(q, k_cache, v_cache, meta, meta.tree, scale, out)
     return attention_decode_triton(q, k_cache, v_cache, meta, scale, window, out)

@@ -1,7 +1,7 @@
-"""Triton where it is installed, and a stand-in where it is not, so that kernels can be written beside their references.
+"""Triton if it is installed, otherwise a stand-in, so kernels can be defined beside their references.
 
-The CPU path needs no Triton. Without it a kernel can be defined but not launched. `TRITON_INTERPRET=1`, set before the
-first kernel module is imported, runs launches on CPU tensors in Triton's interpreter.
+The CPU path needs no Triton. Without Triton a kernel can be defined but not launched. With `TRITON_INTERPRET=1`, set
+before the first kernel module is imported, launches on CPU tensors run in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class _MissingKernel:
 
 
 def jit_any_value(*names: str) -> Callable[[Callable[..., None]], Any]:
-    """Decorate a kernel as `jit` does; one binary serves every value of its integer arguments `names`.
+    """Decorate a kernel as `jit` does, but compile one binary for all values of its integer arguments `names`.
 
-    For arguments that change from launch to launch: Triton otherwise compiles anew for 1 and for multiples of 16.
+    For arguments that change between launches: Triton otherwise compiles again for 1 and for multiples of 16.
     """
     if not HAS_TRITON:
         return jit

@@ -1,4 +1,4 @@
-"""Attention of one new token a sequence over its paged cache: the decode step.
+"""Decode attention: one new token of each sequence attends to the sequence's paged cache.
 
     out[b, h] = sum_j softmax_j(scale * q[b, h] . k[j, g]) v[j, g]  over kv_len - window <= j < kv_len, g = h // (H / K)
 
@@ -6,7 +6,7 @@ The current token's key and value must already be in the cache. Position j of ro
 `page_table[rows[b], j // P]`, offset `j % P`, of caches `[N, K, P, D]`. Softmax and sums are in fp32.
 A row with kv_len 0 is padding and gets zeros.
 
-The kernels are in `decode_triton.py`, and in `tree_triton.py` for rows that share prefixes; compiled for the CPU:
+The GPU kernels are in `decode_triton.py`, and in `tree_triton.py` for rows that share prefixes; the CPU kernel is in
 `cpu/attention_decode.py`.
 """
 
@@ -28,17 +28,17 @@ _REFERENCE_GATHER_BYTES = 8 << 20
 
 @dataclass(slots=True)
 class DecodeMetadata:
-    """Where the cache of each row of a decode step is. Under a CUDA graph the tensors are static buffers."""
+    """The location of the cache of each row of a decode step. In a CUDA graph the tensors are static buffers."""
 
     kv_lens: Tensor  # int32 [B], including the current token; 0 marks padding
     rows: Tensor  # int32 [B], row of `page_table` of each sequence
     page_table: Tensor  # int32 [S, max_pages]
     num_splits: int = 1  # parts that the keys of a row are split into on the GPU; fixed for a captured graph
     tree: TreePlan | None = None  # shared prefixes read once per group; None reads every row's cache by itself
-    kv_lens_host: list[int] | None = None  # the same lengths on the host: the CPU path needs no copy back
+    kv_lens_host: list[int] | None = None  # the same lengths on the host, so the CPU path needs no copy back
     # int32 [B * K] zeros, kept by the caller: the last program of a row then merges its splits, without a second kernel
     merge_counters: Tensor | None = None
-    tiles: AttentionTiles | None = None  # what was measured on this card
+    tiles: AttentionTiles | None = None  # measured on this card
 
 
 def attention_decode_reference(
@@ -52,8 +52,8 @@ def attention_decode_reference(
 ) -> Tensor:
     """Attend from `q [B, H, D]` to `k_cache, v_cache [N, K, P, D]`; returns `[B, H, D]` (`out` when given).
 
-    Gathers whole pages, of a few rows at a time. Positions of the last page beyond kv_len are read with weight 0, so
-    the caches must hold finite values there.
+    Gathers whole pages of a few rows at a time. Positions of the last page beyond kv_len are read with weight 0, so the
+    caches must have finite values there.
     """
     if out is None:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)

@@ -1,15 +1,15 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
-"""Triton kernels of `attention_decode`: split-KV flash decoding, and the merge of what the splits found.
+"""Triton kernels of `attention_decode`: split-KV flash decoding, and the merge of the splits.
 
-A row's keys [start, kv_len) are cut into at most `num_splits` equal parts, each a multiple of BLOCK_N long; start is 0,
-the page of the first key in the window, or the end of a shared prefix that a tree kernel has done. The cut depends on
-the row's own length and on `num_splits`, never on the other rows: with `num_splits` fixed, a row's bits are the same in
-any batch.
+A row's keys [start, kv_len) are cut into at most `num_splits` equal parts; a part's length is a multiple of BLOCK_N.
+`start` is 0, or the page of the first key in the window, or the end of a shared prefix (done by the tree kernel). The
+cut depends only on the row's own length and on `num_splits`. With `num_splits` fixed, a row's bits are therefore the
+same in any batch.
 
-Grid (K, num_splits, B); one program attends from the G = H / K heads of one KV head, padded to 16 rows for the matrix
-units, to one part. With one split it writes the result; with more it writes its fp32 part and base-2 log-sum-exp, and
-either the last program of a (row, KV head) to finish merges them (`merge_counters` given) or a second kernel does,
-grid (B, H). The counters must be zero before the first launch and are zero again after each.
+Grid (K, num_splits, B). One program attends from the G = H / K heads of one KV head, padded to 16 rows for the matrix
+units, to one part. With one split it writes the result. With more splits it writes its fp32 part and base-2
+log-sum-exp; they are merged by the last program of a (row, KV head) to finish, if `merge_counters` are given, otherwise
+by a second kernel with grid (B, H). The counters must be zero before the first launch and are zero after each launch.
 
 To tune on a card: `choose_num_splits` in plan.py; fused merge against the second kernel.
 """
@@ -30,7 +30,7 @@ from ramet.kernels.triton_support import jit, jit_any_value, next_power_of_two, 
 
 @dataclass(frozen=True, slots=True)
 class SharedParts:
-    """What a tree kernel left for the merge: one part per slot, the slots of row b at slot_offsets[b] ..."""
+    """The tree kernel's parts for the merge, one per slot. The slots of row b begin at slot_offsets[b]."""
 
     part: Tensor  # fp32 [max_slots, H, D]
     lse: Tensor  # fp32 [max_slots, H], base 2
@@ -52,8 +52,8 @@ def attention_decode_triton(
 ) -> Tensor:
     """Launch `attention_decode` on the device of `q`; `config` overrides the table of the card.
 
-    With `shared` each row begins at its kv_start and the shared parts are merged in (no window then). `before_merge`
-    means that they are not written yet: the merge is a kernel of its own, launched after calling it.
+    With `shared` each row starts at its kv_start, and the shared parts are merged in (not possible with a window). If
+    the shared parts are not written yet, `before_merge` is called before the merge, which is then a separate kernel.
     """
     if out is None:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -242,7 +242,7 @@ def _decode_kernel(
         start = window_start(kv_len, window, PAGE_SIZE)
     length = split_length(kv_len - start, num_splits, BLOCK_N)
     low = start + split * length
-    # Split 0 of an empty row goes on, so that somebody writes its zeros.
+    # Split 0 of an empty row continues, because it must write the row's zeros.
     if (split > 0) & (low >= kv_len):
         return
     high = tl.minimum(low + length, kv_len)

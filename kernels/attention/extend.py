@@ -1,14 +1,14 @@
-"""Attention of new tokens over everything cached of their sequence: prefill, extend and chunks, causal, paged.
+"""Causal, paged attention of new tokens over all cached tokens of their sequence: prefill, extend and chunks.
 
-For row b with n = q_len new tokens and kv_len = prefix + n cached positions, token i (position p = kv_len - n + i) gets
+Row b has n = q_len new tokens and kv_len = prefix + n cached positions. Token i, at position p = kv_len - n + i, gets
 
     out[i, h] = sum_j softmax_j(scale * q[i, h] . k[j, h // (H / K)]) v[j, h // (H / K)]    over p - window < j <= p
 
 The keys and values of the new tokens must already be in the cache. Position j of a sequence lies in page
-`page_table[row, j // P]`, offset `j % P`, of caches `[N, K, P, D]`. Softmax and sums are in fp32. Tokens before those
-of the first sequence are left alone. Those past the last sequence are padding; on a GPU they are left alone, too.
+`page_table[row, j // P]`, offset `j % P`, of caches `[N, K, P, D]`. Softmax and sums are in fp32. Results of tokens
+before the first sequence are not written. Tokens after the last sequence are padding; a GPU does not write them either.
 
-The kernel is in `extend_triton.py`; compiled for the CPU: `cpu/attention_extend.py`.
+The GPU kernel is in `extend_triton.py`, the CPU kernel in `cpu/attention_extend.py`.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ _REFERENCE_CHUNK = 512
 
 @dataclass(slots=True)
 class ExtendMetadata:
-    """Where the new tokens of a step and their caches are. Owned by the step; B rows with T new tokens in all."""
+    """The location of a step's new tokens and their caches. Owned by the step; B rows with T new tokens in all."""
 
     cu_seqlens_q: Tensor  # int32 [B + 1], new tokens of row b are [cu_seqlens_q[b], cu_seqlens_q[b + 1])
     kv_lens: Tensor  # int32 [B], prefix + new tokens
     rows: Tensor  # int32 [B], row of `page_table` of each sequence
     page_table: Tensor  # int32 [S, max_pages]
-    max_seqlen_q: int  # no less than any; under a CUDA graph a bound for every replay
+    max_seqlen_q: int  # upper bound of all rows' new tokens; in a CUDA graph, of every replay
     max_kv_len: int
-    # The same lengths on the host, of tokens that begin at 0: the CPU path needs no copy back. None under a CUDA
-    # graph: they change with replays.
+    # The same lengths on the host, of tokens that begin at 0, so the CPU path needs no copy back. None in a CUDA graph,
+    # because they change between replays.
     q_lens_host: list[int] | None = None
     kv_lens_host: list[int] | None = None
-    tiles: AttentionTiles | None = None  # what was measured on this card
+    tiles: AttentionTiles | None = None  # measured on this card
 
 
 def gather_pages(cache: Tensor, pages: Tensor) -> Tensor:

@@ -2,13 +2,13 @@
 """Triton kernel of `attention_extend`: FlashAttention-2 over paged keys, GQA heads packed with tokens into rows.
 
 Row m of a sequence's tiles is token m // G, query head kv_head * G + m % G, where G = H / K: all heads that share keys
-are rows of one matrix product. Key tiles start at multiples of BLOCK_N, whatever the chunk, so for one tile shape a
-row's order of summation depends on its own position only: chunks, batches and prefix hits do not change the bits. The
-table picks smaller tiles for short extends (by the longest of the launch), and those may differ in the last bits.
+are rows of one matrix product. Key tiles start at multiples of BLOCK_N for every chunk. For one tile shape, a row's
+order of summation therefore depends only on its own position: chunks, batches and prefix hits do not change the bits.
+Short extends get smaller tiles (chosen by the longest row of the launch), whose results may differ in the last bits.
 
-Grid (T * G // BLOCK_M + B, K): the tiles of sequence b begin at cu_seqlens_q[b] * G // BLOCK_M + b, a bound known
-without a host-made list, so a captured graph serves any lengths; at most B programs per KV head have nothing to do.
-Tiles run last to first, because the last tiles of a sequence are the longest.
+Grid (T * G // BLOCK_M + B, K). The tiles of sequence b begin at cu_seqlens_q[b] * G // BLOCK_M + b. The kernel computes
+this bound itself, without a list from the host, so a captured graph serves any lengths. At most B programs per KV head
+have no work. Tiles run last to first, because the last tiles of a sequence are the longest.
 """
 
 from __future__ import annotations

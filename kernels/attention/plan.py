@@ -1,6 +1,6 @@
-"""Tile sizes of the attention kernels by card and shape, and how far to split keys: what a launch decides on the host.
+"""Decisions of an attention launch on the host: tile sizes by card and shape, the number of splits, tree or plain.
 
-Where a card's table says what was measured to be fastest (`AttentionTiles`), that goes before the choices here.
+Measured tiles of a card's table (`AttentionTiles`) take precedence over the choices in this module.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 LOG2_E = 1.4426950408889634
 PROGRAMS_PER_SM = 3  # programs of the decode kernel that an H100 processor holds at once with the tile below
 MAX_SPLITS = 64
-FIXED_SPLITS = 8  # where a row's bits must not depend on the batch
+FIXED_SPLITS = 8  # used if a row's bits must not depend on the batch
 TREE_PROGRAMS_PER_SM = 1  # programs of the tree kernel that a plan aims at, per processor
 
 
@@ -29,7 +29,7 @@ class TileConfig:
 
 @dataclass(frozen=True, slots=True)
 class AttentionTiles:
-    """What was measured to be fastest on a card, for head dim 128 in 16 bits; None: the choices below."""
+    """The fastest tiles measured on a card, for head dim 128 in 16 bits. None: this module's choice."""
 
     extend: TileConfig | None = None  # of prompts that fill its rows
     decode: TileConfig | None = None  # but for its rows, which are the heads of a group
@@ -42,7 +42,7 @@ class AttentionTiles:
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """How matrix products of `dtype` round their inputs: fp32 in three tf32 products, which keep 22 of its 24 bits.
+    """The input precision of matrix products in `dtype`. fp32 uses three tf32 products, which keep 22 of its 24 bits.
 
     ("ieee" leaves the matrix units: at head dim 128 the compiler then spills thousands of registers.)
     """
@@ -76,9 +76,9 @@ def decode_config(head_dim: int, dtype: torch.dtype, group: int, tiles: Attentio
 def choose_num_splits(
     batch: int, num_kv_heads: int, max_kv_len: int, num_sms: int, programs_per_sm: int = PROGRAMS_PER_SM
 ) -> int:
-    """Choose how many parts `attention_decode` splits each row into: enough programs to keep every processor loading.
+    """Choose the number of splits of each row in `attention_decode`: enough programs to keep every processor loading.
 
-    A row shorter than splits x 64 keys uses fewer; `max_kv_len` is the longest the rows can become (the context when a
+    A row shorter than splits x 64 keys uses fewer. `max_kv_len`: the maximum length of the rows (the context when a
     graph is captured).
     """
     wanted = -(-programs_per_sm * num_sms // max(1, batch * num_kv_heads))
@@ -98,7 +98,7 @@ def tree_config(head_dim: int, dtype: torch.dtype, group: int, tiles: AttentionT
 
 @dataclass(frozen=True, slots=True)
 class AttentionShape:
-    """What one layer's cost depends on."""
+    """The parameters of one layer's cost."""
 
     num_heads: int
     num_kv_heads: int
@@ -107,14 +107,14 @@ class AttentionShape:
 
     @property
     def token_bytes(self) -> int:
-        """Keys and values of one position."""
+        """Bytes of one position's key and value."""
         return 2 * self.num_kv_heads * self.head_dim * self.element_bytes
 
 
 @dataclass(frozen=True, slots=True)
 class TreeCosts:
-    """Rates that decide between plain and tree attention. Not fitted yet: safe guesses, to be replaced by
-    what benchmarks/bench_attention.py prints on the card.
+    """Rates that decide between plain and tree attention. The defaults are cautious guesses; measure a card's rates
+    with benchmarks/bench_attention.py.
     """
 
     plain_bandwidth: float = 2.7e12  # bytes/s that plain decode reads
@@ -133,11 +133,11 @@ class TreeCostModel:
         self.costs = costs or TreeCosts()
 
     def plain_s(self, num_members: int, num_tokens: int) -> float:
-        """Time in which every member reads the segment by itself."""
+        """Time if every member reads the segment by itself."""
         return num_members * num_tokens * self.shape.token_bytes / self.costs.plain_bandwidth
 
     def tree_s(self, num_members: int, num_tokens: int) -> float:
-        """Time of the segment as part of a tree plan, without the plan's fixed cost."""
+        """Time of the segment in a tree plan, without the plan's fixed cost."""
         shape, costs = self.shape, self.costs
         group = shape.num_heads // shape.num_kv_heads
         tiles = -(-num_members // max(1, self.config.block_m // group))
@@ -147,13 +147,13 @@ class TreeCostModel:
         return max(flops / costs.tree_rate, read) + parts / costs.part_bandwidth
 
     def is_worth(self, num_members: int, num_tokens: int) -> bool:
-        """Whether one more segment pays, given that there is a plan; for `find_shared_segments`."""
+        """Return True if one more segment in an existing plan saves time; for `find_shared_segments`."""
         return self.tree_s(num_members, num_tokens) < self.plain_s(num_members, num_tokens)
 
     def should_use_tree(self, segments: Sequence[tuple[int, int]], num_suffix_tokens: int) -> bool:
-        """Whether a plan with these segments (members, tokens) beats plain decode by more than the model's error.
+        """Return True if a plan with these segments (members, tokens) beats plain decode beyond the model's error.
 
-        `num_suffix_tokens`, of all rows, cost the same either way; a gain below 2 % of the whole is not taken.
+        The `num_suffix_tokens` of all rows cost the same in both. A gain below 2 % of the whole is ignored.
         """
         plain = sum(self.plain_s(n, tokens) for n, tokens in segments)
         tree = sum(self.tree_s(n, tokens) for n, tokens in segments) + self.costs.fixed_s

@@ -1,8 +1,8 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
-"""The inner loop that every attention kernel shares: rows of queries against a run of paged keys and values.
+"""The inner loop of all attention kernels: rows of queries attend to a run of paged keys and values.
 
-One call keeps, for M query rows, the running maximum and sum of the softmax (base 2, scale folded in) and the weighted
-sum of values, all in fp32, while it walks key positions [low, high) in tiles of BLOCK_N (online softmax).
+One call processes key positions [low, high) in tiles of BLOCK_N (online softmax). For M query rows it keeps the running
+maximum and sum of the softmax (base 2, scale folded in) and the weighted sum of values, all in fp32.
 Source: FlashAttention-2, Dao 2023 (arXiv:2307.08691), section 3.1.
 """
 

@@ -1,20 +1,19 @@
-"""Tree attention for decode: the keys that several running sequences share are read once for all of them.
+"""Tree attention for decode: keys that several running sequences share are read once for all of them.
 
-Rows whose page lists begin with the same pages share those keys. For each run of pages shared by the same set of rows
-(a segment), one matrix product takes the queries of all members; the keys after a row's last segment (its suffix) are
-attended row by row. By log-sum-exp the parts merge to exactly softmax over the whole row:
+Rows whose page lists begin with the same pages share their keys. A segment is a run of pages shared by the same set of
+rows; one matrix product attends from the queries of all its members. The suffix of a row is the keys after its last
+segment; it is attended row by row. The log-sum-exp merges the parts to exactly the softmax over the whole row:
 
     out = sum_i 2^(lse_i - lse) part_i,    lse = log2 sum_i 2^lse_i
 
-Three pieces, all here but the kernel (tree_triton.py):
-`find_shared_segments` derives the segments from page tables, `plan_tree` cuts them into work items of about equal
-length in flat arrays, and `TreePlan` holds those arrays on the device at fixed addresses, so that a captured CUDA graph
-sees every later plan. Positions of a row, n its length:
+`find_shared_segments` derives the segments from page tables. `plan_tree` cuts them into work items of about equal
+length, in flat arrays. `TreePlan` holds these arrays on the device at fixed addresses, so a captured CUDA graph reads
+every later plan. The kernel is in tree_triton.py. Positions of a row of length n:
 
     [0 .. kv_start) shared segments, one after another    [kv_start .. n) suffix; grows each step without a new plan
 
 A plan is valid while the batch rows, their order and their shared pages stay the same. It never covers the last token.
-Not here: sliding windows, for which the caller uses plain decode.
+Not here: sliding windows; the caller uses plain decode for them.
 Source: cascade inference (FlashInfer, Ye et al. 2024), Hydragen (Juravsky et al. 2024) for the decomposition.
 """
 
@@ -52,7 +51,7 @@ class TreeWork:
 
     items: Int32  # [I, ITEM_FIELDS], longest first
     members: Int32  # [num_slots], batch row of each member of each item
-    member_slots: Int32  # [num_slots], where its result goes
+    member_slots: Int32  # [num_slots], the slot of its result
     slot_offsets: Int32  # [B + 1]
     kv_starts: Int32  # [B], where each row's suffix begins
 
@@ -73,7 +72,7 @@ class TreePlan:
         max_slots: int = 4096,
         side_stream: torch.cuda.Stream | None = None,
     ) -> None:
-        """Allocate. With `side_stream` the shared part runs beside the suffixes and a third kernel merges."""
+        """Allocate. With `side_stream` the shared part runs in parallel to the suffixes, and a third kernel merges."""
         self.max_rows, self.max_items, self.max_slots = max_rows, max_items, max_slots
         self.config = config
         self.side_stream = side_stream
@@ -122,11 +121,11 @@ class TreePlan:
 def find_shared_segments(
     page_table: Int32, kv_lens: Int32, page_size: int, is_worth: Callable[[int, int], bool]
 ) -> list[SharedSegment]:
-    """Find what the rows of `page_table` [B, W] (one per batch row) share, from the root down.
+    """Find the segments that rows of `page_table` [B, W] (one per batch row) share, from the root down.
 
     `kv_lens` [B] counts the current token, whose page is never shared. A page id stands for the page's whole prefix, as
-    in a radix cache: rows that hold the same page at the same index agree on everything before it. `is_worth(members,
-    tokens)` decides on each segment; the keys of one that is not worth it are left to the segments below it.
+    in a radix cache: rows with the same page at the same index have the same pages before it. `is_worth(members,
+    tokens)` decides on each segment; the keys of a rejected segment become part of the segments below it.
     """
     num_pages = np.maximum(kv_lens - 1, 0) // page_size
     rows = np.flatnonzero(num_pages > 0)
@@ -172,7 +171,7 @@ def plan_tree(
     max_items: int = 128,
     max_slots: int = 4096,
 ) -> TreeWork | None:
-    """Cut `segments` into about `target_programs` / K items of equal length; None when they do not fit the buffers.
+    """Cut `segments` into about `target_programs` / K items of equal length; None if they do not fit the buffers.
 
     `group` = H / K; `target_programs` = TREE_PROGRAMS_PER_SM x processors of the card. The segments of a row must
     follow each other without a gap from position 0.

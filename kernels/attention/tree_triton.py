@@ -1,12 +1,12 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
 """Triton kernel of tree attention's shared part; the suffixes and the merge are in decode_triton.py.
 
-Grid (K, max_items), programs past num_items stop at once. One program attends from the M = members x (H / K) query rows
-of one item and KV head to the item's run of keys: row m is member m // G, query head kv_head * G + m % G. It writes its
-part, normalised, in fp32, and the part's base-2 log-sum-exp to the slot of each member.
+Grid (K, max_items); programs past num_items stop at once. With G = H / K, one program attends from the M = members x G
+query rows of one item and KV head to the item's keys: row m is member m // G, query head kv_head * G + m % G. For each
+member it writes the normalised fp32 part and the part's base-2 log-sum-exp to the member's slot.
 
-Then the decode kernel does each row's keys from kv_starts on and merges all parts: by itself (one split, or the last
-split to finish), or in a third kernel when the shared part runs on a side stream at the same time.
+The decode kernel then attends to each row's keys from kv_starts on and merges all parts, either itself (one split, or
+the last split to finish) or in a third kernel, if the shared part runs at the same time on a side stream.
 
 To tune on a card: sequential against side stream.
 """
@@ -34,7 +34,7 @@ def attention_tree_triton(
     out: Tensor | None = None,
     suffix_config: TileConfig | None = None,
 ) -> Tensor:
-    """Launch `attention_decode`, keys that `plan` shares read once per group; `suffix_config` is the decode tile."""
+    """Launch `attention_decode`, reading keys shared in `plan` once per group. `suffix_config`: the decode tile."""
     _, num_heads, head_dim = q.shape
     part = torch.empty(plan.max_slots, num_heads, head_dim, dtype=torch.float32, device=q.device)
     lse = torch.empty(plan.max_slots, num_heads, dtype=torch.float32, device=q.device)

@@ -1,1 +1,1 @@
-"""Token masks of closed automata on the device, and the walk of sampled tokens."""
+"""Token masks of closed automata on the device, and the transitions of sampled tokens."""

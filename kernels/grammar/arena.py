@@ -1,15 +1,15 @@
-"""One block of device memory that holds several grammars at once, so that captured graphs need no new addresses.
+"""One block of device memory for several grammars at once, so captured graphs need no new addresses.
 
-States of all grammars are numbered through:
+The states of all grammars have global numbers:
 
     0                    free: everything is allowed, no token leaves it
     1 .. S               host mask of slot state - 1: the host writes its row before each step; no token leaves it
     S + 1                final: only end tokens are allowed; no token leaves it
     S + 2 ..             the states of resident grammars, each a contiguous range
 
-Mask rows are interned by content across all grammars; rows 0 .. S + 1 are those of the special states. A grammar's
-device copy is shared by all its sequences and counted; when space is short, those without users leave, the longest
-unused first.
+Equal mask rows are stored once for all grammars; rows 0 .. S + 1 belong to the special states. All sequences of a
+grammar share its device copy, which counts its users. If space is short, grammars without users are evicted, the least
+recently used first.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class ResidentGrammar:
 
 
 class GrammarArena:
-    """Fixed tensors for masks and transitions of many grammars; not thread-safe, owned by the engine loop."""
+    """Fixed tensors for masks and transitions of many grammars. Not thread-safe; owned by the engine loop."""
 
     def __init__(
         self,
@@ -102,12 +102,12 @@ class GrammarArena:
         self._resident: OrderedDict[Hashable, ResidentGrammar] = OrderedDict()  # least recently used first
 
     def advance(self, rows: Tensor, sampled: Tensor, state: Tensor, budgets: Budgets | None = None) -> None:
-        """Do `advance_states_reference` for the slots `rows`; may be part of a CUDA graph."""
+        """Run `advance_states_reference` for the slots `rows`. May be part of a CUDA graph."""
         run = advance_states_triton if rows.is_cuda else advance_states_reference
         run(rows, sampled, state, self.automata, self.tokens, budgets)
 
     def warm_up(self) -> None:
-        """Compile what the first grammar needs, by the smallest one there is; it leaves nothing behind."""
+        """Compile the kernels that the first grammar needs, by loading and removing a minimal grammar."""
         nothing = AutomatonTables(
             np.zeros(256, dtype=np.uint8), np.full((1, 1), -1, dtype=np.int32), np.ones(1, dtype=np.bool_)
         )
@@ -116,7 +116,7 @@ class GrammarArena:
         self._free(self._resident.pop(key))
 
     def masks(self, state: Tensor) -> GrammarTables:
-        """Return what the sampler reads, for the slots' states int32 [S + 1]."""
+        """Return the sampler's tables for the slots' states, int32 [S + 1]."""
         return GrammarTables(state, self.mask_index, self.mask_rows)
 
     def host_state(self, slot: int) -> int:
@@ -128,13 +128,13 @@ class GrammarArena:
         self.mask_rows.index_copy_(0, slots.long() + 1, masks)
 
     def acquire(self, key: Hashable, tables: AutomatonTables) -> int:
-        """Make a grammar resident, or find it so, and count a user; return the global id of its local state 0.
+        """Make a grammar resident, unless it is, and count a user. Returns the global number of its local state 0.
 
         `key` identifies (grammar, vocabulary). Cost when new: an upload, one kernel for each 1,024 distinct masks, and
         a synchronisation to intern them.
 
         Raises:
-            GrammarTooLarge: it does not fit beside the grammars in use.
+            GrammarTooLarge: the grammar does not fit beside the grammars in use.
         """
         resident = self._resident.get(key)
         if resident is not None:
@@ -152,7 +152,7 @@ class GrammarArena:
         return resident.base
 
     def release(self, key: Hashable) -> None:
-        """Count a user less; the grammar stays resident until its space is needed."""
+        """Count a user less. The grammar stays resident until its space is needed."""
         resident = self._resident[key]
         assert resident.num_users > 0, key
         resident.num_users -= 1
@@ -233,7 +233,7 @@ class GrammarArena:
         self.mask_index[resident.base : resident.base + resident.num_states] = rows
 
     def _intern(self, resident: ResidentGrammar, built: Tensor, weights: Tensor) -> NDArray[np.int32]:
-        """Enter rows by content and return their row numbers; the copied ones are those not seen before."""
+        """Intern rows by content and return their row numbers. Only new rows are copied."""
         digests = (built.long().unsqueeze(1) * weights).sum(-1).tolist()
         numbers = np.empty(len(digests), dtype=np.int32)
         sources: list[int] = []
@@ -266,7 +266,7 @@ def _hash_weights(num_words: int, device: torch.device) -> Tensor:
 
 @dataclass(slots=True)
 class _RowTable:
-    """Mask rows by digest, with a count of users each. Owner: the arena."""
+    """Mask rows by digest, each with a count of its users. Owner: the arena."""
 
     first: int
     capacity: int
@@ -283,7 +283,7 @@ class _RowTable:
         return len(self._free)
 
     def acquire(self, digest: tuple[int, ...]) -> tuple[int | None, bool]:
-        """Return (row, whether it is new), or (None, False) where there is no free row."""
+        """Return (row, whether it is new), or (None, False) if no row is free."""
         row = self._by_digest.get(digest)
         if row is not None:
             self._users[row] += 1
@@ -302,7 +302,7 @@ class _RowTable:
 
 
 class _RangeAllocator:
-    """First fit over [start, start + size); free ranges are kept sorted and merged."""
+    """A first-fit allocator over [start, start + size). Free ranges are kept sorted and merged."""
 
     def __init__(self, start: int, size: int) -> None:
         self._free: list[tuple[int, int]] = [(start, start + size)]

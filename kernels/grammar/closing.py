@@ -1,11 +1,12 @@
-"""The shortest way out of every state of a closed automaton, in tokens: how a text is finished before its budget ends.
+"""The shortest completion of every state of a closed automaton, in tokens. It finishes a text within its budget.
 
-For each state: the canonical completion is a shortest text to an accepting state (one fixed choice of bytes), and
+The canonical completion of a state is a shortest text to an accepting state (one fixed choice of bytes), and
 
-    need[s]  = fewest tokens that write it      token[s] = the first of them      (0 and none where s accepts)
+    need[s]  = fewest tokens that write it      token[s] = the first of them      (0 and none if s accepts)
 
-need is found from accepting states outwards: 1 + the least need of the states after the tokens that begin the way.
-Runs on the host, once a grammar, compiled and without the interpreter's lock. Used by `GrammarArena.advance`.
+need is computed from the accepting states outwards: 1 + the least need of the states after tokens that begin the
+completion. Runs on the host once per grammar, compiled and without the interpreter's lock. Used by
+`GrammarArena.advance`.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ Int64 = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class TokenTrie:
-    """The tokens that a text may be written with. Node 0 is the root, node i + 1 is reached by keys[i].
+    """A trie of the tokens that may write a text. Node 0 is the root; keys[i] leads to node i + 1.
 
-    keys: int64, ascending, parent * 256 + byte. token: int32 [nodes], -1 where none ends. longest: bytes of a token.
+    keys: int64, ascending, parent * 256 + byte. token: int32 [nodes], -1 if no token ends there. longest: bytes of the
+    longest token.
     """
 
     keys: Int64
@@ -38,7 +40,7 @@ class TokenTrie:
 
     @classmethod
     def create(cls, token_bytes: Sequence[bytes], never: Iterable[int] = ()) -> TokenTrie:
-        """Make the trie of all but empty tokens, those of more than 64 bytes, and the ids `never`."""
+        """Make the trie of all tokens, except empty ones, those of more than 64 bytes, and the ids `never`."""
         lengths = np.fromiter((len(piece) for piece in token_bytes), dtype=np.int64, count=len(token_bytes))
         lengths[[token for token in never if token < len(lengths)]] = 0
         lengths[lengths > _LONGEST_TOKEN] = 0
@@ -65,7 +67,7 @@ class TokenTrie:
 
 @dataclass(frozen=True, slots=True)
 class ClosingTable:
-    """need, token: int32 [num_states]; need is IMPOSSIBLE, and token -1, where no tokens write the completion."""
+    """need, token: int32 [num_states]. If no tokens write a state's completion, need is IMPOSSIBLE and token is -1."""
 
     need: Int32
     token: Int32
@@ -74,7 +76,7 @@ class ClosingTable:
 def closing_table(
     byte_class: NDArray[np.uint8], transitions: Int32, accepting: NDArray[np.bool_], trie: TokenTrie
 ) -> ClosingTable:
-    """Find the way out of every state; arguments as in `mask.AutomatonTables`."""
+    """Find the completion of every state. Arguments as in `mask.AutomatonTables`."""
     num_states, num_columns = transitions.shape
     byte_of = np.zeros(num_columns, dtype=np.int64)
     for byte in [

@@ -1,12 +1,12 @@
-"""Token masks of closed automata and the walk of sampled tokens, on the device.
+"""Token masks of closed automata, and the transitions of sampled tokens, on the device.
 
-An automaton reads bytes: state' = transitions[state, byte_class[byte]], -1 where the byte is refused. A token is
-allowed in a state when the walk of its bytes is not refused; an end token exactly where the state is accepting; a token
-without bytes (a special token) never. Masks depend on the state alone, so they are built once, when a grammar becomes
-resident, and only one for each class of states that no token can tell apart (`mask_classes`).
+An automaton reads bytes: state' = transitions[state, byte_class[byte]], or -1 if the byte is refused. A token is
+allowed in a state if the automaton refuses none of its bytes. An end token is allowed if the state is accepting. A
+token without bytes (a special token) is never allowed. A mask depends only on the state, so masks are built once, when
+a grammar becomes resident. States that no token distinguishes share one mask (`mask_classes`).
 
-Not here: the memory that holds several grammars at once (`arena.py`); the kernels (`mask_triton.py`);
-masks of open automata, which the host computes.
+Not here: the memory for several grammars at once (`arena.py`), the kernels (`mask_triton.py`), and masks of open
+automata, which the host computes.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ END = -1
 
 @dataclass(frozen=True, slots=True)
 class AutomatonTables:
-    """A closed automaton as numpy arrays; the start state is 0, and every state can reach an accepting one.
+    """A closed automaton as numpy arrays. The start state is 0, and every state can reach an accepting one.
 
     byte_class: uint8 [256]. transitions: int32 [num_states, num_classes], -1 = refused. accepting: bool [num_states].
-    closing: the ways out, for texts that must end within a budget; None leaves them alone.
-    mask_classes: what the function of this name returns, where it was asked before; None leaves it to the arena.
+    closing: the shortest completions, for texts that must end within a budget; None: texts are not closed.
+    mask_classes: the result of the function `mask_classes`; None: the arena computes it.
     """
 
     byte_class: NDArray[np.uint8]
@@ -50,8 +50,8 @@ class TokenTable:
     """The bytes of every token on the device.
 
     lengths: int32 [V]; 0 (`NEVER`) for tokens that no grammar may write, -1 (`END`) for end tokens.
-    by_position: uint8 [longest, V], so that a step of a walk reads neighbouring tokens together.
-    flat: uint8, all bytes in token order; offsets: int32 [V], so that the walk of one token reads neighbouring bytes.
+    by_position: uint8 [longest, V]; byte i of all tokens is contiguous, for walks of many tokens at once.
+    flat: uint8, all bytes in token order; offsets: int32 [V]; a token's bytes are contiguous, for walks of one token.
     """
 
     lengths: Tensor
@@ -77,7 +77,7 @@ class TokenTable:
         vocab_size: int | None = None,
         device: torch.device | str = "cpu",
     ) -> TokenTable:
-        """Make the table; ids from len(token_bytes) to vocab_size, special ids and empty tokens are never allowed."""
+        """Make the table. Ids from len(token_bytes) to vocab_size, special ids and empty tokens are never allowed."""
         vocab_size = len(token_bytes) if vocab_size is None else vocab_size
         lengths = np.zeros(vocab_size, dtype=np.int32)
         lengths[: len(token_bytes)] = [len(piece) for piece in token_bytes]
@@ -100,12 +100,12 @@ class TokenTable:
 
 @dataclass(frozen=True, slots=True)
 class ResidentAutomata:
-    """Tables of all resident automata; states are numbered through. Read by the kernels, written by the arena.
+    """Tables of all resident automata, with global state numbers. Read by the kernels, written by the arena.
 
     transitions: int32, flat; the row of state s starts at state_row[s] (int64 [states]) and holds global states or -1.
     state_grammar: int32 [states], the row of byte_class, or -1 for states that no token leaves.
     byte_class: uint8 [grammars, 256]. accepting: bool [states]. final_state: the state after an end token.
-    need, closing_token: int32 [states], as in `closing`; need is IMPOSSIBLE where nothing is to be closed.
+    need, closing_token: int32 [states], as in `closing`; need is IMPOSSIBLE for texts that are not closed.
     """
 
     transitions: Tensor
@@ -120,11 +120,11 @@ class ResidentAutomata:
 
 @dataclass(frozen=True, slots=True)
 class Budgets:
-    """Until when texts must be finished.
+    """The token budgets within which constrained texts must be finished.
 
-    positions: int32 [B], the sampled token's index in its sequence. close_at: int32 [S + 1] by slot, tokens that the
-    sequence may have in all (0: no limit). end_token: int32 [S + 1], 1 + the token that ends the text where it may end
-    (0: none may).
+    positions: int32 [B], the sampled token's index in its sequence. close_at: int32 [S + 1] by slot, maximum length of
+    the sequence in tokens (0: no limit). end_token: int32 [S + 1], 1 + the token that ends a complete text (0: there is
+    none).
     """
 
     positions: Tensor
@@ -158,12 +158,13 @@ def advance_states_reference(
     tokens: TokenTable,
     budgets: Budgets | None = None,
 ) -> None:
-    """Move the state of every slot in `rows` (int32 [B]) past its sampled token (int [B]), in place.
+    """Advance the state of every slot in `rows` (int32 [B]) by its sampled token (int [B]), in place.
 
-    state: int32 [S + 1]. Slots in states that no token leaves (free, host-masked, final) keep them. After an end token,
-    or a token that is refused, the state is `automata.final_state`.
-    With `budgets`, a token after which too few are left to finish the text, where before it there were enough, is
-    replaced in `sampled` by the first of the shortest completion, or by the end token where the text may end.
+    state: int32 [S + 1]. Slots in states that no token leaves (free, host-masked, final) keep them. After an end token
+    or a refused token, the state is `automata.final_state`.
+    With `budgets`, a token is replaced in `sampled` if the remaining budget sufficed to finish the text before it, but
+    no longer after it. The replacement is the first token of the shortest completion, or the end token if the text may
+    end.
     """
     for index, (row, token) in enumerate(zip(rows.tolist(), sampled.tolist(), strict=True)):
         before = int(state[row])
@@ -182,7 +183,7 @@ def advance_states_reference(
 
 
 def _walk(state: int, token: int, automata: ResidentAutomata, tokens: TokenTable) -> int:
-    """The state after a token; the final one after an end token, or where it is refused."""
+    """The state after a token; the final state after an end token or a refused one."""
     length, offset = int(tokens.lengths[token]), int(tokens.offsets[token])
     if length <= 0:
         return automata.final_state
@@ -208,10 +209,10 @@ def pack_mask(allowed: Tensor) -> Tensor:
 def mask_classes(
     transitions: NDArray[np.int32], accepting: NDArray[np.bool_], depth: int
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Group states whose masks must be equal, because no string of at most `depth` bytes tells them apart.
+    """Group states whose masks must be equal, because no string of at most `depth` bytes distinguishes them.
 
-    Returns (class_of int32 [num_states], representative int32 [num_classes]). Round k splits states by which class of
-    round k - 1 each byte leads to; the accepting flag counts at the state itself alone (end tokens have no bytes).
+    Returns (class_of int32 [num_states], representative int32 [num_classes]). Round k splits states by the classes of
+    round k - 1 to which their bytes lead. The accepting flag counts only for the state itself: end tokens have no bytes.
     Source: partition refinement, Moore 1956, stopped after `depth` rounds. Signatures are 64-bit sums of random values.
     """
     num_states, num_columns = transitions.shape

@@ -1,9 +1,10 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
 """The Triton kernels of `mask`.
 
-`_build_kernel`, grid (states, blocks of 1,024 tokens): all tokens of the block walk together, one byte a turn, until
-each is refused or at its end; the program stops when none walks. A tile is [32 words, 32 bits].
-`_advance_kernel`, grid (B): one program walks one sampled token, and another one where that one leaves no way out.
+`_build_kernel`, grid (states, blocks of 1,024 tokens): all tokens of a block advance together, one byte per iteration,
+until each is refused or complete. A tile is [32 words, 32 bits].
+`_advance_kernel`, grid (B): one program advances by one sampled token, or by its replacement if the sampled token would
+leave too small a budget.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def advance_states_triton(
     tokens: TokenTable,
     budgets: Budgets | None = None,
 ) -> None:
-    """Launch the kernel of `advance_states_reference`; may be part of a CUDA graph."""
+    """Launch the kernel of `advance_states_reference`. May be part of a CUDA graph."""
     if len(rows) == 0:
         return
     _advance_kernel[(len(rows),)](

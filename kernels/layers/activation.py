@@ -1,7 +1,7 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
 """Gated activations of the feed-forward block: act(gate) * up, from one fused [T, 2 * I] product (gate first).
 
-Kernel: one program per row and block of columns; fp32 arithmetic, rounded once on a CPU, too.
+Kernel: one program per row and block of columns. fp32 arithmetic with one rounding at the end, also on a CPU.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
-"""Linear layers of very small batches: y = x @ W.T read at the speed of memory, with what surrounds it folded in.
+"""Linear layers of very small batches: y = x @ W.T at memory speed, with the surrounding operations folded in.
 
-At B <= 16 a product's time is that of reading W [N, K] once. Every program owns BLOCK_N outputs, so no two programs add
-to one number and the result does not depend on timing; K is walked in tiles, several of them in flight.
+At B <= 16 a product takes as long as one read of W [N, K]. Each program owns BLOCK_N outputs, so no two programs add to
+one number, and the result does not depend on timing. A program iterates over K in tiles, several of them in flight.
 
     y = norm(x) @ W.T + bias + residual          norm, bias and residual optional
     y = silu(norm(x) @ G.T) * (norm(x) @ U.T)    W = [G; U]
 
 Two kernels. "sum" (B = 1): products in registers, one fp32 sum per thread and element, reduced once at the end. "dot":
-x padded to 16 rows, on the tensor cores; its order of summation does not depend on B. Accumulation in fp32. What is
-folded in is rounded to the model dtype where the separate operations would round.
+x padded to 16 rows, on the tensor cores; its order of summation does not depend on B. Accumulation in fp32. The folded
+operations round to the model dtype at the same points as the separate operations.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ MAX_ROWS = 16
 
 @dataclass(frozen=True, slots=True)
 class GemvConfig:
-    """How a launch is cut: the kernel ("sum" or "dot"), outputs and depth of a tile, tiles in flight, warps.
+    """A launch configuration: the kernel ("sum" or "dot"), outputs and depth of a tile, tiles in flight, warps.
 
-    early_launch: start while the kernel before is still running, and fetch weights into the L2 cache until it has ended
+    early_launch: start while the previous kernel is still running, and fetch weights into the L2 cache until it ends
     (programmatic dependent launch, Hopper and later).
     """
 
@@ -53,7 +53,7 @@ def gemv_reference(
 ) -> Tensor:
     """Return norm(x) @ weight.T + bias + residual, [B, N], for x [B, K], B <= 16; weight [N, K].
 
-    norm_weight: [K], RMS norm of x where given. residual: [B, N].
+    norm_weight: [K], weight of an RMS norm of x; None: no norm. residual: [B, N].
     """
     if norm_weight is not None:
         x = rms_norm_reference(x, norm_weight, eps)
@@ -69,7 +69,7 @@ def gemv_silu_and_mul_reference(
 
 
 def choose_config(num_rows: int, num_outputs: int, depth: int, is_gated: bool) -> GemvConfig:
-    """Return how to cut a product; `num_outputs` are those of one half where gated."""
+    """Choose a launch configuration. `num_outputs`: number of outputs; of one half if gated."""
     if num_rows == 1:
         return GemvConfig("sum", 4 if is_gated or num_outputs <= 8192 else 8, 1024, 3, 4)
     return GemvConfig("dot", 16 if num_outputs <= 8192 else 32, 256, 4, 4)
@@ -257,16 +257,16 @@ def _dot_kernel(
 
 @jit
 def gated(gate, up, dtype: tl.constexpr):
-    """Return silu(gate) * up, both rounded to the model dtype first, as the separate product would leave them."""
+    """Return silu(gate) * up, both first rounded to the model dtype, as a separate product would do."""
     gate = gate.to(dtype).to(tl.float32)
     return gate * tl.sigmoid(gate) * up.to(dtype).to(tl.float32)
 
 
 @jit
 def start_early(weight_ptr, output, num_outputs, depth, IS_GATED: tl.constexpr, COLUMNS: tl.constexpr):
-    """Let the next kernel start, fetch the head of this program's weights to L2, and wait for the kernel before.
+    """Let the next kernel start, fetch the first of this program's weights to L2, and wait for the previous kernel.
 
-    Weights are constants, so they may be touched before the wait; everything else may not.
+    Only weights may be read before the wait, because they are constants.
     """
     tl.extra.cuda.gdc_launch_dependents()
     line = tl.arange(0, COLUMNS // 64) * 64  # 128-byte lines of 2-byte weights
@@ -280,7 +280,7 @@ def start_early(weight_ptr, output, num_outputs, depth, IS_GATED: tl.constexpr, 
 
 @jit
 def fetch_line(address):
-    """Ask for the cache lines at a tile of addresses; returns before they arrive."""
+    """Prefetch the cache lines at a tile of addresses. Returns before they arrive."""
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1
     )

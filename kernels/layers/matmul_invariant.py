@@ -1,12 +1,12 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
-"""Products whose rows do not depend on each other's number: what `--deterministic` computes linear layers with.
+"""Batch-invariant products: a row's bits do not depend on the number of rows. For linear layers in `--deterministic`.
 
     y = x @ W.T + bias        x [T, K], W [N, K]; accumulation in fp32
 
-A library picks its tiles, and whether it splits K, by T; then a row's last bits change with the batch. Here there is
-one tile shape for every T, and each output is one sum over K in one order. Grid (N / BLOCK_N x T / BLOCK_M), in groups
-of row blocks that share weights in the L2 cache. Small batches pay for padded rows; its cost is measured by
-benchmarks/bench_kernels.py.
+A library chooses its tiles and its splits of K by T, so a row's last bits change with the batch. This kernel has one
+tile shape for every T, and each output is one sum over K in one order. Grid (N / BLOCK_N x T / BLOCK_M), in groups of
+row blocks that share weights in the L2 cache. Small batches pay for padded rows; benchmarks/bench_kernels.py measures
+the cost.
 Source of the idea: He et al. 2025, "Defeating Nondeterminism in LLM Inference" (Thinking Machines Lab).
 """
 
@@ -28,7 +28,7 @@ def matmul_invariant(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
 
 
 def matmul_invariant_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Specification of the values (not of the bits: the CPU's library chooses by T, too) and CPU path."""
+    """CPU path, and specification of the values. The bits may differ, because the CPU's library also chooses by T."""
     return F.linear(x, weight, bias)
 
 
@@ -81,7 +81,7 @@ def _matmul_kernel(
     row = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
     output = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     column = tl.arange(0, BLOCK_K)
-    # Rows and outputs past the end read the last one again: no masks in the loop, and nothing of them is stored.
+    # Rows and outputs past the end read the last one again, so the loop needs no masks. They are not stored.
     x_row = tl.minimum(row, num_rows - 1).to(tl.int64)
     weight_row = tl.minimum(output, num_outputs - 1).to(tl.int64)
     x_tile_ptr = x_ptr + x_row[:, None] * x_stride + column[None, :]

@@ -1,11 +1,11 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
-"""Root-mean-square norm, alone and fused with the residual add that precedes it.
+"""Root-mean-square norm, alone or fused with the preceding residual add.
 
     y = x / sqrt(mean(x^2) + eps) * weight          (mean over the last axis, in fp32)
 
 Kernel: one program per row, the whole row in registers; sums in fp32.
 
-Not here: Gemma's (1 + weight), which the loader folds into the weight; layer norm with a mean and a bias.
+Not here: Gemma's (1 + weight), which the loader folds into the weight, and layer norm with a mean and a bias.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from ramet.kernels.triton_support import jit, next_power_of_two, tl
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
-    """Normalise the last axis of `x` [T, N] by `weight` [N]; computed in fp32, returned in `dtype`, else x's."""
+    """Normalise the last axis of `x` [T, N] by `weight` [N]. Computed in fp32, returned in `dtype` (None: x's)."""
     return F.rms_norm(x.to(weight.dtype), weight.shape, weight, eps).to(dtype or x.dtype)
 
 
 def fused_add_rms_norm_reference(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Add `x` to `residual` (both [T, N]) and normalise the sum; return (normed, new_residual).
+    """Add `x` to `residual` (both [T, N]) and normalise the sum. Returns (normed, new_residual).
 
-    The sum is rounded to the residual's dtype first, so that it equals an unfused add followed by a norm. `normed` is
-    in `dtype`, else the residual's.
+    The sum is first rounded to the residual's dtype, so the result equals an unfused add followed by a norm. `normed`
+    is in `dtype` (None: the residual's).
     """
     new_residual = (x + residual).to(residual.dtype)
     return rms_norm_reference(new_residual, weight, eps, dtype), new_residual
 
 
 def rms_norm_triton(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
-    """Launch the kernel of `rms_norm_reference`; x may have a row stride, its last axis is contiguous."""
+    """Launch the kernel of `rms_norm_reference`. x may have a row stride; its last axis is contiguous."""
     assert dtype is None or dtype is x.dtype, "a GPU computes in one dtype"
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rows = x if x.dim() == 2 else x.view(-1, x.shape[-1])

@@ -6,10 +6,10 @@ For a head vector with halves (x1, x2), and cos and sin of its position (D/2 val
     y1 = x1 * cos - x2 * sin
     y2 = x2 * cos + x1 * sin
 
-which is Hugging Face's llama convention (halves, not interleaved pairs). Rotation is in fp32, results in model dtype.
-Kernel: one program per token and block of heads; the first programs of a token do q, the rest k and v.
+This is Hugging Face's llama convention (halves, not interleaved pairs). Rotation is in fp32, results in model dtype.
+Kernel: one program per token and block of heads; the first programs of a token do q, the others k and v.
 
-Not here: the tables themselves (base, llama3 scaling): the model builds them once.
+Not here: the tables of cos and sin (base, llama3 scaling), which the model builds once.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ def rope_and_write_kv_reference(
     k_norm_weight: Tensor | None = None,
     eps: float = 1e-6,
 ) -> Tensor:
-    """Rotate q and k by position, write k and v to their cache slots, return the rotated q [T, H, D] (contiguous).
+    """Rotate q and k by position, and write k and v to their cache slots. Returns the rotated q [T, H, D], contiguous.
 
-    q: [T, H, D]; k, v: [T, K, D]; views of a fused product are fine as long as the last axis is contiguous.
+    q: [T, H, D]; k, v: [T, K, D]; they may be views of a fused product if the last axis is contiguous.
     cos, sin: fp32 [max_pos, D/2]. positions: int32 or int64 [T]. kv_slots: int32 [T], page * P + offset.
     k_cache, v_cache: [N, K, P, D], changed in place. q_norm_weight, k_norm_weight: [D], applied before the rotation.
-    Padded tokens carry slot 0: page 0 is nobody's, so what lies there is undefined.
+    Padded tokens have slot 0: page 0 has no owner, and its content is undefined.
     """
     if q_norm_weight is not None:
         q = rms_norm_reference(q, q_norm_weight, eps)
@@ -85,7 +85,7 @@ def rope_and_write_kv_triton(
     k_norm_weight: Tensor | None = None,
     eps: float = 1e-6,
 ) -> Tensor:
-    """Launch the kernel of `rope_and_write_kv_reference`; both caches have the same strides."""
+    """Launch the kernel of `rope_and_write_kv_reference`. Both caches have the same strides."""
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads, page_size = k.shape[1], k_cache.shape[2]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -144,7 +144,7 @@ def _rope_kernel(
 
 @jit
 def _load_halves(source, weight_ptr, column, inside, eps, HALF: tl.constexpr, NORM: tl.constexpr):
-    """Return both halves of a block of heads in fp32, normalised per head where NORM."""
+    """Return both halves of a block of heads in fp32, normalised per head if NORM."""
     loaded_first = tl.load(source, mask=inside, other=0.0)
     loaded_second = tl.load(source + HALF, mask=inside, other=0.0)
     first, second = loaded_first.to(tl.float32), loaded_second.to(tl.float32)

@@ -1,1 +1,1 @@
-"""From logits to tokens: edits, sampling, log-probabilities."""
+"""Operations on logits: edits, sampling, log-probabilities."""

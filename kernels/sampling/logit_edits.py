@@ -1,14 +1,14 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
-"""Penalties, biases and minimum lengths: what they do to logits, and tables of them on the device.
+"""Penalties, biases and minimum lengths: their effect on logits, and their tables on the device.
 
 Logits x of the next token become, in this order, in fp32 (repetition: Keskar et al. 2019, arXiv:1909.05858; the other
 penalties: OpenAI's API reference; the order: vLLM's):
 
     bias         x + bias
     minimum      -inf for the tokens that would end the text, at positions below the minimum length
-    repetition   tokens of prompt or output: x / r where x is positive, x * r where it is not
-    frequency    x - f * (how often the token was generated)
-    presence     x - p where it was generated
+    repetition   tokens of prompt or output: x / r if x is positive, otherwise x * r
+    frequency    x - f * (number of times that the token was generated)
+    presence     x - p if the token was generated
 
 `edit_logits_reference` is the specification of every form: the kernel, and the host's edits, which touch a few tokens
 instead of the whole vocabulary. A slot's edits are a row of the tables; row 0 stands for none, and costs nothing. The
@@ -37,10 +37,10 @@ _CHUNK = 8192
 class EditTables:
     """Rows of edits. slot_row: int32 [S + 1], each slot's row (0: none).
 
-    words: int32 [R + 1, V]; bits 0..29 how often a token was generated, bit 30 (`IN_PROMPT`) whether it is in the
-    prompt, where that matters, bit 31 (`ENDS_TEXT`) whether it is out below the minimum length. bias: fp32 [R + 1, V].
-    parameters: int32 [R + 1, 4], columns as in `PARAMETERS`: three floats as their bits, and the first position at
-    which the text may end. edited: fp32 [R + 1, V], written by `edit_logits`.
+    words: int32 [R + 1, V]; bits 0..29: number of times that a token was generated; bit 30 (`IN_PROMPT`): it is in the
+    prompt (set only if that matters); bit 31 (`ENDS_TEXT`): it is excluded below the minimum length. bias: fp32
+    [R + 1, V]. parameters: int32 [R + 1, 4], columns as in `PARAMETERS`: the bits of three floats, and the first
+    position at which the text may end. edited: fp32 [R + 1, V], written by `edit_logits`.
     """
 
     slot_row: Tensor
@@ -51,7 +51,7 @@ class EditTables:
 
     @classmethod
     def create(cls, num_rows: int, vocab_size: int, device: torch.device | str = "cpu") -> EditTables:
-        """Make tables in which nothing is edited, for no slots yet; 12 bytes a row and token."""
+        """Make tables without edits, not yet for any slots. They take 12 bytes per row and token."""
 
         def zeros(size: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros((num_rows + 1, size), dtype=dtype, device=device)
@@ -66,7 +66,7 @@ class EditTables:
         )
 
     def of_slots(self, slot_row: Tensor) -> EditTables:
-        """The same tables, for slots whose rows are int32 [S + 1]."""
+        """The same tables for slots with these rows, int32 [S + 1]."""
         return dataclasses.replace(self, slot_row=slot_row)
 
     @property

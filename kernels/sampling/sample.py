@@ -1,20 +1,20 @@
 """Choose each row's next token: mask, temperature, top-k, top-p, min-p, then Gumbel-max with counter-based noise.
 
-Slots with penalties, biases or a minimum length are sampled from their edited logits (`logit_edits.py`). Filters are
-applied in this order, each on what the one before left:
+Slots with penalties, biases or a minimum length are sampled from their edited logits (`logit_edits.py`). The filters
+run in this order, each on the tokens that the previous ones kept:
 
-    1. mask          tokens outside the grammar's (or the caller's) bit mask, and padded columns, are out
+    1. mask          remove tokens outside the grammar's (or the caller's) bit mask, and padded columns
     2. temperature   x = logit / temperature; temperature 0 (under 1e-5) takes the largest logit and skips the rest
     3. top-k         keep x >= the k-th largest x
-    4. top-p         on what is left, renormalised: keep the likeliest tokens until their mass reaches p
+    4. top-p         renormalise; keep the most likely tokens until their mass reaches p
     5. min-p         keep probability >= min_p * the largest probability
 
-Every filter is a threshold on x, so tokens that tie at a border are all kept: the result does not depend on an order of
-equal logits (bf16 logits tie often). top_k = 1 is greedy. The token is argmax(x + g) over the kept ones, where g is
-Gumbel noise from a hash of (seed, position, token id): the same whatever the batch, its padding, or the filters.
-NaN logits count as -inf. A row without any finite logit gives token 0 and sets its slot's error flag.
+Every filter is a threshold on x, so tokens that tie at the threshold are all kept: the result does not depend on the
+order of equal logits (bf16 logits tie often). top_k = 1 is greedy. The token is argmax(x + g) over the kept tokens,
+where g is Gumbel noise from a hash of (seed, position, token id). The noise does not depend on the batch, its padding
+or the filters. NaN logits count as -inf. A row without any finite logit gives token 0 and sets its slot's error flag.
 
-The kernels are in `sample_triton.py`; greedy rows compiled for the CPU in `cpu/greedy.py`. Not here: penalties and
+The GPU kernels are in `sample_triton.py`, the CPU kernel for greedy rows in `cpu/greedy.py`. Not here: penalties and
 biases (`logit_edits.py`), log-probabilities (`logprobs.py`).
 Source of Gumbel-max: Gumbel 1954; of accepting or raising a pivot instead of sorting: FlashInfer's sampling kernels.
 """
@@ -43,7 +43,7 @@ class GrammarTables:
     """Token masks by automaton state, resident on the device.
 
     state: int32 [S + 1], each slot's state. mask_index: int32 [num_states], the mask row of a state.
-    mask_rows: int32 [M, W]; bit t % 32 of word t // 32 is 1 where token t is allowed. State 0 allows everything.
+    mask_rows: int32 [M, W]; bit t % 32 of word t // 32 is 1 if token t is allowed. State 0 allows everything.
     """
 
     state: Tensor
@@ -51,8 +51,8 @@ class GrammarTables:
     mask_rows: Tensor
 
 
-# The sampling values that the sampler reads for each slot, as a slot has them that takes the largest logit. What is a
-# float here is an fp32 column of the slot tables, the others are int32.
+# The sampling values of a greedy slot. Values that are floats here are fp32 columns of the slot tables, the others are
+# int32.
 GREEDY_SLOT: Mapping[str, float] = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 
 
@@ -61,7 +61,7 @@ class SamplingTables:
     """How each slot samples; one entry per slot and one for the dummy slot (the last). Changed in place by their owner.
 
     temperature, top_p, min_p: fp32 [S + 1]. top_k: int32 [S + 1] (0: off). seed_low, seed_high: int32 [S + 1], halves
-    of a 64-bit seed. error: int32 [S + 1], set to 1 by `sample` where a row had no finite logit, cleared by the owner.
+    of a 64-bit seed. error: int32 [S + 1]; `sample` sets it to 1 if a row has no finite logit, the owner clears it.
     """
 
     temperature: Tensor
@@ -87,7 +87,7 @@ class SamplingTables:
 
 
 def split_seed(seed: int) -> tuple[int, int]:
-    """Return the low and the high half of a seed as signed 32-bit integers; only its lowest 64 bits count."""
+    """Return the low and the high half of a seed's lowest 64 bits as signed 32-bit integers."""
     return _signed32(seed), _signed32(seed >> 32)
 
 
@@ -100,10 +100,10 @@ def sample_reference(
     out: Tensor | None = None,
     vocab_size: int | None = None,
 ) -> Tensor:
-    """Choose a token for every row of `logits` [B, V] (fp32, bf16 or fp16); the module's docstring says how.
+    """Choose a token for every row of `logits` [B, V] (fp32, bf16 or fp16) as the module's docstring specifies.
 
     rows: int32 [B], the slot of each row. positions: int32 [B], the sampled token's index in its sequence: the noise
-    counter. mask: int32 [B, W], applied besides the slots' grammar masks. out: int32 or int64 [B].
+    counter. mask: int32 [B, W], applied in addition to the slots' grammar masks. out: int32 or int64 [B].
     vocab_size: columns from here on are padding (default: none).
     """
     vocab_size = logits.shape[1] if vocab_size is None else vocab_size
@@ -147,7 +147,7 @@ def gumbel_noise_reference(seed_low: int, seed_high: int, position: int, tokens:
 
 
 def _filter_threshold(scaled: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor | None:
-    """Return the value from which on the filters keep tokens, or None if they keep all; `scaled` is fp32 [V]."""
+    """Return the smallest value that the filters keep, or None if they keep all tokens. `scaled`: fp32 [V]."""
     threshold = None
     if 0 < top_k < len(scaled):
         threshold = scaled.topk(top_k).values[-1]
@@ -169,7 +169,7 @@ def _filter_threshold(scaled: Tensor, top_k: int, top_p: float, min_p: float) ->
 
 
 def _edited_logits(logits: Tensor, edits: EditTables, rows: Tensor, positions: Tensor) -> Tensor:
-    """All rows in fp32, those with edits as edited."""
+    """All rows in fp32, with the edits of rows that have some."""
     edit_rows = edits.slot_row[rows.long()].long()
     edited = edit_rows.nonzero().flatten()
     if len(edited) == 0:

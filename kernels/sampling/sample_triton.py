@@ -3,13 +3,13 @@
 
 1. `_scan_kernel`, grid (B, chunks): each program reads one chunk of the row, applies the masks, and keeps the
    chunk's best score (logit, or scaled logit + noise), its token, and the largest scaled logit.
-2. `_choose_kernel`, grid (B): reduces the chunks. Rows without top-k, top-p or min-p are done. Otherwise the winner
-   among all tokens is the winner among the kept ones exactly when it is kept itself: a pass over the row tests that. If
-   it is not kept, neither is anything at or below its value, so the next winner is sought above it; the value only
-   rises, and the largest logit is always kept. The k-th largest value, where top-k is on, is found by bisection between
-   values that occur in the row, from a lower bound that the chunks' maxima give.
+2. `_choose_kernel`, grid (B): reduces the chunks. Rows without top-k, top-p or min-p are done. For other rows, the
+   winner among all tokens is the result if the filters keep it; one pass over the row tests that. If they do not keep
+   it, they keep no token at or below its value, so the next winner is searched above it. This ends, because the value
+   only rises and the largest logit is always kept. With top-k, the k-th largest value is found by bisection between
+   values that occur in the row, starting from a lower bound given by the chunks' maxima.
 
-A tile is [words, 32] tokens, so that one mask word covers one tile row. Arithmetic in fp32.
+A tile is [words, 32] tokens, so one mask word covers one tile row. Arithmetic in fp32.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def sample_triton(
     out: Tensor | None = None,
     vocab_size: int | None = None,
 ) -> Tensor:
-    """Launch the kernels of `sample`; allocates only [B, chunks] partial results."""
+    """Launch the kernels of `sample`. Allocates only the [B, chunks] partial results."""
     num_rows = logits.shape[0]
     vocab_size = logits.shape[1] if vocab_size is None else vocab_size
     if out is None:
@@ -236,8 +236,8 @@ def row_source(
     mask_rows_ptr, mask_rows_stride, edited_ptr, edited_stride, edit_row_ptr, slot_stride, vocab_size,
     HAS_MASK: tl.constexpr, HAS_GRAMMAR: tl.constexpr, HAS_EDITS: tl.constexpr,
 ):  # fmt: skip
-    """Return where a row's logits come from: addresses of the logits, the edited ones, the caller's mask words and the
-    grammar's; how many tokens are edited and how many the grammar covers, all or none."""
+    """Return the sources of a row's logits: the addresses of the logits, of the edited logits, of the caller's mask
+    words and of the grammar's; and the numbers of tokens that are edited and that the grammar covers, all or none."""
     edited_row_ptr = edited_ptr
     num_edited = 0
     mask_row_ptr = mask_ptr
@@ -259,7 +259,7 @@ def row_source(
 
 @jit
 def logit_of(source, token, HAS_EDITS: tl.constexpr):
-    """Return one logit of a row, fp32, edited where the row is."""
+    """Return one logit of a row in fp32, edited if the row has edits."""
     row_ptr, edited_row_ptr, _, _, num_edited, _ = source
     x = tl.load(row_ptr + token).to(tl.float32)
     if HAS_EDITS:
@@ -320,7 +320,7 @@ def count_from(
     source, vocab_size, scale, threshold,
     HAS_MASK: tl.constexpr, HAS_GRAMMAR: tl.constexpr, HAS_EDITS: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
-    """Return how many x >= threshold, the smallest of those, and the largest of the others."""
+    """Return the number of x >= threshold, the smallest of these, and the largest of the others."""
     count = tl.zeros((WORDS, 32), tl.int32)
     lowest = tl.full((WORDS, 32), float("inf"), tl.float32)
     below = tl.full((WORDS, 32), float("-inf"), tl.float32)
@@ -345,7 +345,7 @@ def kth_largest(
     HAS_MASK: tl.constexpr, HAS_GRAMMAR: tl.constexpr, HAS_EDITS: tl.constexpr, CHUNKS: tl.constexpr,
     WORDS: tl.constexpr,
 ):  # fmt: skip
-    """Return the k-th largest x, or -inf where fewer than k tokens are allowed."""
+    """Return the k-th largest x, or -inf if fewer than k tokens are allowed."""
     # [low, high] holds the answer, and count(x >= low) >= k. The k-th largest of the chunks' maxima is such a low.
     rank = tl.sum((maxima[None, :] > maxima[:, None]).to(tl.int32), axis=1)
     low = tl.min(tl.where(rank < k, maxima, float("inf")), axis=0)

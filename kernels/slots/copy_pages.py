@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
-"""Copy the first tokens of a KV page to another page, in every layer: what makes a partly shared page usable.
+"""Copy the first tokens of a KV page to another page, in every layer, so a sequence can continue a partly shared page.
 
 Kernel: one launch for all layers; programs are (copy, layer's k or v, head).
 """

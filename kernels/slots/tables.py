@@ -1,12 +1,12 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
-"""Device slot tables, and the small kernels at the two ends of a decode step that read and change them.
+"""Device slot tables, and the small kernels at the start and the end of a decode step that read and change them.
 
-A running sequence owns a slot: one row of an int32 arena. One arena means that a join, a leave or a new page is a few
-(row, column, value) triples, written by one launch whatever they touch. Floats are stored as their bits.
+A running sequence owns a slot: one row of an int32 arena. With one arena, a join, a leave or a new page is a few
+triples (row, column, value), and one launch writes them all. Floats are stored as their bits.
 
-    columns   0 last_token   1 kv_len   2 grammar_state   3.. what the sampler reads (`sample.GREEDY_SLOT`)   then
+    columns   0 last_token   1 kv_len   2 grammar_state   3.. sampling values (`sample.GREEDY_SLOT`)   then
               seed_low, seed_high, error, close_at, end_token, edit_row   ..15 unused   16.. page table
-    rows      0..S-1 slots; S the dummy slot that padded batch rows point to: kv_len 0, page 0, greedy
+    rows      0..S-1 slots; S the dummy slot of padded batch rows: kv_len 0, page 0, greedy
 
 kv_len counts the tokens whose KV is in the cache. In a decode step the row's `last_token` gets position kv_len.
 """
@@ -40,7 +40,7 @@ assert len(COLUMNS) <= NUM_HEADER_COLUMNS
 
 
 def column_bits(name: str, value: float) -> int:
-    """Return what to write into the arena's column `name`: the value, or a float's bits as a signed integer."""
+    """Return the integer for the arena's column `name`: the value, or a float's bits as a signed integer."""
     return float_bits(value) if name in FLOAT_COLUMNS else int(value)
 
 
@@ -65,7 +65,7 @@ class SlotTables:
         return cls(arena)
 
     def column(self, name: str) -> Tensor:
-        """Return the view [S + 1] of one column, as fp32 where it holds floats."""
+        """Return the view [S + 1] of one column, as fp32 if it holds floats."""
         view = self.arena[:, COLUMNS[name]]
         return view.view(torch.float32) if name in FLOAT_COLUMNS else view
 
@@ -86,7 +86,7 @@ class SlotTables:
         return self.column("grammar_state")
 
     def budgets(self, positions: Tensor) -> Budgets:
-        """Return when the slots' constrained texts must be finished; positions: int32 [B], of the sampled tokens."""
+        """Return the budgets of the slots' constrained texts. positions: int32 [B], those of the sampled tokens."""
         return Budgets(positions, self.column("close_at"), self.column("end_token"))
 
     @property
@@ -97,7 +97,7 @@ class SlotTables:
     def sampling(
         self, mask_index: Tensor | None = None, mask_rows: Tensor | None = None, edits: EditTables | None = None
     ) -> SamplingTables:
-        """Return the sampling view of the arena, with a grammar arena's masks and with edits where given."""
+        """Return the sampling view of the arena, with a grammar arena's masks and with edits if given."""
         grammar = None
         if mask_index is not None and mask_rows is not None:
             grammar = GrammarTables(self.grammar_state, mask_index, mask_rows)
@@ -110,7 +110,7 @@ class SlotTables:
 
 @dataclass(frozen=True, slots=True)
 class DecodeInputs:
-    """Static buffers of one batch bucket, int32 [B] each: what `prepare_decode` writes and the decode step reads."""
+    """Static buffers of one batch bucket, int32 [B] each. `prepare_decode` writes them; the decode step reads them."""
 
     token_ids: Tensor
     positions: Tensor
@@ -137,8 +137,8 @@ def prepare_decode(
 
     rows: int32 [B], slots, padded by the dummy slot S. new_page: int32 [B], the page to enter into the row's table at
     kv_len // page_size, 0 for none. last_token, kv_len: int32 [S + 1]. page_table: int32 [S + 1, max_pages], changed.
-    Padded rows get token 0, position 0, slot 0 and length 1; only the length where not `fills_padding`. Rows other than
-    the dummy appear once. `out` may be longer than B but for its kv_lens.
+    Padded rows get token 0, position 0, slot 0 and length 1; without `fills_padding`, only the length. Rows other than
+    the dummy appear once. The buffers of `out`, except kv_lens, may be longer than B.
     """
     run = prepare_decode_triton if rows.is_cuda else prepare_decode_reference
     run(rows, new_page, last_token, kv_len, page_table, page_size, out, fills_padding=fills_padding)
@@ -147,7 +147,7 @@ def prepare_decode(
 def commit_decode(
     rows: Tensor, next_tokens: Tensor, last_token: Tensor, kv_len: Tensor, num_computed: Tensor | None = None
 ) -> None:
-    """Store the sampled tokens, int [B], as their slots' last tokens and count what the step computed.
+    """Store the sampled tokens, int [B], as their slots' last tokens, and count the computed tokens.
 
     num_computed: int32 [B], tokens that got KV in the step (default: one each). The dummy slot never changes.
     """
@@ -156,15 +156,15 @@ def commit_decode(
 
 
 def scatter_rows(updates: Tensor, table: Tensor) -> None:
-    """Write (row, column, value) triples, int32 [R, 3], into an int32 table [rows, columns]; a negative row is skipped.
+    """Write triples (row, column, value), int32 [R, 3], into an int32 table [rows, columns]. Skips negative rows.
 
-    Targets are distinct. A buffer of fixed size, padded by rows of -1, may be part of a CUDA graph.
+    Targets are distinct. A buffer of fixed size, padded with rows of -1, may be part of a CUDA graph.
     """
     (scatter_rows_triton if table.is_cuda else scatter_rows_reference)(updates, table)
 
 
 def pack_updates(updates: Sequence[tuple[int, int, int]], capacity: int) -> Tensor:
-    """Return triples as a host tensor int32 [capacity, 3], padded by rows of -1.
+    """Return triples as a host tensor int32 [capacity, 3], padded with rows of -1.
 
     Raises:
         ValueError: more updates than the capacity.

@@ -28,7 +28,7 @@ class Health(AnswerStruct):
 
 
 class Readiness(AnswerStruct):
-    """`stage`: the current stage of the engine's start. `seconds`: its duration so far. `reason`: the last failure."""
+    """`stage`: the current stage of the start. `seconds`: its duration so far. `reason`: why the last process ended."""
 
     ready: bool
     stage: str
