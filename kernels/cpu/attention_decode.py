@@ -1,8 +1,8 @@
 """Decode attention over the paged cache in fp32 on the CPU: compiled, on torch's threads, without gathering pages.
 
-Two passes per (row, heads): scores of every cached position, softmax, then the weighted sum of values. Heads of one KV
-head go together when there is work enough for all threads (each page is then read once for all of them), singly
-otherwise.
+Each (row, heads) takes two passes: first the scores of every cached position and their softmax, then the weighted sum
+of values. If there is enough work for all threads, the heads of one KV head are one item, so each page is read once for
+all of them. Otherwise each head is an item.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def attention_decode(
     window: int | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """As `attention_decode_reference`, in fp32, for heads that fill vectors; lengths are read where they lie."""
+    """As `attention_decode_reference`, in fp32, for head dims that are whole vectors. The kernel reads the lengths."""
     kv_lens, rows, page_table = meta.kv_lens, meta.rows, meta.page_table
     assert q.dtype is k_cache.dtype is torch.float32, (q.dtype, k_cache.dtype)
     assert kv_lens.dtype is rows.dtype is page_table.dtype is torch.int32
@@ -151,7 +151,7 @@ def _attend(
 
 @inner
 def _offset(pages: Any, position: Any, page_size: int, page_bytes: int, row_bytes: int) -> Any:  # array, np.int64
-    """Where a position's row lies, from the start of page 0."""
+    """Byte offset of a position's row from the start of page 0."""
     return np.int64(pages[position // page_size]) * page_bytes + position % page_size * row_bytes
 
 
@@ -159,7 +159,7 @@ def _offset(pages: Any, position: Any, page_size: int, page_bytes: int, row_byte
 def _fetch(
     rows: int, pages: Any, position: Any, kv_len: Any, page_size: int, page_bytes: int, row_bytes: int
 ) -> None:  # Any: int32 array, np.int64
-    """Bring the rest of a position's page into the cache, while the page before it is used."""
+    """Prefetch the rest of a position's page while the page before it is used."""
     if position < kv_len:
         count = min(page_size - position % page_size, kv_len - position)
         v.prefetch(rows + _offset(pages, position, page_size, page_bytes, row_bytes), count * row_bytes // 64)
@@ -187,7 +187,7 @@ def _weighted_sum(p: int, values: Any, count: int, head_dim: int, out: int) -> N
 
 @inner
 def _softmax(start: int, length: Any, whole: Any, scale: Any) -> None:  # Any: np.int64, np.int64, np.float32
-    """Of `length` scores at `start`; those behind, up to `whole`, are lost."""
+    """Softmax of `length` scores at `start`. Values after them, up to `whole`, are overwritten."""
     scores = carray(float32_at(start), (whole,))
     for i in range(length, whole):
         scores[i] = np.float32(-np.inf)

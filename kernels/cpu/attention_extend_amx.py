@@ -1,13 +1,13 @@
 """Extend attention over the paged fp32 cache in bfloat16 tiles on CPUs with AMX, for queries in bfloat16.
 
-Per sequence, two passes. First the keys and values that its new tokens can see are rounded to bfloat16 and laid out as
-tiles. Then 32 query rows at a time, which are the heads of one KV head at neighbouring tokens, walk over panels of
+Each sequence takes two passes. The first rounds the visible keys and values to bfloat16 and lays them out as tiles. The
+second handles 32 query rows at a time, the heads of one KV head at neighbouring tokens. They iterate over panels of
 keys: scores, running softmax in fp32, weights in bfloat16, weighted sum of values in fp32. Panels begin at the same
-positions for every chunk, so a row's bits don't depend on which other tokens are new.
-The specification is `attention_extend_reference`, to what rounding queries, keys, weights and values costs.
+positions for every chunk, so a row's bits do not depend on the other new tokens.
+The specification is `attention_extend_reference`, except for the rounding of queries, keys, weights and values.
 
-CPU time on an Intel Xeon (Emerald Rapids), 1,000 new tokens, 9 heads on 3 of 64, one layer: 3.8 ms, where the fp32
-kernel takes 13.1; 16 after 1,000: 0.27 and 0.52. Half of it is the softmax.
+CPU time on an Intel Xeon (Emerald Rapids) of one layer with 9 query heads, 3 KV heads and head dim 64: 3.8 ms for 1,000
+new tokens (fp32 kernel: 13.1), 0.27 ms for 16 tokens after 1,000 (0.52). The softmax takes half of the time.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ _HIDDEN, _LEAST = np.float32(-1e30), np.float32(-1e20)  # a score that weighs no
 
 
 def with_bf16_queries(ops: Ops) -> Ops:
-    """The same ops, whose attention also takes queries in bfloat16 over an fp32 cache, and answers in bfloat16.
+    """Return ops whose attention also accepts bfloat16 queries over an fp32 cache. The result is then in bfloat16.
 
-    New tokens attend in tiles; what tiles do not fit, and rows that decode beside new tokens, attend in fp32.
+    New tokens attend in tiles. Shapes that do not fit tiles, and decode rows beside new tokens, attend in fp32.
     """
 
     def decode(
@@ -90,7 +90,7 @@ def attention_extend(
     window: int | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """As `attention_extend_reference`, for heads of whole tiles; the host knows the lengths."""
+    """As `attention_extend_reference`, for head dims that are whole tiles. The host must know the lengths."""
     assert meta.q_lens_host is not None
     assert meta.kv_lens_host is not None
     page_table = meta.page_table

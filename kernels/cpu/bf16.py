@@ -1,6 +1,6 @@
-"""Scalars in bfloat16 in compiled CPU code: their upper halves of fp32, as uint16, since numba has no such type.
+"""bfloat16 scalars in compiled CPU code. Numba has no such type, so a scalar is a uint16, the upper half of an fp32.
 
-Loops over `widen` and `narrow` are vectorised, and the same loop serves arrays of float32. Not here: tiles (`amx`).
+Loops over `widen` and `narrow` are vectorised. The same loop also works on float32 arrays. Not here: tiles (`amx`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def uint16_at(typing_context: Any, address: Any) -> Any:
 
 @intrinsic
 def widen(typing_context: Any, value: Any) -> Any:
-    """A value of an array, which is float32 or bfloat16 in a uint16, as float32."""
+    """Return an array's value, a float32 or a bfloat16 in a uint16, as float32."""
 
     def emit(context: Any, builder: Builder, signature: Any, arguments: Any) -> Value:
         if value == types.float32:
@@ -35,7 +35,7 @@ def widen(typing_context: Any, value: Any) -> Any:
 
 @intrinsic
 def narrow(typing_context: Any, value: Any, like: Any) -> Any:
-    """A float32 as an array of the kind of `like` holds it: as it is, or to the nearest bfloat16, ties to even."""
+    """Convert a float32 to the type of `like`: unchanged, or rounded to the nearest bfloat16, ties to even."""
 
     def emit(context: Any, builder: Builder, signature: Any, arguments: Any) -> Value:
         if like == types.float32:

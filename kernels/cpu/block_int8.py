@@ -1,7 +1,8 @@
 """Product with weights in blocks of 32 by integer instructions, for batches and prompts on the CPU.
 
-Activations are rounded to int8 with one scale for 32 of them, as GGML does for its quantised products; codes of weights
-stay exact. 16 weight rows lie in the lanes of a vector, so sums cross no lanes and unpacking is shared by all tokens.
+Activations are rounded to int8 with one scale for 32 values, as in GGML's quantised products; the codes of weights stay
+exact. 16 weight rows lie in the lanes of a vector, so no sum crosses lanes, and weights are unpacked once for all
+tokens.
 y = sum over blocks of d * s * (codes . x) + m * s * sum(x), for weights d * code + m and activations s * x.
 """
 
@@ -22,20 +23,20 @@ from ramet.kernels.cpu.threads import Kernel, barrier, inner, num_threads, threa
 
 # Bits of a code.
 _BITS = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 8}
-_GROUP = cpu_int8.TOKENS[-1]  # tokens that share what is unpacked
-_TOKENS_AT_ONCE = 256  # their activations stay in the second-level cache while all weights pass by
+_GROUP = cpu_int8.TOKENS[-1]  # tokens that share unpacked weights
+_TOKENS_AT_ONCE = 256  # their activations stay in the second-level cache while all weights are read
 
 
 def takes(block_format: str, num_rows: int) -> bool:
-    """True where `pack` and `block_int8_linear` apply (on a CPU that `has_int8_products`)."""
+    """True if `pack` and `block_int8_linear` accept this format and size (on a CPU that `has_int8_products`)."""
     return block_format in _BITS and num_rows % v.LANES == 0
 
 
 def pack(blocks: Tensor, block_format: str, num_rows: int) -> Tensor:
     """Lay out blocks (see `block_linear`) for `block_int8_linear`.
 
-    Returns uint8 [num_rows / 16, K / 32, 64 + 64 * bits]: of 16 rows and 32 columns scales and minimums in fp16, then
-    codes by 4 columns, 16 rows each. Of 4-bit codes, columns 16 to 31 are the high halves.
+    Returns uint8 [num_rows / 16, K / 32, 64 + 64 * bits]. Each entry holds 16 rows and 32 columns: scales and minimums
+    in fp16, then codes by 4 columns, 16 rows each. With 4-bit codes, columns 16 to 31 are the high halves.
     """
     parts = blocks.view(num_rows, -1, FORMATS[block_format][1])
     scale = parts[..., :2].contiguous().view(torch.float16)
@@ -55,7 +56,7 @@ def pack(blocks: Tensor, block_format: str, num_rows: int) -> Tensor:
 
 
 def block_int8_linear(stream: KernelStream, x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return fp32 [T, num_rows] for x fp32 [T, K], plus bias [num_rows]; any number of tokens."""
+    """Return fp32 [T, num_rows] for x fp32 [T, K], plus bias [num_rows]. Any number of tokens."""
     num_tokens = x.shape[0]
     tiles, num_blocks, block_bytes = packed.shape
     x = x.contiguous()
@@ -80,7 +81,7 @@ def block_int8_linear(stream: KernelStream, x: Tensor, packed: Tensor, bias: Ten
 
 
 def block_int8_linear_reference(x: Tensor, blocks: Tensor, block_format: str, num_rows: int) -> Tensor:
-    """Specification of `block_int8_linear`, from the blocks before `pack`: round activations, multiply in fp32."""
+    """Specification of `block_int8_linear`, on blocks before `pack`: round activations, multiply in fp32."""
     groups = x.view(x.shape[0], -1, v.BLOCK)
     largest = groups.abs().amax(-1, keepdim=True)
     codes = torch.where(largest > 1e-30, groups * (127 / largest), 0).round()

@@ -1,6 +1,6 @@
-"""Every compiled function of the CPU that Python calls: what a process loads before its first request.
+"""All compiled CPU functions that Python calls. A process loads them before its first request.
 
-Loading all takes 0.3 s; a machine that has none on disk compiles them once, in about 8 s (2 cores of an AMD EPYC).
+Loading all takes 0.3 s. A machine without them on disk compiles them once, in about 8 s (2 cores of an AMD EPYC).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ramet.kernels.cpu.amx import has_tiles
 from ramet.kernels.cpu.int8 import has_int8_products
 from ramet.kernels.cpu.threads import MODULES, Kernel
 
-# What an annotation of a `compiled` function means where Python calls it.
+# The argument types that Python passes for each annotation of a `compiled` function.
 _TYPES = {
     "int": types.int64,
     "float": types.float64,
@@ -26,17 +26,17 @@ _TYPES = {
 
 
 def load_functions(on_compile: Callable[[], None]) -> None:
-    """Load all; what is not on disk is compiled, and `on_compile` is called after each of these."""
+    """Load all functions. Compile those that are not on disk, and call `on_compile` after each of these."""
     for function in functions():
         if load(function):
             on_compile()
 
 
 def functions() -> Iterator[Any]:  # Any: kernels, and what `compiled` returned
-    """What this CPU can run, module by module."""
+    """The functions that this CPU can run, module by module."""
     for name in MODULES:
         if (name == "block_int8" and not has_int8_products()) or (name == "attention_extend_amx" and not has_tiles()):
-            continue  # its instructions are unknown here
+            continue  # this CPU lacks its instructions
         for value in vars(importlib.import_module(f"ramet.kernels.cpu.{name}")).values():
             options = getattr(value, "targetoptions", None)  # numba's; no_cpython_wrapper: an inner function
             if isinstance(value, Kernel) or (options is not None and "no_cpython_wrapper" not in options):
@@ -44,7 +44,7 @@ def functions() -> Iterator[Any]:  # Any: kernels, and what `compiled` returned
 
 
 def load(function: Any) -> bool:  # Any: as above
-    """Make a function ready to be called. True if it had to be compiled."""
+    """Load a function. Returns True if it had to be compiled."""
     if isinstance(function, Kernel):
         return not function.is_loaded and bool(function.address) and not function.was_on_disk
     misses = sum(function.stats.cache_misses.values())

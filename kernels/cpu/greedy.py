@@ -1,7 +1,7 @@
 """Greedy tokens on the CPU, compiled: each row's largest allowed logit in one pass over the row and its mask.
 
-As `sample_reference` chooses them, which takes a dozen torch calls, and a copy of the logits for a masked row. `sample`
-leaves to it rows that draw, and rows whose largest logit is not an ordinary number.
+The tokens equal those of `sample_reference`, which needs a dozen torch calls, and a copy of the logits for a masked
+row. `sample` falls back to the reference for rows with random sampling, and if a largest logit is not finite or is 0.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def sample(
     out: Tensor | None = None,
     vocab_size: int | None = None,
 ) -> Tensor:
-    """As `sample_reference`."""
+    """Choose tokens as `sample_reference` does."""
     size = logits.shape[1] if vocab_size is None else vocab_size
     takes_mask = logits.dtype is torch.float32 and (mask is None or mask.is_contiguous()) and tables.edits is None
     is_plain = tables.grammar is None and rows.dtype is torch.int32 and rows.is_contiguous()
@@ -50,9 +50,9 @@ def sample(
 def greedy_tokens(
     logits: Tensor, tables: SamplingTables, rows: Tensor, mask: Tensor | None, vocab_size: int, greedy_below: float
 ) -> Tensor | None:
-    """Tokens int32 [B] of rows that are all greedy; None if one is not, or has no finite logit, or NaN.
+    """Tokens int32 [B] if all rows are greedy; None if a row is not greedy, has no finite logit, or has NaN.
 
-    greedy_below: the temperature up to which a row is greedy.
+    greedy_below: rows with a temperature below this are greedy.
     """
     num_rows, width = logits.shape
     temperature, top_k = tables.temperature, tables.top_k
@@ -81,9 +81,9 @@ def greedy_tokens(
 
 @intrinsic
 def _largest_key(typing_context: Any, logits: Any, words: Any, num_words: Any) -> Any:
-    """The largest key of 32 * num_words logits of which those have their bit in `words`, 0 if all have; addresses.
+    """The largest key of 32 * num_words logits whose bit in `words` is set (0: all). Arguments are addresses.
 
-    A key is a float's bits as an integer in the order of floats; NaN is above infinity, or below its negative.
+    A key is a float's bits as an integer in the order of floats. NaN is above infinity or below its negative.
     """
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -127,7 +127,7 @@ def _is_allowed(words: Any, token: Any) -> Any:  # address and np.int64
 
 @inner
 def _greedy_token(logits: Any, words: Any, size: Any) -> Any:  # addresses and np.int64 -> np.int32
-    """Index of the first largest logit, -1 where that is no finite number, or a zero: zeros have two keys."""
+    """Index of the first largest logit; -1 if that is not finite, or zero (zeros have two keys)."""
     keys = carray(int32_at(logits), (size,))
     best, begin = np.int32(_LOWEST), np.int64(0)
     for first in range(0, size, _PART):

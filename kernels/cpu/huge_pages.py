@@ -1,7 +1,7 @@
-"""Memory for weights that a CPU reads as a whole in every step, in the system's huge pages where it has them.
+"""Memory for weights that a CPU reads completely in every step, in the system's huge pages if it has them.
 
-Tensors of some 100 KB each would lie in pages of 4 KB, and looking up where a page lies takes as long as reading some
-of its weights. Here they lie one after another in chunks that are large enough for pages of 2 MB.
+Separate tensors of some 100 KB would lie in pages of 4 KB, whose address translation takes as long as reading some of
+the weights. Here tensors lie one after another in chunks that are large enough for pages of 2 MB.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ _ALIGNMENT = 64  # bytes of a vector and of a cache line
 
 
 class HugePages:
-    """Chunks that fill up; each lives as long as a tensor in it."""
+    """Chunks of memory that are filled with tensors. A chunk lives as long as any tensor in it."""
 
     def __init__(self) -> None:
         self._chunk = np.zeros(0, np.uint8)
         self._used = 0
 
     def move(self, tensor: Tensor) -> Tensor:
-        """A copy of a contiguous uint8 tensor."""
+        """Return a copy of a contiguous uint8 tensor in a chunk."""
         size = tensor.numel()
         begin = self._used + -(self._chunk.ctypes.data + self._used) % _ALIGNMENT
         if begin + size > len(self._chunk):

@@ -20,10 +20,10 @@ from ramet.kernels.ops import REFERENCE, Ops, Record
 
 
 def cpu_ops(stream: KernelStream, dtype: torch.dtype, head_dim: int) -> Ops:
-    """The ops of a model whose weights, residual and caches are in `dtype`: what is not compiled is the reference.
+    """The ops of a model with weights, residual and caches in `dtype`. An op without compiled form is the reference.
 
-    Compiled are those of fp32, attention where heads fill vectors, and activations in bfloat16. Products of the same
-    model that are to be recorded take the same `stream`.
+    fp32 ops are compiled, attention if the head dim is whole vectors, and also activations in bfloat16. Products of the
+    same model must use the same `stream` to be recorded.
     """
     if dtype not in (torch.float32, torch.bfloat16):
         return dataclasses.replace(REFERENCE, sample=sample)
@@ -65,6 +65,6 @@ def _attention_extend(
     window: int | None,
     out: Tensor | None,
 ) -> Tensor:
-    """Inside a graph, which has no lengths on the host, the reference."""
+    """The compiled op. Inside a graph, which has no lengths on the host, the reference."""
     is_known = meta.q_lens_host is not None and meta.kv_lens_host is not None
     return (attention_extend if is_known else attention_extend_reference)(q, k_cache, v_cache, meta, scale, window, out)

@@ -1,9 +1,9 @@
-"""Norms, gated activations and rotary + cache write on the CPU, compiled; prompts on torch's threads.
+"""Compiled norms, gated activations, and rotary embedding with cache write on the CPU; prompts use torch's threads.
 
-At batch 1 a torch call costs 2 to 5 us and these ops are two to ten calls each, once or more per layer; here each is
-one call of about 2 us, and one pass over memory. Same results as the torch references in `norm.py`, `activation.py` and
-`rope.py`. Arithmetic is in fp32; what goes into products and comes out of them may be bfloat16, while weights, residual
-and caches are fp32. Tensors are contiguous. Not here: other dtypes.
+At batch 1 a torch call costs 2 to 5 us, and each of these ops needs two to ten calls, once or more per layer. Here each
+op is one call of about 2 us and one pass over memory. Results equal the torch references in `norm.py`, `activation.py`
+and `rope.py`. Arithmetic is in fp32. Inputs and outputs of products may be bfloat16; weights, residual and caches are
+fp32. Tensors are contiguous. Not here: other dtypes.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def rms_norm(stream: KernelStream, x: Tensor, weight: Tensor, eps: float, dtype:
 def fused_add_rms_norm(
     stream: KernelStream, x: Tensor, residual: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
-    """As `norm.fused_add_rms_norm_reference`; the residual is in fp32."""
+    """As `norm.fused_add_rms_norm_reference`, with an fp32 residual."""
     x, residual = x.contiguous(), residual.contiguous()
     out, total = stream.empty(x.shape, dtype or residual.dtype), stream.empty(x.shape)
     size = x.shape[-1]
@@ -77,7 +77,7 @@ def gated_activation(stream: KernelStream, gate_up: Tensor, *, is_gelu: bool) ->
 
 
 def mask_logits(logits: Tensor, mask: Tensor) -> Tensor:
-    """Logits [B, V] with -inf where the packed mask, int32 [B, ceil(V / 32)] and contiguous, has no bit."""
+    """Return logits [B, V] with -inf for tokens whose bit in the contiguous mask, int32 [B, ceil(V / 32)], is 0."""
     assert logits.dtype is torch.float32
     out = torch.empty_like(logits)
     addresses = logits.data_ptr(), mask.data_ptr(), out.data_ptr()
@@ -100,7 +100,7 @@ def rope_and_write_kv(
     k_norm_weight: Tensor | None = None,
     eps: float = 1e-6,
 ) -> Tensor:
-    """As `rope.rope_and_write_kv_reference`; positions int32, heads contiguous in their token, caches contiguous."""
+    """As `rope.rope_and_write_kv_reference`. positions are int32; a token's heads and the caches are contiguous."""
     num_tokens, num_heads, head_dim = q.shape
     assert positions.dtype is kv_slots.dtype is torch.int32, (positions.dtype, kv_slots.dtype)
     assert k_cache.dtype is torch.float32, k_cache.dtype
@@ -140,7 +140,7 @@ def rope_and_write_kv(
 
 @inner
 def exp32(x: Any) -> Any:  # Any: np.float32
-    """exp in fp32 to about 3e-7 relative, written so that a loop over it is vectorised. Source: Cephes' expf."""
+    """exp in fp32 with a relative error of about 3e-7. A loop over it is vectorised. Source: Cephes' expf."""
     # Comparisons and a truncation, because calls of min, max and floor would stop the vectoriser (3 ns a value).
     x = x if x > np.float32(-87.0) else np.float32(-87.0)
     x = x if x < np.float32(88.0) else np.float32(88.0)
@@ -190,7 +190,7 @@ def _normalize(source: Any, weight: Any, target: Any, eps: Any) -> None:  # Any:
 def _norm_rows(
     x: int, residual: int, weight: int, out: int, total: int, low: int, high: int, size: int, eps: Any, kinds: int
 ) -> None:  # Any: np.float32
-    """Rows [low, high), plus those of `residual` where that is not 0; their sum goes to `total`."""
+    """Normalise rows [low, high). If `residual` is not 0, its rows are added first, and the sum goes to `total`."""
     line = np.empty(size, np.float32)  # a row that lies in memory as bfloat16
     x_bytes, out_bytes = 2 if kinds & 1 else 4, 2 if kinds & 2 else 4
     for row in range(low, high):

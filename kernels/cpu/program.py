@@ -1,10 +1,10 @@
-"""Many kernels as one parallel region: what a CUDA graph is to a GPU.
+"""Run many kernels as one parallel region: the CPU's counterpart of a CUDA graph.
 
-At small batches a decode step of a small model is some hundred kernels of a few microseconds, and calling each from
-Python costs as much again. Kernels of one model go through its `KernelStream`, whose `record` runs a function in which
-they only note their arguments. The `Program` that it returns walks that list on all threads, with a barrier between two
-kernels. As with a CUDA graph, addresses and shapes are those of the recording: inputs are static tensors that the
-caller writes before each run. A torch operation that computes anything cannot be recorded: it is refused, not lost.
+At small batches a decode step of a small model is some hundred kernels of a few microseconds each, and calling them
+from Python takes as long again. A model's kernels go through its `KernelStream`. Its `record` runs a function in which
+kernels only store their arguments, and returns a `Program`. The program runs this list on all threads, with a barrier
+after each kernel. As in a CUDA graph, addresses and shapes are fixed: inputs are static tensors that the caller writes
+before each run. A torch operation that computes a value cannot be recorded; it raises an error.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from ramet.kernels.ops import NotRecordableError
 
 
 class Pool:
-    """Memory of recorded tensors, shared by programs of which no two run at once.
+    """Memory of recorded tensors, shared by programs that never run at the same time.
 
-    A block is free again when the tensors in it are gone: a recording frees and reuses memory as its function did.
+    A block is free again when its tensors are deleted, so a recording frees and reuses memory as its function did.
     """
 
     def __init__(self) -> None:
@@ -54,7 +54,7 @@ class Pool:
 
 
 class Program:
-    """Recorded kernel calls. `result` is what the recorded function returned, and holds until a program of the same
+    """Recorded kernel calls. `result`: the recorded function's return value. It is valid until a program of the same
     pool runs."""
 
     def __init__(self, calls: Sequence[tuple[Kernel, NDArray[np.int64]]], result: Tensor, pool: Pool) -> None:
@@ -64,36 +64,37 @@ class Program:
         self._arguments = np.array([self._table.ctypes.data, len(calls)], np.int64)
 
     def run(self) -> None:
-        """Make the calls, on torch's threads."""
+        """Run the calls on torch's threads."""
         parallel(_walk.address, self._arguments, thread_count())
 
 
 class KernelStream(threading.local):
-    """The way of a model's kernels to the CPU: they run at once, unless the calling thread records them.
+    """Launches a model's kernels on the CPU: at once, or into a recording if the calling thread records.
 
-    Each thread has a state of its own, so two engines may share a model.
+    Each thread has its own state, so two engines may share a model.
     """
 
     _calls: list[tuple[Kernel, NDArray[np.int64]]] | None = None
     _pool: Pool | None = None
 
     def launch(self, kernel: Kernel, *arguments: int, threads: int) -> None:
-        """Call a kernel, or note the call."""
+        """Call a kernel, or record the call."""
         if self._calls is None:
             kernel(*arguments, threads=threads)
         else:
             self._calls.append((kernel, np.array(arguments, np.int64)))
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-        """A tensor for a kernel's result: in fp32, from the pool while the calling thread records."""
+        """Return a tensor for a kernel's result. While the calling thread records, it is fp32 and from the pool."""
         if self._pool is None or dtype is not torch.float32:
             return torch.empty(shape, dtype=dtype)
         return self._pool.empty(shape)
 
     def record(self, function: Callable[[], Tensor], pool: Pool) -> Program:
-        """Run `function` without its kernels, and return them as a program.
+        """Run `function` without running its kernels, and return them as a program.
 
-        What the calls read and write must outlive the program, except what `empty` gave. Raises: NotRecordableError.
+        Memory that the calls read and write must outlive the program, except tensors from `empty`. Raises:
+        NotRecordableError.
         """
         calls = self._calls = []
         self._pool = pool
@@ -106,7 +107,7 @@ class KernelStream(threading.local):
 
 
 def _unowned(tensor: Tensor) -> Tensor:
-    """The same memory, which stays free for others: the largest result would be kept once a program."""
+    """The same memory without ownership, so it stays free: otherwise every program would keep its largest result."""
     values = (ctypes.c_float * tensor.numel()).from_address(tensor.data_ptr())
     return torch.from_numpy(np.ctypeslib.as_array(values)).view(tensor.shape)
 
@@ -153,7 +154,7 @@ def _int64_at(typing_context: Any, address: Any) -> Any:
 
 @Kernel
 def _walk(pointer: Any) -> None:  # Any: int64*
-    """Pairs of a kernel's address and its arguments', one after another."""
+    """Run a list of pairs: a kernel's address and the address of its arguments."""
     a = carray(pointer, 2)
     calls = carray(_int64_at(a[0]), (2 * a[1],))
     for i in range(a[1]):

@@ -1,10 +1,10 @@
-"""Run compiled CPU kernels on torch's own OpenMP threads, so that two thread pools never fight for the same cores.
+"""Run compiled CPU kernels on torch's own OpenMP threads, so two thread pools never compete for the same cores.
 
-A kernel takes a pointer to int64 arguments and asks `thread_index()` and `num_threads()` for its share. `parallel` runs
-it through GOMP_parallel, an entry point of GNU's, LLVM's and Intel's OpenMP runtimes alike; where torch has none of
-them (macOS, Windows) the kernel runs on the calling thread alone.
+A kernel takes a pointer to int64 arguments and computes its share from `thread_index()` and `num_threads()`. `parallel`
+runs it through GOMP_parallel, an entry point of GNU's, LLVM's and Intel's OpenMP runtimes. If torch uses none of them
+(macOS, Windows), the kernel runs only on the calling thread.
 
-Compiled code is kept on disk by numba. `functions` loads or compiles all before it is used; nothing is at import.
+Numba keeps compiled code on disk. `functions` loads or compiles all of it before its first use, never at import.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ _parallel = types.ExternalFunction(_PARALLEL, types.void(types.intp, types.intp,
 thread_index = types.ExternalFunction(_INDEX, types.int32())
 num_threads = types.ExternalFunction(_COUNT, types.int32())
 barrier = types.ExternalFunction(_BARRIER, types.void())  # all threads of a kernel meet here
-# Sums may be reordered, which vectorising them needs; infinities and NaN keep their meaning. Division by zero gives
-# infinity (error_model numpy): a check for it would stop the vectoriser, too.
+# Sums may be reordered, because vectorising them requires it; infinities and NaN keep their meaning. Division by zero
+# gives infinity (error_model numpy): a check for it would also prevent vectorisation.
 _REORDER = {"reassoc", "contract", "nsz", "arcp"}
 
 
-# Whose sources compiled code is made of. The quickest to compile come first.
+# Modules that contain the sources of compiled code. The quickest to compile come first.
 MODULES = (
     "threads",
     "vectors",
@@ -55,7 +55,7 @@ MODULES = (
 
 
 def _digest() -> str:
-    """Of the sources above. Numba itself only notices a change of the function's own file."""
+    """Return a digest of the sources above. Numba itself notices only changes of the function's own file."""
     folder = Path(__file__).parent
     return hashlib.sha256(b"".join((folder / f"{name}.py").read_bytes() for name in MODULES)).hexdigest()[:12]
 
@@ -70,22 +70,23 @@ def _named(function: Function) -> Function:
 
 
 def compiled(function: Function) -> Function:
-    """Compile at the first call, without the interpreter lock. Annotations say what Python calls it with."""
+    """Compile at the first call, without the interpreter lock. Annotations give the types of Python's arguments."""
     return njit(nogil=True, cache=True, fastmath=_REORDER, error_model="numpy")(_named(function))  # type: ignore[no-any-return]
 
 
 def inner(function: Function) -> Function:
-    """Compile for compiled code alone: it becomes part of its callers' code, on disk, too.
+    """Compile a function that only compiled code calls. It is always inlined into its callers, also on disk.
 
-    Always inlined. Otherwise a process that compiles would link a caller to the function as it was compiled by itself,
-    and one that loads the caller to the copy within: optimised differently, they round differently.
+    Without inlining, a process that compiles a caller would use the separately compiled function, and a process that
+    loads the caller would use the copy inside it. They are optimised differently, so their results could round
+    differently.
     """
     options = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, "forceinline": True}
     return njit(nogil=True, fastmath=_REORDER, error_model="numpy", **options)(function)  # type: ignore[no-any-return]
 
 
 class Kernel:
-    """A function int64* -> None that runs on many threads, compiled when it is first called."""
+    """A function int64* -> None that runs on many threads. It is compiled at the first call."""
 
     __slots__ = ("_address", "_compiled", "_function")
 
@@ -109,12 +110,12 @@ class Kernel:
 
     @property
     def is_loaded(self) -> bool:
-        """True once `address` was asked for."""
+        """True once `address` was read."""
         return self._address is not None
 
     @property
     def was_on_disk(self) -> bool:
-        """True if an earlier process had compiled it; known once `address` is."""
+        """True if an earlier process had compiled it. Valid after `address` was read."""
         return bool(self._compiled.cache_hits)
 
 
@@ -152,18 +153,19 @@ def _openmp() -> ctypes.CDLL | None:
 
 
 def release_threads() -> None:
-    """End the OpenMP workers of the calling thread, which come back when it next needs them.
+    """End the OpenMP workers of the calling thread. They start again when the thread next needs them.
 
-    Each thread that runs parallel regions has workers of its own. GNU's OpenMP counts all, and where they outnumber
-    the cores its workers sleep between regions instead of spinning: after a load on one thread, decode steps on another
-    took 14.5 ms instead of 8.6 (SmolLM2 at batch 1, 2 cores). So whoever is done with parallel work lets go.
+    Each thread that runs parallel regions has its own workers. If all workers together outnumber the cores, GNU's
+    OpenMP lets them sleep between regions instead of spinning: after a model was loaded on one thread, decode steps on
+    another took 14.5 ms instead of 8.6 (SmolLM2 at batch 1, 2 cores). A thread that has finished its parallel work must
+    therefore release its workers.
     """
     if _LIBRARY is not None and hasattr(_LIBRARY, "omp_pause_resource_all"):  # OpenMP 5.0
         _LIBRARY.omp_pause_resource_all(_PAUSE_SOFT)
 
 
 def _register() -> bool:
-    """Bind the names above; returns whether kernels can run in parallel."""
+    """Bind the names above. Returns True if kernels can run in parallel."""
     library = _LIBRARY
     if library is not None:
         for name, symbol in _SYMBOLS.items():
@@ -175,7 +177,7 @@ def _register() -> bool:
     return False
 
 
-# Stand-ins where there is no OpenMP: one thread, the caller's.
+# Stand-ins without OpenMP: one thread, the caller's.
 _CALL = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32)(
     lambda kernel, arguments, count, flags: ctypes.CFUNCTYPE(None, ctypes.c_void_p)(kernel)(arguments)
 )
@@ -195,5 +197,5 @@ def parallel(kernel: int, arguments: NDArray[np.int64], count: int) -> None:
 
 
 def thread_count() -> int:
-    """Threads that a kernel should use: torch's setting."""
+    """Number of threads that a kernel should use: torch's setting."""
     return torch.get_num_threads() if IS_PARALLEL else 1

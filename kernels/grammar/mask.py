@@ -212,7 +212,7 @@ def mask_classes(
     """Group states whose masks must be equal, because no string of at most `depth` bytes distinguishes them.
 
     Returns (class_of int32 [num_states], representative int32 [num_classes]). Round k splits states by the classes of
-    round k - 1 to which their bytes lead. The accepting flag counts only for the state itself: end tokens have no bytes.
+    round k - 1 to which their bytes lead. The accepting flag counts only at the state itself: end tokens have no bytes.
     Source: partition refinement, Moore 1956, stopped after `depth` rounds. Signatures are 64-bit sums of random values.
     """
     num_states, num_columns = transitions.shape
