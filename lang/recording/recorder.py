@@ -10,6 +10,7 @@ generation is (generations.py), tool calls (tool_loop.py).
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,14 +25,14 @@ from ramet.lang.running.tools import Tool, declared
 from ramet.lang.running.values import NodeSource, Value, placeholder_for
 
 
-class Expr:
+class Expr(ABC):
     """Something that can be appended to a state. Exprs and texts can be added up: `"A: " + gen("a") + "."`."""
 
     __slots__ = ()
 
+    @abstractmethod
     def record(self, recorder: Recorder) -> object:
-        """Write this down at the end of a branch. Every kind of Expr has its own."""
-        raise NotImplementedError
+        """Write this down at the end of a branch."""
 
     def __add__(self, other: Appendable) -> Expr:
         return Chain((self, other))
