@@ -100,7 +100,7 @@ class RequestOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     score_from: int | None = None
 
     def __post_init__(self) -> None:
-        # The scheduler computes with these on the engine's thread, where an error would end everybody's requests.
+        # The scheduler uses these values on the engine's thread, where an error would end all requests.
         if not _is_text(self.cache_salt):
             raise wrong_option("cache_salt", self.cache_salt, "text that UTF-8 can write")
         if self.program_id is not None and not isinstance(self.program_id, str):

@@ -47,7 +47,7 @@ def attend_range(
             pages = tl.load(table_ptr + positions // PAGE_SIZE)
         offsets = (pages.to(tl.int64) * stride_page + (positions % PAGE_SIZE) * HEAD_DIM)[:, None] + offs_d[None, :]
         if MASKED:
-            # A partly filled page holds anything, NaN included: what is masked must not be read.
+            # A partly filled page may hold any values, also NaN: masked positions must not be read.
             load_mask = in_range[:, None] & in_head
             k = tl.load(k_ptr + offsets, mask=load_mask, other=0.0)
         elif BLOCK_D != HEAD_DIM:

@@ -125,7 +125,7 @@ def _quantize(x: int, rounded: int, num_tokens: int, padded: int, num_blocks: in
         scales = group + tokens * v.BLOCK + lane * 8
         if token < num_tokens:
             cpu_int8.quantize_block(x + i * v.BLOCK * 4, group + lane * v.BLOCK, scales)
-        else:  # nobody reads the products of what pads, but with denormal numbers they would be slow
+        else:  # products of padding are not read, but with denormal numbers they would be slow
             pair = carray(v.float32_at(scales), (2,))
             pair[0] = pair[1] = np.float32(0.0)
         block += 1

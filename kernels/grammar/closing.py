@@ -83,7 +83,7 @@ def closing_table(
         *range(127, 256),
         *range(32),
         *range(126, 31, -1),
-    ]:  # the last one stands: printable where there is one
+    ]:  # the last one counts: a printable one if there is one
         byte_of[byte_class[byte]] = byte
     distance = np.full(num_states, IMPOSSIBLE, dtype=np.int32)
     column = np.full(num_states, -1, dtype=np.int32)

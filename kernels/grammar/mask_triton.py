@@ -141,7 +141,7 @@ def _advance_kernel(
 
 @jit
 def walk(state, token, class_ptr, transitions_ptr, state_row_ptr, lengths_ptr, flat_ptr, offsets_ptr):
-    """Return the state after a token; -1 after an end token, or where it is refused."""
+    """Return the state after a token; -1 after an end token or a refused one."""
     length = tl.load(lengths_ptr + token)
     byte_ptr = flat_ptr + tl.load(offsets_ptr + token)
     state = tl.where(length > 0, state, -1)

@@ -58,7 +58,7 @@ GREEDY_SLOT: Mapping[str, float] = {"temperature": 0.0, "top_k": 0, "top_p": 1.0
 
 @dataclass(frozen=True, slots=True)
 class SamplingTables:
-    """How each slot samples; one entry per slot and one for the dummy slot (the last). Changed in place by their owner.
+    """The sampling values of each slot; the last entry is the dummy slot's. Changed in place by their owner.
 
     temperature, top_p, min_p: fp32 [S + 1]. top_k: int32 [S + 1] (0: off). seed_low, seed_high: int32 [S + 1], halves
     of a 64-bit seed. error: int32 [S + 1]; `sample` sets it to 1 if a row has no finite logit, the owner clears it.

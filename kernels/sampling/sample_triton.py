@@ -48,7 +48,7 @@ def sample_triton(
     grammar, edits = tables.grammar, tables.edits
     if edits is not None:
         edit_logits_triton(logits, edits, rows, positions)
-    # A kernel cannot return None as an address: `rows` stands in for what is absent, and is not read as such.
+    # A kernel cannot take None as an address: `rows` replaces absent tensors and is not read in their place.
     masks = {
         "mask_ptr": rows if mask is None else mask,
         "mask_stride": 0 if mask is None else mask.stride(0),
@@ -184,7 +184,7 @@ def _choose_kernel(
         floor = top_k_floor
         if min_p > 0.0:
             floor = tl.maximum(floor, largest + tl.log(min_p))
-        # The winner's own value: what it scored, less its noise, is not exact, so it is read again.
+        # The winner's own value is read again, because its score minus its noise is not exact.
         value = tl.minimum(logit_of(source, winner, HAS_EDITS), 1e30) * scale
         rejected = tl.where(value >= floor, float("-inf"), value)  # everything <= rejected is out
         is_kept = value >= floor

@@ -114,7 +114,7 @@ def build_core(model: LoadedModel, config: EngineConfig) -> EngineCore:
         )
         if device.type == "cuda" and config.cuda_graph:
             runner.capture_graphs(config.cuda_graph_max_extend)
-            torch.cuda.empty_cache()  # what the captures' first runs left
+            torch.cuda.empty_cache()  # frees memory that the captures' first runs left
     except torch.OutOfMemoryError as error:
         assert plan is not None
         raise OutOfMemory(

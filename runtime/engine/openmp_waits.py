@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import MutableMapping
 
 SPIN_COUNT = 1000  # some tens of microseconds; the threads of one step wait less for each other
-_CHOSEN_BY = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")  # whoever sets one of these has decided
+_CHOSEN_BY = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")  # a user who sets one of these has chosen
 
 
 def limit_spinning(environment: MutableMapping[str, str]) -> None:

@@ -100,7 +100,7 @@ def cache_dir() -> Path:
 
 
 def resolve_model(name_or_path: str | os.PathLike[str] | None = None) -> Path:
-    """Turn a model's name into a path: a GGUF file or a folder with `config.json`. Downloads what is missing.
+    """Turn a model's name into a path: a GGUF file or a folder with `config.json`. Downloads missing models.
 
     Accepted: None (the default model), a catalogue name, a local .gguf file, a local folder, a hub id such as
     `Qwen/Qwen3-0.6B` (optionally with `@revision`).

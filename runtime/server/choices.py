@@ -94,7 +94,7 @@ class ChoiceStream:
         return aiter(stream)
 
     def close(self) -> None:
-        """Abort what is in flight."""
+        """Abort this choice's requests in flight."""
         self._end()
 
     async def __aiter__(self) -> AsyncGenerator[Output, None]:
@@ -228,7 +228,7 @@ def submit_all(proxy: EngineProxy, jobs: Sequence[tuple[Job, int]], answer_id: s
 
 
 def close_all(choices: Sequence[ChoiceStream]) -> None:
-    """Abort what is in flight."""
+    """Abort all requests in flight of these choices."""
     for choice in choices:
         choice.close()
 

@@ -168,7 +168,7 @@ class SamplingFields(OpenAiValues):
     store: OnlyFalse | None = Field(default=None, description="completions are not stored")
     service_tier: Literal["auto", "default"] | None = None
 
-    # What some clients always send. The values that are taken say what is done here anyway.
+    # Fields that some clients always send. Only values that equal Ramet's behaviour are accepted.
     skip_special_tokens: OnlyTrue | None = Field(default=None, description="special tokens are never text")
     no_stop_trim: OnlyFalse | None = Field(default=None, description="a stop string never belongs to the answer")
     include_stop_str_in_output: OnlyFalse | None = None

@@ -28,8 +28,8 @@ from ramet.runtime.steps.inputs import ExtendArrays
 
 logger = logging.getLogger(__name__)
 
-# Tokens of mixed graphs, where products are paid for what is padded; more take longer than their launches do. A turn of
-# 128 tokens has 129 new ones: the last one that was generated is computed with them.
+# Token buckets of mixed graphs. Products also compute the padding, and larger steps take longer than their launches, so
+# they gain nothing from a graph. A turn of 128 tokens has 129 new ones: the last generated token is computed with them.
 MIXED_TOKENS = (16, 32, 64, 96, 144, 192, 256, 320, 384, 512)
 MIXED_ROWS = (0, 8, 32, 64, 128, 256)  # decode rows, for which only attention is launched: empty programs cost little
 _MAX_EXTENDS = 64  # sequences that have new tokens in a mixed graph
