@@ -52,7 +52,7 @@ def greedy_tokens(
 ) -> Tensor | None:
     """Tokens int32 [B] if all rows are greedy; None if a row is not greedy, has no finite logit, or has NaN.
 
-    greedy_below: rows with a temperature below this are greedy.
+    greedy_below: rows with a temperature up to this one are greedy.
     """
     num_rows, width = logits.shape
     temperature, top_k = tables.temperature, tables.top_k

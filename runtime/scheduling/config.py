@@ -15,7 +15,7 @@ class SchedulerConfig:
     `mixed_tokens_per_request` tokens for each live request, but at least `min_mixed_tokens`.
     `reservation_ratio`: admission reserves pages for this part of a request's max_tokens; below 1, memory is
     over-committed. `max_overtakes`: number of later requests that may be admitted before the first waiting request if
-    that one does not fit. `max_examined`: number of requests that may fail to fit before a step stops admitting.
+    that one does not fit. `max_examined`: number of requests that a step may examine without admitting them.
     """
 
     context_length: int

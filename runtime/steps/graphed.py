@@ -41,7 +41,7 @@ class GraphedSteps:
         self._page_size = page_size
         bodies, device = (self._decode_body, self._mixed_body), decoder.device
         self.graphs = StepGraphs(*bodies, slots.num_slots, slots.dummy, device, max_extend=max_extend, capture=capture)
-        # Of the rows that the last graph sampled: log-probabilities are made of them, outside of it.
+        # Hidden states of the rows that the last graph sampled: log-probabilities are computed from them outside it.
         shape = self.graphs.max_samples, decoder.config.hidden_size
         self._hidden = torch.empty(shape, dtype=decoder.dtype, device=device)
 

@@ -29,9 +29,9 @@ from ramet.runtime.steps.slots import RunningSlots
 logger = logging.getLogger(__name__)
 
 # Limits of a recorded step with new tokens. A row reads its keys by itself, while attention of prompts reads them once
-# for 8 rows: with SmolLM2 (queries of 576 numbers), both take the same time where new tokens see 8,000 keys together.
+# for 8 rows: with SmolLM2 (queries of 576 numbers), both take the same time if new tokens see 8,000 keys in all.
 _MAX_TOKENS = 32
-_MAX_PRODUCTS = 6000 * 576  # of numbers of queries and keys, in a layer
+_MAX_PRODUCTS = 6000 * 576  # products of query and key numbers, in a layer
 
 
 @dataclass(slots=True, eq=False)
@@ -97,7 +97,7 @@ class Recordings:
         config = self._decoder.config
         if num_tokens > _MAX_TOKENS or num_keys * config.num_heads * config.head_dim > _MAX_PRODUCTS:
             return None
-        # Few sizes, and none wasted: products compute fours of tokens, too.
+        # Few sizes, without waste: products also compute groups of four tokens.
         return self.get(num_tokens if num_tokens <= 2 else -(-num_tokens // 4) * 4, has_logits=False)
 
     def _record(self, batch_size: int, has_logits: bool) -> RecordedStep | None:

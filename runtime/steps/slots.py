@@ -84,7 +84,7 @@ def _join_triples(sequence: Sequence, slot: int, state: int, edit_row: int) -> l
         "seed_low": low,
         "seed_high": high,
         "error": 0,
-        # Constrained texts are finished within max_tokens, by an end token unless end tokens are ignored.
+        # Constrained texts are finished within max_tokens, with a stop token if the request has any.
         "close_at": 0 if request.grammar is None else request.num_prompt + request.max_tokens,
         "end_token": 1 + min(request.stop_ids) if request.stop_ids else 0,
     }
