@@ -1,1 +1,1 @@
-"""The graph of a program: nodes, sampling values, checks, events. Of the language, a runtime imports this alone."""
+"""The graph of a program: nodes, sampling values, checks, events. A runtime imports no other part of the language."""

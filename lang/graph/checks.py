@@ -1,7 +1,8 @@
-"""Checks of a generated value: `gen(..., where=length(1, 20))`. What a check says travels with the graph.
+"""Checks of a generated value: `gen(..., where=length(1, 20))`. These checks are data and travel with the graph.
 
-A check looks at the JSON value: of a list it sees the items, of anything that is no text its compact JSON. A check in
-Python (any callable) is not here: it runs where the program does, after each try.
+A check looks at the JSON value. It sees the items of a list, and the compact JSON of any other value that is not text.
+
+Not here: checks in Python (any callable), which run in the program's process after each try.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from ramet.errors import InvalidRequest
 
 
 class Check(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
-    """One check. `values`: JSON values of `in`, texts of `starts_with`, `ends_with` and `contains` (one must fit).
+    """One check.
 
-    `at_least`, `at_most`: of `length` (counted in `unit`; of a list its items) and `between`.
+    `values`: the JSON values of `in`, or the texts of `starts_with`, `ends_with` and `contains`; one of them must fit.
+    `at_least`, `at_most`: the limits of `between` and `length`. A length is counted in `unit`, or in a list's items.
     """
 
     kind: Literal["length", "in", "starts_with", "ends_with", "contains", "between"]
@@ -28,7 +30,7 @@ class Check(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fiel
     unit: Literal["characters", "words", "lines"] = "characters"
 
     def problem(self, value: Any) -> str | None:  # Any: JSON
-        """What is wrong with a value, or None."""
+        """Return the problem of a value, or None."""
         if self.kind == "in":
             return None if value in self.values else f"it is {_shown(value)}, but must be one of {_listed(self.values)}"
         if self.kind in ("length", "between"):
@@ -71,17 +73,17 @@ def length(
     *,
     unit: Literal["characters", "words", "lines"] = "characters",
 ) -> Check:
-    """A text of so many characters (words, lines), or a list of so many items."""
+    """Require a text with this number of characters (words, lines), or a list with this number of items."""
     return _checked(Check("length", at_least=at_least, at_most=at_most, unit=unit))
 
 
 def between(at_least: float | None = None, at_most: float | None = None) -> Check:
-    """A number in these limits, both of them allowed."""
+    """Require a number within these limits, both included."""
     return _checked(Check("between", at_least=at_least, at_most=at_most))
 
 
 def is_in(*values: Any) -> Check:  # Any: JSON
-    """One of these values, as they are written in JSON."""
+    """Require one of these values. Values are compared by their JSON form."""
     try:
         values = tuple(msgspec.json.decode(msgspec.json.encode(values)))
     except (TypeError, msgspec.MsgspecError) as error:
@@ -92,22 +94,22 @@ def is_in(*values: Any) -> Check:  # Any: JSON
 
 
 def starts_with(*texts: str) -> Check:
-    """A text that starts with one of these."""
+    """Require a text that starts with one of these."""
     return _checked(Check("starts_with", texts))
 
 
 def ends_with(*texts: str) -> Check:
-    """A text that ends with one of these."""
+    """Require a text that ends with one of these."""
     return _checked(Check("ends_with", texts))
 
 
 def contains(*texts: str) -> Check:
-    """A text with one of these in it."""
+    """Require a text that contains one of these."""
     return _checked(Check("contains", texts))
 
 
 def check_problem(check: Check) -> str | None:
-    """What is wrong with a check itself, or None."""
+    """Return the problem of the check itself, or None."""
     if check.kind in ("length", "between"):
         limits = [limit for limit in (check.at_least, check.at_most) if limit is not None]
         if not limits:

@@ -1,9 +1,9 @@
-"""From token log-probabilities of some choices to scores, probabilities and the one that is taken.
+"""Scores of choices, their probabilities, and the selected choice, from the log-probabilities of the choices' tokens.
 
-`likelihood`        log P(the choice's tokens | what precedes); the probabilities are these, normalised. Exact.
+`likelihood`        log P(the choice's tokens | the prompt). Normalised, these give the exact probabilities.
 `token_normalized`  the mean log-probability of a token. Favours long choices with a predictable end.
-`greedy`            what greedy decoding restricted to the choices would write.
-`unconditional`     likelihood minus the likelihood of the same tokens without what precedes.
+`greedy`            prefers the choice that greedy decoding restricted to the choices would write.
+`unconditional`     the likelihood minus the likelihood of the same tokens without the prompt.
 Source: the last three are the choice methods described by the SGLang frontend's documentation.
 """
 
@@ -20,7 +20,10 @@ def scores(
     logprobs: Sequence[Sequence[float]],
     unconditional: Sequence[Sequence[float]] | None = None,
 ) -> list[float]:
-    """One score a choice, higher is better. `logprobs[c][i]` is that of `tokens[c][i]` after those before it."""
+    """Return one score for each choice; higher is better.
+
+    `logprobs[c][i]`: the log-probability of `tokens[c][i]` after the prompt and the choice's earlier tokens.
+    """
     sums = [math.fsum(row) for row in logprobs]
     if scorer == "likelihood":
         return sums
@@ -34,9 +37,11 @@ def scores(
 
 
 def _greedy_scores(tokens: Sequence[Sequence[int]], logprobs: Sequence[Sequence[float]]) -> list[float]:
-    """Walk the trie of the choices along the likeliest token; a choice scores how far it was followed.
+    """Walk the trie of the choices along the likeliest token.
 
-    Where one choice is the beginning of another, the longer one is followed: its next token is one that is allowed.
+    A choice's score is the number of its tokens on that walk plus the probability of the last of them.
+
+    If one choice is a prefix of another, the walk follows the longer one, because its next token is allowed.
     """
     alive, depth = list(range(len(tokens))), 0
     reached = [0.0] * len(tokens)
@@ -53,7 +58,7 @@ def _greedy_scores(tokens: Sequence[Sequence[int]], logprobs: Sequence[Sequence[
 
 
 def probabilities(values: Sequence[float], temperature: float = 1.0) -> list[float]:
-    """The softmax of scores; sums to one."""
+    """Return the softmax of the scores; it sums to one."""
     top = max(values)
     weights = [math.exp((value - top) / temperature) for value in values]
     total = math.fsum(weights)
@@ -61,7 +66,7 @@ def probabilities(values: Sequence[float], temperature: float = 1.0) -> list[flo
 
 
 def choose(values: Sequence[float], temperature: float, seed: int | None) -> int:
-    """The index of the best score, the first of equals; with a temperature, one drawn by `probabilities`."""
+    """Return the index of the best score, the first of equals. Above temperature 0, draw it from `probabilities`."""
     if temperature == 0:
         return max(range(len(values)), key=lambda c: values[c])
     weights = probabilities(values, temperature)

@@ -1,4 +1,4 @@
-"""What a running program tells: one event for each thing that happens to a node, and what came of a node."""
+"""The events of a running program, one for each thing that happens to a node, and the results of nodes."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import msgspec
 
 
 class Usage(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Tokens of a request, or of a node's requests together: of the `prompt_tokens`, `cached_tokens` were not computed.
+    """The token counts of one request, or of all requests of a node.
 
-    `completion_tokens`: generated ones.
+    `cached_tokens`: the prompt tokens that came from the cache. `completion_tokens`: generated tokens.
     """
 
     prompt_tokens: int = 0
@@ -20,7 +20,7 @@ class Usage(msgspec.Struct, frozen=True, omit_defaults=True):
 
     @property
     def computed_tokens(self) -> int:
-        """Prompt tokens whose keys and values were computed."""
+        """The number of prompt tokens whose keys and values were computed."""
         return self.prompt_tokens - self.cached_tokens
 
     def __add__(self, other: Usage) -> Usage:
@@ -32,7 +32,7 @@ class Usage(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class NodeError(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Why a node has no value. `type` is the name of an error class of ramet.errors, or of the cause's."""
+    """The reason why a node has no value. `type`: the name of an error class of ramet.errors, or of the cause."""
 
     type: str
     message: str
@@ -42,9 +42,9 @@ class NodeError(msgspec.Struct, frozen=True, omit_defaults=True):
 class NodeEvent(msgspec.Struct, frozen=True, omit_defaults=True):
     """One thing that happened to one node of a running program.
 
-    `text`: more generated text (`kind` text), or all text that the node added to its branch (`done`; for a Role the
-    template's own marks). `value`: set when done. `timings`: seconds since the program's start (`start_s`,
-    `first_token_s`, `end_s`). `cause`: the exception itself, in one process only; it is never encoded.
+    `text`: the next piece of generated text (`kind` text), or all text that the node added to its branch (`kind` done).
+    A Role adds the marks of the chat template. `value`: set when done. `timings`: seconds since the program's start
+    (`start_s`, `first_token_s`, `end_s`). `cause`: the exception, within one process only; it is never encoded.
     """
 
     node: int
@@ -67,9 +67,9 @@ OnEvent: TypeAlias = Callable[[NodeEvent], None]
 
 
 class NodeResult(msgspec.Struct, frozen=True):
-    """What came of a node: the `text` that it adds to its branch, its JSON `value`, and what its event says besides.
+    """The result of a node: the `text` that it adds to its branch, its JSON `value`, and further fields of its event.
 
-    `value_text`: what a template shows for the value; None: the text. `first_token_s`: of time.monotonic().
+    `value_text`: the text that a template inserts for the value; None: `text`. `first_token_s`: by time.monotonic().
     """
 
     text: str = ""
@@ -80,4 +80,4 @@ class NodeResult(msgspec.Struct, frozen=True):
     meta: dict[str, Any] | None = None  # Any: JSON
     error: NodeError | None = None  # why the text has no value, though the node is done
     first_token_s: float | None = None
-    queue_s: float | None = None  # how long the request waited
+    queue_s: float | None = None  # seconds that the request waited

@@ -1,11 +1,12 @@
-"""The graph of a program: frozen nodes, checked when loaded, in JSON the wire format of the program API.
+"""The graph of a program: frozen nodes that are checked when loaded. Its JSON is the wire format of the program API.
 
-Two kinds of edges. A *prefix edge* (`parent`) says which text precedes a node; the way from a node to its root is a
-branch. A *data edge* (`Ref`) says whose value is used inside a text, a choice or a tool's arguments. Parents and used
-values come before their users, so the order of `nodes` is a possible order of execution.
+There are two kinds of edges. A *prefix edge* (`parent`) leads to the node whose text precedes a node; the path from a
+node to its root is a branch. A *data edge* (`Ref`) leads to the node whose value is used in a text, a choice or a
+tool's arguments. Parents and used values come before their users, so the order of `nodes` is a valid order of
+execution.
 
-A staged program sends several graphs: `first` is the id of the first node of this part, lower ids belong to parts
-sent before. Nothing here runs anything.
+A staged program sends several graphs, its parts. `first` is the id of a part's first node; lower ids belong to earlier
+parts. Nothing here runs anything.
 """
 
 from __future__ import annotations
@@ -31,15 +32,15 @@ from ramet.lang.graph.sampling import sampling_problem as sampling_problem
 VERSION = 1
 MAX_RETRIES = 1000
 
-JsonValue: TypeAlias = Any  # a JSON value; recursive aliases are not understood by msgspec
+JsonValue: TypeAlias = Any  # a JSON value; msgspec does not understand recursive aliases
 
 
 class Ref(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
-    """The value of another node. `path` leads into a structured value; `format` is a Python format specification, or
-    "!r" for the value's repr.
+    """The value of another node.
 
-    Without either, the text as it was generated is inserted. At the end of a path a string is inserted as it is, any
-    other value as compact JSON.
+    `path` leads into a structured value. A string at its end is inserted as it is, any other value as compact JSON.
+    `format` is a Python format specification, or "!r" for the value's repr. Without both, the generated text is
+    inserted unchanged.
     """
 
     node: int
@@ -52,10 +53,10 @@ Template: TypeAlias = tuple[Part, ...]
 
 
 class Constraint(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
-    """What a generated text must match. `source`: a pattern, a Lark grammar, a text, or canonical JSON.
+    """The language that a generated text must match. `source`: a pattern, a Lark grammar, a text, or canonical JSON.
 
-    A set of tools (grammar/tools/tool_set.py) without a `format` has that of the model's chat template.
-    `in_order`: properties of a JSON schema come in its order, and no others than those it names.
+    A set of tools (grammar/tools/tool_set.py) without a `format` uses the format of the model's chat template.
+    `in_order`: the properties of a JSON schema come in the schema's order, and only named properties are allowed.
     """
 
     kind: Literal["json_schema", "regex", "cfg", "choice", "substring", "tools", "structural_tag"]
@@ -64,74 +65,73 @@ class Constraint(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown
 
 
 class Scope(Protocol):
-    """What a node may ask of the run that it is part of. All that the node needs is done."""
+    """The part of a run that a node may use when it is evaluated. All its dependencies are then done."""
 
     def render(self, template: Template) -> str: ...
 
     def argument(self, name: str) -> JsonValue: ...
 
     def text_behind(self, start: int | None, tip: int | None) -> str:
-        """The text of the branch that ends at `tip`, behind node `start` (None: from its beginning)."""
+        """Return the text of the branch that ends at `tip`, after node `start` (None: from the branch's beginning)."""
 
     def mark(self, node: Role | Tools) -> str:
-        """What the model's chat template writes there."""
+        """Return the text that the model's chat template writes at this node."""
 
 
 class Node(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True, kw_only=True, tag_field="kind"):
-    """What all nodes have, and what holds of a kind of nodes that says nothing else.
+    """The fields of every node, and the defaults of a kind of node.
 
-    A new kind is a class here and a member of AnyNode. Passes and runtimes look at what a node says of itself below,
-    and at its class only where they do something that one kind alone needs. `line` is `file:line` of the source that
-    recorded it.
+    A new kind is a class here and a member of AnyNode. Passes and runtimes use the attributes and methods below. They
+    test a node's class only for work that a single kind needs. `line`: `file:line` of the source that recorded it.
     """
 
     id: int
     parent: int | None = None
     line: str = ""
 
-    # Who gives the result: whoever runs the graph, by `evaluate`; a model; or the caller of the program, who is asked
-    # for it with what `evaluate` returns.
+    # Who gives the result: whoever runs the graph, by `evaluate`; a model; or the caller of the program. The result of
+    # `evaluate` is then the question to the caller.
     run_by: ClassVar[Literal["runner", "model", "caller"]] = "runner"
-    has_value: ClassVar[bool] = False  # which other nodes may use
-    takes_failures: ClassVar[bool] = False  # runs when the nodes that it needs are over, though they failed
-    is_markup: ClassVar[bool] = False  # its text is the chat template's: names of special tokens mean these tokens
-    is_border: ClassVar[bool] = False  # texts before and behind it are tokenised apart
+    has_value: ClassVar[bool] = False  # other nodes may use the value
+    takes_failures: ClassVar[bool] = False  # runs once its dependencies are over, even if they failed
+    is_markup: ClassVar[bool] = False  # its text is a chat template's: spellings of special tokens become tokens
+    is_border: ClassVar[bool] = False  # texts before and after it are tokenised separately
 
     @property
     def kind_name(self) -> str:
-        """The word for its kind in messages and tables."""
+        """The name of the kind in messages and tables."""
         return type(self).__name__.lower()
 
     @property
     def label(self) -> str | None:
-        """The name of the variable or argument, of kinds that have one."""
+        """The name of the variable or argument, or None for kinds without one."""
         return getattr(self, "name", None)
 
     def templates(self) -> tuple[Template, ...]:
-        """Its texts with values of other nodes in them."""
+        """Its texts that may contain values of other nodes."""
         return ()
 
     def joined(self) -> tuple[int, ...]:
-        """Nodes that it needs besides its parent and those whose values it uses."""
+        """The nodes that it needs besides its parent and the nodes whose values it uses."""
         return ()
 
     def changed(self, template: Callable[[Template], Template], node: Callable[[int], int]) -> Self:
-        """The same node, each of its templates and each id of another node in its own fields replaced."""
+        """Return a copy in which each template, and each id of another node in the kind's own fields, is replaced."""
         return self
 
     def problem(self, before: GraphIndex) -> str | None:
-        """What is wrong with the node behind those in `before`, or None."""
+        """Return the problem of the node, which follows those in `before`, or None."""
         return None
 
     def evaluate(self, scope: Scope) -> NodeResult:
-        """What comes of a node that no model runs. Whatever it raises fails the node."""
+        """Return the result of a node that no model runs. Any exception fails the node."""
         return NodeResult()
 
 
 class Text(Node, frozen=True, tag="text"):
-    """Literal text, with values of other nodes in it.
+    """Literal text that may contain values of other nodes.
 
-    `moved`: how many texts before it on its branch it was written in front of; the author let it stand behind them.
+    `moved`: the number of texts that it was moved past. The author wrote it before them and allowed it to follow them.
     """
 
     parts: Template
@@ -154,7 +154,7 @@ class Text(Node, frozen=True, tag="text"):
 
 
 class Argument(Node, frozen=True, tag="argument"):
-    """A value given when the graph is run. It stands in no branch: texts refer to it."""
+    """A value that is given when the graph is run. It belongs to no branch; texts refer to it."""
 
     name: str
 
@@ -171,11 +171,12 @@ class Argument(Node, frozen=True, tag="argument"):
 
 
 class Generate(Node, frozen=True, tag="generate"):
-    """Text that the model writes. `type` says how the text becomes a JSON value: `str` (as it is), `int`, ...
+    """Text that the model writes. `type`: how the text becomes a JSON value: `str` (unchanged), `int`, ...
 
-    The value of `tools` is {"text": ..., "calls": [{"name": ..., "arguments": {...}}]}, read in the model's own format.
+    The value of type `tools` is {"text": ..., "calls": [{"name": ..., "arguments": {...}}]}, parsed from the model's
+    own format.
 
-    A value that fails one of `checks` is written anew, up to `retries` times; its text never joins the branch.
+    A value that fails one of `checks` is generated again, up to `retries` times. Its text never joins the branch.
     """
 
     name: str | None = None
@@ -202,7 +203,7 @@ class Generate(Node, frozen=True, tag="generate"):
 
 
 class Select(Node, frozen=True, tag="select"):
-    """The likeliest of `choices` by `scorer`, or one drawn from their probabilities where `temperature` > 0."""
+    """The likeliest of `choices` by `scorer`, or a draw from their probabilities if `temperature` > 0."""
 
     choices: tuple[Template, ...]
     name: str | None = None
@@ -232,7 +233,10 @@ class Select(Node, frozen=True, tag="select"):
 
 
 class Fork(Node, frozen=True, tag="fork"):
-    """The start of branch `index` of `width`. All of one fork have the same parent and `group`, the first one's id."""
+    """The start of branch `index` of `width`.
+
+    All Fork nodes of one fork have the same parent and the same `group`, the id of the first of them.
+    """
 
     group: int
     index: int
@@ -252,7 +256,7 @@ class Fork(Node, frozen=True, tag="fork"):
 
 
 class Join(Node, frozen=True, tag="join"):
-    """Done when all `branches` (their last nodes) are. Adds no text, and holds nothing up that doesn't use them."""
+    """Done when all `branches` (their last nodes) are done. Adds no text; nodes that don't use it don't wait for it."""
 
     branches: tuple[int, ...]
 
@@ -269,7 +273,7 @@ class Join(Node, frozen=True, tag="join"):
 
 
 class Role(Node, frozen=True, tag="role"):
-    """The border of a chat message. What it looks like is the model's own affair: its template is applied there."""
+    """The start or end of a chat message. Its text comes from the model's chat template."""
 
     role: str
     is_open: bool
@@ -284,9 +288,9 @@ class Role(Node, frozen=True, tag="role"):
 
 
 class Tools(Node, frozen=True, tag="tools"):
-    """What may be called from here on: a JSON list of functions as OpenAI's API has it.
+    """The tools that the model may call from here on: a JSON list of functions in the form of OpenAI's API.
 
-    At the start of a branch the chat template shows them its own way; later, they are described in a message.
+    At the start of a branch the chat template shows them. Later ones are described in a message.
     """
 
     tools: str
@@ -303,9 +307,9 @@ class Tools(Node, frozen=True, tag="tools"):
 
 
 class ToolCall(Node, frozen=True, tag="tool_call"):
-    """A call to the caller's tool. `arguments` render to a JSON object; the value is what the tool returned.
+    """A call of one of the caller's tools. `arguments` render to a JSON object; the value is the tool's result.
 
-    `on_error`: a tool that fails ends the program ("raise"), or its error is the value: {"error": ...} ("report").
+    `on_error`: a tool's failure ends the program ("raise"), or becomes the value {"error": ...} ("report").
     """
 
     tool: str
@@ -327,7 +331,7 @@ class ToolCall(Node, frozen=True, tag="tool_call"):
 
 
 class Capture(Node, frozen=True, tag="capture"):
-    """The text of this branch after node `start` (None: from its beginning), as a value."""
+    """The text of this branch after node `start` (None: from the branch's beginning), as a value."""
 
     name: str | None = None
     start: int | None = None
@@ -356,7 +360,7 @@ SCORERS = ("likelihood", "token_normalized", "greedy", "unconditional")
 
 
 class Graph(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Nodes in an order in which they could run. `arguments` binds (some of) the Argument nodes, by name."""
+    """Nodes in a valid order of execution. `arguments`: values of all or some Argument nodes, by name."""
 
     nodes: tuple[AnyNode, ...]
     arguments: dict[str, JsonValue] = {}
@@ -364,7 +368,7 @@ class Graph(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     version: int = VERSION
 
     def to_json(self) -> bytes:
-        """Return the wire form. Raises InvalidProgram where an argument has no JSON form."""
+        """Return the wire form. Raises InvalidProgram if an argument has no JSON form."""
         try:
             return msgspec.json.encode(self)
         except (TypeError, msgspec.MsgspecError) as error:
@@ -392,7 +396,7 @@ class _Head(msgspec.Struct):
 
 
 def refs(node: AnyNode) -> Iterator[Ref]:
-    """The data edges of a node."""
+    """Yield the data edges of a node."""
     for template in node.templates():
         for part in template:
             if not isinstance(part, str):
@@ -400,7 +404,7 @@ def refs(node: AnyNode) -> Iterator[Ref]:
 
 
 def dependencies(node: AnyNode) -> list[int]:
-    """Ids that must be done before `node` can run: its parent, the values it uses, the branches it joins."""
+    """Return the ids that `node` waits for: its parent, the nodes whose values it uses, the branches it joins."""
     found = [] if node.parent is None else [node.parent]
     found.extend(ref.node for ref in refs(node))
     found.extend(node.joined())
@@ -408,7 +412,7 @@ def dependencies(node: AnyNode) -> list[int]:
 
 
 def branch(nodes: Sequence[AnyNode], tip: int | None, start: int | None = None) -> list[AnyNode]:
-    """The nodes of the branch that ends at `tip`, root first; with `start`, those behind it."""
+    """Return the nodes of the branch that ends at `tip`, root first. With `start`, only those after it."""
     found: list[AnyNode] = []
     while tip is not None and tip != start:
         found.append(nodes[tip])
@@ -417,7 +421,7 @@ def branch(nodes: Sequence[AnyNode], tip: int | None, start: int | None = None) 
 
 
 def is_in_message(nodes: Sequence[AnyNode], node: AnyNode) -> bool:
-    """Whether a node stands inside of a chat message, which is open there."""
+    """Return whether a node is inside an open chat message."""
     at = node.parent
     while at is not None:
         above = nodes[at]
@@ -428,12 +432,12 @@ def is_in_message(nodes: Sequence[AnyNode], node: AnyNode) -> bool:
 
 
 def variable(name: str) -> str:
-    """The program's name of a variable: a name written twice on one branch is `name`, then `name#2`, ..."""
+    """Return the program's name of a variable. Nodes that write it again on one branch are `name#2`, `name#3`, ..."""
     return name.partition("#")[0]
 
 
 def render(template: Template, text_of: Callable[[int], str], value_of: Callable[[int], JsonValue]) -> str:
-    """The text of a template. `text_of` a node: as generated; `value_of` it: its JSON value."""
+    """Return the text of a template. `text_of(node)`: its generated text; `value_of(node)`: its JSON value."""
     return "".join(part if isinstance(part, str) else _render_ref(part, text_of, value_of) for part in template)
 
 
@@ -452,12 +456,12 @@ def _render_ref(ref: Ref, text_of: Callable[[int], str], value_of: Callable[[int
 
 
 def value_text(value: JsonValue) -> str:
-    """A JSON value as text in a prompt: a string as it is, anything else as compact JSON."""
+    """Return a JSON value as text for a prompt: a string unchanged, any other value as compact JSON."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
 def parse_value(kind: str, text: str) -> JsonValue:
-    """The JSON value of a generated text. Raises ValueError where the text is not one (it was cut, say)."""
+    """Return the JSON value of a generated text. Raises ValueError for other text, such as text that was cut off."""
     if kind == "int":
         return int(text)
     if kind == "float":
@@ -471,7 +475,7 @@ def parse_value(kind: str, text: str) -> JsonValue:
 
 
 class GraphIndex:
-    """All nodes of a program so far, checked; grows by one part per stage. Owner: whoever runs or reads the program."""
+    """All nodes of a program so far, checked. Each stage adds a part. Owner: whoever runs or reads the program."""
 
     def __init__(self) -> None:
         self.nodes: list[AnyNode] = []
@@ -479,7 +483,7 @@ class GraphIndex:
         self._named: list[int | None] = []  # nearest node with a name, the node itself included, on its branch
 
     def add(self, graph: Graph, *, is_bound: bool = False) -> None:
-        """Check one part and append it; nothing is appended where it is wrong. Raises InvalidProgram.
+        """Check one part and append it. Raises InvalidProgram for a wrong part, of which nothing is appended.
 
         `is_bound`: every argument must have its value, because the graph is to be run.
         """
@@ -595,9 +599,9 @@ def _wrong(node: AnyNode, problem: str) -> InvalidProgram:
 
 
 def is_json(value: object) -> bool:
-    """True where a value can be sent."""
+    """Return whether a value can be sent as JSON."""
     try:
         msgspec.json.encode(value)
-    except (TypeError, ValueError, msgspec.MsgspecError):  # ValueError: half of a surrogate pair
+    except (TypeError, ValueError, msgspec.MsgspecError):  # ValueError: a lone surrogate
         return False
     return True

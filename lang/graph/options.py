@@ -1,4 +1,4 @@
-"""What holds for a whole run of a program: its name, its priority, its limits, and its deadline."""
+"""The options of a whole run of a program: its name, its priority, its limits, and its deadline."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from ramet.errors import DeadlineExceeded, InvalidRequest
 from ramet.lang.graph.ir import is_json
 
 MAX_PRIORITY = 2**31 - 1
-MAX_TIMEOUT_S = 1e9  # threads can't wait for any number of seconds
+MAX_TIMEOUT_S = 1e9  # a thread can't wait for more seconds than this
 
 
 @dataclass(frozen=True, slots=True)
 class ProgramOptions:
-    """What holds for a whole run of a program.
+    """The options of a whole run of a program.
 
-    `deadline_s`: seconds of time.monotonic(). Lower `priority` runs first. `token_budget`: tokens that all generations
-    together may write. `cache_salt`: prefixes are shared only with runs of the same salt. `text_events`: report text as
-    it is generated, and not only when a node is done; this costs some microseconds a token on the engine's thread.
+    `deadline_s`: by time.monotonic(). `priority`: the lower runs first. `token_budget`: the most tokens that all
+    generations together may write. `cache_salt`: prefixes are shared only between runs with the same salt.
+    `text_events`: report text as it is generated, not only when a node is done. This costs some microseconds for each
+    token on the engine's thread.
 
     Raises:
-        InvalidRequest: a value that no runtime can work with.
+        InvalidRequest: a value that is invalid for every runtime.
     """
 
     program: str = "program"
@@ -49,7 +50,7 @@ class ProgramOptions:
 
 
 def deadline(program: str, timeout_s: float | None) -> float | None:
-    """The moment of time.monotonic() at which a run's time is over. Raises InvalidRequest."""
+    """Return the end of a run's time limit, by time.monotonic(), or None without a limit. Raises InvalidRequest."""
     if timeout_s is None:
         return None
     is_number = isinstance(timeout_s, int | float) and not isinstance(timeout_s, bool)
@@ -63,7 +64,7 @@ def deadline(program: str, timeout_s: float | None) -> float | None:
 
 @dataclass(frozen=True, slots=True)
 class Deadline:
-    """When the time of a program, or of a request, is over. `at_s`: of time.monotonic(); None: it never is."""
+    """The deadline of a program or a request. `at_s`: by time.monotonic(); None: there is no deadline."""
 
     at_s: float | None
 
@@ -71,7 +72,7 @@ class Deadline:
         return None if self.at_s is None else max(0.0, self.at_s - time.monotonic())
 
     def allows(self, pause_s: float) -> bool:
-        """True where the deadline comes after a pause of so many seconds."""
+        """Return whether a pause of this many seconds ends before the deadline."""
         left_s = self.left_s()
         return left_s is None or pause_s < left_s
 
@@ -81,7 +82,7 @@ class Deadline:
 
     @staticmethod
     def error() -> DeadlineExceeded:
-        """What a node fails with when the deadline has passed."""
+        """Return the error of a node that the deadline ended."""
         return DeadlineExceeded("the program's deadline passed")
 
 

@@ -1,9 +1,9 @@
-"""One run of a graph: which node is ready, what a failure does, what a budget means, and what the caller is told.
+"""One run of a graph: the rules for ready nodes, failures, the token budget, and the caller's events.
 
-`GraphRun` is a state machine without threads. Whoever drives it takes the nodes that are ready, works on them, and says
-what came of each; the run answers with events and with the nodes that are ready next. Three things drive it: the
-executor of the runtime (runtime/programs/executor.py), the runner for endpoints that write text
-(lang/backends/text_program.py), and the simulation of the passes (lang/passes/requests.py).
+`GraphRun` is a state machine without threads. Its driver takes the ready nodes, works on them, and reports the result
+of each. The run answers with events and with the nodes that are ready next. There are three drivers: the executor of
+the runtime (runtime/programs/executor.py), the runner for text endpoints (lang/backends/text_program.py), and the
+simulation of the passes (lang/passes/requests.py).
 
 Not here: tokens, requests, threads. A driver with several threads holds its own lock around each call.
 """
@@ -35,10 +35,11 @@ Mark: TypeAlias = Callable[[Sequence[ir.AnyNode], ir.Role | ir.Tools], str]
 
 @dataclass(slots=True, eq=False)
 class NodeRun:
-    """One node of a run. Its GraphRun owns it; a driver reads it.
+    """One node of a run. Owner: its GraphRun; a driver reads it.
 
-    `missing`: what the node still waits for: dependencies that are not over, and its release if it `is_held`.
-    `reserved`: tokens of the budget that it holds. `attempts`: texts that its checks refused, and `spent` their tokens.
+    `missing`: the number of things that the node still waits for: unfinished dependencies, and its release if it
+    `is_held`. `reserved`: tokens of the budget that it holds. `attempts`: texts that its checks refused. `spent`: the
+    tokens of these texts.
     """
 
     node: ir.AnyNode
@@ -61,7 +62,7 @@ class NodeRun:
 
     @property
     def needs_release_alone(self) -> bool:
-        """True when the node is held, and nothing else is missing."""
+        """True when the node is held and waits for nothing else."""
         return self.is_held and self.missing == 1
 
 
@@ -78,8 +79,8 @@ class GraphRun:
     ) -> None:
         """Make a run without nodes; `extend` adds them.
 
-        `on_event` must be quick; what it raises is logged. `mark` says what a message's border looks like, given the
-        nodes before it on its branch. A node for which `is_held` is true waits for `release`, too.
+        `on_event` must be quick; its exceptions are logged. `mark` returns the text of a Role or Tools node, given the
+        nodes before it on its branch. A node for which `is_held` is true also waits for `release`.
         """
         self.nodes: list[NodeRun] = []
         self._graph_nodes: list[ir.AnyNode] = []
@@ -101,10 +102,10 @@ class GraphRun:
         """True when every node so far is done or failed."""
         return self._num_over == len(self.nodes)
 
-    # What the driver asks for.
+    # Called by the driver to get work.
 
     def extend(self, graph: ir.Graph) -> list[NodeRun]:
-        """Add a part that GraphIndex has checked, and return its nodes. Those that need nothing are ready."""
+        """Add a part that GraphIndex has checked, and return its nodes. Nodes without dependencies are ready."""
         self._arguments.update(graph.arguments)
         added = [NodeRun(node) for node in graph.nodes]
         for run in added:
@@ -112,7 +113,7 @@ class GraphRun:
         return added
 
     def take_ready(self) -> NodeRun | None:
-        """The next node to work on, which runs from now on, or None."""
+        """Return the next ready node and mark it as running, or return None."""
         while self._ready:
             run = self._ready.popleft()
             if not run.is_over:
@@ -122,14 +123,14 @@ class GraphRun:
         return None
 
     def take_stopped(self) -> list[NodeRun]:
-        """Nodes that failed while they ran, each once: what was begun for them is to be ended."""
+        """Return the nodes that failed while they ran, each once. The driver must end its work for them."""
         stopped, self._stopped = self._stopped, []
         return stopped
 
     def evaluate(self, run: NodeRun) -> ir.NodeResult | None:
-        """Work out a node, or ask the caller for the result of a tool's call.
+        """Evaluate a node, or ask the caller for the result of a tool call.
 
-        None: a model or the caller gives the result. Raises whatever goes wrong; the driver reports it with `failed`.
+        Returns None if a model or the caller gives the result. The driver reports any exception with `failed`.
         """
         if run.node.run_by == "model":
             return None
@@ -139,7 +140,7 @@ class GraphRun:
             return None
         return result
 
-    # What a node asks for: see ir.Scope.
+    # The methods of ir.Scope, which nodes call.
 
     def render(self, template: ir.Template) -> str:
         return ir.render(template, lambda i: self.nodes[i].value_text, lambda i: self.nodes[i].value)
@@ -155,27 +156,27 @@ class GraphRun:
         return self._text_up_to(tip, start=start)
 
     def branch(self, tip: int | None) -> list[ir.AnyNode]:
-        """The nodes of the branch that ends at `tip`, root first."""
+        """Return the nodes of the branch that ends at `tip`, root first."""
         return ir.branch(self._graph_nodes, tip)
 
-    # What the driver reports.
+    # Called by the driver to report results.
 
     def tells_text(self, run: NodeRun) -> bool:
-        """True where the caller wants generated text as it comes. What checks may refuse is held back."""
+        """Return whether the caller wants text as it is generated. Text that checks may still refuse is held back."""
         return self.options.text_events and isinstance(run.node, ir.Generate) and not run.node.checks
 
     def say(self, run: NodeRun, text: str) -> None:
-        """Report more generated text, if the caller wants it."""
+        """Report a piece of generated text, if the caller wants it."""
         if self.tells_text(run):
             self._emit(run, "text", text=text)
 
     def judge(
         self, run: NodeRun, result: ir.NodeResult, read: Callable[[str], ir.JsonValue] | None = None
     ) -> ir.NodeResult | None:
-        """Read the value of what a model wrote, and check it. The result to be `done` with, or None: it was refused.
+        """Read and check the value of a generated text. Return the result to pass to `done`, or None if it was refused.
 
-        A refused node is ready for its next try, or has failed where its tries are used up. `read`: how the value is
-        read, where it is not that of the text alone.
+        A refused node is ready for its next try, or has failed if no tries are left. `read`: reads the value, where the
+        text alone does not give it.
         """
         node = run.node
         if run.is_over or not isinstance(node, ir.Generate):
@@ -197,7 +198,7 @@ class GraphRun:
         return msgspec.structs.replace(result, value=value, usage=usage, meta=meta or None, error=problem)
 
     def done(self, run: NodeRun, result: ir.NodeResult) -> None:
-        """Mark a node done, tell the caller, and make ready what waited for it alone."""
+        """Mark a node done, tell the caller, and make nodes ready that waited for it alone."""
         if run.is_over:
             return
         run.status = "done"
@@ -222,13 +223,13 @@ class GraphRun:
             self._fail_all(self.nodes, sibling)
 
     def cancel(self, nodes: Sequence[int] | None = None) -> None:
-        """Stop these nodes and all that need them; None: the whole program, with the parts that are still to come."""
+        """Stop these nodes and all that need them. None stops the whole program, including its later parts."""
         reason = ProgramCancelled("the program was cancelled" if nodes is None else "this branch was cancelled")
         self._is_cancelled = self._is_cancelled or nodes is None
         self._fail_all(self.nodes if nodes is None else [self.nodes[i] for i in nodes], reason)
 
     def provide(self, node: int, value: ir.JsonValue = None, error: Exception | None = None) -> None:
-        """Take in the result of a tool. An error fails the node, or is its value where the call is to report it."""
+        """Take a tool's result. An error fails the node, or becomes its value if the call's `on_error` is "report"."""
         run = self.nodes[node]
         if error is None:
             self.done(run, ir.NodeResult(value=value, value_text=ir.value_text(value)))
@@ -239,18 +240,18 @@ class GraphRun:
             self.failed(run, error)
 
     def release(self, run: NodeRun) -> None:
-        """A node that was held is not any more."""
+        """Release a held node."""
         if run.is_held:
             run.is_held = False
             self._satisfy(run)
 
     def within_budget(self, run: NodeRun, sampling: S) -> S | None:
-        """The sampling of a generation with no more tokens than the budget leaves; the node holds them until it ends.
+        """Limit a generation's `max_tokens` to the rest of the budget. The node reserves these tokens until it ends.
 
-        None: nothing is left now, and the node is ready again when another one gives some back.
+        Returns None if nothing is left now. The node becomes ready again when another node returns tokens.
 
         Raises:
-            RametError: nothing is left, and nobody will give anything back.
+            RametError: nothing is left, and no node will return tokens.
         """
         if self._budget_left is None:
             return sampling
@@ -299,7 +300,7 @@ class GraphRun:
             self._make_ready(run)
 
     def _fail_all(self, runs: Sequence[NodeRun], error: Exception) -> None:
-        """Fail these nodes, and all that need them to be done; for a join it is enough that they are over."""
+        """Fail these nodes and all that need them to be done. A join only needs them to be over, so it goes on."""
         stack = [run for run in reversed(runs) if not run.is_over]
         while stack:
             run = stack.pop()
@@ -319,7 +320,7 @@ class GraphRun:
                     stack.append(user)
 
     def _refuse(self, run: NodeRun, node: ir.Generate, result: ir.NodeResult, problem: str) -> None:
-        """A text failed its checks: try again, or fail."""
+        """Handle a text that failed its checks: try the node again, or fail it."""
         usage = result.usage or ir.Usage()
         run.attempts.append({"text": result.text, "problem": problem})
         run.spent = run.spent + usage
@@ -336,7 +337,7 @@ class GraphRun:
         self.failed(run, error)
 
     def _refund(self, run: NodeRun, num_used: int) -> None:
-        """Give back what a node did not write; those that were put off try again."""
+        """Return the reserved tokens that a node did not write. Nodes that waited for the budget try again."""
         if run.reserved and self._budget_left is not None:
             self._budget_left += run.reserved - num_used
             self._num_reserved -= 1
@@ -382,11 +383,11 @@ class GraphRun:
         event = ir.NodeEvent(run.node.id, kind, name=run.node.label, **fields)
         try:
             self._on_event(event)
-        except Exception:  # the listener's own fault: it must not end the thread, which may be the engine's
+        except Exception:  # a listener's error must not end the thread, which may be the engine's
             logger.exception("a listener failed at the %s event of node %d", kind, run.node.id)
 
     def _text_up_to(self, tip: int | None, *, limit: int | None = None, start: int | None = None) -> str:
-        """The text of a branch behind node `start`, or about its last `limit` characters."""
+        """Return the text of a branch after node `start`, or about its last `limit` characters."""
         parts: list[str] = []
         size = 0
         while tip is not None and tip != start and (limit is None or size < limit):
@@ -400,7 +401,7 @@ class GraphRun:
 def _value(
     node: ir.Generate, result: ir.NodeResult, read: Callable[[str], ir.JsonValue] | None
 ) -> tuple[ir.JsonValue, ir.NodeError | None]:
-    """The value of a generated text, or why it has none."""
+    """Return the value of a generated text, or the reason why it has none."""
     try:
         return read(result.text) if read is not None else ir.parse_value(node.type, result.text), None
     except ValueError as bad:

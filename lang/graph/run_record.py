@@ -1,5 +1,4 @@
-"""What is known of a run of a program, or of its trace: its graph, what happened to each node, and where recording
-had to stop for a value."""
+"""The record of a run or a trace: its graph, the events of its nodes, and the lines where recording stopped."""
 
 from __future__ import annotations
 
@@ -11,7 +10,7 @@ from ramet.lang.graph import ir
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One time that recording stopped for a value: the source line, what it needed, and how far recording had come."""
+    """One stop of recording for a value: the source line, the value that it needed, and the nodes recorded by then."""
 
     line: str
     node: int
@@ -21,11 +20,11 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class RunRecord:
-    """What a run did: its graph, what happened to each node (by id), and where recording had to stop.
+    """The record of a run: its graph, the last event of each node (by id), and the stages where recording stopped.
 
-    `attempts`: generation -> the texts that its checks refused (`text`) and why (`problem`). `specialised`: arguments
-    of a trace whose value its graph depends on, with the line that needed it. A trace has no events, and at most one
-    stage, with which it ends.
+    `attempts`: generation -> its refused texts (`text`), each with the reason (`problem`). `specialised`: arguments
+    whose value the graph of a trace depends on, each with the line that needed the value. A trace has no events and at
+    most one stage, which ends it.
     """
 
     program: str

@@ -1,8 +1,8 @@
-"""How tokens are chosen: the values, their limits, and what a generation that failed its checks does next.
+"""Sampling: the parameters, their limits, and the parameters of a retry.
 
-`SamplingParams` goes from every border (a program, HTTP, Python) to the tables that the sampler reads. `Sampling` is
-what a program says of it: the same fields, each of which may be left open. `FIELDS` holds what is true of a field
-wherever it comes from. A new value is a row in each of the three.
+`SamplingParams` is the complete form, which goes from every interface (a program, HTTP, Python) to the sampler.
+`Sampling` is a program's form: the same fields, each of which may be left open. `FIELDS` holds the rules of each field,
+which hold for every interface. A new parameter is a row in each of the three.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ import msgspec
 
 from ramet.errors import InvalidSampling
 
-MAX_INT32 = 2**31 - 1  # what a step is told about a request is int32
-RETRY_TEMPERATURE = 0.7  # of what was greedy: it would say the same again
+MAX_INT32 = 2**31 - 1  # a step's request data is int32
+RETRY_TEMPERATURE = 0.7  # of a retry of a greedy generation, which would repeat its text
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingField:
-    """What holds for one value: what it is, its range, and its names elsewhere.
+    """The rules of one parameter: its kind, its range, and its names elsewhere.
 
-    `low`, `high`: the range of a number, `low` itself excluded where `is_open`. `limit`: the range as errors say it.
-    `takes_none`: None is a value of its own in SamplingParams, so a null does not stand for the default.
-    `native`: its name in the body of /generate, where SGLang's is another. `is_openai`: OpenAI's own API has it; the
-    others are extensions of that API.
+    `low`, `high`: the range of a number; `is_open` excludes `low`. `limit`: the range in the words of errors.
+    `takes_none`: None is a value of its own in SamplingParams, so null does not mean the default.
+    `native`: its name in the body of /generate, if SGLang's name differs. `is_openai`: it is part of OpenAI's own API;
+    the others are extensions.
     """
 
     name: str
@@ -41,7 +41,7 @@ class SamplingField:
     is_openai: bool = False
 
     def holds(self, value: Any) -> bool:  # Any: whatever a caller gave
-        """Whether a value that is not None is of the right kind and in the range."""
+        """Return whether a value other than None has the right kind and is in the range."""
         if self.kind == "float":
             return _is_real(value) and self.low <= value <= self.high and not (self.is_open and value == self.low)
         if self.kind == "int":
@@ -51,19 +51,19 @@ class SamplingField:
         if self.kind == "tokens":
             return isinstance(value, Collection) and all(_is_token(token) for token in value)
         if self.kind == "biases":
-            if not isinstance(value, Mapping):  # a graph has pairs, which can be hashed
+            if not isinstance(value, Mapping):  # a graph has pairs because they are hashable
                 pairs = value if isinstance(value, tuple) else ("no pairs",)
                 return all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs) and self.holds(dict(pairs))
             return all(_is_token(token) and _is_real(bias) and -100 <= bias <= 100 for token, bias in value.items())
         return isinstance(value, bool)
 
     def problem(self, value: Any) -> str:  # Any: as above
-        """What an error says of a value that does not hold."""
+        """Return the error text for a wrong value."""
         limit = self.limit or f"in {'(' if self.is_open else '['}{self.low}, {self.high}]"
         return f"{self.name} is {value!r} but must be {limit}"
 
     def check(self, value: Any) -> None:  # Any: as above
-        """Raises InvalidSampling where a value that is not None does not hold."""
+        """Check a value other than None. Raises InvalidSampling."""
         if not self.holds(value):
             raise InvalidSampling(self.problem(value), param=self.name)
 
@@ -89,11 +89,11 @@ FIELDS: Mapping[str, SamplingField] = {field.name: field for field in _TABLE}
 
 
 class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
-    """How tokens are chosen. Values outside their range raise InvalidSampling naming the field.
+    """The sampling parameters of a request. A value outside its range raises InvalidSampling, which names the field.
 
-    `temperature` 0 is greedy; `top_k` 0, `top_p` 1 and `min_p` 0 are off. `seed` None draws one at submission; with the
-    same seed a request gives the same tokens whatever the batch. `logprobs` None: none; n >= 0: the chosen token's and
-    the n likeliest. `max_tokens` None: as many as the engine's configuration and the context allow.
+    `temperature` 0 is greedy; `top_k` 0, `top_p` 1 and `min_p` 0 are off. `seed` None draws a seed at submission; with
+    the same seed a request gives the same tokens in every batch. `logprobs` None returns none; n >= 0 returns those of
+    the chosen token and of the n likeliest. `max_tokens` None: the limit of the engine's configuration and the context.
     """
 
     max_tokens: int | None = 128
@@ -115,7 +115,7 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unk
     def __post_init__(self) -> None:
         for name, default in _DEFAULTS:
             value = getattr(self, name)
-            if value is default:  # which holds: requests say little, and this runs for each of them
+            if value is default:  # valid; most fields have their default, and this runs for each request
                 continue
             field = FIELDS[name]
             if not (field.takes_none if value is None else field.holds(value)):
@@ -130,7 +130,7 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unk
 
     @property
     def edits_logits(self) -> bool:
-        """True where tokens are drawn from other logits than the model's: penalties, biases, a minimum length."""
+        """True if the model's logits are changed before sampling: by penalties, biases or a minimum length."""
         return bool(
             self.frequency_penalty
             or self.presence_penalty
@@ -144,7 +144,10 @@ _DEFAULTS = tuple(zip(SamplingParams.__struct_fields__, SamplingParams.__struct_
 
 
 class Sampling(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
-    """What a program says of its sampling; None leaves a field open, to the engine in the end. Not checked at birth."""
+    """The sampling values that a program sets. None leaves a field open; the engine's default fills it at last.
+
+    The constructor does not check the values.
+    """
 
     max_tokens: int | None = None
     min_tokens: int | None = None
@@ -163,15 +166,15 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_f
     logprobs: int | None = None
 
     def said(self) -> dict[str, Any]:
-        """The fields that are not open, by name."""
+        """Return the fields that are set, by name."""
         return {name: value for name in self.__struct_fields__ if (value := getattr(self, name)) is not None}
 
     def filled(self, defaults: Sampling) -> Sampling:
-        """These values, and in the open fields those of `defaults`."""
+        """Return these values, with open fields filled from `defaults`."""
         return Sampling(**{**defaults.said(), **self.said()})
 
     def params(self) -> SamplingParams:
-        """The engine's form: open fields have its defaults. Raises InvalidSampling."""
+        """Return the engine's form, with its defaults in open fields. Raises InvalidSampling."""
         said = self.said()
         if self.logit_bias is not None:
             said["logit_bias"] = dict(self.logit_bias)
@@ -179,7 +182,7 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_f
 
 
 def to_sampling(values: Mapping[str, Any]) -> Sampling:  # Any: whatever a caller gave
-    """Check sampling values by type and range; None means not said. Raises InvalidSampling naming the field."""
+    """Check sampling values by type and range; None leaves a field open. Raises InvalidSampling, naming the field."""
     unknown = [name for name in values if name not in Sampling.__struct_fields__]
     if unknown:
         known = ", ".join(Sampling.__struct_fields__)
@@ -201,7 +204,7 @@ def to_sampling(values: Mapping[str, Any]) -> Sampling:  # Any: whatever a calle
 
 
 def sampling_problem(sampling: Sampling) -> str | None:
-    """What is wrong with the fields that are said, or None. The text begins with the field's name."""
+    """Return the problem of the fields that are set, or None. The text begins with the field's name."""
     for name, value in sampling.said().items():
         if not FIELDS[name].holds(value):
             return FIELDS[name].problem(value)
@@ -209,14 +212,15 @@ def sampling_problem(sampling: Sampling) -> str | None:
 
 
 def is_repeatable(sampling: Sampling | SamplingParams) -> bool:
-    """True where the same prompt surely gives the same text again: sampling is greedy, or has a seed."""
+    """Return whether the same prompt always gives the same text: sampling is greedy or has a seed."""
     return sampling.temperature == 0 or sampling.top_k == 1 or sampling.seed is not None
 
 
 def retry_sampling(sampling: Sampling, attempt: int) -> Sampling:
-    """The values of try number `attempt` (0: the first) of a generation whose value was refused so often.
+    """Return the sampling of a generation's try number `attempt` (0: the first).
 
-    A seed moves on by one; what is greedy is drawn, with a seed of its own, so that runs repeat.
+    Each try adds one to the seed. A greedy generation is sampled from its second try on, with a fixed seed, so that
+    runs are repeatable.
     """
     if attempt == 0:
         return sampling
