@@ -1,1 +1,1 @@
-"""One run of a program: what is recorded and sent, what came of it, its tools, and values that may not exist yet."""
+"""One run of a program: its recorded nodes, their outcomes, its tools, and values that may not exist yet."""

@@ -1,6 +1,6 @@
-"""What came of the nodes of a run, and who waits for it: threads that block, and event loops that await.
+"""The outcomes of a run's nodes, and the threads and event loops that wait for them.
 
-Events come from a backend's threads. Not here: what is sent to a backend, and what a value means (run.py).
+Events come from a backend's threads. Not here: sending nodes to a backend, and reading values (run.py).
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ Ready = Callable[[], bool]
 class Outcomes:
     """The last event of every node that is done or failed. Owner: the run. Any thread may call.
 
-    `failure`: what ended the run as a whole; whoever waits gets it raised.
+    `failure`: the error that ended the whole run; it is raised in everyone who waits.
     """
 
     def __init__(self, *, keep_events: bool = False) -> None:
-        """`keep_events`: for listeners that come later."""
+        """`keep_events`: keep all events for listeners that are added later."""
         self.failure: Exception | None = None
         self._ended: dict[int, ir.NodeEvent] = {}
         self._changed = threading.Condition()
-        self._blocked: list[Ready] = []  # what the threads in `wait` wait for
-        # Who awaits: by node, so that an event wakes those alone whom it concerns; None: what takes several nodes.
+        self._blocked: list[Ready] = []  # the conditions of the threads in `wait`
+        # Who awaits, by node, so that an event wakes only those that it concerns; None: those who await several nodes.
         self._waiters: dict[int | None, list[tuple[Ready, asyncio.AbstractEventLoop, asyncio.Future[None]]]] = {}
         self._listeners: list[Listener] = []
         self._events: list[ir.NodeEvent] | None = [] if keep_events else None
@@ -43,16 +43,16 @@ class Outcomes:
         return self._ended[node]
 
     def get(self, node: int) -> ir.NodeEvent | None:
-        """The last event of a node, or None while it is neither done nor failed."""
+        """Return the last event of a node, or None while it is neither done nor failed."""
         return self._ended.get(node)
 
     def copy(self) -> dict[int, ir.NodeEvent]:
-        """All of them by node, in the order in which they came."""
+        """Return all last events by node, in the order of their arrival."""
         with self._changed:
             return dict(self._ended)
 
     def put(self, event: ir.NodeEvent) -> None:
-        """Something happened to a node: tell the listeners, and wake who waits for it. Nothing where it had ended."""
+        """Pass an event of a node to the listeners, and wake those who wait for it. Ignored once the node ended."""
         is_end = event.kind in ("done", "error")
         with self._changed:
             if event.node in self._ended:
@@ -64,17 +64,17 @@ class Outcomes:
         try:
             for listener in self._listeners:
                 listener(event)
-        finally:  # whatever a listener raises: who waits for this event must learn of it
+        finally:  # any error of a listener must reach those who wait for this event
             if is_end:
                 self._wake(event.node)
 
     def fail(self, error: Exception) -> None:
-        """The run failed as a whole."""
+        """Fail the whole run."""
         self.failure = error
         self.wake_all()
 
     def listen(self, listener: Listener) -> None:
-        """Call `listener` for every event from now on; first for those already there, where events are kept."""
+        """Call `listener` for every event from now on. If events are kept, call it for the earlier ones first."""
         with self._changed:
             missed = list(self._events or ())
             self._listeners.append(listener)
@@ -82,7 +82,7 @@ class Outcomes:
             listener(event)
 
     def wait(self, ready: Ready, timeout_s: Callable[[], float | None]) -> bool:
-        """Block until `ready()`; False where the time is over before. Raises the failure of the run."""
+        """Block until `ready()`; return False if the time runs out first. Raises the failure of the run."""
         with self._changed:
             self._blocked.append(ready)
             try:
@@ -114,7 +114,7 @@ class Outcomes:
             raise self.failure
 
     def wake_all(self) -> None:
-        """Let all that wait look again whether they can go on."""
+        """Make everyone who waits check again."""
         with self._changed:
             waiters = [one for some in self._waiters.values() for one in some]
             self._waiters.clear()
@@ -130,7 +130,7 @@ class Outcomes:
                     waiters.append(waiter)
                 else:
                     self._waiters.setdefault(None, []).append(waiter)
-            # A thread is woken only when it can go on: each event of thousands would cost a switch of threads.
+            # A thread is woken only when it can go on. Else each of thousands of events would cost a thread switch.
             if any(ready() for ready in self._blocked):
                 self._changed.notify_all()
         _resolve(waiters)
@@ -142,5 +142,5 @@ def _resolve(waiters: list[tuple[Ready, asyncio.AbstractEventLoop, asyncio.Futur
             future.set_result(None)
 
     for _, loop, future in waiters:
-        with suppress(RuntimeError):  # the loop is closed, and nobody waits there any more
+        with suppress(RuntimeError):  # the loop is closed, so nobody waits there any more
             loop.call_soon_threadsafe(settle, future)

@@ -1,8 +1,10 @@
 """Python types of generated values: from a type to a constraint, and from the generated JSON value back to the type.
 
-`str`, `int`, `float`, `bool`, `Literal`, `Enum`, `datetime`, `date` and `time` are written as plain text; as
-JSON: whatever else pydantic understands (dataclasses, TypedDicts, models, `list[...]`, unions) and JSON schema dicts.
-Not here: compiling constraints (the grammar does).
+`str`, `int`, `float`, `bool`, `Literal`, `Enum`, `datetime`, `date` and `time` are written as plain text. JSON schema
+dicts, and all other types that pydantic supports (dataclasses, TypedDicts, models, `list[...]`, unions), are written
+as JSON.
+
+Not here: compiling constraints (grammar/).
 """
 
 from __future__ import annotations
@@ -21,8 +23,8 @@ from ramet.lang.graph.ir import Constraint, NodeEvent
 Wire = Literal["str", "int", "float", "bool", "json", "tools"]
 
 _INT = r"-?(?:0|[1-9][0-9]{0,14})"
-# A number in running text ends where the model goes on with something else. Masking everything but digits would keep it
-# writing digits instead; so what may follow is allowed, and a stop string cuts it off.
+# A number in running text ends where the model writes something else. If only digits were allowed, the model would go
+# on writing digits. So the characters that may follow a number are allowed, and a stop string cuts them off.
 _ENDS = (" ", "\n", ",", ";", ":", "!", "?", ")", "]", "}", "%", "'", '"', "/", "*", "=", "|", "<")
 _AFTER_INT = r"(?:[ \n.,;:!?)\]}%'\"/*=|<](?s:.)*)?"
 _AFTER_FLOAT = r"(?:(?:[ \n,;:!?)\]}%'\"/*=|<]|\.[ \n])(?s:.)*)?"
@@ -42,7 +44,7 @@ class Shape:
     root: Mapping[str, Any]
 
     def child(self, name: str) -> Shape | None:
-        """The field `name`, or None where none of that name is declared."""
+        """Return the shape of field `name`, or None if no such field is declared."""
         schema = self.schema
         while "$ref" in schema:
             target: Any = self.root
@@ -55,19 +57,19 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class OutputType:
-    """How a generated text becomes a value: its form in the graph, its constraint, and the last step in Python."""
+    """How a generated text becomes a value: its type in the graph, its constraint, and the conversion in Python."""
 
     wire: Wire = "str"
     constraint: Constraint | None = None
     convert: Callable[[Any], Any] = field(default=lambda value: value)  # JSON value -> value of the type
-    from_event: Callable[[NodeEvent], Any] | None = None  # in its place: what took more than the value to make
+    from_event: Callable[[NodeEvent], Any] | None = None  # instead of `convert`, if more than the JSON value is needed
     shape: Shape | None = None
-    stop: tuple[str, ...] = ()  # ends the text, beside what the program says
-    max_tokens: int | None = None  # where the program says nothing
+    stop: tuple[str, ...] = ()  # ends the text, besides the program's own stop strings
+    max_tokens: int | None = None  # the default if the program sets none
 
 
 class Selected(str):
-    """A selected choice that knows how likely each was: `probs`, choice -> probability."""
+    """A selected choice with the probabilities of all choices: `probs`, choice -> probability."""
 
     probs: dict[str, float]
 
@@ -109,12 +111,12 @@ def output_type(kind: object) -> OutputType:
 
 
 def choice(texts: list[str]) -> Constraint:
-    """One of these texts."""
+    """Return the constraint to one of these texts."""
     return Constraint("choice", json.dumps(texts, ensure_ascii=False))
 
 
 def json_schema(schema: Mapping[str, Any]) -> Constraint:
-    """JSON that fits the schema. Fields are written in the schema's order."""
+    """Return the constraint to JSON that fits the schema. Fields are written in the schema's order."""
     try:
         return Constraint("json_schema", json.dumps(schema, ensure_ascii=False))
     except (TypeError, ValueError) as error:

@@ -1,7 +1,7 @@
-"""One run of a program: records nodes, submits what is recorded when a value is needed, and reads what came of it.
+"""One run of a program: records nodes, submits them when a value is needed, and reads their values.
 
 All branches of the program share the run. The program's own threads record; events come from the backend's threads.
-Not here: who waits for which event (outcomes.py), how a branch is written down (lang/recording).
+Not here: waiting for events (outcomes.py), recording a branch (lang/recording).
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from ramet.lang.running.source_lines import caller_line
 from ramet.lang.running.tool_runner import ToolRunner
 
 current_run: ContextVar[Run | None] = ContextVar("ramet_current_run", default=None)
-_GRACE_S = 0.5  # that a backend has, past a deadline, to say which nodes it ended
+_GRACE_S = 0.5  # time after a deadline for the backend to report the nodes that it ended
 
 
 class Run:
-    """The nodes of one run, and what is known of them. Owner: the call of a program that made it.
+    """The nodes of one run and their outcomes. Owner: the call of a program that made it.
 
-    `nodes`: what is recorded; `index`: what of it is submitted. `stages`: where a value was needed. `parent`: the run
-    of the program around this one, if it was started inside of another.
+    `nodes`: the recorded nodes. `index`: the submitted ones. `stages`: the stops where a value was needed. `parent`:
+    the run of the enclosing program, if there is one.
     """
 
     def __init__(
@@ -49,36 +49,35 @@ class Run:
         graph: ir.Graph | None = None,
         placeholders: Placeholders | None = None,
     ) -> None:
-        """`stage_always`: wait after each generation. `keep_events`: for listeners that come later.
+        """`stage_always`: wait after each generation. `keep_events`: keep all events for later listeners.
 
-        `graph`: nodes that were recorded before (of a compiled program), with its arguments; `placeholders`: those that
-        stand in texts which were made then.
+        `graph`: the recorded nodes and the arguments of a compiled program. `placeholders`: those in its texts.
         """
         self.options = options
         self.seed = seed
         self.stage_always = stage_always
         self.placeholders = placeholders or Placeholders()
         self.parent = current_run.get()
-        self.index = ir.GraphIndex()  # what was submitted
-        self.nodes: list[ir.AnyNode] = list(graph.nodes) if graph else []  # what was recorded
+        self.index = ir.GraphIndex()  # submitted nodes
+        self.nodes: list[ir.AnyNode] = list(graph.nodes) if graph else []  # recorded nodes
         self.stages: list[Stage] = []
         self.arguments: dict[str, Any] = dict(graph.arguments) if graph else {}  # JSON values of Argument nodes
         self.is_recording = True
-        self.returned: Any = None  # what the program's function returned, its values not read
+        self.returned: Any = None  # the result of the program's function, its values not read
         self.tools = ToolRunner(tools)
         self._backend = backend
         self._session: Session | None = None
         self.outcomes = Outcomes(keep_events=keep_events)
-        self._lock = threading.Lock()  # of what is recorded and submitted
+        self._lock = threading.Lock()  # of recording and submitting
         self._converted: dict[int, Any] = {}  # node -> its value in its Python type
         self._attempts: dict[int, list[dict[str, str]]] = {}  # node -> texts refused before it by checks in Python
-        self._held_back: list[Callable[[], None]] = []  # each records what a branch holds back
+        self._held_back: list[Callable[[], None]] = []  # each records the text that a branch holds back
 
     # Recording.
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """In the block the program's function runs, and the run is recorded. An error in the block ends the run."""
+        """Record the run while the program's function runs in the block. An error in the block ends the run."""
         token = current_run.set(self)
         try:
             yield
@@ -93,7 +92,7 @@ class Run:
     def record(
         self, kind: Callable[..., ir.AnyNode], parent: int | None, line: str | None = None, **fields: Any
     ) -> int:  # Any: the node's own fields
-        """Append a node, and return its id. `line`: None: that of the program which is being executed."""
+        """Append a node, and return its id. `line` None: the current line of the program."""
         with self._lock:
             node = len(self.nodes)
             self.nodes.append(kind(id=node, parent=parent, line=line or caller_line(), **fields))
@@ -110,17 +109,17 @@ class Run:
         return list(range(group, group + width))
 
     def before_end(self, record: Callable[[], None]) -> None:
-        """Call `record` before the run ends: a branch holds something back."""
+        """Call `record` before the run ends, because a branch holds text back."""
         self._held_back.append(record)
 
     @property
     def backend(self) -> Backend:
-        """Where the run's nodes are sent; a trace has none."""
+        """The backend that runs the nodes; a trace has none."""
         assert self._backend is not None, "a trace has no backend"
         return self._backend
 
     def submit(self, *, is_last: bool = False) -> None:
-        """Send what was recorded since the last time. Raises InvalidProgram, or what the backend raises."""
+        """Send the nodes recorded since the last call. Raises InvalidProgram, or the backend's error."""
         with self._lock:
             first = len(self.index.nodes)
             if len(self.nodes) == first:
@@ -134,7 +133,10 @@ class Run:
         self._session.extend(graph, is_last=is_last)
 
     def attach(self, session: Session, index: ir.GraphIndex) -> None:
-        """All that was recorded is in `index` (others may share it), and this session has it. For a compiled batch."""
+        """Use a session that already has all recorded nodes, which are in `index` (it may be shared).
+
+        For a compiled batch.
+        """
         self.index = index
         self._session = session
         self.is_recording = False
@@ -142,7 +144,7 @@ class Run:
     # Reading.
 
     def read(self, node: int, output: OutputType, why: str) -> Any:
-        """The value of a node in its Python type; submits and waits. Raises ProgramError."""
+        """Return the value of a node in its Python type; submits and waits. Raises ProgramError."""
         self.read_quietly(node, why)
         return self._value(node, output)
 
@@ -152,11 +154,11 @@ class Run:
         return self._value(node, output)
 
     def read_text(self, text: str) -> str:
-        """The text with the value of every placeholder in it."""
+        """Return the text with every placeholder replaced by its value."""
         return "".join(self._text_of_item(item) for item in self.placeholders.split(text, self.foreign))
 
     def read_placeholder(self, index: int) -> str:
-        """The text with which a placeholder of this run is replaced."""
+        """Return the text that replaces a placeholder of this run."""
         return self._text_of_item(self.placeholders.get(index))
 
     def _text_of_item(self, item: object) -> str:
@@ -170,7 +172,7 @@ class Run:
         return ir.render((item,), lambda _: event.text or ir.value_text(value), lambda _: value)
 
     def foreign(self, key: bytes, index: int) -> object:
-        """What another run's placeholder stands for, as text. Only the runs around this one can be asked."""
+        """Return the text of another run's placeholder. Only enclosing runs can be asked."""
         run = self.parent
         while run is not None:
             if run.placeholders.key == key:
@@ -184,7 +186,7 @@ class Run:
             try:
                 read = output.from_event
                 self._converted[node] = output.convert(event.value) if read is None else read(event)
-            except Exception as error:  # whatever a type's own validation raises
+            except Exception as error:  # any error of a type's own validation
                 raise self._error(node, f"its text is no {output.wire} of the wanted type: {error}", error) from error
         return self._converted[node]
 
@@ -195,7 +197,7 @@ class Run:
         return event
 
     def error_of(self, node: int) -> ProgramError | None:
-        """Why a node failed, or None."""
+        """Return the error of a failed node, or None."""
         event = self.outcomes.get(node)
         if event is None or event.error is None:
             return None
@@ -226,17 +228,17 @@ class Run:
         return raised
 
     def note_attempts(self, node: int, attempts: list[dict[str, str]]) -> None:
-        """Checks in Python refused these texts before the generation `node` was recorded; the list may grow."""
+        """Note the texts that checks in Python refused before generation `node` was recorded. The list may grow."""
         self._attempts[node] = attempts
 
     def attempts_of(self, node: int) -> list[dict[str, str]]:
-        """The texts of a generation that its checks refused, each with its `text` and the `problem`."""
+        """Return a generation's refused texts, each with its `text` and the `problem`."""
         event = self.outcomes.get(node)
         found: list[dict[str, str]] = (event.meta or {}).get("attempts", []) if event is not None else []
         return found or self._attempts.get(node, [])
 
     def need(self, node: int, why: str) -> None:
-        """A value is needed that isn't there: submit what is recorded so far."""
+        """Submit the nodes recorded so far, because a value is needed that does not exist yet."""
         if self.is_recording:
             self.stages.append(Stage(caller_line(), node, why, len(self.nodes)))
         self.submit()
@@ -244,7 +246,7 @@ class Run:
     # Waiting.
 
     def event(self, node: int) -> ir.NodeEvent:
-        """The last event of a node; submits and waits. Raises ProgramError where it failed."""
+        """Return the last event of a node; submits and waits. Raises ProgramError if the node failed."""
         self.read_quietly(node)
         return self._checked(node) if self.outcomes[node].kind == "error" else self.outcomes[node]
 
@@ -261,7 +263,7 @@ class Run:
             await self._until(lambda: node in self.outcomes, node)
 
     def first_done(self, nodes: list[int]) -> int:
-        """The index of the first of these nodes that is done; waits. Raises the first one's error where all fail."""
+        """Wait until one of these nodes is done, and return its index. If all fail, raises the first one's error."""
 
         def done() -> list[int]:
             return [i for i, node in enumerate(nodes) if node in self.outcomes and self.outcomes[node].kind == "done"]
@@ -274,7 +276,7 @@ class Run:
         return found[0]
 
     def wait_all(self, *, quietly: bool = False) -> None:
-        """Submit, and wait until every node is done or failed. `quietly`: a run that failed as a whole is done."""
+        """Submit, and wait until every node is done or failed. `quietly`: return at once if the run has failed."""
         if quietly and self.outcomes.failure is not None:
             return
         self.submit()
@@ -285,7 +287,7 @@ class Run:
         await self._until(self.is_done)
 
     def usage(self) -> ir.Usage:
-        """Tokens of all nodes that are done."""
+        """Return the token counts of all nodes that are done."""
         total = ir.Usage()
         for event in self.outcomes.copy().values():
             if event.usage is not None:
@@ -293,7 +295,7 @@ class Run:
         return total
 
     def first_error(self) -> ProgramError | None:
-        """The error that others may follow from, or None. A branch that the program cancelled itself is none."""
+        """Return the run's first error, the cause of later ones, or None. Cancellations by the program don't count."""
         for event in self.outcomes.copy().values():
             if event.error is not None and event.error.type != "ProgramCancelled":
                 return self.error_of(event.node)
@@ -301,11 +303,11 @@ class Run:
         return failure if isinstance(failure, ProgramError) else None
 
     def is_done(self) -> bool:
-        """True when every submitted node is done or failed."""
+        """Return whether every submitted node is done or failed."""
         return len(self.outcomes) == len(self.index.nodes)
 
     def wait(self, ready: Callable[[], bool]) -> None:
-        """Block until `ready()`. Raises where the deadline passed and even the failure of all nodes is not it."""
+        """Block until `ready()`. Raises if the deadline passed and `ready` stays false after all nodes have failed."""
         while not self.outcomes.wait(ready, self._time_left):
             self._expire(ready)
 
@@ -318,10 +320,10 @@ class Run:
         return None if deadline is None else max(0.0, deadline - time.monotonic()) + _GRACE_S
 
     def _expire(self, ready: Callable[[], bool]) -> None:
-        """The deadline passed and the backend has not said so: fail here what it has not finished."""
+        """Fail the unfinished nodes, because the deadline passed and the backend did not report it."""
         with self._lock:
             late = [node for node in range(len(self.index.nodes)) if node not in self.outcomes]
-        for node in late:  # before the backend is told, which would call them cancelled
+        for node in late:  # before the backend is told, because it would report them as cancelled
             error = ir.NodeError("DeadlineExceeded", "the deadline passed, and the backend did not answer")
             self.on_event(ir.NodeEvent(node, "error", error=error))
         self.tools.cancel()
@@ -345,7 +347,7 @@ class Run:
     # Events, on the backend's threads.
 
     def on_event(self, event: ir.NodeEvent) -> None:
-        """Something happened to a node. Backends call this."""
+        """Take an event of a node. Backends call this."""
         if event.kind == "tool":
             self._call_tool(event)
         self.outcomes.put(event)
@@ -360,7 +362,7 @@ class Run:
         self.tools.call(event.node, event.value["tool"], event.value["arguments"], done)
 
     def finish(self) -> None:
-        """No more nodes will be recorded: send the rest."""
+        """Send the rest; no more nodes will be recorded."""
         try:
             for record in self._held_back:
                 record()
@@ -373,7 +375,7 @@ class Run:
     # Texts.
 
     def text_of(self, tip: int | None, start: int | None = None) -> str:
-        """The whole text of the branch that ends at `tip`, behind node `start`; waits for it. Raises ProgramError."""
+        """Return the text of the branch that ends at `tip`, after node `start`. Waits for it. Raises ProgramError."""
         ids: list[int] = []
         while tip is not None and tip != start:
             ids.append(tip)
@@ -394,14 +396,14 @@ class Run:
         return "".join(self.outcomes[node].text for node in reversed(ids))
 
     def report(self) -> RunRecord:
-        """What was done so far."""
+        """Return the record of the run so far."""
         with self._lock:
             graph = ir.Graph(tuple(self.nodes), dict(self.arguments))
             attempts = {node.id: tuple(found) for node in self.nodes if (found := self.attempts_of(node.id))}
             return RunRecord(self.options.program, graph, self.outcomes.copy(), tuple(self.stages), attempts)
 
     def path(self, tip: int | None) -> list[ir.AnyNode]:
-        """The nodes of the branch that ends at `tip`, root first."""
+        """Return the nodes of the branch that ends at `tip`, root first."""
         found: list[ir.AnyNode] = []
         while tip is not None:
             found.append(self.nodes[tip])
@@ -409,7 +411,7 @@ class Run:
         return found[::-1]
 
     def messages_of(self, tip: int | None) -> list[dict[str, str]]:
-        """The messages of the branch that ends at `tip`; text outside of roles has the role `text`. Waits for them."""
+        """Return the messages of the branch that ends at `tip`. Text outside of roles has the role `text`. Waits."""
         self.text_of(tip)
         found: list[dict[str, str]] = []
         is_inside = False
@@ -428,7 +430,7 @@ class Run:
         return found
 
     def meta_of(self, node: int) -> dict[str, Any]:
-        """What is known of a node that has a value: `text`, `usage`, `timings`, and more by kind. Waits for it."""
+        """Return the details of a node that has a value: `text`, `usage`, `timings`, and more by kind. Waits for it."""
         event = self.event(node)
         return {
             "text": event.text,

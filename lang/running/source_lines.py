@@ -1,4 +1,4 @@
-"""Which line of the user's own source does something."""
+"""Finds the line of the user's own source that called the language or defined a function."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def caller_line() -> str:
-    """`file:line` of the nearest caller outside of the language."""
+    """Return `file:line` of the nearest caller outside of the language."""
     frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("ramet.lang.", "contextlib")):
         frame = frame.f_back
@@ -18,7 +18,7 @@ def caller_line() -> str:
 
 
 def line_of(function: Callable[..., Any]) -> str | None:
-    """`file:line` where a function is defined, or None for one that is not written in Python."""
+    """Return `file:line` of a function's definition, or None for one that is not written in Python."""
     code = getattr(function, "__code__", None)
     return None if code is None else f"{_shown(code.co_filename)}:{code.co_firstlineno}"
 

@@ -1,7 +1,7 @@
-"""Runs a program's tools beside the program: on a few threads, each call with its own time limit.
+"""Runs a program's tools beside the program, on a few threads. Each call has its own time limit.
 
-A call that passes its limit is given up: its thread can't be stopped, but it no longer counts, and what it returns is
-dropped. Async tools end when they are given up.
+A call that exceeds its limit is abandoned: its thread can't be stopped, but no longer counts, and its result is
+dropped. An abandoned async tool is cancelled.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from typing import Any
 from ramet.errors import InvalidProgram, InvalidRequest
 from ramet.lang.running.tools import Tool, to_json
 
-MAX_CALLS = 32  # at once, of one program
+MAX_CALLS = 32  # calls of one program at once
 OnDone = Callable[[Any, Exception | None], None]  # Any: what the tool returned
 
 
 class ToolRunner:
-    """The tools of one run of a program, by name, and the calls of them. Owner: the run.
+    """The tools of one run of a program, by name, and their calls. Owner: the run.
 
-    `tools`: those that the run was given; `add` adds those that the program declares.
+    `tools`: the tools given to the run; `add` adds those that the program declares.
     """
 
     def __init__(self, tools: Mapping[str, Callable[..., Any]]) -> None:
@@ -35,15 +35,15 @@ class ToolRunner:
         self._tasks: set[Future[Any]] = set()
 
     def add(self, tool: Tool) -> bool:
-        """Make a tool known. False where another one has its name."""
+        """Add a tool. Return False if another tool has its name."""
         return self._tools.setdefault(tool.name, tool) == tool
 
     def use_loop(self, node: int, loop: asyncio.AbstractEventLoop) -> None:
-        """The tool of this ToolCall node runs on `loop`, where it is async."""
+        """Run the tool of this ToolCall node on `loop` if it is async."""
         self._loops[node] = loop
 
     def call(self, node: int, name: str, arguments: Mapping[str, Any], done: OnDone) -> None:
-        """Call a tool for a ToolCall node. `done` gets its result as JSON, or the error."""
+        """Call a tool for a ToolCall node. `done` receives the result as JSON, or the error."""
         tool = self._tools.get(name)
 
         def work() -> Any:
@@ -67,7 +67,7 @@ class ToolRunner:
             self._start(name, work, timeout_s, ended)
 
     def _start(self, name: str, work: Callable[[], Any], timeout_s: float | None, done: OnDone) -> None:
-        """Call `work` on a thread; where it returns a coroutine, that runs there, too. `done` gets result or error."""
+        """Call `work` on a thread; a coroutine that it returns runs there, too. `done` receives the result or error."""
         call = _Call(name, work, timeout_s, done)
         with self._lock:
             self._waiting.append(call)
@@ -100,7 +100,7 @@ class ToolRunner:
         task.add_done_callback(finished)
 
     def cancel(self) -> None:
-        """Drop what waits, and end what can be ended."""
+        """Drop waiting calls, and cancel the running ones that can be cancelled."""
         with self._lock:
             self._waiting.clear()
             tasks = list(self._tasks)
@@ -113,7 +113,7 @@ class ToolRunner:
                 return
             call = self._waiting.popleft()
             self._num_running += 1
-        # Not a pool: a pool's threads are joined at the interpreter's exit, and a tool may hang.
+        # Not a pool: the interpreter joins a pool's threads at exit, and a tool may hang.
         threading.Thread(target=self._run, args=(call,), name=f"ramet-tool-{call.name}", daemon=True).start()
 
     def _run(self, call: _Call) -> None:
@@ -126,7 +126,7 @@ class ToolRunner:
             result = call.work()
             if asyncio.iscoroutine(result):
                 result = asyncio.run(_limited(call.name, result, call.timeout_s))
-        except Exception as error:  # the tool's own failure reaches whoever reads its value
+        except Exception as error:  # the tool's error is raised where its value is read
             self._end(call, None, error)
         else:
             self._end(call, result, None)

@@ -1,6 +1,6 @@
 """`@tool`: a Python function that a model may call.
 
-Its signature is the schema of the arguments, its docstring what the model is told.
+Its signature gives the schema of the arguments. Its docstring gives the description for the model.
 
 Not here: the loop in which a model calls tools (tool_loop.py), threads and time limits (tool_runner.py).
 """
@@ -26,9 +26,9 @@ _ARGUMENT = re.compile(r"^\s*(?::param\s+)?\*{0,2}(\w+)\s*(?:\([^)]*\))?\s*:\s*(
 
 @dataclass(frozen=True, slots=True)
 class Tool:
-    """A function with what a model must know of it. Called like the function itself.
+    """A function with its description for the model. It is called like the function itself.
 
-    `parameters`: JSON schema of the arguments. `timeout_s`: of one call; the program's own deadline holds besides.
+    `parameters`: JSON schema of the arguments. `timeout_s`: the limit of one call; the program's deadline holds, too.
     """
 
     function: Callable[..., Any]
@@ -45,7 +45,7 @@ class Tool:
         return self.function(*args, **kwargs)
 
     def read(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """The arguments of a call, from JSON, in the types of the signature. Raises InvalidRequest."""
+        """Convert a call's JSON arguments to the types of the signature. Raises InvalidRequest."""
         from pydantic import TypeAdapter, ValidationError
 
         adapter: TypeAdapter[Any] = TypeAdapter(_arguments_type(self.function, self.name))
@@ -58,7 +58,7 @@ class Tool:
         return found
 
     def declaration(self) -> dict[str, Any]:
-        """As OpenAI's API and chat templates have it."""
+        """Return the tool in the form of OpenAI's API and of chat templates."""
         function = {"name": self.name, "description": self.description, "parameters": dict(self.parameters)}
         return {"type": "function", "function": function}
 
@@ -78,8 +78,8 @@ def tool(
 ) -> Tool | Callable[[Callable[..., Any]], Tool]:
     """Make a function a tool: `@tool`, or `@tool(timeout_s=5)`.
 
-    Every parameter needs a type (those that `gen` takes); one with a default may be left out by the model. The first
-    paragraph of the docstring describes the tool, lines `name: text` under `Args:` (or `:param name: text`) describe
+    Every parameter needs a type that `gen` accepts. The model may leave out parameters with a default. The first
+    paragraph of the docstring describes the tool; lines `name: text` under `Args:` (or `:param name: text`) describe
     parameters. `async def` works. Raises InvalidRequest for a signature that has no schema.
     """
     if function is None:
@@ -88,7 +88,7 @@ def tool(
 
 
 def as_tools(given: Sequence[Tool | Callable[..., Any]]) -> tuple[Tool, ...]:
-    """Tools, and functions as tools. Raises InvalidRequest for two of one name."""
+    """Return the given tools, with functions made tools. Raises InvalidRequest for two with the same name."""
     found: dict[str, Tool] = {}
     for one in given:
         made = one if isinstance(one, Tool) else _tool(one, None, None, None)
@@ -103,7 +103,7 @@ def as_tools(given: Sequence[Tool | Callable[..., Any]]) -> tuple[Tool, ...]:
 def tools_by_name(
     given: Mapping[str, Callable[..., Any]] | Sequence[Tool | Callable[..., Any]] | None,
 ) -> dict[str, Callable[..., Any]]:
-    """Functions by the names that tool calls have: as given, or those of a list of tools. Raises InvalidRequest."""
+    """Return functions by the names in tool calls: a mapping, or a list's tools by name. Raises InvalidRequest."""
     if isinstance(given, Mapping) and all(callable(one) for one in given.values()):
         return dict(given)
     if isinstance(given, list | tuple) and all(callable(one) for one in given):
@@ -114,12 +114,12 @@ def tools_by_name(
 
 
 def declared(tools: Sequence[Tool]) -> str:
-    """The JSON of a Tools node."""
+    """Return the JSON of a Tools node."""
     return json.dumps([one.declaration() for one in tools], ensure_ascii=False, separators=(",", ":"))
 
 
 def to_json(value: object, name: str) -> Any:  # Any: JSON
-    """What a tool returned as JSON: dataclasses, models, dates and so on as pydantic writes them."""
+    """Return a tool's result as JSON. Dataclasses, models, dates and so on are written as pydantic writes them."""
     if value is None or isinstance(value, str | int | float | bool):
         return value
     from pydantic_core import PydanticSerializationError, to_jsonable_python
@@ -150,7 +150,7 @@ def _tool(function: Callable[..., Any], name: str | None, description: str | Non
     for argument, text in _argument_texts(told).items():
         if argument in schema.get("properties", {}):
             shown = schema["properties"][argument]
-            # beside a reference a keyword would be read only by the newer drafts
+            # only newer JSON schema drafts read keywords beside a reference
             if isinstance(shown, dict) and "$ref" not in shown:
                 schema["properties"][argument] = {**shown, "description": text}
     return Tool(function, name, description or _summary(told), schema, timeout_s)
@@ -177,7 +177,7 @@ def _arguments_type(function: Callable[..., Any], name: str) -> Any:  # Any: a T
 
 
 def _summary(told: str) -> str:
-    """The docstring up to the description of its parameters, in one line."""
+    """Return the docstring up to the description of its parameters, as one line."""
     kept: list[str] = []
     for line in told.splitlines():
         if _SECTION.match(line) or line.lstrip().startswith(":param"):
@@ -207,7 +207,7 @@ def _argument_texts(told: str) -> dict[str, str]:
 
 
 def _without_titles(schema: Any) -> Any:  # Any: JSON
-    """Titles repeat the names of properties, and cost tokens."""
+    """Return the schema without titles, which only repeat property names and cost tokens."""
     if isinstance(schema, list):
         return [_without_titles(item) for item in schema]
     if not isinstance(schema, dict):

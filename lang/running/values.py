@@ -1,7 +1,7 @@
-"""Values that do not exist yet. Putting one into text records a data edge; anything else reads it.
+"""Values that do not exist yet. Putting one into text records a data edge; any other use reads it.
 
-Everything that needs the value itself (comparing, measuring, converting with `str()` or `int()`, iterating, its
-attributes) submits what is recorded so far and waits. In an f-string a value stands as a placeholder (placeholders.py).
+A use that needs the value itself (comparing, measuring, converting with `str()` or `int()`, iterating, attributes)
+submits the nodes recorded so far and waits. In an f-string a value becomes a placeholder (placeholders.py).
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class ToolUse:
 
 
 class Source(ABC):
-    """Where a value comes from.
+    """The origin of a value.
 
-    It is apart from Value because the attributes of a Value are those of the value that it stands for.
+    It is separate from Value because a Value has only the attributes of the value that it represents.
     """
 
     __slots__ = ()
@@ -37,24 +37,24 @@ class Source(ABC):
     @property
     @abstractmethod
     def node(self) -> int:
-        """The node that has the value, or the whole of it."""
+        """The node whose value it is, or whose value it is a part of."""
 
     @property
     @abstractmethod
     def is_text(self) -> bool:
-        """True where the value is a text: adding another text to it makes a text, and reads nothing."""
+        """True if the value is text. Adding text to it then makes text without reading the value."""
 
     @abstractmethod
     def format(self, spec: str) -> str:
-        """A placeholder for the value; `spec` as in an f-string."""
+        """Return a placeholder for the value; `spec` as in an f-string."""
 
     @abstractmethod
     def child(self, name: str) -> Source | None:
-        """A field of the value, where one is declared."""
+        """Return a declared field of the value, or None."""
 
     @abstractmethod
     def read(self, why: str) -> Any:  # Any: a value of the program's type
-        """The value itself. Waits for it; raises ProgramError where there is none."""
+        """Return the value itself. Waits for it; raises ProgramError if there is none."""
 
     @abstractmethod
     async def aread(self) -> Any:
@@ -62,7 +62,7 @@ class Source(ABC):
 
     @abstractmethod
     def shown(self) -> str:
-        """What `repr()` of the value returns."""
+        """Return the `repr()` of the value."""
 
 
 class NodeSource(Source):
@@ -91,7 +91,7 @@ class NodeSource(Source):
         return self._output is TEXT or self._output.wire == "str"
 
     def of_run(self, run: Run) -> NodeSource:
-        """The same in another run of the same graph."""
+        """Return the same source in another run of the same graph."""
         return NodeSource(run, self.node, self.name, self._output, self._path, self._shape)
 
     def child(self, name: str) -> NodeSource | None:
@@ -140,7 +140,7 @@ class Value:
     def __format__(self, spec: str) -> str:
         return self._source.format(spec)
 
-    def __add__(self, other: Any) -> Any:  # Any: whatever the value's type gives
+    def __add__(self, other: Any) -> Any:  # Any: depends on the value's type
         return f"{self}{other}" if self._source.is_text and isinstance(other, str | Value) else self._read("+") + other
 
     def __radd__(self, other: Any) -> Any:
@@ -160,7 +160,7 @@ class Value:
 
     @property
     def value(self) -> Any:
-        """The value itself. Waits for it; raises ProgramError where there is none."""
+        """Return the value itself. Waits for it; raises ProgramError if there is none."""
         return self._read(".value")
 
     def _read(self, why: str) -> Any:  # Any: a value of the program's type
@@ -170,7 +170,7 @@ class Value:
         return self._source.aread().__await__()
 
     def __repr__(self) -> str:
-        """While the program runs a placeholder, too: so a list of values in an f-string is a list of their values."""
+        """Return a placeholder while the program runs, so that a list of values in an f-string shows their values."""
         return self._source.shown()
 
     def __str__(self) -> str:
@@ -268,12 +268,12 @@ class Value:
 
 
 def source_of(value: Value) -> Source:
-    """Where a value comes from. Not an attribute: a Value has only those of what it stands for."""
+    """Return the source of a value. A function, because a Value has only the attributes of the value it represents."""
     return value._source
 
 
 def placeholder_for(item: object) -> str:
-    """A placeholder of the run whose program is being executed. Raises RuntimeError outside of a program."""
+    """Return a placeholder of the run whose program is being executed. Raises RuntimeError outside of a program."""
     run = current_run.get()
     if run is None:
         raise RuntimeError(f"{item!r} can only be put into text inside of a running program")
@@ -281,9 +281,9 @@ def placeholder_for(item: object) -> str:
 
 
 def plain(item: Any, run: Run | None = None) -> Any:  # Any: values inside lists, tuples, dicts and texts, of any kind
-    """Read every value in `item`: values themselves, in lists, tuples and dicts, and as placeholders in text.
+    """Read every value in `item`: a value, values in lists, tuples and dicts, and placeholders in text.
 
-    `run`: whose placeholders; None: the running program's.
+    `run`: the run of the placeholders; None: the run of the running program.
     """
     if isinstance(item, Value):
         return item.value
