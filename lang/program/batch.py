@@ -1,7 +1,7 @@
-"""The rows of a batch: how many are alive at once, and the order in which they begin.
+"""The rows of a batch: how many run at once, and the order in which they start.
 
-Rows with the same prefix begin next to each other, where that is asked for. A prefix is then read while it is in the
-cache, however small that is, and is let go when its last row is done.
+On request, rows with the same prefix start next to each other. A prefix is then read while it is in the cache, even in
+a small cache, and may be evicted when its last row is done.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from ramet.lang.graph import ir
 from ramet.lang.recording.state import State
 
-THREADS = 64  # only programs that wait for a value in Python occupy one
+THREADS = 64  # only programs that wait for a value in Python occupy a thread
 T = TypeVar("T")
 
 
@@ -27,9 +27,9 @@ def run_rows(
     num_threads: int | None,
     max_live: int,
 ) -> Generator[State]:
-    """Run every row's call, at most `max_live` at once; yields their states in order, each when it is done.
+    """Run every row's call, at most `max_live` at once. Yield their states in order, each when it is done.
 
-    `record` runs a program's function, on one of `num_threads` threads. What it raises is raised by reading the state.
+    `record` runs a program's function, on one of `num_threads` threads. Its exception is raised when the state is read.
     """
     waiting = deque(calls)
     live: deque[tuple[State, Future[None]]] = deque()
@@ -52,19 +52,19 @@ def run_rows(
                 state.recorder.run.wait_all(quietly=True)
                 live.popleft()
                 yield state
-        finally:  # left early: nobody will read the rest
+        finally:  # the caller left early, so nobody will read the rest
             for state, _ in live:
                 state.cancel()
 
 
 def row_order(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[int]:
-    """Indices of `rows` (their arguments by name), sorted by the values of `names`, of which the first counts most."""
+    """Return the indices of `rows` (arguments by name), sorted by the values of `names`; the first name counts most."""
     keys = [tuple(_text(row.get(name)) for name in names) for row in rows]
     return sorted(range(len(rows)), key=lambda index: (keys[index], index))
 
 
 def in_row_order(order: Sequence[int], results: Iterable[T]) -> Iterator[T]:
-    """Results that come as `order` says, in the order of the rows; each as soon as those before it are there."""
+    """Yield results, which come in `order`, in the order of the rows; each as soon as all earlier rows are there."""
     early: dict[int, T] = {}
     due = 0
     for index, result in zip(order, results, strict=True):
@@ -75,7 +75,7 @@ def in_row_order(order: Sequence[int], results: Iterable[T]) -> Iterator[T]:
 
 
 def arguments_in_text(graph: ir.Graph) -> list[str]:
-    """The arguments that stand in text, in the order in which the program puts them there."""
+    """Return the arguments that are used in text, in the order of their first use."""
     nodes = graph.nodes
     used = (nodes[ref.node] for node in nodes if isinstance(node, ir.Text) for ref in ir.refs(node))
     return list(dict.fromkeys(node.name for node in used if isinstance(node, ir.Argument)))

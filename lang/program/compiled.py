@@ -1,7 +1,7 @@
-"""A program compiled ahead of time: its whole graph, run again and again with other arguments without its function.
+"""A program compiled ahead of time: its whole graph, which runs with new arguments without calling its function.
 
-Only where the function needs no generated value, and no argument's value, in Python; what it depends on besides its
-arguments (globals, the clock, chance) is as it was when it was compiled.
+A function can be compiled if it needs no generated value, and no value of an open argument, in Python. Everything else
+that it reads (globals, the clock, random numbers) stays as it was at compilation.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ _ROW_OPTIONS: Mapping[str, Any] = {"timeout_s": None, "token_budget": None, "pri
 
 
 class Compiled:
-    """`graph` with the variables of its last state. Arguments given when it was compiled are the defaults of a run.
+    """A `graph` with the variables of its last state. Arguments given at compilation are the defaults of a run.
 
-    A run may be given parameters that the graph doesn't depend on, too.
+    A run also accepts parameters that the graph doesn't depend on.
     """
 
     def __init__(self, trace: Trace, given: Iterable[str] = (), parameters: Iterable[str] = ()) -> None:
-        """`given`: names of the arguments that the trace was made with; `parameters`: names of all of the function's.
+        """`given`: names of the arguments given to the trace. `parameters`: names of all parameters of the function.
 
-        Raises InvalidProgram where the trace needed a generated value.
+        Raises InvalidProgram if the trace needed a generated value.
         """
         if trace.stop is not None:
             raise InvalidProgram(
@@ -55,8 +55,11 @@ class Compiled:
         self._given = {**{n: v for n, v in self._kept.items() if n in returned}, **trace.graph.arguments}
 
     def run(self, **kwargs: Any) -> State:
-        """Run the graph and wait for its end. Arguments by name; `backend`, `timeout_s`, `token_budget`, `priority` and
-        `cache_salt` as in Function.run."""
+        """Run the graph and wait for its end.
+
+        `kwargs`: arguments by name, and `backend`, `timeout_s`, `token_budget`, `priority` and `cache_salt` as in
+        Function.run.
+        """
         state = self.start(**kwargs)
         state.wait()
         return state
@@ -68,9 +71,9 @@ class Compiled:
         return state
 
     def run_batch(self, rows: Iterable[Mapping[str, Any]], **kwargs: Any) -> list[State]:
-        """Run the graph for every row of arguments, all at once; results in their order.
+        """Run the graph for all rows of arguments at once, and return their states in order.
 
-        A server gets all rows in one request.
+        A server receives the rows together, many in one request.
         """
         states = self._start_rows([{**kwargs, **row} for row in rows])
         return [state.wait() for state in states]
@@ -85,14 +88,14 @@ class Compiled:
         cache_salt: str = "",
         **arguments: Any,
     ) -> State:
-        """Submit the graph, and return its state without waiting. Raises InvalidProgram for missing arguments."""
+        """Submit the graph, and return its state without waiting. Raises InvalidProgram if arguments are missing."""
         options = self._options(timeout_s, token_budget, priority, cache_salt)
         state = self._new_state(choose_backend(backend), options, arguments)
         state.recorder.run.finish()
         return state
 
     def _start_rows(self, rows: list[dict[str, Any]]) -> list[State]:
-        """`start` for every row; where the backend takes rows, all of those at once that differ in arguments alone."""
+        """Start every row. A backend that takes rows receives those together that differ only in arguments."""
         own = set(self.arguments)
         common = [{name: value for name, value in row.items() if name not in own} for row in rows]
         backends = [one.pop("backend", None) for one in common]
@@ -120,7 +123,7 @@ class Compiled:
         return ProgramOptions(self.name, deadline(self.name, timeout_s), token_budget, priority, cache_salt)
 
     def _new_state(self, backend: Backend, options: ProgramOptions, arguments: Mapping[str, Any]) -> State:
-        """A run that holds the whole graph, not submitted yet."""
+        """Return the state of a run that holds the whole graph, not submitted yet."""
         own = {name: value for name, value in arguments.items() if name not in self._unused}
         arguments = {**self._given, **own}
         unknown = sorted(set(arguments) - set(self.arguments))
@@ -141,8 +144,8 @@ class Compiled:
         return State(Recorder(run, self._end.tip, variables=_moved(self._end.variables, run, values)))
 
 
-def _moved(item: Any, run: Run, arguments: Mapping[str, Any]) -> Any:  # Any: what a program returns, or keeps
-    """Values of the trace, as values of a run with these arguments."""
+def _moved(item: Any, run: Run, arguments: Mapping[str, Any]) -> Any:  # Any: a program's result or variable
+    """Convert values of the trace to values of a run with these arguments."""
     if isinstance(item, Value):
         source = source_of(item)
         if isinstance(source, ArgumentSource):
@@ -158,7 +161,7 @@ def _moved(item: Any, run: Run, arguments: Mapping[str, Any]) -> Any:  # Any: wh
 
 
 def _sources(item: Any) -> Iterator[Source]:
-    """Where the values in lists, tuples and dictionaries come from."""
+    """Yield the sources of all values in lists, tuples and dictionaries."""
     if isinstance(item, Value):
         yield source_of(item)
     elif isinstance(item, list) or type(item) is tuple:

@@ -1,8 +1,8 @@
 """`@function`: an ordinary Python function, sync or async, whose first parameter is the program's state.
 
-`run`, `arun`, `run_batch`, `stream` and `astream` execute it; called with a state it becomes a part of that state's
-program. The function runs once per call with what it has; where it needs a generated value in Python, what was recorded
-so far is submitted, and recording goes on from there.
+`run`, `arun`, `run_batch`, `stream` and `astream` execute it. Called with a state, it becomes a part of that state's
+program. The function runs once for each call. When it needs a generated value in Python, the nodes recorded so far are
+submitted, and recording continues once the value is there.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _ORDERS = ("given", "prefix")
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """One call: the function's own arguments, and what was said about the run."""
+    """One call: the function's own arguments, and the options of the run."""
 
     arguments: Mapping[str, Any]
     options: Mapping[str, Any]
@@ -85,14 +85,14 @@ class Function:
         self._sampling = to_sampling(plain(self.defaults))
 
     def __get__(self, instance: object, owner: type | None = None) -> Function:
-        """A method: the program of this object, whose state is the parameter after `self`."""
+        """Bind a method to its object. The state is then the parameter after `self`."""
         if instance is None:
             return self
         body = self.body.__get__(instance, owner)
         return Function(body, name=self.name, defaults=self.defaults, bound=self.bound, tools=self.tools)
 
     def __call__(self, state: State, *args: Any, **kwargs: Any) -> Any:
-        """Run the body as a part of `state`'s program. For a run of its own use `run`."""
+        """Run the body as a part of `state`'s program. Use `run` for a separate run."""
         if not isinstance(state, State):
             raise TypeError(f"{self.name}(...) takes a state and becomes a part of its program; to run it: .run(...)")
         bound = self._signature.bind(*args, **{**self.bound, **kwargs})
@@ -108,7 +108,7 @@ class Function:
             return await self.body(state, *bound.args, **bound.kwargs)
 
     def bind(self, **arguments: Any) -> Function:
-        """The same program with some arguments given."""
+        """Return the same program with some arguments given."""
         unknown = [name for name in arguments if name not in self._signature.parameters]
         if unknown:
             raise TypeError(f"{self.name} has no parameter {unknown[0]!r}")
@@ -125,11 +125,11 @@ class Function:
     def run(self, *args: Any, **kwargs: Any) -> State:
         """Run the program and wait for its end.
 
-        Beside the function's own arguments: `backend`, `timeout_s`, `token_budget`, `priority`, `cache_salt`, `seed`
-        (every generation gets its own, derived from it), `stage` ("needed": submit when a value is needed; "always":
-        after each generation), `tools`, and sampling defaults such as `temperature` and `max_tokens`.
+        Options besides the function's own arguments: `backend`, `timeout_s`, `token_budget`, `priority`, `cache_salt`,
+        `seed` (each generation's own seed is derived from it), `stage` ("needed": submit when a value is needed;
+        "always": submit after each generation), `tools`, and sampling defaults such as `temperature` and `max_tokens`.
 
-        A failed node raises when its value is read, not here; an exception of the function itself is raised.
+        A failed node raises its error when its value is read, not here. An exception of the function itself is raised.
         """
         if self.is_async:
             self._refuse_loop()
@@ -161,7 +161,7 @@ class Function:
         return state
 
     def stream(self, *args: Any, var: str | None = None, **kwargs: Any) -> Stream:
-        """Run the program and iterate over what it generates: text of variable `var`, or else all events.
+        """Run the program and return a stream of its text of variable `var`, or of all events if `var` is None.
 
         The stream's `state` is the program's state. Leaving the iteration early cancels the program.
         """
@@ -207,12 +207,12 @@ class Function:
         order: str = "given",
         **kwargs: Any,
     ) -> Any:
-        """Run the program for every row: a dict of arguments, a tuple of them, or the only one.
+        """Run the program for every row. A row is a dict of arguments, a tuple of them, or the only argument.
 
-        Rows run together, at most `max_live` at once; results come in the order of the rows, as a list, or one by one
+        Rows run together, at most `max_live` at once. Results come in the order of the rows: as a list, or one by one
         as they are ready with `generator_style=True`. One row's error stays in its state. `order="prefix"` starts rows
-        that begin alike next to each other, so that a prefix is computed once though the cache is small; the program is
-        traced for that.
+        with equal prefixes next to each other, so that a prefix is computed once even if the cache is small. This
+        traces the program first.
         """
         calls = [self._split_row(row, kwargs) for row in rows]
         if order not in _ORDERS:
@@ -228,11 +228,11 @@ class Function:
         return states if generator_style else list(states)
 
     def _argument_order(self, row: Mapping[str, Any]) -> list[str]:
-        """Names of arguments: first those that stand in text, in the order in which the program puts them there."""
+        """Return the names of arguments. Those used in text come first, in the order of their first use."""
         names = [parameter.name for parameter in self.parameters]
         try:
             first = arguments_in_text(self.trace(**row).graph)
-        except (RametError, TypeError, ValueError):  # the row's own run will say what is wrong with it
+        except (RametError, TypeError, ValueError):  # the row's own run will report the error
             return names
         return [*first, *(name for name in names if name not in first)]
 
@@ -248,10 +248,10 @@ class Function:
     # Tracing.
 
     def trace(self, *args: Any, **kwargs: Any) -> Trace:
-        """Record the program without running it. Arguments may be left out: they stay symbolic.
+        """Record the program without running it. Arguments that are left out stay symbolic.
 
-        Where the function can't work with symbolic arguments (it passes one to something that insists on a plain
-        string, say), it is traced with those given as they are.
+        Some functions can't work with symbolic arguments, for example because they pass one to code that requires a
+        plain string. Such a function is traced with the given values themselves.
         """
         return self._symbolic_trace(self._split(args, kwargs, is_partial=True))
 
@@ -274,22 +274,22 @@ class Function:
         return Trace(run.report(), state)
 
     def compile(self, **given: Any) -> Compiled:
-        """Trace the program once and keep its graph; `.run(...)` of the result doesn't execute the function again.
+        """Trace the program once and keep its graph. `.run(...)` of the result doesn't execute the function again.
 
-        What is `given` are defaults, and where the function needs an argument's value in Python, it must be given; the
-        compiled graph then holds for that value. Raises InvalidProgram where a generated value is needed.
+        `given`: defaults of the arguments. An argument whose value the function needs in Python must be given; the
+        compiled graph then holds for that value only. Raises InvalidProgram if a generated value is needed.
         """
         return Compiled(self.trace(**given), given, [parameter.name for parameter in self.parameters])
 
-    # What it will cost.
+    # Costs.
 
     def explain(
         self, *args: Any, rows: Iterable[Any] | None = None, analyze: bool = False, **kwargs: Any
     ) -> explanations.Explanation:
-        """What the program will cost, without running it: prompt, shared and new tokens, a KV bound, what passes found.
+        """Predict the program's cost without running it: prompt, shared and new tokens, a KV bound, results of passes.
 
-        Arguments may be left out; with all of them the counts are exact wherever the text is known. `rows`: of a batch
-        (see run_batch). `analyze`: run it, and say what was measured. `backend` tells how text is tokenised.
+        Arguments may be left out; if all are given, the counts are exact wherever the text is known. `rows`: the rows
+        of a batch (see run_batch). `analyze`: run the program, and report measurements. `backend` tokenises the text.
         """
         if not analyze:
             return self.plan(args, kwargs, rows=rows)
@@ -309,7 +309,7 @@ class Function:
         rows: Iterable[Any] | None = None,
         target: Target | None = None,
     ) -> explanations.Explanation:
-        """`explain`, for a caller that has the arguments in a dictionary, or a tokenizer alone (`target`)."""
+        """Do the same as `explain`, with the arguments in a dictionary, or with only a tokenizer (`target`)."""
         if rows is not None:
             calls = [self._split_row(row, kwargs) for row in rows]
             if not calls:
@@ -323,18 +323,18 @@ class Function:
         )
 
     def why_miss(self, *args: Any, var: str | None = None, **kwargs: Any) -> list[explanations.Miss]:
-        """For every generation whose prompt is known: where it leaves what is cached now. The costliest first."""
+        """Return, for each generation with a known prompt, where it leaves the cached ones. The costliest first."""
         call = self._split(args, kwargs)
         backend = choose_backend(call.options.get("backend"))
         record = self._trace(call, is_symbolic=False).record
         return explanations.why_miss_plan(record, backend, call.options.get("cache_salt", ""), var)
 
     def graph(self, **arguments: Any) -> explanations.Drawing:
-        """A picture of the program with what is planned: `.mermaid()`, `.svg()`, `.html()`, `.save("plan.html")`."""
+        """Return a drawing of the program and its plan: `.mermaid()`, `.svg()`, `.html()`, `.save("p.html")`."""
         return self.draw(arguments)
 
     def draw(self, arguments: Mapping[str, Any], *, target: Target | None = None) -> explanations.Drawing:
-        """`graph`, for a caller that has the arguments in a dictionary, or a tokenizer alone (`target`)."""
+        """Do the same as `graph`, with the arguments in a dictionary, or with only a tokenizer (`target`)."""
         call = self._split((), arguments, is_partial=True)
         record = self._whole_trace(call).record
         target = target or target_of(call.options.get("backend"))
@@ -343,13 +343,13 @@ class Function:
         )
 
     def _whole_trace(self, call: _Call) -> Trace:
-        """With every argument given, the very nodes that a run records; else arguments stay symbolic."""
+        """Trace the call. If every argument is given, the nodes equal those of a run; else arguments stay symbolic."""
         if all(p.name in call.arguments for p in self.parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)):
             return self._trace(call, is_symbolic=False)
         return self._symbolic_trace(call)
 
     def _unbound_graph(self, call: _Call) -> ir.Graph | None:
-        """The graph of all calls: no argument has its value. None for a program without arguments."""
+        """Return the graph of all calls, in which all arguments are symbolic. None for a program without arguments."""
         if not call.arguments and not self.parameters:
             return None
         return ir.Graph(self._symbolic_trace(call).graph.nodes)
@@ -382,7 +382,7 @@ class Function:
         return State(Recorder(run, sampling=call.sampling))
 
     def _record(self, state: State, call: _Call) -> None:
-        """Run the body on this thread. What it raises is raised, and the run is cancelled."""
+        """Run the body on this thread. Its exception cancels the run and is raised."""
         run = state.recorder.run
         with run.recording():
             self._declare_tools(state)
@@ -399,7 +399,7 @@ class Function:
     # Arguments.
 
     def _split(self, args: Sequence[Any], kwargs: Mapping[str, Any], *, is_partial: bool = False) -> _Call:
-        """Tell the function's arguments from the run's options; the function's own names win."""
+        """Separate the function's arguments from the run's options. The function's own names take precedence."""
         own = {name: value for name, value in kwargs.items() if name in self._signature.parameters}
         rest = {name: value for name, value in kwargs.items() if name not in own}
         options = {name: rest.pop(name) for name in _OPTIONS if name in rest}
@@ -423,7 +423,7 @@ class Function:
             if kind is inspect.Parameter.VAR_KEYWORD:
                 arguments.update(value)
             else:
-                arguments[name] = plain(value)  # values of a program around this one
+                arguments[name] = plain(value)  # values of an enclosing program
         return _Call(arguments, options, to_sampling(plain({**self.defaults, **sampling})))
 
     def _split_row(self, row: Any, kwargs: Mapping[str, Any]) -> _Call:
@@ -437,7 +437,7 @@ class Function:
 
 @contextmanager
 def _cancelling(state: State) -> Iterator[None]:
-    """Cancel the run where waiting for it is given up: by an interrupt, or a cancelled task."""
+    """Cancel the run if waiting for it is interrupted, or its task is cancelled."""
     try:
         yield
     except BaseException:
@@ -464,7 +464,7 @@ def function(
 ) -> Function | Callable[[Callable[..., Any]], Function]:
     """Make a function a program: `@function`, or `@function(temperature=0, max_tokens=64)` with sampling defaults.
 
-    `tools`: declared at the start of every run; see State.call_tools.
+    `tools`: tools that are declared at the start of every run; see State.call_tools.
     """
     if body is not None:
         return Function(body, name=name, defaults=defaults, tools=tools)

@@ -1,4 +1,4 @@
-"""Work that an event loop waits for, on a thread of its own."""
+"""Runs work on its own thread while an event loop awaits it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ async def in_own_thread(work: Callable[[], object]) -> None:
         error: BaseException | None = None
         try:
             context.run(work)
-        except BaseException as raised:  # handed to whoever awaits
+        except BaseException as raised:  # raised where the result is awaited
             error = raised
         if not loop.is_closed():
             loop.call_soon_threadsafe(settle, error)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 
 class ProgressBar:
-    """A progress bar on the terminal, or nothing."""
+    """A progress bar on the terminal, or no output."""
 
     def __init__(self, total: int, is_shown: bool, name: str) -> None:
         self._total, self._is_shown, self._name = total, is_shown, name

@@ -1,4 +1,4 @@
-"""Following a running program: text of one variable as it is generated, or every event."""
+"""Follows a running program: yields the text of one variable as it is generated, or every event."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _END = object()
 
 
 class Stream:
-    """Iterate (`for`, `async for`): pieces of text of variable `var`, or NodeEvents where `var` is None.
+    """An iterator (`for`, `async for`) over pieces of text of variable `var`, or over NodeEvents if `var` is None.
 
-    Ends when the program does; raises what the program's function raised, or the error of the followed variable. An
-    iteration that is left early cancels the program.
+    It ends with the program. It raises the exception of the program's function, or the error of the followed variable.
+    Leaving the iteration early cancels the program.
     """
 
     def __init__(self, state: State, var: str | None) -> None:
@@ -40,7 +40,7 @@ class Stream:
         self._end_recording()
 
     def recorded(self, task: asyncio.Future[Any]) -> None:
-        """The program's function is done, as a task of an event loop."""
+        """Take the end of the program's function, which ran as a task of an event loop."""
         self._error = None if task.cancelled() else task.exception()
         self._end_recording()
 
@@ -99,7 +99,7 @@ class Stream:
         self._check_whole()
 
     def _check_whole(self) -> None:
-        """At the end: raise what the program raised, or that it never wrote the variable."""
+        """Raise, at the end, the program's error, or an error if it never wrote the variable."""
         if self._error is not None:
             raise self._error
         if self._var is not None:

@@ -1,8 +1,8 @@
-"""Tracing: running a program's function without a model, with symbolic arguments, to get its graph.
+"""Tracing: runs a program's function without a model, with symbolic arguments, to get its graph.
 
-An argument put into text becomes an Argument node; where its value is needed in Python (`if`, `len()`, a loop over it),
-the value given is used and the graph holds for that value alone. Needing a generated value ends the trace: what comes
-after is recorded when the program runs.
+An argument put into text becomes an Argument node. If Python code needs its value (`if`, `len()`, a loop over it), the
+given value is used, and the graph holds for that value only. A need for a generated value ends the trace; the rest is
+recorded when the program runs.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from ramet.lang.running.values import Source, Value
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """What a trace found: the record of what it wrote down, and the program's state at its end.
+    """The result of a trace: its record, and the program's state at its end.
 
-    The graph's `arguments` are those given.
+    The graph's `arguments` are the given ones.
     """
 
     record: RunRecord
@@ -41,7 +41,7 @@ class Trace:
 
     @property
     def stop(self) -> Stage | None:
-        """Where and why the first generated value was needed; None: the graph is the whole program."""
+        """The place and reason of the first need for a generated value; None: the graph is the whole program."""
         return self.record.stages[0] if self.record.stages else None
 
     @property
@@ -55,7 +55,7 @@ class Trace:
 
 
 class TraceStopped(BaseException):
-    """A value was needed that a trace doesn't have. Not an Exception: a program's own `except` must not swallow it."""
+    """A trace needed a value that it doesn't have. Not an Exception, so that a program's `except` can't catch it."""
 
 
 class TracingRun(Run):
@@ -67,7 +67,7 @@ class TracingRun(Run):
         self._argument_nodes: dict[str, int] = {}
 
     def submit(self, *, is_last: bool = False) -> None:
-        """Nothing is sent anywhere."""
+        """Send nothing."""
 
     def need(self, node: int, why: str) -> None:
         stage = Stage(caller_line(), node, why, len(self.nodes))
@@ -75,14 +75,14 @@ class TracingRun(Run):
         raise TraceStopped(f"{stage.line} needs a value ({why})")
 
     def depend_on(self, argument: str, why: str) -> None:
-        """The program needs the value of an argument in Python: the graph holds for this value alone."""
+        """Note that Python code needs the value of an argument, so that the graph holds for this value only."""
         self._specialised.setdefault(argument, f"{caller_line()} ({why})")
 
     def report(self) -> RunRecord:
         return replace(super().report(), specialised=dict(self._specialised))
 
     def argument_node(self, name: str, *examples: Any) -> int:
-        """The node of an argument; recorded when it is first put into text. `examples`: its value, where it has one."""
+        """Return the node of an argument, recorded at its first use in text. `examples`: its value, if it has one."""
         if name not in self._argument_nodes:
             self._argument_nodes[name] = self.record(ir.Argument, None, name=name)
             if examples:
@@ -91,7 +91,7 @@ class TracingRun(Run):
 
 
 class ArgumentSource(Source):
-    """A symbolic argument. `examples`: the value that the trace was given, or nothing."""
+    """A symbolic argument. `examples`: its value in the trace, or nothing."""
 
     __slots__ = ("_run", "argument", "examples")
 
@@ -125,14 +125,14 @@ class ArgumentSource(Source):
         return self.format("!r")
 
 
-def as_argument(value: Any) -> Any:  # Any: what has a JSON form
-    """What stands for an argument in a graph: its value where JSON is written as an f-string is, else Python's text."""
+def as_argument(value: Any) -> Any:  # Any: JSON
+    """Return an argument's value in a graph: the value, if its JSON has the text of an f-string, else its `str()`."""
     is_same = type(value) in (str, int) or (type(value) is float and math.isfinite(value))
     return value if is_same else str(value)
 
 
 def symbolic(run: TracingRun, names: list[str], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments for a trace: symbolic where they have a JSON form or no value at all, else as they are."""
+    """Return the arguments for a trace: symbolic if they have a JSON form or no value, else unchanged."""
     found: dict[str, Any] = {}
     for name in names:
         if name not in given:

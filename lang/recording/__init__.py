@@ -1,1 +1,1 @@
-"""What a program appends to its state, and how it is written down: forks, roles, generations, tool calls."""
+"""Recording: how forks, roles, generations and tool calls that a program appends become nodes of its graph."""

@@ -1,8 +1,8 @@
 """Generations and selections: their descriptions, and how they are recorded, with seeds and checks in Python.
 
-A check that is data (lang/graph/checks.py) travels with the graph, and its retries happen in the engine. Any other
-callable runs here: the program waits for the value and, where the callable refuses it, records another generation from
-the same place.
+A check that is data (lang/graph/checks.py) travels with the graph, and the engine retries. Any other callable runs
+here: the program waits for the value. If the callable refuses it, the program records another generation at the same
+place.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ramet.lang.running.values import NodeSource, Value
 
 @dataclass(frozen=True, slots=True)
 class Gen(Expr):
-    """A generation. `sampling` holds only what was said here; the run's defaults fill the rest."""
+    """A generation. `sampling` holds only the values given to `gen`; the run's defaults fill the rest."""
 
     name: str | None
     output: OutputType
@@ -32,7 +32,7 @@ class Gen(Expr):
     retries: int = 3
 
     def record(self, recorder: Recorder) -> NodeSource:
-        """Append the generation; waits where a check is Python. Raises CheckFailed."""
+        """Append the generation. Waits for the value if a check is in Python. Raises CheckFailed."""
         sampling = self.sampling.filled(recorder.sampling)
         seed = recorder.seed_of_place()
         if sampling.seed is None and seed is not None:
@@ -40,7 +40,7 @@ class Gen(Expr):
         declared = tuple(check for check in self.where if isinstance(check, ir.Check))
         if len(declared) == len(self.where):
             return self._record_once(recorder, sampling, declared, self.retries if declared else 0)
-        recorder.record_late()  # before the place to which a refused value goes back
+        recorder.record_late()  # before the place where a retry starts
         tip, attempts = recorder.tip, list[dict[str, str]]()
         while True:
             recorder.go_back(tip)
@@ -112,7 +112,7 @@ class SelectExpr(Expr):
 
 
 def _kept(recorder: Recorder, source: NodeSource) -> NodeSource:
-    """Keep a value as the variable that it is named."""
+    """Keep a value as the variable of its name."""
     if source.name is not None:
         recorder.variables[source.name] = Value(source)
     if recorder.run.stage_always:
@@ -121,7 +121,7 @@ def _kept(recorder: Recorder, source: NodeSource) -> NodeSource:
 
 
 def _problem(source: NodeSource, checks: Sequence[ir.Check | Callable[[Any], object]]) -> str | None:  # Any: its type
-    """What is wrong with a value, or None. Waits for it. A check may refuse by ValueError or AssertionError, too."""
+    """Return the problem of a value, or None. Waits for it. A check may also raise ValueError or AssertionError."""
     source.run.read_quietly(source.node, "where")
     event = source.run.outcomes.get(source.node)
     assert event is not None

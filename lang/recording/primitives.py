@@ -1,4 +1,4 @@
-"""What a program appends to its state: `gen`, `select`, and the roles. These are descriptions; nothing runs here."""
+"""`gen`, `select` and the roles, which a program appends to its state. They return descriptions; nothing runs here."""
 
 from __future__ import annotations
 
@@ -44,22 +44,22 @@ def gen(
 ) -> Gen:
     """Generate text, or a value of `type`, and keep it as variable `name`.
 
-    Don't end the text before a generation with a space: most tokens begin with theirs, and after one that stands alone
-    a model writes worse, or nothing. `"Answer:" + gen(...)`, not `"Answer: " + gen(...)`.
+    Don't end the text before a generation with a space: `"Answer:" + gen(...)`, not `"Answer: " + gen(...)`. Most
+    tokens begin with their own space, and after a separate space a model writes worse text, or none.
 
     `type`: str, int, float, bool, Literal, Enum, datetime, date, a dataclass, TypedDict or pydantic model, `list[...]`,
     or a JSON schema dict. At most one of `regex`, `cfg` (a Lark grammar), `choices`, `json_schema` and `substring_of`
-    says what the text must match (with `type`: in its place).
+    constrains the text (instead of the constraint of `type`).
 
     `where`: checks of the value: `length`, `between`, `is_in`, `starts_with`, `ends_with`, `contains`, or any callable,
-    which refuses by returning something false or raising ValueError. A value that fails one is generated anew, up to
-    `retries` times, before CheckFailed is raised; what was refused is in `s.meta(name)["attempts"]`. A callable needs
-    the value in Python, so the program waits for it; the other checks are made in the engine.
+    which refuses a value by returning something false or raising ValueError. A value that fails a check is generated
+    again, up to `retries` times; then CheckFailed is raised. The refused texts are in `s.meta(name)["attempts"]`. A
+    callable needs the value in Python, so the program waits for it; the engine runs the other checks.
 
     Raises:
         InvalidSampling: a value outside its range. InvalidRequest: constraints that exclude each other.
     """
-    # A generated value can be a part of a constraint; it has to be read for that.
+    # A generated value can be a part of a constraint; it must be read first.
     regex, cfg, choices, json_schema, substring_of = plain((regex, cfg, choices, json_schema, substring_of))
     wanted = output_type(json_schema if type is None and json_schema is not None else type)
     constraint = _constraint(wanted.constraint, regex, cfg, choices, json_schema, substring_of)
@@ -102,9 +102,9 @@ def select(
     seed: int | None = None,
     return_probs: bool = False,
 ) -> SelectExpr:
-    """Append the likeliest of `choices` and keep it as variable `name`; `s.meta(name)["probs"]` sums to one.
+    """Append the likeliest of `choices` and keep it as variable `name`. `s.meta(name)["probs"]` sums to one.
 
-    `return_probs`: the value read is the text with `probs`, a dict of choice -> probability: `s[name].probs`.
+    `return_probs`: the value gets an attribute `probs`, a dict of choice -> probability: `s[name].probs`.
 
     Scorers: `likelihood` (exact), `token_normalized`, `greedy`, `unconditional`. With `temperature` above 0 the
     choice is drawn from the probabilities.
@@ -123,17 +123,17 @@ def select(
 
 
 def system(*content: Appendable) -> RoleExpr:
-    """A system message."""
+    """Return a system message."""
     return RoleExpr("system", content)
 
 
 def user(*content: Appendable) -> RoleExpr:
-    """A user message."""
+    """Return a user message."""
     return RoleExpr("user", content)
 
 
 def assistant(*content: Appendable) -> RoleExpr:
-    """An assistant message; usually with a `gen` in it."""
+    """Return an assistant message, which usually contains a `gen`."""
     return RoleExpr("assistant", content)
 
 

@@ -1,10 +1,10 @@
-"""The recorder of one branch: writes down, as nodes of the run's graph, what a program appends to the branch.
+"""The recorder of one branch: records everything that a program appends to the branch as nodes of the run's graph.
 
-`Recorder` is what all that appends is written against; what users see of it is State (state.py), which only delegates.
-`Expr` is a description that can be appended (`gen(...)`, a message): it writes itself down on a recorder.
+`Recorder` is the interface for all code that appends. Users see State (state.py), which delegates to it. `Expr` is a
+description that can be appended (`gen(...)`, a message); it records itself on a recorder.
 
-A branch is a few fields and a dictionary: tens of thousands may live at once. Not here: running (run.py), what a
-generation is (generations.py), tool calls (tool_loop.py).
+A branch is a few fields and a dictionary, because tens of thousands may live at once. Not here: running (run.py),
+generations (generations.py), tool calls (tool_loop.py).
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from ramet.lang.running.values import NodeSource, Value, placeholder_for
 
 
 class Expr(ABC):
-    """Something that can be appended to a state. Exprs and texts can be added up: `"A: " + gen("a") + "."`."""
+    """A description that can be appended to a state. Exprs and texts can be added: `"A: " + gen("a") + "."`."""
 
     __slots__ = ()
 
     @abstractmethod
     def record(self, recorder: Recorder) -> object:
-        """Write this down at the end of a branch."""
+        """Record this at the end of a branch."""
 
     def __add__(self, other: Appendable) -> Expr:
         return Chain((self, other))
@@ -51,7 +51,7 @@ Appendable: TypeAlias = "Expr | str | Value | Sequence[Expr | str | Value]"
 
 @dataclass(frozen=True, slots=True)
 class Chain(Expr):
-    """One after the other."""
+    """Several parts, appended in order."""
 
     parts: tuple[Appendable, ...]
 
@@ -75,7 +75,7 @@ class RoleExpr(Expr):
 
 @dataclass(slots=True)
 class LateText:
-    """Text that is held back. `num_jumped`: texts that were appended after it. Owner: its recorder."""
+    """Text that is held back. `num_jumped`: the number of texts appended after it. Owner: its recorder."""
 
     parts: ir.Template
     line: str
@@ -83,12 +83,12 @@ class LateText:
 
 
 class Recorder:
-    """Writes one branch down. Owner: the branch's State.
+    """Records one branch. Owner: the branch's State.
 
-    `tip`: its last node. `place`: where in the program it was forked: (which fork, which branch of it), ...; () is the
-    program's own branch. `variables`: name -> Value, or whatever the program set; `counts`: name -> how often it was
-    written on this branch. `role`: of the message that is open.
-    `sampling`: what its generations have in the fields that they leave open. `tools`: those that it declared.
+    `tip`: its last node. `place`: the forks that led to it, as (index of the fork, index of the branch), ...; () is the
+    program's own branch. `variables`: name -> Value, or whatever the program set. `counts`: name -> how often it was
+    written on this branch. `role`: the role of the open message. `sampling`: the defaults of its generations. `tools`:
+    the tools that it declared.
     """
 
     __slots__ = (
@@ -168,18 +168,18 @@ class Recorder:
         return self.run.placeholders.split(text, self.run.foreign)  # type: ignore[return-value]  # these are put in
 
     def add_text(self, parts: Sequence[ir.Part]) -> None:
-        """Append a text of these parts; nothing where there are none."""
+        """Append a text of these parts. Without parts, append nothing."""
         if parts:
             self.add(ir.Text, parts=tuple(parts))
             for late in self._late:
                 late.num_jumped += 1
 
     def go_back(self, tip: int | None) -> None:
-        """Go on behind the node `tip` of this branch, as if nothing had been written since."""
+        """Continue after node `tip` of this branch, as if nothing had been written since."""
         self.tip = tip
 
     def add(self, kind: Callable[..., ir.AnyNode], **fields: Any) -> int:  # Any: the node's own fields
-        """Append a node of this kind, and return its id. Raises InvalidProgram where the program has ended."""
+        """Append a node of this kind, and return its id. Raises InvalidProgram if the program has ended."""
         if not self.run.is_recording:
             raise InvalidProgram("the program has ended; nothing can be appended to its state", program=self.program)
         if self._late and kind is not ir.Text:
@@ -188,7 +188,7 @@ class Recorder:
         return self.tip
 
     def template(self, text: str | Value) -> ir.Template:
-        """A choice as the graph has it. Raises InvalidProgram where it holds a description."""
+        """Return a choice in the graph's form. Raises InvalidProgram if it contains a description."""
         parts: list[ir.Part] = []
         for part in self._split(format(text)):
             if isinstance(part, Expr):
@@ -196,11 +196,11 @@ class Recorder:
             parts.append(part)
         return tuple(parts)
 
-    # Late texts. One is held back, and recorded right before the next node that reads the branch. So the order of a
-    # branch's text depends on what is appended to it alone, not on where the program waits for a value.
+    # Late texts. Each is held back, and recorded right before the next node that reads the branch. So the order of a
+    # branch's text depends only on what is appended to it, not on where the program waits for a value.
 
     def hold_late(self, item: Appendable, prefix: str) -> None:
-        """Append text that may stand behind the text that follows it. Raises InvalidProgram for anything but text."""
+        """Append text that may be moved past the text that follows it. Raises InvalidProgram for anything but text."""
         if prefix != "late":
             raise InvalidProgram(f'prefix is {prefix!r}, but must be "late"', program=self.program)
         if not isinstance(item, str | Value):
@@ -218,7 +218,7 @@ class Recorder:
             self._late = (*self._late, LateText(tuple(parts), caller_line()))
 
     def record_late(self) -> None:
-        """Record the text that is held back; it stands here now."""
+        """Record the held-back text here."""
         late, self._late = self._late, ()
         for one in late:
             self.add(ir.Text, parts=one.parts, moved=one.num_jumped, line=one.line)
@@ -227,7 +227,7 @@ class Recorder:
 
     @contextmanager
     def message(self, role: str) -> Iterator[None]:
-        """What is appended in the block is one message."""
+        """Make everything that is appended in the block one message."""
         self.open_message(role)
         try:
             yield
@@ -237,10 +237,10 @@ class Recorder:
         self.close_message()
 
     def open_message(self, role: str) -> None:
-        """Begin a message. Raises InvalidProgram inside of another one."""
+        """Open a message. Raises InvalidProgram inside of another one."""
         if self.role is not None:
             if self._role_is_inherited():
-                self.close_message()  # a branch that was forked inside of a message, and now begins the next one
+                self.close_message()  # the branch was forked inside of a message, and now opens the next one
             else:
                 article = "an" if self.role == "assistant" else "a"
                 raise InvalidProgram(
@@ -251,14 +251,14 @@ class Recorder:
         self.role = role
 
     def close_message(self, error: BaseException | None = None) -> None:
-        """End the message, where one is open; also where the program's own error leaves it, which may be caught."""
+        """Close the open message, if any. `error`: the program's error that left the block; it may be caught later."""
         if self.role is None or not (error is None or isinstance(error, Exception)):
             return
         try:
             self.add(ir.Role, role=self.role, is_open=False)
         except RametError:
             if error is None:
-                raise  # else the run may be over; the error in the block is the one to be seen
+                raise  # else the run may be over, and the error in the block must be raised
         else:
             self.role = None
 
@@ -274,7 +274,7 @@ class Recorder:
         return False
 
     def use_tools(self, tools: tuple[Tool, ...], line: str | None = None) -> None:
-        """Declare tools, so that the model is told of them. Nothing happens where it has just these already."""
+        """Declare tools to the model. Do nothing if the branch has exactly these tools already."""
         if self.tools == tools:
             return
         if self.role is not None:
@@ -291,7 +291,7 @@ class Recorder:
     # Variables.
 
     def node_name(self, name: str | None) -> str | None:
-        """The name of a node that writes a variable: written again it is `name#2`; reading gives the latest."""
+        """Return the name of a node that writes a variable; the second one is `name#2`. Reading gives the latest."""
         if name is None:
             return None
         if not isinstance(name, str) or not name or "#" in name:
@@ -303,7 +303,7 @@ class Recorder:
 
     @contextmanager
     def capture(self, name: str) -> Iterator[None]:
-        """What is appended in the block becomes the variable `name`."""
+        """Keep the text appended in the block as variable `name`."""
         self.record_late()
         start = self.tip
         yield
@@ -312,7 +312,7 @@ class Recorder:
 
     @contextmanager
     def default_sampling(self, sampling: ir.Sampling) -> Iterator[None]:
-        """In the block, generations have these values in the fields that they leave open."""
+        """Use these values in the block for the fields that generations leave open."""
         before = self.sampling
         self.sampling = sampling.filled(before)
         try:
@@ -321,9 +321,9 @@ class Recorder:
             self.sampling = before
 
     def seed_of_place(self) -> int | None:
-        """The next generation's own seed, the same in every run of this seed, however the program is cut into stages.
+        """Return the seed of the next generation. It depends on the run's seed and the place, not on the stages.
 
-        None where the run has no seed.
+        Returns None if the run has no seed.
         """
         self._num_generated += 1
         if self.run.seed is None:
@@ -334,7 +334,7 @@ class Recorder:
     # Branches.
 
     def fork(self, width: int) -> list[Recorder]:
-        """Split into branches that go on from here. This one goes on as well."""
+        """Split into branches that continue from here. This one continues as well."""
         if not isinstance(width, int) or width < 1:
             raise InvalidProgram(f"fork({width!r}): a fork needs at least one branch", program=self.program)
         if not self.run.is_recording:
@@ -356,7 +356,7 @@ class Recorder:
         ]
 
     def join(self, branches: Sequence[Recorder], mode: str) -> None:
-        """Every variable that the branches wrote becomes a list here; with `mode="append"` their texts are appended."""
+        """Make every variable of the branches a list here. With `mode="append"`, also append their texts."""
         if mode not in ("gather", "append"):
             raise InvalidProgram(f'join mode is {mode!r}, but must be "gather" or "append"')
         if not branches:
@@ -376,14 +376,14 @@ class Recorder:
                 self.add_text((ir.Ref(self.run.record(ir.Capture, branch.tip, start=start)),))
 
     def written_since(self, other: Recorder) -> dict[str, Any]:
-        """The variables that were written here, and not on the branch that this one was forked from."""
+        """Return the variables written here since this branch was forked from `other`."""
         before = other.variables
         return {
             name: value for name, value in self.variables.items() if name not in before or before[name] is not value
         }
 
     def adopt(self, branch: Recorder) -> None:
-        """Go on as if everything on `branch` had been written here, where nothing was written since the fork."""
+        """Continue as if everything on `branch` had been written here. Nothing was written here since the fork."""
         forks = [node.parent for node in branch.run.path(branch.tip) if isinstance(node, ir.Fork)]
         if branch.run is not self.run or self.tip not in forks:
             raise InvalidProgram("a state can only go on as one of its own branches, and only from where it was forked")
@@ -395,7 +395,7 @@ class Recorder:
         self.tools = branch.tools
 
     def own_nodes(self) -> list[int]:
-        """The nodes of this branch since it was forked, its Fork first."""
+        """Return the nodes of this branch since it was forked, its Fork first."""
         found, tip = [], self.tip
         while tip is not None:
             found.append(tip)
@@ -406,5 +406,5 @@ class Recorder:
         return found[::-1]
 
     def cancel(self) -> None:
-        """Stop what this branch was generating, and all that needs it; on the program's own branch everything."""
+        """Stop the nodes of this branch and all that need them. On the program's own branch, stop everything."""
         self.run.cancel(self.own_nodes() if self.place else None)

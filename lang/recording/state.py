@@ -1,9 +1,9 @@
-"""The state of a program: what a user sees of one branch of its text, and of the branches of one fork.
+"""The state of a program: the user's interface to one branch of its text, and to the branches of one fork.
 
     s += "text"; s += gen("x"); s += user("..."); with s.assistant(): ...
     a, b = s.fork(2); s.join(a, b); s["x"]; s.text(); s.messages(); s.meta("x")
 
-Appending records, which the branch's recorder does (recorder.py); reading a value waits for it (run.py).
+Appending records nodes, through the branch's recorder (recorder.py). Reading a value waits for it (run.py).
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from ramet.lang.running.values import Value, plain, source_of
 
 
 class State:
-    """One branch. Made by running a program, and by `fork` and `copy`.
+    """One branch. Running a program creates the first; `fork` and `copy` create others.
 
-    `recorder`: what writes the branch down; programs don't need it.
+    `recorder`: records the branch; programs don't need it.
     """
 
     __slots__ = ("recorder",)
@@ -45,8 +45,8 @@ class State:
     def append(self, item: Appendable, *, prefix: str | None = None) -> None:
         """Append text, a value, a description (`gen`, ...), or several of them.
 
-        `prefix="late"`: this text may stand behind the text that follows it, up to the next generation, selection or
-        fork, or the end of its message. Calls that differ in it then share what was behind it.
+        `prefix="late"`: this text may be moved past the text that follows it, up to the next generation, selection or
+        fork, or the end of its message. Calls that differ in this text then share the text that followed it.
         """
         if prefix is None:
             self.recorder.append(item)
@@ -56,19 +56,19 @@ class State:
     # Roles.
 
     def system(self, *content: Appendable) -> RoleBlock:
-        """A system message: `s.system("...")`, or `with s.system(): s += ...`."""
+        """Append a system message: `s.system("...")`, or `with s.system(): s += ...`."""
         return self._message("system", content)
 
     def user(self, *content: Appendable) -> RoleBlock:
-        """A user message."""
+        """Append a user message."""
         return self._message("user", content)
 
     def assistant(self, *content: Appendable) -> RoleBlock:
-        """An assistant message."""
+        """Append an assistant message."""
         return self._message("assistant", content)
 
     def tool(self, *content: Appendable) -> RoleBlock:
-        """A message with a tool's result."""
+        """Append a message with a tool's result."""
         return self._message("tool", content)
 
     def _message(self, role: str, content: tuple[Appendable, ...]) -> RoleBlock:
@@ -79,7 +79,7 @@ class State:
     # Tools.
 
     def use_tools(self, tools: Sequence[Tool | Callable[..., Any]]) -> None:
-        """Tell the model of tools. Before the first message, the chat template shows them in its own way."""
+        """Declare tools to the model. Before the first message, the chat template shows them in its own way."""
         self.recorder.use_tools(as_tools(tools))
 
     def call_tools(
@@ -96,12 +96,12 @@ class State:
     ) -> Value:
         """Let the model call tools and read their results until it answers; returns the answer's text.
 
-        Writes assistant and tool messages. `tools`: those declared before (`use_tools`, `@function(tools=...)`) where
-        left out. After `max_steps` rounds of calls the model has to answer. `name`: the variable of the answer;
-        `calls`: of the list of ToolUse (name, arguments, result). `choice`: "auto", "required", or the name of a tool
-        that must be called first. `parallel`: several calls in one message, which run at once. `on_error`: a tool that
-        fails ends the program, or ("report") the model is told. Waits for what the model calls; for the loops of many
-        branches at once use `branches.call_tools`.
+        Writes assistant and tool messages. `tools` None: those declared before (`use_tools`, `@function(tools=...)`).
+        After `max_steps` rounds of calls the model must answer. `name`: the variable of the answer. `calls`: the
+        variable of the list of ToolUse (name, arguments, result). `choice`: "auto", "required", or the name of a tool
+        that must be called first. `parallel`: allow several calls in one message, which run at once. `on_error`: a
+        tool's failure ends the program ("raise"), or the model reads the error ("report"). Waits for the model's calls;
+        use `branches.call_tools` for the loops of many branches at once.
         """
         options = loop_options(
             self.recorder,
@@ -124,23 +124,23 @@ class State:
     # Branches.
 
     def fork(self, n: int = 1) -> Branches:
-        """Split into `n` branches that go on from here; they share everything so far. This state goes on as well."""
+        """Split into `n` branches that continue from here and share everything so far. This state continues as well."""
         return Branches(self, [State(branch) for branch in self.recorder.fork(n)])
 
     def copy(self) -> State:
-        """One branch that goes on from here; usable in a `with` block, too."""
+        """Return one branch that continues from here. It can also be used in a `with` block."""
         return self.fork(1)[0]
 
     def join(self, *branches: State | Iterable[State], mode: str = "gather") -> None:
-        """Bring branches together: every variable that they wrote becomes a list here, in the order of the branches.
+        """Join branches: every variable that they wrote becomes a list here, in the order of the branches.
 
-        `mode="append"` appends the text of each branch as well.
+        `mode="append"` also appends the text of each branch.
         """
         states = [one for item in branches for one in ([item] if isinstance(item, State) else item)]
         self.recorder.join([state.recorder for state in states], mode)
 
     def map(self, items: Iterable[Any], body: Callable[[State, Any], object]) -> Branches:
-        """One branch for each item: `body(branch, item)` appends to it."""
+        """Fork one branch for each item, and call `body(branch, item)`, which appends to it."""
         rows = list(items)
         branches = self.fork(len(rows)) if rows else Branches(self, [])
         for branch, row in zip(branches, rows, strict=True):
@@ -148,22 +148,22 @@ class State:
         return branches
 
     def best_of(self, n: int, item: Appendable, by: Callable[[State], float]) -> State:
-        """Append `item` on `n` branches and go on as the one with the highest `by(branch)`; that branch is returned.
+        """Append `item` on `n` branches, continue as the one with the highest `by(branch)`, and return that branch.
 
-        `by` may return a generated value without reading it: then all branches are judged at once.
+        `by` may return a generated value without reading it; then all branches are judged at once.
         """
         branches = self.fork(n)
         branches += item
         self.recorder.run.submit()
-        scores = plain([by(branch) for branch in branches])  # those that are generated run together
+        scores = plain([by(branch) for branch in branches])  # generated scores run together
         best: State = branches[scores.index(max(scores))]
         self.recorder.adopt(best.recorder)
         return best
 
     def vote(self, n: int, item: Appendable, name: str | None = None) -> Any:
-        """Append `item` on `n` branches and go on as the first whose variable `name` has the most frequent value.
+        """Append `item` on `n` branches, and continue as the first whose variable `name` has the most frequent value.
 
-        Returns that value. Without a name: the one variable that `item` writes.
+        Returns that value. `name` None: the only variable that `item` writes.
         """
         branches = self.fork(n)
         branches += item
@@ -178,9 +178,9 @@ class State:
         return winner
 
     def first_of(self, *items: Appendable) -> int:
-        """Append each item on a branch of its own, go on as the first that is done, and cancel the others.
+        """Append each item on its own branch, continue as the first branch that is done, and cancel the others.
 
-        Returns its index. A branch that fails is passed over; where all fail, its error is raised.
+        Returns its index. Failed branches are skipped; if all fail, the first one's error is raised.
         """
         branches = self.recorder.fork(len(items))
         for branch, item in zip(branches, items, strict=True):
@@ -206,7 +206,7 @@ class State:
         return self.recorder.capture(name)
 
     def __getitem__(self, name: str) -> Any:  # Any: of the type that `gen` was asked for
-        """The value of a variable; while the program runs one that is read when it is needed."""
+        """Return the value of a variable. While the program runs, it is a Value, which is read when it is needed."""
         variables, program = self.recorder.variables, self.recorder.program
         if name not in variables:
             known = ", ".join(variables) or "none yet"
@@ -224,39 +224,39 @@ class State:
         return name in self.recorder.variables
 
     def set_var(self, name: str, value: Any) -> None:
-        """Set a variable; the model doesn't see it."""
+        """Set a variable. The model doesn't see it."""
         self[name] = value
 
     def get(self, name: str, default: Any = None) -> Any:
-        """The value of a variable, or `default` where there is none of that name."""
+        """Return the value of a variable, or `default` if there is none of that name."""
         return self._resolved(self.recorder.variables.get(name, default))
 
     @property
     def variables(self) -> dict[str, Any]:
-        """All variables of this branch by name."""
+        """The variables of this branch, by name."""
         return {name: self._resolved(value) for name, value in self.recorder.variables.items()}
 
     # Reading.
 
     @property
     def result(self) -> Any:  # Any: whatever the program's function returned
-        """What the program's function returned, its values read."""
+        """The result of the program's function, with its values read."""
         return None if self.recorder.place else self._resolved(self.recorder.run.returned)
 
     def text(self) -> str:
-        """All text of this branch as the model saw and wrote it, the chat template's marks included. Waits for it."""
+        """Return all text of this branch as the model read and wrote it, with the chat template's marks. Waits."""
         self.recorder.record_late()
         return self.recorder.run.text_of(self.recorder.tip)
 
     def messages(self) -> list[dict[str, str]]:
-        """The messages of this branch, `role` and `content`; text outside of roles has the role `text`. Waits."""
+        """Return this branch's messages, `role` and `content`. Text outside of roles has the role `text`. Waits."""
         self.recorder.record_late()
         return self.recorder.run.messages_of(self.recorder.tip)
 
     def meta(self, name: str) -> dict[str, Any]:
-        """What is known of a variable's generation: `usage`, `finish_reason`, `timings`. Waits for it.
+        """Return details of a variable's generation: `usage`, `finish_reason`, `timings`. Waits for it.
 
-        Of a selection also `choices` and `probs`; of one with checks `attempts`, the texts that were refused.
+        A selection also has `choices` and `probs`. A generation with checks has `attempts`, the refused texts.
         """
         value, run, program = self.recorder.variables.get(name), self.recorder.run, self.recorder.program
         if isinstance(value, list):
@@ -267,25 +267,25 @@ class State:
 
     @property
     def usage(self) -> ir.Usage:
-        """Tokens of the whole run so far."""
+        """Token counts of the whole run so far."""
         return self.recorder.run.usage()
 
     @property
     def record(self) -> RunRecord:
-        """The graph of the whole run, what happened to each node, and where recording stopped for a value."""
+        """Return the graph of the whole run, the events of its nodes, and the lines where recording stopped."""
         return self.recorder.run.report()
 
     def explain(self) -> explanations.Explanation:
-        """Measured tokens and times of the run by node, and the lines that forced a stage. Waits for the run to end."""
+        """Return measured tokens and times by node, and the lines that forced a stage. Waits for the run to end."""
         return explanations.explain_run(self._ended().report())
 
     def why_miss(self, var: str | None = None) -> list[explanations.Miss]:
-        """For every generation: where its prompt left what was cached, and the line that wrote that. Waits."""
+        """Return, for each generation, where its prompt left the cached ones, and the line that wrote that. Waits."""
         run = self._ended()
         return explanations.why_miss_run(run.report(), run.backend, run.options.cache_salt, var)
 
     def graph(self) -> explanations.Drawing:
-        """A picture of the run with what was measured: `.mermaid()`, `.svg()`, `.html()`, `.save("run.svg")`."""
+        """Return a drawing of the run with its measurements: `.mermaid()`, `.svg()`, `.html()`, `.save("run.svg")`."""
         run = self._ended()
         return explanations.draw_run(run.report(), run.backend)
 
@@ -311,7 +311,7 @@ class State:
         return wait().__await__()
 
     def cancel(self) -> None:
-        """Stop this branch: what it was generating, and all that needs it. On the program's own state: everything."""
+        """Stop the nodes of this branch and all that need them. On the program's own state, stop everything."""
         self.recorder.cancel()
 
     def __repr__(self) -> str:
@@ -321,7 +321,7 @@ class State:
 
 
 class RoleBlock:
-    """A message as a block, `with s.user(): ...`: everything appended in it is the message's content."""
+    """A message as a block, `with s.user(): ...`. Everything appended in the block is the message's content."""
 
     __slots__ = ("_is_used", "_role", "_state")
 
@@ -365,12 +365,12 @@ class Branches(Sequence[State]):
         return self._states[key]
 
     def __setitem__(self, key: int, state: State) -> None:
-        """What `branches[i] += ...` needs; a branch can't be replaced by another one."""
+        """Support `branches[i] += ...`. A branch can't be replaced by another one."""
         if self._states[key] is not state:
             raise InvalidProgram("a branch can't be replaced; append to it")
 
     def __iadd__(self, item: Appendable | Callable[[int], Appendable]) -> Branches:
-        """Append the same to every branch; of a list its own item to each; of a function what it returns for each."""
+        """Append to every branch: the same item, the branch's item of a list, or a function's result for its index."""
         if callable(item):
             items: Sequence[Appendable] = [item(index) for index in range(len(self))]
         elif isinstance(item, list | tuple):
@@ -384,7 +384,7 @@ class Branches(Sequence[State]):
         return self
 
     def call_tools(self, tools: Sequence[Tool | Callable[..., Any]] | None = None, **options: Any) -> list[Value]:
-        """State.call_tools on every branch at once: while one waits for a tool, the others go on. The answers."""
+        """Run State.call_tools on every branch at once, and return the answers. No branch waits for another's tool."""
         shared = None if tools is None else as_tools(tools)
         recorders = [state.recorder for state in self._states]
         found = [loop_options(recorder, shared, **options) for recorder in recorders]
@@ -392,6 +392,6 @@ class Branches(Sequence[State]):
         return drive(self._parent.recorder.run, loops)
 
     def join(self, mode: str = "gather") -> None:
-        """Join all branches into the state that was forked; see State.join. Without branches (of a map): nothing."""
+        """Join all branches into the state that was forked; see State.join. Without branches, do nothing."""
         if self._states:
             self._parent.join(self._states, mode=mode)

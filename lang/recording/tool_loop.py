@@ -1,8 +1,8 @@
-"""`call_tools`: the model calls tools, reads what they return, and goes on until it answers.
+"""`call_tools`: the model calls tools and reads their results, until it answers.
 
-One step is a generation in the model's own format for tools, and a message with the result of each call. Results are
-data edges: a program waits only for what the model calls, and tools run while other branches decode. The loop is a
-generator that yields the node it needs next, so that one thread can drive the loops of many branches.
+One step is a generation in the model's own tool format, and a message with the result of each call. Results are data
+edges: a program waits only for the model's calls, not for results, and tools run while other branches decode. The loop
+is a Python generator that yields the node it needs next, so that one thread can drive the loops of many branches.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ramet.lang.running.run import Run
 from ramet.lang.running.tools import Tool, as_tools
 from ramet.lang.running.values import NodeSource, ToolUse, Value, plain
 
-MAX_TOKENS = 512  # of one message where the program says nothing: arguments that are cut are of no use
+MAX_TOKENS = 512  # the default for one message: large, because arguments that are cut off are useless
 WHY = "which tools the model calls"
 _SCHEMA = {"type": "object", "properties": {"text": {"type": "string"}, "calls": {"type": "array"}}}
 ANSWER = OutputType("tools", shape=Shape(_SCHEMA, _SCHEMA))
@@ -31,7 +31,7 @@ ANSWER = OutputType("tools", shape=Shape(_SCHEMA, _SCHEMA))
 
 @dataclass(frozen=True, slots=True)
 class LoopOptions:
-    """What `call_tools` was told. `choice`: of the first step; the later ones are free to answer."""
+    """The options of `call_tools`. `choice`: for the first step; in later ones the model is free to answer."""
 
     tools: tuple[Tool, ...]
     max_steps: int
@@ -66,7 +66,7 @@ def loop_options(
     on_error: Literal["raise", "report"] = "raise",
     **sampling: Any,  # Any: sampling values, which are checked
 ) -> LoopOptions:
-    """What State.call_tools was told, checked. Raises InvalidProgram, InvalidRequest, InvalidSampling."""
+    """Check the options of State.call_tools. Raises InvalidProgram, InvalidRequest, InvalidSampling."""
     found = recorder.tools if tools is None else as_tools(tools)
     if not found:
         raise InvalidProgram("call_tools has no tools; give them, or declare them first", program=recorder.program)
@@ -80,7 +80,7 @@ def loop_options(
 
 
 def tool_loop(recorder: Recorder, options: LoopOptions) -> Generator[int, None, Value]:
-    """The steps of one branch; yields the generation that it needs, and goes on when that is done."""
+    """Run the steps of one branch. Yields the generation that it needs, and resumes when that is done."""
     if recorder.role is not None:
         raise InvalidProgram(
             f"call_tools writes messages of its own, but a {recorder.role} message is open; end that one first",
@@ -112,7 +112,7 @@ def tool_loop(recorder: Recorder, options: LoopOptions) -> Generator[int, None, 
 
 
 def _raise_failure(run: Run, nodes: Sequence[int]) -> None:
-    """Raise a tool's error itself, not that of the generation which needed its result."""
+    """Raise a tool's own error, instead of the error of the generation that needed its result."""
     for node in nodes:
         error = run.error_of(node)
         if error is not None and not isinstance(error, ProgramCancelled):
@@ -120,7 +120,7 @@ def _raise_failure(run: Run, nodes: Sequence[int]) -> None:
 
 
 def _record_calls(recorder: Recorder, options: LoopOptions, message: int, calls: Sequence[dict[str, Any]]) -> list[int]:
-    """Record the calls of a message, which run at once, and a message with the result of each. Returns their nodes."""
+    """Record a message's calls, which run at once, and a message with each result. Returns the call nodes."""
     run, tip = recorder.run, recorder.tip
     nodes = []
     for index, call in enumerate(calls):
