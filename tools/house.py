@@ -27,8 +27,8 @@ ROOMS = {
     "runtime.server": "config link * openai native programs app",
 }
 # What one folder may import of another; `lazy` means inside functions only.
-ACROSS = {"runtime": ("grammar", "kernels", "lang.graph")}
-ACROSS_LAZY = {"lang": ("runtime", "grammar.service.python_types")}
+ACROSS = {"runtime": ("grammar", "kernels", "lang.graph"), "lang": ("grammar.service.python_types",)}
+ACROSS_LAZY = {"lang": ("runtime",)}
 CORE = "types cache.page_pool cache.radix_cache scheduling.scheduler engine.core steps.inputs"
 OVERRIDES = "handle_exit"  # methods that a library calls
 DOCUMENTED = {"_replace", "_exit", "_getframe", "_current_frames"}  # Python's own, public in spite of their look

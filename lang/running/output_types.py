@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin
 
 from ramet.errors import InvalidRequest, InvalidSchema
+from ramet.grammar.service.python_types import readable, schema_of
 from ramet.lang.graph.ir import Constraint, NodeEvent
 
 Wire = Literal["str", "int", "float", "bool", "json", "tools"]
@@ -135,8 +136,6 @@ def _plain(value: object) -> str:
 
 def _by_pydantic(kind: object) -> OutputType:
     from pydantic import TypeAdapter
-
-    from ramet.grammar.service.python_types import readable, schema_of
 
     is_class = isinstance(kind, type) or get_origin(kind) is not None or typing.is_typeddict(kind)
     if not is_class:

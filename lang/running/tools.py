@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, overload
 
 from ramet.errors import InvalidRequest, InvalidSchema
+from ramet.grammar.service.python_types import schema_of
 
 _NAME = re.compile(r"[A-Za-z0-9_.:/-]{1,128}")
 _SECTION = re.compile(r"^(args|arguments|parameters)\s*:\s*$", re.IGNORECASE)
@@ -138,8 +139,6 @@ def _tool(function: Callable[..., Any], name: str | None, description: str | Non
         raise InvalidRequest(f"a tool's name is {name!r}, but must match {_NAME.pattern}; give name=", param="name")
     if timeout_s is not None and not timeout_s > 0:
         raise InvalidRequest(f"timeout_s of tool {name!r} is {timeout_s!r}, but must be above 0", param="timeout_s")
-    from ramet.grammar.service.python_types import schema_of
-
     told = inspect.getdoc(function) or ""
     try:
         schema = schema_of(_arguments_type(function, name))

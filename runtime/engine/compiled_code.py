@@ -8,8 +8,6 @@ from collections.abc import Callable
 
 import torch
 
-from ramet.grammar.service import warm_up
-
 logger = logging.getLogger(__name__)
 
 OnStage = Callable[[str], None]
@@ -21,6 +19,8 @@ def prepare_compiled_code(device: torch.device, on_stage: OnStage | None) -> Non
 
     Compiling takes about 15 s. `on_stage` is called when it begins; without one, a log line is written.
     """
+    from ramet.grammar.service import warm_up  # it brings numba and Lark: importing the engine's class does without
+
     start_s = time.monotonic()
     is_told = False
 
