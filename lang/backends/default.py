@@ -1,4 +1,4 @@
-"""Which backend a program runs on: the one given, that of the block, the default one, or the default model's engine."""
+"""Chooses a program's backend: the given one, that of the block, the default one, or the default model's engine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ramet.lang.backends.protocol import Backend, block_backend
 
 
 class _Default:
-    """The one thing that the process shares: the backend of programs that name none, made at first use."""
+    """The only shared state of the process: the backend of programs that name none, created at first use."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -27,7 +27,7 @@ _default = _Default()
 
 
 def set_default_backend(backend: object | None) -> None:
-    """Set the backend (or engine) of programs that name none; None: back to the default model's engine."""
+    """Set the backend (or engine) of programs that name none. None restores the default model's engine."""
     found = None if backend is None else as_backend(backend)
     with _default.lock:
         _default.backend = found
@@ -35,7 +35,7 @@ def set_default_backend(backend: object | None) -> None:
 
 @contextmanager
 def use_backend(backend: object) -> Iterator[Backend]:
-    """Make this backend (or engine) the default one inside of a block."""
+    """Make this backend (or engine) the default within the block."""
     found = as_backend(backend)
     token = block_backend.set(found)
     try:
@@ -45,11 +45,11 @@ def use_backend(backend: object) -> Iterator[Backend]:
 
 
 def as_backend(given: object) -> Backend:
-    """A backend as it is, an engine or a server's address as a backend. Raises ConfigError for anything else."""
+    """Return a backend unchanged, and make one of an engine or a server's address. Raises ConfigError for others."""
     if isinstance(given, Backend):
         return given
     if isinstance(given, str) and given.startswith(("http://", "https://")):
-        from ramet.lang.backends.remote import Remote  # it brings asyncio's and TLS's modules: not needed in process
+        from ramet.lang.backends.remote import Remote  # imports asyncio and TLS, which are not needed in process
 
         with _default.lock:
             return _default.remote.setdefault(given, Remote(given))
@@ -65,7 +65,7 @@ def as_backend(given: object) -> Backend:
 
 
 def choose_backend(given: object | None = None) -> Backend:
-    """The backend of a call: the one given, else the block's, else the default, else the default model's engine."""
+    """Return a call's backend: the given one, else the block's, else the default, else the default model's engine."""
     if given is not None:
         return as_backend(given)
     of_block = block_backend.get()

@@ -1,7 +1,7 @@
-"""What the backends over HTTP share: an event loop on a thread of its own, requests that are repeated where that is
-safe, server-sent events, and errors of a server as the classes they have in process.
+"""The HTTP client that backends share: an event loop on its own thread, retries, server-sent events, and errors.
 
-Not here: what is sent (remote.py, openai.py).
+A request is repeated only if that is safe. A server's errors become the error classes that they have in process. Not
+here: the contents of requests (remote.py, openai.py).
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ from ramet.lang.graph.options import Deadline
 if TYPE_CHECKING:
     import httpx
 
-_PAUSES_S = (0.1, 0.3, 1.0, 3.0, 5.0)  # before the n-th repetition, where the server doesn't say
-_MAX_PAUSE_S = 60.0  # a server that asks for more is taken at its word by nobody
+_PAUSES_S = (0.1, 0.3, 1.0, 3.0, 5.0)  # before the n-th retry, if the server names no time
+_MAX_PAUSE_S = 60.0  # the longest wait, even if a server asks for more
 _RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 
 class HttpLoop:
-    """An HTTP client on an event loop of its own thread; both are made at first use, and again after `close`.
+    """An HTTP client on an event loop with its own thread. Both are created at first use, and again after `close`.
 
-    `connect_s`: how long a connection may take. `silence_s`: how long an answer may pause. `max_retries`: how often a
-    request is repeated that found no server, or one that is busy.
+    `connect_s`: the time limit of connecting. `silence_s`: the longest pause within an answer. `max_retries`: the most
+    retries of a request that found no server, or a busy one.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class HttpLoop:
         verify: bool = True,
         server: str = "`ramet serve`",
     ) -> None:
-        """`server`: what should run at `url`, for messages."""
+        """`server`: the name of the server expected at `url`, for messages."""
         if not url.startswith(("http://", "https://")):
             raise ConfigError(f"url is {url!r}, but must begin with http:// or https://")
         try:
@@ -81,19 +81,19 @@ class HttpLoop:
         self._by_loop: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Running] = weakref.WeakKeyDictionary()
 
     def spawn(self, work: Coroutine[Any, Any, object]) -> None:
-        """Run a coroutine on the loop. Any thread may call. What it raises is its own affair."""
+        """Run a coroutine on the loop. Any thread may call. The coroutine must handle its own errors."""
         self._here().spawn(work)
 
     def call(self, work: Callable[..., object], *args: object) -> None:
-        """Call a function on the loop's thread, soon."""
+        """Schedule a function call on the loop's thread."""
         self._run().loop.call_soon_threadsafe(work, *args)
 
     def wait(self, work: Coroutine[Any, Any, Any]) -> Any:  # Any: what the coroutine returns
-        """Run a coroutine on the loop and wait for it; not from the loop's own thread."""
+        """Run a coroutine on the loop and wait for its result. Must not be called on the loop's own thread."""
         return asyncio.run_coroutine_threadsafe(work, self._run().loop).result()
 
     def close(self, patience_s: float = 2.0) -> None:
-        """End the thread, after what is on its way had some time."""
+        """End the thread, after waiting up to `patience_s` for running work."""
         with self._lock:
             running, self._running = self._running, None
         if running is not None:
@@ -108,7 +108,7 @@ class HttpLoop:
             return self._running
 
     def _here(self) -> _Running:
-        """What this code runs on, though it may have been closed by now; from other threads, what runs now."""
+        """Return the loop that this code runs on, even if it is closed by now; on other threads, the current one."""
         try:
             found = self._by_loop.get(asyncio.get_running_loop())
         except RuntimeError:
@@ -174,7 +174,7 @@ class HttpLoop:
         raise AssertionError("the last attempt returns or raises")
 
     def unreachable(self, error: Exception) -> RemoteError:
-        """The error for a connection that could not be made, or broke."""
+        """Return the error for a connection that failed or broke."""
         what = str(error) or type(error).__name__
         if isinstance(error, self._httpx.ConnectError | self._httpx.ConnectTimeout):
             return RemoteError(f"no server answers at {self.url} ({what}); is {self.server} running there?")
@@ -191,7 +191,7 @@ _JSON = {"Content-Type": "application/json"}
 
 
 class _Running:
-    """The thread with its loop and its client."""
+    """A thread with its loop and its client."""
 
     def __init__(self, httpx: Any, url: str, settings: Mapping[str, Any]) -> None:  # Any: a module; its settings
         self.loop = asyncio.new_event_loop()
@@ -242,7 +242,7 @@ def encoded(body: object) -> bytes | None:
 
 
 def retry_pause(error: RametError, attempt: int) -> float | None:
-    """Seconds to wait before the next attempt; None where waiting doesn't help."""
+    """Return the seconds to wait before the next attempt; None if waiting doesn't help."""
     if isinstance(error, Overloaded):
         return min(_MAX_PAUSE_S, error.retry_after_s)
     pause_s = _PAUSES_S[min(attempt, len(_PAUSES_S) - 1)] * random.uniform(0.8, 1.2)
@@ -252,7 +252,7 @@ def retry_pause(error: RametError, attempt: int) -> float | None:
 
 
 def error_of(status: int, content: bytes, headers: Mapping[str, str], url: str) -> RametError:
-    """A server's refusal as the error that it is in process: by our header, else by status and code."""
+    """Return the in-process error of a server's refusal. Ramet's header names its class, else status and code do."""
     message, param, code = refusal_of(content)
     message = message or f"the server answered {status}: {content[:200].decode(errors='replace')!r}"
     retry_after_s = _seconds(headers.get("retry-after"))
@@ -279,7 +279,7 @@ def error_of(status: int, content: bytes, headers: Mapping[str, str], url: str) 
 
 
 def refusal_of(content: bytes) -> tuple[str, str | None, str | None]:
-    """(message, param, code) of a body in OpenAI's shape; empty where it has another."""
+    """Return (message, param, code) of a body in OpenAI's error format; empty values for another format."""
     try:
         error = json.loads(content)["error"]
         if isinstance(error, str):
@@ -290,7 +290,7 @@ def refusal_of(content: bytes) -> tuple[str, str | None, str | None]:
 
 
 def _seconds(text: str | None) -> float | None:
-    """A Retry-After in seconds; a date is not understood, and stands for none."""
+    """Return a Retry-After in seconds. A date is not supported and gives None."""
     try:
         return None if text is None else max(0.0, float(text))
     except ValueError:

@@ -1,4 +1,4 @@
-"""Programs on an engine of this process, and on a script instead of one. The runtime is loaded when it is used."""
+"""Backends of this process: an engine, or a script in its place. The runtime is loaded at first use."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ class EngineBackend(BlockBackend):
         return self._host.start(options, on_event)
 
     def target(self) -> TokenizerTarget:
-        """What passes ask of the engine before a run: its tokens and its limits."""
+        """The engine's tokenizer and limits, which passes use before a run."""
         from ramet.runtime.programs.target import target_of_engine  # as above
 
         return target_of_engine(self.engine)
 
 
 class MockBackend(EngineBackend):
-    """A backend without a model, for tests: answers from a script, in milliseconds.
+    """A backend without a model, for tests. It answers from a script, in milliseconds.
 
-    `script`: text to look for in the prompt -> answer or list of answers; or a list of answers in the order of the
-    requests; or a function of the prompt; without one, words are drawn by a hash of the prompt.
+    `script`: a dict from a text in the prompt to an answer or a list of answers; or a list of answers in the order of
+    the requests; or a function of the prompt. Without a script, words are drawn by a hash of the prompt.
     """
 
     engine: ScriptedEngine
@@ -52,19 +52,19 @@ class MockBackend(EngineBackend):
         super().__init__(ScriptedEngine(script, failures=failures, latency_s=latency_s))
 
     def stats(self) -> ScriptedStats:
-        """What the engine has counted so far."""
+        """Return the engine's counters."""
         return self.engine.stats()
 
 
 def is_engine(given: object) -> TypeGuard[ProgramEngine]:
-    """Whether programs can run on it as it is."""
+    """Return whether programs can run directly on the object."""
     from ramet.runtime.programs.engine import ProgramEngine  # as above
 
     return isinstance(given, ProgramEngine)
 
 
 def default_model() -> EngineBackend:
-    """A new engine with the default model."""
+    """Return a backend with a new engine of the default model."""
     from ramet.runtime.engine.engine import Engine  # loads torch
 
     return EngineBackend(Engine())

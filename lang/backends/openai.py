@@ -1,7 +1,8 @@
 """Programs on any endpoint with OpenAI's API: `OpenAI(base_url, api_key, model)`.
 
-Messages go to /chat/completions, plain text to /completions: a request for each generation, with all text before it.
-What such an endpoint can't do is an error that names it and says what can: nothing is left out silently.
+Messages go to /chat/completions, plain text to /completions. Each generation is a request with all text before it. A
+feature that such an endpoint lacks raises an error, which names the feature and an alternative. Nothing is left out
+silently.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from ramet.lang.graph.events import NodeResult, OnEvent
 from ramet.lang.graph.options import Deadline, ProgramOptions
 from ramet.lang.graph.sampling import FIELDS
 
-_OTHER_FORM = frozenset({"max_tokens", "stop", "logit_bias", "logprobs"})  # all others are sent as a program says them
+_OTHER_FORM = frozenset({"max_tokens", "stop", "logit_bias", "logprobs"})  # all other fields are sent unchanged
 _MAX_STOPS = 4  # of OpenAI's own API
 _WRAPPING_TOKENS = 16  # of {"value": ...} around a value that is no object
 _OURS = "; use Engine or Remote"
@@ -39,9 +40,10 @@ _CONTINUES = (
 class OpenAI(BlockBackend):
     """An endpoint with OpenAI's API. As a context manager it is the default backend of the block.
 
-    `extensions`: the server takes fields beyond OpenAI's (top_k, regex, continue_final_message, ...) by the names that
-    Ramet, vLLM and SGLang share. `select`: how one is chosen: by `logprobs` of the choices (exact; plain text only), by
-    a `sample`d answer that is held to them (no probabilities), or by what the place allows (`auto`).
+    `extensions`: the server accepts fields beyond OpenAI's (top_k, regex, continue_final_message, ...) under the names
+    that Ramet, vLLM and SGLang share. `select`: the method of selection. `logprobs` compares the log-probabilities of
+    the choices (exact; plain text only). `sample` samples an answer constrained to the choices (no probabilities).
+    `auto` uses the one that is possible for the prompt.
     """
 
     def __init__(
@@ -82,7 +84,7 @@ class OpenAI(BlockBackend):
         return TextSession(self.http, self, options, on_event)
 
     def close(self) -> None:
-        """End the connections; what still runs is given up. The backend may be used again."""
+        """End the connections and abandon running requests. The backend may be used again."""
         self.http.close()
         self._gate = None
 
@@ -102,7 +104,7 @@ class OpenAI(BlockBackend):
         if node.constraint is not None:
             form = self._constrain(body, node.constraint, is_chat=prompt.is_chat)
         stops = node.sampling.stop or ()
-        # A number ends by its pattern; what may follow it is cut off here, where servers take few stop strings.
+        # A number ends by its pattern. The text after it is cut off here, because servers accept few stop strings.
         is_cut_here = form.is_wrapped or (form.pattern is not None and len(stops) > _MAX_STOPS)
         if form.is_wrapped and max_tokens is not None:
             body[self._max_tokens_field] = max_tokens + _WRAPPING_TOKENS
@@ -118,7 +120,7 @@ class OpenAI(BlockBackend):
         return form.read(written, stops if is_cut_here else ())
 
     def _place(self, prompt: Prompt) -> tuple[str, dict[str, Any]]:
-        """The path, and the body's prompt."""
+        """Return the URL path, and the prompt fields of the body."""
         if not prompt.is_chat:
             return "/completions", {"model": self.model, "prompt": prompt.text}
         messages, role = messages_json(prompt), prompt.messages[-1][0]
@@ -156,7 +158,7 @@ class OpenAI(BlockBackend):
         return found
 
     def _constrain(self, body: dict[str, Any], constraint: ir.Constraint, *, is_chat: bool) -> _Form:
-        """Put the constraint into the body; what comes back tells how to read the answer."""
+        """Put the constraint into the body, and return the form in which the answer must be read."""
         kind, source = constraint.kind, constraint.source
         if kind in ("substring", "tools"):
             raise NotSupported(f"an endpoint can't hold text to a constraint of kind {kind!r}{_OURS}")
@@ -207,7 +209,7 @@ class OpenAI(BlockBackend):
         """Let the model write one of the choices."""
         constraint: ir.Constraint | None = ir.Constraint("choice", json.dumps(list(choices), ensure_ascii=False))
         if not prompt.is_chat and not self._extensions:
-            constraint = None  # nothing holds it to them: what it writes is compared
+            constraint = None  # the endpoint can't constrain the answer, so the answer is compared with the choices
         # No token is shorter than a byte of UTF-8.
         limit = max(len(choice.encode()) for choice in choices)
         sampling = ir.Sampling(temperature=node.temperature, seed=node.seed, max_tokens=limit)
@@ -295,7 +297,7 @@ class OpenAI(BlockBackend):
 
 
 class _Form:
-    """How the text of an answer is read: as it is, or as the value of {"value": ...}."""
+    """The form of an answer: the text itself, or the value in {"value": ...}."""
 
     def __init__(
         self,
@@ -309,14 +311,14 @@ class _Form:
         self._is_json, self.pattern, self._choices = is_json, pattern, choices
 
     def read(self, written: NodeResult, stops: Sequence[str]) -> NodeResult:
-        """Raises RemoteError where the endpoint wrote what it was held not to."""
+        """Read an answer. Raises RemoteError if the endpoint violated the constraint."""
         text = written.text
         if self.is_wrapped:
             try:
                 value = json.loads(text)["value"]
             except (ValueError, LookupError, TypeError) as error:
                 if written.finish_reason == "length":
-                    return written  # cut: it has no value, and whoever reads it is told so
+                    return written  # cut off: it has no value, and reading it raises an error
                 raise RemoteError(
                     f"the endpoint was to write an object with `value`, but wrote {text[:100]!r}"
                 ) from error
@@ -384,7 +386,7 @@ def _logprobs(choice: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _shared(rows: Sequence[Sequence[str]]) -> int:
-    """How many tokens all rows begin with; at least one stays for each row."""
+    """Return the number of leading tokens that all rows share. At least one token of each row stays out of it."""
     shortest = min(len(row) for row in rows)
     found = next((i for i in range(shortest) if len({row[i] for row in rows}) > 1), shortest)
     return min(found, shortest - 1) if len(rows) > 1 else found
@@ -395,7 +397,7 @@ def _format(schema: Any) -> dict[str, Any]:
 
 
 def _wrapped(schema: Any) -> dict[str, Any]:
-    """An object around a schema; definitions stay at the root, where references look for them."""
+    """Wrap a schema in an object. Definitions stay at the root, because references point there."""
     inner = dict(schema) if isinstance(schema, dict) else schema
     found = {"type": "object", "properties": {"value": inner}, "required": ["value"], "additionalProperties": False}
     for name in ("$defs", "definitions"):

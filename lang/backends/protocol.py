@@ -1,6 +1,6 @@
-"""What the language knows of a runtime: `Backend` starts a program, and its `Session` runs it.
+"""The language's interface to a runtime: a `Backend` starts a program, and its `Session` runs it.
 
-Not here: the backends themselves (in_process.py, remote.py, openai.py), and which one a program gets (default.py).
+Not here: the backends (in_process.py, remote.py, openai.py), and the choice of one for a program (default.py).
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ class Session(Protocol):
         """Send the next part. `is_last`: `finish` follows at once. Raises InvalidProgram."""
 
     def cancel(self, nodes: Sequence[int] | None = None) -> None:
-        """Stop these nodes and what needs them; None: everything."""
+        """Stop these nodes and all that need them; None: everything."""
 
     def provide(self, node: int, value: Any = None, error: Exception | None = None) -> None:
         """Answer a tool call that an event asked for."""
 
     def finish(self) -> None:
-        """No more parts will come: the program ends when its last node does."""
+        """Declare that no more parts will come. The program ends with its last node."""
 
 
 @runtime_checkable
@@ -39,7 +39,7 @@ class Backend(Protocol):
 
 @runtime_checkable
 class TakesRows(Protocol):
-    """A backend that takes the rows of a compiled batch together. The rows start when their sessions are finished."""
+    """A backend that accepts the rows of a compiled batch together. The rows start when their sessions are finished."""
 
     def start_rows(
         self, options: ProgramOptions, graph: Graph, rows: Sequence[Mapping[str, Any]], on_events: Sequence[OnEvent]
@@ -50,13 +50,13 @@ block_backend: ContextVar[Backend | None] = ContextVar("ramet_backend", default=
 
 
 class BlockBackend(Backend):
-    """A backend that is a context manager: the default backend of the programs inside of the block."""
+    """A backend that is a context manager. It is the default backend of programs in the block."""
 
     def __init__(self) -> None:
         self._blocks: list[Token[Backend | None]] = []
 
     def close(self) -> None:
-        """Give up what the backend holds; called when its last block ends. It may be used again."""
+        """Release the backend's resources. Called when its last block ends. The backend may be used again."""
 
     def __enter__(self) -> Self:
         self._blocks.append(block_backend.set(self))

@@ -1,8 +1,8 @@
-"""Programs on a server: `Remote("http://host:port")` sends a program's graph, and its events come back by node.
+"""Programs on a server: `Remote("http://host:port")` sends a program's graph and receives its events by node.
 
-A program that needs no value in Python costs one round trip in all; one that does, one for each stage. What was lost
-with a connection is asked for again: requests carry keys, parts their place, events their number, so that nothing runs
-twice and nothing is missed. Checks and tools are functions of this process and run here.
+A program that needs no value in Python costs one round trip; any other program costs one for each stage. Data lost with
+a connection is requested again. Requests carry keys, parts carry their position, and events carry their number, so that
+nothing runs twice and nothing is missed. Checks and tools in Python run in this process.
 
 Not here: the HTTP client (http_loop.py), the server (runtime/server/programs/routes.py).
 """
@@ -39,8 +39,9 @@ _ROWS = 1024  # of a batch in one request
 class Remote(BlockBackend):
     """A server of programs (`ramet serve`). As a context manager it is the default backend of the block.
 
-    `grace_s`: how long the server goes on with a program whose connection broke. `max_connections`: programs sent whole
-    that run at once; one that waits for values in Python is never kept waiting for others. `max_retries`: in a row.
+    `grace_s`: how long the server continues a program whose connection broke. `max_connections`: the most complete
+    programs that run at once; a program that waits for values in Python never waits for other programs. `max_retries`:
+    the most retries in a row.
     """
 
     def __init__(
@@ -68,9 +69,9 @@ class Remote(BlockBackend):
     def start_rows(
         self, options: ProgramOptions, graph: ir.Graph, rows: Sequence[Mapping[str, Any]], on_events: Sequence[OnEvent]
     ) -> list[RemoteSession]:
-        """One run of a whole graph for each row of arguments (JSON values), many rows in one request.
+        """Run a whole graph for each row of arguments (JSON values), with many rows in one request.
 
-        They start when the first of their sessions is finished.
+        The rows start when the first of their sessions is finished.
         """
         sessions: list[RemoteSession] = []
         for first in range(0, len(rows), _ROWS):
@@ -80,18 +81,18 @@ class Remote(BlockBackend):
         return sessions
 
     def explain(self, graph: ir.Graph, program: str = "program") -> dict[str, Any]:  # Any: JSON
-        """What the graph would cost on the server, by its tokenizer; nothing runs. Raises RametError."""
+        """Return the graph's predicted cost, by the server's tokenizer. Nothing runs. Raises RametError."""
         body = {"graph": graph, "program": program}
         found: dict[str, Any] = self.http.wait(self.http.request("POST", "/v1/programs/explain", body))
         return found
 
     def close(self) -> None:
-        """End the connections; what still runs is given up. The backend may be used again."""
+        """End the connections and abandon running programs. The backend may be used again."""
         self.http.close()
         self._gate = None
 
     def gate(self) -> asyncio.Semaphore:
-        """On the loop."""
+        """Return the limit of connections. Must be called on the loop."""
         if self._gate is None:
             self._gate = asyncio.Semaphore(self._max_connections)
         return self._gate
@@ -101,10 +102,10 @@ class Remote(BlockBackend):
 
 
 class RemoteSession:
-    """One run on the server. Any thread may call; all work is done on the backend's loop, in the order of the calls."""
+    """One run on the server. Any thread may call. The backend's loop does all work, in the order of the calls."""
 
     def __init__(self, program: _Program, row: int, whole: ir.Graph | None = None) -> None:
-        """`whole`: the graph of all rows, which nobody will extend."""
+        """`whole`: the graph of all rows, which will not be extended."""
         self._program, self._row = program, row
         self._whole = whole
         self._call = program.remote.http.call
@@ -113,7 +114,7 @@ class RemoteSession:
 
     def extend(self, graph: ir.Graph, *, is_last: bool = False) -> None:
         if graph.arguments:
-            graph.to_json()  # what is wrong raises here, where the caller is
+            graph.to_json()  # a wrong part raises here, in the caller
         self._index.add(graph)
         self._is_complete = is_last
         self._call(self._program.take_part, _Part(graph, is_last))
@@ -151,7 +152,7 @@ class _Cancel:
 
 @dataclass(slots=True)
 class _Row:
-    """One run, as far as it is known here. `received`: characters of each unfinished node's text."""
+    """The client's view of one run. `received`: the number of text characters of each unfinished node."""
 
     on_event: OnEvent
     unfinished: set[int] = field(default_factory=set)
@@ -159,12 +160,12 @@ class _Row:
     texts: dict[int, str] = field(default_factory=dict)
     asked: set[int] = field(default_factory=set)
     tool_errors: dict[int, Exception] = field(default_factory=dict)
-    root: Exception | None = None  # what failed first
+    root: Exception | None = None  # the first failed node
     is_cancelled: bool = False
 
 
 class _Program:
-    """One program on the server, all its rows. Everything but the constructor runs on the loop."""
+    """One program on the server, with all its rows. Everything except the constructor runs on the loop."""
 
     def __init__(self, remote: Remote, options: ProgramOptions, on_events: Sequence[OnEvent]) -> None:
         self.remote = remote
@@ -186,7 +187,7 @@ class _Program:
     # What the program says.
 
     def begin(self, graph: ir.Graph) -> None:
-        """Start all rows, unless they have been."""
+        """Start all rows, unless they are started."""
         if self._first is None:
             self.take_part(_Part(graph, is_last=True))
 
@@ -256,7 +257,7 @@ class _Program:
         return {name: value for name, value in body.items() if value is not None}
 
     def _can_wait(self, part: _Part) -> bool:
-        """Whether it needs nobody here while it runs: then it may wait for others without others waiting for it."""
+        """Return whether a program needs nothing from this process while it runs, so that it may wait for others."""
         assert part.graph is not None
         return part.is_last and all(node.run_by != "caller" for node in part.graph.nodes)
 
@@ -269,7 +270,7 @@ class _Program:
                 await self._read()
         except asyncio.CancelledError:
             self._fail(RemoteError(f"the backend was closed while {self._options.program} ran"))
-        except Exception as error:  # whatever it is, those who wait must learn of it
+        except Exception as error:  # any error must reach those who wait
             self._fail(error if isinstance(error, RametError) else RemoteError(f"{type(error).__name__}: {error}"))
         finally:
             writer.cancel()
@@ -335,7 +336,7 @@ class _Program:
             yield events
 
     def _take(self, event: ServerSentEvent) -> bool:
-        """True when the program has ended."""
+        """Handle an event. Return True when the program has ended."""
         data = json.loads(event.data)
         if event.name == "program":
             self._id = data["id"]
@@ -353,7 +354,7 @@ class _Program:
         return False
 
     def _take_node(self, row: _Row, event: ir.NodeEvent, offset: int) -> None:
-        """Hand an event on, unless it came before: a connection that took over repeats some."""
+        """Pass an event on, unless it came before: a new connection repeats some events."""
         if event.node not in row.unfinished:
             return
         if event.kind == "text":
@@ -380,7 +381,7 @@ class _Program:
         self._tell(row, event)
 
     def _fail(self, error: RametError) -> None:
-        """The whole program is over, here."""
+        """Fail all unfinished rows of the program."""
         self._failure = self._failure or error
         for row in self.rows:
             self._fail_row(row, error)
@@ -393,7 +394,7 @@ class _Program:
             self._tell(row, ir.NodeEvent(node, "error", name, error=described, cause=error))
 
     def _tail(self, row: _Row, node: int) -> str:
-        """The end of the text that a node continued."""
+        """Return the end of the text that a node continued."""
         text, at = "", self._nodes[node].parent
         while at is not None and len(text) < PROMPT_TAIL:
             text, at = row.texts.get(at, "") + text, self._nodes[at].parent
@@ -402,7 +403,7 @@ class _Program:
     def _tell(self, row: _Row, event: ir.NodeEvent) -> None:
         try:
             row.on_event(event)
-        except Exception:  # the listener's own fault: other programs share this thread
+        except Exception:  # a listener's error must not end this thread, which other programs share
             logger.exception("a listener failed at the %s event of node %d", event.kind, event.node)
 
 
@@ -415,7 +416,7 @@ def _merged(first: _Part, second: _Part) -> _Part:
 
 
 def _with_cause(event: ir.NodeEvent, tool_errors: Mapping[int, Exception]) -> ir.NodeEvent:
-    """The event with an exception as its cause: the tool's own where one of this process failed."""
+    """Add an exception as the event's cause. If a tool of this process failed, it is the tool's own."""
     error = event.error
     if error is None or event.cause is not None:
         return event

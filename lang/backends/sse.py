@@ -1,4 +1,4 @@
-"""Reads server-sent events out of the pieces in which the body of a response comes.
+"""Reads server-sent events from the pieces of a response's body.
 
 Not here: writing them (runtime/server/responses.py).
 """
@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-DONE = b"[DONE]"  # the data of the event that ends a stream of OpenAI's API
+DONE = b"[DONE]"  # data of the last event in a stream of OpenAI's API
 
 
 @dataclass(frozen=True, slots=True)
 class ServerSentEvent:
-    """An event's name, its data, and its id where it has one."""
+    """An event's name, its data, and its id if it has one."""
 
     name: str
     data: bytes
@@ -21,9 +21,9 @@ class ServerSentEvent:
 
 
 class EventReader:
-    """Turns the pieces of one body, however it is cut, into events.
+    """Turns the pieces of one body into events. The pieces may be cut anywhere.
 
-    Lines are found in bytes: JSON may hold characters that `str.splitlines` takes for the end of a line.
+    Lines are split in bytes, because JSON may contain characters that `str.splitlines` takes as line ends.
     """
 
     __slots__ = ("_rest",)
@@ -38,14 +38,14 @@ class EventReader:
 
 
 def events_of(pieces: Iterable[bytes]) -> Iterator[ServerSentEvent]:
-    """The events of a body that comes in pieces."""
+    """Yield the events of a body that comes in pieces."""
     reader = EventReader()
     for piece in pieces:
         yield from reader.push(piece)
 
 
 def _event(block: bytes) -> ServerSentEvent | None:
-    """The event of one block of lines; None for a block without data, such as a comment."""
+    """Return the event of one block of lines; None for a block without data, such as a comment."""
     name, event_id, data = "message", None, list[bytes]()
     for line in block.split(b"\n"):
         key, _, value = line.partition(b":")

@@ -1,7 +1,7 @@
-"""Runs a program's graph where only text goes in and comes out, for backends without a runtime of ours (openai.py).
+"""Runs a program's graph on an endpoint that only takes and returns text, for backends without Ramet's runtime.
 
-Everything happens on the backend's event loop; a generation or a selection is a task of its own there. Which node is
-ready and what a failure or a budget means is decided by lang/graph/run.py.
+Everything runs on the backend's event loop; each generation or selection is a separate task. lang/graph/run.py decides
+which nodes are ready, and handles failures and the token budget.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ramet.lang.graph.run import GraphRun, NodeRun
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What precedes a generation: plain text, or messages, of which the last may be an unfinished one (`is_open`)."""
+    """The prompt of a generation: plain text, or messages. The last message may be unfinished (`is_open`)."""
 
     messages: tuple[tuple[str, str], ...] = ()  # (role, content)
     text: str = ""
@@ -49,7 +49,7 @@ class Writer(Protocol):
 
 
 class TextSession:
-    """One running program. Any thread may call; everything happens on the loop, in the order of the calls."""
+    """One running program. Any thread may call. Everything runs on the loop, in the order of the calls."""
 
     def __init__(self, http: HttpLoop, writer: Writer, options: ProgramOptions, on_event: OnEvent) -> None:
         self._http = http
@@ -58,7 +58,7 @@ class TextSession:
 
     def extend(self, graph: ir.Graph, *, is_last: bool = False) -> None:
         if graph.arguments:
-            graph.to_json()  # what is wrong raises here, where the caller is
+            graph.to_json()  # a wrong part raises here, in the caller
         self._index.add(graph, is_bound=True)
         self._http.call(self._program.extend, graph)
 
@@ -69,11 +69,11 @@ class TextSession:
         self._http.call(self._program.provide, node, value, error)
 
     def finish(self) -> None:
-        """Nothing is kept for parts that will not come."""
+        """Do nothing: no resources are held for later parts."""
 
 
 class _TextProgram:
-    """On the loop."""
+    """The state of a running program. Used on the loop only."""
 
     def __init__(self, http: HttpLoop, writer: Writer, options: ProgramOptions, on_event: OnEvent) -> None:
         self._http, self._writer = http, writer
@@ -94,7 +94,7 @@ class _TextProgram:
         self._pump()
 
     def _pump(self) -> None:
-        """Start what is ready, and end what was stopped."""
+        """Start ready nodes, and end the tasks of stopped ones."""
         while True:
             for stopped in self._graph.take_stopped():
                 self._end_task(stopped)
@@ -103,7 +103,7 @@ class _TextProgram:
                 return
             try:
                 result = self._graph.evaluate(run)
-            except Exception as error:  # the node fails, whatever it is; who reads it gets that as the cause
+            except Exception as error:  # any error fails the node, and is the cause of the error that a reader gets
                 self._graph.failed(run, error)
                 continue
             if result is not None:
@@ -131,7 +131,7 @@ class _TextProgram:
             else:
                 await asyncio.get_running_loop().create_future()  # until `provide` or a failure ends this task
         except asyncio.CancelledError:
-            if not run.is_over:  # not stopped by the program: the loop is being closed
+            if not run.is_over:  # not stopped by the program, but because the loop is closing
                 for one in self._graph.nodes:
                     self._graph.failed(one, ProgramCancelled("the backend was closed while this ran"))
         except Exception as error:
@@ -161,7 +161,7 @@ class _TextProgram:
         self._graph.done(run, msgspec.structs.replace(chosen, value=chosen.text, finish_reason=None))
 
     def _prompt(self, node: ir.AnyNode) -> Prompt:
-        """What precedes a node, as an endpoint takes it. Raises NotSupported where it has no such form."""
+        """Return the prompt of a node in an endpoint's form. Raises NotSupported if it has no such form."""
         messages: list[tuple[str, str]] = []
         plain, is_open = "", False
         for one in self._graph.branch(node.parent):
@@ -183,7 +183,7 @@ class _TextProgram:
 
 
 def _mark(before: Sequence[ir.AnyNode], node: ir.Role | ir.Tools) -> str:
-    """The border of a message is no text here: an endpoint takes messages."""
+    """Return no text for the border of a message, because an endpoint takes messages."""
     if isinstance(node, ir.Tools):
         raise NotSupported("this endpoint has no place for tools in a program's text; use Engine or Remote")
     return ""
