@@ -1,1 +1,1 @@
-"""Compiler passes, one module each: Graph -> Graph, or Graph -> annotations."""
+"""Compiler passes, one in each module. A pass maps a graph to a graph, or to annotations."""

@@ -1,7 +1,7 @@
-"""Argument motion: how many tokens more different calls share if an argument stands behind the constants after it.
+"""Argument motion: how many more tokens different calls share if an argument is moved past the constants after it.
 
-Moving text changes what the model reads, so only the author can allow it: `prefix="late"` does, and `as_written` undoes
-it, to say what it gained. For the rest this is a report. Works on a graph whose arguments are symbolic.
+Moving text changes the prompt, so only the author can allow it, with `prefix="late"`. `as_written` undoes these moves
+to measure their gain. All other moves are only reported. The pass works on a graph whose arguments are symbolic.
 """
 
 from __future__ import annotations
@@ -17,8 +17,11 @@ from ramet.lang.passes.target import Target
 
 @dataclass(frozen=True, slots=True)
 class Motion:
-    """Argument `argument`, put into the text at `line`: `shared_now` tokens stand before it; `gain` more follow that
-    don't depend on an argument, up to the first generation behind it (`node`)."""
+    """A possible move of `argument`, which is put into the text at `line`.
+
+    `shared_now`: the number of tokens before it. `gain`: the number of tokens after it, up to the next generation
+    (`node`), that don't depend on an argument.
+    """
 
     argument: str
     line: str
@@ -29,8 +32,11 @@ class Motion:
 
 @dataclass(frozen=True, slots=True)
 class LateGain:
-    """What `prefix="late"` brought: `num_moved` texts, and tokens that calls share at the first generation of a path,
-    as written and as moved."""
+    """The gain of `prefix="late"`.
+
+    `num_moved`: the number of moved texts. The others: tokens that calls share at the first generation of a path, as
+    written and as moved.
+    """
 
     num_moved: int
     shared_before: int
@@ -42,9 +48,9 @@ class LateGain:
 
 
 def as_written(graph: ir.Graph) -> ir.Graph:
-    """The graph with every moved text back where its author wrote it. Ids stay: texts change places. O(nodes)."""
+    """Return the graph with every moved text back at its written place. Texts swap places; ids stay. O(nodes)."""
     nodes = list(graph.nodes)
-    chains: dict[int, list[int]] = {}  # last moved text of a chain -> its texts, first one first
+    chains: dict[int, list[int]] = {}  # last moved text of a chain -> its texts in order
     below = {node.parent: node.id for node in graph.nodes if isinstance(node, ir.Text) and node.moved}
     for node in graph.nodes:
         if isinstance(node, ir.Text) and node.moved and node.id not in below:
@@ -63,7 +69,7 @@ def as_written(graph: ir.Graph) -> ir.Graph:
 
 
 def _chain(graph: ir.Graph, last: ir.Text) -> list[int]:
-    """The texts that a row of moved texts and those they jumped consist of."""
+    """Return the chain of texts that consists of adjoining moved texts and the texts they were moved past."""
     chain, at, most = [last.id], last.parent, last.moved
     num_fixed = 0
     while at is not None and isinstance(text := graph.nodes[at], ir.Text):
@@ -77,7 +83,7 @@ def _chain(graph: ir.Graph, last: ir.Text) -> list[int]:
 
 
 def late_gain(graph: ir.Graph, target: Target) -> LateGain | None:
-    """What calls share because of `prefix="late"`, of a graph with symbolic arguments; None where nothing moved."""
+    """Return what calls share because of `prefix="late"`; None if nothing moved. The graph has symbolic arguments."""
     num_moved = sum(isinstance(node, ir.Text) and node.moved > 0 for node in graph.nodes)
     if not num_moved:
         return None
@@ -92,7 +98,7 @@ def _shared(graph: ir.Graph, target: Target) -> int:
 
 
 def argument_motion(paths: Paths, target: Target) -> list[Motion]:
-    """The gain at the first generation of every path that begins differently from call to call. Largest first."""
+    """Return the gain at the first generation of every path whose beginning differs between calls. Largest first."""
     nodes = paths.graph.nodes
     best: dict[str, Motion] = {}
     for node in nodes:

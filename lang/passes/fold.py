@@ -1,7 +1,6 @@
-"""Constant folding: arguments that are bound become text, and adjoining texts become one.
+"""Constant folding: bound arguments become text, and adjoining texts become one.
 
-A graph in, a graph out: it writes the same text and asks for the same tokens. Every node of the new graph knows which
-nodes of the old one it stands for.
+The new graph has the same text and the same tokens. `Folded` maps each of its nodes to the old nodes it represents.
 """
 
 from __future__ import annotations
@@ -16,7 +15,10 @@ from ramet.lang.graph import ir
 
 @dataclass(frozen=True, slots=True)
 class Folded:
-    """`origin[i]`: ids of the old nodes that node i of `graph` stands for. `num_bound`: arguments that became text."""
+    """A folded graph.
+
+    `origin[i]`: ids of the old nodes that node i of `graph` represents. `num_bound`: arguments that became text.
+    """
 
     graph: ir.Graph
     origin: tuple[tuple[int, ...], ...]
@@ -24,7 +26,7 @@ class Folded:
 
     @property
     def num_merged(self) -> int:
-        """Texts that became part of the text before them."""
+        """The number of texts that became part of the text before them."""
         return sum(len(ids) - 1 for ids in self.origin)
 
 
@@ -37,7 +39,7 @@ def fold_constants(graph: ir.Graph) -> Folded:
     nodes: list[ir.AnyNode] = []
     origin: list[list[int]] = []
     new_id: dict[int, int] = {}
-    # Arguments first: a text that takes in a later one may use what that one used.
+    # Arguments come first: a merged text may use the arguments of a later text.
     for old in sorted(graph.nodes, key=lambda node: (not isinstance(node, ir.Argument), node.id)):
         if old.id in bound:
             continue
@@ -65,7 +67,7 @@ def _declares(node: ir.AnyNode, name: str) -> bool:
 
 
 def _pinned(graph: ir.Graph) -> set[int]:
-    """Nodes whose end is a point that others name: nothing may be merged into them."""
+    """Return the nodes whose end other nodes refer to. Nothing may be merged into them."""
     found: set[int] = set()
     for node in graph.nodes:
         if isinstance(node, ir.Capture) and node.start is not None:

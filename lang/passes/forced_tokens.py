@@ -1,8 +1,8 @@
-"""Forced tokens: what is appended instead of decoded.
+"""Forced tokens: tokens that are appended instead of decoded.
 
-Text behind a generation is appended in one forward pass: that always happens, and is counted here. Tokens that a
-grammar leaves no choice about are found by the engine while it runs; what is forced at the very beginning of a
-constrained text is known before. An annotation: it changes no graph.
+Text after a generation is always appended in one forward pass; its tokens are counted here. The engine finds tokens
+that a grammar forces while it runs, but those at the beginning of a constrained text are known before. The pass is an
+annotation: it changes no graph.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from ramet.lang.passes.target import Target
 
 @dataclass(frozen=True, slots=True)
 class ForcedTokens:
-    """`appended`: known tokens of text between generations. `at_start`: constrained node -> tokens it begins with."""
+    """`appended`: known tokens of text after generations. `at_start`: constrained node -> tokens it begins with."""
 
     appended: int
     at_start: dict[int, int]
 
 
 def forced_tokens(paths: Paths, plan: RequestPlan, target: Target) -> ForcedTokens:
-    """Count them. Compiles every constraint once, as a run would. Raises what compiling raises."""
+    """Count forced tokens. Compiles every constraint once, as a run would. Raises the errors of compiling."""
     appended = 0
     for request in plan.requests:
         if request.unread.at_most and request.added is not None:

@@ -1,4 +1,4 @@
-"""Fork groups: branches that are decoded together over one prefix, for attention that reads the prefix once."""
+"""Fork groups: branches that are decoded together after one prefix, for attention that reads the prefix once."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from ramet.lang.passes.paths import Count, Paths
 
 @dataclass(frozen=True, slots=True)
 class ForkGroup:
-    """One fork. `prefix`: tokens that all its branches read. `depth`: forks around it. `branches`: their Fork nodes.
+    """One fork. `prefix`: tokens that all its branches read. `depth`: the number of enclosing forks.
 
-    `num_decoding`: branches (those of forks inside of it included) that write something of their own.
+    `branches`: the Fork nodes of its branches. `num_decoding`: branches, including those of inner forks, that generate
+    text of their own.
     """
 
     group: int
@@ -24,12 +25,12 @@ class ForkGroup:
 
     @property
     def reads_saved(self) -> int:
-        """Token positions that a step reads less at least, while all branches decode."""
+        """The least number of token reads that a step saves while all branches decode."""
         return max(0, self.num_decoding - 1) * self.prefix.at_least
 
 
 def fork_groups(paths: Paths) -> list[ForkGroup]:
-    """All forks with two branches or more, outermost first. O(nodes)."""
+    """Return all forks with two branches or more, outermost first. O(nodes)."""
     nodes = paths.graph.nodes
     groups: dict[int, list[int]] = {}
     for node in nodes:
@@ -55,7 +56,7 @@ def fork_groups(paths: Paths) -> list[ForkGroup]:
 
 
 def _forks_above(graph: ir.Graph) -> list[int | None]:
-    """For every node the nearest Fork before it on its branch, itself not counted."""
+    """Return, for every node, the nearest Fork before it on its branch, itself excluded."""
     found: list[int | None] = []
     for node in graph.nodes:
         if node.parent is None:

@@ -1,7 +1,8 @@
-"""Identical nodes: generations with the same prompt, the same values and greedy or the same seed are run once.
+"""Identical nodes: generations that run once because their prompts and sampling values are equal.
 
-The executor does it where prompts turn out to be equal at run time (runtime/programs/shared_nodes.py); this says which
-are equal whatever is generated. A generation that samples without a seed is never shared.
+They are greedy or have the same seed; a generation that samples without a seed is never shared. The executor shares
+prompts that are equal at run time (runtime/programs/shared_nodes.py). This pass finds those that are always equal,
+whatever is generated.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ from ramet.lang.passes.paths import Paths
 
 @dataclass(frozen=True, slots=True)
 class IdenticalNodes:
-    """`twins`: node -> the earlier node that writes the same. `unseeded`: equal prompts that sample without a seed."""
+    """`twins`: node -> the earlier node with the same text. `unseeded`: nodes with equal prompts but without a seed."""
 
     twins: dict[int, int]
     unseeded: tuple[int, ...]
 
 
 def identical_nodes(paths: Paths) -> IdenticalNodes:
-    """Find them. O(generations)."""
+    """Find identical nodes. O(generations)."""
     seen: dict[object, int] = {}
     unseeded = []
     for node in paths.graph.nodes:

@@ -1,7 +1,7 @@
-"""Liveness: when every segment is read, when it is read next, and after which request nobody reads it again.
+"""Liveness: when each segment is read, when it is read next, and after which request it is dead.
 
-A segment is what one node added to its branch. Time is counted in requests, in the order of the run. The hints are in
-the terms of the runtime's radix cache: dead tokens go first, then those that are used next the latest.
+A segment is the tokens that one node added to its branch. Time is counted in requests, in the order of the run. The
+results match the eviction order of the runtime's radix cache: dead tokens first, then those with the latest next use.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Liveness:
-    """`order`: the nodes that make requests, in the order of the run. `segments`: those that hold tokens."""
+    """`order`: the nodes that make requests, in the order of the run. `segments`: the segments that hold tokens."""
 
     segments: tuple[Segment, ...]
     order: tuple[int, ...]
 
     def dead_after(self, node: int) -> list[Segment]:
-        """Segments that request `node` is the last to read."""
+        """Return the segments whose last reader is request `node`."""
         return [segment for segment in self.segments if segment.last_use == node]
 
     def next_use(self, segment: Segment, after: int) -> float:
-        """How many requests after `after` the segment is read again; inf: never."""
+        """Return the number of requests from `after` to the segment's next read; inf: never."""
         time = {node: i for i, node in enumerate(self.order)}
         now = time[after]
         return min((time[read] - now for read in segment.reads if time[read] > now), default=math.inf)
 
 
 def liveness(paths: Paths) -> Liveness:
-    """The uses of every segment. O(sum of the lengths of all branches, in segments)."""
+    """Find the uses of every segment. O(sum of the lengths of all branches, in segments)."""
     reads: dict[int, list[int]] = {}
     point_of: dict[int, Point] = {}
     order: list[int] = []
@@ -68,5 +68,5 @@ def liveness(paths: Paths) -> Liveness:
 
 
 def _segments(tip: Point) -> list[tuple[int, Point]]:
-    """The points of a path that hold tokens, by the position at their end: equal on branches that share them."""
+    """Return the points of a path that hold tokens, with their end positions, which are equal on sharing branches."""
     return [(point.position, point) for point in tip.chain() if point.items]

@@ -1,8 +1,8 @@
 """Segment tokenisation: the tokens of every branch, as far as they are known before a run.
 
-Follows the executor's rules without a model: the text between two borders (a generation, a selection, a fork) is
-tokenised in one piece. Tokens that only a run can tell are one `Opaque` item with limits; all others are token ids. Two
-paths in the same `Trie` are equal exactly where they have the same position.
+It follows the executor's rules without a model: the text between two borders (a generation, a selection, a fork) is
+tokenised in one piece. Known tokens are token ids. Tokens that depend on the run are one `Opaque` item with limits. Two
+paths in the same `Trie` are equal exactly if they have the same position.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import msgspec
 from ramet.lang.graph import ir
 from ramet.lang.passes.target import Target
 
-NO_LIMIT = 1 << 20  # tokens; a limit this large means that there is none
+NO_LIMIT = 1 << 20  # tokens; stands for no limit
 
 
 @dataclass(frozen=True, slots=True)
 class Count:
-    """A number of tokens that is known by its limits; it may be equal to either of them."""
+    """A number of tokens between two limits, both included."""
 
     at_least: int
     at_most: int
@@ -51,7 +51,7 @@ ZERO = Count(0, 0)
 
 @dataclass(frozen=True, slots=True)
 class Unknown:
-    """Text that only a run can tell. Equal keys: equal text. `max_bytes` None: no limit of its own."""
+    """Text that depends on the run. Equal keys mean equal text. `max_bytes` None: no limit of its own."""
 
     key: Hashable
     max_bytes: int | None
@@ -59,10 +59,10 @@ class Unknown:
 
 @dataclass(frozen=True, slots=True)
 class Opaque:
-    """Tokens that only a run can tell. Equal keys: equal tokens.
+    """Tokens that depend on the run. Equal keys mean equal tokens.
 
-    `is_text`: they stand for text with a value in it, which may begin with the same tokens as other text. `unread`: how
-    many tokens at the end of a text of the model have no keys and values yet; the next request computes them.
+    `is_text`: they are text with a value in it, which may begin with the same tokens as other text. `unread`: the
+    number of tokens at the end of generated text without keys and values; the next request computes these.
     """
 
     key: Hashable
@@ -77,7 +77,7 @@ TextPart: TypeAlias = str | Unknown
 
 @dataclass(frozen=True, slots=True)
 class Pending:
-    """Text that waits to be tokenised, and the node that put it there."""
+    """Text that waits to be tokenised, and the node that added it."""
 
     text: TextPart
     is_markup: bool
@@ -99,9 +99,9 @@ class Trie:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Point:
-    """One point of one branch: the `items` added here to `parent`'s, their positions, and what is pending behind them.
+    """One point of one branch: the `items` added after `parent`, their positions, and the pending text after them.
 
-    `count`: tokens from the beginning up to here, without what is pending. `node`: who added the items.
+    `count`: tokens from the beginning to here, without pending text. `node`: the node that added the items.
     """
 
     parent: Point | None = None
@@ -113,19 +113,19 @@ class Point:
     node: int | None = None
 
     def chain(self) -> Iterator[Point]:
-        """This point and those before it, this one first."""
+        """Yield this point and those before it, this one first."""
         at: Point | None = self
         while at is not None:
             yield at
             at = at.parent
 
     def items_backwards(self) -> Iterator[tuple[Item, int]]:
-        """The whole path with the position behind each item, the last one first."""
+        """Yield the whole path with the position after each item, last item first."""
         for point in self.chain():
             yield from zip(reversed(point.items), reversed(point.positions), strict=True)
 
     def all_items(self) -> list[Item]:
-        """The whole path. O(length)."""
+        """Return the whole path. O(length)."""
         return [item for point in reversed(list(self.chain())) for item in point.items]
 
     @property
@@ -135,9 +135,9 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class SelectPaths:
-    """The branch around a selection: `before` it, and behind each of its `choices`.
+    """The branch `before` a selection, and after each of its `choices`.
 
-    `num_shared`: tokens that all choices begin with; text that was pending before the selection counts.
+    `num_shared`: leading tokens shared by all choices, including text that was pending before the selection.
     """
 
     before: Point
@@ -147,11 +147,11 @@ class SelectPaths:
 
 @dataclass(slots=True)
 class Paths:
-    """What `interpret` found. Owner: it; read-only afterwards.
+    """The result of `interpret`, which owns it; read-only afterwards.
 
-    `points[i]`: behind node i. `prompts`: what a Generate node reads. `selections`: what a Select node reads.
-    `twins`: a Generate node that is sure to write the text of an earlier one -> that earlier node. `unordered`: nodes
-    with twins, where the run decides which of them runs first. `joined`: joins, and nodes behind one on their branch.
+    `points[i]`: the point after node i. `prompts`: the prompts of Generate nodes. `selections`: the prompts of Select
+    nodes. `twins`: a Generate node that always writes the text of an earlier one -> that earlier node. `unordered`:
+    nodes with twins of which the run decides the first to run. `joined`: joins, and the nodes after one on its branch.
     """
 
     graph: ir.Graph
@@ -168,7 +168,7 @@ class Paths:
 
 
 def interpret(graph: ir.Graph, target: Target, trie: Trie | None = None, row: int = 0) -> Paths:
-    """Follow every branch of `graph`. With one `trie` for several graphs, give each another `row`.
+    """Follow every branch of `graph`. Several graphs that share a `trie` need different `row`s.
 
     O(tokens of the graph's own text), not of its prompts: shared prefixes are tokenised once.
     """
@@ -180,9 +180,9 @@ class _Interpreter:
         self._graph, self._target, self._row = graph, target, row
         self._found = Paths(graph, trie, target.context_length, target.page_size)
         self._values: dict[int, ir.JsonValue] = {}  # of nodes whose value is known
-        self._value_parts: dict[int, TextPart] = {}  # text of a value, where something can be said about it
+        self._value_parts: dict[int, TextPart] = {}  # text of a value, if something is known about it
         self._classes: dict[Hashable, int] = {}
-        self._flushed: dict[int, tuple[Point, Point]] = {}  # id of a point -> it flushed, and itself
+        self._flushed: dict[int, tuple[Point, Point]] = {}  # id of a point -> the flushed point, and the point itself
 
     def run(self) -> Paths:
         for node in self._graph.nodes:
@@ -195,7 +195,7 @@ class _Interpreter:
         return self._found
 
     def _visit(self, node: ir.AnyNode, before: Point) -> tuple[Point, tuple[TextPart, ...]]:
-        """The point behind a node, and the text that it adds."""
+        """Return the point after a node, and the text that it adds."""
         if isinstance(node, ir.Text):
             parts = self._render(node.parts)
             return self._append(before, node.id, parts), parts
@@ -252,8 +252,8 @@ class _Interpreter:
         assert isinstance(known, Unknown)
         if not ref.path and not ref.format:
             return known
-        # A field of a value is no longer than the value, but for numbers that are written shorter than Python shows
-        # them (1e15: 18 characters for 4) and what a format adds.
+        # A field of a value is no longer than the value, with two exceptions: numbers that Python prints longer than
+        # they are written (1e15: 18 characters for 4), and text that a format adds.
         limit = None if ref.format or known.max_bytes is None else 6 * known.max_bytes
         return Unknown((known.key, ref.path, ref.format), limit)
 
@@ -280,14 +280,14 @@ class _Interpreter:
                 if {node.id, name} & self._found.joined:
                     self._found.unordered.add(name)
         limit, most_bytes = generated_limits(node, self._target)
-        # The last token has none where max_tokens ended the text.
+        # If max_tokens ended the text, the last token has no keys and values.
         tokens = Opaque(("generated", self._row, name), Count(0, limit), unread=Count(0, 1))
         text = Unknown(("text", self._row, name), most_bytes)
         self._value_parts[node.id] = text
         point = self._extend(prompt, (tokens,), node.id)
         has_stop = node.sampling.stop or (self._target.stop_strings and ir.is_in_message(self._graph.nodes, node))
         if has_stop and self._target.max_token_bytes > 1:
-            # A stop string may end inside of a token: what is left of that token is tokenised with what follows.
+            # A stop string may end inside of a token. The rest of that token is tokenised with the following text.
             rest = Unknown(("rest", self._row, name), self._target.max_token_bytes - 1)
             point = Point(point, (), (), point.position, point.count, (Pending(rest, False, node.id),), node.id)
         return point, (text,)
@@ -316,7 +316,7 @@ class _Interpreter:
         self._value_parts[node.id] = text
         tails = [_count(items[shared:]) for items in added]
         tail = Count(min(t.at_least for t in tails), max(t.at_most for t in tails))
-        # Scoring a choice reads all but its last token; what another choice goes on from is read for that one.
+        # Scoring a choice reads all but its last token, unless another choice continues after that token.
         unread = Count(int(not _has_prefixes([items[shared:] for items in added])), 1)
         items = (*added[0][:shared], Opaque(("chosen", self._row, name), tail, unread=unread))
         return self._extend(base, items, node.id), (text,)
@@ -331,7 +331,7 @@ class _Interpreter:
         return Point(before, tuple(items), tuple(positions), position, before.count + _count(items), (), node)
 
     def _flush(self, before: Point) -> Point:
-        """Tokenise what is pending; once for all branches of a fork."""
+        """Tokenise the pending text, once for all branches of a fork."""
         if not before.pending:
             return before
         if id(before) not in self._flushed:
@@ -341,7 +341,7 @@ class _Interpreter:
 
 
 def tokenise(target: Target, pieces: Sequence[Pending], *, is_start: bool) -> list[Item]:
-    """Tokens of adjoining pieces, as the executor makes them: special tokens in markup only, all else in long runs."""
+    """Tokenise adjoining pieces as the executor does: special tokens in markup only, all other text in long runs."""
     names = [re.escape(name) for name in sorted(target.special_tokens, key=len, reverse=True)]
     border = re.compile(f"({'|'.join(names)})") if names else None
     runs: list[int | list[TextPart]] = []
@@ -375,24 +375,24 @@ def _encode(target: Target, run: list[TextPart], add_special: bool, continues: b
     if all(isinstance(part, str) for part in run):
         return list(target.encode("".join(map(str, run)), add_special=add_special, continues=continues))
     most = _max_bytes(run)
-    # Every token stands for a byte at least; one may open the text, and one stand for a blank put before it.
+    # Every token is at least one byte. One more token may open the text, and one more may be a space before it.
     limit = target.context_length if most is None else min(target.context_length, most + 2)
     least = -(-sum(len(part.encode()) for part in run if isinstance(part, str)) // target.max_token_bytes)
     return [Opaque(("run", *run, add_special, continues), Count(min(least, limit), limit), is_text=True)]
 
 
 def generated_limits(node: ir.Generate, target: Target) -> tuple[int, int | None]:
-    """The most tokens and bytes that a generation can write."""
+    """Return the most tokens and bytes that a generation can write."""
     limit = min(node.sampling.max_tokens or target.default_max_tokens, target.context_length)
     fixed = _longest_choice(node.constraint)
     if fixed is not None:
         return min(limit, fixed), fixed
-    # A byte that is no UTF-8 is shown as a character of three bytes.
+    # An invalid UTF-8 byte becomes a character of three bytes.
     return limit, 3 * limit * target.max_token_bytes
 
 
 def _has_prefixes(paths: Sequence[tuple[Item, ...]]) -> bool:
-    """True where one of the paths begins another one, or may do so."""
+    """Return whether one of the paths is, or may be, a prefix of another one."""
     if any(isinstance(item, Opaque) for path in paths for item in path):
         return True
     return any(b[: len(a)] == a for i, a in enumerate(paths) for j, b in enumerate(paths) if i != j)

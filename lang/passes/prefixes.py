@@ -1,4 +1,4 @@
-"""Static prefixes: text that several requests begin with, within a program and across the rows of a batch."""
+"""Static prefixes: known prefixes shared by several requests, in a program or across the rows of a batch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ramet.lang.passes.target import Target
 
 @dataclass(frozen=True, slots=True)
 class StaticPrefix:
-    """The first `num_tokens` of `num_readers` requests, all of them known. `line`: what wrote its last part."""
+    """The first `num_tokens` of `num_readers` requests, all of them known. `line`: the line of its last part."""
 
     num_tokens: int
     num_readers: int
@@ -23,11 +23,11 @@ class StaticPrefix:
 
 @dataclass(frozen=True, slots=True)
 class BatchPrefixes:
-    """What the rows of a batch share.
+    """The shared tokens of a batch's rows.
 
-    `common`: known tokens that all rows begin with. `computed`: known prompt tokens that are computed when everything
-    shared is computed once; `separate`: when every row runs alone. `order`: rows so that those that begin alike are
-    next to each other (they are read while they are cached), and `groups` how many such groups there are.
+    `common`: known tokens that all rows begin with. `computed`: known prompt tokens that are computed if shared ones
+    are computed once. `separate`: the same if every row runs alone. `order`: the rows, sorted so that equal prefixes
+    are next to each other and are read while they are cached. `groups`: the number of such groups.
     """
 
     common: int
@@ -39,7 +39,7 @@ class BatchPrefixes:
 
 
 def static_prefixes(paths: Paths) -> list[StaticPrefix]:
-    """Maximal known prefixes that two requests or more of one program read; the most read first. O(own tokens)."""
+    """Return the maximal known prefixes that several requests of a program read, most read first. O(own tokens)."""
     known = _KnownTokens()
     readers: Counter[int] = Counter(known.add(tip) for tip in _tips(paths))
     most_below: dict[int, int] = {}
@@ -56,7 +56,7 @@ def static_prefixes(paths: Paths) -> list[StaticPrefix]:
 
 
 def batch_prefixes(graphs: Sequence[ir.Graph], target: Target) -> BatchPrefixes:
-    """The prefixes of several graphs, one a row. O(tokens of all rows)."""
+    """Find the prefixes of several graphs, one for each row. O(tokens of all rows)."""
     trie = Trie()
     rows = [interpret(graph, target, trie, row) for row, graph in enumerate(graphs)]
     firsts = [_first_prompt(row) for row in rows]
@@ -80,7 +80,7 @@ def batch_prefixes(graphs: Sequence[ir.Graph], target: Target) -> BatchPrefixes:
 
 
 def _num_groups(keys: Sequence[tuple[int, ...]], common: int) -> int:
-    """Rows by the first token in which they differ from the others."""
+    """Count the groups of rows by their first token after the common ones."""
     return len({key[common : common + 1] for key in keys})
 
 
@@ -92,16 +92,16 @@ def _tips(paths: Paths) -> list[Point]:
 
 
 class _KnownTokens:
-    """The positions of known tokens that paths begin with; every point is walked once."""
+    """The positions of the known tokens at the start of paths. Every point is walked once."""
 
     def __init__(self) -> None:
         self.parents: dict[int, int] = {}
         self.depths: dict[int, int] = {0: 0}
-        self.points: dict[int, Point] = {}  # position -> who holds it
+        self.points: dict[int, Point] = {}  # position -> the point that holds it
         self._ends: dict[int, tuple[int, bool, Point]] = {}  # id of a point -> last known position, all known, itself
 
     def add(self, tip: Point) -> int:
-        """The position up to which `tip` is known."""
+        """Add the path to `tip`, and return the position up to which it is known."""
         todo: list[Point] = []
         end, is_known = 0, True
         for point in tip.chain():

@@ -1,10 +1,10 @@
-"""What a run will ask of the engine: each request with its prompt, what the cache holds of it, and what is computed.
+"""The requests that a run will make: each with its prompt, and the cached and computed tokens of that prompt.
 
 `plan_requests` simulates the executor. Nodes start in the order in which they become ready, the cache is empty at the
 start, a generation makes one request, and a selection makes one for each choice. A token is shared if an earlier
-request of the run has read or written it. Two requests that may run at the same time are sure to share what fills a
-page or more: for less, the engine lets neither of them wait for the other, so both may compute it. Branches on which
-the model happens to write the same text are not taken to share it.
+request of the run has read or written it. Two requests that may run at the same time always share a page or more of
+equal tokens. For fewer tokens, the engine makes neither wait for the other, so both may compute them. If the model
+happens to write the same text on two branches, the plan does not count it as shared.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ramet.lang.graph.run import GraphRun, NodeRun
 from ramet.lang.passes.paths import ZERO, Count, Item, Opaque, Paths, Point, SelectPaths
 
 _NOTHING = ir.NodeResult()
-MAX_ORDERS = 50_000  # nodes times orders that are simulated; above it, counts that depend on the order are unlimited
+MAX_ORDERS = 50_000  # nodes times simulated orders; above it, counts that depend on the order have no limits
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,9 +27,9 @@ class PlannedRequest:
     """One request: of a generation, or of one `choice` of a selection (`part` "alone": the choice without its prompt).
 
     `prompt` == `shared` + `new` where all are exact.
-    `added`: how many tokens of known text stand behind the last text of the model; None: that is not known.
-    `unread`: tokens at the end of an earlier text of the model whose keys this request computes; `new` counts them.
-    `tries`: how often the request may be made because checks refuse its text; upper limits hold for all tries together.
+    `added`: the number of known text tokens after the last generated text; None: unknown. `unread`: tokens at the end
+    of an earlier generated text whose keys this request computes; `new` includes them. `tries`: how often the request
+    may be made because checks refuse its text; upper limits hold for all tries together.
     """
 
     node: int
@@ -44,9 +44,9 @@ class PlannedRequest:
     tries: int = 1
 
     def pages(self, page_size: int) -> int:
-        """The most pages that the request takes besides those that were there before; with pages of one token, tokens.
+        """Return the most new pages that the request takes. With a page size of 1, these are tokens.
 
-        Whole pages are shared. Behind the last whole one, a path has a page of its own, though others have the same
+        Whole pages are shared. After the last whole page, a path has its own page, even if other paths have the same
         tokens.
         """
         retries = self.tries - 1
@@ -60,9 +60,9 @@ class PlannedRequest:
 
 @dataclass(slots=True)
 class RequestPlan:
-    """All requests in their order. Owner: `plan_requests`; read-only afterwards.
+    """All requests in order. Owner: `plan_requests`; read-only afterwards.
 
-    `kv`: tokens whose keys and values exist after the run if nothing was evicted; a shared token counts once.
+    `kv`: tokens whose keys and values exist after the run if nothing is evicted. A shared token counts once.
     """
 
     requests: list[PlannedRequest] = field(default_factory=list)
@@ -89,11 +89,11 @@ class RequestPlan:
 
 
 def plan_requests(paths: Paths, *, share_nodes: bool = True) -> RequestPlan:
-    """Simulate the run of one graph. `share_nodes`: generations that surely write the same are asked for once.
+    """Simulate the run of one graph. `share_nodes`: generations that always write the same text make one request.
 
-    Some nodes start at a moment that only the run knows: a constrained generation when its grammar is compiled, a node
-    behind a join when the last branch is done. Each of them is simulated as the first and as the last one, and counts
-    that differ become limits.
+    The start of some nodes depends on the run: a constrained generation waits for its grammar, a node after a join for
+    the last branch. Each of these nodes is simulated as the first and as the last one, and different counts become
+    limits.
     """
     plan = _Planner(paths, share_nodes).run(run_order(paths.graph))
     unordered = _unordered(paths)
@@ -104,8 +104,8 @@ def plan_requests(paths: Paths, *, share_nodes: bool = True) -> RequestPlan:
         return plan
     orders: list[Iterable[ir.AnyNode]] = [run_order(paths.graph, unordered)]
     for node in unordered:
-        orders.append(run_order(paths.graph, [node]))  # all else before it
-        orders.append(_alone_order(paths.graph, node))  # nothing but what it needs
+        orders.append(run_order(paths.graph, [node]))  # all other nodes before it
+        orders.append(_alone_order(paths.graph, node))  # only its dependencies before it
     for index, order in enumerate(orders):
         only = None if index == 0 else unordered[(index - 1) // 2]
         other = _Planner(paths, share_nodes).run(order)
@@ -120,7 +120,7 @@ def _alone_order(graph: ir.Graph, node: int) -> list[ir.AnyNode]:
 
 
 def _needed(graph: ir.Graph, node: int) -> set[int]:
-    """All nodes that are done before `node` can run."""
+    """Return all nodes that are done before `node` can run."""
     found: set[int] = set()
     stack = list(ir.dependencies(graph.nodes[node]))
     while stack:
@@ -137,7 +137,7 @@ def _at_any_time(request: PlannedRequest) -> PlannedRequest:
 
 
 def _unordered(paths: Paths) -> list[int]:
-    """Requests whose place in the order only the run knows."""
+    """Return the nodes whose place in the order depends on the run."""
     found = []
     for node in paths.graph.nodes:
         is_constrained = isinstance(node, ir.Generate) and node.constraint is not None
@@ -155,29 +155,29 @@ def _hull(a: Count, b: Count) -> Count:
 
 
 def _is_known(selection: SelectPaths) -> bool:
-    """True where every choice's own tokens are known."""
+    """Return whether every choice's own tokens are known."""
     return not any(isinstance(item, Opaque) for one in selection.choices for item in one.items[selection.num_shared :])
 
 
 @dataclass(frozen=True, slots=True)
 class _Missing:
-    """What the cache lacks of a prompt. `num_added`: how many known tokens `new` is; None: a part of it is unknown."""
+    """The uncached part of a prompt. `num_added`: the number of its known tokens; None: a part of it is unknown."""
 
     new: Count
     cached: Count
     num_added: int | None
     unread: Count
     is_beside_unknown: bool
-    unsure: Count  # of `cached`: what may be computed again
+    unsure: Count  # of `cached`: tokens that may be computed again
 
 
 class _Planner:
     def __init__(self, paths: Paths, share_nodes: bool) -> None:
         self._paths, self._share = paths, share_nodes
         self._cached: dict[int, int | None] = {0: None}  # position of the trie -> node whose request computes it first
-        self._read: dict[int, int] = {}  # position behind a text whose last token was unread -> node that read it first
+        self._read: dict[int, int] = {}  # position after a text whose last token was unread -> node that read it first
         self._needs: dict[int, set[int | None]] = {}  # node -> all that is done before it begins
-        self._runs_from: set[int] = set()  # positions behind which some text is cached that only the run knows
+        self._runs_from: set[int] = set()  # positions after which text is cached that depends on the run
         self._may_repeat = not all(_is_known(selection) for selection in paths.selections.values())
         self._scored: set[object] = set()  # scoring requests that were made
         self._plan = RequestPlan()
@@ -211,9 +211,9 @@ class _Planner:
         self._cache(written, node)
 
     def _retry(self, retries: int) -> None:
-        """The last request may be made anew so often: its prompt is cached then, but for the token that is read again.
+        """Count `retries` possible retries of the last request. Its prompt is then cached, except the token read again.
 
-        The texts that were refused stay in the cache beside the one that is kept.
+        Refused texts stay in the cache beside the kept one.
         """
         last = self._plan.requests[-1]
         prompt, most = last.prompt.at_most * retries, last.written.at_most * retries
@@ -248,7 +248,7 @@ class _Planner:
                 self._alone(node.id, index, choice.items[-size:], is_sure=is_sure)
 
     def _alone(self, node: int, index: int, tail: tuple[Item, ...], *, is_sure: bool) -> None:
-        """A choice once more behind an opening token alone; scored from its first token, so nothing is shared."""
+        """Add a choice's request without its prompt. It is scored from its first token, so nothing is shared."""
         size = Count(1, 1)
         for item in tail:
             size = size + (item.count if isinstance(item, Opaque) else Count(1, 1))
@@ -258,14 +258,14 @@ class _Planner:
         new = ZERO if is_known else size
         shared = size if is_known else ZERO
         if self._may_repeat and not is_known:
-            # A choice with a value in it may turn out to be this one.
+            # A choice with a value in it may turn out to equal this one.
             new, shared = Count(0, size.at_most), Count(0, size.at_most)
         self._plan.requests.append(PlannedRequest(node, index, "alone", size, shared, new, None, ZERO, ZERO))
         if not is_known:
             self._plan.kv = self._plan.kv + size
 
     def _is_scored(self, key: object) -> bool:
-        """True where this very scoring request was made before, and its answer is taken over."""
+        """Return whether the same scoring request was made before, so that its answer is reused."""
         is_known = self._share and key in self._scored
         self._scored.add(key)
         return is_known
@@ -273,8 +273,10 @@ class _Planner:
     def _request(
         self, node: int, choice: int | None, prompt: Point, written: Count, keep: int = 1, *, is_sure: bool = True
     ) -> None:
-        """`keep`: that many items at the end of the prompt are computed whatever the cache holds. `is_sure` False: the
-        run may find that this request is not needed."""
+        """Add a request. `keep`: this number of items at the prompt's end are computed even if they are cached.
+
+        `is_sure` False: the run may not need this request.
+        """
         missing = self._missing(node, prompt, keep)
         unsure, unread = missing.unsure, missing.unread
         new = missing.new + unread + Count(0, unsure.at_most)
@@ -282,7 +284,7 @@ class _Planner:
         shared = Count(max(0, least - unsure.at_most - unread.at_most), max(0, most - unread.at_least))
         self._plan.kv = self._plan.kv + Count(0, unsure.at_most)
         if missing.num_added is None or missing.is_beside_unknown:
-            # What only the run knows may turn out to be what another branch has, in part at least.
+            # Tokens that depend on the run may turn out to be, at least in part, those of another branch.
             new, shared = Count(0, new.at_most), Count(shared.at_least, prompt.count.at_most)
         count = prompt.count
         if not is_sure:
@@ -294,7 +296,7 @@ class _Planner:
         self._cache(prompt, node, but_last=keep > 1)
 
     def _missing(self, node: int, prompt: Point, keep: int) -> _Missing:
-        """What stands behind the longest cached prefix."""
+        """Return the part of a prompt after its longest cached prefix."""
         total, count = ZERO, 0
         added: int | None = 0
         cached = prompt.count
@@ -310,7 +312,7 @@ class _Planner:
                 return _Missing(total, cached, added, unread, position in self._runs_from, unsure)
             size = item.count if isinstance(item, Opaque) else Count(1, 1)
             if is_opaque and position in self._cached and count == keep - 1:
-                # All of it is cached, but its last token is computed again.
+                # The whole prompt is cached, but its last token is computed again.
                 total, cached = total + Count(1, 1), Count(max(0, cached.at_least - 1), cached.at_most - 1)
                 count += 1
                 continue
@@ -321,10 +323,10 @@ class _Planner:
         return _Missing(total, cached, added, ZERO, 0 in self._runs_from, ZERO)
 
     def _unsure(self, node: int, prompt: Point, end: int, cached: Count) -> Count:
-        """Tokens before position `end` that may be computed again: only others compute them that may run meanwhile.
+        """Count the tokens before position `end` that may be computed again, as their owners may run at the same time.
 
-        One such owner after the other, from the end: the engine waits for it where it has a page or more that is not
-        there without it.
+        The owners are visited from the end. The engine waits for an owner that computes a page or more which no other
+        request provides.
         """
         page, is_reached = self._paths.page_size, False
         unsure, owned, owner = ZERO, ZERO, self._cached[end]
@@ -355,7 +357,7 @@ class _Planner:
         return self._needs[node]
 
     def _cache(self, point: Point, node: int, *, is_counted: bool = True, but_last: bool = False) -> None:
-        """`but_last`: the last token is not read. `is_counted` False: its tokens are others', but for the last one."""
+        """Cache a path. `but_last`: the last token is not read. `is_counted` False: only its unread tokens count."""
         last = point.position if but_last and not isinstance(point.items[-1], Opaque) else None
         for at in point.chain():
             if at.position in self._cached:
@@ -376,9 +378,9 @@ class _Planner:
 
 
 def run_order(graph: ir.Graph, late: Sequence[int] = ()) -> Iterator[ir.AnyNode]:
-    """Nodes in the order in which the executor starts them, if generations end in the order in which they began.
+    """Yield nodes in the executor's starting order, if generations end in the order in which they began.
 
-    `late`: nodes that begin when nothing else can, the first ones first.
+    `late`: nodes that start only when no other node can, in the given order.
     """
     held = dict.fromkeys(late)
     run = GraphRun(ProgramOptions(), is_held=lambda node: node.id in held)

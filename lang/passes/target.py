@@ -1,6 +1,6 @@
-"""What the passes must know of a runtime: how it makes tokens of text, and a few limits.
+"""The passes' interface to a runtime: its tokenizer, and a few limits.
 
-Not here: running anything, and the target that a runtime makes of its tokenizer (runtime/programs/target.py).
+Not here: running anything, and a runtime's target (runtime/programs/target.py).
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from ramet.lang.graph.ir import AnyNode, Constraint, Role, Tools
 
 
 class Target(Protocol):
-    """A tokenizer with its chat template, and limits. Passes ask nothing else of a runtime.
+    """A tokenizer with its chat template, and limits. Passes need nothing else of a runtime.
 
-    `default_max_tokens`: of a generation that says nothing. `max_token_bytes`: of the longest token. `opening_tokens`:
-    how many tokens stand before a choice that is scored without its prompt. `page_size`: the fewest tokens that a
-    request waits for while another one computes them.
+    `default_max_tokens`: the limit of a generation that sets none. `max_token_bytes`: the length of the longest token.
+    `opening_tokens`: the number of tokens before a choice that is scored without its prompt. `page_size`: the fewest
+    tokens for which a request waits while another request computes them.
     """
 
     @property
@@ -42,14 +42,14 @@ class Target(Protocol):
     def encode(self, text: str, *, add_special: bool, continues: bool) -> list[int]: ...
 
     def mark(self, before: Sequence[AnyNode], node: Role | Tools) -> str:
-        """What the chat template writes at the border of a message, or of tools, behind the nodes `before`."""
+        """Return the chat template's text at the border of a message, or of tools, after the nodes `before`."""
 
     def forced_tokens(self, constraint: Constraint) -> list[int] | None:
-        """Tokens that every text of this constraint begins with. Compiles it; raises what that raises."""
+        """Return the tokens that every text of this constraint begins with. Compiles it; raises those errors."""
 
 
 def target_of(backend: object | None = None) -> Target:
-    """The target of a backend (None: the default one). Raises ConfigError where it keeps its tokenizer to itself."""
+    """Return the target of a backend (None: the default one). Raises ConfigError if it offers no tokenizer."""
     found = choose_backend(backend)
     if not isinstance(found, EngineBackend):
         raise ConfigError(
