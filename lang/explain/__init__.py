@@ -1,6 +1,6 @@
-"""What a program will cost, what it did cost, why a prompt was not cached, and drawings of it.
+"""Predicted and measured costs of a program, the reasons of cache misses, and drawings.
 
-The names of `__init__.pyi` are loaded when they are first used: who only runs programs loads no pass and no drawing.
+The names of `__init__.pyi` are loaded at first use, so that a program that is only run loads no passes or drawings.
 """
 
 import lazy_loader

@@ -1,7 +1,7 @@
-"""The cards of a drawing: what is on them, and where they stand.
+"""The cards of a drawing: their contents and their places.
 
-Text and the generation behind it are one card; branches are lanes, in the order of time from left to right; a hue is a
-shared prefix. Not here: what a card looks like (svg.py, html.py, mermaid.py).
+Text and the generation after it are one card. Branches are lanes; time goes from left to right. A hue marks a shared
+prefix. Not here: the look of a card (svg.py, html.py, mermaid.py).
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from ramet.lang.explain.explanation import NodeCost
 from ramet.lang.graph import ir
 from ramet.lang.passes.paths import Paths
 
-MAX_BRANCHES = 12  # of one fork that are drawn; of more, the first ones and how many there are besides
+MAX_BRANCHES = 12  # branches drawn for one fork; of the others, only the number is shown
 HUES = 8
-_WORDS = {ir.Generate: "gen", ir.Select: "select", ir.ToolCall: "tool"}  # on cards that end with what was asked for
+_WORDS = {ir.Generate: "gen", ir.Select: "select", ir.ToolCall: "tool"}  # on cards that end with a generation or selection
 
 
 @dataclass(slots=True)
 class Card:
-    """One box. Owner: `_Cards`, which makes it; read-only in a Drawing.
+    """One box. Owner: `_Cards`, which creates it; read-only in a Drawing.
 
-    `cached`, `computed`, `written`: tokens; None where nothing is known. `label`: the same in words. `hue`: which
-    prefix it hangs on. `parent`: the card whose text precedes it; `joins` and `uses`: cards whose values it waits for.
+    `cached`, `computed`, `written`: tokens; None if unknown. `label`: the same in words. `hue`: the shared prefix that
+    it continues. `parent`: the card whose text precedes it. `joins` and `uses`: cards whose values it waits for.
     """
 
     id: int
@@ -51,7 +51,7 @@ class Card:
     column: int = 0
     lane: int = 0
     is_open: bool = True
-    num_hidden: int = 0  # of a card that stands for branches that are not drawn
+    num_hidden: int = 0  # the number of undrawn branches that the card represents
     num_requests: int = 0  # theirs
 
     def to_dict(self) -> dict[str, Any]:  # Any: JSON
@@ -79,15 +79,15 @@ def cards_of(
     costs: Mapping[int, NodeCost],
     events: Mapping[int, ir.NodeEvent],
 ) -> tuple[Card, ...]:
-    """The cards of a graph, each in its place. `texts`: what each node adds to its branch, as a reader wants to see it.
+    """Return the cards of a graph, each in its place. `texts`: the readable text that each node adds to its branch.
 
-    `paths`: None where the tokens of prefixes are not known. `costs`: planned; `events`: measured; by node.
+    `paths`: None if the tokens of prefixes are unknown. `costs`: planned costs by node. `events`: measured events.
     """
     return _Cards(graph, texts, paths, costs, events).arranged()
 
 
 class _Cards:
-    """Makes the cards of a graph, and gives them their places."""
+    """Creates the cards of a graph, and places them."""
 
     def __init__(
         self,
@@ -100,8 +100,8 @@ class _Cards:
         self._graph, self._texts, self._paths, self._costs, self._events = graph, texts, paths, costs, events
         self._cards: list[Card] = []
         self._card_of: dict[int, int | None] = {}  # node -> its card
-        self._hidden: dict[int, int] = {}  # nodes of branches that are not drawn -> the card that stands for them
-        self._more: dict[int, int] = {}  # fork group -> the card that stands for its further branches
+        self._hidden: dict[int, int] = {}  # nodes of undrawn branches -> the card that represents them
+        self._more: dict[int, int] = {}  # fork group -> the card that represents its undrawn branches
         self._branch: set[int] = set()  # Fork nodes
         self._hues: dict[int, int] = {}  # Fork node -> hue
         for node in graph.nodes:
@@ -128,7 +128,7 @@ class _Cards:
             self._card_of[node.id] = above
             return
         if isinstance(node, ir.Role) and not node.is_open and (above is None or not self._cards[above].is_open):
-            self._card_of[node.id] = above  # the end of a message is no card of its own
+            self._card_of[node.id] = above  # the end of a message has no card of its own
             if parent in self._branch:
                 self._branch.add(node.id)
             return
@@ -244,9 +244,9 @@ class _Cards:
 
 
 def _place(cards: Sequence[Card]) -> None:
-    """Columns by what must come before; lanes so that a branch stays on one and none are crossed.
+    """Place cards in columns by their dependencies, and in lanes so that a branch stays in one and none cross.
 
-    A lane is taken from a branch's first column to its last, so that another branch may have it before or behind.
+    A branch occupies its lane from its first column to its last, so another branch may use the lane before or after.
     """
     children: dict[int | None, list[Card]] = {}
     for card in cards:
@@ -259,7 +259,7 @@ def _place(cards: Sequence[Card]) -> None:
     for card in reversed(cards):
         if card.parent is not None:
             sizes[card.parent] += sizes[card.id]
-    for found in children.values():  # small ones first: they stay near where they began
+    for found in children.values():  # small branches first, so that they stay near their beginning
         found.sort(key=lambda card: (not card.is_branch, card.num_hidden, sizes[card.id]))
 
     def chain_of(card: Card) -> list[Card]:
@@ -272,7 +272,7 @@ def _place(cards: Sequence[Card]) -> None:
             chain.append(on[0])
 
     def put(card: Card, lowest: int) -> int:
-        """Place a branch and all that hangs on it. Returns the lowest lane that it took."""
+        """Place a branch and all branches that start on it. Return the lowest lane used."""
         chain = chain_of(card)
         first, last = card.column, chain[-1].column
         lane = lowest

@@ -1,6 +1,6 @@
-"""`graph()`: a picture of a program, before a run with what is planned, after it with what was measured.
+"""`graph()`: a drawing of a program, with planned costs before a run and measurements after it.
 
-Not here: what stands on the picture's cards and where (cards.py), and its three forms (mermaid.py, svg.py, html.py).
+Not here: the cards and their places (cards.py), and the three output formats (mermaid.py, svg.py, html.py).
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ from ramet.lang.passes.target import Target, target_of
 
 @dataclass(frozen=True, slots=True)
 class Drawing:
-    """A picture in three forms. `summary`: one line about the whole program."""
+    """A drawing with three output formats. `summary`: one line about the whole program."""
 
     program: str
     summary: str
     cards: tuple[Card, ...]
 
     def mermaid(self) -> str:
-        """Mermaid's flowchart text."""
+        """Return the text of a Mermaid flowchart."""
         return to_mermaid(self.cards)
 
     def svg(self) -> str:
-        """A scalable picture, light or dark as its reader prefers. No scripts, no external resources."""
+        """Return an SVG image, light or dark by the reader's preference, without scripts or external resources."""
         return to_svg(self.program, self.summary, self.cards)
 
     def html(self) -> str:
-        """One page without external resources, where every card can be opened."""
+        """Return an HTML page without external resources, in which every card can be opened."""
         return to_html(self.program, self.summary, self.cards)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the form that the name asks for: .html, .svg, or .mmd (Mermaid)."""
+        """Write the format of the file name: .html, .svg, or .mmd (Mermaid)."""
         forms = {".html": self.html, ".svg": self.svg, ".mmd": self.mermaid, ".mermaid": self.mermaid}
         suffix = Path(path).suffix
         if suffix not in forms:
@@ -56,7 +56,7 @@ class Drawing:
 
 
 def draw_plan(traced: RunRecord, plan: Explanation, target: Target) -> Drawing:
-    """The graph of a trace, with the counts of its plan."""
+    """Draw the graph of a trace, with the counts of its plan."""
     costs = {cost.node: cost for cost in plan.nodes}
     cards = cards_of(traced.graph, _templates(traced.graph), interpret(traced.graph, target), costs, {})
     more = "" if plan.is_complete else f" · up to {plan.stages[0].line.rpartition('/')[2]}, which needs a value"
@@ -64,9 +64,9 @@ def draw_plan(traced: RunRecord, plan: Explanation, target: Target) -> Drawing:
 
 
 def draw_run(record: RunRecord, backend: Backend) -> Drawing:
-    """The graph of a run, with what was measured."""
+    """Draw the graph of a run, with its measurements."""
     paths: Paths | None = None
-    with suppress(ConfigError):  # a backend elsewhere: the picture does without the tokens of prefixes
+    with suppress(ConfigError):  # a remote backend: the drawing lacks the tokens of prefixes
         paths = interpret(record.graph, target_of(backend))
     cards = cards_of(record.graph, _texts(record), paths, {}, record.events)
     usage = sum((e.usage for e in record.events.values() if e.usage is not None), ir.Usage())
@@ -83,7 +83,7 @@ def _plan_summary(plan: Explanation) -> str:
 
 
 def _templates(graph: ir.Graph) -> list[str]:
-    """The text of every node, with names in the place of values."""
+    """Return the text of every node, with names in place of values."""
 
     def value(ref: ir.Ref) -> str:
         node = graph.nodes[ref.node]
@@ -101,12 +101,12 @@ def _templates(graph: ir.Graph) -> list[str]:
 
 
 def _border(node: ir.Role) -> str:
-    """A message's border as a reader wants to see it, not as the chat template writes it."""
+    """Return a readable form of a message's border, instead of the chat template's marks."""
     return f"{node.role}: " if node.is_open else "\n"
 
 
 def _texts(record: RunRecord) -> list[str]:
-    """The text of every node of a run."""
+    """Return the text of every node of a run."""
 
     def text(node: ir.AnyNode) -> str:
         event = record.events.get(node.id)

@@ -1,4 +1,4 @@
-"""An explanation: what a program will cost or did cost, as plain data and as a table on the terminal."""
+"""An explanation: a program's predicted or measured cost, as plain data and as a table on the terminal."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from ramet.lang.graph.run_record import RunRecord
 from ramet.lang.passes.kv_bound import KvBound
 from ramet.lang.passes.paths import ZERO, Count
 
-if TYPE_CHECKING:  # rich's tables are loaded when one is printed
+if TYPE_CHECKING:  # rich's tables are loaded when a table is printed
     from rich.console import RenderableType
     from rich.table import Table
 
-WIDTH = 118  # of the table as plain text
+WIDTH = 118  # width of the table as plain text
 _TIMES = ("start_s", "first_token_s", "end_s")
-MAX_LINES = 40  # of the table; more nodes than that are counted, not shown
+MAX_LINES = 40  # rows of the table; further nodes are only counted
 
 
 def sum_counts(counts: Iterable[Count]) -> Count:
-    """The counts added up."""
+    """Return the sum of the counts."""
     return sum(counts, ZERO)
 
 
 @dataclass(frozen=True, slots=True)
 class NodeCost:
-    """What one generation or selection asks for. Of a selection: all its choices together.
+    """The predicted cost of one generation, or of all choices of one selection.
 
-    `num_exact`: how many of prompt, shared and new are exact. `twin`: the node whose text it takes over.
+    `num_exact`: how many of prompt, shared and new are exact. `twin`: the node whose text it reuses.
     """
 
     node: int
@@ -50,7 +50,7 @@ class NodeCost:
 
 @dataclass(frozen=True, slots=True)
 class PassReport:
-    """What one pass found, in a sentence, and in numbers."""
+    """The result of one pass, as a sentence and as numbers."""
 
     name: str
     text: str
@@ -59,7 +59,7 @@ class PassReport:
 
 @dataclass(frozen=True, slots=True)
 class StageReport:
-    """A source line that needed a generated value in Python, and for what; recording stopped there."""
+    """A source line where recording stopped because Python code needed a generated value, with the reason."""
 
     line: str
     why: str
@@ -67,7 +67,7 @@ class StageReport:
 
 
 def stage_reports(record: RunRecord) -> tuple[StageReport, ...]:
-    """The stages of a run or a trace, with the name of the value that each one needed."""
+    """Return the stages of a run or a trace, each with the name of the value that it needed."""
     return tuple(StageReport(one.line, one.why, _value_name(record.graph, one.node)) for one in record.stages)
 
 
@@ -78,7 +78,7 @@ def _value_name(graph: ir.Graph, node: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What one node did cost. Times in seconds since the program's start; None where the backend didn't say."""
+    """The measured cost of one node. Times are seconds since the program's start; None if the backend gave none."""
 
     node: int
     kind: str
@@ -111,7 +111,7 @@ class Measured:
 class Explanation:
     """The plan of a program. `str()` and rich show it as a table, `to_dict()` as plain data.
 
-    `is_complete`: the plan covers the whole program; else it ends where `stages` says, and so does the KV bound.
+    `is_complete`: the plan covers the whole program. If not, the plan and the KV bound end at the stop in `stages`.
     """
 
     program: str
@@ -127,31 +127,31 @@ class Explanation:
 
     @property
     def prompt(self) -> Count:
-        """Prompt tokens of all requests."""
+        """The prompt tokens of all requests."""
         return sum_counts(node.prompt for node in self.nodes)
 
     @property
     def shared(self) -> Count:
-        """Those of them that an earlier request of the program has computed."""
+        """The prompt tokens that an earlier request of the program computed."""
         return sum_counts(node.shared for node in self.nodes)
 
     @property
     def new(self) -> Count:
-        """Those that are computed."""
+        """The prompt tokens that are computed."""
         return sum_counts(node.new for node in self.nodes)
 
     @property
     def written(self) -> Count:
-        """Tokens that the model writes."""
+        """The tokens that the model writes."""
         return sum_counts(node.written for node in self.nodes)
 
     @property
     def usage(self) -> ir.Usage:
-        """Measured tokens of all nodes; zero before a run."""
+        """The measured tokens of all nodes; zero before a run."""
         return sum((one.usage for one in self.measured), ir.Usage())
 
     def to_dict(self) -> dict[str, Any]:  # Any: JSON
-        """Plain data; a count is an int where it is exact, else [least, most]."""
+        """Return plain data. A count is an int if it is exact, else [least, most]."""
         return {
             "program": self.program,
             "target": self.target,
@@ -238,7 +238,7 @@ def _table(columns: Sequence[str], num_left: int) -> Table:
 
 
 def _plan_table(nodes: Sequence[NodeCost]) -> RenderableType:
-    """One line for all nodes of one source line and variable: branches of a fork differ in little else."""
+    """Return a table with one row for all nodes of a source line and variable, as branches of a fork hardly differ."""
     table = _table(("node", "line", "×", "prompt", "shared", "new", "written"), 2)
     groups: dict[tuple[str, str, str], list[NodeCost]] = {}
     for node in nodes:
@@ -257,7 +257,7 @@ def _plan_table(nodes: Sequence[NodeCost]) -> RenderableType:
 
 
 def _measured_table(nodes: Sequence[Measured]) -> RenderableType:
-    """One line a node; where they are many, one for all of one source line and variable, from the first to the last."""
+    """Return a table with one row for each node. If there are many, a row is all nodes of a source line and variable."""
     columns = ("node", "line", "×", "prompt", "cached", "computed", "decoded", "start", "first token", "end")
     table = _table(columns, 2)
     groups: dict[object, list[Measured]] = {}

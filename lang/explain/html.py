@@ -1,6 +1,7 @@
-"""A drawing as one HTML page: the picture, and a panel with all that is known of the card that is opened.
+"""A drawing as one HTML page: the image, and a panel with all details of the opened card.
 
-No external resources: the page works from a file, without a network. Arrow keys go along the edges, Escape closes.
+The page has no external resources and works from a file, without a network. Arrow keys move along the edges; Escape
+closes the panel.
 """
 
 from __future__ import annotations
@@ -160,7 +161,7 @@ if (given.has("card") && cards[Number(given.get("card"))]) open(Number(given.get
 
 
 def to_html(program: str, summary: str, cards: Sequence[Card]) -> str:
-    """The page. `summary`: one line about the whole program."""
+    """Return the page. `summary`: one line about the whole program."""
     shown = json.dumps([card.to_dict() for card in cards], ensure_ascii=False).replace("<", "\\u003c")
     hues = "\n".join(f".h{i} {{ --hue: var(--hue{i}); }}" for i in range(len(LIGHT_HUES)))
     light, dark = variables(LIGHT, LIGHT_HUES), variables(DARK, DARK_HUES)

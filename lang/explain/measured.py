@@ -1,4 +1,4 @@
-"""`explain()` after a run: what every node did cost."""
+"""`explain()` after a run: the measured cost of every node."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ramet.lang.passes.kv_bound import KvBound
 
 
 def explain_run(record: RunRecord) -> Explanation:
-    """What a run did: measured tokens and times by node, and the lines that forced a stage."""
+    """Explain a run: measured tokens and times by node, and the lines that forced a stage."""
     measured = tuple(
         one for node in record.graph.nodes if (one := _measure(node, record.events.get(node.id))) is not None
     )

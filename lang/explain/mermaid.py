@@ -10,7 +10,7 @@ FILLS = ("#dbe7ff", "#ffe3d1", "#d6f2e3", "#f3ddf7", "#fff0bf", "#d3f0f5", "#ffd
 
 
 def to_mermaid(cards: Sequence[Card]) -> str:
-    """Mermaid's flowchart text."""
+    """Return the text of a Mermaid flowchart."""
     lines = ["flowchart LR"]
     for card in cards:
         title = " ".join(part for part in (card.kind, card.name) if part)

@@ -1,7 +1,7 @@
-"""`explain()` before a run: what a program will cost. EXPLAIN for prompts.
+"""`explain()` before a run: a program's predicted cost, like EXPLAIN for database queries.
 
-Exact prompt, shared and new tokens wherever the text is known, limits for the rest, a KV bound, and one line for each
-pass. Nothing here runs a model. Not here: what a run did cost (measured.py), the table (explanation.py).
+The plan has exact prompt, shared and new tokens wherever the text is known, limits for the rest, a KV bound, and one
+line for each pass. Nothing here runs a model. Not here: measured costs (measured.py), the table (explanation.py).
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from ramet.lang.passes.target import Target
 
 
 def explain_plan(traced: RunRecord, target: Target, unbound: ir.Graph | None = None) -> Explanation:
-    """What a program will cost, of which a trace was made. The plan ends where the trace needed a generated value.
+    """Predict the cost of a traced program. The plan ends where the trace needed a generated value.
 
-    `unbound`: the graph with no argument given, for what all calls share; None where the program takes none.
+    `unbound`: the graph without arguments given, to find what all calls share; None if the program has no arguments.
     """
     paths = interpret(traced.graph, target)
     plan = plan_requests(paths)
@@ -60,7 +60,7 @@ def explain_plan(traced: RunRecord, target: Target, unbound: ir.Graph | None = N
 
 
 def explain_rows(traced: Sequence[RunRecord], target: Target) -> Explanation:
-    """What a batch will cost, of which every row (one or more) was traced with its arguments given."""
+    """Predict the cost of a batch with one or more rows. Every row was traced with its arguments given."""
     batch = batch_prefixes([one.graph for one in traced], target)
     first = explain_plan(traced[0], target)
     plans = batch.plans
@@ -90,9 +90,9 @@ def explain_rows(traced: Sequence[RunRecord], target: Target) -> Explanation:
 
 
 def explain_on_server(graph: ir.Graph, program: str, target: Target) -> dict[str, Any]:  # Any: JSON
-    """The plan of a graph without its function, by a server's own tokenizer (`POST /v1/programs/explain`).
+    """Return the plan of a graph without its function, by a server's tokenizer (`POST /v1/programs/explain`).
 
-    It is exact where the graph's arguments are given; a staged program's later parts can't be in it. Raises
+    Its counts are exact if the graph's arguments are given. It lacks the later parts of a staged program. Raises
     InvalidProgram.
     """
     ir.GraphIndex().add(graph)
@@ -115,7 +115,7 @@ def _node_costs(paths: Paths, plan: RequestPlan) -> Iterable[NodeCost]:
             if node.checks:
                 prompt = prompt + Count(0, prompt.at_most * node.retries)
             shared, new, written = prompt, ZERO, ZERO
-            if twin in paths.unordered:  # any of them may be the one that runs
+            if twin in paths.unordered:  # any of them may run
                 new, written = (sum_counts(getattr(r, what) for r in by_node[twin]) for what in ("new", "written"))
                 shared = Count(0, prompt.at_most)
             yield NodeCost(node.id, kind, node.label, node.line, prompt, shared, new, written, twin)
@@ -126,7 +126,7 @@ def _node_costs(paths: Paths, plan: RequestPlan) -> Iterable[NodeCost]:
         yield NodeCost(node.id, kind, node.label, node.line, prompt, shared, new, written)
 
 
-# One line a pass.
+# One line for each pass.
 
 
 def _fold_report(folded: Folded, paths: Paths, plan: RequestPlan) -> PassReport:
@@ -212,7 +212,7 @@ def _forced_report(paths: Paths, plan: RequestPlan, target: Target) -> PassRepor
 
 
 def _motion_report(graph: ir.Graph, target: Target) -> PassReport:
-    """`graph`: with its arguments unbound."""
+    """Report argument motion. `graph`: its arguments are unbound."""
     late = late_gain(graph, target)
     if late is not None:
         text = (

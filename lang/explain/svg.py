@@ -65,14 +65,14 @@ RULES = """
 
 
 def variables(colours: dict[str, str], hues: tuple[str, ...]) -> str:
-    """Style-sheet variables of one theme."""
+    """Return the style-sheet variables of one theme."""
     found = [f"--{name}: {value};" for name, value in colours.items()]
     found += [f"--hue{index}: {value};" for index, value in enumerate(hues)]
     return " ".join(found)
 
 
 def styles() -> str:
-    """The whole style sheet of a picture that follows its reader's preference."""
+    """Return the style sheet of a drawing that follows the reader's preference of light or dark."""
     hues = "\n".join(f".rm .h{i} {{ --hue: var(--hue{i}); }}" for i in range(len(LIGHT_HUES)))
     return (
         f".rm {{ {variables(LIGHT, LIGHT_HUES)} }}\n"
@@ -81,7 +81,7 @@ def styles() -> str:
 
 
 def to_svg(program: str, summary: str, cards: Sequence[Card], *, is_embedded: bool = False) -> str:
-    """The picture. `summary`: one line about the whole program. `is_embedded`: in a page that brings the styles."""
+    """Return the SVG. `summary`: one line about the whole program. `is_embedded`: the page around it has the styles."""
     num_columns = 1 + max((card.column for card in cards), default=0)
     num_lanes = 1 + max((card.lane for card in cards), default=0)
     width = max(LEFT * 2 + num_columns * (WIDTH + GAP_X) - GAP_X, LEFT * 2 + LEGEND)
@@ -130,13 +130,13 @@ def _edges(card: Card, cards: Sequence[Card]) -> list[str]:
 
 
 def _curve(x0: float, y0: float, x1: float, y1: float) -> str:
-    """Level at both ends; the turn is made in the gap before the target, so that it doesn't run behind cards."""
+    """Draw a curve, level at both ends. It turns in the gap before the target, so that it doesn't run behind cards."""
     if abs(y0 - y1) < 1:
         return f"M{x0:.0f} {y0:.0f}H{x1:.0f}"
     bend = GAP_X * 0.9
     if x1 - x0 <= 1.5 * GAP_X:
         return f"M{x0:.0f} {y0:.0f}C{x0 + bend:.0f} {y0:.0f} {x1 - bend:.0f} {y1:.0f} {x1:.0f} {y1:.0f}"
-    if y1 > y0:  # down into its lane at once, then along it
+    if y1 > y0:  # down into its lane first, then along it
         turn = x0 + GAP_X
         return f"M{x0:.0f} {y0:.0f}C{x0 + bend:.0f} {y0:.0f} {turn - bend:.0f} {y1:.0f} {turn:.0f} {y1:.0f}H{x1:.0f}"
     turn = x1 - GAP_X  # along its lane, then up
@@ -174,7 +174,7 @@ def _card(card: Card, file: str) -> str:
     elif card.written_text:
         for index, text in enumerate(_head_lines(card.written_text, 2)):
             parts.append(_mono("written", 41 + 14 * len(lines) + 2 + 14 * index, text))
-    elif card.kind == "gen" and card.end_s is not None:  # it ran, and ended at once
+    elif card.kind == "gen" and card.end_s is not None:  # it ran and ended immediately
         parts.append(_mono("prompt", 41 + 14 * len(lines) + 2, "(no text)"))
     parts.append(_bar(card))
     parts.append("</g>")
@@ -182,7 +182,7 @@ def _card(card: Card, file: str) -> str:
 
 
 def _bar(card: Card) -> str:
-    """Tokens: cached, computed, written, to scale of this card."""
+    """Draw a card's cached, computed and written tokens as a bar, scaled to this card."""
     y = HEIGHT - 24
     if card.cached is None or card.computed is None:
         if not card.prefix_tokens and card.num_readers < 2:
@@ -238,7 +238,7 @@ def _mono(style: str, y: float, text: str) -> str:
 
 
 def _pieces(text: str) -> list[str]:
-    """Lines of a card: breaks of the text shown as signs, cut at blanks where that is possible."""
+    """Return the lines of a card. Line breaks of the text become signs; lines are cut at spaces if possible."""
     words = " ".join(text.replace("\n", " ⏎ ").split())
     lines: list[str] = []
     while cell_len(words) > CHARS:
@@ -259,7 +259,7 @@ def _head_lines(text: str, limit: int) -> list[str]:
 
 
 def _tail_lines(text: str, limit: int) -> list[str]:
-    """The end of a prompt says more than its beginning."""
+    """Return the last lines of a prompt, because its end says more than its beginning."""
     lines = _pieces(text)
     return lines if len(lines) <= limit else [_short("… " + lines[-limit], CHARS), *lines[len(lines) - limit + 1 :]]
 
@@ -269,7 +269,7 @@ def _short(text: str, limit: int) -> str:
 
 
 def _num_fitting(text: str, cells: int) -> int:
-    """How many characters fit into so many cells; Chinese ones and emoji take two."""
+    """Return how many characters fit into this number of cells. Chinese characters and emoji take two cells."""
     count = 0
     for char in text:
         cells -= cell_len(char)

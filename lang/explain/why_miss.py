@@ -1,7 +1,7 @@
-"""`why_miss()`: the first token in which a prompt differs from the nearest cached one, and the source line it is from.
+"""`why_miss()`: finds the first token in which a prompt differs from the nearest cached one, and its source line.
 
-What changes from call to call (a date, a time, an id) at the head of a prompt keeps everything behind it from being
-shared; where the difference looks like one of these, that is said.
+A value that changes between calls (a date, a time, an id) at the start of a prompt prevents sharing of everything after
+it. If the difference looks like such a value, the result names the kind.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ _VOLATILE = (
 
 @dataclass(frozen=True, slots=True)
 class Miss:
-    """Why one generation's prompt was not all in the cache.
+    """The reason why one generation's prompt was not fully cached.
 
-    `num_same` of its `num_prompt` tokens were found there. Behind `before` it reads `text`, the nearest cached prompt
-    `cached_text` (None: nothing in the cache begins like this). `line` wrote the first token that differs. `volatile`:
-    what the difference looks like, or None.
+    `num_same`: how many of its `num_prompt` tokens were cached. After the common text `before`, the prompt has `text`
+    and the nearest cached prompt has `cached_text` (None: no cached prompt begins like this). `line`: the source line
+    of the first token that differs. `volatile`: the kind of value that the difference looks like, or None.
     """
 
     node: int
@@ -71,9 +71,9 @@ class Miss:
 
 
 def why_miss_plan(traced: RunRecord, backend: Backend, cache_salt: str, var: str | None = None) -> list[Miss]:
-    """For every generation of a trace whose prompt is known: where it leaves what is cached now. The costliest first.
+    """Return, for each generation of a trace with a known prompt, where it leaves the cached ones. Costliest first.
 
-    `var`: of these generations alone. Raises ConfigError where the backend doesn't tell what it caches.
+    `var`: only generations of this variable. Raises ConfigError if the backend can't report its cache.
     """
     target = target_of(backend)
     paths = interpret(traced.graph, target)
@@ -82,7 +82,7 @@ def why_miss_plan(traced: RunRecord, backend: Backend, cache_salt: str, var: str
         items = prompt.all_items()
         tokens = [item for item in items if isinstance(item, int)]
         if len(tokens) < len(items):
-            continue  # it depends on what is generated first
+            continue  # it depends on text that is generated first
         differences = _differences(backend, tokens, cache_salt)
         same = max((one.num_same for one in differences), default=0)
         name = traced.graph.nodes[node].label
@@ -91,7 +91,7 @@ def why_miss_plan(traced: RunRecord, backend: Backend, cache_salt: str, var: str
 
 
 def why_miss_run(record: RunRecord, backend: Backend, cache_salt: str, var: str | None = None) -> list[Miss]:
-    """The same for a run that is over: where each prompt left what was cached then."""
+    """Return the same for a finished run: where each prompt left the ones that were cached then."""
     target = target_of(backend)
     paths = interpret(_as_written(record), target)
     found = []
@@ -128,7 +128,7 @@ def _differences(backend: Backend, tokens: Sequence[int], salt: str) -> list[Any
 
 
 def _as_written(record: RunRecord) -> ir.Graph:
-    """The graph of a run with what was generated as text: every path is known."""
+    """Return the graph of a run with generated text as Text nodes, so that every path is known."""
     nodes: list[ir.AnyNode] = []
     for node in record.graph.nodes:
         event = record.events.get(node.id)
@@ -189,7 +189,7 @@ def _text(target: Target, tokens: Sequence[int]) -> str:
 
 
 def _line_at(paths: Paths, node: int, start: int) -> str:
-    """The source line that wrote character `start` of the branch before `node`."""
+    """Return the source line that wrote character `start` of the branch before `node`."""
     branch: list[int] = []
     at = paths.graph.nodes[node].parent
     while at is not None:
@@ -204,7 +204,7 @@ def _line_at(paths: Paths, node: int, start: int) -> str:
 
 
 def _volatile(before: str, text: str, cached: str) -> str | None:
-    """What the place where two texts part looks like, if both look like it there."""
+    """Return the kind of volatile value at the place where two texts differ, if both have it there; else None."""
     at = len(before)
     for name, pattern in _VOLATILE:
         expression = re.compile(pattern)
