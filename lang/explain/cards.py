@@ -16,7 +16,7 @@ from ramet.lang.passes.paths import Paths
 
 MAX_BRANCHES = 12  # branches drawn for one fork; of the others, only the number is shown
 HUES = 8
-_WORDS = {ir.Generate: "gen", ir.Select: "select", ir.ToolCall: "tool"}  # on cards that end with a generation or selection
+_WORDS = {ir.Generate: "gen", ir.Select: "select", ir.ToolCall: "tool"}  # on cards that end with such a node
 
 
 @dataclass(slots=True)

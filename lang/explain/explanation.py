@@ -257,7 +257,7 @@ def _plan_table(nodes: Sequence[NodeCost]) -> RenderableType:
 
 
 def _measured_table(nodes: Sequence[Measured]) -> RenderableType:
-    """Return a table with one row for each node. If there are many, a row is all nodes of a source line and variable."""
+    """Return a table with a row for each node. If there are many, a row is all nodes of a source line and variable."""
     columns = ("node", "line", "×", "prompt", "cached", "computed", "decoded", "start", "first token", "end")
     table = _table(columns, 2)
     groups: dict[object, list[Measured]] = {}

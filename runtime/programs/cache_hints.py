@@ -1,13 +1,13 @@
-"""What a program tells the cache: which tokens it will read again, and which nobody will. No result depends on it.
+"""A program's hints to the cache: the tokens that it will read again, and those that are dead. No result depends on it.
 
-*Next use*: a branch whose next generation waits for another branch, a join or a tool has its prefix in the cache alone,
-because no sequence holds it. The graph says that it will be read, and how many requests come before. The cache keeps
-it in favour of tokens without a later use. Time is counted in requests that the host's programs have ended.
+*Next use*: if a branch's next generation waits for another branch, a join or a tool, no sequence holds its prefix; only
+the cache does. The graph tells that the prefix will be read, and after how many requests. The cache evicts tokens
+without a later use first. Time is counted in ended requests of the host's programs.
 
-*Dead branches*: what the program went on with to its end may be the beginning of the next one (a conversation); a
-branch that was joined, judged or given up is not.
+*Dead branches*: the branch that reached the program's end may be the prefix of the next program (a conversation). A
+branch that was joined, judged or cancelled is dead.
 
-Not here: what the cache does with a hint.
+Not here: the cache's use of a hint.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from ramet.lang.graph import ir
 from ramet.lang.graph.run import NodeRun
 from ramet.runtime.programs.path import Path
 
-MAX_EXAMINED = 64  # nodes looked at for one answer: this runs on the engine's thread
+MAX_EXAMINED = 64  # nodes visited for one answer: this runs on the engine's thread
 MAX_HINTS = 256  # next uses of one program at a time
 MAX_DEAD_TOKENS = 1 << 20  # of one program: the hints are made on the engine's thread
 
-NextUse = tuple[list[int], float]  # tokens, and the time at which they are read next; inf: never
+NextUse = tuple[list[int], float]  # tokens, and the time of their next use; inf: never
 
 
 @runtime_checkable
 class TakesNextUse(Protocol):
-    """An engine that wants to know what is read again."""
+    """An engine that accepts hints about tokens that are read again."""
 
     def set_next_use(self, tokens: list[int], next_use: float, cache_salt: str = "") -> None: ...
 
 
 @runtime_checkable
 class TakesDead(Protocol):
-    """An engine that wants to know what nobody reads again."""
+    """An engine that accepts hints about dead tokens."""
 
     def mark_dead(self, tokens: list[int], cache_salt: str = "", num_live: int = 0) -> None: ...
 
@@ -56,28 +56,28 @@ class CacheHints:
         self._hinted: dict[int, NextUse] = {}  # node whose path is hinted
 
     def added(self, node: ir.AnyNode) -> None:
-        """The program has one more node."""
+        """Note a new node of the program."""
         if self._next_use is not None and node.parent is not None and not isinstance(node, ir.Join | ir.Capture):
             self._children.setdefault(node.parent, []).append(node.id)
 
     def ended(self, node: int) -> None:
-        """No sequence holds the path of this node any more."""
+        """Note that no sequence holds the path of this node any more."""
         if self._next_use is not None:
             self._ended.append(node)
 
     def take(self, now: float) -> list[NextUse]:
-        """What has changed since the last time, for `give`."""
+        """Return the changes since the last call, for `give`."""
         ended, self._ended = self._ended, []
         return [hint for node in ended for hint in self._changes(node, now)]
 
     def give(self, hints: Sequence[NextUse]) -> None:
-        """Tell the engine."""
+        """Pass the hints to the engine."""
         if self._next_use is not None:
             for tokens, when in hints:
                 self._next_use.set_next_use(tokens, when, self._salt)
 
     def program_ended(self) -> None:
-        """Take back every next use, and tell the engine which branches are dead. The last call."""
+        """Withdraw every next use, and tell the engine which branches are dead. This is the last call."""
         self.give(self._none())
         if self._dead is not None:
             nodes = [run.node for run in self._runs]
@@ -85,7 +85,7 @@ class CacheHints:
                 self._dead.mark_dead(tokens, self._salt, num_live)
 
     def _changes(self, node: int, now: float) -> list[NextUse]:
-        """Next uses of a node's path, and of those that it branched from."""
+        """Return the next uses of a node's path, and of the paths that it branched from."""
         found: list[NextUse] = []
         if any(self._is_over(one) for one in self._hinted):
             found = self._none()
@@ -105,15 +105,15 @@ class CacheHints:
         return found
 
     def _none(self) -> list[NextUse]:
-        """Hints that take back all of those given."""
+        """Return hints that withdraw all given ones."""
         return [(tokens, math.inf) for tokens, _ in self._hinted.values()]
 
     def _is_over(self, node: int) -> bool:
-        """Nothing waits behind a hinted node any more."""
+        """Return whether nothing waits after a hinted node any more."""
         return self._waiting_below(node) is None
 
     def _waiting_below(self, node: int) -> NodeRun | None:
-        """A node behind `node` that waits for something else than `node`, with nothing running in between."""
+        """Return a node after `node` that waits for something other than `node`, with nothing running in between."""
         stack = [node]
         for _ in range(MAX_EXAMINED):
             if not stack:
@@ -127,7 +127,7 @@ class CacheHints:
         return None
 
     def _num_before(self, waiting: NodeRun) -> int:
-        """How many requests must end before a node can run, as far as it was looked."""
+        """Return the number of requests that must end before a node can run, within the search limit."""
         count, stack, seen = 1, [waiting.node.id], {waiting.node.id}
         while stack and len(seen) < MAX_EXAMINED:
             for used in ir.dependencies(self._runs[stack.pop()].node):
@@ -139,7 +139,7 @@ class CacheHints:
 
 
 def dead_branches(nodes: Sequence[ir.AnyNode], path_of: Callable[[int], Path]) -> Iterator[tuple[list[int], int]]:
-    """The tokens of every branch that is dead, and how many of them are not: those before it left the main one."""
+    """Yield the tokens of every dead branch, and how many of them are live: those shared with the main branch."""
     main: set[int] = set()
     at = nodes[-1].id if nodes else None
     while at is not None:

@@ -1,4 +1,4 @@
-"""What programs need of an engine, and what one node asks of it."""
+"""The interface of programs to an engine, and the requests of one node."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class HasDeviceGrammars(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ProgramModel:
-    """What nodes must know of an engine's model. `marks`: what its chat template writes around messages."""
+    """The model properties that nodes need. `marks`: the text that its chat template writes around messages."""
 
     tokenizer: ProgramTokenizer
     encoder: PieceEncoder
@@ -78,7 +78,7 @@ class ProgramModel:
 
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
-    """One request of a node. With `score_from`, the prompt's tokens from there on are scored; nothing is written."""
+    """One request of a node. With `score_from`, the prompt's tokens from there on are scored; nothing is generated."""
 
     prompt: list[int]
     sampling: SamplingParams
@@ -86,20 +86,20 @@ class EngineRequest:
 
 
 class Work(Protocol):
-    """What a node asks of the engine, and what comes of the answers. Made anew for each try of the node."""
+    """A node's requests to the engine, and the result of their outputs. A new one is created for each try."""
 
     @property
     def requests(self) -> Sequence[EngineRequest]:
-        """Submitted all at once; of a node without any, the result is known."""
+        """The requests, which are submitted at once. Without requests, the result is known at once."""
 
     def take(self, index: int, output: RequestOutput) -> None:
-        """Take in an output of request `index`; those of one request come in order."""
+        """Take an output of request `index`. The outputs of one request come in order."""
 
     def result(self) -> ir.NodeResult:
-        """What the node wrote, when the last output of every request is there."""
+        """Return the node's result, once the last output of every request is there."""
 
     def path(self) -> Path:
-        """The branch with what the node wrote."""
+        """Return the branch including the node's tokens."""
 
     def read(self, text: str) -> ir.JsonValue:
-        """The value of what the node wrote. Raises ValueError where it has none."""
+        """Return the value of the node's text. Raises ValueError if it has none."""

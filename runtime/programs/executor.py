@@ -1,12 +1,12 @@
-"""Runs a program's graph inside an engine: every node as soon as what it needs is there.
+"""Runs a program's graph inside an engine: every node starts as soon as its dependencies are done.
 
-A graph comes in one or several parts (`extend`); between two generations of a branch nobody is asked: the branch's
-token path is extended and the next request submitted from the engine's own thread. The executor sees an engine's
-interface only, so it is the same in process, behind a server, and over the scripted model. Which node is ready and what
-a failure or a budget means is decided by lang/graph/run.py.
+A graph comes in one or several parts (`extend`). Between two generations of a branch there is no round trip: the
+engine's own thread extends the branch's token path and submits the next request. The executor uses only an engine's
+interface, so it is the same in process, behind a server, and with the scripted model. lang/graph/run.py decides which
+nodes are ready, and handles failures and the token budget.
 
-Threads: any thread may call; events are delivered on the thread that caused them, one node's events in order. One
-thread at a time starts nodes (`_pump`), the lock guards the bookkeeping, and nothing foreign is called under it.
+Threads: any thread may call. Events are delivered on the thread that caused them; one node's events come in order. One
+thread at a time starts nodes (`_pump`). The lock guards the bookkeeping, and no foreign code is called under it.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ _EMPTY = Path()
 
 
 class ProgramHost:
-    """Runs programs in one engine, and keeps what they share: compiled grammars, the template's marks.
+    """Runs programs in one engine, and keeps their shared data: compiled grammars, the template's marks.
 
-    `share_nodes`: generations of a program that surely write the same are run once.
+    `share_nodes`: generations of a program that always write the same text are run once.
     """
 
     def __init__(self, engine: ProgramEngine, *, share_nodes: bool = True) -> None:
@@ -57,15 +57,15 @@ class ProgramHost:
         self._numbers = itertools.count()
 
     def start(self, options: ProgramOptions, on_event: OnEvent, program_id: str | None = None) -> ProgramExecutor:
-        """A new program without nodes; `extend` it. `on_event` is called for everything that happens.
+        """Return a new program without nodes; `extend` adds them. `on_event` is called for every event.
 
-        It may be called on any thread, must be quick and must not raise. `program_id` names the program to the
-        scheduler; None: it gets a name of its own.
+        `on_event` may be called on any thread, must be quick and must not raise. `program_id` names the program to the
+        scheduler; None creates a new name.
         """
         return ProgramExecutor(self, options, on_event, program_id or f"{options.program}-{next(self._numbers)}")
 
     def count_ended(self) -> None:
-        """A request of a program has ended."""
+        """Count an ended request of a program."""
         self.num_ended += 1
 
 
@@ -87,7 +87,7 @@ class ProgramExecutor:
         self._engine = SharedRequests(host.engine) if host.share_nodes else host.engine
         self._index = ir.GraphIndex()
         self._graph = GraphRun(options, on_event, mark=self._model.marks.text, is_held=_has_grammar)
-        self._paths: dict[int, Path] = {}  # read where a node is done
+        self._paths: dict[int, Path] = {}  # read when a node is done
         self._grammars: dict[int, Grammar] = {}
         self._at_engine: dict[int, _AtEngine] = {}
         self._hints = CacheHints(host.engine, options.cache_salt, self._graph.nodes, self._path_of)
@@ -97,9 +97,9 @@ class ProgramExecutor:
         self._lock = threading.RLock()
 
     def extend(self, graph: ir.Graph, *, is_last: bool = False) -> None:
-        """Add a part of the program; what can run starts at once. Raises InvalidProgram and changes nothing then.
+        """Add a part of the program; ready nodes start at once. A wrong part raises InvalidProgram and changes nothing.
 
-        `is_last`: `finish` follows; for a backend that can send both at once.
+        `is_last`: `finish` follows, for a backend that can send both at once.
         """
         with self._lock:
             self._index.add(graph, is_bound=True)
@@ -119,7 +119,7 @@ class ProgramExecutor:
     def provide(self, node: int, value: Any = None, error: Exception | None = None) -> None:
         """Give the result (a JSON value) of a tool call that an event of kind `tool` asked for.
 
-        An error fails the node, or becomes its value where the call is to report it.
+        An error fails the node, or becomes its value if the call's `on_error` is "report".
         """
         with self._lock:
             run = self._graph.nodes[node]
@@ -129,7 +129,7 @@ class ProgramExecutor:
         self._pump()
 
     def finish(self) -> None:
-        """No more parts will come."""
+        """Declare that no more parts will come."""
         with self._lock:
             self._is_complete = True
         self._tell_end()
@@ -141,7 +141,7 @@ class ProgramExecutor:
             return self._is_complete and self._graph.is_over
 
     def _tell_end(self) -> None:
-        """When the program is over: tell the cache, once."""
+        """Tell the cache once, when the program is over."""
         with self._lock:
             if not self.is_over or self._has_told_end:
                 return
@@ -151,7 +151,7 @@ class ProgramExecutor:
     # Starting nodes. One thread at a time, without the lock.
 
     def _pump(self) -> None:
-        """Start what is ready and end what was stopped, unless another thread is at it: then that one does."""
+        """Start ready nodes and end stopped ones. If another thread is doing so, leave it to that thread."""
         with self._lock:
             if self._is_pumping:
                 return
@@ -173,7 +173,7 @@ class ProgramExecutor:
         self._tell_end()
 
     def _start(self, run: NodeRun) -> None:
-        """Start a node. It fails alone, whatever is raised; who reads it gets that as the cause."""
+        """Start a node. Any exception fails only this node, and becomes the cause of the error that a reader gets."""
         try:
             result = self._graph.evaluate(run)
             if result is not None:
@@ -203,7 +203,7 @@ class ProgramExecutor:
     # Requests.
 
     def _work(self, run: NodeRun) -> Work:
-        """What a node asks of the model, by its kind."""
+        """Return the requests of a node, by its kind."""
         node, before = run.node, self._path_before(run)
         if isinstance(node, ir.Generate):
             is_in_message = ir.is_in_message(self._index.nodes, node)
@@ -254,7 +254,7 @@ class ProgramExecutor:
         handle.cancel()
 
     def _take_in(self, run: NodeRun, at: _AtEngine, index: int, output: RequestOutput) -> None:
-        """An output, on the engine's thread, which nothing that goes wrong in a program may break."""
+        """Take an output on the engine's thread, which no error of a program may end."""
         try:
             at.work.take(index, output)
             if not run.is_over:
@@ -285,7 +285,7 @@ class ProgramExecutor:
         return output.error or RequestCancelled("the request was aborted")
 
     def _end(self, run: NodeRun, work: Work) -> None:
-        """All answers are there: the node is done, or tries again."""
+        """Complete a node after its last output: it is done, or tries again."""
         result, path = work.result(), work.path()
         with self._lock:
             self._take_handles(run)
@@ -297,12 +297,12 @@ class ProgramExecutor:
             self._done(run, judged, path)
 
     def _take_handles(self, run: NodeRun) -> list[Handle]:
-        """The requests of a node that the engine has; they are forgotten."""
+        """Remove and return the handles of a node's requests."""
         at = self._at_engine.pop(run.node.id, None)
         return [] if at is None else at.handles
 
     def _ask_for_grammar(self, run: NodeRun) -> None:
-        """Not under the lock: the answer may be there at once, and starts the node on this thread."""
+        """Request a node's grammar. Not under the lock: a grammar that is ready starts the node on this thread."""
         if not isinstance(run.node, ir.Generate) or run.node.constraint is None:
             return
 
@@ -322,5 +322,5 @@ class ProgramExecutor:
 
 
 def _has_grammar(node: ir.AnyNode) -> bool:
-    """Whether a node waits until its grammar is compiled."""
+    """Return whether a node waits until its grammar is compiled."""
     return isinstance(node, ir.Generate) and node.constraint is not None

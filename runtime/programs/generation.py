@@ -1,4 +1,4 @@
-"""What a Generate node asks of the engine: from its branch's tokens to a request, from outputs to a longer branch."""
+"""The work of a Generate node: makes a request from its branch's tokens, and extends the branch by the outputs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Generation:
     def __init__(
         self, node: ir.Generate, attempt: int, model: ProgramModel, before: Path, *, is_in_message: bool
     ) -> None:
-        """`attempt` counts from 0. Inside of a message, what ends one in the chat template ends the text, too."""
+        """`attempt` counts from 0. Inside of a message, the chat template's end of a message also ends the text."""
         self._node, self._model = node, model
         self._start_s = time.monotonic()
         self._texts: list[str] = []
@@ -32,7 +32,7 @@ class Generation:
         sampling = ir.retry_sampling(node.sampling, attempt).params()
         room = model.context_length - prompt.length
         if node.sampling.max_tokens is None and 0 < room < (sampling.max_tokens or 0):
-            # Nobody asked for that many: near the end of the context, what is left is enough.
+            # The program did not ask for this many tokens, so near the end of the context the rest is enough.
             sampling = msgspec.structs.replace(sampling, max_tokens=room, min_tokens=min(sampling.min_tokens, room))
         if is_in_message and model.marks.stop_strings:
             sampling = msgspec.structs.replace(sampling, stop=(*sampling.stop, *model.marks.stop_strings))
@@ -63,7 +63,7 @@ class Generation:
         )
 
     def path(self) -> Path:
-        """The branch with the generated tokens, cut where a stop string cut its text."""
+        """Return the branch with the generated tokens, cut off where a stop string cut the text."""
         if self._last is not None and isinstance(self._last.stop_match, str):
             text = "".join(self._texts)
             return self._prompt.extend(*keep_text(self._model.tokenizer.token_bytes, self._tokens, text))
@@ -73,7 +73,7 @@ class Generation:
         return self._tool_calls() if self._node.type == "tools" else ir.parse_value(self._node.type, text)
 
     def _tool_calls(self) -> dict[str, object]:
-        """What the model said and called. Special tokens that write parts of calls count with their spelling."""
+        """Return the model's text and its tool calls. Special tokens that write parts of calls count as spelled."""
         style, tokenizer = self._model.marks.style, self._model.tokenizer
         shown = style.shown_specials(tokenizer.special_tokens)
         spelled = (shown[t].encode() if t in shown else tokenizer.token_bytes[t] for t in self._tokens)

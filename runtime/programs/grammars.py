@@ -23,8 +23,8 @@ class ProgramGrammars:
     """Compiles constraints for one tokenizer; the compile service keeps them and limits their cost. Thread-safe.
 
     The first constraint loads the grammar engine, which needs numba, and starts the service. With `device`, a grammar
-    is closed before its future is done, if it can be closed; JSON schemas are then written in declared order, because
-    any order has too many states.
+    is closed, if possible, before its future is done. JSON schemas are then compiled in declared order, because
+    free order has too many states.
     """
 
     def __init__(self, tokenizer: ProgramTokenizer, marks: RoleMarks, device: DeviceGrammars | None = None) -> None:
@@ -48,7 +48,7 @@ class ProgramGrammars:
             return self._closed(service, self._device, constraint, options)
 
     def close(self) -> None:
-        """Give up what is being compiled, and end the service's threads."""
+        """Abandon running compilations, and end the service's threads."""
         with self._lock:
             if self._closing is not None:
                 self._closing.shutdown(wait=False, cancel_futures=True)
@@ -71,14 +71,14 @@ class ProgramGrammars:
 
     @cached_property
     def _tool_vocabulary(self) -> Vocabulary:
-        """The vocabulary in which the special tokens that write parts of tool calls can be written."""
+        """Return the vocabulary that includes the special tokens which write parts of tool calls."""
         from ramet.grammar.tools.tool_set import with_marker_tokens  # loads numba
 
         shown = self._marks.style.shown_specials(self._tokenizer.special_tokens)
         return with_marker_tokens(self._vocabulary, shown) if shown else self._vocabulary
 
     def _tool_set(self, source: str) -> str:
-        """A tool set that names no format gets that of the model's chat template."""
+        """Return a tool set that has a format. If it names none, add that of the model's chat template."""
         found = json.loads(source)
         if not isinstance(found, dict) or "format" in found:
             return source
@@ -91,7 +91,7 @@ class ProgramGrammars:
     ) -> Future[CompiledGrammar]:
         """Compile in declared order and close, on a thread beside the service's.
 
-        What cannot be closed is compiled once more, as it was asked for.
+        A grammar that cannot be closed is compiled again, as it was requested.
         """
         if self._closing is None:
             self._closing = ThreadPoolExecutor(1, "ramet-close")
@@ -114,7 +114,7 @@ class ProgramGrammars:
                 return
             try:
                 is_kept = found.exception() is not None or device.close(found.result()) or ordered == options
-            except Exception as error:  # whoever waits for the grammar must hear of it
+            except Exception as error:  # any error must reach those who wait for the grammar
                 answer.set_exception(error)
                 return
             if is_kept:

@@ -1,8 +1,8 @@
 """The token path of a branch: append-only token ids, and text that waits to be tokenised.
 
-Text is tokenised in runs as long as possible: everything between two borders (a generation, a selection, a fork) is one
-run, wherever the program cut it into pieces. What was generated is never tokenised again, except the end of a token
-that a stop string cut in two. Not here: who runs nodes (executor.py), what a role looks like (chat_template.py).
+Text is tokenised in the longest possible runs: all text between two borders (a generation, a selection, a fork) is one
+run, however the program cut it into pieces. Generated text is never tokenised again, except the end of a token that a
+stop string cut in two. Not here: running nodes (executor.py), the text of roles (chat_template.py).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Protocol
 
 
 class PathTokenizer(Protocol):
-    """What a path needs of a tokenizer."""
+    """The part of a tokenizer that a path uses."""
 
     @property
     def special_tokens(self) -> dict[str, int]: ...
@@ -30,7 +30,7 @@ class PathTokenizer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Some text. In `is_markup` (the chat template's), names of special tokens mean these tokens."""
+    """A piece of text. With `is_markup` (a chat template's text), spellings of special tokens become these tokens."""
 
     text: str
     is_markup: bool = False
@@ -38,9 +38,9 @@ class Piece:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Path:
-    """One point of one branch: the `tokens` added here to `parent`'s, and what is `pending` behind them.
+    """One point of one branch: the `tokens` added after `parent`, and the `pending` text after them.
 
-    Shared by all branches that go on from here; never changes. `length` counts all tokens up to here.
+    All branches that continue from here share it; it never changes. `length` counts all tokens up to here.
     """
 
     parent: Path | None = None
@@ -49,25 +49,25 @@ class Path:
     pending: tuple[Piece, ...] = ()
 
     def append(self, text: str, *, is_markup: bool = False) -> Path:
-        """Put text behind; it is tokenised later."""
+        """Append text, which is tokenised later."""
         if not text:
             return self
         return Path(self, (), self.length, (*self.pending, Piece(text, is_markup)))
 
     def extend(self, tokens: Sequence[int], rest: str = "") -> Path:
-        """Put tokens behind (nothing may be pending), and `rest` as pending text."""
+        """Append tokens, and `rest` as pending text. No text may be pending before."""
         assert not self.pending
         return Path(self, tuple(tokens), self.length + len(tokens), (Piece(rest),) if rest else ())
 
     def flush(self, encoder: PieceEncoder) -> Path:
-        """Tokenise what is pending."""
+        """Tokenise the pending text."""
         if not self.pending:
             return self
         tokens = encoder.encode(self.pending, is_start=self.length == 0)
         return Path(self, tuple(tokens), self.length + len(tokens))
 
     def token_ids(self) -> list[int]:
-        """All tokens from the beginning. O(length)."""
+        """Return all tokens from the beginning. O(length)."""
         chunks: list[tuple[int, ...]] = []
         at: Path | None = self
         while at is not None:
@@ -78,7 +78,7 @@ class Path:
 
 
 class PieceEncoder:
-    """Tokenises adjoining pieces as if their text were one, but with special tokens in markup only. Thread-safe."""
+    """Tokenises adjoining pieces as one text, but with special tokens in markup only. Thread-safe."""
 
     def __init__(self, tokenizer: PathTokenizer) -> None:
         self._tokenizer = tokenizer
@@ -87,10 +87,10 @@ class PieceEncoder:
         self._border = re.compile(f"({'|'.join(names)})") if names else None
 
     def encode(self, pieces: Sequence[Piece], *, is_start: bool) -> list[int]:
-        """Token ids of the pieces.
+        """Return the token ids of the pieces.
 
-        `is_start`: nothing precedes. Then a tokenizer's own opening token is added, unless markup comes first, which
-        brings its own.
+        `is_start`: nothing precedes them. Then the tokenizer's opening token is added, unless markup comes first, which
+        has its own.
         """
         tokens: list[int] = []
         opening = is_start and bool(pieces) and not pieces[0].is_markup
@@ -103,7 +103,7 @@ class PieceEncoder:
         return tokens
 
     def _runs(self, pieces: Sequence[Piece]) -> list[str | int]:
-        """Special tokens, and the texts between them."""
+        """Return the special tokens, and the texts between them."""
         runs: list[str | int] = []
         for piece in pieces:
             parts = [piece.text]
@@ -122,7 +122,7 @@ class PieceEncoder:
 def keep_text(token_bytes: Sequence[bytes], tokens: Sequence[int], text: str) -> tuple[list[int], str]:
     """Split generated `tokens` where their kept `text` ends (a stop string cuts it): whole tokens, remaining text.
 
-    `text` is the beginning of what the tokens decode to, with U+FFFD for bytes that are no UTF-8.
+    `text` is a prefix of the tokens' decoded text, with U+FFFD for invalid UTF-8.
     """
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     position = count = end = 0
@@ -130,6 +130,6 @@ def keep_text(token_bytes: Sequence[bytes], tokens: Sequence[int], text: str) ->
         position += len(decoder.decode(token_bytes[token]))
         if position > len(text):
             break
-        if not decoder.getstate()[0]:  # no character is half there
+        if not decoder.getstate()[0]:  # no character is incomplete
             count, end = index + 1, position
     return list(tokens[:count]), text[end:]

@@ -1,4 +1,4 @@
-"""What a Select node asks of the engine: the log-probabilities of its choices, of which it takes one."""
+"""The work of a Select node: gets the log-probabilities of its choices, and selects one."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from ramet.runtime.types import RequestOutput, SamplingParams
 
 
 class Selection:
-    """The scoring of all choices: one request a choice, each tokenised with what precedes. See engine.Work.
+    """The scoring of all choices, with one request for each, tokenised together with the branch. See engine.Work.
 
-    A choice's tail are its tokens behind those that all choices begin with; only these are scored.
+    A choice's tail is its tokens after the prefix shared by all choices. Only tails are scored.
     """
 
     def __init__(self, node: ir.Select, texts: Sequence[str], model: ProgramModel, before: Path) -> None:
-        """`texts`: the choices as they are now. Raises InvalidProgram, InvalidRequest."""
+        """`texts`: the rendered choices. Raises InvalidProgram, InvalidRequest."""
         duplicates = {text for text in texts if texts.count(text) > 1 or not text}
         if duplicates:
             raise InvalidProgram(f"the choices of a select must differ and not be empty: {texts!r}")
@@ -36,7 +36,7 @@ class Selection:
         self.requests = list(rows.values())
 
     def _requests(self, base: list[int], shared: int, model: ProgramModel) -> dict[int, EngineRequest]:
-        """Requests by row: first the choices behind the branch, then the same behind an opening token alone."""
+        """Return requests by row: first the choices after the branch, then the same after an opening token only."""
         score_from = len(base) + shared
         if score_from == 0:
             raise InvalidRequest("select needs some text before its choices; this model has no begin-of-text token")

@@ -1,8 +1,8 @@
-"""Identical requests of one program are run once: the same prompt, the same values, greedy or the same seed.
+"""Runs identical requests of one program once: the same prompt, the same values, and greedy or the same seed.
 
-Stands where the engine stands: a request that surely writes what an earlier one of the program writes gets that one's
-outputs, those already there first. What samples without a seed goes to the engine as it is. Not here: which nodes are
-equal whatever is generated (the language's identical-nodes pass says that before a run).
+It replaces the engine's `submit`. A request that must give the same text as an earlier one of the program receives the
+earlier one's outputs, starting with those already there. A request that samples without a seed goes to the engine
+unchanged. Not here: nodes that are always equal (lang/passes/identical_nodes.py finds them before a run).
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class SharedRequests:
 
 
 def request_key(prompt: list[int], sampling: SamplingParams, grammar: Grammar | None, score_from: int | None) -> object:
-    """Equal keys: equal outputs. A greedy request's seed doesn't matter."""
+    """Return a key; equal keys mean equal outputs. A greedy request's seed doesn't matter."""
     tokens = hashlib.blake2b(np.asarray(prompt, dtype=np.int32).tobytes(), digest_size=16).digest()
     values = msgspec.structs.replace(sampling, seed=None) if sampling.is_greedy or score_from is not None else sampling
     return tokens, repr(values), None if grammar is None else id(grammar), score_from
@@ -78,13 +78,13 @@ def request_key(prompt: list[int], sampling: SamplingParams, grammar: Grammar | 
 
 @dataclass(slots=True, eq=False)
 class _Shared:
-    """One request of the engine and those who read it. Owner: SharedRequests; fields under the lock."""
+    """One request of the engine and its readers. Owner: SharedRequests; the lock guards the fields."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
     outputs: list[RequestOutput] = field(default_factory=list)
     readers: list[_Reader] = field(default_factory=list)
     handle: Handle | None = None
-    is_lost: bool = False  # it failed, or nobody wanted it any more: not to be read by others
+    is_lost: bool = False  # it failed, or its last reader left: no other reader may join
 
     def push(self, output: RequestOutput) -> None:
         with self.lock:
@@ -119,7 +119,7 @@ class _Shared:
 
 
 class _Reader:
-    """One who asked for a shared request. `cancel` leaves it; the request ends when nobody is left."""
+    """A reader of a shared request. `cancel` leaves it; the request ends with its last reader."""
 
     __slots__ = ("_is_busy", "_is_first", "_next", "_on_output", "_shared")
 
@@ -132,7 +132,7 @@ class _Reader:
         self._shared.leave(self)
 
     def catch_up(self) -> None:
-        """Deliver what is there, in order; one thread at a time, and not under the lock."""
+        """Deliver available outputs in order, on one thread at a time and not under the lock."""
         shared = self._shared
         while True:
             with shared.lock:
@@ -149,6 +149,6 @@ class _Reader:
 
 
 def _for_free(output: RequestOutput) -> RequestOutput:
-    """The same text and tokens, for which nothing was computed."""
+    """Return the output with the same text and tokens, but no computed tokens."""
     usage = output.usage
     return replace(output, usage=msgspec.structs.replace(usage, cached_tokens=usage.prompt_tokens, completion_tokens=0))

@@ -1,4 +1,4 @@
-"""What the language's passes ask of a runtime before a run (lang/passes/target.py), answered by a tokenizer alone."""
+"""The runtime's target for the language's passes (lang/passes/target.py), which needs only a tokenizer."""
 
 from __future__ import annotations
 
