@@ -1,1 +1,1 @@
-"""Which automaton state every constrained sequence is in, on the host or on the device."""
+"""The automaton states of constrained sequences, on the host or on the device."""

@@ -1,9 +1,9 @@
-"""Which grammars run on the device, and the tables that they need there.
+"""The grammars that run on the device, and their tables.
 
-Only a closed automaton can: one whose states are all known. `close` visits them, up to a limit; `prepare` finds for
-each state the way to the end of the text, and which states share a mask. Whoever compiles a grammar calls `close` on a
-thread of its own, so that the engine's thread only has to copy the tables (`acquire`). All other grammars are masked by
-the host.
+Only a closed automaton can run there: one whose states are all known. `close` visits the states, up to a limit.
+`prepare` finds each state's path to the end of the text, and the states that share a mask. The compiler's caller calls
+`close` on a separate thread, so that the engine's thread only copies the tables (`acquire`). The host masks all other
+grammars.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ class DeviceGrammars:
         self._longest = max(map(len, token_bytes), default=1)
         self._trie: TokenTrie | None = None
         self._prepared: weakref.WeakKeyDictionary[Grammar, AutomatonTables] = weakref.WeakKeyDictionary()
-        self._open: weakref.WeakSet[Grammar] = weakref.WeakSet()  # could not be closed: not tried again
+        self._open: weakref.WeakSet[Grammar] = weakref.WeakSet()  # could not be closed, and are not tried again
         self._lock = threading.Lock()
 
     def close(self, grammar: CompiledGrammar) -> bool:
-        """Try to close a grammar within the limits, and prepare it. True where it can run on the device."""
+        """Try to close a grammar within the limits, and prepare it. Return whether it can run on the device."""
         if grammar in self._open:
             return False
         start_s = time.monotonic()
@@ -62,9 +62,9 @@ class DeviceGrammars:
         return tables is not None
 
     def acquire(self, grammar: Grammar) -> int | None:
-        """Copy a grammar to the device, or find it there, for one more sequence. `release` it in the end.
+        """Copy a grammar to the device, or find it there, for one more sequence. Each call needs a `release`.
 
-        Returns the arena's number of the grammar's state 0; None where the grammar is not closed, or has no room.
+        Returns the arena's number of the grammar's state 0; None if the grammar is not closed, or there is no room.
         """
         tables = self.prepare(grammar)
         if tables is None:
@@ -76,11 +76,11 @@ class DeviceGrammars:
             return None
 
     def release(self, grammar: Grammar) -> None:
-        """A sequence needs the grammar no more."""
+        """Note that a sequence no longer needs the grammar."""
         self.arena.release(grammar)
 
     def prepare(self, grammar: Grammar) -> AutomatonTables | None:
-        """A closed grammar's tables, with ways to the end and classes of masks; None where it is open or too large."""
+        """Return a closed grammar's tables, with paths to the end and mask classes; None if it is open or too large."""
         with self._lock:
             found = self._prepared.get(grammar)
             if found is not None:

@@ -1,4 +1,4 @@
-"""What to say of a constrained text that `max_tokens` ended before it was whole."""
+"""The message for a constrained text that `max_tokens` ended before it was complete."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from ramet.runtime.types import FinishReason, Grammar, Sequence
 
 
 def why_incomplete(sequence: Sequence) -> str | None:
-    """Say why the text of a sequence that was cut is no text of its grammar; None where it is one, or was not cut.
+    """Return why a cut-off text does not match its grammar; None if it matches, or was not cut off.
 
     Walks through the output once. The first call for a grammar also finds its shortest text.
     """
@@ -29,7 +29,7 @@ def why_incomplete(sequence: Sequence) -> str | None:
 
 
 def state_after(grammar: Grammar, tokens: list[int]) -> int | None:
-    """The state behind a text; None past an end token, which a request may ignore."""
+    """Return the state after a text; None past an end token, which a request may ignore."""
     state: int | None = 0
     for token in tokens:
         state = None if state is None else grammar.advance(state, token)

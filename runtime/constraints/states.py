@@ -1,11 +1,11 @@
-"""Which automaton state every constrained sequence is in, and what that means for a step.
+"""The automaton states of constrained sequences, and their work in a step.
 
-A closed grammar runs on the device: its tables lie in the arena, and steps mask, advance and finish its sequences
+A closed grammar runs on the device: its tables are in the arena, and steps mask, advance and finish its sequences
 without the host. All other grammars run on the host, where each of their sequences has a `HostAutomaton`.
 
-Steps ask the host's grammars for work in two methods only, `masks` and `advance`: that is where such work can be
-limited. Beside them, a text's tokens are walked once where its sequence joins again after a preemption
-(`arena_states`), and where max_tokens cut it (`why_incomplete`).
+Steps use the host's grammars in two methods only, `masks` and `advance`, so that their work can be limited there. In
+addition, a text's tokens are walked once when its sequence joins again after a preemption (`arena_states`), and when
+max_tokens cuts it off (`why_incomplete`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LogprobOf = Callable[[int, int], float]
 
 @dataclass(slots=True)
 class HostMasks:
-    """Masks that the host computed. words: int32 [R, W], one row for each item that samples; rows: those that mask."""
+    """Masks computed by the host. words: int32 [R, W], one row for each sampling item. rows: the rows with a mask."""
 
     rows: list[int]
     words: NDArray[np.int32]
@@ -39,11 +39,11 @@ class HostMasks:
 class GrammarStates:
     """The grammar states of one engine's sequences. Called on the engine's thread.
 
-    A grammar that raises ends its own request only: its error waits in `take_failures`.
+    An error of a grammar ends only its own request; `take_failures` returns it.
     """
 
     def __init__(self, vocab_size: int, computes_run: ComputesRun, device: DeviceGrammars | None = None) -> None:
-        """Without `device`, the host masks all grammars."""
+        """`device` None: the host masks all grammars."""
         self.device = device
         self._computes_run = computes_run
         self._num_words = -(-vocab_size // 32)
@@ -52,7 +52,7 @@ class GrammarStates:
         self._failures: dict[Sequence, Exception] = {}
 
     def add(self, sequence: Sequence) -> None:
-        """Take in a new sequence: on the device where its grammar is closed and has room, else on the host."""
+        """Add a new sequence: on the device if its grammar is closed and there is room, else on the host."""
         grammar = sequence.request.grammar
         if grammar is None:
             return
@@ -63,7 +63,7 @@ class GrammarStates:
             self._on_device[sequence] = base
 
     def release(self, sequence: Sequence) -> None:
-        """Forget a sequence that has ended. Nothing happens where it is not known."""
+        """Remove an ended sequence. Do nothing if it is unknown."""
         self._on_host.pop(sequence, None)
         if self._on_device.pop(sequence, None) is not None:
             assert self.device is not None
@@ -71,18 +71,18 @@ class GrammarStates:
             self.device.release(sequence.request.grammar)
 
     def is_on_host(self, sequence: Sequence) -> bool:
-        """True where the host masks the sequence, so that it must know each token before the next step."""
+        """Return whether the host masks the sequence, so that it must know each token before the next step."""
         return sequence in self._on_host
 
     def take_failures(self) -> dict[Sequence, Exception]:
-        """The errors of grammars since the last call; their sequences are to be ended."""
+        """Return the errors of grammars since the last call. The caller must end their sequences."""
         failures, self._failures = self._failures, {}
         return failures
 
     # --- a step
 
     def masks(self, batch: Batch) -> HostMasks | None:
-        """Masks of the rows that sample; None where the host masks none of them."""
+        """Return the masks of the sampling rows; None if the host masks none of them."""
         if not self._on_host:
             return None
         sampled = [item.sequence for item in batch.items if item.samples]
@@ -99,7 +99,7 @@ class GrammarStates:
         return HostMasks(rows, words)
 
     def arena_states(self, items: Iterable[ScheduledSequence]) -> list[int] | None:
-        """The arena's state of each row that joins: where its text so far has led. None where none is constrained."""
+        """Return the arena's state of each joining row, after its text so far. None if no row is constrained."""
         if self.device is None or not (self._on_device or self._on_host):
             return None
         return [self._arena_state(self.device.arena, item.sequence) for item in items]
@@ -109,8 +109,8 @@ class GrammarStates:
     ) -> tuple[list[RowOutput], list[tuple[int, int]]]:
         """Advance the host's automata by a step's tokens.
 
-        Returns the outputs, in which some tokens are replaced so that their texts can be finished and others are
-        followed by forced ones; and (slot, token) of the replaced ones, which the device must be told.
+        Returns the outputs, and (slot, token) of the replaced tokens, which the device must know. In the outputs, some
+        tokens are replaced so that their texts can be finished, and some are followed by forced ones.
         """
         if not self._on_host:
             return outputs, []
@@ -138,9 +138,9 @@ class GrammarStates:
         return result, replaced
 
     def _advance(self, automaton: HostAutomaton, sampled: int, num_rows: int) -> list[int]:
-        """The token that is taken, and the tokens that are appended to it because they must follow.
+        """Return the token taken, and the forced tokens that are appended to it.
 
-        A forced run that would gain nothing in a step of `num_rows` is left to decoding, which gives the same tokens.
+        A forced run without a gain in a step of `num_rows` rows is left to decoding, which gives the same tokens.
         """
         token = automaton.take(sampled)
         run = automaton.forced_run(token)
