@@ -1,8 +1,8 @@
-"""A conversation as token ids, in which only the chat template itself can write special tokens.
+"""A conversation as token ids, in which only the chat template can write special tokens.
 
-A conversation is rendered to text, and that text is parsed for special tokens. A message that spells `<|im_end|>` could
-so end its own turn and forge the next one. Therefore such spellings are put between marks before rendering, and marked
-spellings are encoded as text.
+A conversation is rendered to text, and that text is parsed for special tokens. So a message that spells `<|im_end|>`
+could end its own turn and forge the next one. To prevent this, such spellings are put between marks before rendering,
+and marked spellings are encoded as plain text.
 Source: transformers 5's `sanitize_control_tokens` for the idea of marking what comes from outside.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 from ramet.runtime.text.chat_template import Message, ToolSchema
 from ramet.runtime.text.tokenizer import Tokenizer
 
-# The marks: private-use characters, which are first taken out of what comes from outside.
+# The marks: private-use characters, which are first removed from outside text.
 _OPEN, _CLOSE = "\uf8f0", "\uf8f1"
 
 
@@ -28,7 +28,7 @@ def render_marked(
     continue_final_message: bool = False,
     variables: Mapping[str, Any] | None = None,
 ) -> str:
-    """The text of a conversation by the tokenizer's chat template, with marks: for `encode_marked`.
+    """Render a conversation by the tokenizer's chat template, with marks for `encode_marked`.
 
     Parameters and errors are those of `ChatTemplate.render`.
     """
@@ -43,11 +43,11 @@ def render_marked(
 
 
 def encode_marked(tokenizer: Tokenizer, text: str, *, continues: bool = False) -> list[int]:
-    """Token ids of a marked text, or of a piece of one. `continues`: it follows other text."""
+    """Return the token ids of a marked text, or of a piece of one. `continues`: it follows other text."""
     if _OPEN not in text and _CLOSE not in text:
         return tokenizer.encode(text, parse_special=True, continues=continues)
     spelled = _spellings(tokenizer)
-    # A template may cut a string anywhere. A mark that lost its partner is dropped, and still parts the text around it.
+    # A template may cut a string anywhere. A mark without its partner is dropped, but still divides the text there.
     pieces = re.split(f"({_OPEN}(?:{spelled.pattern}){_CLOSE})|[{_OPEN}{_CLOSE}]", text)
     runs: list[str | int] = []
     for index, piece in enumerate(pieces):
@@ -74,7 +74,7 @@ def _spellings(tokenizer: Tokenizer) -> re.Pattern[str]:
 
 
 def _append_text(runs: list[str | int], text: str) -> None:
-    """Add text to the last run if that is text, too: what adjoins is tokenised together."""
+    """Append text, and merge it with a last run of text, because adjoining text is tokenised together."""
     if runs and isinstance(runs[-1], str):
         runs[-1] += text
     elif text:
@@ -82,7 +82,7 @@ def _append_text(runs: list[str | int], text: str) -> None:
 
 
 def _marked(value: Any, spelled: re.Pattern[str]) -> Any:
-    """A copy of a JSON value in which special spellings stand between marks; keys of objects are left alone."""
+    """Return a copy of a JSON value with special spellings between marks. Keys of objects stay unchanged."""
     if isinstance(value, str):
         plain = value.replace(_OPEN, "").replace(_CLOSE, "")
         return spelled.sub(lambda match: f"{_OPEN}{match[0]}{_CLOSE}", plain)

@@ -1,11 +1,11 @@
 """The model's own chat template: the text of a conversation, and the text that one message adds to it.
 
-`render` gives what transformers' `apply_chat_template` gives. A program, however, appends to its conversation piece by
-piece: `role_text` says what to append when a message opens and when it closes. Some templates write an earlier message
-differently once others follow it (Qwen3 drops the reasoning of earlier turns). What a program has appended stays as it
-is, and the text between two messages is right all the same.
+`render` returns the same text as transformers' `apply_chat_template`. A program, however, appends to its conversation
+piece by piece: `role_text` returns the text to append when a message opens and when it closes. Some templates write an
+earlier message differently once others follow it (Qwen3 drops the reasoning of earlier turns). A program's appended
+text stays unchanged; the text between two messages is still right.
 
-Templates come from strangers: they run in Jinja's sandbox, on plain JSON values only.
+Templates are untrusted: they run in Jinja's sandbox, on plain JSON values only.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ PLAIN_TEMPLATE = (
 )
 _PLAIN_STOPS = ("\n\n### ",)
 
-# Stand for contents while the text around them is looked for. They are words, so that trimming keeps them whole.
+# Stand-ins for contents while the text around them is searched. They are words, so that trimming keeps them whole.
 _MARK, _NEW_MARK = "RametMarkPrevious", "RametMarkNew"
 
 
 @dataclass(frozen=True, slots=True)
 class RoleText:
-    """What a message adds to a conversation before its content and after it."""
+    """The text that a message adds to a conversation before its content and after it."""
 
     before: str
     after: str
@@ -50,7 +50,7 @@ class RoleText:
 class ChatTemplate:
     """A compiled template. Thread-safe.
 
-    `stop_strings`: end an assistant's turn where no token does, which is so for the plain default only.
+    `stop_strings`: strings that end an assistant's turn if no token does. Only the plain default has them.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class ChatTemplate:
 
     @classmethod
     def plain(cls, special_texts: Mapping[str, str] | None = None) -> ChatTemplate:
-        """The default for a model without a template: `### User:`, a line break, the content, an empty line."""
+        """Return the default for a model without a template: `### User:`, a line break, the content, an empty line."""
         return cls(PLAIN_TEMPLATE, special_texts=special_texts, stop_strings=_PLAIN_STOPS)
 
     def render(
@@ -86,11 +86,11 @@ class ChatTemplate:
         continue_final_message: bool = False,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """The text of a conversation, special tokens spelled out.
+        """Return the text of a conversation, with special tokens spelled out.
 
-        `continue_final_message`: leave the last message open, to be continued. `variables`: what else the template
-        reads, such as `enable_thinking`.
-        Raises: InvalidRequest (param `messages`) with the template's own words when it refuses the conversation.
+        `continue_final_message`: leave the last message open, to be continued. `variables`: further variables of the
+        template, such as `enable_thinking`.
+        Raises: InvalidRequest (param `messages`) with the template's own message if it refuses the conversation.
         """
         if not messages:
             raise InvalidRequest("messages is empty; a conversation needs at least one", param="messages")
@@ -111,13 +111,13 @@ class ChatTemplate:
         tools: Sequence[ToolSchema] | None = None,
         variables: Mapping[str, Any] | None = None,
     ) -> RoleText:
-        """What to append when a message of `role` opens after the messages `previous`, and when it closes.
+        """Return the text to append when a message of `role` opens after the messages `previous`, and when it closes.
 
         The assistant's opening is the generation prompt. Some templates show a message only together with the next one
-        (Gemma puts the system message at the head of the first user turn); then a user message is taken to follow. The
-        content goes between the two texts as it is, even where the template would trim it.
+        (Gemma puts the system message at the start of the first user turn); a user message is then assumed to follow.
+        The content goes between the two texts unchanged, even if the template would trim it.
 
-        Raises: InvalidRequest where the template refuses or drops such a message here, or writes the end of the last
+        Raises: InvalidRequest if the template refuses or drops such a message here, or writes the end of the last
         message differently once this one follows.
         """
         shown = [_plain_message(message, index) for index, message in enumerate(previous)]
@@ -126,7 +126,7 @@ class ChatTemplate:
         if shown:
             shown[-1]["content"] = _MARK
             alone = self._render(shown, False, tools, variables)
-            # Where it is not shown alone, nothing was appended after its content; the next opening does that.
+            # If it is not shown alone, nothing is appended after its content; the next opening does that.
             close = alone[alone.rindex(_MARK) + len(_MARK) :] if _MARK in alone else ""
         whole = self._render([*shown, new], False, tools, variables)
         if _NEW_MARK not in whole and role != "user":
@@ -143,7 +143,7 @@ class ChatTemplate:
         return RoleText(before, after)
 
     def _between(self, shown: list[dict[str, Any]], close: str, text: str, role: str) -> str:
-        """The opening of a new message: what `text` has behind the last message of `shown` and its `close`."""
+        """Return the opening of a new message: the part of `text` after the last message of `shown` and its `close`."""
         if not shown:
             return text
         last = shown[-1]["role"]
@@ -220,7 +220,7 @@ def _plain_message(message: Message, index: int) -> dict[str, Any]:
 
 
 def _text_content(content: object, index: int) -> str:
-    """A message's content as text; None (a message of tool calls alone) is empty."""
+    """Return a message's content as text. None (a message with only tool calls) is empty."""
     if content is None:
         return ""
     if isinstance(content, str):
@@ -233,7 +233,7 @@ def _text_content(content: object, index: int) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Rebuild a value of JSON types alone: a template must not reach an object's methods."""
+    """Rebuild a value from JSON types only, so that a template can't reach an object's methods."""
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):
@@ -250,7 +250,7 @@ def _plain(value: Any) -> Any:
 
 
 def _compile(source: str) -> jinja2.Template:
-    """The environment of transformers' `apply_chat_template`: same options, filters and functions."""
+    """Compile a template with the options, filters and functions of transformers' `apply_chat_template`."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols]
     )
@@ -264,7 +264,7 @@ def _compile(source: str) -> jinja2.Template:
 
 
 class _GenerationBlock(jinja2.ext.Extension):
-    """`{% generation %} ... {% endgeneration %}` marks text to train on; here it stands for its content."""
+    """`{% generation %} ... {% endgeneration %}` marks text to train on. Here it renders only its content."""
 
     tags = {"generation"}  # noqa: RUF012  (Jinja's own interface)
 
@@ -280,7 +280,7 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Jinja's own filter escapes HTML, which a prompt must not contain."""
+    """Write JSON without HTML escapes, which Jinja's own filter adds and a prompt must not contain."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

@@ -1,7 +1,7 @@
-"""Turn token ids into text as they come, and find stop strings in that text.
+"""Incremental detokenizing: turns token ids into text as they come, and finds stop strings in that text.
 
-A token costs time for its own bytes, not for the text so far. The bytes of an incomplete character are held back, and
-so is text that may turn out to be the beginning of a stop string.
+A token costs time for its own bytes only, not for the text so far. The bytes of an incomplete character are held back,
+and so is text that may be the beginning of a stop string.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ class Detokenizer:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_ids: Iterable[int]) -> str:
-        """The text that these tokens complete. Special tokens have no text."""
+        """Return the text that these tokens complete. Special tokens have no text."""
         token_bytes = self._token_bytes
         return self._decoder.decode(b"".join([token_bytes[token] for token in token_ids]))
 
     def flush(self) -> str:
-        """The end of the text: U+FFFD where a character was cut off, else "". The next push begins a new text."""
+        """Return the end of the text: U+FFFD if a character was cut off, else "". The next push begins a new text."""
         rest = self._decoder.decode(b"", final=True)
         self._decoder.reset()
         return rest
@@ -34,9 +34,9 @@ class Detokenizer:
 class StopStringScanner:
     """Looks for stop strings in a stream of text, and holds back text that may become one.
 
-    The stop string that is complete first matches; of several that end with the same character, the longest. How the
-    text is cut into pieces makes no difference. After a match no more text is given out. `matched`: the stop string
-    that matched. `num_kept`: characters given out so far; after a match, where the stop string begins. Source:
+    The stop string that is complete first matches; of several that end at the same character, the longest. The cuts
+    between pieces make no difference. After a match no more text is returned. `matched`: the stop string that matched.
+    `num_kept`: the number of characters returned so far; after a match, the start of the stop string. Source:
     Knuth-Morris-Pratt, run for each stop string.
     """
 
@@ -54,7 +54,7 @@ class StopStringScanner:
         self.num_kept = 0
 
     def push(self, text: str) -> tuple[str, str | None]:
-        """Take in text. Returns the text that can be given out now, and the stop string that matched, if any."""
+        """Take the next text. Return the text that is released now, and the stop string that matched, if any."""
         if self.matched is not None:
             return "", self.matched
         for position, character in enumerate(text):
@@ -76,7 +76,7 @@ class StopStringScanner:
         return self._give(known[:border], known[border:]), None
 
     def flush(self, text: str = "") -> str:
-        """Take in the last text. Returns it with what was held back, up to a stop string in it; "" after a match."""
+        """Take the last text. Return it with the held-back text, up to a stop string in it; "" after a match."""
         safe, matched = self.push(text)
         return safe if matched is not None else safe + self._give(self._held, "")
 
@@ -100,9 +100,9 @@ def _failure_table(pattern: str) -> list[int]:
 
 
 def count_kept_tokens(token_bytes: Sequence[bytes], token_ids: Sequence[int], text: str) -> int:
-    """How many of the first tokens lie wholly inside `text`, which is a prefix of their decoded text.
+    """Count the leading tokens that lie wholly inside `text`, which is a prefix of their decoded text.
 
-    A token that `text` cuts does not count, nor do special tokens behind its last character.
+    A token that `text` cuts does not count. Special tokens after its last character don't count either.
     """
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     position = kept = 0

@@ -1,9 +1,9 @@
-"""What a program's roles and tools write into a branch, as the model's chat template writes them.
+"""The text that a program's roles and tools add to a branch, as the model's chat template writes it.
 
-A branch only grows, so what a message writes depends only on the roles before it; the template is asked once for each
-such sequence of roles. Where a template has no messages for the results of tools, results are written into a user's
-message, neighbouring results into the same one. Where it does not show tools, or they are declared after the first
-message, their description is written into a message of its own.
+A branch only grows, so a message's text depends only on the roles before it. The template is rendered once for each
+such sequence of roles. If a template has no messages for tool results, results are written into a user message;
+adjoining results share one. If it does not show tools, or they are declared after the first message, their description
+is written into a separate message.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ _OPEN_RESULT, _CLOSE_RESULT = "<tool_response>\n", "\n</tool_response>"
 class _Talk:
     """A branch's messages so far.
 
-    `roles`: one for each message. `tools`: those that the template shows, as JSON. `opening`: a description of tools
-    that is still to be written, into the first message. `is_in_result`: the last message is a user's with results of
-    tools, and is not closed yet.
+    `roles`: one for each message. `tools`: the tools that the template shows, as JSON. `opening`: a description of
+    tools that must still be written into the first message. `is_in_result`: the last message is an open user message with
+    tool results.
     """
 
     roles: tuple[str, ...] = ()
@@ -37,10 +37,10 @@ class _Talk:
 
 
 class RoleMarks:
-    """What one chat template writes before and after contents. Thread-safe: at worst a mark is computed twice.
+    """The text of one chat template before and after contents. Thread-safe: at worst a mark is computed twice.
 
-    Marks are kept by the roles before them, so that thousands of branches cost one rendering. It is assumed that a mark
-    does not depend on the contents of messages.
+    Marks are cached by the roles before them, so that thousands of branches cost one rendering. This assumes that a
+    mark does not depend on the contents of messages.
     """
 
     def __init__(self, template: ChatTemplate) -> None:
@@ -54,9 +54,9 @@ class RoleMarks:
         return tool_style(self._template)
 
     def text(self, before: Sequence[ir.AnyNode], node: ir.Role | ir.Tools) -> str:
-        """The text that a node adds to its branch. `before`: the nodes of the branch before it, root first.
+        """Return the text that a node adds to its branch. `before`: the nodes of the branch before it, root first.
 
-        Raises: InvalidRequest where the template refuses such a message here.
+        Raises: InvalidRequest if the template refuses such a message here.
         """
         talk = _Talk()
         for one in before:
@@ -104,7 +104,7 @@ class RoleMarks:
         return _Talk((*talk.roles, role), talk.tools), text + added
 
     def _describe(self, roles: tuple[str, ...], description: str) -> tuple[str, str]:
-        """The role and text of a message that describes tools: the user's where the template refuses the system's."""
+        """Return role and text of a message that describes tools: the user's if the template refuses the system's."""
         for role in ("system", "user"):
             try:
                 mark = self._mark(roles, role, "")

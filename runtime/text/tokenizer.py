@@ -1,7 +1,7 @@
 """Text to token ids and back, and the exact bytes of every token.
 
-`Tokenizer` is the protocol that the rest of Ramet relies on. `SubwordTokenizer` implements it for models: byte-level
-BPE, or SentencePiece with byte fallback, run by the `tokenizers` package. Not here: reading a model's files
+`Tokenizer` is the protocol that the rest of Ramet uses. `SubwordTokenizer` implements it for models: byte-level
+BPE, or SentencePiece with byte fallback, by the `tokenizers` package. Not here: reading a model's files
 (models/tokenizer_files.py), a tokenizer for tests (testing/byte_tokenizer.py), incremental decoding (detokenizer.py).
 """
 
@@ -23,7 +23,7 @@ _SPACE_MARK = "▁"  # SentencePiece's visible space
 
 
 class Tokenizer(Protocol):
-    """What the engine, grammars and programs need of a tokenizer.
+    """The interface of a tokenizer for the engine, grammars and programs.
 
     `token_bytes[id]`: the bytes that a token stands for. They are empty for special tokens and for ids that only pad
     the model's vocabulary; all of these are in `special_ids`. `vocab_size`: len(token_bytes), the width of the model's
@@ -43,30 +43,30 @@ class Tokenizer(Protocol):
     def encode(
         self, text: str, *, add_special: bool = False, parse_special: bool = False, continues: bool = False
     ) -> list[int]:
-        """Token ids of `text`.
+        """Return the token ids of `text`.
 
-        `add_special`: begin with the begin-of-text token where the model wants one, but never twice. `parse_special`:
-        the spelling of a special token becomes that token, which is meant for the text of a chat template; text from
-        outside must not be parsed, or it could forge a role. `continues`: the text follows other text, so a
-        SentencePiece tokenizer must not put a space before it.
+        `add_special`: begin with the begin-of-text token if the model uses one, but never twice. `parse_special`:
+        the spelling of a special token becomes that token. This is for the text of a chat template; outside text must
+        not be parsed, or it could forge a role. `continues`: the text follows other text, so a SentencePiece tokenizer
+        must not put a space before it.
 
         Raises: InvalidRequest for text that UTF-8 cannot write.
         """
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
-        """The text of `ids`; bytes that form no character become U+FFFD. `skip_special`: leave special tokens out."""
+        """Return the text of `ids`. Invalid bytes become U+FFFD. `skip_special`: leave special tokens out."""
 
     def token_id(self, token: str) -> int | None:
-        """The id of a token by its spelling in the vocabulary (`<|im_end|>`); None where there is no such token."""
+        """Return the id of a token by its spelling in the vocabulary (`<|im_end|>`); None if there is no such token."""
 
 
 def half_a_pair(error: UnicodeEncodeError) -> InvalidRequest:
-    """The error of a text that holds half of a surrogate pair."""
+    """Return the error for a text that contains half of a surrogate pair."""
     return InvalidRequest(f"a text is not valid Unicode: it holds {error.object[error.start : error.end]!r} alone")
 
 
 class SubwordTokenizer:
-    """A `Tokenizer` over a `tokenizers.Tokenizer`. Immutable after its birth; safe to use from several threads."""
+    """A `Tokenizer` over a `tokenizers.Tokenizer`. Immutable after construction; thread-safe."""
 
     def __init__(
         self,
@@ -80,7 +80,7 @@ class SubwordTokenizer:
         special_ids: Iterable[int] = (),
         chat_template: ChatTemplate | None = None,
     ) -> None:
-        """Take over `backend`. `vocab_size`: the width of the logits, where it is larger than the vocabulary."""
+        """Wrap `backend`. `vocab_size`: the width of the logits, if it is larger than the vocabulary."""
         backend.encode_special_tokens = True
         backend.no_padding()
         backend.no_truncation()
@@ -103,7 +103,7 @@ class SubwordTokenizer:
         self._add_bos = add_bos and bos_id is not None
         self._spec = spec
         self._has_prefix_space = _has_prefix_space(spec)
-        # A backend either parses special tokens or does not, and adds a prefix space or does not: one for each case.
+        # Parsing special tokens and adding a prefix space are fixed in a backend, so each combination has its own.
         self._backends: dict[tuple[bool, bool], tokenizers.Tokenizer] = {(False, False): backend}
         self._backends_lock = threading.Lock()
         specials = {"bos_token": bos_id, "pad_token": pad_id, "eos_token": next(iter(eos_ids), None)}
@@ -138,7 +138,7 @@ class SubwordTokenizer:
         return self._vocabulary.get(token)
 
     def token_text(self, token: int) -> str:
-        """A token's spelling in the vocabulary; "" for an id that only pads it."""
+        """Return a token's spelling in the vocabulary; "" for an id that only pads it."""
         return self._spelling.get(token, "")
 
     def _backend(self, parse_special: bool, continues: bool) -> tokenizers.Tokenizer:
@@ -156,7 +156,7 @@ class SubwordTokenizer:
 
 
 def _steps(part: Mapping[str, Any] | None) -> Sequence[Mapping[str, Any]]:
-    """The steps of a normalizer, pre-tokenizer or decoder, nested ones included."""
+    """Return the steps of a normalizer, pre-tokenizer or decoder, including nested ones."""
     if part is None:
         return ()
     if part["type"] != "Sequence":
@@ -170,7 +170,7 @@ def _steps(part: Mapping[str, Any] | None) -> Sequence[Mapping[str, Any]]:
 
 
 def _has_prefix_space(spec: Mapping[str, Any]) -> bool:
-    """True for SentencePiece tokenizers that put a space before the text (Llama 2, Mistral)."""
+    """Return True for SentencePiece tokenizers that put a space before the text (Llama 2, Mistral)."""
     return any(
         step["type"] == "Prepend" and step.get("prepend") == _SPACE_MARK for step in _steps(spec["normalizer"])
     ) or any(
@@ -192,7 +192,7 @@ def _without_prefix_space(spec: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def byte_alphabet() -> dict[str, int]:
-    """The byte that each printable character of byte-level BPE stands for. Source: GPT-2's `bytes_to_unicode`."""
+    """Return the byte of each printable character of byte-level BPE. Source: GPT-2's `bytes_to_unicode`."""
     kept = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     alphabet = {chr(byte): byte for byte in kept}
     others = (byte for byte in range(256) if byte not in set(kept))
@@ -232,5 +232,5 @@ def _bytes_of_tokens(
 def _byte_level_bytes(spelling: str, alphabet: Mapping[str, int]) -> bytes:
     try:
         return bytes([alphabet[character] for character in spelling])
-    except KeyError:  # an added token that was merged into the vocabulary in plain spelling
+    except KeyError:  # an added token that is in the vocabulary in plain spelling
         return spelling.encode("utf-8", errors="surrogateescape")

@@ -1,10 +1,9 @@
-"""How a model writes tool calls, found out from its chat template.
+"""The format of a model's tool calls, detected from its chat template.
 
-The template is given a conversation with a call, and the known format that can read what it writes is the model's.
-Where none can, a format is made from what it writes. A template that knows nothing of tools gets them described in
-text.
+The template renders a conversation with a call. The known format that can parse the result is the model's. If none can,
+a format is derived from the result. If a template does not support tools, they are described in text.
 
-Not here: reading calls as their text comes (grammar/tools/events.py), OpenAI's form of them (server/openai).
+Not here: parsing calls as their text comes (grammar/tools/events.py), OpenAI's form of calls (server/openai).
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ _TOOL: Json = {
 
 @dataclass(frozen=True, slots=True)
 class ToolStyle:
-    """How a model is told of tools, calls them and gets their results.
+    """The form in which a model receives tools, calls them, and receives their results.
 
     `shows_tools`, `shows_calls`, `shows_results`: the template writes these itself; else they are written into the
     contents of messages. `max_calls`: the most calls in one answer; None: any number. `id_length`: the characters of a
@@ -56,7 +55,7 @@ class ToolStyle:
 
     @property
     def format_source(self) -> str | Json:
-        """The format as tool sets name it: by its name where it has one, else by its fields."""
+        """The format in the form of tool sets: its name if it has one, else its fields."""
         for name, known in FORMATS.items():
             if known == self.format:
                 return name
@@ -69,7 +68,7 @@ class ToolStyle:
         return "".join(secrets.choice(alphabet) for _ in range(self.id_length))
 
     def adapt(self, messages: Sequence[Json], tools: Sequence[Json] | None) -> tuple[list[Json], list[Json] | None]:
-        """Messages and tools in the form that this template can show."""
+        """Convert messages and tools to the form that this template can show."""
         adapted = [self._adapted(message) for message in messages]
         if not self.shows_results:
             adapted = _with_results_as_text(adapted)
@@ -91,7 +90,7 @@ class ToolStyle:
         return plain
 
     def written(self, calls: Sequence[tuple[str, str]]) -> str:
-        """The text of some calls, (name, arguments as JSON text) each, as this model writes it."""
+        """Return the text of calls, each (name, arguments as JSON text), as this model writes it."""
         layout = self.format
         one = (
             layout.before_name + name + layout.before_arguments + given + layout.after_arguments
@@ -100,7 +99,7 @@ class ToolStyle:
         return layout.begin + layout.separator.join(one) + layout.end
 
     def description(self, tools: Sequence[Json]) -> str:
-        """A text that tells the model of tools and how to call them, for templates that do not show tools."""
+        """Return a text that describes tools and how to call them, for templates that do not show tools."""
         listed = "\n".join(json.dumps(tool["function"], ensure_ascii=False, separators=(",", ":")) for tool in tools)
         example = self.written([("NAME", "ARGUMENTS")])
         return (
@@ -118,7 +117,7 @@ class ToolStyle:
         answer: object,
         in_order: bool = False,
     ) -> Json:
-        """A tool set in JSON, whose fields grammar/tools/tool_set.py describes.
+        """Return a tool set in JSON, whose fields grammar/tools/tool_set.py describes.
 
         `choice`: as there. `answer`: the JSON schema of an answer without calls; None: any text. `in_order`: properties
         come in the order of their schemas.
@@ -135,15 +134,15 @@ class ToolStyle:
         return source if answer is None else {**source, "answer": answer}
 
     def shown_specials(self, special_tokens: Mapping[str, int]) -> dict[int, str]:
-        """The special tokens that write parts of calls, with their spellings: they count as text of the answer."""
+        """Return the special tokens that write parts of calls, with their spellings. They count as answer text."""
         layout = self.format
         text = "".join((layout.begin, layout.before_name, layout.before_arguments, layout.after_arguments, layout.end))
         return {token: spelling for spelling, token in special_tokens.items() if spelling and spelling in text}
 
     def read_calls(self, answer: bytes) -> dict[str, object]:
-        """Read an answer as {"text": what is said beside calls, "calls": [{"name": ..., "arguments": {...}}]}.
+        """Parse an answer to {"text": the text without calls, "calls": [{"name": ..., "arguments": {...}}]}.
 
-        Raises ValueError where a call is cut off, or its arguments are no JSON object.
+        Raises ValueError if a call is cut off, or its arguments are not a JSON object.
         """
         reader = ToolCallReader(self.format)
         text: list[str] = []
@@ -166,7 +165,7 @@ class ToolStyle:
 
 
 def _with_results_as_text(messages: list[Json]) -> list[Json]:
-    """Write results of tools into user messages, neighbouring ones into the same one: roles may have to alternate."""
+    """Write tool results into user messages. Adjoining ones share a message, because roles may have to alternate."""
     out: list[Json] = []
     is_open = False
     for message in messages:
@@ -184,7 +183,7 @@ def _with_results_as_text(messages: list[Json]) -> list[Json]:
 
 
 def tool_style(template: ChatTemplate) -> ToolStyle:
-    """Find out from a template how its model calls tools. Renders it several times."""
+    """Detect from a template how its model calls tools. Renders it several times."""
     shown = _rendered(template, [_USER], tools=[_TOOL])
     shows_tools = shown is not None and _NAME in shown
     for id_length in (None, 9):
@@ -229,7 +228,7 @@ def _answer(num_calls: int, id_length: int | None) -> Json:
 def _rendered(
     template: ChatTemplate, messages: Sequence[Json], *, tools: Sequence[Json] | None = None, is_open: bool = False
 ) -> str | None:
-    """The template's text; None where it refuses the conversation."""
+    """Return the template's text; None if it refuses the conversation."""
     try:
         return template.render(messages, add_generation_prompt=is_open, tools=tools)
     except InvalidRequest:
@@ -237,7 +236,7 @@ def _rendered(
 
 
 def _format_of(template: ChatTemplate, text: str, answer: Json) -> ToolFormat | None:
-    """The known format that can read what the template wrote, or one made from that; None where neither is possible."""
+    """Return the known format that can parse the template's text, or one derived from it; None if neither works."""
     compact = re.sub(r"\s", "", text)
     for layout in FORMATS.values():
         head = re.sub(r"\s", "", layout.begin + layout.before_name + _NAME + layout.before_arguments)
@@ -252,17 +251,17 @@ def _format_of(template: ChatTemplate, text: str, answer: Json) -> ToolFormat | 
 
 
 def _as_written(layout: ToolFormat, text: str) -> ToolFormat:
-    """The format, with the white space that the template writes before the first call: the model has learnt that."""
+    """Return the format with the template's white space before the first call, which the model has learnt."""
     if not layout.begin:
         return layout
     begin, name = (r"\s*".join(map(re.escape, "".join(part.split()))) for part in (layout.begin, layout.before_name))
     found = re.search(rf"({begin}\s*){name}\s*{_NAME}", text)
-    assert found is not None  # it was found without white space
+    assert found is not None  # it was detected without white space
     return dataclasses.replace(layout, begin=found[1])
 
 
 def _derived_format(template: ChatTemplate, text: str) -> ToolFormat | None:
-    """A format made from one written call. Its marker is the text before the first brace, or before the name."""
+    """Derive a format from one written call. Its marker is the text before the first brace, or before the name."""
     opened = _rendered(template, [_USER], tools=[_TOOL], is_open=True)
     plain = _rendered(template, [_USER, {"role": "assistant", "content": _CONTENT}], tools=[_TOOL])
     arguments = _ARGUMENTS.search(text)
@@ -292,7 +291,7 @@ def _derived_format(template: ChatTemplate, text: str) -> ToolFormat | None:
 
 
 def _format_by_family(source: str) -> ToolFormat:
-    """The format for a template without tools: that of the family's model card, or Hermes tags where it has none."""
+    """Return the format for a template without tools: that of the family's model card, or else Hermes tags."""
     if "<start_of_turn>" in source:
         return FORMATS["gemma"]
     return FORMATS["smollm2" if "SmolLM" in source else "hermes"]
