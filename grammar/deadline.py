@@ -1,8 +1,8 @@
-"""A limit on the time that compiling may take, asked by the loops that can explode.
+"""A time limit for compiling, checked by the loops that can explode.
 
-The limit holds for the thread (the context) that set it, so that loops far below a compilation, which are shared by
-all, need no argument for it. It is a limit on the thread's own time: a schema is not too large because the machine
-is busy. Who waits for a compilation bounds the wall clock (`service`).
+The limit holds for the thread (the context) that set it, so that shared loops deep inside a compilation need no
+argument for it. It limits the thread's own time, because a busy machine does not make a schema too large. Those who
+wait for a compilation limit the wall-clock time (`service`).
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ class _Limit:
     """Owner: the thread that set it."""
 
     seconds: float
-    end: float  # of the thread's time
-    next_look: float  # of the wall clock: the thread's time cannot have run out before
+    end: float  # by the thread's time
+    next_look: float  # by the wall clock: the thread's time cannot run out before
 
 
 _limit: ContextVar[_Limit | None] = ContextVar("grammar deadline", default=None)
 
 
 class OutOfTime(GrammarTooLarge):
-    """The time limit was passed: on another day, or a faster machine, it might not have been."""
+    """The time limit was exceeded. The same compilation may succeed later, or on a faster machine."""
 
 
 class time_limit:
-    """Let `check` raise once this thread has worked for `seconds`, unless an outer limit ends sooner."""
+    """Make `check` raise once this thread has worked for `seconds`, or earlier if an outer limit ends sooner."""
 
     __slots__ = ("_seconds", "_token")
 
@@ -51,12 +51,15 @@ class time_limit:
 
 
 def is_set() -> bool:
-    """Does this thread work under a limit?"""
+    """Return whether this thread has a limit."""
     return _limit.get() is not None
 
 
 def check(name: str = "") -> None:
-    """Raises: OutOfTime past the limit, naming what was worked on (a JSON pointer, or a pattern). About 0.1 µs."""
+    """Check the limit. About 0.1 µs.
+
+    Raises: OutOfTime past the limit, with the `name` of the compiled part (a JSON pointer, or a pattern).
+    """
     limit = _limit.get()
     if limit is None or (now := time.monotonic()) < limit.next_look:
         return

@@ -1,11 +1,11 @@
-"""The intermediate grammar: how any source (regex, Lark, choices, tools, JSON schema) describes a language.
+"""The intermediate grammar: the common form of all sources (regex, Lark, choices, tools, JSON schema).
 
-A grammar is `NamedRules`: named rules, and the rule to start from; a rule's body is a `Node`. A language is a set of
-byte strings.
+A grammar is `NamedRules`: named rules, and the start rule. A rule's body is a `Node`. A grammar describes a language,
+which is a set of byte strings.
 
     Bytes(b"...")                      exactly these bytes (they need not be UTF-8)
-    Chars(((97, 122), (48, 57)))       one code point out of inclusive ranges, written in UTF-8
-    Concatenation((a, b, ...))         one after the other; Concatenation(()) is the empty string
+    Chars(((97, 122), (48, 57)))       one code point from inclusive ranges, as UTF-8
+    Concatenation((a, b, ...))         all parts in order; Concatenation(()) is the empty string
     Choice((a, b, ...))                any of them, no order and no priority; Choice(()) is the empty language
     Repeat(a, low, high | None)        low to high times; None: any number
     Lookahead(a, is_negative)          the rest of the surrounding Terminal must (not) start with a; no width
@@ -15,13 +15,13 @@ byte strings.
     Reference("rule")                  another rule; recursion of any kind is allowed, left recursion included
     JsonSchema(schema, options)        the JSON texts of the values that a JSON schema accepts
 
-What a source may rely on: every node can stand anywhere (but Lookahead only inside a Terminal, or where the whole
-grammar is regular); ambiguity is harmless, since only membership counts; parts from which no text can be finished are
-removed, so that a mask never leads to a dead end. A part without recursion becomes one table, which is fast; recursion
-runs on a stack of configurations, which grows as it is visited.
+Guarantees to a source: every node is allowed everywhere (except Lookahead, which must be inside a Terminal, or in a
+grammar that is regular as a whole). Ambiguity is harmless, because only membership counts. Parts from which no text can
+be finished are removed, so that a mask never leads to a dead end. A part without recursion becomes one table, which is
+fast. Recursion runs on a stack of configurations, which grows as it is visited.
 
-A regular expression is a Terminal; priorities and greediness do not exist here. Lark's `%ignore` is to be written into
-the rules by the source. `NamedRules.of(node)` wraps a grammar without named rules.
+A regular expression is a Terminal; priorities and greediness do not exist here. The source must write Lark's `%ignore`
+into the rules. `NamedRules.of(node)` wraps a grammar without named rules.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Bytes:
 
 @dataclass(frozen=True, slots=True)
 class Chars:
-    """One code point out of `ranges`, as UTF-8. Surrogates (D800-DFFF) have no UTF-8 form and never match."""
+    """One code point from `ranges`, as UTF-8. Surrogates (D800-DFFF) have no UTF-8 form and never match."""
 
     ranges: Ranges
 
@@ -79,7 +79,7 @@ class Repeat:
 
 @dataclass(frozen=True, slots=True)
 class Lookahead:
-    """No width: what follows, to the end of the Terminal, must start with `item` (or must not)."""
+    """A condition without width: the text up to the end of the Terminal must (or must not) start with `item`."""
 
     item: Node
     is_negative: bool = False
@@ -92,7 +92,7 @@ class Intersect:
 
 @dataclass(frozen=True, slots=True)
 class Complement:
-    """All UTF-8 texts but those of `item`."""
+    """All UTF-8 texts except those of `item`."""
 
     item: Node
 
@@ -123,10 +123,10 @@ class Reference:
 
 @dataclass(frozen=True, slots=True)
 class JsonOptions:
-    """How a JSON schema becomes a language.
+    """The options of turning a JSON schema into a language.
 
     mode: "exact", the schema's language with properties in any order; "declared_order", declared properties in declared
-    order and others only where the schema names them, integers without a fraction; "strict", OpenAI's structured-output
+    order, others only if the schema names them, and integers without a fraction; "strict", OpenAI's structured-output
     rules, checked first.
     whitespace: "compact", none; "bounded", at most one space after each comma and colon.
     on_unsupported: "error" raises UnsupportedSchema; "validate" lets the part be any JSON (the caller then validates).
@@ -165,7 +165,7 @@ Node = (
 
 @dataclass(frozen=True, slots=True)
 class NamedRules:
-    """A grammar: named rules, and the rule to start from."""
+    """A grammar: named rules, and the start rule."""
 
     rules: Mapping[str, Node]
     start: str = "start"
@@ -183,12 +183,12 @@ ANY_TEXT = Repeat(ANY_CHAR)
 
 
 def text(value: str) -> Bytes:
-    """Exactly this text, in UTF-8."""
+    """Return a node for exactly this text, in UTF-8."""
     return Bytes(value.encode())
 
 
 def one_of(values: tuple[str, ...] | list[str]) -> Choice:
-    """One of these texts."""
+    """Return a node for one of these texts."""
     return Choice(tuple(text(v) for v in values))
 
 
@@ -208,7 +208,7 @@ def normalize_ranges(ranges: list[tuple[int, int]]) -> Ranges:
 
 
 def complement_ranges(ranges: Ranges) -> Ranges:
-    """All code points that are not in `ranges`."""
+    """Return all code points that are not in `ranges`."""
     out, start = [], 0
     for low, high in ranges:
         if low > start:

@@ -26,8 +26,8 @@ class _Talk:
     """A branch's messages so far.
 
     `roles`: one for each message. `tools`: the tools that the template shows, as JSON. `opening`: a description of
-    tools that must still be written into the first message. `is_in_result`: the last message is an open user message with
-    tool results.
+    tools that must still be written into the first message. `is_in_result`: the last message is an open user message
+    with tool results.
     """
 
     roles: tuple[str, ...] = ()

@@ -1,7 +1,7 @@
 """Text to token ids and back, and the exact bytes of every token.
 
 `Tokenizer` is the protocol that the rest of Ramet uses. `SubwordTokenizer` implements it for models: byte-level
-BPE, or SentencePiece with byte fallback, by the `tokenizers` package. Not here: reading a model's files
+BPE, or SentencePiece with byte fallback, through the `tokenizers` package. Not here: reading a model's files
 (models/tokenizer_files.py), a tokenizer for tests (testing/byte_tokenizer.py), incremental decoding (detokenizer.py).
 """
 
