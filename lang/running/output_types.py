@@ -86,7 +86,7 @@ SELECTED = OutputType(from_event=_selected)
 
 
 def output_type(kind: object) -> OutputType:
-    """Return how values of `kind` are generated. Raises InvalidRequest for what isn't a type or a JSON schema."""
+    """Return how values of `kind` are generated. Raises InvalidRequest if it isn't a type or a JSON schema."""
     if kind is None or kind is str:
         return TEXT
     if kind is int:

@@ -333,7 +333,7 @@ class Run:
             raise DeadlineExceeded(f"{self.options.program}: the deadline passed", program=self.options.program)
 
     def cancel(self, nodes: list[int] | None = None) -> None:
-        """Stop the run, or these nodes and what needs them."""
+        """Stop the run, or these nodes and all that need them."""
         if nodes is not None:
             self.submit()
         else:

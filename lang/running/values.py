@@ -127,7 +127,7 @@ class NodeSource(Source):
 class Value:
     """A value of a running program, which may not exist yet.
 
-    `await value`, `value.value` and `str(value)` read it (blocking, but for `await`); f-strings do not.
+    `await value`, `value.value` and `str(value)` read it (all except `await` block); f-strings do not.
     """
 
     __slots__ = ("_source",)

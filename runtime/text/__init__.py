@@ -1,1 +1,1 @@
-"""Tokens and text: tokenizers, detokenizing, chat templates, what roles and tool calls write."""
+"""Tokens and text: tokenizers, detokenizing, chat templates, and the texts of roles and tool calls."""

@@ -63,8 +63,8 @@ class ChatTemplate:
     ) -> None:
         """Compile `source`.
 
-        `special_texts`: what the template may name, such as `bos_token`. `tool_source`: the template for conversations
-        with tools, where a model has two. Raises: BrokenModelFile for a template that does not parse.
+        `special_texts`: special tokens that the template may name, such as `bos_token`. `tool_source`: the template for
+        conversations with tools, if the model has two. Raises: BrokenModelFile for a template that does not parse.
         """
         self.source = source
         self.stop_strings = stop_strings
