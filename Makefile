@@ -3,12 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-FOLDERS := ramet/*.py lang grammar kernels runtime tests examples benchmarks tools
+FOLDERS := ramet/*.py ramet/*.pyi ramet/cli lang grammar kernels runtime tests examples benchmarks tools
 
 NPM_TOUR := tests/runtime/server/openai/npm
 NPM_STAMP := $(NPM_TOUR)/node_modules/.package-lock.json
 
-.PHONY: demo test test-all check house format bench docs clean
+.PHONY: demo test test-all check house format bench clean
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
