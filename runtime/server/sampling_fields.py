@@ -44,7 +44,7 @@ def _json_type(field: SamplingField) -> Any:  # Any: a type, or Annotated with w
     types = {
         "float": float,
         "bool": bool,
-        "texts": Annotated[str | list[str], Field(max_length=10_000)],
+        "texts": Annotated[str, Field(max_length=10_000)] | Annotated[list[str], Field(max_length=10_000)],
         "tokens": Annotated[list[int], Field(max_length=1024)],
         "biases": Annotated[dict[str, float], Field(max_length=4096)],
     }

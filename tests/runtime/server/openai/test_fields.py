@@ -191,6 +191,14 @@ def test_a_label_is_taken_and_changes_nothing(client: Client, path: str, field: 
     assert outcome(client, path, {field: LABELS[path][field]}) == outcome(client, path, {})
 
 
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+def test_a_stop_string_that_is_too_long_is_told_its_limit(client: Client, path: str) -> None:
+    answer = client.request(path, {**BODIES[path], "stop": "x" * 10_001})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "stop"
+    assert "at most 10000 characters" in answer.json()["error"]["message"]
+
+
 EXTREMES: list[Any] = [
     True, "", "x", "\ud800", -1, 0, 2**31, 2**70, -(2**70), 1e308, -0.5, [], [None], [[]], {}, {"a": None}, ["x"] * 20,
     {"type": "x"}, [{"role": "user"}], "9" * 5000, [-1], [2**70], {"1": 1e308}, {"-1": 1}, {"99999999999": 1},
