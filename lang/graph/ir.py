@@ -71,7 +71,7 @@ class Scope(Protocol):
 
     def argument(self, name: str) -> JsonValue: ...
 
-    def text_behind(self, start: int | None, tip: int | None) -> str:
+    def text_after(self, start: int | None, tip: int | None) -> str:
         """Return the text of the branch that ends at `tip`, after node `start` (None: from the branch's beginning)."""
 
     def mark(self, node: Role | Tools) -> str:
@@ -350,7 +350,7 @@ class Capture(Node, frozen=True, tag="capture"):
         return f"captures from node {self.start}, which is not on its branch"
 
     def evaluate(self, scope: Scope) -> NodeResult:
-        text = scope.text_behind(self.start, self.parent)
+        text = scope.text_after(self.start, self.parent)
         return NodeResult(value=text, value_text=text)
 
 

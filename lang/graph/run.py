@@ -152,7 +152,7 @@ class GraphRun:
         assert self._mark is not None
         return self._mark(self.branch(node.parent), node)
 
-    def text_behind(self, start: int | None, tip: int | None) -> str:
+    def text_after(self, start: int | None, tip: int | None) -> str:
         return self._text_up_to(tip, start=start)
 
     def branch(self, tip: int | None) -> list[ir.AnyNode]:

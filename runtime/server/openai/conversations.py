@@ -173,7 +173,7 @@ class Conversations:
             if path is None:
                 prompt.miss = prompt.miss or self._difference(prompt, count)
                 continue
-            new = self._behind(prompt, count)
+            new = self._text_after(prompt, count)
             if new is None:
                 prompt.miss = f"the chat template does not let message {count - 1} be continued by appending"
                 continue
@@ -202,8 +202,11 @@ class Conversations:
             return f"message {index} (assistant) has the answer's text, but other tool calls or fields"
         return f"message {index} (assistant) is not the answer that was given: it differs at character {at}"
 
-    def _behind(self, prompt: ChatPrompt, count: int) -> str | None:
-        """The rendering of everything after the content of message `count - 1`, whatever the template makes of that."""
+    def _text_after(self, prompt: ChatPrompt, count: int) -> str | None:
+        """Render everything after the content of message `count - 1`.
+
+        Returns None if the template refuses these messages or changes what stands before that content.
+        """
         before, last, rest = prompt.messages[: count - 1], prompt.messages[count - 1], prompt.messages[count:]
         plain = {key: value for key, value in last.items() if key not in ("tool_calls", "reasoning_content")}
         plain["content"] = _MARK
