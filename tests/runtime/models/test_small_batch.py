@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from queue import Queue
 
 import pytest
 import torch
@@ -10,12 +11,13 @@ import torch
 from ramet.kernels.card_table import CardTable, Product
 from ramet.kernels.layers.gemv import GemvConfig, gemv_reference
 from ramet.runtime.engine.engine import Engine
+from ramet.runtime.engine.handle import RequestHandle
 from ramet.runtime.models import small_batch
 from ramet.runtime.models.decoder import Decoder
 from ramet.runtime.models.load import LoadedModel
 from ramet.runtime.models.small_batch import FoldedLayer, SmallBatchLinear, apply_card_table
 from ramet.runtime.testing.dummy import tiny_model
-from ramet.runtime.types import SamplingParams
+from ramet.runtime.types import RequestOutput, SamplingParams
 
 CUT = GemvConfig("dot", 16, 32, 2, 2)
 
@@ -29,10 +31,16 @@ def products_of(decoder: Decoder, rows: int, *, is_folded: bool) -> dict[Product
 
 
 def generate(model: LoadedModel, count: int) -> list[tuple[int, ...]]:
+    """The tokens of `count` requests that decode together: all are added between two steps of the engine."""
+    sampling = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+    added: Queue[list[RequestHandle]] = Queue()
     with Engine(model, num_kv_tokens=2048, max_running_requests=4) as engine:
-        sampling = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
-        handles = [engine.submit(f"prompt {i}", sampling) for i in range(count)]
-        return [tuple(handle.result(timeout_s=60).token_ids) for handle in handles]
+
+        def add_all(_: RequestOutput) -> None:  # called once, on the engine's thread
+            added.put([engine.submit(f"prompt {i}", sampling) for i in range(count)])
+
+        engine.submit("first", SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True), on_output=add_all)
+        return [tuple(handle.result(timeout_s=60).token_ids) for handle in added.get(timeout=60)]
 
 
 @pytest.fixture
