@@ -77,7 +77,8 @@ class _Job:
     vocabulary: Vocabulary
     parsed: Parsed | None
     waiting: list[Future[CompiledGrammar]]
-    is_done: bool = False
+    is_done: bool = False  # answered: by its worker's result, or because it was given up
+    is_given_up: bool = False
     deadline: float = 0.0
     memory_at_start: int = 0
 
@@ -157,7 +158,7 @@ class CompileService:
         with self._lock:
             self._is_closed = True
             jobs = list(self._jobs.values())
-            answers = [a for job in jobs for a in self._finish(job, EngineStopped("the compile service was closed"))]
+            answers = [a for job in jobs for a in self._give_up(job, EngineStopped("the compile service was closed"))]
             for worker in self._workers:
                 worker.stop()
         atexit.unregister(self.close)
@@ -179,16 +180,21 @@ class CompileService:
             if future in job.waiting:
                 job.waiting.remove(future)
             if not job.waiting and not job.is_done:
-                self._finish(job, _Interrupted())
+                self._give_up(job, _Interrupted())
+
+    def _give_up(self, job: _Job, error: BaseException) -> list[_Answer]:
+        """Do as `_finish`, and interrupt the worker that is busy with the job."""
+        job.is_given_up = True
+        for worker in self._workers:
+            if worker.assigned is job:
+                worker.interrupt()
+        return self._finish(job, error)
 
     def _finish(self, job: _Job, result: CompiledGrammar | BaseException) -> list[_Answer]:
         """Mark a job as done. The caller gives the answers after it has released the lock."""
         job.is_done = True
         if self._jobs.get(job.key) is job:
             del self._jobs[job.key]
-        for worker in self._workers:
-            if worker.assigned is job and isinstance(result, BaseException):
-                worker.interrupt()
         waiting, job.waiting = job.waiting, []
         return [(future, result) for future in waiting]
 
@@ -275,7 +281,7 @@ class CompileService:
             if job is None or worker.is_idle:
                 continue
             if job.is_done:
-                if now >= worker.interrupted_at + _INTERVAL_S:
+                if job.is_given_up and now >= worker.interrupted_at + _INTERVAL_S:
                     worker.interrupt()  # the last interrupt was lost in a callback that swallows exceptions
                 continue
             if now >= job.deadline:
@@ -286,7 +292,7 @@ class CompileService:
                 continue
             where = _whereabouts(sys._current_frames().get(worker.thread.ident or 0))
             message = f"compiling the {job.kind} constraint {_short(job.source)} {what}{where}"
-            out += self._finish(job, GrammarTooLarge(f"{message}; simplify it or raise the limit"))
+            out += self._give_up(job, GrammarTooLarge(f"{message}; simplify it or raise the limit"))
             job.deadline = now
         return out
 

@@ -137,7 +137,10 @@ def test_a_real_engine_behind_a_server_gives_the_same_tokens(name: str, tiny_mod
             second = program.run(**module.EXAMPLE, backend=remote, seed=3)
             assert first.text() == second.text()
             assert repr(first.variables) == repr(second.variables)
-            assert first.usage == second.usage
+            assert first.usage.prompt_tokens == second.usage.prompt_tokens
+            assert first.usage.completion_tokens == second.usage.completion_tokens
+            if name == "multi_turn_chat":  # what one branch finds of another's prefix depends on time
+                assert first.usage.cached_tokens == second.usage.cached_tokens
         engine.check_integrity()
 
 

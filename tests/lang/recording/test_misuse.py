@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -95,12 +96,16 @@ def test_a_request_is_refused_before_the_engines_thread_computes_with_it(options
 def test_a_request_that_breaks_the_loop_is_told_like_all_others(
     tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    are_submitted = threading.Event()
+
     def broken(request: object) -> None:
+        are_submitted.wait(10)
         raise ZeroDivisionError("a bug")
 
     with Engine(tiny_model, num_kv_tokens=1 << 10) as engine:
         monkeypatch.setattr(engine._core, "add", broken)
         handles = [engine.submit("Hello") for _ in range(3)]
+        are_submitted.set()
         for handle in handles:
             with pytest.raises(RametError, match="engine"):
                 handle.result(timeout_s=10)

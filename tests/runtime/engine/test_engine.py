@@ -295,13 +295,17 @@ def test_a_step_that_fails_ends_what_ran_in_it_and_the_engine_goes_on(
 def test_a_lost_device_ends_the_engine_and_tells_everybody(
     tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    are_submitted = threading.Event()
+
     def refused(*args: object, **options: object) -> object:
+        are_submitted.wait(10)
         raise RuntimeError("an illegal memory access was encountered")
 
     engine = Engine(tiny_model, num_kv_tokens=4096)
     monkeypatch.setattr(engine._core.runner, "launch", refused)
     monkeypatch.setattr(engine._core.runner, "check_device", refused)
     handles = [engine.submit(text, GREEDY) for text in ("x", "y")]
+    are_submitted.set()
     for handle in handles:
         with pytest.raises(EngineStopped, match="illegal memory access"):
             handle.result(timeout_s=10)
