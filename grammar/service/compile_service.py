@@ -222,20 +222,18 @@ class CompileService:
             self._workers.remove(worker)
             if worker.assigned is not None and not worker.assigned.is_done:
                 self._pending.appendleft(worker.assigned)
-        while self._pending:
-            if self._pending[0].is_done:
-                self._pending.popleft()
-                continue
-            idle = next((w for w in self._workers if w.is_idle), None)
-            if idle is None and len(self._workers) < self.config.num_workers:
-                idle = _Worker(self.config, self.disk, self._news)
-                self._workers.append(idle)
-            if idle is None:
-                return
+        idle = [w for w in self._workers if w.is_idle]
+        while self._pending and (idle or self._pending[0].is_done):
             job = self._pending.popleft()
+            if job.is_done:
+                continue
             job.deadline = time.monotonic() + self.config.max_time_s + _SLACK_S
             job.memory_at_start = _resident_bytes()
-            idle.assign(job)
+            idle.pop(0).assign(job)
+        # a new worker gets its first job once it is warm: the job's time does not count before, and no interrupt comes
+        num_starting = sum(not w.is_warm for w in self._workers)
+        num_more = min(len(self._pending) - num_starting, self.config.num_workers - len(self._workers))
+        self._workers += [_Worker(self.config, self.disk, self._news) for _ in range(num_more)]
 
     def _pause(self) -> float | None:
         """Return the seconds until the next check if no news arrives; None: only news matter."""
@@ -315,7 +313,7 @@ class _Worker:
         self.finished: _Job | None = None
         self.num_interrupts = 0
         self.interrupted_at = 0.0
-        self._is_warm = False
+        self.is_warm = False
         self._is_stopped = False
         self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
         self.thread = threading.Thread(target=self._main, name="ramet-compile-worker", daemon=True)
@@ -323,7 +321,7 @@ class _Worker:
 
     @property
     def is_idle(self) -> bool:
-        return self._is_warm and self.assigned is self.finished
+        return self.is_warm and self.assigned is self.finished
 
     def is_lost(self, now: float) -> bool:
         """Tell whether the thread has ended, or was interrupted and did not react (it ends by itself later)."""
@@ -356,7 +354,7 @@ class _Worker:
             compile_loops()  # before the time of any job counts
         except Exception:  # the worker may still do its jobs
             logger.exception("the grammars' loops could not be compiled ahead")
-        self._is_warm = True
+        self.is_warm = True
         self.news.put(None)
         while not self._is_stopped:
             try:
