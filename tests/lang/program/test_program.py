@@ -876,7 +876,7 @@ def test_the_first_branch_that_is_done_wins_and_the_others_are_cancelled() -> No
 
 
 def test_a_cancelled_task_cancels_its_program() -> None:
-    slow = MockBackend({"long?": "a b c d e f g h i j"}, latency_s=0.02)
+    slow = MockBackend({"long?": "a " * 500}, latency_s=0.02)
 
     @function
     async def waits(s: State) -> None:
@@ -889,7 +889,8 @@ def test_a_cancelled_task_cancels_its_program() -> None:
 
     async def main() -> None:
         tasks = [asyncio.create_task(program.arun(backend=slow)) for program in (waits, traced)]
-        await asyncio.sleep(0.05)
+        while slow.stats().num_requests < 2:
+            await asyncio.sleep(0.005)
         for task in tasks:
             task.cancel()
         results = await asyncio.gather(*tasks, return_exceptions=True)

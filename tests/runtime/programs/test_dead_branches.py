@@ -3,7 +3,8 @@ computed, on a real engine whose cache is too small to keep everything."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from threading import Semaphore
 from typing import Any
 
 import pytest
@@ -43,16 +44,27 @@ def again(s: State, text: str) -> None:
     s += text + " And then? " + gen("more")
 
 
-def conversation(engine: Any) -> tuple[list[str], int]:
+def conversation(engine: Any, after_first: Callable[[], object] = lambda: None) -> tuple[list[str], int]:
     """One program, another one that needs room, and one that goes on with the first one's text."""
     first = judge.run("First?", backend=engine)
+    after_first()
     second = again.run("z" * 310, backend=engine)
     third = again.run(first.text(), backend=engine)
     return [first.text(), second.text(), third.text()], third.usage.computed_tokens
 
 
-def test_dead_branches_make_room_so_that_the_main_one_is_still_there(engine: Engine, tiny_model: LoadedModel) -> None:
-    texts, computed = conversation(engine)
+def test_dead_branches_make_room_so_that_the_main_one_is_still_there(
+    engine: Engine, tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mark_dead, marked = engine.mark_dead, Semaphore(0)
+
+    def mark(*args: Any) -> None:
+        mark_dead(*args)
+        marked.release()
+
+    monkeypatch.setattr(engine, "mark_dead", mark)
+    # a program's text may be read a moment before the engine is told of its two side branches
+    texts, computed = conversation(engine, lambda: [marked.acquire(timeout=10) for _ in range(2)])
     with Engine(tiny_model, num_kv_tokens=512, max_running_requests=4, chunked_prefill_size=256) as other:
         texts_without, computed_without = conversation(EngineBackend(WithoutHints(other)))
     assert texts == texts_without
