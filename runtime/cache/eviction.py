@@ -34,8 +34,9 @@ class EvictionQueue:
     """Candidates for eviction, ordered by rank.
 
     A node has at most one valid entry. Entries are lazy: a use raises a node's rank, and `pop` corrects its entry. A
-    caller that may lower a rank (`mark_dead`, a later next use) must `push` the node again. A locked or inner node may
-    stay in the queue: `pop` drops it, and the caller that makes it evictable again must push it.
+    caller that may lower a rank (`mark_dead`, a later next use) must `renew` the entry, if the node is evictable or
+    not. A locked or inner node may stay in the queue: `pop` drops it, and the caller that makes it evictable again must
+    push it.
     """
 
     def __init__(self, rank: RankFunction = next_use_rank) -> None:
@@ -47,12 +48,10 @@ class EvictionQueue:
     def __len__(self) -> int:
         return self._num_valid
 
-    def push(self, node: RadixNode, *, again: bool = False) -> None:
-        """Make `node` a candidate. With `again`, renew an existing entry, because the rank may have fallen."""
+    def push(self, node: RadixNode) -> None:
+        """Make `node` a candidate, if it is none yet."""
         if node.eviction_entry:
-            if not again:
-                return
-            self._num_valid -= 1
+            return
         self._num_pushed += 1
         self._num_valid += 1
         node.eviction_entry = self._num_pushed
@@ -60,6 +59,12 @@ class EvictionQueue:
         if len(self._heap) > 2 * self._num_valid + 64:
             self._heap = [entry for entry in self._heap if entry[2].eviction_entry == entry[1]]
             heapq.heapify(self._heap)
+
+    def renew(self, node: RadixNode) -> None:
+        """Note that the rank of a node may have fallen."""
+        if node.eviction_entry:
+            self.discard(node)
+            self.push(node)
 
     def discard(self, node: RadixNode) -> None:
         """Remove a node that has left the tree."""
@@ -82,3 +87,7 @@ class EvictionQueue:
                 continue
             return node
         return None
+
+    def late(self) -> list[RadixNode]:
+        """Return the candidates that would come later than their rank says. There are none, unless Ramet has a bug."""
+        return [node for rank, entry, node in self._heap if node.eviction_entry == entry and rank > self._rank(node)]

@@ -33,6 +33,7 @@ def check_cache(cache: RadixCache, held: Iterable[list[int]] = ()) -> None:
         num_evictable == cache.num_evictable_pages,
         f"{num_evictable} pages evictable, {cache.num_evictable_pages} counted",
     )
+    require(not cache.queue.late(), "the eviction queue has a node at a higher rank than its own")
 
 
 def require(ok: bool, message: str) -> None:

@@ -72,7 +72,7 @@ class RadixCache:
         self.num_evicted_pages = 0  # counter
         self._page_size = pool.page_size
         self._roots: dict[bytes, RadixNode] = {}
-        self._queue = EvictionQueue(rank)
+        self.queue = EvictionQueue(rank)
         self._now = 0
 
     # --- lookup
@@ -262,7 +262,7 @@ class RadixCache:
         if before is not None and not before.refs and node.key.startswith(before.key):
             self._remove(before)  # a tail that the new node repeats
             self.pool.free(before.page_ids)
-        self._queue.push(node)
+        self.queue.push(node)
         return node
 
     def _split(self, node: RadixNode, num_pages: int) -> RadixNode:
@@ -295,7 +295,7 @@ class RadixCache:
             self.num_evictable_pages -= len(node.page_ids)
         del parent.children[node.key]
         del parent.keys[bisect_left(parent.keys, node.key)]
-        self._queue.discard(node)
+        self.queue.discard(node)
         node.parent = None
         parent.last_used = max(parent.last_used, node.last_used)  # every use of a node used its whole path
 
@@ -304,7 +304,7 @@ class RadixCache:
         if node.refs or node.children:
             return
         if node.parent is not None:
-            self._queue.push(node)
+            self.queue.push(node)
         elif self._roots.get(node.key) is node:
             del self._roots[node.key]
 
@@ -323,7 +323,7 @@ class RadixCache:
         """Free up to `num_pages` unlocked pages, from the end of the leaf of lowest rank. Returns their number."""
         num_freed = 0
         while num_freed < num_pages:
-            node = self._queue.pop()
+            node = self.queue.pop()
             if node is None:
                 break
             count = min(num_pages - num_freed, len(node.page_ids))
@@ -339,7 +339,7 @@ class RadixCache:
                 node.tokens = node.tokens[: len(node.page_ids) * self._page_size]
                 self.num_cached_pages -= count
                 self.num_evictable_pages -= count
-                self._queue.push(node)
+                self.queue.push(node)
             self.pool.free(page_ids)
         self.num_evicted_pages += num_freed
         return num_freed
@@ -359,8 +359,7 @@ class RadixCache:
                 break
             node.is_dead = True
             num_marked += len(node.page_ids)
-            if node.is_evictable:
-                self._queue.push(node, again=True)
+            self.queue.renew(node)
         return num_marked
 
     def set_next_use(self, tokens: TokenIds, next_use: float, cache_salt: str = "") -> int:
@@ -372,8 +371,7 @@ class RadixCache:
         for node in self._nodes_of(tokens, cache_salt):
             node.next_use = next_use
             num_pages += len(node.page_ids)
-            if node.is_evictable:
-                self._queue.push(node, again=True)
+            self.queue.renew(node)
         return num_pages
 
     def _nodes_of(self, tokens: TokenIds, cache_salt: str) -> list[RadixNode]:

@@ -41,13 +41,15 @@ def test_a_locked_node_is_dropped_and_may_come_back() -> None:
     assert queue.pop() is first
 
 
-def test_a_rank_that_fell_is_seen_when_pushed_again() -> None:
+def test_a_rank_that_fell_is_seen_once_it_is_renewed() -> None:
     queue = EvictionQueue()
     made = nodes(3)
     for node in made:
         queue.push(node)
     made[2].is_dead = True
-    queue.push(made[2], again=True)
+    assert queue.late() == [made[2]]
+    queue.renew(made[2])
+    assert queue.late() == []
     assert queue.pop() is made[2]
     assert len(queue) == 2
 
@@ -66,10 +68,12 @@ def test_a_discarded_node_does_not_come() -> None:
 def test_the_heap_stays_as_large_as_its_candidates() -> None:
     queue = EvictionQueue()
     made = nodes(20)
+    for node in made:
+        queue.push(node)
     rng = random.Random(0)
     for _ in range(10_000):
         node = rng.choice(made)
         node.is_dead = not node.is_dead
-        queue.push(node, again=True)
+        queue.renew(node)
     assert len(queue) == 20
     assert len(queue._heap) <= 2 * 20 + 65

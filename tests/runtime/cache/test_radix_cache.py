@@ -195,6 +195,20 @@ def test_dead_pages_go_first_then_the_farthest_next_use() -> None:
     assert gone == [4, 3, 1, 2]
 
 
+def test_a_path_that_dies_while_it_is_used_goes_first_afterwards() -> None:
+    cache, _ = make()
+    put(cache, ids(1, 1, 1, 1))
+    put(cache, ids(2, 2, 2, 2))
+    node = cache.match(ids(2, 2, 2, 2)).node
+    cache.lock(node)
+    assert cache.mark_dead(ids(2, 2, 2, 2)) == 1
+    cache.unlock(node)
+    check_cache(cache)
+    assert cache.evict(1) == 1
+    assert cache.match_length(ids(1, 1, 1, 1)) == 4
+    assert cache.match_length(ids(2, 2, 2, 2)) == 0
+
+
 def test_only_what_nobody_else_uses_of_a_path_dies_and_a_match_revives_it() -> None:
     cache, _ = make()
     put(cache, ids(*range(8)))
@@ -260,7 +274,7 @@ def test_a_node_that_others_lock_is_not_extended() -> None:
     assert node.end == 4
 
 
-@pytest.mark.parametrize("damage", ["evictable", "cached", "lost", "twice", "queue", "refs"])
+@pytest.mark.parametrize("damage", ["evictable", "cached", "lost", "twice", "queue", "late", "refs"])
 def test_broken_accounting_is_reported(damage: str) -> None:
     cache, pool = make()
     put(cache, ids(*range(8)))
@@ -276,7 +290,9 @@ def test_broken_accounting_is_reported(damage: str) -> None:
     elif damage == "twice":
         node.page_ids[0] = node.parent.page_ids[0]
     elif damage == "queue":
-        cache._queue.discard(node)
+        cache.queue.discard(node)
+    elif damage == "late":
+        node.is_dead = True
     elif damage == "refs":
         node.refs = 1
     with pytest.raises(CacheIntegrityError):
