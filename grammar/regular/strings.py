@@ -1,9 +1,9 @@
 r"""JSON strings: tables that read the content of a string and its closing quote.
 
 A table is made from a language of code points (dfas.Dfa) and from the ways in which JSON can write a code point: as
-itself in UTF-8, as a short escape (`\n`), as \uXXXX with hex digits of either case, and as a surrogate pair. Printable
-ASCII is only written as itself, except for `"`, `\` and optionally `/`, which take a backslash. A string without any
-constraint is different: it may use every escape that JSON knows, also single surrogates.
+itself in UTF-8, as a short escape (`\n`), as `\u` with four hex digits of either case, and as a surrogate pair.
+Printable ASCII is only written as itself, except for `"`, `\` and optionally `/`, which take a backslash. A string
+without any constraint is different: it may use every escape that JSON knows, also single surrogates.
 
 All tables are "wide": int32 [num_states, 256], with entries as in frame.py. The closing quote leaves through an exit.
 """

@@ -11,7 +11,7 @@ import enum
 import sys
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from ramet.errors import InvalidSchema
@@ -45,7 +45,7 @@ def schema_of(kind: Any, *, is_closed: bool = True) -> dict[str, Any]:
         raise InvalidSchema(f"the type {_name(kind)} has no JSON schema: {_first_line(error)}") from error
     except (NameError, TypeError, RecursionError) as error:
         raise InvalidSchema(f"the type {_name(kind)} cannot be read: {error}") from error
-    return _close(schema) if is_closed else schema
+    return map_schemas(schema, _close) if is_closed else schema
 
 
 def readable(kind: Any) -> Any:
@@ -82,23 +82,29 @@ def readable(kind: Any) -> Any:
     return origin[changed] if isinstance(kind, types.GenericAlias) else kind.copy_with(changed)
 
 
-def _close(schema: Any) -> Any:  # any JSON value
+def map_schemas(schema: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:  # any JSON value
+    """Return a JSON schema in which every object schema is replaced by its `change`, inner ones first."""
     if isinstance(schema, list):
-        return [_close(item) for item in schema]
+        return [map_schemas(item, change) for item in schema]
     if not isinstance(schema, dict):
         return schema
-    out = {
-        # names of properties and the values of enum, const and default are not schemas
-        key: {k: _close(v) for k, v in value.items()}
-        if key in ("properties", "$defs")
-        else value
-        if key in ("enum", "const", "default", "examples")
-        else _close(value)
-        for key, value in schema.items()
-    }
-    if out.get("type") == "object" and "properties" in out:
-        out.setdefault("additionalProperties", False)
-    return out
+    return change(
+        {
+            # names of properties and the values of enum, const, default and examples are not schemas
+            key: {k: map_schemas(v, change) for k, v in value.items()}
+            if key in ("properties", "$defs")
+            else value
+            if key in ("enum", "const", "default", "examples")
+            else map_schemas(value, change)
+            for key, value in schema.items()
+        }
+    )
+
+
+def _close(schema: dict[str, Any]) -> dict[str, Any]:
+    if schema.get("type") == "object" and "properties" in schema:
+        schema.setdefault("additionalProperties", False)
+    return schema
 
 
 def _name(kind: Any) -> str:

@@ -125,9 +125,7 @@ class DecodeInputs:
 def prepare_decode(
     rows: Tensor,
     new_page: Tensor,
-    last_token: Tensor,
-    kv_len: Tensor,
-    page_table: Tensor,
+    tables: SlotTables,
     page_size: int,
     out: DecodeInputs,
     *,
@@ -135,13 +133,14 @@ def prepare_decode(
 ) -> None:
     """Write a decode step's inputs: token, position, cache slot, and KV length including this token.
 
-    rows: int32 [B], slots, padded by the dummy slot S. new_page: int32 [B], the page to enter into the row's table at
-    kv_len // page_size, 0 for none. last_token, kv_len: int32 [S + 1]. page_table: int32 [S + 1, max_pages], changed.
-    Padded rows get token 0, position 0, slot 0 and length 1; without `fills_padding`, only the length. Rows other than
-    the dummy appear once. The buffers of `out`, except kv_lens, may be longer than B.
+    rows: int32 [B], slots, padded by the dummy slot S. new_page: int32 [B], the page to enter into the row's page table
+    at kv_len // page_size, 0 for none; the rest of `tables` is only read. Padded rows get token 0, position 0, slot 0
+    and length 1; without `fills_padding`, only the length. Rows other than the dummy appear once. The buffers of `out`,
+    except kv_lens, may be longer than B.
     """
     run = prepare_decode_triton if rows.is_cuda else prepare_decode_reference
-    run(rows, new_page, last_token, kv_len, page_table, page_size, out, fills_padding=fills_padding)
+    columns = tables.last_token, tables.kv_len, tables.page_table
+    run(rows, new_page, *columns, page_size, out, fills_padding=fills_padding)
 
 
 def commit_decode(

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, overload
 
 from ramet.errors import InvalidRequest, InvalidSchema
-from ramet.grammar.service.python_types import schema_of
+from ramet.grammar.service.python_types import map_schemas, schema_of
 
 _NAME = re.compile(r"[A-Za-z0-9_.:/-]{1,128}")
 _SECTION = re.compile(r"^(args|arguments|parameters)\s*:\s*$", re.IGNORECASE)
@@ -144,7 +144,7 @@ def _tool(function: Callable[..., Any], name: str | None, description: str | Non
         schema = schema_of(_arguments_type(function, name))
     except InvalidSchema as error:
         raise InvalidRequest(f"tool {name!r}: {error}", param="tools") from error
-    schema = _without_titles(schema)
+    schema = map_schemas(schema, _without_title)
     schema.pop("description", None)
     for argument, text in _argument_texts(told).items():
         if argument in schema.get("properties", {}):
@@ -205,18 +205,6 @@ def _argument_texts(told: str) -> dict[str, str]:
     return found
 
 
-def _without_titles(schema: Any) -> Any:  # Any: JSON
-    """Return the schema without titles, which only repeat property names and cost tokens."""
-    if isinstance(schema, list):
-        return [_without_titles(item) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    return {
-        key: {name: _without_titles(one) for name, one in value.items()}
-        if key in ("properties", "$defs")
-        else value
-        if key in ("enum", "const", "default", "examples")
-        else _without_titles(value)
-        for key, value in schema.items()
-        if key != "title"
-    }
+def _without_title(schema: dict[str, Any]) -> dict[str, Any]:
+    """Return the schema without its title, which only repeats a property's name and costs tokens."""
+    return {key: value for key, value in schema.items() if key != "title"}

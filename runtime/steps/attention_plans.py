@@ -57,6 +57,10 @@ class AttentionPlans:
             num_counters = slots.num_slots * model.num_kv_heads
             self._merge_counters = torch.zeros(num_counters, dtype=torch.int32, device=kv_cache.storage.device)
 
+    @property
+    def page_size(self) -> int:
+        return self._kv_cache.page_size
+
     def tree_of(self, batch: Batch) -> TreePlan | None:
         """The plan for prefixes that the decode rows of a batch share; None if plain attention is as fast."""
         return None if self.tree is None else self.tree.update(batch.items[: batch.num_decode])

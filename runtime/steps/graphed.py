@@ -28,7 +28,6 @@ class GraphedSteps:
         slots: RunningSlots,
         plans: AttentionPlans,
         sampler: Sampler,
-        page_size: int,
         *,
         max_extend: int,
         capture: GraphCapture | None = None,
@@ -38,7 +37,6 @@ class GraphedSteps:
         self._tables: SlotTables = slots.tables
         self._plans = plans
         self._sampler = sampler
-        self._page_size = page_size
         bodies, device = (self._decode_body, self._mixed_body), decoder.device
         self.graphs = StepGraphs(*bodies, slots.num_slots, slots.dummy, device, max_extend=max_extend, capture=capture)
         # Hidden states of the rows that the last graph sampled: log-probabilities are computed from them outside it.
@@ -74,9 +72,8 @@ class GraphedSteps:
 
     def _decode_body(self, key: GraphKey, buffers: DecodeBuffers) -> None:
         """A step of decode rows and padding."""
-        tables, inputs = self._tables, buffers.inputs
-        columns = tables.last_token, tables.kv_len, tables.page_table
-        prepare_decode(buffers.rows, buffers.new_pages, *columns, self._page_size, inputs)
+        inputs = buffers.inputs
+        prepare_decode(buffers.rows, buffers.new_pages, self._tables, self._plans.page_size, inputs)
         decode = self._plans.decode(buffers.rows, inputs.kv_lens, self._shared(uses_tree=key.uses_tree))
         context = self._plans.context(inputs.positions, inputs.kv_slots, decode)
         logits = self._decoder.logits(self._keep(self._decoder.forward(inputs.token_ids, context)))
@@ -84,12 +81,12 @@ class GraphedSteps:
 
     def _mixed_body(self, key: MixedKey, buffers: MixedBuffers) -> None:
         """A step of decode rows, new tokens and padding."""
-        tables, part = self._tables, buffers.part
+        part = buffers.part
         decode = None
         if key.num_decode:
             rows, inputs = part("rows"), buffers.inputs
-            columns = tables.last_token, tables.kv_len, tables.page_table
-            prepare_decode(rows, part("new_pages"), *columns, self._page_size, inputs, fills_padding=False)
+            size = self._plans.page_size
+            prepare_decode(rows, part("new_pages"), self._tables, size, inputs, fills_padding=False)
             decode = self._plans.decode(rows, inputs.kv_lens, self._shared(uses_tree=key.uses_tree))
         where = part("cu_seqlens"), part("kv_lens"), part("extend_rows")
         extend = self._plans.extend_in_graph(*where, key.num_tokens)

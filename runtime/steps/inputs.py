@@ -80,7 +80,10 @@ class Step:
 
 @dataclass(slots=True)
 class ExtendInputs:
-    """`ExtendArrays` on the device, without the updates."""
+    """`ExtendArrays` on the device, without the updates.
+
+    token_ids, positions, kv_slots: int32 [T], also of the decode rows once `EagerSteps.send` has put these in front.
+    """
 
     token_ids: Tensor
     positions: Tensor

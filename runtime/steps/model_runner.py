@@ -89,7 +89,7 @@ class ModelRunner:
             tiles=tiles,
         )
         self._sampler = Sampler(decoder, slots.tables, arena, edits)
-        parts = decoder, slots, self._plans, self._sampler, kv_cache.page_size
+        parts = decoder, slots, self._plans, self._sampler
         eager = EagerSteps(*parts)
         make_record = decoder.ops.make_record
         self.recorded = None if make_record is None else RecordedSteps(*parts, eager, make_record())
@@ -188,7 +188,7 @@ class ModelRunner:
 
     def make_graphs(self, max_extend: int = 0, capture: GraphCapture | None = None) -> GraphedSteps:
         """Make the graphs of decode steps and of steps with at most `max_extend` tokens. None is captured yet."""
-        parts = self.decoder, self.slots, self._plans, self._sampler, self.kv_cache.page_size
+        parts = self.decoder, self.slots, self._plans, self._sampler
         return GraphedSteps(*parts, max_extend=max_extend, capture=capture)
 
     @torch.inference_mode()

@@ -127,14 +127,12 @@ class RecordedSteps:
         slots: RunningSlots,
         plans: AttentionPlans,
         sampler: Sampler,
-        page_size: int,
         eager: EagerSteps,
         record: Record,
     ) -> None:
         self._tables = slots.tables
         self._plans = plans
         self._sampler = sampler
-        self._page_size = page_size
         self._eager = eager
         self.recordings = Recordings(decoder, record, self._context)
 
@@ -156,11 +154,9 @@ class RecordedSteps:
         recorded = self.recordings.get(step.batch.num_decode)
         if recorded is None:
             return None
-        tables = self._tables
         recorded.rows.copy_(torch.from_numpy(step.decode_rows))
-        columns = tables.last_token, tables.kv_len, tables.page_table
         new_pages = torch.from_numpy(step.new_pages)
-        prepare_decode(recorded.rows, new_pages, *columns, self._page_size, recorded.inputs)
+        prepare_decode(recorded.rows, new_pages, self._tables, self._plans.page_size, recorded.inputs)
         return self._sampler.sample(step, recorded.logits(), recorded.rows, recorded.inputs.kv_lens)
 
     def _run_extend(self, step: Step, arrays: ExtendArrays) -> Sampled | None:
@@ -169,10 +165,10 @@ class RecordedSteps:
         recorded = self.recordings.get_extend(num_tokens, int(q_lens @ arrays.kv_lens))
         if recorded is None:
             return None
-        sent = self._eager.send(step, arrays)
+        sent, _ = self._eager.send(step, arrays)
         rows = torch.from_numpy(np.concatenate([step.decode_rows, np.repeat(arrays.rows, q_lens)]))
         hidden = recorded.hidden(rows, sent.token_ids, sent.positions, sent.kv_slots)
-        return self._sampler.sample_extend(step, hidden, sent.extend)
+        return self._sampler.sample_extend(step, hidden, sent)
 
     def _context(self, rows: Tensor, inputs: DecodeInputs) -> ForwardContext:
         return self._plans.context(inputs.positions, inputs.kv_slots, self._plans.decode(rows, inputs.kv_lens))

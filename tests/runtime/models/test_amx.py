@@ -48,6 +48,8 @@ MODELS: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
     },
 }
+# These layers are for products that round to bfloat16, which torch packs only for a CPU that has AVX512 (or refuses); that
+# layers with other products are left alone is tested everywhere.
 needs_bf16 = pytest.mark.skipif(not CpuFeatures.detect().bf16, reason="products of this CPU do not round to bfloat16")
 
 
