@@ -28,15 +28,10 @@ NextUse = tuple[list[int], float]  # tokens, and the time of their next use; inf
 
 
 @runtime_checkable
-class TakesNextUse(Protocol):
-    """An engine that accepts hints about tokens that are read again."""
+class TakesHints(Protocol):
+    """An engine that accepts hints about tokens that are read again, and about dead ones."""
 
     def set_next_use(self, tokens: list[int], next_use: float, cache_salt: str = "") -> None: ...
-
-
-@runtime_checkable
-class TakesDead(Protocol):
-    """An engine that accepts hints about dead tokens."""
 
     def mark_dead(self, tokens: list[int], cache_salt: str = "", num_live: int = 0) -> None: ...
 
@@ -48,8 +43,7 @@ class CacheHints:
         self, engine: object, cache_salt: str, runs: Sequence[NodeRun], path_of: Callable[[int], Path]
     ) -> None:
         """`runs`: of all nodes so far, by id; they grow and change as the program runs."""
-        self._next_use = engine if isinstance(engine, TakesNextUse) else None
-        self._dead = engine if isinstance(engine, TakesDead) else None
+        self._engine = engine if isinstance(engine, TakesHints) else None
         self._salt, self._runs, self._path_of = cache_salt, runs, path_of
         self._children: dict[int, list[int]] = {}
         self._ended: list[int] = []
@@ -57,12 +51,12 @@ class CacheHints:
 
     def added(self, node: ir.AnyNode) -> None:
         """Note a new node of the program."""
-        if self._next_use is not None and node.parent is not None and not isinstance(node, ir.Join | ir.Capture):
+        if self._engine is not None and node.parent is not None and not isinstance(node, ir.Join | ir.Capture):
             self._children.setdefault(node.parent, []).append(node.id)
 
     def ended(self, node: int) -> None:
         """Note that no sequence holds the path of this node any more."""
-        if self._next_use is not None:
+        if self._engine is not None:
             self._ended.append(node)
 
     def take(self, now: float) -> list[NextUse]:
@@ -72,17 +66,17 @@ class CacheHints:
 
     def give(self, hints: Sequence[NextUse]) -> None:
         """Pass the hints to the engine."""
-        if self._next_use is not None:
+        if self._engine is not None:
             for tokens, when in hints:
-                self._next_use.set_next_use(tokens, when, self._salt)
+                self._engine.set_next_use(tokens, when, self._salt)
 
     def program_ended(self) -> None:
         """Withdraw every next use, and tell the engine which branches are dead. This is the last call."""
         self.give(self._none())
-        if self._dead is not None:
+        if self._engine is not None:
             nodes = [run.node for run in self._runs]
             for tokens, num_live in dead_branches(nodes, self._path_of):
-                self._dead.mark_dead(tokens, self._salt, num_live)
+                self._engine.mark_dead(tokens, self._salt, num_live)
 
     def _changes(self, node: int, now: float) -> list[NextUse]:
         """Return the next uses of a node's path, and of the paths that it branched from."""

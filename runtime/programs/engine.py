@@ -14,6 +14,7 @@ from ramet.runtime.types import Grammar, RequestOptions, RequestOutput, Sampling
 
 if TYPE_CHECKING:
     from ramet.runtime.constraints.device_grammars import DeviceGrammars  # loads torch
+    from ramet.runtime.engine.config import EngineConfig
 
 
 class ProgramTokenizer(PathTokenizer, Protocol):
@@ -59,8 +60,11 @@ class ProgramEngine(Protocol):
 
 
 @runtime_checkable
-class HasDeviceGrammars(Protocol):
-    """An engine whose automata may run on its device; None: they run on the host."""
+class LocalEngine(Protocol):
+    """An engine in this process. `device_grammars`: for automata that run on its device; None: they run on the host."""
+
+    @property
+    def config(self) -> EngineConfig: ...
 
     @property
     def device_grammars(self) -> DeviceGrammars | None: ...

@@ -24,7 +24,7 @@ from ramet.lang.graph.events import OnEvent
 from ramet.lang.graph.options import Deadline, ProgramOptions
 from ramet.lang.graph.run import GraphRun, NodeRun
 from ramet.runtime.programs.cache_hints import CacheHints
-from ramet.runtime.programs.engine import Handle, HasDeviceGrammars, ProgramEngine, ProgramModel, Work
+from ramet.runtime.programs.engine import Handle, LocalEngine, ProgramEngine, ProgramModel, Work
 from ramet.runtime.programs.generation import Generation
 from ramet.runtime.programs.grammars import ProgramGrammars
 from ramet.runtime.programs.path import Path, PieceEncoder
@@ -52,7 +52,7 @@ class ProgramHost:
         tokenizer = engine.tokenizer
         marks = RoleMarks(tokenizer.chat_template)
         self.model = ProgramModel(tokenizer, PieceEncoder(tokenizer), marks, engine.context_length)
-        on_device = engine.device_grammars if isinstance(engine, HasDeviceGrammars) else None
+        on_device = engine.device_grammars if isinstance(engine, LocalEngine) else None
         self.grammars = ProgramGrammars(tokenizer, marks, on_device)
         self._numbers = itertools.count()
 

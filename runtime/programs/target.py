@@ -3,22 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol, runtime_checkable
 
 from ramet.lang.graph.ir import AnyNode, Constraint, Role, Tools
-from ramet.runtime.engine.config import EngineConfig
-from ramet.runtime.programs.engine import ProgramEngine, ProgramTokenizer
+from ramet.runtime.programs.engine import LocalEngine, ProgramEngine, ProgramTokenizer
 from ramet.runtime.programs.grammars import ProgramGrammars
 from ramet.runtime.text.role_marks import RoleMarks
 from ramet.runtime.types import SamplingParams
-
-
-@runtime_checkable
-class HasPages(Protocol):
-    """An engine whose cache holds pages of tokens."""
-
-    @property
-    def config(self) -> EngineConfig: ...
 
 
 class TokenizerTarget:
@@ -50,5 +40,5 @@ class TokenizerTarget:
 
 
 def target_of_engine(engine: ProgramEngine) -> TokenizerTarget:
-    page_size = engine.config.page_size if isinstance(engine, HasPages) else 1
+    page_size = engine.config.page_size if isinstance(engine, LocalEngine) else 1
     return TokenizerTarget(engine.tokenizer, context_length=engine.context_length, page_size=page_size)

@@ -48,8 +48,8 @@ MODELS: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
     },
 }
-# These layers are for products that round to bfloat16, which torch packs only for a CPU that has AVX512 (or refuses); that
-# layers with other products are left alone is tested everywhere.
+# Only products that round to bfloat16 have these layers, and torch refuses to pack such products for a CPU without the
+# instructions. That layers with other products are left alone is tested everywhere.
 needs_bf16 = pytest.mark.skipif(not CpuFeatures.detect().bf16, reason="products of this CPU do not round to bfloat16")
 
 

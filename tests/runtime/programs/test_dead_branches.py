@@ -13,7 +13,7 @@ from ramet import Engine, MockBackend, State, function, gen
 from ramet.errors import ConfigError
 from ramet.lang.backends.in_process import EngineBackend
 from ramet.runtime.models.load import LoadedModel
-from ramet.runtime.programs.cache_hints import TakesDead, dead_branches
+from ramet.runtime.programs.cache_hints import TakesHints, dead_branches
 from ramet.runtime.programs.path import Path
 
 
@@ -85,8 +85,8 @@ def test_only_what_left_the_main_branch_is_dead() -> None:
 
 
 def test_an_engine_takes_hints(engine: Engine) -> None:
-    assert isinstance(engine, TakesDead)
-    assert not isinstance(WithoutHints(engine), TakesDead)
+    assert isinstance(engine, TakesHints)
+    assert not isinstance(WithoutHints(engine), TakesHints)
 
 
 @function(temperature=0, max_tokens=4, ignore_eos=True)

@@ -11,7 +11,7 @@ import pytest
 from ramet import Engine, MockBackend, State, function, gen
 from ramet.lang.backends.in_process import EngineBackend
 from ramet.runtime.models.load import LoadedModel
-from ramet.runtime.programs.cache_hints import TakesNextUse
+from ramet.runtime.programs.cache_hints import TakesHints
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ class Noting(EngineBackend):
         def set_next_use(tokens: list[int], next_use: float, cache_salt: str = "") -> None:
             self.hints.append((engine.tokenizer.decode(tokens), next_use))
 
-        engine.set_next_use = set_next_use
+        engine.set_next_use, engine.mark_dead = set_next_use, lambda *_: None
         super().__init__(engine)
 
 
@@ -100,5 +100,5 @@ def test_a_program_without_waiting_branches_gives_no_hints() -> None:
 
 
 def test_an_engine_takes_next_uses(engine: Engine) -> None:
-    assert isinstance(engine, TakesNextUse)
-    assert not isinstance(WithoutHints(engine), TakesNextUse)
+    assert isinstance(engine, TakesHints)
+    assert not isinstance(WithoutHints(engine), TakesHints)
