@@ -1,14 +1,18 @@
-"""A server of programs in a thread: the real application over an engine of this process, scripted or tiny."""
+"""A server of programs in a thread, over an engine of this process; the example programs; an engine that records."""
 
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import os
 import socket
+import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import httpx
@@ -16,6 +20,7 @@ import msgspec
 import pytest
 import uvicorn
 
+from ramet import Function
 from ramet.lang.explain.plan import explain_on_server
 from ramet.runtime.server.app import create_app
 from ramet.runtime.server.config import ServerConfig
@@ -24,6 +29,8 @@ from ramet.runtime.server.link.protocol import Command, Hello, Report, command_d
 from ramet.runtime.server.link.proxy import EngineProxy
 from ramet.runtime.server.metrics import RequestCollector, ServerMetrics
 from ramet.runtime.server.served_model import ServedModel
+from ramet.runtime.testing.scripted_model import ScriptedEngine, ScriptedHandle
+from ramet.runtime.types import NO_OPTIONS, RequestOptions, SamplingParams
 
 
 class LocalProxy(EngineProxy):
@@ -111,3 +118,72 @@ def serve_engine(engine: Any, **config: Any) -> Iterator[Served]:  # Any: an eng
 def serve() -> Callable[..., AbstractContextManager[Served]]:
     """`with serve(engine) as served`: see serve_engine."""
     return serve_engine
+
+
+def import_from(path: Path) -> ModuleType:
+    """Import a file that belongs to no package, anew at every call."""
+    spec = importlib.util.spec_from_file_location(f"example_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look for the names in annotations
+    spec.loader.exec_module(module)
+    return module
+
+
+@dataclass(frozen=True)
+class Example:
+    """An example, its main program, and the arguments that its EXAMPLE gives to it."""
+
+    module: ModuleType
+    program: Function
+    arguments: dict[str, Any]
+
+
+def example_from(path: Path) -> Example:
+    """Import an example; its main program is the one whose parameters are those of EXAMPLE."""
+    module = import_from(path)
+    functions = [f for f in vars(module).values() if isinstance(f, Function)]
+    found = [f for f in functions if {p.name for p in f.parameters} == set(module.EXAMPLE)]
+    assert len(found) == 1, f"{path} has {len(found)} programs that take its EXAMPLE"
+    return Example(module, found[0], module.EXAMPLE)
+
+
+class RecordingEngine(ScriptedEngine):
+    """Remembers the tokens of every prompt, and from which of them on it was to be scored."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.prompts: list[tuple[tuple[int, ...], int | None]] = []
+
+    def submit(
+        self,
+        prompt: str | Sequence[int],
+        sampling: SamplingParams | None = None,
+        options: RequestOptions = NO_OPTIONS,
+        **more: Any,
+    ) -> ScriptedHandle:
+        tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        self.prompts.append((tuple(tokens), options.score_from))
+        return super().submit(prompt, sampling, options, **more)
+
+
+# Of the whole session, as they keep nothing between two calls: Hypothesis refuses a fixture that each test has anew.
+
+
+@pytest.fixture(scope="session")
+def load_module() -> Callable[[Path], ModuleType]:
+    """`load_module(path)`: see import_from."""
+    return import_from
+
+
+@pytest.fixture(scope="session")
+def load_example() -> Callable[[Path], Example]:
+    """`load_example(path)`: see example_from."""
+    return example_from
+
+
+@pytest.fixture(scope="session")
+def recording_engine() -> Callable[[], RecordingEngine]:
+    """`with recording_engine() as engine`: see RecordingEngine."""
+    return RecordingEngine

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import socket
-import sys
 import threading
 import time
 from collections import Counter
@@ -13,12 +11,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
-from ramet import Engine, Function, OpenAI, Remote, State, function, gen, select, use_backend
+from ramet import Engine, OpenAI, Remote, State, function, gen, select, use_backend
 from ramet.errors import (
     DeadlineExceeded,
     EngineStopped,
@@ -30,61 +27,22 @@ from ramet.errors import (
 )
 from ramet.lang.graph.ir import Graph, Text
 from ramet.runtime.models.load import LoadedModel
-from ramet.runtime.testing.scripted_model import ScriptedEngine, ScriptedHandle
-from ramet.runtime.types import NO_OPTIONS, RequestOptions, SamplingParams
+from ramet.runtime.testing.scripted_model import ScriptedEngine
 
 PROGRAMS = sorted((Path(__file__).resolve().parents[3] / "examples" / "programs").glob("*.py"))
 Serve = Callable[..., AbstractContextManager[Any]]
-
-
-def load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"remote_example_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def program_of(module: ModuleType) -> Function:
-    return next(
-        f
-        for f in vars(module).values()
-        if isinstance(f, Function) and {p.name for p in f.parameters} == set(module.EXAMPLE)
-    )
-
-
-class RecordingEngine(ScriptedEngine):
-    """Remembers the tokens of every prompt."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.prompts: list[tuple[Any, ...]] = []
-        super().__init__(*args, **kwargs)
-
-    def __enter__(self) -> RecordingEngine:
-        super().__enter__()
-        return self
-
-    def submit(
-        self,
-        prompt: str | Sequence[int],
-        sampling: SamplingParams | None = None,
-        options: RequestOptions = NO_OPTIONS,
-        **more: Any,
-    ) -> ScriptedHandle:
-        self.prompts.append((tuple(prompt), options.score_from))
-        return super().submit(prompt, sampling, options, **more)
+Load = Callable[[Path], Any]  # Any: the Example of conftest.py
+Record = Callable[[], Any]  # Any: the RecordingEngine of conftest.py
 
 
 @pytest.fixture
-def engine() -> Iterator[RecordingEngine]:
-    with RecordingEngine() as engine:
+def engine(recording_engine: Record) -> Iterator[Any]:
+    with recording_engine() as engine:
         yield engine
 
 
 @pytest.fixture
-def served(engine: RecordingEngine, serve: Serve) -> Iterator[Any]:
+def served(engine: ScriptedEngine, serve: Serve) -> Iterator[Any]:
     with serve(engine) as served:
         yield served
 
@@ -107,14 +65,15 @@ def chat(s: State, name: str, turns: int = 3) -> None:
 
 
 @pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.stem)
-def test_an_example_computes_the_same_tokens_in_process_and_on_a_server(path: Path, serve: Serve) -> None:
+def test_an_example_computes_the_same_tokens_in_process_and_on_a_server(
+    path: Path, load_example: Load, recording_engine: Record, serve: Serve
+) -> None:
     if path.stem == "fastest_answer":
         pytest.skip("which branch is cancelled depends on time")
-    module = load(path)
-    program = program_of(module)
-    with RecordingEngine() as here, RecordingEngine() as there, serve(there) as served, Remote(served.url) as remote:
-        first = program.run(**module.EXAMPLE, backend=here, seed=11)
-        second = program.run(**module.EXAMPLE, backend=remote, seed=11)
+    example = load_example(path)
+    with recording_engine() as here, recording_engine() as there, serve(there) as served, Remote(served.url) as remote:
+        first = example.program.run(**example.arguments, backend=here, seed=11)
+        second = example.program.run(**example.arguments, backend=remote, seed=11)
         assert first.error() is None
         assert second.error() is None
         assert Counter(here.prompts) == Counter(there.prompts)
@@ -127,14 +86,15 @@ def test_an_example_computes_the_same_tokens_in_process_and_on_a_server(path: Pa
 @pytest.mark.parametrize(
     "name", ["debate", "map_reduce_summary", "multi_turn_chat", "self_consistency", "tree_of_thoughts", "router"]
 )
-def test_a_real_engine_behind_a_server_gives_the_same_tokens(name: str, tiny_model: LoadedModel, serve: Serve) -> None:
-    module = load(PROGRAMS[0].with_name(f"{name}.py"))
-    program = program_of(module)
+def test_a_real_engine_behind_a_server_gives_the_same_tokens(
+    name: str, tiny_model: LoadedModel, load_example: Load, serve: Serve
+) -> None:
+    example = load_example(PROGRAMS[0].with_name(f"{name}.py"))
     with Engine(tiny_model, num_kv_tokens=1 << 14, max_running_requests=16) as engine:
-        first = program.run(**module.EXAMPLE, backend=engine, seed=3)
+        first = example.program.run(**example.arguments, backend=engine, seed=3)
         engine.flush_cache()
         with serve(engine) as served, Remote(served.url) as remote:
-            second = program.run(**module.EXAMPLE, backend=remote, seed=3)
+            second = example.program.run(**example.arguments, backend=remote, seed=3)
             assert first.text() == second.text()
             assert repr(first.variables) == repr(second.variables)
             assert first.usage.prompt_tokens == second.usage.prompt_tokens
@@ -144,7 +104,7 @@ def test_a_real_engine_behind_a_server_gives_the_same_tokens(name: str, tiny_mod
         engine.check_integrity()
 
 
-def test_streams_batches_and_event_loops_work_as_in_process(engine: RecordingEngine, remote: Remote) -> None:
+def test_streams_batches_and_event_loops_work_as_in_process(engine: ScriptedEngine, remote: Remote) -> None:
     pieces = list(chat.stream("Ann", var="x", backend=remote))
     state = chat.run("Ann", backend=engine)
     texts = [event.text for event in state.record.events.values() if event.finish_reason is not None]
@@ -166,7 +126,7 @@ def test_streams_batches_and_event_loops_work_as_in_process(engine: RecordingEng
     assert asyncio.run(follow()) == "".join(texts)
 
 
-def test_the_rows_of_a_compiled_batch_are_one_request(engine: RecordingEngine, served: Any, remote: Remote) -> None:
+def test_the_rows_of_a_compiled_batch_are_one_request(engine: ScriptedEngine, served: Any, remote: Remote) -> None:
     compiled = chat.compile(turns=2)
     rows = [{"name": f"guest {i}"} for i in range(30)]
     expected = [state.text() for state in compiled.run_batch(rows, backend=engine)]
@@ -306,7 +266,7 @@ class Breaking:
 
 
 @pytest.mark.parametrize("limits", [[0], [150], [400], [700, 300, 900], [1, 500, 1, 2000], [3000]])
-def test_a_broken_connection_costs_nothing_but_time(limits: list[int], engine: RecordingEngine, served: Any) -> None:
+def test_a_broken_connection_costs_nothing_but_time(limits: list[int], engine: Any, served: Any) -> None:
     """Whatever the server had sent by then: nothing is run twice, and no event is missed or comes twice."""
     expected = chat.run("Ann", backend=engine, turns=6)
     engine.prompts.clear()
@@ -326,7 +286,7 @@ def test_a_broken_connection_costs_nothing_but_time(limits: list[int], engine: R
     assert texts == {e.node: e.text for e in events if e.kind == "done" and e.finish_reason is not None}
 
 
-def test_stages_go_on_over_connections_that_break(engine: RecordingEngine, served: Any) -> None:
+def test_stages_go_on_over_connections_that_break(engine: ScriptedEngine, served: Any) -> None:
     @function(temperature=0)
     def program(s: State) -> None:
         for turn in range(4):
@@ -406,7 +366,7 @@ def test_an_engine_that_crashes_fails_what_ran_on_it_and_nothing_else(serve: Ser
 # Refusals.
 
 
-def test_keys_are_asked_for_and_sent(engine: RecordingEngine, serve: Serve) -> None:
+def test_keys_are_asked_for_and_sent(engine: ScriptedEngine, serve: Serve) -> None:
     with serve(engine, api_key=("secret",)) as served:
         with Remote(served.url) as stranger, pytest.raises(ProgramError, match="pass api_key="):
             assert chat.run("Ann", backend=stranger)["verdict"]
@@ -414,7 +374,7 @@ def test_keys_are_asked_for_and_sent(engine: RecordingEngine, serve: Serve) -> N
             assert chat.run("Ann", backend=known)["verdict"]
 
 
-def test_a_busy_server_is_asked_again_when_it_says(engine: RecordingEngine, serve: Serve) -> None:
+def test_a_busy_server_is_asked_again_when_it_says(engine: ScriptedEngine, serve: Serve) -> None:
     with serve(engine) as served:
         served.proxy.max_in_flight = 0
         with Remote(served.url, max_retries=0) as impatient:
@@ -435,7 +395,7 @@ def test_what_the_server_refuses_has_the_class_it_has_in_process(remote: Remote)
     assert "cache_salt" in str(error)
 
 
-def test_only_its_owner_sees_a_program(engine: RecordingEngine, serve: Serve) -> None:
+def test_only_its_owner_sees_a_program(engine: ScriptedEngine, serve: Serve) -> None:
     with serve(engine, api_key=("one", "two")) as served:
         graph = {"version": 1, "nodes": [{"kind": "text", "id": 0, "parts": ["a"]}]}
         mine, other = ({"authorization": f"Bearer {key}"} for key in ("one", "two"))
@@ -575,7 +535,7 @@ def test_an_address_is_a_backend(served: Any) -> None:
     backend.close()
 
 
-def test_the_server_explains_a_graph_as_the_engine_here_does(engine: RecordingEngine, remote: Remote) -> None:
+def test_the_server_explains_a_graph_as_the_engine_here_does(engine: ScriptedEngine, remote: Remote) -> None:
     compiled = chat.compile(name="Ann", turns=2)
     graph = Graph(compiled.graph.nodes, {"name": "Ann"})
     found = remote.explain(graph, "chat")

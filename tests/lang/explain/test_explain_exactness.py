@@ -7,11 +7,8 @@ engine with bytes as tokens, and with SmolLM2's own tokenizer.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -27,6 +24,7 @@ from ramet.runtime.models.load import LoadedModel
 from ramet.runtime.testing.scripted_model import ScriptedEngine
 
 PROGRAMS = sorted((Path(__file__).resolve().parents[3] / "examples" / "programs").glob("*.py"))
+Load = Callable[[Path], Any]  # Any: the Example of conftest.py
 
 
 @pytest.fixture(scope="module")
@@ -34,17 +32,6 @@ def smollm2_tokenizer(smollm2_path: Path) -> Any:
     from ramet.runtime.models.load import open_model
 
     return open_model(smollm2_path).tokenizer
-
-
-def load(path: Path) -> tuple[ModuleType, Function]:
-    spec = importlib.util.spec_from_file_location(f"explained_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    functions = [f for f in vars(module).values() if isinstance(f, Function)]
-    return module, next(f for f in functions if {p.name for p in f.parameters} == set(module.EXAMPLE))
 
 
 class DistinctWords(ScriptedEngine):
@@ -105,11 +92,11 @@ def differences(program: Function, arguments: dict[str, Any], tokenizer: Any = N
 
 
 @pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.stem)
-def test_the_plan_of_an_example_is_what_a_run_measures(path: Path) -> None:
-    module, program = load(path)
+def test_the_plan_of_an_example_is_what_a_run_measures(path: Path, load_example: Load) -> None:
+    example = load_example(path)
     if path.stem == "fastest_answer":
         pytest.skip("which branch is cancelled depends on time")
-    found, plan = differences(program, {**module.EXAMPLE, "seed": 11})
+    found, plan = differences(example.program, {**example.arguments, "seed": 11})
     assert found == []
     assert plan.nodes
     assert plan.nodes[0].prompt.is_exact
@@ -118,11 +105,13 @@ def test_the_plan_of_an_example_is_what_a_run_measures(path: Path) -> None:
 
 @pytest.mark.model
 @pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.stem)
-def test_the_plan_is_exact_with_the_tokens_of_a_real_model(path: Path, smollm2_tokenizer: Any) -> None:
-    module, program = load(path)
+def test_the_plan_is_exact_with_the_tokens_of_a_real_model(
+    path: Path, load_example: Load, smollm2_tokenizer: Any
+) -> None:
+    example = load_example(path)
     if path.stem == "fastest_answer":
         pytest.skip("which branch is cancelled depends on time")
-    found, plan = differences(program, {**module.EXAMPLE, "seed": 11}, smollm2_tokenizer)
+    found, plan = differences(example.program, {**example.arguments, "seed": 11}, smollm2_tokenizer)
     assert found == []
     assert plan.nodes[0].prompt.is_exact
 
@@ -166,12 +155,12 @@ ON_RANDOM_WEIGHTS = [p for p in PROGRAMS if p.stem not in ("fastest_answer", "re
 
 @pytest.mark.parametrize("path", ON_RANDOM_WEIGHTS, ids=lambda path: path.stem)
 def test_the_plan_holds_on_an_engine_with_pages_where_branches_run_together(
-    path: Path, tiny_engine: Engine, peak_of_pages: PeakOfPages
+    path: Path, load_example: Load, tiny_engine: Engine, peak_of_pages: PeakOfPages
 ) -> None:
-    module, program = load(path)
-    options = {**module.EXAMPLE, "seed": 11, "max_tokens": 24, "backend": tiny_engine}
-    plan = program.explain(**options)
-    state = program.run(**options)
+    example = load_example(path)
+    options = {**example.arguments, "seed": 11, "max_tokens": 24, "backend": tiny_engine}
+    plan = example.program.explain(**options)
+    state = example.program.run(**options)
     assert state.error() is None
     assert list(compare(plan, state)) == []
     assert plan.kv.pages is not None

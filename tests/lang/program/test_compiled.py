@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import datetime
-import importlib.util
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ramet import Function, MockBackend, State, function, gen
+from ramet import MockBackend, State, function, gen
 from ramet.errors import InvalidProgram
 
 PROGRAMS = sorted((Path(__file__).resolve().parents[3] / "examples" / "programs").glob("*.py"))
+Load = Callable[[Path], Any]  # Any: the Example of conftest.py
 
 
 @pytest.fixture
@@ -130,21 +129,13 @@ def test_an_argument_that_no_text_holds_may_be_given_all_the_same(backend: MockB
 
 
 @pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.stem)
-def test_an_example_that_compiles_gives_what_a_run_gives(path: Path, backend: MockBackend) -> None:
-    spec = importlib.util.spec_from_file_location(f"compiled_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    names = set(module.EXAMPLE)
-    program = next(
-        f for f in vars(module).values() if isinstance(f, Function) and {p.name for p in f.parameters} == names
-    )
-    trace = program.trace(**module.EXAMPLE)
+def test_an_example_that_compiles_gives_what_a_run_gives(path: Path, load_example: Load, backend: MockBackend) -> None:
+    example = load_example(path)
+    program, arguments = example.program, example.arguments
+    trace = program.trace(**arguments)
     if trace.stop is not None:
         pytest.skip(f"{trace.stop.line} needs a value ({trace.stop.why})")
-    compiled = program.compile(**module.EXAMPLE, seed=5)
-    state, expected = compiled.run(), program.run(**module.EXAMPLE, seed=5)
+    compiled = program.compile(**arguments, seed=5)
+    state, expected = compiled.run(), program.run(**arguments, seed=5)
     assert state.text() == expected.text()
     assert repr(state.variables) == repr(expected.variables)

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from numpy.testing import assert_allclose
 
-from ramet import Engine, Function, State, function, gen, select
+from ramet import Engine, State, function, gen, select
 from ramet.errors import ContextOverflow, ProgramCancelled, ProgramError
 from ramet.lang.graph.ir import Generate
 from ramet.runtime.models.load import LoadedModel
 from ramet.runtime.types import SamplingParams
 
 PROGRAMS = Path(__file__).resolve().parents[3] / "examples" / "programs"
+Load = Callable[[Path], Any]  # Any: the Example of conftest.py
 
 
 @pytest.fixture(scope="module")
@@ -129,19 +129,10 @@ def test_select_equals_a_brute_force_by_full_forward_passes(tiny_model: LoadedMo
 @pytest.mark.parametrize(
     "name", ["chain_of_thought", "debate", "rag_shared_documents", "map_reduce_summary", "router", "tree_of_thoughts"]
 )
-def test_examples_give_the_same_tokens_traced_and_staged(name: str, engine: Engine) -> None:
-    spec = importlib.util.spec_from_file_location(f"engine_example_{name}", PROGRAMS / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    program = next(
-        f
-        for f in vars(module).values()
-        if isinstance(f, Function) and {p.name for p in f.parameters} == set(module.EXAMPLE)
-    )
-    runs = [program.run(**module.EXAMPLE, backend=engine, seed=3, stage=stage) for stage in ("needed", "always")]
+def test_examples_give_the_same_tokens_traced_and_staged(name: str, load_example: Load, engine: Engine) -> None:
+    example = load_example(PROGRAMS / f"{name}.py")
+    options = {**example.arguments, "backend": engine, "seed": 3}
+    runs = [example.program.run(**options, stage=stage) for stage in ("needed", "always")]
     assert runs[0].text() == runs[1].text()
     assert repr(runs[0].variables) == repr(runs[1].variables)
 

@@ -7,8 +7,6 @@ request must compute its prompt but for the longest beginning that any of them h
 from __future__ import annotations
 
 import contextlib
-import importlib.util
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,13 +14,14 @@ from typing import Any
 
 import pytest
 
-from ramet import Engine, Function
+from ramet import Engine
 from ramet.errors import CheckFailed
 from ramet.lang.backends.in_process import EngineBackend
 from ramet.runtime.models.load import LoadedModel
 from ramet.runtime.types import RequestOptions, RequestOutput, SamplingParams
 
 PROGRAMS = sorted((Path(__file__).resolve().parents[3] / "examples" / "programs").glob("*.py"))
+Load = Callable[[Path], Any]  # Any: the Example of conftest.py
 
 
 class Oracle:
@@ -92,22 +91,12 @@ def engine(tiny_model: LoadedModel) -> Iterator[Engine]:
 
 
 @pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.stem)
-def test_a_turn_prefills_exactly_its_new_tokens(path: Path, engine: Engine) -> None:
-    spec = importlib.util.spec_from_file_location(f"exact_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    program = next(
-        f
-        for f in vars(module).values()
-        if isinstance(f, Function) and {p.name for p in f.parameters} == set(module.EXAMPLE)
-    )
+def test_a_turn_prefills_exactly_its_new_tokens(path: Path, load_example: Load, engine: Engine) -> None:
+    example = load_example(path)
     engine.flush_cache()
     oracle = Oracle(engine)
     # One after the other: what runs at the same time may find what another one computes, or come before it.
     with contextlib.suppress(CheckFailed):  # a random model may never write what a program insists on
-        program.run(**module.EXAMPLE, backend=EngineBackend(oracle), seed=11, stage="always", max_tokens=24)
+        example.program.run(**example.arguments, backend=EngineBackend(oracle), seed=11, stage="always", max_tokens=24)
     assert oracle.measured or oracle.num_scored
     assert [computed for computed, _ in oracle.measured] == [new for _, new in oracle.measured]
