@@ -37,7 +37,7 @@ from ramet.grammar.regular.byte_language import ByteAutomaton
 from ramet.grammar.regular.languages import RegularCompiler
 from ramet.grammar.service.disk_cache import DiskCache, default_cache_dir
 from ramet.grammar.service.sources import Parsed, compile_parsed, parse_source
-from ramet.grammar.service.warm_up import compile_loops
+from ramet.grammar.service.warm_up import load_loops
 from ramet.grammar.tools.text_with_values import TextWithValues
 
 logger = logging.getLogger(__name__)
@@ -177,14 +177,19 @@ class CompileService:
         if not future.cancelled():
             return
         with self._lock:
-            if future in job.waiting:
+            is_waiting = future in job.waiting
+            if is_waiting:
                 job.waiting.remove(future)
             if not job.waiting and not job.is_done:
                 self._give_up(job, _Interrupted())
+        if is_waiting:
+            future.set_running_or_notify_cancel()  # else `concurrent.futures.wait` would wait for it for ever
 
     def _give_up(self, job: _Job, error: BaseException) -> list[_Answer]:
-        """Do as `_finish`, and interrupt the worker that is busy with the job."""
+        """Do as `_finish`, and take the job from the queue, or interrupt the worker that is busy with it."""
         job.is_given_up = True
+        if job in self._pending:
+            self._pending.remove(job)
         for worker in self._workers:
             if worker.assigned is job:
                 worker.interrupt()
@@ -223,14 +228,12 @@ class CompileService:
             if worker.assigned is not None and not worker.assigned.is_done:
                 self._pending.appendleft(worker.assigned)
         idle = [w for w in self._workers if w.is_idle]
-        while self._pending and (idle or self._pending[0].is_done):
+        while self._pending and idle:
             job = self._pending.popleft()
-            if job.is_done:
-                continue
             job.deadline = time.monotonic() + self.config.max_time_s + _SLACK_S
             job.memory_at_start = _resident_bytes()
             idle.pop(0).assign(job)
-        # a new worker gets its first job once it is warm: the job's time does not count before, and no interrupt comes
+        # a new worker gets its first job once it is warm: the job's time begins then
         num_starting = sum(not w.is_warm for w in self._workers)
         num_more = min(len(self._pending) - num_starting, self.config.num_workers - len(self._workers))
         self._workers += [_Worker(self.config, self.disk, self._news) for _ in range(num_more)]
@@ -343,7 +346,12 @@ class _Worker:
         self._wake.put(None)
 
     def interrupt(self) -> None:
-        """Throw _Interrupted into the thread. It takes effect between two bytecodes of the thread."""
+        """Throw _Interrupted into the thread. It takes effect between two bytecodes of the thread.
+
+        A thread that is not warm has no job yet, and is left alone.
+        """
+        if not self.is_warm:
+            return
         self.num_interrupts += 1
         self.interrupted_at = time.monotonic()
         ident = ctypes.c_ulong(self.thread.ident or 0)
@@ -351,11 +359,9 @@ class _Worker:
 
     def _main(self) -> None:
         try:
-            compile_loops()  # before the time of any job counts
+            load_loops()
         except Exception:  # the worker may still do its jobs
-            logger.exception("the grammars' loops could not be compiled ahead")
-        self.is_warm = True
-        self.news.put(None)
+            logger.exception("the grammars' loops could not be loaded ahead")
         while not self._is_stopped:
             try:
                 self._loop()
@@ -366,6 +372,8 @@ class _Worker:
         """Do the assigned jobs. An interrupt may come at any time. An unfinished job is begun again if it is still
         wanted.
         """
+        self.is_warm = True
+        self.news.put(None)
         while not self._is_stopped:
             try:
                 job = self.assigned

@@ -186,7 +186,7 @@ class RadixCache:
         given_node = node
         position = 0
         while position < num_whole:
-            node.last_used = self._now
+            node.last_used, node.is_dead = self._now, False
             child = node.children.get(tokens[position : position + size].tobytes())
             if child is None:
                 new_pages = page_ids[position // size : num_whole // size]
@@ -199,7 +199,7 @@ class RadixCache:
             duplicates += [page for page, kept in zip(given, node.page_ids, strict=True) if page != kept]
             own += node.page_ids
             position += num_pages * size
-        node.last_used = self._now
+        node.last_used, node.is_dead = self._now, False
         if num_whole < len(tokens):
             tail = self._add_tail(node, tokens[num_whole:], page_ids[-1])
             if tail is None:
@@ -351,7 +351,7 @@ class RadixCache:
     def mark_dead(self, tokens: TokenIds, cache_salt: str = "", num_live: int = 0) -> int:
         """Mark `tokens[num_live:]` as dead: the pages that only this path uses are evicted first.
 
-        A later match revives them. Returns the number of pages marked. O(len(tokens)).
+        A later match or insertion revives them. Returns the number of pages marked. O(len(tokens)).
         """
         num_marked = 0
         for node in reversed(self._nodes_of(tokens, cache_salt)):

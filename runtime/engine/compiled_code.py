@@ -36,6 +36,6 @@ def prepare_compiled_code(device: torch.device, on_stage: OnStage | None) -> Non
         load_functions(tell)
     if not warm_up.are_compiled():
         tell()
-        warm_up.compile_loops()
+        warm_up.load_loops()
     if is_told:
         logger.info("compiled for this CPU in %.1f s", time.monotonic() - start_s)

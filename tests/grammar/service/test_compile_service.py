@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import threading
 import time
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import CancelledError, Future, wait
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +115,52 @@ def test_cancelling_gives_a_job_up_once_nobody_waits() -> None:
         with pytest.raises(CancelledError):
             second.result()
         assert not service._jobs
+
+
+def test_a_worker_is_left_alone_until_it_has_loaded_the_loops(monkeypatch: pytest.MonkeyPatch) -> None:
+    may_load, loads = threading.Event(), sources.parse_source
+    order: list[str] = []
+
+    def load() -> None:
+        order.append("loads")
+        assert may_load.wait(30)
+
+    def parse(kind: str, source: Any, **options: Any) -> Any:
+        order.append("parses")
+        return loads(kind, source, **options)
+
+    monkeypatch.setattr(service_module, "load_loops", load)
+    monkeypatch.setattr(service_module, "parse_source", parse)
+    with CompileService(config(max_time_s=1)) as service:
+        given_up = service.submit("regex", "a", BYTES)
+        wanted = service.submit("regex", "b", BYTES)
+        wait_until(lambda: service._workers)
+        (worker,) = service._workers
+        assert given_up.cancel()
+        worker.interrupt()
+        time.sleep(1.5)  # a job's time does not begin before
+        assert order == ["loads"]
+        may_load.set()
+        assert accepts(wanted.result(30), "b")
+        assert order == ["loads", "parses"]
+        assert service._workers == [worker]
+
+
+def test_jobs_that_are_given_up_leave_the_queue() -> None:
+    with CompileService(config(max_time_s=60, limits=PATIENT)) as service:
+        service.submit("regex", SLOW, BYTES)
+        wait_until(lambda: service._workers and service._workers[0].assigned is not None)
+        queued = [service.submit("regex", f"a{i}", BYTES) for i in range(7)]
+        assert len(service._pending) == 7
+        assert all(future.cancel() for future in queued)
+        assert not service._pending
+
+
+def test_a_cancelled_future_is_waited_for_no_longer() -> None:
+    with CompileService(config(max_time_s=60, limits=PATIENT)) as service:
+        future = service.submit("regex", SLOW, BYTES)
+        assert future.cancel()
+        assert wait([future], timeout=10).done == {future}
 
 
 def test_many_threads_asking_at_once_get_the_same_grammar() -> None:

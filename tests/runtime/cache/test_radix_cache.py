@@ -209,6 +209,21 @@ def test_a_path_that_dies_while_it_is_used_goes_first_afterwards() -> None:
     assert cache.match_length(ids(2, 2, 2, 2)) == 0
 
 
+def test_a_dead_path_that_goes_on_is_alive_again() -> None:
+    cache, pool = make()
+    put(cache, ids(9, 9, 9, 9))
+    put(cache, ids(1, 1, 1, 1))
+    node = cache.match(ids(1, 1, 1, 1)).node
+    cache.lock(node)
+    cache.mark_dead(ids(1, 1, 1, 1))
+    cache.insert(node, ids(2, 2, 2, 2), pool.allocate(1) or [])
+    cache.unlock(node)
+    check_cache(cache)
+    assert cache.evict(1) == 1
+    assert cache.match_length(ids(9, 9, 9, 9)) == 0
+    assert cache.match_length(ids(1, 1, 1, 1, 2, 2, 2, 2)) == 8
+
+
 def test_only_what_nobody_else_uses_of_a_path_dies_and_a_match_revives_it() -> None:
     cache, _ = make()
     put(cache, ids(*range(8)))

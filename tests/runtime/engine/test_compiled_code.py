@@ -6,6 +6,7 @@ import os
 import pkgutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,7 @@ def test_every_function_is_compiled_for_one_set_of_types() -> None:
 def test_loops_are_compiled_once_per_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mark = tmp_path / "mark"
     monkeypatch.setattr(warm_up, "_mark", lambda: mark)
+    monkeypatch.setattr(warm_up, "_are_loaded", threading.Event())
     told: list[str] = []
     prepare_compiled_code(torch.device("cuda"), told.append)  # a GPU needs the loops alone
     assert told == [STAGE]
@@ -57,6 +59,7 @@ def test_a_folder_that_cannot_be_written_is_no_error(
 ) -> None:
     monkeypatch.setattr(warm_up, "_mark", lambda: tmp_path / "missing" / "mark")
     monkeypatch.setattr(warm_up, "SAMPLES", ())
+    monkeypatch.setattr(warm_up, "_are_loaded", threading.Event())
     with caplog.at_level("INFO"):
         prepare_compiled_code(torch.device("cuda"), None)
     assert STAGE in caplog.text
