@@ -1,6 +1,6 @@
 """Reads server-sent events from the pieces of a response's body.
 
-Not here: writing them (runtime/server/responses.py).
+Not here: writing them (runtime/server/sending.py).
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ from starlette.responses import HTMLResponse, Response
 
 from ramet.runtime.server.errors import Error
 from ramet.runtime.server.limits import OPEN_PATHS
-from ramet.runtime.server.responses import Json, json_response
 from ramet.runtime.server.routing import Endpoint
+from ramet.runtime.server.sending import Json, json_response
 from ramet.runtime.server.validation import body_schema
 
 VERSION = "0.1.0"

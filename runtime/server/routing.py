@@ -18,7 +18,7 @@ from starlette.routing import Route
 from starlette.types import Lifespan, Receive, Scope, Send
 
 from ramet.runtime.server.errors import HttpError, error_response
-from ramet.runtime.server.responses import json_response
+from ramet.runtime.server.sending import json_response
 from ramet.runtime.server.served_model import ServedModel
 from ramet.runtime.server.validation import Strict, parsed
 

@@ -16,8 +16,8 @@ from ramet.runtime.server.errors import HttpError
 from ramet.runtime.server.link.protocol import Output
 from ramet.runtime.server.logprobs import finite, token_text
 from ramet.runtime.server.native.bodies import MAX_PROMPTS, GenerateBody
-from ramet.runtime.server.responses import DONE, AnswerStruct, EventStream, LastEvent, collected, event
 from ramet.runtime.server.routing import Endpoint
+from ramet.runtime.server.sending import DONE, AnswerStruct, EventStream, LastEvent, collected, event
 from ramet.runtime.server.served_model import ServedModel
 from ramet.runtime.types import RequestOptions
 

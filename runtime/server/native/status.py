@@ -16,8 +16,8 @@ from ramet.runtime.server.link.protocol import Submit
 from ramet.runtime.server.metrics import ServerMetrics
 from ramet.runtime.server.native.bodies import AbortBody
 from ramet.runtime.server.openapi import VERSION
-from ramet.runtime.server.responses import AnswerStruct, json_response
 from ramet.runtime.server.routing import Endpoint
+from ramet.runtime.server.sending import AnswerStruct, json_response
 from ramet.runtime.server.served_model import ServedModel
 from ramet.runtime.types import RequestOptions, SamplingParams
 

@@ -9,7 +9,7 @@ from msgspec import UNSET, Meta, UnsetType
 
 from ramet.runtime.server.link.protocol import Output
 from ramet.runtime.server.logprobs import finite, token_bytes, token_text
-from ramet.runtime.server.responses import AnswerStruct, Json
+from ramet.runtime.server.sending import AnswerStruct, Json
 from ramet.runtime.text.tokenizer import Tokenizer
 
 Count = Annotated[int, Meta(ge=0)]

@@ -9,8 +9,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from ramet.runtime.server.responses import Json
 from ramet.runtime.server.sampling_fields import MAX_TOP_LOGPROBS, SamplingFields
+from ramet.runtime.server.sending import Json
 from ramet.runtime.server.validation import OnlyTrue, Strict
 from ramet.runtime.types import MAX_INT32
 

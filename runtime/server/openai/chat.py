@@ -6,7 +6,7 @@ import contextlib
 import json
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, cast
 
@@ -51,8 +51,8 @@ from ramet.runtime.server.openai.reasoning import (
     position_after,
 )
 from ramet.runtime.server.openai.tool_calls import AnswerReader
-from ramet.runtime.server.responses import DONE, EventStream, Json, LastEvent, collected, event
 from ramet.runtime.server.sampling_fields import check_size, compact_json, constraint_of, sampling_params
+from ramet.runtime.server.sending import DONE, EventStream, Json, LastEvent, collected, event
 from ramet.runtime.server.served_model import ServedModel
 from ramet.runtime.text.detokenizer import count_kept_tokens
 from ramet.runtime.text.tokenizer import Tokenizer
@@ -109,20 +109,30 @@ class ChatEndpoint:
     async def answer(self, request: Request, body: ChatBody) -> Response | ChatCompletion:
         """Answer a conversation; with `stream` as server-sent events."""
         self._served.check_name(body.model)
-        salt = self._served.cache_salt(request, body.cache_salt or "")
-        try:
-            plan = await self._served.compute(len(await request.body()), self._plan, body, salt)
-        except InvalidRequest as error:
-            raise name_prompt(error, "messages") from None
-        num = body.n or 1
-        answer_id = self._served.proxy.new_id("chatcmpl")
-        choices = submit_all(self._served.proxy, [(plan.job, index) for index in range(num)], answer_id)
-        answer = ChatAnswer(self._served, plan, answer_id, choices, self.remember)
+        answer = await self.begin(request, body, "chatcmpl")
         if body.stream:
-            return EventStream(answer.events(merged(choices)), answer.close, DONE)
-        for index, output in await collected(request, merged(choices)):
+            return EventStream(answer.events(), answer.close, DONE)
+        for index, output in await collected(request, answer.outputs()):
             answer.take(index, output)
         return await answer.whole()
+
+    async def begin(
+        self, request: Request, body: ChatBody, prefix: str, *, field: str = "messages", clamps: bool = False
+    ) -> ChatAnswer:
+        """Send a body's requests to the engine, and return the answer that collects their increments.
+
+        prefix: of the answer's id. field: the name that errors give to the conversation. clamps: if `max_tokens` does
+        not fit into the context, the rest of the context is the limit. Raises: HttpError, and the errors of the engine.
+        """
+        salt = self._served.cache_salt(request, body.cache_salt or "")
+        try:
+            plan = await self._served.compute(len(await request.body()), self._plan, body, salt, clamps)
+        except InvalidRequest as error:
+            raise name_prompt(error, field) from None
+        plan = replace(plan, job=replace(plan.job, prompt_field=field))
+        answer_id = self._served.proxy.new_id(prefix)
+        choices = submit_all(self._served.proxy, [(plan.job, index) for index in range(body.n or 1)], answer_id)
+        return ChatAnswer(self._served, plan, answer_id, choices, self.remember)
 
     def remember(self, prompt: ChatPrompt, message: Json, ids: Sequence[int]) -> None:
         """Keep the tokens of an answer, so the conversation can continue from them. Runs on the pool."""
@@ -131,7 +141,7 @@ class ChatEndpoint:
 
     # -- from a body to requests, on the pool's threads ----------------------------------------------------------
 
-    def _plan(self, body: ChatBody, salt: str) -> Plan:
+    def _plan(self, body: ChatBody, salt: str, clamps: bool = False) -> Plan:
         _check_fields(body)
         max_tokens = _max_tokens(body)
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
@@ -153,6 +163,9 @@ class ChatEndpoint:
             after = tuple(self._tokenizer.encode("\n\n", continues=True))
             end_id = self._tokenizer.token_id(CLOSE)
             reasoning = FreeReasoning(CLOSE, end_id, after)
+        context = self._served.context_length
+        if clamps and context is not None and max_tokens is not None and 0 < context - len(ids) < max_tokens:
+            sampling = msgspec.structs.replace(sampling, max_tokens=context - len(ids))
         field_name, constraint = asked or (None, None)
         shown = self._shown_bytes if style is not None else self._shown_reasoning_bytes
         job = Job(
@@ -164,7 +177,6 @@ class ChatEndpoint:
             reasoning,
             shown,
             is_whole=not body.stream,
-            prompt_field="messages",
         )
         return Plan(body, prompt, job, style, position)
 
@@ -357,13 +369,13 @@ class ChatAnswer:
         """`remember`: keeps an answer's message and tokens, so the conversation can continue from them."""
         self._served = served
         self._plan = plan
-        self._id = answer_id
+        self.id = answer_id
         self._choices = choices
         self._keep = remember
-        self._created = int(time.time())
+        self.created_s = int(time.time())
         is_separate = plan.body.separate_reasoning is not False
         shown = plan.job.shown_bytes or served.tokenizer.token_bytes
-        self._progress = [
+        self.progress = [
             Progress(
                 AnswerReader(ReasoningSplitter(plan.position) if is_separate else None, plan.style),
                 ReasoningCounter(shown, plan.position),
@@ -376,7 +388,7 @@ class ChatAnswer:
 
     def take(self, index: int, output: Output) -> list[Json]:
         """Add an increment. Returns the deltas that are certain now."""
-        progress = self._progress[index]
+        progress = self.progress[index]
         progress.counter.push(output.token_ids)
         progress.text += output.text
         progress.token_ids += output.token_ids
@@ -388,34 +400,38 @@ class ChatAnswer:
 
     async def whole(self) -> ChatCompletion:
         """The whole answer."""
-        await self._remember(range(len(self._progress)))
+        await self.remember(range(len(self.progress)))
         body = self._plan.body
         return ChatCompletion(
-            id=self._id,
+            id=self.id,
             object="chat.completion",
-            created=self._created,
+            created=self.created_s,
             model=self._served.name,
-            choices=[self._whole_choice(index, progress) for index, progress in enumerate(self._progress)],
-            usage=self._usage(),
+            choices=[self._whole_choice(index, progress) for index, progress in enumerate(self.progress)],
+            usage=self.usage(),
             prompt_token_ids=self._plan.job.prompt_ids if body.return_token_ids else UNSET,
             metadata=UNSET if body.metadata is None else body.metadata,
         )
 
-    async def events(self, outputs: AsyncGenerator[tuple[int, Output], None]) -> AsyncGenerator[bytes, None]:
+    def outputs(self) -> AsyncGenerator[tuple[int, Output], None]:
+        """The increments of all choices, each with its choice's index. Give each to `take`."""
+        return merged(self._choices)
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
         """The answer as server-sent events."""
         role = {"role": "assistant", "content": ""}
-        chunks = [self._chunk(index, role, is_first=True) for index in range(len(self._progress))]
-        async with contextlib.aclosing(outputs):
+        chunks = [self._chunk(index, role, is_first=True) for index in range(len(self.progress))]
+        async with contextlib.aclosing(self.outputs()) as outputs:
             async for index, output in outputs:
                 chunks += self._chunks(index, output)
                 if chunks:
                     yield b"".join(map(event, chunks))
                     chunks = []
                 if output.finish_reason is not None:
-                    await self._remember([index])
+                    await self.remember([index])
         options = self._plan.body.stream_options
         if options is not None and options.include_usage:
-            yield LastEvent(event(self._event([], usage=self._usage())))
+            yield LastEvent(event(self._event([], usage=self.usage())))
 
     def _chunks(self, index: int, output: Output) -> list[ChatChunk]:
         """The chunks that an increment adds to a stream. Its tokens belong to the first delta that they complete."""
@@ -437,9 +453,9 @@ class ChatAnswer:
         usage: TokenUsage | UnsetType | None = UNSET,
     ) -> ChatChunk:
         return ChatChunk(
-            self._id,
+            self.id,
             "chat.completion.chunk",
-            self._created,
+            self.created_s,
             self._served.name,
             choices,
             prompt_token_ids,
@@ -455,7 +471,7 @@ class ChatAnswer:
         is_first: bool = False,
         is_last: bool = False,
     ) -> ChatChunk:
-        progress, body = self._progress[index], self._plan.body
+        progress, body = self.progress[index], self._plan.body
         choice = ChatChunkChoice(index, delta, None, None)
         if progress.logprobs and not is_first:
             choice.logprobs = ChatLogprobs(content=progress.logprobs, refusal=None)
@@ -470,7 +486,7 @@ class ChatAnswer:
         usage: TokenUsage | UnsetType | None = UNSET
         if body.stream_options is not None:
             if body.stream_options.continuous_usage_stats:
-                usage = self._usage()
+                usage = self.usage()
             elif body.stream_options.include_usage:
                 usage = None
         has_prompt = body.return_token_ids and is_first
@@ -496,12 +512,13 @@ class ChatAnswer:
             token_ids=progress.token_ids if body.return_token_ids else UNSET,
         )
 
-    def _usage(self) -> TokenUsage:
-        outputs = [progress.last for progress in self._progress if progress.last is not None]
+    def usage(self) -> TokenUsage:
+        """The tokens so far, of all choices."""
+        outputs = [progress.last for progress in self.progress if progress.last is not None]
         if not outputs:  # the first chunk of a stream that reports its usage in every one
-            outputs = [Output(self._id, len(self._plan.job.prompt_ids), 0, 0)]
+            outputs = [Output(self.id, len(self._plan.job.prompt_ids), 0, 0)]
         shared = min(outputs, key=lambda output: output.cached_tokens)  # the others may find what this one computed
-        usage = usage_of(outputs, [shared], sum(progress.counter.count for progress in self._progress))
+        usage = usage_of(outputs, [shared], sum(progress.counter.count for progress in self.progress))
         prompt = self._plan.prompt
         if prompt.has_earlier_answer:
             reason = prompt.miss
@@ -510,9 +527,10 @@ class ChatAnswer:
             usage.history = HistoryUsage(reused_tokens=prompt.num_reused, reason=reason)
         return usage
 
-    async def _remember(self, indices: Sequence[int]) -> None:
+    async def remember(self, indices: Sequence[int]) -> None:
+        """Keep the tokens of these choices, so that the conversation can continue from them."""
         for index in indices:
-            progress = self._progress[index]
+            progress = self.progress[index]
             reader = progress.reader
             if not reader.is_cut and (reader.content or reader.calls):
                 await self._served.off_loop(self._remember_one, progress)

@@ -28,8 +28,8 @@ from ramet.runtime.server.openai.answers import (
     usage_of,
 )
 from ramet.runtime.server.openai.bodies import CompletionBody
-from ramet.runtime.server.responses import DONE, EventStream, LastEvent, collected, event
 from ramet.runtime.server.sampling_fields import asks_constraint, constraint_of, sampling_params
+from ramet.runtime.server.sending import DONE, EventStream, LastEvent, collected, event
 from ramet.runtime.server.served_model import ServedModel
 from ramet.runtime.text.detokenizer import Detokenizer
 from ramet.runtime.text.tokenizer import Tokenizer

@@ -9,7 +9,7 @@ from starlette.requests import Request
 from ramet.runtime.server.errors import HttpError
 from ramet.runtime.server.openai.bodies import DetokenizeBody, TokenizeBody
 from ramet.runtime.server.openai.chat import ChatEndpoint
-from ramet.runtime.server.responses import AnswerStruct
+from ramet.runtime.server.sending import AnswerStruct
 from ramet.runtime.server.served_model import ServedModel
 from ramet.runtime.text.chat_encoding import encode_marked, render_marked
 

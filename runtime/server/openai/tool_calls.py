@@ -17,7 +17,7 @@ from msgspec import UNSET
 from ramet.grammar.tools.events import ArgumentsDelta, CallEnd, CallStart, Event, TextDelta, ToolCallReader
 from ramet.runtime.server.openai.answers import AnsweredCall, CalledFunction
 from ramet.runtime.server.openai.reasoning import ReasoningSplitter
-from ramet.runtime.server.responses import Json
+from ramet.runtime.server.sending import Json
 from ramet.runtime.text.tool_style import ToolStyle
 
 

@@ -38,8 +38,8 @@ from ramet.runtime.server.programs.store import (
     event_json,
     read_graph,
 )
-from ramet.runtime.server.responses import EventStream, event, json_response, until_disconnect
 from ramet.runtime.server.routing import Endpoint, Handler
+from ramet.runtime.server.sending import EventStream, event, json_response, until_disconnect
 from ramet.runtime.server.served_model import ServedModel, key_digest
 from ramet.runtime.server.validation import Strict
 

@@ -21,7 +21,7 @@ from ramet.lang.graph.ir import Argument, Graph, GraphIndex, NodeEvent, ToolCall
 from ramet.runtime.server.errors import HttpError
 from ramet.runtime.server.link.protocol import CancelNodes, ExtendProgram, ProvideTool, StartProgram
 from ramet.runtime.server.metrics import RequestCollector
-from ramet.runtime.server.responses import AnswerStruct
+from ramet.runtime.server.sending import AnswerStruct
 from ramet.runtime.server.served_model import ServedModel
 
 MAX_KEPT = 256  # finished programs that are kept

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ramet.lang.backends.sse import DONE, EventReader, ServerSentEvent, events_of
-from ramet.runtime.server.responses import event
+from ramet.runtime.server.sending import event
 
 SENT = (
     event({"text": "two\nlines, and a line\u2028separator"}, "node", 7)

@@ -15,8 +15,8 @@ from starlette.responses import Response
 from ramet.errors import InvalidRequest
 from ramet.runtime.server.config import ServerConfig
 from ramet.runtime.server.link.proxy import EngineProxy
-from ramet.runtime.server.responses import AnswerStruct
 from ramet.runtime.server.routing import Endpoint, make_app
+from ramet.runtime.server.sending import AnswerStruct
 from ramet.runtime.server.served_model import ServedModel
 from ramet.runtime.server.validation import Strict
 from ramet.runtime.testing.byte_tokenizer import ByteTokenizer
