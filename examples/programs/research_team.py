@@ -29,7 +29,7 @@ def research(s: State, animals: list[str]) -> list[list[ToolUse]]:
     branches.call_tools(max_steps=2, name="fact")
     branches.join()
     s += "".join(f"- {fact}\n" for fact in s["fact"])
-    s += "Headline:" + gen("headline", stop="\n", where=[length(2, 8, unit="words"), ends_with(".", "!")], retries=40)
+    s += "Headline:" + gen("headline", stop="\n", where=[length(2, 8, unit="words"), ends_with(".", "!")])
     found: list[list[ToolUse]] = s["calls"]
     return found
 

@@ -8,6 +8,7 @@
     substring       the text to quote from
     tools           a tool set (tools/tool_set.py): JSON text, a dict, or a ToolSet
     structural_tag  free text with values in it (tools/structural_tag.py): JSON text or a dict
+    grammar         a grammar composed of the others (tools/composed.py): JSON text or a dict
 
 A source is parsed without a vocabulary. The result is a `ByteAutomaton` (regular, every state known), a
 `TextWithValues` (text with JSON values in it) or an `ir.NamedRules`. Then it is compiled for a vocabulary.
@@ -37,11 +38,12 @@ from ramet.grammar.text.cfg import parse_cfg
 from ramet.grammar.text.choices import choices
 from ramet.grammar.text.regex import parse_regex
 from ramet.grammar.text.substring import substring_of
+from ramet.grammar.tools.composed import Composed
 from ramet.grammar.tools.structural_tag import StructuralTag, structural_text
 from ramet.grammar.tools.text_with_values import TextWithValues, compile_with_values
 from ramet.grammar.tools.tool_set import ToolSet, tools_text
 
-Kind = Literal["json_schema", "regex", "cfg", "choice", "substring", "tools", "structural_tag"]
+Kind = Literal["json_schema", "regex", "cfg", "choice", "substring", "tools", "structural_tag", "grammar"]
 Parsed = ByteAutomaton | TextWithValues | ir.NamedRules
 
 MAX_SOURCE_BYTES = 16 << 20
@@ -53,7 +55,7 @@ def compile_constraint(
     """Compile a constraint of any kind for a vocabulary.
 
     options: json_schema takes the fields of `ir.JsonOptions`; regex `flags`; cfg `start` and `max_ignored`; substring
-    `unit` and `allow_empty`; choice, tools and structural_tag none.
+    `unit` and `allow_empty`; the others none.
     Raises: GrammarError and its subclasses.
     """
     return compile_parsed(parse_source(kind, source, limits=limits, **options), vocabulary, limits=limits)
@@ -116,6 +118,7 @@ OPTIONS: Mapping[str, tuple[str, ...]] = {
     "substring": ("unit", "allow_empty"),
     "tools": (),
     "structural_tag": (),
+    "grammar": (),
 }
 
 
@@ -163,6 +166,11 @@ def _structural_tag(source: Any, limits: Limits, options: dict[str, Any]) -> Par
     return structural_text(StructuralTag.of(decoded))
 
 
+def _grammar(source: Any, limits: Limits, options: dict[str, Any]) -> Parsed:
+    decoded = _decoded(source, InvalidGrammar, "the grammar") if isinstance(source, str) else source
+    return Composed.of(decoded).parsed(limits.max_regular_states)
+
+
 def _decoded(source: str, error_type: type[GrammarError], what: str) -> Any:
     try:
         return json.loads(source)
@@ -180,4 +188,5 @@ _PARSERS: Mapping[str, Callable[[Any, Limits, dict[str, Any]], Parsed]] = {
     "substring": _substring,
     "tools": _tools,
     "structural_tag": _structural_tag,
+    "grammar": _grammar,
 }

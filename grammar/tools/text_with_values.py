@@ -18,12 +18,13 @@ from ramet.grammar import ir
 from ramet.grammar.json_schema.algebra.values import Expr
 from ramet.grammar.json_schema.compile import Schemas
 from ramet.grammar.json_schema.frames.compilation import Compilation, TextContext
-from ramet.grammar.json_schema.frames.tables import VALUE_STARTS
+from ramet.grammar.json_schema.frames.tables import NUMBER, VALUE_STARTS
 from ramet.grammar.machine.automaton import Limits, Machine
 from ramet.grammar.machine.compiled_grammar import CompiledGrammar, Problem
 from ramet.grammar.machine.frame import PREFERRED_BYTES, REFUSE, Frame, compress_rows, leave, target
 from ramet.grammar.machine.vocabulary import Vocabulary
 
+_IN_NUMBERS = b"0123456789.eE+-"
 _DONE = 0  # the frame's first exit; exit 1 + i is gap i
 
 
@@ -153,6 +154,9 @@ class _AroundValues(Frame):
                 "a JSON value and a text can begin alike in the same place; put a text before the value that tells "
                 "them apart"
             )
+        for gap in self.gaps:
+            if compilation is not None and (compilation.expressions.kinds(roots[gap.schema]) >> NUMBER) & 1:
+                self._check_after_number(rows[gap.after])
         exits = [leave(1 + i, again=True) for i in range(len(self.gaps))]
         rows[values] = np.array(exits, dtype=np.int32)[:, None]
         compressed, byte_class = compress_rows(rows)
@@ -165,6 +169,16 @@ class _AroundValues(Frame):
         ends = np.where(text.accepting, _DONE, REFUSE).astype(np.int32)
         self.table = machine.table(compressed, byte_class, 1 + len(self.gaps), ends)
         self.instance = machine.add(self)
+
+    @staticmethod
+    def _check_after_number(row: NDArray[np.int32]) -> None:
+        """Raise InvalidGrammar if the text after a number may begin with a character of numbers."""
+        found = [chr(byte) for byte in _IN_NUMBERS if row[byte] != REFUSE]
+        if found:
+            raise InvalidGrammar(
+                f"a JSON number can go on with the text after it ({found[0]!r}); put a text between them that begins "
+                "with no digit, point or exponent"
+            )
 
     def _cost_of(self, schema: ir.JsonSchema) -> int:
         assert self.compilation is not None

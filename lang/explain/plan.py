@@ -21,6 +21,7 @@ from ramet.lang.passes.fork_groups import fork_groups
 from ramet.lang.passes.identical_nodes import identical_nodes
 from ramet.lang.passes.kv_bound import KvBound, kv_bound, most_pages
 from ramet.lang.passes.liveness import liveness
+from ramet.lang.passes.masked_checks import masked_checks
 from ramet.lang.passes.paths import ZERO, Count, Paths, interpret
 from ramet.lang.passes.prefixes import BatchPrefixes, batch_prefixes, static_prefixes
 from ramet.lang.passes.requests import RequestPlan, plan_requests
@@ -44,6 +45,7 @@ def explain_plan(traced: RunRecord, target: Target, unbound: ir.Graph | None = N
         _kv_report(kv),
         _fork_report(paths),
         _forced_report(paths, plan, target),
+        *_checks_report(paths, target),
     ]
     if unbound is not None:
         reports.append(_motion_report(unbound, target))
@@ -203,12 +205,31 @@ def _forced_report(paths: Paths, plan: RequestPlan, target: Target) -> PassRepor
         return PassReport("forced tokens", f"a constraint doesn't compile: {error}", {"appended": 0, "at_start": 0})
     start = sum(found.at_start.values())
     text = f"{found.appended:,} tokens of text between generations are appended, not decoded"
-    constrained = sum(isinstance(n, ir.Generate) and n.constraint is not None for n in paths.graph.nodes)
+    constrained = sum(isinstance(n, ir.Generate) and n.narrowed().constraint is not None for n in paths.graph.nodes)
     if constrained:
         text += (
             f"; {_some(constrained, 'constrained text')} begin with {start} forced tokens, the rest shows in the run"
         )
     return PassReport("forced tokens", text, {"appended": found.appended, "at_start": start})
+
+
+def _checks_report(paths: Paths, target: Target) -> Iterable[PassReport]:
+    """Report which checks are masks, if there are checks at all."""
+    masked, retried = list[str](), list[str]()
+    for node in paths.graph.nodes:
+        if not isinstance(node, ir.Generate) or not node.checks:
+            continue
+        try:
+            found = masked_checks(node, target)
+        except GrammarError as error:
+            yield PassReport("checks", f"a check can't be met: {error}", {"masked": 0, "retried": 0})
+            return
+        name = ir.variable(node.name) if node.name else f"node {node.id}"
+        masked.extend(f"{name}: {check}" for check in found.masked)
+        retried.extend(f"{name}: {check}" for check in found.retried)
+    if masked or retried:
+        shown = [f"{what} {'; '.join(checks)}" for what, checks in (("masks", masked), ("retried", retried)) if checks]
+        yield PassReport("checks", " | ".join(shown), {"masked": len(masked), "retried": len(retried)})
 
 
 def _motion_report(graph: ir.Graph, target: Target) -> PassReport:

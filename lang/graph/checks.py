@@ -1,8 +1,10 @@
 """Checks of a generated value: `gen(..., where=length(1, 20))`. These checks are data and travel with the graph.
 
 A check looks at the JSON value. It sees the items of a list, and the compact JSON of any other value that is not text.
+Checks combine: `length(1, 20) & ~contains("\\n") | is_in("none")`.
 
-Not here: checks in Python (any callable), which run in the program's process after each try.
+Not here: which checks become masks (narrowing.py); checks in Python (any callable), which run in the program's process
+after each try.
 """
 
 from __future__ import annotations
@@ -15,24 +17,46 @@ import msgspec
 
 from ramet.errors import InvalidRequest
 
+MAX_DEPTH = 50
+
 
 class Check(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     """One check.
 
     `values`: the JSON values of `in`, or the texts of `starts_with`, `ends_with` and `contains`; one of them must fit.
     `at_least`, `at_most`: the limits of `between` and `length`. A length is counted in `unit`, or in a list's items.
+    `of`: the checks that `all`, `any` and `not` (of one check) combine.
     """
 
-    kind: Literal["length", "in", "starts_with", "ends_with", "contains", "between"]
+    kind: Literal["length", "in", "starts_with", "ends_with", "contains", "between", "all", "any", "not"]
     values: tuple[Any, ...] = ()  # Any: JSON
     at_least: float | None = None
     at_most: float | None = None
     unit: Literal["characters", "words", "lines"] = "characters"
+    of: tuple[Check, ...] = ()
+
+    def __and__(self, other: Check) -> Check:
+        """Require both checks."""
+        return Check("all", of=(self, other)) if isinstance(other, Check) else NotImplemented
+
+    def __or__(self, other: Check) -> Check:
+        """Require one of the two checks, or both."""
+        return Check("any", of=(self, other)) if isinstance(other, Check) else NotImplemented
+
+    def __invert__(self) -> Check:
+        """Require a value that the check refuses."""
+        return Check("not", of=(self,))
+
+    def __bool__(self) -> bool:
+        raise TypeError("a check has no truth value; combine checks with &, | and ~ instead of and, or and not")
 
     def problem(self, value: Any) -> str | None:  # Any: JSON
         """Return the problem of a value, or None."""
+        if self.of:
+            return self._combined(value)
         if self.kind == "in":
-            return None if value in self.values else f"it is {_shown(value)}, but must be one of {_listed(self.values)}"
+            is_in = any(_is_same(value, one) for one in self.values)
+            return None if is_in else f"it is {_shown(value)}, but must be one of {_listed(self.values)}"
         if self.kind in ("length", "between"):
             return self._out_of_range(value)
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, separators=(",", ":"))
@@ -41,6 +65,15 @@ class Check(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fiel
             return None
         what = {"starts_with": "start with", "ends_with": "end with", "contains": "contain"}[self.kind]
         return f"it is {_shown(text)}, but must {what} {_listed(self.values)}"
+
+    def _combined(self, value: Any) -> str | None:
+        problems = [check.problem(value) for check in self.of]
+        found = [problem for problem in problems if problem is not None]
+        if self.kind == "not":
+            return None if found else f"it is {_shown(value)}, but must not have: {self.of[0]}"
+        if self.kind == "any":
+            return None if len(found) < len(problems) else ", or ".join(found)
+        return found[0] if found else None
 
     def _out_of_range(self, value: Any) -> str | None:
         size: Any = value
@@ -62,6 +95,10 @@ class Check(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fiel
         return f"{low}{unit}" if low == high else f"between {low} and {high}{unit}"
 
     def __str__(self) -> str:
+        if self.kind == "not":
+            return f"not ({self.of[0]})"
+        if self.of:
+            return (" and " if self.kind == "all" else " or ").join(f"({check})" for check in self.of)
         if self.kind in ("length", "between"):
             return f"{'length ' if self.kind == 'length' else ''}{self._range()}"
         return f"{self.kind.replace('_', ' ')} {_listed(self.values)}"
@@ -110,6 +147,14 @@ def contains(*texts: str) -> Check:
 
 def check_problem(check: Check) -> str | None:
     """Return the problem of the check itself, or None."""
+    if check.kind in ("all", "any", "not"):
+        if not check.of or (check.kind == "not" and len(check.of) != 1):
+            return f"{check.kind} combines {len(check.of)} checks"
+        if _depth(check) > MAX_DEPTH:
+            return f"checks are combined more than {MAX_DEPTH} deep"
+        return next((problem for one in check.of if (problem := check_problem(one))), None)
+    if check.of:
+        return f"{check.kind} combines no other checks"
     if check.kind in ("length", "between"):
         limits = [limit for limit in (check.at_least, check.at_most) if limit is not None]
         if not limits:
@@ -133,6 +178,15 @@ def _checked(check: Check) -> Check:
     if problem is not None:
         raise InvalidRequest(problem, param="where")
     return check
+
+
+def _depth(check: Check) -> int:
+    return 1 + max(map(_depth, check.of), default=0)
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    """Return whether two JSON values are the same: true is not the number 1."""
+    return bool(a == b) and isinstance(a, bool) == isinstance(b, bool)
 
 
 def _length(value: Any, unit: str) -> int:

@@ -20,10 +20,12 @@ import msgspec
 from ramet.errors import InvalidProgram
 from ramet.lang.graph.checks import Check as Check
 from ramet.lang.graph.checks import check_problem
+from ramet.lang.graph.constraint import Constraint as Constraint
 from ramet.lang.graph.events import NodeError as NodeError
 from ramet.lang.graph.events import NodeEvent as NodeEvent
 from ramet.lang.graph.events import NodeResult as NodeResult
 from ramet.lang.graph.events import Usage as Usage
+from ramet.lang.graph.narrowing import Narrowing, narrowing
 from ramet.lang.graph.sampling import Sampling as Sampling
 from ramet.lang.graph.sampling import is_repeatable as is_repeatable
 from ramet.lang.graph.sampling import retry_sampling as retry_sampling
@@ -50,18 +52,6 @@ class Ref(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields
 
 Part: TypeAlias = str | Ref
 Template: TypeAlias = tuple[Part, ...]
-
-
-class Constraint(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
-    """The language that a generated text must match. `source`: a pattern, a Lark grammar, a text, or canonical JSON.
-
-    A set of tools (grammar/tools/tool_set.py) without a `format` uses the format of the model's chat template.
-    `in_order`: the properties of a JSON schema come in the schema's order, and only named properties are allowed.
-    """
-
-    kind: Literal["json_schema", "regex", "cfg", "choice", "substring", "tools", "structural_tag"]
-    source: str
-    in_order: bool = False
 
 
 class Scope(Protocol):
@@ -176,7 +166,8 @@ class Generate(Node, frozen=True, tag="generate"):
     The value of type `tools` is {"text": ..., "calls": [{"name": ..., "arguments": {...}}]}, parsed from the model's
     own format.
 
-    A value that fails one of `checks` is generated again, up to `retries` times. Its text never joins the branch.
+    `checks` narrow the constraint where they can (narrowing.py). A value that fails one is generated again, up to
+    `retries` times. Its text never joins the branch.
     """
 
     name: str | None = None
@@ -200,6 +191,10 @@ class Generate(Node, frozen=True, tag="generate"):
         if not 0 <= self.retries <= MAX_RETRIES:
             return f"may be tried {self.retries:,} times more; retries must be in [0, {MAX_RETRIES:,}]"
         return None
+
+    def narrowed(self) -> Narrowing:
+        """Return the constraint with the checks that become masks, and which checks these are."""
+        return narrowing(self.constraint, self.checks, self.type, self.sampling.stop or ())
 
 
 class Select(Node, frozen=True, tag="select"):

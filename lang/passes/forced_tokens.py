@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ramet.lang.graph import ir
+from ramet.lang.passes.masked_checks import masked_checks
 from ramet.lang.passes.paths import Paths
 from ramet.lang.passes.requests import RequestPlan
 from ramet.lang.passes.target import Target
@@ -32,9 +33,10 @@ def forced_tokens(paths: Paths, plan: RequestPlan, target: Target) -> ForcedToke
     at_start: dict[int, int] = {}
     known: dict[ir.Constraint, int] = {}
     for node in paths.graph.nodes:
-        if isinstance(node, ir.Generate) and node.constraint is not None:
-            if node.constraint not in known:
-                known[node.constraint] = len(target.forced_tokens(node.constraint) or ())
-            if known[node.constraint]:
-                at_start[node.id] = known[node.constraint]
+        constraint = masked_checks(node, target).constraint if isinstance(node, ir.Generate) else None
+        if constraint is not None:
+            if constraint not in known:
+                known[constraint] = len(target.forced_tokens(constraint) or ())
+            if known[constraint]:
+                at_start[node.id] = known[constraint]
     return ForcedTokens(appended, at_start)

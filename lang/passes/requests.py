@@ -140,7 +140,7 @@ def _unordered(paths: Paths) -> list[int]:
     """Return the nodes whose place in the order depends on the run."""
     found = []
     for node in paths.graph.nodes:
-        is_constrained = isinstance(node, ir.Generate) and node.constraint is not None
+        is_constrained = isinstance(node, ir.Generate) and node.narrowed().constraint is not None
         if node.run_by == "model" and (is_constrained or node.id in paths.joined):
             found.append(node.id)
     return found

@@ -44,13 +44,15 @@ class Gen(Expr):
         tip, attempts = recorder.tip, list[dict[str, str]]()
         while True:
             recorder.go_back(tip)
-            source = self._record_once(recorder, ir.retry_sampling(sampling, len(attempts)))
+            left = self.retries - len(attempts)
+            again = ir.retry_sampling(sampling, len(attempts))
+            source = self._record_once(recorder, again, declared, left if declared else 0)
             recorder.run.note_attempts(source.node, attempts)
             problem = _problem(source, self.where)
             if problem is None:
                 return source
-            event = recorder.run.outcomes.get(source.node)
-            attempts.append({"text": event.text if event is not None else "", "problem": problem})
+            event = recorder.run.outcomes[source.node]
+            attempts = [*recorder.run.attempts_of(source.node), {"text": event.text, "problem": problem}]
             if len(attempts) > self.retries:
                 raise self._failed(source, attempts)
 

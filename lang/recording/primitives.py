@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ramet.errors import InvalidRequest
-from ramet.lang.graph.checks import Check
+from ramet.lang.graph.checks import Check, check_problem
 from ramet.lang.graph.ir import MAX_RETRIES, SCORERS, Constraint
 from ramet.lang.graph.sampling import FIELDS, to_sampling
 from ramet.lang.recording.generations import Gen, SelectExpr
@@ -51,10 +51,12 @@ def gen(
     or a JSON schema dict. At most one of `regex`, `cfg` (a Lark grammar), `choices`, `json_schema` and `substring_of`
     constrains the text (instead of the constraint of `type`).
 
-    `where`: checks of the value: `length`, `between`, `is_in`, `starts_with`, `ends_with`, `contains`, or any callable,
-    which refuses a value by returning something false or raising ValueError. A value that fails a check is generated
-    again, up to `retries` times; then CheckFailed is raised. The refused texts are in `s.meta(name)["attempts"]`. A
-    callable needs the value in Python, so the program waits for it; the engine runs the other checks.
+    `where`: checks of the value: `length`, `between`, `is_in`, `starts_with`, `ends_with`, `contains`, combined by `&`,
+    `|` and `~`, or any callable, which refuses a value by returning something false or raising ValueError. Checks of
+    texts, numbers and JSON become a part of the constraint: the model can't write a value that fails. A value that
+    fails another check, or was cut off, is generated again, up to `retries` times; then CheckFailed is raised. The
+    refused texts are in `s.meta(name)["attempts"]`. A callable needs the value in Python, so the program waits for it.
+    `explain()` says which checks are masks.
 
     Raises:
         InvalidSampling: a value outside its range. InvalidRequest: constraints that exclude each other.
@@ -87,6 +89,9 @@ def gen(
     for check in checks:
         if not (isinstance(check, Check) or callable(check)):
             raise InvalidRequest(f"where has {check!r}, but must have checks such as length(1, 20)", param="where")
+        problem = check_problem(check) if isinstance(check, Check) else None
+        if problem is not None:
+            raise InvalidRequest(problem, param="where")
     if isinstance(retries, bool) or not isinstance(retries, int) or not 0 <= retries <= MAX_RETRIES:
         raise InvalidRequest(f"retries is {retries!r}, but must be in [0, {MAX_RETRIES:,}]", param="retries")
     said = {name: plain(value) for name, value in values.items() if value is not None}

@@ -228,14 +228,14 @@ class Run:
         return raised
 
     def note_attempts(self, node: int, attempts: list[dict[str, str]]) -> None:
-        """Note the texts that checks in Python refused before generation `node` was recorded. The list may grow."""
+        """Note the texts that were refused before generation `node` was recorded, because of a check in Python."""
         self._attempts[node] = attempts
 
     def attempts_of(self, node: int) -> list[dict[str, str]]:
         """Return a generation's refused texts, each with its `text` and the `problem`."""
         event = self.outcomes.get(node)
         found: list[dict[str, str]] = (event.meta or {}).get("attempts", []) if event is not None else []
-        return found or self._attempts.get(node, [])
+        return [*self._attempts.get(node, ()), *found]
 
     def need(self, node: int, why: str) -> None:
         """Submit the nodes recorded so far, because a value is needed that does not exist yet."""
@@ -437,6 +437,6 @@ class Run:
             "usage": event.usage,
             "finish_reason": event.finish_reason,
             "timings": event.timings or {},
-            **({"attempts": attempts} if (attempts := self._attempts.get(node)) is not None else {}),
             **(event.meta or {}),
+            **({"attempts": self.attempts_of(node)} if node in self._attempts else {}),
         }

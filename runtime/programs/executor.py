@@ -303,24 +303,26 @@ class ProgramExecutor:
 
     def _ask_for_grammar(self, run: NodeRun) -> None:
         """Request a node's grammar. Not under the lock: a grammar that is ready starts the node on this thread."""
-        if not isinstance(run.node, ir.Generate) or run.node.constraint is None:
+        if not isinstance(run.node, ir.Generate) or not _has_grammar(run.node):
             return
 
-        def on_grammar(done: Future[CompiledGrammar]) -> None:
+        def on_grammar(done: Future[CompiledGrammar | None]) -> None:
             error = done.exception()
             with self._lock:
                 if run.is_over:
                     return
                 if error is None:
-                    self._grammars[run.node.id] = done.result()
+                    found = done.result()
+                    if found is not None:
+                        self._grammars[run.node.id] = found
                     self._graph.release(run)
                 else:
                     self._graph.failed(run, error if isinstance(error, Exception) else RametError(repr(error)))
             self._pump()
 
-        self._host.grammars.get(run.node.constraint).add_done_callback(on_grammar)
+        self._host.grammars.get_narrowed(run.node).add_done_callback(on_grammar)
 
 
 def _has_grammar(node: ir.AnyNode) -> bool:
     """Return whether a node waits until its grammar is compiled."""
-    return isinstance(node, ir.Generate) and node.constraint is not None
+    return isinstance(node, ir.Generate) and (node.constraint is not None or bool(node.narrowed().masked))

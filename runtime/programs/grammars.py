@@ -9,7 +9,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from ramet.lang.graph.ir import Constraint
+from ramet.errors import GrammarError, GrammarTooLarge
+from ramet.lang.graph.ir import Constraint, Generate
+from ramet.lang.graph.narrowing import Narrowing
 from ramet.runtime.programs.engine import ProgramTokenizer
 from ramet.runtime.text.role_marks import RoleMarks
 
@@ -46,6 +48,37 @@ class ProgramGrammars:
             if self._device is None:
                 return service.submit(constraint.kind, constraint.source, self._vocabulary, **options)
             return self._closed(service, self._device, constraint, options)
+
+    def get_narrowed(self, node: Generate) -> Future[CompiledGrammar | None]:
+        """Do as `get` for the constraint of a node, narrowed by the checks that become masks.
+
+        If the narrowed constraint is too large to compile, the result is the grammar of the constraint alone (None if
+        there is no constraint): all checks are then retried.
+        """
+        narrowed = node.narrowed()
+        answer: Future[CompiledGrammar | None] = Future()
+        answer.set_running_or_notify_cancel()
+
+        def settle(found: Future[CompiledGrammar]) -> None:
+            error = found.exception()
+            if error is None:
+                answer.set_result(found.result())
+            else:
+                answer.set_exception(error)
+
+        def settle_narrowed(found: Future[CompiledGrammar]) -> None:
+            error = found.exception()
+            if not isinstance(error, GrammarTooLarge):
+                settle(found if type(error) is not GrammarError else _failed(error, narrowed))
+            elif node.constraint is None:
+                answer.set_result(None)
+            else:
+                self.get(node.constraint).add_done_callback(settle)
+
+        assert narrowed.constraint is not None
+        asked = self.get(narrowed.constraint)
+        asked.add_done_callback(settle_narrowed if narrowed.masked else settle)
+        return answer
 
     def close(self) -> None:
         """Abandon running compilations, and end the service's threads."""
@@ -133,3 +166,12 @@ class ProgramGrammars:
         answer.add_done_callback(lambda done: compiled.cancel() if done.cancelled() else None)
         compiled.add_done_callback(close_later)
         return answer
+
+
+def _failed(error: GrammarError, narrowed: Narrowing) -> Future[CompiledGrammar]:
+    """Return a future whose error also names the checks, because they may be the cause."""
+    failed: Future[CompiledGrammar] = Future()
+    wrong = GrammarError(f"no text passes the `where` checks ({'; '.join(map(str, narrowed.masked))}): {error}")
+    wrong.__cause__ = error
+    failed.set_exception(wrong)
+    return failed

@@ -90,7 +90,7 @@ def test_the_way_out_of_a_long_pattern_is_found_quickly() -> None:
 @pytest.mark.parametrize(
     ("kind", "source", "options", "error", "message"),
     [
-        ("grammar", "x", {}, InvalidGrammar, "kinds are json_schema, regex, cfg, choice, substring, tools"),
+        ("grammer", "x", {}, InvalidGrammar, "kinds are json_schema, regex, cfg, choice, substring, tools"),
         ("regex", "a", {"flag": 1}, InvalidGrammar, "no option 'flag'; it has: flags"),
         ("regex", "(", {}, InvalidRegex, "position 0"),
         ("regex", "(?!)", {}, GrammarError, "contradictory"),
