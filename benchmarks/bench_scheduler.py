@@ -56,7 +56,9 @@ def bench_decode(num_running: int, num_steps: int) -> dict[str, dict[str, float]
         batch = scheduler.schedule()
         assert batch is not None
         if launched is not None:
-            scheduler.finish_step(launched, [RowOutput((7,)) if i.samples else RowOutput() for i in launched.items])
+            scheduler.finish_step(
+                launched.items, [RowOutput((7,)) if i.samples else RowOutput() for i in launched.items]
+            )
         launched = batch
     schedule_us, finish_us, total_us = [], [], []
     gc.collect()
@@ -64,7 +66,7 @@ def bench_decode(num_running: int, num_steps: int) -> dict[str, dict[str, float]
         t0 = time.perf_counter()
         batch = scheduler.schedule()
         t1 = time.perf_counter()
-        scheduler.finish_step(launched, outputs)
+        scheduler.finish_step(launched.items, outputs)
         t2 = time.perf_counter()
         assert batch is not None
         assert batch.num_decode == num_running
@@ -103,7 +105,7 @@ def bench_churn(num_running: int, num_steps: int) -> dict[str, float]:
         assert batch is not None
         outputs = [RowOutput((7,)) if item.samples else RowOutput() for item in batch.items]
         t2 = time.perf_counter()
-        scheduler.finish_step(batch, outputs)
+        scheduler.finish_step(batch.items, outputs)
         if step >= num_steps // 4:
             total_us.append((t1 - t0 + time.perf_counter() - t2) * 1e6)
     return percentiles(total_us)

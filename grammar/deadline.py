@@ -1,17 +1,25 @@
-"""A time limit for compiling, checked by the loops that can explode.
+"""A time limit for the loops that can explode, and turns for the threads that run them.
 
 The limit holds for the thread (the context) that set it, so that shared loops deep inside a compilation need no
 argument for it. It limits the thread's own time, because a busy machine does not make a schema too large. Those who
 wait for a compilation limit the wall-clock time (`service`).
+
+A thread may also work in turns (`in_turns`). At the end of its turn, the next check does not return until the thread is
+given another turn.
 """
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Callable
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
 
 from ramet.errors import GrammarTooLarge
+
+# Returns the time (time.monotonic) at which the thread's turn ends. Blocks between turns.
+Turn = Callable[[], float]
 
 
 @dataclass(slots=True)
@@ -19,35 +27,59 @@ class _Limit:
     """Owner: the thread that set it."""
 
     seconds: float
+    what: str
     end: float  # by the thread's time
-    next_look: float  # by the wall clock: the thread's time cannot run out before
+    next_look: float  # by the wall clock: until then, neither the thread's time nor its turn can end
+    turn: Turn | None
 
 
 _limit: ContextVar[_Limit | None] = ContextVar("grammar deadline", default=None)
 
 
 class OutOfTime(GrammarTooLarge):
-    """The time limit was exceeded. The same compilation may succeed later, or on a faster machine."""
+    """The time limit was exceeded. The same work may succeed later, or on a faster machine."""
 
 
 class time_limit:
-    """Make `check` raise once this thread has worked for `seconds`, or earlier if an outer limit ends sooner."""
+    """Make `check` raise once this thread has worked for `seconds`, or earlier if an outer limit ends sooner.
 
-    __slots__ = ("_seconds", "_token")
+    what: the work, for the message of the error.
+    """
 
-    def __init__(self, seconds: float) -> None:
+    __slots__ = ("_seconds", "_token", "_what")
+
+    def __init__(self, seconds: float, what: str = "compiling") -> None:
         self._seconds = seconds
+        self._what = what
         self._token: Token[_Limit | None] | None = None
 
     def __enter__(self) -> None:
         end = time.thread_time() + self._seconds
         outer = _limit.get()
         if outer is None or end < outer.end:
-            self._token = _limit.set(_Limit(self._seconds, end, time.monotonic() + self._seconds))
+            look, turn = time.monotonic() + self._seconds, None
+            if outer is not None:
+                look, turn = min(look, outer.next_look), outer.turn
+            self._token = _limit.set(_Limit(self._seconds, self._what, end, look, turn))
 
     def __exit__(self, *_: object) -> None:
         if self._token is not None:
             _limit.reset(self._token)
+
+
+class in_turns:
+    """Make `check` call `turn` once this thread's turn has ended."""
+
+    __slots__ = ("_token", "_turn")
+
+    def __init__(self, turn: Turn) -> None:
+        self._turn = turn
+
+    def __enter__(self) -> None:
+        self._token = _limit.set(_Limit(math.inf, "", math.inf, 0.0, self._turn))
+
+    def __exit__(self, *_: object) -> None:
+        _limit.reset(self._token)
 
 
 def is_set() -> bool:
@@ -56,18 +88,22 @@ def is_set() -> bool:
 
 
 def check(name: str = "") -> None:
-    """Check the limit. About 0.1 µs.
+    """Check the limit, and wait for the next turn if this one has ended. About 0.1 µs.
 
     Raises: OutOfTime past the limit, with the `name` of the compiled part (a JSON pointer, or a pattern).
     """
     limit = _limit.get()
     if limit is None or (now := time.monotonic()) < limit.next_look:
         return
+    turn_ends = math.inf
+    if limit.turn is not None:
+        turn_ends = limit.turn()
+        now = time.monotonic()
     left = limit.end - time.thread_time()
     if left > 0:
-        limit.next_look = now + left
+        limit.next_look = min(now + left, turn_ends)
         return
     where = f", at {name}" if name else ""
-    error = OutOfTime(f"compiling took longer than {limit.seconds:g} s{where}; simplify it or raise the limit")
+    error = OutOfTime(f"{limit.what} took longer than {limit.seconds:g} s{where}; simplify it or raise the limit")
     error.pointer = name if name.startswith("/") else None
     raise error

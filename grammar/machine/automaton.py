@@ -168,6 +168,7 @@ class Machine:
         """
         try:
             if deadline.is_set():  # by the mask that is being made: 1.6 µs less an exit
+                deadline.check()
                 return self.frames[instance].resolve(exit_index)
             with time_limit(self.limits.max_time_s):
                 return self.frames[instance].resolve(exit_index)

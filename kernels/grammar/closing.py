@@ -89,18 +89,32 @@ def closing_table(
     column = np.full(num_states, -1, dtype=np.int32)
     need = np.full(num_states, IMPOSSIBLE, dtype=np.int32)
     token = np.full(num_states, -1, dtype=np.int32)
-    find_ways, fill = _compiled()
+    find_ways, fill, _ = _compiled()
     order = find_ways(np.ascontiguousarray(transitions), accepting, distance, column)
     fill(transitions, byte_of, distance, column, order, trie.keys, trie.token, trie.longest, need, token)
     return ClosingTable(need, token)
 
 
 @cache
-def _compiled() -> tuple[Any, Any]:  # Any: numba's functions
+def _compiled() -> tuple[Any, Any, Any]:  # Any: numba's functions
     from numba import njit  # compiled when first used: it takes a moment
 
     compiled = njit(nogil=True, cache=True)
-    return compiled(_find_ways), compiled(_fill)
+    return compiled(_find_ways), compiled(_fill), compiled(_run)
+
+
+def state_after(byte_class: NDArray[np.uint8], transitions: Int32, text: bytes) -> int:
+    """Return the state of a closed automaton after a text, -1 if it refuses the text."""
+    return int(_compiled()[2](byte_class, transitions, np.frombuffer(text, dtype=np.uint8)))
+
+
+def _run(byte_class, transitions, text):  # type: ignore[no-untyped-def]
+    state = 0
+    for i in range(len(text)):
+        state = transitions[state, byte_class[text[i]]]
+        if state < 0:
+            break
+    return state
 
 
 def _find_ways(transitions, accepting, distance, column):  # type: ignore[no-untyped-def]

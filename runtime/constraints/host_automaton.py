@@ -1,5 +1,8 @@
 """One sequence's automaton on the host: its mask, its next state, and the rule that its text can be finished.
 
+Its methods ask the grammar, which may take long. So `begin` and `follow` run as works in turns with the steps (see
+turns.py), one at a time, and the engine's thread only reads the results.
+
 A text must be complete within `max_tokens`. So a sampled token that would leave too few tokens to finish is replaced by
 the first token of the shortest completion. If a grammar allows only one token, the forced tokens need not be decoded
 one by one; `forced_run` returns them.
@@ -7,11 +10,14 @@ one by one; `forced_run` returns them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ramet.errors import GrammarError
+from ramet.runtime.constraints.incomplete import cut_off
 from ramet.runtime.types import Grammar, Sequence
 
 
@@ -21,17 +27,43 @@ class HostAutomaton:
 
     `state`: None once the text is past its end (the request ignores end tokens). `can_finish`: False once no complete
     text fits into `max_tokens`. It stays False, because each token shortens the path to the end by at most one.
+    `mask`: of the next token, int32 [W]; None if every token is allowed. `incomplete`: why the text is incomplete, if
+    `max_tokens` has ended it.
     """
 
     sequence: Sequence
     grammar: Grammar
     state: int | None = 0
     can_finish: bool = True
+    mask: NDArray[np.int32] | None = None
+    incomplete: str | None = None
 
-    def fill_mask(self, row: NDArray[np.int32]) -> None:
-        """Write the mask of the next token, int32 [W]. If every token is allowed, leave the row unchanged."""
-        if self.state is not None:
-            self.grammar.fill_mask(self.state, row)
+    def begin(self, num_words: int) -> None:
+        """Make the mask of the first token."""
+        self.mask = np.full(num_words, -1, dtype=np.int32)
+        self.grammar.fill_mask(0, self.mask)
+
+    def follow(self, token: int, is_better: Callable[[int], bool]) -> list[int]:
+        """Take a sampled token, and make the mask of the next one. Return the tokens to append: the token taken, and
+        the tokens that must follow it, if `is_better` (of their number) says that they are better not decoded.
+        """
+        tokens = [self.take(token)]
+        run = self.forced_run(tokens[0])
+        if run and is_better(len(run)):
+            self.append(run)
+            tokens += run
+        request = self.sequence.request
+        num_output = len(self.sequence.output_ids) + len(tokens)
+        if tokens[-1] in request.stop_ids and num_output >= request.sampling.min_tokens:
+            return tokens
+        if num_output >= request.max_tokens:
+            self.incomplete = self._why_incomplete()
+        elif self.state is None:
+            self.mask = None
+        elif self.mask is not None:
+            self.mask.fill(-1)
+            self.grammar.fill_mask(self.state, self.mask)
+        return tokens
 
     def take(self, token: int) -> int:
         """Advance by a sampled token, or by the token that must replace it. Return the token taken.
@@ -66,6 +98,15 @@ class HostAutomaton:
         for token in run:
             assert self.state is not None
             self.state = self.grammar.advance(self.state, token)
+
+    def _why_incomplete(self) -> str | None:
+        if self.state is None or self.grammar.is_accepting(self.state):
+            return None
+        try:
+            shortest = len(self.grammar.shortest_completion(0))
+        except GrammarError:
+            shortest = 0
+        return cut_off(self.sequence.request.max_tokens, shortest)
 
     @property
     def _num_left(self) -> int:

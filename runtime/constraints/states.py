@@ -3,24 +3,28 @@
 A closed grammar runs on the device: its tables are in the arena, and steps mask, advance and finish its sequences
 without the host. All other grammars run on the host, where each of their sequences has a `HostAutomaton`.
 
-Steps use the host's grammars in two methods only, `masks` and `advance`, so that their work can be limited there. In
-addition, a text's tokens are walked once when its sequence joins again after a preemption (`arena_states`), and when
-max_tokens cuts it off (`why_incomplete`).
+Nobody knows how long a grammar takes for a token, so the engine's thread never waits for it: a row's token, the tokens
+that must follow and the next mask are one work, done in turns with the steps (turns.py). While its work is unfinished,
+the row's step counts as running, so the row waits and the others go on. A new sequence is scheduled once its first mask
+is made. When a work is done does not change its tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ramet.kernels.grammar.arena import FREE_STATE, GrammarArena
+from ramet.kernels.grammar.arena import FREE_STATE
+from ramet.kernels.grammar.closing import IMPOSSIBLE
+from ramet.kernels.grammar.mask import AutomatonTables
 from ramet.runtime.constraints.device_grammars import DeviceGrammars
 from ramet.runtime.constraints.host_automaton import HostAutomaton
-from ramet.runtime.constraints.incomplete import state_after
-from ramet.runtime.types import Batch, RowOutput, ScheduledSequence, Sequence
+from ramet.runtime.constraints.incomplete import cut_off
+from ramet.runtime.constraints.turns import Turns, Work
+from ramet.runtime.types import Batch, Grammar, RowOutput, ScheduledSequence, Sequence
 
 # Whether a row's known tokens are better computed in one step: (their number, rows of the step, the row's KV length).
 ComputesRun = Callable[[int, int, int], bool]
@@ -36,6 +40,35 @@ class HostMasks:
     words: NDArray[np.int32]
 
 
+@dataclass(slots=True)
+class TakenRows:
+    """Rows of steps whose tokens are taken by their grammars.
+
+    In the outputs, some tokens are replaced so that the text can be finished, and some are followed by forced ones.
+    replaced: (slot, token) of the replaced tokens, which the device must know.
+    """
+
+    items: list[ScheduledSequence] = field(default_factory=list)
+    outputs: list[RowOutput] = field(default_factory=list)
+    replaced: list[tuple[int, int]] = field(default_factory=list)
+
+
+@dataclass(slots=True, eq=False)
+class _Task:
+    """What a work is for. finish: called on the engine's thread once it is done."""
+
+    sequence: Sequence
+    finish: Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _OnDevice:
+    """base: the arena's number of the grammar's state 0."""
+
+    base: int
+    tables: AutomatonTables
+
+
 class GrammarStates:
     """The grammar states of one engine's sequences. Called on the engine's thread.
 
@@ -48,27 +81,59 @@ class GrammarStates:
         self._computes_run = computes_run
         self._num_words = -(-vocab_size // 32)
         self._on_host: dict[Sequence, HostAutomaton] = {}
-        self._on_device: dict[Sequence, int] = {}  # to the arena's number of their grammar's state 0
+        self._on_device: dict[Sequence, _OnDevice] = {}
         self._failures: dict[Sequence, Exception] = {}
+        self._turns = Turns()
+        self._tasks: dict[Work, _Task] = {}
+        self._works: dict[Sequence, Work] = {}
+        self._joined: list[Sequence] = []
+        self._rows = TakenRows()
 
     def add(self, sequence: Sequence) -> None:
-        """Add a new sequence: on the device if its grammar is closed and there is room, else on the host."""
+        """Begin to add a new sequence with a grammar: on the device if the grammar is closed and there is room, else on
+        the host. `take_joined` returns it once it has joined.
+        """
         grammar = sequence.request.grammar
-        if grammar is None:
+        assert grammar is not None
+        device = self.device
+        if device is None:
+            self._add_on_host(sequence, grammar)
             return
-        base = None if self.device is None else self.device.acquire(grammar)
-        if base is None:
-            self._on_host[sequence] = HostAutomaton(sequence, grammar)
-        else:
-            self._on_device[sequence] = base
+        tables: list[AutomatonTables | None] = []
+
+        def finish() -> None:
+            base = None if tables[0] is None else device.acquire(grammar, tables[0])
+            if tables[0] is None or base is None:
+                self._add_on_host(sequence, grammar)
+            else:
+                self._on_device[sequence] = _OnDevice(base, tables[0])
+                self._joined.append(sequence)
+
+        self._begin(sequence, lambda: tables.append(device.prepare(grammar)), finish)
+
+    def _add_on_host(self, sequence: Sequence, grammar: Grammar) -> None:
+        automaton = HostAutomaton(sequence, grammar)
+
+        def finish() -> None:
+            self._on_host[sequence] = automaton
+            self._joined.append(sequence)
+
+        self._begin(sequence, lambda: automaton.begin(self._num_words), finish)
 
     def release(self, sequence: Sequence) -> None:
         """Remove an ended sequence. Do nothing if it is unknown."""
+        work = self._works.pop(sequence, None)
+        if work is not None:
+            work.cancel()
         self._on_host.pop(sequence, None)
         if self._on_device.pop(sequence, None) is not None:
             assert self.device is not None
             assert sequence.request.grammar is not None
             self.device.release(sequence.request.grammar)
+
+    def close(self) -> None:
+        """End the threads. Unfinished works are dropped."""
+        self._turns.close()
 
     def is_on_host(self, sequence: Sequence) -> bool:
         """Return whether the host masks the sequence, so that it must know each token before the next step."""
@@ -78,6 +143,59 @@ class GrammarStates:
         """Return the errors of grammars since the last call. The caller must end their sequences."""
         failures, self._failures = self._failures, {}
         return failures
+
+    def why_incomplete(self, sequence: Sequence) -> str | None:
+        """Return why a text that `max_tokens` ended does not match its grammar; None if it matches."""
+        if sequence in self._on_host:
+            return self._on_host[sequence].incomplete
+        found = self._on_device.get(sequence)
+        if found is None or self.device is None:
+            return None
+        tables = found.tables
+        state = self.device.state_after(tables, sequence.output_ids)
+        if state is None or tables.accepting[state]:
+            return None
+        shortest = 0 if tables.closing is None else int(tables.closing.need[0])
+        return cut_off(sequence.request.max_tokens, 0 if shortest >= IMPOSSIBLE else shortest)
+
+    # --- works
+
+    @property
+    def has_work(self) -> bool:
+        return self._turns.has_work or bool(self._joined or self._rows.items)
+
+    @property
+    def num_waiting(self) -> int:
+        """Number of sequences that wait for their grammar."""
+        return len(self._works)
+
+    def work(self, seconds: float, *, new_only: bool = False) -> None:
+        """Let the works of grammars go on for about `seconds`. new_only: only those that have not begun yet."""
+        for work in self._turns.give(seconds, to_unfinished=not new_only):
+            task = self._tasks.pop(work)
+            if task.sequence.is_finished:
+                continue
+            del self._works[task.sequence]
+            if work.error is not None:
+                self._failures[task.sequence] = work.error
+            else:
+                task.finish()
+
+    def take_joined(self) -> list[Sequence]:
+        """Return the new sequences that may be scheduled from now on."""
+        joined, self._joined = self._joined, []
+        return [sequence for sequence in joined if not sequence.is_finished]
+
+    def take_rows(self) -> TakenRows:
+        """Return the rows whose works are done since the last call."""
+        rows, self._rows = self._rows, TakenRows()
+        return rows
+
+    def _begin(self, sequence: Sequence, do: Callable[[], None], finish: Callable[[], None]) -> None:
+        work = Work(sequence.request.grammar, do)
+        self._tasks[work] = _Task(sequence, finish)
+        self._works[sequence] = work
+        self._turns.add(work)
 
     # --- a step
 
@@ -91,70 +209,78 @@ class GrammarStates:
             return None
         words = np.full((len(sampled), self._num_words), -1, dtype=np.int32)
         for row in rows:
-            try:
-                self._on_host[sampled[row]].fill_mask(words[row])
-            except Exception as error:
-                words[row] = -1
-                self._failures[sampled[row]] = error
+            mask = self._on_host[sampled[row]].mask
+            if mask is not None:
+                words[row] = mask
         return HostMasks(rows, words)
 
     def arena_states(self, items: Iterable[ScheduledSequence]) -> list[int] | None:
         """Return the arena's state of each joining row, after its text so far. None if no row is constrained."""
         if self.device is None or not (self._on_device or self._on_host):
             return None
-        return [self._arena_state(self.device.arena, item.sequence) for item in items]
+        return [self._arena_state(self.device, item.sequence) for item in items]
 
-    def advance(
-        self, batch: Batch, outputs: list[RowOutput], logprob_of: LogprobOf
-    ) -> tuple[list[RowOutput], list[tuple[int, int]]]:
-        """Advance the host's automata by a step's tokens.
+    def take(
+        self, items: tuple[ScheduledSequence, ...], outputs: list[RowOutput], logprob_of: LogprobOf
+    ) -> tuple[list[ScheduledSequence], list[RowOutput]]:
+        """Begin to advance the host's automata by a step's tokens. Return the rows that the host does not mask.
 
-        Returns the outputs, and (slot, token) of the replaced tokens, which the device must know. In the outputs, some
-        tokens are replaced so that their texts can be finished, and some are followed by forced ones.
+        `take_rows` returns the others once their works are done.
         """
         if not self._on_host:
-            return outputs, []
-        result, replaced = list(outputs), []
+            return list(items), outputs
+        other_items, other_outputs = [], []
         num_sampled = 0
-        for i, (item, output) in enumerate(zip(batch.items, outputs, strict=True)):
-            sequence, row = item.sequence, num_sampled
+        for item, output in zip(items, outputs, strict=True):
+            row = num_sampled
             num_sampled += item.samples
-            automaton = self._on_host.get(sequence)
-            if automaton is None or not output.token_ids or sequence.is_finished:
-                continue
-            (sampled,) = output.token_ids
-            try:
-                token, *run = self._advance(automaton, sampled, len(outputs))
-            except Exception as error:
-                self._failures[sequence] = error
-                continue
-            if token != sampled:
-                logprobs = None if output.logprobs is None else (logprob_of(row, token),)
-                result[i] = replace(output, token_ids=(token,), logprobs=logprobs)
-                assert sequence.slot is not None
-                replaced.append((sequence.slot, token))
-            if run:
-                result[i] = RowOutput((token, *run))
-        return result, replaced
+            automaton = self._on_host.get(item.sequence)
+            if automaton is None or not output.token_ids or item.sequence.is_finished:
+                other_items.append(item)
+                other_outputs.append(output)
+            else:
+                self._follow(automaton, item, output, len(outputs), row, logprob_of)
+        return other_items, other_outputs
 
-    def _advance(self, automaton: HostAutomaton, sampled: int, num_rows: int) -> list[int]:
-        """Return the token taken, and the forced tokens that are appended to it.
+    def _follow(
+        self,
+        automaton: HostAutomaton,
+        item: ScheduledSequence,
+        output: RowOutput,
+        num_rows: int,
+        row: int,
+        logprob_of: LogprobOf,
+    ) -> None:
+        """Begin the work for a row's sampled token.
 
         A forced run without a gain in a step of `num_rows` rows is left to decoding, which gives the same tokens.
         """
-        token = automaton.take(sampled)
-        run = automaton.forced_run(token)
-        if not run or not self._computes_run(len(run), num_rows, automaton.sequence.num_tokens + 1):
-            return [token]
-        automaton.append(run)
-        return [token, *run]
+        sequence = item.sequence
+        (sampled,) = output.token_ids
+        taken: list[int] = []
 
-    def _arena_state(self, arena: GrammarArena, sequence: Sequence) -> int:
+        def is_better(num_forced: int) -> bool:
+            return self._computes_run(num_forced, num_rows, sequence.num_tokens + 1)
+
+        def finish() -> None:
+            token, *run = taken
+            result = output
+            if token != sampled:
+                logprobs = None if output.logprobs is None else (logprob_of(row, token),)
+                result = replace(output, token_ids=(token,), logprobs=logprobs)
+                if sequence.slot is not None:  # None after a preemption: the token is computed as a known one
+                    self._rows.replaced.append((sequence.slot, token))
+            self._rows.items.append(item)
+            self._rows.outputs.append(RowOutput((token, *run)) if run else result)
+
+        self._begin(sequence, lambda: taken.extend(automaton.follow(sampled, is_better)), finish)
+
+    def _arena_state(self, device: DeviceGrammars, sequence: Sequence) -> int:
         if sequence in self._on_host:
             assert sequence.slot is not None
-            return arena.host_state(sequence.slot)
-        base, grammar = self._on_device.get(sequence), sequence.request.grammar
-        if base is None or grammar is None:
+            return device.arena.host_state(sequence.slot)
+        found = self._on_device.get(sequence)
+        if found is None:
             return FREE_STATE
-        state = state_after(grammar, sequence.output_ids)  # after a preemption there are some
-        return arena.final_state if state is None else base + state
+        state = device.state_after(found.tables, sequence.output_ids)  # after a preemption there are some
+        return device.arena.final_state if state is None else found.base + state

@@ -20,14 +20,20 @@ from ramet.runtime.types import Batch, FinishReason, Request, RowOutput, Schedul
 logger = logging.getLogger(__name__)
 
 _MAX_HELD = 0.25  # of the running sequences; with more, overlapped steps would be half empty
+# How long a step waits for grammars, twice at most: beside rows that need none, and without such rows
+_BESIDE_S, _ALONE_S = 0.001, 0.02
 
 
 @dataclass(slots=True)  # one a token: see RowOutput
 class SequenceUpdate:
-    """A step's result for one sequence: its new tokens. `sequence.finish_reason` says whether it is finished."""
+    """A step's result for one sequence: its new tokens. `sequence.finish_reason` says whether it is finished.
+
+    incomplete: with FinishReason.LENGTH, why a constrained text is incomplete; None if it is complete.
+    """
 
     sequence: Sequence
     output: RowOutput
+    incomplete: str | None = None
 
 
 class EngineCore:
@@ -55,7 +61,7 @@ class EngineCore:
 
     def add(self, request: Request) -> Sequence:
         """Queue a request. Raises the errors of `Scheduler.add`; only this request fails."""
-        sequence = self.scheduler.add(request)
+        sequence = self.scheduler.add(request, is_ready=request.grammar is None)
         if request.grammar is not None:
             self.runner.use_device()
             self.grammars.add(sequence)
@@ -78,7 +84,7 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
-        return self._in_flight is not None or self.scheduler.has_work
+        return self._in_flight is not None or self.scheduler.has_work or self.grammars.has_work
 
     @property
     def is_stepping(self) -> bool:
@@ -95,11 +101,14 @@ class EngineCore:
         """
         updates = [SequenceUpdate(s, RowOutput()) for s in self.scheduler.expire_deadlines()]
         try:
+            self._begin_works()
             if self.overlap and len(self.scheduler.held) <= _MAX_HELD * self.scheduler.num_running:
                 updates += self.step_overlap()
+            elif self._in_flight is not None:
+                updates += self.drain()  # and nothing else: an update says whether its sequence is finished now
             else:
-                updates += self.drain()
                 updates += self.step_sync()
+            updates += self._finish_works()
         except Exception as error:
             updates += self._fail_running(error)
         updates += self._fail_grammars()
@@ -140,18 +149,45 @@ class EngineCore:
         )
 
     def collect(self, launched: LaunchedStep) -> list[SequenceUpdate]:
-        """Wait for a launched step, advance its sequences, and return updates of those that were not yet finished."""
-        batch = launched.batch
-        was_live = [not item.sequence.is_finished for item in batch.items]
-        outputs, replaced = self.grammars.advance(batch, launched.read(), launched.logprob)
-        if replaced:
-            self.runner.override_tokens(replaced)
-        self.scheduler.finish_step(batch, outputs)
+        """Wait for a launched step, advance its sequences, and return updates of those that were not yet finished.
+
+        Rows whose grammars are not done with their tokens are left to a later step.
+        """
+        items, outputs = self.grammars.take(launched.batch.items, launched.read(), launched.logprob)
+        return self._finish_rows(items, outputs)
+
+    def _begin_works(self) -> None:
+        """Let the grammars of new requests begin, so that these requests can be part of this step."""
+        if self.grammars.has_work:
+            self.grammars.work(_BESIDE_S, new_only=True)
+            for sequence in self.grammars.take_joined():
+                self.scheduler.make_ready(sequence)
+
+    def _finish_works(self) -> list[SequenceUpdate]:
+        """Let the grammars go on, and finish the rows of this step or of earlier ones that waited for them."""
+        if not self.grammars.has_work:
+            return []
+        has_others = self._in_flight is not None or self.scheduler.num_running > self.grammars.num_waiting
+        self.grammars.work(_BESIDE_S if has_others else _ALONE_S)
+        for sequence in self.grammars.take_joined():
+            self.scheduler.make_ready(sequence)
+        rows = self.grammars.take_rows()
+        if rows.replaced:
+            self.runner.override_tokens(rows.replaced)
+        return self._finish_rows(rows.items, rows.outputs)
+
+    def _finish_rows(self, items: list[ScheduledSequence], outputs: list[RowOutput]) -> list[SequenceUpdate]:
+        was_live = [not item.sequence.is_finished for item in items]
+        self.scheduler.finish_step(items, outputs)
         return [
-            SequenceUpdate(item.sequence, output)
-            for item, output, live in zip(batch.items, outputs, was_live, strict=True)
+            SequenceUpdate(item.sequence, output, self._why_incomplete(item.sequence))
+            for item, output, live in zip(items, outputs, was_live, strict=True)
             if live and (output.token_ids or output.prompt_logprobs is not None or item.sequence.is_finished)
         ]
+
+    def _why_incomplete(self, sequence: Sequence) -> str | None:
+        is_cut = sequence.finish_reason is FinishReason.LENGTH and sequence.request.grammar is not None
+        return self.grammars.why_incomplete(sequence) if is_cut else None
 
     def _needs_host(self, item: ScheduledSequence) -> bool:
         """Return True if the host must know a joining sequence's tokens before each of its steps.
@@ -189,6 +225,10 @@ class EngineCore:
         if self.runner.edits is not None:
             self.runner.edits.release(sequence)
 
+    def close(self) -> None:
+        """End the threads of the grammars."""
+        self.grammars.close()
+
     # --- diagnosis
 
     def check_integrity(self) -> None:
@@ -203,6 +243,7 @@ class EngineCore:
             **{name: float(value) for name, value in counters.items()},
             "num_running": float(scheduler.num_running),
             "num_waiting": float(scheduler.num_waiting),
+            "num_waiting_for_grammar": float(self.grammars.num_waiting),
             "num_free_pages": float(scheduler.pool.num_free),
             "num_evictable_pages": float(scheduler.cache.num_evictable_pages),
             "num_pages": float(scheduler.pool.num_usable),

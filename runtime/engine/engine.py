@@ -20,7 +20,6 @@ import numpy as np
 
 from ramet.errors import EngineStopped, InvalidRequest, RametError, RequestCancelled
 from ramet.runtime.cache.probe import Difference, differences
-from ramet.runtime.constraints.incomplete import why_incomplete
 from ramet.runtime.engine.compiled_code import OnStage, prepare_compiled_code
 from ramet.runtime.engine.config import EngineConfig
 from ramet.runtime.engine.core import EngineCore, SequenceUpdate
@@ -275,6 +274,7 @@ class Engine:
                 self._failure = error
         finally:
             self._fail_all()
+            self._core.close()
 
     def _run_once(self) -> bool:
         """Run pending commands and one step, and deliver its outputs. Waits if there is no work. False: stop."""
@@ -404,7 +404,7 @@ class Engine:
                     "first_token_s": first_s - stream.submitted_s,
                     "total_s": now_s - stream.submitted_s,
                 },
-                incomplete=why_incomplete(sequence),
+                incomplete=None if update is None else update.incomplete,
             ),
         )
 

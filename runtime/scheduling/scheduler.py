@@ -1,7 +1,7 @@
 """The scheduler chooses the tokens of the next step, their pages and their slots. A pure state machine, no torch.
 
     schedule() -> Batch            counts its tokens as computed: everything on the device runs in launch order
-    finish_step(batch, outputs)    reads a step's tokens; may come after the next schedule()
+    finish_step(items, outputs)    reads a step's tokens; may come after the next schedule(), for some rows later still
 
 With overlap, the host may learn that a sequence is finished while the sequence's next step runs. The scheduler releases
 the sequence at once and ignores that row later. Its pages may be reused at once, because later steps write them only
@@ -83,8 +83,8 @@ class Scheduler:
     def num_waiting(self) -> int:
         return len(self._sequences) - len(self._running)
 
-    def add(self, request: Request) -> Sequence:
-        """Queue a request.
+    def add(self, request: Request, *, is_ready: bool = True) -> Sequence:
+        """Queue a request. If it is not ready, it counts as waiting, but is scheduled only after `make_ready`.
 
         Raises:
             ContextOverflow: the request can never fit the context or the page pool.
@@ -117,8 +117,14 @@ class Scheduler:
         if request.deadline_s is not None:
             self._num_deadlines += 1
             heapq.heappush(self._deadlines, (request.deadline_s, self._num_deadlines, sequence))
-        self._enqueue(sequence)
+        if is_ready:
+            self._enqueue(sequence)
         return sequence
+
+    def make_ready(self, sequence: Sequence) -> None:
+        """Let a live sequence that was not ready be scheduled."""
+        assert not sequence.is_finished, f"{sequence.request.request_id} is finished already"
+        self._enqueue(sequence)
 
     def abort(self, request_id: str) -> Sequence | None:
         """Finish a request now. Its pages and slot are free on return. Returns None if no such id is live."""
@@ -213,14 +219,17 @@ class Scheduler:
         counters.num_computed_tokens += num_tokens - num_decode
         return Batch(counters.num_steps, tuple(items), num_decode, num_tokens, tuple(self._copies))
 
-    def finish_step(self, batch: Batch, outputs: list[RowOutput]) -> list[Sequence]:
-        """Read a step's outputs, one for each item. Returns the sequences that have new tokens or scores.
+    def finish_step(self, items: Iterable[ScheduledSequence], outputs: list[RowOutput]) -> list[Sequence]:
+        """Read the outputs of rows of a step. Returns the sequences that have new tokens or scores.
+
+        items: those of a batch; any of them may be finished by a later call. A held sequence whose row is not finished
+        is not scheduled.
 
         A sampling row may yield several tokens if no later step of its sequence is launched; the next step computes
         their KV. If it yields no token, its last position is computed again.
         """
         changed = []
-        for item, output in zip(batch.items, outputs, strict=True):
+        for item, output in zip(items, outputs, strict=True):
             sequence = item.sequence
             if sequence.status is Status.FINISHED:
                 continue

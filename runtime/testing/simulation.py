@@ -97,7 +97,7 @@ class SimulatedEngine:
         raise AssertionError("the scheduler does not come to an end")
 
     def collect(self, batch: Batch, outputs: list[RowOutput]) -> None:
-        changed = self.scheduler.finish_step(batch, outputs)
+        changed = self.scheduler.finish_step(batch.items, outputs)
         self.scheduler.check_integrity()
         self.finished += [sequence for sequence in changed if sequence.is_finished]
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 import threading
-from typing import Any
+import time
+from typing import Any, cast
 
 import pytest
 import torch
 
-from ramet.grammar import Vocabulary
+from ramet.errors import RequestCancelled
+from ramet.grammar import Vocabulary, deadline
 from ramet.grammar.service.sources import compile_constraint
 from ramet.kernels.grammar.arena import GrammarArena
 from ramet.kernels.grammar.mask import TokenTable
@@ -143,20 +145,89 @@ def test_a_waiting_request_that_the_host_will_mask_costs_the_running_ones_nothin
         core = engine._core
         core.overlap = True
         running: list[str] = []  # when a step was not overlapped
-        step_sync = core.step_sync
+        step_sync, launch = core.step_sync, core.launch
+        is_sync = False
 
         def note() -> list[SequenceUpdate]:
+            nonlocal is_sync
+            is_sync = True
             updates = step_sync()
-            running.extend(update.sequence.request.request_id for update in updates)
+            is_sync = False
             return updates
 
+        def note_batch(batch: Batch) -> LaunchedStep:
+            if is_sync:
+                running.extend(item.sequence.request.request_id for item in batch.items)
+            return launch(batch)
+
         monkeypatch.setattr(core, "step_sync", note)
+        monkeypatch.setattr(core, "launch", note_batch)
         params = SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True)
         first = engine.submit("x", params, request_id="free")
         second = engine.submit("x", SamplingParams(max_tokens=40, seed=1), grammar=opened, request_id="masked")
         assert len(first.result(timeout_s=60).token_ids) == 30
         assert re.fullmatch(PATTERNS[0], second.result(timeout_s=60).text)
     assert set(running) == {"masked"}
+
+
+class _Slow:
+    """A grammar whose answers, from its third mask on, are not ready until `may_end` is set."""
+
+    def __init__(self, grammar: Grammar) -> None:
+        self._grammar = grammar
+        self._num_masks = 0
+        self.is_slow, self.may_end = threading.Event(), threading.Event()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._grammar, name)
+
+    def fill_mask(self, state: int, row: Any) -> None:
+        self._num_masks += 1
+        if self._num_masks > 2:
+            self.is_slow.set()
+            while not self.may_end.is_set():
+                deadline.check()
+        self._grammar.fill_mask(state, row)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_row_waits_for_its_grammar_while_the_others_go_on(tiny_model: LoadedModel, overlap: bool) -> None:
+    opened = compile_constraint("regex", PATTERNS[0], vocabulary(tiny_model))
+    other = compile_constraint("regex", PATTERNS[2], vocabulary(tiny_model))
+    params = SamplingParams(temperature=1.0, max_tokens=30, seed=1)
+    free = SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True)
+    with make_engine(tiny_model, on_device=overlap) as engine:
+        engine._core.overlap = overlap
+        expected = engine.generate("x", params, grammar=opened)
+        slow = _Slow(opened)
+        waiting = engine.submit("x", params, grammar=cast(Grammar, slow))
+        assert slow.is_slow.wait(60)
+        assert len(engine.generate("a b c", free).token_ids) == 60
+        assert re.fullmatch(PATTERNS[2], engine.generate("d", params, grammar=other).text), "nor do other grammars wait"
+        assert engine.stats()["num_waiting_for_grammar"] == 1
+        engine.check_integrity()
+        slow.may_end.set()
+        assert waiting.result(timeout_s=60).token_ids == expected.token_ids
+        engine.check_integrity()
+
+
+def test_a_row_that_waits_for_its_grammar_can_be_aborted_and_has_a_deadline(tiny_model: LoadedModel) -> None:
+    opened = compile_constraint("regex", PATTERNS[0], vocabulary(tiny_model))
+    params = SamplingParams(temperature=1.0, max_tokens=30, seed=1)
+    with make_engine(tiny_model, on_device=False) as engine:
+        for deadline_s in (None, 0.5):
+            slow = _Slow(opened)
+            handle = engine.submit("x", params, grammar=cast(Grammar, slow), deadline_s=deadline_s)
+            if deadline_s is None:
+                assert slow.is_slow.wait(60)
+                handle.cancel()
+            with pytest.raises(RequestCancelled):
+                handle.result(timeout_s=60)
+        assert engine.generate("x", params, grammar=opened).finish_reason is not None, "the grammar goes on"
+        while engine._core.has_work:
+            time.sleep(0.01)
+        assert engine.stats()["num_waiting_for_grammar"] == 0
+        engine.check_integrity()
 
 
 def test_every_finished_text_matches_its_pattern(tiny_model: LoadedModel, grammars: list[Grammar]) -> None:

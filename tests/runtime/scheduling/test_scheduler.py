@@ -46,7 +46,7 @@ def test_a_prompt_is_computed_in_chunks_beside_decode_rows_that_come_first() -> 
     batch = scheduler.schedule()
     assert shape(batch) == [("a", 0, 6, True, False)]
     assert batch is not None
-    scheduler.finish_step(batch, answer(batch))
+    scheduler.finish_step(batch.items, answer(batch))
     scheduler.add(make_request("b", range(100, 121), 3))
     steps = []
     for _ in range(3):
@@ -55,7 +55,7 @@ def test_a_prompt_is_computed_in_chunks_beside_decode_rows_that_come_first() -> 
         steps.append(shape(batch))
         assert batch.num_decode == 1
         assert batch.num_tokens <= 10
-        scheduler.finish_step(batch, answer(batch))
+        scheduler.finish_step(batch.items, answer(batch))
     assert steps == [  # nine tokens are left for b: chunks end at page borders (4 tokens)
         [("a", 6, 1, True, True), ("b", 0, 8, False, False)],
         [("a", 7, 1, True, True), ("b", 8, 8, False, False)],
@@ -72,7 +72,7 @@ def test_a_step_may_be_scheduled_before_the_last_one_is_read() -> None:
     assert sequence.num_in_flight == 3
     for batch in batches[:3]:
         assert batch is not None
-        assert scheduler.finish_step(batch, answer(batch)) == [sequence]
+        assert scheduler.finish_step(batch.items, answer(batch)) == [sequence]
     assert sequence.output_ids == [9, 9, 9]
     assert sequence.finish_reason is FinishReason.LENGTH
 
@@ -87,7 +87,7 @@ def test_a_held_sequence_is_in_every_second_step_and_the_others_in_all() -> None
         names.append([name for name, *_ in shape(batches[-1])])
         before = batches[-2]
         assert before is not None
-        scheduler.finish_step(before, answer(before))
+        scheduler.finish_step(before.items, answer(before))
     assert names == [["free"], ["held", "free"], ["free"], ["held", "free"], ["free"]]
 
 
@@ -116,10 +116,10 @@ def test_forced_tokens_do_not_wait_behind_a_long_prompt() -> None:
     batch = scheduler.schedule()
     assert batch is not None
     scheduler.add(make_request("long", range(100, 160), 3))
-    scheduler.finish_step(batch, answer(batch))
+    scheduler.finish_step(batch.items, answer(batch))
     batch = scheduler.schedule()
     assert batch is not None
-    scheduler.finish_step(batch, [RowOutput((9, 8, 7)), RowOutput()])
+    scheduler.finish_step(batch.items, [RowOutput((9, 8, 7)), RowOutput()])
     assert shape(scheduler.schedule()) == [("a", 7, 3, True, False), ("long", 8, 4, False, False)]
 
 
@@ -147,7 +147,7 @@ def test_a_row_without_a_token_is_computed_again() -> None:
     scheduler.add(make_request("a", range(8), 2))
     batch = scheduler.schedule()
     assert batch is not None
-    scheduler.finish_step(batch, [RowOutput()])
+    scheduler.finish_step(batch.items, [RowOutput()])
     assert shape(scheduler.schedule()) == [("a", 7, 1, True, False)]
 
 
@@ -296,7 +296,7 @@ def test_a_stop_token_before_min_tokens_does_not_end() -> None:
     for _ in range(2):
         batch = scheduler.schedule()
         assert batch is not None
-        scheduler.finish_step(batch, answer(batch))
+        scheduler.finish_step(batch.items, answer(batch))
     assert (sequence.output_ids, sequence.finish_reason) == ([9, 9], FinishReason.STOP)
 
 
@@ -306,11 +306,11 @@ def test_an_abort_frees_pages_and_slot_within_the_call_and_its_row_in_flight_is_
     first, second = scheduler.schedule(), scheduler.schedule()
     assert first is not None
     assert second is not None
-    scheduler.finish_step(first, answer(first))
+    scheduler.finish_step(first.items, answer(first))
     assert scheduler.abort("a")
     assert scheduler.num_running == 0
     assert scheduler.pool.num_free + scheduler.cache.num_evictable_pages == scheduler.pool.num_total
-    assert scheduler.finish_step(second, answer(second)) == []
+    assert scheduler.finish_step(second.items, answer(second)) == []
     assert sequence.output_ids == [9]
     scheduler.check_integrity()
 
