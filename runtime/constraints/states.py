@@ -23,7 +23,7 @@ from ramet.kernels.grammar.mask import AutomatonTables
 from ramet.runtime.constraints.device_grammars import DeviceGrammars
 from ramet.runtime.constraints.host_automaton import HostAutomaton
 from ramet.runtime.constraints.incomplete import cut_off
-from ramet.runtime.constraints.turns import Turns, Work
+from ramet.runtime.constraints.turns import GrammarWork, Turns
 from ramet.runtime.types import Batch, Grammar, RowOutput, ScheduledSequence, Sequence
 
 # Whether a row's known tokens are better computed in one step: (their number, rows of the step, the row's KV length).
@@ -54,7 +54,7 @@ class TakenRows:
 
 
 @dataclass(slots=True, eq=False)
-class _Task:
+class _Purpose:
     """What a work is for. finish: called on the engine's thread once it is done."""
 
     sequence: Sequence
@@ -84,8 +84,8 @@ class GrammarStates:
         self._on_device: dict[Sequence, _OnDevice] = {}
         self._failures: dict[Sequence, Exception] = {}
         self._turns = Turns()
-        self._tasks: dict[Work, _Task] = {}
-        self._works: dict[Sequence, Work] = {}
+        self._purposes: dict[GrammarWork, _Purpose] = {}
+        self._works: dict[Sequence, GrammarWork] = {}
         self._joined: list[Sequence] = []
         self._rows = TakenRows()
 
@@ -172,14 +172,14 @@ class GrammarStates:
     def work(self, seconds: float, *, new_only: bool = False) -> None:
         """Let the works of grammars go on for about `seconds`. new_only: only those that have not begun yet."""
         for work in self._turns.give(seconds, to_unfinished=not new_only):
-            task = self._tasks.pop(work)
-            if task.sequence.is_finished:
+            purpose = self._purposes.pop(work)
+            if purpose.sequence.is_finished:
                 continue
-            del self._works[task.sequence]
+            del self._works[purpose.sequence]
             if work.error is not None:
-                self._failures[task.sequence] = work.error
+                self._failures[purpose.sequence] = work.error
             else:
-                task.finish()
+                purpose.finish()
 
     def take_joined(self) -> list[Sequence]:
         """Return the new sequences that may be scheduled from now on."""
@@ -192,8 +192,8 @@ class GrammarStates:
         return rows
 
     def _begin(self, sequence: Sequence, do: Callable[[], None], finish: Callable[[], None]) -> None:
-        work = Work(sequence.request.grammar, do)
-        self._tasks[work] = _Task(sequence, finish)
+        work = GrammarWork(sequence.request.grammar, do)
+        self._purposes[work] = _Purpose(sequence, finish)
         self._works[sequence] = work
         self._turns.add(work)
 

@@ -1,4 +1,4 @@
-"""Work that may take long, done on other threads in turns with the engine's steps.
+"""GrammarWork that may take long, done on other threads in turns with the engine's steps.
 
 The engine's thread gives a turn, waits at most until its end, and goes on. At the end of its turn, a thread stops at
 its next check of the deadline (grammar/deadline.py). There it keeps all that it has worked out, until its next turn. So
@@ -27,7 +27,7 @@ _MAX_THREADS = 64
 
 
 @dataclass(slots=True, eq=False)
-class Work:
+class GrammarWork:
     """A piece of work. Works of one owner are done one after the other. error: set if `do` raised."""
 
     owner: Hashable
@@ -44,26 +44,26 @@ class Turns:
     """The works of one engine. All methods are for the engine's thread."""
 
     def __init__(self) -> None:
-        self._new: deque[Work] = deque()
+        self._new: deque[GrammarWork] = deque()
         self._unfinished: list[_Worker] = []
         self._idle: list[_Worker] = []
-        self._done: deque[Work] = deque()  # filled by the workers
+        self._done: deque[GrammarWork] = deque()  # filled by the workers
         self._busy: Counter[Hashable] = Counter()  # owners of works that a worker has
 
     @property
     def has_work(self) -> bool:
         return bool(self._new or self._unfinished or self._done)
 
-    def add(self, work: Work) -> None:
+    def add(self, work: GrammarWork) -> None:
         """Begin a work in the next round."""
         self._new.append(work)
 
-    def give(self, seconds: float, *, to_unfinished: bool = True) -> list[Work]:
+    def give(self, seconds: float, *, to_unfinished: bool = True) -> list[GrammarWork]:
         """Let works go on for about `seconds`, and return those that are done.
 
         to_unfinished: also those that have had a turn. They get a little time even if there is none left.
         """
-        done: list[Work] = []
+        done: list[GrammarWork] = []
         if not self.has_work:
             return done
         end = time.monotonic() + seconds
@@ -80,7 +80,7 @@ class Turns:
         self._new.clear()
         self._idle, self._unfinished = [], []
 
-    def _begin(self, end: float, done: list[Work]) -> None:
+    def _begin(self, end: float, done: list[GrammarWork]) -> None:
         """Give each new work its first turn, until `end`."""
         while self._new and time.monotonic() < end:
             works = self._startable()
@@ -95,7 +95,7 @@ class Turns:
             (self._idle if worker.is_idle else self._unfinished).append(worker)
             self._collect(done)
 
-    def _startable(self) -> list[Work]:
+    def _startable(self) -> list[GrammarWork]:
         """Take the new works that need not wait for another work of their owner, or for a thread."""
         if not self._idle and len(self._unfinished) >= _MAX_THREADS:
             return []
@@ -117,13 +117,13 @@ class Turns:
                 self._unfinished.remove(worker)
                 self._idle.append(worker)
 
-    def _collect(self, done: list[Work]) -> None:
+    def _collect(self, done: list[GrammarWork]) -> None:
         while self._done:
             work = self._done.popleft()
             self._release(work)
             done.append(work)
 
-    def _release(self, work: Work) -> None:
+    def _release(self, work: GrammarWork) -> None:
         self._busy[work.owner] -= 1
         if not self._busy[work.owner]:
             del self._busy[work.owner]
@@ -134,10 +134,10 @@ class _Worker:
     thread.
     """
 
-    def __init__(self, done: deque[Work]) -> None:
+    def __init__(self, done: deque[GrammarWork]) -> None:
         self._done = done
-        self._works: deque[Work] = deque()
-        self._current: Work | None = None
+        self._works: deque[GrammarWork] = deque()
+        self._current: GrammarWork | None = None
         self._used_s = 0.0  # by the current work
         self._round_ends = self._turn_ends = 0.0
         self._is_running = False  # it was given a turn, and has not come back yet
@@ -157,15 +157,15 @@ class _Worker:
         work = self._current
         return work is not None and not work.is_cancelled, self._used_s
 
-    def begin(self, works: list[Work], end: float) -> None:
+    def begin(self, works: list[GrammarWork], end: float) -> None:
         """Do these works until `end`. The worker is idle."""
         self._works.extend(works)
         self._used_s = 0.0
         self._turn(end)
 
-    def take_back(self) -> list[Work]:
+    def take_back(self) -> list[GrammarWork]:
         """Return the works that are not begun."""
-        works: list[Work] = []
+        works: list[GrammarWork] = []
         try:
             while True:
                 works.append(self._works.popleft())  # the thread may take some meanwhile

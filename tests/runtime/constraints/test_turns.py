@@ -9,7 +9,7 @@ import pytest
 
 from ramet.grammar import deadline
 from ramet.grammar.deadline import OutOfTime
-from ramet.runtime.constraints.turns import Turns, Work
+from ramet.runtime.constraints.turns import GrammarWork, Turns
 
 
 @pytest.fixture
@@ -32,21 +32,21 @@ def until(event: threading.Event) -> Callable[[], None]:
     return wait
 
 
-def all_of(turns: Turns) -> list[Work]:
+def all_of(turns: Turns) -> list[GrammarWork]:
     done = []
     while turns.has_work:
         done += turns.give(0.01)
     return done
 
 
-def first_turns(turns: Turns) -> list[Work]:
+def first_turns(turns: Turns) -> list[GrammarWork]:
     """Those of the new works that are done with one turn."""
     return turns.give(20.0, to_unfinished=False)
 
 
 def test_works_are_done_and_their_errors_are_kept(turns: Turns) -> None:
     found: list[int] = []
-    works = [Work(i, lambda i=i: found.append(1 // i)) for i in (1, 0, 1)]  # type: ignore[misc]
+    works = [GrammarWork(i, lambda i=i: found.append(1 // i)) for i in (1, 0, 1)]  # type: ignore[misc]
     for work in works:
         turns.add(work)
     assert set(all_of(turns)) == set(works)
@@ -56,7 +56,7 @@ def test_works_are_done_and_their_errors_are_kept(turns: Turns) -> None:
 
 def test_a_long_work_is_passed_by_short_ones_and_goes_on_in_its_turns(turns: Turns) -> None:
     may_end = threading.Event()
-    long, short = Work("a", until(may_end)), Work("b", lambda: None)
+    long, short = GrammarWork("a", until(may_end)), GrammarWork("b", lambda: None)
     turns.add(long)
     assert first_turns(turns) == []
     for _ in range(3):
@@ -75,8 +75,8 @@ def test_works_of_one_owner_come_one_after_the_other(turns: Turns) -> None:
         until(may_end)()
         order.append("first")
 
-    turns.add(Work("a", first))
-    turns.add(Work("a", lambda: order.append("second")))
+    turns.add(GrammarWork("a", first))
+    turns.add(GrammarWork("a", lambda: order.append("second")))
     for _ in range(5):
         assert first_turns(turns) == []
     may_end.set()
@@ -91,17 +91,17 @@ def test_a_thread_that_makes_no_check_holds_nobody_up(turns: Turns) -> None:
         has_begun.set()
         may_end.wait(60)
 
-    turns.add(stuck := Work("a", wait))
+    turns.add(stuck := GrammarWork("a", wait))
     while not has_begun.is_set():
         assert turns.give(0.001) == []
-    turns.add(other := Work("b", lambda: None))
+    turns.add(other := GrammarWork("b", lambda: None))
     assert first_turns(turns) == [other]
     may_end.set()
     assert all_of(turns) == [stuck]
 
 
 def test_a_cancelled_work_ends_at_its_next_check(turns: Turns) -> None:
-    turns.add(work := Work("a", endless))
+    turns.add(work := GrammarWork("a", endless))
     assert first_turns(turns) == []
     work.cancel()
     assert all_of(turns) == [work]
@@ -109,21 +109,21 @@ def test_a_cancelled_work_ends_at_its_next_check(turns: Turns) -> None:
 
 
 def test_many_endless_works_leave_room_for_new_ones_once_they_are_cancelled(turns: Turns) -> None:
-    works = [Work(i, endless) for i in range(200)]
+    works = [GrammarWork(i, endless) for i in range(200)]
     for work in works:
         turns.add(work)
     assert first_turns(turns) == []
     for work in works:
         work.cancel()
-    turns.add(Work("b", lambda: None))
+    turns.add(GrammarWork("b", lambda: None))
     assert len(all_of(turns)) == 201
 
 
 def test_the_threads_end_when_the_turns_are_closed() -> None:
     before = set(threading.enumerate())
     turns = Turns()
-    turns.add(Work("a", endless))
-    turns.add(Work("b", lambda: None))
+    turns.add(GrammarWork("a", endless))
+    turns.add(GrammarWork("b", lambda: None))
     first_turns(turns)
     threads = set(threading.enumerate()) - before
     turns.close()
