@@ -222,6 +222,12 @@ class MadeUpTokenizer:
     ) -> list[int]:
         return list(text.encode())
 
+    def split(self, text: bytes) -> list[int]:
+        return list(text)
+
+    def rest_of_piece(self, before: bytes, text: bytes) -> int:
+        return 0
+
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
         return b"".join(self.token_bytes[token] for token in ids).decode(errors="replace")
 

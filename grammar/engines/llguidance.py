@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ramet.errors import GrammarError
 from ramet.grammar.engines.followed import FollowedGrammar
+from ramet.grammar.machine.splits import is_text
 from ramet.grammar.machine.vocabulary import Vocabulary
 
 _COMPACT = {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"}
@@ -80,7 +81,9 @@ class _Tokens:
         self.tokens = texts
 
     def __call__(self, text: bytes) -> list[int]:
-        return self.vocabulary.fewest_tokens(text) or []
+        splits = self.vocabulary.splits
+        known = splits.tokens(text) if splits is not None and is_text(text) else ()
+        return list(known) or self.vocabulary.fewest_tokens(text) or []
 
 
 class _Follower:

@@ -34,7 +34,7 @@ from ramet.grammar.machine.frame import (
 from ramet.grammar.machine.vocabulary import Vocabulary
 
 MAX_POOL = 1 << 28  # table entries of 4 bytes
-INSTANCE_FIELDS = 5  # table offset, number of classes, class map offset, exit offset, has memory
+INSTANCE_FIELDS = 6  # table offset, number of classes, class map offset, exit offset, has memory, may end
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class Done(Frame):
 class Machine:
     """All tables, all instances, and the targets of their exits. Not thread-safe: the owner locks.
 
-    pool: int32, all tables and class maps. instances: int64 [capacity, 5]. exits: int64, targets of all instances.
+    pool: int32, all tables and class maps. instances: int64 [capacity, 6]. exits: int64, targets of all instances.
     """
 
     def __init__(self, vocabulary: Vocabulary, limits: Limits) -> None:
@@ -135,7 +135,8 @@ class Machine:
             grown = np.full(max(2 * len(self.exits), end), UNKNOWN, dtype=np.int64)
             grown[:begin] = self.exits[:begin]
             self.exits = grown
-        self.instances[index] = (table.offset, table.width, table.class_offset, begin, frame.has_memory)
+        may_end = table.end_exits is not None or index == 0  # 0: Done
+        self.instances[index] = (table.offset, table.width, table.class_offset, begin, frame.has_memory, may_end)
         self.frames.append(frame)
         self.exit_offsets.append(begin)
         if index >= self.limits.max_states:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from ramet.errors import GrammarError
 from ramet.grammar.deadline import time_limit
 from ramet.grammar.machine.automaton import Machine
+from ramet.grammar.machine.canonical import CanonicalTokens
 from ramet.grammar.machine.frame import DEAD, LOCAL_BITS, LOCAL_MASK, target
 from ramet.grammar.machine.mask_rows import MaskRows
 from ramet.grammar.machine.masks import MaskMaker
@@ -63,6 +64,8 @@ class CompiledGrammar:
         self._num_completed = 0  # number of tokens in the completions kept
         self._lock = threading.RLock()
         self._masks = MaskMaker(machine, self.rows)
+        splits = machine.vocabulary.splits
+        self._canonical = None if splits is None else CanonicalTokens(machine, self._masks, splits)
         self._scratch = np.zeros(4, dtype=np.int64)
         self._device_tables: DeviceTables | None = None
 
@@ -150,7 +153,10 @@ class CompiledGrammar:
                 row = self.rows.again(state)
                 if row is None:
                     with time_limit(self.machine.limits.max_time_s):
-                        row = self.rows.keep(state, self._masks.make(self._packed[state]))
+                        packed = self._packed[state]
+                        row = self._masks.make(packed)
+                        row = row if self._canonical is None else self._canonical.narrow(packed, row)
+                        row = self.rows.keep(state, row)
         return row
 
     # --- what must follow

@@ -7,7 +7,9 @@ not in it, so no mask allows them. End tokens are the exception: masks allow the
 from __future__ import annotations
 
 import bisect
+import copy
 import hashlib
+import random
 import re
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import cached_property
@@ -16,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ramet.grammar.machine.bitmask import num_words, pack
+from ramet.grammar.machine.splits import Splits, Splitter, is_text
 from ramet.grammar.machine.walker import count_plain_chars, next_not_deeper
 
 SLICE_SIZES = (4, 8, 16, 32)
@@ -29,6 +32,8 @@ class Vocabulary:
 
     vocab_size: size of the model's (padded) vocabulary, at least len(token_bytes). Ids beyond `token_bytes`, ids in
     `special_ids` and empty tokens are never allowed. `eos_ids` are allowed exactly where the text may end.
+    splitter: the tokenizer, for masks that allow its own tokens alone where bytes are forced (canonical.py). None:
+    masks allow every token that the grammar allows.
     """
 
     def __init__(
@@ -37,14 +42,17 @@ class Vocabulary:
         eos_ids: Iterable[int],
         special_ids: Iterable[int] = (),
         vocab_size: int | None = None,
+        splitter: Splitter | None = None,
     ) -> None:
         self.token_bytes = list(token_bytes)
         self.eos_ids = tuple(sorted(set(eos_ids)))
         self.special_ids = frozenset(special_ids) | frozenset(self.eos_ids)
         self.vocab_size = max(len(self.token_bytes), vocab_size or 0, *(e + 1 for e in self.eos_ids), 1)
         self.num_words = num_words(self.vocab_size)
+        self.splits = None if splitter is None else Splits(splitter, self.token_bytes, self.special_ids)
         self._loops: dict[Hashable, tuple[NDArray[np.int32], list[int]]] = {}
         self._by_prefix: dict[bytes, list[int]] = {}
+        self._longer: dict[bytes, NDArray[np.int64]] = {}
         self._plain_rows: dict[tuple[int, int], NDArray[np.int32]] = {}
         self._rest_tries: dict[tuple[int, int], TextTrie] = {}
 
@@ -55,7 +63,26 @@ class Vocabulary:
         for token in self.token_bytes:
             digest.update(len(token).to_bytes(4, "little"))
             digest.update(token)
+        if self.splits is not None:
+            digest.update(repr([self.splits.tokens(text) for text in self._sample_texts]).encode())
         return digest.hexdigest()
+
+    @cached_property
+    def _sample_texts(self) -> list[bytes]:
+        """Texts by whose splits two tokenizers with the same tokens differ: tokens from all over the table, joined."""
+        ids = [i for i in self.content_tokens if len(self.token_bytes[i]) > 1 and is_text(self.token_bytes[i])]
+        rng = random.Random(1)
+        return [b"".join(map(self.token_bytes.__getitem__, rng.sample(ids, min(len(ids), 256)))) for _ in range(8)]
+
+    @cached_property
+    def without_splits(self) -> Vocabulary:
+        """The same tokens with masks that allow every token that the grammar allows. Shares what is made already."""
+        if self.splits is None:
+            return self
+        other = copy.copy(self)
+        other.splits = None
+        other.__dict__.pop("key", None)  # the one property that depends on splits
+        return other
 
     @cached_property
     def content_tokens(self) -> list[int]:
@@ -147,7 +174,7 @@ class Vocabulary:
 
     def warm_up(self) -> None:
         """Make everything that is otherwise made when it is first needed."""
-        _ = self.remainders, self.quoted, self.offsets
+        _ = self.remainders, self.quoted, self.offsets, self._copies, self._longest_by_head
         for size in range(1, self.slice_sizes[-1] + 1):
             self.plain_row(2, size)
         for kind in range(NUM_KINDS):
@@ -169,6 +196,21 @@ class Vocabulary:
         out: dict[bytes, int] = {}
         for i in self.content_tokens:
             out.setdefault(self.token_bytes[i], i)
+        return out
+
+    def tokens_of_text(self, text: bytes) -> Sequence[int]:
+        """Return all tokens that are exactly this text."""
+        token = self.tokens_of_bytes.get(text)
+        return () if token is None else self._copies.get(text, (token,))
+
+    @cached_property
+    def _copies(self) -> dict[bytes, list[int]]:
+        """The ids of the texts that several tokens have."""
+        out: dict[bytes, list[int]] = {}
+        for before, i in zip(self.content_tokens, self.content_tokens[1:], strict=False):
+            text = self.token_bytes[i]
+            if text == self.token_bytes[before]:
+                out.setdefault(text, [before]).append(i)
         return out
 
     @cached_property
@@ -220,6 +262,16 @@ class Vocabulary:
             found = self._by_prefix[prefix] = self._find_prefix(prefix)
         return found
 
+    def longer_with_prefix(self, prefix: bytes) -> NDArray[np.int64]:
+        """Return the content tokens that begin with these bytes and are longer. Answers are kept."""
+        found = self._longer.get(prefix)
+        if found is None:
+            if len(self._longer) > MAX_PREFIXES:
+                self._longer.clear()
+            tokens = [t for t in self.tokens_with_prefix(prefix) if len(self.token_bytes[t]) > len(prefix)]
+            found = self._longer[prefix] = np.array(tokens, dtype=np.int64)
+        return found
+
     def _find_prefix(self, prefix: bytes) -> list[int]:
         ids = self.content_tokens
         begin = bisect.bisect_left(ids, prefix, key=self.token_bytes.__getitem__)
@@ -252,13 +304,21 @@ class Vocabulary:
             end = step[0]
         return out[::-1]
 
+    def longest_like(self, text: bytes) -> int:
+        """Return an upper bound of the bytes of a token that begins with `text`, or that `text` begins with."""
+        head = text[:_HEAD]
+        found = self._longest_by_head.get(head)
+        if found is None:
+            return max(len(head) - 1, 0)
+        return found
+
     @cached_property
     def _longest_by_head(self) -> dict[bytes, int]:
-        """For each first `_HEAD` bytes, the number of bytes of the longest token that begins with them."""
+        """For the first 1 to `_HEAD` bytes of tokens, the bytes of the longest token that begins with them."""
         longest: dict[bytes, int] = {}
         for text in self.tokens_of_bytes:
-            if len(text) >= _HEAD:
-                longest[text[:_HEAD]] = max(longest.get(text[:_HEAD], 0), len(text))
+            for size in range(1, min(len(text), _HEAD) + 1):
+                longest[text[:size]] = max(longest.get(text[:size], 0), len(text))
         return longest
 
     @cached_property

@@ -107,6 +107,71 @@ def _step(pool: Int32, instances: Int64, exits: Int64, packed: int, byte: int, s
         local = found & 0xFFFFFFFF
 
 
+def _choices(
+    pool: Int32, instances: Int64, exits: Int64, packed: int, scratch: Int64, following: Int64, limit: int
+) -> int:
+    """Find the bytes that may follow a state. Resumable.
+
+    scratch: int64 [4]: the next byte to try, the instance and the exit to resolve, the bytes found so far. following:
+    int64 [limit, 2], each byte found and the state after it. Returns -1 when finished, -2 if an exit must be resolved
+    before the next call, and -3 if more than `limit` bytes may follow, or if that depends on earlier text.
+    """
+    if instances[packed >> 32, 4] != 0:
+        return -3
+    while scratch[0] < 256:
+        after = step(pool, instances, exits, packed, scratch[0], scratch)
+        if after == -2:
+            return -2
+        if after == -3 or (after >= 0 and scratch[3] == limit):
+            return -3
+        if after >= 0:
+            following[scratch[3], 0] = scratch[0]
+            following[scratch[3], 1] = after
+            scratch[3] += 1
+        scratch[0] += 1
+    return -1
+
+
+def _follow(pool: Int32, instances: Int64, exits: Int64, text: NDArray[np.uint8], scratch: Int64, limit: int) -> int:
+    """Follow the bytes that must come, one after the other, and write them to `text`. Resumable.
+
+    scratch: int64 [8]: the next byte to try, the instance and the exit to resolve, the packed state, the number of
+    bytes written, a state of which is known that the text does not end there, the only byte found so far (-1: none) and
+    the state after it. Returns -1 when finished, at a choice or after `limit` bytes, -2 if an exit must be resolved
+    before the next call, and -4 if the text may end in this state: the caller must look.
+    """
+    while scratch[4] < limit:
+        packed = scratch[3]
+        if instances[packed >> 32, 4] != 0:
+            return -1
+        if instances[packed >> 32, 5] != 0 and scratch[5] != packed:
+            return -4
+        while scratch[0] < 256:
+            after = step(pool, instances, exits, packed, scratch[0], scratch)
+            if after == -2:
+                return -2
+            if after == -3 or (after >= 0 and scratch[6] >= 0):
+                return -1
+            if after >= 0:
+                scratch[6] = scratch[0]
+                scratch[7] = after
+            scratch[0] += 1
+        if scratch[6] < 0:
+            return -1
+        text[scratch[4]] = scratch[6]
+        scratch[4] += 1
+        scratch[3] = scratch[7]
+        scratch[0] = 0
+        scratch[6] = -1
+    return -1
+
+
+def _clear(row: Int32, tokens: Int64) -> None:
+    """Clear the bits of tokens in a row."""
+    for i in range(len(tokens)):
+        row[tokens[i] >> 5] &= ~(np.int32(1) << np.int32(tokens[i] & 31))
+
+
 def _walk_difference(
     pool: Int32,
     instances: Int64,
@@ -408,6 +473,9 @@ run_python = _run
 walk = njit(cache=True, nogil=True)(_walk)
 run = njit(cache=True, nogil=True)(_run)
 step = njit(cache=True, nogil=True)(_step)
+choices = njit(cache=True, nogil=True)(_choices)
+follow = njit(cache=True, nogil=True)(_follow)
+clear = njit(cache=True, nogil=True)(_clear)
 walk_difference = njit(cache=True, nogil=True)(_walk_difference)
 expand = njit(cache=True, nogil=True)(_expand)
 row_digest = njit(cache=True, nogil=True)(_row_digest)

@@ -73,8 +73,19 @@ def load_loops() -> None:
             _are_loaded.set()
 
 
+class _Bytes:
+    """The tokenizer whose tokens are bytes."""
+
+    def split(self, text: bytes) -> list[int]:
+        return list(text)
+
+    def rest_of_piece(self, before: bytes, text: bytes) -> int:
+        return 0
+
+
 def _run_samples() -> None:
-    vocabulary = Vocabulary([bytes((i,)) for i in range(256)], frozenset({0}), frozenset({0}), 256)
+    tokens = [bytes((i,)) for i in range(256)]
+    vocabulary = Vocabulary(tokens, frozenset({0}), frozenset({0}), 256, _Bytes())
     for kind, source, text in SAMPLES:
         grammar = compile_parsed(parse_source(kind, source), vocabulary, limits=Limits(max_time_s=600.0))
         state: int | None = 0

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from ramet.errors import InvalidGrammar
 from ramet.grammar import ir
+from ramet.grammar.machine.splits import Splitter
 from ramet.grammar.machine.vocabulary import Vocabulary
 from ramet.grammar.regular.char_classes import category
 from ramet.grammar.regular.utf8 import text_dfa, utf8_table
@@ -174,7 +175,28 @@ def with_marker_tokens(vocabulary: Vocabulary, texts: Mapping[int, str]) -> Voca
         token_bytes.extend([b""] * (token + 1 - len(token_bytes)))
         token_bytes[token] = text.encode()
     special = vocabulary.special_ids - set(texts)
-    return Vocabulary(token_bytes, vocabulary.eos_ids, special, vocabulary.vocab_size)
+    splits = vocabulary.splits
+    splitter = None if splits is None else _AtMarkers(splits.splitter, texts)
+    return Vocabulary(token_bytes, vocabulary.eos_ids, special, vocabulary.vocab_size, splitter)
+
+
+class _AtMarkers:
+    """A tokenizer that writes each marker with its token, as a chat template does."""
+
+    def __init__(self, splitter: Splitter, texts: Mapping[int, str]) -> None:
+        self._splitter = splitter
+        self._tokens = {text.encode(): token for token, text in texts.items()}
+        longest_first = sorted(self._tokens, key=len, reverse=True)
+        self._pattern = re.compile(b"(%s)" % b"|".join(map(re.escape, longest_first)))
+
+    def split(self, text: bytes) -> list[int]:
+        out: list[int] = []
+        for part in filter(None, self._pattern.split(text)):
+            out += [self._tokens[part]] if part in self._tokens else self._splitter.split(part)
+        return out
+
+    def rest_of_piece(self, before: bytes, text: bytes) -> int:
+        return self._splitter.rest_of_piece(before, self._pattern.split(text)[0])
 
 
 def _argument_schemas(tool_set: ToolSet) -> dict[str, ir.JsonSchema]:

@@ -74,7 +74,7 @@ class HostAutomaton:
         if state is None or (token in request.stop_ids and self.grammar.is_accepting(state)):
             return token
         after = self.grammar.advance(state, token)
-        if self.can_finish and (after is None or not self._fits(after)):
+        if self.can_finish and (after is None or not self._fits(after, self._num_left)):
             token, after = self._finishing(state, token, after)
         self.state = after
         return token
@@ -83,7 +83,7 @@ class HostAutomaton:
         """Return the tokens that must follow `token`, which was taken last.
 
         The run is empty if the request needs its tokens one by one: for penalties, log-probabilities or stop strings.
-        The run ends with its first stop token.
+        The run ends with its first stop token, and before a token that `take` would replace.
         """
         request, params = self.sequence.request, self.sequence.request.sampling
         is_watched = params.edits_logits or params.logprobs is not None or params.stop or token in request.stop_ids
@@ -91,7 +91,7 @@ class HostAutomaton:
             return []
         run = self.grammar.forced_tokens(self.state)[: self._num_left]
         end = next((i for i, forced in enumerate(run, 1) if forced in request.stop_ids), len(run))
-        return run[:end]
+        return self._finishable(run[:end])
 
     def append(self, run: list[int]) -> None:
         """Advance by a forced run."""
@@ -108,14 +108,29 @@ class HostAutomaton:
             shortest = 0
         return cut_off(self.sequence.request.max_tokens, shortest)
 
+    def _finishable(self, run: list[int]) -> list[int]:
+        """Return the beginning of a run after each of whose tokens the text can be finished within the budget.
+
+        The fewest tokens that finish a text may be fewer than the forced ones, which the tokenizer would write.
+        """
+        state, num_left = self.state, self._num_left
+        if not self.can_finish or state is None or self.grammar.completion_bound(state) <= num_left:
+            return run
+        for i, token in enumerate(run):
+            state = self.grammar.advance(state, token)
+            assert state is not None
+            if not self._fits(state, num_left - i - 1):
+                return run[:i]
+        return run
+
     @property
     def _num_left(self) -> int:
         """Return how many tokens the sequence may still add after the next one."""
         return self.sequence.request.max_tokens - len(self.sequence.output_ids) - 1
 
-    def _fits(self, state: int) -> bool:
-        """Return whether the text can be finished from `state` after the next token. The cheap bound comes first."""
-        grammar, num_left = self.grammar, self._num_left
+    def _fits(self, state: int, num_left: int) -> bool:
+        """Return whether `num_left` tokens can finish the text from `state`. The cheap bound comes first."""
+        grammar = self.grammar
         return grammar.completion_bound(state) <= num_left or len(grammar.shortest_completion(state)) <= num_left
 
     def _finishing(self, state: int, token: int, after: int | None) -> tuple[int, int | None]:

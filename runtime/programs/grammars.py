@@ -100,7 +100,9 @@ class ProgramGrammars:
         from ramet.grammar import Vocabulary  # loads numba
 
         tokenizer = self._tokenizer
-        return Vocabulary(tokenizer.token_bytes, tokenizer.eos_ids, tokenizer.special_ids, tokenizer.vocab_size)
+        return Vocabulary(
+            tokenizer.token_bytes, tokenizer.eos_ids, tokenizer.special_ids, tokenizer.vocab_size, tokenizer
+        )
 
     @cached_property
     def _tool_vocabulary(self) -> Vocabulary:

@@ -43,6 +43,12 @@ class BoundedTokenizer:
             )
         return self._tokenizer.encode(text, add_special=add_special, parse_special=parse_special, continues=continues)
 
+    def split(self, text: bytes) -> list[int]:
+        return self._tokenizer.split(text)
+
+    def rest_of_piece(self, before: bytes, text: bytes) -> int:
+        return self._tokenizer.rest_of_piece(before, text)
+
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
         return self._tokenizer.decode(ids, skip_special=skip_special)
 

@@ -56,6 +56,12 @@ class ByteTokenizer:
         ids += text[start:].encode()
         return ids
 
+    def split(self, text: bytes) -> list[int]:
+        return list(text)
+
+    def rest_of_piece(self, before: bytes, text: bytes) -> int:
+        return 0
+
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
         spelled = {} if skip_special else self._names
         pieces = (self.token_bytes[token] or spelled.get(token, "").encode() for token in ids)

@@ -53,6 +53,16 @@ class Tokenizer(Protocol):
         Raises: InvalidRequest for text that UTF-8 cannot write.
         """
 
+    def split(self, text: bytes) -> list[int]:
+        """Return the token ids of a text that follows other text. `text`: whole characters in UTF-8."""
+
+    def rest_of_piece(self, before: bytes, text: bytes) -> int:
+        """Return how many bytes of `text` stand in one piece with the character `before` it.
+
+        A piece is what a tokenizer cuts a text into before it looks for tokens, such as a word or a row of marks. No
+        token goes past its end. 0: a piece ends between the two, or where it ends is not known.
+        """
+
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
         """Return the text of `ids`. Invalid bytes become U+FFFD. `skip_special`: leave special tokens out."""
 
@@ -123,6 +133,20 @@ class SubwordTokenizer:
         if add_special and self._add_bos and self.bos_id is not None and (not ids or ids[0] != self.bos_id):
             ids.insert(0, self.bos_id)
         return ids
+
+    def split(self, text: bytes) -> list[int]:
+        return self.encode(text.decode(), continues=True)
+
+    def rest_of_piece(self, before: bytes, text: bytes) -> int:
+        backend = self._backend(False, self._has_prefix_space)
+        first, whole = before.decode(), (before + text).decode()
+        normalized = whole if backend.normalizer is None else backend.normalizer.normalize_str(whole)
+        if backend.pre_tokenizer is None or len(normalized) != len(whole):
+            return 0
+        for _, (begin, end) in backend.pre_tokenizer.pre_tokenize_str(normalized):
+            if begin < len(first) < end < len(whole):
+                return len(whole[len(first) : end].encode())
+        return 0
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
         pieces = []
