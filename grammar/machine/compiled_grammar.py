@@ -29,11 +29,13 @@ class DeviceTables:
     """All states of a grammar as flat tables, for a device.
 
     byte_class: uint8 [256]. transitions: int32 [num_states, num_classes], -1 refused. accepting: bool [num_states].
+    refused: int32 [n, 2], ascending, the pairs (state, token) that masks refuse although the transitions allow them.
     """
 
     byte_class: NDArray[np.uint8]
     transitions: NDArray[np.int32]
     accepting: NDArray[np.bool_]
+    refused: NDArray[np.int32]
 
 
 class CompiledGrammar:
@@ -275,7 +277,17 @@ class CompiledGrammar:
         rows = np.stack(wide)
         _, first, inverse = np.unique(rows, axis=1, return_index=True, return_inverse=True)
         accepting = np.array([machine.accepts(p) for p in self._packed])
-        return DeviceTables(inverse.reshape(-1).astype(np.uint8), np.ascontiguousarray(rows[:, first]), accepting)
+        byte_class = inverse.reshape(-1).astype(np.uint8)
+        return DeviceTables(byte_class, np.ascontiguousarray(rows[:, first]), accepting, self._all_refused())
+
+    def _all_refused(self) -> NDArray[np.int32]:
+        """Return the pairs (state, token) of all states, as `DeviceTables` has them."""
+        pairs: list[tuple[int, int]] = []
+        if self._canonical is not None:
+            for state, packed in enumerate(self._packed):
+                with time_limit(self.machine.limits.max_time_s):
+                    pairs += [(state, token) for token in sorted(self._canonical.refused(packed))]
+        return np.array(pairs, dtype=np.int32).reshape(-1, 2)
 
 
 class Matcher:

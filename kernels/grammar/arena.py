@@ -35,6 +35,7 @@ from ramet.kernels.grammar.mask import (
     build_masks_reference,
     mask_classes,
     pack_mask,
+    refuse_tokens,
 )
 from ramet.kernels.grammar.mask_triton import advance_states_triton, build_masks_triton
 from ramet.kernels.sampling.sample import GrammarTables
@@ -216,18 +217,21 @@ class GrammarArena:
     def _build(self, resident: ResidentGrammar, tables: AutomatonTables) -> None:
         device, num_words = self.mask_rows.device, self.mask_rows.shape[1]
         class_of, representative = (
-            mask_classes(tables.transitions, tables.accepting, self.tokens.longest)
+            mask_classes(tables.transitions, tables.accepting, self.tokens.longest, tables.refused)
             if tables.mask_classes is None
             else tables.mask_classes
         )
         row_of_class = np.empty(len(representative), dtype=np.int32)
         weights = _hash_weights(num_words, device)
         for start in range(0, len(representative), _ROWS_PER_LAUNCH):
-            part = representative[start : start + _ROWS_PER_LAUNCH].astype(np.int32) + np.int32(resident.base)
+            local = representative[start : start + _ROWS_PER_LAUNCH].astype(np.int32)
+            part = local + np.int32(resident.base)
             built = torch.empty((len(part), num_words), dtype=torch.int32, device=device)
             states = torch.from_numpy(part).to(device)
             build_masks = build_masks_triton if states.is_cuda else build_masks_reference
             build_masks(states, self.automata, self.tokens, built)
+            if tables.refused is not None:
+                refuse_tokens(local, tables.refused, built)
             row_of_class[start : start + len(part)] = self._intern(resident, built, weights)
         rows = torch.from_numpy(row_of_class[class_of]).to(device)
         self.mask_index[resident.base : resident.base + resident.num_states] = rows

@@ -30,6 +30,8 @@ class AutomatonTables:
     """A closed automaton as numpy arrays. The start state is 0, and every state can reach an accepting one.
 
     byte_class: uint8 [256]. transitions: int32 [num_states, num_classes], -1 = refused. accepting: bool [num_states].
+    refused: int32 [n, 2], ascending, the pairs (state, token) that masks refuse although the transitions allow them;
+    None: there are none.
     closing: the shortest completions, for texts that must end within a budget; None: texts are not closed.
     mask_classes: the result of the function `mask_classes`; None: the arena computes it.
     """
@@ -39,6 +41,7 @@ class AutomatonTables:
     accepting: NDArray[np.bool_]
     closing: ClosingTable | None = None
     mask_classes: tuple[NDArray[np.int32], NDArray[np.int32]] | None = None
+    refused: NDArray[np.int32] | None = None
 
     @property
     def num_states(self) -> int:
@@ -150,6 +153,25 @@ def build_masks_reference(states: Tensor, automata: ResidentAutomata, tokens: To
         out[index] = pack_mask(allowed.unsqueeze(0))[0]
 
 
+def refuse_tokens(states: NDArray[np.int32], refused: NDArray[np.int32], masks: Tensor) -> None:
+    """Clear the refused tokens of each state, int32 [n], in its packed mask: `masks` int32 [n, W].
+
+    refused: as in AutomatonTables. Called once for each grammar, so it needs no kernel: only the words that change are
+    sent to the device.
+    """
+    begin, end = (np.searchsorted(refused[:, 0], states, side=side) for side in ("left", "right"))
+    counts = end - begin
+    if not counts.sum():
+        return
+    index = np.repeat(begin - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
+    tokens, rows = refused[index, 1].astype(np.int64), np.repeat(np.arange(len(states)), counts)
+    words, place = np.unique(rows * masks.shape[1] + (tokens >> 5), return_inverse=True)
+    bits = np.zeros(len(words), dtype=np.uint32)
+    np.bitwise_or.at(bits, place, (1 << (tokens & 31)).astype(np.uint32))
+    flat, at = masks.view(-1), torch.from_numpy(words).to(masks.device)
+    flat[at] &= torch.from_numpy(~bits.view(np.int32)).to(masks.device)
+
+
 def advance_states_reference(
     rows: Tensor,
     sampled: Tensor,
@@ -207,12 +229,16 @@ def pack_mask(allowed: Tensor) -> Tensor:
 
 
 def mask_classes(
-    transitions: NDArray[np.int32], accepting: NDArray[np.bool_], depth: int
+    transitions: NDArray[np.int32],
+    accepting: NDArray[np.bool_],
+    depth: int,
+    refused: NDArray[np.int32] | None = None,
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """Group states whose masks must be equal, because no string of at most `depth` bytes distinguishes them.
 
     Returns (class_of int32 [num_states], representative int32 [num_classes]). Round k splits states by the classes of
     round k - 1 to which their bytes lead. The accepting flag counts only at the state itself: end tokens have no bytes.
+    So do the refused tokens (see AutomatonTables).
     Source: partition refinement, Moore 1956, stopped after `depth` rounds. Signatures are 64-bit sums of random values.
     """
     num_states, num_columns = transitions.shape
@@ -230,5 +256,11 @@ def mask_classes(
         if refined_count == num_classes:
             break
         num_classes = refined_count
-    _, representative, inverse = np.unique(class_of[:-1] * 2 + accepting, return_index=True, return_inverse=True)
+    own = np.zeros(num_states, dtype=np.uint64)
+    if refused is not None and len(refused):
+        of_token = random.integers(0, 2**64, size=int(refused[:, 1].max()) + 1, dtype=np.uint64)
+        np.add.at(own, refused[:, 0], of_token[refused[:, 1]])
+    _, own_class = np.unique(own, return_inverse=True)
+    classes = (class_of[:-1] * 2 + accepting) * (int(own_class.max(initial=0)) + 1) + own_class
+    _, representative, inverse = np.unique(classes, return_index=True, return_inverse=True)
     return inverse.astype(np.int32), representative.astype(np.int32)

@@ -107,7 +107,8 @@ class DeviceGrammars:
             tables.transitions,
             tables.accepting,
             closing_table(tables.byte_class, tables.transitions, tables.accepting, self._trie),
-            mask_classes(tables.transitions, tables.accepting, self._longest),
+            mask_classes(tables.transitions, tables.accepting, self._longest, tables.refused),
+            tables.refused,
         )
 
     def state_after(self, tables: AutomatonTables, tokens: list[int]) -> int | None:

@@ -88,6 +88,26 @@ def test_masks_equal_brute_force(kind: str, vocab_size: int) -> None:
             assert torch.equal(arena.mask_rows[arena.mask_index[base + state].long()], out[state])
 
 
+@pytest.mark.parametrize("vocab_size", [40, 1100])
+def test_refused_tokens_are_in_no_mask_of_their_states(vocab_size: int) -> None:
+    arena = GrammarArena(token_table(vocab_size), num_slots=3)
+    for seed in range(1, 6):
+        tables = random_automaton(seed)
+        allowed = [expected_mask(tables, state, vocab_size) for state in range(tables.num_states)]
+        random = np.random.default_rng(seed)
+        every = [(state, token) for state in range(tables.num_states) for token in range(11) if allowed[state][token]]
+        refused = [pair for pair in every if pair[1] != END and random.random() < 0.3]
+        for state, token in refused:
+            allowed[state][token] = False
+        given = np.array(refused, dtype=np.int32).reshape(-1, 2)
+        classes = mask_classes(tables.transitions, tables.accepting, 20, given)
+        for whole in (None, classes):
+            tables = dataclasses.replace(tables, refused=given, mask_classes=whole)
+            base = arena.acquire((seed, whole is None), tables)
+            rows = arena.mask_rows[arena.mask_index[base : base + tables.num_states].long()]
+            assert unpack_mask(rows, vocab_size).tolist() == allowed
+
+
 @pytest.mark.parametrize("kind", ["reference", "triton"])
 def test_sampled_tokens_move_the_states_of_their_slots_only(kind: str) -> None:
     advance = advance_states_triton if kind == "triton" else advance_states_reference

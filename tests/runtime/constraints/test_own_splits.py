@@ -13,12 +13,16 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, tra
 
 from ramet.grammar import Vocabulary, compile_constraint
 from ramet.grammar.machine import bitmask
+from ramet.kernels.grammar.arena import GrammarArena
+from ramet.kernels.grammar.mask import TokenTable
+from ramet.runtime.constraints.device_grammars import DeviceGrammars
 from ramet.runtime.text.tokenizer import SubwordTokenizer
 
 LLAMA_3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
     r"\s+(?!\S)|\s+"
 )
+SMALL = {"max_states": 4096, "max_transitions": 1 << 18, "max_mask_rows": 512, "max_grammars": 4}
 JOBS = ["engineer", "engineering", "it's", "'s", "naïve", "naive"]
 SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -42,6 +46,9 @@ SCHEMA: dict[str, Any] = {
     "required": ["name", "joined"],
     "additionalProperties": False,
 }
+
+
+RECORD = 'name: ("[a-z]{0,9}"|[0-9]{1,3}), (member|engineer|none|joined): (true|false)'
 
 
 def record(rng: random.Random) -> Any:
@@ -168,3 +175,22 @@ def test_a_split_is_that_of_a_text_that_continues(kind: str) -> None:
         assert made.split(text.encode()) == made.encode(text, continues=True)
         for before in (b"a", b" ", "é".encode()):
             made.split(text.encode()[: made.rest_of_piece(before, text.encode())])  # whole characters
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("source", [RECORD, "name(: name)?"])
+def test_the_device_and_the_host_mask_alike(kind: str, source: str) -> None:
+    made = tokenizer(kind)
+    grammar = compile_constraint("regex", source, vocabulary(made))
+    assert grammar.close()
+    tokens = TokenTable.create(made.token_bytes, made.eos_ids, made.special_ids, made.vocab_size)
+    device = DeviceGrammars(GrammarArena(tokens, 2, **SMALL), made.token_bytes, made.eos_ids, made.special_ids)
+    tables = device.prepare(grammar)
+    assert tables is not None
+    base = device.acquire(grammar, tables)
+    assert base is not None
+    for state in range(tables.num_states):
+        row = device.arena.mask_rows[device.arena.mask_index[base + state].long()]
+        assert (row.numpy() == grammar.mask(state)).all()
+    assert tables.refused is not None
+    assert len(tables.refused) > 0
