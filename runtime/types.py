@@ -38,7 +38,7 @@ TokenIds = NDArray[np.int32]
 class FinishReason(Enum):
     """Why a sequence ended."""
 
-    STOP = "stop"  # an end token, a stop token or a stop string
+    STOP = "stop"  # an end token, a stop token, a stop string, or what follows a constrained value
     LENGTH = "length"  # max_tokens, or the end of the context
     ABORT = "abort"  # cancelled by its owner, or its deadline passed
     ERROR = "error"  # the request failed; siblings and the engine did not
@@ -68,6 +68,12 @@ class Grammar(Protocol):
 
     def is_accepting(self, state: int) -> bool:
         """True if the text may end here."""
+
+    def is_complete(self, state: int) -> bool:
+        """True if the text may end here and nothing can follow. Must be cheap: it is called after every token."""
+
+    def num_after(self, state: int, *, is_last: bool) -> int:
+        """How many bytes at the end belong to what follows the value; before the last token, those that may do so."""
 
     def forced_tokens(self, state: int) -> list[int]:
         """Tokens that must follow, if a model could write the forced text in only one tokenisation; else empty."""
@@ -264,12 +270,17 @@ class RowOutput:
     `logprobs[i]` is the log-probability of `token_ids[i]`; `top_logprobs[i]` has the most likely tokens as pairs
     (token, log-probability).
     For a scoring request `prompt_logprobs` holds one value for each scored position of this chunk.
+    `is_complete`: a constrained text ends here, after these tokens, without an end token. `num_held`: the bytes at the
+    text's end that may belong to what follows the value; `num_after`: those that do, if the text ends here.
     """
 
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[float, ...] | None = None
     top_logprobs: tuple[tuple[tuple[int, float], ...], ...] | None = None
     prompt_logprobs: NDArray[np.float32] | None = None
+    is_complete: bool = False
+    num_held: int = 0
+    num_after: int = 0
 
 
 @dataclass(slots=True)

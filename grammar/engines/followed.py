@@ -73,6 +73,14 @@ class FollowedGrammar:
         self.fill_mask(state, row)
         return any(bitmask.is_allowed(row, e) for e in self.vocabulary.eos_ids)
 
+    def is_complete(self, state: int) -> bool:
+        """Return False: a text ends by an end token."""
+        return False
+
+    def num_after(self, state: int, *, is_last: bool) -> int:
+        """Return 0: all of the text is the value."""
+        return 0
+
     def forced_tokens(self, state: int) -> list[int]:
         return self._follower(state).forced_tokens()
 

@@ -92,6 +92,14 @@ class IndexedGrammar:
     def is_accepting(self, state: int) -> bool:
         return bool(self.index.is_final_state(self._states[state]))
 
+    def is_complete(self, state: int) -> bool:
+        """Return False: a text ends by an end token."""
+        return False
+
+    def num_after(self, state: int, *, is_last: bool) -> int:
+        """Return 0: all of the text is the value."""
+        return 0
+
     def forced_tokens(self, state: int) -> list[int]:
         return []
 

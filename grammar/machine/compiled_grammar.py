@@ -137,6 +137,14 @@ class CompiledGrammar:
         with self._lock:
             return self.machine.accepts(self._packed[state])
 
+    def is_complete(self, state: int) -> bool:
+        """Return False: a text ends by an end token."""
+        return False
+
+    def num_after(self, state: int, *, is_last: bool) -> int:
+        """Return 0: all of the text is the value."""
+        return 0
+
     # --- masks
 
     def fill_mask(self, state: int, row: NDArray[np.int32]) -> None:
@@ -160,6 +168,14 @@ class CompiledGrammar:
                         row = row if self._canonical is None else self._canonical.narrow(packed, row)
                         row = self.rows.keep(state, row)
         return row
+
+    def mask_after(self, state: int, prefix: bytes) -> NDArray[np.int32]:
+        """Return the row, int32 [W], of the tokens that begin with `prefix` and go on with what `state` allows.
+
+        A token that is the prefix alone is among them. The row is not kept.
+        """
+        with self._lock, time_limit(self.machine.limits.max_time_s):
+            return self._masks.after(self._packed[state], prefix)
 
     # --- what must follow
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from ramet.grammar.machine import walker
 from ramet.grammar.machine.automaton import Machine
+from ramet.grammar.machine.bitmask import pack
 from ramet.grammar.machine.frame import LOCAL_BITS, LOCAL_MASK, target
 from ramet.grammar.machine.mask_rows import MaskRows, Row, Walked
 from ramet.grammar.machine.vocabulary import SLICE_SIZES, TextTrie
@@ -51,6 +52,17 @@ class MaskMaker:
         for token in unsure:
             begin, end = self.vocabulary.offsets[token], self.vocabulary.offsets[token + 1]
             if self.machine.run(packed, self.vocabulary.flat, begin, end, self._scratch) >= 0:
+                row.view(np.uint32)[token >> 5] |= np.uint32(1 << (token & 31))
+        return row
+
+    def after(self, packed: int, prefix: bytes) -> Row:
+        """Return the row of the tokens that begin with `prefix`, which was read before, and whose rest is allowed."""
+        vocabulary = self.vocabulary
+        row = pack(vocabulary.tokens_with_text(prefix), vocabulary.vocab_size)
+        self._walk(packed, vocabulary.trie_after(prefix), row)
+        for token in self._unsure_tokens():
+            begin, end = vocabulary.offsets[token] + len(prefix), vocabulary.offsets[token + 1]
+            if self.machine.run(packed, vocabulary.flat, begin, end, self._scratch) >= 0:
                 row.view(np.uint32)[token >> 5] |= np.uint32(1 << (token & 31))
         return row
 

@@ -24,6 +24,7 @@ from ramet.grammar.machine.walker import count_plain_chars, next_not_deeper
 SLICE_SIZES = (4, 8, 16, 32)
 NUM_KINDS = 3
 MAX_PREFIXES = 1 << 16
+MAX_TRIES = 64
 _HEAD = 4  # bytes of a text by which the longest token that may start there is looked up
 
 
@@ -55,6 +56,7 @@ class Vocabulary:
         self._longer: dict[bytes, NDArray[np.int64]] = {}
         self._plain_rows: dict[tuple[int, int], NDArray[np.int32]] = {}
         self._rest_tries: dict[tuple[int, int], TextTrie] = {}
+        self._tries_after: dict[bytes, TextTrie] = {}
 
     @cached_property
     def key(self) -> str:
@@ -270,6 +272,64 @@ class Vocabulary:
                 self._longer.clear()
             tokens = [t for t in self.tokens_with_prefix(prefix) if len(self.token_bytes[t]) > len(prefix)]
             found = self._longer[prefix] = np.array(tokens, dtype=np.int64)
+        return found
+
+    def tokens_with_text(self, text: bytes) -> list[int]:
+        """Return the content tokens that stand for exactly these bytes, ascending."""
+        twins = self._twins.get(text)
+        if twins is not None:
+            return list(twins)
+        token = self.tokens_of_bytes.get(text)
+        return [] if token is None else [token]
+
+    @cached_property
+    def _twins(self) -> dict[bytes, list[int]]:
+        """The content tokens of each text that several tokens stand for."""
+        found: dict[bytes, list[int]] = {}
+        for token in self.content_tokens:
+            text = self.token_bytes[token]
+            if self.tokens_of_bytes[text] != token:
+                found.setdefault(text, [self.tokens_of_bytes[text]]).append(token)
+        return found
+
+    def tokens_with_suffix(self, suffix: bytes) -> list[int]:
+        """Return the content tokens that end with these bytes."""
+        ids = self._by_last_byte.get(suffix[-1])
+        if ids is None:
+            return []
+        ends = self._ends
+        for back, byte in enumerate(reversed(suffix), 1):
+            ids = ids[self._lengths[ids] >= back]
+            ids = ids[self.flat[ends[ids] - back] == byte]
+        found: list[int] = ids.tolist()
+        return found
+
+    @cached_property
+    def _ends(self) -> NDArray[np.int64]:
+        return np.array(self.offsets[1:], dtype=np.int64)
+
+    @cached_property
+    def _lengths(self) -> NDArray[np.int64]:
+        return self._ends - np.array(self.offsets[:-1], dtype=np.int64)
+
+    @cached_property
+    def _by_last_byte(self) -> dict[int, NDArray[np.int32]]:
+        last = self.flat[self._ends[self._sorted_ids] - 1]
+        return {int(byte): self._sorted_ids[last == byte] for byte in np.unique(last)}
+
+    def trie_after(self, prefix: bytes) -> TextTrie:
+        """Return the trie of what follows `prefix` in the content tokens that begin with it and go on. It is kept."""
+        found = self._tries_after.get(prefix)
+        if found is None:
+            if len(self._tries_after) >= MAX_TRIES:
+                self._tries_after.clear()
+            begin = bisect.bisect_left(self.content_tokens, prefix, key=self.token_bytes.__getitem__)
+            begins, lengths = self._sorted_spans
+            part = slice(begin, begin + len(self.tokens_with_prefix(prefix)))
+            goes_on = lengths[part] > len(prefix)
+            begins, lengths = begins[part][goes_on] + len(prefix), lengths[part][goes_on] - len(prefix)
+            found = TextTrie(self.flat, begins, lengths, self._sorted_ids[part][goes_on])
+            self._tries_after[prefix] = found
         return found
 
     def _find_prefix(self, prefix: bytes) -> list[int]:

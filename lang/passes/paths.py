@@ -16,6 +16,7 @@ from typing import TypeAlias
 import msgspec
 
 from ramet.lang.graph import ir
+from ramet.lang.graph.following import MAX_BYTES, children_of, following, is_ended_by_following
 from ramet.lang.passes.target import Target
 
 NO_LIMIT = 1 << 20  # tokens; stands for no limit
@@ -182,6 +183,8 @@ class _Interpreter:
         self._values: dict[int, ir.JsonValue] = {}  # of nodes whose value is known
         self._value_parts: dict[int, TextPart] = {}  # text of a value, if something is known about it
         self._classes: dict[Hashable, int] = {}
+        self._children = children_of(graph.nodes)
+        self._spanned: dict[str, bool] = {}
         self._flushed: dict[int, tuple[Point, Point]] = {}  # id of a point -> the flushed point, and the point itself
 
     def run(self) -> Paths:
@@ -270,10 +273,11 @@ class _Interpreter:
 
     def _generate(self, node: ir.Generate, prompt: Point) -> tuple[Point, tuple[TextPart, ...]]:
         self._found.prompts[node.id] = prompt
-        name = node.id
+        name, after = node.id, self._following(node)
         if ir.is_repeatable(node.sampling):
             checks = msgspec.json.encode((node.checks, node.retries))
-            key = (prompt.position, node.sampling, node.constraint, checks, ir.is_in_message(self._graph.nodes, node))
+            is_in_message = ir.is_in_message(self._graph.nodes, node)
+            key = (prompt.position, node.sampling, node.constraint, checks, is_in_message, after)
             name = self._classes.setdefault(key, node.id)
             if name != node.id:
                 self._found.twins[node.id] = name
@@ -286,11 +290,41 @@ class _Interpreter:
         self._value_parts[node.id] = text
         point = self._extend(prompt, (tokens,), node.id)
         has_stop = node.sampling.stop or (self._target.stop_strings and ir.is_in_message(self._graph.nodes, node))
-        if has_stop and self._target.max_token_bytes > 1:
-            # A stop string may end inside of a token. The rest of that token is tokenised with the following text.
+        if (has_stop or self._is_spanned(node, after)) and self._target.max_token_bytes > 1:
+            # A stop string, or the text that follows, may begin inside of a token. What that token holds of the text
+            # before is tokenised with the following text.
             rest = Unknown(("rest", self._row, name), self._target.max_token_bytes - 1)
             point = Point(point, (), (), point.position, point.count, (Pending(rest, False, node.id),), node.id)
         return point, (text,)
+
+    def _following(self, node: ir.Generate) -> tuple[TextPart, ...]:
+        """Return the text that ends a constrained value, as far as the engine looks at it."""
+        if not is_ended_by_following(node):
+            return ()
+        template = following(node, self._children)
+        later = (
+            i for i, part in enumerate(template) if isinstance(part, ir.Ref) and part.node not in self._value_parts
+        )
+        parts = self._render(template[: next(later, len(template))])
+        if parts and isinstance(parts[0], str) and len(parts[0].encode()) >= MAX_BYTES:
+            return (parts[0].encode()[:MAX_BYTES].decode(errors="ignore"),)
+        return parts
+
+    def _is_spanned(self, node: ir.Generate, after: tuple[TextPart, ...]) -> bool:
+        """Return whether a token may hold the end of a value and the beginning of the text after it.
+
+        A number or a boolean ends with a letter or a digit; few tokens hold one, and a space or a comma behind it.
+        """
+        if not after or node.type not in ("int", "float", "bool") or not isinstance(after[0], str):
+            return bool(after)
+        if after[0] not in self._spanned:
+            text = after[0].encode()
+            ends = tuple(text[:size] for size in range(1, min(len(text), self._target.max_token_bytes) + 1))
+            tokens = (token for token in self._target.token_bytes if token.endswith(ends))
+            self._spanned[after[0]] = any(
+                token[: -len(end)][-1:].isalnum() for token in tokens for end in ends if token.endswith(end)
+            )
+        return self._spanned[after[0]]
 
     def _select(self, node: ir.Select, before: Point) -> tuple[Point, tuple[TextPart, ...]]:
         rendered = [self._render(choice) for choice in node.choices]

@@ -9,11 +9,14 @@ happens to write the same text on two branches, the plan does not count it as sh
 
 from __future__ import annotations
 
+import itertools
+import json
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from ramet.lang.graph import ir
+from ramet.lang.graph.following import MAX_BYTES
 from ramet.lang.graph.options import ProgramOptions
 from ramet.lang.graph.run import GraphRun, NodeRun
 from ramet.lang.passes.paths import ZERO, Count, Item, Opaque, Paths, Point, SelectPaths
@@ -198,9 +201,11 @@ class _Planner:
         node_of = self._paths.graph.nodes[node]
         assert isinstance(node_of, ir.Generate)
         count = written.items[-1].count
-        if node_of.constraint is not None and node_of.constraint.kind == "choice":  # an end token may follow
+        if node_of.constraint is not None and node_of.constraint.kind == "choice":
+            # An end token may follow, or a token of the text after it. That text is read on while it may be a part of a
+            # longer choice, too.
             most = node_of.sampling.max_tokens or self._paths.context_length
-            count = Count(0, min(count.at_most + 1, most))
+            count = Count(0, min(count.at_most + (MAX_BYTES if _has_beginnings(node_of.constraint) else 1), most))
         self._request(node, None, self._paths.prompts[node], count)
         if self._share and node in self._paths.unordered:
             last = self._plan.requests[-1]
@@ -401,6 +406,12 @@ def run_order(graph: ir.Graph, late: Sequence[int] = ()) -> Iterator[ir.AnyNode]
             if first is None:
                 return
             run.release(run.nodes[first])
+
+
+def _has_beginnings(constraint: ir.Constraint) -> bool:
+    """Return whether one of the choices begins with another one."""
+    choices = sorted(str(choice) for choice in json.loads(constraint.source))
+    return any(b.startswith(a) for a, b in itertools.pairwise(choices))
 
 
 def _num_pages(num_tokens: int, page_size: int) -> int:

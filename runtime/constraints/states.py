@@ -270,8 +270,16 @@ class GrammarStates:
                 result = replace(output, token_ids=(token,), logprobs=logprobs)
                 if sequence.slot is not None:  # None after a preemption: the token is computed as a known one
                     self._rows.replaced.append((sequence.slot, token))
+            result = RowOutput((token, *run)) if run else result
+            if automaton.num_held or automaton.is_complete:
+                result = replace(
+                    result,
+                    is_complete=automaton.is_complete,
+                    num_held=automaton.num_held,
+                    num_after=automaton.num_after,
+                )
             self._rows.items.append(item)
-            self._rows.outputs.append(RowOutput((token, *run)) if run else result)
+            self._rows.outputs.append(result)
 
         self._begin(sequence, lambda: taken.extend(automaton.follow(sampled, is_better)), finish)
 

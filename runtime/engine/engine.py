@@ -333,7 +333,7 @@ class Engine:
         stop_match: str | int | None = None
         if sequence.is_finished:
             tokens, stop_match = self._without_stop_token(sequence, tokens)
-        text = "" if stream.detokenizer is None else stream.detokenizer.push(tokens)
+        text = "" if stream.detokenizer is None else stream.detokenizer.push(tokens, output.num_held)
         if stream.scanner is not None:
             text, matched = stream.scanner.push(text)
             if matched is not None:
@@ -350,7 +350,7 @@ class Engine:
                 )
                 error.__cause__ = None if error is cause else cause
             if stream.detokenizer is not None and not isinstance(stop_match, str):
-                rest = stream.detokenizer.flush()
+                rest = stream.detokenizer.flush(output.num_after)
                 text += rest if stream.scanner is None else stream.scanner.flush(rest)
             self._end(sequence, stream, text, tokens, stop_match, error, update)
             return

@@ -86,11 +86,15 @@ class ProgramModel:
 
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
-    """One request of a node. With `score_from`, the prompt's tokens from there on are scored; nothing is generated."""
+    """One request of a node. With `score_from`, the prompt's tokens from there on are scored; nothing is generated.
+
+    `after`: the literal text that follows a constrained value, and ends it.
+    """
 
     prompt: list[int]
     sampling: SamplingParams
     score_from: int | None = None
+    after: bytes = b""
 
 
 class Work(Protocol):

@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING, Any
 from ramet.errors import RametError, RequestCancelled
 from ramet.lang.graph import ir
 from ramet.lang.graph.events import OnEvent
+from ramet.lang.graph.following import children_of, following, is_ended_by_following, known_start
 from ramet.lang.graph.options import Deadline, ProgramOptions
 from ramet.lang.graph.run import GraphRun, NodeRun
 from ramet.runtime.programs.cache_hints import CacheHints
-from ramet.runtime.programs.engine import Handle, LocalEngine, ProgramEngine, ProgramModel, Work
+from ramet.runtime.programs.engine import EngineRequest, Handle, LocalEngine, ProgramEngine, ProgramModel, Work
 from ramet.runtime.programs.generation import Generation
 from ramet.runtime.programs.grammars import ProgramGrammars
 from ramet.runtime.programs.path import Path, PieceEncoder
@@ -88,7 +89,8 @@ class ProgramExecutor:
         self._index = ir.GraphIndex()
         self._graph = GraphRun(options, on_event, mark=self._model.marks.text, is_held=_has_grammar)
         self._paths: dict[int, Path] = {}  # read when a node is done
-        self._grammars: dict[int, Grammar] = {}
+        self._grammars: dict[int, CompiledGrammar] = {}
+        self._following: dict[int, ir.Template] = {}  # constrained node -> the text after it, where one is known
         self._at_engine: dict[int, _AtEngine] = {}
         self._hints = CacheHints(host.engine, options.cache_salt, self._graph.nodes, self._path_of)
         self._is_pumping = False
@@ -104,8 +106,11 @@ class ProgramExecutor:
         with self._lock:
             self._index.add(graph, is_bound=True)
             added = self._graph.extend(graph)
+            children = children_of(graph.nodes)
             for run in added:
                 self._hints.added(run.node)
+                if is_ended_by_following(run.node):
+                    self._following[run.node.id] = following(run.node, children)
         for run in added:
             self._ask_for_grammar(run)
         self._pump()
@@ -207,9 +212,22 @@ class ProgramExecutor:
         node, before = run.node, self._path_before(run)
         if isinstance(node, ir.Generate):
             is_in_message = ir.is_in_message(self._index.nodes, node)
-            return Generation(node, len(run.attempts), self._model, before, is_in_message=is_in_message)
+            after = self._after(node)
+            return Generation(node, len(run.attempts), self._model, before, after=after, is_in_message=is_in_message)
         assert isinstance(node, ir.Select)
         return Selection(node, [self._graph.render(choice) for choice in node.choices], self._model, before)
+
+    def _after(self, node: ir.Generate) -> bytes:
+        """Return the text that ends a node's value. A value in that text counts if it is sure to be there by now."""
+        template = self._following.get(node.id, ())
+        if not template:
+            return b""
+        above = {one.id for one in ir.branch(self._index.nodes, node.parent)}
+        return known_start(
+            template,
+            lambda ref: ref.node in above or isinstance(self._index.nodes[ref.node], ir.Argument),
+            lambda ref: self._graph.render((ref,)),
+        )
 
     def _ask_engine(self, run: NodeRun, work: Work) -> None:
         requests = work.requests
@@ -244,7 +262,7 @@ class ProgramExecutor:
                 deadline_s=left_s,
                 score_from=request.score_from,
             ),
-            grammar=self._grammars.get(run.node.id),
+            grammar=self._grammar(run, request),
             on_output=lambda output: self._take_in(run, at, index, output),
         )
         with self._lock:
@@ -252,6 +270,10 @@ class ProgramExecutor:
                 at.handles.append(handle)
                 return
         handle.cancel()
+
+    def _grammar(self, run: NodeRun, request: EngineRequest) -> Grammar | None:
+        grammar = self._grammars.get(run.node.id)
+        return None if grammar is None else self._host.grammars.between(grammar, b"", request.after)
 
     def _take_in(self, run: NodeRun, at: _AtEngine, index: int, output: RequestOutput) -> None:
         """Take an output on the engine's thread, which no error of a program may end."""

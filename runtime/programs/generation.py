@@ -16,9 +16,19 @@ class Generation:
     """One try of a generation: one request. See engine.Work."""
 
     def __init__(
-        self, node: ir.Generate, attempt: int, model: ProgramModel, before: Path, *, is_in_message: bool
+        self,
+        node: ir.Generate,
+        attempt: int,
+        model: ProgramModel,
+        before: Path,
+        *,
+        after: bytes = b"",
+        is_in_message: bool,
     ) -> None:
-        """`attempt` counts from 0. Inside of a message, the chat template's end of a message also ends the text."""
+        """`attempt` counts from 0. `after`: the literal text that follows a constrained value, and ends it.
+
+        Inside of a message, the chat template's end of a message also ends the text.
+        """
         self._node, self._model = node, model
         self._start_s = time.monotonic()
         self._texts: list[str] = []
@@ -36,7 +46,7 @@ class Generation:
             sampling = msgspec.structs.replace(sampling, max_tokens=room, min_tokens=min(sampling.min_tokens, room))
         if is_in_message and model.marks.stop_strings:
             sampling = msgspec.structs.replace(sampling, stop=(*sampling.stop, *model.marks.stop_strings))
-        self.requests = [EngineRequest(prompt.token_ids(), sampling)]
+        self.requests = [EngineRequest(prompt.token_ids(), sampling, after=after)]
 
     def take(self, index: int, output: RequestOutput) -> None:
         self._texts.append(output.text)
@@ -63,11 +73,13 @@ class Generation:
         )
 
     def path(self) -> Path:
-        """Return the branch with the generated tokens, cut off where a stop string cut the text."""
-        if self._last is not None and isinstance(self._last.stop_match, str):
-            text = "".join(self._texts)
-            return self._prompt.extend(*keep_text(self._model.tokenizer.token_bytes, self._tokens, text))
-        return self._prompt.extend(self._tokens)
+        """Return the branch with the generated tokens, cut off where a stop string, or what follows, cut the text."""
+        token_bytes, text = self._model.tokenizer.token_bytes, "".join(self._texts)
+        is_cut = self._last is not None and isinstance(self._last.stop_match, str)
+        if self.requests[0].after:
+            whole = b"".join(token_bytes[token] for token in self._tokens)
+            is_cut = is_cut or whole.decode("utf-8", "replace") != text
+        return self._prompt.extend(*keep_text(token_bytes, self._tokens, text) if is_cut else (self._tokens,))
 
     def read(self, text: str) -> ir.JsonValue:
         return self._tool_calls() if self._node.type == "tools" else ir.parse_value(self._node.type, text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import weakref
+from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -14,11 +15,15 @@ from ramet.lang.graph.ir import Constraint, Generate
 from ramet.lang.graph.narrowing import Narrowing
 from ramet.runtime.programs.engine import ProgramTokenizer
 from ramet.runtime.text.role_marks import RoleMarks
+from ramet.runtime.types import Grammar
 
 if TYPE_CHECKING:  # these load numba or torch
     from ramet.grammar import CompiledGrammar, Vocabulary
+    from ramet.grammar.machine.bordered import Bordered
     from ramet.grammar.service.compile_service import CompileService
     from ramet.runtime.constraints.device_grammars import DeviceGrammars
+
+_MAX_BORDERED = 256  # bordered grammars that are kept
 
 
 class ProgramGrammars:
@@ -35,6 +40,7 @@ class ProgramGrammars:
         self._marks = marks
         self._device = device
         self._lock = threading.Lock()
+        self._bordered: OrderedDict[tuple[CompiledGrammar, bytes, bytes], Bordered] = OrderedDict()
         self._service: CompileService | None = None
         self._closing: ThreadPoolExecutor | None = None
 
@@ -79,6 +85,25 @@ class ProgramGrammars:
         asked = self.get(narrowed.constraint)
         asked.add_done_callback(settle_narrowed if narrowed.masked else settle)
         return answer
+
+    def between(self, grammar: CompiledGrammar, before: bytes, after: bytes) -> Grammar:
+        """Return the grammar between the prompt's end, given back, and the text that follows: see Bordered.
+
+        Equal arguments give the same object, as long as it is among those used last.
+        """
+        if not before and not after:
+            return grammar
+        from ramet.grammar.machine.bordered import Bordered  # loads numba
+
+        key = (grammar, before, after)
+        with self._lock:
+            found = self._bordered.get(key)
+            if found is None:
+                found = self._bordered[key] = Bordered(grammar, grammar.vocabulary, before=before, after=after)
+                if len(self._bordered) > _MAX_BORDERED:
+                    self._bordered.popitem(last=False)
+            self._bordered.move_to_end(key)
+        return found
 
     def close(self) -> None:
         """Abandon running compilations, and end the service's threads."""

@@ -73,7 +73,7 @@ def request_key(prompt: list[int], sampling: SamplingParams, grammar: Grammar | 
     """Return a key; equal keys mean equal outputs. A greedy request's seed doesn't matter."""
     tokens = hashlib.blake2b(np.asarray(prompt, dtype=np.int32).tobytes(), digest_size=16).digest()
     values = msgspec.structs.replace(sampling, seed=None) if sampling.is_greedy or score_from is not None else sampling
-    return tokens, repr(values), None if grammar is None else id(grammar), score_from
+    return tokens, repr(values), grammar, score_from
 
 
 @dataclass(slots=True, eq=False)

@@ -247,11 +247,13 @@ class Scheduler:
                 if token in stop_ids and len(output_ids) >= request.sampling.min_tokens:
                     self.finish(sequence, FinishReason.STOP)
                     break
-                if len(output_ids) >= max_tokens:
+                if len(output_ids) >= max_tokens and not output.is_complete:
                     self.finish(sequence, FinishReason.LENGTH)
                     break
             else:
-                if len(output.token_ids) != 1 or sequence.status is not Status.RUNNING:
+                if output.is_complete:
+                    self.finish(sequence, FinishReason.STOP)
+                elif len(output.token_ids) != 1 or sequence.status is not Status.RUNNING:
                     self._resume(sequence, len(output.token_ids))
         return changed
 

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from ramet.errors import ContextOverflow, EmptyPrompt, EngineStopped
 from ramet.runtime.cache.probe import Difference, trie_differences
 from ramet.runtime.testing.byte_tokenizer import ByteTokenizer
+from ramet.runtime.text.detokenizer import Detokenizer
 from ramet.runtime.types import (
     NO_OPTIONS,
     FinishReason,
@@ -350,15 +351,30 @@ class ScriptedEngine:
                 token = ord(".")
             tokens.append(token)
             if token in stops:
-                return tokens[:-1], self.tokenizer.decode(tokens[:-1]), FinishReason.STOP, token
+                return tokens[:-1], self._text(job, tokens[:-1]), FinishReason.STOP, token
             if sampling.stop and len(tokens) >= sampling.min_tokens:
-                text = self.tokenizer.decode(tokens)
+                text = self._text(job, tokens)
                 found = [(text.find(stop), stop) for stop in sampling.stop if stop in text]
                 if found:
                     return tokens, text[: min(found)[0]], FinishReason.STOP, min(found)[1]
             if len(tokens) == limit:
                 break
-        return tokens, self.tokenizer.decode(tokens), FinishReason.LENGTH, None
+        state = self._state(job, tokens)
+        is_complete = job.grammar is not None and state is not None and job.grammar.is_complete(state)
+        return tokens, self._text(job, tokens), FinishReason.STOP if is_complete else FinishReason.LENGTH, None
+
+    def _text(self, job: _Job, tokens: list[int]) -> str:
+        state = self._state(job, tokens)
+        num_after = 0 if job.grammar is None or state is None else job.grammar.num_after(state, is_last=True)
+        decoder = Detokenizer(self.tokenizer.token_bytes)
+        return decoder.push(tokens, num_after) + decoder.flush(num_after)
+
+    def _state(self, job: _Job, tokens: list[int]) -> int | None:
+        """Return the state of a constrained text; None if it is not constrained, or past its end."""
+        state: int | None = None if job.grammar is None else 0
+        for token in tokens:
+            state = None if job.grammar is None or state is None else job.grammar.advance(state, token)
+        return state
 
     def _answer(self, job: _Job, prompt_text: str) -> list[int] | None:
         script = self._script
@@ -405,6 +421,8 @@ class ScriptedEngine:
         plan = deque(wanted or ())
         for count in itertools.count():
             assert state is not None
+            if grammar.is_complete(state):
+                return
             grammar.fill_mask(state, row)
             bits = np.unpackbits(row.view(np.uint8), bitorder="little")[: self.tokenizer.vocab_size]
             rest = grammar.shortest_completion(state)

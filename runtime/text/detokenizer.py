@@ -1,7 +1,7 @@
 """Incremental detokenizing: turns token ids into text as they come, and finds stop strings in that text.
 
 A token costs time for its own bytes only, not for the text so far. The bytes of an incomplete character are held back,
-and so is text that may be the beginning of a stop string.
+and so is text that may be the beginning of a stop string, or of what follows a constrained value.
 """
 
 from __future__ import annotations
@@ -13,21 +13,34 @@ from collections.abc import Iterable, Sequence
 class Detokenizer:
     """Decodes UTF-8 piece by piece; the pieces together equal decoding all bytes at once, with U+FFFD for errors."""
 
-    __slots__ = ("_decoder", "_token_bytes")
+    __slots__ = ("_decoder", "_held", "_token_bytes")
 
     def __init__(self, token_bytes: Sequence[bytes]) -> None:
         self._token_bytes = token_bytes
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._held = b""
 
-    def push(self, token_ids: Iterable[int]) -> str:
-        """Return the text that these tokens complete. Special tokens have no text."""
+    def push(self, token_ids: Iterable[int], num_held: int = 0) -> str:
+        """Return the text that these tokens complete. Special tokens have no text.
+
+        `num_held`: the bytes at the end that are held back until the next call: they may be no part of the text.
+        """
         token_bytes = self._token_bytes
-        return self._decoder.decode(b"".join([token_bytes[token] for token in token_ids]))
+        text = b"".join([token_bytes[token] for token in token_ids])
+        if num_held or self._held:
+            text = self._held + text
+            end = max(len(text) - num_held, 0)
+            text, self._held = text[:end], text[end:]
+        return self._decoder.decode(text)
 
-    def flush(self) -> str:
-        """Return the end of the text: U+FFFD if a character was cut off, else "". The next push begins a new text."""
-        rest = self._decoder.decode(b"", final=True)
+    def flush(self, num_after: int = 0) -> str:
+        """Return the end of the text: U+FFFD if a character was cut off, else "". The next push begins a new text.
+
+        `num_after`: the bytes at the end that are no part of the text, of those that were held back.
+        """
+        rest = self._decoder.decode(self._held[: len(self._held) - num_after], final=True)
         self._decoder.reset()
+        self._held = b""
         return rest
 
 

@@ -117,10 +117,10 @@ def execute(s: State, program: Sequence[Step], known: list[Any], may_read: bool,
                 other += f"copy {what}" + gen("g", max_tokens=3)
             known.append(other["g"])
         elif kind == "typed":
-            s += "= " + gen("t", what, max_tokens=30)
+            s += "= " + gen("t", what, max_tokens=30) + gen(max_tokens=1)  # text of the same stage would end the value
             known.append(s["t"])
         elif kind == "field":
-            s += "> " + gen("pair", Pair, max_tokens=60, temperature=what)
+            s += "> " + gen("pair", Pair, max_tokens=60, temperature=what) + gen(max_tokens=1)
             s += f"<{s['pair'].name}, {s['pair'].is_fine}>"
         elif kind == "first of" and may_read:  # of one: which of several is first depends on time
             s.first_of("> " + gen("g"))

@@ -252,6 +252,12 @@ class BrokenGrammar:
     def is_accepting(self, state: int) -> bool:
         return True
 
+    def is_complete(self, state: int) -> bool:
+        return False
+
+    def num_after(self, state: int, *, is_last: bool) -> int:
+        return 0
+
     def forced_tokens(self, state: int) -> list[int]:
         return []
 

@@ -135,3 +135,13 @@ def test_cost_of_a_token_does_not_grow_with_the_text() -> None:
         seconds.append(time.perf_counter() - start_s)
     # Work that grows with the text would take eleven times as long in the last block as in the first.
     assert min(seconds[3:]) < 4 * min(seconds[:3])
+
+
+def test_bytes_that_may_be_no_text_are_held_back_until_the_next_call() -> None:
+    detokenizer = Detokenizer(TOKEN_BYTES)
+    assert detokenizer.push(b"34 y", 2) == "34"
+    assert detokenizer.push(b"a", 0) == " ya"
+    assert detokenizer.push(b"b ye", 3) == "b"
+    assert detokenizer.flush(2) == " "
+    assert detokenizer.push(b"new", 1) == "ne"
+    assert detokenizer.flush() == "w"

@@ -1,0 +1,282 @@
+"""A constrained text between two known texts: the end of the prompt before it, and the literal text after it.
+
+A model ends a value where it wants to go on with what follows. A mask that allows only the value and the end of the
+text hides that wish: after `34` only a further digit or an end token is left, although the model wants ` years`. So a
+bordered grammar reads
+
+    before · value · the beginning of after
+
+`before` is a token of the prompt that was given back: the model writes its bytes again, as part of any token that
+begins with them. `after` is the literal text that follows. Where the value is complete, tokens that begin `after` are
+allowed, too, and so are tokens that hold the value's end and the beginning of `after`.
+
+A text may have several readings: in `[a-z ]+` followed by ` at the end`, `cat at` is a value, or a value and the
+beginning of what follows. All readings are kept. The value has ended when a single one is left that has begun `after`
+and the value cannot go on, or when all of `after` was read. If `after` is white space alone, a value that may hold it
+goes on: a list's line break is not its end. So a value is lost only if all of `after` stands in it, behind a shorter
+value.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ramet.grammar.machine import bitmask
+from ramet.grammar.machine.compiled_grammar import CompiledGrammar
+from ramet.grammar.machine.vocabulary import Vocabulary
+
+MAX_AFTER = 64  # bytes of the following text that are looked at
+_MAX_ROWS = 256  # mask rows that a bordered grammar keeps
+_MAX_ANSWERS = 1 << 14
+# Tokens over the border are looked for where the value is complete, or this many bytes before. Elsewhere, in the middle
+# of a long value, each state would cost as many runs of the automaton, and the value's last token is met later anyway.
+_NEAR = 4
+_MAX_OVER = 256  # runs of the automaton per state, to find the tokens over the border
+
+_Place = tuple[int | None, tuple[int, ...]]
+"""(state of the value's grammar, None if it refuses the text; the numbers of bytes of `after` that may be read)"""
+
+
+class Bordered:
+    """A grammar between `before` and `after`. Implements `ramet.runtime.types.Grammar`. Thread-safe.
+
+    A state is an integer, a pure function of the text, and 0 is the start. Without a grammar, any text is a value; then
+    there is no `after`.
+    """
+
+    is_closed = False
+
+    def __init__(
+        self, grammar: CompiledGrammar | None, vocabulary: Vocabulary, *, before: bytes = b"", after: bytes = b""
+    ) -> None:
+        assert grammar is not None or not after
+        self.grammar, self.vocabulary = grammar, vocabulary
+        self.before, self.after = before, after
+        self._is_blank = after.isspace()
+        self._places: list[_Place | None] = [None if before else (0, ())]  # None: `before` is not written yet
+        self._state_of: dict[_Place | None, int] = {self._places[0]: 0}
+        self._answers: dict[tuple[int, int], int | None] = {}
+        self._rows: OrderedDict[int, NDArray[np.int32]] = OrderedDict()
+        self._over = self._tokens_over_the_border()
+        self._lock = threading.RLock()
+
+    # --- states
+
+    def advance(self, state: int, token: int) -> int | None:
+        """Return the state after `token`; None if it is refused. Without a grammar, only `before` refuses a token."""
+        key = (state, token)
+        if key not in self._answers:
+            place = self._places[state]
+            answer: int | None = state  # any token
+            if self.grammar is not None or place is None:
+                after = self._after_token(place, token)
+                answer = None if after is None else self._number(after)
+            if len(self._answers) >= _MAX_ANSWERS:
+                self._answers = {}
+            self._answers[key] = answer
+            return answer
+        return self._answers[key]
+
+    def is_accepting(self, state: int) -> bool:
+        """True if the text may end here: it has a reading with a complete value."""
+        place = self._places[state]
+        return place is not None and (bool(place[1]) or self._is_value(place[0]))
+
+    def is_complete(self, state: int) -> bool:
+        """True if the value has ended: what follows has begun, in a way that leaves no doubt."""
+        place = self._places[state]
+        if place is None or not place[1]:
+            return False
+        value, read = place
+        has_all = read[-1] == len(self.after)
+        return has_all and not self._is_blank if value is not None else has_all or len(read) == 1
+
+    @property
+    def num_before(self) -> int:
+        return len(self.before)
+
+    def num_after(self, state: int, *, is_last: bool) -> int:
+        """Return how many bytes at the text's end are no value. Before the end, count those that may be none."""
+        place = self._places[state]
+        if place is None or not place[1]:
+            return 0
+        value, read = place
+        if not is_last or self.is_complete(state):
+            return read[-1]
+        return 0 if self._is_value(value) else read[0]  # the longest complete value
+
+    def _number(self, place: _Place) -> int:
+        with self._lock:
+            found = self._state_of.get(place)
+            if found is None:
+                found = self._state_of[place] = len(self._places)
+                self._places.append(place)
+            return found
+
+    def _after_token(self, place: _Place | None, token: int) -> _Place | None:
+        vocabulary = self.vocabulary
+        if token < 0 or token >= len(vocabulary.token_bytes) or token in vocabulary.special_ids:
+            return None
+        text = vocabulary.token_bytes[token]
+        if place is not None:
+            return self._after_text(place, text, token) if text else None
+        return self._after_text((0, ()), text[len(self.before) :]) if text.startswith(self.before) else None
+
+    def _after_text(self, place: _Place, text: bytes, token: int | None = None) -> _Place | None:
+        """Return the place after a text; None if no reading is left. `token`: the token that is the text."""
+        grammar, after = self.grammar, self.after
+        if grammar is None:
+            return place
+        value, read = place
+        found = {at + len(text) for at in read if after.startswith(text, at)}
+        if value is not None:
+            for size in range(1, min(len(text), len(after)) + 1):
+                if text.endswith(after[:size]) and self._ends_with(value, text[:-size]):
+                    found.add(size)
+            value = grammar.advance_bytes(value, text) if token is None else grammar.advance(value, token)
+        return None if value is None and not found else (value, tuple(sorted(found)))
+
+    def _ends_with(self, value: int, text: bytes) -> bool:
+        """Return whether `text` completes the value."""
+        assert self.grammar is not None
+        return self._is_value(self.grammar.advance_bytes(value, text) if text else value)
+
+    def _is_value(self, value: int | None) -> bool:
+        return value is not None and (self.grammar is None or self.grammar.is_accepting(value))
+
+    # --- masks
+
+    def fill_mask(self, state: int, row: NDArray[np.int32]) -> None:
+        row[:] = self.mask(state)
+
+    def mask(self, state: int) -> NDArray[np.int32]:
+        """Return the mask row of a state, int32 [W]. It is shared: do not write to it."""
+        place = self._places[state]
+        with self._lock:
+            found = self._rows.get(state)
+            if found is not None:
+                self._rows.move_to_end(state)
+                return found
+            row = self._first_row() if place is None else self._row(state, place)
+            self._rows[state] = row
+            if len(self._rows) > _MAX_ROWS:
+                self._rows.popitem(last=False)
+            return row
+
+    def _first_row(self) -> NDArray[np.int32]:
+        """The tokens that begin with `before`, where the value may begin with the rest, or be complete before it."""
+        vocabulary, grammar, before = self.vocabulary, self.grammar, self.before
+        if grammar is None:
+            return bitmask.pack(vocabulary.tokens_with_prefix(before), vocabulary.vocab_size)
+        added: list[int] = []
+        if grammar.is_accepting(0):
+            for size in range(1, len(self.after) + 1):
+                added += vocabulary.tokens_with_text(before + self.after[:size])
+        for group in self._over.values():
+            for token, head in group:
+                if head.startswith(before) and self._ends_with(0, head[len(before) :]):
+                    added.append(token)
+        return self._with(grammar.mask_after(0, before), added)
+
+    def _row(self, state: int, place: _Place) -> NDArray[np.int32]:
+        vocabulary, grammar = self.vocabulary, self.grammar
+        value, _ = place
+        if grammar is None:
+            return np.full(vocabulary.num_words, -1, dtype=np.int32)
+        row = np.zeros(vocabulary.num_words, dtype=np.int32) if value is None else grammar.mask(value)
+        row = self._with(row, self._tokens_of_after(place, row))
+        if self.is_accepting(state) and not self._is_value(value):
+            row = row | vocabulary.eos_row
+        return row
+
+    def _with(self, row: NDArray[np.int32], tokens: Iterable[int]) -> NDArray[np.int32]:
+        tokens = list(tokens)
+        return row | bitmask.pack(tokens, self.vocabulary.vocab_size) if tokens else row
+
+    def _tokens_of_after(self, place: _Place, row: NDArray[np.int32]) -> list[int]:
+        """Return the tokens that begin or continue `after`, and are not allowed by `row` anyway."""
+        grammar, after, vocabulary = self.grammar, self.after, self.vocabulary
+        assert grammar is not None
+        value, read = place
+        is_value = self._is_value(value)
+        found: list[int] = []
+        for at in (0, *read) if is_value else read:
+            for end in range(at + 1, len(after) + 1):
+                found += vocabulary.tokens_with_text(after[at:end])
+        if value is None or not (is_value or grammar.completion_bound(value) <= _NEAR):
+            return found
+        num_runs = 0
+        for first, group in self._over.items():
+            num_runs += 1
+            if grammar.advance_bytes(value, first) is None:
+                continue
+            for token, head in group:
+                if num_runs >= _MAX_OVER:
+                    return found
+                if not bitmask.is_allowed(row, token):
+                    num_runs += 1
+                    if self._ends_with(value, head):
+                        found.append(token)
+        return found
+
+    def _tokens_over_the_border(self) -> dict[bytes, list[tuple[int, bytes]]]:
+        """Return the tokens that end with the beginning of `after`, and what stands before it in them.
+
+        They are grouped by their first byte; those with the shortest beginnings come first.
+        """
+        vocabulary, after = self.vocabulary, self.after
+        found: dict[bytes, list[tuple[int, bytes]]] = {}
+        for size in range(1, len(after) + 1):
+            for token in vocabulary.tokens_with_suffix(after[:size]):
+                head = vocabulary.token_bytes[token][:-size]
+                if head:
+                    found.setdefault(head[:1], []).append((token, head))
+        for group in found.values():
+            group.sort(key=lambda entry: len(entry[1]))
+        return found
+
+    # --- what must follow
+
+    def forced_tokens(self, state: int) -> list[int]:
+        """Return the tokens that must follow. The run stops where what follows the value may begin."""
+        place, grammar = self._places[state], self.grammar
+        if place is None or place[1] or place[0] is None or grammar is None:
+            return []
+        run: list[int] = []
+        value: int | None = place[0]
+        for token in grammar.forced_tokens(place[0]):
+            assert value is not None
+            if self._tokens_of_after((value, ()), grammar.mask(value)):
+                break
+            run.append(token)
+            value = grammar.advance(value, token)
+        return run
+
+    def shortest_completion(self, state: int) -> list[int]:
+        """Return the fewest tokens that lead to an accepting state. Raises GrammarError if no tokens write it."""
+        place, grammar = self._places[state], self.grammar
+        if place is None:
+            again = self.vocabulary.tokens_with_text(self.before)[:1]
+            return again if grammar is None else [*again, *grammar.shortest_completion(0)]
+        if self.is_accepting(state) or grammar is None:
+            return []
+        assert place[0] is not None
+        return grammar.shortest_completion(place[0])
+
+    def completion_bound(self, state: int) -> int:
+        """Return an upper bound of len(shortest_completion(state))."""
+        place, grammar = self._places[state], self.grammar
+        if place is None:
+            return 1 if grammar is None else 1 + grammar.completion_bound(0)
+        if self.is_accepting(state) or grammar is None:
+            return 0
+        assert place[0] is not None
+        return grammar.completion_bound(place[0])
+
+    def device_tables(self) -> None:
+        """Return None: the host masks bordered texts."""

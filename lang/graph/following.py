@@ -1,0 +1,71 @@
+"""The literal text that follows a constrained generation in its branch, and so ends its value.
+
+A model ends a value where it wants to go on with what follows, so the engine lets it begin that text. Known is what the
+same part of the program says: texts after the node, up to the next generation, selection, fork or message. A node of a
+later part is not looked at, even if it is there already: the result must not depend on when it comes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from ramet.lang.graph import ir
+
+MAX_BYTES = 64  # of the following text that the engine looks at
+_WITHOUT_TEXT = (ir.Capture, ir.Join, ir.ToolCall)
+
+
+def children_of(nodes: Sequence[ir.AnyNode]) -> dict[int, list[ir.AnyNode]]:
+    """Return the nodes of one part by their parents."""
+    found: dict[int, list[ir.AnyNode]] = {}
+    for node in nodes:
+        if node.parent is not None:
+            found.setdefault(node.parent, []).append(node)
+    return found
+
+
+def is_ended_by_following(node: ir.AnyNode) -> bool:
+    """Return whether a node's value ends where the following text begins.
+
+    Free text does not, nor a text that may hold free text beside its values, nor one that has a minimum of tokens.
+    """
+    if not isinstance(node, ir.Generate) or node.constraint is None:
+        return False
+    is_free = node.constraint.kind in ("tools", "structural_tag")
+    return not (is_free or node.sampling.min_tokens or node.sampling.ignore_eos)
+
+
+def following(node: ir.AnyNode, children: Mapping[int, Sequence[ir.AnyNode]]) -> ir.Template:
+    """Return the text that follows a node, as its author wrote it, or the beginning of it. Empty if it is not known."""
+    parts: list[ir.Part] = []
+    size = 0
+    while size < MAX_BYTES:
+        after = [
+            child
+            for child in children.get(node.id, ())
+            if not isinstance(child, _WITHOUT_TEXT) or children.get(child.id)
+        ]
+        if len(after) != 1:
+            break
+        (node,) = after
+        if isinstance(node, ir.Text):
+            parts.extend(node.parts)
+            size += sum(len(part) for part in node.parts if isinstance(part, str))
+        elif not isinstance(node, _WITHOUT_TEXT):
+            break
+    return tuple(parts)
+
+
+def known_start(template: ir.Template, is_known: Callable[[ir.Ref], bool], text: Callable[[ir.Ref], str]) -> bytes:
+    """Return the beginning of a template up to the first value that is not known, and at most MAX_BYTES of it.
+
+    It ends at the border of a character.
+    """
+    found = b""
+    for part in template:
+        if not isinstance(part, str) and not is_known(part):
+            break
+        found += (part if isinstance(part, str) else text(part)).encode()
+        if len(found) >= MAX_BYTES:
+            break
+    return found[:MAX_BYTES].decode(errors="ignore").encode()
