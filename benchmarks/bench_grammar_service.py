@@ -1,23 +1,29 @@
 """What serving asks of grammars: 128 tools, memory of masks, threads, the first import.
 
-    python benchmarks/bench_grammar_service.py [--model smollm2-135m] [--fresh] [--out results.jsonl]
+    python benchmarks/bench_grammar_service.py [--model smollm2-135m] [--engine] [--fresh] [--out results.jsonl]
 
 Tools: compile time of a set of 128 tools, first and again with other options (a cache of whole grammars does not help),
-milliseconds. Threads: masks of two grammars made by one thread and by two. --fresh: seconds to import the engine and
-make a first mask with an empty cache of compiled loops, and again.
+milliseconds. Behind others: how long a small schema waits while four clients compile a regex that never ends, first
+come, first served, and in the compile service, where each is given up after --limit seconds. --engine: the gaps between
+a bystander's tokens, alone and beside both. Threads: masks of two grammars made by one thread and by two. --fresh:
+seconds to import the engine and make a first mask with an empty cache of compiled loops, and again.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +33,9 @@ import numpy as np
 from bench_grammar import machine, tokenizer_of
 from json_line import print_record
 
-from ramet.grammar import CompiledGrammar, Vocabulary, compile_constraint
+from ramet import Engine, SamplingParams
+from ramet.grammar import CompiledGrammar, Limits, Vocabulary, compile_constraint
+from ramet.grammar.service.compile_service import CompileService, ServiceConfig
 from ramet.grammar.service.warm_up import warm_up
 
 FIRST = (
@@ -91,6 +99,75 @@ def fill_s(vocabulary: Vocabulary, num_threads: int) -> float:
     return time.perf_counter() - begin
 
 
+NASTY = "(?:(?!foo%s|bar|baz).){0,2000}"
+NUM_NASTY = 4
+Submit = Callable[[str, str, str], "Future[CompiledGrammar]"]
+"""Kind, source, client."""
+
+
+def in_order(vocabulary: Vocabulary, limit_s: float) -> tuple[Submit, Callable[[], None]]:
+    """The alternative to the service: one thread, first come, first served."""
+    pool = ThreadPoolExecutor(1)
+    limits = Limits(max_time_s=limit_s)
+    return (
+        lambda kind, source, _: pool.submit(compile_constraint, kind, source, vocabulary, limits=limits),
+        lambda: pool.shutdown(cancel_futures=True),
+    )
+
+
+def fair(vocabulary: Vocabulary, limit_s: float) -> tuple[Submit, Callable[[], None]]:
+    service = CompileService(ServiceConfig(cache_dir=None, max_time_s=limit_s))
+    service.compile("regex", "a", vocabulary)
+    return (
+        lambda kind, source, client: service.submit(kind, source, vocabulary, client=("", client)),
+        service.close,
+    )
+
+
+def waits_ms(vocabulary: Vocabulary, limit_s: float) -> dict[str, Any]:
+    """Milliseconds that small schemas wait: alone, behind others first come, first served, and in the service."""
+    found: dict[str, Any] = {}
+    for name, make, num_nasty in (("alone", fair, 0), ("in order", in_order, NUM_NASTY), ("fair", fair, NUM_NASTY)):
+        submit, end = make(vocabulary, limit_s)
+        nasty = [submit("regex", NASTY % f"{name[0]}{i}", f"nasty {i}") for i in range(num_nasty)]
+        waits = []
+        for i in range(20):
+            begin = time.perf_counter()
+            submit("json_schema", json.dumps({"type": "integer", "minimum": 100 + i}), "small").result()
+            waits.append((time.perf_counter() - begin) * 1e3)
+            time.sleep(0.05)
+        for future in nasty:
+            future.cancel()
+        end()
+        found[name] = {"p50": round(statistics.median(waits), 1), "max": round(max(waits), 1)}
+    return found
+
+
+def gaps_ms(model: str, limit_s: float) -> dict[str, Any]:
+    """Milliseconds between the tokens of one request: alone, and while others compile."""
+    found: dict[str, Any] = {}
+    with Engine(model) as engine:
+        tokenizer = engine.tokenizer
+        vocabulary = Vocabulary(tokenizer.token_bytes, tokenizer.eos_ids, tokenizer.special_ids, tokenizer.vocab_size)
+        for name, make in (("alone", None), ("in order", in_order), ("fair", fair)):
+            submit, end = make(vocabulary, limit_s) if make is not None else (None, lambda: None)
+            nasty = [submit("regex", NASTY % f"{name[0]}{i}", f"nasty {i}") for i in range(NUM_NASTY)] if submit else []
+            times = [time.perf_counter()]
+            handle = engine.submit("Once upon a time", SamplingParams(temperature=0.0, max_tokens=150, ignore_eos=True))
+            for _ in handle:
+                times.append(time.perf_counter())
+            for future in nasty:
+                future.cancel()
+            end()
+            gaps = sorted((b - a) * 1e3 for a, b in itertools.pairwise(times[1:]))
+            found[name] = {
+                "p50": round(statistics.median(gaps), 1),
+                "p99": round(gaps[-2], 1),
+                "max": round(gaps[-1], 1),
+            }
+    return found
+
+
 def first_s() -> list[float]:
     """Seconds of a first and a second process."""
     with tempfile.TemporaryDirectory() as folder:
@@ -106,6 +183,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--tools", type=int, default=128)
+    parser.add_argument("--limit", type=float, default=2.0, help="seconds after which a compilation is given up")
+    parser.add_argument("--engine", action="store_true", help="also the gaps between a bystander's tokens")
     parser.add_argument("--fresh", action="store_true", help="also the first import (minutes of compiling)")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
@@ -114,6 +193,9 @@ def main() -> None:
     gc.collect()
     gc.freeze()  # as a server does at its start
     found: dict[str, Any] = {"tools": arguments.tools, "tools_ms": tools_ms(vocabulary, arguments.tools)}
+    found["behind_others_ms"] = waits_ms(vocabulary, arguments.limit)
+    if arguments.engine:
+        found["bystander_gaps_ms"] = gaps_ms(arguments.model, arguments.limit)
     grammar, states = states_of(vocabulary, "c")
     for state in states:
         grammar.mask(state)

@@ -1,9 +1,15 @@
-"""Compiles grammars outside the step loop: worker threads, limits on time, states and memory, and caches.
+"""Compiles grammars outside the step loop: worker threads that take turns, limits on time, states and memory, caches.
 
-A job that passes its time or memory limit ends with GrammarTooLarge, which names the part that was being compiled. Its
-worker is interrupted and takes the next job. A worker that does not react to the interrupt (in a long call into
-compiled code) is replaced. Grammars are kept by (source, options, vocabulary), and the least recently used are dropped
-first. Regular grammars are also kept on disk.
+Compiling is Python code, so threads that compile share one interpreter with each other and with the engine's steps.
+Therefore one job has the turn at a time, and which one is a question of fairness (`fair_queue`): a job is held at its
+next look at its time limit (`deadline.check`, about every millisecond) as soon as a shorter one arrives. There, it also
+lets the engine's thread have the interpreter. A job that looks too seldom is not waited for: others work beside it.
+
+A job that passes its time or memory limit ends with GrammarTooLarge, which names the part that was being compiled. The
+time is its thread's own, so neither other jobs nor a busy machine count. A worker whose job is given up stops at the
+next look, is interrupted if it does not, and is replaced if it does not react to that (in a long call into compiled
+code). Grammars are kept by (source, options, vocabulary), and the least recently used are dropped first. Regular
+grammars are also kept on disk.
 """
 
 from __future__ import annotations
@@ -18,16 +24,16 @@ import queue
 import sys
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from ramet.errors import EngineStopped, GrammarError, GrammarTooLarge
+from ramet.errors import EngineStopped, GrammarError, GrammarTooLarge, Overloaded, RametError
 from ramet.grammar import ir
-from ramet.grammar.deadline import OutOfTime, time_limit
+from ramet.grammar.deadline import OutOfTime, Turn, in_turns, time_limit
 from ramet.grammar.json_schema.algebra.expressions import Expressions
 from ramet.grammar.json_schema.schema.document import SchemaNode
 from ramet.grammar.machine.automaton import Limits
@@ -35,39 +41,50 @@ from ramet.grammar.machine.compiled_grammar import CompiledGrammar
 from ramet.grammar.machine.vocabulary import Vocabulary
 from ramet.grammar.regular.byte_language import ByteAutomaton
 from ramet.grammar.regular.languages import RegularCompiler
+from ramet.grammar.service.cost import expected_s
 from ramet.grammar.service.disk_cache import DiskCache, default_cache_dir
+from ramet.grammar.service.fair_queue import BUDGETS_S, Client, FairQueue, Ticket
 from ramet.grammar.service.sources import Parsed, compile_parsed, parse_source
 from ramet.grammar.service.warm_up import load_loops
 from ramet.grammar.tools.text_with_values import TextWithValues
 
 logger = logging.getLogger(__name__)
 
-_INTERVAL_S = 0.05
+_TURN_S = 0.025  # what a job has before it is asked again who is due
+_TICK_S = 0.01
+_PATIENCE_S = 0.05  # how long a job that was asked to pause, or to stop, is waited for
+_INTERRUPT_S = 0.25  # between interrupts of a worker that does not stop
 _GRACE_S = 2.0
-_SLACK_S = 0.2  # added to a deadline: the compilation's own time limit comes first, and its message says more
+_START_S = 300.0  # a worker that has not loaded the loops after this time does not count any more
+_LOOK_S = 0.001  # between the moments at which a job may be held
+_NAP_S = 1e-6  # the system makes it about 60 us; a thread that waits for the interpreter gets it meanwhile
+_SLACK_S = 0.2  # added to a time limit: the compilation's own comes first, and its message says more
+_SHARE = 4  # a job whose turns last longer than this times its processor time does not keep its level, either
+_MOST_WALL = 10.0  # times the limit that a job's turns may last by the wall clock, if its thread uses no processor time
 
 
 @dataclass(frozen=True, slots=True)
 class ServiceConfig:
     """Limits on the cost of compiling, and of the caches.
 
-    max_time_s: of one job, from its start. max_memory_bytes: growth of the whole process while a job runs; None: not
-    watched. max_cache_bytes: tables and masks of the grammars in memory. cache_dir: None keeps nothing on disk.
-    min_disk_time_s: only what took at least this long is kept on disk.
+    max_time_s: of one job, in its thread's own time. max_memory_bytes: growth of the whole process during a job's
+    turns; None: not watched. max_waiting: jobs that may wait; one more is refused with Overloaded. max_cache_bytes:
+    tables and masks of the grammars in memory. cache_dir: None keeps nothing on disk. min_disk_time_s: only what took
+    at least this long is kept on disk.
     """
 
-    num_workers: int = 1
     limits: Limits = field(default_factory=Limits)
     max_time_s: float = 10.0
     max_memory_bytes: int | None = 4 << 30
+    max_waiting: int = 256
     max_grammars: int = 512
     max_cache_bytes: int = 1 << 30
     cache_dir: Path | None = field(default_factory=default_cache_dir)
     min_disk_time_s: float = 0.05
 
 
-@dataclass(slots=True, eq=False)
-class _Job:
+@dataclass(slots=True, eq=False, kw_only=True)
+class _Job(Ticket):
     """One source that is being compiled for all who asked for it. Owned by the service, under its lock."""
 
     key: tuple[str, str]
@@ -76,22 +93,58 @@ class _Job:
     options: dict[str, Any]
     vocabulary: Vocabulary
     parsed: Parsed | None
-    waiting: list[Future[CompiledGrammar]]
+    waiting: list[Future[CompiledGrammar]] = field(default_factory=list)
     is_done: bool = False  # answered: by its worker's result, or because it was given up
-    is_given_up: bool = False
-    deadline: float = 0.0
-    memory_at_start: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class _Attempt:
+    """One worker's work on a job. The worker alone writes `is_paused`, the supervisor the other fields.
+
+    `may_run`: it has the turn. `since_s`: when it got or lost the turn, or was dropped. `is_aged`: its turn is one of
+    those that others do not shorten. `active_s`, `grown_bytes`: of its earlier turns. `is_dropped`: its result is not
+    wanted.
+    """
+
+    job: _Job
+    cpu_at_start: float
+    may_run: bool = False
+    since_s: float = 0.0
+    is_aged: bool = False
+    is_dropped: bool = False
+    charged_s: float = 0.0
+    active_s: float = 0.0
+    grown_bytes: int = 0
+    memory_at_turn: int = 0
+    is_paused: bool = True
+
+    def begin_turn(self, now: float, is_aged: bool) -> None:
+        self.may_run, self.since_s, self.is_aged = True, now, is_aged
+        self.memory_at_turn = _resident_bytes()
+
+    def end_turn(self, now: float) -> None:
+        self.active_s, self.grown_bytes = self.turns_s(now), self.grown(_resident_bytes())
+        self.may_run, self.since_s, self.memory_at_turn = False, now, _resident_bytes()
+
+    def turns_s(self, now: float) -> float:
+        """Return the seconds of its turns so far."""
+        return self.active_s + (now - self.since_s if not self.is_paused else 0.0)
+
+    def grown(self, resident_bytes: int) -> int:
+        """Return by how much the process grew during its turns, of which one goes on."""
+        return self.grown_bytes + max(0, resident_bytes - self.memory_at_turn)
 
 
 class _Interrupted(BaseException):
-    """Thrown into a worker whose job has already been answered."""
+    """Raised in a worker whose attempt is not wanted any more."""
 
 
 class CompileService:
     """Compiles constraints on its own threads. Thread-safe. `close` it, or use it in a `with` statement.
 
-    A supervisor assigns jobs to workers and watches the limits. Workers take no lock of the service: an interrupt may
-    come between any two bytecodes, and must not find a worker that holds a lock.
+    A supervisor assigns jobs to workers, gives them their turns, and watches the limits. Each level of the queue has at
+    most one job in hand. Workers take no lock of the service: an interrupt may come between any two bytecodes, and must
+    not find a worker that holds a lock.
     """
 
     def __init__(self, config: ServiceConfig | None = None) -> None:
@@ -100,7 +153,8 @@ class CompileService:
         self._lock = threading.Lock()
         self._news: queue.SimpleQueue[_News | None] = queue.SimpleQueue()  # None: check again
         self._jobs: dict[tuple[str, str], _Job] = {}
-        self._pending: deque[_Job] = deque()
+        self._queue: FairQueue[_Job] = FairQueue(self.config.max_waiting)
+        self._in_hand: dict[int, _Worker] = {}
         self._cache: OrderedDict[tuple[str, str], CompiledGrammar | GrammarError] = OrderedDict()
         self._parsed: OrderedDict[str, Parsed] = OrderedDict()
         self._workers: list[_Worker] = []
@@ -108,46 +162,67 @@ class CompileService:
         self._is_closed = False
         self._is_abandoned = False
 
-    def submit(self, kind: str, source: Any, vocabulary: Vocabulary, **options: Any) -> Future[CompiledGrammar]:
+    def submit(
+        self, kind: str, source: Any, vocabulary: Vocabulary, *, client: Client = (), **options: Any
+    ) -> Future[CompiledGrammar]:
         """Return the future of a grammar at once. Kinds, sources and options are those of `compile_constraint`.
 
-        The future raises GrammarError and its subclasses. If it is cancelled and nobody else waits for the job, the job
-        is given up.
+        `client`: who asks; what is asked for several is done once. The future raises GrammarError and its subclasses,
+        and Overloaded if too many jobs wait. If it is cancelled and nobody else waits for the job, the job is given up.
         """
-        key = (source_key(kind, source, options), vocabulary.key)
+        text = source_text(kind, source)
+        key = (_digest(kind, text, options), vocabulary.key)
         future: Future[CompiledGrammar] = Future()
         with self._lock:
             if self._is_closed:
                 raise EngineStopped("the compile service is closed")
-            found = self._cache.get(key)
-            if found is not None:
-                self._cache.move_to_end(key)
-                _answer(future, found)
-                return future
+            answer: CompiledGrammar | RametError | None = self._cache.get(key)
             job = self._jobs.get(key)
-            if job is None:
-                job = _Job(key, kind, source, options, vocabulary, self._parsed.get(key[0]), [])
-                self._jobs[key] = job
-                self._pending.append(job)
-                if self._supervisor is None:
-                    atexit.register(self.close)  # a thread killed in compiled code aborts the process
-                    self._supervisor = threading.Thread(target=self._supervise, name="ramet-compile", daemon=True)
-                    self._supervisor.start()
+            if answer is not None:
+                self._cache.move_to_end(key)
+            elif job is None and self._queue.room(client) < 1:
+                answer = self._refusal()
+            elif job is None:
+                job = self._jobs[key] = _Job(
+                    clients=[client],
+                    expected_s=expected_s(kind, text),
+                    key=key,
+                    kind=kind,
+                    source=source,
+                    options=options,
+                    vocabulary=vocabulary,
+                    parsed=self._parsed.get(key[0]),
+                    waiting=[future],
+                )
+                self._queue.push(job)
+                self._start_supervisor()
                 self._news.put(None)
-            job.waiting.append(future)
-        future.add_done_callback(lambda done: self._forget(job, done))
+            else:
+                job.waiting.append(future)
+                self._queue.join(job, client)
+        if job is None or answer is not None:
+            assert answer is not None
+            _answer(future, answer)
+            return future
+        wanted = job
+        future.add_done_callback(lambda done: self._forget(wanted, done))
         return future
 
-    def compile(self, kind: str, source: Any, vocabulary: Vocabulary, **options: Any) -> CompiledGrammar:
+    def compile(
+        self, kind: str, source: Any, vocabulary: Vocabulary, *, client: Client = (), **options: Any
+    ) -> CompiledGrammar:
         """Do as `submit`, and wait for the result."""
-        return self.submit(kind, source, vocabulary, **options).result()
+        return self.submit(kind, source, vocabulary, client=client, **options).result()
 
     def close(self) -> None:
-        """Give up all jobs (their futures raise EngineStopped) and end the threads."""
+        """Give up all jobs (their futures raise EngineStopped) and end the threads. Waits 2 s for them at most."""
         self._end()
-        for thread in (*(w.thread for w in self._workers), self._supervisor):
+        end_s = time.monotonic() + _GRACE_S
+        with self._lock:
+            threads = [self._supervisor, *(worker.thread for worker in self._workers)]
+        for thread in threads:
             if thread is not None:
-                thread.join(_GRACE_S)
+                thread.join(max(0.0, end_s - time.monotonic()))
 
     def abandon(self) -> None:
         """Do as `close`, but wait for nothing and take no lock. For finalizers, which interrupt any thread anywhere."""
@@ -157,13 +232,27 @@ class CompileService:
     def _end(self) -> None:
         with self._lock:
             self._is_closed = True
-            jobs = list(self._jobs.values())
-            answers = [a for job in jobs for a in self._give_up(job, EngineStopped("the compile service was closed"))]
+            error = EngineStopped("the compile service was closed")
+            answers = [a for job in list(self._jobs.values()) for a in self._give_up(job, error)]
             for worker in self._workers:
                 worker.stop()
         atexit.unregister(self.close)
         _answer_all(answers)
         self._news.put(None)
+
+    def _start_supervisor(self) -> None:
+        if self._supervisor is None:
+            atexit.register(self.close)  # a thread killed in compiled code aborts the process
+            self._supervisor = threading.Thread(target=self._supervise, name="ramet-compile", daemon=True)
+            self._supervisor.start()
+
+    def _refusal(self) -> Overloaded:
+        retry_s = min(60.0, max(1.0, 0.1 * len(self._queue)))
+        return Overloaded(
+            f"{len(self._queue):,} constraints wait to be compiled, and the limit is {self.config.max_waiting:,} "
+            f"for all, less for one client; retry in {retry_s:.0f} s",
+            retry_s,
+        )
 
     def __enter__(self) -> CompileService:
         return self
@@ -186,13 +275,11 @@ class CompileService:
             future.set_running_or_notify_cancel()  # else `concurrent.futures.wait` would wait for it for ever
 
     def _give_up(self, job: _Job, error: BaseException) -> list[_Answer]:
-        """Do as `_finish`, and take the job from the queue, or interrupt the worker that is busy with it."""
-        job.is_given_up = True
-        if job in self._pending:
-            self._pending.remove(job)
-        for worker in self._workers:
-            if worker.assigned is job:
-                worker.interrupt()
+        """Answer those who wait with an error, and drop the job wherever it is."""
+        self._queue.remove(job)
+        worker = self._in_hand.get(job.level)
+        if worker is not None and worker.attempt is not None and worker.attempt.job is job:
+            self._drop(worker)
         return self._finish(job, error)
 
     def _finish(self, job: _Job, result: CompiledGrammar | BaseException) -> list[_Answer]:
@@ -204,57 +291,103 @@ class CompileService:
         return [(future, result) for future in waiting]
 
     def _supervise(self) -> None:
-        """Assign jobs, take results, watch the limits. Sleeps while nothing happens."""
+        """Give turns, take results, watch the limits. Sleeps while nothing happens."""
+        closed_s: float | None = None
         while True:
             if self._is_abandoned:
                 self._end()
+            now = time.monotonic()
             with self._lock:
+                answers = self._look_after_workers(now)
                 if self._is_closed:
-                    return
-                self._hand_out()
-                pause = self._pause()
+                    closed_s = now if closed_s is None else closed_s
+                    if not self._workers or now >= closed_s + _GRACE_S:
+                        return
+                else:
+                    self._raise_levels(now)
+                    self._give_turns(now)
+                is_idle = not self._jobs and all(w.is_idle for w in self._workers) and not self._is_closed
+            _answer_all(answers)
             try:
-                news = self._news.get(timeout=pause)
+                news = self._news.get(timeout=None if is_idle else _TICK_S)
             except queue.Empty:
                 news = None
-            with self._lock:
-                answers = [] if news is None else self._take(*news)
-                answers += self._check_limits()
-            _answer_all(answers)
+            if news is not None:
+                with self._lock:
+                    answers = self._take(*news)
+                _answer_all(answers)
 
-    def _hand_out(self) -> None:
-        for worker in [w for w in self._workers if w.is_lost(time.monotonic())]:
-            self._workers.remove(worker)
-            if worker.assigned is not None and not worker.assigned.is_done:
-                self._pending.appendleft(worker.assigned)
+    # --- turns
+
+    def _raise_levels(self, now: float) -> None:
+        """Raise what has used its level's time. It keeps its work if the next level is free, and else begins anew.
+
+        The levels' times grow by a factor of four, so what is lost is at most a third more than what the job takes.
+        """
+        for level, worker in sorted(self._in_hand.items(), reverse=True):
+            attempt = worker.attempt
+            if attempt is None or worker.is_idle:
+                del self._in_hand[level]
+            elif max(worker.used_s(now), attempt.turns_s(now) / _SHARE) >= BUDGETS_S[level]:
+                job = attempt.job
+                if level + 1 not in self._in_hand and self._queue.first(level + 1) is None:
+                    self._in_hand[level + 1] = self._in_hand.pop(level)
+                    job.level = level + 1
+                    continue
+                self._drop(worker)
+                job.level = level + 1
+                if not job.is_done:
+                    self._queue.push(job)
+
+    def _give_turns(self, now: float) -> None:
+        """Let one job work: that of the lowest level, unless another has waited too long."""
+        active = [w for w in self._workers if w.is_active]
+        ready = {
+            level
+            for level in range(len(BUDGETS_S))
+            if (self._in_hand[level].is_held if level in self._in_hand else self._queue.first(level) is not None)
+        }
+        for worker in active:
+            attempt = worker.attempt
+            if attempt is None or not ready or not attempt.may_run:
+                continue
+            is_behind = min(ready) < attempt.job.level and not attempt.is_aged
+            if is_behind or now >= attempt.since_s + _TURN_S:
+                attempt.end_turn(now)
+        if not ready or any(w.attempt.may_run or now < w.attempt.since_s + _PATIENCE_S for w in active if w.attempt):
+            return
         idle = [w for w in self._workers if w.is_idle]
-        while self._pending and idle:
-            job = self._pending.popleft()
-            job.deadline = time.monotonic() + self.config.max_time_s + _SLACK_S
-            job.memory_at_start = _resident_bytes()
-            idle.pop(0).assign(job)
-        # a new worker gets its first job once it is warm: the job's time begins then
-        num_starting = sum(not w.is_warm for w in self._workers)
-        num_more = min(len(self._pending) - num_starting, self.config.num_workers - len(self._workers))
-        self._workers += [_Worker(self.config, self.disk, self._news) for _ in range(num_more)]
+        if not idle:  # a new worker gets its first job once it is warm: the job's time begins then
+            if all(w.is_warm for w in self._workers):
+                self._workers.append(_Worker(self.config, self.disk, self._news))
+            ready &= self._in_hand.keys()
+            if not ready:
+                return
+        level, is_aged = self._queue.next_level(ready)
+        if level not in self._in_hand:
+            job = self._queue.first(level)
+            assert job is not None
+            self._queue.remove(job)
+            self._in_hand[level] = idle[0]
+            idle[0].assign(job)
+        self._in_hand[level].resume(now, is_aged=is_aged)
 
-    def _pause(self) -> float | None:
-        """Return the seconds until the next check if no news arrives; None: only news matter."""
-        busy = [w.assigned for w in self._workers if not w.is_idle and w.assigned is not None]
-        if not busy:
-            return _INTERVAL_S if self._pending else None
-        pause = min(job.deadline for job in busy) - time.monotonic()
-        if self.config.max_memory_bytes is not None or self._pending or any(job.is_done for job in busy):
-            pause = min(pause, _INTERVAL_S)
-        return max(pause, _INTERVAL_S / 10)
+    def _drop(self, worker: _Worker) -> None:
+        """Tell a worker that its attempt is not wanted any more."""
+        attempt = worker.attempt
+        assert attempt is not None
+        if self._in_hand.get(attempt.job.level) is worker:
+            del self._in_hand[attempt.job.level]
+        worker.drop(time.monotonic())
 
-    def _take(self, job: _Job, parsed: Parsed | None, result: CompiledGrammar | BaseException) -> list[_Answer]:
-        """Take the result of a job from a worker."""
+    def _take(self, attempt: _Attempt, parsed: Parsed | None, result: CompiledGrammar | BaseException) -> list[_Answer]:
+        """Take the result of an attempt from a worker."""
+        job = attempt.job
         if parsed is not None:
             self._parsed[job.key[0]] = parsed
             while len(self._parsed) > self.config.max_grammars:
                 self._parsed.popitem(last=False)
-        if job.is_done:
+        if attempt.is_dropped or job.is_done:
             return []
         if isinstance(result, CompiledGrammar | GrammarError) and not isinstance(result, OutOfTime):
             self._keep(job.key, result)
@@ -271,39 +404,52 @@ class CompileService:
             _, oldest = self._cache.popitem(last=False)
             total -= _bytes_of(oldest)
 
-    def _check_limits(self) -> list[_Answer]:
-        """End the jobs that have passed a limit."""
-        out: list[_Answer] = []
-        limit = self.config.max_memory_bytes
-        now = time.monotonic()
-        memory = 0 if limit is None else _resident_bytes()
-        for worker in self._workers:
-            job = worker.assigned
-            if job is None or worker.is_idle:
-                continue
-            if job.is_done:
-                if job.is_given_up and now >= worker.interrupted_at + _INTERVAL_S:
-                    worker.interrupt()  # the last interrupt was lost in a callback that swallows exceptions
-                continue
-            if now >= job.deadline:
-                what = f"took longer than {self.config.max_time_s:g} s"
-            elif limit is not None and memory - job.memory_at_start > limit:
-                what = f"took more than {limit:,} bytes of memory"
-            else:
-                continue
-            where = _whereabouts(sys._current_frames().get(worker.thread.ident or 0))
-            message = f"compiling the {job.kind} constraint {_short(job.source)} {what}{where}"
-            out += self._give_up(job, GrammarTooLarge(f"{message}; simplify it or raise the limit"))
-            job.deadline = now
-        return out
+    # --- limits
+
+    def _look_after_workers(self, now: float) -> list[_Answer]:
+        """End the jobs that have passed a limit, interrupt the workers that do not stop, and let go of lost ones."""
+        answers: list[_Answer] = []
+        for worker in list(self._workers):
+            attempt = worker.attempt
+            if not worker.thread.is_alive() or worker.is_lost(now):
+                self._workers.remove(worker)
+                if attempt is not None and not worker.is_idle and not attempt.is_dropped:
+                    self._drop(worker)
+                    answers += self._finish(attempt.job, EngineStopped("the thread that compiled the constraint ended"))
+            elif not worker.is_warm:
+                if now >= worker.started_s + _START_S and not any(w.is_warm for w in self._workers):
+                    error = EngineStopped(f"the grammars' loops could not be loaded within {_START_S:.0f} s")
+                    answers += [a for job in list(self._jobs.values()) for a in self._give_up(job, error)]
+            elif attempt is not None and not worker.is_idle:
+                used = worker.used_s(now)
+                self._queue.charge(attempt.job, max(0.0, used - attempt.charged_s), now)
+                attempt.charged_s = used
+                if attempt.is_dropped:
+                    worker.insist(now)
+                elif worker.is_active and not attempt.job.is_done:
+                    answers += self._check_limits(worker, attempt, now)
+        return answers
+
+    def _check_limits(self, worker: _Worker, attempt: _Attempt, now: float) -> list[_Answer]:
+        job, limit = attempt.job, self.config.max_memory_bytes
+        seconds = self.config.max_time_s + _SLACK_S
+        if worker.used_s(now) >= seconds or attempt.turns_s(now) >= _MOST_WALL * seconds:
+            what = f"took longer than {self.config.max_time_s:g} s"
+        elif limit is not None and attempt.grown(_resident_bytes()) > limit:
+            what = f"took more than {limit:,} bytes of memory"
+        else:
+            return []
+        where = _whereabouts(sys._current_frames().get(worker.thread.ident or 0))
+        message = f"compiling the {job.kind} constraint {_short(job.source)} {what}{where}"
+        return self._give_up(job, GrammarTooLarge(f"{message}; simplify it or raise the limit"))
 
 
 _Answer = tuple[Future[CompiledGrammar], CompiledGrammar | BaseException]
-_News = tuple[_Job, Parsed | None, CompiledGrammar | BaseException]
+_News = tuple[_Attempt, Parsed | None, CompiledGrammar | BaseException]
 
 
 class _Worker:
-    """One thread. The supervisor alone writes `assigned`, the thread alone writes `finished`: an interrupt loses
+    """One thread. The supervisor alone writes `attempt`, the thread alone writes `finished`: an interrupt loses
     neither.
     """
 
@@ -312,34 +458,79 @@ class _Worker:
         self.min_disk_time_s = config.min_disk_time_s
         self.disk = disk
         self.news = news
-        self.assigned: _Job | None = None
-        self.finished: _Job | None = None
+        self.attempt: _Attempt | None = None
+        self.finished: _Attempt | None = None
         self.num_interrupts = 0
-        self.interrupted_at = 0.0
+        self.interrupted_s = 0.0
+        self.started_s = time.monotonic()
         self.is_warm = False
         self._is_stopped = False
+        self._clock: int | None = None  # of the thread's processor time
         self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
         self.thread = threading.Thread(target=self._main, name="ramet-compile-worker", daemon=True)
         self.thread.start()
 
+    # --- the supervisor's side
+
     @property
     def is_idle(self) -> bool:
-        return self.is_warm and self.assigned is self.finished
+        return self.is_warm and self.attempt is self.finished
+
+    @property
+    def is_held(self) -> bool:
+        """True if it has an attempt that waits for a turn."""
+        attempt = self.attempt
+        return attempt is not None and not self.is_idle and attempt.is_paused and not attempt.may_run
+
+    @property
+    def is_active(self) -> bool:
+        """True if it works, though it may have been asked to pause or to stop."""
+        attempt = self.attempt
+        return attempt is not None and not self.is_idle and (attempt.may_run or not attempt.is_paused)
+
+    def used_s(self, now: float) -> float:
+        """Return the processor time of the attempt; the time of its turns where the system does not tell it."""
+        attempt = self.attempt
+        if attempt is None:
+            return 0.0
+        return attempt.turns_s(now) if self._clock is None else self._cpu_s() - attempt.cpu_at_start
+
+    def _cpu_s(self) -> float:
+        with contextlib.suppress(OSError):  # the thread has ended
+            return 0.0 if self._clock is None else time.clock_gettime(self._clock)
+        return 0.0
 
     def is_lost(self, now: float) -> bool:
-        """Tell whether the thread has ended, or was interrupted and did not react (it ends by itself later)."""
-        job = self.assigned
-        if not self.thread.is_alive():
-            return True
-        if self.is_idle or job is None or not job.is_done or now < job.deadline + _GRACE_S:
+        """Tell whether the worker was to drop its attempt and did not react (it ends by itself later)."""
+        attempt = self.attempt
+        if self.is_idle or attempt is None or not attempt.is_dropped or now < attempt.since_s + _GRACE_S:
             return False
         logger.warning("a compile worker does not answer and is replaced")
         self.stop()
         return True
 
     def assign(self, job: _Job) -> None:
-        self.assigned = job
+        self.attempt = _Attempt(job, self._cpu_s())
+
+    def resume(self, now: float, *, is_aged: bool) -> None:
+        """Give the turn to the worker's attempt."""
+        attempt = self.attempt
+        assert attempt is not None
+        attempt.begin_turn(now, is_aged)
         self._wake.put(None)
+
+    def drop(self, now: float) -> None:
+        """Tell the worker to stop its attempt."""
+        attempt = self.attempt
+        assert attempt is not None
+        attempt.is_dropped, attempt.may_run, attempt.since_s = True, False, now
+        self.interrupted_s = now
+        self._wake.put(None)
+
+    def insist(self, now: float) -> None:
+        """Interrupt a worker that has not dropped its attempt. An interrupt may be lost, so it is sent again."""
+        if now >= self.interrupted_s + _INTERRUPT_S:
+            self.interrupt()
 
     def stop(self) -> None:
         self._is_stopped = True
@@ -353,14 +544,18 @@ class _Worker:
         if not self.is_warm:
             return
         self.num_interrupts += 1
-        self.interrupted_at = time.monotonic()
+        self.interrupted_s = time.monotonic()
         ident = ctypes.c_ulong(self.thread.ident or 0)
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, ctypes.py_object(_Interrupted))
 
+    # --- the thread's side
+
     def _main(self) -> None:
+        if sys.platform == "linux":
+            self._clock = time.pthread_getcpuclockid(threading.get_ident())
         try:
             load_loops()
-        except Exception:  # the worker may still do its jobs
+        except BaseException:  # whatever it is, the worker may still do its jobs
             logger.exception("the grammars' loops could not be loaded ahead")
         while not self._is_stopped:
             try:
@@ -376,54 +571,86 @@ class _Worker:
         self.news.put(None)
         while not self._is_stopped:
             try:
-                job = self.assigned
-                if job is None or job is self.finished:
+                attempt = self.attempt
+                if attempt is None or attempt is self.finished:
                     self._wake.get()
-                elif job.is_done:
-                    self._report(job, None, _Interrupted())
+                elif attempt.is_dropped or attempt.job.is_done:
+                    self._end(attempt)
+                elif attempt.may_run:
+                    self._work(attempt)
                 else:
-                    self._work(job)
+                    self._hold(attempt)
             except _Interrupted:
                 continue
 
-    def _work(self, job: _Job) -> None:
+    def _work(self, attempt: _Attempt) -> None:
+        job = attempt.job
         parsed: Parsed | None = None
         num_interrupts = self.num_interrupts
+        attempt.is_paused = False
         try:
-            with time_limit(self.limits.max_time_s):
+            with in_turns(self._turn), time_limit(self.limits.max_time_s):
                 parsed = job.parsed or self._parse(job)
                 compiled = compile_parsed(parsed, job.vocabulary, limits=self.limits)
                 compiled.mask(0)  # so that the first step waits for neither of them
                 compiled.completion_bound(0)
             result: CompiledGrammar | BaseException = compiled
-        except Exception as error:  # any error must reach those who wait
+        except _Interrupted:
+            raise
+        except BaseException as error:  # any error must reach those who wait, and none may end the thread
             result = error
-        # compiled code may lose an interrupt or turn it into another error: drop the result of an interrupted job
-        if num_interrupts == self.num_interrupts:
-            self._report(job, parsed, result)
-            if isinstance(parsed, TextWithValues) and isinstance(result, CompiledGrammar):
-                _make_masks(result, parsed.often)
+        # compiled code may lose an interrupt or turn it into another error: drop the result of an interrupted attempt
+        if num_interrupts != self.num_interrupts:
+            return
+        self.news.put((attempt, parsed, result))
+        if isinstance(parsed, TextWithValues) and isinstance(result, CompiledGrammar):
+            _make_masks(result, parsed.often, self._turn)
+        self._end(attempt)
 
-    def _report(self, job: _Job, parsed: Parsed | None, result: CompiledGrammar | BaseException) -> None:
-        self.news.put((job, parsed, result))
-        self.finished = job
+    def _end(self, attempt: _Attempt) -> None:
+        attempt.is_paused = True
+        self.finished = attempt
         self.news.put(None)  # only now is the worker idle
+
+    def _turn(self) -> float:
+        """Let others have the interpreter: for a moment, or as long as the attempt does not have the turn.
+
+        Returns the time (time.monotonic) of the next such moment. Raises: _Interrupted if the attempt is not wanted
+        any more.
+        """
+        attempt = self.attempt
+        assert attempt is not None
+        if attempt.may_run:
+            time.sleep(_NAP_S)
+        else:
+            self._hold(attempt)
+            attempt.is_paused = False
+        if attempt.is_dropped or self._is_stopped:
+            raise _Interrupted
+        return time.monotonic() + _LOOK_S
+
+    def _hold(self, attempt: _Attempt) -> None:
+        """Wait until the attempt gets a turn, or is dropped."""
+        attempt.is_paused = True
+        self.news.put(None)
+        while not (attempt.may_run or attempt.is_dropped or self._is_stopped):
+            self._wake.get()
 
     def _parse(self, job: _Job) -> Parsed:
         on_disk = self.disk if job.kind not in ("json_schema", "tools") else None
         found = None if on_disk is None else on_disk.get(job.key[0])
         if found is not None:
             return found
-        begin = time.monotonic()
+        begin = time.thread_time()
         parsed = parse_source(job.kind, job.source, limits=self.limits, **job.options)
-        is_worth_it = time.monotonic() - begin >= self.min_disk_time_s
+        is_worth_it = time.thread_time() - begin >= self.min_disk_time_s
         if on_disk is not None and is_worth_it and isinstance(parsed, ByteAutomaton):
             on_disk.put(job.key[0], parsed)
         return parsed
 
 
-def source_key(kind: str, source: Any, options: dict[str, Any]) -> str:
-    """Return a digest that is equal for equal sources with equal options. White space in JSON does not count."""
+def source_text(kind: str, source: Any) -> str:
+    """Return the text of a source. It is equal for equal sources: white space in JSON does not count."""
     if kind in ("json_schema", "choice", "tools"):
         if isinstance(source, str):
             # invalid JSON stays text; compiling reports the error
@@ -433,12 +660,24 @@ def source_key(kind: str, source: Any, options: dict[str, Any]) -> str:
             source = json.dumps(source, separators=(",", ":"), ensure_ascii=False)
         except (TypeError, ValueError, RecursionError):
             source = f"object {id(source)}"  # not JSON: equal only to itself
-    content = json.dumps([kind, str(source), sorted(options.items())], default=repr)
+    return str(source)
+
+
+def source_key(kind: str, source: Any, options: dict[str, Any]) -> str:
+    """Return a digest that is equal for equal sources with equal options."""
+    return _digest(kind, source_text(kind, source), options)
+
+
+def _digest(kind: str, text: str, options: dict[str, Any]) -> str:
+    content = json.dumps([kind, text, sorted(options.items())], default=repr)
     return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _make_masks(grammar: CompiledGrammar, text: bytes) -> None:
-    """Make the masks along a text ahead. Most of the work is done without the interpreter's lock."""
+def _make_masks(grammar: CompiledGrammar, text: bytes, turn: Turn) -> None:
+    """Make the masks along a text ahead. Most of the work is done without the interpreter's lock.
+
+    Its turn ends between masks alone: others may wait for the grammar's own lock.
+    """
     state: int | None = 0
     for byte in text:
         assert state is not None
@@ -446,6 +685,7 @@ def _make_masks(grammar: CompiledGrammar, text: bytes) -> None:
         if state is None:
             return
         grammar.mask(state)
+        turn()
 
 
 def _answer_all(answers: list[_Answer]) -> None:

@@ -57,13 +57,21 @@ class ProgramHost:
         self.grammars = ProgramGrammars(tokenizer, marks, on_device)
         self._numbers = itertools.count()
 
-    def start(self, options: ProgramOptions, on_event: OnEvent, program_id: str | None = None) -> ProgramExecutor:
+    def start(
+        self,
+        options: ProgramOptions,
+        on_event: OnEvent,
+        program_id: str | None = None,
+        *,
+        client: tuple[str, ...] = (),
+    ) -> ProgramExecutor:
         """Return a new program without nodes; `extend` adds them. `on_event` is called for every event.
 
         `on_event` may be called on any thread, must be quick and must not raise. `program_id` names the program to the
-        scheduler; None creates a new name.
+        scheduler; None creates a new name. `client`: whose program it is, for fairness between their grammars.
         """
-        return ProgramExecutor(self, options, on_event, program_id or f"{options.program}-{next(self._numbers)}")
+        name = program_id or f"{options.program}-{next(self._numbers)}"
+        return ProgramExecutor(self, options, on_event, name, client or ("", name))
 
     def count_ended(self) -> None:
         """Count an ended request of a program."""
@@ -82,8 +90,10 @@ class _AtEngine:
 class ProgramExecutor:
     """One running program; see ProgramHost.start."""
 
-    def __init__(self, host: ProgramHost, options: ProgramOptions, on_event: OnEvent, program_id: str) -> None:
-        self._host, self._model = host, host.model
+    def __init__(
+        self, host: ProgramHost, options: ProgramOptions, on_event: OnEvent, program_id: str, client: tuple[str, ...]
+    ) -> None:
+        self._host, self._model, self._client = host, host.model, client
         self._options, self._program_id = options, program_id
         self._engine = SharedRequests(host.engine) if host.share_nodes else host.engine
         self._index = ir.GraphIndex()
@@ -342,7 +352,7 @@ class ProgramExecutor:
                     self._graph.failed(run, error if isinstance(error, Exception) else RametError(repr(error)))
             self._pump()
 
-        self._host.grammars.get_narrowed(run.node).add_done_callback(on_grammar)
+        self._host.grammars.get_narrowed(run.node, self._client).add_done_callback(on_grammar)
 
 
 def _has_grammar(node: ir.AnyNode) -> bool:

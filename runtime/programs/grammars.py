@@ -8,7 +8,7 @@ import weakref
 from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ramet.errors import GrammarError, GrammarTooLarge
 from ramet.lang.graph.ir import Constraint, Generate
@@ -44,18 +44,22 @@ class ProgramGrammars:
         self._service: CompileService | None = None
         self._closing: ThreadPoolExecutor | None = None
 
-    def get(self, constraint: Constraint) -> Future[CompiledGrammar]:
-        """Return the grammar's future at once. It raises GrammarError and its subclasses."""
+    def get(self, constraint: Constraint, client: tuple[str, ...] = ()) -> Future[CompiledGrammar]:
+        """Return the grammar's future at once. It raises GrammarError and its subclasses, and Overloaded.
+
+        `client`: who asks, for fairness: (key, connection).
+        """
         with self._lock:
             service = self._service or self._start_service()
             if constraint.kind == "tools":
-                return service.submit("tools", self._tool_set(constraint.source), self._tool_vocabulary)
-            options = {"mode": "declared_order"} if constraint.in_order else {}
+                source = self._tool_set(constraint.source)
+                return service.submit("tools", source, self._tool_vocabulary, client=client)
+            options: dict[str, Any] = {"mode": "declared_order"} if constraint.in_order else {}  # Any: the kind's own
             if self._device is None:
-                return service.submit(constraint.kind, constraint.source, self._vocabulary, **options)
-            return self._closed(service, self._device, constraint, options)
+                return service.submit(constraint.kind, constraint.source, self._vocabulary, client=client, **options)
+            return self._closed(service, self._device, constraint, client, options)
 
-    def get_narrowed(self, node: Generate) -> Future[CompiledGrammar | None]:
+    def get_narrowed(self, node: Generate, client: tuple[str, ...] = ()) -> Future[CompiledGrammar | None]:
         """Do as `get` for the constraint of a node, narrowed by the checks that become masks.
 
         If the narrowed constraint is too large to compile, the result is the grammar of the constraint alone (None if
@@ -79,10 +83,10 @@ class ProgramGrammars:
             elif node.constraint is None:
                 answer.set_result(None)
             else:
-                self.get(node.constraint).add_done_callback(settle)
+                self.get(node.constraint, client).add_done_callback(settle)
 
         assert narrowed.constraint is not None
-        asked = self.get(narrowed.constraint)
+        asked = self.get(narrowed.constraint, client)
         asked.add_done_callback(settle_narrowed if narrowed.masked else settle)
         return answer
 
@@ -147,7 +151,12 @@ class ProgramGrammars:
         return json.dumps({**found, "format": style.format_source, "parallel": parallel}, ensure_ascii=False)
 
     def _closed(
-        self, service: CompileService, device: DeviceGrammars, constraint: Constraint, options: dict[str, str]
+        self,
+        service: CompileService,
+        device: DeviceGrammars,
+        constraint: Constraint,
+        client: tuple[str, ...],
+        options: dict[str, Any],
     ) -> Future[CompiledGrammar]:
         """Compile in declared order and close, on a thread beside the service's.
 
@@ -156,8 +165,8 @@ class ProgramGrammars:
         if self._closing is None:
             self._closing = ThreadPoolExecutor(1, "ramet-close")
         closing, vocabulary, kind, source = self._closing, self._vocabulary, constraint.kind, constraint.source
-        ordered = {"mode": "declared_order"} if kind == "json_schema" else options
-        compiled = service.submit(kind, source, vocabulary, **ordered)
+        ordered: dict[str, Any] = {"mode": "declared_order"} if kind == "json_schema" else options
+        compiled = service.submit(kind, source, vocabulary, client=client, **ordered)
         answer: Future[CompiledGrammar] = Future()
 
         def settle(found: Future[CompiledGrammar]) -> None:
@@ -180,7 +189,7 @@ class ProgramGrammars:
             if is_kept:
                 settle(found)
             else:
-                service.submit(kind, source, vocabulary, **options).add_done_callback(settle)
+                service.submit(kind, source, vocabulary, client=client, **options).add_done_callback(settle)
 
         def close_later(found: Future[CompiledGrammar]) -> None:
             if found.cancelled():

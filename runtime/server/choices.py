@@ -41,7 +41,7 @@ class Job:
 
     `constraint_field`: the body's field with the constraint. `shown_bytes`: the bytes of each token, if special tokens
     (markers of tool calls) must appear in the text; None if the engine's own text suffices. `is_whole`: the reader
-    wants only the complete output. `prompt_field`: the body's field with the prompt.
+    wants only the complete output. `prompt_field`: the body's field with the prompt. `client`: who asks.
     """
 
     prompt_ids: list[int]
@@ -53,6 +53,7 @@ class Job:
     shown_bytes: Sequence[bytes] | None = None
     is_whole: bool = False
     prompt_field: str = "prompt"
+    client: tuple[str, ...] = ()
 
 
 def name_prompt(error: InvalidRequest, field: str) -> InvalidRequest:
@@ -87,7 +88,7 @@ class ChoiceStream:
     ) -> AsyncIterator[Output]:
         job = self._job
         stream = self._proxy.submit(
-            Submit(request_id, ids, sampling, constraint, job.options),
+            Submit(request_id, ids, sampling, constraint, job.options, job.client),
             is_whole=job.is_whole,
         )
         self._end = stream.close

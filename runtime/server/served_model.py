@@ -71,6 +71,12 @@ class ServedModel:
         return f"{key}/{asked}" if key else asked
 
 
+def client_of(request: Request) -> tuple[str, str]:
+    """The sender of a request: a digest of its key, and its connection."""
+    address = request.scope.get("client")
+    return key_digest(request), "" if address is None else f"{address[0]}:{address[1]}"
+
+
 def key_digest(request: Request) -> str:
     """A digest of the request's API key; empty if the server has no keys."""
     digest: str = request.scope.get("state", {}).get("api_key_digest", "")

@@ -153,7 +153,7 @@ class EngineServer:
             else:
                 self._submit_compiled(command, future.result(), time.monotonic() - start_s)
 
-        self._host.grammars.get(command.constraint).add_done_callback(compiled)
+        self._host.grammars.get(command.constraint, command.client).add_done_callback(compiled)
 
     def _submit_compiled(self, command: Submit, grammar: Grammar | None, grammar_s: float | None = None) -> None:
         def on_output(output: RequestOutput) -> None:
@@ -204,7 +204,7 @@ class EngineServer:
             cache_salt=command.cache_salt,
             text_events=command.text_events,
         )
-        self._programs[command.id] = self._host.start(options, on_event, command.id)
+        self._programs[command.id] = self._host.start(options, on_event, command.id, client=command.client)
         self._extend_program(ExtendProgram(command.id, command.graph, is_last=not command.is_open))
 
     def _extend_program(self, command: ExtendProgram) -> None:

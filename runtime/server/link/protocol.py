@@ -29,13 +29,14 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Submit(msgspec.Struct, frozen=True, tag="submit", omit_defaults=True):
-    """A request. Its deadline counts from its arrival at the engine."""
+    """A request. Its deadline counts from its arrival at the engine. `client`: whose constraint it is, for fairness."""
 
     id: str
     prompt_ids: list[int]
     sampling: SamplingParams
     constraint: Constraint | None = None
     options: RequestOptions = NO_OPTIONS
+    client: tuple[str, ...] = ()
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):
@@ -45,7 +46,7 @@ class Abort(msgspec.Struct, frozen=True, tag="abort"):
 
 
 class StartProgram(msgspec.Struct, frozen=True, tag="program", omit_defaults=True):
-    """Run a graph (its JSON form, arguments bound). `is_open`: more parts may come."""
+    """Run a graph (its JSON form, arguments bound). `is_open`: more parts may come. `client`: as in `Submit`."""
 
     id: str
     graph: bytes
@@ -55,6 +56,7 @@ class StartProgram(msgspec.Struct, frozen=True, tag="program", omit_defaults=Tru
     token_budget: int | None = None
     is_open: bool = False
     text_events: bool = True
+    client: tuple[str, ...] = ()
 
 
 class ExtendProgram(msgspec.Struct, frozen=True, tag="extend", omit_defaults=True):

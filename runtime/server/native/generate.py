@@ -18,7 +18,7 @@ from ramet.runtime.server.logprobs import finite, token_text
 from ramet.runtime.server.native.bodies import MAX_PROMPTS, GenerateBody
 from ramet.runtime.server.routing import Endpoint
 from ramet.runtime.server.sending import DONE, AnswerStruct, EventStream, LastEvent, collected, event
-from ramet.runtime.server.served_model import ServedModel
+from ramet.runtime.server.served_model import ServedModel, client_of
 from ramet.runtime.types import RequestOptions
 
 FinishType = Literal["stop", "length", "abort", "error"]
@@ -79,7 +79,7 @@ class GenerateEndpoint:
     async def answer(self, request: Request, body: GenerateBody) -> Response | Generated | list[Generated]:
         """Continue texts or token ids."""
         proxy, salt = self._served.proxy, self._served.cache_salt(request, body.cache_salt)
-        jobs = await self._served.compute(len(await request.body()), self._jobs, body, salt)
+        jobs = await self._served.compute(len(await request.body()), self._jobs, body, salt, client_of(request))
         answer_id = body.rid or proxy.new_id("generate")
         scores = [await self._scored(body, job, choice_id(answer_id, n)) for n, (job, _) in enumerate(jobs)]
         choices = submit_all(proxy, jobs, answer_id)
@@ -91,7 +91,7 @@ class GenerateEndpoint:
         results = [answer.result(index, is_whole=True) for index in range(len(jobs))]
         return results if answer.is_list else results[0]
 
-    def _jobs(self, body: GenerateBody, salt: str) -> list[tuple[Job, int]]:
+    def _jobs(self, body: GenerateBody, salt: str, client: tuple[str, ...]) -> list[tuple[Job, int]]:
         """(job, seed offset) of every requested answer."""
         prompts = self._prompts(body)
         given = body.sampling_params
@@ -107,7 +107,7 @@ class GenerateEndpoint:
         for ids, sampling in zip(prompts, all_sampling, strict=True):
             params = sampling.params(body.top_logprobs_num if body.return_logprob else None)
             field, constraint = sampling.constraint(self._served.config.max_schema_bytes) or (None, None)
-            job = Job(ids, params, constraint, field, options, is_whole=not body.stream)
+            job = Job(ids, params, constraint, field, options, is_whole=not body.stream, client=client)
             jobs += [(job, index) for index in range(sampling.n)]
         if len(jobs) > self._served.config.max_in_flight:
             raise HttpError(400, f"{len(jobs)} answers are too many for one request", param="sampling_params.n")

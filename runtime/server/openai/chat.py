@@ -53,7 +53,7 @@ from ramet.runtime.server.openai.reasoning import (
 from ramet.runtime.server.openai.tool_calls import AnswerReader
 from ramet.runtime.server.sampling_fields import check_size, compact_json, constraint_of, sampling_params
 from ramet.runtime.server.sending import DONE, EventStream, Json, LastEvent, collected, event
-from ramet.runtime.server.served_model import ServedModel
+from ramet.runtime.server.served_model import ServedModel, client_of
 from ramet.runtime.text.detokenizer import count_kept_tokens
 from ramet.runtime.text.tokenizer import Tokenizer
 from ramet.runtime.text.tool_style import ToolStyle, tool_style
@@ -129,7 +129,7 @@ class ChatEndpoint:
             plan = await self._served.compute(len(await request.body()), self._plan, body, salt, clamps)
         except InvalidRequest as error:
             raise name_prompt(error, field) from None
-        plan = replace(plan, job=replace(plan.job, prompt_field=field))
+        plan = replace(plan, job=replace(plan.job, prompt_field=field, client=client_of(request)))
         answer_id = self._served.proxy.new_id(prefix)
         choices = submit_all(self._served.proxy, [(plan.job, index) for index in range(body.n or 1)], answer_id)
         return ChatAnswer(self._served, plan, answer_id, choices, self.remember)

@@ -30,7 +30,7 @@ from ramet.runtime.server.openai.answers import (
 from ramet.runtime.server.openai.bodies import CompletionBody
 from ramet.runtime.server.sampling_fields import asks_constraint, constraint_of, sampling_params
 from ramet.runtime.server.sending import DONE, EventStream, LastEvent, collected, event
-from ramet.runtime.server.served_model import ServedModel
+from ramet.runtime.server.served_model import ServedModel, client_of
 from ramet.runtime.text.detokenizer import Detokenizer
 from ramet.runtime.text.tokenizer import Tokenizer
 from ramet.runtime.types import RequestOptions
@@ -107,7 +107,8 @@ class CompletionEndpoint:
         salt = served.cache_salt(request, body.cache_salt or "")
         field_name, constraint = asked or (None, None)
         options = RequestOptions(cache_salt=salt, priority=body.priority or 0)
-        shared = Job([], sampling, constraint, field_name, options, is_whole=not body.stream)
+        client = client_of(request)
+        shared = Job([], sampling, constraint, field_name, options, is_whole=not body.stream, client=client)
         jobs = [replace(shared, prompt_ids=prompt.ids) for prompt in prompts]
         answer = CompletionAnswer(served, body, prompts, jobs, num, is_generated=max_tokens > 0)
         if body.stream:

@@ -40,7 +40,7 @@ from ramet.runtime.server.programs.store import (
 )
 from ramet.runtime.server.routing import Endpoint, Handler
 from ramet.runtime.server.sending import EventStream, event, json_response, until_disconnect
-from ramet.runtime.server.served_model import ServedModel, key_digest
+from ramet.runtime.server.served_model import ServedModel, client_of, key_digest
 from ramet.runtime.server.validation import Strict
 
 MAX_ROWS = 4096
@@ -202,6 +202,7 @@ class ProgramEndpoints:
             token_budget=body.token_budget,
             is_open=body.open,
             text_events=body.text_events,
+            client=client_of(request),
         )
         grace_s = None if body.detach else body.grace_s
         return self._store.start(graph, rows, command, owner=owner, digest=digest, key=key, grace_s=grace_s)

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ramet.errors import EngineStopped, GrammarTooLarge, InvalidRegex, InvalidSchema
-from ramet.grammar import CompiledGrammar, Limits, Vocabulary
+from ramet.errors import EngineStopped, GrammarTooLarge, InvalidRegex, InvalidSchema, Overloaded
+from ramet.grammar import CompiledGrammar, Limits, Vocabulary, deadline
 from ramet.grammar.service import compile_service as service_module
 from ramet.grammar.service import sources
 from ramet.grammar.service.compile_service import CompileService, ServiceConfig, source_key
@@ -41,6 +41,54 @@ def wait_until(condition: Any) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.005)
+
+
+class Held:
+    """Sources whose parsing goes on until it is let go: it looks at its time limit, so it can be paused and given up.
+
+    Names that begin with "deaf" do not look. `order`: what began, ended, or was given up.
+    """
+
+    def __init__(self) -> None:
+        self.order: list[str] = []
+        self._go: dict[str, threading.Event] = {}
+        self._begun: dict[str, threading.Event] = {}
+        self._lock = threading.Lock()
+
+    def wait(self, source: str) -> None:
+        """Wait until a source is being parsed."""
+        assert self._event(self._begun, source).wait(30), f"{source} did not begin: {self.order}"
+
+    def let_go(self, source: str) -> None:
+        self._event(self._go, source).set()
+
+    def parse(self, kind: str, source: Any, **options: Any) -> Any:
+        if not str(source).startswith(("held", "deaf")):
+            self.order.append(source)
+            return sources.parse_source(kind, source, **options)
+        self.order.append(f"{source} begins")
+        self._event(self._begun, source).set()
+        go = self._event(self._go, source)
+        try:
+            while not go.wait(0 if source.startswith("held") else 60):
+                if source.startswith("held"):
+                    deadline.check(source)
+        except BaseException as error:
+            self.order.append(f"{source}: {type(error).__name__}")
+            raise
+        self.order.append(f"{source} ends")
+        return sources.parse_source("regex", "x", **options)
+
+    def _event(self, events: dict[str, threading.Event], source: str) -> threading.Event:
+        with self._lock:
+            return events.setdefault(source, threading.Event())
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> Held:
+    held = Held()
+    monkeypatch.setattr(service_module, "parse_source", held.parse)
+    return held
 
 
 def test_equal_constraints_are_compiled_once_and_kept() -> None:
@@ -83,23 +131,134 @@ def test_a_job_past_its_memory_ends_with_a_typed_error() -> None:
         assert accepts(service.compile("regex", "b", BYTES), "b")
 
 
-def test_a_worker_that_does_not_listen_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_does_not_listen_is_replaced(monkeypatch: pytest.MonkeyPatch, held: Held) -> None:
     monkeypatch.setattr(service_module, "_GRACE_S", 0.2)
-    parse = sources.parse_source
-
-    heard = threading.Event()
-
-    def deaf(kind: str, source: Any, **options: Any) -> Any:
-        if source == "deaf":
-            heard.wait(60)  # one long call, which no interrupt ends
-        return parse(kind, source, **options)
-
-    monkeypatch.setattr(service_module, "parse_source", deaf)
+    monkeypatch.setattr(service_module, "_MOST_WALL", 0.5)
     with CompileService(config(max_time_s=1)) as service:
         with pytest.raises(GrammarTooLarge):
             service.compile("regex", "deaf", BYTES)
+        (deaf,) = service._workers
+        wait_until(lambda: deaf not in service._workers)
         assert accepts(service.compile("regex", "b", BYTES), "b")  # by another worker: the first is still deaf
-        heard.set()
+        held.let_go("deaf")
+
+
+def test_a_small_source_does_not_wait_for_large_ones(held: Held) -> None:
+    with CompileService(config(max_time_s=60)) as service:
+        large = [service.submit("regex", f"held {i}", BYTES, client=("", str(i))) for i in range(4)]
+        held.wait("held 0")
+        assert accepts(service.compile("regex", "b", BYTES, client=("", "b")), "b")
+        assert not any(future.done() for future in large)
+        for i in range(4):
+            held.let_go(f"held {i}")
+        assert all(accepts(future.result(60), "x") for future in large)
+
+
+def test_a_source_of_unknown_cost_makes_way_for_others_of_its_client(held: Held) -> None:
+    with CompileService(config(max_time_s=60)) as service:
+        large = service.submit("regex", "held", BYTES)
+        held.wait("held")
+        assert accepts(service.compile("regex", "a", BYTES), "a")
+        held.let_go("held")
+        assert accepts(large.result(60), "x")
+        assert held.order == ["held begins", "a", "held ends"]  # nothing was begun anew
+
+
+def test_a_source_that_does_not_look_at_its_time_is_not_waited_for(held: Held) -> None:
+    with CompileService(config(max_time_s=60)) as service:
+        large = service.submit("regex", "deaf", BYTES)
+        held.wait("deaf")
+        assert accepts(service.compile("json_schema", '{"type": "integer"}', BYTES), "7")
+        held.let_go("deaf")
+        assert accepts(large.result(60), "x")
+
+
+def test_a_job_that_is_given_up_while_it_is_held_ends(held: Held) -> None:
+    with CompileService(config(max_time_s=60)) as service:
+        first = service.submit("regex", "held 0", BYTES, client=("", "a"))
+        held.wait("held 0")
+        second = service.submit("regex", "held 1", BYTES, client=("", "b"))
+        held.wait("held 1")  # only one of the two has the turn
+        assert first.cancel()
+        wait_until(lambda: "held 0: _Interrupted" in held.order)
+        assert second.cancel()
+        wait_until(lambda: "held 1: _Interrupted" in held.order)
+        wait_until(lambda: all(worker.is_idle for worker in service._workers))
+        assert all(worker.num_interrupts == 0 for worker in service._workers)
+
+
+def test_more_jobs_than_may_wait_are_refused_and_the_others_go_on(held: Held) -> None:
+    with CompileService(config(max_time_s=60, max_waiting=8)) as service:
+        running = service.submit("regex", "held", BYTES)
+        held.wait("held")
+        greedy = [service.submit("regex", f"held {i}{{{i}}}", BYTES, client=("", "greedy")) for i in range(8)]
+        refused = [future for future in greedy if future.done()]
+        assert len(refused) == 4
+        with pytest.raises(
+            Overloaded, match=r"4 constraints wait to be compiled, and the limit is 8 for all"
+        ) as raised:
+            refused[0].result()
+        assert raised.value.retry_after_s >= 1
+        again = service.submit("regex", "held 0{0}", BYTES, client=("", "greedy"))  # one that waits already
+        assert not again.done()
+        assert accepts(service.compile("regex", "b", BYTES, client=("", "modest")), "b")
+        held.let_go("held")
+        assert accepts(running.result(60), "x")
+
+
+def test_an_error_that_is_no_exception_reaches_those_who_wait_and_ends_no_thread(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Panic(BaseException):
+        """As compiled extensions raise."""
+
+    def parse(kind: str, source: Any, **options: Any) -> Any:
+        if source == "panic":
+            raise Panic("no way")
+        return sources.parse_source(kind, source, **options)
+
+    monkeypatch.setattr(service_module, "parse_source", parse)
+    with CompileService(config()) as service:
+        with pytest.raises(Panic, match="no way"):
+            service.submit("regex", "panic", BYTES).result(60)
+        (worker,) = service._workers
+        assert accepts(service.compile("regex", "b", BYTES), "b")
+        assert service._workers == [worker]
+
+
+def test_a_warm_up_that_fails_ends_no_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise SystemExit(3)
+
+    monkeypatch.setattr(service_module, "load_loops", fail)
+    with CompileService(config()) as service:
+        assert accepts(service.submit("regex", "a", BYTES).result(60), "a")
+        assert len(service._workers) == 1
+
+
+def test_a_warm_up_that_does_not_end_fails_those_who_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    go_on = threading.Event()
+    monkeypatch.setattr(service_module, "load_loops", lambda: go_on.wait(60))
+    monkeypatch.setattr(service_module, "_START_S", 0.1)
+    with CompileService(config()) as service:
+        with pytest.raises(EngineStopped, match="could not be loaded within"):
+            service.submit("regex", "a", BYTES).result(60)
+        with pytest.raises(EngineStopped, match="could not be loaded within"):
+            service.submit("regex", "b", BYTES).result(60)
+        assert len(service._workers) == 1
+        go_on.set()
+        wait_until(lambda: service._workers[0].is_warm)
+        assert accepts(service.submit("regex", "c", BYTES).result(60), "c")
+
+
+def test_closing_stops_a_job_that_goes_on(held: Held) -> None:
+    service = CompileService(config(max_time_s=60))
+    service.submit("regex", "held", BYTES)
+    held.wait("held")
+    threads = [service._supervisor, *(worker.thread for worker in service._workers)]
+    service.close()
+    assert not any(thread is None or thread.is_alive() for thread in threads)
+    assert held.order == ["held begins", "held: _Interrupted"]
 
 
 def test_cancelling_gives_a_job_up_once_nobody_waits() -> None:
@@ -146,14 +305,14 @@ def test_a_worker_is_left_alone_until_it_has_loaded_the_loops(monkeypatch: pytes
         assert service._workers == [worker]
 
 
-def test_jobs_that_are_given_up_leave_the_queue() -> None:
-    with CompileService(config(max_time_s=60, limits=PATIENT)) as service:
-        service.submit("regex", SLOW, BYTES)
-        wait_until(lambda: service._workers and service._workers[0].assigned is not None)
+def test_jobs_that_are_given_up_leave_the_queue(held: Held) -> None:
+    with CompileService(config(max_time_s=60)) as service:
+        service.submit("regex", "held", BYTES)
+        held.wait("held")
         queued = [service.submit("regex", f"a{i}", BYTES) for i in range(7)]
-        assert len(service._pending) == 7
+        assert len(service._queue) == 7
         assert all(future.cancel() for future in queued)
-        assert not service._pending
+        assert not len(service._queue)
 
 
 def test_a_cancelled_future_is_waited_for_no_longer() -> None:
@@ -164,7 +323,7 @@ def test_a_cancelled_future_is_waited_for_no_longer() -> None:
 
 
 def test_many_threads_asking_at_once_get_the_same_grammar() -> None:
-    with CompileService(config(num_workers=2)) as service:
+    with CompileService(config()) as service:
         futures: list[Future[CompiledGrammar]] = []
 
         def ask() -> None:
@@ -180,7 +339,7 @@ def test_many_threads_asking_at_once_get_the_same_grammar() -> None:
 
 
 def test_interrupts_at_any_moment_lose_no_job() -> None:
-    with CompileService(config(num_workers=2)) as service:
+    with CompileService(config()) as service:
         stop = threading.Event()
 
         def disturb() -> None:

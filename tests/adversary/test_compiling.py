@@ -1,0 +1,54 @@
+"""Sources that take seconds to compile, from one client, while another has a small one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import pytest
+
+from ramet.errors import GrammarTooLarge, Overloaded
+from ramet.grammar import Vocabulary
+from ramet.grammar.service.compile_service import CompileService, ServiceConfig
+
+BYTES = Vocabulary([*(bytes((i,)) for i in range(256)), b"<eos>"], [256], [256])
+ENDLESS = "(?:(?!foo%s|bar|baz).){0,2000}"
+
+
+@pytest.fixture
+def service() -> Iterator[CompileService]:
+    with CompileService(ServiceConfig(cache_dir=None, max_time_s=600, max_waiting=64)) as service:
+        yield service
+
+
+def nasty(i: int) -> tuple[str, str]:
+    """A source that takes far longer than a test may last: alone, or in a schema."""
+    pattern = ENDLESS % i
+    schema = {"type": "object", "properties": {"a": {"type": "string", "pattern": f"^{pattern}$"}}, "required": ["a"]}
+    return ("json_schema", json.dumps(schema)) if i % 2 else ("regex", pattern)
+
+
+def test_small_schemas_are_compiled_while_endless_ones_are(service: CompileService) -> None:
+    futures = [service.submit(*nasty(i), BYTES, client=("", f"nasty {i}")) for i in range(8)]
+    for i in range(10):
+        small = json.dumps({"type": "integer", "minimum": i})
+        assert service.submit("json_schema", small, BYTES, client=("", "nice")).result(60).num_states
+    assert not any(future.done() for future in futures)
+
+
+def test_a_flood_of_one_client_leaves_places_for_others(service: CompileService) -> None:
+    flood = [service.submit(*nasty(i), BYTES, client=("", "nasty")) for i in range(200)]
+    refused = [future for future in flood if future.done()]
+    assert len(refused) >= 200 - 64
+    assert all(isinstance(future.exception(), Overloaded) for future in refused)
+    for i in range(5):
+        assert service.submit("regex", f"a{i}", BYTES, client=("", "nice")).result(60).num_states
+    for future in flood:
+        future.cancel()
+    assert service.submit("regex", "b", BYTES, client=("", "nasty")).result(60).num_states
+
+
+def test_endless_sources_end_with_their_own_error() -> None:
+    with CompileService(ServiceConfig(cache_dir=None, max_time_s=0.2)) as service:
+        futures = [service.submit(*nasty(i), BYTES, client=("", str(i))) for i in range(3)]
+        assert all(isinstance(future.exception(120), GrammarTooLarge) for future in futures)
