@@ -53,7 +53,7 @@ logger = logging.getLogger(__name__)
 _TURN_S = 0.025  # what a job has before it is asked again who is due
 _TICK_S = 0.01
 _PATIENCE_S = 0.05  # how long a job that was asked to pause, or to stop, is waited for
-_INTERRUPT_S = 0.25  # between interrupts of a worker that does not stop
+_INTERRUPT_S = 0.25  # of its own time, between interrupts of a worker that does not stop
 _GRACE_S = 2.0
 _START_S = 300.0  # a worker that has not loaded the loops after this time does not count any more
 _LOOK_S = 0.001  # between the moments at which a job may be held
@@ -461,7 +461,7 @@ class _Worker:
         self.attempt: _Attempt | None = None
         self.finished: _Attempt | None = None
         self.num_interrupts = 0
-        self.interrupted_s = 0.0
+        self._insisted = (0.0, 0.0)  # when it was last told to drop its attempt, and its processor time then
         self.started_s = time.monotonic()
         self.is_warm = False
         self._is_stopped = False
@@ -524,12 +524,14 @@ class _Worker:
         attempt = self.attempt
         assert attempt is not None
         attempt.is_dropped, attempt.may_run, attempt.since_s = True, False, now
-        self.interrupted_s = now
+        self._insisted = (now, self._cpu_s())
         self._wake.put(None)
 
     def insist(self, now: float) -> None:
-        """Interrupt a worker that has not dropped its attempt. An interrupt may be lost, so it is sent again."""
-        if now >= self.interrupted_s + _INTERRUPT_S:
+        """Interrupt a worker that works on, or sleeps, and does not drop its attempt. Again, if that was lost."""
+        last_s, last_cpu_s = self._insisted
+        if self._cpu_s() - last_cpu_s >= _INTERRUPT_S or now >= last_s + _SHARE * _INTERRUPT_S:
+            self._insisted = (now, self._cpu_s())
             self.interrupt()
 
     def stop(self) -> None:
@@ -544,7 +546,6 @@ class _Worker:
         if not self.is_warm:
             return
         self.num_interrupts += 1
-        self.interrupted_s = time.monotonic()
         ident = ctypes.c_ulong(self.thread.ident or 0)
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, ctypes.py_object(_Interrupted))
 

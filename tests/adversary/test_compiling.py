@@ -11,6 +11,9 @@ from ramet.errors import GrammarTooLarge, Overloaded
 from ramet.grammar import Vocabulary
 from ramet.grammar.service.compile_service import CompileService, ServiceConfig
 
+# an interrupt may be thrown inside another library's callback, where it is lost with a warning; it is then sent again
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 BYTES = Vocabulary([*(bytes((i,)) for i in range(256)), b"<eos>"], [256], [256])
 ENDLESS = "(?:(?!foo%s|bar|baz).){0,2000}"
 
