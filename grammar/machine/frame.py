@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ramet.grammar import deadline
-from ramet.grammar.machine.walker import column_digests
+from ramet.grammar.machine.walker import column_digests, exit_distances, exit_ways
 
 REFUSE = -1
 DEAD = -1  # target of an exit that must not be taken: no text can be completed after it
@@ -36,6 +36,8 @@ UNKNOWN = -2  # target of an exit that no text has taken yet
 NEEDS_RUN = -3  # target of an exit that depends on the text read before: tokens that take it are run one by one
 # the order of bytes in which a closing text is chosen: letters, digits, other printable ASCII, the rest
 PREFERRED_BYTES = tuple(dict.fromkeys([*range(97, 123), *range(48, 58), *range(32, 127), *range(256)]))
+_PREFERRED = np.array(PREFERRED_BYTES)
+_MAX_WAYS = 8  # states of a table whose ways to all exits are kept
 LOCAL_BITS = 32
 LOCAL_MASK = (1 << LOCAL_BITS) - 1
 
@@ -71,8 +73,10 @@ class FrameTable:
     class_offset: int = -1
     depths: NDArray[np.int32] | None = None
     loop: int = -1
-    # the shortest way to each exit: exit -> {local: bytes}; filled by `path_to_exit`
-    paths: dict[int, list[bytes | None]] = field(default_factory=dict)
+    # filled when they are needed: the bytes from each state to an exit; the ways from a state; one byte of each class
+    distances: dict[int, NDArray[np.int32]] = field(default_factory=dict)
+    ways: dict[int, ExitWays] = field(default_factory=dict)
+    order: list[tuple[int, int]] = field(default_factory=list)
 
     num_states: int = 0
     width: int = 0
@@ -166,55 +170,85 @@ def leaves_unread(table: FrameTable, local: int, exit_index: int) -> bool:
     return bool((table.rows[local] == leave(exit_index, again=True)).any())
 
 
+def length_to_exit(table: FrameTable, exit_index: int, local: int) -> int | None:
+    """Return the length of `path_to_exit`; None if there is no way."""
+    found = table.distances.get(exit_index)
+    if found is None:
+        found = table.distances[exit_index] = np.empty(table.num_states, dtype=np.int32)
+        exit_distances(table.rows, _ends(table), exit_index, found)
+        deadline.check()
+    length = int(found[local])
+    return None if length < 0 else length
+
+
 def path_to_exit(table: FrameTable, exit_index: int, local: int) -> bytes | None:
-    """Return a shortest byte string from `local` to an exit; None if there is none.
+    """Return a shortest byte string from `local` to an exit; None if there is none. Prefers printable ASCII.
 
     It includes the leaving byte if the frame reads it.
     """
-    found = table.paths.get(exit_index)
+    length = length_to_exit(table, exit_index, local)
+    if length is None:
+        return None
+    distances, order = table.distances[exit_index], _byte_order(table)
+    out = bytearray()
+    while length:
+        length -= 1
+        for c, byte in order:
+            entry = int(table.rows[local, c])
+            if (entry >= 0 and distances[entry] == length) or (not length and entry == leave(exit_index)):
+                out.append(byte)
+                local = entry
+                break
+    return bytes(out)
+
+
+class ExitWays:
+    """The shortest ways from one state of a table to all of its exits.
+
+    lengths: int32 [num_exits], -1: there is no way.
+    """
+
+    def __init__(self, table: FrameTable, local: int) -> None:
+        self._order = dict(_byte_order(table))
+        self._ways = np.empty((table.num_exits, 3), dtype=np.int32)
+        self._before = np.empty((table.num_states, 2), dtype=np.int32)
+        order = np.array(list(self._order), dtype=np.int32)
+        exit_ways(table.rows, _ends(table), order, local, self._ways, self._before)
+        self.lengths = self._ways[:, 0]
+
+    def way(self, exit_index: int) -> bytes:
+        """Return the way to an exit that can be reached, with the leaving byte if the frame reads it."""
+        _, state, last = self._ways[exit_index].tolist()
+        classes = [] if last < 0 else [last]
+        state, byte_class = self._before[state].tolist()
+        while state >= 0:
+            classes.append(byte_class)
+            state, byte_class = self._before[state].tolist()
+        return bytes([self._order[c] for c in reversed(classes)])
+
+
+def ways_to_exits(table: FrameTable, local: int) -> ExitWays:
+    """Return the ways from a state. Those of the last few states are kept."""
+    found = table.ways.get(local)
     if found is None:
-        found = table.paths[exit_index] = _paths_to_exit(table, exit_index)
-    return found[local]
-
-
-def _paths_to_exit(table: FrameTable, exit_index: int) -> list[bytes | None]:
-    """Search breadth first, backwards from the exit. Prefers printable ASCII."""
-    n = table.num_states
-    sample = sample_bytes(table.byte_class, table.rows.shape[1])
-    out: list[bytes | None] = [None] * n
-    own = leave(exit_index)
-    frontier: list[int] = []
-    if table.end_exits is not None:
-        frontier.extend(np.flatnonzero(table.end_exits == exit_index).tolist())
-    frontier.extend(np.flatnonzero((table.rows == leave(exit_index, again=True)).any(axis=1)).tolist())
-    for s in frontier:
-        out[s] = b""
-    direct_rows, direct_classes = np.nonzero(table.rows == own)
-    direct: list[int] = []
-    for s, c in zip(direct_rows.tolist(), direct_classes.tolist(), strict=True):
-        if out[s] is None and sample[c] is not None:
-            out[s] = bytes((sample[c],))  # type: ignore[arg-type]
-            direct.append(s)
-    sources, classes = np.nonzero(table.rows >= 0)
-    before: dict[int, list[tuple[int, int]]] = {}
-    for s, c in zip(sources.tolist(), classes.tolist(), strict=True):
-        before.setdefault(int(table.rows[s, c]), []).append((s, c))
-    pending = [frontier, direct]
-    while pending:
-        level = pending.pop(0)
-        following: list[int] = []
+        if len(table.ways) >= _MAX_WAYS:
+            table.ways.clear()
+        found = table.ways[local] = ExitWays(table, local)
         deadline.check()
-        for t in level:
-            for s, c in before.get(t, ()):
-                if out[s] is None and sample[c] is not None:
-                    out[s] = bytes((sample[c],)) + (out[t] or b"")  # type: ignore[arg-type]
-                    following.append(s)
-        if following or pending:
-            if pending:
-                pending[0] = following + pending[0]
-            else:
-                pending.append(following)
-    return out
+    return found
+
+
+def _ends(table: FrameTable) -> NDArray[np.int32]:
+    return np.empty(0, dtype=np.int32) if table.end_exits is None else table.end_exits
+
+
+def _byte_order(table: FrameTable) -> list[tuple[int, int]]:
+    """Return one byte of each class, the preferred ones first: pairs (class, byte)."""
+    if not table.order:
+        classes = table.byte_class[_PREFERRED]
+        first = np.sort(np.unique(classes, return_index=True)[1])
+        table.order.extend(zip(classes[first].tolist(), _PREFERRED[first].tolist(), strict=True))
+    return table.order
 
 
 def sample_bytes(byte_class: NDArray[np.uint8], num_classes: int) -> list[int | None]:

@@ -458,6 +458,107 @@ def _safe_depths(rows: Int32, num_content: int, safe: Int64, word: Int64, beyond
         depths[3, :num_content] = many
 
 
+def _exit_distances(rows: Int32, ends: Int32, exit_index: int, out: Int32) -> None:
+    """Fill out, int32 [num_states]: the bytes of a shortest text from each state to an exit, -1 if there is none.
+
+    ends: the exit of each state where the text may end, or empty. Searches breadth first, backwards from the exit.
+    """
+    n, width = rows.shape
+    first = np.zeros(n + 1, dtype=np.int32)
+    for s in range(n):
+        for c in range(width):
+            if rows[s, c] >= 0:
+                first[rows[s, c] + 1] += 1
+    for s in range(n):
+        first[s + 1] += first[s]
+    filled = first.copy()
+    sources = np.empty(first[n], dtype=np.int32)
+    for s in range(n):
+        for c in range(width):
+            if rows[s, c] >= 0:
+                sources[filled[rows[s, c]]] = s
+                filled[rows[s, c]] += 1
+    queue = np.empty(n, dtype=np.int32)
+    tail = 0
+    own = -2 - 2 * exit_index
+    for unread in (True, False):
+        for s in range(n):
+            out[s] = out[s] if not unread else -1
+            found = unread and len(ends) > 0 and ends[s] == exit_index
+            for c in range(width):
+                found = found or rows[s, c] == (own - 1 if unread else own)
+            if found and out[s] < 0:
+                out[s] = 0 if unread else 1
+                queue[tail] = s
+                tail += 1
+    # the states one byte away by the exit itself stand behind those with nothing to read, and before all others
+    num_direct = tail
+    head = 0
+    late = np.empty(n, dtype=np.int32)
+    num_late = 0
+    while head < num_direct and out[queue[head]] == 0:
+        for i in range(first[queue[head]], first[queue[head] + 1]):
+            s = sources[i]
+            if out[s] < 0:
+                out[s] = 1
+                late[num_late] = s
+                num_late += 1
+        head += 1
+    for i in range(num_late):
+        queue[tail] = late[i]
+        tail += 1
+    while head < tail:
+        t = queue[head]
+        head += 1
+        for i in range(first[t], first[t + 1]):
+            s = sources[i]
+            if out[s] < 0:
+                out[s] = out[t] + 1
+                queue[tail] = s
+                tail += 1
+
+
+def _exit_ways(rows: Int32, ends: Int32, order: Int32, start: int, ways: Int32, before: Int32) -> None:
+    """Search the shortest ways from a state to all exits, breadth first.
+
+    ends: as for `exit_distances`. order: the classes of bytes, the preferred ones first. ways: int32 [num_exits, 3]:
+    bytes of the way (-1: none), its last state, the class of the byte that leaves (-1: it leaves unread). before: int32
+    [num_states, 2]: the state and the class before each state that was reached, -1 for the others.
+    """
+    ways[:] = -1
+    before[:] = -1
+    n = rows.shape[0]
+    queue = np.empty(n, dtype=np.int32)
+    lengths = np.empty(n, dtype=np.int32)
+    queue[0] = start
+    lengths[0] = 0
+    head, tail = 0, 1
+    while head < tail:
+        s, length = queue[head], lengths[head]
+        head += 1
+        if len(ends) > 0 and ends[s] >= 0 and (ways[ends[s], 0] < 0 or length < ways[ends[s], 0]):
+            ways[ends[s], 0] = length
+            ways[ends[s], 1] = s
+            ways[ends[s], 2] = -1
+        for c in order:
+            entry = rows[s, c]
+            if entry >= 0:
+                if before[entry, 0] < 0 and entry != start:
+                    before[entry, 0] = s
+                    before[entry, 1] = c
+                    queue[tail] = entry
+                    lengths[tail] = length + 1
+                    tail += 1
+            elif entry < -1:
+                code = -2 - entry
+                size = length + 1 - (code & 1)
+                e = code >> 1
+                if ways[e, 0] < 0 or size < ways[e, 0]:
+                    ways[e, 0] = size
+                    ways[e, 1] = s
+                    ways[e, 2] = -1 if code & 1 else c
+
+
 def _column_digests(wide: Int32, weights: Int64) -> Int64:
     """Return, for each column, the weighted sum of its entries."""
     out = np.zeros(wide.shape[1], dtype=np.int64)
@@ -480,6 +581,8 @@ walk_difference = njit(cache=True, nogil=True)(_walk_difference)
 expand = njit(cache=True, nogil=True)(_expand)
 row_digest = njit(cache=True, nogil=True)(_row_digest)
 rows_equal = njit(cache=True, nogil=True)(_rows_equal)
+exit_distances = njit(cache=True, nogil=True)(_exit_distances)
+exit_ways = njit(cache=True, nogil=True)(_exit_ways)
 column_digests = njit(cache=True)(_column_digests)
 next_not_deeper = njit(cache=True)(_next_not_deeper)
 count_plain_chars = njit(cache=True)(_count_plain_chars)

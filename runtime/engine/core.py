@@ -12,6 +12,7 @@ import logging
 from dataclasses import asdict, dataclass
 
 from ramet.runtime.constraints.states import GrammarStates
+from ramet.runtime.engine.step_watch import StepWatch
 from ramet.runtime.scheduling.scheduler import Scheduler
 from ramet.runtime.steps.launched_step import LaunchedStep
 from ramet.runtime.steps.model_runner import ModelRunner
@@ -55,6 +56,7 @@ class EngineCore:
         self.context_length = context_length
         self.num_steps = 0
         self._in_flight: LaunchedStep | None = None
+        self.watch = StepWatch()
         self._with_logprobs: set[Sequence] = set()  # steps look for such rows only if there are any
 
     # --- requests
@@ -109,6 +111,7 @@ class EngineCore:
             else:
                 updates += self.step_sync()
             updates += self._finish_works()
+            self.watch.lap("grammars")
         except Exception as error:
             updates += self._fail_running(error)
         updates += self._fail_grammars()
@@ -118,15 +121,20 @@ class EngineCore:
         return updates
 
     def step_sync(self) -> list[SequenceUpdate]:
-        batch = self.scheduler.schedule()
+        batch = self._schedule()
         return [] if batch is None else self.collect(self.launch(batch))
 
     def step_overlap(self) -> list[SequenceUpdate]:
-        batch = self.scheduler.schedule()
+        batch = self._schedule()
         launched = None if batch is None else self.launch(batch)
         updates = self.drain()
         self._in_flight = launched
         return updates
+
+    def _schedule(self) -> Batch | None:
+        batch = self.scheduler.schedule()
+        self.watch.lap("schedule")
+        return batch
 
     def drain(self) -> list[SequenceUpdate]:
         """Collect the step in flight, if there is one."""
@@ -140,21 +148,27 @@ class EngineCore:
         for item in extends:
             if self._needs_host(item):
                 self.scheduler.hold(item.sequence)
-        return self.runner.launch(
+        launched = self.runner.launch(
             batch,
             masks=self.grammars.masks(batch),
             grammar_states=self.grammars.arena_states(extends),
             has_host_edits=bool(self.scheduler.held),
             has_logprobs=bool(self._with_logprobs),
         )
+        self.watch.lap("launch")
+        return launched
 
     def collect(self, launched: LaunchedStep) -> list[SequenceUpdate]:
         """Wait for a launched step, advance its sequences, and return updates of those that were not yet finished.
 
         Rows whose grammars are not done with their tokens are left to a later step.
         """
-        items, outputs = self.grammars.take(launched.batch.items, launched.read(), launched.logprob)
-        return self._finish_rows(items, outputs)
+        outputs = launched.read()
+        self.watch.lap("device")
+        items, outputs = self.grammars.take(launched.batch.items, outputs, launched.logprob)
+        updates = self._finish_rows(items, outputs)
+        self.watch.lap("finish")
+        return updates
 
     def _begin_works(self) -> None:
         """Let the grammars of new requests begin, so that these requests can be part of this step."""
@@ -162,6 +176,7 @@ class EngineCore:
             self.grammars.work(_BESIDE_S, new_only=True)
             for sequence in self.grammars.take_joined():
                 self.scheduler.make_ready(sequence)
+        self.watch.lap("grammars")
 
     def _finish_works(self) -> list[SequenceUpdate]:
         """Let the grammars go on, and finish the rows of this step or of earlier ones that waited for them."""
@@ -236,7 +251,7 @@ class EngineCore:
         self.scheduler.check_integrity()
 
     def stats(self) -> dict[str, float]:
-        """Counters and gauges of the scheduler."""
+        """Counters and gauges of the scheduler, and the longest parts of steps."""
         scheduler = self.scheduler
         counters = asdict(scheduler.counters)
         return {
@@ -244,6 +259,7 @@ class EngineCore:
             "num_running": float(scheduler.num_running),
             "num_waiting": float(scheduler.num_waiting),
             "num_waiting_for_grammar": float(self.grammars.num_waiting),
+            **self.watch.stats(),
             "num_free_pages": float(scheduler.pool.num_free),
             "num_evictable_pages": float(scheduler.cache.num_evictable_pages),
             "num_pages": float(scheduler.pool.num_usable),

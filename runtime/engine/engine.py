@@ -283,12 +283,17 @@ class Engine:
                 self._wake.wait()
             if self._is_stopping:
                 return False
+        watch = self._core.watch
+        watch.begin()
         while self._commands:
             self._commands.popleft()()
+        watch.lap("commands")
         if self._core.has_work:
             updates = self._core.step()
             for update in updates:
                 self._deliver(update)
+            watch.lap("deliver")
+            watch.end(f"{self._core.scheduler.num_running} rows, {len(updates)} outputs")
             if not updates and not self._core.is_stepping:
                 with self._wake:  # waiting requests cannot run yet: try again at the next command, or soon
                     if not self._commands:

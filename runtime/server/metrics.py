@@ -17,6 +17,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
+from ramet.runtime.engine.step_watch import PARTS
 from ramet.runtime.server.link.protocol import Output
 from ramet.runtime.server.link.proxy import EngineProxy
 
@@ -120,6 +121,15 @@ class EngineCollector(Collector):
         yield counter("ramet_computed_tokens", "prompt tokens computed", computed)
         yield counter("ramet_decoded_tokens", "tokens computed by decode steps", stats["num_decoded_tokens"])
         yield counter("ramet_engine_steps", "steps of the engine", stats["num_steps"])
+        yield gauge(
+            "ramet_grammar_waiting_requests", "sequences that wait for their grammar", stats["num_waiting_for_grammar"]
+        )
+        yield gauge("ramet_longest_step_seconds", "the longest step since the engine started", stats["longest_step_s"])
+        parts = GaugeMetricFamily("ramet_longest_step_part_seconds", "the longest part of any step", labels=["part"])
+        for part in PARTS:
+            parts.add_metric([part], stats[f"longest_step_{part}_s"])
+        yield parts
+        yield counter("ramet_long_steps", "steps that took 100 ms or more", stats["num_long_steps"])
         yield counter("ramet_preemptions", "sequences sent back to the queue for memory", stats["num_preemptions"])
         same = {
             "num_running_reqs": ("sequences that run", running),

@@ -202,6 +202,7 @@ class ItemContext(Context):
         # if earlier items can make it impossible to complete a text, the text can only continue after a known item
         self.is_anonymous = state.compares and (node.anonymous > 0 or not state.is_free())
         self._twin: Context | None = None
+        self._rests: dict[int, int] = {}
 
     def mask_twin(self) -> Context:
         if self._twin is None:
@@ -215,8 +216,12 @@ class ItemContext(Context):
         return self.compilation.once(EndsContext, state.ends(), node.context.mask_twin())
 
     def rest(self, tag: int) -> int:
-        state = self.node.state
-        return min(self.node.cost(t, state.index + 1) for t, i in state.choices()[1] if i == tag)
+        found = self._rests.get(tag)
+        if found is None:
+            state = self.node.state
+            costs = [self.node.cost(t, state.index + 1) for t, i in state.choices()[1] if i == tag]
+            found = self._rests[tag] = min(costs)
+        return found
 
     def resume(self, mask: int, value: Const | None) -> int:
         node, state = self.node, self.node.state

@@ -7,11 +7,13 @@ An object that is being read is a node: its state (see object_states.py) and its
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+
+import numpy as np
 
 from ramet.grammar.json_schema.algebra import costs, specs
 from ramet.grammar.json_schema.algebra import values as v
-from ramet.grammar.json_schema.algebra.values import TRUE, Const, Expr
+from ramet.grammar.json_schema.algebra.values import INFINITE, TRUE, Const, Expr
 from ramet.grammar.json_schema.frames.compilation import Compilation, Context
 from ramet.grammar.json_schema.frames.keys import KeySpace, ObjectThread
 from ramet.grammar.json_schema.frames.lookahead import (
@@ -24,7 +26,7 @@ from ramet.grammar.json_schema.frames.lookahead import (
 )
 from ramet.grammar.json_schema.frames.object_states import ObjectState
 from ramet.grammar.json_schema.frames.tables import CLOSE, GO_ON, next_key_rows, open_object_rows
-from ramet.grammar.machine.frame import DEAD, NEEDS_RUN, Frame, FrameTable, path_to_exit, target
+from ramet.grammar.machine.frame import DEAD, NEEDS_RUN, Frame, FrameTable, path_to_exit, target, ways_to_exits
 
 Content = frozenset[tuple[str, int]]  # keys, each with the number of its value (see constants.py)
 Place = tuple[tuple[Expr, ...], Context]  # the expressions of a value, and its context
@@ -80,6 +82,7 @@ class ObjectNode:
         self.content = content
         self._twins: list[ObjectNode | None] = [None, None]
         self._mask_keys: list[int | None] = [None, None]
+        self._needed: dict[int, tuple[int, int]] = {}  # by spec: bits of the keys that must still come, their cost
 
     def mask_twin(self, forgets: bool) -> ObjectNode:
         """Return the same object in the twin of its context.
@@ -129,16 +132,33 @@ class ObjectNode:
         tag, spec, exists, rivals = thread
         state = self.state
         space, e = state.space, self.compilation.expressions
-        needed = state.needed(spec, seen)
-        total = 1 + self.context.rest(tag)
+        total = 1 + self.context.rest(tag) + self._cost_of_needed(spec, seen)
         total += sum(20 + 2 * e.cost(x.expr) for i, x in enumerate(space.specs[spec].exists) if (exists >> i) & 1)
-        for i in range(needed.bit_length()):
-            if (needed >> i) & 1:
-                total += len(space.names[i]) + 4 + e.cost(space.expr(spec, i))
         members, count = e.constants.members, seen.bit_count()
         if any(len(members(r)) == count for r in rivals):  # more keys must come, to differ from a rival
             total += 1000
         return total + 1000 * state.missing(thread, seen)
+
+    def _cost_of_needed(self, spec: int, seen: int) -> int:
+        """Return the cost of the named keys that must still come. Cheap if `seen` has few keys more than the state."""
+        state = self.state
+        now = self._needed.get(spec)
+        if now is None:
+            needed = state.needed(spec, state.seen)
+            now = self._needed[spec] = needed, self._cost_of_keys(spec, needed)
+        needed = state.needed(spec, seen)
+        if needed & ~now[0]:
+            return self._cost_of_keys(spec, needed)
+        return now[1] - self._cost_of_keys(spec, now[0] & ~needed)
+
+    def _cost_of_keys(self, spec: int, keys: int) -> int:
+        space, e = self.state.space, self.compilation.expressions
+        total = 0
+        while keys:
+            i = (keys & -keys).bit_length() - 1
+            keys &= keys - 1
+            total += len(space.names[i]) + 4 + e.cost(space.expr(spec, i))
+        return total
 
     def key(self, is_shared: bool) -> int:
         """Return the target inside the next key, after its opening quote.
@@ -171,6 +191,7 @@ class PropertyContext(Context):
         self.exprs, self.branches = node.state.choices(label)
         self.seen, self.extras, self.anonymous = node.state.keys_after(label, key)
         self._twin: Context | None = None
+        self._rests: dict[int, int] = {}
         if self.extras is not node.state.extras and key is not None:
             node.state.space.note_key(key, ObjectNextFrame.gaps)
 
@@ -188,7 +209,10 @@ class PropertyContext(Context):
         return self if twin is node else self.compilation.once(PropertyContext, twin, self.label, key)
 
     def rest(self, tag: int) -> int:
-        return min(self.node.cost(t, self.seen) for t, i in self.branches if i == tag)
+        found = self._rests.get(tag)
+        if found is None:
+            found = self._rests[tag] = min(self.node.cost(t, self.seen) for t, i in self.branches if i == tag)
+        return found
 
     def resume(self, mask: int, value: Const | None) -> int:
         state = self.node.state.after(self.label, self.key, mask)
@@ -311,28 +335,58 @@ class KeyFrame(Frame):
         first.
         """
         node, state = self.node, self.node.state
-        named, others = state.alive()
+        n = self.num_names
+        if state.is_simple and len(state.threads) == 1:
+            return self._simple_closing_exit(local)
         ways = []
-        for label in range(state.space.num_labels):
-            n = self.num_names
-            if not ((named >> label) & 1 if label < n else (others >> (label - n)) & 1):
-                continue
-            way = self.closing_way(local, label)
-            if way is None:
-                continue
-            seen = state.seen | (1 << label) if label < n else state.seen
+        for label, length in self._reachable(local):
             for t, e in state.branches(label):
+                seen = state.seen | (1 << label) if label < n else state.seen
                 cost = node.cost(t, seen) + self.compilation.expressions.cost(e)
                 if label >= n and state.missing(t, seen):
                     cost -= 1000  # an unnamed key also counts towards the missing keys
-                ways.append((cost + len(way), label))
+                ways.append((cost + length, label))
         return min(ways)[1]
+
+    def _simple_closing_exit(self, local: int) -> int:
+        """Do as `closing_exit` for one thread that only says which keys must come, and that none comes again.
+
+        In whatever order the needed keys come, they take the same number of bytes. So the first one is taken.
+        """
+        state, expressions = self.node.state, self.compilation.expressions
+        ((_, spec, _, _),) = state.threads
+        needed = state.needed(spec, state.seen)
+        least, best = INFINITE, None
+        for label, length in self._reachable(local):
+            if label < self.num_names and (needed >> label) & 1:
+                return label
+            if length < least:
+                least, best = min((least, best), (length + expressions.cost(state.space.expr(spec, label)), label))
+        assert best is not None
+        return best
+
+    def _reachable(self, local: int) -> Iterator[tuple[int, int]]:
+        """Yield the labels of keys that the text so far may become and that may come, each with the bytes left."""
+        state, n = self.node.state, self.num_names
+        named, others = state.alive()
+        lengths = ways_to_exits(self.table, local).lengths
+        for label in np.flatnonzero(lengths >= 0).tolist():
+            if not ((named >> label) & 1 if label < n else (others >> (label - n)) & 1):
+                continue
+            length = int(lengths[label])
+            if label >= n and state.extras:
+                way = self.closing_way(local, label)
+                if way is None:
+                    continue
+                length = len(way)
+            yield label, length
 
     def closing_way(self, local: int, exit_index: int) -> bytes | None:
         """Return a short text to an exit that makes a key that did not come before."""
         extras = self.node.state.extras
         if exit_index < self.num_names or not extras:
-            return path_to_exit(self.table, exit_index, local)
+            ways = ways_to_exits(self.table, local)
+            return ways.way(exit_index) if ways.lengths[exit_index] >= 0 else None
         rows, byte_class = self.table.rows, self.table.byte_class
         level = [(local, b"")]
         for _ in range(len(extras) + self.table.num_states + 1):

@@ -33,7 +33,7 @@ from ramet.grammar.machine.frame import (
     NEEDS_RUN,
     Frame,
     FrameTable,
-    path_to_exit,
+    length_to_exit,
     target,
 )
 from ramet.grammar.regular.numbers import Numbers, fraction
@@ -146,9 +146,9 @@ class TextFrame(Frame):
     def closing_exit(self, local: int) -> int:
         ways = []
         for exit_index, mask in enumerate(self.masks):
-            way = path_to_exit(self.table, exit_index, local)
-            if way is not None:
-                ways.append((len(way) + self.context.least_rest(mask), exit_index))
+            length = length_to_exit(self.table, exit_index, local)
+            if length is not None:
+                ways.append((length + self.context.least_rest(mask), exit_index))
         return min(ways)[1]
 
 
@@ -253,7 +253,7 @@ class CountFrame(TextFrame):
         return CHUNK - local + (1 << 20 if self.rest[1] is None else self.rest[1])
 
     def closing_exit(self, local: int) -> int:
-        return 0 if path_to_exit(self.table, 0, local) is not None else 1
+        return 0 if length_to_exit(self.table, 0, local) is not None else 1
 
 
 def _bounded_strings(compilation: Compilation, specs: TaggedStrings) -> BoundedStrings | None:

@@ -203,6 +203,8 @@ def string_rows(
     specs: tuple[tuple[Strings, ...], ...], sources: tuple[tuple[str, str], ...], max_states: int
 ) -> tuple[StringRows, tuple[int, ...]]:
     """Return (rows, mask of tags of each exit). sources: (kind, source) of the languages; specs name them by index."""
+    bases = tuple(tuple(s._replace(excluded=frozenset()) for s in tag if s.finite is None) for tag in specs)
+    base, of_base = _base_rows(bases, sources, max_states) if any(bases) else (None, ())
     languages = Languages(max_states)
     specs = renumbered(specs, {i: languages.add(*source) for i, source in enumerate(sources)})
     entries: dict[str, int] = {}
@@ -212,8 +214,7 @@ def string_rows(
             entries.update(dict.fromkeys(s.excluded, 0))
     for text in entries:
         entries[text] = sum(1 << i for i, tag in enumerate(specs) if any(languages.contains(s, text) for s in tag))
-    bases = [[s._replace(excluded=frozenset()) for s in tag if s.finite is None] for tag in specs]
-    masks: list[int] = []
+    masks = list(of_base)
 
     def exit_of(mask: int) -> int:
         if not mask:
@@ -222,10 +223,6 @@ def string_rows(
             masks.append(mask)
         return masks.index(mask)
 
-    base = None
-    if any(bases):
-        dfa, known = _tagged([dfas.union([languages.base(s) for s in b]) if b else None for b in bases])
-        base = strings.json_string_rows(dfa, [exit_of(known[a]) for a in dfa.accepting])
     exits = {text: exit_of(mask) for text, mask in entries.items()}
     if base is None:
         plain = plain_trie(None, {t: e for t, e in exits.items() if e >= 0})
@@ -234,6 +231,21 @@ def string_rows(
     content = overlay(base, exits)
     strings.trim(content.rows)
     return StringRows.of(content), tuple(masks)
+
+
+@lru_cache(maxsize=256)
+def _base_rows(
+    bases: tuple[tuple[Strings, ...], ...], sources: tuple[tuple[str, str], ...], max_states: int
+) -> tuple[strings.Content, tuple[int, ...]]:
+    """Return the rows of strings without single texts, and the mask of tags of each exit."""
+    languages = Languages(max_states)
+    bases = renumbered(bases, {i: languages.add(*source) for i, source in enumerate(sources)})
+    dfa, known = _tagged([dfas.union([languages.base(s) for s in b]) if b else None for b in bases])
+    exits: dict[int, int] = {}
+    ends = [exits.setdefault(known[a], len(exits)) if known[a] else -1 for a in dfa.accepting]
+    content = strings.json_string_rows(dfa, ends)
+    strings.trim(content.rows)
+    return content, tuple(exits)
 
 
 @lru_cache(maxsize=1024)

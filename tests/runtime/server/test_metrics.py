@@ -7,6 +7,7 @@ from typing import cast
 
 import pytest
 
+from ramet.runtime.engine.step_watch import StepWatch
 from ramet.runtime.server.link.protocol import Output
 from ramet.runtime.server.link.proxy import EngineProxy, ProxyCounters
 from ramet.runtime.server.metrics import Histogram, RequestCollector, ServerMetrics
@@ -22,6 +23,8 @@ STATS = {
     "num_decoded_tokens": 5.0,
     "num_steps": 6.0,
     "num_preemptions": 7.0,
+    "num_waiting_for_grammar": 1.0,
+    **StepWatch().stats(),
 }
 GUIDE_NAMES = ("cache_hit_rate", "num_queue_reqs", "token_usage", "time_to_first_token_seconds", "num_running_reqs")
 
