@@ -14,11 +14,13 @@ which is a set of byte strings.
     Table(transitions, accepting)      a deterministic byte automaton that the source built itself (a suffix automaton)
     Reference("rule")                  another rule; recursion of any kind is allowed, left recursion included
     JsonSchema(schema, options)        the JSON texts of the values that a JSON schema accepts
+    Named(a, name)                     the texts of `a`; what it reads is kept under this name (tools/captures.py)
 
 Guarantees to a source: every node is allowed everywhere (except Lookahead, which must be inside a Terminal, or in a
-grammar that is regular as a whole). Ambiguity is harmless, because only membership counts. Parts from which no text can
-be finished are removed, so that a mask never leads to a dead end. A part without recursion becomes one table, which is
-fast. Recursion runs on a stack of configurations, which grows as it is visited.
+grammar that is regular as a whole; and Named, which only composed grammars have). Ambiguity is harmless, because only
+membership counts. Parts from which no text can be finished are removed, so that a mask never leads to a dead end. A
+part without recursion becomes one table, which is fast. Recursion runs on a stack of configurations, which grows as it
+is visited.
 
 A regular expression is a Terminal; priorities and greediness do not exist here. The source must write Lark's `%ignore`
 into the rules. `NamedRules.of(node)` wraps a grammar without named rules.
@@ -147,6 +149,12 @@ class JsonSchema:
     options: JsonOptions = JsonOptions()
 
 
+@dataclass(frozen=True, slots=True)
+class Named:
+    item: Node
+    name: str
+
+
 Node = (
     Bytes
     | Chars
@@ -160,6 +168,7 @@ Node = (
     | Table
     | Reference
     | JsonSchema
+    | Named
 )
 
 

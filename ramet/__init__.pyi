@@ -18,6 +18,11 @@ from .lang.graph.checks import length as length
 from .lang.graph.checks import starts_with as starts_with
 from .lang.program.function import Function as Function
 from .lang.program.function import function as function
+from .lang.recording.composition import one_or_more as one_or_more
+from .lang.recording.composition import optional as optional
+from .lang.recording.composition import repeat as repeat
+from .lang.recording.composition import sequence as sequence
+from .lang.recording.composition import zero_or_more as zero_or_more
 from .lang.recording.primitives import assistant as assistant
 from .lang.recording.primitives import gen as gen
 from .lang.recording.primitives import select as select

@@ -5,6 +5,7 @@ A node is a text, or an object with one of these fields:
     {"regex": "[a-z]+"}                      a pattern of Python's module re
     {"choices": ["a", "b"]}                  one of these texts
     {"substring_of": "..."}                  a passage of this text
+    {"cfg": "start: ..."}                    a grammar in Lark's syntax
     {"json_schema": {...}}                   a JSON value, its properties in the schema's order
     {"number": {"minimum": 0, "maximum": 9}}  a decimal number; both limits may be left out
     {"sequence": [node, ...]}                all of them in order
@@ -13,8 +14,11 @@ A node is a text, or an object with one of these fields:
     {"all": [node, ...]}, {"not": node}      texts of all nodes; texts that are not of the node. Of regular nodes only
     {"until": ["."], "of": node}             a text of the node without ".", and then, if "." follows, any text after it
     {"rule": "name"}                         another node, by its name
+    {"capture": "name", "of": node, "type": "int", "list": true}  the node; what it reads is kept (captures.py)
 
 and a whole grammar is a node, or {"start": node, "rules": {"name": node, ...}}. Rules may be recursive.
+
+Not here: finding the captures in a finished text (captures.py).
 
 The composed grammar is regular, or regular with JSON values in it (text_with_values.py), or has recursive rules
 (regular/pushdown.py). A JSON value inside of a recursive rule is refused.
@@ -26,7 +30,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn, get_args
 
 import numpy as np
 
@@ -37,6 +41,7 @@ from ramet.grammar.regular import languages as regular
 from ramet.grammar.regular.byte_language import ByteAutomaton
 from ramet.grammar.regular.references import inline, recursive_rules
 from ramet.grammar.regular.utf8 import compile_text
+from ramet.grammar.text.cfg import parse_cfg
 from ramet.grammar.text.regex import parse_regex
 from ramet.grammar.text.substring import substring_of
 from ramet.grammar.tools.text_with_values import Gap, TextBuilder, TextWithValues
@@ -48,12 +53,23 @@ _SPACES = ir.Repeat(ir.Chars(((9, 10), (13, 13), (32, 32))))
 _ZEROS = ir.Repeat(ir.text("0"))
 
 
+CaptureType = Literal["str", "int", "float", "bool", "json"]
+
+
+@dataclass(frozen=True, slots=True)
+class CaptureForm:
+    """How the texts of a capture become a value. `is_list`: all its texts are kept, not only the last one."""
+
+    type: CaptureType = "str"
+    is_list: bool = False
+
+
 @dataclass(frozen=True, slots=True)
 class Composed:
-    """A grammar as nodes of the intermediate form. `schemas[i]` is the JSON value that stands at mark i."""
+    """A grammar as nodes of the intermediate form, and the captures in it by name."""
 
     rules: ir.NamedRules
-    schemas: tuple[ir.JsonSchema, ...]
+    captures: Mapping[str, CaptureForm]
 
     @staticmethod
     def of(source: Any) -> Composed:  # Any: JSON
@@ -62,47 +78,35 @@ class Composed:
 
     def parsed(self, max_regular_states: int) -> ByteAutomaton | TextWithValues | ir.NamedRules:
         """Return the grammar in the simplest form that can hold it. Raises GrammarTooLarge, InvalidGrammar."""
-        recursive = recursive_rules(self.rules)
-        if recursive:
-            if self.schemas:
-                raise InvalidGrammar(
-                    f"a JSON value can't stand in a grammar with recursive rules ({', '.join(sorted(recursive))}); "
-                    "let the JSON schema itself be recursive, or write the value as a rule of texts"
-                )
-            bodies = {
-                name: _tabled(inline_plain(node, self.rules, recursive), max_regular_states)
-                for name, node in self.rules.rules.items()
-                if name in recursive
-            }
-            return ir.NamedRules(bodies, self.rules.start)
-        whole = inline(self.rules.rules[self.rules.start], self.rules)
-        table = _table_of(whole, max_regular_states)
-        return self._with_values(table) if self.schemas else ByteAutomaton.of_table(table)
-
-    def _with_values(self, table: ir.Table) -> TextWithValues:
-        rows = table.transitions
-        builder = TextBuilder()
-        plain = rows.copy()
-        plain[:, _MARK] = -1
-        builder.add(plain, table.accepting)
-        for state in np.flatnonzero(rows[:, _MARK] >= 0).tolist():
-            after = _marks_after(rows, int(rows[state, _MARK]))
-            if len(after) > 1:
-                raise InvalidGrammar(
-                    "two JSON values can begin in the same place; make them one value of a union, as json(A | B)"
-                )
-            ((mark, to),) = after.items()
-            builder.put(state, Gap(self.schemas[mark], to))
-        return builder.build()
+        schemas: list[ir.JsonSchema] = []
+        rules = ir.NamedRules(
+            {name: _plain(node, schemas) for name, node in self.rules.rules.items()}, self.rules.start
+        )
+        recursive = recursive_rules(rules)
+        if rules.start not in recursive:
+            whole = inline(rules.rules[rules.start], rules)
+            table = table_of(whole, max_regular_states)
+            return _with_values(table, schemas) if schemas else ByteAutomaton.of_table(table)
+        if schemas:
+            names = ", ".join(sorted(name.removeprefix("rule ") for name in recursive - {rules.start}))
+            raise InvalidGrammar(
+                f"a JSON value can't stand in a grammar with recursive rules ({names}); let the JSON schema itself be "
+                "recursive, or write the value as a rule of texts"
+            )
+        bodies = {
+            name: _tabled(_inline_plain(rules.rules[name], rules, recursive), max_regular_states) for name in recursive
+        }
+        return ir.NamedRules(bodies, rules.start)
 
 
 class _Reader:
     """Reads one source. `place` is the path to the node that is being read, for messages."""
 
     def __init__(self) -> None:
-        self.schemas: list[ir.JsonSchema] = []
+        self.rules: dict[str, ir.Node] = {}
+        self.captures: dict[str, CaptureForm] = {}
+        self.is_regular = False  # inside of a part that must be regular
         self.rule_names: frozenset[str] = frozenset()
-        self.used: dict[str, str] = {}  # rule -> a place that uses it
         self.place: list[str] = []
         self.num_nodes = 0
 
@@ -115,9 +119,10 @@ class _Reader:
             if not isinstance(rules, Mapping) or not all(isinstance(name, str) and name for name in rules):
                 self.fail(f"rules must be an object of nodes by name, not {_shown(rules)}")
         self.rule_names = frozenset(rules)
-        nodes = {f"rule {name}": self.inside(f"rules.{name}", node) for name, node in rules.items()}
-        nodes["start"] = self.inside("start", start)
-        return Composed(ir.NamedRules(nodes), tuple(self.schemas))
+        for name, node in rules.items():
+            self.rules[f"rule {name}"] = self.inside(f"rules.{name}", node)
+        self.rules["start"] = self.inside("start", start)
+        return Composed(ir.NamedRules(self.rules), self.captures)
 
     def inside(self, place: str, source: Any) -> ir.Node:
         self.place.append(place)
@@ -156,8 +161,31 @@ class _Reader:
         schema = source["json_schema"]
         if not isinstance(schema, dict | bool):
             self.fail(f"json_schema must be an object or a boolean, not {_shown(schema)}")
-        self.schemas.append(ir.JsonSchema(schema, ir.JsonOptions(mode="declared_order")))
-        return ir.Bytes(bytes((_MARK, *(len(self.schemas) - 1).to_bytes(2, "big"))))
+        self.must_be_free("a JSON value", "say in the JSON schema which values are allowed")
+        return ir.JsonSchema(schema, ir.JsonOptions(mode="declared_order"))
+
+    def read_cfg(self, source: Mapping[str, Any]) -> ir.Node:
+        found = parse_cfg(self.text(source, "cfg"))
+        if len(found.rules) > 1:
+            self.must_be_free("a grammar with rules", "use patterns")
+        prefix = f"cfg {len(self.rules)} {self.num_nodes} "
+        for name, node in found.rules.items():
+            self.rules[prefix + name] = _changed(
+                node, lambda one: ir.Reference(prefix + one.rule) if isinstance(one, ir.Reference) else None
+            )
+        return ir.Reference(prefix + found.start)
+
+    def read_capture(self, source: Mapping[str, Any]) -> ir.Node:
+        name, kind, is_list = self.text(source, "capture"), source.get("type", "str"), source.get("list", False)
+        if kind not in get_args(CaptureType):
+            self.fail(f"the type of a capture is one of {', '.join(get_args(CaptureType))}, not {_shown(kind)}")
+        if not isinstance(is_list, bool) or "of" not in source or not name:
+            self.fail("a capture has a name, a node `of`, and `list`, which is true or false")
+        self.must_be_free("a capture", "capture the whole")
+        form = CaptureForm(kind, is_list)
+        if self.captures.setdefault(name, form) != form:
+            self.fail(f"the capture {name!r} has two forms; give each its own name, or all of them one type")
+        return ir.Named(self.inside("of", source["of"]), name)
 
     def read_number(self, source: Mapping[str, Any]) -> ir.Node:
         limits = source["number"]
@@ -207,6 +235,7 @@ class _Reader:
 
     def read_rule(self, source: Mapping[str, Any]) -> ir.Node:
         name = self.text(source, "rule")
+        self.must_be_free("a rule", "write its node there")
         if name not in self.rule_names:
             self.fail(f"there is no rule {name!r}; rules are {', '.join(sorted(self.rule_names)) or 'none'}")
         return ir.Reference(f"rule {name}")
@@ -218,14 +247,16 @@ class _Reader:
         return tuple(read(f"{field}[{i}]", one) for i, one in enumerate(self.items(source, field)))
 
     def regular(self, place: str, source: Any) -> ir.Node:
-        """Read a node that has no JSON value and no rule in it."""
-        before, names = len(self.schemas), self.rule_names
-        self.rule_names = frozenset()
+        """Read a node that must be regular."""
+        before, self.is_regular = self.is_regular, True
         node = self.inside(place, source)
-        self.rule_names = names
-        if len(self.schemas) > before:
-            self.fail(f"{place} has a JSON value in it; say in the JSON schema which values are allowed")
+        self.is_regular = before
         return node
+
+    def must_be_free(self, what: str, way_out: str) -> None:
+        """Fail inside of a part that must be regular."""
+        if self.is_regular:
+            self.fail(f"{what} can't stand inside of `all`, `not` or `until`; {way_out}")
 
     def text(self, source: Mapping[str, Any], field: str) -> str:
         value = source[field]
@@ -259,6 +290,7 @@ _KINDS: Mapping[str, tuple[Callable[[_Reader, Mapping[str, Any]], ir.Node], *tup
     "regex": (_Reader.read_regex,),
     "choices": (_Reader.read_choices,),
     "substring_of": (_Reader.read_substring_of,),
+    "cfg": (_Reader.read_cfg,),
     "json_schema": (_Reader.read_json_schema,),
     "number": (_Reader.read_number,),
     "sequence": (_Reader.read_sequence,),
@@ -268,6 +300,7 @@ _KINDS: Mapping[str, tuple[Callable[[_Reader, Mapping[str, Any]], ir.Node], *tup
     "not": (_Reader.read_not,),
     "until": (_Reader.read_until, "of"),
     "rule": (_Reader.read_rule,),
+    "capture": (_Reader.read_capture, "of", "type", "list"),
 }
 
 
@@ -295,26 +328,59 @@ def _digits(low: Fraction, high: Fraction | None) -> ir.Node | None:
 _UNSIGNED = ir.Concatenation((ir.Chars(((48, 57),)), ir.ANY_TEXT))
 
 
-def inline_plain(node: ir.Node, grammar: ir.NamedRules, recursive: frozenset[str]) -> ir.Node:
+def _plain(node: ir.Node, schemas: list[ir.JsonSchema]) -> ir.Node:
+    """Return a node without captures, and with a mark for each JSON value, whose schema is added to `schemas`."""
+
+    def change(one: ir.Node) -> ir.Node | None:
+        if isinstance(one, ir.Named):
+            return _plain(one.item, schemas)
+        if isinstance(one, ir.JsonSchema):
+            schemas.append(one)
+            return ir.Bytes(bytes((_MARK, *(len(schemas) - 1).to_bytes(2, "big"))))
+        return None
+
+    return _changed(node, change)
+
+
+def _with_values(table: ir.Table, schemas: list[ir.JsonSchema]) -> TextWithValues:
+    """Return the automaton with a gap where a mark is read."""
+    rows = table.transitions
+    plain = rows.copy()
+    plain[:, _MARK] = -1
+    builder = TextBuilder()
+    builder.add(plain, table.accepting)
+    for state in np.flatnonzero(rows[:, _MARK] >= 0).tolist():
+        after = _marks_after(rows, int(rows[state, _MARK]))
+        if len(after) > 1:
+            raise InvalidGrammar(
+                "two JSON values can begin in the same place; make them one value of a union, as gen(type=A | B)"
+            )
+        ((mark, to),) = after.items()
+        builder.put(state, Gap(schemas[mark], to))
+    return builder.build()
+
+
+def _inline_plain(node: ir.Node, grammar: ir.NamedRules, recursive: frozenset[str]) -> ir.Node:
     """Replace the references to rules that are not recursive."""
-    return _changed(
-        node,
-        lambda one: inline(one, grammar) if isinstance(one, ir.Reference) and one.rule not in recursive else None,
-    )
+
+    def change(one: ir.Node) -> ir.Node | None:
+        return inline(one, grammar) if isinstance(one, ir.Reference) and one.rule not in recursive else None
+
+    return _changed(node, change)
 
 
 def _tabled(node: ir.Node, max_states: int) -> ir.Node:
     """Return a node with tables for its regular parts, which are then compiled over classes of code points."""
-    return _changed(node, lambda one: None if _refers(one) else _table_of(one, max_states))
+    return _changed(node, lambda one: None if _refers(one) else table_of(one, max_states))
 
 
-def _table_of(node: ir.Node, max_states: int) -> ir.Table:
-    """Compile a regular node: parts of text by way of code points, and what has bytes in it byte by byte."""
+def table_of(node: ir.Node, max_states: int = dfas.MAX_STATES) -> ir.Table:
+    """Compile a regular node to a table: parts of text by way of code points, and what has bytes in it byte by byte."""
     if isinstance(node, ir.Table):
         return node
     if _is_text(node):
         return compile_text(node, max_states=max_states, name="the grammar")
-    whole = _changed(node, lambda one: _table_of(one, max_states) if _is_text(one) else None)
+    whole = _changed(node, lambda one: table_of(one, max_states) if _is_text(one) else None)
     dfa = regular.compile_bytes(whole, max_states=10 * max_states, name="the grammar")
     return ir.Table(dfas.byte_table(dfa), np.asarray(dfa.accepting, dtype=np.bool_))
 
@@ -329,6 +395,8 @@ def _changed(node: ir.Node, change: Callable[[ir.Node], ir.Node | None]) -> ir.N
             return type(node)(tuple(_changed(part, change) for part in parts))
         case ir.Repeat(item, low, high):
             return ir.Repeat(_changed(item, change), low, high)
+        case ir.Named(item, name):
+            return ir.Named(_changed(item, change), name)
         case ir.Complement(item):
             return ir.Complement(_changed(item, change))
     return node
@@ -342,6 +410,11 @@ def _refers(node: ir.Node) -> bool:
     return _any(node, lambda one: isinstance(one, ir.Reference))
 
 
+def is_leaf(node: ir.Node) -> bool:
+    """Return whether a node is regular, without captures in it."""
+    return not _any(node, lambda one: isinstance(one, ir.Reference | ir.JsonSchema | ir.Named))
+
+
 def _any(node: ir.Node, is_wanted: Callable[[ir.Node], bool]) -> bool:
     if is_wanted(node):
         return True
@@ -349,6 +422,8 @@ def _any(node: ir.Node, is_wanted: Callable[[ir.Node], bool]) -> bool:
         case ir.Concatenation(parts) | ir.Choice(parts) | ir.Intersect(parts):
             return any(_any(part, is_wanted) for part in parts)
         case ir.Repeat(item, _, _) | ir.Complement(item) | ir.Terminal(item, _) | ir.Lookahead(item, _):
+            return _any(item, is_wanted)
+        case ir.Named(item, _):
             return _any(item, is_wanted)
     return False
 

@@ -160,7 +160,7 @@ class OpenAI(BlockBackend):
     def _constrain(self, body: dict[str, Any], constraint: ir.Constraint, *, is_chat: bool) -> _Form:
         """Put the constraint into the body, and return the form in which the answer must be read."""
         kind, source = constraint.kind, constraint.source
-        if kind in ("substring", "tools"):
+        if kind in ("substring", "tools", "grammar"):
             raise NotSupported(f"an endpoint can't hold text to a constraint of kind {kind!r}{_OURS}")
         pattern = source if kind == "regex" else None
         if self._extensions:

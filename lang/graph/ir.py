@@ -164,7 +164,8 @@ class Generate(Node, frozen=True, tag="generate"):
     """Text that the model writes. `type`: how the text becomes a JSON value: `str` (unchanged), `int`, ...
 
     The value of type `tools` is {"text": ..., "calls": [{"name": ..., "arguments": {...}}]}, parsed from the model's
-    own format.
+    own format. The value of type `captures` is {"text": ..., "captures": {name: value}}, of a constraint of kind
+    `grammar`; a capture that may be there several times has a list.
 
     `checks` narrow the constraint where they can (narrowing.py). A value that fails one is generated again, up to
     `retries` times. Its text never joins the branch.
@@ -175,7 +176,7 @@ class Generate(Node, frozen=True, tag="generate"):
     constraint: Constraint | None = None
     checks: tuple[Check, ...] = ()
     retries: int = 0
-    type: Literal["str", "int", "float", "bool", "json", "tools"] = "str"
+    type: Literal["str", "int", "float", "bool", "json", "tools", "captures"] = "str"
 
     run_by = "model"
     has_value = True
@@ -188,6 +189,8 @@ class Generate(Node, frozen=True, tag="generate"):
         problem = next((found for check in self.checks if (found := check_problem(check))), None)
         if problem:
             return f"has a bad check: {problem}"
+        if self.type == "captures" and (self.constraint is None or self.constraint.kind != "grammar"):
+            return "has type captures, but its constraint is no grammar"
         if not 0 <= self.retries <= MAX_RETRIES:
             return f"may be tried {self.retries:,} times more; retries must be in [0, {MAX_RETRIES:,}]"
         return None

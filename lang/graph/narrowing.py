@@ -16,6 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import msgspec
+
 from ramet.lang.graph.checks import Check
 from ramet.lang.graph.constraint import Constraint
 
@@ -84,7 +86,7 @@ def _narrowed(given: Constraint | None, lowered: Sequence[Json], stop: tuple[str
         schema = dict(schema) if isinstance(schema, Mapping) else {"not": {}} if schema is False else {}
         own = [{"$ref": schema.pop("$ref")}] if "$ref" in schema else []  # drafts up to 7 ignore what stands beside it
         schema["allOf"] = [*schema.get("allOf", ()), *own, *lowered]
-        return Constraint("json_schema", json.dumps(schema, ensure_ascii=False), given.in_order)
+        return msgspec.structs.replace(given, source=json.dumps(schema, ensure_ascii=False))
     parts = list(lowered)
     if given is not None:
         source = json.loads(given.source) if given.kind == "choice" else given.source

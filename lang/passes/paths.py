@@ -257,7 +257,8 @@ class _Interpreter:
             return known
         # A field of a value is no longer than the value, with two exceptions: numbers that Python prints longer than
         # they are written (1e15: 18 characters for 4), and text that a format adds.
-        limit = None if ref.format or known.max_bytes is None else 6 * known.max_bytes
+        is_limited = known.max_bytes is not None and not ref.format and ref.path[:1] != ("captures",)
+        limit = 6 * known.max_bytes if is_limited and known.max_bytes is not None else None
         return Unknown((known.key, ref.path, ref.format), limit)
 
     # Nodes.

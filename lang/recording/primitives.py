@@ -9,9 +9,17 @@ from ramet.errors import InvalidRequest
 from ramet.lang.graph.checks import Check, check_problem
 from ramet.lang.graph.ir import MAX_RETRIES, SCORERS, Constraint
 from ramet.lang.graph.sampling import FIELDS, to_sampling
+from ramet.lang.recording.composition import (
+    Alternatives,
+    ComposedGen,
+    Composition,
+    Part,
+    composed_gen,
+    holds_description,
+)
 from ramet.lang.recording.generations import Gen, SelectExpr
 from ramet.lang.recording.recorder import Appendable, RoleExpr
-from ramet.lang.running.output_types import choice, json_schema, output_type
+from ramet.lang.running.output_types import TEXT, choice, json_schema, output_type
 from ramet.lang.running.values import Value, plain
 
 
@@ -41,15 +49,16 @@ def gen(
     substring_of: str | None = None,
     where: Check | Callable[[Any], object] | Sequence[Check | Callable[[Any], object]] = (),
     retries: int = 3,
-) -> Gen:
+) -> Gen | ComposedGen:
     """Generate text, or a value of `type`, and keep it as variable `name`.
 
     Don't end the text before a generation with a space: `"Answer:" + gen(...)`, not `"Answer: " + gen(...)`. Most
     tokens begin with their own space, and after a separate space a model writes worse text, or none.
 
     `type`: str, int, float, bool, Literal, Enum, datetime, date, a dataclass, TypedDict or pydantic model, `list[...]`,
-    or a JSON schema dict. At most one of `regex`, `cfg` (a Lark grammar), `choices`, `json_schema` and `substring_of`
-    constrains the text (instead of the constraint of `type`).
+    or a JSON schema dict; or a grammar (`one_or_more(...)`, `select([...])`, ...), whose named parts become variables,
+    too. At most one of `regex`, `cfg` (a Lark grammar), `choices`, `json_schema` and `substring_of` constrains the text
+    (instead of the constraint of `type`).
 
     `where`: checks of the value: `length`, `between`, `is_in`, `starts_with`, `ends_with`, `contains`, combined by `&`,
     `|` and `~`, or any callable, which refuses a value by returning something false or raising ValueError. Checks of
@@ -63,7 +72,8 @@ def gen(
     """
     # A generated value can be a part of a constraint; it must be read first.
     regex, cfg, choices, json_schema, substring_of = plain((regex, cfg, choices, json_schema, substring_of))
-    wanted = output_type(json_schema if type is None and json_schema is not None else type)
+    is_composed = isinstance(type, Composition)
+    wanted = TEXT if is_composed else output_type(json_schema if type is None and json_schema is not None else type)
     constraint = _constraint(wanted.constraint, regex, cfg, choices, json_schema, substring_of)
     values = {
         "max_tokens": max_tokens,
@@ -95,25 +105,36 @@ def gen(
     if isinstance(retries, bool) or not isinstance(retries, int) or not 0 <= retries <= MAX_RETRIES:
         raise InvalidRequest(f"retries is {retries!r}, but must be in [0, {MAX_RETRIES:,}]", param="retries")
     said = {name: plain(value) for name, value in values.items() if value is not None}
+    if isinstance(type, Composition):
+        if constraint is not None or checks:
+            raise InvalidRequest("constraints and checks of a grammar stand in its parts", param="type")
+        return composed_gen(name, type, to_sampling(said))
     return Gen(name, wanted, constraint, to_sampling(said), checks, retries)
 
 
 def select(
-    name: str | None = None,
-    choices: Sequence[str | Value] = (),
+    name: str | Sequence[Part] | None = None,
+    choices: Sequence[Part] = (),
     *,
     scorer: str = "likelihood",
     temperature: float = 0.0,
     seed: int | None = None,
     return_probs: bool = False,
-) -> SelectExpr:
+) -> SelectExpr | Alternatives:
     """Append the likeliest of `choices` and keep it as variable `name`. `s.meta(name)["probs"]` sums to one.
 
     `return_probs`: the value gets an attribute `probs`, a dict of choice -> probability: `s[name].probs`.
 
     Scorers: `likelihood` (exact), `token_normalized`, `greedy`, `unconditional`. With `temperature` above 0 the
     choice is drawn from the probabilities.
+
+    `select([...])` without a name, some of whose choices are descriptions (`gen(...)`, `one_or_more(...)`, functions),
+    is a grammar: the model writes one of them, and the named parts in it become variables.
     """
+    if name is not None and not isinstance(name, str):
+        if choices:
+            raise InvalidRequest(f"a variable is named {name!r}, but must be named by a text", param="name")
+        choices, name = name, None
     if choices is None or isinstance(choices, str) or not (choices := tuple(choices)):
         raise InvalidRequest(f"select needs a list of choices, not {choices!r}", param="choices")
     FIELDS["temperature"].check(temperature)
@@ -121,10 +142,21 @@ def select(
         FIELDS["seed"].check(seed)
     if scorer not in SCORERS:
         raise InvalidRequest(f"scorer is {scorer!r}, but must be one of {', '.join(SCORERS)}", param="scorer")
-    for one in choices:
-        if not isinstance(one, str | Value):
-            raise InvalidRequest(f"a choice is {one!r}, but must be text or a generated value", param="choices")
-    return SelectExpr(name, choices, scorer, temperature, seed, return_probs)
+    texts = tuple(one for one in choices if isinstance(one, str | Value) and not holds_description(one))
+    if len(texts) == len(choices):
+        return SelectExpr(name, texts, scorer, temperature, seed, return_probs)
+    wrong = next((one for one in choices if isinstance(one, int | float | bytes) or one is None), None)
+    if wrong is not None:
+        raise InvalidRequest(
+            f"a choice is {wrong!r}, but must be text, a generated value or a description", param="choices"
+        )
+    if name is not None or (scorer, temperature, seed, return_probs) != ("likelihood", 0.0, None, False):
+        raise InvalidRequest(
+            "a selection among descriptions is a grammar, which has no name, scorer or temperature of its own; write "
+            "gen(name, select([...]), temperature=...)",
+            param="choices",
+        )
+    return Alternatives(choices)
 
 
 def system(*content: Appendable) -> RoleExpr:

@@ -21,7 +21,7 @@ from ramet.errors import InvalidRequest, InvalidSchema
 from ramet.grammar.service.python_types import readable, schema_of
 from ramet.lang.graph.ir import Constraint, NodeEvent
 
-Wire = Literal["str", "int", "float", "bool", "json", "tools"]
+Wire = Literal["str", "int", "float", "bool", "json", "tools", "captures"]
 
 _INT = r"-?(?:0|[1-9][0-9]{0,14})"
 # A number in running text ends where the model writes something else. If only digits were allowed, the model would go
@@ -81,6 +81,44 @@ def _selected(event: NodeEvent) -> Selected:
     return found
 
 
+class CapturedText(str):
+    """A text that a grammar described. `captures`: the values of its named parts."""
+
+    captures: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class CapturedType:
+    """How the texts of a named part of a grammar become its value. `is_list`: it may stand there several times."""
+
+    output: OutputType
+    is_list: bool = False
+
+    @property
+    def shape(self) -> Shape | None:
+        """The declared fields of the value, if it is one JSON value or one text."""
+        if self.is_list:
+            return None
+        return Shape({"type": "string"}, {}) if self.output is TEXT else self.output.shape
+
+    def convert(self, value: Any) -> Any:
+        """Return the value of a part's JSON value. A part that is not in the text has the value None."""
+        if self.is_list:
+            return [self.output.convert(one) for one in value]
+        return None if value is None else self.output.convert(value)
+
+
+def captures_type(constraint: Constraint, captures: Mapping[str, CapturedType]) -> OutputType:
+    """Return the type of the texts of a grammar: text, with the values of its named parts."""
+
+    def convert(value: Any) -> CapturedText:
+        found = CapturedText(value["text"])
+        found.captures = {name: one.convert(value["captures"][name]) for name, one in captures.items()}
+        return found
+
+    return OutputType("captures", constraint, convert)
+
+
 TEXT = OutputType()
 SELECTED = OutputType(from_event=_selected)
 
@@ -109,6 +147,11 @@ def output_type(kind: object) -> OutputType:
     if kind is datetime.time:
         return OutputType("str", Constraint("regex", _TIME), datetime.time.fromisoformat)
     return _by_pydantic(kind)
+
+
+def number_pattern(output: OutputType) -> str | None:
+    """Return the pattern of a number alone, without what may follow it; None for a type that is no number."""
+    return {"int": _INT, "float": _INT + r"(?:\.[0-9]{1,15})?"}.get(output.wire)
 
 
 def choice(texts: list[str]) -> Constraint:

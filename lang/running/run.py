@@ -155,13 +155,14 @@ class Run:
 
     def read_text(self, text: str) -> str:
         """Return the text with every placeholder replaced by its value."""
-        return "".join(self._text_of_item(item) for item in self.placeholders.split(text, self.foreign))
+        return "".join(self.text_of_item(item) for item in self.placeholders.split(text, self.foreign))
 
     def read_placeholder(self, index: int) -> str:
         """Return the text that replaces a placeholder of this run."""
-        return self._text_of_item(self.placeholders.get(index))
+        return self.text_of_item(self.placeholders.get(index))
 
-    def _text_of_item(self, item: object) -> str:
+    def text_of_item(self, item: object) -> str:
+        """Return the text of a part of a text: itself, or the value that a reference names."""
         if isinstance(item, str):
             return item
         if not isinstance(item, ir.Ref):

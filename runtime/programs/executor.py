@@ -306,6 +306,8 @@ class ProgramExecutor:
         error = self._request_error(output)
         if error is not None:
             self._failed(run, error)
+        elif is_last and isinstance(run.node, ir.Generate) and run.node.type == "captures":
+            self._host.grammars.run_aside(lambda: self._end_aside(run, at.work))
         elif is_last:
             self._end(run, at.work)
 
@@ -327,6 +329,14 @@ class ProgramExecutor:
             self._host.count_ended()
             self._hints.ended(run.node.id)
             self._done(run, judged, path)
+
+    def _end_aside(self, run: NodeRun, work: Work) -> None:
+        """Complete a node whose value takes long to read, on a thread beside the engine's."""
+        try:
+            self._end(run, work)
+        except Exception as error:
+            self._failed(run, error)
+        self._pump()
 
     def _take_handles(self, run: NodeRun) -> list[Handle]:
         """Remove and return the handles of a node's requests."""

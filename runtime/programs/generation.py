@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import msgspec
 
@@ -82,7 +83,25 @@ class Generation:
         return self._prompt.extend(*keep_text(token_bytes, self._tokens, text) if is_cut else (self._tokens,))
 
     def read(self, text: str) -> ir.JsonValue:
+        if self._node.type == "captures":
+            return self._captures(text)
         return self._tool_calls() if self._node.type == "tools" else ir.parse_value(self._node.type, text)
+
+    def _captures(self, text: str) -> dict[str, object]:
+        """Return the text and the values of the named parts of its grammar. Takes long for a long text."""
+        from ramet.grammar.tools.captures import capture_reader  # loads numba
+
+        assert self._node.constraint is not None
+        reader = capture_reader(self._node.constraint.source)
+        found: dict[str, Any] = {name: [] if form.is_list else None for name, form in reader.captures.items()}
+        for part in reader.read(text):
+            form = reader.captures[part.name]
+            value = ir.parse_value(form.type, text[part.begin : part.end])
+            if form.is_list:
+                found[part.name].append(value)
+            else:
+                found[part.name] = value
+        return {"text": text, "captures": found}
 
     def _tool_calls(self) -> dict[str, object]:
         """Return the model's text and its tool calls. Special tokens that write parts of calls count as spelled."""

@@ -6,6 +6,7 @@ import json
 import threading
 import weakref
 from collections import OrderedDict
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -42,7 +43,7 @@ class ProgramGrammars:
         self._lock = threading.Lock()
         self._bordered: OrderedDict[tuple[CompiledGrammar, bytes, bytes], Bordered] = OrderedDict()
         self._service: CompileService | None = None
-        self._closing: ThreadPoolExecutor | None = None
+        self._beside: ThreadPoolExecutor | None = None
 
     def get(self, constraint: Constraint, client: tuple[str, ...] = ()) -> Future[CompiledGrammar]:
         """Return the grammar's future at once. It raises GrammarError and its subclasses, and Overloaded.
@@ -112,10 +113,21 @@ class ProgramGrammars:
     def close(self) -> None:
         """Abandon running compilations, and end the service's threads."""
         with self._lock:
-            if self._closing is not None:
-                self._closing.shutdown(wait=False, cancel_futures=True)
+            if self._beside is not None:
+                self._beside.shutdown(wait=False, cancel_futures=True)
             if self._service is not None:
                 self._service.close()
+
+    def run_aside(self, work: Callable[[], None]) -> None:
+        """Run work that takes long on a thread beside the service's. Raises RuntimeError after `close`."""
+        with self._lock:
+            self._thread().submit(work)
+
+    def _thread(self) -> ThreadPoolExecutor:
+        """Return the thread beside the service's, under the lock."""
+        if self._beside is None:
+            self._beside = ThreadPoolExecutor(1, "ramet-grammars")
+        return self._beside
 
     def _start_service(self) -> CompileService:
         from ramet.grammar.service.compile_service import CompileService  # loads numba
@@ -162,9 +174,7 @@ class ProgramGrammars:
 
         A grammar that cannot be closed is compiled again, as it was requested.
         """
-        if self._closing is None:
-            self._closing = ThreadPoolExecutor(1, "ramet-close")
-        closing, vocabulary, kind, source = self._closing, self._vocabulary, constraint.kind, constraint.source
+        closing, vocabulary, kind, source = self._thread(), self._vocabulary, constraint.kind, constraint.source
         ordered: dict[str, Any] = {"mode": "declared_order"} if kind == "json_schema" else options
         compiled = service.submit(kind, source, vocabulary, client=client, **ordered)
         answer: Future[CompiledGrammar] = Future()

@@ -209,7 +209,7 @@ def test_wrong_sampling_values_are_named(make: Callable[[], object], message: st
 
 
 def test_choices_may_come_from_a_generator_and_a_name_must_be_text(engine: Engine) -> None:
-    assert select("x", (letter for letter in "ab")).choices == ("a", "b")  # type: ignore[arg-type]
+    assert select("x", (letter for letter in "ab")) == select("x", ["a", "b"])  # type: ignore[arg-type]
 
     @function
     def program(s: State) -> None:

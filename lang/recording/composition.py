@@ -1,0 +1,322 @@
+"""Grammars made of other descriptions: `one_or_more(select([tag("h1"), tag("p")]))` is one constraint.
+
+The parts are texts, `gen(...)`, `select(...)`, lists of these, and functions, which stand for what they return: so a
+function may use itself. Appended to a state, a grammar is one generation. The parts with a name are read from the
+finished text, and become variables. `lower` turns a grammar into JSON (grammar/tools/composed.py).
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
+
+from ramet.errors import InvalidRequest
+from ramet.lang.graph import ir
+from ramet.lang.graph.narrowing import narrowing
+from ramet.lang.recording.generations import Gen, SelectExpr
+from ramet.lang.recording.recorder import Appendable, Chain, Expr, Recorder
+from ramet.lang.running.output_types import TEXT, CapturedType, OutputType, captures_type, number_pattern
+from ramet.lang.running.run import current_run
+from ramet.lang.running.values import NodeSource, Value
+
+MAX_RULES = 1000
+
+Part: TypeAlias = "Appendable | Callable[[], Part]"
+Json: TypeAlias = Any  # a node of a composed grammar
+
+_FIELDS = {
+    "regex": "regex",
+    "choice": "choices",
+    "json_schema": "json_schema",
+    "cfg": "cfg",
+    "substring": "substring_of",
+}
+
+
+class Composition(Expr, ABC):
+    """A description of texts. Appended to a state, it is one generation without a name."""
+
+    __slots__ = ()
+
+    def record(self, recorder: Recorder) -> NodeSource:
+        """Append the generation, and keep its captures as variables."""
+        return composed_gen(None, self, ir.Sampling()).record(recorder)
+
+
+@dataclass(frozen=True, slots=True)
+class Repeated(Composition):
+    part: Part
+    at_least: int
+    at_most: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Alternatives(Composition):
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class InOrder(Composition):
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ComposedGen(Expr):
+    """A generation whose constraint is a grammar. `captures`: the names in it, and how their values are read."""
+
+    gen: Gen
+    grammar: Composition
+    captures: Mapping[str, CapturedType]
+
+    def record(self, recorder: Recorder) -> NodeSource:
+        """Append the generation, and keep its captures as variables."""
+        source = self.gen.record(recorder)
+        for name, capture in self.captures.items():
+            path = ("captures", name)
+            inner = NodeSource(source.run, source.node, self.gen.name, self.gen.output, path, capture.shape)
+            recorder.variables[name] = Value(inner)
+        return source
+
+
+def composed_gen(name: str | None, grammar: Composition, sampling: ir.Sampling) -> ComposedGen:
+    """Return the generation of a grammar. Raises InvalidRequest for a part that no grammar can have."""
+    source, captures = lower(grammar)
+    constraint = ir.Constraint("grammar", json.dumps(source, ensure_ascii=False))
+    return ComposedGen(Gen(name, captures_type(constraint, captures), constraint, sampling), grammar, captures)
+
+
+def one_or_more(part: Part) -> Composition:
+    """Return the part once or more, one directly after the other."""
+    return repeat(part, 1)
+
+
+def zero_or_more(part: Part) -> Composition:
+    """Return the part any number of times, one directly after the other."""
+    return repeat(part)
+
+
+def optional(part: Part) -> Composition:
+    """Return the part, or nothing."""
+    return repeat(part, 0, 1)
+
+
+def repeat(part: Part, at_least: int = 0, at_most: int | None = None) -> Composition:
+    """Return the part again and again, directly one after the other. `at_most` None: without a limit."""
+    for name, count in (("at_least", at_least), ("at_most", at_most)):
+        is_count = isinstance(count, int) and not isinstance(count, bool) and count >= 0
+        if not is_count and not (count is None and name == "at_most"):
+            raise InvalidRequest(f"{name} is {count!r}, but must be an integer from 0", param=name)
+    if at_most is not None and at_most < at_least:
+        raise InvalidRequest(f"repeat asks for at least {at_least} and at most {at_most}", param="at_most")
+    return Repeated(part, at_least, at_most)
+
+
+def sequence(*parts: Part) -> Composition:
+    """Return the parts one after the other, as one grammar: the model writes all of it in one generation."""
+    return InOrder(parts)
+
+
+def lower(grammar: Composition) -> tuple[Json, dict[str, CapturedType]]:
+    """Return a grammar as JSON, and its captures by name. Reads generated values in texts. Raises InvalidRequest."""
+    lowering = _Lowering()
+    try:
+        start = lowering.node(grammar)
+        while lowering.pending:
+            name, function = lowering.pending.pop()
+            lowering.rules[name] = lowering.node(function())
+    except RecursionError as error:
+        raise InvalidRequest(
+            "a grammar is nested without end; let a function that uses itself name itself without calling it: "
+            'sequence("(", value, ")")',
+            param="type",
+        ) from error
+    often = _counts({"": start, **lowering.rules})[""]
+    captures = {name: replace(one, is_list=often.get(name, 0) > 1) for name, one in lowering.captures.items()}
+    for node in lowering.capture_nodes:
+        if captures[node["capture"]].is_list:
+            node["list"] = True
+    whole = {"start": start, "rules": lowering.rules} if lowering.rules else start
+    return whole, captures
+
+
+def holds_description(text: str | Value) -> bool:
+    """Return whether a text holds a `gen(...)` or another description."""
+    run = current_run.get()
+    if run is None or not isinstance(text, str):
+        return False
+    return any(isinstance(item, Expr) for item in run.placeholders.split(text, run.foreign))
+
+
+@dataclass(slots=True)
+class _Lowering:
+    """The state of one call of `lower`. `names`: functions -> the rules that stand for them."""
+
+    rules: dict[str, Json] = field(default_factory=dict)
+    names: dict[Any, str] = field(default_factory=dict)  # Any: functions and other callables that can be hashed
+    pending: list[tuple[str, Callable[[], Part]]] = field(default_factory=list)
+    captures: dict[str, CapturedType] = field(default_factory=dict)
+    capture_nodes: list[dict[str, Any]] = field(default_factory=list)
+
+    def node(self, part: object) -> Json:
+        if isinstance(part, str):
+            return self.text(part)
+        if isinstance(part, Value):
+            return self.text(format(part))
+        if isinstance(part, ComposedGen):
+            return self.capture(part.gen.name, self.node(part.grammar), TEXT)
+        if isinstance(part, Gen):
+            return self.capture(part.name, _generated(part), part.output)
+        if isinstance(part, SelectExpr):
+            return self.capture(part.name, {"select": [self.node(choice) for choice in part.choices]}, TEXT)
+        if isinstance(part, Repeated):
+            counts = {"at_least": part.at_least, "at_most": part.at_most}
+            return {"repeat": self.node(part.part), **{name: n for name, n in counts.items() if n is not None}}
+        if isinstance(part, Alternatives):
+            return {"select": [self.node(one) for one in part.parts]}
+        if isinstance(part, InOrder | Chain):
+            return {"sequence": [self.node(one) for one in part.parts]}
+        if isinstance(part, Sequence) and not isinstance(part, bytes | bytearray):
+            return {"sequence": [self.node(one) for one in part]}
+        if callable(part) and not isinstance(part, Expr | type):
+            return self.rule(part)
+        raise InvalidRequest(
+            f"a grammar can't have {part!r} as a part; its parts are texts, gen(...), select(...), repeat(...), lists "
+            "of these, and functions that return them",
+            param="type",
+        )
+
+    def text(self, text: str) -> Json:
+        run = current_run.get()
+        if run is None:
+            return text
+        parts = [
+            item if isinstance(item, str) else self.node(item) if isinstance(item, Expr) else run.text_of_item(item)
+            for item in run.placeholders.split(text, run.foreign)
+        ]
+        return parts[0] if len(parts) == 1 else {"sequence": parts}
+
+    def rule(self, function: Callable[[], Any]) -> Json:
+        try:
+            name = self.names.get(function)
+        except TypeError as error:
+            raise InvalidRequest(
+                f"{function!r} can't stand in a grammar, as it can't be hashed", param="type"
+            ) from error
+        if name is None:
+            if len(self.names) >= MAX_RULES:
+                raise InvalidRequest(
+                    f"a grammar has more than {MAX_RULES:,} functions; one that uses itself must name itself, and not "
+                    "a new lambda or partial at each call",
+                    param="type",
+                )
+            label = getattr(function, "__name__", "rule")
+            name = self.names[function] = label if label not in self.names.values() else f"{label} {len(self.names)}"
+            self.rules[name] = ""
+            self.pending.append((name, function))
+        return {"rule": name}
+
+    def capture(self, name: str | None, node: Json, output: OutputType) -> Json:
+        if name is None:
+            return node
+        if not isinstance(name, str) or not name or "#" in name:
+            raise InvalidRequest(
+                f"a variable is named {name!r}; use a text that isn't empty and has no '#'", param="name"
+            )
+        found = CapturedType(output)
+        before = self.captures.setdefault(name, found)
+        if (before.output.wire, before.output.constraint) != (output.wire, output.constraint):
+            raise InvalidRequest(f"{name!r} stands in the grammar with two types; give each its own name", param="name")
+        captured: dict[str, Any] = {"capture": name, "of": node}
+        if output.wire != "str":
+            captured["type"] = output.wire
+        self.capture_nodes.append(captured)
+        return captured
+
+
+def _generated(gen: Gen) -> Json:
+    """Return the texts of a generation inside of a grammar."""
+    name = gen.name or "a generation"
+    said, stop = _own_sampling(gen)
+    if said:
+        raise InvalidRequest(
+            f"{name} says {next(iter(said))} inside of a grammar, which is one generation; give it to the gen(...) of "
+            "the whole, or limit the text by where=length(...)",
+            param=next(iter(said)),
+        )
+    pattern = number_pattern(gen.output) if gen.constraint is gen.output.constraint else None
+    constraint = gen.constraint if pattern is None else ir.Constraint("regex", pattern)
+    checks = tuple(check for check in gen.where if isinstance(check, ir.Check))
+    narrowed = narrowing(constraint, checks, gen.output.wire)
+    if len(checks) < len(gen.where) or narrowed.retried:
+        what = "a check in Python" if len(checks) < len(gen.where) else f"the check {narrowed.retried[0]}"
+        raise InvalidRequest(
+            f"{what} of {name} is no mask, and can't be retried inside of a grammar; check the value after the "
+            "generation",
+            param="where",
+        )
+    return _stopped(stop, _node(narrowed.constraint))
+
+
+def _own_sampling(gen: Gen) -> tuple[dict[str, Any], tuple[str, ...]]:  # Any: the type of each value
+    """Return the sampling values that a generation sets, besides its stop strings, without those of its type."""
+    said = gen.sampling.said()
+    stop = said.pop("stop", ())
+    if gen.constraint is gen.output.constraint and gen.output.stop:
+        stop = stop[: -len(gen.output.stop)]
+        if said.get("max_tokens") == gen.output.max_tokens:
+            del said["max_tokens"]
+    return said, stop
+
+
+def _node(constraint: ir.Constraint | None) -> Json | None:
+    if constraint is None:
+        return None
+    if constraint.kind == "grammar":
+        return json.loads(constraint.source)
+    if constraint.kind not in _FIELDS:
+        raise InvalidRequest(f"a constraint of kind {constraint.kind!r} can't stand inside of a grammar", param="type")
+    is_json = constraint.kind in ("choice", "json_schema")
+    return {_FIELDS[constraint.kind]: json.loads(constraint.source) if is_json else constraint.source}
+
+
+def _stopped(stop: Sequence[str], node: Json | None) -> Json:
+    """Return the texts of a node in which no stop string occurs."""
+    free = [{"not": {"sequence": [{"all": []}, {"choices": list(stop)}, {"all": []}]}}] if stop else []
+    if node is None:
+        return free[0] if free else {"all": []}
+    return {"all": [node, *free]} if free else node
+
+
+def _counts(rules: Mapping[str, Json]) -> dict[str, dict[str, int]]:
+    """Return how often each name may be captured in one text of each rule: once, or 2 for more often."""
+    found: dict[str, dict[str, int]] = {name: {} for name in rules}
+    while True:
+        after = {name: _count(node, found) for name, node in rules.items()}
+        if after == found:
+            return found
+        found = after
+
+
+def _count(node: Json, rules: Mapping[str, dict[str, int]]) -> dict[str, int]:
+    if isinstance(node, str):
+        return {}
+    if "rule" in node:
+        return rules[node["rule"]]
+    found: dict[str, int] = {}
+    if "select" in node:
+        for one in node["select"]:
+            for name, count in _count(one, rules).items():
+                found[name] = max(found.get(name, 0), count)
+        return found
+    if "repeat" in node:
+        most = 2 if node.get("at_most") is None else node["at_most"]
+        return {name: min(2, count * most) for name, count in _count(node["repeat"], rules).items()}
+    for one in node.get("sequence", [node["of"]] if "capture" in node else []):
+        for name, count in _count(one, rules).items():
+            found[name] = min(2, found.get(name, 0) + count)
+    if "capture" in node:
+        found[node["capture"]] = min(2, found.get(node["capture"], 0) + 1)
+    return found
