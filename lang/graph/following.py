@@ -29,9 +29,10 @@ def is_ended_by_following(node: ir.AnyNode) -> bool:
 
     Free text does not, nor a text that may hold free text beside its values, nor one that has a minimum of tokens.
     """
-    if not isinstance(node, ir.Generate) or node.constraint is None:
+    constraint = node.narrowed().constraint if isinstance(node, ir.Generate) else None
+    if not isinstance(node, ir.Generate) or constraint is None:
         return False
-    is_free = node.constraint.kind in ("tools", "structural_tag")
+    is_free = constraint.kind in ("tools", "structural_tag")
     return not (is_free or node.sampling.min_tokens or node.sampling.ignore_eos)
 
 

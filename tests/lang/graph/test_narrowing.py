@@ -212,6 +212,17 @@ def test_a_text_that_passes_is_not_changed_by_its_mask() -> None:
         assert program.run(backend=mock)["motto"] == "By the sea we stand."
 
 
+def test_a_masked_text_ends_where_the_text_after_it_begins() -> None:
+    @function
+    def program(s: State) -> None:
+        s += "city? " + gen("city", where=length(3, 20), retries=0) + " is a city."
+
+    with MockBackend({"city?": "Bergen is a city. And Oslo"}) as mock:
+        state = program.run(backend=mock)
+    assert state["city"] == "Bergen"
+    assert state.text() == "city? Bergen is a city."
+
+
 def test_checks_that_no_text_passes_are_an_error_that_names_them() -> None:
     @function
     def program(s: State) -> None:
