@@ -94,7 +94,8 @@ def _narrowed(given: Constraint | None, lowered: Sequence[Json], stop: tuple[str
     whole: Json = {"all": parts} if len(parts) > 1 else parts[0]
     if given is None and stop:
         whole = {"until": list(stop), "of": whole}
-    return Constraint("grammar", json.dumps(whole, ensure_ascii=False))
+    whole_source = json.dumps(whole, ensure_ascii=False)
+    return Constraint("grammar", whole_source, tokenization="canonical" if given is None else given.tokenization)
 
 
 def _num_states(check: Check) -> int:

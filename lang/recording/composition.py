@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 
 from ramet.errors import InvalidRequest
 from ramet.lang.graph import ir
+from ramet.lang.graph.constraint import Tokenization
 from ramet.lang.graph.narrowing import narrowing
 from ramet.lang.recording.generations import Gen, SelectExpr
 from ramet.lang.recording.recorder import Appendable, Chain, Expr, Recorder
@@ -81,10 +82,12 @@ class ComposedGen(Expr):
         return source
 
 
-def composed_gen(name: str | None, grammar: Composition, sampling: ir.Sampling) -> ComposedGen:
+def composed_gen(
+    name: str | None, grammar: Composition, sampling: ir.Sampling, tokenization: Tokenization = "canonical"
+) -> ComposedGen:
     """Return the generation of a grammar. Raises InvalidRequest for a part that no grammar can have."""
     source, captures = lower(grammar)
-    constraint = ir.Constraint("grammar", json.dumps(source, ensure_ascii=False))
+    constraint = ir.Constraint("grammar", json.dumps(source, ensure_ascii=False), tokenization=tokenization)
     return ComposedGen(Gen(name, captures_type(constraint, captures), constraint, sampling), grammar, captures)
 
 
@@ -240,6 +243,8 @@ def _generated(gen: Gen) -> Json:
     """Return the texts of a generation inside of a grammar."""
     name = gen.name or "a generation"
     said, stop = _own_sampling(gen)
+    if gen.constraint is not None and gen.constraint.tokenization != "canonical":
+        said = {"tokenization": gen.constraint.tokenization}
     if said:
         raise InvalidRequest(
             f"{name} says {next(iter(said))} inside of a grammar, which is one generation; give it to the gen(...) of "

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
+
+import msgspec
 
 from ramet.errors import InvalidRequest
 from ramet.lang.graph.checks import Check, check_problem
+from ramet.lang.graph.constraint import Tokenization
 from ramet.lang.graph.ir import MAX_RETRIES, SCORERS, Constraint
 from ramet.lang.graph.sampling import FIELDS, to_sampling
 from ramet.lang.recording.composition import (
@@ -47,6 +50,7 @@ def gen(
     choices: Sequence[str] | None = None,
     json_schema: Mapping[str, Any] | None = None,
     substring_of: str | None = None,
+    tokenization: Tokenization = "canonical",
     where: Check | Callable[[Any], object] | Sequence[Check | Callable[[Any], object]] = (),
     retries: int = 3,
 ) -> Gen | ComposedGen:
@@ -59,6 +63,9 @@ def gen(
     or a JSON schema dict; or a grammar (`one_or_more(...)`, `select([...])`, ...), whose named parts become variables,
     too. At most one of `regex`, `cfg` (a Lark grammar), `choices`, `json_schema` and `substring_of` constrains the text
     (instead of the constraint of `type`).
+
+    `tokenization`: of text that the constraint forces, such as a key. `canonical`: the tokenizer's own tokens (see
+    docs/grammar.md). `any`: any tokens that spell it.
 
     `where`: checks of the value: `length`, `between`, `is_in`, `starts_with`, `ends_with`, `contains`, combined by `&`,
     `|` and `~`, or any callable, which refuses a value by returning something false or raising ValueError. Checks of
@@ -75,6 +82,13 @@ def gen(
     is_composed = isinstance(type, Composition)
     wanted = TEXT if is_composed else output_type(json_schema if type is None and json_schema is not None else type)
     constraint = _constraint(wanted.constraint, regex, cfg, choices, json_schema, substring_of)
+    is_by_type = constraint is wanted.constraint
+    if tokenization not in get_args(Tokenization):
+        raise InvalidRequest(f"tokenization is {tokenization!r}, but must be canonical or any", param="tokenization")
+    if tokenization != "canonical" and not is_composed:
+        if constraint is None:
+            raise InvalidRequest("tokenization is of a constraint, but the text is free", param="tokenization")
+        constraint = msgspec.structs.replace(constraint, tokenization=tokenization)
     values = {
         "max_tokens": max_tokens,
         "min_tokens": min_tokens,
@@ -92,7 +106,7 @@ def gen(
         "ignore_eos": ignore_eos,
         "logprobs": logprobs,
     }
-    if constraint is wanted.constraint and wanted.stop:
+    if is_by_type and wanted.stop:
         values["max_tokens"] = max_tokens or wanted.max_tokens
         values["stop"] = (*((stop,) if isinstance(stop, str) else stop or ()), *wanted.stop)
     checks = tuple(where) if isinstance(where, Sequence) else (where,)
@@ -108,7 +122,7 @@ def gen(
     if isinstance(type, Composition):
         if constraint is not None or checks:
             raise InvalidRequest("constraints and checks of a grammar stand in its parts", param="type")
-        return composed_gen(name, type, to_sampling(said))
+        return composed_gen(name, type, to_sampling(said), tokenization)
     return Gen(name, wanted, constraint, to_sampling(said), checks, retries)
 
 

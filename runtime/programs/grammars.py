@@ -53,11 +53,12 @@ class ProgramGrammars:
         with self._lock:
             service = self._service or self._start_service()
             if constraint.kind == "tools":
-                source = self._tool_set(constraint.source)
-                return service.submit("tools", source, self._tool_vocabulary, client=client)
+                source, words = self._tool_set(constraint.source), _in_tokens(self._tool_vocabulary, constraint)
+                return service.submit("tools", source, words, client=client)
             options: dict[str, Any] = {"mode": "declared_order"} if constraint.in_order else {}  # Any: the kind's own
             if self._device is None:
-                return service.submit(constraint.kind, constraint.source, self._vocabulary, client=client, **options)
+                words = _in_tokens(self._vocabulary, constraint)
+                return service.submit(constraint.kind, constraint.source, words, client=client, **options)
             return self._closed(service, self._device, constraint, client, options)
 
     def get_narrowed(self, node: Generate, client: tuple[str, ...] = ()) -> Future[CompiledGrammar | None]:
@@ -174,7 +175,8 @@ class ProgramGrammars:
 
         A grammar that cannot be closed is compiled again, as it was requested.
         """
-        closing, vocabulary, kind, source = self._thread(), self._vocabulary, constraint.kind, constraint.source
+        closing, kind, source = self._thread(), constraint.kind, constraint.source
+        vocabulary = _in_tokens(self._vocabulary, constraint)
         ordered: dict[str, Any] = {"mode": "declared_order"} if kind == "json_schema" else options
         compiled = service.submit(kind, source, vocabulary, client=client, **ordered)
         answer: Future[CompiledGrammar] = Future()
@@ -221,3 +223,7 @@ def _failed(error: GrammarError, narrowed: Narrowing) -> Future[CompiledGrammar]
     wrong.__cause__ = error
     failed.set_exception(wrong)
     return failed
+
+
+def _in_tokens(vocabulary: Vocabulary, constraint: Constraint) -> Vocabulary:
+    return vocabulary if constraint.tokenization == "canonical" else vocabulary.without_splits

@@ -16,7 +16,7 @@ from pydantic import Field, create_model
 
 from ramet.errors import InvalidGrammar
 from ramet.grammar.text.gbnf import is_gbnf, lark_of_gbnf
-from ramet.lang.graph.ir import Constraint
+from ramet.lang.graph.constraint import Constraint, Tokenization
 from ramet.lang.graph.sampling import FIELDS, SamplingField
 from ramet.runtime.server.errors import HttpError
 from ramet.runtime.server.validation import OnlyFalse, OnlyTrue, Strict
@@ -158,6 +158,7 @@ class SamplingFields(OpenAiValues):
     guided_choice: list[str] | None = None
     guided_grammar: str | None = Field(default=None, description="as ebnf")
     structured_outputs: StructuredOutputs | None = None
+    tokenization: Tokenization | None = Field(default=None, description="of text that a constraint forces: canonical")
 
     priority: int | None = Field(default=None, ge=-100, le=2**31 - 1, description="lower values run first")
     cache_salt: str | None = Field(default=None, max_length=200)
@@ -213,9 +214,9 @@ def constraint_of(
     Raises: HttpError if several fields set a constraint, the source is too large, or a GBNF source has a mistake.
     """
     formats: list[Asked] = [("response_format", "json_schema", schema), ("response_format", "structural_tag", tag)]
-    found = one_constraint(formats + _asked(body), limit_bytes)
+    found = one_constraint(formats + _asked(body), limit_bytes, body.tokenization or "canonical")
     if found is not None and in_order and found[0] == "response_format":
-        return found[0], Constraint(found[1].kind, found[1].source, in_order=True)
+        return found[0], msgspec.structs.replace(found[1], in_order=True)
     return found
 
 
@@ -234,8 +235,13 @@ def _asked(body: SamplingFields) -> list[Asked]:
     return asked if body.structured_outputs is None else asked + body.structured_outputs.asked()
 
 
-def one_constraint(asked: Sequence[Asked], limit_bytes: int) -> tuple[str, Constraint] | None:
-    """The only one of (field, kind, source) that has a source, as a constraint. Raises HttpError as `constraint_of`."""
+def one_constraint(
+    asked: Sequence[Asked], limit_bytes: int, tokenization: Tokenization
+) -> tuple[str, Constraint] | None:
+    """The only one of (field, kind, source) that has a source, as a constraint.
+
+    `tokenization`: as in Constraint. Raises: HttpError as `constraint_of`.
+    """
     given = [(name, kind, source) for name, kind, source in asked if source is not None]
     if not given:
         return None
@@ -246,9 +252,10 @@ def one_constraint(asked: Sequence[Asked], limit_bytes: int) -> tuple[str, Const
     text = source if isinstance(source, str) else compact_json(source)
     check_size(text, name, limit_bytes)
     if kind != "ebnf":
-        return name, Constraint(kind, text)
+        return name, Constraint(kind, text, tokenization=tokenization)
     try:
-        return name, Constraint("cfg", lark_of_gbnf(text) if is_gbnf(text) else text)
+        source = lark_of_gbnf(text) if is_gbnf(text) else text
+        return name, Constraint("cfg", source, tokenization=tokenization)
     except InvalidGrammar as error:
         raise HttpError(400, f"{name}: {error}", param=name, code="invalid_grammar") from None
 

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import Field
 
 from ramet.errors import InvalidSampling
-from ramet.lang.graph.ir import Constraint
+from ramet.lang.graph.constraint import Constraint, Tokenization
 from ramet.lang.graph.sampling import FIELDS
 from ramet.runtime.server.errors import HttpError
 from ramet.runtime.server.sampling_fields import MAX_CHOICES, NATIVE_VALUES, NativeValues, given_values, one_constraint
@@ -29,6 +29,7 @@ class NativeSampling(NativeValues):
     cfg: str | None = Field(default=None, description="a grammar in Lark's syntax")
     ebnf: str | None = Field(default=None, description="a grammar in GBNF with a rule `root`, or in Lark's syntax")
     structural_tag: str | dict[str, Any] | None = Field(default=None, description="free text with constrained parts")
+    tokenization: Tokenization = Field(default="canonical", description="of text that a constraint forces")
     skip_special_tokens: OnlyTrue = Field(default=True, description="special tokens are never text")
     spaces_between_special_tokens: bool | None = Field(default=None, description="special tokens are never text")
     no_stop_trim: OnlyFalse = Field(default=False, description="a stop string never belongs to the text")
@@ -54,6 +55,7 @@ class NativeSampling(NativeValues):
                 ("sampling_params.structural_tag", "structural_tag", self.structural_tag),
             ],
             limit_bytes,
+            self.tokenization,
         )
 
 

@@ -285,7 +285,8 @@ class ChatEndpoint:
         written = self.style.tool_set(tools, name, parallel=parallel, answer=answer, in_order=in_order)
         source = compact_json(written)
         check_size(source, "tools", limit)
-        return ("tools", Constraint("tools", source)), None if choice == "none" else self.style
+        constraint = Constraint("tools", source, tokenization=body.tokenization or "canonical")
+        return ("tools", constraint), None if choice == "none" else self.style
 
 
 def _check_fields(body: ChatBody) -> None:

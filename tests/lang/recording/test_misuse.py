@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from ramet import Engine, State, function, gen, select
+from ramet import Engine, State, function, gen, one_or_more, select
 from ramet.errors import ConfigError, InvalidProgram, InvalidRequest, InvalidSampling, RametError, UndefinedVariable
+from ramet.lang.recording.generations import Gen
 from ramet.runtime.models.load import LoadedModel
 
 
@@ -227,3 +228,17 @@ def test_half_a_surrogate_pair_is_said_to_be_no_text(engine: Engine) -> None:
     state = program.run(text="half \ud83d", backend=engine)
     with pytest.raises(RametError, match="not valid Unicode"):
         assert state["x"]
+
+
+def test_a_tokenization_is_one_of_a_constraint() -> None:
+    wrong: Any = "odd"
+    with pytest.raises(InvalidRequest, match="tokenization is 'odd', but must be canonical or any"):
+        gen("x", int, tokenization=wrong)
+    with pytest.raises(InvalidRequest, match="tokenization is of a constraint, but the text is free"):
+        gen("x", tokenization="any")
+    with pytest.raises(InvalidRequest, match="x says tokenization inside of a grammar"):
+        gen("y", one_or_more(gen("x", int, tokenization="any")))
+    for written in (gen("x", int, tokenization="any"), gen("y", one_or_more(gen("x", int)), tokenization="any")):
+        constraint = written.constraint if isinstance(written, Gen) else written.gen.constraint
+        assert constraint is not None
+        assert constraint.tokenization == "any"

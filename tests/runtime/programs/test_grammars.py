@@ -16,6 +16,7 @@ from ramet.runtime.constraints.device_grammars import DeviceGrammars
 from ramet.runtime.engine.factory import make_device_grammars
 from ramet.runtime.models.load import LoadedModel
 from ramet.runtime.programs.grammars import ProgramGrammars
+from ramet.runtime.testing.byte_tokenizer import ByteTokenizer
 from ramet.runtime.text.role_marks import RoleMarks
 
 OBJECT = {
@@ -130,3 +131,41 @@ def test_a_grammar_that_fails_while_it_is_closed_fails_its_future(
     monkeypatch.setattr(device, "close", fail)
     with pytest.raises(MemoryError, match="closing"):
         cache.get(Constraint("regex", "[a-z]{2,6}")).result(timeout=60)
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_forced_text_is_tokenised_as_the_constraint_says(on_device: bool) -> None:
+    tokenizer = WordTokenizer()
+    tokens = TokenTable.create(tokenizer.token_bytes, tokenizer.eos_ids, tokenizer.special_ids, tokenizer.vocab_size)
+    arena = GrammarArena(tokens, 2, max_states=64, max_transitions=1 << 12)
+    device = DeviceGrammars(arena, tokenizer.token_bytes, tokenizer.eos_ids, tokenizer.special_ids)
+    cache = ProgramGrammars(tokenizer, RoleMarks(tokenizer.chat_template), device if on_device else None)
+    masks = {}
+    for constraint in (
+        Constraint("regex", "the end"),
+        Constraint("regex", "the end", tokenization="any"),
+        Constraint("choice", '["the end"]', tokenization="any"),
+        Constraint("choice", '["the end"]'),
+    ):
+        grammar = cache.get(constraint).result()
+        assert grammar.is_closed == on_device
+        masks[constraint.kind, constraint.tokenization] = grammar.allowed_tokens(0).tolist()
+    for kind in ("regex", "choice"):
+        assert masks[kind, "canonical"] == [WordTokenizer.THE]
+        assert masks[kind, "any"] == [ord("t"), WordTokenizer.THE]
+    cache.close()
+
+
+class WordTokenizer(ByteTokenizer):
+    """A tokenizer of bytes with one word more."""
+
+    THE = 300
+
+    def __init__(self) -> None:
+        super().__init__(vocab_size=301)
+        self.token_bytes[self.THE] = b"the "
+        self.special_ids -= {self.THE}
+
+    def split(self, text: bytes) -> list[int]:
+        begin, the, rest = text.partition(b"the ")
+        return [*begin, *([self.THE, *self.split(rest)] if the else ())]

@@ -120,7 +120,8 @@ def test_log_probabilities_of_what_is_generated_and_of_the_prompt(server: Server
 def test_a_constraint_holds(server: Server) -> None:
     pattern = "(red|green|blue)(,(red|green|blue)){1,2}"
     for seed in range(4):
-        sampling = {"max_new_tokens": 30, "sampling_seed": seed, "regex": pattern}
+        tokenization = ("canonical", "any")[seed % 2]
+        sampling = {"max_new_tokens": 30, "sampling_seed": seed, "regex": pattern, "tokenization": tokenization}
         assert re.fullmatch(pattern, generate(server, sampling_params=sampling).json()["text"])
 
 
@@ -147,6 +148,7 @@ def test_a_constraint_holds(server: Server) -> None:
         ({"sampling_params": {"stop_regex": "a"}}, 400, "use stop"),
         ({"sampling_params": {"ebnf": "root ::= gone"}}, 400, "'gone'"),
         ({"sampling_params": {"structural_tag": {"triggers": []}}}, 400, "structures"),
+        ({"sampling_params": {"regex": "a", "tokenization": "odd"}}, 400, "tokenization"),
         ({"session_params": {}}, 400, "session_params is not supported"),
     ],
 )

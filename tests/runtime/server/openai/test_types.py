@@ -219,6 +219,18 @@ def test_properties_come_in_order_where_strict_says_so(client: Client, strict: b
     assert source["json"]["mode"] == ("declared_order" if strict else "exact")
 
 
+@pytest.mark.parametrize("asked", [None, "canonical", "any"])
+def test_forced_text_is_tokenised_as_asked(client: Client, asked: str | None) -> None:
+    client.engine.says("ok")
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+    schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}, "strict": True}}
+    constraints: list[dict[str, Any]] = [{"regex": "ok"}, {"ebnf": 'root ::= "ok"'}, {"response_format": schema}]
+    for fields in (*constraints, {"tools": [tool]}):
+        client.chat(tokenization=asked, **fields)
+        assert client.engine.submitted[-1].constraint.tokenization == (asked or "canonical")
+    assert client.refusal(CHAT, {"messages": [USER], "regex": "a", "tokenization": "odd"})["param"] == "tokenization"
+
+
 def test_a_constraint_larger_than_allowed_is_refused(make_client: Any) -> None:
     client = make_client(max_schema_bytes=100)
     error = client.refusal(CHAT, {"messages": [USER], "regex": "a" * 101})
