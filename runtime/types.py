@@ -60,6 +60,10 @@ class Grammar(Protocol):
     def is_closed(self) -> bool:
         """True if every reachable state is known, so `device_tables` can be kept on a device."""
 
+    @property
+    def before(self) -> bytes:
+        """What texts begin with that is no part of them: the prompt's last token, which the model writes again."""
+
     def fill_mask(self, state: int, row: NDArray[np.int32]) -> None:
         """Write the token mask of `state`: bit `t % 32` of word `t // 32` is 1 if token t is allowed."""
 
@@ -71,6 +75,9 @@ class Grammar(Protocol):
 
     def is_complete(self, state: int) -> bool:
         """True if the text may end here and nothing can follow. Must be cheap: it is called after every token."""
+
+    def is_free(self, state: int) -> bool:
+        """True if any token may follow, from this state on."""
 
     def num_after(self, state: int, *, is_last: bool) -> int:
         """How many bytes at the end belong to what follows the value; before the last token, those that may do so."""

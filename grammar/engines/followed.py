@@ -40,6 +40,7 @@ class FollowedGrammar:
     """A grammar with integer states over the matchers of another engine. Not thread-safe."""
 
     is_closed = False
+    before = b""
 
     def __init__(self, start: Follower, vocabulary: Vocabulary, max_kept: int = 128) -> None:
         self.vocabulary = vocabulary
@@ -75,6 +76,10 @@ class FollowedGrammar:
 
     def is_complete(self, state: int) -> bool:
         """Return False: a text ends by an end token."""
+        return False
+
+    def is_free(self, state: int) -> bool:
+        """Return False: no state allows all tokens."""
         return False
 
     def num_after(self, state: int, *, is_last: bool) -> int:

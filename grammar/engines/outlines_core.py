@@ -67,6 +67,7 @@ class IndexedGrammar:
     """A grammar over an index of states and tokens. States are numbered in the order in which they are reached."""
 
     is_closed = False
+    before = b""
 
     def __init__(self, index: Any, vocabulary: Vocabulary) -> None:
         self.index = index
@@ -94,6 +95,10 @@ class IndexedGrammar:
 
     def is_complete(self, state: int) -> bool:
         """Return False: a text ends by an end token."""
+        return False
+
+    def is_free(self, state: int) -> bool:
+        """Return False: no state allows all tokens."""
         return False
 
     def num_after(self, state: int, *, is_last: bool) -> int:

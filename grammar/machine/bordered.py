@@ -96,9 +96,9 @@ class Bordered:
         has_all = read[-1] == len(self.after)
         return has_all and not self._is_blank if value is not None else has_all or len(read) == 1
 
-    @property
-    def num_before(self) -> int:
-        return len(self.before)
+    def is_free(self, state: int) -> bool:
+        """True if any token may follow: without a grammar, once `before` is written."""
+        return self.grammar is None and self._places[state] is not None
 
     def num_after(self, state: int, *, is_last: bool) -> int:
         """Return how many bytes at the text's end are no value. Before the end, count those that may be none."""

@@ -47,6 +47,8 @@ class CompiledGrammar:
     Raises: GrammarError if `start` is DEAD, so that no text matches.
     """
 
+    before = b""  # see Bordered
+
     def __init__(self, machine: Machine, start: int, unenforced: Sequence[Problem] = ()) -> None:
         if start == DEAD:
             raise GrammarError("the grammar is contradictory: no text matches it")
@@ -139,6 +141,10 @@ class CompiledGrammar:
 
     def is_complete(self, state: int) -> bool:
         """Return False: a text ends by an end token."""
+        return False
+
+    def is_free(self, state: int) -> bool:
+        """Return False: no state allows all tokens."""
         return False
 
     def num_after(self, state: int, *, is_last: bool) -> int:

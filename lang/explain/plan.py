@@ -114,6 +114,8 @@ def _node_costs(paths: Paths, plan: RequestPlan) -> Iterable[NodeCost]:
         if twin is not None:
             assert isinstance(node, ir.Generate)
             prompt = paths.prompts[node.id].count
+            if paths.given_back[node.id]:
+                prompt = prompt + Count(1, 1)
             if node.checks:
                 prompt = prompt + Count(0, prompt.at_most * node.retries)
             shared, new, written = prompt, ZERO, ZERO

@@ -7,16 +7,19 @@ paths in the same `Trie` are equal exactly if they have the same position.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import msgspec
 
 from ramet.lang.graph import ir
 from ramet.lang.graph.following import MAX_BYTES, children_of, following, is_ended_by_following
+from ramet.lang.graph.healing import Healing
+from ramet.lang.passes.masked_checks import masked_checks
 from ramet.lang.passes.target import Target
 
 NO_LIMIT = 1 << 20  # tokens; stands for no limit
@@ -103,6 +106,7 @@ class Point:
     """One point of one branch: the `items` added after `parent`, their positions, and the pending text after them.
 
     `count`: tokens from the beginning to here, without pending text. `node`: the node that added the items.
+    `num_literal`: the bytes at the items' end that are the author's own text; None: that depends on the run.
     """
 
     parent: Point | None = None
@@ -112,6 +116,7 @@ class Point:
     count: Count = ZERO
     pending: tuple[Pending, ...] = ()
     node: int | None = None
+    num_literal: int | None = 0
 
     def chain(self) -> Iterator[Point]:
         """Yield this point and those before it, this one first."""
@@ -153,6 +158,8 @@ class Paths:
     `points[i]`: the point after node i. `prompts`: the prompts of Generate nodes. `selections`: the prompts of Select
     nodes. `twins`: a Generate node that always writes the text of an earlier one -> that earlier node. `unordered`:
     nodes with twins of which the run decides the first to run. `joined`: joins, and the nodes after one on its branch.
+    `given_back`: the last token of a generation's prompt, if the model writes it again (`lang/graph/healing.py`): then
+    `prompts` and the request are without it. None: that depends on the run.
     """
 
     graph: ir.Graph
@@ -162,6 +169,7 @@ class Paths:
     points: list[Point] = field(default_factory=list)
     prompts: dict[int, Point] = field(default_factory=dict)
     selections: dict[int, SelectPaths] = field(default_factory=dict)
+    given_back: dict[int, bytes | None] = field(default_factory=dict)
     twins: dict[int, int] = field(default_factory=dict)
     unordered: set[int] = field(default_factory=set)
     joined: set[int] = field(default_factory=set)
@@ -185,6 +193,7 @@ class _Interpreter:
         self._classes: dict[Hashable, int] = {}
         self._children = children_of(graph.nodes)
         self._spanned: dict[str, bool] = {}
+        self._healing = Healing(target.token_bytes)
         self._flushed: dict[int, tuple[Point, Point]] = {}  # id of a point -> the flushed point, and the point itself
 
     def run(self) -> Paths:
@@ -273,12 +282,19 @@ class _Interpreter:
         return self._target.mark(ir.branch(self._graph.nodes, node.parent), node)
 
     def _generate(self, node: ir.Generate, prompt: Point) -> tuple[Point, tuple[TextPart, ...]]:
-        self._found.prompts[node.id] = prompt
+        again = self._given_back(node, prompt)
+        if again:
+            assert prompt.parent is not None
+            position = prompt.positions[-2] if len(prompt.items) > 1 else prompt.parent.position
+            count = Count(prompt.count.at_least - 1, prompt.count.at_most - 1)
+            items, positions = prompt.items[:-1], prompt.positions[:-1]
+            prompt = Point(prompt.parent, items, positions, position, count, (), prompt.node)
+        self._found.prompts[node.id], self._found.given_back[node.id] = prompt, again
         name, after = node.id, self._following(node)
         if ir.is_repeatable(node.sampling):
             checks = msgspec.json.encode((node.checks, node.retries))
             is_in_message = ir.is_in_message(self._graph.nodes, node)
-            key = (prompt.position, node.sampling, node.constraint, checks, is_in_message, after)
+            key = (prompt.position, again, node.sampling, node.constraint, checks, is_in_message, after)
             name = self._classes.setdefault(key, node.id)
             if name != node.id:
                 self._found.twins[node.id] = name
@@ -286,7 +302,8 @@ class _Interpreter:
                     self._found.unordered.add(name)
         limit, most_bytes = generated_limits(node, self._target)
         # If max_tokens ended the text, the last token has no keys and values.
-        tokens = Opaque(("generated", self._row, name), Count(0, limit), unread=Count(0, 1))
+        written = Count(1, limit + 1) if again else Count(0, limit)
+        tokens = Opaque(("generated", self._row, name), written, unread=Count(0, 1))
         text = Unknown(("text", self._row, name), most_bytes)
         self._value_parts[node.id] = text
         point = self._extend(prompt, (tokens,), node.id)
@@ -297,6 +314,18 @@ class _Interpreter:
             rest = Unknown(("rest", self._row, name), self._target.max_token_bytes - 1)
             point = Point(point, (), (), point.position, point.count, (Pending(rest, False, node.id),), node.id)
         return point, (text,)
+
+    def _given_back(self, node: ir.Generate, prompt: Point) -> bytes | None:
+        """Return the prompt's last token if the model writes it again, else b""; None if that depends on the run."""
+        if prompt.num_literal is None:
+            return None
+        last = prompt.items[-1] if prompt.items else None
+        if not isinstance(last, int) or prompt.count.at_most < 2:
+            return b""
+        again = self._healing.given_back(last, prompt.num_literal)
+        if again and not self._target.goes_on(masked_checks(node, self._target).constraint, again):
+            return b""
+        return again
 
     def _following(self, node: ir.Generate) -> tuple[TextPart, ...]:
         """Return the text that ends a constrained value, as far as the engine looks at it."""
@@ -371,8 +400,18 @@ class _Interpreter:
             return before
         if id(before) not in self._flushed:
             items = tokenise(self._target, before.pending, is_start=before.is_start)
-            self._flushed[id(before)] = (self._extend(before, items, before.pending[-1].node), before)
+            found = self._extend(before, items, before.pending[-1].node)
+            found = replace(found, num_literal=_num_literal(before.pending, items))
+            self._flushed[id(before)] = (found, before)
         return self._flushed[id(before)][0]
+
+
+def _num_literal(pieces: Sequence[Pending], items: Sequence[Item]) -> int | None:
+    """Return the number of bytes at the end of tokenised pieces that no chat template wrote; None: it is not known."""
+    literal = list(itertools.takewhile(lambda piece: not piece.is_markup, reversed(pieces)))
+    if literal and isinstance(items[-1], Opaque):
+        return None
+    return sum(len(piece.text.encode()) for piece in literal if isinstance(piece.text, str))
 
 
 def tokenise(target: Target, pieces: Sequence[Pending], *, is_start: bool) -> list[Item]:

@@ -200,23 +200,37 @@ class _Planner:
         assert isinstance(written.items[-1], Opaque)
         node_of = self._paths.graph.nodes[node]
         assert isinstance(node_of, ir.Generate)
-        count = written.items[-1].count
+        count, again = written.items[-1].count, self._paths.given_back[node]
+        if again:  # the first token counts as one of the prompt
+            count = Count(count.at_least - 1, count.at_most - 1)
         if node_of.constraint is not None and node_of.constraint.kind == "choice":
             # An end token may follow, or a token of the text after it. That text is read on while it may be a part of a
             # longer choice, too.
             most = node_of.sampling.max_tokens or self._paths.context_length
             count = Count(0, min(count.at_most + (MAX_BYTES if _has_beginnings(node_of.constraint) else 1), most))
         self._request(node, None, self._paths.prompts[node], count)
+        self._write_again(again)
         if self._share and node in self._paths.unordered:
             last = self._plan.requests[-1]
             new, shared = Count(0, last.new.at_most), Count(last.shared.at_least, last.prompt.at_most)
             self._plan.requests[-1] = replace(last, new=new, shared=shared)
         if node_of.checks and node_of.retries:
-            self._retry(node_of.retries)
+            self._retry(node_of.retries, 1 if again == b"" else 2)
         self._cache(written, node)
 
-    def _retry(self, retries: int) -> None:
-        """Count `retries` possible retries of the last request. Its prompt is then cached, except the token read again.
+    def _write_again(self, given_back: bytes | None) -> None:
+        """Count the prompt's last token, if the model writes it again, as a new token of the last request's prompt."""
+        if given_back == b"":
+            return
+        last, one = self._plan.requests[-1], Count(1, 1)
+        if given_back is None:
+            shared = Count(max(0, last.shared.at_least - 1), last.shared.at_most)
+            self._plan.requests[-1] = replace(last, new=last.new + Count(0, 1), shared=shared)
+        else:
+            self._plan.requests[-1] = replace(last, prompt=last.prompt + one, new=last.new + one)
+
+    def _retry(self, retries: int, num_new: int) -> None:
+        """Count `retries` possible retries of the last request, whose prompt is then cached but for `num_new` tokens.
 
         Refused texts stay in the cache beside the kept one.
         """
@@ -226,7 +240,7 @@ class _Planner:
             last,
             prompt=last.prompt + Count(0, prompt),
             shared=last.shared + Count(0, prompt),
-            new=last.new + Count(0, retries),
+            new=last.new + Count(0, num_new * retries),
             written=last.written + Count(0, most),
             tries=1 + retries,
         )

@@ -44,6 +44,12 @@ class Target(Protocol):
     def mark(self, before: Sequence[AnyNode], node: Role | Tools) -> str:
         """Return the chat template's text at the border of a message, or of tools, after the nodes `before`."""
 
+    def goes_on(self, constraint: Constraint | None, before: bytes) -> bool:
+        """Return whether a token begins with `before` and goes on as a text may begin.
+
+        Compiles the constraint, and raises the errors of that.
+        """
+
     def forced_tokens(self, constraint: Constraint) -> list[int] | None:
         """Return the tokens that every text of this constraint begins with. Compiles it; raises those errors."""
 

@@ -56,8 +56,8 @@ def gen(
 ) -> Gen | ComposedGen:
     """Generate text, or a value of `type`, and keep it as variable `name`.
 
-    Don't end the text before a generation with a space: `"Answer:" + gen(...)`, not `"Answer: " + gen(...)`. Most
-    tokens begin with their own space, and after a separate space a model writes worse text, or none.
+    Text before it may end with a space or half a word: the model writes the last token of that text again, as a part of
+    any token that begins with it. A constrained value ends where the model goes on with the text that follows.
 
     `type`: str, int, float, bool, Literal, Enum, datetime, date, a dataclass, TypedDict or pydantic model, `list[...]`,
     or a JSON schema dict; or a grammar (`one_or_more(...)`, `select([...])`, ...), whose named parts become variables,

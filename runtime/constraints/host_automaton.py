@@ -28,7 +28,8 @@ class HostAutomaton:
     `state`: None once the text is past its end (the request ignores end tokens). `can_finish`: False once no complete
     text fits into `max_tokens`. It stays False, because each token shortens the path to the end by at most one.
     `mask`: of the next token, int32 [W]; None if every token is allowed. `incomplete`: why the text is incomplete, if
-    `max_tokens` has ended it. `is_complete`, `num_held`, `num_after`: of the text so far, as in RowOutput.
+    `max_tokens` has ended it. `is_free`: any token may follow from now on. `is_complete`, `num_held`, `num_after`: of
+    the text so far, as in RowOutput.
     """
 
     sequence: Sequence
@@ -37,6 +38,7 @@ class HostAutomaton:
     can_finish: bool = True
     mask: NDArray[np.int32] | None = None
     incomplete: str | None = None
+    is_free: bool = False
     is_complete: bool = False
     num_held: int = 0
     num_after: int = 0
@@ -58,6 +60,7 @@ class HostAutomaton:
         if self.state is not None:
             self.num_held = self.grammar.num_after(self.state, is_last=False)
             self.num_after = self.grammar.num_after(self.state, is_last=True)
+            self.is_free = self.grammar.is_free(self.state)
         request = self.sequence.request
         num_output = len(self.sequence.output_ids) + len(tokens)
         if tokens[-1] in request.stop_ids and num_output >= request.sampling.min_tokens:
@@ -67,7 +70,7 @@ class HostAutomaton:
             return tokens
         if num_output >= request.max_tokens:
             self.incomplete = self._why_incomplete()
-        elif self.state is None:
+        elif self.state is None or self.is_free:
             self.mask = None
         elif self.mask is not None:
             self.mask.fill(-1)

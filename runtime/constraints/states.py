@@ -88,6 +88,7 @@ class GrammarStates:
         self._works: dict[Sequence, GrammarWork] = {}
         self._joined: list[Sequence] = []
         self._rows = TakenRows()
+        self._freed: list[Sequence] = []
 
     def add(self, sequence: Sequence) -> None:
         """Begin to add a new sequence with a grammar: on the device if the grammar is closed and there is room, else on
@@ -138,6 +139,11 @@ class GrammarStates:
     def is_on_host(self, sequence: Sequence) -> bool:
         """Return whether the host masks the sequence, so that it must know each token before the next step."""
         return sequence in self._on_host
+
+    def take_freed(self) -> list[Sequence]:
+        """Return the sequences that the host need not mask any more, since the last call."""
+        freed, self._freed = self._freed, []
+        return freed
 
     def take_failures(self) -> dict[Sequence, Exception]:
         """Return the errors of grammars since the last call. The caller must end their sequences."""
@@ -258,6 +264,7 @@ class GrammarStates:
         sequence = item.sequence
         (sampled,) = output.token_ids
         taken: list[int] = []
+        was_free = automaton.is_free
 
         def is_better(num_forced: int) -> bool:
             return self._computes_run(num_forced, num_rows, sequence.num_tokens + 1)
@@ -280,6 +287,10 @@ class GrammarStates:
                 )
             self._rows.items.append(item)
             self._rows.outputs.append(result)
+            if automaton.is_free and (was_free or self.device is None):
+                # A device keeps a slot's last mask, so the host writes one that allows everything before it leaves.
+                self._on_host.pop(sequence, None)
+                self._freed.append(sequence)
 
         self._begin(sequence, lambda: taken.extend(automaton.follow(sampled, is_better)), finish)
 

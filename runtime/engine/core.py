@@ -189,6 +189,9 @@ class EngineCore:
         rows = self.grammars.take_rows()
         if rows.replaced:
             self.runner.override_tokens(rows.replaced)
+        for sequence in self.grammars.take_freed():
+            if not sequence.request.sampling.edits_logits:
+                self.scheduler.unhold(sequence)
         return self._finish_rows(rows.items, rows.outputs)
 
     def _finish_rows(self, items: list[ScheduledSequence], outputs: list[RowOutput]) -> list[SequenceUpdate]:

@@ -49,13 +49,17 @@ OnOutput = Callable[[RequestOutput], None]
 
 @dataclass(slots=True, eq=False)
 class _Stream:
-    """The output side of one request. Owner: the engine's thread."""
+    """The output side of one request. Owner: the engine's thread.
+
+    `num_again`: 1 if the first output token writes the prompt's last one again; it counts as a token of the prompt.
+    """
 
     request: Request
     on_output: OnOutput
     detokenizer: Detokenizer | None
     scanner: StopStringScanner | None
     submitted_s: float
+    num_again: int = 0
     num_reported: int = 0
     first_token_s: float | None = None
     num_cached: int | None = None
@@ -145,13 +149,15 @@ class Engine:
         )
         handle = RequestHandle(request.request_id, self.abort)
         stops = request.sampling.stop
-        detokenizer = Detokenizer(self.tokenizer.token_bytes) if detokenize or stops else None
+        again = b"" if grammar is None else grammar.before
+        detokenizer = Detokenizer(self.tokenizer.token_bytes, len(again)) if detokenize or stops else None
         stream = _Stream(
             request,
             on_output or handle.push,
             detokenizer,
             StopStringScanner(stops) if stops else None,
             request.arrival_s,
+            num_again=1 if again else 0,
         )
         if threading.current_thread() is self._thread:
             self._add(stream)
@@ -431,7 +437,8 @@ class Engine:
 
     def _usage(self, sequence: Sequence, stream: _Stream) -> Usage:
         cached = stream.num_cached if stream.num_cached is not None else 0
-        return Usage(stream.request.num_prompt, cached, len(sequence.output_ids))
+        again = min(stream.num_again, len(sequence.output_ids))
+        return Usage(stream.request.num_prompt + stream.num_again, cached, len(sequence.output_ids) - again)
 
     def _fail_all(self) -> None:
         """End all remaining requests: the engine has stopped."""

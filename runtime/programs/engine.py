@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from ramet.lang.graph import ir
+from ramet.lang.graph.healing import Healing
 from ramet.runtime.programs.path import Path, PathTokenizer, PieceEncoder
 from ramet.runtime.text.chat_template import ChatTemplate
 from ramet.runtime.text.role_marks import RoleMarks
@@ -80,6 +81,7 @@ class ProgramModel:
 
     tokenizer: ProgramTokenizer
     encoder: PieceEncoder
+    healing: Healing
     marks: RoleMarks
     context_length: int
 
@@ -88,12 +90,14 @@ class ProgramModel:
 class EngineRequest:
     """One request of a node. With `score_from`, the prompt's tokens from there on are scored; nothing is generated.
 
-    `after`: the literal text that follows a constrained value, and ends it.
+    `before`: the prompt's last token, which was given back: the output's first token begins with it. `after`: the
+    literal text that follows a constrained value, and ends it.
     """
 
     prompt: list[int]
     sampling: SamplingParams
     score_from: int | None = None
+    before: bytes = b""
     after: bytes = b""
 
 

@@ -22,11 +22,12 @@ from ramet.errors import RametError, RequestCancelled
 from ramet.lang.graph import ir
 from ramet.lang.graph.events import OnEvent
 from ramet.lang.graph.following import children_of, following, is_ended_by_following, known_start
+from ramet.lang.graph.healing import Healing
 from ramet.lang.graph.options import Deadline, ProgramOptions
 from ramet.lang.graph.run import GraphRun, NodeRun
 from ramet.runtime.programs.cache_hints import CacheHints
 from ramet.runtime.programs.engine import EngineRequest, Handle, LocalEngine, ProgramEngine, ProgramModel, Work
-from ramet.runtime.programs.generation import Generation
+from ramet.runtime.programs.generation import Generation, with_one_more
 from ramet.runtime.programs.grammars import ProgramGrammars
 from ramet.runtime.programs.path import Path, PieceEncoder
 from ramet.runtime.programs.selection import Selection
@@ -52,7 +53,9 @@ class ProgramHost:
         self.num_ended = 0  # requests of all programs: their clock
         tokenizer = engine.tokenizer
         marks = RoleMarks(tokenizer.chat_template)
-        self.model = ProgramModel(tokenizer, PieceEncoder(tokenizer), marks, engine.context_length)
+        self.model = ProgramModel(
+            tokenizer, PieceEncoder(tokenizer), Healing(tokenizer.token_bytes), marks, engine.context_length
+        )
         on_device = engine.device_grammars if isinstance(engine, LocalEngine) else None
         self.grammars = ProgramGrammars(tokenizer, marks, on_device)
         self._numbers = itertools.count()
@@ -222,8 +225,15 @@ class ProgramExecutor:
         node, before = run.node, self._path_before(run)
         if isinstance(node, ir.Generate):
             is_in_message = ir.is_in_message(self._index.nodes, node)
-            after = self._after(node)
-            return Generation(node, len(run.attempts), self._model, before, after=after, is_in_message=is_in_message)
+            return Generation(
+                node,
+                len(run.attempts),
+                self._model,
+                before,
+                after=self._after(node),
+                is_in_message=is_in_message,
+                may_heal=lambda text: self._host.grammars.goes_on(self._grammars.get(node.id), text),
+            )
         assert isinstance(node, ir.Select)
         return Selection(node, [self._graph.render(choice) for choice in node.choices], self._model, before)
 
@@ -259,6 +269,8 @@ class ProgramExecutor:
                 sampling = self._graph.within_budget(run, request.sampling)
         if sampling is None:
             return
+        if request.before:
+            sampling = with_one_more(sampling)
         left_s = self._graph.deadline.left_s()
         if left_s == 0:
             raise Deadline.error()
@@ -282,8 +294,7 @@ class ProgramExecutor:
         handle.cancel()
 
     def _grammar(self, run: NodeRun, request: EngineRequest) -> Grammar | None:
-        grammar = self._grammars.get(run.node.id)
-        return None if grammar is None else self._host.grammars.between(grammar, b"", request.after)
+        return self._host.grammars.between(self._grammars.get(run.node.id), request.before, request.after)
 
     def _take_in(self, run: NodeRun, at: _AtEngine, index: int, output: RequestOutput) -> None:
         """Take an output on the engine's thread, which no error of a program may end."""

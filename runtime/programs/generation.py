@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -10,7 +11,15 @@ import msgspec
 from ramet.lang.graph import ir
 from ramet.runtime.programs.engine import EngineRequest, ProgramModel
 from ramet.runtime.programs.path import Path, keep_text
-from ramet.runtime.types import RequestOutput
+from ramet.runtime.types import RequestOutput, SamplingParams
+
+
+def with_one_more(sampling: SamplingParams) -> SamplingParams:
+    """Return the sampling of a request whose first token writes the prompt's last one again: it may be one longer."""
+    most, least = sampling.max_tokens, sampling.min_tokens
+    return msgspec.structs.replace(
+        sampling, max_tokens=None if most is None else most + 1, min_tokens=least + 1 if least else least
+    )
 
 
 class Generation:
@@ -25,10 +34,12 @@ class Generation:
         *,
         after: bytes = b"",
         is_in_message: bool,
+        may_heal: Callable[[bytes], bool] = lambda text: True,
     ) -> None:
         """`attempt` counts from 0. `after`: the literal text that follows a constrained value, and ends it.
 
-        Inside of a message, the chat template's end of a message also ends the text.
+        Inside of a message, the chat template's end of a message also ends the text. `may_heal`: whether something is
+        gained if the model writes the prompt's last token again.
         """
         self._node, self._model = node, model
         self._start_s = time.monotonic()
@@ -39,15 +50,22 @@ class Generation:
         prompt = before.flush(model.encoder)
         if prompt.length == 0 and model.tokenizer.bos_id is not None:
             prompt = prompt.extend([model.tokenizer.bos_id])
-        self._prompt = prompt
+        again = b""
+        if prompt.tokens and prompt.length > 1:
+            again = model.healing.given_back(prompt.tokens[-1], prompt.num_literal)
+            if again and may_heal(again):
+                prompt = prompt.without_last()
+            else:
+                again = b""
+        self._prompt, self._again = prompt, again
         sampling = ir.retry_sampling(node.sampling, attempt).params()
-        room = model.context_length - prompt.length
+        room = model.context_length - prompt.length - bool(again)
         if node.sampling.max_tokens is None and 0 < room < (sampling.max_tokens or 0):
             # The program did not ask for this many tokens, so near the end of the context the rest is enough.
             sampling = msgspec.structs.replace(sampling, max_tokens=room, min_tokens=min(sampling.min_tokens, room))
         if is_in_message and model.marks.stop_strings:
             sampling = msgspec.structs.replace(sampling, stop=(*sampling.stop, *model.marks.stop_strings))
-        self.requests = [EngineRequest(prompt.token_ids(), sampling, after=after)]
+        self.requests = [EngineRequest(prompt.token_ids(), sampling, before=again, after=after)]
 
     def take(self, index: int, output: RequestOutput) -> None:
         self._texts.append(output.text)
@@ -59,7 +77,10 @@ class Generation:
         output = self._last
         assert output is not None
         assert output.finish_reason is not None
-        meta: dict[str, object] = {"logprobs": self._logprobs, "token_ids": self._tokens} if self._logprobs else {}
+        meta: dict[str, object] = {}
+        if self._logprobs:
+            own = self._own_tokens()
+            meta = {"logprobs": self._logprobs[own], "token_ids": self._tokens[own]}
         if output.incomplete is not None:
             meta["incomplete"] = output.incomplete
         timings = output.timings or {}
@@ -75,12 +96,24 @@ class Generation:
 
     def path(self) -> Path:
         """Return the branch with the generated tokens, cut off where a stop string, or what follows, cut the text."""
-        token_bytes, text = self._model.tokenizer.token_bytes, "".join(self._texts)
+        return self._prompt.extend(*self._kept())
+
+    def _kept(self) -> tuple[list[int], str]:
+        """Return the tokens that lie in the prompt's end and the text, and what the next token holds of the text."""
+        token_bytes, text = self._model.tokenizer.token_bytes, self._again.decode() + "".join(self._texts)
         is_cut = self._last is not None and isinstance(self._last.stop_match, str)
         if self.requests[0].after:
             whole = b"".join(token_bytes[token] for token in self._tokens)
             is_cut = is_cut or whole.decode("utf-8", "replace") != text
-        return self._prompt.extend(*keep_text(token_bytes, self._tokens, text) if is_cut else (self._tokens,))
+        return keep_text(token_bytes, self._tokens, text) if is_cut else (self._tokens, "")
+
+    def _own_tokens(self) -> slice:
+        """Return which tokens hold a part of the text: neither the prompt's end alone, nor what follows the text."""
+        first = self._again and self._tokens and self._model.tokenizer.token_bytes[self._tokens[0]] == self._again
+        if not self.requests[0].after:
+            return slice(int(bool(first)), None)
+        tokens, rest = self._kept()
+        return slice(int(bool(first)), len(tokens) + bool(rest))
 
     def read(self, text: str) -> ir.JsonValue:
         if self._node.type == "captures":
@@ -108,4 +141,4 @@ class Generation:
         style, tokenizer = self._model.marks.style, self._model.tokenizer
         shown = style.shown_specials(tokenizer.special_tokens)
         spelled = (shown[t].encode() if t in shown else tokenizer.token_bytes[t] for t in self._tokens)
-        return style.read_calls(b"".join(spelled))
+        return style.read_calls(b"".join(spelled)[len(self._again) :])

@@ -11,6 +11,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ramet.errors import GrammarError, GrammarTooLarge
 from ramet.lang.graph.ir import Constraint, Generate
 from ramet.lang.graph.narrowing import Narrowing
@@ -41,7 +43,8 @@ class ProgramGrammars:
         self._marks = marks
         self._device = device
         self._lock = threading.Lock()
-        self._bordered: OrderedDict[tuple[CompiledGrammar, bytes, bytes], Bordered] = OrderedDict()
+        self._bordered: OrderedDict[tuple[CompiledGrammar | None, bytes, bytes], Bordered] = OrderedDict()
+        self._goes_on: dict[tuple[CompiledGrammar, bytes], bool] = {}
         self._service: CompileService | None = None
         self._beside: ThreadPoolExecutor | None = None
 
@@ -92,20 +95,36 @@ class ProgramGrammars:
         asked.add_done_callback(settle_narrowed if narrowed.masked else settle)
         return answer
 
-    def between(self, grammar: CompiledGrammar, before: bytes, after: bytes) -> Grammar:
+    def goes_on(self, grammar: CompiledGrammar | None, before: bytes) -> bool:
+        """Return whether a token of the vocabulary begins with `before` and goes on with the beginning of a text.
+
+        `before` is a token that has longer ones; so without a grammar, it does.
+        """
+        if grammar is None:
+            return True
+        if (grammar, before) not in self._goes_on:
+            if len(self._goes_on) >= _MAX_BORDERED:
+                self._goes_on = {}
+            num_alone = len(grammar.vocabulary.tokens_with_text(before))
+            self._goes_on[grammar, before] = int(np.bitwise_count(grammar.mask_after(0, before)).sum()) > num_alone
+        return self._goes_on[grammar, before]
+
+    def between(self, grammar: CompiledGrammar | None, before: bytes, after: bytes) -> Grammar | None:
         """Return the grammar between the prompt's end, given back, and the text that follows: see Bordered.
 
-        Equal arguments give the same object, as long as it is among those used last.
+        Without a grammar, any text may come after `before`. Equal arguments give the same object, as long as it is
+        among those used last.
         """
         if not before and not after:
             return grammar
         from ramet.grammar.machine.bordered import Bordered  # loads numba
 
         key = (grammar, before, after)
+        vocabulary = self._vocabulary if grammar is None else grammar.vocabulary
         with self._lock:
             found = self._bordered.get(key)
             if found is None:
-                found = self._bordered[key] = Bordered(grammar, grammar.vocabulary, before=before, after=after)
+                found = self._bordered[key] = Bordered(grammar, vocabulary, before=before, after=after)
                 if len(self._bordered) > _MAX_BORDERED:
                     self._bordered.popitem(last=False)
             self._bordered.move_to_end(key)

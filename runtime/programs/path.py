@@ -8,6 +8,7 @@ stop string cut in two. Not here: running nodes (executor.py), the text of roles
 from __future__ import annotations
 
 import codecs
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,12 +42,14 @@ class Path:
     """One point of one branch: the `tokens` added after `parent`, and the `pending` text after them.
 
     All branches that continue from here share it; it never changes. `length` counts all tokens up to here.
+    `num_literal`: the bytes at the end of `tokens` that are the author's own text.
     """
 
     parent: Path | None = None
     tokens: tuple[int, ...] = ()
     length: int = 0
     pending: tuple[Piece, ...] = ()
+    num_literal: int = 0
 
     def append(self, text: str, *, is_markup: bool = False) -> Path:
         """Append text, which is tokenised later."""
@@ -64,7 +67,13 @@ class Path:
         if not self.pending:
             return self
         tokens = encoder.encode(self.pending, is_start=self.length == 0)
-        return Path(self, tuple(tokens), self.length + len(tokens))
+        literal = itertools.takewhile(lambda piece: not piece.is_markup, reversed(self.pending))
+        num_literal = sum(len(piece.text.encode()) for piece in literal)
+        return Path(self, tuple(tokens), self.length + len(tokens), num_literal=num_literal)
+
+    def without_last(self) -> Path:
+        """Return the path without its last token, which this point added."""
+        return Path(self.parent, self.tokens[:-1], self.length - 1)
 
     def token_ids(self) -> list[int]:
         """Return all tokens from the beginning. O(length)."""

@@ -138,6 +138,10 @@ class Scheduler:
         assert not sequence.is_finished, f"{sequence.request.request_id} is finished already"
         self.held.add(sequence)
 
+    def unhold(self, sequence: Sequence) -> None:
+        """Plan the steps of a sequence as those of others again. Does nothing if it is not held."""
+        self.held.discard(sequence)
+
     def finish(
         self,
         sequence: Sequence,

@@ -280,7 +280,7 @@ class ScriptedEngine:
             self._stats = replace(
                 self._stats,
                 num_requests=self._stats.num_requests + 1,
-                prompt_tokens=self._stats.prompt_tokens + len(job.prompt),
+                prompt_tokens=self._stats.prompt_tokens + len(job.prompt) + bool(_before(job)),
                 cached_tokens=self._stats.cached_tokens + job.num_cached,
             )
 
@@ -302,8 +302,9 @@ class ScriptedEngine:
     # What a request says.
 
     def _produce(self, job: _Job) -> Iterator[RequestOutput]:
-        prompt_text = self.tokenizer.decode(job.prompt)
-        usage = Usage(len(job.prompt), job.num_cached, 0)
+        before = _before(job).decode()  # the first token writes it again, and counts as one of the prompt
+        prompt_text = self.tokenizer.decode(job.prompt) + before
+        usage = Usage(len(job.prompt) + bool(before), job.num_cached, 0)
         name = job.handle.request_id
         for needle, error in self._failures.items():
             if needle in prompt_text:
@@ -319,13 +320,13 @@ class ScriptedEngine:
         sent = sent_text = 0
         for end in _word_ends(self.tokenizer.token_bytes, tokens):
             is_last = end == len(tokens)
-            chunk = self.tokenizer.decode(tokens[:end])[: len(text)] if not is_last else text
+            chunk = self.tokenizer.decode(tokens[:end])[len(before) :][: len(text)] if not is_last else text
             logprobs = self._chosen(job, tokens, sent, end) if job.sampling.logprobs is not None else None
             yield RequestOutput(
                 name,
                 chunk[sent_text:],
                 tuple(tokens[sent:end]),
-                msgspec.structs.replace(usage, completion_tokens=end),
+                msgspec.structs.replace(usage, completion_tokens=max(end - bool(before), 0)),
                 reason if is_last else None,
                 stop_match=match if is_last else None,
                 logprobs=logprobs,
@@ -339,6 +340,9 @@ class ScriptedEngine:
         limit = sampling.max_tokens or 1 << 16
         limit = max(1, min(limit, self.context_length - len(job.prompt)))
         wanted = self._answer(job, prompt_text)
+        if _before(job):
+            words = wanted if wanted is not None or not self._is_free(job) else self._words(job)
+            wanted = None if words is None else self._again(_before(job), words)
         if job.grammar is not None:
             source = self._constrained(job.grammar, wanted, limit, _digest(job.prompt, self._seed(job)))
         else:
@@ -363,10 +367,21 @@ class ScriptedEngine:
         is_complete = job.grammar is not None and state is not None and job.grammar.is_complete(state)
         return tokens, self._text(job, tokens), FinishReason.STOP if is_complete else FinishReason.LENGTH, None
 
+    def _is_free(self, job: _Job) -> bool:
+        """Return whether any text may follow the prompt's last token, which the model writes again."""
+        state = self._state(job, [self.tokenizer.token_bytes.index(_before(job))])
+        return job.grammar is not None and state is not None and job.grammar.is_free(state)
+
+    def _again(self, before: bytes, words: Sequence[int]) -> list[int]:
+        """Return the tokens of `before` and the words. The first one begins with `before`."""
+        whole = self.tokenizer.encode(before.decode() + self.tokenizer.decode(words))
+        token_bytes = self.tokenizer.token_bytes
+        return whole if token_bytes[whole[0]].startswith(before) else [token_bytes.index(before), *words]
+
     def _text(self, job: _Job, tokens: list[int]) -> str:
         state = self._state(job, tokens)
         num_after = 0 if job.grammar is None or state is None else job.grammar.num_after(state, is_last=True)
-        decoder = Detokenizer(self.tokenizer.token_bytes)
+        decoder = Detokenizer(self.tokenizer.token_bytes, len(_before(job)))
         return decoder.push(tokens, num_after) + decoder.flush(num_after)
 
     def _state(self, job: _Job, tokens: list[int]) -> int | None:
@@ -483,6 +498,11 @@ class ScriptedEngine:
         at = self._roots.setdefault(salt, -1 - len(self._roots))
         for token in tokens:
             at = self._trie.setdefault((at, token), len(self._trie))
+
+
+def _before(job: _Job) -> bytes:
+    """Return the prompt's last token if the model writes it again, else b""."""
+    return b"" if job.grammar is None else job.grammar.before
 
 
 def _digest(tokens: Sequence[int], seed: int) -> bytes:

@@ -13,10 +13,12 @@ from collections.abc import Iterable, Sequence
 class Detokenizer:
     """Decodes UTF-8 piece by piece; the pieces together equal decoding all bytes at once, with U+FFFD for errors."""
 
-    __slots__ = ("_decoder", "_held", "_token_bytes")
+    __slots__ = ("_decoder", "_held", "_num_to_skip", "_token_bytes")
 
-    def __init__(self, token_bytes: Sequence[bytes]) -> None:
+    def __init__(self, token_bytes: Sequence[bytes], num_to_skip: int = 0) -> None:
+        """`num_to_skip`: the bytes at the beginning that are no part of the text."""
         self._token_bytes = token_bytes
+        self._num_to_skip = num_to_skip
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = b""
 
@@ -27,6 +29,10 @@ class Detokenizer:
         """
         token_bytes = self._token_bytes
         text = b"".join([token_bytes[token] for token in token_ids])
+        if self._num_to_skip:
+            skipped = min(self._num_to_skip, len(text))
+            self._num_to_skip -= skipped
+            text = text[skipped:]
         if num_held or self._held:
             text = self._held + text
             end = max(len(text) - num_held, 0)

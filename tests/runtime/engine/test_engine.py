@@ -240,6 +240,7 @@ class BrokenGrammar:
     """Allows everything for three tokens, then raises."""
 
     is_closed = False
+    before = b""
 
     def fill_mask(self, state: int, row: NDArray[np.int32]) -> None:
         if state == 3:
@@ -253,6 +254,9 @@ class BrokenGrammar:
         return True
 
     def is_complete(self, state: int) -> bool:
+        return False
+
+    def is_free(self, state: int) -> bool:
         return False
 
     def num_after(self, state: int, *, is_last: bool) -> int:
