@@ -41,7 +41,8 @@ INSTANCE_FIELDS = 6  # table offset, number of classes, class map offset, exit o
 class Limits:
     """Limits on the cost of compiling and running a grammar.
 
-    max_time_s: seconds for compiling, and for each step that a text makes into parts not visited before.
+    max_time_s: seconds for compiling, and for each answer to a caller who waits for it. (An engine's steps do not wait,
+    and have a limit of their own.)
     max_states: configurations of one grammar, visited or looked at. max_regular_states: states of one terminal or
     pattern.
     max_mask_bytes: bytes of the mask rows that one grammar keeps; the least recently used rows are dropped first.
