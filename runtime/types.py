@@ -83,7 +83,12 @@ class Grammar(Protocol):
         """How many bytes at the end belong to what follows the value; before the last token, those that may do so."""
 
     def forced_tokens(self, state: int) -> list[int]:
-        """Tokens that must follow, if a model could write the forced text in only one tokenisation; else empty."""
+        """Tokens that must follow, because masks allow no others; else empty."""
+
+    def joined_token(self, state: int, token: int) -> int:
+        """The token to take instead of an allowed one: a longer one, if the tokenizer joins it with text that must
+        follow.
+        """
 
     def shortest_completion(self, state: int) -> list[int]:
         """The shortest list of tokens that leads to an accepting state."""

@@ -89,6 +89,9 @@ class FollowedGrammar:
     def forced_tokens(self, state: int) -> list[int]:
         return self._follower(state).forced_tokens()
 
+    def joined_token(self, state: int, token: int) -> int:
+        return token
+
     def completion_bound(self, state: int) -> int:
         """Return the length of the completion itself. Not cheap: these engines know no bound."""
         return len(self.shortest_completion(state))

@@ -108,6 +108,9 @@ class IndexedGrammar:
     def forced_tokens(self, state: int) -> list[int]:
         return []
 
+    def joined_token(self, state: int, token: int) -> int:
+        return token
+
     def completion_bound(self, state: int) -> int:
         """Return the length of the completion itself. Not cheap: this engine knows no bound."""
         return len(self.shortest_completion(state))

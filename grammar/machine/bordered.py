@@ -257,6 +257,14 @@ class Bordered:
             value = grammar.advance(value, token)
         return run
 
+    def joined_token(self, state: int, token: int) -> int:
+        """Return the token to take instead of a sampled one: see CompiledGrammar. Not where `after` may have begun."""
+        place, grammar = self._places[state], self.grammar
+        if grammar is None or place is None or place[0] is None or grammar.advance(place[0], token) is None:
+            return token
+        after = self._after_token(place, token)
+        return token if after is None or after[1] else grammar.joined_token(place[0], token)
+
     def shortest_completion(self, state: int) -> list[int]:
         """Return the fewest tokens that lead to an accepting state. Raises GrammarError if no tokens write it."""
         place, grammar = self._places[state], self.grammar

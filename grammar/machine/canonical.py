@@ -26,7 +26,7 @@ from ramet.grammar.machine.automaton import Machine
 from ramet.grammar.machine.bitmask import are_allowed
 from ramet.grammar.machine.mask_rows import Row
 from ramet.grammar.machine.masks import MaskMaker
-from ramet.grammar.machine.splits import Splits, whole_characters
+from ramet.grammar.machine.splits import Splits, is_text, whole_characters
 
 MAX_CHOICES = 8  # bytes; where more may follow (strings, numbers), the texts that are looked at end
 MAX_FORCED = 32  # bytes that are looked at after a choice
@@ -50,28 +50,50 @@ class CanonicalTokens:
         self._text = np.zeros(MAX_FORCED, dtype=np.uint8)
         self._following = np.zeros((MAX_CHOICES, 2), dtype=np.int64)
 
-    def narrow(self, packed: int, row: Row) -> Row:
-        """Return the mask row of a state without the refused tokens. `row`: all tokens that the automaton allows."""
-        refused = self.refused(packed)
+    def narrow(self, packed: int, row: Row, prefix: bytes = b"") -> Row:
+        """Return the mask row of a state without the refused tokens. `row`: all tokens that the automaton allows.
+
+        prefix: text before the state that the token writes, too.
+        """
+        refused = self.refused(packed, prefix)
         if not refused:
             return row
         row = row.copy()
         walker.clear(row, np.array(refused, dtype=np.int64))
         return row
 
-    def refused(self, packed: int) -> list[int]:
+    def refused(self, packed: int, prefix: bytes = b"") -> list[int]:
         """Return the tokens that the automaton allows in a state, and that no split of the text there begins with."""
         vocabulary = self.vocabulary
         shorter: dict[int, None] = {}
         firsts: set[int] = set()
-        for text in self._texts(packed):
+        for text in self._texts(packed) if is_text(prefix) else ():
+            text = prefix + text
             longest = min(vocabulary.longest_like(text), len(text) - 1)
-            inside = [t for end in range(1, longest + 1) for t in vocabulary.tokens_of_text(text[:end])]
+            ends = range(max(len(prefix), 1), longest + 1)
+            inside = [token for end in ends for token in vocabulary.tokens_with_text(text[:end])]
             shorter |= dict.fromkeys(inside)
             if inside:
-                firsts |= self._firsts(packed, text) or {*inside}
-            firsts.update(vocabulary.tokens_of_text(text))
+                firsts |= self._firsts(packed, text, len(prefix)) or {*inside}
+            firsts.update(vocabulary.tokens_with_text(text))
         return [token for token in shorter if token not in firsts]
+
+    def joined(self, packed: int, token: int, after: int) -> int:
+        """Return the longer token that the tokenizer writes for `token` and the bytes that must follow it.
+
+        after: the state after `token`, which is allowed in the state `packed`. Return `token` itself if there is no
+        longer token, if bytes that are not known yet may be a part of it, or if the mask of `packed` has decided: then
+        `token` begins a text that it knows.
+        """
+        own = self.vocabulary.token_bytes[token]
+        forced, end = self._forced(after)
+        if not forced or any(text.startswith(own) for text in self._texts(packed)):
+            return token
+        text = own + forced
+        tokens = self.splits.tokens(text) if is_text(text) else ()
+        size = len(self.vocabulary.token_bytes[tokens[0]]) if tokens else 0
+        is_whole = size == len(text) and not (self.machine.accepts(end) and self._ways_of(end) == ())
+        return tokens[0] if size > len(own) and not is_whole else token
 
     def _texts(self, packed: int) -> list[bytes]:
         """Return the texts that may follow a state, each as far as few are possible. One may begin another."""
@@ -88,29 +110,31 @@ class CanonicalTokens:
             waiting += [(text + bytes((byte,)), following) for byte, following in ways]
         return [text for text in out if text]
 
-    def _firsts(self, packed: int, text: bytes) -> set[int]:
-        """Return the tokens with which a split of a text from a state may begin; none if the split is not known."""
-        firsts = self.splits.firsts(text)
-        if not firsts:
-            return firsts
-        own = [len(self.vocabulary.token_bytes[token]) for token in self.splits.tokens(text)[:2]]
-        for cut in range(1, min(sum(own), len(text))):
+    def _firsts(self, packed: int, text: bytes, num_before: int) -> set[int]:
+        """Return the tokens with which a split of a text may begin; none if the split is not known.
+
+        The first `num_before` bytes of the text stand before the state, and in the first token.
+        """
+        token_bytes = self.vocabulary.token_bytes
+        firsts = {token for token in self.splits.firsts(text) if len(token_bytes[token]) >= num_before}
+        own = [len(token_bytes[token]) for token in self.splits.tokens(text)[:2]]
+        for cut in range(max(num_before, 1), min(sum(own), len(text))):
             head, rest = text[:cut], text[cut:]
             if cut == own[0] or self.vocabulary.longest_like(rest) <= len(rest) or whole_characters(head) != head:
                 continue
             tokens = self.splits.tokens(head)
-            if tokens and tokens[0] not in firsts and self._is_cut(packed, head, rest):
+            if tokens and tokens[0] not in firsts and self._is_cut(packed, head, rest, num_before):
                 firsts.add(tokens[0])
         return firsts
 
-    def _is_cut(self, packed: int, head: bytes, rest: bytes) -> bool:
+    def _is_cut(self, packed: int, head: bytes, rest: bytes, num_before: int) -> bool:
         """Tell whether a split may cut between `head` and `rest` because a token goes on past the end of `rest`."""
         tokens = self.vocabulary.longer_with_prefix(rest)
         if len(tokens) <= _MAX_TRIED:
             tokens = self.splits.going_on(head, rest, tokens)
         if not len(tokens):
             return False
-        tokens = tokens[are_allowed(self._masks.make(self.machine.run_bytes(packed, head)), tokens)]
+        tokens = tokens[are_allowed(self._masks.make(self.machine.run_bytes(packed, head[num_before:])), tokens)]
         return len(tokens) > _MAX_TRIED or any(self.splits.goes_on(head, token) for token in tokens.tolist())
 
     def _forced(self, packed: int) -> tuple[bytes, int]:

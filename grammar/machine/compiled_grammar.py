@@ -63,6 +63,7 @@ class CompiledGrammar:
         # Answers to earlier questions, read without the lock. A decode step evicts the CPU's caches, and a lookup here
         # touches far less memory than computing the answer again.
         self._after: dict[tuple[int, int], int] = {}
+        self._joined: dict[tuple[int, int], int] = {}
         self._forced: dict[int, tuple[int, ...]] = {}
         self._completions: dict[int, list[int]] = {}
         self._num_completed = 0  # number of tokens in the completions kept
@@ -181,7 +182,9 @@ class CompiledGrammar:
         A token that is the prefix alone is among them. The row is not kept.
         """
         with self._lock, time_limit(self.machine.limits.max_time_s):
-            return self._masks.after(self._packed[state], prefix)
+            packed = self._packed[state]
+            row = self._masks.after(packed, prefix)
+            return row if self._canonical is None else self._canonical.narrow(packed, row, prefix)
 
     # --- what must follow
 
@@ -220,6 +223,25 @@ class CompiledGrammar:
             return None
         token = 32 * int(words[0]) + word.bit_length() - 1
         return None if token in self.vocabulary.eos_ids else token
+
+    def joined_token(self, state: int, token: int) -> int:
+        """Return the token to take instead of a sampled one: a longer one if the tokenizer joins it with forced bytes.
+
+        `token` is allowed in `state`. For example, `",` instead of `"` where a comma must follow.
+        """
+        canonical = self._canonical
+        if canonical is None:
+            return token
+        found = self._joined.get((state, token))
+        if found is None:
+            after = self.advance(state, token)
+            assert after is not None
+            if len(self._joined) >= _MAX_KEPT:
+                self._joined = {}
+            with self._lock, time_limit(self.machine.limits.max_time_s):
+                found = canonical.joined(self._packed[state], token, self._packed[after])
+            self._joined[state, token] = found
+        return found
 
     def shortest_completion(self, state: int) -> list[int]:
         """Return the tokens of a shortest text that leads to an accepting state, as few tokens as can write it.

@@ -176,7 +176,7 @@ class Vocabulary:
 
     def warm_up(self) -> None:
         """Make everything that is otherwise made when it is first needed."""
-        _ = self.remainders, self.quoted, self.offsets, self._copies, self._longest_by_head
+        _ = self.remainders, self.quoted, self.offsets, self._twins, self._longest_by_head
         for size in range(1, self.slice_sizes[-1] + 1):
             self.plain_row(2, size)
         for kind in range(NUM_KINDS):
@@ -198,21 +198,6 @@ class Vocabulary:
         out: dict[bytes, int] = {}
         for i in self.content_tokens:
             out.setdefault(self.token_bytes[i], i)
-        return out
-
-    def tokens_of_text(self, text: bytes) -> Sequence[int]:
-        """Return all tokens that are exactly this text."""
-        token = self.tokens_of_bytes.get(text)
-        return () if token is None else self._copies.get(text, (token,))
-
-    @cached_property
-    def _copies(self) -> dict[bytes, list[int]]:
-        """The ids of the texts that several tokens have."""
-        out: dict[bytes, list[int]] = {}
-        for before, i in zip(self.content_tokens, self.content_tokens[1:], strict=False):
-            text = self.token_bytes[i]
-            if text == self.token_bytes[before]:
-                out.setdefault(text, [before]).append(i)
         return out
 
     @cached_property

@@ -4,8 +4,9 @@ Its methods ask the grammar, which may take long. So `begin` and `follow` run as
 turns.py), one at a time, and the engine's thread only reads the results.
 
 A text must be complete within `max_tokens`. So a sampled token that would leave too few tokens to finish is replaced by
-the first token of the shortest completion. If a grammar allows only one token, the forced tokens need not be decoded
-one by one; `forced_run` returns them.
+the first token of the shortest completion. A sampled token that the tokenizer would join with text that must follow is
+replaced by the longer one: nothing was computed from it yet. If a grammar allows only one token, the forced tokens need
+not be decoded one by one; `forced_run` returns them.
 """
 
 from __future__ import annotations
@@ -86,6 +87,10 @@ class HostAutomaton:
         if state is None or (token in request.stop_ids and self.grammar.is_accepting(state)):
             return token
         after = self.grammar.advance(state, token)
+        if after is not None and not self._is_watched:
+            joined = self.grammar.joined_token(state, token)
+            if joined != token and joined not in request.stop_ids:
+                token, after = joined, self.grammar.advance(state, joined)
         if self.can_finish and (after is None or not self._fits(after, self._num_left)):
             token, after = self._finishing(state, token, after)
         self.state = after
@@ -97,9 +102,8 @@ class HostAutomaton:
         The run is empty if the request needs its tokens one by one: for penalties, log-probabilities or stop strings.
         The run ends with its first stop token, and before a token that `take` would replace.
         """
-        request, params = self.sequence.request, self.sequence.request.sampling
-        is_watched = params.edits_logits or params.logprobs is not None or params.stop or token in request.stop_ids
-        if self.state is None or is_watched:
+        request = self.sequence.request
+        if self.state is None or self._is_watched or token in request.stop_ids:
             return []
         run = self.grammar.forced_tokens(self.state)[: self._num_left]
         end = next((i for i, forced in enumerate(run, 1) if forced in request.stop_ids), len(run))
@@ -134,6 +138,12 @@ class HostAutomaton:
             if not self._fits(state, num_left - i - 1):
                 return run[:i]
         return run
+
+    @property
+    def _is_watched(self) -> bool:
+        """Whether the request asks for something of each token, so that tokens are taken as they were sampled."""
+        params = self.sequence.request.sampling
+        return params.edits_logits or params.logprobs is not None or bool(params.stop)
 
     @property
     def _num_left(self) -> int:

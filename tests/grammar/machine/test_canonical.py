@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from ramet.grammar import CompiledGrammar, Vocabulary, compile_constraint
+from ramet.grammar.machine import bitmask
 
 PIECES = [
     b"na", b"me", b"name", b'"n', b'":', b'": ', b', "', b'",', b' "', b'{"', b'"}', b"ote", b"no", b"not", b"tr",
@@ -289,3 +290,52 @@ def test_a_long_forced_text_is_looked_at_in_parts() -> None:
     grammar = compile_constraint("choice", [text], Vocabulary(TOKENS, [EOS], [EOS], splitter=Splitter(split)))
     assert grammar.forced_tokens(0) == longest_first(text.encode())
     assert max(asked) < 200
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("name", GRAMMARS)
+def test_a_joined_token_goes_on_with_bytes_that_must_follow(name: str, split: str) -> None:
+    grammar = compiled(name, SPLITS[split])
+    rng = random.Random(name + split)
+    for _ in range(6):
+        state = 0
+        for _ in range(30):
+            token = rng.choice(grammar.allowed_tokens(state).tolist())
+            if token == EOS:
+                break
+            joined, after = grammar.joined_token(state, token), grammar.advance(state, token)
+            assert after is not None
+            assert TOKENS[joined].startswith(TOKENS[token])
+            for byte in TOKENS[joined][len(TOKENS[token]) :]:
+                assert not grammar.is_accepting(after)
+                assert {TOKENS[t][0] for t in grammar.allowed_tokens(after)} == {byte}
+                after = grammar.advance_bytes(after, bytes((byte,)))
+                assert after is not None
+            assert grammar.advance(state, joined) == after
+            state = after
+
+
+def test_the_end_of_a_string_is_joined_with_what_must_follow() -> None:
+    properties = {"a": {"type": "string"}, "b": {"type": "string"}}
+    schema: dict[str, Any] = {"type": "object", "properties": properties}
+    schema |= {"required": ["a", "b"], "additionalProperties": False}
+    vocabulary = Vocabulary(TOKENS, [EOS], [EOS], splitter=Splitter(longest_first))
+    grammar = compile_constraint("json_schema", schema, vocabulary, mode="declared_order")
+    texts = {}
+    for text in (b'{"a":"x', b'{"a":"x","b":"y'):
+        state = grammar.advance_bytes(0, text)
+        assert state is not None
+        texts[text] = TOKENS[grammar.joined_token(state, ord('"'))]
+        assert grammar.joined_token(state, ord("a")) == ord("a")
+    assert texts == {b'{"a":"x': b'",', b'{"a":"x","b":"y': b'"}'}
+
+
+def test_a_token_that_gives_back_the_end_of_a_prompt_begins_a_split_of_both() -> None:
+    grammar, plain = compiled("a record", longest_first), compiled("a record", None)
+    for prefix, own in ((b" ", {b" "}), (b"", {b'{"'})):
+        row, free = grammar.mask_after(0, prefix), plain.mask_after(0, prefix)
+        assert not np.any(row & ~free)
+        assert {TOKENS[t] for t in bitmask.unpack(row)} == own
+    source = json.dumps(["name", "note"])
+    grammar = compile_constraint("choice", source, Vocabulary(TOKENS, [EOS], [EOS], splitter=Splitter(longest_first)))
+    assert {TOKENS[t] for t in bitmask.unpack(grammar.mask_after(0, b'"'))} == {b'"n'}

@@ -104,6 +104,49 @@ def test_a_run_that_was_appended_has_been_walked() -> None:
     assert walked.grammar.advance(walked.state, ord("d")) is not None
 
 
+class MarksTokenizer(ByteTokenizer):
+    """A tokenizer of bytes that joins `",`."""
+
+    JOINED = 300
+
+    def __init__(self) -> None:
+        super().__init__(vocab_size=301)
+        self.token_bytes[self.JOINED] = b'",'
+        self.special_ids -= {self.JOINED}
+
+    def split(self, text: bytes) -> list[int]:
+        begin, joined, rest = text.partition(b'",')
+        return [*begin, *([self.JOINED, *self.split(rest)] if joined else ())]
+
+
+@pytest.mark.parametrize(
+    ("params", "taken"),
+    [
+        (SamplingParams(), MarksTokenizer.JOINED),
+        (SamplingParams(logprobs=1), ord('"')),
+        (SamplingParams(stop=("x",)), ord('"')),
+        (SamplingParams(repetition_penalty=1.5), ord('"')),
+    ],
+)
+def test_a_token_is_joined_with_what_must_follow_unless_each_token_is_watched(
+    params: SamplingParams, taken: int
+) -> None:
+    tokenizer = MarksTokenizer()
+    words = Vocabulary(tokenizer.token_bytes, tokenizer.eos_ids, tokenizer.special_ids, tokenizer.vocab_size, tokenizer)
+    grammar = compile_constraint("regex", '[^"]*", [0-9]', words)
+    request = Request("r", np.zeros(3, dtype=np.int32), params, 20, stop_ids=tokenizer.eos_ids, grammar=grammar)
+    walked = HostAutomaton(Sequence(request), grammar)
+    assert walked.take(ord("a")) == ord("a")
+    walked.sequence.output_ids.append(ord("a"))
+    assert walked.take(ord('"')) == taken
+    assert walked.state is not None
+    rest = b" 1" if taken == MarksTokenizer.JOINED else b", 1"
+    for byte in rest:
+        walked.state = walked.grammar.advance(walked.state, byte)
+        assert walked.state is not None
+    assert walked.grammar.is_accepting(walked.state)
+
+
 class Raises:
     """A grammar that fails when it is asked for a mask."""
 

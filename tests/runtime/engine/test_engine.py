@@ -262,6 +262,9 @@ class BrokenGrammar:
     def num_after(self, state: int, *, is_last: bool) -> int:
         return 0
 
+    def joined_token(self, state: int, token: int) -> int:
+        return token
+
     def forced_tokens(self, state: int) -> list[int]:
         return []
 
