@@ -20,6 +20,7 @@ from ramet.errors import ConfigError, RametError
 from ramet.runtime.engine.config import EngineConfig
 from ramet.runtime.models.catalog import TINY_CONTEXT, TINY_MODEL, resolve_model
 from ramet.runtime.models.description import describe_model
+from ramet.runtime.server.anthropic.routes import anthropic_endpoints
 from ramet.runtime.server.bounded_tokenizer import BoundedTokenizer
 from ramet.runtime.server.config import ServerConfig
 from ramet.runtime.server.connections import PatientProtocol
@@ -29,9 +30,11 @@ from ramet.runtime.server.link.proxy import EngineProxy
 from ramet.runtime.server.metrics import RequestCollector, ServerMetrics
 from ramet.runtime.server.native.generate import generate_endpoints
 from ramet.runtime.server.native.status import status_endpoints
+from ramet.runtime.server.openai.chat import ChatEndpoint
 from ramet.runtime.server.openai.routes import openai_endpoints
 from ramet.runtime.server.openapi import description_endpoints
 from ramet.runtime.server.programs.routes import program_endpoints
+from ramet.runtime.server.responses.routes import responses_endpoints
 from ramet.runtime.server.routing import make_app
 from ramet.runtime.server.served_model import Explain, ServedModel
 from ramet.runtime.testing.byte_tokenizer import ByteTokenizer
@@ -56,8 +59,11 @@ def create_app(served: ServedModel, metrics: ServerMetrics) -> Starlette:
         await served.proxy.stop(served.config.drain_s)
         served.pool.shutdown(wait=False, cancel_futures=True)
 
+    chat = ChatEndpoint(served)
     endpoints = [
-        *openai_endpoints(served),
+        *openai_endpoints(served, chat),
+        *responses_endpoints(served, chat),
+        *anthropic_endpoints(served, chat),
         *generate_endpoints(served),
         *status_endpoints(served, metrics),
         *program_endpoints(served, metrics.requests),

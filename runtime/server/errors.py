@@ -34,9 +34,10 @@ class ErrorFields(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Error(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The body of every error answer."""
+    """The body of every error answer: OpenAI's, with the `type` that Anthropic's clients read."""
 
     error: ErrorFields
+    type: Literal["error"] = "error"
 
 
 class HttpError(Exception):

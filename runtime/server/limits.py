@@ -75,7 +75,7 @@ class HttpLimits:
         is_admin = path in ADMIN_PATHS or (path == "/metrics" and self._config.protect_metrics)
         if path in OPEN_PATHS and not is_admin:
             return None
-        digest = _digest(_bearer(headers.get(b"authorization", b"")))
+        digest = _digest(headers.get(b"x-api-key") or _bearer(headers.get(b"authorization", b"")))
         if is_admin and self._admin_key is not None:
             allowed = hmac.compare_digest(digest, self._admin_key)
         else:
@@ -84,7 +84,7 @@ class HttpLimits:
         if not allowed:
             return HttpError(
                 401,
-                "a valid API key is needed: send the header `Authorization: Bearer KEY`",
+                "a valid API key is needed: send the header `Authorization: Bearer KEY`, or `x-api-key: KEY`",
                 kind="authentication_error",
                 code="invalid_api_key",
             )

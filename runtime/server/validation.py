@@ -62,7 +62,22 @@ REFUSED: Mapping[str, str] = {
     "verbosity": "it is not supported",
     "web_search_options": "there is no web search",
 }
-_PART_TYPES = frozenset({"image_url", "video_url", "audio_url", "input_audio", "input_image", "file", "thinking"})
+_PART_TYPES = frozenset(
+    "image_url video_url audio_url input_audio input_image input_file image document file thinking".split()
+)
+    {
+        "image_url",
+        "video_url",
+        "audio_url",
+        "input_audio",
+        "input_image",
+        "input_file",
+        "image",
+        "document",
+        "file",
+        "thinking",
+    }
+)
 
 
 def _boolean(value: object) -> object:
@@ -80,6 +95,12 @@ class Strict(BaseModel):
     """Base of every request model: no conversions between types, no unknown fields."""
 
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+
+
+class Echoed(Strict):
+    """Base of what clients send back from earlier answers: fields that do not matter here are ignored."""
+
+    model_config = ConfigDict(extra="ignore", strict=True, protected_namespaces=())
 
 
 Body = TypeVar("Body", bound=Strict)

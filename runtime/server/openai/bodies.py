@@ -14,6 +14,8 @@ from ramet.runtime.server.sending import Json
 from ramet.runtime.server.validation import OnlyTrue, Strict
 from ramet.runtime.types import MAX_INT32
 
+ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+
 
 class TextPart(Strict):
     """A part of a message's content. `cache_control` is accepted and ignored: prefixes are always cached."""
@@ -104,6 +106,18 @@ class NamedTool(Strict):
     function: FunctionName
 
 
+class AllowedFunctions(Strict):
+    mode: Literal["auto", "required"]
+    tools: list[NamedTool] = Field(min_length=1, max_length=1024)
+
+
+class AllowedTools(Strict):
+    """The prompt shows all tools, so it stays the same, and only these may be called."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedFunctions
+
+
 class TextFormat(Strict):
     type: Literal["text"]
 
@@ -149,7 +163,7 @@ class ChatBody(SamplingFields):
     `history`: `append` continues an earlier answer of this server from its generated tokens, even if the chat template
     would now write the answer differently (without its reasoning); `render` renders the whole history again.
     `separate_reasoning`: false leaves `<think>` parts in the content. `reasoning_effort`: passed to templates that read
-    it; `none` turns off a template's enable_thinking. It is refused if the template reads neither.
+    it; `none` turns off a template's enable_thinking. It is a hint: a template that reads neither ignores it.
     """
 
     messages: list[ChatMessage] = Field(min_length=1)
@@ -158,10 +172,10 @@ class ChatBody(SamplingFields):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
     tools: list[ToolDefinition] | None = Field(default=None, max_length=1024)
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedTools | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    reasoning_effort: ReasoningEffort | None = None
     separate_reasoning: bool | None = None
     stream_reasoning: OnlyTrue | None = None
     chat_template_kwargs: Json | None = None

@@ -35,6 +35,7 @@ from ramet.runtime.server.openai.answers import (
     usage_of,
 )
 from ramet.runtime.server.openai.bodies import (
+    AllowedTools,
     ChatBody,
     JsonObjectFormat,
     JsonSchemaFormat,
@@ -134,6 +135,12 @@ class ChatEndpoint:
         choices = submit_all(self._served.proxy, [(plan.job, index) for index in range(body.n or 1)], answer_id)
         return ChatAnswer(self._served, plan, answer_id, choices, self.remember)
 
+    async def count_prompt(self, request: Request, body: ChatBody) -> int:
+        """Return the number of tokens of a conversation's prompt."""
+        salt = self._served.cache_salt(request, body.cache_salt or "")
+        plan = await self._served.compute(len(await request.body()), self._plan, body, salt)
+        return len(plan.job.prompt_ids)
+
     def remember(self, prompt: ChatPrompt, message: Json, ids: Sequence[int]) -> None:
         """Keep the tokens of an answer, so the conversation can continue from them. Runs on the pool."""
         adapted, _ = self.style.adapt([message], None)
@@ -216,12 +223,6 @@ class ChatEndpoint:
             variables.setdefault("reasoning_effort", effort)
         elif effort == "none" and "enable_thinking" in source:
             variables.setdefault("enable_thinking", False)
-        elif not (effort == "none" and CLOSE not in source) and not (effort != "none" and "enable_thinking" in source):
-            raise HttpError(
-                400,
-                f"reasoning_effort is {effort!r}, but the model's chat template knows no such effort",
-                param="reasoning_effort",
-            )
         return variables
 
     def _thinks_by_default(self, variables: Mapping[str, Any]) -> bool:  # Any: JSON
@@ -279,6 +280,10 @@ class ChatEndpoint:
                 param=asked[0],
             )
         answer = None if asked is None else _decoded(asked)
+        if isinstance(choice, AllowedTools):
+            allowed = {_named(tool, tools) for tool in choice.allowed_tools.tools}
+            tools = [tool for tool in tools if tool["function"]["name"] in allowed]
+            choice = choice.allowed_tools.mode
         name: str | Json = choice if isinstance(choice, str) else {"name": _named(choice, tools)}
         parallel = body.parallel_tool_calls is not False
         in_order = all(tool.function.strict for tool in body.tools or ()) and (asked is None or asked[1].in_order)
@@ -339,8 +344,7 @@ def _decoded(asked: tuple[str, Constraint]) -> object:
     return value
 
 
-def _named(choice: NamedTool | str, tools: Sequence[Json]) -> str:
-    assert isinstance(choice, NamedTool)
+def _named(choice: NamedTool, tools: Sequence[Json]) -> str:
     name = choice.function.name
     names = [tool["function"]["name"] for tool in tools]
     if name not in names:

@@ -13,9 +13,8 @@ from ramet.runtime.server.served_model import ServedModel
 _TAG = "OpenAI"
 
 
-def openai_endpoints(served: ServedModel) -> list[Endpoint]:
-    """The endpoints under /v1, except programs."""
-    chat = ChatEndpoint(served)
+def openai_endpoints(served: ServedModel, chat: ChatEndpoint) -> list[Endpoint]:
+    """OpenAI's endpoints under /v1, except the Responses API."""
     models = ModelEndpoints(served, chat)
     served.pool.submit(lambda: chat.style)  # takes most of a second: not in the first request
     return [

@@ -14,10 +14,13 @@ from typing import Any, cast
 import httpx
 import pytest
 
+from ramet.runtime.server.anthropic.routes import anthropic_endpoints
 from ramet.runtime.server.config import ServerConfig
 from ramet.runtime.server.link.protocol import Output, Submit
 from ramet.runtime.server.link.proxy import EngineProxy
+from ramet.runtime.server.openai.chat import ChatEndpoint
 from ramet.runtime.server.openai.routes import openai_endpoints
+from ramet.runtime.server.responses.routes import responses_endpoints
 from ramet.runtime.server.routing import make_app
 from ramet.runtime.server.served_model import ServedModel
 from ramet.runtime.testing.byte_tokenizer import ByteTokenizer
@@ -119,7 +122,13 @@ class Client:
             self.tokenizer.chat_template = ChatTemplate(template)
         proxy = cast(EngineProxy, self.engine)
         self.served = ServedModel(ServerConfig(**config), proxy, self.tokenizer, "fake", time.time())
-        self.app = make_app(openai_endpoints(self.served), self.served)
+        chat = ChatEndpoint(self.served)
+        endpoints = [
+            *openai_endpoints(self.served, chat),
+            *responses_endpoints(self.served, chat),
+            *anthropic_endpoints(self.served, chat),
+        ]
+        self.app = make_app(endpoints, self.served)
 
     def request(self, path: str, body: Any, method: str = "POST") -> httpx.Response:
         async def send() -> httpx.Response:
