@@ -63,21 +63,8 @@ REFUSED: Mapping[str, str] = {
     "web_search_options": "there is no web search",
 }
 _PART_TYPES = frozenset(
-    "image_url video_url audio_url input_audio input_image input_file image document file thinking".split()
-)
-    {
-        "image_url",
-        "video_url",
-        "audio_url",
-        "input_audio",
-        "input_image",
-        "input_file",
-        "image",
-        "document",
-        "file",
-        "thinking",
-    }
-)
+    ("image_url", "video_url", "audio_url", "input_audio", "input_image", "input_file", "image", "document")
+) | {"file", "thinking"}
 
 
 def _boolean(value: object) -> object:

@@ -8,17 +8,29 @@ from typing import Any
 
 import pytest
 
+from ramet.runtime.server.anthropic.bodies import MessagesBody
 from ramet.runtime.server.native.bodies import GenerateBody, NativeSampling
 from ramet.runtime.server.openai.bodies import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from ramet.runtime.server.responses.bodies import ResponsesBody
 from ramet.runtime.server.validation import Strict
 
 Server = Any  # RunningServer of conftest.py
+BODIES = [
+    ChatBody,
+    CompletionBody,
+    TokenizeBody,
+    DetokenizeBody,
+    ResponsesBody,
+    MessagesBody,
+    GenerateBody,
+    NativeSampling,
+]
 ROOT = Path(__file__).resolve().parents[3]
 TEXT = (ROOT / "docs" / "server.md").read_text()
 NAMED = set(re.findall(r"\b\w+\b", " ".join(re.findall(r"`[^`\n]+`", TEXT))))
 
 
-@pytest.mark.parametrize("body", [ChatBody, CompletionBody, TokenizeBody, DetokenizeBody, GenerateBody, NativeSampling])
+@pytest.mark.parametrize("body", BODIES)
 def test_every_field_is_named(body: type[Strict]) -> None:
     assert set(body.model_fields) - NAMED == set()
 
