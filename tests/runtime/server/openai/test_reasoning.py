@@ -134,3 +134,12 @@ def test_a_constrained_answer_may_reason_first(make_client: Any, replay: Any) ->
     assert len(client.engine.submitted) == 3
     client.chat(response_format=schema, reasoning_effort="none")
     assert len(client.engine.submitted) == 4
+
+
+def test_an_effort_that_the_template_does_not_know_is_a_hint(client: Any) -> None:
+    client.engine.says("ok")
+    plain = client.chat()
+    hinted = client.chat(reasoning_effort="high")
+    assert hinted["choices"][0]["message"] == plain["choices"][0]["message"]
+    first, second = client.engine.submitted
+    assert first.prompt_ids == second.prompt_ids

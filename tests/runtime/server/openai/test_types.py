@@ -62,7 +62,6 @@ Client = Any  # of conftest.py, which importlib mode cannot import by name
         ({"structured_outputs": {"json": {}, "regex": "a"}}, "structured_outputs.regex", None),
         ({"skip_special_tokens": False}, "skip_special_tokens", "invalid_value"),
         ({"tool_choice": "required"}, "tool_choice", None),
-        ({"reasoning_effort": "high"}, "reasoning_effort", None),
         ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs", None),
         ({"modalities": ["audio"]}, "modalities[0]", "invalid_value"),
         ({"messages": []}, "messages", "invalid_value"),
