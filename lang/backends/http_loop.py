@@ -257,7 +257,7 @@ def error_of(status: int, content: bytes, headers: Mapping[str, str], url: str) 
     message = message or f"the server answered {status}: {content[:200].decode(errors='replace')!r}"
     retry_after_s = _seconds(headers.get("retry-after"))
     name = headers.get("x-ramet-error")
-    if name is not None:
+    if name not in (None, "RametError"):  # which says no more than the status
         return from_name(name, message, param=param, retry_after_s=retry_after_s)
     if status == 429:
         return Overloaded(message, retry_after_s or 1.0)

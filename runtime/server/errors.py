@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from typing import Literal
 
 import msgspec
@@ -22,6 +23,14 @@ from ramet.errors import (
 logger = logging.getLogger(__name__)
 
 ErrorKind = Literal["invalid_request_error", "authentication_error", "rate_limit_error", "cancelled", "server_error"]
+
+
+_CLASSES = {
+    429: "Overloaded",
+    499: "RequestCancelled",
+    503: "EngineStopped",
+    **dict.fromkeys((400, 404, 422), "InvalidRequest"),
+}
 
 
 class ErrorFields(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -53,20 +62,25 @@ class HttpError(Exception):
         code: str | None = None,
         retry_after_s: float | None = None,
         error_class: str | None = None,
+        allow: Iterable[str] = (),
     ) -> None:
-        """`error_class`: a class name of ramet.errors. It is sent as a header, because the body has OpenAI's shape."""
+        """`error_class`: a class name of ramet.errors; default: what the status stands for. It is sent as a header,
+        because the body has OpenAI's shape. `allow`: the methods that the path has.
+        """
         super().__init__(message)
         if status == 400 and param is not None and code is None:
             code = "invalid_value"
         self.status = status
         self.body = Error(ErrorFields(message, kind, param, code))
         self.retry_after_s = retry_after_s
-        self.error_class = error_class
+        self.error_class = error_class or _CLASSES.get(status, "RametError")
+        self.allow = sorted(allow)
 
     def response(self) -> Response:
         headers = {} if self.retry_after_s is None else {"Retry-After": str(max(1, round(self.retry_after_s)))}
-        if self.error_class is not None:
-            headers["X-Ramet-Error"] = self.error_class
+        headers["X-Ramet-Error"] = self.error_class
+        if self.allow:
+            headers["Allow"] = ", ".join(self.allow)
         return Response(msgspec.json.encode(self.body), self.status, headers, "application/json")
 
     @classmethod

@@ -9,8 +9,12 @@ import asyncio
 import hashlib
 import hmac
 import logging
+import re
 import time
+import uuid
+import zlib
 
+import zstandard
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ramet.errors import EngineStopped
@@ -22,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 BODY_TIMEOUT_S = 75.0  # maximum time between two pieces of a body
 MAX_LOGGED_BYTES = 16 << 10
+_PLAIN_ID = re.compile(r"[\x21-\x7e]{1,128}")  # an id that a log line and a header can hold
 QUIET_PATHS = frozenset({"/health", "/ready", "/metrics"})  # requested every few seconds; logged only at DEBUG
 OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/docs", "/openapi.json"})
 ADMIN_PATHS = frozenset({"/flush_cache", "/abort_request"})
@@ -43,12 +48,16 @@ class HttpLimits:
             return
 
         start_s, status = time.monotonic(), 0
+        if len(scope["path"]) > 1:
+            scope["path"] = scope["path"].rstrip("/") or "/"
+        request_id = _request_id(scope)
 
         async def counted(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
                 self._requests.note_response(status)
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
             await send(message)
 
         limited = _LimitedBody(receive, self._config.max_body_bytes, keeps_text=self._config.log_prompts)
@@ -57,13 +66,14 @@ class HttpLimits:
             if refusal is not None:
                 await _answer(refusal, counted)
             else:
+                limited.coding = _header(scope, b"content-encoding").strip().lower()
                 await self._app(scope, limited.receive, counted)
         except asyncio.CancelledError:  # the server ends without waiting for this answer
             if status:
                 raise
             await _answer(HttpError.of(EngineStopped("the server is shutting down")), counted)
         finally:
-            _log(scope, status, time.monotonic() - start_s, limited.text)
+            _log(scope, request_id, status, time.monotonic() - start_s, limited.text)
 
     def refusal(self, scope: Scope) -> HttpError | None:
         """The error of a request that is refused by its head alone; None if it may pass."""
@@ -75,6 +85,8 @@ class HttpLimits:
         is_admin = path in ADMIN_PATHS or (path == "/metrics" and self._config.protect_metrics)
         if path in OPEN_PATHS and not is_admin:
             return None
+        if sum(name == b"authorization" for name, _ in scope["headers"]) > 1:
+            return HttpError(400, "the request has several Authorization headers; send one")
         digest = _digest(headers.get(b"x-api-key") or _bearer(headers.get(b"authorization", b"")))
         if is_admin and self._admin_key is not None:
             allowed = hmac.compare_digest(digest, self._admin_key)
@@ -93,7 +105,10 @@ class HttpLimits:
 
 
 class _LimitedBody:
-    """Reads a body. Raises HttpError if the body is too large or arrives too slowly."""
+    """Reads a body, and decompresses it if `coding` says so.
+
+    Raises: HttpError if the body is too large, also decompressed, arrives too slowly, or is not what `coding` says.
+    """
 
     def __init__(self, receive: Receive, limit: int, *, keeps_text: bool) -> None:
         self._receive = receive
@@ -101,6 +116,8 @@ class _LimitedBody:
         self._size = 0
         self._is_whole = False
         self._kept: bytearray | None = bytearray() if keeps_text else None
+        self._compressed = bytearray()
+        self.coding = ""
 
     @property
     def text(self) -> str | None:
@@ -121,15 +138,47 @@ class _LimitedBody:
             self._is_whole = not message.get("more_body", False)
             if self._size > self._limit:
                 raise _too_large(self._limit)
+            if self.coding not in ("", "identity"):
+                self._compressed += body
+                body = _expanded(self._compressed, self.coding, self._limit) if self._is_whole else b""
+                message = {**message, "body": body}
             if self._kept is not None:
                 self._kept += body[: MAX_LOGGED_BYTES - len(self._kept)]
         return message
 
 
-def _log(scope: Scope, status: int, seconds: float, text: str | None) -> None:
+def _expanded(data: bytes | bytearray, coding: str, limit: int) -> bytes:
+    """Decompress a whole body. Raises HttpError for an unknown coding, wrong data, or more than `limit` bytes."""
+    try:
+        if coding in ("gzip", "deflate"):
+            found = zlib.decompressobj(zlib.MAX_WBITS | 32).decompress(data, limit + 1)
+        elif coding == "zstd":
+            found = zstandard.ZstdDecompressor().stream_reader(bytes(data)).read(limit + 1)
+        else:
+            message = f"the body's content-encoding is {coding!r}; send it as gzip, deflate, zstd, or as it is"
+            raise HttpError(415, message, code="unsupported_encoding")
+    except (zlib.error, zstandard.ZstdError) as error:
+        raise HttpError(400, f"the body is not {coding}, as its head says: {error}", code="invalid_encoding") from None
+    if len(found) > limit:
+        raise _too_large(limit)
+    return found
+
+
+def _header(scope: Scope, name: bytes) -> str:
+    """The value of a request's header; empty if there is none."""
+    return next((value.decode("latin-1") for key, value in scope["headers"] if key == name), "")
+
+
+def _request_id(scope: Scope) -> str:
+    """The id that a client or a proxy gave a request, or a new one."""
+    given = _header(scope, b"x-request-id")
+    return given if _PLAIN_ID.fullmatch(given) else uuid.uuid4().hex
+
+
+def _log(scope: Scope, request_id: str, status: int, seconds: float, text: str | None) -> None:
     level = logging.DEBUG if scope["path"] in QUIET_PATHS else logging.INFO
     # A status of 0: the client left before there was an answer. %r keeps line breaks in a path out of the log.
-    logger.log(level, "%s %r %d in %.1f ms", scope["method"], scope["path"], status, 1000 * seconds)
+    logger.log(level, "%s %r %d in %.1f ms, %s", scope["method"], scope["path"], status, 1000 * seconds, request_id)
     if text:
         logger.info("body: %r", text)
 

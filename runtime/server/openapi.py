@@ -27,14 +27,15 @@ _ERRORS = {
     404: "there is no such thing",
     408: "the body stopped coming",
     409: "not in this state",
-    413: "the body is too large",
+    413: "the body is too large, as sent or decompressed",
+    415: "the body's content-encoding is not known here",
     422: "the key was used for another request",
     429: "too many requests; Retry-After says when to come again",
     499: "the request passed its own `timeout_s`",
     501: "not on this server",
     503: "the engine is not there; Retry-After says when to come again",
 }
-_OF_A_BODY = (400, 408, 413)
+_OF_A_BODY = (400, 408, 413, 415)
 # One event of a stream. `data` is JSON, or [DONE] at the end. Only programs have `event` and `id`.
 _EVENT: Json = {
     "type": "object",

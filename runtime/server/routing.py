@@ -14,7 +14,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import Match, Route
 from starlette.types import Lifespan, Receive, Scope, Send
 
 from ramet.runtime.server.errors import HttpError, error_response
@@ -81,28 +81,34 @@ class _Application:
 
 
 class _ExactRoute(Route):
-    """A route that answers only the given methods. Starlette would add HEAD to GET, and start streams for it."""
+    """A route of one method. HEAD is answered as GET, without the body, unless that could be a stream."""
 
-    def __init__(self, path: str, application: _Application, method: str) -> None:
-        super().__init__(path, application, methods=[method])
-        self.methods = {method}
+    def __init__(self, application: _Application, endpoint: Endpoint) -> None:
+        super().__init__(endpoint.path, application, methods=[endpoint.method])
+        has_head = endpoint.method == "GET" and not endpoint.has_stream and endpoint.media_type is None
+        self.methods = {endpoint.method, "HEAD"} if has_head else {endpoint.method}
 
 
 def make_app(
     endpoints: Sequence[Endpoint], served: ServedModel, lifespan: Lifespan[Starlette] | None = None
 ) -> Starlette:
     """Make the application of these endpoints, in this order."""
-    routes = [_ExactRoute(endpoint.path, _Application(endpoint, served), endpoint.method) for endpoint in endpoints]
-    return Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: _no_route})
+    routes = [_ExactRoute(_Application(endpoint, served), endpoint) for endpoint in endpoints]
+
+    async def no_route(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        matching = [route for route in routes if route.matches(request.scope)[0] is not Match.NONE]
+        return _no_route(request, error, {method for route in matching for method in route.methods or ()})
+
+    return Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: no_route})
 
 
-async def _no_route(request: Request, error: Exception) -> Response:
-    """The answer if Starlette finds no route for a path or for its method."""
-    assert isinstance(error, HTTPException)
+def _no_route(request: Request, error: HTTPException, allow: set[str]) -> Response:
+    """The answer if Starlette finds no route for a path or for its method. `allow`: the methods that the path has."""
     place = f"{request.method} {request.url.path}"
     if error.status_code == 404:
         return HttpError(404, f"{place} is not here; GET /docs shows what is", code="not_found").response()
     if error.status_code == 405:
         message = f"{place} is not here, though {request.url.path} is; GET /docs shows its methods"
-        return HttpError(405, message, code="method_not_allowed").response()
+        return HttpError(405, message, code="method_not_allowed", allow=allow).response()
     return HttpError(error.status_code, str(error.detail)).response()

@@ -19,6 +19,9 @@ T = TypeVar("T")
 Json = dict[str, Any]  # Any: JSON
 _encoder = msgspec.json.Encoder()
 
+PATIENCE_S = 0.5  # errors that come sooner have an HTTP status of their own
+COMMENT_S = 15.0  # proxies close connections on which nothing comes for a minute or less
+COMMENT = b": waiting\n\n"
 DONE = b"data: [DONE]\n\n"  # the last event of OpenAI's and SGLang's streams
 
 
@@ -50,7 +53,9 @@ class LastEvent(bytes):
 class EventStream(Response):
     """Sends the events of a generator. The generator is closed as soon as the client leaves.
 
-    The head is sent with the first event, so an earlier error is an HTTP error. A later error is sent as an event.
+    The head is sent with the first event, so an earlier error is an HTTP error. A later error is sent as an event. If
+    the first event does not come soon, the head goes out with a comment; and whenever nothing came for a while, another
+    comment follows, so that no proxy closes the connection.
     """
 
     media_type = "text/event-stream"
@@ -64,6 +69,10 @@ class EventStream(Response):
         self._close = close
         self._end = end
         self._is_begun = False
+        self._sending = asyncio.Lock()  # a comment never comes into the middle of an event
+        self._sent_s = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+        self._comment: asyncio.Task[None] | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send until the events end or the client leaves."""
@@ -72,29 +81,56 @@ class EventStream(Response):
                 await until_disconnect(receive, self._send_all(scope, receive, send))
         finally:
             # A client may leave while an event is being sent. The generator is not running then and cannot end itself.
+            await self._stop_watching()
             self._close()
             await self._events.aclose()
 
     async def _send_all(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._watch(send, PATIENCE_S)
         try:
             async for data in self._events:
                 if isinstance(data, LastEvent):
+                    await self._stop_watching()
                     await self._send(send, data + self._end, is_last=True)
                     return
                 await self._send(send, data)
         except Exception as error:
             response = error_response(error)
+            await self._stop_watching()
             if not self._is_begun:
                 await response(scope, receive, send)
                 return
             await self._send(send, event(HttpError.of(error).body))
+        await self._stop_watching()
         await self._send(send, self._end, is_last=True)
 
     async def _send(self, send: Send, data: bytes, *, is_last: bool = False) -> None:
-        if not self._is_begun:
-            self._is_begun = True
-            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        await send({"type": "http.response.body", "body": data, "more_body": not is_last})
+        async with self._sending:
+            if not self._is_begun:
+                self._is_begun = True
+                await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            await send({"type": "http.response.body", "body": data, "more_body": not is_last})
+            self._sent_s = asyncio.get_running_loop().time()
+
+    def _watch(self, send: Send, patience_s: float) -> None:
+        """Send a comment when nothing was sent for `patience_s`, and from then on whenever nothing comes."""
+        loop = asyncio.get_running_loop()
+
+        def look() -> None:
+            if self._sent_s + patience_s > loop.time():
+                self._timer = loop.call_at(self._sent_s + patience_s, look)
+                return
+            self._comment = loop.create_task(self._send(send, COMMENT))
+            self._watch(send, COMMENT_S)
+
+        self._timer = loop.call_later(patience_s, look)
+
+    async def _stop_watching(self) -> None:
+        """Send no more comments. One that is being sent is completed first."""
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._comment is not None:
+            await asyncio.wait([self._comment])
 
 
 async def collected(request: Request, items: AsyncGenerator[T, None]) -> list[T]:

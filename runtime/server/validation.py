@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
+import pydantic_core
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 from pydantic_core import PydanticCustomError
 
@@ -20,28 +21,38 @@ REFUSED: Mapping[str, str] = {
     "add_special_tokens": "the chat template, or the tokenizer's own rule, decides it",
     "allowed_token_ids": "use a constraint, or logit_bias",
     "audio": "answers are text",
+    "audio_data": "the model reads text",
     "bad_words": "use logit_bias, or a constraint",
     "best_of": "use n",
+    "bootstrap_host": "prefill and decode are not apart here",
+    "bootstrap_port": "prefill and decode are not apart here",
+    "bootstrap_room": "prefill and decode are not apart here",
     "chat_template": "the model's own template is used",
+    "chat_template_content_format": "contents are texts",
     "custom_labels": "use metadata",
     "custom_logit_processor": "no code is taken from requests",
     "custom_params": "no code is taken from requests",
+    "data_parallel_rank": "there is one engine",
+    "detokenize": "answers are text; return_token_ids gives the tokens, too",
     "documents": "put them into messages",
+    "early_stopping": "there is no beam search",
     "extra_key": "use cache_salt",
     "function_call": "it is deprecated; use tool_choice",
     "functions": "it is deprecated; use tools",
     "guided_decoding_backend": "there is one grammar engine",
     "guided_whitespace_pattern": "white space is as docs/grammar.md says",
     "image_data": "the model reads text",
-    "audio_data": "the model reads text",
-    "video_data": "the model reads text",
     "include_stop_str_in_output": "a stop string never belongs to the answer; it is in matched_stop",
     "input_embeds": "use input_ids",
     "input_ids": "use /v1/completions or /generate for token ids",
+    "kv_transfer_params": "prefill and decode are not apart here",
     "length_penalty": "there is no beam search",
+    "log_metrics": "every request is counted",
     "logits_processors": "no code is taken from requests",
     "lora_path": "adapters are not supported",
+    "lora_request": "the model has no adapters",
     "max_thinking_tokens": "reasoning has no limit of its own",
+    "mm_processor_kwargs": "the model reads text",
     "modify_logits": "no code is taken from requests",
     "prediction": "predicted outputs are not supported",
     "prompt_logprobs": "use /v1/completions with echo and logprobs",
@@ -50,6 +61,8 @@ REFUSED: Mapping[str, str] = {
     "return_hidden_states": "hidden states are not returned",
     "return_meta_info": "use /generate",
     "return_prompt_token_ids": "return_token_ids gives them, too",
+    "return_routed_experts": "hidden states are not returned",
+    "return_tokens_as_token_ids": "return_token_ids gives them apart from the text",
     "rid": "the answer's id is the request's",
     "session_id": "conversations are recognised by their messages",
     "session_params": "conversations are recognised by their messages",
@@ -58,9 +71,26 @@ REFUSED: Mapping[str, str] = {
     "stream_interval": "tokens come as they are made; what a slow reader has not taken is merged",
     "suffix": "the model does not fill in the middle",
     "token_ids_logprob": "use top_logprobs_num",
+    "top_k_return_logprob": "use top_logprobs",
     "truncate_prompt_tokens": "prompts are never cut",
-    "verbosity": "it is not supported",
+    "verbosity": "it belongs to chats",
+    "video_data": "the model reads text",
+    "vllm_xargs": "no code is taken from requests",
+    "watermark": "answers are not marked",
     "web_search_options": "there is no web search",
+}
+# What the field's servers do by default, where that is neither null, empty nor false. A client that sends it asks for
+# nothing.
+DEFAULTS: Mapping[str, object] = {
+    "best_of": 1,
+    "detokenize": True,
+    "length_penalty": 1,
+    "log_metrics": True,
+    "spaces_between_special_tokens": True,
+    "add_special_tokens": True,
+    "guided_decoding_backend": "auto",
+    "chat_template_content_format": "auto",
+    "stream_interval": 1,
 }
 _PART_TYPES = frozenset(
     ("image_url", "video_url", "audio_url", "input_audio", "input_image", "input_file", "image", "document")
@@ -94,11 +124,50 @@ Body = TypeVar("Body", bound=Strict)
 
 
 def parsed(model: type[Body], data: bytes) -> Body:
-    """Parse a body. Raises HttpError naming the wrong field."""
+    """Parse a body. Raises HttpError naming the wrong field.
+
+    A field that is known and not supported may be there if its value asks for nothing: null, an empty value, false, or
+    the default of the servers that have it. Clients that send back an answer may add fields to it.
+    """
+    try:
+        return model.model_validate_json(data)
+    except pydantic.ValidationError as error:
+        if error.errors(include_url=False, include_context=False, include_input=False)[0]["type"] == "json_invalid":
+            raise error_of(error, data) from None
+        body = _decoded(data)
+        if not _drop_unasked(error, body):
+            raise error_of(error, data) from None
+    data = pydantic_core.to_json(body)
     try:
         return model.model_validate_json(data)
     except pydantic.ValidationError as error:
         raise error_of(error, data) from None
+
+
+def _drop_unasked(error: pydantic.ValidationError, body: Any) -> bool:  # Any: JSON
+    """Remove the undeclared fields that ask for nothing from a body. Returns whether there were any."""
+    is_changed = False
+    for problem in error.errors(include_url=False, include_context=False, include_input=False):
+        if problem["type"] != "extra_forbidden":
+            continue
+        path = _real_path(problem["loc"], body, is_missing=False)
+        parent = body
+        for part in path[:-1]:
+            parent = parent[part]
+        name = str(path[-1]) if path else ""
+        if isinstance(parent, dict) and name in parent and _asks_nothing(name, parent[name], path, body):
+            del parent[name]
+            is_changed = True
+    return is_changed
+
+
+def _asks_nothing(name: str, value: object, path: Sequence[int | str], body: Any) -> bool:  # Any: JSON
+    if len(path) > 2 and path[0] == "messages" and body["messages"][path[1]].get("role") == "assistant":
+        return True
+    if name not in REFUSED:
+        return False
+    is_default = name in DEFAULTS and value == DEFAULTS[name] and isinstance(value, bool) == (DEFAULTS[name] is True)
+    return value is None or value is False or value in ("", [], {}) or is_default
 
 
 def error_of(error: pydantic.ValidationError, data: bytes) -> HttpError:

@@ -41,7 +41,10 @@ class PastCall(Strict):
 
 
 class ChatMessage(Strict):
-    """One message. `refusal`, `annotations`, `audio`, `function_call`: null or empty, so an answer can be sent back."""
+    """One message. `refusal`, `annotations`, `audio`, `function_call` do not go into the prompt.
+
+    An assistant's message may have any other fields, so an answer can be sent back as a client keeps it.
+    """
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart] | None = None
@@ -49,7 +52,8 @@ class ChatMessage(Strict):
     tool_calls: list[PastCall] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
-    refusal: None = None
+    reasoning: str | None = Field(default=None, description="vLLM's name of reasoning_content")
+    refusal: str | None = None
     annotations: Annotated[list[Json], Field(max_length=0)] | None = None
     audio: None = None
     function_call: None = None
@@ -57,10 +61,12 @@ class ChatMessage(Strict):
     def plain(self) -> Json:
         """The message in the form of chat templates: only set fields, `developer` as `system`, content as text."""
         message: Json = {"role": "system" if self.role == "developer" else self.role, "content": self.text}
-        for field in ("name", "tool_call_id", "reasoning_content"):
-            value = getattr(self, field)
-            if value is not None:
-                message[field] = value
+        given = {
+            "name": self.name,
+            "tool_call_id": self.tool_call_id,
+            "reasoning_content": self.reasoning if self.reasoning_content is None else self.reasoning_content,
+        }
+        message |= {field: value for field, value in given.items() if value is not None}
         if self.tool_calls:
             message["tool_calls"] = [
                 call.model_dump(include={"id", "type", "function"}, exclude_none=True) for call in self.tool_calls
@@ -183,6 +189,7 @@ class ChatBody(SamplingFields):
     continue_final_message: bool | None = None
     history: Literal["append", "render"] | None = None
     modalities: list[Literal["text"]] | None = None
+    verbosity: Literal["low", "medium", "high"] | None = Field(default=None, description="a hint, without effect")
 
 
 class CompletionBody(SamplingFields):

@@ -295,9 +295,10 @@ class ChatEndpoint:
 
 
 def _check_fields(body: ChatBody) -> None:
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:
         raise HttpError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
-    if body.stream_options is not None and not body.stream:
+    options = body.stream_options
+    if options is not None and options.include_usage and not body.stream:
         raise HttpError(400, "stream_options is only allowed with stream: true", param="stream_options")
 
 

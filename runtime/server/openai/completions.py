@@ -123,7 +123,8 @@ def _check_fields(body: CompletionBody) -> None:
         raise HttpError(
             400, f"best_of is {body.best_of}, but only the value of n ({body.n or 1}) is supported", param="best_of"
         )
-    if body.stream_options is not None and not body.stream:
+    options = body.stream_options
+    if options is not None and options.include_usage and not body.stream:
         raise HttpError(400, "stream_options is only allowed with stream: true", param="stream_options")
     if body.echo and body.logprobs:
         raise HttpError(

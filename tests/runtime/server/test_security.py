@@ -60,14 +60,22 @@ def test_who_may_do_what_with_which_key(start_server: Any) -> None:
     keys = {"api_key": ("one", "schlüssel"), "admin_api_key": "admin", "protect_metrics": True}
     with start_server(**keys) as server:
         client = server.client
-        for headers in ({}, bearer("two"), bearer("on"), bearer("onee"), bearer("Bearer"), {b"x-api-key": b"one"}):
+        for headers in ({}, bearer("two"), bearer("on"), bearer("onee"), bearer("Bearer"), {b"x-api-key": b"two"}):
             for path in ("/generate", "/v1/chat/completions", "/v1/programs", "/v1/tokenize"):
                 answer = client.post(path, json={}, headers=headers)
                 assert answer.status_code == 401, (path, headers)
                 assert answer.json()["error"]["code"] == "invalid_api_key"
             for path in ("/v1/models", "/get_server_info", "/get_model_info", "/health_generate", "/metrics"):
                 assert client.get(path, headers=headers).status_code == 401
-        for headers in (bearer("one"), bearer("schlüssel"), bearer("one", "bearer"), bearer(" one")):
+        both = [(b"authorization", b"Bearer one"), (b"authorization", b"Bearer two")]
+        assert client.post("/generate", json={}, headers=both).status_code == 400
+        for headers in (
+            bearer("one"),
+            bearer("schlüssel"),
+            bearer("one", "bearer"),
+            bearer(" one"),
+            {b"x-api-key": b"one"},
+        ):
             assert generate(client, headers=headers).status_code == 200
             for method, path in (("POST", "/flush_cache"), ("GET", "/flush_cache"), ("POST", "/abort_request")):
                 assert client.request(method, path, headers=headers, json={}).status_code == 401

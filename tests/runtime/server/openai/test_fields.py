@@ -92,13 +92,14 @@ LABELS: dict[str, Json] = {
         "stream_reasoning": True,
         "modalities": ["text"],
         "reasoning_effort": "none",  # of a template that knows no reasoning
+        "verbosity": "low",
         "history": "append",  # test_conversations.py
     }
 }
 LABELS[COMPLETIONS] = {
     name: value
     for name, value in LABELS[CHAT].items()
-    if name not in ("stream_reasoning", "modalities", "reasoning_effort", "history")
+    if name not in ("stream_reasoning", "modalities", "reasoning_effort", "verbosity", "history")
 } | {"best_of": 1}
 
 # All names in SGLang's, vLLM's and OpenAI's documentation of the three endpoints.

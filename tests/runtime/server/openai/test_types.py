@@ -20,9 +20,12 @@ Client = Any  # of conftest.py, which importlib mode cannot import by name
     ("fields", "param", "code"),
     [
         ({"foo": 1}, "foo", "unknown_parameter"),
-        ({"bootstrap_host": "2.2.2.2"}, "bootstrap_host", "unknown_parameter"),
+        ({"foo": None}, "foo", "unknown_parameter"),
+        ({"bootstrap_host": "2.2.2.2"}, "bootstrap_host", "unsupported_parameter"),
         ({"stop_regex": "a"}, "stop_regex", "unsupported_parameter"),
-        ({"functions": []}, "functions", "unsupported_parameter"),
+        ({"functions": [{"name": "f"}]}, "functions", "unsupported_parameter"),
+        ({"length_penalty": True}, "length_penalty", "unsupported_parameter"),
+        ({"lora_path": None, "stop_regex": "a"}, "stop_regex", "unsupported_parameter"),
         ({"temperature": "hot"}, "temperature", "invalid_value"),
         ({"temperature": True}, "temperature", "invalid_value"),
         ({"temperature": -1}, "temperature", None),
@@ -95,7 +98,7 @@ def test_known_fields_without_an_effect_are_refused_with_a_reason(client: Client
         ("/v1/completions", CompletionBody, {"prompt": "a"}),
     ):
         if field not in model.model_fields:
-            error = client.refusal(path, {**body, field: 1})
+            error = client.refusal(path, {**body, field: "asked"})
             assert (error["param"], error["code"]) == (field, "unsupported_parameter")
             assert REFUSED[field] in error["message"]
 
