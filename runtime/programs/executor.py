@@ -33,7 +33,7 @@ from ramet.runtime.programs.path import Path, PieceEncoder
 from ramet.runtime.programs.selection import Selection
 from ramet.runtime.programs.shared_nodes import SharedRequests
 from ramet.runtime.text.role_marks import RoleMarks
-from ramet.runtime.types import FinishReason, Grammar, RequestOptions, RequestOutput, SamplingParams
+from ramet.runtime.types import MAX_INT32, FinishReason, Grammar, RequestOptions, RequestOutput, SamplingParams
 
 if TYPE_CHECKING:
     from ramet.grammar import CompiledGrammar
@@ -75,6 +75,18 @@ class ProgramHost:
         """
         name = program_id or f"{options.program}-{next(self._numbers)}"
         return ProgramExecutor(self, options, on_event, name, client or ("", name))
+
+    def healed(
+        self, prompt: list[int], sampling: SamplingParams, grammar: CompiledGrammar | None
+    ) -> tuple[list[int], SamplingParams, Grammar | None]:
+        """Give the last token of a text back to the model, where something is gained: see lang/graph/healing.py.
+
+        Returns what the request is made of.
+        """
+        again = self.model.healing.given_back(prompt[-1], MAX_INT32) if len(prompt) > 1 else b""
+        if not again or not self.grammars.goes_on(grammar, again):
+            return prompt, sampling, grammar
+        return prompt[:-1], with_one_more(sampling), self.grammars.between(grammar, again, b"")
 
     def count_ended(self) -> None:
         """Count an ended request of a program."""
@@ -198,7 +210,7 @@ class ProgramExecutor:
                 path = self._path_before(run).append(result.text, is_markup=run.node.is_markup)
                 self._done(run, result, path.flush(self._model.encoder) if run.node.is_border else path)
             elif run.node.run_by == "model":
-                self._ask_engine(run, self._work(run))
+                self._start_requests(run)
         except Exception as error:
             self._failed(run, error)
 
@@ -220,22 +232,39 @@ class ProgramExecutor:
 
     # Requests.
 
-    def _work(self, run: NodeRun) -> Work:
-        """Return the requests of a node, by its kind."""
+    def _start_requests(self, run: NodeRun, *, may_wait: bool = False) -> None:
+        """Submit the requests of a node, by its kind.
+
+        Whether a grammar goes on after the prompt's last token takes the grammar's time. If that is not known and this
+        thread may not wait for it, another thread goes on.
+        """
         node, before = run.node, self._path_before(run)
-        if isinstance(node, ir.Generate):
-            is_in_message = ir.is_in_message(self._index.nodes, node)
-            return Generation(
-                node,
-                len(run.attempts),
-                self._model,
-                before,
-                after=self._after(node),
-                is_in_message=is_in_message,
-                may_heal=lambda text: self._host.grammars.goes_on(self._grammars.get(node.id), text),
-            )
-        assert isinstance(node, ir.Select)
-        return Selection(node, [self._graph.render(choice) for choice in node.choices], self._model, before)
+        if isinstance(node, ir.Select):
+            choices = [self._graph.render(choice) for choice in node.choices]
+            self._ask_engine(run, Selection(node, choices, self._model, before))
+            return
+        assert isinstance(node, ir.Generate)
+        grammar, grammars = self._grammars.get(node.id), self._host.grammars
+        before = before.flush(self._model.encoder)
+        again = before.given_back(self._model.healing)
+        if again:
+            goes_on = grammars.goes_on(grammar, again) if may_wait else grammars.known_to_go_on(grammar, again)
+            if goes_on is None:
+                grammars.run_aside(lambda: self._start_aside(run))
+                return
+            again = again if goes_on else b""
+        is_in_message = ir.is_in_message(self._index.nodes, node)
+        tries, after = len(run.attempts), self._after(node)
+        work = Generation(node, tries, self._model, before, again=again, after=after, is_in_message=is_in_message)
+        self._ask_engine(run, work)
+
+    def _start_aside(self, run: NodeRun) -> None:
+        """Submit the requests of a node, on a thread beside the engine's."""
+        try:
+            self._start_requests(run, may_wait=True)
+        except Exception as error:
+            self._failed(run, error)
+        self._pump()
 
     def _after(self, node: ir.Generate) -> bytes:
         """Return the text that ends a node's value. A value in that text counts if it is sure to be there by now."""

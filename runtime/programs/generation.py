@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -32,14 +31,14 @@ class Generation:
         model: ProgramModel,
         before: Path,
         *,
+        again: bytes = b"",
         after: bytes = b"",
         is_in_message: bool,
-        may_heal: Callable[[bytes], bool] = lambda text: True,
     ) -> None:
-        """`attempt` counts from 0. `after`: the literal text that follows a constrained value, and ends it.
+        """`attempt` counts from 0. `again`: the last token of `before`, if the model writes it again. `after`: the
+        literal text that follows a constrained value, and ends it.
 
-        Inside of a message, the chat template's end of a message also ends the text. `may_heal`: whether something is
-        gained if the model writes the prompt's last token again.
+        Inside of a message, the chat template's end of a message also ends the text.
         """
         self._node, self._model = node, model
         self._start_s = time.monotonic()
@@ -50,13 +49,8 @@ class Generation:
         prompt = before.flush(model.encoder)
         if prompt.length == 0 and model.tokenizer.bos_id is not None:
             prompt = prompt.extend([model.tokenizer.bos_id])
-        again = b""
-        if prompt.tokens and prompt.length > 1:
-            again = model.healing.given_back(prompt.tokens[-1], prompt.num_literal)
-            if again and may_heal(again):
-                prompt = prompt.without_last()
-            else:
-                again = b""
+        if again:
+            prompt = prompt.without_last()
         self._prompt, self._again = prompt, again
         sampling = ir.retry_sampling(node.sampling, attempt).params()
         room = model.context_length - prompt.length - bool(again)

@@ -95,19 +95,26 @@ class ProgramGrammars:
         asked.add_done_callback(settle_narrowed if narrowed.masked else settle)
         return answer
 
+    def known_to_go_on(self, grammar: CompiledGrammar | None, before: bytes) -> bool | None:
+        """Return the answer of `goes_on` if it is known, else None."""
+        return True if grammar is None else self._goes_on.get((grammar, before))
+
     def goes_on(self, grammar: CompiledGrammar | None, before: bytes) -> bool:
         """Return whether a token of the vocabulary begins with `before` and goes on with the beginning of a text.
 
-        `before` is a token that has longer ones; so without a grammar, it does.
+        `before` is a token that has longer ones; so without a grammar, it does. A new answer is the grammar's work, and
+        must not be asked for by the engine's thread.
         """
         if grammar is None:
             return True
-        if (grammar, before) not in self._goes_on:
+        found = self._goes_on.get((grammar, before))
+        if found is None:
+            num_alone = len(grammar.vocabulary.tokens_with_text(before))
+            found = int(np.bitwise_count(grammar.mask_after(0, before)).sum()) > num_alone
             if len(self._goes_on) >= _MAX_BORDERED:
                 self._goes_on = {}
-            num_alone = len(grammar.vocabulary.tokens_with_text(before))
-            self._goes_on[grammar, before] = int(np.bitwise_count(grammar.mask_after(0, before)).sum()) > num_alone
-        return self._goes_on[grammar, before]
+            self._goes_on[grammar, before] = found
+        return found
 
     def between(self, grammar: CompiledGrammar | None, before: bytes, after: bytes) -> Grammar | None:
         """Return the grammar between the prompt's end, given back, and the text that follows: see Bordered.

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from ramet.lang.graph.healing import Healing
+
 
 class PathTokenizer(Protocol):
     """The part of a tokenizer that a path uses."""
@@ -70,6 +72,11 @@ class Path:
         literal = itertools.takewhile(lambda piece: not piece.is_markup, reversed(self.pending))
         num_literal = sum(len(piece.text.encode()) for piece in literal)
         return Path(self, tuple(tokens), self.length + len(tokens), num_literal=num_literal)
+
+    def given_back(self, healing: Healing) -> bytes:
+        """Return the last token if the model should write it again, else b"". No text may be pending."""
+        assert not self.pending
+        return healing.given_back(self.tokens[-1], self.num_literal) if self.tokens and self.length > 1 else b""
 
     def without_last(self) -> Path:
         """Return the path without its last token, which this point added."""

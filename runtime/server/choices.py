@@ -42,6 +42,7 @@ class Job:
     `constraint_field`: the body's field with the constraint. `shown_bytes`: the bytes of each token, if special tokens
     (markers of tool calls) must appear in the text; None if the engine's own text suffices. `is_whole`: the reader
     wants only the complete output. `prompt_field`: the body's field with the prompt. `client`: who asks.
+    `heals`: as in Submit.
     """
 
     prompt_ids: list[int]
@@ -53,7 +54,19 @@ class Job:
     shown_bytes: Sequence[bytes] | None = None
     is_whole: bool = False
     prompt_field: str = "prompt"
+    heals: bool = False
     client: tuple[str, ...] = ()
+
+
+def heals(wanted: bool | None, constraint: Constraint | None, *, is_text: bool, has_logprobs: bool) -> bool:
+    """Return whether the model may write a prompt's last token again. Raises HttpError if that is not possible.
+
+    `wanted` None: it may if the prompt is text, and a constraint says how the answer begins.
+    """
+    if wanted and has_logprobs:
+        message = "token_healing is true, but log-probabilities belong to whole tokens; ask for one of them"
+        raise HttpError(400, message, param="token_healing")
+    return is_text and constraint is not None and not has_logprobs if wanted is None else wanted
 
 
 def name_prompt(error: InvalidRequest, field: str) -> InvalidRequest:
@@ -88,7 +101,7 @@ class ChoiceStream:
     ) -> AsyncIterator[Output]:
         job = self._job
         stream = self._proxy.submit(
-            Submit(request_id, ids, sampling, constraint, job.options, job.client),
+            Submit(request_id, ids, sampling, constraint, job.options, job.client, job.heals),
             is_whole=job.is_whole,
         )
         self._end = stream.close

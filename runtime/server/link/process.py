@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import zmq
@@ -52,6 +52,9 @@ from ramet.runtime.server.link.protocol import (
     command_decoder,
 )
 from ramet.runtime.types import Grammar, RequestOutput
+
+if TYPE_CHECKING:
+    from ramet.grammar import CompiledGrammar  # loads numba
 
 logger = logging.getLogger(__name__)
 
@@ -155,19 +158,34 @@ class EngineServer:
 
         self._host.grammars.get(command.constraint, command.client).add_done_callback(compiled)
 
-    def _submit_compiled(self, command: Submit, grammar: Grammar | None, grammar_s: float | None = None) -> None:
+    def _submit_compiled(
+        self, command: Submit, grammar: CompiledGrammar | None, grammar_s: float | None = None
+    ) -> None:
+        prompt, sampling = command.prompt_ids, command.sampling
+        taken: Grammar | None = grammar
+        again = b""
+        if command.heals:
+            prompt, sampling, taken = self._host.healed(prompt, sampling, grammar)
+            again = b"" if taken is None else taken.before
+        token_bytes = self._host.model.tokenizer.token_bytes
+
         def on_output(output: RequestOutput) -> None:
+            nonlocal again
             report = _to_report(output)
+            if again and report.token_ids:
+                if token_bytes[report.token_ids[0]] == again:  # no part of the answer
+                    del report.token_ids[0]
+                again = b""
             if grammar_s is not None and report.timings is not None:
                 report.timings["grammar_s"] = grammar_s
             self._send(report)
 
         try:
             self.engine.submit(
-                command.prompt_ids,
-                command.sampling,
+                prompt,
+                sampling,
                 command.options,
-                grammar=grammar,
+                grammar=taken,
                 request_id=command.id,
                 on_output=on_output,
             )

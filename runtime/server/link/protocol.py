@@ -29,7 +29,10 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Submit(msgspec.Struct, frozen=True, tag="submit", omit_defaults=True):
-    """A request. Its deadline counts from its arrival at the engine. `client`: whose constraint it is, for fairness."""
+    """A request. Its deadline counts from its arrival at the engine. `client`: whose constraint it is, for fairness.
+
+    `heals`: the model may write the prompt's last token again, as a part of a longer one.
+    """
 
     id: str
     prompt_ids: list[int]
@@ -37,6 +40,7 @@ class Submit(msgspec.Struct, frozen=True, tag="submit", omit_defaults=True):
     constraint: Constraint | None = None
     options: RequestOptions = NO_OPTIONS
     client: tuple[str, ...] = ()
+    heals: bool = False
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):

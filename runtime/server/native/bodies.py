@@ -65,6 +65,8 @@ class GenerateBody(Strict):
     `stream`: server-sent events. Each has the whole output so far, as in SGLang; with `cumulative` false, only the new
     part. `return_logprob`: log-probabilities of generated tokens, each with the `top_logprobs_num` most likely tokens,
     and of the prompt's tokens from `logprob_start_len` on (-1: none). `timeout_s`: seconds until the request is ended.
+    `token_healing`: the model writes the prompt's last token again, as a part of any token that begins with it; null:
+    for texts with a constraint.
     """
 
     text: str | list[str] | None = None
@@ -82,6 +84,7 @@ class GenerateBody(Strict):
     priority: int = Field(default=0, ge=-100, le=2**31 - 1, description="lower values run first")
     cache_salt: str = Field(default="", max_length=200)
     timeout_s: float | None = Field(default=None, gt=0, le=86_400)
+    token_healing: bool | None = None
 
 
 class AbortBody(Strict):

@@ -11,7 +11,7 @@ from msgspec import UNSET, UnsetType
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ramet.runtime.server.choices import Job, choice_id, close_all, merged, prompt_logprobs, submit_all
+from ramet.runtime.server.choices import Job, choice_id, close_all, heals, merged, prompt_logprobs, submit_all
 from ramet.runtime.server.errors import HttpError
 from ramet.runtime.server.link.protocol import Output
 from ramet.runtime.server.logprobs import finite, token_text
@@ -107,7 +107,10 @@ class GenerateEndpoint:
         for ids, sampling in zip(prompts, all_sampling, strict=True):
             params = sampling.params(body.top_logprobs_num if body.return_logprob else None)
             field, constraint = sampling.constraint(self._served.config.max_schema_bytes) or (None, None)
-            job = Job(ids, params, constraint, field, options, is_whole=not body.stream, client=client)
+            is_healed = heals(
+                body.token_healing, constraint, is_text=body.text is not None, has_logprobs=body.return_logprob
+            )
+            job = Job(ids, params, constraint, field, options, is_whole=not body.stream, client=client, heals=is_healed)
             jobs += [(job, index) for index in range(sampling.n)]
         if len(jobs) > self._served.config.max_in_flight:
             raise HttpError(400, f"{len(jobs)} answers are too many for one request", param="sampling_params.n")

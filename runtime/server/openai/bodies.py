@@ -196,7 +196,8 @@ class CompletionBody(SamplingFields):
     """`POST /v1/completions`. The spelling of a special token in a text prompt becomes that token.
 
     `logprobs`: the number of most likely tokens besides the chosen one. With `echo` it must be 0: prompt tokens are
-    scored without alternatives.
+    scored without alternatives. `token_healing`: the model writes the prompt's last token again, as a part of any token
+    that begins with it; null: for texts with a constraint.
     """
 
     # Ids first: where texts are tried before them, each id is an error to collect, which took longer than all the rest.
@@ -205,6 +206,7 @@ class CompletionBody(SamplingFields):
     logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
     echo: bool | None = None
     best_of: int | None = Field(default=None, ge=1, description="no other value than that of n")
+    token_healing: bool | None = None
 
 
 class TokenizeBody(Strict):

@@ -13,7 +13,7 @@ from msgspec import UNSET, UnsetType
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ramet.runtime.server.choices import Job, close_all, merged, prompt_logprobs, submit_all
+from ramet.runtime.server.choices import Job, close_all, heals, merged, prompt_logprobs, submit_all
 from ramet.runtime.server.errors import HttpError
 from ramet.runtime.server.link.protocol import Output
 from ramet.runtime.server.logprobs import finite, token_bytes, token_text
@@ -109,7 +109,10 @@ class CompletionEndpoint:
         options = RequestOptions(cache_salt=salt, priority=body.priority or 0)
         client = client_of(request)
         shared = Job([], sampling, constraint, field_name, options, is_whole=not body.stream, client=client)
-        jobs = [replace(shared, prompt_ids=prompt.ids) for prompt in prompts]
+        is_healed = heals(
+            body.token_healing, constraint, is_text=not _is_ids(body), has_logprobs=body.logprobs is not None
+        )
+        jobs = [replace(shared, prompt_ids=prompt.ids, heals=is_healed) for prompt in prompts]
         answer = CompletionAnswer(served, body, prompts, jobs, num, is_generated=max_tokens > 0)
         if body.stream:
             return EventStream(answer.events(answer.outputs()), answer.close, DONE)
@@ -136,7 +139,11 @@ def _check_fields(body: CompletionBody) -> None:
 
 def _has_ids(body: CompletionBody) -> bool:
     """True if the prompt is token ids whose text is not needed."""
-    return not body.echo and isinstance(body.prompt, list) and not any(isinstance(p, str) for p in body.prompt[:1])
+    return not body.echo and _is_ids(body)
+
+
+def _is_ids(body: CompletionBody) -> bool:
+    return isinstance(body.prompt, list) and not any(isinstance(p, str) for p in body.prompt[:1])
 
 
 def _prompts(tokenizer: Tokenizer, body: CompletionBody) -> list[CompletionPrompt]:

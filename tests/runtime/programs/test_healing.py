@@ -9,9 +9,13 @@ from typing import Any
 import pytest
 
 from ramet import Engine, function, gen
+from ramet.lang.graph.ir import Constraint
 from ramet.runtime.models.generation import GenerationDefaults
 from ramet.runtime.models.load import LoadedModel
+from ramet.runtime.programs.executor import ProgramHost
 from ramet.runtime.programs.path import Path, Piece, PieceEncoder
+from ramet.runtime.server.choices import heals
+from ramet.runtime.server.errors import HttpError
 from ramet.runtime.testing.byte_tokenizer import ByteTokenizer
 from ramet.runtime.testing.dummy import dummy_decoder
 from ramet.runtime.types import SamplingParams
@@ -154,3 +158,39 @@ def test_the_plan_counts_what_a_run_with_given_back_tokens_measures(engine: Engi
         assert cost.prompt.at_least <= usage.prompt_tokens <= cost.prompt.at_most
         assert cost.new.at_least <= usage.computed_tokens <= cost.new.at_most
         assert usage.completion_tokens <= cost.written.at_most
+
+
+def test_a_text_without_a_program_is_healed_by_the_same_rule(engine: Engine) -> None:
+    host = ProgramHost(engine)
+    tokens = engine.tokenizer.encode("Say on")
+    params = SamplingParams(max_tokens=4, temperature=0)
+    prompt, sampling, grammar = host.healed(tokens, params, None)
+    assert (prompt, sampling.max_tokens) == (tokens[:-1], 5)
+    assert grammar is not None
+    result = engine.generate(prompt, sampling, grammar=grammar)
+    assert engine.tokenizer.decode(result.token_ids) == engine.tokenizer.decode(tokens[-1:]) + result.text
+    assert (result.usage.prompt_tokens, result.usage.completion_tokens) == (len(tokens), len(result.token_ids) - 1)
+    compiled = host.grammars.get(Constraint("regex", "[0-9]+")).result()
+    assert host.healed(tokens, params, compiled) == (tokens, params, compiled), "no token goes on with a digit"
+    assert host.healed(tokens[-1:], params, None) == (tokens[-1:], params, None), "a prompt needs a token"
+    host.grammars.close()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "is_text", "has_constraint", "has_logprobs", "is_healed"),
+    [
+        (None, True, True, False, True),
+        (None, True, False, False, False),
+        (None, False, True, False, False),
+        (None, True, True, True, False),
+        (True, False, False, False, True),
+        (False, True, True, False, False),
+    ],
+)
+def test_over_http_texts_with_a_constraint_are_healed_unless_the_body_says_otherwise(
+    wanted: bool | None, is_text: bool, has_constraint: bool, has_logprobs: bool, is_healed: bool
+) -> None:
+    constraint = Constraint("regex", "a") if has_constraint else None
+    assert heals(wanted, constraint, is_text=is_text, has_logprobs=has_logprobs) == is_healed
+    with pytest.raises(HttpError, match="token_healing"):
+        heals(True, constraint, is_text=is_text, has_logprobs=True)
