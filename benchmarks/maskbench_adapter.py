@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from ramet.grammar import Matcher, Vocabulary, compile_grammar
 from ramet.grammar.ir import JsonOptions, JsonSchema
 from ramet.grammar.service.warm_up import warm_up
+from ramet.runtime.server.link.garbage import postpone_full_collections
 
 
 class Tok(Protocol):
@@ -34,11 +35,14 @@ class Engine:
     def __init__(self, tok: Tok) -> None:
         self.vocabulary = Vocabulary(tok.token_bytes, [tok.eos_id], tok.special_ids, tok.vocab_size)
         warm_up(self.vocabulary)
-        gc.collect()
-        gc.freeze()  # as a server would at its start: what lives for ever is not looked at again
+        postpone_full_collections()  # as a server does; it makes them when it is idle, here each 200th schema does
+        self.num_compiled = 0
         self.options = JsonOptions(mode="exact", whitespace="bounded")
 
     def compile(self, schema: Any) -> Cursor:  # a decoded JSON document
+        self.num_compiled += 1
+        if self.num_compiled % 200 == 0:
+            gc.collect()
         return Cursor(Matcher(compile_grammar(JsonSchema(schema, self.options), self.vocabulary)))
 
 

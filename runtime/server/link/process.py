@@ -7,7 +7,6 @@ parent starts a new one.
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import queue
@@ -29,6 +28,7 @@ from ramet.runtime.engine.config import EngineConfig
 from ramet.runtime.engine.engine import Engine
 from ramet.runtime.engine.factory import load
 from ramet.runtime.programs.executor import ProgramExecutor, ProgramHost
+from ramet.runtime.server.link.garbage import collect_if_idle, postpone_full_collections
 from ramet.runtime.server.link.protocol import (
     Abort,
     Answer,
@@ -298,7 +298,9 @@ def _beat(engine: Engine, send: Callable[[Report], None], is_ending: threading.E
     """Report the engine's counters while its thread answers. No report means that the thread does not answer."""
     while not is_ending.wait(HEARTBEAT_S):
         try:
-            send(Heartbeat(engine.stats()))
+            stats = engine.stats()
+            send(Heartbeat(stats))
+            collect_if_idle(stats)
         except EngineStopped:
             is_ending.set()
 
@@ -341,9 +343,7 @@ def serve(settings: Settings) -> int:
         start_s=time.monotonic() - start_s,
         page_size=engine.config.page_size,
     )
-    # Objects that exist now live as long as the process. A full collection over them would delay steps (by 41 ms).
-    gc.collect()
-    gc.freeze()
+    postpone_full_collections()
     sender.put(hello)
     threading.Thread(target=_beat, args=(engine, sender.put, is_ending), name="ramet-heartbeat", daemon=True).start()
     commands = context.socket(zmq.PULL)
