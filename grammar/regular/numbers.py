@@ -32,6 +32,7 @@ _PLAIN_INTEGER = ir.Concatenation((ir.optional(ir.text("-")), _INTEGER_PART))
 PLAIN_NUMBER = ir.Concatenation((ir.optional(ir.text("-")), _INTEGER_PART, ir.optional(_FRACTION)))
 
 MAX_STATES = 20_000
+_TRIED = 12  # values that are tried on each side before an automaton decides whether a set is empty
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +100,11 @@ def intersect(a: Numbers, b: Numbers) -> Numbers | None:
 
 def simplify(numbers: Numbers) -> Numbers | None:
     """Tighten the bounds, and list the values of a small set; None if the set is empty."""
+    if numbers.multiples:
+        merged = _merged(numbers)
+        if merged is None:
+            return None
+        numbers = merged
     low, high = numbers.low, numbers.high
     if numbers.integer:
         if low is not None:
@@ -115,9 +121,46 @@ def simplify(numbers: Numbers) -> Numbers | None:
             found = frozenset(Fraction(v) for v in range(int(low), int(high) + 1) if numbers.contains(Fraction(v)))
             if len(found) < high - low + 1 or high - low <= 8:
                 return Numbers(finite=found, plain=numbers.plain) if found else None
-    if len(numbers.multiples) and automaton(numbers).is_empty:
+    if len(numbers.multiples) and not _has_simple_value(numbers) and automaton(numbers).is_empty:
         return None
     return numbers
+
+
+def _merged(numbers: Numbers) -> Numbers | None:
+    """Return the same set with one divisor in place of all that must divide, and without needless ones that must not.
+
+    None if the set is seen to be empty.
+    """
+    wanted = [m for m, must in numbers.multiples if must] + ([Fraction(1)] if numbers.integer else [])
+    whole = None
+    for m in wanted:
+        whole = m if whole is None else _least_common_multiple(whole, m)
+    if numbers.integer is False and whole is not None and whole.denominator == 1:
+        return None
+    unwanted = [m for m, must in numbers.multiples if not must]
+    if whole is not None and any(whole % m == 0 for m in unwanted):
+        return None
+    kept = {(m, False) for m in unwanted if not any(m != other and m % other == 0 for other in unwanted)}
+    if whole is not None and not (numbers.integer and whole == 1):
+        kept.add((whole, True))
+    return replace(numbers, multiples=frozenset(kept))
+
+
+def _least_common_multiple(a: Fraction, b: Fraction) -> Fraction:
+    return Fraction(math.lcm(a.numerator, b.numerator), math.gcd(a.denominator, b.denominator))
+
+
+def _has_simple_value(numbers: Numbers) -> bool:
+    """Tell whether one of a few values near the lower bound, or near zero, is in the set. It may have others."""
+    step = next((m for m, must in numbers.multiples if must), Fraction(1))
+    for size in (step,) if numbers.integer is not False else (step, Fraction(1, 2), Fraction(1, 10)):
+        if numbers.low is not None:
+            first = math.ceil(numbers.low / size)
+        else:
+            first = -_TRIED if numbers.high is None else math.floor(numbers.high / size) - _TRIED
+        if any(numbers.contains(k * size) for k in range(first, first + 2 * _TRIED + 1)):
+            return True
+    return False
 
 
 def _tighter(
@@ -325,6 +368,7 @@ class _Tracks:
                 low, _, high, _ = interval
                 bounds = None if low is None else _Bound(low), None if high is None else _Bound(high)
                 self.sides[sign] = (interval, *bounds)
+        self.is_symmetric = numbers.low is None and numbers.high is None  # then the sign need not be remembered
         self.divisors = [(_Divisor(m), wanted) for m, wanted in sorted(numbers.multiples)]
         bounds_of_all = [b for _, *bounds in self.sides.values() for b in bounds if b is not None]
         self.alike = _alike_digits(bounds_of_all, bool(self.divisors))
@@ -339,7 +383,7 @@ class _Tracks:
         _, sign, a, b, odd, parts = state
         _, low, high = self.sides[sign]
         if symbol == 10:
-            if phase not in ("zero", "int"):
+            if phase not in ("zero", "int") or not self._may_divide(parts):
                 return None
             return ("point", sign, low and low.point(a), high and high.point(b), odd, parts)
         if symbol == 11 or phase == "zero":
@@ -354,6 +398,8 @@ class _Tracks:
             else:
                 pushed.append((s, count, broken or symbol != 0))
         nonzero = self.integer is not None and (odd or symbol != 0)
+        if (nonzero and self.integer) or not self._may_divide(tuple(pushed)):
+            return None
         return (
             "frac",
             sign,
@@ -363,9 +409,18 @@ class _Tracks:
             tuple(pushed),
         )
 
+    def _may_divide(self, parts: tuple[Any, ...]) -> bool:
+        """Tell whether the divisors that must divide still may, whatever fraction digits follow."""
+        for (d, wanted), (s, count, broken) in zip(self.divisors, parts, strict=True):
+            if wanted and (broken or (count == d.scale and s != (0, d.zeros))):
+                return False
+        return True
+
     def _first_digit(self, sign: str, digit: int) -> _State | None:
         if sign not in self.sides:
             return None
+        if self.is_symmetric:
+            sign = "+"
         _, low, high = self.sides[sign]
         return (
             "zero" if digit == 0 else "int",

@@ -12,6 +12,7 @@ Source: GSS as in Tomita's generalized LR parsing; nullable rules as in Scott an
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ramet.errors import GrammarTooLarge, InvalidGrammar
-from ramet.grammar import ir
+from ramet.grammar import deadline, ir
 from ramet.grammar.machine.automaton import Machine
 from ramet.grammar.machine.frame import DEAD, PREFERRED_BYTES, REFUSE, Frame, leave, target
 from ramet.grammar.regular import dfas
@@ -465,13 +466,39 @@ class _Costs:
         return self.states[state]
 
     def node(self, node: StackNode) -> int:
-        """Return the cost from a stack node to the end. Breadth first: a cycle never makes a text shorter."""
-        found = self.nodes.get(node.number)
-        if found is None:
-            self.nodes[node.number] = _FAR
-            found = min((self.states[then] + self.node(parent) for then, parent in node.edges), default=_FAR)
-            self.nodes[node.number] = found
-        return found
+        """Return the cost from a stack node to the end."""
+        if node.number not in self.nodes:
+            self._find(node)
+        return self.nodes[node.number]
+
+    def _find(self, start: StackNode) -> None:
+        """Find the costs of a stack node and of those that it leads to: from the known ones backwards, the least
+        first. Stacks may be deep, and have cycles.
+        """
+        ways: list[tuple[int, int]] = []  # (cost, number of a node), by a known node
+        before: dict[int, list[tuple[int, int]]] = {}  # node -> (cost of the rest of a rule, a node that returns to it)
+        unknown, pending = {start.number}, [start]
+        while pending:
+            deadline.check()
+            at = pending.pop()
+            for then, parent in at.edges:
+                known = self.nodes.get(parent.number)
+                if known is not None:
+                    ways.append((self.states[then] + known, at.number))
+                    continue
+                before.setdefault(parent.number, []).append((self.states[then], at.number))
+                if parent.number not in unknown:
+                    unknown.add(parent.number)
+                    pending.append(parent)
+        heapq.heapify(ways)
+        found: dict[int, int] = {}
+        while ways:
+            cost, number = heapq.heappop(ways)
+            if number not in found:
+                found[number] = cost
+                for rest, earlier in before.get(number, ()):
+                    heapq.heappush(ways, (cost + rest, earlier))
+        self.nodes.update({number: found.get(number, _FAR) for number in unknown})
 
     def _states(self) -> list[int]:
         owner = self.owner

@@ -7,7 +7,8 @@ import random
 from fractions import Fraction
 
 from ramet.grammar.json_schema.frames.tables import number_rows
-from ramet.grammar.regular.numbers import ANY, Numbers, fraction
+from ramet.grammar.regular.dfas import Dfa
+from ramet.grammar.regular.numbers import ANY, Numbers, automaton, fraction, intersect, simplify
 
 
 def tags_of(specs: tuple[tuple[Numbers, ...], ...], text: str) -> int:
@@ -53,3 +54,53 @@ def test_a_table_of_many_numbers_knows_each_text() -> None:
             wanted = sum(1 << i for i, tag in enumerate(specs) if any(n.contains(value) for n in tag))
             assert tags_of(tuple(specs), text) == wanted, (specs, text)
         assert not tags_of(tuple(specs), "1e0") & ~(1 << len(specs) - 1)
+
+
+def random_numbers(rng: random.Random) -> Numbers:
+    divisors = [Fraction(n, d) for n, d in ((1, 1), (2, 1), (3, 1), (4, 1), (6, 1), (1, 2), (3, 2), (1, 4), (1, 10))]
+    multiples = frozenset((m, rng.random() < 0.6) for m in rng.sample(divisors, rng.randrange(1, 4)))
+    low = rng.choice([None, None, Fraction(rng.randrange(-9, 9), 2)])
+    high = rng.choice([None, None, Fraction(rng.randrange(-9, 19), 2)])
+    opens = rng.random() < 0.5, rng.random() < 0.5
+    excluded = frozenset(Fraction(rng.randrange(-9, 9)) for _ in range(rng.randrange(3)))
+    return Numbers(low, opens[0], high, opens[1], rng.choice([None, True, False]), multiples, None, excluded)
+
+
+def test_a_simplified_set_has_the_same_values_and_is_none_if_there_are_none() -> None:
+    rng = random.Random(11)
+    values = [Fraction(n, 40) for n in range(-600, 601)]
+    for _ in range(120):
+        numbers = random_numbers(rng)
+        simple = simplify(numbers)
+        if simple is None:
+            assert automaton(numbers).is_empty, numbers
+            continue
+        assert not automaton(numbers).is_empty, numbers
+        assert [simple.contains(v) for v in values] == [numbers.contains(v) for v in values], numbers
+
+
+def test_divisors_that_must_all_divide_are_one_divisor() -> None:
+    primes = [Numbers(integer=True, multiples=frozenset(((Fraction(p), True),))) for p in (2, 3, 5, 7, 11, 13)]
+    both: Numbers | None = ANY
+    for numbers in primes:
+        assert both is not None
+        both = intersect(both, numbers)
+    assert both is not None
+    assert both.multiples == {(Fraction(30030), True)}
+    dfa = automaton(both)
+    assert [number for number in range(0, 120_121, 15015) if accepts(dfa, str(number))] == [
+        0,
+        30030,
+        60060,
+        90090,
+        120120,
+    ]
+
+
+def accepts(dfa: Dfa, text: str) -> bool:
+    state = 0
+    for char in text:
+        state = dfa.step(state, ord(char))
+        if state < 0:
+            return False
+    return bool(dfa.accepting[state])

@@ -135,6 +135,14 @@ def test_deep_recursion_has_a_completion() -> None:
     assert bytes(grammar.shortest_completion(state)) == b")" * 50
 
 
+def test_recursion_deeper_than_pythons_has_a_completion() -> None:
+    grammar = compile_constraint("cfg", 'start: "(" start ")" | "[" start "]" "." | "a"', BYTES)
+    state = grammar.advance_bytes(0, b"([" * 3000)
+    assert state is not None
+    assert grammar.completion_bound(state) == 1 + 3 * 3000
+    assert bytes(grammar.shortest_completion(state)[:4]) == b"a].)"
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [
