@@ -182,8 +182,10 @@ class _TextProgram:
         return Prompt(tuple(messages), plain, is_open)
 
 
-def _mark(before: Sequence[ir.AnyNode], node: ir.Role | ir.Tools) -> str:
+def _mark(before: Sequence[ir.AnyNode], node: ir.Marked) -> str:
     """Return no text for the border of a message, because an endpoint takes messages."""
+    if isinstance(node, ir.Thinking):
+        raise NotSupported("this endpoint doesn't say how its model thinks; use Engine or Remote")
     if isinstance(node, ir.Tools):
         raise NotSupported("this endpoint has no place for tools in a program's text; use Engine or Remote")
     return ""

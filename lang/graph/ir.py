@@ -64,7 +64,7 @@ class Scope(Protocol):
     def text_after(self, start: int | None, tip: int | None) -> str:
         """Return the text of the branch that ends at `tip`, after node `start` (None: from the branch's beginning)."""
 
-    def mark(self, node: Role | Tools) -> str:
+    def mark(self, node: Marked) -> str:
         """Return the text that the model's chat template writes at this node."""
 
 
@@ -304,6 +304,20 @@ class Tools(Node, frozen=True, tag="tools"):
         return NodeResult(scope.mark(self))
 
 
+class Thinking(Node, frozen=True, tag="thinking"):
+    """The start or end of the model's thinking before an answer. Its text comes from the model's chat template.
+
+    A generation right after a start writes the thinking. It ends where the model writes the end, or by `max_tokens`.
+    """
+
+    is_open: bool
+
+    is_markup = True
+
+    def evaluate(self, scope: Scope) -> NodeResult:
+        return NodeResult(scope.mark(self))
+
+
 class ToolCall(Node, frozen=True, tag="tool_call"):
     """A call of one of the caller's tools. `arguments` render to a JSON object; the value is the tool's result.
 
@@ -352,7 +366,8 @@ class Capture(Node, frozen=True, tag="capture"):
         return NodeResult(value=text, value_text=text)
 
 
-AnyNode: TypeAlias = Text | Argument | Generate | Select | Fork | Join | Role | Tools | ToolCall | Capture
+Marked: TypeAlias = Role | Tools | Thinking  # nodes whose text a chat template writes
+AnyNode: TypeAlias = Text | Argument | Generate | Select | Fork | Join | Role | Tools | Thinking | ToolCall | Capture
 ROLES = ("system", "user", "assistant", "tool")
 SCORERS = ("likelihood", "token_normalized", "greedy", "unconditional")
 
@@ -427,6 +442,18 @@ def is_in_message(nodes: Sequence[AnyNode], node: AnyNode) -> bool:
             return above.is_open
         at = above.parent
     return False
+
+
+def is_thinking(nodes: Sequence[AnyNode], node: AnyNode) -> bool:
+    """Return whether a generation writes the model's thinking."""
+    above = None if node.parent is None else nodes[node.parent]
+    return isinstance(above, Thinking) and above.is_open
+
+
+def thinking_of(nodes: Sequence[AnyNode], node: AnyNode) -> int | None:
+    """Return the generation that wrote the thinking before a generation, or None if there was none."""
+    above = None if node.parent is None else nodes[node.parent]
+    return above.parent if isinstance(above, Thinking) and not above.is_open else None
 
 
 def variable(name: str) -> str:

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 PROMPT_TAIL = 200  # characters of the prompt shown in errors
 
 S = TypeVar("S", Sampling, SamplingParams)
-Mark: TypeAlias = Callable[[Sequence[ir.AnyNode], ir.Role | ir.Tools], str]
+Mark: TypeAlias = Callable[[Sequence[ir.AnyNode], ir.Marked], str]
 
 
 @dataclass(slots=True, eq=False)
@@ -79,8 +79,8 @@ class GraphRun:
     ) -> None:
         """Make a run without nodes; `extend` adds them.
 
-        `on_event` must be quick; its exceptions are logged. `mark` returns the text of a Role or Tools node, given the
-        nodes before it on its branch. A node for which `is_held` is true also waits for `release`.
+        `on_event` must be quick; its exceptions are logged. `mark` returns the text of a Role, Tools or Thinking node,
+        given the nodes before it on its branch. A node for which `is_held` is true also waits for `release`.
         """
         self.nodes: list[NodeRun] = []
         self._graph_nodes: list[ir.AnyNode] = []
@@ -148,7 +148,7 @@ class GraphRun:
     def argument(self, name: str) -> ir.JsonValue:
         return self._arguments[name]
 
-    def mark(self, node: ir.Role | ir.Tools) -> str:
+    def mark(self, node: ir.Marked) -> str:
         assert self._mark is not None
         return self._mark(self.branch(node.parent), node)
 

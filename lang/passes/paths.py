@@ -211,7 +211,7 @@ class _Interpreter:
         if isinstance(node, ir.Text):
             parts = self._render(node.parts)
             return self._append(before, node.id, parts), parts
-        if isinstance(node, ir.Role | ir.Tools):
+        if isinstance(node, ir.Role | ir.Tools | ir.Thinking):
             mark = self._mark(node)
             return self._append(before, node.id, (mark,) if mark else (), is_markup=True), (mark,) if mark else ()
         if isinstance(node, ir.Generate):
@@ -278,7 +278,7 @@ class _Interpreter:
             return before
         return Point(before, (), (), before.position, before.count, (*before.pending, *added), node)
 
-    def _mark(self, node: ir.Role | ir.Tools) -> str:
+    def _mark(self, node: ir.Marked) -> str:
         return self._target.mark(ir.branch(self._graph.nodes, node.parent), node)
 
     def _generate(self, node: ir.Generate, prompt: Point) -> tuple[Point, tuple[TextPart, ...]]:
@@ -307,7 +307,11 @@ class _Interpreter:
         text = Unknown(("text", self._row, name), most_bytes)
         self._value_parts[node.id] = text
         point = self._extend(prompt, (tokens,), node.id)
-        has_stop = node.sampling.stop or (self._target.stop_strings and ir.is_in_message(self._graph.nodes, node))
+        has_stop = (
+            node.sampling.stop
+            or ir.is_thinking(self._graph.nodes, node)
+            or (self._target.stop_strings and ir.is_in_message(self._graph.nodes, node))
+        )
         if (has_stop or self._is_spanned(node, after)) and self._target.max_token_bytes > 1:
             # A stop string, or the text that follows, may begin inside of a token. What that token holds of the text
             # before is tokenised with the following text.

@@ -11,7 +11,7 @@ from typing import Protocol
 from ramet.errors import ConfigError
 from ramet.lang.backends.default import choose_backend
 from ramet.lang.backends.in_process import EngineBackend
-from ramet.lang.graph.ir import AnyNode, Constraint, Role, Tools
+from ramet.lang.graph.ir import AnyNode, Constraint, Marked
 
 
 class Target(Protocol):
@@ -41,7 +41,7 @@ class Target(Protocol):
 
     def encode(self, text: str, *, add_special: bool, continues: bool) -> list[int]: ...
 
-    def mark(self, before: Sequence[AnyNode], node: Role | Tools) -> str:
+    def mark(self, before: Sequence[AnyNode], node: Marked) -> str:
         """Return the chat template's text at the border of a message, or of tools, after the nodes `before`."""
 
     def goes_on(self, constraint: Constraint | None, before: bytes) -> bool:

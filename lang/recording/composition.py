@@ -83,12 +83,17 @@ class ComposedGen(Expr):
 
 
 def composed_gen(
-    name: str | None, grammar: Composition, sampling: ir.Sampling, tokenization: Tokenization = "canonical"
+    name: str | None,
+    grammar: Composition,
+    sampling: ir.Sampling,
+    tokenization: Tokenization = "canonical",
+    thinking: int | None = None,
 ) -> ComposedGen:
     """Return the generation of a grammar. Raises InvalidRequest for a part that no grammar can have."""
     source, captures = lower(grammar)
     constraint = ir.Constraint("grammar", json.dumps(source, ensure_ascii=False), tokenization=tokenization)
-    return ComposedGen(Gen(name, captures_type(constraint, captures), constraint, sampling), grammar, captures)
+    whole = Gen(name, captures_type(constraint, captures), constraint, sampling, thinking=thinking)
+    return ComposedGen(whole, grammar, captures)
 
 
 def one_or_more(part: Part) -> Composition:
@@ -242,6 +247,8 @@ class _Lowering:
 def _generated(gen: Gen) -> Json:
     """Return the texts of a generation inside of a grammar."""
     name = gen.name or "a generation"
+    if gen.thinking is not None:
+        raise InvalidRequest(f"{name} thinks inside of a grammar; give `thinking` to the whole", param="thinking")
     said, stop = _own_sampling(gen)
     if gen.constraint is not None and gen.constraint.tokenization != "canonical":
         said = {"tokenization": gen.constraint.tokenization}

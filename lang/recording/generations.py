@@ -30,10 +30,13 @@ class Gen(Expr):
     sampling: ir.Sampling
     where: tuple[ir.Check | Callable[[Any], object], ...] = ()
     retries: int = 3
+    thinking: int | None = None  # the most tokens of the model's thinking before the value; None: it does not think
 
     def record(self, recorder: Recorder) -> NodeSource:
         """Append the generation. Waits for the value if a check is in Python. Raises CheckFailed."""
         sampling = self.sampling.filled(recorder.sampling)
+        if self.thinking is not None:
+            self._think(recorder, sampling, self.thinking)
         seed = recorder.seed_of_place()
         if sampling.seed is None and seed is not None:
             sampling = msgspec.structs.replace(sampling, seed=seed)
@@ -55,6 +58,14 @@ class Gen(Expr):
             attempts = [*recorder.run.attempts_of(source.node), {"text": event.text, "problem": problem}]
             if len(attempts) > self.retries:
                 raise self._failed(source, attempts)
+
+    def _think(self, recorder: Recorder, sampling: ir.Sampling, limit: int) -> None:
+        """Append the model's thinking: free text of at most `limit` tokens between the template's marks."""
+        own = {"max_tokens": limit, "min_tokens": None, "stop": None, "stop_token_ids": None, "logprobs": None}
+        seed = recorder.seed_of_place() if sampling.seed is None else sampling.seed
+        recorder.add(ir.Thinking, is_open=True)
+        recorder.add(ir.Generate, sampling=msgspec.structs.replace(sampling, seed=seed, **own))
+        recorder.add(ir.Thinking, is_open=False)
 
     def _record_once(
         self, recorder: Recorder, sampling: ir.Sampling, checks: tuple[ir.Check, ...] = (), retries: int = 0

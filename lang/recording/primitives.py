@@ -25,6 +25,8 @@ from ramet.lang.recording.recorder import Appendable, RoleExpr
 from ramet.lang.running.output_types import TEXT, choice, json_schema, output_type
 from ramet.lang.running.values import Value, plain
 
+THINKING_TOKENS = 1024
+
 
 def gen(
     name: str | None = None,
@@ -53,6 +55,7 @@ def gen(
     tokenization: Tokenization = "canonical",
     where: Check | Callable[[Any], object] | Sequence[Check | Callable[[Any], object]] = (),
     retries: int = 3,
+    thinking: bool | int = False,
 ) -> Gen | ComposedGen:
     """Generate text, or a value of `type`, and keep it as variable `name`.
 
@@ -73,6 +76,9 @@ def gen(
     fails another check, or was cut off, is generated again, up to `retries` times; then CheckFailed is raised. The
     refused texts are in `s.meta(name)["attempts"]`. A callable needs the value in Python, so the program waits for it.
     `explain()` says which checks are masks.
+
+    `thinking`: the model thinks before it writes the value: free text of at most this many tokens (True: 1,024) between
+    the marks of its chat template. Only the value after it is constrained. `s.meta(name)["thinking"]` has the text.
 
     Raises:
         InvalidSampling: a value outside its range. InvalidRequest: constraints that exclude each other.
@@ -118,12 +124,15 @@ def gen(
             raise InvalidRequest(problem, param="where")
     if isinstance(retries, bool) or not isinstance(retries, int) or not 0 <= retries <= MAX_RETRIES:
         raise InvalidRequest(f"retries is {retries!r}, but must be in [0, {MAX_RETRIES:,}]", param="retries")
+    if not isinstance(thinking, bool | int) or thinking < 0:
+        raise InvalidRequest(f"thinking is {thinking!r}, but must be True or a number of tokens", param="thinking")
+    budget = THINKING_TOKENS if thinking is True else thinking or None
     said = {name: plain(value) for name, value in values.items() if value is not None}
     if isinstance(type, Composition):
         if constraint is not None or checks:
             raise InvalidRequest("constraints and checks of a grammar stand in its parts", param="type")
-        return composed_gen(name, type, to_sampling(said), tokenization)
-    return Gen(name, wanted, constraint, to_sampling(said), checks, retries)
+        return composed_gen(name, type, to_sampling(said), tokenization, budget)
+    return Gen(name, wanted, constraint, to_sampling(said), checks, retries, budget)
 
 
 def select(

@@ -430,6 +430,10 @@ class Run:
                 found[-1]["content"] += text
         return found
 
+    def _thinking(self, node: int) -> dict[str, str]:
+        event = self.outcomes.get(node)
+        return {"thinking": (event.text or "").strip() if event is not None else ""}
+
     def meta_of(self, node: int) -> dict[str, Any]:
         """Return the details of a node that has a value: `text`, `usage`, `timings`, and more by kind. Waits for it."""
         event = self.event(node)
@@ -439,5 +443,6 @@ class Run:
             "finish_reason": event.finish_reason,
             "timings": event.timings or {},
             **(event.meta or {}),
+            **({} if (thought := ir.thinking_of(self.nodes, self.nodes[node])) is None else self._thinking(thought)),
             **({"attempts": self.attempts_of(node)} if node in self._attempts else {}),
         }

@@ -255,7 +255,16 @@ class ProgramExecutor:
             again = again if goes_on else b""
         is_in_message = ir.is_in_message(self._index.nodes, node)
         tries, after = len(run.attempts), self._after(node)
-        work = Generation(node, tries, self._model, before, again=again, after=after, is_in_message=is_in_message)
+        work = Generation(
+            node,
+            tries,
+            self._model,
+            before,
+            again=again,
+            after=after,
+            is_in_message=is_in_message,
+            is_thinking=ir.is_thinking(self._index.nodes, node),
+        )
         self._ask_engine(run, work)
 
     def _start_aside(self, run: NodeRun) -> None:

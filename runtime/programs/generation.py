@@ -34,11 +34,13 @@ class Generation:
         again: bytes = b"",
         after: bytes = b"",
         is_in_message: bool,
+        is_thinking: bool = False,
     ) -> None:
         """`attempt` counts from 0. `again`: the last token of `before`, if the model writes it again. `after`: the
         literal text that follows a constrained value, and ends it.
 
-        Inside of a message, the chat template's end of a message also ends the text.
+        Inside of a message, the chat template's end of a message also ends the text. Thinking ends at the template's
+        end of thinking, and takes at most half of what is left of the context.
         """
         self._node, self._model = node, model
         self._start_s = time.monotonic()
@@ -59,6 +61,8 @@ class Generation:
             sampling = msgspec.structs.replace(sampling, max_tokens=room, min_tokens=min(sampling.min_tokens, room))
         if is_in_message and model.marks.stop_strings:
             sampling = msgspec.structs.replace(sampling, stop=(*sampling.stop, *model.marks.stop_strings))
+        if is_thinking and model.marks.thinking is not None:
+            sampling = _until(model.marks.thinking.close, sampling, model, max(1, room // 2))
         self.requests = [EngineRequest(prompt.token_ids(), sampling, before=again, after=after)]
 
     def take(self, index: int, output: RequestOutput) -> None:
@@ -136,3 +140,14 @@ class Generation:
         shown = style.shown_specials(tokenizer.special_tokens)
         spelled = (shown[t].encode() if t in shown else tokenizer.token_bytes[t] for t in self._tokens)
         return style.read_calls(b"".join(spelled)[len(self._again) :])
+
+
+def _until(end: str, sampling: SamplingParams, model: ProgramModel, limit: int) -> SamplingParams:
+    """Return sampling values that also stop at a text, which may be one special token, and after `limit` tokens."""
+    token = model.tokenizer.special_tokens.get(end)
+    return msgspec.structs.replace(
+        sampling,
+        stop=(*sampling.stop, end),
+        stop_token_ids=sampling.stop_token_ids if token is None else (*sampling.stop_token_ids, token),
+        max_tokens=min(sampling.max_tokens or limit, limit),
+    )

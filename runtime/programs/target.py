@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ramet.lang.graph.ir import AnyNode, Constraint, Role, Tools
+from ramet.lang.graph.ir import AnyNode, Constraint, Marked
 from ramet.runtime.programs.engine import LocalEngine, ProgramEngine, ProgramTokenizer
 from ramet.runtime.programs.grammars import ProgramGrammars
 from ramet.runtime.text.role_marks import RoleMarks
@@ -32,7 +32,7 @@ class TokenizerTarget:
     def encode(self, text: str, *, add_special: bool, continues: bool) -> list[int]:
         return self._tokenizer.encode(text, add_special=add_special, continues=continues)
 
-    def mark(self, before: Sequence[AnyNode], node: Role | Tools) -> str:
+    def mark(self, before: Sequence[AnyNode], node: Marked) -> str:
         return self._marks.text(before, node)
 
     def goes_on(self, constraint: Constraint | None, before: bytes) -> bool:

@@ -1,7 +1,7 @@
 """The choices of one answer: one or two engine requests for each choice, and the merge of their increments.
 
-A choice with a constraint and reasoning takes two requests: unconstrained text up to the end of the reasoning, then
-the constrained rest, which continues from the cache.
+A choice with reasoning and a constraint, or a budget of reasoning, takes two requests: unconstrained text up to the end
+of the reasoning, then the rest, which continues from the cache.
 """
 
 from __future__ import annotations
@@ -25,14 +25,24 @@ from ramet.runtime.types import NO_OPTIONS, RequestOptions, SamplingParams
 
 @dataclass(frozen=True, slots=True)
 class FreeReasoning:
-    """Reasoning before a constrained text. The prompt has opened it.
+    """Reasoning before an answer, which may be constrained. The prompt has opened it.
 
     `end`: the text that ends it. `end_id`: this text as one token, if there is one. `after_ids`: tokens appended to it.
+    `budget`: the most tokens of it; past them it is ended by `end_ids`, the tokens of `end`.
     """
 
     end: str
     end_id: int | None
     after_ids: tuple[int, ...]
+    budget: int | None = None
+    end_ids: tuple[int, ...] = ()
+
+    def is_ended_by(self, output: Output, max_tokens: int | None) -> bool:
+        """Return whether the reasoning ended with this output, and the answer follows."""
+        if output.stop_match in (self.end, self.end_id) and output.stop_match is not None:
+            return True
+        is_cut = output.finish_reason == "length" and output.completion_tokens == self.budget
+        return is_cut and (max_tokens is None or max_tokens > output.completion_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,15 +147,18 @@ class ChoiceStream:
         output: Output | None = None
         async for output in self._stream:
             ids += output.token_ids
-            if output.finish_reason is not None and output.stop_match in (reasoning.end, reasoning.end_id):
+            if output.finish_reason is not None and reasoning.is_ended_by(output, self._sampling.max_tokens):
                 break
             yield output
         assert output is not None
-        if output.finish_reason is None or output.stop_match not in (reasoning.end, reasoning.end_id):
+        if output.finish_reason is None or not reasoning.is_ended_by(output, self._sampling.max_tokens):
             return
-        end_ids = [] if reasoning.end_id is None else [reasoning.end_id]
-        after = [*end_ids, *reasoning.after_ids]
-        used = output.completion_tokens + len(reasoning.after_ids)
+        if output.finish_reason == "length":
+            after = [*reasoning.end_ids, *reasoning.after_ids]
+            used = output.completion_tokens + len(after)
+        else:
+            after = [*([] if reasoning.end_id is None else [reasoning.end_id]), *reasoning.after_ids]
+            used = output.completion_tokens + len(reasoning.after_ids)
         left = self._sampling.max_tokens
         output.finish_reason = output.stop_match = None
         yield output
@@ -168,7 +181,10 @@ class ChoiceStream:
 
 
 def _free(sampling: SamplingParams, reasoning: FreeReasoning) -> SamplingParams:
-    """Sampling parameters that also stop at the end of the reasoning."""
+    """Sampling parameters that also stop at the end of the reasoning, and at its budget."""
+    if reasoning.budget is not None:
+        most = reasoning.budget if sampling.max_tokens is None else min(sampling.max_tokens, reasoning.budget)
+        sampling = replace(sampling, max_tokens=most, min_tokens=min(sampling.min_tokens, most))
     if reasoning.end_id is None:
         return replace(sampling, stop=(*sampling.stop, reasoning.end))
     return replace(sampling, stop_token_ids=(*sampling.stop_token_ids, reasoning.end_id))

@@ -51,7 +51,7 @@ REFUSED: Mapping[str, str] = {
     "logits_processors": "no code is taken from requests",
     "lora_path": "adapters are not supported",
     "lora_request": "the model has no adapters",
-    "max_thinking_tokens": "reasoning has no limit of its own",
+    "max_thinking_tokens": "reasoning has a limit of its own in /v1/chat/completions only",
     "mm_processor_kwargs": "the model reads text",
     "modify_logits": "no code is taken from requests",
     "prediction": "predicted outputs are not supported",

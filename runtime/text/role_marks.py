@@ -16,6 +16,7 @@ from functools import cached_property
 from ramet.errors import InvalidRequest
 from ramet.lang.graph import ir
 from ramet.runtime.text.chat_template import ChatTemplate, RoleText
+from ramet.runtime.text.thinking import ThinkingMarks, thinking_marks
 from ramet.runtime.text.tool_style import ToolStyle, tool_style
 
 _OPEN_RESULT, _CLOSE_RESULT = "<tool_response>\n", "\n</tool_response>"
@@ -53,16 +54,36 @@ class RoleMarks:
         """How the model calls tools."""
         return tool_style(self._template)
 
-    def text(self, before: Sequence[ir.AnyNode], node: ir.Role | ir.Tools) -> str:
+    @cached_property
+    def thinking(self) -> ThinkingMarks | None:
+        """How the model marks its thinking; None if its template knows none."""
+        return thinking_marks(self._template.source)
+
+    def text(self, before: Sequence[ir.AnyNode], node: ir.Marked) -> str:
         """Return the text that a node adds to its branch. `before`: the nodes of the branch before it, root first.
 
         Raises: InvalidRequest if the template refuses such a message here.
         """
+        if isinstance(node, ir.Thinking):
+            return self._think(before, node)
         talk = _Talk()
         for one in before:
             if isinstance(one, ir.Role | ir.Tools):
                 talk, _ = self._step(talk, one)
         return self._step(talk, node)[1]
+
+    def _think(self, before: Sequence[ir.AnyNode], node: ir.Thinking) -> str:
+        marks = self.thinking
+        if marks is None:
+            raise InvalidRequest(
+                "the model's chat template has no thinking; leave `thinking` out, or take a model that reasons",
+                param="thinking",
+            )
+        if not node.is_open:
+            return marks.closing
+        last = before[-1] if before else None
+        opened = isinstance(last, ir.Role) and self.text(before[:-1], last).rstrip().endswith(marks.open)
+        return "" if opened else marks.opening
 
     def _step(self, talk: _Talk, node: ir.Role | ir.Tools) -> tuple[_Talk, str]:
         if isinstance(node, ir.Tools):

@@ -91,7 +91,7 @@ class ToolChoice(Strict):
     disable_parallel_tool_use: bool | None = None
 
 
-class Thinking(Strict):
+class ThinkingConfig(Strict):
     """`enabled` and `disabled` are passed to templates that can turn thinking on and off; `adaptive` leaves it to them.
 
     `budget_tokens` must be below `max_tokens`.
@@ -127,7 +127,7 @@ class CountBody(Strict):
     system: str | list[TextBlock] | None = None
     tools: list[Tool] | None = Field(default=None, max_length=1024)
     tool_choice: ToolChoice | None = None
-    thinking: Thinking | None = None
+    thinking: ThinkingConfig | None = None
     output_config: OutputConfig | None = None
     output_format: OutputSchema | None = None
     cache_control: Json | None = None

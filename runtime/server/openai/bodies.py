@@ -182,6 +182,7 @@ class ChatBody(SamplingFields):
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
     reasoning_effort: ReasoningEffort | None = None
+    max_thinking_tokens: int | None = Field(default=None, ge=1, le=MAX_INT32, description="most tokens of reasoning")
     separate_reasoning: bool | None = None
     stream_reasoning: OnlyTrue | None = None
     chat_template_kwargs: Json | None = None

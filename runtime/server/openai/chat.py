@@ -44,8 +44,6 @@ from ramet.runtime.server.openai.bodies import (
 )
 from ramet.runtime.server.openai.conversations import ChatPrompt, Conversations
 from ramet.runtime.server.openai.reasoning import (
-    CLOSE,
-    OPEN,
     Position,
     ReasoningCounter,
     ReasoningSplitter,
@@ -56,6 +54,7 @@ from ramet.runtime.server.sampling_fields import check_size, compact_json, const
 from ramet.runtime.server.sending import DONE, EventStream, Json, LastEvent, collected, event
 from ramet.runtime.server.served_model import ServedModel, client_of
 from ramet.runtime.text.detokenizer import count_kept_tokens
+from ramet.runtime.text.thinking import THINK, ThinkingMarks, thinking_marks
 from ramet.runtime.text.tokenizer import Tokenizer
 from ramet.runtime.text.tool_style import ToolStyle, tool_style
 from ramet.runtime.types import RequestOptions
@@ -72,6 +71,7 @@ class Plan:
     job: Job
     style: ToolStyle | None
     position: Position
+    marks: ThinkingMarks
 
 
 @dataclass(slots=True)
@@ -160,16 +160,22 @@ class ChatEndpoint:
         tools = [tool.plain() for tool in body.tools or ()]
         asked, style = self._constraint(body, tools)
         prompt = self._prompt(body, tools, variables, salt, max_tokens)
-        ids, position = prompt.ids, _position(prompt)
+        ids, position = prompt.ids, _position(prompt, self._marks)
         reasoning = None
-        if asked is not None and position == "before" and self._thinks_by_default(variables):
-            ids = [*ids, *self._tokenizer.encode(f"{OPEN}\n", parse_special=True, continues=True)]
+        budget, marks = body.max_thinking_tokens, self._marks
+        if budget is not None and not self._thinks:
+            raise HttpError(
+                400,
+                "max_thinking_tokens is given, but the model's chat template has no thinking",
+                param="max_thinking_tokens",
+            )
+        is_wanted = asked is not None or budget is not None
+        if is_wanted and position == "before" and (budget is not None or self._thinks_by_default(variables)):
+            ids = [*ids, *self._tokenizer.encode(marks.opening, parse_special=True, continues=True)]
             position = "inside"
             prompt.ids = ids
-        if asked is not None and position == "inside":
-            after = tuple(self._tokenizer.encode("\n\n", continues=True))
-            end_id = self._tokenizer.token_id(CLOSE)
-            reasoning = FreeReasoning(CLOSE, end_id, after)
+        if is_wanted and position == "inside":
+            reasoning = self._free_reasoning(budget)
         context = self._served.context_length
         if clamps and context is not None and max_tokens is not None and 0 < context - len(ids) < max_tokens:
             sampling = msgspec.structs.replace(sampling, max_tokens=context - len(ids))
@@ -185,7 +191,7 @@ class ChatEndpoint:
             shown,
             is_whole=not body.stream,
         )
-        return Plan(body, prompt, job, style, position)
+        return Plan(body, prompt, job, style, position, marks)
 
     def _prompt(
         self, body: ChatBody, tools: list[Json], variables: Mapping[str, Any], salt: str, max_tokens: int | None
@@ -225,6 +231,22 @@ class ChatEndpoint:
             variables.setdefault("enable_thinking", False)
         return variables
 
+    @cached_property
+    def _marks(self) -> ThinkingMarks:
+        """How this model marks its reasoning. Models without such a template may write the usual marks, too."""
+        return thinking_marks(self._tokenizer.chat_template.source) or THINK
+
+    @cached_property
+    def _thinks(self) -> bool:
+        return thinking_marks(self._tokenizer.chat_template.source) is not None
+
+    def _free_reasoning(self, budget: int | None) -> FreeReasoning:
+        """Return the reasoning that the prompt has opened. `budget`: its most tokens."""
+        close, tokenizer = self._marks.close, self._tokenizer
+        after = tokenizer.encode(self._marks.closing.removeprefix(close), continues=True)
+        end = tokenizer.encode(close, parse_special=True, continues=True)
+        return FreeReasoning(close, tokenizer.token_id(close), tuple(after), budget, tuple(end))
+
     def _thinks_by_default(self, variables: Mapping[str, Any]) -> bool:  # Any: JSON
         """True if the template lets the model open its reasoning and the request does not turn reasoning off."""
         return self._opens_reasoning and variables.get("enable_thinking", True) is not False
@@ -252,7 +274,11 @@ class ChatEndpoint:
 
     def _bytes_with(self, shown: dict[int, str]) -> list[bytes] | None:
         """Every token's bytes. Special tokens that separate the parts of an answer are spelled out."""
-        shown |= {token: text for text, token in self._tokenizer.special_tokens.items() if text in (OPEN, CLOSE)}
+        shown |= {
+            token: text
+            for text, token in self._tokenizer.special_tokens.items()
+            if text in (self._marks.open, self._marks.close)
+        }
         if not shown:
             return None
         return [
@@ -353,12 +379,12 @@ def _named(choice: NamedTool, tools: Sequence[Json]) -> str:
     return name
 
 
-def _position(prompt: ChatPrompt) -> Position:
+def _position(prompt: ChatPrompt, marks: ThinkingMarks) -> Position:
     """The answer's start relative to the reasoning. A continued answer resumes at its old position."""
     if not prompt.is_continued:
-        return position_after(prompt.end)
+        return position_after(prompt.end, marks)
     said = str(prompt.messages[-1]["content"])
-    return "inside" if said.rfind(OPEN) > said.rfind(CLOSE) else "behind"
+    return "inside" if said.rfind(marks.open) > said.rfind(marks.close) else "behind"
 
 
 class ChatAnswer:
@@ -383,8 +409,8 @@ class ChatAnswer:
         shown = plan.job.shown_bytes or served.tokenizer.token_bytes
         self.progress = [
             Progress(
-                AnswerReader(ReasoningSplitter(plan.position) if is_separate else None, plan.style),
-                ReasoningCounter(shown, plan.position),
+                AnswerReader(ReasoningSplitter(plan.position, plan.marks) if is_separate else None, plan.style),
+                ReasoningCounter(shown, plan.position, plan.marks),
             )
             for _ in choices
         ]

@@ -1,4 +1,4 @@
-"""Separate reasoning, `<think> ... </think>` before the answer, from the answer's streamed text, and count its tokens.
+"""Separate reasoning, as `<think> ... </think>` before the answer, from the answer's streamed text; count its tokens.
 
 The result does not depend on how the text is cut into pieces. White space around the tags belongs to neither part.
 """
@@ -10,18 +10,17 @@ from enum import Enum
 from typing import Literal
 
 from ramet.runtime.text.detokenizer import Detokenizer
-
-OPEN, CLOSE = "<think>", "</think>"
+from ramet.runtime.text.thinking import THINK, ThinkingMarks
 
 Position = Literal["before", "inside", "behind"]
 
 
-def position_after(prompt: str) -> Position:
+def position_after(prompt: str, marks: ThinkingMarks = THINK) -> Position:
     """The start of the answer after this prompt: before any reasoning, inside it, or after it."""
     end = prompt.rstrip()
-    if end.endswith(OPEN):
+    if end.endswith(marks.open):
         return "inside"
-    return "behind" if end.endswith(CLOSE) else "before"
+    return "behind" if end.endswith(marks.close) else "before"
 
 
 class _Part(Enum):
@@ -37,9 +36,10 @@ _FIRST_PARTS = {"before": _Part.START, "inside": _Part.REASONING, "behind": _Par
 class ReasoningSplitter:
     """Reads one answer. `push` and `finish` return the (reasoning, content) that is certain by then."""
 
-    __slots__ = ("_has_reasoning", "_held", "_part")
+    __slots__ = ("_close", "_has_reasoning", "_held", "_open", "_part")
 
-    def __init__(self, position: Position = "before") -> None:
+    def __init__(self, position: Position = "before", marks: ThinkingMarks = THINK) -> None:
+        self._open, self._close = marks.open, marks.close
         self._part = _FIRST_PARTS[position]
         self._held = ""
         self._has_reasoning = False
@@ -60,20 +60,20 @@ class ReasoningSplitter:
         held = self._held + text
         if self._part is _Part.START:
             begun = held.lstrip()
-            if len(begun) < len(OPEN) and OPEN.startswith(begun):
+            if len(begun) < len(self._open) and self._open.startswith(begun):
                 self._held = held
                 return "", ""
-            if not begun.startswith(OPEN):
+            if not begun.startswith(self._open):
                 self._part, self._held = _Part.CONTENT, ""
                 return "", held
-            self._part, held = _Part.REASONING, begun[len(OPEN) :]
+            self._part, held = _Part.REASONING, begun[len(self._open) :]
         if self._part is _Part.REASONING:
-            before, tag, held = held.partition(CLOSE)
+            before, tag, held = held.partition(self._close)
             if tag:
                 reasoning = before.rstrip()
                 self._part = _Part.AFTER
             else:
-                border = len(before[: len(before) - _overlap(before)].rstrip())
+                border = len(before[: len(before) - _overlap(before, self._close)].rstrip())
                 reasoning, held = before[:border], before[border:]
             if not self._has_reasoning:
                 reasoning = reasoning.lstrip()
@@ -93,9 +93,9 @@ class ReasoningSplitter:
         return (held, "") if self._part is _Part.REASONING else ("", held)
 
 
-def _overlap(text: str) -> int:
+def _overlap(text: str, close: str) -> int:
     """Length of the longest suffix of `text` that is a prefix of the closing tag."""
-    return next((n for n in range(min(len(CLOSE), len(text)), 0, -1) if text.endswith(CLOSE[:n])), 0)
+    return next((n for n in range(min(len(close), len(text)), 0, -1) if text.endswith(close[:n])), 0)
 
 
 class ReasoningCounter:
@@ -103,9 +103,9 @@ class ReasoningCounter:
 
     __slots__ = ("_detokenizer", "_is_over", "_num_undecided", "_splitter", "count")
 
-    def __init__(self, token_bytes: Sequence[bytes], position: Position) -> None:
+    def __init__(self, token_bytes: Sequence[bytes], position: Position, marks: ThinkingMarks = THINK) -> None:
         self._detokenizer = Detokenizer(token_bytes)
-        self._splitter = ReasoningSplitter(position)
+        self._splitter = ReasoningSplitter(position, marks)
         self._is_over = position == "behind"
         self._num_undecided = 0
         self.count = 0

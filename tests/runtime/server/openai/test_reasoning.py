@@ -102,6 +102,56 @@ HYBRID = (
 )
 
 
+MAGISTRAL = HYBRID.replace("<think>\n\n</think>\n\n", "[THINK][/THINK]")
+
+
+@pytest.mark.parametrize(("template", "end"), [(HYBRID, "</think>\n\n"), (MAGISTRAL, "[/THINK]")])
+@pytest.mark.parametrize("is_constrained", [True, False])
+def test_reasoning_past_its_budget_is_ended_in_the_words_of_the_template(
+    make_client: Any, replay: Any, template: str, end: str, is_constrained: bool
+) -> None:
+    client = make_client(template)
+
+    def script(command: Any) -> Any:
+        if bytes(token for token in command.prompt_ids if token < 256).endswith(end.encode()):
+            return replay(command, '{"a":1}')
+        return replay(command, "hm, hm, hm", finish="length")
+
+    client.engine.script = script
+    schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}}}
+    form = {"response_format": schema} if is_constrained else {}
+    answer = client.chat(max_tokens=100, max_thinking_tokens=10, **form)
+    free, rest = client.engine.submitted
+    assert free.sampling.max_tokens == 10
+    assert free.constraint is None
+    assert (rest.constraint is not None) == is_constrained
+    thought = b"hm, hm, hm" + end.encode()
+    assert bytes(rest.prompt_ids[len(free.prompt_ids) :]) == thought
+    assert rest.sampling.max_tokens == 100 - len(thought)
+    message = answer["choices"][0]["message"]
+    assert (message["reasoning_content"], message["content"]) == ("hm, hm, hm", '{"a":1}')
+    assert answer["choices"][0]["finish_reason"] == "stop"
+
+
+def test_a_budget_as_large_as_the_answer_ends_the_answer(make_client: Any, replay: Any) -> None:
+    client = make_client(HYBRID)
+
+    def script(command: Any) -> Any:
+        return replay(command, "hm, hm, hm", finish="length")
+
+    client.engine.script = script
+    answer = client.chat(max_tokens=10, max_thinking_tokens=20)
+    assert len(client.engine.submitted) == 1
+    assert answer["choices"][0]["finish_reason"] == "length"
+
+
+def test_a_model_that_does_not_reason_refuses_a_budget(client: Client) -> None:
+    body = {"messages": [{"role": "user", "content": "Hi"}], "max_thinking_tokens": 10}
+    error = client.refusal("/v1/chat/completions", body)
+    assert error["param"] == "max_thinking_tokens"
+    assert "has no thinking" in error["message"]
+
+
 def test_a_constrained_answer_may_reason_first(make_client: Any, replay: Any) -> None:
     client = make_client(HYBRID)
 
