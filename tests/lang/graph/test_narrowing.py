@@ -67,7 +67,7 @@ def automaton(node: ir.Generate) -> ByteAutomaton:
     return found
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(check=TEXT_CHECKS, texts=st.lists(TEXTS, min_size=1, max_size=8))
 def test_a_narrowed_text_is_one_that_passes_the_check(check: Check, texts: list[str]) -> None:
     node = ir.Generate(id=0, checks=(check,))
@@ -97,7 +97,7 @@ def test_checks_narrow_a_pattern_and_choices(check: Check, text: str) -> None:
     assert chosen.accepts(text.encode()) == (is_fine and text in ("a", "ab.", "b a"))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(check=NUMBER_CHECKS, value=st.integers(-40, 140), zeros=st.integers(0, 2))
 def test_a_narrowed_integer_is_one_that_passes_the_check(check: Check, value: int, zeros: int) -> None:
     regex = ir.Constraint("regex", "-?[0-9]{1,6}")
@@ -106,7 +106,7 @@ def test_a_narrowed_integer_is_one_that_passes_the_check(check: Check, value: in
     assert found.accepts(text.encode()) == (check.problem(value) is None)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(check=NUMBER_CHECKS, value=st.decimals(-40, 140, places=2))
 def test_a_narrowed_decimal_is_one_that_passes_the_check(check: Check, value: Any) -> None:
     regex = ir.Constraint("regex", r"-?[0-9]{1,6}(\.[0-9]{1,4})?")
