@@ -73,6 +73,7 @@ JOINED: Json = {
     "tool_choice": ({"tools": [TOOL]}, "required"),
     "parallel_tool_calls": ({"tools": [TOOL]}, False),
     "stream_options": ({"stream": True}, {"include_usage": True}),
+    "tokenization": ({"regex": "a"}, "any"),
     "continue_final_message": ({"messages": [{"role": "assistant", "content": "Hi"}]}, True),
 }
 # Taken without an effect, because what they say is so anyway, or because they are labels for somebody else.
