@@ -22,16 +22,19 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ramet.grammar.machine import bitmask
-from ramet.grammar.machine.compiled_grammar import CompiledGrammar
 from ramet.grammar.machine.vocabulary import Vocabulary
 
+if TYPE_CHECKING:
+    from ramet.grammar.machine.compiled_grammar import CompiledGrammar
+
 MAX_AFTER = 64  # bytes of the following text that are looked at
-_MAX_ROWS = 256  # mask rows that a bordered grammar keeps
+_MAX_ROWS = 32  # mask rows that a bordered grammar keeps
 _MAX_ANSWERS = 1 << 14
 # Tokens over the border are looked for where the value is complete, or this many bytes before. Elsewhere, in the middle
 # of a long value, each state would cost as many runs of the automaton, and the value's last token is met later anyway.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +19,12 @@ from ramet.grammar.machine.frame import DEAD, LOCAL_BITS, LOCAL_MASK, target
 from ramet.grammar.machine.mask_rows import MaskRows
 from ramet.grammar.machine.masks import MaskMaker
 
+if TYPE_CHECKING:
+    from ramet.grammar.machine.bordered import Bordered
+
 _MAX_KEPT = 1 << 15  # number of answers of each kind that a grammar keeps
+_MAX_BETWEEN = 16  # bordered grammars that a grammar keeps
+_MAX_ANSWERS_ON = 1 << 10  # prefixes for which `goes_on` keeps its answer
 _MAX_KEPT_RUN = 16  # states of a forced run whose answer is kept; each keeps the rest of the run
 
 Problem = tuple[str, str, str]
@@ -67,6 +74,9 @@ class CompiledGrammar:
         self._forced: dict[int, tuple[int, ...]] = {}
         self._completions: dict[int, list[int]] = {}
         self._num_completed = 0  # number of tokens in the completions kept
+        self._between: OrderedDict[tuple[bytes, bytes], Bordered] = OrderedDict()
+        self._between_lock = threading.Lock()  # held for a moment only
+        self._goes_on: dict[bytes, bool] = {}
         self._lock = threading.RLock()
         self._masks = MaskMaker(machine, self.rows)
         splits = machine.vocabulary.splits
@@ -185,6 +195,36 @@ class CompiledGrammar:
             packed = self._packed[state]
             row = self._masks.after(packed, prefix)
             return row if self._canonical is None else self._canonical.narrow(packed, row, prefix)
+
+    # --- between known texts
+
+    def between(self, before: bytes, after: bytes) -> Bordered:
+        """Return the grammar of values between two known texts. Equal texts give one object, if it was used lately."""
+        from ramet.grammar.machine.bordered import Bordered  # it is made of this class
+
+        with self._between_lock:
+            found = self._between.get((before, after))
+            if found is None:
+                found = self._between[before, after] = Bordered(self, self.vocabulary, before=before, after=after)
+                if len(self._between) > _MAX_BETWEEN:
+                    self._between.popitem(last=False)
+            self._between.move_to_end((before, after))
+        return found
+
+    def known_to_go_on(self, before: bytes) -> bool | None:
+        """Return the answer of `goes_on` if it is known, else None. Never waits."""
+        return self._goes_on.get(before)
+
+    def goes_on(self, before: bytes) -> bool:
+        """Return whether some token begins with `before` and goes on with the beginning of a text."""
+        found = self._goes_on.get(before)
+        if found is None:
+            num_alone = len(self.vocabulary.tokens_with_text(before))
+            found = int(np.bitwise_count(self.mask_after(0, before)).sum()) > num_alone
+            if len(self._goes_on) >= _MAX_ANSWERS_ON:
+                self._goes_on = {}
+            self._goes_on[before] = found
+        return found
 
     # --- what must follow
 

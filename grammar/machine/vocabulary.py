@@ -177,6 +177,7 @@ class Vocabulary:
     def warm_up(self) -> None:
         """Make everything that is otherwise made when it is first needed."""
         _ = self.remainders, self.quoted, self.offsets, self._twins, self._longest_by_head
+        _ = self._by_last_byte, self._ends, self._lengths
         for size in range(1, self.slice_sizes[-1] + 1):
             self.plain_row(2, size)
         for kind in range(NUM_KINDS):

@@ -84,7 +84,7 @@ class ProgramHost:
         Returns what the request is made of.
         """
         again = self.model.healing.given_back(prompt[-1], MAX_INT32) if len(prompt) > 1 else b""
-        if not again or not self.grammars.goes_on(grammar, again):
+        if not again or (grammar is not None and not grammar.goes_on(again)):
             return prompt, sampling, grammar
         return prompt[:-1], with_one_more(sampling), self.grammars.between(grammar, again, b"")
 
@@ -244,13 +244,13 @@ class ProgramExecutor:
             self._ask_engine(run, Selection(node, choices, self._model, before))
             return
         assert isinstance(node, ir.Generate)
-        grammar, grammars = self._grammars.get(node.id), self._host.grammars
+        grammar = self._grammars.get(node.id)
         before = before.flush(self._model.encoder)
         again = before.given_back(self._model.healing)
-        if again:
-            goes_on = grammars.goes_on(grammar, again) if may_wait else grammars.known_to_go_on(grammar, again)
+        if again and grammar is not None:
+            goes_on = grammar.goes_on(again) if may_wait else grammar.known_to_go_on(again)
             if goes_on is None:
-                grammars.run_aside(lambda: self._start_aside(run))
+                self._host.grammars.run_aside(lambda: self._start_aside(run))
                 return
             again = again if goes_on else b""
         is_in_message = ir.is_in_message(self._index.nodes, node)

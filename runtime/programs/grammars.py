@@ -5,13 +5,10 @@ from __future__ import annotations
 import json
 import threading
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from ramet.errors import GrammarError, GrammarTooLarge
 from ramet.lang.graph.ir import Constraint, Generate
@@ -26,7 +23,7 @@ if TYPE_CHECKING:  # these load numba or torch
     from ramet.grammar.service.compile_service import CompileService
     from ramet.runtime.constraints.device_grammars import DeviceGrammars
 
-_MAX_BORDERED = 256  # bordered grammars that are kept
+_MAX_HEALED = 128  # tokens for which free text after them keeps its masks
 
 
 class ProgramGrammars:
@@ -43,8 +40,7 @@ class ProgramGrammars:
         self._marks = marks
         self._device = device
         self._lock = threading.Lock()
-        self._bordered: OrderedDict[tuple[CompiledGrammar | None, bytes, bytes], Bordered] = OrderedDict()
-        self._goes_on: dict[tuple[CompiledGrammar, bytes], bool] = {}
+        self._healed: dict[bytes, Bordered] = {}  # by the token that is given back
         self._service: CompileService | None = None
         self._beside: ThreadPoolExecutor | None = None
 
@@ -95,46 +91,23 @@ class ProgramGrammars:
         asked.add_done_callback(settle_narrowed if narrowed.masked else settle)
         return answer
 
-    def known_to_go_on(self, grammar: CompiledGrammar | None, before: bytes) -> bool | None:
-        """Return the answer of `goes_on` if it is known, else None."""
-        return True if grammar is None else self._goes_on.get((grammar, before))
-
-    def goes_on(self, grammar: CompiledGrammar | None, before: bytes) -> bool:
-        """Return whether a token of the vocabulary begins with `before` and goes on with the beginning of a text.
-
-        `before` is a token that has longer ones; so without a grammar, it does. A new answer is the grammar's work, and
-        must not be asked for by the engine's thread.
-        """
-        if grammar is None:
-            return True
-        found = self._goes_on.get((grammar, before))
-        if found is None:
-            num_alone = len(grammar.vocabulary.tokens_with_text(before))
-            found = int(np.bitwise_count(grammar.mask_after(0, before)).sum()) > num_alone
-            if len(self._goes_on) >= _MAX_BORDERED:
-                self._goes_on = {}
-            self._goes_on[grammar, before] = found
-        return found
-
     def between(self, grammar: CompiledGrammar | None, before: bytes, after: bytes) -> Grammar | None:
         """Return the grammar between the prompt's end, given back, and the text that follows: see Bordered.
 
-        Without a grammar, any text may come after `before`. Equal arguments give the same object, as long as it is
-        among those used last.
+        Without a grammar, any text may come after `before`. Equal arguments give one object, if it was used lately.
         """
         if not before and not after:
             return grammar
+        if grammar is not None:
+            return grammar.between(before, after)
         from ramet.grammar.machine.bordered import Bordered  # loads numba
 
-        key = (grammar, before, after)
-        vocabulary = self._vocabulary if grammar is None else grammar.vocabulary
         with self._lock:
-            found = self._bordered.get(key)
+            found = self._healed.get(before)
             if found is None:
-                found = self._bordered[key] = Bordered(grammar, vocabulary, before=before, after=after)
-                if len(self._bordered) > _MAX_BORDERED:
-                    self._bordered.popitem(last=False)
-            self._bordered.move_to_end(key)
+                if len(self._healed) >= _MAX_HEALED:
+                    self._healed = {}
+                found = self._healed[before] = Bordered(None, self._vocabulary, before=before)
         return found
 
     def close(self) -> None:

@@ -36,8 +36,7 @@ class TokenizerTarget:
         return self._marks.text(before, node)
 
     def goes_on(self, constraint: Constraint | None, before: bytes) -> bool:
-        grammar = None if constraint is None else self._grammars.get(constraint).result()
-        return self._grammars.goes_on(grammar, before)
+        return constraint is None or self._grammars.get(constraint).result().goes_on(before)
 
     def forced_tokens(self, constraint: Constraint) -> list[int] | None:
         return self._grammars.get(constraint).result().forced_tokens(0)
