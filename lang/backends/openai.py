@@ -224,32 +224,42 @@ class OpenAI(BlockBackend):
         return msgspec.structs.replace(written, text=choices[index], meta=meta)
 
     async def _score(self, prompt: Prompt, node: ir.Select, choices: Sequence[str], deadline: Deadline) -> NodeResult:
-        """Compare the choices' log-probabilities, in one request."""
+        """Compare the choices' log-probabilities, in one request, and one more if the scorer has a neutral text."""
         if node.scorer == "unconditional":
             raise NotSupported("the scorer 'unconditional' needs token ids, which an endpoint keeps to itself" + _OURS)
         prompts = [prompt.text + choice for choice in choices]
+        found, usage = await self._echoed(prompts, deadline)
+        shared = choice_scores.num_shared([names for names, _ in found])
+        tails = [names[shared:] for names, _ in found]
+        neutral_text, beside = choice_scores.NEUTRAL_TEXT.get(node.scorer), list[list[float]]()
+        if neutral_text is not None:
+            start = len("".join(found[0][0][:shared]))
+            again, used = await self._echoed([neutral_text + text[start:] for text in prompts], deadline)
+            usage, both = usage + used, choice_scores.num_shared([names for names, _ in again])
+            beside = [values[both:] for _, values in again]
+        scores = choice_scores.scores(node.scorer, tails, [values[shared:] for _, values in found], beside)
+        index = choice_scores.choose(scores, node.temperature, node.seed)
+        meta = {"index": index, "scores": scores, "probs": choice_scores.probabilities(scores)}
+        return NodeResult(choices[index], usage=usage, meta=meta)
+
+    async def _echoed(
+        self, prompts: Sequence[str], deadline: Deadline
+    ) -> tuple[list[tuple[list[str], list[float]]], ir.Usage]:
+        """Return the tokens of each prompt and their log-probabilities, 0 for the first token, which has none."""
         body = {"model": self.model, "prompt": prompts, "max_tokens": 0, "echo": True, "logprobs": 0, "temperature": 0}
         async with self._place_free():
             answer = await self.http.request("POST", "/completions", body, deadline=deadline)
         try:
             found = sorted(answer["choices"], key=lambda choice: choice["index"])
-            rows = [(row["logprobs"]["tokens"], row["logprobs"]["token_logprobs"]) for row in found]
-            tokens = [list(names) for names, _ in rows]
-            shared = _shared(tokens)
-            values = [[float(value) for value in logprobs[shared:]] for _, logprobs in rows]
-            if len(values) != len(choices):
-                raise ValueError(f"{len(values)} answers to {len(choices)} prompts")
+            rows = [(list(row["logprobs"]["tokens"]), row["logprobs"]["token_logprobs"]) for row in found]
+            if len(rows) != len(prompts):
+                raise ValueError(f"{len(rows)} answers to {len(prompts)} prompts")
+            return [(names, [0.0, *map(float, values[1:])]) for names, values in rows], _usage(answer)
         except (LookupError, TypeError, ValueError) as error:
             raise NotSupported(
                 f"the endpoint returns no log-probabilities of a prompt (echo with logprobs): {error}; "
                 "OpenAI(..., select='sample') takes a sampled choice"
             ) from error
-        ids = {name: number for number, name in enumerate(dict.fromkeys(n for names in tokens for n in names))}
-        tails = [[ids[name] for name in names[shared:]] for names in tokens]
-        scores = choice_scores.scores(node.scorer, tails, values)
-        index = choice_scores.choose(scores, node.temperature, node.seed)
-        meta = {"index": index, "scores": scores, "probs": choice_scores.probabilities(scores)}
-        return NodeResult(choices[index], usage=_usage(answer), meta=meta)
 
     # Requests. On the loop.
 
@@ -383,13 +393,6 @@ def _logprobs(choice: Mapping[str, Any]) -> dict[str, Any] | None:
     if "content" in found:
         return {"logprobs": [token["logprob"] for token in found["content"] or ()]}
     return {"logprobs": [value for value in found.get("token_logprobs") or () if value is not None]}
-
-
-def _shared(rows: Sequence[Sequence[str]]) -> int:
-    """Return the number of leading tokens that all rows share. At least one token of each row stays out of it."""
-    shortest = min(len(row) for row in rows)
-    found = next((i for i in range(shortest) if len({row[i] for row in rows}) > 1), shortest)
-    return min(found, shortest - 1) if len(rows) > 1 else found
 
 
 def _format(schema: Any) -> dict[str, Any]:

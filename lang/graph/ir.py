@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Literal, Protocol, Self, TypeAlias
+from typing import Any, ClassVar, Final, Literal, Protocol, Self, TypeAlias
 
 import msgspec
 
@@ -33,6 +33,7 @@ from ramet.lang.graph.sampling import sampling_problem as sampling_problem
 
 VERSION = 1
 MAX_RETRIES = 1000
+DEFAULT_SCORER: Final = "calibrated"  # of selections: choice_scores.py
 
 JsonValue: TypeAlias = Any  # a JSON value; msgspec does not understand recursive aliases
 
@@ -205,7 +206,7 @@ class Select(Node, frozen=True, tag="select"):
 
     choices: tuple[Template, ...]
     name: str | None = None
-    scorer: Literal["likelihood", "token_normalized", "greedy", "unconditional"] = "likelihood"
+    scorer: Literal["calibrated", "likelihood", "token_normalized", "greedy", "unconditional"] = DEFAULT_SCORER
     temperature: float = 0.0
     seed: int | None = None
 
@@ -369,7 +370,7 @@ class Capture(Node, frozen=True, tag="capture"):
 Marked: TypeAlias = Role | Tools | Thinking  # nodes whose text a chat template writes
 AnyNode: TypeAlias = Text | Argument | Generate | Select | Fork | Join | Role | Tools | Thinking | ToolCall | Capture
 ROLES = ("system", "user", "assistant", "tool")
-SCORERS = ("likelihood", "token_normalized", "greedy", "unconditional")
+SCORERS = ("calibrated", "likelihood", "token_normalized", "greedy", "unconditional")
 
 
 class Graph(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

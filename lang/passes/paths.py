@@ -16,7 +16,7 @@ from typing import TypeAlias
 
 import msgspec
 
-from ramet.lang.graph import ir
+from ramet.lang.graph import choice_scores, ir
 from ramet.lang.graph.following import MAX_BYTES, children_of, following, is_ended_by_following
 from ramet.lang.graph.healing import Healing
 from ramet.lang.passes.masked_checks import masked_checks
@@ -144,11 +144,13 @@ class SelectPaths:
     """The branch `before` a selection, and after each of its `choices`.
 
     `num_shared`: leading tokens shared by all choices, including text that was pending before the selection.
+    `num_neutral`: the tokens before the choices where they are scored again without the prompt; 0: they are not.
     """
 
     before: Point
     choices: tuple[Point, ...]
     num_shared: int
+    num_neutral: int
 
 
 @dataclass(slots=True)
@@ -365,9 +367,10 @@ class _Interpreter:
         base = before
         choices = tuple(self._flush(self._append(before, node.id, parts)) for parts in rendered)
         added = [choice.items for choice in choices]
-        shortest = min(map(len, added))
-        shared = next((i for i in range(shortest) if len({items[i] for items in added}) > 1), shortest)
-        self._found.selections[node.id] = SelectPaths(base, choices, shared)
+        shared = choice_scores.num_shared(added)
+        neutral = choice_scores.NEUTRAL_TEXT.get(node.scorer)
+        opening = 0 if neutral is None else len(self._target.encode(neutral, add_special=True, continues=False)) or 1
+        self._found.selections[node.id] = SelectPaths(base, choices, shared, opening)
         if len(choices) == 1:
             if all(isinstance(part, str) for part in rendered[0]):
                 self._know(node.id, "".join(map(str, rendered[0])))

@@ -262,18 +262,18 @@ class _Planner:
         self._cache(
             self._paths.points[node.id], node.id, is_counted=False
         )  # the winner's tokens are one of the choices'
-        if node.scorer == "unconditional":
+        if found.num_neutral:
             for index, choice, size in own:
-                self._alone(node.id, index, choice.items[-size:], is_sure=is_sure)
+                self._alone(node.id, index, found.num_neutral, choice.items[-size:], is_sure=is_sure)
 
-    def _alone(self, node: int, index: int, tail: tuple[Item, ...], *, is_sure: bool) -> None:
-        """Add a choice's request without its prompt. It is scored from its first token, so nothing is shared."""
-        size = Count(1, 1)
+    def _alone(self, node: int, index: int, opening: int, tail: tuple[Item, ...], *, is_sure: bool) -> None:
+        """Add a choice's request after `opening` tokens of neutral text. All is scored, so nothing is shared."""
+        size = Count(opening, opening)
         for item in tail:
             size = size + (item.count if isinstance(item, Opaque) else Count(1, 1))
         if not is_sure:
             size = Count(0, size.at_most)
-        is_known = self._is_scored(tail)
+        is_known = self._is_scored((opening, tail))
         new = ZERO if is_known else size
         shared = size if is_known else ZERO
         if self._may_repeat and not is_known:

@@ -105,7 +105,7 @@ class SelectExpr(Expr):
 
     name: str | None
     choices: tuple[str | Value, ...]
-    scorer: str = "likelihood"
+    scorer: str = ir.DEFAULT_SCORER
     temperature: float = 0.0
     seed: int | None = None
     return_probs: bool = False

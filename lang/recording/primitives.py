@@ -10,7 +10,7 @@ import msgspec
 from ramet.errors import InvalidRequest
 from ramet.lang.graph.checks import Check, check_problem
 from ramet.lang.graph.constraint import Tokenization
-from ramet.lang.graph.ir import MAX_RETRIES, SCORERS, Constraint
+from ramet.lang.graph.ir import DEFAULT_SCORER, MAX_RETRIES, SCORERS, Constraint
 from ramet.lang.graph.sampling import FIELDS, to_sampling
 from ramet.lang.recording.composition import (
     Alternatives,
@@ -139,7 +139,7 @@ def select(
     name: str | Sequence[Part] | None = None,
     choices: Sequence[Part] = (),
     *,
-    scorer: str = "likelihood",
+    scorer: str = DEFAULT_SCORER,
     temperature: float = 0.0,
     seed: int | None = None,
     return_probs: bool = False,
@@ -148,8 +148,9 @@ def select(
 
     `return_probs`: the value gets an attribute `probs`, a dict of choice -> probability: `s[name].probs`.
 
-    Scorers: `likelihood` (exact), `token_normalized`, `greedy`, `unconditional`. With `temperature` above 0 the
-    choice is drawn from the probabilities.
+    Scorers: `calibrated` (neither short nor common choices are preferred), `likelihood` (the model's exact
+    probabilities; a choice that is the beginning of another one always beats it), `token_normalized`, `greedy`,
+    `unconditional`. With `temperature` above 0 the choice is drawn from the probabilities.
 
     `select([...])` without a name, some of whose choices are descriptions (`gen(...)`, `one_or_more(...)`, functions),
     is a grammar: the model writes one of them, and the named parts in it become variables.
@@ -173,7 +174,7 @@ def select(
         raise InvalidRequest(
             f"a choice is {wrong!r}, but must be text, a generated value or a description", param="choices"
         )
-    if name is not None or (scorer, temperature, seed, return_probs) != ("likelihood", 0.0, None, False):
+    if name is not None or (scorer, temperature, seed, return_probs) != (DEFAULT_SCORER, 0.0, None, False):
         raise InvalidRequest(
             "a selection among descriptions is a grammar, which has no name, scorer or temperature of its own; write "
             "gen(name, select([...]), temperature=...)",

@@ -25,8 +25,7 @@ class Selection:
         self._node, self._texts, self._before = node, texts, before
         is_start = before.length == 0
         self._tokens = [model.encoder.encode((*before.pending, Piece(text)), is_start=is_start) for text in texts]
-        shortest = min(len(tokens) for tokens in self._tokens)
-        shared = next((i for i in range(shortest) if len({tokens[i] for tokens in self._tokens}) > 1), shortest)
+        shared = choice_scores.num_shared(self._tokens)
         self._tails = [tokens[shared:] for tokens in self._tokens]
         self._rows: list[list[float]] = [[] for _ in range(2 * len(texts))]  # log-probabilities of tails: see _requests
         self._usages: list[ir.Usage] = []
@@ -36,7 +35,7 @@ class Selection:
         self.requests = list(rows.values())
 
     def _requests(self, base: list[int], shared: int, model: ProgramModel) -> dict[int, EngineRequest]:
-        """Return requests by row: first the choices after the branch, then the same after an opening token only."""
+        """Return requests by row: first the choices after the branch, then the same after the scorer's neutral text."""
         score_from = len(base) + shared
         if score_from == 0:
             raise InvalidRequest("select needs some text before its choices; this model has no begin-of-text token")
@@ -48,11 +47,13 @@ class Selection:
             for row, tail in enumerate(self._tails)
             if tail
         }
-        if self._node.scorer == "unconditional":
+        neutral = choice_scores.NEUTRAL_TEXT.get(self._node.scorer)
+        if neutral is not None:
             start = model.tokenizer.bos_id
-            opening = [start if start is not None else min(model.tokenizer.eos_ids)]
+            opening = model.tokenizer.encode(neutral, add_special=True) if neutral else []
+            opening = opening or [start if start is not None else min(model.tokenizer.eos_ids)]
             for row, tail in enumerate(self._tails, len(self._tails)):
-                if tail:
+                if tail:  # scored from the second token, so the requests of a run share nothing: costs are known
                     found[row] = EngineRequest(opening + tail, sampling, 1)
         return found
 
@@ -64,7 +65,8 @@ class Selection:
 
     def result(self) -> ir.NodeResult:
         node, count = self._node, len(self._texts)
-        values = choice_scores.scores(node.scorer, self._tails, self._rows[:count], self._rows[count:])
+        neutral = [row[len(row) - len(tail) :] for row, tail in zip(self._rows[count:], self._tails, strict=True)]
+        values = choice_scores.scores(node.scorer, self._tails, self._rows[:count], neutral)
         self._chosen = choice_scores.choose(values, node.temperature, node.seed)
         text = self._texts[self._chosen]
         meta = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -268,14 +269,19 @@ def test_a_selection_compares_logprobs_or_takes_a_sample() -> None:
         if path.endswith("chat/completions"):
             return '{"value": "coffee"}'
         choices = []
-        for i, (prompt, likely) in enumerate(zip(body["prompt"], [-2.0, -1.0], strict=True)):
-            tokens = prompt.split(" ")
+        values = [-1.0, -2.0] if body["prompt"][0].startswith("Answer:") else [-2.0, -1.0]
+        for i, (prompt, likely) in enumerate(zip(body["prompt"], values, strict=True)):
+            tokens = re.findall(r"\s?[^\s:]+:?", prompt)
             logprobs = [None, *[-0.1] * (len(tokens) - 2), likely]
             choices.append({"index": i, "logprobs": {"tokens": tokens, "token_logprobs": logprobs}})
         return {"choices": choices, "usage": {"prompt_tokens": 9}}
 
     @function
     def plain(s: State) -> None:
+        s += "I take a cup of " + select("drink", ["tea", "coffee"], scorer="likelihood")
+
+    @function
+    def calibrated(s: State) -> None:
         s += "I take a cup of " + select("drink", ["tea", "coffee"])
 
     @function
@@ -288,6 +294,9 @@ def test_a_selection_compares_logprobs_or_takes_a_sample() -> None:
         assert state["drink"] == "coffee"
         assert state.meta("drink")["scores"] == [-2.0, -1.0]
         assert sum(state.meta("drink")["probs"]) == pytest.approx(1.0)
+        state = calibrated.run(backend=backend)
+        assert endpoint.asked[-1][1]["prompt"] == ["Answer: tea", "Answer: coffee"]
+        assert state.meta("drink")["scores"] == [-1.5, 0.0], "half of the neutral log-probability is taken off"
         state = chat.run(backend=backend)
         assert state["drink"] == "coffee"
         assert state.meta("drink")["is_sampled"]

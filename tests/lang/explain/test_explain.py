@@ -72,7 +72,9 @@ def test_two_of_three_equal_branches_are_taken_over(backend: MockBackend) -> Non
     plan = advise.explain("Rome", "What to see?")
     state = advise.run("Rome", "What to see?")
     assert reports(plan)["identical nodes"].text == "2 generations of 4 take over another one's text"
-    assert backend.stats().num_requests == 1 + 1 + 2
+    assert backend.stats().num_requests == 1 + 1 + 2 * 2, (
+        "a choice is scored twice: after the prompt, and after neutral text"
+    )
     assert state.usage.computed_tokens <= plan.new.at_most
 
 

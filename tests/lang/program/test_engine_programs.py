@@ -110,7 +110,7 @@ def test_select_equals_a_brute_force_by_full_forward_passes(tiny_model: LoadedMo
     @function
     def program(s: State) -> None:
         s += "To drink I take "
-        s += select("drink", choices)
+        s += select("drink", choices, scorer="likelihood")
 
     meta = program.run(backend=engine).meta("drink")
     with Engine(tiny_model, num_kv_tokens=4096, max_running_requests=1, radix_cache=False) as alone:

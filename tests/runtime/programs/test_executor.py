@@ -172,31 +172,38 @@ def test_a_stop_string_cuts_text_and_path_alike() -> None:
     assert done[3].usage.prompt_tokens == len("Say: one.!")
 
 
+@pytest.mark.parametrize("scorer", ["likelihood", "calibrated"])
 @pytest.mark.parametrize("pending", ["The answer is ", ""])
-def test_select_gives_the_probabilities_of_a_brute_force_over_the_models_distribution(pending: str) -> None:
+def test_select_gives_the_scores_of_a_brute_force_over_the_models_distribution(pending: str, scorer: Any) -> None:
     choices = ["yes", "yes, of course", "no", "maybe", "nothing"]
+
+    def likelihood(engine: ScriptedEngine, before: str, choice: str) -> float:
+        tokens, total = engine.tokenizer.encode(before), 0.0
+        for token in engine.tokenizer.encode(choice):
+            total += float(engine.logprobs(tokens)[token])
+            tokens.append(token)
+        return total
+
     with ScriptedEngine() as engine:
         done = run(
             engine,
             Text(id=0, parts=("Is it? ",)),
             Generate(id=1, parent=0, sampling=GREEDY),
             Text(id=2, parent=1, parts=(pending,)),
-            Select(id=3, parent=2, name="s", choices=tuple((choice,) for choice in choices)),
+            Select(id=3, parent=2, name="s", choices=tuple((choice,) for choice in choices), scorer=scorer),
         )
-        before = engine.tokenizer.encode("Is it? " + done[1].text + pending)
-        expected = []
-        for choice in choices:
-            tokens, total = list(before), 0.0
-            for token in engine.tokenizer.encode(choice):
-                total += float(engine.logprobs(tokens)[token])
-                tokens.append(token)
-            expected.append(math.exp(total))
+        prompt = "Is it? " + done[1].text + pending
+        scores = [likelihood(engine, prompt, choice) for choice in choices]
+        if scorer == "calibrated":  # a byte is a token here
+            usual = [likelihood(engine, "Answer:", choice) for choice in choices]
+            scores = [(a - b / 2) / math.sqrt(len(c)) for a, b, c in zip(scores, usual, choices, strict=True)]
     meta = done[3].meta
     assert meta is not None
     assert math.isclose(sum(meta["probs"]), 1.0, abs_tol=1e-12)
-    for got, want in zip(meta["probs"], expected, strict=True):
-        assert math.isclose(got, want / sum(expected), rel_tol=1e-4)
-    assert done[3].value == choices[max(range(5), key=expected.__getitem__)]
+    total = sum(map(math.exp, scores))
+    for got, want in zip(meta["probs"], scores, strict=True):
+        assert math.isclose(got, math.exp(want) / total, rel_tol=1e-4)
+    assert done[3].value == choices[max(range(5), key=scores.__getitem__)]
 
 
 def test_what_follows_a_selection_continues_the_chosen_text() -> None:
@@ -212,7 +219,7 @@ def test_what_follows_a_selection_continues_the_chosen_text() -> None:
     assert done[3].value == f"I like {done[1].value}{alone.text}"
 
 
-@pytest.mark.parametrize("scorer", ["likelihood", "token_normalized", "greedy", "unconditional"])
+@pytest.mark.parametrize("scorer", ["calibrated", "likelihood", "token_normalized", "greedy", "unconditional"])
 def test_every_scorer_chooses_one_of_the_choices(scorer: Any) -> None:
     with ScriptedEngine() as engine:
         select = Select(id=1, parent=0, choices=(("a",), ("ab",), ("b",)), scorer=scorer)

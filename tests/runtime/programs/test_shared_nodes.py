@@ -41,8 +41,8 @@ def test_repeatable_branches_are_computed_once_and_read_the_same(temperature: fl
     assert shared["why"] == alone["why"]
     assert shared["answer"] == alone["answer"]
     assert {n: e.text for n, e in shared.record.events.items()} == {n: e.text for n, e in alone.record.events.items()}
-    assert few.stats().num_requests == 3  # one generation, two choices
-    assert many.stats().num_requests == 12
+    assert few.stats().num_requests == 1 + 2 * 2  # a generation, two choices after two texts
+    assert many.stats().num_requests == 4 * (1 + 2 * 2)
     assert few.stats().computed_tokens < many.stats().computed_tokens
     assert few.stats().completion_tokens * 4 == many.stats().completion_tokens
     assert shared.usage.computed_tokens == few.stats().computed_tokens
