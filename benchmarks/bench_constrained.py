@@ -1,6 +1,7 @@
 """What a JSON schema costs per token, and whether what comes out is valid: SmolLM2-135M-Instruct on this machine.
 
     python benchmarks/bench_constrained.py                 tok/s with the workloads' schema over tok/s without
+    python benchmarks/bench_constrained.py --tokens        tokens and steps that answers take, over the tokenizer's own
     python benchmarks/bench_constrained.py --validate 200  random schemas at temperature 1, all outputs validated
 
 Both rows of a ratio are measured in turns in one run. Prompts are 128 made-up tokens, outputs 128, end of text ignored.
@@ -28,6 +29,76 @@ from ramet.runtime.engine.engine import Engine
 from ramet.runtime.types import FinishReason, Grammar, SamplingParams
 
 Json = Any  # a decoded JSON document
+
+
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 30},
+        "age": {"type": "integer", "minimum": 0, "maximum": 120},
+        "job": {"type": "string", "maxLength": 40},
+        "city": {"type": "string", "maxLength": 30},
+        "member": {"type": "boolean"},
+        "joined": {"type": "string", "pattern": "^20[0-9]{2}-[01][0-9]-[0-3][0-9]$"},
+        "role": {"enum": ["admin", "user", "guest", "operator"]},
+    },
+    "additionalProperties": False,
+}
+TOKEN_SCHEMAS = {
+    "seven fields": {**PERSON, "required": [*PERSON["properties"]]},
+    "optional fields": {**PERSON, "required": ["name"]},
+    "workload": {**JSON_SCHEMA, "minItems": 3, "maxItems": 3},
+}
+NOTES = (
+    "Ann Miller, 41, is an engineer from Rome. She joined on 3 May 2021 and is a member.",
+    "Bob, a baker aged 29, lives in Oslo since 2019; joined 2020-11-02, no member.",
+    "Dr. Chen Wei (58) teaches physics in Taipei, admin since 2015.",
+    "Zoë Müller-Lüdenscheidt, 33, guest, paints in Zürich.",
+)
+
+
+def tokens_taken(engine: Engine, vocabulary: Vocabulary, batches: list[int], max_tokens: int) -> list[dict[str, Json]]:
+    """Tokens and steps of answers about NOTES, greedy and drawn, with either tokenization of forced text.
+
+    own_split: of the same texts, by the tokenizer. steps_decoding: with forced tokens decoded one by one.
+    """
+    rows = []
+    for name, schema in TOKEN_SCHEMAS.items():
+        for tokenization, words in (("canonical", vocabulary), ("any", vocabulary.without_splits)):
+            grammar = compile_constraint(
+                "json_schema", json.dumps(schema), words, mode="declared_order", whitespace="bounded"
+            )
+            for batch in batches:
+                taken = own = 0
+                engine.flush_cache()
+                before = engine.stats()["num_steps"]
+                requests = [(note, i) for i in range(2) for note in NOTES]
+                for begin in range(0, len(requests), batch):
+                    handles = [
+                        engine.submit(
+                            note + "\nAs JSON:\n",
+                            SamplingParams(temperature=float(i), max_tokens=max_tokens, seed=i),
+                            grammar=grammar,
+                        )
+                        for note, i in requests[begin : begin + batch]
+                    ]
+                    for handle in handles:
+                        result = handle.result()
+                        taken += len([t for t in result.token_ids if t not in engine.tokenizer.eos_ids])
+                        own += len(engine.tokenizer.encode(result.text, continues=True))
+                rows.append(
+                    {
+                        "schema": name,
+                        "tokenization": tokenization,
+                        "batch": batch,
+                        "tokens": taken,
+                        "own_split": own,
+                        "ratio": round(taken / own, 4),
+                        "steps": engine.stats()["num_steps"] - before,
+                    }
+                )
+                print(rows[-1], flush=True)
+    return rows
 
 
 def tokens_per_s(engine: Engine, batch: int, seed: int, grammar: Grammar | None) -> float:
@@ -161,6 +232,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--batches", default="1,32")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--tokens", action="store_true")
     parser.add_argument("--validate", type=int, default=0)
     parser.add_argument("--first-seed", type=int, default=0, help="of the random schemas")
     parser.add_argument("--max-tokens", type=int, default=200)
@@ -168,9 +240,15 @@ def main() -> None:
     args = parser.parse_args()
     with Engine(args.model, num_kv_tokens=32_768) as engine:
         tokenizer = engine.tokenizer
-        vocabulary = Vocabulary(tokenizer.token_bytes, tokenizer.eos_ids, tokenizer.special_ids, tokenizer.vocab_size)
+        vocabulary = Vocabulary(
+            tokenizer.token_bytes, tokenizer.eos_ids, tokenizer.special_ids, tokenizer.vocab_size, tokenizer
+        )
         figures: dict[str, Json] = {}
-        if args.validate:
+        if args.tokens:
+            figures["rows"] = tokens_taken(
+                engine, vocabulary, [int(b) for b in args.batches.split(",")], args.max_tokens
+            )
+        elif args.validate:
             figures["validity"] = validate(engine, vocabulary, args.first_seed, args.validate, args.max_tokens)
             print(figures["validity"])
         else:

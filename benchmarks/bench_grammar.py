@@ -185,10 +185,14 @@ def read_cases(folder: Path, limit: int | None, every: int) -> Iterator[Case]:
             yield path.stem, content, []
 
 
-def tokenizer_of(model: str) -> tuple[Vocabulary, Callable[[str], list[int]]]:
+def tokenizer_of(model: str, tokenization: str) -> tuple[Vocabulary, Callable[[str], list[int]]]:
     """The vocabulary and the encoder of a catalogue model, from its file's metadata."""
     tokenizer = open_model(pull(model)).tokenizer
-    vocabulary = Vocabulary(tokenizer.token_bytes, tokenizer.eos_ids, tokenizer.special_ids, tokenizer.vocab_size)
+    vocabulary = Vocabulary(
+        tokenizer.token_bytes, tokenizer.eos_ids, tokenizer.special_ids, tokenizer.vocab_size, tokenizer
+    )
+    if tokenization == "any":
+        vocabulary = vocabulary.without_splits
     return vocabulary, lambda text: tokenizer.encode(text, parse_special=False)
 
 
@@ -200,6 +204,7 @@ def main() -> None:
     parser.add_argument("--engines", default="ramet,llguidance,xgrammar")
     parser.add_argument("--first-only", default="outlines", help="engines that are too slow for the other vocabularies")
     parser.add_argument("--models", default="smollm2-135m,gemma3-270m", help="whose vocabularies")
+    parser.add_argument("--tokenization", default="canonical", choices=("canonical", "any"), help="of Ramet's masks")
     parser.add_argument("--out", type=Path, help="append the JSON line to this file")
     arguments = parser.parse_args()
     chosen = (
@@ -215,7 +220,7 @@ def main() -> None:
     )
     rows = []
     for number, model in enumerate(arguments.models.split(",")):
-        vocabulary, encode = tokenizer_of(model)
+        vocabulary, encode = tokenizer_of(model, arguments.tokenization)
         encoded = [(name, schema, [encode(_compact(v)) for v in values]) for name, schema, values in chosen]
         warm_up = encode('{"warm":["up",-1.5,null,true],"é":{"x":"y z"}}')
         for engine in arguments.engines.split(","):
@@ -237,6 +242,7 @@ def main() -> None:
     print_record(
         {
             "bench": "grammar",
+            "tokenization": arguments.tokenization,
             "schemas": "built-in" if arguments.schemas is None else f"given, each {arguments.every}",
             **machine(),
             "rows": rows,

@@ -213,7 +213,9 @@ def same(setting: Setting, *, deterministic: bool = False) -> Result:
 def grammar(setting: Setting) -> Result:
     with setting.engine() as engine:
         tokenizer = engine.tokenizer
-        vocabulary = Vocabulary(tokenizer.token_bytes, tokenizer.eos_ids, tokenizer.special_ids, tokenizer.vocab_size)
+        vocabulary = Vocabulary(
+            tokenizer.token_bytes, tokenizer.eos_ids, tokenizer.special_ids, tokenizer.vocab_size, tokenizer
+        )
         compiled = compile_constraint("json_schema", json.dumps(SCHEMA), vocabulary, mode="declared_order")
         is_closed = compiled.close()
         handles = [

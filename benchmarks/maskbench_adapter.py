@@ -2,6 +2,7 @@
 maskbench_adapter:Engine`.
 
 Whitespace is "bounded": at most one space after a comma or a colon, so both of json.dumps's forms are in the language.
+The harness gives no tokenizer that splits a text, so masks allow every tokenisation (`tokenization="any"`).
 """
 
 from __future__ import annotations

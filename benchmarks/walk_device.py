@@ -150,7 +150,9 @@ def walk(shapes: ModelConfig, config: EngineConfig, device: FakeDevice) -> list[
     device.phase = "start"
     core = build_core(LoadedModel("fake", decoder, tokenizer, shapes, GenerationDefaults()), config)
     print(f"    start      {device.launches['start']:5d} launches")
-    vocabulary = Vocabulary(tokenizer.token_bytes, tokenizer.eos_ids, tokenizer.special_ids, tokenizer.vocab_size)
+    vocabulary = Vocabulary(
+        tokenizer.token_bytes, tokenizer.eos_ids, tokenizer.special_ids, tokenizer.vocab_size, tokenizer
+    )
     steps = Walk(core, device, vocabulary)
     names = steps.overlapped()
     found = [

@@ -97,6 +97,8 @@ class CanonicalTokens:
 
     def _texts(self, packed: int) -> list[bytes]:
         """Return the texts that may follow a state, each as far as few are possible. One may begin another."""
+        if self._ways_of(packed) is None:  # most states: in a string, in a number
+            return []
         out: list[bytes] = []
         waiting = [(b"", packed)]
         while waiting:

@@ -121,7 +121,7 @@ KINDS = ["gpt-2", "llama-3", "no pieces", "sentencepiece"]
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_own_split_of_a_whole_record_is_allowed_token_by_token(kind: str, compact: bool) -> None:
     made = tokenizer(kind)
-    whitespace = "none" if compact else "bounded"
+    whitespace = "compact" if compact else "bounded"
     grammar = compile_constraint("json_schema", SCHEMA, vocabulary(made), whitespace=whitespace)
     for text in texts(3, 60, compact):
         state: int | None = 0
