@@ -36,13 +36,13 @@ class Engine:
     def __init__(self, tok: Tok) -> None:
         self.vocabulary = Vocabulary(tok.token_bytes, [tok.eos_id], tok.special_ids, tok.vocab_size)
         warm_up(self.vocabulary)
-        postpone_full_collections()  # as a server does; it makes them when it is idle, here each 200th schema does
+        postpone_full_collections()  # as a server does; it makes them when it is idle, here each 1,000th schema does
         self.num_compiled = 0
         self.options = JsonOptions(mode="exact", whitespace="bounded")
 
     def compile(self, schema: Any) -> Cursor:  # a decoded JSON document
         self.num_compiled += 1
-        if self.num_compiled % 200 == 0:
+        if self.num_compiled % 1000 == 0:
             gc.collect()
         return Cursor(Matcher(compile_grammar(JsonSchema(schema, self.options), self.vocabulary)))
 
