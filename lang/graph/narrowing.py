@@ -52,6 +52,8 @@ def narrowing(
     """
     if not checks:
         return Narrowing(constraint)
+    if constraint is not None and not _is_readable(constraint):
+        return Narrowing(constraint, (), checks)  # compiling it says what is wrong
     lower = _lowering(constraint, type)
     masked, lowered, retried, states = list[Check](), list[Json](), list[Check](), 1
     for check in checks:
@@ -66,6 +68,19 @@ def narrowing(
     if not masked:
         return Narrowing(constraint, (), tuple(retried))
     return Narrowing(_narrowed(constraint, lowered, stop if type == "str" else ()), tuple(masked), tuple(retried))
+
+
+def _is_readable(constraint: Constraint) -> bool:
+    """Return whether the source of a constraint has the form that its kind asks for, as far as it matters here."""
+    if constraint.kind not in ("json_schema", "choice"):
+        return True
+    try:
+        source = json.loads(constraint.source)
+    except (ValueError, RecursionError):
+        return False
+    if constraint.kind == "choice":
+        return isinstance(source, list)
+    return isinstance(source, bool) or (isinstance(source, dict) and isinstance(source.get("allOf", []), list))
 
 
 def _lowering(constraint: Constraint | None, type: str) -> Callable[[Check], Json | None] | None:
@@ -123,7 +138,10 @@ def _text(check: Check) -> Json | None:
         return {"select": [one for one in check.values if isinstance(one, str)]}
     if check.kind == "between":
         return {"select": []}  # text is no number
-    return {"regex": _length(check) if check.kind == "length" else _pattern(check)}
+    if check.kind == "length":
+        low, high = _limits(check)
+        return {"regex": _length(check)} if high is None or high >= low else {"select": []}
+    return {"regex": _pattern(check)}
 
 
 def _pattern(check: Check) -> str:

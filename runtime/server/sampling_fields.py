@@ -27,7 +27,7 @@ MAX_CHOICES = 128
 MAX_TOP_LOGPROBS = 20
 
 # `ebnf`: GBNF or Lark, recognised by its syntax; the resulting constraint is a `cfg`
-Kind = Literal["json_schema", "regex", "cfg", "choice", "ebnf", "structural_tag"]
+Kind = Literal["json_schema", "regex", "cfg", "choice", "ebnf", "structural_tag", "grammar"]
 Asked = tuple[str, Kind, object]  # field, kind, source (None: not requested)
 
 

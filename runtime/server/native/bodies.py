@@ -29,6 +29,7 @@ class NativeSampling(NativeValues):
     cfg: str | None = Field(default=None, description="a grammar in Lark's syntax")
     ebnf: str | None = Field(default=None, description="a grammar in GBNF with a rule `root`, or in Lark's syntax")
     structural_tag: str | dict[str, Any] | None = Field(default=None, description="free text with constrained parts")
+    composed: str | dict[str, Any] | None = Field(default=None, description="a grammar composed of others, as JSON")
     tokenization: Tokenization = Field(default="canonical", description="of text that a constraint forces")
     skip_special_tokens: OnlyTrue = Field(default=True, description="special tokens are never text")
     spaces_between_special_tokens: bool | None = Field(default=None, description="special tokens are never text")
@@ -53,6 +54,7 @@ class NativeSampling(NativeValues):
                 ("sampling_params.cfg", "cfg", self.cfg),
                 ("sampling_params.ebnf", "ebnf", self.ebnf),
                 ("sampling_params.structural_tag", "structural_tag", self.structural_tag),
+                ("sampling_params.composed", "grammar", self.composed),
             ],
             limit_bytes,
             self.tokenization,

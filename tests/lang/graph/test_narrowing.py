@@ -188,6 +188,30 @@ def test_a_check_that_is_not_regular_or_takes_too_many_states_is_retried(node: i
     assert {*map(str, narrowed.masked + narrowed.retried)} == {*map(str, node.checks)}
 
 
+@pytest.mark.parametrize(
+    ("kind", "source"),
+    [("json_schema", "{"), ("json_schema", "[1]"), ("json_schema", '{"allOf": 3}'), ("choice", "3"), ("choice", "x")],
+)
+def test_a_source_that_is_wrong_is_left_to_the_compiler(kind: Any, source: str) -> None:
+    node = ir.Generate(id=0, type="json", constraint=ir.Constraint(kind, source), checks=(length(1),))
+    assert node.narrowed().constraint == node.constraint
+    assert node.narrowed().retried == node.checks
+
+
+@pytest.mark.parametrize("check", [length(at_most=-1), length(0.4, 0.6), ~length(0)])  # type: ignore[arg-type]
+@pytest.mark.parametrize("unit", UNITS)
+def test_a_length_that_no_text_has_leaves_no_text(check: Check, unit: Any) -> None:
+    one = check if check.of else length(check.at_least, check.at_most, unit=unit)  # type: ignore[arg-type]
+    found = automaton(ir.Generate(id=0, checks=(one,)))
+    assert not found.accepts(b"")
+    assert not found.accepts(b"a")
+    schema = ir.Constraint("json_schema", '{"type": "array"}')
+    narrowed = ir.Generate(id=0, checks=(one,), type="json", constraint=schema).narrowed()
+    assert narrowed.constraint is not None
+    with pytest.raises(GrammarError):
+        compile_constraint("json_schema", narrowed.constraint.source, byte_vocabulary())
+
+
 def test_a_model_can_not_write_what_a_mask_refuses() -> None:
     @function
     def program(s: State) -> None:

@@ -50,6 +50,13 @@ def test_text_and_token_ids_give_the_same_answer_and_the_second_one_is_cached(se
     assert second["meta_info"]["cached_tokens"] == 4
 
 
+def test_a_composed_grammar_constrains_a_text(server: Server) -> None:
+    grammar = {"sequence": ["<", {"repeat": {"choices": ["ab", "c"]}, "at_least": 1, "at_most": 3}, ">"]}
+    for source in (grammar, json.dumps(grammar)):
+        text = generate(server, sampling_params={"max_new_tokens": 20, "composed": source}).json()["text"]
+        assert re.fullmatch("<(ab|c){1,3}>", text)
+
+
 def test_a_constrained_text_that_was_cut_says_what_it_would_take(server: Server) -> None:
     sampling = {"max_new_tokens": 4, "regex": "[a-c]{6}"}
     finish = generate(server, sampling_params=sampling).json()["meta_info"]["finish_reason"]
@@ -148,6 +155,8 @@ def test_a_constraint_holds(server: Server) -> None:
         ({"sampling_params": {"stop_regex": "a"}}, 400, "use stop"),
         ({"sampling_params": {"ebnf": "root ::= gone"}}, 400, "'gone'"),
         ({"sampling_params": {"structural_tag": {"triggers": []}}}, 400, "structures"),
+        ({"sampling_params": {"composed": {"sequence": "a"}}}, 400, "sequence must be a list"),
+        ({"sampling_params": {"composed": {"select": ["a"]}, "regex": "a"}}, 400, "each constrain the answer"),
         ({"sampling_params": {"regex": "a", "tokenization": "odd"}}, 400, "tokenization"),
         ({"session_params": {}}, 400, "session_params is not supported"),
     ],
