@@ -158,7 +158,7 @@ def test_a_constraint_holds(server: Server) -> None:
         ({"sampling_params": {"composed": {"sequence": "a"}}}, 400, "sequence must be a list"),
         ({"sampling_params": {"composed": {"select": ["a"]}, "regex": "a"}}, 400, "each constrain the answer"),
         ({"sampling_params": {"regex": "a", "tokenization": "odd"}}, 400, "tokenization"),
-        ({"session_params": {}}, 400, "session_params is not supported"),
+        ({"session_params": {"id": "a"}}, 400, "session_params is not supported"),
     ],
 )
 def test_bad_bodies_get_an_error_that_names_the_field(
