@@ -33,6 +33,11 @@ class EngineConfig:
     chunked_prefill_size: int | None = _doc(
         None, "tokens of a step, at most (fewer beside few decode rows); None: 4,096 on a GPU, 2,048 on a CPU"
     )
+    max_step_ms: int | None = _doc(
+        None,
+        "milliseconds that a step should take at most while requests decode, to which prompts beside them are cut; "
+        "None: 60 on a CPU, 30 on a GPU; 0: throughput first",
+    )
     cuda_graph: bool = _doc(True, "replay decode steps as CUDA graphs")
     cuda_graph_max_extend: int = _doc(
         512,
@@ -71,6 +76,7 @@ class EngineConfig:
             "chunked_prefill_size",
             "at least 1, or None",
         )
+        check(self.max_step_ms is None or self.max_step_ms >= 0, "max_step_ms", "at least 0, or None")
         check(self.cuda_graph_max_extend >= 0, "cuda_graph_max_extend", "at least 0")
         check(self.context_length is None or self.context_length >= 2, "context_length", "at least 2, or None")
         check(

@@ -9,6 +9,8 @@ the sequence takes part only in every second step. Both orders give the same tok
 from __future__ import annotations
 
 import logging
+import time
+from collections import deque
 from dataclasses import asdict, dataclass
 
 from ramet.runtime.constraints.states import GrammarStates
@@ -57,6 +59,8 @@ class EngineCore:
         self.num_steps = 0
         self._in_flight: LaunchedStep | None = None
         self.watch = StepWatch()
+        self._launched_s: deque[float] = deque()  # of the steps that are not collected
+        self._collected_s = 0.0
         self._with_logprobs: set[Sequence] = set()  # steps look for such rows only if there are any
 
     # --- requests
@@ -144,6 +148,7 @@ class EngineCore:
     def launch(self, batch: Batch) -> LaunchedStep:
         """Start a step on the device, with the host's masks, grammar states and edits."""
         self.num_steps += 1
+        self._launched_s.append(time.monotonic())
         extends = batch.items[batch.num_decode :]
         for item in extends:
             if self._needs_host(item):
@@ -168,6 +173,9 @@ class EngineCore:
         items, outputs = self.grammars.take(launched.batch.items, outputs, launched.logprob)
         updates = self._finish_rows(items, outputs)
         self.watch.lap("finish")
+        now = time.monotonic()
+        self.scheduler.note_time(launched.batch, now - max(self._launched_s.popleft(), self._collected_s))
+        self._collected_s = now
         return updates
 
     def _begin_works(self) -> None:
@@ -223,6 +231,7 @@ class EngineCore:
     def _fail_running(self, error: Exception) -> list[SequenceUpdate]:
         """End the sequences that were running when a step raised. Raises if the device is lost."""
         self._in_flight = None
+        self._launched_s.clear()
         self.runner.check_device()
         logger.error("a step failed; what ran in it ends, the engine goes on", exc_info=error)
         return [SequenceUpdate(s, RowOutput()) for s in self.scheduler.fail_running(error)]

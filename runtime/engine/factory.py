@@ -187,12 +187,19 @@ def step_tokens(config: EngineConfig, device: torch.device) -> int:
     return 4096 if device.type == "cuda" else 2048
 
 
+def max_step_s(config: EngineConfig, device: torch.device) -> float:
+    """Seconds that a step with decode rows should take at most; 0: there is no such limit."""
+    return (config.max_step_ms if config.max_step_ms is not None else 30 if device.type == "cuda" else 60) / 1000
+
+
 def scheduler_config(config: EngineConfig, context_length: int, device: torch.device) -> SchedulerConfig:
     """Return the scheduler's part of the engine's configuration."""
     return SchedulerConfig(
         context_length=context_length,
         max_running=config.max_running_requests,
         max_num_tokens_per_step=max(step_tokens(config, device), config.max_running_requests),
+        max_step_s=max_step_s(config, device),
+        first_mixed_tokens=512 if device.type == "cuda" else 64,
         max_waiting=config.max_queued_requests,
         reservation_ratio=config.reservation_ratio,
         prefix_cache=config.radix_cache,

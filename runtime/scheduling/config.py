@@ -13,6 +13,9 @@ class SchedulerConfig:
 
     `max_num_tokens_per_step` counts decode rows and prefill chunks together. A step that has both is smaller: it has
     `mixed_tokens_per_request` tokens for each live request, but at least `min_mixed_tokens`.
+    `max_step_s`: seconds that a step should take at most while rows decode; prompts are cut so that it does not take
+    longer, as far as its costs are known. 0: only tokens count. `first_mixed_tokens`: new tokens that are expected to
+    take so long until steps are measured.
     `reservation_ratio`: admission reserves pages for this part of a request's max_tokens; below 1, memory is
     over-committed. `max_overtakes`: number of later requests that may be admitted before the first waiting request if
     that one does not fit. `max_examined`: number of requests that a step may examine without admitting them.
@@ -23,6 +26,8 @@ class SchedulerConfig:
     max_num_tokens_per_step: int = 2048
     min_mixed_tokens: int = 512
     mixed_tokens_per_request: int = 16
+    max_step_s: float = 0.0
+    first_mixed_tokens: int = 512
     max_waiting: int = 100_000
     reservation_ratio: float = 1.0
     max_overtakes: int = 256
@@ -33,6 +38,7 @@ class SchedulerConfig:
     def __post_init__(self) -> None:
         assert self.max_running >= 1, self.max_running
         assert self.max_num_tokens_per_step >= self.max_running, "a step must hold one token of every running sequence"
+        assert self.max_step_s >= 0, self.max_step_s
         assert 0 <= self.reservation_ratio <= 1, self.reservation_ratio
 
 

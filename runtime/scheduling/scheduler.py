@@ -1,6 +1,7 @@
 """The scheduler chooses the tokens of the next step, their pages and their slots. A pure state machine, no torch.
 
     schedule() -> Batch            counts its tokens as computed: everything on the device runs in launch order
+    note_time(batch, seconds)      learns what steps cost: beside decode rows, prompts are cut to fit `max_step_s`
     finish_step(items, outputs)    reads a step's tokens; may come after the next schedule(), for some rows later still
 
 With overlap, the host may learn that a sequence is finished while the sequence's next step runs. The scheduler releases
@@ -19,9 +20,9 @@ from __future__ import annotations
 
 import heapq
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable
-from math import ceil
 
 from ramet.errors import ContextOverflow, InvalidRequest, Overloaded
 from ramet.runtime.cache.integrity import require
@@ -31,9 +32,12 @@ from ramet.runtime.scheduling.admission import AdmissionQueue, Reservation
 from ramet.runtime.scheduling.config import SchedulerConfig, SchedulerCounters
 from ramet.runtime.scheduling.priority import ProgramService, Waiting
 from ramet.runtime.scheduling.sequence_pages import SequencePages, known_end, matchable
+from ramet.runtime.scheduling.step_costs import StepBudget, StepCosts
 from ramet.runtime.types import Batch, FinishReason, PageCopy, Request, RowOutput, ScheduledSequence, Sequence, Status
 
 logger = logging.getLogger(__name__)
+
+_LEAST_SHARE = 0.25  # time of prompts in a step, as a part of the time of its decode rows
 
 
 class Scheduler:
@@ -65,6 +69,7 @@ class Scheduler:
         self._num_deadlines = 0
         self.held: set[Sequence] = set()  # see `hold`; others only read it
         self._may_admit = False  # something changed since admission last examined the queue
+        self._costs = StepCosts(config.first_mixed_tokens, config.max_step_s or 1.0)
         self._copies: list[PageCopy] = []
         self._finish_interval_s = 0.1  # moving average
         self._last_finish_s = clock()
@@ -196,10 +201,9 @@ class Scheduler:
         self._copies = []
         self._grow_decoding()
         decoding = self._decoding
-        budget = self._step_tokens() - len(decoding)
         extends: list[ScheduledSequence] = []
         if self._prefilling or self._may_admit:
-            budget = self._plan_extends(extends, budget)
+            self._plan_extends(extends, self._budget())
         items: list[ScheduledSequence] = []
         held = self.held
         new, append = tuple.__new__, items.append  # the hot loop: 256 rows in a few tens of microseconds
@@ -222,6 +226,11 @@ class Scheduler:
         counters.num_decoded_tokens += num_decode
         counters.num_computed_tokens += num_tokens - num_decode
         return Batch(counters.num_steps, tuple(items), num_decode, num_tokens, tuple(self._copies))
+
+    def note_time(self, batch: Batch, seconds: float) -> None:
+        """Learn from a step that took so long: to its end from its launch, or from the end of the step before."""
+        if self.config.max_step_s:
+            self._costs.note(batch, seconds)
 
     def finish_step(self, items: Iterable[ScheduledSequence], outputs: list[RowOutput]) -> list[Sequence]:
         """Read the outputs of rows of a step. Returns the sequences that have new tokens or scores.
@@ -279,6 +288,18 @@ class Scheduler:
 
     # --- decode and extend rows
 
+    def _budget(self) -> StepBudget:
+        """Return what may be added to the rows that decode: tokens, and the time that they leave.
+
+        Where they take almost all of it, prompts get a part of the step nevertheless (`_LEAST_SHARE`).
+        """
+        num_decode, target_s = len(self._decoding), self.config.max_step_s
+        seconds = math.inf
+        if target_s and num_decode:
+            decode_s = self._costs.decode_s(num_decode)
+            seconds = max(target_s - decode_s, _LEAST_SHARE * decode_s)
+        return StepBudget(self._step_tokens() - num_decode, seconds, self._costs)
+
     def _step_tokens(self) -> int:
         """Maximum number of tokens in the next step.
 
@@ -301,58 +322,60 @@ class Scheduler:
             if sequence.status is Status.RUNNING and len(sequence.page_ids) * size <= sequence.num_computed:
                 self._grow(sequence, 1, planned=())
 
-    def _plan_extends(self, extends: list[ScheduledSequence], budget: int) -> int:
-        """Plan chunks of running sequences first, then of newly admitted ones. Returns the remaining token budget.
+    def _plan_extends(self, extends: list[ScheduledSequence], budget: StepBudget) -> None:
+        """Plan chunks of running sequences first, then of newly admitted ones.
 
         Sequences that have generated tokens go before prompts, because their chunks are short.
         """
         planned: set[Sequence] = set()
         for sequence in sorted(self._prefilling, key=lambda s: not s.output_ids):
-            if budget > 0 and sequence in self._prefilling:
-                budget -= self._plan_extend(sequence, budget, planned, extends)
-        return self._plan_admissions(extends, budget, planned) if self._may_admit else budget
+            if budget.has_room and sequence in self._prefilling:
+                self._plan_extend(sequence, budget, planned, extends)
+        if self._may_admit:
+            self._plan_admissions(extends, budget, planned)
 
-    def _plan_admissions(self, extends: list[ScheduledSequence], budget: int, planned: set[Sequence]) -> int:
-        """Admit waiting requests that fit, in order, and plan their first chunks. Returns the remaining budget."""
+    def _plan_admissions(self, extends: list[ScheduledSequence], budget: StepBudget, planned: set[Sequence]) -> None:
+        """Admit waiting requests that fit, in order, and plan their first chunks."""
         blocked: list[Waiting] = []
         reservation: Reservation | None = None
         num_parked = self.counters.num_parked
         num_refused = 0
-        while budget > 0 and self._free_slots and num_refused < self.config.max_examined:
+        while budget.has_room and self._free_slots and num_refused < self.config.max_examined:
             waiting = self._waiting.pop()
             if waiting is None:
                 self._may_admit = False
                 break
             if self._try_admit(waiting, blocked, reservation):
-                budget -= self._plan_extend(waiting.sequence, budget, planned, extends)
+                self._plan_extend(waiting.sequence, budget, planned, extends)
                 continue
             num_refused += 1
             if blocked and reservation is None:
                 reservation = self._reserve(blocked[0].sequence)
         for waiting in blocked:
             self._waiting.put_back(waiting)
-        if not self._free_slots or (blocked and budget > 0 and num_parked == self.counters.num_parked):
+        if not self._free_slots or (blocked and budget.has_room and num_parked == self.counters.num_parked):
             self._may_admit = False  # examine the queue again only after something has changed
-        return budget
 
     def _plan_extend(
-        self, sequence: Sequence, budget: int, planned: set[Sequence], extends: list[ScheduledSequence]
-    ) -> int:
-        """Plan the next chunk of a sequence's known tokens. Chunks end at page borders. Returns the chunk's length."""
+        self, sequence: Sequence, budget: StepBudget, planned: set[Sequence], extends: list[ScheduledSequence]
+    ) -> None:
+        """Plan the next chunk of a sequence's known tokens, if any of it fits. Long chunks end at page borders."""
         size, start, end = self._page_size, sequence.num_computed, known_end(sequence)
-        stop = min(end, start + budget)
-        if stop < end and stop // size * size > start:
+        stop = min(end, start + budget.tokens_of(sequence, start))
+        if stop <= start:
+            return
+        if stop < end and stop // size * size - start > (stop - start) // 2:
             stop = stop // size * size
         num_missing = -(-stop // size) - len(sequence.page_ids)
         if num_missing > 0 and not self._grow(sequence, num_missing, planned):
             # Reached only if the sequence itself was preempted (it has no pages then), or pages were quarantined.
             stop = len(sequence.page_ids) * size
             if stop <= start:
-                return 0
+                return
         planned.add(sequence)
         samples = stop == end and sequence.request.score_from is None
         extends.append(ScheduledSequence(sequence, start, stop - start, samples, False))
-        return stop - start
+        budget.spend(sequence, start, stop - start)
 
     def _launch_extend(self, item: ScheduledSequence) -> None:
         """Count a planned chunk as computed and share its pages: later steps may read the KV that this step writes."""
@@ -417,7 +440,7 @@ class Scheduler:
         request = sequence.request
         num_output = request.max_tokens - len(sequence.output_ids) if request.score_from is None else 0
         num_known = known_end(sequence) - sequence.num_computed
-        return num_output + ceil(num_known / max(1, self._step_tokens() - len(self._running)))
+        return num_output + math.ceil(num_known / max(1, self._step_tokens() - len(self._running)))
 
     def _admit(self, sequence: Sequence, match: PrefixMatch) -> None:
         self._waiting.remove(sequence)

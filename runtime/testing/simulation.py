@@ -7,6 +7,7 @@ one is launched.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -57,11 +58,16 @@ class Slot:
 
 @dataclass
 class SimulatedEngine:
-    """Drives a scheduler. `burst`: number of tokens that a sampling row yields if no later step of it is launched."""
+    """Drives a scheduler. `burst`: number of tokens that a sampling row yields if no later step of it is launched.
+
+    step_s: the seconds that a step takes, which the scheduler is told; None: it is told nothing. `times`: all of them.
+    """
 
     scheduler: Scheduler
     overlap: bool = False
     burst: int = 1
+    step_s: Callable[[Batch], float] | None = None
+    times: list[tuple[Batch, float]] = field(default_factory=list)
     content: dict[tuple[int, int], int] = field(default_factory=dict)
     slots: dict[int, Slot] = field(default_factory=dict)
     scores: dict[Sequence, list[int]] = field(default_factory=dict)
@@ -97,6 +103,9 @@ class SimulatedEngine:
         raise AssertionError("the scheduler does not come to an end")
 
     def collect(self, batch: Batch, outputs: list[RowOutput]) -> None:
+        if self.step_s is not None:
+            self.times.append((batch, self.step_s(batch)))
+            self.scheduler.note_time(*self.times[-1])
         changed = self.scheduler.finish_step(batch.items, outputs)
         self.scheduler.check_integrity()
         self.finished += [sequence for sequence in changed if sequence.is_finished]

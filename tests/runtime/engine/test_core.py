@@ -70,7 +70,8 @@ def make_core(
     running: int = 16,
     cache: bool = True,
 ) -> EngineCore:
-    settings = EngineConfig(max_running_requests=running, chunked_prefill_size=chunk, radix_cache=cache)
+    # max_step_ms=0: what steps hold does not depend on how busy the machine is
+    settings = EngineConfig(max_running_requests=running, chunked_prefill_size=chunk, radix_cache=cache, max_step_ms=0)
     kv_cache = KVCache(decoder.config, num_pages, 16, device=CPU, dtype=torch.float32)
     pool = PagePool(num_pages, 16)
     scheduler = Scheduler(scheduler_config(settings, CONTEXT, torch.device("cpu")), pool, RadixCache(pool))

@@ -95,6 +95,7 @@ def check_end(engine: SimulatedEngine, sequences: list[Sequence]) -> None:
     overlap=st.booleans(),
     prefix_cache=st.sampled_from((True, True, True, False)),
     burst=st.sampled_from((1, 1, 3, 0)),
+    max_step_s=st.sampled_from((0.0, 0.01, 1.0)),
 )
 def test_every_read_finds_its_own_path_and_everything_ends(
     seed: int,
@@ -106,6 +107,7 @@ def test_every_read_finds_its_own_path_and_everything_ends(
     overlap: bool,
     prefix_cache: bool,
     burst: int,
+    max_step_s: float,
 ) -> None:
     clock = [0.0]
     engine = make_simulation(
@@ -119,8 +121,11 @@ def test_every_read_finds_its_own_path_and_everything_ends(
         mixed_tokens_per_request=2,
         reservation_ratio=ratio,
         prefix_cache=prefix_cache,
+        max_step_s=max_step_s,
+        first_mixed_tokens=1 + seed % 9,
     )
     rng = random.Random(seed)
+    engine.step_s = lambda batch: rng.choice((0.0, 1e-4, 0.003, 0.05, 100.0))  # whatever a step takes
     engine.burst = burst
     sequences = drive(engine, rng, clock, 80)
     engine.burst = max(engine.burst, 1)
