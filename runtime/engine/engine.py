@@ -346,6 +346,9 @@ class Engine:
             tokens, stop_match = self._without_stop_token(sequence, tokens)
         text = "" if stream.detokenizer is None else stream.detokenizer.push(tokens, output.num_held)
         if stream.scanner is not None:
+            held = "" if stream.detokenizer is None or sequence.is_finished else stream.detokenizer.held
+            if held and stream.detokenizer is not None and stream.scanner.ends_with(text, held):
+                text += stream.detokenizer.flush()  # the text ends here, whether what is held belongs to it or not
             text, matched = stream.scanner.push(text)
             if matched is not None:
                 self._core.finish(sequence, FinishReason.STOP)

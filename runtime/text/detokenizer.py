@@ -39,6 +39,11 @@ class Detokenizer:
             text, self._held = text[:end], text[end:]
         return self._decoder.decode(text)
 
+    @property
+    def held(self) -> str:
+        """The text that is held back."""
+        return self._held.decode("utf-8", "replace")
+
     def flush(self, num_after: int = 0) -> str:
         """Return the end of the text: U+FFFD if a character was cut off, else "". The next push begins a new text.
 
@@ -93,6 +98,19 @@ class StopStringScanner:
         known = self._held + text
         border = len(known) - max(self._lengths, default=0)
         return self._give(known[:border], known[border:]), None
+
+    def ends_with(self, text: str, following: str) -> bool:
+        """Return whether a stop string that begins in `text`, or right after it, would end in it or in `following`.
+
+        Takes neither.
+        """
+        num_known = self.num_kept + len(self._held) + len(text)
+        before = list(self._lengths), self._held, self.num_kept
+        found = self.push(text)[1] is not None or self.push(following)[1] is not None
+        found = found and self.num_kept <= num_known
+        self._lengths, self._held, self.num_kept = before
+        self.matched = None
+        return found
 
     def flush(self, text: str = "") -> str:
         """Take the last text. Return it with the held-back text, up to a stop string in it; "" after a match."""

@@ -117,6 +117,21 @@ def test_a_value_ends_where_the_model_goes_on_with_what_follows(engine: WishfulE
     assert state.meta("n")["finish_reason"] == "stop"
 
 
+def test_a_number_ends_with_the_first_token_that_is_none_of_it(engine: WishfulEngine) -> None:
+    engine.wish("34 years old")
+    usage = age.run(backend=engine).meta("n")["usage"]
+    assert usage.completion_tokens == 3, "two digits, and the space: its constraint would let other text follow"
+
+
+def test_a_stop_string_inside_of_what_follows_does_not_lengthen_the_value(engine: WishfulEngine) -> None:
+    @function(temperature=0)
+    def name(s: Any) -> None:
+        s += "Name: " + gen("name", regex="[A-Za-z ]+", stop="e", max_tokens=30) + " there"
+
+    engine.wish("Ann there")
+    assert name.run(backend=engine)["name"] == "Ann"
+
+
 def test_the_text_after_a_value_is_tokenised_with_the_rest_of_its_last_token(engine: WishfulEngine) -> None:
     engine.wish("34 years old")
     prompts: list[list[int]] = []

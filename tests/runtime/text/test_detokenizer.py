@@ -145,3 +145,14 @@ def test_bytes_that_may_be_no_text_are_held_back_until_the_next_call() -> None:
     assert detokenizer.flush(2) == " "
     assert detokenizer.push(b"new", 1) == "ne"
     assert detokenizer.flush() == "w"
+
+
+def test_a_scanner_tells_whether_a_text_ends_before_another_one_without_taking_them() -> None:
+    scanner = StopStringScanner(["abc", "!"])
+    assert scanner.push("xa") == ("x", None)
+    assert scanner.ends_with("b", "c")
+    assert scanner.ends_with("bd", "!")
+    assert not scanner.ends_with("b", "")
+    assert not scanner.ends_with("b", "d!"), "the stop string begins later"
+    assert scanner.push("bd") == ("abd", None)
+    assert (scanner.matched, scanner.num_kept) == (None, 4)
