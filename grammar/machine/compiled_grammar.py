@@ -216,11 +216,17 @@ class CompiledGrammar:
         return self._goes_on.get(before)
 
     def goes_on(self, before: bytes) -> bool:
-        """Return whether some token begins with `before` and goes on with the beginning of a text."""
+        """Return whether tokens begin with `before` and go on as texts begin: with at least half of their first bytes.
+
+        A space before a number is an example of less: there are tokens such as ` -`, but none that hold a digit.
+        """
         found = self._goes_on.get(before)
         if found is None:
-            num_alone = len(self.vocabulary.tokens_with_text(before))
-            found = int(np.bitwise_count(self.mask_after(0, before)).sum()) > num_alone
+            row = self.mask_after(0, before)
+            tokens = np.flatnonzero(np.unpackbits(row.view(np.uint8), bitorder="little")).tolist()
+            longer = {self.vocabulary.token_bytes[t][len(before) : len(before) + 1] for t in tokens} - {b""}
+            firsts = [byte for byte in range(256) if self.advance_bytes(0, bytes((byte,))) is not None]
+            found = bool(longer) and 2 * len(longer) >= len(firsts)
             if len(self._goes_on) >= _MAX_ANSWERS_ON:
                 self._goes_on = {}
             self._goes_on[before] = found

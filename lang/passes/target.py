@@ -45,7 +45,7 @@ class Target(Protocol):
         """Return the chat template's text at the border of a message, or of tools, after the nodes `before`."""
 
     def goes_on(self, constraint: Constraint | None, before: bytes) -> bool:
-        """Return whether a token begins with `before` and goes on as a text may begin.
+        """Return whether tokens begin with `before` and go on as texts of the constraint begin.
 
         Compiles the constraint, and raises the errors of that.
         """

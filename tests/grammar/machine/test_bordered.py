@@ -200,3 +200,17 @@ def test_only_white_space_does_not_end_a_value_that_may_hold_it(after: bytes) ->
     assert state is not None
     assert bordered.is_complete(state) == (after == b" at")
     assert bordered.is_accepting(state)
+
+
+def test_a_grammar_goes_on_after_a_token_if_longer_ones_hold_its_usual_beginnings() -> None:
+    texts = [b"</s>", *(bytes([b]) for b in b' -0123456789abc"{'), b" -", b" a", b" b", b' "', b' {"']
+    vocabulary = Vocabulary(texts, [EOS], [EOS])
+    assert not compiled("-?[0-9]+", vocabulary).goes_on(b" "), "only ` -` is longer"
+    assert compiled("a|b", vocabulary).goes_on(b" ")
+    assert compiled('[{]"[a-c]"', vocabulary).goes_on(b" ")
+    assert not compiled("[a-c0-9]", vocabulary).goes_on(b" "), "two beginnings of thirteen"
+    grammar = compiled("c", vocabulary)
+    assert grammar.known_to_go_on(b" ") is None
+    assert not grammar.goes_on(b" ")
+    assert grammar.known_to_go_on(b" ") is False
+    assert grammar.between(b" ", b"") is grammar.between(b" ", b"")
