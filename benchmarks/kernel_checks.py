@@ -31,7 +31,7 @@ from race_checks import check_races
 from torch import Tensor
 
 from ramet.kernels.grammar.arena import GrammarArena
-from ramet.kernels.grammar.mask import advance_states_reference, build_masks_reference
+from ramet.kernels.grammar.mask import Budgets, advance_states_reference, build_masks_reference
 from ramet.kernels.grammar.mask_triton import advance_states_triton, build_masks_triton
 from ramet.kernels.layers import activation, gemv, norm, rope
 from ramet.kernels.sampling import logit_edits
@@ -157,18 +157,21 @@ def check_masks(record: Callable[[str, float, float], None]) -> None:
     base = arena.acquire("check", automaton)
     states = torch.arange(base, base + 40, dtype=torch.int32, device=DEVICE)
     expected, actual = (torch.full((40, -(-VOCAB // 32)), 3, dtype=torch.int32, device=DEVICE) for _ in range(2))
-    build_masks_reference(states[:12], arena.automata, arena.tokens, expected)
-    build_masks_triton(states, arena.automata, arena.tokens, actual)
-    record("build_masks", float(not torch.equal(expected[:12], actual[:12])), 0.0)
+    for has_ends, name in ((True, "build_masks with ends"), (False, "build_masks")):
+        build_masks_reference(states[:12], arena.automata, arena.tokens, expected, has_ends=has_ends)
+        build_masks_triton(states, arena.automata, arena.tokens, actual, has_ends=has_ends)
+        record(name, float(not torch.equal(expected[:12], actual[:12])), 0.0)
     resident = arena.mask_rows[arena.mask_index[states.long()].long()]
     record("masks by class equal masks by state", float(not torch.equal(resident, actual)), 0.0)
     column = integers(40, 9) + base
     column[0], column[1], column[2] = 0, arena.host_state(1), arena.final_state
     moved = column.clone()
     rows, tokens = torch.arange(9, dtype=torch.int32, device=DEVICE), integers(VOCAB, 9)
-    advance_states_reference(rows, tokens, column, arena.automata, arena.tokens)
-    advance_states_triton(rows, tokens, moved, arena.automata, arena.tokens)
-    record("advance_states", float(not torch.equal(column, moved)), 0.0)
+    budgets = Budgets(integers(99, 9), integers(99, 9), integers(VOCAB, 9))
+    taken = tokens.clone()
+    advance_states_reference(rows, tokens, column, arena.automata, arena.tokens, budgets)
+    advance_states_triton(rows, taken, moved, arena.automata, arena.tokens, budgets)
+    record("advance_states", float(not torch.equal(column, moved)) + float(not torch.equal(tokens, taken)), 0.0)
     tables = sampling_tables(9, temperature=1.0)
     masked = dataclasses.replace(tables, grammar=arena.masks(moved))
     logits, positions = randn(9, VOCAB) * 3, integers(99, 9)

@@ -283,6 +283,7 @@ def grammars() -> list[Launch]:
     build = partial(build_masks_triton, ints(64), automata, tokens, ints(64, -(-vocab // 32)))
     return [
         Launch("build_masks", build),
+        Launch("build_masks with ends", partial(build, has_ends=True)),
         Launch("advance_states", partial(advance_states_triton, ints(64), ints(64), state, automata, tokens, budgets)),
     ]
 

@@ -87,7 +87,8 @@ class Walk:
         prompt = np.concatenate([np.arange(100, 100 + prefix), new]).astype(np.int32)
         params = SamplingParams(**sampling)
         name = f"r{self.num_requests}"
-        request = Request(name, prompt, params, max_tokens, grammar=grammar, score_from=score_from)
+        ends = frozenset[int]() if grammar is None else frozenset(self.vocabulary.eos_ids)
+        request = Request(name, prompt, params, max_tokens, ends, grammar, score_from=score_from)
         self.sequences.append(self.core.add(request))
 
     def run(self, name: str) -> None:

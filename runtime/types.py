@@ -82,6 +82,13 @@ class Grammar(Protocol):
     def num_after(self, state: int, *, is_last: bool) -> int:
         """How many bytes at the end belong to what follows the value; before the last token, those that may do so."""
 
+    def ends(self, state: int) -> NDArray[np.int32] | None:
+        """The refused tokens that no text could begin with here: a model that wants one of them means the end.
+
+        Returns a mask row, which is shared; None if the text may not end here, or if there is no such token. A refused
+        token of which some beginning leads to an accepting state is not among them: the text would go on first.
+        """
+
     def forced_tokens(self, state: int) -> list[int]:
         """Tokens that must follow, because masks allow no others; else empty."""
 
@@ -194,6 +201,12 @@ class Request:
     @property
     def num_prompt(self) -> int:
         return len(self.prompt_ids)
+
+    @property
+    def end_token(self) -> int | None:
+        """The token that ends a constrained text: end of text, or a stop token if that is ignored. None without any."""
+        ends_text = self.stop_ids.difference(self.sampling.stop_token_ids)
+        return min(ends_text or self.stop_ids, default=None)
 
 
 @dataclass(slots=True, eq=False)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ramet.errors import GrammarError
 from ramet.grammar.machine import bitmask
+from ramet.grammar.machine.ends import is_end_only, refused_by_first_byte
 from ramet.grammar.machine.vocabulary import Vocabulary
 
 _CLOSING = b'"]},:)tfn0{[1-'  # bytes that are tried first to complete a text, in this order
@@ -70,13 +71,18 @@ class FollowedGrammar:
         return self._after[key]
 
     def is_accepting(self, state: int) -> bool:
-        row = np.zeros(self.vocabulary.num_words, dtype=np.int32)
-        self.fill_mask(state, row)
-        return any(bitmask.is_allowed(row, e) for e in self.vocabulary.eos_ids)
+        return any(bitmask.is_allowed(self._mask(state), e) for e in self.vocabulary.eos_ids)
 
     def is_complete(self, state: int) -> bool:
-        """Return False: a text ends by an end token."""
-        return False
+        return is_end_only(self.vocabulary, self._mask(state))
+
+    def ends(self, state: int) -> NDArray[np.int32] | None:
+        return refused_by_first_byte(self.vocabulary, self._mask(state))
+
+    def _mask(self, state: int) -> NDArray[np.int32]:
+        row = np.zeros(self.vocabulary.num_words, dtype=np.int32)
+        self.fill_mask(state, row)
+        return row
 
     def is_free(self, state: int) -> bool:
         """Return False: no state allows all tokens."""

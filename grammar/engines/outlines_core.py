@@ -15,6 +15,7 @@ from outlines_core.json_schema import build_regex_from_schema
 
 from ramet.errors import GrammarError
 from ramet.grammar.machine import bitmask
+from ramet.grammar.machine.ends import is_end_only, refused_by_first_byte
 from ramet.grammar.machine.vocabulary import Vocabulary
 
 
@@ -94,8 +95,7 @@ class IndexedGrammar:
         return bool(self.index.is_final_state(self._states[state]))
 
     def is_complete(self, state: int) -> bool:
-        """Return False: a text ends by an end token."""
-        return False
+        return is_end_only(self.vocabulary, self._mask(state))
 
     def is_free(self, state: int) -> bool:
         """Return False: no state allows all tokens."""
@@ -104,6 +104,14 @@ class IndexedGrammar:
     def num_after(self, state: int, *, is_last: bool) -> int:
         """Return 0: all of the text is the value."""
         return 0
+
+    def ends(self, state: int) -> NDArray[np.int32] | None:
+        return refused_by_first_byte(self.vocabulary, self._mask(state))
+
+    def _mask(self, state: int) -> NDArray[np.int32]:
+        row = np.zeros(self.vocabulary.num_words, dtype=np.int32)
+        self.fill_mask(state, row)
+        return row
 
     def forced_tokens(self, state: int) -> list[int]:
         return []

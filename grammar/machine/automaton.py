@@ -24,6 +24,7 @@ from ramet.grammar.machine.frame import (
     DEAD,
     LOCAL_BITS,
     LOCAL_MASK,
+    PREFERRED_BYTES,
     REFUSE,
     UNKNOWN,
     Frame,
@@ -260,6 +261,12 @@ class Machine:
             packed = self.exit_target(instance, int(ends[local]))
             if packed < 0:
                 return False
+
+    def is_complete(self, packed: int) -> bool:
+        """Tell whether the text may end here and no byte may follow."""
+        if packed >> LOCAL_BITS == self.done:
+            return True
+        return self.accepts(packed) and all(self.run_bytes(packed, bytes((b,))) < 0 for b in PREFERRED_BYTES)
 
     # --- closing a text
 

@@ -91,11 +91,13 @@ class Bordered:
         return place is not None and (bool(place[1]) or self._is_value(place[0]))
 
     def is_complete(self, state: int) -> bool:
-        """True if the value has ended: what follows has begun, in a way that leaves no doubt."""
+        """True if the value has ended: it cannot go on, or what follows has begun in a way that leaves no doubt."""
         place = self._places[state]
-        if place is None or not place[1]:
+        if place is None:
             return False
         value, read = place
+        if not read:
+            return value is not None and self.grammar is not None and self.grammar.is_complete(value)
         has_all = read[-1] == len(self.after)
         return has_all and not self._is_blank if value is not None else has_all or len(read) == 1
 
@@ -170,6 +172,14 @@ class Bordered:
             if len(self._rows) > _MAX_ROWS:
                 self._rows.popitem(last=False)
             return row
+
+    def ends(self, state: int) -> NDArray[np.int32] | None:
+        """Return the mask row, int32 [W], of the tokens that end the value (see ends.py), and do not begin `after`."""
+        place = self._places[state]
+        if place is None or place[0] is None or self.grammar is None:
+            return None
+        row = self.grammar.ends(place[0])
+        return None if row is None else row & ~self.mask(state)
 
     def _first_row(self) -> NDArray[np.int32]:
         """The tokens that begin with `before`, where the value may begin with the rest, or be complete before it."""

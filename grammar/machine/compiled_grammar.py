@@ -15,9 +15,11 @@ from ramet.errors import GrammarError
 from ramet.grammar.deadline import time_limit
 from ramet.grammar.machine.automaton import Machine
 from ramet.grammar.machine.canonical import CanonicalTokens
+from ramet.grammar.machine.ends import end_tokens
 from ramet.grammar.machine.frame import DEAD, LOCAL_BITS, LOCAL_MASK, target
 from ramet.grammar.machine.mask_rows import MaskRows
 from ramet.grammar.machine.masks import MaskMaker
+from ramet.grammar.machine.walker import ACCEPTED, GOES_ON, REFUSED
 
 if TYPE_CHECKING:
     from ramet.grammar.machine.bordered import Bordered
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 _MAX_KEPT = 1 << 15  # number of answers of each kind that a grammar keeps
 _MAX_BETWEEN = 16  # bordered grammars that a grammar keeps
 _MAX_ANSWERS_ON = 1 << 10  # prefixes for which `goes_on` keeps its answer
+_MAX_KEPT_ENDS = 64  # number of distinct rows of end tokens that a grammar keeps
 _MAX_KEPT_RUN = 16  # states of a forced run whose answer is kept; each keeps the rest of the run
 
 Problem = tuple[str, str, str]
@@ -77,6 +80,9 @@ class CompiledGrammar:
         self._between: OrderedDict[tuple[bytes, bytes], Bordered] = OrderedDict()
         self._between_lock = threading.Lock()  # held for a moment only
         self._goes_on: dict[bytes, bool] = {}
+        self._complete: dict[int, bool] = {}
+        self._ends: dict[int, NDArray[np.int32] | None] = {}
+        self._end_rows: dict[bytes, NDArray[np.int32]] = {}
         self._lock = threading.RLock()
         self._masks = MaskMaker(machine, self.rows)
         splits = machine.vocabulary.splits
@@ -151,8 +157,14 @@ class CompiledGrammar:
             return self.machine.accepts(self._packed[state])
 
     def is_complete(self, state: int) -> bool:
-        """Return False: a text ends by an end token."""
-        return False
+        """Tell whether the text may end here and no byte may follow."""
+        found = self._complete.get(state)
+        if found is None:
+            if len(self._complete) >= _MAX_KEPT:
+                self._complete = {}
+            with self._lock:
+                found = self._complete[state] = self.machine.is_complete(self._packed[state])
+        return found
 
     def is_free(self, state: int) -> bool:
         """Return False: no state allows all tokens."""
@@ -195,6 +207,35 @@ class CompiledGrammar:
             packed = self._packed[state]
             row = self._masks.after(packed, prefix)
             return row if self._canonical is None else self._canonical.narrow(packed, row, prefix)
+
+    def ends(self, state: int) -> NDArray[np.int32] | None:
+        """Return the mask row of the tokens that end the text here (see ends.py). It is shared: do not write to it."""
+        kept = self._ends
+        if state in kept:
+            return kept[state]
+        with self._lock:
+            row = self._find_ends(state) if self.machine.accepts(self._packed[state]) else None
+            if row is not None:
+                if len(self._end_rows) >= _MAX_KEPT_ENDS:
+                    self._ends, self._end_rows = {}, {}
+                row = self._end_rows.setdefault(row.tobytes(), row)
+            if len(self._ends) >= _MAX_KEPT:
+                self._ends = {}
+            self._ends[state] = row
+        return row
+
+    def _find_ends(self, state: int) -> NDArray[np.int32] | None:
+        machine, packed = self.machine, self._packed[state]
+
+        def read(text: bytes) -> int:
+            found = machine.run_bytes(packed, text)
+            if found < 0:
+                return REFUSED
+            return ACCEPTED if machine.accepts(found) else GOES_ON
+
+        allowed = self.mask(state) if self._canonical is None else self._masks.make(packed)  # also odd splits
+        with time_limit(machine.limits.max_time_s):
+            return end_tokens(self.vocabulary, allowed, read)
 
     # --- between known texts
 

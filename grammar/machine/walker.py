@@ -12,6 +12,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 MANY = 1 << 20  # a depth (see `safe_depths`) larger than any token
+UNASKED, REFUSED, GOES_ON, ACCEPTED = range(4)  # what becomes of a text (see `mark_ends`)
 
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
@@ -234,6 +235,39 @@ def _expand(bits: Int32, starts: Int32, tokens: Int32, row: Int32) -> None:
                 for e in range(starts[g], starts[g + 1]):
                     t = tokens[e]
                     row[t >> 5] |= np.int32(1) << np.int32(t & 31)
+
+
+def _mark_ends(nodes: Int32, values: Int32, allowed: Int32, ends: Int32, answer: int, start: int) -> int:
+    """Set the bit in `ends` of each value that ends a text (see ends.py). Resumable.
+
+    allowed: the mask of the state; its bit of a value is set if the value's text is accepted. start: the next node; a
+    node >= 0 that is returned must be looked at by the caller, who calls again with it and an answer. Returns -1 when
+    finished. answer, for the text of node `start`: REFUSED, GOES_ON, ACCEPTED, or UNASKED for another node.
+    """
+    num_nodes = nodes.shape[0] - 1
+    i = start
+    while i < num_nodes:
+        after = nodes[i, 1]
+        first = nodes[i, 2]
+        last = nodes[after, 2]
+        if answer == UNASKED:
+            v = values[first]
+            is_allowed = (allowed[v >> 5] >> np.int32(v & 31)) & 1 != 0
+            if first < nodes[i + 1, 2] and not is_allowed:
+                answer = REFUSED  # the text of this node is a token itself
+            else:
+                answer = ACCEPTED
+                for e in range(first, last):
+                    v = values[e]
+                    if (allowed[v >> 5] >> np.int32(v & 31)) & 1 == 0:
+                        return int(i)
+        if answer == REFUSED:
+            for e in range(first, last):
+                v = values[e]
+                ends[v >> 5] |= np.int32(1) << np.int32(v & 31)
+        i = i + 1 if answer == GOES_ON else after
+        answer = UNASKED
+    return -1
 
 
 def _row_digest(row: Int32) -> int:
@@ -579,6 +613,7 @@ follow = njit(cache=True, nogil=True)(_follow)
 clear = njit(cache=True, nogil=True)(_clear)
 walk_difference = njit(cache=True, nogil=True)(_walk_difference)
 expand = njit(cache=True, nogil=True)(_expand)
+mark_ends = njit(cache=True, nogil=True)(_mark_ends)
 row_digest = njit(cache=True, nogil=True)(_row_digest)
 rows_equal = njit(cache=True, nogil=True)(_rows_equal)
 exit_distances = njit(cache=True, nogil=True)(_exit_distances)

@@ -93,6 +93,8 @@ def _run_samples() -> None:
             assert state is not None
             grammar.mask(state)
             state = grammar.advance(state, byte)
+        assert state is not None
+        grammar.ends(state)
         grammar.completion_bound(0)
     row = np.zeros(1, dtype=np.int32)
     row.flags.writeable = False

@@ -108,13 +108,13 @@ class GrammarArena:
         run(rows, sampled, state, self.automata, self.tokens, budgets)
 
     def warm_up(self) -> None:
-        """Compile the kernels that the first grammar needs, by loading and removing a minimal grammar."""
-        nothing = AutomatonTables(
-            np.zeros(256, dtype=np.uint8), np.full((1, 1), -1, dtype=np.int32), np.ones(1, dtype=np.bool_)
-        )
-        key = object()
-        self.acquire(key, nothing)
-        self._free(self._resident.pop(key))
+        """Compile the kernels that the first grammars need, by loading and removing minimal grammars."""
+        for has_ends in (False, True):
+            refused, accepting = np.full((1, 1), -1, dtype=np.int32), np.ones(1, dtype=np.bool_)
+            nothing = AutomatonTables(np.zeros(256, dtype=np.uint8), refused, accepting, has_ends=has_ends)
+            key = object()
+            self.acquire(key, nothing)
+            self._free(self._resident.pop(key))
 
     def masks(self, state: Tensor) -> GrammarTables:
         """Return the sampler's tables for the slots' states, int32 [S + 1]."""
@@ -217,7 +217,13 @@ class GrammarArena:
     def _build(self, resident: ResidentGrammar, tables: AutomatonTables) -> None:
         device, num_words = self.mask_rows.device, self.mask_rows.shape[1]
         class_of, representative = (
-            mask_classes(tables.transitions, tables.accepting, self.tokens.longest, tables.refused)
+            mask_classes(
+                tables.transitions,
+                tables.accepting,
+                self.tokens.longest,
+                tables.refused,
+                has_ends=tables.has_ends,
+            )
             if tables.mask_classes is None
             else tables.mask_classes
         )
@@ -229,7 +235,7 @@ class GrammarArena:
             built = torch.empty((len(part), num_words), dtype=torch.int32, device=device)
             states = torch.from_numpy(part).to(device)
             build_masks = build_masks_triton if states.is_cuda else build_masks_reference
-            build_masks(states, self.automata, self.tokens, built)
+            build_masks(states, self.automata, self.tokens, built, has_ends=tables.has_ends)
             if tables.refused is not None:
                 refuse_tokens(local, tables.refused, built)
             row_of_class[start : start + len(part)] = self._intern(resident, built, weights)

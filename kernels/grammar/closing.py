@@ -103,13 +103,12 @@ def _compiled() -> tuple[Any, Any, Any]:  # Any: numba's functions
     return compiled(_find_ways), compiled(_fill), compiled(_run)
 
 
-def state_after(byte_class: NDArray[np.uint8], transitions: Int32, text: bytes) -> int:
-    """Return the state of a closed automaton after a text, -1 if it refuses the text."""
-    return int(_compiled()[2](byte_class, transitions, np.frombuffer(text, dtype=np.uint8)))
+def state_after(byte_class: NDArray[np.uint8], transitions: Int32, text: bytes, start: int = 0) -> int:
+    """Return the state of a closed automaton after a text that begins in `start`, -1 if it refuses the text."""
+    return int(_compiled()[2](byte_class, transitions, np.frombuffer(text, dtype=np.uint8), start))
 
 
-def _run(byte_class, transitions, text):  # type: ignore[no-untyped-def]
-    state = 0
+def _run(byte_class, transitions, text, state):  # type: ignore[no-untyped-def]
     for i in range(len(text)):
         state = transitions[state, byte_class[text[i]]]
         if state < 0:

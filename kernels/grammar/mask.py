@@ -5,6 +5,10 @@ allowed in a state if the automaton refuses none of its bytes. An end token is a
 token without bytes (a special token) is never allowed. A mask depends only on the state, so masks are built once, when
 a grammar becomes resident. States that no token distinguishes share one mask (`mask_classes`).
 
+A text ends where the model means it, although the automaton would let it go on: where it may end, masks with *ends*
+also allow the refused tokens that no text could begin with, those of which no beginning leads to an accepting state. A
+sampled one is replaced by the end token.
+
 Not here: the memory for several grammars at once (`arena.py`), the kernels (`mask_triton.py`), and masks of open
 automata, which the host computes.
 """
@@ -33,7 +37,9 @@ class AutomatonTables:
     refused: int32 [n, 2], ascending, the pairs (state, token) that masks refuse although the transitions allow them;
     None: there are none.
     closing: the shortest completions, for texts that must end within a budget; None: texts are not closed.
-    mask_classes: the result of the function `mask_classes`; None: the arena computes it.
+    mask_classes: the result of the function `mask_classes`; None: the arena computes it. has_ends: the masks have ends.
+    may_complete: for each token, 1 if its last byte may lead to a state that accepts and that nothing leaves, else 0;
+    empty: nobody asks.
     """
 
     byte_class: NDArray[np.uint8]
@@ -42,6 +48,8 @@ class AutomatonTables:
     closing: ClosingTable | None = None
     mask_classes: tuple[NDArray[np.int32], NDArray[np.int32]] | None = None
     refused: NDArray[np.int32] | None = None
+    has_ends: bool = False
+    may_complete: bytes = b""
 
     @property
     def num_states(self) -> int:
@@ -135,21 +143,25 @@ class Budgets:
     end_token: Tensor
 
 
-def build_masks_reference(states: Tensor, automata: ResidentAutomata, tokens: TokenTable, out: Tensor) -> None:
-    """Write the packed mask of each state, int32 [n], into `out` int32 [n, W].
+def build_masks_reference(
+    states: Tensor, automata: ResidentAutomata, tokens: TokenTable, out: Tensor, *, has_ends: bool = False
+) -> None:
+    """Write the packed mask of each state, int32 [n], into `out` int32 [n, W]. has_ends: the masks have ends.
 
     All states belong to automata (none is a state that no token leaves).
     """
     for index, state in enumerate(states.long().tolist()):
         byte_class = automata.byte_class[automata.state_grammar[state].long()].long()
         reached = torch.where(tokens.lengths > 0, state, -1).long()
+        is_end = (tokens.lengths > 0) & automata.accepting[state] & has_ends
         for position in range(tokens.longest):
             walking = ((tokens.lengths > position) & (reached >= 0)).nonzero().flatten()
             if len(walking) == 0:
                 break
             column = byte_class[tokens.by_position[position, walking].long()]
             reached[walking] = automata.transitions[automata.state_row[reached[walking]] + column].long()
-        allowed = (reached >= 0) | ((tokens.lengths == END) & automata.accepting[state])
+            is_end &= ~((reached >= 0) & automata.accepting[reached])
+        allowed = (reached >= 0) | is_end | ((tokens.lengths == END) & automata.accepting[state])
         out[index] = pack_mask(allowed.unsqueeze(0))[0]
 
 
@@ -184,15 +196,18 @@ def advance_states_reference(
 
     state: int32 [S + 1]. Slots in states that no token leaves (free, host-masked, final) keep them. After an end token
     or a refused token, the state is `automata.final_state`.
-    With `budgets`, a token is replaced in `sampled` if the remaining budget sufficed to finish the text before it, but
-    no longer after it. The replacement is the first token of the shortest completion, or the end token if the text may
-    end.
+    With `budgets`, tokens are replaced in `sampled`: a refused token where the text may end, by the slot's end token if
+    it has one; and a token before which the remaining budget sufficed to finish the text, but no longer after it, by
+    the first token of the shortest completion, or the end token if the text may end.
     """
     for index, (row, token) in enumerate(zip(rows.tolist(), sampled.tolist(), strict=True)):
         before = int(state[row])
         if int(automata.state_grammar[before]) < 0:
             continue
         after = _walk(before, token, automata, tokens)
+        is_refused = after == automata.final_state and int(tokens.lengths[token]) > 0
+        if budgets is not None and is_refused and bool(automata.accepting[before]) and int(budgets.end_token[row]):
+            sampled[index] = int(budgets.end_token[row]) - 1
         if budgets is not None and after != automata.final_state and int(budgets.close_at[row]):
             left = int(budgets.close_at[row]) - int(budgets.positions[index]) - 1
             need = int(automata.need[before])
@@ -233,12 +248,15 @@ def mask_classes(
     accepting: NDArray[np.bool_],
     depth: int,
     refused: NDArray[np.int32] | None = None,
+    *,
+    has_ends: bool = False,
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """Group states whose masks must be equal, because no string of at most `depth` bytes distinguishes them.
 
     Returns (class_of int32 [num_states], representative int32 [num_classes]). Round k splits states by the classes of
-    round k - 1 to which their bytes lead. The accepting flag counts only at the state itself: end tokens have no bytes.
-    So do the refused tokens (see AutomatonTables).
+    round k - 1 to which their bytes lead. The accepting flag counts only at the state itself, because end tokens have
+    no bytes; with `has_ends` it counts after each byte, and the classes also serve masks without ends.
+    The refused tokens (see AutomatonTables) also count at the state itself.
     Source: partition refinement, Moore 1956, stopped after `depth` rounds. Signatures are 64-bit sums of random values.
     """
     num_states, num_columns = transitions.shape
@@ -248,8 +266,13 @@ def mask_classes(
     class_of = np.zeros(num_states + 1, dtype=np.int64)
     class_of[-1] = num_states
     num_classes = 1
+    own = np.zeros(num_states, dtype=np.uint64)
+    if has_ends:
+        class_of[:-1] = accepting
+        num_classes = len(np.unique(accepting))
+        own = accepting * random.integers(0, 2**64, dtype=np.uint64)
     for _ in range(depth):
-        signature = (values[class_of[transitions]] * weights).sum(axis=1, dtype=np.uint64)
+        signature = (values[class_of[transitions]] * weights).sum(axis=1, dtype=np.uint64) + own
         _, refined = np.unique(signature, return_inverse=True)
         class_of[:-1] = refined
         refined_count = int(refined.max(initial=0)) + 1

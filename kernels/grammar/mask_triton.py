@@ -3,8 +3,8 @@
 
 `_build_kernel`, grid (states, blocks of 1,024 tokens): all tokens of a block advance together, one byte per iteration,
 until each is refused or complete. A tile is [32 words, 32 bits].
-`_advance_kernel`, grid (B): one program advances by one sampled token, or by its replacement if the sampled token would
-leave too small a budget.
+`_advance_kernel`, grid (B): one program advances by one sampled token, or by its replacement if the sampled token means
+the end or would leave too small a budget.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from ramet.kernels.triton_support import cdiv, jit, tl
 _WORDS = 32
 
 
-def build_masks_triton(states: Tensor, automata: ResidentAutomata, tokens: TokenTable, out: Tensor) -> None:
+def build_masks_triton(
+    states: Tensor, automata: ResidentAutomata, tokens: TokenTable, out: Tensor, *, has_ends: bool = False
+) -> None:
     """Launch the kernel of `build_masks_reference`."""
     if len(states) == 0:
         return
@@ -33,6 +35,7 @@ def build_masks_triton(states: Tensor, automata: ResidentAutomata, tokens: Token
         out,
         out.stride(0),
         tokens.vocab_size,
+        HAS_ENDS=has_ends,
         WORDS=_WORDS,
         num_warps=4,
     )
@@ -58,6 +61,7 @@ def advance_states_triton(
         automata.state_row,
         automata.state_grammar,
         automata.byte_class,
+        automata.accepting,
         tokens.lengths,
         tokens.flat,
         tokens.offsets,
@@ -76,7 +80,7 @@ def advance_states_triton(
 @jit
 def _build_kernel(
     states_ptr, transitions_ptr, state_row_ptr, state_grammar_ptr, byte_class_ptr, accepting_ptr, lengths_ptr,
-    bytes_ptr, out_ptr, out_stride, vocab_size, WORDS: tl.constexpr,
+    bytes_ptr, out_ptr, out_stride, vocab_size, HAS_ENDS: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     index = tl.program_id(0).to(tl.int64)
     word = tl.program_id(1) * WORDS + tl.arange(0, WORDS)
@@ -87,6 +91,7 @@ def _build_kernel(
     is_accepting = tl.load(accepting_ptr + state).to(tl.int32)
     length = tl.load(lengths_ptr + token, mask=token < vocab_size, other=0)
     reached = tl.where(length > 0, state, -1)
+    is_end = tl.where(length > 0, is_accepting, 0)
     position_ptr = bytes_ptr + token
     position = state * 0
     walking = length > 0
@@ -97,11 +102,16 @@ def _build_kernel(
         start = tl.load(state_row_ptr + reached, mask=walking, other=0)
         following = tl.load(transitions_ptr + start + column, mask=walking, other=-1)
         reached = tl.where(walking, following, reached)
+        if HAS_ENDS:
+            is_accepted = tl.load(accepting_ptr + reached, mask=reached >= 0, other=0).to(tl.int32)
+            is_end = tl.where(is_accepted != 0, 0, is_end)
         position += 1
         position_ptr += vocab_size
         walking = (length > position) & (reached >= 0)
         is_walking = tl.max(tl.max(walking.to(tl.int32), axis=1), axis=0)
     allowed = tl.where(length == -1, is_accepting, (reached >= 0).to(tl.int32))
+    if HAS_ENDS:
+        allowed = allowed | is_end
     words = tl.sum(allowed << bit, axis=1)
     tl.store(out_ptr + index * out_stride + word, words, mask=word * 32 < vocab_size)
 
@@ -109,8 +119,8 @@ def _build_kernel(
 @jit
 def _advance_kernel(
     rows_ptr, sampled_ptr, state_ptr, state_stride, transitions_ptr, state_row_ptr, state_grammar_ptr, byte_class_ptr,
-    lengths_ptr, flat_ptr, offsets_ptr, final_state, need_ptr, closing_ptr, positions_ptr, close_at_ptr, end_token_ptr,
-    column_stride, HAS_BUDGETS: tl.constexpr,
+    accepting_ptr, lengths_ptr, flat_ptr, offsets_ptr, final_state, need_ptr, closing_ptr, positions_ptr, close_at_ptr,
+    end_token_ptr, column_stride, HAS_BUDGETS: tl.constexpr,
 ):  # fmt: skip
     index = tl.program_id(0)
     slot = tl.load(rows_ptr + index).to(tl.int64)
@@ -121,12 +131,15 @@ def _advance_kernel(
         class_ptr = byte_class_ptr + grammar * 256
         after = walk(before, token, class_ptr, transitions_ptr, state_row_ptr, lengths_ptr, flat_ptr, offsets_ptr)
         if HAS_BUDGETS:
+            end_token = tl.load(end_token_ptr + slot * column_stride) - 1
+            if after < 0:
+                is_refused = (tl.load(lengths_ptr + token) > 0) & (tl.load(accepting_ptr + before) != 0)
+                tl.store(sampled_ptr + index, end_token, mask=is_refused & (end_token >= 0))
             close_at = tl.load(close_at_ptr + slot * column_stride)
             if (close_at > 0) & (after >= 0):
                 left = close_at - tl.load(positions_ptr + index) - 1
                 need = tl.load(need_ptr + before)
                 if (tl.load(need_ptr + after) > left) & (need <= left + 1):
-                    end_token = tl.load(end_token_ptr + slot * column_stride) - 1
                     forced = tl.where(need > 0, tl.load(closing_ptr + before), end_token)
                     if forced >= 0:
                         tl.store(sampled_ptr + index, forced)

@@ -13,7 +13,11 @@ import threading
 import time
 import weakref
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ramet.errors import GrammarTooLarge
 from ramet.kernels.grammar.arena import GrammarArena
@@ -22,7 +26,7 @@ from ramet.kernels.grammar.mask import AutomatonTables, mask_classes
 from ramet.runtime.types import Grammar
 
 if TYPE_CHECKING:
-    from ramet.grammar import CompiledGrammar
+    from ramet.grammar import CompiledGrammar, DeviceTables
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +49,7 @@ class DeviceGrammars:
         self._never = frozenset(end_ids) | frozenset(special_ids)
         self._longest = max(map(len, token_bytes), default=1)
         self._trie: TokenTrie | None = None
+        self._last_bytes = np.array([text[-1] if text else 0 for text in token_bytes], dtype=np.uint8)
         self._prepared: weakref.WeakKeyDictionary[Grammar, AutomatonTables] = weakref.WeakKeyDictionary()
         self._open: weakref.WeakSet[Grammar] = weakref.WeakSet()  # could not be closed, and are not tried again
         self._lock = threading.Lock()  # held for a moment only
@@ -63,23 +68,29 @@ class DeviceGrammars:
         logger.debug("closing a grammar: %s, %.3f s", tables is not None, time.monotonic() - start_s)
         return tables is not None
 
-    def acquire(self, grammar: Grammar, tables: AutomatonTables) -> int | None:
+    def acquire(self, grammar: Grammar, tables: AutomatonTables, *, has_ends: bool) -> int | None:
         """Copy a grammar to the device, or find it there, for one more sequence. Each call needs a `release`.
 
-        tables: those of `prepare`. Returns the arena's number of the grammar's state 0; None if there is no room.
+        tables: those of `prepare`. has_ends: the masks have ends (see `kernels.grammar.mask`), if the tables have.
+        Returns the arena's number of the grammar's state 0; None if there is no room.
         """
+        if not has_ends:
+            tables = replace(tables, has_ends=False)
         try:
-            return self.arena.acquire(grammar, tables)
+            return self.arena.acquire((grammar, tables.has_ends), tables)
         except GrammarTooLarge as error:
             logger.info("the host computes the masks of a grammar: %s", error)
             return None
 
-    def release(self, grammar: Grammar) -> None:
-        """Note that a sequence no longer needs the grammar."""
-        self.arena.release(grammar)
+    def release(self, grammar: Grammar, tables: AutomatonTables, *, has_ends: bool) -> None:
+        """Note that a sequence no longer needs the grammar. The arguments are those of `acquire`."""
+        self.arena.release((grammar, has_ends and tables.has_ends))
 
     def prepare(self, grammar: Grammar) -> AutomatonTables | None:
-        """Return a closed grammar's tables, with paths to the end and mask classes; None if it is open or too large."""
+        """Return a closed grammar's tables, with paths to the end and mask classes; None if it is open or too large.
+
+        The tables have ends if that makes a difference: if a text may end in some state and also go on.
+        """
         with self._lock:
             found = self._prepared.get(grammar)
             if found is not None or not grammar.is_closed:
@@ -102,19 +113,31 @@ class DeviceGrammars:
         with self._making_trie:
             if self._trie is None:
                 self._trie = TokenTrie.create(self._token_bytes, self._never)
+        goes_on = (tables.transitions >= 0).any(axis=1)
+        has_ends = bool((tables.accepting & goes_on).any())
         return AutomatonTables(
             tables.byte_class,
             tables.transitions,
             tables.accepting,
             closing_table(tables.byte_class, tables.transitions, tables.accepting, self._trie),
-            mask_classes(tables.transitions, tables.accepting, self._longest, tables.refused),
+            mask_classes(tables.transitions, tables.accepting, self._longest, tables.refused, has_ends=has_ends),
             tables.refused,
+            has_ends,
+            self._tokens_into(tables, tables.accepting & ~goes_on),
         )
 
-    def state_after(self, tables: AutomatonTables, tokens: list[int]) -> int | None:
-        """Return the state of `prepare`d tables after a text; None past an end token, which a request may ignore."""
+    def _tokens_into(self, tables: DeviceTables, states: NDArray[np.bool_]) -> bytes:
+        leads: NDArray[np.bool_] = np.any(np.append(states, False)[tables.transitions], axis=0)  # -1: the last entry
+        into: bytes = leads[tables.byte_class][self._last_bytes].tobytes()
+        return into
+
+    def state_after(self, tables: AutomatonTables, tokens: list[int], start: int = 0) -> int | None:
+        """Return the state of `prepare`d tables after a text that begins in the state `start`.
+
+        Return None past an end token, which a request may ignore.
+        """
         if not self._never.isdisjoint(tokens):
             return None
         text = b"".join([self._token_bytes[token] for token in tokens])
-        state = state_after(tables.byte_class, tables.transitions, text)
+        state = state_after(tables.byte_class, tables.transitions, text, start)
         return None if state < 0 else state

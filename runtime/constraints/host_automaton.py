@@ -1,7 +1,11 @@
-"""One sequence's automaton on the host: its mask, its next state, and the rule that its text can be finished.
+"""One sequence's automaton on the host: its mask, its next state, and the rules by which its text ends.
 
 Its methods ask the grammar, which may take long. So `begin` and `follow` run as works in turns with the steps (see
 turns.py), one at a time, and the engine's thread only reads the results.
+
+A text ends where the model means it, although its grammar would let it go on: where it may end, the mask also allows
+the refused tokens that no text could begin with, and one that is sampled becomes the end token (`Grammar.ends`). So the
+end is as likely as it and all these tokens together. A text that nothing can follow ends without an end token.
 
 A text must be complete within `max_tokens`. So a sampled token that would leave too few tokens to finish is replaced by
 the first token of the shortest completion. A sampled token that the tokenizer would join with text that must follow is
@@ -47,14 +51,19 @@ class HostAutomaton:
     def begin(self, num_words: int) -> None:
         """Make the mask of the first token."""
         self.mask = np.full(num_words, -1, dtype=np.int32)
-        self.grammar.fill_mask(0, self.mask)
+        self._fill_mask(self.mask, 0)
 
     def follow(self, token: int, is_better: Callable[[int], bool]) -> list[int]:
-        """Take a sampled token, and make the mask of the next one. Return the tokens to append: the token taken, and
-        the tokens that must follow it, if `is_better` (of their number) says that they are better not decoded.
+        """Take a sampled token, and make the mask of the next one. Return the tokens to append: the token taken (none
+        if the text ends without an end token), and the tokens that must follow it, if `is_better` (of their number)
+        says that they are better not decoded.
         """
-        tokens = [self.take(token)]
-        run = self.forced_run(tokens[0])
+        taken = self.take(token)
+        if taken is None:
+            self.is_complete = True
+            return []
+        tokens = [taken]
+        run = self.forced_run(taken)
         if run and is_better(len(run)):
             self.append(run)
             tokens += run
@@ -66,7 +75,8 @@ class HostAutomaton:
         num_output = len(self.sequence.output_ids) + len(tokens)
         if tokens[-1] in request.stop_ids and num_output >= request.sampling.min_tokens:
             return tokens
-        self.is_complete = self.state is not None and self.grammar.is_complete(self.state)
+        may_end = self.num_after > 0 or not request.sampling.ignore_eos  # what follows a value ends it in any case
+        self.is_complete = may_end and self.state is not None and self.grammar.is_complete(self.state)
         if self.is_complete:
             return tokens
         if num_output >= request.max_tokens:
@@ -75,18 +85,21 @@ class HostAutomaton:
             self.mask = None
         elif self.mask is not None:
             self.mask.fill(-1)
-            self.grammar.fill_mask(self.state, self.mask)
+            self._fill_mask(self.mask, num_output)
         return tokens
 
-    def take(self, token: int) -> int:
+    def take(self, token: int) -> int | None:
         """Advance by a sampled token, or by the token that must replace it. Return the token taken.
 
-        The sequence's output does not have the token yet. An end token does not move the automaton.
+        The sequence's output does not have the token yet. An end token does not move the automaton. Return None if the
+        model means the end and the request has no end token.
         """
         state, request = self.state, self.sequence.request
         if state is None or (token in request.stop_ids and self.grammar.is_accepting(state)):
             return token
         after = self.grammar.advance(state, token)
+        if after is None and self._may_end(len(self.sequence.output_ids)) and self.grammar.is_accepting(state):
+            return request.end_token
         if after is not None and not self._is_watched:
             joined = self.grammar.joined_token(state, token)
             if joined != token and joined not in request.stop_ids:
@@ -114,6 +127,19 @@ class HostAutomaton:
         for token in run:
             assert self.state is not None
             self.state = self.grammar.advance(self.state, token)
+
+    def _fill_mask(self, row: NDArray[np.int32], num_output: int) -> None:
+        """Write the mask of the token that follows `num_output` others."""
+        assert self.state is not None
+        self.grammar.fill_mask(self.state, row)
+        ends = self.grammar.ends(self.state) if self._may_end(num_output) else None
+        if ends is not None:
+            row |= ends
+
+    def _may_end(self, num_output: int) -> bool:
+        """Return whether the text may end after `num_output` tokens, as far as the request says."""
+        params = self.sequence.request.sampling
+        return not params.ignore_eos and num_output >= params.min_tokens
 
     def _why_incomplete(self) -> str | None:
         if self.state is None or self.grammar.is_accepting(self.state):
@@ -160,10 +186,10 @@ class HostAutomaton:
 
         If there is no such token, return `token` and its state `after`.
         """
-        request, completion = self.sequence.request, self.grammar.shortest_completion(state)
+        end_token, completion = self.sequence.request.end_token, self.grammar.shortest_completion(state)
         if completion and len(completion) <= self._num_left + 1:
             return completion[0], self.grammar.advance(state, completion[0])
-        if not completion and request.stop_ids and self.grammar.is_accepting(state):
-            return min(request.stop_ids), after  # the text may end here, but not after any other token
+        if not completion and end_token is not None and self.grammar.is_accepting(state):
+            return end_token, after  # the text may end here, but not after any other token
         self.can_finish = False
         return token, after

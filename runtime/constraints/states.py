@@ -1,7 +1,8 @@
 """The automaton states of constrained sequences, and their work in a step.
 
 A closed grammar runs on the device: its tables are in the arena, and steps mask, advance and finish its sequences
-without the host. All other grammars run on the host, where each of their sequences has a `HostAutomaton`.
+without the host, which only sees where a text is complete. All other grammars run on the host, where each of their
+sequences has a `HostAutomaton`.
 
 Nobody knows how long a grammar takes for a token, so the engine's thread never waits for it: a row's token, the tokens
 that must follow and the next mask are one work, done in turns with the steps (turns.py). While its work is unfinished,
@@ -44,8 +45,8 @@ class HostMasks:
 class TakenRows:
     """Rows of steps whose tokens are taken by their grammars.
 
-    In the outputs, some tokens are replaced so that the text can be finished, and some are followed by forced ones.
-    replaced: (slot, token) of the replaced tokens, which the device must know.
+    In the outputs, some tokens are replaced because the text ends or must be finished, and some are followed by forced
+    ones. replaced: (slot, token) of the replaced tokens, which the device must know.
     """
 
     items: list[ScheduledSequence] = field(default_factory=list)
@@ -61,12 +62,23 @@ class _Purpose:
     finish: Callable[[], None]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class _OnDevice:
-    """base: the arena's number of the grammar's state 0."""
+    """base: the arena's number of the grammar's state 0. has_ends: the request does not ignore the end of its text.
+
+    The host reads the text only where it may be complete. `state`: after the first `num_read` output tokens.
+    """
 
     base: int
     tables: AutomatonTables
+    has_ends: bool
+    state: int | None = 0
+    num_read: int = 0
+
+    def may_complete(self, token: int) -> bool:
+        """Return whether a text may be complete, so that nothing can follow, after this token."""
+        tokens = self.tables.may_complete
+        return self.has_ends and token < len(tokens) and tokens[token] != 0
 
 
 class GrammarStates:
@@ -96,18 +108,20 @@ class GrammarStates:
         """
         grammar = sequence.request.grammar
         assert grammar is not None
-        device = self.device
-        if device is None:
+        device, request = self.device, sequence.request
+        has_ends = not request.sampling.ignore_eos
+        # The device's masks are fixed: texts that may end from some length on, or without an end token, are not for it.
+        if device is None or (has_ends and (request.sampling.min_tokens or request.end_token is None)):
             self._add_on_host(sequence, grammar)
             return
         tables: list[AutomatonTables | None] = []
 
         def finish() -> None:
-            base = None if tables[0] is None else device.acquire(grammar, tables[0])
+            base = None if tables[0] is None else device.acquire(grammar, tables[0], has_ends=has_ends)
             if tables[0] is None or base is None:
                 self._add_on_host(sequence, grammar)
             else:
-                self._on_device[sequence] = _OnDevice(base, tables[0])
+                self._on_device[sequence] = _OnDevice(base, tables[0], has_ends)
                 self._joined.append(sequence)
 
         self._begin(sequence, lambda: tables.append(device.prepare(grammar)), finish)
@@ -127,10 +141,11 @@ class GrammarStates:
         if work is not None:
             work.cancel()
         self._on_host.pop(sequence, None)
-        if self._on_device.pop(sequence, None) is not None:
+        found = self._on_device.pop(sequence, None)
+        if found is not None:
             assert self.device is not None
             assert sequence.request.grammar is not None
-            self.device.release(sequence.request.grammar)
+            self.device.release(sequence.request.grammar, found.tables, has_ends=found.has_ends)
 
     def close(self) -> None:
         """End the threads. Unfinished works are dropped."""
@@ -231,9 +246,10 @@ class GrammarStates:
     ) -> tuple[list[ScheduledSequence], list[RowOutput]]:
         """Begin to advance the host's automata by a step's tokens. Return the rows that the host does not mask.
 
+        In these rows, texts are marked that are complete, because nothing can follow.
         `take_rows` returns the others once their works are done.
         """
-        if not self._on_host:
+        if not self._on_host and not self._on_device:
             return list(items), outputs
         other_items, other_outputs = [], []
         num_sampled = 0
@@ -242,11 +258,25 @@ class GrammarStates:
             num_sampled += item.samples
             automaton = self._on_host.get(item.sequence)
             if automaton is None or not output.token_ids or item.sequence.is_finished:
+                output.is_complete = self._completes(item.sequence, output)
                 other_items.append(item)
                 other_outputs.append(output)
             else:
                 self._follow(automaton, item, output, len(outputs), row, logprob_of)
         return other_items, other_outputs
+
+    def _completes(self, sequence: Sequence, output: RowOutput) -> bool:
+        """Return whether a text whose automaton runs on the device is complete after its new token."""
+        found = self._on_device.get(sequence)
+        if found is None or self.device is None or not output.token_ids or not found.may_complete(output.token_ids[0]):
+            return False
+        tables, unread = found.tables, [*sequence.output_ids[found.num_read :], *output.token_ids]
+        if found.state is not None:
+            found.state = self.device.state_after(tables, unread, found.state)
+        found.num_read += len(unread)
+        if found.state is None or not tables.accepting[found.state]:
+            return False
+        return not (tables.transitions[found.state] >= 0).any()
 
     def _follow(
         self,
@@ -270,14 +300,14 @@ class GrammarStates:
             return self._computes_run(num_forced, num_rows, sequence.num_tokens + 1)
 
         def finish() -> None:
-            token, *run = taken
             result = output
-            if token != sampled:
-                logprobs = None if output.logprobs is None else (logprob_of(row, token),)
-                result = replace(output, token_ids=(token,), logprobs=logprobs)
-                if sequence.slot is not None:  # None after a preemption: the token is computed as a known one
-                    self._rows.replaced.append((sequence.slot, token))
-            result = RowOutput((token, *run)) if run else result
+            if len(taken) != 1:
+                result = RowOutput(tuple(taken))
+            elif taken[0] != sampled:
+                logprobs = None if output.logprobs is None else (logprob_of(row, taken[0]),)
+                result = replace(output, token_ids=(taken[0],), logprobs=logprobs)
+            if taken and taken[0] != sampled and sequence.slot is not None:
+                self._rows.replaced.append((sequence.slot, taken[0]))  # after a preemption it is a known token
             if automaton.num_held or automaton.is_complete:
                 result = replace(
                     result,

@@ -84,9 +84,9 @@ def _join_triples(sequence: Sequence, slot: int, state: int, edit_row: int) -> l
         "seed_low": low,
         "seed_high": high,
         "error": 0,
-        # Constrained texts are finished within max_tokens, with a stop token if the request has any.
+        # Constrained texts are finished within max_tokens, with an end token if the request has any.
         "close_at": 0 if request.grammar is None else request.num_prompt + request.max_tokens,
-        "end_token": 1 + min(request.stop_ids) if request.stop_ids else 0,
+        "end_token": 0 if request.end_token is None else 1 + request.end_token,
     }
     triples = [(slot, COLUMNS[name], value) for name, value in values.items()]
     triples += [(slot, COLUMNS[name], column_bits(name, getattr(params, name))) for name in GREEDY_SLOT]

@@ -96,7 +96,11 @@ def test_a_mask_allows_exactly_the_tokens_after_which_a_reading_is_left(pattern:
             if reached is not None:
                 assert seen.setdefault(following, reached) == reached, "a state is a function of the text"
                 if bordered.is_complete(reached):
-                    assert max(began) == len(after) or not is_alive
+                    value = following[len(before) :]
+                    longer = [rest for rest in texts_of(pattern, 3) if rest and is_value(pattern, value + rest)]
+                    assert (
+                        max(began) == len(after) or not is_alive if began else is_value(pattern, value) and not longer
+                    )
                 elif len(following) < 8 and following not in waiting:
                     waiting.append(following)
 

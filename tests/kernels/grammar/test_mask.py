@@ -64,24 +64,40 @@ def walk(tables: AutomatonTables, state: int, token: int) -> int | None:
     return state
 
 
+def ends(tables: AutomatonTables, state: int, token: int) -> bool:
+    """Whether a token ends the text, by the definition: it is refused, and no beginning of it is accepted."""
+    if token >= len(TOKENS) or not TOKENS[token] or not tables.accepting[state]:
+        return False
+    for byte in TOKENS[token]:
+        state = int(tables.transitions[state, tables.byte_class[byte]])
+        if state < 0:
+            return True
+        if tables.accepting[state]:
+            return False
+    return False
+
+
 def expected_mask(tables: AutomatonTables, state: int, vocab_size: int) -> list[bool]:
     return [
-        bool(tables.accepting[state]) if token == END else walk(tables, state, token) is not None
+        bool(tables.accepting[state])
+        if token == END
+        else walk(tables, state, token) is not None or (tables.has_ends and ends(tables, state, token))
         for token in range(vocab_size)
     ]
 
 
+@pytest.mark.parametrize("has_ends", [False, True])
 @pytest.mark.parametrize("vocab_size", [40, 1100])
 @pytest.mark.parametrize("kind", ["reference", "triton"])
-def test_masks_equal_brute_force(kind: str, vocab_size: int) -> None:
+def test_masks_equal_brute_force(kind: str, vocab_size: int, has_ends: bool) -> None:
     build = build_masks_triton if kind == "triton" else build_masks_reference
     arena = GrammarArena(token_table(vocab_size), num_slots=3)
     for seed in range(4):
-        tables = ab_star() if seed == 0 else random_automaton(seed)
+        tables = dataclasses.replace(ab_star() if seed == 0 else random_automaton(seed), has_ends=has_ends)
         base = arena.acquire(seed, tables)
         states = torch.arange(base, base + tables.num_states, dtype=torch.int32, device=DEVICE)
         out = torch.full((len(states), -(-vocab_size // 32)), 0x55555555, dtype=torch.int32, device=DEVICE)
-        build(states, arena.automata, arena.tokens, out)
+        build(states, arena.automata, arena.tokens, out, has_ends=has_ends)
         for state in range(tables.num_states):
             mask = unpack_mask(out[state : state + 1], vocab_size)[0]
             assert mask.tolist() == expected_mask(tables, state, vocab_size)
@@ -106,6 +122,31 @@ def test_refused_tokens_are_in_no_mask_of_their_states(vocab_size: int) -> None:
             base = arena.acquire((seed, whole is None), tables)
             rows = arena.mask_rows[arena.mask_index[base : base + tables.num_states].long()]
             assert unpack_mask(rows, vocab_size).tolist() == allowed
+
+
+@pytest.mark.parametrize("kind", ["reference", "triton"])
+def test_a_refused_token_where_the_text_may_end_becomes_the_end_token(kind: str) -> None:
+    """(ab)*, in the state where it may end and in the one where it may not."""
+    advance = advance_states_triton if kind == "triton" else advance_states_reference
+    arena = GrammarArena(token_table(), num_slots=6)
+    base = arena.acquire("ab", dataclasses.replace(ab_star(), has_ends=True))
+    a, b, c = (TOKENS.index(text) for text in (b"a", b"b", b"c"))
+    # slot: state, end_token + 1, sampled -> token, state
+    rows = [
+        (base, END + 1, c, END, arena.final_state),
+        (base, END + 1, a, a, base + 1),
+        (base, END + 1, END, END, arena.final_state),
+        (base, 0, c, c, arena.final_state),  # there is no end token
+        (base + 1, END + 1, c, c, arena.final_state),  # never sampled: the mask refuses it
+        (base + 1, END + 1, b, b, base),
+    ]
+    columns = [torch.tensor(values, dtype=torch.int32, device=DEVICE) for values in zip(*rows, strict=True)]
+    state = torch.cat((columns[0], torch.zeros(1, dtype=torch.int32, device=DEVICE)))
+    order = torch.arange(len(rows), dtype=torch.int32, device=DEVICE)
+    sampled = columns[2].clone()
+    advance(order, sampled, state, arena.automata, arena.tokens, Budgets(order, order * 0, columns[1]))
+    assert sampled.tolist() == columns[3].tolist()
+    assert state.tolist()[: len(rows)] == columns[4].tolist()
 
 
 @pytest.mark.parametrize("kind", ["reference", "triton"])
@@ -183,18 +224,18 @@ def test_states_of_one_class_have_equal_masks_and_few_classes_are_kept() -> None
         assert class_of[representative[class_of[state]]] == class_of[state]
 
 
+@pytest.mark.parametrize("has_ends", [False, True])
 @pytest.mark.parametrize("seed", range(5))
-def test_classes_are_exactly_the_states_that_no_short_string_tells_apart(seed: int) -> None:
+def test_classes_are_exactly_the_states_that_no_short_string_tells_apart(seed: int, has_ends: bool) -> None:
     tables = random_automaton(seed, 8)
     depth = 3
 
     def language(state: int, left: int) -> tuple[object, ...]:
-        following = tables.transitions[state]
-        return tuple(
-            None if target < 0 else (language(int(target), left - 1) if left > 1 else ()) for target in following
-        )
+        following = tables.transitions[state] if left else ()
+        branches = tuple(None if target < 0 else language(int(target), left - 1) for target in following)
+        return (bool(tables.accepting[state]), branches) if has_ends else branches
 
-    class_of, _ = mask_classes(tables.transitions, tables.accepting, depth)
+    class_of, _ = mask_classes(tables.transitions, tables.accepting, depth, has_ends=has_ends)
     keys = [(bool(tables.accepting[state]), language(state, depth)) for state in range(8)]
     for first in range(8):
         for second in range(8):

@@ -16,7 +16,8 @@ from ramet.runtime.testing.byte_tokenizer import ByteTokenizer
 from ramet.runtime.types import Batch, Grammar, Request, SamplingParams, ScheduledSequence, Sequence
 
 TOKENIZER = ByteTokenizer()
-END = min(TOKENIZER.eos_ids)
+ENDS = set(TOKENIZER.eos_ids)
+END = min(ENDS)
 
 
 def compiled(pattern: str) -> Grammar:
@@ -24,11 +25,28 @@ def compiled(pattern: str) -> Grammar:
     return compile_constraint("regex", pattern, words)
 
 
-def automaton(pattern: str, max_tokens: int, stop_ids: frozenset[int] = TOKENIZER.eos_ids) -> HostAutomaton:
+def automaton(
+    pattern: str, max_tokens: int, stop_ids: frozenset[int] = TOKENIZER.eos_ids, **sampling: Any
+) -> HostAutomaton:
     grammar = compiled(pattern)
     prompt = np.zeros(3, dtype=np.int32)
-    request = Request("r", prompt, SamplingParams(), max_tokens, stop_ids=stop_ids, grammar=grammar)
-    return HostAutomaton(Sequence(request), grammar)
+    params = SamplingParams(stop_token_ids=tuple(stop_ids - TOKENIZER.eos_ids), **sampling)
+    request = Request("r", prompt, params, max_tokens, stop_ids=stop_ids, grammar=grammar)
+    walked = HostAutomaton(Sequence(request), grammar)
+    walked.begin(-(-TOKENIZER.vocab_size // 32))
+    return walked
+
+
+def follow(walked: HostAutomaton, text: str) -> None:
+    """Take the tokens of a text, as the engine does."""
+    for token in text.encode():
+        taken = walked.follow(token, lambda num_forced: False)
+        walked.sequence.output_ids.extend(taken)
+
+
+def allowed(walked: HostAutomaton) -> set[int]:
+    assert walked.mask is not None
+    return set(np.flatnonzero(np.unpackbits(walked.mask.view(np.uint8), bitorder="little")).tolist())
 
 
 def write(walked: HostAutomaton, text: str) -> str:
@@ -36,6 +54,7 @@ def write(walked: HostAutomaton, text: str) -> str:
     kept = b""
     for wanted in text.encode():
         token = walked.take(wanted)
+        assert token is not None
         walked.sequence.output_ids.append(token)
         kept += TOKENIZER.token_bytes[token]
     return kept.decode()
@@ -68,10 +87,9 @@ def test_an_end_token_does_not_move_the_automaton() -> None:
 
 
 def test_past_an_ignored_end_token_everything_is_allowed() -> None:
-    walked = automaton("ab?", max_tokens=9, stop_ids=frozenset())
+    walked = automaton("ab?", max_tokens=9, stop_ids=frozenset(), ignore_eos=True)
     walked.take(ord("a"))
     walked.take(END)
-    walked.begin(9)
     assert walked.mask is not None
     walked.follow(END, lambda num_forced: True)
     assert walked.mask is None
@@ -145,6 +163,57 @@ def test_a_token_is_joined_with_what_must_follow_unless_each_token_is_watched(
         walked.state = walked.grammar.advance(walked.state, byte)
         assert walked.state is not None
     assert walked.grammar.is_accepting(walked.state)
+
+
+def test_a_text_that_may_go_on_ends_where_the_model_wants_what_cannot_follow() -> None:
+    walked = automaton("[0-9]{1,3}", max_tokens=9)
+    assert allowed(walked) == set(b"0123456789"), "no text has begun: it must"
+    follow(walked, "4")
+    assert allowed(walked) == set(range(256)) | ENDS
+    assert not walked.is_complete
+    assert walked.take(ord(" ")) == END
+
+
+def test_a_token_that_could_begin_a_continuation_ends_nothing() -> None:
+    walked = automaton("a(bc)*", max_tokens=9)
+    follow(walked, "a")
+    assert allowed(walked) == set(range(256)) | ENDS
+    follow(walked, "b")
+    assert allowed(walked) == {ord("c")}
+
+
+def test_no_text_ends_before_its_least_length_or_where_the_end_is_ignored() -> None:
+    walked = automaton("a*", max_tokens=9, min_tokens=2)
+    for expected in ({ord("a"), *ENDS}, {ord("a"), *ENDS}, set(range(256)) | ENDS):
+        assert allowed(walked) == expected
+        follow(walked, "a")
+    assert walked.take(ord("x")) == END
+    assert allowed(automaton("a*", max_tokens=9, stop_ids=frozenset(), ignore_eos=True)) == {ord("a"), *ENDS}
+
+
+def test_the_end_token_is_the_end_of_text_even_if_stop_tokens_come_before_it() -> None:
+    walked = automaton("a*", max_tokens=9, stop_ids=TOKENIZER.eos_ids | {5, ord("a")})
+    assert walked.take(ord("x")) == END
+    assert walked.take(5) == 5, "a stop token of the caller's own is named as such"
+
+
+def test_without_an_end_token_a_text_ends_by_its_state() -> None:
+    walked = automaton("a*", max_tokens=9, stop_ids=frozenset())
+    follow(walked, "a")
+    assert not walked.is_complete
+    assert walked.follow(ord("x"), lambda num_forced: True) == []
+    assert walked.is_complete
+
+
+def test_a_text_is_complete_where_nothing_can_follow() -> None:
+    walked = automaton("ab?", max_tokens=9)
+    follow(walked, "a")
+    assert not walked.is_complete
+    follow(walked, "b")
+    assert walked.is_complete
+    ignoring = automaton("a", max_tokens=9, stop_ids=frozenset(), ignore_eos=True)
+    follow(ignoring, "a")
+    assert not ignoring.is_complete
 
 
 class Raises:

@@ -179,7 +179,8 @@ def test_a_split_is_that_of_a_text_that_continues(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("source", [RECORD, "name(: name)?"])
-def test_the_device_and_the_host_mask_alike(kind: str, source: str) -> None:
+@pytest.mark.parametrize("has_ends", [False, True])
+def test_the_device_and_the_host_mask_alike(kind: str, source: str, has_ends: bool) -> None:
     made = tokenizer(kind)
     grammar = compile_constraint("regex", source, vocabulary(made))
     assert grammar.close()
@@ -187,10 +188,12 @@ def test_the_device_and_the_host_mask_alike(kind: str, source: str) -> None:
     device = DeviceGrammars(GrammarArena(tokens, 2, **SMALL), made.token_bytes, made.eos_ids, made.special_ids)
     tables = device.prepare(grammar)
     assert tables is not None
-    base = device.acquire(grammar, tables)
+    base = device.acquire(grammar, tables, has_ends=has_ends)
     assert base is not None
     for state in range(tables.num_states):
         row = device.arena.mask_rows[device.arena.mask_index[base + state].long()]
-        assert (row.numpy() == grammar.mask(state)).all()
+        ends = grammar.ends(state) if has_ends and not grammar.is_complete(state) else None
+        if not has_ends or not grammar.is_complete(state):  # in a complete text, every token stands for the end
+            assert (row.numpy() == (grammar.mask(state) if ends is None else grammar.mask(state) | ends)).all()
     assert tables.refused is not None
     assert len(tables.refused) > 0

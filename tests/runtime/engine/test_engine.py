@@ -265,6 +265,9 @@ class BrokenGrammar:
     def joined_token(self, state: int, token: int) -> int:
         return token
 
+    def ends(self, state: int) -> NDArray[np.int32] | None:
+        return None
+
     def forced_tokens(self, state: int) -> list[int]:
         return []
 
