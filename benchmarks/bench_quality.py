@@ -62,6 +62,7 @@ OPTIONS: dict[str, dict[str, Json]] = {
     "indent=2": {"whitespace": "indent=2"},
     "any tokenization": {"tokenization": "any"},
     "any order": {"order": "any"},
+    "compact and any tokenization": {"whitespace": "compact", "tokenization": "any"},
 }
 
 
@@ -438,12 +439,14 @@ def make_task(name: str, count: int | None, seed: int, root: Path) -> Task:
 # -- systems ---------------------------------------------------------------------------------------------------------
 
 
-def ramet_rows(engine: Engine, task: Task, at_once: int) -> list[Score]:
-    """Run each program of a task for all its prompts, from an empty cache, at most `at_once` together."""
+def ramet_rows(engine: Engine, task: Task, at_once: int, rows_named: str) -> list[Score]:
+    """Run the programs of a task that are so named, for all prompts, from an empty cache, `at_once` together."""
     rows = []
     for examples in (3, 0):
         prompts = task.prompts(examples)
         for name, program in task.programs().items():
+            if not re.search(rows_named, name):
+                continue
             score = Score(f"ramet: {name}", examples)
             rows.append(score)
             if isinstance(program, str):
@@ -455,6 +458,7 @@ def ramet_rows(engine: Engine, task: Task, at_once: int) -> list[Score]:
             score.seconds = time.perf_counter() - begin
             for index, (prompt, state) in enumerate(zip(prompts, states, strict=True)):
                 task.add(score, index, _answer(engine, prompt, state))
+            print(f"{task.name}: {score.system}, {examples} examples: {score.right} of {score.asked}", flush=True)
     return rows
 
 
@@ -539,6 +543,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m", help="a catalogue model, or a .gguf file")
     parser.add_argument("--task", default="ages,fields,tools,kinds", help=f"some of {','.join(TASKS)}")
     parser.add_argument("--systems", default="ramet", help=f"some of {','.join(SYSTEMS)}")
+    parser.add_argument("--rows", default="", help="a pattern: the rows of Ramet whose names have it")
     parser.add_argument("--count", type=int, help="questions of a task; default: its own number")
     parser.add_argument("--peer-count", type=int, help="questions for other engines; default: all")
     parser.add_argument("--seed", type=int, default=0, help="of the data")
@@ -564,7 +569,7 @@ def main() -> None:
             except NotInstalled as missing:
                 console.print(f"{name}: {missing}", markup=False)
                 continue
-            rows = ramet_rows(engine, task, arguments.at_once) if "ramet" in systems else []
+            rows = ramet_rows(engine, task, arguments.at_once, arguments.rows) if "ramet" in systems else []
             for peer in systems:
                 if peer in PEERS:
                     more, used = peer_rows(engine, task, peer, model, arguments.peers_python, arguments.peer_count)
