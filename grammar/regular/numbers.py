@@ -2,7 +2,9 @@ r"""JSON numbers under constraints: automata that read the texts of a set of num
 
 Constrained numbers are written without exponent: `-?(0|[1-9][0-9]*)(\.[0-9]+)?`. A finite automaton can check every
 bound, integrality and multipleOf on such texts. So the sets are regular, exact, and closed under complement. As in JSON
-Schema, `1.0` is an integer and `-0` is zero. Numbers without any constraint may also have an exponent.
+Schema, `1.0` is an integer and `-0` is zero. But integers of more than 15 digits have no fraction part: most readers
+make a float of such a text, and beyond 2^53 it is another integer. Numbers without any constraint may also have an
+exponent.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ _PLAIN_INTEGER = ir.Concatenation((ir.optional(ir.text("-")), _INTEGER_PART))
 PLAIN_NUMBER = ir.Concatenation((ir.optional(ir.text("-")), _INTEGER_PART, ir.optional(_FRACTION)))
 
 MAX_STATES = 20_000
+_LARGE_DIGITS = 16  # integers with so many may be beyond 2^53, where floats are not exact
 _TRIED = 12  # values that are tried on each side before an automaton decides whether a set is empty
 
 
@@ -204,11 +207,25 @@ def automaton(numbers: Numbers) -> Dfa:
         base, plain = automaton(replace(numbers, plain=None)), regular.compile_bytes(_PLAIN_INTEGER)
         return dfas.intersect([base, plain if numbers.plain else dfas.complement(plain)])
     if numbers.finite is not None:
-        return regular.compile_bytes(ir.Choice(tuple(_texts_of(v) for v in sorted(numbers.finite))))
+        return _listed(numbers.finite, is_exact=True)
     base = unexcluded(numbers)
     if numbers.excluded:
-        base = dfas.intersect([base, dfas.complement(automaton(Numbers(finite=numbers.excluded)))])
-    return base
+        base = dfas.intersect([base, dfas.complement(_listed(numbers.excluded, is_exact=False))])
+    return _exact(base) if numbers.integer else base
+
+
+def _listed(values: frozenset[Fraction], *, is_exact: bool) -> Dfa:
+    """Return the automaton of the texts of some values. is_exact: large integers have no fraction part."""
+    return regular.compile_bytes(ir.Choice(tuple(_texts_of(v, is_exact=is_exact) for v in sorted(values))))
+
+
+def _exact(dfa: Dfa) -> Dfa:
+    """Remove the texts of large integers with a fraction part; if that needs too many states, all with one."""
+    plain = regular.compile_bytes(_PLAIN_INTEGER)
+    if len(dfa.transitions) * (_LARGE_DIGITS + 4) > MAX_STATES:
+        return dfas.intersect([dfa, plain])
+    small = ir.Concatenation((ir.optional(ir.text("-")), ir.Repeat(_DIGIT, 1, _LARGE_DIGITS - 1), _FRACTION))
+    return dfas.intersect([dfa, dfas.union([plain, regular.compile_bytes(small)])])
 
 
 def unexcluded(numbers: Numbers) -> Dfa:
@@ -246,8 +263,10 @@ def decimal_text(value: Fraction) -> str:
     return sign + (text.rstrip("0").rstrip(".") if "." in text else text)
 
 
-def _texts_of(value: Fraction) -> ir.Node:
+def _texts_of(value: Fraction, *, is_exact: bool) -> ir.Node:
     text = decimal_text(value)
+    if is_exact and value.denominator == 1 and len(text.lstrip("-")) >= _LARGE_DIGITS:
+        return ir.text(text)
     zeros = ir.Repeat(ir.text("0"))
     tail = zeros if "." in text else ir.optional(ir.Concatenation((ir.text(".0"), zeros)))
     sign = ir.optional(ir.text("-")) if value == 0 else ir.EMPTY

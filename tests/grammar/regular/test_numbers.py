@@ -6,6 +6,8 @@ import json
 import random
 from fractions import Fraction
 
+import pytest
+
 from ramet.grammar.json_schema.frames.tables import number_rows
 from ramet.grammar.regular.dfas import Dfa
 from ramet.grammar.regular.numbers import ANY, Numbers, automaton, fraction, intersect, simplify
@@ -104,3 +106,32 @@ def accepts(dfa: Dfa, text: str) -> bool:
         if state < 0:
             return False
     return bool(dfa.accepting[state])
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        Numbers(integer=True),
+        Numbers(low=Fraction(2**53 + 1), integer=True),
+        Numbers(
+            low=Fraction(-(10**20)), high=Fraction(10**20), integer=True, multiples=frozenset(((Fraction(7), True),))
+        ),
+        Numbers(integer=True, multiples=frozenset(((Fraction(1009), True),))),  # too many states for both
+        Numbers(finite=frozenset(Fraction(7 * n) for n in (1, 10**15 - 1, 10**15, 2**60, -(2**70)))),
+    ],
+)
+def test_integers_beyond_what_floats_hold_have_no_fraction_part(numbers: Numbers) -> None:
+    dfa = automaton(numbers)
+    for value in (7, 7 * 1009 * 10**10, 7 * 1009 * 2**53, -7 * 1009 * 2**60, 7 * 2**60, 7 * 10**15, -7 * 2**70):
+        text = str(value)
+        assert accepts(dfa, text) == numbers.contains(Fraction(value))
+        for tail in (".0", ".00"):
+            if accepts(dfa, text + tail):
+                assert numbers.contains(Fraction(value))
+                assert int(float(text + tail)) == value
+
+
+def test_excluded_integers_are_excluded_in_every_form() -> None:
+    dfa = automaton(Numbers(excluded=frozenset((Fraction(2**60), Fraction(7)))))
+    assert not any(accepts(dfa, text) for text in (str(2**60), f"{2**60}.0", "7", "7.00"))
+    assert accepts(dfa, "8.0")
