@@ -24,6 +24,7 @@ from json_line import commit, print_record
 from workloads import JSON_SCHEMA, json_workload
 
 from ramet.grammar import Vocabulary
+from ramet.grammar.ir import AS_MODELS_WRITE
 from ramet.grammar.service.sources import compile_constraint
 from ramet.runtime.engine.engine import Engine
 from ramet.runtime.types import FinishReason, Grammar, SamplingParams
@@ -65,9 +66,7 @@ def tokens_taken(engine: Engine, vocabulary: Vocabulary, batches: list[int], max
     rows = []
     for name, schema in TOKEN_SCHEMAS.items():
         for tokenization, words in (("canonical", vocabulary), ("any", vocabulary.without_splits)):
-            grammar = compile_constraint(
-                "json_schema", json.dumps(schema), words, mode="declared_order", whitespace="bounded"
-            )
+            grammar = compile_constraint("json_schema", json.dumps(schema), words, **AS_MODELS_WRITE)
             for batch in batches:
                 taken = own = 0
                 engine.flush_cache()
@@ -114,8 +113,8 @@ def tokens_per_s(engine: Engine, batch: int, seed: int, grammar: Grammar | None)
 
 def measure(engine: Engine, vocabulary: Vocabulary, batches: list[int], repeats: int) -> list[dict[str, Json]]:
     grammars = {
-        mode: compile_constraint("json_schema", json.dumps(JSON_SCHEMA), vocabulary, mode=mode)
-        for mode in ("exact", "declared_order")
+        mode: compile_constraint("json_schema", json.dumps(JSON_SCHEMA), vocabulary, **options)
+        for mode, options in (("exact", {}), ("as models write", AS_MODELS_WRITE))
     }
     rows = []
     for batch in batches:

@@ -37,6 +37,7 @@ from vocabulary import make_vocabulary
 from workloads import JSON_SCHEMA, MAKERS, ROWS, Chain, Workload, shrunk
 
 from ramet.grammar import Vocabulary
+from ramet.grammar.ir import AS_MODELS_WRITE
 from ramet.grammar.service.sources import compile_constraint
 from ramet.runtime.engine.config import EngineConfig
 from ramet.runtime.engine.engine import Engine
@@ -256,7 +257,7 @@ def compile_json_grammar(engine: Engine, shrink: int = 1) -> Grammar:
     tokenizer = engine.tokenizer
     vocabulary = Vocabulary(tokenizer.token_bytes, tokenizer.eos_ids, tokenizer.special_ids, tokenizer.vocab_size)
     ready_s = time.perf_counter()
-    grammar = compile_constraint("json_schema", json.dumps(schema), vocabulary, mode="declared_order")
+    grammar = compile_constraint("json_schema", json.dumps(schema), vocabulary, **AS_MODELS_WRITE)
     compiled_s = time.perf_counter()
     is_closed = grammar.close()
     print(

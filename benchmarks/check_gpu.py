@@ -33,6 +33,7 @@ from json_line import commit
 
 from ramet.errors import RequestCancelled
 from ramet.grammar import Vocabulary
+from ramet.grammar.ir import AS_MODELS_WRITE
 from ramet.grammar.service.sources import compile_constraint
 from ramet.runtime.engine.config import EngineConfig
 from ramet.runtime.engine.engine import Engine
@@ -216,7 +217,7 @@ def grammar(setting: Setting) -> Result:
         vocabulary = Vocabulary(
             tokenizer.token_bytes, tokenizer.eos_ids, tokenizer.special_ids, tokenizer.vocab_size, tokenizer
         )
-        compiled = compile_constraint("json_schema", json.dumps(SCHEMA), vocabulary, mode="declared_order")
+        compiled = compile_constraint("json_schema", json.dumps(SCHEMA), vocabulary, **AS_MODELS_WRITE)
         is_closed = compiled.close()
         handles = [
             engine.submit(prompt, SamplingParams(temperature=1.5, max_tokens=48, seed=i), grammar=compiled)

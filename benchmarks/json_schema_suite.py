@@ -86,7 +86,7 @@ def main() -> None:
         f"http://localhost:1234/{file.relative_to(remotes).as_posix()}": json.loads(file.read_text())
         for file in remotes.rglob("*.json")
     }
-    options = JsonOptions(whitespace="bounded", registry=registry)
+    options = JsonOptions("any", registry=registry)
     for draft in arguments.draft or DIALECTS:
         for optional in (False, True) if arguments.optional else (False,):
             run(arguments.folder, draft, options, optional=optional)

@@ -30,7 +30,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from ramet.errors import InvalidGrammar
 
 if TYPE_CHECKING:
     import numpy as np
@@ -123,22 +125,65 @@ class Reference:
     rule: str
 
 
+Whitespace = Literal[
+    "model",
+    "compact",
+    "any",
+    "indent=0",
+    "indent=1",
+    "indent=2",
+    "indent=3",
+    "indent=4",
+    "indent=5",
+    "indent=6",
+    "indent=7",
+    "indent=8",
+]
+
+
 @dataclass(frozen=True, slots=True)
 class JsonOptions:
-    """The options of turning a JSON schema into a language.
+    """The options of turning a JSON schema into a language. The defaults keep the letter of the schema.
 
-    mode: "exact", the schema's language with properties in any order; "declared_order", declared properties in declared
-    order, others only if the schema names them, and integers without a fraction; "strict", OpenAI's structured-output
-    rules, checked first.
-    whitespace: "compact", none; "bounded", at most one space after each comma and colon.
+    whitespace: "model", one space after each comma and colon, as `json.dumps` writes; "compact", none; "indent=2" (0 to
+    8), lines as `json.dumps` writes them; "any", whatever JSON allows, within bounds (json_schema/frames/layout.py).
+    order: "any"; "declared", properties in the schema's order, and then those that it does not name.
+    additional_properties: "schema", what the schema allows; "closed", no others where a schema has `properties` and
+    says nothing of others.
+    integers: "any", with a zero fraction part, too; "plain", without.
+    strict: the schema must keep OpenAI's rules for structured outputs.
     on_unsupported: "error" raises UnsupportedSchema; "validate" lets the part be any JSON (the caller then validates).
     registry: documents by absolute URI, for remote references; nothing is ever fetched.
+
+    Raises: InvalidGrammar for an unknown value.
     """
 
-    mode: Literal["exact", "declared_order", "strict"] = "exact"
-    whitespace: Literal["compact", "bounded"] = "compact"
+    whitespace: Whitespace = "model"
+    order: Literal["any", "declared"] = "any"
+    additional_properties: Literal["schema", "closed"] = "schema"
+    integers: Literal["any", "plain"] = "any"
+    strict: bool = False
     on_unsupported: Literal["error", "validate"] = "error"
     registry: Mapping[str, Any] = field(default_factory=dict)  # values are JSON schemas: dict or bool
+
+    def __post_init__(self) -> None:
+        for name, known in _KNOWN_VALUES.items():
+            value = getattr(self, name)
+            if value not in known:
+                raise InvalidGrammar(f"{name} is {value!r}, but must be one of {', '.join(map(str, known))}")
+
+
+_KNOWN_VALUES: Mapping[str, tuple[Any, ...]] = {
+    "whitespace": get_args(Whitespace),
+    "order": ("any", "declared"),
+    "additional_properties": ("schema", "closed"),
+    "integers": ("any", "plain"),
+    "strict": (False, True),
+    "on_unsupported": ("error", "validate"),
+}
+
+AS_MODELS_WRITE: Mapping[str, Any] = {"order": "declared", "additional_properties": "closed", "integers": "plain"}
+"""The values of JsonOptions for texts that a model is to write, in addition to the defaults."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -6,7 +6,7 @@ from typing import Literal
 from ramet import State, function, gen
 
 EXAMPLE = {"mail": "Hello, I'm Rosa Lind. The blue lamp I bought on Monday is broken, please send me a new one!"}
-SCRIPT = {"Ticket:": '{"customer":"Rosa Lind","product":"blue lamp","kind":"replacement","is_urgent":false}'}
+SCRIPT = {"Ticket:": '{"customer": "Rosa Lind", "product": "blue lamp", "kind": "replacement", "is_urgent": false}'}
 
 
 @dataclass

@@ -11,7 +11,7 @@ SCHEMA = {
     "additionalProperties": False,
 }
 EXAMPLE = {"broken": "{name: 'Kite', tags: ['toy' 'wind',}"}
-SCRIPT = {"Repaired:": '{"name":"Kite","tags":["toy","wind"]}'}
+SCRIPT = {"Repaired:": '{"name": "Kite", "tags": ["toy", "wind"]}'}
 
 
 @function(temperature=0)

@@ -9,8 +9,8 @@ CAPITALS = {"France": "Paris", "Portugal": "Lisbon", "Japan": "Tokyo"}
 PEOPLE = {"Paris": 2_100_000, "Lisbon": 550_000, "Tokyo": 14_000_000}
 EXAMPLE = {"question": "How many people live in the capital of Portugal?"}
 SCRIPT = {
-    "the capital of Portugal?": '<tool_call>\n{"name": "capital", "arguments": {"country":"Portugal"}}\n</tool_call>',
-    "tool\nLisbon": '<tool_call>\n{"name": "population", "arguments": {"city":"Lisbon"}}\n</tool_call>',
+    "the capital of Portugal?": '<tool_call>\n{"name": "capital", "arguments": {"country": "Portugal"}}\n</tool_call>',
+    "tool\nLisbon": '<tool_call>\n{"name": "population", "arguments": {"city": "Lisbon"}}\n</tool_call>',
     "tool\n550000": "About 550,000 people live in Lisbon.",
 }
 

@@ -6,8 +6,8 @@ NOTES = {"bees": "A colony has up to 60,000 bees.", "ants": "Ants live for up to
 EXAMPLE = {"animals": ["bees", "ants"]}
 SCRIPT = {
     "a good fact?": "It surprises.",
-    "about bees.": '<tool_call>\n{"name": "notes", "arguments": {"animal":"bees"}}\n</tool_call>',
-    "about ants.": '<tool_call>\n{"name": "notes", "arguments": {"animal":"ants"}}\n</tool_call>',
+    "about bees.": '<tool_call>\n{"name": "notes", "arguments": {"animal": "bees"}}\n</tool_call>',
+    "about ants.": '<tool_call>\n{"name": "notes", "arguments": {"animal": "ants"}}\n</tool_call>',
     "60,000 bees.": "A colony holds up to 60,000 of them.",
     "30 years.": "One may live for 30 years.",
     "Headline:": [" " + "Small animals, " * 9, " Small animals, big numbers."],

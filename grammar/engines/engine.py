@@ -69,6 +69,8 @@ class RametBackend:
     kinds = frozenset(("json_schema", "regex", "cfg", "choice", "substring", "tools"))
 
     def compile(self, kind: str, source: Any, vocabulary: Vocabulary) -> BackendGrammar:
+        if kind == "json_schema":
+            return compile_constraint(kind, source, vocabulary, whitespace="compact")
         return compile_constraint(kind, source, vocabulary)
 
 

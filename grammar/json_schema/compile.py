@@ -11,9 +11,10 @@ from ramet.grammar import ir
 from ramet.grammar.json_schema.algebra.values import Expr, Values
 from ramet.grammar.json_schema.frames.arrays import open_array
 from ramet.grammar.json_schema.frames.compilation import Compilation, Opener, TextContext
+from ramet.grammar.json_schema.frames.layout import layout_of
 from ramet.grammar.json_schema.frames.objects import open_object, prepare
 from ramet.grammar.json_schema.frames.scalars import open_literal, open_number, open_string
-from ramet.grammar.json_schema.frames.tables import ARRAY, LITERALS, NUMBER, OBJECT, STRING
+from ramet.grammar.json_schema.frames.tables import ARRAY, AT_VALUE, LITERALS, NUMBER, OBJECT, STRING
 from ramet.grammar.json_schema.keywords.interpreter import Interpreter
 from ramet.grammar.json_schema.keywords.schema_errors import survey
 from ramet.grammar.json_schema.keywords.strict import check_strict
@@ -43,9 +44,8 @@ class Schemas:
     def __init__(self, options: ir.JsonOptions, max_states: int) -> None:
         self.options = options
         self.unenforced: list[Problem] = []
-        self._is_exact = options.mode == "exact"
-        lenient = options.on_unsupported == "validate"
-        self._interpreter = Interpreter(KEYWORDS, max_states, only_named=not self._is_exact, lenient=lenient)
+        closes, lenient = options.additional_properties == "closed", options.on_unsupported == "validate"
+        self._interpreter = Interpreter(KEYWORDS, max_states, closes_objects=closes, lenient=lenient)
         self.expressions = self._interpreter.expressions
 
     def read(self, schema: Any) -> tuple[Expr, list[SchemaNode]]:  # Any: JSON
@@ -55,14 +55,21 @@ class Schemas:
         """
         root = self._interpreter.open(schema, self.options.registry)
         self.unenforced += survey(self._interpreter, root)
-        if self.options.mode == "strict":
+        if self.options.strict:
             check_strict(root)
         return self.expressions.of_schema(root), root.registry.nodes[:WARM_NODES]
 
     def compilation(self, machine: Machine) -> Compilation:
         """Return the compilation that places these schemas on a machine."""
-        is_spaced = self.options.whitespace == "bounded"
-        return Compilation(machine, self.expressions, OPENERS, spaced=is_spaced, ordered=not self._is_exact)
+        options = self.options
+        return Compilation(
+            machine,
+            self.expressions,
+            OPENERS,
+            layout=layout_of(options.whitespace),
+            ordered=options.order == "declared",
+            plain_integers=options.integers == "plain",
+        )
 
 
 def place_schema(source: ir.JsonSchema, machine: Machine) -> tuple[int, list[Problem]]:
@@ -81,6 +88,6 @@ def place_schema(source: ir.JsonSchema, machine: Machine) -> tuple[int, list[Pro
             objects = expressions.values(expressions.of_schema(node)).objects
             if len(objects) == 1 and not expressions.values_are_empty(Values(objects=objects)):
                 prepare(compilation, objects[0])
-        return compilation.value((root,), TextContext(target(machine.done), 0), 2), schemas.unenforced
+        return compilation.value((root,), TextContext(target(machine.done), 0), AT_VALUE), schemas.unenforced
     except RecursionError as error:
         raise GrammarTooLarge("schemas are nested too deeply to be combined") from error

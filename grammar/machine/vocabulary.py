@@ -25,6 +25,7 @@ SLICE_SIZES = (4, 8, 16, 32)
 NUM_KINDS = 3
 MAX_PREFIXES = 1 << 16
 MAX_TRIES = 64
+_GAP = rb'[ \t\n\r]*,?[ \t\n\r]*"'
 _HEAD = 4  # bytes of a text by which the longest token that may start there is looked up
 
 
@@ -214,14 +215,29 @@ class Vocabulary:
         return frozenset(out)
 
     @cached_property
+    def gaps(self) -> frozenset[bytes]:
+        """Those of `quoted` that can stand before a JSON key: white space, a comma, and an opening quote."""
+        return frozenset([text for text in self.quoted if re.fullmatch(_GAP, text)])
+
+    @cached_property
+    def gaps_before(self) -> dict[bytes, list[bytes]]:
+        """Those of `gaps` that stand before a text, by the text, if `quoted` has both together."""
+        out: dict[bytes, list[bytes]] = {}
+        for text in self.quoted:
+            found = re.fullmatch(_GAP + rb'(.*")', text, re.DOTALL)
+            if found is not None:
+                out.setdefault(found[1], []).append(text[: found.start(1)])
+        return out
+
+    @cached_property
     def key_starts(self) -> bytes:
         """The bytes that follow a comma and a quote in some content token."""
-        return bytes(sorted({m[1][0] for m in re.finditer(rb'(?=, ?"([^\n]))', self._quoting)}))
+        return bytes(sorted({m[1][0] for m in re.finditer(rb'(?=,[ \t\0\r]*"([^\n]))', self._quoting)}))
 
     @cached_property
     def reads_past_values(self) -> bool:
         """Tell whether a content token holds the end of a key, a value (or its beginning), and more text after that."""
-        return bool(re.search(rb'": ?(?:[-0-9tfn].|".|[\[{].*["\]}].)', self._quoting))
+        return bool(re.search(rb'"[ \t\0\r]*:[ \t\0\r]*(?:[-0-9tfn].|".|[\[{].*["\]}].)', self._quoting))
 
     @cached_property
     def _quoting(self) -> bytes:

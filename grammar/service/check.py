@@ -10,6 +10,7 @@ from typing import Any
 from ramet.errors import UnsupportedSchema
 from ramet.grammar.ir import JsonOptions
 from ramet.grammar.json_schema.keywords.interpreter import Interpreter, KeywordRole, hides_others
+from ramet.grammar.json_schema.keywords.narrowing import says_others
 from ramet.grammar.json_schema.keywords.schema_errors import survey
 from ramet.grammar.json_schema.keywords.table import KEYWORDS
 from ramet.grammar.json_schema.schema import formats
@@ -26,6 +27,7 @@ class Coverage:
     unknown: keywords of no specification, or of a later one.
     hidden: keywords beside a $ref, which drafts up to 7 ignore.
     unknown_formats: (pointer, format); the specification treats these as annotations.
+    closed: schemas with `properties` that say nothing of other ones, if these are left out for that reason.
     """
 
     enforced: dict[str, int]
@@ -34,6 +36,7 @@ class Coverage:
     unknown: list[tuple[str, str]]
     unknown_formats: list[tuple[str, str]]
     hidden: list[tuple[str, str]]
+    closed: list[str]
 
 
 def coverage(schema: Any, options: JsonOptions | None = None) -> Coverage:
@@ -42,7 +45,7 @@ def coverage(schema: Any, options: JsonOptions | None = None) -> Coverage:
     Raises: InvalidSchema if it is not a schema.
     """
     options = options or JsonOptions()
-    interpreter = Interpreter(KEYWORDS, 20_000, only_named=options.mode != "exact")
+    interpreter = Interpreter(KEYWORDS, 20_000, closes_objects=options.additional_properties == "closed")
     root = interpreter.open(schema, options.registry)
     problems: list[tuple[str, str, str]] = []
     try:
@@ -54,10 +57,13 @@ def coverage(schema: Any, options: JsonOptions | None = None) -> Coverage:
     unknown: list[tuple[str, str]] = []
     unknown_formats: list[tuple[str, str]] = []
     hidden: list[tuple[str, str]] = []
+    closed: list[str] = []
     refused = {(pointer, keyword) for pointer, keyword, _ in problems}
     for node in root.registry.nodes:
         if not isinstance(node.schema, dict):
             continue
+        if interpreter.closes_objects and says_others(node.schema) is False:
+            closed.append(node.pointer or "/")
         for name, value in node.schema.items():
             place = (node.pointer or "/", name)
             keyword = KEYWORDS.rows.get(name)
@@ -73,7 +79,7 @@ def coverage(schema: Any, options: JsonOptions | None = None) -> Coverage:
                 unknown_formats.append((node.pointer or "/", str(value)))
             else:
                 enforced[name] += (node.pointer, name) not in refused
-    return Coverage(dict(+enforced), problems, annotations, unknown, unknown_formats, hidden)
+    return Coverage(dict(+enforced), problems, annotations, unknown, unknown_formats, hidden, closed)
 
 
 @cache

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -110,15 +111,16 @@ def parse_source(kind: str, source: Any, *, limits: Limits | None = None, **opti
         raise GrammarTooLarge(f"the source of the {kind} constraint is nested too deeply") from error
 
 
+_JSON_OPTIONS = tuple(field.name for field in fields(ir.JsonOptions))
 OPTIONS: Mapping[str, tuple[str, ...]] = {
-    "json_schema": ("mode", "whitespace", "on_unsupported", "registry"),
+    "json_schema": _JSON_OPTIONS,
     "regex": ("flags",),
     "cfg": ("start", "max_ignored"),
     "choice": (),
     "substring": ("unit", "allow_empty"),
     "tools": (),
-    "structural_tag": (),
-    "grammar": (),
+    "structural_tag": _JSON_OPTIONS,
+    "grammar": _JSON_OPTIONS,
 }
 
 
@@ -163,12 +165,12 @@ def _tools(source: Any, limits: Limits, options: dict[str, Any]) -> Parsed:
 
 def _structural_tag(source: Any, limits: Limits, options: dict[str, Any]) -> Parsed:
     decoded = _decoded(source, InvalidGrammar, "the structural tag") if isinstance(source, str) else source
-    return structural_text(StructuralTag.of(decoded))
+    return structural_text(StructuralTag.of(decoded, ir.JsonOptions(**options)))
 
 
 def _grammar(source: Any, limits: Limits, options: dict[str, Any]) -> Parsed:
     decoded = _decoded(source, InvalidGrammar, "the grammar") if isinstance(source, str) else source
-    return Composed.of(decoded).parsed(limits.max_regular_states)
+    return Composed.of(decoded, ir.JsonOptions(**options)).parsed(limits.max_regular_states)
 
 
 def _decoded(source: str, error_type: type[GrammarError], what: str) -> Any:

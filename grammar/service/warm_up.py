@@ -47,7 +47,7 @@ _SCHEMA = {
     "required": ["text"],
 }
 SAMPLES = (
-    ("json_schema", json.dumps(_SCHEMA), rb'{"text":"a","pattern":"b","other":true}'),
+    ("json_schema", json.dumps(_SCHEMA), rb'{"text": "a", "pattern": "b", "other": true}'),
     ("regex", "a[1-9]{1,3}b*", b"a12"),
     ("cfg", 'start: "(" start ")" | "x"', b"((x"),
 )
@@ -120,7 +120,7 @@ def warm_up(vocabulary: Vocabulary) -> None:
     for integer, low in itertools.product((None, True), (None, Fraction(0), Fraction(1))):
         number_rows(((Numbers(low, integer=integer),),))
     schema = {"properties": {"a": {"type": "string", "maxLength": 3}}}
-    grammar = compile_grammar(ir.JsonSchema(schema), vocabulary)
+    grammar = compile_grammar(ir.JsonSchema(schema, ir.JsonOptions(order="declared")), vocabulary)
     grammar.mask(0)
     in_key = grammar.advance_bytes(0, b'{"')
     if in_key is not None:

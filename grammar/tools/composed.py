@@ -6,7 +6,7 @@ A node is a text, or an object with one of these fields:
     {"choices": ["a", "b"]}                  one of these texts
     {"substring_of": "..."}                  a passage of this text
     {"cfg": "start: ..."}                    a grammar in Lark's syntax
-    {"json_schema": {...}}                   a JSON value, its properties in the schema's order
+    {"json_schema": {...}}                   a JSON value
     {"number": {"minimum": 0, "maximum": 9}}  a decimal number; both limits may be left out
     {"sequence": [node, ...]}                all of them in order
     {"select": [node, ...]}                  any one of them
@@ -72,9 +72,12 @@ class Composed:
     captures: Mapping[str, CaptureForm]
 
     @staticmethod
-    def of(source: Any) -> Composed:  # Any: JSON
-        """Read a composed grammar. Raises InvalidGrammar naming the place, and the errors of patterns and schemas."""
-        return _Reader().read(source)
+    def of(source: Any, options: ir.JsonOptions | None = None) -> Composed:  # Any: JSON
+        """Read a composed grammar. Raises InvalidGrammar naming the place, and the errors of patterns and schemas.
+
+        options: of all its schemas.
+        """
+        return _Reader(options or ir.JsonOptions()).read(source)
 
     def parsed(self, max_regular_states: int) -> ByteAutomaton | TextWithValues | ir.NamedRules:
         """Return the grammar in the simplest form that can hold it. Raises GrammarTooLarge, InvalidGrammar."""
@@ -102,7 +105,8 @@ class Composed:
 class _Reader:
     """Reads one source. `place` is the path to the node that is being read, for messages."""
 
-    def __init__(self) -> None:
+    def __init__(self, options: ir.JsonOptions) -> None:
+        self.options = options
         self.rules: dict[str, ir.Node] = {}
         self.captures: dict[str, CaptureForm] = {}
         self.is_regular = False  # inside of a part that must be regular
@@ -162,7 +166,7 @@ class _Reader:
         if not isinstance(schema, dict | bool):
             self.fail(f"json_schema must be an object or a boolean, not {_shown(schema)}")
         self.must_be_free("a JSON value", "say in the JSON schema which values are allowed")
-        return ir.JsonSchema(schema, ir.JsonOptions(mode="declared_order"))
+        return ir.JsonSchema(schema, self.options)
 
     def read_cfg(self, source: Mapping[str, Any]) -> ir.Node:
         found = parse_cfg(self.text(source, "cfg"))

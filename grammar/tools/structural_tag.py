@@ -58,8 +58,8 @@ class StructuralTag:
     stop_after_first: bool = False
 
     @staticmethod
-    def of(source: Any) -> StructuralTag:  # Any: JSON
-        """Read either form.
+    def of(source: Any, options: ir.JsonOptions | None = None) -> StructuralTag:  # Any: JSON
+        """Read either form. options: of all its schemas.
 
         Raises: InvalidGrammar naming the error.
         """
@@ -67,15 +67,15 @@ class StructuralTag:
         if fields.get("type", "structural_tag") != "structural_tag":
             raise InvalidGrammar(f"the type of a structural tag is 'structural_tag', not {fields['type']!r}")
         if "format" in fields:
-            return _of_format(fields["format"])
+            return _of_format(fields["format"], options)
         tags = [
             _fields(tag, f"structures[{i}]", {"begin", "schema", "end"})
             for i, tag in enumerate(_list(fields, "structures"))
         ]
-        return _made(fields, [(tag.get("begin"), tag.get("schema"), tag.get("end")) for tag in tags])
+        return _made(fields, [(tag.get("begin"), tag.get("schema"), tag.get("end")) for tag in tags], options)
 
 
-def _of_format(source: Any) -> StructuralTag:
+def _of_format(source: Any, options: ir.JsonOptions | None) -> StructuralTag:
     if not isinstance(source, Mapping) or source.get("type") != "triggered_tags":
         kind = source.get("type") if isinstance(source, Mapping) else source
         raise InvalidGrammar(f"the format of a structural tag must be of type 'triggered_tags' here, not {kind!r}")
@@ -94,10 +94,14 @@ def _of_format(source: Any) -> StructuralTag:
                 tag.get("end"),
             )
         )
-    return _made(fields, tags)
+    return _made(fields, tags, options)
 
 
-def _made(fields: Mapping[str, Any], tags: Sequence[tuple[Any, Any, Any]]) -> StructuralTag:  # Any: JSON
+def _made(
+    fields: Mapping[str, Any],
+    tags: Sequence[tuple[Any, Any, Any]],  # Any: JSON
+    options: ir.JsonOptions | None,
+) -> StructuralTag:
     triggers = _list(fields, "triggers")
     if not 1 <= len(triggers) <= MAX_TRIGGERS or not 1 <= len(tags) <= MAX_TAGS:
         raise InvalidGrammar(
@@ -110,7 +114,7 @@ def _made(fields: Mapping[str, Any], tags: Sequence[tuple[Any, Any, Any]]) -> St
             raise InvalidGrammar("a tag has the texts `begin` and `end`, and a JSON schema between them")
         if not any(isinstance(trigger, str) and begin.startswith(trigger) for trigger in triggers):
             raise InvalidGrammar(f"no trigger is the beginning of {begin!r}")
-        made.append(Tag(begin, ir.JsonSchema(schema, ir.JsonOptions(whitespace="bounded")), end))
+        made.append(Tag(begin, ir.JsonSchema(schema, options or ir.JsonOptions()), end))
     for trigger in triggers:
         if not isinstance(trigger, str) or not trigger or not any(tag.begin.startswith(trigger) for tag in made):
             raise InvalidGrammar(f"the trigger {trigger!r} begins no tag")

@@ -18,7 +18,7 @@ from ramet.grammar import ir
 from ramet.grammar.json_schema.algebra.values import Expr
 from ramet.grammar.json_schema.compile import Schemas
 from ramet.grammar.json_schema.frames.compilation import Compilation, TextContext
-from ramet.grammar.json_schema.frames.tables import NUMBER, VALUE_STARTS
+from ramet.grammar.json_schema.frames.tables import AT_VALUE, NUMBER, VALUE_STARTS
 from ramet.grammar.machine.automaton import Limits, Machine
 from ramet.grammar.machine.compiled_grammar import CompiledGrammar, Problem
 from ramet.grammar.machine.frame import PREFERRED_BYTES, REFUSE, Frame, compress_rows, leave, target
@@ -190,7 +190,7 @@ class _AroundValues(Frame):
         gap = self.gaps[exit_index - 1]
         assert self.compilation is not None
         context = TextContext(target(self.instance, gap.after), self.costs[gap.after])
-        return self.compilation.value((self.roots[gap.schema],), context, 2)
+        return self.compilation.value((self.roots[gap.schema],), context, AT_VALUE)
 
     def closing_exit(self, local: int) -> int:
         return self.exits[local]

@@ -7,7 +7,7 @@ A set as JSON:
      "choice": "auto" | "required" | "none" | {"name": "add"},     default auto
      "parallel": true,                                             more than one call; or the largest number of calls
      "answer": {...schema...},                                     what an answer without calls must be; text if absent
-     "json": {"mode": ..., "whitespace": ..., "on_unsupported": ...}}
+     "json": {"whitespace": ..., "order": ..., ...}}               how arguments are written, see ir.JsonOptions
 
 The language of `auto`: an answer without calls; or text (empty if `answer` is given) and then calls. Nothing follows
 the calls.
@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -263,11 +263,11 @@ def _max_calls(source: Any) -> int | None:
 
 
 def _json_options(source: Any) -> ir.JsonOptions:
-    fields = _mapping(source, "the field 'json'")
-    wrong = sorted(set(fields) - {"mode", "whitespace", "on_unsupported", "registry"})
+    given = _mapping(source, "the field 'json'")
+    wrong = sorted(set(given) - {known.name for known in fields(ir.JsonOptions)})
     if wrong:
         raise InvalidGrammar(f"the field 'json' of a tool set has no option {wrong[0]!r}")
-    return ir.JsonOptions(**fields)
+    return ir.JsonOptions(**given)
 
 
 def _mapping(source: Any, what: str) -> Mapping[str, Any]:

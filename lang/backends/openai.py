@@ -159,7 +159,12 @@ class OpenAI(BlockBackend):
 
     def _constrain(self, body: dict[str, Any], constraint: ir.Constraint, *, is_chat: bool) -> _Form:
         """Put the constraint into the body, and return the form in which the answer must be read."""
-        kind, source = constraint.kind, constraint.source
+        kind, source, form = constraint.kind, constraint.source, constraint.form.said()
+        if form and not self._extensions:
+            raise NotSupported(
+                f"{next(iter(form))} is not in OpenAI's API; say extensions=True where the server takes it{_OURS}"
+            )
+        body |= form
         if kind in ("substring", "tools", "grammar"):
             raise NotSupported(f"an endpoint can't hold text to a constraint of kind {kind!r}{_OURS}")
         pattern = source if kind == "regex" else None

@@ -6,6 +6,9 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
+from ramet.errors import InvalidRequest
+from ramet.lang.graph.json_form import AS_CONFIGURED, JsonForm
+
 Tokenization: TypeAlias = Literal["canonical", "any"]
 
 
@@ -14,11 +17,18 @@ class Constraint(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown
 
     A `grammar` is composed of others, as JSON (grammar/tools/composed.py).
     A set of tools (grammar/tools/tool_set.py) without a `format` uses the format of the model's chat template.
-    `in_order`: the properties of a JSON schema come in the schema's order, and only named properties are allowed.
     `tokenization`: of text that the constraint forces: as the tokenizer splits it, or in any tokens.
+    `form`: of the JSON in the text; the field `json` of a set of tools comes first.
+
+    Raises: InvalidRequest if the text has no JSON, but a form.
     """
 
     kind: Literal["json_schema", "regex", "cfg", "choice", "substring", "tools", "structural_tag", "grammar"]
     source: str
-    in_order: bool = False
     tokenization: Tokenization = "canonical"
+    form: JsonForm = AS_CONFIGURED
+
+    def __post_init__(self) -> None:
+        if self.form != AS_CONFIGURED and self.kind not in ("json_schema", "tools", "structural_tag", "grammar"):
+            name = next(iter(self.form.said()))
+            raise InvalidRequest(f"{name} is of JSON, but a {self.kind} has none; leave it out", param=name)

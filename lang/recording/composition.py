@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 from ramet.errors import InvalidRequest
 from ramet.lang.graph import ir
 from ramet.lang.graph.constraint import Tokenization
+from ramet.lang.graph.json_form import AS_CONFIGURED, JsonForm
 from ramet.lang.graph.narrowing import narrowing
 from ramet.lang.recording.generations import Gen, SelectExpr
 from ramet.lang.recording.recorder import Appendable, Chain, Expr, Recorder
@@ -87,11 +88,12 @@ def composed_gen(
     grammar: Composition,
     sampling: ir.Sampling,
     tokenization: Tokenization = "canonical",
+    form: JsonForm = AS_CONFIGURED,
     thinking: int | None = None,
 ) -> ComposedGen:
     """Return the generation of a grammar. Raises InvalidRequest for a part that no grammar can have."""
     source, captures = lower(grammar)
-    constraint = ir.Constraint("grammar", json.dumps(source, ensure_ascii=False), tokenization=tokenization)
+    constraint = ir.Constraint("grammar", json.dumps(source, ensure_ascii=False), tokenization, form)
     whole = Gen(name, captures_type(constraint, captures), constraint, sampling, thinking=thinking)
     return ComposedGen(whole, grammar, captures)
 
@@ -250,8 +252,10 @@ def _generated(gen: Gen) -> Json:
     if gen.thinking is not None:
         raise InvalidRequest(f"{name} thinks inside of a grammar; give `thinking` to the whole", param="thinking")
     said, stop = _own_sampling(gen)
-    if gen.constraint is not None and gen.constraint.tokenization != "canonical":
-        said = {"tokenization": gen.constraint.tokenization}
+    if gen.constraint is not None:
+        if gen.constraint.tokenization != "canonical":
+            said = {"tokenization": gen.constraint.tokenization}
+        said = {**gen.constraint.form.said(), **said}
     if said:
         raise InvalidRequest(
             f"{name} says {next(iter(said))} inside of a grammar, which is one generation; give it to the gen(...) of "

@@ -11,6 +11,7 @@ from ramet.errors import InvalidRequest
 from ramet.lang.graph.checks import Check, check_problem
 from ramet.lang.graph.constraint import Tokenization
 from ramet.lang.graph.ir import DEFAULT_SCORER, MAX_RETRIES, SCORERS, Constraint
+from ramet.lang.graph.json_form import AS_CONFIGURED, AdditionalProperties, Order, Whitespace, json_form
 from ramet.lang.graph.sampling import FIELDS, to_sampling
 from ramet.lang.recording.composition import (
     Alternatives,
@@ -53,6 +54,9 @@ def gen(
     json_schema: Mapping[str, Any] | None = None,
     substring_of: str | None = None,
     tokenization: Tokenization = "canonical",
+    whitespace: Whitespace | None = None,
+    order: Order | None = None,
+    additional_properties: AdditionalProperties | None = None,
     where: Check | Callable[[Any], object] | Sequence[Check | Callable[[Any], object]] = (),
     retries: int = 3,
     thinking: bool | int = False,
@@ -69,6 +73,8 @@ def gen(
 
     `tokenization`: of text that the constraint forces, such as a key. `canonical`: the tokenizer's own tokens (see
     docs/grammar.md). `any`: any tokens that spell it.
+    `whitespace`, `order`, `additional_properties`: how JSON is written (lang/graph/json_form.py); by default as models
+    write it: `{"name": "Ann", "tags": ["a", "b"]}`, properties in declared order, and no others than the declared ones.
 
     `where`: checks of the value: `length`, `between`, `is_in`, `starts_with`, `ends_with`, `contains`, combined by `&`,
     `|` and `~`, or any callable, which refuses a value by returning something false or raising ValueError. Checks of
@@ -95,6 +101,11 @@ def gen(
         if constraint is None:
             raise InvalidRequest("tokenization is of a constraint, but the text is free", param="tokenization")
         constraint = msgspec.structs.replace(constraint, tokenization=tokenization)
+    form = json_form(whitespace=whitespace, order=order, additional_properties=additional_properties)
+    if form != AS_CONFIGURED and not is_composed:
+        if constraint is None:
+            raise InvalidRequest(f"{next(iter(form.said()))} is of JSON, but the text is free", param="type")
+        constraint = msgspec.structs.replace(constraint, form=form)
     values = {
         "max_tokens": max_tokens,
         "min_tokens": min_tokens,
@@ -131,7 +142,7 @@ def gen(
     if isinstance(type, Composition):
         if constraint is not None or checks:
             raise InvalidRequest("constraints and checks of a grammar stand in its parts", param="type")
-        return composed_gen(name, type, to_sampling(said), tokenization, budget)
+        return composed_gen(name, type, to_sampling(said), tokenization, form, budget)
     return Gen(name, wanted, constraint, to_sampling(said), checks, retries, budget)
 
 

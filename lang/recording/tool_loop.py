@@ -142,7 +142,6 @@ def _constraint(options: LoopOptions, choice: str) -> ir.Constraint:
         "tools": tools,
         "choice": choice if known else {"name": choice},
         "parallel": options.parallel,
-        "json": {"whitespace": "bounded"},
     }
     return ir.Constraint("tools", json.dumps(source, ensure_ascii=False))
 

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ramet.errors import InvalidRequest, UnsupportedSchema
+from ramet.lang.graph.json_form import KNOWN
 
 _KINDS = {".json": "json_schema", ".lark": "cfg", ".regex": "regex"}
 _CONTEXT = 60
@@ -32,8 +33,22 @@ def add_grammar(parser: argparse.ArgumentParser) -> None:
         choices=("json_schema", "regex", "cfg", "choice", "substring", "tools"),
         help="what SCHEMA is (default: by its ending, .json, .lark or .regex; else json_schema)",
     )
-    check.add_argument("--mode", choices=("exact", "declared_order", "strict"), default="exact", help="of JSON schemas")
-    check.add_argument("--whitespace", choices=("compact", "bounded"), default="compact", help="of JSON schemas")
+    form = check.add_argument_group("JSON schemas", "The defaults are those of programs and of the server.")
+    form.add_argument(
+        "--whitespace",
+        choices=KNOWN["whitespace"],
+        default="model",
+        metavar="LAYOUT",
+        help="model (a space after each comma and colon), compact, any, or indent=0 to indent=8 [model]",
+    )
+    form.add_argument("--order", choices=KNOWN["order"], default="declared", help="of properties [declared]")
+    form.add_argument(
+        "--additional-properties",
+        choices=KNOWN["additional_properties"],
+        default="closed",
+        help="schema: an object whose schema has `properties` and says nothing of others may have others [closed]",
+    )
+    form.add_argument("--strict", action="store_true", help="the schema must keep OpenAI's rules")
     check.add_argument(
         "--on-unsupported",
         choices=("error", "validate"),
@@ -45,7 +60,8 @@ def add_grammar(parser: argparse.ArgumentParser) -> None:
 
 def run_grammar(arguments: argparse.Namespace) -> int:
     """Report on a constraint and its instances. Exit status 1 when one is refused, or the schema cannot be enforced."""
-    from ramet.grammar.service.check import byte_vocabulary
+    from ramet.grammar.ir import AS_MODELS_WRITE
+    from ramet.grammar.service.check import byte_vocabulary, walk
     from ramet.grammar.service.sources import compile_constraint
 
     console = Console(highlight=False, soft_wrap=True)
@@ -54,8 +70,8 @@ def run_grammar(arguments: argparse.Namespace) -> int:
     source = _read(arguments.source)
     options: dict[str, Any] = {}
     if kind == "json_schema":
-        options = {"mode": arguments.mode, "whitespace": arguments.whitespace}
-        options["on_unsupported"] = arguments.on_unsupported
+        names = ("whitespace", "order", "additional_properties", "strict", "on_unsupported")
+        options = {**AS_MODELS_WRITE, **{name: getattr(arguments, name) for name in names}}
         _print_coverage(console, source, options)
     elif kind in ("regex", "choice"):
         source = source.rstrip("\n")
@@ -73,8 +89,20 @@ def run_grammar(arguments: argparse.Namespace) -> int:
     size = f"{grammar.num_states:,} states" if closed else "states are made as they are visited"
     console.print(f"[bold]{'compiled':<14}[/]{seconds * 1e3:.1f} ms for a byte vocabulary")
     console.print(f"[bold]{'size':<14}[/]{size}; tables of {machine.pool_used * 4 / 1024:,.0f} KiB")
-    refused = [_print_instance(console, grammar, kind, i, arguments) for i in arguments.instances].count(False)
-    return 1 if refused else 0
+    literal: Any = None  # the letter of the schema, compiled where an instance is refused
+    is_fine = True
+    for given in arguments.instances:
+        text = _print_instance(console, grammar, kind, given, arguments)
+        if text is None:
+            continue
+        is_fine = False
+        if kind == "json_schema" and text:
+            if literal is None:
+                loose = {"order": "any", "additional_properties": "schema", "integers": "any"}
+                literal = compile_constraint(kind, source, vocabulary, **{**options, **loose})
+            if walk(literal, text).is_accepted:
+                console.print("    the schema allows it: see --order any, --additional-properties schema")
+    return 0 if is_fine else 1
 
 
 def _print_coverage(console: Console, source: str, options: dict[str, Any]) -> None:
@@ -99,6 +127,12 @@ def _print_coverage(console: Console, source: str, options: dict[str, Any]) -> N
             shown = "; ".join(places[:8]) + (f"; and {len(places) - 8} more" if len(places) > 8 else "")
             console.print(f"[bold]{title:<14}[/]", end="")
             console.print(shown, markup=False)
+    if found.closed:
+        shown = ", ".join(found.closed[:8]) + (f", and {len(found.closed) - 8} more" if len(found.closed) > 8 else "")
+        console.print("[bold]closed        [/]", end="")
+        console.print(
+            f"only declared properties at {shown}; --additional-properties schema allows others", markup=False
+        )
     if found.problems:
         table = Table("at", "keyword", "why it cannot be enforced", title="not enforced", title_justify="left")
         for pointer, keyword, reason in found.problems:
@@ -106,7 +140,8 @@ def _print_coverage(console: Console, source: str, options: dict[str, Any]) -> N
         console.print(table)
 
 
-def _print_instance(console: Console, grammar: Any, kind: str, given: str, arguments: argparse.Namespace) -> bool:
+def _print_instance(console: Console, grammar: Any, kind: str, given: str, arguments: argparse.Namespace) -> str | None:
+    """Report on an instance. Returns the text that is refused, "" if it is no JSON; None if it is accepted."""
     from ramet.grammar.service.check import walk
 
     is_file = len(given) < 4096 and "\0" not in given and Path(given).is_file()
@@ -117,20 +152,19 @@ def _print_instance(console: Console, grammar: Any, kind: str, given: str, argum
     name = escape(name)
     if kind == "json_schema" and not arguments.raw:
         try:
-            separators = (",", ":") if arguments.whitespace == "compact" else (", ", ": ")
-            value = json.loads(text)
-            text = json.dumps(value, separators=separators, ensure_ascii=False)
+            value, layout = json.loads(text), _layout(arguments.whitespace)
+            text = json.dumps(value, ensure_ascii=False, **layout)
             if any("\ud800" <= c <= "\udfff" for c in text):  # only an escape can write them
-                text = json.dumps(value, separators=separators)
+                text = json.dumps(value, **layout)
         except (ValueError, RecursionError) as error:
             console.print(f"[bold red]refused[/]       {name}: not JSON: {error}")
-            return False
+            return ""
     elif is_file:
         text = text.removesuffix("\n")
     found = walk(grammar, text)
     if found.is_accepted:
         console.print(f"[bold green]accepted[/]      {name}")
-        return True
+        return None
     at = len(found.text[: found.num_bytes].decode())
     where = "it ends too early" if at == len(text) else f"character {at}"
     console.print(f"[bold red]refused[/]       {name}: {where}")
@@ -140,7 +174,14 @@ def _print_instance(console: Console, grammar: Any, kind: str, given: str, argum
     console.print(Text(f"    {' ' * len(before)}^", style="bold red"), soft_wrap=True)
     console.print("    allowed there: ", end="")
     console.print(" or ".join(found.allowed) or "nothing", markup=False)
-    return False
+    return text
+
+
+def _layout(whitespace: str) -> dict[str, Any]:  # Any: arguments of json.dumps
+    """Return the arguments with which json.dumps writes in a layout."""
+    if whitespace.startswith("indent="):
+        return {"indent": int(whitespace.removeprefix("indent="))}
+    return {"separators": (",", ":") if whitespace == "compact" else (", ", ": ")}
 
 
 def _read(source: str) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from ramet.errors import ConfigError
+from ramet.lang.graph.json_form import KNOWN, JsonForm, whitespace_named
 
 
 def _doc(default: Any, text: str) -> Any:  # Any: what dataclasses.field returns is typed as the field it stands for
@@ -53,8 +54,19 @@ class EngineConfig:
     kernel_table: str | None = _doc(
         None, "file of kernel choices measured on this card; None: the one that comes with Ramet, if there is one"
     )
-    grammar_on_device: bool = _doc(
-        True, "keep closed automata on the GPU; JSON schemas are then written in their declared order"
+    grammar_on_device: bool = _doc(True, "keep closed automata on the GPU")
+    json_whitespace: str | None = _doc(
+        None,
+        "white space of JSON that a schema asks for, where a request does not say: model (a space after commas and "
+        "colons), compact, any, or indent=0 to indent=8; None: model, and in tool calls as the chat template writes it",
+    )
+    json_order: Literal["declared", "any"] = _doc(
+        "declared", "order of properties, where a request does not say: the schema's, or any"
+    )
+    json_additional_properties: Literal["closed", "schema"] = _doc(
+        "closed",
+        "whether an object with `properties` may have others if its schema does not speak of them: closed, or as the "
+        "letter of the schema says",
     )
     default_max_tokens: int = _doc(1024, "max_tokens of a request that names none (capped by the context)")
     reservation_ratio: float = _doc(1.0, "share of max_tokens that admission reserves memory for; below 1 may preempt")
@@ -89,6 +101,19 @@ class EngineConfig:
         check(self.tree_attention in ("auto", "on", "off"), "tree_attention", "auto, on or off")
         check(0 <= self.reservation_ratio <= 1, "reservation_ratio", "in [0, 1]")
         check(self.default_max_tokens >= 1, "default_max_tokens", "at least 1")
+        check(
+            self.json_whitespace is None or whitespace_named(self.json_whitespace) is not None,
+            "json_whitespace",
+            f"one of {', '.join(KNOWN['whitespace'])}",
+        )
+        for name in ("order", "additional_properties"):
+            check(getattr(self, f"json_{name}") in KNOWN[name], f"json_{name}", f"one of {', '.join(KNOWN[name])}")
+
+    @property
+    def json_form(self) -> JsonForm:
+        """The form of JSON where a request does not say."""
+        whitespace = None if self.json_whitespace is None else whitespace_named(self.json_whitespace)
+        return JsonForm(whitespace, self.json_order, self.json_additional_properties)
 
     @classmethod
     def from_mapping(cls, values: dict[str, object]) -> EngineConfig:

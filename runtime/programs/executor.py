@@ -23,6 +23,7 @@ from ramet.lang.graph import ir
 from ramet.lang.graph.events import OnEvent
 from ramet.lang.graph.following import children_of, following, is_ended_by_following, known_start
 from ramet.lang.graph.healing import Healing
+from ramet.lang.graph.json_form import AS_CONFIGURED
 from ramet.lang.graph.options import Deadline, ProgramOptions
 from ramet.lang.graph.run import GraphRun, NodeRun
 from ramet.runtime.programs.cache_hints import CacheHints
@@ -57,7 +58,8 @@ class ProgramHost:
             tokenizer, PieceEncoder(tokenizer), Healing(tokenizer.token_bytes), marks, engine.context_length
         )
         on_device = engine.device_grammars if isinstance(engine, LocalEngine) else None
-        self.grammars = ProgramGrammars(tokenizer, marks, on_device)
+        form = engine.config.json_form if isinstance(engine, LocalEngine) else AS_CONFIGURED
+        self.grammars = ProgramGrammars(tokenizer, marks, on_device, form)
         self._numbers = itertools.count()
 
     def start(

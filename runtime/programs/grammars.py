@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ramet.errors import GrammarError, GrammarTooLarge
 from ramet.lang.graph.ir import Constraint, Generate
+from ramet.lang.graph.json_form import AS_CONFIGURED, JsonForm
 from ramet.lang.graph.narrowing import Narrowing
 from ramet.runtime.programs.engine import ProgramTokenizer
 from ramet.runtime.text.role_marks import RoleMarks
@@ -26,19 +27,30 @@ if TYPE_CHECKING:  # these load numba or torch
 _MAX_HEALED = 128  # tokens for which free text after them keeps its masks
 
 
+_WITH_JSON = ("json_schema", "structural_tag", "grammar")  # kinds that take the options of JSON
+
+
 class ProgramGrammars:
     """Compiles constraints for one tokenizer; the compile service keeps them and limits their cost. Thread-safe.
 
     The first constraint loads the grammar engine, which needs numba, and starts the service. With `device`, a grammar
-    is closed, if possible, before its future is done. JSON schemas are then compiled in declared order, because
-    free order has too many states.
+    is closed, if possible, before its future is done.
     """
 
-    def __init__(self, tokenizer: ProgramTokenizer, marks: RoleMarks, device: DeviceGrammars | None = None) -> None:
-        """`marks`: of the tokenizer's chat template; they know how the model writes tool calls."""
+    def __init__(
+        self,
+        tokenizer: ProgramTokenizer,
+        marks: RoleMarks,
+        device: DeviceGrammars | None = None,
+        form: JsonForm = AS_CONFIGURED,
+    ) -> None:
+        """`marks`: of the tokenizer's chat template; they know how the model writes tool calls. `form`: of JSON, where
+        a constraint does not say.
+        """
         self._tokenizer = tokenizer
         self._marks = marks
         self._device = device
+        self._form = form
         self._lock = threading.Lock()
         self._healed: dict[bytes, Bordered] = {}  # by the token that is given back
         self._service: CompileService | None = None
@@ -52,13 +64,12 @@ class ProgramGrammars:
         with self._lock:
             service = self._service or self._start_service()
             if constraint.kind == "tools":
-                source, words = self._tool_set(constraint.source), _in_tokens(self._tool_vocabulary, constraint)
+                source, words = self._tool_set(constraint), _in_tokens(self._tool_vocabulary, constraint)
                 return service.submit("tools", source, words, client=client)
-            options: dict[str, Any] = {"mode": "declared_order"} if constraint.in_order else {}  # Any: the kind's own
-            if self._device is None:
-                words = _in_tokens(self._vocabulary, constraint)
-                return service.submit(constraint.kind, constraint.source, words, client=client, **options)
-            return self._closed(service, self._device, constraint, client, options)
+            options = self._options(constraint) if constraint.kind in _WITH_JSON else {}
+            words = _in_tokens(self._vocabulary, constraint)
+            compiled = service.submit(constraint.kind, constraint.source, words, client=client, **options)
+            return compiled if self._device is None else self._closed(compiled, self._device)
 
     def get_narrowed(self, node: Generate, client: tuple[str, ...] = ()) -> Future[CompiledGrammar | None]:
         """Do as `get` for the constraint of a node, narrowed by the checks that become masks.
@@ -153,31 +164,29 @@ class ProgramGrammars:
         shown = self._marks.style.shown_specials(self._tokenizer.special_tokens)
         return with_marker_tokens(self._vocabulary, shown) if shown else self._vocabulary
 
-    def _tool_set(self, source: str) -> str:
-        """Return a tool set that has a format. If it names none, add that of the model's chat template."""
-        found = json.loads(source)
-        if not isinstance(found, dict) or "format" in found:
-            return source
+    def _tool_set(self, constraint: Constraint) -> str:
+        """Return a tool set with a format and options of JSON. What it leaves out is as the chat template writes it."""
+        found = json.loads(constraint.source)
+        if not isinstance(found, dict):
+            return constraint.source
         style = self._marks.style
-        parallel = found.get("parallel", True) if style.max_calls is None else style.max_calls
-        return json.dumps({**found, "format": style.format_source, "parallel": parallel}, ensure_ascii=False)
+        if "format" not in found:
+            parallel = found.get("parallel", True) if style.max_calls is None else style.max_calls
+            found = {**found, "format": style.format_source, "parallel": parallel}
+        given = found.get("json", {})
+        if isinstance(given, dict):
+            found = {**found, "json": {"whitespace": style.whitespace, **self._options(constraint), **given}}
+        return json.dumps(found, ensure_ascii=False)
 
-    def _closed(
-        self,
-        service: CompileService,
-        device: DeviceGrammars,
-        constraint: Constraint,
-        client: tuple[str, ...],
-        options: dict[str, Any],
-    ) -> Future[CompiledGrammar]:
-        """Compile in declared order and close, on a thread beside the service's.
+    def _options(self, constraint: Constraint) -> dict[str, Any]:  # Any: each option has its own type
+        """Return the options of a constraint with JSON in it: what it says, then the runtime's, then the defaults."""
+        from ramet.grammar import ir
 
-        A grammar that cannot be closed is compiled again, as it was requested.
-        """
-        closing, kind, source = self._thread(), constraint.kind, constraint.source
-        vocabulary = _in_tokens(self._vocabulary, constraint)
-        ordered: dict[str, Any] = {"mode": "declared_order"} if kind == "json_schema" else options
-        compiled = service.submit(kind, source, vocabulary, client=client, **ordered)
+        return {**ir.AS_MODELS_WRITE, **constraint.form.filled(self._form).said()}
+
+    def _closed(self, compiled: Future[CompiledGrammar], device: DeviceGrammars) -> Future[CompiledGrammar]:
+        """Close a grammar for the device, if that is possible, on a thread beside the service's."""
+        closing = self._thread()
         answer: Future[CompiledGrammar] = Future()
 
         def settle(found: Future[CompiledGrammar]) -> None:
@@ -193,14 +202,12 @@ class ProgramGrammars:
             if answer.cancelled():
                 return
             try:
-                is_kept = found.exception() is not None or device.close(found.result()) or ordered == options
+                if found.exception() is None:
+                    device.close(found.result())
             except Exception as error:  # any error must reach those who wait for the grammar
                 answer.set_exception(error)
                 return
-            if is_kept:
-                settle(found)
-            else:
-                service.submit(kind, source, vocabulary, client=client, **options).add_done_callback(settle)
+            settle(found)
 
         def close_later(found: Future[CompiledGrammar]) -> None:
             if found.cancelled():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from ramet.lang.graph.ir import AnyNode, Constraint, Marked
+from ramet.lang.graph.json_form import AS_CONFIGURED, JsonForm
 from ramet.runtime.programs.engine import LocalEngine, ProgramEngine, ProgramTokenizer
 from ramet.runtime.programs.grammars import ProgramGrammars
 from ramet.runtime.text.role_marks import RoleMarks
@@ -15,7 +16,13 @@ class TokenizerTarget:
     """A tokenizer with its chat template, and limits: no weights, no engine."""
 
     def __init__(
-        self, tokenizer: ProgramTokenizer, *, name: str = "", context_length: int = 1 << 20, page_size: int = 1
+        self,
+        tokenizer: ProgramTokenizer,
+        *,
+        name: str = "",
+        context_length: int = 1 << 20,
+        page_size: int = 1,
+        form: JsonForm = AS_CONFIGURED,
     ) -> None:
         self.name = name or type(tokenizer).__name__
         self.context_length = context_length
@@ -27,7 +34,7 @@ class TokenizerTarget:
         self._tokenizer = tokenizer
         self._marks = RoleMarks(tokenizer.chat_template)
         self.stop_strings = self._marks.stop_strings
-        self._grammars = ProgramGrammars(tokenizer, self._marks)
+        self._grammars = ProgramGrammars(tokenizer, self._marks, form=form)
 
     def encode(self, text: str, *, add_special: bool, continues: bool) -> list[int]:
         return self._tokenizer.encode(text, add_special=add_special, continues=continues)
@@ -43,5 +50,7 @@ class TokenizerTarget:
 
 
 def target_of_engine(engine: ProgramEngine) -> TokenizerTarget:
-    page_size = engine.config.page_size if isinstance(engine, LocalEngine) else 1
-    return TokenizerTarget(engine.tokenizer, context_length=engine.context_length, page_size=page_size)
+    page_size, form = 1, AS_CONFIGURED
+    if isinstance(engine, LocalEngine):
+        page_size, form = engine.config.page_size, engine.config.json_form
+    return TokenizerTarget(engine.tokenizer, context_length=engine.context_length, page_size=page_size, form=form)

@@ -12,11 +12,22 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
-from pydantic import Field, create_model
+from pydantic import BeforeValidator, Field, create_model
+from pydantic_core import PydanticCustomError
 
 from ramet.errors import InvalidGrammar
 from ramet.grammar.text.gbnf import is_gbnf, lark_of_gbnf
 from ramet.lang.graph.constraint import Constraint, Tokenization
+from ramet.lang.graph.json_form import (
+    AS_CONFIGURED,
+    KNOWN,
+    AdditionalProperties,
+    JsonForm,
+    Order,
+    Whitespace,
+    json_form,
+    whitespace_named,
+)
 from ramet.lang.graph.sampling import FIELDS, SamplingField
 from ramet.runtime.server.errors import HttpError
 from ramet.runtime.server.validation import OnlyFalse, OnlyTrue, Strict
@@ -112,8 +123,32 @@ class StreamOptions(Strict):
     include_obfuscation: OnlyFalse | None = None
 
 
+class JsonFormFields(Strict):
+    """How JSON is written where a schema leaves it open (see JsonForm). null: as the server is configured."""
+
+    whitespace: Whitespace | None = Field(default=None, description="model: a space after each comma and colon")
+    order: Order | None = Field(default=None, description="of properties: as the schema declares them, or any")
+    additional_properties: AdditionalProperties | None = Field(
+        default=None, description="schema: the letter of a schema that says nothing of them, so any others"
+    )
+
+
+def _whitespace_pattern(value: object) -> object:
+    """Turn another server's pattern of white space into Ramet's name for it."""
+    if not isinstance(value, str):
+        return value
+    found = whitespace_named(value)
+    if found is None:
+        known = ", ".join(KNOWN["whitespace"])
+        raise PydanticCustomError("whitespace", f"Input should be one of {known}, or a pattern such as [ ]? or \\s*")
+    return found
+
+
+WhitespacePattern = Annotated[Whitespace, BeforeValidator(_whitespace_pattern)]
+
+
 class StructuredOutputs(Strict):
-    """vLLM's form of a constraint: an object of its own."""
+    """vLLM's form of a constraint: an object of its own. The last three fields say how JSON is written."""
 
     json_schema: str | dict[str, Any] | bool | None = Field(default=None, alias="json")  # Any: JSON
     regex: str | None = None
@@ -121,6 +156,19 @@ class StructuredOutputs(Strict):
     grammar: str | None = None
     json_object: OnlyTrue | None = None
     structural_tag: str | dict[str, Any] | None = None
+    whitespace_pattern: WhitespacePattern | None = Field(default=None, description="a value of `whitespace`, or \\s*")
+    disable_any_whitespace: bool | None = Field(default=None, description="true: whitespace compact")
+    disable_additional_properties: bool | None = Field(default=None, description="true: closed, the default")
+
+    def form(self) -> list[tuple[str, str, str | None]]:
+        """(field, its name in JsonForm, value) of the fields that say how JSON is written."""
+        compact = "compact" if self.disable_any_whitespace else None
+        closed = "closed" if self.disable_additional_properties else None
+        return [
+            ("structured_outputs.whitespace_pattern", "whitespace", self.whitespace_pattern),
+            ("structured_outputs.disable_any_whitespace", "whitespace", compact),
+            ("structured_outputs.disable_additional_properties", "additional_properties", closed),
+        ]
 
     def asked(self) -> list[Asked]:
         any_object = None if self.json_object is None else {"type": "object"}
@@ -134,7 +182,7 @@ class StructuredOutputs(Strict):
         ]
 
 
-class SamplingFields(OpenAiValues):
+class SamplingFields(JsonFormFields, OpenAiValues):
     """Sampling, constraints, and labels of a request. `null` means the default in every field.
 
     Defaults are OpenAI's (temperature 1, top_p 1), not those of the model's generation_config.json.
@@ -157,6 +205,7 @@ class SamplingFields(OpenAiValues):
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
     guided_grammar: str | None = Field(default=None, description="as ebnf")
+    guided_whitespace_pattern: WhitespacePattern | None = Field(default=None, description="as whitespace_pattern")
     structured_outputs: StructuredOutputs | None = None
     tokenization: Tokenization | None = Field(default=None, description="of text that a constraint forces: canonical")
 
@@ -206,18 +255,57 @@ def asks_constraint(body: SamplingFields) -> bool:
 
 
 def constraint_of(
-    body: SamplingFields, schema: object, limit_bytes: int, *, in_order: bool = False, tag: object = None
+    body: SamplingFields,
+    schema: object,
+    limit_bytes: int,
+    *,
+    tag: object = None,
+    form: JsonFormFields | None = None,
+    has_calls: bool = False,
 ) -> tuple[str, Constraint] | None:
     """Return (field, constraint) of a body's only constraint. `schema`: the schema in response_format, or None.
 
-    `in_order`: the properties come in the schema's order. `tag`: the structural tag in response_format, or None.
-    Raises: HttpError if several fields set a constraint, the source is too large, or a GBNF source has a mistake.
+    `tag`: the structural tag in response_format, or None. `form`: of JSON, in response_format. `has_calls`: the answer
+    may have JSON without a schema.
+    Raises: HttpError if several fields set a constraint, the source is too large, a GBNF source has a mistake, or a
+    form of JSON is asked for but no JSON.
     """
     formats: list[Asked] = [("response_format", "json_schema", schema), ("response_format", "structural_tag", tag)]
-    found = one_constraint(formats + _asked(body), limit_bytes, body.tokenization or "canonical")
-    if found is not None and in_order and found[0] == "response_format":
-        return found[0], msgspec.structs.replace(found[1], in_order=True)
-    return found
+    asked = formats + _asked(body)
+    if has_calls and all(source is None for _, _, source in asked):
+        return None
+    return one_constraint(asked, limit_bytes, body.tokenization or "canonical", json_form_of(body, form))
+
+
+AskedForm = tuple[JsonForm, str]  # a form of JSON, and the field that asks for it; "" if none does
+
+
+def json_form_of(body: JsonFormFields, inner: JsonFormFields | None = None, where: str = "") -> AskedForm:
+    """The form of JSON that a body asks for. `inner`: the one of its response_format. `where`: the path to its fields.
+
+    Raises: HttpError if two fields of the body disagree.
+    """
+    asked = _form_fields(body, where)
+    if inner is not None:
+        asked += _form_fields(inner, "response_format.json_schema.")
+    if isinstance(body, SamplingFields):
+        asked.append(("guided_whitespace_pattern", "whitespace", body.guided_whitespace_pattern))
+        if body.structured_outputs is not None:
+            asked += body.structured_outputs.form()
+    found: dict[str, tuple[str, str]] = {}
+    for field, name, value in asked:
+        if value is None:
+            continue
+        earlier, known = found.setdefault(name, (field, value))
+        if known != value:
+            raise HttpError(400, f"{earlier} is {known!r}, but {field} is {value!r}; give one of them", param=earlier)
+    form = json_form(**{name: value for name, (_, value) in found.items()})
+    return form, next((field for field, _ in found.values()), "")
+
+
+def _form_fields(fields: JsonFormFields, where: str) -> list[tuple[str, str, str | None]]:
+    """(field, its name in JsonForm, value) of each field."""
+    return [(where + name, name, getattr(fields, name)) for name in JsonForm.__struct_fields__]
 
 
 def _asked(body: SamplingFields) -> list[Asked]:
@@ -236,13 +324,16 @@ def _asked(body: SamplingFields) -> list[Asked]:
 
 
 def one_constraint(
-    asked: Sequence[Asked], limit_bytes: int, tokenization: Tokenization
+    asked: Sequence[Asked], limit_bytes: int, tokenization: Tokenization, asked_form: AskedForm
 ) -> tuple[str, Constraint] | None:
     """The only one of (field, kind, source) that has a source, as a constraint.
 
     `tokenization`: as in Constraint. Raises: HttpError as `constraint_of`.
     """
+    form, field = asked_form
     given = [(name, kind, source) for name, kind, source in asked if source is not None]
+    if form != AS_CONFIGURED and (not given or given[0][1] not in ("json_schema", "structural_tag", "grammar")):
+        raise HttpError(400, f"{field} is of JSON, but the request asks for none", param=field)
     if not given:
         return None
     if len(given) > 1:
@@ -252,7 +343,7 @@ def one_constraint(
     text = source if isinstance(source, str) else compact_json(source)
     check_size(text, name, limit_bytes)
     if kind != "ebnf":
-        return name, Constraint(kind, text, tokenization=tokenization)
+        return name, Constraint(kind, text, tokenization, form)
     try:
         source = lark_of_gbnf(text) if is_gbnf(text) else text
         return name, Constraint("cfg", source, tokenization=tokenization)

@@ -40,7 +40,6 @@ REFUSED: Mapping[str, str] = {
     "function_call": "it is deprecated; use tool_choice",
     "functions": "it is deprecated; use tools",
     "guided_decoding_backend": "there is one grammar engine",
-    "guided_whitespace_pattern": "white space is as docs/grammar.md says",
     "image_data": "the model reads text",
     "include_stop_str_in_output": "a stop string never belongs to the answer; it is in matched_stop",
     "input_embeds": "use input_ids",

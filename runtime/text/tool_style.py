@@ -21,14 +21,17 @@ from typing import Any, TypeAlias
 from ramet.errors import InvalidGrammar, InvalidRequest
 from ramet.grammar.tools.events import ArgumentsDelta, CallStart, TextDelta, ToolCallReader
 from ramet.grammar.tools.formats import FORMATS, ToolFormat
+from ramet.lang.graph.json_form import Whitespace, whitespace_named
 from ramet.runtime.text.chat_template import ChatTemplate
 
 logger = logging.getLogger(__name__)
 
 Json: TypeAlias = dict[str, Any]  # Any: JSON
 
+_OTHER_KEY = "rametotherkey"
 _NAME, _KEY, _RESULT, _CONTENT = "rametprobename", "rametprobekey", "RametProbeResult", "RametProbeContent"
 _ARGUMENTS = re.compile(r'\{\s*"' + _KEY + r'"\s*:\s*1\s*\}')
+_TWO_ARGUMENTS = re.compile(rf'"{_KEY}":(\s*)1,(\s*)"{_OTHER_KEY}"')
 _CALL_ID = re.compile(r',"id":"\w+"')
 _USER: Json = {"role": "user", "content": "Hi"}
 _TOOL: Json = {
@@ -43,7 +46,7 @@ class ToolStyle:
 
     `shows_tools`, `shows_calls`, `shows_results`: the template writes these itself; else they are written into the
     contents of messages. `max_calls`: the most calls in one answer; None: any number. `id_length`: the characters of a
-    call's id; None: any number.
+    call's id; None: any number. `whitespace`: of the arguments.
     """
 
     format: ToolFormat
@@ -52,6 +55,7 @@ class ToolStyle:
     shows_results: bool
     max_calls: int | None = None
     id_length: int | None = None
+    whitespace: Whitespace = "model"
 
     @property
     def format_source(self) -> str | Json:
@@ -115,12 +119,10 @@ class ToolStyle:
         *,
         parallel: bool,
         answer: object,
-        in_order: bool = False,
     ) -> Json:
         """Return a tool set in JSON, whose fields grammar/tools/tool_set.py describes.
 
-        `choice`: as there. `answer`: the JSON schema of an answer without calls; None: any text. `in_order`: properties
-        come in the order of their schemas.
+        `choice`: as there. `answer`: the JSON schema of an answer without calls; None: any text.
         """
         source: Json = {
             "tools": [
@@ -129,7 +131,6 @@ class ToolStyle:
             "format": self.format_source,
             "choice": choice,
             "parallel": parallel if self.max_calls is None else self.max_calls,
-            "json": {"whitespace": "bounded", "mode": "declared_order" if in_order else "exact"},
         }
         return source if answer is None else {**source, "answer": answer}
 
@@ -206,6 +207,7 @@ def tool_style(template: ChatTemplate) -> ToolStyle:
         results is not None and _RESULT in results,
         1 if two is None else None,
         id_length,
+        _whitespace(template, id_length) if shows_calls else "model",
     )
 
 
@@ -213,12 +215,24 @@ def _call_id(index: int, length: int | None) -> str:
     return f"call_{index}" if length is None else str(index).zfill(length)
 
 
-def _answer(num_calls: int, id_length: int | None) -> Json:
+def _whitespace(template: ChatTemplate, id_length: int | None) -> Whitespace:
+    """Return the white space of the arguments that a template writes."""
+    answer = _answer(1, id_length, {_KEY: 1, _OTHER_KEY: 2})
+    found = _TWO_ARGUMENTS.search(_rendered(template, [_USER, answer], tools=[_TOOL]) or "")
+    if found is None:
+        return "model"
+    after_colon, after_comma = found.groups()
+    if "\n" in after_comma:
+        return whitespace_named(f"indent={len(after_comma) - after_comma.rindex(chr(10)) - 1}") or "model"
+    return "model" if after_colon and after_comma else "any" if after_colon or after_comma else "compact"
+
+
+def _answer(num_calls: int, id_length: int | None, arguments: Json | None = None) -> Json:
     calls = [
         {
             "id": _call_id(index, id_length),
             "type": "function",
-            "function": {"name": _NAME, "arguments": {_KEY: 1}},
+            "function": {"name": _NAME, "arguments": arguments or {_KEY: 1}},
         }
         for index in range(num_calls)
     ]

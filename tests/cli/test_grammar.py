@@ -124,6 +124,29 @@ def test_files_that_cannot_be_read_are_told_apart(
 
 
 def test_instances_may_stand_behind_options(person: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert check(capsys, person, "--mode", "exact", '{"name":"A"}', "--raw", '{"name":"B"}')[0] == 0
+    assert check(capsys, person, "--order", "any", '{"name": "A"}', "--raw", '{"name": "B"}')[0] == 0
     with pytest.raises(SystemExit):
         check(capsys, person, "--raw", "{}", "--wrong")
+
+
+def test_says_which_objects_are_closed_and_why_a_valid_instance_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    item = {"type": "object", "properties": {"c": {"type": "integer"}}}
+    schema = json.dumps({"type": "object", "properties": {"a": item, "b": {"type": "object"}}})
+    status, out = check(capsys, schema, '{"b": {"x": 1}}')
+    assert status == 0
+    assert "only declared properties at /, /properties/a;" in out
+    for instance in ('{"b": {}, "a": {}}', '{"a": {"d": 1}}', '{"a": {"c": 1.0}}'):
+        status, out = check(capsys, schema, instance)
+        assert status == 1
+        assert "the schema allows it" in out, instance
+    assert "the schema allows it" not in check(capsys, schema, '{"a": 1}')[1]
+    status, out = check(capsys, schema, "--additional-properties", "schema", '{"a": {"c": 1, "d": 1}, "e": 1}')
+    assert status == 0
+    assert "closed" not in out
+
+
+@pytest.mark.parametrize("whitespace", ["model", "compact", "any", "indent=0", "indent=4"])
+def test_instances_are_read_in_the_layout_that_is_asked_for(
+    whitespace: str, person: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert check(capsys, person, "--whitespace", whitespace, '{"name": "A", "age": 3}')[0] == 0

@@ -14,7 +14,7 @@ from dataclasses import replace
 from ramet.errors import UnsupportedSchema
 from ramet.grammar.json_schema.algebra import distinct, specs
 from ramet.grammar.json_schema.algebra.expressions import Expressions
-from ramet.grammar.json_schema.algebra.values import INFINITE, Arrays, Exists, Expr, Objects, Values
+from ramet.grammar.json_schema.algebra.values import FALSE, INFINITE, TRUE, Arrays, Exists, Expr, Objects, Rule, Values
 
 
 def of_values(e: Expressions, a: Values) -> int:
@@ -123,6 +123,21 @@ def objects_of(e: Expressions, expr: Expr) -> tuple[Objects, ...]:
     """Return the specs of the objects in an expression, without those that have no values. It must not be empty."""
     a = e.values(expr)
     return a.objects if a.is_one_spec else tuple(o for o in a.objects if of_object(e, o) < INFINITE)
+
+
+def closed(e: Expressions, o: Objects) -> Objects:
+    """Return the objects of a spec without those whose keys no schema names, where the schemas say nothing of others.
+
+    A key that matches a pattern of `patternProperties` is named. If no object would be left, the spec stays open.
+    """
+    if o.says_others is not False or o.exists:
+        return o
+    languages = dict.fromkeys(n for rule in o.rules if rule.additional != FALSE for n, _ in rule.patterns)
+    if languages:
+        narrowed = replace(o, rules=(*o.rules, Rule(tuple((n, TRUE) for n in languages), FALSE)), says_others=True)
+    else:
+        narrowed = replace(o, default=FALSE, rules=(), says_others=True)
+    return narrowed if of_object(e, narrowed) < INFINITE else o
 
 
 def arrays_of(e: Expressions, expr: Expr) -> tuple[Arrays, ...]:

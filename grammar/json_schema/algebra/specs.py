@@ -106,7 +106,7 @@ def both_objects(e: Expressions, a: Objects, b: Objects) -> Objects | None:
             high,
             tuple(sorted(dependent.items())),
             tuple(dict.fromkeys(a.exists + b.exists)),
-            a.named_only or b.named_only,
+            b.says_others if a.says_others is None else a.says_others or bool(b.says_others),
             a.excluded | b.excluded,
         ),
     )
@@ -138,7 +138,9 @@ def tidy_objects(e: Expressions, o: Objects) -> Objects | None:
     if default == FALSE and low > sum(expr != FALSE for _, expr in properties):
         return None
     low = o.low if o.low > len(o.required) else 0
-    return Objects(properties, default, rules, o.required, low, o.high, o.dependent, o.exists, o.named_only, o.excluded)
+    return Objects(
+        properties, default, rules, o.required, low, o.high, o.dependent, o.exists, o.says_others, o.excluded
+    )
 
 
 def not_objects(e: Expressions, o: Objects) -> list[Objects]:

@@ -85,7 +85,8 @@ class Objects:
     rules: what the values of all other keys must be; `default` and every rule must hold.
     required: keys that must be present. low, high: the number of keys. dependent: (key, keys that it requires). exists:
     see Exists. excluded: objects that are left out, as numbers of constants (see constants.py).
-    named_only: in declared order, keys that no schema names are not written, although they would be valid.
+    says_others: whether a schema said what other keys must be. False: it only said what the declared keys must be, so
+    that `closed` leaves other keys out. None: it spoke of no keys.
     """
 
     properties: tuple[tuple[str, Expr], ...] = ()
@@ -96,7 +97,7 @@ class Objects:
     high: int | None = None
     dependent: tuple[tuple[str, frozenset[str]], ...] = ()
     exists: tuple[Exists, ...] = ()
-    named_only: bool = False
+    says_others: bool | None = None
     excluded: frozenset[int] = frozenset()
     table: dict[str, Expr] = field(init=False, compare=False, repr=False)  # `properties` as a dictionary
 

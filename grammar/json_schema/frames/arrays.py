@@ -7,9 +7,16 @@ from dataclasses import replace
 from ramet.grammar.json_schema.algebra import costs, distinct, specs
 from ramet.grammar.json_schema.algebra.values import Arrays, Const, Expr
 from ramet.grammar.json_schema.frames.compilation import Compilation, Context
-from ramet.grammar.json_schema.frames.lookahead import MAX_TAGS, ArrayEnd, EndsContext, before_end
-from ramet.grammar.json_schema.frames.tables import CLOSE, GO_ON, next_item_rows, open_array_rows
-from ramet.grammar.machine.frame import DEAD, NEEDS_RUN, Frame, FrameTable, target
+from ramet.grammar.json_schema.frames.lookahead import (
+    MAX_TAGS,
+    ArrayEnd,
+    EndsContext,
+    before_end,
+    only_exit,
+    place_table,
+)
+from ramet.grammar.json_schema.frames.tables import AFTER_COMMA, AT_VALUE, CLOSE, GO_ON
+from ramet.grammar.machine.frame import DEAD, NEEDS_RUN, Frame, target
 
 # a spec that an array may still satisfy: tag, spec, number of items found for each `contains`, rivals (constants
 # that the array must not become, and that it equals so far)
@@ -154,6 +161,7 @@ class ArrayNode:
         self.anonymous = anonymous
         self.context = context
         self.items = items
+        self.depth = compilation.layout.inside(context.depth)
 
     def mask_twin(self) -> ArrayNode:
         """Return the same array in the twin of its context."""
@@ -197,6 +205,7 @@ class ItemContext(Context):
     def __init__(self, compilation: Compilation, node: ArrayNode) -> None:
         self.compilation = compilation
         self.node = node
+        self.depth = node.depth
         state = node.state
         self.remembers = state.compares or node.items is not None
         # if earlier items can make it impossible to complete a text, the text can only continue after a known item
@@ -260,25 +269,32 @@ def _opened(compilation: Compilation, exprs: tuple[Expr, ...]) -> ArrayState:
 class ArrayStartFrame(Frame):
     """The place right after `[`."""
 
+    is_open = True
+
     def __init__(self, compilation: Compilation, node: ArrayNode) -> None:
         self.compilation = compilation
         self.node = node
-        self.table = self.make_table()
-
-    def make_table(self) -> FrameTable:
-        return self.compilation.constant_table(open_array_rows, (True, True), 2)
+        state = node.state
+        # without white space, the exits alone tell that one of the ways is impossible
+        may_go_on = compilation.layout.is_tight or bool(state.choices()[0])
+        may_close = compilation.layout.is_tight or bool(state.closing_tags())
+        self.table = place_table(compilation, True, self.is_open, node.depth, may_go_on, may_close)
 
     def mask_twin(self, local: int) -> int:
         node = self.node
         inner = node.item_context().mask_twin()
         exprs = tuple(map(self.compilation.expressions.plainest, node.state.choices()[0]))
         end = ArrayEnd(node.state.closing_tags(), exprs)
-        return before_end(self.compilation, end, node.context.mask_twin(), is_open=True, inner=inner)
+        outer = node.context.mask_twin()
+        return before_end(self.compilation, end, outer, is_open=True, inner=inner, local=local)
 
     def resolve(self, exit_index: int) -> int:
-        return self.node.close() if exit_index == CLOSE else self.node.item(2)
+        return self.node.close() if exit_index == CLOSE else self.node.item(AT_VALUE)
 
     def closing_exit(self, local: int) -> int:
+        only = only_exit(self.table, local)
+        if only is not None:
+            return only
         node, state = self.node, self.node.state
         costs = [(node.cost(t, state.index), 0 if state.may_close(t) else 1) for t in state.threads]
         return CLOSE if min(costs)[1] == 0 else GO_ON
@@ -287,12 +303,11 @@ class ArrayStartFrame(Frame):
 class ArrayNextFrame(ArrayStartFrame):
     """The place after an item: `]` or a comma."""
 
-    def make_table(self) -> FrameTable:
-        return self.compilation.constant_table(next_item_rows, (True, True), 2)
+    is_open = False
 
     def mask_twin(self, local: int) -> int:
         node = self.node
-        return before_end(self.compilation, node.state.end(), node.context.mask_twin(), is_open=False)
+        return before_end(self.compilation, node.state.end(), node.context.mask_twin(), is_open=False, local=local)
 
     def resolve(self, exit_index: int) -> int:
-        return self.node.close() if exit_index == CLOSE else self.node.item(1)
+        return self.node.close() if exit_index == CLOSE else self.node.item(AFTER_COMMA)

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from ramet.grammar.json_schema.algebra import costs
 from ramet.grammar.json_schema.algebra.expressions import Expressions
 from ramet.grammar.json_schema.algebra.values import INFINITE, Const, Expr, Values
+from ramet.grammar.json_schema.frames.layout import Layout
 from ramet.grammar.json_schema.frames.tables import (
     ARRAY,
     FALSE,
@@ -49,11 +50,13 @@ class Context(ABC):
     remembers: `resume` must get the value itself, because what may follow depends on it.
     is_anonymous: it remembers, but an earlier value was read by a walk over the vocabulary and is not known.
     is_for_masks: it stands for many places that share their masks. No text ever gets there (lookahead.py).
+    depth: of the value, as its layout counts (see Layout.inside).
     """
 
     remembers: bool = False
     is_anonymous: bool = False
     is_for_masks: bool = False
+    depth: int = 0
 
     @abstractmethod
     def resume(self, mask: int, value: Const | None) -> int:
@@ -95,8 +98,8 @@ Opener = Callable[["Compilation", tuple[Expr, ...], Context], int]
 class Compilation:
     """All schemas that are compiled together for one machine: one, or several in one text.
 
-    openers: for each kind of value, the function that makes its first frame. spaced, ordered: whether a space may
-    follow commas and colons, and whether properties come in declared order (see ir.JsonOptions).
+    openers: for each kind of value, the function that makes its first frame. ordered: properties come in declared
+    order. plain_integers: integers have no fraction part. See ir.JsonOptions.
     """
 
     def __init__(
@@ -105,14 +108,16 @@ class Compilation:
         expressions: Expressions,
         openers: Mapping[int, Opener],
         *,
-        spaced: bool,
+        layout: Layout,
         ordered: bool,
+        plain_integers: bool,
     ) -> None:
         self.machine = machine
         self.expressions = expressions
         self.openers = openers
-        self.spaced = spaced
+        self.layout = layout
         self.ordered = ordered
+        self.plain_integers = plain_integers
         self._made: dict[tuple[object, ...], Any] = {}  # Any: the first item of a key says what type its value has
 
     def once(self, make: Callable[[Compilation, *Ts], T], *arguments: *Ts) -> T:
@@ -137,7 +142,7 @@ class Compilation:
         return found
 
     def value(self, exprs: tuple[Expr, ...], context: Context, local: int) -> int:
-        """Return the target at a value: local 0 is before its colon, 1 where a space may stand, 2 at its first byte."""
+        """Return the target at a value. local: BEFORE_COLON, AFTER_COMMA or AT_VALUE."""
         return target(self.frame(ValueFrame, exprs, context), local)
 
     def constant_table(
@@ -169,7 +174,7 @@ class ValueFrame(Frame):
         kinds = 0
         for e in exprs:
             kinds |= compilation.expressions.kinds(e)
-        self.table = compilation.constant_table(dispatch_rows, (compilation.spaced, kinds), 7)
+        self.table = compilation.constant_table(dispatch_rows, (compilation.layout, context.depth, kinds), 7)
         self.exprs = exprs
         self.context = context
 

@@ -63,7 +63,8 @@ class KeySpace:
         self._possible: dict[FrameTable, tuple[int, int]] = {}
         self._master: tuple[bool, StringRows] | None = None
         self.required = [sum(1 << self.index[k] for k in o.required) for o in specs]
-        self._endings: dict[bytes | int, list[tuple[str, bytes]]] = {}
+        self._endings: dict[bytes, list[tuple[str, bytes]]] = {}
+        self._endings_after: dict[bytes, list[tuple[str, bytes]]] = {}
         self._noted: set[str] = set()
         self._names_from: dict[int, int] = {}
         self._many_ways: list[str] = []
@@ -119,7 +120,7 @@ class KeySpace:
             n = len(self.names)
             o = self.specs[spec]
             others = sum(1 << i for i in range(len(self.signatures)) if self.usable(spec, n + i))
-            if self.is_simple[spec] and self.is_open(others) and not o.named_only:
+            if self.is_simple[spec] and self.is_open(others):
                 named = (1 << n) - 1  # names without a value are found when they are read: no key can be stuck
             else:
                 named = sum(1 << i for i in range(n) if self.usable(spec, i))
@@ -130,9 +131,6 @@ class KeySpace:
                     )
                     if needed & ~named or (o.high is not None and needed.bit_count() > o.high):
                         named &= ~(1 << i)
-            own = sum(1 << i for i in range(n) if (named >> i) & 1 and self.names[i] in o.table)
-            if o.named_only and not o.exists and o.low <= own.bit_count():
-                named, others = own, 0
             found = self._alive[spec] = named, others
         return found
 
@@ -144,10 +142,8 @@ class KeySpace:
                 return False
         return True
 
-    def note_key(self, key: str, gaps: tuple[tuple[bytes, ...], ...]) -> None:
-        """Make an unnamed key known to `endings`. gaps: for each place before a key, the texts that may stand before
-        the key.
-        """
+    def note_key(self, key: str) -> None:
+        """Make an unnamed key known to `endings` and `endings_after`."""
         if key in self._noted:
             return
         self._noted.add(key)
@@ -155,30 +151,34 @@ class KeySpace:
         if len(ways) > MAX_WAYS:
             self._many_ways.append(key)
             return
-        quoted = self.compilation.machine.vocabulary.quoted
+        vocabulary = self.compilation.machine.vocabulary
         for written in ways:
             whole = written + b'"'
-            places: list[tuple[bytes | int, bytes]] = [(written[:i], whole[i:]) for i in range(len(whole))]
-            places.extend((i, gap + whole) for i, texts in enumerate(gaps) for gap in texts)
-            for place, rest in places:
-                if rest in quoted:
-                    self._endings.setdefault(place, []).append((key, rest))
+            for i in range(len(whole)):
+                if whole[i:] in vocabulary.quoted:
+                    self._endings.setdefault(written[:i], []).append((key, whole[i:]))
+            for gap in vocabulary.gaps_before.get(whole, ()):
+                self._endings_after.setdefault(gap, []).append((key, gap + whole))
 
-    def endings(self, place: bytes | int, keys: frozenset[str], gaps: tuple[bytes, ...]) -> list[bytes]:
-        """Return the texts that complete one of these keys. `note_key` must know the keys.
-
-        place: the text of the key so far; or the number of a place before a key, where one of `gaps` stands before the
-        key.
-        """
-        out = [rest for key, rest in self._endings.get(place, ()) if key in keys]
-        for key in self._many_ways:
-            if key in keys:
-                whole = [gap + written + b'"' for written in strings.ways_to_write(key) for gap in gaps or (b"",)]
-                if isinstance(place, int):
-                    out.extend(whole)
-                else:
-                    out.extend(w[len(place) :] for w in whole if w.startswith(place))
+    def endings(self, text: bytes, keys: frozenset[str]) -> list[bytes]:
+        """Return the texts that complete one of these keys. text: of the key so far. `note_key` must know the keys."""
+        out = [rest for key, rest in self._endings.get(text, ()) if key in keys]
+        for whole in self._many_ways_of(keys):
+            if whole.startswith(text):
+                out.append(whole[len(text) :])
         return out
+
+    def endings_after(self, gaps: frozenset[bytes], keys: frozenset[str]) -> list[bytes]:
+        """Return the texts that consist of one of `gaps` and one of these keys. `note_key` must know the keys.
+
+        gaps: what may stand before a key, up to its opening quote.
+        """
+        out = [whole for gap in gaps for key, whole in self._endings_after.get(gap, ()) if key in keys]
+        return out + [gap + whole for whole in self._many_ways_of(keys) for gap in gaps]
+
+    def _many_ways_of(self, keys: frozenset[str]) -> list[bytes]:
+        many = [key for key in self._many_ways if key in keys]
+        return [written + b'"' for key in many for written in strings.ways_to_write(key)]
 
     def names_from(self, byte: int) -> int:
         """Return bits of the names whose text in JSON begins with this byte. (The empty name begins with its closing

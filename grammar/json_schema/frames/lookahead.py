@@ -19,7 +19,10 @@ from typing import NamedTuple
 from ramet.grammar.json_schema.algebra.values import Const, Expr
 from ramet.grammar.json_schema.frames.compilation import Compilation, Context
 from ramet.grammar.json_schema.frames.tables import (
+    AFTER_COMMA,
+    AT_VALUE,
     CLOSE,
+    GO_ON,
     any_key_rows,
     key_start_rows,
     next_item_rows,
@@ -28,7 +31,7 @@ from ramet.grammar.json_schema.frames.tables import (
     open_object_rows,
     unread_rows,
 )
-from ramet.grammar.machine.frame import NEEDS_RUN, Frame, FrameTable, target
+from ramet.grammar.machine.frame import NEEDS_RUN, Frame, FrameTable, path_to_exit, target
 
 MAX_TAGS = 2  # a value with more tags is its own twin: otherwise 2 ** tags sets of tags would have to be compared
 
@@ -50,10 +53,10 @@ class MaskContext(Context):
 
 
 class Somewhere(MaskContext):
-    """A context of which nothing is known. Tokens that end the value are run."""
+    """A context of which only the depth is known. Tokens that end the value are run."""
 
-    def __init__(self, compilation: Compilation) -> None:
-        pass
+    def __init__(self, compilation: Compilation, depth: int) -> None:
+        self.depth = depth
 
     def resume(self, mask: int, value: Const | None) -> int:
         return NEEDS_RUN
@@ -129,21 +132,42 @@ class EndsContext(MaskContext):
         self.compilation = compilation
         self.ends = ends
         self.outer = outer
+        self.depth = compilation.layout.inside(outer.depth)
 
     def resume(self, mask: int, value: Const | None) -> int:
         return before_end(self.compilation, self.ends[mask - 1], self.outer, is_open=False)
 
 
 def before_end(
-    compilation: Compilation, end: End, outer: Context, *, is_open: bool, inner: Context | None = None
+    compilation: Compilation, end: End, outer: Context, *, is_open: bool, inner: Context | None = None, local: int = 0
 ) -> int:
     """Return the target at a place where an object or array may end.
 
     is_open: the place is right after the opening bracket, not after a property or an item. inner: the context of the
-    next item; by default, nothing is known of what follows the item.
+    next item; by default, nothing is known of what follows the item. local: a state of the white space in that place.
     """
-    inner = inner or compilation.once(Somewhere)
-    return target(compilation.frame(EndFrame, end, outer, is_open, inner))
+    inner = inner or compilation.once(Somewhere, compilation.layout.inside(outer.depth))
+    return target(compilation.frame(EndFrame, end, outer, is_open, inner), local)
+
+
+def place_table(
+    compilation: Compilation, is_array: bool, is_open: bool, depth: int, may_go_on: bool, may_close: bool
+) -> FrameTable:
+    """Return the table of a place where an object or array may end or go on. Its exits are GO_ON and CLOSE.
+
+    depth: of the items or properties.
+    """
+    if is_array:
+        rows = open_array_rows if is_open else next_item_rows
+    else:
+        rows = open_object_rows if is_open else next_key_rows
+    return compilation.constant_table(rows, (compilation.layout, depth, may_go_on, may_close), 2)
+
+
+def only_exit(table: FrameTable, local: int) -> int | None:
+    """Return the exit of such a table that is still possible in a state; None if both are."""
+    possible = [exit_index for exit_index in (GO_ON, CLOSE) if path_to_exit(table, exit_index, local) is not None]
+    return possible[0] if len(possible) == 1 else None
 
 
 class EndFrame(MaskFrame):
@@ -155,19 +179,15 @@ class EndFrame(MaskFrame):
         self.end = end
         self.outer = outer
         self.is_open = is_open
-        may_close = bool(end.tags)
-        if isinstance(end, ArrayEnd):
-            rows = open_array_rows if is_open else next_item_rows
-            self.table = compilation.constant_table(rows, (bool(end.item), may_close), 2)
-        elif is_open:
-            self.table = compilation.constant_table(open_object_rows, (end.may_go_on, may_close), 2)
-        else:
-            self.table = compilation.constant_table(next_key_rows, (compilation.spaced, end.may_go_on, may_close), 2)
+        may_go_on = bool(end.item) if isinstance(end, ArrayEnd) else end.may_go_on
+        self.table = place_table(
+            compilation, isinstance(end, ArrayEnd), is_open, inner.depth, may_go_on, may_close=bool(end.tags)
+        )
 
     def resolve(self, exit_index: int) -> int:
         end = self.end
         if exit_index == CLOSE:
             return NEEDS_RUN if self.outer.is_anonymous else self.outer.resume(end.tags, None)
         if isinstance(end, ArrayEnd):
-            return self.compilation.value(end.item, self.inner, 2 if self.is_open else 1)
+            return self.compilation.value(end.item, self.inner, AT_VALUE if self.is_open else AFTER_COMMA)
         return target(self.compilation.frame(KeyStartFrame, end.starts))

@@ -199,7 +199,7 @@ class ObjectState:
         return found
 
     def _in_order(self, spec: int, label: int) -> bool:
-        """Tell whether declared_order allows a key: it comes after all named keys seen, and skips no key that must
+        """Tell whether the declared order allows a key: it comes after all named keys seen, and skips no key that must
         come.
         """
         if label >= len(self.space.names):

@@ -23,10 +23,21 @@ from ramet.grammar.json_schema.frames.lookahead import (
     Somewhere,
     any_key_table,
     before_end,
+    only_exit,
+    place_table,
 )
 from ramet.grammar.json_schema.frames.object_states import ObjectState
-from ramet.grammar.json_schema.frames.tables import CLOSE, GO_ON, next_key_rows, open_object_rows
-from ramet.grammar.machine.frame import DEAD, NEEDS_RUN, Frame, FrameTable, path_to_exit, target, ways_to_exits
+from ramet.grammar.json_schema.frames.tables import BEFORE_COLON, CLOSE, GO_ON
+from ramet.grammar.machine.frame import (
+    DEAD,
+    NEEDS_RUN,
+    Frame,
+    FrameTable,
+    leave,
+    path_to_exit,
+    target,
+    ways_to_exits,
+)
 
 Content = frozenset[tuple[str, int]]  # keys, each with the number of its value (see constants.py)
 Place = tuple[tuple[Expr, ...], Context]  # the expressions of a value, and its context
@@ -39,7 +50,7 @@ def prepare(compilation: Compilation, spec: v.Objects) -> None:
     """Make what objects of this spec alone will need first. Skips specs with patterns: their automata may take long."""
     if spec.rules or spec.exists:
         return
-    space = compilation.once(KeySpace, (spec,))
+    space = compilation.once(KeySpace, (costs.closed(compilation.expressions, spec),))
     space.table(*space.alive(0), frozenset())
 
 
@@ -56,7 +67,7 @@ def open_object(compilation: Compilation, exprs: tuple[Expr, ...], context: Cont
 
 def _opened(compilation: Compilation, exprs: tuple[Expr, ...]) -> ObjectState | None:
     e = compilation.expressions
-    pairs = [(tag, o) for tag, x in enumerate(exprs) for o in costs.objects_of(e, x)]
+    pairs = [(tag, costs.closed(e, o)) for tag, x in enumerate(exprs) for o in costs.objects_of(e, x)]
     if not pairs:
         return None
     whole = {o: specs.without_excluded(e, o) if o.excluded else o for _, o in pairs}
@@ -80,6 +91,7 @@ class ObjectNode:
         self.state = state
         self.context = context
         self.content = content
+        self.depth = compilation.layout.inside(context.depth)
         self._twins: list[ObjectNode | None] = [None, None]
         self._mask_keys: list[int | None] = [None, None]
         self._needed: dict[int, tuple[int, int]] = {}  # by spec: bits of the keys that must still come, their cost
@@ -103,10 +115,13 @@ class ObjectNode:
         found = self._mask_keys[is_committed]
         if found is None:
             state = self.state
-            node = self._in(self.compilation.once(Somewhere), forgets=state.is_simple or bool(state.extras))
+            node = self._in(self._somewhere(), forgets=state.is_simple or bool(state.extras))
             is_shared = is_committed or not state.has_extras
             found = self._mask_keys[is_committed] = self.compilation.frame(MaskKeyFrame, node, is_shared)
         return found
+
+    def _somewhere(self) -> Context:
+        return self.compilation.once(Somewhere, self.context.depth)
 
     def _in(self, context: Context, forgets: bool) -> ObjectNode:
         state = self.state
@@ -176,7 +191,7 @@ class ObjectNode:
     def follow(self, label: int, key: str | None) -> int:
         """Return the target after a key. key: the text of an unnamed key, None if it is not known."""
         context = self.compilation.once(PropertyContext, self, label, key)
-        return self.compilation.value(context.exprs, context, 0) if context.exprs else DEAD
+        return self.compilation.value(context.exprs, context, BEFORE_COLON) if context.exprs else DEAD
 
 
 class PropertyContext(Context):
@@ -187,13 +202,14 @@ class PropertyContext(Context):
         self.node = node
         self.label = label
         self.key = key
+        self.depth = node.depth
         self.remembers = node.content is not None
         self.exprs, self.branches = node.state.choices(label)
         self.seen, self.extras, self.anonymous = node.state.keys_after(label, key)
         self._twin: Context | None = None
         self._rests: dict[int, int] = {}
         if self.extras is not node.state.extras and key is not None:
-            node.state.space.note_key(key, ObjectNextFrame.gaps)
+            node.state.space.note_key(key)
 
     def mask_twin(self) -> Context:
         if self._twin is None:
@@ -235,16 +251,17 @@ class ObjectStartFrame(Frame):
     `refused_prefixes` then removes the keys that came.
     """
 
-    gaps: tuple[tuple[bytes, ...], ...] = ((b'"',),)  # for each local state, what may stand before a key
+    is_open = True
 
     def __init__(self, compilation: Compilation, node: ObjectNode, is_shared: bool) -> None:
         self.compilation = compilation
         self.node = node
         self.is_shared = is_shared
-        self.table = self.make_table()
-
-    def make_table(self) -> FrameTable:
-        return self.compilation.constant_table(open_object_rows, (True, True), 2)
+        state, is_tight = node.state, compilation.layout.is_tight
+        # where no white space may stand, the exits alone tell that one of the ways is impossible
+        may_go_on = (is_tight and self.is_open) or any(state.alive())
+        may_close = is_tight or bool(state.closing_tags())
+        self.table = place_table(compilation, False, self.is_open, node.depth, may_go_on, may_close)
 
     def resolve(self, exit_index: int) -> int:
         return self.node.close() if exit_index == CLOSE else self.node.key(self.is_shared)
@@ -256,13 +273,15 @@ class ObjectStartFrame(Frame):
     def refused_prefixes(self, local: int) -> Sequence[bytes]:
         """Return the texts that would complete an unnamed key that came before."""
         extras = self.node.state.extras
-        return self.node.state.space.endings(local, extras, self.gaps[local]) if extras else ()
+        if not extras:
+            return ()
+        return self.node.state.space.endings_after(self.compilation.once(gaps_before_key, self.table, local), extras)
 
     def closing_exit(self, local: int) -> int:
-        node = self.node
-        if local:
-            return GO_ON
-        state = node.state
+        only = only_exit(self.table, local)
+        if only is not None:
+            return only
+        node, state = self.node, self.node.state
         costs = [(node.cost(t, state.seen), 0 if state.may_close(t) else 1) for t in state.threads]
         return CLOSE if min(costs)[1] == 0 else GO_ON
 
@@ -270,7 +289,7 @@ class ObjectStartFrame(Frame):
 class ObjectNextFrame(ObjectStartFrame):
     """The place after a property: `}` or a comma and the next key."""
 
-    gaps = ((b',"', b', "'), (b'"', b' "'), (b'"',))
+    is_open = False
 
     def mask_twin(self, local: int) -> int:
         node = self.node
@@ -278,9 +297,18 @@ class ObjectNextFrame(ObjectStartFrame):
             return super().mask_twin(local)
         return before_end(self.compilation, node.state.end(), node.context.mask_twin(), is_open=False)
 
-    def make_table(self) -> FrameTable:
-        may_go_on = any(self.node.state.alive())
-        return self.compilation.constant_table(next_key_rows, (self.compilation.spaced, may_go_on, True), 2)
+
+def gaps_before_key(compilation: Compilation, table: FrameTable, local: int) -> frozenset[bytes]:
+    """Return what may stand before a key in this place, up to its opening quote, if tokens have it so."""
+    return frozenset([gap for gap in compilation.machine.vocabulary.gaps if _opens_key(table, local, gap)])
+
+
+def _opens_key(table: FrameTable, local: int, gap: bytes) -> bool:
+    for byte in gap[:-1]:
+        local = int(table.rows[local, table.byte_class[byte]])
+        if local < 0:
+            return False
+    return int(table.rows[local, table.byte_class[gap[-1]]]) == leave(GO_ON)
 
 
 # --- the text of a key
@@ -328,7 +356,7 @@ class KeyFrame(Frame):
     def refused_prefixes(self, local: int) -> Sequence[bytes]:
         """Return the texts that would complete an unnamed key that came before."""
         extras = self.node.state.extras
-        return self.node.state.space.endings(self.text, extras, ()) if extras and self.has_memory else ()
+        return self.node.state.space.endings(self.text, extras) if extras and self.has_memory else ()
 
     def closing_exit(self, local: int) -> int:
         """Return a key that some thread needs, if the text so far allows one. The thread with the least cost comes
@@ -425,7 +453,7 @@ class MaskKeyFrame(MaskFrame):
         elif state.anonymous or (state.has_extras and not self.is_shared):
             return NEEDS_RUN
         exprs, context = self._place(exit_index)
-        return self.compilation.value(exprs, context, 0) if exprs else DEAD
+        return self.compilation.value(exprs, context, BEFORE_COLON) if exprs else DEAD
 
     def _place(self, label: int) -> Place:
         """Return the expressions and the context of a key's value."""
@@ -435,7 +463,8 @@ class MaskKeyFrame(MaskFrame):
             context = self.compilation.once(PropertyContext, node, label, None)
             if not context.anonymous:
                 return tuple(map(plainest, context.exprs)), context.mask_twin()
-        return tuple(dict.fromkeys(map(plainest, node.state.choices(label)[0]))), self.compilation.once(Somewhere)
+        exprs = tuple(dict.fromkeys(map(plainest, node.state.choices(label)[0])))
+        return exprs, self.compilation.once(Somewhere, node.depth)
 
     def loop_twin(self) -> int | None:
         """Return the loop state of the frame of unnamed keys whose values have the same places."""
@@ -469,9 +498,11 @@ class UnnamedKeyFrame(MaskFrame):
         self.first = first
         self.places = places
         # if any value may follow any key, all grammars with these options have the same mask
-        is_any = table is compilation.once(any_key_table) and places == (((TRUE,), compilation.once(Somewhere)),)
-        self.loop_key = ("any key", compilation.spaced, compilation.ordered) if is_any else None
+        ((exprs, context), *others) = places
+        is_any = table is compilation.once(any_key_table) and not others and exprs == (TRUE,)
+        if is_any and isinstance(context, Somewhere):
+            self.loop_key = ("any key", compilation.layout, context.depth, compilation.ordered)
 
     def resolve(self, exit_index: int) -> int:
         exprs, context = self.places[exit_index - self.first]
-        return self.compilation.value(exprs, context, 0) if exprs else DEAD
+        return self.compilation.value(exprs, context, BEFORE_COLON) if exprs else DEAD

@@ -55,7 +55,9 @@ def open_string(compilation: Compilation, exprs: tuple[Expr, ...], context: Cont
 def open_number(compilation: Compilation, exprs: tuple[Expr, ...], context: Context) -> int:
     """Return the target before the first byte."""
     specs: TaggedNumbers = tuple([compilation.expressions.values(e).numbers for e in exprs])
-    if compilation.ordered and len(specs) == 1:  # with several tags, it must be known which of them are satisfied
+    if (
+        compilation.plain_integers and len(specs) == 1
+    ):  # with several tags, it must be known which of them are satisfied
         specs = (tuple(_as_models_write(n) for n in specs[0]),)
     return target(compilation.frame(NumberFrame, specs, context, b""))
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from ramet.grammar import deadline, ir
 from ramet.grammar.json_schema.algebra.languages import Languages
 from ramet.grammar.json_schema.algebra.values import Strings
+from ramet.grammar.json_schema.frames.layout import NO_SPACE, Layout, Rows, entries
 from ramet.grammar.machine import walker
 from ramet.grammar.machine.frame import REFUSE, compress_rows, leave
 from ramet.grammar.regular import dfas, strings
@@ -28,6 +29,7 @@ FEW_NUMBERS, MANY_NUMBERS = 8, 4096  # with so many single values, they share a 
 CHUNK = 64  # characters that one table of a counted string holds
 OBJECT, ARRAY, STRING, NUMBER, TRUE, FALSE, NULL = range(7)  # kinds of value: the exits of `dispatch_rows`
 LITERALS = {TRUE: b"rue", FALSE: b"alse", NULL: b"ull"}
+BEFORE_COLON, AFTER_COMMA, AT_VALUE = range(3)  # states of `dispatch_rows`
 GO_ON, CLOSE = 0, 1  # exits of the tables between values: a key or an item follows; the object or array ends
 VALUE_STARTS = b'{["-0123456789tfn'
 ANY_CHARS = Dfa(ir.MAX_CODE_POINT, [0], [0], 1, [[0]], [True])
@@ -36,75 +38,76 @@ _PLAIN = np.array([b for b in range(0x20, 0x7F) if b not in b'"\\'])
 
 
 @cache
-def dispatch_rows(spaced: bool, kinds: int) -> NDArray[np.int32]:
+def dispatch_rows(layout: Layout, depth: int, kinds: int) -> NDArray[np.int32]:
     """Return the rows that read the beginning of a value. The exits are the kinds of value.
 
-    States: 0 before the colon, 1 where one space may stand, 2 at the value's first byte. kinds: bits of the kinds that
-    may stand here.
+    The first states are BEFORE_COLON, AFTER_COMMA and AT_VALUE. kinds: bits of the kinds that may stand here.
     """
-    rows = np.full((3, 256), REFUSE, dtype=np.int32)
-    rows[0, ord(":")] = 1
-    for state in (1, 2):
-        for first, kind in (
-            (b"{", OBJECT),
-            (b"[", ARRAY),
-            (b'"', STRING),
-            (b"t", TRUE),
-            (b"f", FALSE),
-            (b"n", NULL),
-        ):
-            if (kinds >> kind) & 1:
-                rows[state, first[0]] = leave(kind)
-        if (kinds >> NUMBER) & 1:
-            for byte in b"-0123456789":
-                rows[state, byte] = leave(NUMBER, again=True)
-    if spaced:
-        rows[1, ord(" ")] = 2
-    return rows
+    value = entries(b"", REFUSE)
+    for first, kind in (
+        (b"{", OBJECT),
+        (b"[", ARRAY),
+        (b'"', STRING),
+        (b"t", TRUE),
+        (b"f", FALSE),
+        (b"n", NULL),
+        (b"-0123456789", NUMBER),
+    ):
+        if (kinds >> kind) & 1:
+            value[list(first)] = leave(kind, again=kind == NUMBER)
+    rows = Rows(3)
+    rows.read(AT_VALUE, NO_SPACE, value)
+    rows.read(AFTER_COMMA, layout.after_comma(depth), value)
+    after_colon = rows.new()
+    rows.read(after_colon, layout.after_colon, value)
+    rows.read(BEFORE_COLON, layout.in_between, entries(b":", after_colon))
+    return rows.done()
 
 
 @cache
-def open_object_rows(may_go_on: bool, may_close: bool) -> NDArray[np.int32]:
-    rows = np.full((1, 256), REFUSE, dtype=np.int32)
+def open_object_rows(layout: Layout, depth: int, may_go_on: bool, may_close: bool) -> NDArray[np.int32]:
+    """Return the rows that read what follows `{`. depth: of the properties."""
+    rows = Rows(1)
     if may_go_on:
-        rows[0, ord('"')] = leave(GO_ON)
+        rows.read(0, layout.after_bracket(depth), entries(b'"', leave(GO_ON)))
     if may_close:
-        rows[0, ord("}")] = leave(CLOSE)
-    return rows
+        rows.read(0, layout.in_between, entries(b"}", leave(CLOSE)))
+    return rows.done()
 
 
 @cache
-def next_key_rows(spaced: bool, may_go_on: bool, may_close: bool) -> NDArray[np.int32]:
-    rows = np.full((3, 256), REFUSE, dtype=np.int32)
+def next_key_rows(layout: Layout, depth: int, may_go_on: bool, may_close: bool) -> NDArray[np.int32]:
+    """Return the rows that read what follows a property. depth: of the properties."""
+    rows = Rows(1)
     if may_close:
-        rows[0, ord("}")] = leave(CLOSE)
+        rows.read(0, layout.before_bracket(depth), entries(b"}", leave(CLOSE)))
     if may_go_on:
-        rows[0, ord(",")] = 1
-        rows[1:, ord('"')] = leave(GO_ON)
-        if spaced:
-            rows[1, ord(" ")] = 2
-    return rows
+        after_comma = rows.new()
+        rows.read(0, layout.in_between, entries(b",", after_comma))
+        rows.read(after_comma, layout.after_comma(depth), entries(b'"', leave(GO_ON)))
+    return rows.done()
 
 
 @cache
-def open_array_rows(may_go_on: bool, may_close: bool) -> NDArray[np.int32]:
-    rows = np.full((1, 256), REFUSE, dtype=np.int32)
+def open_array_rows(layout: Layout, depth: int, may_go_on: bool, may_close: bool) -> NDArray[np.int32]:
+    """Return the rows that read what follows `[`. depth: of the items."""
+    rows = Rows(1)
     if may_go_on:
-        for byte in VALUE_STARTS:
-            rows[0, byte] = leave(GO_ON, again=True)
+        rows.read(0, layout.after_bracket(depth), entries(VALUE_STARTS, leave(GO_ON, again=True)))
     if may_close:
-        rows[0, ord("]")] = leave(CLOSE)
-    return rows
+        rows.read(0, layout.in_between, entries(b"]", leave(CLOSE)))
+    return rows.done()
 
 
 @cache
-def next_item_rows(may_go_on: bool, may_close: bool) -> NDArray[np.int32]:
-    rows = np.full((1, 256), REFUSE, dtype=np.int32)
-    if may_go_on:
-        rows[0, ord(",")] = leave(GO_ON)
+def next_item_rows(layout: Layout, depth: int, may_go_on: bool, may_close: bool) -> NDArray[np.int32]:
+    """Return the rows that read what follows an item. depth: of the items."""
+    rows = Rows(1)
     if may_close:
-        rows[0, ord("]")] = leave(CLOSE)
-    return rows
+        rows.read(0, layout.before_bracket(depth), entries(b"]", leave(CLOSE)))
+    if may_go_on:
+        rows.read(0, layout.in_between, entries(b",", leave(GO_ON)))
+    return rows.done()
 
 
 @cache

@@ -146,14 +146,15 @@ class KeywordTable:
 class Interpreter:
     """Reads schema objects as sets of values.
 
-    only_named: see Objects.named_only. lenient: keywords that cannot be enforced are left out instead of refused.
+    closes_objects: specs know whether a schema said anything of other keys (see Objects.says_others). lenient: keywords
+    that cannot be enforced are left out instead of refused.
     """
 
     def __init__(
-        self, table: KeywordTable, max_states: int, *, only_named: bool = False, lenient: bool = False
+        self, table: KeywordTable, max_states: int, *, closes_objects: bool = False, lenient: bool = False
     ) -> None:
         self.table = table
-        self.only_named = only_named
+        self.closes_objects = closes_objects
         self.lenient = lenient
         self.languages = Languages(max_states)
         self.expressions = Expressions(self.languages, self, _OPERATIONS, lenient=lenient)
@@ -292,7 +293,8 @@ class Interpreter:
         """Tell whether the schema object asks which parts were evaluated."""
         if self.table.closing.isdisjoint(node.schema):
             return False
-        return any(k.close is not None and node.schema[name] not in (True, {}) for name, k in standing)
+        without_effect: tuple[object, ...] = () if self.closes_objects else (True, {})
+        return any(k.close is not None and node.schema[name] not in without_effect for name, k in standing)
 
     def tracked(self, node: SchemaNode) -> list[Alternative]:
         """Return a schema's values as a union of alternatives, each with its evaluated parts.

@@ -8,7 +8,7 @@ keyword in it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -94,7 +94,7 @@ def const(i: Interpreter, node: SchemaNode, name: str, found: Values) -> Values:
 
 
 def _constant(i: Interpreter, value: Any) -> Values:
-    """Return exactly this value. The keys of an object keep their order, which `declared_order` follows."""
+    """Return exactly this value. The keys of an object keep their order, which the declared order follows."""
     if value is None:
         return Values(null=True)
     if isinstance(value, bool):
@@ -248,9 +248,16 @@ def members(i: Interpreter, node: SchemaNode, name: str, o: Objects) -> Objects:
         o.high,
         o.dependent,
         o.exists,
-        i.only_named and bool(declared) and "additionalProperties" not in schema,
+        says_others(schema) if i.closes_objects else None,
         o.excluded,
     )
+
+
+def says_others(schema: Mapping[str, Any]) -> bool | None:
+    """Return Objects.says_others of a schema."""
+    if "additionalProperties" in schema or "unevaluatedProperties" in schema:
+        return True
+    return False if "properties" in schema else None
 
 
 def _patterns(i: Interpreter, node: SchemaNode) -> tuple[tuple[int, Expr], ...]:

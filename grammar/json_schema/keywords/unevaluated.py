@@ -13,6 +13,7 @@ table.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from ramet.errors import GrammarTooLarge
@@ -153,11 +154,13 @@ def close_objects(i: Interpreter, node: SchemaNode, name: str, found: Alternativ
     """Apply the schema to all keys that were not looked at. After that, all keys were looked at."""
     a, looked = found
     rest = i.expr(node, node.schema[name], f"/{name}")
-    if not looked.all_names and rest != TRUE:
+    if not looked.all_names and (rest != TRUE or i.closes_objects):
         names = tuple((k, TRUE) for k in sorted(looked.names))
         languages = tuple((n, TRUE) for n in sorted(looked.languages))
         # a named key may also match a language; its expression is TRUE either way
         spec = Objects(names, rules=(Rule(languages, rest),)) if languages else Objects(names, rest)
+        if i.closes_objects:
+            spec = replace(spec, says_others=True)
         a = i.expressions.intersect(a, v.ANY._replace(objects=(spec,)))
     return a, looked | Looked(all_names=True)
 

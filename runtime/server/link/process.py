@@ -342,6 +342,7 @@ def serve(settings: Settings) -> int:
         num_kv_tokens=int(stats["num_pages"]) * engine.config.page_size,
         start_s=time.monotonic() - start_s,
         page_size=engine.config.page_size,
+        json_form=engine.config.json_form,
     )
     postpone_full_collections()
     sender.put(hello)

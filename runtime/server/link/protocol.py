@@ -12,6 +12,7 @@ import msgspec
 from ramet import errors
 from ramet.errors import InvalidRequest, Overloaded, RametError
 from ramet.lang.graph.ir import Constraint, NodeEvent
+from ramet.lang.graph.json_form import AS_CONFIGURED, JsonForm
 from ramet.runtime.types import NO_OPTIONS, RequestOptions, SamplingParams
 
 T = TypeVar("T")
@@ -193,6 +194,7 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
     num_kv_tokens: int
     start_s: float
     page_size: int = 1
+    json_form: JsonForm = AS_CONFIGURED
 
 
 class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat"):

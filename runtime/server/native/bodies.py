@@ -13,14 +13,22 @@ from ramet.errors import InvalidSampling
 from ramet.lang.graph.constraint import Constraint, Tokenization
 from ramet.lang.graph.sampling import FIELDS
 from ramet.runtime.server.errors import HttpError
-from ramet.runtime.server.sampling_fields import MAX_CHOICES, NATIVE_VALUES, NativeValues, given_values, one_constraint
+from ramet.runtime.server.sampling_fields import (
+    MAX_CHOICES,
+    NATIVE_VALUES,
+    JsonFormFields,
+    NativeValues,
+    given_values,
+    json_form_of,
+    one_constraint,
+)
 from ramet.runtime.server.validation import OnlyFalse, OnlyTrue, Strict
 from ramet.runtime.types import MAX_INT32, SamplingParams
 
 MAX_PROMPTS = 1024
 
 
-class NativeSampling(NativeValues):
+class NativeSampling(JsonFormFields, NativeValues):
     """Sampling values and constraints. The defaults are those below; the model's generation_config.json is ignored."""
 
     n: int = Field(default=1, ge=1, le=MAX_CHOICES, description="answers; number i is drawn with sampling_seed + i")
@@ -58,6 +66,7 @@ class NativeSampling(NativeValues):
             ],
             limit_bytes,
             self.tokenization,
+            json_form_of(self, where="sampling_params."),
         )
 
 

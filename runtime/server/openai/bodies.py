@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from ramet.runtime.server.sampling_fields import MAX_TOP_LOGPROBS, SamplingFields
+from ramet.runtime.server.sampling_fields import MAX_TOP_LOGPROBS, JsonFormFields, SamplingFields
 from ramet.runtime.server.sending import Json
 from ramet.runtime.server.validation import OnlyTrue, Strict
 from ramet.runtime.types import MAX_INT32
@@ -82,7 +82,7 @@ class ChatMessage(Strict):
 
 
 class FunctionDefinition(Strict):
-    """`strict`: if set for all tools, properties come in their schema's order. Arguments always match the schema."""
+    """Arguments match the schema with or without `strict`."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.:/-]{1,128}$")
     description: str | None = None
@@ -132,10 +132,10 @@ class JsonObjectFormat(Strict):
     type: Literal["json_object"]
 
 
-class SchemaFormat(Strict):
+class SchemaFormat(JsonFormFields):
     """`name` and `description` are labels. The schema is enforced with or without `strict`.
 
-    `strict`: properties come in the schema's order, and only those that it names; without `strict`, in any order.
+    `whitespace`, `order` and `additional_properties` are Ramet's own.
     """
 
     name: str = Field(max_length=256)

@@ -50,7 +50,14 @@ from ramet.runtime.server.openai.reasoning import (
     position_after,
 )
 from ramet.runtime.server.openai.tool_calls import AnswerReader
-from ramet.runtime.server.sampling_fields import check_size, compact_json, constraint_of, sampling_params
+from ramet.runtime.server.sampling_fields import (
+    JsonFormFields,
+    check_size,
+    compact_json,
+    constraint_of,
+    json_form_of,
+    sampling_params,
+)
 from ramet.runtime.server.sending import DONE, EventStream, Json, LastEvent, collected, event
 from ramet.runtime.server.served_model import ServedModel, client_of
 from ramet.runtime.text.detokenizer import count_kept_tokens
@@ -295,8 +302,8 @@ class ChatEndpoint:
         if not tools:
             if choice not in ("none", "auto"):
                 raise HttpError(400, "tool_choice asks for a call but there are no tools", param="tool_choice")
-            return constraint_of(body, schema, limit, in_order=_is_strict(body), tag=_tag(body)), None
-        asked = constraint_of(body, schema, limit, in_order=_is_strict(body), tag=_tag(body))
+            return constraint_of(body, schema, limit, tag=_tag(body), form=_schema_form(body)), None
+        asked = constraint_of(body, schema, limit, tag=_tag(body), form=_schema_form(body), has_calls=True)
         if choice == "none" and asked is not None:
             return asked, None
         if asked is not None and asked[1].kind != "json_schema":
@@ -312,11 +319,11 @@ class ChatEndpoint:
             choice = choice.allowed_tools.mode
         name: str | Json = choice if isinstance(choice, str) else {"name": _named(choice, tools)}
         parallel = body.parallel_tool_calls is not False
-        in_order = all(tool.function.strict for tool in body.tools or ()) and (asked is None or asked[1].in_order)
-        written = self.style.tool_set(tools, name, parallel=parallel, answer=answer, in_order=in_order)
+        written = self.style.tool_set(tools, name, parallel=parallel, answer=answer)
         source = compact_json(written)
         check_size(source, "tools", limit)
-        constraint = Constraint("tools", source, tokenization=body.tokenization or "canonical")
+        form, _ = json_form_of(body, _schema_form(body))
+        constraint = Constraint("tools", source, body.tokenization or "canonical", form)
         return ("tools", constraint), None if choice == "none" else self.style
 
 
@@ -358,9 +365,10 @@ def _tag(body: ChatBody) -> Json | None:
     return asked.model_dump(exclude_none=True) if isinstance(asked, StructuralTagFormat) else None
 
 
-def _is_strict(body: ChatBody) -> bool:
+def _schema_form(body: ChatBody) -> JsonFormFields | None:
+    """The form of JSON that response_format asks for."""
     asked = body.response_format
-    return isinstance(asked, JsonSchemaFormat) and bool(asked.json_schema.strict)
+    return asked.json_schema if isinstance(asked, JsonSchemaFormat) else None
 
 
 def _decoded(asked: tuple[str, Constraint]) -> object:

@@ -130,7 +130,10 @@ class ProgramEndpoints:
         graph = read_graph(body.graph)
         graph = msgspec.structs.replace(graph, arguments={**graph.arguments, **body.arguments})
         hello = served.proxy.hello
-        limits = {} if hello is None else {"context_length": hello.context_length, "page_size": hello.page_size}
+        limits: dict[str, Any] = {}  # Any: each has its own type
+        if hello is not None:
+            limits = {name: getattr(hello, name) for name in ("context_length", "page_size")}
+            limits["form"] = hello.json_form
 
         def plan() -> dict[str, Any]:  # Any: JSON
             return explain(graph, body.program, TokenizerTarget(served.tokenizer, name=served.name, **limits))

@@ -318,5 +318,5 @@ def test_an_error_of_time_is_not_kept() -> None:
 @pytest.mark.parametrize("broken", [{"$defs": []}, {"definitions": "x"}, {"required": True}])
 def test_strict_mode_reads_past_what_is_malformed_and_not_its_concern(broken: dict[str, Any]) -> None:
     schema = {"type": "object", "additionalProperties": False, "properties": {}, **broken}
-    grammar = compile_grammar(JsonSchema(schema, JsonOptions(mode="strict")), BYTES)
+    grammar = compile_grammar(JsonSchema(schema, JsonOptions(strict=True)), BYTES)
     assert grammar.advance_bytes(0, b"{}") is not None

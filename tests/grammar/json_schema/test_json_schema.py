@@ -9,13 +9,13 @@ import pytest
 
 from ramet.errors import GrammarError, GrammarTooLarge, InvalidSchema, UnsupportedSchema
 from ramet.grammar import CompiledGrammar, Vocabulary, compile_grammar
-from ramet.grammar.ir import JsonOptions, JsonSchema
+from ramet.grammar.ir import AS_MODELS_WRITE, JsonOptions, JsonSchema
 
 BYTES = Vocabulary([*(bytes((i,)) for i in range(256)), b""], [256])
 
 
 def compiled(schema: Any, **options: Any) -> CompiledGrammar:
-    options.setdefault("whitespace", "bounded")
+    options.setdefault("whitespace", "any")
     return compile_grammar(JsonSchema(schema, JsonOptions(**options)), BYTES)
 
 
@@ -257,7 +257,7 @@ def test_keys_come_once() -> None:
 
 def test_declared_order_writes_named_properties_in_order() -> None:
     schema = {"type": "object", "properties": {"a": {"type": "string"}, "b": {}, "c": {}}, "required": ["b"]}
-    grammar = compiled(schema, mode="declared_order")
+    grammar = compiled(schema, **AS_MODELS_WRITE)
     for value in ({"a": "x", "b": 1}, {"b": 1}, {"b": 1, "c": None}):
         assert accepts(grammar, json.dumps(value)), value
     refused: list[Any] = [{"b": 1, "a": "x"}, {"c": 1, "b": 1}, {"a": "x"}, {"b": 1, "d": 1}]
@@ -267,13 +267,13 @@ def test_declared_order_writes_named_properties_in_order() -> None:
 
 def test_strict_mode_names_the_rule_that_is_broken() -> None:
     good = {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"], "additionalProperties": False}
-    assert accepts(compiled(good, mode="strict"), '{"a":""}')
+    assert accepts(compiled(good, strict=True), '{"a":""}')
     with pytest.raises(InvalidSchema, match="additionalProperties must be false"):
-        compiled({**good, "additionalProperties": True}, mode="strict")
+        compiled({**good, "additionalProperties": True}, strict=True)
     with pytest.raises(InvalidSchema, match="required must name every property"):
-        compiled({**good, "required": []}, mode="strict")
+        compiled({**good, "required": []}, strict=True)
     with pytest.raises(InvalidSchema, match="root must have type object"):
-        compiled({"type": "array"}, mode="strict")
+        compiled({"type": "array"}, strict=True)
 
 
 def test_all_problems_are_listed_at_once() -> None:

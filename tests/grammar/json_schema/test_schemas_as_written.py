@@ -384,7 +384,7 @@ CASES: list[tuple[str, Any, list[Any], list[Any]]] = [
 
 
 def compiled(schema: Any) -> CompiledGrammar:
-    return compile_grammar(JsonSchema(schema, JsonOptions(whitespace="bounded")), BYTES)
+    return compile_grammar(JsonSchema(schema, JsonOptions(whitespace="any")), BYTES)
 
 
 def accepts(grammar: CompiledGrammar, text: str) -> bool:
@@ -508,12 +508,12 @@ def test_numbers_beyond_a_float() -> None:
     assert len(grammar.shortest_completion(state)) == 1
 
 
-def test_integers_are_written_plainly_where_the_order_is_the_declared_one() -> None:
+def test_integers_have_no_fraction_where_they_are_to_be_plain() -> None:
     schema = {"type": "object", "properties": {"n": {"type": "integer", "minimum": 3}}, "required": ["n"]}
     either = {"oneOf": [{"type": "integer"}, {"type": "number", "exclusiveMinimum": 5}]}
     for text, exact in (('{"n":10}', True), ('{"n":10.0}', True), ('{"n":1e1}', False), ('{"n":10.5}', False)):
         assert accepts(compiled(schema), text) == exact
-        ordered = compile_grammar(JsonSchema(schema, JsonOptions(mode="declared_order")), BYTES)
-        assert accepts(ordered, text) == (text == '{"n":10}')
-    grammar = compile_grammar(JsonSchema(either, JsonOptions(mode="declared_order")), BYTES)
+        plain = compile_grammar(JsonSchema(schema, JsonOptions("any", integers="plain")), BYTES)
+        assert accepts(plain, text) == (text == '{"n":10}')
+    grammar = compile_grammar(JsonSchema(either, JsonOptions(integers="plain")), BYTES)
     assert [accepts(grammar, text) for text in ("3", "3.0", "6", "6.0", "6.5")] == [True, False, False, False, True]

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from ramet.grammar import CompiledGrammar, Vocabulary, compile_constraint
+from ramet.grammar.ir import AS_MODELS_WRITE
 from ramet.grammar.machine import bitmask
 
 PIECES = [
@@ -119,9 +120,8 @@ SPLITS |= {f"arbitrary {seed}": arbitrary(seed) for seed in range(3)}
 
 def compiled(name: str, split: Split | None) -> CompiledGrammar:
     kind, source, _ = GRAMMARS[name]
-    options: dict[str, Any] = {"whitespace": "bounded"} if kind == "json_schema" else {}
     splitter = None if split is None else Splitter(split)
-    return compile_constraint(kind, source, Vocabulary(TOKENS, [EOS], [EOS], splitter=splitter), **options)
+    return compile_constraint(kind, source, Vocabulary(TOKENS, [EOS], [EOS], splitter=splitter))
 
 
 def is_written(grammar: CompiledGrammar, text: bytes) -> bool:
@@ -214,8 +214,11 @@ def test_forced_bytes_are_written_with_the_own_tokens_of_the_tokenizer() -> None
     assert [TOKENS[t] for t in grammar.allowed_tokens(state)] == [b"name", b"not"]
     state = grammar.advance_bytes(0, b'{"name": "no",')
     assert state is not None
+    assert {TOKENS[t] for t in grammar.allowed_tokens(state)} == {b' "'}
     # the last token is left to the model: longer ones may follow
-    assert {TOKENS[t] for t in grammar.allowed_tokens(state)} == {b' "', b'"n'}
+    state = grammar.advance_bytes(0, b'{"name": ')
+    assert state is not None
+    assert {TOKENS[t] for t in grammar.allowed_tokens(state)} == {b'"', b'"n', b'"\xc3'}
 
 
 def test_of_several_keys_the_pieces_of_one_are_refused() -> None:
@@ -320,14 +323,14 @@ def test_the_end_of_a_string_is_joined_with_what_must_follow() -> None:
     schema: dict[str, Any] = {"type": "object", "properties": properties}
     schema |= {"required": ["a", "b"], "additionalProperties": False}
     vocabulary = Vocabulary(TOKENS, [EOS], [EOS], splitter=Splitter(longest_first))
-    grammar = compile_constraint("json_schema", schema, vocabulary, mode="declared_order")
+    grammar = compile_constraint("json_schema", schema, vocabulary, **AS_MODELS_WRITE)
     texts = {}
-    for text in (b'{"a":"x', b'{"a":"x","b":"y'):
+    for text in (b'{"a": "x', b'{"a": "x", "b": "y'):
         state = grammar.advance_bytes(0, text)
         assert state is not None
         texts[text] = TOKENS[grammar.joined_token(state, ord('"'))]
         assert grammar.joined_token(state, ord("a")) == ord("a")
-    assert texts == {b'{"a":"x': b'",', b'{"a":"x","b":"y': b'"}'}
+    assert texts == {b'{"a": "x': b'",', b'{"a": "x", "b": "y': b'"}'}
 
 
 def test_a_token_that_gives_back_the_end_of_a_prompt_begins_a_split_of_both() -> None:

@@ -42,7 +42,7 @@ def test_a_grammar_with_a_small_budget_gives_the_same_masks() -> None:
     limits = Limits(max_mask_bytes=12 * 4 * BYTES.num_words)
     small = compile_grammar(ir.JsonSchema(schema), BYTES, limits=limits)
     large = compile_grammar(ir.JsonSchema(schema), BYTES)
-    text = b'{"some":[1,22,333],"other":[],"third":[-4,0]}'
+    text = b'{"some": [1, 22, 333], "other": [], "third": [-4, 0]}'
     for _ in range(2):
         a = b = 0
         for byte in text:

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 
 from ramet.grammar import CompiledGrammar, Vocabulary, compile_grammar
-from ramet.grammar.ir import JsonOptions, JsonSchema
+from ramet.grammar.ir import AS_MODELS_WRITE, JsonOptions, JsonSchema
 from ramet.grammar.json_schema.frames import arrays, objects
 from ramet.grammar.json_schema.frames.arrays import ItemContext
 from ramet.grammar.machine import bitmask
 from ramet.grammar.machine.frame import REFUSE
 
-PIECES = ["{", "}", "[", "]", '"', ":", ",", "a", "b", "/", "1", "é", "\\/", " "]
-EOS = 256 + 1000
+PIECES = ["{", "}", "[", "]", '"', ":", ",", "a", "b", "/", "1", "é", "\\/", " ", "\n"]
+EOS = 256 + 1500
 SCHEMAS: dict[str, Any] = {
     "map": {"type": "object", "additionalProperties": {"type": "integer"}},
     "map of maps": {"additionalProperties": {"type": "object", "additionalProperties": {"enum": ["a", 1]}}},
@@ -61,15 +61,39 @@ def vocabulary() -> Vocabulary:
         for end in ('"', '":', '":1', '":"', '":{', '":1,"', '":1,"a":', '":{"', '":1}', '":"a","b":1', '":["a","'):
             for begin in ("", '"', ',"', '","', '1,"', '},"', '{"', '"],"', '", "'):
                 tokens[f"{begin}{key}{end}".encode()] = None
+        for end in (
+            '": 1',
+            '": [',
+            '": {"',
+            '": 1, "a": ',
+            '": "a", "b": 1',
+            '": [\n',
+            '": 1\n}',
+            '": 1,\n "a"',
+            '" :',
+        ):
+            for begin in ("", '{"', ' "', ', "', '1, "', '{\n "', '",\n "', ',\n  "'):
+                tokens[f"{begin}{key}{end}".encode()] = None
     long = [t for t in tokens if len(t) > 1][: EOS - 256]
     texts = [bytes((i,)) for i in range(256)] + long
     return Vocabulary([*texts, *[b""] * (EOS - len(texts)), b"<eos>"], [EOS], [EOS])
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
-@pytest.mark.parametrize("mode", ["exact", "declared_order"])
-def test_a_mask_allows_exactly_the_tokens_that_can_be_taken(name: str, mode: Any, vocabulary: Vocabulary) -> None:
-    grammar = compile_grammar(JsonSchema(SCHEMAS[name], JsonOptions(mode=mode)), vocabulary)
+@pytest.mark.parametrize(
+    "options",
+    [
+        JsonOptions("compact"),
+        JsonOptions("model", **AS_MODELS_WRITE),
+        JsonOptions("any", additional_properties="closed"),
+        JsonOptions("indent=1", order="declared"),
+    ],
+    ids=lambda options: options.whitespace,
+)
+def test_a_mask_allows_exactly_the_tokens_that_can_be_taken(
+    name: str, options: JsonOptions, vocabulary: Vocabulary
+) -> None:
+    grammar = compile_grammar(JsonSchema(SCHEMAS[name], options), vocabulary)
     rng = random.Random(name)
     for _ in range(3):
         state = 0
@@ -111,13 +135,13 @@ def test_a_closing_writes_keys_that_were_not_there(keys: str, vocabulary: Vocabu
         text = (text + closing)[: (text + closing).rindex(b'"')]
 
 
-@pytest.mark.parametrize("options", [JsonOptions(), JsonOptions(whitespace="bounded")])
+@pytest.mark.parametrize("options", [JsonOptions(), JsonOptions("any"), JsonOptions("indent=2")])
 def test_grammars_of_a_vocabulary_share_the_mask_of_keys_without_names(options: JsonOptions) -> None:
     vocabulary = Vocabulary([*(bytes((i,)) for i in range(256)), b'":', b'x":{', b"<eos>"], [258], [258])
     rows = []
     for schema in ({"type": "object"}, {"properties": {"zz": {"type": "object"}}, "required": ["zz"]}):
         grammar = compile_grammar(JsonSchema(schema, options), vocabulary)
-        state = grammar.advance_bytes(0, b'{"xx')
+        state = grammar.advance_bytes(0, b'{\n  "xx' if options.whitespace == "indent=2" else b'{"xx')
         assert state is not None
         rows.append(grammar.mask(state))
     assert rows[0] is rows[1]
@@ -128,7 +152,7 @@ def test_what_may_follow_in_an_object_or_array_is_worked_out_once_for_all_its_pl
     lists = {"a": {"$ref": "#/$defs/list"}, "b": {"$ref": "#/$defs/list"}}
     schema = {"type": "object", "properties": lists, "$defs": {"list": {"type": "array", "items": item}}}
     grammar = compile_grammar(JsonSchema(schema), vocabulary)
-    for text in (b'{"a":[{"a":1', b'{"b":[{"a":1'):
+    for text in (b'{"a": [{"a": 1', b'{"b": [{"a": 1'):
         assert grammar.advance_bytes(0, text) is not None
     frames = grammar.machine.frames
     inner = [
@@ -142,7 +166,7 @@ def test_what_may_follow_in_an_object_or_array_is_worked_out_once_for_all_its_pl
 def test_kinds_of_value_that_cannot_stand_somewhere_are_no_exits_to_be_resolved(vocabulary: Vocabulary) -> None:
     schema = {"properties": {"a": {"type": "integer"}, "b": {"type": ["null", "array"]}}, "additionalProperties": False}
     grammar = compile_grammar(JsonSchema(schema), vocabulary)
-    for text, starts in ((b"", b'"[{-0123456789tfn'), (b'{"a":', b"-0123456789"), (b'{"b":', b"[n")):
+    for text, starts in ((b"", b'"[{-0123456789tfn'), (b'{"a": ', b"-0123456789"), (b'{"b": ', b"[n")):
         state = grammar.advance_bytes(0, text)
         assert state is not None
         instance, local = divmod(grammar.packed(state), 1 << 32)

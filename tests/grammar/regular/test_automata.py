@@ -116,7 +116,7 @@ def test_the_loops_in_python_give_what_the_compiled_ones_give() -> None:
     schema = {"type": "object", "properties": {"a": {"type": "integer", "minimum": 5}, "b": {"maxLength": 3}}}
     grammar = compile_grammar(JsonSchema(schema), vocabulary)
     machine, trie = grammar.machine, vocabulary.trie
-    for text in (b"", b"{", b'{"', b'{"a', b'{"a":', b'{"a":1', b'{"b":"x'):
+    for text in (b"", b"{", b'{"', b'{"a', b'{"a":', b'{"a": 1', b'{"b": "x'):
         state = grammar.advance_bytes(0, text)
         assert state is not None
         rows = []

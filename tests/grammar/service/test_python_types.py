@@ -81,7 +81,7 @@ def test_schema_accepts_values_of_the_type_and_no_others(kind: Any, good: Any, b
     jsonschema.Draft202012Validator.check_schema(schema)
     grammar = compile_constraint("json_schema", schema, BYTES)
     for value, expected in ((good, True), (bad, False)):
-        state = grammar.advance_bytes(0, json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode())
+        state = grammar.advance_bytes(0, json.dumps(value, ensure_ascii=False).encode())
         assert (state is not None and grammar.is_accepting(state)) == expected, value
 
 

@@ -44,7 +44,7 @@ def accepts(source: dict[str, Any], text: str) -> bool:
         ("", True),
         ("anything é < f= [ <f", True),
         ('a <f=add>{"x": 3}</f> b', True),
-        ('<f=add>{"x":-1}</f><f=abs>2</f>[[true]] [ [', True),
+        ('<f=add>{"x": -1}</f><f=abs>2</f>[[true]] [ [', True),
         ("<f=abs>2", False),
         ("<f=abs>3", False),
         ("<f=", False),

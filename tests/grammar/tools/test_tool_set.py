@@ -65,12 +65,12 @@ def calls(layout: ToolFormat, *given: tuple[str, str]) -> str:
 def test_calls_of_each_format_are_exactly_those_of_the_tools(name: str) -> None:
     layout = FORMATS[name]
     grammar = compiled(format=name)
-    assert accepts(grammar, calls(layout, ("add", '{"a":1,"b":-2}')))
-    assert accepts(grammar, calls(layout, ("add", '{"b":1,"a":2}'), ("now", "{}"), ("address", '{"city":"Köln"}')))
+    assert accepts(grammar, calls(layout, ("add", '{"a": 1, "b": -2}')))
+    assert accepts(grammar, calls(layout, ("add", '{"b": 1, "a": 2}'), ("now", "{}"), ("address", '{"city": "Köln"}')))
     assert not accepts(grammar, calls(layout, ("sub", "{}")))
-    assert not accepts(grammar, calls(layout, ("add", '{"a":1}')))
-    assert not accepts(grammar, calls(layout, ("now", '{"a":1}')))
-    assert not accepts(grammar, calls(layout, ("address", '{"city":"Rome"}')))
+    assert not accepts(grammar, calls(layout, ("add", '{"a": 1}')))
+    assert not accepts(grammar, calls(layout, ("now", '{"a": 1}')))
+    assert not accepts(grammar, calls(layout, ("address", '{"city": "Rome"}')))
     assert not accepts(grammar, calls(layout, ("now", "{}"))[:-1])
     assert not accepts(grammar, calls(layout, ("now", "{}")) + "x")
 
@@ -93,7 +93,7 @@ def test_free_text_may_stand_before_calls_where_the_format_has_it(name: str) -> 
 
 def test_choice_decides_what_may_be_said() -> None:
     hermes = FORMATS["hermes"]
-    now, add = calls(hermes, ("now", "{}")), calls(hermes, ("add", '{"a":1,"b":2}'))
+    now, add = calls(hermes, ("now", "{}")), calls(hermes, ("add", '{"a": 1, "b": 2}'))
     required, none, only = compiled(choice="required"), compiled(choice="none"), compiled(choice={"name": "add"})
     assert [accepts(required, t) for t in ("", "text", now, "text" + now, add)] == [False, False, True, False, True]
     assert [accepts(none, t) for t in ("", "text", now)] == [True, True, False]
@@ -110,8 +110,8 @@ def test_parallel_calls_are_counted(parallel: Any, most: int) -> None:
 
 def test_a_final_answer_may_have_a_schema_of_its_own() -> None:
     grammar = compiled(answer={"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]})
-    assert accepts(grammar, '{"x":12}')
-    assert not accepts(grammar, '{"x":"12"}')
+    assert accepts(grammar, '{"x": 12}')
+    assert not accepts(grammar, '{"x": "12"}')
     assert not accepts(grammar, "text")
     assert accepts(grammar, calls(FORMATS["hermes"], ("now", "{}")))
 
@@ -165,7 +165,7 @@ def test_random_texts_of_the_grammar_are_read_back_as_valid_calls(name: str) -> 
 def test_masks_equal_brute_force_along_a_call() -> None:
     grammar = compiled()
     state: int | None = 0
-    for byte in ("ok " + calls(FORMATS["hermes"], ("address", '{"city":"Köln"}'))).encode():
+    for byte in ("ok " + calls(FORMATS["hermes"], ("address", '{"city": "Köln"}'))).encode():
         assert state is not None
         row = np.unpackbits(grammar.mask(state).view(np.uint8), bitorder="little")
         for token in range(len(BYTES.token_bytes) - 1):
@@ -195,7 +195,7 @@ def test_tools_with_the_same_schema_and_with_references_of_their_own() -> None:
         ("c", "2", True),
         ("c", "true", False),
     ]:
-        assert accepts(grammar, calls(hermes, (name, f'{{"v":{value}}}'))) == good
+        assert accepts(grammar, calls(hermes, (name, f'{{"v": {value}}}'))) == good
 
 
 def test_a_special_token_can_be_the_marker() -> None:

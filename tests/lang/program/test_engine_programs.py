@@ -81,7 +81,7 @@ def test_a_value_that_max_tokens_cannot_hold_says_what_it_would_take(engine: Eng
     def typed(s: State) -> None:
         s += "A switch: " + gen("switch", json_schema={"type": "object", "required": ["on"]})
 
-    with pytest.raises(ProgramError, match=r"because it was cut by max_tokens \(4\).*takes 9 tokens"):
+    with pytest.raises(ProgramError, match=r"because it was cut by max_tokens \(4\).*takes 10 tokens"):
         typed.run(backend=engine)["switch"]
 
 

@@ -242,3 +242,16 @@ def test_a_tokenization_is_one_of_a_constraint() -> None:
         constraint = written.constraint if isinstance(written, Gen) else written.gen.constraint
         assert constraint is not None
         assert constraint.tokenization == "any"
+
+
+def test_a_form_is_one_of_json() -> None:
+    with pytest.raises(InvalidRequest, match=r'whitespace is \'wide\', but must be one of "model", "compact"'):
+        gen("x", list[int], whitespace="wide")  # type: ignore[arg-type]
+    with pytest.raises(InvalidRequest, match="order is 1"):
+        gen("x", list[int], order=1)  # type: ignore[arg-type]
+    with pytest.raises(InvalidRequest, match="order is of JSON, but the text is free"):
+        gen("x", order="any")
+    with pytest.raises(InvalidRequest, match="additional_properties is of JSON, but a regex has none"):
+        gen("x", regex="a", additional_properties="schema")
+    with pytest.raises(InvalidRequest, match="x says whitespace inside of a grammar"):
+        gen("all", one_or_more(gen("x", list[int], whitespace="any")))

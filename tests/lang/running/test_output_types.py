@@ -75,18 +75,18 @@ def generate(kind: object, text: str) -> Any:
         (datetime.date, "2024-02-28", datetime.date(2024, 2, 28)),
         (datetime.time, "23:59:01", datetime.time(23, 59, 1)),
         (datetime.datetime, "2024-12-31T08:00:00", datetime.datetime(2024, 12, 31, 8)),
-        (Point, '{"x":1,"y":2,"tags":["a"]}', Point(1, 2, ["a"])),
-        (Row, '{"name":"Ann","score":1.5}', {"name": "Ann", "score": 1.5}),
+        (Point, '{"x": 1, "y": 2, "tags": ["a"]}', Point(1, 2, ["a"])),
+        (Row, '{"name": "Ann", "score": 1.5}', {"name": "Ann", "score": 1.5}),
         (
             Order,
-            '{"item":"pen","count":3,"colour":"red","when":"2024-05-01","places":[{"x":1}]}',
+            '{"item": "pen", "count": 3, "colour": "red", "when": "2024-05-01", "places": [{"x": 1}]}',
             Order(item="pen", count=3, colour=Colour.RED, when=datetime.date(2024, 5, 1), places=[Point(1)]),
         ),
-        (list[int], "[1,2,3]", [1, 2, 3]),
+        (list[int], "[1, 2, 3]", [1, 2, 3]),
         (int | None, "null", None),
-        (dict[str, int], '{"a":1}', {"a": 1}),
-        (tuple[int, str], '[1,"a"]', (1, "a")),
-        ({"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}, '{"a":5}', {"a": 5}),
+        (dict[str, int], '{"a": 1}', {"a": 1}),
+        (tuple[int, str], '[1, "a"]', (1, "a")),
+        ({"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}, '{"a": 5}', {"a": 5}),
     ],
     ids=lambda value: str(value)[:30],
 )
@@ -172,7 +172,7 @@ def test_a_value_that_its_class_refuses_is_an_error_with_its_cause() -> None:
                 raise ValueError("odd")
 
     with pytest.raises(ProgramError, match="odd") as raised:
-        generate(Even, '{"n":3}')
+        generate(Even, '{"n": 3}')
     assert raised.value.__cause__ is not None
 
 

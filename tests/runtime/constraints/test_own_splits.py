@@ -12,6 +12,7 @@ import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
 from ramet.grammar import Vocabulary, compile_constraint
+from ramet.grammar.ir import AS_MODELS_WRITE
 from ramet.grammar.machine import bitmask
 from ramet.kernels.grammar.arena import GrammarArena
 from ramet.kernels.grammar.mask import TokenTable
@@ -121,7 +122,7 @@ KINDS = ["gpt-2", "llama-3", "no pieces", "sentencepiece"]
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_own_split_of_a_whole_record_is_allowed_token_by_token(kind: str, compact: bool) -> None:
     made = tokenizer(kind)
-    whitespace = "compact" if compact else "bounded"
+    whitespace = "compact" if compact else "model"
     grammar = compile_constraint("json_schema", SCHEMA, vocabulary(made), whitespace=whitespace)
     for text in texts(3, 60, compact):
         state: int | None = 0
@@ -141,8 +142,8 @@ def test_forced_keys_come_in_the_tokenizers_own_tokens(kind: str) -> None:
         "properties": {"member": {"type": "boolean"}, "parts": {"const": "name"}},
     }
     schema |= {"required": ["member", "parts"], "additionalProperties": False}
-    grammar = compile_constraint("json_schema", schema, vocabulary(made), mode="declared_order")
-    text = '{"member":false,"parts":"name"}'
+    grammar = compile_constraint("json_schema", schema, vocabulary(made), **AS_MODELS_WRITE)
+    text = '{"member": false, "parts": "name"}'
     state = 0
     written: list[int] = []
     while not grammar.is_accepting(state):

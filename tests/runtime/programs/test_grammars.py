@@ -1,4 +1,4 @@
-"""Grammars of programs. With a device they are closed while they compile, in declared order, where that can be done."""
+"""Grammars of programs: the form of their JSON. With a device they are closed while they compile, if possible."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from ramet.errors import GrammarError
 from ramet.kernels.grammar.arena import GrammarArena
 from ramet.kernels.grammar.mask import TokenTable
 from ramet.lang.graph.ir import Constraint
+from ramet.lang.graph.json_form import JsonForm
 from ramet.runtime.constraints.device_grammars import DeviceGrammars
+from ramet.runtime.engine.config import EngineConfig
 from ramet.runtime.engine.factory import make_device_grammars
 from ramet.runtime.models.load import LoadedModel
 from ramet.runtime.programs.grammars import ProgramGrammars
@@ -76,11 +78,11 @@ def test_a_cache_may_be_collected_while_its_service_is_at_work(tiny_model: Loade
     assert not service._supervisor.is_alive()
 
 
-def test_a_schema_is_closed_in_declared_order(cache: ProgramGrammars, device: DeviceGrammars) -> None:
+def test_a_schema_is_closed_for_the_device(cache: ProgramGrammars, device: DeviceGrammars) -> None:
     grammar = cache.get(schema(OBJECT)).result(timeout=60)
     assert grammar.is_closed
-    assert accepts(grammar, '{"a":1,"b":"x"}')
-    assert not accepts(grammar, '{"b":"x","a":1}')
+    assert accepts(grammar, '{"a": 1, "b": "x"}')
+    assert not accepts(grammar, '{"b": "x", "a": 1}')
     tables = device.prepare(grammar)
     assert tables is not None
     assert tables.closing is not None
@@ -89,11 +91,52 @@ def test_a_schema_is_closed_in_declared_order(cache: ProgramGrammars, device: De
     assert device.prepare(grammar) is tables
 
 
-def test_without_a_device_properties_come_in_any_order(tiny_model: LoadedModel) -> None:
-    cache = grammars_of(tiny_model)
+FORMS: list[tuple[JsonForm, str, str]] = [
+    (JsonForm(), '{"a": 1, "b": "x"}', '{"b": "x", "a": 1}'),
+    (JsonForm(), '{"a": 1}', '{"a":1}'),
+    (JsonForm(), '{"a": 1}', '{"a": 1.0}'),
+    (JsonForm(), '{"a": 1}', '{"c": 1}'),
+    (JsonForm(order="any"), '{"b": "x", "a": 1}', '{"a": 1, "c": 1}'),
+    (JsonForm(additional_properties="schema"), '{"a": 1, "c": 1}', '{"c": 1, "a": 1}'),
+    (JsonForm("compact"), '{"a":1,"b":"x"}', '{"a": 1}'),
+    (JsonForm("indent=2"), '{\n  "a": 1,\n  "b": "x"\n}', '{"a": 1}'),
+    (JsonForm("any"), '{ "a" :1,"b" : "x"}', '{"a":  1}'),
+]
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_json_is_written_in_the_form_that_is_asked_for(
+    tiny_model: LoadedModel, device: DeviceGrammars, on_device: bool
+) -> None:
+    open_object = {name: value for name, value in OBJECT.items() if name not in ("additionalProperties", "required")}
+    constraint = schema(open_object)
+    cache = grammars_of(tiny_model, device if on_device else None)
+    for form, good, bad in FORMS:
+        grammar = cache.get(Constraint(constraint.kind, constraint.source, form=form)).result(timeout=60)
+        assert accepts(grammar, good), (form, good)
+        assert not accepts(grammar, bad), (form, bad)
+    cache.close()
+
+
+def test_a_form_that_is_not_asked_for_is_the_one_of_the_configuration(tiny_model: LoadedModel) -> None:
+    marks = RoleMarks(tiny_model.tokenizer.chat_template)
+    form = EngineConfig(json_whitespace="", json_order="any").json_form
+    cache = ProgramGrammars(tiny_model.tokenizer, marks, form=form)
     grammar = cache.get(schema(OBJECT)).result(timeout=60)
-    assert not grammar.is_closed
     assert accepts(grammar, '{"b":"x","a":1}')
+    assert not accepts(grammar, '{"b": "x", "a": 1}')
+    spaced = cache.get(Constraint("json_schema", json.dumps(OBJECT), form=JsonForm("model", "declared"))).result(
+        timeout=60
+    )
+    assert accepts(spaced, '{"a": 1, "b": "x"}')
+    assert not accepts(spaced, '{"b": "x", "a": 1}')
+    tools = {"tools": [{"name": "f", "parameters": OBJECT}], "choice": "required"}
+    calls = cache.get(Constraint("tools", json.dumps(tools), form=JsonForm(order="declared"))).result(timeout=60)
+    layout = marks.style.format
+    begin = layout.begin + layout.before_name + "f" + layout.before_arguments
+    assert calls.advance_bytes(0, (begin + '{"a":1,').encode()) is not None
+    for refused in ('{"b"', '{"a": '):
+        assert calls.advance_bytes(0, (begin + refused).encode()) is None
     cache.close()
 
 
@@ -101,10 +144,10 @@ def test_what_cannot_be_closed_is_what_was_asked_for(cache: ProgramGrammars, dev
     grammar = cache.get(schema(TREE)).result(timeout=60)
     assert not grammar.is_closed
     assert device.prepare(grammar) is None
-    assert accepts(grammar, "[[],[[]]]")
+    assert accepts(grammar, "[[], [[]]]")
     mixed = {"type": "object", "properties": {**OBJECT["properties"], "t": TREE["$defs"]["t"]}, "$defs": TREE["$defs"]}  # type: ignore[dict-item,index]
     grammar = cache.get(schema(mixed)).result(timeout=60)
-    assert accepts(grammar, '{"t":[[]],"a":1}')
+    assert accepts(grammar, '{"a": 1, "t": [[]]}')
 
 
 def test_closing_is_not_tried_again(

@@ -147,7 +147,7 @@ def test_a_schema_holds_and_a_wrong_one_is_refused(api: openai.OpenAI) -> None:
     raw = api.completions.create(model="tiny-random", prompt="x", max_tokens=4, extra_body={"json_schema": schema})
     for choice in (cut.choices[0], last.choices[0], raw.choices[0]):
         assert choice.finish_reason == "length"
-        assert "11 tokens" in (choice.model_extra or {})["incomplete"], 'a token a byte: {"ok":true}'
+        assert "12 tokens" in (choice.model_extra or {})["incomplete"], 'a token a byte: {"ok": true}'
     assert "incomplete" not in (answer.choices[0].model_extra or {})
     form["json_schema"]["schema"] = {"type": "nonsense"}
     for stream in (False, True):

@@ -65,7 +65,7 @@ EFFECTIVE: dict[str, Json] = {
         "add_generation_prompt": False,
         "separate_reasoning": False,
     },
-    COMPLETIONS: {**SHARED, "logprobs": 0, "echo": True},
+    COMPLETIONS: {**SHARED, "logprobs": 0, "echo": True, "token_healing": True},
 }
 # Fields whose effect needs other fields beside them: (those, the value).
 JOINED: Json = {
@@ -74,6 +74,10 @@ JOINED: Json = {
     "parallel_tool_calls": ({"tools": [TOOL]}, False),
     "stream_options": ({"stream": True}, {"include_usage": True}),
     "tokenization": ({"regex": "a"}, "any"),
+    "whitespace": ({"json_schema": {}}, "compact"),
+    "order": ({"json_schema": {}}, "any"),
+    "additional_properties": ({"json_schema": {}}, "schema"),
+    "guided_whitespace_pattern": ({"json_schema": {}}, "[ ]?"),
     "continue_final_message": ({"messages": [{"role": "assistant", "content": "Hi"}]}, True),
 }
 # Taken without an effect, because what they say is so anyway, or because they are labels for somebody else.
@@ -165,7 +169,7 @@ def outcome(client: Client, path: str, fields: Json) -> tuple[Json, str]:
     client.engine.says("<think>a</think>b")
     response = client.request(path, {**BODIES[path], **fields})
     assert response.status_code == 200, response.text
-    asked = [(c.prompt_ids, c.sampling, c.constraint, c.options) for c in client.engine.submitted]
+    asked = [(c.prompt_ids, c.sampling, c.constraint, c.options, c.heals) for c in client.engine.submitted]
     body = response.text
     if response.headers["content-type"] == "application/json":
         answer = response.json()

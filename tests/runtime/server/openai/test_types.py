@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pytest
 
+from ramet.lang.graph.json_form import JsonForm
+from ramet.runtime.server.errors import HttpError
+from ramet.runtime.server.native.bodies import NativeSampling
 from ramet.runtime.server.openai.bodies import ChatBody, CompletionBody, TokenizeBody
 from ramet.runtime.server.validation import REFUSED, Strict, body_schema
 from ramet.runtime.types import RequestOptions, SamplingParams
 
-CHAT = "/v1/chat/completions"
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 USER = {"role": "user", "content": "Hi"}
 Client = Any  # of conftest.py, which importlib mode cannot import by name
 
@@ -61,7 +63,6 @@ Client = Any  # of conftest.py, which importlib mode cannot import by name
         ({"regex": "a", "guided_choice": ["b"]}, "guided_choice", None),
         ({"ebnf": "root ::= x"}, "ebnf", "invalid_grammar"),
         ({"structured_outputs": {"grammar": "root ::= x"}}, "structured_outputs.grammar", "invalid_grammar"),
-        ({"structured_outputs": {"whitespace_pattern": "x"}}, "structured_outputs.whitespace_pattern", None),
         ({"structured_outputs": {"json": {}, "regex": "a"}}, "structured_outputs.regex", None),
         ({"skip_special_tokens": False}, "skip_special_tokens", "invalid_value"),
         ({"tool_choice": "required"}, "tool_choice", None),
@@ -209,16 +210,95 @@ def test_each_kind_of_constraint_reaches_the_engine(
     assert (constraint and constraint.kind, constraint and constraint.source) == (kind, source)
 
 
-@pytest.mark.parametrize("strict", [None, False, True])
-def test_properties_come_in_order_where_strict_says_so(client: Client, strict: bool | None) -> None:
+SCHEMA_FORMAT = {"name": "x", "schema": {"type": "object"}}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "form"),
+    [
+        ({"json_schema": {}}, JsonForm()),
+        ({"json_schema": {}, "whitespace": None, "order": None}, JsonForm()),
+        ({"json_schema": {}, "whitespace": "compact", "order": "any"}, JsonForm("compact", "any")),
+        ({"json_schema": {}, "additional_properties": "schema"}, JsonForm(None, None, "schema")),
+        ({"guided_json": {}, "guided_whitespace_pattern": ""}, JsonForm("compact")),
+        ({"structured_outputs": {"json": {}, "whitespace_pattern": "[\n\t ]*"}}, JsonForm("any")),
+        ({"structured_outputs": {"json": {}, "whitespace_pattern": "indent=2"}}, JsonForm("indent=2")),
+        (
+            {
+                "structured_outputs": {
+                    "json": {},
+                    "disable_any_whitespace": True,
+                    "disable_additional_properties": True,
+                }
+            },
+            JsonForm("compact", None, "closed"),
+        ),
+        ({"structured_outputs": {"json": {}, "disable_any_whitespace": False}}, JsonForm()),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {**SCHEMA_FORMAT, "whitespace": "indent=4"}}},
+            JsonForm("indent=4"),
+        ),
+        ({"response_format": {"type": "json_object"}, "whitespace": "any"}, JsonForm("any")),
+        ({"tools": [TOOL], "whitespace": "compact"}, JsonForm("compact")),
+        ({"tools": [TOOL]}, JsonForm()),
+        ({"structural_tag": {"triggers": ["a"]}, "order": "any"}, JsonForm(order="any")),
+    ],
+)
+def test_the_form_of_json_reaches_the_engine(client: Client, fields: dict[str, Any], form: JsonForm) -> None:
     client.engine.says("ok")
-    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}, "strict": strict}}
-    client.chat(response_format=form)
-    assert client.engine.submitted[-1].constraint.in_order is bool(strict)
-    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}, "strict": strict}}
-    client.chat(tools=[tool])
-    source = json.loads(client.engine.submitted[-1].constraint.source)
-    assert source["json"]["mode"] == ("declared_order" if strict else "exact")
+    client.chat(**fields)
+    assert client.engine.submitted[-1].constraint.form == form
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "message"),
+    [
+        ({"json_schema": {}, "whitespace": "wide"}, "whitespace", "model"),
+        ({"json_schema": {}, "order": "reversed"}, "order", "declared"),
+        ({"json_schema": {}, "additional_properties": False}, "additional_properties", "closed"),
+        ({"json_schema": {}, "guided_whitespace_pattern": "[ ]{3}"}, "guided_whitespace_pattern", "indent=2"),
+        (
+            {"structured_outputs": {"json": {}, "whitespace_pattern": "x"}},
+            "structured_outputs.whitespace_pattern",
+            "model",
+        ),
+        (
+            {"structured_outputs": {"json": {}, "whitespace_pattern": " ?", "disable_any_whitespace": True}},
+            "structured_outputs.whitespace_pattern",
+            "disable_any_whitespace is 'compact'",
+        ),
+        ({"whitespace": "compact"}, "whitespace", "asks for none"),
+        ({"regex": "a", "order": "any"}, "order", "asks for none"),
+        (
+            {
+                "whitespace": "compact",
+                "response_format": {"type": "json_schema", "json_schema": {**SCHEMA_FORMAT, "whitespace": "any"}},
+            },
+            "whitespace",
+            "response_format.json_schema.whitespace is 'any'",
+        ),
+    ],
+)
+def test_a_form_that_is_unknown_contradictory_or_without_effect_is_refused(
+    client: Client, fields: dict[str, Any], param: str, message: str
+) -> None:
+    error = client.refusal(CHAT, {"messages": [USER], **fields})
+    assert error["param"] == param
+    assert message in error["message"]
+
+
+def test_the_native_and_the_completions_endpoint_take_the_form_of_json(client: Client) -> None:
+    client.engine.says("ok")
+    sampling = {"json_schema": {}, "whitespace": "compact", "additional_properties": "schema"}
+    native = NativeSampling.model_validate(sampling).constraint(1000)
+    assert native is not None
+    assert native[1].form == JsonForm("compact", None, "schema")
+    assert client.request(COMPLETIONS, {"prompt": "a", "json_schema": {}, "order": "any"}).status_code == 200
+    assert client.engine.submitted[-1].constraint.form == JsonForm(order="any")
+    assert client.refusal(COMPLETIONS, {"prompt": "a", "order": "any"})["param"] == "order"
+    with pytest.raises(HttpError, match=r"sampling_params\.whitespace is of JSON"):
+        NativeSampling(whitespace="any").constraint(1000)
 
 
 @pytest.mark.parametrize("asked", [None, "canonical", "any"])
