@@ -58,15 +58,19 @@ def following(node: ir.AnyNode, children: Mapping[int, Sequence[ir.AnyNode]]) ->
 
 
 def known_start(template: ir.Template, is_known: Callable[[ir.Ref], bool], text: Callable[[ir.Ref], str]) -> bytes:
-    """Return the beginning of a template up to the first value that is not known, and at most MAX_BYTES of it.
-
-    It ends at the border of a character.
-    """
-    found = b""
+    """Return the beginning of a template up to the first value that is not known, as far as the engine looks at it."""
+    found = ""
     for part in template:
-        if not isinstance(part, str) and not is_known(part):
+        if (not isinstance(part, str) and not is_known(part)) or len(found) >= MAX_BYTES:
             break
-        found += (part if isinstance(part, str) else text(part)).encode()
-        if len(found) >= MAX_BYTES:
-            break
-    return found[:MAX_BYTES].decode(errors="ignore").encode()
+        found += part if isinstance(part, str) else text(part)
+    return beginning(found)
+
+
+def beginning(text: str) -> bytes:
+    """Return at most MAX_BYTES of a text, up to the border of a character. Half of a surrogate pair ends it."""
+    try:
+        data = text[:MAX_BYTES].encode()
+    except UnicodeEncodeError as error:  # the text's own node reports it
+        data = text[: error.start].encode()
+    return data[:MAX_BYTES].decode(errors="ignore").encode()

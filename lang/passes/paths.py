@@ -17,7 +17,7 @@ from typing import TypeAlias
 import msgspec
 
 from ramet.lang.graph import choice_scores, ir
-from ramet.lang.graph.following import MAX_BYTES, children_of, following, is_ended_by_following
+from ramet.lang.graph.following import beginning, children_of, following, is_ended_by_following
 from ramet.lang.graph.healing import Healing
 from ramet.lang.passes.masked_checks import masked_checks
 from ramet.lang.passes.target import Target
@@ -342,9 +342,10 @@ class _Interpreter:
             i for i, part in enumerate(template) if isinstance(part, ir.Ref) and part.node not in self._value_parts
         )
         parts = self._render(template[: next(later, len(template))])
-        if parts and isinstance(parts[0], str) and len(parts[0].encode()) >= MAX_BYTES:
-            return (parts[0].encode()[:MAX_BYTES].decode(errors="ignore"),)
-        return parts
+        if not parts or not isinstance(parts[0], str):
+            return parts
+        start = beginning(parts[0]).decode()
+        return (start, *parts[1:]) if start == parts[0] else (start,)
 
     def _is_spanned(self, node: ir.Generate, after: tuple[TextPart, ...]) -> bool:
         """Return whether a token may hold the end of a value and the beginning of the text after it.

@@ -67,6 +67,18 @@ def test_the_known_start_stops_at_an_unknown_value_and_between_characters() -> N
     )
 
 
+def test_a_text_that_is_no_unicode_fails_its_own_node_only() -> None:
+    assert known_start(("ab\ud800c",), lambda ref: False, lambda ref: "") == b"ab"
+
+    @function(temperature=0)
+    def broken(s: Any) -> None:
+        s += "Age: " + gen("n", int) + " y\ud800" + gen("m", max_tokens=2)
+
+    with MockBackend({"Age: ": "34"}) as mock:
+        state = broken.run(backend=mock)
+        assert state.error() is not None
+
+
 class WishfulEngine(Engine):
     """The engine with a model that wants to write one text, and takes the likeliest allowed token where it can't."""
 
