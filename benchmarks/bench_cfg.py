@@ -134,7 +134,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, help="append the JSON line to this file")
     arguments = parser.parse_args()
-    vocabulary, encode = tokenizer_of(arguments.model)
+    vocabulary, encode = tokenizer_of(arguments.model, "any")
     warm_up(vocabulary)
     table = Table("grammar", "engine", "compile ms", "cold µs mean / p50 / p90 / p99", "warm µs mean / p50 / p90 / p99")
     rows = []

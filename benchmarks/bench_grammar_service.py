@@ -188,7 +188,7 @@ def main() -> None:
     parser.add_argument("--fresh", action="store_true", help="also the first import (minutes of compiling)")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    vocabulary, _ = tokenizer_of(arguments.model)
+    vocabulary, _ = tokenizer_of(arguments.model, "any")
     warm_up(vocabulary)
     gc.collect()
     gc.freeze()  # as a server does at its start
