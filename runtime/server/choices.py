@@ -268,10 +268,11 @@ def choice_id(answer_id: str, number: int) -> str:
     return answer_id if number == 0 else f"{answer_id}-{number}"
 
 
-async def prompt_logprobs(proxy: EngineProxy, request_id: str, job: Job, first: int) -> list[float]:
-    """Log-probabilities of a job's prompt tokens from index `first` >= 1 on. Nothing is generated."""
+async def scored(proxy: EngineProxy, request_id: str, job: Job, first: int) -> Output:
+    """Compute a job's prompt, and the log-probabilities of its tokens from index `first` >= 1 on.
+
+    Nothing is generated. Afterwards the prompt is in the cache.
+    """
     options = replace(job.options, score_from=first)
-    output = await proxy.submit(
-        Submit(request_id, job.prompt_ids, SamplingParams(max_tokens=1), None, options)
-    ).collect()
-    return output.prompt_logprobs or []
+    submit = Submit(request_id, job.prompt_ids, SamplingParams(max_tokens=1), None, options)
+    return await proxy.submit(submit).collect()

@@ -31,6 +31,12 @@ MAX_PROMPTS = 1024
 class NativeSampling(JsonFormFields, NativeValues):
     """Sampling values and constraints. The defaults are those below; the model's generation_config.json is ignored."""
 
+    max_new_tokens: int | None = Field(
+        default=SamplingParams().max_tokens,
+        ge=0,
+        le=MAX_INT32,
+        description="null: to the end of the context; 0: the prompt is computed and cached, nothing is generated",
+    )
     n: int = Field(default=1, ge=1, le=MAX_CHOICES, description="answers; number i is drawn with sampling_seed + i")
     json_schema: str | dict[str, Any] | bool | None = None  # Any: JSON
     regex: str | None = None
@@ -45,8 +51,11 @@ class NativeSampling(JsonFormFields, NativeValues):
 
     def params(self, num_logprobs: int | None) -> SamplingParams:
         """The engine's sampling parameters. Raises HttpError naming the field whose value is out of range."""
+        values = given_values(self, NATIVE_VALUES, "sampling_params.")
+        if self.max_new_tokens == 0:
+            values["max_tokens"] = 1  # of a request that is not sent
         try:
-            return SamplingParams(logprobs=num_logprobs, **given_values(self, NATIVE_VALUES, "sampling_params."))
+            return SamplingParams(logprobs=num_logprobs, **values)
         except InvalidSampling as error:
             theirs = error.param or ""
             ours = FIELDS[theirs].native or theirs
@@ -75,7 +84,8 @@ class GenerateBody(Strict):
 
     `stream`: server-sent events. Each has the whole output so far, as in SGLang; with `cumulative` false, only the new
     part. `return_logprob`: log-probabilities of generated tokens, each with the `top_logprobs_num` most likely tokens,
-    and of the prompt's tokens from `logprob_start_len` on (-1: none). `timeout_s`: seconds until the request is ended.
+    and of the prompt's tokens from `logprob_start_len` on (-1: none, or all if nothing is generated). `timeout_s`:
+    seconds until the request is ended.
     `token_healing`: the model writes the prompt's last token again, as a part of any token that begins with it; null:
     for texts with a constraint.
     """
@@ -83,15 +93,15 @@ class GenerateBody(Strict):
     text: str | list[str] | None = None
     input_ids: list[int] | list[list[int]] | None = None
     sampling_params: NativeSampling | list[NativeSampling] = Field(default_factory=NativeSampling)
-    stream: bool = False
+    stream: bool | None = None
     cumulative: bool = True
     rid: str | None = Field(
         default=None, min_length=1, max_length=200, description="the request's id; further answers get `-1`, ..."
     )
-    return_logprob: bool = False
-    logprob_start_len: int = Field(default=-1, ge=-1, le=MAX_INT32)
-    top_logprobs_num: int = Field(default=0, ge=0, le=int(FIELDS["logprobs"].high))
-    return_text_in_logprobs: bool = False
+    return_logprob: bool | None = None
+    logprob_start_len: int | None = Field(default=-1, ge=-1, le=MAX_INT32)
+    top_logprobs_num: int | None = Field(default=0, ge=0, le=int(FIELDS["logprobs"].high))
+    return_text_in_logprobs: bool | None = None
     priority: int = Field(default=0, ge=-100, le=2**31 - 1, description="lower values run first")
     cache_salt: str = Field(default="", max_length=200)
     timeout_s: float | None = Field(default=None, gt=0, le=86_400)
@@ -101,3 +111,10 @@ class GenerateBody(Strict):
 class AbortBody(Strict):
     rid: str | None = Field(default=None, description="the exact id of a request")
     abort_all: bool = False
+
+
+class AppendBody(Strict):
+    """`POST /concate_and_append_request`, which SGLang's frontend sends when branches are joined."""
+
+    src_rids: list[str]
+    dst_rid: str

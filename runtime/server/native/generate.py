@@ -11,7 +11,7 @@ from msgspec import UNSET, UnsetType
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ramet.runtime.server.choices import Job, choice_id, close_all, heals, merged, prompt_logprobs, submit_all
+from ramet.runtime.server.choices import Job, choice_id, close_all, heals, merged, scored, submit_all
 from ramet.runtime.server.errors import HttpError
 from ramet.runtime.server.link.protocol import Output
 from ramet.runtime.server.logprobs import finite, token_text
@@ -32,7 +32,7 @@ class GeneratedFinish(AnswerStruct):
 
 
 class GeneratedMeta(AnswerStruct):
-    """Times are in seconds. `input_token_logprobs`: of the prompt's tokens from `logprob_start_len` on."""
+    """Times are in seconds. `input_token_logprobs`: of the prompt's tokens from `logprob_start_len` on, if any."""
 
     id: str
     finish_reason: GeneratedFinish | None
@@ -81,12 +81,27 @@ class GenerateEndpoint:
         proxy, salt = self._served.proxy, self._served.cache_salt(request, body.cache_salt)
         jobs = await self._served.compute(len(await request.body()), self._jobs, body, salt, client_of(request))
         answer_id = body.rid or proxy.new_id("generate")
-        scores = [await self._scored(body, job, choice_id(answer_id, n)) for n, (job, _) in enumerate(jobs)]
-        choices = submit_all(proxy, jobs, answer_id)
-        answer = GenerateAnswer(self._served, body, [job.prompt_ids for job, _ in jobs], scores)
+        given = body.sampling_params
+        is_generated = all(sampling.max_new_tokens != 0 for sampling in (given if isinstance(given, list) else [given]))
+        start = body.logprob_start_len if body.logprob_start_len is not None else -1
+        if not is_generated:
+            start = max(start, 0)
+        ids = [choice_id(answer_id, n) for n in range(len(jobs))]
+        computed = [
+            await self._computed(body, job, name, start, is_generated) for name, (job, _) in zip(ids, jobs, strict=True)
+        ]
+        answer = GenerateAnswer(
+            self._served, body, [job.prompt_ids for job, _ in jobs], [scores for _, scores in computed], start
+        )
+        if is_generated:
+            choices = submit_all(proxy, jobs, answer_id)
+            outputs = merged(choices)
+        else:
+            choices = []
+            outputs = _each([output for output, _ in computed])
         if body.stream:
-            return EventStream(answer.events(merged(choices)), lambda: close_all(choices), DONE)
-        for index, output in await collected(request, merged(choices)):
+            return EventStream(answer.events(outputs), lambda: close_all(choices), DONE)
+        for index, output in await collected(request, outputs):
             answer.take(index, output)
         results = [answer.result(index, is_whole=True) for index in range(len(jobs))]
         return results if answer.is_list else results[0]
@@ -105,10 +120,10 @@ class GenerateEndpoint:
         options = RequestOptions(cache_salt=salt, priority=body.priority, deadline_s=body.timeout_s)
         jobs: list[tuple[Job, int]] = []
         for ids, sampling in zip(prompts, all_sampling, strict=True):
-            params = sampling.params(body.top_logprobs_num if body.return_logprob else None)
+            params = sampling.params(body.top_logprobs_num or 0 if body.return_logprob else None)
             field, constraint = sampling.constraint(self._served.config.max_schema_bytes) or (None, None)
             is_healed = heals(
-                body.token_healing, constraint, is_text=body.text is not None, has_logprobs=body.return_logprob
+                body.token_healing, constraint, is_text=body.text is not None, has_logprobs=bool(body.return_logprob)
             )
             job = Job(ids, params, constraint, field, options, is_whole=not body.stream, client=client, heals=is_healed)
             jobs += [(job, index) for index in range(sampling.n)]
@@ -142,19 +157,28 @@ class GenerateEndpoint:
                 raise HttpError(400, f"{name} has no tokens; give at least one", param=name)
         return prompts
 
-    async def _scored(self, body: GenerateBody, job: Job, request_id: str) -> list[float | None] | None:
-        """Log-probabilities of the prompt's tokens from `logprob_start_len` on, if requested.
+    async def _computed(
+        self, body: GenerateBody, job: Job, request_id: str, start: int, is_generated: bool
+    ) -> tuple[Output, list[float | None] | None]:
+        """An answer without generated text, and the log-probabilities of the prompt's tokens from `start` on, if asked.
 
         The prompt's first token has none.
         """
-        start, count = body.logprob_start_len, len(job.prompt_ids)
-        if not (body.return_logprob and 0 <= start < count):
-            return None
-        first = max(start, 1)
-        head: list[float | None] = [None] * (first - start)
-        if first >= count:
-            return head
-        return [*head, *await prompt_logprobs(self._served.proxy, f"{request_id}-score", job, first)]
+        count = len(job.prompt_ids)
+        wants_scores = bool(body.return_logprob) and 0 <= start < count
+        output, first = Output(request_id, count, 0, 0, finish_reason="length"), max(start, 1)
+        if (wants_scores and first < count) or (not is_generated and count > 1):
+            output = await scored(self._served.proxy, f"{request_id}-score", job, min(first, count - 1))
+            output.id = request_id
+        scores: list[float] = (output.prompt_logprobs or []) if first < count else []
+        output.text, output.token_ids, output.finish_reason = "", [], "length"
+        return output, [*([None] * (first - start)), *scores] if wants_scores else None
+
+
+async def _each(outputs: Sequence[Output]) -> AsyncGenerator[tuple[int, Output], None]:
+    """Yield (index, output)."""
+    for item in enumerate(outputs):
+        yield item
 
 
 class GenerateAnswer:
@@ -166,12 +190,17 @@ class GenerateAnswer:
         body: GenerateBody,
         prompts: Sequence[list[int]],
         prompt_logprobs: Sequence[list[float | None] | None],
+        logprob_start: int,
     ) -> None:
-        """`prompts` and `prompt_logprobs`: one entry for each answer; None if no scores are requested."""
+        """`prompts` and `prompt_logprobs`: one entry for each answer; None if no scores are requested.
+
+        `logprob_start`: the first token of a prompt that has a score.
+        """
         self._served = served
         self._body = body
         self._prompts = prompts
         self._prompt_logprobs = prompt_logprobs
+        self._logprob_start = logprob_start
         self._sums: list[Output | None] = [None] * len(prompts)
         self._is_cumulative = body.cumulative or not body.stream
 
@@ -226,10 +255,10 @@ class GenerateAnswer:
         values, ids = output.logprobs or [], output.token_ids
         meta.output_token_logprobs = [self._entry(p, t) for p, t in zip(values, ids, strict=False)]
         meta.output_top_logprobs = [[self._entry(p, t) for t, p in top] for top in output.top_logprobs or []]
-        scores = self._prompt_logprobs[index]
-        if is_whole and scores is not None:
-            scored = self._prompts[index][self._body.logprob_start_len :]
-            meta.input_token_logprobs = [self._entry(p, t) for p, t in zip(scores, scored, strict=True)]
+        if is_whole:
+            scores = self._prompt_logprobs[index] or []
+            tokens = self._prompts[index][self._logprob_start :] if scores else []
+            meta.input_token_logprobs = [self._entry(p, t) for p, t in zip(scores, tokens, strict=True)]
 
     def _entry(self, logprob: float | None, token: int) -> Scored:
         text = token_text(self._served.tokenizer, token) if self._body.return_text_in_logprobs else None

@@ -14,7 +14,7 @@ from starlette.responses import Response
 from ramet.runtime.server.errors import HttpError
 from ramet.runtime.server.link.protocol import Submit
 from ramet.runtime.server.metrics import ServerMetrics
-from ramet.runtime.server.native.bodies import AbortBody
+from ramet.runtime.server.native.bodies import AbortBody, AppendBody
 from ramet.runtime.server.openapi import VERSION
 from ramet.runtime.server.routing import Endpoint
 from ramet.runtime.server.sending import AnswerStruct, json_response
@@ -64,6 +64,10 @@ class ServerInfo(AnswerStruct):
 
 class FlushedCache(AnswerStruct):
     freed_pages: int
+
+
+class Appended(AnswerStruct):
+    success: Literal[True]
 
 
 class Aborted(AnswerStruct):
@@ -129,6 +133,18 @@ class StatusEndpoints:
         """Drop cached prefixes that are not in use; running requests keep theirs."""
         return FlushedCache(freed_pages=await self._served.proxy.ask("flush_cache"))
 
+    async def append(self, request: Request, body: AppendBody) -> Appended:
+        """Do nothing: the caller sends the joined text with its next request. SGLang's frontend asks for it."""
+        return Appended(success=True)
+
+    async def profile(self, request: Request) -> Response:
+        """Refuse: profiles are made from outside, with py-spy or nsys."""
+        raise HttpError(
+            501,
+            "profiles are not made over HTTP; attach py-spy, perf or nsys to the engine's process",
+            code="no_profiler",
+        )
+
     async def abort_request(self, request: Request, body: AbortBody) -> Aborted:
         """Abort one request by its exact id, or all requests."""
         if not body.abort_all and not body.rid:
@@ -164,6 +180,13 @@ def status_endpoints(served: ServedModel, metrics: ServerMetrics) -> list[Endpoi
         dataclasses.replace(server_info, path="/server_info", is_listed=False),
         flush_cache,
         dataclasses.replace(flush_cache, method="GET", is_listed=False),
+        dataclasses.replace(flush_cache, path="/reset_prefix_cache", is_listed=False),
+        Endpoint("POST", "/concate_and_append_request", status.append, body=AppendBody, answer=Appended),
+        *(
+            Endpoint(method, path, status.profile, errors=(501,), is_listed=False)
+            for path in ("/start_profile", "/stop_profile")
+            for method in ("GET", "POST")
+        ),
         Endpoint("POST", "/abort_request", status.abort_request, body=AbortBody, answer=Aborted),
         Endpoint("GET", "/metrics", status.metrics, media_type="text/plain", errors=(401,)),
     ]

@@ -13,7 +13,7 @@ from msgspec import UNSET, UnsetType
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ramet.runtime.server.choices import Job, close_all, heals, merged, prompt_logprobs, submit_all
+from ramet.runtime.server.choices import Job, close_all, heals, merged, scored, submit_all
 from ramet.runtime.server.errors import HttpError
 from ramet.runtime.server.link.protocol import Output
 from ramet.runtime.server.logprobs import finite, token_bytes, token_text
@@ -222,7 +222,7 @@ class CompletionAnswer:
         if self._body.logprobs is not None and len(prompt.ids) > 1:
             job = self._jobs[number * self._num][0]
             request_id = f"{self._id}-score-{number}"
-            output.prompt_logprobs = await prompt_logprobs(self._served.proxy, request_id, job, 1)
+            output.prompt_logprobs = (await scored(self._served.proxy, request_id, job, 1)).prompt_logprobs
         return output
 
     def take(self, index: int, output: Output) -> None:

@@ -117,7 +117,7 @@ def test_log_probabilities_of_what_is_generated_and_of_the_prompt(server: Server
     later = generate(server, sampling_params=sampling, **{**fields, "logprob_start_len": 3}).json()["meta_info"]
     for given, known in zip(later["input_token_logprobs"], scores[3:], strict=True):
         assert given == [pytest.approx(known[0]), *known[1:]]
-    assert "input_token_logprobs" not in generate(server, return_logprob=True).json()["meta_info"]
+    assert generate(server, return_logprob=True).json()["meta_info"]["input_token_logprobs"] == []
     events = events_of(generate(server, sampling_params=sampling, stream=True, **fields))
     last = events[-1]["meta_info"]
     assert len(last["output_token_logprobs"]) == len(last["output_top_logprobs"]) == 3
@@ -149,7 +149,7 @@ def test_a_constraint_holds(server: Server) -> None:
         ({"text": None, "input_ids": [2**70]}, 400, "input_ids"),
         ({"text": []}, 400, "0 prompts"),
         ({"text": ["a", ""]}, 400, "no tokens"),
-        ({"sampling_params": {"max_new_tokens": 0}}, 400, "sampling_params.max_new_tokens"),
+        ({"sampling_params": {"max_new_tokens": -1}}, 400, "sampling_params.max_new_tokens"),
         ({"sampling_params": {"min_new_tokens": 5, "max_new_tokens": 3}}, 400, "min_new_tokens"),
         ({"sampling_params": [GREEDY, GREEDY]}, 400, "2 entries for 1 prompts"),
         ({"sampling_params": {"stop_regex": "a"}}, 400, "use stop"),
@@ -418,3 +418,52 @@ def test_what_is_too_long_is_named_as_its_body_names_it(server: Server) -> None:
     ):
         error = server.client.post(path, json=body).json()["error"]
         assert (error["param"], error["code"]) == (param, "context_length_exceeded")
+
+
+def test_nothing_is_generated_with_no_new_tokens_but_the_prompt_is_cached(server: Server) -> None:
+    prompt = "A prompt that nobody has sent before, long enough for some pages of the cache"
+    nothing: Json = {"sampling_params": {"max_new_tokens": 0}}
+    answer = generate(server, text=prompt, **nothing).json()
+    assert (answer["text"], answer["output_ids"]) == ("", [])
+    meta = answer["meta_info"]
+    assert (meta["completion_tokens"], meta["finish_reason"]["type"]) == (0, "length")
+    again = generate(server, text=prompt).json()["meta_info"]
+    assert again["prompt_tokens"] == meta["prompt_tokens"]
+    assert again["cached_tokens"] > meta["prompt_tokens"] // 2
+
+
+def test_the_frontend_of_sglang_scores_choices(server: Server) -> None:
+    """The requests of its `select`: the prompt is cached, then each choice is scored behind it."""
+    prompt, nothing = "The sky is", {"max_new_tokens": 0}
+    cached = generate(server, text=prompt, sampling_params=nothing).json()
+    start = max(cached["meta_info"]["prompt_tokens"] - 2, 0)
+    fields: Json = {"return_logprob": True, "return_text_in_logprobs": True, "logprob_start_len": start}
+    texts = [prompt + choice for choice in (" blue", " green")]
+    scored = generate(server, text=texts, sampling_params={**nothing, "temperature": 0}, **fields).json()
+    for text, answer in zip(texts, scored, strict=True):
+        entries = answer["meta_info"]["input_token_logprobs"]
+        assert text.endswith("".join(entry[2] for entry in entries))
+        assert all(entry[0] <= 0 for entry in entries)
+        assert answer["meta_info"]["output_token_logprobs"] == []
+    ids = [[entry[1] for entry in answer["meta_info"]["input_token_logprobs"]] for answer in scored]
+    alone = generate(server, text=None, input_ids=ids, sampling_params=nothing, return_logprob=True).json()
+    for tokens, answer in zip(ids, alone, strict=True):
+        entries = answer["meta_info"]["input_token_logprobs"]
+        assert [entry[1] for entry in entries] == tokens
+        assert entries[0][0] is None
+
+
+def test_what_the_clients_of_sglang_and_vllm_always_send_is_taken(server: Server) -> None:
+    sampling = {"max_new_tokens": 2, "stop_regex": [], "lora_path": None, "spaces_between_special_tokens": True}
+    fields: Json = {"lora_path": None, "image_data": None, "log_metrics": True, "session_params": None, "stream": None}
+    assert generate(server, sampling_params=sampling, return_logprob=None, **fields).status_code == 200
+    assert generate(server, sampling_params={"stop_regex": "a"}).json()["error"]["code"] == "unsupported_parameter"
+
+
+def test_second_names_of_sglangs_and_vllms_endpoints(server: Server) -> None:
+    client = server.client
+    assert client.post("/reset_prefix_cache").json().keys() == {"freed_pages"}
+    assert client.post("/concate_and_append_request", json={"src_rids": ["a"], "dst_rid": "b"}).status_code == 200
+    for path in ("/start_profile", "/stop_profile"):
+        answer = client.post(path)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (501, "no_profiler")
