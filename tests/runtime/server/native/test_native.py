@@ -422,7 +422,7 @@ def test_what_is_too_long_is_named_as_its_body_names_it(server: Server) -> None:
 
 def test_nothing_is_generated_with_no_new_tokens_but_the_prompt_is_cached(server: Server) -> None:
     prompt = "A prompt that nobody has sent before, long enough for some pages of the cache"
-    nothing: Json = {"sampling_params": {"max_new_tokens": 0}}
+    nothing: dict[str, Any] = {"sampling_params": {"max_new_tokens": 0}}
     answer = generate(server, text=prompt, **nothing).json()
     assert (answer["text"], answer["output_ids"]) == ("", [])
     meta = answer["meta_info"]
@@ -437,7 +437,7 @@ def test_the_frontend_of_sglang_scores_choices(server: Server) -> None:
     prompt, nothing = "The sky is", {"max_new_tokens": 0}
     cached = generate(server, text=prompt, sampling_params=nothing).json()
     start = max(cached["meta_info"]["prompt_tokens"] - 2, 0)
-    fields: Json = {"return_logprob": True, "return_text_in_logprobs": True, "logprob_start_len": start}
+    fields: dict[str, Any] = {"return_logprob": True, "return_text_in_logprobs": True, "logprob_start_len": start}
     texts = [prompt + choice for choice in (" blue", " green")]
     scored = generate(server, text=texts, sampling_params={**nothing, "temperature": 0}, **fields).json()
     for text, answer in zip(texts, scored, strict=True):
@@ -455,7 +455,13 @@ def test_the_frontend_of_sglang_scores_choices(server: Server) -> None:
 
 def test_what_the_clients_of_sglang_and_vllm_always_send_is_taken(server: Server) -> None:
     sampling = {"max_new_tokens": 2, "stop_regex": [], "lora_path": None, "spaces_between_special_tokens": True}
-    fields: Json = {"lora_path": None, "image_data": None, "log_metrics": True, "session_params": None, "stream": None}
+    fields: dict[str, Any] = {
+        "lora_path": None,
+        "image_data": None,
+        "log_metrics": True,
+        "session_params": None,
+        "stream": None,
+    }
     assert generate(server, sampling_params=sampling, return_logprob=None, **fields).status_code == 200
     assert generate(server, sampling_params={"stop_regex": "a"}).json()["error"]["code"] == "unsupported_parameter"
 
