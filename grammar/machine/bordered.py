@@ -7,7 +7,9 @@ bordered grammar reads
     before · value · the beginning of after
 
 `before` is a token of the prompt that was given back: the model writes its bytes again, as part of any token that
-begins with them. `after` is the literal text that follows. Where the value is complete, tokens that begin `after` are
+begins with them. Instead of `before` there may be a `lead`, a space that the model may write in front of the value, and
+that belongs to the text but not to the value: after `Age:`, models write ` 34`. `after` is the literal text that
+follows. Where the value is complete, tokens that begin `after` are
 allowed, too, and so are tokens that hold the value's end and the beginning of `after`.
 
 A text may have several readings: in `[a-z ]+` followed by ` at the end`, `cat at` is a value, or a value and the
@@ -55,13 +57,21 @@ class Bordered:
     is_closed = False
 
     def __init__(
-        self, grammar: CompiledGrammar | None, vocabulary: Vocabulary, *, before: bytes = b"", after: bytes = b""
+        self,
+        grammar: CompiledGrammar | None,
+        vocabulary: Vocabulary,
+        *,
+        before: bytes = b"",
+        after: bytes = b"",
+        lead: bytes = b"",
     ) -> None:
-        assert grammar is not None or not after
+        """A grammar that allows `lead` itself has none."""
+        assert grammar is not None or not (after or lead)
+        assert not (before and lead)
         self.grammar, self.vocabulary = grammar, vocabulary
-        self.before, self.after = before, after
+        self.before, self.after, self.lead = before, after, lead
         self._is_blank = after.isspace()
-        self._places: list[_Place | None] = [None if before else (0, ())]  # None: `before` is not written yet
+        self._places: list[_Place | None] = [None if before or lead else (0, ())]  # None: the start
         self._state_of: dict[_Place | None, int] = {self._places[0]: 0}
         self._answers: dict[tuple[int, int], int | None] = {}
         self._rows: OrderedDict[int, NDArray[np.int32]] = OrderedDict()
@@ -88,7 +98,9 @@ class Bordered:
     def is_accepting(self, state: int) -> bool:
         """True if the text may end here: it has a reading with a complete value."""
         place = self._places[state]
-        return place is not None and (bool(place[1]) or self._is_value(place[0]))
+        if place is None:
+            return bool(self.lead) and self._is_value(0)
+        return bool(place[1]) or self._is_value(place[0])
 
     def is_complete(self, state: int) -> bool:
         """True if the value has ended: it cannot go on, or what follows has begun in a way that leaves no doubt."""
@@ -130,7 +142,10 @@ class Bordered:
         text = vocabulary.token_bytes[token]
         if place is not None:
             return self._after_text(place, text, token) if text else None
-        return self._after_text((0, ()), text[len(self.before) :]) if text.startswith(self.before) else None
+        head = self.before or self.lead
+        if text.startswith(head):
+            return self._after_text((0, ()), text[len(head) :])
+        return self._after_text((0, ()), text, token) if self.lead and text else None
 
     def _after_text(self, place: _Place, text: bytes, token: int | None = None) -> _Place | None:
         """Return the place after a text; None if no reading is left. `token`: the token that is the text."""
@@ -182,8 +197,11 @@ class Bordered:
         return None if row is None else row & ~self.mask(state)
 
     def _first_row(self) -> NDArray[np.int32]:
-        """The tokens that begin with `before`, where the value may begin with the rest, or be complete before it."""
-        vocabulary, grammar, before = self.vocabulary, self.grammar, self.before
+        """The tokens that begin with `before`, where the value may begin with the rest, or be complete before it.
+
+        With a `lead`, those that begin with it, and those that begin the value at once.
+        """
+        vocabulary, grammar, before = self.vocabulary, self.grammar, self.before or self.lead
         if grammar is None:
             return bitmask.pack(vocabulary.tokens_with_prefix(before), vocabulary.vocab_size)
         added: list[int] = []
@@ -194,7 +212,8 @@ class Bordered:
             for token, head in group:
                 if head.startswith(before) and self._ends_with(0, head[len(before) :]):
                     added.append(token)
-        return self._with(grammar.mask_after(0, before), added)
+        row = self._with(grammar.mask_after(0, before), added)
+        return row | self._row(0, (0, ())) if self.lead else row
 
     def _row(self, state: int, place: _Place) -> NDArray[np.int32]:
         vocabulary, grammar = self.vocabulary, self.grammar
@@ -281,6 +300,8 @@ class Bordered:
     def shortest_completion(self, state: int) -> list[int]:
         """Return the fewest tokens that lead to an accepting state. Raises GrammarError if no tokens write it."""
         place, grammar = self._places[state], self.grammar
+        if place is None and self.lead:
+            place = (0, ())
         if place is None:
             again = self.vocabulary.tokens_with_text(self.before)[:1]
             return again if grammar is None else [*again, *grammar.shortest_completion(0)]
@@ -293,7 +314,7 @@ class Bordered:
         """Return an upper bound of len(shortest_completion(state))."""
         place, grammar = self._places[state], self.grammar
         if place is None:
-            return 1 if grammar is None else 1 + grammar.completion_bound(0)
+            return 1 if grammar is None else int(not self.lead) + grammar.completion_bound(0)
         if self.is_accepting(state) or grammar is None:
             return 0
         assert place[0] is not None

@@ -77,7 +77,7 @@ class CompiledGrammar:
         self._forced: dict[int, tuple[int, ...]] = {}
         self._completions: dict[int, list[int]] = {}
         self._num_completed = 0  # number of tokens in the completions kept
-        self._between: OrderedDict[tuple[bytes, bytes], Bordered] = OrderedDict()
+        self._between: OrderedDict[tuple[bytes, bytes, bytes], Bordered] = OrderedDict()
         self._between_lock = threading.Lock()  # held for a moment only
         self._goes_on: dict[bytes, bool] = {}
         self._complete: dict[int, bool] = {}
@@ -239,17 +239,19 @@ class CompiledGrammar:
 
     # --- between known texts
 
-    def between(self, before: bytes, after: bytes) -> Bordered:
+    def between(self, before: bytes, after: bytes, lead: bytes = b"") -> Bordered:
         """Return the grammar of values between two known texts. Equal texts give one object, if it was used lately."""
         from ramet.grammar.machine.bordered import Bordered  # it is made of this class
 
+        key = (before, after, lead)
         with self._between_lock:
-            found = self._between.get((before, after))
+            found = self._between.get(key)
             if found is None:
-                found = self._between[before, after] = Bordered(self, self.vocabulary, before=before, after=after)
+                found = Bordered(self, self.vocabulary, before=before, after=after, lead=lead)
+                self._between[key] = found
                 if len(self._between) > _MAX_BETWEEN:
                     self._between.popitem(last=False)
-            self._between.move_to_end((before, after))
+            self._between.move_to_end(key)
         return found
 
     def known_to_go_on(self, before: bytes) -> bool | None:

@@ -183,6 +183,11 @@ class Generate(Node, frozen=True, tag="generate"):
     has_value = True
     is_border = True
 
+    @property
+    def is_typed(self) -> bool:
+        """True if the value is read from the text, so that a space before it does not change it."""
+        return self.type in ("int", "float", "bool", "json")
+
     def problem(self, before: GraphIndex) -> str | None:
         problem = sampling_problem(self.sampling)
         if problem:

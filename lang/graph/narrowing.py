@@ -27,8 +27,8 @@ Json: TypeAlias = Any  # JSON: a node of a composed grammar, or a JSON schema
 
 _SPACE = r"\t-\r\x1c- \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # where str.split() splits
 _BREAK = r"\n\x0b\x0c\x1c-\x1e\x85\u2028\u2029"  # where str.splitlines() splits, besides \r
-# A number in running text ends where the model writes something else, which a stop string cuts off.
-_AFTER_INT, _AFTER_FLOAT = r"(?:[^0-9](?s:.)*)?", r"(?:[^0-9.](?s:.)*|\.(?:[^0-9](?s:.)*)?)?"
+# A decimal number in running text ends where the model writes something else, which a stop string cuts off.
+_AFTER_FLOAT = r"(?:[^0-9.](?s:.)*|\.(?:[^0-9](?s:.)*)?)?"
 _JSON_TYPES = frozenset(("null", "boolean", "number", "string", "array", "object"))
 _WITH_LENGTH = frozenset(("string", "array", "object"))
 _REGULAR = {"regex": "regex", "choice": "choices", "substring": "substring_of"}  # kinds of constraints -> fields
@@ -184,9 +184,9 @@ def _count(low: int, high: int | None) -> str:
 
 
 def _number(check: Check, kind: str) -> Json | None:
-    """Return the texts of numbers that pass a check, with any text that may follow a number."""
+    """Return the texts of numbers that pass a check, with any text that may follow a decimal number."""
     found = _numbers(check, kind)
-    return None if found is None else {"sequence": [found, {"regex": _AFTER_INT if kind == "int" else _AFTER_FLOAT}]}
+    return found if found is None or kind == "int" else {"sequence": [found, {"regex": _AFTER_FLOAT}]}
 
 
 def _numbers(check: Check, kind: str) -> Json | None:

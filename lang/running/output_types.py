@@ -24,10 +24,9 @@ from ramet.lang.graph.ir import Constraint, NodeEvent
 Wire = Literal["str", "int", "float", "bool", "json", "tools", "captures"]
 
 _INT = r"-?(?:0|[1-9][0-9]{0,14})"
-# A number in running text ends where the model writes something else. If only digits were allowed, the model would go
-# on writing digits. So the characters that may follow a number are allowed, and a stop string cuts them off.
+# A decimal number may end before a full stop, which looks like the beginning of a fraction. So the characters that may
+# follow a number are allowed, and a stop string cuts them off.
 _ENDS = (" ", "\n", ",", ";", ":", "!", "?", ")", "]", "}", "%", "'", '"', "/", "*", "=", "|", "<")
-_AFTER_INT = r"(?:[ \n.,;:!?)\]}%'\"/*=|<](?s:.)*)?"
 _AFTER_FLOAT = r"(?:(?:[ \n,;:!?)\]}%'\"/*=|<]|\.[ \n])(?s:.)*)?"
 _YEAR = r"(?:[1-9][0-9]{3}|0[1-9][0-9]{2}|00[1-9][0-9]|000[1-9])"  # Python's dates begin with year 1
 _DATE = (
@@ -128,7 +127,7 @@ def output_type(kind: object) -> OutputType:
     if kind is None or kind is str:
         return TEXT
     if kind is int:
-        return OutputType("int", Constraint("regex", _INT + _AFTER_INT), stop=(".", *_ENDS), max_tokens=20)
+        return OutputType("int", Constraint("regex", _INT), max_tokens=20)
     if kind is float:
         pattern = _INT + r"(?:\.[0-9]{1,15})?" + _AFTER_FLOAT
         return OutputType("float", Constraint("regex", pattern), stop=(". ", ".\n", *_ENDS), max_tokens=36)

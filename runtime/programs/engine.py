@@ -91,7 +91,7 @@ class EngineRequest:
     """One request of a node. With `score_from`, the prompt's tokens from there on are scored; nothing is generated.
 
     `before`: the prompt's last token, which was given back: the output's first token begins with it. `after`: the
-    literal text that follows a constrained value, and ends it.
+    literal text that follows a constrained value, and ends it. `lead`: what the model may write before the value.
     """
 
     prompt: list[int]
@@ -99,6 +99,7 @@ class EngineRequest:
     score_from: int | None = None
     before: bytes = b""
     after: bytes = b""
+    lead: bytes = b""
 
 
 class Work(Protocol):

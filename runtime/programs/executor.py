@@ -255,6 +255,10 @@ class ProgramExecutor:
                 self._host.grammars.run_aside(lambda: self._start_aside(run))
                 return
             again = again if goes_on else b""
+        # A grammar that allows the space itself needs no lead.
+        is_free = not again and not any(stop.startswith(" ") for stop in node.sampling.stop or ())
+        may_lead = is_free and node.is_typed and before.takes_space(self._model.tokenizer)
+        lead = b" " if may_lead and grammar is not None and grammar.advance_bytes(0, b" ") is None else b""
         is_in_message = ir.is_in_message(self._index.nodes, node)
         tries, after = len(run.attempts), self._after(node)
         work = Generation(
@@ -264,6 +268,7 @@ class ProgramExecutor:
             before,
             again=again,
             after=after,
+            lead=lead,
             is_in_message=is_in_message,
             is_thinking=ir.is_thinking(self._index.nodes, node),
         )
@@ -334,7 +339,8 @@ class ProgramExecutor:
         handle.cancel()
 
     def _grammar(self, run: NodeRun, request: EngineRequest) -> Grammar | None:
-        return self._host.grammars.between(self._grammars.get(run.node.id), request.before, request.after)
+        grammar = self._grammars.get(run.node.id)
+        return self._host.grammars.between(grammar, request.before, request.after, request.lead)
 
     def _take_in(self, run: NodeRun, at: _AtEngine, index: int, output: RequestOutput) -> None:
         """Take an output on the engine's thread, which no error of a program may end."""

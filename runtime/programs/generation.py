@@ -33,11 +33,13 @@ class Generation:
         *,
         again: bytes = b"",
         after: bytes = b"",
+        lead: bytes = b"",
         is_in_message: bool,
         is_thinking: bool = False,
     ) -> None:
         """`attempt` counts from 0. `again`: the last token of `before`, if the model writes it again. `after`: the
-        literal text that follows a constrained value, and ends it.
+        literal text that follows a constrained value, and ends it. `lead`: what the model may write before the value;
+        it belongs to the branch, and a text that uses the value does not repeat it.
 
         Inside of a message, the chat template's end of a message also ends the text. Thinking ends at the template's
         end of thinking, and takes at most half of what is left of the context.
@@ -63,7 +65,7 @@ class Generation:
             sampling = msgspec.structs.replace(sampling, stop=(*sampling.stop, *model.marks.stop_strings))
         if is_thinking and model.marks.thinking is not None:
             sampling = _until(model.marks.thinking.close, sampling, model, max(1, room // 2))
-        self.requests = [EngineRequest(prompt.token_ids(), sampling, before=again, after=after)]
+        self.requests = [EngineRequest(prompt.token_ids(), sampling, before=again, after=after, lead=lead)]
 
     def take(self, index: int, output: RequestOutput) -> None:
         self._texts.append(output.text)
@@ -83,8 +85,10 @@ class Generation:
             meta["incomplete"] = output.incomplete
         timings = output.timings or {}
         first_token_s, queue_s = timings.get("first_token_s"), timings.get("queue_s")
+        text, lead = "".join(self._texts), self.requests[0].lead.decode()
         return ir.NodeResult(
-            "".join(self._texts),
+            text,
+            value_text=text[len(lead) :] if lead and text.startswith(lead) else None,
             usage=output.usage,
             finish_reason=output.finish_reason.value,
             meta=meta or None,

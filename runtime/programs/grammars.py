@@ -102,15 +102,17 @@ class ProgramGrammars:
         asked.add_done_callback(settle_narrowed if narrowed.masked else settle)
         return answer
 
-    def between(self, grammar: CompiledGrammar | None, before: bytes, after: bytes) -> Grammar | None:
+    def between(
+        self, grammar: CompiledGrammar | None, before: bytes, after: bytes, lead: bytes = b""
+    ) -> Grammar | None:
         """Return the grammar between the prompt's end, given back, and the text that follows: see Bordered.
 
         Without a grammar, any text may come after `before`. Equal arguments give one object, if it was used lately.
         """
-        if not before and not after:
+        if not (before or after or lead):
             return grammar
         if grammar is not None:
-            return grammar.between(before, after)
+            return grammar.between(before, after, lead)
         from ramet.grammar.machine.bordered import Bordered  # loads numba
 
         with self._lock:

@@ -78,6 +78,16 @@ class Path:
         assert not self.pending
         return healing.given_back(self.tokens[-1], self.num_literal) if self.tokens and self.length > 1 else b""
 
+    def takes_space(self, tokenizer: PathTokenizer) -> bool:
+        """Return whether a space may stand between the author's text at the end and a value. No text may be pending.
+
+        It may after a word or a mark that a space follows in prose, such as `Age:`, and not after `(`, `$` or `_`.
+        """
+        if not self.num_literal or not self.tokens:
+            return False
+        last = tokenizer.token_bytes[self.tokens[-1]].decode(errors="ignore")[-1:]
+        return last.isalnum() or last in tuple(".:,;?!)")
+
     def without_last(self) -> Path:
         """Return the path without its last token, which this point added."""
         return Path(self.parent, self.tokens[:-1], self.length - 1)

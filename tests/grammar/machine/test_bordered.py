@@ -218,3 +218,24 @@ def test_a_grammar_goes_on_after_a_token_if_longer_ones_hold_its_usual_beginning
     assert not grammar.goes_on(b" ")
     assert grammar.known_to_go_on(b" ") is False
     assert grammar.between(b" ", b"") is grammar.between(b" ", b"")
+
+
+@pytest.mark.parametrize("pattern", ["[12]{1,3}", "a( a)*", "(ab)*", '"[ab]*"'])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_lead_may_stand_before_the_value_and_changes_nothing_after_it(pattern: str, seed: int) -> None:
+    vocabulary = make_vocabulary(seed)
+    grammar = compiled(pattern, vocabulary)
+    plain, led = grammar.between(b"", b".b"), grammar.between(b"", b".b", b" ")
+    assert led is grammar.between(b"", b".b", b" ") is not plain
+    assert led.is_accepting(0) == plain.is_accepting(0)
+    assert len(led.shortest_completion(0)) <= led.completion_bound(0)
+    for token, text in enumerate(vocabulary.token_bytes):
+        if not text or token == EOS:
+            continue
+        state = led.advance(0, token)
+        assert bitmask.is_allowed(led.mask(0), token) == (state is not None), text
+        rest = text[1:] if text.startswith(b" ") else text
+        expected = plain._after_text((0, ()), rest) if rest else (0, ())
+        assert (None if state is None else led._places[state]) == expected, text
+        if expected is not None and state is not None:
+            assert led.num_after(state, is_last=True) == plain.num_after(plain._number(expected), is_last=True)

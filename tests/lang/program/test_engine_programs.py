@@ -54,17 +54,17 @@ def test_a_turn_computes_exactly_the_tokens_that_are_new(engine: Engine) -> None
         assert usage.computed_tokens == len(" Turn 0:") + 1
 
 
-def test_after_an_end_token_a_turn_computes_its_own_text_alone(engine: Engine) -> None:
+def test_a_turn_computes_its_own_text_and_the_tokens_that_the_text_before_it_ended_with(engine: Engine) -> None:
     @function(temperature=0, max_tokens=5, ignore_eos=True)
     def chat(s: State) -> None:
         s += "Another beginning that is used once: "
         s += gen("first")
-        s += gen("second", regex="abc", ignore_eos=False)  # ends by an end token: everything before it is computed
+        s += gen("second", regex="abc", ignore_eos=False)  # ends as soon as it is there: no step computes it
         s += " and on" + gen("third")
 
     state = chat.run(backend=engine)
     assert state["second"] == "abc"
-    assert state.meta("third")["usage"].computed_tokens == len(" and on")
+    assert state.meta("third")["usage"].computed_tokens == len("abc and on")
 
 
 def test_a_value_that_max_tokens_cannot_hold_says_what_it_would_take(engine: Engine) -> None:

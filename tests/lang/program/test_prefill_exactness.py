@@ -56,6 +56,7 @@ class Oracle:
                 self._known.append(tokens[:-1])
 
         def take(output: RequestOutput) -> None:
+            num_before = len(generated)
             generated.extend(output.token_ids)
             if output.finish_reason is not None:
                 with self._lock:
@@ -64,9 +65,9 @@ class Oracle:
                     else:
                         usage = output.usage
                         self.measured.append((usage.prompt_tokens - usage.cached_tokens, new))
-                        # The last token that was sampled has not been computed; an end token is none of the text.
+                        # The last tokens, sampled or forced, have not been computed; an end token is none of the text.
                         has_end = isinstance(output.stop_match, int)
-                        self._known.append((*tokens, *(generated if has_end else generated[:-1])))
+                        self._known.append((*tokens, *(generated if has_end else generated[:num_before])))
             on_output(output)
 
         return self._engine.submit(prompt, sampling, options, on_output=take, **kwargs)

@@ -195,3 +195,36 @@ def test_a_value_that_is_read_before_the_text_is_written_ends_as_before(engine: 
 
     engine.wish("34 years old")
     assert staged.run(backend=engine)["n"] == 34
+
+
+@pytest.mark.parametrize("wish", [" 34 years old", "34 years old"])
+def test_a_typed_value_may_begin_with_a_space_that_is_text_and_no_value(engine: WishfulEngine, wish: str) -> None:
+    @function(temperature=0)
+    def told(s: Any) -> None:
+        s += "Age:" + gen("n", int, max_tokens=8) + " years"
+        s += f"; again {s['n']}, {s['n'] + 1}."
+
+    engine.wish(wish)
+    state = told.run(backend=engine)
+    assert state["n"] == 34
+    assert state.text().startswith("Age:" + wish.removesuffix(" old"))
+    assert state.text().endswith("; again 34, 35.")
+
+
+@pytest.mark.parametrize("before", ["Age: ", "(", "n_", "$"])
+def test_no_space_comes_before_a_value_where_prose_has_none(engine: WishfulEngine, before: str) -> None:
+    @function(temperature=0)
+    def told(s: Any) -> None:
+        s += before + gen("n", int, max_tokens=8) + " years"
+
+    engine.wish(" 34 years old")
+    assert not told.run(backend=engine).text().startswith(before + " ")
+
+
+def test_the_text_of_a_pattern_is_what_the_pattern_says(engine: WishfulEngine) -> None:
+    @function(temperature=0)
+    def told(s: Any) -> None:
+        s += "Age:" + gen("n", regex="[0-9]+", max_tokens=8) + " years"
+
+    engine.wish(" 34 years old")
+    assert told.run(backend=engine)["n"].isdigit()
