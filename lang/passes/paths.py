@@ -303,9 +303,11 @@ class _Interpreter:
                 if {node.id, name} & self._found.joined:
                     self._found.unordered.add(name)
         limit, most_bytes = generated_limits(node, self._target)
-        # If max_tokens ended the text, the last token has no keys and values.
+        # If max_tokens ended the text, the last token has no keys and values. Nor have the tokens that complete a choice,
+        # which are appended before the text ends.
         written = Count(1, limit + 1) if again else Count(0, limit)
-        tokens = Opaque(("generated", self._row, name), written, unread=Count(0, 1))
+        is_choice = node.constraint is not None and node.constraint.kind == "choice"
+        tokens = Opaque(("generated", self._row, name), written, unread=Count(0, limit if is_choice else 1))
         text = Unknown(("text", self._row, name), most_bytes)
         self._value_parts[node.id] = text
         point = self._extend(prompt, (tokens,), node.id)

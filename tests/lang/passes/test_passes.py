@@ -53,7 +53,7 @@ def debate(s: State) -> None:
     branches += [f"Side {i}: " for i in range(3)]
     branches += gen("speech", temperature=0)
     branches.join()
-    s += "Verdict: " + select("verdict", ["yes", "no"])
+    s += "Verdict: " + select("verdict", ["yes", "no"], scorer="likelihood")
 
 
 # Constant folding.

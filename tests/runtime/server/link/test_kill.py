@@ -65,6 +65,8 @@ async def request(client: httpx.AsyncClient, body: dict[str, Any], started: asyn
     is_whole = False
     async with client.stream("POST", "/generate", json=body) as response:
         async for line in response.aiter_lines():
+            if line.startswith(":"):
+                continue  # a comment: nothing came yet
             started.set()
             text = line.removeprefix("data: ")
             if text == "[DONE]":

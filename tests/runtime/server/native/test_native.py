@@ -24,7 +24,7 @@ def generate(server: Server, **body: Any) -> httpx.Response:
 
 
 def events_of(response: httpx.Response) -> list[dict[str, Any]]:
-    lines = [line for line in response.text.split("\n\n") if line]
+    lines = [line for line in response.text.split("\n\n") if line and not line.startswith(":")]
     assert lines[-1] == "data: [DONE]"
     return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
 

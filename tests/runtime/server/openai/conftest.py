@@ -172,7 +172,7 @@ class Client:
 def events_of(response: httpx.Response) -> list[Json]:
     assert response.status_code == 200, response.text
     assert response.headers["content-type"].startswith("text/event-stream")
-    blocks = [block for block in response.text.split("\n\n") if block]
+    blocks = [block for block in response.text.split("\n\n") if block and not block.startswith(":")]
     assert blocks[-1] == "data: [DONE]"
     return [json.loads(block.removeprefix("data: ")) for block in blocks[:-1]]
 

@@ -35,7 +35,7 @@ def events_of(response: httpx.Response) -> list[Json]:
     assert response.status_code == 200, response.text
     found = []
     for block in response.text.split("\n\n"):
-        if block:
+        if block and not block.startswith(":"):
             name, data = block.split("\n", 1)
             event = json.loads(data.removeprefix("data: "))
             assert name == f"event: {event['type']}"
