@@ -303,8 +303,8 @@ class _Interpreter:
                 if {node.id, name} & self._found.joined:
                     self._found.unordered.add(name)
         limit, most_bytes = generated_limits(node, self._target)
-        # If max_tokens ended the text, the last token has no keys and values. Nor have the tokens that complete a choice,
-        # which are appended before the text ends.
+        # If max_tokens ended the text, the last token has no keys and values. Nor have those that complete a choice:
+        # they are appended just before the text ends.
         written = Count(1, limit + 1) if again else Count(0, limit)
         is_choice = node.constraint is not None and node.constraint.kind == "choice"
         tokens = Opaque(("generated", self._row, name), written, unread=Count(0, limit if is_choice else 1))
