@@ -89,7 +89,7 @@ def test_the_engines_thread_asks_no_grammar(engine: Engine, row: str, max_tokens
     assert grammar.num_asked > 2
 
 
-@pytest.mark.parametrize("text", [b'{"', b'{"prop', b'{"property_1":1,"'])
+@pytest.mark.parametrize("text", [b'{"', b'{"prop', b'{"property_1": 1, "'])
 def test_a_closing_searches_the_table_of_keys_as_often_for_many_keys_as_for_few(
     text: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -119,8 +119,8 @@ def test_a_closing_searches_the_table_of_keys_as_often_for_many_keys_as_for_few(
 
 def test_a_closing_of_many_required_keys_writes_all_of_them() -> None:
     grammar = compiled("json_schema", required_properties(40), of_vocabulary(BYTES))
-    state = grammar.advance_bytes(0, b'{"property_7":"x","prop')
+    state = grammar.advance_bytes(0, b'{"property_7": "x", "prop')
     assert state is not None
     rest = bytes(grammar.shortest_completion(state))
     assert grammar.completion_bound(state) == len(rest)
-    assert sorted(json.loads(b'{"property_7":"x","prop' + rest)) == sorted(f"property_{i}" for i in range(40))
+    assert sorted(json.loads(b'{"property_7": "x", "prop' + rest)) == sorted(f"property_{i}" for i in range(40))
