@@ -137,8 +137,8 @@ class Task(ABC):
         """Count the answer to question `index`."""
 
     def source(self, index: int) -> Json:
-        """The constraint of question `index` for other engines."""
-        raise NotImplementedError
+        """The constraint of question `index` for other engines, which are asked only tasks with a `kind`."""
+        raise AssertionError(f"the task {self.name} has no kind, so other engines are not asked")
 
     def free(self, s: State, prompt: str) -> None:
         s += prompt

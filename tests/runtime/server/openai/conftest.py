@@ -165,6 +165,18 @@ class Client:
         assert set(error) == {"message", "type", "param", "code"}
         return error
 
+    def named_events(self, response: httpx.Response) -> list[Json]:
+        """The events of a stream whose events are named by their type, without its comments."""
+        assert response.status_code == 200, response.text
+        found = []
+        for block in response.text.split("\n\n"):
+            if block and not block.startswith(":"):
+                name, data = block.split("\n", 1)
+                event = json.loads(data.removeprefix("data: "))
+                assert name == f"event: {event['type']}"
+                found.append(event)
+        return found
+
     def prompt_text(self, index: int = -1) -> str:
         return str(self.tokenizer.decode(self.engine.submitted[index].prompt_ids))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import httpx
 import pytest
 
 Json = dict[str, Any]
@@ -23,18 +22,6 @@ def answered(client: Any, **body: Any) -> Json:
     response = client.request(PATH, {**ASK, **body})
     assert response.status_code == 200, response.text
     found: Json = response.json()
-    return found
-
-
-def events_of(response: httpx.Response) -> list[Json]:
-    assert response.status_code == 200, response.text
-    found = []
-    for block in response.text.split("\n\n"):
-        if block and not block.startswith(":"):
-            name, data = block.split("\n", 1)
-            event = json.loads(data.removeprefix("data: "))
-            assert name == f"event: {event['type']}"
-            found.append(event)
     return found
 
 
@@ -71,7 +58,7 @@ def rebuilt(events: list[Json]) -> Json:
 def test_a_stream_adds_up_to_the_whole_message(client: Any) -> None:
     client.engine.says(f"<think>Hm</think>Look: {CALL}", cuts=[3, 9, 30])
     whole = answered(client, tools=[TOOL])
-    streamed = rebuilt(events_of(client.request(PATH, {**ASK, "tools": [TOOL], "stream": True})))
+    streamed = rebuilt(client.named_events(client.request(PATH, {**ASK, "tools": [TOOL], "stream": True})))
     thinking, text, call = whole["content"]
     assert thinking == {"type": "thinking", "thinking": "Hm", "signature": "ramet"}
     assert text == {"type": "text", "text": "Look:"}

@@ -15,6 +15,8 @@ import pytest
 from pydantic import BaseModel
 
 Json = dict[str, Any]
+# The agents are npm packages, and npm is no requirement of Ramet: the npm client's tour is skipped without it, too.
+needs_npx = pytest.mark.skipif(shutil.which("npx") is None, reason="npm is not installed")
 PARAMETERS: Json = {
     "type": "object",
     "properties": {"path": {"type": "string"}},
@@ -128,7 +130,7 @@ def shared_part(client: Any) -> float:
 
 
 @pytest.mark.slow  # installs the agent
-@pytest.mark.skipif(shutil.which("npx") is None, reason="npm is not installed")
+@needs_npx
 def test_codex_runs_a_tool_and_answers(client: Any, replay: Any, live: str, tmp_path: Path) -> None:
     client.engine.hello.context_length = 300_000
     says_in_turn(client, replay, call("exec_command", cmd="ls"), "There is one file.")
@@ -143,7 +145,7 @@ def test_codex_runs_a_tool_and_answers(client: Any, replay: Any, live: str, tmp_
 
 
 @pytest.mark.slow  # installs the agent
-@pytest.mark.skipif(shutil.which("npx") is None, reason="npm is not installed")
+@needs_npx
 def test_claude_code_runs_a_tool_and_answers(client: Any, replay: Any, live: str, tmp_path: Path) -> None:
     client.engine.hello.context_length = 300_000
     says_in_turn(client, replay, call("Bash", command="ls", description="List files"), "There is one file.")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import httpx
 import pytest
 
 Json = dict[str, Any]
@@ -31,15 +30,8 @@ def answered(client: Any, **body: Any) -> Json:
     return found
 
 
-def events_of(response: httpx.Response) -> list[Json]:
-    assert response.status_code == 200, response.text
-    found = []
-    for block in response.text.split("\n\n"):
-        if block and not block.startswith(":"):
-            name, data = block.split("\n", 1)
-            event = json.loads(data.removeprefix("data: "))
-            assert name == f"event: {event['type']}"
-            found.append(event)
+def events_of(client: Any, **body: Any) -> list[Json]:
+    found: list[Json] = client.named_events(client.request(PATH, {"input": "Hi", "stream": True, **body}))
     assert [event["sequence_number"] for event in found] == list(range(len(found)))
     return found
 
@@ -61,7 +53,7 @@ def test_a_stream_ends_with_the_response_that_a_whole_answer_is(client: Any, cal
     client.engine.says(f"<think>Hm</think>Look: {CALL}" if call else "Hello there", cuts=[3, 9, 30])
     fields: Json = {"tools": [TOOL]} if call else {}
     whole = answered(client, **fields)
-    events = events_of(client.request(PATH, {"input": "Hi", "stream": True, **fields}))
+    events = events_of(client, **fields)
     assert [event["type"] for event in events[:2]] == ["response.created", "response.in_progress"]
     last = events[-1]
     assert last["type"] == "response.completed"
