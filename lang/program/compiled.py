@@ -18,7 +18,7 @@ from ramet.lang.program.trace import ArgumentSource, Trace, as_argument
 from ramet.lang.recording.recorder import Recorder
 from ramet.lang.recording.state import State
 from ramet.lang.running.run import Run
-from ramet.lang.running.values import NodeSource, Source, Value, source_of
+from ramet.lang.running.values import NodeSource, Source, TextSource, Value, source_of
 
 _ROW_OPTIONS: Mapping[str, Any] = {"timeout_s": None, "token_budget": None, "priority": 0, "cache_salt": ""}
 
@@ -150,7 +150,7 @@ def _moved(item: Any, run: Run, arguments: Mapping[str, Any]) -> Any:  # Any: a 
         source = source_of(item)
         if isinstance(source, ArgumentSource):
             return arguments[source.argument]
-        return Value(source.of_run(run)) if isinstance(source, NodeSource) else item
+        return Value(source.of_run(run)) if isinstance(source, NodeSource | TextSource) else item
     if isinstance(item, list):
         return [_moved(one, run, arguments) for one in item]
     if type(item) is tuple:

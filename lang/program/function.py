@@ -12,14 +12,14 @@ import functools
 import inspect
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from contextvars import copy_context
 from dataclasses import dataclass, replace
 from typing import Any, overload
 
 from ramet.errors import ConfigError, InvalidProgram, InvalidRequest, RametError
 from ramet.lang import explain as explanations
-from ramet.lang.backends.default import choose_backend
+from ramet.lang.backends.default import choose_backend, use_backend
 from ramet.lang.graph import ir
 from ramet.lang.graph.options import ProgramOptions, deadline
 from ramet.lang.graph.sampling import to_sampling
@@ -269,7 +269,8 @@ class Function:
         state = State(Recorder(run, sampling=call.sampling))
         names = [p.name for p in self.parameters if p.kind is not inspect.Parameter.VAR_KEYWORD]
         arguments = symbolic(run, names, call.arguments) if is_symbolic else dict(call.arguments)
-        with suppress(TraceStopped):
+        backend = call.options.get("backend")
+        with suppress(TraceStopped), use_backend(backend) if backend is not None else nullcontext():
             self._record(state, replace(call, arguments=arguments))
         return Trace(run.report(), state)
 

@@ -93,29 +93,35 @@ class TracingRun(Run):
 class ArgumentSource(Source):
     """A symbolic argument. `examples`: its value in the trace, or nothing."""
 
-    __slots__ = ("_run", "argument", "examples")
+    __slots__ = ("argument", "examples", "run")
+
+    run: TracingRun
 
     def __init__(self, run: TracingRun, argument: str, *examples: Any) -> None:
-        self._run, self.argument, self.examples = run, argument, examples
+        self.run, self.argument, self.examples = run, argument, examples
 
     @property
     def node(self) -> int:
-        return self._run.argument_node(self.argument, *self.examples)
+        return self.run.argument_node(self.argument, *self.examples)
 
     @property
     def is_text(self) -> bool:
         return all(isinstance(example, str) for example in self.examples)
 
+    @property
+    def kind(self) -> type | None:
+        return type(self.examples[0]) if self.examples else None
+
     def format(self, spec: str) -> str:
-        return self._run.placeholders.add(ir.Ref(self.node, (), spec), self.argument)
+        return self.run.placeholders.add(ir.Ref(self.node, (), spec), self.argument)
 
     def child(self, name: str) -> None:
         return None
 
     def read(self, why: str) -> Any:
         if not self.examples:
-            self._run.need(self.node, why)
-        self._run.depend_on(self.argument, why)
+            self.run.need(self.node, why)
+        self.run.depend_on(self.argument, why)
         return self.examples[0]
 
     async def aread(self) -> Any:

@@ -155,7 +155,7 @@ def lower(grammar: Composition) -> tuple[Json, dict[str, CapturedType]]:
 def holds_description(text: str | Value) -> bool:
     """Return whether a text holds a `gen(...)` or another description."""
     run = current_run.get()
-    if run is None or not isinstance(text, str):
+    if run is None or isinstance(text, Value):
         return False
     return any(isinstance(item, Expr) for item in run.placeholders.split(text, run.foreign))
 
@@ -171,9 +171,7 @@ class _Lowering:
     capture_nodes: list[dict[str, Any]] = field(default_factory=list)
 
     def node(self, part: object) -> Json:
-        if isinstance(part, str):
-            return self.text(part)
-        if isinstance(part, Value):
+        if isinstance(part, str | Value):
             return self.text(format(part))
         if isinstance(part, ComposedGen):
             return self.capture(part.gen.name, self.node(part.grammar), TEXT)

@@ -37,6 +37,8 @@ class Gen(Expr):
         sampling = self.sampling.filled(recorder.sampling)
         if self.thinking is not None:
             self._think(recorder, sampling, self.thinking)
+        if sampling.temperature is None and self.constraint is not None and self.constraint.kind == "choice":
+            sampling = msgspec.structs.replace(sampling, temperature=0.0)  # the likeliest, as `select`
         seed = recorder.seed_of_place()
         if sampling.seed is None and seed is not None:
             sampling = msgspec.structs.replace(sampling, seed=seed)

@@ -51,7 +51,7 @@ def gen(
     regex: str | None = None,
     cfg: str | None = None,
     choices: Sequence[str] | None = None,
-    json_schema: Mapping[str, Any] | None = None,
+    json_schema: Mapping[str, Any] | str | None = None,
     substring_of: str | None = None,
     tokenization: Tokenization = "canonical",
     whitespace: Whitespace | None = None,
@@ -71,6 +71,7 @@ def gen(
     too. At most one of `regex`, `cfg` (a Lark grammar), `choices`, `json_schema` and `substring_of` constrains the text
     (instead of the constraint of `type`).
 
+    `temperature`: 0 for one of several texts (`choices`, a Literal, an Enum, bool), 1 for any other value.
     `tokenization`: of text that the constraint forces, such as a key. `canonical`: the tokenizer's own tokens (see
     docs/grammar.md). `any`: any tokens that spell it.
     `whitespace`, `order`, `additional_properties`: how JSON is written (lang/graph/json_form.py); by default as models
@@ -91,6 +92,16 @@ def gen(
     """
     # A generated value can be a part of a constraint; it must be read first.
     regex, cfg, choices, json_schema, substring_of = plain((regex, cfg, choices, json_schema, substring_of))
+    retries, thinking = plain((retries, thinking))
+    if isinstance(json_schema, str):
+        try:
+            json_schema = msgspec.json.decode(json_schema, type=dict)
+        except msgspec.DecodeError as error:
+            raise InvalidRequest(f"json_schema is text, but is no JSON object: {error}", param="json_schema") from error
+    if json_schema is not None and not isinstance(json_schema, Mapping):
+        raise InvalidRequest(
+            f"json_schema is {json_schema!r}, but must be a dict or its JSON text", param="json_schema"
+        )
     is_composed = isinstance(type, Composition)
     wanted = TEXT if is_composed else output_type(json_schema if type is None and json_schema is not None else type)
     constraint = _constraint(wanted.constraint, regex, cfg, choices, json_schema, substring_of)
@@ -180,7 +191,9 @@ def select(
     texts = tuple(one for one in choices if isinstance(one, str | Value) and not holds_description(one))
     if len(texts) == len(choices):
         return SelectExpr(name, texts, scorer, temperature, seed, return_probs)
-    wrong = next((one for one in choices if isinstance(one, int | float | bytes) or one is None), None)
+    wrong = next(
+        (one for one in choices if isinstance(one, int | float | bytes | None) and not isinstance(one, Value)), None
+    )
     if wrong is not None:
         raise InvalidRequest(
             f"a choice is {wrong!r}, but must be text, a generated value or a description", param="choices"
@@ -196,17 +209,23 @@ def select(
 
 def system(*content: Appendable) -> RoleExpr:
     """Return a system message."""
-    return RoleExpr("system", content)
+    return _message("system", content)
 
 
 def user(*content: Appendable) -> RoleExpr:
     """Return a user message."""
-    return RoleExpr("user", content)
+    return _message("user", content)
 
 
 def assistant(*content: Appendable) -> RoleExpr:
     """Return an assistant message, which usually contains a `gen`."""
-    return RoleExpr("assistant", content)
+    return _message("assistant", content)
+
+
+def _message(role: str, content: tuple[Appendable, ...]) -> RoleExpr:
+    if not content:
+        raise InvalidRequest(f'{role}() has no content; for a message without text, write {role}("")', param="content")
+    return RoleExpr(role, content)
 
 
 def _constraint(

@@ -22,7 +22,7 @@ from ramet.lang.graph import ir
 from ramet.lang.running.run import Run
 from ramet.lang.running.source_lines import caller_line
 from ramet.lang.running.tools import Tool, declared
-from ramet.lang.running.values import NodeSource, Value, placeholder_for
+from ramet.lang.running.values import NodeSource, Readable, Value, placeholder_for
 
 
 class Expr(ABC):
@@ -35,10 +35,10 @@ class Expr(ABC):
         """Record this at the end of a branch."""
 
     def __add__(self, other: Appendable) -> Expr:
-        return Chain((self, other))
+        return Chain((self, other)) if isinstance(other, Expr | str | Value | list) else NotImplemented
 
     def __radd__(self, other: Appendable) -> Expr:
-        return Chain((other, self))
+        return Chain((other, self)) if isinstance(other, Expr | str | Value | list) else NotImplemented
 
     def __format__(self, spec: str) -> str:
         if spec:
@@ -46,7 +46,7 @@ class Expr(ABC):
         return placeholder_for(self)
 
 
-Appendable: TypeAlias = "Expr | str | Value | Sequence[Expr | str | Value]"
+Appendable: TypeAlias = "Expr | str | Value | list[Expr | str | Value]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,15 +138,18 @@ class Recorder:
 
     def append(self, item: Appendable) -> None:
         """Append text, a value, a description (`gen`, ...), or several of them."""
-        if isinstance(item, str):
-            self._append_text(item)
-        elif isinstance(item, Value):
+        if isinstance(item, str | Value):
             self._append_text(format(item))
         elif isinstance(item, Expr):
             item.record(self)
-        elif isinstance(item, Sequence):
+        elif isinstance(item, list):
             for part in item:
                 self.append(part)
+        elif isinstance(item, tuple):
+            raise TypeError(
+                f"can't append a tuple of {len(item)} parts to a program's state; add the parts with +, and look for a "
+                "comma too many"
+            )
         else:
             raise TypeError(
                 f"can't append {item!r} to a program's state; append text (an f-string, say), gen(...), select(...), "
@@ -294,7 +297,7 @@ class Recorder:
         """Return the name of a node that writes a variable; the second one is `name#2`. Reading gives the latest."""
         if name is None:
             return None
-        if not isinstance(name, str) or not name or "#" in name:
+        if isinstance(name, Readable) or not isinstance(name, str) or not name or "#" in name:
             raise InvalidProgram(
                 f"a variable is named {name!r}; use a text that isn't empty and has no '#'", program=self.program
             )

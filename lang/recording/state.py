@@ -9,6 +9,7 @@ Appending records nodes, through the branch's recorder (recorder.py). Reading a 
 from __future__ import annotations
 
 import asyncio
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -241,6 +242,7 @@ class State:
     @property
     def result(self) -> Any:  # Any: whatever the program's function returned
         """The result of the program's function, with its values read."""
+        self.recorder.run.check_function()
         return None if self.recorder.place else self._resolved(self.recorder.run.returned)
 
     def text(self) -> str:
@@ -259,11 +261,14 @@ class State:
         A selection also has `choices` and `probs`. A generation with checks has `attempts`, the refused texts.
         """
         value, run, program = self.recorder.variables.get(name), self.recorder.run, self.recorder.program
+        values = value if isinstance(value, list) else [value]
+        nodes = [source_of(one).node for one in values if isinstance(one, Value)]
+        details = [run.meta_of(node) for node in nodes if node is not None]
         if isinstance(value, list):
-            return {"branches": [run.meta_of(source_of(one).node) for one in value if isinstance(one, Value)]}
-        if not isinstance(value, Value):
+            return {"branches": details}
+        if not details:
             raise UndefinedVariable(f"{program}: {name!r} was not generated", program=program)
-        return run.meta_of(source_of(value).node)
+        return details[0]
 
     @property
     def usage(self) -> ir.Usage:
@@ -331,11 +336,24 @@ class RoleBlock:
     def __enter__(self) -> State:
         if self._is_used:
             raise InvalidProgram(f"s.{self._role}(...) with content is a whole message, not a block")
+        self._is_used = True
         self._state.recorder.open_message(self._role)
         return self._state
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         self._state.recorder.close_message(error)
+
+    def __repr__(self) -> str:
+        done = ", which is appended already" if self._is_used else " without content"
+        return f"<s.{self._role}(...){done}>"
+
+    def __del__(self) -> None:
+        if not self._is_used:
+            warnings.warn(
+                f"s.{self._role}() without content appends nothing; give it content, or write the message in a block: "
+                f"with s.{self._role}(): ...",
+                stacklevel=2,
+            )
 
 
 class Branches(Sequence[State]):

@@ -54,6 +54,14 @@ class Shape:
         found = schema.get("properties", {}).get(name)
         return Shape(found, self.root) if isinstance(found, Mapping) else None
 
+    @property
+    def kind(self) -> type | None:
+        """The Python type of the value, where only one is possible."""
+        name = self.schema.get("type")
+        if not isinstance(name, str) or "format" in self.schema or "enum" in self.schema:
+            return None
+        return {"string": str, "integer": int, "boolean": bool}.get(name)
+
 
 @dataclass(frozen=True, slots=True)
 class OutputType:
@@ -61,6 +69,7 @@ class OutputType:
 
     wire: Wire = "str"
     constraint: Constraint | None = None
+    kind: type | None = None  # the Python type of every value, if there is only one
     convert: Callable[[Any], Any] = field(default=lambda value: value)  # JSON value -> value of the type
     from_event: Callable[[NodeEvent], Any] | None = None  # instead of `convert`, if more than the JSON value is needed
     shape: Shape | None = None
@@ -115,11 +124,11 @@ def captures_type(constraint: Constraint, captures: Mapping[str, CapturedType]) 
         found.captures = {name: one.convert(value["captures"][name]) for name, one in captures.items()}
         return found
 
-    return OutputType("captures", constraint, convert)
+    return OutputType("captures", constraint, str, convert)
 
 
-TEXT = OutputType()
-SELECTED = OutputType(from_event=_selected)
+TEXT = OutputType(kind=str)
+SELECTED = OutputType(kind=str, from_event=_selected)
 
 
 def output_type(kind: object) -> OutputType:
@@ -127,12 +136,12 @@ def output_type(kind: object) -> OutputType:
     if kind is None or kind is str:
         return TEXT
     if kind is int:
-        return OutputType("int", Constraint("regex", _INT), max_tokens=20)
+        return OutputType("int", Constraint("regex", _INT), int, max_tokens=20)
     if kind is float:
         pattern = _INT + r"(?:\.[0-9]{1,15})?" + _AFTER_FLOAT
-        return OutputType("float", Constraint("regex", pattern), stop=(". ", ".\n", *_ENDS), max_tokens=36)
+        return OutputType("float", Constraint("regex", pattern), float, stop=(". ", ".\n", *_ENDS), max_tokens=36)
     if kind is bool:
-        return OutputType("bool", choice(["true", "false"]))
+        return OutputType("bool", choice(["true", "false"]), bool)
     if isinstance(kind, Mapping):
         return OutputType("json", json_schema(kind), shape=Shape(kind, kind))
     if get_origin(kind) is Literal:
@@ -140,11 +149,11 @@ def output_type(kind: object) -> OutputType:
     if isinstance(kind, type) and issubclass(kind, enum.Enum):
         return _one_of({_plain(member.value): member for member in kind})
     if kind is datetime.datetime:
-        return OutputType("str", Constraint("regex", _DATE + "T" + _TIME), datetime.datetime.fromisoformat)
+        return OutputType("str", Constraint("regex", _DATE + "T" + _TIME), kind, datetime.datetime.fromisoformat)
     if kind is datetime.date:
-        return OutputType("str", Constraint("regex", _DATE), datetime.date.fromisoformat)
+        return OutputType("str", Constraint("regex", _DATE), kind, datetime.date.fromisoformat)
     if kind is datetime.time:
-        return OutputType("str", Constraint("regex", _TIME), datetime.time.fromisoformat)
+        return OutputType("str", Constraint("regex", _TIME), kind, datetime.time.fromisoformat)
     return _by_pydantic(kind)
 
 
@@ -169,7 +178,8 @@ def json_schema(schema: Mapping[str, Any]) -> Constraint:
 def _one_of(values: Mapping[str, Any]) -> OutputType:
     if not values:
         raise InvalidRequest("the type has no values to choose from", param="type")
-    return OutputType("str", choice(list(values)), values.__getitem__)
+    kinds = {type(value) for value in values.values()}
+    return OutputType("str", choice(list(values)), kinds.pop() if len(kinds) == 1 else None, values.__getitem__)
 
 
 def _plain(value: object) -> str:
@@ -190,6 +200,7 @@ def _by_pydantic(kind: object) -> OutputType:
     return OutputType(
         "json",
         json_schema(schema),
+        kind if isinstance(kind, type) and not typing.is_typeddict(kind) and get_origin(kind) is None else None,
         lambda value: adapter.validate_json(json.dumps(value)),
         shape=Shape(schema, schema),
     )

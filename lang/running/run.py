@@ -16,7 +16,7 @@ from typing import Any
 
 import ramet.errors
 from ramet.errors import CheckFailed, DeadlineExceeded, InvalidProgram, ProgramCancelled, ProgramError
-from ramet.lang.backends.protocol import Backend, Session
+from ramet.lang.backends.protocol import Backend, Session, block_backend
 from ramet.lang.graph import ir
 from ramet.lang.graph.options import ProgramOptions
 from ramet.lang.graph.run_record import RunRecord, Stage
@@ -79,6 +79,7 @@ class Run:
     def recording(self) -> Iterator[None]:
         """Record the run while the program's function runs in the block. An error in the block ends the run."""
         token = current_run.set(self)
+        block = block_backend.set(self._backend or block_backend.get())  # programs that run inside use it, too
         try:
             yield
             self.finish()
@@ -87,6 +88,7 @@ class Run:
             self.cancel()
             raise
         finally:
+            block_backend.reset(block)
             current_run.reset(token)
 
     def record(
@@ -252,13 +254,15 @@ class Run:
         return self._checked(node) if self.outcomes[node].kind == "error" else self.outcomes[node]
 
     def read_quietly(self, node: int, why: str = "reading") -> None:
-        """Submit, and wait until the node is done or failed."""
+        """Submit, and wait until the node is done or failed. Raises the exception that ended the program's function."""
+        self.check_function()
         if node not in self.outcomes:
             self.need(node, why)
             self.wait(lambda: node in self.outcomes)
 
     async def aread_quietly(self, node: int, why: str) -> None:
         """`read_quietly` for an event loop."""
+        self.check_function()
         if node not in self.outcomes:
             self.need(node, why)
             await self._until(lambda: node in self.outcomes, node)
@@ -301,7 +305,20 @@ class Run:
             if event.error is not None and event.error.type != "ProgramCancelled":
                 return self.error_of(event.node)
         failure = self.outcomes.failure
-        return failure if isinstance(failure, ProgramError) else None
+        if failure is None or isinstance(failure, ProgramError):
+            return failure
+        error = ProgramError(
+            f"{self.options.program}: its function raised {type(failure).__name__}: {failure}",
+            program=self.options.program,
+        )
+        error.__cause__ = failure
+        return error
+
+    def check_function(self) -> None:
+        """Raise the exception that ended the program's function, if it was kept for those who read the state."""
+        failure = self.outcomes.failure
+        if failure is not None and not isinstance(failure, ProgramCancelled):
+            raise failure
 
     def is_done(self) -> bool:
         """Return whether every submitted node is done or failed."""
@@ -377,6 +394,7 @@ class Run:
 
     def text_of(self, tip: int | None, start: int | None = None) -> str:
         """Return the text of the branch that ends at `tip`, after node `start`. Waits for it. Raises ProgramError."""
+        self.check_function()
         ids: list[int] = []
         while tip is not None and tip != start:
             ids.append(tip)

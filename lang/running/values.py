@@ -36,13 +36,23 @@ class Source(ABC):
 
     @property
     @abstractmethod
-    def node(self) -> int:
-        """The node whose value it is, or whose value it is a part of."""
+    def run(self) -> Run:
+        """The run whose value it is."""
+
+    @property
+    @abstractmethod
+    def node(self) -> int | None:
+        """The node whose value it is, or whose value it is a part of. None for a text made of several."""
 
     @property
     @abstractmethod
     def is_text(self) -> bool:
         """True if the value is text. Adding text to it then makes text without reading the value."""
+
+    @property
+    def kind(self) -> type | None:
+        """The type of the value, if it is known before the value."""
+        return None
 
     @abstractmethod
     def format(self, spec: str) -> str:
@@ -71,6 +81,7 @@ class NodeSource(Source):
     __slots__ = ("_output", "_path", "_shape", "name", "node", "run")
 
     node: int
+    run: Run
 
     def __init__(
         self,
@@ -89,6 +100,12 @@ class NodeSource(Source):
         if self._path:
             return self._shape is not None and self._shape.schema.get("type") == "string"
         return self._output is TEXT or self._output.wire == "str"
+
+    @property
+    def kind(self) -> type | None:
+        if not self._path:
+            return self._output.kind
+        return None if self._shape is None else self._shape.kind
 
     def of_run(self, run: Run) -> NodeSource:
         """Return the same source in another run of the same graph."""
@@ -124,54 +141,50 @@ class NodeSource(Source):
         return f"<value {self.name or 'unnamed'}{path} of node {self.node}: {shown}>"
 
 
-class Value:
-    """A value of a running program, which may not exist yet.
+class TextSource(Source):
+    """Text in which values stand: `s["x"] + "."`."""
 
-    `await value`, `value.value` and `str(value)` read it (all except `await` block); f-strings do not.
-    """
+    __slots__ = ("_text", "run")
 
-    __slots__ = ("_source",)
+    run: Run
+    node = None
+    is_text = True
+    kind = str
 
-    def __init__(self, source: Source) -> None:
-        self._source = source
+    def __init__(self, run: Run, text: str) -> None:
+        self.run, self._text = run, str.__str__(text)
 
-    # Data edges.
+    def format(self, spec: str) -> str:
+        return format(self.read("a width or precision"), spec) if spec else self._text
 
-    def __format__(self, spec: str) -> str:
-        return self._source.format(spec)
+    def child(self, name: str) -> None:
+        return None
 
-    def __add__(self, other: Any) -> Any:  # Any: depends on the value's type
-        return f"{self}{other}" if self._source.is_text and isinstance(other, str | Value) else self._read("+") + other
+    def read(self, why: str) -> str:
+        return self.run.read_text(self._text)
 
-    def __radd__(self, other: Any) -> Any:
-        return f"{other}{self}" if self._source.is_text and isinstance(other, str) else other + self._read("+")
+    async def aread(self) -> str:
+        for item in self.run.placeholders.split(self._text, self.run.foreign):
+            if isinstance(item, Ref):
+                await self.run.aread_quietly(item.node, "await")
+        return self.read("await")
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        child = self._source.child(name)
-        return Value(child) if child is not None else getattr(self._read(f".{name}"), name)
+    def of_run(self, run: Run) -> TextSource:
+        """Return the same text in another run of the same graph."""
+        return TextSource(run, self._text)
 
-    def __getitem__(self, key: Any) -> Any:
-        child = self._source.child(key) if isinstance(key, str) else None
-        return Value(child) if child is not None else self._read(f"[{key!r}]")[key]
+    def shown(self) -> str:
+        return repr(self._text)
 
-    # Reading.
 
-    @property
-    def value(self) -> Any:
-        """Return the value itself. Waits for it; raises ProgramError if there is none."""
-        return self._read(".value")
+class Readable:
+    """What represents a value, and reads it for every use in Python but text. Base of Value and ValueText."""
+
+    __slots__ = ()
 
     def _read(self, why: str) -> Any:  # Any: a value of the program's type
-        return self._source.read(why)
-
-    def __await__(self) -> Generator[Any, None, Any]:
-        return self._source.aread().__await__()
-
-    def __repr__(self) -> str:
-        """Return a placeholder while the program runs, so that a list of values in an f-string shows their values."""
-        return self._source.shown()
+        """Return the value itself. Waits for it; raises ProgramError if there is none."""
+        raise NotImplementedError
 
     def __str__(self) -> str:
         return str(self._read("str()"))
@@ -265,6 +278,107 @@ class Value:
 
     def __rmod__(self, other: Any) -> Any:
         return other % self._read("%")
+
+
+class Value(Readable):
+    """A value of a running program, which may not exist yet.
+
+    `await value`, `value.value` and `str(value)` read it (all except `await` block); f-strings do not.
+    """
+
+    __slots__ = ("_source",)
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+
+    @property  # type: ignore[misc]  # so that isinstance() finds the type that the value has after the run
+    def __class__(self) -> type:
+        return self._source.kind or Value
+
+    # Data edges.
+
+    def __format__(self, spec: str) -> str:
+        return ValueText(self._source, spec)
+
+    def __add__(self, other: Any) -> Any:  # Any: depends on the value's type
+        if not self._source.is_text:
+            return self._read("+") + plain(other)
+        if not isinstance(other, str | Value):
+            return NotImplemented  # a description can be added to text
+        return Value(TextSource(self._source.run, f"{self}{other}"))
+
+    def __radd__(self, other: Any) -> Any:
+        if self._source.is_text and isinstance(other, str):
+            return Value(TextSource(self._source.run, f"{other}{self}"))
+        return other + self._read("+")
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        child = self._source.child(name)
+        return Value(child) if child is not None else getattr(self._read(f".{name}"), name)
+
+    def __getitem__(self, key: Any) -> Any:
+        child = self._source.child(key) if isinstance(key, str) else None
+        return Value(child) if child is not None else self._read(f"[{key!r}]")[key]
+
+    # Reading.
+
+    @property
+    def value(self) -> Any:
+        """Return the value itself. Waits for it; raises ProgramError if there is none."""
+        return self._read(".value")
+
+    def _read(self, why: str) -> Any:
+        return self._source.read(why)
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        return self._source.aread().__await__()
+
+    def __repr__(self) -> str:
+        """Return a placeholder while the program runs, so that a list of values in an f-string shows their values."""
+        return self._source.shown()
+
+    __hash__ = Readable.__hash__
+
+
+class ValueText(Readable, str):
+    """The string of `f"{value}"`: a placeholder when it becomes a part of other text, the value for any other use.
+
+    Python makes a plain string of `f"{value}."`, which can't read the value: `value + "."` can.
+    """
+
+    _source: Source
+
+    def __new__(cls, source: Source, spec: str) -> ValueText:
+        made = str.__new__(cls, source.format(spec))
+        made._source = source
+        return made
+
+    def _read(self, why: str) -> str:
+        return self._source.run.read_text(str.__str__(self))
+
+    def __getattribute__(self, name: str) -> Any:  # Any: a method of str, or an own attribute
+        if name.startswith("_") or not hasattr(str, name):
+            return object.__getattribute__(self, name)
+        return getattr(self._read(f".{name}()"), name)
+
+    def __format__(self, spec: str) -> str:
+        return format(self._read("a width or precision"), spec) if spec else str.__str__(self)
+
+    def __add__(self, other: Any) -> Any:
+        return Value(TextSource(self._source.run, str.__str__(self))) + other
+
+    def __radd__(self, other: Any) -> Any:
+        return other + Value(TextSource(self._source.run, str.__str__(self)))
+
+    def __getitem__(self, key: Any) -> str:
+        return self._read(f"[{key!r}]")[key]
+
+    def __repr__(self) -> str:
+        return str.__repr__(self)
+
+    __hash__ = Readable.__hash__
 
 
 def source_of(value: Value) -> Source:

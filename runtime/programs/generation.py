@@ -78,7 +78,7 @@ class Generation:
         assert output is not None
         assert output.finish_reason is not None
         meta: dict[str, object] = {}
-        if self._logprobs:
+        if self._node.sampling.logprobs is not None:
             own = self._own_tokens()
             meta = {"logprobs": self._logprobs[own], "token_ids": self._tokens[own]}
         if output.incomplete is not None:

@@ -123,7 +123,7 @@ def test_values_behave_like_what_they_stand_for(backend: MockBackend) -> None:
         checks["float"] = float(age) == 41.0 and round(age) == 41
         checks["value"] = name.value == "Ann"
         checks["percent"] = "%s is %d" % (name, age) == "Ann is 41"  # noqa: UP031
-        checks["repr"] = re.search("‹name›", repr(name)) is not None
+        checks["repr"] = re.search("‹Value of name›", repr(name)) is not None
 
     program.run()
     assert all(checks.values()), checks
@@ -939,7 +939,7 @@ def test_a_placeholder_that_is_seen_says_what_it_stands_for(backend: MockBackend
         return seen[0]
 
     state = program.run()
-    assert "‹name›" in seen[0]
+    assert "‹Value of name›" in seen[0]
     assert state.text() == "name? AnnDear Ann!Dear Ann!"
     assert state.result == "Dear Ann!"
 
