@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from ramet.grammar import DeviceTables  # loads numba
 
 TokenIds = NDArray[np.int32]
+TopTokens = tuple[tuple[int, float], ...]  # the most likely tokens at a position: (token, log-probability)
 
 
 class FinishReason(Enum):
@@ -115,7 +116,8 @@ class RequestOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
     `cache_salt`: requests share cached prefixes only with requests of the same salt. `program_id`: the program that the
     request belongs to. Lower `priority` values run first. `deadline_s`: seconds from submission until the request is
-    aborted. `score_from`: generate nothing, and return the log-probabilities of `prompt_ids[score_from:]`.
+    aborted. `score_from`: generate nothing, and return the log-probabilities of `prompt_ids[score_from:]`, with the
+    `logprobs` most likely tokens of each position, if the sampling parameters ask for some.
     """
 
     cache_salt: str = ""
@@ -171,7 +173,8 @@ class Request:
 
     `stop_ids`: tokens that end the sequence (end of text unless ignored, and `stop_token_ids`).
     `cache_salt`: requests share cached prefixes only with requests of the same salt.
-    `score_from`: if set, nothing is generated; the log-probabilities of `prompt_ids[score_from:]` are returned.
+    `score_from`: if set, nothing is generated; the log-probabilities of `prompt_ids[score_from:]` are returned, with
+    the `sampling.logprobs` most likely tokens of each position.
     `arrival_s`, `deadline_s`: seconds of time.monotonic(). Lower `priority` values run first.
     `num_prompt + max_tokens` never exceeds the context: `engine/validation.py`, which makes requests, checks it.
     """
@@ -294,15 +297,17 @@ class RowOutput:
 
     `logprobs[i]` is the log-probability of `token_ids[i]`; `top_logprobs[i]` has the most likely tokens as pairs
     (token, log-probability).
-    For a scoring request `prompt_logprobs` holds one value for each scored position of this chunk.
+    For a scoring request `prompt_logprobs` holds one value for each scored position of this chunk, and
+    `prompt_tops` the most likely tokens there, if the request asks for them.
     `is_complete`: a constrained text ends here, after these tokens, without an end token. `num_held`: the bytes at the
     text's end that may belong to what follows the value; `num_after`: those that do, if the text ends here.
     """
 
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[float, ...] | None = None
-    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] | None = None
+    top_logprobs: tuple[TopTokens, ...] | None = None
     prompt_logprobs: NDArray[np.float32] | None = None
+    prompt_tops: tuple[TopTokens, ...] | None = None
     is_complete: bool = False
     num_held: int = 0
     num_after: int = 0
@@ -323,8 +328,9 @@ class RequestOutput:
     finish_reason: FinishReason | None = None
     stop_match: str | int | None = None
     logprobs: tuple[float, ...] | None = None
-    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] | None = None
+    top_logprobs: tuple[TopTokens, ...] | None = None
     prompt_logprobs: NDArray[np.float32] | None = None
+    prompt_tops: tuple[TopTokens, ...] | None = None
     error: Exception | None = None
     timings: Mapping[str, Any] | None = None  # seconds: queue_s, first_token_s, total_s; values are floats
     incomplete: str | None = None

@@ -377,6 +377,7 @@ class Engine:
                 logprobs=output.logprobs,
                 top_logprobs=output.top_logprobs,
                 prompt_logprobs=output.prompt_logprobs,
+                prompt_tops=output.prompt_tops,
             )
             if not self._emit(stream, increment):
                 self._core.finish(sequence, FinishReason.ABORT)
@@ -412,6 +413,7 @@ class Engine:
                 logprobs=None if output is None or output.logprobs is None else output.logprobs[:num],
                 top_logprobs=None if output is None or output.top_logprobs is None else output.top_logprobs[:num],
                 prompt_logprobs=None if output is None else output.prompt_logprobs,
+                prompt_tops=None if output is None else output.prompt_tops,
                 error=error,
                 timings={
                     "queue_s": max(started_s - stream.submitted_s, 0.0),

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from ramet.runtime.types import FinishReason, RequestOutput, Usage
+from ramet.runtime.types import FinishReason, RequestOutput, TopTokens, Usage
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +26,9 @@ class RequestResult:
     stop_match: str | int | None
     usage: Usage
     logprobs: tuple[float, ...] | None = None
-    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] | None = None
+    top_logprobs: tuple[TopTokens, ...] | None = None
     prompt_logprobs: tuple[float, ...] | None = None
+    prompt_tops: tuple[TopTokens, ...] | None = None
     timings: dict[str, float] = field(default_factory=dict)
     incomplete: str | None = None
 
@@ -107,6 +108,7 @@ class RequestHandle:
         logprobs = [p for o in outputs if o.logprobs is not None for p in o.logprobs]
         tops = [t for o in outputs if o.top_logprobs is not None for t in o.top_logprobs]
         scores = [float(p) for o in outputs if o.prompt_logprobs is not None for p in o.prompt_logprobs]
+        prompt_tops = [t for o in outputs if o.prompt_tops is not None for t in o.prompt_tops]
         return RequestResult(
             text="".join(o.text for o in outputs),
             token_ids=tuple(t for o in outputs for t in o.token_ids),
@@ -116,6 +118,7 @@ class RequestHandle:
             logprobs=tuple(logprobs) if logprobs else None,
             top_logprobs=tuple(tops) if tops else None,
             prompt_logprobs=tuple(scores) if scores else None,
+            prompt_tops=tuple(prompt_tops) if prompt_tops else None,
             timings=dict(last.timings or {}),
             incomplete=last.incomplete,
         )

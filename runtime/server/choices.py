@@ -18,9 +18,12 @@ from ramet.lang.graph.ir import Constraint
 from ramet.runtime.server.errors import HttpError
 from ramet.runtime.server.link.protocol import Output, Submit
 from ramet.runtime.server.link.proxy import EngineProxy
+from ramet.runtime.server.link.streams import OutputStream
 from ramet.runtime.server.sampling_fields import seed_of_choice
 from ramet.runtime.text.detokenizer import Detokenizer, StopStringScanner
 from ramet.runtime.types import NO_OPTIONS, RequestOptions, SamplingParams
+
+MAX_SCORED_TOGETHER = 16  # prompts of one request: the others of a long list must not use up the requests in flight
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,11 +271,34 @@ def choice_id(answer_id: str, number: int) -> str:
     return answer_id if number == 0 else f"{answer_id}-{number}"
 
 
-async def scored(proxy: EngineProxy, request_id: str, job: Job, first: int) -> Output:
-    """Compute a job's prompt, and the log-probabilities of its tokens from index `first` >= 1 on.
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """The engine's id of a request that scores a job's prompt, from its token `first` >= 1 on."""
 
-    Nothing is generated. Afterwards the prompt is in the cache.
+    request_id: str
+    job: Job
+    first: int
+
+
+async def scored(proxy: EngineProxy, wanted: Sequence[Scoring]) -> list[Output]:
+    """Compute prompts, and the log-probabilities of their tokens: with those that a job's `sampling.logprobs` asks for.
+
+    Nothing is generated. Afterwards the prompts are in the cache. Raises: as `EngineProxy.submit`, and the error of the
+    first that fails.
     """
-    options = replace(job.options, score_from=first)
-    submit = Submit(request_id, job.prompt_ids, SamplingParams(max_tokens=1), None, options)
-    return await proxy.submit(submit).collect()
+    outputs: list[Output] = []
+    for start in range(0, len(wanted), MAX_SCORED_TOGETHER):
+        streams: list[OutputStream] = []
+        try:
+            for one in wanted[start : start + MAX_SCORED_TOGETHER]:
+                options = replace(one.job.options, score_from=one.first)
+                params = SamplingParams(max_tokens=1, logprobs=one.job.sampling.logprobs)
+                command = Submit(one.request_id, one.job.prompt_ids, params, None, options)
+                streams.append(proxy.submit(command, is_whole=True))
+            outputs += [await stream.collect() for stream in streams]
+        except InvalidRequest as error:
+            raise name_prompt(error, wanted[start].job.prompt_field) from None
+        finally:
+            for stream in streams:
+                stream.close()
+    return outputs

@@ -107,6 +107,12 @@ def scored_range(item: ScheduledSequence) -> tuple[int, int]:
     return first, max(first, min(item.start + item.num_tokens + 1, request.num_prompt))
 
 
+def most_tops(batch: Batch) -> int:
+    """The largest number of likeliest tokens that a scoring row of the batch asks for."""
+    scoring = (item.sequence.request for item in batch.items if item.sequence.request.score_from is not None)
+    return max((request.sampling.logprobs or 0 for request in scoring), default=0)
+
+
 def gather_extend(
     batch: Batch, slots: RunningSlots, grammar_states: Seq[int], edit_rows: Seq[int], page_size: int
 ) -> ExtendArrays:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ramet.kernels.sampling.logprobs import compute_logprobs
 from ramet.runtime.steps.inputs import scored_range
-from ramet.runtime.steps.sampler import Sampled
+from ramet.runtime.steps.sampler import Sampled, Scores
 from ramet.runtime.steps.slots import upload
-from ramet.runtime.types import Batch, RowOutput
+from ramet.runtime.types import Batch, RowOutput, TopTokens
 
 
 @dataclass(slots=True)
@@ -46,7 +46,7 @@ class LaunchedStep:
     batch: Batch
     tokens: Tensor  # int32 [R], host
     logprobs: StepLogprobs | None  # on the host, but for its logits
-    scores: Tensor | None  # fp32 [Q], host
+    scores: Scores | None  # on the host
     event: torch.cuda.Event | None
 
     @classmethod
@@ -56,7 +56,9 @@ class LaunchedStep:
             parts = [_to_host(part) for part in (logprobs.chosen, logprobs.top_ids, logprobs.top_values)]
             logprobs = replace(logprobs, chosen=parts[0], top_ids=parts[1], top_values=parts[2])
         tokens, scores = sampled.tokens, sampled.scores
-        on_host = _to_host(tokens), logprobs, None if scores is None else _to_host(scores)
+        if scores is not None:
+            scores = Scores(*(_to_host(part) for part in (scores.values, scores.top_ids, scores.top_values)))
+        on_host = _to_host(tokens), logprobs, scores
         event = torch.cuda.Event() if tokens.device.type == "cuda" else None  # type: ignore[no-untyped-call]
         if event is not None:
             event.record()
@@ -84,18 +86,20 @@ class LaunchedStep:
 
     def _read_rows(self, tokens: list[int]) -> list[RowOutput]:
         logprobs = {} if self.logprobs is None else self._logprobs_by_row(self.logprobs)
-        scores = None if self.scores is None else self.scores.numpy()
+        scores = self.scores
         outputs, row, scored = [], 0, 0
         for item in self.batch.items:
             first, last = scored_range(item)
-            part = None
+            wanted = item.sequence.request.sampling.logprobs
+            part, tops = None, None
             if last > first and scores is not None:
-                part = scores[scored : scored + last - first].copy()
+                rows = slice(scored, scored + last - first)
+                part = scores.values[rows].numpy().copy()
+                tops = tuple(_tops(scores.top_ids[rows, :wanted], scores.top_values[rows, :wanted])) if wanted else None
                 scored += last - first
             if not item.samples:
-                outputs.append(RowOutput(prompt_logprobs=part))
+                outputs.append(RowOutput(prompt_logprobs=part, prompt_tops=tops))
                 continue
-            wanted = item.sequence.request.sampling.logprobs
             if wanted is None:
                 outputs.append(RowOutput((tokens[row],), prompt_logprobs=part))
             else:
@@ -104,12 +108,14 @@ class LaunchedStep:
             row += 1
         return outputs
 
-    def _logprobs_by_row(self, found: StepLogprobs) -> dict[int, tuple[float, tuple[tuple[int, float], ...]]]:
-        tops = [
-            tuple(zip(ids, values, strict=True))
-            for ids, values in zip(found.top_ids.tolist(), found.top_values.tolist(), strict=True)
-        ]
+    def _logprobs_by_row(self, found: StepLogprobs) -> dict[int, tuple[float, TopTokens]]:
+        tops = _tops(found.top_ids, found.top_values)
         return dict(zip(found.rows, zip(found.chosen.tolist(), tops, strict=True), strict=True))
+
+
+def _tops(ids: Tensor, values: Tensor) -> list[TopTokens]:
+    """The likeliest tokens of each row of [k, n] tensors on the host."""
+    return [tuple(zip(*row, strict=True)) for row in zip(ids.tolist(), values.tolist(), strict=True)]
 
 
 def _to_host(tensor: Tensor) -> Tensor:

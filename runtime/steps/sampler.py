@@ -13,7 +13,7 @@ from ramet.kernels.sampling.logit_edits import count_tokens
 from ramet.kernels.sampling.logprobs import compute_logprobs
 from ramet.kernels.slots.tables import SlotTables, commit_decode
 from ramet.runtime.models.decoder import Decoder
-from ramet.runtime.steps.inputs import ExtendInputs, Step
+from ramet.runtime.steps.inputs import ExtendInputs, Step, most_tops
 from ramet.runtime.steps.logit_edits import LogitEdits, apply_edits
 from ramet.runtime.steps.slots import upload
 
@@ -21,15 +21,24 @@ _SCORE_ROWS = 512  # logits rows of one part of a scoring chunk: bounds the [row
 
 
 @dataclass(slots=True)
+class Scores:
+    """Scores of Q prompt tokens: log-probabilities fp32 [Q], and of the n likeliest in their places [Q, n]."""
+
+    values: Tensor
+    top_ids: Tensor
+    top_values: Tensor
+
+
+@dataclass(slots=True)
 class Sampled:
-    """A step's results on the device. tokens: int32 [R], one for each sampling row. scores: fp32 [Q], if requested.
+    """A step's results on the device. tokens: int32 [R], one for each sampling row. scores: if requested.
 
     logits_of: returns the model's unedited logits of some of the R rows, by their indices. Valid until the next step.
     """
 
     tokens: Tensor
     logits_of: Callable[[Tensor], Tensor]
-    scores: Tensor | None = None
+    scores: Scores | None = None
 
 
 class Sampler:
@@ -62,7 +71,7 @@ class Sampler:
 
     def sample_extend(self, step: Step, hidden: Tensor, sent: ExtendInputs) -> Sampled:
         """Compute the requested scores and sample the sampling rows, from the hidden states of a step's tokens."""
-        decoder, scores = self._decoder, self._score(hidden, sent)
+        decoder, scores = self._decoder, self._score(hidden, sent, most_tops(step.batch))
         if sent.sample_rows.numel() == 0:
             return Sampled(sent.sample_rows, decoder.logits, scores)
         logits = decoder.logits(hidden.index_select(0, sent.sample_index))
@@ -87,12 +96,13 @@ class Sampler:
             count_tokens(self._sampling.edits, slots, tokens)
         commit_decode(slots, tokens, tables.last_token, tables.kv_len)
 
-    def _score(self, hidden: Tensor, sent: ExtendInputs) -> Tensor | None:
+    def _score(self, hidden: Tensor, sent: ExtendInputs, num_tops: int) -> Scores | None:
         if not sent.score_index.numel():
             return None
         parts = []
         for low in range(0, sent.score_index.numel(), _SCORE_ROWS):
             index = sent.score_index[low : low + _SCORE_ROWS]
             logits = self._decoder.logits(hidden.index_select(0, index))
-            parts.append(compute_logprobs(logits, sent.score_targets[low : low + _SCORE_ROWS], 0)[0])
-        return torch.cat(parts)
+            parts.append(compute_logprobs(logits, sent.score_targets[low : low + _SCORE_ROWS], num_tops))
+        values, top_values, top_ids = (torch.cat(column) for column in zip(*parts, strict=True))
+        return Scores(values, top_ids, top_values)

@@ -288,6 +288,7 @@ def _to_report(output: RequestOutput) -> Output:
         logprobs=None if output.logprobs is None else list(output.logprobs),
         top_logprobs=None if output.top_logprobs is None else [list(top) for top in output.top_logprobs],
         prompt_logprobs=None if output.prompt_logprobs is None else output.prompt_logprobs.tolist(),
+        prompt_tops=None if output.prompt_tops is None else [list(top) for top in output.prompt_tops],
         error=None if output.error is None else ErrorInfo.of(output.error),
         timings=None if output.timings is None else dict(output.timings),
         incomplete=output.incomplete,

@@ -121,7 +121,8 @@ class ErrorInfo(msgspec.Struct, frozen=True, omit_defaults=True):
 class Output(msgspec.Struct, tag="output", omit_defaults=True):
     """One increment of a request. The last one has `finish_reason`. `stop_match`: the string or token that ended it.
 
-    `logprobs`, `top_logprobs`: one entry for each of `token_ids`. `incomplete`: why a constrained text is incomplete.
+    `logprobs`, `top_logprobs`: one entry for each of `token_ids`. `prompt_logprobs`, `prompt_tops`: one for each scored
+    token of the prompt. `incomplete`: why a constrained text is incomplete.
     """
 
     id: str
@@ -135,6 +136,7 @@ class Output(msgspec.Struct, tag="output", omit_defaults=True):
     logprobs: list[float] | None = None
     top_logprobs: list[list[tuple[int, float]]] | None = None
     prompt_logprobs: list[float] | None = None
+    prompt_tops: list[list[tuple[int, float]]] | None = None
     error: ErrorInfo | None = None
     timings: dict[str, float] | None = None
     incomplete: str | None = None
@@ -146,6 +148,7 @@ class Output(msgspec.Struct, tag="output", omit_defaults=True):
         self.logprobs = _joined(self.logprobs, later.logprobs)
         self.top_logprobs = _joined(self.top_logprobs, later.top_logprobs)
         self.prompt_logprobs = _joined(self.prompt_logprobs, later.prompt_logprobs)
+        self.prompt_tops = _joined(self.prompt_tops, later.prompt_tops)
         self.prompt_tokens, self.cached_tokens = later.prompt_tokens, later.cached_tokens
         self.completion_tokens = later.completion_tokens
         self.finish_reason, self.stop_match, self.error = later.finish_reason, later.stop_match, later.error

@@ -11,7 +11,7 @@ from msgspec import UNSET, UnsetType
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ramet.runtime.server.choices import Job, choice_id, close_all, heals, merged, scored, submit_all
+from ramet.runtime.server.choices import Job, Scoring, choice_id, close_all, heals, merged, scored, submit_all
 from ramet.runtime.server.errors import HttpError
 from ramet.runtime.server.link.protocol import Output
 from ramet.runtime.server.logprobs import finite, token_text
@@ -44,6 +44,7 @@ class GeneratedMeta(AnswerStruct):
     output_token_logprobs: list[Scored] | UnsetType = UNSET
     output_top_logprobs: list[list[Scored]] | UnsetType = UNSET
     input_token_logprobs: list[Scored] | UnsetType = UNSET
+    input_top_logprobs: list[list[Scored] | None] | UnsetType = UNSET
 
 
 class Generated(AnswerStruct, kw_only=True):
@@ -87,18 +88,14 @@ class GenerateEndpoint:
         if not is_generated:
             start = max(start, 0)
         ids = [choice_id(answer_id, n) for n in range(len(jobs))]
-        computed = [
-            await self._computed(body, job, name, start, is_generated) for name, (job, _) in zip(ids, jobs, strict=True)
-        ]
-        answer = GenerateAnswer(
-            self._served, body, [job.prompt_ids for job, _ in jobs], [scores for _, scores in computed], start
-        )
+        prompts = await self._computed(body, [job for job, _ in jobs], ids, start, is_generated)
+        answer = GenerateAnswer(self._served, body, [job.prompt_ids for job, _ in jobs], prompts, start)
         if is_generated:
             choices = submit_all(proxy, jobs, answer_id)
             outputs = merged(choices)
         else:
             choices = []
-            outputs = _each([output for output, _ in computed])
+            outputs = _each(prompts)
         if body.stream:
             return EventStream(answer.events(outputs), lambda: close_all(choices), DONE)
         for index, output in await collected(request, outputs):
@@ -158,21 +155,27 @@ class GenerateEndpoint:
         return prompts
 
     async def _computed(
-        self, body: GenerateBody, job: Job, request_id: str, start: int, is_generated: bool
-    ) -> tuple[Output, list[float | None] | None]:
-        """An answer without generated text, and the log-probabilities of the prompt's tokens from `start` on, if asked.
+        self, body: GenerateBody, jobs: Sequence[Job], ids: Sequence[str], start: int, is_generated: bool
+    ) -> list[Output]:
+        """Answers without generated text. They have the scores of the prompts' tokens from `start` on, if asked.
 
-        The prompt's first token has none.
+        The first token of a prompt has none.
         """
-        count = len(job.prompt_ids)
-        wants_scores = bool(body.return_logprob) and 0 <= start < count
-        output, first = Output(request_id, count, 0, 0, finish_reason="length"), max(start, 1)
-        if (wants_scores and first < count) or (not is_generated and count > 1):
-            output = await scored(self._served.proxy, f"{request_id}-score", job, min(first, count - 1))
-            output.id = request_id
-        scores: list[float] = (output.prompt_logprobs or []) if first < count else []
-        output.text, output.token_ids, output.finish_reason = "", [], "length"
-        return output, [*([None] * (first - start)), *scores] if wants_scores else None
+        outputs = [
+            Output(name, len(job.prompt_ids), 0, 0, finish_reason="length") for name, job in zip(ids, jobs, strict=True)
+        ]
+        wants_scores, first = bool(body.return_logprob) and start >= 0, max(start, 1)
+        wanted: dict[int, Scoring] = {}
+        for index, job in enumerate(jobs):
+            count = len(job.prompt_ids)
+            if (wants_scores and first < count) or (not is_generated and count > 1):
+                wanted[index] = Scoring(f"{ids[index]}-score", job, min(first, count - 1))
+        for index, output in zip(wanted, await scored(self._served.proxy, list(wanted.values())), strict=True):
+            output.id, output.text, output.token_ids, output.finish_reason = ids[index], "", [], "length"
+            if not wants_scores or first >= len(jobs[index].prompt_ids):
+                output.prompt_logprobs = output.prompt_tops = None
+            outputs[index] = output
+        return outputs
 
 
 async def _each(outputs: Sequence[Output]) -> AsyncGenerator[tuple[int, Output], None]:
@@ -189,17 +192,17 @@ class GenerateAnswer:
         served: ServedModel,
         body: GenerateBody,
         prompts: Sequence[list[int]],
-        prompt_logprobs: Sequence[list[float | None] | None],
+        computed: Sequence[Output],
         logprob_start: int,
     ) -> None:
-        """`prompts` and `prompt_logprobs`: one entry for each answer; None if no scores are requested.
+        """`prompts` and `computed`: one entry for each answer. `computed` has the scores of its prompt, if requested.
 
-        `logprob_start`: the first token of a prompt that has a score.
+        `logprob_start`: the first token of a prompt that has a score; -1: none.
         """
         self._served = served
         self._body = body
         self._prompts = prompts
-        self._prompt_logprobs = prompt_logprobs
+        self._computed = computed
         self._logprob_start = logprob_start
         self._sums: list[Output | None] = [None] * len(prompts)
         self._is_cumulative = body.cumulative or not body.stream
@@ -256,9 +259,13 @@ class GenerateAnswer:
         meta.output_token_logprobs = [self._entry(p, t) for p, t in zip(values, ids, strict=False)]
         meta.output_top_logprobs = [[self._entry(p, t) for t, p in top] for top in output.top_logprobs or []]
         if is_whole:
-            scores = self._prompt_logprobs[index] or []
-            tokens = self._prompts[index][self._logprob_start :] if scores else []
+            computed, start = self._computed[index], self._logprob_start
+            tokens = self._prompts[index][start:] if start >= 0 else []
+            has_first = start == 0 and bool(tokens)
+            scores = [*([None] if has_first else []), *(computed.prompt_logprobs or ())]
             meta.input_token_logprobs = [self._entry(p, t) for p, t in zip(scores, tokens, strict=True)]
+            tops = [[self._entry(p, t) for t, p in top] for top in computed.prompt_tops or ()]
+            meta.input_top_logprobs = [*([None] if has_first else []), *tops] if self._body.top_logprobs_num else []
 
     def _entry(self, logprob: float | None, token: int) -> Scored:
         text = token_text(self._served.tokenizer, token) if self._body.return_text_in_logprobs else None

@@ -196,9 +196,9 @@ class ChatBody(SamplingFields):
 class CompletionBody(SamplingFields):
     """`POST /v1/completions`. The spelling of a special token in a text prompt becomes that token.
 
-    `logprobs`: the number of most likely tokens besides the chosen one. With `echo` it must be 0: prompt tokens are
-    scored without alternatives. `token_healing`: the model writes the prompt's last token again, as a part of any token
-    that begins with it; null: for texts with a constraint.
+    `logprobs`: the number of most likely tokens besides the chosen one; with `echo`, of the prompt's tokens, too.
+    `add_special_tokens`: false leaves out the tokens that the tokenizer puts before a text. `token_healing`: the model
+    writes the prompt's last token again, as a part of any token that begins with it; null: for texts with a constraint.
     """
 
     # Ids first: where texts are tried before them, each id is an error to collect, which took longer than all the rest.
@@ -206,6 +206,7 @@ class CompletionBody(SamplingFields):
     max_tokens: int | None = Field(default=None, ge=0, le=MAX_INT32, description="default 16")
     logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
     echo: bool | None = None
+    add_special_tokens: bool | None = None
     best_of: int | None = Field(default=None, ge=1, description="no other value than that of n")
     token_healing: bool | None = None
 

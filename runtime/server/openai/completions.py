@@ -13,7 +13,7 @@ from msgspec import UNSET, UnsetType
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ramet.runtime.server.choices import Job, close_all, heals, merged, scored, submit_all
+from ramet.runtime.server.choices import Job, Scoring, close_all, heals, merged, scored, submit_all
 from ramet.runtime.server.errors import HttpError
 from ramet.runtime.server.link.protocol import Output
 from ramet.runtime.server.logprobs import finite, token_bytes, token_text
@@ -59,13 +59,15 @@ class LogprobLists:
         self,
         token_ids: Sequence[int],
         logprobs: Sequence[float | None],
-        tops: Sequence[Sequence[tuple[int, float]]] | None,
+        tops: Sequence[Sequence[tuple[int, float]] | None] | None,
     ) -> None:
         self._detokenizer = self._detokenizer or Detokenizer(self.tokenizer.token_bytes)
         for index, (token, value) in enumerate(zip(token_ids, logprobs, strict=False)):
             top = None
-            if tops is not None:
-                top = {token_text(self.tokenizer, other): finite(p) for other, p in tops[index]}
+            alternatives = None if tops is None else tops[index]
+            if alternatives is not None:
+                # Tokens whose bytes are no text may be written alike: the likeliest of them is kept.
+                top = {token_text(self.tokenizer, other): finite(p) for other, p in reversed(alternatives)}
             shown = None if value is None else finite(value)
             self.entries.append((token_text(self.tokenizer, token), shown, top, self.length))
             special = "" if self.tokenizer.token_bytes[token] else token_bytes(self.tokenizer, token).decode()
@@ -129,12 +131,6 @@ def _check_fields(body: CompletionBody) -> None:
     options = body.stream_options
     if options is not None and options.include_usage and not body.stream:
         raise HttpError(400, "stream_options is only allowed with stream: true", param="stream_options")
-    if body.echo and body.logprobs:
-        raise HttpError(
-            400,
-            f"logprobs is {body.logprobs}, but with echo it must be 0: alternatives of prompt tokens are not computed",
-            param="logprobs",
-        )
 
 
 def _has_ids(body: CompletionBody) -> bool:
@@ -157,7 +153,8 @@ def _prompts(tokenizer: Tokenizer, body: CompletionBody) -> list[CompletionPromp
     prompts = []
     for item in given:
         if isinstance(item, str):
-            prompts.append(CompletionPrompt(tokenizer.encode(item, add_special=True, parse_special=True), item))
+            ids = tokenizer.encode(item, add_special=body.add_special_tokens is not False, parse_special=True)
+            prompts.append(CompletionPrompt(ids, item))
         else:
             assert isinstance(item, list)
             size = tokenizer.vocab_size
@@ -203,8 +200,7 @@ class CompletionAnswer:
         """Yield increments. With echo each choice starts with its prompt, scored if log-probabilities are requested."""
         try:
             if self._body.echo:
-                for number, prompt in enumerate(self._prompts):
-                    echoed = await self._echoed(number, prompt)
+                for number, echoed in enumerate(await self._echoed()):
                     for index in range(number * self._num, (number + 1) * self._num):
                         yield index, echoed
             if self._is_generated:
@@ -217,13 +213,18 @@ class CompletionAnswer:
         finally:
             self.close()
 
-    async def _echoed(self, number: int, prompt: CompletionPrompt) -> Output:
-        output = Output(self._id, len(prompt.ids), 0, 0, text=prompt.text, token_ids=prompt.ids)
-        if self._body.logprobs is not None and len(prompt.ids) > 1:
-            job = self._jobs[number * self._num][0]
-            request_id = f"{self._id}-score-{number}"
-            output.prompt_logprobs = (await scored(self._served.proxy, request_id, job, 1)).prompt_logprobs
-        return output
+    async def _echoed(self) -> list[Output]:
+        """The prompts as increments. The first token of each has no score."""
+        outputs = [Output(self._id, len(p.ids), 0, 0, text=p.text, token_ids=p.ids) for p in self._prompts]
+        if self._body.logprobs is not None:
+            long = [number for number, prompt in enumerate(self._prompts) if len(prompt.ids) > 1]
+            jobs = [self._jobs[number * self._num][0] for number in long]
+            ids = [f"{self._id}-score-{number}" for number in long]
+            wanted = [Scoring(name, job, 1) for name, job in zip(ids, jobs, strict=True)]
+            for number, found in zip(long, await scored(self._served.proxy, wanted), strict=True):
+                outputs[number].prompt_logprobs = found.prompt_logprobs
+                outputs[number].prompt_tops = found.prompt_tops
+        return outputs
 
     def take(self, index: int, output: Output) -> None:
         """Add an increment of a choice."""
@@ -231,7 +232,8 @@ class CompletionAnswer:
         logprobs = self._logprobs[index]
         is_echo = self._body.echo and self._lasts[index] is None
         if logprobs is not None and is_echo:
-            logprobs.add(output.token_ids, [None, *(output.prompt_logprobs or ())], None)
+            tops = None if output.prompt_tops is None else [None, *output.prompt_tops]
+            logprobs.add(output.token_ids, [None, *(output.prompt_logprobs or ())], tops)
             logprobs.length = len(output.text)
         elif logprobs is not None:
             logprobs.add(output.token_ids, output.logprobs or (), output.top_logprobs)

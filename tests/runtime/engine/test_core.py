@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -264,6 +265,36 @@ def test_scores_equal_the_log_probabilities_of_a_full_forward_pass(decoder: Deco
     (expected,) = [u.output.prompt_logprobs for u in whole.step() if u.output.prompt_logprobs is not None]
     assert len(got) == len(ids) - 22
     np.testing.assert_allclose(got, expected[21:], atol=1e-4)
+
+
+@pytest.mark.parametrize("chunk", [16, 200])
+def test_a_score_comes_with_the_likeliest_tokens_that_were_asked_for(decoder: Decoder, chunk: int) -> None:
+    ids = prompt(4, 60)
+    core = make_core(decoder, chunk=chunk)
+    requests = {
+        count: Request(
+            f"top {count}", np.asarray(ids, dtype=np.int32), SamplingParams(logprobs=count), 0, score_from=first
+        )
+        for count, first in ((None, 3), (0, 1), (2, 40), (5, 22))
+    }
+    tops: dict[str, list[Any]] = {r.request_id: [] for r in requests.values()}
+    scores: dict[str, list[float]] = {r.request_id: [] for r in requests.values()}
+    for r in [request("generates", prompt(1, 9), 30), *requests.values()]:
+        core.add(r)
+    while core.has_work:
+        for update in core.step():
+            if update.output.prompt_logprobs is not None:
+                scores[update.sequence.request.request_id] += list(update.output.prompt_logprobs)
+                tops[update.sequence.request.request_id] += update.output.prompt_tops or ()
+    assert tops["top None"] == tops["top 0"] == []
+    for count, first in ((2, 40), (5, 22)):
+        found = tops[f"top {count}"]
+        assert [len(top) for top in found] == [count] * (len(ids) - first)
+        for place, (top, score) in enumerate(zip(found, scores[f"top {count}"], strict=True), first):
+            (sequence,) = run(make_core(decoder), [request("next", ids[:place], 1)])
+            assert top[0][0] == sequence.output_ids[0]  # greedy
+            assert [value for _, value in top] == sorted((value for _, value in top), reverse=True)
+            assert dict(top).get(ids[place], score) == score <= top[0][1]
 
 
 def test_scoring_a_long_prompt_never_holds_logits_for_all_of_it(

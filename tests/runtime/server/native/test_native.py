@@ -114,7 +114,14 @@ def test_log_probabilities_of_what_is_generated_and_of_the_prompt(server: Server
     assert [(token, text) for _, token, text in scores] == [(ord(c), c) for c in "hello"]
     assert scores[0][0] is None  # nothing stands before the first token
     assert all(value < 0 for value, _, _ in scores[1:])
+    tops = meta["input_top_logprobs"]
+    assert tops[0] is None
+    assert [len(top) for top in tops[1:]] == [2] * 4
+    assert all(top[0][0] >= max(top[1][0], score[0]) for top, score in zip(tops[1:], scores[1:], strict=True))
     later = generate(server, sampling_params=sampling, **{**fields, "logprob_start_len": 3}).json()["meta_info"]
+    assert [[entry[1:] for entry in top] for top in later["input_top_logprobs"]] == [
+        [entry[1:] for entry in top] for top in tops[3:]
+    ]
     for given, known in zip(later["input_token_logprobs"], scores[3:], strict=True):
         assert given == [pytest.approx(known[0]), *known[1:]]
     assert generate(server, return_logprob=True).json()["meta_info"]["input_token_logprobs"] == []

@@ -42,6 +42,48 @@ def test_echo_alone_scores_the_prompt_and_generates_nothing(client: Client, repl
     assert answer["usage"]["completion_tokens"] == 0
 
 
+def test_echo_gives_the_likeliest_tokens_of_each_place_of_the_prompt(client: Client, replay: Any) -> None:
+    def script(command: Any) -> Any:
+        if command.options.score_from is None:
+            return replay(command, "!", finish="length")
+        (output,) = replay(command, "", finish="length")[-1:]
+        output.prompt_logprobs = [-0.5, -2.0]
+        output.prompt_tops = [[(98, -0.5), (99, -1.0)], [(100, -0.1), (0xFF, -0.2)]]
+        return [output]
+
+    client.engine.script = script
+    body = {"prompt": ["abc", "abc"], "echo": True, "logprobs": 2, "max_tokens": 1}
+    first, second = client.request(PATH, body).json()["choices"]
+    assert [command.sampling.logprobs for command in client.engine.submitted] == [2] * 4
+    assert first["text"] == "abc!"
+    assert first["logprobs"]["token_logprobs"] == [None, -0.5, -2.0]
+    assert first["logprobs"]["top_logprobs"] == [None, {"b": -0.5, "c": -1.0}, {"d": -0.1, "bytes:\\xff": -0.2}]
+    assert second["logprobs"] == first["logprobs"]
+
+
+def test_without_special_tokens_a_text_has_its_own_tokens_alone(client: Client) -> None:
+    client.engine.says("ok")
+    client.tokenizer.encode = lambda text, *, add_special=False, **rules: [1] * add_special + list(text.encode())
+    for given, ids in (({}, [1, 97]), ({"add_special_tokens": True}, [1, 97]), ({"add_special_tokens": False}, [97])):
+        client.request(PATH, {"prompt": "a", **given})
+        assert client.engine.submitted[-1].prompt_ids == ids
+
+
+def test_when_the_score_of_one_prompt_fails_the_others_are_aborted(client: Client) -> None:
+    from ramet.runtime.server.link.protocol import ErrorInfo, Output
+
+    def script(command: Any) -> Any:
+        if command.options.score_from is None or command.prompt_ids == [99, 99]:
+            return []  # goes on for ever
+        error = ErrorInfo("InvalidRequest", "no", "prompt")
+        return [Output(command.id, 2, 0, 0, finish_reason="error", error=error)]
+
+    client.engine.script = script
+    body = {"prompt": ["bb", "cc"], "echo": True, "logprobs": 1}
+    assert client.refusal(PATH, body)["param"] == "prompt"
+    assert [stream.was_aborted for stream in client.engine.streams] == [True, True, False, True]
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
@@ -49,7 +91,6 @@ def test_echo_alone_scores_the_prompt_and_generates_nothing(client: Client, repl
         ({"prompt": [70_000]}, "prompt"),
         ({"best_of": 3}, "best_of"),
         ({"suffix": "x"}, "suffix"),
-        ({"echo": True, "logprobs": 2}, "logprobs"),
         ({"logprobs": 21}, "logprobs"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
     ],
