@@ -445,9 +445,9 @@ def ramet_rows(engine: Engine, task: Task, at_once: int, rows_named: str) -> lis
     for examples in (3, 0):
         prompts = task.prompts(examples)
         for name, program in task.programs().items():
-            if not re.search(rows_named, name):
-                continue
             score = Score(f"ramet: {name}", examples)
+            if not re.search(rows_named, score.system):
+                continue
             rows.append(score)
             if isinstance(program, str):
                 score.note = program
@@ -485,9 +485,9 @@ def own_split(engine: Engine, text: str) -> int:
 
 
 def peer_rows(
-    engine: Engine, task: Task, peer: str, model: Path, python: str, count: int | None
+    engine: Engine, task: Task, peer: str, model: Path, python: str, count: int | None, rows_named: str
 ) -> tuple[list[Score], dict[str, str]]:
-    """Ask another engine, free and constrained. Returns the rows, and the versions of its packages."""
+    """Ask another engine, free and constrained, for the rows so named. Returns them, and its packages' versions."""
     rows, asks = list[Score](), list[dict[str, Json]]()
     places: list[tuple[Score, int]] = []
     if task.kind is None:
@@ -496,6 +496,8 @@ def peer_rows(
         prompts = task.prompts(examples)[:count]
         for is_free in (True, False):
             score = Score(f"{peer}: {'free' if is_free else task.kind}", examples)
+            if not re.search(rows_named, score.system):
+                continue
             rows.append(score)
             for index, prompt in enumerate(prompts):
                 kind, source = ("free", None) if is_free else (task.kind, task.source(index))
@@ -543,7 +545,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m", help="a catalogue model, or a .gguf file")
     parser.add_argument("--task", default="ages,fields,tools,kinds", help=f"some of {','.join(TASKS)}")
     parser.add_argument("--systems", default="ramet", help=f"some of {','.join(SYSTEMS)}")
-    parser.add_argument("--rows", default="", help="a pattern: the rows of Ramet whose names have it")
+    parser.add_argument("--rows", default="", help="a pattern: the rows whose names have it")
     parser.add_argument("--count", type=int, help="questions of a task; default: its own number")
     parser.add_argument("--peer-count", type=int, help="questions for other engines; default: all")
     parser.add_argument("--seed", type=int, default=0, help="of the data")
@@ -572,7 +574,9 @@ def main() -> None:
             rows = ramet_rows(engine, task, arguments.at_once, arguments.rows) if "ramet" in systems else []
             for peer in systems:
                 if peer in PEERS:
-                    more, used = peer_rows(engine, task, peer, model, arguments.peers_python, arguments.peer_count)
+                    more, used = peer_rows(
+                        engine, task, peer, model, arguments.peers_python, arguments.peer_count, arguments.rows
+                    )
                     rows, versions = rows + more, versions | used
             show(console, name, rows, arguments.show)
             figures[name] = [row.to_dict() for row in rows]

@@ -30,6 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ramet.grammar.machine import bitmask
+from ramet.grammar.machine.ends import refused_by_first_byte
 from ramet.grammar.machine.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -189,10 +190,16 @@ class Bordered:
             return row
 
     def ends(self, state: int) -> NDArray[np.int32] | None:
-        """Return the mask row, int32 [W], of the tokens that end the value (see ends.py), and do not begin `after`."""
+        """Return the mask row, int32 [W], of the tokens that end the value (see ends.py), and do not begin `after`.
+
+        Where `after` may have begun, and the value that goes on instead is incomplete, all refused tokens are such,
+        unless the value allows their first byte. After `3.`, `3` is the value if neither a digit nor `after` follows.
+        """
         place = self._places[state]
         if place is None or place[0] is None or self.grammar is None:
             return None
+        if place[1] and not self._is_value(place[0]):
+            return refused_by_first_byte(self.vocabulary, self.mask(state))
         row = self.grammar.ends(place[0])
         return None if row is None else row & ~self.mask(state)
 

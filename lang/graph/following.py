@@ -3,6 +3,9 @@
 A model ends a value where it wants to go on with what follows, so the engine lets it begin that text. Known is what the
 same part of the program says: texts after the node, up to the next generation, selection, fork or message. A node of a
 later part is not looked at, even if it is there already: the result must not depend on when it comes.
+
+A decimal number of which nothing is known to follow may stand at the end of a sentence. Its full stop looks like the
+beginning of a fraction, so a number is taken to be followed by a full stop and a space.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from ramet.lang.graph import ir
 
 MAX_BYTES = 64  # of the following text that the engine looks at
 _WITHOUT_TEXT = (ir.Capture, ir.Join, ir.ToolCall)
+_AFTER_NUMBER: ir.Template = (". ",)
 
 
 def children_of(nodes: Sequence[ir.AnyNode]) -> dict[int, list[ir.AnyNode]]:
@@ -38,6 +42,7 @@ def is_ended_by_following(node: ir.AnyNode) -> bool:
 
 def following(node: ir.AnyNode, children: Mapping[int, Sequence[ir.AnyNode]]) -> ir.Template:
     """Return the text that follows a node, as its author wrote it, or the beginning of it. Empty if it is not known."""
+    is_decimal = isinstance(node, ir.Generate) and node.type == "float"
     parts: list[ir.Part] = []
     size = 0
     while size < MAX_BYTES:
@@ -54,7 +59,7 @@ def following(node: ir.AnyNode, children: Mapping[int, Sequence[ir.AnyNode]]) ->
             size += sum(len(part) for part in node.parts if isinstance(part, str))
         elif not isinstance(node, _WITHOUT_TEXT):
             break
-    return tuple(parts)
+    return tuple(parts) or (_AFTER_NUMBER if is_decimal else ())
 
 
 def known_start(template: ir.Template, is_known: Callable[[ir.Ref], bool], text: Callable[[ir.Ref], str]) -> bytes:

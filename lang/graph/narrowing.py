@@ -27,8 +27,6 @@ Json: TypeAlias = Any  # JSON: a node of a composed grammar, or a JSON schema
 
 _SPACE = r"\t-\r\x1c- \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # where str.split() splits
 _BREAK = r"\n\x0b\x0c\x1c-\x1e\x85\u2028\u2029"  # where str.splitlines() splits, besides \r
-# A decimal number in running text ends where the model writes something else, which a stop string cuts off.
-_AFTER_FLOAT = r"(?:[^0-9.](?s:.)*|\.(?:[^0-9](?s:.)*)?)?"
 _JSON_TYPES = frozenset(("null", "boolean", "number", "string", "array", "object"))
 _WITH_LENGTH = frozenset(("string", "array", "object"))
 _REGULAR = {"regex": "regex", "choice": "choices", "substring": "substring_of"}  # kinds of constraints -> fields
@@ -92,7 +90,7 @@ def _lowering(constraint: Constraint | None, type: str) -> Callable[[Check], Jso
         return None
     if type == "str":
         return _text
-    return (lambda check: _number(check, type)) if type in ("int", "float") else None
+    return _number if type in ("int", "float") else None
 
 
 def _narrowed(given: Constraint | None, lowered: Sequence[Json], stop: tuple[str, ...]) -> Constraint:
@@ -183,18 +181,13 @@ def _count(low: int, high: int | None) -> str:
 # Numbers that are written as text.
 
 
-def _number(check: Check, kind: str) -> Json | None:
-    """Return the texts of numbers that pass a check, with any text that may follow a decimal number."""
-    found = _numbers(check, kind)
-    return found if found is None or kind == "int" else {"sequence": [found, {"regex": _AFTER_FLOAT}]}
-
-
-def _numbers(check: Check, kind: str) -> Json | None:
+def _number(check: Check) -> Json | None:
+    """Return the texts of numbers that pass a check."""
     if check.kind in ("all", "any"):
-        parts = [_numbers(one, kind) for one in check.of]
+        parts = [_number(one) for one in check.of]
         return None if any(part is None for part in parts) else {"all" if check.kind == "all" else "select": parts}
     if check.kind == "not":
-        part = _numbers(check.of[0], kind)
+        part = _number(check.of[0])
         return None if part is None else {"all": [{"number": {}}, {"not": part}]}
     if check.kind == "between":
         return _range(check.at_least, check.at_most)

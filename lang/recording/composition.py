@@ -20,7 +20,7 @@ from ramet.lang.graph.json_form import AS_CONFIGURED, JsonForm
 from ramet.lang.graph.narrowing import narrowing
 from ramet.lang.recording.generations import Gen, SelectExpr
 from ramet.lang.recording.recorder import Appendable, Chain, Expr, Recorder
-from ramet.lang.running.output_types import TEXT, CapturedType, OutputType, captures_type, number_pattern
+from ramet.lang.running.output_types import TEXT, CapturedType, OutputType, captures_type
 from ramet.lang.running.run import current_run
 from ramet.lang.running.values import NodeSource, Value
 
@@ -249,7 +249,8 @@ def _generated(gen: Gen) -> Json:
     name = gen.name or "a generation"
     if gen.thinking is not None:
         raise InvalidRequest(f"{name} thinks inside of a grammar; give `thinking` to the whole", param="thinking")
-    said, stop = _own_sampling(gen)
+    said = gen.sampling.said()
+    stop = said.pop("stop", ())
     if gen.constraint is not None:
         if gen.constraint.tokenization != "canonical":
             said = {"tokenization": gen.constraint.tokenization}
@@ -260,10 +261,8 @@ def _generated(gen: Gen) -> Json:
             "the whole, or limit the text by where=length(...)",
             param=next(iter(said)),
         )
-    pattern = number_pattern(gen.output) if gen.constraint is gen.output.constraint else None
-    constraint = gen.constraint if pattern is None else ir.Constraint("regex", pattern)
     checks = tuple(check for check in gen.where if isinstance(check, ir.Check))
-    narrowed = narrowing(constraint, checks, gen.output.wire)
+    narrowed = narrowing(gen.constraint, checks, gen.output.wire)
     if len(checks) < len(gen.where) or narrowed.retried:
         what = "a check in Python" if len(checks) < len(gen.where) else f"the check {narrowed.retried[0]}"
         raise InvalidRequest(
@@ -272,17 +271,6 @@ def _generated(gen: Gen) -> Json:
             param="where",
         )
     return _stopped(stop, _node(narrowed.constraint))
-
-
-def _own_sampling(gen: Gen) -> tuple[dict[str, Any], tuple[str, ...]]:  # Any: the type of each value
-    """Return the sampling values that a generation sets, besides its stop strings, without those of its type."""
-    said = gen.sampling.said()
-    stop = said.pop("stop", ())
-    if gen.constraint is gen.output.constraint and gen.output.stop:
-        stop = stop[: -len(gen.output.stop)]
-        if said.get("max_tokens") == gen.output.max_tokens:
-            del said["max_tokens"]
-    return said, stop
 
 
 def _node(constraint: ir.Constraint | None) -> Json | None:

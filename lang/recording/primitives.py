@@ -105,7 +105,6 @@ def gen(
     is_composed = isinstance(type, Composition)
     wanted = TEXT if is_composed else output_type(json_schema if type is None and json_schema is not None else type)
     constraint = _constraint(wanted.constraint, regex, cfg, choices, json_schema, substring_of)
-    is_by_type = constraint is wanted.constraint
     if tokenization not in get_args(Tokenization):
         raise InvalidRequest(f"tokenization is {tokenization!r}, but must be canonical or any", param="tokenization")
     if tokenization != "canonical" and not is_composed:
@@ -134,9 +133,6 @@ def gen(
         "ignore_eos": ignore_eos,
         "logprobs": logprobs,
     }
-    if is_by_type and wanted.stop:
-        values["max_tokens"] = max_tokens or wanted.max_tokens
-        values["stop"] = (*((stop,) if isinstance(stop, str) else stop or ()), *wanted.stop)
     checks = tuple(where) if isinstance(where, Sequence) else (where,)
     for check in checks:
         if not (isinstance(check, Check) or callable(check)):

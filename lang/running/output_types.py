@@ -24,10 +24,7 @@ from ramet.lang.graph.ir import Constraint, NodeEvent
 Wire = Literal["str", "int", "float", "bool", "json", "tools", "captures"]
 
 _INT = r"-?(?:0|[1-9][0-9]{0,14})"
-# A decimal number may end before a full stop, which looks like the beginning of a fraction. So the characters that may
-# follow a number are allowed, and a stop string cuts them off.
-_ENDS = (" ", "\n", ",", ";", ":", "!", "?", ")", "]", "}", "%", "'", '"', "/", "*", "=", "|", "<")
-_AFTER_FLOAT = r"(?:(?:[ \n,;:!?)\]}%'\"/*=|<]|\.[ \n])(?s:.)*)?"
+_FLOAT = _INT + r"(?:\.[0-9]{1,15})?"
 _YEAR = r"(?:[1-9][0-9]{3}|0[1-9][0-9]{2}|00[1-9][0-9]|000[1-9])"  # Python's dates begin with year 1
 _DATE = (
     _YEAR + r"-(?:(?:0[13578]|1[02])-(?:0[1-9]|[12][0-9]|3[01])|(?:0[469]|11)-(?:0[1-9]|[12][0-9]|30)"
@@ -73,8 +70,6 @@ class OutputType:
     convert: Callable[[Any], Any] = field(default=lambda value: value)  # JSON value -> value of the type
     from_event: Callable[[NodeEvent], Any] | None = None  # instead of `convert`, if more than the JSON value is needed
     shape: Shape | None = None
-    stop: tuple[str, ...] = ()  # ends the text, besides the program's own stop strings
-    max_tokens: int | None = None  # the default if the program sets none
 
 
 class Selected(str):
@@ -136,10 +131,9 @@ def output_type(kind: object) -> OutputType:
     if kind is None or kind is str:
         return TEXT
     if kind is int:
-        return OutputType("int", Constraint("regex", _INT), int, max_tokens=20)
+        return OutputType("int", Constraint("regex", _INT), int)
     if kind is float:
-        pattern = _INT + r"(?:\.[0-9]{1,15})?" + _AFTER_FLOAT
-        return OutputType("float", Constraint("regex", pattern), float, stop=(". ", ".\n", *_ENDS), max_tokens=36)
+        return OutputType("float", Constraint("regex", _FLOAT), float)
     if kind is bool:
         return OutputType("bool", choice(["true", "false"]), bool)
     if isinstance(kind, Mapping):
@@ -155,11 +149,6 @@ def output_type(kind: object) -> OutputType:
     if kind is datetime.time:
         return OutputType("str", Constraint("regex", _TIME), kind, datetime.time.fromisoformat)
     return _by_pydantic(kind)
-
-
-def number_pattern(output: OutputType) -> str | None:
-    """Return the pattern of a number alone, without what may follow it; None for a type that is no number."""
-    return {"int": _INT, "float": _INT + r"(?:\.[0-9]{1,15})?"}.get(output.wire)
 
 
 def choice(texts: list[str]) -> Constraint:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
 import msgspec
 
 from ramet.lang.graph import ir
 from ramet.runtime.programs.engine import EngineRequest, ProgramModel
 from ramet.runtime.programs.path import Path, keep_text
+from ramet.runtime.text.captures import captured_values
 from ramet.runtime.types import RequestOutput, SamplingParams
 
 
@@ -119,24 +119,9 @@ class Generation:
 
     def read(self, text: str) -> ir.JsonValue:
         if self._node.type == "captures":
-            return self._captures(text)
+            assert self._node.constraint is not None
+            return {"text": text, "captures": captured_values(self._node.constraint.source, text)}
         return self._tool_calls() if self._node.type == "tools" else ir.parse_value(self._node.type, text)
-
-    def _captures(self, text: str) -> dict[str, object]:
-        """Return the text and the values of the named parts of its grammar. Takes long for a long text."""
-        from ramet.grammar.tools.captures import capture_reader  # loads numba
-
-        assert self._node.constraint is not None
-        reader = capture_reader(self._node.constraint.source)
-        found: dict[str, Any] = {name: [] if form.is_list else None for name, form in reader.captures.items()}
-        for part in reader.read(text):
-            form = reader.captures[part.name]
-            value = ir.parse_value(form.type, text[part.begin : part.end])
-            if form.is_list:
-                found[part.name].append(value)
-            else:
-                found[part.name] = value
-        return {"text": text, "captures": found}
 
     def _tool_calls(self) -> dict[str, object]:
         """Return the model's text and its tool calls. Special tokens that write parts of calls count as spelled."""

@@ -94,7 +94,7 @@ class ToolChoice(Strict):
 class ThinkingConfig(Strict):
     """`enabled` and `disabled` are passed to templates that can turn thinking on and off; `adaptive` leaves it to them.
 
-    `budget_tokens` must be below `max_tokens`.
+    `budget_tokens` must be below `max_tokens`. Thinking past it is ended in the words of the chat template.
     """
 
     type: Literal["enabled", "disabled", "adaptive"]

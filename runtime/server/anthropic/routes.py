@@ -18,6 +18,7 @@ from ramet.runtime.server.anthropic.answer import (
 )
 from ramet.runtime.server.anthropic.bodies import CountBody, MessagesBody
 from ramet.runtime.server.anthropic.translation import chat_body
+from ramet.runtime.server.openai.bodies import ChatBody
 from ramet.runtime.server.openai.chat import ChatAnswer, ChatEndpoint
 from ramet.runtime.server.routing import Endpoint
 from ramet.runtime.server.sending import EventStream, Json, collected, event
@@ -36,7 +37,7 @@ class MessagesEndpoints:
     async def create(self, request: Request, body: MessagesBody) -> Response | MessageAnswer:
         """Answer a conversation; with `stream` as server-sent events."""
         self._check_model(body.model)
-        answer = await self._chat.begin(request, chat_body(body), "msg", clamps=True)
+        answer = await self._chat.begin(request, self._chat_body(body), "msg", clamps=True)
         message = MessageAnswer(id=answer.id, model=self._served.name, content=[], usage=MessageUsage(0, 0, 0, 0))
         writer = MessageWriter(message)
         events = self._events(answer, writer, body)
@@ -48,7 +49,10 @@ class MessagesEndpoints:
     async def count(self, request: Request, body: CountBody) -> CountedTokens:
         """Return the number of tokens of the prompt that a request would have."""
         self._check_model(body.model)
-        return CountedTokens(input_tokens=await self._chat.count_prompt(request, chat_body(body)))
+        return CountedTokens(input_tokens=await self._chat.count_prompt(request, self._chat_body(body)))
+
+    def _chat_body(self, body: CountBody) -> ChatBody:
+        return chat_body(body, thinks=self._chat.thinks)
 
     def _check_model(self, name: str) -> None:
         if not name.startswith("claude-"):

@@ -32,8 +32,11 @@ from ramet.runtime.server.openai.bodies import (
 from ramet.runtime.server.sending import Json
 
 
-def chat_body(body: CountBody) -> ChatBody:
-    """Return the chat completion that answers a request. Raises HttpError for fields that contradict each other."""
+def chat_body(body: CountBody, *, thinks: bool) -> ChatBody:
+    """Return the chat completion that answers a request. Raises HttpError for fields that contradict each other.
+
+    `thinks`: the model's chat template marks reasoning. A budget of thinking means nothing to other models.
+    """
     tools = [_function(tool) for tool in body.tools or () if isinstance(tool, OwnTool)]
     choice = body.tool_choice
     schema = body.output_format or (None if body.output_config is None else body.output_config.format)
@@ -54,6 +57,8 @@ def chat_body(body: CountBody) -> ChatBody:
                 f"thinking.budget_tokens is {budget:,}, but must be below max_tokens ({body.max_tokens:,})",
                 param="thinking.budget_tokens",
             )
+        if thinks and body.thinking is not None and body.thinking.type == "enabled":
+            values["max_thinking_tokens"] = budget
     return ChatBody(
         messages=messages_of(body),
         tools=tools or None,

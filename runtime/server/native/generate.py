@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 from msgspec import UNSET, UnsetType
@@ -19,6 +19,7 @@ from ramet.runtime.server.native.bodies import MAX_PROMPTS, GenerateBody
 from ramet.runtime.server.routing import Endpoint
 from ramet.runtime.server.sending import DONE, AnswerStruct, EventStream, LastEvent, collected, event
 from ramet.runtime.server.served_model import ServedModel, client_of
+from ramet.runtime.text.captures import captured_values
 from ramet.runtime.types import RequestOptions
 
 FinishType = Literal["stop", "length", "abort", "error"]
@@ -48,12 +49,16 @@ class GeneratedMeta(AnswerStruct):
 
 
 class Generated(AnswerStruct, kw_only=True):
-    """`index`: the number of the answer that this stream event belongs to, if there are several."""
+    """`index`: the number of the answer that this stream event belongs to, if there are several.
+
+    `captures`: of a finished text under a composed grammar, the values of its named parts; null if it was cut off.
+    """
 
     index: int | UnsetType = UNSET
     text: str
     output_ids: list[int]
     meta_info: GeneratedMeta
+    captures: dict[str, Any] | UnsetType | None = UNSET  # Any: JSON
 
 
 def generate_endpoints(served: ServedModel) -> list[Endpoint]:
@@ -89,7 +94,7 @@ class GenerateEndpoint:
             start = max(start, 0)
         ids = [choice_id(answer_id, n) for n in range(len(jobs))]
         prompts = await self._computed(body, [job for job, _ in jobs], ids, start, is_generated)
-        answer = GenerateAnswer(self._served, body, [job.prompt_ids for job, _ in jobs], prompts, start)
+        answer = GenerateAnswer(self._served, body, [job for job, _ in jobs], prompts, start)
         if is_generated:
             choices = submit_all(proxy, jobs, answer_id)
             outputs = merged(choices)
@@ -99,7 +104,7 @@ class GenerateEndpoint:
         if body.stream:
             return EventStream(answer.events(outputs), lambda: close_all(choices), DONE)
         for index, output in await collected(request, outputs):
-            answer.take(index, output)
+            await answer.take(index, output)
         results = [answer.result(index, is_whole=True) for index in range(len(jobs))]
         return results if answer.is_list else results[0]
 
@@ -191,20 +196,21 @@ class GenerateAnswer:
         self,
         served: ServedModel,
         body: GenerateBody,
-        prompts: Sequence[list[int]],
+        jobs: Sequence[Job],
         computed: Sequence[Output],
         logprob_start: int,
     ) -> None:
-        """`prompts` and `computed`: one entry for each answer. `computed` has the scores of its prompt, if requested.
+        """`jobs` and `computed`: one entry for each answer. `computed` has the scores of its prompt, if requested.
 
         `logprob_start`: the first token of a prompt that has a score; -1: none.
         """
         self._served = served
         self._body = body
-        self._prompts = prompts
+        self._jobs = jobs
         self._computed = computed
         self._logprob_start = logprob_start
-        self._sums: list[Output | None] = [None] * len(prompts)
+        self._sums: list[Output | None] = [None] * len(jobs)
+        self._composed = [_Composed.of(job) for job in jobs]
         self._is_cumulative = body.cumulative or not body.stream
 
     @property
@@ -212,9 +218,15 @@ class GenerateAnswer:
         several = isinstance(self._body.text, list) or bool(
             self._body.input_ids and isinstance(self._body.input_ids[0], list)
         )
-        return several or len(self._prompts) > 1
+        return several or len(self._jobs) > 1
 
-    def take(self, index: int, output: Output) -> None:
+    async def take(self, index: int, output: Output) -> None:
+        """Take an increment of an answer. With the last one, the named parts of its text are read."""
+        composed = self._composed[index]
+        if composed is not None:
+            composed.text += output.text
+            if output.finish_reason is not None:
+                await self._served.off_loop(composed.read)
         known = self._sums[index]
         if known is None or not self._is_cumulative:
             self._sums[index] = output
@@ -227,7 +239,7 @@ class GenerateAnswer:
         async with contextlib.aclosing(outputs):
             async for index, output in outputs:
                 is_first = self._sums[index] is None
-                self.take(index, output)
+                await self.take(index, output)
                 if not (output.text or output.token_ids or output.finish_reason):
                     continue
                 result = self.result(index, is_whole=is_first or self._is_cumulative)
@@ -252,7 +264,9 @@ class GenerateAnswer:
             meta.e2e_latency, meta.queue_time = output.timings["total_s"], output.timings["queue_s"]
         if self._body.return_logprob:
             self._add_logprobs(meta, index, output, is_whole=is_whole)
-        return Generated(text=output.text, output_ids=output.token_ids, meta_info=meta)
+        composed = self._composed[index]
+        captures = UNSET if composed is None or output.finish_reason is None else composed.captures
+        return Generated(text=output.text, output_ids=output.token_ids, meta_info=meta, captures=captures)
 
     def _add_logprobs(self, meta: GeneratedMeta, index: int, output: Output, *, is_whole: bool) -> None:
         values, ids = output.logprobs or [], output.token_ids
@@ -260,7 +274,7 @@ class GenerateAnswer:
         meta.output_top_logprobs = [[self._entry(p, t) for t, p in top] for top in output.top_logprobs or []]
         if is_whole:
             computed, start = self._computed[index], self._logprob_start
-            tokens = self._prompts[index][start:] if start >= 0 else []
+            tokens = self._jobs[index].prompt_ids[start:] if start >= 0 else []
             has_first = start == 0 and bool(tokens)
             scores = [*([None] if has_first else []), *(computed.prompt_logprobs or ())]
             meta.input_token_logprobs = [self._entry(p, t) for p, t in zip(scores, tokens, strict=True)]
@@ -270,6 +284,25 @@ class GenerateAnswer:
     def _entry(self, logprob: float | None, token: int) -> Scored:
         text = token_text(self._served.tokenizer, token) if self._body.return_text_in_logprobs else None
         return None if logprob is None else finite(logprob), token, text
+
+
+@dataclass(slots=True)
+class _Composed:
+    """A text under a composed grammar so far, and the values of its named parts once it is read: None if it was cut."""
+
+    source: str
+    text: str = ""
+    captures: dict[str, Any] | None = None  # Any: JSON
+
+    @classmethod
+    def of(cls, job: Job) -> _Composed | None:
+        constraint = job.constraint
+        return None if constraint is None or constraint.kind != "grammar" else cls(constraint.source)
+
+    def read(self) -> None:
+        """Read the named parts. Takes long for a long text."""
+        with contextlib.suppress(ValueError):  # the text was cut off, as its finish reason says
+            self.captures = captured_values(self.source, self.text)
 
 
 def _finish(output: Output) -> GeneratedFinish | None:

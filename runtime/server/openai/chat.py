@@ -170,7 +170,7 @@ class ChatEndpoint:
         ids, position = prompt.ids, _position(prompt, self._marks)
         reasoning = None
         budget, marks = body.max_thinking_tokens, self._marks
-        if budget is not None and not self._thinks:
+        if budget is not None and not self.thinks:
             raise HttpError(
                 400,
                 "max_thinking_tokens is given, but the model's chat template has no thinking",
@@ -244,7 +244,8 @@ class ChatEndpoint:
         return thinking_marks(self._tokenizer.chat_template.source) or THINK
 
     @cached_property
-    def _thinks(self) -> bool:
+    def thinks(self) -> bool:
+        """Whether the model's chat template marks reasoning."""
         return thinking_marks(self._tokenizer.chat_template.source) is not None
 
     def _free_reasoning(self, budget: int | None) -> FreeReasoning:

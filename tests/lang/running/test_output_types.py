@@ -178,7 +178,7 @@ def test_a_value_that_its_class_refuses_is_an_error_with_its_cause() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "written", "value"),
-    [(int, "36 trees", 36), (int, "-5.", -5), (float, "2.5, or so", 2.5), (float, "3. Then", 3.0), (float, "7", 7.0)],
+    [(int, "36 trees", 36), (int, "-5.", -5), (float, "2.5, or so", 2.5), (float, "3! Then", 3.0), (float, "7", 7.0)],
 )
 def test_a_number_ends_where_the_model_goes_on_with_something_else(kind: Any, written: str, value: object) -> None:
     @function
@@ -188,5 +188,30 @@ def test_a_number_ends_where_the_model_goes_on_with_something_else(kind: Any, wr
     mock = MockBackend({"value:": written})
     state = program.run(backend=mock)
     assert state["x"] == value
-    assert state.text() == f"value: {written.rstrip('.').split(' ')[0].rstrip('.,')}!"
+    assert state.text() == f"value: {written.rstrip('.').split(' ')[0].rstrip('.,!')}!"
+    mock.engine.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [
+        ("3.\n", 3.0),
+        ("3. Then", 3.0),
+        ("3.", 3.0),
+        ("3.5. Then", 3.5),
+        ("3.5\n", 3.5),
+        ("7, or 8", 7.0),
+        ("-0.25)", -0.25),
+    ],
+)
+def test_a_decimal_number_that_nothing_follows_may_end_a_sentence(written: str, value: float) -> None:
+    @function
+    def program(s: State) -> None:
+        s += "value: " + gen("x", float)
+
+    mock = MockBackend({"value:": written})
+    state = program.run(backend=mock)
+    assert state["x"] == value
+    assert float(state.text().removeprefix("value: ")) == value
+    assert state.text()[-1].isdigit()
     mock.engine.shutdown()

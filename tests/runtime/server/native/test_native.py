@@ -57,6 +57,39 @@ def test_a_composed_grammar_constrains_a_text(server: Server) -> None:
         assert re.fullmatch("<(ab|c){1,3}>", text)
 
 
+NAMED = {
+    "sequence": [
+        "<",
+        {"capture": "n", "of": {"regex": "[0-9]{2}"}, "type": "int"},
+        "|",
+        {"capture": "s", "of": {"choices": ["a"]}},
+        ">",
+    ]
+}
+
+
+@pytest.mark.parametrize("fields", [{}, {"stream": True}, {"stream": True, "cumulative": False}])
+def test_the_named_parts_of_a_composed_grammar_are_read(server: Server, fields: dict[str, bool]) -> None:
+    response = generate(server, sampling_params={"max_new_tokens": 20, "composed": NAMED, "n": 2}, **fields)
+    found = events_of(response) if fields else response.json()
+    ended = [one for one in found if one["meta_info"]["finish_reason"] is not None]
+    assert len(ended) == 2
+    for one in ended:
+        assert set(one["captures"]) == {"n", "s"}
+        assert one["captures"]["s"] == "a"
+        assert 0 <= one["captures"]["n"] <= 99
+        if fields.get("cumulative", True):
+            assert one["text"] == f"<{one['captures']['n']:02}|a>"
+    assert all("captures" not in one for one in found if one not in ended)
+
+
+def test_the_named_parts_of_a_text_that_was_cut_are_null(server: Server) -> None:
+    answer = generate(server, sampling_params={"max_new_tokens": 3, "composed": NAMED}).json()
+    assert "incomplete" in answer["meta_info"]["finish_reason"]
+    assert answer["captures"] is None
+    assert "captures" not in generate(server, sampling_params={"max_new_tokens": 3, "regex": "[0-9]{3}"}).json()
+
+
 def test_a_constrained_text_that_was_cut_says_what_it_would_take(server: Server) -> None:
     sampling = {"max_new_tokens": 4, "regex": "[a-c]{6}"}
     finish = generate(server, sampling_params=sampling).json()["meta_info"]["finish_reason"]

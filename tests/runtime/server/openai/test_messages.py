@@ -152,6 +152,32 @@ def test_a_wrong_request_names_its_field(client: Any, fields: Json, param: str) 
     assert not client.engine.submitted
 
 
+def test_a_budget_of_thinking_ends_it(make_client: Any, replay: Any) -> None:
+    client = make_client(
+        "{% for m in messages %}{{ m.role }}:{{ m.content }}\n{% endfor %}"
+        "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
+    )
+
+    def script(command: Any) -> Any:
+        if bytes(token for token in command.prompt_ids if token < 256).endswith(b"</think>\n\n"):
+            return replay(command, "four")
+        return replay(command, "hm, hm, hm", finish="length")
+
+    client.engine.script = script
+    message = answered(client, thinking={"type": "enabled", "budget_tokens": 10})
+    assert [free.sampling.max_tokens for free in client.engine.submitted[:1]] == [10]
+    assert message["content"] == [
+        {"type": "thinking", "thinking": "hm, hm, hm", "signature": "ramet"},
+        {"type": "text", "text": "four"},
+    ]
+
+
+def test_a_budget_of_thinking_means_nothing_to_a_model_that_does_not_think(client: Any) -> None:
+    client.engine.says("ok")
+    message = answered(client, thinking={"type": "enabled", "budget_tokens": 10})
+    assert message["content"] == [{"type": "text", "text": "ok"}]
+
+
 @pytest.mark.parametrize(("choice", "constrains"), [("any", True), ("auto", True), ("none", False)])
 def test_tool_choice_decides_the_constraint(client: Any, choice: str, constrains: bool) -> None:
     client.engine.says(CALL if constrains else "no")
