@@ -27,6 +27,7 @@ import numpy as np
 from ramet.runtime.cache.eviction import EvictionQueue, RankFunction, next_use_rank
 from ramet.runtime.cache.node import RadixNode
 from ramet.runtime.cache.page_pool import PagePool
+from ramet.runtime.cache.prefix_log import PrefixLog
 from ramet.runtime.types import TokenIds
 
 _NO_TOKENS: TokenIds = np.empty(0, dtype=np.int32)
@@ -65,8 +66,10 @@ class Insertion:
 class RadixCache:
     """The cached pages of all namespaces (cache salts). Not thread-safe: the engine's thread owns it."""
 
-    def __init__(self, pool: PagePool, rank: RankFunction = next_use_rank) -> None:
+    def __init__(self, pool: PagePool, rank: RankFunction = next_use_rank, log: PrefixLog | None = None) -> None:
+        """log: is told which prefixes come and go, if there is one."""
         self.pool = pool
+        self.log = log
         self.num_cached_pages = 0
         self.num_evictable_pages = 0  # pages of unlocked nodes
         self.num_evicted_pages = 0  # counter
@@ -237,6 +240,7 @@ class RadixCache:
     def _append(self, node: RadixNode, tokens: TokenIds, page_ids: list[int], *, in_place: bool) -> RadixNode:
         """Add new full pages after `node`; with `in_place`, extend the node itself if nothing else uses its end."""
         if in_place and node.parent is not None and not node.children and node.refs <= 1:
+            self._note_added(node, tokens, page_ids)
             node.tokens = np.concatenate([node.tokens, tokens])
             node.page_ids = node.page_ids + page_ids
             self.num_cached_pages += len(page_ids)
@@ -250,7 +254,13 @@ class RadixCache:
         _, num_same = self._descend(node, tokens)
         return None if num_same == len(tokens) else self._add_child(node, tokens.copy(), [page])
 
+    def _note_added(self, above: RadixNode, tokens: TokenIds, page_ids: list[int]) -> None:
+        """Tell the log of pages that follow the end of `above`. A tail is no whole page, so it has nothing to tell."""
+        if self.log is not None and len(tokens) >= self._page_size:
+            self.log.add(above.key, above.page_ids[-1] if above.page_ids else None, above.end, tokens, page_ids)
+
     def _add_child(self, parent: RadixNode, tokens: TokenIds, page_ids: list[int]) -> RadixNode:
+        self._note_added(parent, tokens, page_ids)
         node = RadixNode(parent, tokens[: self._page_size].tobytes(), parent.end, tokens, page_ids)
         node.last_used = self._now
         self.num_cached_pages += len(page_ids)
@@ -293,6 +303,8 @@ class RadixCache:
         self.num_cached_pages -= len(node.page_ids)
         if not node.refs:
             self.num_evictable_pages -= len(node.page_ids)
+        if self.log is not None:
+            self.log.remove(node.page_ids)
         del parent.children[node.key]
         del parent.keys[bisect_left(parent.keys, node.key)]
         self.queue.discard(node)
@@ -339,6 +351,8 @@ class RadixCache:
                 node.tokens = node.tokens[: len(node.page_ids) * self._page_size]
                 self.num_cached_pages -= count
                 self.num_evictable_pages -= count
+                if self.log is not None:
+                    self.log.remove(page_ids)
                 self.queue.push(node)
             self.pool.free(page_ids)
         self.num_evicted_pages += num_freed

@@ -15,6 +15,7 @@ from ramet.runtime.cache.eviction import lru_rank
 from ramet.runtime.cache.integrity import check_cache
 from ramet.runtime.cache.node import RadixNode
 from ramet.runtime.cache.page_pool import PagePool
+from ramet.runtime.cache.prefix_log import PrefixLog, prefix_keys
 from ramet.runtime.cache.radix_cache import PrefixMatch, RadixCache
 from ramet.runtime.types import TokenIds
 
@@ -356,7 +357,9 @@ class TreeAgainstModel(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.pool = PagePool(25, P)
-        self.cache = RadixCache(self.pool)
+        self.cache = RadixCache(self.pool, log=PrefixLog(25, P))
+        self.told: set[int] = set()  # the keys of cached prefixes, as a reader of the log knows them
+        self.num_told = 0
         self.model = Model()
         self.running: list[Path] = []
 
@@ -441,6 +444,30 @@ class TreeAgainstModel(RuleBasedStateMachine):
     @rule(tokens=TOKENS, salt=SALTS, next_use=st.floats(0, 10))
     def set_next_use(self, tokens: TokenIds, salt: str, next_use: float) -> None:
         self.cache.set_next_use(tokens, next_use, salt)
+
+    @rule(is_lost=st.booleans())
+    def read_the_log(self, is_lost: bool) -> None:
+        log = self.cache.log
+        assert log is not None
+        changes = log.take()
+        if is_lost:
+            changes = log.whole()
+            assert changes.is_whole
+            self.told = set(changes.added)
+        elif changes is not None:
+            assert changes.number == self.num_told + 1
+            assert self.told.isdisjoint(changes.added)
+            assert self.told.issuperset(changes.removed)
+            self.told = (self.told - set(changes.removed)) | set(changes.added)
+        if changes is not None:
+            self.num_told = changes.number
+        expected: set[int] = set()
+        for node in self.cache.nodes():
+            path = node.path()
+            above = path[0].parent
+            assert above is not None
+            expected.update(prefix_keys(np.concatenate([part.tokens for part in path]), P, above.key.decode()))
+        assert self.told == expected
 
     @invariant()
     def every_page_has_one_owner(self) -> None:

@@ -1,0 +1,1 @@
+"""Replicas of an engine, and the router that places requests on them."""

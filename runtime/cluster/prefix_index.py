@@ -1,0 +1,155 @@
+"""Which replica holds which prefix: an index by key over all replicas, and each replica's own keys.
+
+A replica that holds a prefix holds every shorter one, so the longest prefix that a replica holds, and the longest that
+anybody holds, are found by binary search. Nothing here looks at all replicas.
+
+`PrefixIndex` mirrors what the replicas' caches say of themselves (`CacheChanges`). It is bounded: where there would be
+more than `max_keys` pairs of a key and a replica, it keeps the keys of every second page only, then of every fourth,
+and so on. `HolderTable`, on which it stands, is used alone for what is about to be cached.
+
+Not here: the choice among the holders (`router`).
+"""
+
+from __future__ import annotations
+
+import sys
+from bisect import bisect_right
+from collections.abc import Sequence
+
+from ramet.runtime.cache.prefix_log import CacheChanges
+
+_COARSEST = 256  # pages; a key says the number of its pages modulo this
+_NOBODY: tuple[int, ...] = ()
+
+
+class HolderTable:
+    """Key -> the replicas that hold it. One holder is kept as a plain integer: most keys have one."""
+
+    def __init__(self) -> None:
+        self._holders: dict[int, int | list[int]] = {}
+
+    def __len__(self) -> int:
+        return len(self._holders)
+
+    def add(self, key: int, replica: int) -> None:
+        """Add a holder; a second time, if it holds the key already."""
+        found = self._holders.get(key)
+        if found is None:
+            self._holders[key] = replica
+        elif isinstance(found, list):
+            found.append(replica)
+        else:
+            self._holders[key] = [found, replica]
+
+    def discard(self, key: int, replica: int) -> None:
+        """Remove a holder once, if it is one."""
+        found = self._holders.get(key)
+        if found == replica:
+            del self._holders[key]
+        elif isinstance(found, list) and replica in found:
+            found.remove(replica)
+            if len(found) == 1:
+                self._holders[key] = found[0]
+
+    def of(self, key: int) -> Sequence[int]:
+        """Return the holders of a key. The caller must not change them."""
+        found = self._holders.get(key)
+        return _NOBODY if found is None else found if isinstance(found, list) else (found,)
+
+    def holds(self, key: int, replica: int) -> bool:
+        found = self._holders.get(key)
+        return found == replica or (isinstance(found, list) and replica in found)
+
+    def num_bytes(self) -> int:
+        """Bytes of the table, its keys included. O(keys)."""
+        lists = sum(sys.getsizeof(found) for found in self._holders.values() if isinstance(found, list))
+        return sys.getsizeof(self._holders) + lists + 36 * len(self._holders)
+
+
+class PrefixIndex:
+    """The mirror of the replicas' caches. `grain`: it knows the prefixes whose pages are a multiple of this number."""
+
+    def __init__(self, max_keys: int = 4_000_000) -> None:
+        self.grain = 1
+        self.num_keys = 0  # pairs of a key and a replica
+        self._max_keys = max_keys
+        self._table = HolderTable()
+        self._keys: dict[int, set[int]] = {}  # by replica
+        self._numbers: dict[int, int] = {}  # of the last changes, by replica
+
+    def apply(self, replica: int, changes: CacheChanges) -> bool:
+        """Take over a replica's changes. Returns False if earlier ones are missing: then only a whole list will do.
+
+        Changes that were applied before are ignored.
+        """
+        seen = self._numbers.get(replica)
+        if changes.is_whole:
+            if seen is not None and changes.number < seen:
+                return True
+            self.forget(replica)
+        elif seen is None or changes.number > seen + 1:
+            return False
+        elif changes.number <= seen:
+            return True
+        self._numbers[replica] = changes.number
+        mine = self._keys.setdefault(replica, set())
+        for key in changes.removed:
+            if key in mine:
+                mine.discard(key)
+                self._table.discard(key, replica)
+                self.num_keys -= 1
+        for key in changes.added:
+            if not key & (self.grain - 1) and key not in mine:
+                if self.num_keys >= self._max_keys and not self._make_room(key):
+                    continue
+                mine.add(key)
+                self._table.add(key, replica)
+                self.num_keys += 1
+        return True
+
+    def forget(self, replica: int) -> None:
+        """Drop a replica and all that is known of it. O(its keys)."""
+        mine = self._keys.pop(replica, set())
+        self._numbers.pop(replica, None)
+        self.num_keys -= len(mine)
+        for key in mine:
+            self._table.discard(key, replica)
+
+    def keys_of(self, replica: int) -> frozenset[int]:
+        """Return a copy of the keys that are known of a replica."""
+        return frozenset(self._keys.get(replica, ()))
+
+    def is_known(self, replica: int) -> bool:
+        """True if the replica has said what it holds."""
+        return replica in self._numbers
+
+    def holds(self, key: int, replica: int) -> bool:
+        mine = self._keys.get(replica)
+        return mine is not None and key in mine
+
+    def holders(self, key: int) -> Sequence[int]:
+        """Return the replicas that hold the prefix with this key. The caller must not change the result."""
+        return self._table.of(key)
+
+    def coarse(self, keys: Sequence[int]) -> Sequence[int]:
+        """Return those keys of a prompt, the shortest prefix first, that this index may know."""
+        return keys[self.grain - 1 :: self.grain]
+
+    def num_held(self, keys: Sequence[int]) -> int:
+        """Return how many of the keys, the shortest prefix first, somebody holds. O(log)."""
+        return bisect_right(range(len(keys)), False, key=lambda i: not self._table.of(keys[i]))
+
+    def num_bytes(self) -> int:
+        """Bytes of the index. O(keys)."""
+        return self._table.num_bytes() + sum(sys.getsizeof(mine) for mine in self._keys.values())
+
+    def _make_room(self, wanted: int) -> bool:
+        """Keep every second page only. Returns whether the wanted key may be added afterwards."""
+        if self.grain < _COARSEST:
+            self.grain *= 2
+            for replica, mine in self._keys.items():
+                for key in [key for key in mine if key & (self.grain - 1)]:
+                    mine.discard(key)
+                    self._table.discard(key, replica)
+                    self.num_keys -= 1
+        return not wanted & (self.grain - 1) and self.num_keys < self._max_keys

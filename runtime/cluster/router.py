@@ -1,0 +1,384 @@
+"""The router: which replica gets a request. A pure state machine: it does no I/O and has no clock, times are passed in.
+
+A request goes where its first token is expected first:
+
+    cost(replica) = (waiting + waste * lacking) * seconds_a_token * (1 + running / row_scale)
+
+    waiting     tokens of prompts that this replica has still to compute
+    lacking     tokens of this prompt that its cache does not hold (`PrefixIndex`, and prompts on their way to it)
+    waste       above 1: what is computed twice delays others, too, and takes the place of what they have cached
+    running     sequences that decode there; they slow down prompts
+
+Only a few replicas are looked at: holders of the longest cached prefix and of shorter ones, the replica that had the
+last request of the same group, and two drawn at random. So where nothing is cached, this is the power of two choices;
+a group (a program, a conversation) stays together unless moving pays, because its own replica lacks least; and a prefix
+that many ask for is computed on a second replica once its holders are so busy that this is cheaper, and then has two.
+
+A replica that fails again and again is left out for a while (`Breaker`). A replica that is drained gets nothing new.
+
+Not here: sockets, processes, retries (`server/link`), what a cache holds (`prefix_log`).
+Sources: power of two choices, Mitzenmacher 2001; least attained service, Luo et al. 2025 (arXiv:2502.13965).
+"""
+
+from __future__ import annotations
+
+import random
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+
+from ramet.errors import EngineStopped
+from ramet.runtime.cache.prefix_log import CacheChanges
+from ramet.runtime.cluster.prefix_index import HolderTable, PrefixIndex
+from ramet.runtime.scheduling.priority import ProgramService
+
+_FADE = 0.95  # weight of a measured prompt, compared with the one after it
+_LEAST_MEASURED = 64  # tokens to compute: a prompt with fewer takes a step's time, whatever it lacks
+
+
+@dataclass(frozen=True, slots=True)
+class RouterConfig:
+    """Weights and limits of a router.
+
+    page_size: tokens a key stands for. token_s: seconds of a prompt's token, until measured. num_drawn: replicas drawn
+    at random for each request; num_holders: holders looked at for each length of a cached prefix. promise_tokens:
+    how exactly prompts on their way are known. max_failures: failures in a row that open a breaker, for `pause_s` at
+    first and twice as long each time after, up to `max_pause_s`.
+    """
+
+    page_size: int = 16
+    max_keys: int = 4_000_000
+    max_groups: int = 200_000
+    token_s: float = 25e-6
+    waste: float = 3.0
+    row_scale: float = 128.0
+    num_drawn: int = 2
+    num_holders: int = 3
+    promise_tokens: int = 128
+    max_failures: int = 3
+    pause_s: float = 1.0
+    max_pause_s: float = 30.0
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RoutedRequest:
+    """A request to be placed. keys: `prefix_keys` of its prompt. group: the program or conversation that it is part of.
+
+    num_tokens: of the prompt.
+    """
+
+    num_tokens: int
+    keys: Sequence[int] = ()
+    group: str | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Placement:
+    """Where a request goes. num_cached: prompt tokens that are expected to be cached there.
+
+    num_attained: tokens that its group has got on all replicas so far, for the replica's own order.
+    """
+
+    replica: int
+    request: RoutedRequest
+    num_cached: int
+    num_attained: int
+    placed_s: float
+    promised: Sequence[int]
+
+    @property
+    def num_lacking(self) -> int:
+        return self.request.num_tokens - self.num_cached
+
+
+class Breaker:
+    """Leaves out a replica that fails: closed, open for a while, then one request on trial."""
+
+    __slots__ = ("_failures", "_max_failures", "_max_pause_s", "_open_until_s", "_pause_s", "_pauses", "_trial_s")
+
+    def __init__(self, max_failures: int, pause_s: float, max_pause_s: float) -> None:
+        self._max_failures = max_failures
+        self._pause_s, self._max_pause_s = pause_s, max_pause_s
+        self._failures = 0
+        self._pauses = 0
+        self._open_until_s: float | None = None
+        self._trial_s: float | None = None
+
+    def allows(self, now_s: float) -> bool:
+        """True if a request may be sent now."""
+        if self._open_until_s is None:
+            return True
+        # a trial of which nothing is heard for as long as the longest pause makes room for another
+        is_tried = self._trial_s is not None and now_s < self._trial_s + self._max_pause_s
+        return now_s >= self._open_until_s and not is_tried
+
+    def note_sent(self, now_s: float) -> None:
+        if self._open_until_s is not None:
+            self._trial_s = now_s
+
+    def note_success(self) -> None:
+        self._failures = self._pauses = 0
+        self._open_until_s = self._trial_s = None
+
+    def note_failure(self, now_s: float) -> None:
+        self._failures += 1
+        if self._failures >= self._max_failures or self._trial_s is not None:
+            pause_s = min(self._pause_s * 2**self._pauses, self._max_pause_s)
+            self._pauses = min(self._pauses + 1, 30)
+            self._open_until_s, self._trial_s = now_s + pause_s, None
+
+
+@dataclass(slots=True)
+class _Replica:
+    """The router's view of one replica. `seen_waiting`, `seen_running`: as the replica itself said last."""
+
+    breaker: Breaker
+    token_s: float
+    is_draining: bool = False
+    waiting: int = 0  # tokens to compute of placed requests that have no token yet
+    running: int = 0  # placed requests that have one, and have not ended
+    seen_waiting: int = 0
+    seen_running: int = 0
+    begun_s: float = 0.0
+    measured_s: float = 0.0
+    measured_tokens: float = 0.0
+    in_flight: dict[Placement, bool] = field(default_factory=dict)  # whether it has a token
+
+
+class Router:
+    """Places requests on replicas, which are numbers chosen by the caller. One thread owns it."""
+
+    def __init__(self, config: RouterConfig | None = None) -> None:
+        self.config = config = config or RouterConfig()
+        self.index = PrefixIndex(config.max_keys)
+        self._replicas: dict[int, _Replica] = {}
+        self._order: list[int] = []  # to draw from
+        self._promised = HolderTable()  # keys of prompts that are being computed
+        self._promise_every = max(config.promise_tokens // config.page_size, 1)
+        self._groups: OrderedDict[str, int] = OrderedDict()  # where the last request of a group went
+        self._service = ProgramService(config.max_groups)
+        self._random = random.Random(config.seed)
+
+    # --- replicas
+
+    def add(self, replica: int) -> None:
+        """Add a replica, or begin anew with one that was restarted: nothing is cached on it, nothing in flight."""
+        self.remove(replica)
+        config = self.config
+        breaker = Breaker(config.max_failures, config.pause_s, config.max_pause_s)
+        self._replicas[replica] = _Replica(breaker, config.token_s)
+        self._order.append(replica)
+
+    def remove(self, replica: int) -> None:
+        """Forget a replica. Placements on it end without a word."""
+        state = self._replicas.get(replica)
+        if state is not None:
+            for placement in list(state.in_flight):
+                self._withdraw(placement, state)
+            del self._replicas[replica]
+            self._order.remove(replica)
+            self.index.forget(replica)
+
+    def drain(self, replica: int, *, is_draining: bool = True) -> None:
+        """Give a replica nothing new, or let it take part again. What is in flight there goes on."""
+        self._replicas[replica].is_draining = is_draining
+
+    @property
+    def replicas(self) -> list[int]:
+        return sorted(self._order)
+
+    def num_in_flight(self, replica: int) -> int:
+        return len(self._replicas[replica].in_flight)
+
+    def load(self, replica: int) -> tuple[int, int]:
+        """Return the tokens that wait on a replica and the sequences that run, of this router's requests."""
+        state = self._replicas[replica]
+        return state.waiting, state.running
+
+    @property
+    def num_promised(self) -> int:
+        """Keys of prompts that are being computed."""
+        return len(self._promised)
+
+    def apply(self, replica: int, changes: CacheChanges) -> bool:
+        """Take over what a replica's cache gained and lost. Returns False if it must be asked for all its keys."""
+        return replica not in self._replicas or self.index.apply(replica, changes)
+
+    def note_load(self, replica: int, num_waiting_tokens: int, num_running: int) -> None:
+        """Note what a replica says of its own load, other routers' requests included."""
+        state = self._replicas.get(replica)
+        if state is not None:
+            state.seen_waiting, state.seen_running = num_waiting_tokens, num_running
+
+    # --- requests
+
+    def place(self, request: RoutedRequest, now_s: float, avoid: Collection[int] = ()) -> Placement:
+        """Choose the replica of a request, and count it there until `finished` or `failed`.
+
+        avoid: replicas that have failed this request already.
+        Raises:
+            EngineStopped: no replica can take it: they are drained, left out after failures, or to be avoided.
+        """
+        index, config = self.index, self.config
+        keys = index.coarse(request.keys)
+        step = max(self._promise_every // index.grain, 1)
+        candidates = self._candidates(keys, step, request.group)
+        usable = [r for r in candidates if self._takes(r, now_s, avoid)]
+        usable += self._drawn(now_s, avoid, usable)
+        if not usable:
+            raise EngineStopped(self._why_nobody(now_s, avoid))
+        chosen, best, num_held = usable[0], float("inf"), 0
+        for replica in usable:
+            held = self._num_held(keys, replica, step)
+            cached = min(held * index.grain * config.page_size, request.num_tokens - 1)
+            cost = self.cost(replica, request.num_tokens - cached)
+            if cost < best:
+                chosen, best, num_held = replica, cost, held
+        state = self._replicas[chosen]
+        promised = [key for key in keys[step - 1 :: step] if not index.holds(key, chosen)]
+        for key in promised:
+            self._promised.add(key, chosen)
+        cached = min(num_held * index.grain * config.page_size, request.num_tokens - 1)
+        attained = self._service.attained(request.group)
+        placement = Placement(chosen, request, max(cached, 0), attained, now_s, promised)
+        state.waiting += placement.num_lacking
+        state.in_flight[placement] = False
+        state.breaker.note_sent(now_s)
+        if request.group is not None:
+            self._groups[request.group] = chosen
+            self._groups.move_to_end(request.group)
+            if len(self._groups) > config.max_groups:
+                self._groups.popitem(last=False)
+        return placement
+
+    def begun(self, placement: Placement, now_s: float) -> None:
+        """Note a request's first token: its prompt is computed. Speeds are measured by it."""
+        state = self._state_of(placement)
+        if state is None or state.in_flight[placement]:
+            return
+        self._release(placement, state)
+        state.in_flight[placement] = True
+        state.breaker.note_success()
+        if placement.num_lacking >= _LEAST_MEASURED:
+            tokens = placement.num_lacking * (1 + state.running / self.config.row_scale)
+            state.measured_s = _FADE * state.measured_s + max(now_s - max(placement.placed_s, state.begun_s), 0.0)
+            state.measured_tokens = _FADE * state.measured_tokens + tokens
+            if state.measured_s > 0:
+                state.token_s = state.measured_s / state.measured_tokens
+        state.begun_s = max(now_s, state.begun_s)
+        state.running += 1
+        self._service.add(placement.request.group, placement.num_lacking)
+
+    def finished(self, placement: Placement, num_generated: int = 0) -> None:
+        """Note the end of a request, whether it had begun or not. A second end changes nothing."""
+        state = self._state_of(placement)
+        if state is not None:
+            self._withdraw(placement, state)
+            self._service.add(placement.request.group, num_generated)
+
+    def failed(self, placement: Placement, now_s: float) -> None:
+        """Note that the replica failed a request (not: that the request was wrong)."""
+        state = self._state_of(placement)
+        if state is not None:
+            self._withdraw(placement, state)
+            state.breaker.note_failure(now_s)
+
+    # --- the choice
+
+    def _candidates(self, keys: Sequence[int], step: int, group: str | None) -> list[int]:
+        """The replicas worth a look, each once: the group's own, holders of long prefixes, and of shorter ones."""
+        index = self.index
+        found: dict[int, None] = {}
+        if group is not None and (own := self._groups.get(group)) is not None:
+            found[own] = None
+        num_held = index.num_held(keys)
+        promises = keys[step - 1 :: step]
+        first = num_held // step
+        last = (
+            bisect_right(range(first, len(promises)), False, key=lambda i: not self._promised.of(promises[i])) + first
+        )
+        if last > first:
+            found.update(self._some(self._promised.of(promises[last - 1])))
+        if num_held:
+            longest = index.holders(keys[num_held - 1])
+            found.update(self._some(longest))
+            most = len(longest)
+            shorter = bisect_right(range(num_held - 1), False, key=lambda i: len(index.holders(keys[i])) <= most)
+            if shorter:
+                found.update(self._some(index.holders(keys[shorter - 1])))
+        return list(found)
+
+    def _some(self, holders: Sequence[int]) -> dict[int, None]:
+        """All of a few holders, or as many as are looked at, drawn at random."""
+        count = self.config.num_holders
+        if len(holders) > count:
+            holders = [holders[int(self._random.random() * len(holders))] for _ in range(count)]
+        return dict.fromkeys(holders)
+
+    def _drawn(self, now_s: float, avoid: Collection[int], others: Sequence[int]) -> list[int]:
+        """Usable replicas drawn at random, besides `others`. Looks at all replicas only if nothing else is usable."""
+        found: list[int] = []
+        order = self._order
+        for _ in range(self.config.num_drawn if order else 0):
+            replica = order[int(self._random.random() * len(order))]
+            if replica not in others and replica not in found and self._takes(replica, now_s, avoid):
+                found.append(replica)
+        if not found and not others:
+            found = [replica for replica in order if self._takes(replica, now_s, avoid)]
+        return found
+
+    def _takes(self, replica: int, now_s: float, avoid: Collection[int]) -> bool:
+        state = self._replicas.get(replica)
+        return state is not None and not state.is_draining and replica not in avoid and state.breaker.allows(now_s)
+
+    def _num_held(self, keys: Sequence[int], replica: int, step: int) -> int:
+        """How many of the keys a replica holds, or will hold when the prompts before this one are computed."""
+        index = self.index
+        num_held = bisect_right(range(len(keys)), False, key=lambda i: not index.holds(keys[i], replica))
+        if not self._replicas[replica].waiting:
+            return num_held
+        first = num_held // step
+        promises = keys[step - 1 :: step]
+        last = bisect_right(
+            range(first, len(promises)), False, key=lambda i: not self._promised.holds(promises[i], replica)
+        )
+        return max(num_held, (first + last) * step if last else 0)
+
+    def cost(self, replica: int, num_lacking: int) -> float:
+        """Return the expected seconds to the first token; what a prompt lacks counts `waste` times."""
+        state = self._replicas[replica]
+        waiting, running = max(state.waiting, state.seen_waiting), max(state.running, state.seen_running)
+        config = self.config
+        return (waiting + config.waste * num_lacking) * state.token_s * (1 + running / config.row_scale)
+
+    def _why_nobody(self, now_s: float, avoid: Collection[int]) -> str:
+        states = self._replicas.items()
+        failing = sum(not state.breaker.allows(now_s) for _, state in states)
+        draining = sum(state.is_draining for _, state in states)
+        failed = sum(replica in avoid for replica, _ in states)
+        return (
+            f"none of {len(self._order)} replicas can take the request: {draining} are drained, {failing} are left out "
+            f"after failures, {failed} have failed it already; retry later, or start more"
+        )
+
+    # --- accounts
+
+    def _state_of(self, placement: Placement) -> _Replica | None:
+        """The state of the placement's replica while the placement counts there."""
+        state = self._replicas.get(placement.replica)
+        return state if state is not None and placement in state.in_flight else None
+
+    def _release(self, placement: Placement, state: _Replica) -> None:
+        """The prompt no longer waits."""
+        state.waiting -= placement.num_lacking
+        for key in placement.promised:
+            self._promised.discard(key, placement.replica)
+
+    def _withdraw(self, placement: Placement, state: _Replica) -> None:
+        """The request counts no longer."""
+        if state.in_flight.pop(placement):
+            state.running -= 1
+        else:
+            self._release(placement, state)
