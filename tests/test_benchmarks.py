@@ -112,3 +112,40 @@ def test_a_tile_is_taken_where_it_loses_least_over_all_cases(script: ModuleType)
     assert script.fit_splits(decode) == 2 * script.PROGRAMS_PER_SM
     assert script.fit_splits(decode[:2]) is None
     assert script.fit_splits([]) is None
+
+
+@pytest.mark.parametrize("script", ["sim_cluster"], indirect=True)
+def test_the_simulated_cluster_serves_all_and_its_router_computes_least(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "rows.jsonl"
+    arguments = ["--replicas", "8", "--requests", "6000", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["sim_cluster.py", *arguments])
+    script.main()
+    capsys.readouterr()
+    rows = json.loads(out.read_text())["replicas_8"]
+    assert set(rows) == set(script.RULES)
+    assert {row["requests"] for row in rows.values()} == {6000}
+    prefilled = {name: row["prefilled_tokens"] for name, row in rows.items()}
+    assert min(prefilled, key=prefilled.__getitem__) == "ramet"
+    assert prefilled["random"] > 2 * prefilled["ramet"]
+    assert rows["ramet"]["over_floor"] >= 1.0
+
+
+@pytest.mark.parametrize("script", ["sim_cluster"], indirect=True)
+def test_simulated_caches_tell_the_router_the_truth(script: ModuleType) -> None:
+    rule = script.Ramet(4)
+    checked = 0
+
+    class Checked(script.Counted):  # type: ignore[misc, name-defined]
+        def told(self, replica: int, changes: object) -> None:
+            nonlocal checked
+            self.rule.told(replica, changes)
+            known = held.setdefault(replica, set())
+            known.difference_update(changes.removed)  # type: ignore[attr-defined]
+            known.update(changes.added)  # type: ignore[attr-defined]
+            checked += rule.router.index.keys_of(replica) == known
+
+    held: dict[int, set[int]] = {}
+    script.simulate(Checked(rule), script.Work(4, 500, 30.0, 0))
+    assert checked == 1000

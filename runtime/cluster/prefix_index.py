@@ -13,7 +13,6 @@ Not here: the choice among the holders (`router`).
 from __future__ import annotations
 
 import sys
-from bisect import bisect_right
 from collections.abc import Sequence
 
 from ramet.runtime.cache.prefix_log import CacheChanges
@@ -51,6 +50,9 @@ class HolderTable:
             if len(found) == 1:
                 self._holders[key] = found[0]
 
+    def __contains__(self, key: int) -> bool:
+        return key in self._holders
+
     def of(self, key: int) -> Sequence[int]:
         """Return the holders of a key. The caller must not change them."""
         found = self._holders.get(key)
@@ -69,7 +71,7 @@ class HolderTable:
 class PrefixIndex:
     """The mirror of the replicas' caches. `grain`: it knows the prefixes whose pages are a multiple of this number."""
 
-    def __init__(self, max_keys: int = 4_000_000) -> None:
+    def __init__(self, max_keys: int = 2_000_000) -> None:
         self.grain = 1
         self.num_keys = 0  # pairs of a key and a replica
         self._max_keys = max_keys
@@ -100,8 +102,11 @@ class PrefixIndex:
                 self.num_keys -= 1
         for key in changes.added:
             if not key & (self.grain - 1) and key not in mine:
-                if self.num_keys >= self._max_keys and not self._make_room(key):
-                    continue
+                if self.num_keys >= self._max_keys:
+                    has_room = self._has_room(key)
+                    mine = self._keys[replica]
+                    if not has_room:
+                        continue
                 mine.add(key)
                 self._table.add(key, replica)
                 self.num_keys += 1
@@ -137,19 +142,50 @@ class PrefixIndex:
 
     def num_held(self, keys: Sequence[int]) -> int:
         """Return how many of the keys, the shortest prefix first, somebody holds. O(log)."""
-        return bisect_right(range(len(keys)), False, key=lambda i: not self._table.of(keys[i]))
+        return _num_within(keys, self._table, len(keys))
+
+    def num_held_by(self, keys: Sequence[int], replica: int, most: int) -> int:
+        """Return how many of the first `most` keys a replica holds. O(log)."""
+        mine = self._keys.get(replica)
+        return 0 if mine is None else _num_within(keys, mine, most)
 
     def num_bytes(self) -> int:
         """Bytes of the index. O(keys)."""
         return self._table.num_bytes() + sum(sys.getsizeof(mine) for mine in self._keys.values())
 
-    def _make_room(self, wanted: int) -> bool:
-        """Keep every second page only. Returns whether the wanted key may be added afterwards."""
+    def make_room(self, num_keys: int) -> None:
+        """Become so coarse that `num_keys` keys of pages, all those that replicas may have, will not be too many.
+
+        Cheap while nothing is known yet; otherwise O(keys).
+        """
+        while num_keys > self._max_keys * self.grain and self.grain < _COARSEST:
+            self._coarsen()
+
+    def _coarsen(self) -> None:
+        """Keep every second page only. All tables are made again: they would not shrink."""
+        self.grain *= 2
+        self._table = HolderTable()
+        self.num_keys = 0
+        for replica, mine in self._keys.items():
+            kept = self._keys[replica] = {key for key in mine if not key & (self.grain - 1)}
+            self.num_keys += len(kept)
+            for key in kept:
+                self._table.add(key, replica)
+
+    def _has_room(self, wanted: int) -> bool:
+        """Return whether the wanted key of a full index may be added, having made room."""
         if self.grain < _COARSEST:
-            self.grain *= 2
-            for replica, mine in self._keys.items():
-                for key in [key for key in mine if key & (self.grain - 1)]:
-                    mine.discard(key)
-                    self._table.discard(key, replica)
-                    self.num_keys -= 1
+            self._coarsen()
         return not wanted & (self.grain - 1) and self.num_keys < self._max_keys
+
+
+def _num_within(keys: Sequence[int], held: HolderTable | set[int], most: int) -> int:
+    """How many of the first `most` keys are held, of which all come before those that are not."""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high) // 2
+        if keys[middle] in held:
+            low = middle + 1
+        else:
+            high = middle
+    return low

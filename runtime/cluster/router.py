@@ -23,7 +23,6 @@ Sources: power of two choices, Mitzenmacher 2001; least attained service, Luo et
 from __future__ import annotations
 
 import random
-from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -48,10 +47,10 @@ class RouterConfig:
     """
 
     page_size: int = 16
-    max_keys: int = 4_000_000
+    max_keys: int = 2_000_000
     max_groups: int = 200_000
     token_s: float = 25e-6
-    waste: float = 3.0
+    waste: float = 2.0
     row_scale: float = 128.0
     num_drawn: int = 2
     num_holders: int = 3
@@ -136,6 +135,7 @@ class _Replica:
 
     breaker: Breaker
     token_s: float
+    num_pages: int
     is_draining: bool = False
     waiting: int = 0  # tokens to compute of placed requests that have no token yet
     running: int = 0  # placed requests that have one, and have not ended
@@ -163,13 +163,17 @@ class Router:
 
     # --- replicas
 
-    def add(self, replica: int) -> None:
-        """Add a replica, or begin anew with one that was restarted: nothing is cached on it, nothing in flight."""
+    def add(self, replica: int, num_pages: int = 0) -> None:
+        """Add a replica, or begin anew with one that was restarted: nothing is cached on it, nothing in flight.
+
+        num_pages: of its cache, as far as known, so that the index need not become coarser later.
+        """
         self.remove(replica)
         config = self.config
         breaker = Breaker(config.max_failures, config.pause_s, config.max_pause_s)
-        self._replicas[replica] = _Replica(breaker, config.token_s)
+        self._replicas[replica] = _Replica(breaker, config.token_s, num_pages)
         self._order.append(replica)
+        self.index.make_room(sum(state.num_pages for state in self._replicas.values()))
 
     def remove(self, replica: int) -> None:
         """Forget a replica. Placements on it end without a word."""
@@ -224,14 +228,19 @@ class Router:
         index, config = self.index, self.config
         keys = index.coarse(request.keys)
         step = max(self._promise_every // index.grain, 1)
-        candidates = self._candidates(keys, step, request.group)
+        known, most = self._known(keys)
+        candidates = self._candidates(keys, step, request.group, known)
         usable = [r for r in candidates if self._takes(r, now_s, avoid)]
         usable += self._drawn(now_s, avoid, usable)
         if not usable:
             raise EngineStopped(self._why_nobody(now_s, avoid))
         chosen, best, num_held = usable[0], float("inf"), 0
         for replica in usable:
-            held = self._num_held(keys, replica, step)
+            held = known.get(replica)
+            if held is None:
+                held = index.num_held_by(keys, replica, most)
+            if self._replicas[replica].waiting:
+                held = self._num_promised(keys, replica, step, held)
             cached = min(held * index.grain * config.page_size, request.num_tokens - 1)
             cost = self.cost(replica, request.num_tokens - cached)
             if cost < best:
@@ -287,35 +296,54 @@ class Router:
 
     # --- the choice
 
-    def _candidates(self, keys: Sequence[int], step: int, group: str | None) -> list[int]:
-        """The replicas worth a look, each once: the group's own, holders of long prefixes, and of shorter ones."""
+    def _known(self, keys: Sequence[int]) -> tuple[dict[int, int], int]:
+        """Return some replicas with the number of keys that they hold: of the longest prefix, and of the longest that
+        more of them hold; and how many of the keys any replica may hold that is not among the first.
+        """
         index = self.index
-        found: dict[int, None] = {}
+        num_held = index.num_held(keys)
+        if not num_held:
+            return {}, 0
+        longest = index.holders(keys[num_held - 1])
+        low, high = 0, num_held - 1  # the longest prefix with more holders is there
+        while low < high:
+            middle = (low + high + 1) // 2
+            if len(index.holders(keys[middle - 1])) > len(longest):
+                low = middle
+            else:
+                high = middle - 1
+        known = dict.fromkeys(self._some(index.holders(keys[low - 1])), low) if low else {}
+        for replica in [*known, *self._some(longest)] if len(longest) > self.config.num_holders else longest:
+            if index.holds(keys[num_held - 1], replica):
+                known[replica] = num_held
+        return known, low if len(longest) <= self.config.num_holders else num_held
+
+    def _candidates(self, keys: Sequence[int], step: int, group: str | None, known: dict[int, int]) -> list[int]:
+        """The replicas worth a look, each once: those known to hold something, the group's own, and where the prefix
+        is being computed.
+        """
+        found = dict.fromkeys(known)
         if group is not None and (own := self._groups.get(group)) is not None:
             found[own] = None
-        num_held = index.num_held(keys)
         promises = keys[step - 1 :: step]
-        first = num_held // step
-        last = (
-            bisect_right(range(first, len(promises)), False, key=lambda i: not self._promised.of(promises[i])) + first
-        )
-        if last > first:
-            found.update(self._some(self._promised.of(promises[last - 1])))
-        if num_held:
-            longest = index.holders(keys[num_held - 1])
-            found.update(self._some(longest))
-            most = len(longest)
-            shorter = bisect_right(range(num_held - 1), False, key=lambda i: len(index.holders(keys[i])) <= most)
-            if shorter:
-                found.update(self._some(index.holders(keys[shorter - 1])))
+        low, high = max(known.values(), default=0) // step, len(promises)
+        first = low
+        while low < high:
+            middle = (low + high) // 2
+            if promises[middle] in self._promised:
+                low = middle + 1
+            else:
+                high = middle
+        if low > first:
+            found.update(dict.fromkeys(self._some(self._promised.of(promises[low - 1]))))
         return list(found)
 
-    def _some(self, holders: Sequence[int]) -> dict[int, None]:
+    def _some(self, holders: Sequence[int]) -> Sequence[int]:
         """All of a few holders, or as many as are looked at, drawn at random."""
         count = self.config.num_holders
-        if len(holders) > count:
-            holders = [holders[int(self._random.random() * len(holders))] for _ in range(count)]
-        return dict.fromkeys(holders)
+        if len(holders) <= count:
+            return holders
+        return [holders[int(self._random.random() * len(holders))] for _ in range(count)]
 
     def _drawn(self, now_s: float, avoid: Collection[int], others: Sequence[int]) -> list[int]:
         """Usable replicas drawn at random, besides `others`. Looks at all replicas only if nothing else is usable."""
@@ -333,18 +361,18 @@ class Router:
         state = self._replicas.get(replica)
         return state is not None and not state.is_draining and replica not in avoid and state.breaker.allows(now_s)
 
-    def _num_held(self, keys: Sequence[int], replica: int, step: int) -> int:
-        """How many of the keys a replica holds, or will hold when the prompts before this one are computed."""
-        index = self.index
-        num_held = bisect_right(range(len(keys)), False, key=lambda i: not index.holds(keys[i], replica))
-        if not self._replicas[replica].waiting:
-            return num_held
-        first = num_held // step
-        promises = keys[step - 1 :: step]
-        last = bisect_right(
-            range(first, len(promises)), False, key=lambda i: not self._promised.holds(promises[i], replica)
-        )
-        return max(num_held, (first + last) * step if last else 0)
+    def _num_promised(self, keys: Sequence[int], replica: int, step: int, num_held: int) -> int:
+        """How many of the keys a replica will hold when the prompts before this one are computed."""
+        promises, promised = keys[step - 1 :: step], self._promised
+        first = low = num_held // step
+        high = len(promises)
+        while low < high:
+            middle = (low + high) // 2
+            if promised.holds(promises[middle], replica):
+                low = middle + 1
+            else:
+                high = middle
+        return max(num_held, low * step) if low > first else num_held
 
     def cost(self, replica: int, num_lacking: int) -> float:
         """Return the expected seconds to the first token; what a prompt lacks counts `waste` times."""
