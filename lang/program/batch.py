@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from contextvars import copy_context
 from typing import Any, TypeVar
 
@@ -52,9 +53,24 @@ def run_rows(
                 state.recorder.run.wait_all(quietly=True)
                 live.popleft()
                 yield state
-        finally:  # the caller left early, so nobody will read the rest
-            for state, _ in live:
+        finally:  # the caller left early or was interrupted, so nobody will read the rest
+            for state, recording in live:
+                recording.cancel()
                 state.cancel()
+
+
+@contextmanager
+def cancelling(states: Sequence[State]) -> Iterator[None]:
+    """Cancel the runs of these states (also of those added in the block) if the block is left by an exception.
+
+    Such as an interrupt while the caller waits for them, or the cancellation of its task.
+    """
+    try:
+        yield
+    except BaseException:
+        for state in states:
+            state.cancel()
+        raise
 
 
 def row_order(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[int]:

@@ -14,6 +14,7 @@ from ramet.lang.backends.default import choose_backend
 from ramet.lang.backends.protocol import Backend, TakesRows
 from ramet.lang.graph import ir
 from ramet.lang.graph.options import ProgramOptions, deadline
+from ramet.lang.program.batch import cancelling
 from ramet.lang.program.trace import ArgumentSource, Trace, as_argument
 from ramet.lang.recording.recorder import Recorder
 from ramet.lang.recording.state import State
@@ -61,22 +62,26 @@ class Compiled:
         Function.run.
         """
         state = self.start(**kwargs)
-        state.wait()
-        return state
+        with cancelling([state]):
+            return state.wait()
 
     async def arun(self, **kwargs: Any) -> State:
         """`run` for an event loop."""
         state = self.start(**kwargs)
-        await state
+        with cancelling([state]):
+            await state
         return state
 
     def run_batch(self, rows: Iterable[Mapping[str, Any]], **kwargs: Any) -> list[State]:
         """Run the graph for all rows of arguments at once, and return their states in order.
 
-        A server receives the rows together, many in one request.
+        A server receives the rows together, many in one request. If a row has wrong arguments, or the wait is
+        interrupted, all rows are cancelled.
         """
-        states = self._start_rows([{**kwargs, **row} for row in rows])
-        return [state.wait() for state in states]
+        states: list[State] = []
+        with cancelling(states):
+            self._start_rows([{**kwargs, **row} for row in rows], states)
+            return [state.wait() for state in states]
 
     def start(
         self,
@@ -94,17 +99,22 @@ class Compiled:
         state.recorder.run.finish()
         return state
 
-    def _start_rows(self, rows: list[dict[str, Any]]) -> list[State]:
-        """Start every row. A backend that takes rows receives those together that differ only in arguments."""
+    def _start_rows(self, rows: list[dict[str, Any]], states: list[State]) -> None:
+        """Start every row, and add its state to `states`.
+
+        A backend that takes rows receives those together that differ only in arguments.
+        """
         own = set(self.arguments)
         common = [{name: value for name, value in row.items() if name not in own} for row in rows]
         backends = [one.pop("backend", None) for one in common]
         is_alike = all(one == common[0] for one in common) and all(one is backends[0] for one in backends)
         backend = choose_backend(backends[0]) if rows else None
         if not isinstance(backend, TakesRows) or not is_alike or not common[0].keys() <= _ROW_OPTIONS.keys():
-            return [self.start(**row) for row in rows]
+            for row in rows:
+                states.append(self.start(**row))
+            return
         options = self._options(**{**_ROW_OPTIONS, **common[0]})
-        states = [self._new_state(backend, options, {n: v for n, v in row.items() if n in own}) for row in rows]
+        states += [self._new_state(backend, options, {n: v for n, v in row.items() if n in own}) for row in rows]
         runs = [state.recorder.run for state in states]
         sessions = backend.start_rows(
             options, self.graph, [run.arguments for run in runs], [run.on_event for run in runs]
@@ -115,7 +125,6 @@ class Compiled:
             run.attach(session, index)
         for session in sessions:
             session.finish()
-        return states
 
     def _options(
         self, timeout_s: float | None, token_budget: int | None, priority: int, cache_salt: str

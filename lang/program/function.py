@@ -12,7 +12,7 @@ import functools
 import inspect
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, closing, nullcontext, suppress
 from contextvars import copy_context
 from dataclasses import dataclass, replace
 from typing import Any, overload
@@ -24,7 +24,7 @@ from ramet.lang.graph import ir
 from ramet.lang.graph.options import ProgramOptions, deadline
 from ramet.lang.graph.sampling import to_sampling
 from ramet.lang.passes.target import Target, target_of
-from ramet.lang.program.batch import arguments_in_text, in_row_order, row_order, run_rows
+from ramet.lang.program.batch import arguments_in_text, cancelling, in_row_order, row_order, run_rows
 from ramet.lang.program.compiled import Compiled
 from ramet.lang.program.own_thread import in_own_thread
 from ramet.lang.program.progress_bar import ProgressBar
@@ -136,7 +136,7 @@ class Function:
             return asyncio.run(self.arun(*args, **kwargs))
         call = self._split(args, kwargs)
         state = self._new_state(call)
-        with _cancelling(state):
+        with cancelling([state]):
             self._record(state, call)
             state.wait()
         return state
@@ -152,7 +152,7 @@ class Function:
         """`run` for an event loop. A sync program records on a thread of its own, since it may wait for a value."""
         call = self._split(args, kwargs)
         state = self._new_state(call)
-        with _cancelling(state):
+        with cancelling([state]):
             if self.is_async:
                 await self._arecord(state, call)
             else:
@@ -434,16 +434,6 @@ class Function:
 
     def __repr__(self) -> str:
         return f"<program {self.name}{self._signature}>"
-
-
-@contextmanager
-def _cancelling(state: State) -> Iterator[None]:
-    """Cancel the run if waiting for it is interrupted, or its task is cancelled."""
-    try:
-        yield
-    except BaseException:
-        state.cancel()
-        raise
 
 
 @overload

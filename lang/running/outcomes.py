@@ -87,7 +87,7 @@ class Outcomes:
             self._blocked.append(ready)
             try:
                 while not ready():
-                    self._check_alive()
+                    self.check_alive()
                     if not self._changed.wait(timeout_s()) and not ready():
                         return False
                 return True
@@ -101,7 +101,7 @@ class Outcomes:
             with self._changed:
                 if ready():
                     return True
-                self._check_alive()
+                self.check_alive()
                 future: asyncio.Future[None] = loop.create_future()
                 self._waiters.setdefault(node, []).append((ready, loop, future))
             try:
@@ -109,7 +109,8 @@ class Outcomes:
             except TimeoutError:
                 return False
 
-    def _check_alive(self) -> None:
+    def check_alive(self) -> None:
+        """Raise the failure of the run, if there is one."""
         if self.failure is not None:
             raise self.failure
 

@@ -121,11 +121,15 @@ class Run:
         return self._backend
 
     def submit(self, *, is_last: bool = False) -> None:
-        """Send the nodes recorded since the last call. Raises InvalidProgram, or the backend's error."""
+        """Send the nodes recorded since the last call. Raises InvalidProgram, or the backend's error.
+
+        Raises the failure of the run if there is one: a cancelled run starts nothing more.
+        """
         with self._lock:
             first = len(self.index.nodes)
             if len(self.nodes) == first:
                 return
+            self.outcomes.check_alive()
             nodes = tuple(self.nodes[first:])
             names = {node.name for node in nodes if isinstance(node, ir.Argument)}
             graph = ir.Graph(nodes, {n: v for n, v in self.arguments.items() if n in names}, first)
@@ -133,6 +137,8 @@ class Run:
         if self._session is None:
             self._session = self.backend.start(self.options, self.on_event)
         self._session.extend(graph, is_last=is_last)
+        if self.outcomes.failure is not None:  # it was cancelled meanwhile, when there was no session to cancel
+            self._session.cancel()
 
     def attach(self, session: Session, index: ir.GraphIndex) -> None:
         """Use a session that already has all recorded nodes, which are in `index` (it may be shared).

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import atexit
 import logging
+import os
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -99,6 +101,7 @@ class Engine:
         self._commands: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._is_stopping = False
+        self._pid = os.getpid()  # a forked child has a copy of this object, and no thread that runs steps
         self._failure: BaseException | None = None
         self._border = RequestBorder(
             self.tokenizer,
@@ -133,7 +136,8 @@ class Engine:
         """Queue a request. Thread-safe; returns at once.
 
         The fields of `options` may be given by name: `submit(prompt, deadline_s=2)`. on_output: called on the engine's
-        thread for every increment; the handle then collects none. detokenize=False: outputs have tokens and no text.
+        thread for every increment; the handle then collects none. Without on_output, the request is cancelled once
+        nobody has its handle any more. detokenize=False: outputs have tokens and no text.
 
         Raises:
             InvalidRequest, ContextOverflow, EmptyPrompt, Overloaded, EngineStopped.
@@ -153,7 +157,7 @@ class Engine:
         detokenizer = Detokenizer(self.tokenizer.token_bytes, len(again)) if detokenize or stops else None
         stream = _Stream(
             request,
-            on_output or handle.push,
+            on_output or self._push_to(handle),
             detokenizer,
             StopStringScanner(stops) if stops else None,
             request.arrival_s,
@@ -168,8 +172,32 @@ class Engine:
     def generate(
         self, prompt: str | list[int], sampling: SamplingParams | None = None, **options: Any
     ) -> RequestResult:
-        """Submit one request and wait for its result. `options` are those of `submit`."""
-        return self.submit(prompt, sampling, **options).result()
+        """Submit one request and wait for its result. `options` are those of `submit`.
+
+        If the wait is interrupted (Ctrl-C), the request is cancelled.
+        """
+        handle = self.submit(prompt, sampling, **options)
+        try:
+            return handle.result()
+        except BaseException:
+            handle.cancel()
+            raise
+
+    def _push_to(self, handle: RequestHandle) -> OnOutput:
+        """Return a function that pushes outputs to a handle without keeping it alive.
+
+        The request is aborted when the handle is collected. Once the request has ended, the function and with it the
+        weak reference are gone, so nothing is done then.
+        """
+        request_id = handle.request_id
+        reference = weakref.ref(handle, lambda _: self.abort(request_id))
+
+        def push(output: RequestOutput) -> None:
+            found = reference()
+            if found is not None:
+                found.push(output)
+
+        return push
 
     def abort(self, request_id: str) -> None:
         """Abort the request with this exact id. Thread-safe. Its pages are free within one step."""
@@ -219,6 +247,8 @@ class Engine:
 
     def shutdown(self, timeout_s: float = 30.0) -> None:
         """Stop the engine's thread. Requests in flight end with EngineStopped. Calling it again does nothing."""
+        if os.getpid() != self._pid:
+            return
         with self._wake:
             self._is_stopping = True
             self._wake.notify_all()
@@ -237,6 +267,12 @@ class Engine:
     # -- the engine's thread -------------------------------------------------------------------------------------
 
     def _send(self, command: Callable[[], None], *, quietly: bool = False) -> None:
+        if os.getpid() != self._pid:  # nobody would carry the command out, and the lock may be held for ever
+            if quietly:
+                return
+            raise EngineStopped(
+                f"this process was forked from process {self._pid}, whose engine this is; make one here"
+            )
         with self._wake:
             if self._is_stopping or self._failure is not None:
                 if quietly:

@@ -28,7 +28,7 @@ _ERRORS = {
     408: "the body stopped coming",
     409: "not in this state",
     413: "the body is too large, as sent or decompressed",
-    415: "the body's content-encoding is not known here",
+    415: "the body's content-type is not JSON, or its content-encoding is not known here",
     422: "the key was used for another request",
     429: "too many requests; Retry-After says when to come again",
     499: "the request passed its own `timeout_s`",

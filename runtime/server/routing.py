@@ -6,13 +6,14 @@ The rows define Starlette's routes, the parsing of bodies, and the OpenAPI docum
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Match, Route
 from starlette.types import Lifespan, Receive, Scope, Send
@@ -22,7 +23,10 @@ from ramet.runtime.server.sending import json_response
 from ramet.runtime.server.served_model import ServedModel
 from ramet.runtime.server.validation import Strict, parsed
 
+logger = logging.getLogger(__name__)
+
 LARGE_BYTES = 1 << 16  # a larger body is checked on another thread
+_READING = frozenset({"GET", "HEAD"})  # methods that change nothing
 # It gets the request, and the body if the row has a body type. It returns a response, or the struct of a 200 answer.
 Handler = Callable[..., Awaitable[Any]]  # Any: a Response, or what msgspec encodes
 
@@ -64,12 +68,17 @@ class _Application:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             response = await self._response(Request(scope, receive))
+        except ClientDisconnect:
+            logger.debug("%s %r: the client left before its body was whole", scope["method"], scope["path"])
+            return
         except Exception as error:
             response = error_response(error)
         await response(scope, receive, send)
 
     async def _response(self, request: Request) -> Response:
         endpoint = self._endpoint
+        if endpoint.method not in _READING:
+            _check_type(request)
         if endpoint.body is None:
             answer = await endpoint.handler(request)
         else:
@@ -78,6 +87,20 @@ class _Application:
             body = await self._served.off_loop(parsed, endpoint.body, data) if is_large else parsed(endpoint.body, data)
             answer = await endpoint.handler(request, body)
         return answer if isinstance(answer, Response) else json_response(answer)
+
+
+def _check_type(request: Request) -> None:
+    """Refuse a body that a page of any site may let a browser send here without asking, such as text/plain.
+
+    Source: CORS-safelisted values of Content-Type, Fetch standard, section 2.2.2.
+    """
+    name = request.headers.get("content-type", "" if "origin" in request.headers else "application/json")
+    media_type = name.partition(";")[0].strip().lower()
+    has_body = request.headers.get("content-length", "0") != "0" or "transfer-encoding" in request.headers
+    if has_body and not (media_type == "application/json" or media_type.endswith("+json")):
+        raise HttpError(
+            415, f"the body's content-type is {name!r}; send application/json", code="unsupported_media_type"
+        )
 
 
 class _ExactRoute(Route):

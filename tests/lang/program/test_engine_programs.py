@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 from numpy.testing import assert_allclose
 
 from ramet import Engine, State, function, gen, select
-from ramet.errors import ContextOverflow, ProgramCancelled, ProgramError
+from ramet.errors import ContextOverflow, InvalidProgram, ProgramCancelled, ProgramError
 from ramet.lang.graph.ir import Generate
 from ramet.runtime.models.load import LoadedModel
 from ramet.runtime.types import SamplingParams
@@ -152,6 +154,45 @@ def test_a_cancelled_program_leaves_the_engine_idle(engine: Engine) -> None:
     while engine.stats()["num_running"] and time.monotonic() < deadline:
         time.sleep(0.005)
     assert engine.stats()["num_running"] == 0
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_an_interrupt_of_a_batch_cancels_every_row(engine: Engine, is_compiled: bool) -> None:
+    @function(temperature=0, max_tokens=400, ignore_eos=True)
+    def program(s: State, row: int) -> None:
+        s += f"Row {row} of those that nobody waits for: " + gen("x") + " and " + gen("y")
+
+    before = engine.stats()["num_decoded_tokens"]
+
+    def interrupt() -> None:
+        while engine.stats()["num_decoded_tokens"] - before < 100:
+            pass
+        signal.raise_signal(signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    rows = [{"row": row} for row in range(60)]
+    with pytest.raises(KeyboardInterrupt):
+        (program.compile() if is_compiled else program).run_batch(rows, backend=engine)
+    thread.join()
+    deadline = time.monotonic() + 60
+    while (stats := engine.stats())["num_running"] or stats["num_waiting"]:
+        assert time.monotonic() < deadline
+    assert stats["num_decoded_tokens"] - before < 60 * 2 * 400
+
+
+def test_a_compiled_batch_with_a_wrong_row_starts_none(engine: Engine) -> None:
+    @function(temperature=0, max_tokens=400, ignore_eos=True)
+    def program(s: State, row: int) -> None:
+        s += f"Row {row} beside a wrong one: " + gen("x")
+
+    before = engine.stats()["num_decoded_tokens"]
+    with pytest.raises(InvalidProgram, match="needs argument 'row'"):
+        program.compile().run_batch([{"row": 1}, {"row": 2}, {}], backend=engine)
+    deadline = time.monotonic() + 60
+    while (stats := engine.stats())["num_running"] or stats["num_waiting"]:
+        assert time.monotonic() < deadline
+    assert stats["num_decoded_tokens"] - before < 2 * 400
 
 
 def test_a_prompt_that_overflows_the_context_fails_its_node_alone(engine: Engine) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -129,6 +132,80 @@ def test_cancelling_in_the_middle_raises_and_frees_the_slot(engine: Engine) -> N
         handle.result(timeout_s=5)
     handle.cancel()  # again: nothing happens
     assert engine.generate("alive", GREEDY).text
+
+
+def wait_for_idle(engine: Engine) -> dict[str, float]:
+    """Wait until no request is left, far shorter than the requests of these tests would take."""
+    deadline = time.monotonic() + 60
+    while (stats := engine.stats())["num_running"] or stats["num_waiting"]:
+        assert time.monotonic() < deadline, "a request goes on that nobody can read"
+    return stats
+
+
+ENDLESS = SamplingParams(temperature=0.0, max_tokens=400, ignore_eos=True)
+
+
+def test_a_request_whose_handle_is_collected_is_cancelled(engine: Engine) -> None:
+    before = engine.stats()["num_decoded_tokens"]
+    for i in range(20):
+        engine.submit(f"nobody keeps this handle {i}", ENDLESS)
+    gc.collect()
+    assert wait_for_idle(engine)["num_decoded_tokens"] - before < 20 * 400
+
+
+def test_a_handle_may_be_dropped_while_its_outputs_are_read_or_called_back(engine: Engine) -> None:
+    assert sum(len(output.token_ids) for output in engine.submit("read at once", GREEDY)) == 20
+    assert len(engine.submit("waited for", GREEDY).result().token_ids) == 20
+
+    async def awaited() -> int:
+        return len((await engine.submit("awaited", GREEDY)).token_ids)
+
+    assert asyncio.run(awaited()) == 20
+    told: list[RequestOutput] = []
+    done = threading.Event()
+
+    def take(output: RequestOutput) -> None:
+        told.append(output)
+        if output.finish_reason is not None:
+            done.set()
+
+    engine.submit("called back", GREEDY, on_output=take)
+    gc.collect()
+    assert done.wait(60)
+    assert sum(len(output.token_ids) for output in told) == 20
+
+
+def test_an_interrupt_of_generate_cancels_the_request(engine: Engine) -> None:
+    before = engine.stats()["num_decoded_tokens"]
+
+    def interrupt() -> None:
+        while engine.stats()["num_decoded_tokens"] - before < 3:
+            pass
+        signal.raise_signal(signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate("interrupted", ENDLESS)
+    thread.join()
+    assert wait_for_idle(engine)["num_decoded_tokens"] - before < 400
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_a_forked_child_is_told_that_the_engine_is_not_its_own(engine: Engine) -> None:
+    handle = engine.submit("the parent's", GREEDY)
+    child = os.fork()
+    if child == 0:  # it must neither return to pytest nor wait for anything
+        told = 1
+        try:
+            engine.submit("the child's", GREEDY)
+        except EngineStopped as error:
+            told = 0 if f"forked from process {os.getppid()}" in str(error) else 2
+        handle.cancel()
+        engine.shutdown()
+        os._exit(told)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert len(handle.result(timeout_s=60).token_ids) == 20
 
 
 def test_a_deadline_ends_a_request(engine: Engine) -> None:

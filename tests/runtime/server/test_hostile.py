@@ -110,6 +110,41 @@ def test_a_hundred_megabytes_are_refused_and_not_kept(served: Served) -> None:
     assert rss_bytes(served.process.pid) - before < 96 << 20, "bodies that were refused are still in memory"
 
 
+@pytest.mark.parametrize("path", ENDPOINTS)
+@pytest.mark.parametrize("media_type", ["text/plain", "Text/Plain; charset=utf-8", "application/x-www-form-urlencoded"])
+def test_bodies_that_any_web_page_may_let_a_browser_send_are_refused(
+    served: Served, path: str, media_type: str
+) -> None:
+    with served.client() as client:
+        answer = client.post(path, content=json.dumps(BODY).encode(), headers={"content-type": media_type})
+        assert answer.status_code == 415
+        assert media_type in answer.json()["error"]["message"]
+        page = client.post(path, content=json.dumps(BODY).encode(), headers={"origin": "https://example.com"})
+        assert page.status_code == 415
+
+
+@pytest.mark.parametrize("media_type", ["application/json", "application/json; charset=utf-8", None])
+def test_bodies_of_programs_are_taken(served: Served, media_type: str | None) -> None:
+    headers = {} if media_type is None else {"content-type": media_type}
+    with served.client() as client:
+        assert client.post("/generate", content=json.dumps(BODY).encode(), headers=headers).status_code == 200
+
+
+def test_a_client_that_leaves_in_the_middle_of_its_body_is_one_line_of_debugging(served: Served) -> None:
+    host, port = served.url.removeprefix("http://").split(":")
+    before = len(served.log.read_text())
+    for _ in range(3):
+        with socket.create_connection((host, int(port)), 5) as raw:
+            raw.sendall(b"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{")
+    with served.client() as client:
+        deadline_s = time.monotonic() + 60
+        while (text := served.log.read_text()[before:]).count("left before its body was whole") < 3:
+            assert time.monotonic() < deadline_s, text
+        assert client.post("/generate", json=BODY).status_code == 200
+    assert "Traceback" not in text
+    assert "ERROR" not in text
+
+
 # -- readers ---------------------------------------------------------------------------------------------------------
 
 
