@@ -33,6 +33,7 @@ from ramet.runtime.programs.grammars import ProgramGrammars
 from ramet.runtime.programs.path import Path, PieceEncoder
 from ramet.runtime.programs.selection import Selection
 from ramet.runtime.programs.shared_nodes import SharedRequests
+from ramet.runtime.text.bounded_tokenizer import BoundedTokenizer
 from ramet.runtime.text.role_marks import RoleMarks
 from ramet.runtime.types import MAX_INT32, FinishReason, Grammar, RequestOptions, RequestOutput, SamplingParams
 
@@ -52,7 +53,7 @@ class ProgramHost:
         self.engine = engine
         self.share_nodes = share_nodes
         self.num_ended = 0  # requests of all programs: their clock
-        tokenizer = engine.tokenizer
+        tokenizer = BoundedTokenizer(engine.tokenizer, engine.context_length)
         marks = RoleMarks(tokenizer.chat_template)
         self.model = ProgramModel(
             tokenizer, PieceEncoder(tokenizer), Healing(tokenizer.token_bytes), marks, engine.context_length

@@ -9,6 +9,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -21,9 +22,8 @@ from ramet.runtime.engine.config import EngineConfig
 from ramet.runtime.models.catalog import TINY_CONTEXT, TINY_MODEL, resolve_model
 from ramet.runtime.models.description import describe_model
 from ramet.runtime.server.anthropic.routes import anthropic_endpoints
-from ramet.runtime.server.bounded_tokenizer import BoundedTokenizer
 from ramet.runtime.server.config import ServerConfig
-from ramet.runtime.server.connections import PatientProtocol
+from ramet.runtime.server.connections import PatientProtocol, bytes_of_heads
 from ramet.runtime.server.limits import HttpLimits
 from ramet.runtime.server.link.protocol import Hello
 from ramet.runtime.server.link.proxy import EngineProxy
@@ -38,6 +38,7 @@ from ramet.runtime.server.responses.routes import responses_endpoints
 from ramet.runtime.server.routing import make_app
 from ramet.runtime.server.served_model import Explain, ServedModel
 from ramet.runtime.testing.byte_tokenizer import ByteTokenizer
+from ramet.runtime.text.bounded_tokenizer import BoundedTokenizer
 from ramet.runtime.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -72,7 +73,7 @@ def create_app(served: ServedModel, metrics: ServerMetrics) -> Starlette:
     if served.config.cors_allow_origin:
         origins = list(served.config.cors_allow_origin)
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
-    app.add_middleware(HttpLimits, config=served.config, requests=metrics.requests)
+    app.add_middleware(HttpLimits, config=served.config, requests=metrics.requests, bytes_held=served.bytes_held)
     return app
 
 
@@ -194,7 +195,7 @@ def serve(
         app, served = make_server(model, engine, config, log_level=log_level, explain=explain)
         settings = uvicorn.Config(
             app,
-            http=PatientProtocol,
+            http=partial(PatientProtocol, heads=bytes_of_heads()),  # type: ignore[arg-type]  # it is only called
             ws="none",
             log_config=None,
             log_level=log_level.lower(),

@@ -58,7 +58,7 @@ class Job:
     `heals`: as in Submit.
     """
 
-    prompt_ids: list[int]
+    prompt_ids: Sequence[int]
     sampling: SamplingParams
     constraint: Constraint | None = None
     constraint_field: str | None = None
@@ -110,11 +110,11 @@ class ChoiceStream:
             self._stream = self._submit(self._id, job.prompt_ids, _free(self._sampling, job.reasoning), None)
 
     def _submit(
-        self, request_id: str, ids: list[int], sampling: SamplingParams, constraint: Constraint | None
+        self, request_id: str, ids: Sequence[int], sampling: SamplingParams, constraint: Constraint | None
     ) -> AsyncIterator[Output]:
         job = self._job
         stream = self._proxy.submit(
-            Submit(request_id, ids, sampling, constraint, job.options, job.client, job.heals),
+            Submit(request_id, list(ids), sampling, constraint, job.options, job.client, job.heals),
             is_whole=job.is_whole,
         )
         self._end = stream.close
@@ -293,7 +293,7 @@ async def scored(proxy: EngineProxy, wanted: Sequence[Scoring]) -> list[Output]:
             for one in wanted[start : start + MAX_SCORED_TOGETHER]:
                 options = replace(one.job.options, score_from=one.first)
                 params = SamplingParams(max_tokens=1, logprobs=one.job.sampling.logprobs)
-                command = Submit(one.request_id, one.job.prompt_ids, params, None, options)
+                command = Submit(one.request_id, list(one.job.prompt_ids), params, None, options)
                 streams.append(proxy.submit(command, is_whole=True))
             outputs += [await stream.collect() for stream in streams]
         except InvalidRequest as error:

@@ -24,6 +24,10 @@ class ServerConfig:
     protect_metrics: bool = _doc(False, "ask for the admin key on /metrics, too")
     isolate_cache_by_key: bool = _doc(False, "requests share cached prefixes only with requests of the same key")
     max_body_bytes: int = _doc(32 << 20, "size of a request's body")
+    max_json_values: int = _doc(1_000_000, "values in a request's JSON; a list or an object counts ten")
+    max_in_flight_bytes: int | None = _doc(
+        None, "size of all requests and programs that run or wait; default: twice the size of a body"
+    )
     max_in_flight: int = _doc(2048, "requests that run or wait; one more gets 429")
     max_schema_bytes: int = _doc(1 << 20, "size of a JSON schema or grammar")
     cors_allow_origin: tuple[str, ...] = _doc((), "origins that browsers may call from; default: none")
@@ -40,7 +44,15 @@ class ServerConfig:
 
         check(0 <= self.port <= 65535, "port", "in [0, 65535]")
         check(self.max_body_bytes >= 1024, "max_body_bytes", "at least 1024")
+        check(self.max_json_values >= 1024, "max_json_values", "at least 1024")
+        least = self.max_body_bytes
+        check(self.bytes_in_flight >= least, "max_in_flight_bytes", f"at least max_body_bytes ({least:,})")
         check(self.max_in_flight >= 1, "max_in_flight", "at least 1")
         check(self.max_engine_failures >= 1, "max_engine_failures", "at least 1")
         check(self.drain_s >= 0, "drain_s", "at least 0")
         check(self.health_patience_s > 0, "health_patience_s", "positive")
+
+    @property
+    def bytes_in_flight(self) -> int:
+        """Size of all requests and programs that may be in flight together."""
+        return 2 * self.max_body_bytes if self.max_in_flight_bytes is None else self.max_in_flight_bytes

@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ramet.errors import EngineStopped
 from ramet.runtime.server.config import ServerConfig
 from ramet.runtime.server.errors import HttpError
+from ramet.runtime.server.holding import Held
 from ramet.runtime.server.metrics import RequestCollector
 
 logger = logging.getLogger(__name__)
@@ -35,8 +36,9 @@ ADMIN_PATHS = frozenset({"/flush_cache", "/reset_prefix_cache", "/abort_request"
 class HttpLimits:
     """The middleware. It puts a digest of the key into `scope["state"]["api_key_digest"]`, for isolation by key."""
 
-    def __init__(self, app: ASGIApp, config: ServerConfig, requests: RequestCollector) -> None:
+    def __init__(self, app: ASGIApp, config: ServerConfig, requests: RequestCollector, bytes_held: Held) -> None:
         self._app = app
+        self._bytes_held = bytes_held
         self._config = config
         self._requests = requests
         self._keys = [_digest(key.encode()) for key in config.api_key]
@@ -60,19 +62,23 @@ class HttpLimits:
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
             await send(message)
 
-        limited = _LimitedBody(receive, self._config.max_body_bytes, keeps_text=self._config.log_prompts)
+        limited = _LimitedBody(
+            receive, self._config.max_body_bytes, self._bytes_held, keeps_text=self._config.log_prompts
+        )
         try:
             refusal = self.refusal(scope)
             if refusal is not None:
                 await _answer(refusal, counted)
             else:
                 limited.coding = _header(scope, b"content-encoding").strip().lower()
+                limited.key = scope["state"]["api_key_digest"]
                 await self._app(scope, limited.receive, counted)
         except asyncio.CancelledError:  # the server ends without waiting for this answer
             if status:
                 raise
             await _answer(HttpError.of(EngineStopped("the server is shutting down")), counted)
         finally:
+            limited.release()
             _log(scope, request_id, status, time.monotonic() - start_s, limited.text)
 
     def refusal(self, scope: Scope) -> HttpError | None:
@@ -83,6 +89,7 @@ class HttpLimits:
             return _too_large(self._config.max_body_bytes)
         path = scope["path"]
         is_admin = path in ADMIN_PATHS or (path == "/metrics" and self._config.protect_metrics)
+        scope.setdefault("state", {})["api_key_digest"] = ""
         if path in OPEN_PATHS and not is_admin:
             return None
         if sum(name == b"authorization" for name, _ in scope["headers"]) > 1:
@@ -100,24 +107,28 @@ class HttpLimits:
                 kind="authentication_error",
                 code="invalid_api_key",
             )
-        scope.setdefault("state", {})["api_key_digest"] = digest[:16] if self._keys else ""
+        scope["state"]["api_key_digest"] = digest[:16] if self._keys else ""
         return None
 
 
 class _LimitedBody:
-    """Reads a body, and decompresses it if `coding` says so.
+    """Reads a body, decompresses it if `coding` says so, and counts it for `key` in `bytes_held` until `release`.
 
-    Raises: HttpError if the body is too large, also decompressed, arrives too slowly, or is not what `coding` says.
+    Raises: HttpError if the body is too large, also decompressed, arrives too slowly, or is not what `coding` says;
+    Overloaded if all bodies together are too large.
     """
 
-    def __init__(self, receive: Receive, limit: int, *, keeps_text: bool) -> None:
+    def __init__(self, receive: Receive, limit: int, bytes_held: Held, *, keeps_text: bool) -> None:
         self._receive = receive
         self._limit = limit
+        self._bytes_held = bytes_held
+        self._num_held = 0
         self._size = 0
         self._is_whole = False
         self._kept: bytearray | None = bytearray() if keeps_text else None
         self._compressed = bytearray()
         self.coding = ""
+        self.key = ""
 
     @property
     def text(self) -> str | None:
@@ -138,13 +149,24 @@ class _LimitedBody:
             self._is_whole = not message.get("more_body", False)
             if self._size > self._limit:
                 raise _too_large(self._limit)
+            self._hold(len(body))
             if self.coding not in ("", "identity"):
                 self._compressed += body
                 body = _expanded(self._compressed, self.coding, self._limit) if self._is_whole else b""
+                self._hold(len(body))
                 message = {**message, "body": body}
             if self._kept is not None:
                 self._kept += body[: MAX_LOGGED_BYTES - len(self._kept)]
         return message
+
+    def _hold(self, num_bytes: int) -> None:
+        self._bytes_held.take(self.key, num_bytes)
+        self._num_held += num_bytes
+
+    def release(self) -> None:
+        """Hold nothing any longer: the request is over."""
+        self._bytes_held.give(self.key, self._num_held)
+        self._num_held = 0
 
 
 def _expanded(data: bytes | bytearray, coding: str, limit: int) -> bytes:

@@ -27,7 +27,7 @@ _ERRORS = {
     404: "there is no such thing",
     408: "the body stopped coming",
     409: "not in this state",
-    413: "the body is too large, as sent or decompressed",
+    413: "the body is too large, as sent or decompressed, or has too many values",
     415: "the body's content-type is not JSON, or its content-encoding is not known here",
     422: "the key was used for another request",
     429: "too many requests; Retry-After says when to come again",

@@ -83,8 +83,11 @@ class _Application:
             answer = await endpoint.handler(request)
         else:
             data = await request.body()
-            is_large = len(data) > LARGE_BYTES
-            body = await self._served.off_loop(parsed, endpoint.body, data) if is_large else parsed(endpoint.body, data)
+            limit = self._served.config.max_json_values
+            if len(data) > LARGE_BYTES:
+                body = await self._served.off_loop(parsed, endpoint.body, data, limit)
+            else:
+                body = parsed(endpoint.body, data, limit)
             answer = await endpoint.handler(request, body)
         return answer if isinstance(answer, Response) else json_response(answer)
 

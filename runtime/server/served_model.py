@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from starlette.requests import Request
 
+from ramet.errors import ContextOverflow
 from ramet.lang.graph.ir import Graph
 from ramet.runtime.programs.target import TokenizerTarget
 from ramet.runtime.server.config import ServerConfig
 from ramet.runtime.server.errors import HttpError
+from ramet.runtime.server.holding import Held
 from ramet.runtime.server.link.proxy import EngineProxy
 from ramet.runtime.text.tokenizer import Tokenizer
 
@@ -29,7 +32,8 @@ Explain = Callable[[Graph, str, TokenizerTarget], dict[str, Any]]  # Any: JSON
 class ServedModel:
     """One model on one server. `pool`: threads for tokenising and rendering, so the event loop never blocks.
 
-    `configured_context_length`: the context that the engine will have after its start.
+    `bytes_held`: the requests and programs that are in flight. `configured_context_length`: the context that the engine
+    will have after its start.
     """
 
     config: ServerConfig
@@ -39,7 +43,12 @@ class ServedModel:
     started_s: float  # time.time()
     explain: Explain | None = None
     configured_context_length: int | None = None
+    bytes_held: Held = field(init=False)
     pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, thread_name_prefix="ramet-text"))
+
+    def __post_init__(self) -> None:
+        way_out = "retry later, or raise --max-in-flight-bytes"
+        self.bytes_held = Held(self.config.bytes_in_flight, "bytes of requests", way_out)
 
     @property
     def context_length(self) -> int | None:
@@ -56,6 +65,19 @@ class ServedModel:
                 param="model",
                 code="model_not_found",
             )
+
+    def one_of_many(self, ids: Sequence[int]) -> Sequence[int]:
+        """The tokens of one prompt of a list of prompts, in 4 bytes a token; in a list of Python's it takes up to 36.
+
+        Raises ContextOverflow for one that cannot fit, before the others are cut into tokens.
+        """
+        if self.context_length is not None and len(ids) > self.context_length:
+            raise ContextOverflow(
+                f"a prompt has {len(ids):,} tokens, but the context is {self.context_length:,}; shorten it, or raise "
+                f"--context-length",
+                param="prompt",
+            )
+        return array("i", ids)
 
     async def off_loop(self, work: Callable[..., T], *args: Any) -> T:  # Any: the work's own arguments
         """Run CPU work (tokenising, templates, schema checks) on the pool."""

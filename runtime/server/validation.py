@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
 import pydantic_core
-from pydantic import BaseModel, BeforeValidator, ConfigDict
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, GetCoreSchemaHandler
+from pydantic_core import CoreSchema, PydanticCustomError
 
 from ramet.runtime.server.errors import HttpError
 
@@ -91,6 +91,7 @@ DEFAULTS: Mapping[str, object] = {
     "chat_template_content_format": "auto",
     "stream_interval": 1,
 }
+_CHUNK_BYTES = 1 << 18
 _PART_TYPES = frozenset(
     ("image_url", "video_url", "audio_url", "input_audio", "input_image", "input_file", "image", "document")
 ) | {"file", "thinking"}
@@ -107,10 +108,30 @@ OnlyTrue = Annotated[Literal[True], BeforeValidator(_boolean)]
 OnlyFalse = Annotated[Literal[False], BeforeValidator(_boolean)]
 
 
+def _stop_at_first_wrong_item(schema: Any) -> None:  # Any: a core schema, or a part of one
+    if isinstance(schema, dict):
+        if schema.get("type") == "list":
+            schema["fail_fast"] = True
+        for part in schema.values():
+            _stop_at_first_wrong_item(part)
+    elif isinstance(schema, list | tuple):
+        for part in schema:
+            _stop_at_first_wrong_item(part)
+
+
 class Strict(BaseModel):
-    """Base of every request model: no conversions between types, no unknown fields."""
+    """Base of every request model: no conversions between types, no unknown fields.
+
+    A list is read up to its first wrong item: an error for each item of a list of a million took gigabytes.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: type[BaseModel], handler: GetCoreSchemaHandler) -> CoreSchema:
+        schema = handler(source)
+        _stop_at_first_wrong_item(schema)
+        return schema
 
 
 class Echoed(Strict):
@@ -122,12 +143,13 @@ class Echoed(Strict):
 Body = TypeVar("Body", bound=Strict)
 
 
-def parsed(model: type[Body], data: bytes) -> Body:
-    """Parse a body. Raises HttpError naming the wrong field.
+def parsed(model: type[Body], data: bytes, max_values: int) -> Body:
+    """Parse a body. Raises HttpError naming the wrong field, and for one with more than `max_values` values.
 
     A field that is known and not supported may be there if its value asks for nothing: null, an empty value, false, or
     the default of the servers that have it. Clients that send back an answer may add fields to it.
     """
+    _check_values(data, max_values)
     try:
         return model.model_validate_json(data)
     except pydantic.ValidationError as error:
@@ -141,6 +163,30 @@ def parsed(model: type[Body], data: bytes) -> Body:
         return model.model_validate_json(data)
     except pydantic.ValidationError as error:
         raise error_of(error, data) from None
+
+
+def _check_values(data: bytes, limit: int) -> None:
+    """Raise HttpError for JSON with more than `limit` values, where a list or an object counts ten.
+
+    As values of Python a list takes a hundred times its two bytes, so the size of a body does not bound its memory.
+    """
+    if _weight(data) <= limit:  # also counts what stands in strings
+        return
+    weight, is_inside, backslash = 0, False, b""
+    for start in range(0, len(data), _CHUNK_BYTES):
+        chunk = backslash + data[start : start + _CHUNK_BYTES]
+        backslash = b"\\" * ((len(chunk) - len(chunk.rstrip(b"\\"))) % 2)  # what it escapes is in the next chunk
+        chunk = chunk[: len(chunk) - len(backslash)]
+        parts = chunk.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')
+        weight += sum(map(_weight, parts[is_inside::2]))
+        is_inside ^= len(parts) % 2 == 0
+    if weight > limit:
+        message = f"the body has about {weight:,} values, lists and objects counted ten times; the limit is {limit:,}"
+        raise HttpError(413, f"{message}: send fewer, or raise --max-json-values", code="too_many_values")
+
+
+def _weight(text: bytes) -> int:
+    return text.count(b",") + 10 * (text.count(b"[") + text.count(b"{"))
 
 
 def _drop_unasked(error: pydantic.ValidationError, body: Any) -> bool:  # Any: JSON
@@ -173,6 +219,9 @@ def error_of(error: pydantic.ValidationError, data: bytes) -> HttpError:
     """The HTTP form of a validation error: its most specific complaint."""
     problems = error.errors(include_url=False, include_context=False)
     if problems[0]["type"] == "json_invalid":
+        if "recursion limit" in problems[0]["msg"]:
+            message = "the body's lists and objects are nested more than about 200 deep; send a flatter one"
+            return HttpError(400, message, code="invalid_json")
         return HttpError(400, f"the body is not JSON: {problems[0]['msg']}", code="invalid_json")
     body = _decoded(data)
     found = []

@@ -20,6 +20,7 @@ from ramet.runtime.text.chat_template import ChatTemplate
 
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _SPACE_MARK = "▁"  # SentencePiece's visible space
+_LONG_CHARACTERS = 2048  # a text of a millisecond or more; while it is encoded, other threads go on
 
 
 class Tokenizer(Protocol):
@@ -127,7 +128,11 @@ class SubwordTokenizer:
     ) -> list[int]:
         backend = self._backend(parse_special, continues and self._has_prefix_space)
         try:
-            ids: list[int] = backend.encode(text, add_special_tokens=False).ids
+            if len(text) < _LONG_CHARACTERS:
+                ids: list[int] = backend.encode(text, add_special_tokens=False).ids
+            else:  # the package gives the interpreter's lock away in batches alone
+                text.encode()
+                ids = backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
         except UnicodeEncodeError as error:
             raise half_a_pair(error) from error
         if add_special and self._add_bos and self.bos_id is not None and (not ids or ids[0] != self.bos_id):

@@ -50,6 +50,7 @@ from ramet.runtime.server.link.protocol import (
     StartProgram,
     Submit,
     command_decoder,
+    row_id,
 )
 from ramet.runtime.types import Grammar, RequestOutput
 
@@ -210,9 +211,21 @@ class EngineServer:
         self.engine.abort(request_id)
 
     def _start_program(self, command: StartProgram) -> None:
+        """Start every row. They share the graph's nodes and texts."""
+        try:
+            graph = Graph.from_json(command.graph)
+        except RametError as error:
+            for row in range(len(command.rows)):
+                self._send(ProgramEnd(row_id(command.id, row), ErrorInfo.of(error)))
+            return
+        for row, arguments in enumerate(command.rows):
+            bound = msgspec.structs.replace(graph, arguments=msgspec.json.decode(arguments))
+            self._start_row(command, row_id(command.id, row), bound)
+
+    def _start_row(self, command: StartProgram, name: str, graph: Graph) -> None:
         def on_event(event: NodeEvent) -> None:
-            self._send(ProgramEvent(command.id, msgspec.structs.replace(event, cause=None)))
-            self._end_if_over(command.id)
+            self._send(ProgramEvent(name, msgspec.structs.replace(event, cause=None)))
+            self._end_if_over(name)
 
         deadline_s = None if command.deadline_s is None else time.monotonic() + command.deadline_s
         options = ProgramOptions(
@@ -222,24 +235,29 @@ class EngineServer:
             cache_salt=command.cache_salt,
             text_events=command.text_events,
         )
-        self._programs[command.id] = self._host.start(options, on_event, command.id, client=command.client)
-        self._extend_program(ExtendProgram(command.id, command.graph, is_last=not command.is_open))
+        self._programs[name] = self._host.start(options, on_event, name, client=command.client)
+        self._extend(name, lambda: graph, is_last=not command.is_open)
 
     def _extend_program(self, command: ExtendProgram) -> None:
-        executor = self._programs.get(command.id)
+        data = command.graph
+        self._extend(command.id, lambda: None if data is None else Graph.from_json(data), is_last=command.is_last)
+
+    def _extend(self, name: str, read: Callable[[], Graph | None], *, is_last: bool) -> None:
+        executor = self._programs.get(name)
         if executor is None:
             return
         try:
-            if command.graph is not None:
-                executor.extend(Graph.from_json(command.graph))
-            if command.is_last:
+            graph = read()
+            if graph is not None:
+                executor.extend(graph)
+            if is_last:
                 executor.finish()
         except RametError as error:
-            self._programs.pop(command.id, None)
+            self._programs.pop(name, None)
             executor.cancel()
-            self._send(ProgramEnd(command.id, ErrorInfo.of(error)))
+            self._send(ProgramEnd(name, ErrorInfo.of(error)))
             return
-        self._end_if_over(command.id)
+        self._end_if_over(name)
 
     def _end_if_over(self, program_id: str) -> None:
         executor = self._programs.get(program_id)

@@ -51,10 +51,15 @@ class Abort(msgspec.Struct, frozen=True, tag="abort"):
 
 
 class StartProgram(msgspec.Struct, frozen=True, tag="program", omit_defaults=True):
-    """Run a graph (its JSON form, arguments bound). `is_open`: more parts may come. `client`: as in `Submit`."""
+    """Run a graph (its JSON form), once for each of `rows`: its arguments, as JSON.
+
+    Row i is a program of its own, with the id `row_id(id, i)`. `is_open`: more parts may come. `client`: as in
+    `Submit`.
+    """
 
     id: str
     graph: bytes
+    rows: tuple[bytes, ...] = (b"{}",)
     cache_salt: str = ""
     priority: int = 0
     deadline_s: float | None = None
@@ -62,6 +67,11 @@ class StartProgram(msgspec.Struct, frozen=True, tag="program", omit_defaults=Tru
     is_open: bool = False
     text_events: bool = True
     client: tuple[str, ...] = ()
+
+
+def row_id(program_id: str, row: int) -> str:
+    """The id of one row of a program."""
+    return f"{program_id}/{row}"
 
 
 class ExtendProgram(msgspec.Struct, frozen=True, tag="extend", omit_defaults=True):
@@ -245,4 +255,5 @@ __all__ = [
     "Submit",
     "command_decoder",
     "report_decoder",
+    "row_id",
 ]

@@ -16,6 +16,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -46,6 +47,7 @@ from ramet.runtime.server.link.protocol import (
     StartProgram,
     Submit,
     report_decoder,
+    row_id,
 )
 from ramet.runtime.server.link.streams import OutputStream, ProgramStream
 
@@ -243,19 +245,20 @@ class EngineProxy:
 
         Raises: Overloaded, EngineStopped (not ready), InvalidRequest (the id is in use).
         """
-        self._admit(command.id)
+        self._admit([command.id])
         self._send(command)
         stream = OutputStream(command.id, self._abort, is_whole=is_whole)
         self._streams[command.id] = stream
         return stream
 
-    def start_program(self, command: StartProgram) -> ProgramStream:
-        """Send a program. Raises the errors of `submit`."""
-        self._admit(command.id)
+    def start_program(self, command: StartProgram) -> list[ProgramStream]:
+        """Send a program. Returns the stream of each row. Raises the errors of `submit`; nothing is started then."""
+        names = [row_id(command.id, row) for row in range(len(command.rows))]
+        self._admit(names)
         self._send(command)
-        stream = ProgramStream(command.id, self._abort)
-        self._programs[command.id] = stream
-        return stream
+        streams = [ProgramStream(name, self._abort) for name in names]
+        self._programs.update(zip(names, streams, strict=True))
+        return streams
 
     def send_to_program(self, command: ExtendProgram | CancelNodes | ProvideTool) -> None:
         """Send a command to a running program. It has no effect if the program has ended."""
@@ -288,12 +291,13 @@ class EngineProxy:
         if self._state.hello is None or self._is_stopping:
             raise EngineStopped(self.health() or "the server is shutting down")
 
-    def _admit(self, request_id: str) -> None:
+    def _admit(self, request_ids: Sequence[str]) -> None:
         self._check_ready()
-        if self.num_in_flight >= self.max_in_flight:
+        if self.num_in_flight + len(request_ids) > self.max_in_flight:
             raise Overloaded(f"{self.num_in_flight:,} requests are in flight already; retry later", 1.0)
-        if request_id in self._streams or request_id in self._programs:
-            raise InvalidRequest(f"request id {request_id!r} is in use; choose another", param="rid")
+        for request_id in request_ids:
+            if request_id in self._streams or request_id in self._programs:
+                raise InvalidRequest(f"request id {request_id!r} is in use; choose another", param="rid")
 
     def _abort(self, request_id: str) -> None:
         """Remove the stream of a reader that left, and abort its request in the engine."""

@@ -133,30 +133,33 @@ class GenerateEndpoint:
             raise HttpError(400, f"{len(jobs)} answers are too many for one request", param="sampling_params.n")
         return jobs
 
-    def _prompts(self, body: GenerateBody) -> list[list[int]]:
+    def _prompts(self, body: GenerateBody) -> list[Sequence[int]]:
         if (body.text is None) == (body.input_ids is None):
             raise HttpError(
                 400, "give either text or input_ids", param="text" if body.input_ids is None else "input_ids"
             )
         tokenizer = self._served.tokenizer
         name = "text" if body.text is not None else "input_ids"
+        given: list[Any]  # texts, or lists of token ids
         if body.text is not None:
-            texts = [body.text] if isinstance(body.text, str) else body.text
-            prompts = [tokenizer.encode(text, add_special=True) for text in texts]
+            given = [body.text] if isinstance(body.text, str) else list(body.text)
         else:
-            given: list[Any] = body.input_ids or []  # token ids, or lists of them
-            prompts = given if given and isinstance(given[0], list) else [given]
-        if not 1 <= len(prompts) <= MAX_PROMPTS:
+            given = body.input_ids or []
+            given = given if given and isinstance(given[0], list) else [given]
+        if not 1 <= len(given) <= MAX_PROMPTS:
             raise HttpError(
-                400, f"{name} has {len(prompts):,} prompts; at least 1 and at most {MAX_PROMPTS:,}", param=name
+                400, f"{name} has {len(given):,} prompts; at least 1 and at most {MAX_PROMPTS:,}", param=name
             )
         size = tokenizer.vocab_size
-        for ids in prompts:
+        prompts = []
+        for item in given:
+            ids = tokenizer.encode(item, add_special=True) if isinstance(item, str) else item
             wrong = next((token for token in ids if not 0 <= token < size), None)
             if wrong is not None:
                 raise HttpError(400, f"input_ids has token {wrong}, but the vocabulary has {size:,}", param="input_ids")
             if not ids:
                 raise HttpError(400, f"{name} has no tokens; give at least one", param=name)
+            prompts.append(self._served.one_of_many(ids))
         return prompts
 
     async def _computed(

@@ -450,7 +450,7 @@ class ChatAnswer:
             model=self._served.name,
             choices=[self._whole_choice(index, progress) for index, progress in enumerate(self.progress)],
             usage=self.usage(),
-            prompt_token_ids=self._plan.job.prompt_ids if body.return_token_ids else UNSET,
+            prompt_token_ids=list(self._plan.job.prompt_ids) if body.return_token_ids else UNSET,
             metadata=UNSET if body.metadata is None else body.metadata,
         )
 
@@ -531,7 +531,7 @@ class ChatAnswer:
             elif body.stream_options.include_usage:
                 usage = None
         has_prompt = body.return_token_ids and is_first
-        return self._event([choice], self._plan.job.prompt_ids if has_prompt else UNSET, usage)
+        return self._event([choice], list(self._plan.job.prompt_ids) if has_prompt else UNSET, usage)
 
     def _whole_choice(self, index: int, progress: Progress) -> ChatChoice:
         reader, body = progress.reader, self._plan.body

@@ -42,7 +42,7 @@ DEFAULT_MAX_TOKENS = 16
 class CompletionPrompt:
     """A prompt. `text`: the text that `echo` returns, if requested: the caller's own if the prompt was text."""
 
-    ids: list[int]
+    ids: Sequence[int]
     text: str
 
 
@@ -101,11 +101,12 @@ class CompletionEndpoint:
         size = len(await request.body())
         source_size = size if asks_constraint(body) else 0
         asked = await served.compute(source_size, constraint_of, body, None, served.config.max_schema_bytes)
-        prompts = await served.compute(0 if _has_ids(body) else size, _prompts, served.tokenizer, body)
-        if len(prompts) * num > served.config.max_in_flight:
-            wanted, limit = len(prompts) * num, served.config.max_in_flight
-            message = f"{len(prompts):,} prompts with n={num} want {wanted:,} answers; the limit is {limit:,}"
+        given = _given_prompts(body)
+        if len(given) * num > served.config.max_in_flight:
+            wanted, limit = len(given) * num, served.config.max_in_flight
+            message = f"{len(given):,} prompts with n={num} want {wanted:,} answers; the limit is {limit:,}"
             raise HttpError(400, message, param="prompt")
+        prompts = await served.compute(0 if _has_ids(body) else size, _prompts, served, body, given)
         salt = served.cache_salt(request, body.cache_salt or "")
         field_name, constraint = asked or (None, None)
         options = RequestOptions(cache_salt=salt, priority=body.priority or 0)
@@ -142,26 +143,29 @@ def _is_ids(body: CompletionBody) -> bool:
     return isinstance(body.prompt, list) and not any(isinstance(p, str) for p in body.prompt[:1])
 
 
-def _prompts(tokenizer: Tokenizer, body: CompletionBody) -> list[CompletionPrompt]:
+def _given_prompts(body: CompletionBody) -> Sequence[str | list[int]]:
+    """The prompts, of which the body may hold one alone. Raises HttpError if there is none."""
     given = body.prompt
     if isinstance(given, str):
-        given = [given]
-    elif given and isinstance(given[0], int):
-        given = [given]  # one list of ids becomes a list of one
+        return [given]
     if not given:
         raise HttpError(400, "prompt is an empty list; give at least one prompt", param="prompt")
+    return cast(Sequence[str | list[int]], [given] if isinstance(given[0], int) else given)
+
+
+def _prompts(served: ServedModel, body: CompletionBody, given: Sequence[str | list[int]]) -> list[CompletionPrompt]:
+    tokenizer = served.tokenizer
     prompts = []
     for item in given:
         if isinstance(item, str):
             ids = tokenizer.encode(item, add_special=body.add_special_tokens is not False, parse_special=True)
-            prompts.append(CompletionPrompt(ids, item))
+            prompts.append(CompletionPrompt(served.one_of_many(ids), item))
         else:
-            assert isinstance(item, list)
             size = tokenizer.vocab_size
             if item and not 0 <= min(item) <= max(item) < size:
                 wrong = next(token for token in item if not 0 <= token < size)
                 raise HttpError(400, f"prompt has token {wrong}, but the vocabulary has {size:,}", param="prompt")
-            prompts.append(CompletionPrompt(item, tokenizer.decode(item) if body.echo else ""))
+            prompts.append(CompletionPrompt(served.one_of_many(item), tokenizer.decode(item) if body.echo else ""))
     return prompts
 
 
@@ -215,7 +219,7 @@ class CompletionAnswer:
 
     async def _echoed(self) -> list[Output]:
         """The prompts as increments. The first token of each has no score."""
-        outputs = [Output(self._id, len(p.ids), 0, 0, text=p.text, token_ids=p.ids) for p in self._prompts]
+        outputs = [Output(self._id, len(p.ids), 0, 0, text=p.text, token_ids=list(p.ids)) for p in self._prompts]
         if self._body.logprobs is not None:
             long = [number for number, prompt in enumerate(self._prompts) if len(prompt.ids) > 1]
             jobs = [self._jobs[number * self._num][0] for number in long]
@@ -306,7 +310,7 @@ class CompletionAnswer:
             matched_stop=UNSET if last.finish_reason is None else last.stop_match,
             incomplete=UNSET if last.incomplete is None else last.incomplete,
             token_ids=self._ids[index] if has_ids else UNSET,
-            prompt_token_ids=self._prompts[index // self._num].ids if has_ids and has_prompt else UNSET,
+            prompt_token_ids=list(self._prompts[index // self._num].ids) if has_ids and has_prompt else UNSET,
         )
 
     def _whole_choice(self, index: int, text: str) -> CompletionChoice:

@@ -19,7 +19,7 @@ from msgspec import UNSET, UnsetType
 from ramet.errors import InvalidProgram, RametError
 from ramet.lang.graph.ir import Argument, Graph, GraphIndex, NodeEvent, ToolCall
 from ramet.runtime.server.errors import HttpError
-from ramet.runtime.server.link.protocol import CancelNodes, ExtendProgram, ProvideTool, StartProgram
+from ramet.runtime.server.link.protocol import CancelNodes, ExtendProgram, ProvideTool, StartProgram, row_id
 from ramet.runtime.server.metrics import RequestCollector
 from ramet.runtime.server.sending import AnswerStruct
 from ramet.runtime.server.served_model import ServedModel
@@ -76,8 +76,8 @@ class Row:
 class StoredProgram:
     """A program and all its rows. Owner: the store.
 
-    `parts`: digest of each part by its first node. `texts`: texts of unfinished nodes by (row, node). `grace_s`:
-    seconds that it runs without a follower; None: to its end.
+    `num_bytes`: those of its rows, held until it is over. `parts`: digest of each part by its first node. `texts`:
+    texts of unfinished nodes by (row, node). `grace_s`: seconds that it runs without a follower; None: to its end.
     """
 
     id: str
@@ -87,6 +87,7 @@ class StoredProgram:
     text_events: bool
     index: GraphIndex
     is_open: bool
+    num_bytes: int
     rows: list[Row] = field(default_factory=list)
     parts: dict[int, str] = field(default_factory=dict)
     log: list[tuple[int, NodeEvent]] = field(default_factory=list)
@@ -179,24 +180,33 @@ class ProgramStore:
         key: str | None,
         grace_s: float | None,
     ) -> StoredProgram:
-        """Send every row to the engine. `command`: everything except ids and graphs.
+        """Send the graph and every row's arguments to the engine. `command`: everything except ids and graphs.
 
         Raises HttpError and InvalidProgram before anything has started. Also raises Overloaded and EngineStopped.
         """
-        bound = [_bind(graph, arguments) for arguments in rows]
+        bound = tuple(msgspec.json.encode(_values(graph, arguments)) for arguments in rows)
+        shared = msgspec.structs.replace(graph, arguments={})
         index = GraphIndex()
-        index.add(msgspec.structs.replace(graph, arguments={}))
+        index.add(shared)
         program_id = self._served.proxy.new_id("program")
-        program = StoredProgram(program_id, owner, digest, grace_s, command.text_events, index, command.is_open)
-        for number, data in enumerate(bound):
-            row = Row(f"{program.id}/{number}")
-            try:
-                stream = self._served.proxy.start_program(msgspec.structs.replace(command, id=row.id, graph=data))
-            except RametError:
-                for earlier in program.rows:
-                    self._served.proxy.abort(earlier.id)
-                raise
-            program.rows.append(row)
+        command = msgspec.structs.replace(command, id=program_id, graph=shared.to_json(), rows=bound)
+        num_bytes = len(command.graph) * len(rows) + sum(map(len, bound))  # every row's results hold the graph's texts
+        limit = self._served.config.bytes_in_flight
+        if num_bytes > limit:
+            message = f"the program's {len(rows):,} rows have {num_bytes:,} bytes with the graph's texts"
+            message += f"; the limit is {limit:,}: send fewer rows at once, or raise --max-in-flight-bytes"
+            raise HttpError(413, message, param="rows")
+        self._served.bytes_held.take(owner, num_bytes)
+        try:
+            streams = self._served.proxy.start_program(command)
+        except RametError:
+            self._served.bytes_held.give(owner, num_bytes)
+            raise
+        program = StoredProgram(
+            program_id, owner, digest, grace_s, command.text_events, index, command.is_open, num_bytes
+        )
+        for number, stream in enumerate(streams):
+            program.rows.append(Row(row_id(program.id, number)))
             program.tasks.append(asyncio.create_task(self._follow(program, number, stream.__aiter__())))
         self._programs[program.id] = program
         if key is not None:
@@ -213,7 +223,7 @@ class ProgramStore:
                 return
             raise HttpError(409, f"program {program.id} takes no more parts", code="program_closed")
         if graph is not None:
-            data = _bind(graph, {})
+            data = msgspec.structs.replace(graph, arguments=_values(graph, {})).to_json()
             program.index.add(graph)
             program.parts[graph.first] = digest
             self._served.proxy.send_to_program(ExtendProgram(program.rows[0].id, data, is_last=not is_open))
@@ -318,7 +328,14 @@ class ProgramStore:
             row.status = "done"
         self._requests.note_program(row.status)
         # Followers are woken when this task is done, and not before.
-        asyncio.get_running_loop().call_soon(program.wake)
+        asyncio.get_running_loop().call_soon(self._note_end, program)
+
+    def _note_end(self, program: StoredProgram) -> None:
+        """Note that a row has ended."""
+        if program.is_over:
+            self._served.bytes_held.give(program.owner, program.num_bytes)
+            program.num_bytes = 0
+        program.wake()
 
     def _forget_old(self) -> None:
         while len(self._programs) > MAX_KEPT:
@@ -338,7 +355,8 @@ def read_graph(value: Mapping[str, Any]) -> Graph:  # Any: JSON
     return Graph.from_json(msgspec.json.encode(value))
 
 
-def _bind(graph: Graph, arguments: Mapping[str, Any]) -> bytes:  # Any: JSON
+def _values(graph: Graph, arguments: Mapping[str, Any]) -> dict[str, Any]:  # Any: JSON
+    """The values of a graph's arguments in one run. Raises InvalidProgram for a missing or unknown one."""
     names = {node.name for node in graph.nodes if isinstance(node, Argument)}
     values = {**graph.arguments, **arguments}
     unknown, unbound = sorted(set(arguments) - names), sorted(names - set(values))
@@ -346,4 +364,4 @@ def _bind(graph: Graph, arguments: Mapping[str, Any]) -> bytes:  # Any: JSON
         raise InvalidProgram(f"the graph has no argument {unknown[0]!r}; it has {', '.join(sorted(names)) or 'none'}")
     if unbound:
         raise InvalidProgram(f"argument {unbound[0]!r} has no value; give it in arguments or rows")
-    return msgspec.structs.replace(graph, arguments=values).to_json()
+    return values

@@ -16,6 +16,7 @@ import httpx
 import pytest
 
 from ramet.runtime.server.config import ServerConfig
+from ramet.runtime.server.holding import Held
 from ramet.runtime.server.limits import HttpLimits
 
 Served = Any  # ServedProcess of conftest.py, which importlib mode cannot import by name
@@ -127,7 +128,7 @@ def test_an_answer_that_the_servers_end_cancels_is_a_clear_503() -> None:
         sent.append(message)
 
     async def scenario() -> None:
-        limits = HttpLimits(endless, ServerConfig(), Mock())
+        limits = HttpLimits(endless, ServerConfig(), Mock(), Held(1, "", ""))
         scope = {"type": "http", "method": "GET", "path": "/health", "headers": []}
         task = asyncio.create_task(limits(scope, AsyncMock(), keep))
         await asyncio.sleep(0)

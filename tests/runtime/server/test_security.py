@@ -14,9 +14,9 @@ import pytest
 
 from ramet.errors import ContextOverflow
 from ramet.runtime.server import limits as http_limits
-from ramet.runtime.server.bounded_tokenizer import BoundedTokenizer
 from ramet.runtime.server.config import ServerConfig
 from ramet.runtime.testing.byte_tokenizer import ByteTokenizer
+from ramet.runtime.text.bounded_tokenizer import BoundedTokenizer
 
 Server = Any  # RunningServer of conftest.py, which importlib mode cannot import by name
 GREEDY = {"temperature": 0.0, "max_new_tokens": 4, "ignore_eos": True}
@@ -44,7 +44,7 @@ def test_keys_are_hashed_and_every_one_is_compared_in_constant_time(monkeypatch:
 
     monkeypatch.setattr("ramet.runtime.server.limits.hmac.compare_digest", compare)
     config = ServerConfig(api_key=("first", "second", "third"), admin_api_key="admin")
-    limits = http_limits.HttpLimits(None, config, None)  # type: ignore[arg-type]  # only its judgement is asked for
+    limits = http_limits.HttpLimits(None, config, None, None)  # type: ignore[arg-type]  # only its judgement is asked for
     kept = repr(vars(limits)).replace(repr(config), "")
     assert not [key for key in ("first", "second", "third") if repr(key) in kept], "a key is kept as it is"
     for key, is_let_in in (("first", True), ("third", True), ("fourth", False), ("", False), ("admin", False)):

@@ -137,12 +137,12 @@ def test_a_program_runs_in_the_engine_process_and_its_events_come_in_order() -> 
         sampling = Sampling(max_tokens=8, temperature=0.0)
         nodes = (Text(id=0, parts=("Say: ",)), Generate(id=1, parent=0, name="x", sampling=sampling))
         command = StartProgram(proxy.new_id("program"), Graph(nodes).to_json())
-        events = [event async for event in proxy.start_program(command)]
+        events = [event async for event in proxy.start_program(command)[0]]
         assert [e.node for e in events if e.kind == "done"] == [0, 1]
         streamed = "".join(e.text for e in events if e.kind == "text")
         assert streamed == next(e.value for e in events if e.kind == "done" and e.node == 1)
         with pytest.raises(InvalidProgram):
-            async for _ in proxy.start_program(StartProgram(proxy.new_id("program"), b'{"version": 99}')):
+            async for _ in proxy.start_program(StartProgram(proxy.new_id("program"), b'{"version": 99}'))[0]:
                 pass
         await settled(proxy)
 

@@ -1,6 +1,8 @@
 """A tokenizer that refuses a text that cannot fit the context, before it spends seconds on encoding it.
 
 Encoding takes about 1.5 us per byte, so a body of 32 MB would occupy a thread for 46 s, and two would occupy them all.
+A text that is too long by its bytes alone is not encoded at all. Of a text that is longer than texts of the context's
+length usually are, the beginning is encoded first.
 """
 
 from __future__ import annotations
@@ -11,10 +13,13 @@ from ramet.errors import ContextOverflow
 from ramet.runtime.text.tokenizer import Tokenizer
 
 _MARGIN = 2  # a normaliser may shorten a text before it is tokenised
+_USUAL_CHARACTERS = 8  # of a token, at most: English prose has 4 to 5
+# A beginning is cut anywhere: its last tokens are not those of the whole text. So many more than fit are enough.
+_SURE = 1.25
 
 
 class BoundedTokenizer:
-    """A server's `Tokenizer`: wraps another one, and encodes only texts that may fit the context."""
+    """A `Tokenizer` that wraps another one, and encodes only texts that may fit the context."""
 
     def __init__(self, tokenizer: Tokenizer, context_length: int) -> None:
         self._tokenizer = tokenizer
@@ -34,14 +39,22 @@ class BoundedTokenizer:
     def encode(
         self, text: str, *, add_special: bool = False, parse_special: bool = False, continues: bool = False
     ) -> list[int]:
-        """As the wrapped one. Raises ContextOverflow if every tokenisation of the text is longer than the context."""
+        """As the wrapped one. Raises ContextOverflow if the text's tokens are surely more than the context has."""
         if len(text) > self.max_bytes or (4 * len(text) > self.max_bytes and len(text.encode()) > self.max_bytes):
-            raise ContextOverflow(
-                f"a text of {len(text):,} characters cannot fit the context of {self._context_length:,} tokens; "
-                f"shorten it, or raise --context-length",
-                param="prompt",
-            )
+            raise self._too_long(text)
+        beginning = text[: _USUAL_CHARACTERS * self._context_length]
+        if len(beginning) < len(text):
+            tokens = self._tokenizer.encode(beginning, parse_special=parse_special, continues=continues)
+            if len(tokens) > _SURE * self._context_length:
+                raise self._too_long(text)
         return self._tokenizer.encode(text, add_special=add_special, parse_special=parse_special, continues=continues)
+
+    def _too_long(self, text: str) -> ContextOverflow:
+        return ContextOverflow(
+            f"a text of {len(text):,} characters cannot fit the context of {self._context_length:,} tokens; "
+            f"shorten it, or raise --context-length",
+            param="prompt",
+        )
 
     def split(self, text: bytes) -> list[int]:
         return self._tokenizer.split(text)
