@@ -40,7 +40,7 @@ from ramet.runtime.models.config import ModelConfig, llama_3_1_8b, smollm2_135m
 from ramet.runtime.models.config_hf import config_from_hf
 from ramet.runtime.models.generation import GenerationDefaults
 from ramet.runtime.models.load import LoadedModel
-from ramet.runtime.models.weights import Weights, expected_tensors
+from ramet.runtime.models.weights import Part, Weights, expected_tensors
 from ramet.runtime.types import Grammar, Request, SamplingParams, Sequence
 
 QWEN = {
@@ -139,13 +139,15 @@ class Walk:
         self.run("scored")
 
 
+def empty(shape: tuple[int, ...], part: Part | None) -> torch.Tensor:
+    assert part is None
+    return torch.empty(shape, device=DEVICE, dtype=torch.bfloat16)
+
+
 def walk(shapes: ModelConfig, config: EngineConfig, device: FakeDevice) -> list[str]:
     """Start an engine and serve; returns what a card's users would notice."""
     shapes = dataclasses.replace(shapes, num_layers=LAYERS, sliding_layers=shapes.sliding_layers[:LAYERS])
-    make = {
-        name: partial(torch.empty, shape, device=DEVICE, dtype=torch.bfloat16)
-        for name, shape in expected_tensors(shapes).items()
-    }
+    make = {name: partial(empty, shape) for name, shape in expected_tensors(shapes).items()}
     decoder = build_decoder(shapes, Weights(make), device=DEVICE, dtype=torch.bfloat16)
     tokenizer = MadeUpTokenizer(shapes.vocab_size)
     device.phase = "start"

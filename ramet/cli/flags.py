@@ -17,6 +17,7 @@ ALIASES: Mapping[str, tuple[str, ...]] = {
     "json_whitespace": ("--constrained-json-whitespace-pattern",),
     "num_kv_tokens": ("--max-total-tokens",),
     "seed": ("--random-seed",),
+    "tp": ("--tp-size", "--tensor-parallel-size"),
 }
 OFF_ALIASES: Mapping[str, tuple[str, ...]] = {
     "cuda_graph": ("--disable-cuda-graph",),

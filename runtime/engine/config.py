@@ -22,13 +22,18 @@ class EngineConfig:
     quantization: str | None = _doc(
         None, "weight-only quantisation on the CPU: int8, int4 or gguf; None: as dtype says"
     )
+    tp: int = _doc(
+        1, "tensor parallel: processes (and GPUs) among which the model is divided; it must divide the model's heads"
+    )
     context_length: int | None = _doc(
         None, "tokens a sequence may have; None: what the model was trained for, capped by memory"
     )
     page_size: int = _doc(16, "token positions in a KV page")
     num_kv_tokens: int | None = _doc(None, "token positions in the KV pool; None: by memory")
     mem_fraction_static: float = _doc(0.9, "share of the device's memory for weights, KV and workspace together")
-    kv_cpu_bytes: int = _doc(2 << 30, "bytes of the KV pool on a CPU, where num_kv_tokens is not given")
+    kv_cpu_bytes: int = _doc(
+        2 << 30, "bytes of the KV pool on a CPU, of all ranks together, where num_kv_tokens is not given"
+    )
     max_running_requests: int = _doc(256, "sequences that run at once; each has a slot")
     max_queued_requests: int = _doc(100_000, "requests that may wait; one more is refused with Overloaded")
     chunked_prefill_size: int | None = _doc(
@@ -79,6 +84,12 @@ class EngineConfig:
             if not ok:
                 raise ConfigError(f"{name} is {getattr(self, name)!r} but must be {limit}")
 
+        check(self.tp >= 1, "tp", "at least 1")
+        check(
+            self.tp == 1 or not self.deterministic,
+            "deterministic",
+            "False with tp > 1, where the order of sums over ranks depends on the batch",
+        )
         check(self.page_size in (8, 16, 32, 64), "page_size", "8, 16, 32 or 64")
         check(0.1 <= self.mem_fraction_static <= 0.99, "mem_fraction_static", "in [0.1, 0.99]")
         check(self.max_running_requests >= 1, "max_running_requests", "at least 1")

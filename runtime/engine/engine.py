@@ -25,10 +25,12 @@ from ramet.runtime.cache.probe import Difference, differences
 from ramet.runtime.engine.compiled_code import OnStage, prepare_compiled_code
 from ramet.runtime.engine.config import EngineConfig
 from ramet.runtime.engine.core import EngineCore, SequenceUpdate
-from ramet.runtime.engine.factory import build_core, load
+from ramet.runtime.engine.factory import build_core
 from ramet.runtime.engine.handle import RequestHandle, RequestResult
+from ramet.runtime.engine.loading import load
 from ramet.runtime.engine.validation import RequestBorder
 from ramet.runtime.models.load import LoadedModel
+from ramet.runtime.parallel.model import SharedModel
 from ramet.runtime.text.detokenizer import Detokenizer, StopStringScanner
 from ramet.runtime.types import (
     NO_OPTIONS,
@@ -89,6 +91,16 @@ class Engine:
         config = (config or EngineConfig()).changed(overrides)
         self.config = config
         self.model = load(model, config)
+        self._peers = self.model.peers if isinstance(self.model, SharedModel) else None  # of the other ranks
+        try:
+            self._make(on_stage)
+        except Exception as error:
+            if self._peers is not None:
+                self._peers.close_after(error)
+            raise
+
+    def _make(self, on_stage: OnStage | None) -> None:
+        config = self.config
         prepare_compiled_code(self.model.decoder.device, on_stage)
         self.tokenizer = self.model.tokenizer
         self.chat_template = self.tokenizer.chat_template
@@ -118,6 +130,8 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="ramet-engine", daemon=True)
         atexit.register(self.shutdown)  # a thread that the interpreter kills inside a step aborts the process
         self._thread.start()
+        if self._peers is not None:
+            self._peers.when_failed(self._stop_after)
 
     # -- callers' side -------------------------------------------------------------------------------------------
 
@@ -317,6 +331,15 @@ class Engine:
         finally:
             self._fail_all()
             self._core.close()
+            if self._peers is not None:
+                self._peers.close()
+
+    def _stop_after(self, error: Exception) -> None:
+        """End the loop, because a rank has ended. From any thread."""
+        with self._wake:
+            self._failure = self._failure or error
+            self._is_stopping = True
+            self._wake.notify_all()
 
     def _run_once(self) -> bool:
         """Run pending commands and one step, and deliver its outputs. Waits if there is no work. False: stop."""

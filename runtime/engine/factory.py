@@ -20,65 +20,92 @@ from ramet.runtime.constraints.states import GrammarStates
 from ramet.runtime.engine.config import EngineConfig
 from ramet.runtime.engine.core import EngineCore
 from ramet.runtime.models.batch_invariant import apply_batch_invariance
-from ramet.runtime.models.catalog import TINY_MODEL
 from ramet.runtime.models.decoder import Decoder
-from ramet.runtime.models.load import LoadedModel, load_model
+from ramet.runtime.models.load import LoadedModel
 from ramet.runtime.models.small_batch import apply_card_table
+from ramet.runtime.parallel.group import Group
+from ramet.runtime.parallel.model import SharedModel
 from ramet.runtime.scheduling.config import SchedulerConfig
 from ramet.runtime.scheduling.scheduler import Scheduler
 from ramet.runtime.steps.cuda_graph import GraphKey, MixedKey
 from ramet.runtime.steps.kv_cache import KVCache, bytes_per_token
 from ramet.runtime.steps.logit_edits import NUM_EDIT_ROWS, LogitEdits
 from ramet.runtime.steps.memory import MemoryPlan, StepMemory, lower_fraction, plan_memory, read_cuda_memory
-from ramet.runtime.steps.model_runner import ModelRunner
+from ramet.runtime.steps.model_runner import ModelRunner, Peers
 from ramet.runtime.steps.slots import RunningSlots
 from ramet.runtime.steps.tree_planner import TreePlanner
-from ramet.runtime.testing.dummy import tiny_model
 from ramet.runtime.types import Batch, Request, SamplingParams, ScheduledSequence, Sequence, Status
 
 logger = logging.getLogger(__name__)
 
 
-def choose_device(name: str) -> torch.device:
-    """Return the device of this name. Raises ConfigError if the machine does not have it."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"device is {name!r} but must be auto, cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device is {name!r} but torch sees no CUDA device; use --device cpu, or run `ramet doctor`")
-    return device
-
-
-def load(model: str | LoadedModel | None, config: EngineConfig) -> LoadedModel:
-    """Load a model on the configuration's device. A LoadedModel is returned unchanged."""
-    if isinstance(model, LoadedModel):
-        return model
-    if model == TINY_MODEL:
-        return tiny_model()
-    if config.num_threads is not None:
-        torch.set_num_threads(config.num_threads)
-    return load_model(model, device=choose_device(config.device), dtype=config.dtype, quantization=config.quantization)
-
-
 def build_core(model: LoadedModel, config: EngineConfig) -> EngineCore:
     """Size the KV pool by the remaining memory, and assemble the engine core."""
     start_s = time.monotonic()
-    device, dtype = model.decoder.device, model.decoder.dtype
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # of this thread: kernels are launched on the current device
-    wanted = config.context_length or model.config.max_position_embeddings
-    if wanted > model.config.max_position_embeddings:
+    ranks = model if isinstance(model, SharedModel) else None
+    if config.tp != (1 if ranks is None else ranks.group.size):
         raise ConfigError(
-            f"context_length is {wanted:,} but the model was trained for {model.config.max_position_embeddings:,}; "
-            f"lower --context-length"
+            f"tp is {config.tp}, but the given model was loaded {'whole' if ranks is None else 'in parts'}; give the "
+            "model's name or path, so that each rank reads its own part"
         )
-    decoder = prepare_decoder(model, config, device)
-    arena, tree = make_arena(model, config, device), make_tree_planner(model, config, device)
-    edits = make_edits(model, config, device)
-    page_bytes = bytes_per_token(model.config, dtype) * config.page_size
+    device = model.decoder.device
+    use_device(device)
+    arena, edits = make_arena(model, config, device), make_edits(model, config, device)
+    if ranks is None:
+        runner = build_runner(model.decoder, config, arena=arena, edits=edits)
+    else:
+        parts = ranks.group, ranks.peers
+        runner = build_runner(model.decoder, config, *parts, arena=arena, edits=edits)
+    kv_cache, context = runner.kv_cache, runner.max_kv_len
+    pool = PagePool(kv_cache.num_pages, config.page_size)
+    scheduler = Scheduler(scheduler_config(config, context, device), pool, RadixCache(pool))
+    logger.info(
+        "engine ready in %.1f s: %s %s, KV %.2f GiB for %d tokens, context %d%s",
+        time.monotonic() - start_s,
+        device,
+        model.decoder.dtype,
+        kv_cache.num_bytes / 2**30,
+        (kv_cache.num_pages - 1) * config.page_size,
+        context,
+        "" if ranks is None else f", each of {config.tp} ranks",
+    )
+    on_device = None if arena is None else make_device_grammars(model, arena)
+    grammars = GrammarStates(model.config.vocab_size, runner.computes_run, on_device)
+    return EngineCore(
+        scheduler, runner, grammars, overlap=config.overlap and device.type == "cuda", context_length=context
+    )
+
+
+def use_device(device: torch.device) -> None:
+    """Make a GPU the current device of this thread: kernels are launched on the current device."""
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+
+
+def build_runner(
+    decoder: Decoder,
+    config: EngineConfig,
+    group: Group | None = None,
+    peers: Peers | None = None,
+    *,
+    arena: GrammarArena | None = None,
+    edits: LogitEdits | None = None,
+) -> ModelRunner:
+    """Make what runs steps: the KV pages that fit beside the weights, slots, graphs. Every rank of a group does so.
+
+    The ranks take as many pages as fit on each of them. peers, arena, edits: the first rank's alone.
+    """
+    device, dtype = decoder.device, decoder.dtype
+    use_device(device)
+    longest = decoder.config.max_position_embeddings
+    wanted = config.context_length or longest
+    if wanted > longest:
+        raise ConfigError(
+            f"context_length is {wanted:,} but the model was trained for {longest:,}; lower --context-length"
+        )
+    decoder = prepare_decoder(decoder, config, device)
+    tree = make_tree_planner(decoder, config, device)
+    page_bytes = bytes_per_token(decoder.config, dtype) * config.page_size
     num_pages = None if config.num_kv_tokens is None else -(-config.num_kv_tokens // config.page_size) + 1
     plan: MemoryPlan | None = None
     if device.type == "cuda":
@@ -93,12 +120,12 @@ def build_core(model: LoadedModel, config: EngineConfig) -> EngineCore:
         logger.info("memory: %s", plan)
         num_pages = plan.num_pages
     elif num_pages is None:
-        num_pages = max(config.kv_cpu_bytes // page_bytes, 2) + 1
+        num_pages = max(config.kv_cpu_bytes // config.tp // page_bytes, 2) + 1
+    if group is not None:
+        num_pages = group.smallest(num_pages)
     context = min(wanted, (num_pages - 1) * config.page_size)
     try:
-        kv_cache = KVCache(model.config, num_pages, config.page_size, device=device, dtype=dtype)
-        pool = PagePool(num_pages, config.page_size)
-        scheduler = Scheduler(scheduler_config(config, context, device), pool, RadixCache(pool))
+        kv_cache = KVCache(decoder.config, num_pages, config.page_size, device=device, dtype=dtype)
         slots = RunningSlots(config.max_running_requests, -(-context // config.page_size), device=device)
         runner = ModelRunner(
             decoder,
@@ -111,6 +138,8 @@ def build_core(model: LoadedModel, config: EngineConfig) -> EngineCore:
             tree=tree,
             is_deterministic=config.deterministic and device.type == "cuda",
             tiles=card_table(config, device).tiles if device.type == "cuda" else None,
+            share=None if group is None else group.share,
+            peers=peers,
         )
         if device.type == "cuda" and config.cuda_graph:
             runner.capture_graphs(config.cuda_graph_max_extend)
@@ -120,20 +149,7 @@ def build_core(model: LoadedModel, config: EngineConfig) -> EngineCore:
         raise OutOfMemory(
             f"the GPU ran out of memory at start; {lower_fraction(config.mem_fraction_static, plan)}"
         ) from error
-    logger.info(
-        "engine ready in %.1f s: %s %s, KV %.2f GiB for %d tokens, context %d",
-        time.monotonic() - start_s,
-        device,
-        dtype,
-        kv_cache.num_bytes / 2**30,
-        (num_pages - 1) * config.page_size,
-        context,
-    )
-    on_device = None if arena is None else make_device_grammars(model, arena)
-    grammars = GrammarStates(model.config.vocab_size, runner.computes_run, on_device)
-    return EngineCore(
-        scheduler, runner, grammars, overlap=config.overlap and device.type == "cuda", context_length=context
-    )
+    return runner
 
 
 def make_arena(model: LoadedModel, config: EngineConfig, device: torch.device) -> GrammarArena | None:
@@ -163,18 +179,18 @@ def make_edits(model: LoadedModel, config: EngineConfig, device: torch.device) -
     return LogitEdits(EditTables.create(rows, model.config.vocab_size, device))
 
 
-def make_tree_planner(model: LoadedModel, config: EngineConfig, device: torch.device) -> TreePlanner | None:
+def make_tree_planner(decoder: Decoder, config: EngineConfig, device: torch.device) -> TreePlanner | None:
     """Make the planner of tree attention on a GPU. On a CPU the result is None: tree attention has no CPU kernels."""
     if device.type != "cuda" or config.tree_attention == "off" or config.deterministic:
         return None
     return TreePlanner(
-        model.config,
+        decoder.config,
         config.page_size,
         config.max_running_requests,
         mode=config.tree_attention,
         num_sms=torch.cuda.get_device_properties(device).multi_processor_count,
         device=device,
-        dtype=model.decoder.dtype,
+        dtype=decoder.dtype,
         costs=card_table(config, device).tree_costs,
         tiles=card_table(config, device).tiles,
     )
@@ -280,13 +296,13 @@ def measure_graphs(runner: ModelRunner, config: EngineConfig) -> int:
     return pool + max(each, 0) * len(keys)
 
 
-def prepare_decoder(model: LoadedModel, config: EngineConfig, device: torch.device) -> Decoder:
+def prepare_decoder(decoder: Decoder, config: EngineConfig, device: torch.device) -> Decoder:
     """Apply the passes that the configuration requires to the finished model."""
     if device.type != "cuda":
-        return model.decoder
+        return decoder
     if config.deterministic:
-        return apply_batch_invariance(model.decoder)
-    return apply_card_table(model.decoder, card_table(config, device))
+        return apply_batch_invariance(decoder)
+    return apply_card_table(decoder, card_table(config, device))
 
 
 def card_table(config: EngineConfig, device: torch.device) -> CardTable:

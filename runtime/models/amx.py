@@ -24,6 +24,7 @@ from ramet.kernels.cpu.attention_extend_amx import with_bf16_queries
 from ramet.runtime.models.context import ForwardContext
 from ramet.runtime.models.decoder import Decoder, Layer
 from ramet.runtime.models.layers import DecoderLayer
+from ramet.runtime.models.linear import Linear
 from ramet.runtime.models.linear_cpu import Bf16Product, BlockLinear, Int8Product, OneDnnProduct
 
 MAX_INT8_TOKENS = 32  # with AMX, bfloat16 products take a third less time for 48 tokens, but a sixth more for 16
@@ -35,6 +36,9 @@ class RoundingLayer:
 
     plain: DecoderLayer
     above: int
+
+    def linears(self) -> tuple[Linear, ...]:
+        return self.plain.linears()
 
     def __call__(self, x: Tensor, residual: Tensor | None, context: ForwardContext) -> tuple[Tensor, Tensor | None]:
         return self.plain(x, residual, context, None if x.shape[0] <= self.above else torch.bfloat16)
@@ -56,8 +60,7 @@ def round_layers(decoder: Decoder) -> Decoder:
 
 def _rounding(layer: Layer) -> Layer:
     assert isinstance(layer, DecoderLayer), "passes over products come before those over layers"
-    attention, feed_forward = layer.attention, layer.feed_forward
-    linears = attention.qkv, attention.o, feed_forward.gate_up, feed_forward.down
+    attention, linears = layer.attention, layer.linears()
     methods = [linear.method for linear in linears if isinstance(linear.method, BlockLinear)]
     if len(methods) < len(linears) or not all(isinstance(m.many, Bf16Product | OneDnnProduct) for m in methods):
         return layer

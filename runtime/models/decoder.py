@@ -17,7 +17,6 @@ from torch import Tensor
 from ramet.kernels.ops import Ops
 from ramet.runtime.models.config import ModelConfig
 from ramet.runtime.models.context import ForwardContext
-from ramet.runtime.models.layers import DecoderLayer
 from ramet.runtime.models.linear import Embedding, Linear
 
 
@@ -25,6 +24,9 @@ class Layer(Protocol):
     """A decoder layer. Its input is `x + residual` (`x` if residual is None); its output is the sum of its results."""
 
     def __call__(self, x: Tensor, residual: Tensor | None, context: ForwardContext) -> tuple[Tensor, Tensor | None]: ...
+
+    def linears(self) -> tuple[Linear, ...]:
+        """Its linear layers: qkv, o, gate_up, down."""
 
 
 @dataclass(slots=True, eq=False)
@@ -65,6 +67,5 @@ class Decoder:
     def linears(self) -> Iterator[Linear]:
         """All linear layers, the output layer last. The `apply_*` passes iterate over them."""
         for layer in self.layers:
-            assert isinstance(layer, DecoderLayer), "passes over linear layers come before those over layers"
-            yield from (layer.attention.qkv, layer.attention.o, layer.feed_forward.gate_up, layer.feed_forward.down)
+            yield from layer.linears()
         yield self.output

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import mmap
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,19 @@ class GgufEntry:
             first = start // type_size * block_size
             values[first : first + chunk.size // type_size * block_size] = gguf.dequantize(chunk[None], self.kind)[0]
         return values.reshape(self.shape)
+
+    def rows(self, start: int, stop: int) -> GgufEntry:
+        """The rows [start, stop) of the first axis; of a vector, its elements. No bytes are read."""
+        stored = self.stored.reshape(self.shape[0], -1)[start:stop].reshape(-1)
+        return replace(self, shape=(stop - start, *self.shape[1:]), stored=stored)
+
+    def columns(self, start: int, stop: int) -> GgufEntry | None:
+        """The columns [start, stop) of a matrix, copied; None if this range cuts through blocks."""
+        block_size, type_size = gguf.GGML_QUANT_SIZES[self.kind]
+        if start % block_size or stop % block_size:
+            return None
+        blocks = self.stored.reshape(self.shape[0], -1, type_size)[:, start // block_size : stop // block_size]
+        return replace(self, shape=(self.shape[0], stop - start), stored=np.ascontiguousarray(blocks).reshape(-1))
 
 
 class GgufFile:

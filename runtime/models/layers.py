@@ -122,6 +122,9 @@ class DecoderLayer:
     feed_forward_out_norm: Tensor | None
     eps: float
 
+    def linears(self) -> tuple[Linear, ...]:
+        return self.attention.qkv, self.attention.o, self.feed_forward.gate_up, self.feed_forward.down
+
     def __call__(
         self, x: Tensor, residual: Tensor | None, context: ForwardContext, dtype: torch.dtype | None = None
     ) -> tuple[Tensor, Tensor]:

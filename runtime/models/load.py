@@ -14,7 +14,7 @@ import torch
 from ramet.errors import ConfigError
 from ramet.runtime.models.catalog import resolve_model
 from ramet.runtime.models.config import ModelConfig
-from ramet.runtime.models.description import describe_folder, describe_gguf
+from ramet.runtime.models.description import describe_folder, describe_gguf, load_gguf_config, load_hf_config
 from ramet.runtime.models.generation import GenerationDefaults
 from ramet.runtime.models.gguf_file import GgufFile
 from ramet.runtime.models.loader_gguf import load_gguf
@@ -50,6 +50,16 @@ class LoadedModel:
     tokenizer: Tokenizer
     config: ModelConfig
     generation: GenerationDefaults
+
+
+def open_weights(path: Path) -> tuple[ModelConfig, Weights]:
+    """Open a GGUF file or a Hugging Face folder without its tokenizer. Raises the errors of `open_model`."""
+    if path.is_dir():
+        config = load_hf_config(path)
+        return config, load_safetensors(path, config)
+    file = GgufFile(path)
+    config = load_gguf_config(file)
+    return config, load_gguf(file, config)
 
 
 def open_model(path: Path) -> ModelFiles:

@@ -9,7 +9,6 @@ Source: llama.cpp's convert_hf_to_gguf; the GGUF specification.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from functools import partial
 from typing import TypeVar
 
@@ -23,7 +22,7 @@ from ramet.errors import BrokenModelFile
 from ramet.runtime.models.config import ModelConfig
 from ramet.runtime.models.families import family_named
 from ramet.runtime.models.gguf_file import GgufEntry, GgufFile
-from ramet.runtime.models.weights import GgufTensor, Weights, check_names, check_shapes
+from ramet.runtime.models.weights import GgufTensor, Part, QuantizedReader, Reader, Weights, check_names, check_shapes
 
 _GLOBAL_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -61,8 +60,8 @@ def load_gguf(file: GgufFile, config: ModelConfig) -> Weights:
     Raises: BrokenModelFile naming the tensors that are missing, unknown, of a wrong shape or an unknown type.
     """
     layer_names = _GEMMA3_LAYER_NAMES if config.feed_forward_norms else _LAYER_NAMES
-    readers: dict[str, Callable[[], Tensor]] = {}
-    quantized: dict[str, Callable[[], GgufTensor]] = {}
+    readers: dict[str, Reader] = {}
+    quantized: dict[str, QuantizedReader] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for tensor in file.tensors.values():
         if tensor.name in _IGNORED:
@@ -112,18 +111,37 @@ def _split_halves(rows: NDArray[_Number], num_heads: int) -> NDArray[_Number]:
     return np.ascontiguousarray(grouped.swapaxes(1, 2)).reshape(rows.shape)
 
 
-def _dequantise(tensor: GgufEntry, heads: int, shift: float) -> Tensor:
-    values = _split_halves(tensor.dequantised(), heads)
+def _cut(tensor: GgufEntry, heads: int, part: Part | None) -> tuple[GgufEntry, int] | None:
+    """A part of a tensor and its number of interleaved heads; None if the part cuts through blocks."""
+    if part is None:
+        return tensor, heads
+    if part.axis == 1:
+        columns = tensor.columns(part.start, part.stop)
+        return None if columns is None else (columns, heads)
+    # A part of an interleaved matrix holds whole heads.
+    return tensor.rows(part.start, part.stop), heads * (part.stop - part.start) // tensor.shape[0]
+
+
+def _dequantise(tensor: GgufEntry, heads: int, shift: float, part: Part | None) -> Tensor:
+    cut = _cut(tensor, heads, part)
+    entry, heads = (tensor, heads) if cut is None else cut
+    values = _split_halves(entry.dequantised(), heads)
     if shift:
         values += np.float32(shift)
-    return torch.from_numpy(values)
+    whole = torch.from_numpy(values)
+    return whole if cut is not None or part is None else part.of(whole)
 
 
-def _as_stored(tensor: GgufEntry, heads: int) -> GgufTensor:
-    num_rows, num_columns = tensor.shape
+def _as_stored(tensor: GgufEntry, heads: int, part: Part | None) -> GgufTensor | None:
+    cut = _cut(tensor, heads, part)
+    if cut is None:
+        return None
+    entry, heads = cut
+    num_rows, num_columns = entry.shape
     # Blocks run along a row, so whole rows can change places.
-    rows = _split_halves(tensor.stored.reshape(num_rows, -1), heads)
-    return GgufTensor(rows=rows, quantization=tensor.kind.name, shape=(num_rows, num_columns))
+    row_bytes = tensor.stored.size // tensor.shape[0] * num_columns // tensor.shape[1]
+    rows = _split_halves(entry.stored.reshape(num_rows, row_bytes), heads)
+    return GgufTensor(rows=rows, quantization=entry.kind.name, shape=(num_rows, num_columns))
 
 
 def _can_dequantise(kind: gguf.GGMLQuantizationType) -> bool:

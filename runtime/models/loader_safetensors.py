@@ -15,7 +15,7 @@ from torch import Tensor
 from ramet.errors import BrokenModelFile
 from ramet.runtime.models.config import ModelConfig
 from ramet.runtime.models.json_file import read_json
-from ramet.runtime.models.weights import Weights, check_names, check_shapes
+from ramet.runtime.models.weights import Part, Reader, Weights, check_names, check_shapes
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -42,7 +42,7 @@ def load_safetensors(folder: Path, config: ModelConfig) -> Weights:
     Raises: BrokenModelFile naming the tensors that are missing, unknown or of a wrong shape.
     """
     files = _weight_files(folder)
-    readers: dict[str, partial[Tensor]] = {}
+    readers: dict[str, Reader] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for path, wanted in files.items():
         try:
@@ -64,8 +64,10 @@ def load_safetensors(folder: Path, config: ModelConfig) -> Weights:
     return Weights(readers)
 
 
-def _read(path: Path, name: str) -> Tensor:
+def _read(path: Path, name: str, part: Part | None) -> Tensor:
     with safe_open(path, framework="pt") as file:
+        if part is not None:
+            return part.of(file.get_slice(name))
         tensor: Tensor = file.get_tensor(name)
         return tensor
 

@@ -52,6 +52,9 @@ class FoldedLayer:
     plain: DecoderLayer
     configs: Mapping[int, tuple[GemvConfig, GemvConfig, GemvConfig, GemvConfig]]
 
+    def linears(self) -> tuple[Linear, ...]:
+        return self.plain.linears()
+
     def __call__(self, x: Tensor, residual: Tensor | None, context: ForwardContext) -> tuple[Tensor, Tensor | None]:
         cuts = self.configs.get(x.shape[0])
         if cuts is None:
@@ -88,8 +91,7 @@ def configs_of(linear: Linear, products: Mapping[Product, GemvConfig]) -> dict[i
 
 def folded(layer: DecoderLayer, table: CardTable) -> DecoderLayer | FoldedLayer:
     """The layer with folded products if the table has all four for some batch size; else the layer itself."""
-    attention, feed_forward = layer.attention, layer.feed_forward
-    linears = (attention.qkv, attention.o, feed_forward.gate_up, feed_forward.down)
+    feed_forward, linears = layer.feed_forward, layer.linears()
     if layer.attention_out_norm is not None or layer.feed_forward_out_norm is not None:
         return layer
     if feed_forward.activation is not layer.ops.silu_and_mul or feed_forward.gate_up.bias is not None:

@@ -10,11 +10,12 @@ The convention between loaders and the decoder:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -35,24 +36,59 @@ class GgufTensor:
     shape: tuple[int, int]
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A range [start, stop) of a tensor's rows (axis 0) or columns (axis 1), followed by `padding` rows of zeros."""
+
+    axis: int
+    start: int
+    stop: int
+    padding: int = 0
+
+    def of(self, tensor: Any) -> Tensor:  # Any: a tensor, or what safetensors reads parts of
+        """Return the range without its padding."""
+        part: Tensor = tensor[self.start : self.stop] if self.axis == 0 else tensor[:, self.start : self.stop]
+        return part
+
+
+# Read a tensor, or the range of a part of it. A quantised reader returns None if a range cuts through blocks.
+Reader = Callable[[Part | None], Tensor]
+QuantizedReader = Callable[[Part | None], GgufTensor | None]
+
+
 class Weights(Mapping[str, Tensor]):
     """Tensors by name. Every access reads (and dequantises) again, so callers keep the tensors that they need."""
 
     def __init__(
         self,
-        readers: Mapping[str, Callable[[], Tensor]],
-        quantized: Mapping[str, Callable[[], GgufTensor]] | None = None,
+        readers: Mapping[str, Reader],
+        quantized: Mapping[str, QuantizedReader] | None = None,
+        parts: Mapping[str, Part] | None = None,
     ) -> None:
+        """parts: of these tensors only a part is read."""
         self._readers = dict(readers)
         self._quantized = dict(quantized or {})
+        self._parts = dict(parts or {})
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Weights:
         """Wrap tensors that are already in memory."""
-        return cls({name: partial(tensors.__getitem__, name) for name in tensors})
+
+        def reader(name: str) -> Reader:
+            return lambda part: tensors[name] if part is None else part.of(tensors[name])
+
+        return cls({name: reader(name) for name in tensors})
+
+    def cut(self, parts: Mapping[str, Part]) -> Weights:
+        """The same weights, but only these parts of these tensors. Nothing else of them is read from files."""
+        return Weights(self._readers, self._quantized, parts)
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._readers[name]()
+        part = self._parts.get(name)
+        tensor = self._readers[name](part)
+        if part is None or not part.padding:
+            return tensor
+        return torch.cat((tensor, tensor.new_zeros((part.padding, *tensor.shape[1:]))))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._readers)
@@ -61,9 +97,17 @@ class Weights(Mapping[str, Tensor]):
         return len(self._readers)
 
     def quantized(self, name: str) -> GgufTensor | None:
-        """The quantised matrix as stored in the file; None if it is missing or stored in a floating-point type."""
-        reader = self._quantized.get(name)
-        return None if reader is None else reader()
+        """The quantised matrix as stored in the file; None if it is missing or stored in a floating-point type.
+
+        It is also None if the tensor's part begins or ends inside blocks.
+        """
+        reader, part = self._quantized.get(name), self._parts.get(name)
+        found = None if reader is None else reader(part)
+        if found is None or part is None or not part.padding:
+            return found
+        zeros = np.zeros((part.padding, found.rows.shape[1]), dtype=np.uint8)  # blocks of zeros with the scale 0
+        shape = (found.shape[0] + part.padding, found.shape[1])
+        return replace(found, rows=np.concatenate((found.rows, zeros)), shape=shape)
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:

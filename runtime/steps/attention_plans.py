@@ -19,7 +19,6 @@ from ramet.runtime.steps.inputs import ExtendArrays, ExtendInputs
 from ramet.runtime.steps.kv_cache import KVCache
 from ramet.runtime.steps.slots import RunningSlots
 from ramet.runtime.steps.tree_planner import TreePlanner
-from ramet.runtime.types import Batch
 
 _ANY_LENGTH = 1 << 20  # as the longest of a launch: attention takes the tile of long prompts
 
@@ -61,9 +60,9 @@ class AttentionPlans:
     def page_size(self) -> int:
         return self._kv_cache.page_size
 
-    def tree_of(self, batch: Batch) -> TreePlan | None:
-        """The plan for prefixes that the decode rows of a batch share; None if plain attention is as fast."""
-        return None if self.tree is None else self.tree.update(batch.items[: batch.num_decode])
+    def shared(self, *, uses_tree: bool) -> TreePlan | None:
+        """The plan for prefixes that decode rows share, whose buffers later plans overwrite; None: plain attention."""
+        return self.tree.plan if uses_tree and self.tree is not None else None
 
     def decode(
         self, rows: Tensor, kv_lens: Tensor, tree: TreePlan | None = None, kv_lens_host: list[int] | None = None

@@ -40,7 +40,7 @@ class EagerSteps:
         Returns the inputs with the decode rows' tokens in front, and the attention plan of the decode rows.
         """
         sent = upload_extend(arrays, self._tables, self._decoder.device)
-        if not step.batch.num_decode:
+        if not step.num_decode:
             return sent, None
         inputs, decode = self._send_decode(step)
         sent.token_ids = torch.cat((inputs.token_ids, sent.token_ids))
@@ -50,9 +50,9 @@ class EagerSteps:
 
     def _send_decode(self, step: Step) -> tuple[DecodeInputs, DecodeMetadata]:
         """Send the decode rows. The device reads their tokens and positions from the slot tables."""
-        device, batch = self._decoder.device, step.batch
+        device, plans = self._decoder.device, self._plans
         rows, new_pages = upload([step.decode_rows, step.new_pages], device)
-        inputs = DecodeInputs.create(batch.num_decode, device)
-        prepare_decode(rows, new_pages, self._tables, self._plans.page_size, inputs)
-        kv_lens = [item.start + 1 for item in batch.items[: batch.num_decode]]
-        return inputs, self._plans.decode(rows, inputs.kv_lens, self._plans.tree_of(batch), kv_lens)
+        inputs = DecodeInputs.create(step.num_decode, device)
+        prepare_decode(rows, new_pages, self._tables, plans.page_size, inputs)
+        tree = plans.shared(uses_tree=step.uses_tree)
+        return inputs, plans.decode(rows, inputs.kv_lens, tree, step.kv_lens.tolist())

@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ramet.kernels.attention.tree import TreePlan
 from ramet.kernels.slots.tables import SlotTables, prepare_decode, scatter_rows
 from ramet.runtime.models.decoder import Decoder
 from ramet.runtime.steps.attention_plans import AttentionPlans
@@ -45,7 +44,7 @@ class GraphedSteps:
 
     def run(self, step: Step) -> Sampled | None:
         """Replay the graph of a step. Returns None if no graph fits."""
-        if step.masks is not None or step.edited is not None:
+        if step.needs_host:
             return None
         tokens = self._replay_decode(step) if step.extend is None else self._replay_mixed(step, step.extend)
         if tokens is None:
@@ -55,15 +54,13 @@ class GraphedSteps:
         return Sampled(tokens, lambda rows: self._decoder.logits(self._hidden.index_select(0, rows)))
 
     def _replay_decode(self, step: Step) -> Tensor:
-        uses_tree = self._plans.tree_of(step.batch) is not None
-        return self.graphs.replay(step.decode_rows, step.new_pages, uses_tree=uses_tree)
+        return self.graphs.replay(step.decode_rows, step.new_pages, uses_tree=step.uses_tree)
 
     def _replay_mixed(self, step: Step, arrays: ExtendArrays) -> Tensor | None:
         if len(arrays.score_index):
             return None
-        num_decode = step.batch.num_decode
-        uses_tree = num_decode > 1 and self._plans.tree_of(step.batch) is not None
-        key = self.graphs.mixed_key(num_decode, len(arrays.token_ids), len(arrays.rows), uses_tree=uses_tree)
+        counts = step.num_decode, len(arrays.token_ids), len(arrays.rows)
+        key = self.graphs.mixed_key(*counts, uses_tree=step.uses_tree)
         if key is None:
             return None
         (updates,) = upload([arrays.updates], self._decoder.device)
@@ -74,7 +71,7 @@ class GraphedSteps:
         """A step of decode rows and padding."""
         inputs = buffers.inputs
         prepare_decode(buffers.rows, buffers.new_pages, self._tables, self._plans.page_size, inputs)
-        decode = self._plans.decode(buffers.rows, inputs.kv_lens, self._shared(uses_tree=key.uses_tree))
+        decode = self._plans.decode(buffers.rows, inputs.kv_lens, self._plans.shared(uses_tree=key.uses_tree))
         context = self._plans.context(inputs.positions, inputs.kv_slots, decode)
         logits = self._decoder.logits(self._keep(self._decoder.forward(inputs.token_ids, context)))
         self._sampler.choose(logits, buffers.rows, inputs.kv_lens, None, buffers.tokens)
@@ -87,17 +84,13 @@ class GraphedSteps:
             rows, inputs = part("rows"), buffers.inputs
             size = self._plans.page_size
             prepare_decode(rows, part("new_pages"), self._tables, size, inputs, fills_padding=False)
-            decode = self._plans.decode(rows, inputs.kv_lens, self._shared(uses_tree=key.uses_tree))
+            decode = self._plans.decode(rows, inputs.kv_lens, self._plans.shared(uses_tree=key.uses_tree))
         where = part("cu_seqlens"), part("kv_lens"), part("extend_rows")
         extend = self._plans.extend_in_graph(*where, key.num_tokens)
         context = self._plans.context(part("positions"), part("kv_slots"), decode, extend, extend_start=0)
         hidden = self._decoder.forward(part("token_ids"), context)
         logits = self._decoder.logits(self._keep(hidden.index_select(0, part("sample_index"))))
         self._sampler.choose(logits, part("sample_rows"), part("sample_positions"), None, buffers.tokens)
-
-    def _shared(self, *, uses_tree: bool) -> TreePlan | None:
-        """The plan for shared prefixes whose buffers later plans overwrite."""
-        return self._plans.tree.plan if uses_tree and self._plans.tree is not None else None
 
     def _keep(self, hidden: Tensor) -> Tensor:
         self._hidden[: hidden.shape[0]].copy_(hidden)

@@ -51,31 +51,34 @@ class ExtendArrays:
 
 @dataclass(slots=True)
 class Step:
-    """A step on the host, before anything is sent to the device.
+    """A step on the host, before anything is sent to the device. Its arrays are all that a device needs.
 
-    extend: the rows with new tokens; None if all rows decode. masks: int32 [R, W], one for each sampling row, if the
-    host masks some. edited: one entry for each sampling row, the sequence if the host edits its logits, else None;
-    `edited` itself is None if the host edits no row.
+    decode_rows, new_pages, kv_lens: int32 [B]: each decode row's slot, the page that it begins in this step (or 0), and
+    its KV length after it. page_copies: int32 [C, 3]: copies to make before the step, (source, target, positions).
+    extend: the rows with new tokens; None if all rows decode. uses_tree: decode rows share prefixes by the tree plan.
+    logprob_rows: int32 [k], indices of the sampling rows that request log-probabilities; num_tops: how many of the most
+    likely tokens they request at most. num_score_tops: the same of rows that are scored. needs_host: the host masks or
+    edits rows, so no graph can sample them. masks: int32 [R, W], one for each sampling row, if the host masks some.
+    edited: one entry for each sampling row, the sequence if the host edits its logits, else None; `edited` itself is
+    None if the host edits no row.
     """
 
-    batch: Batch
-    page_size: int
+    decode_rows: NDArray[np.int32]
+    new_pages: NDArray[np.int32]
+    kv_lens: NDArray[np.int32]
+    page_copies: NDArray[np.int32]
     extend: ExtendArrays | None
-    masks: NDArray[np.int32] | None
-    edited: list[Sequence | None] | None
+    uses_tree: bool
+    logprob_rows: NDArray[np.int32]
+    num_tops: int
+    num_score_tops: int
+    needs_host: bool
+    masks: NDArray[np.int32] | None = None
+    edited: list[Sequence | None] | None = None
 
     @property
-    def decode_rows(self) -> NDArray[np.int32]:
-        """The slot of each decode row, [B]."""
-        items = self.batch.items[: self.batch.num_decode]
-        return np.fromiter((item.sequence.slot for item in items), dtype=np.int32, count=len(items))
-
-    @property
-    def new_pages(self) -> NDArray[np.int32]:
-        """The page that each decode row begins in this step, or 0, [B]."""
-        items, size = self.batch.items[: self.batch.num_decode], self.page_size
-        begun = (0 if item.start % size else item.sequence.page_ids[item.start // size] for item in items)
-        return np.fromiter(begun, dtype=np.int32, count=len(items))
+    def num_decode(self) -> int:
+        return len(self.decode_rows)
 
 
 @dataclass(slots=True)
@@ -105,12 +108,6 @@ def scored_range(item: ScheduledSequence) -> tuple[int, int]:
         return 0, 0
     first = max(item.start + 1, request.score_from)
     return first, max(first, min(item.start + item.num_tokens + 1, request.num_prompt))
-
-
-def most_tops(batch: Batch) -> int:
-    """The largest number of likeliest tokens that a scoring row of the batch asks for."""
-    scoring = (item.sequence.request for item in batch.items if item.sequence.request.score_from is not None)
-    return max((request.sampling.logprobs or 0 for request in scoring), default=0)
 
 
 def gather_extend(
@@ -166,6 +163,27 @@ def gather_extend(
         score_index=np.concatenate(score_index),
         score_targets=np.concatenate(score_targets),
     )
+
+
+def gather_decode(items: Seq[ScheduledSequence], page_size: int) -> tuple[NDArray[np.int32], ...]:
+    """The slots of decode rows, the pages that they begin (or 0), and their KV lengths after the step: int32 [B]."""
+    slots = (item.sequence.slot for item in items)
+    begun = (0 if item.start % page_size else item.sequence.page_ids[item.start // page_size] for item in items)
+    kv_lens = (item.start + 1 for item in items)
+    return tuple(np.fromiter(values, dtype=np.int32, count=len(items)) for values in (slots, begun, kv_lens))
+
+
+def gather_logprobs(items: Seq[ScheduledSequence]) -> tuple[NDArray[np.int32], int]:
+    """The sampling rows that request log-probabilities, int32 [k], and the most tokens that one of them requests."""
+    wanted = [item.sequence.request.sampling.logprobs for item in items if item.samples]
+    rows = [row for row, count in enumerate(wanted) if count is not None]
+    return np.asarray(rows, dtype=np.int32), max((count or 0 for count in wanted), default=0)
+
+
+def most_tops(items: Seq[ScheduledSequence]) -> int:
+    """The largest number of likeliest tokens that a scoring row requests."""
+    scoring = (item.sequence.request for item in items if item.sequence.request.score_from is not None)
+    return max((request.sampling.logprobs or 0 for request in scoring), default=0)
 
 
 def upload_extend(arrays: ExtendArrays, tables: SlotTables, device: torch.device) -> ExtendInputs:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ramet.kernels.sampling.logprobs import compute_logprobs
-from ramet.runtime.steps.inputs import scored_range
+from ramet.runtime.steps.inputs import Step, scored_range
 from ramet.runtime.steps.sampler import Sampled, Scores
 from ramet.runtime.steps.slots import upload
 from ramet.runtime.types import Batch, RowOutput, TopTokens
@@ -26,17 +25,14 @@ class StepLogprobs:
     logits: Tensor  # [k, V], the model's own
 
     @classmethod
-    def of(cls, batch: Batch, sampled: Sampled) -> StepLogprobs | None:
+    def of(cls, step: Step, sampled: Sampled) -> StepLogprobs | None:
         """Compute them for the rows that request them; None if no row does."""
-        wanted = [item.sequence.request.sampling.logprobs for item in batch.items if item.samples]
-        rows = [row for row, count in enumerate(wanted) if count is not None]
-        if not rows:
+        if not len(step.logprob_rows):
             return None
-        (index,) = upload([np.asarray(rows, dtype=np.int32)], sampled.tokens.device)
+        (index,) = upload([step.logprob_rows], sampled.tokens.device)
         logits = sampled.logits_of(index)
-        most = max(count or 0 for count in wanted)
-        chosen, values, ids = compute_logprobs(logits, sampled.tokens.index_select(0, index), most)
-        return cls(rows, chosen, ids, values, logits)
+        chosen, values, ids = compute_logprobs(logits, sampled.tokens.index_select(0, index), step.num_tops)
+        return cls(step.logprob_rows.tolist(), chosen, ids, values, logits)
 
 
 @dataclass(slots=True)

@@ -11,11 +11,14 @@ Owner of the slot tables.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from ramet.kernels.attention.plan import AttentionTiles
 from ramet.kernels.grammar.arena import FREE_STATE, GrammarArena
@@ -27,7 +30,7 @@ from ramet.runtime.steps.attention_plans import AttentionPlans
 from ramet.runtime.steps.cuda_graph import GraphCapture
 from ramet.runtime.steps.eager import EagerSteps
 from ramet.runtime.steps.graphed import GraphedSteps
-from ramet.runtime.steps.inputs import ExtendArrays, Step, gather_extend
+from ramet.runtime.steps.inputs import ExtendArrays, Step, gather_decode, gather_extend, gather_logprobs, most_tops
 from ramet.runtime.steps.kv_cache import KVCache
 from ramet.runtime.steps.launched_step import LaunchedStep, StepLogprobs
 from ramet.runtime.steps.logit_edits import LogitEdits
@@ -45,8 +48,24 @@ class Strategy(Protocol):
         """Launch a step, sampling included. Returns None and does nothing if this strategy cannot run it."""
 
 
+class Peers(Protocol):
+    """The other ranks of a model that is divided among processes, as the first rank sees them."""
+
+    def send_step(self, step: Step, tree: TreePlanner | None) -> None:
+        """Let the other ranks run this step too. tree: the planner whose plan the step may use."""
+
+    def send_tokens(self, tokens: Seq[tuple[int, int]]) -> None:
+        """Let the other ranks call `override_tokens`."""
+
+    def fail(self, error: Exception) -> None:
+        """Note that this rank failed within a step, so that the ranks are no longer at the same place."""
+
+    def check(self) -> None:
+        """Raise EngineStopped if a rank has ended or failed."""
+
+
 class ModelRunner:
-    """Runs batches of a scheduler on one device."""
+    """Runs batches of a scheduler on one device, or on one rank of several."""
 
     def __init__(
         self,
@@ -62,11 +81,14 @@ class ModelRunner:
         is_deterministic: bool = False,
         tiles: AttentionTiles | None = None,
         num_sms: int | None = None,
+        share: Callable[[Tensor], None] | None = None,
+        peers: Peers | None = None,
     ) -> None:
         """is_deterministic: a row's bits must not depend on the other rows; `decoder` has batch-invariant products.
 
         tiles: attention tiles measured on this GPU. num_sms: number of processors among which attention is split; None
-        for the GPU's own.
+        for the GPU's own. With several ranks, `share` overwrites a tensor with the first rank's, in graphs, too. Only
+        the first rank has `peers`, the others, and `arena` and `edits`.
         """
         if device.type == "cuda" and num_sms is None:
             num_sms = torch.cuda.get_device_properties(device).multi_processor_count
@@ -76,6 +98,7 @@ class ModelRunner:
         self.arena = arena
         self.edits = edits
         self.tree = tree
+        self.peers = peers
         self.device = device
         self.max_kv_len = max_kv_len
         self._plans = AttentionPlans(
@@ -88,7 +111,7 @@ class ModelRunner:
             is_deterministic=is_deterministic,
             tiles=tiles,
         )
-        self._sampler = Sampler(decoder, slots.tables, arena, edits)
+        self._sampler = Sampler(decoder, slots.tables, arena, edits, share)
         parts = decoder, slots, self._plans, self._sampler
         eager = EagerSteps(*parts)
         make_record = decoder.ops.make_record
@@ -115,21 +138,34 @@ class ModelRunner:
         no row is examined for it.
         """
         self.use_device()
-        self._copy_pages(batch)
-        step = self._gather(batch, masks, grammar_states, has_host_edits=has_host_edits)
-        sampled = self._run(step)
-        logprobs = StepLogprobs.of(batch, sampled) if has_logprobs else None
-        return LaunchedStep.start(batch, sampled, logprobs)
+        step = self._gather(batch, masks, grammar_states, has_host_edits=has_host_edits, has_logprobs=has_logprobs)
+        if self.peers is None:
+            return LaunchedStep.start(batch, *self.run(step))
+        self.peers.send_step(step, self.tree)
+        try:
+            return LaunchedStep.start(batch, *self.run(step))
+        except Exception as error:
+            self.peers.fail(error)
+            raise
 
-    def _run(self, step: Step) -> Sampled:
+    @torch.inference_mode()
+    def run(self, step: Step) -> tuple[Sampled, StepLogprobs | None]:
+        """Run a step on this rank; with several ranks, all run the same steps in the same order."""
+        self._copy_pages(step.page_copies)
         for strategy in self._strategies:
             sampled = strategy.run(step)
             if sampled is not None:
-                return sampled
+                return sampled, StepLogprobs.of(step, sampled)
         raise AssertionError("any step can run eagerly")
 
     def _gather(
-        self, batch: Batch, masks: HostMasks | None, grammar_states: Seq[int] | None, *, has_host_edits: bool
+        self,
+        batch: Batch,
+        masks: HostMasks | None,
+        grammar_states: Seq[int] | None,
+        *,
+        has_host_edits: bool,
+        has_logprobs: bool,
     ) -> Step:
         """Gather the host's view of a step."""
         words = None if masks is None else masks.words
@@ -142,7 +178,24 @@ class ModelRunner:
             by_host = [s if self._is_edited_by_host(s) else None for s in sampled]
             edited = by_host if any(s is not None for s in by_host) else None
         extend = self._gather_extend(batch, grammar_states) if batch.num_decode < len(batch.items) else None
-        return Step(batch, self.kv_cache.page_size, extend, words, edited)
+        decode_items = batch.items[: batch.num_decode]
+        decode_rows, new_pages, kv_lens = gather_decode(decode_items, self.kv_cache.page_size)
+        copies = [(copy.source, copy.target, copy.num_tokens) for copy in batch.page_copies]
+        logprob_rows, num_tops = gather_logprobs(batch.items if has_logprobs else ())
+        return Step(
+            decode_rows,
+            new_pages,
+            kv_lens,
+            np.asarray(copies, dtype=np.int32).reshape(-1, 3),
+            extend,
+            self.tree is not None and bool(decode_items) and self.tree.update(decode_items) is not None,
+            logprob_rows,
+            num_tops,
+            num_score_tops=0 if extend is None else most_tops(batch.items[batch.num_decode :]),
+            needs_host=words is not None or edited is not None,
+            masks=words,
+            edited=edited,
+        )
 
     def _gather_extend(self, batch: Batch, grammar_states: Seq[int] | None) -> ExtendArrays:
         """Gather the extend rows, and fill the edit-table rows of sequences that join."""
@@ -169,10 +222,9 @@ class ModelRunner:
         index, words = upload([chosen, masks.words[masks.rows]], self.device)
         arena.set_host_masks(index, words)
 
-    def _copy_pages(self, batch: Batch) -> None:
-        if not batch.page_copies:
+    def _copy_pages(self, copies: NDArray[np.int32]) -> None:
+        if not len(copies):
             return
-        copies = np.asarray([(c.source, c.target, c.num_tokens) for c in batch.page_copies], dtype=np.int32)
         source, target, num_tokens = upload([copies[:, 0], copies[:, 1], copies[:, 2]], self.device)
         copy_pages(self.kv_cache.storage, source, target, num_tokens)
 
@@ -182,7 +234,12 @@ class ModelRunner:
             torch.cuda.set_device(self.device)
 
     def check_device(self) -> None:
-        """Wait for the device. Raises if it is lost: after an illegal access every later CUDA call fails."""
+        """Wait for the device. Raises if it is lost: after an illegal access every later CUDA call fails.
+
+        Also raises if another rank is lost, or if this one failed within a step that the others ran.
+        """
+        if self.peers is not None:
+            self.peers.check()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -218,6 +275,12 @@ class ModelRunner:
 
     def override_tokens(self, tokens: Seq[tuple[int, int]]) -> None:
         """Replace the last token of slots before their next step is launched. tokens: pairs (slot, token)."""
+        if self.peers is not None:
+            self.peers.send_tokens(tokens)
+        self.store_tokens(tokens)
+
+    def store_tokens(self, tokens: Seq[tuple[int, int]]) -> None:
+        """`override_tokens` on this rank alone."""
         column = COLUMNS["last_token"]
         triples = np.asarray([(slot, column, token) for slot, token in tokens], dtype=np.int32)
         (updates,) = upload([triples], self.device)

@@ -151,7 +151,7 @@ class RecordedSteps:
         return self.recordings.get_extend(num_rows + num_tokens, num_keys) is not None
 
     def _run_decode(self, step: Step) -> Sampled | None:
-        recorded = self.recordings.get(step.batch.num_decode)
+        recorded = self.recordings.get(step.num_decode)
         if recorded is None:
             return None
         recorded.rows.copy_(torch.from_numpy(step.decode_rows))
@@ -160,8 +160,8 @@ class RecordedSteps:
         return self._sampler.sample(step, recorded.logits(), recorded.rows, recorded.inputs.kv_lens)
 
     def _run_extend(self, step: Step, arrays: ExtendArrays) -> Sampled | None:
-        q_lens, num_decode = arrays.q_lens, step.batch.num_decode
-        num_tokens = num_decode + len(arrays.token_ids)
+        q_lens = arrays.q_lens
+        num_tokens = step.num_decode + len(arrays.token_ids)
         recorded = self.recordings.get_extend(num_tokens, int(q_lens @ arrays.kv_lens))
         if recorded is None:
             return None

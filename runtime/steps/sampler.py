@@ -13,7 +13,7 @@ from ramet.kernels.sampling.logit_edits import count_tokens
 from ramet.kernels.sampling.logprobs import compute_logprobs
 from ramet.kernels.slots.tables import SlotTables, commit_decode
 from ramet.runtime.models.decoder import Decoder
-from ramet.runtime.steps.inputs import ExtendInputs, Step, most_tops
+from ramet.runtime.steps.inputs import ExtendInputs, Step
 from ramet.runtime.steps.logit_edits import LogitEdits, apply_edits
 from ramet.runtime.steps.slots import upload
 
@@ -45,11 +45,18 @@ class Sampler:
     """Samples tokens and stores them in the slots."""
 
     def __init__(
-        self, decoder: Decoder, tables: SlotTables, arena: GrammarArena | None, edits: LogitEdits | None
+        self,
+        decoder: Decoder,
+        tables: SlotTables,
+        arena: GrammarArena | None,
+        edits: LogitEdits | None,
+        share: Callable[[Tensor], None] | None,
     ) -> None:
+        """share: overwrites a tensor with the first rank's, so all ranks store the same tokens; None with one rank."""
         self._decoder = decoder
         self._tables = tables
         self._arena = arena
+        self._share = share
         self._sampling = tables.sampling(
             None if arena is None else arena.mask_index,
             None if arena is None else arena.mask_rows,
@@ -71,7 +78,7 @@ class Sampler:
 
     def sample_extend(self, step: Step, hidden: Tensor, sent: ExtendInputs) -> Sampled:
         """Compute the requested scores and sample the sampling rows, from the hidden states of a step's tokens."""
-        decoder, scores = self._decoder, self._score(hidden, sent, most_tops(step.batch))
+        decoder, scores = self._decoder, self._score(hidden, sent, step.num_score_tops)
         if sent.sample_rows.numel() == 0:
             return Sampled(sent.sample_rows, decoder.logits, scores)
         logits = decoder.logits(hidden.index_select(0, sent.sample_index))
@@ -94,6 +101,8 @@ class Sampler:
             arena.advance(slots, tokens, tables.grammar_state, tables.budgets(positions))
         if self._sampling.edits is not None:
             count_tokens(self._sampling.edits, slots, tokens)
+        if self._share is not None:
+            self._share(tokens)
         commit_decode(slots, tokens, tables.last_token, tables.kv_len)
 
     def _score(self, hidden: Tensor, sent: ExtendInputs, num_tops: int) -> Scores | None:

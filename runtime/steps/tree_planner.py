@@ -20,7 +20,7 @@ from ramet.kernels.attention.plan import (
     TreeCosts,
     tree_config,
 )
-from ramet.kernels.attention.tree import TreePlan, find_shared_segments, plan_tree
+from ramet.kernels.attention.tree import TreePlan, TreeWork, find_shared_segments, plan_tree
 from ramet.runtime.models.config import ModelConfig
 from ramet.runtime.types import ScheduledSequence, Sequence
 
@@ -57,6 +57,7 @@ class TreePlanner:
         self._pages: dict[Sequence, tuple[list[int], NDArray[np.int32]]] = {}
         self._is_used = False
         self.plan = TreePlan(max_rows, self._config, device)
+        self.work: TreeWork | None = None  # the plan on the host
         self.num_plans = 0
 
     def update(self, items: tuple[ScheduledSequence, ...]) -> TreePlan | None:
@@ -93,9 +94,14 @@ class TreePlanner:
         )
         if work is None:
             return False
-        plan.load(work)
-        self.num_plans += 1
+        self.load(work)
         return True
+
+    def load(self, work: TreeWork) -> None:
+        """Take a plan that this planner, or that of the first rank, has made."""
+        self.plan.load(work)
+        self.work = work
+        self.num_plans += 1
 
     def _shared_pages(self, items: tuple[ScheduledSequence, ...]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Pages [B, W] of each row that the radix tree owns, padded with 0, and the KV lengths [B] within them."""

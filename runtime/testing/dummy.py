@@ -17,9 +17,10 @@ from ramet.runtime.models.catalog import TINY_CONTEXT, TINY_MODEL
 from ramet.runtime.models.config import ModelConfig
 from ramet.runtime.models.config_hf import config_from_hf
 from ramet.runtime.models.decoder import Decoder
+from ramet.runtime.models.description import ModelDescription
 from ramet.runtime.models.generation import GenerationDefaults
 from ramet.runtime.models.load import LoadedModel
-from ramet.runtime.models.weights import Weights, expected_tensors
+from ramet.runtime.models.weights import Part, Weights, expected_tensors
 from ramet.runtime.testing.byte_tokenizer import ByteTokenizer
 
 
@@ -48,6 +49,9 @@ def dummy_weights(config: ModelConfig, device: torch.device, dtype: torch.dtype,
     indices = {name: index for index, name in enumerate(expected_tensors(config))}
     residual_scale = 1 / math.sqrt(2 * config.num_layers)
 
+    def read(name: str, shape: tuple[int, ...], part: Part | None) -> Tensor:
+        return draw(name, shape) if part is None else part.of(draw(name, shape))
+
     def draw(name: str, shape: tuple[int, ...]) -> Tensor:
         if name.endswith("norm.weight"):
             return torch.full(shape, 1.0 - config.norm_offset, device=device, dtype=dtype)
@@ -59,7 +63,7 @@ def dummy_weights(config: ModelConfig, device: torch.device, dtype: torch.dtype,
         generator = torch.Generator(device).manual_seed(seed * 1_000_003 + indices[name])
         return torch.empty(shape, device=device, dtype=dtype).normal_(0.0, deviation, generator=generator)
 
-    return Weights({name: partial(draw, name, shape) for name, shape in expected_tensors(config).items()})
+    return Weights({name: partial(read, name, shape) for name, shape in expected_tensors(config).items()})
 
 
 def tiny_model(ops: Ops | None = None) -> LoadedModel:
@@ -67,6 +71,18 @@ def tiny_model(ops: Ops | None = None) -> LoadedModel:
 
     Its model name is `tiny-random`. ops: None takes the CPU's ops.
     """
+    tiny = describe_tiny()
+    decoder = build_decoder(tiny.config, tiny_weights(tiny.config), device="cpu", dtype=torch.float32, ops=ops)
+    return LoadedModel(TINY_MODEL, decoder, tiny.tokenizer, tiny.config, tiny.generation)
+
+
+def tiny_weights(config: ModelConfig) -> Weights:
+    """The weights of `tiny_model`."""
+    return dummy_weights(config, torch.device("cpu"), torch.float32, seed=3)
+
+
+def describe_tiny() -> ModelDescription:
+    """`tiny_model` without its weights."""
     tokenizer = ByteTokenizer()
     config = config_from_hf(
         {
@@ -84,5 +100,4 @@ def tiny_model(ops: Ops | None = None) -> LoadedModel:
             "tie_word_embeddings": False,
         }
     )
-    decoder = dummy_decoder(config, "cpu", torch.float32, seed=3, ops=ops)
-    return LoadedModel(TINY_MODEL, decoder, tokenizer, config, GenerationDefaults())
+    return ModelDescription(config, tokenizer, GenerationDefaults())

@@ -26,7 +26,7 @@ from ramet.lang.graph.ir import Constraint, Graph, NodeEvent
 from ramet.lang.graph.options import ProgramOptions
 from ramet.runtime.engine.config import EngineConfig
 from ramet.runtime.engine.engine import Engine
-from ramet.runtime.engine.factory import load
+from ramet.runtime.engine.loading import load
 from ramet.runtime.programs.executor import ProgramExecutor, ProgramHost
 from ramet.runtime.server.link.garbage import collect_if_idle, postpone_full_collections
 from ramet.runtime.server.link.protocol import (

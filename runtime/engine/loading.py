@@ -1,0 +1,154 @@
+"""Load an engine's model: whole, or divided among processes. Also what the other ranks' processes do.
+
+Not here: how a model is divided (`runtime/parallel/`), memory and steps (`factory.py`).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ramet.errors import ConfigError
+from ramet.runtime.engine.config import EngineConfig
+from ramet.runtime.engine.factory import build_runner
+from ramet.runtime.models.build import build_decoder
+from ramet.runtime.models.catalog import TINY_MODEL, resolve_model
+from ramet.runtime.models.config import ModelConfig
+from ramet.runtime.models.decoder import Decoder
+from ramet.runtime.models.description import describe_model
+from ramet.runtime.models.load import LoadedModel, load_model, open_weights, parse_dtype
+from ramet.runtime.models.weights import Weights
+from ramet.runtime.parallel.group import check_unused
+from ramet.runtime.parallel.messages import Message, StepMessage, TokensMessage
+from ramet.runtime.parallel.model import SharedModel
+from ramet.runtime.parallel.ranks import FirstRank, OtherRank, Seats
+from ramet.runtime.parallel.sharded import apply_tensor_parallel
+from ramet.runtime.parallel.share import Share, check_size
+from ramet.runtime.steps.model_runner import ModelRunner
+from ramet.runtime.testing.dummy import describe_tiny, tiny_model, tiny_weights
+
+logger = logging.getLogger(__name__)
+
+
+def choose_device(name: str, rank: int = 0, size: int = 1) -> torch.device:
+    """Return the device of this name for a rank. Raises ConfigError if the machine does not have one for every rank."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device is {name!r} but must be auto, cpu, cuda or cuda:N") from error
+    if device.type != "cuda":
+        return device
+    if not torch.cuda.is_available():
+        raise ConfigError(f"device is {name!r} but torch sees no CUDA device; use --device cpu, or run `ramet doctor`")
+    if size == 1:
+        return device
+    first, count = device.index or 0, torch.cuda.device_count()
+    if first + size > count:
+        raise ConfigError(
+            f"tp is {size} from device cuda:{first} on, but torch sees {count} CUDA devices; lower --tp to "
+            f"{max(count - first, 1)} or less"
+        )
+    return torch.device("cuda", first + rank)
+
+
+def load(model: str | LoadedModel | None, config: EngineConfig) -> LoadedModel:
+    """Load a model on the configuration's device, or its parts on one device for each rank.
+
+    A LoadedModel is returned unchanged. With tp > 1 this also starts the other ranks' processes, which the engine ends.
+    """
+    if isinstance(model, LoadedModel):
+        return model
+    if config.tp > 1:
+        return _load_parts(model, config)
+    if model == TINY_MODEL:
+        return tiny_model()
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    return load_model(model, device=choose_device(config.device), dtype=config.dtype, quantization=config.quantization)
+
+
+def _load_parts(model: str | None, config: EngineConfig) -> SharedModel:
+    """Start the other ranks, and load the first rank's part meanwhile. What cannot work is refused before that."""
+    start_s = time.monotonic()
+    path = None if model == TINY_MODEL else resolve_model(model)
+    check_size(_open(path)[0], config.tp)
+    device = choose_device(config.device, 0, config.tp)
+    check_unused()
+    threads = config.num_threads or max(torch.get_num_threads() // config.tp, 1)
+    config = replace(config, num_threads=threads)
+    peers = FirstRank(run_rank, (path, config, logging.getLogger().getEffectiveLevel()), config.tp)
+    try:
+        whole = describe_tiny() if path is None else describe_model(path)
+        part = _load_part(path, config, Share(0, config.tp), device)
+        group = peers.join(device)
+        decoder = apply_tensor_parallel(part, group, whole.config.vocab_size)
+    except BaseException:
+        peers.close()
+        raise
+    name = model or (TINY_MODEL if path is None else path.stem)
+    logger.info("loaded %s in %d parts in %.1f s", name, config.tp, time.monotonic() - start_s)
+    return SharedModel(name, decoder, whole.tokenizer, whole.config, whole.generation, peers, group)
+
+
+def _open(path: Path | None) -> tuple[ModelConfig, Weights]:
+    """The whole model's configuration and its weights, of which nothing is read yet. None: the tiny model."""
+    if path is not None:
+        return open_weights(path)
+    config = describe_tiny().config
+    return config, tiny_weights(config)
+
+
+def _load_part(path: Path | None, config: EngineConfig, share: Share, device: torch.device) -> Decoder:
+    """Read a rank's part of the weights and put it on its device."""
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    whole, weights = _open(path)
+    return build_decoder(
+        share.config(whole),
+        weights.cut(share.parts(whole)),
+        device=device,
+        dtype=torch.float32 if path is None else parse_dtype(config.dtype),
+        quantization=config.quantization,
+    )
+
+
+def run_rank(index: int, seats: Seats, path: Path | None, config: EngineConfig, log_level: int) -> None:
+    """A whole life of rank index + 1: load its part, then run the steps that the first rank sends."""
+    own = OtherRank(index, seats)
+    line = f"%(asctime)s %(levelname)s rank {own.rank} %(name)s: %(message)s"
+    logging.basicConfig(level=log_level, format=line)
+    try:
+        device = choose_device(config.device, own.rank, config.tp)
+        part = _load_part(path, config, Share(own.rank, config.tp), device)
+        group = own.join(device)
+        decoder = apply_tensor_parallel(part, group, _open(path)[0].vocab_size)
+        runner = build_runner(decoder, config, group=group)
+        while _carry_out(own.receive(), runner):
+            pass
+    except Exception as error:  # whatever it is, the first rank must learn of it
+        own.fail(error)
+        raise
+    group.close()
+    logging.shutdown()
+    os._exit(0)  # nothing is left to be done, and torch's own ending takes half a second
+
+
+def _carry_out(message: Message, runner: ModelRunner) -> bool:
+    """Do what the first rank says. Returns False at the end."""
+    if isinstance(message, StepMessage):
+        work = message.tree_work()
+        if work is not None and runner.tree is not None:
+            runner.tree.load(work)
+        runner.run(message.step())
+    elif isinstance(message, TokensMessage):
+        runner.store_tokens(message.tokens)
+    else:
+        return False
+    return True

@@ -1,0 +1,258 @@
+"""The processes of a tensor-parallel engine. The first rank starts the others, tells them each step, and notices ends.
+
+`torch.multiprocessing` starts the processes. They find each other by a file in a folder that only this user can read,
+so no port is open. A step is one message through a pipe: 2 KB take 7 µs to arrive. Every rank that ends takes the
+engine with it; a rank whose first rank is gone ends itself.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from torch.multiprocessing.spawn import start_processes
+
+from ramet.errors import EngineStopped, RametError, from_name
+from ramet.kernels.attention.tree import TreeWork
+from ramet.runtime.parallel.group import Group
+from ramet.runtime.parallel.messages import EndMessage, Message, StepMessage, TokensMessage, decoder, encoder
+from ramet.runtime.steps.inputs import Step
+from ramet.runtime.steps.tree_planner import TreePlanner
+
+logger = logging.getLogger(__name__)
+
+_LOADED = b"loaded"
+_KNOWN_AFTER_S = 2.0  # the system reports a rank's end this long after its connections broke, at most
+_END_S = 5.0
+
+
+class _Failed(msgspec.Struct, frozen=True):
+    """A rank's last words: the error that ends it."""
+
+    name: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Seats:
+    """What the other ranks' processes get at birth: their ends of the pipes, and the folder where all ranks meet."""
+
+    pipes: Sequence[Connection]
+    folder: str
+
+    @property
+    def size(self) -> int:
+        return len(self.pipes) + 1
+
+
+class FirstRank:
+    """The first rank's view of the others. Used by one thread at a time, except `when_failed`."""
+
+    def __init__(self, entry: Callable[..., None], arguments: tuple[Any, ...], size: int) -> None:
+        """Start `entry(index, seats, *arguments)` in size - 1 processes; index 0 is rank 1."""
+        self.size = size
+        self._folder = tempfile.TemporaryDirectory(prefix="ramet-ranks-")
+        pairs = [get_context("spawn").Pipe() for _ in range(size - 1)]
+        self._pipes = [own for own, _ in pairs]
+        self._group: Group | None = None
+        self._num_plans = 0
+        self._num_loaded = 0
+        self._failure: RametError | None = None
+        self._on_failure: Callable[[Exception], None] | None = None
+        self._is_closing = False
+        self._changed = threading.Condition()
+        seats = Seats([other for _, other in pairs], self._folder.name)
+        context = start_processes(  # type: ignore[no-untyped-call]
+            entry, (seats, *arguments), nprocs=size - 1, join=False, daemon=True, start_method="spawn"
+        )
+        self._processes: list[Any] = context.processes  # Any: the spawn context's processes
+        for pipe in seats.pipes:
+            pipe.close()
+        self._watcher = threading.Thread(target=self._watch, name="ramet-ranks", daemon=True)
+        self._watcher.start()
+
+    # -- the start
+
+    def join(self, device: torch.device) -> Group:
+        """Wait until all ranks have loaded their parts, and make the group. Raises the error of a rank that has not."""
+        with self._changed:
+            while self._failure is None and self._num_loaded < self.size - 1:
+                self._changed.wait()
+            if self._failure is not None:
+                raise self._failure
+        self._group = Group(0, self.size, device, Path(self._folder.name))
+        return self._group
+
+    def when_failed(self, on_failure: Callable[[Exception], None]) -> None:
+        """Call this on a thread of its own once a rank has ended."""
+        with self._changed:
+            self._on_failure = on_failure
+            failure = self._failure
+        if failure is not None:
+            on_failure(failure)
+
+    # -- steps (`model_runner.Peers`)
+
+    def send_step(self, step: Step, tree: TreePlanner | None) -> None:
+        work: TreeWork | None = None
+        if tree is not None and tree.num_plans != self._num_plans:
+            self._num_plans, work = tree.num_plans, tree.work
+        self._send(StepMessage.of(step, work))
+
+    def send_tokens(self, tokens: Sequence[tuple[int, int]]) -> None:
+        self._send(TokensMessage(list(tokens)))
+
+    def fail(self, error: Exception) -> None:
+        with self._changed:  # if a rank has ended, its end is the cause
+            self._changed.wait_for(lambda: self._failure is not None, _KNOWN_AFTER_S)
+        self._note(EngineStopped(f"rank 0 failed within a step that the other ranks ran: {error!r}"))
+
+    def check(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def _send(self, message: Message) -> None:
+        data = encoder.encode(message)
+        for pipe in self._pipes:
+            try:
+                pipe.send_bytes(data)
+            except OSError as error:
+                self.fail(error)
+                self.check()
+
+    # -- the end
+
+    def close(self) -> None:
+        """End the other ranks. Those that do not end by themselves are killed."""
+        with self._changed:
+            self._is_closing = True
+        if self._failure is None:
+            data = encoder.encode(EndMessage())
+            for pipe in self._pipes:
+                try:
+                    pipe.send_bytes(data)
+                except OSError:
+                    logger.debug("a rank has ended before it was told to")
+        self._end_processes(0.0 if self._failure is not None else _END_S)
+        self._watcher.join(_END_S)
+        if self._group is not None:
+            self._group.close()
+        for pipe in self._pipes:
+            pipe.close()
+        self._folder.cleanup()
+
+    def close_after(self, error: Exception) -> None:
+        """End the other ranks after an error at the start. Raises the error of the rank that caused it, if one did."""
+        if not isinstance(error, RametError):
+            self.fail(error)
+        failure = self._failure
+        self.close()
+        if failure is not None and failure is not error:
+            raise failure from error
+
+    def _end_processes(self, patience_s: float) -> None:
+        deadline_s = time.monotonic() + patience_s
+        for process in self._processes:
+            process.join(max(deadline_s - time.monotonic(), 0.0))
+            if process.is_alive():
+                process.kill()
+                process.join()
+
+    def _watch(self) -> None:
+        """Wait for what ranks say, and for their ends."""
+        ranks = {pipe: rank for rank, pipe in enumerate(self._pipes, 1)}
+        sentinels = {process.sentinel: rank for rank, process in enumerate(self._processes, 1)}
+        words: dict[int, RametError] = {}
+        while sentinels:
+            for ready in wait([*ranks, *sentinels]):
+                if isinstance(ready, Connection):
+                    try:
+                        said = ready.recv_bytes()
+                    except (EOFError, OSError):
+                        del ranks[ready]
+                        continue
+                    if said == _LOADED:
+                        with self._changed:
+                            self._num_loaded += 1
+                            self._changed.notify_all()
+                    else:
+                        last = msgspec.msgpack.decode(said, type=_Failed)
+                        words[ranks[ready]] = from_name(last.name, last.message)
+                else:
+                    assert isinstance(ready, int)
+                    rank = sentinels.pop(ready)
+                    self._note(words.get(rank) or self._end_of(rank))
+
+    def _end_of(self, rank: int) -> EngineStopped:
+        process = self._processes[rank - 1]
+        process.join(1.0)  # its status is known a moment after its end
+        status = process.exitcode or 0
+        how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+        hint = ""
+        if status == 1 and self._group is None:
+            hint = (
+                "; its error stands above. A script that makes an engine with tp > 1 is imported by the ranks: "
+                'what it runs must stand under `if __name__ == "__main__":`'
+            )
+        return EngineStopped(f"rank {rank} (process {process.pid}) {how}{hint}")
+
+    def _note(self, error: RametError) -> None:
+        """Record the first failure, end the other ranks, and tell the engine."""
+        with self._changed:
+            if self._is_closing or self._failure is not None:
+                return
+            self._failure = error
+            on_failure = self._on_failure
+            self._changed.notify_all()
+        for process in self._processes:
+            process.kill()
+        if self._group is not None:
+            self._group.abort()
+        if on_failure is not None:
+            on_failure(error)
+
+
+class OtherRank:
+    """One of the other ranks, in its own process."""
+
+    def __init__(self, index: int, seats: Seats) -> None:
+        """Prepare the process. It ignores the terminal's Ctrl-C, and ends when the first rank's process is gone."""
+        self.rank = index + 1
+        self._seats = seats
+        self._pipe = seats.pipes[index]
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        threading.Thread(target=_end_with_the_parent, daemon=True).start()
+
+    def join(self, device: torch.device) -> Group:
+        """Say that this rank has loaded its part, and make the group."""
+        self._pipe.send_bytes(_LOADED)
+        return Group(self.rank, self._seats.size, device, Path(self._seats.folder))
+
+    def receive(self) -> Message:
+        """Wait for the next message of the first rank."""
+        return decoder.decode(self._pipe.recv_bytes())
+
+    def fail(self, error: Exception) -> None:
+        """Tell the first rank what ends this one."""
+        name = type(error).__name__ if isinstance(error, RametError) else "EngineStopped"
+        message = str(error) if isinstance(error, RametError) else f"{error!r}"
+        self._pipe.send_bytes(msgspec.msgpack.encode(_Failed(name, f"rank {self.rank}: {message}")))
+
+
+def _end_with_the_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
