@@ -130,7 +130,7 @@ def run_rank(index: int, seats: Seats, path: Path | None, config: EngineConfig, 
         group = own.join(device)
         decoder = apply_tensor_parallel(part, group, _open(path)[0].vocab_size)
         runner = build_runner(decoder, config, group=group)
-        while _carry_out(own.receive(), runner):
+        while carry_out(own.receive(), runner):
             pass
     except Exception as error:  # whatever it is, the first rank must learn of it
         own.fail(error)
@@ -140,7 +140,7 @@ def run_rank(index: int, seats: Seats, path: Path | None, config: EngineConfig, 
     os._exit(0)  # nothing is left to be done, and torch's own ending takes half a second
 
 
-def _carry_out(message: Message, runner: ModelRunner) -> bool:
+def carry_out(message: Message, runner: ModelRunner) -> bool:
     """Do what the first rank says. Returns False at the end."""
     if isinstance(message, StepMessage):
         work = message.tree_work()

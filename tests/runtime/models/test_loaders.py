@@ -11,6 +11,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
@@ -34,7 +35,7 @@ from ramet.runtime.models.generation import GenerationDefaults
 from ramet.runtime.models.gguf_file import GgufFile
 from ramet.runtime.models.loader_gguf import load_gguf
 from ramet.runtime.models.loader_safetensors import load_safetensors
-from ramet.runtime.models.weights import Weights, expected_tensors
+from ramet.runtime.models.weights import Part, Weights, expected_tensors
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64,
@@ -371,6 +372,92 @@ def test_a_length_beyond_the_file_does_not_allocate(tmp_path: Path) -> None:
     path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", 1 << 50) + bytes(64))
     with pytest.raises(BrokenModelFile, match="passes the end"):
         GgufFile(path)
+
+
+# ---- parts of tensors ----
+
+
+def parts_of(tensor: Tensor, heads: int) -> list[Part]:
+    """Halves and thirds, of rows in whole heads, and of columns at block limits and inside blocks."""
+    rows = tensor.shape[0]
+    unit = rows // heads if heads else 1
+    parts = [Part(0, 0, rows), Part(0, 0, unit), Part(0, rows - unit, rows, padding=5), Part(0, rows, rows, padding=2)]
+    if tensor.ndim == 2:
+        columns = tensor.shape[1]
+        parts += [Part(1, 0, columns // 2), Part(1, columns // 2, columns), Part(1, 3, columns - 1)]
+    return parts
+
+
+def assert_parts(config: ModelConfig, weights: Weights, block_size: int = 1) -> None:
+    for name, whole in weights.items():
+        heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}.get(name.split(".")[-2], 0)
+        for part in parts_of(whole, heads):
+            cut = weights.cut({name: part})
+            expected = part.of(whole)
+            zeros = torch.zeros(part.padding, *expected.shape[1:], dtype=whole.dtype)
+            expected = torch.cat((expected, zeros))
+            torch.testing.assert_close(cut[name], expected, rtol=0, atol=0, msg=f"{name} {part}")
+            if weights.quantized(name) is None:
+                assert cut.quantized(name) is None
+                continue
+            stored = cut.quantized(name)
+            if part.axis == 1 and (part.start % block_size or part.stop % block_size):
+                assert stored is None
+                continue
+            assert stored is not None
+            assert stored.shape == tuple(expected.shape)
+            if len(expected):
+                kind = gguf.GGMLQuantizationType[stored.quantization]
+                np.testing.assert_array_equal(gguf.dequantize(stored.rows, kind), expected.numpy())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_parts_of_safetensors_are_parts_of_the_tensors(tmp_path: Path, name: str) -> None:
+    tiny(name)[0].save_pretrained(tmp_path)
+    config = load_hf_config(tmp_path)
+    assert_parts(config, load_safetensors(tmp_path, config))
+
+
+@pytest.mark.parametrize("kind", [None, gguf.GGMLQuantizationType.Q4_1, gguf.GGMLQuantizationType.Q8_0])
+def test_parts_of_gguf_tensors_are_parts_of_the_tensors(tmp_path: Path, kind: gguf.GGMLQuantizationType | None) -> None:
+    write_gguf(tmp_path / "m.gguf", "llama", *([] if kind is None else [kind]))
+    config, weights = open_weights(tmp_path / "m.gguf")
+    assert_parts(config, weights, block_size=32)
+
+
+def test_nothing_but_the_part_is_read_from_a_safetensors_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[tuple[str, str]] = []
+
+    class Noted:
+        """A file that notes what is read of it."""
+
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            self._file: Any = safe_open(*arguments, **options)
+
+        def __enter__(self) -> Noted:
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            self._file.__exit__(*error)
+
+        def __getattr__(self, name: str) -> Any:
+            def call(*arguments: Any) -> Any:
+                if arguments:
+                    read.append((name, arguments[0]))
+                return getattr(self._file, name)(*arguments)
+
+            return call
+
+    config = load_hf_config(folder)
+    weights = load_safetensors(folder, config)
+    monkeypatch.setattr("ramet.runtime.models.loader_safetensors.safe_open", Noted)
+    cut = weights.cut({"model.layers.0.mlp.up_proj.weight": Part(0, 0, 3)})
+    assert len(cut["model.layers.0.mlp.up_proj.weight"]) == 3
+    assert len(cut["model.layers.0.mlp.gate_proj.weight"]) == config.intermediate_size
+    assert read == [
+        ("get_slice", "model.layers.0.mlp.up_proj.weight"),
+        ("get_tensor", "model.layers.0.mlp.gate_proj.weight"),
+    ]
 
 
 @pytest.mark.model

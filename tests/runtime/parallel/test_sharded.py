@@ -2,25 +2,46 @@
 
 from __future__ import annotations
 
+import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from torch import Tensor
 
+from ramet.grammar import Vocabulary
+from ramet.grammar.service.sources import compile_constraint
+from ramet.runtime.cache.page_pool import PagePool
+from ramet.runtime.cache.radix_cache import RadixCache
+from ramet.runtime.constraints.states import GrammarStates
+from ramet.runtime.engine.core import EngineCore
+from ramet.runtime.engine.loading import carry_out
 from ramet.runtime.models.build import build_decoder
 from ramet.runtime.models.decoder import Decoder
 from ramet.runtime.models.load import open_weights
 from ramet.runtime.parallel.group import Group
+from ramet.runtime.parallel.messages import EndMessage, Message, StepMessage, TokensMessage, encoder
+from ramet.runtime.parallel.messages import decoder as message_decoder
 from ramet.runtime.parallel.sharded import apply_tensor_parallel
 from ramet.runtime.parallel.share import Share
+from ramet.runtime.scheduling.config import SchedulerConfig
+from ramet.runtime.scheduling.scheduler import Scheduler
+from ramet.runtime.steps.inputs import Step
+from ramet.runtime.steps.kv_cache import KVCache
+from ramet.runtime.steps.model_runner import ModelRunner
+from ramet.runtime.steps.slots import RunningSlots
+from ramet.runtime.steps.tree_planner import TreePlanner
 from ramet.runtime.testing.bare_cache import BareCache
+from ramet.runtime.testing.dummy import describe_tiny, tiny_weights
+from ramet.runtime.types import Request, SamplingParams
 
 TOLERANCE = 1e-4
+T = TypeVar("T")
 TINY: dict[str, Any] = {
     "vocab_size": 261,
     "hidden_size": 64,
@@ -79,6 +100,9 @@ class ThreadGroup(Group):
     def gather(self, x: Tensor, num_columns: int) -> Tensor:
         return torch.cat(self._room.all_of(self.rank, x), dim=1)[:, :num_columns]
 
+    def share(self, x: Tensor) -> None:
+        x.copy_(self._room.all_of(self.rank, x)[0])
+
 
 def write_model(name: str, folder: Path) -> None:
     class_name, fields = MODELS[name]
@@ -112,7 +136,7 @@ def logits_of(decoder: Decoder) -> Tensor:
     return torch.cat(steps)
 
 
-def on_ranks(size: int, work: Callable[[int, Room], Tensor]) -> list[Tensor]:
+def on_ranks(size: int, work: Callable[[int, Room], T]) -> list[T]:
     """Run `work(rank, room)` in one thread for each rank."""
     room, results, errors = Room(size), {}, []
 
@@ -152,3 +176,116 @@ def test_ranks_together_compute_the_logits_of_the_whole_model(folder: Path, size
     for found in on_ranks(size, work):
         assert found.shape == expected.shape
         assert float((found - expected).abs().max()) < tolerance
+
+
+# ---- steps
+
+
+class QueuePeers:
+    """The other ranks of the first one, which are threads: messages go through queues."""
+
+    def __init__(self, size: int) -> None:
+        self.queues: list[queue.SimpleQueue[bytes]] = [queue.SimpleQueue() for _ in range(size - 1)]
+        self.kinds: set[str] = set()
+        self._num_plans = 0
+
+    def send_step(self, step: Step, tree: TreePlanner | None) -> None:
+        work = None
+        if tree is not None and tree.num_plans != self._num_plans:
+            self._num_plans, work = tree.num_plans, tree.work
+        self.kinds.add("plan" if step.uses_tree else "masked" if step.needs_host else "plain")
+        self._send(StepMessage.of(step, work))
+
+    def send_tokens(self, tokens: Sequence[tuple[int, int]]) -> None:
+        self.kinds.add("tokens")
+        self._send(TokensMessage(list(tokens)))
+
+    def _send(self, message: Message) -> None:
+        for waiting in self.queues:
+            waiting.put(encoder.encode(message))
+
+    def end(self) -> None:
+        self._send(EndMessage())
+
+    def fail(self, error: Exception) -> None:
+        self.end()
+
+    def check(self) -> None:
+        return
+
+
+PAGE, CONTEXT = 8, 256
+
+
+def make_runner(decoder: Decoder, graphs: bool, **parts: Any) -> ModelRunner:
+    config, cpu = decoder.config, torch.device("cpu")
+    kv_cache = KVCache(config, 100, PAGE, device=cpu, dtype=torch.float32)
+    tree = TreePlanner(config, PAGE, 4, mode="on", num_sms=4, device=cpu, dtype=torch.float32) if graphs else None
+    slots = RunningSlots(4, CONTEXT // PAGE, device=cpu)
+    runner = ModelRunner(decoder, kv_cache, slots, device=cpu, max_kv_len=CONTEXT, tree=tree, **parts)
+    if graphs:
+        runner.capture_graphs(16, lambda body: body)
+    return runner
+
+
+def tokens_of(runner: ModelRunner, vocabulary: Vocabulary) -> list[list[int]]:
+    """Requests that share pages, more than there are slots, a constrained one among them."""
+    pool = PagePool(100, PAGE)
+    scheduler = Scheduler(SchedulerConfig(CONTEXT, max_running=4, max_num_tokens_per_step=40), pool, RadixCache(pool))
+    grammars = GrammarStates(runner.decoder.config.vocab_size, runner.computes_run)
+    core = EngineCore(scheduler, runner, grammars, overlap=True, context_length=CONTEXT)
+    start = list(range(30, 80))
+    grammar = compile_constraint("regex", "[a-c]{4,6}de", vocabulary)
+    sequences = []
+    for i in range(7):
+        ids = np.asarray(start + [i] * (i + 1), dtype=np.int32)
+        params = SamplingParams(temperature=0.0, max_tokens=12, repetition_penalty=1.1 if i == 3 else 1.0)
+        ends = frozenset({256})
+        sequences.append(core.add(Request(f"r{i}", ids, params, 12, ends, grammar if i == 4 else None)))
+    while core.has_work:
+        core.step()
+    core.check_integrity()
+    core.close()
+    return [sequence.output_ids for sequence in sequences]
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_steps_of_every_kind_give_the_same_tokens_on_ranks(graphs: bool) -> None:
+    tiny = describe_tiny()
+    weights, tokenizer = tiny_weights(tiny.config), tiny.tokenizer
+    vocabulary = Vocabulary(
+        tokenizer.token_bytes, tokenizer.eos_ids, tokenizer.special_ids, tokenizer.vocab_size, tokenizer
+    )
+    peers, runners = QueuePeers(2), {}
+
+    def work(rank: int, room: Room) -> list[list[int]]:
+        share, group = Share(rank, room.size), ThreadGroup(rank, room)
+        part = build_decoder(
+            share.config(tiny.config), weights.cut(share.parts(tiny.config)), device="cpu", dtype=torch.float32
+        )
+        decoder = apply_tensor_parallel(part, group, tiny.config.vocab_size)
+        if rank == 0:
+            try:
+                runners[0] = make_runner(decoder, graphs, share=group.share, peers=peers)
+                found = tokens_of(runners[0], vocabulary)
+                runners[0].override_tokens([(2, 99)])
+                return found
+            finally:
+                peers.end()
+        runners[rank] = make_runner(decoder, graphs, share=group.share)
+        while carry_out(message_decoder.decode(peers.queues[rank - 1].get()), runners[rank]):
+            pass
+        return []
+
+    whole = build_decoder(tiny.config, weights, device="cpu", dtype=torch.float32)
+    expected = tokens_of(make_runner(whole, graphs), vocabulary)
+    assert on_ranks(2, work)[0] == expected
+    assert {"plain", "masked", "tokens"} <= peers.kinds
+    tables = [runner.slots.tables for runner in runners.values()]
+    torch.testing.assert_close(tables[0].page_table, tables[1].page_table)
+    torch.testing.assert_close(tables[0].last_token, tables[1].last_token)
+    assert int(tables[1].last_token[2]) == 99
+    if graphs:
+        plans = [runner.tree.plan for runner in runners.values() if runner.tree is not None]
+        assert "plan" in peers.kinds
+        torch.testing.assert_close(plans[0].items, plans[1].items)
