@@ -15,23 +15,25 @@ The split of X may depend on text on both sides that is not known here:
 
 No text of the language is lost: whatever it begins with, X, the first token of X's split is allowed, and the same rule
 holds in the state after it.
+
+What depends on X alone is kept by the vocabulary, for all grammars (`Vocabulary.beginning`). To follow the automaton
+into another frame may mean to make that frame. So X ends before that if it is *settled*: no token that begins in its
+first two tokens reaches past its end.
 """
 
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ramet.grammar.machine import walker
 from ramet.grammar.machine.automaton import Machine
-from ramet.grammar.machine.bitmask import are_allowed
 from ramet.grammar.machine.mask_rows import Row
-from ramet.grammar.machine.masks import MaskMaker
-from ramet.grammar.machine.splits import Splits, is_text, whole_characters
+from ramet.grammar.machine.splits import Cut, Splits, is_text, whole_characters
 
 MAX_CHOICES = 8  # bytes; where more may follow (strings, numbers), the texts that are looked at end
 MAX_FORCED = 32  # bytes that are looked at after a choice
 _MAX_TEXTS = 24  # texts from one state
-_MAX_TRIED = 512  # tokens that may go past the end of a text, and are tried one by one
 
 Ways = tuple[tuple[int, int], ...]  # (byte, state after it)
 
@@ -39,13 +41,12 @@ Ways = tuple[tuple[int, int], ...]  # (byte, state after it)
 class CanonicalTokens:
     """Finds the tokens that are refused in a state of a machine. Owned by a CompiledGrammar, which locks."""
 
-    def __init__(self, machine: Machine, masks: MaskMaker, splits: Splits) -> None:
+    def __init__(self, machine: Machine, splits: Splits) -> None:
         self.machine = machine
         self.vocabulary = machine.vocabulary
         self.splits = splits
-        self._masks = masks
         self._ways: dict[int, Ways | None] = {}
-        self._runs: dict[int, tuple[bytes, int]] = {}
+        self._runs: dict[int, tuple[bytes, int, bool]] = {}
         self._scratch = np.zeros(8, dtype=np.int64)
         self._text = np.zeros(MAX_FORCED, dtype=np.uint8)
         self._following = np.zeros((MAX_CHOICES, 2), dtype=np.int64)
@@ -64,18 +65,13 @@ class CanonicalTokens:
 
     def refused(self, packed: int, prefix: bytes = b"") -> list[int]:
         """Return the tokens that the automaton allows in a state, and that no split of the text there begins with."""
-        vocabulary = self.vocabulary
         shorter: dict[int, None] = {}
         firsts: set[int] = set()
-        for text in self._texts(packed) if is_text(prefix) else ():
-            text = prefix + text
-            longest = min(vocabulary.longest_like(text), len(text) - 1)
-            ends = range(max(len(prefix), 1), longest + 1)
-            inside = [token for end in ends for token in vocabulary.tokens_with_text(text[:end])]
-            shorter |= dict.fromkeys(inside)
-            if inside:
-                firsts |= self._firsts(packed, text, len(prefix)) or {*inside}
-            firsts.update(vocabulary.tokens_with_text(text))
+        for text, end in self._texts(packed) if is_text(prefix) else ():
+            found = self.vocabulary.beginning(prefix + text, len(prefix))
+            shorter |= dict.fromkeys(found.shorter)
+            own = found.firsts | {cut.first for cut in found.cuts if self._is_cut(end, cut)}
+            firsts.update(own or found.shorter, found.whole)
         return [token for token in shorter if token not in firsts]
 
     def joined(self, packed: int, token: int, after: int) -> int:
@@ -86,8 +82,12 @@ class CanonicalTokens:
         `token` begins a text that it knows.
         """
         own = self.vocabulary.token_bytes[token]
-        forced, end = self._forced(after)
-        if not forced or any(text.startswith(own) for text in self._texts(packed)):
+        forced, end, leaves = self._forced(after)
+        while leaves and len(forced) < MAX_FORCED:
+            more, end, leaves = self._forced(end)
+            forced += more
+            leaves = leaves and bool(more)
+        if not forced or any(text.startswith(own) for text, _ in self._texts(packed)):
             return token
         text = own + forced
         tokens = self.splits.tokens(text) if is_text(text) else ()
@@ -95,52 +95,76 @@ class CanonicalTokens:
         is_whole = size == len(text) and not (self.machine.accepts(end) and self._ways_of(end) == ())
         return tokens[0] if size > len(own) and not is_whole else token
 
-    def _texts(self, packed: int) -> list[bytes]:
-        """Return the texts that may follow a state, each as far as few are possible. One may begin another."""
+    def _texts(self, packed: int) -> list[tuple[bytes, int]]:
+        """Return the texts that may follow a state, each as far as few are possible, with the states after them.
+
+        One may begin another.
+        """
         if self._ways_of(packed) is None:  # most states: in a string, in a number
             return []
-        out: list[bytes] = []
+        vocabulary = self.vocabulary
+        out: list[tuple[bytes, int]] = []
         waiting = [(b"", packed)]
-        while waiting:
-            text, state = waiting.pop(0)
-            forced, state = self._forced(state)
+        for done, (text, state) in enumerate(waiting, 1):
+            forced, state, leaves = self._forced(state)
             text += forced
-            is_end = len(waiting) + len(out) >= _MAX_TEXTS or 0 < len(text) >= self.vocabulary.longest_like(text)
+            while leaves and not vocabulary.beginning(text).is_settled:
+                forced, state, leaves = self._forced(state)
+                text += forced
+                leaves = leaves and bool(forced)
+            is_end = leaves or len(waiting) - done + len(out) >= _MAX_TEXTS
+            is_end = is_end or 0 < len(text) >= vocabulary.longest_like(text)
             ways = () if is_end else self._ways_of(state) or ()
             if not ways or self.machine.accepts(state):
-                out.append(whole_characters(text))
+                whole = whole_characters(text)
+                if whole:
+                    end = state if whole == text else self.machine.run_bytes(packed, whole)
+                    out.append((whole, end))
             waiting += [(text + bytes((byte,)), following) for byte, following in ways]
-        return [text for text in out if text]
+        return out
 
-    def _firsts(self, packed: int, text: bytes, num_before: int) -> set[int]:
-        """Return the tokens with which a split of a text may begin; none if the split is not known.
-
-        The first `num_before` bytes of the text stand before the state, and in the first token.
-        """
-        token_bytes = self.vocabulary.token_bytes
-        firsts = {token for token in self.splits.firsts(text) if len(token_bytes[token]) >= num_before}
-        own = [len(token_bytes[token]) for token in self.splits.tokens(text)[:2]]
-        for cut in range(max(num_before, 1), min(sum(own), len(text))):
-            head, rest = text[:cut], text[cut:]
-            if cut == own[0] or self.vocabulary.longest_like(rest) <= len(rest) or whole_characters(head) != head:
-                continue
-            tokens = self.splits.tokens(head)
-            if tokens and tokens[0] not in firsts and self._is_cut(packed, head, rest, num_before):
-                firsts.add(tokens[0])
-        return firsts
-
-    def _is_cut(self, packed: int, head: bytes, rest: bytes, num_before: int) -> bool:
-        """Tell whether a split may cut between `head` and `rest` because a token goes on past the end of `rest`."""
-        tokens = self.vocabulary.longer_with_prefix(rest)
-        if len(tokens) <= _MAX_TRIED:
-            tokens = self.splits.going_on(head, rest, tokens)
-        if not len(tokens):
+    def _is_cut(self, end: int, cut: Cut) -> bool:
+        """Tell whether a split may cut there because a token goes on past the end of the text. end: the state there."""
+        if len(cut.before) and len(self._accepted(end, cut.before, len(cut.rest), 1)):
+            return True
+        if not len(cut.unsure):
             return False
-        tokens = tokens[are_allowed(self._masks.make(self.machine.run_bytes(packed, head[num_before:])), tokens)]
-        return len(tokens) > _MAX_TRIED or any(self.splits.goes_on(head, token) for token in tokens.tolist())
+        tokens = self._accepted(end, cut.unsure, len(cut.rest), len(cut.unsure))
+        for tried, token in enumerate(tokens.tolist(), 1):
+            if self.splits.goes_on(cut.head, token):
+                cut.before = np.append(tokens[tried - 1], cut.before)
+                cut.unsure = np.setdiff1d(cut.unsure, tokens[: tried - 1])
+                return True
+        cut.unsure = np.setdiff1d(cut.unsure, tokens)
+        return False
 
-    def _forced(self, packed: int) -> tuple[bytes, int]:
-        """Return the bytes that must follow, at most MAX_FORCED, and the state after them."""
+    def _accepted(self, packed: int, tokens: NDArray[np.int64], num_read: int, limit: int) -> NDArray[np.int64]:
+        """Return the first tokens whose bytes after the first `num_read` the automaton accepts, at most `limit`."""
+        machine, scratch = self.machine, self._scratch
+        found = np.empty(limit, dtype=np.int64)
+        scratch[:4] = 0
+        while True:
+            status = walker.accepted(
+                machine.pool,
+                machine.instances,
+                machine.exits,
+                packed,
+                self.vocabulary.flat,
+                self.vocabulary.token_ends,
+                tokens,
+                num_read,
+                scratch,
+                found,
+            )
+            if status != -2:
+                return found[: int(scratch[3])]
+            machine.exit_target(int(scratch[1]), int(scratch[2]))
+
+    def _forced(self, packed: int) -> tuple[bytes, int, bool]:
+        """Return the bytes that must follow, at most MAX_FORCED, and the state after them.
+
+        They end before the text may leave its frame. Then the third value is True, and more bytes may be forced.
+        """
         found = self._runs.get(packed)
         if found is not None:
             return found
@@ -154,7 +178,7 @@ class CanonicalTokens:
                 scratch[5] = scratch[3]
             else:
                 break
-        found = self._runs[packed] = text[: int(scratch[4])].tobytes(), int(scratch[3])
+        found = self._runs[packed] = text[: int(scratch[4])].tobytes(), int(scratch[3]), status == -5
         return found
 
     def _ways_of(self, packed: int) -> Ways | None:

@@ -86,7 +86,7 @@ class CompiledGrammar:
         self._lock = threading.RLock()
         self._masks = MaskMaker(machine, self.rows)
         splits = machine.vocabulary.splits
-        self._canonical = None if splits is None else CanonicalTokens(machine, self._masks, splits)
+        self._canonical = None if splits is None else CanonicalTokens(machine, splits)
         self._scratch = np.zeros(4, dtype=np.int64)
         self._device_tables: DeviceTables | None = None
 

@@ -7,6 +7,7 @@ tokens of a text can depend on the character before it: `"a` may be one piece at
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -30,6 +31,38 @@ class Splitter(Protocol):
         """
 
 
+@dataclass(slots=True, eq=False)
+class Cut:
+    """A place in a text where a token may begin that goes past its end.
+
+    first: the token with which the split of `head`, the part before, begins. rest: the part behind. unsure: tokens that
+    begin with `rest` and go on. Those are taken out of which it turned out that the tokenizer does not cut before them.
+    before: some of which it turned out that it does. Grammars may find both at the same time: an update may be lost.
+    """
+
+    first: int
+    head: bytes
+    rest: bytes
+    before: NDArray[np.int64]
+    unsure: NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Beginning:
+    """How the tokens of a text may begin, as far as the text itself says.
+
+    shorter: the tokens that write a part of it. whole: those that write all of it. firsts: the tokens with which its
+    splits begin; none if they are not known. cuts: where it may be cut otherwise, if a token there goes past its end.
+    is_settled: no token that begins inside of the first two tokens of its split goes past its end.
+    """
+
+    shorter: tuple[int, ...]
+    whole: tuple[int, ...]
+    firsts: frozenset[int]
+    cuts: tuple[Cut, ...]
+    is_settled: bool
+
+
 class Splits:
     """The splits of one tokenizer. Answers are kept. Thread-safe: at worst an answer is computed twice.
 
@@ -41,7 +74,7 @@ class Splits:
         self._token_bytes = token_bytes
         self._never = never
         self._known: dict[bytes, tuple[int, ...]] = {}
-        self._going_on: dict[tuple[bytes, bytes], NDArray[np.int64]] = {}
+        self._going_on: dict[tuple[bytes, int], bool] = {}
         self._rests: dict[tuple[bytes, bytes], int] = {}
 
     def tokens(self, text: bytes) -> tuple[int, ...]:
@@ -73,17 +106,13 @@ class Splits:
 
         True if the token ends inside a character, because then the split depends on what follows.
         """
-        whole = text + self._token_bytes[token]
-        return not is_text(whole) or self.tokens(whole) == (*self.tokens(text), token)
-
-    def going_on(self, text: bytes, rest: bytes, tokens: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return those of the tokens, which all begin with `rest`, for which `goes_on` holds."""
-        found = self._going_on.get((text, rest))
+        found = self._going_on.get((text, token))
         if found is None:
             if len(self._going_on) >= _MAX_KEPT:
                 self._going_on = {}
-            found = tokens[[self.goes_on(text, token) for token in tokens.tolist()]] if len(tokens) else tokens
-            self._going_on[text, rest] = found
+            whole = text + self._token_bytes[token]
+            found = not is_text(whole) or self.tokens(whole) == (*self.tokens(text), token)
+            self._going_on[text, token] = found
         return found
 
     def _rest_of_piece(self, before: bytes, text: bytes) -> int:

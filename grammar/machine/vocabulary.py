@@ -18,13 +18,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ramet.grammar.machine.bitmask import num_words, pack
-from ramet.grammar.machine.splits import Splits, Splitter, is_text
+from ramet.grammar.machine.splits import Beginning, Cut, Splits, Splitter, is_text, whole_characters
 from ramet.grammar.machine.walker import count_plain_chars, next_not_deeper
 
 SLICE_SIZES = (4, 8, 16, 32)
 NUM_KINDS = 3
 MAX_PREFIXES = 1 << 16
 MAX_TRIES = 64
+MAX_BEGINNINGS = 1 << 13
+MAX_UNSURE = 512  # tokens behind a cut of a text that are tried; a tokenizer is taken to cut before all others
 _GAP = rb'[ \t\n\r]*,?[ \t\n\r]*"'
 _HEAD = 4  # bytes of a text by which the longest token that may start there is looked up
 
@@ -58,6 +60,7 @@ class Vocabulary:
         self._plain_rows: dict[tuple[int, int], NDArray[np.int32]] = {}
         self._rest_tries: dict[tuple[int, int], TextTrie] = {}
         self._tries_after: dict[bytes, TextTrie] = {}
+        self._beginnings: dict[tuple[bytes, int], Beginning] = {}
 
     @cached_property
     def key(self) -> str:
@@ -178,7 +181,7 @@ class Vocabulary:
     def warm_up(self) -> None:
         """Make everything that is otherwise made when it is first needed."""
         _ = self.remainders, self.quoted, self.offsets, self._twins, self._longest_by_head
-        _ = self._by_last_byte, self._ends, self._lengths
+        _ = self._by_last_byte, self.token_ends, self._lengths
         for size in range(1, self.slice_sizes[-1] + 1):
             self.plain_row(2, size)
         for kind in range(NUM_KINDS):
@@ -294,12 +297,50 @@ class Vocabulary:
                 found.setdefault(text, [self.tokens_of_bytes[text]]).append(token)
         return found
 
+    def beginning(self, text: bytes, num_before: int = 0) -> Beginning:
+        """Return how the tokens of a text begin that follows other text. Answers are kept. Needs `splits`.
+
+        num_before: bytes of the text that the first token holds in any case.
+        """
+        found = self._beginnings.get((text, num_before))
+        if found is None:
+            if len(self._beginnings) > MAX_BEGINNINGS:
+                self._beginnings.clear()
+            found = self._beginnings[text, num_before] = self._find_beginning(text, num_before)
+        return found
+
+    def _find_beginning(self, text: bytes, num_before: int) -> Beginning:
+        splits = self.splits
+        assert splits is not None
+        longest, size, begin = self.longest_like(text), len(text), max(num_before, 1)
+        shorter = [t for end in range(begin, min(longest, size - 1) + 1) for t in self.tokens_with_text(text[:end])]
+        whole = self.tokens_with_text(text)
+        firsts: set[int] = set()
+        cuts: list[Cut] = []
+        is_settled = False
+        if is_text(text):
+            firsts = {token for token in splits.firsts(text) if len(self.token_bytes[token]) >= num_before}
+            own = [len(self.token_bytes[token]) for token in splits.tokens(text)[:2]]
+            places = [
+                at for at in range(min(sum(own), size)) if at != own[0] and self.longest_like(text[at:]) > size - at
+            ]
+            is_settled = bool(own) and not places
+            for at in places:
+                head, rest = text[:at], text[at:]
+                if at < begin or whole_characters(head) != head:
+                    continue
+                tokens = splits.tokens(head)
+                if tokens and tokens[0] not in firsts and tokens[0] in shorter:
+                    longer = self.longer_with_prefix(rest)
+                    cuts.append(Cut(tokens[0], head, rest, longer[MAX_UNSURE:], longer[:MAX_UNSURE]))
+        return Beginning(tuple(shorter), tuple(whole), frozenset(firsts), tuple(cuts), is_settled)
+
     def tokens_with_suffix(self, suffix: bytes) -> list[int]:
         """Return the content tokens that end with these bytes."""
         ids = self._by_last_byte.get(suffix[-1])
         if ids is None:
             return []
-        ends = self._ends
+        ends = self.token_ends
         for back, byte in enumerate(reversed(suffix), 1):
             ids = ids[self._lengths[ids] >= back]
             ids = ids[self.flat[ends[ids] - back] == byte]
@@ -307,16 +348,17 @@ class Vocabulary:
         return found
 
     @cached_property
-    def _ends(self) -> NDArray[np.int64]:
+    def token_ends(self) -> NDArray[np.int64]:
+        """Where the bytes of each token end in `flat`."""
         return np.array(self.offsets[1:], dtype=np.int64)
 
     @cached_property
     def _lengths(self) -> NDArray[np.int64]:
-        return self._ends - np.array(self.offsets[:-1], dtype=np.int64)
+        return self.token_ends - np.array(self.offsets[:-1], dtype=np.int64)
 
     @cached_property
     def _by_last_byte(self) -> dict[int, NDArray[np.int32]]:
-        last = self.flat[self._ends[self._sorted_ids] - 1]
+        last = self.flat[self.token_ends[self._sorted_ids] - 1]
         return {int(byte): self._sorted_ids[last == byte] for byte in np.unique(last)}
 
     def trie_after(self, prefix: bytes) -> TextTrie:

@@ -139,13 +139,20 @@ def _follow(pool: Int32, instances: Int64, exits: Int64, text: NDArray[np.uint8]
     scratch: int64 [8]: the next byte to try, the instance and the exit to resolve, the packed state, the number of
     bytes written, a state of which is known that the text does not end there, the only byte found so far (-1: none) and
     the state after it. Returns -1 when finished, at a choice or after `limit` bytes, -2 if an exit must be resolved
-    before the next call, and -4 if the text may end in this state: the caller must look.
+    before the next call, and -4 if the text may end in this state: the caller must look. Also finished, with -5, in a
+    state from which an exit can be taken, unless it is the first one.
     """
     while scratch[4] < limit:
         packed = scratch[3]
-        if instances[packed >> 32, 4] != 0:
+        instance = packed >> 32
+        if instances[instance, 4] != 0:
             return -1
-        if instances[packed >> 32, 5] != 0 and scratch[5] != packed:
+        if scratch[4] > 0 and scratch[0] == 0:
+            at = instances[instance, 0] + (packed & 0xFFFFFFFF) * instances[instance, 1]
+            for c in range(instances[instance, 1]):
+                if pool[at + c] < -1:
+                    return -5
+        if instances[instance, 5] != 0 and scratch[5] != packed:
             return -4
         while scratch[0] < 256:
             after = step(pool, instances, exits, packed, scratch[0], scratch)
@@ -164,6 +171,43 @@ def _follow(pool: Int32, instances: Int64, exits: Int64, text: NDArray[np.uint8]
         scratch[3] = scratch[7]
         scratch[0] = 0
         scratch[6] = -1
+    return -1
+
+
+def _accepted(
+    pool: Int32,
+    instances: Int64,
+    exits: Int64,
+    packed: int,
+    flat: NDArray[np.uint8],
+    ends: Int64,
+    tokens: Int64,
+    num_read: int,
+    scratch: Int64,
+    found: Int64,
+) -> int:
+    """Find the tokens whose bytes after the first `num_read` are accepted from a state. Resumable.
+
+    scratch: int64 [4]: the index in `tokens` to begin with, the instance and the exit to resolve, the number of tokens
+    written to `found` so far. ends: where the bytes of each token end in `flat`. A token that needs a run counts as
+    accepted. Returns -1 when finished or when `found` is full, and -2 if an exit must be resolved before the next call.
+    """
+    while scratch[0] < len(tokens) and scratch[3] < len(found):
+        token = tokens[scratch[0]]
+        state = packed
+        for i in range(ends[token - 1] + num_read if token > 0 else num_read, ends[token]):
+            if instances[state >> 32, 4] != 0:
+                state = -3
+            else:
+                state = step(pool, instances, exits, state, flat[i], scratch)
+            if state < 0:
+                break
+        if state == -2:
+            return -2
+        if state != -1:
+            found[scratch[3]] = token
+            scratch[3] += 1
+        scratch[0] += 1
     return -1
 
 
@@ -610,6 +654,7 @@ run = njit(cache=True, nogil=True)(_run)
 step = njit(cache=True, nogil=True)(_step)
 choices = njit(cache=True, nogil=True)(_choices)
 follow = njit(cache=True, nogil=True)(_follow)
+accepted = njit(cache=True, nogil=True)(_accepted)
 clear = njit(cache=True, nogil=True)(_clear)
 walk_difference = njit(cache=True, nogil=True)(_walk_difference)
 expand = njit(cache=True, nogil=True)(_expand)
