@@ -17,12 +17,6 @@ def is_allowed(row: NDArray[np.int32], token: int) -> bool:
     return bool((int(row[token >> 5]) >> (token & 31)) & 1)
 
 
-def are_allowed(row: NDArray[np.int32], tokens: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Return for each token whether it is allowed."""
-    bits: NDArray[np.bool_] = ((row[tokens >> 5] >> (tokens & 31)) & 1).astype(np.bool_)
-    return bits
-
-
 def pack(tokens: Iterable[int], vocab_size: int) -> NDArray[np.int32]:
     """Return the mask row, int32 [W], that allows these tokens."""
     flags = np.zeros(num_words(vocab_size) * 32, dtype=np.uint8)

@@ -23,6 +23,8 @@ first two tokens reaches past its end.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -38,6 +40,19 @@ _MAX_TEXTS = 24  # texts from one state
 Ways = tuple[tuple[int, int], ...]  # (byte, state after it)
 
 
+class ForcedRun(NamedTuple):
+    """The bytes that must follow a state, at most MAX_FORCED, up to where the text may leave its frame.
+
+    end: the state after them. leaves: it may leave the frame there. following: then, the byte that must follow, if the
+    frame itself allows only one.
+    """
+
+    text: bytes
+    end: int
+    leaves: bool
+    following: bytes
+
+
 class CanonicalTokens:
     """Finds the tokens that are refused in a state of a machine. Owned by a CompiledGrammar, which locks."""
 
@@ -46,7 +61,7 @@ class CanonicalTokens:
         self.vocabulary = machine.vocabulary
         self.splits = splits
         self._ways: dict[int, Ways | None] = {}
-        self._runs: dict[int, tuple[bytes, int, bool]] = {}
+        self._runs: dict[int, ForcedRun] = {}
         self._scratch = np.zeros(8, dtype=np.int64)
         self._text = np.zeros(MAX_FORCED, dtype=np.uint8)
         self._following = np.zeros((MAX_CHOICES, 2), dtype=np.int64)
@@ -82,17 +97,17 @@ class CanonicalTokens:
         `token` begins a text that it knows.
         """
         own = self.vocabulary.token_bytes[token]
-        forced, end, leaves = self._forced(after)
-        while leaves and len(forced) < MAX_FORCED:
-            more, end, leaves = self._forced(end)
-            forced += more
-            leaves = leaves and bool(more)
+        run = self._run(after)
+        forced = run.text
+        while run.leaves and len(forced) < MAX_FORCED:
+            run = self._run(run.end)
+            forced += run.text
         if not forced or any(text.startswith(own) for text, _ in self._texts(packed)):
             return token
         text = own + forced
         tokens = self.splits.tokens(text) if is_text(text) else ()
         size = len(self.vocabulary.token_bytes[tokens[0]]) if tokens else 0
-        is_whole = size == len(text) and not (self.machine.accepts(end) and self._ways_of(end) == ())
+        is_whole = size == len(text) and not (self.machine.accepts(run.end) and self._ways_of(run.end) == ())
         return tokens[0] if size > len(own) and not is_whole else token
 
     def _texts(self, packed: int) -> list[tuple[bytes, int]]:
@@ -106,13 +121,18 @@ class CanonicalTokens:
         out: list[tuple[bytes, int]] = []
         waiting = [(b"", packed)]
         for done, (text, state) in enumerate(waiting, 1):
-            forced, state, leaves = self._forced(state)
-            text += forced
-            while leaves and not vocabulary.beginning(text).is_settled:
-                forced, state, leaves = self._forced(state)
-                text += forced
-                leaves = leaves and bool(forced)
-            is_end = leaves or len(waiting) - done + len(out) >= _MAX_TEXTS
+            run = self._run(state)
+            text += run.text
+            while run.leaves:
+                if run.following and vocabulary.beginning(text + run.following).is_settled:
+                    text += run.following  # the state after it is not needed: there are no cuts
+                    break
+                if vocabulary.beginning(text).is_settled:
+                    break
+                run = self._run(run.end)
+                text += run.text
+            state = run.end
+            is_end = run.leaves or len(waiting) - done + len(out) >= _MAX_TEXTS
             is_end = is_end or 0 < len(text) >= vocabulary.longest_like(text)
             ways = () if is_end else self._ways_of(state) or ()
             if not ways or self.machine.accepts(state):
@@ -160,11 +180,7 @@ class CanonicalTokens:
                 return found[: int(scratch[3])]
             machine.exit_target(int(scratch[1]), int(scratch[2]))
 
-    def _forced(self, packed: int) -> tuple[bytes, int, bool]:
-        """Return the bytes that must follow, at most MAX_FORCED, and the state after them.
-
-        They end before the text may leave its frame. Then the third value is True, and more bytes may be forced.
-        """
+    def _run(self, packed: int) -> ForcedRun:
         found = self._runs.get(packed)
         if found is not None:
             return found
@@ -178,7 +194,9 @@ class CanonicalTokens:
                 scratch[5] = scratch[3]
             else:
                 break
-        found = self._runs[packed] = text[: int(scratch[4])].tobytes(), int(scratch[3]), status == -5
+        leaves = status == -5
+        following = bytes((int(scratch[6]),)) if leaves and scratch[6] >= 0 else b""
+        found = self._runs[packed] = ForcedRun(text[: int(scratch[4])].tobytes(), int(scratch[3]), leaves, following)
         return found
 
     def _ways_of(self, packed: int) -> Ways | None:

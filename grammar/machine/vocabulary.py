@@ -279,6 +279,10 @@ class Vocabulary:
             found = self._longer[prefix] = np.array(tokens, dtype=np.int64)
         return found
 
+    def goes_past(self, text: bytes) -> bool:
+        """Tell whether some content token begins with these bytes and is longer."""
+        return self.longest_like(text) > len(text) and len(self.longer_with_prefix(text)) > 0
+
     def tokens_with_text(self, text: bytes) -> list[int]:
         """Return the content tokens that stand for exactly these bytes, ascending."""
         twins = self._twins.get(text)
@@ -321,9 +325,7 @@ class Vocabulary:
         if is_text(text):
             firsts = {token for token in splits.firsts(text) if len(self.token_bytes[token]) >= num_before}
             own = [len(self.token_bytes[token]) for token in splits.tokens(text)[:2]]
-            places = [
-                at for at in range(min(sum(own), size)) if at != own[0] and self.longest_like(text[at:]) > size - at
-            ]
+            places = [at for at in range(min(sum(own), size)) if at != own[0] and self.goes_past(text[at:])]
             is_settled = bool(own) and not places
             for at in places:
                 head, rest = text[:at], text[at:]

@@ -140,7 +140,8 @@ def _follow(pool: Int32, instances: Int64, exits: Int64, text: NDArray[np.uint8]
     bytes written, a state of which is known that the text does not end there, the only byte found so far (-1: none) and
     the state after it. Returns -1 when finished, at a choice or after `limit` bytes, -2 if an exit must be resolved
     before the next call, and -4 if the text may end in this state: the caller must look. Also finished, with -5, in a
-    state from which an exit can be taken, unless it is the first one.
+    state from which the text may leave its frame, unless it is the first one. Then scratch[6] is the only byte that the
+    frame allows there, or -1.
     """
     while scratch[4] < limit:
         packed = scratch[3]
@@ -149,9 +150,18 @@ def _follow(pool: Int32, instances: Int64, exits: Int64, text: NDArray[np.uint8]
             return -1
         if scratch[4] > 0 and scratch[0] == 0:
             at = instances[instance, 0] + (packed & 0xFFFFFFFF) * instances[instance, 1]
+            leaves = False
             for c in range(instances[instance, 1]):
-                if pool[at + c] < -1:
-                    return -5
+                leaves = leaves or pool[at + c] < -1
+            if leaves:
+                count = 0
+                for byte in range(256):
+                    if pool[at + pool[instances[instance, 2] + byte]] != -1:
+                        count += 1
+                        scratch[6] = byte
+                if count != 1:
+                    scratch[6] = -1
+                return -5
         if instances[instance, 5] != 0 and scratch[5] != packed:
             return -4
         while scratch[0] < 256:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ramet.errors import GrammarTooLarge
 from ramet.grammar import deadline
-from ramet.grammar.regular.partition import equivalence
+from ramet.grammar.regular.partition import equivalence, reachable_tuples
 
 BYTE_MAX = 255
 MAX_STATES = 20_000
@@ -96,27 +96,25 @@ def product(
     A part that has refused never accepts again.
     """
     starts, signatures = _merge_classes(parts)
-    first = tuple(0 if d.transitions else -1 for d in parts)
-    index, queue, rows = {first: 0}, [first], []
-    for states in queue:
-        deadline.check(name)
-        row = []
-        for signature in signatures[1]:
-            target = tuple(
-                -1 if s < 0 else d.transitions[s][c] for d, s, c in zip(parts, states, signature, strict=True)
-            )
-            found = index.get(target)
-            if found is None:
-                found = index[target] = len(queue)
-                queue.append(target)
-                if len(queue) > max_states:
-                    raise too_large(name, max_states)
-            row.append(found)
-        rows.append(row)
-    accepting = [
-        accept(tuple(s >= 0 and bool(d.accepting[s]) for d, s in zip(parts, states, strict=True))) for states in queue
-    ]
-    return minimize(Dfa(parts[0].max_symbol, starts, signatures[0], len(signatures[1]), rows, accepting))
+    deadline.check(name)
+    found = reachable_tuples(
+        [np.array(d.transitions, dtype=np.int64).reshape(-1, d.num_classes) for d in parts],
+        np.array(signatures[1], dtype=np.int64).reshape(-1, len(parts)),
+        np.array([0 if d.transitions else -1 for d in parts], dtype=np.int64),
+        max_states,
+    )
+    deadline.check(name)
+    if found is None:
+        raise too_large(name, max_states)
+    states, rows = found
+    # whether each part accepts; a state of -1 reads the last entry, which is false
+    accepts = np.stack([np.array([*map(bool, d.accepting), False])[s] for d, s in zip(parts, states.T, strict=True)], 1)
+    labels: dict[bytes, int] = {}
+    for row in accepts:
+        if row.tobytes() not in labels:
+            labels[row.tobytes()] = accept(tuple(row.tolist()))
+    accepting = [labels[row.tobytes()] for row in accepts]
+    return minimize(Dfa(parts[0].max_symbol, starts, signatures[0], len(signatures[1]), rows.tolist(), accepting))
 
 
 def intersect(parts: list[Dfa], *, max_states: int = MAX_STATES, name: str = "") -> Dfa:

@@ -3,8 +3,8 @@ r"""JSON numbers under constraints: automata that read the texts of a set of num
 Constrained numbers are written without exponent: `-?(0|[1-9][0-9]*)(\.[0-9]+)?`. A finite automaton can check every
 bound, integrality and multipleOf on such texts. So the sets are regular, exact, and closed under complement. As in JSON
 Schema, `1.0` is an integer and `-0` is zero. But integers of more than 15 digits have no fraction part: most readers
-make a float of such a text, and beyond 2^53 it is another integer. Numbers without any constraint may also have an
-exponent.
+make a float of such a text, and beyond 2^53 it is another integer. (A single value that is a float may have one.)
+Numbers without any constraint may also have an exponent.
 """
 
 from __future__ import annotations
@@ -265,12 +265,17 @@ def decimal_text(value: Fraction) -> str:
 
 def _texts_of(value: Fraction, *, is_exact: bool) -> ir.Node:
     text = decimal_text(value)
-    if is_exact and value.denominator == 1 and len(text.lstrip("-")) >= _LARGE_DIGITS:
+    if is_exact and value.denominator == 1 and len(text.lstrip("-")) >= _LARGE_DIGITS and not _is_float(value):
         return ir.text(text)
     zeros = ir.Repeat(ir.text("0"))
     tail = zeros if "." in text else ir.optional(ir.Concatenation((ir.text(".0"), zeros)))
     sign = ir.optional(ir.text("-")) if value == 0 else ir.EMPTY
     return ir.Concatenation((sign, ir.text(text), tail))
+
+
+def _is_float(value: Fraction) -> bool:
+    """Tell whether a reader that makes a float of the number gets this value."""
+    return abs(value) < 1 << 1023 and Fraction(float(value)) == value
 
 
 # --- ranges and divisors: a product of small trackers, explored from the start --------------------------------------
