@@ -115,13 +115,15 @@ class RequestOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     """Options of a request, besides prompt and sampling. A wrong value raises InvalidRequest naming the field.
 
     `cache_salt`: requests share cached prefixes only with requests of the same salt. `program_id`: the program that the
-    request belongs to. Lower `priority` values run first. `deadline_s`: seconds from submission until the request is
-    aborted. `score_from`: generate nothing, and return the log-probabilities of `prompt_ids[score_from:]`, with the
-    `logprobs` most likely tokens of each position, if the sampling parameters ask for some.
+    request belongs to. `owner`: whose request it is; owners share the engine's time fairly. Of one owner's requests,
+    lower `priority` values run first. `deadline_s`: seconds from submission until the request is aborted. `score_from`:
+    generate nothing, and return the log-probabilities of `prompt_ids[score_from:]`, with the `logprobs` most likely
+    tokens of each position, if the sampling parameters ask for some.
     """
 
     cache_salt: str = ""
     program_id: str | None = None
+    owner: str = ""
     priority: int = 0
     deadline_s: float | None = None
     score_from: int | None = None
@@ -132,6 +134,8 @@ class RequestOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             raise wrong_option("cache_salt", self.cache_salt, "text that UTF-8 can write")
         if self.program_id is not None and not isinstance(self.program_id, str):
             raise wrong_option("program_id", self.program_id, "text, or None")
+        if not isinstance(self.owner, str):
+            raise wrong_option("owner", self.owner, "text")
         if type(self.priority) is not int or abs(self.priority) > MAX_INT32:
             raise wrong_option("priority", self.priority, f"an integer up to {MAX_INT32}")
         if self.deadline_s is not None and not _is_seconds(self.deadline_s):
@@ -175,7 +179,7 @@ class Request:
     `cache_salt`: requests share cached prefixes only with requests of the same salt.
     `score_from`: if set, nothing is generated; the log-probabilities of `prompt_ids[score_from:]` are returned, with
     the `sampling.logprobs` most likely tokens of each position.
-    `arrival_s`, `deadline_s`: seconds of time.monotonic(). Lower `priority` values run first.
+    `arrival_s`, `deadline_s`: seconds of time.monotonic(). `owner`, `priority`: as in RequestOptions.
     `num_prompt + max_tokens` never exceeds the context: `engine/validation.py`, which makes requests, checks it.
     """
 
@@ -187,6 +191,7 @@ class Request:
     grammar: Grammar | None = None
     cache_salt: str = ""
     program_id: str | None = None
+    owner: str = ""
     priority: int = 0
     arrival_s: float = 0.0
     deadline_s: float | None = None

@@ -98,6 +98,7 @@ class RequestBorder:
             grammar=grammar,
             cache_salt=options.cache_salt,
             program_id=options.program_id,
+            owner=options.owner,
             priority=options.priority,
             arrival_s=now_s,
             deadline_s=None if options.deadline_s is None else now_s + options.deadline_s,

@@ -74,7 +74,8 @@ class ProgramHost:
         """Return a new program without nodes; `extend` adds them. `on_event` is called for every event.
 
         `on_event` may be called on any thread, must be quick and must not raise. `program_id` names the program to the
-        scheduler; None creates a new name. `client`: whose program it is, for fairness between their grammars.
+        scheduler; None creates a new name. `client`: whose program it is, for fairness between requests and between
+        grammars: its owner, then what tells the owner's clients apart.
         """
         name = program_id or f"{options.program}-{next(self._numbers)}"
         return ProgramExecutor(self, options, on_event, name, client or ("", name))
@@ -326,6 +327,7 @@ class ProgramExecutor:
             RequestOptions(
                 cache_salt=self._options.cache_salt,
                 program_id=self._program_id,
+                owner=self._client[0],
                 priority=self._options.priority,
                 deadline_s=left_s,
                 score_from=request.score_from,

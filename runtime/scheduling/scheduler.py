@@ -11,7 +11,8 @@ after the running step.
 Admission reserves pages for the tokens that a sequence may still generate (`reservation_ratio` of its max_tokens). A
 request that finds too few pages waits in the queue. With a ratio below 1 a sequence may grow beyond its reservation;
 only then can preemption happen. It chooses the newest sequence of the lowest priority, which returns to the queue: its
-tokens are kept and its pages stay in the tree.
+tokens are kept and its pages stay in the tree. A request is also preempted if all slots are taken, its owner has more
+than an equal share of them, and another owner waits with less.
 
 Not here: the order of the queue (`priority`), parked sharers of a prefix (`admission`), stop strings (engine).
 """
@@ -30,13 +31,14 @@ from ramet.runtime.cache.page_pool import PagePool
 from ramet.runtime.cache.radix_cache import PrefixMatch, RadixCache
 from ramet.runtime.scheduling.admission import AdmissionQueue, Reservation
 from ramet.runtime.scheduling.config import SchedulerConfig, SchedulerCounters
-from ramet.runtime.scheduling.priority import ProgramService, Waiting
+from ramet.runtime.scheduling.priority import OwnerService, ProgramService, Waiting
 from ramet.runtime.scheduling.sequence_pages import SequencePages, known_end, matchable
 from ramet.runtime.scheduling.step_costs import StepBudget, StepCosts
 from ramet.runtime.types import Batch, FinishReason, PageCopy, Request, RowOutput, ScheduledSequence, Sequence, Status
 
 logger = logging.getLogger(__name__)
 
+_DECODE_WEIGHT = 2  # an owner's service of a decoded token, in tokens of prompts; as in the source of `priority`
 _LEAST_SHARE = 0.25  # time of prompts in a step, as a part of the time of its decode rows
 
 
@@ -58,7 +60,8 @@ class Scheduler:
         self._page_size = pool.page_size
         self._pages = SequencePages(pool, cache, reservation_ratio=config.reservation_ratio, share=config.prefix_cache)
         self._service = ProgramService()
-        self._waiting = AdmissionQueue(config.order, self._service, pool.page_size)
+        self._owners = OwnerService()
+        self._waiting = AdmissionQueue(config.order, self._service, self._owners, pool.page_size)
         self._sequences: dict[str, Sequence] = {}  # waiting and running, by request id
         self._queued_s: dict[Sequence, float] = {}
         self._running: dict[Sequence, None] = {}  # in order of admission
@@ -117,6 +120,7 @@ class Scheduler:
         if self.num_waiting >= self.config.max_waiting:
             retry_s = min(60.0, max(1.0, 0.1 * self.num_waiting * self._finish_interval_s))
             raise Overloaded(f"{self.num_waiting:,} requests wait already; retry in {retry_s:.0f} s", retry_s)
+        self._owners.enter(request.owner)
         self._sequences[request.request_id] = sequence
         self._queued_s[sequence] = self._clock()
         if request.deadline_s is not None:
@@ -170,6 +174,7 @@ class Scheduler:
         sequence.finish_reason, sequence.error = reason, error
         self.held.discard(sequence)
         self._service.add(sequence.request.program_id, len(sequence.output_ids))
+        self._owners.leave(sequence.request.owner)
         self._finish_interval_s += 0.05 * (self._clock() - self._last_finish_s - self._finish_interval_s)
         self._last_finish_s = self._clock()
         del self._sequences[sequence.request.request_id]
@@ -215,6 +220,9 @@ class Scheduler:
                 append(new(ScheduledSequence, (sequence, start, 1, True, True)))
         num_decode = len(items)
         num_tokens = num_decode
+        if self._owners.num_owners > 1:
+            for item in items:
+                self._owners.add(item.sequence.request.owner, _DECODE_WEIGHT)
         for item in extends:
             num_tokens += item.num_tokens
             self._launch_extend(item)
@@ -328,11 +336,31 @@ class Scheduler:
         Sequences that have generated tokens go before prompts, because their chunks are short.
         """
         planned: set[Sequence] = set()
-        for sequence in sorted(self._prefilling, key=lambda s: not s.output_ids):
+        for sequence in sorted(self._prefilling, key=self._prefill_rank):
             if budget.has_room and sequence in self._prefilling:
                 self._plan_extend(sequence, budget, planned, extends)
         if self._may_admit:
+            self._share_slots(planned)
             self._plan_admissions(extends, budget, planned)
+
+    def _prefill_rank(self, sequence: Sequence) -> tuple[bool, int]:
+        return not sequence.output_ids, self._owners.attained(sequence.request.owner)
+
+    def _share_slots(self, planned: Iterable[Sequence]) -> None:
+        """Where all slots are taken, free one for an owner that waits and has less than an equal share of them."""
+        if self._free_slots or self._owners.num_owners == 1:
+            return
+        waiting = self._waiting.pop()
+        if waiting is None:
+            return
+        self._waiting.put_back(waiting)
+        num_running = self._owners.num_running
+        share = self.config.max_running // self._owners.num_owners
+        owner, num_most = num_running.most_common(1)[0]
+        if num_running[waiting.sequence.request.owner] < share < num_most:
+            victim = self._victim(planned, owner)
+            if victim is not None:
+                self._preempt(victim)
 
     def _plan_admissions(self, extends: list[ScheduledSequence], budget: StepBudget, planned: set[Sequence]) -> None:
         """Admit waiting requests that fit, in order, and plan their first chunks."""
@@ -353,7 +381,8 @@ class Scheduler:
                 reservation = self._reserve(blocked[0].sequence)
         for waiting in blocked:
             self._waiting.put_back(waiting)
-        if not self._free_slots or (blocked and budget.has_room and num_parked == self.counters.num_parked):
+        is_full = not self._free_slots and self._owners.num_owners == 1  # else slots may have to change their owner
+        if is_full or (blocked and budget.has_room and num_parked == self.counters.num_parked):
             self._may_admit = False  # examine the queue again only after something has changed
 
     def _plan_extend(
@@ -453,6 +482,8 @@ class Scheduler:
         if copy is not None:
             self._copies.append(copy)
         sequence.num_cached = sequence.num_computed
+        self._owners.add(sequence.request.owner, known_end(sequence) - sequence.num_computed)
+        self._owners.num_running[sequence.request.owner] += 1
         self._running[sequence] = None
         self._prefilling[sequence] = None
         self.counters.num_admitted += 1
@@ -473,9 +504,14 @@ class Scheduler:
                 return False
         return True
 
-    def _victim(self, planned: Iterable[Sequence]) -> Sequence | None:
-        """Choose the sequence to preempt: the newest of the lowest priority that is not in `planned`."""
+    def _victim(self, planned: Iterable[Sequence], owner: str | None = None) -> Sequence | None:
+        """Choose the sequence to preempt: the newest of the lowest priority that is not in `planned`.
+
+        `owner`: only of this one.
+        """
         candidates = [s for s in reversed(self._running) if s.request.score_from is None and s not in planned]
+        if owner is not None:
+            candidates = [s for s in candidates if s.request.owner == owner]
         return max(candidates, key=lambda s: s.request.priority, default=None)
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -493,6 +529,7 @@ class Scheduler:
         self._pages.release(sequence, keep=keep)
         heapq.heappush(self._free_slots, sequence.slot)
         sequence.slot = None
+        self._owners.num_running[sequence.request.owner] -= 1
         del self._running[sequence]
         self._prefilling.pop(sequence, None)
         self._decoding.pop(sequence, None)

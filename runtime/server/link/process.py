@@ -185,7 +185,7 @@ class EngineServer:
             self.engine.submit(
                 prompt,
                 sampling,
-                command.options,
+                command.options.changed({"owner": command.client[0]} if command.client else {}),
                 grammar=taken,
                 request_id=command.id,
                 on_output=on_output,

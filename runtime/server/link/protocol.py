@@ -30,7 +30,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Submit(msgspec.Struct, frozen=True, tag="submit", omit_defaults=True):
-    """A request. Its deadline counts from its arrival at the engine. `client`: whose constraint it is, for fairness.
+    """A request. Its deadline counts from its arrival at the engine. `client`: whose request it is, for fairness.
 
     `heals`: the model may write the prompt's last token again, as a part of a longer one.
     """

@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ramet.runtime.scheduling.priority import OrderConfig, ProgramService, Waiting, WaitingQueue
+from ramet.runtime.scheduling.priority import OrderConfig, OwnerService, ProgramService, Waiting, WaitingQueue
 from ramet.runtime.testing.simulation import make_request
 from ramet.runtime.types import Sequence
 
@@ -19,14 +19,14 @@ def drain(queue: WaitingQueue) -> list[int]:
 
 
 def test_arrival_decides_among_equals_and_ties_keep_their_order() -> None:
-    queue = WaitingQueue(OrderConfig(), ProgramService())
+    queue = WaitingQueue(OrderConfig(), ProgramService(), OwnerService())
     for number, queued_s in enumerate((3.0, 1.0, 1.0, 2.0)):
         queue.push(waiting(number, queued_s))
     assert drain(queue) == [1, 2, 3, 0]
 
 
 def test_a_removed_request_is_passed_over() -> None:
-    queue = WaitingQueue(OrderConfig(), ProgramService())
+    queue = WaitingQueue(OrderConfig(), ProgramService(), OwnerService())
     first, second = waiting(0, 0.0), waiting(1, 1.0)
     queue.push(first)
     queue.push(second)
@@ -36,7 +36,7 @@ def test_a_removed_request_is_passed_over() -> None:
 
 def test_service_attained_while_waiting_counts_when_it_is_looked_at() -> None:
     service = ProgramService()
-    queue = WaitingQueue(OrderConfig(), service)
+    queue = WaitingQueue(OrderConfig(), service, OwnerService())
     queue.push(waiting(0, 0.0, program="p"))
     queue.push(waiting(1, 0.5, program="q"))
     service.add("p", 100_000)
@@ -56,7 +56,7 @@ def test_programs_used_long_ago_are_forgotten() -> None:
 def test_nobody_is_overtaken_by_a_much_later_arrival(arrivals: list[tuple[float, float, int, int]]) -> None:
     config = OrderConfig()
     service = ProgramService()
-    queue = WaitingQueue(config, service)
+    queue = WaitingQueue(config, service, OwnerService())
     entries = []
     for number, (queued_s, cached, attained, priority) in enumerate(arrivals):
         service.add(f"p{number}", attained)

@@ -27,7 +27,13 @@ def random_prompt(rng: random.Random, longest: int) -> list[int]:
     return stem[: rng.choice((longest, rng.randrange(longest)))] + new or [1]
 
 
-def drive(engine: SimulatedEngine, rng: random.Random, clock: list[float], num_operations: int) -> list[Sequence]:
+def drive(
+    engine: SimulatedEngine,
+    rng: random.Random,
+    clock: list[float],
+    num_operations: int,
+    owners: tuple[str, ...] = ("", "", "x", "y"),
+) -> list[Sequence]:
     """Add, abort, cut and step at random; returns every sequence."""
     sequences: list[Sequence] = []
     for index in range(num_operations):
@@ -43,6 +49,7 @@ def drive(engine: SimulatedEngine, rng: random.Random, clock: list[float], num_o
                 stop_ids=(STOP, 1) if rng.random() < 0.5 else (),
                 cache_salt=rng.choice(("", "", "a")),
                 program_id=rng.choice((None, "p", "q")),
+                owner=rng.choice(owners),
                 priority=rng.choice((0, 0, 1, -1)),
                 deadline_s=clock[0] + 2 * rng.random() if rng.random() < 0.1 else None,
                 score_from=rng.randrange(1, len(prompt) + 1) if rng.random() < 0.15 else None,
@@ -127,10 +134,11 @@ def test_every_read_finds_its_own_path_and_everything_ends(
     rng = random.Random(seed)
     engine.step_s = lambda batch: rng.choice((0.0, 1e-4, 0.003, 0.05, 100.0))  # whatever a step takes
     engine.burst = burst
-    sequences = drive(engine, rng, clock, 80)
+    is_alone = rng.random() < 0.5
+    sequences = drive(engine, rng, clock, 80, ("",) if is_alone else ("", "x", "y"))
     engine.burst = max(engine.burst, 1)
     check_end(engine, sequences)
-    if ratio == 1.0 and burst == 1:
+    if ratio == 1.0 and burst == 1 and is_alone:
         assert engine.scheduler.counters.num_preemptions == 0
 
 
