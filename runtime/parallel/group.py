@@ -7,6 +7,10 @@ memory, in which the switch adds.
 from __future__ import annotations
 
 import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,6 +23,7 @@ from ramet.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
+_INTERFACE = "GLOO_SOCKET_IFNAME"
 _MEETING = timedelta(minutes=2)
 _SYMMETRIC_BYTES = 8 << 20  # larger sums are bound by bandwidth, and NCCL's are as fast
 
@@ -37,13 +42,14 @@ class Group:
         is_cuda = device.type == "cuda"
         store = dist.FileStore(str(folder / "ranks"), size)  # type: ignore[attr-defined]
         store.set_timeout(_MEETING)  # all ranks are there: they have loaded their parts
-        dist.init_process_group(
-            "nccl" if is_cuda else "gloo",
-            store=store,
-            rank=rank,
-            world_size=size,
-            device_id=device if is_cuda else None,
-        )
+        with _on_loopback():
+            dist.init_process_group(
+                "nccl" if is_cuda else "gloo",
+                store=store,
+                rank=rank,
+                world_size=size,
+                device_id=device if is_cuda else None,
+            )
         self._device = device
         self._symmetric = _SymmetricSums.make(device, self) if is_cuda else None
 
@@ -130,6 +136,20 @@ class _SymmetricSums:
         torch.ops.symm_mem.multimem_all_reduce_(shared, "sum", self._group_name)
         x.view(-1).copy_(shared)
         return True
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Let gloo, which takes the host's own address otherwise, listen where no other machine reaches it."""
+    loopback = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
+    if loopback is None or _INTERFACE in os.environ:  # whoever set it has chosen
+        yield
+        return
+    os.environ[_INTERFACE] = loopback
+    try:
+        yield
+    finally:
+        del os.environ[_INTERFACE]
 
 
 def _world() -> dist.ProcessGroup:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -82,6 +84,21 @@ def test_programs_with_forks_and_choices_run_on_ranks(whole: Engine, divided: En
     states = [program.run(backend=engine) for engine in (whole, divided)]
     assert states[0]["best"] == states[1]["best"]
     assert states[0]["number"] == states[1]["number"]
+
+
+def test_ranks_listen_on_the_loopback_interface_alone(divided: Engine) -> None:
+    assert "GLOO_SOCKET_IFNAME" not in os.environ
+    assert divided._peers is not None
+    addresses = []
+    for pid in (os.getpid(), *(process.pid for process in divided._peers._processes)):
+        sockets = {os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir() if link.is_symlink()}
+        for table in ("tcp", "tcp6"):
+            for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+                address, state, inode = (line.split()[i] for i in (1, 3, 9))
+                if f"socket:[{inode}]" in sockets and state == "0A":  # listening
+                    addresses.append(address.split(":")[0])
+    assert addresses
+    assert {*addresses} <= {"0100007F", "00000000000000000000000001000000"}
 
 
 def test_an_aborted_request_ends_and_others_go_on(divided: Engine) -> None:
