@@ -115,7 +115,7 @@ class RegularCompiler:
                 both = [whole, complement(self._part(item))]
                 return self._run(intersect(both, max_states=self.max_states, name=self.name), then)
             case ir.Terminal(item, _):
-                return self._run(self._part(item), then) if _has_lookahead(item) else self.compile(item, then)
+                return self._run(self._part(item), then) if has_lookahead(item) else self.compile(item, then)
             case ir.Table(transitions, accepting):
                 if self.max_symbol != BYTE_MAX:
                     raise InvalidGrammar("a byte table cannot stand inside a language of code points")
@@ -330,14 +330,15 @@ def _absorb(conjunctions: Iterable[_Conjunction]) -> _Formula:
     return frozenset(kept)
 
 
-def _has_lookahead(node: ir.Node) -> bool:
+def has_lookahead(node: ir.Node) -> bool:
+    """Return whether a lookahead stands in a regular node."""
     match node:
         case ir.Lookahead():
             return True
         case ir.Concatenation(parts) | ir.Choice(parts):
-            return any(_has_lookahead(p) for p in parts)
+            return any(has_lookahead(p) for p in parts)
         case ir.Repeat(item, _, _):
-            return _has_lookahead(item)
+            return has_lookahead(item)
         case _:
             return False
 

@@ -255,7 +255,7 @@ class _Converter:
         return self.refused(token, f"{token} (it looks beyond the terminal)")
 
     def refused(self, token: str, what: str) -> InvalidRegex:
-        positions = [p for p, t in _constructs(self.pattern) if t == token]
+        positions = [p for p, t in constructs(self.pattern) if t == token]
         where = f" (position {', '.join(map(str, positions))})" if positions else ""
         return InvalidRegex(
             f"the pattern {_short(self.pattern)} uses {what}{where}, which cannot be enforced while generating; "
@@ -355,7 +355,7 @@ _LEXEME = re.compile(
 )
 
 
-def _constructs(pattern: str) -> Iterable[tuple[int, str]]:
+def constructs(pattern: str) -> Iterable[tuple[int, str]]:
     """Yield (position, token) of each construct that may be refused, also in the comments of verbose patterns."""
     for m in _LEXEME.finditer(pattern):
         if m.lastgroup in ("backreference", "possessive"):

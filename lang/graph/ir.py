@@ -203,6 +203,8 @@ class Generate(Node, frozen=True, tag="generate"):
 
     def narrowed(self) -> Narrowing:
         """Return the constraint with the checks that become masks, and which checks these are."""
+        if self.sampling.stop_regex:
+            return Narrowing(self.constraint, (), self.checks)  # a mask cannot know where the text is cut off
         return narrowing(self.constraint, self.checks, self.type, self.sampling.stop or ())
 
 

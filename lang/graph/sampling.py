@@ -81,6 +81,7 @@ _TABLE = (
     SamplingField("seed", "int", limit="an integer or None", takes_none=True, native="sampling_seed", is_openai=True),
     SamplingField("min_tokens", "int", 0, limit="an integer >= 0", native="min_new_tokens"),
     SamplingField("stop", "texts", limit="strings that are not empty", is_openai=True),
+    SamplingField("stop_regex", "texts", limit="patterns that are not empty"),
     SamplingField("stop_token_ids", "tokens", limit="token ids >= 0"),
     SamplingField("ignore_eos", "bool", limit="True or False"),
     SamplingField("logprobs", "int", 0, 64, "in [0, 64], or None", takes_none=True, is_openai=True),
@@ -93,7 +94,8 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unk
 
     `temperature` 0 is greedy; `top_k` 0, `top_p` 1 and `min_p` 0 are off. `seed` None draws a seed at submission; with
     the same seed a request gives the same tokens in every batch. `logprobs` None returns none; n >= 0 returns those of
-    the chosen token and of the n likeliest. `max_tokens` None: the limit of the engine's configuration and the context.
+    the chosen token and of the n likeliest. A text ends before a string of `stop`, or what a pattern of `stop_regex`
+    matches, that is complete first. `max_tokens` None: the limit of the engine's configuration and the context.
     """
 
     max_tokens: int | None = 128
@@ -108,6 +110,7 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unk
     seed: int | None = None
     min_tokens: int = 0
     stop: tuple[str, ...] = ()
+    stop_regex: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
@@ -127,6 +130,11 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unk
     @property
     def is_greedy(self) -> bool:
         return self.temperature == 0.0
+
+    @property
+    def has_stops(self) -> bool:
+        """True if the text ends before a string or a pattern, which may begin inside a token."""
+        return bool(self.stop or self.stop_regex)
 
     @property
     def edits_logits(self) -> bool:
@@ -161,6 +169,7 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_f
     logit_bias: tuple[tuple[int, float], ...] | None = None
     seed: int | None = None
     stop: tuple[str, ...] | None = None
+    stop_regex: tuple[str, ...] | None = None
     stop_token_ids: tuple[int, ...] | None = None
     ignore_eos: bool | None = None
     logprobs: int | None = None
@@ -188,8 +197,9 @@ def to_sampling(values: Mapping[str, Any]) -> Sampling:  # Any: whatever a calle
         known = ", ".join(Sampling.__struct_fields__)
         raise InvalidSampling(f"{unknown[0]!r} is no sampling value; known: {known}", param=unknown[0])
     given = {name: value for name, value in values.items() if value is not None}
-    if isinstance(given.get("stop"), str):
-        given["stop"] = (given["stop"],)
+    for name in ("stop", "stop_regex"):
+        if isinstance(given.get(name), str):
+            given[name] = (given[name],)
     if isinstance(given.get("logit_bias"), Mapping):
         given["logit_bias"] = tuple(sorted(given["logit_bias"].items()))
     try:

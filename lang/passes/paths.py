@@ -313,6 +313,7 @@ class _Interpreter:
         point = self._extend(prompt, (tokens,), node.id)
         has_stop = (
             node.sampling.stop
+            or node.sampling.stop_regex
             or ir.is_thinking(self._graph.nodes, node)
             or (self._target.stop_strings and ir.is_in_message(self._graph.nodes, node))
         )

@@ -63,7 +63,8 @@ class Gen(Expr):
 
     def _think(self, recorder: Recorder, sampling: ir.Sampling, limit: int) -> None:
         """Append the model's thinking: free text of at most `limit` tokens between the template's marks."""
-        own = {"max_tokens": limit, "min_tokens": None, "stop": None, "stop_token_ids": None, "logprobs": None}
+        values = ("min_tokens", "stop", "stop_regex", "stop_token_ids", "logprobs")
+        own = {"max_tokens": limit, **dict.fromkeys(values)}
         seed = recorder.seed_of_place() if sampling.seed is None else sampling.seed
         recorder.add(ir.Thinking, is_open=True)
         recorder.add(ir.Generate, sampling=msgspec.structs.replace(sampling, seed=seed, **own))

@@ -169,7 +169,7 @@ class HostAutomaton:
     def _is_watched(self) -> bool:
         """Whether the request asks for something of each token, so that tokens are taken as they were sampled."""
         params = self.sequence.request.sampling
-        return params.edits_logits or params.logprobs is not None or bool(params.stop)
+        return params.edits_logits or params.logprobs is not None or params.has_stops
 
     @property
     def _num_left(self) -> int:

@@ -31,7 +31,8 @@ from ramet.runtime.engine.loading import load
 from ramet.runtime.engine.validation import RequestBorder
 from ramet.runtime.models.load import LoadedModel
 from ramet.runtime.parallel.model import SharedModel
-from ramet.runtime.text.detokenizer import Detokenizer, StopStringScanner
+from ramet.runtime.text.detokenizer import Detokenizer
+from ramet.runtime.text.stops import StopScanner
 from ramet.runtime.types import (
     NO_OPTIONS,
     FinishReason,
@@ -61,7 +62,7 @@ class _Stream:
     request: Request
     on_output: OnOutput
     detokenizer: Detokenizer | None
-    scanner: StopStringScanner | None
+    scanner: StopScanner | None
     submitted_s: float
     num_again: int = 0
     num_reported: int = 0
@@ -166,14 +167,14 @@ class Engine:
             request_id=request_id,
         )
         handle = RequestHandle(request.request_id, self.abort)
-        stops = request.sampling.stop
+        params = request.sampling
         again = b"" if grammar is None else grammar.before
-        detokenizer = Detokenizer(self.tokenizer.token_bytes, len(again)) if detokenize or stops else None
+        detokenizer = Detokenizer(self.tokenizer.token_bytes, len(again)) if detokenize or params.has_stops else None
         stream = _Stream(
             request,
             on_output or self._push_to(handle),
             detokenizer,
-            StopStringScanner(stops) if stops else None,
+            StopScanner(params.stop, params.stop_regex) if params.has_stops else None,
             request.arrival_s,
             num_again=1 if again else 0,
         )

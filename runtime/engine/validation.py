@@ -10,6 +10,7 @@ import time
 import numpy as np
 
 from ramet.errors import ContextOverflow, InvalidRequest, InvalidSampling
+from ramet.runtime.text.stops import check_pattern
 from ramet.runtime.text.tokenizer import Tokenizer
 from ramet.runtime.types import Grammar, Request, RequestOptions, SamplingParams, TokenIds, wrong_option
 
@@ -67,6 +68,8 @@ class RequestBorder:
             for token in tokens:
                 if token >= vocab:
                     raise InvalidSampling(f"{name} names token {token}, but the vocabulary has {vocab:,}", param=name)
+        for pattern in sampling.stop_regex:
+            check_pattern(pattern)
         num_prompt = len(prompt_ids)
         score_from = options.score_from
         if score_from is not None and not 1 <= score_from <= num_prompt:

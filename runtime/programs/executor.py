@@ -258,7 +258,8 @@ class ProgramExecutor:
                 return
             again = again if goes_on else b""
         # A grammar that allows the space itself needs no lead.
-        is_free = not again and not any(stop.startswith(" ") for stop in node.sampling.stop or ())
+        stops = node.sampling.stop or ()
+        is_free = not again and not node.sampling.stop_regex and not any(stop.startswith(" ") for stop in stops)
         may_lead = is_free and node.is_typed and before.takes_space(self._model.tokenizer)
         lead = b" " if may_lead and grammar is not None and grammar.advance_bytes(0, b" ") is None else b""
         is_in_message = ir.is_in_message(self._index.nodes, node)

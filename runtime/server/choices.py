@@ -14,13 +14,16 @@ from dataclasses import dataclass
 from msgspec.structs import replace
 
 from ramet.errors import GrammarError, InvalidRequest, RametError
+from ramet.grammar.tools.events import CallStart, TextDelta, ToolCallReader
+from ramet.grammar.tools.formats import ToolFormat
 from ramet.lang.graph.ir import Constraint
 from ramet.runtime.server.errors import HttpError
 from ramet.runtime.server.link.protocol import Output, Submit
 from ramet.runtime.server.link.proxy import EngineProxy
 from ramet.runtime.server.link.streams import OutputStream
 from ramet.runtime.server.sampling_fields import seed_of_choice
-from ramet.runtime.text.detokenizer import Detokenizer, StopStringScanner
+from ramet.runtime.text.detokenizer import Detokenizer
+from ramet.runtime.text.stops import StopScanner
 from ramet.runtime.types import NO_OPTIONS, RequestOptions, SamplingParams
 
 MAX_SCORED_TOGETHER = 16  # prompts of one request: the others of a long list must not use up the requests in flight
@@ -53,9 +56,10 @@ class Job:
     """The parts of a request that all choices of an answer share.
 
     `constraint_field`: the body's field with the constraint. `shown_bytes`: the bytes of each token, if special tokens
-    (markers of tool calls) must appear in the text; None if the engine's own text suffices. `is_whole`: the reader
-    wants only the complete output. `prompt_field`: the body's field with the prompt. `client`: who asks.
-    `heals`: as in Submit.
+    (markers of tool calls) must appear in the text; None if the engine's own text suffices. `calls`: how calls are
+    written in the answer, if it may have some; stop strings and patterns do not look into calls, so they are looked for
+    here and not in the engine. `is_whole`: the reader wants only the complete output. `prompt_field`: the body's field
+    with the prompt. `client`: who asks. `heals`: as in Submit.
     """
 
     prompt_ids: Sequence[int]
@@ -65,10 +69,16 @@ class Job:
     options: RequestOptions = NO_OPTIONS
     reasoning: FreeReasoning | None = None
     shown_bytes: Sequence[bytes] | None = None
+    calls: ToolFormat | None = None
     is_whole: bool = False
     prompt_field: str = "prompt"
     heals: bool = False
     client: tuple[str, ...] = ()
+
+    @property
+    def has_outer_stops(self) -> bool:
+        """True if stop strings and patterns are looked for outside the engine."""
+        return self.calls is not None and self.sampling.has_stops
 
 
 def heals(wanted: bool | None, constraint: Constraint | None, *, is_text: bool, has_logprobs: bool) -> bool:
@@ -103,7 +113,9 @@ class ChoiceStream:
         self._sampling = job.sampling
         if index:  # a changed copy is checked anew, which takes 5 us
             self._sampling = replace(job.sampling, seed=seed_of_choice(job.sampling.seed, index))
-        self._text = None if job.shown_bytes is None else _ShownText(job)
+        if job.has_outer_stops:
+            self._sampling = replace(self._sampling, stop=(), stop_regex=())
+        self._text = None if job.shown_bytes is None else _ShownText(job, job.shown_bytes)
         if job.reasoning is None:
             self._stream = self._submit(self._id, job.prompt_ids, self._sampling, job.constraint)
         else:
@@ -115,7 +127,7 @@ class ChoiceStream:
         job = self._job
         stream = self._proxy.submit(
             Submit(request_id, list(ids), sampling, constraint, job.options, job.client, job.heals),
-            is_whole=job.is_whole,
+            is_whole=job.is_whole and not job.has_outer_stops,
         )
         self._end = stream.close
         return aiter(stream)
@@ -127,11 +139,13 @@ class ChoiceStream:
     async def __aiter__(self) -> AsyncGenerator[Output, None]:
         try:
             if self._job.reasoning is None:
-                async for output in self._stream:
-                    yield self._shown(output)
-                return
-            async for output in self._in_two_parts(self._job.reasoning):
+                outputs = self._stream
+            else:
+                outputs = self._in_two_parts(self._job.reasoning)
+            async for output in outputs:
                 yield self._shown(output)
+                if output.finish_reason is not None:
+                    return
         except GrammarError as error:
             field = self._job.constraint_field
             raise HttpError(400, f"{field}: {error}", param=field, code="invalid_grammar") from None
@@ -194,15 +208,22 @@ def _free(sampling: SamplingParams, reasoning: FreeReasoning) -> SamplingParams:
 
 
 class _ShownText:
-    """The text of increments with some special tokens spelled out. Stop strings are cut off as in the engine."""
+    """The text of increments with some special tokens spelled out. Stop strings are cut off as in the engine.
 
-    def __init__(self, job: Job) -> None:
-        assert job.shown_bytes is not None
-        stops = job.sampling.stop
-        self._detokenizer = Detokenizer(job.shown_bytes)
-        self._scanner = StopStringScanner(stops) if stops else None
+    Where the answer may have calls, stop strings and patterns are looked for in the text before them alone, and end the
+    answer here.
+    """
+
+    def __init__(self, job: Job, shown_bytes: Sequence[bytes]) -> None:
+        params = job.sampling
+        self._detokenizer = Detokenizer(shown_bytes)
+        self._scanner = StopScanner(params.stop, params.stop_regex) if params.has_stops else None
+        self._calls = ToolCallReader(job.calls) if job.calls is not None and job.has_outer_stops else None
+        self._unread = ""  # text of which the reader of calls does not know yet whether it begins one
 
     def push(self, output: Output) -> str:
+        if self._calls is not None:
+            return self._before_calls(output, self._calls)
         text = self._detokenizer.push(output.token_ids)
         is_last = output.finish_reason is not None
         if is_last and not isinstance(output.stop_match, str):
@@ -210,6 +231,54 @@ class _ShownText:
         if self._scanner is None:
             return text
         return self._scanner.flush(text) if is_last else self._scanner.push(text)[0]
+
+    def _before_calls(self, output: Output, calls: ToolCallReader) -> str:
+        """Return the text of an increment. Where a stop matches, the increment becomes the last one, and ends there."""
+        text, scanner, count = "", self._scanner, len(output.token_ids)
+        assert scanner is not None
+        for index, token in enumerate(output.token_ids):
+            text += self._read(self._detokenizer.push([token]), calls, scanner)
+            if scanner.matched is not None:
+                count = index + 1
+                break
+        else:
+            if output.finish_reason is None:
+                return text
+            text += self._read(self._detokenizer.flush(), calls, scanner)
+            if self._calls is not None and any(isinstance(event, CallStart) for event in calls.finish()):
+                text += scanner.flush() + self._unread  # a call that was cut off
+            elif self._calls is not None:
+                text += scanner.flush(self._unread)
+        if scanner.matched is not None:
+            _end_after(output, count, scanner.matched)
+        return text
+
+    def _read(self, text: str, calls: ToolCallReader, scanner: StopScanner) -> str:
+        found = ""
+        for character in text:
+            if scanner.matched is not None:
+                break
+            if self._calls is None:
+                found += character
+                continue
+            self._unread += character
+            for event in calls.push(character.encode("utf-8", "replace")):
+                if isinstance(event, TextDelta):
+                    found += scanner.push(event.text)[0]
+                    self._unread = self._unread[len(event.text) :]
+                elif isinstance(event, CallStart) and scanner.matched is None:  # only calls follow
+                    found += scanner.flush() + self._unread
+                    self._calls = self._scanner = None
+        return found
+
+
+def _end_after(output: Output, count: int, stop: str) -> None:
+    """Make an increment the last one: a stop matched in its token number `count`."""
+    output.completion_tokens -= len(output.token_ids) - count
+    output.finish_reason, output.stop_match, output.incomplete = "stop", stop, None
+    for values in (output.token_ids, output.logprobs, output.top_logprobs):
+        if values is not None:
+            del values[count:]
 
 
 async def merged(choices: Sequence[ChoiceStream]) -> AsyncGenerator[tuple[int, Output], None]:

@@ -108,7 +108,7 @@ def _engine_value(field: SamplingField, value: Any, name: str) -> Any:  # Any: a
     if field.kind == "texts":
         texts = (value,) if isinstance(value, str) else tuple(value)
         if len(texts) > MAX_STOPS:
-            raise HttpError(400, f"stop has {len(texts)} strings; the limit is {MAX_STOPS}", param=name)
+            raise HttpError(400, f"{field.name} has {len(texts)} texts; the limit is {MAX_STOPS}", param=name)
         return texts
     if field.kind == "tokens":
         return tuple(value)

@@ -66,7 +66,6 @@ REFUSED: Mapping[str, str] = {
     "session_id": "conversations are recognised by their messages",
     "session_params": "conversations are recognised by their messages",
     "spaces_between_special_tokens": "special tokens are never text",
-    "stop_regex": "use stop, or a regex constraint",
     "stream_interval": "tokens come as they are made; what a slow reader has not taken is merged",
     "suffix": "the model does not fill in the middle",
     "token_ids_logprob": "use top_logprobs_num",

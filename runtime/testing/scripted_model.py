@@ -25,6 +25,7 @@ from ramet.errors import ContextOverflow, EmptyPrompt, EngineStopped
 from ramet.runtime.cache.probe import Difference, trie_differences
 from ramet.runtime.testing.byte_tokenizer import ByteTokenizer
 from ramet.runtime.text.detokenizer import Detokenizer
+from ramet.runtime.text.stops import StopScanner
 from ramet.runtime.types import (
     NO_OPTIONS,
     FinishReason,
@@ -356,11 +357,10 @@ class ScriptedEngine:
             tokens.append(token)
             if token in stops:
                 return tokens[:-1], self._text(job, tokens[:-1]), FinishReason.STOP, token
-            if sampling.stop and len(tokens) >= sampling.min_tokens:
-                text = self._text(job, tokens)
-                found = [(text.find(stop), stop) for stop in sampling.stop if stop in text]
-                if found:
-                    return tokens, text[: min(found)[0]], FinishReason.STOP, min(found)[1]
+            if sampling.has_stops and len(tokens) >= sampling.min_tokens:
+                text, matched = StopScanner(sampling.stop, sampling.stop_regex).push(self._text(job, tokens))
+                if matched is not None:
+                    return tokens, text, FinishReason.STOP, matched
             if len(tokens) == limit:
                 break
         state = self._state(job, tokens)

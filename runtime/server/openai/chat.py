@@ -59,8 +59,9 @@ from ramet.runtime.server.sampling_fields import (
     sampling_params,
 )
 from ramet.runtime.server.sending import DONE, EventStream, Json, LastEvent, collected, event
-from ramet.runtime.server.served_model import ServedModel, client_of
+from ramet.runtime.server.served_model import LITTLE_BYTES, ServedModel, client_of
 from ramet.runtime.text.detokenizer import count_kept_tokens
+from ramet.runtime.text.stops import check_pattern
 from ramet.runtime.text.thinking import THINK, ThinkingMarks, thinking_marks
 from ramet.runtime.text.tokenizer import Tokenizer
 from ramet.runtime.text.tool_style import ToolStyle, tool_style
@@ -134,7 +135,10 @@ class ChatEndpoint:
         """
         salt = self._served.cache_salt(request, body.cache_salt or "")
         try:
-            plan = await self._served.compute(len(await request.body()), self._plan, body, salt, clamps)
+            size = len(await request.body())
+            if "stop_regex" in body.model_fields_set:  # compiling may take a while
+                size += LITTLE_BYTES
+            plan = await self._served.compute(size, self._plan, body, salt, clamps)
         except InvalidRequest as error:
             raise name_prompt(error, field) from None
         plan = replace(plan, job=replace(plan.job, prompt_field=field, client=client_of(request)))
@@ -160,6 +164,8 @@ class ChatEndpoint:
         max_tokens = _max_tokens(body)
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         sampling = sampling_params(body, max_tokens=max_tokens, logprobs=logprobs)
+        for pattern in sampling.stop_regex:
+            check_pattern(pattern)
         template_stops = self._tokenizer.chat_template.stop_strings
         if template_stops:
             sampling = msgspec.structs.replace(sampling, stop=(*sampling.stop, *template_stops))
@@ -187,7 +193,9 @@ class ChatEndpoint:
         if clamps and context is not None and max_tokens is not None and 0 < context - len(ids) < max_tokens:
             sampling = msgspec.structs.replace(sampling, max_tokens=context - len(ids))
         field_name, constraint = asked or (None, None)
-        shown = self._shown_bytes if style is not None else self._shown_reasoning_bytes
+        shown: Sequence[bytes] | None = self._shown_bytes if style is not None else self._shown_reasoning_bytes
+        if style is not None and shown is None and sampling.has_stops:
+            shown = self._tokenizer.token_bytes
         job = Job(
             ids,
             sampling,
@@ -196,6 +204,7 @@ class ChatEndpoint:
             RequestOptions(cache_salt=salt, priority=body.priority or 0),
             reasoning,
             shown,
+            None if style is None else style.format,
             is_whole=not body.stream,
         )
         return Plan(body, prompt, job, style, position, marks)

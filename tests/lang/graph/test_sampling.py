@@ -23,6 +23,7 @@ VALUES: dict[str, tuple[list[Any], list[Any]]] = {  # field: what is taken, what
     "seed": ([None, -(2**63), 2**63], [1.5, True, "x"]),
     "min_tokens": ([0, 128], [-1, 129, 1.5]),
     "stop": ([(), ("a", "b")], [("",), ["a"], "a", (1,)]),
+    "stop_regex": ([(), ("a+", "[b]")], [("",), ["a"], "a", (1,)]),
     "stop_token_ids": ([(), (0, 7)], [(-1,), (1.5,), (True,), 5]),
     "ignore_eos": ([True, False], [None, 1, "x"]),
     "logprobs": ([None, 0, 64], [-1, 65, 1.5]),

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import pytest
 
-from ramet import MockBackend, assistant, function, gen, select, system, use_backend, user
+from ramet import MockBackend, assistant, function, gen, select, starts_with, system, use_backend, user
 from ramet.errors import (
     ConfigError,
     DeadlineExceeded,
@@ -981,3 +981,22 @@ def test_a_method_is_the_program_of_its_object(backend: MockBackend) -> None:
     joined = both.run(guides=[Guide("Rome"), Guide("Oslo")], backend=slow)
     assert joined.text() == "2 days in Rome? walk\n2 days in Oslo? swim\n"
     assert Guide.plan.name == "plan"
+
+
+def test_a_generation_ends_before_what_a_pattern_matches() -> None:
+    @function(temperature=0)
+    def plan(s: State, pattern: str) -> None:
+        s += "A trip? " + gen("plan", stop_regex=pattern) + "!"
+
+    slow = MockBackend({"trip?": "walk for 12 km. Rest"})
+    state = plan.run(pattern=r" \d+ ?k?m", backend=slow)
+    assert (state["plan"], state.text()) == ("walk for", "A trip? walk for!")
+    assert state.meta("plan")["finish_reason"] == "stop"
+
+    @function(temperature=0, stop_regex=r"\d")
+    def checked(s: State) -> None:
+        s += "trip? " + gen("plan", where=starts_with("walk"))
+
+    assert checked.run(backend=slow)["plan"] == "walk for "
+    with pytest.raises(ProgramError, match="looks beyond"):
+        plan.run(pattern="a$", backend=slow)["plan"]

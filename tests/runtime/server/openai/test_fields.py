@@ -34,6 +34,7 @@ SHARED: Json = {
     "max_tokens": 7,
     "seed": 3,
     "stop": "x",
+    "stop_regex": "x+",
     "stop_token_ids": [5],
     "ignore_eos": True,
     "logit_bias": {"5": 3},

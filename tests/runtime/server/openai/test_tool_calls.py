@@ -177,3 +177,46 @@ def test_calls_behind_reasoning_are_read() -> None:
         reader.push(character)
     reader.finish()
     assert (reader.reasoning, reader.content, len(reader.calls)) == ("hm", "Let me see.", 2)
+
+
+@given(
+    cuts=st.lists(st.integers(0, 400), max_size=8),
+    stops=st.sampled_from([["}"], ["add"], ["\n<"], ['"'], ["tool", "é"]]),
+)
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_stop_string_does_not_cut_a_call(
+    client: Client, merge_deltas: Any, cuts: list[int], stops: list[str]
+) -> None:
+    client.engine.says(TWO_CALLS, cuts=cuts)
+    choice = client.chat(tools=TOOLS, stop=stops, stop_regex='a": .')["choices"][0]
+    assert (choice["finish_reason"], choice["message"]["content"]) == ("tool_calls", "Let me see.")
+    assert [call["function"]["arguments"] for call in choice["message"]["tool_calls"]] == ['{"a": "é }"}', "{}"]
+    assert merge_deltas(client.chunks(tools=TOOLS, stop=stops))["finish_reason"] == "tool_calls"
+    assert all(not command.sampling.has_stops for command in client.engine.submitted[-2:])
+
+
+@given(cuts=st.lists(st.integers(0, 400), max_size=8), fields=st.sampled_from([{"stop": "me"}, {"stop_regex": "m."}]))
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_stop_before_the_calls_ends_the_answer_there(
+    client: Client, merge_deltas: Any, cuts: list[int], fields: dict[str, str]
+) -> None:
+    client.engine.says(TWO_CALLS, cuts=cuts)
+    answer = client.chat(tools=TOOLS, return_token_ids=True, **fields)
+    (choice,) = answer["choices"]
+    assert (choice["finish_reason"], choice["message"]["content"]) == ("stop", "Let ")
+    assert choice["matched_stop"] == next(iter(fields.values()))
+    assert "tool_calls" not in choice["message"]
+    assert bytes(choice["token_ids"]) == b"Let me"
+    assert answer["usage"]["completion_tokens"] == len("Let me")
+    assert client.engine.streams[-1].was_aborted
+    streamed = merge_deltas(client.chunks(tools=TOOLS, **fields))
+    assert (streamed["content"], streamed["finish_reason"]) == ("Let ", "stop")
+
+
+def test_a_stop_that_only_begins_before_a_cut_call_is_text(client: Client) -> None:
+    client.engine.says("Go.\n<tool_call>\n{", finish="length")
+    choice = client.chat(tools=TOOLS, stop=["\n<x", "tool"])["choices"][0]
+    assert (choice["finish_reason"], choice["message"]["content"]) == ("length", "Go.")
+    assert choice["message"]["tool_calls"][0]["incomplete"] is True
+    client.engine.says("Go <to", finish="length")
+    assert client.chat(tools=TOOLS, stop=["tool"])["choices"][0]["message"]["content"] == "Go <to"
