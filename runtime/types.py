@@ -324,6 +324,7 @@ class RequestOutput:
 
     `stop_match`: the stop string or stop token that ended the request. `error`: set with FinishReason.ERROR or ABORT.
     `incomplete`: with FinishReason.LENGTH, the reason why a constrained text is incomplete; None if it is complete.
+    `was_closed`: with FinishReason.STOP, True if a constrained text ended because `max_tokens` left no room for more.
     """
 
     request_id: str
@@ -339,3 +340,4 @@ class RequestOutput:
     error: Exception | None = None
     timings: Mapping[str, Any] | None = None  # seconds: queue_s, first_token_s, total_s; values are floats
     incomplete: str | None = None
+    was_closed: bool = False

@@ -32,7 +32,8 @@ class HostAutomaton:
 
     `state`: None once the text is past its end (the request ignores end tokens). `can_finish`: False once no complete
     text fits into `max_tokens`. It stays False, because each token shortens the path to the end by at most one.
-    `mask`: of the next token, int32 [W]; None if every token is allowed. `incomplete`: why the text is incomplete, if
+    `was_closed`: a token was replaced because the text would not have ended within `max_tokens`. `mask`: of the next
+    token, int32 [W]; None if every token is allowed. `incomplete`: why the text is incomplete, if
     `max_tokens` has ended it. `is_free`: any token may follow from now on. `is_complete`, `num_held`, `num_after`: of
     the text so far, as in RowOutput.
     """
@@ -41,6 +42,7 @@ class HostAutomaton:
     grammar: Grammar
     state: int | None = 0
     can_finish: bool = True
+    was_closed: bool = False
     mask: NDArray[np.int32] | None = None
     incomplete: str | None = None
     is_free: bool = False
@@ -188,8 +190,10 @@ class HostAutomaton:
         """
         end_token, completion = self.sequence.request.end_token, self.grammar.shortest_completion(state)
         if completion and len(completion) <= self._num_left + 1:
+            self.was_closed = True
             return completion[0], self.grammar.advance(state, completion[0])
         if not completion and end_token is not None and self.grammar.is_accepting(state):
+            self.was_closed = True
             return end_token, after  # the text may end here, but not after any other token
         self.can_finish = False
         return token, after

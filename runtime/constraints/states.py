@@ -179,6 +179,15 @@ class GrammarStates:
         shortest = 0 if tables.closing is None else int(tables.closing.need[0])
         return cut_off(sequence.request.max_tokens, 0 if shortest >= IMPOSSIBLE else shortest)
 
+    def was_closed(self, sequence: Sequence) -> bool:
+        """Return whether `max_tokens` made a text end that matches its grammar: the model may have wanted more of it.
+
+        The device does not tell which tokens it replaces. There, a text was closed if it took all of `max_tokens`.
+        """
+        if sequence in self._on_host:
+            return self._on_host[sequence].was_closed
+        return sequence in self._on_device and len(sequence.output_ids) >= sequence.request.max_tokens
+
     # --- works
 
     @property

@@ -31,12 +31,14 @@ _BESIDE_S, _ALONE_S = 0.001, 0.02
 class SequenceUpdate:
     """A step's result for one sequence: its new tokens. `sequence.finish_reason` says whether it is finished.
 
-    incomplete: with FinishReason.LENGTH, why a constrained text is incomplete; None if it is complete.
+    incomplete: with FinishReason.LENGTH, why a constrained text is incomplete; None if it is complete. was_closed: with
+    FinishReason.STOP, whether `max_tokens` made a constrained text end.
     """
 
     sequence: Sequence
     output: RowOutput
     incomplete: str | None = None
+    was_closed: bool = False
 
 
 class EngineCore:
@@ -206,7 +208,7 @@ class EngineCore:
         was_live = [not item.sequence.is_finished for item in items]
         self.scheduler.finish_step(items, outputs)
         return [
-            SequenceUpdate(item.sequence, output, self._why_incomplete(item.sequence))
+            SequenceUpdate(item.sequence, output, self._why_incomplete(item.sequence), self._was_closed(item.sequence))
             for item, output, live in zip(items, outputs, was_live, strict=True)
             if live and (output.token_ids or output.prompt_logprobs is not None or item.sequence.is_finished)
         ]
@@ -214,6 +216,10 @@ class EngineCore:
     def _why_incomplete(self, sequence: Sequence) -> str | None:
         is_cut = sequence.finish_reason is FinishReason.LENGTH and sequence.request.grammar is not None
         return self.grammars.why_incomplete(sequence) if is_cut else None
+
+    def _was_closed(self, sequence: Sequence) -> bool:
+        is_whole = sequence.finish_reason is FinishReason.STOP and sequence.request.grammar is not None
+        return is_whole and self.grammars.was_closed(sequence)
 
     def _needs_host(self, item: ScheduledSequence) -> bool:
         """Return True if the host must know a joining sequence's tokens before each of its steps.

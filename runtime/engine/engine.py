@@ -481,6 +481,7 @@ class Engine:
                     "total_s": now_s - stream.submitted_s,
                 },
                 incomplete=None if update is None else update.incomplete,
+                was_closed=update is not None and update.was_closed,
             ),
         )
 

@@ -17,7 +17,8 @@ from ramet.runtime.types import FinishReason, RequestOutput, TopTokens, Usage
 class RequestResult:
     """A finished request. If requested, `logprobs` and `top_logprobs` are as long as `token_ids`.
 
-    `incomplete`: the reason why a constrained text that `max_tokens` cut off is incomplete.
+    `incomplete`: the reason why a constrained text that `max_tokens` cut off is incomplete. `was_closed`: as in
+    RequestOutput.
     """
 
     text: str
@@ -31,6 +32,7 @@ class RequestResult:
     prompt_tops: tuple[TopTokens, ...] | None = None
     timings: dict[str, float] = field(default_factory=dict)
     incomplete: str | None = None
+    was_closed: bool = False
 
 
 class RequestHandle:
@@ -121,6 +123,7 @@ class RequestHandle:
             prompt_tops=tuple(prompt_tops) if prompt_tops else None,
             timings=dict(last.timings or {}),
             incomplete=last.incomplete,
+            was_closed=last.was_closed,
         )
 
 

@@ -83,6 +83,8 @@ class Generation:
             meta = {"logprobs": self._logprobs[own], "token_ids": self._tokens[own]}
         if output.incomplete is not None:
             meta["incomplete"] = output.incomplete
+        if output.was_closed:
+            meta["closed_by_budget"] = True
         timings = output.timings or {}
         first_token_s, queue_s = timings.get("first_token_s"), timings.get("queue_s")
         text, lead = "".join(self._texts), self.requests[0].lead.decode()

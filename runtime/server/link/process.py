@@ -310,6 +310,7 @@ def _to_report(output: RequestOutput) -> Output:
         error=None if output.error is None else ErrorInfo.of(output.error),
         timings=None if output.timings is None else dict(output.timings),
         incomplete=output.incomplete,
+        was_closed=output.was_closed,
     )
 
 

@@ -133,6 +133,7 @@ class Output(msgspec.Struct, tag="output", omit_defaults=True):
 
     `logprobs`, `top_logprobs`: one entry for each of `token_ids`. `prompt_logprobs`, `prompt_tops`: one for each scored
     token of the prompt. `incomplete`: why a constrained text is incomplete.
+    `was_closed`: it is whole, and ended because `max_tokens` left no room for more.
     """
 
     id: str
@@ -150,6 +151,7 @@ class Output(msgspec.Struct, tag="output", omit_defaults=True):
     error: ErrorInfo | None = None
     timings: dict[str, float] | None = None
     incomplete: str | None = None
+    was_closed: bool = False
 
     def absorb(self, later: Output) -> None:
         """Merge the next increment into this one, so a slow reader holds only one object."""
@@ -162,7 +164,7 @@ class Output(msgspec.Struct, tag="output", omit_defaults=True):
         self.prompt_tokens, self.cached_tokens = later.prompt_tokens, later.cached_tokens
         self.completion_tokens = later.completion_tokens
         self.finish_reason, self.stop_match, self.error = later.finish_reason, later.stop_match, later.error
-        self.incomplete = later.incomplete
+        self.incomplete, self.was_closed = later.incomplete, later.was_closed
         self.timings = later.timings if later.timings is not None else self.timings
 
 

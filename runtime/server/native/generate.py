@@ -16,6 +16,7 @@ from ramet.runtime.server.errors import HttpError
 from ramet.runtime.server.link.protocol import Output
 from ramet.runtime.server.logprobs import finite, token_text
 from ramet.runtime.server.native.bodies import MAX_PROMPTS, GenerateBody
+from ramet.runtime.server.openai.answers import ClosedByBudget
 from ramet.runtime.server.routing import Endpoint
 from ramet.runtime.server.sending import DONE, AnswerStruct, EventStream, LastEvent, collected, event
 from ramet.runtime.server.served_model import ServedModel, client_of
@@ -30,6 +31,7 @@ class GeneratedFinish(AnswerStruct):
     type: FinishType
     matched: str | int | UnsetType = UNSET
     incomplete: str | UnsetType = UNSET
+    closed_by_budget: ClosedByBudget = UNSET
 
 
 class GeneratedMeta(AnswerStruct):
@@ -315,4 +317,5 @@ def _finish(output: Output) -> GeneratedFinish | None:
         type=cast(FinishType, output.finish_reason),
         matched=UNSET if output.stop_match is None else output.stop_match,
         incomplete=UNSET if output.incomplete is None else output.incomplete,
+        closed_by_budget=True if output.was_closed else UNSET,
     )

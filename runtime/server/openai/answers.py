@@ -13,6 +13,11 @@ from ramet.runtime.server.sending import AnswerStruct, Json
 from ramet.runtime.text.tokenizer import Tokenizer
 
 Count = Annotated[int, Meta(ge=0)]
+_CLOSED = (
+    "a constrained answer is whole and ended because max_tokens left no room for more: the model may have wanted more"
+)
+# A field of every API's usage; of several answers, one is enough.
+ClosedByBudget = Annotated[Literal[True], Meta(description=_CLOSED)] | UnsetType
 FinishName = Literal["stop", "length", "tool_calls", "abort", "error"]
 
 
@@ -34,7 +39,7 @@ class HistoryUsage(AnswerStruct):
 
 
 class TokenUsage(AnswerStruct):
-    """`history`: present if the conversation contains earlier answers."""
+    """`history`: present if the conversation contains earlier answers. `closed_by_budget`: see ClosedByBudget."""
 
     prompt_tokens: Count
     completion_tokens: Count
@@ -42,6 +47,7 @@ class TokenUsage(AnswerStruct):
     prompt_tokens_details: PromptTokensDetails
     completion_tokens_details: CompletionTokensDetails
     history: HistoryUsage | UnsetType = UNSET
+    closed_by_budget: ClosedByBudget = UNSET
 
 
 class TokenLogprob(AnswerStruct):
@@ -184,15 +190,16 @@ def usage_of(outputs: Iterable[Output], prompts: Iterable[Output], reasoning_tok
 
     The choices of a prompt share it, so its tokens count once.
     """
-    firsts = list(prompts)
+    firsts, answers = list(prompts), list(outputs)
     num_prompt = sum(output.prompt_tokens for output in firsts)
-    num_completion = sum(output.completion_tokens for output in outputs)
+    num_completion = sum(output.completion_tokens for output in answers)
     return TokenUsage(
         prompt_tokens=num_prompt,
         completion_tokens=num_completion,
         total_tokens=num_prompt + num_completion,
         prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(output.cached_tokens for output in firsts)),
         completion_tokens_details=CompletionTokensDetails(reasoning_tokens=reasoning_tokens),
+        closed_by_budget=True if any(output.was_closed for output in answers) else UNSET,
     )
 
 

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import msgspec
-from msgspec import Meta
+from msgspec import UNSET, Meta
 
-from ramet.runtime.server.openai.answers import ChatLogprob, Count, TokenUsage
+from ramet.runtime.server.openai.answers import ChatLogprob, ClosedByBudget, Count, TokenUsage
 from ramet.runtime.server.responses.bodies import ResponsesBody
 from ramet.runtime.server.responses.translation import INPUT, Functions, OfferedName, sealed
 from ramet.runtime.server.sending import AnswerStruct, Json
@@ -37,6 +37,7 @@ class ResponseUsage(AnswerStruct):
     output_tokens: Count
     output_tokens_details: OutputTokensDetails
     total_tokens: Count
+    closed_by_budget: ClosedByBudget = UNSET
 
 
 class ResponseError(AnswerStruct):
@@ -93,6 +94,7 @@ def response_usage(usage: TokenUsage) -> ResponseUsage:
         output_tokens=usage.completion_tokens,
         output_tokens_details=OutputTokensDetails(reasoning_tokens=usage.completion_tokens_details.reasoning_tokens),
         total_tokens=usage.total_tokens,
+        closed_by_budget=usage.closed_by_budget,
     )
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 import threading
 import time
+from itertools import product
 from typing import Any, cast
 
+import msgspec
 import pytest
 import torch
 
@@ -341,6 +343,27 @@ def test_a_text_that_its_budget_cannot_hold_says_what_it_would_take(
                 assert is_whole or result.finish_reason is FinishReason.LENGTH
                 assert result.incomplete is None or f"takes {needed:,} tokens" in result.incomplete
                 assert f"({max_tokens:,})" in (result.incomplete or f"({max_tokens:,})")
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_a_text_that_its_budget_made_end_says_so(tiny_model: LoadedModel, on_device: bool) -> None:
+    grammar = compile_constraint("regex", r"\[(a|b|c|d){0,60}\]", vocabulary(tiny_model))
+    assert grammar.close()
+    with make_engine(tiny_model, on_device=on_device) as engine:
+        for max_tokens, seed in product((2, 5, 9, 64), range(6)):
+            sampling = SamplingParams(temperature=1.5, max_tokens=max_tokens, seed=seed)
+            result = engine.submit("x", sampling, grammar=grammar).result(timeout_s=60)
+            assert result.finish_reason is FinishReason.STOP
+            roomy = msgspec.structs.replace(sampling, max_tokens=64)
+            wanted = engine.submit("x", roomy, grammar=grammar).result(timeout_s=60)
+            was_closed = result.text != wanted.text
+            if on_device and len(wanted.token_ids) == max_tokens:
+                was_closed = True  # the device does not tell which tokens it replaced
+            assert result.was_closed == was_closed, (result, wanted)
+        cut = engine.submit("x", SamplingParams(max_tokens=1, seed=1), grammar=grammar).result(timeout_s=60)
+        assert (cut.finish_reason, cut.was_closed) == (FinishReason.LENGTH, False)
+        free = engine.submit("x", SamplingParams(max_tokens=3)).result(timeout_s=60)
+        assert not free.was_closed
 
 
 def test_a_whole_text_that_could_go_on_is_complete(tiny_model: LoadedModel) -> None:
