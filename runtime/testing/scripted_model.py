@@ -331,7 +331,7 @@ class ScriptedEngine:
                 reason if is_last else None,
                 stop_match=match if is_last else None,
                 logprobs=logprobs,
-                timings={"first_token_s": first_s, "total_s": time.monotonic() - job.arrival_s},
+                timings={"queue_s": 0.0, "first_token_s": first_s, "total_s": time.monotonic() - job.arrival_s},
             )
             sent, sent_text = end, len(chunk)
 

@@ -200,7 +200,7 @@ def test_a_stop_string_does_not_cut_a_call(
 def test_a_stop_before_the_calls_ends_the_answer_there(
     client: Client, merge_deltas: Any, cuts: list[int], fields: dict[str, str]
 ) -> None:
-    client.engine.says(TWO_CALLS, cuts=cuts)
+    client.engine.says(TWO_CALLS, cuts=cuts, finish="length")
     answer = client.chat(tools=TOOLS, return_token_ids=True, **fields)
     (choice,) = answer["choices"]
     assert (choice["finish_reason"], choice["message"]["content"]) == ("stop", "Let ")
