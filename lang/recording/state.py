@@ -13,7 +13,8 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any, Literal, overload
+from functools import partial
+from typing import Any, Literal, TypeVar, overload
 
 from ramet.errors import InvalidProgram, ProgramError, UndefinedVariable
 from ramet.lang import explain as explanations
@@ -24,6 +25,8 @@ from ramet.lang.recording.tool_loop import adrive, drive, loop_options, tool_loo
 from ramet.lang.running.run import Run
 from ramet.lang.running.tools import Tool, as_tools
 from ramet.lang.running.values import Value, plain, source_of
+
+T = TypeVar("T")
 
 
 class State:
@@ -115,7 +118,7 @@ class State:
             on_error=on_error,
             **sampling,
         )
-        return drive(self.recorder.run, [tool_loop(self.recorder, options)])[0]
+        return drive(self.recorder.run, tool_loop(self.recorder, options))
 
     async def acall_tools(self, tools: Sequence[Tool | Callable[..., Any]] | None = None, **options: Any) -> Value:
         """`call_tools` for `async def` programs. Async tools run on their event loop."""
@@ -141,11 +144,13 @@ class State:
         self.recorder.join([state.recorder for state in states], mode)
 
     def map(self, items: Iterable[Any], body: Callable[[State, Any], object]) -> Branches:
-        """Fork one branch for each item, and call `body(branch, item)`, which appends to it."""
+        """Fork one branch for each item, and call `body(branch, item)`, which appends to it.
+
+        A body that reads a value waits alone: the others go on (Branches.each).
+        """
         rows = list(items)
         branches = self.fork(len(rows)) if rows else Branches(self, [])
-        for branch, row in zip(branches, rows, strict=True):
-            body(branch, row)
+        self.recorder.run.together([partial(body, branch, row) for branch, row in zip(branches, rows, strict=True)])
         return branches
 
     def best_of(self, n: int, item: Appendable, by: Callable[[State], float]) -> State:
@@ -397,17 +402,23 @@ class Branches(Sequence[State]):
             items = item
         else:
             items = [item] * len(self)
-        for state, one in zip(self._states, items, strict=True):
-            state.append(one)
+        self._parent.recorder.run.together(
+            [partial(state.append, one) for state, one in zip(self._states, items, strict=True)]
+        )
         return self
+
+    def each(self, body: Callable[[State], T]) -> list[T]:
+        """Call `body(branch)` for every branch, and return the results in order.
+
+        A body that reads a value waits alone, while the bodies of the other branches go on; in a `for` loop over the
+        branches, the whole loop would wait. Bodies run on this thread, one at a time, and take turns where they wait.
+        """
+        return self._parent.recorder.run.together([partial(body, state) for state in self._states])
 
     def call_tools(self, tools: Sequence[Tool | Callable[..., Any]] | None = None, **options: Any) -> list[Value]:
         """Run State.call_tools on every branch at once, and return the answers. No branch waits for another's tool."""
         shared = None if tools is None else as_tools(tools)
-        recorders = [state.recorder for state in self._states]
-        found = [loop_options(recorder, shared, **options) for recorder in recorders]
-        loops = [tool_loop(recorder, one) for recorder, one in zip(recorders, found, strict=True)]
-        return drive(self._parent.recorder.run, loops)
+        return self.each(lambda branch: branch.call_tools(shared, **options))
 
     def join(self, mode: str = "gather") -> None:
         """Join all branches into the state that was forked; see State.join. Without branches, do nothing."""

@@ -2,7 +2,7 @@
 
 One step is a generation in the model's own tool format, and a message with the result of each call. Results are data
 edges: a program waits only for the model's calls, not for results, and tools run while other branches decode. The loop
-is a Python generator that yields the node it needs next, so that one thread can drive the loops of many branches.
+is a Python generator that yields the node it needs next, so that a thread or an event loop can wait for it.
 """
 
 from __future__ import annotations
@@ -146,29 +146,14 @@ def _constraint(options: LoopOptions, choice: str) -> ir.Constraint:
     return ir.Constraint("tools", json.dumps(source, ensure_ascii=False))
 
 
-def drive(run: Run, loops: Sequence[Generator[int, None, Value]]) -> list[Value]:
-    """Run the loops of several branches of one program on this thread, each as far as it can go."""
-    answers: dict[int, Value] = {}
-    waiting: dict[int, int] = {}  # loop -> node
-
-    def advance(index: int) -> None:
-        try:
-            waiting[index] = next(loops[index])
-        except StopIteration as end:
-            waiting.pop(index, None)
-            answers[index] = end.value
-
-    for index in range(len(loops)):
-        advance(index)
-    while waiting:
-        ready = [index for index, node in waiting.items() if run.outcomes.get(node) is not None]
-        if not ready:
-            run.need(next(iter(waiting.values())), WHY)
-            run.wait(lambda: any(run.outcomes.get(node) is not None for node in waiting.values()))
-            continue
-        for index in ready:
-            advance(index)
-    return [answers[index] for index in range(len(loops))]
+def drive(run: Run, loop: Generator[int, None, Value]) -> Value:
+    """Run one branch's loop on this thread."""
+    try:
+        while True:
+            run.read_quietly(next(loop), WHY)
+    except StopIteration as end:
+        found: Value = end.value
+        return found
 
 
 async def adrive(run: Run, loop: Generator[int, None, Value]) -> Value:

@@ -9,8 +9,10 @@ import asyncio
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 
 from ramet.lang.graph import ir
+from ramet.lang.running.turns import Pause
 
 Listener = Callable[[ir.NodeEvent], None]
 Ready = Callable[[], bool]
@@ -26,10 +28,9 @@ class Outcomes:
         """`keep_events`: keep all events for listeners that are added later."""
         self.failure: Exception | None = None
         self._ended: dict[int, ir.NodeEvent] = {}
-        self._changed = threading.Condition()
-        self._blocked: list[Ready] = []  # the conditions of the threads in `wait`
-        # Who awaits, by node, so that an event wakes only those that it concerns; None: those who await several nodes.
-        self._waiters: dict[int | None, list[tuple[Ready, asyncio.AbstractEventLoop, asyncio.Future[None]]]] = {}
+        self._lock = threading.Lock()
+        # Who waits, by node, so that an event wakes only those that it concerns; None: those who wait for several.
+        self._waiters: dict[int | None, list[tuple[Ready, Callable[[], object]]]] = {}
         self._listeners: list[Listener] = []
         self._events: list[ir.NodeEvent] | None = [] if keep_events else None
 
@@ -48,13 +49,13 @@ class Outcomes:
 
     def copy(self) -> dict[int, ir.NodeEvent]:
         """Return all last events by node, in the order of their arrival."""
-        with self._changed:
+        with self._lock:
             return dict(self._ended)
 
     def put(self, event: ir.NodeEvent) -> None:
         """Pass an event of a node to the listeners, and wake those who wait for it. Ignored once the node ended."""
         is_end = event.kind in ("done", "error")
-        with self._changed:
+        with self._lock:
             if event.node in self._ended:
                 return
             if is_end:
@@ -75,39 +76,50 @@ class Outcomes:
 
     def listen(self, listener: Listener) -> None:
         """Call `listener` for every event from now on. If events are kept, call it for the earlier ones first."""
-        with self._changed:
+        with self._lock:
             missed = list(self._events or ())
             self._listeners.append(listener)
         for event in missed:
             listener(event)
 
-    def wait(self, ready: Ready, timeout_s: Callable[[], float | None]) -> bool:
-        """Block until `ready()`; return False if the time runs out first. Raises the failure of the run."""
-        with self._changed:
-            self._blocked.append(ready)
-            try:
-                while not ready():
-                    self.check_alive()
-                    if not self._changed.wait(timeout_s()) and not ready():
-                        return False
+    def wait(
+        self,
+        ready: Ready,
+        timeout_s: Callable[[], float | None],
+        node: int | None = None,
+        before: Callable[[], object] = lambda: None,
+    ) -> bool:
+        """Wait until `ready()`; return False if the time runs out first. Raises the failure of the run.
+
+        `node`: the one whose end makes it ready; None: several. `before` is called before anything blocks (Pause.wait).
+        """
+        while True:
+            pause = Pause()
+            if self._is_ready(ready, node, pause.wake):
                 return True
-            finally:
-                self._blocked.remove(ready)
+            if not pause.wait(timeout_s(), before):
+                return ready()
 
     async def until(self, ready: Ready, timeout_s: Callable[[], float | None], node: int | None = None) -> bool:
-        """`wait` for an event loop. `node`: the one that it takes; None: several."""
+        """`wait` for an event loop."""
         loop = asyncio.get_running_loop()
         while True:
-            with self._changed:
-                if ready():
-                    return True
-                self.check_alive()
-                future: asyncio.Future[None] = loop.create_future()
-                self._waiters.setdefault(node, []).append((ready, loop, future))
+            future: asyncio.Future[None] = loop.create_future()
+            if self._is_ready(ready, node, partial(_settle, loop, future)):
+                return True
             try:
                 await asyncio.wait_for(future, timeout_s())
             except TimeoutError:
                 return False
+
+    def _is_ready(self, ready: Ready, node: int | None, wake: Callable[[], object]) -> bool:
+        """Return `ready()`. If it is false, `wake` is called when it may be true."""
+        with self._lock:
+            if ready():
+                return True
+            self.check_alive()
+            self._waiters.setdefault(node, []).append((ready, wake))
+            return False
 
     def check_alive(self) -> None:
         """Raise the failure of the run, if there is one."""
@@ -116,32 +128,30 @@ class Outcomes:
 
     def wake_all(self) -> None:
         """Make everyone who waits check again."""
-        with self._changed:
+        with self._lock:
             waiters = [one for some in self._waiters.values() for one in some]
             self._waiters.clear()
-            self._changed.notify_all()
-        _resolve(waiters)
+        for _, wake in waiters:
+            wake()
 
     def _wake(self, node: int) -> None:
-        with self._changed:
+        with self._lock:
             waiters = self._waiters.pop(node, [])
+            # Whoever waits for several nodes is woken when it can go on. Else each event would cost a thread switch.
             for waiter in self._waiters.pop(None, ()):
-                is_ready, *_ = waiter
+                is_ready, _ = waiter
                 if is_ready():
                     waiters.append(waiter)
                 else:
                     self._waiters.setdefault(None, []).append(waiter)
-            # A thread is woken only when it can go on. Else each of thousands of events would cost a thread switch.
-            if any(ready() for ready in self._blocked):
-                self._changed.notify_all()
-        _resolve(waiters)
+        for _, wake in waiters:
+            wake()
 
 
-def _resolve(waiters: list[tuple[Ready, asyncio.AbstractEventLoop, asyncio.Future[None]]]) -> None:
-    def settle(future: asyncio.Future[None]) -> None:
+def _settle(loop: asyncio.AbstractEventLoop, future: asyncio.Future[None]) -> None:
+    def settle() -> None:
         if not future.done():
             future.set_result(None)
 
-    for _, loop, future in waiters:
-        with suppress(RuntimeError):  # the loop is closed, so nobody waits there any more
-            loop.call_soon_threadsafe(settle, future)
+    with suppress(RuntimeError):  # the loop is closed, so nobody waits there any more
+        loop.call_soon_threadsafe(settle)

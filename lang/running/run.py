@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import ramet.errors
 from ramet.errors import CheckFailed, DeadlineExceeded, InvalidProgram, ProgramCancelled, ProgramError
@@ -25,8 +25,10 @@ from ramet.lang.running.output_types import OutputType
 from ramet.lang.running.placeholders import Placeholders
 from ramet.lang.running.source_lines import caller_line
 from ramet.lang.running.tool_runner import ToolRunner
+from ramet.lang.running.turns import together
 
 current_run: ContextVar[Run | None] = ContextVar("ramet_current_run", default=None)
+T = TypeVar("T")
 _GRACE_S = 0.5  # time after a deadline for the backend to report the nodes that it ended
 
 
@@ -247,12 +249,15 @@ class Run:
         return [*self._attempts.get(node, ()), *found]
 
     def need(self, node: int, why: str) -> None:
-        """Submit the nodes recorded so far, because a value is needed that does not exist yet."""
+        """Note that the program needs a value that does not exist yet, and so will wait for it."""
         if self.is_recording:
             self.stages.append(Stage(caller_line(), node, why, len(self.nodes)))
-        self.submit()
 
     # Waiting.
+
+    def together(self, bodies: Sequence[Callable[[], T]]) -> list[T]:
+        """Call functions that take turns where they wait; one after the other if the run waits for each generation."""
+        return [body() for body in bodies] if self.stage_always else together(bodies)
 
     def event(self, node: int) -> ir.NodeEvent:
         """Return the last event of a node; submits and waits. Raises ProgramError if the node failed."""
@@ -264,7 +269,7 @@ class Run:
         self.check_function()
         if node not in self.outcomes:
             self.need(node, why)
-            self.wait(lambda: node in self.outcomes)
+            self.wait(lambda: node in self.outcomes, node)
 
     async def aread_quietly(self, node: int, why: str) -> None:
         """`read_quietly` for an event loop."""
@@ -290,11 +295,10 @@ class Run:
         """Submit, and wait until every node is done or failed. `quietly`: return at once if the run has failed."""
         if quietly and self.outcomes.failure is not None:
             return
-        self.submit()
+        self.submit()  # raises for bad nodes, even if nothing else is to be waited for
         self.wait(self.is_done)
 
     async def await_all(self) -> None:
-        self.submit()
         await self._until(self.is_done)
 
     def usage(self) -> ir.Usage:
@@ -330,12 +334,16 @@ class Run:
         """Return whether every submitted node is done or failed."""
         return len(self.outcomes) == len(self.index.nodes)
 
-    def wait(self, ready: Callable[[], bool]) -> None:
-        """Block until `ready()`. Raises if the deadline passed and `ready` stays false after all nodes have failed."""
-        while not self.outcomes.wait(ready, self._time_left):
+    def wait(self, ready: Callable[[], bool], node: int | None = None) -> None:
+        """Submit what is recorded, and wait until `ready()`. `node`: the one whose end makes it ready; None: several.
+
+        Raises if the deadline passed and `ready` stays false after all nodes have failed.
+        """
+        while not self.outcomes.wait(ready, self._time_left, node, self.submit):
             self._expire(ready)
 
     async def _until(self, ready: Callable[[], bool], node: int | None = None) -> None:
+        self.submit()
         while not await self.outcomes.until(ready, self._time_left, node):
             self._expire(ready)
 

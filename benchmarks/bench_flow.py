@@ -1,0 +1,162 @@
+"""Branches that read values: a `for` loop over the branches against bodies that take turns (`map`, `each`).
+
+    python benchmarks/bench_flow.py [--branches 8] [--repeats 3] [--out FILE.jsonl]
+
+SmolLM2-135M-Instruct, greedy, fixed lengths, the cache emptied before every run. Both ways of a row write the
+same text:
+
+    read, then go on    each branch writes 4 tokens, reads them in Python, and writes 4 more
+    an `if` in a body   the value decides what the branch asks next
+    a check in Python   `where=` with a function, which Python calls for each value
+    uneven lengths      branch i reads after 2 i tokens and goes on for 2 (n - i)
+    programs in a loop  `sub.run(...)` for each row against `sub.run_batch(rows)`
+
+Steps: of the engine. `ideal`: the steps of the longest branch alone, by its own run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from json_line import commit, print_record
+from rich.console import Console
+from rich.table import Table
+
+from ramet import Engine, State, function, gen
+from ramet.lang.recording.generations import Gen
+
+RULES = "You are patient and exact, and you answer in a few plain words.\n"
+Body = Callable[[State, int], None]
+
+
+def words(name: str, count: int) -> Gen:
+    return gen(name, max_tokens=count, ignore_eos=True, temperature=0)  # type: ignore[return-value]
+
+
+def read_and_go_on(s: State, index: int) -> None:
+    s += f"Question {index}:" + words("a", 4)
+    s += f"\nIn other words ({len(str(s['a']))} letters):" + words("b", 4)
+
+
+def branch_on_value(s: State, index: int) -> None:
+    s += f"Question {index}:" + words("a", 4)
+    s += "\nMore:" if "the" in s["a"] else "\nShorter:"
+    s += words("b", 4)
+
+
+def checked(s: State, index: int) -> None:
+    s += f"Question {index}:" + gen("a", max_tokens=4, ignore_eos=True, temperature=0, where=lambda text: len(text) > 0)
+
+
+def uneven(s: State, index: int) -> None:
+    s += f"Question {index}:" + words("a", 2 * index + 2)
+    s += f"\nIn other words ({len(str(s['a']))}):" + words("b", 18 - 2 * index if index < 8 else 2)
+
+
+ROWS: dict[str, Body] = {
+    "read, then go on": read_and_go_on,
+    "an `if` in a body": branch_on_value,
+    "a check in Python": checked,
+    "uneven lengths": uneven,
+}
+
+
+@function
+def in_loop(s: State, body: Body, indices: list[int]) -> list[str]:
+    s += RULES
+    branches = s.fork(len(indices))
+    for branch, index in zip(branches, indices, strict=True):
+        body(branch, index)
+    return [branch.text() for branch in branches]
+
+
+@function
+def in_turns(s: State, body: Body, indices: list[int]) -> list[str]:
+    s += RULES
+    return [branch.text() for branch in s.map(indices, body)]
+
+
+@function
+def alone(s: State, body: Body, index: int) -> None:
+    s += RULES
+    body(s, index)
+
+
+def measured(engine: Engine, run: Callable[[], list[str]], repeats: int) -> tuple[list[str], int, float]:
+    """Return the texts, the engine's steps, and the median time of a run."""
+    times = []
+    for _ in range(repeats):
+        engine.flush_cache()
+        before, start_s = int(engine.stats()["num_steps"]), time.perf_counter()
+        texts = run()
+        times.append(time.perf_counter() - start_s)
+        steps = int(engine.stats()["num_steps"]) - before
+    return texts, steps, statistics.median(times)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--branches", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    table = Table(title=f"{args.branches} branches that read values, SmolLM2-135M-Instruct")
+    for column in ("", "steps: loop", "turns", "ideal", "seconds: loop", "turns", "same text"):
+        table.add_column(column, justify="left" if not column else "right")
+    indices, found = list(range(args.branches)), {}
+    with Engine("smollm2-135m", dtype="float32", max_step_ms=0) as engine:
+        in_turns.run(read_and_go_on, indices, backend=engine)  # warm-up
+        for name, body in ROWS.items():
+
+            def once(body: Body = body) -> int:
+                return max(
+                    measured(engine, lambda i=i: [alone.run(body, i, backend=engine).text()], 1)[1] for i in indices
+                )
+
+            loop = measured(engine, lambda body=body: in_loop.run(body, indices, backend=engine).result, args.repeats)
+            turns = measured(engine, lambda body=body: in_turns.run(body, indices, backend=engine).result, args.repeats)
+            found[name] = _row(loop, turns, once())
+        body = read_and_go_on
+        loop = measured(engine, lambda: [alone.run(body, i, backend=engine).text() for i in indices], args.repeats)
+        turns = measured(
+            engine,
+            lambda: [row.text() for row in alone.run_batch([(body, i) for i in indices], backend=engine)],
+            args.repeats,
+        )
+        found["programs in a loop"] = _row(loop, turns, int(found["read, then go on"]["ideal"]))
+    for name, row in found.items():
+        table.add_row(name, *(str(value) for value in row.values()))
+    Console().print(table)
+    print_record(
+        {
+            "benchmark": "flow",
+            "commit": commit(),
+            "machine": platform.machine(),
+            "python": platform.python_version(),
+            "branches": args.branches,
+            "rows": found,
+        },
+        args.out,
+    )
+
+
+def _row(
+    loop: tuple[list[str], int, float], turns: tuple[list[str], int, float], ideal: int
+) -> dict[str, int | float | bool]:
+    return {
+        "loop_steps": loop[1],
+        "turns_steps": turns[1],
+        "ideal": ideal,
+        "loop_s": round(loop[2], 2),
+        "turns_s": round(turns[2], 2),
+        "same_text": loop[0] == turns[0],
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""Functions that take turns on one thread: while one waits for a value, the others go on.
+
+`together` calls functions so. Each runs on a stack of its own (a greenlet), so it may wait at any depth of calls. Only
+one of them runs at a time, so they need no locks, and a function that never waits costs little more than a call.
+`Pause` is how code waits: it lets the other functions go on, or blocks the thread if there are none.
+"""
+
+from __future__ import annotations
+
+import heapq
+import inspect
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextvars import copy_context
+from functools import partial
+from typing import Any, TypeVar
+
+from greenlet import GreenletExit, getcurrent, greenlet
+
+from ramet.errors import InvalidProgram
+
+T = TypeVar("T")
+
+
+class Pause:
+    """One wait of the code that runs here. `wake` may be called on any thread, before or during the wait."""
+
+    __slots__ = ("_event", "_turns")
+
+    def __init__(self) -> None:
+        here = getcurrent()
+        self._turns = here.turns if isinstance(here, _Stack) else None
+        self._event = threading.Event() if self._turns is None else None
+
+    def wake(self) -> None:
+        """End the wait."""
+        if self._event is not None:
+            self._event.set()
+        elif self._turns is not None:
+            self._turns.wake(self)
+
+    def wait(self, timeout_s: float | None, before: Callable[[], object]) -> bool:
+        """Wait for `wake`; return False if the time runs out first.
+
+        `before` is called before the thread blocks: once for all functions that gave an equal one, also by those that
+        ended since.
+        """
+        if self._turns is not None:
+            return self._turns.pause(self, timeout_s, before)
+        assert self._event is not None
+        before()
+        woken = self._event.wait(timeout_s)
+        self._event.clear()
+        return woken
+
+
+class _Stack(greenlet):
+    """The stack of one function. `turns`: those that it takes turns with."""
+
+    def __init__(self, turns: _Turns, run: Callable[[], None]) -> None:
+        super().__init__(run)
+        self.turns = turns
+        self.gr_context = copy_context()
+
+
+class _Turns:
+    """The functions of one call of `together`. The code that calls it runs while all of them wait."""
+
+    def __init__(self) -> None:
+        self._caller = Pause()  # the wait of the code that called
+        self._paused: dict[Pause, _Stack] = {}
+        self._woken: deque[Pause] = deque()  # may also hold pauses that are over; other threads append
+        self._limits: list[tuple[float, int, Pause]] = []  # a heap of (time, number, pause)
+        self._before: dict[Callable[[], object], Pause] = {}  # with the last pause that gave it
+        self._failing: Pause | None = None  # whose `before` runs
+
+    def run(self, bodies: Sequence[Callable[[], T]]) -> list[T]:
+        results: dict[int, T] = {}
+
+        def call(index: int) -> None:
+            results[index] = bodies[index]()
+
+        try:
+            for index in range(len(bodies)):
+                _Stack(self, partial(call, index)).switch()
+            while self._paused:
+                self._go_on()
+        except BaseException:
+            for stack in list(self._paused.values()):
+                stack.throw(GreenletExit)
+            raise
+        return [results[index] for index in range(len(bodies))]
+
+    def wake(self, pause: Pause) -> None:
+        self._woken.append(pause)
+        self._caller.wake()
+
+    def pause(self, pause: Pause, timeout_s: float | None, before: Callable[[], object]) -> bool:
+        """Let the others go on until `pause` is woken, or its time runs out. Runs on the stack that waits."""
+        stack = getcurrent()
+        assert isinstance(stack, _Stack)
+        assert stack.parent is not None
+        self._paused[pause] = stack
+        self._before[before] = pause
+        if timeout_s is not None:
+            heapq.heappush(self._limits, (time.monotonic() + timeout_s, id(pause), pause))
+        return bool(stack.parent.switch())
+
+    def _go_on(self) -> None:
+        """Resume one function. Waits until one can go on."""
+        while True:
+            while self._woken:
+                stack = self._paused.pop(self._woken.popleft(), None)
+                if stack is not None:
+                    stack.switch(True)
+                    return
+            while self._limits and self._limits[0][2] not in self._paused:
+                heapq.heappop(self._limits)
+            left = self._limits[0][0] - time.monotonic() if self._limits else None
+            if left is not None and left <= 0:
+                self._paused.pop(heapq.heappop(self._limits)[2]).switch(False)
+                return
+            try:
+                self._caller.wait(left, self._send)
+            except Exception as error:
+                stack = self._paused.pop(self._failing, None) if self._failing is not None else None
+                self._failing = None
+                if stack is None:
+                    raise
+                stack.throw(error)
+                return
+
+    def _send(self) -> None:
+        for before, self._failing in tuple(self._before.items()):
+            before()
+        self._failing = None
+
+
+def together(bodies: Sequence[Callable[[], T]]) -> list[T]:
+    """Call functions so that one which waits for a value lets the others go on; return their results in order.
+
+    They start in order, and run on this thread one at a time. The first exception of one stops the others at the place
+    where they wait, and is raised.
+
+    Raises:
+        InvalidProgram: a function is `async`, so that its call alone runs nothing.
+    """
+    return _Turns().run([partial(_called, body) for body in bodies])
+
+
+def _called(body: Callable[[], Any]) -> Any:  # Any: whatever the function returns
+    result = body()
+    if inspect.iscoroutine(result):
+        result.close()
+        name = result.__qualname__
+        raise InvalidProgram(f"{name} is async, so its branches run by asyncio.gather(...) in an async program")
+    return result
