@@ -133,7 +133,8 @@ class _Turns:
                 return
 
     def _send(self) -> None:
-        for before, self._failing in tuple(self._before.items()):
+        for before, pause in tuple(self._before.items()):
+            self._failing = pause
             before()
         self._failing = None
 
