@@ -8,12 +8,20 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
+from greenlet import getcurrent
+
 
 def caller_line() -> str:
     """Return `file:line` of the nearest caller outside of the language."""
-    frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("ramet.lang.", "contextlib")):
-        frame = frame.f_back
+    frame, stack = sys._getframe(1), getcurrent()
+    while frame.f_globals.get("__name__", "").startswith(("ramet.lang.", "contextlib")):
+        back = frame.f_back
+        if back is None and stack.parent is not None:  # a function that takes turns, on a stack of its own
+            stack = stack.parent
+            back = stack.gr_frame
+        if back is None:
+            break
+        frame = back
     return f"{_shown(frame.f_code.co_filename)}:{frame.f_lineno}"
 
 

@@ -155,3 +155,21 @@ def test_an_async_body_is_refused_and_arun_takes_maps(backend: Counted) -> None:
     with pytest.raises(InvalidProgram, match=r"asyncio\.gather"):
         program.run(backend=backend)
     assert asyncio.run(function(by_map).arun(backend=backend))["a"] == ["a b c"] * 8
+
+
+def test_lines_are_those_of_the_program_wherever_it_is_recorded(backend: Counted) -> None:
+    @function
+    def program(s: State) -> None:
+        branches = s.fork(2)
+        branches += "long?" + gen("a", where=lambda text: "b" in text)
+        branches.join()
+
+    @function
+    def nested(s: State) -> None:
+        s.map(range(2), lambda branch, _: branch.map(range(2), lambda leaf, _: leaf.append("long?")))
+
+    for one in (program, nested):
+        record = one.run(backend=backend).record
+        lines = [node.line for node in record.graph.nodes] + [stage.line for stage in record.stages]
+        assert lines
+        assert all("test_turns_in_programs.py:" in line for line in lines)
