@@ -5,8 +5,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 FOLDERS := ramet/*.py ramet/*.pyi ramet/cli lang grammar kernels runtime tests examples benchmarks tools
 
-NPM_TOUR := tests/runtime/server/openai/npm
-NPM_STAMP := $(NPM_TOUR)/node_modules/.package-lock.json
+NPM_TOURS := tests/runtime/server/openai/npm tests/clients/tours
+NPM_STAMPS := $(NPM_TOURS:%=%/node_modules/.package-lock.json)
 
 .PHONY: demo test test-all check house format bench clean
 
@@ -16,20 +16,20 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install -qq -e '.[server,dev]'
 	touch $@
 
-$(NPM_STAMP): $(NPM_TOUR)/package-lock.json
-	if command -v npm >/dev/null; then npm ci --silent --prefix $(NPM_TOUR) && touch $@; \
-	else echo "npm is not installed: the tour of the npm client will be skipped"; fi
+%/node_modules/.package-lock.json: %/package-lock.json
+	if command -v npm >/dev/null; then npm ci --silent --prefix $* && touch $@; \
+	else echo "npm is not installed: the tours of npm clients will be skipped"; fi
 
 demo: $(STAMP)  ## run examples/quickstart.py on SmolLM2-135M-Instruct
 	$(BIN)/ramet pull smollm2-135m
 	$(BIN)/python examples/quickstart.py
 
-test: $(STAMP) $(NPM_STAMP)  ## the suite that CI runs
+test: $(STAMP) $(NPM_STAMPS)  ## the suite that CI runs
 	$(BIN)/ramet pull smollm2-135m
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n logical --maxprocesses 4 --dist loadfile \
 		--max-worker-restart 0
 
-test-all: $(STAMP) $(NPM_STAMP)  ## also the long and large ones, and the GPU's where there is one
+test-all: $(STAMP) $(NPM_STAMPS)  ## also the long and large ones, and the GPU's where there is one
 	$(BIN)/ramet pull smollm2-135m
 	$(BIN)/python -m pytest --timeout 3600
 

@@ -33,6 +33,7 @@ from ramet.runtime.types import (
     RequestOptions,
     RequestOutput,
     SamplingParams,
+    TopTokens,
     Usage,
 )
 
@@ -313,7 +314,8 @@ class ScriptedEngine:
                 return
         if job.options.score_from is not None:
             scored = self._score(job.prompt, job.options.score_from)
-            yield RequestOutput(name, "", (), usage, FinishReason.LENGTH, prompt_logprobs=scored)
+            tops = self._tops(job, scored) if job.sampling.logprobs else None
+            yield RequestOutput(name, "", (), usage, FinishReason.LENGTH, prompt_logprobs=scored, prompt_tops=tops)
             return
         tokens, text, reason, match = self._write(job, prompt_text)
         self._insert(job.options.cache_salt, [*job.prompt, *(tokens if isinstance(match, int) else tokens[:-1])])
@@ -469,6 +471,15 @@ class ScriptedEngine:
             if rest and (rest.startswith(tail.strip()) or tail.strip().startswith(rest)):
                 plain = [-0.05] * len(plain)
         return np.asarray(plain, dtype=np.float32)
+
+    def _tops(self, job: _Job, scores: NDArray[np.float32]) -> tuple[TopTokens, ...]:
+        """The likeliest tokens in the place of each scored one, which may be among them."""
+        count, found = job.sampling.logprobs or 0, []
+        for place, score in enumerate(scores.tolist(), len(job.prompt) - len(scores)):
+            values = self.logprobs(job.prompt[:place])
+            values[job.prompt[place]] = score
+            found.append(tuple((int(token), float(values[token])) for token in np.argsort(-values)[:count]))
+        return tuple(found)
 
     def _answer_text(self, prompt_text: str) -> str | None:
         script = self._script

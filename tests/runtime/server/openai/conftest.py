@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
-import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from types import SimpleNamespace
@@ -16,7 +13,6 @@ from typing import Any, cast
 
 import httpx
 import pytest
-import uvicorn
 
 from ramet.runtime.server.anthropic.routes import anthropic_endpoints
 from ramet.runtime.server.config import ServerConfig
@@ -232,25 +228,3 @@ def read_events() -> Callable[[httpx.Response], list[Json]]:
 @pytest.fixture
 def replay() -> Callable[..., list[Output]]:
     return outputs_of
-
-
-@contextmanager
-def served(client: Client) -> Iterator[str]:
-    """Serve a client's application on a free port of the loopback address. Gives the address."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(client.app, log_level="warning"))
-    thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join(30)
-        listener.close()
-
-
-@pytest.fixture
-def live(client: Client) -> Iterator[str]:
-    """The address of a server over `client`'s engine, for clients that need a real one."""
-    with served(client) as url:
-        yield url
