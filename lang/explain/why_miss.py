@@ -6,7 +6,6 @@ it. If the difference looks like such a value, the result names the kind.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,19 +15,9 @@ from ramet.lang.backends.in_process import EngineBackend
 from ramet.lang.backends.protocol import Backend
 from ramet.lang.graph import ir
 from ramet.lang.graph.run_record import RunRecord
+from ramet.lang.graph.volatile import REORDERED_KEY, SHOWN, volatile
 from ramet.lang.passes.paths import Opaque, Paths, Pending, Point, interpret, tokenise
 from ramet.lang.passes.target import Target, target_of
-
-SHOWN = 60  # characters of context on either side
-_VOLATILE = (
-    ("a date and time", r"\d{4}-\d{2}-\d{2}[T ]\d{2}:\d{2}(?::\d{2}(?:\.\d+)?)?(?:Z|[+-]\d{2}:?\d{2})?"),
-    ("an id (UUID)", r"[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}"),
-    ("a date", r"\d{4}-\d{2}-\d{2}|\d{1,2}[./]\d{1,2}[./]\d{2,4}"),
-    ("a time", r"\d{1,2}:\d{2}(?::\d{2}(?:\.\d+)?)?"),
-    ("a time in seconds", r"\b1\d{9}(?:\d{3})?(?:\.\d+)?\b"),
-    ("an id (hexadecimal)", r"\b(?=[0-9a-fA-F]*\d)[0-9a-fA-F]{8,}\b"),
-    ("a number", r"\b\d{4,}\b"),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +56,8 @@ class Miss:
         found = f"{head} {self.text!r} behind {self.before!r}, where the nearest cached prompt has {self.cached_text!r}"
         if self.volatile is None:
             return found
+        if self.volatile.startswith(REORDERED_KEY):
+            return f"{found}. It looks like {self.volatile}: write the keys in the same order every time"
         return f"{found}. It looks like {self.volatile}: put it behind the {self.num_missed:,} tokens that follow it"
 
 
@@ -166,7 +157,7 @@ def _miss(
     before = _text(target, tokens[max(0, num_same - SHOWN) : num_same])
     after = _text(target, tokens[num_same : num_same + SHOWN])
     cached = None if nearest is None else _text(target, nearest.tokens)
-    volatile = None if cached is None else _volatile(before, after, cached)
+    found = None if cached is None else volatile(before, after, cached)
     start = len(_text(target, tokens[:num_same]))
     return Miss(
         node,
@@ -177,7 +168,7 @@ def _miss(
         after[:SHOWN],
         None if cached is None else cached[:SHOWN],
         _line_at(paths, node, start),
-        volatile,
+        None if found is None else str(found),
     )
 
 
@@ -201,15 +192,3 @@ def _line_at(paths: Paths, node: int, start: int) -> str:
         if position > start:
             return paths.graph.nodes[one].line
     return paths.graph.nodes[node].line
-
-
-def _volatile(before: str, text: str, cached: str) -> str | None:
-    """Return the kind of volatile value at the place where two texts differ, if both have it there; else None."""
-    at = len(before)
-    for name, pattern in _VOLATILE:
-        expression = re.compile(pattern)
-        mine = [m for m in expression.finditer(before + text) if m.start() <= at < m.end()]
-        theirs = [m for m in expression.finditer(before + cached) if m.start() <= at < m.end()]
-        if mine and theirs:
-            return f"{name}: {mine[0].group()!r}, there {theirs[0].group()!r}"
-    return None

@@ -109,7 +109,14 @@ def make_server(
     metrics = ServerMetrics(proxy, requests)
     tokenizer = BoundedTokenizer(tokenizer, wanted or context_length)
     served = ServedModel(
-        config, proxy, tokenizer, config.served_model_name or name, time.time(), explain, wanted or context_length
+        config,
+        proxy,
+        tokenizer,
+        config.served_model_name or name,
+        time.time(),
+        explain,
+        wanted or context_length,
+        requests.misses,
     )
     return create_app(served, metrics), served
 

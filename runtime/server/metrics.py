@@ -198,6 +198,7 @@ class RequestCollector(Collector):
         self.by_reason: Tally[str] = Tally()
         self.by_status: Tally[str] = Tally()
         self.by_outcome: Tally[str] = Tally()
+        self.misses: Tally[str] = Tally()
 
     def collect(self) -> Iterator[Family]:
         for histogram in (self.first_token, self.gap, self.per_token, self.queue, self.total, self.grammar):
@@ -210,6 +211,8 @@ class RequestCollector(Collector):
             yield counter(f"{prefix}generation_tokens", text, self.num_output_tokens)
         yield labelled("ramet_requests", "ended requests by reason", "reason", self.by_reason)
         yield labelled("ramet_http_responses", "responses by status", "status", self.by_status)
+        text = "prompts that left the nearest recent one, by what the difference looks like"
+        yield labelled("ramet_prompt_misses", text, "kind", self.misses)
         yield labelled("ramet_programs", "ended programs by outcome", "outcome", self.by_outcome)
         if self.compat:
             yield counter("sglang:num_requests", "ended requests", self.by_reason.total())

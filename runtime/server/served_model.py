@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from array import array
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from ramet.runtime.server.config import ServerConfig
 from ramet.runtime.server.errors import HttpError
 from ramet.runtime.server.holding import Held
 from ramet.runtime.server.link.proxy import EngineProxy
+from ramet.runtime.server.prompt_log import PromptLog
 from ramet.runtime.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -32,8 +34,8 @@ Explain = Callable[[Graph, str, TokenizerTarget], dict[str, Any]]  # Any: JSON
 class ServedModel:
     """One model on one server. `pool`: threads for tokenising and rendering, so the event loop never blocks.
 
-    `bytes_held`: the requests and programs that are in flight. `configured_context_length`: the context that the engine
-    will have after its start.
+    `misses`: how many prompts left a recent one by a date, an id, ... (see Departure). `bytes_held`: the requests and
+    programs that are in flight. `configured_context_length`: the context that the engine will have after its start.
     """
 
     config: ServerConfig
@@ -43,10 +45,13 @@ class ServedModel:
     started_s: float  # time.time()
     explain: Explain | None = None
     configured_context_length: int | None = None
+    misses: Counter[str] = field(default_factory=Counter)
     bytes_held: Held = field(init=False)
+    prompts: PromptLog = field(init=False)
     pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, thread_name_prefix="ramet-text"))
 
     def __post_init__(self) -> None:
+        self.prompts = PromptLog(self.tokenizer)
         way_out = "retry later, or raise --max-in-flight-bytes"
         self.bytes_held = Held(self.config.bytes_in_flight, "bytes of requests", way_out)
 
@@ -86,6 +91,10 @@ class ServedModel:
     async def compute(self, size: int, work: Callable[..., T], *args: Any) -> T:  # Any: the work's own arguments
         """Run CPU work on `size` bytes of input, on the pool unless the input is so small that a thread costs more."""
         return work(*args) if size <= LITTLE_BYTES else await self.off_loop(work, *args)
+
+    def prompt_owner(self, request: Request, salt: str) -> str:
+        """The name under which a request's prompt is compared with others: those of its key and its salt."""
+        return f"{key_digest(request)}/{salt}"
 
     def cache_salt(self, request: Request, asked: str) -> str:
         """The salt of a request: its requested salt, combined with its key if keys are isolated."""

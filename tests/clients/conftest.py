@@ -119,7 +119,7 @@ class Scripted:
 def serve_script() -> Iterator[Scripted]:
     engine, requests = ServedScript(), RequestCollector()
     proxy = ScriptedProxy(engine, requests)
-    served = ServedModel(ServerConfig(), proxy, engine.tokenizer, "scripted", time.time())
+    served = ServedModel(ServerConfig(), proxy, engine.tokenizer, "scripted", time.time(), misses=requests.misses)
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
     app = create_app(served, ServerMetrics(proxy, requests))

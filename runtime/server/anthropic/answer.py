@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import msgspec
-from msgspec import UNSET, Meta
+from msgspec import UNSET, Meta, UnsetType
 
-from ramet.runtime.server.openai.answers import ClosedByBudget, Count, TokenUsage
+from ramet.runtime.server.openai.answers import ClosedByBudget, Count, PromptMiss, TokenUsage
 from ramet.runtime.server.sending import AnswerStruct, Json
 
 StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"]
@@ -26,6 +26,7 @@ class MessageUsage(AnswerStruct):
     cache_read_input_tokens: Annotated[int, Meta(ge=0, description="tokens of the prompt that were not computed again")]
     output_tokens: Count
     closed_by_budget: ClosedByBudget = UNSET
+    ramet: PromptMiss | UnsetType = UNSET
 
 
 class MessageAnswer(AnswerStruct, kw_only=True):
@@ -53,6 +54,7 @@ def message_usage(usage: TokenUsage) -> MessageUsage:
         cache_read_input_tokens=cached,
         output_tokens=usage.completion_tokens,
         closed_by_budget=usage.closed_by_budget,
+        ramet=usage.prompt_tokens_details.ramet,
     )
 
 

@@ -21,10 +21,33 @@ ClosedByBudget = Annotated[Literal[True], Meta(description=_CLOSED)] | UnsetType
 FinishName = Literal["stop", "length", "tool_calls", "abort", "error"]
 
 
+class FirstDifference(AnswerStruct):
+    """Where a prompt left the nearest recent one. `message`: its index; null if the place is in none, as in the tools.
+
+    After `before`, the prompt has `text`. `kind`: what both prompts have there: a date, a time, an id, a number, a
+    reordered key; null if it looks like none of them.
+    """
+
+    message: int | None
+    before: str
+    text: str
+    kind: str | None
+
+
+class PromptMiss(AnswerStruct):
+    """Why no more of a prompt came from the cache. `hit`: the tokens that did."""
+
+    hit: Count
+    first_difference: FirstDifference
+
+
 class PromptTokensDetails(AnswerStruct):
+    """`ramet`: present if a recent prompt of the same key began alike and went on differently."""
+
     cached_tokens: Annotated[
         int, Meta(ge=0, description="tokens of the prompt that were not computed again; 0 means none")
     ]
+    ramet: PromptMiss | UnsetType = UNSET
 
 
 class CompletionTokensDetails(AnswerStruct):

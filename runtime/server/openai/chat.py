@@ -29,7 +29,9 @@ from ramet.runtime.server.openai.answers import (
     ChatLogprob,
     ChatLogprobs,
     FinishName,
+    FirstDifference,
     HistoryUsage,
+    PromptMiss,
     TokenUsage,
     chat_logprobs,
     usage_of,
@@ -50,6 +52,7 @@ from ramet.runtime.server.openai.reasoning import (
     position_after,
 )
 from ramet.runtime.server.openai.tool_calls import AnswerReader
+from ramet.runtime.server.prompt_log import Nearest
 from ramet.runtime.server.sampling_fields import (
     JsonFormFields,
     check_size,
@@ -142,9 +145,12 @@ class ChatEndpoint:
         except InvalidRequest as error:
             raise name_prompt(error, field) from None
         plan = replace(plan, job=replace(plan.job, prompt_field=field, client=client_of(request)))
+        owner = self._served.prompt_owner(request, salt)
+        ids = plan.job.prompt_ids
+        nearest = await self._served.compute(len(ids), self._served.prompts.nearest, ids, owner)
         answer_id = self._served.proxy.new_id(prefix)
         choices = submit_all(self._served.proxy, [(plan.job, index) for index in range(body.n or 1)], answer_id)
-        return ChatAnswer(self._served, plan, answer_id, choices, self.remember)
+        return ChatAnswer(self._served, plan, answer_id, choices, self.remember, nearest)
 
     async def count_prompt(self, request: Request, body: ChatBody) -> int:
         """Return the number of tokens of a conversation's prompt."""
@@ -415,13 +421,18 @@ class ChatAnswer:
         answer_id: str,
         choices: Sequence[ChoiceStream],
         remember: Callable[[ChatPrompt, Json, Sequence[int]], None],
+        nearest: Nearest | None,
     ) -> None:
-        """`remember`: keeps an answer's message and tokens, so the conversation can continue from them."""
+        """`remember`: keeps an answer's message and tokens, so the conversation can continue from them. `nearest`: the
+        recent prompt that this one left.
+        """
         self._served = served
         self._plan = plan
         self.id = answer_id
         self._choices = choices
         self._keep = remember
+        self._nearest = nearest
+        self._miss: FirstDifference | None = None
         self.created_s = int(time.time())
         is_separate = plan.body.separate_reasoning is not False
         shown = plan.job.shown_bytes or served.tokenizer.token_bytes
@@ -569,6 +580,8 @@ class ChatAnswer:
             outputs = [Output(self.id, len(self._plan.job.prompt_ids), 0, 0)]
         shared = min(outputs, key=lambda output: output.cached_tokens)  # the others may find what this one computed
         usage = usage_of(outputs, [shared], sum(progress.counter.count for progress in self.progress))
+        if self._miss is not None:
+            usage.prompt_tokens_details.ramet = PromptMiss(hit=shared.cached_tokens, first_difference=self._miss)
         prompt = self._plan.prompt
         if prompt.has_earlier_answer:
             reason = prompt.miss
@@ -578,7 +591,14 @@ class ChatAnswer:
         return usage
 
     async def remember(self, indices: Sequence[int]) -> None:
-        """Keep the tokens of these choices, so that the conversation can continue from them."""
+        """Keep the tokens of these choices, so that the conversation can continue from them, and explain the miss."""
+        nearest, self._nearest = self._nearest, None
+        if nearest is not None:
+            prompts, ids = self._served.prompts, self._plan.job.prompt_ids
+            messages = [message.plain() for message in self._plan.body.messages]
+            found = await self._served.compute(len(ids), prompts.explain, ids, nearest, messages)
+            self._served.misses[found.kind or "other"] += 1
+            self._miss = FirstDifference(found.message, found.before, found.text, found.kind)
         for index in indices:
             progress = self.progress[index]
             reader = progress.reader

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import msgspec
-from msgspec import UNSET, Meta
+from msgspec import UNSET, Meta, UnsetType
 
-from ramet.runtime.server.openai.answers import ChatLogprob, ClosedByBudget, Count, TokenUsage
+from ramet.runtime.server.openai.answers import ChatLogprob, ClosedByBudget, Count, PromptMiss, TokenUsage
 from ramet.runtime.server.responses.bodies import ResponsesBody
 from ramet.runtime.server.responses.translation import INPUT, Functions, OfferedName, sealed
 from ramet.runtime.server.sending import AnswerStruct, Json
@@ -25,6 +25,7 @@ ENDED = frozenset({"completed", "incomplete", "failed", "cancelled"})
 
 class InputTokensDetails(AnswerStruct):
     cached_tokens: Annotated[int, Meta(ge=0, description="tokens of the prompt that were not computed again")]
+    ramet: PromptMiss | UnsetType = UNSET
 
 
 class OutputTokensDetails(AnswerStruct):
@@ -90,7 +91,9 @@ class ResponseObject(AnswerStruct, kw_only=True):
 def response_usage(usage: TokenUsage) -> ResponseUsage:
     return ResponseUsage(
         input_tokens=usage.prompt_tokens,
-        input_tokens_details=InputTokensDetails(cached_tokens=usage.prompt_tokens_details.cached_tokens),
+        input_tokens_details=InputTokensDetails(
+            cached_tokens=usage.prompt_tokens_details.cached_tokens, ramet=usage.prompt_tokens_details.ramet
+        ),
         output_tokens=usage.completion_tokens,
         output_tokens_details=OutputTokensDetails(reasoning_tokens=usage.completion_tokens_details.reasoning_tokens),
         total_tokens=usage.total_tokens,

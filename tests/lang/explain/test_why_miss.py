@@ -56,6 +56,15 @@ def test_a_field_that_changes_from_call_to_call_is_found(
     assert "put it behind" in str(miss)
 
 
+def test_keys_in_another_order_are_found(backend: MockBackend) -> None:
+    support.run('{"city": "Rome", "days": 2}', "Where is it?")
+    (miss,) = support.why_miss('{"days": 2, "city": "Rome"}', "Where is it?")
+    assert miss.volatile == "a reordered key: 'days', there 'city'"
+    assert str(miss).endswith("write the keys in the same order every time")
+    (other,) = support.why_miss('{"town": "Rome", "days": 2}', "Where is it?")
+    assert other.volatile is None
+
+
 def test_a_difference_that_is_no_such_field_is_named_without_advice(backend: MockBackend) -> None:
     support.run("noon", "Where is it?")
     (miss,) = support.why_miss("night", "Where is it?")
