@@ -11,6 +11,7 @@ frame and exit, and compiled loops run for each byte (walker.py).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -227,6 +228,66 @@ class Machine:
                 if position + length == end:
                     return packed
 
+    def accepted(
+        self, packed: int, tokens: NDArray[np.int64], num_read: int = 0, limit: int | None = None
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return those of the tokens whose bytes after the first `num_read` a walk accepts, and those that need a run.
+
+        limit: stop after so many tokens.
+        """
+        vocabulary, scratch = self.vocabulary, np.zeros(4, dtype=np.int64)
+        found = np.empty(len(tokens) if limit is None else limit, dtype=np.int64)
+        flat, ends = vocabulary.flat, vocabulary.token_ends
+        while True:
+            status = walker.accepted(
+                self.pool, self.instances, self.exits, packed, flat, ends, tokens, num_read, scratch, found
+            )
+            if status != -2:
+                found = found[: int(scratch[3])]
+                return found[found >= 0], -1 - found[found < 0]
+            self.exit_target(int(scratch[1]), int(scratch[2]))
+
+    def run_all(self, packed: int, tokens: NDArray[np.int64], num_read: int = 0) -> NDArray[np.int64]:
+        """Return those of the tokens whose bytes after the first `num_read` `run` accepts.
+
+        In a frame with memory, tokens that read the same text before they leave it go on together.
+        """
+        frame = self.frames[packed >> LOCAL_BITS]
+        if not frame.has_memory:
+            sure, unsure = self.accepted(packed, tokens, num_read)
+            kept = [
+                t for t in unsure.tolist() if self.run_bytes(packed, self.vocabulary.token_bytes[t][num_read:]) >= 0
+            ]
+            return np.concatenate([sure, np.array(kept, dtype=np.int64)])
+        left = np.empty((len(tokens), 2), dtype=np.int64)
+        vocabulary = self.vocabulary
+        walker.leave(self.pool, self.instances, packed, vocabulary.flat, vocabulary.token_ends, tokens, num_read, left)
+        out = [tokens[left[:, 1] >= 0]]
+        for group, text, entry in self._groups(tokens, left, num_read):
+            code = -2 - entry
+            last = b"" if code & 1 else text[-1:]
+            after = frame.resolve_text(code >> 1, frame.text + text[: len(text) - len(last)], last)
+            if after >= 0:
+                out.append(self.run_all(after, group, num_read + len(text)))
+        return np.concatenate(out)
+
+    def _groups(
+        self, tokens: NDArray[np.int64], left: NDArray[np.int64], num_read: int
+    ) -> Iterator[tuple[NDArray[np.int64], bytes, int]]:
+        """Yield the tokens that leave a frame by the same text and entry, with both. left: see walker.leave."""
+        leaves = left[:, 1] < REFUSE
+        is_read = ((-2 - left[:, 1]) & 1) == 0  # the frame reads the byte that leaves
+        at_once = leaves & (left[:, 0] == 0) & ~is_read
+        for entry in np.unique(left[at_once, 1]).tolist():
+            yield tokens[at_once & (left[:, 1] == entry)], b"", entry
+        groups: dict[tuple[bytes, int], list[int]] = {}
+        for i in np.flatnonzero(leaves & ~at_once).tolist():
+            size, entry = left[i].tolist()
+            text = self.vocabulary.token_bytes[tokens[i]][num_read : num_read + size + int(is_read[i])]
+            groups.setdefault((text, entry), []).append(int(tokens[i]))
+        for (text, entry), group in groups.items():
+            yield np.array(group, dtype=np.int64), text, entry
+
     def run_bytes(self, packed: int, text: bytes) -> int:
         """Do as `run`, for a whole text."""
         return self.run(packed, np.frombuffer(text, dtype=np.uint8), 0, len(text), np.zeros(4, dtype=np.int64))
@@ -323,6 +384,9 @@ class Machine:
         deadline.check()
         instance, local = packed >> LOCAL_BITS, packed & LOCAL_MASK
         frame = self.frames[instance]
+        jump = frame.closing_jump(local)
+        if jump is not None:
+            return jump
         exit_index = frame.closing_exit(local)
         way = frame.closing_way(local, exit_index)
         assert way is not None, (frame, local, exit_index)

@@ -26,7 +26,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ramet.grammar.machine import walker
 from ramet.grammar.machine.automaton import Machine
@@ -145,11 +144,12 @@ class CanonicalTokens:
 
     def _is_cut(self, end: int, cut: Cut) -> bool:
         """Tell whether a split may cut there because a token goes on past the end of the text. end: the state there."""
-        if len(cut.before) and len(self._accepted(end, cut.before, len(cut.rest), 1)):
+        accepted, num_read = self.machine.accepted, len(cut.rest)
+        if len(cut.before) and any(map(len, accepted(end, cut.before, num_read, 1))):
             return True
         if not len(cut.unsure):
             return False
-        tokens = self._accepted(end, cut.unsure, len(cut.rest), len(cut.unsure))
+        tokens = np.concatenate(accepted(end, cut.unsure, num_read))  # all that need a run are looked at, too
         for tried, token in enumerate(tokens.tolist(), 1):
             if self.splits.goes_on(cut.head, token):
                 cut.before = np.append(tokens[tried - 1], cut.before)
@@ -157,28 +157,6 @@ class CanonicalTokens:
                 return True
         cut.unsure = np.setdiff1d(cut.unsure, tokens)
         return False
-
-    def _accepted(self, packed: int, tokens: NDArray[np.int64], num_read: int, limit: int) -> NDArray[np.int64]:
-        """Return the first tokens whose bytes after the first `num_read` the automaton accepts, at most `limit`."""
-        machine, scratch = self.machine, self._scratch
-        found = np.empty(limit, dtype=np.int64)
-        scratch[:4] = 0
-        while True:
-            status = walker.accepted(
-                machine.pool,
-                machine.instances,
-                machine.exits,
-                packed,
-                self.vocabulary.flat,
-                self.vocabulary.token_ends,
-                tokens,
-                num_read,
-                scratch,
-                found,
-            )
-            if status != -2:
-                return found[: int(scratch[3])]
-            machine.exit_target(int(scratch[1]), int(scratch[2]))
 
     def _run(self, packed: int) -> ForcedRun:
         found = self._runs.get(packed)

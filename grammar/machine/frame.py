@@ -136,6 +136,13 @@ class Frame(ABC):
         """
         return path_to_exit(self.table, exit_index, local)
 
+    def closing_jump(self, local: int) -> tuple[bytes, int] | None:
+        """Return a short text from a state and the target after it, if both are known without the states between.
+
+        None: the way leads through an exit, see `closing_exit`.
+        """
+        return None
+
     # --- masks
 
     def mask_twin(self, local: int) -> int | None:

@@ -49,10 +49,7 @@ class MaskMaker:
         for prefix in refused:
             for token in self.vocabulary.tokens_with_prefix(prefix):
                 row.view(np.uint32)[token >> 5] &= np.uint32(~(1 << (token & 31)) & 0xFFFFFFFF)
-        for token in unsure:
-            begin, end = self.vocabulary.offsets[token], self.vocabulary.offsets[token + 1]
-            if self.machine.run(packed, self.vocabulary.flat, begin, end, self._scratch) >= 0:
-                row.view(np.uint32)[token >> 5] |= np.uint32(1 << (token & 31))
+        self._run_unsure(packed, unsure, row)
         return row
 
     def after(self, packed: int, prefix: bytes) -> Row:
@@ -60,11 +57,13 @@ class MaskMaker:
         vocabulary = self.vocabulary
         row = pack(vocabulary.tokens_with_text(prefix), vocabulary.vocab_size)
         self._walk(packed, vocabulary.trie_after(prefix), row)
-        for token in self._unsure_tokens():
-            begin, end = vocabulary.offsets[token] + len(prefix), vocabulary.offsets[token + 1]
-            if self.machine.run(packed, vocabulary.flat, begin, end, self._scratch) >= 0:
-                row.view(np.uint32)[token >> 5] |= np.uint32(1 << (token & 31))
+        self._run_unsure(packed, self._unsure_tokens(), row, len(prefix))
         return row
+
+    def _run_unsure(self, packed: int, tokens: list[int], row: Row, num_read: int = 0) -> None:
+        """Run tokens one by one, and set the bits of those that are accepted. num_read: bytes that were read before."""
+        if tokens:
+            walker.mark(row, self.machine.run_all(packed, np.array(tokens, dtype=np.int64), num_read))
 
     def _twin_row(self, packed: int) -> Walked:
         """Return the result of a walk from a state that is its own mask twin."""

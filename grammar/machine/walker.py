@@ -199,8 +199,9 @@ def _accepted(
     """Find the tokens whose bytes after the first `num_read` are accepted from a state. Resumable.
 
     scratch: int64 [4]: the index in `tokens` to begin with, the instance and the exit to resolve, the number of tokens
-    written to `found` so far. ends: where the bytes of each token end in `flat`. A token that needs a run counts as
-    accepted. Returns -1 when finished or when `found` is full, and -2 if an exit must be resolved before the next call.
+    written to `found` so far. ends: where the bytes of each token end in `flat`. found: also has the tokens that need a
+    run, each as -1 - token. Returns -1 when finished or when `found` is full, and -2 if an exit must be resolved before
+    the next call.
     """
     while scratch[0] < len(tokens) and scratch[3] < len(found):
         token = tokens[scratch[0]]
@@ -215,16 +216,53 @@ def _accepted(
         if state == -2:
             return -2
         if state != -1:
-            found[scratch[3]] = token
+            found[scratch[3]] = token if state >= 0 else -1 - token
             scratch[3] += 1
         scratch[0] += 1
     return -1
+
+
+def _leave(
+    pool: Int32,
+    instances: Int64,
+    packed: int,
+    flat: NDArray[np.uint8],
+    ends: Int64,
+    tokens: Int64,
+    num_read: int,
+    left: Int64,
+) -> None:
+    """Find where texts leave the frame of a state: the bytes of tokens after the first `num_read`.
+
+    left: int64 [len(tokens), 2], filled: the bytes before the one that leaves (all of them if the text stays), and the
+    table entry that leaves. An entry >= 0 is the state in the frame at the end of the text; REFUSE: refused.
+    """
+    instance = packed >> 32
+    width = instances[instance, 1]
+    for t in range(len(tokens)):
+        token = tokens[t]
+        begin = ends[token - 1] + num_read if token > 0 else num_read
+        entry = packed & 0xFFFFFFFF
+        i = begin
+        while i < ends[token]:
+            entry = pool[instances[instance, 0] + entry * width + pool[instances[instance, 2] + flat[i]]]
+            if entry < 0:
+                break
+            i += 1
+        left[t, 0] = i - begin
+        left[t, 1] = entry
 
 
 def _clear(row: Int32, tokens: Int64) -> None:
     """Clear the bits of tokens in a row."""
     for i in range(len(tokens)):
         row[tokens[i] >> 5] &= ~(np.int32(1) << np.int32(tokens[i] & 31))
+
+
+def _mark(row: Int32, tokens: Int64) -> None:
+    """Set the bits of tokens in a row."""
+    for i in range(len(tokens)):
+        row[tokens[i] >> 5] |= np.int32(1) << np.int32(tokens[i] & 31)
 
 
 def _walk_difference(
@@ -665,6 +703,8 @@ step = njit(cache=True, nogil=True)(_step)
 choices = njit(cache=True, nogil=True)(_choices)
 follow = njit(cache=True, nogil=True)(_follow)
 accepted = njit(cache=True, nogil=True)(_accepted)
+mark = njit(cache=True, nogil=True)(_mark)
+leave = njit(cache=True, nogil=True)(_leave)
 clear = njit(cache=True, nogil=True)(_clear)
 walk_difference = njit(cache=True, nogil=True)(_walk_difference)
 expand = njit(cache=True, nogil=True)(_expand)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from decimal import Decimal
 from fractions import Fraction
 from functools import lru_cache
+from itertools import islice
 from typing import Any
 
 from ramet.errors import GrammarTooLarge
@@ -164,6 +165,25 @@ def _has_simple_value(numbers: Numbers) -> bool:
         if any(numbers.contains(k * size) for k in range(first, first + 2 * _TRIED + 1)):
             return True
     return False
+
+
+def some(numbers: Numbers, count: int) -> list[Fraction]:
+    """Return up to `count` of the numbers, with short texts. There may be more."""
+    if numbers.plain is False:
+        return []
+    if numbers.finite is not None:
+        return sorted(numbers.finite)[:count]
+    step = next(
+        (m for m, must in numbers.multiples if must), Fraction(1) if numbers.integer is not False else Fraction(1, 8)
+    )
+    if numbers.low is not None and (numbers.low > 0 or numbers.high is None):
+        first, sign = math.ceil(numbers.low / step), 1
+    elif numbers.high is not None and numbers.high < 0:
+        first, sign = math.floor(numbers.high / step), -1
+    else:
+        first, sign = 0, 1 if numbers.high is None or numbers.high > 0 else -1
+    tried = ((first + sign * k) * step for k in range(4 * count))
+    return list(islice((x for x in tried if numbers.contains(x)), count))
 
 
 def _tighter(

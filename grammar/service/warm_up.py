@@ -42,12 +42,13 @@ _SCHEMA = {
         "choice": {"enum": ["one", "two"]},
         "number": {"type": "integer", "minimum": 3},
         "list": {"type": "array", "items": {"type": "string"}, "maxItems": 3},
+        "set": {"type": "array", "items": {"type": "integer"}, "uniqueItems": True},
     },
     "additionalProperties": {"type": "boolean"},
     "required": ["text"],
 }
 SAMPLES = (
-    ("json_schema", json.dumps(_SCHEMA), rb'{"text": "a", "pattern": "b", "other": true}'),
+    ("json_schema", json.dumps(_SCHEMA), rb'{"text": "a", "pattern": "b", "other": true, "set": [1, 2]}'),
     ("regex", "a[1-9]{1,3}b*", b"a12"),
     ("cfg", 'start: "(" start ")" | "x"', b"((x"),
 )
@@ -97,6 +98,7 @@ def _run_samples() -> None:
         grammar.ends(state)
         grammar.completion_bound(0)
     row = np.zeros(1, dtype=np.int32)
+    walker.clear(row, np.zeros(1, dtype=np.int64))  # of these tokens, none is refused
     row.flags.writeable = False
     walker.rows_equal(row, row)  # as for rows that were interned before
     if are_compiled():

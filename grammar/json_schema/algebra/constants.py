@@ -12,6 +12,7 @@ numbers:
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
@@ -54,6 +55,13 @@ class Constants:
         """Return the numbers of the items of an array."""
         items: tuple[int, ...] = self._all[number][1]
         return items
+
+    def scalar_text(self, number: int) -> str | None:
+        """Return the text of a scalar; None for an array or object, whose text depends on the layout."""
+        kind, value = self._all[number]
+        if kind in ("array", "object"):
+            return None
+        return numeric.decimal_text(value) if kind == "number" else json.dumps(value, ensure_ascii=False)
 
     def expr(self, number: int) -> Expr:
         """Return the expression of exactly this value."""

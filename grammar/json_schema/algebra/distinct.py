@@ -24,7 +24,7 @@ from math import ceil, lcm
 from ramet.grammar import deadline
 from ramet.grammar.json_schema.algebra import specs
 from ramet.grammar.json_schema.algebra.expressions import Expressions
-from ramet.grammar.json_schema.algebra.languages import few_texts, has_few_texts
+from ramet.grammar.json_schema.algebra.languages import few_texts, has_few_texts, short_texts
 from ramet.grammar.json_schema.algebra.specs import Counts
 from ramet.grammar.json_schema.algebra.values import INFINITE, Arrays, Expr, Objects, Strings, Values
 from ramet.grammar.regular import numbers as numeric
@@ -219,6 +219,21 @@ def spoilers(e: Expressions, a: Arrays, index: int, counts: Counts, used: frozen
         return set()
     candidates = {n for found in few_choices(e, a, index + 1, a.low - index + len(used)) for n in found}
     return {n for n in candidates - used if not may_fill(e, a, index + 1, counts, used | {n})}
+
+
+def specimens(e: Expressions, expr: Expr, count: int) -> list[int]:
+    """Return up to `count` different values of an expression, short ones. If there are fewer, some may be missing."""
+    found: dict[int, None] = {}
+    a, number = e.values(expr), e.constants.number
+    for n in a.numbers:
+        for x in numeric.some(n, count - len(found)):
+            found[number(("number", x))] = None
+    for s in a.strings if len(found) < count else ():
+        if s.finite is None:
+            low, high = e.languages.bounds(s)
+            texts = short_texts(e.languages.base(s._replace(low=0, high=None)), low, high, count + len(s.excluded))
+            found |= dict.fromkeys(number(("string", t)) for t in texts if t not in s.excluded)
+    return [*found][:count] if len(found) >= count else e.listed(expr, MANY) or []
 
 
 def is_free(e: Expressions, expr: Expr) -> bool:

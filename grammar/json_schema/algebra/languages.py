@@ -5,6 +5,7 @@ Their automata are made once per process.
 
 from __future__ import annotations
 
+import bisect
 import re
 from collections.abc import Iterable
 from dataclasses import replace
@@ -256,6 +257,32 @@ def few_texts(dfa: Dfa, low: int, high: int | None, limit: int) -> Iterable[str]
                     following.extend((to, text + chr(c)) for c in range(start, min(end, start + limit)))
         level = following[: 4 * limit]
         length += 1
+
+
+def short_texts(dfa: Dfa, low: int, high: int | None, count: int) -> list[str]:
+    """Return up to `count` texts with low..high characters, about the shortest, of letters and digits if possible."""
+    useful = _useful_states(dfa)
+    firsts = [max(start, 32) for start in dfa.starts]
+    chars = [*dict.fromkeys([*map(ord, "abcdefghijklmnopqrstuvwxyz0123456789"), *firsts])]
+    classes = [dfa.classes[bisect.bisect_right(dfa.starts, c) - 1] for c in chars]
+    level = [(0, "")] if 0 in useful else []
+    found: list[str] = []
+    length = 0
+    while level and len(found) < count and (high is None or length <= high):
+        deadline.check()
+        if length >= low:
+            found += [text for state, text in level if dfa.accepting[state]]
+        following: list[tuple[int, str]] = []
+        for state, text in level:
+            row = dfa.transitions[state]
+            following += [
+                (row[c], text + chr(char)) for char, c in zip(chars, classes, strict=True) if row[c] in useful
+            ]
+            if len(following) >= count:
+                break
+        level = following
+        length += 1
+    return found[:count]
 
 
 def has_few_texts(dfa: Dfa, low: int, high: int | None, enough: int) -> bool:

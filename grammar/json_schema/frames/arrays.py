@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
+
 from ramet.grammar.json_schema.algebra import costs, distinct, specs
 from ramet.grammar.json_schema.algebra.values import Arrays, Const, Expr
 from ramet.grammar.json_schema.frames.compilation import Compilation, Context
@@ -16,7 +18,7 @@ from ramet.grammar.json_schema.frames.lookahead import (
     place_table,
 )
 from ramet.grammar.json_schema.frames.tables import AFTER_COMMA, AT_VALUE, CLOSE, GO_ON
-from ramet.grammar.machine.frame import DEAD, NEEDS_RUN, Frame, target
+from ramet.grammar.machine.frame import DEAD, NEEDS_RUN, REFUSE, Frame, target
 
 # a spec that an array may still satisfy: tag, spec, number of items found for each `contains`, rivals (constants
 # that the array must not become, and that it equals so far)
@@ -208,6 +210,9 @@ class ItemContext(Context):
         self.depth = node.depth
         state = node.state
         self.remembers = state.compares or node.items is not None
+        if self.remembers:  # so that a walk need not look at what the array refuses after each of many values
+            table = place_table(compilation, True, False, node.depth, may_go_on=True, may_close=True)
+            self.following = bytes(np.flatnonzero(table.rows[0, table.byte_class] != REFUSE).tolist())
         # if earlier items can make it impossible to complete a text, the text can only continue after a known item
         self.is_anonymous = state.compares and (node.anonymous > 0 or not state.is_free())
         self._twin: Context | None = None
@@ -244,6 +249,14 @@ class ItemContext(Context):
             items = None if items is None else (*items, number)
         following = self.compilation.once(ArrayNode, state.after(mask, seen), anonymous, node.context, items)
         return target(self.compilation.frame(ArrayNextFrame, following))
+
+
+def _different_items(compilation: Compilation, expr: Expr, count: int) -> tuple[tuple[int, bytes], ...]:
+    """Return up to `count` different scalars of an expression, with their texts."""
+    e = compilation.expressions
+    numbers = distinct.specimens(e, expr, count)
+    texts = [e.constants.scalar_text(number) for number in numbers]
+    return tuple([(n, text.encode()) for n, text in zip(numbers, texts, strict=True) if text is not None])
 
 
 def open_array(compilation: Compilation, exprs: tuple[Expr, ...], context: Context) -> int:
@@ -311,3 +324,32 @@ class ArrayNextFrame(ArrayStartFrame):
 
     def resolve(self, exit_index: int) -> int:
         return self.node.close() if exit_index == CLOSE else self.node.item(AFTER_COMMA)
+
+    def closing_jump(self, local: int) -> tuple[bytes, int] | None:
+        """Write all missing different items at once. One by one, each would need a table without all the others."""
+        node, state, layout = self.node, self.node.state, self.compilation.layout
+        tags = {tag for tag, _, _, _ in state.threads}
+        if local or node.anonymous or len(tags) > 1:
+            return None
+        ways = [self._missing(thread) for thread in state.threads]
+        chosen = min([way for way in ways if way], key=len, default=None)
+        if chosen is None:
+            return None
+        comma = layout.in_between.shortest + b"," + layout.after_comma(node.depth).shortest
+        text = b"".join([comma + text for _, text in chosen]) + layout.before_bracket(node.depth).shortest + b"]"
+        value = None if node.items is None else ("array", (*node.items, *(number for number, _ in chosen)))
+        after = node.context.resume(1 << tags.pop(), value)
+        return (text, after) if after >= 0 else None
+
+    def _missing(self, thread: ArrayThread) -> list[tuple[int, bytes]] | None:
+        """Return different items with which the array satisfies a thread, if all that counts is how many there are."""
+        state = self.node.state
+        _, spec, counts, rivals = thread
+        missing = spec.low - state.index
+        if not spec.unique or spec.repeats or rivals or missing <= 0 or state.index < len(spec.prefix):
+            return None
+        if any(count < c.low or c.high is not None for c, count in zip(spec.contains, counts, strict=True)):
+            return None
+        items = self.compilation.once(_different_items, spec.rest, spec.low)
+        chosen = [item for item in items if item[0] not in state.seen][:missing]
+        return chosen if len(chosen) == missing else None

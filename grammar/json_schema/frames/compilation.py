@@ -51,12 +51,14 @@ class Context(ABC):
     is_anonymous: it remembers, but an earlier value was read by a walk over the vocabulary and is not known.
     is_for_masks: it stands for many places that share their masks. No text ever gets there (lookahead.py).
     depth: of the value, as its layout counts (see Layout.inside).
+    following: the bytes that may follow the value. None: any byte.
     """
 
     remembers: bool = False
     is_anonymous: bool = False
     is_for_masks: bool = False
     depth: int = 0
+    following: bytes | None = None
 
     @abstractmethod
     def resume(self, mask: int, value: Const | None) -> int:

@@ -25,17 +25,19 @@ MAX_BLANKS = 20  # spaces and tabs after a line end, where any white space is al
 class Space(NamedTuple):
     """The white space that stands in one place, as an automaton with start state 0.
 
-    steps: for each state, (byte, next state). may_end: for each state, whether the white space may end there.
+    steps: for each state, (byte, next state). may_end: for each state, whether the white space may end there. shortest:
+    the shortest white space.
     """
 
     steps: tuple[tuple[tuple[int, int], ...], ...]
     may_end: tuple[bool, ...]
+    shortest: bytes = b""
 
 
 def exactly(text: bytes) -> Space:
     """Return the white space that is always this text."""
     steps = tuple([((byte, i + 1),) for i, byte in enumerate(text)])
-    return Space((*steps, ()), (*[False] * len(text), True))
+    return Space((*steps, ()), (*[False] * len(text), True), text)
 
 
 def _any_space() -> Space:

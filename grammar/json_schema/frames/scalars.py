@@ -158,7 +158,7 @@ class NumberFrame(TextFrame):
     """A number."""
 
     def __init__(self, compilation: Compilation, specs: TaggedNumbers, context: Context, text: bytes) -> None:
-        super().__init__(compilation, compilation.once(_number_table, specs), context, text)
+        super().__init__(compilation, compilation.once(_number_table, specs, context.following), context, text)
         self.specs = specs
 
     def moved(self, context: Context, text: bytes) -> int:
@@ -168,8 +168,8 @@ class NumberFrame(TextFrame):
         return ("number", fraction(json.loads(text)))
 
 
-def _number_table(compilation: Compilation, specs: TaggedNumbers) -> TableOfMasks:
-    rows, byte_class, ends, masks = number_rows(specs)
+def _number_table(compilation: Compilation, specs: TaggedNumbers, following: bytes | None) -> TableOfMasks:
+    rows, byte_class, ends, masks = number_rows(specs, following)
     return compilation.machine.table(rows, byte_class, max(len(masks), 1), ends), masks
 
 

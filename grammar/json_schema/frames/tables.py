@@ -253,28 +253,35 @@ def _base_rows(
 
 @lru_cache(maxsize=1024)
 def number_rows(
-    specs: tuple[tuple[Numbers, ...], ...],
+    specs: tuple[tuple[Numbers, ...], ...], following: bytes | None = None
 ) -> tuple[NDArray[np.int32], NDArray[np.uint8], NDArray[np.int32], tuple[int, ...]]:
-    """Return (rows, byte classes, exit of each state where the number may end, mask of tags of each exit)."""
+    """Return (rows, byte classes, exit of each state where the number may end, mask of tags of each exit).
+
+    following: the bytes that may follow the number. None: any byte.
+    """
     values = {v for tag in specs for n in tag for v in (*(n.finite or ()), *n.excluded)}
     if FEW_NUMBERS < len(values) <= MANY_NUMBERS and all(n.plain is None for tag in specs for n in tag):
         wide, ends, masks = _many_numbers(specs, values)
-        _leave_at(wide, ends)
+        _leave_at(wide, ends, following)
         strings.trim(wide)
         return *compress_rows(wide), ends, masks
     dfa, known = _tagged([dfas.union([numeric.automaton(n) for n in tag]) if tag else None for tag in specs])
     masks = tuple(known[1:])
     ends = np.array(dfa.accepting, dtype=np.int32) - 1
     wide = dfas.byte_table(dfa)
-    _leave_at(wide, ends)
+    _leave_at(wide, ends, following)
     return *compress_rows(wide), ends, masks
 
 
-def _leave_at(wide: NDArray[np.int32], ends: NDArray[np.int32]) -> None:
-    """Let each byte that does not continue the number leave, in the states where the number may end."""
+def _leave_at(wide: NDArray[np.int32], ends: NDArray[np.int32], following: bytes | None) -> None:
+    """Let each byte that may follow the number and does not continue it leave, in the states where it may end."""
+    may_follow = np.ones(256, dtype=np.bool_)
+    if following is not None:
+        may_follow[:] = False
+        may_follow[list(following)] = True
     for state in np.flatnonzero(ends >= 0).tolist():
         row = wide[state]
-        row[row < 0] = leave(int(ends[state]), again=True)
+        row[(row < 0) & may_follow] = leave(int(ends[state]), again=True)
 
 
 def _many_numbers(
