@@ -266,7 +266,7 @@ class Vocabulary:
         if found is None:
             if len(self._by_prefix) > MAX_PREFIXES:
                 self._by_prefix.clear()
-            found = self._by_prefix[prefix] = self._find_prefix(prefix)
+            found = self._by_prefix[prefix] = self.content_tokens[slice(*self._span(prefix))]
         return found
 
     def longer_with_prefix(self, prefix: bytes) -> NDArray[np.int64]:
@@ -275,13 +275,17 @@ class Vocabulary:
         if found is None:
             if len(self._longer) > MAX_PREFIXES:
                 self._longer.clear()
-            tokens = [t for t in self.tokens_with_prefix(prefix) if len(self.token_bytes[t]) > len(prefix)]
-            found = self._longer[prefix] = np.array(tokens, dtype=np.int64)
+            ids = self._sorted_ids[slice(*self._span(prefix))]
+            found = self._longer[prefix] = ids[self._lengths[ids] > len(prefix)].astype(np.int64)
         return found
 
     def goes_past(self, text: bytes) -> bool:
         """Tell whether some content token begins with these bytes and is longer."""
-        return self.longest_like(text) > len(text) and len(self.longer_with_prefix(text)) > 0
+        if self.longest_like(text) <= len(text):
+            return False
+        ids = self.content_tokens
+        at = bisect.bisect_right(ids, text, key=self.token_bytes.__getitem__)
+        return at < len(ids) and self.token_bytes[ids[at]].startswith(text)
 
     def tokens_with_text(self, text: bytes) -> list[int]:
         """Return the content tokens that stand for exactly these bytes, ascending."""
@@ -369,22 +373,20 @@ class Vocabulary:
         if found is None:
             if len(self._tries_after) >= MAX_TRIES:
                 self._tries_after.clear()
-            begin = bisect.bisect_left(self.content_tokens, prefix, key=self.token_bytes.__getitem__)
             begins, lengths = self._sorted_spans
-            part = slice(begin, begin + len(self.tokens_with_prefix(prefix)))
+            part = slice(*self._span(prefix))
             goes_on = lengths[part] > len(prefix)
             begins, lengths = begins[part][goes_on] + len(prefix), lengths[part][goes_on] - len(prefix)
             found = TextTrie(self.flat, begins, lengths, self._sorted_ids[part][goes_on])
             self._tries_after[prefix] = found
         return found
 
-    def _find_prefix(self, prefix: bytes) -> list[int]:
-        ids = self.content_tokens
-        begin = bisect.bisect_left(ids, prefix, key=self.token_bytes.__getitem__)
-        end = begin
-        while end < len(ids) and self.token_bytes[ids[end]].startswith(prefix):
-            end += 1
-        return ids[begin:end]
+    def _span(self, prefix: bytes) -> tuple[int, int]:
+        """Return where the tokens that begin with these bytes stand among the content tokens: [first, end)."""
+        ids, key = self.content_tokens, self.token_bytes.__getitem__
+        stem = prefix.rstrip(b"\xff")
+        begin = bisect.bisect_left(ids, prefix, key=key)
+        return begin, bisect.bisect_left(ids, stem[:-1] + bytes((stem[-1] + 1,)), key=key) if stem else len(ids)
 
     def fewest_tokens(self, text: bytes) -> list[int] | None:
         """Return the fewest tokens that write `text`; None if the vocabulary cannot write it."""

@@ -62,7 +62,8 @@ class KeySpace:
         self._tables: dict[object, FrameTable] = {}
         self._possible: dict[FrameTable, tuple[int, int]] = {}
         self._master: tuple[bool, StringRows] | None = None
-        self.required = [sum(1 << self.index[k] for k in o.required) for o in specs]
+        self.required = [self.bits(o.required) for o in specs]
+        self._dependent = [tuple((self.bits((k,)), self.bits(needs)) for k, needs in o.dependent) for o in specs]
         self._endings: dict[bytes, list[tuple[str, bytes]]] = {}
         self._endings_after: dict[bytes, list[tuple[str, bytes]]] = {}
         self._noted: set[str] = set()
@@ -71,6 +72,19 @@ class KeySpace:
         self.is_simple = [o.high is None and not (o.dependent or o.exists or o.low) for o in specs]
         self._counts: dict[int, NDArray[np.int64]] = {}
         self._room: dict[tuple[int, str], int] = {}
+
+    def bits(self, names: Iterable[str]) -> int:
+        return sum(1 << self.index[k] for k in names)
+
+    def needed(self, spec: int, seen: int) -> int:
+        """Return bits of the named keys that must still come in an object with the names `seen`."""
+        needed, before = self.required[spec] | seen, -1
+        while needed != before:
+            before = needed
+            for key, needs in self._dependent[spec]:
+                if needed & key:
+                    needed |= needs
+        return needed & ~seen
 
     def _make_signatures(self) -> None:
         self.dfa = ANY_CHARS

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import combinations
 
-from ramet.grammar.json_schema.algebra import specs
 from ramet.grammar.json_schema.algebra.values import FALSE, Exists, Expr
 from ramet.grammar.json_schema.frames.compilation import Compilation
 from ramet.grammar.json_schema.frames.keys import KeySpace, ObjectChoices, ObjectThread
@@ -60,16 +59,6 @@ class ObjectState:
     def may_forget(self, extras: frozenset[str]) -> bool:
         return self.space.may_forget({spec for _, spec, _, _ in self.threads}, extras)
 
-    def needed(self, spec: int, seen: int) -> int:
-        """Return bits of the named keys that must still come."""
-        space = self.space
-        o = space.specs[spec]
-        if not o.dependent:
-            return space.required[spec] & ~seen
-        present = frozenset(k for i, k in enumerate(space.names) if (seen >> i) & 1)
-        keys = specs.closure_of_keys(o, o.required | present)
-        return sum(1 << space.index[k] for k in keys) & ~seen
-
     def may_finish(self, thread: ObjectThread, seen: int, count: int) -> bool:
         """Tell whether the object can still be completed to satisfy this thread."""
         _, spec, exists, rivals = thread
@@ -78,7 +67,7 @@ class ObjectState:
             return False
         if space.is_simple[spec]:
             return True
-        needed = self.needed(spec, seen)
+        needed = self.space.needed(spec, seen)
         named, others = space.alive(spec)
         if needed & ~named:
             return False
@@ -203,9 +192,9 @@ class ObjectState:
         come.
         """
         if label >= len(self.space.names):
-            return not self.needed(spec, self.seen)
+            return not self.space.needed(spec, self.seen)
         earlier = (1 << label) - 1
-        return self.seen >> label == 0 and not self.has_extras and not self.needed(spec, self.seen) & earlier
+        return self.seen >> label == 0 and not self.has_extras and not self.space.needed(spec, self.seen) & earlier
 
     def alive(self) -> tuple[int, int]:
         """Return the labels of the keys that may come: (bits of names, bits of signatures)."""
@@ -233,7 +222,7 @@ class ObjectState:
 
     def may_close(self, thread: ObjectThread) -> bool:
         _, spec, exists, rivals = thread
-        if exists or self.needed(spec, self.seen) or self.count < self.space.specs[spec].low:
+        if exists or self.space.needed(spec, self.seen) or self.count < self.space.specs[spec].low:
             return False
         members = self.compilation.expressions.constants.members
         return not any(len(members(r)) == self.count for r in rivals)
@@ -264,5 +253,5 @@ class ObjectState:
     def missing(self, thread: ObjectThread, seen: int) -> int:
         """Return how many keys must still come, beyond those that are needed by name."""
         _, spec, _, _ = thread
-        present = self.needed(spec, seen).bit_count() + seen.bit_count() + len(self.extras) + self.anonymous
+        present = self.space.needed(spec, seen).bit_count() + seen.bit_count() + len(self.extras) + self.anonymous
         return max(self.space.specs[spec].low - present, 0)

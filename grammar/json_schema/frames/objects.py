@@ -159,9 +159,9 @@ class ObjectNode:
         state = self.state
         now = self._needed.get(spec)
         if now is None:
-            needed = state.needed(spec, state.seen)
+            needed = state.space.needed(spec, state.seen)
             now = self._needed[spec] = needed, self._cost_of_keys(spec, needed)
-        needed = state.needed(spec, seen)
+        needed = state.space.needed(spec, seen)
         if needed & ~now[0]:
             return self._cost_of_keys(spec, needed)
         return now[1] - self._cost_of_keys(spec, now[0] & ~needed)
@@ -366,8 +366,13 @@ class KeyFrame(Frame):
         n = self.num_names
         if state.is_simple and len(state.threads) == 1:
             return self._simple_closing_exit(local)
-        ways = []
-        for label, length in self._reachable(local):
+        ways: list[tuple[int, int]] = []
+        needed = 0
+        for _, spec, _, _ in state.threads:
+            needed |= state.space.needed(spec, state.seen)
+        reachable = list(self._reachable(local))
+        first = [(label, length) for label, length in reachable if label < n and (needed >> label) & 1]
+        for label, length in first or reachable:
             for t, e in state.branches(label):
                 seen = state.seen | (1 << label) if label < n else state.seen
                 cost = node.cost(t, seen) + self.compilation.expressions.cost(e)
@@ -383,7 +388,7 @@ class KeyFrame(Frame):
         """
         state, expressions = self.node.state, self.compilation.expressions
         ((_, spec, _, _),) = state.threads
-        needed = state.needed(spec, state.seen)
+        needed = state.space.needed(spec, state.seen)
         least, best = INFINITE, None
         for label, length in self._reachable(local):
             if label < self.num_names and (needed >> label) & 1:
