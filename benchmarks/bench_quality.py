@@ -12,9 +12,9 @@ rest is made from a seed (`quality_data.py`). Each row is asked with three examp
 (`kinds`: one of each kind) and without.
 
 `right`: values that are exactly the fact; `whole`: answers in which all values are. `valid`: outputs of the type, or
-that fit the schema. `tokens`: generated tokens without the end; `ratio`: those over the tokens of the tokenizer's own
-split of the same texts. Other engines run in a process of their own (`quality_peers.py`), one question at a time:
---peers-python names the Python that has them.
+that fit the schema. `tokens`: generated tokens; the first one of a text is not among them where it holds the space at
+the prompt's end. `ratio`: those over the tokens of the tokenizer's own split of the same texts. Other engines run in a
+process of their own (`quality_peers.py`), one question at a time: --peers-python names the Python that has them.
 """
 
 from __future__ import annotations
@@ -475,8 +475,7 @@ def _answer(engine: Engine, prompt: str, state: State) -> Answer:
 
 
 def _generated(meta: dict[str, Json]) -> int:
-    """Generated tokens without the end of text."""
-    return int(meta["usage"].completion_tokens) - (meta.get("finish_reason") == "stop")
+    return int(meta["usage"].completion_tokens)
 
 
 def own_split(engine: Engine, text: str) -> int:

@@ -104,6 +104,12 @@ class Grammar(Protocol):
     def completion_bound(self, state: int) -> int:
         """An upper bound of the length of `shortest_completion`. Must be cheap: it is called after every token."""
 
+    def closing_tokens(self, state: int) -> list[int]:
+        """Allowed tokens after which `completion_bound` is smaller; perhaps not all. Empty if the text may end."""
+
+    def stays_in_string(self, state: int, token: int) -> bool:
+        """Whether the text is inside of a string of a JSON value, and stays in it through this token."""
+
     def __hash__(self) -> int:
         """By identity: the device holds one copy of a grammar, shared by its sequences."""
 
@@ -323,7 +329,8 @@ class RequestOutput:
     """One increment of a request's output. The last one has `finish_reason`; `usage` counts all tokens so far.
 
     `stop_match`: the stop string or stop token that ended the request. `error`: set with FinishReason.ERROR or ABORT.
-    `incomplete`: with FinishReason.LENGTH, the reason why a constrained text is incomplete; None if it is complete.
+    `incomplete`: with FinishReason.LENGTH, the reason why a constrained text is incomplete; otherwise the strings in it
+    that `string_tokens` ended. None if nothing is missing.
     `was_closed`: with FinishReason.STOP, True if a constrained text ended because `max_tokens` left no room for more.
     """
 

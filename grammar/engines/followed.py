@@ -98,6 +98,14 @@ class FollowedGrammar:
     def joined_token(self, state: int, token: int) -> int:
         return token
 
+    def closing_tokens(self, state: int) -> list[int]:
+        """Return the first token of the completion."""
+        return self.shortest_completion(state)[:1]
+
+    def stays_in_string(self, state: int, token: int) -> bool:
+        """Return False: these engines do not say where a text is."""
+        return False
+
     def completion_bound(self, state: int) -> int:
         """Return the length of the completion itself. Not cheap: these engines know no bound."""
         return len(self.shortest_completion(state))

@@ -327,5 +327,19 @@ class Bordered:
         assert place[0] is not None
         return grammar.completion_bound(place[0])
 
+    def closing_tokens(self, state: int) -> list[int]:
+        """Return allowed tokens after which the value is nearer to its end; none before it, and where it may end."""
+        place = self._places[state]
+        if place is None or place[0] is None or self.grammar is None or self.is_accepting(state):
+            return []
+        return self.grammar.closing_tokens(place[0])
+
+    def stays_in_string(self, state: int, token: int) -> bool:
+        """Return whether the value is inside of a string of JSON, and stays in it through this token."""
+        place = self._places[state]
+        if place is None or place[0] is None or self.grammar is None:
+            return False
+        return self.grammar.stays_in_string(place[0], token)
+
     def device_tables(self) -> None:
         """Return None: the host masks bordered texts."""

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ramet.errors import GrammarError
 from ramet.grammar.deadline import time_limit
+from ramet.grammar.machine import bitmask
 from ramet.grammar.machine.automaton import Machine
 from ramet.grammar.machine.canonical import CanonicalTokens
 from ramet.grammar.machine.ends import end_tokens
@@ -24,10 +25,13 @@ from ramet.grammar.machine.walker import ACCEPTED, GOES_ON, REFUSED
 if TYPE_CHECKING:
     from ramet.grammar.machine.bordered import Bordered
 
+_QUOTE = ord('"')
 _MAX_KEPT = 1 << 15  # number of answers of each kind that a grammar keeps
 _MAX_BETWEEN = 16  # bordered grammars that a grammar keeps
 _MAX_ANSWERS_ON = 1 << 10  # prefixes for which `goes_on` keeps its answer
 _MAX_KEPT_ENDS = 64  # number of distinct rows of end tokens that a grammar keeps
+_MAX_CLOSING = 16  # bytes of a closing text, some of which a token may hold
+_MAX_CLOSERS = 256  # tokens that are tried to come nearer to the end
 _MAX_KEPT_RUN = 16  # states of a forced run whose answer is kept; each keeps the rest of the run
 
 Problem = tuple[str, str, str]
@@ -360,6 +364,41 @@ class CompiledGrammar:
             return found
         with self._lock:
             return self.machine.closing_length(packed)
+
+    def closing_tokens(self, state: int) -> list[int]:
+        """Return allowed tokens after which the text is nearer to its end; none where it may end.
+
+        Where many tokens are allowed, only those are tried that end with the beginning of the shortest closing text.
+        In a string, for example, these are `"`, `."`, `",` and so on.
+        """
+        with self._lock:
+            text = self.machine.closing_bytes(self._packed[state])
+        row, tokens = self.mask(state), list[int]()
+        for size in range(1, min(len(text), _MAX_CLOSING) + 1):
+            tokens += self.vocabulary.tokens_with_suffix(text[:size])
+        found = [token for token in dict.fromkeys(tokens) if bitmask.is_allowed(row, token)]
+        if text:
+            few = self.allowed_tokens(state)
+            found += [token for token in few.tolist() if token not in found] if len(few) <= _MAX_CLOSERS else []
+        nearer = []
+        for token in found[:_MAX_CLOSERS]:
+            after = self.advance(state, token)
+            if after is not None and self.completion_bound(after) < len(text):
+                nearer.append(token)
+        return nearer
+
+    def stays_in_string(self, state: int, token: int) -> bool:
+        """Return whether the text is inside of a string of a JSON value, and stays in it through this token."""
+        after = self.advance(state, token)
+        if after is None or not (self._is_in_string(self._packed[state]) and self._is_in_string(self._packed[after])):
+            return False
+        text = self.vocabulary.token_bytes[token]
+        quotes = [i for i, byte in enumerate(text) if byte == _QUOTE]
+        with self._lock:  # a quote that does not end the string is escaped
+            return all(self._is_in_string(self.machine.run_bytes(self._packed[state], text[: i + 1])) for i in quotes)
+
+    def _is_in_string(self, packed: int) -> bool:
+        return self.machine.frames[packed >> LOCAL_BITS].is_string
 
     # --- closing
 

@@ -97,12 +97,14 @@ class Frame(ABC):
     not know that text and asks `resolve`. A run over committed bytes knows it and asks `resolve_text`.
     text: in a frame with memory, the text that was read before this instance. `remember` gives the instance for a
     longer text.
+    is_string: the text is that of a string, which is a value of JSON.
     loop_key: equal for frames, also of different grammars, whose tables have the same mask in the loop state (see
     Vocabulary.loop). None if the mask belongs to this grammar alone.
     """
 
     table: FrameTable
     has_memory: bool = False
+    is_string: bool = False
     text: bytes = b""
     loop_key: Hashable | None = None
 

@@ -80,6 +80,7 @@ _TABLE = (
     SamplingField("logit_bias", "biases", limit="a map from token ids >= 0 to values in [-100, 100]", is_openai=True),
     SamplingField("seed", "int", limit="an integer or None", takes_none=True, native="sampling_seed", is_openai=True),
     SamplingField("min_tokens", "int", 0, limit="an integer >= 0", native="min_new_tokens"),
+    SamplingField("string_tokens", "int", 1, limit="an integer >= 1, or None", takes_none=True),
     SamplingField("stop", "texts", limit="strings that are not empty", is_openai=True),
     SamplingField("stop_regex", "texts", limit="patterns that are not empty"),
     SamplingField("stop_token_ids", "tokens", limit="token ids >= 0"),
@@ -96,6 +97,7 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unk
     the same seed a request gives the same tokens in every batch. `logprobs` None returns none; n >= 0 returns those of
     the chosen token and of the n likeliest. A text ends before a string of `stop`, or what a pattern of `stop_regex`
     matches, that is complete first. `max_tokens` None: the limit of the engine's configuration and the context.
+    `string_tokens`: the most tokens of each string in constrained JSON, which is then ended; None: no limit.
     """
 
     max_tokens: int | None = 128
@@ -109,6 +111,7 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unk
     logit_bias: Mapping[int, float] = {}
     seed: int | None = None
     min_tokens: int = 0
+    string_tokens: int | None = None
     stop: tuple[str, ...] = ()
     stop_regex: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
@@ -159,6 +162,7 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_f
 
     max_tokens: int | None = None
     min_tokens: int | None = None
+    string_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None

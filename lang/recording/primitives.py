@@ -35,6 +35,7 @@ def gen(
     *,
     max_tokens: int | None = None,
     min_tokens: int | None = None,
+    string_tokens: int | None = None,
     temperature: float | None = None,
     top_p: float | None = None,
     top_k: int | None = None,
@@ -78,6 +79,9 @@ def gen(
     `whitespace`, `order`, `additional_properties`: how JSON is written (lang/graph/json_form.py); by default as models
     write it: `{"name": "Ann", "tags": ["a", "b"]}`, properties in declared order, and no others than the declared ones.
 
+    `string_tokens`: the most tokens of each string in a JSON value. A longer one is ended, so that a text that repeats
+    itself leaves room for the other fields; `s.meta(name)["incomplete"]` names the fields.
+
     `where`: checks of the value: `length`, `between`, `is_in`, `starts_with`, `ends_with`, `contains`, combined by `&`,
     `|` and `~`, or any callable, which refuses a value by returning something false or raising ValueError. Checks of
     texts, numbers and JSON become a part of the constraint: the model can't write a value that fails. A value that
@@ -112,6 +116,8 @@ def gen(
         if constraint is None:
             raise InvalidRequest("tokenization is of a constraint, but the text is free", param="tokenization")
         constraint = msgspec.structs.replace(constraint, tokenization=tokenization)
+    if string_tokens is not None and not is_composed and (constraint is None or constraint.kind != "json_schema"):
+        raise InvalidRequest("string_tokens is of strings in JSON, but the value is none", param="string_tokens")
     form = json_form(whitespace=whitespace, order=order, additional_properties=additional_properties)
     if form != AS_CONFIGURED and not is_composed:
         if constraint is None:
@@ -120,6 +126,7 @@ def gen(
     values = {
         "max_tokens": max_tokens,
         "min_tokens": min_tokens,
+        "string_tokens": string_tokens,
         "temperature": temperature,
         "top_p": top_p,
         "top_k": top_k,

@@ -7,8 +7,13 @@ A text ends where the model means it, although its grammar would let it go on: w
 the refused tokens that no text could begin with, and one that is sampled becomes the end token (`Grammar.ends`). So the
 end is as likely as it and all these tokens together. A text that nothing can follow ends without an end token.
 
-A text must be complete within `max_tokens`. So a sampled token that would leave too few tokens to finish is replaced by
-the first token of the shortest completion. A sampled token that the tokenizer would join with text that must follow is
+A text must be complete within `max_tokens`. Where it must come nearer to its end, the mask allows only tokens that
+bring it there and leave enough tokens to finish, so that the model chooses among the ends. If a text has not come
+nearer to its end for long, as a string that repeats itself, it must do so early: up to twice as many tokens as the
+shortest rest takes are kept for it. A sampled token that would leave too few tokens all the same is replaced by
+the first one of the shortest completion. A string that has `string_tokens` is ended in the same way.
+
+A sampled token that the tokenizer would join with text that must follow is
 replaced by the longer one: nothing was computed from it yet. If a grammar allows only one token, the forced tokens need
 not be decoded one by one; `forced_run` returns them.
 """
@@ -16,7 +21,7 @@ not be decoded one by one; `forced_run` returns them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,10 +37,12 @@ class HostAutomaton:
 
     `state`: None once the text is past its end (the request ignores end tokens). `can_finish`: False once no complete
     text fits into `max_tokens`. It stays False, because each token shortens the path to the end by at most one.
-    `was_closed`: a token was replaced because the text would not have ended within `max_tokens`. `mask`: of the next
-    token, int32 [W]; None if every token is allowed. `incomplete`: why the text is incomplete, if
-    `max_tokens` has ended it. `is_free`: any token may follow from now on. `is_complete`, `num_held`, `num_after`: of
-    the text so far, as in RowOutput.
+    `was_closed`: a token was replaced, or refused, because the text would not have ended within `max_tokens`. `mask`: of
+    the next token, int32 [W]; None if every token is allowed. `incomplete`: why the text is incomplete, if
+    `max_tokens` has ended it. `nearest`: the smallest bound so far of the tokens to the end; `num_idle`: tokens since
+    then. `num_in_string`: tokens inside of the current string, counted if there is a limit of them. `ended_strings`:
+    after how many tokens of the text that limit ended a string. `is_free`: any token may follow from now on.
+    `is_complete`, `num_held`, `num_after`: of the text so far, as in RowOutput.
     """
 
     sequence: Sequence
@@ -45,6 +52,10 @@ class HostAutomaton:
     was_closed: bool = False
     mask: NDArray[np.int32] | None = None
     incomplete: str | None = None
+    nearest: int | None = None
+    num_idle: int = 0
+    num_in_string: int = 0
+    ended_strings: list[int] = field(default_factory=list)
     is_free: bool = False
     is_complete: bool = False
     num_held: int = 0
@@ -108,7 +119,7 @@ class HostAutomaton:
                 token, after = joined, self.grammar.advance(state, joined)
         if self.can_finish and (after is None or not self._fits(after, self._num_left)):
             token, after = self._finishing(state, token, after)
-        self.state = after
+        self._move(token, after)
         return token
 
     def forced_run(self, token: int) -> list[int]:
@@ -128,11 +139,29 @@ class HostAutomaton:
         """Advance by a forced run."""
         for token in run:
             assert self.state is not None
-            self.state = self.grammar.advance(self.state, token)
+            self._move(token, self.grammar.advance(self.state, token))
+
+    def _move(self, token: int, after: int | None) -> None:
+        """Take a token, which leads to the state `after`."""
+        before, self.state = self.state, after
+        if before is None or after is None:
+            return
+        if self.sequence.request.sampling.string_tokens is not None:
+            self.num_in_string = self.num_in_string + 1 if self.grammar.stays_in_string(before, token) else 0
+        if self.can_finish:
+            bound, self.num_idle = self.grammar.completion_bound(after), self.num_idle + 1
+            if self.nearest is None or bound < self.nearest:
+                self.nearest, self.num_idle = bound, 0
 
     def _fill_mask(self, row: NDArray[np.int32], num_output: int) -> None:
         """Write the mask of the token that follows `num_output` others."""
         assert self.state is not None
+        closing = self._closing_tokens(self.state, num_output)
+        if closing:
+            tokens = np.array(closing)
+            row.fill(0)
+            np.bitwise_or.at(row.view(np.uint32), tokens >> 5, np.uint32(1) << (tokens & 31).astype(np.uint32))
+            return
         self.grammar.fill_mask(self.state, row)
         ends = self.grammar.ends(self.state) if self._may_end(num_output) else None
         if ends is not None:
@@ -177,6 +206,36 @@ class HostAutomaton:
     def _num_left(self) -> int:
         """Return how many tokens the sequence may still add after the next one."""
         return self.sequence.request.max_tokens - len(self.sequence.output_ids) - 1
+
+    def _closing_tokens(self, state: int, num_output: int) -> list[int]:
+        """Return the only tokens to allow after `num_output` others, if the text must come nearer to its end."""
+        request, grammar = self.sequence.request, self.grammar
+        limit, num_left = request.sampling.string_tokens, request.max_tokens - num_output - 1
+        if limit is not None and self.num_in_string >= limit:
+            ending = [token for token in grammar.closing_tokens(state) if not grammar.stays_in_string(state, token)]
+            if ending:
+                self.ended_strings.append(num_output)
+                return self._with_room(state, ending, num_left) or ending
+        if grammar.is_closed or not self.can_finish or self._has_room(state, num_left):
+            return []  # a closed grammar may as well run on a device, which knows the shortest way alone
+        if not self._fits(state, num_left + 1):
+            return []
+        found = self._with_room(state, grammar.closing_tokens(state), num_left)
+        self.was_closed = self.was_closed or bool(found)
+        return found
+
+    def _with_room(self, state: int, tokens: list[int], num_left: int) -> list[int]:
+        """Return the tokens that leave enough others to finish the text; if there are none, those that leave a way."""
+        found = [(token, after) for token in tokens if (after := self.grammar.advance(state, token)) is not None]
+        roomy = [token for token, after in found if self._has_room(after, num_left)]
+        return roomy or [token for token, after in found if self._fits(after, num_left)]
+
+    def _has_room(self, state: int, num_left: int) -> bool:
+        """Return whether `num_left` tokens are enough from `state`: more than some way takes, if the text was idle."""
+        if self.grammar.completion_bound(state) <= num_left:
+            return True
+        shortest = len(self.grammar.shortest_completion(state))
+        return shortest + min(shortest, self.num_idle // 4) <= num_left
 
     def _fits(self, state: int, num_left: int) -> bool:
         """Return whether `num_left` tokens can finish the text from `state`. The cheap bound comes first."""

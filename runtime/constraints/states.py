@@ -23,12 +23,13 @@ from ramet.kernels.grammar.closing import IMPOSSIBLE
 from ramet.kernels.grammar.mask import AutomatonTables
 from ramet.runtime.constraints.device_grammars import DeviceGrammars
 from ramet.runtime.constraints.host_automaton import HostAutomaton
-from ramet.runtime.constraints.incomplete import cut_off
+from ramet.runtime.constraints.incomplete import cut_off, place_of, strings_ended
 from ramet.runtime.constraints.turns import GrammarWork, Turns
-from ramet.runtime.types import Batch, Grammar, RowOutput, ScheduledSequence, Sequence
+from ramet.runtime.types import Batch, FinishReason, Grammar, RowOutput, ScheduledSequence, Sequence
 
 # Whether a row's known tokens are better computed in one step: (their number, rows of the step, the row's KV length).
 ComputesRun = Callable[[int, int, int], bool]
+_MAX_NAMED = 8  # strings that a message names
 # The log-probability of a token that was not sampled: (the row among those that sample, the token).
 LogprobOf = Callable[[int, int], float]
 
@@ -87,9 +88,16 @@ class GrammarStates:
     An error of a grammar ends only its own request; `take_failures` returns it.
     """
 
-    def __init__(self, vocab_size: int, computes_run: ComputesRun, device: DeviceGrammars | None = None) -> None:
-        """`device` None: the host masks all grammars."""
+    def __init__(
+        self,
+        vocab_size: int,
+        computes_run: ComputesRun,
+        device: DeviceGrammars | None = None,
+        token_bytes: list[bytes] | tuple[bytes, ...] = (),
+    ) -> None:
+        """`device` None: the host masks all grammars. `token_bytes`: of each token, to name fields in messages."""
         self.device = device
+        self._token_bytes = token_bytes
         self._computes_run = computes_run
         self._num_words = -(-vocab_size // 32)
         self._on_host: dict[Sequence, HostAutomaton] = {}
@@ -109,9 +117,12 @@ class GrammarStates:
         grammar = sequence.request.grammar
         assert grammar is not None
         device, request = self.device, sequence.request
-        has_ends = not request.sampling.ignore_eos
-        # The device's masks are fixed: texts that may end from some length on, or without an end token, are not for it.
-        if device is None or (has_ends and (request.sampling.min_tokens or request.end_token is None)):
+        params = request.sampling
+        has_ends = not params.ignore_eos
+        # The device's masks are fixed: texts that may end from some length on, or without an end token, or some of
+        # whose strings must, are not for it.
+        is_fixed = params.string_tokens is None and not (has_ends and (params.min_tokens or request.end_token is None))
+        if device is None or not is_fixed:
             self._add_on_host(sequence, grammar)
             return
         tables: list[AutomatonTables | None] = []
@@ -166,11 +177,14 @@ class GrammarStates:
         return failures
 
     def why_incomplete(self, sequence: Sequence) -> str | None:
-        """Return why a text that `max_tokens` ended does not match its grammar; None if it matches."""
-        if sequence in self._on_host:
-            return self._on_host[sequence].incomplete
+        """Return why a text that `max_tokens` ended does not match its grammar, or which of a text's strings
+        `string_tokens` ended; None if nothing is missing.
+        """
+        is_cut, automaton = sequence.finish_reason is FinishReason.LENGTH, self._on_host.get(sequence)
+        if automaton is not None:
+            return automaton.incomplete if is_cut and automaton.incomplete else self._strings_ended(automaton)
         found = self._on_device.get(sequence)
-        if found is None or self.device is None:
+        if not is_cut or found is None or self.device is None:
             return None
         tables = found.tables
         state = self.device.state_after(tables, sequence.output_ids)
@@ -187,6 +201,14 @@ class GrammarStates:
         if sequence in self._on_host:
             return self._on_host[sequence].was_closed
         return sequence in self._on_device and len(sequence.output_ids) >= sequence.request.max_tokens
+
+    def _strings_ended(self, automaton: HostAutomaton) -> str | None:
+        sequence, limit = automaton.sequence, automaton.sequence.request.sampling.string_tokens
+        if limit is None or not automaton.ended_strings:
+            return None
+        pieces = [self._token_bytes[token] for token in sequence.output_ids] if self._token_bytes else []
+        texts = [b"".join(pieces[:end]).decode("utf-8", "replace") for end in automaton.ended_strings[:_MAX_NAMED]]
+        return strings_ended(limit, [place_of(text) for text in texts])
 
     # --- works
 

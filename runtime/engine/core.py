@@ -31,8 +31,7 @@ _BESIDE_S, _ALONE_S = 0.001, 0.02
 class SequenceUpdate:
     """A step's result for one sequence: its new tokens. `sequence.finish_reason` says whether it is finished.
 
-    incomplete: with FinishReason.LENGTH, why a constrained text is incomplete; None if it is complete. was_closed: with
-    FinishReason.STOP, whether `max_tokens` made a constrained text end.
+    incomplete, was_closed: as in RequestOutput.
     """
 
     sequence: Sequence
@@ -214,8 +213,8 @@ class EngineCore:
         ]
 
     def _why_incomplete(self, sequence: Sequence) -> str | None:
-        is_cut = sequence.finish_reason is FinishReason.LENGTH and sequence.request.grammar is not None
-        return self.grammars.why_incomplete(sequence) if is_cut else None
+        is_over = sequence.is_finished and sequence.request.grammar is not None
+        return self.grammars.why_incomplete(sequence) if is_over else None
 
     def _was_closed(self, sequence: Sequence) -> bool:
         is_whole = sequence.finish_reason is FinishReason.STOP and sequence.request.grammar is not None

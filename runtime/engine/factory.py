@@ -70,7 +70,7 @@ def build_core(model: LoadedModel, config: EngineConfig) -> EngineCore:
         "" if ranks is None else f", each of {config.tp} ranks",
     )
     on_device = None if arena is None else make_device_grammars(model, arena)
-    grammars = GrammarStates(model.config.vocab_size, runner.computes_run, on_device)
+    grammars = GrammarStates(model.config.vocab_size, runner.computes_run, on_device, model.tokenizer.token_bytes)
     return EngineCore(
         scheduler, runner, grammars, overlap=config.overlap and device.type == "cuda", context_length=context
     )

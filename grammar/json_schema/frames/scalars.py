@@ -194,6 +194,8 @@ def _string(compilation: Compilation, specs: TaggedStrings, context: Context) ->
 class StringFrame(TextFrame):
     """A string in one table."""
 
+    is_string = True
+
     def __init__(self, compilation: Compilation, specs: TaggedStrings, context: Context, text: bytes) -> None:
         super().__init__(compilation, compilation.once(_string_table, specs), context, text)
         self.specs = specs
@@ -237,6 +239,8 @@ def _chunk_table(compilation: Compilation, closable: bool, last: bool) -> FrameT
 class CountFrame(TextFrame):
     """Up to CHUNK characters of a string. Exit 1 goes on with `rest`: (at least, at most) so many more characters."""
 
+    is_string = True
+
     def __init__(
         self, compilation: Compilation, table: FrameTable, rest: tuple[int, int | None], context: Context, text: bytes
     ) -> None:
@@ -274,6 +278,8 @@ def _layers_table(compilation: Compilation, layers: Layers) -> TableOfMasks:
 
 class LayersFrame(TextFrame):
     """Some characters of a string whose length and language are both limited: see lengths.py."""
+
+    is_string = True
 
     def __init__(
         self, compilation: Compilation, strings: BoundedStrings, position: int, context: Context, text: bytes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import threading
 import time
@@ -54,7 +55,7 @@ def make_engine(model: LoadedModel, *, on_device: bool, max_grammars: int = 256)
         parts = model.decoder, given.kv_cache, given.slots
         runner = core.runner = ModelRunner(*parts, device=given.device, max_kv_len=given.max_kv_len, arena=arena)
         device_grammars = make_device_grammars(model, arena)
-        core.grammars = GrammarStates(tokenizer.vocab_size, runner.computes_run, device_grammars)
+        core.grammars = GrammarStates(tokenizer.vocab_size, runner.computes_run, device_grammars, tokenizer.token_bytes)
     return engine
 
 
@@ -364,6 +365,32 @@ def test_a_text_that_its_budget_made_end_says_so(tiny_model: LoadedModel, on_dev
         assert (cut.finish_reason, cut.was_closed) == (FinishReason.LENGTH, False)
         free = engine.submit("x", SamplingParams(max_tokens=3)).result(timeout_s=60)
         assert not free.was_closed
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_a_limit_of_tokens_ends_each_string_and_names_it(tiny_model: LoadedModel, on_device: bool) -> None:
+    tags = {"type": "array", "items": {"type": "string"}, "minItems": 2, "maxItems": 2}
+    properties = {"a": {"type": "string"}, "long key": tags}
+    schema = {"type": "object", "properties": properties, "required": [*properties], "additionalProperties": False}
+    grammar = compile_constraint("json_schema", json.dumps(schema), vocabulary(tiny_model))
+    with make_engine(tiny_model, on_device=on_device) as engine:
+        params = [SamplingParams(temperature=1.5, seed=seed, max_tokens=200, string_tokens=4) for seed in range(6)]
+        results = [engine.submit("x", one, grammar=grammar).result(timeout_s=60) for one in params]
+    named = set()
+    for result in results:
+        value = json.loads(result.text)
+        assert result.finish_reason is FinishReason.STOP
+        for place, text in (
+            ("/a", value["a"]),
+            ("/long key/0", value["long key"][0]),
+            ("/long key/1", value["long key"][1]),
+        ):
+            assert len(text) <= 4
+            if place in (result.incomplete or ""):
+                named.add(place)
+            else:
+                assert len(text) < 4
+    assert named == {"/a", "/long key/0", "/long key/1"}
 
 
 def test_a_whole_text_that_could_go_on_is_complete(tiny_model: LoadedModel) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from ramet.grammar import Vocabulary
 from ramet.grammar.service.sources import compile_constraint
 from ramet.runtime.constraints.host_automaton import HostAutomaton
+from ramet.runtime.constraints.incomplete import place_of
 from ramet.runtime.constraints.states import GrammarStates
 from ramet.runtime.testing.byte_tokenizer import ByteTokenizer
 from ramet.runtime.types import Batch, Grammar, Request, SamplingParams, ScheduledSequence, Sequence
@@ -214,6 +216,101 @@ def test_a_text_is_complete_where_nothing_can_follow() -> None:
     ignoring = automaton("a", max_tokens=9, stop_ids=frozenset(), ignore_eos=True)
     follow(ignoring, "a")
     assert not ignoring.is_complete
+
+
+def test_where_a_text_must_come_nearer_to_its_end_the_model_chooses_among_the_ends() -> None:
+    walked = automaton("[a-z]*(X1|Y1|ZZ1)", max_tokens=5)
+    follow(walked, "ab")
+    assert allowed(walked) == set(range(ord("a"), ord("z") + 1)) | set(b"XYZ")
+    follow(walked, "c")
+    assert allowed(walked) == set(b"XY"), "there is no room for a letter, nor for the longer end"
+    follow(walked, "Y1")
+    assert walked.is_complete
+
+
+class TensTokenizer(ByteTokenizer):
+    """A tokenizer of bytes that also has a token of ten X."""
+
+    TEN = 300
+
+    def __init__(self) -> None:
+        super().__init__(vocab_size=301)
+        self.token_bytes[self.TEN] = b"X" * 10
+        self.special_ids -= {self.TEN}
+
+
+@pytest.mark.parametrize(("max_tokens", "kept"), [(90, 8 + 8), (40, 8 + 6), (12, 8)])
+def test_a_text_that_was_idle_for_long_keeps_more_tokens_for_its_rest(max_tokens: int, kept: int) -> None:
+    tokenizer = TensTokenizer()
+    words = Vocabulary(tokenizer.token_bytes, tokenizer.eos_ids, tokenizer.special_ids, tokenizer.vocab_size)
+    grammar = compile_constraint("regex", "[a-z]*(X{10}[0-9]){4}", words)  # the shortest rest takes 8 tokens
+    request = Request("r", np.zeros(3, dtype=np.int32), SamplingParams(), max_tokens, grammar=grammar)
+    walked = HostAutomaton(Sequence(request), grammar)
+    walked.begin(-(-tokenizer.vocab_size // 32))
+    while ord("a") in allowed(walked):
+        follow(walked, "a")
+    assert allowed(walked) == {tokenizer.TEN}
+    assert max_tokens - len(walked.sequence.output_ids) == kept
+
+
+NOTES = {
+    "type": "object",
+    "properties": {"notes": {"type": "string"}, "tags": {"type": "array", "items": {"type": "string"}}},
+    "required": ["notes", "tags"],
+}
+
+
+def of_json(schema: dict[str, Any], **sampling: Any) -> HostAutomaton:
+    words = Vocabulary(TOKENIZER.token_bytes, TOKENIZER.eos_ids, TOKENIZER.special_ids, TOKENIZER.vocab_size)
+    grammar = compile_constraint("json_schema", json.dumps(schema), words)
+    request = Request("r", np.zeros(3, dtype=np.int32), SamplingParams(**sampling), 200, grammar=grammar)
+    walked = HostAutomaton(Sequence(request), grammar)
+    walked.begin(-(-TOKENIZER.vocab_size // 32))
+    return walked
+
+
+def test_a_string_that_has_its_tokens_is_ended_and_the_others_have_their_own() -> None:
+    walked = of_json(NOTES, string_tokens=5)
+    for text in ('{"notes": "jo\\"h', '", "tags": ["abcde', '", "abcde'):
+        follow(walked, text)
+        assert allowed(walked) == {ord('"')}
+    follow(walked, '", "abcd')
+    assert {ord("e"), ord('"')} < allowed(walked)
+    follow(walked, '"]}')
+    assert walked.is_complete
+    assert [place_of(bytes(walked.sequence.output_ids[:end]).decode()) for end in walked.ended_strings] == [
+        "/notes",
+        "/tags/0",
+        "/tags/1",
+    ]
+
+
+def test_a_string_that_must_be_longer_than_its_tokens_goes_on() -> None:
+    walked = of_json({"type": "string", "minLength": 4}, string_tokens=2)
+    follow(walked, '"abc')
+    assert ord('"') not in allowed(walked)
+    follow(walked, "d")
+    assert allowed(walked) == {ord('"')}
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ('{"a": "x', "/a"),
+        ('{"a": {"b": ["x", "y', "/a/b/1"),
+        ('{"a": 1, "k', ""),
+        ("[", "/0"),
+        ('"x', ""),
+        ("", ""),
+        ('{"a/b": {"c~": "\\"', "/a~1b/c~0"),
+        ('{"a": ["]", "{"], "b": "', "/b"),
+        ('{"a": {"b": 1}, "c": [[], [2', "/c/1/0"),
+        ('{"\\u00e9": "', "/é"),
+        ('}]"', ""),
+    ],
+)
+def test_the_place_where_a_text_ends_is_a_json_pointer(text: str, place: str) -> None:
+    assert place_of(text) == place
 
 
 class Raises:

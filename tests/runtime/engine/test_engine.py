@@ -354,6 +354,12 @@ class BrokenGrammar:
     def completion_bound(self, state: int) -> int:
         return 0
 
+    def closing_tokens(self, state: int) -> list[int]:
+        return []
+
+    def stays_in_string(self, state: int, token: int) -> bool:
+        return False
+
     def device_tables(self) -> None:
         return None
 
