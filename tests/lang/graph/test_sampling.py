@@ -22,6 +22,7 @@ VALUES: dict[str, tuple[list[Any], list[Any]]] = {  # field: what is taken, what
     "logit_bias": ([{}, {0: -100, 5: 100.0}], [{-1: 0}, {1: 101}, {1: "x"}, {"1": 1}, "x", [1], 3]),
     "seed": ([None, -(2**63), 2**63], [1.5, True, "x"]),
     "min_tokens": ([0, 128], [-1, 129, 1.5]),
+    "string_tokens": ([None, 1, 10**9], [0, -1, 1.5, True, "x"]),
     "stop": ([(), ("a", "b")], [("",), ["a"], "a", (1,)]),
     "stop_regex": ([(), ("a+", "[b]")], [("",), ["a"], "a", (1,)]),
     "stop_token_ids": ([(), (0, 7)], [(-1,), (1.5,), (True,), 5]),

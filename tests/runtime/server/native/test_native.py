@@ -442,7 +442,7 @@ def test_no_such_program(server: Server) -> None:
 
 
 NUMBERS = """max_tokens temperature top_p top_k min_p frequency_penalty presence_penalty repetition_penalty
-    min_tokens seed n priority logprobs"""
+    min_tokens string_tokens seed n priority logprobs"""
 EXTREMES = (0, -1, 2**31 - 1, 2**31, 2**63 - 1, 2**63, 10**30, 1e-300, 1e308, -1e308)
 
 

@@ -31,6 +31,7 @@ SHARED: Json = {
     "presence_penalty": 0.5,
     "repetition_penalty": 1.5,
     "min_tokens": 2,
+    "string_tokens": 9,
     "max_tokens": 7,
     "seed": 3,
     "stop": "x",
