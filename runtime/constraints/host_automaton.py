@@ -37,7 +37,7 @@ class HostAutomaton:
 
     `state`: None once the text is past its end (the request ignores end tokens). `can_finish`: False once no complete
     text fits into `max_tokens`. It stays False, because each token shortens the path to the end by at most one.
-    `was_closed`: a token was replaced, or refused, because the text would not have ended within `max_tokens`. `mask`: of
+    `was_closed`: a token was replaced or refused because the text would not have ended within `max_tokens`. `mask`: of
     the next token, int32 [W]; None if every token is allowed. `incomplete`: why the text is incomplete, if
     `max_tokens` has ended it. `nearest`: the smallest bound so far of the tokens to the end; `num_idle`: tokens since
     then. `num_in_string`: tokens inside of the current string, counted if there is a limit of them. `ended_strings`:

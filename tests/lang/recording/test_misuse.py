@@ -231,7 +231,9 @@ def test_half_a_surrogate_pair_is_said_to_be_no_text(engine: Engine) -> None:
 
 
 def test_a_limit_of_strings_is_one_of_json() -> None:
-    assert gen("x", list[str], string_tokens=8).sampling.string_tokens == 8
+    made = gen("x", list[str], string_tokens=8)
+    assert isinstance(made, Gen)
+    assert made.sampling.string_tokens == 8
     for kind in (str, int, bool):
         with pytest.raises(InvalidRequest, match="string_tokens is of strings in JSON, but the value is none"):
             gen("x", kind, string_tokens=8)
