@@ -24,6 +24,7 @@ from ramet.cli.explain import add_explain, run_explain
 from ramet.cli.grammar import add_grammar, run_grammar
 from ramet.cli.run import add_run, run_run
 from ramet.cli.serve import add_serve, run_serve
+from ramet.cli.size import add_size, run_size
 from ramet.errors import RametError
 from ramet.runtime.engine.openmp_waits import limit_spinning
 
@@ -142,6 +143,7 @@ _COMMANDS: tuple[_Command, ...] = (
     _Command("grammar", "Check what a schema or grammar enforces.", add_grammar, run_grammar),
     _Command("run", "Run a program of a Python file.", add_run, run_run),
     _Command("explain", "Show what a program will cost.", add_explain, run_explain),
+    _Command("size", "Show what fits on which GPUs.", add_size, run_size),
     _Command("doctor", "Show what Ramet finds on this machine.", add_doctor, run_doctor),
     _Command("completion", "Print a shell's completion script.", add_completion, run_completion),
 )

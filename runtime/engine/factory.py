@@ -30,7 +30,14 @@ from ramet.runtime.scheduling.scheduler import Scheduler
 from ramet.runtime.steps.cuda_graph import GraphKey, MixedKey
 from ramet.runtime.steps.kv_cache import KVCache, bytes_per_token
 from ramet.runtime.steps.logit_edits import NUM_EDIT_ROWS, LogitEdits
-from ramet.runtime.steps.memory import MemoryPlan, StepMemory, lower_fraction, plan_memory, read_cuda_memory
+from ramet.runtime.steps.memory import (
+    MemoryPlan,
+    StepMemory,
+    logits_bytes,
+    lower_fraction,
+    plan_memory,
+    read_cuda_memory,
+)
 from ramet.runtime.steps.model_runner import ModelRunner, Peers
 from ramet.runtime.steps.slots import RunningSlots
 from ramet.runtime.steps.tree_planner import TreePlanner
@@ -269,8 +276,7 @@ def measure_steps(
         ) from error
     del runner, kv_cache, slots
     torch.cuda.empty_cache()
-    # Sampling needs most memory in a step that the host edits: every slot's logits in fp32, twice.
-    return StepMemory(peak + 2 * 4 * config.max_running_requests * decoder.config.vocab_size, graphs)
+    return StepMemory(peak + logits_bytes(config.max_running_requests, decoder.config.vocab_size), graphs)
 
 
 @torch.inference_mode()

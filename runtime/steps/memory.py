@@ -119,6 +119,11 @@ def plan_memory(
     )
 
 
+def logits_bytes(max_running: int, vocab_size: int) -> int:
+    """Bytes of sampling in the step that needs most, one that the host edits: every slot's logits in fp32, twice."""
+    return 2 * 4 * max_running * vocab_size
+
+
 def lower_fraction(fraction: float, plan: MemoryPlan) -> str:
     """The advice when a device ran out of memory at start despite the plan: leave twice the steps' share free."""
     lower = fraction - max((plan.graphs + plan.workspace) / plan.total, 0.02)

@@ -1,0 +1,270 @@
+"""What fits on which cards, from a model's configuration alone: no weights, no GPU.
+
+The rules are those of an engine that starts: the tensors of a model (`weights.expected_tensors`), a rank's share of
+them (`parallel.share`), and how memory is divided (`steps.memory.plan_memory`). What an engine measures at its start is
+assumed here: see `ASSUMED_BYTES` and `workspace_bytes`.
+
+Not here: the command line (`ramet.cli.size`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+from ramet.errors import BrokenModelFile, ConfigError, OutOfMemory, UnsupportedArchitecture
+from ramet.runtime.engine.config import EngineConfig
+from ramet.runtime.models.config import Fields, ModelConfig
+from ramet.runtime.models.config_hf import config_from_hf
+from ramet.runtime.models.weights import expected_tensors
+from ramet.runtime.parallel.share import Share, check_size, fits
+from ramet.runtime.steps.memory import MemoryPlan, MemoryReading, StepMemory, logits_bytes, plan_memory
+
+GIB = 2**30
+_MIB = 2**20
+KV_BYTES = 2  # of a value: bf16
+# Taken without a measurement: the driver's and the libraries' part of a card, what each further rank's communication
+# adds, and all CUDA graphs.
+ASSUMED_BYTES = {"driver": 600 * _MIB, "communication": 400 * _MIB, "graphs": 700 * _MIB}
+# Bits of a weight of a layer's matrices. 4 bits: a 16-bit scale and a 4-bit zero point for 128 weights beside. Token
+# table, head and norms stay at 16 bits.
+WEIGHT_BITS = {"none": 16.0, "fp8": 8.0, "int8": 8.0, "int4": 4 + 20 / 128}
+_USEFUL_TOKENS = 4096  # of KV, below which nobody would serve the model
+_MAX_TP = 8
+# Dense families whose layers the mixtures of experts have, beside their experts.
+_EXPERTS = {
+    "MixtralForCausalLM": ("MistralForCausalLM", "num_local_experts", "intermediate_size"),
+    "Qwen2MoeForCausalLM": ("Qwen2ForCausalLM", "num_experts", "moe_intermediate_size"),
+    "Qwen3MoeForCausalLM": ("Qwen3ForCausalLM", "num_experts", "moe_intermediate_size"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class GpuModel:
+    """A GPU by its data sheet. gigabytes: as in its name. total: bytes, as the driver reports them.
+
+    flops, fp8_flops: dense, a second.
+    """
+
+    name: str
+    gigabytes: int
+    total: int
+    bytes_per_s: float
+    flops: float
+    fp8_flops: float | None = None
+
+
+CARDS = {
+    card.name: card
+    for card in (
+        GpuModel("l4", 24, 23034 * _MIB, 0.300e12, 121e12, 242e12),
+        GpuModel("rtx4090", 24, 24564 * _MIB, 1.008e12, 165e12, 330e12),
+        GpuModel("a100-40gb", 40, 40960 * _MIB, 1.555e12, 312e12),
+        GpuModel("a100", 80, 81920 * _MIB, 2.039e12, 312e12),
+        GpuModel("h100", 80, 81559 * _MIB, 3.35e12, 989e12, 1979e12),
+        GpuModel("h100-nvl", 94, 95830 * _MIB, 3.9e12, 835e12, 1671e12),
+        GpuModel("h200", 141, 143771 * _MIB, 4.8e12, 989e12, 1979e12),
+        GpuModel("b200", 192, 183359 * _MIB, 8.0e12, 2250e12, 4500e12),
+    )
+}
+TABLE_CARDS = ("rtx4090", "a100-40gb", "h100", "h200", "b200")  # 24, 40, 80, 141, 192 GB
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """The sizes of a model. config: of one expert, where there are several. reason: why Ramet cannot run it, if so."""
+
+    name: str
+    config: ModelConfig
+    num_experts: int = 1
+    experts_per_token: int = 1
+    reason: str | None = None
+
+    @classmethod
+    def from_hf(cls, name: str, fields: Fields) -> ModelShape:
+        """Read a parsed `config.json`. Raises: UnsupportedArchitecture, BrokenModelFile."""
+        fields = {key: value for key, value in fields.items() if key != "quantization_config"}  # --quantization says it
+        try:
+            known = next((c for c in fields.get("architectures") or () if c in _EXPERTS), None)
+            return cls(name, config_from_hf(fields)) if known is None else cls._mixture(name, known, fields)
+        except UnsupportedArchitecture:
+            raise
+        except (TypeError, ValueError, AttributeError) as error:  # includes BrokenModelFile; others: wrong types
+            raise BrokenModelFile(f"config.json of {name}: {error}") from error
+
+    @classmethod
+    def _mixture(cls, name: str, known: str, fields: Fields) -> ModelShape:
+        """A mixture of experts, as the dense model that has one of them, and their number."""
+        dense, count, size = _EXPERTS[known]
+        missing = [key for key in (count, size, "num_experts_per_tok") if not isinstance(fields.get(key), int)]
+        if missing:
+            raise BrokenModelFile(f"a {known} lacks {', '.join(missing)}")
+        if fields.get("shared_expert_intermediate_size"):
+            raise UnsupportedArchitecture(f"{known}: shared experts are not counted, so its sizes would be wrong")
+        config = config_from_hf({**fields, "architectures": [dense], "intermediate_size": fields[size]})
+        return cls(name, config, fields[count], fields["num_experts_per_tok"], f"{known} is not supported yet")
+
+    def num_params(self, config: ModelConfig | None = None, *, is_active: bool = False) -> tuple[int, int]:
+        """Return the weights in matrices of layers, and all others. is_active: only those that one token uses.
+
+        config: of a rank's share; None: the whole model's.
+        """
+        experts = self.experts_per_token if is_active else self.num_experts
+        matrices = others = 0
+        for name, shape in expected_tensors(config or self.config).items():
+            count = math.prod(shape)
+            if ".layers." not in name or len(shape) == 1:
+                others += count
+            else:
+                matrices += count * (experts if ".mlp." in name else 1)
+        if self.num_experts > 1:  # the router of each layer
+            others += self.config.num_layers * self.num_experts * self.config.hidden_size
+        return matrices, others
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """How a model is to be served."""
+
+    card: GpuModel
+    tp: int = 1
+    quantization: str = "none"
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+    def flags(self) -> list[str]:
+        """The flags of `ramet serve` that differ from their defaults."""
+        engine, default = self.engine, EngineConfig()
+        found = [f"--tp {self.tp}"] if self.tp > 1 else []
+        found += [f"--quantization {self.quantization}"] if self.quantization != "none" else []
+        for name in ("context_length", "mem_fraction_static", "chunked_prefill_size", "max_running_requests"):
+            if getattr(engine, name) != getattr(default, name):
+                found.append(f"--{name.replace('_', '-')} {getattr(engine, name)}")
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Sizing:
+    """What one replica holds and at best does. Bytes are of each card.
+
+    decode_floor_s: reading a token's weights once. prefill_floor_s: a token's products at the card's peak.
+    """
+
+    setup: Setup
+    plan: MemoryPlan
+    kv_bytes_per_token: int
+    num_kv_tokens: int
+    context: int
+    decode_floor_s: float
+    prefill_floor_s: float
+
+    def num_sequences(self, length: int) -> int:
+        """How many sequences of so many tokens fit at once."""
+        return min(self.num_kv_tokens // length, self.setup.engine.max_running_requests)
+
+
+def size(shape: ModelShape, setup: Setup) -> Sizing:
+    """Divide the memory of each card.
+
+    Raises:
+        OutOfMemory: it does not fit; the message has the parts. ConfigError: `tp` does not divide the model.
+    """
+    whole, engine = shape.config, setup.engine
+    check_size(whole, setup.tp)
+    if engine.context_length is not None and engine.context_length > whole.max_position_embeddings:
+        raise ConfigError(
+            f"context_length is {engine.context_length:,} but the model was trained for "
+            f"{whole.max_position_embeddings:,}; lower --context-length"
+        )
+    config = Share(0, setup.tp).config(whole)
+    matrices, others = shape.num_params(config)
+    bits = WEIGHT_BITS[setup.quantization]
+    weights = int(matrices * bits / 8) + others * 2
+    outside = ASSUMED_BYTES["driver"] + (ASSUMED_BYTES["communication"] if setup.tp > 1 else 0)
+    card = setup.card
+    kv_bytes = 2 * KV_BYTES * config.num_layers * config.num_kv_heads * config.head_dim
+    reading = MemoryReading(card.total, card.total - outside - weights, weights, weights)
+    graphs = ASSUMED_BYTES["graphs"] if engine.cuda_graph else 0
+    plan = plan_memory(
+        reading,
+        StepMemory(workspace_bytes(shape, config, engine), graphs),
+        fraction=engine.mem_fraction_static,
+        page_bytes=kv_bytes * engine.page_size,
+    )
+    num_tokens = (plan.num_pages - 1) * engine.page_size
+    active, _ = shape.num_params(config, is_active=True)
+    head = config.vocab_size * config.hidden_size
+    read = active * bits / 8 + head * 2
+    peak = card.fp8_flops if bits == 8 and card.fp8_flops else card.flops
+    return Sizing(
+        setup,
+        plan,
+        kv_bytes,
+        num_tokens,
+        min(num_tokens, engine.context_length or whole.max_position_embeddings),
+        read / card.bytes_per_s,
+        2 * active / peak,
+    )
+
+
+def workspace_bytes(shape: ModelShape, config: ModelConfig, engine: EngineConfig) -> int:
+    """Estimate the largest step's memory of a rank: the residual and its copies, q, k, v, gate, up, and logits."""
+    tokens = engine.chunked_prefill_size or 4096
+    heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    values = 4 * config.hidden_size + heads + 3 * config.intermediate_size * shape.experts_per_token
+    return 2 * tokens * values + logits_bytes(engine.max_running_requests, config.vocab_size)
+
+
+def fitting(shape: ModelShape, setup: Setup) -> Sizing | None:
+    """Find flags with which a model fits on `setup`'s cards with KV for its context, or for a useful one.
+
+    Of those, the first that is least unlike the defaults. None: nothing fits.
+    """
+    wanted = setup.engine.context_length or min(shape.config.max_position_embeddings, _USEFUL_TOKENS)
+    for engine in _engines(setup.engine):
+        try:
+            found = size(shape, replace(setup, engine=engine))
+        except OutOfMemory:
+            continue
+        if found.num_kv_tokens >= wanted:
+            return found
+    return None
+
+
+def _engines(engine: EngineConfig) -> Iterator[EngineConfig]:
+    """Configurations that leave more and more room for KV."""
+    yield engine
+    for fraction, chunk, running in ((0.95, None, 256), (0.95, 2048, 128), (0.95, 1024, 64), (0.97, 512, 32)):
+        yield replace(
+            engine,
+            mem_fraction_static=max(fraction, engine.mem_fraction_static),
+            chunked_prefill_size=engine.chunked_prefill_size or chunk,
+            max_running_requests=min(running, engine.max_running_requests),
+        )
+
+
+def smallest(shape: ModelShape, setup: Setup, max_tp: int = _MAX_TP) -> Sizing | None:
+    """Find the lowest `tp`, a power of two up to `max_tp`, with which a model fits on cards of this kind."""
+    for tp in (2**n for n in range(max_tp.bit_length())):
+        if tp <= max_tp and fits(shape.config, tp):
+            found = fitting(shape, replace(setup, tp=tp))
+            if found is not None:
+                return found
+    return None
+
+
+def nearest(shape: ModelShape, setup: Setup, max_tp: int = _MAX_TP) -> list[Sizing]:
+    """What fits if `setup` does not: more cards of the kind, fewer bits a weight, a shorter context, a larger card."""
+    found = [smallest(shape, setup, max_tp)]
+    bits = WEIGHT_BITS[setup.quantization]
+    fewer = (name for name in ("fp8", "int4") if WEIGHT_BITS[name] < bits)
+    found += [smallest(shape, replace(setup, quantization=name), max_tp) for name in fewer]
+    if setup.engine.context_length is not None:
+        shorter = fitting(shape, replace(setup, engine=replace(setup.engine, context_length=None)))
+        if shorter is not None:
+            engine = replace(shorter.setup.engine, context_length=shorter.num_kv_tokens // 1024 * 1024)
+            found.append(size(shape, replace(shorter.setup, engine=engine)))
+    larger = sorted((card for card in CARDS.values() if card.total > setup.card.total), key=lambda card: card.total)
+    on_larger = (smallest(shape, replace(setup, card=card, tp=1), max_tp) for card in larger)
+    found.append(next(filter(None, on_larger), None))
+    return [one for one in found if one is not None]

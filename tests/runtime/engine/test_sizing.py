@@ -1,0 +1,143 @@
+"""What fits on which cards: by the known sizes of models, and by the rules that a starting engine has."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ramet.errors import BrokenModelFile, ConfigError, OutOfMemory, UnsupportedArchitecture
+from ramet.runtime.engine.config import EngineConfig
+from ramet.runtime.engine.sizing import CARDS, ModelShape, Setup, fitting, nearest, size, smallest
+from ramet.runtime.steps.kv_cache import bytes_per_token
+
+CONFIGS = Path(__file__).parents[3] / "benchmarks" / "model_configs"
+# Published numbers of weights.
+PARAMETERS = {
+    "Llama-2-7b": 6_738_415_616,
+    "Llama-2-13b": 13_015_864_320,
+    "Llama-3.1-8B": 8_030_261_248,
+    "Llama-3.3-70B": 70_553_706_496,
+    "Llama-3.1-405B": 405_853_388_800,
+    "Qwen2.5-32B": 32_763_876_352,
+    "Mixtral-8x7B": 46_702_792_704,
+    "Qwen3-235B-A22B": 235_093_634_560,
+}
+
+
+def fields(name: str) -> dict[str, Any]:  # Any: JSON
+    return dict(json.loads((CONFIGS / f"{name}.json").read_text()))
+
+
+def shape(name: str) -> ModelShape:
+    return ModelShape.from_hf(name, fields(name))
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_a_configuration_alone_tells_the_number_of_weights(name: str) -> None:
+    assert sum(shape(name).num_params()) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "card", "tp", "quantization"),
+    [
+        ("Llama-2-7b", "rtx4090", 1, "none"),
+        ("Llama-2-13b", "a100-40gb", 1, "none"),
+        ("Llama-3.3-70B", "h100", 1, "fp8"),
+        ("Llama-3.3-70B", "h100", 2, "none"),
+        ("Llama-3.1-405B", "h100-nvl", 8, "fp8"),
+    ],
+)
+def test_the_rows_of_deployment_guides_fit(name: str, card: str, tp: int, quantization: str) -> None:
+    found = fitting(shape(name), Setup(CARDS[card], tp, quantization))
+    assert found is not None
+    assert found.num_kv_tokens >= 4096
+    plan = found.plan
+    used = plan.weights + plan.kv + plan.graphs + plan.workspace + plan.others
+    assert used <= found.setup.engine.mem_fraction_static * plan.total + 16 * found.kv_bytes_per_token  # the dummy page
+    again = size(shape(name), found.setup)
+    assert again == found
+    wanted = [f"--tp {tp}"] * (tp > 1) + [f"--quantization {quantization}"] * (quantization != "none")
+    assert found.setup.flags()[: len(wanted)] == wanted
+
+
+def test_what_does_not_fit_says_what_does() -> None:
+    setup = Setup(CARDS["rtx4090"])
+    with pytest.raises(OutOfMemory, match="weights take 131"):
+        size(shape("Llama-3.3-70B"), setup)
+    assert fitting(shape("Llama-3.3-70B"), setup) is None
+    others = nearest(shape("Llama-3.3-70B"), setup)
+    assert [(one.setup.card.name, one.setup.tp) for one in others] == [
+        ("rtx4090", 8),
+        ("rtx4090", 4),  # FP8
+        ("rtx4090", 2),  # 4 bits
+        ("a100-40gb", 4),
+    ]
+    assert smallest(shape("Llama-3.1-405B"), setup) is None
+
+
+def test_a_context_that_does_not_fit_is_shortened() -> None:
+    setup = Setup(CARDS["h100"], engine=EngineConfig(context_length=32_768))
+    assert fitting(shape("Llama-3.3-70B"), replace(setup, quantization="fp8")) is None
+    lengths = [
+        one.setup.engine.context_length
+        for one in nearest(shape("Llama-3.3-70B"), replace(setup, quantization="fp8"), max_tp=1)
+    ]
+    assert any(length is not None and 2048 <= length < 32_768 for length in lengths)
+
+
+def test_flags_that_leave_more_room_are_taken_only_where_needed() -> None:
+    engine = EngineConfig(context_length=16_384)
+    found = fitting(shape("Llama-3.3-70B"), Setup(CARDS["h100"], 1, "fp8", engine))
+    assert found is not None
+    assert "--mem-fraction-static 0.95" in found.setup.flags()
+    assert found.num_kv_tokens >= 16_384
+    small = fitting(shape("Llama-3.1-8B"), Setup(CARDS["h100"]))
+    assert small is not None
+    assert small.setup.flags() == []
+
+
+def test_kv_and_floors_are_the_known_ones() -> None:
+    found = size(shape("Llama-3.1-8B"), Setup(CARDS["h100"]))
+    assert found.kv_bytes_per_token == bytes_per_token(shape("Llama-3.1-8B").config, torch.bfloat16) == 131_072
+    assert math.isclose(found.decode_floor_s, 15.0e9 / 3.35e12, rel_tol=0.01)  # without the token table
+    assert 14e-6 < found.prefill_floor_s < 22.2e-6  # measured: 22.2 us
+    assert found.num_sequences(2048) == min(256, found.num_kv_tokens // 2048)
+
+
+def test_kv_heads_are_repeated_where_there_are_fewer_than_cards() -> None:
+    four, eight = (size(shape("Qwen3-235B-A22B"), Setup(CARDS["b200"], tp)) for tp in (4, 8))
+    assert four.kv_bytes_per_token == eight.kv_bytes_per_token
+    assert four.plan.weights > 1.9 * eight.plan.weights
+
+
+def test_a_token_uses_its_experts_alone() -> None:
+    mixture = shape("Mixtral-8x7B")
+    assert 12.8e9 < sum(mixture.num_params(is_active=True)) < 13e9
+    assert mixture.reason == "MixtralForCausalLM is not supported yet"
+    assert shape("Llama-3.1-8B").reason is None
+
+
+def test_wrong_configurations_say_what_is_wrong() -> None:
+    with pytest.raises(ConfigError, match="--tp may be 1, 2, 4, 8"):
+        size(shape("Llama-3.1-8B"), Setup(CARDS["h100"], 3))
+    with pytest.raises(ConfigError, match="trained for 4,096"):
+        size(shape("Llama-2-7b"), Setup(CARDS["h100"], engine=EngineConfig(context_length=8192)))
+    with pytest.raises(UnsupportedArchitecture, match="MambaForCausalLM"):
+        ModelShape.from_hf("mamba", {"architectures": ["MambaForCausalLM"]})
+    lacking = fields("Qwen3-235B-A22B")
+    del lacking["num_experts"]
+    with pytest.raises(BrokenModelFile, match="lacks num_experts"):
+        ModelShape.from_hf("x", lacking)
+    with pytest.raises(UnsupportedArchitecture, match="shared experts"):
+        ModelShape.from_hf("x", fields("Qwen3-235B-A22B") | {"shared_expert_intermediate_size": 4})
+
+
+def test_a_quantised_checkpoint_is_sized_by_the_flag() -> None:
+    with_method = fields("Llama-3.1-8B") | {"quantization_config": {"quant_method": "fp8"}}
+    assert ModelShape.from_hf("x", with_method).num_params() == shape("Llama-3.1-8B").num_params()
