@@ -66,10 +66,9 @@ class Insertion:
 class RadixCache:
     """The cached pages of all namespaces (cache salts). Not thread-safe: the engine's thread owns it."""
 
-    def __init__(self, pool: PagePool, rank: RankFunction = next_use_rank, log: PrefixLog | None = None) -> None:
-        """log: is told which prefixes come and go, if there is one."""
+    def __init__(self, pool: PagePool, rank: RankFunction = next_use_rank) -> None:
         self.pool = pool
-        self.log = log
+        self.log: PrefixLog | None = None  # see start_log
         self.num_cached_pages = 0
         self.num_evictable_pages = 0  # pages of unlocked nodes
         self.num_evicted_pages = 0  # counter
@@ -170,6 +169,12 @@ class RadixCache:
             self.num_evictable_pages += len(current.page_ids)
             current = current.parent
         self._settle(node)
+
+    def start_log(self) -> PrefixLog:
+        """Begin to write down which prefixes come and go. The cache must be empty."""
+        assert not self.num_cached_pages, "a log must know of every page"
+        self.log = PrefixLog(self.pool.num_pages, self._page_size)
+        return self.log
 
     # --- insertion
 

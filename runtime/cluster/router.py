@@ -32,7 +32,9 @@ from ramet.runtime.cache.prefix_log import CacheChanges
 from ramet.runtime.cluster.prefix_index import HolderTable, PrefixIndex
 from ramet.runtime.scheduling.priority import ProgramService
 
-_FADE = 0.95  # weight of a measured prompt, compared with the one after it
+_FADE, _FADE_OF_ALL = 0.95, 0.99  # weight of a measured prompt, compared with the one after it
+_TRUST = 8  # prompts that must be measured until a replica's own speed counts as much as that of all together
+_MOST = 4.0  # times as slow as all together: a longer time (code that is compiled, a machine that paused) is cut to it
 _LEAST_MEASURED = 64  # tokens to compute: a prompt with fewer takes a step's time, whatever it lacks
 
 
@@ -42,8 +44,9 @@ class RouterConfig:
 
     page_size: tokens a key stands for. token_s: seconds of a prompt's token, until measured. num_drawn: replicas drawn
     at random for each request; num_holders: holders looked at for each length of a cached prefix. promise_tokens:
-    how exactly prompts on their way are known. max_failures: failures in a row that open a breaker, for `pause_s` at
-    first and twice as long each time after, up to `max_pause_s`.
+    how exactly prompts on their way are known. stick_tokens: what a group's last replica is expected to hold of its
+    next request besides what is known, such as a part of a page. max_failures: failures in a row that open a breaker,
+    for `pause_s` at first and twice as long each time after, up to `max_pause_s`.
     """
 
     page_size: int = 16
@@ -55,6 +58,7 @@ class RouterConfig:
     num_drawn: int = 2
     num_holders: int = 3
     promise_tokens: int = 128
+    stick_tokens: int = 128
     max_failures: int = 3
     pause_s: float = 1.0
     max_pause_s: float = 30.0
@@ -130,11 +134,28 @@ class Breaker:
 
 
 @dataclass(slots=True)
+class _Speed:
+    """Seconds of a prompt's token, measured lately. count: of prompts, older ones counting less."""
+
+    seconds: float = 0.0
+    tokens: float = 0.0
+    count: float = 0.0
+
+    def note(self, seconds: float, tokens: float, fade: float) -> None:
+        self.seconds = fade * self.seconds + seconds
+        self.tokens = fade * self.tokens + tokens
+        self.count = fade * self.count + 1
+
+    @property
+    def token_s(self) -> float:
+        return self.seconds / self.tokens
+
+
+@dataclass(slots=True)
 class _Replica:
     """The router's view of one replica. `seen_waiting`, `seen_running`: as the replica itself said last."""
 
     breaker: Breaker
-    token_s: float
     num_pages: int
     is_draining: bool = False
     waiting: int = 0  # tokens to compute of placed requests that have no token yet
@@ -142,8 +163,7 @@ class _Replica:
     seen_waiting: int = 0
     seen_running: int = 0
     begun_s: float = 0.0
-    measured_s: float = 0.0
-    measured_tokens: float = 0.0
+    speed: _Speed = field(default_factory=_Speed)
     in_flight: dict[Placement, bool] = field(default_factory=dict)  # whether it has a token
 
 
@@ -160,6 +180,7 @@ class Router:
         self._groups: OrderedDict[str, int] = OrderedDict()  # where the last request of a group went
         self._service = ProgramService(config.max_groups)
         self._random = random.Random(config.seed)
+        self._speed = _Speed()  # of all replicas
 
     # --- replicas
 
@@ -171,7 +192,7 @@ class Router:
         self.remove(replica)
         config = self.config
         breaker = Breaker(config.max_failures, config.pause_s, config.max_pause_s)
-        self._replicas[replica] = _Replica(breaker, config.token_s, num_pages)
+        self._replicas[replica] = _Replica(breaker, num_pages)
         self._order.append(replica)
         self.index.make_room(sum(state.num_pages for state in self._replicas.values()))
 
@@ -229,7 +250,8 @@ class Router:
         keys = index.coarse(request.keys)
         step = max(self._promise_every // index.grain, 1)
         known, most = self._known(keys)
-        candidates = self._candidates(keys, step, request.group, known)
+        own = None if request.group is None else self._groups.get(request.group)
+        candidates = self._candidates(keys, step, own, known)
         usable = [r for r in candidates if self._takes(r, now_s, avoid)]
         usable += self._drawn(now_s, avoid, usable)
         if not usable:
@@ -242,7 +264,8 @@ class Router:
             if self._replicas[replica].waiting:
                 held = self._num_promised(keys, replica, step, held)
             cached = min(held * index.grain * config.page_size, request.num_tokens - 1)
-            cost = self.cost(replica, request.num_tokens - cached)
+            lacking = request.num_tokens - cached
+            cost = self.cost(replica, max(lacking - config.stick_tokens, 0) if replica == own else lacking)
             if cost < best:
                 chosen, best, num_held = replica, cost, held
         state = self._replicas[chosen]
@@ -272,10 +295,11 @@ class Router:
         state.breaker.note_success()
         if placement.num_lacking >= _LEAST_MEASURED:
             tokens = placement.num_lacking * (1 + state.running / self.config.row_scale)
-            state.measured_s = _FADE * state.measured_s + max(now_s - max(placement.placed_s, state.begun_s), 0.0)
-            state.measured_tokens = _FADE * state.measured_tokens + tokens
-            if state.measured_s > 0:
-                state.token_s = state.measured_s / state.measured_tokens
+            seconds = max(now_s - max(placement.placed_s, state.begun_s), 0.0)
+            if self._speed.seconds > 0:
+                seconds = min(seconds, _MOST * tokens * self._speed.token_s)
+            state.speed.note(seconds, tokens, _FADE)
+            self._speed.note(seconds, tokens, _FADE_OF_ALL)
         state.begun_s = max(now_s, state.begun_s)
         state.running += 1
         self._service.add(placement.request.group, placement.num_lacking)
@@ -318,12 +342,12 @@ class Router:
                 known[replica] = num_held
         return known, low if len(longest) <= self.config.num_holders else num_held
 
-    def _candidates(self, keys: Sequence[int], step: int, group: str | None, known: dict[int, int]) -> list[int]:
+    def _candidates(self, keys: Sequence[int], step: int, own: int | None, known: dict[int, int]) -> list[int]:
         """The replicas worth a look, each once: those known to hold something, the group's own, and where the prefix
         is being computed.
         """
         found = dict.fromkeys(known)
-        if group is not None and (own := self._groups.get(group)) is not None:
+        if own is not None:
             found[own] = None
         promises = keys[step - 1 :: step]
         low, high = max(known.values(), default=0) // step, len(promises)
@@ -379,7 +403,12 @@ class Router:
         state = self._replicas[replica]
         waiting, running = max(state.waiting, state.seen_waiting), max(state.running, state.seen_running)
         config = self.config
-        return (waiting + config.waste * num_lacking) * state.token_s * (1 + running / config.row_scale)
+        return (waiting + config.waste * num_lacking) * self._token_s(state.speed) * (1 + running / config.row_scale)
+
+    def _token_s(self, speed: _Speed) -> float:
+        """Expected seconds of a prompt's token: a replica's own, as far as it is measured, and that of all."""
+        of_all = self._speed.token_s if self._speed.seconds > 0 else self.config.token_s
+        return of_all if not speed.count else (speed.count * speed.token_s + _TRUST * of_all) / (speed.count + _TRUST)
 
     def _why_nobody(self, now_s: float, avoid: Collection[int]) -> str:
         states = self._replicas.items()

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from ramet.errors import EngineStopped, InvalidRequest, RametError, RequestCancelled
+from ramet.runtime.cache.prefix_log import CacheChanges
 from ramet.runtime.cache.probe import Difference, differences
 from ramet.runtime.engine.compiled_code import OnStage, prepare_compiled_code
 from ramet.runtime.engine.config import EngineConfig
@@ -116,6 +117,7 @@ class Engine:
         self._is_stopping = False
         self._pid = os.getpid()  # a forked child has a copy of this object, and no thread that runs steps
         self._failure: BaseException | None = None
+        self._tell_cache: Callable[[], None] = lambda: None
         self._border = RequestBorder(
             self.tokenizer,
             self.model.config.vocab_size,
@@ -251,6 +253,26 @@ class Engine:
         """Drop every cached prefix that is not in use. Returns the number of pages freed."""
         return int(self._ask(self._core.scheduler.cache.flush))
 
+    def watch_cache(self, listener: Callable[[CacheChanges], None]) -> None:
+        """Tell `listener` from now on which cached prefixes come and go, on the engine's thread, before outputs.
+
+        The cache must not be in use: it is emptied first.
+        """
+
+        def watch() -> None:
+            self._core.scheduler.cache.flush()
+            log = self._core.scheduler.cache.start_log()
+            self._tell_cache = lambda: listener(changes) if (changes := log.take()) is not None else None
+
+        self._ask(watch)
+
+    def whole_cache(self) -> CacheChanges:
+        """Return all that a listener of `watch_cache` should know, for one that has missed something."""
+        log = self._core.scheduler.cache.log
+        assert log is not None, "nobody watches the cache"
+        whole: CacheChanges = self._ask(log.whole)
+        return whole
+
     def stats(self) -> dict[str, float]:
         """Counters and gauges: running, waiting, tokens cached and computed, pages free and cached, preemptions."""
         answer: dict[str, float] = self._ask(self._core.stats)
@@ -356,8 +378,10 @@ class Engine:
         watch.lap("commands")
         if self._core.has_work:
             updates = self._core.step()
+            self._tell_cache()
             for update in updates:
                 self._deliver(update)
+            self._tell_cache()  # a sequence may end in its text, and an abort may free pages
             watch.lap("deliver")
             watch.end(f"{self._core.scheduler.num_running} rows, {len(updates)} outputs")
             if not updates and not self._core.is_stepping:

@@ -58,6 +58,23 @@ def choose_device(name: str, rank: int = 0, size: int = 1) -> torch.device:
     return torch.device("cuda", first + rank)
 
 
+def config_of_replica(config: EngineConfig, replica: int, num_gpus: int) -> EngineConfig:
+    """Return the configuration of one engine among several: each takes the next `tp` GPUs, where there are any.
+
+    Raises ConfigError if there are too few.
+    """
+    kind, _, index = config.device.partition(":")
+    if kind not in ("auto", "cuda") or not num_gpus:
+        return config
+    first = int(index or 0) + replica * config.tp
+    if first + config.tp > num_gpus:
+        raise ConfigError(
+            f"engine {replica} needs {config.tp} GPUs from number {first} on, but this machine has {num_gpus}; "
+            f"lower --dp{' or --tp' if config.tp > 1 else ''}"
+        )
+    return config.changed({"device": f"cuda:{first}"})
+
+
 def load(model: str | LoadedModel | None, config: EngineConfig) -> LoadedModel:
     """Load a model on the configuration's device, or its parts on one device for each rank.
 

@@ -26,7 +26,8 @@ from ramet.runtime.server.config import ServerConfig
 from ramet.runtime.server.connections import PatientProtocol, bytes_of_heads
 from ramet.runtime.server.limits import HttpLimits
 from ramet.runtime.server.link.protocol import Hello
-from ramet.runtime.server.link.proxy import EngineProxy
+from ramet.runtime.server.link.proxy import EngineProxy, Listener
+from ramet.runtime.server.link.replicas import Replicas
 from ramet.runtime.server.metrics import RequestCollector, ServerMetrics
 from ramet.runtime.server.native.generate import generate_endpoints
 from ramet.runtime.server.native.status import status_endpoints
@@ -98,14 +99,20 @@ def make_server(
     wanted = EngineConfig.from_mapping(engine).context_length
     name, tokenizer, context_length = open_tokenizer(model)
     requests = RequestCollector(compat=config.compat_metrics)
-    proxy = EngineProxy(
-        model,
-        engine,
-        max_in_flight=config.max_in_flight,
-        max_engine_failures=config.max_engine_failures,
-        log_level=log_level,
-        watcher=requests,
-    )
+
+    def make_proxy(replica: int | None = None, listener: Listener | None = None) -> EngineProxy:
+        return EngineProxy(
+            model,
+            engine,
+            max_in_flight=config.max_in_flight,
+            max_engine_failures=config.max_engine_failures,
+            log_level=log_level,
+            watcher=requests,
+            replica=replica,
+            listener=listener,
+        )
+
+    proxy = make_proxy() if config.dp == 1 else Replicas(config.dp, make_proxy, max_in_flight=config.max_in_flight)
     metrics = ServerMetrics(proxy, requests)
     tokenizer = BoundedTokenizer(tokenizer, wanted or context_length)
     served = ServedModel(

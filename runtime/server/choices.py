@@ -20,6 +20,7 @@ from ramet.lang.graph.ir import Constraint
 from ramet.runtime.server.errors import HttpError
 from ramet.runtime.server.link.protocol import Output, Submit
 from ramet.runtime.server.link.proxy import EngineProxy
+from ramet.runtime.server.link.replicas import Replicas
 from ramet.runtime.server.link.streams import OutputStream
 from ramet.runtime.server.sampling_fields import seed_of_choice
 from ramet.runtime.text.detokenizer import Detokenizer
@@ -106,7 +107,7 @@ class ChoiceStream:
     RametError.
     """
 
-    def __init__(self, proxy: EngineProxy, request_id: str, job: Job, index: int = 0) -> None:
+    def __init__(self, proxy: EngineProxy | Replicas, request_id: str, job: Job, index: int = 0) -> None:
         self._proxy = proxy
         self._job = job
         self._id = request_id
@@ -317,7 +318,7 @@ async def _pump(index: int, choice: ChoiceStream, queue: asyncio.Queue[tuple[int
         await queue.put((index, error))
 
 
-def submit_all(proxy: EngineProxy, jobs: Sequence[tuple[Job, int]], answer_id: str) -> list[ChoiceStream]:
+def submit_all(proxy: EngineProxy | Replicas, jobs: Sequence[tuple[Job, int]], answer_id: str) -> list[ChoiceStream]:
     """Send one request for each (job, seed offset). Raises: as `EngineProxy.submit`, with nothing left in flight."""
     choices: list[ChoiceStream] = []
     try:
@@ -349,7 +350,7 @@ class Scoring:
     first: int
 
 
-async def scored(proxy: EngineProxy, wanted: Sequence[Scoring]) -> list[Output]:
+async def scored(proxy: EngineProxy | Replicas, wanted: Sequence[Scoring]) -> list[Output]:
     """Compute prompts, and the log-probabilities of their tokens: with those that a job's `sampling.logprobs` asks for.
 
     Nothing is generated. Afterwards the prompts are in the cache. Raises: as `EngineProxy.submit`, and the error of the

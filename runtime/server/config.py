@@ -7,6 +7,8 @@ from typing import Any
 
 from ramet.errors import ConfigError
 
+MAX_REPLICAS = 256
+
 
 def _doc(default: Any, text: str) -> Any:  # Any: what dataclasses.field returns is typed as the field it stands for
     return field(default=default, metadata={"help": text})
@@ -18,6 +20,7 @@ class ServerConfig:
 
     host: str = _doc("127.0.0.1", "address to listen on")
     port: int = _doc(30000, "port to listen on")
+    dp: int = _doc(1, "replicas of the engine, each a process of its own; requests go where their prefixes are cached")
     served_model_name: str | None = _doc(None, "the name that clients use; default: the model's own")
     api_key: tuple[str, ...] = _doc((), "keys of which a request must bring one (Authorization: Bearer ...)")
     admin_api_key: str | None = _doc(None, "key for /flush_cache and /abort_request; default: any api key")
@@ -43,6 +46,7 @@ class ServerConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)!r} but must be {limit}")
 
         check(0 <= self.port <= 65535, "port", "in [0, 65535]")
+        check(1 <= self.dp <= MAX_REPLICAS, "dp", f"in [1, {MAX_REPLICAS}]")
         check(self.max_body_bytes >= 1024, "max_body_bytes", "at least 1024")
         check(self.max_json_values >= 1024, "max_json_values", "at least 1024")
         least = self.max_body_bytes

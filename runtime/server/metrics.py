@@ -10,16 +10,17 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections import Counter as Tally
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from ramet.runtime.engine.step_watch import PARTS
 from ramet.runtime.server.link.protocol import Output
 from ramet.runtime.server.link.proxy import EngineProxy
+from ramet.runtime.server.link.replicas import Replicas
 
 WINDOW_S = 60.0
 _SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
@@ -78,8 +79,39 @@ class CacheHitRate:
         return cached / (cached + computed) if cached + computed > 0 else 0.0
 
 
-class EngineCollector(Collector):
-    """The engine's own gauges and counters, as of its last heartbeat."""
+class EnginesCollector(Collector):
+    """The metrics of all engines; of several, each with the label `replica`, and what the router counts."""
+
+    def __init__(self, engines: EngineProxy | Replicas, requests: RequestCollector) -> None:
+        self._engines = engines
+        self._requests = requests
+
+    def collect(self) -> Iterator[Metric]:
+        merged: dict[str, Metric] = {}
+        for replica, proxy in self._engines.engines():
+            one = EngineCollector(proxy, self._requests.hit_rates[replica], compat=self._requests.compat)
+            for family in one.collect():
+                if replica is not None:
+                    family.samples = [
+                        sample._replace(labels={**sample.labels, "replica": str(replica)}) for sample in family.samples
+                    ]
+                if family.name in merged:
+                    merged[family.name].samples += family.samples
+                else:
+                    merged[family.name] = family
+        yield from merged.values()
+        if isinstance(self._engines, Replicas):
+            counters = self._engines.router_counters
+            yield counter("ramet_router_retries", "requests sent again after their replica died", counters.num_retries)
+            yield counter(
+                "ramet_router_resyncs", "times that a replica was asked for all it holds", counters.num_resyncs
+            )
+            text = "pairs of a cached prefix and a replica that the router knows"
+            yield gauge("ramet_router_known_prefixes", text, self._engines.num_known_prefixes)
+
+
+class EngineCollector:
+    """One engine's own gauges and counters, as of its last heartbeat."""
 
     def __init__(self, proxy: EngineProxy, hit_rate: CacheHitRate, *, compat: bool) -> None:
         self._proxy = proxy
@@ -164,7 +196,7 @@ class RequestCollector(Collector):
 
     def __init__(self, *, compat: bool = False) -> None:
         self.compat = compat
-        self.hit_rate = CacheHitRate()
+        self.hit_rates: defaultdict[int | None, CacheHitRate] = defaultdict(CacheHitRate)  # by replica
 
         def histogram(text: str, bounds: Sequence[float], name: str, *others: str) -> Histogram:
             return Histogram(text, bounds, f"ramet_{name}", *(others if compat else ()))
@@ -240,8 +272,8 @@ class RequestCollector(Collector):
     def note_gap(self, seconds: float) -> None:
         self.gap.observe(seconds)
 
-    def note_heartbeat(self, stats: dict[str, float]) -> None:
-        self.hit_rate.note_heartbeat(stats)
+    def note_heartbeat(self, stats: dict[str, float], replica: int | None = None) -> None:
+        self.hit_rates[replica].note_heartbeat(stats)
 
     def note_response(self, status: int) -> None:
         self.by_status[str(status)] += 1
@@ -253,11 +285,11 @@ class RequestCollector(Collector):
 class ServerMetrics:
     """All metrics of one server, in a registry of its own."""
 
-    def __init__(self, proxy: EngineProxy, requests: RequestCollector) -> None:
-        """`requests`: the proxy's watcher."""
+    def __init__(self, engines: EngineProxy | Replicas, requests: RequestCollector) -> None:
+        """`requests`: the watcher of the proxies."""
         self.requests = requests
         self._registry = CollectorRegistry()
-        self._registry.register(EngineCollector(proxy, requests.hit_rate, compat=requests.compat))
+        self._registry.register(EnginesCollector(engines, requests))
         self._registry.register(requests)
 
     def exposition(self) -> bytes:

@@ -19,6 +19,7 @@ from ramet.runtime.server.config import ServerConfig
 from ramet.runtime.server.errors import HttpError
 from ramet.runtime.server.holding import Held
 from ramet.runtime.server.link.proxy import EngineProxy
+from ramet.runtime.server.link.replicas import Replicas
 from ramet.runtime.server.prompt_log import PromptLog
 from ramet.runtime.text.tokenizer import Tokenizer
 
@@ -39,7 +40,7 @@ class ServedModel:
     """
 
     config: ServerConfig
-    proxy: EngineProxy
+    proxy: EngineProxy | Replicas
     tokenizer: Tokenizer
     name: str
     started_s: float  # time.time()

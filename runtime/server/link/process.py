@@ -19,6 +19,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+import torch
 import zmq
 
 from ramet.errors import EngineStopped, RametError
@@ -26,13 +27,14 @@ from ramet.lang.graph.ir import Constraint, Graph, NodeEvent
 from ramet.lang.graph.options import ProgramOptions
 from ramet.runtime.engine.config import EngineConfig
 from ramet.runtime.engine.engine import Engine
-from ramet.runtime.engine.loading import load
+from ramet.runtime.engine.loading import config_of_replica, load
 from ramet.runtime.programs.executor import ProgramExecutor, ProgramHost
 from ramet.runtime.server.link.garbage import collect_if_idle, postpone_full_collections
 from ramet.runtime.server.link.protocol import (
     Abort,
     Answer,
     Ask,
+    CacheReport,
     CancelNodes,
     Command,
     ErrorInfo,
@@ -50,7 +52,6 @@ from ramet.runtime.server.link.protocol import (
     StartProgram,
     Submit,
     command_decoder,
-    row_id,
 )
 from ramet.runtime.types import Grammar, RequestOutput
 
@@ -215,12 +216,12 @@ class EngineServer:
         try:
             graph = Graph.from_json(command.graph)
         except RametError as error:
-            for row in range(len(command.rows)):
-                self._send(ProgramEnd(row_id(command.id, row), ErrorInfo.of(error)))
+            for name in command.row_ids():
+                self._send(ProgramEnd(name, ErrorInfo.of(error)))
             return
-        for row, arguments in enumerate(command.rows):
+        for name, arguments in zip(command.row_ids(), command.rows, strict=True):
             bound = msgspec.structs.replace(graph, arguments=msgspec.json.decode(arguments))
-            self._start_row(command, row_id(command.id, row), bound)
+            self._start_row(command, name, bound)
 
     def _start_row(self, command: StartProgram, name: str, graph: Graph) -> None:
         def on_event(event: NodeEvent) -> None:
@@ -280,6 +281,7 @@ class EngineServer:
             "stats": self.engine.stats,
             "flush_cache": self.engine.flush_cache,
             "check_integrity": self.engine.check_integrity,
+            "whole_cache": self.engine.whole_cache,
         }
 
         def answer() -> None:
@@ -341,6 +343,8 @@ def serve(settings: Settings) -> int:
     start_s = time.monotonic()
     try:
         config = EngineConfig.from_mapping(settings.config)
+        if settings.replica is not None:
+            config = config_of_replica(config, settings.replica, torch.cuda.device_count())
         sender.put(Starting(f"loading the model {settings.model or 'of the catalogue'}"))
         model = load(settings.model, config)
         sender.put(Starting("measuring memory, making the KV cache and what runs on the device"))
@@ -366,6 +370,8 @@ def serve(settings: Settings) -> int:
     )
     postpone_full_collections()
     sender.put(hello)
+    if settings.replica is not None:
+        engine.watch_cache(lambda changes: sender.put(CacheReport(changes)))
     threading.Thread(target=_beat, args=(engine, sender.put, is_ending), name="ramet-heartbeat", daemon=True).start()
     commands = context.socket(zmq.PULL)
     commands.connect(settings.commands)

@@ -13,6 +13,7 @@ from ramet import errors
 from ramet.errors import InvalidRequest, Overloaded, RametError
 from ramet.lang.graph.ir import Constraint, NodeEvent
 from ramet.lang.graph.json_form import AS_CONFIGURED, JsonForm
+from ramet.runtime.cache.prefix_log import CacheChanges
 from ramet.runtime.types import NO_OPTIONS, RequestOptions, SamplingParams
 
 T = TypeVar("T")
@@ -26,6 +27,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     model: str | None
     config: dict[str, Any]  # Any: checked by EngineConfig
     log_level: str = "INFO"
+    replica: int | None = None  # the number of this engine among several; it then tells what its cache holds
     parent_pid: int | None = None  # this process ends with its parent, which may be gone before it has started
 
 
@@ -54,7 +56,7 @@ class StartProgram(msgspec.Struct, frozen=True, tag="program", omit_defaults=Tru
     """Run a graph (its JSON form), once for each of `rows`: its arguments, as JSON.
 
     Row i is a program of its own, with the id `row_id(id, i)`. `is_open`: more parts may come. `client`: as in
-    `Submit`.
+    `Submit`. `numbers`: the rows' numbers, where they are only some of a program's rows.
     """
 
     id: str
@@ -67,6 +69,11 @@ class StartProgram(msgspec.Struct, frozen=True, tag="program", omit_defaults=Tru
     is_open: bool = False
     text_events: bool = True
     client: tuple[str, ...] = ()
+    numbers: tuple[int, ...] | None = None
+
+    def row_ids(self) -> list[str]:
+        """The id of each of these rows."""
+        return [row_id(self.id, row) for row in (range(len(self.rows)) if self.numbers is None else self.numbers)]
 
 
 def row_id(program_id: str, row: int) -> str:
@@ -99,7 +106,10 @@ class ProvideTool(msgspec.Struct, frozen=True, tag="tool", omit_defaults=True):
 
 
 class Ask(msgspec.Struct, frozen=True, tag="ask"):
-    """A question to the engine; the reply is an `Answer`. `what`: stats, flush_cache or check_integrity."""
+    """A question to the engine; the reply is an `Answer`.
+
+    `what`: stats, flush_cache, check_integrity or whole_cache.
+    """
 
     id: str
     what: str
@@ -218,6 +228,12 @@ class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat"):
     stats: dict[str, float]
 
 
+class CacheReport(msgspec.Struct, frozen=True, tag="cache"):
+    """What the cache of one engine among several gained and lost, sent before the outputs of the same step."""
+
+    changes: CacheChanges
+
+
 class Starting(msgspec.Struct, frozen=True, tag="starting"):
     """The current stage of the process before it sends Hello."""
 
@@ -230,7 +246,9 @@ class StartFailed(msgspec.Struct, frozen=True, tag="start_failed"):
     error: ErrorInfo
 
 
-Report: TypeAlias = Output | ProgramEvent | ProgramEnd | Answer | Hello | Heartbeat | Starting | StartFailed
+Report: TypeAlias = (
+    Output | ProgramEvent | ProgramEnd | Answer | Hello | Heartbeat | CacheReport | Starting | StartFailed
+)
 
 command_decoder = msgspec.msgpack.Decoder(list[Command])
 report_decoder = msgspec.msgpack.Decoder(list[Report])
@@ -239,6 +257,7 @@ __all__ = [
     "Abort",
     "Answer",
     "Ask",
+    "CacheReport",
     "CancelNodes",
     "Command",
     "ErrorInfo",

@@ -30,6 +30,7 @@ from ramet.runtime.server.link.protocol import (
     Abort,
     Answer,
     Ask,
+    CacheReport,
     CancelNodes,
     Command,
     ErrorInfo,
@@ -47,7 +48,6 @@ from ramet.runtime.server.link.protocol import (
     StartProgram,
     Submit,
     report_decoder,
-    row_id,
 )
 from ramet.runtime.server.link.streams import OutputStream, ProgramStream
 
@@ -75,8 +75,21 @@ class Watcher(Protocol):
     def note_gap(self, seconds: float) -> None:
         """Record the time between two increments of a request."""
 
-    def note_heartbeat(self, stats: dict[str, float]) -> None:
-        """Record the engine's counters."""
+    def note_heartbeat(self, stats: dict[str, float], replica: int | None = None) -> None:
+        """Record an engine's counters."""
+
+
+class Listener(Protocol):
+    """Hears of the life of one engine among several. Called on the proxy's event loop."""
+
+    def began(self, hello: Hello) -> None:
+        """An engine process is ready. Its cache is empty."""
+
+    def ended(self) -> None:
+        """The engine process has ended. What is in flight ends after this call."""
+
+    def changed(self, report: CacheReport) -> None:
+        """The engine's cache gained and lost prefixes."""
 
 
 @dataclass(slots=True)
@@ -107,8 +120,13 @@ class EngineProxy:
         max_engine_failures: int = 5,
         log_level: str = "INFO",
         watcher: Watcher | None = None,
+        replica: int | None = None,
+        listener: Listener | None = None,
     ) -> None:  # Any: fields of EngineConfig, checked in the engine process
-        """`max_engine_failures`: number of engine processes in a row that may end early; see `wait_given_up`."""
+        """`max_engine_failures`: number of engine processes in a row that may end early; see `wait_given_up`.
+
+        `replica`, `listener`: of one engine among several (`replicas`).
+        """
         self._model = model
         self._max_failures = max_engine_failures
         self._config = config
@@ -116,6 +134,8 @@ class EngineProxy:
         self.max_in_flight = max_in_flight
         self.counters = ProxyCounters()
         self._watcher = watcher
+        self._replica = replica
+        self._listener = listener
         self._folder = tempfile.TemporaryDirectory(prefix="ramet-")
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._reports: zmq.Socket[bytes] = self._context.socket(zmq.PULL)
@@ -212,6 +232,10 @@ class EngineProxy:
         """The engine's counters at the last heartbeat."""
         return self._state.stats
 
+    def engines(self) -> list[tuple[int | None, EngineProxy]]:
+        """Every engine with its number: this one, which has none."""
+        return [(None, self)]
+
     @property
     def num_in_flight(self) -> int:
         return len(self._streams) + len(self._programs)
@@ -240,23 +264,23 @@ class EngineProxy:
         """Return a new unique id."""
         return f"{prefix}-{os.getpid():x}-{next(self._ids)}-{os.urandom(6).hex()}"
 
-    def submit(self, command: Submit, *, is_whole: bool = False) -> OutputStream:
-        """Send a request. `is_whole`: the reader wants only the complete output.
+    def submit(self, command: Submit, *, is_whole: bool = False, stream: OutputStream | None = None) -> OutputStream:
+        """Send a request. `is_whole`: the reader wants only the complete output. `stream`: gets it; None makes one.
 
         Raises: Overloaded, EngineStopped (not ready), InvalidRequest (the id is in use).
         """
         self._admit([command.id])
         self._send(command)
-        stream = OutputStream(command.id, self._abort, is_whole=is_whole)
+        stream = stream or OutputStream(command.id, self.drop, is_whole=is_whole)
         self._streams[command.id] = stream
         return stream
 
-    def start_program(self, command: StartProgram) -> list[ProgramStream]:
-        """Send a program. Returns the stream of each row. Raises the errors of `submit`; nothing is started then."""
-        names = [row_id(command.id, row) for row in range(len(command.rows))]
+    def start_program(self, command: StartProgram, *, streams: Sequence[ProgramStream] = ()) -> Sequence[ProgramStream]:
+        """Send a program. Returns each row's stream: `streams`, or new ones. Raises as `submit`; nothing is sent."""
+        names = command.row_ids()
         self._admit(names)
         self._send(command)
-        streams = [ProgramStream(name, self._abort) for name in names]
+        streams = streams or [ProgramStream(name, self.drop) for name in names]
         self._programs.update(zip(names, streams, strict=True))
         return streams
 
@@ -299,7 +323,7 @@ class EngineProxy:
             if request_id in self._streams or request_id in self._programs:
                 raise InvalidRequest(f"request id {request_id!r} is in use; choose another", param="rid")
 
-    def _abort(self, request_id: str) -> None:
+    def drop(self, request_id: str) -> None:
         """Remove the stream of a reader that left, and abort its request in the engine."""
         if self._streams.pop(request_id, None) is not None or self._programs.pop(request_id, None) is not None:
             self.counters.num_aborts += 1
@@ -364,7 +388,12 @@ class EngineProxy:
             now_s = time.monotonic()
             self._state.hello, self._state.heard_s, self._state.progressed_s = report, now_s, now_s
             self._state.ready_s = now_s
+            if self._listener is not None:
+                self._listener.began(report)
             self._ready.set()
+        elif isinstance(report, CacheReport):
+            if self._listener is not None:
+                self._listener.changed(report)
         elif isinstance(report, Starting):
             self._state.stage, self._state.started_s = report.stage, time.monotonic()
             logger.info("starting: %s", report.stage)
@@ -376,7 +405,7 @@ class EngineProxy:
         state, now_s = self._state, time.monotonic()
         state.stats, state.heard_s = stats, now_s
         if self._watcher is not None:
-            self._watcher.note_heartbeat(stats)
+            self._watcher.note_heartbeat(stats, self._replica)
         if stats["num_steps"] != state.num_steps or not (stats["num_running"] or stats["num_waiting"]):
             state.num_steps, state.progressed_s = stats["num_steps"], now_s
 
@@ -401,6 +430,8 @@ class EngineProxy:
                 return
             logger.error("the engine process ended (%s); starting another", cause)
             self._state = _State(before=failure or EngineStopped(f"the engine process crashed: {cause}; it restarts"))
+            if self._listener is not None:
+                self._listener.ended()
             self._ready = asyncio.Event() if was_ready else self._ready
             if failure is not None:
                 self._ready.set()  # all waiting callers get the reason
@@ -422,6 +453,8 @@ class EngineProxy:
     def _start_no_more(self, error: EngineStopped) -> None:
         logger.critical("%s", error)
         self._state = _State(before=error, stage="given up")
+        if self._listener is not None:
+            self._listener.ended()
         self._ready.set()
         self._fail_in_flight(error)
         assert self._given_up is not None
@@ -440,7 +473,13 @@ class EngineProxy:
         self._commands.bind(address)
         self._outbox.clear()
         settings = Settings(
-            address, f"ipc://{folder / 'reports'}", self._model, self._config, self._log_level, os.getpid()
+            address,
+            f"ipc://{folder / 'reports'}",
+            self._model,
+            self._config,
+            self._log_level,
+            self._replica,
+            os.getpid(),
         )
         environment = dict(os.environ)
         limit_spinning(environment)

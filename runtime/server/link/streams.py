@@ -30,6 +30,7 @@ class OutputStream:
         self._waiter: asyncio.Future[None] | None = None
         self._is_over = False
         self._heard_s: float | None = None  # time.monotonic() of the last increment
+        self._is_touched = False
 
     def push(self, output: Output) -> float | None:
         """Add an increment. Returns the seconds since the previous one, None for the first."""
@@ -43,6 +44,16 @@ class OutputStream:
         if self._waiter is not None and not self._waiter.done() and self._is_due(self._pending):
             self._waiter.set_result(None)
         return gap_s
+
+    @property
+    def is_untouched(self) -> bool:
+        """True while the reader has got nothing and still waits."""
+        return not self._is_touched and not self._is_over
+
+    def forget(self) -> None:
+        """Drop what the reader has not got: the request begins anew."""
+        assert not self._is_touched, "the reader has a part of it"
+        self._pending = self._heard_s = None
 
     def _is_due(self, pending: Output) -> bool:
         return not self._is_whole or pending.finish_reason is not None
@@ -62,6 +73,7 @@ class OutputStream:
                     self._waiter = None
                 output, self._pending = self._pending, None
                 assert output is not None
+                self._is_touched = True
                 self._is_over = output.finish_reason is not None
                 if output.error is not None:
                     raise output.error.to_exception()

@@ -15,7 +15,7 @@ from ramet.runtime.cache.eviction import lru_rank
 from ramet.runtime.cache.integrity import check_cache
 from ramet.runtime.cache.node import RadixNode
 from ramet.runtime.cache.page_pool import PagePool
-from ramet.runtime.cache.prefix_log import PrefixLog, prefix_keys
+from ramet.runtime.cache.prefix_log import prefix_keys
 from ramet.runtime.cache.radix_cache import PrefixMatch, RadixCache
 from ramet.runtime.types import TokenIds
 
@@ -357,7 +357,8 @@ class TreeAgainstModel(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.pool = PagePool(25, P)
-        self.cache = RadixCache(self.pool, log=PrefixLog(25, P))
+        self.cache = RadixCache(self.pool)
+        self.log = self.cache.start_log()
         self.told: set[int] = set()  # the keys of cached prefixes, as a reader of the log knows them
         self.num_told = 0
         self.model = Model()
@@ -447,11 +448,9 @@ class TreeAgainstModel(RuleBasedStateMachine):
 
     @rule(is_lost=st.booleans())
     def read_the_log(self, is_lost: bool) -> None:
-        log = self.cache.log
-        assert log is not None
-        changes = log.take()
+        changes = self.log.take()
         if is_lost:
-            changes = log.whole()
+            changes = self.log.whole()
             assert changes.is_whole
             self.told = set(changes.added)
         elif changes is not None:

@@ -7,7 +7,7 @@ import numpy as np
 from hypothesis import given, settings
 
 from ramet.runtime.cache.page_pool import PagePool
-from ramet.runtime.cache.prefix_log import CacheChanges, PrefixLog, prefix_keys
+from ramet.runtime.cache.prefix_log import CacheChanges, prefix_keys
 from ramet.runtime.cache.radix_cache import RadixCache
 from ramet.runtime.cluster.prefix_index import HolderTable, PrefixIndex
 from ramet.runtime.types import TokenIds
@@ -20,7 +20,9 @@ def keys(*tokens: int) -> list[int]:
 
 
 def small_cache(num_pages: int) -> RadixCache:
-    return RadixCache(PagePool(num_pages, P), log=PrefixLog(num_pages, P))
+    cache = RadixCache(PagePool(num_pages, P))
+    cache.start_log()
+    return cache
 
 
 def put(cache: RadixCache, tokens: TokenIds) -> None:

@@ -39,6 +39,9 @@ class FakeProxy:
         self.num_in_flight = 2
         self.num_programs = 1
 
+    def engines(self) -> list[tuple[int | None, FakeProxy]]:
+        return [(None, self)]
+
 
 def make(*, compat: bool = False) -> tuple[FakeProxy, ServerMetrics]:
     proxy = FakeProxy()
@@ -128,7 +131,7 @@ def test_the_hit_rate_is_that_of_the_last_minute_and_survives_another_engine(mon
     _, metrics = make()
     now_s = 0.0
     monkeypatch.setattr("ramet.runtime.server.metrics.time.monotonic", lambda: now_s)
-    hit_rate = metrics.requests.hit_rate
+    hit_rate = metrics.requests.hit_rates[None]
 
     def beat(cached: float, computed: float) -> None:
         metrics.requests.note_heartbeat({**STATS, "num_cached_tokens": cached, "num_computed_tokens": computed})

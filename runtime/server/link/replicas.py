@@ -1,0 +1,529 @@
+"""Several engine processes that serve one model, behind the interface of one `EngineProxy`.
+
+Each process is supervised by a proxy of its own. The router (`cluster.router`) chooses the replica of each request; it
+hears what the replicas' caches gain and lose. A program runs whole on one replica. If a replica dies, requests of which
+their readers have seen nothing are sent to another one; the others end with EngineStopped.
+
+One event loop owns the replicas. Not here: the choice (`cluster.router`), one process and its supervision (`proxy`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import itertools
+import logging
+import os
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from ramet.errors import ConfigError, EngineStopped, InvalidRequest, Overloaded, RametError
+from ramet.runtime.cache.prefix_log import CacheChanges, prefix_keys
+from ramet.runtime.cluster.router import Placement, RoutedRequest, Router, RouterConfig
+from ramet.runtime.server.config import MAX_REPLICAS
+from ramet.runtime.server.link.protocol import (
+    CacheReport,
+    CancelNodes,
+    ErrorInfo,
+    ExtendProgram,
+    Hello,
+    Output,
+    ProgramEnd,
+    ProgramEvent,
+    ProvideTool,
+    StartProgram,
+    Submit,
+)
+from ramet.runtime.server.link.proxy import EngineProxy, Listener, ProxyCounters
+from ramet.runtime.server.link.streams import OutputStream, ProgramStream
+
+logger = logging.getLogger(__name__)
+
+_SIGNATURE_BYTES = 512  # of a program's graph: programs that begin alike share prefixes
+_BYTES_A_TOKEN = 4  # of a graph's JSON, roughly
+
+MakeProxy = Callable[[int, Listener], EngineProxy]
+
+
+class _RoutedOutput(OutputStream):
+    """A request's output from whichever replica has it."""
+
+    def __init__(self, replicas: Replicas, command: Submit, *, is_whole: bool) -> None:
+        super().__init__(command.id, replicas.drop, is_whole=is_whole)
+        self.command = command
+        self.placement: Placement | None = None
+        self.failed_on: set[int] = set()
+        self._replicas = replicas
+        self._has_begun = False
+
+    def push(self, output: Output) -> float | None:
+        is_lost = _is_lost(output.error) and self.is_untouched
+        if is_lost and self._replicas.send_elsewhere(self):
+            self.forget()
+            self._has_begun = False
+            return None
+        if output.finish_reason is not None:
+            self._replicas.note_end(self, output.completion_tokens)
+        elif output.token_ids and not self._has_begun:
+            self._has_begun = True
+            self._replicas.note_begun(self)
+        return super().push(output)
+
+
+class _RoutedProgram(ProgramStream):
+    """A program's events from whichever replica runs it.
+
+    `commands`: to run it anew, until the model has written something for it. Texts that it states itself are told only
+    once, even if it runs anew.
+    """
+
+    def __init__(self, replicas: Replicas, name: str, command: StartProgram) -> None:
+        """command: starts this row alone."""
+        super().__init__(name, replicas.drop)
+        self.command = command
+        self.commands: list[ExtendProgram | CancelNodes | ProvideTool] = []
+        self.placement: Placement | None = None
+        self.failed_on: set[int] = set()
+        self.has_begun = False
+        self._replicas = replicas
+        self._stated: set[int] = set()  # nodes that were done without the model
+
+    def push(self, report: ProgramEvent | ProgramEnd) -> None:
+        if isinstance(report, ProgramEnd):
+            if _is_lost(report.error) and not self.has_begun and self._replicas.send_elsewhere(self):
+                return
+            self._replicas.note_end(self, 0)
+        elif not self.has_begun:
+            event = report.event
+            if event.kind == "done" and event.usage is None:
+                if event.node in self._stated:
+                    return
+                self._stated.add(event.node)
+            else:
+                self.has_begun = True
+                self.commands.clear()
+                self._replicas.note_begun(self)
+        super().push(report)
+
+
+def _is_lost(error: ErrorInfo | None) -> bool:
+    """True if the engine failed, not the request."""
+    return error is not None and error.kind == EngineStopped.__name__
+
+
+@dataclass(slots=True)
+class ReplicaCounters:
+    """Totals for metrics, besides those of the proxies. Owner: the replicas."""
+
+    num_retries: int = 0
+    num_resyncs: int = 0
+
+
+class _Member:
+    """One replica, as its proxy's listener."""
+
+    def __init__(self, number: int, replicas: Replicas, make_proxy: MakeProxy) -> None:
+        self.number = number
+        self.proxy = make_proxy(number, self)
+        self._replicas = replicas
+
+    def began(self, hello: Hello) -> None:
+        self._replicas.note_ready(self.number, hello)
+
+    def ended(self) -> None:
+        self._replicas.note_gone(self.number)
+
+    def changed(self, report: CacheReport) -> None:
+        self._replicas.note_changes(self.number, report.changes)
+
+
+class Replicas:
+    """Owns the replicas. The methods are those of `EngineProxy`; `scale` and `restart` change them while they serve."""
+
+    def __init__(
+        self, count: int, make_proxy: MakeProxy, *, max_in_flight: int = 10_000, config: RouterConfig | None = None
+    ) -> None:
+        """make_proxy: makes the proxy of the replica with this number, which reports to the listener."""
+        if not 1 <= count <= MAX_REPLICAS:
+            raise ConfigError(f"dp is {count} but must be in [1, {MAX_REPLICAS}]")
+        self.max_in_flight = max_in_flight
+        self.router_counters = ReplicaCounters()
+        self._make_proxy = make_proxy
+        self._config = config
+        self._router: Router | None = None  # made when the first replica says how large its pages are
+        self._members = {n: _Member(n, self, make_proxy) for n in range(count)}
+        self._in_flight: dict[str, _RoutedOutput | _RoutedProgram] = {}
+        self._num_programs = 0
+        self._ids = itertools.count()
+        self._page_size = 16
+        self._is_stopping = False
+        self._changing = asyncio.Lock()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    # -- life ----------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Start all processes. Returns before they are ready."""
+        await asyncio.gather(*(member.proxy.start() for member in self._members.values()))
+
+    async def wait_ready(self, timeout_s: float | None = None) -> Hello:
+        """Wait until all replicas are ready. Raises the error that keeps one from starting, or TimeoutError."""
+        hellos = await asyncio.gather(*(member.proxy.wait_ready(timeout_s) for member in self._members.values()))
+        return hellos[0]
+
+    async def wait_given_up(self) -> EngineStopped:
+        """Wait until no replica is left that is or will be ready. Returns the last one's error."""
+        waiting = {
+            member.number: asyncio.ensure_future(member.proxy.wait_given_up()) for member in self._members.values()
+        }
+        while True:
+            await asyncio.wait(waiting.values(), return_when=asyncio.FIRST_COMPLETED, timeout=1.0)
+            for number, member in self._members.items():  # replicas come and go
+                if number not in waiting:
+                    waiting[number] = asyncio.ensure_future(member.proxy.wait_given_up())
+            for number in waiting.keys() - self._members.keys():
+                waiting.pop(number).cancel()
+            if all(future.done() for future in waiting.values()):
+                return next(iter(waiting.values())).result()
+
+    async def stop(self, drain_s: float = 0.0) -> None:
+        """Wait up to `drain_s` for what is in flight, then end all processes."""
+        deadline_s = time.monotonic() + drain_s
+        while self._in_flight and time.monotonic() < deadline_s:
+            await asyncio.sleep(0.05)
+        self._is_stopping = True
+        await asyncio.gather(*(member.proxy.stop() for member in self._members.values()))
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def kill(self) -> None:
+        """End all processes at once. For signal handlers."""
+        self._is_stopping = True
+        for member in self._members.values():
+            member.proxy.kill()
+
+    def fail_in_flight(self) -> None:
+        """End everything in flight with an error, because the server shuts down."""
+        self._is_stopping = True
+        for member in self._members.values():
+            member.proxy.fail_in_flight()
+
+    # -- more and fewer ------------------------------------------------------------------------------------------
+
+    async def scale(self, count: int, drain_s: float) -> None:
+        """Have `count` replicas. New ones are ready on return; removed ones have ended what they had in flight.
+
+        What a removed replica has not ended after `drain_s` seconds ends with EngineStopped, or is sent elsewhere.
+        Raises: ConfigError; the error that keeps a new replica from starting, after it was removed again.
+        """
+        if not 1 <= count <= MAX_REPLICAS:
+            raise ConfigError(f"the number of replicas is {count} but must be in [1, {MAX_REPLICAS}]")
+        async with self._changing:
+            new = [n for n in range(MAX_REPLICAS) if n not in self._members][: max(count - len(self._members), 0)]
+            await asyncio.gather(*(self._add(number) for number in new))
+            leaving = sorted(self._members)[count:]
+            await asyncio.gather(*(self._remove(number, drain_s) for number in leaving))
+
+    async def restart(self, drain_s: float) -> None:
+        """Restart all replicas, one after the other; the others serve meanwhile. Raises: ConfigError; as `scale`."""
+        async with self._changing:
+            if len(self._members) < 2:
+                raise ConfigError("there is one replica: nothing would serve while it restarts; scale to 2 first")
+            for number in sorted(self._members):
+                await self._remove(number, drain_s)
+                await self._add(number)
+
+    async def _add(self, number: int) -> None:
+        member = _Member(number, self, self._make_proxy)
+        await member.proxy.start()
+        self._members[number] = member
+        try:
+            await member.proxy.wait_ready()
+        except RametError:
+            await self._remove(number, 0.0)
+            raise
+
+    async def _remove(self, number: int, drain_s: float) -> None:
+        member = self._members[number]
+        if self._router is not None and number in self._router.replicas:
+            self._router.drain(number)
+        deadline_s = time.monotonic() + drain_s
+        while member.proxy.num_in_flight and time.monotonic() < deadline_s:
+            await asyncio.sleep(0.02)
+        del self._members[number]
+        self.note_gone(number)
+        await member.proxy.stop()
+
+    # -- state ---------------------------------------------------------------------------------------------------
+
+    def engines(self) -> list[tuple[int | None, EngineProxy]]:
+        """Every replica's proxy with its number."""
+        return [(number, self._members[number].proxy) for number in sorted(self._members)]
+
+    def _proxies(self) -> list[EngineProxy]:
+        return [proxy for _, proxy in self.engines()]
+
+    @property
+    def hello(self) -> Hello | None:
+        """The description of one ready engine; None while no engine is ready."""
+        return next((proxy.hello for proxy in self._proxies() if proxy.hello is not None), None)
+
+    @property
+    def startup(self) -> dict[str, object]:
+        """As `EngineProxy.startup`: ready while one replica is."""
+        states = [proxy.startup for proxy in self._proxies()]
+        ready = [state for state in states if state["ready"]]
+        attempts = self.counters.num_starts
+        if not ready:
+            return {**states[0], "attempt": attempts}
+        stage = "ready" if len(ready) == len(states) else f"{len(ready)} of {len(states)} replicas ready"
+        return {**ready[0], "stage": stage, "attempt": attempts}
+
+    @property
+    def stats(self) -> dict[str, float]:
+        """The sums of all replicas' counters at their last heartbeats; of the longest steps, the longest."""
+        return _together([proxy.stats for proxy in self._proxies()])
+
+    @property
+    def counters(self) -> ProxyCounters:
+        """The sums of all proxies' counters."""
+        every = [proxy.counters for proxy in self._proxies()]
+        return ProxyCounters(
+            sum(one.num_starts for one in every),
+            sum(one.num_crashes for one in every),
+            sum(one.num_aborts for one in every),
+        )
+
+    @property
+    def num_in_flight(self) -> int:
+        return len(self._in_flight)
+
+    @property
+    def num_programs(self) -> int:
+        return self._num_programs
+
+    @property
+    def num_known_prefixes(self) -> int:
+        """Pairs of a cached prefix and a replica that the router knows."""
+        return 0 if self._router is None else self._router.index.num_keys
+
+    def health(self, patience_s: float = 20.0) -> str | None:
+        """None while one replica is healthy; otherwise the problems of all."""
+        problems = [(number, proxy.health(patience_s)) for number, proxy in self.engines()]
+        if any(problem is None for _, problem in problems):
+            return None
+        return "; ".join(f"replica {number}: {problem}" for number, problem in problems)
+
+    # -- work ----------------------------------------------------------------------------------------------------
+
+    def new_id(self, prefix: str) -> str:
+        """Return a new unique id."""
+        return f"{prefix}-{os.getpid():x}-{next(self._ids)}-{os.urandom(6).hex()}"
+
+    def submit(self, command: Submit, *, is_whole: bool = False) -> OutputStream:
+        """Send a request to the replica that the router chooses. Raises the errors of `EngineProxy.submit`."""
+        self._admit([command.id])
+        stream = _RoutedOutput(self, command, is_whole=is_whole)
+        self._place(stream)
+        self._in_flight[command.id] = stream
+        return stream
+
+    def start_program(self, command: StartProgram) -> Sequence[ProgramStream]:
+        """Send each row of a program to the replica that the router chooses, where it runs whole.
+
+        Returns the stream of each row. Raises the errors of `submit`; nothing runs then.
+        """
+        names = command.row_ids()
+        self._admit(names)
+        streams = [
+            _RoutedProgram(self, name, msgspec.structs.replace(command, rows=(row,), numbers=(number,)))
+            for number, (name, row) in enumerate(zip(names, command.rows, strict=True))
+        ]
+        placed: dict[int, list[_RoutedProgram]] = {}
+        try:
+            for stream in streams:
+                stream.placement = self._choose(stream)
+                placed.setdefault(stream.placement.replica, []).append(stream)
+            for replica, some in placed.items():  # one message each: its rows share the graph
+                rows = tuple(stream.command.rows[0] for stream in some)
+                numbers = tuple(number for stream in some for number in stream.command.numbers or ())
+                part = msgspec.structs.replace(command, rows=rows, numbers=numbers)
+                self._members[replica].proxy.start_program(part, streams=some)
+                self._in_flight.update((stream.id, stream) for stream in some)
+                self._num_programs += len(some)
+        except RametError:
+            for stream in streams:
+                if stream.id in self._in_flight:
+                    self.drop(stream.id)
+                elif stream.placement is not None and self._router is not None:
+                    self._router.finished(stream.placement)
+            raise
+        return streams
+
+    def send_to_program(self, command: ExtendProgram | CancelNodes | ProvideTool) -> None:
+        """Send a command to a running program. It has no effect if the program has ended."""
+        stream = self._in_flight.get(command.id)
+        if isinstance(stream, _RoutedProgram) and stream.placement is not None:
+            if not stream.has_begun:
+                stream.commands.append(command)
+            member = self._members.get(stream.placement.replica)
+            if member is not None:
+                member.proxy.send_to_program(command)
+
+    def abort(self, request_id: str) -> bool:
+        """Abort by exact id. Its reader gets RequestCancelled. Returns False if this id is not in flight."""
+        stream = self._in_flight.get(request_id)
+        member = None if stream is None or stream.placement is None else self._members.get(stream.placement.replica)
+        return member is not None and member.proxy.abort(request_id)
+
+    def in_flight(self) -> list[str]:
+        return list(self._in_flight)
+
+    async def ask(self, what: str, timeout_s: float = 10.0) -> Any:  # Any: JSON
+        """Ask all ready engines. Numbers are added; otherwise it is the first one's answer. Raises as the proxy's."""
+        ready = [proxy for proxy in self._proxies() if proxy.hello is not None]
+        if not ready:
+            raise EngineStopped(self.health() or "no replica is ready")
+        answers = await asyncio.gather(*(proxy.ask(what, timeout_s) for proxy in ready))
+        if isinstance(answers[0], dict):
+            return _together(answers)
+        return sum(answers) if isinstance(answers[0], int) else answers[0]
+
+    def _admit(self, request_ids: Sequence[str]) -> None:
+        if self._is_stopping:
+            raise EngineStopped("the server is shutting down")
+        if len(self._in_flight) + len(request_ids) > self.max_in_flight:
+            raise Overloaded(f"{len(self._in_flight):,} requests are in flight already; retry later", 1.0)
+        for request_id in request_ids:
+            if request_id in self._in_flight:
+                raise InvalidRequest(f"request id {request_id!r} is in use; choose another", param="rid")
+
+    def _place(self, stream: _RoutedOutput | _RoutedProgram) -> None:
+        """Choose a replica and send. Replicas that turn out to have gone are passed over."""
+        while True:
+            placement = self._choose(stream)
+            assert self._router is not None
+            proxy = self._members[placement.replica].proxy
+            try:
+                if isinstance(stream, _RoutedOutput):
+                    proxy.submit(stream.command, stream=stream)
+                else:
+                    proxy.start_program(stream.command, streams=[stream])
+                    for command in stream.commands:
+                        proxy.send_to_program(command)
+            except EngineStopped:
+                self._router.failed(placement, time.monotonic())
+                stream.failed_on.add(placement.replica)
+                continue
+            except RametError:
+                self._router.finished(placement)
+                raise
+            stream.placement = placement
+            return
+
+    def _choose(self, stream: _RoutedOutput | _RoutedProgram) -> Placement:
+        """Ask the router. Raises EngineStopped with the replicas' own problems."""
+        if self._router is None:
+            raise EngineStopped(self.health() or "no replica is ready")
+        try:
+            return self._router.place(self._described(stream.command), time.monotonic(), stream.failed_on)
+        except EngineStopped as error:
+            problems = self.health()
+            raise EngineStopped(str(error) if problems is None else f"{error} ({problems})") from error
+
+    def _described(self, command: Submit | StartProgram) -> RoutedRequest:
+        if isinstance(command, StartProgram):
+            signature = hashlib.blake2b(command.graph[:_SIGNATURE_BYTES], digest_size=8).hexdigest()
+            return RoutedRequest(max(len(command.graph) // _BYTES_A_TOKEN, 1), (), f"{command.cache_salt}/{signature}")
+        prompt = np.asarray(command.prompt_ids, dtype=np.int64).astype(np.int32)  # the engine refuses what does not fit
+        keys = prefix_keys(prompt, self._page_size, command.options.cache_salt)
+        return RoutedRequest(max(len(prompt), 1), keys, command.options.program_id)
+
+    # -- what streams and members say ----------------------------------------------------------------------------
+
+    def send_elsewhere(self, stream: _RoutedOutput | _RoutedProgram) -> bool:
+        """Send what a replica has lost to another one. Returns False if none can take it."""
+        if self._is_stopping or self._router is None or stream.id not in self._in_flight:
+            return False
+        assert stream.placement is not None
+        self._router.failed(stream.placement, time.monotonic())
+        stream.failed_on.add(stream.placement.replica)
+        try:
+            self._place(stream)
+        except RametError as error:
+            logger.warning("request %s is lost: %s", stream.id, error)
+            return False
+        self.router_counters.num_retries += 1
+        return True
+
+    def note_begun(self, stream: _RoutedOutput | _RoutedProgram) -> None:
+        if self._router is not None and stream.placement is not None:
+            self._router.begun(stream.placement, time.monotonic())
+
+    def note_end(self, stream: _RoutedOutput | _RoutedProgram, num_generated: int) -> None:
+        if self._in_flight.pop(stream.id, None) is not None:
+            self._num_programs -= isinstance(stream, _RoutedProgram)
+            if self._router is not None and stream.placement is not None:
+                self._router.finished(stream.placement, num_generated)
+
+    def drop(self, request_id: str) -> None:
+        """Remove the stream of a reader that left, and abort its request in the engine."""
+        stream = self._in_flight.get(request_id)
+        if stream is not None and stream.placement is not None:
+            self.note_end(stream, 0)
+            member = self._members.get(stream.placement.replica)
+            if member is not None:
+                member.proxy.drop(request_id)
+
+    def note_ready(self, number: int, hello: Hello) -> None:
+        """A replica is ready, with an empty cache."""
+        if self._router is None:
+            self._page_size = hello.page_size
+            config = self._config or RouterConfig(page_size=hello.page_size)
+            self._router = Router(config)
+        if number in self._members:
+            self._router.add(number, hello.num_kv_tokens // hello.page_size)
+            self._router.apply(number, CacheChanges(0, is_whole=True))
+
+    def note_gone(self, number: int) -> None:
+        """A replica takes no requests any more."""
+        if self._router is not None:
+            self._router.remove(number)
+
+    def note_changes(self, number: int, changes: CacheChanges) -> None:
+        if self._router is not None and not self._router.apply(number, changes):
+            self._run(self._resync(number))
+
+    async def _resync(self, number: int) -> None:
+        """Ask a replica for all that it holds, because changes were missed."""
+        member = self._members.get(number)
+        if member is None or self._router is None:
+            return
+        self.router_counters.num_resyncs += 1
+        with contextlib.suppress(RametError, TimeoutError):  # it has ended, or the next changes ask again
+            answer = await member.proxy.ask("whole_cache")
+            self._router.apply(number, CacheChanges(answer["number"], answer["added"], is_whole=True))
+
+    def _run(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def _together(every: list[dict[str, float]]) -> dict[str, float]:
+    """The sum of each counter; of the longest times, the longest."""
+    found: dict[str, float] = {}
+    for one in every:
+        for name, value in one.items():
+            if name.startswith("longest"):
+                found[name] = max(found.get(name, value), value)
+            else:
+                found[name] = found.get(name, 0.0) + value
+    return found

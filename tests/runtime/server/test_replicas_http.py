@@ -1,0 +1,48 @@
+"""A server with two engines: one API, one health, metrics of each."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import pytest
+
+from ramet.errors import ConfigError
+from ramet.runtime.server.config import ServerConfig
+from ramet.runtime.server.link.replicas import Replicas
+
+Start = Callable[..., AbstractContextManager[Any]]  # Any: RunningServer of conftest.py
+
+
+def test_two_engines_answer_as_one_and_one_goes_on_alone(start_server: Start) -> None:
+    with start_server(dp=2) as server:
+        replicas = server.served.proxy
+        assert isinstance(replicas, Replicas)
+        body = {"prompt": "The same beginning. " * 10, "max_tokens": 4, "temperature": 0}
+        first, second = (server.client.post("/v1/completions", json=body).json() for _ in range(2))
+        assert first["choices"][0]["text"] == second["choices"][0]["text"]
+        assert second["usage"]["prompt_tokens_details"]["cached_tokens"] > 150  # the second went to the first's replica
+        metrics = server.client.get("/metrics").text
+        while len(re.findall(r'^ramet_engine_up\{replica="[01]"\} 1\.0$', metrics, re.M)) < 2:  # one may start later
+            time.sleep(0.1)
+            metrics = server.client.get("/metrics").text
+        assert metrics.count("# TYPE ramet_kv_pages gauge") == 1
+        assert re.search(r"^ramet_router_known_prefixes [1-9]", metrics, re.M)
+        assert re.search(r'^ramet_requests_total\{reason="length"\} 2\.0$', metrics, re.M)
+
+        victims = [proxy.hello.pid for _, proxy in replicas.engines() if proxy.hello is not None]
+        os.kill(victims[0], signal.SIGKILL)
+        for _ in range(4):  # whichever had it: the request is answered
+            assert server.client.post("/v1/completions", json=body).json()["usage"]["completion_tokens"] == 4
+        assert server.client.get("/health").json()["status"] == "ok"
+        assert server.client.get("/ready").json()["ready"] is True
+
+
+def test_an_impossible_number_of_replicas_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"dp is 0 but must be in \[1, 256\]"):
+        ServerConfig(dp=0)
