@@ -23,6 +23,7 @@ from ramet.cli.doctor import add_doctor, run_doctor
 from ramet.cli.explain import add_explain, run_explain
 from ramet.cli.grammar import add_grammar, run_grammar
 from ramet.cli.run import add_run, run_run
+from ramet.cli.scale import add_scale, run_scale
 from ramet.cli.serve import add_serve, run_serve
 from ramet.cli.size import add_size, run_size
 from ramet.errors import RametError
@@ -138,6 +139,7 @@ def _version() -> str:
 _COMMANDS: tuple[_Command, ...] = (
     _Command("pull", "Fetch a model into the cache.", add_pull, run_pull),
     _Command("serve", "Serve a model over HTTP.", add_serve, run_serve),
+    _Command("scale", "Change the number of a server's engines.", add_scale, run_scale),
     _Command("chat", "Talk with a model.", add_chat, run_chat),
     _Command("bench", "Measure a server or a model.", add_bench, run_bench),
     _Command("grammar", "Check what a schema or grammar enforces.", add_grammar, run_grammar),

@@ -64,8 +64,8 @@ def config_of_replica(config: EngineConfig, replica: int, num_gpus: int) -> Engi
     Raises ConfigError if there are too few.
     """
     kind, _, index = config.device.partition(":")
-    if kind not in ("auto", "cuda") or not num_gpus:
-        return config
+    if kind not in ("auto", "cuda") or not num_gpus or not (index.isdecimal() or not index):
+        return config  # whoever chooses the device refuses a wrong name
     first = int(index or 0) + replica * config.tp
     if first + config.tp > num_gpus:
         raise ConfigError(

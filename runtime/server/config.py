@@ -23,7 +23,7 @@ class ServerConfig:
     dp: int = _doc(1, "replicas of the engine, each a process of its own; requests go where their prefixes are cached")
     served_model_name: str | None = _doc(None, "the name that clients use; default: the model's own")
     api_key: tuple[str, ...] = _doc((), "keys of which a request must bring one (Authorization: Bearer ...)")
-    admin_api_key: str | None = _doc(None, "key for /flush_cache and /abort_request; default: any api key")
+    admin_api_key: str | None = _doc(None, "key for /flush_cache, /abort_request and /scale; default: any api key")
     protect_metrics: bool = _doc(False, "ask for the admin key on /metrics, too")
     isolate_cache_by_key: bool = _doc(False, "requests share cached prefixes only with requests of the same key")
     max_body_bytes: int = _doc(32 << 20, "size of a request's body")

@@ -147,7 +147,12 @@ class Replicas:
     """Owns the replicas. The methods are those of `EngineProxy`; `scale` and `restart` change them while they serve."""
 
     def __init__(
-        self, count: int, make_proxy: MakeProxy, *, max_in_flight: int = 10_000, config: RouterConfig | None = None
+        self,
+        count: int,
+        make_proxy: MakeProxy,
+        *,
+        max_in_flight: int = 10_000,
+        make_router: Callable[[RouterConfig], Router] = Router,
     ) -> None:
         """make_proxy: makes the proxy of the replica with this number, which reports to the listener."""
         if not 1 <= count <= MAX_REPLICAS:
@@ -155,7 +160,7 @@ class Replicas:
         self.max_in_flight = max_in_flight
         self.router_counters = ReplicaCounters()
         self._make_proxy = make_proxy
-        self._config = config
+        self._make_router = make_router
         self._router: Router | None = None  # made when the first replica says how large its pages are
         self._members = {n: _Member(n, self, make_proxy) for n in range(count)}
         self._in_flight: dict[str, _RoutedOutput | _RoutedProgram] = {}
@@ -486,8 +491,7 @@ class Replicas:
         """A replica is ready, with an empty cache."""
         if self._router is None:
             self._page_size = hello.page_size
-            config = self._config or RouterConfig(page_size=hello.page_size)
-            self._router = Router(config)
+            self._router = self._make_router(RouterConfig(page_size=hello.page_size))
         if number in self._members:
             self._router.add(number, hello.num_kv_tokens // hello.page_size)
             self._router.apply(number, CacheChanges(0, is_whole=True))

@@ -12,6 +12,7 @@ from pydantic import Field
 from ramet.errors import InvalidSampling
 from ramet.lang.graph.constraint import Constraint, Tokenization
 from ramet.lang.graph.sampling import FIELDS
+from ramet.runtime.server.config import MAX_REPLICAS
 from ramet.runtime.server.errors import HttpError
 from ramet.runtime.server.sampling_fields import (
     MAX_CHOICES,
@@ -111,6 +112,13 @@ class GenerateBody(Strict):
 class AbortBody(Strict):
     rid: str | None = Field(default=None, description="the exact id of a request")
     abort_all: bool = False
+
+
+class ScaleBody(Strict):
+    replicas: int | None = Field(
+        default=None, ge=1, le=MAX_REPLICAS, description="how many engines there are to be; null: as many as now"
+    )
+    restart: bool = Field(default=False, description="restart them one after the other, while the others serve")
 
 
 class AppendBody(Strict):

@@ -11,10 +11,12 @@ from msgspec import UNSET, Meta, UnsetType
 from starlette.requests import Request
 from starlette.responses import Response
 
+from ramet.errors import ConfigError
 from ramet.runtime.server.errors import HttpError
 from ramet.runtime.server.link.protocol import Submit
+from ramet.runtime.server.link.replicas import Replicas
 from ramet.runtime.server.metrics import ServerMetrics
-from ramet.runtime.server.native.bodies import AbortBody, AppendBody
+from ramet.runtime.server.native.bodies import AbortBody, AppendBody, ScaleBody
 from ramet.runtime.server.openapi import VERSION
 from ramet.runtime.server.routing import Endpoint
 from ramet.runtime.server.sending import AnswerStruct, json_response
@@ -68,6 +70,10 @@ class FlushedCache(AnswerStruct):
 
 class Appended(AnswerStruct):
     success: Literal[True]
+
+
+class Scaled(AnswerStruct):
+    replicas: Annotated[list[int], Meta(description="the numbers of the engines, as on /metrics")]
 
 
 class Aborted(AnswerStruct):
@@ -153,6 +159,22 @@ class StatusEndpoints:
         wanted = proxy.in_flight() if body.abort_all else [body.rid or ""]
         return Aborted(aborted=[rid for rid in wanted if proxy.abort(rid)])
 
+    async def scale(self, request: Request, body: ScaleBody) -> Scaled:
+        """Change the number of engines, or restart them in turn. Answers when it is done; no request is lost by it."""
+        engines = self._served.proxy
+        if not isinstance(engines, Replicas):
+            raise HttpError(
+                409, "this server has one engine; start it with --dp 2 to change their number", code="one_engine"
+            )
+        if body.replicas is not None:
+            await engines.scale(body.replicas, self._served.config.drain_s)
+        if body.restart:
+            try:
+                await engines.restart(self._served.config.drain_s)
+            except ConfigError as error:
+                raise HttpError(409, str(error), code="one_engine") from error
+        return Scaled(replicas=[number for number, _ in engines.engines() if number is not None])
+
     async def metrics(self, request: Request) -> Response:
         """Return the metrics in Prometheus' text format."""
         return Response(self._metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
@@ -188,5 +210,6 @@ def status_endpoints(served: ServedModel, metrics: ServerMetrics) -> list[Endpoi
             for method in ("GET", "POST")
         ),
         Endpoint("POST", "/abort_request", status.abort_request, body=AbortBody, answer=Aborted),
+        Endpoint("POST", "/scale", status.scale, body=ScaleBody, answer=Scaled, errors=(409, 503)),
         Endpoint("GET", "/metrics", status.metrics, media_type="text/plain", errors=(401,)),
     ]

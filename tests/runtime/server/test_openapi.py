@@ -56,6 +56,7 @@ ROUTES = (
     "get /get_server_info",
     "post /flush_cache",
     "post /abort_request",
+    "post /scale",
     "post /concate_and_append_request",
     "get /metrics",
     "post /v1/programs",

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from ramet.cli.main import main
 from ramet.errors import ConfigError
 from ramet.runtime.server.config import ServerConfig
 from ramet.runtime.server.link.replicas import Replicas
@@ -41,6 +42,34 @@ def test_two_engines_answer_as_one_and_one_goes_on_alone(start_server: Start) ->
             assert server.client.post("/v1/completions", json=body).json()["usage"]["completion_tokens"] == 4
         assert server.client.get("/health").json()["status"] == "ok"
         assert server.client.get("/ready").json()["ready"] is True
+
+
+@pytest.mark.slow
+def test_a_server_is_scaled_and_restarted_while_it_serves(
+    start_server: Start, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with start_server(dp=2, admin_api_key="root", drain_s=20.0) as server:
+        url = server.url
+        assert server.client.post("/scale", json={"replicas": 1}).status_code == 401
+        assert main(["scale", "3", "--url", url, "--api-key", "root"]) == 0
+        assert capsys.readouterr().out == "engines: 0, 1, 2\n"
+        assert main(["scale", "--restart", "--url", url, "--api-key", "root"]) == 0
+        assert main(["scale", "1", "--url", url, "--api-key", "root"]) == 0
+        assert capsys.readouterr().out == "engines: 0, 1, 2\nengines: 0\n"
+        assert main(["scale", "--restart", "--url", url, "--api-key", "root"]) == 1
+        assert "refused (409): there is one replica" in capsys.readouterr().err
+        body = {"prompt": "hello", "max_tokens": 4, "temperature": 0}
+        assert server.client.post("/v1/completions", json=body).status_code == 200
+
+
+def test_a_server_of_one_engine_stays_so(server: Any, capsys: pytest.CaptureFixture[str]) -> None:  # Any: RunningServer
+    answer = server.client.post("/scale", json={"replicas": 2})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (409, "one_engine")
+    assert server.client.post("/scale", json={"replicas": 0}).status_code == 400
+    assert main(["scale"]) == 1
+    assert "nothing to do" in capsys.readouterr().err
+    assert main(["scale", "2", "--url", "http://127.0.0.1:9"]) == 1
+    assert "no server answers" in capsys.readouterr().err
 
 
 def test_an_impossible_number_of_replicas_is_refused() -> None:

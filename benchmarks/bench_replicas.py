@@ -1,0 +1,196 @@
+"""Several engines behind the router, beside one engine with as much cache: hit rates, and what a killed engine costs.
+
+    python benchmarks/bench_replicas.py                          two engines, one thread each, 64 chains
+    python benchmarks/bench_replicas.py --kills 10               an engine is killed so often, under load
+
+Workloads are those of workloads.py at an eighth of their lengths (RAG: with eight documents), with more chains than
+replicas. Random and round-robin placement run for contrast. The hit rate is the cached share of all prompt tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+from json_line import commit, print_record
+from workloads import Chain, Turn
+
+from ramet.errors import EngineStopped
+from ramet.runtime.cluster.router import Placement, RoutedRequest, Router, RouterConfig
+from ramet.runtime.server.link.protocol import Submit
+from ramet.runtime.server.link.proxy import EngineProxy, Listener
+from ramet.runtime.server.link.replicas import Replicas
+from ramet.runtime.types import SamplingParams
+
+
+class RandomRouter(Router):
+    """Any replica."""
+
+    def place(self, request: RoutedRequest, now_s: float, avoid: Collection[int] = ()) -> Placement:
+        chosen = self.choose([replica for replica in self.replicas if replica not in avoid])
+        return super().place(request, now_s, {*avoid, *self.replicas} - {chosen})
+
+    def choose(self, replicas: list[int]) -> int:
+        return random.choice(replicas)
+
+
+class RoundRobinRouter(RandomRouter):
+    """One after the other."""
+
+    number = 0
+
+    def choose(self, replicas: list[int]) -> int:
+        self.number += 1
+        return replicas[self.number % len(replicas)]
+
+
+def chains(kind: str, count: int, seed: int, vocab_size: int) -> list[Chain]:
+    rng = random.Random(f"{kind}{seed}")
+
+    def draw(num: int) -> list[int]:
+        return [rng.randrange(vocab_size // 8, vocab_size) for _ in range(num)]
+
+    if kind == "rag":
+        documents = [draw(256) for _ in range(8)]
+        return [[Turn(documents[n % 8] + draw(16), 16)] for n in rng.sample(range(count), count)]
+    if kind == "multiturn":
+        return [[Turn(draw(16), 16) for _ in range(4)] for _ in range(count)]
+    tools = draw(128)
+    return [[Turn((tools + draw(64) if turn == 0 else []) + draw(16), 16) for turn in range(3)] for _ in range(count)]
+
+
+async def drive(engines: EngineProxy | Replicas, work: list[Chain], concurrency: int) -> dict[str, Any]:
+    """Run all chains, `concurrency` at a time. Counts tokens, failures and times to the first token."""
+    waiting, times = list(reversed(work)), list[float]()
+    counts = {"prompt": 0, "cached": 0, "requests": 0, "cut": 0, "lost": 0}
+
+    async def worker() -> None:
+        while waiting:
+            history: list[int] = []
+            for turn in waiting.pop():
+                history = history + turn.new
+                sampling = SamplingParams(temperature=0.0, max_tokens=turn.out, ignore_eos=True)
+                sent_s, first_s, num_cached = time.perf_counter(), None, 0
+                counts["requests"] += 1
+                try:
+                    async for output in engines.submit(Submit(engines.new_id("bench"), history, sampling)):
+                        first_s = first_s or time.perf_counter() - sent_s
+                        num_cached = output.cached_tokens
+                        history = history + output.token_ids
+                except EngineStopped:
+                    counts["lost" if first_s is None else "cut"] += 1
+                    break
+                counts["prompt"] += len(history) - turn.out
+                counts["cached"] += num_cached
+                times.append(first_s or 0.0)
+
+    await asyncio.gather(*(worker() for _ in range(concurrency)))
+    times.sort()
+    return {
+        **counts,
+        "hit_rate": round(counts["cached"] / max(counts["prompt"], 1), 4),
+        "ttft_p50_ms": round(1e3 * times[len(times) // 2], 1),
+        "ttft_p99_ms": round(1e3 * times[int(len(times) * 0.99)], 1),
+    }
+
+
+def make(arguments: argparse.Namespace, count: int, router: Callable[[RouterConfig], Router]) -> EngineProxy | Replicas:
+    """One engine with the whole cache, or several with a part each."""
+    config = {"device": "cpu", "num_threads": 1, "num_kv_tokens": arguments.kv_tokens // count}
+
+    def proxy(replica: int | None = None, listener: Listener | None = None) -> EngineProxy:
+        return EngineProxy(arguments.model, config, replica=replica, listener=listener, log_level="ERROR")
+
+    return proxy() if count == 1 else Replicas(count, proxy, make_router=router)
+
+
+async def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    systems: dict[str, tuple[int, Callable[[RouterConfig], Router]]] = {
+        "one engine": (1, Router),
+        "router": (arguments.replicas, Router),
+        "random": (arguments.replicas, RandomRouter),
+        "round robin": (arguments.replicas, RoundRobinRouter),
+    }
+    rows: dict[str, Any] = {}
+    for name, (count, router) in systems.items():
+        engines = make(arguments, count, router)
+        await engines.start()
+        hello = await engines.wait_ready(600)
+        for kind in ("multiturn", "rag", "agentic"):
+            await engines.ask("flush_cache")
+            rows[f"{kind} / {name}"] = row = await drive(
+                engines, chains(kind, arguments.chains, 0, hello.vocab_size), arguments.concurrency
+            )
+            one = rows.get(f"{kind} / one engine")
+            row["of_one_engine"] = round(row["hit_rate"] / one["hit_rate"], 3) if one else 1.0
+            print(f"{kind:10} {name:12}", "  ".join(f"{k} {v}" for k, v in row.items()), flush=True)
+        await engines.stop()
+    return rows
+
+
+async def kill(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Kill an engine under load, again and again. Every request is answered, or was cut after it had begun."""
+    engines = make(arguments, arguments.replicas, Router)
+    assert isinstance(engines, Replicas)
+    await engines.start()
+    vocab_size = (await engines.wait_ready(600)).vocab_size
+    total: dict[str, int] = {"requests": 0, "cut": 0, "lost": 0}
+    recoveries: list[float] = []
+    for number in range(arguments.kills):
+        load = asyncio.create_task(drive(engines, chains("multiturn", 16, number, vocab_size), arguments.concurrency))
+        await asyncio.sleep(0.5 + random.random())
+        victim = number % arguments.replicas
+        hello = dict(engines.engines())[victim].hello
+        assert hello is not None
+        os.kill(hello.pid, signal.SIGKILL)
+        killed_s = time.perf_counter()
+        counts = await load
+        for name in total:
+            total[name] += counts[name]
+        while (again := dict(engines.engines())[victim].hello) is None or again.pid == hello.pid:
+            await asyncio.sleep(0.02)
+        recoveries.append(time.perf_counter() - killed_s)
+    await engines.stop()
+    recoveries.sort()
+    return {
+        **total,
+        "kills": arguments.kills,
+        "retries": engines.router_counters.num_retries,
+        "recovery_s_p50": round(recoveries[len(recoveries) // 2], 2),
+        "recovery_s_max": round(recoveries[-1], 2),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--replicas", type=int, default=2)
+    parser.add_argument("--chains", type=int, default=64)
+    parser.add_argument("--concurrency", type=int, default=8)
+    parser.add_argument("--kv-tokens", type=int, default=8_192, help="of all engines together")
+    parser.add_argument("--kills", type=int, default=0, help="kill an engine so often instead")
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    record = {
+        "benchmark": "bench_replicas",
+        "commit": commit(),
+        "model": arguments.model,
+        "replicas": arguments.replicas,
+    }
+    if arguments.kills:
+        record["kills"] = asyncio.run(kill(arguments))
+        print(record["kills"])
+    else:
+        record["rows"] = asyncio.run(measure(arguments))
+    print_record(record, arguments.out)
+
+
+if __name__ == "__main__":
+    main()
