@@ -34,13 +34,22 @@ from ramet.grammar import Vocabulary
 from ramet.grammar.service.sources import compile_constraint
 from ramet.runtime.engine.config import EngineConfig
 from ramet.runtime.engine.core import EngineCore
-from ramet.runtime.engine.factory import build_core
+from ramet.runtime.engine.factory import build_core, build_runner
+from ramet.runtime.engine.loading import carry_out
 from ramet.runtime.models.build import build_decoder
 from ramet.runtime.models.config import ModelConfig, llama_3_1_8b, smollm2_135m
 from ramet.runtime.models.config_hf import config_from_hf
+from ramet.runtime.models.decoder import Decoder
 from ramet.runtime.models.generation import GenerationDefaults
 from ramet.runtime.models.load import LoadedModel
 from ramet.runtime.models.weights import Part, Weights, expected_tensors
+from ramet.runtime.parallel.group import Group
+from ramet.runtime.parallel.messages import Message, decoder, encoder
+from ramet.runtime.parallel.model import SharedModel
+from ramet.runtime.parallel.ranks import FirstRank
+from ramet.runtime.parallel.sharded import apply_tensor_parallel
+from ramet.runtime.parallel.share import Share, check_size
+from ramet.runtime.steps.model_runner import ModelRunner
 from ramet.runtime.types import Grammar, Request, SamplingParams, Sequence
 
 QWEN = {
@@ -139,19 +148,69 @@ class Walk:
         self.run("scored")
 
 
+class AloneGroup(Group):
+    """A group whose other ranks exist in name alone; its collectives launch something of the right shape."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size = rank, size
+
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mul_(self.size)
+
+    def gather(self, x: torch.Tensor, num_columns: int) -> torch.Tensor:
+        return torch.cat([x] * self.size, dim=1)[:, :num_columns].contiguous()
+
+    def share(self, x: torch.Tensor) -> None:
+        x.mul_(1)
+
+    def smallest(self, value: int) -> int:
+        return value
+
+
+class OtherRankHere(FirstRank):
+    """The first rank's view of another one in this process, which runs each step at once."""
+
+    def __init__(self, runner: ModelRunner) -> None:
+        self._runner = runner
+        self._num_plans = 0
+
+    def _send(self, message: Message) -> None:
+        carry_out(decoder.decode(encoder.encode(message)), self._runner)
+
+    def fail(self, error: Exception) -> None:
+        raise error
+
+    def check(self) -> None:
+        return
+
+
+def decoder_of(rank: int, shapes: ModelConfig, weights: Weights, config: EngineConfig) -> Decoder:
+    """The whole decoder, or a rank's part of it."""
+    if config.tp == 1:
+        return build_decoder(shapes, weights, device=DEVICE, dtype=torch.bfloat16)
+    share = Share(rank, config.tp)
+    check_size(shapes, config.tp)
+    part = build_decoder(share.config(shapes), weights.cut(share.parts(shapes)), device=DEVICE, dtype=torch.bfloat16)
+    return apply_tensor_parallel(part, AloneGroup(rank, config.tp), shapes.vocab_size)
+
+
 def empty(shape: tuple[int, ...], part: Part | None) -> torch.Tensor:
-    assert part is None
-    return torch.empty(shape, device=DEVICE, dtype=torch.bfloat16)
+    whole = torch.empty(shape, device=DEVICE, dtype=torch.bfloat16)
+    return whole if part is None else part.of(whole)
 
 
 def walk(shapes: ModelConfig, config: EngineConfig, device: FakeDevice) -> list[str]:
     """Start an engine and serve; returns what a card's users would notice."""
     shapes = dataclasses.replace(shapes, num_layers=LAYERS, sliding_layers=shapes.sliding_layers[:LAYERS])
     make = {name: partial(empty, shape) for name, shape in expected_tensors(shapes).items()}
-    decoder = build_decoder(shapes, Weights(make), device=DEVICE, dtype=torch.bfloat16)
     tokenizer = MadeUpTokenizer(shapes.vocab_size)
     device.phase = "start"
-    core = build_core(LoadedModel("fake", decoder, tokenizer, shapes, GenerationDefaults()), config)
+    model = LoadedModel("fake", decoder_of(0, shapes, Weights(make), config), tokenizer, shapes, GenerationDefaults())
+    if config.tp > 1:
+        other = build_runner(decoder_of(1, shapes, Weights(make), config), config, AloneGroup(1, config.tp))
+        parts = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
+        model = SharedModel(**parts, peers=OtherRankHere(other), group=AloneGroup(0, config.tp))
+    core = build_core(model, config)
     print(f"    start      {device.launches['start']:5d} launches")
     vocabulary = Vocabulary(
         tokenizer.token_bytes, tokenizer.eos_ids, tokenizer.special_ids, tokenizer.vocab_size, tokenizer

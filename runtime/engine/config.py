@@ -84,7 +84,7 @@ class EngineConfig:
             if not ok:
                 raise ConfigError(f"{name} is {getattr(self, name)!r} but must be {limit}")
 
-        check(self.tp >= 1, "tp", "at least 1")
+        check(type(self.tp) is int and self.tp >= 1, "tp", "an integer of at least 1")
         check(
             self.tp == 1 or not self.deterministic,
             "deterministic",

@@ -37,6 +37,8 @@ class Group:
         Raises: ConfigError if this process already uses torch.distributed.
         """
         check_unused()
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         self.rank = rank
         self.size = size
         is_cuda = device.type == "cuda"

@@ -1,8 +1,8 @@
 """The processes of a tensor-parallel engine. The first rank starts the others, tells them each step, and notices ends.
 
 `torch.multiprocessing` starts the processes. They find each other by a file in a folder that only this user can read,
-so no port is open. A step is one message through a pipe: 2 KB take 7 µs to arrive. Every rank that ends takes the
-engine with it; a rank whose first rank is gone ends itself.
+and a step is one message through a pipe. Every rank that ends takes the engine with it; a rank whose first rank is gone
+ends itself.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class FirstRank:
         self._send(StepMessage.of(step, work))
 
     def send_tokens(self, tokens: Sequence[tuple[int, int]]) -> None:
-        self._send(TokensMessage(list(tokens)))
+        self._send(TokensMessage([(int(slot), int(token)) for slot, token in tokens]))
 
     def fail(self, error: Exception) -> None:
         with self._changed:  # if a rank has ended, its end is the cause

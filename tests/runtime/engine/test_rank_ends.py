@@ -114,9 +114,9 @@ def no_start(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_sizes_that_do_not_divide_the_model_are_refused(no_start: None) -> None:
     with pytest.raises(ConfigError, match=r"4 heads, 2 KV heads and 80 inner features.*--tp may be 1, 2 or 4"):
         Engine(TINY_MODEL, tp=3, **SIZES)
-    for wrong in (0, -1):
-        with pytest.raises(ConfigError, match=rf"tp is {wrong} but must be at least 1"):
-            EngineConfig(tp=wrong)
+    for wrong in (0, -1, 2.0, True, "2", None):
+        with pytest.raises(ConfigError, match=rf"tp is {wrong!r} but must be an integer of at least 1"):
+            EngineConfig.from_mapping({"tp": wrong})
     with pytest.raises(ConfigError, match="deterministic is True but must be False with tp > 1"):
         EngineConfig(tp=2, deterministic=True)
 

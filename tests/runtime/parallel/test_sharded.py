@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import queue
 import threading
 from collections.abc import Callable, Sequence
@@ -19,11 +20,15 @@ from ramet.grammar.service.sources import compile_constraint
 from ramet.runtime.cache.page_pool import PagePool
 from ramet.runtime.cache.radix_cache import RadixCache
 from ramet.runtime.constraints.states import GrammarStates
+from ramet.runtime.engine.config import EngineConfig
 from ramet.runtime.engine.core import EngineCore
+from ramet.runtime.engine.factory import build_runner
 from ramet.runtime.engine.loading import carry_out
 from ramet.runtime.models.build import build_decoder
+from ramet.runtime.models.config import ModelConfig
 from ramet.runtime.models.decoder import Decoder
 from ramet.runtime.models.load import open_weights
+from ramet.runtime.models.weights import Weights
 from ramet.runtime.parallel.group import Group
 from ramet.runtime.parallel.messages import EndMessage, Message, StepMessage, TokensMessage, encoder
 from ramet.runtime.parallel.messages import decoder as message_decoder
@@ -37,7 +42,7 @@ from ramet.runtime.steps.model_runner import ModelRunner
 from ramet.runtime.steps.slots import RunningSlots
 from ramet.runtime.steps.tree_planner import TreePlanner
 from ramet.runtime.testing.bare_cache import BareCache
-from ramet.runtime.testing.dummy import describe_tiny, tiny_weights
+from ramet.runtime.testing.dummy import describe_tiny, dummy_weights, tiny_weights
 from ramet.runtime.types import Request, SamplingParams
 
 TOLERANCE = 1e-4
@@ -99,6 +104,9 @@ class ThreadGroup(Group):
 
     def gather(self, x: Tensor, num_columns: int) -> Tensor:
         return torch.cat(self._room.all_of(self.rank, x), dim=1)[:, :num_columns]
+
+    def smallest(self, value: int) -> int:
+        return min(int(x) for x in self._room.all_of(self.rank, torch.tensor(value)))
 
     def share(self, x: Tensor) -> None:
         x.copy_(self._room.all_of(self.rank, x)[0])
@@ -176,6 +184,30 @@ def test_ranks_together_compute_the_logits_of_the_whole_model(folder: Path, size
     for found in on_ranks(size, work):
         assert found.shape == expected.shape
         assert float((found - expected).abs().max()) < tolerance
+
+
+# ---- memory
+
+
+@pytest.mark.parametrize("kv_heads", [2, 1])
+def test_ranks_share_the_memory_of_pages_which_hold_their_own_heads(kv_heads: int) -> None:
+    """All have as many pages as the one with the fewest; repeated KV heads take their room twice."""
+    config = dataclasses.replace(describe_tiny().config, num_kv_heads=kv_heads)
+    weights = dummy_weights(config, torch.device("cpu"), torch.float32)
+
+    def runner(config: ModelConfig, weights: Weights, group: Group | None, **options: int) -> ModelRunner:
+        decoder = build_decoder(config, weights, device="cpu", dtype=torch.float32)
+        return build_runner(decoder, EngineConfig.from_mapping({"max_running_requests": 2, **options}), group)
+
+    def work(rank: int, room: Room) -> tuple[int, tuple[int, ...]]:
+        share = Share(rank, room.size)
+        options = {"tp": 2, "kv_cpu_bytes": (1 << 20) + rank * (1 << 18)}
+        part = runner(share.config(config), weights.cut(share.parts(config)), ThreadGroup(rank, room), **options)
+        return part.kv_cache.num_pages, tuple(part.kv_cache.layers[0][0].shape)
+
+    pages, shape = runner(config, weights, None, kv_cpu_bytes=1 << 20).kv_cache.num_pages, (1, 16, config.head_dim)
+    expected = pages if kv_heads == 2 else (pages - 1) // 2 + 1  # page 0 is nobody's
+    assert on_ranks(2, work) == [(expected, (expected, *shape))] * 2
 
 
 # ---- steps
