@@ -106,8 +106,8 @@ def _load_parts(model: str | None, config: EngineConfig) -> SharedModel:
         part = _load_part(path, config, Share(0, config.tp), device)
         group = peers.join(device)
         decoder = apply_tensor_parallel(part, group, whole.config.vocab_size)
-    except BaseException:
-        peers.close()
+    except BaseException as error:
+        peers.close_after(error)
         raise
     name = model or (TINY_MODEL if path is None else path.stem)
     logger.info("loaded %s in %d parts in %.1f s", name, config.tp, time.monotonic() - start_s)

@@ -115,13 +115,17 @@ class FirstRank:
         self._send(TokensMessage([(int(slot), int(token)) for slot, token in tokens]))
 
     def fail(self, error: Exception) -> None:
-        with self._changed:  # if a rank has ended, its end is the cause
-            self._changed.wait_for(lambda: self._failure is not None, _KNOWN_AFTER_S)
+        self._wait_for_cause()
         self._note(EngineStopped(f"rank 0 failed within a step that the other ranks ran: {error!r}"))
 
     def check(self) -> None:
         if self._failure is not None:
             raise self._failure
+
+    def _wait_for_cause(self) -> None:
+        """Wait a moment after an error of this rank: if another one has ended, its end is the cause."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._failure is not None, _KNOWN_AFTER_S)
 
     def _send(self, message: Message) -> None:
         data = encoder.encode(message)
@@ -134,18 +138,18 @@ class FirstRank:
 
     # -- the end
 
-    def close(self) -> None:
-        """End the other ranks. Those that do not end by themselves are killed."""
+    def close(self, patience_s: float = _END_S) -> None:
+        """End the other ranks. Those that do not end by themselves within this time are killed."""
         with self._changed:
             self._is_closing = True
-        if self._failure is None:
+        if self._failure is None and patience_s:
             data = encoder.encode(EndMessage())
             for pipe in self._pipes:
                 try:
                     pipe.send_bytes(data)
                 except OSError:
                     logger.debug("a rank has ended before it was told to")
-        self._end_processes(0.0 if self._failure is not None else _END_S)
+        self._end_processes(patience_s if self._failure is None else 0.0)
         self._watcher.join(_END_S)
         if self._group is not None:
             self._group.close()
@@ -153,12 +157,12 @@ class FirstRank:
             pipe.close()
         self._folder.cleanup()
 
-    def close_after(self, error: Exception) -> None:
-        """End the other ranks after an error at the start. Raises the error of the rank that caused it, if one did."""
-        if not isinstance(error, RametError):
-            self.fail(error)
+    def close_after(self, error: BaseException) -> None:
+        """Kill the other ranks after an error at the start. Raises the error of the rank that caused it, if one did."""
+        if isinstance(error, Exception) and not isinstance(error, RametError):
+            self._wait_for_cause()
         failure = self._failure
-        self.close()
+        self.close(0.0)
         if failure is not None and failure is not error:
             raise failure from error
 
@@ -172,16 +176,15 @@ class FirstRank:
 
     def _watch(self) -> None:
         """Wait for what ranks say, and for their ends."""
-        ranks = {pipe: rank for rank, pipe in enumerate(self._pipes, 1)}
+        ranks = {*self._pipes}
         sentinels = {process.sentinel: rank for rank, process in enumerate(self._processes, 1)}
-        words: dict[int, RametError] = {}
         while sentinels:
-            for ready in wait([*ranks, *sentinels]):
+            for ready in sorted(wait([*ranks, *sentinels]), key=lambda found: isinstance(found, int)):  # words first
                 if isinstance(ready, Connection):
                     try:
                         said = ready.recv_bytes()
                     except (EOFError, OSError):
-                        del ranks[ready]
+                        ranks.remove(ready)
                         continue
                     if said == _LOADED:
                         with self._changed:
@@ -189,11 +192,10 @@ class FirstRank:
                             self._changed.notify_all()
                     else:
                         last = msgspec.msgpack.decode(said, type=_Failed)
-                        words[ranks[ready]] = from_name(last.name, last.message)
+                        self._note(from_name(last.name, last.message))
                 else:
                     assert isinstance(ready, int)
-                    rank = sentinels.pop(ready)
-                    self._note(words.get(rank) or self._end_of(rank))
+                    self._note(self._end_of(sentinels.pop(ready)))
 
     def _end_of(self, rank: int) -> EngineStopped:
         process = self._processes[rank - 1]
@@ -245,7 +247,9 @@ class OtherRank:
         return decoder.decode(self._pipe.recv_bytes())
 
     def fail(self, error: Exception) -> None:
-        """Tell the first rank what ends this one."""
+        """Tell the first rank what ends this one. If that was the end of another one, this one is killed meanwhile."""
+        if not isinstance(error, RametError):
+            time.sleep(_KNOWN_AFTER_S / 2)
         name = type(error).__name__ if isinstance(error, RametError) else "EngineStopped"
         message = str(error) if isinstance(error, RametError) else f"{error!r}"
         self._pipe.send_bytes(msgspec.msgpack.encode(_Failed(name, f"rank {self.rank}: {message}")))

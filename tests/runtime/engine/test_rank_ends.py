@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -14,11 +15,12 @@ import pytest
 import torch
 
 from ramet import Engine
-from ramet.errors import ConfigError, EngineStopped, OutOfMemory
+from ramet.errors import BrokenModelFile, ConfigError, EngineStopped, OutOfMemory
 from ramet.runtime.engine.config import EngineConfig
-from ramet.runtime.engine.loading import choose_device
+from ramet.runtime.engine.loading import choose_device, run_rank
 from ramet.runtime.models.catalog import TINY_MODEL
 from ramet.runtime.models.load import LoadedModel
+from ramet.runtime.parallel.ranks import FirstRank
 from ramet.runtime.types import SamplingParams
 
 SIZES: dict[str, Any] = {"num_kv_tokens": 1024, "max_running_requests": 4, "device": "cpu", "num_threads": 1}
@@ -91,7 +93,7 @@ def test_ranks_end_when_the_first_one_is_killed(tmp_path: Path) -> None:
 def test_a_script_without_its_guard_is_told_so(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(f"from ramet import Engine\nEngine({TINY_MODEL!r}, tp=2, **{SIZES!r})\n")
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert 'must stand under `if __name__ == "__main__":`' in done.stderr.splitlines()[-1]
 
@@ -101,6 +103,14 @@ def test_an_error_of_a_rank_at_the_start_is_the_engines(monkeypatch: pytest.Monk
     with pytest.raises(OutOfMemory, match="lower --num-kv-tokens"):
         Engine(TINY_MODEL, tp=2, **{**SIZES, "num_kv_tokens": 1 << 50})
     assert not torch.distributed.is_initialized()
+
+
+def test_an_error_of_another_rank_is_raised_in_the_first_one(tmp_path: Path) -> None:
+    path, config = tmp_path / "none.gguf", EngineConfig(tp=3, device="cpu", num_threads=1)
+    peers = FirstRank(run_rank, (path, config, logging.WARNING), config.tp)
+    with pytest.raises(BrokenModelFile, match=r"rank [12]: .*none\.gguf cannot be read"):
+        peers.join(torch.device("cpu"))
+    peers.close()
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(torch.version.cuda is not None, reason="this tor
         "--models llama-8b",
         "--models gemma3-4b --set deterministic=true",
         "--models smollm2 --set grammar_on_device=false",
-        "--models qwen3-8b --set tp=2",
+        pytest.param("--models qwen3-8b --set tp=2", marks=pytest.mark.slow),
     ],
 )
 def test_an_engine_starts_and_serves_every_kind_of_request(options: str) -> None:
