@@ -22,6 +22,7 @@ from ramet.cli.completion import add_completion, completion_script
 from ramet.cli.doctor import add_doctor, run_doctor
 from ramet.cli.explain import add_explain, run_explain
 from ramet.cli.grammar import add_grammar, run_grammar
+from ramet.cli.keys import add_keys, run_keys
 from ramet.cli.run import add_run, run_run
 from ramet.cli.scale import add_scale, run_scale
 from ramet.cli.serve import add_serve, run_serve
@@ -140,6 +141,7 @@ _COMMANDS: tuple[_Command, ...] = (
     _Command("pull", "Fetch a model into the cache.", add_pull, run_pull),
     _Command("serve", "Serve a model over HTTP.", add_serve, run_serve),
     _Command("scale", "Change the number of a server's engines.", add_scale, run_scale),
+    _Command("keys", "Keep a server's file of API keys.", add_keys, run_keys),
     _Command("chat", "Talk with a model.", add_chat, run_chat),
     _Command("bench", "Measure a server or a model.", add_bench, run_bench),
     _Command("grammar", "Check what a schema or grammar enforces.", add_grammar, run_grammar),

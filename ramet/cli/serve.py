@@ -45,14 +45,15 @@ def run_serve(arguments: argparse.Namespace) -> int:
     from ramet.runtime.engine.config import EngineConfig
     from ramet.runtime.server.app import serve
     from ramet.runtime.server.config import ServerConfig
+    from ramet.runtime.server.link.logs import set_up_logging
 
     if arguments.model is not None and arguments.model_path is not None:
         raise ConfigError("the model is named twice; leave --model-path out")
     model = arguments.model if arguments.model is not None else arguments.model_path
     level = arguments.log_level.upper()
-    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s server %(name)s: %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
     config = ServerConfig(**{**_environment(), **given_values(arguments, ServerConfig)})
+    set_up_logging(level, config.log_format, "server")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
     _raise_file_limit()
     started_s = time.monotonic()
     serve(
@@ -90,7 +91,8 @@ def _announce(hello: Hello, address: str, config: ServerConfig, seconds: float) 
     """Print what is served on stderr, where somebody at a terminal looks first."""
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     name = config.served_model_name or hello.model
-    key = "$RAMET_API_KEY" if config.api_key else "none"
+    has_keys = bool(config.api_key) or config.api_keys_file is not None
+    key = "$RAMET_API_KEY" if has_keys else "none"
     console.print(f"[bold green]ready[/] in {seconds:.1f} s: [bold]{name}[/] at [bold]{address}[/]")
     console.print(
         f"  {hello.device} {hello.dtype}, context {hello.context_length:,} tokens, "
@@ -98,5 +100,7 @@ def _announce(hello: Hello, address: str, config: ServerConfig, seconds: float) 
     )
     console.print(f"  OpenAI clients: base_url={address}/v1  api_key={key}")
     console.print(f"  programs: POST {address}/v1/programs   API: {address}/docs   metrics: {address}/metrics")
-    if not config.api_key and not re.match(r"127\.|::1$|localhost$", config.host):
-        console.print(f"  [bold yellow]anyone who reaches {config.host} can use this server; set --api-key[/]")
+    if not has_keys and not re.match(r"127\.|::1$|localhost$", config.host):
+        console.print(
+            f"  [bold yellow]anyone who reaches {config.host} can use this server; set --api-key or --api-keys-file[/]"
+        )

@@ -5,11 +5,15 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import signal
 import socket
+import ssl
+import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -24,6 +28,7 @@ from ramet.runtime.models.description import describe_model
 from ramet.runtime.server.anthropic.routes import anthropic_endpoints
 from ramet.runtime.server.config import ServerConfig
 from ramet.runtime.server.connections import PatientProtocol, bytes_of_heads
+from ramet.runtime.server.keys import KeyRing
 from ramet.runtime.server.limits import HttpLimits
 from ramet.runtime.server.link.protocol import Hello
 from ramet.runtime.server.link.proxy import EngineProxy, Listener
@@ -38,6 +43,7 @@ from ramet.runtime.server.programs.routes import program_endpoints
 from ramet.runtime.server.responses.routes import responses_endpoints
 from ramet.runtime.server.routing import make_app
 from ramet.runtime.server.served_model import Explain, ServedModel
+from ramet.runtime.server.tenants import Tenants
 from ramet.runtime.testing.byte_tokenizer import ByteTokenizer
 from ramet.runtime.text.bounded_tokenizer import BoundedTokenizer
 from ramet.runtime.text.tokenizer import Tokenizer
@@ -51,8 +57,9 @@ KEEP_ALIVE_S = (
 LAST_WORDS_S = 0.5  # time for sending errors to requests in flight after a second signal
 
 
-def create_app(served: ServedModel, metrics: ServerMetrics) -> Starlette:
-    """Make the application. Its lifespan starts and stops the proxy."""
+def create_app(served: ServedModel, metrics: ServerMetrics, tenants: Tenants | None = None) -> Starlette:
+    """Make the application. Its lifespan starts and stops the proxy. `tenants`: None for those of the configuration."""
+    tenants = tenants or Tenants(make_keys(served.config))
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -74,7 +81,13 @@ def create_app(served: ServedModel, metrics: ServerMetrics) -> Starlette:
     if served.config.cors_allow_origin:
         origins = list(served.config.cors_allow_origin)
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
-    app.add_middleware(HttpLimits, config=served.config, requests=metrics.requests, bytes_held=served.bytes_held)
+    app.add_middleware(
+        HttpLimits,
+        config=served.config,
+        requests=metrics.requests,
+        bytes_held=served.bytes_held,
+        tenants=tenants,
+    )
     return app
 
 
@@ -87,6 +100,11 @@ def open_tokenizer(model: str | None) -> tuple[str, Tokenizer, int]:
     return model or path.stem, described.tokenizer, described.config.max_position_embeddings
 
 
+def make_keys(config: ServerConfig) -> KeyRing:
+    """The keys that a configuration names. Raises ConfigError for a wrong file of keys."""
+    return KeyRing(config.api_key, None if config.api_keys_file is None else Path(config.api_keys_file))
+
+
 def make_server(
     model: str | None,
     engine: dict[str, Any],
@@ -94,11 +112,17 @@ def make_server(
     *,
     log_level: str = "INFO",
     explain: Explain | None = None,
+    keys: KeyRing | None = None,
 ) -> tuple[Starlette, ServedModel]:  # Any: EngineConfig's fields
-    """Make the whole server except its socket. Raises ModelError and ConfigError before anything is started."""
+    """Make the whole server except its socket. Raises ModelError and ConfigError before anything is started.
+
+    `keys`: those of `config`, for a caller that reads their file again.
+    """
     wanted = EngineConfig.from_mapping(engine).context_length
     name, tokenizer, context_length = open_tokenizer(model)
     requests = RequestCollector(compat=config.compat_metrics)
+    keys = keys or make_keys(config)
+    tenants = Tenants(keys)
 
     def make_proxy(replica: int | None = None, listener: Listener | None = None) -> EngineProxy:
         return EngineProxy(
@@ -107,13 +131,15 @@ def make_server(
             max_in_flight=config.max_in_flight,
             max_engine_failures=config.max_engine_failures,
             log_level=log_level,
+            log_format=config.log_format,
             watcher=requests,
+            accounts=tenants,
             replica=replica,
             listener=listener,
         )
 
     proxy = make_proxy() if config.dp == 1 else Replicas(config.dp, make_proxy, max_in_flight=config.max_in_flight)
-    metrics = ServerMetrics(proxy, requests)
+    metrics = ServerMetrics(proxy, requests, tenants)
     tokenizer = BoundedTokenizer(tokenizer, wanted or context_length)
     served = ServedModel(
         config,
@@ -125,7 +151,7 @@ def make_server(
         wanted or context_length,
         requests.misses,
     )
-    return create_app(served, metrics), served
+    return create_app(served, metrics, tenants), served
 
 
 class Server(uvicorn.Server):
@@ -136,8 +162,11 @@ class Server(uvicorn.Server):
     it repeatedly. The server then ends, because only its operator can help.
     """
 
-    def __init__(self, config: uvicorn.Config, served: ServedModel, on_ready: OnReady | None = None) -> None:
+    def __init__(
+        self, config: uvicorn.Config, served: ServedModel, keys: KeyRing, on_ready: OnReady | None = None
+    ) -> None:
         super().__init__(config)
+        self._keys = keys
         self.failure: RametError | None = None
         self._served = served
         self._on_ready = on_ready
@@ -145,7 +174,20 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        if sys.platform != "win32":
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self.reload)
         self._tasks += [asyncio.create_task(self._wait_ready()), asyncio.create_task(self._wait_given_up())]
+
+    def reload(self) -> None:
+        """Read the file of keys and the certificate again. What is wrong is logged, and the old ones stay."""
+        try:
+            num_names = self._keys.reload()
+            if self.config.ssl is not None:
+                load_certificate(self.config.ssl, self._served.config)
+        except ConfigError as error:
+            logger.error("nothing was read again: %s", error)
+            return
+        logger.info("keys of %d names were read again", num_names)
 
     async def _wait_ready(self) -> None:
         try:
@@ -156,7 +198,8 @@ class Server(uvicorn.Server):
             return
         if self._on_ready is not None:
             host, port = self.servers[0].sockets[0].getsockname()[:2]
-            self._on_ready(hello, f"http://{f'[{host}]' if ':' in host else host}:{port}")
+            scheme = "http" if self.config.ssl is None else "https"
+            self._on_ready(hello, f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}")
 
     async def _wait_given_up(self) -> None:
         self.failure = await self._served.proxy.wait_given_up()
@@ -195,6 +238,38 @@ def bind(config: ServerConfig) -> socket.socket:
     return listener
 
 
+def tls_context(config: ServerConfig) -> ssl.SSLContext | None:
+    """The certificate and the authorities of clients, or None for a server of plain HTTP. Raises ConfigError."""
+    if config.ssl_certfile is None:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.set_alpn_protocols(["http/1.1"])
+    load_certificate(context, config)
+    if config.ssl_ca_certs is not None:
+        try:
+            context.load_verify_locations(config.ssl_ca_certs)
+        except OSError as error:
+            raise ConfigError(f"--ssl-ca-certs {config.ssl_ca_certs} cannot be read: {error}") from error
+        context.verify_mode = ssl.CERT_REQUIRED
+    return context
+
+
+def load_certificate(context: ssl.SSLContext, config: ServerConfig) -> None:
+    """Load the certificate, for new connections. Raises ConfigError; the context keeps what it had then."""
+    assert config.ssl_certfile is not None
+    try:
+        for each in (ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), context):  # the first one shows whether it can be loaded
+            each.load_cert_chain(config.ssl_certfile, config.ssl_keyfile, password=_no_password)
+    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+        files = f"--ssl-certfile {config.ssl_certfile}, --ssl-keyfile {config.ssl_keyfile or '(the same file)'}"
+        raise ConfigError(f"the certificate cannot be loaded ({files}): {error}") from error
+
+
+def _no_password() -> str:
+    """Without this, a password would be asked for at the terminal, where nobody may be."""
+    raise ValueError("the private key has a password; store it without one, readable by the server's user alone")
+
+
 def serve(
     model: str | None,
     engine: dict[str, Any],
@@ -206,7 +281,8 @@ def serve(
 ) -> None:  # Any: EngineConfig's fields
     """Serve until a signal ends the server. Raises ConfigError and ModelError, also those of the engine process."""
     with bind(config) as listener:
-        app, served = make_server(model, engine, config, log_level=log_level, explain=explain)
+        keys, context = make_keys(config), tls_context(config)
+        app, served = make_server(model, engine, config, log_level=log_level, explain=explain, keys=keys)
         settings = uvicorn.Config(
             app,
             http=partial(PatientProtocol, heads=bytes_of_heads()),  # type: ignore[arg-type]  # it is only called
@@ -217,7 +293,9 @@ def serve(
             timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=int(config.drain_s) + 1,
         )
-        server = Server(settings, served, on_ready)
+        settings.load()
+        settings.ssl = context
+        server = Server(settings, served, keys, on_ready)
         # Objects that exist now live as long as the process. Full collections over them took a tenth of request time.
         gc.collect()
         gc.freeze()

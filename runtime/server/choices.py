@@ -363,7 +363,7 @@ async def scored(proxy: EngineProxy | Replicas, wanted: Sequence[Scoring]) -> li
             for one in wanted[start : start + MAX_SCORED_TOGETHER]:
                 options = replace(one.job.options, score_from=one.first)
                 params = SamplingParams(max_tokens=1, logprobs=one.job.sampling.logprobs)
-                command = Submit(one.request_id, list(one.job.prompt_ids), params, None, options)
+                command = Submit(one.request_id, list(one.job.prompt_ids), params, None, options, one.job.client)
                 streams.append(proxy.submit(command, is_whole=True))
             outputs += [await stream.collect() for stream in streams]
         except InvalidRequest as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from ramet.errors import ConfigError
 
@@ -23,6 +23,7 @@ class ServerConfig:
     dp: int = _doc(1, "replicas of the engine, each a process of its own; requests go where their prefixes are cached")
     served_model_name: str | None = _doc(None, "the name that clients use; default: the model's own")
     api_key: tuple[str, ...] = _doc((), "keys of which a request must bring one (Authorization: Bearer ...)")
+    api_keys_file: str | None = _doc(None, "file of keys with names and limits, read again on SIGHUP; see ramet keys")
     admin_api_key: str | None = _doc(None, "key for /flush_cache, /abort_request and /scale; default: any api key")
     protect_metrics: bool = _doc(False, "ask for the admin key on /metrics, too")
     isolate_cache_by_key: bool = _doc(False, "requests share cached prefixes only with requests of the same key")
@@ -38,6 +39,12 @@ class ServerConfig:
     health_patience_s: float = _doc(20.0, "seconds without progress after which /health goes red")
     max_engine_failures: int = _doc(5, "engine processes in a row that may end within a minute; then the server ends")
     log_prompts: bool = _doc(False, "write prompts to the log")
+    log_format: Literal["text", "json"] = _doc("text", "json: every line of the log is a JSON object")
+    ssl_certfile: str | None = _doc(None, "certificate (PEM, with its chain) of a server that speaks HTTPS")
+    ssl_keyfile: str | None = _doc(None, "private key of the certificate; default: it is in the same file")
+    ssl_ca_certs: str | None = _doc(
+        None, "authorities (PEM) of client certificates, of which every client must have one"
+    )
     compat_metrics: bool = _doc(False, "also export the names sglang:... and vllm:...")
 
     def __post_init__(self) -> None:
@@ -49,6 +56,9 @@ class ServerConfig:
         check(1 <= self.dp <= MAX_REPLICAS, "dp", f"in [1, {MAX_REPLICAS}]")
         check(self.max_body_bytes >= 1024, "max_body_bytes", "at least 1024")
         check(self.max_json_values >= 1024, "max_json_values", "at least 1024")
+        needs = "set only with ssl_certfile"
+        check(self.ssl_keyfile is None or self.ssl_certfile is not None, "ssl_keyfile", needs)
+        check(self.ssl_ca_certs is None or self.ssl_certfile is not None, "ssl_ca_certs", needs)
         least = self.max_body_bytes
         check(self.bytes_in_flight >= least, "max_in_flight_bytes", f"at least max_body_bytes ({least:,})")
         check(self.max_in_flight >= 1, "max_in_flight", "at least 1")

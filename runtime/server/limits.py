@@ -1,4 +1,4 @@
-"""The middleware of every request: it checks the key, bounds the body, and counts and logs the answer.
+"""The middleware of every request: it finds whose key it is, bounds the body, and counts and logs the answer.
 
 Plain ASGI, no buffering. The log contains prompts only with `log_prompts`, and never keys.
 """
@@ -6,7 +6,6 @@ Plain ASGI, no buffering. The log contains prompts only with `log_prompts`, and 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import hmac
 import logging
 import re
@@ -21,7 +20,9 @@ from ramet.errors import EngineStopped
 from ramet.runtime.server.config import ServerConfig
 from ramet.runtime.server.errors import HttpError
 from ramet.runtime.server.holding import Held
+from ramet.runtime.server.keys import digest_of_key
 from ramet.runtime.server.metrics import RequestCollector
+from ramet.runtime.server.tenants import Tenants, Used
 
 logger = logging.getLogger(__name__)
 
@@ -34,15 +35,23 @@ ADMIN_PATHS = frozenset({"/flush_cache", "/reset_prefix_cache", "/abort_request"
 
 
 class HttpLimits:
-    """The middleware. It puts a digest of the key into `scope["state"]["api_key_digest"]`, for isolation by key."""
+    """The middleware. It puts the key's name and the connection into `scope["state"]["client"]`."""
 
-    def __init__(self, app: ASGIApp, config: ServerConfig, requests: RequestCollector, bytes_held: Held) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        config: ServerConfig,
+        requests: RequestCollector,
+        bytes_held: Held,
+        tenants: Tenants,
+    ) -> None:
         self._app = app
         self._bytes_held = bytes_held
+        self._keys = tenants.keys
+        self._tenants = tenants
         self._config = config
         self._requests = requests
-        self._keys = [_digest(key.encode()) for key in config.api_key]
-        self._admin_key = None if config.admin_api_key is None else _digest(config.admin_api_key.encode())
+        self._admin_key = None if config.admin_api_key is None else digest_of_key(config.admin_api_key.encode())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -65,13 +74,16 @@ class HttpLimits:
         limited = _LimitedBody(
             receive, self._config.max_body_bytes, self._bytes_held, keeps_text=self._config.log_prompts
         )
+        client = scope.setdefault("state", {})["client"] = ("", _connection(scope) or request_id)
         try:
             refusal = self.refusal(scope)
             if refusal is not None:
                 await _answer(refusal, counted)
             else:
                 limited.coding = _header(scope, b"content-encoding").strip().lower()
-                limited.key = scope["state"]["api_key_digest"]
+                client = scope["state"]["client"]
+                limited.key = client[0]
+                self._tenants.open(client)
                 await self._app(scope, limited.receive, counted)
         except asyncio.CancelledError:  # the server ends without waiting for this answer
             if status:
@@ -79,7 +91,8 @@ class HttpLimits:
             await _answer(HttpError.of(EngineStopped("the server is shutting down")), counted)
         finally:
             limited.release()
-            _log(scope, request_id, status, time.monotonic() - start_s, limited.text)
+            used = self._tenants.close(client)
+            _log(scope, request_id, client[0], status, time.monotonic() - start_s, used, limited.text)
 
     def refusal(self, scope: Scope) -> HttpError | None:
         """The error of a request that is refused by its head alone; None if it may pass."""
@@ -89,17 +102,20 @@ class HttpLimits:
             return _too_large(self._config.max_body_bytes)
         path = scope["path"]
         is_admin = path in ADMIN_PATHS or (path == "/metrics" and self._config.protect_metrics)
-        scope.setdefault("state", {})["api_key_digest"] = ""
         if path in OPEN_PATHS and not is_admin:
             return None
         if sum(name == b"authorization" for name, _ in scope["headers"]) > 1:
             return HttpError(400, "the request has several Authorization headers; send one")
-        digest = _digest(headers.get(b"x-api-key") or _bearer(headers.get(b"authorization", b"")))
+        key = headers.get(b"x-api-key") or _bearer(headers.get(b"authorization", b""))
         if is_admin and self._admin_key is not None:
-            allowed = hmac.compare_digest(digest, self._admin_key)
+            allowed = hmac.compare_digest(digest_of_key(key), self._admin_key)
+        elif self._keys.is_needed:
+            entry = self._keys.find(key)
+            allowed = entry is not None
+            if entry is not None:
+                scope["state"]["client"] = (entry.name, scope["state"]["client"][1])
         else:
-            # Every key is compared, in constant time: how long it takes says nothing of which one it was.
-            allowed = not self._keys or sum(hmac.compare_digest(digest, key) for key in self._keys) > 0
+            allowed = True
         if not allowed:
             return HttpError(
                 401,
@@ -107,7 +123,6 @@ class HttpLimits:
                 kind="authentication_error",
                 code="invalid_api_key",
             )
-        scope["state"]["api_key_digest"] = digest[:16] if self._keys else ""
         return None
 
 
@@ -197,10 +212,22 @@ def _request_id(scope: Scope) -> str:
     return given if _PLAIN_ID.fullmatch(given) else uuid.uuid4().hex
 
 
-def _log(scope: Scope, request_id: str, status: int, seconds: float, text: str | None) -> None:
+def _connection(scope: Scope) -> str:
+    address = scope.get("client")
+    return "" if address is None else f"{address[0]}:{address[1]}"
+
+
+def _log(scope: Scope, request_id: str, key: str, status: int, seconds: float, used: Used, text: str | None) -> None:
     level = logging.DEBUG if scope["path"] in QUIET_PATHS else logging.INFO
+    if not logger.isEnabledFor(level):
+        return
     # A status of 0: the client left before there was an answer. %r keeps line breaks in a path out of the log.
-    logger.log(level, "%s %r %d in %.1f ms, %s", scope["method"], scope["path"], status, 1000 * seconds, request_id)
+    method, path, more = scope["method"], scope["path"], used.fields()
+    fields = {"id": request_id, "key": key or None, "method": method, "path": path, "status": status}
+    fields |= {"seconds": round(seconds, 4), **more}
+    shown = "".join(f", {name} {value}" for name, value in {**({"key": key} if key else {}), **more}.items())
+    line = "%s %r %d in %.1f ms, %s%s"
+    logger.log(level, line, method, path, status, 1000 * seconds, request_id, shown, extra={"fields": fields})
     if text:
         logger.info("body: %r", text)
 
@@ -217,10 +244,6 @@ def _bearer(header: bytes) -> bytes:
     """The key in an Authorization header. The scheme's name is case-insensitive (RFC 9110, section 11.1)."""
     scheme, _, key = header.partition(b" ")
     return key.strip() if scheme.lower() == b"bearer" else header.strip()
-
-
-def _digest(key: bytes) -> str:
-    return hashlib.sha256(key).hexdigest()
 
 
 async def _answer(error: HttpError, send: Send) -> None:

@@ -23,7 +23,7 @@ from ramet.runtime.server.link.proxy import EngineProxy
 from ramet.runtime.server.link.replicas import Replicas
 
 WINDOW_S = 60.0
-_SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
+SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 _GAP_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 _TOKENS = (1, 10, 50, 100, 500, 1_000, 2_000, 5_000, 10_000, 50_000, 100_000)
 
@@ -46,13 +46,18 @@ class Histogram:
         self._counts[bisect_left(self._bounds, value)] += 1  # a bucket includes its upper bound
         self._sum += value
 
-    def collect(self) -> Iterator[HistogramMetricFamily]:
+    def samples(self) -> tuple[list[tuple[str, float]], float]:
+        """The counts up to each bound, and the sum."""
         total, buckets = 0, []
         for bound, count in zip((*self._bounds, float("inf")), self._counts, strict=True):
             total += count
             buckets.append(("+Inf" if bound == float("inf") else str(float(bound)), float(total)))
+        return buckets, self._sum
+
+    def collect(self) -> Iterator[HistogramMetricFamily]:
+        buckets, total = self.samples()
         for name in self.names:
-            yield HistogramMetricFamily(name, self.text, buckets=buckets, sum_value=self._sum)
+            yield HistogramMetricFamily(name, self.text, buckets=buckets, sum_value=total)
 
 
 class CacheHitRate:
@@ -203,7 +208,7 @@ class RequestCollector(Collector):
 
         name = "time_to_first_token_seconds"
         spelled = (f"ramet_{name}", f"sglang_{name}", *((f"sglang:{name}", f"vllm:{name}") if compat else ()))
-        self.first_token = Histogram("arrival to first token", _SECONDS, *spelled)
+        self.first_token = Histogram("arrival to first token", SECONDS, *spelled)
         name = "inter_token_latency_seconds"
         text = "gap between two increments of an answer"
         self.gap = histogram(text, _GAP_SECONDS, name, f"sglang:{name}", f"vllm:{name}")
@@ -212,13 +217,13 @@ class RequestCollector(Collector):
         self.per_token = histogram(text, _GAP_SECONDS, name, f"sglang:{name}", f"vllm:request_{name}")
         text = "arrival to the first step"
         self.queue = histogram(
-            text, _SECONDS, "queue_time_seconds", "sglang:queue_time_seconds", "vllm:request_queue_time_seconds"
+            text, SECONDS, "queue_time_seconds", "sglang:queue_time_seconds", "vllm:request_queue_time_seconds"
         )
         name = "e2e_request_latency_seconds"
-        self.total = histogram("arrival to end", _SECONDS, name, f"sglang:{name}", f"vllm:{name}")
+        self.total = histogram("arrival to end", SECONDS, name, f"sglang:{name}", f"vllm:{name}")
         text = "wait for the constraint's grammar, by constrained request; about 0 where it was compiled before"
         name = "grammar_compilation_time_seconds"
-        self.grammar = histogram(text, (0.001, *_SECONDS), name, f"sglang:{name}")
+        self.grammar = histogram(text, (0.001, *SECONDS), name, f"sglang:{name}")
         self.prompt_tokens = histogram(
             "prompt tokens by request", _TOKENS, "request_prompt_tokens", "vllm:request_prompt_tokens"
         )
@@ -285,12 +290,12 @@ class RequestCollector(Collector):
 class ServerMetrics:
     """All metrics of one server, in a registry of its own."""
 
-    def __init__(self, engines: EngineProxy | Replicas, requests: RequestCollector) -> None:
-        """`requests`: the watcher of the proxies."""
+    def __init__(self, engines: EngineProxy | Replicas, requests: RequestCollector, *others: Collector) -> None:
+        """`requests`: the watcher of the proxies. `others`: more metrics."""
         self.requests = requests
         self._registry = CollectorRegistry()
-        self._registry.register(EnginesCollector(engines, requests))
-        self._registry.register(requests)
+        for collector in (EnginesCollector(engines, requests), requests, *others):
+            self._registry.register(collector)
 
     def exposition(self) -> bytes:
         """The metrics in Prometheus' text format."""

@@ -95,21 +95,20 @@ class ServedModel:
 
     def prompt_owner(self, request: Request, salt: str) -> str:
         """The name under which a request's prompt is compared with others: those of its key and its salt."""
-        return f"{key_digest(request)}/{salt}"
+        return f"{key_name(request)}/{salt}"
 
     def cache_salt(self, request: Request, asked: str) -> str:
         """The salt of a request: its requested salt, combined with its key if keys are isolated."""
-        key = key_digest(request) if self.config.isolate_cache_by_key else ""
+        key = key_name(request) if self.config.isolate_cache_by_key else ""
         return f"{key}/{asked}" if key else asked
 
 
 def client_of(request: Request) -> tuple[str, str]:
-    """The sender of a request: a digest of its key, and its connection."""
-    address = request.scope.get("client")
-    return key_digest(request), "" if address is None else f"{address[0]}:{address[1]}"
+    """The sender of a request, as the middleware (`limits`) found it: its key's name, and its connection."""
+    client: tuple[str, str] = request.scope["state"]["client"]
+    return client
 
 
-def key_digest(request: Request) -> str:
-    """A digest of the request's API key; empty if the server has no keys."""
-    digest: str = request.scope.get("state", {}).get("api_key_digest", "")
-    return digest
+def key_name(request: Request) -> str:
+    """The name of the request's API key; empty if the server has no keys."""
+    return client_of(request)[0]

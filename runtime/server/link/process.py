@@ -30,6 +30,7 @@ from ramet.runtime.engine.engine import Engine
 from ramet.runtime.engine.loading import config_of_replica, load
 from ramet.runtime.programs.executor import ProgramExecutor, ProgramHost
 from ramet.runtime.server.link.garbage import collect_if_idle, postpone_full_collections
+from ramet.runtime.server.link.logs import set_up_logging
 from ramet.runtime.server.link.protocol import (
     Abort,
     Answer,
@@ -392,7 +393,7 @@ def serve(settings: Settings) -> int:
 
 def main() -> None:
     settings = msgspec.json.decode(sys.stdin.buffer.readline(), type=Settings)
-    logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s engine %(name)s: %(message)s")
+    set_up_logging(settings.log_level, settings.log_format, "engine")
     status = serve(settings)
     logging.shutdown()
     os._exit(status)  # nothing is left to be done, and torch's and triton's own endings take half a second and write

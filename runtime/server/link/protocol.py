@@ -14,6 +14,7 @@ from ramet.errors import InvalidRequest, Overloaded, RametError
 from ramet.lang.graph.ir import Constraint, NodeEvent
 from ramet.lang.graph.json_form import AS_CONFIGURED, JsonForm
 from ramet.runtime.cache.prefix_log import CacheChanges
+from ramet.runtime.server.link.logs import LogFormat
 from ramet.runtime.types import NO_OPTIONS, RequestOptions, SamplingParams
 
 T = TypeVar("T")
@@ -27,6 +28,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     model: str | None
     config: dict[str, Any]  # Any: checked by EngineConfig
     log_level: str = "INFO"
+    log_format: LogFormat = "text"
     replica: int | None = None  # the number of this engine among several; it then tells what its cache holds
     parent_pid: int | None = None  # this process ends with its parent, which may be gone before it has started
 

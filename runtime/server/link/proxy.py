@@ -25,7 +25,10 @@ import msgspec
 import zmq
 
 from ramet.errors import EngineStopped, InvalidRequest, Overloaded, RametError
+from ramet.lang.graph.events import Usage
 from ramet.runtime.engine.openmp_waits import limit_spinning
+from ramet.runtime.server.holding import Held
+from ramet.runtime.server.link.logs import LogFormat
 from ramet.runtime.server.link.protocol import (
     Abort,
     Answer,
@@ -92,6 +95,40 @@ class Listener(Protocol):
         """The engine's cache gained and lost prefixes."""
 
 
+class Accounts(Protocol):
+    """Counts what each key's requests use. `client`: a request's, of which the first part is its key's name."""
+
+    def enter(self, name: str, num_requests: int, num_tokens: int) -> None:
+        """Count requests with so many prompt tokens. Raises Overloaded if they pass one of the key's limits."""
+
+    def begin(self, name: str, num_tokens: int) -> None:
+        """Note that a request with so many prompt tokens waits no longer."""
+
+    def leave(self, name: str) -> None:
+        """Note the end of a request."""
+
+    def note_tokens(self, name: str, num_tokens: int) -> None:
+        """Count generated tokens."""
+
+    def note_finish(self, client: tuple[str, ...], output: Output) -> None:
+        """Count a request's last increment."""
+
+    def note_node(self, client: tuple[str, ...], usage: Usage, finish_reason: str) -> None:
+        """Count what a program's node has used."""
+
+
+@dataclass(slots=True)
+class _InFlight:
+    """A request or a row of a program. `num_waiting`: its prompt's tokens until it begins to answer."""
+
+    client: tuple[str, ...]
+    num_waiting: int
+
+    @property
+    def name(self) -> str:
+        return self.client[0]
+
+
 @dataclass(slots=True)
 class _State:
     """The proxy's view of the current engine process."""
@@ -119,7 +156,9 @@ class EngineProxy:
         max_in_flight: int = 10_000,
         max_engine_failures: int = 5,
         log_level: str = "INFO",
+        log_format: LogFormat = "text",
         watcher: Watcher | None = None,
+        accounts: Accounts | None = None,
         replica: int | None = None,
         listener: Listener | None = None,
     ) -> None:  # Any: fields of EngineConfig, checked in the engine process
@@ -131,7 +170,10 @@ class EngineProxy:
         self._max_failures = max_engine_failures
         self._config = config
         self._log_level = log_level
-        self.max_in_flight = max_in_flight
+        self._log_format = log_format
+        self.held = Held(max_in_flight, "requests", "retry later")
+        self._accounts = accounts
+        self._in_flight: dict[str, _InFlight] = {}
         self.counters = ProxyCounters()
         self._watcher = watcher
         self._replica = replica
@@ -269,8 +311,7 @@ class EngineProxy:
 
         Raises: Overloaded, EngineStopped (not ready), InvalidRequest (the id is in use).
         """
-        self._admit([command.id])
-        self._send(command)
+        self._admit([command.id], command, command.client, len(command.prompt_ids))
         stream = stream or OutputStream(command.id, self.drop, is_whole=is_whole)
         self._streams[command.id] = stream
         return stream
@@ -278,8 +319,7 @@ class EngineProxy:
     def start_program(self, command: StartProgram, *, streams: Sequence[ProgramStream] = ()) -> Sequence[ProgramStream]:
         """Send a program. Returns each row's stream: `streams`, or new ones. Raises as `submit`; nothing is sent."""
         names = command.row_ids()
-        self._admit(names)
-        self._send(command)
+        self._admit(names, command, command.client, 0)
         streams = streams or [ProgramStream(name, self.drop) for name in names]
         self._programs.update(zip(names, streams, strict=True))
         return streams
@@ -315,18 +355,49 @@ class EngineProxy:
         if self._state.hello is None or self._is_stopping:
             raise EngineStopped(self.health() or "the server is shutting down")
 
-    def _admit(self, request_ids: Sequence[str]) -> None:
+    def _admit(self, request_ids: Sequence[str], command: Command, client: tuple[str, ...], num_tokens: int) -> None:
+        """Send the command of new requests, if there is room for them."""
         self._check_ready()
-        if self.num_in_flight + len(request_ids) > self.max_in_flight:
-            raise Overloaded(f"{self.num_in_flight:,} requests are in flight already; retry later", 1.0)
         for request_id in request_ids:
-            if request_id in self._streams or request_id in self._programs:
+            if request_id in self._in_flight:
                 raise InvalidRequest(f"request id {request_id!r} is in use; choose another", param="rid")
+        client = client or ("",)
+        name, number = client[0], len(request_ids)
+        self.held.take(name, number)
+        try:
+            if self._accounts is not None:
+                self._accounts.enter(name, number, num_tokens)
+        except Overloaded:
+            self.held.give(name, number)
+            raise
+        for request_id in request_ids:
+            self._in_flight[request_id] = _InFlight(client, num_tokens)
+        try:
+            self._send(command)
+        except InvalidRequest:
+            for request_id in request_ids:
+                self._leave(request_id)
+            raise
+
+    def _begin(self, request: _InFlight) -> None:
+        """Note that a request waits no longer."""
+        if request.num_waiting and self._accounts is not None:
+            self._accounts.begin(request.name, request.num_waiting)
+        request.num_waiting = 0
+
+    def _leave(self, request_id: str) -> None:
+        """Forget a request that has ended, or that nobody waits for any longer."""
+        request = self._in_flight.pop(request_id)
+        self.held.give(request.name)
+        if self._accounts is not None:
+            self._begin(request)
+            self._accounts.leave(request.name)
 
     def drop(self, request_id: str) -> None:
         """Remove the stream of a reader that left, and abort its request in the engine."""
         if self._streams.pop(request_id, None) is not None or self._programs.pop(request_id, None) is not None:
             self.counters.num_aborts += 1
+            self._leave(request_id)
             self._send(Abort(request_id))
 
     def _send(self, command: Command) -> None:
@@ -362,10 +433,12 @@ class EngineProxy:
         if isinstance(report, Output):
             if report.finish_reason is not None and self._watcher is not None:
                 self._watcher.note_finish(report)
+            self._count(report)
             stream = self._streams.get(report.id)
             if stream is not None:
                 if report.finish_reason is not None:
                     del self._streams[report.id]
+                    self._leave(report.id)
                 gap_s = stream.push(report)
                 if gap_s is not None and report.token_ids and self._watcher is not None:
                     self._watcher.note_gap(gap_s)
@@ -374,6 +447,10 @@ class EngineProxy:
             if program is not None:
                 if isinstance(report, ProgramEnd):
                     del self._programs[report.id]
+                    self._leave(report.id)
+                elif report.event.usage is not None and self._accounts is not None:
+                    reason = report.event.finish_reason or report.event.kind
+                    self._accounts.note_node(self._in_flight[report.id].client, report.event.usage, reason)
                 program.push(report)
         elif isinstance(report, Answer):
             future = self._questions.get(report.id)
@@ -400,6 +477,17 @@ class EngineProxy:
         else:
             assert isinstance(report, StartFailed)
             self._state.failure = report.error.to_exception()
+
+    def _count(self, output: Output) -> None:
+        """Count an increment for the key of its request."""
+        request = self._in_flight.get(output.id)
+        if request is None or self._accounts is None:
+            return
+        self._begin(request)
+        if output.token_ids:
+            self._accounts.note_tokens(request.name, len(output.token_ids))
+        if output.finish_reason is not None:
+            self._accounts.note_finish(request.client, output)
 
     def _note_heartbeat(self, stats: dict[str, float]) -> None:
         state, now_s = self._state, time.monotonic()
@@ -478,6 +566,7 @@ class EngineProxy:
             self._model,
             self._config,
             self._log_level,
+            self._log_format,
             self._replica,
             os.getpid(),
         )
@@ -513,15 +602,17 @@ class EngineProxy:
 
     def _fail_in_flight(self, error: EngineStopped) -> None:
         info = ErrorInfo.of(error)
-        for stream in list(self._streams.values()):
+        streams, programs = self._streams, self._programs
+        self._streams, self._programs = {}, {}
+        for request_id in list(self._in_flight):  # before they are told: what is lost may be sent elsewhere
+            self._leave(request_id)
+        for stream in streams.values():
             stream.push(Output(stream.id, 0, 0, 0, finish_reason="error", error=info))
-        for program in list(self._programs.values()):
+        for program in programs.values():
             program.push(ProgramEnd(program.id, info))
         for future in self._questions.values():
             if not future.done():
                 future.set_exception(error)
-        self._streams.clear()
-        self._programs.clear()
         self._outbox.clear()
 
 

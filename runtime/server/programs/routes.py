@@ -40,7 +40,7 @@ from ramet.runtime.server.programs.store import (
 )
 from ramet.runtime.server.routing import Endpoint, Handler
 from ramet.runtime.server.sending import EventStream, event, json_response, until_disconnect
-from ramet.runtime.server.served_model import ServedModel, client_of, key_digest
+from ramet.runtime.server.served_model import ServedModel, client_of, key_name
 from ramet.runtime.server.validation import Strict
 
 MAX_ROWS = 4096
@@ -178,11 +178,11 @@ class ProgramEndpoints:
         return program.summary()
 
     def _program(self, request: Request) -> StoredProgram:
-        return self._store.get(request.path_params["program_id"], key_digest(request))
+        return self._store.get(request.path_params["program_id"], key_name(request))
 
     def _start(self, body: ProgramBody, request: Request) -> StoredProgram:
         """Start the program of this request, or return the one that an equal request started. Raises HttpError."""
-        key, owner = request.headers.get("idempotency-key"), key_digest(request)
+        key, owner = request.headers.get("idempotency-key"), key_name(request)
         digest = digest_of(body.model_dump_json().encode())
         known = None if key is None else self._store.with_key(key, owner, digest)
         if known is not None:

@@ -23,7 +23,7 @@ from ramet.runtime.server.responses.store import BackgroundRun, ResponseStore, S
 from ramet.runtime.server.responses.translation import chat_body, functions_of
 from ramet.runtime.server.routing import Endpoint
 from ramet.runtime.server.sending import AnswerStruct, EventStream, Json, collected, event
-from ramet.runtime.server.served_model import ServedModel, key_digest
+from ramet.runtime.server.served_model import ServedModel, key_name
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class ResponsesEndpoints:
             raise HttpError(400, "stream_options is only allowed with stream: true", param="stream_options")
         if body.top_logprobs is not None and "message.output_text.logprobs" not in (body.include or ()):
             raise HttpError(400, "top_logprobs needs include: ['message.output_text.logprobs']", param="top_logprobs")
-        owner = key_digest(request)
+        owner = key_name(request)
         items = self._conversation(body, owner)
         functions = functions_of(body)
         answer, items = await self._begin(request, body, items)
@@ -138,14 +138,14 @@ class ResponsesEndpoints:
     async def count(self, request: Request, body: ResponsesBody) -> InputTokens:
         """Return the number of tokens of the prompt that a request would have."""
         self._served.check_name(body.model)
-        items = self._conversation(body, key_digest(request))
+        items = self._conversation(body, key_name(request))
         chat = chat_body(body, items, functions_of(body))
         return InputTokens(object="response.input_tokens", input_tokens=await self._chat.count_prompt(request, chat))
 
     # -- the parts of an answer
 
     def _stored(self, request: Request) -> StoredResponse:
-        return self.store.get(request.path_params["response_id"], key_digest(request))
+        return self.store.get(request.path_params["response_id"], key_name(request))
 
     def _conversation(self, body: ResponsesBody, owner: str) -> list[Item]:
         """Return all items of a conversation. Raises HttpError for an unknown response or item."""

@@ -376,13 +376,13 @@ def test_keys_are_asked_for_and_sent(engine: ScriptedEngine, serve: Serve) -> No
 
 def test_a_busy_server_is_asked_again_when_it_says(engine: ScriptedEngine, serve: Serve) -> None:
     with serve(engine) as served:
-        served.proxy.max_in_flight = 0
+        served.proxy.held.limit = 0
         with Remote(served.url, max_retries=0) as impatient:
             error = chat.run("Ann", backend=impatient).error()
             assert error is not None
             assert isinstance(error.__cause__, Overloaded)
         with Remote(served.url) as patient:
-            threading.Timer(0.5, lambda: setattr(served.proxy, "max_in_flight", 100)).start()
+            threading.Timer(0.5, lambda: setattr(served.proxy.held, "limit", 100)).start()
             start_s = time.monotonic()
             assert chat.run("Ann", backend=patient).error() is None
             assert time.monotonic() - start_s >= 0.9, "Retry-After said one second"

@@ -90,7 +90,7 @@ class ServedProcess:
     def wait_ready(self, limit_s: float = 180.0) -> None:
         deadline_s = time.monotonic() + limit_s
         while time.monotonic() < deadline_s:
-            found = re.search(r"ready in .* at (http://\S+)", self.log.read_text())
+            found = re.search(r"ready in .* at (https?://\S+)", self.log.read_text())
             if found:
                 self.url = found[1]
                 return

@@ -17,7 +17,9 @@ import pytest
 
 from ramet.runtime.server.config import ServerConfig
 from ramet.runtime.server.holding import Held
+from ramet.runtime.server.keys import KeyRing
 from ramet.runtime.server.limits import HttpLimits
+from ramet.runtime.server.tenants import Tenants
 
 Served = Any  # ServedProcess of conftest.py, which importlib mode cannot import by name
 BODY = {"text": "hello", "sampling_params": {"max_new_tokens": 16, "ignore_eos": True}}
@@ -128,7 +130,7 @@ def test_an_answer_that_the_servers_end_cancels_is_a_clear_503() -> None:
         sent.append(message)
 
     async def scenario() -> None:
-        limits = HttpLimits(endless, ServerConfig(), Mock(), Held(1, "", ""))
+        limits = HttpLimits(endless, ServerConfig(), Mock(), Held(1, "", ""), Tenants(KeyRing()))
         scope = {"type": "http", "method": "GET", "path": "/health", "headers": []}
         task = asyncio.create_task(limits(scope, AsyncMock(), keep))
         await asyncio.sleep(0)

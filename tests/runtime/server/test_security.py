@@ -14,7 +14,10 @@ import pytest
 
 from ramet.errors import ContextOverflow
 from ramet.runtime.server import limits as http_limits
+from ramet.runtime.server.app import make_keys
 from ramet.runtime.server.config import ServerConfig
+from ramet.runtime.server.keys import digest_of_key
+from ramet.runtime.server.tenants import Tenants
 from ramet.runtime.testing.byte_tokenizer import ByteTokenizer
 from ramet.runtime.text.bounded_tokenizer import BoundedTokenizer
 
@@ -44,13 +47,14 @@ def test_keys_are_hashed_and_every_one_is_compared_in_constant_time(monkeypatch:
 
     monkeypatch.setattr("ramet.runtime.server.limits.hmac.compare_digest", compare)
     config = ServerConfig(api_key=("first", "second", "third"), admin_api_key="admin")
-    limits = http_limits.HttpLimits(None, config, None, None)  # type: ignore[arg-type]  # only its judgement is asked for
-    kept = repr(vars(limits)).replace(repr(config), "")
+    ring = make_keys(config)
+    limits = http_limits.HttpLimits(None, config, None, None, Tenants(ring))  # type: ignore[arg-type]  # it only judges
+    kept = repr(vars(limits)).replace(repr(config), "") + repr(vars(ring))
     assert not [key for key in ("first", "second", "third") if repr(key) in kept], "a key is kept as it is"
     for key, is_let_in in (("first", True), ("third", True), ("fourth", False), ("", False), ("admin", False)):
         compared.clear()
         headers = [(b"authorization", f"Bearer {key}".encode())]
-        refusal = limits.refusal({"path": "/generate", "headers": headers})
+        refusal = limits.refusal({"path": "/generate", "headers": headers, "state": {"client": ("", "")}})
         assert (refusal is None) == is_let_in
         assert len(compared) == 3, "how many keys were compared says which one it was"
         assert all(len(a) == len(b) == 64 for a, b in compared)
@@ -116,9 +120,9 @@ def test_cached_prefixes_are_shared_unless_salts_or_keys_keep_them_apart(start_s
 
 def test_a_salt_cannot_imitate_a_key(start_server: Any) -> None:
     with start_server(api_key=("one", "two"), isolate_cache_by_key=True) as server:
-        digest = http_limits._digest(b"one")[:16]
+        name = f"key-{digest_of_key(b'one')[:8]}"
         body = {"prompt": "a prompt that only one of them knows", "max_tokens": 1}
-        for key, salt in (("one", "s"), ("two", f"{digest}/s"), ("two", "s")):
+        for key, salt in (("one", "s"), ("two", f"{name}/s"), ("two", "s")):
             answer = server.client.post(
                 "/v1/completions", json={**body, "cache_salt": salt}, headers=bearer(key)
             ).json()
@@ -143,14 +147,32 @@ def test_a_prompt_that_cannot_fit_is_refused_before_it_is_cut_into_tokens(server
         assert time.monotonic() - start_s < 3, "seconds were spent on a prompt that nobody will run"
 
 
+class Recording(ByteTokenizer):
+    """Writes down the lengths of the texts that it encodes. A run of ten `=` is one token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lengths: list[int] = []
+
+    def encode(self, text: str, **options: bool) -> list[int]:
+        self.lengths.append(len(text))
+        return super().encode(text.replace("=" * 10, "="), **options)
+
+
 def test_only_texts_that_surely_do_not_fit_are_refused() -> None:
-    bounded = BoundedTokenizer(ByteTokenizer(), 100)
-    fits = "é" * (bounded.max_bytes // 2)
-    assert bounded.encode(fits) == ByteTokenizer().encode(fits)
-    for text in (fits + "é", "x" * (bounded.max_bytes + 1)):
+    bounded = BoundedTokenizer(Recording(), 100)
+    for text in ("é" * 50, "x" * 101, "=" * 1000, "=" * 900 + "x" * 90):
+        assert bounded.encode(text) == Recording().encode(text)
+    assert bounded.decode(bounded.encode("hello")) == "hello"
+
+
+def test_a_text_that_does_not_fit_is_cut_into_tokens_at_its_beginning_alone() -> None:
+    recording = Recording()
+    bounded = BoundedTokenizer(recording, 100)
+    for text in ("x" * 1000, "é" * 1000, "x" * (bounded.max_bytes + 1)):
         with pytest.raises(ContextOverflow, match="100 tokens"):
             bounded.encode(text)
-    assert bounded.decode(bounded.encode("hello")) == "hello"
+    assert max(recording.lengths) <= 800
 
 
 HARD_GRAMMARS = [
