@@ -22,6 +22,19 @@ Activation = Literal["silu", "gelu_tanh"]
 RopeKind = Literal["linear", "llama3", "divisors"]
 Fields = Mapping[str, Any]  # parsed JSON: values of any type
 
+# A size beyond these is damage, or meant to fill the memory: Llama 3.1 405B has 126 layers and an intermediate size of
+# 53,248.
+LARGEST: Mapping[str, int] = {
+    "hidden_size": 1 << 17,
+    "intermediate_size": 1 << 20,
+    "num_layers": 1 << 10,
+    "num_heads": 1 << 12,
+    "num_kv_heads": 1 << 12,
+    "head_dim": 1 << 12,
+    "vocab_size": 1 << 22,
+    "max_position_embeddings": 1 << 30,
+}
+
 
 @dataclass(frozen=True, slots=True)
 class RopeScaling:
@@ -39,6 +52,16 @@ class RopeScaling:
     original_max_position: int = 8192
     divisors: tuple[float, ...] = ()
 
+    def __post_init__(self) -> None:
+        for name in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position"):
+            _check_positive(f"rope scaling's {name}", getattr(self, name))
+        if self.high_freq_factor == self.low_freq_factor and self.kind == "llama3":
+            raise BrokenModelFile(
+                f"rope scaling's high_freq_factor and low_freq_factor are both {self.low_freq_factor}"
+            )
+        for divisor in self.divisors:
+            _check_positive("a divisor of rope_freqs.weight", divisor)
+
 
 @dataclass(frozen=True, slots=True)
 class Rope:
@@ -46,6 +69,9 @@ class Rope:
 
     theta: float
     scaling: RopeScaling | None = None
+
+    def __post_init__(self) -> None:
+        _check_positive("rope_theta", self.theta)
 
     def inverse_frequencies(self, head_dim: int) -> NDArray[np.float64]:
         """Radians per position, float64 [head_dim / 2], scaling applied.
@@ -109,19 +135,17 @@ class ModelConfig:
     pad_id: int | None = None
 
     def __post_init__(self) -> None:
-        sizes = (
-            "hidden_size",
-            "intermediate_size",
-            "num_layers",
-            "num_heads",
-            "num_kv_heads",
-            "head_dim",
-            "vocab_size",
-        )
-        for name in sizes:
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise BrokenModelFile(f"the model's {name} is {value!r} but must be an integer >= 1")
+        for name in LARGEST:
+            check_size(name, getattr(self, name))
+        for name in ("rms_norm_eps", "attention_scale", "embedding_scale"):
+            _check_positive(name, getattr(self, name))
+        if self.logit_softcap is not None:
+            _check_positive("logit_softcap", self.logit_softcap)
+        if self.sliding_window is not None:
+            check_size("max_position_embeddings", self.sliding_window, "sliding_window")
+        for token in (self.bos_id, self.pad_id, *self.eos_ids):
+            if token is not None and (type(token) is not int or not -1 <= token < LARGEST["vocab_size"]):
+                raise BrokenModelFile(f"a special token of the model is {token!r} but must be a token's id")
         if self.num_heads % self.num_kv_heads:
             raise BrokenModelFile(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
         if self.head_dim % 2:
@@ -142,6 +166,20 @@ class ModelConfig:
     def kv_bytes_per_token_bf16(self) -> int:
         """Bytes of one token's K and V in all layers, with two bytes per value."""
         return 2 * 2 * self.num_layers * self.num_kv_heads * self.head_dim
+
+
+def check_size(name: str, value: object, shown: str | None = None) -> int:
+    """Return a size of the model. Raises BrokenModelFile if it is none, or beyond what any model has."""
+    if type(value) is not int or not 1 <= value <= LARGEST[name]:
+        raise BrokenModelFile(
+            f"the model's {shown or name} is {repr(value)[:80]} but must be an integer from 1 to {LARGEST[name]:,}"
+        )
+    return value
+
+
+def _check_positive(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise BrokenModelFile(f"the model's {name} is {repr(value)[:80]} but must be a positive number")
 
 
 def token_ids(value: object) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ from ramet.runtime.models.config import (
     ModelConfig,
     Rope,
     RopeScaling,
+    check_size,
 )
 from ramet.runtime.models.families import family_of_gguf
 
@@ -42,6 +43,8 @@ def config_from_gguf(file: GgufFile) -> ModelConfig:
     if "token_embd.weight" not in tensors:
         raise BrokenModelFile("the GGUF file lacks the tensor token_embd.weight")
     hidden_size, num_layers, num_heads = value("embedding_length"), value("block_count"), value("attention.head_count")
+    for name, size in (("num_layers", num_layers), ("num_heads", num_heads), ("hidden_size", hidden_size)):
+        check_size(name, size)
     head_dim = value("attention.key_length", hidden_size // num_heads)
     is_gemma = family.is_gemma
     window = read(f"{architecture}.attention.sliding_window")
@@ -86,6 +89,8 @@ def _gguf_sliding_layers(stored: object, num_layers: int, is_gemma: bool) -> tup
     if isinstance(stored, list):
         return tuple(bool(item) for item in stored)
     period = stored if isinstance(stored, int) and not isinstance(stored, bool) else 6
+    if period < 1:
+        raise BrokenModelFile(f"attention.sliding_window_pattern is {period} but must be at least 1")
     return tuple((layer + 1) % period != 0 if is_gemma else True for layer in range(num_layers))
 
 

@@ -16,6 +16,7 @@ from ramet.runtime.models.config import (
     ModelConfig,
     Rope,
     RopeScaling,
+    check_size,
     token_ids,
 )
 from ramet.runtime.models.families import Family, family_of_hf
@@ -57,6 +58,8 @@ def config_from_hf(config: Fields) -> ModelConfig:
     if fields.get("attn_logit_softcapping"):
         raise UnsupportedArchitecture("attn_logit_softcapping is not supported (Gemma 2); use a Gemma 3 model")
     num_layers, num_heads, hidden_size = need("num_hidden_layers"), need("num_attention_heads"), need("hidden_size")
+    for name, value in (("num_layers", num_layers), ("num_heads", num_heads), ("hidden_size", hidden_size)):
+        check_size(name, value)
     head_dim = fields.get("head_dim") or hidden_size // num_heads
     rope, local_rope = _hf_ropes(fields, family)
     window, sliding_layers = _hf_windows(fields, family, num_layers)

@@ -18,6 +18,9 @@ from ramet.runtime.models.json_file import read_json
 from ramet.runtime.models.tokenizer_files import tokenizer_from_folder, tokenizer_from_gguf
 from ramet.runtime.text.tokenizer import Tokenizer
 
+# What reading a value of the wrong type, or an impossible one, raises.
+_WRONG_VALUES = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ModelDescription:
@@ -37,7 +40,12 @@ def describe_folder(path: Path) -> ModelDescription:
     """`describe_model` for a folder."""
     config = load_hf_config(path)
     generation = GenerationDefaults.from_folder(path)
-    tokenizer = tokenizer_from_folder(path, config, eos_ids=generation.eos_ids)
+    try:
+        tokenizer = tokenizer_from_folder(path, config, eos_ids=generation.eos_ids)
+    except _WRONG_VALUES as error:  # includes BrokenModelFile
+        raise (
+            error if isinstance(error, BrokenModelFile) else BrokenModelFile(f"{path}'s tokenizer: {error!r}")
+        ) from error
     _check_token_ids(path, config, tokenizer)
     return ModelDescription(config, tokenizer, generation)
 
@@ -45,7 +53,10 @@ def describe_folder(path: Path) -> ModelDescription:
 def describe_gguf(file: GgufFile) -> ModelDescription:
     """`describe_model` for an open file."""
     config = load_gguf_config(file)
-    tokenizer = tokenizer_from_gguf(file, config)
+    try:
+        tokenizer = tokenizer_from_gguf(file, config)
+    except _WRONG_VALUES as error:  # includes BrokenModelFile
+        raise error if isinstance(error, BrokenModelFile) else BrokenModelFile(f"{file.path}: {error!r}") from error
     _check_token_ids(file.path, config, tokenizer)
     return ModelDescription(config, tokenizer, GenerationDefaults())
 
@@ -58,20 +69,20 @@ def load_hf_config(folder: Path) -> ModelConfig:
         return config_from_hf(fields)
     except UnsupportedArchitecture:
         raise
-    except (TypeError, ValueError, AttributeError) as error:  # includes BrokenModelFile; others: wrong types
+    except _WRONG_VALUES as error:  # includes BrokenModelFile
         raise BrokenModelFile(f"{path}: {error}") from error
 
 
 def load_gguf_config(file: GgufFile) -> ModelConfig:
     """The file's configuration. Raises: BrokenModelFile, UnsupportedArchitecture."""
     num_parts = file.metadata.get("split.count", 1)
-    if num_parts > 1:
+    if num_parts not in (0, 1):
         raise BrokenModelFile(f"{file.path} is one of {num_parts} parts; join them with llama.cpp's gguf-split --merge")
     try:
         return config_from_gguf(file)
     except UnsupportedArchitecture:
         raise
-    except (TypeError, ValueError) as error:  # includes BrokenModelFile; the others mean a value of the wrong type
+    except _WRONG_VALUES as error:  # includes BrokenModelFile
         raise BrokenModelFile(f"{file.path}: {error}") from error
 
 

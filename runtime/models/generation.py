@@ -44,7 +44,7 @@ class GenerationDefaults:
 
         try:
             eos_ids = token_ids(fields.get("eos_token_id"))
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise BrokenModelFile(f"{path}: eos_token_id is {fields.get('eos_token_id')!r}") from error
         # Files of base models often leave out do_sample, whose default is false; only an explicit false counts here.
         greedy = fields.get("do_sample") is False

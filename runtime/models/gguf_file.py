@@ -8,6 +8,7 @@ Source: the GGUF specification (ggml/docs/gguf.md).
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import struct
 from dataclasses import dataclass, replace
@@ -36,6 +37,9 @@ _SCALARS: dict[int, str] = {
     12: "<f8",
 }
 _MAX_DIMENSIONS = 4
+_MAX_METADATA_BYTES = 256 << 20
+_MAX_ITEMS = 1 << 22  # of all arrays: a vocabulary of 262k tokens has 1.3 million tokens, types, scores and merges
+_MAX_ALIGNMENT = 1 << 20
 _CHUNK_BLOCKS = 16_384  # 2 MiB of float32 for blocks of 32: bounds the intermediate arrays
 _PLAIN = {"F32": "<f4", "F16": "<f2", "F64": "<f8"}
 
@@ -95,9 +99,10 @@ class GgufFile:
         if self._mapped is None:
             raise BrokenModelFile(f"{path} is no GGUF file: it starts with {magic!r} instead of {_MAGIC!r}")
         self._position = 4
+        self._num_items = 0
         try:
             self.metadata, self.tensors = self._parse()
-        except (struct.error, ValueError, IndexError, OverflowError, MemoryError) as error:
+        except (struct.error, ValueError, LookupError, ArithmeticError, MemoryError) as error:
             if isinstance(error, BrokenModelFile):
                 raise
             raise BrokenModelFile(f"{path} is truncated or damaged at byte {self._position}: {error}") from error
@@ -113,17 +118,47 @@ class GgufFile:
         metadata: dict[str, Any] = {}
         for _ in range(num_keys):
             key = self._string()
+            if key in metadata:
+                raise ValueError(f"the key {key[:80]!r} is there twice")
             (kind,) = self._unpack("<I")
             metadata[key] = self._value(kind)
         infos = [self._tensor_info() for _ in range(num_tensors)]
-        alignment = int(metadata.get("general.alignment", 32))
+        alignment = metadata.get("general.alignment", 32)
+        if type(alignment) is not int or not 1 <= alignment <= _MAX_ALIGNMENT or alignment & (alignment - 1):
+            raise ValueError(f"general.alignment is {alignment!r} but must be a power of two up to {_MAX_ALIGNMENT:,}")
         start = -(-self._position // alignment) * alignment
-        return metadata, {name: self._entry(name, shape, kind, start + offset) for name, shape, kind, offset in infos}
+        tensors: dict[str, GgufEntry] = {}
+        places: list[tuple[int, int, str]] = []
+        for name, shape, kind, offset in infos:
+            if name in tensors:
+                raise ValueError(f"the tensor {name[:80]!r} is there twice")
+            if offset % alignment:
+                raise ValueError(f"the tensor {name[:80]!r} begins at {offset}, which is no multiple of {alignment}")
+            tensors[name] = self._entry(name, shape, kind, start + offset)
+            places.append((offset, offset + tensors[name].stored.size, name))
+        places.sort()
+        for (_, end, name), (begin, _, other) in itertools.pairwise(places):
+            if begin < end:
+                raise ValueError(f"the tensors {name[:80]!r} and {other[:80]!r} overlap")
+        return metadata, tensors
 
     def _unpack(self, layout: str) -> tuple[Any, ...]:
         values = struct.unpack_from(layout, self._bytes, self._position)
-        self._position += struct.calcsize(layout)
+        self._advance(struct.calcsize(layout))
         return values
+
+    def _advance(self, num_bytes: int) -> None:
+        self._position += num_bytes
+        if self._position > _MAX_METADATA_BYTES:
+            raise ValueError(f"the metadata are longer than {_MAX_METADATA_BYTES:,} bytes")
+
+    def _count(self, num_items: int, num_bytes: int) -> None:
+        """Count an array's items, of so many bytes each at least, before any is read."""
+        if num_items * num_bytes > len(self._bytes) - self._position:
+            raise ValueError(f"an array of {num_items:,} items passes the end of the file")
+        self._num_items += num_items
+        if self._num_items > _MAX_ITEMS:
+            raise ValueError(f"the metadata have more than {_MAX_ITEMS:,} items in arrays")
 
     @property
     def _bytes(self) -> mmap.mmap:
@@ -136,7 +171,7 @@ class GgufFile:
         end = start + length
         if end > len(self._bytes):
             raise ValueError(f"a string of {length} bytes passes the end of the file")
-        self._position = end
+        self._advance(end - self._position)
         # A vocabulary may hold broken UTF-8; the bytes must survive.
         return self._bytes[start:end].decode("utf-8", errors="surrogateescape")
 
@@ -146,9 +181,11 @@ class GgufFile:
         if kind == _ARRAY:
             item_kind, length = self._unpack("<IQ")
             if item_kind in _SCALARS:
+                self._count(length, np.dtype(_SCALARS[item_kind]).itemsize)
                 return self._scalars(item_kind, length).tolist()
-            if length > len(self._bytes):
-                raise ValueError(f"an array of {length} items passes the end of the file")
+            if item_kind == _ARRAY:
+                raise ValueError("an array holds arrays, which no model's metadata do")
+            self._count(length, 8)
             return [self._value(item_kind) for _ in range(length)]
         if kind in _SCALARS:
             return self._scalars(kind, 1)[0].item()
@@ -159,7 +196,7 @@ class GgufFile:
         if self._position + length * layout.itemsize > len(self._bytes):
             raise ValueError(f"an array of {length} numbers passes the end of the file")
         values = np.frombuffer(self._bytes, dtype=layout, count=length, offset=self._position)
-        self._position += length * layout.itemsize
+        self._advance(length * layout.itemsize)
         return values.copy()
 
     def _tensor_info(self) -> tuple[str, tuple[int, ...], int, int]:
@@ -179,6 +216,8 @@ class GgufFile:
         block_size, type_size = gguf.GGML_QUANT_SIZES[kind]
         num_values = 1
         for size in shape:
+            if size < 1:
+                raise BrokenModelFile(f"{self.path}: {name!r} has the shape {list(shape)}; sizes must be at least 1")
             num_values *= size
         if num_values % block_size or (shape and shape[-1] % block_size):
             raise BrokenModelFile(f"{self.path}: rows of {name!r} ({list(shape)}) are no whole {kind.name} blocks")

@@ -17,7 +17,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from ramet.errors import BrokenModelFile
-from ramet.runtime.models.config import ModelConfig, token_ids
+from ramet.runtime.models.config import LARGEST, ModelConfig, token_ids
 from ramet.runtime.models.gguf_file import GgufFile
 from ramet.runtime.models.json_file import read_json
 from ramet.runtime.text.chat_template import ChatTemplate
@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 # ---- Hugging Face ----
 
+_MAX_BYTES, _MAX_PARTS = 256 << 20, 4_000_000  # of a tokenizer.json; Gemma 3's has 33 MB and 0.5 million merges
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -41,6 +42,7 @@ def tokenizer_from_folder(folder: Path, config: ModelConfig, *, eos_ids: Iterabl
         if (folder / "tokenizer.model").is_file():
             hint = "; it has a SentencePiece tokenizer.model: load and save it once with transformers' AutoTokenizer"
         raise BrokenModelFile(f"{folder} lacks tokenizer.json{hint}")
+    _check_ids(path)
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the package raises plain Exception for every kind of damage
@@ -66,6 +68,19 @@ def tokenizer_from_folder(folder: Path, config: ModelConfig, *, eos_ids: Iterabl
         special_ids=[int(token) for token, item in declared if item.get("special")],
         chat_template=_folder_template(folder, settings, {name: text for name, text in texts.items() if text}),
     )
+
+
+def _check_ids(path: Path) -> None:
+    """Raise BrokenModelFile for token ids beyond any vocabulary: the package makes room for all ids below."""
+    spec = read_json(path, max_parts=_MAX_PARTS, max_bytes=_MAX_BYTES)
+    model = spec.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else []
+    added = spec.get("added_tokens")
+    ids += [item.get("id") for item in added if isinstance(item, dict)] if isinstance(added, list) else []
+    wrong = next((one for one in ids if type(one) is not int or not 0 <= one < LARGEST["vocab_size"]), None)
+    if wrong is not None:
+        raise BrokenModelFile(f"{path} has the token id {repr(wrong)[:80]}; ids go from 0 to {LARGEST['vocab_size']:,}")
 
 
 def _token_text(value: object) -> str | None:
@@ -135,9 +150,9 @@ def tokenizer_from_gguf(file: GgufFile, config: ModelConfig) -> SubwordTokenizer
     tokens, types = read("tokenizer.ggml.tokens"), read("tokenizer.ggml.token_type")
     if not isinstance(tokens, list) or not tokens:
         raise BrokenModelFile(f"{file.path} lacks tokenizer.ggml.tokens: it has no tokenizer")
-    if not isinstance(types, list) or len(types) != len(tokens):
+    if not isinstance(types, list) or len(types) != len(tokens) or not all(type(kind) is int for kind in types):
         raise BrokenModelFile(
-            f"{file.path}: tokenizer.ggml.token_type must have one entry for each of {len(tokens)} tokens"
+            f"{file.path}: tokenizer.ggml.token_type must have one number for each of {len(tokens)} tokens"
         )
     if len(tokens) > config.vocab_size:
         raise BrokenModelFile(f"{file.path} has {len(tokens)} tokens but logits for {config.vocab_size}")

@@ -20,9 +20,9 @@ import jinja2
 import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ramet.errors import BrokenModelFile, InvalidRequest
+from ramet.runtime.text.template_limits import BoundedEnvironment, TemplateTooCostly, render_bounded
 
 Message = Mapping[str, Any]  # {"role": ..., "content": ...} and what a template reads besides, such as tool_calls
 ToolSchema = Mapping[str, Any]  # {"type": "function", "function": ...} as in OpenAI's API
@@ -168,19 +168,24 @@ class ChatTemplate:
         template = self._tool_template if tools else self._template
         values = self._special_texts | _plain(dict(variables or {}))
         try:
-            return template.render(
-                values,
-                messages=messages,
-                tools=_plain(list(tools)) if tools else None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
+            return render_bounded(
+                template,
+                {
+                    **values,
+                    "messages": messages,
+                    "tools": _plain(list(tools)) if tools else None,
+                    "documents": None,
+                    "add_generation_prompt": add_generation_prompt,
+                },
             )
+        except TemplateTooCostly as error:
+            raise InvalidRequest(f"the model's chat template is given up: {error.message}", param="messages") from error
         except jinja2.TemplateError as error:
             roles = ", ".join(str(message["role"]) for message in messages)
             raise InvalidRequest(
                 f"the model's chat template refuses the messages ({roles}): {error.message or error}", param="messages"
             ) from error
-        except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, RecursionError) as error:
+        except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
             raise InvalidRequest(
                 f"the model's chat template fails on these messages: {error!r}", param="messages"
             ) from error
@@ -251,7 +256,7 @@ def _plain(value: Any) -> Any:
 
 def _compile(source: str) -> jinja2.Template:
     """Compile a template with the options, filters and functions of transformers' `apply_chat_template`."""
-    environment = ImmutableSandboxedEnvironment(
+    environment = BoundedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = _tojson

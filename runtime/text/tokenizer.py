@@ -20,6 +20,7 @@ from ramet.runtime.text.chat_template import ChatTemplate
 
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _SPACE_MARK = "▁"  # SentencePiece's visible space
+_MAX_TOKENS = 1 << 22
 _LONG_CHARACTERS = 2048  # a text of a millisecond or more; while it is encoded, other threads go on
 
 
@@ -99,6 +100,10 @@ class SubwordTokenizer:
         added = {item["id"]: item for item in spec.get("added_tokens") or ()}
         vocabulary: dict[str, int] = backend.get_vocab(with_added_tokens=True)
         num_tokens = max(vocabulary.values(), default=-1) + 1
+        if num_tokens > _MAX_TOKENS:
+            raise BrokenModelFile(
+                f"the tokenizer has the token {num_tokens - 1:,}; the limit is {_MAX_TOKENS:,} tokens"
+            )
         self.vocab_size = max(num_tokens, vocab_size or 0)
         special = {token for token, item in added.items() if item["special"]} | set(special_ids)
         used = set(vocabulary.values())
