@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Protocol
 from ramet.errors import GrammarError, InvalidSampling
 
 if TYPE_CHECKING:
-    from ramet.grammar.regular.dfas import Dfa  # loads numba
+    from ramet.grammar import ir  # loads numba, as all of these
+    from ramet.grammar.regular.dfas import Dfa
 
 MAX_PATTERN_STATES = 256  # the matches that can have begun at a time: they are followed on the engine's thread
+_MAX_PARTS = 2_000  # of a pattern with its repetitions written out: so many compile in some ten milliseconds
 _MAX_COMPILE_S = 1.0
 
 
@@ -171,12 +173,31 @@ def _compiled(pattern: str) -> Dfa:
             node = parse_regex(pattern, is_lexeme=True).item
             if has_lookahead(node) or any(token in (r"\b", r"\B") for _, token in constructs(pattern)):
                 raise _refused(pattern, "depends on the text around the match; leave out lookaheads, \\b and \\B")
+            if _num_parts(node) > _MAX_PARTS:
+                raise _refused(pattern, f"has more than {_MAX_PARTS:,} parts with its repetitions written out")
             dfa = compile_chars(node, max_states=MAX_PATTERN_STATES, name=f"the pattern {pattern[:60]!r}")
     except GrammarError as error:
         raise _refused(pattern, f"cannot end a text: {error}") from error
     if dfa.accepting[0]:
         raise _refused(pattern, "matches an empty text, so the answer would end at once")
     return dfa
+
+
+def _num_parts(node: ir.Node) -> int:
+    """Return how many characters and classes a node has, with its repetitions written out."""
+    from ramet.grammar import ir
+
+    match node:
+        case ir.Bytes(value):
+            return len(value)
+        case ir.Repeat(item, low, high):
+            return _num_parts(item) * max(low if high is None else high, 1)
+        case ir.Concatenation(parts) | ir.Choice(parts) | ir.Intersect(parts):
+            return sum(map(_num_parts, parts))
+        case ir.Lookahead(item) | ir.Complement(item) | ir.Terminal(item):
+            return _num_parts(item)
+        case _:
+            return 1
 
 
 def _refused(pattern: str, reason: str) -> InvalidSampling:

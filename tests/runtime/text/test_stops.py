@@ -195,6 +195,8 @@ def test_of_a_pattern_the_earliest_end_counts_and_then_the_earliest_beginning() 
         (r"(a)\1", "backreference"),
         ("a{300}", "more than 256 automaton states"),
         ("(a|b)*a(a|b){12}", "more than 256 automaton states"),
+        ("(?:(?:(?:a?){50}){50}){50}", "more than 2,000 parts"),
+        ("(?:ab|c){9}(x{100}){1,99}", "more than 2,000 parts"),
     ],
 )
 def test_a_pattern_by_which_no_text_can_end_is_refused_with_the_reason(pattern: str, why: str) -> None:
