@@ -21,6 +21,7 @@ from ramet.runtime.engine.config import EngineConfig
 from ramet.runtime.engine.core import EngineCore
 from ramet.runtime.models.batch_invariant import apply_batch_invariance
 from ramet.runtime.models.decoder import Decoder
+from ramet.runtime.models.linear_cpu import BlockLinear
 from ramet.runtime.models.load import LoadedModel
 from ramet.runtime.models.small_batch import apply_card_table
 from ramet.runtime.parallel.group import Group
@@ -65,7 +66,7 @@ def build_core(model: LoadedModel, config: EngineConfig) -> EngineCore:
         runner = build_runner(model.decoder, config, *parts, arena=arena, edits=edits)
     kv_cache, context = runner.kv_cache, runner.max_kv_len
     pool = PagePool(kv_cache.num_pages, config.page_size)
-    scheduler = Scheduler(scheduler_config(config, context, device), pool, RadixCache(pool))
+    scheduler = Scheduler(scheduler_config(config, context, model.decoder), pool, RadixCache(pool))
     logger.info(
         "engine ready in %.1f s: %s %s, KV %.2f GiB for %d tokens, context %d%s",
         time.monotonic() - start_s,
@@ -215,14 +216,22 @@ def max_step_s(config: EngineConfig, device: torch.device) -> float:
     return (config.max_step_ms if config.max_step_ms is not None else 30 if device.type == "cuda" else 60) / 1000
 
 
-def scheduler_config(config: EngineConfig, context_length: int, device: torch.device) -> SchedulerConfig:
+def num_few_tokens(decoder: Decoder) -> int:
+    """Tokens of a step up to which its products have kernels of their own; 0: all steps have the same."""
+    methods = [linear.method for linear in decoder.linears() if isinstance(linear.method, BlockLinear)]
+    return max((method.max_few for method in methods if method.many is not method.few), default=0)
+
+
+def scheduler_config(config: EngineConfig, context_length: int, decoder: Decoder) -> SchedulerConfig:
     """Return the scheduler's part of the engine's configuration."""
+    device = decoder.device
     return SchedulerConfig(
         context_length=context_length,
         max_running=config.max_running_requests,
         max_num_tokens_per_step=max(step_tokens(config, device), config.max_running_requests),
         max_step_s=max_step_s(config, device),
         first_mixed_tokens=512 if device.type == "cuda" else 64,
+        num_few=num_few_tokens(decoder),
         max_waiting=config.max_queued_requests,
         reservation_ratio=config.reservation_ratio,
         prefix_cache=config.radix_cache,

@@ -15,7 +15,8 @@ class SchedulerConfig:
     `mixed_tokens_per_request` tokens for each live request, but at least `min_mixed_tokens`.
     `max_step_s`: seconds that a step should take at most while rows decode; prompts are cut so that it does not take
     longer, as far as its costs are known. 0: only tokens count. `first_mixed_tokens`: new tokens that are expected to
-    take so long until steps are measured.
+    take so long until steps are measured. `num_few`: tokens of a step up to which other kernels compute it than larger
+    ones, perhaps faster for a token; 0: the same ones.
     `reservation_ratio`: admission reserves pages for this part of a request's max_tokens; below 1, memory is
     over-committed. `max_overtakes`: number of later requests that may be admitted before the first waiting request if
     that one does not fit. `max_examined`: number of requests that a step may examine without admitting them.
@@ -28,6 +29,7 @@ class SchedulerConfig:
     mixed_tokens_per_request: int = 16
     max_step_s: float = 0.0
     first_mixed_tokens: int = 512
+    num_few: int = 0
     max_waiting: int = 100_000
     reservation_ratio: float = 1.0
     max_overtakes: int = 256

@@ -72,7 +72,7 @@ class Scheduler:
         self._num_deadlines = 0
         self.held: set[Sequence] = set()  # see `hold`; others only read it
         self._may_admit = False  # something changed since admission last examined the queue
-        self._costs = StepCosts(config.first_mixed_tokens, config.max_step_s or 1.0)
+        self._costs = StepCosts(config.first_mixed_tokens, config.max_step_s or 1.0, config.num_few)
         self._copies: list[PageCopy] = []
         self._finish_interval_s = 0.1  # moving average
         self._last_finish_s = clock()
@@ -306,7 +306,7 @@ class Scheduler:
         if target_s and num_decode:
             decode_s = self._costs.decode_s(num_decode)
             seconds = max(target_s - decode_s, _LEAST_SHARE * decode_s)
-        return StepBudget(self._step_tokens() - num_decode, seconds, self._costs)
+        return StepBudget(self._step_tokens() - num_decode, seconds, self._costs, num_decode)
 
     def _step_tokens(self) -> int:
         """Maximum number of tokens in the next step.

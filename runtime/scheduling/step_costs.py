@@ -25,8 +25,8 @@ from ramet.runtime.types import Batch, ScheduledSequence, Sequence
 
 _FIXED_ROWS = 8  # a step without rows takes about as long as so many rows add to it
 # Rates in units of a new token's: a decode row, a new token, a pair of a new token and a key, a row with new tokens, a
-# scored position. Only their order of magnitude matters.
-_RATIOS = np.array((1.0, 1.0, 1 / 4000, 4.0, 2.0))
+# scored position, a step of many tokens. Only their order of magnitude matters.
+_RATIOS = np.array((1.0, 1.0, 1 / 4000, 4.0, 2.0, 4.0))
 _NUM_STEPS = 64  # of each kind, decode alone and with new tokens
 _FIT_EVERY = 16  # steps that were predicted well
 _GOOD = 0.1  # relative error of such a prediction
@@ -40,39 +40,47 @@ _SWEEPS = 12
 
 @dataclass(frozen=True, slots=True)
 class StepShape:
-    """What a step is made of. `num_pairs`: keys that new tokens attend to, summed over these tokens."""
+    """What a step is made of. `num_pairs`: keys that new tokens attend to, summed over these tokens.
+
+    has_many: it has new tokens and so many tokens that other kernels compute it (`SchedulerConfig.num_few`).
+    """
 
     num_decode: int = 0
     num_new: int = 0
     num_pairs: float = 0.0
     num_extends: int = 0
     num_scored: int = 0
+    has_many: bool = False
 
     @classmethod
-    def of(cls, num_decode: int, extends: Seq[ScheduledSequence]) -> StepShape:
+    def of(cls, num_decode: int, extends: Seq[ScheduledSequence], num_few: int = 0) -> StepShape:
+        num_new = sum(item.num_tokens for item in extends)
         return cls(
             num_decode,
-            sum(item.num_tokens for item in extends),
+            num_new,
             sum(num_pairs(item.start, item.num_tokens) for item in extends),
             len(extends),
             sum(num_scored(item.sequence, item.start, item.num_tokens) for item in extends),
+            num_new > 0 and 0 < num_few < num_decode + num_new,
         )
 
     def amounts(self) -> tuple[float, ...]:
         rows = _FIXED_ROWS + self.num_decode
-        return (rows, self.num_new, self.num_pairs, self.num_extends, self.num_scored)
+        return (rows, self.num_new, self.num_pairs, self.num_extends, self.num_scored, float(self.has_many))
 
 
 class StepCosts:
     """Predicts the seconds of steps. Owner: the scheduler."""
 
-    def __init__(self, first_tokens: int, typical_s: float) -> None:
+    def __init__(self, first_tokens: int, typical_s: float, num_few: int = 0) -> None:
         """typical_s: seconds of the steps to be predicted. first_tokens: new tokens that take so long, until measured.
 
-        Errors count as they are, but for steps that take far longer: there, in relation to their time.
+        num_few: see SchedulerConfig. Errors count as they are, but for steps that take far longer: there, in relation
+        to their time.
         """
         self._first_tokens = first_tokens
         self._typical_s = typical_s
+        self._num_few = num_few
         self._rates: list[float] = (_RATIOS * typical_s / first_tokens).tolist()
         self._decode: deque[tuple[tuple[float, ...], float]] = deque(maxlen=_NUM_STEPS)
         self._mixed: deque[tuple[tuple[float, ...], float]] = deque(maxlen=_NUM_STEPS)
@@ -84,7 +92,7 @@ class StepCosts:
             return
         extends = batch.items[batch.num_decode :]
         steps = self._mixed if extends else self._decode
-        shape = StepShape.of(batch.num_decode, extends)
+        shape = StepShape.of(batch.num_decode, extends, self._num_few)
         steps.append((shape.amounts(), seconds))
         self._num_since_fit += 1
         is_good = not extends or abs(self.seconds(shape) - seconds) <= _GOOD * seconds
@@ -109,15 +117,32 @@ class StepCosts:
         """Predict the time of a step with decode rows alone."""
         return self._rates[0] * (_FIXED_ROWS + num_decode)
 
+    def most_within(self, seconds: float, num_decode: int) -> tuple[int | None, float]:
+        """Return at most how many new tokens (None: as many as fit) and seconds a step should have beside its rows.
+
+        As many as fit into `seconds`, or as many as make a step of few tokens, whichever computes more new tokens a
+        second. What steps of many tokens cost in any case is taken off their seconds.
+        """
+        room = self._num_few - num_decode
+        token, many_s = self._rates[1], self._rates[-1]
+        if not self._num_few or token <= 0:
+            return None, seconds
+        if room <= 0:
+            return None, seconds - many_s
+        decode_s, few, many = self.decode_s(num_decode), min(room, seconds / token), (seconds - many_s) / token
+        if many <= room or few / (decode_s + few * token) >= many / (decode_s + seconds):
+            return room, seconds
+        return None, seconds - many_s
+
     def extend_s(self, sequence: Sequence, start: int, num_tokens: int) -> float:
         """Predict the seconds that a sequence's new tokens add to a step."""
-        _, token, pair, row, scored = self._rates
+        _, token, pair, row, scored, _ = self._rates
         extra = scored * num_scored(sequence, start, num_tokens)
         return row + token * num_tokens + pair * num_pairs(start, num_tokens) + extra
 
     def tokens_within(self, seconds: float, sequence: Sequence, start: int) -> int:
         """Return how many new tokens of a sequence add at most `seconds` to a step, from position `start`."""
-        _, token, pair, row, scored = self._rates
+        _, token, pair, row, scored, _ = self._rates
         if sequence.request.score_from is not None:
             token += scored
         seconds -= row
@@ -177,16 +202,17 @@ class StepBudget:
 
     __slots__ = ("_costs", "_least", "_num_rows", "_num_scored", "_seconds", "num_tokens")
 
-    def __init__(self, num_tokens: int, seconds: float, costs: StepCosts) -> None:
-        """seconds: infinite if only tokens count."""
+    def __init__(self, num_tokens: int, seconds: float, costs: StepCosts, num_decode: int) -> None:
+        """seconds: infinite if only tokens count. num_decode: rows that the step has already."""
         self.num_tokens = num_tokens
-        self._seconds = seconds
         self._costs = costs
         self._least = _LEAST_TOKENS
         self._num_rows, self._num_scored = num_tokens, num_tokens
         if not math.isinf(seconds):
             most, self._num_rows, self._num_scored = costs.most()
-            self.num_tokens = min(num_tokens, most)
+            best, seconds = costs.most_within(seconds, num_decode)
+            self.num_tokens = min(num_tokens, most, num_tokens if best is None else best)
+        self._seconds = seconds
 
     @property
     def has_room(self) -> bool:

@@ -75,7 +75,7 @@ def make_core(
     settings = EngineConfig(max_running_requests=running, chunked_prefill_size=chunk, radix_cache=cache, max_step_ms=0)
     kv_cache = KVCache(decoder.config, num_pages, 16, device=CPU, dtype=torch.float32)
     pool = PagePool(num_pages, 16)
-    scheduler = Scheduler(scheduler_config(settings, CONTEXT, torch.device("cpu")), pool, RadixCache(pool))
+    scheduler = Scheduler(scheduler_config(settings, CONTEXT, decoder), pool, RadixCache(pool))
     slots = RunningSlots(running, CONTEXT // 16, device=CPU)
     runner = ModelRunner(decoder, kv_cache, slots, device=CPU, max_kv_len=CONTEXT)
     grammars = GrammarStates(VOCAB, runner.computes_run)

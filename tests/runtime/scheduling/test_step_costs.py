@@ -285,3 +285,38 @@ def test_pairs_and_scored_positions_are_counted_as_by_hand(start: int, count: in
     assert num_pairs(start, count) == sum(position + 1 for position in range(start, start + count))
     sequence = Sequence(make_request("r", range(120), 1, score_from=score_from))
     assert num_scored(sequence, start, count) == sum(p + 1 >= score_from for p in range(start, start + count))
+
+
+class TwoKernels(Machine):
+    """A machine that takes 8.5 ms more for any step of more than 64 tokens, if some are new ones."""
+
+    def step_s(self, batch: Batch) -> float:
+        has_many = batch.num_tokens > 64 and len(batch.items) > batch.num_decode
+        return super().step_s(batch) + (8.5e-3 if has_many else 0.0)
+
+
+def total_s(machine: Machine, **config: object) -> tuple[float, float]:
+    """The time of 75 prompts of 128 tokens, 50 at once, 16 tokens of each; and the longest step beside decode rows."""
+    engine = make_quick(machine, max_running=50, **config)
+    rng = random.Random(3)
+    for i in range(75):
+        engine.scheduler.add(make_request(f"{i}", fresh(rng, 128), 16))
+    engine.run()
+    return sum(seconds for _, seconds in engine.times), max(seconds for _, seconds in mixed(engine))
+
+
+def test_steps_of_few_tokens_are_preferred_where_they_compute_more_tokens_a_second() -> None:
+    machine = TwoKernels(3.5e-3, 1e-3, 0.72e-3, 0.0, 0.3e-3, 0.0)
+    unbounded_s, _ = total_s(machine, max_step_s=0.0)
+    blind_s, _ = total_s(machine, num_few=0)
+    seconds, longest_s = total_s(machine, num_few=64)
+    assert blind_s > 1.08 * unbounded_s
+    assert seconds < 1.06 * unbounded_s
+    assert longest_s < 1.5 * TARGET_S
+
+
+def test_steps_of_many_tokens_are_preferred_where_they_cost_no_more() -> None:
+    machine = Machine(3.5e-3, 1e-3, 0.3e-3, 0.0, 0.3e-3, 0.0)
+    blind_s, _ = total_s(machine, num_few=0)
+    seconds, _ = total_s(machine, num_few=64)
+    assert seconds < 1.03 * blind_s
