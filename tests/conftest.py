@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import hypothesis
 import pytest
 
 from ramet.runtime.engine.openmp_waits import limit_spinning
@@ -17,6 +18,10 @@ from ramet.runtime.engine.openmp_waits import limit_spinning
 limit_spinning(os.environ)
 
 import torch  # noqa: E402
+
+# No test fails because the machine is busy: an example may take long, and may be drawn slowly.
+hypothesis.settings.register_profile("ramet", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("ramet")
 
 if TYPE_CHECKING:
     from ramet.runtime.models.load import LoadedModel

@@ -11,8 +11,6 @@ import hashlib
 import logging
 import os
 import tempfile
-import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +44,7 @@ class DiskCache:
             _check(automaton)
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        except Exception as error:  # of damaged files, zipfile and NumPy raise many kinds, MemoryError, too
             logger.warning("dropping %s, which cannot be read: %s", path, error)
             with contextlib.suppress(OSError):
                 path.unlink()

@@ -152,6 +152,11 @@ class _Reader:
         if name not in self.templates:
             self.fail(f"{name!r} is used as a template but is a parameter", self.line_of(self.rule))
         parameters, tree = self.templates[name]
+        if len(arguments) != len(parameters):
+            self.fail(
+                f"the template {name!r} takes {len(parameters)} arguments, and here it has {len(arguments)}",
+                self.line_of(name),
+            )
         key = name
         if arguments:
             numbers = (self.argument_numbers.setdefault(a, len(self.argument_numbers)) for a in arguments)

@@ -597,7 +597,8 @@ class GraphIndex:
         for group, forks in groups.items():
             head = forks[0]
             same = all((f.parent, f.width) == (head.parent, head.width) for f in forks)
-            if group != head.id or not same or [f.index for f in forks] != list(range(head.width)):
+            is_whole = len(forks) == head.width and all(fork.index == i for i, fork in enumerate(forks))
+            if group != head.id or not same or not is_whole:
                 raise _wrong(head, f"belongs to fork {group} of {head.width}, whose branches don't fit together")
 
 

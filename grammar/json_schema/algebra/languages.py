@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import bisect
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import lru_cache
@@ -236,14 +237,16 @@ def _has_length(dfa: Dfa, low: int, high: int | None) -> bool:
 def few_texts(dfa: Dfa, low: int, high: int | None, limit: int) -> Iterable[str]:
     """Return texts of the language with low..high characters, shortest first, up to `limit`.
 
-    These are enough to see whether a finite set covers the language.
+    These are enough to see whether a finite set covers the language. Of the beginnings that lead to one state, `limit`
+    are enough for as many texts.
     """
     useful = _useful_states(dfa)
     level: list[tuple[int, str]] = [(0, "")]
-    following: list[tuple[int, str]]
     found = length = 0
     while level and found < limit and (high is None or length <= high):
-        following = []
+        following: list[tuple[int, str]] = []
+        num_of: Counter[int] = Counter()  # beginnings in `following`, by the state that they lead to
+        deadline.check()
         for state, text in level:
             if dfa.accepting[state] and length >= low:
                 found += 1
@@ -254,8 +257,10 @@ def few_texts(dfa: Dfa, low: int, high: int | None, limit: int) -> Iterable[str]
                 to = dfa.transitions[state][dfa.classes[i]]
                 end = dfa.starts[i + 1] if i + 1 < len(dfa.starts) else ir.MAX_CODE_POINT + 1
                 if to in useful:
-                    following.extend((to, text + chr(c)) for c in range(start, min(end, start + limit)))
-        level = following[: 4 * limit]
+                    chars = range(start, min(end, start + limit - num_of[to]))
+                    following.extend((to, text + chr(c)) for c in chars)
+                    num_of[to] += len(chars)
+        level = following
         length += 1
 
 

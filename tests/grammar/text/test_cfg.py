@@ -153,6 +153,7 @@ def test_recursion_deeper_than_pythons_has_a_completion() -> None:
         ("start: A\nA: /b(/\n", r"line 2 of the grammar: terminal A: .*missing \).*\n    A: /b\(/"),
         ("start: x\nx: /(a)\\1/\n", r"line 2 of the grammar: .*backreference"),
         ('start: "a"\nA: A "x"\n', r"line 2 of the grammar: Recursion in terminal 'A'"),
+        ('start{a}: a "b"', "line 1 of the grammar: the template 'start' takes 1 arguments, and here it has 0"),
         ('start: foo{x}\nx: "a"\nfoo{a, b}: a b', r"line 1 of the grammar: Wrong number of template arguments"),
         ("start: %\n", r"line 1 of the grammar: .*\n    start: %\n           \^"),
         ('start: x\nx: "a"\nx: "b"', r"line \d of the grammar: Rule 'x' defined more than once"),

@@ -146,6 +146,7 @@ GEN = {"kind": "generate", "id": 0, "name": "x"}
         ([{"kind": "text", "id": 0, "parts": ["a"]}, {"kind": "text", "id": 1, "parts": [{"node": 0}]}], "has none"),
         ([{"kind": "fork", "id": 0, "group": 0, "index": 0, "width": 0}], "forks into 0 branches"),
         ([{"kind": "fork", "id": 0, "group": 0, "index": 0, "width": 2}], "don't fit together"),
+        ([{"kind": "fork", "id": 0, "group": 0, "index": 0, "width": 10**30}], "don't fit together"),
         ([GEN, GEN | {"id": 1, "parent": 0}], "writes variable 'x', which node 0 on the same branch already wrote"),
         ([GEN | {"name": ""}], "empty name"),
         ([GEN | {"sampling": {"temperature": -1}}], "temperature is -1.0 but must be in"),
