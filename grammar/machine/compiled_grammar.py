@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ramet.errors import GrammarError
-from ramet.grammar.deadline import time_limit
+from ramet.grammar.deadline import check, time_limit
 from ramet.grammar.machine import bitmask
 from ramet.grammar.machine.automaton import Machine
 from ramet.grammar.machine.canonical import CanonicalTokens
@@ -403,7 +403,10 @@ class CompiledGrammar:
     # --- closing
 
     def close(self, limit: int = 100_000) -> bool:
-        """Visit every reachable state, up to `limit`; return True if all were visited. `device_tables` needs that."""
+        """Visit every reachable state, up to `limit`; return True if all were visited. `device_tables` needs that.
+
+        Raises: OutOfTime past the thread's limit, if it has one.
+        """
         if self._device_tables is None:
             with self._lock:
                 self._device_tables = self._visit_all(limit)
@@ -421,6 +424,7 @@ class CompiledGrammar:
         while state < self.num_states:
             if self.num_states > limit:
                 return None
+            check()
             packed = self._packed[state]
             instance, local = packed >> LOCAL_BITS, packed & LOCAL_MASK
             if machine.frames[instance].has_memory:

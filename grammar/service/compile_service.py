@@ -25,6 +25,7 @@ import sys
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -61,6 +62,9 @@ _NAP_S = 1e-6  # the system makes it about 60 us; a thread that waits for the in
 _SLACK_S = 0.2  # added to a time limit: the compilation's own comes first, and its message says more
 _SHARE = 4  # a job whose turns last longer than this times its processor time does not keep its level, either
 _MOST_WALL = 10.0  # times the limit that a job's turns may last by the wall clock, if its thread uses no processor time
+
+
+Finish = Callable[[CompiledGrammar], object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,8 +151,13 @@ class CompileService:
     not find a worker that holds a lock.
     """
 
-    def __init__(self, config: ServiceConfig | None = None) -> None:
+    def __init__(self, config: ServiceConfig | None = None, finish: Finish | None = None) -> None:
+        """finish: what else is done with each grammar, in its job's turns and time, before it is given out.
+
+        A grammar that is out of time meanwhile is given out as it is.
+        """
         self.config = config or ServiceConfig()
+        self._finish_grammar = finish
         self.disk = None if self.config.cache_dir is None else DiskCache(self.config.cache_dir)
         self._lock = threading.Lock()
         self._news: queue.SimpleQueue[_News | None] = queue.SimpleQueue()  # None: check again
@@ -359,7 +368,7 @@ class CompileService:
         idle = [w for w in self._workers if w.is_idle]
         if not idle:  # a new worker gets its first job once it is warm: the job's time begins then
             if all(w.is_warm for w in self._workers):
-                self._workers.append(_Worker(self.config, self.disk, self._news))
+                self._workers.append(_Worker(self.config, self.disk, self._news, self._finish_grammar))
             ready &= self._in_hand.keys()
             if not ready:
                 return
@@ -453,7 +462,14 @@ class _Worker:
     neither.
     """
 
-    def __init__(self, config: ServiceConfig, disk: DiskCache | None, news: queue.SimpleQueue[_News | None]) -> None:
+    def __init__(
+        self,
+        config: ServiceConfig,
+        disk: DiskCache | None,
+        news: queue.SimpleQueue[_News | None],
+        finish: Finish | None,
+    ) -> None:
+        self.finish = finish
         self.limits = replace(config.limits, max_time_s=min(config.limits.max_time_s, config.max_time_s))
         self.min_disk_time_s = config.min_disk_time_s
         self.disk = disk
@@ -595,6 +611,9 @@ class _Worker:
                 compiled = compile_parsed(parsed, job.vocabulary, limits=self.limits)
                 compiled.mask(0)  # so that the first step waits for neither of them
                 compiled.completion_bound(0)
+                if self.finish is not None:
+                    with contextlib.suppress(OutOfTime):
+                        self.finish(compiled)
             result: CompiledGrammar | BaseException = compiled
         except _Interrupted:
             raise

@@ -68,8 +68,7 @@ class ProgramGrammars:
                 return service.submit("tools", source, words, client=client)
             options = self._options(constraint) if constraint.kind in _WITH_JSON else {}
             words = _in_tokens(self._vocabulary, constraint)
-            compiled = service.submit(constraint.kind, constraint.source, words, client=client, **options)
-            return compiled if self._device is None else self._closed(compiled, self._device)
+            return service.submit(constraint.kind, constraint.source, words, client=client, **options)
 
     def get_narrowed(self, node: Generate, client: tuple[str, ...] = ()) -> Future[CompiledGrammar | None]:
         """Do as `get` for the constraint of a node, narrowed by the checks that become masks.
@@ -145,7 +144,7 @@ class ProgramGrammars:
     def _start_service(self) -> CompileService:
         from ramet.grammar.service.compile_service import CompileService  # loads numba
 
-        self._service = CompileService()
+        self._service = CompileService(finish=None if self._device is None else self._device.close)
         weakref.finalize(self, self._service.abandon).atexit = False
         return self._service
 
@@ -185,43 +184,6 @@ class ProgramGrammars:
         from ramet.grammar import ir
 
         return {**ir.AS_MODELS_WRITE, **constraint.form.filled(self._form).said()}
-
-    def _closed(self, compiled: Future[CompiledGrammar], device: DeviceGrammars) -> Future[CompiledGrammar]:
-        """Close a grammar for the device, if that is possible, on a thread beside the service's."""
-        closing = self._thread()
-        answer: Future[CompiledGrammar] = Future()
-
-        def settle(found: Future[CompiledGrammar]) -> None:
-            if found.cancelled() or not answer.set_running_or_notify_cancel():
-                return
-            error = found.exception()
-            if error is None:
-                answer.set_result(found.result())
-            else:
-                answer.set_exception(error)
-
-        def close(found: Future[CompiledGrammar]) -> None:
-            if answer.cancelled():
-                return
-            try:
-                if found.exception() is None:
-                    device.close(found.result())
-            except Exception as error:  # any error must reach those who wait for the grammar
-                answer.set_exception(error)
-                return
-            settle(found)
-
-        def close_later(found: Future[CompiledGrammar]) -> None:
-            if found.cancelled():
-                return
-            try:
-                closing.submit(close, found)
-            except RuntimeError:  # `close` was called meanwhile
-                settle(found)
-
-        answer.add_done_callback(lambda done: compiled.cancel() if done.cancelled() else None)
-        compiled.add_done_callback(close_later)
-        return answer
 
 
 def _failed(error: GrammarError, narrowed: Narrowing) -> Future[CompiledGrammar]:

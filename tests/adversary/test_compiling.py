@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import pytest
 
 from ramet.errors import GrammarTooLarge, Overloaded
-from ramet.grammar import Vocabulary
+from ramet.grammar import CompiledGrammar, Vocabulary
+from ramet.grammar.deadline import check
 from ramet.grammar.service.compile_service import CompileService, ServiceConfig
 
 # an interrupt may be thrown inside another library's callback, where it is lost with a warning; it is then sent again
@@ -55,3 +56,18 @@ def test_endless_sources_end_with_their_own_error() -> None:
     with CompileService(ServiceConfig(cache_dir=None, max_time_s=0.2)) as service:
         futures = [service.submit(*nasty(i), BYTES, client=("", str(i))) for i in range(3)]
         assert all(isinstance(future.exception(120), GrammarTooLarge) for future in futures)
+
+
+def finish(grammar: CompiledGrammar) -> None:
+    """Endless work with the grammars whose text begins with an x."""
+    while grammar.advance_bytes(0, b"x") is not None:
+        check()
+
+
+def test_what_follows_compiling_takes_turns_with_others_and_ends_with_the_time_of_its_own_job() -> None:
+    with CompileService(ServiceConfig(cache_dir=None, max_time_s=3), finish) as service:
+        futures = [service.submit("regex", f"x{i}", BYTES, client=("", f"nasty {i}")) for i in range(4)]
+        for i in range(5):
+            assert service.submit("regex", f"a{i}", BYTES, client=("", "nice")).result(60).num_states
+        assert not all(future.done() for future in futures)
+        assert all(future.result(120).num_states for future in futures)
