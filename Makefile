@@ -8,7 +8,7 @@ FOLDERS := ramet/*.py ramet/*.pyi ramet/cli lang grammar kernels runtime tests e
 NPM_TOURS := tests/runtime/server/openai/npm tests/clients/tours
 NPM_STAMPS := $(NPM_TOURS:%=%/node_modules/.package-lock.json)
 
-.PHONY: demo test test-all check house format bench clean
+.PHONY: demo test test-all soak check house format bench clean
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -32,6 +32,9 @@ test: $(STAMP) $(NPM_STAMPS)  ## the suite that CI runs
 test-all: $(STAMP) $(NPM_STAMPS)  ## also the long and large ones, and the GPU's where there is one
 	$(BIN)/ramet pull smollm2-135m
 	$(BIN)/python -m pytest --timeout 3600
+
+soak: $(STAMP)  ## 30 minutes of nice and nasty clients against a server whose engine is killed; nothing may be left
+	$(BIN)/python tests/adversary/soak.py --seconds 1800
 
 house: $(STAMP)  ## what a reader must hold in mind, measured
 	$(BIN)/python tools/house.py

@@ -152,6 +152,8 @@ def test_a_failed_check_cancels_its_siblings_and_the_engine_lives(backend: MockB
         s.join(a, b)
 
     with use_backend(MockBackend({"name?": "Ann"}, latency_s=0.01)) as slow:
+        first = function(lambda s: s.append("name? " + gen("x", cfg=ANY, where=ends_with("!"), retries=0)))
+        assert first.run().error() is not None  # so that the sibling cannot end while the grammar is compiled
         state = program.run()
         with pytest.raises(CheckFailed, match="once"):
             state["x"]

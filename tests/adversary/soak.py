@@ -1,0 +1,266 @@
+"""A server of a tiny model under nice and nasty clients, whose engine is killed and stopped now and then.
+
+    python tests/adversary/soak.py --seconds 1800
+
+Afterwards, nothing may be left: no request, no page, no program, and little memory. Nice clients may get an error only
+while the engine is away, or 429. Prints what was done, and ends with 1 if something was left or wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+
+KEYS = ("nice", "other", "nasty")
+MAX_GROWTH_BYTES = 100 << 20
+SETTLE_S = 120.0  # for the requests in flight to end
+ENDLESS = "(?:(?!foo%d|bar|baz).){0,2000}"
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "string"}}, "required": ["a"]}
+
+
+@dataclass
+class Soak:
+    """What happened. `wrong`: what must not."""
+
+    url: str
+    pid: int
+    rng: random.Random
+    end_s: float
+    asked: Counter[str] = field(default_factory=Counter)
+    statuses: Counter[str] = field(default_factory=Counter)
+    wrong: Counter[str] = field(default_factory=Counter)
+    num_kills: int = 0
+    num_stops: int = 0
+    away_until_s: float = 0.0  # the engine was killed, or has not been ready again for long
+
+    def client(self, key: str) -> httpx.AsyncClient:
+        headers = {"authorization": f"Bearer {key}"}
+        return httpx.AsyncClient(base_url=self.url, timeout=180, trust_env=False, headers=headers)
+
+    def note(self, who: str, status: int) -> None:
+        self.statuses[f"{who} {status}"] += 1
+        is_away = time.monotonic() < self.away_until_s
+        if status >= 500 and not (status == 503 and is_away):
+            self.wrong[f"{who} got {status}"] += 1
+
+
+Ask = Callable[[Soak, httpx.AsyncClient], Awaitable[int]]
+
+
+def words(soak: Soak, most: int) -> str:
+    return " ".join(f"word{soak.rng.randrange(50)}" for _ in range(soak.rng.randrange(1, most)))
+
+
+async def post(client: httpx.AsyncClient, path: str, body: object) -> int:
+    return (await client.post(path, json=body)).status_code
+
+
+async def generate(soak: Soak, client: httpx.AsyncClient) -> int:
+    sampling = {"max_new_tokens": soak.rng.randrange(1, 40), "temperature": 1.0, "ignore_eos": True}
+    return await post(client, "/generate", {"text": words(soak, 40), "sampling_params": sampling})
+
+
+async def chat(soak: Soak, client: httpx.AsyncClient) -> int:
+    messages = [{"role": "user", "content": words(soak, 20)}]
+    shape = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
+    body = {"messages": messages, "max_tokens": 60, "response_format": shape, "n": soak.rng.randrange(1, 4)}
+    return await post(client, "/v1/chat/completions", body)
+
+
+async def program(soak: Soak, client: httpx.AsyncClient) -> int:
+    nodes = [
+        {"kind": "text", "id": 0, "parts": [words(soak, 10)]},
+        {"kind": "fork", "id": 1, "parent": 0, "group": 1, "index": 0, "width": 2},
+        {"kind": "fork", "id": 2, "parent": 0, "group": 1, "index": 1, "width": 2},
+        {"kind": "generate", "id": 3, "parent": 1, "name": "x", "sampling": {"max_tokens": 12}},
+        {"kind": "generate", "id": 4, "parent": 2, "name": "x", "sampling": {"max_tokens": 12}},
+    ]
+    return await post(client, "/v1/programs", {"graph": {"version": 1, "nodes": nodes}, "arguments": {}})
+
+
+async def tokenize(soak: Soak, client: httpx.AsyncClient) -> int:
+    return await post(client, "/v1/tokenize", {"prompt": words(soak, 50)})
+
+
+async def leave_stream(soak: Soak, client: httpx.AsyncClient) -> int:
+    body = {"prompt": words(soak, 9), "max_tokens": 300, "ignore_eos": True, "stream": True, "n": 4}
+    async with client.stream("POST", "/v1/completions", json=body) as answer:
+        async for _ in answer.aiter_lines():
+            if soak.rng.random() < 0.2:
+                break
+        return answer.status_code
+
+
+async def leave_body(soak: Soak, client: httpx.AsyncClient) -> int:
+    host, port = soak.url.removeprefix("http://").split(":")
+    _, writer = await asyncio.open_connection(host, int(port))
+    head = b"POST /generate HTTP/1.1\r\nhost: x\r\nauthorization: Bearer nasty\r\ncontent-length: 900\r\n\r\n{"
+    writer.write(head[: soak.rng.randrange(1, len(head) + 1)])
+    await writer.drain()
+    writer.close()
+    return 0
+
+
+async def flood(soak: Soak, client: httpx.AsyncClient) -> int:
+    body = {"prompt": words(soak, 60), "max_tokens": 100, "n": 32, "logprobs": 5, "frequency_penalty": 1.0}
+    return await post(client, "/v1/completions", body)
+
+
+async def endless_grammar(soak: Soak, client: httpx.AsyncClient) -> int:
+    sampling = {"max_new_tokens": 20, "regex": ENDLESS % soak.rng.randrange(1000)}
+    with_limit = {"text": "x", "sampling_params": sampling, "timeout_s": 5}
+    return await post(client, "/generate", with_limit if soak.rng.random() < 0.5 else {**with_limit, "timeout_s": 1})
+
+
+async def garbage(soak: Soak, client: httpx.AsyncClient) -> int:
+    data = bytearray(json.dumps({"text": words(soak, 9), "sampling_params": {"max_new_tokens": 3, "n": 2}}).encode())
+    for _ in range(soak.rng.randrange(1, 6)):
+        data[soak.rng.randrange(len(data))] = soak.rng.randrange(256)
+    paths = ("/generate", "/v1/completions", "/v1/chat/completions", "/v1/programs", "/v1/responses", "/v1/messages")
+    headers = {"content-type": "application/json"}
+    return (await client.post(soak.rng.choice(paths), content=bytes(data), headers=headers)).status_code
+
+
+async def large_body(soak: Soak, client: httpx.AsyncClient) -> int:
+    return await post(client, "/v1/tokenize", {"prompt": "a " * soak.rng.randrange(1 << 20)})
+
+
+NICE: tuple[Ask, ...] = (generate, chat, program, tokenize)
+NASTY: tuple[Ask, ...] = (leave_stream, leave_body, flood, endless_grammar, garbage, large_body)
+
+
+async def tenant(soak: Soak, key: str, asks: tuple[Ask, ...]) -> None:
+    async with soak.client(key) as client:
+        while time.monotonic() < soak.end_s:
+            ask = soak.rng.choice(asks)
+            soak.asked[key] += 1
+            try:
+                status = await ask(soak, client)
+            except httpx.HTTPError as error:
+                soak.statuses[f"{key} {type(error).__name__}"] += 1
+                if key != "nasty" and time.monotonic() > soak.away_until_s:
+                    soak.wrong[f"{key}: {error!r} in {ask.__name__}"] += 1
+                status = 503
+            else:
+                soak.note(key, status)
+            if status in (429, 503):
+                await asyncio.sleep(0.2)
+
+
+async def trouble(soak: Soak, every_s: float) -> None:
+    """Stop the engine for a moment, or kill it, again and again."""
+    async with soak.client("nice") as client:
+        while time.monotonic() < soak.end_s - every_s:
+            await asyncio.sleep(every_s * soak.rng.uniform(0.5, 1.5))
+            pid = (await client.get("/get_server_info")).json()["engine"]["pid"]
+            if soak.rng.random() < 0.5:
+                soak.num_stops += 1
+                os.kill(pid, signal.SIGSTOP)
+                await asyncio.sleep(soak.rng.uniform(0.1, 2))
+                os.kill(pid, signal.SIGCONT)
+                continue
+            soak.num_kills += 1
+            soak.away_until_s = time.monotonic() + 600
+            os.kill(pid, signal.SIGKILL)
+            while (info := (await client.get("/get_server_info")).json()["engine"]) is None or info["pid"] == pid:
+                await asyncio.sleep(0.2)
+            while (await client.get("/ready")).status_code != 200:
+                await asyncio.sleep(0.2)
+            soak.away_until_s = time.monotonic() + 5  # answers that were on their way
+
+
+async def leftovers(soak: Soak) -> dict[str, float]:
+    """What is left once all clients are gone: requests, programs, and pages that nobody has."""
+    async with soak.client("nice") as client:
+        found: dict[str, float] = {}
+        deadline_s = time.monotonic() + SETTLE_S
+        while time.monotonic() < deadline_s:
+            await asyncio.sleep(1.5)  # the engine reports now and then
+            await client.post("/flush_cache")
+            metrics = (await client.get("/metrics")).text
+            values = dict(re.findall(r"(?m)^(ramet_\w+) ([0-9.e+]+)$", metrics))
+            found = {
+                name: float(values[f"ramet_{name}"])
+                for name in ("in_flight", "running_requests", "waiting_requests", "running_programs")
+            }
+            found["pages"] = float(values["ramet_kv_pages"]) - float(values["ramet_kv_free_pages"])
+            if not any(found.values()):
+                break
+        return found
+
+
+def rss_bytes(pid: int) -> int:
+    text = Path(f"/proc/{pid}/status").read_text()
+    return 1024 * int(text.split("VmRSS:")[1].split()[0])
+
+
+async def run(soak: Soak, clients: int, every_s: float) -> int:
+    whole_s = soak.end_s - time.monotonic()
+    tenants = [tenant(soak, key, NICE) for key in KEYS[:2] for _ in range(clients)]
+    tenants += [tenant(soak, "nasty", NASTY) for _ in range(clients)]
+    tasks = [asyncio.ensure_future(one) for one in (*tenants, trouble(soak, every_s))]
+    await asyncio.sleep(min(60.0, whole_s / 4))
+    early = rss_bytes(soak.pid)
+    await asyncio.gather(*tasks)
+    left = await leftovers(soak)
+    grown = rss_bytes(soak.pid) - early
+    print(f"requests: {sum(soak.asked.values()):,} ({dict(soak.asked)})")
+    print(f"answers: {dict(sorted(soak.statuses.items()))}")
+    print(f"kills: {soak.num_kills}, stops: {soak.num_stops}")
+    print(f"leftovers: {int(sum(left.values()))} {left}; the HTTP process grew by {grown / 2**20:.1f} MiB")
+    print(f"wrong: {dict(soak.wrong) or 'nothing'}")
+    return int(bool(soak.wrong) or any(left.values()) or grown > MAX_GROWTH_BYTES)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=1800)
+    parser.add_argument("--clients", type=int, default=4, help="of each of the three keys")
+    parser.add_argument("--trouble-every", type=float, default=30, metavar="SECONDS", help="between kills and stops")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        command = [sys.executable, "-m", "ramet.cli", "serve", "tiny-random", "--port", "0", "--device", "cpu"]
+        command += ["--num-kv-tokens", "16384", "--max-running-requests", "16", "--max-in-flight", "256"]
+        command += ["--max-engine-failures", "1000000"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAMET_API_KEY": ",".join(KEYS)}
+        with log.open("wb") as file:
+            server = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
+        try:
+            while not (found := re.search(r"ready in .* at (http://\S+)", log.read_text())):
+                if server.poll() is not None:
+                    print(log.read_text())
+                    return 1
+                time.sleep(0.1)
+            end_s = time.monotonic() + arguments.seconds
+            soak = Soak(found[1], server.pid, random.Random(arguments.seed), end_s)
+            code = asyncio.run(run(soak, arguments.clients, arguments.trouble_every))
+            text = log.read_text(errors="replace")
+            num_tracebacks = text.count("Traceback (most recent call last)")
+            print(f"tracebacks in the log: {num_tracebacks}")
+            if num_tracebacks:
+                print(text[text.index("Traceback (most recent call last)") :][:4000])
+            return int(code or num_tracebacks > 0)
+        finally:
+            server.terminate()
+            server.wait(60)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
