@@ -3,7 +3,8 @@
     python benchmarks/bench_stalls.py [--schemas DIR] [--repeats 3]
 
 The bystander generates 128 tokens without a constraint. After its 16th token, the other request comes: its constraint
-is compiled by a compile service in the same process, then it generates up to 96 tokens at temperature 1. A row's figure
+is compiled by a compile service in the same process, then it generates up to 96 tokens at temperature 1. Or several
+requests without a constraint come at once: long prompts, many choices whose logits are edited. A row's figure
 is the median of the repeats. `alone` is measured before and after the rows, in the same process. With --schemas, a
 folder of JSON files {"schema": ...}, the schemas whose compilation and first masks take longest are rows, too.
 """
@@ -14,6 +15,7 @@ import argparse
 import json
 import os
 import platform
+import random
 import statistics
 import threading
 import time
@@ -23,6 +25,7 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import msgspec
 from json_line import commit, print_record
 from rich.console import Console
 from rich.table import Table
@@ -36,6 +39,7 @@ from ramet.runtime.types import RequestOutput, SamplingParams
 
 Json = Any  # a decoded JSON document
 Source = tuple[str, Json, str]  # kind of constraint, its source, the other request's prompt
+Plain = tuple[int, int, SamplingParams]  # requests at once, tokens of each prompt
 BEFORE, NUM_TOKENS = 16, 128
 SEARCHED_TOKENS = 24
 
@@ -52,7 +56,14 @@ def nested_objects(depth: int) -> Json:
 
 
 UNIQUE = {"type": "array", "items": {"type": "string"}, "uniqueItems": True, "minItems": 60}
-ROWS: dict[str, Source] = {
+EDITED = SamplingParams(
+    temperature=1.0, max_tokens=32, ignore_eos=True, logprobs=5, frequency_penalty=0.5, logit_bias={5: 1.0, 9: -1.0}
+)
+LONG = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
+ROWS: dict[str, Source | Plain] = {
+    "two prompts of 8,000 tokens": (2, 8000, LONG),
+    "64 rows with edited logits": (64, 32, EDITED),
+    "128 rows with edited logits": (128, 32, EDITED),
     "700 optional properties": ("json_schema", optional_properties(700), 'A JSON object: {"property_1": 1}\nAnother: '),
     "1,000 optional properties": (
         "json_schema",
@@ -71,7 +82,7 @@ def vocabulary(engine: Engine) -> Vocabulary:
 
 
 def largest_gap_ms(
-    engine: Engine, service: CompileService, words: Vocabulary, source: Source | None, seed: int
+    engine: Engine, service: CompileService, words: Vocabulary, source: Source | Plain | None, seed: int
 ) -> float:
     """Run the bystander, and the other request beside it. Returns the bystander's largest gap after the other came."""
     times: list[float] = []
@@ -88,7 +99,13 @@ def largest_gap_ms(
     engine.submit(f"{seed}: Once upon a time", params, on_output=note)
     has_begun.wait(60)
     others: list[Any] = []  # handles
-    if source is not None:
+    if source is not None and isinstance(source[0], int):
+        count, num_prompt, sampling = source
+        rng = random.Random(seed)
+        for i in range(count):
+            tokens = [rng.randrange(1000, 40_000) for _ in range(num_prompt)]
+            others.append(engine.submit(tokens, msgspec.structs.replace(sampling, seed=i)))
+    elif source is not None:
         kind, text, prompt = source
 
         def run(done: Future[CompiledGrammar]) -> None:
@@ -135,13 +152,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, help="append the JSON line to this file")
     arguments = parser.parse_args()
-    with Engine("smollm2-135m", max_running_requests=8) as engine, CompileService() as service:
+    with Engine("smollm2-135m", max_running_requests=160, num_kv_tokens=32_768) as engine, CompileService() as service:
         words = vocabulary(engine)
         warm_up(words)
         rows = dict(ROWS)
         if arguments.schemas is not None:
             rows.update(worst_schemas(arguments.schemas, words, arguments.num_worst))
-        named: dict[str, Source | None] = {"alone": None, **rows, "alone, again": None}
+        named: dict[str, Source | Plain | None] = {"alone": None, **rows, "alone, again": None}
         if arguments.rows is not None:
             named = {name: source for name, source in named.items() if arguments.rows in name or source is None}
         largest_gap_ms(engine, service, words, None, 99)

@@ -152,9 +152,9 @@ class CompileService:
     """
 
     def __init__(self, config: ServiceConfig | None = None, finish: Finish | None = None) -> None:
-        """finish: what else is done with each grammar, in its job's turns and time, before it is given out.
+        """finish: what else is done with each grammar before it is given out, in its job's turns and half of its time.
 
-        A grammar that is out of time meanwhile is given out as it is.
+        If that takes longer, the grammar is given out as it is.
         """
         self.config = config or ServiceConfig()
         self._finish_grammar = finish
@@ -612,7 +612,7 @@ class _Worker:
                 compiled.mask(0)  # so that the first step waits for neither of them
                 compiled.completion_bound(0)
                 if self.finish is not None:
-                    with contextlib.suppress(OutOfTime):
+                    with contextlib.suppress(OutOfTime), time_limit(self.limits.max_time_s / 2):
                         self.finish(compiled)
             result: CompiledGrammar | BaseException = compiled
         except _Interrupted:
