@@ -145,7 +145,7 @@ def test_an_unknown_rule_is_refused_by_name(tmp_path: Path) -> None:
     ("fields", "message"),
     [
         ({"ggml.model": "bert"}, "'bert' is not supported"),
-        ({"ggml.token_type": [1, 1]}, "token_type must have one entry"),
+        ({"ggml.token_type": [1, 1]}, "token_type must have one number"),
         ({"ggml.merges": ["q q"]}, "cannot be built"),
     ],
 )
