@@ -16,13 +16,17 @@ import pytest
 
 from ramet.runtime.server.anthropic.routes import anthropic_endpoints
 from ramet.runtime.server.config import ServerConfig
+from ramet.runtime.server.keys import KeyRing
+from ramet.runtime.server.limits import HttpLimits
 from ramet.runtime.server.link.protocol import Output, Submit
 from ramet.runtime.server.link.proxy import EngineProxy
+from ramet.runtime.server.metrics import RequestCollector
 from ramet.runtime.server.openai.chat import ChatEndpoint
 from ramet.runtime.server.openai.routes import openai_endpoints
 from ramet.runtime.server.responses.routes import responses_endpoints
 from ramet.runtime.server.routing import make_app
 from ramet.runtime.server.served_model import ServedModel
+from ramet.runtime.server.tenants import Tenants
 from ramet.runtime.testing.byte_tokenizer import ByteTokenizer
 from ramet.runtime.text.chat_template import ChatTemplate
 from ramet.runtime.text.tokenizer import Tokenizer
@@ -128,7 +132,10 @@ class Client:
             *responses_endpoints(self.served, chat),
             *anthropic_endpoints(self.served, chat),
         ]
-        self.app = make_app(endpoints, self.served)
+        app = make_app(endpoints, self.served)
+        self.app: Any = HttpLimits(
+            app, self.served.config, RequestCollector(), self.served.bytes_held, Tenants(KeyRing())
+        )
 
     def request(self, path: str, body: Any, method: str = "POST") -> httpx.Response:
         async def send() -> httpx.Response:
