@@ -24,6 +24,7 @@ from ramet.grammar.machine.frame import DEAD, NEEDS_RUN, REFUSE, Frame, target
 # that the array must not become, and that it equals so far)
 ArrayThread = tuple[int, Arrays, tuple[int, ...], tuple[int, ...]]
 ArrayChoices = tuple[tuple[Expr, ...], list[tuple[ArrayThread, int]]]
+_MAX_AT_ONCE = 1 << 12  # items; arrays that need more are completed item by item, up to the time limit
 Items = tuple[int, ...]  # numbers of the items (see constants.py)
 
 
@@ -347,6 +348,8 @@ class ArrayNextFrame(ArrayStartFrame):
         _, spec, counts, rivals = thread
         missing = spec.low - state.index
         if not spec.unique or spec.repeats or rivals or missing <= 0 or state.index < len(spec.prefix):
+            return None
+        if spec.low > _MAX_AT_ONCE:
             return None
         if any(count < c.low or c.high is not None for c, count in zip(spec.contains, counts, strict=True)):
             return None
