@@ -104,8 +104,8 @@ class ServedModel:
 
 
 def client_of(request: Request) -> tuple[str, str]:
-    """The sender of a request, as the middleware (`limits`) found it: its key's name, and its connection."""
-    client: tuple[str, str] = request.scope["state"]["client"]
+    """The sender of a request: its key's name, and its connection. Empty texts without the middleware (`limits`)."""
+    client: tuple[str, str] = request.scope.get("state", {}).get("client", ("", ""))
     return client
 
 
