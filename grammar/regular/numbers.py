@@ -125,8 +125,10 @@ def simplify(numbers: Numbers) -> Numbers | None:
             found = frozenset(Fraction(v) for v in range(int(low), int(high) + 1) if numbers.contains(Fraction(v)))
             if len(found) < high - low + 1 or high - low <= 8:
                 return Numbers(finite=found, plain=numbers.plain) if found else None
-    if len(numbers.multiples) and not _has_simple_value(numbers) and automaton(numbers).is_empty:
-        return None
+    if len(numbers.multiples) and not _has_simple_value(numbers):
+        is_empty = completion(numbers, "") is None if is_read_by_value(numbers) else automaton(numbers).is_empty
+        if is_empty:
+            return None
     return numbers
 
 
@@ -257,6 +259,139 @@ def unexcluded(numbers: Numbers) -> Dfa:
 
 def divisors_text(numbers: Numbers) -> str:
     return " and ".join(decimal_text(m) for m, _ in sorted(numbers.multiples))
+
+
+# --- sets whose automaton has too many states: texts are looked at one by one
+
+_LARGE_DIVISOR = 1000  # its automaton takes longer to make than a text takes to read without one
+_MAX_SKIPPED = 256  # multiples that are no members because of other conditions, one after the other
+
+
+def is_read_by_value(numbers: Numbers) -> bool:
+    """Tell whether a text is to be checked by `completion`, because a divisor is so large that an automaton is not
+    worth its states.
+    """
+    if numbers.finite is not None or numbers.plain is False:
+        return False
+    return any(must and _Divisor(m).q > _LARGE_DIVISOR for m, must in numbers.multiples)
+
+
+def symbols_after(text: str) -> str:
+    """Return the symbols that may follow a beginning of a number's text, whatever the number is."""
+    digits = text.lstrip("-")
+    if not digits:
+        return "0123456789" if text else "0123456789-"
+    if "." in digits:
+        return "0123456789"
+    return "." if digits == "0" else "0123456789."
+
+
+def is_text_of(numbers: Numbers, text: str) -> bool:
+    """Tell whether a beginning of a number's text is the text of a number in the set."""
+    whole, point, part = text.lstrip("-").partition(".")
+    if not whole or (point and not part) or (point and not _may_have_fraction(numbers, whole)):
+        return False
+    return numbers.contains(Fraction(text))
+
+
+def may_go_on(numbers: Numbers, text: str) -> bool:
+    """Tell whether `completion` finds a text, without a search where that is possible."""
+    whole, point, part = text.lstrip("-").partition(".")
+    low, high = numbers.low, numbers.high
+    if text.startswith("-"):  # of absolute values
+        low, high = None if high is None else -high, None if low is None else -low
+    if not point and high is None and whole not in ("", "0"):
+        return True
+    if point and numbers.integer:
+        return not part.strip("0") and is_text_of(numbers, text.partition(".")[0] + ".0")
+    ((divisor, _), *others) = numbers.multiples
+    free = replace(numbers, low=None, high=None, low_open=False, high_open=False, integer=None)
+    if others or free != Numbers(multiples=numbers.multiples) or not whole:
+        return completion(numbers, text) is not None
+    if point and numbers == free:
+        # in units of the last decimal of the divisor or of the text: some multiple is among the numbers that begin so
+        decimals: int = max(_Divisor(divisor).scale, len(part))
+        unit = int(10 ** (decimals - len(part)))
+        return -int(whole + part) * unit % int(divisor * 10**decimals) < unit
+    if not point and numbers.integer and divisor.denominator == 1 and high is not None:
+        least, most, step, begin = max(int(low or 0), 0), int(high), int(divisor), int(whole)
+        for size in (10**n for n in range(1 if begin == 0 else len(str(most)) - len(whole) + 1)):
+            first = -(-max(begin * size, least) // step) * step
+            if first < (begin + 1) * size and first <= most:
+                return True
+        return False
+    return completion(numbers, text) is not None
+
+
+def completion(numbers: Numbers, text: str) -> str | None:
+    """Return a short text that makes a beginning of a number's text a text of the set; None if there is none.
+
+    text: sign, digits and a point, as far as they are read. The set has a divisor that must divide. So only its
+    multiples are tried, in the intervals of all numbers whose texts begin in this way.
+
+    Raises: GrammarTooLarge if other conditions exclude too many multiples.
+    """
+    if is_text_of(numbers, text):
+        return ""
+    sign, digits = ("-", text[1:]) if text.startswith("-") else ("", text)
+    if not digits:
+        ways = [completion(numbers, text + digit) for digit in "0123456789"]
+        found = [digit + way for digit, way in zip("0123456789", ways, strict=True) if way is not None]
+        if not sign:
+            way = completion(numbers, "-")
+            found += [] if way is None else ["-" + way]
+        return min(found, key=len, default=None)
+    whole, point, part = digits.partition(".")
+    if point:
+        if not _may_have_fraction(numbers, whole):
+            return None
+        unit = Fraction(1, 10 ** len(part))
+        value = _member(numbers, sign, Fraction(int(whole + part)) * unit, unit)
+        return None if value is None else _rest(value, digits)
+    step = next(m for m, must in numbers.multiples if must)
+    bounds = [abs(b) for b in (numbers.low, numbers.high, step) if b is not None]
+    most = 0 if whole == "0" else max(len(str(int(b))) for b in bounds) + 3
+    for more in range(most + 1):
+        value = _member(numbers, sign, Fraction(int(whole) * 10**more), Fraction(10**more))
+        if value is not None:
+            return _rest(value, digits)
+    return None
+
+
+def _may_have_fraction(numbers: Numbers, whole: str) -> bool:
+    return not numbers.plain and not (numbers.integer and len(whole) >= _LARGE_DIGITS)
+
+
+def _member(numbers: Numbers, sign: str, low: Fraction, size: Fraction) -> Fraction | None:
+    """Return the least absolute value in [low, low + size) of a number in the set with this sign."""
+    step = next(m for m, must in numbers.multiples if must)
+    first, end = low, low + size
+    for bound in (numbers.low,) if not sign else (numbers.high,):
+        if bound is not None:
+            first = max(first, -bound if sign else bound)
+    value = math.ceil(first / step) * step
+    for _ in range(_MAX_SKIPPED):
+        beyond = numbers.high if not sign else None if numbers.low is None else -numbers.low
+        if value >= end or (beyond is not None and value > beyond):
+            return None
+        if numbers.contains(-value if sign else value):
+            text = decimal_text(value)
+            if "." not in text or _may_have_fraction(numbers, text.partition(".")[0]):
+                return value
+        value += step
+    raise GrammarTooLarge(
+        f"of the multiples of {decimal_text(step)}, more than {_MAX_SKIPPED:,} in a row are excluded; "
+        "fewer conditions beside it would do"
+    )
+
+
+def _rest(value: Fraction, digits: str) -> str:
+    """Return what follows `digits` in the text of an absolute value that begins with them, up to zeros at its end."""
+    text = decimal_text(value)
+    if "." in digits:
+        text = (text if "." in text else text + ".").ljust(max(len(digits), digits.index(".") + 2), "0")
+    assert text.startswith(digits), (value, digits)
+    return text[len(digits) :]
 
 
 def decimal_text(value: Fraction) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from abc import abstractmethod
 from dataclasses import replace
+from fractions import Fraction
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from ramet.grammar.json_schema.frames.tables import (
     NULL,
     TRUE,
     counted_string,
+    digit_rows,
     free_string,
     literal_rows,
     number_rows,
@@ -33,9 +35,11 @@ from ramet.grammar.machine.frame import (
     NEEDS_RUN,
     Frame,
     FrameTable,
+    compress_rows,
     length_to_exit,
     target,
 )
+from ramet.grammar.regular import numbers as numeric
 from ramet.grammar.regular.numbers import Numbers, fraction
 
 TaggedStrings = tuple[tuple[Strings, ...], ...]  # for each tag, its specs: one of them must hold
@@ -59,6 +63,10 @@ def open_number(compilation: Compilation, exprs: tuple[Expr, ...], context: Cont
         compilation.plain_integers and len(specs) == 1
     ):  # with several tags, it must be known which of them are satisfied
         specs = (tuple(_as_models_write(n) for n in specs[0]),)
+    if len(specs) == len(specs[0]) == 1 and numeric.is_read_by_value(specs[0][0]):
+        if numeric.completion(specs[0][0], "") is None:
+            return DEAD
+        return target(compilation.frame(DigitsFrame, specs[0][0], "", context, b""))
     return target(compilation.frame(NumberFrame, specs, context, b""))
 
 
@@ -171,6 +179,52 @@ class NumberFrame(TextFrame):
 def _number_table(compilation: Compilation, specs: TaggedNumbers, following: bytes | None) -> TableOfMasks:
     rows, byte_class, ends, masks = number_rows(specs, following)
     return compilation.machine.table(rows, byte_class, max(len(masks), 1), ends), masks
+
+
+_SYMBOLS = "0123456789.-"
+
+
+def _digits_table(compilation: Compilation, symbols: str, may_end: bool, following: bytes | None) -> TableOfMasks:
+    rows, ends = digit_rows(_SYMBOLS, symbols, may_end, following)
+    return compilation.machine.table(*compress_rows(rows), 1 + len(_SYMBOLS), ends), (1,)
+
+
+class DigitsFrame(TextFrame):
+    """A number whose divisor has too many remainders for a table. Each text so far has a frame of its own.
+
+    Exit 0 ends the number, exit 1 + i reads _SYMBOLS[i]. so_far: the text of the number.
+    """
+
+    def __init__(self, compilation: Compilation, numbers: Numbers, so_far: str, context: Context, text: bytes) -> None:
+        self.numbers = numbers
+        self.so_far = so_far
+        symbols = "".join(c for c in numeric.symbols_after(so_far) if numeric.may_go_on(numbers, so_far + c))
+        may_end = numeric.is_text_of(numbers, so_far)
+        super().__init__(
+            compilation, compilation.once(_digits_table, symbols, may_end, context.following), context, text
+        )
+
+    def moved(self, context: Context, text: bytes) -> int:
+        return self.compilation.frame(DigitsFrame, self.numbers, self.so_far, context, text)
+
+    def next_part(self, exit_index: int) -> int:
+        so_far = self.so_far + _SYMBOLS[exit_index - 1]
+        return target(self.compilation.frame(DigitsFrame, self.numbers, so_far, self.context, b""))
+
+    def read(self, text: bytes) -> Const:
+        return ("number", Fraction(self.so_far))
+
+    def closing_exit(self, local: int) -> int:
+        return 0
+
+    def closing_jump(self, local: int) -> tuple[bytes, int] | None:
+        rest = numeric.completion(self.numbers, self.so_far)
+        assert rest is not None
+        if not rest:
+            return None
+        text = self.text + rest.encode() if self.has_memory else b""
+        after = self.compilation.frame(DigitsFrame, self.numbers, self.so_far + rest, self.context, text)
+        return rest.encode(), target(after)
 
 
 # --- strings

@@ -273,6 +273,20 @@ def number_rows(
     return *compress_rows(wide), ends, masks
 
 
+@cache
+def digit_rows(
+    all_symbols: str, symbols: str, may_end: bool, following: bytes | None
+) -> tuple[NDArray[np.int32], NDArray[np.int32] | None]:
+    """Return (rows, end exits) of one place in a number: exit 0 ends it, exit 1 + i reads all_symbols[i]."""
+    rows = np.full((1, 256), REFUSE, dtype=np.int32)
+    for symbol in symbols:
+        rows[0, ord(symbol)] = leave(1 + all_symbols.index(symbol))
+    ends = np.zeros(1, dtype=np.int32) if may_end else None
+    if ends is not None:
+        _leave_at(rows, ends, following)
+    return rows, ends
+
+
 def _leave_at(wide: NDArray[np.int32], ends: NDArray[np.int32], following: bytes | None) -> None:
     """Let each byte that may follow the number and does not continue it leave, in the states where it may end."""
     may_follow = np.ones(256, dtype=np.bool_)
@@ -281,7 +295,7 @@ def _leave_at(wide: NDArray[np.int32], ends: NDArray[np.int32], following: bytes
         may_follow[list(following)] = True
     for state in np.flatnonzero(ends >= 0).tolist():
         row = wide[state]
-        row[(row < 0) & may_follow] = leave(int(ends[state]), again=True)
+        row[(row == REFUSE) & may_follow] = leave(int(ends[state]), again=True)
 
 
 def _many_numbers(
