@@ -106,7 +106,14 @@ def make(arguments: argparse.Namespace, count: int, router: Callable[[RouterConf
     config = {"device": "cpu", "num_threads": 1, "num_kv_tokens": arguments.kv_tokens // count}
 
     def proxy(replica: int | None = None, listener: Listener | None = None) -> EngineProxy:
-        return EngineProxy(arguments.model, config, replica=replica, listener=listener, log_level="ERROR")
+        return EngineProxy(
+            arguments.model,
+            config,
+            replica=replica,
+            listener=listener,
+            max_engine_failures=1000,  # killed on purpose; pauses before restarts grow all the same
+            log_level="ERROR",
+        )
 
     return proxy() if count == 1 else Replicas(count, proxy, make_router=router)
 

@@ -447,9 +447,12 @@ class Replicas:
         if isinstance(command, StartProgram):
             signature = hashlib.blake2b(command.graph[:_SIGNATURE_BYTES], digest_size=8).hexdigest()
             return RoutedRequest(max(len(command.graph) // _BYTES_A_TOKEN, 1), (), f"{command.cache_salt}/{signature}")
-        prompt = np.asarray(command.prompt_ids, dtype=np.int64).astype(np.int32)  # the engine refuses what does not fit
+        try:
+            prompt = np.asarray(command.prompt_ids, dtype=np.int64).astype(np.int32)
+        except OverflowError:  # no token has such a number: the engine refuses the request, whichever it is
+            prompt = np.empty(0, dtype=np.int32)
         keys = prefix_keys(prompt, self._page_size, command.options.cache_salt)
-        return RoutedRequest(max(len(prompt), 1), keys, command.options.program_id)
+        return RoutedRequest(max(len(command.prompt_ids), 1), keys, command.options.program_id)
 
     # -- what streams and members say ----------------------------------------------------------------------------
 

@@ -29,9 +29,11 @@ def test_two_engines_answer_as_one_and_one_goes_on_alone(start_server: Start) ->
         assert first["choices"][0]["text"] == second["choices"][0]["text"]
         assert second["usage"]["prompt_tokens_details"]["cached_tokens"] > 150  # the second went to the first's replica
         metrics = server.client.get("/metrics").text
-        while len(re.findall(r'^ramet_engine_up\{replica="[01]"\} 1\.0$', metrics, re.M)) < 2:  # one may start later
+        of_both = r'^ramet_kv_pages\{replica="[01]"\} [1-9]'
+        while len(re.findall(of_both, metrics, re.M)) < 2:  # of each when it is ready and its heart has beaten
             time.sleep(0.1)
             metrics = server.client.get("/metrics").text
+        assert len(re.findall(r'^ramet_engine_up\{replica="[01]"\} 1\.0$', metrics, re.M)) == 2
         assert metrics.count("# TYPE ramet_kv_pages gauge") == 1
         assert re.search(r"^ramet_router_known_prefixes [1-9]", metrics, re.M)
         assert re.search(r'^ramet_requests_total\{reason="length"\} 2\.0$', metrics, re.M)

@@ -186,9 +186,10 @@ def test_ids_limits_and_aborts_hold_for_all_replicas_together() -> None:
         for other in others:
             other.close()
         assert replicas.num_in_flight == 0
-        refused = Submit("bad", [10**12], SamplingParams(max_tokens=1))
-        with pytest.raises(InvalidRequest):
-            await replicas.submit(refused).collect()
+        for number in (10**12, 10**30, -1):
+            with pytest.raises(InvalidRequest):
+                await replicas.submit(Submit("bad", [number], SamplingParams(max_tokens=1))).collect()
+        assert replicas.num_in_flight == 0
 
     run(scenario, max_in_flight=4)
 
