@@ -7,6 +7,7 @@ tests share the cores with servers that they start.
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,9 @@ import torch  # noqa: E402
 # No test fails because the machine is busy: an example may take long, and may be drawn slowly.
 hypothesis.settings.register_profile("ramet", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("ramet")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell started the suite in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if TYPE_CHECKING:
     from ramet.runtime.models.load import LoadedModel
