@@ -32,7 +32,7 @@ REFUSED: Mapping[str, str] = {
     "custom_labels": "use metadata",
     "custom_logit_processor": "no code is taken from requests",
     "custom_params": "no code is taken from requests",
-    "data_parallel_rank": "there is one engine",
+    "data_parallel_rank": "the server chooses among its engines",
     "detokenize": "answers are text; return_token_ids gives the tokens, too",
     "documents": "put them into messages",
     "early_stopping": "there is no beam search",
