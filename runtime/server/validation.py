@@ -146,7 +146,8 @@ def parsed(model: type[Body], data: bytes, max_values: int) -> Body:
     """Parse a body. Raises HttpError naming the wrong field, and for one with more than `max_values` values.
 
     A field that is known and not supported may be there if its value asks for nothing: null, an empty value, false, or
-    the default of the servers that have it. Clients that send back an answer may add fields to it.
+    the default of the servers that have it. Clients that send back an answer may add fields to it. An integer may be
+    written as 16.0.
     """
     _check_values(data, max_values)
     try:
@@ -155,7 +156,7 @@ def parsed(model: type[Body], data: bytes, max_values: int) -> Body:
         if error.errors(include_url=False, include_context=False, include_input=False)[0]["type"] == "json_invalid":
             raise error_of(error, data) from None
         body = _decoded(data)
-        if not _drop_unasked(error, body):
+        if not _mend(error, body):
             raise error_of(error, data) from None
     data = pydantic_core.to_json(body)
     try:
@@ -188,21 +189,38 @@ def _weight(text: bytes) -> int:
     return text.count(b",") + 10 * (text.count(b"[") + text.count(b"{"))
 
 
-def _drop_unasked(error: pydantic.ValidationError, body: Any) -> bool:  # Any: JSON
-    """Remove the undeclared fields that ask for nothing from a body. Returns whether there were any."""
+def _mend(error: pydantic.ValidationError, body: Any) -> bool:  # Any: JSON
+    """Remove the undeclared fields that ask for nothing, and write integers without a fraction.
+
+    JSON does not tell 16.0 from 16. Returns whether the body has changed.
+    """
     is_changed = False
     for problem in error.errors(include_url=False, include_context=False, include_input=False):
-        if problem["type"] != "extra_forbidden":
+        if problem["type"] not in ("extra_forbidden", "int_type"):
             continue
         path = _real_path(problem["loc"], body, is_missing=False)
-        parent = body
+        if not path:
+            continue
+        parent, name = body, path[-1]
         for part in path[:-1]:
             parent = parent[part]
-        name = str(path[-1]) if path else ""
-        if isinstance(parent, dict) and name in parent and _asks_nothing(name, parent[name], path, body):
+        if not _has(parent, name):
+            continue
+        value = parent[name]
+        if problem["type"] == "int_type":
+            if isinstance(parent, list):  # pydantic has read it up to here
+                parent[:] = map(_whole, parent)
+            else:
+                parent[name] = _whole(value)
+            is_changed = is_changed or parent[name] is not value
+        elif isinstance(parent, dict) and _asks_nothing(str(name), value, path, body):
             del parent[name]
             is_changed = True
     return is_changed
+
+
+def _whole(value: object) -> object:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _asks_nothing(name: str, value: object, path: Sequence[int | str], body: Any) -> bool:  # Any: JSON

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
+from ramet.runtime.server.errors import HttpError
 from ramet.runtime.server.native.bodies import GenerateBody, NativeSampling
 from ramet.runtime.server.openai.bodies import ChatBody, CompletionBody
-from ramet.runtime.server.validation import REFUSED, Strict
+from ramet.runtime.server.validation import REFUSED, Strict, parsed
 
 Client = Any  # of conftest.py
 Json = dict[str, Any]
@@ -231,3 +232,14 @@ def test_any_value_of_any_field_is_taken_or_refused_by_the_fields_name(client: C
             joined = field in ("stream", "tools", "continue_final_message", "max_tokens", "max_completion_tokens", "n")
             # A lone surrogate is said to be no Unicode, wherever it stands.
             assert is_named or joined or value == "\ud800", (field, value, error)
+
+
+def test_an_integer_may_be_written_with_a_fraction_of_zero() -> None:
+    """JSON does not tell 16.0 from 16, and some languages write every number so."""
+    start = b'{"messages": [{"role": "user", "content": "x"}], "max_tokens": '
+    body: Any = parsed(ChatBody, start + b'16.0, "stop_token_ids": [5.0, 6, 7.0], "audio": null}', 10**6)
+    assert (body.max_tokens, body.stop_token_ids) == (16, [5, 6, 7])
+    assert type(body.max_tokens) is int
+    for wrong in ("16.5", "1e400", '"16"', "true", "[16.0]"):
+        with pytest.raises(HttpError, match="max_tokens"):
+            parsed(ChatBody, start + wrong.encode() + b"}", 10**6)
