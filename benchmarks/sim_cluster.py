@@ -198,7 +198,7 @@ class Plain:
         return replica
 
     def choose(self, session: Session) -> int:
-        raise NotImplementedError("a rule chooses")
+        raise NotImplementedError("a rule chooses")  # each rule below defines it; begun and told may stay empty
 
     def begun(self, session: Session, replica: int, now_s: float) -> None:
         pass

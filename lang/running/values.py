@@ -184,7 +184,7 @@ class Readable:
 
     def _read(self, why: str) -> Any:  # Any: a value of the program's type
         """Return the value itself. Waits for it; raises ProgramError if there is none."""
-        raise NotImplementedError
+        raise NotImplementedError  # not an ABC: its isinstance() would ask each value for its type
 
     def __str__(self) -> str:
         return str(self._read("str()"))

@@ -95,7 +95,11 @@ class Tour:
         return npm or ", ".join(name for name in self.head["dependencies"] if re.search("[<>]", name))
 
     def command(self, url: str) -> list[str]:
-        """How the tour is run: with this Python if it has the client, else with one that uv makes. Skips without it."""
+        """How the tour is run: with this Python if it has the client, else with one that uv makes.
+
+        Skips where the machine lacks what runs the client (node, npm, uv): the suite must pass there, too. `make test`
+        installs the npm clients where npm is, and uv with the development requirements.
+        """
         path = str(TOURS / self.script)
         if self.script.endswith(".mjs"):
             if shutil.which("node") is None:
@@ -131,7 +135,7 @@ class Tour:
                 self.command(url), env=here, capture_output=True, text=True, timeout=TOUR_S, check=False
             )
             lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"name"')]
-            if not lines and "Failed to fetch" in done.stderr:
+            if not lines and "Failed to fetch" in done.stderr:  # no network; a version that is not there says otherwise
                 pytest.skip("the client's packages cannot be fetched")
             assert lines, done.stderr[-4000:]
             self._made[url] = {line["name"]: line["error"] for line in lines}
