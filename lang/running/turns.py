@@ -1,7 +1,7 @@
 """Functions that take turns on one thread: while one waits for a value, the others go on.
 
-`together` calls functions so. Each runs on a stack of its own (a greenlet), so it may wait at any depth of calls. Only
-one of them runs at a time, so they need no locks, and a function that never waits costs little more than a call.
+`together` calls functions so. One that waits has a stack of its own (a greenlet), so it may wait at any depth of calls.
+Only one of them runs at a time, so they need no locks, and a function that never waits costs little more than a call.
 `Pause` is how code waits: it lets the other functions go on, or blocks the thread if there are none.
 """
 
@@ -57,7 +57,7 @@ class Pause:
 
 
 class _Stack(greenlet):
-    """The stack of one function. `turns`: those that it takes turns with."""
+    """The stack of a function that waits, and of those that ended before it without a wait. `turns`: its group."""
 
     def __init__(self, turns: _Turns, run: Callable[[], None]) -> None:
         super().__init__(run)
@@ -78,16 +78,22 @@ class _Turns:
 
     def run(self, bodies: Sequence[Callable[[], T]]) -> list[T]:
         results: dict[int, T] = {}
+        left = iter(range(len(bodies)))
+        num_begun = 0
 
-        def call(index: int) -> None:
-            results[index] = bodies[index]()
+        def call() -> None:
+            nonlocal num_begun
+            for index in left:  # up to the first one that waits
+                num_begun += 1
+                results[index] = copy_context().run(bodies[index])
 
         try:
-            for index in range(len(bodies)):
-                _Stack(self, partial(call, index)).switch()
+            while num_begun < len(bodies):
+                _Stack(self, call).switch()
             while self._paused:
                 self._go_on()
         except BaseException:
+            deque(left, maxlen=0)  # none begins any more
             for stack in list(self._paused.values()):
                 stack.throw(GreenletExit)
             raise

@@ -193,3 +193,20 @@ def test_an_interrupt_starts_no_further_function() -> None:
     with pytest.raises(KeyboardInterrupt):
         together([interrupted, lambda: started.append("other")])
     assert not started
+
+
+def test_one_that_will_not_end_begins_no_other() -> None:
+    begun: list[int] = []
+
+    def stubborn() -> None:
+        try:
+            Pause().wait(None, lambda: None)
+        except BaseException:
+            begun.append(0)
+
+    def wrong() -> None:
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        together([stubborn, wrong, lambda: begun.append(2)])
+    assert begun == [0]
