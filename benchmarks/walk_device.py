@@ -38,7 +38,7 @@ from ramet.runtime.engine.factory import build_core, build_runner
 from ramet.runtime.engine.loading import carry_out
 from ramet.runtime.models.build import build_decoder
 from ramet.runtime.models.config import ModelConfig, llama_3_1_8b, smollm2_135m
-from ramet.runtime.models.config_hf import config_from_hf
+from ramet.runtime.models.config_files import config_from_hf
 from ramet.runtime.models.decoder import Decoder
 from ramet.runtime.models.generation import GenerationDefaults
 from ramet.runtime.models.load import LoadedModel

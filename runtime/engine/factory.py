@@ -19,11 +19,10 @@ from ramet.runtime.constraints.device_grammars import MAX_STATES, MAX_TRANSITION
 from ramet.runtime.constraints.states import GrammarStates
 from ramet.runtime.engine.config import EngineConfig
 from ramet.runtime.engine.core import EngineCore
-from ramet.runtime.models.batch_invariant import apply_batch_invariance
 from ramet.runtime.models.decoder import Decoder
 from ramet.runtime.models.linear_cpu import BlockLinear
+from ramet.runtime.models.linear_gpu import apply_batch_invariance, apply_card_table
 from ramet.runtime.models.load import LoadedModel
-from ramet.runtime.models.small_batch import apply_card_table
 from ramet.runtime.parallel.group import Group
 from ramet.runtime.parallel.model import SharedModel
 from ramet.runtime.scheduling.config import SchedulerConfig

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from ramet.errors import BrokenModelFile, ConfigError, OutOfMemory, UnsupportedArchitecture
 from ramet.runtime.engine.config import EngineConfig
 from ramet.runtime.models.config import Fields, ModelConfig
-from ramet.runtime.models.config_hf import config_from_hf
+from ramet.runtime.models.config_files import config_from_hf
 from ramet.runtime.models.weights import expected_tensors
 from ramet.runtime.parallel.share import Share, check_size, fits
 from ramet.runtime.steps.memory import MemoryPlan, MemoryReading, StepMemory, logits_bytes, plan_memory

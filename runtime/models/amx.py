@@ -14,34 +14,12 @@ AMX is used only by this module, `kernels/cpu/amx.py` and `kernels/cpu/attention
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
-
-import torch
-from torch import Tensor
 
 from ramet.kernels.cpu.amx import has_tiles
 from ramet.kernels.cpu.attention_extend_amx import with_bf16_queries
-from ramet.runtime.models.context import ForwardContext
 from ramet.runtime.models.decoder import Decoder, Layer
 from ramet.runtime.models.layers import DecoderLayer
-from ramet.runtime.models.linear import Linear
-from ramet.runtime.models.linear_cpu import Bf16Product, BlockLinear, Int8Product, OneDnnProduct
-
-MAX_INT8_TOKENS = 32  # with AMX, bfloat16 products take a third less time for 48 tokens, but a sixth more for 16
-
-
-@dataclass(slots=True, eq=False)
-class RoundingLayer:
-    """A decoder layer whose products and attention read and write bfloat16 if a step has more than `above` tokens."""
-
-    plain: DecoderLayer
-    above: int
-
-    def linears(self) -> tuple[Linear, ...]:
-        return self.plain.linears()
-
-    def __call__(self, x: Tensor, residual: Tensor | None, context: ForwardContext) -> tuple[Tensor, Tensor | None]:
-        return self.plain(x, residual, context, None if x.shape[0] <= self.above else torch.bfloat16)
+from ramet.runtime.models.linear_cpu import BlockLinear
 
 
 def apply_tiles(decoder: Decoder) -> Decoder:
@@ -51,10 +29,6 @@ def apply_tiles(decoder: Decoder) -> Decoder:
 
 def round_layers(decoder: Decoder) -> Decoder:
     """Return a decoder in which every layer rounds if all its products do, on any CPU."""
-    for linear in decoder.linears():
-        method = linear.method
-        if isinstance(method, BlockLinear) and isinstance(method.few, Int8Product) and method.many is not method.few:
-            linear.method = dataclasses.replace(method, max_few=MAX_INT8_TOKENS)
     return dataclasses.replace(decoder, layers=[_rounding(layer) for layer in decoder.layers])
 
 
@@ -62,8 +36,8 @@ def _rounding(layer: Layer) -> Layer:
     assert isinstance(layer, DecoderLayer), "passes over products come before those over layers"
     attention, linears = layer.attention, layer.linears()
     methods = [linear.method for linear in linears if isinstance(linear.method, BlockLinear)]
-    if len(methods) < len(linears) or not all(isinstance(m.many, Bf16Product | OneDnnProduct) for m in methods):
+    if len(methods) < len(linears) or not all(method.rounds for method in methods):
         return layer
     ops = with_bf16_queries(layer.ops)
-    plain = dataclasses.replace(layer, ops=ops, attention=dataclasses.replace(attention, ops=ops))
-    return RoundingLayer(plain, max(method.max_few for method in methods))
+    limit = max(method.max_few for method in methods)
+    return dataclasses.replace(layer, ops=ops, attention=dataclasses.replace(attention, ops=ops), rounds_above=limit)

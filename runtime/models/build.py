@@ -93,8 +93,8 @@ class _Builder:
     def layer(self, index: int) -> DecoderLayer:
         config, prefix = self.config, f"model.layers.{index}."
         inner, hidden = config.intermediate_size, config.hidden_size
-        gemma = config.feed_forward_norms
         mlp = prefix + "mlp."
+        norms = [None if name is None else self.norm(prefix + name) for name in config.norms]
         activations = {"silu": self.ops.silu_and_mul, "gelu_tanh": self.ops.gelu_tanh_and_mul}
         return DecoderLayer(
             ops=self.ops,
@@ -104,11 +104,10 @@ class _Builder:
                 self.linear([mlp + "down_proj"], inner, hidden, config.mlp_bias),
                 activations[config.activation],
             ),
-            attention_norm=self.norm(prefix + "input_layernorm"),
-            # Gemma calls this norm by another name, and gives Llama's name for it to another norm.
-            feed_forward_norm=self.norm(prefix + ("pre_feedforward" if gemma else "post_attention") + "_layernorm"),
-            attention_out_norm=self.norm(prefix + "post_attention_layernorm") if gemma else None,
-            feed_forward_out_norm=self.norm(prefix + "post_feedforward_layernorm") if gemma else None,
+            attention_norm=norms[0],
+            attention_out_norm=norms[1],
+            feed_forward_norm=norms[2],
+            feed_forward_out_norm=norms[3],
             eps=config.rms_norm_eps,
         )
 

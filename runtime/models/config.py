@@ -1,8 +1,8 @@
 """`ModelConfig`: the decoder's description of a model.
 
 One flat, frozen description serves every supported architecture. Each difference between models is a field, so the
-decoder has no per-model branches. No torch. Not here: reading configurations (`config_hf.py`, `config_gguf.py`), model
-families (`families.py`), weights, tokenizers, sampling defaults.
+decoder has no per-model branches. No torch. Not here: reading configurations (`config_files.py`), model families
+(`families.py`), weights, tokenizers, sampling defaults.
 Source for field meanings and defaults: transformers 4.57 and 5.x model configurations; llama.cpp's GGUF key names.
 """
 
@@ -21,6 +21,7 @@ from ramet.errors import BrokenModelFile
 Activation = Literal["silu", "gelu_tanh"]
 RopeKind = Literal["linear", "llama3", "divisors"]
 Fields = Mapping[str, Any]  # parsed JSON: values of any type
+Norms = tuple[str | None, str | None, str | None, str | None]
 
 # A size beyond these is damage, or meant to fill the memory: Llama 3.1 405B has 126 layers and an intermediate size of
 # 53,248.
@@ -99,10 +100,10 @@ class ModelConfig:
     `sliding_layers[i]`: layer i attends only to the last `sliding_window` positions (the current one included).
     `rope` serves layers with full attention, `local_rope` sliding ones (equal except in Gemma 3).
     `attention_scale` multiplies q.k; `embedding_scale` multiplies the token embedding; `norm_offset` is added to every
-    norm weight, q/k norms too (1 in Gemma, whose files store w - 1). `feed_forward_norms`: two more norms per layer
-    (Gemma 3's `pre_feedforward_layernorm` and `post_feedforward_layernorm`), where `post_attention_layernorm`
-    normalises the attention output before it is added to the residual. `logit_softcap` c: logits become
-    c * tanh(logits / c). `eos_ids` may be empty.
+    norm weight, q/k norms too (1 in Gemma, whose files store w - 1). `norms`: the norms' names in a layer's files:
+    before attention, of its output before it is added to the residual, before the feed-forward block, and of that
+    block's output; None where the layer has no such norm. `logit_softcap` c: logits become c * tanh(logits / c).
+    `eos_ids` may be empty.
     """
 
     architecture: str
@@ -128,7 +129,7 @@ class ModelConfig:
     activation: Activation = "silu"
     embedding_scale: float = 1.0
     norm_offset: float = 0.0
-    feed_forward_norms: bool = False
+    norms: Norms = ("input_layernorm", None, "post_attention_layernorm", None)
     logit_softcap: float | None = None
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()

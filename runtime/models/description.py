@@ -10,8 +10,7 @@ from pathlib import Path
 
 from ramet.errors import BrokenModelFile, UnsupportedArchitecture
 from ramet.runtime.models.config import ModelConfig
-from ramet.runtime.models.config_gguf import config_from_gguf
-from ramet.runtime.models.config_hf import config_from_hf
+from ramet.runtime.models.config_files import config_from_gguf, config_from_hf
 from ramet.runtime.models.generation import GenerationDefaults
 from ramet.runtime.models.gguf_file import GgufFile
 from ramet.runtime.models.json_file import read_json

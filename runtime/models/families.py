@@ -1,20 +1,24 @@
-"""The model families that the decoder serves, one row each: facts that their files omit or state differently.
+"""The table of model families: what each one's files omit or name differently, and how its layers vary.
 
-A new family is one more row, if the decoder has all parts of its layers. Not here: tokenizers, chat templates.
+A new family is one more row, if the decoder has all parts of its layers. Both readers of configurations
+(`config_files.py`) and both loaders of weights use the same row. Not here: tokenizers, chat templates.
 Source for the defaults: transformers' configuration classes of each model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ramet.errors import UnsupportedArchitecture
+from ramet.runtime.models.config import Fields
 
 # The layers that attend only to a window: those that `config.json` lists; all, if it has a window; or none. "optional":
 # those from `max_window_layers` on, if `use_sliding_window` is true. "pattern": all but every n-th.
 Sliding = Literal["none", "all", "optional", "pattern"]
+Variations = dict[str, Any]  # fields of ModelConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,25 +26,20 @@ class Family:
     """A model family. `name`: its `model_type`, and its architecture in GGUF files.
 
     hf_classes: the names under `architectures` in `config.json`. model_types: other values of `model_type`. defaults:
-    values that `config.json` may leave out. qkv_bias, o_bias: None if `attention_bias` decides. qk_norm: q and k are
-    normalised in each head. is_gemma: scaled embeddings, norms of 1 + weight around both blocks, gelu, its own
-    attention scale, and another rotary base for sliding layers. interleaves_heads: llama.cpp's converter interleaves
-    the rotary halves of q and k.
+    values that `config.json` may leave out. variations: the fields of ModelConfig that differ from Llama's, from the
+    fields of `config.json`. interleaves_heads: llama.cpp's converter interleaves the rotary halves of q and k.
     """
 
     name: str
     hf_classes: tuple[str, ...]
     model_types: tuple[str, ...] = ()
-    defaults: Mapping[str, Any] = field(default_factory=dict)  # JSON values
-    qkv_bias: bool | None = None
-    o_bias: bool | None = None
-    qk_norm: bool = False
+    defaults: Fields = field(default_factory=dict)
+    variations: Callable[[Fields], Variations] = lambda fields: {}
     sliding: Sliding = "none"
-    is_gemma: bool = False
     interleaves_heads: bool = False
 
 
-_LLAMA: dict[str, Any] = {
+_LLAMA: Fields = {
     "max_position_embeddings": 2048,
     "rms_norm_eps": 1e-6,
     "bos_token_id": 1,
@@ -49,14 +48,20 @@ _LLAMA: dict[str, Any] = {
     "hidden_act": "silu",
     "tie_word_embeddings": False,
 }
-_QWEN: dict[str, Any] = {
+_MISTRAL: Fields = {
+    **_LLAMA,
+    "max_position_embeddings": 131_072,
+    "num_key_value_heads": 8,
+    "sliding_window": 4096,
+}
+_QWEN: Fields = {
     "max_position_embeddings": 32768,
     "rms_norm_eps": 1e-6,
     "rope_theta": 10000.0,
     "hidden_act": "silu",
     "tie_word_embeddings": False,
 }
-_GEMMA3: dict[str, Any] = {
+_GEMMA3: Fields = {
     "vocab_size": 262_208,
     "hidden_size": 2304,
     "intermediate_size": 9216,
@@ -76,21 +81,47 @@ _GEMMA3: dict[str, Any] = {
     "eos_token_id": 1,
     "pad_token_id": 0,
 }
-_MISTRAL = _LLAMA | {"max_position_embeddings": 131_072, "num_key_value_heads": 8, "sliding_window": 4096}
+
+
+def _gemma3(fields: Fields) -> Variations:
+    return {
+        "qk_norm": True,
+        "attention_scale": float(fields["query_pre_attn_scalar"]) ** -0.5,
+        "embedding_scale": math.sqrt(fields["hidden_size"]),
+        "norm_offset": 1.0,
+        "norms": (
+            "input_layernorm",
+            "post_attention_layernorm",
+            "pre_feedforward_layernorm",
+            "post_feedforward_layernorm",
+        ),
+    }
+
 
 FAMILIES = (
     Family("llama", ("LlamaForCausalLM",), defaults=_LLAMA, interleaves_heads=True),
     Family("mistral", ("MistralForCausalLM",), defaults=_MISTRAL, sliding="all", interleaves_heads=True),
-    Family("qwen2", ("Qwen2ForCausalLM",), defaults=_QWEN, qkv_bias=True, o_bias=False, sliding="optional"),
-    Family("qwen3", ("Qwen3ForCausalLM",), defaults=_QWEN | {"head_dim": 128}, qk_norm=True, sliding="optional"),
+    Family(
+        "qwen2",
+        ("Qwen2ForCausalLM",),
+        defaults=_QWEN,
+        variations=lambda fields: {"qkv_bias": True, "o_bias": False},
+        sliding="optional",
+    ),
+    Family(
+        "qwen3",
+        ("Qwen3ForCausalLM",),
+        defaults={**_QWEN, "head_dim": 128},
+        variations=lambda fields: {"qk_norm": True},
+        sliding="optional",
+    ),
     Family(
         "gemma3",
         ("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"),
         ("gemma3_text",),
-        _GEMMA3,
-        qk_norm=True,
+        defaults=_GEMMA3,
+        variations=_gemma3,
         sliding="pattern",
-        is_gemma=True,
     ),
 )
 _BY_NAME = {family.name: family for family in FAMILIES}

@@ -108,40 +108,45 @@ class FeedForward:
 
 @dataclass(slots=True, eq=False)
 class DecoderLayer:
-    """Attention and feed-forward with their norms (weights [hidden]).
+    """Attention and feed-forward with their norms (weights [hidden]), as in `ModelConfig.norms`.
 
-    `attention_out_norm`, `feed_forward_out_norm`: Gemma 3 also normalises a block's output before it is added.
+    Most models normalise a block's input, Gemma 3 also its output before it is added, OLMo 2 only that. rounds_above:
+    in steps of more tokens, products and attention read and write bfloat16 beside an fp32 residual; None: in no step.
     """
 
     ops: Ops
     attention: Attention
     feed_forward: FeedForward
-    attention_norm: Tensor
-    feed_forward_norm: Tensor
+    attention_norm: Tensor | None
     attention_out_norm: Tensor | None
+    feed_forward_norm: Tensor | None
     feed_forward_out_norm: Tensor | None
     eps: float
+    rounds_above: int | None = None
 
     def linears(self) -> tuple[Linear, ...]:
         return self.attention.qkv, self.attention.o, self.feed_forward.gate_up, self.feed_forward.down
 
-    def __call__(
-        self, x: Tensor, residual: Tensor | None, context: ForwardContext, dtype: torch.dtype | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Run the layer. Its input is `x + residual`, and its output is the sum of the two results. All [T, hidden].
-
-        dtype: dtype of the inputs and outputs of products and attention; None takes the residual's.
-        """
-        ops, eps = self.ops, self.eps
-        if residual is None:
-            normed, residual = ops.rms_norm(x, self.attention_norm, eps, dtype), x
-        else:
-            normed, residual = ops.fused_add_rms_norm(x, residual, self.attention_norm, eps, dtype)
-        x = self.attention(normed, context)
-        if self.attention_out_norm is not None:
-            x = ops.rms_norm(x, self.attention_out_norm, eps, residual.dtype)
-        normed, residual = ops.fused_add_rms_norm(x, residual, self.feed_forward_norm, eps, dtype)
-        x = self.feed_forward(normed)
-        if self.feed_forward_out_norm is not None:
-            x = ops.rms_norm(x, self.feed_forward_out_norm, eps, residual.dtype)
+    def __call__(self, x: Tensor, residual: Tensor | None, context: ForwardContext) -> tuple[Tensor, Tensor]:
+        """Run the layer. Its input is `x + residual`, and its output is the sum of the two results. All [T, hidden]."""
+        is_rounded = self.rounds_above is not None and x.shape[0] > self.rounds_above
+        dtype = torch.bfloat16 if is_rounded else None
+        normed, residual = self._added(x, residual, self.attention_norm, dtype)
+        x = self._normed_out(self.attention(normed, context), self.attention_out_norm, residual)
+        normed, residual = self._added(x, residual, self.feed_forward_norm, dtype)
+        x = self._normed_out(self.feed_forward(normed), self.feed_forward_out_norm, residual)
         return x, residual
+
+    def _added(
+        self, x: Tensor, residual: Tensor | None, norm: Tensor | None, dtype: torch.dtype | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the input of a block in `dtype` (None: the residual's), and the residual with `x` added."""
+        if norm is None:
+            total = x if residual is None else (x + residual).to(residual.dtype)
+            return total.to(dtype or total.dtype), total
+        if residual is None:
+            return self.ops.rms_norm(x, norm, self.eps, dtype), x
+        return self.ops.fused_add_rms_norm(x, residual, norm, self.eps, dtype)
+
+    def _normed_out(self, x: Tensor, norm: Tensor | None, residual: Tensor) -> Tensor:
+        return x if norm is None else self.ops.rms_norm(x, norm, self.eps, residual.dtype)

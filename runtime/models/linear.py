@@ -25,12 +25,13 @@ class LinearMethod(Protocol):
 
 @dataclass(slots=True, eq=False)
 class PlainLinear:
-    """A dense product in the model's dtype. weight: [out_features, in_features]."""
+    """A dense product in the model's dtype. weight: [out_features, in_features]. product: as torch's `linear`."""
 
     weight: Tensor
+    product: Callable[[Tensor, Tensor, Tensor | None], Tensor] = F.linear
 
     def apply(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(x, self.weight, bias)
+        return self.product(x, self.weight, bias)
 
 
 @dataclass(slots=True, eq=False)

@@ -30,7 +30,6 @@ _GLOBAL_NAMES = {
     "output.weight": "lm_head.weight",
 }
 _LAYER_NAMES = {
-    "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
@@ -40,14 +39,8 @@ _LAYER_NAMES = {
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
-    "ffn_norm": "post_attention_layernorm",
 }
-# In Gemma 3 `ffn_norm` is the norm before the feed-forward, and there are norms after each half.
-_GEMMA3_LAYER_NAMES = _LAYER_NAMES | {
-    "post_attention_norm": "post_attention_layernorm",
-    "ffn_norm": "pre_feedforward_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
-}
+_NORM_NAMES = ("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm")  # in the order of `ModelConfig.norms`
 _IGNORED = {"rope_freqs.weight"}  # read by the configuration
 _LAYER = re.compile(r"blk\.(\d+)\.([a-z_]+)\.(weight|bias)")
 _Number = TypeVar("_Number", np.float32, np.uint8)
@@ -59,7 +52,8 @@ def load_gguf(file: GgufFile, config: ModelConfig) -> Weights:
 
     Raises: BrokenModelFile naming the tensors that are missing, unknown, of a wrong shape or an unknown type.
     """
-    layer_names = _GEMMA3_LAYER_NAMES if config.feed_forward_norms else _LAYER_NAMES
+    norms = zip(_NORM_NAMES, config.norms, strict=True)
+    layer_names = _LAYER_NAMES | {name: ours for name, ours in norms if ours is not None}
     readers: dict[str, Reader] = {}
     quantized: dict[str, QuantizedReader] = {}
     shapes: dict[str, tuple[int, ...]] = {}

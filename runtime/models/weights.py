@@ -123,11 +123,9 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         "mlp.up_proj": (inner, hidden, config.mlp_bias),
         "mlp.down_proj": (hidden, inner, config.mlp_bias),
     }
-    norms = {"input_layernorm": hidden, "post_attention_layernorm": hidden}
+    norms = {name: hidden for name in config.norms if name is not None}
     if config.qk_norm:
         norms |= {"self_attn.q_norm": head, "self_attn.k_norm": head}
-    if config.feed_forward_norms:
-        norms |= {"pre_feedforward_layernorm": hidden, "post_feedforward_layernorm": hidden}
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
     for layer in range(config.num_layers):
         prefix = f"model.layers.{layer}."

@@ -15,7 +15,7 @@ from ramet.kernels.ops import Ops
 from ramet.runtime.models.build import build_decoder
 from ramet.runtime.models.catalog import TINY_CONTEXT, TINY_MODEL
 from ramet.runtime.models.config import ModelConfig
-from ramet.runtime.models.config_hf import config_from_hf
+from ramet.runtime.models.config_files import config_from_hf
 from ramet.runtime.models.decoder import Decoder
 from ramet.runtime.models.description import ModelDescription
 from ramet.runtime.models.generation import GenerationDefaults

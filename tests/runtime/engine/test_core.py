@@ -17,7 +17,7 @@ from ramet.runtime.engine.config import EngineConfig
 from ramet.runtime.engine.core import EngineCore
 from ramet.runtime.engine.factory import scheduler_config
 from ramet.runtime.models.build import build_decoder
-from ramet.runtime.models.config_hf import config_from_hf
+from ramet.runtime.models.config_files import config_from_hf
 from ramet.runtime.models.decoder import Decoder
 from ramet.runtime.models.linear_cpu import CpuFeatures
 from ramet.runtime.scheduling.scheduler import Scheduler

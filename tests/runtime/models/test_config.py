@@ -14,7 +14,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ramet.errors import BrokenModelFile, UnsupportedArchitecture
 from ramet.runtime.models.config import ModelConfig, Rope, RopeScaling, llama_3_1_8b, smollm2_135m
-from ramet.runtime.models.config_hf import config_from_hf
+from ramet.runtime.models.config_files import config_from_hf
 from ramet.runtime.models.weights import expected_tensors
 
 SIZES: dict[str, Any] = {

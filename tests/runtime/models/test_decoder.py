@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ramet.runtime.models.build import build_decoder
-from ramet.runtime.models.config_hf import config_from_hf
+from ramet.runtime.models.config_files import config_from_hf
 from ramet.runtime.models.decoder import Decoder
 from ramet.runtime.testing.bare_cache import BareCache
 from ramet.runtime.testing.dummy import dummy_decoder

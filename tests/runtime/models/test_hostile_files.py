@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from ramet.errors import BrokenModelFile, ModelError
-from ramet.runtime.models.config_hf import config_from_hf
+from ramet.runtime.models.config_files import config_from_hf
 from ramet.runtime.models.description import describe_folder, describe_gguf
 from ramet.runtime.models.gguf_file import GgufFile
 from ramet.runtime.models.json_file import read_json

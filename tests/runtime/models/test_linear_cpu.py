@@ -7,18 +7,15 @@ import torch
 import torch.nn.functional as F
 
 from ramet.errors import ConfigError
+from ramet.kernels.cpu.amx import has_tiles
 from ramet.kernels.cpu.block_linear import dequantize, quantize
 from ramet.kernels.cpu.program import KernelStream
 from ramet.runtime.models.linear import PlainEmbedding, PlainLinear
 from ramet.runtime.models.linear_cpu import (
-    Bf16Product,
     BlockEmbedding,
     BlockLinear,
     BlockStorage,
     CpuFeatures,
-    ExactProduct,
-    Int8Product,
-    OneDnnProduct,
     block_storage,
 )
 from ramet.runtime.models.weights import Weights
@@ -48,9 +45,8 @@ def test_products_of_every_size_equal_the_dequantised_product(block_format: str,
     method = storage(block_format, features, weight).matrix(["a", "b"])
     assert isinstance(method, BlockLinear)
     is_packed = features.int8 and block_format != "BF16"
-    assert isinstance(method.few, Int8Product if is_packed else ExactProduct)
-    dense = Bf16Product if block_format == "BF16" else OneDnnProduct
-    assert isinstance(method.many, dense) if features.bf16 else method.many is method.few
+    assert method.max_few == (4 if not is_packed else 32 if features.bf16 and has_tiles() else 64)
+    assert method.rounds == features.bf16
     restored = dequantize(quantize(weight, block_format), block_format)
     assert float((restored - weight).abs().max()) < 0.25
     for num_tokens in (1, 4, 5, 8, 33, 65):
@@ -72,8 +68,7 @@ def test_what_a_decode_step_reads_lies_together() -> None:
     for _ in range(2):
         method = held.matrix(["a", "b"])
         assert isinstance(method, BlockLinear)
-        assert isinstance(method.few, Int8Product)
-        products.append(method.few.packed)
+        products.append(method.blocks)
     assert products[1].data_ptr() - products[0].data_ptr() == products[0].numel()
 
 
@@ -81,8 +76,7 @@ def test_embedding_rows_are_those_of_the_product() -> None:
     embedding, product = storage("Q8_0", NONE, draw(48, 64)).embedding("a", 3.0)
     assert isinstance(embedding, BlockEmbedding)
     assert isinstance(product, BlockLinear)
-    assert isinstance(product.few, ExactProduct)
-    assert embedding.blocks is product.few.blocks
+    assert embedding.blocks is product.blocks
     ids = torch.tensor([3, 19, 3], dtype=torch.int32)
     torch.testing.assert_close(embedding(ids), dequantize(embedding.blocks, "Q8_0")[ids.long()] * 3.0)
 

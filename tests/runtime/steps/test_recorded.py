@@ -12,7 +12,7 @@ import torch
 from ramet.kernels.attention.decode import DecodeMetadata
 from ramet.kernels.slots.tables import DecodeInputs
 from ramet.runtime.models.build import build_decoder
-from ramet.runtime.models.config_hf import config_from_hf
+from ramet.runtime.models.config_files import config_from_hf
 from ramet.runtime.models.context import ForwardContext
 from ramet.runtime.models.decoder import Decoder
 from ramet.runtime.models.linear_cpu import CpuFeatures

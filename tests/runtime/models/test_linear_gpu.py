@@ -7,15 +7,17 @@ from queue import Queue
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from ramet.kernels.card_table import CardTable, Product
 from ramet.kernels.layers.gemv import GemvConfig, gemv_reference
 from ramet.runtime.engine.engine import Engine
 from ramet.runtime.engine.handle import RequestHandle
-from ramet.runtime.models import small_batch
+from ramet.runtime.models import linear_gpu
 from ramet.runtime.models.decoder import Decoder
+from ramet.runtime.models.linear import PlainLinear
+from ramet.runtime.models.linear_gpu import FoldedLayer, apply_card_table
 from ramet.runtime.models.load import LoadedModel
-from ramet.runtime.models.small_batch import FoldedLayer, SmallBatchLinear, apply_card_table
 from ramet.runtime.testing.dummy import tiny_model
 from ramet.runtime.types import RequestOutput, SamplingParams
 
@@ -52,7 +54,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         rows.append(x.shape[0])
         return gemv_reference(x, *args, **kwargs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(small_batch, "gemv_reference", note)
+    monkeypatch.setattr(linear_gpu, "gemv_reference", note)
     return rows
 
 
@@ -61,7 +63,6 @@ def test_products_of_the_table_replace_those_of_the_library(counted: list[int]) 
     model = tiny_model()
     table = CardTable("x", products=products_of(model.decoder, 3, is_folded=False))
     changed = dataclasses.replace(model, decoder=apply_card_table(model.decoder, table))
-    assert all(isinstance(linear.method, SmallBatchLinear) for linear in changed.decoder.linears())
     assert generate(changed, 3) == expected
     assert set(counted) == {3}
 
@@ -82,4 +83,5 @@ def test_a_table_of_other_shapes_changes_nothing() -> None:
     table = CardTable("x", {Product(1, 7, 7): CUT}, {Product(1, 7, 7): CUT}, frozenset({1}))
     decoder = apply_card_table(model.decoder, table)
     assert decoder is model.decoder
-    assert not any(isinstance(linear.method, SmallBatchLinear) for linear in decoder.linears())
+    methods = [linear.method for linear in decoder.linears()]
+    assert all(isinstance(method, PlainLinear) and method.product is F.linear for method in methods)

@@ -1,8 +1,10 @@
-"""A pass over a finished decoder: small batches use the product kernels that were measured to be faster.
+"""Passes over a finished decoder on a GPU, which replace the library's dense products.
 
-`apply_card_table` replaces the methods of linear layers. For batch sizes that the table folds it replaces whole layers:
-norm, activation and residual are then fused into the products. Batch sizes that are not in the table stay with the
-library. Not here: the measurements (`kernels.card_table`), quantised weights, which have their own methods.
+`apply_card_table` gives small batches the kernels that were measured to be faster. For batch sizes that the table folds
+it replaces whole layers: norm, activation and residual are then fused into the products. Other batch sizes stay with
+the library. `apply_batch_invariance` gives each row of a product the same bits in any batch (`--deterministic`); the
+model runner does the rest of a deterministic engine: fixed attention splits and tiles, no tree attention.
+Not here: the measurements (`kernels.card_table`), quantised weights, which have their own methods.
 """
 
 from __future__ import annotations
@@ -10,10 +12,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor
 
+from ramet.errors import ConfigError
 from ramet.kernels.card_table import CardTable, Product
 from ramet.kernels.layers.gemv import (
     GemvConfig,
@@ -22,24 +26,11 @@ from ramet.kernels.layers.gemv import (
     gemv_silu_and_mul_triton,
     gemv_triton,
 )
+from ramet.kernels.layers.matmul_invariant import matmul_invariant
 from ramet.runtime.models.context import ForwardContext
 from ramet.runtime.models.decoder import Decoder
 from ramet.runtime.models.layers import DecoderLayer
 from ramet.runtime.models.linear import Linear, PlainLinear
-
-
-@dataclass(slots=True, eq=False)
-class SmallBatchLinear:
-    """A dense product. `configs`: the kernel configuration by number of rows; the library computes all others."""
-
-    weight: Tensor
-    configs: Mapping[int, GemvConfig]
-
-    def apply(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        config = self.configs.get(x.shape[0])
-        if config is None:
-            return F.linear(x, self.weight, bias)
-        return product(x, self.weight, bias, config=config)
 
 
 @dataclass(slots=True, eq=False)
@@ -61,6 +52,7 @@ class FoldedLayer:
             return self.plain(x, residual, context)
         assert residual is None, "all layers fold the same batches"
         layer, attention, feed_forward = self.plain, self.plain.attention, self.plain.feed_forward
+        assert layer.feed_forward_norm is not None
         qkv = product(x, weight_of(attention.qkv), attention.qkv.bias, None, layer.attention_norm, layer.eps, cuts[0])
         attended = attention.attend(qkv, context)
         x = product(attended, weight_of(attention.o), attention.o.bias, x, config=cuts[1])
@@ -68,12 +60,22 @@ class FoldedLayer:
         return product(gated, weight_of(feed_forward.down), feed_forward.down.bias, x, config=cuts[3]), None
 
 
+def apply_batch_invariance(decoder: Decoder) -> Decoder:
+    """Replace the products of `decoder` and return it. Raises ConfigError if its weights are quantised."""
+    for linear in decoder.linears():
+        method = linear.method
+        if not isinstance(method, PlainLinear):
+            raise ConfigError("--deterministic needs dense weights on a GPU; leave out --quantization")
+        linear.method = PlainLinear(method.weight, matmul_invariant)
+    return decoder
+
+
 def apply_card_table(decoder: Decoder, table: CardTable) -> Decoder:
     """Return a decoder that uses the table's kernels. It shares its weights with the given decoder."""
     for linear in decoder.linears():
         configs = configs_of(linear, table.products)
         if configs and isinstance(linear.method, PlainLinear):
-            linear.method = SmallBatchLinear(linear.method.weight, configs)
+            linear.method = PlainLinear(linear.method.weight, partial(small_batch_product, configs))
     layers = [folded(layer, table) if isinstance(layer, DecoderLayer) else layer for layer in decoder.layers]
     if not all(isinstance(layer, FoldedLayer) for layer in layers):
         return decoder
@@ -92,11 +94,12 @@ def configs_of(linear: Linear, products: Mapping[Product, GemvConfig]) -> dict[i
 def folded(layer: DecoderLayer, table: CardTable) -> DecoderLayer | FoldedLayer:
     """The layer with folded products if the table has all four for some batch size; else the layer itself."""
     feed_forward, linears = layer.feed_forward, layer.linears()
-    if layer.attention_out_norm is not None or layer.feed_forward_out_norm is not None:
+    norms = [layer.attention_norm, layer.attention_out_norm, layer.feed_forward_norm, layer.feed_forward_out_norm]
+    if [norm is not None for norm in norms] != [True, False, True, False]:
         return layer
     if feed_forward.activation is not layer.ops.silu_and_mul or feed_forward.gate_up.bias is not None:
         return layer
-    if not all(isinstance(linear.method, PlainLinear | SmallBatchLinear) for linear in linears):
+    if not all(isinstance(linear.method, PlainLinear) for linear in linears):
         return layer
     configs = {}
     for rows in table.folded_rows:
@@ -113,8 +116,14 @@ def folded(layer: DecoderLayer, table: CardTable) -> DecoderLayer | FoldedLayer:
 
 def weight_of(linear: Linear) -> Tensor:
     method = linear.method
-    assert isinstance(method, PlainLinear | SmallBatchLinear)
+    assert isinstance(method, PlainLinear)
     return method.weight
+
+
+def small_batch_product(configs: Mapping[int, GemvConfig], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The kernel with the configuration for this number of rows, where there is one; else the library's product."""
+    config = configs.get(x.shape[0])
+    return F.linear(x, weight, bias) if config is None else product(x, weight, bias, config=config)
 
 
 def product(

@@ -1,0 +1,256 @@
+"""Read a `ModelConfig` from a Hugging Face `config.json`, or from a GGUF file's metadata.
+
+There is one vocabulary, that of `config.json` in the layouts of transformers 4.x and 5.x. A GGUF file's keys are
+translated to it; what its tensors show is known beside it. Source for meanings: transformers' configuration classes;
+llama.cpp's model loader and converter. Not here: what differs between families (`families.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ramet.errors import BrokenModelFile, UnsupportedArchitecture
+from ramet.runtime.models.config import (
+    Activation,
+    Fields,
+    ModelConfig,
+    Rope,
+    RopeScaling,
+    check_size,
+    token_ids,
+)
+from ramet.runtime.models.families import Family, Variations, family_of_gguf, family_of_hf
+
+if TYPE_CHECKING:
+    from ramet.runtime.models.gguf_file import GgufFile
+
+_ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_tanh": "gelu_tanh",
+}
+# Names in `config.json` of the keys below `{architecture}.` that every GGUF file must have, and of others.
+_NEEDED_KEYS = {
+    "embedding_length": "hidden_size",
+    "block_count": "num_hidden_layers",
+    "attention.head_count": "num_attention_heads",
+    "feed_forward_length": "intermediate_size",
+    "context_length": "max_position_embeddings",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+}
+_OTHER_KEYS = {
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "rope.freq_base": "rope_theta",
+    "rope.freq_base_swa": "rope_local_base_freq",
+    "final_logit_softcapping": "final_logit_softcapping",
+}
+
+
+def config_from_hf(config: Fields) -> ModelConfig:
+    """Read a parsed `config.json` in the layout of transformers 4.x or 5.x. Of multimodal Gemma 3, read the text part.
+
+    Raises: UnsupportedArchitecture; BrokenModelFile naming a missing or wrong field.
+    """
+    family = family_of_hf(config)
+    fields: dict[str, Any] = dict(family.defaults)
+    fields |= {key: value for key, value in config.items() if value is not None and key != "text_config"}
+    fields |= {key: value for key, value in (config.get("text_config") or {}).items() if value is not None}
+    # An explicit null means "no window" (Mistral), so it must win over the default.
+    if "sliding_window" in config and config["sliding_window"] is None:
+        fields["sliding_window"] = None
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method")
+        raise UnsupportedArchitecture(
+            f"weights quantised with {method!r} are not supported; use a bf16, fp16 or fp32 checkpoint, or a GGUF file"
+        )
+    if fields.get("use_bidirectional_attention"):
+        raise UnsupportedArchitecture("use_bidirectional_attention: an encoder cannot generate text")
+    if fields.get("attn_logit_softcapping"):
+        raise UnsupportedArchitecture("attn_logit_softcapping is not supported (Gemma 2); use a Gemma 3 model")
+    return _config(family, fields, {})
+
+
+def config_from_gguf(file: GgufFile) -> ModelConfig:
+    """Read GGUF metadata. Missing facts (biases, tied embeddings, vocabulary size) are derived from the tensors.
+
+    Raises: UnsupportedArchitecture; BrokenModelFile naming a missing key.
+    """
+    read, tensors = file.metadata.get, file.tensors
+    family = family_of_gguf(read("general.architecture"))
+    stored = {key: read(f"{family.name}.{key}") for key in (*_NEEDED_KEYS, *_OTHER_KEYS)}
+    num_experts = read(f"{family.name}.expert_count")
+    if num_experts:
+        raise UnsupportedArchitecture(f"mixture-of-experts models ({num_experts} experts) are not supported")
+    if "token_embd.weight" not in tensors:
+        raise BrokenModelFile("the GGUF file lacks the tensor token_embd.weight")
+    for key in _NEEDED_KEYS:
+        if stored[key] is None:
+            raise BrokenModelFile(f"the GGUF file lacks the key {family.name}.{key}")
+    names = _NEEDED_KEYS | _OTHER_KEYS
+    fields: dict[str, Any] = {**family.defaults, "num_key_value_heads": None, "head_dim": None}
+    fields |= {names[key]: value for key, value in stored.items() if value is not None}
+    fields["rms_norm_eps"] = float(f"{fields['rms_norm_eps']:.6g}")  # stored as float32: 1e-5 again
+    fields["vocab_size"] = int(tensors["token_embd.weight"].shape[0])
+    fields["tie_word_embeddings"] = "output.weight" not in tensors
+    eos = [read(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom")]
+    fields["eos_token_id"] = list(dict.fromkeys(int(token) for token in eos if token is not None))
+    fields["bos_token_id"] = read("tokenizer.ggml.bos_token_id")
+    fields["pad_token_id"] = read("tokenizer.ggml.padding_token_id")
+    num_layers, num_heads = _check_sizes(fields)
+    # llama.cpp's rule: only the 27B Gemma 3 scales by hidden / heads; all others by the head dimension.
+    head_dim = fields["head_dim"] or fields["hidden_size"] // num_heads
+    fields["query_pre_attn_scalar"] = fields["hidden_size"] // num_heads if num_layers == 62 else head_dim
+    facts: Variations = {
+        "qkv_bias": "blk.0.attn_q.bias" in tensors,
+        "o_bias": "blk.0.attn_output.bias" in tensors,
+        "mlp_bias": "blk.0.ffn_up.bias" in tensors,
+        "qk_norm": "blk.0.attn_q_norm.weight" in tensors,
+    }
+    kind = read(f"{family.name}.rope.scaling.type", "none")
+    if "rope_freqs.weight" in tensors:  # llama.cpp bakes Llama 3's ramp into a tensor of divisors
+        divisors = tensors["rope_freqs.weight"].dequantised().reshape(-1)
+        fields["rope_parameters"] = {"rope_type": "divisors", "divisors": divisors}
+    elif kind == "linear":
+        factor = read(f"{family.name}.rope.scaling.factor")
+        if factor is None:
+            raise BrokenModelFile(f"the GGUF file lacks the key {family.name}.rope.scaling.factor")
+        fields["rope_parameters"] = {"rope_type": kind, "factor": factor}
+    elif kind != "none":
+        raise UnsupportedArchitecture(f"rope scaling of type {kind!r} is not supported; supported: none, linear")
+    window = read(f"{family.name}.attention.sliding_window")
+    pattern = _gguf_sliding_layers(
+        read(f"{family.name}.attention.sliding_window_pattern"), num_layers, has_pattern=family.sliding == "pattern"
+    )
+    facts |= {
+        "sliding_window": window if window and any(pattern) else None,
+        "sliding_layers": pattern if window else (),
+    }
+    return _config(family, fields, facts)
+
+
+def _config(family: Family, fields: Fields, facts: Variations) -> ModelConfig:
+    """The configuration from fields under their names in `config.json`. facts: what is known about the tensors."""
+
+    def need(name: str) -> Any:  # JSON value
+        if name not in fields:
+            raise BrokenModelFile(f"config.json of a {family.name} model lacks {name!r}")
+        return fields[name]
+
+    for name in ("num_hidden_layers", "num_attention_heads", "hidden_size"):
+        need(name)
+    num_layers, num_heads = _check_sizes(fields)
+    head_dim = fields.get("head_dim") or fields["hidden_size"] // num_heads
+    bias = bool(fields.get("attention_bias", False))
+    activation = fields.get("hidden_activation") or need("hidden_act")
+    if activation not in _ACTIVATIONS:
+        raise UnsupportedArchitecture(
+            f"activation {activation!r} is not supported; supported: {', '.join(_ACTIVATIONS)}"
+        )
+    known: Variations = {"qkv_bias": bias, "o_bias": bias, "mlp_bias": bool(fields.get("mlp_bias", False))}
+    known["attention_scale"] = float(head_dim) ** -0.5
+    known["rope"], known["local_rope"] = _ropes(fields)
+    if "sliding_window" not in facts:
+        known["sliding_window"], known["sliding_layers"] = _windows(fields, family, num_layers)
+    return ModelConfig(
+        architecture=family.name,
+        hidden_size=fields["hidden_size"],
+        intermediate_size=need("intermediate_size"),
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_heads if fields.get("num_key_value_heads") is None else fields["num_key_value_heads"],
+        head_dim=head_dim,
+        vocab_size=need("vocab_size"),
+        rms_norm_eps=float(need("rms_norm_eps")),
+        max_position_embeddings=need("max_position_embeddings"),
+        tie_word_embeddings=bool(need("tie_word_embeddings")),
+        activation=_ACTIVATIONS[activation],
+        logit_softcap=fields.get("final_logit_softcapping"),
+        bos_id=fields.get("bos_token_id"),
+        eos_ids=token_ids(fields.get("eos_token_id")),
+        pad_id=fields.get("pad_token_id"),
+        **(known | family.variations(fields) | facts),
+    )
+
+
+def _check_sizes(fields: Fields) -> tuple[int, int]:
+    """Check the sizes that others are computed from. Returns the numbers of layers and of heads."""
+    check_size("hidden_size", fields["hidden_size"])
+    num_layers = check_size("num_layers", fields["num_hidden_layers"])
+    return num_layers, check_size("num_heads", fields["num_attention_heads"])
+
+
+def _ropes(fields: Fields) -> tuple[Rope, Rope]:
+    """(rope of full-attention layers, rope of sliding layers)."""
+    theta = float(fields["rope_theta"])
+    # transformers 5 writes `rope_parameters`, either flat or one dictionary for each kind of layer.
+    parameters = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+    per_kind = {kind: parameters.get(kind) for kind in ("full_attention", "sliding_attention")}
+    if any(isinstance(value, Mapping) for value in per_kind.values()):
+        local_theta = float(fields.get("rope_local_base_freq", theta))
+        return _rope(per_kind["full_attention"] or {}, theta, fields), _rope(
+            per_kind["sliding_attention"] or {}, local_theta, fields
+        )
+    rope = _rope(parameters, theta, fields)
+    if "rope_local_base_freq" in fields:  # long-context scaling applies only to the global layers
+        return rope, Rope(float(fields["rope_local_base_freq"]))
+    return rope, rope
+
+
+def _rope(parameters: Fields, default_theta: float, fields: Fields) -> Rope:
+    theta = float(parameters.get("rope_theta") or default_theta)
+    kind = parameters.get("rope_type") or parameters.get("type") or "default"
+    if float(parameters.get("partial_rotary_factor", fields.get("partial_rotary_factor", 1.0)) or 1.0) != 1.0:
+        raise UnsupportedArchitecture("partial_rotary_factor other than 1 is not supported")
+    if kind == "default":
+        return Rope(theta)
+    try:
+        if kind == "linear":
+            return Rope(theta, RopeScaling("linear", factor=float(parameters["factor"])))
+        if kind == "divisors":  # of a GGUF file
+            return Rope(theta, RopeScaling("divisors", divisors=tuple(map(float, parameters["divisors"]))))
+        if kind == "llama3":
+            scaling = RopeScaling(
+                "llama3",
+                factor=float(parameters["factor"]),
+                low_freq_factor=float(parameters["low_freq_factor"]),
+                high_freq_factor=float(parameters["high_freq_factor"]),
+                original_max_position=int(parameters["original_max_position_embeddings"]),
+            )
+            return Rope(theta, scaling)
+    except KeyError as error:
+        raise BrokenModelFile(f"rope scaling of type {kind!r} lacks {error.args[0]!r} in config.json") from error
+    raise UnsupportedArchitecture(f"rope scaling of type {kind!r} is not supported; supported: default, linear, llama3")
+
+
+def _windows(fields: Fields, family: Family, num_layers: int) -> tuple[int | None, tuple[bool, ...]]:
+    """(window, for each layer whether it slides)."""
+    window = fields.get("sliding_window")
+    if window is None or family.sliding == "none":
+        return None, ()
+    if family.sliding == "optional" and not fields.get("use_sliding_window"):
+        return None, ()
+    if family.sliding == "all":  # transformers' Mistral ignores layer_types, too
+        return window, (True,) * num_layers
+    layer_types = fields.get("layer_types")
+    if layer_types:
+        unknown = sorted(set(layer_types) - {"full_attention", "sliding_attention"})
+        if unknown:
+            raise UnsupportedArchitecture(f"layer types {', '.join(unknown)} are not supported")
+        return window, tuple(kind == "sliding_attention" for kind in layer_types)
+    if family.sliding == "pattern":
+        pattern = int(fields.get("sliding_window_pattern") or fields.get("_sliding_window_pattern") or 6)
+        return window, tuple((layer + 1) % pattern != 0 for layer in range(num_layers))
+    first = int(fields.get("max_window_layers", 28))
+    return window, tuple(layer >= first for layer in range(num_layers))
+
+
+def _gguf_sliding_layers(stored: object, num_layers: int, *, has_pattern: bool) -> tuple[bool, ...]:
+    if isinstance(stored, list):
+        return tuple(bool(item) for item in stored)
+    period = stored if isinstance(stored, int) and not isinstance(stored, bool) else 6
+    if period < 1:
+        raise BrokenModelFile(f"attention.sliding_window_pattern is {period} but must be at least 1")
+    return tuple((layer + 1) % period != 0 if has_pattern else True for layer in range(num_layers))
