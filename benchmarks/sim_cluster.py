@@ -317,7 +317,7 @@ class Ramet:
         self.router.begun(session.placement, now_s)
 
     def finished(self, session: Session, replica: int) -> None:
-        self.router.finished(session.placement, session.out_tokens)
+        self.router.finished(session.placement)
 
     def told(self, replica: int, changes: CacheChanges) -> None:
         assert self.router.apply(replica, changes)
@@ -491,7 +491,7 @@ def decision_cost(num_replicas: int, num_requests: int) -> dict[str, Any]:
         placement = router.place(RoutedRequest(len(prompt), keys, f"g{i % 5000}"), i * 1e-3)
         at.append(time.thread_time())
         router.begun(placement, i * 1e-3 + 0.05)
-        router.finished(placement, 100)
+        router.finished(placement)
         at.append(time.thread_time())
         numbers[placement.replica] += 1
         router.apply(placement.replica, CacheChanges(numbers[placement.replica], keys))

@@ -120,14 +120,6 @@ class PrefixIndex:
         for key in mine:
             self._table.discard(key, replica)
 
-    def keys_of(self, replica: int) -> frozenset[int]:
-        """Return a copy of the keys that are known of a replica."""
-        return frozenset(self._keys.get(replica, ()))
-
-    def is_known(self, replica: int) -> bool:
-        """True if the replica has said what it holds."""
-        return replica in self._numbers
-
     def holds(self, key: int, replica: int) -> bool:
         mine = self._keys.get(replica)
         return mine is not None and key in mine

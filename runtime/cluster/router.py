@@ -17,7 +17,7 @@ that many ask for is computed on a second replica once its holders are so busy t
 A replica that fails again and again is left out for a while (`Breaker`). A replica that is drained gets nothing new.
 
 Not here: sockets, processes, retries (`server/link`), what a cache holds (`prefix_log`).
-Sources: power of two choices, Mitzenmacher 2001; least attained service, Luo et al. 2025 (arXiv:2502.13965).
+Source: power of two choices, Mitzenmacher 2001.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from dataclasses import dataclass, field
 from ramet.errors import EngineStopped
 from ramet.runtime.cache.prefix_log import CacheChanges
 from ramet.runtime.cluster.prefix_index import HolderTable, PrefixIndex
-from ramet.runtime.scheduling.priority import ProgramService
 
 _FADE, _FADE_OF_ALL = 0.95, 0.99  # weight of a measured prompt, compared with the one after it
 _TRUST = 8  # prompts that must be measured until a replica's own speed counts as much as that of all together
@@ -79,15 +78,11 @@ class RoutedRequest:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Placement:
-    """Where a request goes. num_cached: prompt tokens that are expected to be cached there.
-
-    num_attained: tokens that its group has got on all replicas so far, for the replica's own order.
-    """
+    """Where a request goes. num_cached: prompt tokens that are expected to be cached there."""
 
     replica: int
     request: RoutedRequest
     num_cached: int
-    num_attained: int
     placed_s: float
     promised: Sequence[int]
 
@@ -153,15 +148,13 @@ class _Speed:
 
 @dataclass(slots=True)
 class _Replica:
-    """The router's view of one replica. `seen_waiting`, `seen_running`: as the replica itself said last."""
+    """The router's view of one replica."""
 
     breaker: Breaker
     num_pages: int
     is_draining: bool = False
     waiting: int = 0  # tokens to compute of placed requests that have no token yet
     running: int = 0  # placed requests that have one, and have not ended
-    seen_waiting: int = 0
-    seen_running: int = 0
     begun_s: float = 0.0
     speed: _Speed = field(default_factory=_Speed)
     in_flight: dict[Placement, bool] = field(default_factory=dict)  # whether it has a token
@@ -178,7 +171,6 @@ class Router:
         self._promised = HolderTable()  # keys of prompts that are being computed
         self._promise_every = max(config.promise_tokens // config.page_size, 1)
         self._groups: OrderedDict[str, int] = OrderedDict()  # where the last request of a group went
-        self._service = ProgramService(config.max_groups)
         self._random = random.Random(config.seed)
         self._speed = _Speed()  # of all replicas
 
@@ -206,36 +198,22 @@ class Router:
             self._order.remove(replica)
             self.index.forget(replica)
 
-    def drain(self, replica: int, *, is_draining: bool = True) -> None:
-        """Give a replica nothing new, or let it take part again. What is in flight there goes on."""
-        self._replicas[replica].is_draining = is_draining
+    def drain(self, replica: int) -> None:
+        """Give a replica nothing new. What is in flight there goes on."""
+        self._replicas[replica].is_draining = True
 
     @property
     def replicas(self) -> list[int]:
         return sorted(self._order)
 
-    def num_in_flight(self, replica: int) -> int:
-        return len(self._replicas[replica].in_flight)
-
     def load(self, replica: int) -> tuple[int, int]:
-        """Return the tokens that wait on a replica and the sequences that run, of this router's requests."""
+        """Return the tokens of prompts that a replica has still to compute, and the sequences that decode there."""
         state = self._replicas[replica]
         return state.waiting, state.running
-
-    @property
-    def num_promised(self) -> int:
-        """Keys of prompts that are being computed."""
-        return len(self._promised)
 
     def apply(self, replica: int, changes: CacheChanges) -> bool:
         """Take over what a replica's cache gained and lost. Returns False if it must be asked for all its keys."""
         return replica not in self._replicas or self.index.apply(replica, changes)
-
-    def note_load(self, replica: int, num_waiting_tokens: int, num_running: int) -> None:
-        """Note what a replica says of its own load, other routers' requests included."""
-        state = self._replicas.get(replica)
-        if state is not None:
-            state.seen_waiting, state.seen_running = num_waiting_tokens, num_running
 
     # --- requests
 
@@ -273,8 +251,7 @@ class Router:
         for key in promised:
             self._promised.add(key, chosen)
         cached = min(num_held * index.grain * config.page_size, request.num_tokens - 1)
-        attained = self._service.attained(request.group)
-        placement = Placement(chosen, request, max(cached, 0), attained, now_s, promised)
+        placement = Placement(chosen, request, max(cached, 0), now_s, promised)
         state.waiting += placement.num_lacking
         state.in_flight[placement] = False
         state.breaker.note_sent(now_s)
@@ -302,14 +279,12 @@ class Router:
             self._speed.note(seconds, tokens, _FADE_OF_ALL)
         state.begun_s = max(now_s, state.begun_s)
         state.running += 1
-        self._service.add(placement.request.group, placement.num_lacking)
 
-    def finished(self, placement: Placement, num_generated: int = 0) -> None:
+    def finished(self, placement: Placement) -> None:
         """Note the end of a request, whether it had begun or not. A second end changes nothing."""
         state = self._state_of(placement)
         if state is not None:
             self._withdraw(placement, state)
-            self._service.add(placement.request.group, num_generated)
 
     def failed(self, placement: Placement, now_s: float) -> None:
         """Note that the replica failed a request (not: that the request was wrong)."""
@@ -401,9 +376,8 @@ class Router:
     def cost(self, replica: int, num_lacking: int) -> float:
         """Return the expected seconds to the first token; what a prompt lacks counts `waste` times."""
         state = self._replicas[replica]
-        waiting, running = max(state.waiting, state.seen_waiting), max(state.running, state.seen_running)
-        config = self.config
-        return (waiting + config.waste * num_lacking) * self._token_s(state.speed) * (1 + running / config.row_scale)
+        tokens = state.waiting + self.config.waste * num_lacking
+        return tokens * self._token_s(state.speed) * (1 + state.running / self.config.row_scale)
 
     def _token_s(self, speed: _Speed) -> float:
         """Expected seconds of a prompt's token: a replica's own, as far as it is measured, and that of all."""

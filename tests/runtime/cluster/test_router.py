@@ -38,6 +38,12 @@ def cache(router: Router, replica: int, work: RoutedRequest, number: int = 2) ->
     assert router.apply(replica, CacheChanges(number, list(work.keys)))
 
 
+def load(router: Router, replica: int, num_tokens: int) -> Placement:
+    """Let a prompt of so many tokens wait on a replica."""
+    others = {other for other in router.replicas if other != replica}
+    return router.place(RoutedRequest(num_tokens), 0.0, avoid=others)
+
+
 def run(router: Router, work: RoutedRequest, now_s: float = 0.0) -> Placement:
     """Place a request and let it finish at once."""
     placement = router.place(work, now_s)
@@ -77,13 +83,12 @@ def test_requests_that_wait_for_the_same_prefix_wait_where_it_is_being_computed(
 def test_a_busy_holder_gets_company_when_computing_again_is_cheaper() -> None:
     router = make(4)
     cache(router, 0, prompt(1))
-    for _ in range(50):  # ten times the prefix waits there
-        router.note_load(0, 10 * 8 * P, 0)
+    waiting = load(router, 0, 10 * 8 * P)  # ten times the prefix waits there
     moved = router.place(prompt(1), 0.0)
     assert moved.replica != 0
     assert router.place(prompt(1), 0.0).replica == moved.replica  # the copy is used from now on
-    router.note_load(0, 0, 0)
-    assert router.place(prompt(1), 0.0).replica == 0
+    router.finished(waiting)
+    assert router.place(RoutedRequest(8 * P + 65, prompt(1).keys), 0.0).replica == 0
 
 
 def test_a_group_stays_together_unless_moving_pays() -> None:
@@ -92,10 +97,10 @@ def test_a_group_stays_together_unless_moving_pays() -> None:
     for turn in range(2, 6):
         cache(router, home, prompt(1, pages=turn), turn)
         assert run(router, member("chat", prompt(1, pages=turn + 1))).replica == home
-    router.note_load(home, 1_000_000, 0)
+    waiting = load(router, home, 1_000_000)
     moved = run(router, member("chat", prompt(1, pages=8))).replica
     assert moved != home
-    router.note_load(home, 0, 0)
+    router.finished(waiting)
     cache(router, moved, prompt(1, pages=8))
     assert run(router, member("chat", prompt(1, pages=9))).replica == moved
 
@@ -108,7 +113,8 @@ def test_a_group_goes_home_even_where_nothing_of_it_is_cached() -> None:
 
 def test_running_sequences_make_a_replica_dearer() -> None:
     router = make(2)
-    router.note_load(0, 0, 200)
+    for _ in range(200):
+        router.begun(load(router, 0, 1), 0.0)
     assert {run(router, prompt(n)).replica for n in range(10)} == {1}
 
 
@@ -188,23 +194,13 @@ def test_a_drained_replica_keeps_what_it_has_and_gets_nothing_new() -> None:
     cache(router, 0, prompt(1))
     placement = router.place(member("chat", prompt(1)), 0.0)
     router.drain(placement.replica)
-    assert router.num_in_flight(0) == 1
     assert run(router, member("chat", prompt(1))).replica == 1
     router.begun(placement, 0.1)
-    router.finished(placement, 10)
-    assert router.num_in_flight(0) == 0
-    router.drain(0, is_draining=False)
+    router.finished(placement)
+    assert router.load(0) == (0, 0)
+    router.add(0)  # it was restarted
+    assert router.apply(0, CacheChanges(1, list(prompt(1).keys), is_whole=True))
     assert router.place(prompt(1), 0.0).replica == 0
-
-
-def test_service_counts_on_all_replicas() -> None:
-    router = make(2)
-    first = router.place(member("p", prompt(1)), 0.0)
-    router.begun(first, 0.0)
-    router.finished(first, 100)
-    router.drain(first.replica)
-    second = router.place(member("p", prompt(1)), 0.0)
-    assert (second.replica != first.replica, second.num_attained) == (True, 8 * P + 1 + 100)
 
 
 def test_a_restarted_replica_has_nothing() -> None:
@@ -212,10 +208,10 @@ def test_a_restarted_replica_has_nothing() -> None:
     cache(router, 0, prompt(1))
     late = router.place(prompt(1), 0.0)
     router.add(0)
-    assert router.index.keys_of(0) == frozenset()
+    assert router.index.num_keys == 0
     router.begun(late, 0.1)  # words about the old one
     router.finished(late)
-    assert router.num_in_flight(0) == 0
+    assert router.load(0) == (0, 0)
     assert not router.apply(0, CacheChanges(3, list(prompt(1).keys)))
     assert router.apply(0, CacheChanges(1, list(prompt(1).keys), is_whole=True))
 
@@ -272,18 +268,18 @@ def test_accounts_are_empty_when_all_has_ended(actions: list[tuple[str, int]]) -
         elif action == "cache":
             assert router.apply(n, CacheChanges(10 + number, list(prompt(n).keys), is_whole=True))
         elif action == "drain" and n:
-            router.drain(n, is_draining=number % 2 == 0)
+            router.drain(n)
         elif live:
             placement = live[n % len(live)]
             if action == "begin":
                 router.begun(placement, float(number))
             elif action == "end":
-                router.finished(live.pop(n % len(live)), n)
+                router.finished(live.pop(n % len(live)))
             elif action == "fail":
                 router.failed(live.pop(n % len(live)), float(number))
     for placement in live:
         router.finished(placement)
     for replica in range(4):
         assert router.load(replica) == (0, 0)
-        assert router.num_in_flight(replica) == 0
-    assert router.num_promised == 0
+        router.add(replica)  # its cache is empty
+    assert {router.place(prompt(n), 100.0, avoid={1, 2, 3}).num_cached for n in range(4)} == {0}
