@@ -169,7 +169,7 @@ async def kill(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         **total,
         "kills": arguments.kills,
-        "retries": engines.router_counters.num_retries,
+        "retries": engines.num_retries,
         "recovery_s_p50": round(recoveries[len(recoveries) // 2], 2),
         "recovery_s_max": round(recoveries[-1], 2),
     }

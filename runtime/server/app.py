@@ -28,6 +28,7 @@ from ramet.runtime.models.description import describe_model
 from ramet.runtime.server.anthropic.routes import anthropic_endpoints
 from ramet.runtime.server.config import ServerConfig
 from ramet.runtime.server.connections import PatientProtocol, bytes_of_heads
+from ramet.runtime.server.holding import Held
 from ramet.runtime.server.keys import KeyRing
 from ramet.runtime.server.limits import HttpLimits
 from ramet.runtime.server.link.protocol import Hello
@@ -123,12 +124,13 @@ def make_server(
     requests = RequestCollector(compat=config.compat_metrics)
     keys = keys or make_keys(config)
     tenants = Tenants(keys)
+    held = Held(config.max_in_flight, "requests", "retry later")
 
     def make_proxy(replica: int | None = None, listener: Listener | None = None) -> EngineProxy:
         return EngineProxy(
             model,
             engine,
-            max_in_flight=config.max_in_flight,
+            held=held,
             max_engine_failures=config.max_engine_failures,
             log_level=log_level,
             log_format=config.log_format,
@@ -138,7 +140,7 @@ def make_server(
             listener=listener,
         )
 
-    proxy = make_proxy() if config.dp == 1 else Replicas(config.dp, make_proxy, max_in_flight=config.max_in_flight)
+    proxy = make_proxy() if config.dp == 1 else Replicas(config.dp, make_proxy)
     metrics = ServerMetrics(proxy, requests, tenants)
     tokenizer = BoundedTokenizer(tokenizer, wanted or context_length)
     served = ServedModel(

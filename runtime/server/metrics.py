@@ -106,11 +106,9 @@ class EnginesCollector(Collector):
                     merged[family.name] = family
         yield from merged.values()
         if isinstance(self._engines, Replicas):
-            counters = self._engines.router_counters
-            yield counter("ramet_router_retries", "requests sent again after their replica died", counters.num_retries)
-            yield counter(
-                "ramet_router_resyncs", "times that a replica was asked for all it holds", counters.num_resyncs
-            )
+            retries, resyncs = self._engines.num_retries, self._engines.num_resyncs
+            yield counter("ramet_router_retries", "requests sent again after their replica died", retries)
+            yield counter("ramet_router_resyncs", "times that a replica was asked for all it holds", resyncs)
             text = "pairs of a cached prefix and a replica that the router knows"
             yield gauge("ramet_router_known_prefixes", text, self._engines.num_known_prefixes)
 

@@ -5,6 +5,7 @@ Not here: the sockets (`process`, `proxy`), the types of HTTP bodies (OpenAI's: 
 
 from __future__ import annotations
 
+import os
 from typing import Any, TypeAlias, TypeVar
 
 import msgspec
@@ -81,6 +82,11 @@ class StartProgram(msgspec.Struct, frozen=True, tag="program", omit_defaults=Tru
 def row_id(program_id: str, row: int) -> str:
     """The id of one row of a program."""
     return f"{program_id}/{row}"
+
+
+def new_id(prefix: str) -> str:
+    """Return an id that no other process will make, either."""
+    return f"{prefix}-{os.getpid():x}-{os.urandom(9).hex()}"
 
 
 class ExtendProgram(msgspec.Struct, frozen=True, tag="extend", omit_defaults=True):
@@ -277,6 +283,7 @@ __all__ = [
     "Starting",
     "Submit",
     "command_decoder",
+    "new_id",
     "report_decoder",
     "row_id",
 ]

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import logging
 import os
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -50,6 +49,7 @@ from ramet.runtime.server.link.protocol import (
     Starting,
     StartProgram,
     Submit,
+    new_id,
     report_decoder,
 )
 from ramet.runtime.server.link.streams import OutputStream, ProgramStream
@@ -57,6 +57,9 @@ from ramet.runtime.server.link.streams import OutputStream, ProgramStream
 logger = logging.getLogger(__name__)
 
 _RESTART_PAUSES_S = (0.0, 0.5, 2.0, 5.0, 15.0)  # pause before the n-th restart in a row after early ends
+# Hears of the life of one engine among several, on the proxy's event loop: a process is ready, with an empty cache; its
+# cache has changed; it has ended (None), and what is in flight ends after this call.
+Listener = Callable[[Hello | CacheReport | None], None]
 LASTS_S = 60.0  # an engine that was ready for this long did not end early: its end is no crash loop
 
 
@@ -80,19 +83,6 @@ class Watcher(Protocol):
 
     def note_heartbeat(self, stats: dict[str, float], replica: int | None = None) -> None:
         """Record an engine's counters."""
-
-
-class Listener(Protocol):
-    """Hears of the life of one engine among several. Called on the proxy's event loop."""
-
-    def began(self, hello: Hello) -> None:
-        """An engine process is ready. Its cache is empty."""
-
-    def ended(self) -> None:
-        """The engine process has ended. What is in flight ends after this call."""
-
-    def changed(self, report: CacheReport) -> None:
-        """The engine's cache gained and lost prefixes."""
 
 
 class Accounts(Protocol):
@@ -123,6 +113,7 @@ class _InFlight:
 
     client: tuple[str, ...]
     num_waiting: int
+    stream: OutputStream | ProgramStream
 
     @property
     def name(self) -> str:
@@ -153,7 +144,7 @@ class EngineProxy:
         model: str | None,
         config: dict[str, Any],
         *,
-        max_in_flight: int = 10_000,
+        held: Held | None = None,
         max_engine_failures: int = 5,
         log_level: str = "INFO",
         log_format: LogFormat = "text",
@@ -162,8 +153,9 @@ class EngineProxy:
         replica: int | None = None,
         listener: Listener | None = None,
     ) -> None:  # Any: fields of EngineConfig, checked in the engine process
-        """`max_engine_failures`: number of engine processes in a row that may end early; see `wait_given_up`.
+        """`held`: the requests in flight and their limit; several proxies may share it. Default: own, of 10,000.
 
+        `max_engine_failures`: number of engine processes in a row that may end early; see `wait_given_up`.
         `replica`, `listener`: of one engine among several (`replicas`).
         """
         self._model = model
@@ -171,7 +163,7 @@ class EngineProxy:
         self._config = config
         self._log_level = log_level
         self._log_format = log_format
-        self.held = Held(max_in_flight, "requests", "retry later")
+        self.held = held or Held(10_000, "requests", "retry later")
         self._accounts = accounts
         self._in_flight: dict[str, _InFlight] = {}
         self.counters = ProxyCounters()
@@ -184,10 +176,7 @@ class EngineProxy:
         self._commands: zmq.Socket[bytes] | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._state = _State()
-        self._streams: dict[str, OutputStream] = {}
-        self._programs: dict[str, ProgramStream] = {}
         self._questions: dict[str, asyncio.Future[bytes]] = {}
-        self._ids = itertools.count()
         self._ready = asyncio.Event()
         self._given_up: asyncio.Future[EngineStopped] | None = None
         self._is_stopping = False
@@ -222,7 +211,7 @@ class EngineProxy:
     async def stop(self, drain_s: float = 0.0) -> None:
         """Wait up to `drain_s` for requests in flight, then end the process."""
         deadline_s = time.monotonic() + drain_s
-        while (self._streams or self._programs) and time.monotonic() < deadline_s:
+        while self._in_flight and time.monotonic() < deadline_s:
             await asyncio.sleep(0.05)
         self._is_stopping = True
         await self._end_process()
@@ -280,11 +269,11 @@ class EngineProxy:
 
     @property
     def num_in_flight(self) -> int:
-        return len(self._streams) + len(self._programs)
+        return len(self._in_flight)
 
     @property
     def num_programs(self) -> int:
-        return len(self._programs)
+        return sum(isinstance(request.stream, ProgramStream) for request in self._in_flight.values())
 
     def health(self, patience_s: float = 20.0) -> str | None:
         """None if the engine is healthy; otherwise the problem: not ready, silent, or working without progress."""
@@ -304,24 +293,21 @@ class EngineProxy:
 
     def new_id(self, prefix: str) -> str:
         """Return a new unique id."""
-        return f"{prefix}-{os.getpid():x}-{next(self._ids)}-{os.urandom(6).hex()}"
+        return new_id(prefix)
 
     def submit(self, command: Submit, *, is_whole: bool = False, stream: OutputStream | None = None) -> OutputStream:
         """Send a request. `is_whole`: the reader wants only the complete output. `stream`: gets it; None makes one.
 
         Raises: Overloaded, EngineStopped (not ready), InvalidRequest (the id is in use).
         """
-        self._admit([command.id], command, command.client, len(command.prompt_ids))
         stream = stream or OutputStream(command.id, self.drop, is_whole=is_whole)
-        self._streams[command.id] = stream
+        self._admit(command, [stream], len(command.prompt_ids))
         return stream
 
     def start_program(self, command: StartProgram, *, streams: Sequence[ProgramStream] = ()) -> Sequence[ProgramStream]:
         """Send a program. Returns each row's stream: `streams`, or new ones. Raises as `submit`; nothing is sent."""
-        names = command.row_ids()
-        self._admit(names, command, command.client, 0)
-        streams = streams or [ProgramStream(name, self.drop) for name in names]
-        self._programs.update(zip(names, streams, strict=True))
+        streams = streams or [ProgramStream(name, self.drop) for name in command.row_ids()]
+        self._admit(command, streams, 0)
         return streams
 
     def send_to_program(self, command: ExtendProgram | CancelNodes | ProvideTool) -> None:
@@ -330,14 +316,14 @@ class EngineProxy:
 
     def abort(self, request_id: str) -> bool:
         """Abort by exact id. Its reader gets RequestCancelled. Returns False if this id is not in flight."""
-        if request_id not in self._streams and request_id not in self._programs:
+        if request_id not in self._in_flight:
             return False
         self.counters.num_aborts += 1
         self._send(Abort(request_id))
         return True
 
     def in_flight(self) -> list[str]:
-        return [*self._streams, *self._programs]
+        return list(self._in_flight)
 
     async def ask(self, what: str, timeout_s: float = 10.0) -> Any:  # Any: JSON
         """Ask the engine's thread. Raises the engine's error, TimeoutError, or EngineStopped."""
@@ -355,14 +341,14 @@ class EngineProxy:
         if self._state.hello is None or self._is_stopping:
             raise EngineStopped(self.health() or "the server is shutting down")
 
-    def _admit(self, request_ids: Sequence[str], command: Command, client: tuple[str, ...], num_tokens: int) -> None:
+    def _admit(
+        self, command: Submit | StartProgram, streams: Sequence[OutputStream | ProgramStream], num_tokens: int
+    ) -> None:
         """Send the command of new requests, if there is room for them."""
         self._check_ready()
-        for request_id in request_ids:
-            if request_id in self._in_flight:
-                raise InvalidRequest(f"request id {request_id!r} is in use; choose another", param="rid")
-        client = client or ("",)
-        name, number = client[0], len(request_ids)
+        check_unused([stream.id for stream in streams], self._in_flight)
+        client = command.client or ("",)
+        name, number = client[0], len(streams)
         self.held.take(name, number)
         try:
             if self._accounts is not None:
@@ -370,13 +356,13 @@ class EngineProxy:
         except Overloaded:
             self.held.give(name, number)
             raise
-        for request_id in request_ids:
-            self._in_flight[request_id] = _InFlight(client, num_tokens)
+        for stream in streams:
+            self._in_flight[stream.id] = _InFlight(client, num_tokens, stream)
         try:
             self._send(command)
         except InvalidRequest:
-            for request_id in request_ids:
-                self._leave(request_id)
+            for stream in streams:
+                self._leave(stream.id)
             raise
 
     def _begin(self, request: _InFlight) -> None:
@@ -395,7 +381,7 @@ class EngineProxy:
 
     def drop(self, request_id: str) -> None:
         """Remove the stream of a reader that left, and abort its request in the engine."""
-        if self._streams.pop(request_id, None) is not None or self._programs.pop(request_id, None) is not None:
+        if request_id in self._in_flight:
             self.counters.num_aborts += 1
             self._leave(request_id)
             self._send(Abort(request_id))
@@ -433,25 +419,23 @@ class EngineProxy:
         if isinstance(report, Output):
             if report.finish_reason is not None and self._watcher is not None:
                 self._watcher.note_finish(report)
-            self._count(report)
-            stream = self._streams.get(report.id)
-            if stream is not None:
+            request = self._in_flight.get(report.id)
+            if request is not None and isinstance(request.stream, OutputStream):
+                self._count(request, report)
                 if report.finish_reason is not None:
-                    del self._streams[report.id]
                     self._leave(report.id)
-                gap_s = stream.push(report)
+                gap_s = request.stream.push(report)
                 if gap_s is not None and report.token_ids and self._watcher is not None:
                     self._watcher.note_gap(gap_s)
         elif isinstance(report, ProgramEvent | ProgramEnd):
-            program = self._programs.get(report.id)
-            if program is not None:
+            request = self._in_flight.get(report.id)
+            if request is not None and isinstance(request.stream, ProgramStream):
                 if isinstance(report, ProgramEnd):
-                    del self._programs[report.id]
                     self._leave(report.id)
                 elif report.event.usage is not None and self._accounts is not None:
                     reason = report.event.finish_reason or report.event.kind
-                    self._accounts.note_node(self._in_flight[report.id].client, report.event.usage, reason)
-                program.push(report)
+                    self._accounts.note_node(request.client, report.event.usage, reason)
+                request.stream.push(report)
         elif isinstance(report, Answer):
             future = self._questions.get(report.id)
             if future is not None and not future.done():
@@ -466,11 +450,11 @@ class EngineProxy:
             self._state.hello, self._state.heard_s, self._state.progressed_s = report, now_s, now_s
             self._state.ready_s = now_s
             if self._listener is not None:
-                self._listener.began(report)
+                self._listener(report)
             self._ready.set()
         elif isinstance(report, CacheReport):
             if self._listener is not None:
-                self._listener.changed(report)
+                self._listener(report)
         elif isinstance(report, Starting):
             self._state.stage, self._state.started_s = report.stage, time.monotonic()
             logger.info("starting: %s", report.stage)
@@ -478,10 +462,9 @@ class EngineProxy:
             assert isinstance(report, StartFailed)
             self._state.failure = report.error.to_exception()
 
-    def _count(self, output: Output) -> None:
+    def _count(self, request: _InFlight, output: Output) -> None:
         """Count an increment for the key of its request."""
-        request = self._in_flight.get(output.id)
-        if request is None or self._accounts is None:
+        if self._accounts is None:
             return
         self._begin(request)
         if output.token_ids:
@@ -519,7 +502,7 @@ class EngineProxy:
             logger.error("the engine process ended (%s); starting another", cause)
             self._state = _State(before=failure or EngineStopped(f"the engine process crashed: {cause}; it restarts"))
             if self._listener is not None:
-                self._listener.ended()
+                self._listener(None)
             self._ready = asyncio.Event() if was_ready else self._ready
             if failure is not None:
                 self._ready.set()  # all waiting callers get the reason
@@ -542,7 +525,7 @@ class EngineProxy:
         logger.critical("%s", error)
         self._state = _State(before=error, stage="given up")
         if self._listener is not None:
-            self._listener.ended()
+            self._listener(None)
         self._ready.set()
         self._fail_in_flight(error)
         assert self._given_up is not None
@@ -602,18 +585,25 @@ class EngineProxy:
 
     def _fail_in_flight(self, error: EngineStopped) -> None:
         info = ErrorInfo.of(error)
-        streams, programs = self._streams, self._programs
-        self._streams, self._programs = {}, {}
-        for request_id in list(self._in_flight):  # before they are told: what is lost may be sent elsewhere
-            self._leave(request_id)
-        for stream in streams.values():
-            stream.push(Output(stream.id, 0, 0, 0, finish_reason="error", error=info))
-        for program in programs.values():
-            program.push(ProgramEnd(program.id, info))
+        streams = [request.stream for request in self._in_flight.values()]
+        for stream in streams:  # before they are told: what is lost may be sent elsewhere
+            self._leave(stream.id)
+        for stream in streams:
+            if isinstance(stream, OutputStream):
+                stream.push(Output(stream.id, 0, 0, 0, finish_reason="error", error=info))
+            else:
+                stream.push(ProgramEnd(stream.id, info))
         for future in self._questions.values():
             if not future.done():
                 future.set_exception(error)
         self._outbox.clear()
+
+
+def check_unused(request_ids: Sequence[str], in_flight: Collection[str]) -> None:
+    """Raise InvalidRequest if one of the ids is in flight."""
+    for request_id in request_ids:
+        if request_id in in_flight:
+            raise InvalidRequest(f"request id {request_id!r} is in use; choose another", param="rid")
 
 
 def _spelled(status: int) -> str:

@@ -12,18 +12,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-import itertools
 import logging
-import os
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import msgspec
 import numpy as np
 
-from ramet.errors import ConfigError, EngineStopped, InvalidRequest, Overloaded, RametError
+from ramet.errors import ConfigError, EngineStopped, RametError
 from ramet.runtime.cache.prefix_log import CacheChanges, prefix_keys
 from ramet.runtime.cluster.router import Placement, RoutedRequest, Router, RouterConfig
 from ramet.runtime.server.config import MAX_REPLICAS
@@ -39,8 +37,9 @@ from ramet.runtime.server.link.protocol import (
     ProvideTool,
     StartProgram,
     Submit,
+    new_id,
 )
-from ramet.runtime.server.link.proxy import EngineProxy, Listener, ProxyCounters
+from ramet.runtime.server.link.proxy import EngineProxy, Listener, ProxyCounters, check_unused
 from ramet.runtime.server.link.streams import OutputStream, ProgramStream
 
 logger = logging.getLogger(__name__)
@@ -69,7 +68,7 @@ class _RoutedOutput(OutputStream):
             self._has_begun = False
             return None
         if output.finish_reason is not None:
-            self._replicas.note_end(self, output.completion_tokens)
+            self._replicas.note_end(self)
         elif output.token_ids and not self._has_begun:
             self._has_begun = True
             self._replicas.note_begun(self)
@@ -98,7 +97,7 @@ class _RoutedProgram(ProgramStream):
         if isinstance(report, ProgramEnd):
             if _is_lost(report.error) and not self.has_begun and self._replicas.send_elsewhere(self):
                 return
-            self._replicas.note_end(self, 0)
+            self._replicas.note_end(self)
         elif not self.has_begun:
             event = report.event
             if event.kind == "done" and event.usage is None:
@@ -117,32 +116,6 @@ def _is_lost(error: ErrorInfo | None) -> bool:
     return error is not None and error.kind == EngineStopped.__name__
 
 
-@dataclass(slots=True)
-class ReplicaCounters:
-    """Totals for metrics, besides those of the proxies. Owner: the replicas."""
-
-    num_retries: int = 0
-    num_resyncs: int = 0
-
-
-class _Member:
-    """One replica, as its proxy's listener."""
-
-    def __init__(self, number: int, replicas: Replicas, make_proxy: MakeProxy) -> None:
-        self.number = number
-        self.proxy = make_proxy(number, self)
-        self._replicas = replicas
-
-    def began(self, hello: Hello) -> None:
-        self._replicas.note_ready(self.number, hello)
-
-    def ended(self) -> None:
-        self._replicas.note_gone(self.number)
-
-    def changed(self, report: CacheReport) -> None:
-        self._replicas.note_changes(self.number, report.changes)
-
-
 class Replicas:
     """Owns the replicas. The methods are those of `EngineProxy`; `scale` and `restart` change them while they serve."""
 
@@ -151,21 +124,21 @@ class Replicas:
         count: int,
         make_proxy: MakeProxy,
         *,
-        max_in_flight: int = 10_000,
         make_router: Callable[[RouterConfig], Router] = Router,
     ) -> None:
-        """make_proxy: makes the proxy of the replica with this number, which reports to the listener."""
+        """make_proxy: makes the proxy of the replica with this number, which reports to the listener.
+
+        All proxies should have the same `held`: the limit is then that of all replicas together.
+        """
         if not 1 <= count <= MAX_REPLICAS:
             raise ConfigError(f"dp is {count} but must be in [1, {MAX_REPLICAS}]")
-        self.max_in_flight = max_in_flight
-        self.router_counters = ReplicaCounters()
+        self.num_retries = 0  # requests sent again after their replica died
+        self.num_resyncs = 0  # times that a replica was asked for all it holds
         self._make_proxy = make_proxy
         self._make_router = make_router
         self._router: Router | None = None  # made when the first replica says how large its pages are
-        self._members = {n: _Member(n, self, make_proxy) for n in range(count)}
+        self._members = {n: make_proxy(n, partial(self.note, n)) for n in range(count)}
         self._in_flight: dict[str, _RoutedOutput | _RoutedProgram] = {}
-        self._num_programs = 0
-        self._ids = itertools.count()
         self._page_size = 16
         self._is_stopping = False
         self._changing = asyncio.Lock()
@@ -175,23 +148,21 @@ class Replicas:
 
     async def start(self) -> None:
         """Start all processes. Returns before they are ready."""
-        await asyncio.gather(*(member.proxy.start() for member in self._members.values()))
+        await asyncio.gather(*(proxy.start() for proxy in self._members.values()))
 
     async def wait_ready(self, timeout_s: float | None = None) -> Hello:
         """Wait until all replicas are ready. Raises the error that keeps one from starting, or TimeoutError."""
-        hellos = await asyncio.gather(*(member.proxy.wait_ready(timeout_s) for member in self._members.values()))
+        hellos = await asyncio.gather(*(proxy.wait_ready(timeout_s) for proxy in self._members.values()))
         return hellos[0]
 
     async def wait_given_up(self) -> EngineStopped:
         """Wait until no replica is left that is or will be ready. Returns the last one's error."""
-        waiting = {
-            member.number: asyncio.ensure_future(member.proxy.wait_given_up()) for member in self._members.values()
-        }
+        waiting = {n: asyncio.ensure_future(proxy.wait_given_up()) for n, proxy in self._members.items()}
         while True:
             await asyncio.wait(waiting.values(), return_when=asyncio.FIRST_COMPLETED, timeout=1.0)
-            for number, member in self._members.items():  # replicas come and go
+            for number, proxy in self._members.items():  # replicas come and go
                 if number not in waiting:
-                    waiting[number] = asyncio.ensure_future(member.proxy.wait_given_up())
+                    waiting[number] = asyncio.ensure_future(proxy.wait_given_up())
             for number in waiting.keys() - self._members.keys():
                 waiting.pop(number).cancel()
             if all(future.done() for future in waiting.values()):
@@ -203,7 +174,7 @@ class Replicas:
         while self._in_flight and time.monotonic() < deadline_s:
             await asyncio.sleep(0.05)
         self._is_stopping = True
-        await asyncio.gather(*(member.proxy.stop() for member in self._members.values()))
+        await asyncio.gather(*(proxy.stop() for proxy in self._members.values()))
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -211,14 +182,14 @@ class Replicas:
     def kill(self) -> None:
         """End all processes at once. For signal handlers."""
         self._is_stopping = True
-        for member in self._members.values():
-            member.proxy.kill()
+        for proxy in self._members.values():
+            proxy.kill()
 
     def fail_in_flight(self) -> None:
         """End everything in flight with an error, because the server shuts down."""
         self._is_stopping = True
-        for member in self._members.values():
-            member.proxy.fail_in_flight()
+        for proxy in self._members.values():
+            proxy.fail_in_flight()
 
     # -- more and fewer ------------------------------------------------------------------------------------------
 
@@ -246,31 +217,31 @@ class Replicas:
                 await self._add(number)
 
     async def _add(self, number: int) -> None:
-        member = _Member(number, self, self._make_proxy)
-        await member.proxy.start()
-        self._members[number] = member
+        proxy = self._make_proxy(number, partial(self.note, number))
+        await proxy.start()
+        self._members[number] = proxy
         try:
-            await member.proxy.wait_ready()
+            await proxy.wait_ready()
         except RametError:
             await self._remove(number, 0.0)
             raise
 
     async def _remove(self, number: int, drain_s: float) -> None:
-        member = self._members[number]
+        proxy = self._members[number]
         if self._router is not None and number in self._router.replicas:
             self._router.drain(number)
         deadline_s = time.monotonic() + drain_s
-        while member.proxy.num_in_flight and time.monotonic() < deadline_s:
+        while proxy.num_in_flight and time.monotonic() < deadline_s:
             await asyncio.sleep(0.02)
         del self._members[number]
-        self.note_gone(number)
-        await member.proxy.stop()
+        self.note(number, None)
+        await proxy.stop()
 
     # -- state ---------------------------------------------------------------------------------------------------
 
     def engines(self) -> list[tuple[int | None, EngineProxy]]:
         """Every replica's proxy with its number."""
-        return [(number, self._members[number].proxy) for number in sorted(self._members)]
+        return sorted(self._members.items())
 
     def _proxies(self) -> list[EngineProxy]:
         return [proxy for _, proxy in self.engines()]
@@ -312,7 +283,7 @@ class Replicas:
 
     @property
     def num_programs(self) -> int:
-        return self._num_programs
+        return sum(proxy.num_programs for proxy in self._proxies())
 
     @property
     def num_known_prefixes(self) -> int:
@@ -330,7 +301,7 @@ class Replicas:
 
     def new_id(self, prefix: str) -> str:
         """Return a new unique id."""
-        return f"{prefix}-{os.getpid():x}-{next(self._ids)}-{os.urandom(6).hex()}"
+        return new_id(prefix)
 
     def submit(self, command: Submit, *, is_whole: bool = False) -> OutputStream:
         """Send a request to the replica that the router chooses. Raises the errors of `EngineProxy.submit`."""
@@ -360,9 +331,8 @@ class Replicas:
                 rows = tuple(stream.command.rows[0] for stream in some)
                 numbers = tuple(number for stream in some for number in stream.command.numbers or ())
                 part = msgspec.structs.replace(command, rows=rows, numbers=numbers)
-                self._members[replica].proxy.start_program(part, streams=some)
+                self._members[replica].start_program(part, streams=some)
                 self._in_flight.update((stream.id, stream) for stream in some)
-                self._num_programs += len(some)
         except RametError:
             for stream in streams:
                 if stream.id in self._in_flight:
@@ -378,15 +348,15 @@ class Replicas:
         if isinstance(stream, _RoutedProgram) and stream.placement is not None:
             if not stream.has_begun:
                 stream.commands.append(command)
-            member = self._members.get(stream.placement.replica)
-            if member is not None:
-                member.proxy.send_to_program(command)
+            proxy = self._members.get(stream.placement.replica)
+            if proxy is not None:
+                proxy.send_to_program(command)
 
     def abort(self, request_id: str) -> bool:
         """Abort by exact id. Its reader gets RequestCancelled. Returns False if this id is not in flight."""
         stream = self._in_flight.get(request_id)
-        member = None if stream is None or stream.placement is None else self._members.get(stream.placement.replica)
-        return member is not None and member.proxy.abort(request_id)
+        proxy = None if stream is None or stream.placement is None else self._members.get(stream.placement.replica)
+        return proxy is not None and proxy.abort(request_id)
 
     def in_flight(self) -> list[str]:
         return list(self._in_flight)
@@ -404,18 +374,14 @@ class Replicas:
     def _admit(self, request_ids: Sequence[str]) -> None:
         if self._is_stopping:
             raise EngineStopped("the server is shutting down")
-        if len(self._in_flight) + len(request_ids) > self.max_in_flight:
-            raise Overloaded(f"{len(self._in_flight):,} requests are in flight already; retry later", 1.0)
-        for request_id in request_ids:
-            if request_id in self._in_flight:
-                raise InvalidRequest(f"request id {request_id!r} is in use; choose another", param="rid")
+        check_unused(request_ids, self._in_flight)
 
     def _place(self, stream: _RoutedOutput | _RoutedProgram) -> None:
         """Choose a replica and send. Replicas that turn out to have gone are passed over."""
         while True:
             placement = self._choose(stream)
             assert self._router is not None
-            proxy = self._members[placement.replica].proxy
+            proxy = self._members[placement.replica]
             try:
                 if isinstance(stream, _RoutedOutput):
                     proxy.submit(stream.command, stream=stream)
@@ -468,54 +434,54 @@ class Replicas:
         except RametError as error:
             logger.warning("request %s is lost: %s", stream.id, error)
             return False
-        self.router_counters.num_retries += 1
+        self.num_retries += 1
         return True
 
     def note_begun(self, stream: _RoutedOutput | _RoutedProgram) -> None:
         if self._router is not None and stream.placement is not None:
             self._router.begun(stream.placement, time.monotonic())
 
-    def note_end(self, stream: _RoutedOutput | _RoutedProgram, num_generated: int) -> None:
-        if self._in_flight.pop(stream.id, None) is not None:
-            self._num_programs -= isinstance(stream, _RoutedProgram)
-            if self._router is not None and stream.placement is not None:
-                self._router.finished(stream.placement, num_generated)
+    def note_end(self, stream: _RoutedOutput | _RoutedProgram) -> None:
+        if (
+            self._in_flight.pop(stream.id, None) is not None
+            and self._router is not None
+            and stream.placement is not None
+        ):
+            self._router.finished(stream.placement)
 
     def drop(self, request_id: str) -> None:
         """Remove the stream of a reader that left, and abort its request in the engine."""
         stream = self._in_flight.get(request_id)
         if stream is not None and stream.placement is not None:
-            self.note_end(stream, 0)
-            member = self._members.get(stream.placement.replica)
-            if member is not None:
-                member.proxy.drop(request_id)
+            self.note_end(stream)
+            proxy = self._members.get(stream.placement.replica)
+            if proxy is not None:
+                proxy.drop(request_id)
 
-    def note_ready(self, number: int, hello: Hello) -> None:
-        """A replica is ready, with an empty cache."""
+    def note(self, number: int, report: Hello | CacheReport | None) -> None:
+        """Hear of a replica: it is ready, its cache has changed, or it takes no requests any more (None)."""
+        if isinstance(report, Hello) and self._router is None:
+            self._page_size = report.page_size
+            self._router = self._make_router(RouterConfig(page_size=report.page_size))
         if self._router is None:
-            self._page_size = hello.page_size
-            self._router = self._make_router(RouterConfig(page_size=hello.page_size))
-        if number in self._members:
-            self._router.add(number, hello.num_kv_tokens // hello.page_size)
-            self._router.apply(number, CacheChanges(0, is_whole=True))
-
-    def note_gone(self, number: int) -> None:
-        """A replica takes no requests any more."""
-        if self._router is not None:
+            return
+        if report is None:
             self._router.remove(number)
-
-    def note_changes(self, number: int, changes: CacheChanges) -> None:
-        if self._router is not None and not self._router.apply(number, changes):
-            self._run(self._resync(number))
+        elif isinstance(report, CacheReport):
+            if not self._router.apply(number, report.changes):
+                self._run(self._resync(number))
+        elif number in self._members:
+            self._router.add(number, report.num_kv_tokens // report.page_size)
+            self._router.apply(number, CacheChanges(0, is_whole=True))
 
     async def _resync(self, number: int) -> None:
         """Ask a replica for all that it holds, because changes were missed."""
-        member = self._members.get(number)
-        if member is None or self._router is None:
+        proxy = self._members.get(number)
+        if proxy is None or self._router is None:
             return
-        self.router_counters.num_resyncs += 1
+        self.num_resyncs += 1
         with contextlib.suppress(RametError, TimeoutError):  # it has ended, or the next changes ask again
-            answer = await member.proxy.ask("whole_cache")
+            answer = await proxy.ask("whole_cache")
             self._router.apply(number, CacheChanges(answer["number"], answer["added"], is_whole=True))
 
     def _run(self, work: Coroutine[Any, Any, None]) -> None:

@@ -7,8 +7,8 @@ import os
 import signal
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from typing import Any
 
+import msgspec
 import pytest
 
 from ramet.errors import ConfigError, EngineStopped, InvalidRequest, ModelNotFound, Overloaded, RequestCancelled
@@ -17,7 +17,8 @@ from ramet.runtime.cache.prefix_log import CacheChanges
 from ramet.runtime.engine.config import EngineConfig
 from ramet.runtime.engine.loading import config_of_replica
 from ramet.runtime.models.catalog import TINY_MODEL
-from ramet.runtime.server.link.protocol import ExtendProgram, StartProgram, Submit
+from ramet.runtime.server.holding import Held
+from ramet.runtime.server.link.protocol import CacheReport, ExtendProgram, StartProgram, Submit
 from ramet.runtime.server.link.proxy import EngineProxy, Listener
 from ramet.runtime.server.link.replicas import Replicas
 from ramet.runtime.types import SamplingParams
@@ -26,12 +27,14 @@ CONFIG = {"num_kv_tokens": 4096, "max_running_requests": 8, "device": "cpu", "nu
 Scenario = Callable[[Replicas], Awaitable[None]]
 
 
-def run(scenario: Scenario, count: int = 2, model: str = TINY_MODEL, **more: Any) -> None:  # Any: of Replicas
+def run(scenario: Scenario, count: int = 2, model: str = TINY_MODEL, max_in_flight: int = 10_000) -> None:
+    held = Held(max_in_flight, "requests", "retry later")
+
     def make_proxy(replica: int, listener: Listener) -> EngineProxy:
-        return EngineProxy(model, CONFIG, replica=replica, listener=listener, log_level="ERROR")
+        return EngineProxy(model, CONFIG, held=held, replica=replica, listener=listener, log_level="ERROR")
 
     async def main() -> None:
-        replicas = Replicas(count, make_proxy, **more)
+        replicas = Replicas(count, make_proxy)
         await replicas.start()
         try:
             await replicas.wait_ready(120)
@@ -111,7 +114,7 @@ def test_a_killed_replica_loses_no_request_that_had_not_begun() -> None:
                         pass
             else:
                 stream.close()
-        assert replicas.router_counters.num_retries > 0
+        assert replicas.num_retries > 0
         assert replicas.health() is None
         assert replicas.counters.num_crashes == 1
         await replicas.wait_ready(120)
@@ -177,8 +180,13 @@ def test_ids_limits_and_aborts_hold_for_all_replicas_together() -> None:
         with pytest.raises(InvalidRequest, match="in use"):
             replicas.submit(command)
         others = [replicas.submit(request(replicas, prompt_of(n), 500)) for n in range(3)]
-        with pytest.raises(Overloaded, match="4 requests are in flight"):
+        with pytest.raises(Overloaded, match="4 requests are in flight already, of 4 at most"):
             replicas.submit(request(replicas, b"one more"))
+        with pytest.raises(Overloaded):
+            replicas.start_program(StartProgram("rows", program("Hello"), (b"{}",) * 3))
+        assert (replicas.num_in_flight, replicas.num_programs) == (4, 0)
+        somebody_else = msgspec.structs.replace(request(replicas, b"a share"), client=("another key",))
+        assert len((await replicas.submit(somebody_else).collect()).token_ids) == 8
         assert replicas.abort(command.id)
         assert not replicas.abort("nobody")
         with pytest.raises(RequestCancelled):
@@ -225,7 +233,7 @@ def test_scaling_up_and_down_and_restarting_lose_nothing() -> None:
         is_over.set()
         await asyncio.gather(*workers)
         assert num_done > 0
-        assert replicas.router_counters.num_retries == 0
+        assert replicas.num_retries == 0
 
     run(scenario)
 
@@ -235,8 +243,8 @@ def test_missed_changes_are_asked_for() -> None:
     async def scenario(replicas: Replicas) -> None:
         number, _ = await where(replicas, request(replicas, prompt_of(1)))
         known = replicas.num_known_prefixes
-        replicas.note_changes(number, CacheChanges(99))  # those before it are missing
-        while not replicas.router_counters.num_resyncs:
+        replicas.note(number, CacheReport(CacheChanges(99)))  # those before it are missing
+        while not replicas.num_resyncs:
             await asyncio.sleep(0.01)
         assert replicas.num_known_prefixes == known
         assert (await where(replicas, request(replicas, prompt_of(1))))[0] == number
