@@ -13,7 +13,7 @@ NPM_STAMPS := $(NPM_TOURS:%=%/node_modules/.package-lock.json)
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install -qq -e '.[server,dev]'
+	$(BIN)/python -m pip install -qq -e '.[dev]'
 	touch $@
 
 %/node_modules/.package-lock.json: %/package-lock.json

@@ -32,7 +32,7 @@ class _MissingKernel:
         self._name = name
 
     def __getitem__(self, grid: object) -> Any:
-        raise ImportError(f"the kernel {self._name} needs Triton: pip install triton (Linux with an NVIDIA GPU)")
+        raise ImportError(f"the kernel {self._name} needs Triton: pip install 'ramet[gpu]' (Linux with an NVIDIA GPU)")
 
 
 def jit_any_value(*names: str) -> Callable[[Callable[..., None]], Any]:

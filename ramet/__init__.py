@@ -14,6 +14,15 @@
 Importing the package loads no model code; the names of `__init__.pyi` are loaded when they are first used.
 """
 
-import lazy_loader
+import lazy_loader as _lazy_loader
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+from ramet.errors import explained as _explained
+
+_load, __dir__, __all__ = _lazy_loader.attach_stub(__name__, __file__)
+
+
+def __getattr__(name: str) -> object:
+    try:
+        return _load(name)
+    except ModuleNotFoundError as error:
+        raise _explained(error) from error

@@ -36,6 +36,13 @@ A message names the thing, its value, the limit, and the way out.
 
 from __future__ import annotations
 
+# What an installation without an engine lacks: module names by the extra that brings them.
+EXTRAS = {
+    "cpu": ("gguf", "numba", "safetensors", "torch"),
+    "server": ("httptools", "prometheus_client", "starlette", "uvicorn", "uvloop", "zmq", "zstandard"),
+    "gpu": ("triton",),
+}
+
 
 class RametError(Exception):
     """Base of every error raised on purpose by Ramet."""
@@ -208,6 +215,17 @@ class OutOfMemory(RametError, MemoryError):
 
 class CacheIntegrityError(RametError, AssertionError):
     """Page accounting is broken: a bug in Ramet, reported instead of hidden."""
+
+
+def explained(error: ModuleNotFoundError) -> ModuleNotFoundError:
+    """Return the error of an import with the command that installs what is missing, if one of our extras brings it."""
+    missing = (error.name or "").partition(".")[0]
+    for extra, packages in EXTRAS.items():
+        if missing in packages:
+            return ModuleNotFoundError(
+                f"{missing} is not installed, which this needs: pip install 'ramet[{extra}]'", name=missing
+            )
+    return error
 
 
 def from_name(name: str, message: str, *, param: str | None = None, retry_after_s: float | None = None) -> RametError:

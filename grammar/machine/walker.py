@@ -8,8 +8,9 @@ environment compiles.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from ramet.loops import loop
 
 MANY = 1 << 20  # a depth (see `safe_depths`) larger than any token
 UNASKED, REFUSED, GOES_ON, ACCEPTED = range(4)  # what becomes of a text (see `mark_ends`)
@@ -18,7 +19,8 @@ Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
 
 
-def _walk(
+@loop
+def walk(
     pool: Int32,
     instances: Int64,
     exits: Int64,
@@ -83,7 +85,8 @@ def _walk(
     return -1
 
 
-def _step(pool: Int32, instances: Int64, exits: Int64, packed: int, byte: int, scratch: Int64) -> int:
+@loop
+def step(pool: Int32, instances: Int64, exits: Int64, packed: int, byte: int, scratch: Int64) -> int:
     """Return the packed state after one byte: -1 if refused, -3 if it needs a run, -2 if an exit must be resolved,
     which is then in scratch[1:3].
     """
@@ -93,7 +96,7 @@ def _step(pool: Int32, instances: Int64, exits: Int64, packed: int, byte: int, s
         width = instances[instance, 1]
         entry = pool[instances[instance, 0] + local * width + pool[instances[instance, 2] + byte]]
         if entry >= 0:
-            return int((instance << 32) | entry)
+            return int((instance << 32) | int(entry))
         if entry == -1:
             return -1
         code = -2 - entry
@@ -108,7 +111,8 @@ def _step(pool: Int32, instances: Int64, exits: Int64, packed: int, byte: int, s
         local = found & 0xFFFFFFFF
 
 
-def _choices(
+@loop
+def choices(
     pool: Int32, instances: Int64, exits: Int64, packed: int, scratch: Int64, following: Int64, limit: int
 ) -> int:
     """Find the bytes that may follow a state. Resumable.
@@ -133,7 +137,8 @@ def _choices(
     return -1
 
 
-def _follow(pool: Int32, instances: Int64, exits: Int64, text: NDArray[np.uint8], scratch: Int64, limit: int) -> int:
+@loop
+def follow(pool: Int32, instances: Int64, exits: Int64, text: NDArray[np.uint8], scratch: Int64, limit: int) -> int:
     """Follow the bytes that must come, one after the other, and write them to `text`. Resumable.
 
     scratch: int64 [8]: the next byte to try, the instance and the exit to resolve, the packed state, the number of
@@ -184,7 +189,8 @@ def _follow(pool: Int32, instances: Int64, exits: Int64, text: NDArray[np.uint8]
     return -1
 
 
-def _accepted(
+@loop
+def accepted(
     pool: Int32,
     instances: Int64,
     exits: Int64,
@@ -222,7 +228,8 @@ def _accepted(
     return -1
 
 
-def _leave(
+@loop
+def leave(
     pool: Int32,
     instances: Int64,
     packed: int,
@@ -253,19 +260,22 @@ def _leave(
         left[t, 1] = entry
 
 
-def _clear(row: Int32, tokens: Int64) -> None:
+@loop
+def clear(row: Int32, tokens: Int64) -> None:
     """Clear the bits of tokens in a row."""
     for i in range(len(tokens)):
         row[tokens[i] >> 5] &= ~(np.int32(1) << np.int32(tokens[i] & 31))
 
 
-def _mark(row: Int32, tokens: Int64) -> None:
+@loop
+def mark(row: Int32, tokens: Int64) -> None:
     """Set the bits of tokens in a row."""
     for i in range(len(tokens)):
         row[tokens[i] >> 5] |= np.int32(1) << np.int32(tokens[i] & 31)
 
 
-def _walk_difference(
+@loop
+def walk_difference(
     pool: Int32,
     instances: Int64,
     exits: Int64,
@@ -316,7 +326,8 @@ def _walk_difference(
     return -1
 
 
-def _expand(bits: Int32, starts: Int32, tokens: Int32, row: Int32) -> None:
+@loop
+def expand(bits: Int32, starts: Int32, tokens: Int32, row: Int32) -> None:
     """Set the bit in `row` of each token of the groups in `bits`. Group g is tokens[starts[g] : starts[g + 1]]."""
     num_groups = len(starts) - 1
     for w in range(len(bits)):
@@ -329,7 +340,8 @@ def _expand(bits: Int32, starts: Int32, tokens: Int32, row: Int32) -> None:
                     row[t >> 5] |= np.int32(1) << np.int32(t & 31)
 
 
-def _mark_ends(nodes: Int32, values: Int32, allowed: Int32, ends: Int32, answer: int, start: int) -> int:
+@loop
+def mark_ends(nodes: Int32, values: Int32, allowed: Int32, ends: Int32, answer: int, start: int) -> int:
     """Set the bit in `ends` of each value that ends a text (see ends.py). Resumable.
 
     allowed: the mask of the state; its bit of a value is set if the value's text is accepted. start: the next node; a
@@ -362,7 +374,8 @@ def _mark_ends(nodes: Int32, values: Int32, allowed: Int32, ends: Int32, answer:
     return -1
 
 
-def _row_digest(row: Int32) -> int:
+@loop
+def row_digest(row: Int32) -> int:
     """Return a number that is equal for equal rows, and very likely different for others.
 
     It has four lanes, so that the products overlap in time.
@@ -379,14 +392,16 @@ def _row_digest(row: Int32) -> int:
     return a ^ (b << 1) ^ (b >> 31) ^ (c << 7) ^ (c >> 29) ^ (d << 13) ^ (d >> 23)
 
 
-def _rows_equal(a: Int32, b: Int32) -> bool:
+@loop
+def rows_equal(a: Int32, b: Int32) -> bool:
     for i in range(len(a)):  # noqa: SIM110 - numba compiles no generators
         if a[i] != b[i]:
             return False
     return True
 
 
-def _run(pool: Int32, instances: Int64, exits: Int64, text: NDArray[np.uint8], end: int, scratch: Int64) -> int:
+@loop
+def run(pool: Int32, instances: Int64, exits: Int64, text: NDArray[np.uint8], end: int, scratch: Int64) -> int:
     """Run a state over bytes. Resumable. scratch: position, packed state, instance and exit to resolve.
 
     Returns 0: the text is read, and the state is in scratch[1]. 1: refused. 2: an exit must be resolved. 3: the next
@@ -435,7 +450,8 @@ def _run(pool: Int32, instances: Int64, exits: Int64, text: NDArray[np.uint8], e
     return 4 if instances[packed >> 32, 4] != 0 else 0
 
 
-def _next_not_deeper(nodes: Int32) -> None:
+@loop
+def next_not_deeper(nodes: Int32) -> None:
     """Fill column 1: for each node of a depth-first trie, the next node that is not deeper."""
     n = nodes.shape[0] - 1
     nearest = np.full(4096, n, dtype=np.int64)
@@ -452,7 +468,8 @@ def _next_not_deeper(nodes: Int32) -> None:
             used = depth
 
 
-def _count_plain_chars(flat: NDArray[np.uint8], begins: Int64, lengths: Int64) -> Int32:
+@loop
+def count_plain_chars(flat: NDArray[np.uint8], begins: Int64, lengths: Int64) -> Int32:
     """Return int32 [4, n]. Rows 0-2: the number of characters of a text that is plain of that kind, else 0. Row 3: the
     number of bytes before the first character that is not plain.
 
@@ -517,7 +534,8 @@ def _count_plain_chars(flat: NDArray[np.uint8], begins: Int64, lengths: Int64) -
     return out
 
 
-def _safe_depths(rows: Int32, num_content: int, safe: Int64, word: Int64, beyond: Int64, depths: Int32) -> None:
+@loop
+def safe_depths(rows: Int32, num_content: int, safe: Int64, word: Int64, beyond: Int64, depths: Int32) -> None:
     """Fill depths, int32 [4, num_rows]: how many plain characters a state accepts, whatever they are.
 
     Rows 0-2: for plain characters of kinds 0-2 (see Vocabulary). Row 3: the most characters of kind 2 that any text can
@@ -584,7 +602,8 @@ def _safe_depths(rows: Int32, num_content: int, safe: Int64, word: Int64, beyond
         depths[3, :num_content] = many
 
 
-def _exit_distances(rows: Int32, ends: Int32, exit_index: int, out: Int32) -> None:
+@loop
+def exit_distances(rows: Int32, ends: Int32, exit_index: int, out: Int32) -> None:
     """Fill out, int32 [num_states]: the bytes of a shortest text from each state to an exit, -1 if there is none.
 
     ends: the exit of each state where the text may end, or empty. Searches breadth first, backwards from the exit.
@@ -644,7 +663,8 @@ def _exit_distances(rows: Int32, ends: Int32, exit_index: int, out: Int32) -> No
                 tail += 1
 
 
-def _exit_ways(rows: Int32, ends: Int32, order: Int32, start: int, ways: Int32, before: Int32) -> None:
+@loop
+def exit_ways(rows: Int32, ends: Int32, order: Int32, start: int, ways: Int32, before: Int32) -> None:
     """Search the shortest ways from a state to all exits, breadth first.
 
     ends: as for `exit_distances`. order: the classes of bytes, the preferred ones first. ways: int32 [num_exits, 3]:
@@ -685,7 +705,8 @@ def _exit_ways(rows: Int32, ends: Int32, order: Int32, start: int, ways: Int32, 
                     ways[e, 2] = -1 if code & 1 else c
 
 
-def _column_digests(wide: Int32, weights: Int64) -> Int64:
+@loop
+def column_digests(wide: Int32, weights: Int64) -> Int64:
     """Return, for each column, the weighted sum of its entries."""
     out = np.zeros(wide.shape[1], dtype=np.int64)
     for i in range(wide.shape[0]):
@@ -693,27 +714,3 @@ def _column_digests(wide: Int32, weights: Int64) -> Int64:
         for c in range(wide.shape[1]):
             out[c] += w * wide[i, c]
     return out
-
-
-walk_python = _walk
-run_python = _run
-walk = njit(cache=True, nogil=True)(_walk)
-run = njit(cache=True, nogil=True)(_run)
-step = njit(cache=True, nogil=True)(_step)
-choices = njit(cache=True, nogil=True)(_choices)
-follow = njit(cache=True, nogil=True)(_follow)
-accepted = njit(cache=True, nogil=True)(_accepted)
-mark = njit(cache=True, nogil=True)(_mark)
-leave = njit(cache=True, nogil=True)(_leave)
-clear = njit(cache=True, nogil=True)(_clear)
-walk_difference = njit(cache=True, nogil=True)(_walk_difference)
-expand = njit(cache=True, nogil=True)(_expand)
-mark_ends = njit(cache=True, nogil=True)(_mark_ends)
-row_digest = njit(cache=True, nogil=True)(_row_digest)
-rows_equal = njit(cache=True, nogil=True)(_rows_equal)
-exit_distances = njit(cache=True, nogil=True)(_exit_distances)
-exit_ways = njit(cache=True, nogil=True)(_exit_ways)
-column_digests = njit(cache=True)(_column_digests)
-next_not_deeper = njit(cache=True)(_next_not_deeper)
-count_plain_chars = njit(cache=True)(_count_plain_chars)
-safe_depths = njit(cache=True)(_safe_depths)

@@ -7,8 +7,9 @@ automaton" (1971); the partition is kept as in A. Valmari, "Fast brief practical
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from ramet.loops import loop
 
 
 def equivalence(targets: NDArray[np.int64], kinds: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -27,7 +28,7 @@ def equivalence(targets: NDArray[np.int64], kinds: NDArray[np.int64]) -> NDArray
 
 
 # Sorting and slice copies stay outside, or are written as loops: with them numba took 6 s to compile this, not 1.
-@njit(cache=True)
+@loop
 def _refine(block, elements, sources, begins, num_classes):  # type: ignore[no-untyped-def]
     """Split the blocks until the states of each are equivalent.
 
@@ -116,7 +117,7 @@ def reachable_tuples(
     return None if num < 0 else (tuples[:num], rows[:num])
 
 
-@njit(cache=True, nogil=True)
+@loop
 def _reach(flat, begins, widths, classes, first, max_states):  # type: ignore[no-untyped-def]
     """Search breadth first. `slots` is a hash table with open addressing of the numbers of tuples, -1: free."""
     num_parts = len(first)

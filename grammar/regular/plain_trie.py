@@ -9,11 +9,11 @@ from __future__ import annotations
 from functools import cache
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from ramet.grammar.machine.frame import REFUSE, compress_rows, leave
 from ramet.grammar.regular.strings import QUOTE, Wide, any_string_content
+from ramet.loops import loop
 
 
 @cache
@@ -60,7 +60,7 @@ def plain_trie(free_exit: int | None, entries: dict[str, int]) -> tuple[Wide, ND
     return rows, byte_class, n + 1
 
 
-@njit(cache=True)
+@loop
 def _fill_trie(rows, flat, lengths, classes, labels, quote, free):  # type: ignore[no-untyped-def]
     """Lay out the sorted texts as a trie in `rows`; return the number of rows used.
 
@@ -91,7 +91,7 @@ def _fill_trie(rows, flat, lengths, classes, labels, quote, free):  # type: igno
     return used
 
 
-@njit(cache=True)
+@loop
 def _link_base(rows, n):  # type: ignore[no-untyped-def]
     """Turn the kept entries of the other table into rows. Its rows now begin at n."""
     for i in range(n):

@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from ramet.grammar import ir
 from ramet.grammar.machine.frame import REFUSE, leave
 from ramet.grammar.regular.dfas import Dfa
 from ramet.grammar.regular.languages import utf8_sequences
+from ramet.loops import loop
 
 Wide = NDArray[np.int32]
 
@@ -380,7 +380,7 @@ def counted_rows(num_chars: int, closable: bool, last: bool) -> Content:
     return Content(rows, n, beyond)
 
 
-@njit(cache=True)
+@loop
 def _alive_rows(rows, alive):  # type: ignore[no-untyped-def]
     n, width = rows.shape
     changed = True
@@ -409,7 +409,7 @@ def trim(rows: Wide) -> Wide:
     return rows
 
 
-@njit(cache=True)
+@loop
 def _drop(rows, gone):  # type: ignore[no-untyped-def]
     n, width = rows.shape
     for i in range(n):

@@ -18,8 +18,6 @@ from fractions import Fraction
 from functools import cache
 from pathlib import Path
 
-import llvmlite.binding as llvm
-import numba
 import numpy as np
 
 from ramet.grammar import ir
@@ -31,6 +29,7 @@ from ramet.grammar.machine.automaton import Limits
 from ramet.grammar.machine.vocabulary import Vocabulary
 from ramet.grammar.regular.numbers import Numbers
 from ramet.grammar.service.sources import compile_grammar, compile_parsed, parse_source
+from ramet.loops import compiler, folder_of
 
 logger = logging.getLogger(__name__)
 
@@ -55,8 +54,8 @@ SAMPLES = (
 
 
 def are_compiled() -> bool:
-    """Tell whether the loops were compiled on this computer."""
-    return _mark().exists()
+    """Tell whether the loops were compiled on this computer, or run as they are."""
+    return not compiler() or _mark().exists()
 
 
 _loading = threading.Lock()
@@ -69,7 +68,7 @@ def load_loops() -> None:
     numba keeps its locks and lists in disorder if an exception is thrown into a thread that does this.
     """
     with _loading:
-        if not _are_loaded.is_set():
+        if compiler() and not _are_loaded.is_set():
             _run_samples()
             _are_loaded.set()
 
@@ -131,7 +130,7 @@ def warm_up(vocabulary: Vocabulary) -> None:
 
 def _mark() -> Path:
     """Return the path of the mark, in numba's folder."""
-    return Path(walker.walk.stats.cache_path) / f"ramet-compiled-{_digest()}"
+    return folder_of(walker.walk) / f"ramet-compiled-{_digest()}"
 
 
 @cache
@@ -140,6 +139,6 @@ def _digest() -> str:
     digest = hashlib.sha256()
     for source in sorted(Path(__file__).parents[1].rglob("*.py")):
         digest.update(source.read_bytes())
-    for version in (numba.__version__, llvm.get_host_cpu_name(), str(sys.implementation.cache_tag)):
+    for version in (compiler(), str(sys.implementation.cache_tag)):
         digest.update(version.encode())
     return digest.hexdigest()[:16]

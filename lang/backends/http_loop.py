@@ -13,8 +13,9 @@ import random
 import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import httpx
 import msgspec
 
 from ramet.errors import (
@@ -32,9 +33,6 @@ from ramet.errors import (
 )
 from ramet.lang.backends.sse import EventReader, ServerSentEvent
 from ramet.lang.graph.options import Deadline
-
-if TYPE_CHECKING:
-    import httpx
 
 _PAUSES_S = (0.1, 0.3, 1.0, 3.0, 5.0)  # before the n-th retry, if the server names no time
 _MAX_PAUSE_S = 60.0  # the longest wait, even if a server asks for more
@@ -62,14 +60,9 @@ class HttpLoop:
         """`server`: the name of the server expected at `url`, for messages."""
         if not url.startswith(("http://", "https://")):
             raise ConfigError(f"url is {url!r}, but must begin with http:// or https://")
-        try:
-            import httpx
-        except ImportError as error:
-            raise ConfigError("a backend over HTTP needs httpx: pip install 'ramet[server]'") from error
         self.url = url.rstrip("/")
         self.server = server
         self.max_retries = max_retries
-        self._httpx = httpx
         self._settings = {
             "headers": dict(headers),
             "timeout": httpx.Timeout(silence_s, connect=connect_s, pool=None),
@@ -102,7 +95,7 @@ class HttpLoop:
     def _run(self) -> _Running:
         with self._lock:
             if self._running is None:
-                self._running = _Running(self._httpx, self.url, self._settings)
+                self._running = _Running(self.url, self._settings)
                 self._by_loop[self._running.loop] = self._running
                 weakref.finalize(self, self._running.stop, 1.0)  # at the latest when the process ends
             return self._running
@@ -152,7 +145,7 @@ class HttpLoop:
                 if answer.status_code >= 400:
                     raise error_of(answer.status_code, await answer.aread(), answer.headers, str(answer.url))
                 yield _events(answer.aiter_raw() if "content-encoding" not in answer.headers else answer.aiter_bytes())
-        except self._httpx.TransportError as error:
+        except httpx.TransportError as error:
             raise self.unreachable(error) from error
 
     async def repeat(
@@ -165,7 +158,7 @@ class HttpLoop:
                     return await send(self._here().client)
             except TimeoutError as error:
                 raise Deadline.error() from error
-            except (RametError, self._httpx.TransportError) as error:
+            except (RametError, httpx.TransportError) as error:
                 found = error if isinstance(error, RametError) else self.unreachable(error)
                 pause_s = retry_pause(found, attempt)
                 if pause_s is None or attempt == self.max_retries or not deadline.allows(pause_s):
@@ -176,7 +169,7 @@ class HttpLoop:
     def unreachable(self, error: Exception) -> RemoteError:
         """Return the error for a connection that failed or broke."""
         what = str(error) or type(error).__name__
-        if isinstance(error, self._httpx.ConnectError | self._httpx.ConnectTimeout):
+        if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
             return RemoteError(f"no server answers at {self.url} ({what}); is {self.server} running there?")
         return RemoteError(f"the connection to {self.url} broke: {what}")
 
@@ -193,7 +186,7 @@ _JSON = {"Content-Type": "application/json"}
 class _Running:
     """A thread with its loop and its client."""
 
-    def __init__(self, httpx: Any, url: str, settings: Mapping[str, Any]) -> None:  # Any: a module; its settings
+    def __init__(self, url: str, settings: Mapping[str, Any]) -> None:  # Any: settings of every type
         self.loop = asyncio.new_event_loop()
         self._tasks: set[asyncio.Task[object]] = set()
         is_ready = threading.Event()

@@ -65,6 +65,6 @@ def is_engine(given: object) -> TypeGuard[ProgramEngine]:
 
 def default_model() -> EngineBackend:
     """Return a backend with a new engine of the default model."""
-    from ramet.runtime.engine.engine import Engine  # loads torch
+    import ramet  # `ramet.Engine` loads torch, and says what to install where it is missing
 
-    return EngineBackend(Engine())
+    return EngineBackend(ramet.Engine())

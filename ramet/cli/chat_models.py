@@ -12,13 +12,13 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+import httpx
+
 from ramet.errors import ConfigError, EngineStopped, InvalidRequest
 from ramet.lang.backends.http_loop import refusal_of
 from ramet.lang.backends.sse import DONE, events_of
 
 if TYPE_CHECKING:
-    import httpx
-
     from ramet.runtime.engine.engine import Engine
 
 Json = dict[str, Any]  # Any: JSON
@@ -142,10 +142,6 @@ class RemoteModel:
     """A server with OpenAI's API. Raises ConfigError if no such server answers at `url`."""
 
     def __init__(self, url: str, model: str | None, api_key: str | None) -> None:
-        try:
-            import httpx
-        except ImportError as error:
-            raise ConfigError("talking to a server needs httpx: pip install 'ramet[server]'") from error
         if not url.startswith(("http://", "https://")):
             raise ConfigError(f"--url is {url!r}, but must be an http:// address")
         base = url.rstrip("/")
@@ -199,8 +195,6 @@ class RemoteModel:
         return fields if settings.seed is None else {**fields, "seed": settings.seed}
 
     def _chunks(self, path: str, body: Json, reply: Reply) -> Iterator[Json]:
-        import httpx
-
         try:
             with self._http.stream("POST", path, json=body) as answer:
                 if answer.status_code != 200:

@@ -12,10 +12,13 @@ import socket
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
+
+from ramet.errors import EXTRAS
 
 DEFAULT_PORT = 30000
 _MARKS = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "problem": "[bold red]problem[/]"}
@@ -76,29 +79,28 @@ def version(package: str) -> str | None:
 def _software() -> Iterator[Finding]:
     yield Finding("ramet", version("ramet") or "not installed")
     yield Finding("python", f"{platform.python_version()} on {platform.platform()}")
-    for package in ("torch", "transformers", "tokenizers", "gguf", "numba"):
-        found = version(package)
-        if found is None:
-            yield Finding(package, "not installed", "problem", f"pip install {package}")
-        else:
-            yield Finding(package, found)
-    yield Finding("triton", version("triton") or "not installed")  # whether it is needed, the devices say
-    missing = [
-        name for name in ("starlette", "uvicorn", "pyzmq", "httpx", "prometheus-client") if version(name) is None
-    ]
-    if missing:
+    lacks = {extra: [name for name in names if find_spec(name) is None] for extra, names in EXTRAS.items()}
+    if lacks["cpu"]:
+        advice = "an engine on this machine needs them: pip install 'ramet[cpu]', or 'ramet[gpu]'"
+        yield Finding("engine", f"missing: {', '.join(lacks['cpu'])}", "problem", advice)
+    for package in ("torch", "tokenizers", "transformers", "gguf", "numba", "triton"):
+        yield Finding(package, version(package) or "not installed")
+    if lacks["server"]:
         advice = "`ramet serve` needs them: pip install 'ramet[server]'"
-        yield Finding("server", f"missing: {', '.join(missing)}", "note", advice)
+        yield Finding("server", f"missing: {', '.join(lacks['server'])}", "note", advice)
     else:
         yield Finding("server", "its packages are installed")
 
 
 def _machine() -> Iterator[Finding]:
-    import torch
-
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    capability = torch.backends.cpu.get_cpu_capability()
-    yield Finding("cpu", f"{cores} cores, torch uses {torch.get_num_threads()} threads, {capability}")
+    if find_spec("torch") is None:
+        yield Finding("cpu", f"{cores} cores")
+    else:
+        import torch
+
+        capability = torch.backends.cpu.get_cpu_capability()
+        yield Finding("cpu", f"{cores} cores, torch uses {torch.get_num_threads()} threads, {capability}")
     available = _available_memory_bytes()
     if available is None:
         yield Finding("memory", "unknown")
@@ -123,11 +125,13 @@ def _open_files() -> Finding:
 
 
 def _devices() -> Iterator[Finding]:
-    import torch
-
     driver = _driver()
     if driver is not None:
         yield Finding("driver", driver)
+    if find_spec("torch") is None:
+        return
+    import torch
+
     if not torch.cuda.is_available():
         if torch.version.cuda is None:
             value, advice = "cpu (this torch is built without CUDA)", ""
@@ -154,7 +158,9 @@ def _devices() -> Iterator[Finding]:
         advice = "more than half of its memory is taken: see nvidia-smi, or lower --mem-fraction-static"
         yield Finding(f"cuda:{index}", text, "note" if is_full else "ok", advice if is_full else "")
     if version("triton") is None:
-        yield Finding("kernels", "Triton is missing", "problem", "a GPU is there but Triton is not: pip install triton")
+        yield Finding(
+            "kernels", "Triton is missing", "problem", "a GPU is there but Triton is not: pip install 'ramet[gpu]'"
+        )
 
 
 def _driver() -> str | None:

@@ -15,6 +15,7 @@ from importlib import metadata
 from typing import NoReturn
 
 from rich.console import Console
+from rich.markup import escape
 
 from ramet.cli.bench import add_bench, run_bench
 from ramet.cli.chat import add_chat, run_chat
@@ -27,7 +28,7 @@ from ramet.cli.run import add_run, run_run
 from ramet.cli.scale import add_scale, run_scale
 from ramet.cli.serve import add_serve, run_serve
 from ramet.cli.size import add_size, run_size
-from ramet.errors import RametError
+from ramet.errors import RametError, explained
 from ramet.runtime.engine.openmp_waits import limit_spinning
 
 Arguments = argparse.Namespace
@@ -75,6 +76,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status: int = arguments.run(arguments)
         sys.stdout.flush()  # whoever read it may have left, which is to be noticed here
+    except ModuleNotFoundError as error:
+        found = explained(error)
+        if found is error:  # not of our extras: a program's own import
+            raise
+        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(found))}", highlight=False, soft_wrap=True)
+        return 1
     except RametError as error:
         Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
         return 1
