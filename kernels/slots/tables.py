@@ -17,7 +17,9 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ramet.kernels.grammar.mask import Budgets
@@ -26,6 +28,7 @@ from ramet.kernels.sampling.sample import GREEDY_SLOT, GrammarTables, SamplingTa
 from ramet.kernels.triton_support import cdiv, jit_any_value, tl
 
 _BLOCK = 128
+_ALIGN = 32  # int32 values: sections start on 128 bytes, so kernels compiled for aligned pointers serve every step
 
 NUM_HEADER_COLUMNS = 16  # 64 bytes: one row's scalars are one cache line
 _NAMES = (
@@ -152,6 +155,27 @@ def commit_decode(
     """
     run = commit_decode_triton if rows.is_cuda else commit_decode_reference
     run(rows, next_tokens, last_token, kv_len, num_computed)
+
+
+def upload(sections: Sequence[NDArray[np.int32]], device: torch.device) -> list[Tensor]:
+    """Copy int32 arrays to the device in one asynchronous transfer. Returns one view for each array.
+
+    On a CPU nothing is copied: the result shares the arrays' memory, so nobody may change them afterwards.
+    """
+    if device.type == "cpu":
+        return [torch.from_numpy(np.ascontiguousarray(section)) for section in sections]
+    starts, total = [], 0
+    for section in sections:
+        starts.append(total)
+        total += -(-section.size // _ALIGN) * _ALIGN
+    packed = np.zeros(max(total, 1), dtype=np.int32)
+    for start, section in zip(starts, sections, strict=True):
+        packed[start : start + section.size] = section.reshape(-1)
+    tensor = torch.from_numpy(packed).pin_memory().to(device, non_blocking=True)
+    return [
+        tensor[start : start + section.size].view(section.shape)
+        for start, section in zip(starts, sections, strict=True)
+    ]
 
 
 def scatter_rows(updates: Tensor, table: Tensor) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 
 from ramet.kernels.attention.decode import DecodeMetadata
-from ramet.kernels.slots.tables import DecodeInputs, prepare_decode
+from ramet.kernels.slots.tables import DecodeInputs, prepare_decode, upload
 from ramet.runtime.models.decoder import Decoder
 from ramet.runtime.steps.attention_plans import AttentionPlans
 from ramet.runtime.steps.inputs import ExtendArrays, ExtendInputs, Step, upload_extend
 from ramet.runtime.steps.sampler import Sampled, Sampler
-from ramet.runtime.steps.slots import RunningSlots, upload
+from ramet.runtime.steps.slots import RunningSlots
 
 
 class EagerSteps:

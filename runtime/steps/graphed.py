@@ -9,13 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ramet.kernels.slots.tables import SlotTables, prepare_decode, scatter_rows
+from ramet.kernels.slots.tables import SlotTables, prepare_decode, scatter_rows, upload
 from ramet.runtime.models.decoder import Decoder
 from ramet.runtime.steps.attention_plans import AttentionPlans
 from ramet.runtime.steps.cuda_graph import DecodeBuffers, GraphCapture, GraphKey, MixedBuffers, MixedKey, StepGraphs
 from ramet.runtime.steps.inputs import ExtendArrays, Step
 from ramet.runtime.steps.sampler import Sampled, Sampler
-from ramet.runtime.steps.slots import RunningSlots, upload
+from ramet.runtime.steps.slots import RunningSlots
 
 
 class GraphedSteps:

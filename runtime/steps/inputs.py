@@ -15,8 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ramet.kernels.slots.tables import SlotTables, scatter_rows
-from ramet.runtime.steps.slots import RunningSlots, upload
+from ramet.kernels.slots.tables import SlotTables, scatter_rows, upload
 from ramet.runtime.types import Batch, ScheduledSequence, Sequence, TokenIds
 
 
@@ -110,13 +109,8 @@ def scored_range(item: ScheduledSequence) -> tuple[int, int]:
     return first, max(first, min(item.start + item.num_tokens + 1, request.num_prompt))
 
 
-def gather_extend(
-    batch: Batch, slots: RunningSlots, grammar_states: Seq[int], edit_rows: Seq[int], page_size: int
-) -> ExtendArrays:
-    """Gather the extend rows of `batch`. From now on their updates count as known to the device.
-
-    grammar_states, edit_rows: each extend row's automaton state, and its row of the edit tables.
-    """
+def gather_extend(batch: Batch, updates: NDArray[np.int32], page_size: int) -> ExtendArrays:
+    """Gather the extend rows of `batch`. updates: their changes of the slot tables."""
     items = batch.items[batch.num_decode :]
     tokens: list[TokenIds] = []
     positions: list[NDArray[np.int32]] = []
@@ -156,7 +150,7 @@ def gather_extend(
         cu_seqlens=np.concatenate([[0], np.cumsum(q_lens)]).astype(np.int32),
         kv_lens=np.asarray(kv_lens, dtype=np.int32),
         rows=np.asarray(rows, dtype=np.int32),
-        updates=slots.extend_updates(items, grammar_states, edit_rows),
+        updates=updates,
         sample_index=np.asarray(sample_index, dtype=np.int32),
         sample_rows=np.asarray(sample_rows, dtype=np.int32),
         sample_positions=np.asarray(sample_positions, dtype=np.int32),

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ramet.kernels.sampling.logprobs import compute_logprobs
+from ramet.kernels.slots.tables import upload
 from ramet.runtime.steps.inputs import Step, scored_range
 from ramet.runtime.steps.sampler import Sampled, Scores
-from ramet.runtime.steps.slots import upload
 from ramet.runtime.types import Batch, RowOutput, TopTokens
 
 

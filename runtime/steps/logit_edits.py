@@ -23,8 +23,7 @@ from ramet.kernels.sampling.logit_edits import (
     penalize_generated,
     penalize_repetition,
 )
-from ramet.kernels.slots.tables import float_bits, scatter_rows
-from ramet.runtime.steps.slots import upload
+from ramet.kernels.slots.tables import float_bits, scatter_rows, upload
 from ramet.runtime.types import Sequence
 
 NUM_EDIT_ROWS = 64  # 1.5 MB each at a vocabulary of 128k

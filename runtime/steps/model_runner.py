@@ -23,7 +23,7 @@ from torch import Tensor
 from ramet.kernels.attention.plan import AttentionTiles
 from ramet.kernels.grammar.arena import FREE_STATE, GrammarArena
 from ramet.kernels.slots.copy_pages import copy_pages
-from ramet.kernels.slots.tables import COLUMNS, scatter_rows
+from ramet.kernels.slots.tables import COLUMNS, scatter_rows, upload
 from ramet.runtime.constraints.states import HostMasks
 from ramet.runtime.models.decoder import Decoder
 from ramet.runtime.steps.attention_plans import AttentionPlans
@@ -36,7 +36,7 @@ from ramet.runtime.steps.launched_step import LaunchedStep, StepLogprobs
 from ramet.runtime.steps.logit_edits import LogitEdits
 from ramet.runtime.steps.recorded import RecordedSteps
 from ramet.runtime.steps.sampler import Sampled, Sampler
-from ramet.runtime.steps.slots import RunningSlots, upload
+from ramet.runtime.steps.slots import RunningSlots
 from ramet.runtime.steps.tree_planner import TreePlanner
 from ramet.runtime.types import Batch, Sequence
 
@@ -207,7 +207,8 @@ class ModelRunner:
                 if row and self.slots.joins(item):
                     self.edits.fill(item.sequence)
         states = grammar_states or [FREE_STATE] * len(items)
-        return gather_extend(batch, self.slots, states, edit_rows, self.kv_cache.page_size)
+        updates = self.slots.extend_updates(items, states, edit_rows)
+        return gather_extend(batch, updates, self.kv_cache.page_size)
 
     def _is_edited_by_host(self, sequence: Sequence) -> bool:
         """Return True if a sequence's logits are edited and it has no row of the device's edit tables."""

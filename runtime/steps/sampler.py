@@ -11,11 +11,10 @@ from torch import Tensor
 from ramet.kernels.grammar.arena import GrammarArena
 from ramet.kernels.sampling.logit_edits import count_tokens
 from ramet.kernels.sampling.logprobs import compute_logprobs
-from ramet.kernels.slots.tables import SlotTables, commit_decode
+from ramet.kernels.slots.tables import SlotTables, commit_decode, upload
 from ramet.runtime.models.decoder import Decoder
 from ramet.runtime.steps.inputs import ExtendInputs, Step
 from ramet.runtime.steps.logit_edits import LogitEdits, apply_edits
-from ramet.runtime.steps.slots import upload
 
 _SCORE_ROWS = 512  # logits rows of one part of a scoring chunk: bounds the [rows, V] fp32 workspace
 

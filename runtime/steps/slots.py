@@ -11,13 +11,10 @@ from collections.abc import Sequence as Seq
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from ramet.kernels.sampling.sample import GREEDY_SLOT, split_seed
 from ramet.kernels.slots.tables import COLUMNS, NUM_HEADER_COLUMNS, SlotTables, column_bits
 from ramet.runtime.types import ScheduledSequence, Sequence
-
-_ALIGN = 32  # int32 values: sections start on 128 bytes, so kernels compiled for aligned pointers serve every step
 
 
 class RunningSlots:
@@ -91,24 +88,3 @@ def _join_triples(sequence: Sequence, slot: int, state: int, edit_row: int) -> l
     triples = [(slot, COLUMNS[name], value) for name, value in values.items()]
     triples += [(slot, COLUMNS[name], column_bits(name, getattr(params, name))) for name in GREEDY_SLOT]
     return triples
-
-
-def upload(sections: Seq[NDArray[np.int32]], device: torch.device) -> list[Tensor]:
-    """Copy int32 arrays to the device in one asynchronous transfer. Returns one view for each array.
-
-    On a CPU nothing is copied: the result shares the arrays' memory, so nobody may change them afterwards.
-    """
-    if device.type == "cpu":
-        return [torch.from_numpy(np.ascontiguousarray(section)) for section in sections]
-    starts, total = [], 0
-    for section in sections:
-        starts.append(total)
-        total += -(-section.size // _ALIGN) * _ALIGN
-    packed = np.zeros(max(total, 1), dtype=np.int32)
-    for start, section in zip(starts, sections, strict=True):
-        packed[start : start + section.size] = section.reshape(-1)
-    tensor = torch.from_numpy(packed).pin_memory().to(device, non_blocking=True)
-    return [
-        tensor[start : start + section.size].view(section.shape)
-        for start, section in zip(starts, sections, strict=True)
-    ]
