@@ -117,7 +117,7 @@ class RemoteSession:
             graph.to_json()  # a wrong part raises here, in the caller
         self._index.add(graph)
         self._is_complete = is_last
-        self._call(self._program.take_part, _Part(graph, is_last))
+        self._call(self._program.take_part, graph, is_last)
 
     def finish(self) -> None:
         if not self._is_complete:
@@ -125,7 +125,7 @@ class RemoteSession:
             if self._whole is not None:
                 self._call(self._program.begin, self._whole)
             else:
-                self._call(self._program.take_part, _Part(None, is_last=True))
+                self._call(self._program.take_part, None, True)
 
     def cancel(self, nodes: Sequence[int] | None = None) -> None:
         self._call(self._program.cancel, self._row, None if nodes is None else list(nodes))
@@ -136,18 +136,6 @@ class RemoteSession:
                 f"the tool returned {value!r}, which has no JSON form; return text, numbers, lists, dicts"
             )
         self._call(self._program.provide, self._row, node, value, error)
-
-
-@dataclass(frozen=True, slots=True)
-class _Part:
-    graph: ir.Graph | None
-    is_last: bool
-
-
-@dataclass(frozen=True, slots=True)
-class _Cancel:
-    row: int
-    nodes: list[int]
 
 
 @dataclass(slots=True)
@@ -178,7 +166,7 @@ class _Program:
         self._first: dict[str, Any] | None = None  # the request that starts it
         self._id: str | None = None
         self._place = "0"  # of the last event in the server's log
-        self._outbox: deque[_Part | _Cancel] = deque()
+        self._outbox: deque[tuple[str, dict[str, Any]]] = deque()  # (last part of the path, body)
         self._changed = asyncio.Event()
         self._started = asyncio.Event()
         self._failure: RametError | None = None
@@ -189,21 +177,26 @@ class _Program:
     def begin(self, graph: ir.Graph) -> None:
         """Start all rows, unless they are started."""
         if self._first is None:
-            self.take_part(_Part(graph, is_last=True))
+            self.take_part(graph, True)
 
-    def take_part(self, part: _Part) -> None:
-        if part.graph is not None:
-            self._nodes.extend(part.graph.nodes)
+    def take_part(self, graph: ir.Graph | None, is_last: bool) -> None:
+        if graph is not None:
+            self._nodes.extend(graph.nodes)
             for row in self.rows:
-                row.unfinished.update(node.id for node in part.graph.nodes)
+                row.unfinished.update(node.id for node in graph.nodes)
         if self._failure is not None:
             self._fail(self._failure)
         elif self._first is not None:
-            self._outbox.append(part)
-            self._changed.set()
-        elif part.graph is not None:
-            self._first = self._opening(part.graph, part.is_last)
-            self.remote.http.spawn(self._run(self._can_wait(part)))
+            self._put("parts", {"graph": graph, "open": not is_last})
+        elif graph is not None:
+            self._first = self._opening(graph, is_last)
+            # A program that needs nothing from this process while it runs may wait for others.
+            can_wait = is_last and all(node.run_by != "caller" for node in graph.nodes)
+            self.remote.http.spawn(self._run(can_wait))
+
+    def _put(self, what: str, body: dict[str, Any]) -> None:  # Any: JSON
+        self._outbox.append((what, body))
+        self._changed.set()
 
     def provide(self, row: int, node: int, value: Any, error: Exception | None) -> None:
         if error is not None:
@@ -213,16 +206,14 @@ class _Program:
 
     def cancel(self, row: int, nodes: list[int] | None) -> None:
         if nodes is not None:
-            self._outbox.append(_Cancel(row, nodes))
-            self._changed.set()
+            self._put("cancel", {"row": row, "nodes": nodes})
             return
         self.rows[row].is_cancelled = True
         error = ProgramCancelled("the program was cancelled")
         if not all(one.is_cancelled for one in self.rows):
             unfinished = sorted(self.rows[row].unfinished)
             if unfinished:
-                self._outbox.append(_Cancel(row, unfinished))
-                self._changed.set()
+                self._put("cancel", {"row": row, "nodes": unfinished})
             self._fail_row(self.rows[row], error)
             return
         was_running = self._first is not None and self._failure is None
@@ -256,11 +247,6 @@ class _Program:
         }
         return {name: value for name, value in body.items() if value is not None}
 
-    def _can_wait(self, part: _Part) -> bool:
-        """Return whether a program needs nothing from this process while it runs, so that it may wait for others."""
-        assert part.graph is not None
-        return part.is_last and all(node.run_by != "caller" for node in part.graph.nodes)
-
     async def _run(self, can_wait: bool) -> None:
         """Follow the program to its end."""
         self._task = asyncio.current_task()
@@ -282,14 +268,11 @@ class _Program:
             await self._changed.wait()
             self._changed.clear()
             while self._outbox:
-                action = self._outbox.popleft()
-                if isinstance(action, _Cancel):
-                    await self._send("cancel", {"row": action.row, "nodes": action.nodes})
-                    continue
-                while self._outbox and isinstance(following := self._outbox[0], _Part):
-                    action = _merged(action, following)
-                    self._outbox.popleft()
-                await self._send("parts", {"graph": action.graph, "open": not action.is_last})
+                what, body = self._outbox.popleft()
+                while what == "parts" and self._outbox and self._outbox[0][0] == "parts":
+                    _, following = self._outbox.popleft()
+                    body = {"graph": _merged(body["graph"], following["graph"]), "open": following["open"]}
+                await self._send(what, body)
 
     async def _send(self, what: str, body: Mapping[str, Any]) -> None:
         path = f"/v1/programs/{self._id}/{what}"
@@ -407,12 +390,10 @@ class _Program:
             logger.exception("a listener failed at the %s event of node %d", event.kind, event.node)
 
 
-def _merged(first: _Part, second: _Part) -> _Part:
-    if first.graph is None or second.graph is None:
-        return _Part(first.graph or second.graph, first.is_last or second.is_last)
-    arguments = {**first.graph.arguments, **second.graph.arguments}
-    graph = ir.Graph((*first.graph.nodes, *second.graph.nodes), arguments, first.graph.first)
-    return _Part(graph, second.is_last)
+def _merged(first: ir.Graph | None, second: ir.Graph | None) -> ir.Graph | None:
+    if first is None or second is None:
+        return first or second
+    return ir.Graph((*first.nodes, *second.nodes), {**first.arguments, **second.arguments}, first.first)
 
 
 def _with_cause(event: ir.NodeEvent, tool_errors: Mapping[int, Exception]) -> ir.NodeEvent:

@@ -401,19 +401,30 @@ class Graph(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def from_json(data: bytes | str) -> Graph:
         """Read and check a graph. Raises InvalidProgram."""
         try:
-            head = msgspec.json.decode(data, type=_Head)
-            if head.version != VERSION:
-                raise InvalidProgram(f"the graph has version {head.version}, but this Ramet reads version {VERSION}")
             graph = msgspec.json.decode(data, type=Graph)
         except msgspec.MsgspecError as error:
+            version = _version(data)
+            if version not in (None, VERSION):
+                raise InvalidProgram(_other_version(version)) from error
             raise InvalidProgram(f"not a program graph: {error}") from error
+        if graph.version != VERSION:
+            raise InvalidProgram(_other_version(graph.version))
         if graph.first == 0:
             GraphIndex().add(graph)
         return graph
 
 
-class _Head(msgspec.Struct):
-    version: int = VERSION
+def _version(data: bytes | str) -> JsonValue:
+    """Return the version of a graph that can't be read, as far as it has one."""
+    try:
+        head = msgspec.json.decode(data, type=dict)
+    except msgspec.MsgspecError:
+        return None
+    return head.get("version")
+
+
+def _other_version(version: JsonValue) -> str:
+    return f"the graph has version {version}, but this Ramet reads version {VERSION}"
 
 
 def refs(node: AnyNode) -> Iterator[Ref]:
@@ -524,7 +535,7 @@ class GraphIndex:
         if is_bound and unbound:
             raise InvalidProgram(f"argument {unbound[0]!r} has no value; give it when the graph is run")
         if graph.version != VERSION:
-            raise InvalidProgram(f"the graph has version {graph.version}, but this Ramet reads version {VERSION}")
+            raise InvalidProgram(_other_version(graph.version))
         if graph.first != len(self.nodes):
             raise InvalidProgram(f"the part begins at node {graph.first}, but the program has {len(self.nodes)} nodes")
         before, arguments = len(self.nodes), dict(self.arguments)

@@ -10,7 +10,8 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import Callable, Coroutine, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from typing import Any
 
 from ramet.errors import InvalidProgram, InvalidRequest
@@ -30,7 +31,7 @@ class ToolRunner:
         self._tools = dict(tools)
         self._loops: dict[int, asyncio.AbstractEventLoop] = {}  # ToolCall nodes whose async tools run there
         self._lock = threading.Lock()
-        self._waiting: deque[_Call] = deque()
+        self._waiting: deque[Callable[[], None]] = deque()  # each makes one call, on its own thread
         self._num_running = 0
         self._tasks: set[Future[Any]] = set()
 
@@ -68,9 +69,38 @@ class ToolRunner:
 
     def _start(self, name: str, work: Callable[[], Any], timeout_s: float | None, done: OnDone) -> None:
         """Call `work` on a thread; a coroutine that it returns runs there, too. `done` receives the result or error."""
-        call = _Call(name, work, timeout_s, done)
+        ended: Future[Any] = Future()  # set once: by the call, or by its time limit
+
+        def over(_: Future[Any]) -> None:
+            with self._lock:
+                self._num_running -= 1
+            error = ended.exception()
+            done(None if error else ended.result(), error if isinstance(error, Exception) else None)
+            self._next()
+
+        def call() -> None:
+            timer: threading.Timer | None = None
+            if timeout_s is not None:
+                timer = threading.Timer(timeout_s, _settle, (ended, None, _too_late(name, timeout_s)))
+                timer.daemon = True
+                timer.start()
+            try:
+                result = work()
+                if asyncio.iscoroutine(result):
+                    result = asyncio.run(_limited(name, result, timeout_s))
+            except Exception as error:  # the tool's error is raised where its value is read
+                _settle(ended, None, error)
+            else:
+                _settle(ended, result, None)
+            finally:
+                if timer is not None:
+                    timer.cancel()
+
+        ended.add_done_callback(over)
+        # Not a pool: the interpreter joins a pool's threads at exit, and a tool may hang.
+        thread = threading.Thread(target=call, name=f"ramet-tool-{name}", daemon=True)
         with self._lock:
-            self._waiting.append(call)
+            self._waiting.append(thread.start)
         self._next()
 
     def _start_on(
@@ -111,50 +141,18 @@ class ToolRunner:
         with self._lock:
             if not self._waiting or self._num_running >= MAX_CALLS:
                 return
-            call = self._waiting.popleft()
+            start = self._waiting.popleft()
             self._num_running += 1
-        # Not a pool: the interpreter joins a pool's threads at exit, and a tool may hang.
-        threading.Thread(target=self._run, args=(call,), name=f"ramet-tool-{call.name}", daemon=True).start()
+        start()
 
-    def _run(self, call: _Call) -> None:
-        timer: threading.Timer | None = None
-        if call.timeout_s is not None:
-            timer = threading.Timer(call.timeout_s, self._expire, (call,))
-            timer.daemon = True
-            timer.start()
-        try:
-            result = call.work()
-            if asyncio.iscoroutine(result):
-                result = asyncio.run(_limited(call.name, result, call.timeout_s))
-        except Exception as error:  # the tool's error is raised where its value is read
-            self._end(call, None, error)
+
+def _settle(ended: Future[Any], result: Any, error: Exception | None) -> None:
+    """Set the outcome of a call, unless it has one."""
+    with suppress(InvalidStateError):
+        if error is None:
+            ended.set_result(result)
         else:
-            self._end(call, result, None)
-        finally:
-            if timer is not None:
-                timer.cancel()
-
-    def _expire(self, call: _Call) -> None:
-        self._end(call, None, _too_late(call.name, call.timeout_s))
-
-    def _end(self, call: _Call, result: Any, error: Exception | None) -> None:
-        with self._lock:
-            if call.is_over:
-                return
-            call.is_over = True
-            self._num_running -= 1
-        call.done(result, error)
-        self._next()
-
-
-class _Call:
-    """One call. Owner: the runner; `is_over` under its lock."""
-
-    __slots__ = ("done", "is_over", "name", "timeout_s", "work")
-
-    def __init__(self, name: str, work: Callable[[], Any], timeout_s: float | None, done: OnDone) -> None:
-        self.name, self.work, self.timeout_s, self.done = name, work, timeout_s, done
-        self.is_over = False
+            ended.set_exception(error)
 
 
 async def _limited(name: str, work: Coroutine[Any, Any, Any], timeout_s: float | None) -> Any:
