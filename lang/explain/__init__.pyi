@@ -4,7 +4,7 @@ from .drawing import Drawing as Drawing
 from .drawing import draw_plan as draw_plan
 from .drawing import draw_run as draw_run
 from .explanation import Explanation as Explanation
-from .measured import explain_run as explain_run
+from .explanation import explain_run as explain_run
 from .plan import explain_on_server as explain_on_server
 from .plan import explain_plan as explain_plan
 from .plan import explain_rows as explain_rows

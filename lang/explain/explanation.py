@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ramet.lang.graph import ir
-from ramet.lang.graph.run_record import RunRecord
+from ramet.lang.graph.run_record import RunRecord, Stage
 from ramet.lang.passes.kv_bound import KvBound
 from ramet.lang.passes.paths import ZERO, Count
 
@@ -58,25 +58,6 @@ class PassReport:
 
 
 @dataclass(frozen=True, slots=True)
-class StageReport:
-    """A source line where recording stopped because Python code needed a generated value, with the reason."""
-
-    line: str
-    why: str
-    value: str
-
-
-def stage_reports(record: RunRecord) -> tuple[StageReport, ...]:
-    """Return the stages of a run or a trace, each with the name of the value that it needed."""
-    return tuple(StageReport(one.line, one.why, _value_name(record.graph, one.node)) for one in record.stages)
-
-
-def _value_name(graph: ir.Graph, node: int) -> str:
-    found = graph.nodes[node]
-    return f"{found.kind_name} {found.label!r}" if found.label else f"{found.kind_name} (node {node})"
-
-
-@dataclass(frozen=True, slots=True)
 class Measured:
     """The measured cost of one node. Times are seconds since the program's start; None if the backend gave none."""
 
@@ -118,7 +99,7 @@ class Explanation:
     target: str
     nodes: tuple[NodeCost, ...]
     passes: tuple[PassReport, ...]
-    stages: tuple[StageReport, ...]
+    stages: tuple[Stage, ...]
     specialised: Mapping[str, str]
     kv: KvBound
     is_complete: bool
@@ -175,6 +156,34 @@ class Explanation:
         out = io.StringIO()
         Console(file=out, width=WIDTH, color_system=None, highlight=False).print(_shown(self))
         return out.getvalue().rstrip("\n")
+
+
+def explain_run(record: RunRecord) -> Explanation:
+    """Explain a run: measured tokens and times by node, and the lines that forced a stage."""
+    measured = tuple(
+        one for node in record.graph.nodes if (one := _measure(node, record.events.get(node.id))) is not None
+    )
+    most = max((one.usage.prompt_tokens + one.usage.completion_tokens for one in measured), default=0)
+    total = sum((one.usage for one in measured), ir.Usage())
+    kv = KvBound(total.computed_tokens + total.completion_tokens, None, total.computed_tokens, most, True)
+    return Explanation(record.program, "", (), (), record.stages, {}, kv, True, measured=measured)
+
+
+def _measure(node: ir.AnyNode, event: ir.NodeEvent | None) -> Measured | None:
+    if node.run_by == "runner" or event is None:
+        return None
+    times = event.timings or {}
+    return Measured(
+        node.id,
+        node.kind_name,
+        node.label,
+        node.line,
+        event.usage or ir.Usage(),
+        times.get("start_s"),
+        times.get("first_token_s"),
+        times.get("end_s"),
+        None if event.error is None else f"{event.error.type}: {event.error.message}",
+    )
 
 
 def _plain(count: Count) -> int | list[int]:

@@ -1,7 +1,7 @@
 """`explain()` before a run: a program's predicted cost, like EXPLAIN for database queries.
 
 The plan has exact prompt, shared and new tokens wherever the text is known, limits for the rest, a KV bound, and one
-line for each pass. Nothing here runs a model. Not here: measured costs (measured.py), the table (explanation.py).
+line for each pass. Nothing here runs a model. Not here: measured costs, the table (explanation.py).
 """
 
 from __future__ import annotations
@@ -11,14 +11,13 @@ from dataclasses import replace
 from typing import Any
 
 from ramet.errors import GrammarError
-from ramet.lang.explain.explanation import Explanation, NodeCost, PassReport, stage_reports, sum_counts
+from ramet.lang.explain.explanation import Explanation, NodeCost, PassReport, sum_counts
 from ramet.lang.graph import ir
 from ramet.lang.graph.run_record import RunRecord
-from ramet.lang.passes.argument_motion import argument_motion, as_written, late_gain
+from ramet.lang.passes.argument_motion import argument_motion, as_written, shared_by_calls
 from ramet.lang.passes.fold import Folded, fold_constants
-from ramet.lang.passes.forced_tokens import forced_tokens
+from ramet.lang.passes.forced_tokens import appended_tokens, tokens_at_start
 from ramet.lang.passes.fork_groups import fork_groups
-from ramet.lang.passes.identical_nodes import identical_nodes
 from ramet.lang.passes.kv_bound import KvBound, kv_bound, most_pages
 from ramet.lang.passes.liveness import liveness
 from ramet.lang.passes.masked_checks import masked_checks
@@ -54,7 +53,7 @@ def explain_plan(traced: RunRecord, target: Target, unbound: ir.Graph | None = N
         target.name,
         tuple(_node_costs(paths, plan)),
         tuple(reports),
-        stage_reports(traced),
+        traced.stages,
         traced.specialised,
         kv,
         is_complete,
@@ -77,7 +76,7 @@ def explain_rows(traced: Sequence[RunRecord], target: Target) -> Explanation:
         first.kv.longest,
         not any(one.stages for one in traced),
     )
-    stages = next((stage_reports(one) for one in traced if one.stages), ())
+    stages = next((one.stages for one in traced if one.stages), ())
     gained = 0
     if any(isinstance(node, ir.Text) and node.moved for one in traced for node in one.graph.nodes):
         gained = batch_prefixes([as_written(one.graph) for one in traced], target).computed - batch.computed
@@ -158,25 +157,24 @@ def _prefix_report(paths: Paths, plan: RequestPlan) -> PassReport:
 
 
 def _identical_report(paths: Paths) -> PassReport:
-    found = identical_nodes(paths)
-    text = f"{_some(len(found.twins), 'generation')} of {len(paths.prompts)} take over another one's text"
-    if not found.twins:
+    text = f"{_some(len(paths.twins), 'generation')} of {len(paths.prompts)} take over another one's text"
+    if not paths.twins:
         text = "no generation surely writes what another one does"
-    if found.unseeded:
-        text += f"; {len(found.unseeded)} with an equal prompt sample without a seed, so each runs"
-    return PassReport("identical nodes", text, {"shared": len(found.twins), "unseeded": len(found.unseeded)})
+    if paths.unseeded:
+        text += f"; {len(paths.unseeded)} with an equal prompt sample without a seed, so each runs"
+    return PassReport("identical nodes", text, {"shared": len(paths.twins), "unseeded": len(paths.unseeded)})
 
 
 def _liveness_report(paths: Paths) -> PassReport:
-    found = liveness(paths)
-    early = [s for s in found.segments if found.order and s.last_use != found.order[-1]]
+    segments, order = liveness(paths)
+    early = [s for s in segments if order and s.last_use != order[-1]]
     size = sum_counts(segment.count for segment in early)
-    again = sum(len(segment.reads) > 1 for segment in found.segments)
+    again = sum(len(segment.reads) > 1 for segment in segments)
     text = (
-        f"{_some(len(found.segments), 'segment')}, {again} read more than once; "
+        f"{_some(len(segments), 'segment')}, {again} read more than once; "
         f"{size} tokens are last read before the last request"
     )
-    numbers = {"segments": len(found.segments), "read_again": again, "dead_early": size.at_most}
+    numbers = {"segments": len(segments), "read_again": again, "dead_early": size.at_most}
     return PassReport("liveness", text, numbers)
 
 
@@ -202,17 +200,17 @@ def _fork_report(paths: Paths) -> PassReport:
 
 def _forced_report(paths: Paths, plan: RequestPlan, target: Target) -> PassReport:
     try:
-        found = forced_tokens(paths, plan, target)
+        start = sum(tokens_at_start(paths, target).values())
     except GrammarError as error:
         return PassReport("forced tokens", f"a constraint doesn't compile: {error}", {"appended": 0, "at_start": 0})
-    start = sum(found.at_start.values())
-    text = f"{found.appended:,} tokens of text between generations are appended, not decoded"
+    appended = appended_tokens(plan)
+    text = f"{appended:,} tokens of text between generations are appended, not decoded"
     constrained = sum(isinstance(n, ir.Generate) and n.narrowed().constraint is not None for n in paths.graph.nodes)
     if constrained:
         text += (
             f"; {_some(constrained, 'constrained text')} begin with {start} forced tokens, the rest shows in the run"
         )
-    return PassReport("forced tokens", text, {"appended": found.appended, "at_start": start})
+    return PassReport("forced tokens", text, {"appended": appended, "at_start": start})
 
 
 def _checks_report(paths: Paths, target: Target) -> Iterable[PassReport]:
@@ -236,13 +234,14 @@ def _checks_report(paths: Paths, target: Target) -> Iterable[PassReport]:
 
 def _motion_report(graph: ir.Graph, target: Target) -> PassReport:
     """Report argument motion. `graph`: its arguments are unbound."""
-    late = late_gain(graph, target)
-    if late is not None:
+    num_moved = sum(isinstance(node, ir.Text) and node.moved > 0 for node in graph.nodes)
+    if num_moved:
+        before, after = shared_by_calls(as_written(graph), target), shared_by_calls(graph, target)
         text = (
-            f"{_some(late.num_moved, 'text')} stood late: {late.shared_after:,} tokens are the same in every call; as "
-            f"written {late.shared_before:,}; gained {late.gain:,}"
+            f"{_some(num_moved, 'text')} stood late: {after:,} tokens are the same in every call; as written "
+            f"{before:,}; gained {after - before:,}"
         )
-        return PassReport("argument motion", text, {"shared": late.shared_after, "gained": late.gain, "gain": 0})
+        return PassReport("argument motion", text, {"shared": after, "gained": after - before, "gain": 0})
     found = argument_motion(interpret(graph, target), target)
     if not found:
         return PassReport("argument motion", "no argument stands before text that all calls share", {"gain": 0})

@@ -10,11 +10,14 @@ from ramet.lang.graph import ir
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One stop of recording for a value: the source line, the value that it needed, and the nodes recorded by then."""
+    """One stop of recording, because Python code needed a generated value.
+
+    `line`: of the source. `why`: the use that needed the value. `value`: its name. `num_nodes`: recorded by then.
+    """
 
     line: str
-    node: int
     why: str
+    value: str
     num_nodes: int
 
 
@@ -33,3 +36,8 @@ class RunRecord:
     stages: tuple[Stage, ...] = ()
     attempts: Mapping[int, tuple[dict[str, str], ...]] = field(default_factory=dict)
     specialised: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def stop(self) -> Stage | None:
+        """The first need for a generated value. None: the graph is the whole program."""
+        return self.stages[0] if self.stages else None

@@ -184,6 +184,8 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_f
 
     def filled(self, defaults: Sampling) -> Sampling:
         """Return these values, with open fields filled from `defaults`."""
+        if defaults == _OPEN:  # of most programs; this runs for each node
+            return self
         return Sampling(**{**defaults.said(), **self.said()})
 
     def params(self) -> SamplingParams:
@@ -192,6 +194,9 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_f
         if self.logit_bias is not None:
             said["logit_bias"] = dict(self.logit_bias)
         return SamplingParams(**said)
+
+
+_OPEN = Sampling()
 
 
 def to_sampling(values: Mapping[str, Any]) -> Sampling:  # Any: whatever a caller gave

@@ -30,23 +30,6 @@ class Motion:
     gain: int
 
 
-@dataclass(frozen=True, slots=True)
-class LateGain:
-    """The gain of `prefix="late"`.
-
-    `num_moved`: the number of moved texts. The others: tokens that calls share at the first generation of a path, as
-    written and as moved.
-    """
-
-    num_moved: int
-    shared_before: int
-    shared_after: int
-
-    @property
-    def gain(self) -> int:
-        return self.shared_after - self.shared_before
-
-
 def as_written(graph: ir.Graph) -> ir.Graph:
     """Return the graph with every moved text back at its written place. Texts swap places; ids stay. O(nodes)."""
     nodes = list(graph.nodes)
@@ -82,16 +65,8 @@ def _chain(graph: ir.Graph, last: ir.Text) -> list[int]:
     return chain[::-1]
 
 
-def late_gain(graph: ir.Graph, target: Target) -> LateGain | None:
-    """Return what calls share because of `prefix="late"`; None if nothing moved. The graph has symbolic arguments."""
-    num_moved = sum(isinstance(node, ir.Text) and node.moved > 0 for node in graph.nodes)
-    if not num_moved:
-        return None
-    shared = [_shared(one, target) for one in (as_written(graph), graph)]
-    return LateGain(num_moved, *shared)
-
-
-def _shared(graph: ir.Graph, target: Target) -> int:
+def shared_by_calls(graph: ir.Graph, target: Target) -> int:
+    """Return the tokens that calls share at the first generation of a path. The graph has symbolic arguments."""
     paths = interpret(graph, target)
     found = (_motion(paths, node, target) for node in graph.nodes if node.run_by == "model" and node.parent)
     return max((motion.shared_now for motion in found if motion is not None), default=0)

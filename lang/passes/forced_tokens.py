@@ -7,8 +7,6 @@ annotation: it changes no graph.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from ramet.lang.graph import ir
 from ramet.lang.passes.masked_checks import masked_checks
 from ramet.lang.passes.paths import Paths
@@ -16,20 +14,16 @@ from ramet.lang.passes.requests import RequestPlan
 from ramet.lang.passes.target import Target
 
 
-@dataclass(frozen=True, slots=True)
-class ForcedTokens:
-    """`appended`: known tokens of text after generations. `at_start`: constrained node -> tokens it begins with."""
-
-    appended: int
-    at_start: dict[int, int]
+def appended_tokens(plan: RequestPlan) -> int:
+    """Count the known tokens of text after generations."""
+    return sum(one.added for one in plan.requests if one.unread.at_most and one.added is not None)
 
 
-def forced_tokens(paths: Paths, plan: RequestPlan, target: Target) -> ForcedTokens:
-    """Count forced tokens. Compiles every constraint once, as a run would. Raises the errors of compiling."""
-    appended = 0
-    for request in plan.requests:
-        if request.unread.at_most and request.added is not None:
-            appended += request.added
+def tokens_at_start(paths: Paths, target: Target) -> dict[int, int]:
+    """Return, by constrained node, how many tokens all its texts begin with.
+
+    Compiles every constraint once, as a run would. Raises the errors of compiling.
+    """
     at_start: dict[int, int] = {}
     known: dict[ir.Constraint, int] = {}
     for node in paths.graph.nodes:
@@ -39,4 +33,4 @@ def forced_tokens(paths: Paths, plan: RequestPlan, target: Target) -> ForcedToke
                 known[constraint] = len(target.forced_tokens(constraint) or ())
             if known[constraint]:
                 at_start[node.id] = known[constraint]
-    return ForcedTokens(appended, at_start)
+    return at_start

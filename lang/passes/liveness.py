@@ -1,4 +1,4 @@
-"""Liveness: when each segment is read, when it is read next, and after which request it is dead.
+"""Liveness: which requests read each segment, and after which one it is dead.
 
 A segment is the tokens that one node added to its branch. Time is counted in requests, in the order of the run. The
 results match the eviction order of the runtime's radix cache: dead tokens first, then those with the latest next use.
@@ -6,7 +6,6 @@ results match the eviction order of the runtime's radix cache: dead tokens first
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from ramet.lang.passes.paths import Count, Paths, Point
@@ -27,26 +26,11 @@ class Segment:
         return self.reads[-1] if self.reads else None
 
 
-@dataclass(frozen=True, slots=True)
-class Liveness:
-    """`order`: the nodes that make requests, in the order of the run. `segments`: the segments that hold tokens."""
+def liveness(paths: Paths) -> tuple[list[Segment], list[int]]:
+    """Return the segments that hold tokens, and the nodes that make requests, in the order of the run.
 
-    segments: tuple[Segment, ...]
-    order: tuple[int, ...]
-
-    def dead_after(self, node: int) -> list[Segment]:
-        """Return the segments whose last reader is request `node`."""
-        return [segment for segment in self.segments if segment.last_use == node]
-
-    def next_use(self, segment: Segment, after: int) -> float:
-        """Return the number of requests from `after` to the segment's next read; inf: never."""
-        time = {node: i for i, node in enumerate(self.order)}
-        now = time[after]
-        return min((time[read] - now for read in segment.reads if time[read] > now), default=math.inf)
-
-
-def liveness(paths: Paths) -> Liveness:
-    """Find the uses of every segment. O(sum of the lengths of all branches, in segments)."""
+    O(sum of the lengths of all branches, in segments).
+    """
     reads: dict[int, list[int]] = {}
     point_of: dict[int, Point] = {}
     order: list[int] = []
@@ -64,7 +48,7 @@ def liveness(paths: Paths) -> Liveness:
         size = Count(point.count.at_least - before.at_least, point.count.at_most - before.at_most)
         assert point.node is not None
         found.append(Segment(point.node, before, size, tuple(users)))
-    return Liveness(tuple(found), tuple(order))
+    return found, order
 
 
 def _segments(tip: Point) -> list[tuple[int, Point]]:

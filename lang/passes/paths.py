@@ -161,7 +161,8 @@ class Paths:
     nodes. `twins`: a Generate node that always writes the text of an earlier one -> that earlier node. `unordered`:
     nodes with twins of which the run decides the first to run. `joined`: joins, and the nodes after one on its branch.
     `given_back`: the last token of a generation's prompt, if the model writes it again (`lang/graph/healing.py`): then
-    `prompts` and the request are without it. None: that depends on the run.
+    `prompts` and the request are without it. None: that depends on the run. `unseeded`: generations whose prompt equals
+    an earlier one's, but which sample without a seed, so that each runs.
     """
 
     graph: ir.Graph
@@ -174,6 +175,7 @@ class Paths:
     given_back: dict[int, bytes | None] = field(default_factory=dict)
     twins: dict[int, int] = field(default_factory=dict)
     unordered: set[int] = field(default_factory=set)
+    unseeded: list[int] = field(default_factory=list)
     joined: set[int] = field(default_factory=set)
     texts: list[tuple[TextPart, ...]] = field(default_factory=list)
 
@@ -302,6 +304,8 @@ class _Interpreter:
                 self._found.twins[node.id] = name
                 if {node.id, name} & self._found.joined:
                     self._found.unordered.add(name)
+        elif self._classes.setdefault((prompt.position, node.sampling, node.constraint), node.id) != node.id:
+            self._found.unseeded.append(node.id)
         limit, most_bytes = generated_limits(node, self._target)
         # If max_tokens ended the text, the last token has no keys and values. Nor have those that complete a choice:
         # they are appended just before the text ends.

@@ -15,7 +15,7 @@ from ramet.lang.backends.protocol import Backend, TakesRows
 from ramet.lang.graph import ir
 from ramet.lang.graph.options import ProgramOptions, deadline
 from ramet.lang.program.batch import cancelling
-from ramet.lang.program.trace import ArgumentSource, Trace, as_argument
+from ramet.lang.program.trace import ArgumentSource, as_argument
 from ramet.lang.recording.recorder import Recorder
 from ramet.lang.recording.state import State
 from ramet.lang.running.run import Run
@@ -30,30 +30,33 @@ class Compiled:
     A run also accepts parameters that the graph doesn't depend on.
     """
 
-    def __init__(self, trace: Trace, given: Iterable[str] = (), parameters: Iterable[str] = ()) -> None:
-        """`given`: names of the arguments given to the trace. `parameters`: names of all parameters of the function.
+    def __init__(self, traced: State, given: Iterable[str] = (), parameters: Iterable[str] = ()) -> None:
+        """`traced`: the state at the end of a trace. `given`: names of the arguments given to it.
+
+        `parameters`: names of all parameters of the function.
 
         Raises InvalidProgram if the trace needed a generated value.
         """
-        if trace.stop is not None:
+        record = traced.record
+        if record.stop is not None:
             raise InvalidProgram(
-                f"{trace.program} can't be compiled: {trace.stop.line} needs a value in Python ({trace.stop.why}); "
+                f"{record.program} can't be compiled: {record.stop.line} needs a value in Python ({record.stop.why}); "
                 "use run(), which waits for it there",
-                program=trace.program,
-                source_line=trace.stop.line,
+                program=record.program,
+                source_line=record.stop.line,
             )
-        self.name = trace.program
-        self.graph = ir.Graph(trace.graph.nodes)
-        self._end = trace.state.recorder
+        self.name = record.program
+        self.graph = ir.Graph(record.graph.nodes)
+        self._end = traced.recorder
         kept = [
             one for one in _sources([self._end.run.returned, self._end.variables]) if isinstance(one, ArgumentSource)
         ]
         in_text = [node.name for node in self.graph.nodes if isinstance(node, ir.Argument)]
-        returned = [one.argument for one in kept if one.argument not in trace.specialised]
+        returned = [one.argument for one in kept if one.argument not in record.specialised]
         self.arguments = tuple(dict.fromkeys([*in_text, *returned]))
-        self._unused = frozenset(parameters) - {*given, *trace.specialised, *self.arguments}
+        self._unused = frozenset(parameters) - {*given, *record.specialised, *self.arguments}
         self._kept = {one.argument: example for one in kept for example in one.examples}
-        self._given = {**{n: v for n, v in self._kept.items() if n in returned}, **trace.graph.arguments}
+        self._given = {**{n: v for n, v in self._kept.items() if n in returned}, **record.graph.arguments}
 
     def run(self, **kwargs: Any) -> State:
         """Run the graph and wait for its end.

@@ -12,6 +12,7 @@ import functools
 import inspect
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack, closing, nullcontext, suppress
 from contextvars import copy_context
 from dataclasses import dataclass, replace
@@ -22,14 +23,13 @@ from ramet.lang import explain as explanations
 from ramet.lang.backends.default import choose_backend, use_backend
 from ramet.lang.graph import ir
 from ramet.lang.graph.options import ProgramOptions, deadline
+from ramet.lang.graph.run_record import RunRecord
 from ramet.lang.graph.sampling import to_sampling
 from ramet.lang.passes.target import Target, target_of
 from ramet.lang.program.batch import arguments_in_text, cancelling, in_row_order, row_order, run_rows
 from ramet.lang.program.compiled import Compiled
-from ramet.lang.program.own_thread import in_own_thread
-from ramet.lang.program.progress_bar import ProgressBar
 from ramet.lang.program.stream import Stream
-from ramet.lang.program.trace import Trace, TraceStopped, TracingRun, symbolic
+from ramet.lang.program.trace import TraceStopped, TracingRun, symbolic
 from ramet.lang.recording.recorder import Recorder
 from ramet.lang.recording.state import State
 from ramet.lang.running.run import Run
@@ -156,7 +156,7 @@ class Function:
             if self.is_async:
                 await self._arecord(state, call)
             else:
-                await in_own_thread(lambda: self._record(state, call))
+                await _in_own_thread(lambda: self._record(state, call))
             await state
         return state
 
@@ -183,7 +183,7 @@ class Function:
         if self.is_async:
             recording = asyncio.ensure_future(self._arecord(state, call))
         else:
-            recording = asyncio.ensure_future(in_own_thread(lambda: self._record(state, call)))
+            recording = asyncio.ensure_future(_in_own_thread(lambda: self._record(state, call)))
         recording.add_done_callback(stream.recorded)
         async for item in stream:
             yield item
@@ -240,22 +240,23 @@ class Function:
         self, calls: list[_Call], progress_bar: bool, num_threads: int | None, max_live: int
     ) -> Iterator[State]:
         states = run_rows(calls, self._new_state, self._record, num_threads=num_threads, max_live=max_live)
-        with ProgressBar(len(calls), progress_bar, self.name) as advance, closing(states):
-            for state in states:
-                advance()
-                yield state
+        with closing(states):
+            yield from _shown_progress(states, len(calls), self.name) if progress_bar else states
 
     # Tracing.
 
-    def trace(self, *args: Any, **kwargs: Any) -> Trace:
+    def trace(self, *args: Any, **kwargs: Any) -> RunRecord:
         """Record the program without running it. Arguments that are left out stay symbolic.
+
+        The record's graph has the given arguments. Its `stop` is where the trace needed a generated value, and ended.
 
         Some functions can't work with symbolic arguments, for example because they pass one to code that requires a
         plain string. Such a function is traced with the given values themselves.
         """
-        return self._symbolic_trace(self._split(args, kwargs, is_partial=True))
+        return self._symbolic_trace(self._split(args, kwargs, is_partial=True)).record
 
-    def _symbolic_trace(self, call: _Call) -> Trace:
+    def _symbolic_trace(self, call: _Call) -> State:
+        """Return the state at the end of a trace."""
         try:
             return self._trace(call, is_symbolic=True)
         except Exception:
@@ -264,7 +265,7 @@ class Function:
                 raise
             return self._trace(call, is_symbolic=False)
 
-    def _trace(self, call: _Call, *, is_symbolic: bool) -> Trace:
+    def _trace(self, call: _Call, *, is_symbolic: bool) -> State:
         run = TracingRun(self.name, call.options.get("seed"))
         state = State(Recorder(run, sampling=call.sampling))
         names = [p.name for p in self.parameters if p.kind is not inspect.Parameter.VAR_KEYWORD]
@@ -272,7 +273,7 @@ class Function:
         backend = call.options.get("backend")
         with suppress(TraceStopped), use_backend(backend) if backend is not None else nullcontext():
             self._record(state, replace(call, arguments=arguments))
-        return Trace(run.report(), state)
+        return state
 
     def compile(self, **given: Any) -> Compiled:
         """Trace the program once and keep its graph. `.run(...)` of the result doesn't execute the function again.
@@ -280,7 +281,8 @@ class Function:
         `given`: defaults of the arguments. An argument whose value the function needs in Python must be given; the
         compiled graph then holds for that value only. Raises InvalidProgram if a generated value is needed.
         """
-        return Compiled(self.trace(**given), given, [parameter.name for parameter in self.parameters])
+        traced = self._symbolic_trace(self._split((), given, is_partial=True))
+        return Compiled(traced, given, [parameter.name for parameter in self.parameters])
 
     # Costs.
 
@@ -343,7 +345,7 @@ class Function:
             record, explanations.explain_plan(record, target, self._unbound_graph(call)), target
         )
 
-    def _whole_trace(self, call: _Call) -> Trace:
+    def _whole_trace(self, call: _Call) -> State:
         """Trace the call. If every argument is given, the nodes equal those of a run; else arguments stay symbolic."""
         if all(p.name in call.arguments for p in self.parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)):
             return self._trace(call, is_symbolic=False)
@@ -353,7 +355,7 @@ class Function:
         """Return the graph of all calls, in which all arguments are symbolic. None for a program without arguments."""
         if not call.arguments and not self.parameters:
             return None
-        return ir.Graph(self._symbolic_trace(call).graph.nodes)
+        return ir.Graph(self._symbolic_trace(call).record.graph.nodes)
 
     # Recording.
 
@@ -434,6 +436,31 @@ class Function:
 
     def __repr__(self) -> str:
         return f"<program {self.name}{self._signature}>"
+
+
+async def _in_own_thread(work: Callable[[], None]) -> None:
+    """Run `work` on a thread of its own. asyncio's pool is a few threads; programs that wait would fill it."""
+    ended: Future[None] = Future()
+    ended.set_running_or_notify_cancel()  # so that a cancelled wait leaves it as it is
+    context = copy_context()
+
+    def run() -> None:
+        try:
+            ended.set_result(context.run(work))
+        except BaseException as error:  # raised where the result is awaited
+            ended.set_exception(error)
+
+    threading.Thread(target=run, name="ramet-program", daemon=True).start()
+    await asyncio.wrap_future(ended)
+
+
+def _shown_progress(states: Iterable[State], total: int, name: str) -> Iterator[State]:
+    """Yield the states of a batch, and show a progress bar on the terminal."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns) as bar:
+        yield from bar.track(states, total=total, description=name)
 
 
 @overload

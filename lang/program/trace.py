@@ -9,49 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from ramet.lang.graph import ir
 from ramet.lang.graph.options import ProgramOptions
-from ramet.lang.graph.run_record import RunRecord, Stage
-from ramet.lang.recording.state import State
+from ramet.lang.graph.run_record import RunRecord
 from ramet.lang.running.run import Run
 from ramet.lang.running.source_lines import caller_line
 from ramet.lang.running.values import Source, Value
-
-
-@dataclass(frozen=True, slots=True)
-class Trace:
-    """The result of a trace: its record, and the program's state at its end.
-
-    The graph's `arguments` are the given ones.
-    """
-
-    record: RunRecord
-    state: State
-
-    @property
-    def program(self) -> str:
-        return self.record.program
-
-    @property
-    def graph(self) -> ir.Graph:
-        return self.record.graph
-
-    @property
-    def stop(self) -> Stage | None:
-        """The place and reason of the first need for a generated value; None: the graph is the whole program."""
-        return self.record.stages[0] if self.record.stages else None
-
-    @property
-    def specialised(self) -> Mapping[str, str]:
-        """Arguments whose value the graph depends on, with the line that needed it."""
-        return self.record.specialised
-
-    @property
-    def is_complete(self) -> bool:
-        return self.stop is None
 
 
 class TraceStopped(BaseException):
@@ -70,8 +36,7 @@ class TracingRun(Run):
         """Send nothing."""
 
     def need(self, node: int, why: str) -> None:
-        stage = Stage(caller_line(), node, why, len(self.nodes))
-        self.stages.append(stage)
+        stage = self.note_stage(node, why)
         raise TraceStopped(f"{stage.line} needs a value ({why})")
 
     def depend_on(self, argument: str, why: str) -> None:

@@ -8,10 +8,9 @@ finished text, and become variables. `lower` turns a grammar into JSON (grammar/
 from __future__ import annotations
 
 import json
-from abc import ABC
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from ramet.errors import InvalidRequest
 from ramet.lang.graph import ir
@@ -38,49 +37,21 @@ _FIELDS = {
 }
 
 
-class Composition(Expr, ABC):
-    """A description of texts. Appended to a state, it is one generation without a name."""
+@dataclass(frozen=True, slots=True)
+class Composition(Expr):
+    """A grammar: its parts in order (`sequence`), one of them (`select`), or its only part repeated (`repeat`).
 
-    __slots__ = ()
+    Appended to a state, it is one generation without a name.
+    """
+
+    how: Literal["sequence", "select", "repeat"]
+    parts: tuple[Part, ...]
+    at_least: int = 1
+    at_most: int | None = 1
 
     def record(self, recorder: Recorder) -> NodeSource:
         """Append the generation, and keep its captures as variables."""
         return composed_gen(None, self, ir.Sampling()).record(recorder)
-
-
-@dataclass(frozen=True, slots=True)
-class Repeated(Composition):
-    part: Part
-    at_least: int
-    at_most: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class Alternatives(Composition):
-    parts: tuple[Part, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class InOrder(Composition):
-    parts: tuple[Part, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class ComposedGen(Expr):
-    """A generation whose constraint is a grammar. `captures`: the names in it, and how their values are read."""
-
-    gen: Gen
-    grammar: Composition
-    captures: Mapping[str, CapturedType]
-
-    def record(self, recorder: Recorder) -> NodeSource:
-        """Append the generation, and keep its captures as variables."""
-        source = self.gen.record(recorder)
-        for name, capture in self.captures.items():
-            path = ("captures", name)
-            inner = NodeSource(source.run, source.node, self.gen.name, self.gen.output, path, capture.shape)
-            recorder.variables[name] = Value(inner)
-        return source
 
 
 def composed_gen(
@@ -90,12 +61,12 @@ def composed_gen(
     tokenization: Tokenization = "canonical",
     form: JsonForm = AS_CONFIGURED,
     thinking: int | None = None,
-) -> ComposedGen:
+) -> Gen:
     """Return the generation of a grammar. Raises InvalidRequest for a part that no grammar can have."""
     source, captures = lower(grammar)
     constraint = ir.Constraint("grammar", json.dumps(source, ensure_ascii=False), tokenization, form)
-    whole = Gen(name, captures_type(constraint, captures), constraint, sampling, thinking=thinking)
-    return ComposedGen(whole, grammar, captures)
+    output = captures_type(constraint, captures)
+    return Gen(name, output, constraint, sampling, thinking=thinking, grammar=grammar, captures=captures)
 
 
 def one_or_more(part: Part) -> Composition:
@@ -121,12 +92,12 @@ def repeat(part: Part, at_least: int = 0, at_most: int | None = None) -> Composi
             raise InvalidRequest(f"{name} is {count!r}, but must be an integer from 0", param=name)
     if at_most is not None and at_most < at_least:
         raise InvalidRequest(f"repeat asks for at least {at_least} and at most {at_most}", param="at_most")
-    return Repeated(part, at_least, at_most)
+    return Composition("repeat", (part,), at_least, at_most)
 
 
 def sequence(*parts: Part) -> Composition:
     """Return the parts one after the other, as one grammar: the model writes all of it in one generation."""
-    return InOrder(parts)
+    return Composition("sequence", parts)
 
 
 def lower(grammar: Composition) -> tuple[Json, dict[str, CapturedType]]:
@@ -173,18 +144,19 @@ class _Lowering:
     def node(self, part: object) -> Json:
         if isinstance(part, str | Value):
             return self.text(format(part))
-        if isinstance(part, ComposedGen):
-            return self.capture(part.gen.name, self.node(part.grammar), TEXT)
         if isinstance(part, Gen):
+            if part.grammar is not None:
+                return self.capture(part.name, self.node(part.grammar), TEXT)
             return self.capture(part.name, _generated(part), part.output)
         if isinstance(part, SelectExpr):
             return self.capture(part.name, {"select": [self.node(choice) for choice in part.choices]}, TEXT)
-        if isinstance(part, Repeated):
+        if isinstance(part, Composition):
+            parts = [self.node(one) for one in part.parts]
+            if part.how != "repeat":
+                return {part.how: parts}
             counts = {"at_least": part.at_least, "at_most": part.at_most}
-            return {"repeat": self.node(part.part), **{name: n for name, n in counts.items() if n is not None}}
-        if isinstance(part, Alternatives):
-            return {"select": [self.node(one) for one in part.parts]}
-        if isinstance(part, InOrder | Chain):
+            return {"repeat": parts[0], **{name: n for name, n in counts.items() if n is not None}}
+        if isinstance(part, Chain):
             return {"sequence": [self.node(one) for one in part.parts]}
         if isinstance(part, Sequence) and not isinstance(part, bytes | bytearray):
             return {"sequence": [self.node(one) for one in part]}

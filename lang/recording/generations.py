@@ -7,8 +7,8 @@ place.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -16,13 +16,17 @@ import msgspec
 from ramet.errors import CheckFailed
 from ramet.lang.graph import ir
 from ramet.lang.recording.recorder import Expr, Recorder
-from ramet.lang.running.output_types import SELECTED, TEXT, OutputType
+from ramet.lang.running.output_types import SELECTED, TEXT, CapturedType, OutputType
 from ramet.lang.running.values import NodeSource, Value
 
 
 @dataclass(frozen=True, slots=True)
 class Gen(Expr):
-    """A generation. `sampling` holds only the values given to `gen`; the run's defaults fill the rest."""
+    """A generation. `sampling` holds only the values given to `gen`; the run's defaults fill the rest.
+
+    `grammar`: the description that its constraint was made of, if it was composed. `captures`: the names in that, and
+    how their values are read.
+    """
 
     name: str | None
     output: OutputType
@@ -31,9 +35,22 @@ class Gen(Expr):
     where: tuple[ir.Check | Callable[[Any], object], ...] = ()
     retries: int = 3
     thinking: int | None = None  # the most tokens of the model's thinking before the value; None: it does not think
+    grammar: Expr | None = None
+    captures: Mapping[str, CapturedType] = field(default_factory=dict)
 
     def record(self, recorder: Recorder) -> NodeSource:
-        """Append the generation. Waits for the value if a check is in Python. Raises CheckFailed."""
+        """Append the generation, and keep its value and captures as variables.
+
+        Waits for the value if a check is in Python. Raises CheckFailed.
+        """
+        source = self._record_checked(recorder)
+        for name, capture in self.captures.items():
+            path = ("captures", name)
+            inner = NodeSource(source.run, source.node, self.name, self.output, path, capture.shape)
+            recorder.variables[name] = Value(inner)
+        return source
+
+    def _record_checked(self, recorder: Recorder) -> NodeSource:
         sampling = self.sampling.filled(recorder.sampling)
         if self.thinking is not None:
             self._think(recorder, sampling, self.thinking)

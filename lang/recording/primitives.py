@@ -13,14 +13,7 @@ from ramet.lang.graph.constraint import Tokenization
 from ramet.lang.graph.ir import DEFAULT_SCORER, MAX_RETRIES, SCORERS, Constraint
 from ramet.lang.graph.json_form import AS_CONFIGURED, AdditionalProperties, Order, Whitespace, json_form
 from ramet.lang.graph.sampling import FIELDS, to_sampling
-from ramet.lang.recording.composition import (
-    Alternatives,
-    ComposedGen,
-    Composition,
-    Part,
-    composed_gen,
-    holds_description,
-)
+from ramet.lang.recording.composition import Composition, Part, composed_gen, holds_description
 from ramet.lang.recording.generations import Gen, SelectExpr
 from ramet.lang.recording.recorder import Appendable, RoleExpr
 from ramet.lang.running.output_types import TEXT, choice, json_schema, output_type
@@ -62,7 +55,7 @@ def gen(
     where: Check | Callable[[Any], object] | Sequence[Check | Callable[[Any], object]] = (),
     retries: int = 3,
     thinking: bool | int = False,
-) -> Gen | ComposedGen:
+) -> Gen:
     """Generate text, or a value of `type`, and keep it as variable `name`.
 
     Text before it may end with a space or half a word: the model writes the last token of that text again, as a part of
@@ -170,7 +163,7 @@ def select(
     temperature: float = 0.0,
     seed: int | None = None,
     return_probs: bool = False,
-) -> SelectExpr | Alternatives:
+) -> SelectExpr | Composition:
     """Append the likeliest of `choices` and keep it as variable `name`. `s.meta(name)["probs"]` sums to one.
 
     `return_probs`: the value gets an attribute `probs`, a dict of choice -> probability: `s[name].probs`.
@@ -209,7 +202,7 @@ def select(
             "gen(name, select([...]), temperature=...)",
             param="choices",
         )
-    return Alternatives(choices)
+    return Composition("select", choices)
 
 
 def system(*content: Appendable) -> RoleExpr:

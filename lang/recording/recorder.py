@@ -73,15 +73,6 @@ class RoleExpr(Expr):
                 recorder.append(part)
 
 
-@dataclass(slots=True)
-class LateText:
-    """Text that is held back. `num_jumped`: the number of texts appended after it. Owner: its recorder."""
-
-    parts: ir.Template
-    line: str
-    num_jumped: int = 0
-
-
 class Recorder:
     """Records one branch. Owner: the branch's State.
 
@@ -95,6 +86,7 @@ class Recorder:
         "_late",
         "_num_forks",
         "_num_generated",
+        "_num_texts",
         "counts",
         "place",
         "role",
@@ -125,7 +117,8 @@ class Recorder:
         self.role = role
         self.tools = tools
         self.sampling = sampling
-        self._late: tuple[LateText, ...] = ()
+        self._late: tuple[tuple[ir.Template, str, int], ...] = ()  # text, its line, the number of texts before it
+        self._num_texts = 0
         self._num_forks = 0
         self._num_generated = 0
 
@@ -174,8 +167,7 @@ class Recorder:
         """Append a text of these parts. Without parts, append nothing."""
         if parts:
             self.add(ir.Text, parts=tuple(parts))
-            for late in self._late:
-                late.num_jumped += 1
+            self._num_texts += 1
 
     def go_back(self, tip: int | None) -> None:
         """Continue after node `tip` of this branch, as if nothing had been written since."""
@@ -218,13 +210,13 @@ class Recorder:
         if parts:
             if not self._late:
                 self.run.before_end(self.record_late)
-            self._late = (*self._late, LateText(tuple(parts), caller_line()))
+            self._late = (*self._late, (tuple(parts), caller_line(), self._num_texts))
 
     def record_late(self) -> None:
         """Record the held-back text here."""
         late, self._late = self._late, ()
-        for one in late:
-            self.add(ir.Text, parts=one.parts, moved=one.num_jumped, line=one.line)
+        for parts, line, num_before in late:
+            self.add(ir.Text, parts=parts, moved=self._num_texts - num_before, line=line)
 
     # Messages.
 

@@ -12,8 +12,6 @@ import asyncio
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
-from functools import partial
 from typing import Any, Literal, TypeVar, overload
 
 from ramet.errors import InvalidProgram, ProgramError, UndefinedVariable
@@ -21,7 +19,7 @@ from ramet.lang import explain as explanations
 from ramet.lang.graph import ir
 from ramet.lang.graph.run_record import RunRecord
 from ramet.lang.recording.recorder import Appendable, Recorder, RoleExpr
-from ramet.lang.recording.tool_loop import adrive, drive, loop_options, tool_loop
+from ramet.lang.recording.tool_loop import adrive, drive, tool_loop
 from ramet.lang.running.run import Run
 from ramet.lang.running.tools import Tool, as_tools
 from ramet.lang.running.values import Value, plain, source_of
@@ -107,7 +105,7 @@ class State:
         tool's failure ends the program ("raise"), or the model reads the error ("report"). Waits for the model's calls;
         use `branches.call_tools` for the loops of many branches at once.
         """
-        options = loop_options(
+        loop = tool_loop(
             self.recorder,
             tools,
             max_steps=max_steps,
@@ -118,12 +116,12 @@ class State:
             on_error=on_error,
             **sampling,
         )
-        return drive(self.recorder.run, tool_loop(self.recorder, options))
+        return drive(self.recorder.run, loop)
 
     async def acall_tools(self, tools: Sequence[Tool | Callable[..., Any]] | None = None, **options: Any) -> Value:
         """`call_tools` for `async def` programs. Async tools run on their event loop."""
-        found = replace(loop_options(self.recorder, tools, **options), loop=asyncio.get_running_loop())
-        return await adrive(self.recorder.run, tool_loop(self.recorder, found))
+        loop = tool_loop(self.recorder, tools, loop=asyncio.get_running_loop(), **options)
+        return await adrive(self.recorder.run, loop)
 
     # Branches.
 
@@ -150,7 +148,7 @@ class State:
         """
         rows = list(items)
         branches = self.fork(len(rows)) if rows else Branches(self, [])
-        self.recorder.run.together([partial(body, branch, row) for branch, row in zip(branches, rows, strict=True)])
+        self.recorder.run.together(body, branches, rows)
         return branches
 
     def best_of(self, n: int, item: Appendable, by: Callable[[State], float]) -> State:
@@ -402,9 +400,7 @@ class Branches(Sequence[State]):
             items = item
         else:
             items = [item] * len(self)
-        self._parent.recorder.run.together(
-            [partial(state.append, one) for state, one in zip(self._states, items, strict=True)]
-        )
+        self._parent.recorder.run.together(State.append, self._states, items)
         return self
 
     def each(self, body: Callable[[State], T]) -> list[T]:
@@ -413,7 +409,7 @@ class Branches(Sequence[State]):
         A body that reads a value waits alone, while the bodies of the other branches go on; in a `for` loop over the
         branches, the whole loop would wait. Bodies run on this thread, one at a time, and take turns where they wait.
         """
-        return self._parent.recorder.run.together([partial(body, state) for state in self._states])
+        return self._parent.recorder.run.together(body, self._states)
 
     def call_tools(self, tools: Sequence[Tool | Callable[..., Any]] | None = None, **options: Any) -> list[Value]:
         """Run State.call_tools on every branch at once, and return the answers. No branch waits for another's tool."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 from ramet.errors import InvalidProgram, InvalidRequest, ProgramCancelled
@@ -29,34 +28,9 @@ _SCHEMA = {"type": "object", "properties": {"text": {"type": "string"}, "calls":
 ANSWER = OutputType("tools", shape=Shape(_SCHEMA, _SCHEMA))
 
 
-@dataclass(frozen=True, slots=True)
-class LoopOptions:
-    """The options of `call_tools`. `choice`: for the first step; in later ones the model is free to answer."""
-
-    tools: tuple[Tool, ...]
-    max_steps: int
-    name: str
-    calls: str
-    choice: str
-    parallel: bool
-    on_error: Literal["raise", "report"]
-    sampling: ir.Sampling
-    loop: asyncio.AbstractEventLoop | None = None  # where async tools run; None: on threads
-
-    def __post_init__(self) -> None:
-        names = [tool.name for tool in self.tools]
-        if isinstance(self.max_steps, bool) or not isinstance(self.max_steps, int) or self.max_steps < 1:
-            raise InvalidRequest(f"max_steps is {self.max_steps!r}, but must be at least 1", param="max_steps")
-        if self.choice not in ("auto", "required", *names):
-            known = ", ".join(["auto", "required", *names])
-            raise InvalidRequest(f"choice is {self.choice!r}, but must be one of {known}", param="choice")
-        if self.on_error not in ("raise", "report"):
-            raise InvalidRequest(f'on_error is {self.on_error!r}, but must be "raise" or "report"', param="on_error")
-
-
-def loop_options(
+def tool_loop(
     recorder: Recorder,
-    tools: Sequence[Tool | Callable[..., Any]] | None,
+    given: Sequence[Tool | Callable[..., Any]] | None,
     *,
     max_steps: int = 8,
     name: str = "answer",
@@ -64,11 +38,16 @@ def loop_options(
     choice: str = "auto",
     parallel: bool = True,
     on_error: Literal["raise", "report"] = "raise",
+    loop: asyncio.AbstractEventLoop | None = None,
     **sampling: Any,  # Any: sampling values, which are checked
-) -> LoopOptions:
-    """Check the options of State.call_tools. Raises InvalidProgram, InvalidRequest, InvalidSampling."""
-    found = recorder.tools if tools is None else as_tools(tools)
-    if not found:
+) -> Generator[int, None, Value]:
+    """Run the steps of one branch. Yields the generation that it needs, and resumes when that is done.
+
+    The options are those of State.call_tools. `choice` holds for the first step; in later ones the model is free to
+    answer. `loop`: where async tools run; None: on threads. Raises InvalidProgram, InvalidRequest, InvalidSampling.
+    """
+    tools = recorder.tools if given is None else as_tools(given)
+    if not tools:
         raise InvalidProgram("call_tools has no tools; give them, or declare them first", program=recorder.program)
     unknown = [one for one in sampling if one not in ir.Sampling.__struct_fields__]
     if unknown:
@@ -76,38 +55,39 @@ def loop_options(
     values = to_sampling(plain(sampling))
     if values.filled(recorder.sampling).max_tokens is None:
         values = values.filled(ir.Sampling(max_tokens=MAX_TOKENS))
-    return LoopOptions(found, max_steps, name, calls, choice, parallel, on_error, values)
-
-
-def tool_loop(recorder: Recorder, options: LoopOptions) -> Generator[int, None, Value]:
-    """Run the steps of one branch. Yields the generation that it needs, and resumes when that is done."""
+    if isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 1:
+        raise InvalidRequest(f"max_steps is {max_steps!r}, but must be at least 1", param="max_steps")
+    if choice not in (known := ["auto", "required", *(tool.name for tool in tools)]):
+        raise InvalidRequest(f"choice is {choice!r}, but must be one of {', '.join(known)}", param="choice")
+    if on_error not in ("raise", "report"):
+        raise InvalidRequest(f'on_error is {on_error!r}, but must be "raise" or "report"', param="on_error")
     if recorder.role is not None:
         raise InvalidProgram(
             f"call_tools writes messages of its own, but a {recorder.role} message is open; end that one first",
             program=recorder.program,
         )
-    recorder.use_tools(options.tools)
+    recorder.use_tools(tools)
     uses: list[ToolUse] = []
     called: list[int] = []  # ToolCall nodes of the last step
-    for step in range(options.max_steps + 1):
-        choice = options.choice if step == 0 else "auto" if step < options.max_steps else "none"
+    for step in range(max_steps + 1):
+        now = choice if step == 0 else "auto" if step < max_steps else "none"
         with recorder.message("assistant"):
-            message = Gen(options.name, ANSWER, _constraint(options, choice), options.sampling).record(recorder)
+            message = Gen(name, ANSWER, _constraint(tools, now, parallel), values).record(recorder)
         yield message.node
         _raise_failure(recorder.run, called)
-        calls = message.read(WHY)["calls"]
-        if not calls:
+        asked = message.read(WHY)["calls"]
+        if not asked:
             break
-        called = _record_calls(recorder, options, message.node, calls)
+        called = _record_calls(recorder, message.node, asked, on_error, loop)
         uses += [
             ToolUse(call["name"], call["arguments"], Value(NodeSource(recorder.run, node, call["name"])))
-            for call, node in zip(calls, called, strict=True)
+            for call, node in zip(asked, called, strict=True)
         ]
     text = message.child("text")
     assert text is not None
     answer = Value(text)
-    recorder.variables[options.name] = answer
-    recorder.variables[options.calls] = uses
+    recorder.variables[name] = answer
+    recorder.variables[calls] = uses
     return answer
 
 
@@ -119,15 +99,21 @@ def _raise_failure(run: Run, nodes: Sequence[int]) -> None:
             raise error
 
 
-def _record_calls(recorder: Recorder, options: LoopOptions, message: int, calls: Sequence[dict[str, Any]]) -> list[int]:
+def _record_calls(
+    recorder: Recorder,
+    message: int,
+    calls: Sequence[dict[str, Any]],
+    on_error: str,
+    loop: asyncio.AbstractEventLoop | None,
+) -> list[int]:
     """Record a message's calls, which run at once, and a message with each result. Returns the call nodes."""
     run, tip = recorder.run, recorder.tip
     nodes = []
     for index, call in enumerate(calls):
         arguments = (ir.Ref(message, ("calls", index, "arguments")),)
-        node = run.record(ir.ToolCall, tip, tool=call["name"], arguments=arguments, on_error=options.on_error)
-        if options.loop is not None:
-            run.tools.use_loop(node, options.loop)
+        node = run.record(ir.ToolCall, tip, tool=call["name"], arguments=arguments, on_error=on_error)
+        if loop is not None:
+            run.tools.use_loop(node, loop)
         nodes.append(node)
     for node in nodes:
         with recorder.message("tool"):
@@ -135,13 +121,11 @@ def _record_calls(recorder: Recorder, options: LoopOptions, message: int, calls:
     return nodes
 
 
-def _constraint(options: LoopOptions, choice: str) -> ir.Constraint:
-    tools = [{"name": tool.name, "parameters": tool.parameters} for tool in options.tools]
-    known = choice in ("auto", "required", "none")
+def _constraint(tools: Sequence[Tool], choice: str, parallel: bool) -> ir.Constraint:
     source = {
-        "tools": tools,
-        "choice": choice if known else {"name": choice},
-        "parallel": options.parallel,
+        "tools": [{"name": tool.name, "parameters": tool.parameters} for tool in tools],
+        "choice": choice if choice in ("auto", "required", "none") else {"name": choice},
+        "parallel": parallel,
     }
     return ir.Constraint("tools", json.dumps(source, ensure_ascii=False))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import MappingProxyType
@@ -251,13 +251,19 @@ class Run:
     def need(self, node: int, why: str) -> None:
         """Note that the program needs a value that does not exist yet, and so will wait for it."""
         if self.is_recording:
-            self.stages.append(Stage(caller_line(), node, why, len(self.nodes)))
+            self.note_stage(node, why)
+
+    def note_stage(self, node: int, why: str) -> Stage:
+        found = self.nodes[node]
+        value = f"{found.kind_name} {found.label!r}" if found.label else f"{found.kind_name} (node {node})"
+        self.stages.append(Stage(caller_line(), why, value, len(self.nodes)))
+        return self.stages[-1]
 
     # Waiting.
 
-    def together(self, bodies: Sequence[Callable[[], T]]) -> list[T]:
-        """Call functions that take turns where they wait; one after the other if the run waits for each generation."""
-        return [body() for body in bodies] if self.stage_always else together(bodies)
+    def together(self, body: Callable[..., T], *arguments: Iterable[Any]) -> list[T]:
+        """Make calls that take turns where they wait; one after the other if the run waits for each generation."""
+        return [body(*one) for one in zip(*arguments, strict=True)] if self.stage_always else together(body, *arguments)
 
     def event(self, node: int) -> ir.NodeEvent:
         """Return the last event of a node; submits and waits. Raises ProgramError if the node failed."""

@@ -1,7 +1,7 @@
-"""Functions that take turns on one thread: while one waits for a value, the others go on.
+"""Calls that take turns on one thread: while one waits for a value, the others go on.
 
-`together` calls functions so. One that waits has a stack of its own (a greenlet), so it may wait at any depth of calls.
-Only one of them runs at a time, so they need no locks, and a function that never waits costs little more than a call.
+`together` calls a function so. A call that waits has a stack of its own (a greenlet), so it may wait at any depth. Only
+one of them runs at a time, so they need no locks, and a call that never waits costs little more than an ordinary one.
 `Pause` is how code waits: it lets the other functions go on, or blocks the thread if there are none.
 """
 
@@ -12,9 +12,8 @@ import inspect
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from contextvars import copy_context
-from functools import partial
 from typing import Any, TypeVar
 
 from greenlet import GreenletExit, getcurrent, greenlet
@@ -76,19 +75,19 @@ class _Turns:
         self._before: dict[Callable[[], object], Pause] = {}  # with the last pause that gave it
         self._failing: Pause | None = None  # whose `before` runs
 
-    def run(self, bodies: Sequence[Callable[[], T]]) -> list[T]:
+    def run(self, body: Callable[..., T], calls: Iterable[tuple[Any, ...]]) -> list[T]:
         results: dict[int, T] = {}
-        left = iter(range(len(bodies)))
-        num_begun = 0
+        left = enumerate(calls)
+        are_begun = False
 
         def call() -> None:
-            nonlocal num_begun
-            for index in left:  # up to the first one that waits
-                num_begun += 1
-                results[index] = copy_context().run(bodies[index])
+            nonlocal are_begun
+            for index, arguments in left:  # up to the first one that waits
+                results[index] = copy_context().run(_called, body, arguments)
+            are_begun = True
 
         try:
-            while num_begun < len(bodies):
+            while not are_begun:
                 _Stack(self, call).switch()
             while self._paused:
                 self._go_on()
@@ -97,7 +96,7 @@ class _Turns:
             for stack in list(self._paused.values()):
                 stack.throw(GreenletExit)
             raise
-        return [results[index] for index in range(len(bodies))]
+        return [results[index] for index in range(len(results))]
 
     def wake(self, pause: Pause) -> None:
         self._woken.append(pause)
@@ -145,20 +144,20 @@ class _Turns:
         self._failing = None
 
 
-def together(bodies: Sequence[Callable[[], T]]) -> list[T]:
-    """Call functions so that one which waits for a value lets the others go on; return their results in order.
+def together(body: Callable[..., T], *arguments: Iterable[Any]) -> list[T]:
+    """Call a function as `map` does, but so that a call which waits for a value lets the others go on.
 
-    They start in order, and run on this thread one at a time. The first exception of one stops the others at the place
-    where they wait, and is raised.
+    Returns the results in order. The calls start in order, and run on this thread one at a time. The first exception of
+    one stops the others at the place where they wait, and is raised.
 
     Raises:
-        InvalidProgram: a function is `async`, so that its call alone runs nothing.
+        InvalidProgram: the function is `async`, so that its call alone runs nothing.
     """
-    return _Turns().run([partial(_called, body) for body in bodies])
+    return _Turns().run(body, zip(*arguments, strict=True))
 
 
-def _called(body: Callable[[], Any]) -> Any:  # Any: whatever the function returns
-    result = body()
+def _called(body: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:  # Any: whatever the function takes, returns
+    result = body(*arguments)
     if inspect.iscoroutine(result):
         result.close()
         name = result.__qualname__

@@ -2,7 +2,7 @@
 
 It replaces the engine's `submit`. A request that must give the same text as an earlier one of the program receives the
 earlier one's outputs, starting with those already there. A request that samples without a seed goes to the engine
-unchanged. Not here: nodes that are always equal (lang/passes/identical_nodes.py finds them before a run).
+unchanged. Not here: nodes that are always equal (lang/passes/paths.py finds them before a run).
 """
 
 from __future__ import annotations

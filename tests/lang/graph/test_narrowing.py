@@ -117,7 +117,7 @@ def test_a_narrowed_decimal_is_one_that_passes_the_check(check: Check, value: An
 def test_text_may_follow_a_number_as_its_type_allows() -> None:
     node = next(
         n
-        for n in function(lambda s: s.append(gen("n", int, where=between(0, 120)))).trace().record.graph.nodes
+        for n in function(lambda s: s.append(gen("n", int, where=between(0, 120)))).trace().graph.nodes
         if isinstance(n, ir.Generate)
     )
     found = automaton(node)

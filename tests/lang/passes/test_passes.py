@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
@@ -12,9 +11,8 @@ from ramet.errors import ConfigError
 from ramet.lang.graph import ir
 from ramet.lang.passes.argument_motion import argument_motion
 from ramet.lang.passes.fold import fold_constants
-from ramet.lang.passes.forced_tokens import forced_tokens
+from ramet.lang.passes.forced_tokens import appended_tokens, tokens_at_start
 from ramet.lang.passes.fork_groups import fork_groups
-from ramet.lang.passes.identical_nodes import identical_nodes
 from ramet.lang.passes.kv_bound import kv_bound
 from ramet.lang.passes.liveness import liveness
 from ramet.lang.passes.paths import Count, Opaque, Paths, interpret
@@ -226,24 +224,19 @@ def test_equal_prompts_with_greedy_or_one_seed_are_twins_and_unseeded_samples_ar
         branches += " and " + gen("y", temperature=0)
 
     paths = paths_of(program)
-    found = identical_nodes(paths)
     first, again = ([n.id for n in paths.graph.nodes if isinstance(n, ir.Generate) and n.name == x] for x in "xy")
-    assert found.twins == {first[1]: first[0], first[3]: first[2], again[1]: again[0], again[3]: again[2]}
-    assert found.unseeded == (first[5],)
+    assert paths.twins == {first[1]: first[0], first[3]: first[2], again[1]: again[0], again[3]: again[2]}
+    assert paths.unseeded == [first[5]]
 
 
 # Liveness.
 
 
-def test_every_segment_knows_who_reads_it_last_and_next() -> None:
-    paths = paths_of(debate)
-    found = liveness(paths)
-    question = next(s for s in found.segments if s.start == Count(0, 0))
-    assert question.reads[:3] == found.order[:3]
-    speech = found.order[0]
-    assert {s.count.at_least for s in found.dead_after(speech)} == {len("Side 0: "), 0}
-    assert found.next_use(question, found.order[0]) == 1
-    assert found.next_use(question, found.order[-1]) == math.inf
+def test_every_segment_knows_who_reads_it_and_who_reads_it_last() -> None:
+    segments, order = liveness(paths_of(debate))
+    question = next(s for s in segments if s.start == Count(0, 0))
+    assert question.reads == tuple(order)
+    assert {s.count.at_least for s in segments if s.last_use == order[0]} == {len("Side 0: "), 0}
 
 
 # KV bound, fork groups, forced tokens.
@@ -274,9 +267,8 @@ def test_fork_groups_say_how_much_is_read_once() -> None:
 
 def test_text_between_generations_is_counted_as_appended() -> None:
     paths = paths_of(letter, name="Ann", topic="rain")
-    found = forced_tokens(paths, plan_requests(paths), TARGET)
-    assert found.appended == len(" Yours, me.")
-    assert found.at_start == {}
+    assert appended_tokens(plan_requests(paths)) == len(" Yours, me.")
+    assert tokens_at_start(paths, TARGET) == {}
 
 
 def test_tokens_that_a_constraint_begins_with_are_known_before() -> None:
@@ -284,9 +276,7 @@ def test_tokens_that_a_constraint_begins_with_are_known_before() -> None:
     def program(s: State) -> None:
         s += "Say: " + gen("x", regex="answer: [0-9]")
 
-    paths = paths_of(program)
-    found = forced_tokens(paths, plan_requests(paths), TARGET)
-    assert list(found.at_start.values()) == [len("answer: ")]
+    assert list(tokens_at_start(paths_of(program), TARGET).values()) == [len("answer: ")]
 
 
 # Argument motion.

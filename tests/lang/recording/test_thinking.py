@@ -87,7 +87,7 @@ def test_thinking_takes_no_more_than_half_of_the_context(backend: EngineBackend)
 
 
 def test_the_graph_has_the_thinking_as_nodes_of_its_own(backend: EngineBackend) -> None:
-    graph = answer.trace(budget=7).record.graph
+    graph = answer.trace(budget=7).graph
     kinds = [node.kind_name for node in graph.nodes if not isinstance(node, ir.Role | ir.Text)]
     assert kinds == ["thinking", "generate", "thinking", "generate"]
     assert ir.Graph.from_json(graph.to_json()) == graph

@@ -1,4 +1,4 @@
-"""Functions that take turns on one thread."""
+"""Calls that take turns on one thread."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from contextvars import ContextVar
 from random import Random
+from typing import TypeVar
 
 import pytest
 from hypothesis import given
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from ramet.errors import InvalidProgram
 from ramet.lang.running.turns import Pause, together
 
+T = TypeVar("T")
 number: ContextVar[int] = ContextVar("number", default=-1)
 
 
@@ -35,6 +37,10 @@ class Clock:
             pause.wake()
 
 
+def call(function: Callable[[], T]) -> T:
+    return function()
+
+
 @given(st.lists(st.integers(0, 4), max_size=6), st.randoms(use_true_random=False))
 def test_functions_go_on_in_any_order_and_their_results_come_in_theirs(nums: list[int], random: Random) -> None:
     clock = Clock(random.shuffle)
@@ -46,7 +52,7 @@ def test_functions_go_on_in_any_order_and_their_results_come_in_theirs(nums: lis
             clock.wait()
         return index
 
-    assert together([lambda i=i: body(i) for i in range(len(nums))]) == list(range(len(nums)))  # type: ignore[misc]
+    assert together(body, range(len(nums))) == list(range(len(nums)))
     for index, num in enumerate(nums):
         assert [turn for i, turn in trace if i == index] == list(range(num))
 
@@ -66,7 +72,7 @@ def test_all_start_before_any_waits_and_what_all_need_is_asked_for_once() -> Non
         pauses.append(pause := Pause())
         pause.wait(None, ask)
 
-    together([lambda name=name: body(name) for name in "abc"])  # type: ignore[misc]
+    together(body, "abc")
     assert events == ["a", "b", "c", "ask"]
 
 
@@ -80,9 +86,9 @@ def test_groups_within_groups_take_turns_together() -> None:
         return name
 
     def branch(name: str) -> list[str]:
-        return together([lambda i=i: leaf(f"{name}{i}") for i in range(3)])  # type: ignore[misc]
+        return together(leaf, [f"{name}{i}" for i in range(3)])
 
-    found = together([lambda name=name: branch(name) for name in "ab"])  # type: ignore[misc]
+    found = together(branch, "ab")
     assert found == [["a0", "a1", "a2"], ["b0", "b1", "b2"]]
     assert started == ["a0", "a1", "a2", "b0", "b1", "b2"]
 
@@ -100,7 +106,7 @@ def test_an_error_is_raised_and_ends_the_others_where_they_wait() -> None:
             ended.append(index)
 
     with pytest.raises(KeyError):
-        together([lambda i=i: body(i) for i in range(4)])  # type: ignore[misc]
+        together(body, range(4))
     assert sorted(ended) == [0, 1, 2, 3]
 
 
@@ -117,7 +123,7 @@ def test_an_error_of_asking_is_raised_in_one_that_asked() -> None:
             caught.append(str(error))
         return "done"
 
-    assert together([body, lambda: "other"]) == ["done", "other"]
+    assert together(call, [body, lambda: "other"]) == ["done", "other"]
     assert caught == ["no"]
 
 
@@ -140,7 +146,7 @@ def test_a_time_limit_ends_the_wait_of_one_alone() -> None:
         outer[0].wake()
         return found
 
-    assert together([unlimited, limited_first]) == [True, False]
+    assert together(call, [unlimited, limited_first]) == [True, False]
     assert not limited()
     assert late.wait(None, lambda: None)
 
@@ -153,7 +159,7 @@ def test_other_threads_may_wake_at_any_time() -> None:
             assert pause.wait(5, lambda: None)
         return index
 
-    assert together([lambda i=i: body(i) for i in range(5)]) == list(range(5))  # type: ignore[misc]
+    assert together(body, range(5)) == list(range(5))
 
 
 def test_each_has_a_context_of_its_own() -> None:
@@ -167,7 +173,7 @@ def test_each_has_a_context_of_its_own() -> None:
         return number.get()
 
     token = number.set(-7)
-    assert together([lambda i=i: body(i) for i in range(3)]) == [0, 1, 2]  # type: ignore[misc]
+    assert together(body, range(3)) == [0, 1, 2]
     assert number.get() == -7
     number.reset(token)
 
@@ -177,11 +183,11 @@ def test_an_async_function_is_refused_by_name() -> None:
         pass
 
     with pytest.raises(InvalidProgram, match=r"body is async.*asyncio\.gather"):
-        together([body])
+        together(call, [body])
 
 
 def test_nothing_gives_nothing() -> None:
-    assert together([]) == []
+    assert together(call, []) == []
 
 
 def test_an_interrupt_starts_no_further_function() -> None:
@@ -191,7 +197,7 @@ def test_an_interrupt_starts_no_further_function() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        together([interrupted, lambda: started.append("other")])
+        together(call, [interrupted, lambda: started.append("other")])
     assert not started
 
 
@@ -208,5 +214,5 @@ def test_one_that_will_not_end_begins_no_other() -> None:
         raise KeyError
 
     with pytest.raises(KeyError):
-        together([stubborn, wrong, lambda: begun.append(2)])
+        together(call, [stubborn, wrong, lambda: begun.append(2)])
     assert begun == [0]
