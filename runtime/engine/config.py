@@ -19,6 +19,9 @@ class EngineConfig:
 
     device: str = _doc("auto", "where the model runs: auto, cpu, cuda, cuda:1")
     dtype: str = _doc("auto", "auto, float32, bfloat16 or float16")
+    model_impl: Literal["auto", "ramet", "transformers"] = _doc(
+        "auto", "who computes the layers: ramet, transformers; auto: Ramet where it has the family, else transformers"
+    )
     quantization: str | None = _doc(
         None, "weight-only quantisation on the CPU: int8, int4 or gguf; None: as dtype says"
     )
@@ -108,6 +111,7 @@ class EngineConfig:
             "at least two pages",
         )
         check(self.dtype in ("auto", "float32", "bfloat16", "float16"), "dtype", "auto, float32, bfloat16 or float16")
+        check(self.model_impl in ("auto", "ramet", "transformers"), "model_impl", "auto, ramet or transformers")
         check(self.quantization in (None, "int8", "int4", "gguf"), "quantization", "int8, int4, gguf or None")
         check(self.tree_attention in ("auto", "on", "off"), "tree_attention", "auto, on or off")
         check(0 <= self.reservation_ratio <= 1, "reservation_ratio", "in [0, 1]")

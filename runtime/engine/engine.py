@@ -30,7 +30,6 @@ from ramet.runtime.engine.factory import build_core
 from ramet.runtime.engine.handle import RequestHandle, RequestResult
 from ramet.runtime.engine.loading import load
 from ramet.runtime.engine.validation import RequestBorder
-from ramet.runtime.models.load import LoadedModel
 from ramet.runtime.parallel.model import SharedModel
 from ramet.runtime.text.detokenizer import Detokenizer
 from ramet.runtime.text.stops import StopScanner
@@ -74,9 +73,11 @@ class _Stream:
 class Engine:
     """A model with its cache and scheduler, in this process.
 
-    `model`: a catalogue name, a directory, a .gguf file, a hub id, or a LoadedModel. `overrides` are fields of
-    EngineConfig. `on_stage` is called if the start is unusually slow because code is compiled (once per machine);
-    without it, a log line is written. Use the engine as a context manager, or call `shutdown`.
+    `model`: a catalogue name, a directory, a .gguf file, a hub id, a LoadedModel, or a causal language model of
+    transformers in memory, which the engine takes over; `tokenizer` is then its tokenizer (None: that of the folder it
+    was loaded from). `overrides` are fields of EngineConfig. `on_stage` is called if the start is unusually slow since
+    code is compiled (once per machine); without it, a log line is written. Use the engine as a context manager, or call
+    `shutdown`.
 
     Raises:
         ModelError, ConfigError, OutOfMemory: the model or its cache cannot be made.
@@ -84,15 +85,16 @@ class Engine:
 
     def __init__(
         self,
-        model: str | LoadedModel | None = None,
+        model: Any = None,  # str, LoadedModel, None or a model of transformers
         config: EngineConfig | None = None,
         *,
+        tokenizer: Any = None,  # of transformers or of Ramet
         on_stage: OnStage | None = None,
         **overrides: Any,  # fields of EngineConfig, which checks them
     ) -> None:
         config = (config or EngineConfig()).changed(overrides)
         self.config = config
-        self.model = load(model, config)
+        self.model = load(model, config, tokenizer)
         self._peers = self.model.peers if isinstance(self.model, SharedModel) else None  # of the other ranks
         try:
             self._make(on_stage)

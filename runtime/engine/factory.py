@@ -23,6 +23,7 @@ from ramet.runtime.models.decoder import Decoder
 from ramet.runtime.models.linear_cpu import BlockLinear
 from ramet.runtime.models.linear_gpu import apply_batch_invariance, apply_card_table
 from ramet.runtime.models.load import LoadedModel
+from ramet.runtime.models.transformers_model import TransformersDecoder
 from ramet.runtime.parallel.group import Group
 from ramet.runtime.parallel.model import SharedModel
 from ramet.runtime.scheduling.config import SchedulerConfig
@@ -111,6 +112,8 @@ def build_runner(
             f"context_length is {wanted:,} but the model was trained for {longest:,}; lower --context-length"
         )
     decoder = prepare_decoder(decoder, config, device)
+    if isinstance(decoder, TransformersDecoder):  # its layers may read the host in a step
+        config = config.changed({"cuda_graph": False})
     tree = make_tree_planner(decoder, config, device)
     page_bytes = bytes_per_token(decoder.config, dtype) * config.page_size
     num_pages = None if config.num_kv_tokens is None else -(-config.num_kv_tokens // config.page_size) + 1
@@ -313,6 +316,10 @@ def measure_graphs(runner: ModelRunner, config: EngineConfig) -> int:
 def prepare_decoder(decoder: Decoder, config: EngineConfig, device: torch.device) -> Decoder:
     """Apply the passes that the configuration requires to the finished model."""
     if device.type != "cuda":
+        return decoder
+    if isinstance(decoder, TransformersDecoder):
+        if config.deterministic:
+            raise ConfigError("deterministic needs Ramet's own layers, but transformers computes those of this model")
         return decoder
     if config.deterministic:
         return apply_batch_invariance(decoder)

@@ -10,6 +10,7 @@ import os
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,7 +22,14 @@ from ramet.runtime.models.catalog import TINY_MODEL, resolve_model
 from ramet.runtime.models.config import ModelConfig
 from ramet.runtime.models.decoder import Decoder
 from ramet.runtime.models.description import describe_model
-from ramet.runtime.models.load import LoadedModel, load_model, open_weights, parse_dtype
+from ramet.runtime.models.load import (
+    LoadedModel,
+    is_for_transformers,
+    load_model,
+    model_in_memory,
+    open_weights,
+    parse_dtype,
+)
 from ramet.runtime.models.weights import Weights
 from ramet.runtime.parallel.group import check_unused
 from ramet.runtime.parallel.messages import Message, StepMessage, TokensMessage
@@ -75,26 +83,40 @@ def config_of_replica(config: EngineConfig, replica: int, num_gpus: int) -> Engi
     return config.changed({"device": f"cuda:{first}"})
 
 
-def load(model: str | LoadedModel | None, config: EngineConfig) -> LoadedModel:
+def load(model: Any, config: EngineConfig, tokenizer: Any = None) -> LoadedModel:  # Any: see `Engine`
     """Load a model on the configuration's device, or its parts on one device for each rank.
 
     A LoadedModel is returned unchanged. With tp > 1 this also starts the other ranks' processes, which the engine ends.
     """
     if isinstance(model, LoadedModel):
         return model
+    if model is not None and not isinstance(model, str):
+        return model_in_memory(model, tokenizer, config.quantization)
+    if tokenizer is not None:
+        raise ConfigError("a tokenizer can be given only with a model in memory; others have their own")
     if config.tp > 1:
         return _load_parts(model, config)
     if model == TINY_MODEL:
         return tiny_model()
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
-    return load_model(model, device=choose_device(config.device), dtype=config.dtype, quantization=config.quantization)
+    return load_model(
+        model,
+        device=choose_device(config.device),
+        dtype=config.dtype,
+        quantization=config.quantization,
+        model_impl=config.model_impl,
+    )
 
 
 def _load_parts(model: str | None, config: EngineConfig) -> SharedModel:
     """Start the other ranks, and load the first rank's part meanwhile. What cannot work is refused before that."""
     start_s = time.monotonic()
     path = None if model == TINY_MODEL else resolve_model(model)
+    if path is not None and is_for_transformers(path, config.model_impl):
+        raise ConfigError(
+            f"tp is {config.tp}, but transformers computes the layers of {path}, in one process; leave out --tp"
+        )
     check_size(_open(path)[0], config.tp)
     device = choose_device(config.device, 0, config.tp)
     check_unused()

@@ -102,8 +102,8 @@ class ModelConfig:
     `attention_scale` multiplies q.k; `embedding_scale` multiplies the token embedding; `norm_offset` is added to every
     norm weight, q/k norms too (1 in Gemma, whose files store w - 1). `norms`: the norms' names in a layer's files:
     before attention, of its output before it is added to the residual, before the feed-forward block, and of that
-    block's output; None where the layer has no such norm. `logit_softcap` c: logits become c * tanh(logits / c).
-    `eos_ids` may be empty.
+    block's output; None where the layer has no such norm. `logit_scale` multiplies the logits; with a
+    `logit_softcap` c they then become c * tanh(logits / c). `eos_ids` may be empty.
     """
 
     architecture: str
@@ -130,6 +130,7 @@ class ModelConfig:
     embedding_scale: float = 1.0
     norm_offset: float = 0.0
     norms: Norms = ("input_layernorm", None, "post_attention_layernorm", None)
+    logit_scale: float = 1.0
     logit_softcap: float | None = None
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
@@ -138,7 +139,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in LARGEST:
             check_size(name, getattr(self, name))
-        for name in ("rms_norm_eps", "attention_scale", "embedding_scale"):
+        for name in ("rms_norm_eps", "attention_scale", "embedding_scale", "logit_scale"):
             _check_positive(name, getattr(self, name))
         if self.logit_softcap is not None:
             _check_positive("logit_softcap", self.logit_softcap)

@@ -60,8 +60,9 @@ class Decoder:
         return self.capped(self.output(hidden))
 
     def capped(self, logits: Tensor) -> Tensor:
-        """Apply the model's logit softcap to the output layer's logits."""
-        cap = self.config.logit_softcap
+        """Apply the model's logit scale and softcap to the output layer's logits."""
+        cap, scale = self.config.logit_softcap, self.config.logit_scale
+        logits = logits if scale == 1.0 else logits * scale
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def linears(self) -> Iterator[Linear]:

@@ -35,9 +35,13 @@ def describe_model(path: Path) -> ModelDescription:
     return describe_folder(path) if path.is_dir() else describe_gguf(GgufFile(path))
 
 
-def describe_folder(path: Path) -> ModelDescription:
-    """`describe_model` for a folder."""
-    config = load_hf_config(path)
+def describe_folder(path: Path, config: ModelConfig | None = None) -> ModelDescription:
+    """`describe_model` for a folder. config: None reads it, by transformers if no family of ours has it."""
+    if config is None:
+        try:
+            config = load_hf_config(path)
+        except UnsupportedArchitecture as error:
+            config = _described_by_transformers(path, error)
     generation = GenerationDefaults.from_folder(path)
     try:
         tokenizer = tokenizer_from_folder(path, config, eos_ids=generation.eos_ids)
@@ -70,6 +74,18 @@ def load_hf_config(folder: Path) -> ModelConfig:
         raise
     except _WRONG_VALUES as error:  # includes BrokenModelFile
         raise BrokenModelFile(f"{path}: {error}") from error
+
+
+def _described_by_transformers(path: Path, ours: UnsupportedArchitecture) -> ModelConfig:
+    """The configuration of an architecture that only transformers has. Raises: UnsupportedArchitecture."""
+    from ramet.runtime.models.transformers_model import describe_transformers  # brings torch
+
+    if read_json(path / "config.json").get("quantization_config"):
+        raise ours
+    try:
+        return describe_transformers(path)
+    except UnsupportedArchitecture as error:
+        raise UnsupportedArchitecture(f"{ours}; {error}") from ours
 
 
 def load_gguf_config(file: GgufFile) -> ModelConfig:

@@ -75,23 +75,26 @@ class Attention:
             self.k_norm,
             self.eps,
         )
-        return self.over_cache(q, context).view(-1, self.num_heads * self.head_dim)
+        out = attend_over_cache(self.ops, q, (k_cache, v_cache), context, self.scale, self.window)
+        return out.view(-1, self.num_heads * self.head_dim)
 
-    def over_cache(self, q: Tensor, context: ForwardContext) -> Tensor:
-        """Attend from `q` [T, H, D] over the layer's cache, which already holds this step's keys and values."""
-        ops, scale, window = self.ops, self.scale, self.window
-        caches, decode, extend = context.kv_caches[self.layer], context.decode, context.extend
-        if decode is not None and extend is None:
-            return ops.attention_decode(q, *caches, decode, scale, window, None)
-        if decode is None:
-            assert extend is not None
-            return ops.attention_extend(q, *caches, extend, scale, window, None)
+
+def attend_over_cache(
+    ops: Ops, q: Tensor, caches: tuple[Tensor, Tensor], context: ForwardContext, scale: float, window: int | None
+) -> Tensor:
+    """Attend from `q` [T, H, D] over a layer's caches, which already hold this step's keys and values."""
+    decode, extend = context.decode, context.extend
+    if decode is not None and extend is None:
+        return ops.attention_decode(q, *caches, decode, scale, window, None)
+    if decode is None:
         assert extend is not None
-        out = torch.empty_like(q)
-        num_decode, start = context.num_decode, context.extend_start
-        ops.attention_decode(q[:num_decode], *caches, decode, scale, window, out[:num_decode])
-        ops.attention_extend(q[start:], *caches, extend, scale, window, out[start:])
-        return out
+        return ops.attention_extend(q, *caches, extend, scale, window, None)
+    assert extend is not None
+    out = torch.empty_like(q)
+    num_decode, start = context.num_decode, context.extend_start
+    ops.attention_decode(q[:num_decode], *caches, decode, scale, window, out[:num_decode])
+    ops.attention_extend(q[start:], *caches, extend, scale, window, out[start:])
+    return out
 
 
 @dataclass(slots=True, eq=False)

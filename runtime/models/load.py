@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from ramet.errors import ConfigError
+from ramet.errors import ConfigError, UnsupportedArchitecture
 from ramet.runtime.models.catalog import resolve_model
 from ramet.runtime.models.config import ModelConfig
-from ramet.runtime.models.description import describe_folder, describe_gguf, load_gguf_config, load_hf_config
+from ramet.runtime.models.description import (
+    ModelDescription,
+    describe_folder,
+    describe_gguf,
+    load_gguf_config,
+    load_hf_config,
+)
 from ramet.runtime.models.generation import GenerationDefaults
 from ramet.runtime.models.gguf_file import GgufFile
+from ramet.runtime.models.json_file import read_json
 from ramet.runtime.models.loader_gguf import load_gguf
 from ramet.runtime.models.loader_safetensors import load_safetensors
 from ramet.runtime.models.weights import Weights
@@ -27,6 +35,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+ModelImpl = Literal["auto", "ramet", "transformers"]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -65,7 +74,7 @@ def open_weights(path: Path) -> tuple[ModelConfig, Weights]:
 def open_model(path: Path) -> ModelFiles:
     """Open a GGUF file or a Hugging Face folder. Raises: BrokenModelFile, UnsupportedArchitecture."""
     if path.is_dir():
-        described = describe_folder(path)
+        described = describe_folder(path, load_hf_config(path))
         weights = load_safetensors(path, described.config)
     else:
         file = GgufFile(path)
@@ -80,22 +89,90 @@ def load_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | str = "auto",
     quantization: str | None = None,
+    model_impl: ModelImpl = "auto",
 ) -> LoadedModel:
     """Find (or download) a model, read it and put it on a device.
 
-    `dtype` and `quantization`: as in `build_decoder`. Raises: ModelNotFound, DownloadFailed, BrokenModelFile,
+    `dtype` and `quantization`: as in `build_decoder`. model_impl: who computes the layers; "auto" is Ramet where it has
+    the model's family, else transformers. Raises: ModelNotFound, DownloadFailed, BrokenModelFile,
     UnsupportedArchitecture, ConfigError.
     """
     from ramet.runtime.models.build import build_decoder
 
     start_s = time.monotonic()
     name = os.fspath(name_or_path) if name_or_path is not None else None
-    files = open_model(resolve_model(name))
+    path = resolve_model(name)
+    if is_for_transformers(path, model_impl):
+        return _load_by_transformers(name or path.stem, path, torch.device(device), parse_dtype(dtype), quantization)
+    files = open_model(path)
     decoder = build_decoder(
         files.config, files.weights, device=device, dtype=parse_dtype(dtype), quantization=quantization
     )
     logger.info("loaded %s from %s in %.1f s", files.config.architecture, files.path, time.monotonic() - start_s)
     return LoadedModel(name or files.path.stem, decoder, files.tokenizer, files.config, files.generation)
+
+
+def is_for_transformers(path: Path, model_impl: ModelImpl) -> bool:
+    """Return whether transformers is to compute a model's layers. Raises: ConfigError, BrokenModelFile."""
+    if not path.is_dir():
+        if model_impl == "transformers":
+            raise ConfigError(f"model_impl is 'transformers' but {path} is a GGUF file; give a Hugging Face folder")
+        return False
+    if model_impl != "auto":
+        return model_impl == "transformers"
+    try:
+        load_hf_config(path)
+    except UnsupportedArchitecture:
+        return not read_json(path / "config.json").get("quantization_config")
+    return False
+
+
+def _load_by_transformers(
+    name: str, path: Path, device: torch.device, dtype: torch.dtype | Literal["auto"], quantization: str | None
+) -> LoadedModel:
+    from ramet.runtime.models.transformers_model import load_transformers
+
+    _refuse_quantization(quantization)
+    described = describe_folder(path)
+    default = torch.bfloat16 if device.type == "cuda" else torch.float32
+    start_s = time.monotonic()
+    decoder = load_transformers(path, device, default if dtype == "auto" else dtype)
+    logger.info(
+        "transformers loaded %s from %s in %.1f s", decoder.config.architecture, path, time.monotonic() - start_s
+    )
+    return LoadedModel(name, decoder, described.tokenizer, decoder.config, described.generation)
+
+
+def model_in_memory(model: Any, tokenizer: Any, quantization: str | None = None) -> LoadedModel:  # Any: of transformers
+    """Make a model of transformers in memory ready to run, on its device and in its dtype.
+
+    tokenizer: a tokenizer of transformers or of ours. None: that of the folder that the model was loaded from.
+    Raises: ConfigError, UnsupportedArchitecture.
+    """
+    from ramet.runtime.models.transformers_model import import_transformers, transformers_decoder
+
+    transformers = import_transformers()
+    if not isinstance(model, transformers.PreTrainedModel):
+        raise ConfigError(f"model is a {type(model).__name__} but must be a name, a path or a model of transformers")
+    _refuse_quantization(quantization)
+    decoder = transformers_decoder(model)
+    if tokenizer is None:
+        folder = Path(model.name_or_path)
+        if not (folder / "tokenizer.json").is_file():
+            raise ConfigError(f"a {type(model).__name__} in memory has no tokenizer; give Engine its `tokenizer=`")
+        described = describe_folder(folder, decoder.config)
+    elif isinstance(tokenizer, transformers.PreTrainedTokenizerBase):
+        with tempfile.TemporaryDirectory(prefix="ramet-tokenizer-") as temporary:
+            tokenizer.save_pretrained(temporary)
+            described = describe_folder(Path(temporary), decoder.config)
+    else:
+        described = ModelDescription(decoder.config, tokenizer, GenerationDefaults())
+    return LoadedModel(type(model).__name__, decoder, described.tokenizer, decoder.config, described.generation)
+
+
+def _refuse_quantization(quantization: str | None) -> None:
+    if quantization is not None:
+        raise ConfigError(f"quantization is {quantization!r} but models that transformers runs are not quantised")
 
 
 def parse_dtype(dtype: torch.dtype | str) -> torch.dtype | Literal["auto"]:
