@@ -14,7 +14,7 @@ from greenlet import getcurrent
 def caller_line() -> str:
     """Return `file:line` of the nearest caller outside of the language."""
     frame, stack = sys._getframe(1), getcurrent()
-    while frame.f_globals.get("__name__", "").startswith(("ramet.lang.", "contextlib")):
+    while frame.f_globals.get("__name__", "").startswith(("ramet.lang.", "ramet.compat.", "contextlib")):
         back = frame.f_back
         if back is None and stack.parent is not None:  # a function that takes turns, on a stack of its own
             stack = stack.parent

@@ -10,7 +10,7 @@ from ramet.lang.graph import ir
 from ramet.runtime.programs.engine import EngineRequest, ProgramModel
 from ramet.runtime.programs.path import Path, keep_text
 from ramet.runtime.text.captures import captured_values
-from ramet.runtime.types import RequestOutput, SamplingParams
+from ramet.runtime.types import RequestOutput, SamplingParams, TopTokens
 
 
 def with_one_more(sampling: SamplingParams) -> SamplingParams:
@@ -49,6 +49,7 @@ class Generation:
         self._texts: list[str] = []
         self._tokens: list[int] = []
         self._logprobs: list[float] = []
+        self._tops: list[TopTokens] = []
         self._last: RequestOutput | None = None
         prompt = before.flush(model.encoder)
         if prompt.length == 0 and model.tokenizer.bos_id is not None:
@@ -71,6 +72,7 @@ class Generation:
         self._texts.append(output.text)
         self._tokens.extend(output.token_ids)
         self._logprobs.extend(output.logprobs or ())
+        self._tops.extend(output.top_logprobs or ())
         self._last = output
 
     def result(self) -> ir.NodeResult:
@@ -79,8 +81,7 @@ class Generation:
         assert output.finish_reason is not None
         meta: dict[str, object] = {}
         if self._node.sampling.logprobs is not None:
-            own = self._own_tokens()
-            meta = {"logprobs": self._logprobs[own], "token_ids": self._tokens[own]}
+            meta = self._likelihoods(self._own_tokens())
         if output.incomplete is not None:
             meta["incomplete"] = output.incomplete
         if output.was_closed:
@@ -110,6 +111,23 @@ class Generation:
             whole = b"".join(token_bytes[token] for token in self._tokens)
             is_cut = is_cut or whole.decode("utf-8", "replace") != text
         return keep_text(token_bytes, self._tokens, text) if is_cut else (self._tokens, "")
+
+    def _likelihoods(self, own: slice) -> dict[str, object]:
+        """Return the tokens of the text with their log-probabilities, and the likeliest at each place, if asked for."""
+        texts = self._model.tokenizer.token_bytes
+
+        def shown(token: int) -> str:
+            return texts[token].decode("utf-8", "replace")
+
+        tokens = self._tokens[own]
+        found: dict[str, object] = {"logprobs": self._logprobs[own], "token_ids": tokens}
+        found["tokens"] = [shown(token) for token in tokens]
+        if self._node.sampling.logprobs:
+            found["top_logprobs"] = [
+                [{"id": token, "token": shown(token), "logprob": value} for token, value in top]
+                for top in self._tops[own]
+            ]
+        return found
 
     def _own_tokens(self) -> slice:
         """Return which tokens hold a part of the text: neither the prompt's end alone, nor what follows the text."""

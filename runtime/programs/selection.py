@@ -27,6 +27,7 @@ class Selection:
         self._tokens = [model.encoder.encode((*before.pending, Piece(text)), is_start=is_start) for text in texts]
         shared = choice_scores.num_shared(self._tokens)
         self._tails = [tokens[shared:] for tokens in self._tokens]
+        self._token_bytes = model.tokenizer.token_bytes
         self._rows: list[list[float]] = [[] for _ in range(2 * len(texts))]  # log-probabilities of tails: see _requests
         self._usages: list[ir.Usage] = []
         self._chosen = 0
@@ -74,6 +75,9 @@ class Selection:
             "choices": self._texts,
             "scores": values,
             "probs": choice_scores.probabilities(values),
+            "logprobs": self._rows[:count],
+            "token_ids": self._tails,
+            "tokens": [[self._token_bytes[token].decode("utf-8", "replace") for token in tail] for tail in self._tails],
         }
         return ir.NodeResult(text, value=text, usage=sum(self._usages, ir.Usage()), meta=meta)
 

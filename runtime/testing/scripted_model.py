@@ -314,7 +314,7 @@ class ScriptedEngine:
                 return
         if job.options.score_from is not None:
             scored = self._score(job.prompt, job.options.score_from)
-            tops = self._tops(job, scored) if job.sampling.logprobs else None
+            tops = self._tops(job, job.prompt, scored.tolist())
             yield RequestOutput(name, "", (), usage, FinishReason.LENGTH, prompt_logprobs=scored, prompt_tops=tops)
             return
         tokens, text, reason, match = self._write(job, prompt_text)
@@ -325,6 +325,7 @@ class ScriptedEngine:
             is_last = end == len(tokens)
             chunk = self.tokenizer.decode(tokens[:end])[len(before) :][: len(text)] if not is_last else text
             logprobs = self._chosen(job, tokens, sent, end) if job.sampling.logprobs is not None else None
+            tops = self._tops(job, [*job.prompt, *tokens[:end]], logprobs or ())
             yield RequestOutput(
                 name,
                 chunk[sent_text:],
@@ -333,6 +334,7 @@ class ScriptedEngine:
                 reason if is_last else None,
                 stop_match=match if is_last else None,
                 logprobs=logprobs,
+                top_logprobs=tops,
                 timings={"queue_s": 0.0, "first_token_s": first_s, "total_s": time.monotonic() - job.arrival_s},
             )
             sent, sent_text = end, len(chunk)
@@ -472,12 +474,14 @@ class ScriptedEngine:
                 plain = [-0.05] * len(plain)
         return np.asarray(plain, dtype=np.float32)
 
-    def _tops(self, job: _Job, scores: NDArray[np.float32]) -> tuple[TopTokens, ...]:
-        """The likeliest tokens in the place of each scored one, which may be among them."""
-        count, found = job.sampling.logprobs or 0, []
-        for place, score in enumerate(scores.tolist(), len(job.prompt) - len(scores)):
-            values = self.logprobs(job.prompt[:place])
-            values[job.prompt[place]] = score
+    def _tops(self, job: _Job, tokens: Sequence[int], scores: Sequence[float]) -> tuple[TopTokens, ...] | None:
+        """The likeliest tokens in the place of each scored one at the end of `tokens`; it may be among them."""
+        count, found = job.sampling.logprobs or 0, list[TopTokens]()
+        if not count:
+            return None
+        for place, score in enumerate(scores, len(tokens) - len(scores)):
+            values = self.logprobs(tokens[:place])
+            values[tokens[place]] = score
             found.append(tuple((int(token), float(values[token])) for token in np.argsort(-values)[:count]))
         return tuple(found)
 
