@@ -65,9 +65,6 @@ class Done(Frame):
     def resolve(self, exit_index: int) -> int:
         raise AssertionError(exit_index)
 
-    def closing_exit(self, local: int) -> int:
-        raise AssertionError(local)
-
 
 class Machine:
     """All tables, all instances, and the targets of their exits. Not thread-safe: the owner locks.

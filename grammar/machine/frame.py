@@ -127,9 +127,12 @@ class Frame(ABC):
 
     # --- how to finish a text
 
-    @abstractmethod
     def closing_exit(self, local: int) -> int:
-        """Return the exit on the shortest way to the end of the text, by estimate. Its target is never DEAD."""
+        """Return the exit on the shortest way to the end of the text, by estimate. Its target is never DEAD.
+
+        A frame without it serves masks alone: no text ever gets there.
+        """
+        raise AssertionError(f"{self} closes no text")
 
     def closing_way(self, local: int, exit_index: int) -> bytes | None:
         """Return a short text from a state to an exit; None if there is none.

@@ -11,7 +11,7 @@ from ramet.grammar.json_schema.algebra.values import Arrays, Const, Expr
 from ramet.grammar.json_schema.frames.compilation import Compilation, Context
 from ramet.grammar.json_schema.frames.lookahead import (
     MAX_TAGS,
-    ArrayEnd,
+    End,
     EndsContext,
     before_end,
     only_exit,
@@ -45,8 +45,8 @@ class ArrayState:
         self.compares = any(spec.unique or spec.repeats for _, spec, _, _ in threads)
         self._choices: ArrayChoices | None = None
         self._is_free: bool | None = None
-        self._end: ArrayEnd | None = None
-        self._ends: tuple[ArrayEnd, ...] | None = None
+        self._end: End | None = None
+        self._ends: tuple[End, ...] | None = None
 
     def choices(self) -> ArrayChoices:
         """Return (the expressions of the next item, the threads that may read it).
@@ -120,13 +120,14 @@ class ArrayState:
                 mask |= 1 << thread[0]
         return mask
 
-    def end(self) -> ArrayEnd:
+    def end(self) -> End:
         if self._end is None:
             plainest = self.compilation.expressions.plainest
-            self._end = ArrayEnd(self.closing_tags(), tuple(dict.fromkeys([plainest(e) for e in self.choices()[0]])))
+            item = tuple(dict.fromkeys([plainest(e) for e in self.choices()[0]]))
+            self._end = End.of_array(self.closing_tags(), item)
         return self._end
 
-    def ends(self) -> tuple[ArrayEnd, ...]:
+    def ends(self) -> tuple[End, ...]:
         """Return, at index mask - 1, what may follow an item that satisfies the tags in `mask`."""
         if self._ends is None:
             masks = range(1, 1 << len(self.choices()[0]))
@@ -249,7 +250,7 @@ class ItemContext(Context):
             seen = seen | {number} if state.compares else seen
             items = None if items is None else (*items, number)
         following = self.compilation.once(ArrayNode, state.after(mask, seen), anonymous, node.context, items)
-        return target(self.compilation.frame(ArrayNextFrame, following))
+        return target(self.compilation.frame(ArrayFrame, following, False))
 
 
 def _different_items(compilation: Compilation, expr: Expr, count: int) -> tuple[tuple[int, bytes], ...]:
@@ -268,7 +269,7 @@ def open_array(compilation: Compilation, exprs: tuple[Expr, ...], context: Conte
     if context.is_for_masks:
         return before_end(compilation, state.end(), context, is_open=True)
     node = compilation.once(ArrayNode, state, 0, context, () if context.remembers else None)
-    return target(compilation.frame(ArrayStartFrame, node))
+    return target(compilation.frame(ArrayFrame, node, True))
 
 
 def _opened(compilation: Compilation, exprs: tuple[Expr, ...]) -> ArrayState:
@@ -280,30 +281,30 @@ def _opened(compilation: Compilation, exprs: tuple[Expr, ...]) -> ArrayState:
     return compilation.once(ArrayState, tuple(threads), 0, frozenset[int]())
 
 
-class ArrayStartFrame(Frame):
-    """The place right after `[`."""
+class ArrayFrame(Frame):
+    """A place where an array may end or go on. is_open: the place is right after `[`, not after an item."""
 
-    is_open = True
-
-    def __init__(self, compilation: Compilation, node: ArrayNode) -> None:
+    def __init__(self, compilation: Compilation, node: ArrayNode, is_open: bool) -> None:
         self.compilation = compilation
         self.node = node
+        self.is_open = is_open
         state = node.state
         # without white space, the exits alone tell that one of the ways is impossible
         may_go_on = compilation.layout.is_tight or bool(state.choices()[0])
         may_close = compilation.layout.is_tight or bool(state.closing_tags())
-        self.table = place_table(compilation, True, self.is_open, node.depth, may_go_on, may_close)
+        self.table = place_table(compilation, True, is_open, node.depth, may_go_on, may_close)
 
     def mask_twin(self, local: int) -> int:
         node = self.node
-        inner = node.item_context().mask_twin()
-        exprs = tuple(map(self.compilation.expressions.plainest, node.state.choices()[0]))
-        end = ArrayEnd(node.state.closing_tags(), exprs)
         outer = node.context.mask_twin()
+        if not self.is_open:
+            return before_end(self.compilation, node.state.end(), outer, is_open=False, local=local)
+        exprs = tuple(map(self.compilation.expressions.plainest, node.state.choices()[0]))
+        end, inner = End.of_array(node.state.closing_tags(), exprs), node.item_context().mask_twin()
         return before_end(self.compilation, end, outer, is_open=True, inner=inner, local=local)
 
     def resolve(self, exit_index: int) -> int:
-        return self.node.close() if exit_index == CLOSE else self.node.item(AT_VALUE)
+        return self.node.close() if exit_index == CLOSE else self.node.item(AT_VALUE if self.is_open else AFTER_COMMA)
 
     def closing_exit(self, local: int) -> int:
         only = only_exit(self.table, local)
@@ -313,24 +314,11 @@ class ArrayStartFrame(Frame):
         costs = [(node.cost(t, state.index), 0 if state.may_close(t) else 1) for t in state.threads]
         return CLOSE if min(costs)[1] == 0 else GO_ON
 
-
-class ArrayNextFrame(ArrayStartFrame):
-    """The place after an item: `]` or a comma."""
-
-    is_open = False
-
-    def mask_twin(self, local: int) -> int:
-        node = self.node
-        return before_end(self.compilation, node.state.end(), node.context.mask_twin(), is_open=False, local=local)
-
-    def resolve(self, exit_index: int) -> int:
-        return self.node.close() if exit_index == CLOSE else self.node.item(AFTER_COMMA)
-
     def closing_jump(self, local: int) -> tuple[bytes, int] | None:
         """Write all missing different items at once. One by one, each would need a table without all the others."""
         node, state, layout = self.node, self.node.state, self.compilation.layout
         tags = {tag for tag, _, _, _ in state.threads}
-        if local or node.anonymous or len(tags) > 1:
+        if self.is_open or local or node.anonymous or len(tags) > 1:
             return None
         ways = [self._missing(thread) for thread in state.threads]
         chosen = min([way for way in ways if way], key=len, default=None)

@@ -49,7 +49,8 @@ class Context(ABC):
 
     remembers: `resume` must get the value itself, because what may follow depends on it.
     is_anonymous: it remembers, but an earlier value was read by a walk over the vocabulary and is not known.
-    is_for_masks: it stands for many places that share their masks. No text ever gets there (lookahead.py).
+    is_for_masks: it stands for many places that share their masks. No text ever gets there (lookahead.py), so it needs
+    no `rest`.
     depth: of the value, as its layout counts (see Layout.inside).
     following: the bytes that may follow the value. None: any byte.
     """
@@ -64,9 +65,9 @@ class Context(ABC):
     def resume(self, mask: int, value: Const | None) -> int:
         """Return the target after a value that satisfies the tags in `mask`. value: None if it is not known."""
 
-    @abstractmethod
     def rest(self, tag: int) -> int:
         """Estimate the bytes that must follow a value that satisfies this tag, to the end of the text."""
+        raise AssertionError(f"{self} closes no text")
 
     def mask_twin(self) -> Context:
         """Return the context in which values have the same masks as here (see Frame.mask_twin); itself if there is no

@@ -24,7 +24,6 @@ from ramet.grammar.json_schema.frames.tables import (
     CLOSE,
     GO_ON,
     any_key_rows,
-    key_start_rows,
     next_item_rows,
     next_key_rows,
     open_array_rows,
@@ -36,24 +35,10 @@ from ramet.grammar.machine.frame import NEEDS_RUN, Frame, FrameTable, path_to_ex
 MAX_TAGS = 2  # a value with more tags is its own twin: otherwise 2 ** tags sets of tags would have to be compared
 
 
-class MaskFrame(Frame):
-    """A frame for masks only."""
-
-    def closing_exit(self, local: int) -> int:
-        raise AssertionError("texts are closed from where they stand")
-
-
-class MaskContext(Context):
-    """A context for masks only."""
+class Somewhere(Context):
+    """A context of which only the depth is known. Tokens that end the value are run."""
 
     is_for_masks = True
-
-    def rest(self, tag: int) -> int:
-        raise AssertionError("texts are closed from where they stand")
-
-
-class Somewhere(MaskContext):
-    """A context of which only the depth is known. Tokens that end the value are run."""
 
     def __init__(self, compilation: Compilation, depth: int) -> None:
         self.depth = depth
@@ -62,32 +47,19 @@ class Somewhere(MaskContext):
         return NEEDS_RUN
 
 
-class UnreadFrame(MaskFrame):
-    """A text that masks do not read. Tokens that continue into it are run."""
+class UnreadFrame(Frame):
+    """A text of which masks read at most the first byte. Tokens that go on into it are run."""
 
-    def __init__(self, compilation: Compilation) -> None:
-        self.table = compilation.constant_table(unread_rows, (), 1)
-
-    def resolve(self, exit_index: int) -> int:
-        return NEEDS_RUN
-
-
-class KeyStartFrame(MaskFrame):
-    """A key of which masks read only the first byte.
-
-    starts: the bytes with which the key may begin, among those that follow a comma and a quote in some token. None: the
-    key may be any text.
-    """
-
-    def __init__(self, compilation: Compilation, starts: bytes | None) -> None:
-        if starts is None:
-            self.table = compilation.once(any_key_table)
-        else:
-            refused = bytes(b for b in compilation.machine.vocabulary.key_starts if b not in starts)
-            self.table = compilation.constant_table(key_start_rows, (refused,), 1)
+    def __init__(self, compilation: Compilation, table: FrameTable) -> None:
+        self.table = table
 
     def resolve(self, exit_index: int) -> int:
         return NEEDS_RUN
+
+
+def unread(compilation: Compilation, refused: bytes = b"") -> FrameTable:
+    """Return the table of a text that may begin with any other bytes."""
+    return compilation.constant_table(unread_rows, (refused,), 1)
 
 
 def any_key_table(compilation: Compilation) -> FrameTable:
@@ -95,38 +67,32 @@ def any_key_table(compilation: Compilation) -> FrameTable:
     return compilation.string_table(any_key_rows(), 1)
 
 
-class ObjectEnd(NamedTuple):
-    """What may follow in an object.
+class End(NamedTuple):
+    """What may follow in an array or object.
 
-    tags: the tags that the object satisfies if it ends here, 0 if it may not end. may_go_on: a further key may follow.
-    starts: how that key may begin, see KeyStartFrame.
+    tags: the tags that it satisfies if it ends here, 0 if it may not end. may_go_on: a further item or key may follow.
+    item: the expressions of the next item of an array; None in an object. starts: the bytes with which the next key of
+    an object may begin, among those that follow a comma and a quote in some token; None: the key may be any text.
     """
 
     tags: int
     may_go_on: bool
-    starts: bytes | None
+    item: tuple[Expr, ...] | None = None
+    starts: bytes | None = None
+
+    @staticmethod
+    def of_array(tags: int, item: tuple[Expr, ...]) -> End:
+        return End(tags, bool(item), item)
 
 
-class ArrayEnd(NamedTuple):
-    """What may follow in an array.
-
-    tags: the tags that the array satisfies if it ends here, 0 if it may not end. item: the expressions of the next
-    item.
-    """
-
-    tags: int
-    item: tuple[Expr, ...]
-
-
-End = ObjectEnd | ArrayEnd
-
-
-class EndsContext(MaskContext):
+class EndsContext(Context):
     """The context of a value that knows only what may follow in the object or array around it, and the context of
     those.
 
     ends[mask - 1]: what follows a value that satisfies the tags in `mask`. outer: the context of the object or array.
     """
+
+    is_for_masks = True
 
     def __init__(self, compilation: Compilation, ends: tuple[End, ...], outer: Context) -> None:
         self.compilation = compilation
@@ -170,7 +136,7 @@ def only_exit(table: FrameTable, local: int) -> int | None:
     return possible[0] if len(possible) == 1 else None
 
 
-class EndFrame(MaskFrame):
+class EndFrame(Frame):
     """The bracket that closes an object or array, or the comma before its next key or item."""
 
     def __init__(self, compilation: Compilation, end: End, outer: Context, is_open: bool, inner: Context) -> None:
@@ -179,15 +145,18 @@ class EndFrame(MaskFrame):
         self.end = end
         self.outer = outer
         self.is_open = is_open
-        may_go_on = bool(end.item) if isinstance(end, ArrayEnd) else end.may_go_on
         self.table = place_table(
-            compilation, isinstance(end, ArrayEnd), is_open, inner.depth, may_go_on, may_close=bool(end.tags)
+            compilation, end.item is not None, is_open, inner.depth, end.may_go_on, may_close=bool(end.tags)
         )
 
     def resolve(self, exit_index: int) -> int:
         end = self.end
         if exit_index == CLOSE:
             return NEEDS_RUN if self.outer.is_anonymous else self.outer.resume(end.tags, None)
-        if isinstance(end, ArrayEnd):
-            return self.compilation.value(end.item, self.inner, AT_VALUE if self.is_open else AFTER_COMMA)
-        return target(self.compilation.frame(KeyStartFrame, end.starts))
+        compilation = self.compilation
+        if end.item is not None:
+            return compilation.value(end.item, self.inner, AT_VALUE if self.is_open else AFTER_COMMA)
+        if end.starts is None:
+            return target(compilation.frame(UnreadFrame, compilation.once(any_key_table)))
+        refused = bytes(b for b in compilation.machine.vocabulary.key_starts if b not in end.starts)
+        return target(compilation.frame(UnreadFrame, unread(compilation, refused)))

@@ -15,7 +15,7 @@ from itertools import combinations
 from ramet.grammar.json_schema.algebra.values import FALSE, Exists, Expr
 from ramet.grammar.json_schema.frames.compilation import Compilation
 from ramet.grammar.json_schema.frames.keys import KeySpace, ObjectChoices, ObjectThread
-from ramet.grammar.json_schema.frames.lookahead import ObjectEnd
+from ramet.grammar.json_schema.frames.lookahead import End
 from ramet.grammar.machine.frame import FrameTable
 
 
@@ -50,11 +50,11 @@ class ObjectState:
         self.is_simple = space.are_simple(threads)
         self._alive: tuple[int, int] | None = None
         self._closing_tags: int | None = None
-        self._end: ObjectEnd | None = None
+        self._end: End | None = None
         self._table: FrameTable | None = None
         # answers that do not depend on the keys seen are shared by all states of the space
         self._choices = space.choices_of_threads if self.is_simple else {}
-        self._ends: dict[tuple[int, str | None], tuple[ObjectEnd, ...]] = {}
+        self._ends: dict[tuple[int, str | None], tuple[End, ...]] = {}
 
     def may_forget(self, extras: frozenset[str]) -> bool:
         return self.space.may_forget({spec for _, spec, _, _ in self.threads}, extras)
@@ -179,7 +179,7 @@ class ObjectState:
         seen, extras, anonymous = self.keys_after(label, key)
         return self.compilation.once(ObjectState, self.space, threads, seen, extras, anonymous, self.forgets)
 
-    def ends(self, label: int, key: str | None) -> tuple[ObjectEnd, ...]:
+    def ends(self, label: int, key: str | None) -> tuple[End, ...]:
         """Return, at index mask - 1, what may follow a property's value that satisfies the tags in `mask`."""
         found = self._ends.get((label, key))
         if found is None:
@@ -238,7 +238,7 @@ class ObjectState:
             self._closing_tags = mask
         return mask
 
-    def end(self) -> ObjectEnd:
+    def end(self) -> End:
         if self._end is None:
             named, others = self.alive()
             relevant = self.compilation.machine.vocabulary.key_starts
@@ -247,7 +247,7 @@ class ObjectState:
                 starts = None
             elif relevant:
                 starts = relevant if others else bytes(b for b in relevant if named & self.space.names_from(b))
-            self._end = ObjectEnd(self.closing_tags(), bool(named or others), starts)
+            self._end = End(self.closing_tags(), bool(named or others), starts=starts)
         return self._end
 
     def missing(self, thread: ObjectThread, seen: int) -> int:

@@ -19,7 +19,6 @@ from ramet.grammar.json_schema.frames.keys import KeySpace, ObjectThread
 from ramet.grammar.json_schema.frames.lookahead import (
     MAX_TAGS,
     EndsContext,
-    MaskFrame,
     Somewhere,
     any_key_table,
     before_end,
@@ -62,7 +61,7 @@ def open_object(compilation: Compilation, exprs: tuple[Expr, ...], context: Cont
     if context.is_for_masks:
         return before_end(compilation, state.end(), context, is_open=True)
     content: Content | None = frozenset() if context.remembers else None
-    return target(compilation.frame(ObjectStartFrame, compilation.once(ObjectNode, state, context, content), False))
+    return target(compilation.frame(ObjectFrame, compilation.once(ObjectNode, state, context, content), True))
 
 
 def _opened(compilation: Compilation, exprs: tuple[Expr, ...]) -> ObjectState | None:
@@ -233,7 +232,7 @@ class PropertyContext(Context):
     def resume(self, mask: int, value: Const | None) -> int:
         state = self.node.state.after(self.label, self.key, mask)
         following = self.compilation.once(ObjectNode, state, self.node.context, self._content(value))
-        return target(self.compilation.frame(ObjectNextFrame, following, False))
+        return target(self.compilation.frame(ObjectFrame, following, False))
 
     def _content(self, value: Const | None) -> Content | None:
         """Return the properties of the object after this value; None if they are not known."""
@@ -244,31 +243,34 @@ class PropertyContext(Context):
         return node.content | {(key, self.compilation.expressions.constants.number(value))}
 
 
-class ObjectStartFrame(Frame):
-    """The place right after `{`.
+class ObjectFrame(Frame):
+    """A place where an object may end or go on.
 
-    is_shared: masks are made in a copy of the frame that accepts every unnamed key, also one that came before.
-    `refused_prefixes` then removes the keys that came.
+    is_open: the place is right after `{`, not after a property. is_shared: masks are made in a copy of the frame that
+    accepts every unnamed key, also one that came before. `refused_prefixes` then removes the keys that came.
     """
 
-    is_open = True
-
-    def __init__(self, compilation: Compilation, node: ObjectNode, is_shared: bool) -> None:
+    def __init__(self, compilation: Compilation, node: ObjectNode, is_open: bool, is_shared: bool = False) -> None:
         self.compilation = compilation
         self.node = node
+        self.is_open = is_open
         self.is_shared = is_shared
         state, is_tight = node.state, compilation.layout.is_tight
         # where no white space may stand, the exits alone tell that one of the ways is impossible
-        may_go_on = (is_tight and self.is_open) or any(state.alive())
+        may_go_on = (is_tight and is_open) or any(state.alive())
         may_close = is_tight or bool(state.closing_tags())
-        self.table = place_table(compilation, False, self.is_open, node.depth, may_go_on, may_close)
+        self.table = place_table(compilation, False, is_open, node.depth, may_go_on, may_close)
 
     def resolve(self, exit_index: int) -> int:
         return self.node.close() if exit_index == CLOSE else self.node.key(self.is_shared)
 
     def mask_twin(self, local: int) -> int:
-        node = self.node.mask_twin(forgets=bool(self.node.state.extras))
-        return target(self.compilation.frame(type(self), node, self.is_shared or node.state.has_extras), local)
+        node, state = self.node, self.node.state
+        if not self.is_open and not local and not state.anonymous:
+            return before_end(self.compilation, state.end(), node.context.mask_twin(), is_open=False)
+        twin = node.mask_twin(forgets=bool(state.extras))
+        is_shared = self.is_shared or state.has_extras
+        return target(self.compilation.frame(ObjectFrame, twin, self.is_open, is_shared), local)
 
     def refused_prefixes(self, local: int) -> Sequence[bytes]:
         """Return the texts that would complete an unnamed key that came before."""
@@ -284,18 +286,6 @@ class ObjectStartFrame(Frame):
         node, state = self.node, self.node.state
         costs = [(node.cost(t, state.seen), 0 if state.may_close(t) else 1) for t in state.threads]
         return CLOSE if min(costs)[1] == 0 else GO_ON
-
-
-class ObjectNextFrame(ObjectStartFrame):
-    """The place after a property: `}` or a comma and the next key."""
-
-    is_open = False
-
-    def mask_twin(self, local: int) -> int:
-        node = self.node
-        if local or node.state.anonymous:
-            return super().mask_twin(local)
-        return before_end(self.compilation, node.state.end(), node.context.mask_twin(), is_open=False)
 
 
 def gaps_before_key(compilation: Compilation, table: FrameTable, local: int) -> frozenset[bytes]:
@@ -436,7 +426,7 @@ class KeyFrame(Frame):
         return None
 
 
-class MaskKeyFrame(MaskFrame):
+class MaskKeyFrame(Frame):
     """Keys, for masks only. The frame knows nothing of what surrounds the object, so the few tokens that end the object
     are run.
 
@@ -490,7 +480,7 @@ class MaskKeyFrame(MaskFrame):
         return target(self.compilation.frame(UnnamedKeyFrame, table, 0, places), table.loop)
 
 
-class UnnamedKeyFrame(MaskFrame):
+class UnnamedKeyFrame(Frame):
     """Unnamed keys, for masks only. Objects with different named keys share the mask of its loop state.
 
     places: the places of the values, for the exits from `first` on. The exits before `first` are named keys, which the

@@ -111,12 +111,7 @@ def next_item_rows(layout: Layout, depth: int, may_go_on: bool, may_close: bool)
 
 
 @cache
-def unread_rows() -> NDArray[np.int32]:
-    return np.full((1, 256), leave(0), dtype=np.int32)
-
-
-@cache
-def key_start_rows(refused: bytes) -> NDArray[np.int32]:
+def unread_rows(refused: bytes) -> NDArray[np.int32]:
     rows = np.full((1, 256), leave(0), dtype=np.int32)
     rows[0, list(refused)] = REFUSE
     return rows

@@ -155,10 +155,9 @@ def test_what_may_follow_in_an_object_or_array_is_worked_out_once_for_all_its_pl
     for text in (b'{"a": [{"a": 1', b'{"b": [{"a": 1'):
         assert grammar.advance_bytes(0, text) is not None
     frames = grammar.machine.frames
-    inner = [
-        f.node for f in frames if isinstance(f, objects.ObjectStartFrame) and isinstance(f.node.context, ItemContext)
-    ]
-    for nodes in ([f.node for f in frames if isinstance(f, arrays.ArrayStartFrame)], inner):
+    outer = [f.node for f in frames if isinstance(f, arrays.ArrayFrame) and f.is_open]
+    opened = [f.node for f in frames if isinstance(f, objects.ObjectFrame) and f.is_open]
+    for nodes in (outer, [node for node in opened if isinstance(node.context, ItemContext)]):
         assert len(nodes) == 2
         assert nodes[0].state is nodes[1].state
 
