@@ -19,13 +19,13 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
-from bench_grammar import Cursor, machine, percentiles, tokenizer_of
+from bench_grammar import Cursor, OtherCursor, machine, percentiles, tokenizer_of
 from json_line import print_record
 from rich.console import Console
 from rich.table import Table
 
 from ramet.grammar import Matcher, Vocabulary, compile_constraint
-from ramet.grammar.engines import FollowedGrammar, load_backend
+from ramet.grammar.engines import load_backend
 from ramet.grammar.service.warm_up import warm_up
 
 JSON_GRAMMAR = r"""
@@ -86,9 +86,7 @@ class _OurCursor:
 def start(engine: str, grammar: str, vocabulary: Vocabulary) -> Cursor:
     if engine == "ramet":
         return _OurCursor(Matcher(compile_constraint("cfg", grammar, vocabulary)))
-    compiled = load_backend(engine).compile("cfg", grammar, vocabulary)
-    assert isinstance(compiled, FollowedGrammar)
-    return compiled._start.fork()
+    return OtherCursor(load_backend(engine).compile("cfg", grammar, vocabulary))
 
 
 def walk(cursor: Cursor, tokens: list[int], row: Any) -> list[float]:

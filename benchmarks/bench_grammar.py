@@ -35,7 +35,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ramet.errors import GrammarError
-from ramet.grammar import Matcher, Vocabulary, compile_constraint
+from ramet.grammar import Grammar, Matcher, Vocabulary, compile_constraint
 from ramet.grammar.engines import FollowedGrammar, load_backend
 from ramet.grammar.service.warm_up import warm_up as make_ready
 from ramet.runtime.models.catalog import pull
@@ -71,7 +71,25 @@ class RametCursor:
         return self
 
 
+class OtherCursor:
+    def __init__(self, grammar: Grammar) -> None:
+        if not isinstance(grammar, FollowedGrammar):
+            raise SystemExit("only the engines of ramet.grammar.engines have matchers to walk")
+        self.matchers, self.matcher = grammar.matchers, grammar.start
+
+    def fill(self, row: NDArray[np.int32]) -> None:
+        self.matchers.fill(self.matcher, row)
+
+    def accept(self, token: int) -> bool:
+        following = self.matchers.after(self.matcher, token)
+        if following is not None:
+            self.matcher = following
+        return following is not None
+
+
 class OutlinesCursor:
+    """outlines-core's own cursor, which writes masks itself."""
+
     def __init__(self, index: Any) -> None:
         from outlines_core import Guide
 
@@ -101,17 +119,14 @@ def compiler(engine: str, vocabulary: Vocabulary) -> Callable[[Json], tuple[Curs
     if engine == "outlines":
 
         def indexed(schema: Json) -> tuple[Cursor, Callable[[], Cursor]]:
-            index = backend.compile("json_schema", schema, vocabulary).index
+            index, _ = OtherCursor(backend.compile("json_schema", schema, vocabulary)).matcher
             return OutlinesCursor(index), lambda: OutlinesCursor(index)
 
         return indexed
 
     def theirs(schema: Json) -> tuple[Cursor, Callable[[], Cursor]]:
         grammar = backend.compile("json_schema", schema, vocabulary)
-        if not isinstance(grammar, FollowedGrammar):
-            raise SystemExit(f"{engine} has no matcher to walk; leave it out of --engines")
-        start = grammar._start
-        return start.fork(), start.fork
+        return OtherCursor(grammar), lambda: OtherCursor(grammar)
 
     return theirs
 

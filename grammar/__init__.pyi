@@ -2,8 +2,9 @@
 
 from .machine.automaton import Limits as Limits
 from .machine.compiled_grammar import CompiledGrammar as CompiledGrammar
-from .machine.compiled_grammar import DeviceTables as DeviceTables
 from .machine.compiled_grammar import Matcher as Matcher
+from .machine.grammar import DeviceTables as DeviceTables
+from .machine.grammar import Grammar as Grammar
 from .machine.vocabulary import Vocabulary as Vocabulary
 from .service.sources import compile_constraint as compile_constraint
 from .service.sources import compile_grammar as compile_grammar

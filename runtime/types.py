@@ -18,19 +18,17 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from ramet.errors import EmptyPrompt, InvalidRequest
+from ramet.grammar.machine.grammar import Grammar as Grammar
 from ramet.lang.graph.events import Usage as Usage
 from ramet.lang.graph.sampling import MAX_INT32 as MAX_INT32
 from ramet.lang.graph.sampling import SamplingParams as SamplingParams
-
-if TYPE_CHECKING:
-    from ramet.grammar import DeviceTables  # loads numba
 
 TokenIds = NDArray[np.int32]
 TopTokens = tuple[tuple[int, float], ...]  # the most likely tokens at a position: (token, log-probability)
@@ -49,72 +47,6 @@ class Status(Enum):
     WAITING = "waiting"
     RUNNING = "running"
     FINISHED = "finished"
-
-
-class Grammar(Protocol):
-    """The runtime's interface to a compiled grammar. States are small integers; state 0 is the start.
-
-    A state is a pure function of the tokens committed so far, so preemption and fork keep only an integer.
-    """
-
-    @property
-    def is_closed(self) -> bool:
-        """True if every reachable state is known, so `device_tables` can be kept on a device."""
-
-    @property
-    def before(self) -> bytes:
-        """What texts begin with that is no part of them: the prompt's last token, which the model writes again."""
-
-    def fill_mask(self, state: int, row: NDArray[np.int32]) -> None:
-        """Write the token mask of `state`: bit `t % 32` of word `t // 32` is 1 if token t is allowed."""
-
-    def advance(self, state: int, token: int) -> int | None:
-        """Return the state after `token`, or None if the grammar refuses the token."""
-
-    def is_accepting(self, state: int) -> bool:
-        """True if the text may end here."""
-
-    def is_complete(self, state: int) -> bool:
-        """True if the text may end here and nothing can follow. Must be cheap: it is called after every token."""
-
-    def is_free(self, state: int) -> bool:
-        """True if any token may follow, from this state on."""
-
-    def num_after(self, state: int, *, is_last: bool) -> int:
-        """How many bytes at the end belong to what follows the value; before the last token, those that may do so."""
-
-    def ends(self, state: int) -> NDArray[np.int32] | None:
-        """The refused tokens that no text could begin with here: a model that wants one of them means the end.
-
-        Returns a mask row, which is shared; None if the text may not end here, or if there is no such token. A refused
-        token of which some beginning leads to an accepting state is not among them: the text would go on first.
-        """
-
-    def forced_tokens(self, state: int) -> list[int]:
-        """Tokens that must follow, because masks allow no others; else empty."""
-
-    def joined_token(self, state: int, token: int) -> int:
-        """The token to take instead of an allowed one: a longer one, if the tokenizer joins it with text that must
-        follow.
-        """
-
-    def shortest_completion(self, state: int) -> list[int]:
-        """The shortest list of tokens that leads to an accepting state."""
-
-    def completion_bound(self, state: int) -> int:
-        """An upper bound of the length of `shortest_completion`. Must be cheap: it is called after every token."""
-
-    def closing_tokens(self, state: int) -> list[int]:
-        """Allowed tokens after which `completion_bound` is smaller; perhaps not all. Empty if the text may end."""
-
-    def stays_in_string(self, state: int, token: int) -> bool:
-        """Whether the text is inside of a string of a JSON value, and stays in it through this token."""
-
-    def __hash__(self) -> int:
-        """By identity: the device holds one copy of a grammar, shared by its sequences."""
-
-    def device_tables(self) -> DeviceTables | None:
-        """The closed automaton as arrays, with the same state numbers; None if the grammar is not closed."""
 
 
 class RequestOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):

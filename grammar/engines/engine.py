@@ -6,51 +6,10 @@ import importlib
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
 from ramet.errors import ConfigError
-from ramet.grammar.machine.compiled_grammar import DeviceTables
+from ramet.grammar.machine.grammar import Grammar
 from ramet.grammar.machine.vocabulary import Vocabulary
 from ramet.grammar.service.sources import compile_constraint
-
-
-class BackendGrammar(Protocol):
-    """A grammar of any engine: the runtime's `Grammar`."""
-
-    @property
-    def is_closed(self) -> bool: ...
-
-    @property
-    def before(self) -> bytes: ...
-
-    def fill_mask(self, state: int, row: NDArray[np.int32]) -> None: ...
-
-    def advance(self, state: int, token: int) -> int | None: ...
-
-    def is_accepting(self, state: int) -> bool: ...
-
-    def is_complete(self, state: int) -> bool: ...
-
-    def is_free(self, state: int) -> bool: ...
-
-    def num_after(self, state: int, *, is_last: bool) -> int: ...
-
-    def ends(self, state: int) -> NDArray[np.int32] | None: ...
-
-    def forced_tokens(self, state: int) -> list[int]: ...
-
-    def joined_token(self, state: int, token: int) -> int: ...
-
-    def shortest_completion(self, state: int) -> list[int]: ...
-
-    def completion_bound(self, state: int) -> int: ...
-
-    def closing_tokens(self, state: int) -> list[int]: ...
-
-    def stays_in_string(self, state: int, token: int) -> bool: ...
-
-    def device_tables(self) -> DeviceTables | None: ...
 
 
 class GrammarBackend(Protocol):
@@ -59,7 +18,7 @@ class GrammarBackend(Protocol):
     name: str
     kinds: frozenset[str]
 
-    def compile(self, kind: str, source: Any, vocabulary: Vocabulary) -> BackendGrammar:
+    def compile(self, kind: str, source: Any, vocabulary: Vocabulary) -> Grammar:
         """Compile a constraint. JSON is written without white space.
 
         Raises: GrammarError with the engine's own message.
@@ -72,7 +31,7 @@ class RametBackend:
     name = "ramet"
     kinds = frozenset(("json_schema", "regex", "cfg", "choice", "substring", "tools"))
 
-    def compile(self, kind: str, source: Any, vocabulary: Vocabulary) -> BackendGrammar:
+    def compile(self, kind: str, source: Any, vocabulary: Vocabulary) -> Grammar:
         if kind == "json_schema":
             return compile_constraint(kind, source, vocabulary, whitespace="compact")
         return compile_constraint(kind, source, vocabulary)

@@ -1,4 +1,4 @@
-"""Integer states over engines whose matcher is a mutable object.
+"""Integer states over the matchers of other engines, which know nothing of states.
 
 A state is a path of tokens. The matchers of recent states are kept. The matcher of an older state is rebuilt from the
 nearest ancestor whose matcher is kept, so the number of matchers does not grow with the number of states.
@@ -7,7 +7,7 @@ nearest ancestor whose matcher is kept, so the number of matchers does not grow 
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,19 +21,16 @@ _CLOSING = b'"]},:)tfn0{[1-'  # bytes that are tried first to complete a text, i
 _MAX_SEARCHED = 4096
 
 
-class Follower(Protocol):
-    """A matcher of another engine, at one place in a text."""
+class Matchers(Protocol):
+    """The matchers of an engine. A matcher stands at one place in a text, and is never changed once it is known."""
 
-    def fork(self) -> Follower:
-        """Return a second matcher at the same place."""
+    def after(self, matcher: Any, token: int) -> Any | None:
+        """Return the matcher after a token, None if the token is refused."""
 
-    def accept(self, token: int) -> bool:
-        """Take a token; return False if it is refused. A matcher that refused a token is not used again."""
-
-    def fill(self, row: NDArray[np.int32]) -> None:
+    def fill(self, matcher: Any, row: NDArray[np.int32]) -> None:
         """Write the mask. It includes the end tokens if the text may end."""
 
-    def forced_tokens(self) -> list[int]:
+    def forced_tokens(self, matcher: Any) -> list[int]:
         """Return the tokens that must follow, if the engine knows them."""
 
 
@@ -43,17 +40,18 @@ class FollowedGrammar:
     is_closed = False
     before = b""
 
-    def __init__(self, start: Follower, vocabulary: Vocabulary, max_kept: int = 128) -> None:
+    def __init__(self, matchers: Matchers, start: Any, vocabulary: Vocabulary, max_kept: int = 128) -> None:
         self.vocabulary = vocabulary
-        self._start = start
+        self.matchers = matchers
+        self.start = start
         self._max_kept = max_kept
         self._parents: list[tuple[int, int]] = [(-1, -1)]  # state -> (state before, token)
         self._after: dict[tuple[int, int], int | None] = {}
-        self._kept: OrderedDict[int, Follower] = OrderedDict()
+        self._kept: OrderedDict[int, Any] = OrderedDict()  # matchers by state
 
     def fill_mask(self, state: int, row: NDArray[np.int32]) -> None:
         row[:] = 0
-        self._follower(state).fill(row)
+        self.matchers.fill(self._matcher(state), row)
 
     def advance(self, state: int, token: int) -> int | None:
         vocabulary = self.vocabulary
@@ -61,13 +59,11 @@ class FollowedGrammar:
             return None
         key = (state, token)
         if key not in self._after:
-            follower = self._follower(state).fork()
-            if follower.accept(token):
-                self._after[key] = len(self._parents)
+            matcher = self.matchers.after(self._matcher(state), token)
+            self._after[key] = None if matcher is None else len(self._parents)
+            if matcher is not None:
                 self._parents.append(key)
-                self._keep(len(self._parents) - 1, follower)
-            else:
-                self._after[key] = None
+                self._keep(len(self._parents) - 1, matcher)
         return self._after[key]
 
     def is_accepting(self, state: int) -> bool:
@@ -93,7 +89,7 @@ class FollowedGrammar:
         return 0
 
     def forced_tokens(self, state: int) -> list[int]:
-        return self._follower(state).forced_tokens()
+        return self.matchers.forced_tokens(self._matcher(state))
 
     def joined_token(self, state: int, token: int) -> int:
         return token
@@ -137,7 +133,7 @@ class FollowedGrammar:
                     stack.append((following, [*way, token]))
         raise GrammarError("this grammar backend finds no way to close the text; use the backend 'ramet'")
 
-    def _follower(self, state: int) -> Follower:
+    def _matcher(self, state: int) -> Any:
         tokens: list[int] = []
         at = state
         while at > 0 and at not in self._kept:
@@ -145,17 +141,15 @@ class FollowedGrammar:
             tokens.append(token)
         if at > 0:
             self._kept.move_to_end(at)
-        follower = self._start if at == 0 else self._kept[at]
-        if not tokens:
-            return follower
-        follower = follower.fork()
+        matcher = self.start if at == 0 else self._kept[at]
         for token in reversed(tokens):
-            accepted = follower.accept(token)
-            assert accepted, (state, token)
-        self._keep(state, follower)
-        return follower
+            matcher = self.matchers.after(matcher, token)
+            assert matcher is not None, (state, token)
+        if tokens:
+            self._keep(state, matcher)
+        return matcher
 
-    def _keep(self, state: int, follower: Follower) -> None:
-        self._kept[state] = follower
+    def _keep(self, state: int, matcher: Any) -> None:
+        self._kept[state] = matcher
         if len(self._kept) > self._max_kept:
             self._kept.popitem(last=False)

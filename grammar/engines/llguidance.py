@@ -34,7 +34,19 @@ class LlguidanceBackend:
         matcher = llguidance.LLMatcher(tokenizer, _grammar(kind, source), log_level=0)
         if matcher.is_error():
             raise GrammarError(f"llguidance: {matcher.get_error()}")
-        return FollowedGrammar(_Follower(matcher), vocabulary)
+        return FollowedGrammar(self, matcher, vocabulary)
+
+    def after(self, matcher: Any, token: int) -> Any | None:
+        following = matcher.deep_copy()
+        return following if following.validate_tokens([token]) == 1 and following.consume_token(token) else None
+
+    def fill(self, matcher: Any, row: NDArray[np.int32]) -> None:
+        matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
+        if matcher.is_error():
+            raise GrammarError(f"llguidance: {matcher.get_error()}")
+
+    def forced_tokens(self, matcher: Any) -> list[int]:
+        return list(matcher.compute_ff_tokens())
 
     def _tokenizer(self, vocabulary: Vocabulary) -> Any:
         found = self._tokenizers.get(vocabulary.key)
@@ -84,22 +96,3 @@ class _Tokens:
         splits = self.vocabulary.splits
         known = splits.tokens(text) if splits is not None and is_text(text) else ()
         return list(known) or self.vocabulary.fewest_tokens(text) or []
-
-
-class _Follower:
-    def __init__(self, matcher: Any) -> None:
-        self.matcher = matcher
-
-    def fork(self) -> _Follower:
-        return _Follower(self.matcher.deep_copy())
-
-    def accept(self, token: int) -> bool:
-        return self.matcher.validate_tokens([token]) == 1 and bool(self.matcher.consume_token(token))
-
-    def fill(self, row: NDArray[np.int32]) -> None:
-        self.matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
-        if self.matcher.is_error():
-            raise GrammarError(f"llguidance: {self.matcher.get_error()}")
-
-    def forced_tokens(self) -> list[int]:
-        return list(self.matcher.compute_ff_tokens())

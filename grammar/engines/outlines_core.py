@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections import deque
 from typing import Any
 
 import numpy as np
@@ -14,8 +13,8 @@ from outlines_core import Vocabulary as OutlinesVocabulary
 from outlines_core.json_schema import build_regex_from_schema
 
 from ramet.errors import GrammarError
+from ramet.grammar.engines.followed import FollowedGrammar
 from ramet.grammar.machine import bitmask
-from ramet.grammar.machine.ends import is_end_only, refused_by_first_byte
 from ramet.grammar.machine.vocabulary import Vocabulary
 
 
@@ -26,7 +25,7 @@ class OutlinesBackend:
     def __init__(self) -> None:
         self._vocabularies: dict[str, Any] = {}
 
-    def compile(self, kind: str, source: Any, vocabulary: Vocabulary) -> IndexedGrammar:
+    def compile(self, kind: str, source: Any, vocabulary: Vocabulary) -> FollowedGrammar:
         try:
             if kind == "json_schema":
                 schema = source if isinstance(source, str) else json.dumps(source)
@@ -43,7 +42,19 @@ class OutlinesBackend:
             if isinstance(error, GrammarError) or not isinstance(error, Exception | _panic_type()):
                 raise
             raise GrammarError(f"outlines-core: {error}") from error
-        return IndexedGrammar(index, vocabulary)
+        return FollowedGrammar(self, (index, index.get_initial_state()), vocabulary)
+
+    def after(self, matcher: tuple[Any, int], token: int) -> tuple[Any, int] | None:
+        index, state = matcher
+        found = index.get_next_state(state, token)
+        return None if found is None else (index, found)
+
+    def fill(self, matcher: tuple[Any, int], row: NDArray[np.int32]) -> None:
+        index, state = matcher
+        row[:] = bitmask.pack(index.get_allowed_tokens(state) or [], 32 * len(row))
+
+    def forced_tokens(self, matcher: tuple[Any, int]) -> list[int]:
+        return []
 
     def _vocabulary(self, vocabulary: Vocabulary) -> Any:
         found = self._vocabularies.get(vocabulary.key)
@@ -62,92 +73,3 @@ def _panic_type() -> type[BaseException]:
     except ImportError:
         return Exception
     return PanicException  # type: ignore[no-any-return]
-
-
-class IndexedGrammar:
-    """A grammar over an index of states and tokens. States are numbered in the order in which they are reached."""
-
-    is_closed = False
-    before = b""
-
-    def __init__(self, index: Any, vocabulary: Vocabulary) -> None:
-        self.index = index
-        self.vocabulary = vocabulary
-        self._states: list[int] = [index.get_initial_state()]
-        self._numbers: dict[int, int] = {self._states[0]: 0}
-
-    def fill_mask(self, state: int, row: NDArray[np.int32]) -> None:
-        allowed = self.index.get_allowed_tokens(self._states[state])
-        row[:] = bitmask.pack(allowed or [], self.vocabulary.vocab_size)
-
-    def advance(self, state: int, token: int) -> int | None:
-        if token in self.vocabulary.special_ids:
-            return None
-        found = self.index.get_next_state(self._states[state], token)
-        if found is None:
-            return None
-        if found not in self._numbers:
-            self._numbers[found] = len(self._states)
-            self._states.append(found)
-        return self._numbers[found]
-
-    def is_accepting(self, state: int) -> bool:
-        return bool(self.index.is_final_state(self._states[state]))
-
-    def is_complete(self, state: int) -> bool:
-        return is_end_only(self.vocabulary, self._mask(state))
-
-    def is_free(self, state: int) -> bool:
-        """Return False: no state allows all tokens."""
-        return False
-
-    def num_after(self, state: int, *, is_last: bool) -> int:
-        """Return 0: all of the text is the value."""
-        return 0
-
-    def ends(self, state: int) -> NDArray[np.int32] | None:
-        return refused_by_first_byte(self.vocabulary, self._mask(state))
-
-    def _mask(self, state: int) -> NDArray[np.int32]:
-        row = np.zeros(self.vocabulary.num_words, dtype=np.int32)
-        self.fill_mask(state, row)
-        return row
-
-    def forced_tokens(self, state: int) -> list[int]:
-        return []
-
-    def joined_token(self, state: int, token: int) -> int:
-        return token
-
-    def closing_tokens(self, state: int) -> list[int]:
-        """Return the first token of the completion."""
-        return self.shortest_completion(state)[:1]
-
-    def stays_in_string(self, state: int, token: int) -> bool:
-        """Return False: these engines do not say where a text is."""
-        return False
-
-    def completion_bound(self, state: int) -> int:
-        """Return the length of the completion itself. Not cheap: this engine knows no bound."""
-        return len(self.shortest_completion(state))
-
-    def device_tables(self) -> None:
-        return None
-
-    def shortest_completion(self, state: int) -> list[int]:
-        """Return the fewest tokens to an end. Searches the index breadth first.
-
-        Raises: GrammarError if the vocabulary cannot write a completion.
-        """
-        seen = {state}
-        queue: deque[tuple[int, list[int]]] = deque([(state, [])])
-        while queue:
-            here, way = queue.popleft()
-            if self.is_accepting(here):
-                return way
-            for token in self.index.get_allowed_tokens(self._states[here]) or []:
-                following = self.advance(here, token)
-                if following is not None and following not in seen:
-                    seen.add(following)
-                    queue.append((following, [*way, token]))
-        raise GrammarError("the vocabulary cannot close the text")

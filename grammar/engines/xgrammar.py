@@ -47,7 +47,17 @@ class XgrammarBackend:
             matcher = xgrammar.GrammarMatcher(compiled)
         except (RuntimeError, ValueError, TypeError) as error:
             raise GrammarError(f"xgrammar: {error}") from error
-        return FollowedGrammar(_Follower(matcher), vocabulary)
+        return FollowedGrammar(self, matcher, vocabulary)
+
+    def after(self, matcher: Any, token: int) -> Any | None:
+        following = matcher.fork()
+        return following if not following.is_terminated() and following.accept_token(token) else None
+
+    def fill(self, matcher: Any, row: NDArray[np.int32]) -> None:
+        matcher.fill_next_token_bitmask(row.reshape(1, -1))
+
+    def forced_tokens(self, matcher: Any) -> list[int]:
+        return []
 
     def _compiler(self, vocabulary: Vocabulary) -> Any:
         found = self._compilers.get(vocabulary.key)
@@ -61,20 +71,3 @@ class XgrammarBackend:
                 info, max_threads=self.max_threads, cache_enabled=False
             )
         return found
-
-
-class _Follower:
-    def __init__(self, matcher: Any) -> None:
-        self.matcher = matcher
-
-    def fork(self) -> _Follower:
-        return _Follower(self.matcher.fork())
-
-    def accept(self, token: int) -> bool:
-        return not self.matcher.is_terminated() and bool(self.matcher.accept_token(token))
-
-    def fill(self, row: NDArray[np.int32]) -> None:
-        self.matcher.fill_next_token_bitmask(row.reshape(1, -1))
-
-    def forced_tokens(self) -> list[int]:
-        return []

@@ -49,7 +49,7 @@ _Place = tuple[int | None, tuple[int, ...]]
 
 
 class Bordered:
-    """A grammar between `before` and `after`. Implements `ramet.runtime.types.Grammar`. Thread-safe.
+    """A grammar between `before` and `after`. Implements `Grammar`. Thread-safe.
 
     A state is an integer, a pure function of the text, and 0 is the start. Without a grammar, any text is a value; then
     there is no `after`.

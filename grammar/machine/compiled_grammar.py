@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,6 +17,7 @@ from ramet.grammar.machine.automaton import Machine
 from ramet.grammar.machine.canonical import CanonicalTokens
 from ramet.grammar.machine.ends import end_tokens
 from ramet.grammar.machine.frame import DEAD, LOCAL_BITS, LOCAL_MASK, target
+from ramet.grammar.machine.grammar import DeviceTables
 from ramet.grammar.machine.mask_rows import MaskRows
 from ramet.grammar.machine.masks import MaskMaker
 from ramet.grammar.machine.walker import ACCEPTED, GOES_ON, REFUSED
@@ -38,22 +38,8 @@ Problem = tuple[str, str, str]
 """(JSON pointer, keyword, reason) of what masks do not ensure."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class DeviceTables:
-    """All states of a grammar as flat tables, for a device.
-
-    byte_class: uint8 [256]. transitions: int32 [num_states, num_classes], -1 refused. accepting: bool [num_states].
-    refused: int32 [n, 2], ascending, the pairs (state, token) that masks refuse although the transitions allow them.
-    """
-
-    byte_class: NDArray[np.uint8]
-    transitions: NDArray[np.int32]
-    accepting: NDArray[np.bool_]
-    refused: NDArray[np.int32]
-
-
 class CompiledGrammar:
-    """A machine and the state in which texts begin. Implements `ramet.runtime.types.Grammar`. Thread-safe.
+    """A machine and the state in which texts begin. Implements `Grammar`. Thread-safe.
 
     A state is an integer, and 0 is the start. A state gets its number when it is first reached, and keeps it. Masks are
     computed once per state; states with equal masks share one row.

@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 
 from ramet.errors import ConfigError, GrammarError
-from ramet.grammar import Vocabulary
+from ramet.grammar import Grammar, Vocabulary
 from ramet.grammar.engines import BACKENDS, load_backend
-from ramet.grammar.engines.engine import BackendGrammar
 from ramet.grammar.machine import bitmask
 
 PIECES = [b'{"', b'":', b'","', b"true", b"ab", b"12", b'"}', "é".encode()]
@@ -29,7 +28,7 @@ SCHEMA = {
 }
 
 
-def walk(grammar: BackendGrammar, text: bytes) -> int | None:
+def walk(grammar: Grammar, text: bytes) -> int | None:
     state: int | None = 0
     for byte in text:
         if state is None:
@@ -38,12 +37,12 @@ def walk(grammar: BackendGrammar, text: bytes) -> int | None:
     return state
 
 
-def accepts(grammar: BackendGrammar, text: str) -> bool:
+def accepts(grammar: Grammar, text: str) -> bool:
     state = walk(grammar, text.encode())
     return state is not None and grammar.is_accepting(state)
 
 
-def mask(grammar: BackendGrammar, state: int) -> Any:
+def mask(grammar: Grammar, state: int) -> Any:
     row = np.full(VOCABULARY.num_words, -1, dtype=np.int32)
     grammar.fill_mask(state, row)
     return row

@@ -1,0 +1,89 @@
+"""The interface of compiled grammars: Ramet's own, bordered ones, and those of other engines. No numba here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DeviceTables:
+    """All states of a grammar as flat tables, for a device.
+
+    byte_class: uint8 [256]. transitions: int32 [num_states, num_classes], -1 refused. accepting: bool [num_states].
+    refused: int32 [n, 2], ascending, the pairs (state, token) that masks refuse although the transitions allow them.
+    """
+
+    byte_class: NDArray[np.uint8]
+    transitions: NDArray[np.int32]
+    accepting: NDArray[np.bool_]
+    refused: NDArray[np.int32]
+
+
+class Grammar(Protocol):
+    """What a compiled grammar does for those who generate text. States are small integers; state 0 is the start.
+
+    A state is a pure function of the tokens committed so far, so preemption and fork keep only an integer.
+    """
+
+    @property
+    def is_closed(self) -> bool:
+        """True if every reachable state is known, so `device_tables` can be kept on a device."""
+
+    @property
+    def before(self) -> bytes:
+        """What texts begin with that is no part of them: the prompt's last token, which the model writes again."""
+
+    def fill_mask(self, state: int, row: NDArray[np.int32]) -> None:
+        """Write the token mask of `state`: bit `t % 32` of word `t // 32` is 1 if token t is allowed."""
+
+    def advance(self, state: int, token: int) -> int | None:
+        """Return the state after `token`, or None if the grammar refuses the token."""
+
+    def is_accepting(self, state: int) -> bool:
+        """True if the text may end here."""
+
+    def is_complete(self, state: int) -> bool:
+        """True if the text may end here and nothing can follow. Must be cheap: it is called after every token."""
+
+    def is_free(self, state: int) -> bool:
+        """True if any token may follow, from this state on."""
+
+    def num_after(self, state: int, *, is_last: bool) -> int:
+        """How many bytes at the end belong to what follows the value; before the last token, those that may do so."""
+
+    def ends(self, state: int) -> NDArray[np.int32] | None:
+        """The refused tokens that no text could begin with here: a model that wants one of them means the end.
+
+        Returns a mask row, which is shared; None if the text may not end here, or if there is no such token. A refused
+        token of which some beginning leads to an accepting state is not among them: the text would go on first.
+        """
+
+    def forced_tokens(self, state: int) -> list[int]:
+        """Tokens that must follow, because masks allow no others; else empty."""
+
+    def joined_token(self, state: int, token: int) -> int:
+        """The token to take instead of an allowed one: a longer one, if the tokenizer joins it with text that must
+        follow.
+        """
+
+    def shortest_completion(self, state: int) -> list[int]:
+        """The shortest list of tokens that leads to an accepting state."""
+
+    def completion_bound(self, state: int) -> int:
+        """An upper bound of the length of `shortest_completion`. Must be cheap: it is called after every token."""
+
+    def closing_tokens(self, state: int) -> list[int]:
+        """Allowed tokens after which `completion_bound` is smaller; perhaps not all. Empty if the text may end."""
+
+    def stays_in_string(self, state: int, token: int) -> bool:
+        """Whether the text is inside of a string of a JSON value, and stays in it through this token."""
+
+    def __hash__(self) -> int:
+        """By identity: the device holds one copy of a grammar, shared by its sequences."""
+
+    def device_tables(self) -> DeviceTables | None:
+        """The closed automaton as arrays, with the same state numbers; None if the grammar is not closed."""
