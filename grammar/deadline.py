@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from contextvars import ContextVar, Token
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 from ramet.errors import GrammarTooLarge
@@ -40,46 +41,35 @@ class OutOfTime(GrammarTooLarge):
     """The time limit was exceeded. The same work may succeed later, or on a faster machine."""
 
 
-class time_limit:
+@contextmanager
+def time_limit(seconds: float, what: str = "compiling") -> Iterator[None]:
     """Make `check` raise once this thread has worked for `seconds`, or earlier if an outer limit ends sooner.
 
     what: the work, for the message of the error.
     """
-
-    __slots__ = ("_seconds", "_token", "_what")
-
-    def __init__(self, seconds: float, what: str = "compiling") -> None:
-        self._seconds = seconds
-        self._what = what
-        self._token: Token[_Limit | None] | None = None
-
-    def __enter__(self) -> None:
-        end = time.thread_time() + self._seconds
-        outer = _limit.get()
-        if outer is None or end < outer.end:
-            look, turn = time.monotonic() + self._seconds, None
-            if outer is not None:
-                look, turn = min(look, outer.next_look), outer.turn
-            self._token = _limit.set(_Limit(self._seconds, self._what, end, look, turn))
-
-    def __exit__(self, *_: object) -> None:
-        if self._token is not None:
-            _limit.reset(self._token)
+    end = time.thread_time() + seconds
+    outer = _limit.get()
+    if outer is not None and outer.end <= end:
+        yield
+        return
+    look, turn = time.monotonic() + seconds, None
+    if outer is not None:
+        look, turn = min(look, outer.next_look), outer.turn
+    token = _limit.set(_Limit(seconds, what, end, look, turn))
+    try:
+        yield
+    finally:
+        _limit.reset(token)
 
 
-class in_turns:
+@contextmanager
+def in_turns(turn: Turn) -> Iterator[None]:
     """Make `check` call `turn` once this thread's turn has ended."""
-
-    __slots__ = ("_token", "_turn")
-
-    def __init__(self, turn: Turn) -> None:
-        self._turn = turn
-
-    def __enter__(self) -> None:
-        self._token = _limit.set(_Limit(math.inf, "", math.inf, 0.0, self._turn))
-
-    def __exit__(self, *_: object) -> None:
-        _limit.reset(self._token)
+    token = _limit.set(_Limit(math.inf, "", math.inf, 0.0, turn))
+    try:
+        yield
+    finally:
+        _limit.reset(token)
 
 
 def is_set() -> bool:

@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ramet.grammar import deadline
-from ramet.grammar.machine.walker import column_digests, exit_distances, exit_ways
+from ramet.grammar.machine.walker import column_digests, exit_distances, exit_path, exit_ways
 
 REFUSE = -1
 DEAD = -1  # target of an exit that must not be taken: no text can be completed after it
@@ -76,7 +76,7 @@ class FrameTable:
     # filled when they are needed: the bytes from each state to an exit; the ways from a state; one byte of each class
     distances: dict[int, NDArray[np.int32]] = field(default_factory=dict)
     ways: dict[int, ExitWays] = field(default_factory=dict)
-    order: list[tuple[int, int]] = field(default_factory=list)
+    order: list[NDArray[np.int32]] = field(default_factory=list)
 
     num_states: int = 0
     width: int = 0
@@ -201,17 +201,10 @@ def path_to_exit(table: FrameTable, exit_index: int, local: int) -> bytes | None
     length = length_to_exit(table, exit_index, local)
     if length is None:
         return None
-    distances, order = table.distances[exit_index], _byte_order(table)
-    out = bytearray()
-    while length:
-        length -= 1
-        for c, byte in order:
-            entry = int(table.rows[local, c])
-            if (entry >= 0 and distances[entry] == length) or (not length and entry == leave(exit_index)):
-                out.append(byte)
-                local = entry
-                break
-    return bytes(out)
+    order, samples = _byte_order(table)
+    out = np.empty(length, dtype=np.uint8)
+    exit_path(table.rows, table.distances[exit_index], order, samples, exit_index, local, out)
+    return out.tobytes()
 
 
 class ExitWays:
@@ -221,10 +214,10 @@ class ExitWays:
     """
 
     def __init__(self, table: FrameTable, local: int) -> None:
-        self._order = dict(_byte_order(table))
+        order, samples = _byte_order(table)
+        self._samples = dict(zip(order.tolist(), samples.tolist(), strict=True))
         self._ways = np.empty((table.num_exits, 3), dtype=np.int32)
         self._before = np.empty((table.num_states, 2), dtype=np.int32)
-        order = np.array(list(self._order), dtype=np.int32)
         exit_ways(table.rows, _ends(table), order, local, self._ways, self._before)
         self.lengths = self._ways[:, 0]
 
@@ -236,7 +229,7 @@ class ExitWays:
         while state >= 0:
             classes.append(byte_class)
             state, byte_class = self._before[state].tolist()
-        return bytes([self._order[c] for c in reversed(classes)])
+        return bytes([self._samples[c] for c in reversed(classes)])
 
 
 def ways_to_exits(table: FrameTable, local: int) -> ExitWays:
@@ -254,12 +247,12 @@ def _ends(table: FrameTable) -> NDArray[np.int32]:
     return np.empty(0, dtype=np.int32) if table.end_exits is None else table.end_exits
 
 
-def _byte_order(table: FrameTable) -> list[tuple[int, int]]:
-    """Return one byte of each class, the preferred ones first: pairs (class, byte)."""
+def _byte_order(table: FrameTable) -> list[NDArray[np.int32]]:
+    """Return the classes of bytes, those with the preferred bytes first, and one byte of each class."""
     if not table.order:
         classes = table.byte_class[_PREFERRED]
         first = np.sort(np.unique(classes, return_index=True)[1])
-        table.order.extend(zip(classes[first].tolist(), _PREFERRED[first].tolist(), strict=True))
+        table.order.extend(a[first].astype(np.int32) for a in (classes, _PREFERRED))
     return table.order
 
 

@@ -664,6 +664,25 @@ def exit_distances(rows: Int32, ends: Int32, exit_index: int, out: Int32) -> Non
 
 
 @loop
+def exit_path(
+    rows: Int32, distances: Int32, order: Int32, samples: Int32, exit_index: int, local: int, out: NDArray[np.uint8]
+) -> None:
+    """Fill out, uint8 [distances[local]]: the bytes of a shortest text from a state to an exit.
+
+    distances: as filled by `exit_distances`. order: the classes of bytes, the preferred ones first. samples: a byte of
+    each of them.
+    """
+    for i in range(len(out)):
+        left = len(out) - 1 - i
+        for k in range(len(order)):
+            entry = rows[local, order[k]]
+            if (entry >= 0 and distances[entry] == left) or (left == 0 and entry == -2 - 2 * exit_index):
+                out[i] = samples[k]
+                local = entry
+                break
+
+
+@loop
 def exit_ways(rows: Int32, ends: Int32, order: Int32, start: int, ways: Int32, before: Int32) -> None:
     """Search the shortest ways from a state to all exits, breadth first.
 

@@ -15,11 +15,10 @@ from ramet.errors import GrammarTooLarge
 from ramet.grammar import ir
 from ramet.grammar.machine.automaton import Limits, Machine
 from ramet.grammar.machine.compiled_grammar import CompiledGrammar
-from ramet.grammar.machine.frame import DEAD, PREFERRED_BYTES, Frame, compress_rows, target
+from ramet.grammar.machine.frame import DEAD, Frame, compress_rows, target
 from ramet.grammar.machine.vocabulary import Vocabulary
 
 MAX_BYTES = 1 << 29
-_PREFERRED = np.array(PREFERRED_BYTES)
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,9 +83,6 @@ class _WholeText(Frame):
     def __init__(self, machine: Machine, automaton: ByteAutomaton) -> None:
         ends = np.where(automaton.accepting, 0, -1).astype(np.int32)
         self.machine = machine
-        self.automaton = automaton
-        self.distances: NDArray[np.int64] | None = None  # computed when first asked for
-        self.steps: dict[int, tuple[int, int]] = {}  # state -> (byte, next state) on the way to the end
         self.table = machine.table(automaton.rows, automaton.byte_class, 1, ends)
 
     def resolve(self, exit_index: int) -> int:
@@ -95,43 +91,6 @@ class _WholeText(Frame):
 
     def closing_exit(self, local: int) -> int:
         return 0
-
-    def closing_way(self, local: int, exit_index: int) -> bytes:
-        """Return a shortest text from a state to an accepting one."""
-        automaton = self.automaton
-        if self.distances is None:
-            self.distances = _distances(automaton)
-        out = bytearray()
-        while not automaton.accepting[local]:
-            found = self.steps.get(local)
-            if found is None:
-                following = automaton.rows[local][automaton.byte_class[_PREFERRED]]
-                nearer = (following >= 0) & (self.distances[following] == self.distances[local] - 1)
-                at = int(np.argmax(nearer))
-                found = self.steps[local] = PREFERRED_BYTES[at], int(following[at])
-            out.append(found[0])
-            local = found[1]
-        return bytes(out)
-
-
-def _distances(automaton: ByteAutomaton) -> NDArray[np.int64]:
-    """Return the number of bytes from each state to the nearest accepting one. Breadth first, against the edges."""
-    sources, classes = np.nonzero(automaton.rows >= 0)
-    targets = automaton.rows[sources, classes]
-    order = np.argsort(targets, kind="stable")
-    sources = sources[order]
-    begins = np.searchsorted(targets[order], np.arange(automaton.num_states + 1))
-    distances = np.where(automaton.accepting, 0, -1).astype(np.int64)
-    frontier = np.flatnonzero(automaton.accepting)
-    distance = 0
-    while len(frontier):
-        distance += 1
-        counts = begins[frontier + 1] - begins[frontier]
-        firsts = np.repeat(begins[frontier] - (np.cumsum(counts) - counts), counts)
-        before = sources[firsts + np.arange(counts.sum())]
-        frontier = np.unique(before[distances[before] < 0])
-        distances[frontier] = distance
-    return distances
 
 
 def compile_automaton(automaton: ByteAutomaton, vocabulary: Vocabulary, limits: Limits) -> CompiledGrammar:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ramet.errors import UnsupportedSchema
 from ramet.grammar.ir import JsonOptions
-from ramet.grammar.json_schema.keywords.interpreter import Interpreter, KeywordRole, hides_others
+from ramet.grammar.json_schema.keywords.interpreter import Interpreter, hides_others
 from ramet.grammar.json_schema.keywords.narrowing import says_others
 from ramet.grammar.json_schema.keywords.schema_errors import survey
 from ramet.grammar.json_schema.keywords.table import KEYWORDS
@@ -69,9 +69,9 @@ def coverage(schema: Any, options: JsonOptions | None = None) -> Coverage:
             keyword = KEYWORDS.rows.get(name)
             if keyword is None or not keyword.is_known(node.draft):
                 unknown.append(place)
-            elif keyword.role is KeywordRole.ANNOTATION:
+            elif keyword.role == "annotation":
                 annotations.append(place)
-            elif keyword.role is KeywordRole.STRUCTURE:
+            elif keyword.role == "structure":
                 continue
             elif name != "$ref" and hides_others(node):
                 hidden.append(place)

@@ -16,7 +16,7 @@ import json
 from collections import deque
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TypeAlias
+from typing import Final, Literal, TypeAlias
 
 from ramet.errors import InvalidGrammar
 from ramet.grammar import ir
@@ -40,11 +40,6 @@ class _Leaf:
 
     rows: list[list[int]]
     accepting: list[bool]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Json:
-    """A JSON value."""
 
 
 @dataclass(slots=True, eq=False)
@@ -76,7 +71,8 @@ class _Chain:
         return min(step + 1, self.low) if self.high is None else step + 1
 
 
-_Part: TypeAlias = _Leaf | _Json | _Choice | _Chain
+_JSON: Final = "JSON value"
+_Part: TypeAlias = _Leaf | _Choice | _Chain | Literal["JSON value"]
 _State: TypeAlias = tuple[int, int]  # of a chain: step, position
 
 
@@ -131,7 +127,7 @@ class CaptureReader:
             case ir.Reference(rule):
                 return self._rule_numbers[rule]
             case ir.JsonSchema():
-                return self._add(_Json())
+                return self._add(_JSON)
         raise InvalidGrammar(f"{type(node).__name__} cannot hold a capture, a rule or a JSON value")
 
     def read(self, text: str) -> list[Captured]:
@@ -199,7 +195,7 @@ class _Reading:
         part = self.parts[entry.part]
         if isinstance(part, _Leaf):
             self.run(part, entry)
-        elif isinstance(part, _Json):
+        elif isinstance(part, str):
             self.scan(entry)
         elif isinstance(part, _Choice):
             for option in part.parts:

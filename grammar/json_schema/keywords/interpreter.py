@@ -11,8 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from enum import Enum
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from ramet.errors import InvalidSchema
 from ramet.grammar.json_schema.algebra import costs, distinct, specs
@@ -61,14 +60,6 @@ NOTHING = Looked()
 Alternative = tuple[Values, Looked]  # some of the values of a schema, all with the same parts evaluated
 
 
-class KeywordRole(Enum):
-    """The purpose of a keyword."""
-
-    ASSERTION = "it says which values are valid"
-    STRUCTURE = "it names, describes or holds schemas"
-    ANNOTATION = "it says something about values, but all are valid"
-
-
 class Form(NamedTuple):
     """The form that the value of a keyword must have. `name` completes the sentence "must be ..."."""
 
@@ -88,7 +79,9 @@ Close = Callable[["Interpreter", SchemaNode, str, Alternative], Alternative]
 class Keyword:
     """All that is known about a keyword.
 
-    role: its purpose. form: the form of its value; None if any value will do, or if reading the value finds the errors.
+    role: it says which values are valid (assertion); it names, describes or holds schemas (structure); or it says
+    something about values, but all are valid (annotation). form: the form of its value; None if any value will do, or
+    if reading the value finds the errors.
     first_draft, last_draft: the drafts that know it. subschemas: how its value holds schemas, if it does. may_empty: it
     can leave a schema without any value, alone or with other keywords. strict_rank: its place among the keywords that
     strict mode refuses, the first of which is reported; 0 if it is permitted.
@@ -101,7 +94,7 @@ class Keyword:
     its value to all parts that nothing has evaluated.
     """
 
-    role: KeywordRole = KeywordRole.ASSERTION
+    role: Literal["assertion", "structure", "annotation"] = "assertion"
     form: Form | None = None
     first_draft: int = DRAFT4
     last_draft: int = DRAFT2020
@@ -132,7 +125,7 @@ class KeywordTable:
 
     def __init__(self, rows: Mapping[str, Keyword]) -> None:
         self.rows = rows
-        assertions = {name: k for name, k in rows.items() if k.role is KeywordRole.ASSERTION}
+        assertions = {name: k for name, k in rows.items() if k.role == "assertion"}
         self.order = {name: at for at, name in enumerate(assertions)}
         self.forms = {name: k.form for name, k in rows.items() if k.form is not None}
         self.subschemas = {name: k.subschemas for name, k in rows.items() if k.subschemas is not None}

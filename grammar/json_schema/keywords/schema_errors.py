@@ -9,7 +9,7 @@ from ramet.grammar import deadline
 from ramet.grammar.json_schema.keywords.interpreter import Interpreter, hides_others
 from ramet.grammar.json_schema.keywords.narrowing import mapping
 from ramet.grammar.json_schema.schema import pattern
-from ramet.grammar.json_schema.schema.document import SchemaNode, Subschemas, escape
+from ramet.grammar.json_schema.schema.document import SchemaNode, escape
 
 MAX_VALUE_DEPTH = 100
 Problem = tuple[str, str, str]  # JSON pointer, keyword, reason
@@ -94,7 +94,7 @@ def _children(interpreter: Interpreter, node: SchemaNode) -> list[SchemaNode]:
             found += [child(node, s, f"/{name}/{i}") for i, s in enumerate(value)]
         elif not isinstance(value, dict):
             continue
-        elif kind is Subschemas.NAMED:
+        elif kind == "named":
             found += [child(node, s, f"/{name}/{escape(key)}") for key, s in value.items() if isinstance(s, dict)]
         else:
             found.append(child(node, value, f"/{name}"))

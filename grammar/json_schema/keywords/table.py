@@ -12,8 +12,8 @@ from typing import Any
 
 from ramet.grammar.json_schema.keywords import narrowing as n
 from ramet.grammar.json_schema.keywords import unevaluated as u
-from ramet.grammar.json_schema.keywords.interpreter import Form, Keyword, KeywordRole, KeywordTable
-from ramet.grammar.json_schema.schema.document import DRAFT4, DRAFT2019, SchemaNode, Subschemas
+from ramet.grammar.json_schema.keywords.interpreter import Form, Keyword, KeywordTable
+from ramet.grammar.json_schema.schema.document import DRAFT4, DRAFT2019, SchemaNode
 
 # --- forms
 
@@ -73,8 +73,7 @@ def _recursive_ref(node: SchemaNode) -> SchemaNode:
 
 # --- the table
 
-_DIRECT, _NAMED = Subschemas.DIRECT, Subschemas.NAMED
-_STRUCTURE, _ANNOTATION = Keyword(role=KeywordRole.STRUCTURE), Keyword(role=KeywordRole.ANNOTATION)
+_STRUCTURE, _ANNOTATION = Keyword(role="structure"), Keyword(role="annotation")
 
 KEYWORDS = KeywordTable({
     # numbers, strings
@@ -91,31 +90,31 @@ KEYWORDS = KeywordTable({
     "format": Keyword(narrow=n.format_of),
     # objects
     "properties": Keyword(
-        form=_SCHEMA_MAP, subschemas=_NAMED, narrow=n.members, read_together=True, looks=u.look_at_names
+        form=_SCHEMA_MAP, subschemas="named", narrow=n.members, read_together=True, looks=u.look_at_names
     ),
     "patternProperties": Keyword(
-        form=_SCHEMA_MAP, subschemas=_NAMED, strict_rank=8,
+        form=_SCHEMA_MAP, subschemas="named", strict_rank=8,
         narrow=n.members, read_together=True, looks=u.look_at_languages,
     ),
     "additionalProperties": Keyword(
-        form=_SCHEMA, subschemas=_DIRECT, narrow=n.members, read_together=True, looks=u.look_at_all_names
+        form=_SCHEMA, subschemas="direct", narrow=n.members, read_together=True, looks=u.look_at_all_names
     ),
     "required": Keyword(form=_NAMES, may_empty=True, narrow=n.members, read_together=True),
     "minProperties": Keyword(form=_COUNT, may_empty=True, strict_rank=11, narrow=n.min_properties),
     "maxProperties": Keyword(form=_COUNT, strict_rank=12, narrow=n.max_properties),
     "dependentRequired": Keyword(form=_MAP_OF_NAMES, strict_rank=3, narrow=n.dependent_required),
-    "propertyNames": Keyword(form=_SCHEMA, subschemas=_DIRECT, strict_rank=10, narrow=n.property_names),
+    "propertyNames": Keyword(form=_SCHEMA, subschemas="direct", strict_rank=10, narrow=n.property_names),
     # arrays
-    "prefixItems": Keyword(form=_SCHEMAS, subschemas=_DIRECT, narrow=n.prefix_items, looks=u.look_at_prefix),
-    "items": Keyword(form=_ITEMS, subschemas=_DIRECT, narrow=n.items, looks=u.look_at_items),
+    "prefixItems": Keyword(form=_SCHEMAS, subschemas="direct", narrow=n.prefix_items, looks=u.look_at_prefix),
+    "items": Keyword(form=_ITEMS, subschemas="direct", narrow=n.items, looks=u.look_at_items),
     "additionalItems": Keyword(
-        form=_SCHEMA, subschemas=_DIRECT, narrow=n.additional_items, looks=u.look_at_additional_items
+        form=_SCHEMA, subschemas="direct", narrow=n.additional_items, looks=u.look_at_additional_items
     ),
     "minItems": Keyword(form=_COUNT, may_empty=True, narrow=n.min_items),
     "maxItems": Keyword(form=_COUNT, narrow=n.max_items),
     "uniqueItems": Keyword(form=_BOOLEAN, narrow=n.unique_items),
     "contains": Keyword(
-        form=_SCHEMA, subschemas=_DIRECT, may_empty=True, narrow=n.contains, looks=u.look_at_contained
+        form=_SCHEMA, subschemas="direct", may_empty=True, narrow=n.contains, looks=u.look_at_contained
     ),
     "minContains": Keyword(form=_COUNT, first_draft=DRAFT2019, narrow=n.min_contains),
     "maxContains": Keyword(form=_COUNT, first_draft=DRAFT2019, narrow=n.max_contains),
@@ -135,41 +134,41 @@ KEYWORDS = KeywordTable({
         target=_recursive_ref, combine=n.referred, refuse=n.not_referred, track=u.track_referred,
     ),
     "allOf": Keyword(
-        form=_SCHEMAS, subschemas=_DIRECT, may_empty=True, strict_rank=1,
+        form=_SCHEMAS, subschemas="direct", may_empty=True, strict_rank=1,
         combine=n.all_of, refuse=n.not_all_of, track=u.track_all_of,
     ),
     "extends": Keyword(last_draft=DRAFT4, may_empty=True, combine=n.all_of, refuse=n.not_all_of),
     "anyOf": Keyword(
-        form=_SCHEMAS, subschemas=_DIRECT, may_empty=True,
+        form=_SCHEMAS, subschemas="direct", may_empty=True,
         combine=n.any_of, refuse=n.not_any_of, track=u.track_any_of,
     ),
     "oneOf": Keyword(
-        form=_SCHEMAS, subschemas=_DIRECT, may_empty=True, strict_rank=13,
+        form=_SCHEMAS, subschemas="direct", may_empty=True, strict_rank=13,
         combine=n.one_of, refuse=n.not_one_of, track=u.track_one_of,
     ),
     "not": Keyword(
-        form=_SCHEMA, subschemas=_DIRECT, may_empty=True, strict_rank=2,
+        form=_SCHEMA, subschemas="direct", may_empty=True, strict_rank=2,
         combine=n.not_, refuse=n.not_not, track=u.track_not,
     ),
     "disallow": Keyword(last_draft=DRAFT4, may_empty=True, combine=n.disallow),
     "if": Keyword(
-        form=_SCHEMA, subschemas=_DIRECT, may_empty=True, strict_rank=5,
+        form=_SCHEMA, subschemas="direct", may_empty=True, strict_rank=5,
         combine=n.if_, refuse=n.not_if, track=u.track_if,
     ),
-    "then": Keyword(form=_SCHEMA, subschemas=_DIRECT, strict_rank=6),
-    "else": Keyword(form=_SCHEMA, subschemas=_DIRECT, strict_rank=7),
+    "then": Keyword(form=_SCHEMA, subschemas="direct", strict_rank=6),
+    "else": Keyword(form=_SCHEMA, subschemas="direct", strict_rank=7),
     "dependentSchemas": Keyword(
-        form=_SCHEMA_MAP, subschemas=_NAMED, may_empty=True, strict_rank=4,
+        form=_SCHEMA_MAP, subschemas="named", may_empty=True, strict_rank=4,
         combine=n.dependent_schemas, refuse=n.not_dependent_schemas, track=u.track_dependent,
     ),
     "dependencies": Keyword(
-        subschemas=_NAMED, may_empty=True, narrow=n.dependent_required,
+        subschemas="named", may_empty=True, narrow=n.dependent_required,
         combine=n.dependent_schemas, refuse=n.not_dependent_schemas,
     ),
     "unevaluatedProperties": Keyword(
-        first_draft=DRAFT2019, subschemas=_DIRECT, may_empty=True, strict_rank=9, close=u.close_objects
+        first_draft=DRAFT2019, subschemas="direct", may_empty=True, strict_rank=9, close=u.close_objects
     ),
-    "unevaluatedItems": Keyword(first_draft=DRAFT2019, subschemas=_DIRECT, may_empty=True, close=u.close_arrays),
+    "unevaluatedItems": Keyword(first_draft=DRAFT2019, subschemas="direct", may_empty=True, close=u.close_arrays),
     # the rest; document.py reads identifiers
     "$schema": _STRUCTURE,
     "$id": _STRUCTURE,
@@ -177,8 +176,8 @@ KEYWORDS = KeywordTable({
     "$anchor": _STRUCTURE,
     "$dynamicAnchor": _STRUCTURE,
     "$recursiveAnchor": _STRUCTURE,
-    "$defs": Keyword(role=KeywordRole.STRUCTURE, subschemas=_NAMED),
-    "definitions": Keyword(role=KeywordRole.STRUCTURE, subschemas=_NAMED),
+    "$defs": Keyword(role="structure", subschemas="named"),
+    "definitions": Keyword(role="structure", subschemas="named"),
     "$vocabulary": _STRUCTURE,
     "$comment": _STRUCTURE,
     "title": _ANNOTATION,
@@ -190,5 +189,5 @@ KEYWORDS = KeywordTable({
     "writeOnly": _ANNOTATION,
     "contentEncoding": _ANNOTATION,
     "contentMediaType": _ANNOTATION,
-    "contentSchema": Keyword(role=KeywordRole.ANNOTATION, subschemas=_DIRECT),
+    "contentSchema": Keyword(role="annotation", subschemas="direct"),
 })  # fmt: skip

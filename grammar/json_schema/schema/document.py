@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import Enum
-from typing import Any, NamedTuple
+from typing import Any, Literal
 from urllib.parse import unquote, urldefrag, urljoin
 
 from ramet.errors import InvalidSchema
@@ -30,11 +29,8 @@ MAX_DEPTH = 500
 Scope = tuple[tuple[str, str], ...]  # (dynamic anchor, the outermost resource with that anchor on the way here)
 
 
-class Subschemas(Enum):
-    """The form in which the value of a keyword holds schemas."""
-
-    DIRECT = "the value is a schema, or a list of schemas"
-    NAMED = "the value is an object whose values are schemas"
+Subschemas = Literal["direct", "named"]
+"""How the value of a keyword holds schemas: it is a schema or a list of them, or an object whose values are schemas."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,34 +46,25 @@ class SchemaNode:
     base: str
     pointer: str
     draft: int
-    document: Document
+    document: Place
     scope: Scope
     registry: Registry
     children: dict[int, SchemaNode] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Document:
-    """One JSON document that holds schemas. base: the URI by which it was loaded."""
+class Place:
+    """A possible target of a reference: a JSON value in a document, and the identifiers on the way to it.
 
-    root: Any  # a JSON schema
-    base: str
-    draft: int
-
-    @property
-    def place(self) -> Place:
-        """Return the place of the whole document."""
-        return Place(self.root, self.base, "", self.draft, self)
-
-
-class Place(NamedTuple):
-    """A possible target of a reference: a JSON value in a document, and the identifiers on the way to it."""
+    base: of a whole document, the URI by which it was loaded. document: the place of the whole document; None: this
+    is it.
+    """
 
     schema: Any  # any JSON value: making a node checks that it is a schema
     base: str
     pointer: str
     draft: int
-    document: Document
+    document: Place | None = None
 
 
 class Registry:
@@ -101,7 +88,7 @@ class Registry:
 
     def _load(self, schema: Any, base: str, default: int = DRAFT2020) -> SchemaNode:
         draft = dialect(schema, default)
-        document = Document(schema, base, draft)
+        document = Place(schema, base, "", draft)
         self._loaded.add(base)
         self._scan(document)
         base, draft = self._context(schema, base, draft)
@@ -119,10 +106,10 @@ class Registry:
         found = self._bases.get(id(schema)) if isinstance(schema, dict) else None
         return found or (base, draft)
 
-    def _scan(self, document: Document) -> None:
+    def _scan(self, document: Place) -> None:
         """Walk all subschemas once, and record bases, identifiers and anchors."""
-        self._places.setdefault(document.base, document.place)
-        stack: list[tuple[Any, str, str, int, int]] = [(document.root, document.base, "", document.draft, 0)]
+        self._places.setdefault(document.base, document)
+        stack: list[tuple[Any, str, str, int, int]] = [(document.schema, document.base, "", document.draft, 0)]
         subschemas = self._subschemas
         while stack:
             schema, base, pointer, draft, depth = stack.pop()
@@ -141,13 +128,13 @@ class Registry:
                     stack += [(v, base, f"{where}/{i}", draft, depth + 1) for i, v in enumerate(value)]
                 elif not isinstance(value, dict):
                     continue
-                elif kind is Subschemas.NAMED:
+                elif kind == "named":
                     stack += [(v, base, f"{where}/{escape(k)}", draft, depth + 1) for k, v in value.items()]
                 else:
                     stack.append((value, base, where, draft, depth + 1))
 
     def _identify(
-        self, schema: dict[str, Any], base: str, pointer: str, draft: int, document: Document
+        self, schema: dict[str, Any], base: str, pointer: str, draft: int, document: Place
     ) -> tuple[str, int]:
         if "$schema" in schema:
             draft = dialect(schema, draft)
@@ -173,7 +160,7 @@ class Registry:
                 self._dynamic.setdefault(base, {}).setdefault("", Place(schema, base, pointer, draft, document))
         return base, draft
 
-    def _node(self, schema: Any, base: str, pointer: str, draft: int, document: Document, scope: Scope) -> SchemaNode:
+    def _node(self, schema: Any, base: str, pointer: str, draft: int, document: Place, scope: Scope) -> SchemaNode:
         key = (id(schema if isinstance(schema, dict) else document), pointer, scope)
         found = self._by_place.get(key)
         if found is None:
@@ -217,9 +204,9 @@ class Registry:
         elif fragment.startswith("/"):
             tokens = [unquote(t).replace("~1", "/").replace("~0", "~") for t in fragment[1:].split("/")]
             found_at = self._descend(place, tokens)
-            if found_at is None and place.document.root is not place.schema:
+            if found_at is None and place.document is not None:
                 # an `id` that was meant as a name, not as a new base: pointers are then relative to the whole document
-                found_at = self._descend(place.document.place, tokens)
+                found_at = self._descend(place.document, tokens)
         else:
             found_at = self._places.get(f"{uri}#{fragment}") or self._places.get(f"{place.base}#{fragment}")
         if found_at is None:
@@ -227,13 +214,13 @@ class Registry:
         return self._enter(node, found_at)
 
     def _enter(self, node: SchemaNode, place: Place) -> SchemaNode:
-        schema, base, pointer, draft, document = place
-        base, draft = self._context(schema, base, draft)
-        return self._node(schema, base, pointer, draft, document, self._extend(node.scope, base))
+        base, draft = self._context(place.schema, place.base, place.draft)
+        document, scope = place.document or place, self._extend(node.scope, base)
+        return self._node(place.schema, base, place.pointer, draft, document, scope)
 
     def _descend(self, place: Place, tokens: list[str]) -> Place | None:
-        schema, base, pointer, draft, document = place
-        base, draft = self._context(schema, base, draft)
+        schema, pointer = place.schema, place.pointer
+        base, draft = self._context(schema, place.base, place.draft)
         for key in tokens:
             if isinstance(schema, dict) and key in schema:
                 schema = schema[key]
@@ -243,7 +230,7 @@ class Registry:
                 return None
             pointer += "/" + escape(key)
             base, draft = self._context(schema, base, draft)
-        return Place(schema, base, pointer, draft, document)
+        return Place(schema, base, pointer, draft, place.document or place)
 
     def _find(self, uri: str, draft: int) -> Place | None:
         found = self._places.get(uri)
