@@ -45,9 +45,8 @@ from ramet.runtime.models.load import LoadedModel
 from ramet.runtime.models.weights import Part, Weights, expected_tensors
 from ramet.runtime.parallel.group import Group
 from ramet.runtime.parallel.messages import Message, decoder, encoder
-from ramet.runtime.parallel.model import SharedModel
 from ramet.runtime.parallel.ranks import FirstRank
-from ramet.runtime.parallel.sharded import apply_tensor_parallel
+from ramet.runtime.parallel.sharded import SharedModel, apply_tensor_parallel
 from ramet.runtime.parallel.share import Share, check_size
 from ramet.runtime.steps.model_runner import ModelRunner
 from ramet.runtime.types import Grammar, Request, SamplingParams, Sequence

@@ -30,7 +30,7 @@ from ramet.runtime.engine.factory import build_core
 from ramet.runtime.engine.handle import RequestHandle, RequestResult
 from ramet.runtime.engine.loading import load
 from ramet.runtime.engine.validation import RequestBorder
-from ramet.runtime.parallel.model import SharedModel
+from ramet.runtime.parallel.sharded import SharedModel
 from ramet.runtime.text.detokenizer import Detokenizer
 from ramet.runtime.text.stops import StopScanner
 from ramet.runtime.types import (

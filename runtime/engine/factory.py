@@ -25,7 +25,7 @@ from ramet.runtime.models.linear_gpu import apply_batch_invariance, apply_card_t
 from ramet.runtime.models.load import LoadedModel
 from ramet.runtime.models.transformers_model import TransformersDecoder
 from ramet.runtime.parallel.group import Group
-from ramet.runtime.parallel.model import SharedModel
+from ramet.runtime.parallel.sharded import SharedModel
 from ramet.runtime.scheduling.config import SchedulerConfig
 from ramet.runtime.scheduling.scheduler import Scheduler
 from ramet.runtime.steps.cuda_graph import GraphKey, MixedKey

@@ -8,7 +8,9 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +34,9 @@ from ramet.runtime.models.load import (
 )
 from ramet.runtime.models.weights import Weights
 from ramet.runtime.parallel.group import check_unused
-from ramet.runtime.parallel.messages import Message, StepMessage, TokensMessage
-from ramet.runtime.parallel.model import SharedModel
-from ramet.runtime.parallel.ranks import FirstRank, OtherRank, Seats
-from ramet.runtime.parallel.sharded import apply_tensor_parallel
+from ramet.runtime.parallel.messages import Message
+from ramet.runtime.parallel.ranks import FirstRank, OtherRank
+from ramet.runtime.parallel.sharded import SharedModel, apply_tensor_parallel
 from ramet.runtime.parallel.share import Share, check_size
 from ramet.runtime.steps.model_runner import ModelRunner
 from ramet.runtime.testing.dummy import describe_tiny, tiny_model, tiny_weights
@@ -158,9 +159,11 @@ def _load_part(path: Path | None, config: EngineConfig, share: Share, device: to
     )
 
 
-def run_rank(index: int, seats: Seats, path: Path | None, config: EngineConfig, log_level: int) -> None:
+def run_rank(
+    index: int, pipes: Sequence[Connection], folder: str, path: Path | None, config: EngineConfig, log_level: int
+) -> None:
     """A whole life of rank index + 1: load its part, then run the steps that the first rank sends."""
-    own = OtherRank(index, seats)
+    own = OtherRank(index, pipes, folder)
     line = f"%(asctime)s %(levelname)s rank {own.rank} %(name)s: %(message)s"
     logging.basicConfig(level=log_level, format=line)
     try:
@@ -169,8 +172,8 @@ def run_rank(index: int, seats: Seats, path: Path | None, config: EngineConfig, 
         group = own.join(device)
         decoder = apply_tensor_parallel(part, group, _open(path)[0].vocab_size)
         runner = build_runner(decoder, config, group=group)
-        while carry_out(own.receive(), runner):
-            pass
+        while (message := own.receive()) is not None:
+            carry_out(message, runner)
     except Exception as error:  # whatever it is, the first rank must learn of it
         own.fail(error)
         raise
@@ -179,15 +182,11 @@ def run_rank(index: int, seats: Seats, path: Path | None, config: EngineConfig, 
     os._exit(0)  # nothing is left to be done, and torch's own ending takes half a second
 
 
-def carry_out(message: Message, runner: ModelRunner) -> bool:
-    """Do what the first rank says. Returns False at the end."""
-    if isinstance(message, StepMessage):
-        work = message.tree_work()
-        if work is not None and runner.tree is not None:
-            runner.tree.load(work)
-        runner.run(message.step())
-    elif isinstance(message, TokensMessage):
+def carry_out(message: Message, runner: ModelRunner) -> None:
+    """Do what the first rank says."""
+    if message.work is not None and runner.tree is not None:
+        runner.tree.load(message.work)
+    if message.step is not None:
+        runner.run(message.step)
+    if message.tokens:
         runner.store_tokens(message.tokens)
-    else:
-        return False
-    return True

@@ -14,7 +14,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -27,41 +26,25 @@ from torch.multiprocessing.spawn import start_processes
 from ramet.errors import EngineStopped, RametError, from_name
 from ramet.kernels.attention.tree import TreeWork
 from ramet.runtime.parallel.group import Group
-from ramet.runtime.parallel.messages import EndMessage, Message, StepMessage, TokensMessage, decoder, encoder
+from ramet.runtime.parallel.messages import Message, decoder, encoder
 from ramet.runtime.steps.inputs import Step
 from ramet.runtime.steps.tree_planner import TreePlanner
 
 logger = logging.getLogger(__name__)
 
-_LOADED = b"loaded"
+_LOADED, _END = b"loaded", b""  # what a rank says before its last words, and what it is told at the end
 _KNOWN_AFTER_S = 2.0  # the system reports a rank's end this long after its connections broke, at most
 _END_S = 5.0
-
-
-class _Failed(msgspec.Struct, frozen=True):
-    """A rank's last words: the error that ends it."""
-
-    name: str
-    message: str
-
-
-@dataclass(frozen=True, slots=True)
-class Seats:
-    """What the other ranks' processes get at birth: their ends of the pipes, and the folder where all ranks meet."""
-
-    pipes: Sequence[Connection]
-    folder: str
-
-    @property
-    def size(self) -> int:
-        return len(self.pipes) + 1
 
 
 class FirstRank:
     """The first rank's view of the others. Used by one thread at a time, except `when_failed`."""
 
     def __init__(self, entry: Callable[..., None], arguments: tuple[Any, ...], size: int) -> None:
-        """Start `entry(index, seats, *arguments)` in size - 1 processes; index 0 is rank 1."""
+        """Start `entry(index, pipes, folder, *arguments)` in size - 1 processes; index 0 is rank 1.
+
+        pipes: their ends, by index. folder: where all ranks meet.
+        """
         self.size = size
         self._folder = tempfile.TemporaryDirectory(prefix="ramet-ranks-")
         pairs = [get_context("spawn").Pipe() for _ in range(size - 1)]
@@ -73,12 +56,17 @@ class FirstRank:
         self._on_failure: Callable[[Exception], None] | None = None
         self._is_closing = False
         self._changed = threading.Condition()
-        seats = Seats([other for _, other in pairs], self._folder.name)
+        pipes = [other for _, other in pairs]
         context = start_processes(  # type: ignore[no-untyped-call]
-            entry, (seats, *arguments), nprocs=size - 1, join=False, daemon=True, start_method="spawn"
+            entry,
+            (pipes, self._folder.name, *arguments),
+            nprocs=size - 1,
+            join=False,
+            daemon=True,
+            start_method="spawn",
         )
         self._processes: list[Any] = context.processes  # Any: the spawn context's processes
-        for pipe in seats.pipes:
+        for pipe in pipes:
             pipe.close()
         self._watcher = threading.Thread(target=self._watch, name="ramet-ranks", daemon=True)
         self._watcher.start()
@@ -109,10 +97,10 @@ class FirstRank:
         work: TreeWork | None = None
         if tree is not None and tree.num_plans != self._num_plans:
             self._num_plans, work = tree.num_plans, tree.work
-        self._send(StepMessage.of(step, work))
+        self._send(Message.of(step, work))
 
     def send_tokens(self, tokens: Sequence[tuple[int, int]]) -> None:
-        self._send(TokensMessage([(int(slot), int(token)) for slot, token in tokens]))
+        self._send(Message(tokens=[(int(slot), int(token)) for slot, token in tokens]))
 
     def fail(self, error: Exception) -> None:
         self._wait_for_cause()
@@ -143,10 +131,9 @@ class FirstRank:
         with self._changed:
             self._is_closing = True
         if self._failure is None and patience_s:
-            data = encoder.encode(EndMessage())
             for pipe in self._pipes:
                 try:
-                    pipe.send_bytes(data)
+                    pipe.send_bytes(_END)
                 except OSError:
                     logger.debug("a rank has ended before it was told to")
         self._end_processes(patience_s if self._failure is None else 0.0)
@@ -191,8 +178,7 @@ class FirstRank:
                             self._num_loaded += 1
                             self._changed.notify_all()
                     else:
-                        last = msgspec.msgpack.decode(said, type=_Failed)
-                        self._note(from_name(last.name, last.message))
+                        self._note(from_name(*msgspec.msgpack.decode(said, type=tuple[str, str])))
                 else:
                     assert isinstance(ready, int)
                     self._note(self._end_of(sentinels.pop(ready)))
@@ -229,22 +215,26 @@ class FirstRank:
 class OtherRank:
     """One of the other ranks, in its own process."""
 
-    def __init__(self, index: int, seats: Seats) -> None:
-        """Prepare the process. It ignores the terminal's Ctrl-C, and ends when the first rank's process is gone."""
+    def __init__(self, index: int, pipes: Sequence[Connection], folder: str) -> None:
+        """Prepare the process. It ignores the terminal's Ctrl-C, and ends when the first rank's process is gone.
+
+        pipes, folder: see `FirstRank`.
+        """
         self.rank = index + 1
-        self._seats = seats
-        self._pipe = seats.pipes[index]
+        self._size, self._folder = len(pipes) + 1, Path(folder)
+        self._pipe = pipes[index]
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         threading.Thread(target=_end_with_the_parent, daemon=True).start()
 
     def join(self, device: torch.device) -> Group:
         """Say that this rank has loaded its part, and make the group."""
         self._pipe.send_bytes(_LOADED)
-        return Group(self.rank, self._seats.size, device, Path(self._seats.folder))
+        return Group(self.rank, self._size, device, self._folder)
 
-    def receive(self) -> Message:
-        """Wait for the next message of the first rank."""
-        return decoder.decode(self._pipe.recv_bytes())
+    def receive(self) -> Message | None:
+        """Wait for the next message of the first rank. None: the end."""
+        said = self._pipe.recv_bytes()
+        return None if said == _END else decoder.decode(said)
 
     def fail(self, error: Exception) -> None:
         """Tell the first rank what ends this one. If that was the end of another one, this one is killed meanwhile."""
@@ -252,7 +242,7 @@ class OtherRank:
             time.sleep(_KNOWN_AFTER_S / 2)
         name = type(error).__name__ if isinstance(error, RametError) else "EngineStopped"
         message = str(error) if isinstance(error, RametError) else f"{error!r}"
-        self._pipe.send_bytes(msgspec.msgpack.encode(_Failed(name, f"rank {self.rank}: {message}")))
+        self._pipe.send_bytes(msgspec.msgpack.encode((name, f"rank {self.rank}: {message}")))
 
 
 def _end_with_the_parent() -> None:

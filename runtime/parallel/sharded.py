@@ -15,7 +15,17 @@ from torch import Tensor
 from ramet.kernels.sampling.sample import SamplingTables
 from ramet.runtime.models.decoder import Decoder
 from ramet.runtime.models.linear import Embedding, LinearMethod
+from ramet.runtime.models.load import LoadedModel
 from ramet.runtime.parallel.group import Group
+from ramet.runtime.parallel.ranks import FirstRank
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SharedModel(LoadedModel):
+    """The first rank's part, ready to run together with the others. `config` is that of the whole model."""
+
+    peers: FirstRank
+    group: Group
 
 
 @dataclass(slots=True, eq=False)

@@ -6,12 +6,11 @@ from dataclasses import fields
 from typing import Any
 
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ramet.kernels.attention.tree import ITEM_FIELDS, TreeWork
-from ramet.runtime.parallel.messages import EndMessage, StepMessage, TokensMessage, decoder, encoder
+from ramet.runtime.parallel.messages import Message, decoder, encoder
 from ramet.runtime.steps.inputs import ExtendArrays, Step
 
 
@@ -36,25 +35,28 @@ def test_steps_survive_the_way(seed: int, rows: int, extends: bool, plans: bool)
         num_score_tops=int(rng.integers(20)),
         needs_host=bool(rng.integers(2)),
     )
-    sent = decoder.decode(encoder.encode(StepMessage.of(step, TreeWork(**works) if plans else None)))
-    assert isinstance(sent, StepMessage)
-    found = sent.step()
+    step.masks, step.edited = int32(rng, rows, 2), [None] * rows
+    sent = decoder.decode(encoder.encode(Message.of(step, TreeWork(**works) if plans else None)))
+    assert not sent.tokens
+    found = sent.step
+    assert found is not None
     for name in ("decode_rows", "new_pages", "kv_lens", "page_copies", "logprob_rows"):
         np.testing.assert_array_equal(getattr(found, name), getattr(step, name), strict=True)
-    for name in ("uses_tree", "num_tops", "num_score_tops", "needs_host", "masks", "edited"):
+    for name in ("uses_tree", "num_tops", "num_score_tops", "needs_host"):
         assert getattr(found, name) == getattr(step, name)
+    assert found.masks is found.edited is None, "the first rank alone samples"
     assert (found.extend is not None) == extends
     if found.extend is not None:
         for name, array in arrays.items():
             np.testing.assert_array_equal(getattr(found.extend, name), array, strict=True)
             assert getattr(found.extend, name).flags.writeable, "torch refuses to share memory that it may not write"
-    work = sent.tree_work()
+    work = sent.work
     assert (work is not None) == plans
     if work is not None:
         for name, array in works.items():
             np.testing.assert_array_equal(getattr(work, name), array, strict=True)
 
 
-@pytest.mark.parametrize("message", [TokensMessage([(0, 5), (3, 2)]), EndMessage()])
-def test_other_messages_survive_the_way(message: TokensMessage | EndMessage) -> None:
+def test_tokens_survive_the_way() -> None:
+    message = Message(tokens=[(0, 5), (3, 2)])
     assert decoder.decode(encoder.encode(message)) == message

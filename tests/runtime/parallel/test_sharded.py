@@ -30,7 +30,7 @@ from ramet.runtime.models.decoder import Decoder
 from ramet.runtime.models.load import open_weights
 from ramet.runtime.models.weights import Weights
 from ramet.runtime.parallel.group import Group
-from ramet.runtime.parallel.messages import EndMessage, Message, StepMessage, TokensMessage, encoder
+from ramet.runtime.parallel.messages import Message, encoder
 from ramet.runtime.parallel.messages import decoder as message_decoder
 from ramet.runtime.parallel.sharded import apply_tensor_parallel
 from ramet.runtime.parallel.share import Share
@@ -226,18 +226,19 @@ class QueuePeers:
         if tree is not None and tree.num_plans != self._num_plans:
             self._num_plans, work = tree.num_plans, tree.work
         self.kinds.add("plan" if step.uses_tree else "masked" if step.needs_host else "plain")
-        self._send(StepMessage.of(step, work))
+        self._send(Message.of(step, work))
 
     def send_tokens(self, tokens: Sequence[tuple[int, int]]) -> None:
         self.kinds.add("tokens")
-        self._send(TokensMessage(list(tokens)))
+        self._send(Message(tokens=list(tokens)))
 
     def _send(self, message: Message) -> None:
         for waiting in self.queues:
             waiting.put(encoder.encode(message))
 
     def end(self) -> None:
-        self._send(EndMessage())
+        for waiting in self.queues:
+            waiting.put(b"")
 
     def fail(self, error: Exception) -> None:
         self.end()
@@ -305,8 +306,8 @@ def test_steps_of_every_kind_give_the_same_tokens_on_ranks(graphs: bool) -> None
             finally:
                 peers.end()
         runners[rank] = make_runner(decoder, graphs, share=group.share)
-        while carry_out(message_decoder.decode(peers.queues[rank - 1].get()), runners[rank]):
-            pass
+        while said := peers.queues[rank - 1].get():
+            carry_out(message_decoder.decode(said), runners[rank])
         return []
 
     whole = build_decoder(tiny.config, weights, device="cpu", dtype=torch.float32)
