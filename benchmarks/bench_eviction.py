@@ -34,7 +34,8 @@ from ramet.lang.backends.in_process import EngineBackend
 from ramet.runtime.cache.eviction import lru_rank, next_use_rank
 from ramet.runtime.cache.page_pool import PagePool
 from ramet.runtime.cache.radix_cache import RadixCache
-from ramet.runtime.testing.scripted_model import ScriptedEngine, ScriptedHandle
+from ramet.runtime.handle import RequestHandle
+from ramet.runtime.testing.scripted_model import ScriptedEngine
 from ramet.runtime.types import RequestOutput, TokenIds
 
 PAGE_SIZE = 16
@@ -108,7 +109,7 @@ class Recorder(ScriptedEngine):
 
     def submit(
         self, prompt: str | Sequence[int], *args: Any, on_output: Callable[[RequestOutput], None], **options: Any
-    ) -> ScriptedHandle:
+    ) -> RequestHandle:
         written: list[int] = []
         request = Request(ids(prompt), ids(prompt))
         self.events.append(request)

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ramet.runtime.engine.engine import Engine
-from ramet.runtime.engine.handle import RequestResult
+from ramet.runtime.handle import RequestResult
 from ramet.runtime.types import SamplingParams
 
 ONE_TOKEN = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)

@@ -48,8 +48,10 @@ class SeparateRequests:
 
     def __init__(self, engine: Engine) -> None:
         self.tokenizer = engine.tokenizer
-        self.context_length = engine.context_length
         self._engine = engine
+
+    def __getattr__(self, name: str) -> Any:  # Any: the engine's own
+        return getattr(self._engine, name)
 
     def submit(
         self,

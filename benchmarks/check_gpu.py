@@ -37,7 +37,7 @@ from ramet.grammar.ir import AS_MODELS_WRITE
 from ramet.grammar.service.sources import compile_constraint
 from ramet.runtime.engine.config import EngineConfig
 from ramet.runtime.engine.engine import Engine
-from ramet.runtime.engine.handle import RequestHandle
+from ramet.runtime.handle import RequestHandle
 from ramet.runtime.models.build import build_decoder
 from ramet.runtime.models.config import smollm2_135m
 from ramet.runtime.models.generation import GenerationDefaults

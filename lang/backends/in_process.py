@@ -30,9 +30,12 @@ class EngineBackend(BlockBackend):
 
     def target(self) -> TokenizerTarget:
         """The engine's tokenizer and limits, which passes use before a run."""
-        from ramet.runtime.programs.target import target_of_engine  # as above
+        from ramet.runtime.programs.target import TokenizerTarget  # as above
 
-        return target_of_engine(self.engine)
+        engine = self.engine
+        return TokenizerTarget(
+            engine.tokenizer, context_length=engine.context_length, page_size=engine.page_size, form=engine.json_form
+        )
 
 
 class MockBackend(EngineBackend):

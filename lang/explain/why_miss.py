@@ -108,14 +108,9 @@ def _chosen(found: list[Miss], var: str | None, program: str) -> list[Miss]:
 
 
 def _differences(backend: Backend, tokens: Sequence[int], salt: str) -> list[Any]:  # Any: runtime Differences
-    from ramet.runtime.cache.probe import HasCache  # the runtime is loaded where a cache is asked
-
-    engine = backend.engine if isinstance(backend, EngineBackend) else None
-    if not isinstance(engine, HasCache):
-        raise ConfigError(
-            f"{type(engine or backend).__name__} doesn't tell what is in its cache; use an engine of this process"
-        )
-    return list(engine.differences(tokens, salt))
+    if not isinstance(backend, EngineBackend):
+        raise ConfigError(f"{type(backend).__name__} doesn't tell what is in its cache; use an engine of this process")
+    return list(backend.engine.differences(list(tokens), salt))
 
 
 def _as_written(record: RunRecord) -> ir.Graph:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -23,13 +22,6 @@ class Difference:
 
     num_same: int
     tokens: tuple[int, ...]
-
-
-@runtime_checkable
-class HasCache(Protocol):
-    """An engine that can compare a prompt with its cache."""
-
-    def differences(self, tokens: Sequence[int], cache_salt: str = "") -> list[Difference]: ...
 
 
 def differences(cache: RadixCache, tokens: Sequence[int], cache_salt: str = "") -> list[Difference]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 from ramet.runtime.constraints.states import GrammarStates
 from ramet.runtime.engine.step_watch import StepWatch
@@ -27,17 +27,7 @@ _MAX_HELD = 0.25  # of the running sequences; with more, overlapped steps would 
 _BESIDE_S, _ALONE_S = 0.001, 0.02
 
 
-@dataclass(slots=True)  # one a token: see RowOutput
-class SequenceUpdate:
-    """A step's result for one sequence: its new tokens. `sequence.finish_reason` says whether it is finished.
-
-    incomplete, was_closed: as in RequestOutput.
-    """
-
-    sequence: Sequence
-    output: RowOutput
-    incomplete: str | None = None
-    was_closed: bool = False
+Update = tuple[Sequence, RowOutput]  # what a step did for a sequence, which may be finished now
 
 
 class EngineCore:
@@ -100,13 +90,13 @@ class EngineCore:
 
     # --- steps
 
-    def step(self) -> list[SequenceUpdate]:
+    def step(self) -> list[Update]:
         """Run one step, synchronous or overlapped, and return its updates.
 
         If a step raises, the running sequences end with FinishReason.ERROR; the engine and the waiting requests go on.
         If the device is lost, so no step can succeed any more, the error is raised.
         """
-        updates = [SequenceUpdate(s, RowOutput()) for s in self.scheduler.expire_deadlines()]
+        updates: list[Update] = [(s, RowOutput()) for s in self.scheduler.expire_deadlines()]
         try:
             self._begin_works()
             if self.overlap and len(self.scheduler.held) <= _MAX_HELD * self.scheduler.num_running:
@@ -120,16 +110,16 @@ class EngineCore:
         except Exception as error:
             updates += self._fail_running(error)
         updates += self._fail_grammars()
-        for update in updates:
-            if update.sequence.is_finished:
-                self._release(update.sequence)
+        for sequence, _ in updates:
+            if sequence.is_finished:
+                self._release(sequence)
         return updates
 
-    def step_sync(self) -> list[SequenceUpdate]:
+    def step_sync(self) -> list[Update]:
         batch = self._schedule()
         return [] if batch is None else self.collect(self.launch(batch))
 
-    def step_overlap(self) -> list[SequenceUpdate]:
+    def step_overlap(self) -> list[Update]:
         batch = self._schedule()
         launched = None if batch is None else self.launch(batch)
         updates = self.drain()
@@ -141,7 +131,7 @@ class EngineCore:
         self.watch.lap("schedule")
         return batch
 
-    def drain(self) -> list[SequenceUpdate]:
+    def drain(self) -> list[Update]:
         """Collect the step in flight, if there is one."""
         launched, self._in_flight = self._in_flight, None
         return [] if launched is None else self.collect(launched)
@@ -164,7 +154,7 @@ class EngineCore:
         self.watch.lap("launch")
         return launched
 
-    def collect(self, launched: LaunchedStep) -> list[SequenceUpdate]:
+    def collect(self, launched: LaunchedStep) -> list[Update]:
         """Wait for a launched step, advance its sequences, and return updates of those that were not yet finished.
 
         Rows whose grammars are not done with their tokens are left to a later step.
@@ -187,7 +177,7 @@ class EngineCore:
                 self.scheduler.make_ready(sequence)
         self.watch.lap("grammars")
 
-    def _finish_works(self) -> list[SequenceUpdate]:
+    def _finish_works(self) -> list[Update]:
         """Let the grammars go on, and finish the rows of this step or of earlier ones that waited for them."""
         if not self.grammars.has_work:
             return []
@@ -203,22 +193,19 @@ class EngineCore:
                 self.scheduler.unhold(sequence)
         return self._finish_rows(rows.items, rows.outputs)
 
-    def _finish_rows(self, items: list[ScheduledSequence], outputs: list[RowOutput]) -> list[SequenceUpdate]:
+    def _finish_rows(self, items: list[ScheduledSequence], outputs: list[RowOutput]) -> list[Update]:
         was_live = [not item.sequence.is_finished for item in items]
         self.scheduler.finish_step(items, outputs)
-        return [
-            SequenceUpdate(item.sequence, output, self._why_incomplete(item.sequence), self._was_closed(item.sequence))
-            for item, output, live in zip(items, outputs, was_live, strict=True)
-            if live and (output.token_ids or output.prompt_logprobs is not None or item.sequence.is_finished)
-        ]
-
-    def _why_incomplete(self, sequence: Sequence) -> str | None:
-        is_over = sequence.is_finished and sequence.request.grammar is not None
-        return self.grammars.why_incomplete(sequence) if is_over else None
-
-    def _was_closed(self, sequence: Sequence) -> bool:
-        is_whole = sequence.finish_reason is FinishReason.STOP and sequence.request.grammar is not None
-        return is_whole and self.grammars.was_closed(sequence)
+        updates: list[Update] = []
+        for item, output, live in zip(items, outputs, was_live, strict=True):
+            sequence = item.sequence
+            if live and (output.token_ids or output.prompt_logprobs is not None or sequence.is_finished):
+                if sequence.is_finished and sequence.request.grammar is not None:
+                    output.incomplete = self.grammars.why_incomplete(sequence)
+                    is_whole = sequence.finish_reason is FinishReason.STOP
+                    output.was_closed = is_whole and self.grammars.was_closed(sequence)
+                updates.append((sequence, output))
+        return updates
 
     def _needs_host(self, item: ScheduledSequence) -> bool:
         """Return True if the host must know a joining sequence's tokens before each of its steps.
@@ -233,21 +220,21 @@ class EngineCore:
             return is_masked or edits is None or not edits.acquire(sequence)
         return is_masked and item.samples
 
-    def _fail_running(self, error: Exception) -> list[SequenceUpdate]:
+    def _fail_running(self, error: Exception) -> list[Update]:
         """End the sequences that were running when a step raised. Raises if the device is lost."""
         self._in_flight = None
         self._launched_s.clear()
         self.runner.check_device()
         logger.error("a step failed; what ran in it ends, the engine goes on", exc_info=error)
-        return [SequenceUpdate(s, RowOutput()) for s in self.scheduler.fail_running(error)]
+        return [(s, RowOutput()) for s in self.scheduler.fail_running(error)]
 
-    def _fail_grammars(self) -> list[SequenceUpdate]:
+    def _fail_grammars(self) -> list[Update]:
         """End the sequences whose grammars raised in this step."""
-        updates = []
+        updates: list[Update] = []
         for sequence, error in self.grammars.take_failures().items():
             if not sequence.is_finished:
                 self.scheduler.finish(sequence, FinishReason.ERROR, error=error)
-                updates.append(SequenceUpdate(sequence, RowOutput()))
+                updates.append((sequence, RowOutput()))
         return updates
 
     def _release(self, sequence: Sequence) -> None:

@@ -25,11 +25,11 @@ from ramet.runtime.cache.prefix_log import CacheChanges
 from ramet.runtime.cache.probe import Difference, differences
 from ramet.runtime.engine.compiled_code import OnStage, prepare_compiled_code
 from ramet.runtime.engine.config import EngineConfig
-from ramet.runtime.engine.core import EngineCore, SequenceUpdate
+from ramet.runtime.engine.core import EngineCore
 from ramet.runtime.engine.factory import build_core
-from ramet.runtime.engine.handle import RequestHandle, RequestResult
 from ramet.runtime.engine.loading import load
 from ramet.runtime.engine.validation import RequestBorder
+from ramet.runtime.handle import RequestHandle, RequestResult
 from ramet.runtime.parallel.sharded import SharedModel
 from ramet.runtime.text.detokenizer import Detokenizer
 from ramet.runtime.text.stops import StopScanner
@@ -40,6 +40,7 @@ from ramet.runtime.types import (
     Request,
     RequestOptions,
     RequestOutput,
+    RowOutput,
     SamplingParams,
     Sequence,
     TokenIds,
@@ -110,6 +111,7 @@ class Engine:
         self.chat_template = self.tokenizer.chat_template
         self._core: EngineCore = build_core(self.model, config)
         self.context_length = self._core.context_length
+        self.page_size, self.json_form = config.page_size, config.json_form
         wanted = config.context_length or self.model.config.max_position_embeddings
         self.device_grammars = self._core.grammars.device  # for callers that compile grammars; None: the host masks
         self._streams: dict[Sequence, _Stream] = {}
@@ -381,8 +383,8 @@ class Engine:
         if self._core.has_work:
             updates = self._core.step()
             self._tell_cache()
-            for update in updates:
-                self._deliver(update)
+            for sequence, output in updates:
+                self._deliver(sequence, output)
             self._tell_cache()  # a sequence may end in its text, and an abort may free pages
             watch.lap("deliver")
             watch.end(f"{self._core.scheduler.num_running} rows, {len(updates)} outputs")
@@ -416,9 +418,8 @@ class Engine:
                 sequence, self._streams[sequence], "", (), None, RequestCancelled(f"request {request_id} was cancelled")
             )
 
-    def _deliver(self, update: SequenceUpdate) -> None:
+    def _deliver(self, sequence: Sequence, output: RowOutput) -> None:
         """Decode one sequence's new tokens to text and pass it to the caller."""
-        sequence, output = update.sequence, update.output
         stream = self._streams.get(sequence)
         if stream is None:
             return
@@ -452,7 +453,7 @@ class Engine:
             if stream.detokenizer is not None and not isinstance(stop_match, str):
                 rest = stream.detokenizer.flush(output.num_after)
                 text += rest if stream.scanner is None else stream.scanner.flush(rest)
-            self._end(sequence, stream, text, tokens, stop_match, error, update)
+            self._end(sequence, stream, text, tokens, stop_match, error, output)
             return
         if text or tokens or output.prompt_logprobs is not None:
             increment = RequestOutput(
@@ -478,14 +479,14 @@ class Engine:
         tokens: tuple[int, ...],
         stop_match: str | int | None,
         error: Exception | None,
-        update: SequenceUpdate | None = None,
+        row: RowOutput | None = None,
     ) -> None:
         del self._streams[sequence]
         del self._by_id[stream.request.request_id]
         now_s = time.monotonic()
         first_s = stream.first_token_s if stream.first_token_s is not None else now_s
         started_s = sequence.first_scheduled_s if sequence.first_scheduled_s is not None else now_s
-        output = update.output if update is not None else None
+        row = row or RowOutput()
         num = len(tokens)
         self._emit(
             stream,
@@ -496,18 +497,18 @@ class Engine:
                 self._usage(sequence, stream),
                 finish_reason=sequence.finish_reason,
                 stop_match=stop_match,
-                logprobs=None if output is None or output.logprobs is None else output.logprobs[:num],
-                top_logprobs=None if output is None or output.top_logprobs is None else output.top_logprobs[:num],
-                prompt_logprobs=None if output is None else output.prompt_logprobs,
-                prompt_tops=None if output is None else output.prompt_tops,
+                logprobs=None if row.logprobs is None else row.logprobs[:num],
+                top_logprobs=None if row.top_logprobs is None else row.top_logprobs[:num],
+                prompt_logprobs=row.prompt_logprobs,
+                prompt_tops=row.prompt_tops,
                 error=error,
                 timings={
                     "queue_s": max(started_s - stream.submitted_s, 0.0),
                     "first_token_s": first_s - stream.submitted_s,
                     "total_s": now_s - stream.submitted_s,
                 },
-                incomplete=None if update is None else update.incomplete,
-                was_closed=update is not None and update.was_closed,
+                incomplete=row.incomplete,
+                was_closed=row.was_closed,
             ),
         )
 

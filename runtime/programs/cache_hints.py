@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol, runtime_checkable
 
 from ramet.lang.graph import ir
 from ramet.lang.graph.run import NodeRun
+from ramet.runtime.programs.engine import ProgramEngine
 from ramet.runtime.programs.path import Path
 
 MAX_EXAMINED = 64  # nodes visited for one answer: this runs on the engine's thread
@@ -27,37 +27,26 @@ MAX_DEAD_TOKENS = 1 << 20  # of one program: the hints are made on the engine's 
 NextUse = tuple[list[int], float]  # tokens, and the time of their next use; inf: never
 
 
-@runtime_checkable
-class TakesHints(Protocol):
-    """An engine that accepts hints about tokens that are read again, and about dead ones."""
-
-    def set_next_use(self, tokens: list[int], next_use: float, cache_salt: str = "") -> None: ...
-
-    def mark_dead(self, tokens: list[int], cache_salt: str = "", num_live: int = 0) -> None: ...
-
-
 class CacheHints:
     """The hints of one program. Its executor calls `added`, `ended` and `take` under its lock, the others without."""
 
     def __init__(
-        self, engine: object, cache_salt: str, runs: Sequence[NodeRun], path_of: Callable[[int], Path]
+        self, engine: ProgramEngine, cache_salt: str, runs: Sequence[NodeRun], path_of: Callable[[int], Path]
     ) -> None:
         """`runs`: of all nodes so far, by id; they grow and change as the program runs."""
-        self._engine = engine if isinstance(engine, TakesHints) else None
-        self._salt, self._runs, self._path_of = cache_salt, runs, path_of
+        self._engine, self._salt, self._runs, self._path_of = engine, cache_salt, runs, path_of
         self._children: dict[int, list[int]] = {}
         self._ended: list[int] = []
         self._hinted: dict[int, NextUse] = {}  # node whose path is hinted
 
     def added(self, node: ir.AnyNode) -> None:
         """Note a new node of the program."""
-        if self._engine is not None and node.parent is not None and not isinstance(node, ir.Join | ir.Capture):
+        if node.parent is not None and not isinstance(node, ir.Join | ir.Capture):
             self._children.setdefault(node.parent, []).append(node.id)
 
     def ended(self, node: int) -> None:
         """Note that no sequence holds the path of this node any more."""
-        if self._engine is not None:
-            self._ended.append(node)
+        self._ended.append(node)
 
     def take(self, now: float) -> list[NextUse]:
         """Return the changes since the last call, for `give`."""
@@ -66,17 +55,15 @@ class CacheHints:
 
     def give(self, hints: Sequence[NextUse]) -> None:
         """Pass the hints to the engine."""
-        if self._engine is not None:
-            for tokens, when in hints:
-                self._engine.set_next_use(tokens, when, self._salt)
+        for tokens, when in hints:
+            self._engine.set_next_use(tokens, when, self._salt)
 
     def program_ended(self) -> None:
         """Withdraw every next use, and tell the engine which branches are dead. This is the last call."""
         self.give(self._none())
-        if self._engine is not None:
-            nodes = [run.node for run in self._runs]
-            for tokens, num_live in dead_branches(nodes, self._path_of):
-                self._engine.mark_dead(tokens, self._salt, num_live)
+        nodes = [run.node for run in self._runs]
+        for tokens, num_live in dead_branches(nodes, self._path_of):
+            self._engine.mark_dead(tokens, self._salt, num_live)
 
     def _changes(self, node: int, now: float) -> list[NextUse]:
         """Return the next uses of a node's path, and of the paths that it branched from."""

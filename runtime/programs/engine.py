@@ -8,35 +8,15 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from ramet.lang.graph import ir
 from ramet.lang.graph.healing import Healing
-from ramet.runtime.programs.path import Path, PathTokenizer, PieceEncoder
-from ramet.runtime.text.chat_template import ChatTemplate
+from ramet.lang.graph.json_form import JsonForm
+from ramet.runtime.cache.probe import Difference
+from ramet.runtime.programs.path import Path, PieceEncoder
 from ramet.runtime.text.role_marks import RoleMarks
+from ramet.runtime.text.tokenizer import Tokenizer
 from ramet.runtime.types import Grammar, RequestOptions, RequestOutput, SamplingParams
 
 if TYPE_CHECKING:
     from ramet.runtime.constraints.device_grammars import DeviceGrammars  # loads torch
-    from ramet.runtime.engine.config import EngineConfig
-
-
-class ProgramTokenizer(PathTokenizer, Protocol):
-    @property
-    def bos_id(self) -> int | None: ...
-
-    @property
-    def eos_ids(self) -> frozenset[int]: ...
-
-    @property
-    def special_ids(self) -> frozenset[int]: ...
-
-    @property
-    def vocab_size(self) -> int: ...
-
-    @property
-    def chat_template(self) -> ChatTemplate: ...
-
-    def split(self, text: bytes) -> list[int]: ...
-
-    def rest_of_piece(self, before: bytes, text: bytes) -> int: ...
 
 
 class Handle(Protocol):
@@ -45,13 +25,26 @@ class Handle(Protocol):
 
 @runtime_checkable
 class ProgramEngine(Protocol):
-    """The part of an engine that programs use."""
+    """The part of an engine that programs use.
+
+    `json_form`: of JSON, where a constraint does not say. `device_grammars`: for automata that run on the engine's
+    device; None: they run on the host. `set_next_use`, `mark_dead`: hints to the cache, of which no result depends.
+    """
 
     @property
     def context_length(self) -> int: ...
 
     @property
-    def tokenizer(self) -> Any: ...  # ProgramTokenizer; an attribute of a narrower type doesn't match a property
+    def page_size(self) -> int: ...
+
+    @property
+    def json_form(self) -> JsonForm: ...
+
+    @property
+    def tokenizer(self) -> Any: ...  # Tokenizer; an attribute of a narrower type doesn't match a property
+
+    @property
+    def device_grammars(self) -> DeviceGrammars | None: ...
 
     def submit(
         self,
@@ -63,23 +56,18 @@ class ProgramEngine(Protocol):
         on_output: Callable[[RequestOutput], None] | None = None,
     ) -> Handle: ...
 
+    def set_next_use(self, tokens: list[int], next_use: float, cache_salt: str = "") -> None: ...
 
-@runtime_checkable
-class LocalEngine(Protocol):
-    """An engine in this process. `device_grammars`: for automata that run on its device; None: they run on the host."""
+    def mark_dead(self, tokens: list[int], cache_salt: str = "", num_live: int = 0) -> None: ...
 
-    @property
-    def config(self) -> EngineConfig: ...
-
-    @property
-    def device_grammars(self) -> DeviceGrammars | None: ...
+    def differences(self, tokens: list[int], cache_salt: str = "") -> list[Difference]: ...
 
 
 @dataclass(frozen=True, slots=True)
 class ProgramModel:
     """The model properties that nodes need. `marks`: the text that its chat template writes around messages."""
 
-    tokenizer: ProgramTokenizer
+    tokenizer: Tokenizer
     encoder: PieceEncoder
     healing: Healing
     marks: RoleMarks

@@ -23,11 +23,10 @@ from ramet.lang.graph import ir
 from ramet.lang.graph.events import OnEvent
 from ramet.lang.graph.following import children_of, following, is_ended_by_following, known_start
 from ramet.lang.graph.healing import Healing
-from ramet.lang.graph.json_form import AS_CONFIGURED
 from ramet.lang.graph.options import Deadline, ProgramOptions
 from ramet.lang.graph.run import GraphRun, NodeRun
 from ramet.runtime.programs.cache_hints import CacheHints
-from ramet.runtime.programs.engine import EngineRequest, Handle, LocalEngine, ProgramEngine, ProgramModel, Work
+from ramet.runtime.programs.engine import EngineRequest, Handle, ProgramEngine, ProgramModel, Work
 from ramet.runtime.programs.generation import Generation, with_one_more
 from ramet.runtime.programs.grammars import ProgramGrammars
 from ramet.runtime.programs.path import Path, PieceEncoder
@@ -58,9 +57,7 @@ class ProgramHost:
         self.model = ProgramModel(
             tokenizer, PieceEncoder(tokenizer), Healing(tokenizer.token_bytes), marks, engine.context_length
         )
-        on_device = engine.device_grammars if isinstance(engine, LocalEngine) else None
-        form = engine.config.json_form if isinstance(engine, LocalEngine) else AS_CONFIGURED
-        self.grammars = ProgramGrammars(tokenizer, marks, on_device, form)
+        self.grammars = ProgramGrammars(tokenizer, marks, engine.device_grammars, engine.json_form)
         self._numbers = itertools.count()
 
     def start(

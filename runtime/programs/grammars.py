@@ -14,8 +14,8 @@ from ramet.errors import GrammarError, GrammarTooLarge
 from ramet.lang.graph.ir import Constraint, Generate
 from ramet.lang.graph.json_form import AS_CONFIGURED, JsonForm
 from ramet.lang.graph.narrowing import Narrowing
-from ramet.runtime.programs.engine import ProgramTokenizer
 from ramet.runtime.text.role_marks import RoleMarks
+from ramet.runtime.text.tokenizer import Tokenizer
 from ramet.runtime.types import Grammar
 
 if TYPE_CHECKING:  # these load numba or torch
@@ -39,7 +39,7 @@ class ProgramGrammars:
 
     def __init__(
         self,
-        tokenizer: ProgramTokenizer,
+        tokenizer: Tokenizer,
         marks: RoleMarks,
         device: DeviceGrammars | None = None,
         form: JsonForm = AS_CONFIGURED,

@@ -12,23 +12,9 @@ import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from ramet.lang.graph.healing import Healing
-
-
-class PathTokenizer(Protocol):
-    """The part of a tokenizer that a path uses."""
-
-    @property
-    def special_tokens(self) -> dict[str, int]: ...
-
-    @property
-    def token_bytes(self) -> list[bytes]: ...
-
-    def encode(
-        self, text: str, *, add_special: bool = False, parse_special: bool = False, continues: bool = False
-    ) -> list[int]: ...
+from ramet.runtime.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +64,7 @@ class Path:
         assert not self.pending
         return healing.given_back(self.tokens[-1], self.num_literal) if self.tokens and self.length > 1 else b""
 
-    def takes_space(self, tokenizer: PathTokenizer) -> bool:
+    def takes_space(self, tokenizer: Tokenizer) -> bool:
         """Return whether a space may stand between the author's text at the end and a value. No text may be pending.
 
         It may after a word or a mark that a space follows in prose, such as `Age:`, and not after `(`, `$` or `_`.
@@ -106,7 +92,7 @@ class Path:
 class PieceEncoder:
     """Tokenises adjoining pieces as one text, but with special tokens in markup only. Thread-safe."""
 
-    def __init__(self, tokenizer: PathTokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._specials = tokenizer.special_tokens
         names = [re.escape(name) for name in sorted(self._specials, key=len, reverse=True)]

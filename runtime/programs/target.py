@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 
 from ramet.lang.graph.ir import AnyNode, Constraint, Marked
 from ramet.lang.graph.json_form import AS_CONFIGURED, JsonForm
-from ramet.runtime.programs.engine import LocalEngine, ProgramEngine, ProgramTokenizer
 from ramet.runtime.programs.grammars import ProgramGrammars
 from ramet.runtime.text.role_marks import RoleMarks
+from ramet.runtime.text.tokenizer import Tokenizer
 from ramet.runtime.types import SamplingParams
 
 
@@ -17,7 +17,7 @@ class TokenizerTarget:
 
     def __init__(
         self,
-        tokenizer: ProgramTokenizer,
+        tokenizer: Tokenizer,
         *,
         name: str = "",
         context_length: int = 1 << 20,
@@ -47,10 +47,3 @@ class TokenizerTarget:
 
     def forced_tokens(self, constraint: Constraint) -> list[int] | None:
         return self._grammars.get(constraint).result().forced_tokens(0)
-
-
-def target_of_engine(engine: ProgramEngine) -> TokenizerTarget:
-    page_size, form = 1, AS_CONFIGURED
-    if isinstance(engine, LocalEngine):
-        page_size, form = engine.config.page_size, engine.config.json_form
-    return TokenizerTarget(engine.tokenizer, context_length=engine.context_length, page_size=page_size, form=form)

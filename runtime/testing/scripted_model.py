@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import queue
 import threading
 import time
 from collections import deque
@@ -22,7 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ramet.errors import ContextOverflow, EmptyPrompt, EngineStopped
+from ramet.lang.graph.json_form import AS_CONFIGURED
 from ramet.runtime.cache.probe import Difference, trie_differences
+from ramet.runtime.handle import RequestHandle
 from ramet.runtime.testing.byte_tokenizer import ByteTokenizer
 from ramet.runtime.text.detokenizer import Detokenizer
 from ramet.runtime.text.stops import StopScanner
@@ -63,68 +64,19 @@ class ScriptedStats:
         return self.prompt_tokens - self.cached_tokens
 
 
-@dataclass(frozen=True, slots=True)
-class ScriptedResult:
-    """A finished request."""
-
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: FinishReason
-    usage: Usage
-    prompt_logprobs: NDArray[np.float32] | None = None
-
-
 @dataclass(slots=True, eq=False)
 class _Job:
+    request_id: str
     prompt: list[int]
     sampling: SamplingParams
     options: RequestOptions
     grammar: Grammar | None
     deadline_s: float | None  # of time.monotonic()
-    handle: ScriptedHandle
+    on_output: Callable[[RequestOutput], None]
+    is_cancelled: bool = False
     num_cached: int = 0
     outputs: Iterator[RequestOutput] | None = None
     arrival_s: float = field(default_factory=time.monotonic)
-
-
-class ScriptedHandle:
-    """One request. Iterate over its outputs, or wait for the whole `result`."""
-
-    def __init__(self, engine: ScriptedEngine, request_id: str, on_output: Callable[[RequestOutput], None] | None):
-        self.request_id = request_id
-        self.is_cancelled = False
-        self._engine = engine
-        self._on_output = on_output
-        self._outputs: queue.SimpleQueue[RequestOutput] = queue.SimpleQueue()
-
-    def cancel(self) -> None:
-        self.is_cancelled = True
-        self._engine.wake()
-
-    def __iter__(self) -> Iterator[RequestOutput]:
-        while True:
-            output = self._outputs.get()
-            yield output
-            if output.finish_reason is not None:
-                return
-
-    def result(self) -> ScriptedResult:
-        """Wait for the result. Raises the request's error."""
-        outputs = list(self)
-        last = outputs[-1]
-        if last.error is not None:
-            raise last.error
-        assert last.finish_reason is not None
-        tokens = tuple(token for output in outputs for token in output.token_ids)
-        scored = [output.prompt_logprobs for output in outputs if output.prompt_logprobs is not None]
-        logprobs = np.concatenate(scored) if scored else None
-        return ScriptedResult("".join(o.text for o in outputs), tokens, last.finish_reason, last.usage, logprobs)
-
-    def deliver(self, output: RequestOutput) -> None:
-        if self._on_output is None:
-            self._outputs.put(output)
-        else:
-            self._on_output(output)
 
 
 class ScriptedEngine:
@@ -145,6 +97,7 @@ class ScriptedEngine:
         context_length: int = 1 << 20,
     ) -> None:
         self.tokenizer = ByteTokenizer()
+        self.page_size, self.json_form, self.device_grammars = 1, AS_CONFIGURED, None
         self._script = script
         self._failures = dict(failures or {})
         self._latency_s = latency_s
@@ -154,6 +107,7 @@ class ScriptedEngine:
         self._roots: dict[str, int] = {}
         self._uses: dict[object, int] = {}
         self._ids = itertools.count()
+        self._jobs: dict[str, _Job] = {}  # that have not ended
         self._waiting: deque[_Job] = deque()
         self._running: list[_Job] = []
         self._changed = threading.Condition()
@@ -170,25 +124,34 @@ class ScriptedEngine:
         request_id: str | None = None,
         on_output: Callable[[RequestOutput], None] | None = None,
         **changes: Any,  # fields of RequestOptions, which checks them
-    ) -> ScriptedHandle:
+    ) -> RequestHandle:
         """Queue a request, as `Engine.submit`. Raises EmptyPrompt, ContextOverflow, EngineStopped."""
         tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         if not tokens:
             raise EmptyPrompt("the prompt has no tokens; give at least one", param="prompt")
         if len(tokens) >= self.context_length:
             raise ContextOverflow(f"the prompt has {len(tokens)} tokens but the context is {self.context_length}")
-        handle = ScriptedHandle(self, request_id or f"scripted-{next(self._ids)}", on_output)
+        handle = RequestHandle(request_id or f"scripted-{next(self._ids)}", self.abort)
         params, options = sampling or SamplingParams(), options.changed(changes)
         with self._changed:
             if self._is_stopped:
                 raise EngineStopped("the scripted engine was shut down")
             end_s = None if options.deadline_s is None else time.monotonic() + options.deadline_s
-            self._waiting.append(_Job(tokens, params, options, grammar, end_s, handle))
+            job = _Job(handle.request_id, tokens, params, options, grammar, end_s, on_output or handle.push)
+            self._jobs[job.request_id] = job
+            self._waiting.append(job)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._loop, name="ramet-scripted", daemon=True)
                 self._thread.start()
             self._changed.notify()
         return handle
+
+    def abort(self, request_id: str) -> None:
+        """End the request with this id."""
+        with self._changed:
+            if request_id in self._jobs:
+                self._jobs[request_id].is_cancelled = True
+                self._changed.notify()
 
     def stats(self) -> ScriptedStats:
         with self._changed:
@@ -198,7 +161,13 @@ class ScriptedEngine:
     def num_waiting(self) -> int:
         """Number of requests that have not ended."""
         with self._changed:
-            return len(self._waiting) + len(self._running)
+            return len(self._jobs)
+
+    def set_next_use(self, tokens: Sequence[int], next_use: float, cache_salt: str = "") -> None:
+        """Do nothing: this cache forgets nothing."""
+
+    def mark_dead(self, tokens: Sequence[int], cache_salt: str = "", num_live: int = 0) -> None:
+        """As `set_next_use`."""
 
     def differences(self, tokens: Sequence[int], cache_salt: str = "") -> list[Difference]:
         """Cached paths that differ from `tokens`, the longest common prefix first."""
@@ -217,10 +186,6 @@ class ScriptedEngine:
 
     def __exit__(self, *exc: object) -> None:
         self.shutdown()
-
-    def wake(self) -> None:
-        with self._changed:
-            self._changed.notify()
 
     def logprobs(self, context: Sequence[int]) -> NDArray[np.float64]:
         """log P(next token | context) [V] of the model without a script."""
@@ -258,7 +223,7 @@ class ScriptedEngine:
         running, self._running = self._running, []
         for job in running:
             assert job.outputs is not None
-            if job.handle.is_cancelled or (job.deadline_s is not None and time.monotonic() >= job.deadline_s):
+            if job.is_cancelled or (job.deadline_s is not None and time.monotonic() >= job.deadline_s):
                 self._end(job, FinishReason.ABORT, None)
                 continue
             try:
@@ -270,7 +235,7 @@ class ScriptedEngine:
                 self._running.append(job)
             else:
                 self._count(job, output)
-            job.handle.deliver(output)
+            job.on_output(output)
 
     def _admit(self, job: _Job) -> None:
         limit = len(job.prompt) - 1 if job.options.score_from is None else job.options.score_from - 1
@@ -288,12 +253,13 @@ class ScriptedEngine:
 
     def _end(self, job: _Job, reason: FinishReason, error: Exception | None) -> None:
         usage = Usage(len(job.prompt), job.num_cached, 0)
-        output = RequestOutput(job.handle.request_id, "", (), usage, reason, error=error)
+        output = RequestOutput(job.request_id, "", (), usage, reason, error=error)
         self._count(job, output)
-        job.handle.deliver(output)
+        job.on_output(output)
 
     def _count(self, job: _Job, output: RequestOutput) -> None:
         with self._changed:
+            self._jobs.pop(job.request_id, None)
             self._stats = replace(
                 self._stats,
                 num_finished=self._stats.num_finished + 1,
@@ -307,7 +273,7 @@ class ScriptedEngine:
         before = _before(job).decode()  # the first token writes it again, and counts as one of the prompt
         prompt_text = self.tokenizer.decode(job.prompt) + before
         usage = Usage(len(job.prompt) + bool(before), job.num_cached, 0)
-        name = job.handle.request_id
+        name = job.request_id
         for needle, error in self._failures.items():
             if needle in prompt_text:
                 yield RequestOutput(name, "", (), usage, FinishReason.ERROR, error=error)

@@ -16,6 +16,7 @@ import httpx
 import pytest
 import uvicorn
 
+from ramet.runtime.handle import RequestHandle
 from ramet.runtime.server.app import create_app
 from ramet.runtime.server.config import ServerConfig
 from ramet.runtime.server.link.process import EngineServer
@@ -23,7 +24,7 @@ from ramet.runtime.server.link.protocol import Command, Hello, Report
 from ramet.runtime.server.link.proxy import EngineProxy
 from ramet.runtime.server.metrics import RequestCollector, ServerMetrics
 from ramet.runtime.server.served_model import ServedModel
-from ramet.runtime.testing.scripted_model import ScriptedEngine, ScriptedHandle
+from ramet.runtime.testing.scripted_model import ScriptedEngine
 from ramet.runtime.types import RequestOutput, Usage
 
 Json = dict[str, Any]
@@ -56,12 +57,11 @@ class ServedScript(ScriptedEngine):
 
     def __init__(self) -> None:
         super().__init__(scripted_answer, context_length=CONTEXT, latency_s=0.002)
-        self.handles: dict[str, ScriptedHandle] = {}
         self.usages: list[Usage] = []
 
     def submit(
         self, *args: Any, on_output: Callable[[RequestOutput], None] | None = None, **options: Any
-    ) -> ScriptedHandle:
+    ) -> RequestHandle:
         """As the engine it is, and notes what each request took from the cache."""
 
         def note(output: RequestOutput) -> None:
@@ -70,14 +70,7 @@ class ServedScript(ScriptedEngine):
             if on_output is not None:
                 on_output(output)
 
-        handle = super().submit(*args, on_output=note, **options)
-        self.handles[handle.request_id] = handle
-        return handle
-
-    def abort(self, request_id: str) -> None:
-        handle = self.handles.get(request_id)
-        if handle is not None:
-            handle.cancel()
+        return super().submit(*args, on_output=note, **options)
 
     def flush_cache(self) -> int:
         self._trie.clear()

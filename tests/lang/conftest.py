@@ -22,6 +22,7 @@ import uvicorn
 
 from ramet import Function
 from ramet.lang.explain.plan import explain_on_server
+from ramet.runtime.handle import RequestHandle
 from ramet.runtime.server.app import create_app
 from ramet.runtime.server.config import ServerConfig
 from ramet.runtime.server.link.process import EngineServer
@@ -29,7 +30,7 @@ from ramet.runtime.server.link.protocol import Command, Hello, Report, command_d
 from ramet.runtime.server.link.proxy import EngineProxy
 from ramet.runtime.server.metrics import RequestCollector, ServerMetrics
 from ramet.runtime.server.served_model import ServedModel
-from ramet.runtime.testing.scripted_model import ScriptedEngine, ScriptedHandle
+from ramet.runtime.testing.scripted_model import ScriptedEngine
 from ramet.runtime.types import NO_OPTIONS, RequestOptions, SamplingParams
 
 
@@ -162,7 +163,7 @@ class RecordingEngine(ScriptedEngine):
         sampling: SamplingParams | None = None,
         options: RequestOptions = NO_OPTIONS,
         **more: Any,
-    ) -> ScriptedHandle:
+    ) -> RequestHandle:
         tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         self.prompts.append((tuple(tokens), options.score_from))
         return super().submit(prompt, sampling, options, **more)

@@ -19,7 +19,7 @@ from ramet.grammar.service.sources import compile_constraint
 from ramet.kernels.grammar.arena import GrammarArena
 from ramet.kernels.grammar.mask import TokenTable
 from ramet.runtime.constraints.states import GrammarStates
-from ramet.runtime.engine.core import SequenceUpdate
+from ramet.runtime.engine.core import Update
 from ramet.runtime.engine.engine import Engine
 from ramet.runtime.engine.factory import make_device_grammars
 from ramet.runtime.models.load import LoadedModel
@@ -151,7 +151,7 @@ def test_a_waiting_request_that_the_host_will_mask_costs_the_running_ones_nothin
         step_sync, launch = core.step_sync, core.launch
         is_sync = False
 
-        def note() -> list[SequenceUpdate]:
+        def note() -> list[Update]:
             nonlocal is_sync
             is_sync = True
             updates = step_sync()

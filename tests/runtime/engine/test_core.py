@@ -258,11 +258,11 @@ def test_scores_equal_the_log_probabilities_of_a_full_forward_pass(decoder: Deco
     core.add(Request("score", np.asarray(ids, dtype=np.int32), params, 0, score_from=22))
     scores = []
     while core.has_work:
-        scores += [u.output.prompt_logprobs for u in core.step() if u.output.prompt_logprobs is not None]
+        scores += [o.prompt_logprobs for _, o in core.step() if o.prompt_logprobs is not None]
     got = np.concatenate(scores)
     whole = make_core(decoder, chunk=200)
     whole.add(Request("whole", np.asarray(ids, dtype=np.int32), params, 0, score_from=1))
-    (expected,) = [u.output.prompt_logprobs for u in whole.step() if u.output.prompt_logprobs is not None]
+    (expected,) = [o.prompt_logprobs for _, o in whole.step() if o.prompt_logprobs is not None]
     assert len(got) == len(ids) - 22
     np.testing.assert_allclose(got, expected[21:], atol=1e-4)
 
@@ -282,10 +282,10 @@ def test_a_score_comes_with_the_likeliest_tokens_that_were_asked_for(decoder: De
     for r in [request("generates", prompt(1, 9), 30), *requests.values()]:
         core.add(r)
     while core.has_work:
-        for update in core.step():
-            if update.output.prompt_logprobs is not None:
-                scores[update.sequence.request.request_id] += list(update.output.prompt_logprobs)
-                tops[update.sequence.request.request_id] += update.output.prompt_tops or ()
+        for sequence, output in core.step():
+            if output.prompt_logprobs is not None:
+                scores[sequence.request.request_id] += list(output.prompt_logprobs)
+                tops[sequence.request.request_id] += output.prompt_tops or ()
     assert tops["top None"] == tops["top 0"] == []
     for count, first in ((2, 40), (5, 22)):
         found = tops[f"top {count}"]
@@ -330,10 +330,10 @@ def test_penalties_bias_and_log_probabilities_take_the_slow_path_and_end_with_it
     sequences = [core.add(r) for r in requests]
     outputs = []
     while core.has_work:
-        outputs += [u for u in core.step() if u.sequence is sequences[1]]
+        outputs += [output for sequence, output in core.step() if sequence is sequences[1]]
     assert sequences[0].output_ids == plain
     assert not set(sequences[1].output_ids) & set(plain)
-    assert all(u.output.logprobs is not None and len(u.output.logprobs) == 1 for u in outputs)
-    tops = [u.output.top_logprobs[0] for u in outputs if u.output.top_logprobs]
+    assert all(output.logprobs is not None and len(output.logprobs) == 1 for output in outputs)
+    tops = [output.top_logprobs[0] for output in outputs if output.top_logprobs]
     assert all(len(top) == 3 and top[0][1] >= top[1][1] >= top[2][1] for top in tops)
     assert len(set(sequences[2].output_ids)) == 20

@@ -14,7 +14,7 @@ from ramet import Engine, State, function, gen, select
 from ramet.errors import ConfigError
 from ramet.grammar import Vocabulary
 from ramet.grammar.service.sources import compile_constraint
-from ramet.runtime.engine.handle import RequestResult
+from ramet.runtime.handle import RequestResult
 from ramet.runtime.models.catalog import TINY_MODEL
 from ramet.runtime.types import RequestOutput, SamplingParams
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from ramet.kernels.card_table import CardTable, Product
 from ramet.kernels.layers.gemv import GemvConfig, gemv_reference
 from ramet.runtime.engine.engine import Engine
-from ramet.runtime.engine.handle import RequestHandle
+from ramet.runtime.handle import RequestHandle
 from ramet.runtime.models import linear_gpu
 from ramet.runtime.models.decoder import Decoder
 from ramet.runtime.models.linear import PlainLinear

@@ -44,7 +44,7 @@ def test_steps_survive_the_way(seed: int, rows: int, extends: bool, plans: bool)
         np.testing.assert_array_equal(getattr(found, name), getattr(step, name), strict=True)
     for name in ("uses_tree", "num_tops", "num_score_tops", "needs_host"):
         assert getattr(found, name) == getattr(step, name)
-    assert found.masks is found.edited is None, "the first rank alone samples"
+    assert not [name for name in ("masks", "edited") if getattr(found, name) is not None], "the first rank samples"
     assert (found.extend is not None) == extends
     if found.extend is not None:
         for name, array in arrays.items():

@@ -11,9 +11,8 @@ import pytest
 
 from ramet import Engine, MockBackend, State, function, gen
 from ramet.errors import ConfigError
-from ramet.lang.backends.in_process import EngineBackend
 from ramet.runtime.models.load import LoadedModel
-from ramet.runtime.programs.cache_hints import TakesHints, dead_branches
+from ramet.runtime.programs.cache_hints import dead_branches
 from ramet.runtime.programs.path import Path
 
 
@@ -21,13 +20,6 @@ from ramet.runtime.programs.path import Path
 def engine(tiny_model: LoadedModel) -> Iterator[Engine]:
     with Engine(tiny_model, num_kv_tokens=512, max_running_requests=4, chunked_prefill_size=256) as engine:
         yield engine
-
-
-class WithoutHints:
-    """The same engine, which nobody tells what is dead."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.tokenizer, self.submit, self.context_length = engine.tokenizer, engine.submit, engine.context_length
 
 
 @function(temperature=0, ignore_eos=True)
@@ -66,7 +58,9 @@ def test_dead_branches_make_room_so_that_the_main_one_is_still_there(
     # a program's text may be read a moment before the engine is told of its two side branches
     texts, computed = conversation(engine, lambda: [marked.acquire(timeout=10) for _ in range(2)])
     with Engine(tiny_model, num_kv_tokens=512, max_running_requests=4, chunked_prefill_size=256) as other:
-        texts_without, computed_without = conversation(EngineBackend(WithoutHints(other)))
+        for hint in ("set_next_use", "mark_dead"):
+            monkeypatch.setattr(other, hint, lambda *_: None)
+        texts_without, computed_without = conversation(other)
     assert texts == texts_without
     assert computed < computed_without
     assert computed == len(" And then? ") + 1  # what is new, and the last token that was written
@@ -82,11 +76,6 @@ def test_only_what_left_the_main_branch_is_dead() -> None:
     assert len(found) == 2
     assert {num_live for _, num_live in found} == {10 * (len([n for n in nodes if n.parent is None]))}
     backend.engine.shutdown()
-
-
-def test_an_engine_takes_hints(engine: Engine) -> None:
-    assert isinstance(engine, TakesHints)
-    assert not isinstance(WithoutHints(engine), TakesHints)
 
 
 @function(temperature=0, max_tokens=4, ignore_eos=True)

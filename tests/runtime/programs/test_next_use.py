@@ -11,21 +11,12 @@ import pytest
 from ramet import Engine, MockBackend, State, function, gen
 from ramet.lang.backends.in_process import EngineBackend
 from ramet.runtime.models.load import LoadedModel
-from ramet.runtime.programs.cache_hints import TakesHints
 
 
 @pytest.fixture
 def engine(tiny_model: LoadedModel) -> Iterator[Engine]:
     with Engine(tiny_model, num_kv_tokens=512, max_running_requests=4, chunked_prefill_size=256) as engine:
         yield engine
-
-
-class WithoutHints:
-    """The same engine, which nobody tells what comes next."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.tokenizer, self.submit, self.context_length = engine.tokenizer, engine.submit, engine.context_length
-        self.mark_dead = engine.mark_dead
 
 
 @function(temperature=0, max_tokens=2, ignore_eos=True)
@@ -48,10 +39,14 @@ def run(engine: Any) -> tuple[str, int]:
     return state["end"], meta["usage"].computed_tokens
 
 
-def test_what_is_read_later_is_kept_and_what_is_not_makes_room(engine: Engine, tiny_model: LoadedModel) -> None:
+def test_what_is_read_later_is_kept_and_what_is_not_makes_room(
+    engine: Engine, tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     text, computed = run(engine)
     with Engine(tiny_model, num_kv_tokens=512, max_running_requests=4, chunked_prefill_size=256) as other:
-        text_without, computed_without = run(EngineBackend(WithoutHints(other)))
+        for hint in ("set_next_use", "mark_dead"):
+            monkeypatch.setattr(other, hint, lambda *_: None)
+        text_without, computed_without = run(other)
     assert text == text_without
     assert computed <= len(" In the end: ") + 8  # its own text and the value in it
     assert computed_without > 100  # the document again, as far as its pages were given away
@@ -97,8 +92,3 @@ def test_a_program_without_waiting_branches_gives_no_hints() -> None:
         chat.run(backend=backend)
     assert backend.hints == []
     mock.engine.shutdown()
-
-
-def test_an_engine_takes_next_uses(engine: Engine) -> None:
-    assert isinstance(engine, TakesHints)
-    assert not isinstance(WithoutHints(engine), TakesHints)

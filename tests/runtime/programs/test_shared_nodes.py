@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -100,9 +100,6 @@ def test_a_later_twin_gets_the_text_that_is_there() -> None:
 class StubEngine:
     """Collects requests; a test answers them."""
 
-    tokenizer = None
-    context_length = 512
-
     def __init__(self) -> None:
         self.requests: list[Callable[[RequestOutput], None]] = []
         self.cancelled: list[int] = []
@@ -130,7 +127,7 @@ GREEDY, PLAIN = SamplingParams(temperature=0), RequestOptions()
 
 def test_one_who_leaves_does_not_end_the_request_of_the_others() -> None:
     engine = StubEngine()
-    requests = SharedRequests(engine)
+    requests = SharedRequests(cast(Any, engine))
     got: list[list[str]] = [[], []]
     first = requests.submit([1, 2, 3], GREEDY, PLAIN, on_output=lambda o: got[0].append(o.text))
     second = requests.submit([1, 2, 3], GREEDY, PLAIN, on_output=lambda o: got[1].append(o.text))
@@ -145,7 +142,7 @@ def test_one_who_leaves_does_not_end_the_request_of_the_others() -> None:
 
 def test_a_request_that_nobody_wants_any_more_ends_and_is_not_read_by_others() -> None:
     engine = StubEngine()
-    requests = SharedRequests(engine)
+    requests = SharedRequests(cast(Any, engine))
     readers = [requests.submit([1], GREEDY, PLAIN, on_output=lambda o: None) for _ in range(2)]
     for reader in readers:
         reader.cancel()
@@ -156,7 +153,7 @@ def test_a_request_that_nobody_wants_any_more_ends_and_is_not_read_by_others() -
 
 def test_a_failed_request_is_asked_again() -> None:
     engine = StubEngine()
-    requests = SharedRequests(engine)
+    requests = SharedRequests(cast(Any, engine))
     requests.submit([1], GREEDY, PLAIN, on_output=lambda o: None)
     engine.requests[0](output("", FinishReason.ERROR))
     requests.submit([1], GREEDY, PLAIN, on_output=lambda o: None)
@@ -165,7 +162,7 @@ def test_a_failed_request_is_asked_again() -> None:
 
 def test_outputs_arrive_in_order_from_several_threads() -> None:
     engine = StubEngine()
-    requests = SharedRequests(engine)
+    requests = SharedRequests(cast(Any, engine))
     got: list[list[str]] = [[] for _ in range(8)]
     requests.submit([1], GREEDY, PLAIN, on_output=lambda o: got[0].append(o.text))
     late = [

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ramet.runtime.engine.engine import Engine
-from ramet.runtime.engine.handle import RequestResult
+from ramet.runtime.handle import RequestResult
 from ramet.runtime.models.load import LoadedModel
 from ramet.runtime.steps.cuda_graph import CudaCapture, MixedBuffers, MixedKey, StepGraphs, decode_buckets
 from ramet.runtime.types import SamplingParams

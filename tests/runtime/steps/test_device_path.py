@@ -20,10 +20,10 @@ from ramet.kernels.ops import TRITON
 from ramet.kernels.sampling.logit_edits import EditTables
 from ramet.kernels.triton_support import HAS_TRITON
 from ramet.runtime.constraints.states import GrammarStates
-from ramet.runtime.engine.core import SequenceUpdate
+from ramet.runtime.engine.core import Update
 from ramet.runtime.engine.engine import Engine
 from ramet.runtime.engine.factory import make_device_grammars
-from ramet.runtime.engine.handle import RequestResult
+from ramet.runtime.handle import RequestResult
 from ramet.runtime.models.load import LoadedModel
 from ramet.runtime.steps.logit_edits import LogitEdits
 from ramet.runtime.steps.model_runner import ModelRunner
@@ -220,7 +220,7 @@ def test_edited_logits_and_log_probabilities_give_the_tokens_of_the_host(
         synchronous: list[int] = []
         step_sync = core.step_sync
 
-        def note() -> list[SequenceUpdate]:
+        def note() -> list[Update]:
             synchronous.append(core.num_steps)
             return step_sync()
 
