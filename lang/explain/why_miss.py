@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ramet.errors import ConfigError, UndefinedVariable
+from ramet.errors import UndefinedVariable
 from ramet.lang.backends.in_process import EngineBackend
 from ramet.lang.backends.protocol import Backend
 from ramet.lang.graph import ir
@@ -64,7 +64,7 @@ class Miss:
 def why_miss_plan(traced: RunRecord, backend: Backend, cache_salt: str, var: str | None = None) -> list[Miss]:
     """Return, for each generation of a trace with a known prompt, where it leaves the cached ones. Costliest first.
 
-    `var`: only generations of this variable. Raises ConfigError if the backend can't report its cache.
+    `var`: only generations of this variable. Raises ConfigError for a backend without an engine in this process.
     """
     target = target_of(backend)
     paths = interpret(traced.graph, target)
@@ -108,8 +108,7 @@ def _chosen(found: list[Miss], var: str | None, program: str) -> list[Miss]:
 
 
 def _differences(backend: Backend, tokens: Sequence[int], salt: str) -> list[Any]:  # Any: runtime Differences
-    if not isinstance(backend, EngineBackend):
-        raise ConfigError(f"{type(backend).__name__} doesn't tell what is in its cache; use an engine of this process")
+    assert isinstance(backend, EngineBackend)  # whose target was asked
     return list(backend.engine.differences(list(tokens), salt))
 
 

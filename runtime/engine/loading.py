@@ -34,7 +34,7 @@ from ramet.runtime.models.load import (
 )
 from ramet.runtime.models.weights import Weights
 from ramet.runtime.parallel.group import check_unused
-from ramet.runtime.parallel.messages import Message
+from ramet.runtime.parallel.messages import RankMessage
 from ramet.runtime.parallel.ranks import FirstRank, OtherRank
 from ramet.runtime.parallel.sharded import SharedModel, apply_tensor_parallel
 from ramet.runtime.parallel.share import Share, check_size
@@ -182,7 +182,7 @@ def run_rank(
     os._exit(0)  # nothing is left to be done, and torch's own ending takes half a second
 
 
-def carry_out(message: Message, runner: ModelRunner) -> None:
+def carry_out(message: RankMessage, runner: ModelRunner) -> None:
     """Do what the first rank says."""
     if message.work is not None and runner.tree is not None:
         runner.tree.load(message.work)

@@ -15,7 +15,7 @@ from ramet.kernels.attention.tree import TreeWork
 from ramet.runtime.steps.inputs import Step
 
 
-class Message(msgspec.Struct, array_like=True, frozen=True):
+class RankMessage(msgspec.Struct, array_like=True, frozen=True):
     """What a rank must do: run a step, by a new plan for shared prefixes if there is one; store (slot, token) pairs."""
 
     step: Step | None = None
@@ -23,7 +23,7 @@ class Message(msgspec.Struct, array_like=True, frozen=True):
     tokens: list[tuple[int, int]] = []
 
     @classmethod
-    def of(cls, step: Step, work: TreeWork | None) -> Message:
+    def of(cls, step: Step, work: TreeWork | None) -> RankMessage:
         return cls(replace(step, masks=None, edited=None), work)
 
 
@@ -37,4 +37,4 @@ def _read_array(kind: type, written: list[Any]) -> Any:
 
 
 encoder = msgspec.msgpack.Encoder(enc_hook=_write_array)
-decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message, dec_hook=_read_array)
+decoder: msgspec.msgpack.Decoder[RankMessage] = msgspec.msgpack.Decoder(RankMessage, dec_hook=_read_array)

@@ -26,7 +26,7 @@ from torch.multiprocessing.spawn import start_processes
 from ramet.errors import EngineStopped, RametError, from_name
 from ramet.kernels.attention.tree import TreeWork
 from ramet.runtime.parallel.group import Group
-from ramet.runtime.parallel.messages import Message, decoder, encoder
+from ramet.runtime.parallel.messages import RankMessage, decoder, encoder
 from ramet.runtime.steps.inputs import Step
 from ramet.runtime.steps.tree_planner import TreePlanner
 
@@ -97,10 +97,10 @@ class FirstRank:
         work: TreeWork | None = None
         if tree is not None and tree.num_plans != self._num_plans:
             self._num_plans, work = tree.num_plans, tree.work
-        self._send(Message.of(step, work))
+        self._send(RankMessage.of(step, work))
 
     def send_tokens(self, tokens: Sequence[tuple[int, int]]) -> None:
-        self._send(Message(tokens=[(int(slot), int(token)) for slot, token in tokens]))
+        self._send(RankMessage(tokens=[(int(slot), int(token)) for slot, token in tokens]))
 
     def fail(self, error: Exception) -> None:
         self._wait_for_cause()
@@ -115,7 +115,7 @@ class FirstRank:
         with self._changed:
             self._changed.wait_for(lambda: self._failure is not None, _KNOWN_AFTER_S)
 
-    def _send(self, message: Message) -> None:
+    def _send(self, message: RankMessage) -> None:
         data = encoder.encode(message)
         for pipe in self._pipes:
             try:
@@ -231,7 +231,7 @@ class OtherRank:
         self._pipe.send_bytes(_LOADED)
         return Group(self.rank, self._size, device, self._folder)
 
-    def receive(self) -> Message | None:
+    def receive(self) -> RankMessage | None:
         """Wait for the next message of the first rank. None: the end."""
         said = self._pipe.recv_bytes()
         return None if said == _END else decoder.decode(said)

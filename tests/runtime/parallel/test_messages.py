@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ramet.kernels.attention.tree import ITEM_FIELDS, TreeWork
-from ramet.runtime.parallel.messages import Message, decoder, encoder
+from ramet.runtime.parallel.messages import RankMessage, decoder, encoder
 from ramet.runtime.steps.inputs import ExtendArrays, Step
 
 
@@ -36,7 +36,7 @@ def test_steps_survive_the_way(seed: int, rows: int, extends: bool, plans: bool)
         needs_host=bool(rng.integers(2)),
     )
     step.masks, step.edited = int32(rng, rows, 2), [None] * rows
-    sent = decoder.decode(encoder.encode(Message.of(step, TreeWork(**works) if plans else None)))
+    sent = decoder.decode(encoder.encode(RankMessage.of(step, TreeWork(**works) if plans else None)))
     assert not sent.tokens
     found = sent.step
     assert found is not None
@@ -58,5 +58,5 @@ def test_steps_survive_the_way(seed: int, rows: int, extends: bool, plans: bool)
 
 
 def test_tokens_survive_the_way() -> None:
-    message = Message(tokens=[(0, 5), (3, 2)])
+    message = RankMessage(tokens=[(0, 5), (3, 2)])
     assert decoder.decode(encoder.encode(message)) == message

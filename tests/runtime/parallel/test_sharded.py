@@ -30,7 +30,7 @@ from ramet.runtime.models.decoder import Decoder
 from ramet.runtime.models.load import open_weights
 from ramet.runtime.models.weights import Weights
 from ramet.runtime.parallel.group import Group
-from ramet.runtime.parallel.messages import Message, encoder
+from ramet.runtime.parallel.messages import RankMessage, encoder
 from ramet.runtime.parallel.messages import decoder as message_decoder
 from ramet.runtime.parallel.sharded import apply_tensor_parallel
 from ramet.runtime.parallel.share import Share
@@ -226,13 +226,13 @@ class QueuePeers:
         if tree is not None and tree.num_plans != self._num_plans:
             self._num_plans, work = tree.num_plans, tree.work
         self.kinds.add("plan" if step.uses_tree else "masked" if step.needs_host else "plain")
-        self._send(Message.of(step, work))
+        self._send(RankMessage.of(step, work))
 
     def send_tokens(self, tokens: Sequence[tuple[int, int]]) -> None:
         self.kinds.add("tokens")
-        self._send(Message(tokens=list(tokens)))
+        self._send(RankMessage(tokens=list(tokens)))
 
-    def _send(self, message: Message) -> None:
+    def _send(self, message: RankMessage) -> None:
         for waiting in self.queues:
             waiting.put(encoder.encode(message))
 
