@@ -171,7 +171,7 @@ def _print(shape: ModelShape, found: Sizing | None, setup: Setup, arguments: arg
     console = Console(highlight=False, soft_wrap=True)
     matrices, others = shape.num_params()
     console.print(f"[bold]{shape.name}[/]: {(matrices + others) / 1e9:.2f} billion weights", end="")
-    if shape.num_experts > 1:
+    if shape.config.experts is not None:
         active = sum(shape.num_params(is_active=True))
         console.print(f", {active / 1e9:.2f} of them used by a token", end="")
     console.print()

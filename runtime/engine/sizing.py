@@ -32,12 +32,6 @@ ASSUMED_BYTES = {"driver": 600 * _MIB, "communication": 400 * _MIB, "graphs": 70
 WEIGHT_BITS = {"none": 16.0, "fp8": 8.0, "int8": 8.0, "int4": 4 + 20 / 128}
 _USEFUL_TOKENS = 4096  # of KV, below which nobody would serve the model
 _MAX_TP = 8
-# Dense families whose layers the mixtures of experts have, beside their experts.
-_EXPERTS = {
-    "MixtralForCausalLM": ("MistralForCausalLM", "num_local_experts", "intermediate_size"),
-    "Qwen2MoeForCausalLM": ("Qwen2ForCausalLM", "num_experts", "moe_intermediate_size"),
-    "Qwen3MoeForCausalLM": ("Qwen3ForCausalLM", "num_experts", "moe_intermediate_size"),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,53 +67,49 @@ TABLE_CARDS = ("rtx4090", "a100-40gb", "h100", "h200", "b200")  # 24, 40, 80, 14
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """The sizes of a model. config: of one expert, where there are several. reason: why Ramet cannot run it, if so."""
+    """The sizes of a model."""
 
     name: str
     config: ModelConfig
-    num_experts: int = 1
-    experts_per_token: int = 1
-    reason: str | None = None
 
     @classmethod
     def from_hf(cls, name: str, fields: Fields) -> ModelShape:
         """Read a parsed `config.json`. Raises: UnsupportedArchitecture, BrokenModelFile."""
         fields = {key: value for key, value in fields.items() if key != "quantization_config"}  # --quantization says it
         try:
-            known = next((c for c in fields.get("architectures") or () if c in _EXPERTS), None)
-            return cls(name, config_from_hf(fields)) if known is None else cls._mixture(name, known, fields)
+            return cls(name, config_from_hf(fields))
         except UnsupportedArchitecture:
             raise
         except (TypeError, ValueError, AttributeError) as error:  # includes BrokenModelFile; others: wrong types
             raise BrokenModelFile(f"config.json of {name}: {error}") from error
 
-    @classmethod
-    def _mixture(cls, name: str, known: str, fields: Fields) -> ModelShape:
-        """A mixture of experts, as the dense model that has one of them, and their number."""
-        dense, count, size = _EXPERTS[known]
-        missing = [key for key in (count, size, "num_experts_per_tok") if not isinstance(fields.get(key), int)]
-        if missing:
-            raise BrokenModelFile(f"a {known} lacks {', '.join(missing)}")
-        if fields.get("shared_expert_intermediate_size"):
-            raise UnsupportedArchitecture(f"{known}: shared experts are not counted, so its sizes would be wrong")
-        config = config_from_hf({**fields, "architectures": [dense], "intermediate_size": fields[size]})
-        return cls(name, config, fields[count], fields["num_experts_per_tok"], f"{known} is not supported yet")
+    @property
+    def reason(self) -> str | None:
+        """Why Ramet's own layers cannot run it on a GPU, if so."""
+        if self.config.experts is None:
+            return None
+        return "on a GPU, only transformers runs experts (--model-impl transformers)"
 
     def num_params(self, config: ModelConfig | None = None, *, is_active: bool = False) -> tuple[int, int]:
         """Return the weights in matrices of layers, and all others. is_active: only those that one token uses.
 
         config: of a rank's share; None: the whole model's.
         """
-        experts = self.experts_per_token if is_active else self.num_experts
+        config = config or self.config
+        experts = config.experts
+        if experts is not None:  # all experts of a layer are alike
+            config = replace(config, experts=replace(experts, count=1, per_token=1))
         matrices = others = 0
-        for name, shape in expected_tensors(config or self.config).items():
+        for name, shape in expected_tensors(config).items():
             count = math.prod(shape)
-            if ".layers." not in name or len(shape) == 1:
+            if experts is not None and ".mlp.experts." in name:
+                count *= experts.per_token if is_active else experts.count
+            if experts is not None and name.endswith(".mlp.gate.weight"):  # the router
+                others += count * experts.count
+            elif ".layers." not in name or len(shape) == 1:
                 others += count
             else:
-                matrices += count * (experts if ".mlp." in name else 1)
-        if self.num_experts > 1:  # the router of each layer
-            others += self.config.num_layers * self.num_experts * self.config.hidden_size
+                matrices += count
         return matrices, others
 
 
@@ -187,7 +177,7 @@ def size(shape: ModelShape, setup: Setup) -> Sizing:
     graphs = ASSUMED_BYTES["graphs"] if engine.cuda_graph else 0
     plan = plan_memory(
         reading,
-        StepMemory(workspace_bytes(shape, config, engine), graphs),
+        StepMemory(workspace_bytes(config, engine), graphs),
         fraction=engine.mem_fraction_static,
         page_bytes=kv_bytes * engine.page_size,
     )
@@ -207,11 +197,13 @@ def size(shape: ModelShape, setup: Setup) -> Sizing:
     )
 
 
-def workspace_bytes(shape: ModelShape, config: ModelConfig, engine: EngineConfig) -> int:
+def workspace_bytes(config: ModelConfig, engine: EngineConfig) -> int:
     """Estimate the largest step's memory of a rank: the residual and its copies, q, k, v, gate, up, and logits."""
     tokens = engine.chunked_prefill_size or 4096
     heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-    values = 4 * config.hidden_size + heads + 3 * config.intermediate_size * shape.experts_per_token
+    experts = config.experts
+    inner = config.intermediate_size if experts is None else experts.per_token * experts.size + experts.shared_size
+    values = 4 * config.hidden_size + heads + 3 * inner
     return 2 * tokens * values + logits_bytes(engine.max_running_requests, config.vocab_size)
 
 

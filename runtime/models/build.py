@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -11,9 +12,9 @@ from torch import Tensor
 
 from ramet.errors import ConfigError
 from ramet.kernels.ops import REFERENCE, TRITON, Ops
-from ramet.runtime.models.config import ModelConfig, Rope
+from ramet.runtime.models.config import Experts, ModelConfig, Rope
 from ramet.runtime.models.decoder import Decoder
-from ramet.runtime.models.layers import Attention, DecoderLayer, FeedForward, RotaryTable
+from ramet.runtime.models.layers import Attention, DecoderLayer, FeedForward, RotaryTable, SparseFeedForward
 from ramet.runtime.models.linear import Linear, PlainStorage, Storage
 
 
@@ -36,6 +37,11 @@ def build_decoder(
     device = torch.device(device)
     if device.type == "cpu":
         return _build_on_cpu(config, weights, device, dtype, quantization, ops)
+    if config.experts is not None:
+        raise ConfigError(
+            f"Ramet's layers of {config.architecture} run experts on the CPU only; on {device.type}, transformers runs "
+            "them: --model-impl transformers"
+        )
     if quantization is not None:
         raise ConfigError(f"quantization {quantization!r} runs on the CPU only; leave it out on {device.type}")
     storage = PlainStorage(weights, device, torch.bfloat16 if dtype == "auto" else dtype)
@@ -63,7 +69,10 @@ def _build_on_cpu(
         storage = block_storage(weights, device, dtype, quantization, stream)
     else:
         storage = PlainStorage(weights, device, dtype)
-    decoder = _Builder(config, storage, ops or cpu_ops(stream, storage.dtype, config.head_dim)).build()
+    chosen = ops or cpu_ops(stream, storage.dtype, config.head_dim)
+    if config.experts is not None:
+        chosen = dataclasses.replace(chosen, make_record=None)  # the host reads which experts compute
+    decoder = _Builder(config, storage, chosen).build()
     return apply_tiles(decoder) if ops is None else decoder
 
 
@@ -72,7 +81,7 @@ class _Builder:
     config: ModelConfig
     storage: Storage
     ops: Ops
-    rotary_tables: dict[Rope, RotaryTable] = field(default_factory=dict)
+    rotary_tables: dict[Rope | None, RotaryTable] = field(default_factory=dict)
 
     def build(self) -> Decoder:
         config, storage = self.config, self.storage
@@ -92,23 +101,40 @@ class _Builder:
 
     def layer(self, index: int) -> DecoderLayer:
         config, prefix = self.config, f"model.layers.{index}."
-        inner, hidden = config.intermediate_size, config.hidden_size
-        mlp = prefix + "mlp."
         norms = [None if name is None else self.norm(prefix + name) for name in config.norms]
-        activations = {"silu": self.ops.silu_and_mul, "gelu_tanh": self.ops.gelu_tanh_and_mul}
         return DecoderLayer(
             ops=self.ops,
             attention=self.attention(index, prefix + "self_attn."),
-            feed_forward=FeedForward(
-                self.linear([mlp + "gate_proj", mlp + "up_proj"], hidden, 2 * inner, config.mlp_bias),
-                self.linear([mlp + "down_proj"], inner, hidden, config.mlp_bias),
-                activations[config.activation],
-            ),
+            feed_forward=self.feed_forward(config.layer_experts(index), prefix + "mlp."),
             attention_norm=norms[0],
             attention_out_norm=norms[1],
             feed_forward_norm=norms[2],
             feed_forward_out_norm=norms[3],
             eps=config.rms_norm_eps,
+            residual_scale=config.residual_scale,
+        )
+
+    def feed_forward(self, experts: Experts | None, prefix: str) -> FeedForward | SparseFeedForward:
+        if experts is None:
+            return self.block(prefix, self.config.intermediate_size)
+        hidden, shared = self.config.hidden_size, experts.shared_size
+        return SparseFeedForward(
+            self.linear([prefix + "gate"], hidden, experts.count, False),
+            [self.block(f"{prefix}experts.{index}.", experts.size) for index in range(experts.count)],
+            experts.per_token,
+            experts.is_normalised,
+            self.block(prefix + "shared_expert.", shared) if shared else None,
+            self.linear([prefix + "shared_expert_gate"], hidden, 1, False) if shared else None,
+        )
+
+    def block(self, prefix: str, inner: int) -> FeedForward:
+        config = self.config
+        activations = {"silu": self.ops.silu_and_mul, "gelu_tanh": self.ops.gelu_tanh_and_mul}
+        parts = [prefix + "gate_proj", prefix + "up_proj"]
+        return FeedForward(
+            self.linear(parts, config.hidden_size, 2 * inner, config.mlp_bias),
+            self.linear([prefix + "down_proj"], inner, config.hidden_size, config.mlp_bias),
+            activations[config.activation],
         )
 
     def attention(self, index: int, prefix: str) -> Attention:
@@ -126,12 +152,12 @@ class _Builder:
             rotary=self.rotary(config.layer_rope(index)),
             scale=config.attention_scale,
             window=config.window(index),
-            q_norm=self.norm(prefix + "q_norm") if config.qk_norm else None,
-            k_norm=self.norm(prefix + "k_norm") if config.qk_norm else None,
+            q_norm=self.norm(prefix + "q_norm") if config.qk_norm is not None else None,
+            k_norm=self.norm(prefix + "k_norm") if config.qk_norm is not None else None,
             eps=config.rms_norm_eps,
         )
 
-    def rotary(self, rope: Rope) -> RotaryTable:
+    def rotary(self, rope: Rope | None) -> RotaryTable:
         if rope not in self.rotary_tables:
             config = self.config
             table = RotaryTable.build(rope, config.head_dim, config.max_position_embeddings, self.storage.device)

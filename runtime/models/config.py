@@ -22,6 +22,7 @@ Activation = Literal["silu", "gelu_tanh"]
 RopeKind = Literal["linear", "llama3", "divisors"]
 Fields = Mapping[str, Any]  # parsed JSON: values of any type
 Norms = tuple[str | None, str | None, str | None, str | None]
+QkNorm = Literal["head", "all"]
 
 # A size beyond these is damage, or meant to fill the memory: Llama 3.1 405B has 126 layers and an intermediate size of
 # 53,248.
@@ -34,6 +35,7 @@ LARGEST: Mapping[str, int] = {
     "head_dim": 1 << 12,
     "vocab_size": 1 << 22,
     "max_position_embeddings": 1 << 30,
+    "num_experts": 1 << 12,
 }
 
 
@@ -94,16 +96,43 @@ class Rope:
 
 
 @dataclass(frozen=True, slots=True)
+class Experts:
+    """A mixture of experts in place of the feed-forward block: `per_token` of `count` experts compute each token.
+
+    size: an expert's inner features; shared_size: those of an expert that computes every token, 0 if there is none.
+    is_normalised: the weights of a token's experts are divided by their sum.
+    """
+
+    count: int
+    per_token: int
+    size: int
+    shared_size: int = 0
+    is_normalised: bool = True
+
+    def __post_init__(self) -> None:
+        check_size("num_experts", self.count)
+        check_size("num_experts", self.per_token, "num_experts_per_tok")
+        check_size("intermediate_size", self.size, "expert's inner size")
+        if self.shared_size:
+            check_size("intermediate_size", self.shared_size, "shared_expert_intermediate_size")
+        if self.per_token > self.count:
+            raise BrokenModelFile(f"num_experts_per_tok is {self.per_token} but there are {self.count} experts")
+
+
+@dataclass(frozen=True, slots=True)
 class ModelConfig:
     """A decoder-only transformer of the Llama family.
 
     `sliding_layers[i]`: layer i attends only to the last `sliding_window` positions (the current one included).
-    `rope` serves layers with full attention, `local_rope` sliding ones (equal except in Gemma 3).
-    `attention_scale` multiplies q.k; `embedding_scale` multiplies the token embedding; `norm_offset` is added to every
-    norm weight, q/k norms too (1 in Gemma, whose files store w - 1). `norms`: the norms' names in a layer's files:
-    before attention, of its output before it is added to the residual, before the feed-forward block, and of that
-    block's output; None where the layer has no such norm. `logit_scale` multiplies the logits; with a
-    `logit_softcap` c they then become c * tanh(logits / c). `eos_ids` may be empty.
+    `rope` serves layers with full attention, `local_rope` sliding ones (equal except in Gemma 3), and layers i with
+    `unrotated_layers[i]` have no rotary embedding (SmolLM3). `qk_norm`: norms of q and k, in each head or over all
+    heads together. `attention_scale` multiplies q.k; `embedding_scale` multiplies the token embedding; `norm_offset` is
+    added to every norm weight, q/k norms too (1 in Gemma, whose files store w - 1). `norms`: the norms' names in a
+    layer's files: before attention, of its output before it is added to the residual, before the feed-forward block,
+    and of that block's output; None where the layer has no such norm. `residual_scale` multiplies the output of each
+    block.
+    `experts` replace the feed-forward block, but not in layers i with `dense_layers[i]`. `logit_scale` multiplies the
+    logits; with a `logit_softcap` c they then become c * tanh(logits / c). `eos_ids` may be empty.
     """
 
     architecture: str
@@ -121,13 +150,17 @@ class ModelConfig:
     attention_scale: float
     sliding_window: int | None = None
     sliding_layers: tuple[bool, ...] = ()
+    unrotated_layers: tuple[bool, ...] = ()
     tie_word_embeddings: bool = False
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False
+    qk_norm: QkNorm | None = None
     activation: Activation = "silu"
+    experts: Experts | None = None
+    dense_layers: tuple[bool, ...] = ()
     embedding_scale: float = 1.0
+    residual_scale: float = 1.0
     norm_offset: float = 0.0
     norms: Norms = ("input_layernorm", None, "post_attention_layernorm", None)
     logit_scale: float = 1.0
@@ -138,8 +171,9 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in LARGEST:
-            check_size(name, getattr(self, name))
-        for name in ("rms_norm_eps", "attention_scale", "embedding_scale", "logit_scale"):
+            if name != "num_experts":
+                check_size(name, getattr(self, name))
+        for name in ("rms_norm_eps", "attention_scale", "embedding_scale", "residual_scale", "logit_scale"):
             _check_positive(name, getattr(self, name))
         if self.logit_softcap is not None:
             _check_positive("logit_softcap", self.logit_softcap)
@@ -152,8 +186,9 @@ class ModelConfig:
             raise BrokenModelFile(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
         if self.head_dim % 2:
             raise BrokenModelFile(f"head_dim is {self.head_dim} but rotary embeddings need an even one")
-        if len(self.sliding_layers) not in (0, self.num_layers):
-            raise BrokenModelFile(f"{len(self.sliding_layers)} layer types for {self.num_layers} layers")
+        for layers in (self.sliding_layers, self.unrotated_layers, self.dense_layers):
+            if len(layers) not in (0, self.num_layers):
+                raise BrokenModelFile(f"{len(layers)} layer types for {self.num_layers} layers")
         if any(self.sliding_layers) and self.sliding_window is None:
             raise BrokenModelFile("the model has sliding-window layers but no sliding_window")
 
@@ -161,8 +196,15 @@ class ModelConfig:
         """Window of a layer in positions; None for full attention."""
         return self.sliding_window if self.sliding_layers and self.sliding_layers[layer] else None
 
-    def layer_rope(self, layer: int) -> Rope:
+    def layer_rope(self, layer: int) -> Rope | None:
+        """Rotary embedding of a layer; None if it has none."""
+        if self.unrotated_layers and self.unrotated_layers[layer]:
+            return None
         return self.local_rope if self.window(layer) is not None else self.rope
+
+    def layer_experts(self, layer: int) -> Experts | None:
+        """The experts of a layer; None if it has one feed-forward block."""
+        return None if self.dense_layers and self.dense_layers[layer] else self.experts
 
     @property
     def kv_bytes_per_token_bf16(self) -> int:

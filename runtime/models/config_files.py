@@ -59,7 +59,7 @@ def config_from_hf(config: Fields) -> ModelConfig:
     fields |= {key: value for key, value in config.items() if value is not None and key != "text_config"}
     fields |= {key: value for key, value in (config.get("text_config") or {}).items() if value is not None}
     # An explicit null means "no window" (Mistral), so it must win over the default.
-    if "sliding_window" in config and config["sliding_window"] is None:
+    if any(part.get("sliding_window", 0) is None for part in (config, config.get("text_config") or {})):
         fields["sliding_window"] = None
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method")
@@ -107,7 +107,7 @@ def config_from_gguf(file: GgufFile) -> ModelConfig:
         "qkv_bias": "blk.0.attn_q.bias" in tensors,
         "o_bias": "blk.0.attn_output.bias" in tensors,
         "mlp_bias": "blk.0.ffn_up.bias" in tensors,
-        "qk_norm": "blk.0.attn_q_norm.weight" in tensors,
+        "qk_norm": "head" if "blk.0.attn_q_norm.weight" in tensors else None,
     }
     kind = read(f"{family.name}.rope.scaling.type", "none")
     if "rope_freqs.weight" in tensors:  # llama.cpp bakes Llama 3's ramp into a tensor of divisors
@@ -154,6 +154,10 @@ def _config(family: Family, fields: Fields, facts: Variations) -> ModelConfig:
     known["rope"], known["local_rope"] = _ropes(fields)
     if "sliding_window" not in facts:
         known["sliding_window"], known["sliding_layers"] = _windows(fields, family, num_layers)
+    try:
+        varied = family.variations(fields)
+    except KeyError as error:
+        raise BrokenModelFile(f"config.json of a {family.name} model lacks {error.args[0]!r}") from error
     return ModelConfig(
         architecture=family.name,
         hidden_size=fields["hidden_size"],
@@ -171,7 +175,7 @@ def _config(family: Family, fields: Fields, facts: Variations) -> ModelConfig:
         bos_id=fields.get("bos_token_id"),
         eos_ids=token_ids(fields.get("eos_token_id")),
         pad_id=fields.get("pad_token_id"),
-        **(known | family.variations(fields) | facts),
+        **(known | varied | facts),
     )
 
 

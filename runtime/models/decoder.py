@@ -1,8 +1,7 @@
 """`Decoder`: the one model of this runtime, a decoder-only transformer described by a `ModelConfig`.
 
-It serves Llama 2 and 3, SmolLM2, Mistral, Qwen2, Qwen2.5, Qwen3 and Gemma 3: their differences are fields of the
-configuration. Optimisations are passes over the finished object. Not here: construction from weights (`build.py`),
-files (`load.py`), the KV cache, sampling.
+It serves every family of `families.py`: their differences are fields of the configuration. Optimisations are passes
+over the finished object. Not here: construction from weights (`build.py`), files (`load.py`), the KV cache, sampling.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ramet.errors import UnsupportedArchitecture
-from ramet.runtime.models.config import Fields
+from ramet.runtime.models.config import Experts, Fields
 
 # The layers that attend only to a window: those that `config.json` lists; all, if it has a window; or none. "optional":
 # those from `max_window_layers` on, if `use_sliding_window` is true. "pattern": all but every n-th.
@@ -27,7 +27,9 @@ class Family:
 
     hf_classes: the names under `architectures` in `config.json`. model_types: other values of `model_type`. defaults:
     values that `config.json` may leave out. variations: the fields of ModelConfig that differ from Llama's, from the
-    fields of `config.json`. interleaves_heads: llama.cpp's converter interleaves the rotary halves of q and k.
+    fields of `config.json`. renames: parts of tensors' names in safetensors files and what Ramet calls them. fused:
+    matrices whose rows are those of several of ours. has_gguf: its GGUF files are read. interleaves_heads: llama.cpp's
+    converter interleaves the rotary halves of q and k.
     """
 
     name: str
@@ -36,6 +38,9 @@ class Family:
     defaults: Fields = field(default_factory=dict)
     variations: Callable[[Fields], Variations] = lambda fields: {}
     sliding: Sliding = "none"
+    renames: Mapping[str, str] = field(default_factory=dict)
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    has_gguf: bool = True
     interleaves_heads: bool = False
 
 
@@ -85,7 +90,7 @@ _GEMMA3: Fields = {
 
 def _gemma3(fields: Fields) -> Variations:
     return {
-        "qk_norm": True,
+        "qk_norm": "head",
         "attention_scale": float(fields["query_pre_attn_scalar"]) ** -0.5,
         "embedding_scale": math.sqrt(fields["hidden_size"]),
         "norm_offset": 1.0,
@@ -98,9 +103,53 @@ def _gemma3(fields: Fields) -> Variations:
     }
 
 
+def _smollm3(fields: Fields) -> Variations:
+    interval = int(fields["no_rope_layer_interval"])
+    rotated = fields.get("no_rope_layers")  # in spite of its name, 1 where there is a rotary embedding
+    if rotated is None:
+        rotated = [(layer + 1) % interval != 0 for layer in range(fields["num_hidden_layers"])]
+    return {"unrotated_layers": tuple(not one for one in rotated)}
+
+
+def _granite(fields: Fields) -> Variations:
+    return {
+        "attention_scale": float(fields["attention_multiplier"]),
+        "embedding_scale": float(fields["embedding_multiplier"]),
+        "residual_scale": float(fields["residual_multiplier"]),
+        "logit_scale": 1.0 / float(fields["logits_scaling"]),
+    }
+
+
+def _mixtral(fields: Fields) -> Variations:
+    count, per_token = fields["num_local_experts"], fields["num_experts_per_tok"]
+    return {"experts": Experts(count, per_token, fields["intermediate_size"]), "mlp_bias": False}
+
+
+def _qwen_experts(fields: Fields) -> Variations:
+    count = fields["num_experts"] if "num_experts" in fields else fields["num_local_experts"]
+    dense, step = set(fields.get("mlp_only_layers") or ()), int(fields["decoder_sparse_step"])
+    is_dense = [layer in dense or (layer + 1) % step != 0 for layer in range(fields["num_hidden_layers"])]
+    experts = Experts(
+        count,
+        fields["num_experts_per_tok"],
+        fields["moe_intermediate_size"],
+        fields.get("shared_expert_intermediate_size", 0),
+        bool(fields["norm_topk_prob"]),
+    )
+    return {"experts": experts, "dense_layers": tuple(is_dense) if any(is_dense) else (), "mlp_bias": False}
+
+
+_QWEN_EXPERTS: Fields = {**_QWEN, "decoder_sparse_step": 1, "norm_topk_prob": False}
 FAMILIES = (
     Family("llama", ("LlamaForCausalLM",), defaults=_LLAMA, interleaves_heads=True),
-    Family("mistral", ("MistralForCausalLM",), defaults=_MISTRAL, sliding="all", interleaves_heads=True),
+    Family(
+        "mistral",
+        ("MistralForCausalLM", "Mistral3ForConditionalGeneration"),
+        ("mistral3",),
+        defaults=_MISTRAL,
+        sliding="all",
+        interleaves_heads=True,
+    ),
     Family(
         "qwen2",
         ("Qwen2ForCausalLM",),
@@ -112,7 +161,7 @@ FAMILIES = (
         "qwen3",
         ("Qwen3ForCausalLM",),
         defaults={**_QWEN, "head_dim": 128},
-        variations=lambda fields: {"qk_norm": True},
+        variations=lambda fields: {"qk_norm": "head"},
         sliding="optional",
     ),
     Family(
@@ -123,8 +172,103 @@ FAMILIES = (
         variations=_gemma3,
         sliding="pattern",
     ),
+    Family(
+        "olmo2",
+        ("Olmo2ForCausalLM",),
+        defaults={**_LLAMA, "rms_norm_eps": 1e-5, "bos_token_id": None, "eos_token_id": 50279},
+        variations=lambda fields: {
+            "qk_norm": "all",
+            "norms": (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
+        },
+        has_gguf=False,
+    ),
+    Family(
+        "phi3",
+        ("Phi3ForCausalLM",),
+        defaults={**_LLAMA, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "eos_token_id": 32000},
+        sliding="all",
+        fused={
+            "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+        },
+        has_gguf=False,
+    ),
+    Family(
+        "granite",
+        ("GraniteForCausalLM",),
+        defaults={
+            **_LLAMA,
+            "attention_multiplier": 1.0,
+            "embedding_multiplier": 1.0,
+            "residual_multiplier": 1.0,
+            "logits_scaling": 1.0,
+        },
+        variations=_granite,
+        has_gguf=False,
+    ),
+    Family(
+        "smollm3",
+        ("SmolLM3ForCausalLM",),
+        defaults={
+            **_QWEN,
+            "rope_theta": 2_000_000.0,
+            "tie_word_embeddings": True,
+            "bos_token_id": 128_000,
+            "eos_token_id": 128_001,
+            "no_rope_layer_interval": 4,
+        },
+        variations=_smollm3,
+        sliding="optional",
+        has_gguf=False,
+    ),
+    Family(
+        "seed_oss",
+        ("SeedOssForCausalLM",),
+        defaults={**_LLAMA, "attention_bias": True, "attention_out_bias": False, "head_dim": 128},
+        variations=lambda fields: {"o_bias": bool(fields["attention_out_bias"])},
+        has_gguf=False,
+    ),
+    Family(
+        "mixtral",
+        ("MixtralForCausalLM",),
+        defaults={
+            **_LLAMA,
+            "max_position_embeddings": 131_072,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1_000_000.0,
+            "num_key_value_heads": 8,
+        },
+        variations=_mixtral,
+        sliding="all",
+        renames={
+            ".block_sparse_moe.": ".mlp.",
+            ".w1.": ".gate_proj.",
+            ".w3.": ".up_proj.",
+            ".w2.": ".down_proj.",
+        },
+        has_gguf=False,
+    ),
+    Family(
+        "qwen2_moe",
+        ("Qwen2MoeForCausalLM",),
+        defaults=_QWEN_EXPERTS,
+        variations=lambda fields: (
+            {"qkv_bias": bool(fields.get("qkv_bias", True)), "o_bias": False} | _qwen_experts(fields)
+        ),
+        sliding="optional",
+        has_gguf=False,
+    ),
+    Family(
+        "qwen3_moe",
+        ("Qwen3MoeForCausalLM",),
+        defaults={**_QWEN_EXPERTS, "head_dim": 128},
+        variations=lambda fields: {"qk_norm": "head"} | _qwen_experts(fields),
+        sliding="optional",
+        has_gguf=False,
+    ),
 )
 _BY_NAME = {family.name: family for family in FAMILIES}
+_IN_GGUF = [family.name for family in FAMILIES if family.has_gguf]
 _BY_CLASS = {name: family for family in FAMILIES for name in family.hf_classes}
 _BY_MODEL_TYPE = {name: family for family in FAMILIES for name in (family.name, *family.model_types)}
 
@@ -145,7 +289,7 @@ def family_of_hf(config: Mapping[str, Any]) -> Family:
 
 def family_of_gguf(architecture: object) -> Family:
     """The family of a GGUF file, by its `general.architecture`. Raises: UnsupportedArchitecture."""
-    if isinstance(architecture, str) and architecture in _BY_NAME:
+    if isinstance(architecture, str) and architecture in _IN_GGUF:
         return _BY_NAME[architecture]
     raise _unsupported(f"{architecture!r} of this GGUF file")
 
@@ -158,5 +302,5 @@ def family_named(name: str) -> Family:
 def _unsupported(found: str) -> UnsupportedArchitecture:
     """The error for an architecture that the decoder does not implement."""
     return UnsupportedArchitecture(
-        f"the architecture {found} is not supported; supported are {', '.join(_BY_CLASS)} (GGUF: {', '.join(_BY_NAME)})"
+        f"the architecture {found} is not supported; supported are {', '.join(_BY_CLASS)} (GGUF: {', '.join(_IN_GGUF)})"
     )

@@ -7,7 +7,7 @@ that follows it. All of it can be captured in a CUDA graph: no host synchronisat
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,9 +27,11 @@ class RotaryTable:
     sin: Tensor
 
     @classmethod
-    def build(cls, rope: Rope, head_dim: int, max_positions: int, device: torch.device) -> RotaryTable:
-        """Compute the table. Angles are in fp64, because fp32 loses 0.004 rad at position 100,000."""
-        inverse = torch.from_numpy(rope.inverse_frequencies(head_dim)).to(device)
+    def build(cls, rope: Rope | None, head_dim: int, max_positions: int, device: torch.device) -> RotaryTable:
+        """Compute the table. Angles are in fp64, because fp32 loses 0.004 rad at position 100,000. None: all are 0."""
+        inverse = torch.zeros(head_dim // 2, device=device, dtype=torch.float64)
+        if rope is not None:
+            inverse = torch.from_numpy(rope.inverse_frequencies(head_dim)).to(device)
         angles = torch.outer(torch.arange(max_positions, device=device, dtype=torch.float64), inverse)
         return cls(angles.cos().float(), angles.sin().float())
 
@@ -48,8 +50,8 @@ class Attention:
     rotary: RotaryTable
     scale: float
     window: int | None
-    q_norm: Tensor | None  # [D]
-    k_norm: Tensor | None
+    q_norm: Tensor | None  # [D]; over all heads [H * D]
+    k_norm: Tensor | None  # [D]; over all heads [K * D]
     eps: float
 
     def __call__(self, x: Tensor, context: ForwardContext) -> Tensor:
@@ -61,6 +63,9 @@ class Attention:
         heads = qkv.view(-1, self.num_heads + 2 * self.num_kv_heads, self.head_dim)
         q, k, v = torch.split(heads, [self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
         k_cache, v_cache = context.kv_caches[self.layer]
+        q_norm, k_norm = self.q_norm, self.k_norm
+        if q_norm is not None and k_norm is not None and q_norm.numel() != self.head_dim:
+            q, k, q_norm, k_norm = self._normed_whole(q, q_norm), self._normed_whole(k, k_norm), None, None
         q = self.ops.rope_and_write_kv(
             q,
             k,
@@ -71,12 +76,16 @@ class Attention:
             context.kv_slots,
             k_cache,
             v_cache,
-            self.q_norm,
-            self.k_norm,
+            q_norm,
+            k_norm,
             self.eps,
         )
         out = attend_over_cache(self.ops, q, (k_cache, v_cache), context, self.scale, self.window)
         return out.view(-1, self.num_heads * self.head_dim)
+
+    def _normed_whole(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Normalise all heads of a token together: x [T, heads, D]."""
+        return self.ops.rms_norm(x.reshape(-1, weight.numel()), weight, self.eps, None).view(x.shape)
 
 
 def attend_over_cache(
@@ -105,8 +114,48 @@ class FeedForward:
     down: Linear
     activation: Callable[[Tensor], Tensor]  # [T, 2 * I], gate first -> [T, I]
 
+    def linears(self) -> tuple[Linear, ...]:
+        return self.gate_up, self.down
+
     def __call__(self, x: Tensor) -> Tensor:
         return self.down(self.activation(self.gate_up(x)))
+
+
+@dataclass(slots=True, eq=False)
+class SparseFeedForward:
+    """A mixture of experts: the sum of each token's best experts, weighted by the softmax of the router's logits.
+
+    The host reads which experts are chosen, so a step with experts is not recorded. shared_gate: the sigmoid of this
+    product is the weight of `shared`, which computes every token. combine: follows the sum, such as a sum over ranks.
+    Source: Mixtral (arXiv:2401.04088); Qwen2-MoE for the shared expert.
+    """
+
+    router: Linear
+    experts: Sequence[FeedForward]
+    per_token: int
+    is_normalised: bool
+    shared: FeedForward | None
+    shared_gate: Linear | None
+    combine: Callable[[Tensor], Tensor] | None = None
+
+    def linears(self) -> tuple[Linear, ...]:
+        shared = () if self.shared is None or self.shared_gate is None else (*self.shared.linears(), self.shared_gate)
+        return (self.router, *(linear for expert in self.experts for linear in expert.linears()), *shared)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        weights, chosen = torch.topk(torch.softmax(self.router(x).float(), dim=-1), self.per_token, dim=-1)
+        if self.is_normalised:
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+        out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        for expert in torch.unique(
+            chosen
+        ).tolist():  # in ascending order, so a token's sum does not depend on the others
+            tokens, places = (chosen == expert).nonzero(as_tuple=True)
+            out.index_add_(0, tokens, self.experts[expert](x[tokens]).float() * weights[tokens, places, None])
+        if self.shared is not None and self.shared_gate is not None:
+            out += torch.sigmoid(self.shared_gate(x).float()) * self.shared(x).float()
+        result = out.to(x.dtype)
+        return result if self.combine is None else self.combine(result)
 
 
 @dataclass(slots=True, eq=False)
@@ -115,29 +164,31 @@ class DecoderLayer:
 
     Most models normalise a block's input, Gemma 3 also its output before it is added, OLMo 2 only that. rounds_above:
     in steps of more tokens, products and attention read and write bfloat16 beside an fp32 residual; None: in no step.
+    residual_scale multiplies both blocks' outputs.
     """
 
     ops: Ops
     attention: Attention
-    feed_forward: FeedForward
+    feed_forward: FeedForward | SparseFeedForward
     attention_norm: Tensor | None
     attention_out_norm: Tensor | None
     feed_forward_norm: Tensor | None
     feed_forward_out_norm: Tensor | None
     eps: float
+    residual_scale: float = 1.0
     rounds_above: int | None = None
 
     def linears(self) -> tuple[Linear, ...]:
-        return self.attention.qkv, self.attention.o, self.feed_forward.gate_up, self.feed_forward.down
+        return self.attention.qkv, self.attention.o, *self.feed_forward.linears()
 
     def __call__(self, x: Tensor, residual: Tensor | None, context: ForwardContext) -> tuple[Tensor, Tensor]:
         """Run the layer. Its input is `x + residual`, and its output is the sum of the two results. All [T, hidden]."""
         is_rounded = self.rounds_above is not None and x.shape[0] > self.rounds_above
         dtype = torch.bfloat16 if is_rounded else None
         normed, residual = self._added(x, residual, self.attention_norm, dtype)
-        x = self._normed_out(self.attention(normed, context), self.attention_out_norm, residual)
+        x = self._finished(self.attention(normed, context), self.attention_out_norm, residual)
         normed, residual = self._added(x, residual, self.feed_forward_norm, dtype)
-        x = self._normed_out(self.feed_forward(normed), self.feed_forward_out_norm, residual)
+        x = self._finished(self.feed_forward(normed), self.feed_forward_out_norm, residual)
         return x, residual
 
     def _added(
@@ -151,5 +202,8 @@ class DecoderLayer:
             return self.ops.rms_norm(x, norm, self.eps, dtype), x
         return self.ops.fused_add_rms_norm(x, residual, norm, self.eps, dtype)
 
-    def _normed_out(self, x: Tensor, norm: Tensor | None, residual: Tensor) -> Tensor:
-        return x if norm is None else self.ops.rms_norm(x, norm, self.eps, residual.dtype)
+    def _finished(self, x: Tensor, norm: Tensor | None, residual: Tensor) -> Tensor:
+        """A block's output as it is added to the residual."""
+        if norm is not None:
+            x = self.ops.rms_norm(x, norm, self.eps, residual.dtype)
+        return x if self.residual_scale == 1.0 else x * self.residual_scale

@@ -29,7 +29,7 @@ from ramet.kernels.layers.gemv import (
 from ramet.kernels.layers.matmul_invariant import matmul_invariant
 from ramet.runtime.models.context import ForwardContext
 from ramet.runtime.models.decoder import Decoder
-from ramet.runtime.models.layers import DecoderLayer
+from ramet.runtime.models.layers import DecoderLayer, FeedForward
 from ramet.runtime.models.linear import Linear, PlainLinear
 
 
@@ -53,6 +53,7 @@ class FoldedLayer:
         assert residual is None, "all layers fold the same batches"
         layer, attention, feed_forward = self.plain, self.plain.attention, self.plain.feed_forward
         assert layer.feed_forward_norm is not None
+        assert isinstance(feed_forward, FeedForward)
         qkv = product(x, weight_of(attention.qkv), attention.qkv.bias, None, layer.attention_norm, layer.eps, cuts[0])
         attended = attention.attend(qkv, context)
         x = product(attended, weight_of(attention.o), attention.o.bias, x, config=cuts[1])
@@ -95,7 +96,9 @@ def folded(layer: DecoderLayer, table: CardTable) -> DecoderLayer | FoldedLayer:
     """The layer with folded products if the table has all four for some batch size; else the layer itself."""
     feed_forward, linears = layer.feed_forward, layer.linears()
     norms = [layer.attention_norm, layer.attention_out_norm, layer.feed_forward_norm, layer.feed_forward_out_norm]
-    if [norm is not None for norm in norms] != [True, False, True, False]:
+    if [norm is not None for norm in norms] != [True, False, True, False] or layer.residual_scale != 1.0:
+        return layer
+    if not isinstance(feed_forward, FeedForward):
         return layer
     if feed_forward.activation is not layer.ops.silu_and_mul or feed_forward.gate_up.bias is not None:
         return layer

@@ -5,6 +5,7 @@ Tensors are memory-mapped and read on access. Nothing in the folder is executed;
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from ramet.errors import BrokenModelFile
 from ramet.runtime.models.config import ModelConfig
+from ramet.runtime.models.families import Family, family_named
 from ramet.runtime.models.json_file import read_json
 from ramet.runtime.models.weights import Part, Reader, Weights, check_names, check_shapes
 
@@ -42,6 +44,7 @@ def load_safetensors(folder: Path, config: ModelConfig) -> Weights:
     Raises: BrokenModelFile naming the tensors that are missing, unknown or of a wrong shape.
     """
     files = _weight_files(folder)
+    family = family_named(config.architecture)
     readers: dict[str, Reader] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for path, wanted in files.items():
@@ -49,11 +52,13 @@ def load_safetensors(folder: Path, config: ModelConfig) -> Weights:
             with safe_open(path, framework="pt") as file:
                 stored = list(file.keys())
                 for name in wanted if wanted is not None else stored:
-                    mapped = _text_model_name(name)
+                    mapped = _text_model_name(name, family)
                     if mapped is None:
                         continue
-                    shapes[mapped] = tuple(file.get_slice(name).get_shape())
-                    readers[mapped] = partial(_read, path, name)
+                    shape = tuple(file.get_slice(name).get_shape())
+                    for own_name, rows in _own_tensors(mapped, shape, family, config):
+                        shapes[own_name] = shape if rows is None else (rows[1] - rows[0], *shape[1:])
+                        readers[own_name] = partial(_read, path, name, rows)
         except (SafetensorError, OSError) as error:
             raise BrokenModelFile(f"{path} cannot be read: {error}") from error
     if config.tie_word_embeddings:  # some checkpoints store the shared matrix twice
@@ -64,12 +69,36 @@ def load_safetensors(folder: Path, config: ModelConfig) -> Weights:
     return Weights(readers)
 
 
-def _read(path: Path, name: str, part: Part | None) -> Tensor:
+def _read(path: Path, name: str, rows: tuple[int, int] | None, part: Part | None) -> Tensor:
+    """Read a tensor, or a range of its rows, or a part of that."""
     with safe_open(path, framework="pt") as file:
+        if rows is not None:
+            stored, (first, last) = file.get_slice(name), rows
+            if part is None:
+                return Part(0, first, last).of(stored)
+            if part.axis == 0:
+                return Part(0, first + part.start, first + part.stop).of(stored)
+            return part.of(Part(0, first, last).of(stored))
         if part is not None:
             return part.of(file.get_slice(name))
         tensor: Tensor = file.get_tensor(name)
         return tensor
+
+
+def _own_tensors(
+    name: str, shape: tuple[int, ...], family: Family, config: ModelConfig
+) -> list[tuple[str, tuple[int, int] | None]]:
+    """Our tensors that a stored one holds, and their rows in it; None: all of them."""
+    for fused, parts in family.fused.items():
+        if f".{fused}." not in name:
+            continue
+        names = [name.replace(fused, part) for part in parts]
+        query, key_value = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        sizes = [query, key_value, key_value] if len(parts) == 3 else [config.intermediate_size] * 2
+        stops = list(itertools.accumulate(sizes))
+        if shape[0] == stops[-1]:  # else the check of names and shapes reports it
+            return list(zip(names, itertools.pairwise([0, *stops]), strict=True))
+    return [(name, None)]
 
 
 def _weight_files(folder: Path) -> dict[Path, Iterable[str] | None]:
@@ -97,11 +126,14 @@ def _weight_files(folder: Path) -> dict[Path, Iterable[str] | None]:
     return dict(files)
 
 
-def _text_model_name(name: str) -> str | None:
+def _text_model_name(name: str, family: Family) -> str | None:
     """Ramet's name for a stored tensor; None if the text model does not read it."""
     if name.startswith(_IMAGE_PREFIXES) or name.endswith(_IGNORED_SUFFIXES):
         return None
     for prefix, replacement in _TEXT_PREFIXES:
         if name.startswith(prefix):
-            return replacement + name.removeprefix(prefix)
+            name = replacement + name.removeprefix(prefix)
+            break
+    for theirs, ours in family.renames.items():
+        name = name.replace(theirs, ours)
     return name

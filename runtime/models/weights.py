@@ -112,26 +112,24 @@ class Weights(Mapping[str, Tensor]):
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor that the decoder reads for this configuration, with its shape."""
-    hidden, inner, head = config.hidden_size, config.intermediate_size, config.head_dim
+    hidden, head = config.hidden_size, config.head_dim
     query, key_value = config.num_heads * head, config.num_kv_heads * head
-    matrices = {
+    attention = {
         "self_attn.q_proj": (query, hidden, config.qkv_bias),
         "self_attn.k_proj": (key_value, hidden, config.qkv_bias),
         "self_attn.v_proj": (key_value, hidden, config.qkv_bias),
         "self_attn.o_proj": (hidden, query, config.o_bias),
-        "mlp.gate_proj": (inner, hidden, config.mlp_bias),
-        "mlp.up_proj": (inner, hidden, config.mlp_bias),
-        "mlp.down_proj": (hidden, inner, config.mlp_bias),
     }
     norms = {name: hidden for name in config.norms if name is not None}
-    if config.qk_norm:
-        norms |= {"self_attn.q_norm": head, "self_attn.k_norm": head}
+    if config.qk_norm is not None:
+        is_whole = config.qk_norm == "all"
+        norms |= {"self_attn.q_norm": query if is_whole else head, "self_attn.k_norm": key_value if is_whole else head}
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
     for layer in range(config.num_layers):
         prefix = f"model.layers.{layer}."
         for name, size in norms.items():
             shapes[f"{prefix}{name}.weight"] = (size,)
-        for name, (num_rows, num_columns, has_bias) in matrices.items():
+        for name, (num_rows, num_columns, has_bias) in (attention | _feed_forward(config, layer)).items():
             shapes[f"{prefix}{name}.weight"] = (num_rows, num_columns)
             if has_bias:
                 shapes[f"{prefix}{name}.bias"] = (num_rows,)
@@ -139,6 +137,25 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     if not config.tie_word_embeddings:
         shapes["lm_head.weight"] = (config.vocab_size, hidden)
     return shapes
+
+
+def _feed_forward(config: ModelConfig, layer: int) -> dict[str, tuple[int, int, bool]]:
+    """(rows, columns, has a bias) of each matrix of a layer's feed-forward block or experts."""
+    hidden, experts = config.hidden_size, config.layer_experts(layer)
+
+    def block(prefix: str, inner: int) -> dict[str, tuple[int, int, bool]]:
+        bias = config.mlp_bias
+        inward = {prefix + name: (inner, hidden, bias) for name in ("gate_proj", "up_proj")}
+        return inward | {prefix + "down_proj": (hidden, inner, bias)}
+
+    if experts is None:
+        return block("mlp.", config.intermediate_size)
+    found = {"mlp.gate": (experts.count, hidden, False)}
+    for index in range(experts.count):
+        found |= block(f"mlp.experts.{index}.", experts.size)
+    if experts.shared_size:
+        found |= block("mlp.shared_expert.", experts.shared_size) | {"mlp.shared_expert_gate": (1, hidden, False)}
+    return found
 
 
 def check_names(config: ModelConfig, names: Iterable[str], source: Path) -> None:

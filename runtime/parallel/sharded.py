@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ramet.kernels.sampling.sample import SamplingTables
-from ramet.runtime.models.decoder import Decoder
+from ramet.runtime.models.decoder import Decoder, Layer
+from ramet.runtime.models.layers import DecoderLayer, SparseFeedForward
 from ramet.runtime.models.linear import Embedding, LinearMethod
 from ramet.runtime.models.load import LoadedModel
 from ramet.runtime.parallel.group import Group
@@ -75,18 +76,27 @@ def apply_tensor_parallel(decoder: Decoder, group: Group, vocab_size: int) -> De
     heads of this rank, so its KV pages hold only these, and the whole vocabulary.
     """
     *inner, output = decoder.linears()
-    row_divided = [linear for linear in inner if linear.names[0].endswith(("o_proj.weight", "down_proj.weight"))]
-    for linear in row_divided:
-        linear.method = SummedLinear(linear.method, group)
+    for linear in inner:
+        name = linear.names[0]
+        if name.endswith(("o_proj.weight", "mlp.down_proj.weight")):
+            linear.method = SummedLinear(linear.method, group)
     num_rows = decoder.config.vocab_size
     ops = dataclasses.replace(decoder.ops, make_record=None)  # collectives are no kernels that can be recorded
     return dataclasses.replace(
         decoder,
         config=dataclasses.replace(decoder.config, vocab_size=vocab_size),
+        layers=[_with_summed_experts(layer, group) for layer in decoder.layers],
         ops=ops if group.rank == 0 else dataclasses.replace(ops, sample=_leave_to_the_first_rank),
         embedding=SummedEmbedding(decoder.embedding, group, group.rank * num_rows, num_rows),
         output=dataclasses.replace(output, method=GatheredLinear(output.method, group, vocab_size)),
     )
+
+
+def _with_summed_experts(layer: Layer, group: Group) -> Layer:
+    """Sum a token's experts over the ranks once, after all of them: each rank has a part of every expert."""
+    if not isinstance(layer, DecoderLayer) or not isinstance(layer.feed_forward, SparseFeedForward):
+        return layer
+    return dataclasses.replace(layer, feed_forward=dataclasses.replace(layer.feed_forward, combine=group.sum))
 
 
 def _leave_to_the_first_rank(

@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from ramet.errors import ConfigError
-from ramet.runtime.models.config import ModelConfig
+from ramet.runtime.models.config import Experts, ModelConfig
 from ramet.runtime.models.weights import Part
 
 _VOCAB_ROWS = 64  # a share of the token table is a multiple of this: compiled products take whole tiles of rows
@@ -34,8 +34,13 @@ class Share:
             num_heads=whole.num_heads // self.size,
             num_kv_heads=max(whole.num_kv_heads // self.size, 1),
             intermediate_size=whole.intermediate_size // self.size,
+            experts=None if whole.experts is None else self._experts(whole.experts),
             vocab_size=self.vocab_rows(whole),
         )
+
+    def _experts(self, whole: Experts) -> Experts:
+        """Every rank holds a part of each expert, so all ranks compute the same tokens."""
+        return replace(whole, size=whole.size // self.size, shared_size=whole.shared_size // self.size)
 
     def vocab_rows(self, whole: ModelConfig) -> int:
         """Rows of the token table that every rank holds, padding included."""
@@ -45,19 +50,24 @@ class Share:
     def parts(self, whole: ModelConfig) -> dict[str, Part]:
         """The parts of tensors, by their names. Other tensors (norms, biases after a sum) are held by every rank."""
         part = self.config(whole)
-        query, inner = part.num_heads * whole.head_dim, part.intermediate_size
+        query = part.num_heads * whole.head_dim
         key_value = part.num_kv_heads * whole.head_dim
         first_kv_head = self.rank * whole.num_kv_heads // self.size
-        inner_rows, query_rows = self._range(0, inner), self._range(0, query)
+        query_rows = self._range(0, query)
         kv_rows = Part(0, first_kv_head * whole.head_dim, first_kv_head * whole.head_dim + key_value)
         rows = {
             "self_attn.q_proj": query_rows,
             "self_attn.k_proj": kv_rows,
             "self_attn.v_proj": kv_rows,
-            "mlp.gate_proj": inner_rows,
-            "mlp.up_proj": inner_rows,
         }
-        columns = {"self_attn.o_proj": self._range(1, query), "mlp.down_proj": self._range(1, inner)}
+        columns = {"self_attn.o_proj": self._range(1, query)}
+        blocks = {"mlp.": part.intermediate_size}
+        if part.experts is not None:
+            blocks |= {f"mlp.experts.{index}.": part.experts.size for index in range(part.experts.count)}
+            blocks |= {"mlp.shared_expert.": part.experts.shared_size}
+        for prefix, inner in blocks.items():
+            rows |= {prefix + name: self._range(0, inner) for name in ("gate_proj", "up_proj")}
+            columns |= {prefix + "down_proj": self._range(1, inner)}
         vocab = self._vocab_part(whole)
         parts = {"model.embed_tokens.weight": vocab, "lm_head.weight": vocab}
         for layer in range(whole.num_layers):
@@ -81,11 +91,18 @@ def fits(config: ModelConfig, size: int) -> bool:
     """Return True if a model can be divided among `size` ranks."""
     heads, kv_heads = config.num_heads, config.num_kv_heads
     kv_fits = kv_heads % size == 0 or size % kv_heads == 0
-    return heads % size == 0 and kv_fits and config.intermediate_size % size == 0
+    experts = config.experts
+    inner = [config.intermediate_size, *([] if experts is None else [experts.size, experts.shared_size])]
+    return heads % size == 0 and kv_fits and all(one % size == 0 for one in inner)
 
 
 def check_size(config: ModelConfig, size: int) -> None:
     """Raise ConfigError with the numbers of ranks that work unless the model can be divided among `size` ranks."""
+    if config.qk_norm == "all" and size > 1:
+        raise ConfigError(
+            f"tp is {size}, but {config.architecture} normalises queries and keys over all heads, which no rank has; "
+            "leave out --tp"
+        )
     if not fits(config, size):
         works = [str(n) for n in range(1, config.num_heads + 1) if fits(config, n)]
         raise ConfigError(

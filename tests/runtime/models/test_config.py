@@ -114,6 +114,9 @@ def test_a_null_sliding_window_means_full_attention() -> None:
     fields = {"architectures": ["MistralForCausalLM"], **SIZES}
     assert config_from_hf(fields | {"sliding_window": None}).window(0) is None
     assert config_from_hf(fields).window(0) == 4096
+    small = {"architectures": ["Mistral3ForConditionalGeneration"], "text_config": SIZES | {"sliding_window": None}}
+    assert config_from_hf(small).window(0) is None
+    assert config_from_hf(small).architecture == "mistral"
 
 
 @pytest.mark.parametrize("architecture", [["MambaForCausalLM"], ["LlamaForSequenceClassification"], []])
@@ -143,6 +146,16 @@ def test_what_the_decoder_cannot_do_is_refused_by_name(fields: dict[str, Any], m
         ({"head_dim": 15}, "even"),
         ({"num_hidden_layers": 0}, "num_layers"),
         ({"hidden_size": "64", "head_dim": 16}, "hidden_size"),
+        ({"architectures": ["MixtralForCausalLM"]}, "lacks 'num_local_experts'"),
+        (
+            {"architectures": ["MixtralForCausalLM"], "num_local_experts": 1 << 20, "num_experts_per_tok": 2},
+            "num_experts is 1048576 but must be an integer from 1 to 4,096",
+        ),
+        (
+            {"architectures": ["MixtralForCausalLM"], "num_local_experts": 2, "num_experts_per_tok": 3},
+            "num_experts_per_tok is 3 but there are 2 experts",
+        ),
+        ({"architectures": ["SmolLM3ForCausalLM"], "no_rope_layers": [1]}, "1 layer types for 7 layers"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
     ],
 )

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import itertools
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ramet.runtime.models.build import build_decoder
-from ramet.runtime.models.config_files import config_from_hf
 from ramet.runtime.models.decoder import Decoder
+from ramet.runtime.models.load import open_weights
 from ramet.runtime.testing.bare_cache import BareCache
 from ramet.runtime.testing.dummy import dummy_decoder
 
@@ -73,6 +71,37 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "tie_word_embeddings": False,
         },
     ),
+    "olmo2": ("Olmo2Config", {}),
+    "phi3": ("Phi3Config", {"pad_token_id": 0}),
+    "phi3_sliding": ("Phi3Config", {"pad_token_id": 0, "sliding_window": 11}),
+    "granite": (
+        "GraniteConfig",
+        {"attention_multiplier": 0.3, "embedding_multiplier": 4.0, "residual_multiplier": 0.5, "logits_scaling": 2.0},
+    ),
+    "smollm3": ("SmolLM3Config", {"pad_token_id": 0, "no_rope_layer_interval": 2, "tie_word_embeddings": True}),
+    "seed_oss": ("SeedOssConfig", {"head_dim": 16, "attention_bias": True}),
+    "mixtral": ("MixtralConfig", {"num_local_experts": 5, "num_experts_per_tok": 2}),
+    "qwen2_moe": (
+        "Qwen2MoeConfig",
+        {
+            "num_experts": 5,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 48,
+            "mlp_only_layers": [1],
+        },
+    ),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        {
+            "head_dim": 16,
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 32,
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 2,
+        },
+    ),
 }
 
 
@@ -97,8 +126,8 @@ class Oracle:
 
 
 def load(directory: Path) -> Decoder:
-    config = config_from_hf(json.loads((directory / "config.json").read_text()))
-    return build_decoder(config, load_file(directory / "model.safetensors"), device="cpu", dtype=torch.float32)
+    config, weights = open_weights(directory)
+    return build_decoder(config, weights, device="cpu", dtype=torch.float32)
 
 
 @pytest.fixture(scope="module", params=list(MODELS))

@@ -1,4 +1,4 @@
-"""Architectures without a native family, run by transformers inside the engine: the tokens are those of `generate`."""
+"""Models that transformers runs inside the engine, without a native family or in memory: the tokens of `generate`."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ramet.errors import ConfigError
-from ramet.runtime.models.config import ModelConfig, llama_3_1_8b, smollm2_135m
+from ramet.runtime.models.config import Experts, ModelConfig, llama_3_1_8b, smollm2_135m
 from ramet.runtime.models.weights import Weights, expected_tensors
 from ramet.runtime.parallel.share import Share, check_size, fits
 from ramet.runtime.steps.kv_cache import bytes_per_token
@@ -30,6 +30,11 @@ def test_heads_that_do_not_divide_are_refused_with_the_numbers_that_work() -> No
         check_size(llama_3_1_8b(), 3)
     with pytest.raises(ConfigError, match=r"--tp may be 1$"):
         check_size(dataclasses.replace(smollm2_135m(), intermediate_size=1001), 3)
+    experts = dataclasses.replace(llama_3_1_8b(), experts=Experts(4, 2, 512, shared_size=1001))
+    with pytest.raises(ConfigError, match=r"--tp may be 1$"):
+        check_size(experts, 2)
+    with pytest.raises(ConfigError, match=r"normalises queries and keys over all heads, .* leave out --tp$"):
+        check_size(dataclasses.replace(llama_3_1_8b(), qk_norm="all"), 2)
 
 
 @given(

@@ -1,0 +1,152 @@
+"""Whole engines of the families that are more than Llama's layers: tokens of `generate`, however their steps run."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from ramet.errors import ConfigError
+from ramet.lang.program.function import function
+from ramet.lang.recording.primitives import gen
+from ramet.lang.recording.state import State
+from ramet.runtime.engine.engine import Engine
+from ramet.runtime.models.build import build_decoder
+from ramet.runtime.models.generation import GenerationDefaults
+from ramet.runtime.models.layers import DecoderLayer, SparseFeedForward
+from ramet.runtime.models.load import LoadedModel, open_weights
+from ramet.runtime.testing.byte_tokenizer import ByteTokenizer
+from ramet.runtime.types import SamplingParams
+
+TOKENIZER = ByteTokenizer()
+SIZES: dict[str, Any] = {
+    "vocab_size": TOKENIZER.vocab_size,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+QWEN_EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "olmo2": ("Olmo2Config", {}),
+    "phi3": ("Phi3Config", {}),
+    "granite": ("GraniteConfig", {"attention_multiplier": 0.3, "residual_multiplier": 0.5, "logits_scaling": 2.0}),
+    "smollm3": ("SmolLM3Config", {"no_rope_layer_interval": 2}),
+    "mixtral": ("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen2_moe": ("Qwen2MoeConfig", {**QWEN_EXPERTS, "shared_expert_intermediate_size": 32}),
+    "qwen3_moe": ("Qwen3MoeConfig", {**QWEN_EXPERTS, "head_dim": 16, "norm_topk_prob": True}),
+}
+NUM_NEW = 12
+GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_NEW, ignore_eos=True)
+
+
+def write_model(name: str, folder: Path, **changes: Any) -> Any:
+    class_name, fields = MODELS[name]
+    fields = fields | changes
+    torch.manual_seed(list(MODELS).index(name))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of transformers about its own defaults
+        model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, class_name)(**(SIZES | fields)))
+    model.eval().save_pretrained(folder)
+    return model
+
+
+def loaded(folder: Path, quantization: str | None = None) -> LoadedModel:
+    config, weights = open_weights(folder)
+    decoder = build_decoder(config, weights, device="cpu", quantization=quantization)
+    return LoadedModel(folder.name, decoder, TOKENIZER, config, GenerationDefaults())
+
+
+def experts_of(model: LoadedModel) -> SparseFeedForward:
+    layer = model.decoder.layers[0]
+    assert isinstance(layer, DecoderLayer)
+    assert isinstance(layer.feed_forward, SparseFeedForward)
+    return layer.feed_forward
+
+
+class Served:
+    """A family in an engine, and what `generate` makes of some prompts."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        model = write_model(name, folder)
+        self.folder = folder
+        self.prompts = [torch.randint(0, 256, (length,)).tolist() for length in (40, 1, 17, 64)]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.expected = [
+                tuple(
+                    model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=NUM_NEW)[
+                        0, len(prompt) :
+                    ].tolist()
+                )
+                for prompt in self.prompts
+            ]
+        self.engine = Engine(loaded(folder), num_kv_tokens=2048, max_running_requests=8)
+
+
+@pytest.fixture(scope="module", params=list(MODELS))
+def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    served = Served(request.param, tmp_path_factory.mktemp(request.param))
+    with served.engine:
+        yield served
+
+
+def test_tokens_are_those_of_generate_together_alone_and_from_the_cache(served: Served) -> None:
+    engine = served.engine
+    together = [engine.submit(prompt, GREEDY) for prompt in served.prompts]
+    assert [handle.result(timeout_s=60).token_ids for handle in together] == served.expected
+    alone = [engine.submit(prompt, GREEDY).result(timeout_s=60) for prompt in served.prompts]
+    assert [result.token_ids for result in alone] == served.expected
+    assert [result.usage.cached_tokens for result in alone] == [len(prompt) - 1 for prompt in served.prompts]
+
+
+@function(temperature=0)
+def forked(s: State) -> None:
+    s += "What all branches share."
+    for branch, letter in zip(s.fork(3), "abc", strict=True):
+        branch += letter + gen("said", max_tokens=6, ignore_eos=True)
+    s += gen("number", regex="[1-9][0-9]{2}")
+
+
+def test_forks_and_constraints_work(served: Served) -> None:
+    state = forked.run(backend=served.engine)
+    assert re.fullmatch("[1-9][0-9]{2}", state["number"])
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_experts_in_blocks_are_close_to_the_exact_ones(tmp_path: Path, name: str, quantization: str) -> None:
+    all_experts = MODELS[name][1].get("num_experts", 4)  # of which none is chosen by a small difference
+    write_model(name, tmp_path, num_experts_per_tok=all_experts)
+    x = torch.randn(30, 64, generator=torch.Generator().manual_seed(1))
+    exact, rounded = (experts_of(loaded(tmp_path, kind))(x) for kind in (None, quantization))
+    error = (exact - rounded).abs().mean() / exact.abs().mean()
+    assert 0 < float(error) < (0.03 if quantization == "int8" else 0.3), error
+
+
+def test_a_tokens_experts_do_not_depend_on_the_tokens_beside_it(tmp_path: Path) -> None:
+    write_model("qwen3_moe", tmp_path)
+    experts = experts_of(loaded(tmp_path))
+    x = torch.randn(50, 64, generator=torch.Generator().manual_seed(1))
+    together = experts(x)
+    for rows in (slice(0, 1), slice(7, 20), slice(49, 50)):
+        torch.testing.assert_close(experts(x[rows]), together[rows], rtol=0, atol=2e-6)
+
+
+def test_experts_on_a_gpu_name_the_way_out(tmp_path: Path) -> None:
+    write_model("mixtral", tmp_path)
+    config, weights = open_weights(tmp_path)
+    with pytest.raises(ConfigError, match="on cuda, transformers runs them: --model-impl transformers"):
+        build_decoder(config, weights, device="cuda")
